@@ -1,12 +1,26 @@
-"""The records that flow through every part: a `Sample` is one conversation about zero or more images."""
+"""The records that flow through every part: a `Sample` is one conversation about zero or more images.
+
+    row of a JSON file  --from_row-->  Sample  --to_row-->  row of a JSON file
+
+The JSON layout is the one of the LLaVA family: `id`, `image` (one name or a list), `conversations` (a list of
+`{"from": "human" | "gpt", "value": text}`); every other field of a row is kept in `Sample.meta`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from llava.errors import DataError
 
 Role = Literal["human", "gpt"]
+
+ROLES: dict[str, Role] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+"""Names of the two speakers in data files."""
+
+CONVERSATION_KEYS = ("conversations", "conversatons")
+"""The second is a misspelling in published alignment and VQA files; it is read, never written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +40,163 @@ class Conversation:
     system: str | None = None
 
 
+class Origin(NamedTuple):
+    """Where a sample was read, so that a later message can name file and row (rows count from 0)."""
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}"
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A conversation, the images it shows (paths or names, in order of their place holders) and the row's other fields."""
+    """A conversation, the images it shows and the row's other fields.
+
+    Attributes:
+        id: the row's id as text.
+        conversation: the turns.
+        images: paths or names of the images, in order of their place holders.
+        meta: all other fields of the row.
+        origin: file and row it was read from.
+    """
 
     id: str
     conversation: Conversation
     images: tuple[str, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one conversation: `conversation` ends with the question, `chosen` is preferred to `rejected`."""
+
+    id: str
+    conversation: Conversation
+    images: tuple[str, ...]
+    chosen: str
+    rejected: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin | None = field(default=None, compare=False)
+
+
+def name_of(sample: Sample | Preference) -> str:
+    """How messages call a sample: file and row where they are known, and the id."""
+    return f"id {sample.id!r}" if sample.origin is None else f"{sample.origin}, id {sample.id!r}"
+
+
+def to_row(sample: Sample) -> dict[str, Any]:
+    """Return the JSON row of a sample; `from_row` reads it back to an equal sample.
+
+    A number that was the row's id is written as that number again.
+    """
+    rest = dict(sample.meta)
+    raw_id = rest.pop("id", sample.id)
+    row: dict[str, Any] = {"id": raw_id if str(raw_id) == sample.id else sample.id}
+    if sample.images:
+        row["image"] = sample.images[0] if len(sample.images) == 1 else list(sample.images)
+    turns: list[dict[str, Any]] = []
+    if sample.conversation.system is not None:
+        turns.append({"from": "system", "value": sample.conversation.system})
+    for turn in sample.conversation.turns:
+        turns.append({"from": turn.role, "value": turn.text})
+        if turn.train is not None:
+            turns[-1]["train"] = turn.train
+    return {**row, "conversations": turns, **rest}
+
+
+def from_row(row: Mapping[str, Any], *, default_id: str | None = None) -> Sample:
+    """Return the sample of a JSON row.
+
+    Lenient where published files are: both spellings of `conversations`, numbers as values, `user` and `assistant` as
+    roles, a leading `system` turn (it becomes the conversation's system text), and an answer before the first
+    question, which is left out as the LLaVA trainers do.
+
+    Args:
+        row: the decoded JSON object.
+        default_id: the id of a row that has none; without it such a row is an error.
+
+    Raises:
+        DataError: a field is missing or cannot be used; the message names the field.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"a row must be a JSON object, got {type(row).__name__}")
+    key = next((key for key in CONVERSATION_KEYS if key in row), None)
+    if key is None:
+        raise DataError(f"field 'conversations' is missing; the row has {', '.join(map(repr, row)) or 'no fields'}")
+    system, turns = _read_turns(row[key], key)
+    meta = {name: value for name, value in row.items() if name not in ("id", "image", *CONVERSATION_KEYS)}
+    raw_id = row.get("id")
+    if raw_id is not None and not isinstance(raw_id, str):
+        if isinstance(raw_id, bool) or not isinstance(raw_id, int):
+            raise DataError(f"field 'id' must be text or a whole number, got {raw_id!r}")
+        meta["id"] = raw_id
+    identity = default_id if raw_id is None else str(raw_id)
+    if identity is None:
+        raise DataError("field 'id' is missing")
+    return Sample(identity, Conversation(turns, system), read_images(row.get("image")), meta)
+
+
+def num_lost_turns(row: Mapping[str, Any], sample: Sample) -> int:
+    """How many turns of `row` are not in its `sample`: 1 when an answer came before the first question, else 0."""
+    written = next(row[key] for key in CONVERSATION_KEYS if key in row)
+    return len(written) - len(sample.conversation.turns) - (sample.conversation.system is not None)
+
+
+def read_images(value: Any) -> tuple[str, ...]:
+    """Return the image names of a row's field `image`: nothing, one name or a list of names.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if value is None or value == "":
+        return ()
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        raise DataError(f"field 'image' must be a file name or a list of file names, got {value!r}")
+    return tuple(names)
+
+
+def _read_turns(raw: Any, key: str) -> tuple[str | None, tuple[Turn, ...]]:
+    """Return the system text, if any, and the turns, which begin with a question and alternate."""
+    if not isinstance(raw, list | tuple):
+        raise DataError(f"field {key!r} must be a list of turns, got {type(raw).__name__}")
+    raw = list(raw)
+    system: str | None = None
+    if raw and isinstance(raw[0], Mapping) and raw[0].get("from") == "system":
+        system = _read_value(raw[0], f"{key}[0]")
+        raw = raw[1:]
+    first = 0 if system is None else 1
+    turns = [_read_turn(turn, f"{key}[{index}]") for index, turn in enumerate(raw, first)]
+    if turns and turns[0].role != "human":
+        turns, first = turns[1:], first + 1
+    if not turns:
+        raise DataError(f"field {key!r} holds no question; expected turns that begin with one from 'human'")
+    for index, turn in enumerate(turns):
+        if turn.role != ("human", "gpt")[index % 2]:
+            raise DataError(
+                f"{key}[{first + index}]: two turns in a row from {turn.role!r}; human and gpt must alternate"
+            )
+    return system, tuple(turns)
+
+
+def _read_turn(raw: Any, where: str) -> Turn:
+    if not isinstance(raw, Mapping):
+        raise DataError(f"{where} must be an object with 'from' and 'value', got {type(raw).__name__}")
+    speaker = raw.get("from")
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise DataError(f"{where}.from must be one of {', '.join(ROLES)}, got {speaker!r}")
+    train = raw.get("train")
+    if train is not None and not isinstance(train, bool):
+        raise DataError(f"{where}.train must be true or false, got {train!r}")
+    return Turn(role, _read_value(raw, where), train)
+
+
+def _read_value(raw: Mapping[str, Any], where: str) -> str:
+    value = raw.get("value")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise DataError(f"{where}.value must be text or a number, got {value!r}")
+    return str(value)

@@ -1,0 +1,196 @@
+"""Image files to RGB pictures: the only place that opens, converts and shapes them.
+
+    file bytes --load--> RGB picture --fit(mode)--> picture the image processor can take
+
+Policies, the same for training, evaluation and serving:
+
+- Colour: everything becomes RGB. Transparency is dropped, not composited, as the published models saw it.
+- Depth: pictures of more than 8 bits (16-bit and 32-bit integers, floating point) are windowed linearly from their
+  smallest to their largest value onto 0 to 255; a picture of one single value becomes black.
+- Orientation: an EXIF orientation is applied, so the model sees what a viewer shows. Pictures without one (nearly all
+  medical files) are unaffected.
+- Several frames: the first one.
+- Size: more than `MAX_PIXELS` is refused before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from llava.errors import ConfigError, DataError
+
+MAX_PIXELS = 89_478_485
+"""Largest picture that is decoded (width x height): Pillow's own limit, a quarter GiB of RGB."""
+
+MODES = ("square", "pad", "resize")
+"""Image modes that `fit` knows; see there."""
+
+_RASTER_MODES = ("RGB", "L", "1", "CMYK", "YCbCr", "LAB", "HSV")
+
+
+def resolve(ref: str | Path, root: str | Path | None) -> Path:
+    """Return the path of image `ref` in folder `root`; links are followed before the check.
+
+    Args:
+        ref: name from a data file, relative to `root` (or absolute and inside it).
+        root: the image folder; None trusts `ref` as a path of the user's own.
+
+    Raises:
+        DataError: the file would lie outside `root`.
+    """
+    if root is None:
+        return Path(ref)
+    folder = Path(root).resolve()
+    path = (folder / ref).resolve()
+    if not path.is_relative_to(folder):
+        raise DataError(f"image {str(ref)!r} leads outside the image folder {folder}; move or copy the file into it")
+    return path
+
+
+def read_bytes(ref: str | Path, root: str | Path | None) -> bytes:
+    """Return the bytes of image `ref` in folder `root`.
+
+    Raises:
+        DataError: the file is missing, not readable or outside `root`.
+    """
+    path = resolve(ref, root)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"image {path} cannot be read: {error.strerror or error}") from error
+
+
+def load(ref: str | Path | bytes, root: str | Path | None = None) -> Image.Image:
+    """Return image `ref` (a name in folder `root`, or the bytes of a file) as an RGB picture.
+
+    Raises:
+        DataError: missing, outside `root`, too large, broken or cut off; the message names the file.
+    """
+    data, name = (ref, "given as bytes") if isinstance(ref, bytes) else (read_bytes(ref, root), str(ref))
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_size(image, name)
+            image.load()
+            return _upright(image, to_rgb(image))
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise whatever their parsing runs into: struct.error, IndexError, ...
+        raise DataError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise DataError(f"image {name} has {width} x {height} pixels, more than {MAX_PIXELS}; scale it down first")
+    if width < 1 or height < 1:
+        raise DataError(f"image {name} is empty ({width} x {height} pixels)")
+
+
+def _upright(source: Image.Image, image: Image.Image) -> Image.Image:
+    """Return `image` turned as the EXIF data of `source` says."""
+    try:
+        orientation = source.getexif().get(0x0112, 1)
+    except Exception:  # unreadable metadata says nothing about the pixels
+        return image
+    method = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return any picture as RGB (see the policies above); an RGB picture is returned as it is.
+
+    Raises:
+        DataError: a floating-point picture holds values that are not finite.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith(("I", "F")):
+        return _window(np.asarray(image)).convert("RGB")
+    if image.mode in _RASTER_MODES:
+        return image.convert("RGB")
+    # Palettes and alpha: by way of RGBA, which keeps the colours under transparent pixels as they are stored.
+    return image.convert("RGBA").convert("RGB")
+
+
+def _window(values: np.ndarray) -> Image.Image:
+    """Return `[height, width]` values as 8-bit grey, linear from the smallest to the largest."""
+    exact = values.astype(np.float64)
+    low, high = float(exact.min()), float(exact.max())
+    if not np.isfinite([low, high]).all():
+        raise DataError("the picture holds values that are not finite")
+    scale = 255.0 / (high - low) if high > low else 0.0
+    return Image.fromarray(np.rint((exact - low) * scale).astype(np.uint8))
+
+
+def mean_color(image_mean: Sequence[float]) -> tuple[int, int, int]:
+    """Return the fill colour of mode `pad`: the processor's channel means (0 to 1) as 8-bit values, rounded down."""
+    red, green, blue = (int(value * 255) for value in image_mean)
+    return red, green, blue
+
+
+def fit(image: Image.Image, mode: str, *, size: int | tuple[int, int], fill: Sequence[int]) -> Image.Image:
+    """Return the picture in the shape that the image mode gives it before the processor resizes, crops, normalises.
+
+    Args:
+        image: any picture; it is converted to RGB first.
+        mode: `square` leaves the shape to the processor (shortest edge, centre crop); `pad` centres the picture on a
+            square of colour `fill`, offsets rounded down; `resize` squashes it to `size` (bicubic), so nothing is cut.
+        size: side, or (height, width), of the model's input in pixels.
+        fill: red, green, blue of the border that `pad` adds.
+
+    Raises:
+        ConfigError: unknown mode.
+    """
+    image = to_rgb(image)
+    if mode == "square":
+        return image
+    if mode == "pad":
+        return _pad(image, (int(fill[0]), int(fill[1]), int(fill[2])))
+    if mode == "resize":
+        height, width = (size, size) if isinstance(size, int) else size
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+    raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(MODES)}")
+
+
+def _pad(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
+    width, height = image.size
+    side = max(width, height)
+    if width == height:
+        return image
+    square = Image.new("RGB", (side, side), fill)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def content_digest(data: bytes) -> str:
+    """Return the identity of a file's bytes (64 hexadecimal digits)."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def key_of_digest(digest: str, fingerprint: str) -> str:
+    """Return the image key for file bytes known by their `content_digest`."""
+    return hashlib.sha256(f"{digest}\n{fingerprint}".encode()).hexdigest()[:32]
+
+
+def image_key(data: bytes, fingerprint: str) -> str:
+    """Return the identity of a model input: equal file bytes under equal preprocessing, whatever the file is called.
+
+    Args:
+        data: bytes of the image file.
+        fingerprint: identity of everything that happens to the picture afterwards (`processor.image_fingerprint`).
+    """
+    return key_of_digest(content_digest(data), fingerprint)
