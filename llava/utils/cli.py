@@ -1,0 +1,72 @@
+"""Command lines that accept every spelling the seeds printed.
+
+`--max-size` and `--max_size` are one option, a prefix of an option is enough (`--base` for `--base-model-path`), and a
+switch may stand alone or carry a word (`--flag`, `--flag True`, `--flag False`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+TRUE_WORDS = frozenset({"true", "t", "yes", "y", "on", "1"})
+FALSE_WORDS = frozenset({"false", "f", "no", "n", "off", "0"})
+
+
+def parse_bool(text: str | bool) -> bool:
+    """Read a switch's word.
+
+    Raises:
+        argparse.ArgumentTypeError: the word is neither a yes nor a no (argparse turns this into a usage message).
+    """
+    if isinstance(text, bool):
+        return text
+    word = text.strip().lower()
+    if word in TRUE_WORDS:
+        return True
+    if word in FALSE_WORDS:
+        return False
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected true or false")
+
+
+def with_dashes(argv: Sequence[str]) -> list[str]:
+    """Rewrite `_` to `-` in option names only: values, and all that follows a bare `--`, stay as they are."""
+    rewritten: list[str] = []
+    for position, word in enumerate(argv):
+        if word == "--":
+            return rewritten + list(argv[position:])
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            rewritten.append(name.replace("_", "-") + equals + value)
+        else:
+            rewritten.append(word)
+    return rewritten
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that knows each option in one spelling only, the one with dashes.
+
+    A second spelling registered as an alias would make every prefix of it ambiguous, so the words of the command line
+    are rewritten instead.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", True)
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
+        """Register an option under its name with dashes; its value is still found under underscores."""
+        return super().add_argument(*with_dashes(names), **kwargs)
+
+    def add_switch(self, name: str, default: bool = False, **kwargs: Any) -> argparse.Action:
+        """Register an option that is true when it stands alone and may carry `True` or `False`."""
+        return self.add_argument(
+            name, type=parse_bool, nargs="?", const=True, default=default, metavar="BOOL", **kwargs
+        )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse `args` (the process's own words by default) after rewriting option names."""
+        return super().parse_known_args(with_dashes(sys.argv[1:] if args is None else list(args)), namespace)

@@ -1,0 +1,148 @@
+"""Files of records: a JSON array or one JSON object a line, plain or gzipped, told apart by their content."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llava.errors import DataError
+
+Record = dict[str, Any]
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a file, unzipped when its first bytes say that it is gzipped.
+
+    Raises:
+        DataError: there is no such file, or it is not UTF-8 text.
+    """
+    try:
+        content = Path(path).read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text or gzipped text ({error})") from error
+
+
+def read_records(path: str | Path) -> Iterator[Record]:
+    """Yield the records of a JSON array or of a file with one JSON object a line.
+
+    Raises:
+        DataError: the file cannot be read, is not JSON, or a record is not an object; names file and row (or line).
+    """
+    text = read_text(path)
+    if text.lstrip()[:1] == "[":
+        yield from _array(text, path)
+    else:
+        yield from _lines(text, path)
+
+
+def _array(text: str, path: str | Path) -> Iterator[Record]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not a JSON array: {error}") from error
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {index}: expected an object, got {type(row).__name__}")
+        yield row
+
+
+def _lines(text: str, path: str | Path) -> Iterator[Record]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, line {number}: not JSON ({error}); expected a JSON array or one JSON object a line"
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+        yield row
+
+
+def append(path: str | Path, row: Mapping[str, Any]) -> None:
+    """Add one row as one line; a file whose last line was cut off by a crash gets its line end first."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as stream:
+        if stream.tell() > 0:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                line = "\n" + line
+        stream.write(line.encode("utf-8"))
+
+
+def drop_torn_line(path: str | Path) -> bool:
+    """Remove a last line that a killed process left half written; say whether there was one."""
+    path = Path(path)
+    if not path.exists():
+        return False
+    content = path.read_bytes()
+    head, newline, tail = content.rpartition(b"\n")
+    if not tail.strip():
+        return False
+    try:
+        json.loads(tail)
+    except ValueError:
+        write_atomic(path, head + newline)
+        return True
+    return False
+
+
+def done_keys(path: str | Path, key: str) -> set[str]:
+    """Return `str(row[key])` of every row, to skip what was done before; empty when there is no file yet.
+
+    Raises:
+        DataError: a row lacks `key`.
+    """
+    if not Path(path).exists():
+        return set()
+    done = set()
+    for index, row in enumerate(read_records(path)):
+        if key not in row:
+            raise DataError(f"{path}, row {index}: no field {key!r}; found {', '.join(row)}")
+        done.add(str(row[key]))
+    return done
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a whole file under a temporary name and move it into place, so that no reader meets half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content.encode("utf-8") if isinstance(content, str) else content)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    """The process's file mode mask, which a temporary file (private by default) has not been given."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_records(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write one indented JSON value, atomically."""
+    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")

@@ -1,0 +1,46 @@
+"""Log lines and progress bars: on the standard error stream, and on the first process only."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from typing import Never, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+_SEEN: set[tuple[str, str]] = set()
+
+
+def rank() -> int:
+    """Return this process's number among those that torchrun started; 0 when it stands alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def setup(level: int | str = logging.INFO) -> None:
+    """Send the package's messages to the standard error stream; other ranks than the first report errors only."""
+    logger = logging.getLogger("llava")
+    logger.setLevel(level if rank() == 0 else logging.ERROR)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+        logger.addHandler(handler)
+
+
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """Warn, unless this logger gave the same warning before."""
+    if (logger.name, message) not in _SEEN:
+        _SEEN.add((logger.name, message))
+        logger.warning("%s", message)
+
+
+def progress(items: Iterable[T], *, title: str, total: int | None = None, unit: str = "it") -> tqdm[T]:
+    """Return a progress bar around `items`; silent on other ranks than the first."""
+    return tqdm(items, desc=title, total=total, unit=unit, disable=rank() != 0, file=sys.stderr, mininterval=0.5)
+
+
+def progress_bar(total: int, *, title: str, unit: str = "it") -> tqdm[Never]:
+    """Return a progress bar to `update` by hand; silent on other ranks than the first."""
+    return tqdm(total=total, desc=title, unit=unit, disable=rank() != 0, file=sys.stderr, mininterval=0.5)

@@ -1,0 +1,25 @@
+"""Messages and bars speak once, on the first rank."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from llava.utils import log
+
+
+def test_warn_once(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("llava.test_warn_once")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            log.warn_once(logger, "100% of the flags have no effect")
+    assert [record.getMessage() for record in caplog.records] == ["100% of the flags have no effect"]
+
+
+@pytest.mark.parametrize(("rank", "silent"), [("0", False), ("1", True)])
+def test_progress_is_for_the_first_rank(monkeypatch: pytest.MonkeyPatch, rank: str, silent: bool) -> None:
+    monkeypatch.setenv("RANK", rank)
+    bar = log.progress(range(3), title="three")
+    assert bar.disable is silent
+    assert list(bar) == [0, 1, 2]
