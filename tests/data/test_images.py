@@ -1,4 +1,4 @@
-"""Image files to RGB pictures: colour modes, depth, orientation, limits, and the published preprocessing bit for bit."""
+"""Image files to RGB pictures: colour modes, depth, orientation, limits, and the published values bit for bit."""
 
 from __future__ import annotations
 

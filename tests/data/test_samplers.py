@@ -1,0 +1,179 @@
+"""Samplers: every row once over all ranks, equal numbers of steps, the same plan everywhere, groups together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava.data.samplers import (
+    ImageGroupedSampler,
+    LengthGroupedSampler,
+    ModalityGroupedSampler,
+    RandomSampler,
+    SequentialSampler,
+    StepSampler,
+)
+from llava.errors import ConfigError
+
+Build = Callable[[list[int], int, int, int, int], StepSampler]
+
+KINDS: dict[str, Build] = {
+    "sequential": lambda data, n, rank, world, seed: SequentialSampler(
+        len(data), n, rank=rank, world_size=world, seed=seed
+    ),
+    "random": lambda data, n, rank, world, seed: RandomSampler(len(data), n, rank=rank, world_size=world, seed=seed),
+    "length": lambda data, n, rank, world, seed: LengthGroupedSampler(data, n, rank=rank, world_size=world, seed=seed),
+    "modality": lambda data, n, rank, world, seed: ModalityGroupedSampler(
+        data, n, rank=rank, world_size=world, seed=seed
+    ),
+    "image": lambda data, n, rank, world, seed: ImageGroupedSampler(
+        [None if value < 0 else value % 7 for value in data],
+        n,
+        questions_per_image=1 + abs(data[0]) % 5,
+        rank=rank,
+        world_size=world,
+        seed=seed,
+    ),
+}
+
+rows = st.lists(st.integers(-30, 30), min_size=1, max_size=120)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(data=rows, num=st.integers(1, 9), world=st.integers(1, 4), order=st.tuples(st.integers(0, 3), st.integers(0, 2)))
+def test_every_row_exactly_once_over_all_ranks(
+    kind: str, data: list[int], num: int, world: int, order: tuple[int, int]
+) -> None:
+    seed, epoch = order
+    samplers = [KINDS[kind](data, num, rank, world, seed) for rank in range(world)]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    ranks = [list(sampler) for sampler in samplers]
+    assert Counter(row for lists in ranks for rows in lists for row in rows) == Counter(range(len(data)))
+    assert [len(lists) for lists in ranks] == [len(sampler) for sampler in samplers]
+    for number, step in enumerate(zip(*ranks, strict=True)):
+        sizes = [len(rows) for rows in step]
+        assert max(sizes) <= num
+        assert max(sizes) - min(sizes) <= 1
+        assert sum(sizes) == num * world or number == len(samplers[0]) - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25, deadline=None)
+@given(data=rows, num=st.integers(1, 5), world=st.integers(1, 3), cut=st.floats(0, 1))
+def test_resuming_yields_the_rest_of_the_epoch(kind: str, data: list[int], num: int, world: int, cut: float) -> None:
+    seed = len(data)
+    sampler = KINDS[kind](data, num, world - 1, world, seed)
+    sampler.set_epoch(3)
+    whole = list(sampler)
+    assert list(sampler) == whole
+    start = int(cut * len(whole))
+    other = KINDS[kind](data, num, world - 1, world, seed)
+    other.set_epoch(3, start_step=start)
+    assert list(other) == whole[start:]
+
+
+@pytest.mark.parametrize("kind", ["random", "length", "modality", "image"])
+def test_seed_and_epoch_decide_the_order(kind: str) -> None:
+    data = [(value * 7) % 31 - 8 for value in range(80)]
+
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        sampler = KINDS[kind](data, 4, 0, 1, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    orders = [order(seed, epoch) for seed in range(3) for epoch in range(3)]
+    assert all(first != second for n, first in enumerate(orders) for second in orders[:n])
+    assert order(1, 2) == order(1, 2)
+
+
+@pytest.mark.parametrize("kind", ["sequential", "random", "length", "modality"])
+@settings(max_examples=25, deadline=None)
+@given(data=rows, num=st.integers(1, 4))
+def test_steps_hold_the_same_rows_on_any_number_of_ranks(kind: str, data: list[int], num: int) -> None:
+    def steps(world: int) -> list[list[int]]:
+        ranks = [list(KINDS[kind](data, num * 4 // world, rank, world, 0)) for rank in range(world)]
+        return [sorted(row for rows in step for row in rows) for step in zip(*ranks, strict=True)]
+
+    assert steps(1) == steps(2) == steps(4)
+
+
+def test_length_grouping_balances_the_ranks() -> None:
+    lengths = [10 + (value * 37) % 200 for value in range(64)]
+    ranks = [list(LengthGroupedSampler(lengths, 8, rank=rank, world_size=4)) for rank in range(4)]
+    for step in zip(*ranks, strict=True):
+        totals = [sum(lengths[row] for row in rows) for rows in step]
+        assert max(totals) - min(totals) <= max(lengths) * 0.2
+        assert all(rows == sorted(rows, key=lambda row: -lengths[row]) for rows in step)
+
+
+def test_modalities_are_mixed_in_the_rest_only() -> None:
+    lengths = [50] * 37 + [-20] * 21
+    sampler = ModalityGroupedSampler(lengths, 4)
+    steps = list(sampler)
+    mixed = [number for number, rows in enumerate(steps) if len({lengths[row] > 0 for row in rows}) > 1]
+    # 37 = 9 x 4 + 1 and 21 = 5 x 4 + 1: one row of either kind is left, and comes last.
+    assert mixed == [len(steps) - 1] == [14]
+    assert len(steps[-1]) == 2
+    kinds = [lengths[rows[0]] > 0 for rows in steps[:-1]]
+    assert kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True)
+
+
+def test_one_modality_falls_back_to_length_grouping() -> None:
+    lengths = [(value * 7) % 31 for value in range(20)]
+    assert list(ModalityGroupedSampler(lengths, 4)) == list(LengthGroupedSampler(lengths, 4))
+    negative = [-length - 1 for length in lengths]
+    assert list(ModalityGroupedSampler(negative, 4)) == list(LengthGroupedSampler(negative, 4))
+
+
+def test_full_groups_of_an_image_stay_whole() -> None:
+    groups = [f"image{row % 12}" for row in range(12 * 8)]
+    for world in (1, 2, 3):
+        for rank in range(world):
+            for rows in ImageGroupedSampler(groups, 16, questions_per_image=8, rank=rank, world_size=world):
+                assert set(Counter(groups[row] for row in rows).values()) <= {8}
+
+
+def test_uneven_groups_are_split_at_most_once_a_list() -> None:
+    groups = [f"image{number}" for number in range(40) for _ in range(1 + number % 7)]
+    sampler = ImageGroupedSampler(groups, 8, questions_per_image=7, seed=5)
+    homes: dict[str, list[int]] = {}
+    steps = list(sampler)
+    for number, rows in enumerate(steps):
+        for group in {groups[row] for row in rows}:
+            homes.setdefault(group, []).append(number)
+    split = sum(len(steps_of) > 1 for steps_of in homes.values())
+    assert len(homes) == 40
+    assert split <= 8
+
+
+def test_questions_per_image_bounds_a_group_and_images_are_spread() -> None:
+    groups = ["a"] * 30 + [f"b{row}" for row in range(90)]
+    sampler = ImageGroupedSampler(groups, 12, questions_per_image=3)
+    per_step = [sum(groups[row] == "a" for row in rows) for rows in sampler]
+    assert sum(per_step) == 30
+    assert sum(count > 0 for count in per_step) >= 5
+
+
+def test_questions_per_image_above_the_step_is_cut_to_it() -> None:
+    assert [len(rows) for rows in ImageGroupedSampler(["a"] * 10, 4, questions_per_image=99)] == [4, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: RandomSampler(0, 4), "no rows"),
+        (lambda: RandomSampler(3, 0), "sequences_per_step"),
+        (lambda: RandomSampler(3, 1, rank=2, world_size=2), "rank must be from 0 to 1"),
+        (lambda: ImageGroupedSampler(["a"], 1, questions_per_image=0), "questions_per_image"),
+        (lambda: RandomSampler(3, 1).set_epoch(0, start_step=4), "from 0 to 3, got 4"),
+    ],
+)
+def test_counts_out_of_range_are_errors(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build()
