@@ -1,0 +1,221 @@
+"""Image names to model inputs: what is known about the files of a folder, and the pictures of one step, decoded once.
+
+    name --ImageIndex--> digest of its bytes --+ preprocessing--> key --ImageStore--> pixels, or cached tower features
+
+The key, never the name, says which images are equal: two names with the same bytes are one image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from llava.data import images
+from llava.data.encode import Encoded
+from llava.errors import DataError
+from llava.utils.jsonl import write_atomic
+from llava.utils.log import progress
+
+if TYPE_CHECKING:
+    from llava.data.feature_cache import FeatureCache
+    from llava.processing import LlavaMedProcessor
+
+logger = logging.getLogger(__name__)
+
+INDEX_VERSION = 1
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be computed again: `$LLAVA_CACHE` or `~/.cache/llava`."""
+    return Path(os.environ.get("LLAVA_CACHE") or Path.home() / ".cache" / "llava")
+
+
+class FileState(NamedTuple):
+    """What was found out about an image file while it had this time (nanoseconds) and size (bytes)."""
+
+    mtime: int
+    size: int
+    digest: str
+    decoded: bool
+    error: str
+
+
+class ImageIndex:
+    """Digests of the image files of a folder, and which of them decode; remembered by their time and size.
+
+    Args:
+        root: the image folder, or None for names that are paths of their own.
+        path: file that remembers between runs; None remembers nothing.
+    """
+
+    def __init__(self, root: str | Path | None, path: str | Path | None = None) -> None:
+        self.root = None if root is None else Path(root)
+        self.path = None if path is None else Path(path)
+        self._files: dict[str, FileState] = {}
+        self._seen: set[str] = set()
+        self._read()
+
+    @classmethod
+    def open(cls, root: str | Path | None) -> ImageIndex:
+        """Return the index of a folder that is kept in the user's cache."""
+        name = hashlib.sha256(str(Path(root or ".").resolve()).encode()).hexdigest()[:16]
+        return cls(root, cache_folder() / "images" / f"{name}.json")
+
+    def digest(self, ref: str) -> str:
+        """Return the identity of the bytes of image `ref`; the file is read the first time.
+
+        Raises:
+            DataError: it cannot be read, or was found not to decode.
+        """
+        state = self._files.get(ref) if ref in self._seen else self._look(ref, decode=False)
+        assert state is not None
+        if state.error:
+            raise DataError(state.error)
+        return state.digest
+
+    def verify(self, refs: Sequence[str], *, num_threads: int | None = None) -> dict[str, str]:
+        """Decode every image not known to decode, with several threads and a progress bar, and remember the outcome.
+
+        Returns:
+            for each image that cannot be used the reason.
+        """
+        num_threads = num_threads or min(16, 2 * (os.cpu_count() or 1))
+        with ThreadPoolExecutor(num_threads) as pool:
+            states = pool.map(lambda ref: self._look(ref, decode=True), refs)
+            found = list(progress(states, title="checking images", total=len(refs), unit="image"))
+        self.save()
+        return {ref: state.error for ref, state in zip(refs, found, strict=True) if state.error}
+
+    def save(self) -> None:
+        """Write what is known to `path`, if there is one; a folder that cannot be written costs time, not the run."""
+        if self.path is None:
+            return
+        content = {"version": INDEX_VERSION, "root": str(self.root), "files": self._files}
+        try:
+            write_atomic(self.path, json.dumps(content))
+        except OSError as error:
+            logger.warning(
+                "image index %s cannot be written (%s); images are checked again next time", self.path, error
+            )
+
+    def _read(self) -> None:
+        if self.path is None or not self.path.is_file():
+            return
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if content["version"] == INDEX_VERSION:
+                self._files = {ref: FileState(*state) for ref, state in content["files"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("image index %s cannot be read (%s); images are checked again", self.path, error)
+
+    def _look(self, ref: str, *, decode: bool) -> FileState:
+        """Return the state of a file, from memory while its time and size are the same."""
+        try:
+            stat = images.resolve(ref, self.root).stat()
+        except OSError as error:
+            return self._remember(ref, FileState(0, 0, "", False, f"image {ref} cannot be read: {error.strerror}"))
+        except DataError as error:
+            return self._remember(ref, FileState(0, 0, "", False, str(error)))
+        known = self._files.get(ref)
+        current = known is not None and (known.mtime, known.size) == (stat.st_mtime_ns, stat.st_size)
+        if known is not None and current and (known.decoded or known.error or not decode):
+            return self._remember(ref, known)
+        digest, error = "", ""
+        try:
+            data = images.read_bytes(ref, self.root)
+            digest = images.content_digest(data)
+            if decode:
+                images.load(data)
+        except DataError as problem:
+            error = str(problem).replace("given as bytes", ref)
+        return self._remember(ref, FileState(stat.st_mtime_ns, stat.st_size, digest, decode and not error, error))
+
+    def _remember(self, ref: str, state: FileState) -> FileState:
+        self._files[ref] = state
+        self._seen.add(ref)
+        return state
+
+
+class ImageStore:
+    """Pictures by key: names become keys, keys become pixels or, where a cache holds them, tower features.
+
+    Args:
+        index: the image folder and what is known about it.
+        processor: makes the pixels; its fingerprint is part of the key.
+        features: tower features that replace the pixels.
+        capacity: pictures kept in memory, the least recently used leave first.
+    """
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        processor: LlavaMedProcessor,
+        *,
+        features: FeatureCache | None = None,
+        capacity: int = 64,
+    ) -> None:
+        self.index = index
+        self.processor = processor
+        self.features = features
+        self.capacity = capacity
+        self._fingerprint = processor.image_fingerprint
+        self._refs: dict[str, str] = {}
+        self._recent: OrderedDict[str, Tensor] = OrderedDict()
+
+    def key(self, ref: str) -> str:
+        """Return the key of image `ref`.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        key = images.key_of_digest(self.index.digest(ref), self._fingerprint)
+        self._refs.setdefault(key, ref)
+        return key
+
+    def pixels(self, key: str) -> Tensor:
+        """Return the preprocessed picture [3, H, W] of a key that `key` gave before.
+
+        Raises:
+            DataError: unknown key, or the file does not decode.
+        """
+        if key in self._recent:
+            self._recent.move_to_end(key)
+            return self._recent[key]
+        if key not in self._refs:
+            raise DataError(f"image key {key!r} is unknown here; it comes from another data set or folder")
+        picture = self.processor.pixels([images.load(self._refs[key], self.index.root)])[0]
+        self._recent[key] = picture
+        while len(self._recent) > self.capacity:
+            self._recent.popitem(last=False)
+        return picture
+
+    def model_input(self, key: str) -> Tensor:
+        """Return the cached tower features [P, Dv] of an image, or its pixels [3, H, W]."""
+        if self.features is not None and key in self.features:
+            return self.features.get(key)
+        return self.pixels(key)
+
+    def images_for(self, sequences: Iterable[Encoded]) -> dict[str, Tensor]:
+        """Return the model input of every distinct image of the sequences, by key, in order of appearance.
+
+        Raises:
+            DataError: an image is unknown or does not decode, or only some of them are in the feature cache.
+        """
+        keys = dict.fromkeys(key for sequence in sequences for key in sequence.images)
+        found = {key: self.model_input(key) for key in keys}
+        if len({tensor.dim() for tensor in found.values()}) > 1:
+            raise DataError("the feature cache holds only some of the images; build it for all rows, or switch it off")
+        return found
+
+    def __getstate__(self) -> Mapping[str, object]:
+        """Pickle without the pictures: a worker process starts with an empty memory."""
+        return {**self.__dict__, "_recent": OrderedDict()}
