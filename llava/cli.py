@@ -22,7 +22,7 @@ TRACEBACK_VARIABLE = "LLAVA_TRACEBACK"
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One subcommand: where its function is (`module:function`, called with the rest of argv), and what to say of it."""
+    """One subcommand: its function (`module:function`, called with the rest of argv) and what help says of it."""
 
     target: str
     summary: str
@@ -39,7 +39,8 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         "llava.eval.evaluate:evaluate",
         "answer and score questions about images, with intervals and the blank-image control",
-        "llava eval --model-path runs/first --question-file test.json --image-folder images --output-dir runs/first/eval",
+        "llava eval --model-path runs/first --question-file test.json --image-folder images "
+        "--output-dir runs/first/eval",
     ),
     "chat": Command(
         "llava.chat:main",

