@@ -181,18 +181,21 @@ class ImageStore:
         self._refs.setdefault(key, ref)
         return key
 
-    def pixels(self, key: str) -> Tensor:
-        """Return the preprocessed picture [3, H, W] of a key that `key` gave before.
+    def decode(self, key: str) -> Tensor:
+        """Return the preprocessed picture [3, H, W] of a key that `key` gave before; may be called from any thread.
 
         Raises:
             DataError: unknown key, or the file does not decode.
         """
-        if key in self._recent:
-            self._recent.move_to_end(key)
-            return self._recent[key]
         if key not in self._refs:
             raise DataError(f"image key {key!r} is unknown here; it comes from another data set or folder")
-        picture = self.processor.pixels([images.load(self._refs[key], self.index.root)])[0]
+        return self.processor.pixels([images.load(self._refs[key], self.index.root)])[0]
+
+    def pixels(self, key: str) -> Tensor:
+        """Return what `decode` does, from memory if it was asked for lately."""
+        picture = self._recent.pop(key, None)
+        if picture is None:
+            picture = self.decode(key)
         self._recent[key] = picture
         while len(self._recent) > self.capacity:
             self._recent.popitem(last=False)

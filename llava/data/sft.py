@@ -104,7 +104,11 @@ class SFTDataset(Dataset[Encoded]):
 
     def pixels(self, key: str) -> Tensor:
         """Return the preprocessed picture [3, H, W] of an image key."""
-        return self.store.pixels(key)
+        return self.store.decode(key)
+
+    def use_features(self, feature_cache: FeatureCache | None) -> None:
+        """Return these tower features instead of pixels from `images_for` (None: pixels again)."""
+        self.store.features = feature_cache
 
     def images_for(self, sequences: Iterable[Encoded]) -> dict[str, Tensor]:
         """Return what the model needs of every distinct image of the sequences: pixels [3, H, W] or features [P, Dv].
