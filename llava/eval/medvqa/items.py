@@ -1,0 +1,175 @@
+"""One scored thing: a question's reference and the answer to it, joined by id.
+
+ground truth rows  --+
+                     +-- join --> Item, Item, ...
+answer rows  --------+
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.errors import DataError
+from llava.samples import Sample, from_row
+from llava.utils.jsonl import read_records
+
+CLOSED_TYPES = frozenset({"closed", "yes/no"})
+OPEN_TYPES = frozenset({"open", "other", "number"})
+MAX_NAMED_IDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A question with its reference and the answer to be scored, both as written.
+
+    Attributes:
+        question_id: the id as text.
+        question: the question without the image mark.
+        reference: the right answer.
+        prediction: the model's answer; empty where it failed.
+        closed: whether the answer is one of few (yes or no, left or right).
+        types: the question's types; empty when the data name none.
+        image: name of the image, the cluster of the intervals.
+        failed: whether the answer could not be generated.
+    """
+
+    question_id: str
+    question: str
+    reference: str
+    prediction: str
+    closed: bool
+    types: tuple[str, ...] = ()
+    image: str = ""
+    failed: bool = False
+
+
+def read_truth(path: str | Path) -> list[Sample]:
+    """Read questions with their references (`conversations` of a question and an answer at least).
+
+    Raises:
+        DataError: a row cannot be used or an id occurs twice; names file and row.
+    """
+    samples: list[Sample] = []
+    for index, row in enumerate(read_records(path)):
+        try:
+            samples.append(from_row(row))
+            check_reference(samples[-1])
+        except DataError as error:
+            raise DataError(f"{path}, row {index}: {error}") from error
+    _refuse_doubles([sample.id for sample in samples], str(path))
+    return samples
+
+
+def check_reference(sample: Sample) -> None:
+    """Refuse a row without an answer to compare with.
+
+    Raises:
+        DataError: the first question has no answer.
+    """
+    turns = sample.conversation.turns
+    if len(turns) < 2:
+        raise DataError(f"id {sample.id!r}: expected a question and its answer, got {len(turns)} turns")
+
+
+def join(samples: Sequence[Sample], answers: Iterable[Mapping[str, Any]], *, source: str = "answers") -> list[Item]:
+    """Join questions and answer rows by id, whatever their order and whether ids are numbers or text.
+
+    Args:
+        samples: the questions, in the order of the result.
+        answers: rows with `question_id`, `text` and `metadata`.
+        source: what messages call the answers.
+
+    Raises:
+        DataError: a question has no answer, an answer no question, or an id occurs twice; names the ids.
+    """
+    rows = list(answers)
+    for index, row in enumerate(rows):
+        if "question_id" not in row or "text" not in row:
+            raise DataError(f"{source}, row {index}: expected question_id and text, found {', '.join(row)}")
+    _refuse_doubles([str(row["question_id"]) for row in rows], source)
+    by_id = {str(row["question_id"]): row for row in rows}
+    missing = [sample.id for sample in samples if sample.id not in by_id]
+    extra = sorted(by_id.keys() - {sample.id for sample in samples})
+    if missing or extra:
+        raise DataError(
+            f"{source} and ground truth hold different questions: {_named(missing)} without an answer, "
+            f"{_named(extra)} answered but not in the ground truth; score an answer file with the questions it answers"
+        )
+    return [make_item(sample, by_id[sample.id]) for sample in samples]
+
+
+def make_item(sample: Sample, answer: Mapping[str, Any]) -> Item:
+    """Return the item of one question and one answer row."""
+    question, reference = sample.conversation.turns[0].text, sample.conversation.turns[1].text
+    metadata = answer.get("metadata") or {}
+    return Item(
+        question_id=sample.id,
+        question=question.replace("<image>", "").strip(),
+        reference=reference,
+        prediction=str(answer["text"]),
+        closed=is_closed(sample.meta.get("answer_type"), reference),
+        types=question_types(sample.meta.get("question_type")),
+        image=sample.images[0] if sample.images else sample.id,
+        failed="error" in metadata,
+    )
+
+
+def is_closed(answer_type: Any, reference: str) -> bool:
+    """Say whether a question is closed; one without `answer_type` is when its reference is yes or no.
+
+    Raises:
+        DataError: `answer_type` is none of the known words.
+    """
+    if answer_type is None:
+        return reference.strip().strip(".").lower() in {"yes", "no"}
+    word = str(answer_type).strip().lower()
+    if word in CLOSED_TYPES:
+        return True
+    if word in OPEN_TYPES:
+        return False
+    known = ", ".join(sorted(CLOSED_TYPES | OPEN_TYPES))
+    raise DataError(f"answer_type {answer_type!r} is unknown; expected one of {known} (any case)")
+
+
+def question_types(value: Any) -> tuple[str, ...]:
+    """Return the types in `question_type`; the data write several as `POS, PRES`."""
+    return tuple(part.strip().upper() for part in str(value or "").split(",") if part.strip())
+
+
+def read_candidates(path: str | Path) -> list[str]:
+    """Read the list of candidate answers: an object whose key "0" holds it, or training rows (their open answers).
+
+    Raises:
+        DataError: the file holds neither.
+    """
+    rows = list(read_records(path))
+    if len(rows) == 1 and isinstance(rows[0].get("0"), list):
+        return [str(value) for value in rows[0]["0"]]
+    if len(rows) == 1 and "conversations" not in rows[0] and "conversatons" not in rows[0]:
+        raise DataError(f'{path}: expected an object with key "0" (a list of answers) or training rows')
+    return open_answers(read_truth(path))
+
+
+def open_answers(samples: Iterable[Sample]) -> list[str]:
+    """Return the distinct open answers of training rows, in their order."""
+    answers = (
+        sample.conversation.turns[1].text
+        for sample in samples
+        if not is_closed(sample.meta.get("answer_type"), sample.conversation.turns[1].text)
+    )
+    return list(dict.fromkeys(answers))
+
+
+def _refuse_doubles(ids: Sequence[str], source: str) -> None:
+    doubles = [identity for identity, count in Counter(ids).items() if count > 1]
+    if doubles:
+        raise DataError(f"{source}: ids must be unique, but {_named(doubles)} occur more than once")
+
+
+def _named(ids: Sequence[str]) -> str:
+    shown = ", ".join(ids[:MAX_NAMED_IDS]) + (", ..." if len(ids) > MAX_NAMED_IDS else "")
+    return f"{len(ids)} ids" + (f" ({shown})" if ids else "")

@@ -1,0 +1,142 @@
+"""All figures of one answer file, and how they are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from llava.eval.controls import Majority, by_type, check_same_questions, compare_sets, majority_items
+from llava.eval.estimates import Draws, Score
+from llava.eval.medvqa.items import Item
+from llava.eval.medvqa.scores import METRIC_VERSION, PUBLISHED, Program, legacy_scores
+from llava.eval.medvqa.strict import is_unparsable, strict_scores
+from llava.eval.text_table import Cell, simple_table
+
+HEADERS = ("Metric", "Performance")
+
+NOT_SCORED = {
+    "bleu_score": "nltk is not installed: the BLEU rows are left out (pip install 'llava[eval]')",
+    "open accuracy": "no candidate answers were given: the row 'open accuracy' is left out (--candidate FILE)",
+}
+"""What to say when a score of the published table is missing."""
+
+
+def score_sets(
+    items: Sequence[Item], *, candidates: Sequence[str] | None = None, defects: frozenset[str] = PUBLISHED
+) -> dict[str, dict[str, Score]]:
+    """Return every set of scores of the items: `strict`, then the published ones by program."""
+    sets = {"strict": strict_scores(items)}
+    for program in get_args(Program):
+        columns = legacy_scores(items, program=program, candidates=candidates, defects=defects)
+        sets[f"legacy {program}"] = {name: Score.of(values) for name, values in columns.items()}
+    return sets
+
+
+def full_report(
+    items: Sequence[Item],
+    *,
+    blank: Sequence[Item] | None = None,
+    baseline: Majority | None = None,
+    candidates: Sequence[str] | None = None,
+    defects: frozenset[str] = PUBLISHED,
+    num_resamples: int = 500,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return all figures of some answers as JSON values, percentages with intervals clustered by image.
+
+    Args:
+        items: the answered questions.
+        blank: the same questions answered on a grey image.
+        baseline: the most frequent answers, scored like a model.
+        candidates: open answers of the training set, for run_eval's open accuracy.
+        defects: known defects of the published scores that stay in.
+        num_resamples: of the intervals.
+        seed: of the resampling.
+    """
+    if blank is not None:
+        check_same_questions(items, blank, what="the blank-image control")
+    draws = Draws([item.image for item in items], num_resamples=num_resamples, seed=seed)
+    options: dict[str, Any] = {"candidates": candidates, "defects": defects}
+    blank_sets = None if blank is None else score_sets(blank, **options)
+    baseline_sets = None if baseline is None else score_sets(majority_items(items, baseline), **options)
+    return {
+        "metric_version": METRIC_VERSION,
+        "defects": sorted(defects),
+        "counts": counts(items),
+        "blank_counts": None if blank is None else counts(blank),
+        "majority": None
+        if baseline is None
+        else {
+            "source": baseline.source,
+            "closed": baseline.closed,
+            "open": baseline.open,
+        },
+        "scores": {
+            name: compare_sets(
+                scores,
+                draws,
+                blank=None if blank_sets is None else blank_sets[name],
+                baseline=None if baseline_sets is None else baseline_sets[name],
+            )
+            for name, scores in score_sets(items, **options).items()
+        },
+        "by_type": by_type(items, blank, num_resamples=num_resamples, seed=seed),
+        "intervals": {"level": 0.95, "clusters": "image", "num_resamples": num_resamples, "seed": seed},
+    }
+
+
+def counts(items: Sequence[Item]) -> dict[str, int]:
+    """Return how many questions, images, failures and answers without a decision there are."""
+    return {
+        "questions": len(items),
+        "open": sum(not item.closed for item in items),
+        "closed": sum(item.closed for item in items),
+        "images": len({item.image for item in items}),
+        "failed": sum(item.failed for item in items),
+        "unparsable": sum(is_unparsable(item) for item in items),
+    }
+
+
+def legacy_table(columns: Mapping[str, Sequence[float]], *, names: Sequence[str] | None = None) -> str:
+    """Return the two-column table that the published scripts print, values in percent."""
+    shown = columns if names is None else [name for name in names if name in columns]
+    return simple_table(HEADERS, [[name, Score.of(columns[name]).mean()] for name in shown])
+
+
+def report_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return one set of scores as text: figure, interval, control, what came from the picture, majority."""
+    with_blank = any("blank" in row for row in scores.values())
+    with_majority = any("majority" in row for row in scores.values())
+    headers = ["Metric", "n", "%", "95% interval"]
+    headers += ["blank image", "from the picture"] if with_blank else []
+    headers += ["majority"] if with_majority else []
+    return simple_table(headers, [_report_row(name, row, with_blank, with_majority) for name, row in scores.items()])
+
+
+def type_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table by question type as text."""
+    with_blank = any("blank" in row for row in rows)
+    headers = ["Type, score", "n", "%", "95% interval"] + (["blank image", "from the picture"] if with_blank else [])
+    cells = [_report_row(f"{row['type']}, {row['score']}", row, with_blank, False) for row in rows]
+    return simple_table(headers, cells)
+
+
+def _report_row(name: str, row: Mapping[str, Any], with_blank: bool, with_majority: bool) -> list[Cell]:
+    answered = row["answered"]
+    cells: list[Cell] = [name, answered["num_items"], figure(answered["value"]), interval(answered)]
+    if with_blank:
+        picture = row["from_picture"]
+        cells += [figure(row["blank"]["value"]), f"{figure(picture['value'], signed=True)} {interval(picture)}"]
+    if with_majority:
+        cells.append(figure(row.get("majority")))
+    return cells
+
+
+def figure(value: float | None, *, signed: bool = False) -> str:
+    """Return a percentage with two decimals; `-` for none."""
+    return "-" if value is None else format(value, "+.2f" if signed else ".2f")
+
+
+def interval(estimate: Mapping[str, Any]) -> str:
+    """Return an interval as `[low, high]`."""
+    return f"[{figure(estimate['low'])}, {figure(estimate['high'])}]"

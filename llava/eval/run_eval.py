@@ -1,0 +1,19 @@
+"""Score one medical VQA answer file.
+
+python llava/eval/run_eval.py --gt vqa_rad/test.json --pred test-answer-file.jsonl --candidate vqa_rad/train.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llava.eval.medvqa import programs
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    programs.run_eval(argv)
+
+
+if __name__ == "__main__":
+    main()

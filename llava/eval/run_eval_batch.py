@@ -1,0 +1,19 @@
+"""Score all medical VQA answer files below a folder.
+
+python llava/eval/run_eval_batch.py --pred_file_parent_path answers --target_test_type test-answer-file --gt-root data
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llava.eval.medvqa import programs
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    programs.run_eval_batch(argv)
+
+
+if __name__ == "__main__":
+    main()
