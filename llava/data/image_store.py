@@ -129,15 +129,15 @@ class ImageIndex:
         current = known is not None and (known.mtime, known.size) == (stat.st_mtime_ns, stat.st_size)
         if known is not None and current and (known.decoded or known.error or not decode):
             return self._remember(ref, known)
-        digest, error = "", ""
+        digest = reason = ""
         try:
             data = images.read_bytes(ref, self.root)
             digest = images.content_digest(data)
             if decode:
                 images.load(data)
         except DataError as problem:
-            error = str(problem).replace("given as bytes", ref)
-        return self._remember(ref, FileState(stat.st_mtime_ns, stat.st_size, digest, decode and not error, error))
+            reason = str(problem).replace("given as bytes", ref)
+        return self._remember(ref, FileState(stat.st_mtime_ns, stat.st_size, digest, decode and not reason, reason))
 
     def _remember(self, ref: str, state: FileState) -> FileState:
         self._files[ref] = state

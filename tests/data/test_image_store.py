@@ -1,0 +1,196 @@
+"""What is known about image files, and pictures by key: equal bytes are equal images, each decoded once."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava.data import image_store, images
+from llava.data.encode import Encoded
+from llava.data.feature_cache import build
+from llava.data.image_store import ImageIndex, ImageStore, cache_folder
+from llava.errors import DataError
+
+
+class Processor:
+    """Pixels are the mean colour; counts the pictures it was given."""
+
+    image_fingerprint = "test"
+
+    def __init__(self) -> None:
+        self.num = 0
+
+    def pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
+        self.num += len(pictures)
+        means = [np.asarray(picture).mean(axis=(0, 1)) for picture in pictures]
+        return torch.tensor(np.stack(means), dtype=torch.float32).view(-1, 3, 1, 1)
+
+
+def paint(path: Path, value: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), (value, value, value)).save(path)
+
+
+def encoded(*keys: str) -> Encoded:
+    return Encoded((1,), (-100,), (0,), images=keys)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(6):
+        paint(tmp_path / "images" / f"{number}.png", number)
+    paint(tmp_path / "images" / "sub" / "copy.png", 0)
+    return tmp_path / "images"
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    seen: list[str] = []
+    original = images.read_bytes
+
+    def read(ref: Any, root: Any) -> bytes:
+        seen.append(str(ref))
+        return original(ref, root)
+
+    monkeypatch.setattr(images, "read_bytes", read)
+    return seen
+
+
+def test_equal_bytes_have_equal_keys_whatever_their_name(folder: Path) -> None:
+    store = ImageStore(ImageIndex(folder), Processor())
+    assert store.key("0.png") == store.key("sub/copy.png") != store.key("1.png")
+    assert store.key("0.png") == images.image_key((folder / "0.png").read_bytes(), "test")
+
+
+def test_an_image_of_a_step_is_decoded_once(folder: Path) -> None:
+    processor = Processor()
+    store = ImageStore(ImageIndex(folder), processor)
+    keys = [store.key(f"{number}.png") for number in range(3)]
+    found = store.images_for([encoded(keys[2], keys[0]), encoded(), encoded(keys[2]), encoded(keys[1])])
+    assert list(found) == [keys[2], keys[0], keys[1]]
+    assert [int(pixels[0, 0, 0]) for pixels in found.values()] == [2, 0, 1]
+    assert processor.num == 3
+    store.images_for([encoded(keys[1])])
+    assert processor.num == 3
+
+
+def test_the_memory_is_bounded_and_forgets_the_least_recent(folder: Path) -> None:
+    processor = Processor()
+    store = ImageStore(ImageIndex(folder), processor, capacity=2)
+    keys = [store.key(f"{number}.png") for number in range(3)]
+    for key in (keys[0], keys[1], keys[0], keys[2]):
+        store.pixels(key)
+    assert processor.num == 3
+    store.pixels(keys[0])
+    assert processor.num == 3
+    store.pixels(keys[1])
+    assert processor.num == 4
+
+
+def test_an_unknown_key_is_an_error(folder: Path) -> None:
+    with pytest.raises(DataError, match="unknown here"):
+        ImageStore(ImageIndex(folder), Processor()).images_for([encoded("nothing")])
+
+
+def test_cached_features_replace_pixels_for_all_or_none(folder: Path, tmp_path: Path) -> None:
+    processor = Processor()
+    store = ImageStore(ImageIndex(folder), processor)
+    keys = [store.key(f"{number}.png") for number in range(3)]
+
+    def features(pixels: Tensor) -> Tensor:
+        return pixels.view(-1, 1, 3) + 0.5
+
+    store.features = build(tmp_path, keys[:2], tower="t", pixels=store.decode, features=features)
+    num = processor.num
+    found = store.images_for([encoded(*keys[:2])])
+    assert [tensor.shape for tensor in found.values()] == [(1, 3), (1, 3)]
+    assert found[keys[1]][0, 0] == 1.5
+    assert processor.num == num
+    with pytest.raises(DataError, match="only some of the images"):
+        store.images_for([encoded(*keys)])
+
+
+def test_a_store_is_pickled_without_its_pictures(folder: Path) -> None:
+    store = ImageStore(ImageIndex(folder), Processor())
+    key = store.key("3.png")
+    store.pixels(key)
+    other = pickle.loads(pickle.dumps(store))
+    assert not other._recent
+    assert torch.equal(other.pixels(key), store.pixels(key))
+
+
+def test_verify_names_what_does_not_decode(folder: Path) -> None:
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:40])
+    index = ImageIndex(folder)
+    bad = index.verify(["0.png", "1.png", "gone.png", "../x.png"], num_threads=3)
+    assert list(bad) == ["1.png", "gone.png", "../x.png"]
+    assert "1.png cannot be decoded" in bad["1.png"]
+    assert "gone.png cannot be read: No such file" in bad["gone.png"]
+    assert "outside the image folder" in bad["../x.png"]
+    assert len(index.digest("0.png")) == 64
+    for ref, reason in bad.items():
+        with pytest.raises(DataError) as caught:
+            index.digest(ref)
+        assert str(caught.value) == reason
+
+
+def test_a_second_run_looks_only_at_time_and_size(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "2.png").write_text("broken")
+    refs = [f"{number}.png" for number in range(6)]
+    path = tmp_path / "cache" / "index.json"
+    first = ImageIndex(folder, path).verify(refs)
+    assert list(first) == ["2.png"]
+    reads = count_reads(monkeypatch)
+    index = ImageIndex(folder, path)
+    assert index.verify(refs) == first
+    assert [index.digest(ref) for ref in refs if ref != "2.png"]
+    assert reads == []
+    paint(folder / "2.png", 2)
+    os.utime(folder / "4.png", ns=(1, 1))
+    assert ImageIndex(folder, path).verify(refs) == {}
+    assert sorted(reads) == ["2.png", "4.png"]
+
+
+def test_a_digest_alone_does_not_count_as_decoded(folder: Path, tmp_path: Path) -> None:
+    (folder / "5.png").write_text("broken")
+    index = ImageIndex(folder, tmp_path / "index.json")
+    assert len(index.digest("5.png")) == 64
+    assert list(index.verify(["5.png"])) == ["5.png"]
+
+
+@pytest.mark.parametrize("content", ["{", '{"version": 0}', '{"version": 1, "files": {"a": [1]}}', "[]"])
+def test_a_damaged_index_is_made_again(folder: Path, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "index.json"
+    path.write_text(content)
+    assert ImageIndex(folder, path).verify(["0.png"]) == {}
+    assert '"0.png"' in path.read_text()
+
+
+def test_an_index_that_cannot_be_written_costs_a_warning(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    assert ImageIndex(folder, tmp_path / "file" / "index.json").verify(["0.png"]) == {}
+    assert "cannot be written" in caplog.text
+
+
+def test_each_folder_has_its_index_in_the_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_CACHE", str(tmp_path / "cache"))
+    assert cache_folder() == tmp_path / "cache"
+    ImageIndex.open(folder).verify(["0.png"])
+    ImageIndex.open(folder / "sub").verify(["copy.png"])
+    assert len(list((tmp_path / "cache" / "images").glob("*.json"))) == 2
+    monkeypatch.setattr(image_store, "INDEX_VERSION", 99)
+    reads = count_reads(monkeypatch)
+    ImageIndex.open(folder).verify(["0.png"])
+    assert reads == ["0.png"]

@@ -1,0 +1,121 @@
+"""Samples and the JSON rows they are read from and written to."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava.errors import DataError
+from llava.samples import Conversation, Origin, Sample, Turn, from_row, name_of, num_lost_turns, to_row
+
+
+def row(*turns: tuple[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"id": "a", "conversations": [{"from": who, "value": what} for who, what in turns], **fields}
+
+
+def test_a_row_of_the_vqa_layout() -> None:
+    sample = from_row(
+        row(
+            ("human", "Which side?\n<image>"),
+            ("gpt", "left"),
+            image="test/1.jpg",
+            answer_type="OPEN",
+            question_type="pos",
+        )
+    )
+    assert sample == Sample(
+        "a",
+        Conversation((Turn("human", "Which side?\n<image>"), Turn("gpt", "left"))),
+        ("test/1.jpg",),
+        {"answer_type": "OPEN", "question_type": "pos"},
+    )
+
+
+def test_what_published_files_get_wrong_is_read() -> None:
+    turns = [{"from": "user", "value": "How many?"}, {"from": "assistant", "value": 3}]
+    sample = from_row({"id": 17, "conversatons": turns, "image": ["a.png", "b.png"]})
+    assert sample.id == "17"
+    assert sample.conversation.turns == (Turn("human", "How many?"), Turn("gpt", "3"))
+    assert sample.images == ("a.png", "b.png")
+    written = to_row(sample)
+    assert written["id"] == 17
+    assert "conversations" in written and "conversatons" not in written
+
+
+def test_an_answer_before_the_first_question_is_left_out() -> None:
+    raw = row(("gpt", "hello"), ("human", "q"), ("gpt", "a"))
+    sample = from_row(raw)
+    assert [turn.text for turn in sample.conversation.turns] == ["q", "a"]
+    assert num_lost_turns(raw, sample) == 1
+    clean = row(("system", "Be brief."), ("human", "q"))
+    assert num_lost_turns(clean, from_row(clean)) == 0
+
+
+def test_a_system_turn_becomes_the_system_text() -> None:
+    sample = from_row(row(("system", "Be brief."), ("human", "q"), ("gpt", "a")))
+    assert sample.conversation.system == "Be brief."
+    assert len(sample.conversation.turns) == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"id": "a"}, "'conversations' is missing; the row has 'id'"),
+        ({**row(("human", "q")), "id": None}, "'id' is missing"),
+        ({**row(("human", "q")), "id": 1.5}, "'id' must be"),
+        ({"id": "a", "conversations": {"from": "human"}}, "must be a list of turns, got dict"),
+        ({"id": "a", "conversations": ["hello"]}, r"conversations\[0\] must be an object"),
+        ({"id": "a", "conversations": [{"from": "human"}]}, r"conversations\[0\].value must be text"),
+        (row(("human", "q"), ("gpt", None)), r"conversations\[1\].value must be text or a number, got None"),
+        (row(("human", "q"), ("gpt", True)), r"conversations\[1\].value"),
+        (row(("doctor", "q")), r"conversations\[0\].from must be one of human, user, gpt, assistant, got 'doctor'"),
+        (row(("human", "q"), ("human", "q")), r"conversations\[1\]: two turns in a row from 'human'"),
+        (row(("gpt", "a"), ("gpt", "a"), ("human", "q")), r"conversations\[1\]: two turns in a row from 'gpt'"),
+        (row(("gpt", "a")), "holds no question"),
+        (row(), "holds no question"),
+        (row(("human", "q"), image=5), "'image' must be a file name"),
+        (row(("human", "q"), image=["a", ""]), "'image' must be"),
+        ([1], "must be a JSON object"),
+    ],
+)
+def test_an_unusable_field_is_named(raw: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        from_row(raw)
+
+
+texts = st.text(max_size=20)
+turns = st.lists(st.tuples(texts, st.sampled_from([None, True, False])), min_size=1, max_size=5)
+metas = st.dictionaries(
+    st.text(min_size=1, max_size=8).filter(lambda name: name not in ("id", "image", "conversations", "conversatons")),
+    st.none() | st.integers() | texts | st.lists(st.integers(), max_size=3),
+    max_size=3,
+)
+
+
+@given(
+    turns=turns,
+    system=st.none() | texts,
+    images=st.lists(st.text(min_size=1, max_size=8), max_size=3).map(tuple),
+    meta=metas,
+    identity=texts,
+)
+def test_a_row_read_back_is_the_same_sample(
+    *, turns: list[tuple[str, bool | None]], system: str | None, images: tuple[str, ...], meta: Any, identity: str
+) -> None:
+    spoken = tuple(Turn("gpt" if index % 2 else "human", text, train) for index, (text, train) in enumerate(turns))
+    sample = Sample(identity, Conversation(spoken, system), images, meta)
+    assert from_row(json.loads(json.dumps(to_row(sample)))) == sample
+
+
+def test_the_origin_names_the_row_and_is_no_part_of_equality() -> None:
+    sample = from_row(row(("human", "q")))
+    placed = Sample(sample.id, sample.conversation, origin=Origin("train.json", 17))
+    assert placed == sample
+    assert name_of(placed) == "train.json, row 17, id 'a'"
+    assert name_of(sample) == "id 'a'"
+    assert pickle.loads(pickle.dumps(placed)).origin == Origin("train.json", 17)
