@@ -1,8 +1,22 @@
-"""Conversation to tokens and labels: the only place that tokenizes."""
+"""Conversation to tokens and labels: the only place that tokenizes.
+
+The rendered text is cut at its image place holders and every piece is tokenized on its own, as the published models
+were fed: begin-of-text once, then piece, image, piece, ... A token is trained when the character at which it starts
+lies in a trained segment; no token is counted, nothing is tokenized twice.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+from llava.constants import IGNORE_INDEX, IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
+from llava.conversation import Segment
+from llava.errors import DataError
+from llava.processing import LlavaMedProcessor
+from llava.samples import Conversation, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +38,175 @@ class Encoded:
     image_spans: tuple[tuple[int, int], ...] = ()
     images: tuple[str, ...] = ()
     num_cut: int = 0
+
+
+@dataclass(slots=True)
+class Draft:
+    """Tokens under construction: ids, trained flags and turns, and whether each belongs to an image block."""
+
+    ids: list[int] = field(default_factory=list)
+    trained: list[bool] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    in_block: list[bool] = field(default_factory=list)
+    image_spans: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, token: int, trained: bool, turn: int, in_block: bool = False) -> None:
+        """Append one token."""
+        self.ids.append(token)
+        self.trained.append(trained)
+        self.turns.append(turn)
+        self.in_block.append(in_block)
+
+
+def encode(
+    conversation: Conversation,
+    processor: LlavaMedProcessor,
+    *,
+    images: Sequence[str] = (),
+    max_length: int | None,
+) -> Encoded:
+    """Return the training sequence of a conversation.
+
+    Args:
+        conversation: the turns, with one `<image>` for each image.
+        processor: the model's tokenizer, template and image settings.
+        images: identity of each image, in order.
+        max_length: most tokens, images included; text is cut at the end, never an image. None: no limit.
+
+    Raises:
+        DataError: place holders and images differ in number, or the images alone do not fit.
+    """
+    segments = processor.template.render(place_images(conversation, processor))
+    draft = tokenize_segments(segments, processor)
+    _check_images(draft, processor, images)
+    return _finish(draft, images, max_length)
+
+
+def encode_prompt(conversation: Conversation, processor: LlavaMedProcessor, *, images: Sequence[str] = ()) -> Encoded:
+    """Return a conversation that ends with a question, opened for the answer; no token is trained.
+
+    Raises:
+        DataError: it does not end with a question, or place holders and images differ in number.
+    """
+    segments = processor.template.open(place_images(conversation, processor))
+    draft = tokenize_segments(segments, processor)
+    _check_images(draft, processor, images)
+    return _finish(draft, images, None)
+
+
+def place_images(conversation: Conversation, processor: LlavaMedProcessor) -> Conversation:
+    """Return the conversation with the place holders of each turn where the model was trained to see them."""
+    if processor.placement == "as_written":
+        return conversation
+    return replace(conversation, turns=tuple(_to_front(turn) for turn in conversation.turns))
+
+
+def _to_front(turn: Turn) -> Turn:
+    if IMAGE_TOKEN not in turn.text:
+        return turn
+    text = turn.text.replace(IMAGE_TOKEN, "").strip()
+    return replace(turn, text=(f"{IMAGE_TOKEN}\n" * turn.text.count(IMAGE_TOKEN) + text).strip())
+
+
+def tokenize_segments(segments: Sequence[Segment], processor: LlavaMedProcessor) -> Draft:
+    """Return the tokens of rendered segments, images expanded."""
+    text = "".join(segment.text for segment in segments)
+    starts = list(accumulate((len(segment.text) for segment in segments), initial=0))[:-1]
+    draft = Draft()
+    for token in processor.text.bos_ids:
+        draft.add(token, False, -1)
+    position = 0
+    pieces = text.split(IMAGE_TOKEN)
+    for index, piece in enumerate(pieces):
+        if index:
+            turn = segments[bisect_right(starts, position) - 1].turn
+            _add_image(draft, processor, turn)
+            position += len(IMAGE_TOKEN)
+        before, body, after, skipped = _wrap(piece, processor, index > 0, index < len(pieces) - 1)
+        tokens = processor.text(before + body + after)
+        for token, (start, _) in zip(tokens.ids, tokens.spans, strict=True):
+            offset = start - len(before)
+            inside = 0 <= offset < len(body)
+            character = position + skipped + min(max(offset, 0), max(len(body) - 1, 0))
+            segment = segments[min(bisect_right(starts, character), len(segments)) - 1]
+            draft.add(token, inside and segment.trained, segment.turn)
+        position += len(piece)
+    _protect_markers(draft, processor)
+    if draft.trained:
+        draft.trained[0] = False  # nothing comes before it that could predict it
+    return draft
+
+
+def _wrap(piece: str, processor: LlavaMedProcessor, after_image: bool, before_image: bool) -> tuple[str, str, str, int]:
+    """Return end marker, text, start marker and how many characters were dropped at the front of the text."""
+    body, skipped = piece, 0
+    if processor.strip_around_images and after_image:
+        body = piece.lstrip()
+        skipped = len(piece) - len(body)
+    if processor.strip_around_images and before_image:
+        body = body.rstrip()
+    if not processor.use_im_start_end:
+        return "", body, "", skipped
+    return IM_END_TOKEN if after_image else "", body, IM_START_TOKEN if before_image else "", skipped
+
+
+def _add_image(draft: Draft, processor: LlavaMedProcessor, turn: int) -> None:
+    start = len(draft.ids)
+    for _ in range(processor.num_image_tokens):
+        draft.add(processor.image_token_id, False, turn, in_block=True)
+    draft.image_spans.append((start, len(draft.ids)))
+
+
+def _protect_markers(draft: Draft, processor: LlavaMedProcessor) -> None:
+    """Count the start and end markers around each image as part of its block."""
+    if not processor.use_im_start_end:
+        return
+    known = processor.tokenizer.get_vocab()
+    for start, stop in draft.image_spans:
+        if start > 0 and draft.ids[start - 1] == known.get(IM_START_TOKEN):
+            draft.in_block[start - 1] = True
+        if stop < len(draft.ids) and draft.ids[stop] == known.get(IM_END_TOKEN):
+            draft.in_block[stop] = True
+
+
+def _check_images(draft: Draft, processor: LlavaMedProcessor, images: Sequence[str]) -> None:
+    found = len(draft.image_spans)
+    if found != len(images):
+        raise DataError(
+            f"the conversation has {found} {IMAGE_TOKEN} place holders but {len(images)} images are given; "
+            f"write one {IMAGE_TOKEN} for each image and none elsewhere"
+        )
+    if draft.ids.count(processor.image_token_id) != found * processor.num_image_tokens:
+        token = processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
+        raise DataError(f"the text itself contains {token}, which stands for a part of an image; remove it")
+
+
+def _finish(draft: Draft, images: Sequence[str], max_length: int | None) -> Encoded:
+    """Return the draft as an `Encoded`, its text cut at the end so that everything fits into `max_length` tokens."""
+    total, num_blocked = len(draft.ids), sum(draft.in_block)
+    keep = range(total)
+    spans = tuple(draft.image_spans)
+    if max_length is not None and total > max_length:
+        budget = max_length - num_blocked
+        if budget < 1:
+            raise DataError(
+                f"{len(spans)} images take {num_blocked} tokens, which leaves no text within the maximum length of "
+                f"{max_length}; raise --model_max_length above {num_blocked} or use fewer tokens an image"
+            )
+        seen_text = list(accumulate(not blocked for blocked in draft.in_block))
+        kept = [t for t in range(total) if draft.in_block[t] or seen_text[t] <= budget]
+        places = {old: new for new, old in enumerate(kept)}
+        spans = tuple((places[start], places[stop - 1] + 1) for start, stop in spans)
+        return _collect(draft, kept, spans, images)
+    return _collect(draft, keep, spans, images)
+
+
+def _collect(draft: Draft, keep: Sequence[int], spans: tuple[tuple[int, int], ...], images: Sequence[str]) -> Encoded:
+    return Encoded(
+        input_ids=tuple(draft.ids[t] for t in keep),
+        labels=tuple(draft.ids[t] if draft.trained[t] else IGNORE_INDEX for t in keep),
+        turns=tuple(draft.turns[t] for t in keep),
+        image_spans=spans,
+        images=tuple(images),
+        num_cut=len(draft.ids) - len(keep),
+    )

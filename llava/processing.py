@@ -1,0 +1,206 @@
+"""Everything between raw input and the model: tokenizer, picture preprocessing, template. Saved beside the weights.
+
+pictures --pixels--> [N, 3, H, W]        text --data.encode--> ids (one place-holder id per image patch)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+
+from llava.constants import IM_PATCH_TOKEN, IMAGE_TOKEN
+from llava.conversation import Template, get_template
+from llava.data.images import MODES, fit, mean_color
+from llava.errors import CheckpointError, ConfigError
+from llava.tokenization import PrefixMark, TextTokenizer
+from llava.utils.lookup import lookup
+
+FILE_NAME = "llava_processor.json"
+"""Settings of the processor, beside the tokenizer's and image processor's own files."""
+
+Placement = Literal["front", "as_written"]
+PLACEMENTS: dict[str, Placement] = {"front": "front", "as_written": "as_written"}
+"""`front` moves the images of a turn before its text (LLaVA from 1.0 on); `as_written` leaves them (LLaVA-Med 1.0)."""
+
+
+class LlavaMedProcessor:
+    """A model's tokenizer, image processor and template, and the settings that must not be chosen twice."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: Any,
+        *,
+        template: str,
+        image_mode: str = "square",
+        num_image_tokens: int,
+        placement: str = "front",
+        use_im_start_end: bool = False,
+        system: str | None = None,
+        strip_around_images: bool = False,
+        prefix_mark: PrefixMark | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            tokenizer: a fast tokenizer that knows `<image>` (or `<im_patch>`) as a token.
+            image_processor: a PIL image processor of transformers; None for text only.
+            template: key of `conversation.TEMPLATES`.
+            image_mode: how pictures become square, see `data.images.fit`.
+            num_image_tokens: tokens of one image (P).
+            placement: key of `PLACEMENTS`.
+            use_im_start_end: write `<im_start>` and `<im_end>` around each image.
+            system: replaces the template's system text.
+            strip_around_images: drop white space around image blocks, as the tokenizer of LLaVA-Med 1.0 did.
+            prefix_mark: see `tokenization`; None finds out.
+
+        Raises:
+            ConfigError: an unknown name, or the tokenizer has no image place holder.
+        """
+        if image_mode not in MODES:
+            raise ConfigError(f"unknown image mode {image_mode!r}; known: {', '.join(MODES)}")
+        if num_image_tokens < 1:
+            raise ConfigError(f"an image needs at least one token, got num_image_tokens={num_image_tokens}")
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.template_name = template
+        self.image_mode = image_mode
+        self.num_image_tokens = num_image_tokens
+        self.placement = lookup(PLACEMENTS, placement, "image placement")
+        self.use_im_start_end = use_im_start_end
+        self.system = system
+        self.strip_around_images = strip_around_images
+        self.text = TextTokenizer(tokenizer, prefix_mark)
+        base = get_template(template)
+        self.template: Template = base if system is None else base.with_system(system)
+        self.image_token_id = _find_image_token(tokenizer)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Id that ends a generation, if the tokenizer has one."""
+        return cast("int | None", self.tokenizer.eos_token_id)
+
+    @property
+    def pad_token_id(self) -> int:
+        """An id to fill unused places with; they are always masked, so any known one serves."""
+        for name in ("pad_token_id", "unk_token_id", "eos_token_id"):
+            if (token := getattr(self.tokenizer, name, None)) is not None:
+                return int(token)
+        return 0
+
+    @cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: end of text, and the template's stop strings that are one token."""
+        ids = [] if self.eos_token_id is None else [self.eos_token_id]
+        known = self.tokenizer.get_vocab()
+        ids += [known[stop] for stop in self.template.stops if stop in known and stop in self._special_texts]
+        return tuple(dict.fromkeys(ids))
+
+    @cached_property
+    def _special_texts(self) -> frozenset[str]:
+        return frozenset(str(token) for token in self.tokenizer.added_tokens_decoder.values())
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the pixels that the model takes."""
+        return _output_size(self.image_processor)
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return pictures as the model's input, `[N, 3, H, W]` float32.
+
+        Raises:
+            ConfigError: this is a processor for text only.
+        """
+        if self.image_processor is None:
+            raise ConfigError("this processor has no image processor; load one with a vision tower")
+        height, width = self.image_size
+        if not images:
+            return torch.zeros(0, 3, height, width)
+        fill = mean_color(getattr(self.image_processor, "image_mean", None) or (0.5, 0.5, 0.5))
+        shaped = [fit(image, self.image_mode, size=(height, width), fill=fill) for image in images]
+        return cast(Tensor, self.image_processor(images=shaped, return_tensors="pt")["pixel_values"])
+
+    @cached_property
+    def image_fingerprint(self) -> str:
+        """Identity of all that happens to a picture: equal fingerprints and equal bytes give equal pixels."""
+        constants = None if self.image_processor is None else self.image_processor.to_dict()
+        text = json.dumps(
+            [self.image_mode, type(self.image_processor).__name__, constants], sort_keys=True, default=str
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of generated ids without special tokens."""
+        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write settings, tokenizer and image processor into folder `path`; each file appears whole or not at all."""
+        target = Path(path)
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".processor-") as folder:
+            self.tokenizer.save_pretrained(folder)
+            if self.image_processor is not None:
+                self.image_processor.save_pretrained(folder)
+            settings = {
+                "template": self.template_name,
+                "system": self.system,
+                "image_mode": self.image_mode,
+                "num_image_tokens": self.num_image_tokens,
+                "placement": self.placement,
+                "use_im_start_end": self.use_im_start_end,
+                "strip_around_images": self.strip_around_images,
+                "prefix_mark": self.text.prefix_mark,
+            }
+            text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+            (Path(folder) / FILE_NAME).write_text(text, encoding="utf-8")
+            # The settings come last: a folder that has them has everything.
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == FILE_NAME):
+                os.replace(file, target / file.name)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> LlavaMedProcessor:
+        """Load what `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: the folder holds no processor, or one that cannot be read.
+        """
+        file = Path(path) / FILE_NAME
+        if not file.is_file():
+            raise CheckpointError(f"{path} holds no {FILE_NAME}; expected a folder written by this package's training")
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            has_images = (Path(path) / "preprocessor_config.json").is_file()
+            image_processor = AutoImageProcessor.from_pretrained(path, backend="pil") if has_images else None
+            return cls(tokenizer, image_processor, **settings)
+        except (TypeError, ValueError, OSError) as error:
+            raise CheckpointError(f"the processor in {path} cannot be loaded: {error}") from error
+
+
+def _find_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    known = tokenizer.get_vocab()
+    for token in (IMAGE_TOKEN, IM_PATCH_TOKEN):
+        if token in known:
+            return int(known[token])
+    raise ConfigError(f"the tokenizer knows neither {IMAGE_TOKEN} nor {IM_PATCH_TOKEN}; add one as a special token")
+
+
+def _output_size(image_processor: Any) -> tuple[int, int]:
+    """Return height and width of an image processor's output."""
+    crops = getattr(image_processor, "do_center_crop", False)
+    size = image_processor.crop_size if crops else image_processor.size
+    if isinstance(size, int):
+        return size, size
+    shortest = size.get("shortest_edge")
+    return (shortest, shortest) if shortest else (size["height"], size["width"])

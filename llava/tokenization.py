@@ -1,0 +1,126 @@
+"""Text to token ids with character spans, for any fast tokenizer, exactly as the published models were fed.
+
+Sentencepiece tokenizers (Llama, Mistral) write a prefix mark `▁` before a text. Those that the published models were
+trained with always wrote it; transformers 5 leaves it out where a text begins with a space, and forgets on saving
+whether it is written before every chunk between special tokens ("legacy") or once per text. So the mark is set here,
+on a copy of the backend, and the choice is saved with the processor.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+from huggingface_hub import try_to_load_from_cache
+from tokenizers import Tokenizer, normalizers
+from transformers import PreTrainedTokenizerBase
+
+from llava.errors import ConfigError
+
+PrefixMark = Literal["chunk", "text", "backend"]
+"""Where the prefix mark goes: before every chunk between special tokens (sentencepiece tokenizers until transformers
+4.37 and all with `legacy: true`), once per text (`legacy: false`), or wherever the backend itself puts it (byte-level
+and all other tokenizers)."""
+
+MARK = "\N{LOWER ONE EIGHTH BLOCK}"
+
+
+class Tokens(NamedTuple):
+    """Ids of a text and for each the `(start, stop)` of the characters it stands for; a prefix mark starts at 0."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
+class TextTokenizer:
+    """Tokenizes pieces of text without adding special tokens; special tokens written in the text are recognised."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prefix_mark: PrefixMark | None = None) -> None:
+        """Wrap a tokenizer.
+
+        Args:
+            tokenizer: any fast tokenizer of transformers.
+            prefix_mark: None finds out from the tokenizer's files.
+
+        Raises:
+            ConfigError: the tokenizer has no fast backend, so tokens cannot be placed in the text.
+        """
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise ConfigError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer, so its tokens cannot be placed in the text; "
+                "use a folder with tokenizer.json or a sentencepiece tokenizer.model"
+            )
+        if prefix_mark is not None and prefix_mark not in get_args(PrefixMark):
+            raise ConfigError(f"prefix mark must be one of {', '.join(get_args(PrefixMark))}, got {prefix_mark!r}")
+        self.tokenizer = tokenizer
+        self.prefix_mark: PrefixMark = prefix_mark or find_prefix_mark(tokenizer)
+        self._backend = self._make_backend()
+        self._size = len(tokenizer)
+
+    def _make_backend(self) -> Tokenizer:
+        backend = Tokenizer.from_str(cast(Any, self.tokenizer).backend_tokenizer.to_str())
+        backend.post_processor = cast(Any, None)  # byte-level ones would trim spaces off the spans
+        backend.no_truncation()
+        backend.no_padding()
+        if self.prefix_mark != "backend":
+            steps = [backend.normalizer] if backend.normalizer is not None else []
+            if self.prefix_mark == "chunk":
+                steps.append(normalizers.Prepend(MARK))
+            steps.append(normalizers.Replace(" ", MARK))
+            backend.normalizer = cast(Any, normalizers.Sequence(steps))
+            backend.pre_tokenizer = cast(Any, None)
+        return backend
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        """What the tokenizer writes before a text: its begin-of-text token, or nothing."""
+        ids = cast(list[int], self.tokenizer("").input_ids)
+        bos = self.tokenizer.bos_token_id
+        return (int(bos),) if ids and bos is not None and ids[0] == bos else ()
+
+    def __call__(self, text: str) -> Tokens:
+        """Return the tokens of one piece of text, tokenized as if it stood alone."""
+        if len(self.tokenizer) != self._size:  # tokens were added since
+            self._backend, self._size = self._make_backend(), len(self.tokenizer)
+        if not text:
+            return Tokens([], [])
+        if self.prefix_mark != "text":
+            encoding = self._backend.encode(text, add_special_tokens=False)
+            return Tokens(encoding.ids, encoding.offsets)
+        encoding = self._backend.encode(MARK + text, add_special_tokens=False)
+        ids, spans = encoding.ids, [(max(start - 1, 0), stop - 1) for start, stop in encoding.offsets]
+        if len(ids) > 1 and encoding.offsets[0] == (0, 1) and ids[1] in self.tokenizer.added_tokens_decoder:
+            ids, spans = ids[1:], spans[1:]  # no mark before a special token
+        return Tokens(ids, spans)
+
+
+def find_prefix_mark(tokenizer: PreTrainedTokenizerBase) -> PrefixMark:
+    """Return where this tokenizer's models expect the prefix mark.
+
+    A sentencepiece folder decides by the key `legacy` of its tokenizer_config.json; without the key it was made for
+    tokenizers that wrote the mark before every chunk. A tokenizer.json alone decides by its backend.
+    """
+    before = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    if before.get("type") != "Metaspace" or before.get("split", True) or before.get("prepend_scheme") == "never":
+        return "backend"
+    name = str(tokenizer.name_or_path or "")
+    config = _find_file(name, "tokenizer_config.json")
+    legacy = json.loads(config.read_text(encoding="utf-8")).get("legacy") if config else None
+    if legacy is None and _find_file(name, "tokenizer.model") and not _find_file(name, "tokenizer.json"):
+        legacy = True
+    if legacy is None:
+        legacy = before.get("prepend_scheme") == "always"
+    return "chunk" if legacy else "text"
+
+
+def _find_file(name: str, file: str) -> Path | None:
+    """Return the path of a tokenizer's file: in a folder, or in the cache of a hub name."""
+    if not name:
+        return None
+    if (Path(name) / file).is_file():
+        return Path(name) / file
+    if Path(name).exists() or name.startswith(("/", ".")) or name.count("/") > 1:
+        return None
+    cached = try_to_load_from_cache(name, file)
+    return Path(cached) if isinstance(cached, str) else None
