@@ -9,7 +9,7 @@ from llava.errors import DataError
 from llava.samples import Conversation, Sample, name_of
 
 
-def place_images(sample: Sample) -> Conversation:
+def with_places(sample: Sample) -> Conversation:
     """Return the sample's conversation with exactly one `<image>` per image.
 
     A row that names images but marks no place gets them in front of its first question, as the LLaVA trainers do.

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from llava.data.encode import Encoded, encode
 from llava.data.image_store import ImageIndex, ImageStore
-from llava.data.placing import place_images
+from llava.data.placing import with_places
 from llava.errors import DataError
 from llava.samples import Sample, name_of
 from llava.utils.log import warn_once
@@ -64,7 +64,7 @@ class SFTDataset(Dataset[Encoded]):
 
     def __getitem__(self, row: int) -> Encoded:
         sample = self.samples[row]
-        conversation = place_images(sample)
+        conversation = with_places(sample)
         try:
             keys = [self.store.key(ref) for ref in sample.images]
             encoded = encode(conversation, self.processor, images=keys, max_length=self.max_length)

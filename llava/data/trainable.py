@@ -1,6 +1,6 @@
 """The check before training: every row's images decode, find their place in the text, and leave something to train.
 
-samples --ImageIndex.verify--> files that decode --place_images, encode--> rows that can be trained on, and the others
+samples --ImageIndex.verify--> files that decode --with_places, encode--> rows that can be trained on, and the others
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llava.constants import IGNORE_INDEX
 from llava.data.encode import Encoded, encode
 from llava.data.image_store import ImageIndex
 from llava.data.images import key_of_digest
-from llava.data.placing import place_images
+from llava.data.placing import with_places
 from llava.data.quarantine import BadRow, Quarantine, bad_row, report
 from llava.errors import DataError
 from llava.samples import Sample
@@ -111,7 +111,7 @@ def _encode_all(
     for sample in progress(samples, title="checking rows", unit="row"):
         try:
             keys = [key_of_digest(index.digest(ref), fingerprint) for ref in sample.images]
-            encoded = encode(place_images(sample), processor, images=keys, max_length=max_length)
+            encoded = encode(with_places(sample), processor, images=keys, max_length=max_length)
             if not _num_trained(encoded):
                 cut = f" after {encoded.num_cut} tokens were cut to fit {max_length}" if encoded.num_cut else ""
                 raise DataError(f"no token is left to train{cut}; expected at least one answer")
