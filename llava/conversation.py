@@ -127,7 +127,7 @@ class Template:
         """Return the answer in generated text: repeated role headers off the front, cut at the first stop string."""
         text = text.strip()
         while True:
-            echo = next((echo for echo in (*self.echoes, *self.stops) if text.startswith(echo)), None)
+            echo = next((echo for echo in self.echoes if text.startswith(echo)), None)
             if echo is None:
                 break
             text = text[len(echo) :].lstrip()

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
-from llava.constants import IM_PATCH_TOKEN, IMAGE_TOKEN
+from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.conversation import Template, get_template
 from llava.data.images import MODES, fit, mean_color
 from llava.errors import CheckpointError, ConfigError
@@ -74,17 +74,22 @@ class LlavaMedProcessor:
             raise ConfigError(f"an image needs at least one token, got num_image_tokens={num_image_tokens}")
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.template_name = template
         self.image_mode = image_mode
         self.num_image_tokens = num_image_tokens
         self.placement = lookup(PLACEMENTS, placement, "image placement")
         self.use_im_start_end = use_im_start_end
-        self.system = system
         self.strip_around_images = strip_around_images
         self.text = TextTokenizer(tokenizer, prefix_mark)
-        base = get_template(template)
-        self.template: Template = base if system is None else base.with_system(system)
+        self.use_template(template, system=system)
         self.image_token_id = _find_image_token(tokenizer)
+        known = tokenizer.get_vocab()
+        self.marker_ids: tuple[int | None, int | None] = (known.get(IM_START_TOKEN), known.get(IM_END_TOKEN))
+
+    def use_template(self, name: str, *, system: str | None = None) -> None:
+        """Write conversations in another template from now on, with its own system text unless one is given."""
+        template = get_template(name)
+        self.system = system
+        self.template: Template = template if system is None else template.with_system(system)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -99,17 +104,13 @@ class LlavaMedProcessor:
                 return int(token)
         return 0
 
-    @cached_property
+    @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: end of text, and the template's stop strings that are one token."""
         ids = [] if self.eos_token_id is None else [self.eos_token_id]
-        known = self.tokenizer.get_vocab()
-        ids += [known[stop] for stop in self.template.stops if stop in known and stop in self._special_texts]
+        special = {str(token): token_id for token_id, token in self.tokenizer.added_tokens_decoder.items()}
+        ids += [special[stop] for stop in self.template.stops if stop in special]
         return tuple(dict.fromkeys(ids))
-
-    @cached_property
-    def _special_texts(self) -> frozenset[str]:
-        return frozenset(str(token) for token in self.tokenizer.added_tokens_decoder.values())
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -153,7 +154,7 @@ class LlavaMedProcessor:
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(folder)
             settings = {
-                "template": self.template_name,
+                "template": self.template.name,
                 "system": self.system,
                 "image_mode": self.image_mode,
                 "num_image_tokens": self.num_image_tokens,
@@ -182,7 +183,7 @@ class LlavaMedProcessor:
             settings = json.loads(file.read_text(encoding="utf-8"))
             tokenizer = AutoTokenizer.from_pretrained(path)
             has_images = (Path(path) / "preprocessor_config.json").is_file()
-            image_processor = AutoImageProcessor.from_pretrained(path, backend="pil") if has_images else None
+            image_processor = cast(Any, AutoImageProcessor).from_pretrained(path, backend="pil") if has_images else None
             return cls(tokenizer, image_processor, **settings)
         except (TypeError, ValueError, OSError) as error:
             raise CheckpointError(f"the processor in {path} cannot be loaded: {error}") from error

@@ -55,6 +55,8 @@ class TextTokenizer:
             raise ConfigError(f"prefix mark must be one of {', '.join(get_args(PrefixMark))}, got {prefix_mark!r}")
         self.tokenizer = tokenizer
         self.prefix_mark: PrefixMark = prefix_mark or find_prefix_mark(tokenizer)
+        self.bos_ids = _find_bos(tokenizer)
+        """What the tokenizer writes before a text: its begin-of-text token, or nothing."""
         self._backend = self._make_backend()
         self._size = len(tokenizer)
 
@@ -71,13 +73,6 @@ class TextTokenizer:
             backend.normalizer = cast(Any, normalizers.Sequence(steps))
             backend.pre_tokenizer = cast(Any, None)
         return backend
-
-    @property
-    def bos_ids(self) -> tuple[int, ...]:
-        """What the tokenizer writes before a text: its begin-of-text token, or nothing."""
-        ids = cast(list[int], self.tokenizer("").input_ids)
-        bos = self.tokenizer.bos_token_id
-        return (int(bos),) if ids and bos is not None and ids[0] == bos else ()
 
     def __call__(self, text: str) -> Tokens:
         """Return the tokens of one piece of text, tokenized as if it stood alone."""
@@ -112,6 +107,12 @@ def find_prefix_mark(tokenizer: PreTrainedTokenizerBase) -> PrefixMark:
     if legacy is None:
         legacy = before.get("prepend_scheme") == "always"
     return "chunk" if legacy else "text"
+
+
+def _find_bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    ids = cast(list[int], tokenizer("").input_ids)
+    bos = tokenizer.bos_token_id
+    return (int(bos),) if ids and bos is not None and ids[0] == bos else ()
 
 
 def _find_file(name: str, file: str) -> Path | None:

@@ -42,19 +42,28 @@ class Encoded:
 
 @dataclass(slots=True)
 class Draft:
-    """Tokens under construction: ids, trained flags and turns, and whether each belongs to an image block."""
+    """Tokens under construction: what `Encoded` holds, and where in the rendered text each token comes from.
+
+    Attributes:
+        characters: `(start, stop)` of each token in the rendered text; an image token has its place holder's.
+        in_block: whether a token belongs to an image (its patches, and the markers around them).
+    """
 
     ids: list[int] = field(default_factory=list)
     trained: list[bool] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
+    characters: list[tuple[int, int]] = field(default_factory=list)
     in_block: list[bool] = field(default_factory=list)
     image_spans: list[tuple[int, int]] = field(default_factory=list)
 
-    def add(self, token: int, trained: bool, turn: int, in_block: bool = False) -> None:
+    def add(
+        self, token: int, characters: tuple[int, int], *, turn: int, trained: bool = False, in_block: bool = False
+    ) -> None:
         """Append one token."""
         self.ids.append(token)
         self.trained.append(trained)
         self.turns.append(turn)
+        self.characters.append(characters)
         self.in_block.append(in_block)
 
 
@@ -114,22 +123,30 @@ def tokenize_segments(segments: Sequence[Segment], processor: LlavaMedProcessor)
     starts = list(accumulate((len(segment.text) for segment in segments), initial=0))[:-1]
     draft = Draft()
     for token in processor.text.bos_ids:
-        draft.add(token, False, -1)
+        draft.add(token, (0, 0), turn=-1)
     position = 0
     pieces = text.split(IMAGE_TOKEN)
     for index, piece in enumerate(pieces):
         if index:
             turn = segments[bisect_right(starts, position) - 1].turn
-            _add_image(draft, processor, turn)
+            start = len(draft.ids)
+            for _ in range(processor.num_image_tokens):
+                draft.add(processor.image_token_id, (position, position + len(IMAGE_TOKEN)), turn=turn, in_block=True)
+            draft.image_spans.append((start, len(draft.ids)))
             position += len(IMAGE_TOKEN)
-        before, body, after, skipped = _wrap(piece, processor, index > 0, index < len(pieces) - 1)
+        before, body, after, skipped = _wrap(
+            piece, processor, after_image=index > 0, before_image=index < len(pieces) - 1
+        )
         tokens = processor.text(before + body + after)
-        for token, (start, _) in zip(tokens.ids, tokens.spans, strict=True):
-            offset = start - len(before)
-            inside = 0 <= offset < len(body)
-            character = position + skipped + min(max(offset, 0), max(len(body) - 1, 0))
-            segment = segments[min(bisect_right(starts, character), len(segments)) - 1]
-            draft.add(token, inside and segment.trained, segment.turn)
+        shift = position + skipped - len(before)
+        low, high = position + skipped, position + skipped + len(body)
+        for token, (start, stop) in zip(tokens.ids, tokens.spans, strict=True):
+            inside = low <= start + shift < high
+            # Markers are not in the rendered text: they stand at the edge of the text they were written to.
+            first = min(max(start + shift, low), max(high - 1, low))
+            segment = segments[bisect_right(starts, first) - 1]
+            last = min(max(stop + shift, first), high) if inside else first
+            draft.add(token, (first, last), turn=segment.turn, trained=inside and segment.trained)
         position += len(piece)
     _protect_markers(draft, processor)
     if draft.trained:
@@ -137,7 +154,9 @@ def tokenize_segments(segments: Sequence[Segment], processor: LlavaMedProcessor)
     return draft
 
 
-def _wrap(piece: str, processor: LlavaMedProcessor, after_image: bool, before_image: bool) -> tuple[str, str, str, int]:
+def _wrap(
+    piece: str, processor: LlavaMedProcessor, *, after_image: bool, before_image: bool
+) -> tuple[str, str, str, int]:
     """Return end marker, text, start marker and how many characters were dropped at the front of the text."""
     body, skipped = piece, 0
     if processor.strip_around_images and after_image:
@@ -150,22 +169,15 @@ def _wrap(piece: str, processor: LlavaMedProcessor, after_image: bool, before_im
     return IM_END_TOKEN if after_image else "", body, IM_START_TOKEN if before_image else "", skipped
 
 
-def _add_image(draft: Draft, processor: LlavaMedProcessor, turn: int) -> None:
-    start = len(draft.ids)
-    for _ in range(processor.num_image_tokens):
-        draft.add(processor.image_token_id, False, turn, in_block=True)
-    draft.image_spans.append((start, len(draft.ids)))
-
-
 def _protect_markers(draft: Draft, processor: LlavaMedProcessor) -> None:
     """Count the start and end markers around each image as part of its block."""
     if not processor.use_im_start_end:
         return
-    known = processor.tokenizer.get_vocab()
+    start_id, end_id = processor.marker_ids
     for start, stop in draft.image_spans:
-        if start > 0 and draft.ids[start - 1] == known.get(IM_START_TOKEN):
+        if start > 0 and draft.ids[start - 1] == start_id:
             draft.in_block[start - 1] = True
-        if stop < len(draft.ids) and draft.ids[stop] == known.get(IM_END_TOKEN):
+        if stop < len(draft.ids) and draft.ids[stop] == end_id:
             draft.in_block[stop] = True
 
 
@@ -181,32 +193,34 @@ def _check_images(draft: Draft, processor: LlavaMedProcessor, images: Sequence[s
         raise DataError(f"the text itself contains {token}, which stands for a part of an image; remove it")
 
 
-def _finish(draft: Draft, images: Sequence[str], max_length: int | None) -> Encoded:
-    """Return the draft as an `Encoded`, its text cut at the end so that everything fits into `max_length` tokens."""
+def kept_tokens(draft: Draft, max_length: int | None) -> Sequence[int]:
+    """Return the indices of the tokens that fit into `max_length`: all image blocks, and text from the start.
+
+    Raises:
+        DataError: the images alone leave no room for text.
+    """
     total, num_blocked = len(draft.ids), sum(draft.in_block)
-    keep = range(total)
-    spans = tuple(draft.image_spans)
-    if max_length is not None and total > max_length:
-        budget = max_length - num_blocked
-        if budget < 1:
-            raise DataError(
-                f"{len(spans)} images take {num_blocked} tokens, which leaves no text within the maximum length of "
-                f"{max_length}; raise --model_max_length above {num_blocked} or use fewer tokens an image"
-            )
-        seen_text = list(accumulate(not blocked for blocked in draft.in_block))
-        kept = [t for t in range(total) if draft.in_block[t] or seen_text[t] <= budget]
-        places = {old: new for new, old in enumerate(kept)}
-        spans = tuple((places[start], places[stop - 1] + 1) for start, stop in spans)
-        return _collect(draft, kept, spans, images)
-    return _collect(draft, keep, spans, images)
+    if max_length is None or total <= max_length:
+        return range(total)
+    budget = max_length - num_blocked
+    if budget < 1:
+        raise DataError(
+            f"{len(draft.image_spans)} images take {num_blocked} tokens, which leaves no text within the maximum "
+            f"length of {max_length}; raise --model_max_length above {num_blocked} or use fewer tokens an image"
+        )
+    num_text = accumulate(not blocked for blocked in draft.in_block)
+    return [t for t, seen in enumerate(num_text) if draft.in_block[t] or seen <= budget]
 
 
-def _collect(draft: Draft, keep: Sequence[int], spans: tuple[tuple[int, int], ...], images: Sequence[str]) -> Encoded:
+def _finish(draft: Draft, images: Sequence[str], max_length: int | None) -> Encoded:
+    """Return the draft as an `Encoded`, cut to `max_length` tokens."""
+    keep = kept_tokens(draft, max_length)
+    places = {old: new for new, old in enumerate(keep)}
     return Encoded(
         input_ids=tuple(draft.ids[t] for t in keep),
         labels=tuple(draft.ids[t] if draft.trained[t] else IGNORE_INDEX for t in keep),
         turns=tuple(draft.turns[t] for t in keep),
-        image_spans=spans,
+        image_spans=tuple((places[start], places[stop - 1] + 1) for start, stop in draft.image_spans),
         images=tuple(images),
         num_cut=len(draft.ids) - len(keep),
     )

@@ -1,0 +1,277 @@
+"""`llava data show FILE --row N --model M`: one row as the model sees it, so that nobody has to trust a mask unseen.
+
+    row --render, tokenize--> tokens --stretches of one kind--> terminal text, or an HTML page
+
+Shows the rendered text with its trained parts marked, where the images lie, every id, and what truncation cut.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from llava.constants import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
+from llava.data.encode import kept_tokens, place_images, tokenize_segments
+from llava.data.images import load
+from llava.data.placing import with_places
+from llava.data.records import LOADERS, rows_of
+from llava.errors import CheckpointError, DataError
+from llava.processing import FILE_NAME, LlavaMedProcessor
+from llava.samples import Origin, Sample, name_of
+from llava.utils.cli import Parser
+from llava.utils.jsonl import write_atomic
+
+KINDS = ("text", "trained", "image")
+"""Kinds of tokens; each may also be cut."""
+
+COLORS = {"text": "", "trained": "\x1b[1;32m", "image": "\x1b[1;34m", "cut": "\x1b[9;31m"}
+"""Terminal colours: green is trained, blue is an image, struck-through red was cut."""
+
+MARKS = {"text": ("", ""), "trained": ("[[", "]]"), "image": ("<", ">"), "cut": ("{{", "}}")}
+"""The same without colours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive tokens of one kind.
+
+    Attributes:
+        kind: one of `KINDS`.
+        cut: whether truncation removed them.
+        start: index of the first token, before truncation.
+        ids: the tokens.
+        text: the characters they stand for.
+        turn: turn of the first token, -1 for the system text.
+    """
+
+    kind: str
+    cut: bool
+    start: int
+    ids: tuple[int, ...]
+    text: str
+    turn: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A row ready to be shown: a title and its stretches in order."""
+
+    title: str
+    settings: str
+    stretches: tuple[Stretch, ...]
+
+    def count(self, kind: str, *, cut: bool = False) -> int:
+        """How many tokens of this kind were kept, or cut."""
+        return sum(len(s.ids) for s in self.stretches if s.kind == kind and s.cut == cut)
+
+    def summary(self) -> str:
+        """Numbers of tokens, in one line."""
+        kept = {kind: self.count(kind) for kind in KINDS}
+        num_cut = sum(self.count(kind, cut=True) for kind in KINDS)
+        lost = f", {self.count('trained', cut=True)} of them trained" if num_cut else ""
+        return (
+            f"{sum(kept.values())} tokens: {kept['trained']} trained, {kept['image']} of images, "
+            f"{kept['text']} other; truncation cut {num_cut}{lost}"
+        )
+
+
+def make_view(sample: Sample, processor: LlavaMedProcessor, *, max_length: int | None) -> View:
+    """Return a sample as the model would be trained on it.
+
+    Raises:
+        DataError: the sample cannot be encoded.
+    """
+    segments = processor.template.render(place_images(with_places(sample), processor))
+    draft = tokenize_segments(segments, processor)
+    text = "".join(segment.text for segment in segments)
+    kept = set(kept_tokens(draft, max_length))
+    states: list[tuple[str, bool, int]] = []
+    for t, trained in enumerate(draft.trained):
+        image = next((n for n, (start, stop) in enumerate(draft.image_spans) if start <= t < stop), -1)
+        kind = "image" if image >= 0 else "trained" if trained else "text"
+        states.append((kind, t not in kept, image))
+    stretches: list[Stretch] = []
+    groups = [[t for t, _ in group] for _, group in groupby(enumerate(states), key=lambda item: item[1])]
+    for group, after in zip(groups, [*groups[1:], None], strict=True):
+        kind, cut, image = states[group[0]]
+        stop = len(text) if after is None else draft.characters[after[0]][0]
+        shown = f"image {image + 1}" if image >= 0 else text[draft.characters[group[0]][0] : stop]
+        ids = tuple(draft.ids[t] for t in group)
+        stretches.append(Stretch(kind, cut, group[0], ids, shown, draft.turns[group[0]]))
+    limit = "no limit" if max_length is None else f"at most {max_length} tokens"
+    settings = f"template {processor.template.name}, images {processor.placement}, {limit}"
+    return View(name_of(sample), settings, tuple(stretches))
+
+
+def to_terminal(view: View, processor: LlavaMedProcessor, *, color: bool) -> str:
+    """Return the view as lines of text; without `color`, marks stand around what would be coloured."""
+    legend = [_paint(name, name, color=color) for name in ("trained", "image", "cut")]
+    lines = [view.title, view.settings, view.summary(), "marked: " + ", ".join(legend), ""]
+    lines += ["".join(_paint(stretch.text, *_names(stretch), color=color) for stretch in view.stretches), ""]
+    for stretch in view.stretches:
+        names = " ".join(_names(stretch)) + (f" turn {stretch.turn}" if stretch.turn >= 0 else " system")
+        lines.append(f"{stretch.start:>6}..{stretch.start + len(stretch.ids):<6}{names}: {_ids(stretch, processor)}")
+    return "\n".join(lines) + "\n"
+
+
+def to_html(view: View, processor: LlavaMedProcessor, pictures: Sequence[str] = ()) -> str:
+    """Return the view as a page of its own; `pictures` are addresses (`data:` or relative) of the row's images."""
+    spans: list[str] = []
+    rows: list[str] = []
+    for stretch in view.stretches:
+        names = " ".join(_names(stretch))
+        tokens = html.escape(_ids(stretch, processor))
+        spans.append(f'<span class="{names}" title="{tokens}">{html.escape(stretch.text)}</span>')
+        place = f"{stretch.start} to {stretch.start + len(stretch.ids)}"
+        turn = "system" if stretch.turn < 0 else str(stretch.turn)
+        rows.append(f'<tr class="{names}"><td>{place}<td>{names}<td>{turn}<td>{tokens}')
+    images = "".join(f'<img src="{html.escape(picture)}" alt="image of the row">' for picture in pictures)
+    return _PAGE.format(
+        title=html.escape(view.title),
+        settings=html.escape(view.settings),
+        summary=html.escape(view.summary()),
+        images=images,
+        text="".join(spans),
+        rows="\n".join(rows),
+    )
+
+
+def _names(stretch: Stretch) -> tuple[str, ...]:
+    return (stretch.kind, "cut") if stretch.cut else (stretch.kind,)
+
+
+def _paint(text: str, *names: str, color: bool) -> str:
+    """Return text with its colours, or between its marks."""
+    for name in names:
+        before, after = (COLORS[name], "\x1b[0m" if COLORS[name] else "") if color else MARKS[name]
+        text = f"{before}{text}{after}"
+    return text
+
+
+def _ids(stretch: Stretch, processor: LlavaMedProcessor) -> str:
+    """Return ids with their tokens; an image as one id and a number."""
+    if stretch.kind == "image":
+        return f"{stretch.ids[0]} x {len(stretch.ids)}"
+    tokens = processor.tokenizer.convert_ids_to_tokens(list(stretch.ids))
+    return " ".join(f"{token}={index}" for token, index in zip(tokens, stretch.ids, strict=True))
+
+
+def _pictures(sample: Sample, folder: str | None) -> list[str]:
+    """Return the row's images as `data:` addresses, scaled down for the page; none without a folder."""
+    if folder is None:
+        return []
+    pictures = []
+    for ref in sample.images:
+        image = load(ref, folder)
+        image.thumbnail((336, 336))
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        pictures.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"))
+    return pictures
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #999; padding: 1em }}
+td {{ vertical-align: top; padding: 0 .6em; border-top: 1px solid #ccc; overflow-wrap: anywhere }}
+td:first-child {{ white-space: nowrap }}
+pre .trained, b.trained {{ background: #c9f2c9; font-weight: bold }}
+pre .image, b.image {{ background: #cfe0ff; border-radius: .3em; padding: 0 .3em }}
+.cut {{ text-decoration: line-through; color: #b00 }}
+img {{ max-height: 16em; margin-right: 1em }}
+</style>
+<h1>{title}</h1>
+<p>{settings}<br>{summary}</p>
+<p><b class="trained">trained</b> <b class="image">image</b> <b class="cut">cut by truncation</b></p>
+<p>{images}</p>
+<pre>{text}</pre>
+<table><tr><th>tokens<th>kind<th>turn<th>ids
+{rows}
+</table>
+</html>
+"""
+
+
+def load_processor(model: str, args: Any) -> LlavaMedProcessor:
+    """Return the processor of a trained model, or one made of a plain language model's tokenizer and flags.
+
+    Raises:
+        CheckpointError: the model's tokenizer cannot be loaded.
+    """
+    if (Path(model) / FILE_NAME).is_file():
+        return LlavaMedProcessor.from_pretrained(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no processor ({FILE_NAME}) and no tokenizer found in {model}: {error}") from error
+    markers = [IM_START_TOKEN, IM_END_TOKEN] if args.mm_use_im_start_end else []
+    tokenizer.add_tokens([IMAGE_TOKEN, *markers], special_tokens=True)
+    return LlavaMedProcessor(
+        tokenizer,
+        None,
+        template=args.version,
+        num_image_tokens=args.num_image_tokens,
+        use_im_start_end=args.mm_use_im_start_end,
+    )
+
+
+def load_row(file: str, number: int) -> Sample:
+    """Return one row of a data file; what is wrong in other rows does not matter.
+
+    Raises:
+        DataError: the file has no such row, or the row cannot be used.
+    """
+    num_rows = 0
+    for row, value in rows_of(file):
+        num_rows += 1
+        if row != number:
+            continue
+        origin = Origin(file, row)
+        try:
+            if isinstance(value, DataError):
+                raise value
+            if not isinstance(value, dict):
+                raise DataError(f"a row must be a JSON object, got {type(value).__name__}")
+            sample, _ = LOADERS["default"](value, str(row))
+        except DataError as error:
+            raise DataError(f"{origin}: {error}") from error
+        return replace(sample, origin=origin)
+    raise DataError(f"{file} has {num_rows} rows, so --row must be from 0 to {num_rows - 1}, got {number}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Show one row of a data file."""
+    parser = Parser(prog="llava data show", description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
+    parser.add_argument("file", help="data file: JSON or JSON lines")
+    parser.add_argument("--row", type=int, default=0, help="number of the row, from 0")
+    parser.add_argument("--model", required=True, help="trained model, or a language model's folder or hub name")
+    parser.add_argument("--html", help="also write a page to this file")
+    parser.add_argument("--image_folder", help="folder of the row's images; they are shown in the page")
+    parser.add_argument("--max_length", type=int, help="cut as training with this --model_max_length would")
+    parser.add_argument("--version", default="vicuna_v1", help="template, where the model does not bring one")
+    parser.add_argument("--num_image_tokens", type=int, default=256, help="tokens of an image, likewise")
+    parser.add_switch("--mm_use_im_start_end", help="write start and end tokens around images, likewise")
+    args = parser.parse_args(argv)
+    processor = load_processor(args.model, args)
+    sample = load_row(args.file, args.row)
+    try:
+        view = make_view(sample, processor, max_length=args.max_length)
+    except DataError as error:
+        raise error if name_of(sample) in str(error) else DataError(f"{name_of(sample)}: {error}") from error
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    sys.stdout.write(to_terminal(view, processor, color=color))
+    if args.html:
+        write_atomic(args.html, to_html(view, processor, _pictures(sample, args.image_folder)))
+        sys.stdout.write(f"page: {args.html}\n")
