@@ -1,0 +1,166 @@
+"""The answering commands: chat questions, medical VQA questions, and the latter with one process a chunk.
+
+model_vqa, model_vqa_med       questions --answer--> answers file
+run_med_datasets_eval_batch    the same in chunks, a queue of processes over the devices, joined in order
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from llava.errors import ConfigError, GenerationError
+from llava.eval.inference import AnswerRun, Options, Summary
+from llava.eval.model_options import add_model_options, model_id_of, open_engine, sampling_of, warn_no_effect
+from llava.eval.protocol import PromptForm
+from llava.utils import log
+from llava.utils.cli import Parser
+from llava.utils.jsonl import read_records, write_records
+
+logger = logging.getLogger(__name__)
+
+MAX_NEW_TOKENS = 1024
+"""Longest answer of the published commands."""
+
+
+def make_parser(prog: str, description: str) -> Parser:
+    """Return the options that the answering commands share."""
+    parser = Parser(prog=prog, description=description)
+    add_model_options(parser)
+    files = parser.add_argument_group("files")
+    files.add_argument("--question-file", required=True, help="JSON array or JSON lines, VQA rows or chat questions")
+    files.add_argument("--image-folder", default=None, help="where image names lead")
+    files.add_argument("--answers-file", required=True, help="one answer a line; an unfinished file is resumed")
+    files.add_argument("--num-chunks", type=int, default=1, help="into how many parts the questions are divided")
+    files.add_argument("--chunk-idx", type=int, default=0, help="the part to answer")
+    files.add_argument("--batch-size", type=int, default=64, help="questions handed to the engine at once")
+    parser.add_switch("--resume", default=True, help="keep answers that are in the file")
+    parser.add_switch("--blank-images", help="show a grey square in the place of every image")
+    parser.add_switch("--with-options", help="tell the two options after closed yes/no questions")
+    parser.add_switch("--answer-prompter", help="ask for a short answer after the long one")
+    return parser
+
+
+def run_answering(args: Namespace, form: PromptForm) -> Summary:
+    """Answer one chunk of a question file; the model is loaded only when something is left to answer."""
+    log.setup()
+    warn_no_effect(args)
+    options = Options(
+        image_folder=args.image_folder,
+        sampling=sampling_of(args, max_new_tokens=MAX_NEW_TOKENS),
+        model_id=model_id_of(args),
+        form=form,
+        choices=args.with_options,
+        answer_prompter=args.answer_prompter,
+        blank_images=args.blank_images,
+    )
+    run = AnswerRun(
+        args.question_file,
+        args.answers_file,
+        num_chunks=args.num_chunks,
+        chunk_idx=args.chunk_idx,
+        resume=args.resume,
+        options=options,
+    )
+    engine = open_engine(args) if run.pending else None
+    summary = run.finish(engine, batch_size=args.batch_size)
+    logger.info("%d answers (%d kept) in %.1f s", summary.num_questions, summary.num_resumed, summary.seconds)
+    return summary
+
+
+def model_vqa(argv: Sequence[str] | None = None) -> None:
+    """Answer chat questions."""
+    run_answering(make_parser("model_vqa.py", "Answer the questions of a chat evaluation.").parse_args(argv), "raw")
+
+
+def model_vqa_med(argv: Sequence[str] | None = None) -> None:
+    """Answer medical VQA questions."""
+    run_answering(make_parser("model_vqa_med.py", "Answer medical VQA questions.").parse_args(argv), "tagged")
+
+
+def run_batch(argv: Sequence[str] | None = None) -> None:
+    """Answer medical VQA questions with one process a chunk and join the chunks in order.
+
+    Raises:
+        GenerationError: a chunk failed; what was answered stays, and the same command goes on from there.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser("run_med_datasets_eval_batch.py", "Answer medical VQA questions, one process a chunk.")
+    parser.add_argument("--devices", help="device numbers, e.g. 0,1,2; default: all; chunks wait for a free one")
+    args = parser.parse_args(words)
+    log.setup()
+    if args.num_chunks < 1:
+        raise ConfigError(f"--num-chunks must be at least 1, got {args.num_chunks}")
+    parts = [chunk_path(args.answers_file, index) for index in range(args.num_chunks)]
+    devices = _devices(args)
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for device in devices:
+        free.put(device)
+
+    def answer(index: int) -> int:
+        device = free.get()
+        try:
+            return _run_chunk(words, args.num_chunks, index, parts[index], device)
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        codes = list(log.progress(pool.map(answer, range(len(parts))), title="chunks", total=len(parts)))
+    failed = [str(index) for index, code in enumerate(codes) if code]
+    if failed:
+        raise GenerationError(
+            f"chunks {', '.join(failed)} of {len(parts)} failed (see their messages above); the others are kept, "
+            f"and the same command goes on from there"
+        )
+    write_records(args.answers_file, [row for part in parts for row in read_records(part)])
+
+
+def chunk_path(answers_file: str | Path, index: int) -> Path:
+    """Return the answer file of one chunk."""
+    path = Path(answers_file)
+    return path.with_name(f"{path.name.removesuffix('.jsonl')}-chunk{index}.jsonl")
+
+
+def _run_chunk(words: Sequence[str], num_chunks: int, index: int, out: Path, device: str) -> int:
+    """Run one chunk in a process of its own and return its exit status; the last of equal options counts."""
+    own = ["--num-chunks", str(num_chunks), "--chunk-idx", str(index), "--answers-file", str(out)]
+    environment = dict(os.environ)
+    if device:
+        environment["CUDA_VISIBLE_DEVICES"] = device
+    command = [sys.executable, "-m", "llava.eval.model_vqa_med", *_without_devices(words), *own]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _without_devices(words: Sequence[str]) -> list[str]:
+    """Drop the one option that a chunk does not know; nothing else is touched."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if skip:
+            skip = False
+        elif word == "--devices":
+            skip = True
+        elif not word.startswith("--devices="):
+            kept.append(word)
+    return kept
+
+
+def _devices(args: Namespace) -> list[str]:
+    """Return the devices that chunks may use; one empty name where there is no accelerator (chunks run in turn)."""
+    if args.devices:
+        return [part.strip() for part in args.devices.split(",") if part.strip()]
+    if args.device == "cpu":
+        return [""]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [part.strip() for part in visible.split(",") if part.strip()] or [""]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())] or [""]

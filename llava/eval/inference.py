@@ -1,0 +1,270 @@
+"""Questions to an answer file, resumable: the only loop that asks an engine during evaluation.
+
+    questions --chunk--> mine --minus answered--> pending --by image--> batches --engine--> rows --input order--> file
+
+Every row is on disk as soon as its batch is done. Questions about one image are asked together, so the engine reads the
+image once; the finished file is in the order of the questions.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava.data.images import resolve
+from llava.data.records import load_samples
+from llava.errors import DataError, LlavaError
+from llava.eval import protocol
+from llava.eval.protocol import PromptForm, Question
+from llava.generation.protocol import Completion, Engine, Prompt, Sampling
+from llava.samples import Sample
+from llava.utils import jsonl, log
+from llava.utils.chunks import chunk
+
+logger = logging.getLogger(__name__)
+
+NUM_FOLLOW_UP_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What became of the questions of one file; `num_failed` are the rows that hold an error instead of an answer."""
+
+    path: Path
+    num_questions: int
+    num_resumed: int
+    num_failed: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How questions are put.
+
+    Attributes:
+        image_folder: where image names lead; None takes them as paths.
+        sampling: how answers are chosen; greedy by default.
+        model_id: what the rows call the model.
+        form: how the rows repeat the question.
+        choices: tell the two options after closed yes/no questions.
+        answer_prompter: ask for a short answer after the long one, and write both.
+        blank_images: show a grey square in the place of every image.
+    """
+
+    image_folder: str | Path | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    model_id: str = ""
+    form: PromptForm = "tagged"
+    choices: bool = False
+    answer_prompter: bool = False
+    blank_images: bool = False
+
+
+def answer_file(
+    engine: Engine,
+    questions: str | Path | Sequence[Sample],
+    out: str | Path,
+    *,
+    num_chunks: int = 1,
+    chunk_idx: int = 0,
+    batch_size: int = 64,
+    resume: bool = True,
+    blank_images: bool = False,
+    options: Options | None = None,
+) -> Summary:
+    """Answer the questions of a file and write one row for each, in their order.
+
+    Args:
+        engine: what answers.
+        questions: a question file of any format, or its samples.
+        out: the answer file.
+        num_chunks: into how many parts the questions are divided.
+        chunk_idx: which part this call answers.
+        batch_size: how many questions are handed to the engine at once, and so how many a crash can cost.
+        resume: keep the answers that are in `out` (failed ones are tried again); otherwise start anew.
+        blank_images: the blank-image control.
+        options: how questions are put.
+
+    Raises:
+        DataError: the questions cannot be read, or `out` holds answers to others or by another model.
+    """
+    options = replace(options or Options(), blank_images=blank_images or (options is not None and options.blank_images))
+    run = AnswerRun(questions, out, num_chunks=num_chunks, chunk_idx=chunk_idx, resume=resume, options=options)
+    return run.finish(engine, batch_size=batch_size)
+
+
+class AnswerRun:
+    """One answer file on its way: knows what is left before any model is loaded."""
+
+    def __init__(
+        self,
+        questions: str | Path | Sequence[Sample],
+        out: str | Path,
+        *,
+        num_chunks: int = 1,
+        chunk_idx: int = 0,
+        resume: bool = True,
+        options: Options,
+    ) -> None:
+        samples = load_samples(questions) if isinstance(questions, str | Path) else questions
+        asked = [protocol.question(sample, form=options.form, options=options.choices) for sample in samples]
+        _refuse_doubles(asked)
+        self.options = options
+        self.out = Path(out)
+        self.questions = chunk(asked, num_chunks, chunk_idx)
+        self.rows: dict[str, dict[str, Any]] = self._resumed() if resume else {}
+        self.num_resumed = len(self.rows)
+        self.blank = Image.new("RGB", (protocol.BLANK_SIZE,) * 2, protocol.GREY) if options.blank_images else None
+        if not resume or not self.out.exists():
+            jsonl.write_records(self.out, [])
+
+    @property
+    def pending(self) -> list[Question]:
+        """The questions without an answer, those about one image together."""
+        groups: dict[tuple[str, ...], list[Question]] = {}
+        for asked in self.questions:
+            if asked.id not in self.rows:
+                groups.setdefault(asked.images, []).append(asked)
+        return [asked for group in groups.values() for asked in group]
+
+    def finish(self, engine: Engine | None, *, batch_size: int = 64) -> Summary:
+        """Answer what is pending, then put the file in order; `engine` may be None when nothing is pending."""
+        start = time.monotonic()
+        pending = self.pending
+        title = "blank image" if self.options.blank_images else "answering"
+        if pending and engine is not None:
+            with log.progress_bar(len(self.questions), title=title, unit="question") as bar:
+                bar.update(self.num_resumed)
+                for first in range(0, len(pending), batch_size):
+                    batch = pending[first : first + batch_size]
+                    self._answer(engine, batch)
+                    bar.update(len(batch))
+        rows = [self.rows[asked.id] for asked in self.questions]
+        jsonl.write_records(self.out, rows)
+        num_failed = sum("error" in row["metadata"] for row in rows)
+        if num_failed:
+            logger.warning("%d of %d answers failed; the file names why in metadata.error", num_failed, len(rows))
+        return Summary(self.out, len(rows), self.num_resumed, num_failed, time.monotonic() - start)
+
+    def _resumed(self) -> dict[str, dict[str, Any]]:
+        """Return the rows of an earlier run that hold answers, after checking that they are of this run."""
+        if not self.out.exists():
+            return {}
+        jsonl.drop_torn_line(self.out)
+        known = {asked.id: asked for asked in self.questions}
+        kept = {}
+        for index, row in enumerate(jsonl.read_records(self.out)):
+            problem = self._other_run(known, row)
+            if problem:
+                raise DataError(
+                    f"{self.out}, row {index}: {problem}; it belongs to another run: name another file, or start anew "
+                    f"with --resume False"
+                )
+            if "error" not in row["metadata"]:
+                kept[str(row["question_id"])] = row
+        return kept
+
+    def _other_run(self, known: dict[str, Question], row: dict[str, Any]) -> str | None:
+        """Say why a row cannot be of this run; None when it can."""
+        asked = known.get(str(row.get("question_id")))
+        if asked is None:
+            return f"question {row.get('question_id')!r} is not among those of this run"
+        if row.get("prompt") != asked.prompt:
+            return f"the question with id {asked.id!r} has another text"
+        if row.get("model_id") != self.options.model_id:
+            return f"answered by {row.get('model_id')!r}, expected {self.options.model_id!r}"
+        metadata = row.get("metadata")
+        if not isinstance(metadata, dict) or metadata.get("image") != self._metadata().get("image"):
+            return "answered with another image (blank or not)"
+        return None
+
+    def _metadata(self) -> dict[str, Any]:
+        return {"image": "blank"} if self.options.blank_images else {}
+
+    def _answer(self, engine: Engine, batch: Sequence[Question]) -> None:
+        """Answer some questions and put their rows on disk."""
+        prompts: list[Prompt] = []
+        completions: dict[int, Completion] = {}
+        for index, asked in enumerate(batch):
+            try:
+                prompts.append(self._prompt(asked))
+            except DataError as error:
+                completions[index] = _failed(error)
+        answered = self._complete(engine, prompts)
+        for index, asked in enumerate(batch):
+            self._write(asked, completions[index] if index in completions else answered.pop(0))
+
+    def _complete(self, engine: Engine, prompts: Sequence[Prompt]) -> list[Completion]:
+        """Return the answers to some prompts; with `answer_prompter`, each with a short answer asked for after it."""
+        completions = _generate(engine, prompts, self.options.sampling)
+        if not self.options.answer_prompter:
+            return completions
+        good = [index for index, completion in enumerate(completions) if completion.finish != "error"]
+        again = [
+            replace(
+                prompts[index],
+                conversation=protocol.follow_up(prompts[index].conversation, completions[index].text.strip()),
+            )
+            for index in good
+        ]
+        sampling = replace(self.options.sampling, max_new_tokens=NUM_FOLLOW_UP_TOKENS)
+        for index, short in zip(good, _generate(engine, again, sampling), strict=True):
+            text = f"{completions[index].text.strip()}{protocol.FOLLOW_UP_JOINT}{short.text.strip()}"
+            completions[index] = replace(short, text=text)
+        return completions
+
+    def _write(self, asked: Question, completion: Completion) -> None:
+        metadata = self._metadata()
+        if completion.finish == "error":
+            metadata["error"] = completion.error or "no reason was given"
+        elif completion.finish == "length":
+            metadata["finish"] = "length"
+        text = "" if completion.finish == "error" else completion.text.strip()
+        row = protocol.answer_row(asked, text, model_id=self.options.model_id, metadata=metadata)
+        self.rows[asked.id] = row
+        jsonl.append(self.out, row)
+
+    def _prompt(self, asked: Question) -> Prompt:
+        """Return what the engine is asked.
+
+        Raises:
+            DataError: an image is missing or lies outside the image folder.
+        """
+        if self.blank is not None:
+            return Prompt(asked.conversation, (self.blank,) * len(asked.images))
+        paths = [resolve(name, self.options.image_folder) for name in asked.images]
+        for path in paths:
+            if not path.is_file():
+                raise DataError(f"image {path.name!r} is not in the image folder")
+        return Prompt(asked.conversation, tuple(map(str, paths)))
+
+
+def _generate(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+    """Return one completion a prompt; one that fails its batch is tried alone and loses only its own."""
+    if not prompts:
+        return []
+    try:
+        return [answers[0] for answers in engine.generate(prompts, sampling)]
+    except LlavaError as error:
+        if len(prompts) == 1:
+            return [_failed(error)]
+    return [completion for prompt in prompts for completion in _generate(engine, [prompt], sampling)]
+
+
+def _failed(error: LlavaError) -> Completion:
+    """A failed answer is an answer too: one that says why."""
+    return Completion(text="", token_ids=(), finish="error", error=str(error))
+
+
+def _refuse_doubles(questions: Sequence[Question]) -> None:
+    seen: set[str] = set()
+    for asked in questions:
+        if asked.id in seen:
+            raise DataError(f"the id {asked.id!r} occurs twice among the questions; ids must be unique")
+        seen.add(asked.id)

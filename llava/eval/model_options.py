@@ -1,0 +1,96 @@
+"""The options of every command that asks a model, and the engine they open.
+
+Importing this module does not load torch; opening an engine does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from argparse import Namespace
+from pathlib import Path
+
+from llava.generation.protocol import Engine, Sampling
+from llava.utils.cli import Parser
+from llava.utils.jsonl import read_text
+
+logger = logging.getLogger(__name__)
+
+NO_EFFECT = ("mm_projector", "vision_tower")
+"""Options of published commands that name parts the checkpoint now knows itself."""
+
+
+PROCESSOR_FILE = "llava_processor.json"
+"""Where a checkpoint names its template; see `llava.processing`."""
+
+
+def add_model_options(parser: Parser) -> None:
+    """Register which model answers and how it chooses its words."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", "--model-name", "--model-path", dest="model", required=True, help="checkpoint folder")
+    model.add_argument("--model-base", help="base model of an adapter; default: the one it names")
+    model.add_argument("--conv-mode", help="template to use instead of the checkpoint's own")
+    model.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    model.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="4 and 8 need bitsandbytes")
+    model.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator when there is one")
+    model.add_argument("--mm-projector", help="no effect: the checkpoint knows its projector")
+    model.add_argument("--vision-tower", help="no effect: the checkpoint knows its tower")
+    choice = parser.add_argument_group("sampling")
+    choice.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    choice.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from")
+    choice.add_argument("--num-beams", type=int, default=1, help="beam search when above 1")
+    choice.add_argument("--max-new-tokens", type=int, default=None, help="longest answer")
+    choice.add_argument("--seed", type=int, default=0, help="of sampling and of the intervals' resampling")
+
+
+def sampling_of(args: Namespace, *, max_new_tokens: int) -> Sampling:
+    """Return the sampling that the options ask for."""
+    return Sampling(
+        max_new_tokens=max_new_tokens if args.max_new_tokens is None else args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        num_beams=args.num_beams,
+        seed=args.seed if args.temperature > 0 else None,
+    )
+
+
+def model_id_of(args: Namespace) -> str:
+    """Return what answer rows call the model: the last part of its path."""
+    return Path(args.model).resolve().name if Path(args.model).exists() else str(args.model)
+
+
+def warn_no_effect(args: Namespace) -> None:
+    """Name, in one warning, the options given that have no effect."""
+    given = [f"--{name.replace('_', '-')}" for name in NO_EFFECT if getattr(args, name)]
+    if given:
+        logger.warning("%s: no effect, the checkpoint knows its parts", ", ".join(given))
+
+
+def template_of(args: Namespace) -> str | None:
+    """Return the name of the template that questions are put in; None when the checkpoint does not say."""
+    if args.conv_mode:
+        return str(args.conv_mode)
+    path = Path(args.model) / PROCESSOR_FILE
+    return json.loads(read_text(path)).get("template") if path.is_file() else None
+
+
+def open_engine(args: Namespace) -> Engine:
+    """Load the model and return its engine.
+
+    Raises:
+        CheckpointError: the folder cannot be loaded.
+        ConfigError: the template is unknown.
+    """
+    import torch
+
+    from llava.conversation import get_template
+    from llava.generation.local import LocalEngine
+    from llava.model.loading import load
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    loaded = load(args.model, base=args.model_base, dtype=dtype, device_map={"": device}, bits=args.bits)
+    if args.conv_mode:
+        loaded.processor.template_name = args.conv_mode
+        loaded.processor.template = get_template(args.conv_mode)
+    return LocalEngine(loaded.model, loaded.processor)

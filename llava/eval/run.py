@@ -1,0 +1,285 @@
+"""`llava eval`: answer a question file, answer it again on grey images, score both, and write a page.
+
+llava eval --model runs/first --data test.json --image_folder images --out runs/first/eval
+
+    data --answers--> answers.jsonl ----------+
+         --grey image--> answers-blank.jsonl -+--score--> results.json, report.html, tables on the screen
+    train data --majority, candidates---------+
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from llava.data.images import load as load_image
+from llava.data.records import load_samples
+from llava.errors import ConfigError, DataError
+from llava.eval import model_options
+from llava.eval.controls import majority
+from llava.eval.estimates import Draws
+from llava.eval.html_report import write_page
+from llava.eval.inference import AnswerRun, Options
+from llava.eval.medvqa.items import Item, check_reference, join, open_answers
+from llava.eval.medvqa.report import full_report, report_table, type_table
+from llava.eval.medvqa.scores import PUBLISHED, parse_defects
+from llava.eval.medvqa.strict import strict_scores
+from llava.eval.protocol import GREY, YES_NO_OPTIONS
+from llava.generation.protocol import Engine
+from llava.samples import Sample
+from llava.utils import log
+from llava.utils.cli import Parser
+from llava.utils.jsonl import read_records, read_text, write_json
+from llava.utils.provenance import stamp, weights_sha256
+
+logger = logging.getLogger(__name__)
+
+MAX_NEW_TOKENS = 128
+ANSWERS, BLANK_ANSWERS, RESULTS, PAGE, SETTINGS = (
+    "answers.jsonl",
+    "answers-blank.jsonl",
+    "results.json",
+    "report.html",
+    "settings.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is evaluated and how; everything but the engine.
+
+    Attributes:
+        samples: questions with references.
+        out: the folder of the result.
+        options: how questions are put.
+        train_samples: rows of the training set, for the majority baseline and the candidate answers; None takes the
+            test answers themselves for the former, and says so.
+        blank_control: answer the questions on a grey image too.
+        batch_size: questions handed to the engine at once.
+        resume: keep answers of an interrupted run.
+        defects: known defects of the published scores that stay in.
+        num_resamples: of the intervals.
+        seed: of the resampling.
+        num_examples: answers on the page.
+        facts: what the result says about where it comes from.
+        title: heading of the page.
+        note: sentence under it.
+    """
+
+    samples: Sequence[Sample]
+    out: Path
+    options: Options
+    train_samples: Sequence[Sample] | None = None
+    blank_control: bool = True
+    batch_size: int = 64
+    resume: bool = True
+    defects: frozenset[str] = PUBLISHED
+    num_resamples: int = 500
+    seed: int = 0
+    num_examples: int = 12
+    facts: Mapping[str, Any] | None = None
+    title: str = "Evaluation"
+    note: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `llava eval`."""
+    args = make_parser().parse_args(argv)
+    log.setup()
+    model_options.warn_no_effect(args)
+    plan = plan_of(args, list(sys.argv[1:] if argv is None else argv))
+    report = evaluate(plan, lambda: model_options.open_engine(args))
+    print_report(report)
+    if args.compare:
+        print_comparison(plan.samples, plan.out, Path(args.compare), num_resamples=args.num_resamples, seed=args.seed)
+    sys.stdout.write(f"\nresults: {plan.out / RESULTS}\npage: {plan.out / PAGE}\n")
+
+
+def make_parser() -> Parser:
+    """Return the options of `llava eval`."""
+    parser = Parser(prog="llava eval", description="Answer and score questions about images.")
+    model_options.add_model_options(parser)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", "--question-file", dest="data", required=True, help="questions with answers")
+    data.add_argument("--image-folder", required=True, help="where image names lead")
+    data.add_argument("--out", "--output-dir", dest="out", required=True, type=Path, help="folder of the result")
+    data.add_argument("--train-data", help="training rows, for the majority baseline and the candidate answers")
+    data.add_argument("--limit", type=int, help="take only this many rows, from the first on")
+    data.add_argument("--compare", help="result folder of another run on the same data: print the paired difference")
+    how = parser.add_argument_group("evaluation")
+    how.add_argument("--batch-size", type=int, default=64, help="questions handed to the engine at once")
+    how.add_argument("--num-resamples", type=int, default=500, help="resamples of the intervals")
+    how.add_argument("--num-examples", type=int, default=12, help="answers on the page")
+    how.add_argument("--fix", nargs="+", default=[], help="defects of the published scores to repair, or all")
+    how.add_argument("--note", default="", help="a sentence on the page, such as what the data are")
+    parser.add_switch("--no-blank-control", help="leave the blank-image control out")
+    parser.add_switch("--resume", default=True, help="keep answers of an interrupted run in the same folder")
+    parser.add_switch("--with-options", help="tell the two options after closed yes/no questions")
+    return parser
+
+
+def plan_of(args: Namespace, words: Sequence[str]) -> Plan:
+    """Return the plan that the options ask for.
+
+    Raises:
+        ConfigError: `--limit` is below 1.
+        DataError: the data cannot be used.
+    """
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"--limit must be at least 1, got {args.limit}")
+    samples = load_samples(args.data, image_folder=args.image_folder)[: args.limit]
+    options = Options(
+        image_folder=args.image_folder,
+        sampling=model_options.sampling_of(args, max_new_tokens=MAX_NEW_TOKENS),
+        model_id=model_options.model_id_of(args),
+        choices=args.with_options,
+    )
+    files = {"questions": args.data} | ({"train": args.train_data} if args.train_data else {})
+    facts = stamp(
+        data=files,
+        command=["llava", "eval", *words],
+        template=model_options.template_of(args),
+        weights=weights_sha256(args.model),
+        seed=args.seed,
+        sampling=asdict(options.sampling),
+        limit=args.limit,
+    )
+    return Plan(
+        samples=samples,
+        out=args.out,
+        options=options,
+        train_samples=load_samples(args.train_data) if args.train_data else None,
+        blank_control=not args.no_blank_control,
+        batch_size=args.batch_size,
+        resume=args.resume,
+        defects=PUBLISHED - parse_defects(args.fix),
+        num_resamples=args.num_resamples,
+        seed=args.seed,
+        num_examples=args.num_examples,
+        facts=facts,
+        title=f"{options.model_id} on {Path(args.data).name}",
+        note=args.note,
+    )
+
+
+def evaluate(plan: Plan, open_engine: Callable[[], Engine]) -> dict[str, Any]:
+    """Answer, score and write the result; the engine is opened only when something is left to answer.
+
+    Returns:
+        The report, as written to `results.json`.
+
+    Raises:
+        DataError: a row has no reference, or the folder holds another run.
+    """
+    for sample in plan.samples:
+        check_reference(sample)
+    _claim_folder(plan)
+    runs = [AnswerRun(plan.samples, plan.out / ANSWERS, resume=plan.resume, options=plan.options)]
+    if plan.blank_control:
+        grey = replace(plan.options, blank_images=True)
+        runs.append(AnswerRun(plan.samples, plan.out / BLANK_ANSWERS, resume=plan.resume, options=grey))
+    engine = open_engine() if any(run.pending for run in runs) else None
+    summaries = [run.finish(engine, batch_size=plan.batch_size) for run in runs]
+    items, *controls = (join(plan.samples, read_records(summary.path)) for summary in summaries)
+    blank = controls[0] if controls else None
+    own = plan.train_samples is None
+    report = full_report(
+        items,
+        blank=blank,
+        baseline=majority(plan.train_samples or plan.samples, source="test answers" if own else "training answers"),
+        candidates=None if plan.train_samples is None else open_answers(plan.train_samples),
+        defects=plan.defects,
+        num_resamples=plan.num_resamples,
+        seed=plan.seed,
+    )
+    report["control_image"] = {"color": GREY} if blank is not None else None
+    report["options_suffix"] = YES_NO_OPTIONS if plan.options.choices else None
+    report["provenance"] = dict(plan.facts or stamp(seed=plan.seed))
+    write_json(plan.out / RESULTS, report)
+    write_page(
+        plan.out / PAGE,
+        title=plan.title,
+        report=report,
+        items=items,
+        blank=blank,
+        open_image=lambda name: load_image(name, plan.options.image_folder),
+        num_examples=plan.num_examples,
+        note=plan.note,
+    )
+    return report
+
+
+def _claim_folder(plan: Plan) -> None:
+    """Write down what the folder's answers are answers of, or check that it is the same.
+
+    Raises:
+        DataError: answers in the folder come from other weights, data or settings.
+    """
+    facts = plan.facts or {}
+    settings = {
+        "weights": facts.get("weights"),
+        "template": facts.get("template"),
+        "questions": facts.get("data", {}).get("questions", {}).get("sha256"),
+        "sampling": asdict(plan.options.sampling),
+        "choices": plan.options.choices,
+        "limit": facts.get("limit"),
+    }
+    settings = json.loads(json.dumps(settings))
+    path = plan.out / SETTINGS
+    if plan.resume and path.exists():
+        before = json.loads(read_text(path))
+        different = [name for name, value in settings.items() if before.get(name) != value]
+        if different:
+            raise DataError(
+                f"{plan.out} holds answers with other {', '.join(different)}; name another --out, or start anew with "
+                f"--resume False"
+            )
+    write_json(path, settings)
+
+
+def print_report(report: Mapping[str, Any], *, out: TextIO | None = None) -> None:
+    """Print every table of a report."""
+    out = out or sys.stdout
+    count, baseline = report["counts"], report["majority"]
+    out.write(
+        f"\n{count['questions']} questions on {count['images']} images "
+        f"({count['open']} open, {count['closed']} closed); "
+        f"{count['unparsable']} yes/no answers without a decision, {count['failed']} failed\n"
+        f"majority of the {baseline['source']}: closed {baseline['closed']!r}, open {baseline['open']!r}\n"
+    )
+    for name, scores in report["scores"].items():
+        out.write(f"\n{name}\n{report_table(scores)}\n")
+    if report["by_type"]:
+        out.write(f"\nby question type (strict)\n{type_table(report['by_type'])}\n")
+
+
+def print_comparison(
+    samples: Sequence[Sample], here: Path, other: Path, *, num_resamples: int, seed: int, out: TextIO | None = None
+) -> dict[str, Any]:
+    """Print and return the paired difference between two result folders on the same questions."""
+    out = out or sys.stdout
+    folder = other if other.is_dir() else other.parent
+    mine, theirs = (_items(samples, place / ANSWERS) for place in (here, folder))
+    draws = Draws([item.image for item in mine], num_resamples=num_resamples, seed=seed)
+    scores, others = strict_scores(mine), strict_scores(theirs)
+    result: dict[str, Any] = {}
+    out.write(f"\nthis run minus {folder.name} (same questions, paired)\n")
+    for name, score in scores.items():
+        estimate = draws.difference(score, others[name])
+        result[name] = estimate.to_json()
+        out.write(f"  {name:<34}{estimate.value:+8.2f}  [{estimate.low:+.2f}, {estimate.high:+.2f}]\n")
+    return result
+
+
+def _items(samples: Sequence[Sample], answers: Path) -> list[Item]:
+    return join(samples, read_records(answers), source=str(answers))
+
+
+if __name__ == "__main__":
+    main()
