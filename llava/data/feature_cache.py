@@ -12,7 +12,6 @@ row order). A row is written and synced before its key is: a build that was kill
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,7 +19,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -30,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava.data.file_lock import hold
 from llava.errors import ConfigError, DataError
 from llava.utils.jsonl import write_json
 from llava.utils.log import progress_bar
@@ -137,7 +136,7 @@ def build(
     suffix = "" if dtype is None else f"-{_name(dtype)}"
     folder = Path(root) / f"tower-{tower[:16]}{suffix}"
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
+    with hold(folder / "lock", purpose="tower features"):
         known = set(_read_keys(folder)) if (folder / "header.json").is_file() else set()
         missing = [key for key in dict.fromkeys(keys) if key not in known]
         if missing:
@@ -257,18 +256,6 @@ def _read_keys(folder: Path) -> list[str]:
     """Return the keys in row order, without a last one that a killed build left half written."""
     path = folder / "keys.txt"
     return path.read_text(encoding="ascii").split("\n")[:-1] if path.is_file() else []
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the lock ends with the process, however that ends."""
-    with (folder / "lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process that builds the tower features in %s", folder)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _row_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:

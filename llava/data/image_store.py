@@ -14,6 +14,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from llava.data import images
 from llava.data.encode import Encoded
+from llava.data.file_lock import hold
 from llava.errors import DataError
 from llava.utils.jsonl import write_atomic
 from llava.utils.log import progress
@@ -62,6 +64,7 @@ class ImageIndex:
         self.path = None if path is None else Path(path)
         self._files: dict[str, FileState] = {}
         self._seen: set[str] = set()
+        self._changed = False
         self._read()
 
     @classmethod
@@ -76,11 +79,18 @@ class ImageIndex:
         Raises:
             DataError: it cannot be read, or was found not to decode.
         """
-        state = self._files.get(ref) if ref in self._seen else self._look(ref, decode=False)
-        assert state is not None
+        state = self._state(ref)
         if state.error:
             raise DataError(state.error)
         return state.digest
+
+    def digest_or_error(self, ref: str) -> str:
+        """Return what `digest` returns, or the message of the error that it raises."""
+        state = self._state(ref)
+        return state.error or state.digest
+
+    def _state(self, ref: str) -> FileState:
+        return self._files[ref] if ref in self._seen else self._look(ref, decode=False)
 
     def verify(self, refs: Sequence[str], *, num_threads: int | None = None) -> dict[str, str]:
         """Decode every image not known to decode, with several threads and a progress bar, and remember the outcome.
@@ -89,19 +99,33 @@ class ImageIndex:
             for each image that cannot be used the reason.
         """
         num_threads = num_threads or min(16, 2 * (os.cpu_count() or 1))
-        with ThreadPoolExecutor(num_threads) as pool:
+        with ExitStack() as stack:
+            if self.path is not None:
+                self._wait_for_turn(stack, self.path)
+            pool = stack.enter_context(ThreadPoolExecutor(num_threads))
             states = pool.map(lambda ref: self._look(ref, decode=True), refs)
-            found = list(progress(states, title="checking images", total=len(refs), unit="image"))
-        self.save()
+            try:
+                found = list(progress(states, title="checking images", total=len(refs), unit="image"))
+            finally:
+                self.save()
         return {ref: state.error for ref, state in zip(refs, found, strict=True) if state.error}
+
+    def _wait_for_turn(self, stack: ExitStack, path: Path) -> None:
+        """Wait for other processes that check this folder, and take over what they found."""
+        try:
+            stack.enter_context(hold(path.with_suffix(".lock"), purpose="checking images"))
+        except OSError:
+            return  # a cache folder that cannot be written: `save` says so
+        self._read()
 
     def save(self) -> None:
         """Write what is known to `path`, if there is one; a folder that cannot be written costs time, not the run."""
-        if self.path is None:
+        if self.path is None or not self._changed:
             return
         content = {"version": INDEX_VERSION, "root": str(self.root), "files": self._files}
         try:
             write_atomic(self.path, json.dumps(content))
+            self._changed = False
         except OSError as error:
             logger.warning(
                 "image index %s cannot be written (%s); images are checked again next time", self.path, error
@@ -113,7 +137,8 @@ class ImageIndex:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["version"] == INDEX_VERSION:
-                self._files = {ref: FileState(*state) for ref, state in content["files"].items()}
+                own = {ref: self._files[ref] for ref in self._seen}
+                self._files = {ref: FileState(*state) for ref, state in content["files"].items()} | own
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("image index %s cannot be read (%s); images are checked again", self.path, error)
 
@@ -140,6 +165,7 @@ class ImageIndex:
         return self._remember(ref, FileState(stat.st_mtime_ns, stat.st_size, digest, decode and not reason, reason))
 
     def _remember(self, ref: str, state: FileState) -> FileState:
+        self._changed |= self._files.get(ref) != state
         self._files[ref] = state
         self._seen.add(ref)
         return state

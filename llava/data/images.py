@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +48,17 @@ def resolve(ref: str | Path, root: str | Path | None) -> Path:
     """
     if root is None:
         return Path(ref)
-    folder = Path(root).resolve()
-    path = (folder / ref).resolve()
+    folder = _real_folder(str(root))
+    path = Path(os.path.realpath(folder / ref))
     if not path.is_relative_to(folder):
         raise DataError(f"image {str(ref)!r} leads outside the image folder {folder}; move or copy the file into it")
     return path
+
+
+@lru_cache(maxsize=32)
+def _real_folder(root: str) -> Path:
+    """Image folders are few and asked for once per image."""
+    return Path(os.path.realpath(root))
 
 
 def read_bytes(ref: str | Path, root: str | Path | None) -> bytes:

@@ -6,20 +6,16 @@ samples --ImageIndex.verify--> files that decode --with_places, encode--> rows t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.constants import IGNORE_INDEX
-from llava.data.encode import Encoded, encode
 from llava.data.image_store import ImageIndex
-from llava.data.images import key_of_digest
-from llava.data.placing import with_places
 from llava.data.quarantine import BadRow, Quarantine, bad_row, report
+from llava.data.row_check import RowCheck, check_rows
 from llava.errors import DataError
 from llava.samples import Sample
-from llava.utils.log import progress
 
 if TYPE_CHECKING:
     from llava.processing import LlavaMedProcessor
@@ -82,66 +78,28 @@ def check_trainable(
         index = ImageIndex.open(image_folder)
     refs = list(dict.fromkeys(ref for sample in samples for ref in sample.images))
     index.verify(refs, num_threads=num_threads)
-    good: list[Sample] = []
-    bad: list[BadRow] = []
-    num_shortened = num_cut = num_trained = 0
-    for sample, found in _encode_all(samples, processor, index, max_length):
-        if isinstance(found, DataError):
-            bad.append(bad_row(sample, str(found)))
-            continue
-        good.append(sample)
-        num_shortened += found.num_cut > 0
-        num_cut += found.num_cut
-        num_trained += _num_trained(found)
+    found = check_rows(samples, processor, index, max_length=max_length)
+    bad = [bad_row(samples[place], reason) for place, reason in found.bad.items()]
+    good = [sample for place, sample in enumerate(samples) if place not in found.bad]
     if bad and not skip_bad:
         raise DataError(report(bad, len(samples)))
     if quarantine is not None:
         quarantine.add(bad)
     if not good:
         raise DataError(f"none of the {len(samples)} rows can be trained on; " + report(bad, len(samples)))
-    _log(bad, quarantine, len(samples), num_shortened=num_shortened, num_cut=num_cut, max_length=max_length)
-    return Checked(good, bad, len(refs), num_shortened, num_cut, num_trained)
+    _log(found, quarantine, len(samples), max_length)
+    return Checked(good, bad, len(refs), found.num_shortened, found.num_cut_tokens, found.num_trained_tokens)
 
 
-def _encode_all(
-    samples: Sequence[Sample], processor: LlavaMedProcessor, index: ImageIndex, max_length: int | None
-) -> Iterator[tuple[Sample, Encoded | DataError]]:
-    """Yield each row with its tokens, or with the reason why it cannot be trained on."""
-    fingerprint = processor.image_fingerprint
-    for sample in progress(samples, title="checking rows", unit="row"):
-        try:
-            keys = [key_of_digest(index.digest(ref), fingerprint) for ref in sample.images]
-            encoded = encode(with_places(sample), processor, images=keys, max_length=max_length)
-            if not _num_trained(encoded):
-                cut = f" after {encoded.num_cut} tokens were cut to fit {max_length}" if encoded.num_cut else ""
-                raise DataError(f"no token is left to train{cut}; expected at least one answer")
-        except DataError as error:
-            yield sample, error
-        else:
-            yield sample, encoded
-
-
-def _num_trained(encoded: Encoded) -> int:
-    return len(encoded.labels) - encoded.labels.count(IGNORE_INDEX)
-
-
-def _log(
-    bad: Sequence[BadRow],
-    quarantine: Quarantine | None,
-    num_rows: int,
-    *,
-    num_shortened: int,
-    num_cut: int,
-    max_length: int | None,
-) -> None:
-    if bad:
+def _log(found: RowCheck, quarantine: Quarantine | None, num_rows: int, max_length: int | None) -> None:
+    if found.bad:
         where = "" if quarantine is None or quarantine.path is None else f", listed in {quarantine.path}"
-        logger.warning("skipped %d of %d rows that cannot be used%s", len(bad), num_rows, where)
-    if num_shortened:
+        logger.warning("skipped %d of %d rows that cannot be used%s", len(found.bad), num_rows, where)
+    if found.num_shortened:
         logger.warning(
             "%d of %d rows are longer than %s tokens and were shortened, by %d tokens together",
-            num_shortened,
+            found.num_shortened,
             num_rows,
             max_length,
-            num_cut,
+            found.num_cut_tokens,
         )

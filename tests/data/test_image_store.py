@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -194,3 +196,51 @@ def test_each_folder_has_its_index_in_the_cache(folder: Path, tmp_path: Path, mo
     reads = count_reads(monkeypatch)
     ImageIndex.open(folder).verify(["0.png"])
     assert reads == ["0.png"]
+
+
+def verify_in_turn(root: str, index: str, counts: str) -> None:
+    num = 0
+    original = images.read_bytes
+
+    def read(ref: Any, folder: Any) -> bytes:
+        nonlocal num
+        num += 1
+        time.sleep(0.02)
+        return original(ref, folder)
+
+    images.read_bytes = read
+    assert ImageIndex(root, index).verify([f"{number}.png" for number in range(6)], num_threads=1) == {}
+    with open(counts, "a") as lines:
+        lines.write(f"{num}\n")
+
+
+def test_processes_that_start_together_decode_each_image_once(folder: Path, tmp_path: Path) -> None:
+    counts = tmp_path / "counts"
+    context = multiprocessing.get_context("fork")
+    arguments = (str(folder), str(tmp_path / "index.json"), str(counts))
+    workers = [context.Process(target=verify_in_turn, args=arguments) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=30)
+    assert sorted(counts.read_text().split()) == ["0", "0", "6"]
+
+
+def test_what_was_checked_before_an_interruption_is_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = images.read_bytes
+
+    def read(ref: Any, root: Any) -> bytes:
+        if ref == "4.png":
+            raise KeyboardInterrupt
+        return original(ref, root)
+
+    refs = [f"{number}.png" for number in range(6)]
+    monkeypatch.setattr(images, "read_bytes", read)
+    with pytest.raises(KeyboardInterrupt):
+        ImageIndex(folder, tmp_path / "index.json").verify(refs, num_threads=1)
+    monkeypatch.setattr(images, "read_bytes", original)
+    reads = count_reads(monkeypatch)
+    assert ImageIndex(folder, tmp_path / "index.json").verify(refs) == {}
+    assert "4.png" in reads and "0.png" not in reads

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava.data import images
+from llava.data import images, row_check
 from llava.data.encode import encode
 from llava.data.image_store import ImageIndex
 from llava.data.quarantine import BadRow, Quarantine, report
@@ -117,6 +117,38 @@ def test_truncation_is_counted_and_a_row_it_empties_is_bad(
 
 def test_a_second_run_decodes_nothing(tiny: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVA_CACHE", str(tmp_path / "cache"))
-    first = check_trainable(GOOD, folder, tiny.processor)
+    monkeypatch.setattr(row_check, "MIN_REMEMBERED", 1)
+    rows = [*GOOD, *BAD.values()]
+    first = check_trainable(rows, folder, tiny.processor, skip_bad=True)
+    assert len(first.bad) == len(BAD)
     monkeypatch.setattr(images, "read_bytes", lambda ref, root: pytest.fail(f"read {ref} again"))
-    assert check_trainable(GOOD, folder, tiny.processor) == first
+    monkeypatch.setattr(row_check, "_encode", lambda *_: pytest.fail("encoded again"))
+    assert check_trainable(rows, folder, tiny.processor, skip_bad=True) == first
+
+
+def test_rows_are_checked_again_when_anything_changed(
+    tiny: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAVA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(row_check, "MIN_REMEMBERED", 3)
+
+    def num_outcomes() -> int:
+        return len(list((tmp_path / "cache" / "images").glob("rows-*.json")))
+
+    check_trainable(GOOD, folder, tiny.processor)
+    check_trainable(GOOD[:2], folder, tiny.processor)
+    assert num_outcomes() == 1
+    check_trainable(GOOD, folder, tiny.processor, max_length=500)
+    assert num_outcomes() == 2
+    check_trainable([*GOOD[:2], row(2, "who?", "you")], folder, tiny.processor)
+    assert num_outcomes() == 3
+    (folder / "other.png").write_bytes((folder / "good.png").read_bytes())
+    check_trainable(GOOD, folder, tiny.processor)
+    assert num_outcomes() == 4
+    (folder / "other.png").unlink()
+    with pytest.raises(DataError, match=r"other\.png cannot be read"):
+        check_trainable(GOOD, folder, tiny.processor)
+    for outcome in (tmp_path / "cache" / "images").glob("rows-*.json"):
+        outcome.write_text("{")
+    with pytest.raises(DataError, match=r"other\.png cannot be read"):
+        check_trainable(GOOD, folder, tiny.processor)
