@@ -130,9 +130,12 @@ def build(
         num_threads: threads that decode pictures; None takes one per processor, at most 16.
 
     Raises:
-        ConfigError: the cache would exceed `limit_gb` or the free space; the message says how much is needed.
+        ConfigError: there are no keys; or the cache would exceed `limit_gb` or the free space, and the message says how
+            much is needed.
         DataError: an image does not decode, or the folder is damaged.
     """
+    if not keys:
+        raise ConfigError("no row has an image, so there are no tower features to keep; switch the feature cache off")
     suffix = "" if dtype is None else f"-{_name(dtype)}"
     folder = Path(root) / f"tower-{tower[:16]}{suffix}"
     folder.mkdir(parents=True, exist_ok=True)

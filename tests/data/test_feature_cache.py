@@ -110,6 +110,12 @@ def test_too_large_is_refused_with_the_needed_size_before_anything_is_written(tm
         build(tmp_path, KEYS, tower="t", pixels=picture, features=tower, limit_gb=limit)
 
 
+def test_rows_without_images_need_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no row has an image"):
+        build(tmp_path, [], tower="t", pixels=picture, features=Tower())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 10})()
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage)
