@@ -37,10 +37,9 @@ COMMANDS: dict[str, Command] = {
         "--output_dir runs/first",
     ),
     "eval": Command(
-        "llava.eval.evaluate:evaluate",
+        "llava.eval.run:main",
         "answer and score questions about images, with intervals and the blank-image control",
-        "llava eval --model-path runs/first --question-file test.json --image-folder images "
-        "--output-dir runs/first/eval",
+        "llava eval --model runs/first --data test.json --image-folder images --out runs/first/eval",
     ),
     "chat": Command(
         "llava.chat:main",

@@ -122,7 +122,7 @@ def _place(rng: random.Random, placed: list[Cell], kinds: list[str], radius: flo
 
 def draw(smear: Smear) -> Image.Image:
     """Return the picture of a smear, RGB, `SIDE` x `SIDE`; the same smear gives the same pixels."""
-    rng = random.Random(smear.seed + 1)
+    rng = random.Random(f"details of {smear.seed}")
     background, red_colour = STAINS[smear.stain]
     picture = Image.new("RGB", (SIDE * OVERSAMPLING,) * 2, _shade(rng, background, 6))
     pen = ImageDraw.Draw(picture)

@@ -1,6 +1,6 @@
 """What is asked about a SYNTHETIC drawing, and a data folder in LLaVA format made of many of them.
 
-    DIR/images/*.png   DIR/captions.json (alignment)   DIR/train.json   DIR/test.json (drawings that train.json never shows)
+    DIR/images/*.png   DIR/captions.json (alignment)   DIR/train.json   DIR/test.json (about other drawings)
 
 Within each file and type of question every answer occurs equally often, so a model that does not look at the picture,
 and one that always gives the commonest answer, score what guessing scores.

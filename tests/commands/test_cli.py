@@ -1,0 +1,77 @@
+"""The `llava` command: help without heavy imports, routing, errors."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from llava import cli
+from llava.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys\nfrom llava.cli import main\nmain(['--help'])\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'PIL'} & sys.modules.keys()\nassert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name} " in done.stdout
+        assert command.example in done.stdout
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_leads_to_a_function(name: str) -> None:
+    module, function = cli.COMMANDS[name].target.split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_rest_of_the_words_goes_to_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    module = types.ModuleType("fake_command")
+    module.go = seen.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fake_command", module)
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command("fake_command:go", "", ""))
+    monkeypatch.setitem(cli.COMMANDS, "data show", cli.Command("fake_command:go", "", ""))
+    cli.main(["train", "--seed", "1"])
+    cli.main(["data", "show", "train.json", "--row", "3"])
+    assert seen == [["--seed", "1"], ["train.json", "--row", "3"]]
+
+
+def test_help_of_a_command_shows_its_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in cli.COMMANDS.items():
+        module, function = command.target.split(":")
+        fake = types.ModuleType("fake_command")
+        fake.go = lambda words: None  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "fake_command", fake)
+        monkeypatch.setitem(cli.COMMANDS, name, cli.Command("fake_command:go", command.summary, command.example))
+        cli.main([*name.split(), "--help"])
+        assert f"example: {command.example}" in capsys.readouterr().out
+
+
+def test_a_group_lists_its_members(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["data"])
+    assert "data show" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["trian"], ["data", "shwo"]])
+def test_an_unknown_command_names_the_known_ones(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert repr(" ".join(words)) in message and "data show" in message and "quickstart" in message
+
+
+def test_a_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    with pytest.raises(ConfigError):
+        cli.main(["trian"])
