@@ -19,9 +19,10 @@ LEVELS: dict[str, int] = {
     "utils": 0,
     "samples": 1,
     "conversation": 1,
+    "system_texts": 1,
     "tokenization": 1,
     "processing": 2,
-    "data": 3,
+    "data": 2,
     "model": 3,
     "generation": 4,
     "api": 5,
@@ -38,8 +39,14 @@ SAME_LEVEL = {
     ("errors", "constants"),
     ("utils", "constants"),
     ("utils", "errors"),
+    ("conversation", "system_texts"),
+    ("processing", "data"),
+    ("data", "processing"),
 }
-"""Imports between two parts of one level that are meant."""
+"""Imports between two parts of one level that are meant; a processor shapes images, a data set holds a processor."""
+
+STRANGERS = {("model", "data")}
+"""Pairs that must not meet although their levels would let them."""
 
 SCRIPT_FOLDERS = ("train", "eval", "data", "")
 """Folders under `llava` with files that are run as scripts, which puts the folder first on the import path."""
@@ -80,7 +87,8 @@ def imported_units(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import in line {node.lineno}"
             module = node.module or ""
             names.update(f"{module}.{alias.name}" if module == "llava" else module for alias in node.names)
-    return {name.split(".")[1] for name in names if name.startswith("llava.")}
+    parts = {name.split(".")[1] for name in names if name.startswith("llava.")}
+    return {part for part in parts if (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").exists()}
 
 
 def test_every_part_has_a_level() -> None:
@@ -92,7 +100,7 @@ def test_every_part_has_a_level() -> None:
 def test_imports_go_down(path: Path) -> None:
     own = unit(path)
     for other in imported_units(path) - {own}:
-        allowed = LEVELS[other] < LEVELS[own] or (own, other) in SAME_LEVEL
+        allowed = (LEVELS[other] < LEVELS[own] and (own, other) not in STRANGERS) or (own, other) in SAME_LEVEL
         assert allowed, f"{path.relative_to(ROOT)} (level {LEVELS[own]}) imports llava.{other} (level {LEVELS[other]})"
 
 
@@ -132,7 +140,6 @@ def test_light_modules_load_neither_torch_nor_transformers() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_files_and_functions_are_short() -> None:
+def test_no_file_has_more_than_400_lines() -> None:
     for path in modules():
-        text = path.read_text(encoding="utf-8")
-        assert text.count("\n") <= 400, f"{path.relative_to(ROOT)} has more than 400 lines"
+        assert path.read_text(encoding="utf-8").count("\n") <= 400, f"{path.relative_to(ROOT)} is too long"

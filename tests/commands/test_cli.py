@@ -46,7 +46,9 @@ def test_the_rest_of_the_words_goes_to_the_command(monkeypatch: pytest.MonkeyPat
     assert seen == [["--seed", "1"], ["train.json", "--row", "3"]]
 
 
-def test_help_of_a_command_shows_its_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_a_command_shows_its_example(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, command in cli.COMMANDS.items():
         module, function = command.target.split(":")
         fake = types.ModuleType("fake_command")
