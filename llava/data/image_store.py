@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import PIL
 from torch import Tensor
 
 from llava.data import images
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 1
+INDEX_VERSION = f"1, Pillow {PIL.__version__}"
+"""What an index must say to be believed: another Pillow may decode other files."""
 
 
 def cache_folder() -> Path:
@@ -107,6 +109,7 @@ class ImageIndex:
             try:
                 found = list(progress(states, title="checking images", total=len(refs), unit="image"))
             finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # an interrupted check must not finish its queue first
                 self.save()
         return {ref: state.error for ref, state in zip(refs, found, strict=True) if state.error}
 
@@ -122,7 +125,7 @@ class ImageIndex:
         """Write what is known to `path`, if there is one; a folder that cannot be written costs time, not the run."""
         if self.path is None or not self._changed:
             return
-        content = {"version": INDEX_VERSION, "root": str(self.root), "files": self._files}
+        content = {"version": INDEX_VERSION, "root": str(self.root), "files": self._files.copy()}
         try:
             write_atomic(self.path, json.dumps(content))
             self._changed = False
@@ -154,14 +157,16 @@ class ImageIndex:
         current = known is not None and (known.mtime, known.size) == (stat.st_mtime_ns, stat.st_size)
         if known is not None and current and (known.decoded or known.error or not decode):
             return self._remember(ref, known)
-        digest = reason = ""
         try:
             data = images.read_bytes(ref, self.root)
-            digest = images.content_digest(data)
-            if decode:
+        except DataError as problem:  # may be put right without a change of the file: not kept for another run
+            return self._remember(ref, FileState(0, 0, "", False, str(problem)))
+        digest, reason = images.content_digest(data), ""
+        if decode:
+            try:
                 images.load(data)
-        except DataError as problem:
-            reason = str(problem).replace("given as bytes", ref)
+            except DataError as problem:
+                reason = str(problem).replace("given as bytes", ref)
         return self._remember(ref, FileState(stat.st_mtime_ns, stat.st_size, digest, decode and not reason, reason))
 
     def _remember(self, ref: str, state: FileState) -> FileState:

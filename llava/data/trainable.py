@@ -1,6 +1,6 @@
 """The check before training: every row's images decode, find their place in the text, and leave something to train.
 
-samples --ImageIndex.verify--> files that decode --with_places, encode--> rows that can be trained on, and the others
+samples --ImageIndex.verify--> files that decode --check_rows--> rows that can be trained on, and the others
 """
 
 from __future__ import annotations

@@ -163,6 +163,18 @@ def test_a_second_run_looks_only_at_time_and_size(
     assert sorted(reads) == ["2.png", "4.png"]
 
 
+def test_a_file_that_could_not_be_read_is_tried_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(ref: Any, root: Any) -> bytes:
+        raise DataError(f"image {ref} cannot be read: Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "read_bytes", refuse)
+        assert list(ImageIndex(folder, tmp_path / "index.json").verify(["0.png"])) == ["0.png"]
+    assert ImageIndex(folder, tmp_path / "index.json").verify(["0.png"]) == {}
+
+
 def test_a_digest_alone_does_not_count_as_decoded(folder: Path, tmp_path: Path) -> None:
     (folder / "5.png").write_text("broken")
     index = ImageIndex(folder, tmp_path / "index.json")
@@ -170,10 +182,10 @@ def test_a_digest_alone_does_not_count_as_decoded(folder: Path, tmp_path: Path) 
     assert list(index.verify(["5.png"])) == ["5.png"]
 
 
-@pytest.mark.parametrize("content", ["{", '{"version": 0}', '{"version": 1, "files": {"a": [1]}}', "[]"])
+@pytest.mark.parametrize("content", ["{", '{"version": 0}', '{"version": VERSION, "files": {"a": [1]}}', "[]"])
 def test_a_damaged_index_is_made_again(folder: Path, tmp_path: Path, content: str) -> None:
     path = tmp_path / "index.json"
-    path.write_text(content)
+    path.write_text(content.replace("VERSION", f'"{image_store.INDEX_VERSION}"'))
     assert ImageIndex(folder, path).verify(["0.png"]) == {}
     assert '"0.png"' in path.read_text()
 
@@ -192,7 +204,7 @@ def test_each_folder_has_its_index_in_the_cache(folder: Path, tmp_path: Path, mo
     ImageIndex.open(folder).verify(["0.png"])
     ImageIndex.open(folder / "sub").verify(["copy.png"])
     assert len(list((tmp_path / "cache" / "images").glob("*.json"))) == 2
-    monkeypatch.setattr(image_store, "INDEX_VERSION", 99)
+    monkeypatch.setattr(image_store, "INDEX_VERSION", "another")
     reads = count_reads(monkeypatch)
     ImageIndex.open(folder).verify(["0.png"])
     assert reads == ["0.png"]
