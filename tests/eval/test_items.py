@@ -9,7 +9,6 @@ import pytest
 
 from llava.errors import DataError
 from llava.eval.medvqa import items
-
 from tests.eval.fakes import row
 
 

@@ -1,0 +1,146 @@
+"""`llava eval` around a fake engine: result, page, control, resuming, comparison."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llava.data.records import load_samples
+from llava.errors import CheckpointError, DataError
+from llava.eval import run
+from llava.eval.inference import Options
+from tests.eval.fakes import FakeEngine, row, rows_of, write_vqa
+
+EVIL = "<script>alert('x')</script>"
+
+
+def make_plan(tmp_path: Path, **changes: object) -> run.Plan:
+    rows = [
+        row(
+            index,
+            f"{index % 5}.png",
+            f"Is {index} so {EVIL}?",
+            "yes" if index % 2 else "no",
+            types="PRES" if index < 10 else "POS",
+        )
+        for index in range(20)
+    ]
+    rows += [row(f"o{index}", f"{index}.png", f"What {index}?", f"saw {index}.png", kind="OPEN") for index in range(5)]
+    data, images = write_vqa(tmp_path, rows)
+    plan = run.Plan(
+        load_samples(data), tmp_path / "out", Options(image_folder=images, model_id="fake"), num_resamples=50
+    )
+    return replace(plan, **changes)
+
+
+def good_engine() -> FakeEngine:
+    return FakeEngine({f"Is {index} so {EVIL}?": "Yes." if index % 2 else "No." for index in range(20)})
+
+
+def test_result_and_page(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path)
+    report = run.evaluate(plan, good_engine)
+    assert json.loads((plan.out / run.RESULTS).read_text()) == json.loads(json.dumps(report))
+    strict = report["scores"]["strict"]
+    assert strict["closed accuracy"]["answered"]["value"] == 100.0
+    assert strict["closed accuracy"]["blank"]["value"] == 50.0
+    assert strict["closed accuracy"]["from_picture"]["low"] > 0
+    assert strict["open recall"]["from_picture"]["value"] == 100.0
+    assert report["majority"] == {"source": "test answers", "closed": "no", "open": report["majority"]["open"]}
+    assert {entry["type"] for entry in report["by_type"]} == {"PRES", "POS"}
+    assert {"git_commit", "command", "time", "llava_version"} <= report["provenance"].keys()
+    page = (plan.out / run.PAGE).read_text()
+    assert EVIL not in page and "&lt;script&gt;" in page
+    assert page.count("data:image/jpeg;base64,") == 12
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_training_rows_give_majority_and_candidates(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path)
+    train = [sample for sample in plan.samples if sample.id in {"1", "3", "o2"}]
+    report = run.evaluate(replace(plan, train_samples=train, blank_control=False), good_engine)
+    assert report["majority"] == {"source": "training answers", "closed": "yes", "open": "saw 2png"}
+    assert report["scores"]["strict"]["closed accuracy"]["majority"] == 50.0
+    assert "open accuracy" in report["scores"]["legacy run_eval"]
+    assert not (plan.out / run.BLANK_ANSWERS).exists()
+    assert "blank" not in report["scores"]["strict"]["closed accuracy"]
+    assert "not run" in (plan.out / run.PAGE).read_text()
+
+
+def test_everything_is_printed(tmp_path: Path) -> None:
+    out = io.StringIO()
+    run.print_report(run.evaluate(make_plan(tmp_path), good_engine), out=out)
+    text = out.getvalue()
+    for words in (
+        "blank image",
+        "from the picture",
+        "majority of the test answers: closed 'no'",
+        "POS, closed accuracy",
+    ):
+        assert words in text
+    assert "25 questions on 5 images (5 open, 20 closed)" in text
+
+
+def test_second_run_opens_no_engine_and_changed_settings_are_refused(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path)
+    first = run.evaluate(plan, good_engine)
+
+    def refuse() -> FakeEngine:
+        raise CheckpointError("no engine is needed")
+
+    assert run.evaluate(plan, refuse)["scores"] == first["scores"]
+    with pytest.raises(DataError, match="holds answers with other weights"):
+        run.evaluate(replace(plan, facts={"weights": "abc"}), good_engine)
+    with pytest.raises(DataError, match="other choices"):
+        run.evaluate(replace(plan, options=replace(plan.options, choices=True)), good_engine)
+    run.evaluate(replace(plan, facts={"weights": "abc"}, resume=False), good_engine)
+    with pytest.raises(CheckpointError):
+        run.evaluate(replace(plan, out=tmp_path / "elsewhere"), refuse)
+
+
+def test_failed_answers_are_counted_and_shown(tmp_path: Path) -> None:
+    report = run.evaluate(make_plan(tmp_path), lambda: FakeEngine(broken="What 3"))
+    assert report["counts"]["failed"] == 1 and report["blank_counts"]["failed"] == 1
+    assert "(failed)" in (tmp_path / "out" / run.PAGE).read_text()
+
+
+def test_comparison_of_two_folders(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path)
+    run.evaluate(plan, good_engine)
+    run.evaluate(replace(plan, out=tmp_path / "other"), FakeEngine)
+    out = io.StringIO()
+    result = run.print_comparison(plan.samples, plan.out, tmp_path / "other", num_resamples=50, seed=0, out=out)
+    assert result["closed accuracy"]["value"] == 100.0
+    assert result["open recall"]["value"] == 0.0
+    assert "this run minus other" in out.getvalue()
+
+
+def test_rows_without_reference_are_refused(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path)
+    first = plan.samples[0]
+    question_only = replace(first, conversation=replace(first.conversation, turns=first.conversation.turns[:1]))
+    with pytest.raises(DataError, match="expected a question and its answer"):
+        run.evaluate(replace(plan, samples=[question_only]), FakeEngine)
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(tmp_path)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "llava_processor.json").write_text('{"template": "vicuna_v1"}')
+    (model / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(run.model_options, "open_engine", lambda args: good_engine())
+    words = ["--model", str(model), "--data", str(tmp_path / "test.json"), "--image_folder", str(tmp_path / "images")]
+    run.main([*words, "--out", str(plan.out), "--limit", "8", "--num_resamples", "20", "--mm-projector", "x"])
+    printed = capsys.readouterr().out
+    assert "8 questions" in printed and "blank image" in printed
+    results = json.loads((plan.out / run.RESULTS).read_text())
+    provenance = results["provenance"]
+    assert provenance["template"] == "vicuna_v1" and len(provenance["weights"]) == 64
+    assert provenance["command"].startswith("llava eval --model")
+    assert provenance["limit"] == 8 and provenance["sampling"]["temperature"] == 0.0
+    assert {answer["model_id"] for answer in rows_of(plan.out / run.ANSWERS)} == {"model"}
