@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava.data.records import load_samples
 from llava.data.samplers import (
     ImageGroupedSampler,
     LengthGroupedSampler,
@@ -177,3 +180,30 @@ def test_questions_per_image_above_the_step_is_cut_to_it() -> None:
 def test_counts_out_of_range_are_errors(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+@pytest.mark.parametrize(("run", "batch_size", "num_batches"), [("stage2_full", 4, 2), ("stage2_lora", 4, 1)])
+def test_steps_are_made_as_in_the_published_runs(shared: Path, run: str, batch_size: int, num_batches: int) -> None:
+    """The recorded order of rows: steps of one kind, the mixed rest last, and the same sharing out within a step."""
+    oracle = shared / "oracles" / "llava-1.2.2"
+    samples = load_samples(oracle / "train.json")
+    words = [sum(len(turn.text.split()) for turn in sample.conversation.turns) for sample in samples]
+    lengths = [num + 128 if sample.images else -num for num, sample in zip(words, samples, strict=True)]
+    order = json.loads((oracle / "train_log.json").read_text())[run]["order"]
+    size = batch_size * num_batches
+
+    def kinds(steps: list[list[int]]) -> list[set[bool]]:
+        return [{lengths[row] < 0 for row in step} for step in steps]
+
+    for start in range(0, len(order), len(samples)):
+        epoch = order[start : start + len(samples)]
+        steps = [epoch[first : first + size] for first in range(0, len(epoch), size)]
+        ours = list(ModalityGroupedSampler(lengths, size, seed=start))
+        assert kinds(steps) == kinds(ours)
+        # The first step of an epoch holds rows of one kind; there, "ranks" are the micro-batches of the published run.
+        rows = sorted(steps[0])
+        parts = [
+            list(LengthGroupedSampler([lengths[row] for row in rows], batch_size, rank=rank, world_size=num_batches))
+            for rank in range(num_batches)
+        ]
+        assert [row for part in parts for row in part[0]] == [rows.index(row) for row in steps[0]]
