@@ -1,0 +1,240 @@
+"""The flat batch: many sequences as ONE row of tokens, shared beginnings once, supervised positions listed.
+
+    Encoded... -> prefix trees -> FlatBatch -> model(**batch.model_inputs()) -> logits of the supervised positions only
+
+It is exact: loss and gradients equal those of padded rows, one sequence each (architecture, the flat batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava.constants import IGNORE_INDEX
+from llava.data import prefix_tree
+from llava.data.encode import Encoded
+from llava.data.tree_mask import tree_masks
+from llava.errors import DataError
+
+Layout = Literal["tree", "flat", "padded"]
+"""`tree` shares beginnings, `flat` only removes padding, `padded` is the library's usual [B, T] batch."""
+
+
+class CausalModel(Protocol):
+    """What the batch needs of a model: a call that returns an object with `logits`."""
+
+    def __call__(self, **inputs: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FlatBatch:
+    """One row of T tokens (`padded`: B rows), S nodes, M supervised targets, E edges, N images.
+
+    Attributes:
+        input_ids: [1, T] token ids.
+        position_ids: [1, T] depth in the tree: what each unshared sequence would count.
+        tree_lengths: tokens of the independent trees; nothing attends across trees.
+        segment_ids: [T] node of each token.
+        parents: [S] node above each node, -1 for a root.
+        predictor: [M] index of the token whose hidden state predicts each target (into B * T when padded).
+        target_ids: [M] token id of each target.
+        edge_target, edge_sequence, edge_turn: [E] which sequence (and turn of it) wants which target.
+        edge_weight: [E] float32, 1 for supervised fine-tuning.
+        pixel_values: [N, 3, H, W] pixels or [N, P, Dv] tower features in the order of their place holders, or None.
+        num_sequences: sequences in the row.
+        num_unshared_tokens: what the row would hold if nothing were shared.
+        layout: how the sequences lie.
+        attention_mask: [B, T] of a padded batch, else None.
+        path_positions: for each sequence [its length] positions of its tokens in the row.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    tree_lengths: tuple[int, ...]
+    segment_ids: Tensor
+    parents: Tensor
+    predictor: Tensor
+    target_ids: Tensor
+    edge_target: Tensor
+    edge_sequence: Tensor
+    edge_turn: Tensor
+    edge_weight: Tensor
+    pixel_values: Tensor | None
+    num_sequences: int
+    num_unshared_tokens: int
+    layout: Layout
+    path_positions: tuple[Tensor, ...]
+    attention_mask: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model computes."""
+        return self.input_ids.numel()
+
+    def paths(self) -> tuple[Tensor, ...]:
+        """For each sequence the positions of its tokens in the row."""
+        return self.path_positions
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keywords for `model(**inputs)`; the language-model head runs on the supervised positions only.
+
+        The zero-size 4-D mask keeps transformers from building one of [T, T]: 4-D masks are taken as they are, and the
+        tree attention reads its own.
+        """
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
+        if self.pixel_values is not None:
+            inputs["pixel_values"] = self.pixel_values
+        if self.layout == "padded":
+            return {**inputs, "attention_mask": self.attention_mask}
+        return {
+            **inputs,
+            "position_ids": self.position_ids,
+            "attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool, device=self.input_ids.device),
+            "logits_to_keep": self.predictor,
+            "tree_lengths": self.tree_lengths,
+            "tree_masks": tree_masks(self.tree_lengths, self.segment_ids, self.parents),
+            "tree_positions": self.position_ids[0],
+        }
+
+    def to(self, device: torch.device | str) -> FlatBatch:
+        """The batch with every tensor on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: v.to(device) for name, v in moved.items() if isinstance(v, Tensor)})
+
+
+def target_logits(model: CausalModel, batch: FlatBatch) -> Tensor:
+    """Run the model on the batch and return [M, V]: the logits that predict each supervised target."""
+    logits: Tensor = model(**batch.model_inputs()).logits
+    if batch.layout == "padded":
+        return logits.flatten(0, 1)[batch.predictor]
+    return logits[0]
+
+
+def _trained(sequence: Encoded, index: int) -> np.ndarray:
+    """Positions of the trained tokens of a sequence."""
+    trained = np.flatnonzero(np.asarray(sequence.labels) != IGNORE_INDEX)
+    if len(trained) and trained[0] == 0:
+        raise DataError(f"sequence {index}: its first token is trained, but nothing stands before it to predict it")
+    return trained
+
+
+def _edges(sequences: Sequence[Encoded], places: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """Targets and edges, given where each token of each sequence stands; a shared token is one target."""
+    wanted = [_trained(sequence, index) for index, sequence in enumerate(sequences)]
+    standing = np.concatenate([place[at] for place, at in zip(places, wanted, strict=True)])
+    before = np.concatenate([place[at - 1] for place, at in zip(places, wanted, strict=True)])
+    ids = np.concatenate([np.asarray(s.labels)[at] for s, at in zip(sequences, wanted, strict=True)])
+    turns = np.concatenate([np.asarray(s.turns)[at] for s, at in zip(sequences, wanted, strict=True)])
+    owner = np.repeat(np.arange(len(sequences)), [len(at) for at in wanted])
+    _, first, edge_target = np.unique(standing, return_index=True, return_inverse=True)
+    as_long = {
+        "predictor": before[first],
+        "target_ids": ids[first],
+        "edge_target": edge_target,
+        "edge_sequence": owner,
+        "edge_turn": turns,
+    }
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(v, dtype=np.int64)) for name, v in as_long.items()}
+    return {**tensors, "edge_weight": torch.ones(len(owner), dtype=torch.float32)}
+
+
+def _pixels(keys: Iterable[str], images: Mapping[str, Tensor]) -> Tensor | None:
+    used = list(keys)
+    return torch.stack([images[key] for key in used]) if used else None
+
+
+def _image_keys(nodes: Sequence[prefix_tree.Node], sequences: Sequence[Encoded]) -> list[str]:
+    """Images in the order in which their place holders stand in the row."""
+    keys = []
+    for node in nodes:
+        sequence = sequences[node.sequences[0]]
+        for (start, _), key in zip(sequence.image_spans, sequence.images, strict=True):
+            if node.start <= start < node.stop:
+                keys.append(key)
+    return keys
+
+
+def flatten(
+    sequences: Sequence[Encoded],
+    images: Mapping[str, Tensor],
+    *,
+    image_token_id: int,
+    pad_token_id: int = 0,
+    layout: Layout = "tree",
+) -> FlatBatch:
+    """Lay sequences out in one batch.
+
+    Args:
+        sequences: at least one, none empty.
+        images: pixels [3, H, W] or tower features [P, Dv] by image key.
+        image_token_id: id of the place holders; a text token may not have it.
+        pad_token_id: fills padded rows.
+        layout: see `Layout`.
+
+    Raises:
+        DataError: a sequence is empty, holds stray place holders, or its first token is trained.
+    """
+    for index, sequence in enumerate(sequences):
+        _check(sequence, index, image_token_id)
+    if layout == "padded":
+        return _padded(sequences, images, pad_token_id)
+    forest = prefix_tree.build(sequences, share=layout == "tree")
+    runs = [np.arange(node.offset, node.offset + node.length) for node in forest.nodes]
+    places = [np.concatenate([runs[node.index] for node in path]) for path in forest.paths]
+    ids = np.concatenate([np.asarray(sequences[n.sequences[0]].input_ids[n.start : n.stop]) for n in forest.nodes])
+    lengths = [node.length for node in forest.nodes]
+    return FlatBatch(
+        input_ids=torch.from_numpy(ids.astype(np.int64))[None],
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n.start, n.stop) for n in forest.nodes]))[None],
+        tree_lengths=forest.tree_lengths,
+        segment_ids=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        parents=torch.tensor([node.parent for node in forest.nodes]),
+        pixel_values=_pixels(_image_keys(forest.nodes, sequences), images),
+        num_sequences=len(sequences),
+        num_unshared_tokens=sum(len(sequence.input_ids) for sequence in sequences),
+        layout=layout,
+        path_positions=tuple(torch.from_numpy(place) for place in places),
+        **_edges(sequences, places),
+    )
+
+
+def _check(sequence: Encoded, index: int, image_token_id: int) -> None:
+    if not sequence.input_ids:
+        raise DataError(f"sequence {index} has no token")
+    found = sequence.input_ids.count(image_token_id)
+    expected = sum(stop - start for start, stop in sequence.image_spans)
+    if found != expected or len(sequence.images) != len(sequence.image_spans):
+        raise DataError(
+            f"sequence {index}: {found} image place holders and {len(sequence.images)} image keys, expected {expected} "
+            f"place holders of {len(sequence.image_spans)} images"
+        )
+
+
+def _padded(sequences: Sequence[Encoded], images: Mapping[str, Tensor], pad_token_id: int) -> FlatBatch:
+    """The library's usual batch: one right-padded row a sequence."""
+    num_rows, longest = len(sequences), max(len(sequence.input_ids) for sequence in sequences)
+    ids = np.full((num_rows, longest), pad_token_id, dtype=np.int64)
+    mask = np.zeros((num_rows, longest), dtype=bool)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence.input_ids)] = sequence.input_ids
+        mask[row, : len(sequence.input_ids)] = True
+    places = [row * longest + np.arange(len(sequence.input_ids)) for row, sequence in enumerate(sequences)]
+    return FlatBatch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.arange(longest).expand(num_rows, longest),
+        tree_lengths=(longest,) * num_rows,
+        segment_ids=torch.arange(num_rows).repeat_interleave(longest),
+        parents=torch.full((num_rows,), -1),
+        pixel_values=_pixels([key for sequence in sequences for key in sequence.images], images),
+        num_sequences=num_rows,
+        num_unshared_tokens=sum(len(sequence.input_ids) for sequence in sequences),
+        layout="padded",
+        path_positions=tuple(torch.from_numpy(place) for place in places),
+        attention_mask=torch.from_numpy(mask),
+        **_edges(sequences, places),
+    )
