@@ -50,7 +50,6 @@ def test_help_of_a_command_shows_its_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, command in cli.COMMANDS.items():
-        module, function = command.target.split(":")
         fake = types.ModuleType("fake_command")
         fake.go = lambda words: None  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "fake_command", fake)
