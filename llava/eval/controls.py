@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,15 +97,34 @@ def _compared(draws: Draws, score: Score, blank: Score | None) -> dict[str, Any]
     return row
 
 
+def verdicts(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return one sentence a control: whether the strict scores are above it by more than their interval.
+
+    Args:
+        scores: the set `strict` of a report.
+    """
+    sentences = []
+    for key, control in (("from_picture", "a grey image"), ("above_majority", "the majority answer")):
+        for name in BY_TYPE_SCORES:
+            estimate = scores[name].get(key)
+            if estimate is None or estimate["low"] is None:
+                continue
+            above = "above" if estimate["low"] > 0 else "NOT above"
+            numbers = f"{estimate['value']:+.2f} points [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+            sentences.append(f"{name} is {above} {control}: {numbers}")
+    return sentences
+
+
 def compare_sets(
     scores: dict[str, Score], draws: Draws, *, blank: dict[str, Score] | None, baseline: dict[str, Score] | None
 ) -> dict[str, dict[str, Any]]:
-    """Return every score with its interval, its control and the figure of the majority baseline."""
+    """Return every score with its interval, its control and the majority baseline."""
     result = {}
     for name, score in scores.items():
         row = _compared(draws, score, None if blank is None else blank[name])
         if baseline is not None:
             figure = baseline[name].mean()
             row["majority"] = None if math.isnan(figure) else figure
+            row["above_majority"] = draws.difference(score, baseline[name]).to_json()
         result[name] = row
     return result

@@ -42,18 +42,32 @@ class Score:
         members = np.array([[name in item for item in groups] for name in names], dtype=bool)
         return Score(array, members.reshape(len(names), len(array)))
 
-    def mean(self, indices: NDArray[np.intp] | None = None) -> float:
-        """Return the percentage over all items, or over those at `indices` (which may repeat); NaN over none."""
-        values = self.values if indices is None else self.values[indices]
-        asked = ~np.isnan(values)
-        if self.members is None:
-            return 100.0 * float(values[asked].mean()) if asked.any() else math.nan
-        members = (self.members if indices is None else self.members[:, indices]) & asked
-        sizes = members.sum(axis=1)
-        if not sizes.any():
-            return math.nan
-        totals = members @ np.where(asked, values, 0.0)
-        return 100.0 * float((totals[sizes > 0] / sizes[sizes > 0]).mean())
+    def mean(self) -> float:
+        """Return the percentage over all items; NaN over none."""
+        return float(self.means(np.ones((1, len(self.values))), np.arange(len(self.values)))[0])
+
+    def means(self, weights: NDArray[np.float64], cluster_of: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Return the percentage in each of R resamples, [R]; NaN where a resample has no item of the score.
+
+        Args:
+            weights: how often each of C clusters was drawn, [R, C].
+            cluster_of: the cluster of each item, [n].
+        """
+        asked = ~np.isnan(self.values)
+        members = asked[None] if self.members is None else self.members & asked
+        values = np.where(asked, self.values, 0.0)
+        num_clusters = weights.shape[1]
+        shares = np.full((len(members), len(weights)), math.nan)
+        for group, chosen in enumerate(members):
+            totals = weights @ np.bincount(cluster_of, values * chosen, num_clusters)
+            sizes = weights @ np.bincount(cluster_of, chosen.astype(np.float64), num_clusters)
+            np.divide(totals, sizes, out=shares[group], where=sizes > 0)
+        present = ~np.isnan(shares)
+        num_groups = present.sum(axis=0)
+        sums = np.where(present, shares, 0.0).sum(axis=0)
+        means: NDArray[np.float64] = np.full(len(weights), math.nan)
+        np.divide(100.0 * sums, num_groups, out=means, where=num_groups > 0)
+        return means
 
     @property
     def num_items(self) -> int:
@@ -81,31 +95,42 @@ class Draws:
 
     def __init__(self, clusters: Sequence[Hashable], *, num_resamples: int = 500, seed: int = 0) -> None:
         self.num_items = len(clusters)
-        self.indices = list(resamples(len(clusters), clusters=clusters, num_resamples=num_resamples, seed=seed))
+        first_of: dict[Hashable, int] = {}
+        for index, name in enumerate(clusters):
+            first_of.setdefault(name, index)
+        place = {name: index for index, name in enumerate(first_of)}
+        self.cluster_of = np.array([place[name] for name in clusters], dtype=np.intp)
+        firsts = np.array(list(first_of.values()), dtype=np.intp)
+        drawn = resamples(len(clusters), clusters=clusters, num_resamples=num_resamples, seed=seed)
+        counts = [np.bincount(indices, minlength=len(clusters))[firsts] for indices in drawn]
+        self.weights = np.array(counts, dtype=np.float64).reshape(len(counts), len(first_of))
 
     def estimate(self, score: Score) -> Estimate:
         """Return a score with its interval."""
         self._check(score)
-        return self._of(score.mean(), [score.mean(indices) for indices in self.indices], score.num_items)
+        return self._of(score.mean(), self._means(score), score.num_items)
 
     def difference(self, score: Score, other: Score) -> Estimate:
         """Return `score - other`, both about the same items, with the interval of the difference."""
         self._check(score)
         self._check(other)
-        differences = [score.mean(indices) - other.mean(indices) for indices in self.indices]
+        differences = self._means(score) - self._means(other)
         return self._of(score.mean() - other.mean(), differences, score.num_items)
 
     def estimates(self, scores: Mapping[str, Score]) -> dict[str, Estimate]:
         """Return every score with its interval."""
         return {name: self.estimate(score) for name, score in scores.items()}
 
+    def _means(self, score: Score) -> NDArray[np.float64]:
+        return score.means(self.weights, self.cluster_of)
+
     def _check(self, score: Score) -> None:
         if len(score.values) != self.num_items:
             raise ConfigError(f"expected one value for each of {self.num_items} items, got {len(score.values)}")
 
     @staticmethod
-    def _of(value: float, drawn: Sequence[float], num_items: int) -> Estimate:
-        figures = np.asarray([figure for figure in drawn if not math.isnan(figure)])
+    def _of(value: float, drawn: NDArray[np.float64], num_items: int) -> Estimate:
+        figures = drawn[~np.isnan(drawn)]
         if figures.size == 0:
             return Estimate(value, math.nan, math.nan, num_items)
         low, high = np.quantile(figures, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

@@ -66,6 +66,7 @@ def write_page(
     if note:
         parts.append(f'<p class="note">{escape(note)}</p>')
     parts.append(_counts(report["counts"]))
+    parts += [f"<p>{escape(sentence)}</p>" for sentence in report.get("verdicts", ())]
     for name, scores in report["scores"].items():
         parts += [f"<h2>{escape(name)}</h2>", score_table(scores)]
     if report["by_type"]:
@@ -110,10 +111,20 @@ def type_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _compared(rows: Sequence[tuple[str, Mapping[str, Any]]], first: str) -> str:
-    headers = [first, "n", "%", "95 % interval", "blank image", "from the picture", "interval", "majority"]
+    headers = [
+        first,
+        "n",
+        "%",
+        "95 % interval",
+        "blank image",
+        "from the picture",
+        "interval",
+        "majority",
+        "above majority",
+    ]
     cells = []
     for name, row in rows:
-        answered, picture = row["answered"], row.get("from_picture")
+        answered, picture, above = row["answered"], row.get("from_picture"), row.get("above_majority")
         cells.append(
             [
                 name,
@@ -124,6 +135,7 @@ def _compared(rows: Sequence[tuple[str, Mapping[str, Any]]], first: str) -> str:
                 figure(picture["value"], signed=True) if picture else "-",
                 interval(picture) if picture else "-",
                 figure(row.get("majority")),
+                f"{figure(above['value'], signed=True)} {interval(above)}" if above else "-",
             ]
         )
     return table(headers, cells)

@@ -22,7 +22,7 @@ from llava.data.images import load as load_image
 from llava.data.records import load_samples
 from llava.errors import ConfigError, DataError
 from llava.eval import model_options
-from llava.eval.controls import majority
+from llava.eval.controls import majority, verdicts
 from llava.eval.estimates import Draws
 from llava.eval.html_report import write_page
 from llava.eval.inference import AnswerRun, Options
@@ -198,6 +198,7 @@ def evaluate(plan: Plan, open_engine: Callable[[], Engine]) -> dict[str, Any]:
         num_resamples=plan.num_resamples,
         seed=plan.seed,
     )
+    report["verdicts"] = verdicts(report["scores"]["strict"])
     report["control_image"] = {"color": GREY} if blank is not None else None
     report["options_suffix"] = YES_NO_OPTIONS if plan.options.choices else None
     report["provenance"] = dict(plan.facts or stamp(seed=plan.seed))
@@ -255,6 +256,9 @@ def print_report(report: Mapping[str, Any], *, out: TextIO | None = None) -> Non
     )
     for name, scores in report["scores"].items():
         out.write(f"\n{name}\n{report_table(scores)}\n")
+    for sentence in report["verdicts"]:
+        out.write(f"\n{sentence}")
+    out.write("\n")
     if report["by_type"]:
         out.write(f"\nby question type (strict)\n{type_table(report['by_type'])}\n")
 

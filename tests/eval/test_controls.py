@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llava.errors import DataError
-from llava.eval.controls import by_type, majority, majority_items
+from llava.eval.controls import by_type, majority, majority_items, verdicts
 from llava.eval.medvqa.items import Item
 from llava.eval.medvqa.report import full_report
 from llava.samples import from_row
@@ -33,6 +33,8 @@ def test_from_the_picture(looks: bool, value: float, picture: float) -> None:
     assert row_["blank"]["value"] == 50.0
     assert row_["from_picture"]["value"] == picture
     assert (row_["from_picture"]["low"] > 0) is looks
+    (sentence,) = verdicts(report["scores"]["strict"])
+    assert ("NOT above a grey image" in sentence) is not looks
     types = {entry["type"]: entry for entry in report["by_type"]}
     assert set(types) == {"PRES", "POS", "ABN"}
     assert types["ABN"]["from_picture"]["value"] == picture
@@ -59,5 +61,9 @@ def test_majority() -> None:
     items, _ = make_items(True)
     assert {item.prediction for item in majority_items(items, answers)} == {"no"}
     report = full_report(items, baseline=answers, num_resamples=5)
-    assert report["scores"]["strict"]["closed accuracy"]["majority"] == 50.0
+    strict = report["scores"]["strict"]
+    assert strict["closed accuracy"]["majority"] == 50.0
+    assert strict["closed accuracy"]["above_majority"]["value"] == 50.0
+    (sentence,) = verdicts(strict)
+    assert sentence.startswith("closed accuracy is above the majority answer: +50.00 points [")
     assert majority([], source="x").closed is None

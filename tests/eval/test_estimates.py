@@ -9,14 +9,39 @@ import pytest
 
 from llava.errors import ConfigError
 from llava.eval.estimates import Draws, Score
+from llava.utils.bootstrap import confidence_interval
 
 
 def test_mean_leaves_out_what_is_not_asked() -> None:
     score = Score.of([1.0, math.nan, 0.0, 1.0])
     assert score.mean() == pytest.approx(200 / 3)
     assert score.num_items == 3
-    assert score.mean(np.array([0, 0, 2])) == pytest.approx(200 / 3)
-    assert math.isnan(score.mean(np.array([1, 1])))
+    assert math.isnan(Score.of([math.nan]).mean())
+    assert math.isnan(Score.of([], []).mean())
+
+
+def test_intervals_are_those_of_the_plain_bootstrap() -> None:
+    generator = np.random.default_rng(5)
+    values = np.where(generator.random(90) < 0.2, math.nan, generator.random(90))
+    clusters = [int(name) for name in generator.integers(0, 25, size=90)]
+    groups = [("a", "b")[: 1 + int(generator.integers(2))] if name % 3 else ("c",) for name in clusters]
+    draws = Draws(clusters, num_resamples=60, seed=3)
+
+    def plain(part: np.ndarray) -> float:
+        return 100 * float(np.nanmean(part))
+
+    expected = confidence_interval(values, plain, clusters=clusters, num_resamples=60, seed=3)
+    estimate = draws.estimate(Score.of(values))
+    assert (estimate.low, estimate.high) == pytest.approx(expected)
+
+    def by_group(part: np.ndarray) -> float:
+        chosen = part.astype(int)
+        means = [np.nanmean([values[i] for i in chosen if name in groups[i]]) for name in "abc"]
+        return 100 * float(np.nanmean(means))
+
+    expected = confidence_interval(np.arange(90), by_group, clusters=clusters, num_resamples=60, seed=3)
+    estimate = draws.estimate(Score.of(values, groups))
+    assert (estimate.low, estimate.high) == pytest.approx(expected)
 
 
 def test_difference_is_paired() -> None:

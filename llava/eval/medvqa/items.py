@@ -7,6 +7,7 @@ answer rows  --------+
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 from llava.errors import DataError
 from llava.samples import Sample, from_row
-from llava.utils.jsonl import read_records
+from llava.utils.jsonl import read_records, read_text
 
 CLOSED_TYPES = frozenset({"closed", "yes/no"})
 OPEN_TYPES = frozenset({"open", "other", "number"})
@@ -146,10 +147,13 @@ def read_candidates(path: str | Path) -> list[str]:
     Raises:
         DataError: the file holds neither.
     """
-    rows = list(read_records(path))
-    if len(rows) == 1 and isinstance(rows[0].get("0"), list):
-        return [str(value) for value in rows[0]["0"]]
-    if len(rows) == 1 and "conversations" not in rows[0] and "conversatons" not in rows[0]:
+    try:
+        whole = json.loads(read_text(path))
+    except json.JSONDecodeError:
+        whole = None  # JSON lines: training rows
+    if isinstance(whole, dict):
+        if isinstance(whole.get("0"), list):
+            return [str(value) for value in whole["0"]]
         raise DataError(f'{path}: expected an object with key "0" (a list of answers) or training rows')
     return open_answers(read_truth(path))
 

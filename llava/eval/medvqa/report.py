@@ -109,7 +109,7 @@ def report_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     with_majority = any("majority" in row for row in scores.values())
     headers = ["Metric", "n", "%", "95% interval"]
     headers += ["blank image", "from the picture"] if with_blank else []
-    headers += ["majority"] if with_majority else []
+    headers += ["majority", "above majority"] if with_majority else []
     return simple_table(headers, [_report_row(name, row, with_blank, with_majority) for name, row in scores.items()])
 
 
@@ -128,7 +128,8 @@ def _report_row(name: str, row: Mapping[str, Any], with_blank: bool, with_majori
         picture = row["from_picture"]
         cells += [figure(row["blank"]["value"]), f"{figure(picture['value'], signed=True)} {interval(picture)}"]
     if with_majority:
-        cells.append(figure(row.get("majority")))
+        above = row["above_majority"]
+        cells += [figure(row["majority"]), f"{figure(above['value'], signed=True)} {interval(above)}"]
     return cells
 
 
