@@ -36,6 +36,19 @@ def vocabulary() -> list[str]:
     return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "he", "Ġt"]
 
 
+def as_llama_cpp(name: str, value: torch.Tensor) -> tuple[str, np.ndarray[Any, Any]]:
+    """Return a parameter under llama.cpp's name and in its order."""
+    short = {long: key for key, long in smollm.BLOCK_NAMES.items()}
+    other = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    if name in other:
+        return other[name], value.numpy()
+    _, _, layer, rest = name.split(".", 3)
+    key = short[rest.removesuffix(".weight")]
+    if key in ("attn_q", "attn_k"):
+        value = permuted(value, HEADS if key == "attn_q" else KEY_HEADS)
+    return f"blk.{layer}.{key}.weight", value.numpy()
+
+
 def write_tiny(path: Path, model: LlamaForCausalLM, *, architecture: str = "llama") -> None:
     config = model.config
     writer: Any = gguf.GGUFWriter(str(path), architecture)
@@ -54,18 +67,9 @@ def write_tiny(path: Path, model: LlamaForCausalLM, *, architecture: str = "llam
     for name, index in (("bos", 1), ("eos", 2), ("unk", 0), ("pad", 2)):
         getattr(writer, f"add_{name}_token_id")(index)
     writer.add_chat_template("{{ messages[0]['content'] }}")
-    short = {value: key for key, value in smollm.BLOCK_NAMES.items()}
     for name, value in model.state_dict().items():
-        if name.startswith("model.layers."):
-            _, _, layer, rest = name.split(".", 3)
-            name = f"blk.{layer}.{short[rest.removesuffix('.weight')]}.weight"
-            if "attn_q" in name or "attn_k" in name:
-                value = permuted(value, HEADS if "attn_q" in name else KEY_HEADS)
-        elif name == "lm_head.weight":
-            continue
-        else:
-            name = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
-        writer.add_tensor(name, value.numpy().astype(np.float32))
+        if name != "lm_head.weight":
+            writer.add_tensor(*as_llama_cpp(name, value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
