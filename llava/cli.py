@@ -51,6 +51,11 @@ COMMANDS: dict[str, Command] = {
         "show one row as the model will see it: text, trained tokens, image positions, ids, truncation",
         "llava data show train.json --row 3 --model runs/first",
     ),
+    "data align": Command(
+        "llava.data.alignment:main",
+        "make alignment captions from what question-answer rows already state about each picture",
+        "llava data align train.json --root data --out align.json",
+    ),
     "quickstart": Command(
         "llava.quickstart.pipeline:main",
         "from nothing to a model you can ask: draw data, align, tune, evaluate, write a page",
