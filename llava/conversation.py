@@ -156,24 +156,30 @@ def _render(template: Template, form: Form, conversation: Conversation) -> list[
         text = turn.text.replace(IMAGE_TOKEN, IMAGE_TOKEN.join(template.image_wrap))
         if turn.role == "human" and template.drops_questions:
             text = IMAGE_TOKEN * turn.text.count(IMAGE_TOKEN)
-        segments.extend(_render_turn(form, turn, text, index))
+        segments.extend(_render_turn(form, turn, text, index, _lead(text, template.image_wrap[1])))
     return segments
 
 
-def _render_turn(form: Form, turn: Turn, text: str, index: int) -> list[Segment]:
-    """Return the segments of one turn, `Turn.train` applied."""
+def _render_turn(form: Form, turn: Turn, text: str, index: int, lead: int) -> list[Segment]:
+    """Return the segments of one turn, `Turn.train` applied; its images end at character `lead` of its text."""
     frame = form.gpt if turn.role == "gpt" else (form.first if index == 0 and form.first else form.human)
     if turn.role == "human" and turn.train:
-        return _render_asked(form.asked or frame, text, index)
+        return _render_asked(form.asked or frame, text, index, lead)
     allowed = turn.train is not False
     parts = [Segment(part.replace(SLOT, text), trained and allowed, index) for part, trained in frame]
     return [segment for segment in parts if segment.text]
 
 
-def _render_asked(frame: Frame, text: str, index: int) -> list[Segment]:
-    """Return a trained question: its text is trained from behind its leading images on, and so is an end mark."""
-    lead = text.rfind(IMAGE_TOKEN) + len(IMAGE_TOKEN) if IMAGE_TOKEN in text else 0
-    lead += len(text[lead:]) - len(text[lead:].lstrip("\n")) if lead else 0
+def _lead(text: str, wrap: str) -> int:
+    """Return where the images of a turn end: behind the last one, what wraps it and the line ends that follow."""
+    if IMAGE_TOKEN not in text:
+        return 0
+    after = text.rpartition(IMAGE_TOKEN)[2]
+    return len(text) - len(after.removeprefix(wrap).lstrip("\n"))
+
+
+def _render_asked(frame: Frame, text: str, index: int, lead: int) -> list[Segment]:
+    """Return a trained question: its text is trained from behind its images on, and so is an end mark."""
     segments: list[Segment] = []
     for part, trained in frame:
         if SLOT not in part:
@@ -293,6 +299,7 @@ _LISTED = (
     _v1("llava_v1", "human"),
     _v1("llava_med_v1.0:llava_v1", "med_v1"),
     _v1("llava_med_v1.5:v1", "user", gap=" "),
+    _v1("llava_med_v1.5:vicuna_v1", "user", gap=" "),
     _v1("llava_med_v1.5:llava_v1", "human", gap=" "),
     replace(_v1("v1_mmtag", "mmtag"), image_wrap=_MMTAG),
     replace(_v1("llava_med_v1.5:v1_mmtag", "mmtag", gap=" "), image_wrap=_MMTAG),

@@ -50,6 +50,7 @@ class LlavaMedProcessor:
         system: str | None = None,
         strip_around_images: bool = False,
         prefix_mark: PrefixMark | None = None,
+        add_bos: bool | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -64,6 +65,7 @@ class LlavaMedProcessor:
             system: replaces the template's system text.
             strip_around_images: drop white space around image blocks, as the tokenizer of LLaVA-Med 1.0 did.
             prefix_mark: see `tokenization`; None finds out.
+            add_bos: whether a text begins with the begin-of-text token; None finds out.
 
         Raises:
             ConfigError: an unknown name, or the tokenizer has no image place holder.
@@ -79,7 +81,7 @@ class LlavaMedProcessor:
         self.placement = lookup(PLACEMENTS, placement, "image placement")
         self.use_im_start_end = use_im_start_end
         self.strip_around_images = strip_around_images
-        self.text = TextTokenizer(tokenizer, prefix_mark)
+        self.text = TextTokenizer(tokenizer, prefix_mark, add_bos=add_bos)
         self.use_template(template, system=system)
         self.image_token_id = _find_image_token(tokenizer)
         known = tokenizer.get_vocab()
@@ -162,6 +164,7 @@ class LlavaMedProcessor:
                 "use_im_start_end": self.use_im_start_end,
                 "strip_around_images": self.strip_around_images,
                 "prefix_mark": self.text.prefix_mark,
+                "add_bos": bool(self.text.bos_ids),
             }
             text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
             (Path(folder) / FILE_NAME).write_text(text, encoding="utf-8")

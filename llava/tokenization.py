@@ -4,6 +4,10 @@ Sentencepiece tokenizers (Llama, Mistral) write a prefix mark `▁` before a tex
 trained with always wrote it; transformers 5 leaves it out where a text begins with a space, and forgets on saving
 whether it is written before every chunk between special tokens ("legacy") or once per text. So the mark is set here,
 on a copy of the backend, and the choice is saved with the processor.
+
+From a folder with only tokenizer.model, transformers 5 also takes the merges in the order of the vocabulary, where the
+model says by its scores: real Llama and Mistral vocabularies begin with runs of spaces that must merge last. That is
+repaired in the tokenizer itself, so that it is saved right.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
+import sentencepiece
 from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerBase
@@ -36,12 +41,15 @@ class Tokens(NamedTuple):
 class TextTokenizer:
     """Tokenizes pieces of text without adding special tokens; special tokens written in the text are recognised."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prefix_mark: PrefixMark | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prefix_mark: PrefixMark | None = None, *, add_bos: bool | None = None
+    ) -> None:
         """Wrap a tokenizer.
 
         Args:
             tokenizer: any fast tokenizer of transformers.
             prefix_mark: None finds out from the tokenizer's files.
+            add_bos: whether a text begins with the begin-of-text token; None finds out likewise.
 
         Raises:
             ConfigError: the tokenizer has no fast backend, so tokens cannot be placed in the text.
@@ -55,8 +63,12 @@ class TextTokenizer:
             raise ConfigError(f"prefix mark must be one of {', '.join(get_args(PrefixMark))}, got {prefix_mark!r}")
         self.tokenizer = tokenizer
         self.prefix_mark: PrefixMark = prefix_mark or find_prefix_mark(tokenizer)
-        self.bos_ids = _find_bos(tokenizer)
+        bos = tokenizer.bos_token_id
+        adds = find_add_bos(tokenizer, self.prefix_mark) if add_bos is None else add_bos
+        self.bos_ids: tuple[int, ...] = (int(bos),) if adds and bos is not None else ()
         """What the tokenizer writes before a text: its begin-of-text token, or nothing."""
+        if self.prefix_mark != "backend":
+            repair_merges(tokenizer)
         self._backend = self._make_backend()
         self._size = len(tokenizer)
 
@@ -90,6 +102,44 @@ class TextTokenizer:
         return Tokens(ids, spans)
 
 
+def repair_merges(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Put the merges of a tokenizer read from tokenizer.model alone into the model's order; return whether they moved.
+
+    Raises:
+        ConfigError: the file is not a sentencepiece model.
+    """
+    name = str(tokenizer.name_or_path or "")
+    file = _find_file(name, "tokenizer.model")
+    backend = cast(Any, tokenizer).backend_tokenizer
+    state = json.loads(backend.to_str())
+    if file is None or _find_file(name, "tokenizer.json") or state["model"]["type"] != "BPE":
+        return False
+    try:
+        merges = _merges_by_score(sentencepiece.SentencePieceProcessor(model_file=str(file)))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{file} is not a sentencepiece model: {error}") from error
+    if merges == [tuple(pair) for pair in state["model"]["merges"]]:
+        return False
+    state["model"]["merges"] = merges
+    backend.model = Tokenizer.from_str(json.dumps(state)).model
+    return True
+
+
+def _merges_by_score(model: Any) -> list[tuple[str, str]]:
+    """Return all pairs of pieces that make a piece, best score of the result first; among equals long parts first."""
+    num_pieces = model.get_piece_size()
+    special = [model.is_control(i) or model.is_unknown(i) or model.is_byte(i) for i in range(num_pieces)]
+    pieces = {model.id_to_piece(i): i for i in range(num_pieces) if not special[i]}
+    found: list[tuple[float, int, int, int, int, str, str]] = []
+    for piece, i in pieces.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in pieces and right in pieces:
+                rank = (-model.get_score(i), -len(left), -len(right), pieces[left], pieces[right])
+                found.append((*rank, left, right))
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
 def find_prefix_mark(tokenizer: PreTrainedTokenizerBase) -> PrefixMark:
     """Return where this tokenizer's models expect the prefix mark.
 
@@ -109,10 +159,19 @@ def find_prefix_mark(tokenizer: PreTrainedTokenizerBase) -> PrefixMark:
     return "chunk" if legacy else "text"
 
 
-def _find_bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def find_add_bos(tokenizer: PreTrainedTokenizerBase, prefix_mark: PrefixMark) -> bool:
+    """Return whether this tokenizer's models expect begin of text.
+
+    A sentencepiece folder without the key `add_bos_token` means yes; transformers 5 reads it as no.
+    """
     ids = cast(list[int], tokenizer("").input_ids)
-    bos = tokenizer.bos_token_id
-    return (int(bos),) if ids and bos is not None and ids[0] == bos else ()
+    if ids and ids[0] == tokenizer.bos_token_id:
+        return True
+    name = str(tokenizer.name_or_path or "")
+    if prefix_mark == "backend" or not _find_file(name, "tokenizer.model") or _find_file(name, "tokenizer.json"):
+        return False
+    config = _find_file(name, "tokenizer_config.json")
+    return config is None or "add_bos_token" not in json.loads(config.read_text(encoding="utf-8"))
 
 
 def _find_file(name: str, file: str) -> Path | None:

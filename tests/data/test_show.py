@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from llava.data import show
+from llava.errors import CheckpointError, DataError
+from llava.processing import LlavaMedProcessor
+from llava.samples import Sample
+from tests.text_tools import byte_level, llama_like, make_processor, talk
+
+
+def write_rows(path: Path) -> Path:
+    rows = [
+        {"id": "broken"},
+        {
+            "id": "b<1>",
+            "image": "a.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nIs <b> seen?"},
+                {"from": "gpt", "value": "Yes & no."},
+            ],
+        },
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def write_model(path: Path) -> Path:
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    LlavaMedProcessor(llama_like(), clip, template="v1", num_image_tokens=4).save_pretrained(path)
+    return path
+
+
+def test_plain_output_marks_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, file = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.json")
+    show.main([str(file), "--row", "1", "--model", str(model)])
+    printed = capsys.readouterr().out
+    assert f"{file}, row 1, id 'b<1>'" in printed
+    assert "USER: <image 1>\nIs <b> seen? ASSISTANT:[[ Yes & no.</s>]]" in printed
+    assert "4 of images" in printed and "truncation cut 0" in printed
+    assert "x 4" in printed and "</s>=2" in printed
+    assert "\x1b" not in printed
+
+
+def test_truncation_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, file = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.json")
+    show.main([str(file), "--row=1", f"--model={model}"])
+    total = int(next(line for line in capsys.readouterr().out.splitlines() if " trained, " in line).split()[0])
+    show.main([str(file), "--row=1", f"--model={model}", "--max_length", str(total - 3)])
+    printed = capsys.readouterr().out
+    assert "truncation cut 3, 3 of them trained" in printed
+    assert "[[ Yes & n]]{{[[o.</s>]]}}" in printed
+
+
+def test_colours_replace_marks() -> None:
+    processor = make_processor()
+    view = show.make_view(Sample("x", talk("Q", "A")), processor, max_length=None)
+    painted = show.to_terminal(view, processor, color=True)
+    assert "\x1b[1;32m A</s>\x1b[0m" in painted
+    assert "[[" not in painted
+
+
+def test_stretches_hold_every_token_once() -> None:
+    processor = make_processor()
+    sample = Sample("x", talk("<image>\nQ", "A ≥ 2", "R", "B"), images=("k",))
+    view = show.make_view(sample, processor, max_length=None)
+    starts = [stretch.start for stretch in view.stretches]
+    assert starts == [sum(len(s.ids) for s in view.stretches[:i]) for i in range(len(starts))]
+    assert [s.kind for s in view.stretches] == ["text", "image", "text", "trained", "text", "trained"]
+    assert [s.turn for s in view.stretches] == [-1, 0, 0, 1, 2, 3]
+
+
+def test_page_is_escaped_and_shows_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, file = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.json")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (900, 30), "red").save(tmp_path / "images" / "a.png")
+    page = tmp_path / "out" / "row.html"
+    flags = ["--row", "1", "--model", str(model), "--html", str(page), "--image-folder", str(tmp_path / "images")]
+    show.main([str(file), *flags])
+    text = page.read_text(encoding="utf-8")
+    assert "Is &lt;b&gt; seen?" in text and "<b> seen" not in text
+    assert ' class="trained" ' in text and "Yes &amp; no." in text
+    assert 'src="data:image/png;base64,' in text
+    assert f"page: {page}" in capsys.readouterr().out
+
+
+def test_plain_language_model_with_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    byte_level(added=()).save_pretrained(tmp_path / "lm")
+    file = write_rows(tmp_path / "rows.json")
+    flags = ["--version", "chatml", "--num_image_tokens", "5", "--mm_use_im_start_end"]
+    show.main([str(file), "--row", "1", "--model", str(tmp_path / "lm"), *flags])
+    printed = capsys.readouterr().out
+    assert "[[Yes & no.<|im_end|>]]" in printed
+    assert "x 5" in printed and "<im_start>" in printed
+
+
+def test_errors_name_row_and_remedy(tmp_path: Path) -> None:
+    model, file = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.json")
+    with pytest.raises(DataError, match=r"rows.json, row 0: .*no conversation"):
+        show.main([str(file), "--row", "0", "--model", str(model)])
+    with pytest.raises(DataError, match="has 2 rows, so --row must be from 0 to 1, got 7"):
+        show.main([str(file), "--row", "7", "--model", str(model)])
+    with pytest.raises(DataError, match=r"row 1, id 'b<1>': 1 images take 4 tokens"):
+        show.main([str(file), "--row", "1", "--model", str(model), "--max_length", "4"])
+    with pytest.raises(CheckpointError, match="no processor"):
+        show.main([str(file), "--model", str(tmp_path)])
