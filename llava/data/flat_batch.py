@@ -103,8 +103,9 @@ class FlatBatch:
 
     def to(self, device: torch.device | str) -> FlatBatch:
         """The batch with every tensor on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: v.to(device) for name, v in moved.items() if isinstance(v, Tensor)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def target_logits(model: CausalModel, batch: FlatBatch) -> Tensor:

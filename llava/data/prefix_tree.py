@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ the whole row, so sequences are put in one tree only where that is cheaper.
 
 @dataclass(slots=True)
 class Node:
-    """A run of tokens: `sequences[0][start:stop]`, standing at `offset` in the row, below node `parent` (-1: a root)."""
+    """A run of tokens, `sequences[0][start:stop]`, at `offset` in the row, below node `parent` (-1: a root)."""
 
     start: int
     stop: int
@@ -60,7 +61,7 @@ class Forest:
 
 
 def identities(sequences: Sequence[Encoded]) -> list[Identities]:
-    """One number a token, equal exactly where sharing is allowed: the id of text, a negative number for an image."""
+    """One number a token, equal exactly where sharing is allowed: a text id, or a negative number for an image."""
     numbers: dict[str, int] = {}
     result = []
     for sequence in sequences:
@@ -78,7 +79,7 @@ def _common_prefix(first: Identities, second: Identities) -> int:
 
 
 def _grow(order: list[int], common: list[int], lengths: list[int], depth: int) -> Node:
-    """The tree of sequences `order` (sorted), which share `depth` tokens; `common[i]` tokens join number i and i + 1."""
+    """The tree of sorted sequences that share `depth` tokens; `common[i]` tokens join number i and i + 1."""
     stop = min([lengths[order[0]], *common]) if common else lengths[order[0]]
     node = Node(depth, stop, -1, order)
     first = 0
@@ -101,7 +102,7 @@ def _cost(tokens: int) -> int:
 
 
 def _divide(root: Node) -> list[Node]:
-    """The cheapest trees for the sequences below `root`: one, or its children's, each with its own copy of the opening."""
+    """The cheapest trees for the sequences of `root`: one, or its children's, each with a copy of the opening."""
     if not root.children or len(root.sequences) == 1:
         return [root]
     apart: list[Node] = []
@@ -146,7 +147,7 @@ def build(sequences: Sequence[Encoded], *, share: bool = True) -> Forest:
         share: False makes every sequence a tree of its own, in the given order.
 
     Returns:
-        The forest; trees stand in the order in which their first sequence was given, so a row does not depend on hashes.
+        The forest; trees stand in the order in which their first sequence was given.
     """
     if not share:
         alone = [Node(0, len(sequence.input_ids), -1, [index]) for index, sequence in enumerate(sequences)]
@@ -155,7 +156,7 @@ def build(sequences: Sequence[Encoded], *, share: bool = True) -> Forest:
     lengths = [len(value) for value in values]
     # Big-endian bytes sort sequences with a common beginning next to each other, the shorter one first.
     order = sorted(range(len(values)), key=lambda index: values[index].astype(">i8").tobytes())
-    common = [_common_prefix(values[a], values[b]) for a, b in zip(order, order[1:], strict=False)]
+    common = [_common_prefix(values[a], values[b]) for a, b in pairwise(order)]
     trees: list[Node] = []
     first = 0
     for position in range(len(order)):

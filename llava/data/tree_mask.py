@@ -25,7 +25,7 @@ def tree_masks(tree_lengths: Sequence[int], segment_ids: Tensor, parents: Tensor
     """
     masks: list[Tensor | None] = []
     row_parents = parents.cpu()
-    for segments in segment_ids.split(list(tree_lengths)):
+    for segments in torch.split(segment_ids, list(tree_lengths)):
         first, last = int(segments[0]), int(segments[-1])
         if first == last:
             masks.append(None)

@@ -62,9 +62,10 @@ def tree_attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     outputs = []
     start = 0
-    for length, mask in zip(tree_lengths, tree_masks, strict=True):
+    for length, tree_mask in zip(tree_lengths, tree_masks, strict=True):
         part = slice(start, start + length)
         start += length
+        mask = tree_mask
         if sliding_window is not None and tree_positions is not None:
             mask = windowed(mask, tree_positions[part], sliding_window)
         outputs.append(

@@ -1,0 +1,29 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from llava.model.building import Loaded
+from tests.tiny import tiny_llava
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and oracles; tests that need it are skipped where it is absent."""
+    path = Path(os.environ.get("LLAVA_SHARED", "../shared"))
+    path = path if path.is_absolute() else ROOT / path
+    if not path.is_dir():
+        pytest.skip(f"no shared data at {path}; set LLAVA_SHARED")
+    return path
+
+
+@pytest.fixture
+def tiny() -> Loaded:
+    """A fresh tiny random model with its processor."""
+    return tiny_llava()
