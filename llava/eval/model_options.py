@@ -9,10 +9,12 @@ import json
 import logging
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from llava.generation.protocol import Engine, Sampling
 from llava.utils.cli import Parser
 from llava.utils.jsonl import read_text
+from llava.utils.lookup import lookup
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +85,26 @@ def open_engine(args: Namespace) -> Engine:
     """
     import torch
 
-    from llava.conversation import get_template
     from llava.generation.local import LocalEngine
     from llava.model.loading import load
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    loaded = load(args.model, base=args.model_base, dtype=dtype, device_map={"": device}, bits=args.bits)
+    dtype: Any = "auto" if args.dtype == "auto" else lookup(_dtypes(), args.dtype, "dtype")
+    loaded = load(
+        args.model,
+        base=args.model_base,
+        dtype=dtype,
+        device_map=None if device == "cpu" else device,
+        bits=args.bits,
+    )
+    if args.bits == 16:
+        torch.nn.Module.to(loaded.model, device)
     if args.conv_mode:
-        loaded.processor.template_name = args.conv_mode
-        loaded.processor.template = get_template(args.conv_mode)
+        loaded.processor.use_template(args.conv_mode)
     return LocalEngine(loaded.model, loaded.processor)
+
+
+def _dtypes() -> dict[str, Any]:
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
