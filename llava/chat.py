@@ -128,7 +128,7 @@ def open_engine(args: Namespace) -> Engine:
 
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load(args.model, base=args.model_base, dtype=dtype, device_map={"": device}, bits=args.bits)
+    loaded = load(args.model, base=args.model_base, dtype=dtype, device_map=device, bits=args.bits)
     return LocalEngine(loaded.model, loaded.processor)
 
 

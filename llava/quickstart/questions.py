@@ -8,19 +8,18 @@ and one that always gives the commonest answer, score what guessing scores.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from llava.constants import IMAGE_TOKEN
 from llava.quickstart.drawing import Smear, corner_of, draw, sample_smear
+from llava.utils import log
+from llava.utils.jsonl import write_json
 
 NOTICE = "SYNTHETIC drawing made by a program; not a photograph, no medical content"
 """Written into every picture's metadata and every row's field `source`, and shown beside every picture."""
@@ -149,7 +148,7 @@ def write_dataset(folder: Path, *, num_train: int, num_test: int, seed: int) -> 
     captions: list[dict[str, Any]] = []
     questions: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     plan = [("train", index) for index in range(num_train)] + [("test", index) for index in range(num_test)]
-    for number, (split, index) in enumerate(tqdm(plan, desc="drawing", unit="picture")):
+    for number, (split, index) in enumerate(log.progress(plan, title="drawing", unit="picture")):
         smear = sample_smear(seed * BLOCK + number)
         image = f"synthetic-{split}-{index:04d}.png"
         notice = PngInfo()
@@ -159,13 +158,6 @@ def write_dataset(folder: Path, *, num_train: int, num_test: int, seed: int) -> 
         if split == "train":
             wording = f"{IMAGE_TOKEN}\nDescribe the picture."
             captions.append(_row(f"{Path(image).stem}-caption", image, wording, caption(smear)))
-    write_rows(folder / "captions.json", captions)
-    write_rows(folder / "train.json", balanced(questions["train"], rng))
-    write_rows(folder / "test.json", balanced(questions["test"], rng))
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as a JSON list, atomically."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+    write_json(folder / "captions.json", captions)
+    write_json(folder / "train.json", balanced(questions["train"], rng))
+    write_json(folder / "test.json", balanced(questions["test"], rng))

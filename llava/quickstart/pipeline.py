@@ -1,0 +1,92 @@
+"""`llava quickstart`: run the stages that are not done yet, and say what came out.
+
+    settings --(folder remembers them)--> stage --done-marker--> stage --done-marker--> ... --> page
+
+A marker is written when its stage has ended, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TextIO
+
+from llava.errors import ConfigError
+from llava.quickstart.settings import Settings, parse
+from llava.quickstart.stages import STAGES, Context, Facts
+from llava.utils import log
+from llava.utils.jsonl import read_text, write_json
+
+SETTINGS = "settings.json"
+MARKERS = "stages"
+
+Stages = Mapping[str, tuple[str, Callable[[Context], Facts]]]
+
+
+def claim(settings: Settings, *, restart: bool) -> None:
+    """Make the run's folder, or check that it holds the same run.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings, or something else; nothing is deleted then.
+    """
+    path = settings.out / SETTINGS
+    ours = path.is_file()
+    if settings.out.exists() and not ours and any(settings.out.iterdir()):
+        raise ConfigError(f"{settings.out} holds other files; name a new folder with --out")
+    if ours and restart:
+        shutil.rmtree(settings.out)
+        ours = False
+    wanted = settings.to_json()
+    if ours:
+        before = json.loads(read_text(path))
+        different = sorted(name for name in wanted.keys() | before.keys() if wanted.get(name) != before.get(name))
+        if different:
+            raise ConfigError(
+                f"{settings.out} holds a run with other {', '.join(different)}; name another --out, or throw it away "
+                f"with --restart"
+            )
+    settings.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
+
+
+def run(settings: Settings, *, stages: Stages = STAGES, out: TextIO | None = None) -> Context:
+    """Run every stage without a marker, in order; return the facts of all."""
+    out = out or sys.stdout
+    context = Context(settings)
+    for number, (name, (title, function)) in enumerate(stages.items(), 1):
+        marker = settings.out / MARKERS / f"{name}.json"
+        heading = f"[{number}/{len(stages)}] {title}"
+        if marker.is_file():
+            context.facts[name] = json.loads(read_text(marker))
+            out.write(f"{heading}: done before\n")
+            continue
+        out.write(f"{heading}\n")
+        out.flush()
+        start = time.monotonic()
+        facts = function(context)
+        context.facts[name] = {**facts, "seconds": round(time.monotonic() - start, 1)}
+        marker.parent.mkdir(exist_ok=True)
+        write_json(marker, context.facts[name])
+        out.write(f"      {context.facts[name]['seconds']:.0f} s\n")
+    return context
+
+
+def conclusion(context: Context) -> str:
+    """Return what the terminal shows at the end."""
+    total = sum(facts["seconds"] for facts in context.facts.values())
+    final: Facts = context.facts["page"]
+    return (
+        f"\n{context.notice}\n{final['summary']}\n\npage: {context.path('index.html')}\nchat: {final['chat']}\n"
+        f"stages took {total / 60:.1f} minutes together\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `llava quickstart`."""
+    settings, restart = parse(argv)
+    log.setup()
+    claim(settings, restart=restart)
+    sys.stdout.write(conclusion(run(settings)))

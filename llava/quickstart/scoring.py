@@ -1,0 +1,97 @@
+"""What the quickstart claims, in numbers: one accuracy over all questions, against every control.
+
+answers before, after, after on a grey image, majority --right or wrong--> shares, differences, clustered intervals
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from llava.eval.estimates import Draws, Score
+from llava.eval.html_report import is_right
+from llava.eval.medvqa.items import Item
+from llava.eval.medvqa.normalize import normalize
+from llava.samples import Sample
+
+RUNS = {
+    "after": "after training",
+    "after_blank": "after training, grey image",
+    "majority": "commonest training answer of each question type",
+    "before": "before training",
+    "before_blank": "before training, grey image",
+}
+"""What the systems that are compared are called; `after` is the one that is judged."""
+
+CONTROLS = ("after_blank", "majority")
+"""A model that looks at its pictures beats both by more than chance."""
+
+
+def question_type(sample: Sample) -> str:
+    """Return the type of a row's question: the field `question_type`, else `answer_type`, else nothing."""
+    return str(sample.meta.get("question_type") or sample.meta.get("answer_type") or "")
+
+
+def majority_items(items: Sequence[Item], samples: Sequence[Sample], train: Sequence[Sample]) -> list[Item]:
+    """Return the items as answered by the commonest training answer of each question's type.
+
+    Args:
+        items: the questions, one for each of `samples`.
+        samples: their rows.
+        train: the rows that the answers are counted in; a type that is not among them gets their commonest answer.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    everything: Counter[str] = Counter()
+    for sample in train:
+        answer = normalize(sample.conversation.turns[1].text)
+        counts[question_type(sample)][answer] += 1
+        everything[answer] += 1
+    answers = {name: counter.most_common(1)[0][0] for name, counter in counts.items()}
+    common = everything.most_common(1)[0][0]
+    return [
+        replace(item, prediction=answers.get(question_type(sample), common), failed=False)
+        for item, sample in zip(items, samples, strict=True)
+    ]
+
+
+def compare(runs: dict[str, Sequence[Item]], *, num_resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Return the accuracy of every run with its interval, and of `after` minus every other run.
+
+    Args:
+        runs: answers to the same questions by name of `RUNS`; `after` must be among them.
+        num_resamples: resamples of the pictures.
+        seed: of the resampling.
+
+    Returns:
+        `accuracy` and `difference` by run, `by_type` (share right by question type and run), `passed`: whether the
+        differences to all `CONTROLS` are above zero by more than their 95 % interval.
+    """
+    items = runs["after"]
+    draws = Draws([item.image for item in items], num_resamples=num_resamples, seed=seed)
+    scores = {name: Score.of([float(is_right(item)) for item in answers]) for name, answers in runs.items()}
+    differences = {
+        name: draws.difference(scores["after"], score).to_json() for name, score in scores.items() if name != "after"
+    }
+    return {
+        "num_questions": len(items),
+        "num_images": len({item.image for item in items}),
+        "accuracy": {name: draws.estimate(score).to_json() for name, score in scores.items()},
+        "difference": differences,
+        "by_type": by_type(runs),
+        "passed": all((differences[name]["low"] or 0.0) > 0 for name in CONTROLS if name in differences),
+    }
+
+
+def by_type(runs: dict[str, Sequence[Item]]) -> dict[str, dict[str, float]]:
+    """Return the percentage of right answers by question type and run; nothing when the data name no types."""
+    table: dict[str, dict[str, float]] = {}
+    for name, answers in runs.items():
+        groups: dict[str, list[bool]] = defaultdict(list)
+        for item in answers:
+            for kind in item.types:
+                groups[kind].append(is_right(item))
+        for kind, hits in groups.items():
+            table.setdefault(kind, {})[name] = 100.0 * sum(hits) / len(hits)
+    return table

@@ -1,0 +1,102 @@
+"""What a quickstart is asked to do, and the command line that says it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.errors import ConfigError, DataError
+from llava.utils.cli import Parser
+
+FEWEST_TEST_DRAWINGS = 50
+"""Fewer unseen drawings would make the intervals too wide to show anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that decides the result; the folder `out` remembers it.
+
+    Attributes:
+        out: folder of the run.
+        data: folder in LLaVA format (`train.json`, `test.json`, `images/`, perhaps `captions.json`); None draws one.
+        lm: path or hub name of a causal language model; None takes SmolLM2-135M from its package.
+        vision_tower: path or hub name of a vision encoder; None takes DINOv2-Small from its package.
+        seed: of drawing, initial weights, order and resampling.
+        num_train: drawings to train on.
+        num_test: drawings to test on.
+        epochs: passes over the questions.
+        image_size: side of a picture in pixels, for the built-in tower only; `(image_size / 14) ** 2` tokens.
+        template: conversation template.
+    """
+
+    out: Path
+    data: Path | None = None
+    lm: str | None = None
+    vision_tower: str | None = None
+    seed: int = 0
+    num_train: int = 600
+    num_test: int = 64
+    epochs: float = 1.0
+    image_size: int = 112
+    template: str = "chatml"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that decide the result, as JSON."""
+        fields = asdict(self)
+        fields.pop("out")
+        return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+
+    def check(self) -> None:
+        """Raise an error for what cannot work.
+
+        Raises:
+            ConfigError: a number is out of range.
+            DataError: the data folder lacks a file.
+        """
+        if self.data is None and (self.num_train < 1 or self.num_test < FEWEST_TEST_DRAWINGS):
+            raise ConfigError(
+                f"expected --num_train of at least 1 and --num_test of at least {FEWEST_TEST_DRAWINGS}, "
+                f"got {self.num_train} and {self.num_test}"
+            )
+        if self.epochs <= 0:
+            raise ConfigError(f"--epochs must be above 0, got {self.epochs}")
+        if self.data is not None:
+            missing = [name for name in ("train.json", "test.json", "images") if not (self.data / name).exists()]
+            if missing:
+                raise DataError(
+                    f"{self.data} has no {', '.join(missing)}; expected a folder in LLaVA format with train.json, "
+                    f"test.json and images/ (captions.json is optional)"
+                )
+
+
+def make_parser() -> Parser:
+    """Return the options of `llava quickstart`."""
+    default = Settings(Path("runs/quickstart"))
+    parser = Parser(
+        prog="llava quickstart",
+        description="Draw a SYNTHETIC blood-smear set (or take --data), align, tune with LoRA, evaluate before and "
+        "after with the blank-image control, and write a page. Started again, it goes on where it stopped.",
+    )
+    parser.add_argument("--out", type=Path, default=default.out, help="folder of the run")
+    parser.add_argument("--data", type=Path, help="folder in LLaVA format; default: draw one")
+    parser.add_argument("--lm", help="path or hub name of a causal language model; default: SmolLM2-135M")
+    parser.add_argument("--vision-tower", help="path or hub name of a vision encoder; default: DINOv2-Small")
+    parser.add_argument("--seed", type=int, default=default.seed, help="of everything")
+    parser.add_argument("--num-train", type=int, default=default.num_train, help="drawings to train on")
+    parser.add_argument("--num-test", type=int, default=default.num_test, help="unseen drawings to test on")
+    parser.add_argument("--epochs", type=float, default=default.epochs, help="passes over the questions")
+    parser.add_argument("--image-size", type=int, default=default.image_size, help="pixels, for the built-in tower")
+    parser.add_argument("--template", default=default.template, help="conversation template")
+    parser.add_switch("--restart", help="throw away what an earlier run left in --out")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> tuple[Settings, bool]:
+    """Return the checked settings, and whether to start anew."""
+    fields = vars(make_parser().parse_args(argv))
+    restart = bool(fields.pop("restart"))
+    settings = Settings(**fields)
+    settings.check()
+    return settings, restart

@@ -1,0 +1,244 @@
+"""The stages of a quickstart, in order; each returns facts that later stages and the page read.
+
+    parts -> data -> before -> align -> tune -> after -> page
+
+Every stage may be interrupted: training goes on from its last checkpoint, answering from its last answer.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.data.records import load_samples
+from llava.eval import model_options
+from llava.eval import run as evaluation
+from llava.eval.medvqa.items import Item, join
+from llava.model.building import build
+from llava.model.checkpoint import save_model, save_projector
+from llava.model.loading import load
+from llava.quickstart import pretrained, report, scoring
+from llava.quickstart.questions import NOTICE, write_dataset
+from llava.quickstart.settings import Settings
+from llava.train.run import run_sft
+from llava.utils.jsonl import read_records, write_json
+
+MAX_NEW_TOKENS = 12
+PROJECTOR = "mlp2x_gelu"
+SEQUENCES_PER_CAPTION_STEP, SEQUENCES_PER_QUESTION_STEP = 8, 32
+CHECKPOINT_STEPS = 40
+
+Facts = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Context:
+    """The settings and the facts of the stages that are done, by name of the stage."""
+
+    settings: Settings
+    facts: dict[str, Facts] = field(default_factory=dict)
+
+    def path(self, name: str) -> Path:
+        """Return a place in the run's folder."""
+        return self.settings.out / name
+
+    @property
+    def data(self) -> Path:
+        """The data folder."""
+        return Path(self.facts["data"]["folder"])
+
+    @property
+    def notice(self) -> str:
+        """What the data are, for everybody who sees a picture or a number."""
+        return str(self.facts["data"]["notice"])
+
+
+def parts(context: Context) -> Facts:
+    """Find or convert language model and tower."""
+    settings = context.settings
+    lm = settings.lm or str(pretrained.language_model())
+    tower = settings.vision_tower or str(pretrained.vision_tower(settings.image_size))
+    return {"lm": lm, "vision_tower": tower}
+
+
+def data(context: Context) -> Facts:
+    """Draw the pictures, or check the folder given."""
+    settings = context.settings
+    if settings.data is None:
+        folder, notice = context.path("data"), f"{NOTICE}."
+        write_dataset(folder, num_train=settings.num_train, num_test=settings.num_test, seed=settings.seed)
+    else:
+        folder, notice = settings.data, f"Data: {settings.data}"
+    captions = folder / "captions.json"
+    return {
+        "folder": str(folder),
+        "notice": notice,
+        "captions": str(captions if captions.is_file() else folder / "train.json"),
+        "num_train_questions": sum(1 for _ in read_records(folder / "train.json")),
+        "num_test_questions": sum(1 for _ in read_records(folder / "test.json")),
+    }
+
+
+def before(context: Context) -> Facts:
+    """Put the parts together with an untrained projector and see what they answer."""
+    folder = context.path("untrained")
+    options = {"template": context.settings.template, "projector_type": PROJECTOR, "seed": context.settings.seed}
+    loaded = build(**context.facts["parts"], **options)
+    save_projector(loaded.model, loaded.processor, folder, origin=loaded.origin)
+    del loaded
+    return evaluate(context, folder, context.path("eval-before"))
+
+
+def align(context: Context) -> Facts:
+    """Train the projector alone on captions."""
+    settings = context.settings
+    return train(
+        context,
+        context.path("align"),
+        data_path=context.facts["data"]["captions"],
+        version="plain" if (context.data / "captions.json").is_file() else settings.template,
+        tune_mm_mlp_adapter=True,
+        num_train_epochs=1,
+        per_device_train_batch_size=SEQUENCES_PER_CAPTION_STEP,
+        learning_rate=2e-3,
+    )
+
+
+def tune(context: Context) -> Facts:
+    """Train LoRA and the projector on the questions; write the merged model."""
+    facts = train(
+        context,
+        context.path("tune"),
+        data_path=context.data / "train.json",
+        version=context.settings.template,
+        pretrain_mm_mlp_adapter=context.path("align") / "mm_projector.bin",
+        lora_enable=True,
+        lora_r=16,
+        lora_alpha=32,
+        mm_projector_lr=5e-4,
+        num_train_epochs=context.settings.epochs,
+        per_device_train_batch_size=SEQUENCES_PER_QUESTION_STEP,
+        learning_rate=5e-4,
+    )
+    loaded = load(context.path("tune"))
+    save_model(loaded.model, loaded.processor, context.path("model"), origin=loaded.origin)
+    return facts
+
+
+def after(context: Context) -> Facts:
+    """Ask the trained model the same questions."""
+    return evaluate(context, context.path("model"), context.path("eval-after"))
+
+
+def page(context: Context) -> Facts:
+    """Compare the runs and write numbers and page."""
+    folder = context.data
+    samples = load_samples(folder / "test.json", image_folder=folder / "images")
+    train_samples = load_samples(folder / "train.json", image_folder=folder / "images")
+
+    def answers(run: str, file: str) -> list[Item]:
+        return join(samples, read_records(context.path(run) / file), source=run)
+
+    runs: dict[str, list[Item]] = {
+        "after": answers("eval-after", evaluation.ANSWERS),
+        "after_blank": answers("eval-after", evaluation.BLANK_ANSWERS),
+        "before": answers("eval-before", evaluation.ANSWERS),
+        "before_blank": answers("eval-before", evaluation.BLANK_ANSWERS),
+    }
+    runs["majority"] = scoring.majority_items(runs["after"], samples, train_samples)
+    result = scoring.compare({name: runs[name] for name in scoring.RUNS}, seed=context.settings.seed)
+    write_json(context.path("results.json"), result)
+    chat = f"llava chat --model {context.path('model')} --image {folder / 'images' / runs['after'][0].image}"
+    seconds = {f"seconds for {name}": facts.get("seconds") for name, facts in context.facts.items()}
+    report.write_page(
+        context.path("index.html"),
+        result=result,
+        items=runs["after"],
+        blank=runs["after_blank"],
+        image_folder=folder / "images",
+        curves={
+            "Loss: alignment": context.path("align") / "loss.png",
+            "Loss: instruction tuning": context.path("tune") / "loss.png",
+        },
+        facts={**context.facts["parts"], **context.settings.to_json(), **seconds},
+        notice=context.notice,
+        chat=chat,
+    )
+    return {"summary": report.summary(result), "chat": chat, "passed": result["passed"]}
+
+
+STAGES: dict[str, tuple[str, Callable[[Context], Facts]]] = {
+    "parts": ("pretrained parts", parts),
+    "data": ("data", data),
+    "before": ("evaluation before training", before),
+    "align": ("alignment: the projector learns on captions", align),
+    "tune": ("instruction tuning with LoRA", tune),
+    "after": ("evaluation after training", after),
+    "page": ("numbers and page", page),
+}
+"""Every stage in order: what the terminal calls it, and its function."""
+
+
+def train(context: Context, out: Path, **flags: Any) -> Facts:
+    """Run the trainer with what all stages have in common and `flags`."""
+    settings = context.settings
+    words: dict[str, Any] = {
+        "model_name_or_path": context.facts["parts"]["lm"],
+        "vision_tower": context.facts["parts"]["vision_tower"],
+        "image_folder": context.data / "images",
+        "mm_projector_type": PROJECTOR,
+        "mm_vision_select_layer": -2,
+        "bf16": fast_bfloat16(),
+        "output_dir": out,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.05,
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": CHECKPOINT_STEPS,
+        "save_total_limit": 1,
+        "model_max_length": 1024,
+        "report_to": "none",
+        "seed": settings.seed,
+        **flags,
+    }
+    run_sft([word for name, value in words.items() for word in (f"--{name}", str(value))])
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return {"folder": str(out)}
+
+
+def evaluate(context: Context, model: Path, out: Path) -> Facts:
+    """Answer the test questions with and without picture; return the closed and open scores."""
+    folder = context.data
+    words = ["--model", model, "--data", folder / "test.json", "--image-folder", folder / "images"]
+    words += ["--train-data", folder / "train.json", "--out", out, "--max-new-tokens", MAX_NEW_TOKENS]
+    words += ["--dtype", "bfloat16" if fast_bfloat16() else "float32", "--note", context.notice]
+    argv = [str(word) for word in words]
+    args = evaluation.make_parser().parse_args(argv)
+    result = evaluation.evaluate(evaluation.plan_of(args, argv), partial(model_options.open_engine, args))
+    return {"folder": str(out), "scores": result["scores"]}
+
+
+def fast_bfloat16() -> bool:
+    """Say whether this machine multiplies bfloat16 matrices faster than float32 ones (measured, some milliseconds)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
