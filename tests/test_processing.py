@@ -73,6 +73,15 @@ def test_saved_and_loaded_processor_is_the_same(tmp_path: Path, kind: str) -> No
     assert json.loads((again / FILE_NAME).read_text()) == json.loads((tmp_path / FILE_NAME).read_text())
 
 
+def test_begin_of_text_is_saved(tmp_path: Path) -> None:
+    """A sentencepiece folder that says nothing wants it; what transformers saves of it says no."""
+    tokenizer = byte_level()
+    assert not LlavaMedProcessor(tokenizer, None, template="v1", num_image_tokens=1).text.bos_ids
+    processor = LlavaMedProcessor(tokenizer, None, template="v1", num_image_tokens=1, add_bos=True)
+    processor.save_pretrained(tmp_path)
+    assert LlavaMedProcessor.from_pretrained(tmp_path).text.bos_ids == (tokenizer.bos_token_id,)
+
+
 def test_special_ids() -> None:
     processor = LlavaMedProcessor(byte_level(), None, template="chatml", num_image_tokens=2)
     known = processor.tokenizer.get_vocab()

@@ -63,7 +63,8 @@ def test_labels_are_the_spans_of_trained_segments(template: str, kind: str, conv
     for start, stop in encoded.image_spans:
         assert set(encoded.input_ids[start:stop]) == {processor.image_token_id}
         assert (stop - start, set(encoded.labels[start:stop])) == (processor.num_image_tokens, {IGNORE_INDEX})
-    if not processor.template.drops_questions or keys:  # a caption alone has no token before its first
+    first = processor.template.render(conversation)[0]
+    if processor.text.bos_ids or not first.trained:  # otherwise the first token has no token before it
         assert trained_text(conversation, processor) == expected_trained(processor, conversation)
 
 
@@ -158,6 +159,13 @@ def test_turn_flags_reach_the_labels() -> None:
     encoded = encode(Conversation(turns), processor, max_length=None)
     trained = {turn for turn, label in zip(encoded.turns, encoded.labels, strict=True) if label != IGNORE_INDEX}
     assert trained == {2, 3}
+
+
+def test_first_token_is_never_trained() -> None:
+    processor = LlavaMedProcessor(byte_level(), None, template="plain", num_image_tokens=1)
+    encoded = encode(talk("Q", "xyz"), processor, max_length=None)
+    assert processor.tokenizer.decode(encoded.input_ids) == "xyz\n"
+    assert encoded.labels == (IGNORE_INDEX, *encoded.input_ids[1:])
 
 
 def test_errors_say_what_to_do() -> None:
