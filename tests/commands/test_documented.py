@@ -1,0 +1,116 @@
+"""Every fenced command of the documents is one that exists, with options that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from llava.cli import COMMANDS, split
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+FENCE = re.compile(r"^```(?:bash|shell|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+CELL = re.compile(r"`((?:llava|python|bash|torchrun) [^`]*)`")
+
+
+def commands(path: Path) -> list[str]:
+    """Return the lines of a document's shell blocks, with continued lines joined."""
+    blocks = FENCE.findall(path.read_text(encoding="utf-8"))
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+FENCED = [(path.name, command) for path in DOCUMENTS for command in commands(path)]
+
+
+def check_llava(words: list[str]) -> None:
+    """Parse a `llava` line with the command's own parser, where that needs nothing but the words."""
+    name, rest = split(words)
+    if words == ["--help"]:
+        return
+    assert name in COMMANDS, f"llava {name} does not exist"
+    if name == "eval":
+        from llava.eval.run import make_parser
+
+        make_parser().parse_args(rest)
+    elif name == "chat":
+        from llava.chat import make_parser as chat_parser
+
+        chat_parser().parse_args(rest)
+    elif name == "quickstart":
+        from llava.quickstart.settings import make_parser as quickstart_parser
+
+        quickstart_parser().parse_args(rest)
+    elif name == "train":
+        from transformers import HfArgumentParser
+
+        from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
+
+        parser = HfArgumentParser([ModelArguments, DataArguments, LlavaTrainingArguments])
+        known = {option for action in parser._actions for option in action.option_strings}
+        assert {word for word in rest if word.startswith("--")} <= known
+
+
+def check(words: list[str]) -> None:
+    """Check one command line: the program exists, and the words mean something to it."""
+    program, rest = words[0], words[1:]
+    if program == "llava":
+        check_llava(rest)
+    elif program in ("bash", "sh", "source"):
+        assert rest[0] == ".venv/bin/activate" or (ROOT / rest[0]).is_file(), f"{rest[0]} does not exist"
+    elif program in ("python", "python3", "torchrun"):
+        scripts = [word for word in rest if word.endswith(".py")]
+        modules = [rest[rest.index("-m") + 1]] if "-m" in rest else []
+        assert scripts or modules
+        assert all((ROOT / script).is_file() for script in scripts), scripts
+        assert all((ROOT / f"{module.replace('.', '/')}.py").is_file() for module in modules), modules
+    else:
+        assert program in ("pip", "git", "cd"), f"unknown program {program}"
+
+
+@pytest.mark.parametrize(("document", "command"), FENCED, ids=[f"{name}:{line[:50]}" for name, line in FENCED])
+def test_fenced_commands(document: str, command: str) -> None:
+    check(shlex.split(command))
+
+
+def test_the_two_commands_are_in_the_readme() -> None:
+    lines = commands(ROOT / "README.md")
+    assert "bash scripts/quickstart.sh" in lines and "bash scripts/test.sh" in lines
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_of_the_llava_command(name: str) -> None:
+    check(shlex.split(COMMANDS[name].example))
+
+
+def table_rows() -> list[list[str]]:
+    """Return the rows of docs/commands.md as lists of cells."""
+    lines = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [row for row in rows if not set(row[0]) <= {"-", " "} and row[0] not in ("published", "line")]
+
+
+def test_commands_that_run_as_printed_exist_and_later_ones_do_not() -> None:
+    """A published script is there exactly when the table does not say "later"."""
+    for row in table_rows():
+        if len(row) < 3:
+            continue
+        scripts = set(re.findall(r"\b(llava/[\w/]+\.py|scripts/[\w/]+\.sh)\b", row[0]))
+        modules = {f"{name.replace('.', '/')}.py" for name in re.findall(r"-m (llava(?:\.\w+)+)", row[0])}
+        for script in scripts | modules:
+            assert (ROOT / script).is_file() is not ("**later**" in row[1]), f"{script}: {row[1]}"
+
+
+def test_every_published_command_is_in_the_table(shared: Path) -> None:
+    table = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    published = (shared / "specs" / "commands.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"\b([\w]+\.(?:py|sh))\b", published))
+    names |= {name.split(".")[-1] for name in re.findall(r"-m (llava(?:\.\w+)+)", published)}
+    names -= {"train.json"}
+    assert names, "the list of published commands holds none"
+    missing = sorted(name for name in names if name not in table)
+    assert not missing, f"docs/commands.md does not name {missing}"
