@@ -19,7 +19,7 @@ from PIL import Image
 
 from llava.data.images import resolve
 from llava.data.records import load_samples
-from llava.errors import DataError, LlavaError
+from llava.errors import ConfigError, DataError, LlavaError
 from llava.eval import protocol
 from llava.eval.protocol import PromptForm, Question
 from llava.generation.protocol import Completion, Engine, Prompt, Sampling
@@ -134,11 +134,23 @@ class AnswerRun:
         return [asked for group in groups.values() for asked in group]
 
     def finish(self, engine: Engine | None, *, batch_size: int = 64) -> Summary:
-        """Answer what is pending, then put the file in order; `engine` may be None when nothing is pending."""
+        """Answer what is pending, then put the file in order.
+
+        Args:
+            engine: what answers; None will do when nothing is pending.
+            batch_size: how many questions are handed to the engine at once.
+
+        Raises:
+            ConfigError: there is no engine though something is pending, or `batch_size` is below 1.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
         start = time.monotonic()
         pending = self.pending
         title = "blank image" if self.options.blank_images else "answering"
-        if pending and engine is not None:
+        if pending and engine is None:
+            raise ConfigError(f"{len(pending)} questions are left to answer, but there is no engine")
+        if engine is not None and pending:
             with log.progress_bar(len(self.questions), title=title, unit="question") as bar:
                 bar.update(self.num_resumed)
                 for first in range(0, len(pending), batch_size):

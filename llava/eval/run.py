@@ -134,6 +134,7 @@ def plan_of(args: Namespace, words: Sequence[str]) -> Plan:
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit must be at least 1, got {args.limit}")
     samples = load_samples(args.data, image_folder=args.image_folder)[: args.limit]
+    train = load_samples(args.train_data) if args.train_data else None
     options = Options(
         image_folder=args.image_folder,
         sampling=model_options.sampling_of(args, max_new_tokens=MAX_NEW_TOKENS),
@@ -154,7 +155,7 @@ def plan_of(args: Namespace, words: Sequence[str]) -> Plan:
         samples=samples,
         out=args.out,
         options=options,
-        train_samples=load_samples(args.train_data) if args.train_data else None,
+        train_samples=None if train is None else [sample for sample in train if len(sample.conversation.turns) > 1],
         blank_control=not args.no_blank_control,
         batch_size=args.batch_size,
         resume=args.resume,

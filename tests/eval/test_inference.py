@@ -60,6 +60,11 @@ def test_nothing_left_needs_no_engine(data: tuple[Path, Options], tmp_path: Path
     run = AnswerRun(questions, out, options=options)
     assert run.pending == []
     assert run.finish(None).num_resumed == 9
+    fresh = AnswerRun(questions, tmp_path / "fresh.jsonl", options=options)
+    with pytest.raises(ConfigError, match="9 questions are left"):
+        fresh.finish(None)
+    with pytest.raises(ConfigError, match="batch-size"):
+        fresh.finish(FakeEngine(), batch_size=0)
     engine = FakeEngine()
     answer_file(engine, questions, out, resume=False, options=options)
     assert len(engine.questions) == 9
