@@ -239,3 +239,55 @@ def _padded(sequences: Sequence[Encoded], images: Mapping[str, Tensor], pad_toke
         attention_mask=torch.from_numpy(mask),
         **_edges(sequences, places),
     )
+
+
+def layout_rows(
+    sequences: Sequence[Encoded],
+    images: Mapping[str, Tensor],
+    *,
+    image_token_id: int,
+    pad_token_id: int = 0,
+    max_tokens_per_row: int | None = None,
+    layout: Layout = "tree",
+) -> list[FlatBatch]:
+    """Lay sequences out in as few rows as allowed; a sequence is never split, and those that share stay together.
+
+    Args:
+        sequences: at least one.
+        images: by image key.
+        image_token_id: id of the place holders.
+        pad_token_id: fills padded rows.
+        max_tokens_per_row: limit of a row, counted without sharing inside an image group; a sequence that is longer
+            stands alone. None for one row.
+        layout: see `Layout`.
+    """
+    groups: dict[object, list[Encoded]] = {}
+    for index, sequence in enumerate(sequences):
+        groups.setdefault(sequence.images or index, []).append(sequence)
+    rows: list[list[Encoded]] = [[]]
+    used = 0
+    for group in groups.values():
+        for part in _within(group, max_tokens_per_row, layout):
+            size = _row_size(part, layout)
+            if rows[-1] and max_tokens_per_row is not None and used + size > max_tokens_per_row:
+                rows.append([])
+                used = 0
+            rows[-1].extend(part)
+            used += size
+    return [
+        flatten(row, images, image_token_id=image_token_id, pad_token_id=pad_token_id, layout=layout) for row in rows
+    ]
+
+
+def _row_size(sequences: Sequence[Encoded], layout: Layout) -> int:
+    if layout == "padded":
+        return len(sequences) * max(len(sequence.input_ids) for sequence in sequences)
+    return sum(prefix_tree.build(sequences, share=layout == "tree").tree_lengths)
+
+
+def _within(group: Sequence[Encoded], limit: int | None, layout: Layout) -> list[list[Encoded]]:
+    """Halve a group until each part fits the limit or is one sequence."""
+    if limit is None or len(group) == 1 or _row_size(group, layout) <= limit:
+        return [list(group)]
+    middle = len(group) // 2
+    return _within(group[:middle], limit, layout) + _within(group[middle:], limit, layout)

@@ -1,0 +1,101 @@
+"""The seeds' flags in today's words (architecture 3.2). Everything that has no effect is named in ONE warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llava.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llava.train.args import LlavaTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+WITHOUT_EFFECT = ("lazy_preprocess", "is_multimodal", "mpt_attn_impl", "cache_dir", "force_fsdp", "lora_weight_path")
+"""Fields that old command lines set and that decide nothing here."""
+
+
+def settle(args: LlavaTrainingArguments) -> None:
+    """Translate old fields before transformers checks the new ones."""
+    if args.evaluation_strategy is not None:
+        if args.eval_strategy not in ("no", args.evaluation_strategy):
+            raise ConfigError(
+                f"--evaluation_strategy {args.evaluation_strategy} and --eval_strategy {args.eval_strategy} differ; "
+                "give one"
+            )
+        args.eval_strategy = args.evaluation_strategy
+    if args.warmup_ratio:
+        if args.warmup_steps and args.warmup_steps != args.warmup_ratio:
+            raise ConfigError(f"--warmup_ratio {args.warmup_ratio} and --warmup_steps {args.warmup_steps}; give one")
+        args.warmup_steps = args.warmup_ratio
+    _settle_device(args)
+    _settle_fsdp(args)
+    _settle_reports(args)
+
+
+def _settle_device(args: LlavaTrainingArguments) -> None:
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and not torch.accelerator.is_available():
+        args.use_cpu = True
+    is_ampere = has_gpu and torch.cuda.get_device_capability()[0] >= 8
+    if args.tf32 and not is_ampere:
+        logger.warning("--tf32 needs an NVIDIA GPU of the Ampere generation or later and is ignored here")
+        args.tf32 = None
+
+
+def _settle_fsdp(args: LlavaTrainingArguments) -> None:
+    wraps = args.fsdp_transformer_layer_cls_to_wrap
+    if not args.fsdp or args.fsdp == "no":
+        return
+    if args.use_cpu:
+        logger.warning("--fsdp shards on GPUs only; without one this runs as plain data parallel (DDP)")
+        args.fsdp = None
+        args.fsdp_config = None
+        return
+    if wraps:
+        config: dict[str, Any] = dict(args.fsdp_config) if isinstance(args.fsdp_config, dict) else {}
+        config.setdefault("transformer_layer_cls_to_wrap", [wraps])
+        args.fsdp_config = config
+
+
+def _settle_reports(args: LlavaTrainingArguments) -> None:
+    wanted = [args.report_to] if isinstance(args.report_to, str) else list(args.report_to or [])
+    kept = []
+    for name in wanted:
+        if name in ("none", "all"):
+            continue
+        if importlib.util.find_spec(name if name != "tensorboard" else "tensorboard") is None:
+            logger.warning("--report_to %s: the package is not installed; metrics stay in metrics.jsonl", name)
+            continue
+        if name == "wandb" and not os.environ.get("WANDB_API_KEY"):
+            os.environ.setdefault("WANDB_MODE", "offline")
+        kept.append(name)
+    args.report_to = kept or "none"
+
+
+def use_one_gpu(args: LlavaTrainingArguments) -> None:
+    """One process trains on one GPU; `DataParallel` would tear the flat batch apart."""
+    logger.warning(
+        "%d GPUs are visible to one process; it uses the first. To use all: torchrun --nproc_per_node=%d ...",
+        args.n_gpu,
+        args.n_gpu,
+    )
+    args._n_gpu = 1
+
+
+def warn_without_effect(given: Sequence[Mapping[str, Any] | object], defaults: Sequence[object]) -> None:
+    """Name every accepted field that was set and has no effect, in one warning."""
+    found = [
+        f"--{name}"
+        for values, standard in zip(given, defaults, strict=True)
+        for name in WITHOUT_EFFECT
+        if hasattr(values, name) and getattr(values, name) != getattr(standard, name, None)
+    ]
+    if found:
+        logger.warning("accepted without effect: %s", ", ".join(found))

@@ -1,0 +1,41 @@
+"""What is minimised. The trainer never asks which objective it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from llava.data.flat_batch import FlatBatch, target_logits
+from llava.train.losses import weighted_nll_sum
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveOutput:
+    """Loss of one row (its share of the global loss) and numbers to log, summed over the row."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """Turns a model and one row into this row's share of the loss."""
+
+    def __call__(self, model: Callable[..., Any], batch: FlatBatch, *, num_items: Tensor) -> ObjectiveOutput:
+        """Return the loss; `num_items` is the global sum of edge weights of the optimiser step."""
+        ...
+
+
+class SFT:
+    """Supervised fine-tuning: mean negative log-likelihood over all supervised tokens of the step, on every rank."""
+
+    def __call__(self, model: Callable[..., Any], batch: FlatBatch, *, num_items: Tensor) -> ObjectiveOutput:
+        """Sum over this row's edges, divided by the global number of supervised tokens."""
+        logits = target_logits(model, batch)
+        total = weighted_nll_sum(logits, batch.target_ids, batch.edge_target, batch.edge_weight)
+        return ObjectiveOutput(total / num_items)
+
+
+OBJECTIVES: dict[str, Callable[[], Objective]] = {"sft": SFT}

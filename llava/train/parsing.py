@@ -1,0 +1,46 @@
+"""Command line to arguments: old spellings, bare booleans, negative values and prefixes as argparse understands them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import cast
+
+from transformers import HfArgumentParser
+
+from llava.train import legacy_flags
+from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
+
+Parsed = tuple[ModelArguments, DataArguments, LlavaTrainingArguments]
+
+EXAMPLE = """example:
+  llava train --model_name_or_path LM --vision_tower TOWER --data_path train.json --image_folder images \\
+      --output_dir runs/first --num_train_epochs 1 --per_device_train_batch_size 16
+"""
+
+
+def parse(argv: Sequence[str] | None = None) -> Parsed:
+    """Read the command line of every training entry.
+
+    Raises:
+        ConfigError: values contradict each other; the parser itself exits with 2 on unknown options.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, LlavaTrainingArguments),  # type: ignore[arg-type]
+        description="Train: stage 1 alignment, stage 2 instruction tuning, downstream fine-tuning, LoRA.",
+        epilog=EXAMPLE,
+    )
+    words = [_underscored(word) for word in words]
+    model, data, training = cast(Parsed, parser.parse_args_into_dataclasses(words))
+    standard = (ModelArguments(model_name_or_path="x"), DataArguments(data_path="x"), LlavaTrainingArguments)
+    legacy_flags.warn_without_effect((model, data, training), standard)
+    return model, data, training
+
+
+def _underscored(word: str) -> str:
+    """Option names in the one spelling that is registered; values stay as they are."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
