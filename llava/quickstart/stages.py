@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from llava.data.alignment import alignment_rows
 from llava.data.records import load_samples
 from llava.eval import model_options
 from llava.eval import run as evaluation
@@ -32,7 +33,10 @@ from llava.utils.jsonl import read_records, write_json
 
 MAX_NEW_TOKENS = 12
 PROJECTOR = "mlp2x_gelu"
-SEQUENCES_PER_CAPTION_STEP, SEQUENCES_PER_QUESTION_STEP = 8, 32
+QUESTIONS_PER_IMAGE = 8
+CAPTIONS_PER_STEP, QUESTIONS_PER_STEP = 8, 48
+"""Sequences of one optimiser step."""
+
 CHECKPOINT_STEPS = 40
 
 Facts = dict[str, Any]
@@ -76,20 +80,39 @@ def data(context: Context) -> Facts:
         write_dataset(folder, num_train=settings.num_train, num_test=settings.num_test, seed=settings.seed)
     else:
         folder, notice = settings.data, f"Data: {settings.data}"
-    captions = folder / "captions.json"
     return {
         "folder": str(folder),
         "notice": notice,
-        "captions": str(captions if captions.is_file() else folder / "train.json"),
+        **captions(context, folder),
         "num_train_questions": sum(1 for _ in read_records(folder / "train.json")),
         "num_test_questions": sum(1 for _ in read_records(folder / "test.json")),
     }
 
 
+def captions(context: Context, folder: Path) -> Facts:
+    """Return the rows of the alignment stage and their template.
+
+    Captions where the folder has them; else what the training rows state about their pictures, when that covers at
+    least half of them; else the training rows themselves.
+    """
+    if (folder / "captions.json").is_file():
+        return {"captions": str(folder / "captions.json"), "captions_version": "plain"}
+    rows = alignment_rows([folder / "train.json"], folder / "images")
+    pictures = {row.get("image") for row in read_records(folder / "train.json")}
+    if 2 * len(rows) < len(pictures):
+        return {"captions": str(folder / "train.json"), "captions_version": context.settings.template}
+    write_json(context.path("captions.json"), rows)
+    return {"captions": str(context.path("captions.json")), "captions_version": "plain"}
+
+
 def before(context: Context) -> Facts:
     """Put the parts together with an untrained projector and see what they answer."""
     folder = context.path("untrained")
-    options = {"template": context.settings.template, "projector_type": PROJECTOR, "seed": context.settings.seed}
+    options: dict[str, Any] = {
+        "template": context.settings.template,
+        "projector_type": PROJECTOR,
+        "seed": context.settings.seed,
+    }
     loaded = build(**context.facts["parts"], **options)
     save_projector(loaded.model, loaded.processor, folder, origin=loaded.origin)
     del loaded
@@ -98,16 +121,15 @@ def before(context: Context) -> Facts:
 
 def align(context: Context) -> Facts:
     """Train the projector alone on captions."""
-    settings = context.settings
     return train(
         context,
         context.path("align"),
         data_path=context.facts["data"]["captions"],
-        version="plain" if (context.data / "captions.json").is_file() else settings.template,
+        version=context.facts["data"]["captions_version"],
         tune_mm_mlp_adapter=True,
         num_train_epochs=1,
-        per_device_train_batch_size=SEQUENCES_PER_CAPTION_STEP,
-        learning_rate=2e-3,
+        per_device_train_batch_size=CAPTIONS_PER_STEP,
+        learning_rate=4e-3,
     )
 
 
@@ -122,9 +144,10 @@ def tune(context: Context) -> Facts:
         lora_enable=True,
         lora_r=16,
         lora_alpha=32,
+        lora_dropout=0.0,
         mm_projector_lr=5e-4,
         num_train_epochs=context.settings.epochs,
-        per_device_train_batch_size=SEQUENCES_PER_QUESTION_STEP,
+        per_device_train_batch_size=QUESTIONS_PER_STEP,
         learning_rate=5e-4,
     )
     loaded = load(context.path("tune"))
@@ -205,6 +228,9 @@ def train(context: Context, out: Path, **flags: Any) -> Facts:
         "save_steps": CHECKPOINT_STEPS,
         "save_total_limit": 1,
         "model_max_length": 1024,
+        "feature_cache_dir": context.path("features"),
+        "image_grouping": "on",
+        "questions_per_image": QUESTIONS_PER_IMAGE,
         "report_to": "none",
         "seed": settings.seed,
         **flags,
@@ -230,7 +256,7 @@ def evaluate(context: Context, model: Path, out: Path) -> Facts:
 def fast_bfloat16() -> bool:
     """Say whether this machine multiplies bfloat16 matrices faster than float32 ones (measured, some milliseconds)."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
 
     def seconds(dtype: torch.dtype) -> float:
         matrix = torch.ones(512, 512, dtype=dtype)
