@@ -187,8 +187,8 @@ def page(context: Context) -> Facts:
         blank=runs["after_blank"],
         image_folder=folder / "images",
         curves={
-            "Loss: alignment": context.path("align") / "loss.png",
-            "Loss: instruction tuning": context.path("tune") / "loss.png",
+            "Loss: alignment": context.path("align") / "loss_curve.png",
+            "Loss: instruction tuning": context.path("tune") / "loss_curve.png",
         },
         facts={**context.facts["parts"], **context.settings.to_json(), **seconds},
         notice=context.notice,
