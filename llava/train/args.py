@@ -110,7 +110,7 @@ class LlavaTrainingArguments(TrainingArguments):
         # One batch of the trainer is a whole optimiser step: its rows are laid out together and accumulated by us.
         self.requested_accumulation = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         if self.n_gpu > 1:
             legacy_flags.use_one_gpu(self)
         if self.image_grouping not in ("", "on", "off", "auto"):
@@ -126,7 +126,7 @@ class LlavaTrainingArguments(TrainingArguments):
     @property
     def global_batch(self) -> int:
         """Sequences of one optimiser step on all ranks."""
-        return self.sequences_per_step * self.world_size
+        return self.sequences_per_step * int(self.world_size)
 
     @property
     def run_folder(self) -> Path:

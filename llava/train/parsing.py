@@ -1,4 +1,4 @@
-"""Command line to arguments: old spellings, bare booleans, negative values and prefixes as argparse understands them."""
+"""Command line to arguments: old spellings, bare booleans, negative values, prefixes."""
 
 from __future__ import annotations
 

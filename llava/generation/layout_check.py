@@ -1,0 +1,83 @@
+"""Which layout a language model computes exactly: found by trying, not by knowing its name.
+
+A two-layer random copy of the text config runs three sequences that share a beginning as a tree, flat and padded; the
+first layout whose logits equal the padded ones is used. Models whose positions are not given by `position_ids` (ALiBi),
+and recurrent ones, end at `padded`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llava.constants import IGNORE_INDEX, TREE_ATTENTION
+from llava.data.encode import Encoded
+from llava.data.flat_batch import Layout, flatten, target_logits
+
+logger = logging.getLogger(__name__)
+
+NUM_LAYERS = 2
+TOLERANCE = 1e-4
+CANDIDATES: tuple[Layout, ...] = ("tree", "flat")
+NO_IMAGE = -1
+"""No token is an image place holder in the trial."""
+
+
+def choose_layout(config: Any) -> Layout:
+    """The cheapest exact layout for the language model of `config` (or a text config itself)."""
+    text = copy.deepcopy(config.get_text_config())
+    sequences = _trial_sequences(int(text.vocab_size))
+    try:
+        model = _small_copy(text)
+        expected = _logits_by_edge(model, sequences, "padded")
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        logger.warning("layout padded: a small copy of %s could not be tried (%s)", text.model_type, error)
+        return "padded"
+    for layout in CANDIDATES:
+        try:
+            found = _logits_by_edge(model, sequences, layout)
+        except (ValueError, RuntimeError, TypeError) as error:
+            logger.debug("layout %s fails for %s: %s", layout, text.model_type, error)
+            continue
+        if torch.allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE):
+            return layout
+    logger.warning("layout padded: %s does not compute shared or unpadded rows exactly", text.model_type)
+    return "padded"
+
+
+def _small_copy(text: Any) -> Any:
+    """Two random layers of the same kind, in float32 on the CPU, without touching the random state."""
+    text.num_hidden_layers = NUM_LAYERS
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:NUM_LAYERS]
+    text.dtype = torch.float32
+    text.quantization_config = None
+    del text.quantization_config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(text, attn_implementation="sdpa").float().eval()
+    model.set_attn_implementation(TREE_ATTENTION)
+    return model
+
+
+def _trial_sequences(vocabulary: int) -> list[Encoded]:
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randint(0, vocabulary, (9,), generator=generator).tolist()
+    sequences = []
+    for length in (3, 6, 5):
+        ids = shared + torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+        labels = [IGNORE_INDEX] * len(shared) + ids[len(shared) :]
+        sequences.append(Encoded(tuple(ids), tuple(labels), (0,) * len(ids)))
+    return sequences
+
+
+@torch.no_grad()
+def _logits_by_edge(model: Any, sequences: list[Encoded], layout: Layout) -> Tensor:
+    """[E, V] logits in an order that does not depend on the layout."""
+    batch = flatten(sequences, {}, image_token_id=NO_IMAGE, layout=layout)
+    return target_logits(model, batch)[batch.edge_target]

@@ -1,0 +1,79 @@
+"""`--dry_run`: look at the data, take 20 real steps, predict the whole; nothing is saved."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llava.data.sft import SFTDataset
+from llava.train.args import LlavaTrainingArguments
+from llava.train.callbacks import peak_memory_gb
+
+STEPS = 20
+SAMPLE = 200
+BYTES_OF_ADAMW = 8
+"""Two float32 moments a trained parameter."""
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each optimiser step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop the clock."""
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def shorten(args: LlavaTrainingArguments) -> None:
+    """Make a run of `STEPS` steps that writes nothing."""
+    args.max_steps = STEPS
+    args.save_strategy = args.eval_strategy = "no"
+    args.load_best_model_at_end = False
+
+
+def token_table(dataset: SFTDataset) -> str:
+    """Lengths and trained tokens of the first rows."""
+    encoded = [dataset[row] for row in range(min(SAMPLE, len(dataset)))]
+    columns = {
+        "tokens": [len(sequence.input_ids) for sequence in encoded],
+        "image tokens": [sum(stop - start for start, stop in sequence.image_spans) for sequence in encoded],
+        "trained tokens": [sum(label >= 0 for label in sequence.labels) for sequence in encoded],
+        "cut tokens": [sequence.num_cut for sequence in encoded],
+    }
+    lines = [f"{f'first {len(encoded)} rows':<18}{'smallest':>10}{'median':>10}{'largest':>10}"]
+    for name, values in columns.items():
+        lines.append(f"{name:<18}{min(values):>10}{statistics.median(values):>10.0f}{max(values):>10}")
+    return "\n".join(lines)
+
+
+def memory_table(model: nn.Module) -> str:
+    """What weights, gradients and AdamW's moments need before any activation."""
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    rows = {
+        "weights": sum(p.numel() * p.element_size() for p in parameters),
+        "gradients": sum(p.numel() * p.element_size() for p in trained),
+        "AdamW moments": sum(p.numel() * BYTES_OF_ADAMW for p in trained),
+    }
+    return "\n".join(f"{name:<18}{size / 1e9:>10.3f} GB" for name, size in rows.items())
+
+
+def forecast(timer: StepTimer, total_steps: int) -> str:
+    """Predicted time of the whole run; the first steps, which warm up, do not count."""
+    steady = timer.seconds[min(3, len(timer.seconds) - 1) :]
+    middle = statistics.median(steady)
+    return (
+        f"{len(timer.seconds)} real steps, median {middle:.2f} s; peak memory {peak_memory_gb():.2f} GB; "
+        f"the run of {total_steps} steps takes about {total_steps * middle / 3600:.2f} hours"
+    )

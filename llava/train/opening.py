@@ -1,0 +1,71 @@
+"""The model a run starts from: a folder of ours, or a language model and a tower put together."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from llava.errors import ConfigError
+from llava.model.building import Loaded, build
+from llava.model.checkpoint import ORIGIN_FILE, load_projector
+from llava.model.loading import load
+from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
+
+logger = logging.getLogger(__name__)
+
+NEW_MODEL_TEMPLATE = "v0"
+"""Template of a new model when `--version` is not given, as in the seeds."""
+
+
+def open_model(model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainingArguments) -> Loaded:
+    """Load or build, then take a projector and a template over where asked for.
+
+    Raises:
+        ConfigError: a new model lacks its vision tower.
+        CheckpointError: a part cannot be loaded.
+    """
+    system = Path(model_args.system_file).read_text(encoding="utf-8").strip() if model_args.system_file else None
+    if (Path(model_args.model_name_or_path) / ORIGIN_FILE).is_file():
+        loaded = load(model_args.model_name_or_path, dtype=_dtype(args), bits=model_args.bits)
+        if model_args.version or system:
+            name = model_args.version or loaded.processor.template.name
+            loaded.processor.use_template(name, system=system)
+            loaded.model.config.template = name
+    else:
+        loaded = _build(model_args, data_args, args, system)
+    if model_args.pretrain_mm_mlp_adapter:
+        load_projector(loaded.model, model_args.pretrain_mm_mlp_adapter)
+    return loaded
+
+
+def _dtype(args: LlavaTrainingArguments) -> torch.dtype:
+    """Weights stay float32; bf16 and fp16 runs compute in lower precision through autocast."""
+    return torch.float32
+
+
+def _build(
+    model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainingArguments, system: str | None
+) -> Loaded:
+    if model_args.vision_tower is None:
+        raise ConfigError(
+            f"{model_args.model_name_or_path} is no folder that this package wrote, so it is taken as a language "
+            "model, and --vision_tower is missing"
+        )
+    return build(
+        model_args.model_name_or_path,
+        model_args.vision_tower,
+        dtype=_dtype(args),
+        projector_type=model_args.mm_projector_type,
+        select_layer=model_args.mm_vision_select_layer,
+        select_feature=model_args.mm_vision_select_feature,
+        use_im_start_end=model_args.mm_use_im_start_end,
+        use_im_patch_token=model_args.mm_use_im_patch_token,
+        template=model_args.version or NEW_MODEL_TEMPLATE,
+        image_mode=data_args.image_aspect_ratio,
+        system=system,
+        image_size=model_args.image_size,
+        bits=model_args.bits,
+        seed=args.seed,
+    )

@@ -1,0 +1,53 @@
+"""In which order rows are drawn."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from llava.data.samplers import (
+    ImageGroupedSampler,
+    LengthGroupedSampler,
+    ModalityGroupedSampler,
+    RandomSampler,
+    StepSampler,
+)
+from llava.data.sft import SFTDataset
+from llava.errors import ConfigError
+from llava.train.args import LlavaTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+ENOUGH_ROWS_PER_IMAGE = 1.5
+"""`auto` groups by image where rows outnumber images at least so much."""
+
+
+def make_sampler(dataset: SFTDataset, args: LlavaTrainingArguments, default: str) -> tuple[StepSampler, str]:
+    """The sampler, and a word for it: `on` (grouped by image) or `off`.
+
+    Raises:
+        ConfigError: two orders are asked for at once.
+    """
+    by_length = args.group_by_length or args.group_by_modality_length
+    wanted = args.image_grouping or ("off" if by_length else default)
+    if wanted == "on" and by_length:
+        raise ConfigError("--image_grouping on and grouping by length contradict each other; give one")
+    if wanted == "auto":
+        wanted = "on" if not by_length and _rows_per_image(dataset) >= ENOUGH_ROWS_PER_IMAGE else "off"
+    rank, world, seed, size = args.process_index, args.world_size, args.seed, args.sequences_per_step
+    if wanted == "on":
+        groups = dataset.image_groups()
+        count = args.questions_per_image
+        grouped = ImageGroupedSampler(groups, size, questions_per_image=count, rank=rank, world_size=world, seed=seed)
+        return grouped, "on"
+    if args.group_by_modality_length:
+        lengths = dataset.modality_lengths()
+        return ModalityGroupedSampler(lengths, size, rank=rank, world_size=world, seed=seed), "off"
+    if args.group_by_length:
+        return LengthGroupedSampler(dataset.lengths(), size, rank=rank, world_size=world, seed=seed), "off"
+    return RandomSampler(len(dataset), size, rank=rank, world_size=world, seed=seed), "off"
+
+
+def _rows_per_image(dataset: SFTDataset) -> float:
+    groups = Counter(group for group in dataset.image_groups() if group is not None)
+    return sum(groups.values()) / len(groups) if groups else 0.0

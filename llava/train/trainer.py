@@ -1,0 +1,229 @@
+"""The one trainer: transformers' loop, our rows, any objective.
+
+    StepLoader -> StepBatch -> row by row: objective(model, row) -> backward -> one optimiser step
+
+One batch of the loop is a whole optimiser step, so accumulation happens here: the loss of a step is the sum over its
+rows, on all ranks, divided by the global number of supervised tokens. Batch size, accumulation and world size therefore
+never move the loss (tests/invariants).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import Trainer
+
+from llava.data.flat_batch import FlatBatch
+from llava.errors import ConfigError
+from llava.train.args import LlavaTrainingArguments
+from llava.train.loader import Collator, StepBatch, StepLoader
+from llava.train.objectives import Objective
+from llava.train.optimizer import parameter_groups
+
+logger = logging.getLogger(__name__)
+
+Save = Callable[[str, "dict[str, Tensor] | None"], None]
+"""Writes what is trained into a folder, given gathered weights when they are sharded."""
+
+Restore = Callable[[str], None]
+"""Reads it back into the model."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What was computed since the last log."""
+
+    sequences: int = 0
+    supervised: float = 0.0
+    tokens: int = 0
+    unshared: int = 0
+    seconds: float = 0.0
+
+    def add(self, step: StepBatch) -> None:
+        """Count one step of this rank."""
+        self.sequences += len(step.sequences)
+        self.supervised += step.num_supervised
+        self.tokens += step.num_tokens
+        self.unshared += step.num_unshared_tokens
+
+
+@dataclass(slots=True)
+class Hooks:
+    """How a kind of run (projector, adapter, whole model) is written, read back and validated."""
+
+    save: Save
+    restore: Restore
+    validate: Callable[[nn.Module], dict[str, float]] | None = None
+    on_step: Callable[[StepBatch, int], None] | None = None
+
+
+@dataclass(slots=True)
+class _Limits:
+    max_tokens_per_row: int | None
+    was_halved: bool = field(default=False)
+
+
+class LlavaTrainer(Trainer):
+    """transformers' Trainer with an objective and a loader of whole steps.
+
+    Args:
+        model: the model, or a peft model around it.
+        args: training arguments.
+        loader: one `StepBatch` per optimiser step of this rank.
+        collator: lays a step out again when memory runs out, and makes idle rows.
+        objective: what is minimised.
+        hooks: writing, reading and validating.
+        keywords: passed on, for example callbacks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: LlavaTrainingArguments,
+        *,
+        loader: StepLoader,
+        collator: Collator,
+        objective: Objective,
+        hooks: Hooks,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=collator.dataset, **keywords)
+        self.loader = loader
+        self.collator = collator
+        self.objective: Objective = objective
+        self.hooks = hooks
+        self.counts = Counts()
+        self._limits = _Limits(collator.max_tokens_per_row)
+
+    def get_train_dataloader(self) -> StepLoader:
+        """Our loader as it is; its sampler knows the ranks."""
+        return self.loader
+
+    def _get_num_items_in_batch(self, batch_samples: list[StepBatch], device: torch.device) -> Tensor:
+        """Supervised tokens of the optimiser step, over all ranks (at least 1)."""
+        local = torch.tensor(sum(batch.num_supervised for batch in batch_samples), dtype=torch.float64)
+        total: Tensor = self.accelerator.reduce(local.to(device, torch.float32), reduction="sum")
+        return total.clamp(min=1.0)
+
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run every row of the step forward and backward; only the last one synchronises gradients.
+
+        Returns:
+            This rank's share of the loss times the number of ranks, so that the mean over ranks is the loss.
+        """
+        assert isinstance(num_items_in_batch, Tensor)
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        if inputs.sequences and self._limits.max_tokens_per_row != self.collator.max_tokens_per_row:
+            inputs = self._laid_out_again(inputs)
+        try:
+            for row, is_last in self._rows(inputs):
+                total += self._row_step(model, row, num_items_in_batch, is_last=is_last)
+        except torch.OutOfMemoryError as error:
+            if self.args.world_size > 1 or self._limits.was_halved or not inputs.sequences:
+                raise ConfigError(
+                    f"out of memory with rows of at most {self._limits.max_tokens_per_row} tokens; "
+                    "lower --max_tokens_per_row or --per_device_train_batch_size, or use --gradient_checkpointing True"
+                ) from error
+            self._halve_rows(inputs)
+            model.zero_grad()
+            return self.training_step(model, self._laid_out_again(inputs), num_items_in_batch)
+        self.counts.add(inputs)
+        if self.hooks.on_step is not None:
+            self.hooks.on_step(inputs, self.state.global_step)
+        return total
+
+    def _row_step(self, model: nn.Module, row: FlatBatch, num_items: Tensor, *, is_last: bool) -> Tensor:
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.accelerator.gradient_state._set_sync_gradients(is_last)
+        waits = not is_last and not is_deepspeed
+        with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
+            with self.compute_loss_context_manager():
+                output = self.objective(model, row.to(self.args.device), num_items=num_items)
+                # Gradients are averaged over ranks, while the loss is a global sum over a global count.
+                loss = output.loss * self.args.world_size + self._anchor(model)
+            self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
+        share: Tensor = loss.detach()
+        return share
+
+    def _anchor(self, model: nn.Module) -> Tensor | float:
+        """Zero, connected to every trained weight: DDP waits for each, also in rows without images."""
+        if not isinstance(model, nn.parallel.DistributedDataParallel):
+            return 0.0
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.stack([parameter.sum() for parameter in trained]).sum() * 0.0
+
+    def _rows(self, batch: StepBatch) -> Iterator[tuple[FlatBatch, bool]]:
+        """The rows of a step; where ranks compute together, each runs as many as the one with most."""
+        rows = list(batch.rows)
+        wanted = max(1, len(rows))
+        if self.args.world_size > 1 and dist.is_initialized():
+            most = torch.tensor(wanted, device=self.args.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            wanted = int(most)
+        while len(rows) < wanted:
+            rows.insert(0, self.collator.idle_row())
+        for index, row in enumerate(rows):
+            yield row, index == wanted - 1
+
+    def _halve_rows(self, batch: StepBatch) -> None:
+        largest = max(row.num_tokens for row in batch.rows)
+        limit = min(self._limits.max_tokens_per_row or largest, largest) // 2
+        self._limits = _Limits(max(1, limit), was_halved=True)
+        logger.warning("out of memory: rows now hold at most %d tokens; the loss stays the same", limit)
+
+    def _laid_out_again(self, batch: StepBatch) -> StepBatch:
+        rows = self.collator.rows(batch.sequences, batch.images, self._limits.max_tokens_per_row)
+        return StepBatch(batch.sequences, batch.images, rows, batch.row_ids)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One group per part and decay, each with its learning rate."""
+        if self.optimizer is None:
+            network = model if model is not None else self.model
+            assert network is not None
+            assert isinstance(self.args, LlavaTrainingArguments)
+            decaying = set(self.get_decay_parameter_names(network))
+            optimizer_class, keywords = self.get_optimizer_cls_and_kwargs(self.args, None)
+            self.optimizer = optimizer_class(parameter_groups(network, decaying, self.args), **keywords)
+        return self.optimizer
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Validate on held-out rows, and log."""
+        if self.hooks.validate is None:
+            return {}
+        assert self.model is not None
+        metrics = self.hooks.validate(self.model)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def floating_point_ops(self, inputs: StepBatch) -> int:  # type: ignore[override]
+        """Six operations a parameter and token."""
+        assert self.model is not None
+        return 6 * inputs.num_tokens * sum(p.numel() for p in self.model.parameters())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            assert self.args.output_dir is not None
+            self.hooks.save(output_dir or self.args.output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        self.hooks.restore(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        logger.info("keeping the best checkpoint, %s", self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)
