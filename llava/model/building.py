@@ -5,25 +5,40 @@ language model + tower --(place holder and marker tokens, fresh projector)--> Ll
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
+from llava.conversation import get_template
 from llava.errors import CheckpointError, ConfigError
 from llava.model.attention import use_tree_attention
 from llava.model.config import LlavaMedConfig
-from llava.model.modeling import LlavaMedForConditionalGeneration, num_extra_tokens
-from llava.model.multimodal_projector import build_projector
+from llava.model.modeling import LlavaMedForConditionalGeneration
+from llava.model.multimodal_encoder.towers import (
+    first_line,
+    load_part,
+    load_tower,
+    num_extra_tokens,
+    num_patches,
+    tower_image_processor,
+)
+from llava.model.multimodal_projector import build_projector, check_projector_type
 from llava.model.quantization import quantization_config
 from llava.processing import LlavaMedProcessor
+from llava.utils.lookup import require
 
 SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 """The seeds' `mm_vision_select_feature` in transformers' words."""
+
+HEAD_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
+"""Configuration keys of language models that change the head's output; the family's head is a plain linear layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +77,16 @@ class BuildOptions:
     bits: int = 16
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything large is read."""
+        if not self.vision_tower:
+            raise ConfigError("a new model needs a vision tower; give its folder or hub name with --vision_tower")
+        if self.select_feature not in SELECT_STRATEGIES:
+            known = ", ".join(SELECT_STRATEGIES)
+            raise ConfigError(f"unknown select_feature {self.select_feature!r}; known: {known}")
+        check_projector_type(self.projector_type)
+        get_template(self.template)
+
 
 @dataclass(slots=True)
 class Loaded:
@@ -73,23 +98,44 @@ class Loaded:
     origin: dict[str, Any] = field(default_factory=dict)
 
 
-def build(lm: str, vision_tower: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Loaded:
-    """Put a language model and a tower together with a fresh projector; `options` are those of `BuildOptions`.
+def build(
+    lm: str,
+    vision_tower: str,
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    device_map: Any = None,
+    **options: Any,
+) -> Loaded:
+    """Put a language model and a tower together with a fresh projector.
+
+    Args:
+        lm: folder or hub name of a causal language model.
+        vision_tower: folder or hub name of a vision encoder.
+        dtype: of all weights; "auto" is the dtype in which the language model was saved.
+        device_map: of the language model, passed to transformers; tower and projector follow its embeddings.
+        options: those of `BuildOptions`.
 
     Raises:
-        ConfigError: an unknown option or one that does not fit the parts.
-        CheckpointError: a part cannot be loaded.
+        ConfigError: an option is unknown or does not fit the parts.
+        CheckpointError: a part cannot be loaded, or is of a kind that does not fit.
     """
-    wanted = BuildOptions(lm=lm, vision_tower=vision_tower, **options)
-    if wanted.select_feature not in SELECT_STRATEGIES:
-        raise ConfigError(f"unknown select_feature {wanted.select_feature!r}; known: {', '.join(SELECT_STRATEGIES)}")
-    tokenizer = AutoTokenizer.from_pretrained(lm)
-    language_model = _load(AutoModelForCausalLM, lm, dtype, quantization_config=quantization_config(wanted.bits, dtype))
-    tower = load_tower(vision_tower, dtype)
-    image_processor = tower_image_processor(vision_tower, tower.config, wanted.image_size)
-    add_tokens(tokenizer, language_model, wanted)
-    config = _config(wanted, tokenizer, language_model, tower, image_processor)
-    model = _assemble(config, language_model, tower, seed=wanted.seed, dtype=dtype)
+    wanted = BuildOptions(lm=portable(lm), vision_tower=portable(vision_tower), **options)
+    text_config = _text_config(wanted.lm)
+    if dtype == "auto":
+        saved = getattr(text_config, "dtype", None)
+        dtype = saved if isinstance(saved, torch.dtype) else torch.float32
+    # Unused parts that a checkpoint lacks are drawn anew: the seed covers them, so equal builds have equal hashes.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(wanted.seed)
+        quantization = quantization_config(wanted.bits, dtype)
+        keywords = {"quantization_config": quantization, "device_map": device_map}
+        language_model = load_part(AutoModelForCausalLM, wanted.lm, dtype, **keywords)
+        tower = load_tower(wanted.vision_tower, dtype)
+        tokenizer = _tokenizer(wanted.lm)
+        image_processor = tower_image_processor(wanted.vision_tower, tower.config, wanted.image_size)
+        add_tokens(tokenizer, language_model, wanted)
+        config = _config(wanted, tokenizer, language_model, tower, image_processor)
+        model = _assemble(config, language_model, tower, seed=wanted.seed, dtype=dtype)
     processor = LlavaMedProcessor(
         tokenizer,
         image_processor,
@@ -103,6 +149,11 @@ def build(lm: str, vision_tower: str, *, dtype: torch.dtype = torch.float32, **o
     return finish(model, processor, {"build": asdict(wanted)})
 
 
+def portable(path: str) -> str:
+    """A folder's absolute path, so that what is saved still finds it from elsewhere; a hub name as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+
 def finish(model: LlavaMedForConditionalGeneration, processor: LlavaMedProcessor, origin: dict[str, Any]) -> Loaded:
     """Settle what every loaded model needs: tree attention, generation ids, context length."""
     use_tree_attention(model)
@@ -112,58 +163,39 @@ def finish(model: LlavaMedForConditionalGeneration, processor: LlavaMedProcessor
     return Loaded(model, processor, context_len, origin)
 
 
-def _load(auto_class: Any, path: str, dtype: torch.dtype, **keywords: Any) -> PreTrainedModel:
+def _text_config(lm: str) -> Any:
     try:
-        return cast(PreTrainedModel, auto_class.from_pretrained(path, dtype=dtype, **keywords))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be loaded as {auto_class.__name__}: {error}") from error
+        config = AutoConfig.from_pretrained(lm)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"language model {lm} cannot be loaded: {first_line(error)}") from error
+    if hasattr(config, "vision_config"):
+        raise CheckpointError(
+            f"{lm} is already a vision-language model ({config.model_type}); expected a plain causal language model"
+        )
+    extras = [name for name in HEAD_EXTRAS if getattr(config, name, None) not in (None, 1, 1.0)]
+    if extras:
+        raise CheckpointError(
+            f"{lm} ({config.model_type}) changes its logits after the head ({extras[0]}), which this family does not "
+            "do; take a language model with a plain head (Llama, Mistral, Qwen2, Phi, GPT-2, ...)"
+        )
+    return config
 
 
-def load_tower(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The vision encoder of a folder or hub name; of a two-tower model (CLIP, SigLIP) only its vision half.
-
-    Raises:
-        CheckpointError: there is no such model, or it has no vision encoder.
-    """
+def _tokenizer(lm: str) -> Any:
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"vision tower {path} cannot be loaded: {error}") from error
-    vision_config = getattr(config, "vision_config", config)
-    if not hasattr(vision_config, "patch_size"):
-        raise CheckpointError(f"{path} ({config.model_type}) is no vision tower; expected CLIP, SigLIP, DINOv2 or ViT")
-    tower = _load(MODEL_MAPPING[type(vision_config)], path, dtype, config=vision_config)
-    tower.eval()
-    return tower
+        return AutoTokenizer.from_pretrained(lm)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{lm} holds no usable tokenizer: {first_line(error)}") from error
 
 
-def tower_image_processor(path: str, config: Any, image_size: int | None) -> Any:
-    """The tower's image processor in its exact PIL form, for inputs of `image_size` (default: the tower's) pixels.
-
-    Raises:
-        ConfigError: the size is no multiple of the patch size.
-    """
-    try:
-        processor = cast(Any, AutoImageProcessor).from_pretrained(path, backend="pil")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} has no usable preprocessor_config.json: {error}") from error
-    if image_size is None:
-        return processor
-    if image_size % config.patch_size:
-        raise ConfigError(f"image size {image_size} is no multiple of the tower's patch size {config.patch_size}")
-    if getattr(processor, "do_center_crop", False):
-        processor.crop_size = {"height": image_size, "width": image_size}
-        processor.size = {"shortest_edge": image_size}
-    else:
-        processor.size = {"height": image_size, "width": image_size}
-    return processor
-
-
-def input_size(image_processor: Any) -> int:
-    """Pixels on a side that an image processor delivers."""
-    crops = getattr(image_processor, "do_center_crop", False)
-    size = image_processor.crop_size if crops else image_processor.size
-    return int(size["height"] if "height" in size else size["shortest_edge"])
+@contextmanager
+def whole(weight: Tensor) -> Iterator[None]:
+    """Inside the block a weight that ZeRO-3 spreads over ranks is there entirely, and may be written on every rank."""
+    if not hasattr(weight, "ds_id"):
+        yield
+        return
+    with require("deepspeed", "train").zero.GatheredParameters([weight], modifier_rank=0):
+        yield
 
 
 def add_tokens(tokenizer: Any, language_model: PreTrainedModel, options: BuildOptions) -> None:
@@ -175,35 +207,41 @@ def add_tokens(tokenizer: Any, language_model: PreTrainedModel, options: BuildOp
     wanted += [IM_START_TOKEN, IM_END_TOKEN] if options.use_im_start_end else []
     wanted += [IMAGE_TOKEN]
     known = tokenizer.get_vocab()
-    tokenizer.add_tokens([token for token in wanted if token not in known], special_tokens=True)
-    old_rows = cast(Tensor, language_model.get_input_embeddings().weight).shape[0]
-    first_new = len(known)
-    if len(tokenizer) > old_rows:
-        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
-            weight = cast(Tensor, layer.weight)
-            weight[first_new : len(tokenizer)] = weight[:first_new].mean(dim=0, dtype=torch.float32).to(weight.dtype)
+    added = [token for token in wanted if token not in known]
+    if not added:
+        return
+    tokenizer.add_tokens(added, special_tokens=True)
+    new_rows = [int(tokenizer.convert_tokens_to_ids(token)) for token in added]
+    first_new, num_rows = min(new_rows), max(new_rows) + 1
+    table = cast(Any, language_model.get_input_embeddings()).weight
+    if num_rows > getattr(table, "ds_shape", table.shape)[0]:
+        language_model.resize_token_embeddings(num_rows, mean_resizing=False)
+    for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
+        for values in (cast(Any, layer).weight, getattr(layer, "bias", None)):
+            if values is not None:
+                with torch.no_grad(), whole(values):
+                    values[new_rows] = values[:first_new].mean(dim=0, dtype=torch.float32).to(values.dtype)
 
 
 def _config(
     options: BuildOptions, tokenizer: Any, language_model: PreTrainedModel, tower: PreTrainedModel, processor: Any
 ) -> LlavaMedConfig:
-    vision = tower.config
-    patches = (input_size(processor) // vision.patch_size) ** 2
     full = options.select_feature == "cls_patch"
+    markers = [IM_START_TOKEN, IM_END_TOKEN] if options.use_im_start_end else []
     return LlavaMedConfig(
-        vision_config=vision,
+        vision_config=tower.config,
         text_config=language_model.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=patches + (num_extra_tokens(vision) if full else 0),
+        image_seq_length=num_patches(processor, tower.config) + (num_extra_tokens(tower.config) if full else 0),
         vision_feature_select_strategy=cast(Any, SELECT_STRATEGIES[options.select_feature]),
         vision_feature_layer=options.select_layer,
         projector_type=options.projector_type,
         use_im_start_end=options.use_im_start_end,
+        marker_token_ids=tokenizer.convert_tokens_to_ids(markers) or None,
         image_aspect_ratio=options.image_mode,
         template=options.template,
         placement=options.placement,
+        head_bias=getattr(language_model.get_output_embeddings(), "bias", None) is not None,
         tie_word_embeddings=language_model.config.tie_word_embeddings,
     )
 
@@ -212,17 +250,19 @@ def _assemble(
     config: LlavaMedConfig, language_model: PreTrainedModel, tower: PreTrainedModel, *, seed: int, dtype: torch.dtype
 ) -> LlavaMedForConditionalGeneration:
     """The model around existing parts; its skeleton is made without memory, so nothing is held twice."""
+    table = cast(Any, language_model.get_input_embeddings()).weight
+    cast(Any, config.text_config).vocab_size = getattr(table, "ds_shape", table.shape)[0]
     with torch.device("meta"):
         model = LlavaMedForConditionalGeneration(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        projector: nn.Module = build_projector(config).to(dtype)
-    model.model.multi_modal_projector = projector
-    model.model.vision_tower = tower
+    torch.manual_seed(seed)
+    projector: nn.Module = build_projector(config)
+    model.model.multi_modal_projector = projector.to(table.device, dtype)
+    model.model.vision_tower = cast(Any, tower).to(table.device)
     model.model.language_model = language_model.base_model
     model.lm_head = language_model.get_output_embeddings()
-    embedding = cast(Tensor, language_model.get_input_embeddings().weight)
-    cast(Any, model.config.text_config).vocab_size = embedding.shape[0]
+    # One configuration object: a switch that is set on the whole reaches the part.
+    model.model.language_model.config = model.config.text_config
+    model.model.vision_tower.config = model.config.vision_config
     model.tie_weights()
     for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if hasattr(language_model, name):

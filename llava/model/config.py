@@ -14,6 +14,16 @@ class LlavaMedConfig(LlavaConfig):
 
     The type name is our own: `llava` is taken by transformers, and LLaVA-Med 1.0 checkpoints claim it for a flat,
     incompatible layout (specification llava-med 1.4).
+
+    Attributes:
+        projector_type: `linear`, `mlpKx_gelu` or `identity`.
+        projector_kwargs: further settings of the projector, for types that have any.
+        use_im_start_end: marker tokens stand around each image.
+        marker_token_ids: ids of the two markers, where they are in use.
+        image_aspect_ratio: how pictures become square.
+        template: conversation template the model was trained with.
+        placement: where images stand in a turn.
+        head_bias: the language-model head has a bias (Phi and a few others).
     """
 
     model_type = "llava_med"
@@ -21,9 +31,11 @@ class LlavaMedConfig(LlavaConfig):
     projector_type: str = "mlp2x_gelu"
     projector_kwargs: dict[str, Any] | None = None
     use_im_start_end: bool = False
+    marker_token_ids: list[int] | None = None
     image_aspect_ratio: str = "square"
     template: str = "vicuna_v1"
     placement: str = "front"
+    head_bias: bool = False
 
 
 AutoConfig.register(LlavaMedConfig.model_type, LlavaMedConfig, exist_ok=True)

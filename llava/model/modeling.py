@@ -8,29 +8,33 @@ Scatter, caching, attention back ends, checkpointing and sharding plans are inhe
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlavaForConditionalGeneration, LlavaModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava.model.config import LlavaMedConfig
+from llava.model.multimodal_encoder.towers import num_extra_tokens, side
 from llava.model.multimodal_projector import build_projector
-
-CLASS_TOKEN_TOWERS = frozenset({"clip_vision_model", "dinov2", "dinov2_with_registers", "vit"})
-"""Towers whose first token is a class token; others (SigLIP) have patch tokens only."""
-
-
-def num_extra_tokens(vision_config: Any) -> int:
-    """Class and register tokens before the patch tokens of a tower's hidden states."""
-    has_class = int(vision_config.model_type in CLASS_TOKEN_TOWERS)
-    return has_class + int(getattr(vision_config, "num_register_tokens", 0))
+from llava.model.quantization import quantized_layers
 
 
 def tokens_per_image(config: LlavaMedConfig) -> int:
     """P: language-model tokens of one image (its input may be smaller than the tower's own size)."""
     return int(config.image_seq_length)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """None of the module's weights trains."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 class LlavaMedModel(LlavaModel):
@@ -47,11 +51,11 @@ class LlavaMedModel(LlavaModel):
         """Features [N, P, Dv] of the selected layers for pixels [N, 3, H, W]; no graph while the tower is frozen."""
         tower = cast(nn.Module, self.vision_tower)
         parameter = next(tower.parameters())
-        frozen = not any(p.requires_grad for p in tower.parameters())
+        frozen = is_frozen(tower)
         pixels = pixel_values.to(parameter.device, parameter.dtype)
         config: Any = self.config.vision_config
         # DINOv2 always stretches its position table to the input; the others must be asked.
-        is_other_size = pixels.shape[-1] != config.image_size and not config.model_type.startswith("dinov2")
+        is_other_size = pixels.shape[-1] != side(config.image_size) and not config.model_type.startswith("dinov2")
         stretch = {"interpolate_pos_encoding": True} if is_other_size else {}
         with torch.no_grad() if frozen else nullcontext():
             states = tower(pixels, output_hidden_states=True, return_dict=True, **stretch).hidden_states
@@ -88,13 +92,34 @@ class LlavaMedForConditionalGeneration(LlavaForConditionalGeneration):
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = LlavaMedModel(config)
         text: Any = config.text_config
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.head_bias)
+        # The input table has another name in some language models (GPT-2: wte).
+        table = self.model.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is table)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()  # type: ignore[no-untyped-call]
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation, with two exceptions.
+
+        A frozen tower never drops anything, so its features are the same in training, in a cache and in evaluation. And
+        quantized layers under an adapter stay in training mode: on the CPU a 4-bit layer that is evaluated once turns,
+        for good, into a form without gradients. They hold no dropout, so their results are the same in both modes.
+        """
+        super().train(mode)
+        tower = cast(nn.Module, self.model.vision_tower)
+        if is_frozen(tower):
+            tower.eval()
+        if any("lora_" in name for name, _ in self.named_parameters()):
+            for layer in quantized_layers(self):
+                layer.training = True
+        return self
 
     def tower_features(self, pixel_values: Tensor) -> Tensor:
         """See `LlavaMedModel.tower_features`."""
         return cast(LlavaMedModel, self.model).tower_features(pixel_values)
 
 
+AutoModel.register(LlavaMedConfig, LlavaMedModel, exist_ok=True)
 for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
     auto_class.register(LlavaMedConfig, LlavaMedForConditionalGeneration, exist_ok=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llava.errors import ConfigError
 from llava.model.config import LlavaMedConfig
+from llava.utils.lookup import lookup
 
 
 def _widths(config: LlavaMedConfig) -> tuple[int, int]:
@@ -29,11 +30,9 @@ def linear(config: LlavaMedConfig) -> nn.Module:
 
 def mlp_gelu(config: LlavaMedConfig) -> nn.Module:
     """`mlpKx_gelu`: K linear layers with GELU between them (LLaVA 1.5)."""
-    match = re.fullmatch(r"mlp(\d+)x_gelu", config.projector_type)
-    if match is None or int(match[1]) < 1:
-        raise ConfigError(f"unknown projector type {config.projector_type!r}; expected mlpKx_gelu with K at least 1")
+    depth = int(re.sub(r"\D", "", config.projector_type))
     vision, text = _widths(config)
-    widths = [vision] + [text] * int(match[1])
+    widths = [vision] + [text] * depth
     layers: list[nn.Module] = []
     for inner, outer in pairwise(widths):
         layers += [nn.GELU(), nn.Linear(inner, outer)]
@@ -63,13 +62,22 @@ PROJECTORS: dict[str, Callable[[LlavaMedConfig], nn.Module]] = {
 }
 
 
+def check_projector_type(projector_type: str) -> Callable[[LlavaMedConfig], nn.Module]:
+    """The builder of a projector type.
+
+    Raises:
+        ConfigError: the type is unknown.
+    """
+    name = re.sub(r"^mlp[1-9]\d*x_gelu$", "mlpKx_gelu", projector_type)
+    if name == "mlpKx_gelu" == projector_type:
+        raise ConfigError("projector type 'mlpKx_gelu' needs its number of layers, for example mlp2x_gelu")
+    return lookup(PROJECTORS, name, "projector type")
+
+
 def build_projector(config: LlavaMedConfig) -> nn.Module:
     """The projector that `config.projector_type` names.
 
     Raises:
         ConfigError: the type is unknown or does not fit the widths.
     """
-    name = re.sub(r"^mlp\d+x_gelu$", "mlpKx_gelu", config.projector_type)
-    if name not in PROJECTORS:
-        raise ConfigError(f"unknown projector type {config.projector_type!r}; known: {', '.join(sorted(PROJECTORS))}")
-    return PROJECTORS[name](config)
+    return check_projector_type(config.projector_type)(config)

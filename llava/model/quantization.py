@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 from llava.errors import ConfigError
@@ -34,3 +35,8 @@ def quantization_config(
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_quant_type=quant_type,
     )
+
+
+def quantized_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model whose weights are 4-bit or 8-bit; found without importing bitsandbytes."""
+    return [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]

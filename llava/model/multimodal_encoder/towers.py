@@ -1,0 +1,166 @@
+"""Vision towers: transformers' own encoders and their image processors, from a folder or hub name.
+
+pixels [N, 3, H, W] --encoder--> hidden states [N, extra + P, Dv]    extra: class and register tokens
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    PreTrainedModel,
+    SiglipImageProcessorPil,
+    ViTImageProcessorPil,
+)
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from llava.errors import CheckpointError, ConfigError
+
+CLASS_TOKEN_TOWERS = frozenset({"clip_vision_model", "dinov2", "dinov2_with_registers", "vit"})
+"""Towers whose first token is a class token; others (SigLIP) have patch tokens only."""
+
+UNUSED_PARTS = ("pooler", "head.", "post_layernorm", "visual_projection", "position_ids")
+"""Parts of an encoder behind (or beside) its hidden states: a checkpoint may lack them, nothing here reads them."""
+
+IMAGENET = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+
+DEFAULT_PROCESSORS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "clip_vision_model": (CLIPImageProcessorPil, {}),
+    "siglip_vision_model": (SiglipImageProcessorPil, {}),
+    "dinov2": (BitImageProcessorPil, IMAGENET),
+    "dinov2_with_registers": (BitImageProcessorPil, IMAGENET),
+    "vit": (ViTImageProcessorPil, IMAGENET),
+}
+"""What a tower folder without preprocessor_config.json gets: the family's own normalisation."""
+
+
+def num_extra_tokens(vision_config: Any) -> int:
+    """Class and register tokens before the patch tokens of a tower's hidden states."""
+    has_class = int(vision_config.model_type in CLASS_TOKEN_TOWERS)
+    return has_class + int(getattr(vision_config, "num_register_tokens", 0))
+
+
+def load_tower(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The vision encoder of a folder or hub name; of a two-tower model (CLIP, SigLIP) only its vision half.
+
+    Raises:
+        CheckpointError: there is no such model, it has no vision encoder, or weights are missing.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"vision tower {path} cannot be loaded: {first_line(error)}") from error
+    vision_config = getattr(config, "vision_config", config)
+    if not hasattr(vision_config, "patch_size") or type(vision_config) not in MODEL_MAPPING:
+        raise CheckpointError(f"{path} ({config.model_type}) is no vision tower; expected CLIP, SigLIP, DINOv2 or ViT")
+    tower = load_part(MODEL_MAPPING[type(vision_config)], path, dtype, may_lack=UNUSED_PARTS, config=vision_config)
+    tower.eval()
+    return tower
+
+
+def load_part(
+    model_class: Any, path: str, dtype: torch.dtype, *, may_lack: tuple[str, ...] = (), **keywords: Any
+) -> PreTrainedModel:
+    """`from_pretrained` that refuses to fill weights with random numbers.
+
+    Args:
+        model_class: class with `from_pretrained`.
+        path: folder or hub name.
+        dtype: of the weights.
+        may_lack: fragments of the names of weights that nobody reads.
+        keywords: passed on.
+
+    Raises:
+        CheckpointError: the part cannot be loaded, or weights are missing or of another shape.
+    """
+    try:
+        model, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **keywords)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be loaded as {model_class.__name__}: {first_line(error)}") from error
+    missing = sorted(
+        name for name in report.get("missing_keys", ()) if not any(fragment in name for fragment in may_lack)
+    )
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} weights of {type(model).__name__}, for example {missing[0]}; "
+            "expected a complete checkpoint of this type"
+        )
+    return cast(PreTrainedModel, model)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for messages of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def tower_image_processor(path: str, vision_config: Any, image_size: int | None) -> Any:
+    """The tower's image processor in its exact PIL form, for inputs of `image_size` pixels.
+
+    Args:
+        path: folder or hub name of the tower; without preprocessor_config.json the family's default is taken.
+        vision_config: configuration of the tower.
+        image_size: None keeps the size the tower's own processor delivers.
+
+    Raises:
+        CheckpointError: the processor's settings cannot be used.
+        ConfigError: the size is no multiple of the patch size.
+    """
+    processor = _own_processor(path) or _default_processor(vision_config)
+    if image_size is not None:
+        _resize(processor, image_size)
+    size, patch = input_size(processor), side(vision_config.patch_size)
+    if size % patch:
+        raise ConfigError(f"image size {size} is no multiple of the tower's patch size {patch}; change --image_size")
+    return processor
+
+
+def _own_processor(path: str) -> Any | None:
+    try:
+        CLIPImageProcessorPil.get_image_processor_dict(path)
+    except OSError:
+        return None
+    try:
+        return cast(Any, AutoImageProcessor).from_pretrained(path, backend="pil")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} has no usable preprocessor_config.json: {first_line(error)}") from error
+
+
+def _default_processor(vision_config: Any) -> Any:
+    processor_class, settings = DEFAULT_PROCESSORS.get(vision_config.model_type, DEFAULT_PROCESSORS["vit"])
+    processor = processor_class(**settings)
+    _resize(processor, side(vision_config.image_size))
+    return processor
+
+
+def _resize(processor: Any, image_size: int) -> None:
+    square = {"height": image_size, "width": image_size}
+    if getattr(processor, "do_center_crop", False):
+        processor.crop_size, processor.size = square, {"shortest_edge": image_size}
+    else:
+        processor.size = square
+
+
+def input_size(image_processor: Any) -> int:
+    """Pixels on a side that an image processor delivers."""
+    crops = getattr(image_processor, "do_center_crop", False)
+    size = image_processor.crop_size if crops else image_processor.size
+    if isinstance(size, int):
+        return size
+    return int(size["height"] if "height" in size else size["shortest_edge"])
+
+
+def side(size: Any) -> int:
+    """One side of a square size, which configurations write as a number or as a pair."""
+    return int(size if isinstance(size, int) else size[0])
+
+
+def num_patches(image_processor: Any, vision_config: Any) -> int:
+    """Patch tokens of one image."""
+    return (input_size(image_processor) // side(vision_config.patch_size)) ** 2
