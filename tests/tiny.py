@@ -98,15 +98,20 @@ def tiny_llava(
     *,
     template: str = "vicuna_v1",
     image_size: int = 28,
+    build_size: int | None = None,
     tie: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> Loaded:
-    """A random model of four image tokens; `options` are those of `build`."""
+    """A random model of four image tokens.
+
+    `image_size` is the tower's, `build_size` the model's input where it differs; `options` are those of `build`.
+    """
     with TemporaryDirectory() as folder:
         lm_path = write_tiny_lm(Path(folder) / "lm", lm, tie=tie, seed=seed)
         tower_path = write_tiny_tower(Path(folder) / "tower", tower, image_size=image_size, seed=seed + 1)
-        loaded = build(str(lm_path), str(tower_path), projector_type=projector, template=template, seed=seed, **options)
+        options = {"projector_type": projector, "template": template, "image_size": build_size, "seed": seed, **options}
+        loaded = build(str(lm_path), str(tower_path), **options)
     loaded.model.eval()
     return loaded
 

@@ -22,6 +22,7 @@ from llava.model.attention import use_tree_attention
 from llava.model.config import LlavaMedConfig
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import (
+    UNREADABLE,
     first_line,
     load_part,
     load_tower,
@@ -166,7 +167,7 @@ def finish(model: LlavaMedForConditionalGeneration, processor: LlavaMedProcessor
 def _text_config(lm: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(lm)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"language model {lm} cannot be loaded: {first_line(error)}") from error
     if hasattr(config, "vision_config"):
         raise CheckpointError(
@@ -184,7 +185,7 @@ def _text_config(lm: str) -> Any:
 def _tokenizer(lm: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(lm)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{lm} holds no usable tokenizer: {first_line(error)}") from error
 
 

@@ -15,22 +15,31 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llava.errors import CheckpointError
+from llava.model.building import whole
+from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.processing import LlavaMedProcessor
 
 ORIGIN_FILE = "llava_origin.json"
 PROJECTOR_FILE = "mm_projector.bin"
 PROJECTOR_SAFE_FILE = "mm_projector.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 EXTRA_FILE = "non_lora_trainables.bin"
 EMBEDDING_KEY = "model.embed_tokens.weight"
-HEAD_KEY = "lm_head.weight"
+MARKER_KEY = "marker_rows"
+"""The rows of the marker tokens alone, [k, D]: where they stand in the table differs between vocabularies."""
+
 PROJECTOR_PREFIX = "model.mm_projector."
 PROJECTOR_MODULE = "multi_modal_projector."
+
+State = Mapping[str, Tensor]
 
 
 @contextmanager
@@ -44,14 +53,31 @@ def _new_files(path: Path) -> Iterator[Path]:
             os.replace(file, path / file.name)
 
 
-def _write_common(folder: Path, model: nn.Module, processor: LlavaMedProcessor, origin: Mapping[str, Any]) -> None:
+@contextmanager
+def _cache_on(model: nn.Module) -> Iterator[None]:
+    """Training switches `use_cache` off; what is saved has it on, or every answer would be computed without a cache."""
     config = cast(Any, model).config
-    use_cache, config.text_config.use_cache = config.text_config.use_cache, True
+    places = [place for place in (config, config.text_config) if hasattr(place, "use_cache")]
+    before = [place.use_cache for place in places]
     try:
-        config.save_pretrained(folder)
+        for place in places:
+            place.use_cache = True
+        yield
     finally:
-        config.text_config.use_cache = use_cache
-    (folder / ORIGIN_FILE).write_text(json.dumps(dict(origin), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for place, value in zip(places, before, strict=True):
+            place.use_cache = value
+
+
+def _write_common(folder: Path, model: nn.Module, origin: Mapping[str, Any] | None, kind: str) -> None:
+    with _cache_on(model):
+        cast(Any, model).config.save_pretrained(folder)
+    text = json.dumps({**(origin or {}), "kind": kind}, indent=2, ensure_ascii=False) + "\n"
+    (folder / ORIGIN_FILE).write_text(text, encoding="utf-8")
+
+
+def is_model_weights(name: str) -> bool:
+    """A file name is that of a whole model's weights (or of one part of them)."""
+    return name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def save_model(
@@ -59,7 +85,7 @@ def save_model(
     processor: LlavaMedProcessor,
     path: str | Path,
     *,
-    state: Mapping[str, Tensor] | None = None,
+    state: State | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the whole model (safetensors, sharded as transformers does) with its processor.
@@ -67,20 +93,23 @@ def save_model(
     Args:
         model: the model.
         processor: saved beside the weights.
-        path: folder; other files in it stay.
+        path: folder; older weights in it are replaced, other files stay.
         state: gathered weights, when the model's own are sharded over ranks.
         origin: where the parts came from.
     """
     target = Path(path)
     with _new_files(target) as folder:
-        _write_common(folder, model, processor, {**(origin or {}), "kind": "model"})
-        use_cache, model.config.text_config.use_cache = model.config.text_config.use_cache, True
-        model.save_pretrained(folder, state_dict=dict(state) if state is not None else None)
-        model.config.text_config.use_cache = use_cache
+        with _cache_on(model):
+            model.save_pretrained(folder, state_dict=dict(state) if state is not None else None)
+        _write_common(folder, model, origin, "model")
+        new = {file.name for file in folder.iterdir()}
+    for file in list(target.iterdir()):
+        if is_model_weights(file.name) and file.name not in new:
+            file.unlink()  # an old file of another sharding would be found first
     processor.save_pretrained(target)
 
 
-def projector_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def projector_state(model: nn.Module, state: State | None = None) -> dict[str, Tensor]:
     """The projector under the seeds' names (`model.mm_projector.*`), and the embeddings when markers are in use.
 
     Args:
@@ -88,18 +117,26 @@ def projector_state(model: nn.Module, state: Mapping[str, Tensor] | None = None)
         state: gathered weights under the model's own names, when they are sharded.
     """
     weights = dict(state if state is not None else model.state_dict())
-    result: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        if PROJECTOR_MODULE in name:
-            suffix = name.split(PROJECTOR_MODULE, 1)[1].replace("modules_to_save.default.", "")
-            result[PROJECTOR_PREFIX + suffix] = tensor.detach().cpu().clone()
-    if cast(Any, model).config.use_im_start_end:
-        for name, tensor in weights.items():
-            if name.endswith("language_model.embed_tokens.weight"):
-                result[EMBEDDING_KEY] = tensor.detach().cpu().clone()
-            elif name.endswith(HEAD_KEY) and not cast(Any, model).config.tie_word_embeddings:
-                result[HEAD_KEY] = tensor.detach().cpu().clone()
+    result = {
+        PROJECTOR_PREFIX + name.split(PROJECTOR_MODULE, 1)[1]: _copy(tensor)
+        for name, tensor in weights.items()
+        if PROJECTOR_MODULE in name
+    }
+    markers = cast(Any, model).config.marker_token_ids
+    if markers:
+        table = weights[_input_table_name(model)]
+        result[EMBEDDING_KEY], result[MARKER_KEY] = _copy(table), _copy(table[markers])
     return result
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone().contiguous()
+
+
+def _input_table_name(model: nn.Module) -> str:
+    table = cast(Any, model).get_input_embeddings()
+    module_name: str = next(name for name, module in model.named_modules() if module is table)
+    return f"{module_name}.weight"
 
 
 def save_projector(
@@ -107,7 +144,7 @@ def save_projector(
     processor: LlavaMedProcessor,
     path: str | Path,
     *,
-    state: Mapping[str, Tensor] | None = None,
+    state: State | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `mm_projector.bin` (the seeds' names), its safetensors twin, the config and the processor."""
@@ -115,8 +152,8 @@ def save_projector(
     with _new_files(target) as folder:
         weights = projector_state(model, state)
         torch.save(weights, folder / PROJECTOR_FILE)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / PROJECTOR_SAFE_FILE)
-        _write_common(folder, model, processor, {**(origin or {}), "kind": "projector"})
+        save_file(weights, folder / PROJECTOR_SAFE_FILE)
+        _write_common(folder, model, origin, "projector")
     processor.save_pretrained(target)
 
 
@@ -133,7 +170,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
     except Exception as error:  # torch.load raises pickle.UnpicklingError and others for foreign content
         raise CheckpointError(f"{path} holds more than tensors and was not loaded: {type(error).__name__}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -141,52 +178,75 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return content
 
 
+def projector_file(path: str | Path) -> Path:
+    """The projector file of a folder (safetensors first), or `path` itself where it is a file.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    given = Path(path)
+    for file in (given / PROJECTOR_SAFE_FILE, given / PROJECTOR_FILE, given):
+        if file.is_file():
+            return file
+    raise CheckpointError(f"{path}: no projector; expected a file, or a folder with {PROJECTOR_FILE}")
+
+
 def load_projector(model: nn.Module, path: str | Path) -> None:
     """Load a projector file, or the one in a folder, into the model.
 
-    Names of every generation are read: all that follows `mm_projector.` (or `multi_modal_projector.`) counts. Embedding
-    rows come along when the model uses markers and the file has them.
+    Names of every generation are read: all that follows `mm_projector.` (or `multi_modal_projector.`) counts. The rows
+    of the marker tokens come along when the model uses markers and the file has embeddings.
 
     Raises:
         CheckpointError: names or shapes do not fit; says which.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = next((file / n for n in (PROJECTOR_SAFE_FILE, PROJECTOR_FILE) if (file / n).is_file()), file)
+    file = projector_file(path)
     weights = read_tensors(file)
-    projector = _projector(model)
     found: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         for marker in ("mm_projector.", PROJECTOR_MODULE):
             if marker in name:
-                found[name.split(marker, 1)[1]] = tensor
-    expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
+                found[_current_name(name.split(marker, 1)[1])] = tensor
+    projector = next(m for name, m in model.named_modules() if name.endswith(PROJECTOR_MODULE[:-1]))
+    parameters = dict(projector.named_parameters())
+    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
     got = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if expected != got:
         raise CheckpointError(f"{file}: the projector does not fit; got {got}, expected {expected}")
-    projector.load_state_dict(found)
-    _load_rows(model, weights, file)
+    for name, tensor in found.items():
+        _set(parameters[name], tensor)
+    load_marker_rows(model, weights, file)
 
 
-def _projector(model: nn.Module) -> nn.Module:
-    found: nn.Module = next(module for name, module in model.named_modules() if name.endswith(PROJECTOR_MODULE[:-1]))
-    return found
+def _current_name(name: str) -> str:
+    """transformers' own Llava calls the two layers of its MLP `linear_1` and `linear_2`."""
+    return name.replace("linear_1.", "0.").replace("linear_2.", "2.")
 
 
-def _load_rows(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
-    """Take embedding rows from a projector file; only models with markers have trained any."""
-    network = cast(Any, model)
-    if not network.config.use_im_start_end:
+def _set(parameter: Tensor, values: Tensor) -> None:
+    with torch.no_grad(), whole(parameter):
+        parameter.copy_(values)
+
+
+def load_marker_rows(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
+    """Take the markers' embedding rows from a projector or adapter file; no other row is ever taken.
+
+    A file of the seeds holds the whole input table, or the new rows alone; its last rows are the markers.
+
+    Raises:
+        CheckpointError: the rows have another width.
+    """
+    markers = cast(Any, model).config.marker_token_ids
+    tables = [tensor for name, tensor in weights.items() if name.endswith(("embed_tokens.weight", "embed_in.weight"))]
+    rows = weights.get(MARKER_KEY, tables[0] if tables else None)
+    if not markers or rows is None:
         return
-    layers = {EMBEDDING_KEY: network.get_input_embeddings(), HEAD_KEY: network.get_output_embeddings()}
-    for key, layer in layers.items():
-        rows = next((tensor for name, tensor in weights.items() if name.endswith(key.removeprefix("model."))), None)
-        if rows is None:
-            continue
-        if rows.shape != layer.weight.shape:
-            raise CheckpointError(f"{file}: {key} is {tuple(rows.shape)}, the model's is {tuple(layer.weight.shape)}")
-        with torch.no_grad():
-            layer.weight.copy_(rows)
+    table: Any = cast(Any, model).get_input_embeddings().weight
+    width = getattr(table, "ds_shape", table.shape)[-1]
+    if rows.dim() != 2 or rows.shape[1] != width or rows.shape[0] < len(markers):
+        raise CheckpointError(f"{file}: embedding rows are {tuple(rows.shape)}, expected {len(markers)} of {width}")
+    with torch.no_grad(), whole(table):
+        table[markers] = rows[-len(markers) :].to(table.device, table.dtype)
 
 
 def save_adapter(
@@ -194,36 +254,66 @@ def save_adapter(
     processor: LlavaMedProcessor,
     path: str | Path,
     *,
-    state: Mapping[str, Tensor] | None = None,
+    state: State | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a peft adapter, and every other trained weight (projector, markers) in `non_lora_trainables.bin`."""
+    """Write a peft adapter, and in `non_lora_trainables.bin` all else that its base does not have.
+
+    That is every other trained weight, and also the projector and the marker rows where they were not trained: they
+    may come from an earlier stage, while the base is put together anew at loading.
+    """
     target = Path(path)
     with _new_files(target) as folder:
-        model.save_pretrained(folder, state_dict=dict(state) if state is not None else None)
+        model.save_pretrained(
+            folder, state_dict=dict(state) if state is not None else None, save_embedding_layers=False
+        )
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         weights = dict(state if state is not None else model.state_dict())
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        extra = {name: weights[name].detach().cpu().clone() for name in trained if "lora_" not in name}
+        parameters = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+        kept = {name for name, p in parameters.items() if p.requires_grad or PROJECTOR_MODULE in name}
+        extra = {name: _copy(weights[name]) for name in sorted(kept)}
+        if markers := model.config.marker_token_ids:
+            extra[MARKER_KEY] = _copy(weights[_input_table_name(model)][markers])
         torch.save(extra, folder / EXTRA_FILE)
-        _write_common(folder, model, processor, {**(origin or {}), "kind": "adapter"})
+        _write_common(folder, model, origin, "adapter")
     processor.save_pretrained(target)
 
 
-def load_extra(model: nn.Module, path: Path) -> None:
+def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
+    """Put a saved adapter on the model it was trained on, and load what was saved beside it.
+
+    Raises:
+        CheckpointError: files are missing or broken, or weights do not fit the model.
+    """
+    file = Path(path) / ADAPTER_FILE
+    got = set(read_tensors(file))
+    try:
+        adapted = PeftModel.from_pretrained(cast(Any, model), str(path))
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path}: the adapter does not fit the model: {first_line(error)}") from error
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if got != expected:
+        some = ", ".join(sorted(got ^ expected)[:3])
+        raise CheckpointError(f"{file}: the adapter does not fit the model; only in one of the two: {some}")
+    load_extra(adapted, path)
+    return adapted
+
+
+def load_extra(model: nn.Module, path: str | Path) -> None:
     """Load `non_lora_trainables.bin` into a peft model; every name must exist.
 
     Raises:
         CheckpointError: a name is unknown or a shape differs.
     """
-    weights = read_tensors(path / EXTRA_FILE)
+    file = Path(path) / EXTRA_FILE
+    weights = read_tensors(file)
     parameters = dict(model.named_parameters())
     for name, tensor in weights.items():
-        parameter = parameters.get(name)
-        if parameter is None or parameter.shape != tensor.shape:
-            shape = None if parameter is None else tuple(parameter.shape)
-            raise CheckpointError(
-                f"{path / EXTRA_FILE}: {name} {tuple(tensor.shape)} does not fit; the model has {shape}"
-            )
-        with torch.no_grad():
-            parameter.copy_(tensor)
+        if name == MARKER_KEY:
+            continue
+        parameter: Any = parameters.get(name)
+        shape = None if parameter is None else tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if shape != tuple(tensor.shape):
+            raise CheckpointError(f"{file}: {name} {tuple(tensor.shape)} does not fit; the model has {shape}")
+        _set(parameter, tensor)
+    load_marker_rows(model, weights, file)

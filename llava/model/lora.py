@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, cast
@@ -10,31 +11,65 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from llava.errors import ConfigError
 from llava.model.building import Loaded
 
 PARTS = {"multi_modal_projector": "projector", "vision_tower": "vision tower", "lora_": "adapter"}
 
 
-def language_linear_layers(model: nn.Module) -> list[str]:
-    """Names of the linear layers inside the language model; head, projector and tower are left out (seeds' rule)."""
-    return [
-        name
+def language_linear_layers(model: nn.Module) -> str:
+    """A regular expression for the linear layers inside the language model.
+
+    Head, projector and tower are left out, as in the seeds. A pattern instead of a list of names keeps the adapter's
+    configuration short and valid for every depth.
+
+    Raises:
+        ConfigError: the language model has no linear layer (GPT-2 has transposed ones).
+    """
+    kinds = {
+        name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "language_model." in name and "lm_head" not in name
-    ]
+        if isinstance(module, nn.Linear) and "language_model." in name
+    } - {"lm_head"}
+    if not kinds:
+        raise ConfigError("the language model has no linear layers for LoRA; train it whole (--lora_enable False)")
+    return rf"(?:.*\.)?language_model\..*\.(?:{'|'.join(map(re.escape, sorted(kinds)))})"
 
 
-def add_lora(loaded: Loaded, *, r: int = 64, alpha: int = 16, dropout: float = 0.05, bias: str = "none") -> PeftModel:
-    """Put one LoRA adapter on the language model; everything else is frozen by peft, `freeze_for` opens parts again."""
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        bias=cast(Any, bias),
-        target_modules=language_linear_layers(loaded.model),
-        task_type="CAUSAL_LM",
-    )
-    return cast(PeftModel, get_peft_model(cast(Any, loaded.model), config))
+def add_lora(
+    loaded: Loaded,
+    *,
+    r: int = 64,
+    alpha: int = 16,
+    dropout: float = 0.05,
+    bias: str = "none",
+    target: str | None = None,
+) -> PeftModel:
+    """Put one LoRA adapter on the language model; everything else is frozen by peft, `freeze_for` opens parts again.
+
+    Args:
+        loaded: the model.
+        r: rank.
+        alpha: the adapter counts alpha / r.
+        dropout: on the adapter's input.
+        bias: `none`, `all` or `lora_only`: which biases train.
+        target: regular expression for other layers than `language_linear_layers`.
+
+    Raises:
+        ConfigError: no layer fits, or a setting that peft refuses.
+    """
+    try:
+        config = LoraConfig(
+            r=r,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            bias=cast(Any, bias),
+            target_modules=target or language_linear_layers(loaded.model),
+            task_type="CAUSAL_LM",
+        )
+        return cast(PeftModel, get_peft_model(cast(Any, loaded.model), config))
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"LoRA with r={r}, bias={bias!r} cannot be added: {error}") from error
 
 
 def freeze_for(
@@ -51,42 +86,60 @@ def freeze_for(
     Args:
         model: the model, or a peft model around it.
         projector_only: stage 1; with markers their two rows are added by `train_marker_rows`.
-        freeze_backbone: the language model stays as it is.
+        freeze_backbone: the language model stays as it is (an adapter on it trains all the same).
         freeze_projector: the projector stays as it is.
         train_tower: the vision tower trains too.
-        has_adapter: language weights train through the adapter only.
+        has_adapter: language weights train through the adapter only, and biases where `add_lora` opened them.
+
+    Raises:
+        ConfigError: nothing is left to train.
     """
     for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
         if "multi_modal_projector." in name:
             parameter.requires_grad_(not freeze_projector)
         elif "vision_tower." in name:
             parameter.requires_grad_(train_tower and not projector_only)
-        elif "lora_" in name or has_adapter:
-            parameter.requires_grad_("lora_" in name and not projector_only)
-        elif parameter.is_floating_point():
+        elif has_adapter:
+            parameter.requires_grad_(parameter.requires_grad and not projector_only)
+        else:
             parameter.requires_grad_(not (projector_only or freeze_backbone))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("every part is frozen, nothing would train; drop one of the --freeze_* flags")
 
 
 def train_marker_rows(model: nn.Module, token_ids: Sequence[int]) -> list[nn.Parameter]:
     """Let only some embedding rows train: the markers of stage 1, in both roles where the weights are tied.
 
-    The gradient of every other row is set to zero, so it moves only if weight decay is applied to the table: give the
-    returned parameters an optimizer group without decay.
+    The gradient of every other row is set to zero, so momentum never moves one. Weight decay would: the table is marked
+    by `is_marker_table`, and belongs into an optimizer group without decay (`train.optimizer` puts it there).
+
+    Args:
+        model: the model, or a peft model around it; everything else keeps its state.
+        token_ids: the rows.
 
     Returns:
         The embedding parameters that now require gradients.
+
+    Raises:
+        ConfigError: there are no markers, or not in this vocabulary.
     """
-    embedding = cast(nn.Module, cast(Any, model).get_input_embeddings())
-    weight = cast(nn.Parameter, embedding.weight)
-    weight.requires_grad_(True)
-    keep = torch.zeros(weight.shape[0], 1, dtype=weight.dtype, device=weight.device)
-    keep[list(token_ids)] = 1
+    table: Any = cast(Any, model).get_input_embeddings().weight
+    num_rows = int(getattr(table, "ds_shape", table.shape)[0])  # a table that ZeRO-3 spread over ranks looks empty
+    if not token_ids or not all(0 <= token < num_rows for token in token_ids):
+        raise ConfigError(f"marker rows {list(token_ids)} are not in the vocabulary of {num_rows} tokens")
+    keep = torch.zeros(num_rows, 1, dtype=torch.bool)
+    keep[list(token_ids)] = True
 
     def only_markers(gradient: Tensor) -> Tensor:
-        return gradient * keep.to(gradient.device, gradient.dtype)
+        return gradient * keep.to(gradient.device)
 
-    cast(Any, weight).register_hook(only_markers)
-    return [weight]
+    table.requires_grad_(True)
+    table.register_hook(only_markers)
+    table.is_marker_table = True
+    table.num_marker_rows = len(set(token_ids))
+    return [table]
 
 
 def trainable_report(model: nn.Module) -> str:
@@ -94,13 +147,26 @@ def trainable_report(model: nn.Module) -> str:
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for name, parameter in model.named_parameters():
         part = next((title for key, title in PARTS.items() if key in name), "language model")
-        size = getattr(parameter, "ds_numel", parameter.numel())
         counts[part][0] += 1
-        counts[part][1] += size
-        counts[part][2] += size if parameter.requires_grad else 0
+        counts[part][1] += _size(parameter)
+        counts[part][2] += _num_trained(parameter)
     rows: list[tuple[Any, ...]] = [(part, *numbers) for part, numbers in sorted(counts.items())]
     rows.append(("total", *(sum(numbers[column] for numbers in counts.values()) for column in range(3))))
-    lines = [f"{'part':<16}{'tensors':>9}{'parameters':>15}{'trained':>15}{'share':>9}"]
+    lines = [f"{'part':<16}{'tensors':>9}{'parameters':>16}{'trained':>16}{'share':>9}"]
     for part, tensors, size, trained in rows:
-        lines.append(f"{part:<16}{tensors:>9}{size:>15,}{trained:>15,}{trained / max(size, 1):>9.2%}")
+        lines.append(f"{part:<16}{tensors:>9}{size:>16,}{trained:>16,}{trained / max(size, 1):>9.2%}")
     return "\n".join(lines) + "\n"
+
+
+def _size(parameter: Any) -> int:
+    """Weights in a tensor, also where it is spread over ranks (ZeRO-3) or packed (4 bits)."""
+    if (state := getattr(parameter, "quant_state", None)) is not None and getattr(state, "shape", None) is not None:
+        return int(state.shape.numel())
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _num_trained(parameter: Any) -> int:
+    if not parameter.requires_grad:
+        return 0
+    width = getattr(parameter, "ds_shape", parameter.shape)[-1]
+    return int(parameter.num_marker_rows * width) if hasattr(parameter, "num_marker_rows") else _size(parameter)

@@ -5,9 +5,12 @@ pixels [N, 3, H, W] --encoder--> hidden states [N, extra + P, Dv]    extra: clas
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -27,6 +30,11 @@ CLASS_TOKEN_TOWERS = frozenset({"clip_vision_model", "dinov2", "dinov2_with_regi
 
 UNUSED_PARTS = ("pooler", "head.", "post_layernorm", "visual_projection", "position_ids")
 """Parts of an encoder behind (or beside) its hidden states: a checkpoint may lack them, nothing here reads them."""
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError)
+"""What transformers raises for folders that are absent, incomplete or broken."""
 
 IMAGENET = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
 
@@ -54,7 +62,7 @@ def load_tower(path: str, dtype: torch.dtype) -> PreTrainedModel:
     """
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"vision tower {path} cannot be loaded: {first_line(error)}") from error
     vision_config = getattr(config, "vision_config", config)
     if not hasattr(vision_config, "patch_size") or type(vision_config) not in MODEL_MAPPING:
@@ -81,7 +89,7 @@ def load_part(
     """
     try:
         model, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **keywords)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path} cannot be loaded as {model_class.__name__}: {first_line(error)}") from error
     missing = sorted(
         name for name in report.get("missing_keys", ()) if not any(fragment in name for fragment in may_lack)
@@ -122,13 +130,12 @@ def tower_image_processor(path: str, vision_config: Any, image_size: int | None)
 
 
 def _own_processor(path: str) -> Any | None:
-    try:
-        CLIPImageProcessorPil.get_image_processor_dict(path)
-    except OSError:
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in PROCESSOR_FILES):
         return None
     try:
         return cast(Any, AutoImageProcessor).from_pretrained(path, backend="pil")
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path} has no usable preprocessor_config.json: {first_line(error)}") from error
 
 
