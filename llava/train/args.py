@@ -110,6 +110,8 @@ class LlavaTrainingArguments(TrainingArguments):
         # One batch of the trainer is a whole optimiser step: its rows are laid out together and accumulated by us.
         self.requested_accumulation = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1
+        # The trainer connects every trained weight to the loss itself; DDP may not look for unused ones as well.
+        self.ddp_find_unused_parameters = False
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.n_gpu > 1:
             legacy_flags.use_one_gpu(self)

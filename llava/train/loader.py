@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from llava.data.encode import Encoded
 from llava.data.flat_batch import FlatBatch, Layout, flatten, layout_rows
 from llava.data.samplers import StepSampler
 from llava.data.sft import SFTDataset
+from llava.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +86,67 @@ class Collator:
             max_tokens_per_row=max_tokens_per_row,
         )
 
+    @property
+    def has_both_kinds(self) -> bool:
+        """Some rows of the data have images and some have none."""
+        kinds = {bool(sample.images) for sample in self.dataset.samples}
+        return len(kinds) == 2
+
     def idle_row(self) -> FlatBatch:
         """A row that a rank without sequences runs so that collective calls match: its weights are zero."""
-        encoded = self.dataset[0]
+        samples = self.dataset.samples
+        number = next((number for number, sample in enumerate(samples) if sample.images), 0)
+        encoded = self.dataset[number]
         images = self.dataset.images_for([encoded])
         row = flatten(
             [encoded], images, image_token_id=self.image_token_id, pad_token_id=self.pad_token_id, layout=self.layout
         )
         return replace(row, edge_weight=torch.zeros_like(row.edge_weight), num_unshared_tokens=row.num_tokens)
+
+    def with_image(self, row: FlatBatch) -> FlatBatch:
+        """The row, joined by an idle one if it has no image: ranks that share weights must all run the tower.
+
+        Raises:
+            ConfigError: the layout is padded.
+        """
+        return row if row.pixel_values is not None else joined(row, self.idle_row())
+
+
+def joined(first: FlatBatch, second: FlatBatch) -> FlatBatch:
+    """Two rows as one; their trees stay independent.
+
+    Raises:
+        ConfigError: the rows are padded.
+    """
+    if "padded" in (first.layout, second.layout):
+        raise ConfigError(
+            "rows with and without images cannot be mixed when weights are sharded and this language model needs "
+            "padded rows; train on one kind of rows, or without sharding"
+        )
+    shifts = {
+        "predictor": first.num_tokens,
+        "parents": len(first.parents),
+        "segment_ids": len(first.parents),
+        "edge_target": len(first.target_ids),
+        "edge_sequence": first.num_sequences,
+    }
+    shifted = {name: getattr(second, name) + shift for name, shift in shifts.items()}
+    shifted["parents"] = torch.where(second.parents < 0, second.parents, shifted["parents"])
+    plain = ("input_ids", "position_ids", "target_ids", "edge_turn", "edge_weight")
+    shifted |= {name: getattr(second, name) for name in plain}
+    tensors: dict[str, Any] = {
+        name: torch.cat([getattr(first, name), tensor], dim=-1) for name, tensor in shifted.items()
+    }
+    pixels = [part.pixel_values for part in (first, second) if part.pixel_values is not None]
+    return replace(
+        first,
+        **tensors,
+        tree_lengths=first.tree_lengths + second.tree_lengths,
+        pixel_values=torch.cat(pixels) if pixels else None,
+        num_sequences=first.num_sequences + second.num_sequences,
+        num_unshared_tokens=first.num_unshared_tokens + second.num_unshared_tokens,
+        path_positions=first.path_positions + tuple(path + first.num_tokens for path in second.path_positions),
+    )
 
 
 class _Numbered(torch.utils.data.Dataset[tuple[int, Encoded]]):

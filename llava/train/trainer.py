@@ -138,6 +138,7 @@ class LlavaTrainer(Trainer):
             self._halve_rows(inputs)
             model.zero_grad()
             return self.training_step(model, self._laid_out_again(inputs), num_items_in_batch)
+        self._fill_gradients(model)
         self.counts.add(inputs)
         if self.hooks.on_step is not None:
             self.hooks.on_step(inputs, self.state.global_step)
@@ -151,7 +152,7 @@ class LlavaTrainer(Trainer):
             with self.compute_loss_context_manager():
                 output = self.objective(model, row.to(self.args.device), num_items=num_items)
                 # Gradients are averaged over ranks, while the loss is a global sum over a global count.
-                loss = output.loss * self.args.world_size + self._anchor(model)
+                loss = output.loss * self.args.world_size + (self._anchor(model) if is_last else 0.0)
             self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
         share: Tensor = loss.detach()
         return share
@@ -163,9 +164,19 @@ class LlavaTrainer(Trainer):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return torch.stack([parameter.sum() for parameter in trained]).sum() * 0.0
 
+    def _fill_gradients(self, model: nn.Module) -> None:
+        """Give unused trained weights a zero gradient, as several ranks do: momentum must not depend on it."""
+        if self.args.world_size > 1:
+            return
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     def _rows(self, batch: StepBatch) -> Iterator[tuple[FlatBatch, bool]]:
         """The rows of a step; where ranks compute together, each runs as many as the one with most."""
         rows = list(batch.rows)
+        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and self.collator.has_both_kinds:
+            rows = [self.collator.with_image(row) for row in rows]
         wanted = max(1, len(rows))
         if self.args.world_size > 1 and dist.is_initialized():
             most = torch.tensor(wanted, device=self.args.device)

@@ -1,0 +1,73 @@
+"""Steps as rows, and rows that are joined."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llava.data.flat_batch import FlatBatch
+from llava.data.records import load_samples
+from llava.data.sft import SFTDataset
+from llava.errors import ConfigError
+from llava.model.building import Loaded
+from llava.train.loader import Collator, joined
+from llava.train.objectives import SFT
+from tests.runs import write_uneven
+
+ONE = torch.ones(())
+
+
+def collator_of(tiny: Loaded, folder: Path, **options: object) -> Collator:
+    samples = load_samples(write_uneven(folder))
+    dataset = SFTDataset(samples, tiny.processor, image_folder=folder / "images", max_length=2048)
+    return Collator(dataset, tiny.processor.image_token_id, tiny.processor.pad_token_id, **options)  # type: ignore[arg-type]
+
+
+def rows_of(collator: Collator, numbers: list[int]) -> list[FlatBatch]:
+    return collator([(number, collator.dataset[number]) for number in numbers]).rows
+
+
+def loss(tiny: Loaded, row: FlatBatch) -> torch.Tensor:
+    return SFT()(tiny.model, row, num_items=ONE).loss
+
+
+@torch.no_grad()
+def test_joined_rows_have_the_sum_of_their_losses(tiny: Loaded, tmp_path: Path) -> None:
+    collator = collator_of(tiny, tmp_path)
+    (first,), (second,) = rows_of(collator, [0, 2, 4]), rows_of(collator, [5, 1, 1])
+    both = joined(first, second)
+    torch.testing.assert_close(loss(tiny, both), loss(tiny, first) + loss(tiny, second))
+    assert both.num_sequences == 6 and both.num_tokens == first.num_tokens + second.num_tokens
+
+
+@torch.no_grad()
+def test_an_idle_row_adds_nothing_and_brings_an_image(tiny: Loaded, tmp_path: Path) -> None:
+    collator = collator_of(tiny, tmp_path)
+    assert collator.has_both_kinds
+    (text_only,) = rows_of(collator, [2, 5])
+    assert text_only.pixel_values is None
+    with_image = collator.with_image(text_only)
+    assert with_image.pixel_values is not None
+    torch.testing.assert_close(loss(tiny, with_image), loss(tiny, text_only))
+    assert loss(tiny, collator.idle_row()) == 0
+
+
+def test_rows_hold_at_most_so_many_tokens(tiny: Loaded, tmp_path: Path) -> None:
+    wide = rows_of(collator_of(tiny, tmp_path), list(range(9)))
+    narrow = rows_of(collator_of(tiny, tmp_path, max_tokens_per_row=200), list(range(9)))
+    assert len(wide) == 1 < len(narrow)
+    assert sum(row.num_sequences for row in narrow) == 9
+    with torch.no_grad():
+        torch.testing.assert_close(sum(loss(tiny, row) for row in narrow), loss(tiny, wide[0]))
+
+
+def test_padded_rows_are_not_joined(tiny: Loaded, tmp_path: Path) -> None:
+    collator = collator_of(tiny, tmp_path, layout="padded")
+    (row,) = rows_of(collator, [2])
+    try:
+        collator.with_image(row)
+    except ConfigError as error:
+        assert "padded" in str(error)
+    else:
+        raise AssertionError("padded rows were joined")
