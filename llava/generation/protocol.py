@@ -1,0 +1,114 @@
+"""What every engine understands: prompts in, completions out. Importing this module does not load torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+from llava.errors import ConfigError
+from llava.samples import Conversation
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ImageRef: TypeAlias = "Image.Image | str | Path | bytes"
+"""A picture, the path of an image file, or the bytes of one."""
+
+Finish = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation that ends with a question, and its images in the order of their `<image>` marks."""
+
+    conversation: Conversation
+    images: tuple[ImageRef, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are chosen; the default takes the likeliest token each time.
+
+    Attributes:
+        max_new_tokens: longest answer in tokens.
+        temperature: 0 for the likeliest token, otherwise the divisor of the logits.
+        top_p: share of the probability that is sampled from, in (0, 1].
+        top_k: number of likeliest tokens that are sampled from; 0 for all.
+        num_beams: width of a beam search; engines may refuse more than 1.
+        n: answers to each prompt.
+        stop: strings that end an answer, besides those of the model's template; they are not part of its text.
+        seed: of sampling; the same seed gives the same answer, whoever else is asked. None draws one.
+        logprobs: report the log-probability of every token of the answer.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_beams: int = 1
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            raise ConfigError(f"stop must be a tuple of strings, got the string {self.stop!r}; write ({self.stop!r},)")
+        limits = {
+            "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
+            "temperature must be 0 or above": self.temperature >= 0.0,
+            "top_p must be above 0 and at most 1": 0.0 < self.top_p <= 1.0,
+            "top_k must be 0 (off) or above": self.top_k >= 0,
+            "num_beams must be at least 1": self.num_beams >= 1,
+            "n must be at least 1": self.n >= 1,
+            "stop must hold no empty string": all(self.stop),
+        }
+        for rule, holds in limits.items():
+            if not holds:
+                name = rule.split()[0]
+                raise ConfigError(f"{rule}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer.
+
+    Attributes:
+        text: the answer without stop strings, role headers and surrounding white space.
+        token_ids: every generated token, the end token included.
+        finish: `stop` (the model ended, or a stop string came), `length` (out of tokens) or `error`.
+        error: what went wrong, with finish `error` only.
+        logprobs: natural log-probability of each token under the model at temperature 1, when asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish: Finish
+    error: str | None = None
+    logprobs: tuple[float, ...] | None = None
+
+
+class Engine(Protocol):
+    """Whatever answers prompts: a model in this process, or a server."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+        """Return `sampling.n` completions for each prompt, in the order of the prompts.
+
+        A prompt that cannot be answered is a completion with finish `error`; the others are answered.
+        """
+        ...
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+        """Yield the answer so far each time it has grown; the last one is the text of `generate`.
+
+        Closing the iterator cancels the request.
+
+        Raises:
+            GenerationError: the prompt cannot be answered.
+        """
+        ...

@@ -1,0 +1,280 @@
+"""Who runs when: prompts wait, are read together, take a slot, and leave it as soon as their answer ends.
+
+    waiting --prefill (one flat row)--> ready --join (a free slot)--> running --decode ... --> done
+
+A row may hold more prompts than there are free slots, so that the questions about one image are read together; its
+keys and values stay in the row, shared parts once, until the last of them has a slot.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.constants import IGNORE_INDEX
+from llava.data.encode import Encoded
+from llava.errors import LlavaError
+from llava.generation.protocol import Completion, Finish, Prompt, Sampling
+from llava.generation.reading import PromptReader, Reading
+from llava.generation.runners import Runner
+from llava.generation.sampling import TokenDraw, choose, logprobs_of
+from llava.generation.stopping import AnswerText
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Source:
+    """A prompt that is read when its turn comes, once for all its samples."""
+
+    prompt: Prompt
+    reading: Reading | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One answer on its way."""
+
+    source: Source
+    sampling: Sampling
+    draw: TokenDraw
+    text: AnswerText
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    encoded: Encoded | None = None
+    limit: int = 0
+    completion: Completion | None = None
+    is_cancelled: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to be done for it."""
+        return self.completion is not None or self.is_cancelled
+
+    def append(self, token_id: int) -> bool:
+        """Take the next token; returns whether it was the last one."""
+        self.token_ids.append(token_id)
+        if self.text.has_ended(self.token_ids):
+            self._finish("stop")
+        elif len(self.token_ids) >= self.limit:
+            self._finish("length")
+        return self.completion is not None
+
+    def fail(self, reason: str) -> None:
+        """End without an answer."""
+        self.completion = Completion("", tuple(self.token_ids), "error", error=reason)
+
+    def _finish(self, finish: Finish) -> None:
+        logprobs = tuple(self.logprobs) if self.sampling.logprobs else None
+        self.completion = Completion(self.text.final(self.token_ids), tuple(self.token_ids), finish, None, logprobs)
+
+    def extended(self) -> Encoded:
+        """The prompt and what was generated so far, for reading it again."""
+        assert self.encoded is not None
+        if not self.token_ids:
+            return self.encoded
+        num, ids = len(self.token_ids), tuple(self.token_ids)
+        return Encoded(
+            self.encoded.input_ids + ids,
+            self.encoded.labels + (IGNORE_INDEX,) * num,
+            self.encoded.turns + (-1,) * num,
+            self.encoded.image_spans,
+            self.encoded.images,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Ready:
+    """A request that was read and waits for a slot: member number `member` of `row`."""
+
+    request: Request
+    row: Any
+    member: int
+
+
+class Scheduler:
+    """Moves requests through a runner; `step` is one forward pass or two."""
+
+    def __init__(self, runner: Runner, reader: PromptReader, *, max_slots: int, max_prefill_tokens: int) -> None:
+        """Run at most `max_slots` sequences, reading at most `max_prefill_tokens` tokens at a time."""
+        self.runner = runner
+        self.reader = reader
+        self.max_slots = max_slots
+        self.max_prefill_tokens = max_prefill_tokens
+        self.has_shrunk = False
+        self.waiting: deque[Request] = deque()
+        self.ready: deque[Ready] = deque()
+        self.running: list[Request] = []
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Queue requests; those that show the same image should stand together."""
+        self.waiting.extend(requests)
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request, and free its slot."""
+        request.is_cancelled = True
+        if request in self.running:
+            self._drop(self.running.index(request))
+
+    def step(self) -> None:
+        """Read what waits if there is room, let it join, and generate one token for every running sequence."""
+        try:
+            self._read()
+            self._join()
+            self._decode()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._shrink(str(error).splitlines()[0] if str(error) else type(error).__name__)
+
+    def _read(self) -> None:
+        """Prefill the next row and take the first token of each of its answers."""
+        self._forget_cancelled()
+        if self.ready or len(self.running) >= self.max_slots or (self.running and not self.runner.is_continuous):
+            return
+        members, images = self._next_row()
+        if not members:
+            return
+        try:
+            row = self.runner.prefill([request.extended() for request in members], images)
+        except BaseException:
+            self.waiting.extendleft(reversed(members))
+            raise
+        finished = self._take(members, row.logits)
+        for member, request in enumerate(members):
+            if not finished[member]:
+                self.ready.append(Ready(request, row, member))
+
+    def _next_row(self) -> tuple[list[Request], dict[str, Tensor]]:
+        """The requests that are read next, and their pixels; requests that cannot be read end here."""
+        members: list[Request] = []
+        images: dict[str, Tensor] = {}
+        sources: set[int] = set()
+        num_tokens = 0
+        most = None if self.runner.is_continuous else self.max_slots
+        while self.waiting and (most is None or len(members) < most):
+            request = self.waiting[0]
+            try:
+                reading = self._reading(request)
+                pixels = {
+                    picture.key: self.reader.pixels(picture)
+                    for picture in reading.pictures
+                    if picture.key not in images
+                }
+            except LlavaError as error:
+                self.waiting.popleft().fail(str(error))
+                continue
+            cost = _cost(request, is_known=id(request.source) in sources, shows_known=not pixels)
+            if members and num_tokens + cost > self.max_prefill_tokens:
+                break
+            members.append(self.waiting.popleft())
+            images.update(pixels)
+            sources.add(id(request.source))
+            num_tokens += cost
+        return members, images
+
+    def _reading(self, request: Request) -> Reading:
+        source = request.source
+        if source.reading is None:
+            source.reading = self.reader.read(source.prompt)
+        if request.encoded is None:
+            request.encoded = source.reading.encoded
+            room = self.reader.max_tokens - len(request.encoded.input_ids)
+            request.limit = min(request.sampling.max_new_tokens, room)
+        return source.reading
+
+    def _join(self) -> None:
+        """Give free slots to sequences that were read."""
+        while self.ready and len(self.running) < self.max_slots:
+            row = self.ready[0].row
+            free = self.max_slots - len(self.running)
+            joining = [ready for ready in list(self.ready)[:free] if ready.row is row]
+            self.runner.join(row, [ready.member for ready in joining])
+            for ready in joining:
+                self.ready.popleft()
+                self.running.append(ready.request)
+            if not self.runner.is_continuous:
+                return
+
+    def _decode(self) -> None:
+        if not self.running:
+            return
+        logits = self.runner.decode([request.token_ids[-1] for request in self.running])
+        finished = self._take(self.running, logits)
+        for number in reversed(range(len(finished))):
+            if finished[number]:
+                self._drop(number)
+
+    def _take(self, requests: list[Request], logits: Tensor) -> list[bool]:
+        """Choose the next token of each request; returns which of them are finished."""
+        token_ids = choose(logits, [request.draw for request in requests])
+        if any(request.sampling.logprobs for request in requests):
+            for request, logprob in zip(requests, logprobs_of(logits, token_ids), strict=True):
+                request.logprobs.append(logprob)
+        return [request.append(token_id) for request, token_id in zip(requests, token_ids, strict=True)]
+
+    def _drop(self, number: int) -> None:
+        self.runner.leave(number)
+        self.running[number] = self.running[-1]
+        self.running.pop()
+
+    def _forget_cancelled(self) -> None:
+        if any(request.is_cancelled for request in self.waiting):
+            self.waiting = deque(request for request in self.waiting if not request.is_cancelled)
+        if any(ready.request.is_cancelled for ready in self.ready):
+            self.ready = deque(ready for ready in self.ready if not ready.request.is_cancelled)
+
+    def _shrink(self, reason: str) -> None:
+        """Out of memory: go on with half the slots, once; then give up what cannot run."""
+        again = [ready.request for ready in self.ready]
+        self.ready.clear()
+        if self.has_shrunk or (self.max_slots == 1 and not again):
+            self._give_up(reason)
+        else:
+            self.has_shrunk = True
+            self.max_slots = max(1, self.max_slots // 2)
+            self.max_prefill_tokens = max(1, self.max_prefill_tokens // 2)
+            logger.warning("out of memory: going on with at most %d sequences at a time", self.max_slots)
+            while len(self.running) > self.max_slots:
+                again.insert(0, self.running[-1])
+                self._drop(len(self.running) - 1)
+            self.runner.shrink(self.max_slots)
+        self.waiting.extendleft(reversed(again))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _give_up(self, reason: str) -> None:
+        """End what runs, or what was to be read next, with an error."""
+        message = (
+            f"out of memory with {self.max_slots} sequences at a time ({reason}); use fewer slots or shorter input"
+        )
+        while self.running:
+            self.running[-1].fail(message)
+            self._drop(len(self.running) - 1)
+            if not self.running:
+                return
+        if self.waiting:
+            self.waiting.popleft().fail(message)
+
+
+def _cost(request: Request, *, is_known: bool, shows_known: bool) -> int:
+    """About how many tokens a request adds to a row, given what is already in it."""
+    if is_known:
+        return 0
+    assert request.encoded is not None
+    num_tokens = len(request.encoded.input_ids) + len(request.token_ids)
+    return num_tokens - sum(stop - start for start, stop in request.encoded.image_spans) if shows_known else num_tokens
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text

@@ -1,0 +1,133 @@
+"""When an answer ends, and what of it may be shown: end tokens, stop strings across token borders, whole characters.
+
+token ids --decode--> raw text --cut at stop strings, headers and white space off--> the answer
+                               --hold back what might still become a stop string--> the answer so far
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llava.generation.protocol import Sampling
+from llava.processing import LlavaMedProcessor
+
+BROKEN = "\ufffd"
+"""What a tokenizer writes for bytes that are not (yet) a character."""
+
+TOKENS_PER_CHARACTER = 4
+"""A character is spread over at most so many tokens: one for each of its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """What ends an answer.
+
+    Attributes:
+        token_ids: tokens that end it.
+        texts: strings that end it wherever they come up in the text.
+        watched: those of `texts` that generation must look for; the others are tokens of their own.
+        echoes: role headers that a model may repeat before its answer; they are no part of it.
+    """
+
+    token_ids: frozenset[int]
+    texts: tuple[str, ...]
+    watched: tuple[str, ...]
+    echoes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, processor: LlavaMedProcessor, sampling: Sampling) -> StopRule:
+        """The rule of a model's template and a request's own stop strings."""
+        special = {
+            str(token): token_id
+            for token_id, token in processor.tokenizer.added_tokens_decoder.items()
+            if token.special
+        }
+        texts = tuple(dict.fromkeys((*processor.template.stops, *sampling.stop)))
+        token_ids = {special[text] for text in texts if text in special}
+        return cls(
+            frozenset({*processor.stop_token_ids, *token_ids}),
+            texts,
+            tuple(text for text in texts if text not in special),
+            processor.template.echoes,
+        )
+
+    @property
+    def num_tail_tokens(self) -> int:
+        """Tokens at the end of a text that certainly cover a stop string that has just come up."""
+        return TOKENS_PER_CHARACTER * (max(map(len, self.watched), default=0) + 1)
+
+    def answer_start(self, text: str) -> int:
+        """Where the answer begins: behind white space and repeated role headers."""
+        start = _skip_space(text, 0)
+        while True:
+            echo = next((echo for echo in self.echoes if text.startswith(echo, start)), None)
+            if echo is None:
+                return start
+            start = _skip_space(text, start + len(echo))
+
+    def find(self, text: str) -> int | None:
+        """Where the first stop string of the answer begins; None without one."""
+        start = self.answer_start(text)
+        found = [place for stop in self.texts if (place := text.find(stop, start)) >= 0]
+        return min(found) if found else None
+
+    def answer(self, text: str) -> str:
+        """The finished answer in `text`."""
+        return text[self.answer_start(text) : self.find(text)].strip().rstrip(BROKEN).rstrip()
+
+    def answer_so_far(self, text: str) -> str:
+        """What of an unfinished answer is certain: whatever follows, the answer will begin with it."""
+        end = self.find(text)
+        if end is not None:
+            return self.answer(text)
+        whole = text.rstrip(BROKEN)
+        start = self.answer_start(whole)
+        answer = whole[start:]
+        if any(echo.startswith(answer) for echo in self.echoes):
+            return ""
+        held = max((_overlap(answer, stop) for stop in self.texts), default=0)
+        return answer[: len(answer) - held].rstrip().rstrip(BROKEN).rstrip()
+
+
+def _skip_space(text: str, start: int) -> int:
+    while start < len(text) and text[start].isspace():
+        start += 1
+    return start
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
+
+
+class AnswerText:
+    """Text of one growing answer; decodes only when a stop string may have come up or somebody asks."""
+
+    __slots__ = ("decode", "rule")
+
+    def __init__(self, rule: StopRule, decode: Callable[[Sequence[int]], str]) -> None:
+        """Follow `rule`; `decode` gives the text of token ids."""
+        self.rule = rule
+        self.decode = decode
+
+    def has_ended(self, token_ids: Sequence[int]) -> bool:
+        """Whether the newest token ends the answer."""
+        rule = self.rule
+        if token_ids[-1] in rule.token_ids:
+            return True
+        if not rule.watched:
+            return False
+        tail = self.decode(token_ids[-rule.num_tail_tokens :])
+        if not any(stop in tail for stop in rule.watched):
+            return False
+        return rule.find(self.decode(token_ids)) is not None
+
+    def final(self, token_ids: Sequence[int]) -> str:
+        """The answer, when no token will follow."""
+        return self.rule.answer(self.decode(token_ids))
+
+    def so_far(self, token_ids: Sequence[int]) -> str:
+        """What of the answer is certain while tokens may follow."""
+        return self.rule.answer_so_far(self.decode(token_ids))
