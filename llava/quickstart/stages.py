@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from llava.data.alignment import alignment_rows
 from llava.data.records import load_samples
@@ -25,7 +26,7 @@ from llava.eval.medvqa.items import Item, join
 from llava.model.building import build
 from llava.model.checkpoint import save_model, save_projector
 from llava.model.loading import load
-from llava.quickstart import pretrained, report, scoring
+from llava.quickstart import calibration, pretrained, report, scoring
 from llava.quickstart.questions import NOTICE, write_dataset
 from llava.quickstart.settings import Settings
 from llava.train.run import run_sft
@@ -38,6 +39,7 @@ CAPTIONS_PER_STEP, QUESTIONS_PER_STEP = 8, 48
 """Sequences of one optimiser step."""
 
 CHECKPOINT_STEPS = 40
+NUM_CALIBRATION_PICTURES = 64
 
 Facts = dict[str, Any]
 
@@ -106,17 +108,31 @@ def captions(context: Context, folder: Path) -> Facts:
 
 
 def before(context: Context) -> Facts:
-    """Put the parts together with an untrained projector and see what they answer."""
-    folder = context.path("untrained")
-    options: dict[str, Any] = {
-        "template": context.settings.template,
-        "projector_type": PROJECTOR,
-        "seed": context.settings.seed,
-    }
-    loaded = build(**context.facts["parts"], **options)
+    """Put the parts together with an untrained projector (random, but of fitting scale); see what they answer."""
+    folder, settings, names = context.path("untrained"), context.settings, context.facts["parts"]
+    loaded = build(
+        names["lm"],
+        names["vision_tower"],
+        template=settings.template,
+        projector_type=PROJECTOR,
+        seed=settings.seed,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        features = calibration.tower_features(loaded, training_pictures(context.data)[:NUM_CALIBRATION_PICTURES])
+        words = cast(nn.Embedding, loaded.model.get_input_embeddings()).weight
+        calibration.calibrate(loaded.model.model.multi_modal_projector, features, words)
     save_projector(loaded.model, loaded.processor, folder, origin=loaded.origin)
     del loaded
     return evaluate(context, folder, context.path("eval-before"))
+
+
+def training_pictures(folder: Path) -> list[Path]:
+    """Return the distinct pictures of the training rows, in order."""
+    names = {
+        str(row["image"]): None for row in read_records(folder / "train.json") if isinstance(row.get("image"), str)
+    }
+    return [folder / "images" / name for name in names]
 
 
 def align(context: Context) -> Facts:
@@ -126,10 +142,11 @@ def align(context: Context) -> Facts:
         context.path("align"),
         data_path=context.facts["data"]["captions"],
         version=context.facts["data"]["captions_version"],
+        pretrain_mm_mlp_adapter=context.path("untrained") / "mm_projector.bin",
         tune_mm_mlp_adapter=True,
         num_train_epochs=1,
         per_device_train_batch_size=CAPTIONS_PER_STEP,
-        learning_rate=4e-3,
+        learning_rate=1e-3,
     )
 
 
