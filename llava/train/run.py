@@ -64,7 +64,7 @@ def run_sft(argv: Sequence[str] | None = None, *, image_grouping: str = "auto") 
     use_cache_of_features(dataset, loaded, model_args, data_args)
     sampler, grouping = make_sampler(dataset, args, image_grouping)
     collator = make_collator(dataset, loaded, layout, args)
-    provenance = run_folder.describe(parsed, layout, grouping)
+    provenance = run_folder.describe(parsed, layout, grouping, kind)
     resume = run_folder.checkpoint_to_resume(parsed, provenance)
     loader = StepLoader(sampler, collator, num_workers=args.dataloader_num_workers, seed=args.seed)
     trainer = make_trainer(parsed, loaded, (network, kind), loader, collator)
@@ -78,6 +78,8 @@ def run_sft(argv: Sequence[str] | None = None, *, image_grouping: str = "auto") 
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
+    if args.should_save:
+        run_folder.write_end(args.run_folder)
 
 
 def prepare(loaded: Loaded, model_args: ModelArguments, args: LlavaTrainingArguments) -> tuple[nn.Module, Kind]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +14,7 @@ from typing import Any, cast
 from llava.errors import ConfigError
 from llava.train.parsing import Parsed
 from llava.utils.jsonl import write_json
-from llava.utils.provenance import file_sha256, git_commit
+from llava.utils.provenance import file_sha256, git_commit, weights_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +22,12 @@ ARGUMENTS_FILE = "resolved_arguments.json"
 PROVENANCE_FILE = "provenance.json"
 STATE_FILE = "trainer_state.json"
 
+DECISIVE = ("data_sha256", "global_batch", "seed", "image_grouping", "trains")
+"""Facts that a run must share with the one it goes on from; another number of ranks is fine."""
 
-def describe(parsed: Parsed, layout: str, grouping: str) -> dict[str, Any]:
-    """Provenance of a run: data, what decides the order of rows, code."""
+
+def describe(parsed: Parsed, layout: str, grouping: str, trains: str) -> dict[str, Any]:
+    """Provenance of a run: data, what decides the order of rows, what is trained (projector, adapter, model), code."""
     model, data, training = parsed
     return {
         "data_path": data.data_path,
@@ -31,6 +36,7 @@ def describe(parsed: Parsed, layout: str, grouping: str) -> dict[str, Any]:
         "global_batch": training.global_batch,
         "seed": training.seed,
         "image_grouping": grouping,
+        "trains": trains,
         "layout": layout,
         "git_commit": git_commit(),
     }
@@ -46,8 +52,16 @@ def write_start(parsed: Parsed, provenance: dict[str, Any], report: str) -> None
         "training": {**cast(Any, training).to_dict(), "gradient_accumulation_steps": training.requested_accumulation},
     }
     write_json(folder / ARGUMENTS_FILE, json.loads(json.dumps(arguments, default=str)))
-    write_json(folder / PROVENANCE_FILE, provenance)
+    held_out = {"eval_data_sha256": file_sha256(data.eval_data_path)} if data.eval_data_path else {}
+    start = {"model_sha256": weights_sha256(model.model_name_or_path), "command": shlex.join(sys.argv)}
+    write_json(folder / PROVENANCE_FILE, {**provenance, **held_out, **start})
     (folder / "trainable_parameters.txt").write_text(report, encoding="utf-8")
+
+
+def write_end(folder: Path) -> None:
+    """Add the hash of the written weights to the provenance."""
+    provenance = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    write_json(folder / PROVENANCE_FILE, {**provenance, "weights_sha256": weights_sha256(folder)})
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -80,10 +94,10 @@ def checkpoint_to_resume(parsed: Parsed, provenance: dict[str, Any]) -> str | No
     earlier = path.parent / PROVENANCE_FILE
     if earlier.is_file():
         before = json.loads(earlier.read_text(encoding="utf-8"))
-        for name in ("data_sha256", "global_batch", "seed", "image_grouping"):
-            if before.get(name) != provenance[name]:
+        for name in DECISIVE:
+            if name in before and before[name] != provenance[name]:
                 raise ConfigError(
-                    f"{path} cannot be resumed: its run had {name} {before.get(name)!r}, "
+                    f"{path} cannot be resumed: its run had {name} {before[name]!r}, "
                     f"this one {provenance[name]!r}; change it back, "
                     "choose another --output_dir, or start anew with --overwrite_output_dir"
                 )
