@@ -1,6 +1,6 @@
 """Alignment captions from what question-answer rows and case records already state about a picture.
 
-    rows about one picture -> facts (organ, modality, plane or view, findings) -> one caption row a picture
+    rows about one picture -> facts (organ, modality, plane or view, findings) -> a caption and short questions
 
 A small VQA set has no captions, but its training rows name the organ, and their answers name modality, plane and
 findings. Only the rows given are read: give training rows, never test rows.
@@ -24,6 +24,11 @@ from llava.utils.cli import Parser
 from llava.utils.jsonl import read_records, write_json
 
 INSTRUCTION = "Describe the image: modality, plane, organ and findings."
+FACT_QUESTIONS = {
+    "organ": "Which part of the body is shown?",
+    "modality": "What is the imaging modality?",
+    "plane": "In which plane or view was the image taken?",
+}
 
 ORGANS = {"head": "head", "chest": "chest", "abd": "abdomen", "abdomen": "abdomen"}
 
@@ -62,6 +67,11 @@ class Facts:
         first = f"{' '.join(words) or 'Image'}{of_what}." if words or self.organ else ""
         second = f"Findings: {'; '.join(self.findings[:MAX_FINDINGS])}." if self.findings else ""
         return " ".join(part for part in (first[:1].upper() + first[1:], second) if part)
+
+    def turns(self) -> list[tuple[str, str]]:
+        """Question and answer for the caption and for every known fact."""
+        known = [(question, getattr(self, name)) for name, question in FACT_QUESTIONS.items()]
+        return [(question, answer) for question, answer in [(INSTRUCTION, self.caption()), *known] if answer]
 
 
 def _match(table: dict[str, str], text: str) -> str | None:
@@ -103,7 +113,9 @@ def gather(rows: Iterable[Mapping[str, Any]]) -> dict[str, Facts]:
 
 
 def alignment_rows(files: Sequence[Path], root: Path) -> list[dict[str, object]]:
-    """One caption row a picture; `image` is relative to `root`, pictures lie in `images/` beside each file.
+    """A caption row and a row for each fact of every picture.
+
+    `image` is relative to `root`; pictures lie in `images/` beside each file.
 
     Raises:
         DataError: a file is not below `root`, so its pictures could not be named relative to it.
@@ -115,8 +127,8 @@ def alignment_rows(files: Sequence[Path], root: Path) -> list[dict[str, object]]
             raise DataError(f"{file} lies outside {root}; give --root a folder that holds every file")
         prefix = folder.relative_to(root.resolve())
         for image, facts in gather(read_records(file)).items():
-            if caption := facts.caption():
-                turns = [{"from": "human", "value": f"<image>\n{INSTRUCTION}"}, {"from": "gpt", "value": caption}]
+            for question, answer in facts.turns():
+                turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
                 rows.append({"id": f"align_{len(rows)}", "image": str(prefix / image), "conversations": turns})
     return rows
 
@@ -134,4 +146,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rows = alignment_rows(args.files, args.root)
     write_json(args.out, rows)
-    print(f"{len(rows)} caption rows -> {args.out}")  # noqa: T201 - command output
+    print(f"{len(rows)} rows -> {args.out}")  # noqa: T201 - command output
