@@ -1,0 +1,176 @@
+"""What the benchmarks share: one model in two classes with equal weights, random questions, alternating clocks.
+
+Everything is random and made here; nothing is fetched. Times of different programs on a shared machine cannot be
+compared, ratios of alternated runs can: only those are reported.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from llava.constants import IGNORE_INDEX
+from llava.data.encode import Encoded
+from llava.model.attention import use_tree_attention
+from llava.model.config import LlavaMedConfig
+from llava.model.modeling import LlavaMedForConditionalGeneration
+
+VOCABULARY = 32_000
+IMAGE_TOKEN_ID = VOCABULARY - 1
+PAD_TOKEN_ID = 0
+BOS_TOKEN_ID = 1
+NUM_IMAGE_TOKENS = 256
+IMAGE_SIZE = 224
+TEXT_TOKENS = (8, 256)
+"""Shortest and longest text (question and answer); lengths are log-uniform between them."""
+
+_TO_LIBRARY = {
+    r"multi_modal_projector\.0\.": "multi_modal_projector.linear_1.",
+    r"multi_modal_projector\.2\.": "multi_modal_projector.linear_2.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """Sequences about images, each image with the same number of questions, in the order of their images."""
+
+    sequences: list[Encoded]
+    images: dict[str, Tensor]
+
+
+def config_values() -> dict[str, Any]:
+    """The 24M-parameter model: ViT 6 x 192, Llama 6 x 256, 256 tokens an image."""
+    vision = CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        image_size=IMAGE_SIZE,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=BOS_TOKEN_ID,
+        eos_token_id=2,
+        pad_token_id=PAD_TOKEN_ID,
+    )
+    return {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_id": IMAGE_TOKEN_ID,
+        "image_seq_length": NUM_IMAGE_TOKENS,
+        "tie_word_embeddings": False,
+    }
+
+
+def our_model(seed: int = 0) -> LlavaMedForConditionalGeneration:
+    """The model of this package, attending tree by tree."""
+    torch.manual_seed(seed)
+    model = LlavaMedForConditionalGeneration(LlavaMedConfig(projector_type="mlp2x_gelu", **config_values()))
+    use_tree_attention(model)
+    return model
+
+
+def library_model(ours: LlavaMedForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """transformers' own class with the weights of `ours`, on SDPA."""
+    model = LlavaForConditionalGeneration(LlavaConfig(**config_values()))
+    state = {}
+    for name, weight in ours.state_dict().items():
+        for pattern, replacement in _TO_LIBRARY.items():
+            name = re.sub(pattern, replacement, name)  # noqa: PLW2901
+        state[name] = weight
+    model.load_state_dict(state)
+    return model
+
+
+def random_questions(
+    num_images: int, questions_per_image: int, answer_tokens: Callable[[random.Random, int], int], *, seed: int = 0
+) -> Questions:
+    """Random images with random texts behind them.
+
+    Args:
+        num_images: different images.
+        questions_per_image: sequences about each.
+        answer_tokens: given a source of chance and a text length, how many of the text's last tokens are trained.
+        seed: same seed, same questions.
+    """
+    draw = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    images, sequences = {}, []
+    for number in range(num_images):
+        key = f"image {number}"
+        images[key] = torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+        for _ in range(questions_per_image):
+            shortest, longest = TEXT_TOKENS
+            length = round(shortest * (longest / shortest) ** draw.random())
+            text = [draw.randrange(3, IMAGE_TOKEN_ID) for _ in range(length)]
+            sequences.append(_sequence(key, text, answer_tokens(draw, length)))
+    return Questions(sequences, images)
+
+
+def _sequence(key: str, text: Sequence[int], num_trained: int) -> Encoded:
+    ids = (BOS_TOKEN_ID, *([IMAGE_TOKEN_ID] * NUM_IMAGE_TOKENS), *text)
+    first = len(ids) - num_trained
+    labels = (*([IGNORE_INDEX] * first), *ids[first:])
+    return Encoded(ids, labels, (0,) * len(ids), ((1, 1 + NUM_IMAGE_TOKENS),), (key,))
+
+
+def padded_inputs(sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a usual collator hands to the library: right-padded rows, one image a row."""
+    longest = max(len(sequence.input_ids) for sequence in sequences)
+    ids = torch.full((len(sequences), longest), PAD_TOKEN_ID)
+    labels = torch.full((len(sequences), longest), IGNORE_INDEX)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        length = len(sequence.input_ids)
+        ids[row, :length] = torch.tensor(sequence.input_ids)
+        labels[row, :length] = torch.tensor(sequence.labels)
+        mask[row, :length] = 1
+    pixels = torch.stack([images[key] for sequence in sequences for key in sequence.images])
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask, "pixel_values": pixels}
+
+
+def alternate(sides: Mapping[str, Sequence[Callable[[], None]]]) -> dict[str, float]:
+    """Run the batches of all sides in turn (first batch of each, second of each, ...); seconds each side took.
+
+    All sides have the same number of batches, so a busy moment of the machine meets them all alike.
+    """
+    seconds = dict.fromkeys(sides, 0.0)
+    for batches in zip(*sides.values(), strict=True):
+        for name, run in zip(sides, batches, strict=True):
+            start = time.perf_counter()
+            run()
+            seconds[name] += time.perf_counter() - start
+    return seconds
+
+
+def median(values: Sequence[float]) -> float:
+    """Median of measured values."""
+    return statistics.median(values)
+
+
+def say(text: str) -> None:
+    """Write one line of the report."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def say_ratios(ratios: Mapping[str, float]) -> None:
+    """The last line of a benchmark, for machines."""
+    say("RATIO " + " ".join(f"{name}={value:.2f}" for name, value in ratios.items()))
