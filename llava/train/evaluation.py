@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from llava.data.samplers import SequentialSampler
-from llava.train.loader import Collator
+from llava.train.loader import Collator, matched_rows
 from llava.train.objectives import Objective
 
 
@@ -40,13 +40,22 @@ class HeldOutLoss:
         batch_size: sequences per forward pass and rank.
         rank: this process.
         world_size: number of processes; each takes a share of the rows.
+        sharded: ranks share weights, so all run the tower if any does.
     """
 
     def __init__(
-        self, collator: Collator, objective: Objective, *, batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        collator: Collator,
+        objective: Objective,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        sharded: bool = False,
     ) -> None:
         self.collator = collator
         self.objective = objective
+        self.sharded = sharded
         self.sampler = SequentialSampler(len(collator.dataset), batch_size, rank=rank, world_size=world_size)
 
     @torch.no_grad()
@@ -58,7 +67,7 @@ class HeldOutLoss:
         with dropout_off(model):
             for rows in self.sampler:
                 step = self.collator([(row, self.collator.dataset[row]) for row in rows])
-                for batch in step.rows:
+                for batch in matched_rows(step.rows, self.collator, device=device, with_images=self.sharded):
                     sums[0] += self.objective(model, batch.to(device), num_items=one).loss.double()
                 sums[1] += step.num_supervised
         if dist.is_initialized():

@@ -7,11 +7,12 @@ The loader is never handed to accelerate: its samplers know their rank, and its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -110,6 +111,28 @@ class Collator:
             ConfigError: the layout is padded.
         """
         return row if row.pixel_values is not None else joined(row, self.idle_row())
+
+
+def matched_rows(
+    rows: Sequence[FlatBatch], collator: Collator, *, device: torch.device, with_images: bool
+) -> list[FlatBatch]:
+    """As many rows as the rank with most has, at least one: ranks that compute together meet in every row.
+
+    Args:
+        rows: of this rank.
+        collator: makes the idle rows that are missing; they come first.
+        device: of the collective call.
+        with_images: weights are sharded, so that all ranks must run the tower if any does.
+    """
+    found = list(rows)
+    if with_images and collator.has_both_kinds:
+        found = [collator.with_image(row) for row in found]
+    wanted = max(1, len(found))
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        most = torch.tensor(wanted, device=device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        wanted = int(most)
+    return [collator.idle_row() for _ in range(wanted - len(found))] + found
 
 
 def joined(first: FlatBatch, second: FlatBatch) -> FlatBatch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -38,6 +40,25 @@ def open_model(model_args: ModelArguments, data_args: DataArguments, args: Llava
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(loaded.model, model_args.pretrain_mm_mlp_adapter)
     return loaded
+
+
+@contextmanager
+def whole_weights(args: LlavaTrainingArguments) -> Iterator[None]:
+    """Let every rank build the whole model; ZeRO-3 shards it afterwards, when the trainer starts.
+
+    New embedding rows are means of old ones and projectors are drawn from the seed: both need whole weights.
+    """
+    config = getattr(args, "hf_deepspeed_config", None)  # only there with --deepspeed
+    if config is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
 
 
 def _dtype(args: LlavaTrainingArguments) -> torch.dtype:

@@ -32,7 +32,7 @@ from llava.train.callbacks import MetricsCallback
 from llava.train.evaluation import HeldOutLoss
 from llava.train.loader import Collator, StepLoader
 from llava.train.objectives import OBJECTIVES
-from llava.train.opening import open_model
+from llava.train.opening import open_model, whole_weights
 from llava.train.order import make_sampler
 from llava.train.parsing import Parsed, parse
 from llava.train.saving import Kind, hooks_for
@@ -57,9 +57,10 @@ def run_sft(argv: Sequence[str] | None = None, *, image_grouping: str = "auto") 
     parsed = parse(argv)
     model_args, data_args, args = parsed
     set_seed(args.seed)
-    loaded = open_model(model_args, data_args, args)
-    network, kind = prepare(loaded, model_args, args)
-    layout = layout_of(loaded, args)
+    with whole_weights(args):
+        loaded = open_model(model_args, data_args, args)
+        network, kind = prepare(loaded, model_args, args)
+        layout = layout_of(loaded, args)
     dataset = open_data(data_args.data_path, data_args.image_folder, data_args, args, loaded)
     use_cache_of_features(dataset, loaded, model_args, data_args)
     sampler, grouping = make_sampler(dataset, args, image_grouping)
@@ -185,6 +186,7 @@ def make_trainer(
             batch_size=args.per_device_eval_batch_size,
             rank=args.process_index,
             world_size=args.world_size,
+            sharded=bool(args.deepspeed or args.fsdp),
         )
     if args.log_row_ids:
         ids = args.run_folder / f"row_ids-{args.process_index}.jsonl"

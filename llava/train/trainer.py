@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
@@ -24,7 +23,7 @@ from transformers import Trainer
 from llava.data.flat_batch import FlatBatch
 from llava.errors import ConfigError
 from llava.train.args import LlavaTrainingArguments
-from llava.train.loader import Collator, StepBatch, StepLoader
+from llava.train.loader import Collator, StepBatch, StepLoader, matched_rows
 from llava.train.objectives import Objective
 from llava.train.optimizer import parameter_groups
 
@@ -172,20 +171,16 @@ class LlavaTrainer(Trainer):
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Ranks share weights or optimizer state, so they must run the same parts of the model."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
     def _rows(self, batch: StepBatch) -> Iterator[tuple[FlatBatch, bool]]:
-        """The rows of a step; where ranks compute together, each runs as many as the one with most."""
-        rows = list(batch.rows)
-        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and self.collator.has_both_kinds:
-            rows = [self.collator.with_image(row) for row in rows]
-        wanted = max(1, len(rows))
-        if self.args.world_size > 1 and dist.is_initialized():
-            most = torch.tensor(wanted, device=self.args.device)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX)
-            wanted = int(most)
-        while len(rows) < wanted:
-            rows.insert(0, self.collator.idle_row())
+        """The rows of a step, and whether each is the last; every rank has as many as the one with most."""
+        rows = matched_rows(batch.rows, self.collator, device=self.args.device, with_images=self.is_sharded)
         for index, row in enumerate(rows):
-            yield row, index == wanted - 1
+            yield row, index == len(rows) - 1
 
     def _halve_rows(self, batch: StepBatch) -> None:
         largest = max(row.num_tokens for row in batch.rows)
@@ -213,7 +208,7 @@ class LlavaTrainer(Trainer):
         if self.hooks.validate is None:
             return {}
         assert self.model is not None
-        metrics = self.hooks.validate(self.model)
+        metrics = self.hooks.validate(self.model_wrapped if self.is_sharded else self.model)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -235,6 +230,9 @@ class LlavaTrainer(Trainer):
         self.hooks.restore(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        if self.is_sharded:
+            super()._load_best_model()
+            return
         assert self.state.best_model_checkpoint is not None
         logger.info("keeping the best checkpoint, %s", self.state.best_model_checkpoint)
         self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)

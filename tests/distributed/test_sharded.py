@@ -49,7 +49,11 @@ def train_zero(argv: list[str]) -> tuple[str, int, str]:
     story.make_trainer = keep
     train(argv)
     engine = kept["trainer"].model_wrapped
-    return f"{type(engine).__module__}.{type(engine).__name__}", engine.zero_optimization_stage(), str(type(engine.optimizer))
+    return (
+        f"{type(engine).__module__}.{type(engine).__name__}",
+        engine.zero_optimization_stage(),
+        str(type(engine.optimizer)),
+    )
 
 
 @pytest.mark.slow
