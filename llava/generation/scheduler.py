@@ -108,6 +108,7 @@ class Scheduler:
         self.max_slots = max_slots
         self.max_prefill_tokens = max_prefill_tokens
         self.has_shrunk = False
+        self.is_full = False
         self.waiting: deque[Request] = deque()
         self.ready: deque[Ready] = deque()
         self.running: list[Request] = []
@@ -124,28 +125,39 @@ class Scheduler:
 
     def step(self) -> None:
         """Read what waits if there is room, let it join, and generate one token for every running sequence."""
-        try:
+        self._forget_cancelled()
+        if self._has_room():
             self._read()
+        try:
             self._join()
             self._decode()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self._shrink(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            if not self._shrink():
+                self._give_up_running(error)
+
+    def _has_room(self) -> bool:
+        if not self.running:
+            self.is_full = False
+        elif not self.runner.is_continuous or self.is_full:
+            return False
+        return not self.ready and len(self.running) < self.max_slots
 
     def _read(self) -> None:
         """Prefill the next row and take the first token of each of its answers."""
-        self._forget_cancelled()
-        if self.ready or len(self.running) >= self.max_slots or (self.running and not self.runner.is_continuous):
-            return
         members, images = self._next_row()
         if not members:
             return
         try:
             row = self.runner.prefill([request.extended() for request in members], images)
-        except BaseException:
+        except BaseException as error:
             self.waiting.extendleft(reversed(members))
-            raise
+            if not is_out_of_memory(error):
+                raise
+            if not self._shrink():
+                self._read_less(len(members), error)
+            return
         finished = self._take(members, row.logits)
         for member, request in enumerate(members):
             if not finished[member]:
@@ -155,7 +167,7 @@ class Scheduler:
         """The requests that are read next, and their pixels; requests that cannot be read end here."""
         members: list[Request] = []
         images: dict[str, Tensor] = {}
-        sources: set[int] = set()
+        shown: set[tuple[str, ...]] = set()
         num_tokens = 0
         most = None if self.runner.is_continuous else self.max_slots
         while self.waiting and (most is None or len(members) < most):
@@ -170,12 +182,16 @@ class Scheduler:
             except LlavaError as error:
                 self.waiting.popleft().fail(str(error))
                 continue
-            cost = _cost(request, is_known=id(request.source) in sources, shows_known=not pixels)
+            keys = reading.encoded.images
+            # About what it adds to the row: what stands behind images that the row has already is new.
+            cost = len(reading.encoded.input_ids) + len(request.token_ids)
+            if keys in shown:
+                cost -= reading.encoded.image_spans[-1][1]
             if members and num_tokens + cost > self.max_prefill_tokens:
                 break
             members.append(self.waiting.popleft())
             images.update(pixels)
-            sources.add(id(request.source))
+            shown.update([keys] if keys else [])
             num_tokens += cost
         return members, images
 
@@ -230,46 +246,45 @@ class Scheduler:
         if any(ready.request.is_cancelled for ready in self.ready):
             self.ready = deque(ready for ready in self.ready if not ready.request.is_cancelled)
 
-    def _shrink(self, reason: str) -> None:
-        """Out of memory: go on with half the slots, once; then give up what cannot run."""
+    def _shrink(self) -> bool:
+        """Out of memory: go on with half the slots; returns False when that was done before."""
+        if self.has_shrunk:
+            return False
+        self.has_shrunk = True
+        self.max_slots = max(1, self.max_slots // 2)
+        self.max_prefill_tokens = max(1, self.max_prefill_tokens // 2)
+        logger.warning("out of memory: going on with at most %d sequences at a time", self.max_slots)
         again = [ready.request for ready in self.ready]
         self.ready.clear()
-        if self.has_shrunk or (self.max_slots == 1 and not again):
-            self._give_up(reason)
-        else:
-            self.has_shrunk = True
-            self.max_slots = max(1, self.max_slots // 2)
-            self.max_prefill_tokens = max(1, self.max_prefill_tokens // 2)
-            logger.warning("out of memory: going on with at most %d sequences at a time", self.max_slots)
-            while len(self.running) > self.max_slots:
-                again.insert(0, self.running[-1])
-                self._drop(len(self.running) - 1)
-            self.runner.shrink(self.max_slots)
+        while len(self.running) > self.max_slots:
+            again.insert(0, self.running[-1])
+            self._drop(len(self.running) - 1)
         self.waiting.extendleft(reversed(again))
+        self.runner.shrink(self.max_slots)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        return True
 
-    def _give_up(self, reason: str) -> None:
-        """End what runs, or what was to be read next, with an error."""
-        message = (
-            f"out of memory with {self.max_slots} sequences at a time ({reason}); use fewer slots or shorter input"
-        )
+    def _read_less(self, num_members: int, error: BaseException) -> None:
+        """Out of memory while reading: try fewer at a time, then wait for those that run, then give the next one up."""
+        if num_members > 1:
+            self.max_prefill_tokens = max(1, self.max_prefill_tokens // 2)
+        elif self.running:
+            self.is_full = True
+        else:
+            self.waiting.popleft().fail(_no_memory(error))
+
+    def _give_up_running(self, error: BaseException) -> None:
+        for request in (*(ready.request for ready in self.ready), *self.running):
+            request.fail(_no_memory(error))
+        self.ready.clear()
         while self.running:
-            self.running[-1].fail(message)
             self._drop(len(self.running) - 1)
-            if not self.running:
-                return
-        if self.waiting:
-            self.waiting.popleft().fail(message)
 
 
-def _cost(request: Request, *, is_known: bool, shows_known: bool) -> int:
-    """About how many tokens a request adds to a row, given what is already in it."""
-    if is_known:
-        return 0
-    assert request.encoded is not None
-    num_tokens = len(request.encoded.input_ids) + len(request.token_ids)
-    return num_tokens - sum(stop - start for start, stop in request.encoded.image_spans) if shows_known else num_tokens
+def _no_memory(error: BaseException) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"out of memory ({reason}); use fewer slots, a shorter prompt or a smaller max_new_tokens"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -74,7 +74,7 @@ class StopRule:
 
     def answer(self, text: str) -> str:
         """The finished answer in `text`."""
-        return text[self.answer_start(text) : self.find(text)].strip().rstrip(BROKEN).rstrip()
+        return _trimmed(text[self.answer_start(text) : self.find(text)])
 
     def answer_so_far(self, text: str) -> str:
         """What of an unfinished answer is certain: whatever follows, the answer will begin with it."""
@@ -87,7 +87,14 @@ class StopRule:
         if any(echo.startswith(answer) for echo in self.echoes):
             return ""
         held = max((_overlap(answer, stop) for stop in self.texts), default=0)
-        return answer[: len(answer) - held].rstrip().rstrip(BROKEN).rstrip()
+        return _trimmed(answer[: len(answer) - held])
+
+
+def _trimmed(text: str) -> str:
+    """Without white space and torn characters at its end."""
+    while text and (text[-1] == BROKEN or text[-1].isspace()):
+        text = text[:-1]
+    return text
 
 
 def _skip_space(text: str, start: int) -> int:

@@ -1,0 +1,83 @@
+"""The padded way round for models without positions, and 4-bit layers that must still learn afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig
+
+from llava.generation.local import LocalEngine
+from llava.generation.protocol import Prompt, Sampling
+from llava.model.building import Loaded, build
+from llava.model.lora import add_lora
+from llava.samples import Conversation, Turn
+from tests.generation.tools import ask, engine_of, mixed_prompts, one, reference_ids
+from tests.tiny import byte_tokenizer, tiny_llava, write_tiny_lm, write_tiny_tower
+
+GREEDY = Sampling(max_new_tokens=16)
+
+
+def bloom(path: Path) -> Loaded:
+    """A tiny model whose positions are slopes of the attention mask."""
+    tokenizer = byte_tokenizer()
+    config = BloomConfig(
+        vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2, eos_token_id=2
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path / "lm")
+    tokenizer.save_pretrained(path / "lm")
+    loaded = build(str(path / "lm"), str(write_tiny_tower(path / "tower")))
+    loaded.model.eval()
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def alibi(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return bloom(tmp_path_factory.mktemp("bloom"))
+
+
+def test_a_model_without_positions_falls_back_and_is_exact(alibi: Loaded) -> None:
+    engine = LocalEngine(alibi.model, alibi.processor, max_slots=4)
+    assert engine.layout == "padded"
+    prompts = mixed_prompts()
+    for prompt, [answer] in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
+        assert list(answer.token_ids) == reference_ids(alibi, engine, prompt, GREEDY.max_new_tokens)
+
+
+def test_the_padded_way_gives_what_slots_give() -> None:
+    loaded = tiny_llava(seed=3)
+    sampling = Sampling(max_new_tokens=20, temperature=1.0, seed=7, n=2, stop=("a", "e"))
+    padded, slots = engine_of(loaded, layout="padded", max_slots=4), engine_of(loaded)
+    assert padded.generate(mixed_prompts(), sampling) == slots.generate(mixed_prompts(), sampling)
+    assert list(padded.stream(ask("Flow.", 1), GREEDY)) == list(slots.stream(ask("Flow.", 1), GREEDY))
+    stream = padded.stream(ask("Flow.", 1), GREEDY)
+    next(stream)
+    stream.close()
+    assert one(padded, ask("Then?"), GREEDY) == one(slots, ask("Then?"), GREEDY)
+
+
+def test_adapters_learn_after_answering_in_four_bits(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    write_tiny_lm(tmp_path / "lm", hidden_size=64, intermediate_size=128)
+    loaded = build(str(tmp_path / "lm"), str(write_tiny_tower(tmp_path / "tower")), bits=4)
+    model = add_lora(loaded, r=2, alpha=4, dropout=0.0, bias="none")
+    ids = torch.arange(5, 25)[None]
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and "lora_B" in name}
+
+    model.eval()
+    engine = engine_of(Loaded(model, loaded.processor, loaded.context_len))
+    one(engine, ask("Quantized?", 0), GREEDY)
+    list(engine.stream(ask("Quantized?", 0), GREEDY))
+    conversation = Conversation((Turn("human", "a"), Turn("gpt", "b")))
+    engine.score([Prompt(conversation)])
+    assert not model.training
+    model.train()
+    found = gradients()
+    assert found and all(gradient.abs().max() > 0 for gradient in found.values())

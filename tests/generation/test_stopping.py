@@ -1,0 +1,112 @@
+"""Stop strings, role headers and broken characters, on any text and any cutting into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava.conversation import TEMPLATES
+from llava.generation.protocol import Sampling
+from llava.generation.stopping import AnswerText, StopRule
+from llava.model.building import Loaded
+from tests.tiny import tiny_llava
+
+RULE = StopRule(frozenset({0}), ("###", "\nab"), ("###", "\nab"), ("###", "Assistant:", "Human:"))
+
+
+def of_bytes(token_ids: Sequence[int]) -> str:
+    """Tokens are bytes: token n + 1 is byte n, and token 0 is special."""
+    return bytes(token - 1 for token in token_ids if token).decode(errors="replace")
+
+
+def tokens_of(text: str) -> list[int]:
+    return [byte + 1 for byte in text.encode()]
+
+
+def generated(text: str, rule: StopRule = RULE) -> tuple[str, list[str]]:
+    """Feed a text byte by byte; return the answer and what a stream would show."""
+    answer, shown, ids = AnswerText(rule, of_bytes), [], []
+    for token in tokens_of(text):
+        ids.append(token)
+        if answer.has_ended(ids):
+            break
+        shown.append(answer.so_far(ids))
+    return answer.final(ids), shown
+
+
+def test_a_stop_string_is_cut_off_wherever_its_tokens_lie() -> None:
+    assert generated(" yes, it is ###Human: next") == ("yes, it is", generated(" yes, it is ")[1] + ["yes, it is"] * 2)
+    assert generated("a\nabc")[0] == "a"
+    assert generated("a\nac")[0] == "a\nac"
+
+
+def test_repeated_headers_are_no_answer_and_no_stop() -> None:
+    for head in ("###Assistant: ", " Assistant:\n### ", "###"):
+        answer, shown = generated(f"{head}right.")
+        assert answer == "right." and shown[-1] == "right." and "A" not in shown
+
+
+def test_a_beginning_of_a_stop_string_is_held_back_until_it_is_none() -> None:
+    _, shown = generated("a#b##c")
+    assert shown == ["a", "a", "a#b", "a#b", "a#b", "a#b##c"]
+
+
+def test_a_character_is_shown_whole() -> None:
+    answer, shown = generated("ä€😀.")
+    assert answer == "ä€😀." and set(shown) <= {"", "ä", "ä€", "ä€😀", "ä€😀."}
+    torn = tokens_of("x😀")[:-1]
+    assert AnswerText(RULE, of_bytes).final(torn) == "x"
+
+
+PIECES = st.lists(
+    st.sampled_from(["#", "##", "###", "\n", "ab", "a", " ", "Assistant:", "Ass", "Human:", "é", "😀", "\ufffd", "x"]),
+    max_size=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(PIECES)
+def test_a_stream_only_grows_and_ends_as_the_answer(pieces: list[str]) -> None:
+    answer, shown = generated("".join(pieces))
+    for before, after in pairwise([*shown, answer]):
+        assert after.startswith(before)
+    assert "###" not in answer and "\nab" not in answer
+    assert answer == answer.strip() and not answer.endswith("\ufffd")
+
+
+@settings(max_examples=100, deadline=None)
+@given(PIECES)
+def test_the_answer_is_what_the_template_parses(pieces: list[str]) -> None:
+    template = TEMPLATES["v0"]
+    rule = StopRule(frozenset(), template.stops, template.stops, template.echoes)
+    text = "".join(pieces).replace("\ufffd", "")
+    assert rule.answer(text) == template.parse(text)
+
+
+def test_decoding_happens_only_when_somebody_asks() -> None:
+    calls: list[int] = []
+
+    def counting(token_ids: Sequence[int]) -> str:
+        calls.append(len(token_ids))
+        return of_bytes(token_ids)
+
+    silent = AnswerText(replace(RULE, watched=()), counting)
+    assert not silent.has_ended(tokens_of("a" * 50)) and silent.has_ended([5, 0]) and not calls
+    assert not AnswerText(RULE, counting).has_ended(tokens_of("a" * 500)) and max(calls) < 30
+
+
+def special_ids(loaded: Loaded, *texts: str) -> set[int]:
+    return {loaded.processor.tokenizer.convert_tokens_to_ids(text) for text in texts}
+
+
+def test_stop_strings_that_are_tokens_need_no_text() -> None:
+    loaded = tiny_llava(template="chatml")
+    rule = StopRule.of(loaded.processor, Sampling(stop=("<|im_start|>", "End")))
+    assert rule.token_ids == special_ids(loaded, "</s>", "<|im_end|>", "<|im_start|>")
+    assert rule.watched == ("End",) and set(rule.texts) == {"<|im_end|>", "<|im_start|>", "End"}
+    loaded.processor.use_template("v0")
+    assert StopRule.of(loaded.processor, Sampling()).watched == ("###",)
