@@ -101,7 +101,7 @@ def captions(context: Context, folder: Path) -> Facts:
         return {"captions": str(folder / "captions.json"), "captions_version": "plain"}
     rows = alignment_rows([folder / "train.json"], folder / "images")
     pictures = {row.get("image") for row in read_records(folder / "train.json")}
-    if 2 * len(rows) < len(pictures):
+    if 2 * len({row["image"] for row in rows}) < len(pictures):
         return {"captions": str(folder / "train.json"), "captions_version": context.settings.template}
     write_json(context.path("captions.json"), rows)
     return {"captions": str(context.path("captions.json")), "captions_version": "plain"}

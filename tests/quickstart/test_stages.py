@@ -1,0 +1,79 @@
+"""The whole quickstart with tiny parts: every stage for real, a second start repeats none, the result can chat."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llava import chat
+from llava.quickstart import pipeline, stages
+from llava.quickstart.settings import Settings
+from tests.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("quickstart")
+    write_tiny_lm(root / "lm")
+    write_tiny_tower(root / "tower")
+    write_tiny_vqa(root / "data", 4, 3)
+    shutil.copy(root / "data" / "train.json", root / "data" / "test.json")
+    return root
+
+
+def arguments(folder: Path) -> list[str]:
+    words = [
+        "--data",
+        folder / "data",
+        "--lm",
+        folder / "lm",
+        "--vision_tower",
+        folder / "tower",
+        "--out",
+        folder / "o",
+    ]
+    return [str(word) for word in words]
+
+
+def test_every_stage_with_tiny_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline.main(arguments(folder))
+    first = capsys.readouterr().out
+    out = folder / "o"
+    assert "page:" in first and "llava chat --model" in first and "done before" not in first
+    result = json.loads((out / "results.json").read_text())
+    assert result["num_questions"] == 12 and result["num_images"] == 4
+    assert set(result["accuracy"]) == {"after", "after_blank", "before", "before_blank", "majority"}
+    text = (out / "index.html").read_text()
+    assert text.count('class="case"') == 3 and text.count("data:image/png") == 2
+    assert not list(out.glob("*/checkpoint-*"))
+
+    pipeline.main(arguments(folder))
+    second = capsys.readouterr().out
+    assert second.count("done before") == len(stages.STAGES)
+
+    image = next((folder / "data" / "images").iterdir())
+    chat.main(["--model", str(out / "model"), "--image", str(image), "--question", "What?", "--max-new-tokens", "4"])
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_rows_of_the_alignment_stage(folder: Path, tmp_path: Path) -> None:
+    context = stages.Context(Settings(tmp_path, folder / "data"))
+    rows = json.loads((folder / "data" / "train.json").read_text())
+    copy = tmp_path / "data"
+    shutil.copytree(folder / "data", copy)
+    # Rows that say nothing about their pictures: the questions themselves.
+    bare = [{key: value for key, value in row.items() if key != "question_type"} for row in rows]
+    (copy / "train.json").write_text(json.dumps(bare))
+    assert stages.captions(context, copy) == {"captions": str(copy / "train.json"), "captions_version": "chatml"}
+    # Rows that name the organ: captions made of it.
+    (copy / "train.json").write_text(json.dumps([{**row, "image_organ": "CHEST"} for row in bare]))
+    facts = stages.captions(context, copy)
+    made = json.loads(Path(facts["captions"]).read_text())
+    assert facts["captions_version"] == "plain" and len({row["image"] for row in made}) == 4
+    assert all((copy / "images" / row["image"]).is_file() for row in made)
+    # Captions of the folder's own.
+    (copy / "captions.json").write_text("[]")
+    assert stages.captions(context, copy) == {"captions": str(copy / "captions.json"), "captions_version": "plain"}
