@@ -21,6 +21,8 @@ part "ruff-format" "${bin}/ruff" format --check .
 part "mypy" "${bin}/mypy" --strict llava
 [ -z "${failed}" ] || echo "== failed before the tests:${failed}"
 # Two workers, whole files each: fixtures of a module are built once. Tests that start torchrun set their own threads.
-part "pytest" "${bin}/python" -m pytest -n "${LLAVA_TEST_WORKERS:-2}" --dist loadfile --durations=15 "$@" 2>&1
+part "pytest" "${bin}/python" -m pytest -n "${LLAVA_TEST_WORKERS:-2}" --dist loadfile --durations=15 -m "not slow" "$@" 2>&1
+# DeepSpeed compiles its parts the first time on a machine; these come last and alone.
+[ $# -gt 0 ] || part "pytest-slow" "${bin}/python" -m pytest -m slow 2>&1
 
 [ -z "${failed}" ]

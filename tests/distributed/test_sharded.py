@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from llava.data.records import load_samples
+from llava.data.samplers import SequentialSampler
+from llava.data.sft import SFTDataset
+from llava.model.building import build
+from llava.model.checkpoint import save_model
 from llava.model.loading import load
+from llava.model.lora import freeze_for
+from llava.train.loader import Collator, matched_rows
+from llava.train.objectives import SFT
 from tests.ranks import run
 from tests.runs import arguments, losses, saved, train, write_parts, write_uneven
 
@@ -60,7 +68,7 @@ def train_zero(argv: list[str]) -> tuple[str, int, str]:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_equals_plain(parts: Path, plain: Path, tmp_path: Path, stage: int) -> None:
     config = ROOT / "scripts" / f"zero{stage}.json"
-    found = run(2, train_zero, arguments(parts, tmp_path, **options(parts, deepspeed=config)))
+    found = run(2, train_zero, arguments(parts, tmp_path, **options(parts, deepspeed=config, max_tokens_per_row=60)))
     assert all(name == "deepspeed.runtime.engine.DeepSpeedEngine" and at == stage for name, at, _ in found), found
     assert losses(tmp_path) == pytest.approx(losses(plain), rel=1e-4)
     first, second = saved(plain), saved(tmp_path)
@@ -68,3 +76,57 @@ def test_zero_equals_plain(parts: Path, plain: Path, tmp_path: Path, stage: int)
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], atol=3e-4, rtol=1e-3, msg=name)
     load(tmp_path)
+
+
+def train_by_hand(parts: Path, folder: Path, sharded: bool) -> list[float]:
+    """Job: three steps with SFT over rows of both kinds, in DDP or with every layer under torch's `fully_shard`."""
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    loaded = build(str(parts / "lm"), str(parts / "tower"))
+    freeze_for(loaded.model)
+    model: Any = loaded.model
+    network: Any = model
+    if sharded:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.model.language_model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        network = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    samples = load_samples(parts / "uneven.json")
+    dataset = SFTDataset(samples, loaded.processor, image_folder=parts / "images", max_length=2048)
+    collator = Collator(dataset, loaded.processor.image_token_id, loaded.processor.pad_token_id)
+    found = []
+    for numbers in SequentialSampler(len(dataset), 2, rank=dist.get_rank(), world_size=2):
+        step = collator([(number, dataset[number]) for number in numbers])
+        (row,) = matched_rows(step.rows, collator, device=torch.device("cpu"), with_images=True)
+        num_items = torch.tensor(step.num_supervised)
+        dist.all_reduce(num_items)
+        loss = SFT()(network, row, num_items=num_items).loss * 2
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(loss.detach())
+        found.append(float(loss) / 2)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        save_model(model, loaded.processor, folder, state=state)
+    dist.barrier()
+    return found
+
+
+def test_fully_shard_equals_ddp(parts: Path, tmp_path: Path) -> None:
+    plain, other = run(2, train_by_hand, parts, tmp_path / "ddp", False)
+    assert plain == other and len(plain) == 3
+    sharded, _ = run(2, train_by_hand, parts, tmp_path / "sharded", True)
+    assert sharded == pytest.approx(plain, rel=1e-5)
+    first, second = saved(tmp_path / "ddp"), saved(tmp_path / "sharded")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], atol=1e-4, rtol=1e-3, msg=name)
+    load(tmp_path / "sharded")
