@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llava.model.building import Loaded
-from tests.tiny import tiny_llava
+from llava.model.building import Loaded, build
+from tests.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,3 +27,13 @@ def shared() -> Path:
 def tiny() -> Loaded:
     """A fresh tiny random model with its processor."""
     return tiny_llava()
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Loaded:
+    """A model whose parts stay on disk (in `parts/`), as adapters and projectors need them; with markers."""
+    lm = write_tiny_lm(tmp_path / "parts" / "lm")
+    tower = write_tiny_tower(tmp_path / "parts" / "tower")
+    loaded = build(str(lm), str(tower), projector_type="mlp2x_gelu", use_im_start_end=True)
+    loaded.model.eval()
+    return loaded

@@ -101,14 +101,16 @@ def tiny_llava(
     build_size: int | None = None,
     tie: bool = False,
     seed: int = 0,
+    lm_sizes: dict[str, int] | None = None,
     **options: Any,
 ) -> Loaded:
     """A random model of four image tokens.
 
-    `image_size` is the tower's, `build_size` the model's input where it differs; `options` are those of `build`.
+    `image_size` is the tower's, `build_size` the model's input where it differs; `lm_sizes` change the language model's
+    configuration; `options` are those of `build`.
     """
     with TemporaryDirectory() as folder:
-        lm_path = write_tiny_lm(Path(folder) / "lm", lm, tie=tie, seed=seed)
+        lm_path = write_tiny_lm(Path(folder) / "lm", lm, tie=tie, seed=seed, **(lm_sizes or {}))
         tower_path = write_tiny_tower(Path(folder) / "tower", tower, image_size=image_size, seed=seed + 1)
         options = {"projector_type": projector, "template": template, "image_size": build_size, "seed": seed, **options}
         loaded = build(str(lm_path), str(tower_path), **options)

@@ -151,8 +151,19 @@ def build(
 
 
 def portable(path: str) -> str:
-    """A folder's absolute path, so that what is saved still finds it from elsewhere; a hub name as it is."""
-    return str(Path(path).resolve()) if Path(path).is_dir() else path
+    """A folder's absolute path, so that what is saved still finds it from elsewhere; a hub name as it is.
+
+    Raises:
+        CheckpointError: a path that leads nowhere (and would be looked for on the hub, with minutes of retries).
+    """
+    if not path:
+        return path
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1 or folder.exists():
+        raise CheckpointError(f"{path}: no such folder; expected a model folder or a hub name such as owner/model")
+    return path
 
 
 def finish(model: LlavaMedForConditionalGeneration, processor: LlavaMedProcessor, origin: dict[str, Any]) -> Loaded:

@@ -9,8 +9,8 @@ from transformers import BitsAndBytesConfig
 from llava.errors import ConfigError
 from llava.utils.lookup import require
 
-EXCLUDED = ["lm_head", "multi_modal_projector", "vision_tower"]
-"""Parts that stay in full precision, as in the seeds."""
+EXCLUDED = [".*lm_head", ".*multi_modal_projector", ".*vision_tower"]
+"""Parts that stay in full precision, as in the seeds; patterns for the beginning of a layer's full name."""
 
 
 def quantization_config(

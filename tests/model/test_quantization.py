@@ -1,0 +1,131 @@
+"""4 and 8 bits: what is quantized, and that adapters still train after an evaluation."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from llava.errors import ConfigError
+from llava.model.checkpoint import save_adapter, save_model
+from llava.model.loading import load
+from llava.model.lora import add_lora, freeze_for, trainable_report
+from llava.model.quantization import quantization_config, quantized_layers
+from tests.model.model_tools import batch, logits, shake, trained
+from tests.tiny import tiny_llava
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra: train)"
+)
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+"""bitsandbytes evaluates 4-bit layers on the CPU only where widths are multiples of its block of 64 weights."""
+
+
+def test_bits() -> None:
+    assert quantization_config(16, torch.float32) is None
+    with pytest.raises(ConfigError, match="bits is 5; expected 4, 8 or 16"):
+        quantization_config(5, torch.float32)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", [4, 8])
+def test_only_the_language_models_layers_are_quantized(bits: int) -> None:
+    loaded = tiny_llava(bits=bits, lm_sizes=WIDE)
+    quantized = {name for name, module in loaded.model.named_modules() if module in set(quantized_layers(loaded.model))}
+    assert len(quantized) == 2 * 7
+    assert all(name.startswith("model.language_model.layers.") for name in quantized)
+    exact = logits(tiny_llava(lm_sizes=WIDE))
+    difference = (logits(loaded) - exact).abs().mean() / exact.abs().mean()
+    assert 1e-4 < difference < (0.35 if bits == 4 else 0.05)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_get_gradients_after_an_evaluation(checkpointing: bool) -> None:
+    """A 4-bit layer that ran once in evaluation mode on the CPU would have no gradient for good (stack trap)."""
+    loaded = tiny_llava(bits=4, lm_sizes=WIDE)
+    network = add_lora(loaded, r=4, dropout=0.0)
+    freeze_for(network, has_adapter=True)
+    shake(trained(network))
+    if checkpointing:
+        loaded.model.enable_input_require_grads()
+        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs = {**batch(loaded), "use_cache": False}
+
+    def gradients() -> dict[str, torch.Tensor]:
+        network.train()
+        network.zero_grad()
+        network(**inputs).loss.backward()
+        return {name: p.grad.clone() for name, p in trained(network).items() if p.grad is not None}
+
+    before = gradients()
+    assert before.keys() == trained(network).keys()
+    assert any("lora_A" in name and gradient.abs().max() > 0 for name, gradient in before.items())
+    network.eval()
+    with torch.no_grad():
+        network(**inputs)
+        loaded.model.generate(
+            input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"], max_new_tokens=3, pad_token_id=0
+        )
+    after = gradients()
+    assert after.keys() == before.keys()
+    for name, gradient in before.items():
+        assert torch.equal(after[name], gradient), name
+
+
+@needs_bitsandbytes
+def test_evaluation_mode_reaches_everything_but_quantized_layers() -> None:
+    loaded = tiny_llava(bits=4)
+    network = add_lora(loaded, dropout=0.5)
+    network.train()
+    network.eval()
+    dropouts = [module for module in network.modules() if isinstance(module, nn.Dropout)]
+    assert dropouts
+    assert not any(module.training for module in dropouts)
+    assert all(layer.training for layer in quantized_layers(network))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """A saved model of full precision, and its answers."""
+    loaded = tiny_llava(lm_sizes=WIDE, use_im_start_end=True)
+    save_model(loaded.model, loaded.processor, tmp_path / "model")
+    return tmp_path / "model", logits(loaded)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", [4, 8])
+def test_saved_models_are_quantized_while_loading(saved: tuple[Path, torch.Tensor], bits: int) -> None:
+    folder, exact = saved
+    loaded = load(folder, bits=bits)
+    names = {name for name, module in loaded.model.named_modules() if module in set(quantized_layers(loaded.model))}
+    assert len(names) == 2 * 7
+    assert all(name.startswith("model.language_model.layers.") for name in names)
+    assert 0 < (logits(loaded) - exact).abs().mean() < 0.35 * exact.abs().mean()
+
+
+@needs_bitsandbytes
+def test_adapter_of_a_quantized_model(saved: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    """Trained on 4 bits, loaded on 4 bits: the same answers; on full precision: close ones."""
+    quantized = load(saved[0], bits=4)
+    network = add_lora(quantized, r=4)
+    freeze_for(network, has_adapter=True)
+    shake(trained(network))
+    network.eval()
+    save_adapter(network, quantized.processor, tmp_path / "adapter", origin=quantized.origin)
+    expected = logits(quantized)
+    again = load(tmp_path / "adapter", bits=4, merge=False)
+    again.model.eval()
+    torch.testing.assert_close(logits(again), expected)
+    full = logits(load(tmp_path / "adapter"))
+    assert (full - expected).abs().mean() < 0.5 * (saved[1] - expected).abs().mean()
+
+
+@needs_bitsandbytes
+def test_report_counts_weights_not_bytes() -> None:
+    full, packed = (trainable_report(tiny_llava(bits=bits).model).splitlines()[-1].split()[2] for bits in (16, 4))
+    assert full == packed

@@ -1,0 +1,58 @@
+"""LoRA against its formula and against peft's own merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llava.model.building import Loaded
+from llava.model.checkpoint import save_adapter, save_model
+from llava.model.loading import load
+from llava.model.lora import add_lora, freeze_for
+from tests.model.model_tools import logits, shake, trained
+from tests.tiny import tiny_llava
+
+
+def adapted(loaded: Loaded) -> torch.nn.Module:
+    network = add_lora(loaded, r=4, alpha=12)
+    freeze_for(network, has_adapter=True)
+    shake(trained(network))
+    return network.eval()
+
+
+def test_merged_weights_are_the_formula(tmp_path: Path, built: Loaded) -> None:
+    before = {name: tensor.clone() for name, tensor in built.model.state_dict().items()}
+    network = adapted(built)
+    parts = {name.removeprefix("base_model.model."): p.detach() for name, p in network.named_parameters()}
+    projector = {name: tensor for name, tensor in parts.items() if "multi_modal_projector" in name}
+    save_adapter(network, built.processor, tmp_path, origin=built.origin)
+    merged = load(tmp_path).model.state_dict()
+    assert merged.keys() == before.keys()
+    num_adapted = 0
+    for name, weight in before.items():
+        layer = name.removesuffix(".weight")
+        expected = projector.get(name, weight)
+        if f"{layer}.lora_A.default.weight" in parts:
+            update = parts[f"{layer}.lora_B.default.weight"] @ parts[f"{layer}.lora_A.default.weight"]
+            expected = weight + 12 / 4 * update
+            num_adapted += 1
+        torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-6)
+    assert num_adapted == 2 * 7
+
+
+def test_our_merge_is_pefts(tmp_path: Path, built: Loaded) -> None:
+    network = adapted(built)
+    save_adapter(network, built.processor, tmp_path / "adapter", origin=built.origin)
+    theirs = network.merge_and_unload().state_dict()
+    ours = load(tmp_path / "adapter")
+    assert all(torch.equal(ours.model.state_dict()[name], tensor) for name, tensor in theirs.items())
+    save_model(ours.model, ours.processor, tmp_path / "merged")
+    assert torch.equal(logits(load(tmp_path / "merged")), logits(ours))
+
+
+def test_a_fresh_adapter_changes_nothing() -> None:
+    loaded = tiny_llava()
+    expected = logits(loaded)
+    add_lora(loaded).eval()
+    assert torch.equal(logits(loaded), expected)
