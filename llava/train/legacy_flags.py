@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.trainer_utils import IntervalStrategy
 
 from llava.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llava.train.args import LlavaTrainingArguments
+    from llava.train.args import DataArguments, LlavaTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,34 @@ def settle(args: LlavaTrainingArguments) -> None:
     _settle_device(args)
     _settle_fsdp(args)
     _settle_reports(args)
+
+
+def settle_validation(data: DataArguments, args: LlavaTrainingArguments) -> None:
+    """Validate after every epoch where held-out rows are given, and keep the best checkpoint where that is possible.
+
+    Raises:
+        ConfigError: validation or early stopping is asked for without held-out rows.
+    """
+    if data.eval_data_path is None:
+        if args.eval_strategy != "no" or args.early_stopping_patience:
+            raise ConfigError("--eval_strategy and --early_stopping_patience need held-out rows: --eval_data_path FILE")
+        return
+    if args.eval_strategy == "no" and args.evaluation_strategy is None:
+        args.eval_strategy = IntervalStrategy.EPOCH
+    every = args.eval_strategy == args.save_strategy == "epoch"
+    together = args.eval_strategy == args.save_strategy == "steps" and args.eval_steps == args.save_steps
+    if every or together:
+        args.load_best_model_at_end = True
+        args.metric_for_best_model = args.metric_for_best_model or "eval_loss"
+        args.greater_is_better = False if "loss" in args.metric_for_best_model else args.greater_is_better is not False
+    elif args.early_stopping_patience:
+        raise ConfigError(
+            "--early_stopping_patience needs --save_strategy and --eval_strategy both epoch, or both steps"
+        )
+    else:
+        logger.info(
+            "the best checkpoint is kept only with --save_strategy and --eval_strategy both epoch or both steps"
+        )
 
 
 def _settle_device(args: LlavaTrainingArguments) -> None:

@@ -35,6 +35,7 @@ def parse(argv: Sequence[str] | None = None) -> Parsed:
     model, data, training = cast(Parsed, parser.parse_args_into_dataclasses(words))
     standard = (ModelArguments(model_name_or_path="x"), DataArguments(data_path="x"), LlavaTrainingArguments)
     legacy_flags.warn_without_effect((model, data, training), standard)
+    legacy_flags.settle_validation(data, training)
     return model, data, training
 
 

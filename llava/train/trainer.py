@@ -94,7 +94,9 @@ class LlavaTrainer(Trainer):
         hooks: Hooks,
         **keywords: Any,
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=collator.dataset, **keywords)
+        # The library asks for a data set before it calls `evaluate`; ours validates through `hooks`.
+        held_out = collator.dataset if hooks.validate is not None else None
+        super().__init__(model=model, args=args, train_dataset=collator.dataset, eval_dataset=held_out, **keywords)
         self.loader = loader
         self.collator = collator
         self.objective: Objective = objective

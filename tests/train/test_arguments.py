@@ -1,0 +1,153 @@
+"""Options: every published one is there, old names mean what they meant, contradictions are refused."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from llava.errors import ConfigError
+from llava.train import parsing
+from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
+
+OUR_OPTIONS = """
+bits cache_dir data_path double_quant dry_run early_stopping_patience eval_data_path eval_image_folder
+evaluation_strategy feature_cache_dir feature_cache_gb force_fsdp freeze_backbone freeze_mm_mlp_adapter
+fsdp_transformer_layer_cls_to_wrap group_by_length group_by_modality_length image_aspect_ratio image_folder
+image_grouping image_size is_multimodal lazy_preprocess log_row_ids lora_alpha lora_bias lora_dropout lora_enable
+lora_r lora_weight_path max_tokens_per_row mm_patch_merge_type mm_projector_lr mm_projector_type
+mm_use_im_patch_token mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer mm_vision_tower_lr
+model_max_length model_name_or_path mpt_attn_impl overwrite_output_dir prefix_sharing pretrain_mm_mlp_adapter
+quant_type questions_per_image skip_bad system_file tune_mm_mlp_adapter unfreeze_mm_vision_tower version vision_tower
+warmup_ratio
+"""
+"""Every option of ours; a name that leaves this list breaks somebody's command line."""
+
+PUBLISHED = """
+--model_name_or_path --version --freeze_backbone --tune_mm_mlp_adapter --vision_tower --mm_vision_select_layer
+--pretrain_mm_mlp_adapter --mm_use_im_start_end --mm_projector_type --mm_use_im_patch_token --mm_patch_merge_type
+--mm_vision_select_feature --data_path --lazy_preprocess --is_multimodal --image_folder --image_aspect_ratio
+--cache_dir --optim --remove_unused_columns --freeze_mm_mlp_adapter --force_fsdp --model_max_length --mpt_attn_impl
+--double_quant --quant_type --bits --lora_enable --lora_r --lora_alpha --lora_dropout --lora_weight_path --lora_bias
+--mm_projector_lr --group_by_modality_length --bf16 --fp16 --tf32 --output_dir --num_train_epochs
+--per_device_train_batch_size --per_device_eval_batch_size --gradient_accumulation_steps --evaluation_strategy
+--save_strategy --save_steps --save_total_limit --learning_rate --weight_decay --warmup_ratio --lr_scheduler_type
+--logging_steps --fsdp --fsdp_transformer_layer_cls_to_wrap --gradient_checkpointing --dataloader_num_workers
+--report_to --deepspeed --local_rank --overwrite_output_dir --seed --max_steps --run_name
+"""
+"""Options of the training commands that the seeds print or describe."""
+
+
+def options() -> set[str]:
+    parser = HfArgumentParser([ModelArguments, DataArguments, LlavaTrainingArguments])
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def parse(tmp_path: Path, *words: str) -> Any:
+    needed = ["--model_name_or_path", "lm", "--vision_tower", "tower", "--data_path", "rows.json"]
+    return parsing.parse([*needed, "--output_dir", str(tmp_path), *words])
+
+
+def test_own_options() -> None:
+    library = {field.name for field in fields(TrainingArguments)}
+    ours = {f.name for part in (ModelArguments, DataArguments, LlavaTrainingArguments) for f in fields(part) if f.init}
+    missing = set(OUR_OPTIONS.split()) - ours
+    assert not missing
+    assert ours - library - set(OUR_OPTIONS.split()) <= {"eval_answers"}
+
+
+def test_published_options() -> None:
+    assert not set(PUBLISHED.split()) - options() - {"--local_rank", "--local-rank"}
+    assert all(help_of(part) for part in (ModelArguments, DataArguments))
+
+
+def help_of(part: Any) -> bool:
+    return all(field.metadata.get("help") for field in fields(part))
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--mm_use_im_start_end"], "mm_use_im_start_end", True),
+        (["--mm_use_im_start_end", "False"], "mm_use_im_start_end", False),
+        (["--mm-vision-select-layer", "-2"], "mm_vision_select_layer", -2),
+        (["--lora-dropout=0.1"], "lora_dropout", 0.1),
+        (["--version", "v1"], "version", "v1"),
+    ],
+)
+def test_spellings(tmp_path: Path, words: list[str], name: str, value: object) -> None:
+    assert getattr(parse(tmp_path, *words)[0], name) == value
+
+
+def test_old_names(tmp_path: Path) -> None:
+    words = ["--evaluation_strategy", "steps", "--eval_data_path", "x", "--warmup_ratio", "0.03"]
+    training = parse(tmp_path, *words, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "8")[2]
+    assert training.eval_strategy == "steps" and training.warmup_steps == 0.03
+    assert training.sequences_per_step == training.global_batch == 16
+    assert training.gradient_accumulation_steps == 1 and training.requested_accumulation == 8
+    assert training.use_cpu and training.output_dir == str(tmp_path)
+
+
+def test_flags_that_need_other_machines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = ["--bf16", "True", "--tf32", "True", "--fsdp", "full_shard auto_wrap", "--lazy_preprocess", "True"]
+    words += ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer", "--is_multimodal", "--report_to", "nosuch"]
+    with caplog.at_level(logging.WARNING):
+        training = parse(tmp_path, *words)[2]
+    assert training.bf16 and not training.tf32 and not training.fsdp and training.report_to == []
+    lines = [record.message for record in caplog.records]
+    assert sum("DDP" in line for line in lines) == 1
+    assert sum("--lazy_preprocess, --is_multimodal" in line for line in lines) == 1
+    assert sum("metrics stay in metrics.jsonl" in line for line in lines) == 1
+
+
+def test_wandb_without_login_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    training = parse(tmp_path, "--report_to", "wandb")[2]
+    assert training.report_to == ["wandb"] and os.environ["WANDB_MODE"] == "offline"
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--evaluation_strategy", "steps", "--eval_strategy", "epoch"], "differ"),
+        (["--warmup_ratio", "0.1", "--warmup_steps", "10"], "give one"),
+        (["--tune_mm_mlp_adapter", "--freeze_mm_mlp_adapter"], "contradict"),
+        (["--tune_mm_mlp_adapter", "--lora_enable"], "stage 2"),
+        (["--bits", "4"], "--lora_enable"),
+        (["--prefix_sharing", "maybe"], "expected on or off"),
+        (["--image_grouping", "maybe"], "expected on, off or auto"),
+        (["--eval_strategy", "epoch"], "--eval_data_path"),
+        (["--early_stopping_patience", "2"], "--eval_data_path"),
+        (["--early_stopping_patience", "2", "--eval_data_path", "x", "--save_strategy", "no"], "both epoch"),
+    ],
+)
+def test_contradictions(tmp_path: Path, words: list[str], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        parse(tmp_path, *words)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--model_name_or_path"):
+        parsing.parse(["--data_path", "x", "--output_dir", str(tmp_path)])
+    with pytest.raises(ConfigError, match="--data_path"):
+        parsing.parse(["--model_name_or_path", "x", "--output_dir", str(tmp_path)])
+
+
+def test_held_out_rows_are_used_every_epoch_by_default(tmp_path: Path) -> None:
+    training = parse(tmp_path, "--eval_data_path", "held_out.json", "--save_strategy", "epoch")[2]
+    assert training.eval_strategy == "epoch" and training.load_best_model_at_end
+    assert training.metric_for_best_model == "eval_loss" and training.greater_is_better is False
+    silent = parse(tmp_path, "--eval_data_path", "held_out.json", "--evaluation_strategy", "no")[2]
+    assert silent.eval_strategy == "no"
+
+
+def test_unknown_options_end_the_program(tmp_path: Path) -> None:
+    with pytest.raises((SystemExit, ValueError)):
+        parse(tmp_path, "--no_such_option", "1")
