@@ -88,21 +88,21 @@ def test_memory_that_never_suffices(parts: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_validation_keeps_the_best_and_stops(parts: Path, tmp_path: Path) -> None:
-    """Held-out rows whose loss only rises: the first checkpoint is the best, and training stops early."""
+    """Held-out rows with answers that training unlearns: the best checkpoint is kept, and training stops early."""
     rows = json.loads((parts / "vqa" / "train.json").read_text())
     for row in rows:
         row["conversations"][1]["value"] = "zzzzzz"
     held_out = tmp_path / "held_out.json"
     held_out.write_text(json.dumps(rows))
     folder = tmp_path / "run"
-    options = {"num_train_epochs": 6, "learning_rate": 5e-3, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    options = {"num_train_epochs": 40, "learning_rate": 1e-2, "eval_strategy": "epoch", "save_strategy": "epoch"}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_data_path": held_out}
     train(
         arguments(parts, folder, **options, early_stopping_patience=2, save_total_limit=1, lr_scheduler_type="constant")
     )
     found = losses(folder, "eval_loss")
     best = found.index(min(found))
-    assert len(found) == best + 3 < 6
+    assert len(found) == best + 3 < 40
     kept = saved(folder / f"checkpoint-{3 * (best + 1)}")
     assert all(torch.equal(tensor, kept[name]) for name, tensor in saved(folder).items())
     assert json.loads((folder / "trainer_state.json").read_text())["best_metric"] == pytest.approx(min(found))
