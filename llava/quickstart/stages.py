@@ -104,7 +104,8 @@ def captions(context: Context, folder: Path) -> Facts:
     if 2 * len({row["image"] for row in rows}) < len(pictures):
         return {"captions": str(folder / "train.json"), "captions_version": context.settings.template}
     write_json(context.path("captions.json"), rows)
-    return {"captions": str(context.path("captions.json")), "captions_version": "plain"}
+    # These rows ask for one fact each, so the question must be read; `plain` would drop it.
+    return {"captions": str(context.path("captions.json")), "captions_version": context.settings.template}
 
 
 def before(context: Context) -> Facts:

@@ -72,7 +72,7 @@ def test_rows_of_the_alignment_stage(folder: Path, tmp_path: Path) -> None:
     (copy / "train.json").write_text(json.dumps([{**row, "image_organ": "CHEST"} for row in bare]))
     facts = stages.captions(context, copy)
     made = json.loads(Path(facts["captions"]).read_text())
-    assert facts["captions_version"] == "plain" and len({row["image"] for row in made}) == 4
+    assert facts["captions_version"] == "chatml" and len({row["image"] for row in made}) == 4
     assert all((copy / "images" / row["image"]).is_file() for row in made)
     # Captions of the folder's own.
     (copy / "captions.json").write_text("[]")
