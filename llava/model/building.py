@@ -6,7 +6,7 @@ language model + tower --(place holder and marker tokens, fresh projector)--> Ll
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.conversation import get_template
@@ -261,10 +262,13 @@ def _config(
 def _assemble(
     config: LlavaMedConfig, language_model: PreTrainedModel, tower: PreTrainedModel, *, seed: int, dtype: torch.dtype
 ) -> LlavaMedForConditionalGeneration:
-    """The model around existing parts; its skeleton is made without memory, so nothing is held twice."""
+    """The model around existing parts; its skeleton is made without memory, so nothing is held twice.
+
+    Under ZeRO-3 transformers spreads every new weight over the ranks, which needs real ones; they are small there.
+    """
     table = cast(Any, language_model.get_input_embeddings()).weight
     cast(Any, config.text_config).vocab_size = getattr(table, "ds_shape", table.shape)[0]
-    with torch.device("meta"):
+    with nullcontext() if is_deepspeed_zero3_enabled() else torch.device("meta"):
         model = LlavaMedForConditionalGeneration(config)
     torch.manual_seed(seed)
     projector: nn.Module = build_projector(config)
