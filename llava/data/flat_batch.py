@@ -17,8 +17,8 @@ from torch import Tensor
 
 from llava.constants import IGNORE_INDEX
 from llava.data import prefix_tree
+from llava.data.attention_plan import attention_plan
 from llava.data.encode import Encoded
-from llava.data.tree_mask import tree_masks
 from llava.errors import DataError
 
 Layout = Literal["tree", "flat", "padded"]
@@ -96,9 +96,7 @@ class FlatBatch:
             "position_ids": self.position_ids,
             "attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool, device=self.input_ids.device),
             "logits_to_keep": self.predictor,
-            "tree_lengths": self.tree_lengths,
-            "tree_masks": tree_masks(self.tree_lengths, self.segment_ids, self.parents),
-            "tree_positions": self.position_ids[0],
+            "tree_plan": attention_plan(self.segment_ids, self.parents, self.position_ids[0]),
         }
 
     def to(self, device: torch.device | str) -> FlatBatch:
@@ -268,12 +266,13 @@ def layout_rows(
     used = 0
     for group in groups.values():
         for part in _within(group, max_tokens_per_row, layout):
-            size = _row_size(part, layout)
-            if rows[-1] and max_tokens_per_row is not None and used + size > max_tokens_per_row:
+            # Padding grows with the longest sequence; elsewhere sharing between parts can only save more.
+            together = _row_size(rows[-1] + part, layout) if layout == "padded" else used + _row_size(part, layout)
+            if rows[-1] and max_tokens_per_row is not None and together > max_tokens_per_row:
                 rows.append([])
-                used = 0
+                together = _row_size(part, layout)
             rows[-1].extend(part)
-            used += size
+            used = together
     return [
         flatten(row, images, image_token_id=image_token_id, pad_token_id=pad_token_id, layout=layout) for row in rows
     ]

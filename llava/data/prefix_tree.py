@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from llava.data.attention_plan import chain_cost
 from llava.data.encode import Encoded
 
 Identities = npt.NDArray[np.int64]
@@ -22,8 +23,8 @@ Identities = npt.NDArray[np.int64]
 TOKEN_COST = 2048
 """Price of one more token in a row, in query-key pairs: a token costs about 24 d^2, a pair 4 d, at d of some hundreds.
 
-Sharing a short opening (a system text) among unlike pictures would save few tokens and blow one attention mask up to
-the whole row, so sequences are put in one tree only where that is cheaper.
+Sharing an opening of a token or two would save little, and every branch would have to fetch it in every layer, so
+sequences are put in one tree only where that is cheaper.
 """
 
 
@@ -93,12 +94,10 @@ def _grow(order: list[int], common: list[int], lengths: list[int], depth: int) -
     return node
 
 
-def _size(node: Node) -> int:
-    return node.length + sum(map(_size, node.children))
-
-
-def _cost(tokens: int) -> int:
-    return TOKEN_COST * tokens + tokens * tokens
+def _cost(node: Node, num_above: int = 0) -> int:
+    """Price of a node and all below it, each node attending on its own."""
+    below = sum(_cost(child, num_above + node.length) for child in node.children)
+    return TOKEN_COST * node.length + chain_cost(node.length, num_above) + below
 
 
 def _divide(root: Node) -> list[Node]:
@@ -112,7 +111,7 @@ def _divide(root: Node) -> list[Node]:
         apart.append(Node(root.start, root.stop, -1, ended))
     for child in root.children:
         apart.extend(_divide(Node(root.start, child.stop, -1, child.sequences, child.children)))
-    if _cost(_size(root)) <= sum(_cost(_size(tree)) for tree in apart):
+    if _cost(root) <= sum(map(_cost, apart)):
         return [root]
     return apart
 
@@ -132,7 +131,7 @@ def _number(trees: Sequence[Node], num_sequences: int) -> Forest:
             nodes.append(node)
             for sequence in node.sequences:
                 paths[sequence].append(node)
-            for child in reversed(node.children):
+            for child in sorted(node.children, key=lambda child: min(child.sequences), reverse=True):
                 child.parent = node.index
                 stack.append(child)
         lengths.append(offset - first)
@@ -147,7 +146,7 @@ def build(sequences: Sequence[Encoded], *, share: bool = True) -> Forest:
         share: False makes every sequence a tree of its own, in the given order.
 
     Returns:
-        The forest; trees stand in the order in which their first sequence was given.
+        The forest; trees, and branches of a node, stand in the order in which their first sequence was given.
     """
     if not share:
         alone = [Node(0, len(sequence.input_ids), -1, [index]) for index, sequence in enumerate(sequences)]

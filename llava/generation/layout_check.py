@@ -27,24 +27,32 @@ CANDIDATES: tuple[Layout, ...] = ("tree", "flat")
 NO_IMAGE = -1
 """No token is an image place holder in the trial."""
 
+VOCABULARY = 512
+WINDOW = 24
+"""Sizes of the copy: a small table costs less, and a sliding window must be shorter than the trial to be seen."""
+
+FAILURES = (ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError)
+"""What a model raises that cannot be built or run this way."""
+
 
 def choose_layout(config: Any) -> Layout:
     """The cheapest exact layout for the language model of `config` (or a text config itself)."""
     text = copy.deepcopy(config.get_text_config())
-    sequences = _trial_sequences(int(text.vocab_size))
+    sequences = _trial_sequences()
     try:
         model = _small_copy(text)
         expected = _logits_by_edge(model, sequences, "padded")
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+    except FAILURES as error:
         logger.warning("layout padded: a small copy of %s could not be tried (%s)", text.model_type, error)
         return "padded"
     for layout in CANDIDATES:
         try:
             found = _logits_by_edge(model, sequences, layout)
-        except (ValueError, RuntimeError, TypeError) as error:
+        except FAILURES as error:
             logger.debug("layout %s fails for %s: %s", layout, text.model_type, error)
             continue
         if torch.allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE):
+            logger.info("layout %s: exact for %s", layout, text.model_type)
             return layout
     logger.warning("layout padded: %s does not compute shared or unpadded rows exactly", text.model_type)
     return "padded"
@@ -53,6 +61,11 @@ def choose_layout(config: Any) -> Layout:
 def _small_copy(text: Any) -> Any:
     """Two random layers of the same kind, in float32 on the CPU, without touching the random state."""
     text.num_hidden_layers = NUM_LAYERS
+    text.vocab_size = VOCABULARY
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, name, None)
+    if getattr(text, "sliding_window", None):
+        text.sliding_window = WINDOW
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:NUM_LAYERS]
     text.dtype = torch.float32
@@ -65,12 +78,13 @@ def _small_copy(text: Any) -> Any:
     return model
 
 
-def _trial_sequences(vocabulary: int) -> list[Encoded]:
+def _trial_sequences() -> list[Encoded]:
+    """Three branches on one stem, long enough that attention runs in several pieces."""
     generator = torch.Generator().manual_seed(0)
-    shared = torch.randint(0, vocabulary, (9,), generator=generator).tolist()
+    shared = torch.randint(0, VOCABULARY, (40,), generator=generator).tolist()
     sequences = []
-    for length in (3, 6, 5):
-        ids = shared + torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+    for length in (5, 60, 9):
+        ids = shared + torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
         labels = [IGNORE_INDEX] * len(shared) + ids[len(shared) :]
         sequences.append(Encoded(tuple(ids), tuple(labels), (0,) * len(ids)))
     return sequences

@@ -1,0 +1,134 @@
+"""Random sequences that share beginnings, and the library's own answer to them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from llava.constants import IGNORE_INDEX
+from llava.data.encode import Encoded
+
+NUM_IMAGE_TOKENS = 4
+IMAGE = 261
+"""Id of the place holder in the tiny models: the row after their byte vocabulary."""
+
+Part = int | str
+"""A text token, or the key of an image."""
+
+
+def encoded(parts: Iterable[Part], trained: Iterable[int] = (), *, turn: int = 1) -> Encoded:
+    """A sequence of text tokens and images; `trained` are positions after expansion."""
+    ids: list[int] = []
+    spans, keys = [], []
+    for part in parts:
+        if isinstance(part, str):
+            spans.append((len(ids), len(ids) + NUM_IMAGE_TOKENS))
+            keys.append(part)
+            ids += [IMAGE] * NUM_IMAGE_TOKENS
+        else:
+            ids.append(part)
+    wanted = set(trained)
+    labels = [token if place in wanted else IGNORE_INDEX for place, token in enumerate(ids)]
+    return Encoded(tuple(ids), tuple(labels), (turn,) * len(ids), tuple(spans), tuple(keys))
+
+
+def random_sequences(draw: random.Random, num_sequences: int, *, longest: int = 12) -> list[Encoded]:
+    """Sequences that often continue an earlier one; few token ids, so that accidental sharing happens too."""
+    written: list[list[Part]] = []
+    for _ in range(num_sequences):
+        stem: list[Part] = []
+        if written and draw.random() < 0.75:
+            earlier = draw.choice(written)
+            stem = earlier[: draw.randint(1, len(earlier))]
+        tail: list[Part] = [
+            draw.choice("abc") if draw.random() < 0.08 else draw.randrange(5, 9)
+            for _ in range(draw.randint(0, longest))
+        ]
+        written.append(stem + tail or [draw.randrange(5, 9)])
+    return [_with_targets(parts, draw) for parts in written]
+
+
+def _with_targets(parts: list[Part], draw: random.Random) -> Encoded:
+    plain = encoded(parts)
+    share = draw.choice([0.0, 0.2, 1.0])
+    text = [place for place, token in enumerate(plain.input_ids) if token != IMAGE and place > 0]
+    return encoded(parts, [place for place in text if draw.random() < share])
+
+
+def random_images(image_size: int = 28) -> dict[str, Tensor]:
+    """Pixels of the three images."""
+    generator = torch.Generator().manual_seed(3)
+    return {key: torch.randn(3, image_size, image_size, generator=generator) for key in "abc"}
+
+
+def library_twin(ours: Any) -> LlavaForConditionalGeneration:
+    """transformers' own Llava with the weights of a model of ours that has two projector layers."""
+    config = ours.config
+    twin = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=config.vision_config.to_dict(),
+            text_config=config.text_config.to_dict(),
+            image_token_id=config.image_token_id,
+            image_seq_length=config.image_seq_length,
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
+    )
+    twin.set_attn_implementation("sdpa")
+    twin.load_state_dict({twin_name(name): weight for name, weight in ours.state_dict().items()})
+    return twin.eval()
+
+
+def twin_name(name: str) -> str:
+    """The library's name of a weight of ours."""
+    return name.replace("projector.0.", "projector.linear_1.").replace("projector.2.", "projector.linear_2.")
+
+
+def padded_inputs(sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One right-padded row a sequence, as a usual collator makes them."""
+    longest = max(len(sequence.input_ids) for sequence in sequences)
+
+    def rows(values: Iterable[Sequence[int]], fill: int) -> Tensor:
+        return torch.tensor([[*row, *([fill] * (longest - len(row)))] for row in values])
+
+    inputs = {
+        "input_ids": rows([sequence.input_ids for sequence in sequences], 0),
+        "labels": rows([sequence.labels for sequence in sequences], IGNORE_INDEX),
+        "attention_mask": rows([[1] * len(sequence.input_ids) for sequence in sequences], 0),
+    }
+    keys = [key for sequence in sequences for key in sequence.images]
+    return inputs | ({"pixel_values": torch.stack([images[key] for key in keys])} if keys else {})
+
+
+def num_trained(sequences: Sequence[Encoded]) -> int:
+    """Trained tokens of all sequences, a shared one counted for each."""
+    return sum(label != IGNORE_INDEX for sequence in sequences for label in sequence.labels)
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """Gradient of every weight, zero where there is none; they are cleared."""
+    found = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()
+    }
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same_gradients(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Each weight's error is small against its own gradient, or against a ten-thousandth of the largest.
+
+    A tower's key bias adds the same to all scores of a query, so its true gradient is zero and only rounding is left.
+    """
+    assert found.keys() == expected.keys()
+    largest = max(float(gradient.norm()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        floor = 1e-2 if "vision_tower" in name and name.endswith("k_proj.bias") else 1e-4
+        error = float((found[name] - gradient).norm())
+        limit = tolerance * max(float(gradient.norm()), floor * largest)
+        assert error <= limit, f"{name}: error {error:.2e}, allowed {limit:.2e}"
