@@ -96,6 +96,7 @@ class LlavaTrainingArguments(TrainingArguments):
     prefix_sharing: str = option("on", "off computes every row on its own (independent dropout)")
     max_tokens_per_row: int = option(8192, "tokens of one forward pass; more rows, same loss")
     early_stopping_patience: int = option(0, "stop after so many validations without a better one; 0: never")
+    eval_answers: int = option(64, "held-out questions answered and scored at each validation; 0: loss only")
     dry_run: bool = option(False, "token table, memory, 20 real steps, predicted hours; writes no model")
     log_row_ids: bool = option(False, "write the number of every trained row to row_ids.jsonl")
     evaluation_strategy: str | None = option(None, "old name of --eval_strategy")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from llava.train import dry_run, run_folder
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 from llava.train.callbacks import MetricsCallback
 from llava.train.evaluation import HeldOutLoss
+from llava.train.held_out_answers import HeldOutAnswers
 from llava.train.loader import Collator, StepLoader
 from llava.train.objectives import OBJECTIVES
 from llava.train.opening import open_model, whole_weights
@@ -178,16 +179,7 @@ def make_trainer(
     network, kind = trained
     hooks = hooks_for(kind, network, loaded)
     if data_args.eval_data_path:
-        folder = data_args.eval_image_folder or data_args.image_folder
-        held_out = open_data(data_args.eval_data_path, folder, data_args, args, loaded)
-        hooks.validate = HeldOutLoss(
-            make_collator(held_out, loaded, collator.layout, args),
-            OBJECTIVES["sft"](),
-            batch_size=args.per_device_eval_batch_size,
-            rank=args.process_index,
-            world_size=args.world_size,
-            sharded=bool(args.deepspeed or args.fsdp),
-        )
+        hooks.validate = make_validation(data_args.eval_data_path, data_args, args, loaded, collator.layout)
     if args.log_row_ids:
         ids = args.run_folder / f"row_ids-{args.process_index}.jsonl"
         hooks.on_step = lambda step, number: append(ids, {"step": number, "rows": step.row_ids})
@@ -206,6 +198,39 @@ def make_trainer(
     )
     metrics.trainer = trainer
     return trainer
+
+
+def make_validation(
+    path: str, data_args: DataArguments, args: LlavaTrainingArguments, loaded: Loaded, layout: Layout
+) -> Callable[[nn.Module], dict[str, float]]:
+    """Loss on all held-out rows, and scores of answers to some of them."""
+    folder = data_args.eval_image_folder or data_args.image_folder
+    held_out = open_data(path, folder, data_args, args, loaded)
+    ranks = {"rank": args.process_index, "world_size": args.world_size}
+    is_sharded = bool(args.deepspeed or args.fsdp)
+    loss = HeldOutLoss(
+        make_collator(held_out, loaded, layout, args),
+        OBJECTIVES["sft"](),
+        batch_size=args.per_device_eval_batch_size,
+        sharded=is_sharded,
+        **ranks,
+    )
+    if is_sharded and args.eval_answers:
+        logger.warning(
+            "held-out questions are not answered while weights are sharded over ranks; only their loss counts"
+        )
+    if is_sharded or not args.eval_answers:
+        return loss
+    answers = HeldOutAnswers(
+        held_out.samples,
+        loaded.processor,
+        image_folder=folder,
+        num_rows=args.eval_answers,
+        layout=layout,
+        max_length=args.model_max_length,
+        **ranks,
+    )
+    return lambda model: {**loss(model), **answers(model)}
 
 
 def rehearse(trainer: LlavaTrainer, dataset: SFTDataset, args: LlavaTrainingArguments, *, steps_per_epoch: int) -> None:

@@ -96,13 +96,14 @@ def test_validation_keeps_the_best_and_stops(parts: Path, tmp_path: Path) -> Non
     held_out.write_text(json.dumps(rows))
     folder = tmp_path / "run"
     options = {"num_train_epochs": 40, "learning_rate": 1e-2, "eval_strategy": "epoch", "save_strategy": "epoch"}
-    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_data_path": held_out}
+    options |= {"eval_data_path": held_out, "eval_answers": 4}
     train(
         arguments(parts, folder, **options, early_stopping_patience=2, save_total_limit=1, lr_scheduler_type="constant")
     )
     found = losses(folder, "eval_loss")
     best = found.index(min(found))
     assert len(found) == best + 3 < 40
+    assert len(losses(folder, "eval_closed_accuracy")) == len(losses(folder, "eval_open_recall")) == len(found)
     kept = saved(folder / f"checkpoint-{3 * (best + 1)}")
     assert all(torch.equal(tensor, kept[name]) for name, tensor in saved(folder).items())
     assert json.loads((folder / "trainer_state.json").read_text())["best_metric"] == pytest.approx(min(found))
