@@ -7,7 +7,7 @@ exactly as transformers' own SDPA attention, so one setting serves training, eva
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -19,6 +19,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from llava.constants import TREE_ATTENTION
+from llava.errors import ConfigError
+
+SCORE_KEYWORDS = ("softcap", "s_aux", "position_bias")
+"""What transformers hands to attention functions beside scaling and masks: SDPA would leave it out without a word."""
 
 
 class Piece(Protocol):
@@ -71,7 +75,11 @@ def tree_attention(
 
     Returns:
         [1, T, Hq, D] and None (attention weights are not kept).
+
+    Raises:
+        ConfigError: the model changes its scores in a way that SDPA does not know.
     """
+    _refuse_unknown_scores(keywords)
     if tree_plan is None:
         if sliding_window is not None:
             keywords["sliding_window"] = sliding_window
@@ -132,9 +140,26 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return cast(Callable[..., Tensor], torch.compile(flex_attention, dynamic=True))
 
 
+def _refuse_unknown_scores(keywords: Mapping[str, Any]) -> None:
+    for name in SCORE_KEYWORDS:
+        if keywords.get(name) is not None:
+            raise ConfigError(
+                f"the language model's attention uses {name!r}, which {TREE_ATTENTION!r} does not compute; "
+                "set its attention implementation to 'eager' and the layout to 'padded'"
+            )
+
+
+def supports_tree_attention(language_model: PreTrainedModel) -> bool:
+    """Whether the model's attention is what SDPA computes; others (soft caps, sinks, ALiBi) must keep their own."""
+    return bool(language_model._supports_sdpa)
+
+
 def use_tree_attention(model: PreTrainedModel) -> None:
-    """Let the language model attend tree by tree; the vision tower keeps SDPA."""
-    model.set_attn_implementation({"text_config": TREE_ATTENTION, "vision_config": "sdpa"})
+    """Let the language model attend tree by tree if it can; the vision tower keeps SDPA."""
+    implementations = {"vision_config": "sdpa"}
+    if supports_tree_attention(model.get_decoder()):
+        implementations["text_config"] = TREE_ATTENTION
+    model.set_attn_implementation(implementations)
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention)

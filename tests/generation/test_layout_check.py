@@ -1,79 +1,87 @@
-"""Which layout a model gets: found by computing, so wrong positions are noticed whatever the model is called."""
+"""The layout of a language model is found by trying it."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
     BloomConfig,
+    FalconConfig,
+    Gemma2Config,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
-    LlavaConfig,
     MambaConfig,
     MistralConfig,
     MptConfig,
-    PretrainedConfig,
     Qwen2Config,
+    Qwen3NextConfig,
 )
 
-from llava.data.flat_batch import FlatBatch, flatten
 from llava.generation import layout_check
 from llava.generation.layout_check import choose_layout
+from llava.model.config import LlavaMedConfig
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 3,
-    "vocab_size": 300,
-}
-EXACT: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SIZES),
-    "mistral with a window": MistralConfig(num_key_value_heads=2, sliding_window=6, **SIZES),
-    "qwen2": Qwen2Config(num_key_value_heads=2, **SIZES),
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
+LAYERED = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2}
+
+EXACT: dict[str, Any] = {
+    "llama": LlamaConfig(**LAYERED),
+    "mistral with a window": MistralConfig(**LAYERED, sliding_window=4096),
     "qwen2 with windows in some layers": Qwen2Config(
-        num_key_value_heads=2, use_sliding_window=True, sliding_window=6, max_window_layers=1, **SIZES
+        **{**LAYERED, "num_hidden_layers": 4}, use_sliding_window=True, sliding_window=512, max_window_layers=1
     ),
-    "gpt2 (learned positions)": GPT2Config(n_embd=32, n_head=4, n_layer=3, vocab_size=300),
+    "gpt2, learned positions": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=300),
 }
-NOT_EXACT: dict[str, PretrainedConfig] = {
-    "bloom (ALiBi)": BloomConfig(hidden_size=32, n_head=4, n_layer=3, vocab_size=300),
-    "mpt (ALiBi)": MptConfig(d_model=32, n_heads=4, n_layers=3, vocab_size=300),
-    "mamba (recurrent)": MambaConfig(hidden_size=32, num_hidden_layers=3, vocab_size=300, state_size=8),
+INEXACT: dict[str, Any] = {
+    "bloom, ALiBi": BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=300),
+    "mpt, ALiBi": MptConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=300),
+    "falcon, ALiBi": FalconConfig(**SMALL, alibi=True),
+    "gemma2, soft caps": Gemma2Config(**LAYERED, head_dim=8, sliding_window=64),
+    "gpt-oss, sinks": GptOssConfig(**LAYERED, head_dim=8, num_local_experts=2),
+    "qwen3-next, one layer in four attends": Qwen3NextConfig(
+        **{**LAYERED, "num_hidden_layers": 4}, head_dim=8, num_experts=0
+    ),
+    "mamba, recurrent": MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=300, state_size=4),
 }
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_models_with_given_positions_share_beginnings(name: str) -> None:
-    assert choose_layout(EXACT[name]) == "tree"
+def test_models_with_given_positions_share(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger=layout_check.__name__):
+        assert choose_layout(EXACT[name]) == "tree"
+    assert EXACT[name].model_type in caplog.text
 
 
-@pytest.mark.parametrize("name", NOT_EXACT)
-def test_other_models_get_padded_rows_and_the_log_says_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert choose_layout(NOT_EXACT[name]) == "padded"
-    assert "layout padded" in caplog.text and NOT_EXACT[name].model_type in caplog.text
+@pytest.mark.parametrize("name", INEXACT)
+def test_others_are_padded_and_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert choose_layout(INEXACT[name]) == "padded"
+    assert INEXACT[name].model_type in caplog.text and "padded" in caplog.text
 
 
-def test_the_text_config_of_a_whole_model_is_tried_and_kept_as_it_was() -> None:
-    config = LlavaConfig(text_config=LlamaConfig(**SIZES))
-    before = config.to_dict()
-    state = torch.get_rng_state()
-    assert choose_layout(config) == "tree"
-    assert config.to_dict() == before
-    assert torch.equal(torch.get_rng_state(), state)
+def test_a_model_that_shares_wrongly_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without positions in the tree, only the first layout that agrees is used."""
+    from llava.data import flat_batch
+
+    real = flat_batch.FlatBatch.model_inputs
+
+    def by_place(batch: flat_batch.FlatBatch) -> dict[str, Any]:
+        inputs = real(batch)
+        if batch.layout == "tree":
+            inputs["position_ids"] = torch.arange(batch.num_tokens)[None]
+        return inputs
+
+    monkeypatch.setattr(flat_batch.FlatBatch, "model_inputs", by_place)
+    assert choose_layout(EXACT["llama"]) == "flat"
 
 
-@pytest.mark.parametrize("broken", [("tree",), ("tree", "flat")])
-def test_an_inexact_layout_is_noticed(broken: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    def squeezed(*args: Any, **options: Any) -> FlatBatch:
-        """Every position halved, as a model would have it that counts otherwise."""
-        batch = flatten(*args, **options)
-        return replace(batch, position_ids=batch.position_ids // 2) if batch.layout in broken else batch
-
-    monkeypatch.setattr(layout_check, "flatten", squeezed)
-    assert choose_layout(EXACT["llama"]) == ("padded" if "flat" in broken else "flat")
+def test_the_given_config_and_the_random_state_stay() -> None:
+    text = LlamaConfig(**{**LAYERED, "num_hidden_layers": 5})
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    choose_layout(LlavaMedConfig(text_config=text))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (text.num_hidden_layers, text.vocab_size) == (5, 300)
