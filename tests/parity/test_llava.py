@@ -49,8 +49,15 @@ def close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("lm", LANGUAGE_MODELS)
-@pytest.mark.parametrize(("tower", "tie", "feature"), [("clip", False, "patch"), ("dinov2", True, "cls_patch")])
+@pytest.mark.parametrize(
+    ("lm", "tower", "tie", "feature"),
+    [
+        ("llama", "clip", False, "patch"),
+        ("mistral", "dinov2", True, "cls_patch"),
+        ("qwen2", "siglip", True, "cls_patch"),
+        ("llama", "vit", False, "patch"),
+    ],
+)
 def test_logits_loss_and_gradients(lm: str, tower: str, tie: bool, feature: str) -> None:
     loaded = tiny_llava("mlp2x_gelu", tower, lm, tie=tie, select_feature=feature)
     ours, theirs = loaded.model, library_model(loaded)
