@@ -89,6 +89,8 @@ class LlavaTrainingArguments(TrainingArguments):
     cache_dir: str | None = option(None, "accepted for old command lines; set HF_HOME instead")
     mm_projector_lr: float | None = option(None, "learning rate of the projector")
     mm_vision_tower_lr: float | None = option(None, "learning rate of the vision tower")
+    vision_tower_lr: float | None = option(None, "the same as --mm_vision_tower_lr")
+    logging_nan_inf_filter: bool = option(False, "hide steps without a finite loss behind earlier ones")
     group_by_modality_length: bool = option(False, "rows of one kind and of similar length in one step")
     group_by_length: bool = option(False, "rows of similar length in one step")
     image_grouping: str = option("", "on, off or auto: draw rows image by image so that they share it")

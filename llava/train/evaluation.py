@@ -16,19 +16,19 @@ from llava.train.objectives import Objective
 
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off without `model.eval()`.
+    """Switch every module but the quantized layers to evaluation.
 
-    A 4-bit layer on the CPU that runs once in evaluation mode without gradients loses its gradients for good, so only
-    the dropout modules change mode.
+    A 4-bit layer on the CPU that runs once in evaluation mode without gradients loses its gradients for good. All
+    others change, not only dropout layers: attention dropout and stochastic depth ask their own module's mode.
     """
-    switched = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
+    switched = [m for m in model.modules() if m.training and not type(m).__module__.startswith("bitsandbytes")]
     for module in switched:
-        module.eval()
+        module.training = False
     try:
         yield
     finally:
         for module in switched:
-            module.train()
+            module.training = True
 
 
 class HeldOutLoss:

@@ -35,6 +35,13 @@ def settle(args: LlavaTrainingArguments) -> None:
         if args.warmup_steps and args.warmup_steps != args.warmup_ratio:
             raise ConfigError(f"--warmup_ratio {args.warmup_ratio} and --warmup_steps {args.warmup_steps}; give one")
         args.warmup_steps = args.warmup_ratio
+    if args.vision_tower_lr is not None:
+        if args.mm_vision_tower_lr not in (None, args.vision_tower_lr):
+            raise ConfigError(
+                f"--vision_tower_lr {args.vision_tower_lr} and --mm_vision_tower_lr {args.mm_vision_tower_lr} differ; "
+                "give one"
+            )
+        args.mm_vision_tower_lr = args.vision_tower_lr
     _settle_device(args)
     _settle_fsdp(args)
     _settle_reports(args)

@@ -10,6 +10,7 @@ from llava.data.samplers import (
     LengthGroupedSampler,
     ModalityGroupedSampler,
     RandomSampler,
+    SequentialSampler,
     StepSampler,
 )
 from llava.data.sft import SFTDataset
@@ -28,8 +29,14 @@ def make_sampler(dataset: SFTDataset, args: LlavaTrainingArguments, default: str
     Raises:
         ConfigError: two orders are asked for at once.
     """
+    if args.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
+        raise ConfigError(
+            f"--train_sampling_strategy {args.train_sampling_strategy} is not known here; "
+            "expected random, sequential or group_by_length"
+        )
+    args.group_by_length |= args.train_sampling_strategy == "group_by_length"
     by_length = args.group_by_length or args.group_by_modality_length
-    wanted = args.image_grouping or ("off" if by_length else default)
+    wanted = args.image_grouping or ("off" if by_length or args.train_sampling_strategy == "sequential" else default)
     if wanted == "on" and by_length:
         raise ConfigError("--image_grouping on and grouping by length contradict each other; give one")
     if wanted == "auto":
@@ -45,6 +52,8 @@ def make_sampler(dataset: SFTDataset, args: LlavaTrainingArguments, default: str
         return ModalityGroupedSampler(lengths, size, rank=rank, world_size=world, seed=seed), "off"
     if args.group_by_length:
         return LengthGroupedSampler(dataset.lengths(), size, rank=rank, world_size=world, seed=seed), "off"
+    if args.train_sampling_strategy == "sequential":
+        return SequentialSampler(len(dataset), size, rank=rank, world_size=world, seed=seed), "off"
     return RandomSampler(len(dataset), size, rank=rank, world_size=world, seed=seed), "off"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from typing import cast
 
 from transformers import HfArgumentParser
 
+from llava.errors import ConfigError
 from llava.train import legacy_flags
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 
@@ -23,7 +25,7 @@ def parse(argv: Sequence[str] | None = None) -> Parsed:
     """Read the command line of every training entry.
 
     Raises:
-        ConfigError: values contradict each other; the parser itself exits with 2 on unknown options.
+        ConfigError: an option is unknown, or values contradict each other.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
@@ -32,7 +34,13 @@ def parse(argv: Sequence[str] | None = None) -> Parsed:
         epilog=EXAMPLE,
     )
     words = [_underscored(word) for word in words]
-    model, data, training = cast(Parsed, parser.parse_args_into_dataclasses(words))
+    *groups, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ConfigError(f"not understood: {' '.join(unknown)}{hint} (--help lists every option)")
+    model, data, training = cast(Parsed, tuple(groups))
     standard = (ModelArguments(model_name_or_path="x"), DataArguments(data_path="x"), LlavaTrainingArguments)
     legacy_flags.warn_without_effect((model, data, training), standard)
     legacy_flags.settle_validation(data, training)

@@ -10,12 +10,15 @@ never move the loss (tests/invariants).
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
@@ -26,8 +29,12 @@ from llava.train.args import LlavaTrainingArguments
 from llava.train.loader import Collator, StepBatch, StepLoader, matched_rows
 from llava.train.objectives import Objective
 from llava.train.optimizer import parameter_groups
+from llava.utils.jsonl import write_json
 
 logger = logging.getLogger(__name__)
+
+WINDOW_FILE = "loss_window-{}.json"
+"""Beside a checkpoint's random state: what this rank has added up since the last log."""
 
 Save = Callable[[str, "dict[str, Tensor] | None"], None]
 """Writes what is trained into a folder, given gathered weights when they are sharded."""
@@ -52,6 +59,15 @@ class Counts:
         self.supervised += step.num_supervised
         self.tokens += step.num_tokens
         self.unshared += step.num_unshared_tokens
+
+    def over_ranks(self, device: torch.device) -> Counts:
+        """Sums over all ranks."""
+        numbers = torch.tensor([self.sequences, self.supervised, self.tokens, self.unshared], dtype=torch.float64)
+        if dist.is_initialized():
+            numbers = numbers.to(device)
+            dist.all_reduce(numbers)
+        sequences, supervised, tokens, unshared = numbers.tolist()
+        return Counts(int(sequences), supervised, int(tokens), int(unshared))
 
 
 @dataclass(slots=True)
@@ -130,12 +146,15 @@ class LlavaTrainer(Trainer):
         try:
             for row, is_last in self._rows(inputs):
                 total += self._row_step(model, row, num_items_in_batch, is_last=is_last)
+            ran_out = False
         except torch.OutOfMemoryError as error:
             if self.args.world_size > 1 or self._limits.was_halved or not inputs.sequences:
                 raise ConfigError(
                     f"out of memory with rows of at most {self._limits.max_tokens_per_row} tokens; "
                     "lower --max_tokens_per_row or --per_device_train_batch_size, or use --gradient_checkpointing True"
                 ) from error
+            ran_out = True
+        if ran_out:  # not inside the handler: its traceback holds every activation of the row that failed
             self._halve_rows(inputs)
             model.zero_grad()
             return self.training_step(model, self._laid_out_again(inputs), num_items_in_batch)
@@ -224,6 +243,25 @@ class LlavaTrainer(Trainer):
         if self.args.should_save:
             assert self.args.output_dir is not None
             self.hooks.save(output_dir or self.args.output_dir, state_dict)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Random state, and the losses since the last log: a resume between two logs repeats the second exactly."""
+        super()._save_rng_state(output_dir)
+        since = {
+            "sum": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "ranks": self.args.world_size,
+        }
+        write_json(Path(output_dir) / WINDOW_FILE.format(self.args.process_index), since)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Counterpart of `_save_rng_state`; another number of ranks begins a new window."""
+        super()._load_rng_state(checkpoint)
+        path = Path(checkpoint or "") / WINDOW_FILE.format(self.args.process_index)
+        since = json.loads(path.read_text(encoding="utf-8")) if checkpoint and path.is_file() else {}
+        if since.get("ranks") == self.args.world_size:
+            self._tr_loss += since["sum"]
+            self._globalstep_last_logged = since["last_logged"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:

@@ -24,7 +24,7 @@ lora_r lora_weight_path max_tokens_per_row mm_patch_merge_type mm_projector_lr m
 mm_use_im_patch_token mm_use_im_start_end mm_vision_select_feature mm_vision_select_layer mm_vision_tower_lr
 model_max_length model_name_or_path mpt_attn_impl overwrite_output_dir prefix_sharing pretrain_mm_mlp_adapter
 quant_type questions_per_image skip_bad system_file tune_mm_mlp_adapter unfreeze_mm_vision_tower version vision_tower
-warmup_ratio
+vision_tower_lr warmup_ratio
 """
 """Every option of ours; a name that leaves this list breaks somebody's command line."""
 

@@ -1,0 +1,27 @@
+"""Rates count what every rank computed."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from llava.train.trainer import Counts
+from tests.ranks import run
+
+
+def add_up() -> tuple[int, float, int, int]:
+    """Job: counts that differ by rank, added up."""
+    dist.init_process_group("gloo")
+    rank = int(os.environ["RANK"])
+    total = Counts(2 + rank, 10.0 * (rank + 1), 100, 300 + rank).over_ranks(torch.device("cpu"))
+    return total.sequences, total.supervised, total.tokens, total.unshared
+
+
+def test_counts_of_two_ranks() -> None:
+    assert run(2, add_up) == [(5, 30.0, 200, 601)] * 2
+
+
+def test_counts_of_one_process() -> None:
+    assert Counts(2, 10.0, 100, 300).over_ranks(torch.device("cpu")) == Counts(2, 10.0, 100, 300)

@@ -1,0 +1,59 @@
+"""Out of memory: the rows are halved once, the loss stays, and nothing of the failed row is still in memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llava.data.flat_batch import FlatBatch
+from llava.train import objectives
+from tests.runs import arguments, losses, train, write_parts
+
+
+class Failing(objectives.SFT):
+    """Runs out of memory in some of its calls."""
+
+    fails_at: tuple[int, ...] = (2,)
+    calls = 0
+    sizes: list[int]
+    failed: list[weakref.ref[Tensor]]
+
+    def __call__(self, model: Callable[..., Any], batch: FlatBatch, *, num_items: Tensor) -> Any:
+        type(self).calls += 1
+        activation = torch.ones(3)
+        if self.failed:
+            assert self.failed[0]() is None, "the failed row is still in memory"
+        self.sizes.append(batch.num_tokens)
+        if self.calls in self.fails_at:
+            self.failed.append(weakref.ref(activation))
+            raise torch.OutOfMemoryError("simulated")
+        return super().__call__(model, batch, num_items=num_items)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> type[Failing]:
+    kind = type("FailingOnce", (Failing,), {"calls": 0, "sizes": [], "failed": []})
+    monkeypatch.setitem(objectives.OBJECTIVES, "sft", kind)
+    return kind
+
+
+def test_same_loss_with_smaller_rows(
+    parts: Path, tmp_path: Path, failing: type[Failing], caplog: pytest.LogCaptureFixture
+) -> None:
+    train(arguments(parts, tmp_path / "halved", per_device_train_batch_size=6))
+    objectives.OBJECTIVES["sft"] = objectives.SFT
+    train(arguments(parts, tmp_path / "plain", per_device_train_batch_size=6))
+    assert losses(tmp_path / "halved") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    assert caplog.text.count("out of memory") == 1
+    assert max(failing.sizes[2:]) <= failing.sizes[1]
