@@ -36,7 +36,7 @@ class Settings:
     lm: str | None = None
     vision_tower: str | None = None
     seed: int = 0
-    num_train: int = 600
+    num_train: int = 480
     num_test: int = 64
     epochs: float = 1.0
     image_size: int = 112
