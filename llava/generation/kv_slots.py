@@ -9,8 +9,10 @@ Slots 0 to B - 1 are the running ones, so a decoding step works on views and nev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -71,18 +73,13 @@ class SlotCache(Cache):
             paths: for each sequence the positions of its tokens in the row.
         """
         lengths = [len(path) for path in paths]
-        longest, start = max(lengths), self.num_running
-        stop = start + len(paths)
-        device = row.keys[0].device
-        # Shorter paths are filled up with position 0; what lies beyond a slot's length is masked and overwritten.
-        table = torch.zeros(len(paths), longest, dtype=torch.long)
-        for index, path in enumerate(paths):
-            table[index, : len(path)] = path
-        table = table.to(device)
-        self._reserve(row, stop, longest + 1)
-        for kept, captured in ((self.keys, row.keys), (self.values, row.values)):
-            for buffer, states in zip(kept, captured, strict=True):
-                buffer[start:stop, :, :longest] = states[0][:, table].transpose(0, 1)
+        start = self.num_running
+        self._reserve(row, start + len(paths), max(lengths) + 1)
+        for slot, path in enumerate(paths, start):
+            for first, place, length in _runs(path):
+                for kept, captured in ((self.keys, row.keys), (self.values, row.values)):
+                    for buffer, states in zip(kept, captured, strict=True):
+                        buffer[slot, :, first : first + length] = states[0, :, place : place + length]
         self.lengths.extend(lengths)
         self._moved()
 
@@ -174,6 +171,13 @@ class SlotCache(Cache):
         grown = buffer.new_zeros(max(num_slots, slots), heads, max(length, tokens), width)
         grown[:slots, :, :tokens] = buffer
         return grown
+
+
+def _runs(path: Tensor) -> list[tuple[int, int, int]]:
+    """`(index in the path, position in the row, length)` of the stretches in which a path is contiguous."""
+    places = path.numpy()
+    breaks = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
+    return [(first, int(places[first]), last - first) for first, last in pairwise(breaks)]
 
 
 def decoding_masks(cache: SlotCache, config: Any) -> Tensor | dict[str, Tensor]:
