@@ -6,6 +6,7 @@ import json
 import logging
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss_curve.png"
+SUMMARY_KEY = "train_runtime"
+"""Only the line at the end of a run has it."""
 
 
 def peak_memory_gb() -> float:
@@ -39,9 +42,10 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Forget lines of steps that are computed again after a resume, so that none is doubled."""
         self._since = time.perf_counter()
-        if state.is_world_process_zero and self.path.exists():
-            kept = [row for row in _whole_lines(self.path) if row["step"] <= state.global_step]
-            write_records(self.path, kept)
+        done = state.global_step
+        if state.is_world_process_zero:
+            _keep(self.path, lambda row: row["step"] <= done and SUMMARY_KEY not in row)
+        _keep(row_ids_file(self.path.parent, args.process_index), lambda row: row["step"] <= done)
 
     def on_log(
         self,
@@ -76,6 +80,17 @@ class MetricsCallback(TrainerCallback):
             "tokens_per_second": round(counts.tokens / seconds, 1),
             "shared_tokens": round(1 - counts.tokens / max(counts.unshared, 1), 4),
         }
+
+
+def row_ids_file(folder: Path, rank: int) -> Path:
+    """Where a rank lists the numbers of the rows of each step (`--log_row_ids`)."""
+    return folder / f"row_ids-{rank}.jsonl"
+
+
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the other lines of a file, if there is one."""
+    if path.exists():
+        write_records(path, [row for row in _whole_lines(path) if wanted(row)])
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from llava.errors import ConfigError
-from llava.model.building import Loaded, build
+from llava.model.building import Loaded, build, portable
 from llava.model.checkpoint import ORIGIN_FILE, load_projector
-from llava.model.loading import load
+from llava.model.loading import load, read_origin
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ def open_model(model_args: ModelArguments, data_args: DataArguments, args: Llava
     system = Path(model_args.system_file).read_text(encoding="utf-8").strip() if model_args.system_file else None
     if (Path(model_args.model_name_or_path) / ORIGIN_FILE).is_file():
         loaded = load(model_args.model_name_or_path, dtype=_dtype(args), bits=model_args.bits)
+        check_against(loaded, model_args, data_args)
         if model_args.version or system:
             name = model_args.version or loaded.processor.template.name
             loaded.processor.use_template(name, system=system)
@@ -40,6 +41,31 @@ def open_model(model_args: ModelArguments, data_args: DataArguments, args: Llava
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(loaded.model, model_args.pretrain_mm_mlp_adapter)
     return loaded
+
+
+def check_against(loaded: Loaded, model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Say which options describe a new model only: a checkpoint of ours has decided them.
+
+    Raises:
+        ConfigError: markers are asked for, and the checkpoint was trained without them.
+    """
+    config = loaded.model.config
+    if model_args.mm_use_im_start_end and not config.use_im_start_end:
+        raise ConfigError(
+            f"{model_args.model_name_or_path} was trained without marker tokens, so --mm_use_im_start_end cannot be "
+            "kept to; drop it, or train stage 1 with it"
+        )
+    earlier = read_origin(model_args.model_name_or_path).get("build", {})
+    tower = model_args.vision_tower
+    decided = {
+        "vision_tower": (portable(tower) if tower else None, earlier.get("vision_tower"), None),
+        "mm_projector_type": (model_args.mm_projector_type, config.projector_type, "linear"),
+        "mm_vision_select_layer": (model_args.mm_vision_select_layer, config.vision_feature_layer, -2),
+        "image_aspect_ratio": (data_args.image_aspect_ratio, config.image_aspect_ratio, "square"),
+    }
+    for name, (given, kept, default) in decided.items():
+        if kept is not None and given not in (default, kept):
+            logger.warning("--%s %s is ignored: %s was built with %s", name, given, model_args.model_name_or_path, kept)
 
 
 @contextmanager

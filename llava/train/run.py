@@ -28,7 +28,7 @@ from llava.model import lora
 from llava.model.building import Loaded
 from llava.train import dry_run, run_folder
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
-from llava.train.callbacks import MetricsCallback
+from llava.train.callbacks import MetricsCallback, row_ids_file
 from llava.train.evaluation import HeldOutLoss
 from llava.train.held_out_answers import HeldOutAnswers
 from llava.train.loader import Collator, StepLoader
@@ -181,8 +181,8 @@ def make_trainer(
     if data_args.eval_data_path:
         hooks.validate = make_validation(data_args.eval_data_path, data_args, args, loaded, collator.layout)
     if args.log_row_ids:
-        ids = args.run_folder / f"row_ids-{args.process_index}.jsonl"
-        hooks.on_step = lambda step, number: append(ids, {"step": number, "rows": step.row_ids})
+        ids = row_ids_file(args.run_folder, args.process_index)
+        hooks.on_step = lambda step, number: append(ids, {"step": number + 1, "rows": step.row_ids})
     metrics = MetricsCallback(args.run_folder)
     callbacks: list[TrainerCallback] = [metrics]
     if args.early_stopping_patience:
@@ -239,6 +239,8 @@ def rehearse(trainer: LlavaTrainer, dataset: SFTDataset, args: LlavaTrainingArgu
     assert trainer.model is not None
     logger.info("%s\n%s", dry_run.token_table(dataset), dry_run.memory_table(trainer.model))
     timer = dry_run.StepTimer()
+    trainer.remove_callback(MetricsCallback)
+    trainer.hooks.on_step = None
     trainer.add_callback(timer)
     dry_run.shorten(args)
     with torch.random.fork_rng():

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +47,10 @@ def write_start(parsed: Parsed, provenance: dict[str, Any], report: str) -> None
     """Write arguments, provenance and the table of trained parameters."""
     model, data, training = parsed
     folder = training.run_folder
+    if training.overwrite_output_dir:  # else a later resume would go on from the earlier run
+        for checkpoint in folder.glob("checkpoint-*"):
+            if re.fullmatch(r"checkpoint-\d+", checkpoint.name):
+                shutil.rmtree(checkpoint)
     arguments = {
         "model": asdict(model),
         "data": asdict(data),

@@ -14,6 +14,7 @@ from tests.ranks import run, start
 from tests.runs import (
     arguments,
     losses,
+    metrics,
     saved,
     steps,
     train,
@@ -113,3 +114,25 @@ def test_overwriting_starts_anew(parts: Path, killed: Path, tmp_path: Path) -> N
     folder = copied(killed, tmp_path / "run")
     run(1, train, arguments(parts, folder, **KINDS["model"], num_train_epochs=1, overwrite_output_dir=True))
     assert steps(folder) == [1, 2, 3]
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_a_finished_run_does_nothing_again(parts: Path, tmp_path: Path) -> None:
+    options = {**EVERY_STEP, "log_row_ids": True, "save_steps": 3}
+    run(1, train, arguments(parts, tmp_path, **options))
+    before = {name: (tmp_path / name).read_text() for name in ("row_ids-0.jsonl",)}
+    weights = saved(tmp_path)
+    run(1, train, arguments(parts, tmp_path, **options))
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert sum("train_runtime" in row for row in metrics(tmp_path)) == 1
+    assert before == {name: (tmp_path / name).read_text() for name in before}
+    assert all(torch.equal(tensor, saved(tmp_path)[name]) for name, tensor in weights.items())
+
+
+def test_row_ids_of_a_resumed_run_are_not_doubled(parts: Path, tmp_path: Path) -> None:
+    options = {**EVERY_STEP, "log_row_ids": True}
+    assert start(1, train_until_killed, arguments(parts, tmp_path, **options), 5) == [("died", -9)]
+    run(1, train, arguments(parts, tmp_path, **options))
+    rows = [json.loads(line) for line in (tmp_path / "row_ids-0.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert sorted(number for row in rows for number in row["rows"]) == sorted(list(range(12)) * 2)

@@ -1,0 +1,79 @@
+"""What a run starts from, and options that a checkpoint has decided."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from llava.errors import CheckpointError, ConfigError, LlavaError
+from llava.model.checkpoint import save_model
+from llava.model.loading import load
+from llava.train.run import run_sft
+from tests.runs import arguments, train, write_parts, write_uneven
+from tests.tiny import tiny_llava, write_tiny_tower
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parts, and `ours`: a model of this package without markers."""
+    folder = write_parts(tmp_path_factory.mktemp("parts"))
+    loaded = tiny_llava("linear")
+    save_model(loaded.model, loaded.processor, folder / "ours", origin=loaded.origin)
+    write_tiny_tower(folder / "other_tower", "dinov2")
+    return folder
+
+
+def refused(parts: Path, tmp_path: Path, error: type[LlavaError], match: str, **changed: object) -> None:
+    with pytest.raises(error, match=match):
+        train(arguments(parts, tmp_path / "run", **changed))
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_what_cannot_start_is_refused(parts: Path, tmp_path: Path) -> None:
+    refused(parts, tmp_path, ConfigError, "--vision_tower is missing", vision_tower=None)
+    refused(parts, tmp_path, ConfigError, "no such file", data_path=tmp_path / "none.json")
+    refused(parts, tmp_path, CheckpointError, "no such folder", vision_tower=tmp_path / "none")
+    refused(parts, tmp_path, CheckpointError, "projector", pretrain_mm_mlp_adapter=parts / "lm")
+    both = {"freeze_backbone": True, "freeze_mm_mlp_adapter": True}
+    refused(parts, tmp_path, ConfigError, "nothing would train", **both)
+    contradiction = {"image_grouping": "on", "group_by_length": True}
+    refused(parts, tmp_path, ConfigError, "contradict", **contradiction)
+
+
+def test_markers_cannot_be_added_later(parts: Path, tmp_path: Path) -> None:
+    ours = {"model_name_or_path": parts / "ours", "mm_use_im_start_end": True}
+    refused(parts, tmp_path, ConfigError, "without marker tokens", **ours)
+
+
+def test_options_that_a_checkpoint_decided_are_named(
+    parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = {"model_name_or_path": parts / "ours", "vision_tower": parts / "other_tower"}
+    with caplog.at_level(logging.WARNING):
+        train(arguments(parts, tmp_path, **ours, mm_projector_type="mlp2x_gelu", image_aspect_ratio="square"))
+    ignored = [record.message.split()[0] for record in caplog.records if "is ignored: " in record.message]
+    assert ignored == ["--vision_tower", "--mm_projector_type"]
+
+
+def test_template_and_system_text_are_replaced_and_saved(parts: Path, tmp_path: Path) -> None:
+    text = tmp_path / "system.txt"
+    text.write_text("You read images.\n")
+    options = {"model_name_or_path": parts / "ours", "version": "v1", "system_file": text, "vision_tower": None}
+    train(arguments(parts, tmp_path / "run", **options))
+    processor = load(tmp_path / "run").processor
+    assert processor.template.name == "v1" and processor.template.system == "You read images."
+
+
+def test_rows_are_grouped_by_image_where_it_pays(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    uneven = {"data_path": write_uneven(tmp_path), "image_folder": tmp_path / "images"}
+    with caplog.at_level(logging.INFO):
+        run_sft(arguments(parts, tmp_path / "shared"), image_grouping="auto")
+        run_sft(arguments(parts, tmp_path / "off", image_grouping="off"), image_grouping="auto")
+        run_sft(arguments(parts, tmp_path / "length", group_by_length=True), image_grouping="auto")
+        run_sft(arguments(parts, tmp_path / "kind", **uneven, group_by_modality_length=True), image_grouping="auto")
+    found = [
+        record.message.split("image grouping ")[1][:3] for record in caplog.records if "grouping" in record.message
+    ]
+    assert [word.strip() for word in found] == ["on", "off", "off", "off"]
