@@ -82,3 +82,11 @@ def test_logprobs_ignore_temperature_and_half_precision_sums_in_float() -> None:
     logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     expected = logits.float().log_softmax(-1)[[0, 1, 2], [5, 6, 7]]
     assert torch.allclose(torch.tensor(logprobs_of(logits, [5, 6, 7])), expected, atol=1e-5)
+
+
+def test_the_likeliest_token_is_the_first_of_equals_in_every_precision() -> None:
+    greedy = TokenDraw(Sampling())
+    logits = torch.tensor([[0.0, 3.0, 3.0, -1.0], [float("-inf"), -2.0, -5.0, -2.0]])
+    for precision in (torch.float32, torch.bfloat16, torch.float64):
+        assert choose(logits.to(precision), [greedy, greedy]) == [1, 1]
+    assert choose(logits[:, ::2], [greedy, greedy]) == [1, 1]
