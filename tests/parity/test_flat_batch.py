@@ -85,7 +85,7 @@ def check(
 )
 @settings(max_examples=40, deadline=None)
 def test_loss_and_gradients_on_random_trees(chance: random.Random, num_sequences: int, lm: str, layout: Layout) -> None:
-    """In double precision: shrunk examples repeat one token, which makes true query gradients zero, not their rounding."""
+    """In double precision: shrunk examples repeat one token; true query gradients are zero then, rounding is not."""
     check(random_sequences(chance, num_sequences), lm, layout, torch.float64)
 
 

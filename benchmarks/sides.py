@@ -1,0 +1,112 @@
+"""One optimiser step of each side that the training benchmark compares: ours, transformers', TRL's."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.common import IMAGE_TOKEN_ID, library_model, our_model, padded_inputs
+from llava.constants import IGNORE_INDEX
+from llava.data.encode import Encoded
+from llava.data.flat_batch import flatten
+from llava.train.objectives import SFT
+
+
+class Side(Protocol):
+    """A model with its optimiser."""
+
+    def step(self, sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> float:
+        """Train on one batch, from its sequences to moved weights; return the summed loss of its trained tokens."""
+        ...
+
+
+def _optimizer(model: nn.Module) -> torch.optim.AdamW:
+    """The same for all sides; a rate of 0 keeps their weights, hence their losses, equal. AdamW works as always."""
+    return torch.optim.AdamW(model.parameters(), lr=0.0)
+
+
+def num_trained(sequences: Sequence[Encoded]) -> int:
+    """Trained tokens of a batch."""
+    return sum(label != IGNORE_INDEX for sequence in sequences for label in sequence.labels)
+
+
+class Ours:
+    """The flat batch."""
+
+    def __init__(self) -> None:
+        self.model = our_model().train()
+        self.optimizer = _optimizer(self.model)
+
+    def step(self, sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> float:
+        """Lay out, forward, backward, update."""
+        batch = flatten(sequences, images, image_token_id=IMAGE_TOKEN_ID)
+        loss = SFT()(self.model, batch, num_items=batch.edge_weight.sum()).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item() * len(batch.edge_weight)
+
+
+class Transformers:
+    """`LlavaForConditionalGeneration` on padded rows, with its own loss."""
+
+    def __init__(self) -> None:
+        self.model = library_model(our_model()).train()
+        self.optimizer = _optimizer(self.model)
+
+    def step(self, sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> float:
+        """Pad, forward, backward, update."""
+        loss = self.model(**padded_inputs(sequences, images), use_cache=False).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.item()) * num_trained(sequences)
+
+
+class TRL:
+    """`SFTTrainer.training_step` with its fused, chunked loss; its loop, logging and data loading are not counted."""
+
+    def __init__(self) -> None:
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>")),
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token="</s>",
+        )
+        arguments = SFTConfig(
+            output_dir=tempfile.mkdtemp(),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            max_length=None,
+        )
+        self.trainer = SFTTrainer(
+            model=library_model(our_model()),
+            args=arguments,
+            train_dataset=Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]}),
+            processing_class=tokenizer,
+        )
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.model = self.trainer.model
+        self.optimizer = _optimizer(self.model)
+
+    def step(self, sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> float:
+        """Pad, one training step, update."""
+        count = num_trained(sequences)
+        loss = self.trainer.training_step(self.model, padded_inputs(sequences, images), torch.tensor(count))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.item()) * count
+
+
+SIDES: dict[str, Callable[[], Any]] = {"ours": Ours, "transformers": Transformers, "trl": TRL}
