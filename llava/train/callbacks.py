@@ -56,9 +56,10 @@ class MetricsCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Write one line."""
+        throughput = self._throughput(args.device)
         if not state.is_world_process_zero or not logs:
             return
-        row = {"step": state.global_step, **logs, **self._throughput(), "peak_memory_gb": round(peak_memory_gb(), 3)}
+        row = {"step": state.global_step, **logs, **throughput, "peak_memory_gb": round(peak_memory_gb(), 3)}
         append(self.path, row)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -66,10 +67,11 @@ class MetricsCallback(TrainerCallback):
         if state.is_world_process_zero and self.path.exists():
             draw_curve(self.path, self.path.parent / CURVE_FILE)
 
-    def _throughput(self) -> dict[str, float]:
+    def _throughput(self, device: torch.device) -> dict[str, float]:
+        """Rates over all ranks; every rank logs at the same time, so that they can add up."""
         if self.trainer is None:
             return {}
-        counts, self.trainer.counts = self.trainer.counts, Counts()
+        counts, self.trainer.counts = self.trainer.counts.over_ranks(device), Counts()
         now = time.perf_counter()
         seconds, self._since = max(now - self._since, 1e-9), now
         if not counts.sequences:

@@ -57,6 +57,14 @@ def make_sampler(dataset: SFTDataset, args: LlavaTrainingArguments, default: str
     return RandomSampler(len(dataset), size, rank=rank, world_size=world, seed=seed), "off"
 
 
+def describe(sampler: StepSampler) -> str:
+    """All that decides which rows a step holds, apart from data, seed and global batch."""
+    text = f"{type(sampler).__name__} of {sampler.num_rows} rows"
+    if isinstance(sampler, ImageGroupedSampler):  # its groups are cut where a rank's share ends
+        text += f", up to {sampler.questions_per_image} of an image, number of ranks {sampler.world_size}"
+    return text
+
+
 def _rows_per_image(dataset: SFTDataset) -> float:
     groups = Counter(group for group in dataset.image_groups() if group is not None)
     return sum(groups.values()) / len(groups) if groups else 0.0

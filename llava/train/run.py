@@ -26,7 +26,7 @@ from llava.errors import ConfigError
 from llava.generation.layout_check import choose_layout
 from llava.model import lora
 from llava.model.building import Loaded
-from llava.train import dry_run, run_folder
+from llava.train import dry_run, order, run_folder
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 from llava.train.callbacks import MetricsCallback, row_ids_file
 from llava.train.evaluation import HeldOutLoss
@@ -34,7 +34,6 @@ from llava.train.held_out_answers import HeldOutAnswers
 from llava.train.loader import Collator, StepLoader
 from llava.train.objectives import OBJECTIVES
 from llava.train.opening import open_model, whole_weights
-from llava.train.order import make_sampler
 from llava.train.parsing import Parsed, parse
 from llava.train.saving import Kind, hooks_for
 from llava.train.trainer import LlavaTrainer
@@ -64,9 +63,9 @@ def run_sft(argv: Sequence[str] | None = None, *, image_grouping: str = "auto") 
         layout = layout_of(loaded, args)
     dataset = open_data(data_args.data_path, data_args.image_folder, data_args, args, loaded)
     use_cache_of_features(dataset, loaded, model_args, data_args)
-    sampler, grouping = make_sampler(dataset, args, image_grouping)
+    sampler, grouping = order.make_sampler(dataset, args, image_grouping)
     collator = make_collator(dataset, loaded, layout, args)
-    provenance = run_folder.describe(parsed, layout, grouping, kind)
+    provenance = run_folder.describe(parsed, layout, grouping, order.describe(sampler), kind)
     resume = run_folder.checkpoint_to_resume(parsed, provenance)
     loader = StepLoader(sampler, collator, num_workers=args.dataloader_num_workers, seed=args.seed)
     trainer = make_trainer(parsed, loaded, (network, kind), loader, collator)

@@ -23,11 +23,11 @@ ARGUMENTS_FILE = "resolved_arguments.json"
 PROVENANCE_FILE = "provenance.json"
 STATE_FILE = "trainer_state.json"
 
-DECISIVE = ("data_sha256", "global_batch", "seed", "image_grouping", "trains")
-"""Facts that a run must share with the one it goes on from; another number of ranks is fine."""
+DECISIVE = ("data_sha256", "global_batch", "seed", "image_grouping", "order", "trains")
+"""Facts that a run must share with the one it goes on from; another number of ranks is fine where the order allows."""
 
 
-def describe(parsed: Parsed, layout: str, grouping: str, trains: str) -> dict[str, Any]:
+def describe(parsed: Parsed, layout: str, grouping: str, order: str, trains: str) -> dict[str, Any]:
     """Provenance of a run: data, what decides the order of rows, what is trained (projector, adapter, model), code."""
     model, data, training = parsed
     return {
@@ -37,6 +37,7 @@ def describe(parsed: Parsed, layout: str, grouping: str, trains: str) -> dict[st
         "global_batch": training.global_batch,
         "seed": training.seed,
         "image_grouping": grouping,
+        "order": order,
         "trains": trains,
         "layout": layout,
         "git_commit": git_commit(),
@@ -74,9 +75,17 @@ def last_checkpoint(folder: Path) -> Path | None:
     found = [
         (int(match[1]), path)
         for path in (folder.glob("checkpoint-*") if folder.is_dir() else [])
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE_FILE).is_file()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and _is_whole(path)
     ]
     return max(found)[1] if found else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """The state file, which is written last, is there and not torn."""
+    try:
+        return bool(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
 
 
 def checkpoint_to_resume(parsed: Parsed, provenance: dict[str, Any]) -> str | None:
@@ -94,8 +103,8 @@ def checkpoint_to_resume(parsed: Parsed, provenance: dict[str, Any]) -> str | No
     path = explicit or last_checkpoint(training.run_folder)
     if path is None:
         return None
-    if not (path / STATE_FILE).is_file():
-        raise ConfigError(f"{path} cannot be resumed: it has no {STATE_FILE}, so it was not written to its end")
+    if not _is_whole(path):
+        raise ConfigError(f"{path} cannot be resumed: it has no whole {STATE_FILE}, so it was not written to its end")
     earlier = path.parent / PROVENANCE_FILE
     if earlier.is_file():
         before = json.loads(earlier.read_text(encoding="utf-8"))
