@@ -169,7 +169,10 @@ def _share(percent: float | None) -> float:
 
 
 def choose_examples(items: Sequence[Item], blank: Sequence[Item] | None, num_examples: int) -> list[int]:
-    """Return positions of telling answers: failed, helped by the picture, wrong and right ones in turn."""
+    """Return positions of telling answers: failed, helped by the picture, wrong and right ones in turn.
+
+    Each shows another picture as long as there are pictures left.
+    """
     groups: dict[str, list[int]] = {"failed": [], "helped": [], "wrong": [], "right": []}
     for index, item in enumerate(items):
         right = is_right(item)
@@ -183,7 +186,10 @@ def choose_examples(items: Sequence[Item], blank: Sequence[Item] | None, num_exa
     chosen: list[int] = []
     while queues and len(chosen) < num_examples:
         group = queues.pop(0)
-        chosen.append(group.pop(0))
+        shown = {items[index].image for index in chosen}
+        unseen = [index for index in group if items[index].image not in shown]
+        chosen.append((unseen or group)[0])
+        group.remove(chosen[-1])
         if group:
             queues.append(group)
     return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -22,6 +23,12 @@ def test_examples_take_turns() -> None:
     assert html_report.choose_examples(items, blank, 4) == [3, 1, 2, 0]
     assert html_report.choose_examples(items, blank, 99) == [3, 1, 2, 0, 4]
     assert html_report.choose_examples([], None, 5) == []
+
+
+def test_examples_show_different_pictures_while_there_are_any() -> None:
+    items = [replace(make(str(number), "yes"), image=picture) for number, picture in enumerate("aab")]
+    assert html_report.choose_examples(items, None, 2) == [0, 2]
+    assert html_report.choose_examples(items, None, 3) == [0, 2, 1]
 
 
 def test_case_is_escaped_and_shows_the_control() -> None:
