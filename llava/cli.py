@@ -8,16 +8,12 @@ A command's module is imported when that command runs, so `llava --help` costs n
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llava.errors import LlavaError
+from llava.utils.cli import run_program
 from llava.utils.lookup import lookup
-
-TRACEBACK_VARIABLE = "LLAVA_TRACEBACK"
-"""Environment variable; when set, a deliberate error shows its traceback instead of its message only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(overview() + "\n")
         return
-    try:
-        run(arguments)
-    except LlavaError as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        sys.stderr.write(f"llava: error: {error}\n(set {TRACEBACK_VARIABLE}=1 to see where it was raised)\n")
-        raise SystemExit(2) from None
+    run_program(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from llava.eval.protocol import GREY, YES_NO_OPTIONS
 from llava.generation.protocol import Engine
 from llava.samples import Sample
 from llava.utils import log
-from llava.utils.cli import Parser
+from llava.utils.cli import Parser, run_program
 from llava.utils.jsonl import read_records, read_text, write_json
 from llava.utils.provenance import stamp, weights_sha256
 
@@ -287,4 +287,4 @@ def _items(samples: Sequence[Sample], answers: Path) -> list[Item]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

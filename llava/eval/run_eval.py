@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llava.eval.medvqa import programs
+from llava.utils.cli import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -16,4 +17,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llava.eval import answering
+from llava.utils.cli import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -17,4 +18,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llava.train.run import run_sft
+from llava.utils.cli import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,4 +20,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -7,9 +7,15 @@ switch may stand alone or carry a word (`--flag`, `--flag True`, `--flag False`)
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from llava.errors import LlavaError
+
+TRACEBACK_VARIABLE = "LLAVA_TRACEBACK"
+"""Environment variable; when set, a deliberate error shows its traceback instead of its message only."""
 
 TRUE_WORDS = frozenset({"true", "t", "yes", "y", "on", "1"})
 FALSE_WORDS = frozenset({"false", "f", "no", "n", "off", "0"})
@@ -70,3 +76,14 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse `args` (the process's own words by default) after rewriting option names."""
         return super().parse_known_args(with_dashes(sys.argv[1:] if args is None else list(args)), namespace)
+
+
+def run_program(program: Callable[[], None]) -> None:
+    """Run an entry; deliberate errors end with their message and status 2 instead of a traceback."""
+    try:
+        program()
+    except LlavaError as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        sys.stderr.write(f"llava: error: {error}\n(set {TRACEBACK_VARIABLE}=1 to see where it was raised)\n")
+        raise SystemExit(2) from None

@@ -73,6 +73,6 @@ def test_an_unknown_command_names_the_known_ones(words: list[str], capsys: pytes
 
 
 def test_a_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    monkeypatch.setenv("LLAVA_TRACEBACK", "1")
     with pytest.raises(ConfigError):
         cli.main(["trian"])
