@@ -1,14 +1,19 @@
-"""Keys and values of running sequences: one slot each, every slot with a length of its own.
+"""Keys and values of running sequences, and the attention of a decoding step over them.
 
-    prefill: one flat row --CapturedRow--> K, V of the row --gather the positions of a path--> slot
-    decode:  token of each slot --SlotCache.update--> K, V of slots [B, H, L, D], masked beyond each slot's length
+    prefill: one flat row --CapturedRow--> K, V of the row
+    join:    what it shares with others --> a stem [H, P, D], one for all of them;  the rest of its path --> a slot
+    decode:  the new token of each slot attends to its stem and to its slot; a stem is read once for all its sequences
 
-Slots 0 to B - 1 are the running ones, so a decoding step works on views and never gathers.
+Questions about one image have the image in their stem: it is stored once, and a step reads it once. Slots 0 to B - 1
+are the running ones and stems 0 to S - 1 the used ones, so a step works on views.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,11 +22,12 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-"""transformers' names of the two kinds of attention layers."""
+from llava.generation.kv_buffers import LayerBuffers
 
-FIRST_LENGTH = 128
-"""Tokens that a fresh slot holds at least; slots grow by doubling."""
+NUM_CHUNKS, MIN_CHUNK = 4, 8
+"""Slots are attended to in so many stretches, so that short ones are not padded to the longest of all."""
+
+_serial_numbers = itertools.count()
 
 
 class CapturedRow(Cache):
@@ -29,6 +35,7 @@ class CapturedRow(Cache):
 
     def __init__(self) -> None:
         super().__init__(layers=[])
+        self.serial = next(_serial_numbers)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -45,149 +52,248 @@ class CapturedRow(Cache):
         return 0
 
 
-class SlotCache(Cache):
-    """Keys and values [slots, H, length, D] of every layer, and how much of each slot is filled."""
+@dataclass(frozen=True, slots=True)
+class Path:
+    """Where a sequence lies in a row: positions of what it shares with others, and of the rest.
+
+    Attributes:
+        stem: number of the shared part in its row; equal numbers are equal parts.
+        shared: [P] positions of the shared part.
+        rest: [n] positions behind it.
+    """
+
+    stem: int
+    shared: Tensor
+    rest: Tensor
+
+
+@dataclass(slots=True)
+class Stem:
+    """What a stem holds, how long it is, and which slots use it."""
+
+    name: tuple[int, int]
+    length: int
+    slots: list[int]
+
+
+class SlotCache:
+    """Stems, slots, and the attention over both."""
 
     def __init__(self, *, max_slots: int, max_length: int) -> None:
         """Start without memory; slots are made as they are needed, up to `max_slots` of `max_length` tokens."""
-        super().__init__(layers=[])
-        self.max_slots = max_slots
-        self.max_length = max_length
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.stem_states = LayerBuffers(max_rows=max_slots, max_length=max_length)
+        self.slot_states = LayerBuffers(max_rows=max_slots, max_length=max_length)
+        self.stems: list[Stem] = []
+        self.stem_of: list[int] = []
         self.lengths: list[int] = []
-        self._places = torch.empty(0, dtype=torch.long)
-        self._rows = torch.empty(0, dtype=torch.long)
-        self._columns = torch.empty(0, dtype=torch.long)
+        self._index: StepIndex | None = None
 
     @property
     def num_running(self) -> int:
         """B: sequences that hold a slot."""
         return len(self.lengths)
 
-    def join(self, row: CapturedRow, paths: Sequence[Tensor]) -> None:
-        """Give each path of a prefilled row the next free slot.
-
-        Args:
-            row: keys and values of the row.
-            paths: for each sequence the positions of its tokens in the row.
-        """
-        lengths = [len(path) for path in paths]
-        start = self.num_running
-        self._reserve(row, start + len(paths), max(lengths) + 1)
-        for slot, path in enumerate(paths, start):
-            for first, place, length in _runs(path):
-                for kept, captured in ((self.keys, row.keys), (self.values, row.values)):
-                    for buffer, states in zip(kept, captured, strict=True):
-                        buffer[slot, :, first : first + length] = states[0, :, place : place + length]
-        self.lengths.extend(lengths)
-        self._moved()
+    def join(self, row: CapturedRow, paths: Sequence[Path]) -> None:
+        """Give each sequence of a prefilled row the next free slot."""
+        self.stem_states.shape_like(row.keys, row.values)
+        self.slot_states.shape_like(row.keys, row.values)
+        longest = max(len(path.rest) for path in paths)
+        self.slot_states.reserve(self.num_running + len(paths), longest + 1)
+        for path in paths:
+            slot, stem = self.num_running, self._stem(row, path)
+            for first, place, length in _runs(path.rest):
+                self.slot_states.write((slot, first), (row.keys, row.values), place, length)
+            self.stems[stem].slots.append(slot)
+            self.stem_of.append(stem)
+            self.lengths.append(len(path.rest))
+        self._index = None
 
     def leave(self, slot: int) -> None:
-        """Free a slot; the last running sequence moves into it."""
-        last = self.num_running - 1
+        """Free a slot, and its stem if nobody else uses it; the last running sequence moves into the slot."""
+        stem, last = self.stem_of[slot], self.num_running - 1
+        self.stems[stem].slots.remove(slot)
         if slot != last:
-            length = self.lengths[last]
-            for buffer in (*self.keys, *self.values):
-                buffer[slot, :, :length] = buffer[last, :, :length]
-            self.lengths[slot] = self.lengths[last]
+            self.slot_states.move(last, slot, self.lengths[last])
+            self.lengths[slot], self.stem_of[slot] = self.lengths[last], self.stem_of[last]
+            users = self.stems[self.stem_of[slot]].slots
+            users[users.index(last)] = slot
         self.lengths.pop()
-        self._moved()
-
-    def release(self) -> None:
-        """Give all memory back; nothing may be running."""
-        self.keys.clear()
-        self.values.clear()
+        self.stem_of.pop()
+        if not self.stems[stem].slots:
+            self._remove_stem(stem)
+        self._index = None
 
     def shrink(self, num_slots: int) -> None:
         """Give the memory of slots from `num_slots` on back; they must be free."""
-        for kept in (self.keys, self.values):
-            kept[:] = [buffer[:num_slots].clone() for buffer in kept]
+        self.stem_states.shrink(max(len(self.stems), 1), num_slots)
+        self.slot_states.shrink(num_slots, num_slots)
 
-    def positions(self) -> Tensor:
+    def begin_step(self) -> Tensor:
         """[B, 1] position of the next token of each running sequence; makes room for it."""
-        self._reserve(None, self.num_running, max(self.lengths) + 1)
-        return self._places[:, None]
+        longest = max(self.lengths)
+        self.slot_states.reserve(self.num_running, longest + 1)
+        if self._index is None:
+            self._index = StepIndex(self.stems, self.stem_of, self.lengths, self.slot_states.device)
+        return self._index.positions()
 
-    def mask(self, sliding_window: int | None = None) -> Tensor:
-        """[B, 1, 1, L] True where the next token of each sequence may look: itself, and what is before it."""
-        columns, places = self._columns[: max(self.lengths) + 1], self._places[:, None]
-        allowed = columns <= places
-        if sliding_window is not None:
-            allowed &= columns > places - sliding_window
-        return allowed[:, None, None]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write one token [B, H, 1, D] of each running sequence and return all [B, H, L, D]."""
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[self._rows, :, self._places] = key_states[:, :, 0]
-        values[self._rows, :, self._places] = value_states[:, :, 0]
-        num, longest = len(self.lengths), max(self.lengths) + 1
-        return keys[:num, :, :longest], values[:num, :, :longest]
-
-    def advance(self) -> None:
-        """Count the tokens that `update` wrote; before this call a step can be repeated."""
+    def end_step(self) -> None:
+        """Count the new tokens; until then a step can be repeated."""
+        assert self._index is not None
         self.lengths = [length + 1 for length in self.lengths]
-        self._places = self._places + 1
+        self._index.advance()
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of the longest sequence; models that are given positions do not use it."""
-        return max(self.lengths, default=0)
-
-    def _moved(self) -> None:
-        """Renew the index tensors after slots changed."""
-        device = self.keys[0].device
-        self._places = torch.tensor(self.lengths, dtype=torch.long, device=device)
-        self._rows = torch.arange(self.num_running, device=device)
-
-    def _reserve(self, row: CapturedRow | None, num_slots: int, length: int) -> None:
-        """Make room for so many slots of so many tokens; each grows by doubling, contents are kept.
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """Write the new token of each sequence and let it look at its stem and its slot.
 
         Args:
-            row: tells the shapes when there is no buffer yet.
-            num_slots: slots needed.
-            length: tokens needed in the longest one.
-        """
-        if not self.keys and row is not None:
-            for kept, captured in ((self.keys, row.keys), (self.values, row.values)):
-                kept.extend(states.new_empty(0, states.shape[1], 0, states.shape[3]) for states in captured)
-        for kept in (self.keys, self.values):
-            for layer, buffer in enumerate(kept):
-                kept[layer] = self._grown(buffer, num_slots, length)
-        if self.keys and len(self._columns) < self.keys[0].shape[2]:
-            self._columns = torch.arange(self.keys[0].shape[2], device=self.keys[0].device)
+            layer: number of the layer.
+            query: [B, Hq, 1, D]; key, value: [B, Hk, 1, D], Hk divides Hq.
+            scaling: factor of the scores; 1 / sqrt(D) when None.
+            window: only tokens less than so many positions away are seen.
 
-    def _grown(self, buffer: Tensor, num_slots: int, length: int) -> Tensor:
-        slots, heads, tokens, width = buffer.shape
-        if slots >= num_slots and tokens >= length:
-            return buffer
-        if slots < num_slots:
-            num_slots = max(num_slots, min(2 * slots, self.max_slots))
-        if tokens < length:
-            length = max(length, min(max(2 * tokens, FIRST_LENGTH), self.max_length))
-        # Zeros: what is masked must still be finite.
-        grown = buffer.new_zeros(max(num_slots, slots), heads, max(length, tokens), width)
-        grown[:slots, :, :tokens] = buffer
-        return grown
+        Returns:
+            [B, 1, Hq, D].
+        """
+        assert self._index is not None
+        index = self._index
+        batch, heads, _, width = query.shape
+        self.slot_states.put(layer, index.rows, index.lengths, key[:, :, 0], value[:, :, 0])
+        stem_keys, stem_values = self.stem_states.views(layer, slice(len(self.stems)), index.longest_stem)
+        scale = width**-0.5 if scaling is None else scaling
+        # Query heads that share a key head stand in one row of a matrix product.
+        queries = (query[:, :, 0] * scale).reshape(batch, key.shape[1], -1, width)
+        repeats = queries.shape[2]
+        scores = queries.new_zeros(*queries.shape[:3], index.longest_stem + index.longest)
+        scores[..., : index.longest_stem] = index.alone(index.grouped(queries) @ stem_keys.transpose(-1, -2), repeats)
+        for rows, own in index.chunks:
+            keys, _ = self.slot_states.views(layer, rows, own.stop - own.start)
+            scores[rows, :, :, own] = queries[rows] @ keys.transpose(-1, -2)
+        weights = (scores.float() + index.mask(window)).softmax(dim=-1).to(value.dtype)
+        output = index.alone(index.grouped(weights[..., : index.longest_stem]) @ stem_values, repeats)
+        for rows, own in index.chunks:
+            _, values = self.slot_states.views(layer, rows, own.stop - own.start)
+            output[rows] += weights[rows, :, :, own] @ values
+        return output.reshape(batch, 1, heads, width)
+
+    def _stem(self, row: CapturedRow, path: Path) -> int:
+        """The stem of a path, copied from the row unless it is there."""
+        name = (row.serial, path.stem)
+        for number, stem in enumerate(self.stems):
+            if stem.name == name:
+                return number
+        number = len(self.stems)
+        self.stem_states.reserve(number + 1, len(path.shared))
+        for first, place, length in _runs(path.shared):
+            self.stem_states.write((number, first), (row.keys, row.values), place, length)
+        self.stems.append(Stem(name, len(path.shared), []))
+        return number
+
+    def _remove_stem(self, number: int) -> None:
+        last = self.stems.pop()
+        if number < len(self.stems):
+            self.stem_states.move(len(self.stems), number, last.length)
+            self.stems[number] = last
+            for slot in last.slots:
+                self.stem_of[slot] = number
+
+
+class StepIndex:
+    """Who stands where, as tensors; valid until a sequence joins or leaves."""
+
+    def __init__(
+        self, stems: Sequence[Stem], stem_of: Sequence[int], lengths: Sequence[int], device: torch.device
+    ) -> None:
+        self.num_stems = len(stems)
+        self.group = max(len(stem.slots) for stem in stems)
+        self.longest_stem = max(stem.length for stem in stems)
+        self.longest = max(lengths) + 1
+        self.chunks = self._chunks(lengths)
+        place = [0] * len(stem_of)
+        for stem in stems:
+            for number, slot in enumerate(stem.slots):
+                place[slot] = number
+        self.rows = torch.arange(len(stem_of), device=device)
+        self.lengths = torch.tensor(lengths, device=device)
+        self.stem_of = torch.tensor(stem_of, device=device)
+        self.place = torch.tensor(place, device=device)
+        self.stem_lengths = torch.tensor([stems[stem].length for stem in stem_of], device=device)
+        self.stem_columns = torch.arange(self.longest_stem, device=device)
+        self.masks: dict[int | None, Tensor] = {}
+
+    def positions(self) -> Tensor:
+        """[B, 1] position of the new token."""
+        return (self.stem_lengths + self.lengths)[:, None]
+
+    def advance(self) -> None:
+        """The new tokens are old ones now."""
+        self.lengths = self.lengths + 1
+        self.longest += 1
+        self.chunks = [(rows, slice(own.start, own.stop + 1)) for rows, own in self.chunks]
+        self.masks.clear()
+
+    def _chunks(self, lengths: Sequence[int]) -> list[tuple[slice, slice]]:
+        """Slots in a few stretches, and the columns of the longest in each: neighbours joined sorted by length."""
+        size = max(MIN_CHUNK, -(-len(lengths) // NUM_CHUNKS))
+        start = self.longest_stem
+        stretches = [slice(first, min(first + size, len(lengths))) for first in range(0, len(lengths), size)]
+        return [(rows, slice(start, start + max(lengths[rows]) + 1)) for rows in stretches]
+
+    def mask(self, window: int | None) -> Tensor:
+        """[B, 1, 1, P + L] to add to the scores: 0 where the new token may look, minus infinity elsewhere."""
+        if window not in self.masks:
+            columns = torch.arange(self.longest, device=self.rows.device)
+            on_stem = self.stem_columns < self.stem_lengths[:, None]
+            on_own = columns <= self.lengths[:, None]
+            if window is not None:
+                first = self.positions() - window
+                on_stem = on_stem & (self.stem_columns > first)
+                on_own = on_own & (columns + self.stem_lengths[:, None] > first)
+            allowed = torch.cat([on_stem, on_own], dim=1)
+            self.masks[window] = torch.where(allowed, 0.0, float("-inf"))[:, None, None]
+        return self.masks[window]
+
+    def grouped(self, states: Tensor) -> Tensor:
+        """[B, H, R, X] of sequences as [S, H, G * R, X]: those of a stem together, G the largest number of them."""
+        _, heads, repeats, width = states.shape
+        table = states.new_zeros(self.num_stems, self.group, heads, repeats, width)
+        table[self.stem_of, self.place] = states
+        return table.transpose(1, 2).reshape(self.num_stems, heads, self.group * repeats, width)
+
+    def alone(self, states: Tensor, repeats: int) -> Tensor:
+        """The inverse of `grouped`: [S, H, G * R, X] as [B, H, R, X]."""
+        stems, heads, _, width = states.shape
+        table = states.view(stems, heads, self.group, repeats, width).transpose(1, 2)
+        return table[self.stem_of, self.place]
+
+
+def divided_paths(paths: Sequence[Tensor], segment_ids: Tensor) -> tuple[Path, ...]:
+    """Divide the paths of a row into shared part and rest, where that saves most.
+
+    Args:
+        paths: for each sequence the positions of its tokens.
+        segment_ids: [T] node of each token.
+    """
+    nodes, ends = [], []
+    for path in paths:
+        on_path, lengths = torch.unique_consecutive(segment_ids[path], return_counts=True)
+        nodes.append(on_path.tolist())
+        ends.append(lengths.cumsum(0).tolist())
+    num_users = Counter(itertools.chain.from_iterable(nodes))
+    divided = []
+    for path, on_path, end in zip(paths, nodes, ends, strict=True):
+        # Tokens that one of n users does not store and read again: (n - 1) / n of the part.
+        saved = [length * (1 - 1 / num_users[node]) for node, length in zip(on_path, end, strict=True)]
+        best = saved.index(max(saved))
+        divided.append(Path(on_path[best], path[: end[best]], path[end[best] :]))
+    return tuple(divided)
 
 
 def _runs(path: Tensor) -> list[tuple[int, int, int]]:
     """`(index in the path, position in the row, length)` of the stretches in which a path is contiguous."""
+    if not len(path):
+        return []
     places = path.numpy()
     breaks = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
     return [(first, int(places[first]), last - first) for first, last in pairwise(breaks)]
-
-
-def decoding_masks(cache: SlotCache, config: Any) -> Tensor | dict[str, Tensor]:
-    """The mask that a language model of `config` (a text config) takes for one decoding step.
-
-    Returns:
-        [B, 1, 1, L], or one for each kind of layer where a model has more than one.
-    """
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if FULL in kinds and SLIDING in kinds:
-        return {FULL: cache.mask(), SLIDING: cache.mask(window)}
-    return cache.mask(None if kinds == {FULL} else window)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llava.data.encode import Encoded
 from llava.data.flat_batch import Layout, flatten
 from llava.errors import GenerationError
-from llava.generation.kv_slots import CapturedRow, SlotCache, decoding_masks
+from llava.generation.kv_slots import CapturedRow, Path, SlotCache, divided_paths
 from llava.model.quantization import quantized_layers
 
 
@@ -85,7 +85,7 @@ class FlatRow:
 
     logits: Tensor
     captured: CapturedRow
-    paths: tuple[Tensor, ...]
+    paths: tuple[Path, ...]
 
 
 class SlotRunner:
@@ -104,7 +104,6 @@ class SlotRunner:
     ) -> None:
         """Run `model`, whose language model attends tree by tree (`model.attention`)."""
         self.model = model
-        self.text_config = model.config.get_text_config()
         self.image_token_id = image_token_id
         self.layout = layout
         self.cache = SlotCache(max_slots=max_slots, max_length=max_length)
@@ -113,12 +112,12 @@ class SlotRunner:
         """Read all sequences in one forward pass; common beginnings and images are computed once."""
         batch = flatten(sequences, images, image_token_id=self.image_token_id, layout=self.layout)
         captured = CapturedRow()
-        last = torch.stack([path[-1] for path in batch.paths()])
-        paths = batch.paths()
+        places = batch.paths()
+        paths = divided_paths(places, batch.segment_ids)
         batch = batch.to(self.model.device)
         inputs = {
             **batch.model_inputs(),
-            "logits_to_keep": last.to(self.model.device),
+            "logits_to_keep": torch.stack([place[-1] for place in places]).to(self.model.device),
             "past_key_values": captured,
             "use_cache": True,
         }
@@ -130,16 +129,16 @@ class SlotRunner:
 
     def decode(self, token_ids: Sequence[int]) -> Tensor:
         """One token for each slot in one forward pass."""
-        cache = self.cache
-        position_ids = cache.positions()
+        position_ids = self.cache.begin_step()
         output = self.model(
             input_ids=torch.tensor(token_ids, device=position_ids.device)[:, None],
             position_ids=position_ids,
-            attention_mask=decoding_masks(cache, self.text_config),
-            past_key_values=cache,
-            use_cache=True,
+            # Taken as it is, so that no mask is built; the slots know who sees what.
+            attention_mask=torch.empty(1, 1, 0, 0, dtype=torch.bool, device=position_ids.device),
+            slots=self.cache,
+            use_cache=False,
         )
-        cache.advance()
+        self.cache.end_step()
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -149,7 +148,6 @@ class SlotRunner:
 
     def shrink(self, num_slots: int) -> None:
         """Drop free slots."""
-        self.cache.max_slots = num_slots
         self.cache.shrink(num_slots)
 
 

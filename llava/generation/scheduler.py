@@ -57,6 +57,12 @@ class Request:
         """Whether nothing more is to be done for it."""
         return self.completion is not None or self.is_cancelled
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and the answer so far."""
+        assert self.encoded is not None
+        return len(self.encoded.input_ids) + len(self.token_ids)
+
     def append(self, token_id: int) -> bool:
         """Take the next token; returns whether it was the last one."""
         self.token_ids.append(token_id)
@@ -184,7 +190,7 @@ class Scheduler:
                 continue
             keys = reading.encoded.images
             # About what it adds to the row: what stands behind images that the row has already is new.
-            cost = len(reading.encoded.input_ids) + len(request.token_ids)
+            cost = request.num_tokens
             if keys in shown:
                 cost -= reading.encoded.image_spans[-1][1]
             if members and num_tokens + cost > self.max_prefill_tokens:
@@ -211,10 +217,16 @@ class Scheduler:
             row = self.ready[0].row
             free = self.max_slots - len(self.running)
             joining = [ready for ready in list(self.ready)[:free] if ready.row is row]
-            self.runner.join(row, [ready.member for ready in joining])
-            for ready in joining:
+            for _ in joining:
                 self.ready.popleft()
-                self.running.append(ready.request)
+            # Slots of like length side by side are attended to with less padding.
+            joining.sort(key=lambda ready: ready.request.num_tokens)
+            try:
+                self.runner.join(row, [ready.member for ready in joining])
+            except BaseException:
+                self.ready.extendleft(reversed(joining))
+                raise
+            self.running.extend(ready.request for ready in joining)
             if not self.runner.is_continuous:
                 return
 

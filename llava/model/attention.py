@@ -49,6 +49,14 @@ class Plan(Protocol):
     def block_mask(self, window: int | None = None) -> BlockMask: ...
 
 
+class Slots(Protocol):
+    """What generation knows about the past of its sequences; `generation.kv_slots.SlotCache` is one."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
+    ) -> Tensor: ...
+
+
 def tree_attention(
     module: nn.Module,
     query: Tensor,
@@ -60,6 +68,7 @@ def tree_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     tree_plan: Plan | None = None,
+    slots: Slots | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Attend inside each tree of a row.
@@ -72,6 +81,7 @@ def tree_attention(
         scaling: factor of the scores; 1 / sqrt(D) when None.
         sliding_window: a token sees only tokens less than so many positions above it in its tree.
         tree_plan: the pieces of the row and their masks.
+        slots: given by a decoding step, one token a sequence: the past that each token looks at.
 
     Returns:
         [1, T, Hq, D] and None (attention weights are not kept).
@@ -80,6 +90,9 @@ def tree_attention(
         ConfigError: the model changes its scores in a way that SDPA does not know.
     """
     _refuse_unknown_scores(keywords)
+    if slots is not None:
+        layer = int(cast(Any, module).layer_idx)
+        return slots.attend(layer, query, key, value, scaling=scaling, window=sliding_window), None
     if tree_plan is None:
         if sliding_window is not None:
             keywords["sliding_window"] = sliding_window

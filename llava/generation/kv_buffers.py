@@ -1,0 +1,88 @@
+"""Preallocated keys and values of all layers: rows of tokens that grow by doubling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FIRST_LENGTH = 32
+"""Tokens that a fresh row holds at least."""
+
+
+class LayerBuffers:
+    """For each layer keys and values [rows, H, length, D]."""
+
+    def __init__(self, *, max_rows: int, max_length: int) -> None:
+        """Start empty; doubling stops at `max_rows` and `max_length`, what is needed is always made."""
+        self.max_rows = max_rows
+        self.max_length = max_length
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self.keys[0].device
+
+    def shape_like(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Take heads, width and kind of number from [1, H, T, D] of each layer."""
+        if not self.keys:
+            self.keys = [states.new_empty(0, states.shape[1], 0, states.shape[3]) for states in keys]
+            self.values = [states.new_empty(0, states.shape[1], 0, states.shape[3]) for states in values]
+
+    def reserve(self, num_rows: int, length: int) -> None:
+        """Make room for so many rows of so many tokens; contents are kept."""
+        for kept in (self.keys, self.values):
+            for layer, buffer in enumerate(kept):
+                kept[layer] = self._grown(buffer, num_rows, length)
+
+    def shrink(self, num_rows: int, max_rows: int) -> None:
+        """Keep the first rows only."""
+        self.max_rows = max_rows
+        for kept in (self.keys, self.values):
+            kept[:] = [buffer[:num_rows].clone() for buffer in kept]
+
+    def views(self, layer: int, rows: slice, length: int) -> tuple[Tensor, Tensor]:
+        """The first tokens of some rows."""
+        return self.keys[layer][rows, :, :length], self.values[layer][rows, :, :length]
+
+    def put(self, layer: int, rows: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write one token [B, H, D] into each of B rows."""
+        self.keys[layer][rows, :, places] = keys
+        self.values[layer][rows, :, places] = values
+
+    def write(
+        self, target: tuple[int, int], states: tuple[Sequence[Tensor], Sequence[Tensor]], place: int, length: int
+    ) -> None:
+        """Copy tokens of every layer.
+
+        Args:
+            target: row, and first token in it.
+            states: keys and values [1, H, T, D] of each layer.
+            place: first token in the states.
+            length: how many.
+        """
+        row, first = target
+        for kept, given in zip((self.keys, self.values), states, strict=True):
+            for buffer, source in zip(kept, given, strict=True):
+                buffer[row, :, first : first + length] = source[0, :, place : place + length]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first tokens of a row over another row."""
+        for buffer in (*self.keys, *self.values):
+            buffer[target, :, :length] = buffer[source, :, :length]
+
+    def _grown(self, buffer: Tensor, num_rows: int, length: int) -> Tensor:
+        rows, heads, tokens, width = buffer.shape
+        if rows >= num_rows and tokens >= length:
+            return buffer
+        if rows < num_rows:
+            num_rows = max(num_rows, min(2 * rows, self.max_rows))
+        if tokens < length:
+            length = max(length, min(max(2 * tokens, FIRST_LENGTH), self.max_length))
+        # Zeros: what is masked must still be finite.
+        grown = buffer.new_zeros(max(num_rows, rows), heads, max(length, tokens), width)
+        grown[:rows, :, :tokens] = buffer
+        return grown
