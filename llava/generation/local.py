@@ -60,7 +60,7 @@ class LocalEngine:
         model: Any,
         processor: LlavaMedProcessor,
         *,
-        max_slots: int = 64,
+        max_slots: int = 32,
         max_tokens: int | None = None,
         max_prefill_tokens: int = 4096,
         layout: Layout | None = None,

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Source:
-    """A prompt that is read when its turn comes, once for all its samples."""
+    """A prompt that is read when its turn comes, once for all its samples, and let go when one is done."""
 
     prompt: Prompt
     reading: Reading | None = None
@@ -74,9 +74,11 @@ class Request:
 
     def fail(self, reason: str) -> None:
         """End without an answer."""
+        self.source.reading = None
         self.completion = Completion("", tuple(self.token_ids), "error", error=reason)
 
     def _finish(self, finish: Finish) -> None:
+        self.source.reading = None
         logprobs = tuple(self.logprobs) if self.sampling.logprobs else None
         self.completion = Completion(self.text.final(self.token_ids), tuple(self.token_ids), finish, None, logprobs)
 
