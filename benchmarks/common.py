@@ -113,15 +113,23 @@ def random_questions(
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     images, sequences = {}, []
+    lengths = _log_uniform(num_images * questions_per_image, draw)
     for number in range(num_images):
         key = f"image {number}"
         images[key] = torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
         for _ in range(questions_per_image):
-            shortest, longest = TEXT_TOKENS
-            length = round(shortest * (longest / shortest) ** draw.random())
+            length = lengths.pop()
             text = [draw.randrange(3, IMAGE_TOKEN_ID) for _ in range(length)]
             sequences.append(_sequence(key, text, answer_tokens(draw, length)))
     return Questions(sequences, images)
+
+
+def _log_uniform(count: int, draw: random.Random) -> list[int]:
+    """Evenly spaced quantiles of the log-uniform distribution in random order: a small sample with its mean."""
+    shortest, longest = TEXT_TOKENS
+    lengths = [round(shortest * (longest / shortest) ** ((index + 0.5) / count)) for index in range(count)]
+    draw.shuffle(lengths)
+    return lengths
 
 
 def _sequence(key: str, text: Sequence[int], num_trained: int) -> Encoded:
