@@ -44,7 +44,7 @@ def _enter(place: tuple[int, int, int], pipe: Connection, job: Callable[..., Any
             torch.distributed.destroy_process_group()
 
 
-def start(world_size: int, job: Callable[..., Any], *args: Any) -> list[tuple[str, Any]]:
+def start(world_size: int, job: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[tuple[str, Any]]:
     """Run `job(*args)` on all ranks; the outcome of each is ("result", value), ("error", text) or ("died", code)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llava.train.run"])
@@ -59,7 +59,7 @@ def start(world_size: int, job: Callable[..., Any], *args: Any) -> list[tuple[st
     outcomes: list[tuple[str, Any]] = []
     for process, pipe in started:
         try:
-            outcome = pipe.recv() if pipe.poll(TIMEOUT) else ("died", "timeout")
+            outcome = pipe.recv() if pipe.poll(timeout) else ("died", "timeout")
         except EOFError:
             process.join(TIMEOUT)
             outcome = ("died", process.exitcode)
@@ -73,9 +73,9 @@ def start(world_size: int, job: Callable[..., Any], *args: Any) -> list[tuple[st
     return outcomes
 
 
-def run(world_size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
+def run(world_size: int, job: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
     """The values that `job(*args)` returned on each rank; fails with the rank's own error."""
-    outcomes = start(world_size, job, *args)
+    outcomes = start(world_size, job, *args, timeout=timeout)
     failed = [f"rank {rank} {kind}: {value}" for rank, (kind, value) in enumerate(outcomes) if kind != "result"]
     assert not failed, "\n".join(failed)
     return [value for _, value in outcomes]
