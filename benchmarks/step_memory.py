@@ -60,7 +60,7 @@ def step_memory(name: str, questions: Questions) -> float:
     side = SIDES[name]()
     first = questions.sequences[0]
     side.step([first], questions.images)  # libraries allocate their own things once
-    for parameter in side.model.parameters():
+    for parameter in filter(lambda weight: weight.requires_grad, side.model.parameters()):
         parameter.grad = torch.full_like(parameter, 1e-8)
     side.optimizer.step()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
