@@ -50,7 +50,8 @@ class BuildOptions:
     Attributes:
         lm: folder or hub name of a causal language model.
         vision_tower: folder or hub name of a CLIP, SigLIP, DINOv2 or ViT encoder.
-        projector_type: `linear`, `mlpKx_gelu` or `identity`.
+        projector_type: `linear`, `mlpKx_gelu`, `cluster` or `identity`.
+        projector_kwargs: settings of the projector, for `cluster` (see `cluster_projector`).
         select_layer: hidden state of the tower that is used; -2 is the last but one.
         select_feature: `patch` or `cls_patch`.
         use_im_start_end: write marker tokens around each image.
@@ -67,6 +68,7 @@ class BuildOptions:
     lm: str
     vision_tower: str
     projector_type: str = "linear"
+    projector_kwargs: dict[str, Any] | None = None
     select_layer: int = -2
     select_feature: str = "patch"
     use_im_start_end: bool = False
@@ -249,6 +251,7 @@ def _config(
         vision_feature_select_strategy=cast(Any, SELECT_STRATEGIES[options.select_feature]),
         vision_feature_layer=options.select_layer,
         projector_type=options.projector_type,
+        projector_kwargs=options.projector_kwargs,
         use_im_start_end=options.use_im_start_end,
         marker_token_ids=tokenizer.convert_tokens_to_ids(markers) or None,
         image_aspect_ratio=options.image_mode,

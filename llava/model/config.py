@@ -16,7 +16,7 @@ class LlavaMedConfig(LlavaConfig):
     incompatible layout (specification llava-med 1.4).
 
     Attributes:
-        projector_type: `linear`, `mlpKx_gelu` or `identity`.
+        projector_type: `linear`, `mlpKx_gelu`, `cluster` or `identity`.
         projector_kwargs: further settings of the projector, for types that have any.
         use_im_start_end: marker tokens stand around each image.
         marker_token_ids: ids of the two markers, where they are in use.

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava.errors import ConfigError
+from llava.model.cluster_projector import cluster_projector
 from llava.model.config import LlavaMedConfig
 from llava.utils.lookup import lookup
 
@@ -55,10 +56,16 @@ def identity(config: LlavaMedConfig) -> nn.Module:
     return Identity()
 
 
+def cluster(config: LlavaMedConfig) -> nn.Module:
+    """Prototype extractor and MLP (STLLaVA-Med)."""
+    return cluster_projector(*_widths(config), config.projector_kwargs)
+
+
 PROJECTORS: dict[str, Callable[[LlavaMedConfig], nn.Module]] = {
     "linear": linear,
     "mlpKx_gelu": mlp_gelu,
     "identity": identity,
+    "cluster": cluster,
 }
 
 

@@ -27,7 +27,9 @@ class ModelArguments:
     vision_tower: str | None = option(None, "vision encoder: folder or hub name")
     mm_vision_select_layer: int = option(-2, "hidden state of the tower that is used")
     mm_vision_select_feature: str = option("patch", "patch, or cls_patch to keep the class token")
-    mm_projector_type: str = option("linear", "linear, mlpKx_gelu or identity")
+    mm_projector_type: str = option("linear", "linear, mlpKx_gelu, cluster or identity")
+    mm_cluster_num_centers: int = option(256, "prototypes of the cluster projector")
+    mm_cluster_iters: int = option(2, "rounds of soft assignment of the cluster projector")
     mm_use_im_start_end: bool = option(False, "write marker tokens around each image")
     mm_use_im_patch_token: bool = option(False, "add the patch token that old vocabularies hold")
     mm_patch_merge_type: str = option("flat", "only flat is trained")
@@ -47,6 +49,13 @@ class ModelArguments:
     double_quant: bool = option(True, "quantize the quantization constants too")
     quant_type: str = option("nf4", "nf4 or fp4")
     mpt_attn_impl: str | None = option(None, "accepted for old command lines")
+
+    @property
+    def projector_kwargs(self) -> dict[str, Any] | None:
+        """Settings of the projector, where its type has any."""
+        if self.mm_projector_type != "cluster":
+            return None
+        return {"num_centers": self.mm_cluster_num_centers, "num_iters": self.mm_cluster_iters}
 
     def __post_init__(self) -> None:
         if not self.model_name_or_path:

@@ -105,6 +105,7 @@ def _build(
         model_args.vision_tower,
         dtype=_dtype(args),
         projector_type=model_args.mm_projector_type,
+        projector_kwargs=model_args.projector_kwargs,
         select_layer=model_args.mm_vision_select_layer,
         select_feature=model_args.mm_vision_select_feature,
         use_im_start_end=model_args.mm_use_im_start_end,

@@ -1,0 +1,186 @@
+"""The cluster projector: the published numbers, the formula written out in loops, names, settings."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llava.errors import ConfigError
+from llava.model.building import build
+from llava.model.checkpoint import load_projector, projector_state, save_projector
+from llava.model.cluster_projector import PUBLISHED_NAMES, ClusterProjector, cluster_projector
+from tests.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
+
+
+def random_projector(seed: int, **settings: Any) -> ClusterProjector:
+    """Six channels to eight, every weight far from its start."""
+    torch.manual_seed(seed)
+    projector = ClusterProjector(6, 8, **{"num_centers": 3, **settings})
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.5)
+    return projector
+
+
+def slow(projector: ClusterProjector, features: Tensor) -> Tensor:
+    """One image [P, Dv], one number after the other, as specification stllava-med 2.3 writes it."""
+    num, (length, width) = projector.num_centers, features.shape
+    keys, values = projector.v(features), projector.f(features)
+    norms = [max(math.sqrt(sum(float(keys[p, d]) ** 2 for p in range(length))), 1e-12) for d in range(width)]
+    keys = torch.stack([torch.stack([keys[p, d] / norms[d] for d in range(width)]) for p in range(length)])
+
+    def pooled(tokens: Tensor) -> list[Tensor]:
+        windows = [(i * length // num, -(-(i + 1) * length // num)) for i in range(num)]
+        return [tokens[start:stop].mean(dim=0) for start, stop in windows]
+
+    centers, center_values = pooled(features), pooled(values)
+    for _ in range(projector.num_iters):
+        moved = [projector.c(center) for center in centers]
+        updated = [torch.zeros(width) for _ in range(num)]
+        for p in range(length):
+            scores = [math.exp(float(m @ keys[p]) / float(m.norm())) for m in moved]
+            for n in range(num):
+                updated[n] = updated[n] + scores[n] / sum(scores) * values[p]
+        centers = updated
+    owner, weight = [], []
+    for p in range(length):
+        cosines = [float(c @ features[p]) / float(c.norm() * features[p].norm()) for c in centers]
+        similar = [1 / (1 + math.exp(-float(projector.sim_beta) - float(projector.sim_alpha) * x)) for x in cosines]
+        owner.append(max(range(num), key=lambda n: similar[n]))
+        weight.append(similar[owner[-1]])
+    rows = []
+    for p in range(length):
+        mine = [q for q in range(length) if owner[q] == owner[p]]
+        total = center_values[owner[p]] + torch.stack([weight[q] * values[q] for q in mine]).sum(dim=0)
+        rows.append(projector.mlp(features[p] + weight[p] * total / (len(mine) + 1)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("num_centers", "num_iters", "length"), [(3, 2, 7), (3, 1, 9), (1, 2, 4), (5, 0, 7)])
+def test_equals_the_formula_in_loops(num_centers: int, num_iters: int, length: int) -> None:
+    projector = random_projector(length, num_centers=num_centers, num_iters=num_iters)
+    features = torch.randn(2, length, 6)
+    with torch.no_grad():
+        expected = torch.stack([slow(projector, image) for image in features])
+        torch.testing.assert_close(projector(features), expected, rtol=0, atol=2e-5)
+
+
+def test_golden_values() -> None:
+    projector = ClusterProjector(4, 6, num_centers=2, num_iters=2)
+    with torch.no_grad():
+        for name, parameter in projector.named_parameters():
+            if not name.startswith(("sim_", "ln_")):
+                count = parameter.numel()
+                parameter.copy_((torch.arange(count) / count - 0.5).reshape(parameter.shape))
+        out = projector(torch.sin(torch.arange(16) / 10).reshape(1, 4, 4))
+    first = torch.tensor([-0.58372, -0.363841, -0.143963, 0.075915, 0.295794, 0.515672])
+    last = torch.tensor([-1.407149, -0.821679, -0.23621, 0.34926, 0.93473, 1.520199])
+    torch.testing.assert_close(out[0, 0], first, rtol=0, atol=1e-6)
+    torch.testing.assert_close(out[0, 3], last, rtol=0, atol=1e-6)
+    assert float(out.detach().sum()) == pytest.approx(0.430013, abs=2e-6)
+
+
+@pytest.mark.parametrize("name", ["small", "wide", "l576"])
+def test_values_and_gradients_of_the_original(shared: Path, name: str) -> None:
+    arrays = np.load(shared / "oracles" / "stllava-med" / "cluster_projector.npz")
+    vision, text, num_centers, num_iters, _, _ = arrays[f"{name}/cfg"].tolist()
+    projector = ClusterProjector(vision, text, num_centers=num_centers, num_iters=num_iters)
+    prefix = f"{name}/w/"
+    weights = {
+        key.removeprefix(prefix): torch.from_numpy(arrays[key]) for key in arrays.files if key.startswith(prefix)
+    }
+    assert set(weights) == set(PUBLISHED_NAMES)
+    projector.load_state_dict(weights)
+    out = projector(torch.from_numpy(arrays[f"{name}/x"]))
+    torch.testing.assert_close(out, torch.from_numpy(arrays[f"{name}/out"]), rtol=0, atol=1e-6)
+    (out**2).sum().backward()
+    for key, parameter in projector.named_parameters():
+        if f"{name}/grad_none/{key}" in arrays.files:
+            assert parameter.grad is None
+        else:
+            assert parameter.grad is not None
+            assert float(parameter.grad.norm()) == pytest.approx(float(arrays[f"{name}/grad_norm/{key}"]), rel=1e-5)
+
+
+def test_images_do_not_see_each_other() -> None:
+    projector = random_projector(0)
+    features = torch.randn(3, 7, 6)
+    with torch.no_grad():
+        alone = torch.cat([projector(image[None]) for image in features])
+        torch.testing.assert_close(projector(features), alone, rtol=0, atol=1e-6)
+        assert projector(features[:0]).shape == (0, 7, 8)
+
+
+def test_half_precision_keeps_its_type() -> None:
+    # One centre: with several, rounding may give a patch to another one.
+    projector = random_projector(1, num_centers=1).to(torch.bfloat16)
+    features = torch.randn(1, 9, 6)
+    out = projector(features.to(torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    exact = projector.float()(features.to(torch.bfloat16).float())
+    assert (out.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_settings_for_new_models() -> None:
+    features = torch.randn(1, 9, 6)
+    published = random_projector(2)
+    channel = random_projector(2, norm="channel")
+    soft = random_projector(2, temperature=0.05)
+    soft.load_state_dict(published.state_dict() | {"temperature": torch.full((1, 1, 1), 0.05)})
+    with torch.no_grad():
+        assert not torch.allclose(published(features), channel(features))
+        assert not torch.allclose(published(features), soft(features))
+    soft(features).sum().backward()
+    assert soft.temperature is not None
+    assert soft.temperature.grad is not None
+    assert float(soft.temperature.grad.abs()) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_centres": 4}, "unknown settings .*num_centres.*known"),
+        ({"num_centers": 0}, "num_centers=0"),
+        ({"norm": "patch"}, "unknown norm"),
+        ({"temperature": 0.0}, "above 0"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cluster_projector(4, 4, settings)
+
+
+def test_the_model_remembers_type_and_settings(tmp_path: Path) -> None:
+    settings = {"num_centers": 3, "num_iters": 1}
+    loaded = tiny_llava("cluster", projector_kwargs=settings)
+    projector = loaded.model.model.multi_modal_projector
+    assert isinstance(projector, ClusterProjector)
+    assert (projector.num_centers, projector.num_iters) == (3, 1)
+    with torch.no_grad():
+        projector.sim_beta.fill_(-0.3)  # a name that loaders with an old renaming of `beta` lost
+    loaded.model.save_pretrained(tmp_path)
+    again = type(loaded.model).from_pretrained(tmp_path)
+    assert again.config.projector_kwargs == settings
+    for name, tensor in projector.state_dict().items():
+        assert torch.equal(again.model.multi_modal_projector.state_dict()[name], tensor), name
+
+
+def test_projector_files_hold_the_published_names(tmp_path: Path) -> None:
+    lm, tower = write_tiny_lm(tmp_path / "lm"), write_tiny_tower(tmp_path / "tower")
+    one = build(str(lm), str(tower), projector_type="cluster", seed=1)
+    other = build(str(lm), str(tower), projector_type="cluster", seed=2)
+    assert set(projector_state(one.model)) == {f"model.mm_projector.{name}" for name in PUBLISHED_NAMES}
+    save_projector(one.model, one.processor, tmp_path / "out")
+    load_projector(other.model, tmp_path / "out" / "mm_projector.bin")
+    pixels = torch.rand(1, 3, 28, 28)
+    for model in (one.model, other.model):
+        model.eval()
+    with torch.no_grad():
+        features = [model.get_image_features(pixels).pooler_output[0] for model in (one.model, other.model)]
+    assert torch.equal(*features)
