@@ -17,12 +17,14 @@ from typing import Any, Literal, cast
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.conversation import Template, get_template
 from llava.data.images import MODES, fit, mean_color
 from llava.errors import CheckpointError, ConfigError
+from llava.image_processors import FILE_NAME as IMAGE_PROCESSOR_FILE
+from llava.image_processors import load_image_processor
 from llava.tokenization import PrefixMark, TextTokenizer
 from llava.utils.lookup import lookup
 
@@ -185,8 +187,8 @@ class LlavaMedProcessor:
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
             tokenizer = AutoTokenizer.from_pretrained(path)
-            has_images = (Path(path) / "preprocessor_config.json").is_file()
-            image_processor = cast(Any, AutoImageProcessor).from_pretrained(path, backend="pil") if has_images else None
+            has_images = (Path(path) / IMAGE_PROCESSOR_FILE).is_file()
+            image_processor = load_image_processor(path) if has_images else None
             return cls(tokenizer, image_processor, **settings)
         except (TypeError, ValueError, OSError) as error:
             raise CheckpointError(f"the processor in {path} cannot be loaded: {error}") from error

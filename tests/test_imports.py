@@ -21,6 +21,7 @@ LEVELS: dict[str, int] = {
     "conversation": 1,
     "system_texts": 1,
     "tokenization": 1,
+    "image_processors": 1,
     "processing": 2,
     "data": 2,
     "model": 3,

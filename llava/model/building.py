@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,6 +22,12 @@ from llava.errors import CheckpointError, ConfigError
 from llava.model.attention import use_tree_attention
 from llava.model.config import LlavaMedConfig
 from llava.model.modeling import LlavaMedForConditionalGeneration
+from llava.model.multimodal_encoder.open_clip_encoder.files import (
+    FOLDER_PREFIX,
+    HUB_PREFIX,
+    find_checkpoint,
+    find_config,
+)
 from llava.model.multimodal_encoder.towers import (
     UNREADABLE,
     first_line,
@@ -49,7 +55,9 @@ class BuildOptions:
 
     Attributes:
         lm: folder or hub name of a causal language model.
-        vision_tower: folder or hub name of a CLIP, SigLIP, DINOv2 or ViT encoder.
+        vision_tower: folder or hub name of a CLIP, SigLIP, DINOv2 or ViT encoder, or of an open_clip model.
+        vision_tower_config: open_clip model configuration; with the next field the tower needs no folder.
+        vision_tower_checkpoint: open_clip weights.
         projector_type: `linear`, `mlpKx_gelu`, `cluster` or `identity`.
         projector_kwargs: settings of the projector, for `cluster` (see `cluster_projector`).
         select_layer: hidden state of the tower that is used; -2 is the last but one.
@@ -67,6 +75,8 @@ class BuildOptions:
 
     lm: str
     vision_tower: str
+    vision_tower_config: str | None = None
+    vision_tower_checkpoint: str | None = None
     projector_type: str = "linear"
     projector_kwargs: dict[str, Any] | None = None
     select_layer: int = -2
@@ -90,6 +100,11 @@ class BuildOptions:
             raise ConfigError(f"unknown select_feature {self.select_feature!r}; known: {known}")
         check_projector_type(self.projector_type)
         get_template(self.template)
+
+    @property
+    def tower_files(self) -> dict[str, str | None]:
+        """The open_clip files as keywords of `load_tower` and `tower_image_processor`."""
+        return {"config_file": self.vision_tower_config, "checkpoint": self.vision_tower_checkpoint}
 
 
 @dataclass(slots=True)
@@ -123,7 +138,7 @@ def build(
         ConfigError: an option is unknown or does not fit the parts.
         CheckpointError: a part cannot be loaded, or is of a kind that does not fit.
     """
-    wanted = BuildOptions(lm=portable(lm), vision_tower=portable(vision_tower), **options)
+    wanted = portable_tower(BuildOptions(lm=portable(lm), vision_tower=vision_tower, **options))
     text_config = _text_config(wanted.lm)
     if dtype == "auto":
         saved = getattr(text_config, "dtype", None)
@@ -134,9 +149,11 @@ def build(
         quantization = quantization_config(wanted.bits, dtype)
         keywords = {"quantization_config": quantization, "device_map": device_map}
         language_model = load_part(AutoModelForCausalLM, wanted.lm, dtype, **keywords)
-        tower = load_tower(wanted.vision_tower, dtype)
+        tower = load_tower(wanted.vision_tower, dtype, **wanted.tower_files)
         tokenizer = _tokenizer(wanted.lm)
-        image_processor = tower_image_processor(wanted.vision_tower, tower.config, wanted.image_size)
+        image_processor = tower_image_processor(
+            wanted.vision_tower, tower.config, wanted.image_size, **wanted.tower_files
+        )
         add_tokens(tokenizer, language_model, wanted)
         config = _config(wanted, tokenizer, language_model, tower, image_processor)
         model = _assemble(config, language_model, tower, seed=wanted.seed, dtype=dtype)
@@ -167,6 +184,23 @@ def portable(path: str) -> str:
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or folder.exists():
         raise CheckpointError(f"{path}: no such folder; expected a model folder or a hub name such as owner/model")
     return path
+
+
+def portable_tower(options: BuildOptions) -> BuildOptions:
+    """The options with absolute paths of the tower: its folder, or its two files (the name is only a label then).
+
+    Raises:
+        CheckpointError: a path leads nowhere.
+    """
+    tower = options.vision_tower
+    if options.vision_tower_config and options.vision_tower_checkpoint:
+        config, checkpoint = find_config(options.vision_tower_config), find_checkpoint(options.vision_tower_checkpoint)
+        return replace(
+            options, vision_tower_config=str(config.resolve()), vision_tower_checkpoint=str(checkpoint.resolve())
+        )
+    if tower.startswith(HUB_PREFIX):
+        return options
+    return replace(options, vision_tower=portable(tower.removeprefix(FOLDER_PREFIX)))
 
 
 def finish(model: LlavaMedForConditionalGeneration, processor: LlavaMedProcessor, origin: dict[str, Any]) -> Loaded:

@@ -104,6 +104,8 @@ def _build(
         model_args.model_name_or_path,
         model_args.vision_tower,
         dtype=_dtype(args),
+        vision_tower_config=model_args.vision_tower_config,
+        vision_tower_checkpoint=model_args.vision_tower_checkpoint,
         projector_type=model_args.mm_projector_type,
         projector_kwargs=model_args.projector_kwargs,
         select_layer=model_args.mm_vision_select_layer,

@@ -1,4 +1,4 @@
-"""Vision towers: transformers' own encoders and their image processors, from a folder or hub name.
+"""Vision towers: transformers' encoders and their image processors, from a folder, a hub name or open_clip files.
 
 pixels [N, 3, H, W] --encoder--> hidden states [N, extra + P, Dv]    extra: class and register tokens
 """
@@ -13,7 +13,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     BitImageProcessorPil,
     CLIPImageProcessorPil,
     PreTrainedModel,
@@ -24,6 +23,10 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from llava.errors import CheckpointError, ConfigError
+from llava.image_processors import load_image_processor
+from llava.model.multimodal_encoder.open_clip_encoder.files import find_files, is_open_clip
+from llava.model.multimodal_encoder.open_clip_encoder.loading import load_trunk
+from llava.model.multimodal_encoder.open_clip_encoder.trunks import image_processor as open_clip_processor
 
 CLASS_TOKEN_TOWERS = frozenset({"clip_vision_model", "dinov2", "dinov2_with_registers", "vit"})
 """Towers whose first token is a class token; others (SigLIP) have patch tokens only."""
@@ -54,12 +57,23 @@ def num_extra_tokens(vision_config: Any) -> int:
     return has_class + int(getattr(vision_config, "num_register_tokens", 0))
 
 
-def load_tower(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The vision encoder of a folder or hub name; of a two-tower model (CLIP, SigLIP) only its vision half.
+def load_tower(
+    path: str, dtype: torch.dtype, *, config_file: str | None = None, checkpoint: str | None = None
+) -> PreTrainedModel:
+    """The vision encoder of a folder or hub name; of a two-tower model (CLIP, SigLIP, open_clip) only its vision half.
+
+    Args:
+        path: folder, hub name, `hf-hub:` or `local-dir:` name; only a label where both files are given.
+        dtype: of the weights.
+        config_file: open_clip model configuration.
+        checkpoint: open_clip weights.
 
     Raises:
         CheckpointError: there is no such model, it has no vision encoder, or weights are missing.
+        ConfigError: one of the two files is given alone.
     """
+    if is_open_clip(path, config_file, checkpoint) or config_file or checkpoint:
+        return load_trunk(find_files(path, config_file, checkpoint), dtype)
     try:
         config = AutoConfig.from_pretrained(path)
     except UNREADABLE as error:
@@ -108,19 +122,32 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
-def tower_image_processor(path: str, vision_config: Any, image_size: int | None) -> Any:
+def tower_image_processor(
+    path: str,
+    vision_config: Any,
+    image_size: int | None,
+    *,
+    config_file: str | None = None,
+    checkpoint: str | None = None,
+) -> Any:
     """The tower's image processor in its exact PIL form, for inputs of `image_size` pixels.
 
     Args:
         path: folder or hub name of the tower; without preprocessor_config.json the family's default is taken.
         vision_config: configuration of the tower.
         image_size: None keeps the size the tower's own processor delivers.
+        config_file: open_clip model configuration, as for `load_tower`.
+        checkpoint: open_clip weights.
 
     Raises:
         CheckpointError: the processor's settings cannot be used.
         ConfigError: the size is no multiple of the patch size.
     """
-    processor = _own_processor(path) or _default_processor(vision_config)
+    if is_open_clip(path, config_file, checkpoint):
+        files = find_files(path, config_file, checkpoint)
+        processor: Any = open_clip_processor(files.model_config, files.preprocess)
+    else:
+        processor = _own_processor(path) or _default_processor(vision_config)
     if image_size is not None:
         _resize(processor, image_size)
     size, patch = input_size(processor), side(vision_config.patch_size)
@@ -134,7 +161,7 @@ def _own_processor(path: str) -> Any | None:
     if folder.is_dir() and not any((folder / name).is_file() for name in PROCESSOR_FILES):
         return None
     try:
-        return cast(Any, AutoImageProcessor).from_pretrained(path, backend="pil")
+        return load_image_processor(path)
     except UNREADABLE as error:
         raise CheckpointError(f"{path} has no usable preprocessor_config.json: {first_line(error)}") from error
 
