@@ -10,6 +10,7 @@ on eight questions an image).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -158,6 +159,7 @@ class AttentionPlan:
     stops: Tensor
     positions: Tensor
     _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+    _biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
     _blocks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     @property
@@ -183,6 +185,17 @@ class AttentionPlan:
     def _make_mask(self, piece: Piece, window: int | None) -> Tensor | None:
         if piece.is_causal and (window is None or piece.num_above + piece.length <= window):
             return None
+        return self._sees_of(piece, window)
+
+    def bias(self, index: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """The [q, A + q] mask of a piece as numbers to add to its scores: 0 where a query sees, else -inf."""
+        name = (index, window, dtype)
+        if name not in self._biases:
+            seen = self._sees_of(self.pieces[index], window)
+            self._biases[name] = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -math.inf)
+        return self._biases[name]
+
+    def _sees_of(self, piece: Piece, window: int | None) -> Tensor:
         device = self.stops.device
         runs = [self.pieces[index] for index in piece.above] + [piece]
         keys = torch.cat([torch.arange(run.start, run.start + run.length, device=device) for run in runs])

@@ -24,6 +24,11 @@ from llava.errors import ConfigError
 SCORE_KEYWORDS = ("softcap", "s_aux", "position_bias")
 """What transformers hands to attention functions beside scaling and masks: SDPA would leave it out without a word."""
 
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+
+MATMUL_PAIRS = 1 << 18
+"""Most query-key pairs of a piece that `matmul_attention` may hold as a matrix; beyond, memory counts more."""
+
 
 class Piece(Protocol):
     """A run of the row and the numbers of the pieces above it."""
@@ -33,6 +38,9 @@ class Piece(Protocol):
 
     @property
     def num_above(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
 
 
 class Plan(Protocol):
@@ -45,6 +53,8 @@ class Plan(Protocol):
     def pieces(self) -> Sequence[Piece]: ...
 
     def mask(self, index: int, window: int | None = None) -> Tensor | None: ...
+
+    def bias(self, index: int, window: int | None, dtype: torch.dtype) -> Tensor: ...
 
     def block_mask(self, window: int | None = None) -> BlockMask: ...
 
@@ -104,9 +114,6 @@ def tree_attention(
         mask = tree_plan.block_mask(sliding_window)
         output = _compiled_flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2).contiguous(), None
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     return by_pieces(query, key, value, tree_plan, dropout=dropout, scaling=scaling, window=sliding_window), None
 
 
@@ -120,7 +127,22 @@ def by_pieces(
     scaling: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Run SDPA on each piece of the row; [1, H, T, D] each, returns [1, T, H, D]."""
+    """Attend piece by piece; query [1, Hq, T, D], key and value [1, Hk, T, D], returns [1, T, Hq, D].
+
+    SDPA, except for small pieces in half precision on a CPU: there its kernel is several times slower than plain
+    matrix products (`matmul_attention`).
+    """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # cast once, not once a piece
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if kind == "cpu" and query.dtype in HALF_PRECISION and not dropout:
+        largest = max(piece.length * (piece.num_above + piece.length) for piece in plan.pieces)
+        if largest <= MATMUL_PAIRS:
+            return by_matmul(query, key, value, plan, scaling=scaling, window=window)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     # One split a tensor: its backward is one concatenation, where slices would each add a row of zeros.
     queries, keys, values = (tensor.split(plan.lengths, dim=2) for tensor in (query, key, value))
     outputs = []
@@ -141,6 +163,41 @@ def by_pieces(
             output = output[:, :, piece.num_above :]
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1)
+
+
+def by_matmul(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scaling: float | None = None, window: int | None = None
+) -> Tensor:
+    """`by_pieces` with `matmul_attention`; keys are not repeated."""
+    queries, keys, values = (tensor.split(plan.lengths, dim=2) for tensor in (query, key, value))
+    outputs = []
+    for index, piece in enumerate(plan.pieces):
+        members = (*piece.above, index)
+        bias = plan.bias(index, window, query.dtype)
+        output = matmul_attention(queries[index], _joined(keys, members), _joined(values, members), bias, scaling)
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+def matmul_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float | None) -> Tensor:
+    """Attention as two matrix products with a float32 softmax between them, as transformers' eager form.
+
+    Args:
+        query: [1, Hq, Tq, D].
+        key: [1, Hk, Tk, D], Hk divides Hq: the queries of a group are stacked, so keys are never repeated.
+        value: [1, Hk, Tk, D].
+        bias: [Tq, Tk] added to the scores, -inf where a query does not see.
+        scaling: factor of the scores; 1 / sqrt(D) when None.
+    """
+    _, num_heads, num_queries, width = query.shape
+    num_key_heads = key.shape[1]
+    groups = num_heads // num_key_heads
+    stacked = query.reshape(num_key_heads, groups * num_queries, width)
+    factor = width**-0.5 if scaling is None else scaling
+    scores = torch.baddbmm(bias.repeat(groups, 1), stacked, key[0].transpose(1, 2), alpha=factor)
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores, dim=-1, dtype=precise).to(value.dtype)
+    return torch.bmm(weights, value[0]).view(1, num_heads, num_queries, width)
 
 
 def _joined(parts: Sequence[Tensor], members: Sequence[int]) -> Tensor:

@@ -20,7 +20,7 @@ from llava.constants import TREE_ATTENTION
 from llava.data.attention_plan import attention_plan
 from llava.data.flat_batch import FlatBatch, flatten, target_logits
 from llava.errors import ConfigError
-from llava.model.attention import by_pieces, tree_attention, use_tree_attention
+from llava.model.attention import by_matmul, by_pieces, tree_attention, use_tree_attention
 from llava.model.building import Loaded
 from llava.model.config import LlavaMedConfig
 from llava.model.modeling import LlavaMedForConditionalGeneration
@@ -56,16 +56,25 @@ def test_pieces_equal_the_dense_mask(chance: random.Random, window: int | None, 
     places = torch.arange(batch.num_tokens)
     dense = plan.sees(places[:, None], places[None, :], window)
     states = random_states(batch.num_tokens, 4, key_heads, seed=len(dense))
-    found, _ = tree_attention(layer(), *states, None, scaling=0.3, sliding_window=window, tree_plan=plan)
     expected = F.scaled_dot_product_attention(*states, attn_mask=dense, scale=0.3, enable_gqa=True).transpose(1, 2)
-    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    torch.testing.assert_close(found, expected)
-    for own, true in zip(
-        torch.autograd.grad((found * weights).sum(), states),
-        torch.autograd.grad((expected * weights).sum(), states),
-        strict=True,
-    ):
-        torch.testing.assert_close(own, true)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = torch.autograd.grad((expected * weights).sum(), states)
+    with_sdpa, _ = tree_attention(layer(), *states, None, scaling=0.3, sliding_window=window, tree_plan=plan)
+    for found in (with_sdpa, by_matmul(*states, plan, scaling=0.3, window=window)):
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), states), gradients)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_on_a_cpu_takes_matrix_products(autocast: bool) -> None:
+    batch = random_batch(random.Random(0))
+    plan = attention_plan(batch.segment_ids, batch.parents, batch.position_ids[0])
+    states = [state.detach().to(torch.float32) for state in random_states(batch.num_tokens, 4, 2, seed=0)]
+    half = [state.bfloat16() for state in states]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = by_pieces(*(states if autocast else half), plan)
+    assert torch.equal(found, by_matmul(*half, plan))
+    torch.testing.assert_close(found.float(), by_pieces(*states, plan), rtol=0.05, atol=0.05)
 
 
 @given(chance=st.randoms(use_true_random=False), window=st.sampled_from([None, 9]))
