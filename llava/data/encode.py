@@ -88,6 +88,8 @@ def encode(
     segments = processor.template.render(place_images(conversation, processor))
     draft = tokenize_segments(segments, processor)
     _check_images(draft, processor, images)
+    if max_length is not None and processor.image_counts_as_one:
+        max_length += len(images) * (processor.num_image_tokens - 1)
     return _finish(draft, images, max_length)
 
 

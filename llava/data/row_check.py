@@ -108,7 +108,8 @@ def _fingerprint(
     turns = (Turn("human", f"{IMAGE_TOKEN} q "), Turn("gpt", "a"), Turn("human", f"q {IMAGE_TOKEN}"), Turn("gpt", " a"))
     probe = encode(Conversation(turns), processor, images=("x", "y"), max_length=None)
     backend = cast(Any, processor.tokenizer).backend_tokenizer.to_str()
-    settings = [__version__, processor.image_fingerprint, max_length, asdict(probe)]
+    counts = processor.image_counts_as_one
+    settings = [__version__, processor.image_fingerprint, max_length, counts, asdict(probe)]
     digest = hashlib.sha256(json.dumps(settings).encode() + backend.encode())
     for sample in samples:
         state = [index.digest_or_error(ref) for ref in sample.images]

@@ -82,6 +82,9 @@ class DataArguments:
     skip_bad: bool = option(False, "leave unusable rows out and list them in quarantine.jsonl instead of stopping")
     feature_cache_dir: str | None = option(None, "folder for features of a frozen tower, computed once")
     feature_cache_gb: float = option(4.0, "largest size of that folder; 0 switches it off")
+    image_counts_as_one: bool = option(
+        False, "--model_max_length counts an image as one token, as LLaVA-Rad cut its rows; default: all its tokens"
+    )
     lazy_preprocess: bool = option(False, "accepted for old command lines: rows are always read lazily")
     is_multimodal: bool = option(False, "accepted for old command lines: rows say whether they have images")
 
@@ -107,6 +110,11 @@ class LlavaTrainingArguments(TrainingArguments):
     image_grouping: str = option("", "on, off or auto: draw rows image by image so that they share it")
     questions_per_image: int = option(8, "rows of one image drawn together when grouping by image")
     prefix_sharing: str = option("on", "off computes every row on its own (independent dropout)")
+    loss_normalization: str = option(
+        "tokens",
+        "tokens: mean over all supervised tokens of a step; micro_batches: mean of the means of its micro-batches, "
+        "without the place holder's logit, as the published trainers computed it",
+    )
     max_tokens_per_row: int = option(8192, "tokens of one forward pass; more rows, same loss")
     early_stopping_patience: int = option(0, "stop after so many validations without a better one; 0: never")
     eval_answers: int = option(64, "held-out questions answered and scored at each validation; 0: loss only")
@@ -131,6 +139,8 @@ class LlavaTrainingArguments(TrainingArguments):
             legacy_flags.use_one_gpu(self)
         if self.image_grouping not in ("", "on", "off", "auto"):
             raise ConfigError(f"--image_grouping is {self.image_grouping!r}; expected on, off or auto")
+        if self.loss_normalization not in ("tokens", "micro_batches"):
+            raise ConfigError(f"--loss_normalization is {self.loss_normalization!r}; expected tokens or micro_batches")
         if self.prefix_sharing not in ("on", "off"):
             raise ConfigError(f"--prefix_sharing is {self.prefix_sharing!r}; expected on or off")
 
@@ -138,6 +148,11 @@ class LlavaTrainingArguments(TrainingArguments):
     def sequences_per_step(self) -> int:
         """Sequences of one optimiser step on one rank: batch size times accumulation."""
         return self.per_device_train_batch_size * self.requested_accumulation
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Sequences of one published micro-batch, where the loss is the mean of the means of those; else None."""
+        return self.per_device_train_batch_size if self.loss_normalization == "micro_batches" else None
 
     @property
     def global_batch(self) -> int:

@@ -45,6 +45,11 @@ class StepBatch:
         return float(sum(row.edge_weight.sum().item() for row in self.rows))
 
     @property
+    def num_edges(self) -> int:
+        """Supervised tokens, each counted for every sequence that wants it, whatever it weighs."""
+        return sum(len(row.edge_weight) for row in self.rows)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens the model computes."""
         return sum(row.num_tokens for row in self.rows)
@@ -57,13 +62,24 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Lays the sequences of a step out in as few rows as `max_tokens_per_row` allows; picklable."""
+    """Lays the sequences of a step out in as few rows as `max_tokens_per_row` allows; picklable.
+
+    Attributes:
+        dataset: where sequences and images come from.
+        image_token_id: id of the place holders.
+        pad_token_id: fills padded rows.
+        layout: see `Layout`.
+        max_tokens_per_row: limit of a row, None for one row a step.
+        micro_batch: sequences of a micro-batch. Every run of so many is then laid out by itself, and its edges weigh so
+            that each micro-batch counts the same, however many tokens it trains. None: every token counts the same.
+    """
 
     dataset: SFTDataset
     image_token_id: int
     pad_token_id: int
     layout: Layout = "tree"
     max_tokens_per_row: int | None = None
+    micro_batch: int | None = None
 
     def __call__(self, numbered: list[tuple[int, Encoded]]) -> StepBatch:
         """Make the step's rows."""
@@ -76,16 +92,22 @@ class Collator:
         self, sequences: list[Encoded], images: Mapping[str, Tensor], max_tokens_per_row: int | None
     ) -> list[FlatBatch]:
         """Lay sequences out; an empty step has no row."""
-        if not sequences:
-            return []
-        return layout_rows(
-            sequences,
-            images,
-            image_token_id=self.image_token_id,
-            pad_token_id=self.pad_token_id,
-            layout=self.layout,
-            max_tokens_per_row=max_tokens_per_row,
-        )
+        size = self.micro_batch or max(1, len(sequences))
+        parts = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+        laid_out = [
+            layout_rows(
+                part,
+                images,
+                image_token_id=self.image_token_id,
+                pad_token_id=self.pad_token_id,
+                layout=self.layout,
+                max_tokens_per_row=max_tokens_per_row,
+            )
+            for part in parts
+        ]
+        if self.micro_batch is not None:
+            laid_out = [_weighing(rows, 1 / len(parts)) for rows in laid_out]
+        return [row for rows in laid_out for row in rows]
 
     @property
     def has_both_kinds(self) -> bool:
@@ -111,6 +133,12 @@ class Collator:
             ConfigError: the layout is padded.
         """
         return row if row.pixel_values is not None else joined(row, self.idle_row())
+
+
+def _weighing(rows: Sequence[FlatBatch], weight: float) -> list[FlatBatch]:
+    """The rows with edges that weigh `weight` together; rows without any stay without."""
+    total = sum(float(row.edge_weight.sum()) for row in rows)
+    return [replace(row, edge_weight=row.edge_weight * (weight / max(total, 1.0))) for row in rows]
 
 
 def matched_rows(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from llava.data.flat_batch import FlatBatch, target_logits
@@ -29,13 +30,24 @@ class Objective(Protocol):
 
 
 class SFT:
-    """Supervised fine-tuning: mean negative log-likelihood over all supervised tokens of the step, on every rank."""
+    """Supervised fine-tuning: mean negative log-likelihood over all supervised tokens of the step, on every rank.
+
+    Args:
+        without: id of a token that can never follow and whose logit takes no part, or None. The published trainers have
+            no word for an image's place holder; ours has one, and it would take a little of every probability.
+    """
+
+    def __init__(self, *, without: int | None = None) -> None:
+        self.without = without
 
     def __call__(self, model: Callable[..., Any], batch: FlatBatch, *, num_items: Tensor) -> ObjectiveOutput:
         """Sum over this row's edges, divided by the global number of supervised tokens."""
         logits = target_logits(model, batch)
+        if self.without is not None:
+            absent = torch.tensor(self.without, device=logits.device)
+            logits = logits.index_fill(-1, absent, float("-inf"))
         total = weighted_nll_sum(logits, batch.target_ids, batch.edge_target, batch.edge_weight)
         return ObjectiveOutput(total / num_items)
 
 
-OBJECTIVES: dict[str, Callable[[], Objective]] = {"sft": SFT}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"sft": SFT}

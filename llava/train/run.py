@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
+from llava.constants import IMAGE_TOKEN
 from llava.data import feature_cache
 from llava.data.flat_batch import Layout
 from llava.data.image_store import ImageIndex
@@ -32,7 +34,7 @@ from llava.train.callbacks import MetricsCallback, row_ids_file
 from llava.train.evaluation import HeldOutLoss
 from llava.train.held_out_answers import HeldOutAnswers
 from llava.train.loader import Collator, StepLoader
-from llava.train.objectives import OBJECTIVES
+from llava.train.objectives import OBJECTIVES, Objective
 from llava.train.opening import open_model, whole_weights
 from llava.train.parsing import Parsed, parse
 from llava.train.saving import Kind, hooks_for
@@ -64,7 +66,7 @@ def run_sft(argv: Sequence[str] | None = None, *, image_grouping: str = "auto") 
     dataset = open_data(data_args.data_path, data_args.image_folder, data_args, args, loaded)
     use_cache_of_features(dataset, loaded, model_args, data_args)
     sampler, grouping = order.make_sampler(dataset, args, image_grouping)
-    collator = make_collator(dataset, loaded, layout, args)
+    collator = replace(make_collator(dataset, loaded, layout, args), micro_batch=args.micro_batch)
     provenance = run_folder.describe(parsed, layout, grouping, order.describe(sampler), kind)
     resume = run_folder.checkpoint_to_resume(parsed, provenance)
     loader = StepLoader(sampler, collator, num_workers=args.dataloader_num_workers, seed=args.seed)
@@ -130,6 +132,7 @@ def open_data(
     index = ImageIndex.open(image_folder)
     samples = load_samples(path, skip_bad=data_args.skip_bad, quarantine=quarantine)
     limit = args.model_max_length
+    loaded.processor.image_counts_as_one = data_args.image_counts_as_one
     checked = check_trainable(
         samples,
         image_folder,
@@ -170,6 +173,13 @@ def make_collator(dataset: SFTDataset, loaded: Loaded, layout: Layout, args: Lla
     return Collator(dataset, processor.image_token_id, processor.pad_token_id, layout, args.max_tokens_per_row)
 
 
+def make_objective(loaded: Loaded, args: LlavaTrainingArguments) -> Objective:
+    """What is minimised; as published, a place holder that is no word of the published vocabulary takes no part."""
+    processor = loaded.processor
+    is_ours = processor.tokenizer.get_vocab().get(IMAGE_TOKEN) == processor.image_token_id
+    return OBJECTIVES["sft"](without=processor.image_token_id if args.micro_batch and is_ours else None)
+
+
 def make_trainer(
     parsed: Parsed, loaded: Loaded, trained: tuple[nn.Module, Kind], loader: StepLoader, collator: Collator
 ) -> LlavaTrainer:
@@ -191,7 +201,7 @@ def make_trainer(
         args,
         loader=loader,
         collator=collator,
-        objective=OBJECTIVES["sft"](),
+        objective=make_objective(loaded, args),
         hooks=hooks,
         callbacks=callbacks,
     )
@@ -209,7 +219,7 @@ def make_validation(
     is_sharded = bool(args.deepspeed or args.fsdp)
     loss = HeldOutLoss(
         make_collator(held_out, loaded, layout, args),
-        OBJECTIVES["sft"](),
+        make_objective(loaded, args),
         batch_size=args.per_device_eval_batch_size,
         sharded=is_sharded,
         **ranks,

@@ -23,7 +23,7 @@ ARGUMENTS_FILE = "resolved_arguments.json"
 PROVENANCE_FILE = "provenance.json"
 STATE_FILE = "trainer_state.json"
 
-DECISIVE = ("data_sha256", "global_batch", "seed", "image_grouping", "order", "trains")
+DECISIVE = ("data_sha256", "global_batch", "seed", "image_grouping", "order", "trains", "loss_normalization")
 """Facts that a run must share with the one it goes on from; another number of ranks is fine where the order allows."""
 
 
@@ -39,6 +39,7 @@ def describe(parsed: Parsed, layout: str, grouping: str, order: str, trains: str
         "image_grouping": grouping,
         "order": order,
         "trains": trains,
+        "loss_normalization": training.loss_normalization,
         "layout": layout,
         "git_commit": git_commit(),
     }

@@ -56,7 +56,7 @@ class Counts:
     def add(self, step: StepBatch) -> None:
         """Count one step of this rank."""
         self.sequences += len(step.sequences)
-        self.supervised += step.num_supervised
+        self.supervised += step.num_edges
         self.tokens += step.num_tokens
         self.unshared += step.num_unshared_tokens
 

@@ -116,6 +116,20 @@ def test_markers_are_part_of_the_block() -> None:
         encode(talk("A long question <image>", "A"), processor, images=["k"], max_length=5)
 
 
+def test_an_image_may_count_as_one_token() -> None:
+    """As LLaVA-Rad cut its rows: before the images were put in."""
+    processor = make_processor(num_image_tokens=4)
+    conversation = talk("<image>\nA long question", "A long answer")
+    full = encode(conversation, processor, images=["k"], max_length=None)
+    limit = len(full.input_ids) - 6
+    processor.image_counts_as_one = True
+    cut = encode(conversation, processor, images=["k"], max_length=limit)
+    assert len(cut.input_ids) == limit + 3
+    assert cut.num_cut == 3
+    text_only = encode(talk("A long question", "A long answer"), processor, max_length=10)
+    assert len(text_only.input_ids) == 10
+
+
 def test_white_space_around_image_blocks_can_be_dropped() -> None:
     tokenizer = llama_like(added=("<im_patch>", IM_START_TOKEN, IM_END_TOKEN))
     settings_1_0: dict[str, Any] = {"placement": "as_written", "use_im_start_end": True, "strip_around_images": True}
