@@ -1,0 +1,247 @@
+"""Names, shapes and dtypes in a `.bin` file of torch, without torch and without running what the file says.
+
+A `.bin` file is a zip archive: `NAME/data.pkl` describes the tensors, `NAME/data/KEY` holds the bytes of one storage.
+The description is a pickle program. It is walked here instruction by instruction over values that cannot do anything:
+a name outside `KNOWN` stops the walk before anything is called.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.errors import CheckpointError
+
+STORAGE_DTYPES = {
+    "torch DoubleStorage": "float64",
+    "torch FloatStorage": "float32",
+    "torch HalfStorage": "float16",
+    "torch BFloat16Storage": "bfloat16",
+    "torch LongStorage": "int64",
+    "torch IntStorage": "int32",
+    "torch ShortStorage": "int16",
+    "torch CharStorage": "int8",
+    "torch ByteStorage": "uint8",
+    "torch BoolStorage": "bool",
+}
+ITEM_SIZES = {
+    **{"float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4},
+    **{"float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2, "int8": 1, "uint8": 1, "bool": 1},
+    **{"float8_e4m3fn": 1, "float8_e5m2": 1, "complex64": 8},
+}
+REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
+REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
+ORDERED_DICT = "collections OrderedDict"
+KNOWN = frozenset({REBUILD_TENSOR, REBUILD_PARAMETER, ORDERED_DICT, "torch Size", *STORAGE_DTYPES})
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A name that the program wants imported; it never is."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Bytes in the archive: where, and of which type."""
+
+    dtype: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class BinTensor:
+    """One tensor of a `.bin` file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    storage_key: str
+    num_elements_needed: int
+    """Elements its storage must hold, from the first to the last one the tensor touches."""
+
+
+MARK = object()
+
+
+class _Walk:
+    """A pickle program's stack and memory."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def pop_to_mark(self) -> list[Any]:
+        """Take all values above the last mark, and the mark."""
+        for position in range(len(self.stack) - 1, -1, -1):
+            if self.stack[position] is MARK:
+                values = self.stack[position + 1 :]
+                del self.stack[position:]
+                return values
+        raise IndexError("no mark")
+
+    def known(self, name: str) -> Global:
+        """A name the format needs.
+
+        Raises:
+            CheckpointError: any other: code, which is neither imported nor run.
+        """
+        if name not in KNOWN:
+            raise CheckpointError(
+                f"{self.file} wants to import {name.replace(' ', '.')}: it holds code, not only tensors, and was not "
+                "loaded; expected a state dictionary (save it again as safetensors where it came from)"
+            )
+        return Global(name)
+
+    def reduce(self) -> None:
+        """The one place where a real unpickler calls something: a few forms are understood, nothing is called."""
+        arguments, function = self.stack.pop(), self.stack.pop()
+        name = getattr(function, "name", None)
+        if name == ORDERED_DICT:
+            self.stack.append(dict(arguments[0]) if arguments else {})
+        elif name == REBUILD_TENSOR:
+            storage, offset, shape, strides = arguments[:4]
+            last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+            needed = 0 if 0 in shape else offset + last + 1
+            self.stack.append(BinTensor(tuple(shape), storage.dtype, storage.key, needed))
+        elif name == REBUILD_PARAMETER:
+            self.stack.append(arguments[0])
+        elif name == "torch Size":
+            self.stack.append(tuple(arguments[0]))
+        else:
+            raise ValueError(f"a call of {function!r}")
+
+    def persistent(self) -> None:
+        """A storage: ("storage", type, key, device, number of elements)."""
+        kind, storage_type, key = self.stack.pop()[:3]
+        if kind != "storage" or getattr(storage_type, "name", None) not in STORAGE_DTYPES:
+            raise ValueError(f"a persistent {kind!r}")
+        self.stack.append(Storage(STORAGE_DTYPES[storage_type.name], key))
+
+    def set_items(self, values: list[Any]) -> None:
+        """Put keys and values into the table on top of the stack."""
+        self.stack[-1].update(zip(values[::2], values[1::2], strict=True))
+
+    def tuple_of(self, count: int) -> None:
+        """Make the last `count` values a tuple."""
+        values = tuple(self.stack[len(self.stack) - count :])
+        del self.stack[len(self.stack) - count :]
+        self.stack.append(values)
+
+
+def _append(walk: _Walk, values: list[Any]) -> None:
+    walk.stack[-1].extend(values)
+
+
+def _build(walk: _Walk) -> None:
+    """Attributes of a table (torch keeps module versions there) say nothing of the tensors."""
+    walk.stack.pop()
+    if not isinstance(walk.stack[-1], dict):
+        raise ValueError("a state for something that is no table")
+
+
+def _stack_global(walk: _Walk) -> None:
+    name, module = walk.stack.pop(), walk.stack.pop()
+    walk.stack.append(walk.known(f"{module} {name}"))
+
+
+CONSTANTS: dict[str, Callable[[], Any]] = {
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "MARK": lambda: MARK,
+}
+TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES")
+VALUES = frozenset((*TEXTS, "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"))
+ACTIONS: dict[str, Callable[[_Walk], None]] = {
+    "TUPLE": lambda walk: walk.stack.append(tuple(walk.pop_to_mark())),
+    "TUPLE1": lambda walk: walk.tuple_of(1),
+    "TUPLE2": lambda walk: walk.tuple_of(2),
+    "TUPLE3": lambda walk: walk.tuple_of(3),
+    "REDUCE": _Walk.reduce,
+    "BINPERSID": _Walk.persistent,
+    "STACK_GLOBAL": _stack_global,
+    "SETITEMS": lambda walk: walk.set_items(walk.pop_to_mark()),
+    "SETITEM": lambda walk: walk.set_items([walk.stack.pop(-2), walk.stack.pop()]),
+    "APPENDS": lambda walk: _append(walk, walk.pop_to_mark()),
+    "APPEND": lambda walk: _append(walk, [walk.stack.pop()]),
+    "BUILD": _build,
+    "PROTO": lambda walk: None,
+    "FRAME": lambda walk: None,
+    "STOP": lambda walk: None,
+}
+
+
+def _step(walk: _Walk, name: str, argument: Any) -> None:
+    """Follow one instruction."""
+    if name in VALUES:
+        walk.stack.append(argument)
+    elif name in CONSTANTS:
+        walk.stack.append(CONSTANTS[name]())
+    elif name in ("BINPUT", "LONG_BINPUT"):
+        walk.memo[argument] = walk.stack[-1]
+    elif name == "MEMOIZE":
+        walk.memo[len(walk.memo)] = walk.stack[-1]
+    elif name in ("BINGET", "LONG_BINGET"):
+        walk.stack.append(walk.memo[argument])
+    elif name == "GLOBAL":
+        walk.stack.append(walk.known(argument))
+    elif name in ACTIONS:
+        ACTIONS[name](walk)
+    else:
+        raise ValueError(f"the instruction {name}")
+
+
+def read_bin_header(file: Path) -> dict[str, BinTensor]:
+    """Describe every tensor of a `.bin` (`.pt`, `.pth`) file; no weight is read.
+
+    Raises:
+        CheckpointError: the file is truncated, of the format before torch 1.6, holds code, or is no table of tensors.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            sizes = {info.filename: info.file_size for info in archive.infolist()}
+            program = next((name for name in sizes if name.endswith("/data.pkl")), None)
+            if program is None:
+                raise CheckpointError(f"{file} is a zip archive without tensors; expected a file written by torch.save")
+            table = _walk(file, archive.read(program))
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as a torch file ({error}); it is truncated, or older than torch 1.6"
+        ) from error
+    tensors = _tensors(file, table)
+    for name, tensor in tensors.items():
+        stored = sizes.get(program.replace("data.pkl", f"data/{tensor.storage_key}"))
+        needed = tensor.num_elements_needed * ITEM_SIZES[tensor.dtype]
+        if stored is None or stored < needed:
+            raise CheckpointError(f"{file}: {name} needs {needed} bytes, the file holds {stored or 0}; it is truncated")
+    return tensors
+
+
+def _walk(file: Path, program: bytes) -> Any:
+    walk = _Walk(file)
+    try:
+        for opcode, argument, _ in pickletools.genops(program):
+            _step(walk, opcode.name, argument)
+        return walk.stack.pop()
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} holds more than tensors and was not loaded ({error}); expected a state dictionary"
+        ) from error
+
+
+def _tensors(file: Path, table: Any) -> dict[str, BinTensor]:
+    """The tensors of a table, or of the table a training checkpoint keeps under `state_dict`."""
+    if isinstance(table, dict) and isinstance(table.get("state_dict"), dict):
+        table = table["state_dict"]
+    if not isinstance(table, dict) or not all(isinstance(value, BinTensor) for value in table.values()):
+        raise CheckpointError(f"{file} holds no table of tensors; expected a state dictionary")
+    return {str(name): value for name, value in table.items()}
