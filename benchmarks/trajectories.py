@@ -292,7 +292,7 @@ def _train(parsed: Parsed, loaded: Loaded, trained: tuple[nn.Module, Any], job: 
 def system_text(ids: Sequence[int], language_model: Path) -> str:
     """The system text at the start of recorded ids; without self-questioning `v1_sq` is `v1` with another one."""
     until_image = list(ids)[1 : list(ids).index(IMAGE_MARK)] if IMAGE_MARK in ids else list(ids)[1:]
-    text: str = AutoTokenizer.from_pretrained(language_model).decode(until_image)
+    text = str(AutoTokenizer.from_pretrained(language_model).decode(until_image))
     return text.split(" USER:", 1)[0].strip()
 
 
