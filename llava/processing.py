@@ -72,13 +72,11 @@ class LlavaMedProcessor:
         Raises:
             ConfigError: an unknown name, or the tokenizer has no image place holder.
         """
-        if image_mode not in MODES:
-            raise ConfigError(f"unknown image mode {image_mode!r}; known: {', '.join(MODES)}")
         if num_image_tokens < 1:
             raise ConfigError(f"an image needs at least one token, got num_image_tokens={num_image_tokens}")
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.image_mode = image_mode
+        self.use_image_mode(image_mode)
         self.num_image_tokens = num_image_tokens
         self.placement = lookup(PLACEMENTS, placement, "image placement")
         self.use_im_start_end = use_im_start_end
@@ -96,6 +94,17 @@ class LlavaMedProcessor:
         template = get_template(name)
         self.system = system
         self.template: Template = template if system is None else template.with_system(system)
+
+    def use_image_mode(self, mode: str) -> None:
+        """Make pictures square in another way from now on.
+
+        Raises:
+            ConfigError: the mode is unknown.
+        """
+        if mode not in MODES:
+            raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(MODES)}")
+        self.image_mode = mode
+        self.__dict__.pop("image_fingerprint", None)  # it names the mode
 
     @property
     def eos_token_id(self) -> int | None:

@@ -38,7 +38,7 @@ from llava.model.multimodal_encoder.towers import (
     tower_image_processor,
 )
 from llava.model.multimodal_projector import build_projector, check_projector_type
-from llava.model.quantization import quantization_config
+from llava.model.quantization import Quantization
 from llava.processing import LlavaMedProcessor
 from llava.utils.lookup import require
 
@@ -69,7 +69,7 @@ class BuildOptions:
         placement: `front` or `as_written`.
         system: replaces the template's system text.
         image_size: pixels of the model's input; the tower's own size when None.
-        bits: 16 keeps the dtype, 8 and 4 quantize the language model (bitsandbytes).
+        bits, double_quant, quant_type: see `Quantization`; they concern the language model.
         seed: of the projector's random weights.
     """
 
@@ -89,6 +89,8 @@ class BuildOptions:
     system: str | None = None
     image_size: int | None = None
     bits: int = 16
+    double_quant: bool = True
+    quant_type: str = "nf4"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -146,7 +148,7 @@ def build(
     # Unused parts that a checkpoint lacks are drawn anew: the seed covers them, so equal builds have equal hashes.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(wanted.seed)
-        quantization = quantization_config(wanted.bits, dtype)
+        quantization = Quantization(wanted.bits, wanted.double_quant, wanted.quant_type).config(dtype)
         keywords = {"quantization_config": quantization, "device_map": device_map}
         language_model = load_part(AutoModelForCausalLM, wanted.lm, dtype, **keywords)
         tower = load_tower(wanted.vision_tower, dtype, **wanted.tower_files)

@@ -8,6 +8,7 @@ projector    mm_projector.safetensors or .bin, on the same
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,7 +28,7 @@ from llava.model.checkpoint import (
 from llava.model.config import LlavaMedConfig
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
-from llava.model.quantization import quantization_config
+from llava.model.quantization import Quantization
 from llava.processing import LlavaMedProcessor
 
 Kind = Literal["model", "adapter", "projector"]
@@ -106,6 +107,8 @@ def load(
     dtype: Dtype = "auto",
     device_map: Any = None,
     bits: int = 16,
+    double_quant: bool = True,
+    quant_type: str = "nf4",
     merge: bool = True,
 ) -> Loaded:
     """Load whatever this package saved.
@@ -116,17 +119,17 @@ def load(
             language model (the recorded tower stays).
         dtype: of the weights; "auto" keeps the saved one.
         device_map: passed to transformers; None loads on the CPU.
-        bits: 16, or 8 or 4 to quantize the language model.
+        bits, double_quant, quant_type: of the language model, see `Quantization`.
         merge: add an adapter into the weights; False leaves it a peft adapter.
 
     Raises:
         CheckpointError: the folder holds nothing loadable, a part is missing, or weights do not fit.
     """
-    kind = kind_of(path)
+    kind, quantization = kind_of(path), Quantization(bits, double_quant, quant_type)
     if kind == "model":
-        return _load_model(path, dtype, device_map, bits)
+        return _load_model(path, dtype, device_map, quantization)
     processor = LlavaMedProcessor.from_pretrained(path)
-    loaded = _load_base(path, base, dtype, device_map, bits)
+    loaded = _load_base(path, base, dtype, device_map, quantization)
     loaded.processor = processor
     loaded.model.config.template = processor.template.name
     if kind == "projector":
@@ -138,7 +141,7 @@ def load(
     return loaded
 
 
-def _load_model(path: str | Path, dtype: Dtype, device_map: Any, bits: int) -> Loaded:
+def _load_model(path: str | Path, dtype: Dtype, device_map: Any, quantization: Quantization) -> Loaded:
     processor = LlavaMedProcessor.from_pretrained(path)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
     try:
@@ -146,7 +149,7 @@ def _load_model(path: str | Path, dtype: Dtype, device_map: Any, bits: int) -> L
             path,
             dtype=dtype,
             device_map=device_map,
-            quantization_config=quantization_config(bits, compute),
+            quantization_config=quantization.config(compute),
             output_loading_info=True,
         )
     except UNREADABLE as error:
@@ -158,7 +161,7 @@ def _load_model(path: str | Path, dtype: Dtype, device_map: Any, bits: int) -> L
     return finish(model.train(False), processor, {"base": portable(str(path))})
 
 
-def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any, bits: int) -> Loaded:
+def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any, quantization: Quantization) -> Loaded:
     """The parts that an adapter or projector builds on: given, or recorded beside it."""
     origin = read_origin(path)
     options = origin.get("build")
@@ -172,9 +175,9 @@ def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any
             raise CheckpointError(
                 f"{path} names itself as its base; give the model it was trained on with --model-base"
             )
-        return load(base, dtype=dtype, device_map=device_map, bits=bits)
+        return load(base, dtype=dtype, device_map=device_map, **asdict(quantization))
     try:
-        loaded = build(dtype=dtype, device_map=device_map, **{**options, "bits": bits})
+        loaded = build(dtype=dtype, device_map=device_map, **{**options, **asdict(quantization)})
     except TypeError as error:
         raise CheckpointError(
             f"{Path(path) / ORIGIN_FILE}: options that this version does not know: {error}"

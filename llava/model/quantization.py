@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -13,28 +15,48 @@ EXCLUDED = [".*lm_head", ".*multi_modal_projector", ".*vision_tower"]
 """Parts that stay in full precision, as in the seeds; patterns for the beginning of a layer's full name."""
 
 
-def quantization_config(
-    bits: int, dtype: torch.dtype, *, double_quant: bool = True, quant_type: str = "nf4"
-) -> BitsAndBytesConfig | None:
-    """The configuration that `from_pretrained` takes, or None for 16 (no quantization).
+QUANT_TYPES = ("nf4", "fp4")
 
-    Raises:
-        ConfigError: `bits` is not 4, 8 or 16.
-        MissingDependency: bitsandbytes is not installed.
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the language model's weights are kept.
+
+    Attributes:
+        bits: 16 is no quantization.
+        double_quant: with 4 bits, quantize the quantization constants too.
+        quant_type: the 4-bit format, one of `QUANT_TYPES`.
     """
-    if bits == 16:
-        return None
-    if bits not in (4, 8):
-        raise ConfigError(f"bits is {bits}; expected 4, 8 or 16")
-    require("bitsandbytes", "train")
-    return BitsAndBytesConfig(
-        load_in_4bit=bits == 4,
-        load_in_8bit=bits == 8,
-        llm_int8_skip_modules=EXCLUDED,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_quant_type=quant_type,
-    )
+
+    bits: int = 16
+    double_quant: bool = True
+    quant_type: str = "nf4"
+
+    def config(self, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+        """The configuration that `from_pretrained` takes, or None for 16 bits.
+
+        Args:
+            dtype: that the layers compute in.
+
+        Raises:
+            ConfigError: a value is none of those known.
+            MissingDependency: bitsandbytes is not installed.
+        """
+        if self.bits == 16:
+            return None
+        if self.bits not in (4, 8):
+            raise ConfigError(f"bits is {self.bits}; expected 4, 8 or 16")
+        if self.quant_type not in QUANT_TYPES:
+            raise ConfigError(f"quant_type is {self.quant_type!r}; expected {' or '.join(QUANT_TYPES)}")
+        require("bitsandbytes", "train")
+        return BitsAndBytesConfig(
+            load_in_4bit=self.bits == 4,
+            load_in_8bit=self.bits == 8,
+            llm_int8_skip_modules=EXCLUDED,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_quant_type=self.quant_type,
+        )
 
 
 def quantized_layers(model: nn.Module) -> list[nn.Module]:

@@ -76,7 +76,9 @@ class DataArguments:
 
     data_path: str = option("", "rows in LLaVA format: a JSON array or JSON lines")
     image_folder: str | None = option(None, "folder that image names are relative to")
-    image_aspect_ratio: str = option("square", "square (crop), pad or resize")
+    image_aspect_ratio: str | None = option(
+        None, "square (crop), pad or resize; default: the checkpoint's own, or square"
+    )
     eval_data_path: str | None = option(None, "held-out rows for validation while training")
     eval_image_folder: str | None = option(None, "image folder of the held-out rows; default: --image_folder")
     skip_bad: bool = option(False, "leave unusable rows out and list them in quarantine.jsonl instead of stopping")

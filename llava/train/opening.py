@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,12 +14,16 @@ from llava.errors import ConfigError
 from llava.model.building import Loaded, build, portable
 from llava.model.checkpoint import ORIGIN_FILE, load_projector
 from llava.model.loading import load, read_origin
+from llava.model.quantization import Quantization
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 
 logger = logging.getLogger(__name__)
 
 NEW_MODEL_TEMPLATE = "v0"
 """Template of a new model when `--version` is not given, as in the seeds."""
+
+NEW_MODEL_IMAGE_MODE = "square"
+"""How a new model makes pictures square when `--image_aspect_ratio` is not given, as in the seeds."""
 
 
 def open_model(model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainingArguments) -> Loaded:
@@ -30,12 +35,15 @@ def open_model(model_args: ModelArguments, data_args: DataArguments, args: Llava
     """
     system = Path(model_args.system_file).read_text(encoding="utf-8").strip() if model_args.system_file else None
     if (Path(model_args.model_name_or_path) / ORIGIN_FILE).is_file():
-        loaded = load(model_args.model_name_or_path, dtype=_dtype(args), bits=model_args.bits)
-        check_against(loaded, model_args, data_args)
+        loaded = load(model_args.model_name_or_path, dtype=_dtype(args), **asdict(quantization_of(model_args)))
+        check_against(loaded, model_args)
         if model_args.version or system:
             name = model_args.version or loaded.processor.template.name
             loaded.processor.use_template(name, system=system)
             loaded.model.config.template = name
+        if data_args.image_aspect_ratio:
+            loaded.processor.use_image_mode(data_args.image_aspect_ratio)
+            loaded.model.config.image_aspect_ratio = data_args.image_aspect_ratio
     else:
         loaded = _build(model_args, data_args, args, system)
     if model_args.pretrain_mm_mlp_adapter:
@@ -43,7 +51,7 @@ def open_model(model_args: ModelArguments, data_args: DataArguments, args: Llava
     return loaded
 
 
-def check_against(loaded: Loaded, model_args: ModelArguments, data_args: DataArguments) -> None:
+def check_against(loaded: Loaded, model_args: ModelArguments) -> None:
     """Say which options describe a new model only: a checkpoint of ours has decided them.
 
     Raises:
@@ -61,7 +69,6 @@ def check_against(loaded: Loaded, model_args: ModelArguments, data_args: DataArg
         "vision_tower": (portable(tower) if tower else None, earlier.get("vision_tower"), None),
         "mm_projector_type": (model_args.mm_projector_type, config.projector_type, "linear"),
         "mm_vision_select_layer": (model_args.mm_vision_select_layer, config.vision_feature_layer, -2),
-        "image_aspect_ratio": (data_args.image_aspect_ratio, config.image_aspect_ratio, "square"),
     }
     for name, (given, kept, default) in decided.items():
         if kept is not None and given not in (default, kept):
@@ -85,6 +92,11 @@ def whole_weights(args: LlavaTrainingArguments) -> Iterator[None]:
         yield
     finally:
         set_hf_deepspeed_config(config)
+
+
+def quantization_of(model_args: ModelArguments) -> Quantization:
+    """How the language model's weights are asked to be kept."""
+    return Quantization(model_args.bits, model_args.double_quant, model_args.quant_type)
 
 
 def _dtype(args: LlavaTrainingArguments) -> torch.dtype:
@@ -113,9 +125,9 @@ def _build(
         use_im_start_end=model_args.mm_use_im_start_end,
         use_im_patch_token=model_args.mm_use_im_patch_token,
         template=model_args.version or NEW_MODEL_TEMPLATE,
-        image_mode=data_args.image_aspect_ratio,
+        image_mode=data_args.image_aspect_ratio or NEW_MODEL_IMAGE_MODE,
         system=system,
         image_size=model_args.image_size,
-        bits=model_args.bits,
+        **asdict(quantization_of(model_args)),
         seed=args.seed,
     )

@@ -7,6 +7,7 @@ switch may stand alone or carry a word (`--flag`, `--flag True`, `--flag False`)
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -78,8 +79,13 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(with_dashes(sys.argv[1:] if args is None else list(args)), namespace)
 
 
+NOISY = "bitsandbytes.backends.cpu.ops"
+"""Warns at every start that it found no kernels of a hub which is never asked."""
+
+
 def run_program(program: Callable[[], None]) -> None:
     """Run an entry; deliberate errors end with their message and status 2 instead of a traceback."""
+    logging.getLogger(NOISY).setLevel(logging.ERROR)
     try:
         program()
     except LlavaError as error:

@@ -13,7 +13,7 @@ from llava.errors import ConfigError
 from llava.model.checkpoint import save_adapter, save_model
 from llava.model.loading import load
 from llava.model.lora import add_lora, freeze_for, trainable_report
-from llava.model.quantization import quantization_config, quantized_layers
+from llava.model.quantization import Quantization, quantized_layers
 from tests.model.model_tools import batch, logits, shake, trained
 from tests.tiny import tiny_llava
 
@@ -26,9 +26,11 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
 
 
 def test_bits() -> None:
-    assert quantization_config(16, torch.float32) is None
+    assert Quantization().config(torch.float32) is None
     with pytest.raises(ConfigError, match="bits is 5; expected 4, 8 or 16"):
-        quantization_config(5, torch.float32)
+        Quantization(5).config(torch.float32)
+    with pytest.raises(ConfigError, match="quant_type is 'int4'; expected nf4 or fp4"):
+        Quantization(4, quant_type="int4").config(torch.float32)
 
 
 @needs_bitsandbytes

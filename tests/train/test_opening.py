@@ -52,9 +52,18 @@ def test_options_that_a_checkpoint_decided_are_named(
 ) -> None:
     ours = {"model_name_or_path": parts / "ours", "vision_tower": parts / "other_tower"}
     with caplog.at_level(logging.WARNING):
-        train(arguments(parts, tmp_path, **ours, mm_projector_type="mlp2x_gelu", image_aspect_ratio="square"))
+        train(arguments(parts, tmp_path, **ours, mm_projector_type="mlp2x_gelu"))
     ignored = [record.message.split()[0] for record in caplog.records if "is ignored: " in record.message]
     assert ignored == ["--vision_tower", "--mm_projector_type"]
+
+
+@pytest.mark.parametrize("mode", [None, "pad"])
+def test_the_image_mode_of_a_checkpoint_stays_unless_another_is_asked_for(
+    parts: Path, tmp_path: Path, mode: str | None
+) -> None:
+    train(arguments(parts, tmp_path, model_name_or_path=parts / "ours", vision_tower=None, image_aspect_ratio=mode))
+    again = load(tmp_path)
+    assert again.processor.image_mode == again.model.config.image_aspect_ratio == (mode or "square")
 
 
 def test_template_and_system_text_are_replaced_and_saved(parts: Path, tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
 from llava.model.loading import load
 from llava.model.quantization import quantized_layers
+from llava.train.opening import open_model
+from llava.train.parsing import parse
 from tests.runs import arguments, losses, train
 from tests.tiny import tiny_llava, write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
@@ -45,3 +48,11 @@ def test_a_quantized_model_is_put_together(parts: Path) -> None:
     assert names == {"Linear4bit"} and len(quantized_layers(loaded.model)) == 14
     assert isinstance(loaded.model.model.multi_modal_projector[0], torch.nn.Linear)
     assert not quantized_layers(loaded.model.model.vision_tower)
+
+
+def test_the_form_of_quantization_is_the_one_asked_for(parts: Path, tmp_path: Path) -> None:
+    options = {"bits": 4, "lora_enable": True, "lora_r": 4, "max_steps": 1, "quant_type": "fp4", "double_quant": False}
+    parsed = parse(arguments(parts, tmp_path, **options))
+    loaded = open_model(*parsed)
+    states = [cast(Any, layer).weight.quant_state for layer in quantized_layers(loaded.model)]
+    assert states and all(state.quant_type == "fp4" and not state.nested for state in states)
