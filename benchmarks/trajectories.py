@@ -8,7 +8,6 @@ train_log.json (command line, row order), init/, base_llm/ --our trainer--> loss
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import AutoTokenizer, set_seed
 
 from benchmarks import grown_vocabulary
 from benchmarks.counted_masks import CountedMaskDataset
+from benchmarks.recorded_weights import differences, put
 from benchmarks.shifted_images import ShiftedImages
 from llava.data.flat_batch import FlatBatch
 from llava.data.samplers import Step, StepSampler
@@ -56,25 +56,6 @@ CUT_BEFORE_IMAGES = ("loader", "sq_r")
 
 MED_1_0_TEMPLATES = {"v0": "default", "v1": "vicuna_v1_1"}
 """LLaVA-Med 1.0's versions, by the name of the template that each trains."""
-
-OLD_NAMES = {
-    "base_model.model.model.layers.": "base_model.model.model.language_model.layers.",
-    "base_model.model.model.mm_projector.": "base_model.model.model.multi_modal_projector.",
-    "model.mm_projector.": "model.multi_modal_projector.",
-    "model.": "model.language_model.",
-}
-"""Prefixes of the originals' weight names, and ours; the first that fits counts."""
-
-
-FINAL_FILES = (
-    "mm_projector.bin",
-    "model.safetensors",
-    "pytorch_model.bin",
-    "adapter_model.bin",
-    "adapter_model.safetensors",
-    "non_lora_trainables.bin",
-)
-"""What the originals saved at the end of a run, of any kind."""
 
 MAX_ATTEMPTS, CLOSE_ENOUGH = 8, 1e-6
 """For a starting row that has to be found."""
@@ -294,31 +275,3 @@ def system_text(ids: Sequence[int], language_model: Path) -> str:
     until_image = list(ids)[1 : list(ids).index(IMAGE_MARK)] if IMAGE_MARK in ids else list(ids)[1:]
     text = str(AutoTokenizer.from_pretrained(language_model).decode(until_image))
     return text.split(" USER:", 1)[0].strip()
-
-
-def current_name(name: str) -> str:
-    """Our name of an original's weight."""
-    name = re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", name)
-    for old, new in OLD_NAMES.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
-
-
-def put(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights under original names in; each must exist."""
-    parameters = dict(network.named_parameters())
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            parameters[current_name(name)].copy_(tensor)
-
-
-def differences(trained: Mapping[str, Tensor], final: Path) -> dict[str, float]:
-    """Largest difference of each trained weight to the one that the original saved, under the original's name."""
-    found: dict[str, float] = {}
-    for name in FINAL_FILES:
-        for old, tensor in read_tensors(final / name).items() if (final / name).is_file() else ():
-            ours = trained.get(current_name(old))
-            if ours is not None:  # rows that only our vocabulary has come last
-                found[old] = float((ours[: len(tensor)] - tensor).abs().max())
-    return found

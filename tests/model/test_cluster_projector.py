@@ -14,7 +14,7 @@ from torch import Tensor
 from llava.errors import ConfigError
 from llava.model.building import build
 from llava.model.checkpoint import load_projector, projector_state, save_projector
-from llava.model.cluster_projector import PUBLISHED_NAMES, ClusterProjector, cluster_projector
+from llava.model.cluster_projector import PUBLISHED_NAMES, ClusterProjector, cluster_projector, settings_of
 from tests.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
 
@@ -154,6 +154,15 @@ def test_settings_for_new_models() -> None:
 def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cluster_projector(4, 4, settings)
+
+
+def test_settings_of_a_checkpoints_configuration() -> None:
+    assert settings_of({"mm_projector_type": "cluster", "mm_hidden_size": 6}) == {}
+    given = settings_of({"mm_cluster_num_centers": 4, "mm_cluster_iters": 1})
+    projector = cluster_projector(6, 8, given)
+    assert (projector.num_centers, projector.num_iters) == (4, 1)
+    published = cluster_projector(6, 8, settings_of({}))
+    assert (published.num_centers, published.num_iters) == (256, 2)
 
 
 def test_the_model_remembers_type_and_settings(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from llava.image_processors import OpenClipImageProcessorPil, load_image_process
 from llava.model.building import build
 from llava.model.checkpoint import save_model
 from llava.model.loading import load
-from llava.model.multimodal_encoder.open_clip_encoder import files, trunks
+from llava.model.multimodal_encoder.open_clip_encoder import convert, files, trunks
 from llava.model.multimodal_encoder.open_clip_encoder.key_map import rules, to_open_clip
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import TRUNKS, Trunk, trunk_config
 from llava.model.multimodal_encoder.towers import load_tower, num_patches, tower_image_processor
@@ -285,6 +285,23 @@ def test_a_table_of_another_size_is_resampled(tmp_path: Path) -> None:
     assert torch.equal(table[:, 0], original[:, 0])
     # A grid of two by two stretched to three by three keeps its corners' order and its middle is the mean.
     torch.testing.assert_close(table[0, 5], original[0, 1:].mean(dim=0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_trunk_as_a_folder_of_transformers(tmp_path: Path, name: str) -> None:
+    given = write_tower(tmp_path / "open_clip", name)
+    words = ["--vision_tower_config", given["config_file"], "--vision_tower_checkpoint", given["checkpoint"]]
+    convert.main([*words, "--out", str(tmp_path / "plain")])
+    one, other = load_tower("any", torch.float32, **given), load_tower(str(tmp_path / "plain"), torch.float32)
+    assert type(one) is type(other)
+    assert one.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in one.state_dict().items())
+    processor = tower_image_processor(str(tmp_path / "plain"), other.config, None)
+    assert type(processor) is OpenClipImageProcessorPil
+    assert not any(file.name.startswith(".") for file in (tmp_path / "plain").iterdir())
+    with pytest.raises(ConfigError, match="unknown dtype"):
+        convert.main([*words, "--out", str(tmp_path / "other"), "--dtype", "int8"])
+    assert not (tmp_path / "other").exists()
 
 
 def broken(weights: dict[str, Tensor], how: str) -> dict[str, Tensor]:

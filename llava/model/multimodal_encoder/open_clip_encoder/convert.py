@@ -1,0 +1,62 @@
+"""Write an open_clip tower's trunk as a transformers folder: a seventh of the published file, read without a key map.
+
+Command:
+    python -m llava.model.multimodal_encoder.open_clip_encoder.convert --vision-tower-config biomedclip_cxr_518.json \
+        --vision-tower-checkpoint biomedclipcxr_518_checkpoint.pt --out towers/biomedclip_cxr_518
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from llava.model.multimodal_encoder.open_clip_encoder.files import OpenClipFiles, find_files
+from llava.model.multimodal_encoder.open_clip_encoder.loading import load_trunk
+from llava.model.multimodal_encoder.open_clip_encoder.trunks import image_processor
+from llava.utils.cli import Parser, run_program
+from llava.utils.lookup import lookup
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def convert(files: OpenClipFiles, target: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write the trunk and its image processor; the folder serves as `--vision_tower`.
+
+    Args:
+        files: of the open_clip tower.
+        target: folder; each file appears whole or not at all, the configuration last.
+        dtype: of the weights.
+
+    Raises:
+        CheckpointError: the files do not hold a known trunk; nothing is written then.
+    """
+    trunk = load_trunk(files, dtype)
+    processor = image_processor(files.model_config, files.preprocess)
+    folder = Path(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".converting-") as name:
+        trunk.save_pretrained(name)
+        processor.save_pretrained(name)
+        for file in sorted(Path(name).iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, folder / file.name)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and convert."""
+    parser = Parser(description="Write an open_clip tower's vision trunk as a transformers folder.")
+    parser.add_argument("--vision-tower", default="", help="folder, local-dir: or hf-hub: name of the tower")
+    parser.add_argument("--vision-tower-config", help="open_clip model configuration, where there is no such folder")
+    parser.add_argument("--vision-tower-checkpoint", help="open_clip weights")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--dtype", default="float32", help=f"of the weights: {', '.join(DTYPES)}")
+    given = parser.parse_args(argv)
+    files = find_files(given.vision_tower, given.vision_tower_config, given.vision_tower_checkpoint)
+    convert(files, given.out, dtype=lookup(DTYPES, given.dtype, "dtype"))
+
+
+if __name__ == "__main__":
+    run_program(main)
