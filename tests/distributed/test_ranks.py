@@ -40,3 +40,17 @@ def test_two_ranks_equal_one(parts: Path, tmp_path: Path, limit: int) -> None:
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], atol=2e-4, rtol=1e-3, msg=name)
     assert row_ids(one) == row_ids(two) == Counter({row: 2 for row in range(9)})
+
+
+def test_micro_batches_of_two_ranks_are_those_of_one(parts: Path, tmp_path: Path) -> None:
+    """A mean of the means of micro-batches does not ask which rank computed them; the last step has one row."""
+    data = write_uneven(tmp_path)
+    common = {"data_path": data, "image_folder": tmp_path / "images", "per_device_train_batch_size": 2}
+    common |= {"loss_normalization": "micro_batches"}
+    run(1, train, arguments(parts, tmp_path / "one", gradient_accumulation_steps=2, **common))
+    run(2, train, arguments(parts, tmp_path / "two", **common))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=2e-5)
+    assert len(losses(tmp_path / "one")) == 3
+    second = saved(tmp_path / "two")
+    for name, tensor in saved(tmp_path / "one").items():
+        torch.testing.assert_close(tensor, second[name], atol=2e-4, rtol=1e-3, msg=name)

@@ -10,7 +10,7 @@ import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +40,16 @@ def load_trunk(files: OpenClipFiles, dtype: torch.dtype) -> PreTrainedModel:
     """
     config = trunk_config(files.model_config)
     state = to_transformers(read_trunk(files.weights), config.model_type, config.num_hidden_layers)
-    model: PreTrainedModel = Dinov2Model(config) if isinstance(config, Dinov2Config) else ViTModel(config)
+    with torch.device("meta"):  # every weight comes from the file: nothing is drawn only to be overwritten
+        model: PreTrainedModel = Dinov2Model(config) if isinstance(config, Dinov2Config) else ViTModel(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if POSITIONS in state and state[POSITIONS].shape != expected[POSITIONS]:
         state[POSITIONS] = stretched(state[POSITIONS], expected[POSITIONS][1])
     _check(expected, state, files.weights)
-    pooler = {name: torch.zeros(shape) for name, shape in expected.items() if name.startswith(MAY_LACK)}
-    model.load_state_dict({**pooler, **state})  # zeros there: equal files give equal models
-    cast(Any, model).to(dtype)
+    # Copies, since the file may be mapped into memory; zeros in the pooler, so that equal files give equal models.
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}
+    pooler = {name: torch.zeros(shape, dtype=dtype) for name, shape in expected.items() if name.startswith(MAY_LACK)}
+    model.load_state_dict({**pooler, **weights}, assign=True)
     model.eval()
     return model
 
