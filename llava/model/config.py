@@ -24,6 +24,7 @@ class LlavaMedConfig(LlavaConfig):
         template: conversation template the model was trained with.
         placement: where images stand in a turn.
         head_bias: the language-model head has a bias (Phi and a few others).
+        source: the layout that the model was converted from: its config.json and what ours cannot tell, see `legacy`.
     """
 
     model_type = "llava_med"
@@ -36,6 +37,7 @@ class LlavaMedConfig(LlavaConfig):
     template: str = "vicuna_v1"
     placement: str = "front"
     head_bias: bool = False
+    source: dict[str, Any] | None = None
 
 
 AutoConfig.register(LlavaMedConfig.model_type, LlavaMedConfig, exist_ok=True)

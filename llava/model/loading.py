@@ -1,13 +1,13 @@
-"""The one loader: a folder is recognised by what it holds, never by its name.
+"""The one loader: a folder is recognised by what it holds, never by its name (`layout`).
 
 model        config.json (llava_med) + model*.safetensors
 adapter      adapter_config.json + adapter_model.safetensors, on the parts that llava_origin.json names
 projector    mm_projector.safetensors or .bin, on the same
+others       the legacy layouts (`foreign`) and transformers' Llava (`hf_llava`)
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,88 +16,30 @@ import torch
 
 from llava.errors import CheckpointError
 from llava.model.building import Loaded, build, finish, portable
-from llava.model.checkpoint import (
-    ADAPTER_CONFIG_FILE,
-    ORIGIN_FILE,
-    PROJECTOR_FILE,
-    PROJECTOR_SAFE_FILE,
-    is_model_weights,
-    load_adapter,
-    load_projector,
-)
-from llava.model.config import LlavaMedConfig
+from llava.model.checkpoint import ORIGIN_FILE, load_adapter, load_projector
+from llava.model.foreign import ForeignOptions, load_foreign
+from llava.model.hf_llava import load_hf
+from llava.model.layout import KINDS, OUR_TYPE, OURS, Kind, Layout, read_json, sniff
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.model.quantization import Quantization
 from llava.processing import LlavaMedProcessor
 
-Kind = Literal["model", "adapter", "projector"]
 Dtype = torch.dtype | Literal["auto"]
-
-OUR_TYPE = LlavaMedConfig.model_type
 
 
 def kind_of(path: str | Path) -> Kind:
-    """What a folder holds.
+    """What a folder holds, see `layout.KINDS`.
 
     Raises:
-        CheckpointError: nothing this loader reads; says what was found, and what to do.
+        CheckpointError: nothing known; says what was found.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{path}: no such folder; expected a model, an adapter or a projector of this package")
-    names = {file.name for file in folder.iterdir()}
-    has_weights = any(map(is_model_weights, names))
-    model_type = _read_json(folder / "config.json").get("model_type")
-    if model_type == OUR_TYPE:
-        if ADAPTER_CONFIG_FILE in names:
-            return "adapter"
-        if has_weights:
-            return "model"
-        if names & {PROJECTOR_FILE, PROJECTOR_SAFE_FILE}:
-            return "projector"
-    raise CheckpointError(f"{path}: {_explain(names, model_type, has_weights)}")
-
-
-def _explain(names: set[str], model_type: str | None, has_weights: bool) -> str:
-    """Why a folder is not one of ours."""
-    found = ", ".join(sorted(name for name in names if not name.startswith("."))[:8]) or "nothing"
-    if model_type is None:
-        return f"no config.json that names a model type; found {found}"
-    if model_type == OUR_TYPE:
-        return f"config.json without weights (model*.safetensors, adapter or {PROJECTOR_FILE}); found {found}"
-    if model_type.startswith("llava"):
-        return (
-            f"a checkpoint of type {model_type!r} in another project's layout, expected {OUR_TYPE!r}; found {found}; "
-            "train from its language model with --model_name_or_path and --vision_tower instead"
-        )
-    kind = "a plain language model" if has_weights else "no model of ours"
-    return (
-        f"{kind} (type {model_type!r}), expected {OUR_TYPE!r}; found {found}; "
-        "put it together with a tower by training: --model_name_or_path and --vision_tower"
-    )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON table, or an empty one where there is no file.
-
-    Raises:
-        CheckpointError: the file is broken.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds no JSON object")
-    return cast(dict[str, Any], content)
+    return sniff(path).kind
 
 
 def read_origin(path: str | Path) -> dict[str, Any]:
     """`llava_origin.json` of a folder, or an empty table."""
-    return _read_json(Path(path) / ORIGIN_FILE)
+    return read_json(Path(path) / ORIGIN_FILE)
 
 
 def load(
@@ -110,8 +52,9 @@ def load(
     double_quant: bool = True,
     quant_type: str = "nf4",
     merge: bool = True,
+    **foreign: Any,
 ) -> Loaded:
-    """Load whatever this package saved.
+    """Load a checkpoint of this package, of the legacy layouts, or of transformers' Llava.
 
     Args:
         path: folder of a model, an adapter or a projector.
@@ -121,11 +64,18 @@ def load(
         device_map: passed to transformers; None loads on the CPU.
         bits, double_quant, quant_type: of the language model, see `Quantization`.
         merge: add an adapter into the weights; False leaves it a peft adapter.
+        foreign: parts of checkpoints of other layouts, see `ForeignOptions` (`vision_tower`, `template`, ...).
 
     Raises:
         CheckpointError: the folder holds nothing loadable, a part is missing, or weights do not fit.
     """
-    kind, quantization = kind_of(path), Quantization(bits, double_quant, quant_type)
+    layout, quantization = sniff(path), Quantization(bits, double_quant, quant_type)
+    kind = layout.kind
+    if kind not in OURS:
+        options = ForeignOptions(
+            base=base, dtype=dtype, device_map=device_map, quantization=quantization, merge=merge, **foreign
+        )
+        return _load_other(layout, options)
     if kind == "model":
         return _load_model(path, dtype, device_map, quantization)
     processor = LlavaMedProcessor.from_pretrained(path)
@@ -139,6 +89,24 @@ def load(
     loaded.model = cast(Any, adapted.merge_and_unload() if merge else adapted)
     loaded.origin = {"base": portable(str(path))}  # another adapter on top builds on this one, not on its base
     return loaded
+
+
+def _load_other(layout: Layout, options: ForeignOptions) -> Loaded:
+    """A checkpoint of another layout.
+
+    Raises:
+        CheckpointError: it is only a part of a model.
+    """
+    if layout.kind in ("legacy", "legacy_adapter", "legacy_projector"):
+        return load_foreign(layout, options)
+    if layout.kind == "hf_llava":
+        return load_hf(layout, options)
+    what = f"{layout.path}: {KINDS[layout.kind]} (type {layout.config.get('model_type')!r})"
+    if layout.kind == "tower_adapter":
+        raise CheckpointError(f"{what}; load the model it belongs to and give this folder with --lora-pretrain")
+    raise CheckpointError(
+        f"{what} is only a part; put it together by training: --model_name_or_path and --vision_tower"
+    )
 
 
 def _load_model(path: str | Path, dtype: Dtype, device_map: Any, quantization: Quantization) -> Loaded:
@@ -175,7 +143,7 @@ def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any
             raise CheckpointError(
                 f"{path} names itself as its base; give the model it was trained on with --model-base"
             )
-        return load(base, dtype=dtype, device_map=device_map, **asdict(quantization))
+        return load(base, dtype=dtype, device_map=device_map, **asdict(quantization), **origin.get("load", {}))
     try:
         loaded = build(dtype=dtype, device_map=device_map, **{**options, **asdict(quantization)})
     except TypeError as error:
@@ -187,4 +155,4 @@ def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any
 
 
 def _is_ours(base: str) -> bool:
-    return Path(base).is_dir() and _read_json(Path(base) / "config.json").get("model_type") == OUR_TYPE
+    return Path(base).is_dir() and read_json(Path(base) / "config.json").get("model_type") == OUR_TYPE

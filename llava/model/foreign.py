@@ -1,0 +1,398 @@
+"""Loading checkpoints of the legacy layouts: their weights under our names, around transformers' classes.
+
+    Layout --weights, base, tower--> state under our names --configuration--> model        (+ tokenizer --> processor)
+
+Nothing is loaded in part: a weight that is missing or that nobody knows ends the loading.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from llava.errors import CheckpointError
+from llava.model.building import Loaded, finish, portable
+from llava.model.config import LlavaMedConfig
+from llava.model.foreign_tokens import add_tokens, load_tokenizer, make_processor
+from llava.model.layout import KINDS, Layout, sniff
+from llava.model.legacy_config import (
+    SELECT_STRATEGIES,
+    check_supported,
+    image_mode,
+    projector_settings,
+    select_feature,
+    select_layer,
+    text_config,
+    unknown_keys,
+)
+from llava.model.lora_files import LegacyLora, attach, merged, read_lora
+from llava.model.modeling import LlavaMedForConditionalGeneration
+from llava.model.multimodal_encoder.open_clip_encoder.key_map import to_transformers
+from llava.model.multimodal_encoder.towers import UNREADABLE, UNUSED_PARTS, first_line, num_extra_tokens, num_patches
+from llava.model.names import (
+    BUFFERS,
+    EMBEDDINGS,
+    HEAD,
+    LEGACY_PREFIXES,
+    PROJECTOR,
+    TOWER,
+    is_buffer,
+    projector_suffix,
+    renamed,
+)
+from llava.model.quantization import Quantization
+from llava.model.shards import open_tensors
+from llava.model.tower_source import TowerSource, find_tower
+
+logger = logging.getLogger(__name__)
+
+MARKER_WORDS = ("<im_start>", "<im_end>")
+BASE_FILES = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignOptions:
+    """What a checkpoint of another layout may need beside itself.
+
+    Attributes:
+        base: language model that an adapter or a projector builds on; also a tokenizer for a folder without one.
+        vision_tower: folder or hub name, instead of the one that the checkpoint names.
+        vision_tower_config: open_clip model configuration, likewise.
+        vision_tower_checkpoint: open_clip weights, likewise.
+        tower_adapter: a tower's LoRA adapter (STLLaVA-Med's `Vit-lora`); one inside the folder is found.
+        template: conversation template, instead of the one that the content suggests.
+        dtype: of the weights; "auto" keeps that of the embeddings.
+        device_map: passed to transformers; None loads on the CPU.
+        quantization: of the language model.
+        merge: add adapters into the weights (never where those are quantized).
+    """
+
+    base: str | None = None
+    vision_tower: str | None = None
+    vision_tower_config: str | None = None
+    vision_tower_checkpoint: str | None = None
+    tower_adapter: str | None = None
+    template: str | None = None
+    dtype: torch.dtype | Literal["auto"] = "auto"
+    device_map: Any = None
+    quantization: Quantization = field(default_factory=Quantization)
+    merge: bool = True
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The options that say where parts are, to load the same again."""
+        names = ("base", "vision_tower", "vision_tower_config", "vision_tower_checkpoint", "tower_adapter", "template")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(slots=True)
+class Gathered:
+    """Weights under our names, and what is known about where they came from."""
+
+    state: dict[str, Tensor]
+    adapters: list[LegacyLora]
+    tower: TowerSource
+    vision_config: Any
+    buffers: dict[str, str]
+    num_rows: int
+
+
+def load_foreign(layout: Layout, options: ForeignOptions) -> Loaded:
+    """Load a checkpoint of a legacy layout.
+
+    Raises:
+        CheckpointError: a part is missing (names the flag that gives it), or weights do not fit.
+    """
+    layout, base = with_base(layout, options)
+    check_supported(layout)
+    text = text_config(layout)
+    if unknown := unknown_keys(layout.config, text):
+        logger.info("%s: keys of config.json that nobody knows, kept: %s", layout.path, ", ".join(unknown))
+    gathered = gather(layout, base, options)
+    tokenizer = load_tokenizer(_tokenizer_folder(layout, base))
+    add_tokens(tokenizer, layout)
+    image_processor = gathered.tower.image_processor(gathered.vision_config, layout.folder)
+    num_image_tokens = num_patches(image_processor, gathered.vision_config)
+    if select_feature(layout) == "cls_patch":
+        num_image_tokens += num_extra_tokens(gathered.vision_config)
+    processor = make_processor(layout, tokenizer, image_processor, num_image_tokens, options.template)
+    grow(gathered.state, len(tokenizer))
+    config = make_config(layout, text, gathered, processor)
+    merge = options.merge and options.quantization.bits == 16
+    if merge and gathered.adapters:
+        gathered.state.update(merged(gathered.state, gathered.adapters))
+    model = place(config, gathered.state, options, name=str(layout.path))
+    loaded = finish(model, processor, {"base": portable(str(layout.folder)), "load": options.parts})
+    loaded.context_len = int(layout.config.get("max_sequence_length") or loaded.context_len)
+    if gathered.adapters and not merge:
+        loaded.model = cast(Any, attach(model, gathered.adapters))
+    return loaded
+
+
+def with_base(layout: Layout, options: ForeignOptions) -> tuple[Layout, Layout | None]:
+    """The checkpoint with what its base says where it says nothing, and the base itself.
+
+    Raises:
+        CheckpointError: a base is needed and not given, or is of a kind that cannot be one.
+    """
+    if layout.kind == "legacy":
+        base = sniff(local_folder(options.base)) if options.base else None
+        return layout, base
+    named = options.base or layout.adapter.get("base_model_name_or_path") or layout.config.get("_name_or_path")
+    given = bool(options.base)
+    if named is None or not (given or Path(named).is_dir() or (layout.folder / named).is_dir()):
+        words = f" (it names {named!r}, which is no folder here)" if named else ""
+        raise CheckpointError(
+            f"{layout.path}: {KINDS[layout.kind]} needs the language model it was trained on{words}; "
+            "give it with --model-base"
+        )
+    folder = local_folder(named) if given or Path(named).is_dir() else layout.folder / named
+    base = sniff(folder)
+    if base.kind not in ("language_model", "legacy"):
+        raise CheckpointError(
+            f"{folder} is {KINDS[base.kind]}; {layout.path} needs the plain language model it was trained on"
+        )
+    return replace(layout, config={**base.config, **layout.config}), base
+
+
+def local_folder(name: str) -> Path:
+    """A folder, or the local copy of a hub repository.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    path = portable(name)
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(BASE_FILES)))
+    except Exception as error:  # the hub client raises many kinds, none of which the user can act on
+        raise CheckpointError(
+            f"{name} is no folder, and cannot be fetched from the hub: {first_line(error)}"
+        ) from error
+
+
+def _tokenizer_folder(layout: Layout, base: Layout | None) -> Path:
+    for place in (layout, base):
+        if place is not None and place.has_tokenizer:
+            return place.folder
+    raise CheckpointError(f"{layout.path} holds no tokenizer; give the model it was trained from with --model-base")
+
+
+def gather(layout: Layout, base: Layout | None, options: ForeignOptions) -> Gathered:
+    """All weights under our names, as they are in the files (memory-mapped), adapters apart.
+
+    Raises:
+        CheckpointError: a part is missing, or a tensor belongs to no part.
+    """
+    state: dict[str, Tensor] = {}
+    buffers: dict[str, str] = {}
+    if layout.kind != "legacy" and base is not None:
+        _take(state, buffers, base.path)
+    adapters: list[LegacyLora] = []
+    if layout.kind == "legacy":
+        _take(state, buffers, layout.path)
+    elif layout.kind == "legacy_adapter":
+        adapters.append(read_lora(layout.folder))
+        if not layout.extra:
+            raise CheckpointError(f"{layout.path} has no non_lora_trainables.bin, which holds its projector")
+        _take_projector(state, open_tensors(layout.folder / "non_lora_trainables.bin"), layout)
+    else:
+        file = layout.path if layout.path.is_file() else next(iter(layout.tensors.values())).file
+        _take_projector(state, open_tensors(file), layout)
+    if EMBEDDINGS not in state:
+        raise CheckpointError(f"{layout.path}: no language model; expected model.embed_tokens.weight")
+    tower, vision_config = _take_tower(state, layout, options)
+    folder = options.tower_adapter or layout.tower_adapter
+    if folder is not None:
+        adapters.append(read_lora(_tower_adapter_folder(Path(folder)), tower=True))
+    return Gathered(state, adapters, tower, vision_config, buffers, state[EMBEDDINGS].shape[0])
+
+
+def _take(state: dict[str, Tensor], buffers: dict[str, str], path: Path) -> None:
+    """Weights of a legacy checkpoint, or a plain language model, under our names."""
+    trunk: dict[str, Tensor] = {}
+    for name, tensor in open_tensors(path):
+        if is_buffer(name):
+            kind = next(kind for kind, pattern in BUFFERS.items() if pattern.fullmatch(name))
+            buffers[kind] = str(tensor.dtype).removeprefix("torch.")
+            continue
+        ours = renamed(name, LEGACY_PREFIXES)
+        if ours is None:
+            raise CheckpointError(f"{path}: {name} belongs to no part of the model; see `llava checkpoint inspect`")
+        (trunk if ".vision_tower.vit." in name else state)[ours] = tensor
+    if trunk:
+        plain = {name.removeprefix(TOWER): tensor for name, tensor in trunk.items()}
+        num_layers = 1 + max(int(name.split(".")[1]) for name in plain if name.startswith("blocks."))
+        kind = "dinov2" if any(".ls1." in name for name in plain) else "vit"
+        state.update({TOWER + name: tensor for name, tensor in to_transformers(plain, kind, num_layers).items()})
+        if kind == "vit":  # transformers' class has a pooler, which nobody reads
+            width = plain["cls_token"].shape[-1]
+            state[TOWER + "pooler.dense.weight"] = plain["cls_token"].new_zeros(width, width)
+            state[TOWER + "pooler.dense.bias"] = plain["cls_token"].new_zeros(width)
+
+
+def _take_projector(state: dict[str, Tensor], reader: Any, layout: Layout) -> None:
+    """Projector weights of a file, and embedding rows that were trained with them.
+
+    A whole table replaces the base's; a few rows are put behind it, where the base has no rows for the added words.
+    """
+    for name in [name for name in state if name.startswith(PROJECTOR)]:
+        del state[name]
+    for name, tensor in reader:
+        suffix = projector_suffix(name)
+        if suffix is not None:
+            state[PROJECTOR + suffix] = tensor
+        elif name.endswith("embed_tokens.weight"):
+            _take_rows(state, tensor, layout)
+        elif "lora_" not in name:
+            raise CheckpointError(f"{layout.path}: {name} is neither of the projector nor of the embeddings")
+
+
+def _take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout) -> None:
+    table = state[EMBEDDINGS]
+    if rows.dim() != 2 or rows.shape[1] != table.shape[1]:
+        raise CheckpointError(
+            f"{layout.path}: embedding rows are {tuple(rows.shape)}, the base's {tuple(table.shape)}; "
+            "give the base it was trained on with --model-base"
+        )
+    if rows.shape[0] >= table.shape[0]:
+        state[EMBEDDINGS] = rows
+        _grow_head(state, rows.shape[0])
+        return
+    if rows.shape[0] != len(MARKER_WORDS):
+        raise CheckpointError(
+            f"{layout.path}: {rows.shape[0]} embedding rows; expected the whole table, or two markers"
+        )
+    before = _mean_rows(table, 1 if layout.style == "patch_token" else 0)
+    state[EMBEDDINGS] = torch.cat([before, rows.to(table.dtype)])
+    _grow_head(state, state[EMBEDDINGS].shape[0])
+
+
+def _take_tower(state: dict[str, Tensor], layout: Layout, options: ForeignOptions) -> tuple[TowerSource, Any]:
+    """Where the tower comes from, and its configuration; its weights if they are not here yet."""
+    is_inside = any(name.startswith(TOWER) for name in state)
+    source = find_tower(
+        layout if is_inside == layout.has_tower else replace(layout, tensors={}),
+        options.vision_tower,
+        options.vision_tower_config,
+        options.vision_tower_checkpoint,
+    )
+    if is_inside:
+        logger.info("%s: vision tower from the checkpoint itself", layout.path)
+        return source, source.config()
+    dtype = state[EMBEDDINGS].dtype
+    tower = source.load(dtype)
+    state.update({TOWER + name: tensor for name, tensor in tower.state_dict().items() if not is_buffer(name)})
+    logger.info("%s: vision tower from %s", layout.path, source.checkpoint or source.name)
+    return source, tower.config
+
+
+def _tower_adapter_folder(folder: Path) -> Path:
+    """The folder itself, or the one inside that holds a tower's adapter."""
+    layout = sniff(folder)
+    if layout.kind == "tower_adapter":
+        return folder
+    if layout.tower_adapter is not None:
+        return layout.tower_adapter
+    raise CheckpointError(f"{folder} holds no adapter of a vision tower, but {KINDS[layout.kind]}")
+
+
+def grow(state: dict[str, Tensor], num_words: int) -> None:
+    """Append embedding rows until every word has one: the mean of the rows before (specification 1.2); never shrink."""
+    missing = num_words - state[EMBEDDINGS].shape[0]
+    if missing > 0:
+        state[EMBEDDINGS] = _mean_rows(state[EMBEDDINGS], missing)
+    _grow_head(state, state[EMBEDDINGS].shape[0])
+
+
+def _grow_head(state: dict[str, Tensor], num_rows: int) -> None:
+    name = HEAD + "weight"
+    if name in state and state[name].shape[0] < num_rows:
+        state[name] = _mean_rows(state[name], num_rows - state[name].shape[0])
+
+
+def _mean_rows(table: Tensor, num_new: int) -> Tensor:
+    mean = table.mean(dim=0, keepdim=True, dtype=torch.float32).to(table.dtype)
+    return torch.cat([table, mean.expand(num_new, -1)])
+
+
+def make_config(layout: Layout, text: Any, gathered: Gathered, processor: Any) -> LlavaMedConfig:
+    """Our configuration of a legacy checkpoint; `source` keeps what ours has no place for."""
+    kind, settings = projector_settings(layout)
+    text.vocab_size = gathered.state[EMBEDDINGS].shape[0]
+    known = processor.tokenizer.get_vocab()
+    markers = [known[word] for word in MARKER_WORDS] if processor.use_im_start_end else None
+    return LlavaMedConfig(
+        vision_config=gathered.vision_config,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_seq_length=processor.num_image_tokens,
+        vision_feature_select_strategy=cast(Any, SELECT_STRATEGIES[select_feature(layout)]),
+        vision_feature_layer=select_layer(layout),
+        projector_type=kind,
+        projector_kwargs=settings,
+        use_im_start_end=processor.use_im_start_end,
+        marker_token_ids=markers,
+        image_aspect_ratio=image_mode(layout.config),
+        template=processor.template.name,
+        placement=processor.placement,
+        tie_word_embeddings=text.tie_word_embeddings,
+        source=source_of(layout, gathered),
+    )
+
+
+def source_of(layout: Layout, gathered: Gathered) -> dict[str, Any]:
+    """What must be known to write the same layout again."""
+    tower = "timm" if layout.has_timm_tower else "inside" if layout.has_tower else "beside"
+    files = [entry.file.suffix for entry in layout.tensors.values()]
+    return {
+        "kind": layout.kind,
+        "style": layout.style,
+        "config": layout.config,
+        "num_rows": gathered.num_rows,
+        "tower": tower,
+        "buffers": gathered.buffers,
+        "safe": ".safetensors" in files,
+    }
+
+
+def place(
+    config: LlavaMedConfig, state: Mapping[str, Tensor], options: ForeignOptions, *, name: str
+) -> LlavaMedForConditionalGeneration:
+    """The model with the weights of `state`.
+
+    Raises:
+        CheckpointError: a weight is missing, unknown, or of another shape.
+    """
+    dtype = state[EMBEDDINGS].dtype if options.dtype == "auto" else options.dtype
+    quantization = options.quantization.config(dtype)
+    if options.device_map is None and quantization is None:
+        # Out of the mapped files, which may be replaced while the model lives; other devices copy anyway.
+        state = {key: tensor.to(dtype, copy=True) for key, tensor in state.items()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # of parts that no file holds and nobody reads (a pooler)
+            model, report = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(state),
+                dtype=dtype,
+                device_map=options.device_map,
+                quantization_config=quantization,
+                output_loading_info=True,
+            )
+    except UNREADABLE as error:
+        raise CheckpointError(f"{name} cannot be loaded: {first_line(error)}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(map(str, report.get(kind) or ()))
+        if wrong := [key for key in keys if not (key.startswith(TOWER) and any(part in key for part in UNUSED_PARTS))]:
+            raise CheckpointError(f"{name}: weights do not fit the model: {len(wrong)} {kind} such as {wrong[0]}")
+    return cast(LlavaMedForConditionalGeneration, model.train(False))

@@ -1,0 +1,85 @@
+"""Tokenizer, template and processor of a legacy checkpoint, by what it holds (specification llava-med 1.2, 2.4)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, LlamaConfig
+
+from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
+from llava.errors import CheckpointError
+from llava.model.layout import Layout
+from llava.model.legacy_config import image_mode, uses_patch_token
+from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
+from llava.processing import LlavaMedProcessor
+
+logger = logging.getLogger(__name__)
+
+PAD_TOKEN = "[PAD]"
+"""Added by version-0 training where the vocabulary had no padding token."""
+
+EMPTY_TOKENS = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+"""Early conversions of LLaMA left these empty."""
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer of a folder, with special tokens repaired where the folder has them empty.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        # Given a configuration, transformers does not read the folder's own, whose type it does not know. It is Llama's
+        # for Mistral too: these checkpoints hold Llama tokenizers, and transformers 5 makes another one of Mistral's.
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=LlamaConfig())
+    except UNREADABLE as error:
+        raise CheckpointError(f"{folder} holds no usable tokenizer: {first_line(error)}") from error
+    for name, token in EMPTY_TOKENS.items():
+        if not getattr(tokenizer, name, None) and token in tokenizer.get_vocab():
+            setattr(tokenizer, name, token)
+            logger.info("%s: %s was empty, set to %s", folder, name, token)
+    return tokenizer
+
+
+def add_tokens(tokenizer: Any, layout: Layout) -> list[str]:
+    """Give the vocabulary the words that this checkpoint's style needs and return those that were added."""
+    wanted = [IM_PATCH_TOKEN] if uses_patch_token(layout) else []
+    wanted += [IM_START_TOKEN, IM_END_TOKEN] if layout.config.get("mm_use_im_start_end") else []
+    wanted += [IMAGE_TOKEN] if layout.style == "placeholder" else []
+    known = tokenizer.get_vocab()
+    added = [token for token in wanted if token not in known]
+    if added:
+        tokenizer.add_tokens(added, special_tokens=True)
+    return added
+
+
+def template_of(layout: Layout, tokenizer: Any) -> str:
+    """The template that the checkpoint was trained with, as far as its content tells.
+
+    The patch-token style has two trainers' versions, of which one adds a padding token. A projector trained alone in
+    the placeholder style saw captions without roles.
+    """
+    if layout.style == "patch_token":
+        return "v0" if PAD_TOKEN in tokenizer.get_vocab() else "vicuna_v1"
+    if layout.kind == "legacy_projector" and layout.config.get("tune_mm_mlp_adapter"):
+        return "plain"
+    return "mistral_instruct" if layout.text_type == "mistral" else "vicuna_v1"
+
+
+def make_processor(
+    layout: Layout, tokenizer: Any, image_processor: Any, num_image_tokens: int, template: str | None
+) -> LlavaMedProcessor:
+    """The processor that feeds the model as its trainer did."""
+    is_old = layout.style == "patch_token"
+    return LlavaMedProcessor(
+        tokenizer,
+        image_processor,
+        template=template or template_of(layout, tokenizer),
+        image_mode=image_mode(layout.config),
+        num_image_tokens=num_image_tokens,
+        placement="as_written" if is_old else "front",
+        use_im_start_end=bool(layout.config.get("mm_use_im_start_end")),
+        strip_around_images=is_old,
+    )

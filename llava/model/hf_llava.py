@@ -1,0 +1,158 @@
+"""transformers' own Llava folders: loading them as ours.
+
+LlavaConfig + language_model.*, vision_tower.*, multi_modal_projector.linear_1|2 --names--> ours (mlp2x_gelu)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaConfig
+
+from llava.errors import CheckpointError
+from llava.model.building import Loaded, finish, portable
+from llava.model.config import LlavaMedConfig
+from llava.model.foreign import ForeignOptions, grow, place
+from llava.model.layout import CONFIG_FILE, Layout, read_json
+from llava.model.multimodal_encoder.towers import (
+    DEFAULT_PROCESSORS,
+    UNREADABLE,
+    first_line,
+    num_extra_tokens,
+    num_patches,
+    tower_image_processor,
+)
+from llava.model.names import HF_PREFIXES, is_buffer, renamed
+from llava.model.shards import open_tensors
+from llava.processing import LlavaMedProcessor
+
+SOURCE_KEY = "llava_source"
+"""Key of an exported config.json that keeps what transformers' Llava has no place for."""
+
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def load_hf(layout: Layout, options: ForeignOptions) -> Loaded:
+    """Load a folder of transformers' LlavaForConditionalGeneration.
+
+    Raises:
+        CheckpointError: it has parts that ours lacks, or weights do not fit.
+    """
+    config = _config(layout)
+    state = _state(layout)
+    kept = dict(getattr(config, SOURCE_KEY, None) or {})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(layout.folder)
+        image_processor, mode = _image_processor(layout.folder, config.vision_config)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{layout.path}: its processor cannot be loaded: {first_line(error)}") from error
+    full = config.vision_feature_select_strategy == "full"
+    vision: Any = config.vision_config
+    patches = num_patches(image_processor, vision) + (num_extra_tokens(vision) if full else 0)
+    processor = LlavaMedProcessor(
+        tokenizer,
+        image_processor,
+        template=options.template or kept.get("template") or _template(layout, config),
+        image_mode=kept.get("image_mode") or mode,
+        num_image_tokens=patches,
+        placement=kept.get("placement") or "front",
+        use_im_start_end=bool(kept.get("use_im_start_end")),
+        system=kept.get("system"),
+        prefix_mark=kept.get("prefix_mark"),
+        add_bos=kept.get("add_bos"),
+    )
+    grow(state, len(tokenizer))
+    model = place(_ours(config, processor, kept), state, options, name=str(layout.path))
+    return finish(model, processor, {"base": portable(str(layout.folder)), "load": options.parts})
+
+
+def _config(layout: Layout) -> LlavaConfig:
+    content = read_json(layout.folder / CONFIG_FILE)
+    if content.get("model_type") != "llava":
+        raise CheckpointError(
+            f"{layout.path}: a vision-language model of type {content.get('model_type')!r}; only 'llava' is read"
+        )
+    try:
+        config = LlavaConfig.from_pretrained(layout.folder)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{layout.path}/{CONFIG_FILE}: {first_line(error)}") from error
+    if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
+        raise CheckpointError(
+            f"{layout.path}: projector with {config.projector_hidden_act}, bias {config.multimodal_projector_bias}; "
+            "only two layers with bias and GELU between them are read"
+        )
+    return config
+
+
+def _state(layout: Layout) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for name, tensor in open_tensors(layout.path):
+        if is_buffer(name):
+            continue
+        ours = renamed(name, HF_PREFIXES)
+        if ours is None:
+            raise CheckpointError(f"{layout.path}: {name} belongs to no part of the model")
+        state[ours] = tensor
+    return state
+
+
+def _image_processor(folder: Path, vision: Any) -> tuple[Any, str]:
+    """The image processor in CLIP's PIL form, and how pictures become square.
+
+    transformers' processor for Llava pads as we do, so its padding becomes our image mode.
+    """
+    content: dict[str, Any] = {}
+    for name in IMAGE_FILES:
+        found = read_json(folder / name)
+        content = content or found.get("image_processor") or (found if "image_mean" in found else {})
+    if not content:
+        return tower_image_processor(str(folder), vision, None), "square"
+    if str(content.get("image_processor_type", "")).startswith(("CLIP", "Llava")):
+        pads = bool(content.get("do_pad"))
+        names = ("size", "crop_size", "image_mean", "image_std", "resample", "do_center_crop", "rescale_factor")
+        return CLIPImageProcessorPil(**{key: content[key] for key in names if key in content}), (
+            "pad" if pads else "square"
+        )
+    kind, _ = DEFAULT_PROCESSORS.get(vision.model_type, DEFAULT_PROCESSORS["vit"])
+    return kind(**{key: value for key, value in content.items() if key != "image_processor_type"}), "square"
+
+
+def _template(layout: Layout, config: LlavaConfig) -> str:
+    """The template by the words of the folder's chat template."""
+    text = ""
+    for name in ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        file = layout.folder / name
+        text += file.read_text(encoding="utf-8") if file.is_file() else ""
+    if "[INST]" in text or cast(Any, config.text_config).model_type == "mistral":
+        return "mistral_instruct"
+    return "chatml_direct" if "<|im_start|>" in text else "vicuna_v1"
+
+
+def _ours(config: LlavaConfig, processor: LlavaMedProcessor, kept: dict[str, Any]) -> LlavaMedConfig:
+    known = processor.tokenizer.get_vocab()
+    words = ("<im_start>", "<im_end>")
+    # Through JSON: transformers' configuration objects of one model must not be shared with another.
+    text, vision = (json.loads(part.to_json_string(use_diff=False)) for part in _parts(config))
+    return LlavaMedConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=config.image_token_index,
+        image_seq_length=processor.num_image_tokens,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        vision_feature_layer=config.vision_feature_layer,
+        projector_type="mlp2x_gelu",
+        use_im_start_end=processor.use_im_start_end,
+        marker_token_ids=[known[word] for word in words] if processor.use_im_start_end else None,
+        image_aspect_ratio=processor.image_mode,
+        template=processor.template.name,
+        placement=processor.placement,
+        tie_word_embeddings=config.tie_word_embeddings,
+        source=kept.get("source"),
+    )
+
+
+def _parts(config: LlavaConfig) -> tuple[Any, Any]:
+    return config.text_config, config.vision_config

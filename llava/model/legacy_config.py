@@ -1,0 +1,222 @@
+"""config.json of the legacy layouts, read and written (specification llava-med 1.4, llava-rad 2.2, stllava-med 3.5).
+
+All that a legacy file says stays in `LlavaMedConfig.source`, also keys that mean nothing here; writing starts from it.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import Any, cast
+
+from transformers import AutoConfig
+
+from llava.errors import CheckpointError
+from llava.model.config import LlavaMedConfig
+from llava.model.layout import Layout
+from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
+
+TEXT_TYPES = ("llama", "mistral")
+"""Language models of the legacy layouts that are read; MPT was written for code that no longer exists."""
+
+USED_KEYS = frozenset(
+    {
+        "mm_vision_tower",
+        "mm_vision_tower_config",
+        "mm_vision_tower_checkpoint",
+        "mm_hidden_size",
+        "mm_vision_select_layer",
+        "mm_vision_select_feature",
+        "mm_projector_type",
+        "mm_cluster_num_centers",
+        "mm_cluster_iters",
+        "mm_use_im_start_end",
+        "mm_use_im_patch_token",
+        "mm_patch_merge_type",
+        "image_aspect_ratio",
+        "image_grid_pinpoints",
+        "max_sequence_length",
+        "tokenizer_model_max_length",
+        "tokenizer_padding_side",
+    }
+)
+"""Keys that decide something here."""
+
+KEPT_KEYS = frozenset(
+    {
+        "use_mm_proj",
+        "tune_mm_mlp_adapter",
+        "freeze_mm_mlp_adapter",
+        "mm_projector_lr",
+        "mm_vision_tower_lr",
+        "vision_tower_lr",
+        "unfreeze_mm_vision_tower",
+        "mm_resampler_type",
+        "num_latents",
+        "qav_loss",
+        "loss_alpha",
+        "s2",
+    }
+)
+"""Known keys of the legacy trainers that decide nothing when a model is loaded; kept and written back."""
+
+FOREIGN_KEYS = frozenset(
+    {"model_type", "architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "auto_map"}
+)
+SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
+
+
+def text_config(layout: Layout) -> Any:
+    """Configuration of the language model inside a legacy config.json.
+
+    Raises:
+        CheckpointError: a language model that cannot be read, or a setting that transformers refuses.
+    """
+    if layout.text_type not in TEXT_TYPES:
+        raise CheckpointError(
+            f"{layout.path}: a legacy checkpoint around {layout.text_type}; only {' and '.join(TEXT_TYPES)} can be read"
+        )
+    ours = USED_KEYS | KEPT_KEYS | FOREIGN_KEYS
+    settings = {key: value for key, value in layout.config.items() if key not in ours}
+    if settings.get("pad_token_id") is not None and settings["pad_token_id"] < 0:
+        settings["pad_token_id"] = None
+    try:
+        return AutoConfig.for_model(layout.text_type, **settings)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{layout.path}/config.json: {first_line(error)}") from error
+
+
+def unknown_keys(config: dict[str, Any], text: Any) -> list[str]:
+    """Keys of a legacy config.json that nobody knows; they are kept."""
+    known = USED_KEYS | KEPT_KEYS | FOREIGN_KEYS | set(text.to_dict()) | {"rope_theta", "rope_scaling"}
+    return sorted(key for key in config if key not in known)
+
+
+def uses_patch_token(layout: Layout) -> bool:
+    """Whether the vocabulary has `<im_patch>`: as the file says; the patch-token style needs it (loaders' default)."""
+    return bool(layout.config.get("mm_use_im_patch_token", layout.style == "patch_token"))
+
+
+def check_supported(layout: Layout) -> None:
+    """Refuse settings that would load into another model than the one that was trained.
+
+    Raises:
+        CheckpointError: an unpadded image grid, the multi-scale tower, or a resampler.
+    """
+    config = layout.config
+    merge = str(config.get("mm_patch_merge_type") or "flat")
+    if "unpad" in merge or "spatial" in merge or any("image_newline" in name for name in layout.tensors):
+        raise CheckpointError(
+            f"{layout.path}: mm_patch_merge_type {merge!r} joins the tiles of an image (LLaVA 1.6); only 'flat' is read"
+        )
+    if config.get("s2"):
+        raise CheckpointError(f"{layout.path}: the multi-scale tower (s2) is not read")
+    if config.get("mm_resampler_type"):
+        raise CheckpointError(f"{layout.path}: mm_resampler_type {config['mm_resampler_type']!r} is not read")
+
+
+def projector_settings(layout: Layout) -> tuple[str, dict[str, Any] | None]:
+    """Projector type and its settings; weights decide over what the configuration says.
+
+    Raises:
+        CheckpointError: neither weights nor configuration name one.
+    """
+    kind = layout.projector_type or "linear"
+    if kind != "cluster":
+        return kind, None
+    keys = {"mm_cluster_num_centers": "num_centers", "mm_cluster_iters": "num_iters"}
+    settings = {ours: layout.config[theirs] for theirs, ours in keys.items() if theirs in layout.config}
+    return kind, settings or None
+
+
+def image_mode(config: dict[str, Any]) -> str:
+    """How pictures become square."""
+    return str(config.get("image_aspect_ratio") or "square")
+
+
+def grid_pinpoints(config: dict[str, Any]) -> list[list[int]] | None:
+    """Image grids of the `anyres` mode, which files hold as a list or as its text.
+
+    Raises:
+        CheckpointError: the text is no list of pairs.
+    """
+    given = config.get("image_grid_pinpoints")
+    if not given:
+        return None
+    try:
+        pairs = ast.literal_eval(given) if isinstance(given, str) else given
+        return [[int(width), int(height)] for width, height in pairs]
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise CheckpointError(f"image_grid_pinpoints {given!r} is no list of [width, height]") from error
+
+
+def select_layer(layout: Layout) -> int:
+    """The hidden state of the tower that is used; version 1.0 leaves the key out where it is the last."""
+    return int(layout.config.get("mm_vision_select_layer", -1))
+
+
+def select_feature(layout: Layout) -> str:
+    """`patch` or `cls_patch`.
+
+    Raises:
+        CheckpointError: another word.
+    """
+    feature = str(layout.config.get("mm_vision_select_feature") or "patch")
+    if feature not in SELECT_STRATEGIES:
+        raise CheckpointError(f"{layout.path}: unknown mm_vision_select_feature {feature!r}")
+    return feature
+
+
+def legacy_config(config: LlavaMedConfig) -> dict[str, Any]:
+    """config.json in the legacy layout: what the model came with, brought up to date by what it is now.
+
+    Raises:
+        CheckpointError: the model has parts that the layout cannot express.
+    """
+    source = config.source or {}
+    text: Any = config.text_config
+    if text.model_type not in TEXT_TYPES:
+        raise CheckpointError(
+            f"the legacy layout holds {' and '.join(TEXT_TYPES)}, not {text.model_type}; use --to hf or keep ours"
+        )
+    written = dict(source.get("config") or _fresh(text))
+    layers = config.vision_feature_layer
+    if isinstance(layers, list):
+        raise CheckpointError(f"the legacy layout selects one layer of the tower, not {layers}")
+    feature = next(word for word, value in SELECT_STRATEGIES.items() if value == config.vision_feature_select_strategy)
+    vision: Any = config.vision_config
+    current: dict[str, Any] = {
+        "use_mm_proj": True,
+        "mm_hidden_size": vision.hidden_size,
+        "mm_vision_select_layer": layers,
+        "mm_vision_select_feature": feature,
+        "mm_projector_type": config.projector_type,
+        "mm_use_im_start_end": config.use_im_start_end,
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "vocab_size": source.get("num_rows") or text.vocab_size,
+    }
+    defaults = {"mm_vision_select_feature": "patch", "mm_projector_type": "linear", "image_aspect_ratio": "square"}
+    for key, value in current.items():
+        if key in written or not source or defaults.get(key) != value:
+            written[key] = value
+    if config.projector_kwargs:
+        written["mm_cluster_num_centers"] = config.projector_kwargs.get("num_centers", 256)
+        written["mm_cluster_iters"] = config.projector_kwargs.get("num_iters", 2)
+    return written
+
+
+def _fresh(text: Any) -> dict[str, Any]:
+    """A legacy config.json of a model that never had one."""
+    settings = cast(dict[str, Any], text.to_diff_dict())
+    parameters = settings.pop("rope_parameters", None) or {}
+    settings["rope_theta"] = parameters.get("rope_theta", 10000.0)
+    if parameters.get("rope_type", "default") != "default":
+        settings["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    name = "Mistral" if text.model_type == "mistral" else "Llama"
+    settings.pop("_name_or_path", None)
+    return {
+        **settings,
+        **{"model_type": f"llava_{text.model_type}", "architectures": [f"Llava{name}ForCausalLM"]},
+        **{"hidden_size": text.hidden_size, "intermediate_size": text.intermediate_size},
+        **{"num_hidden_layers": text.num_hidden_layers, "num_attention_heads": text.num_attention_heads},
+        **{"mm_use_im_patch_token": False, "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False},
+    }

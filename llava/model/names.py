@@ -1,0 +1,112 @@
+"""Names of weights in the published layouts, and ours. Names only: neither torch nor transformers.
+
+legacy   model.layers.0...   model.mm_projector.0.weight            model.vision_tower.vision_tower.vision_model...
+hf       language_model.model.layers.0...   multi_modal_projector.linear_1.weight   vision_tower.vision_model...
+ours     model.language_model.layers.0...   model.multi_modal_projector.0.weight    model.vision_tower...
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+from llava.errors import CheckpointError
+
+LANGUAGE_MODEL = "model.language_model."
+PROJECTOR = "model.multi_modal_projector."
+TOWER = "model.vision_tower."
+HEAD = "lm_head."
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+
+LEGACY_PROJECTOR = "mm_projector."
+"""What follows this is the projector's own name, whatever stands before it (specification llava-rad 2.5)."""
+
+LEGACY_TOWER = "model.vision_tower.vision_tower."
+TIMM_TOWER = LEGACY_TOWER + "vit."
+LEGACY_PREFIXES = {
+    TIMM_TOWER: TOWER,
+    LEGACY_TOWER + "vision_model.": TOWER,
+    LEGACY_TOWER: TOWER,
+    "model.mm_projector.": PROJECTOR,
+    HEAD: HEAD,
+    "model.": LANGUAGE_MODEL,
+}
+HF_PREFIXES = {
+    "language_model.model.": LANGUAGE_MODEL,
+    "language_model.lm_head.": HEAD,
+    "model.language_model.": LANGUAGE_MODEL,
+    "vision_tower.vision_model.": TOWER,
+    "vision_tower.": TOWER,
+    "model.vision_tower.vision_model.": TOWER,
+    "model.vision_tower.": TOWER,
+    "multi_modal_projector.linear_1.": PROJECTOR + "0.",
+    "multi_modal_projector.linear_2.": PROJECTOR + "2.",
+    "model.multi_modal_projector.linear_1.": PROJECTOR + "0.",
+    "model.multi_modal_projector.linear_2.": PROJECTOR + "2.",
+    HEAD: HEAD,
+}
+PARTS = {LANGUAGE_MODEL: "language model", HEAD: "language model", PROJECTOR: "projector", TOWER: "vision tower"}
+
+BUFFERS = {
+    "rotary": re.compile(r"(.*\.)?rotary_emb\.inv_freq"),
+    "position_ids": re.compile(r"(.*\.)?position_ids"),
+}
+"""Tables that old files hold and that are computed today; loading them could only do harm (specification 1.3, 6)."""
+
+PEFT_PREFIX = "base_model.model."
+
+
+def is_buffer(name: str) -> bool:
+    """A tensor that is computed and not loaded."""
+    return any(pattern.fullmatch(name) for pattern in BUFFERS.values())
+
+
+def renamed(name: str, prefixes: Mapping[str, str]) -> str | None:
+    """A name with its prefix replaced by the first entry that fits, or None."""
+    return next((new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old)), None)
+
+
+def part_of(name: str) -> str:
+    """The part of the model that one of our names belongs to."""
+    return next((title for prefix, title in PARTS.items() if name.startswith(prefix)), "other")
+
+
+def without_peft(name: str) -> str:
+    """A legacy name without what peft puts before it.
+
+    `base_model.model.model.X` is the legacy name `model.X`; a file may also carry one `model.` more (specification
+    llava-rad 2.4).
+    """
+    name = name.removeprefix(PEFT_PREFIX)
+    return name.removeprefix("model.") if name.startswith("model.model.") else name
+
+
+def projector_suffix(name: str) -> str | None:
+    """A projector weight's own name (`0.weight`), from every generation of files; None for other weights."""
+    for marker in (LEGACY_PROJECTOR, "multi_modal_projector."):
+        if marker in name:
+            suffix = name.split(marker, 1)[1]
+            return suffix.replace("linear_1.", "0.").replace("linear_2.", "2.")
+    return None
+
+
+def projector_type_of(suffixes: Collection[str]) -> str:
+    """The type of a projector from its weights' own names.
+
+    Raises:
+        CheckpointError: no known projector has these weights.
+    """
+    names = set(suffixes)
+    if not names:
+        return "identity"
+    if names == {"weight", "bias"}:
+        return "linear"
+    if "sim_alpha" in names:
+        return "cluster"
+    layers = sorted({int(name.split(".")[0]) for name in names if re.fullmatch(r"\d+\.(weight|bias)", name)})
+    expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    if names == expected and layers == list(range(0, 2 * len(layers), 2)):
+        return f"mlp{len(layers)}x_gelu"
+    raise CheckpointError(
+        f"no known projector has the weights {', '.join(sorted(names)[:6])}; known: linear, mlp, cluster"
+    )
