@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import sentencepiece
 from huggingface_hub import try_to_load_from_cache
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from llava.errors import ConfigError
@@ -71,6 +71,17 @@ class TextTokenizer:
             repair_merges(tokenizer)
         self._backend = self._make_backend()
         self._size = len(tokenizer)
+
+    def plain_backend(self) -> Tokenizer:
+        """A backend whose own rules write the prefix marks of this tokenizer, for programs that know no others.
+
+        Where the mark is written once per text, it stands before the first chunk only.
+        """
+        backend = self._make_backend()
+        if self.prefix_mark == "text":
+            backend.normalizer = cast(Any, None)
+            backend.pre_tokenizer = cast(Any, pre_tokenizers.Metaspace(MARK, prepend_scheme="first", split=False))
+        return backend
 
     def _make_backend(self) -> Tokenizer:
         backend = Tokenizer.from_str(cast(Any, self.tokenizer).backend_tokenizer.to_str())

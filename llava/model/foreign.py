@@ -30,8 +30,8 @@ from llava.model.legacy_config import (
     select_feature,
     select_layer,
     text_config,
-    unknown_keys,
 )
+from llava.model.legacy_keys import unknown_keys
 from llava.model.lora_files import LegacyLora, attach, merged, read_lora
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.open_clip_encoder.key_map import to_transformers
@@ -113,7 +113,7 @@ def load_foreign(layout: Layout, options: ForeignOptions) -> Loaded:
     layout, base = with_base(layout, options)
     check_supported(layout)
     text = text_config(layout)
-    if unknown := unknown_keys(layout.config, text):
+    if unknown := unknown_keys(layout.config):
         logger.info("%s: keys of config.json that nobody knows, kept: %s", layout.path, ", ".join(unknown))
     gathered = gather(layout, base, options)
     tokenizer = load_tokenizer(_tokenizer_folder(layout, base))

@@ -11,14 +11,11 @@ from transformers import AutoTokenizer, LlamaConfig
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.errors import CheckpointError
 from llava.model.layout import Layout
-from llava.model.legacy_config import image_mode, uses_patch_token
+from llava.model.legacy_config import image_mode
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.processing import LlavaMedProcessor
 
 logger = logging.getLogger(__name__)
-
-PAD_TOKEN = "[PAD]"
-"""Added by version-0 training where the vocabulary had no padding token."""
 
 EMPTY_TOKENS = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 """Early conversions of LLaMA left these empty."""
@@ -45,7 +42,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def add_tokens(tokenizer: Any, layout: Layout) -> list[str]:
     """Give the vocabulary the words that this checkpoint's style needs and return those that were added."""
-    wanted = [IM_PATCH_TOKEN] if uses_patch_token(layout) else []
+    wanted = [IM_PATCH_TOKEN] if layout.uses_patch_token else []
     wanted += [IM_START_TOKEN, IM_END_TOKEN] if layout.config.get("mm_use_im_start_end") else []
     wanted += [IMAGE_TOKEN] if layout.style == "placeholder" else []
     known = tokenizer.get_vocab()
@@ -53,19 +50,6 @@ def add_tokens(tokenizer: Any, layout: Layout) -> list[str]:
     if added:
         tokenizer.add_tokens(added, special_tokens=True)
     return added
-
-
-def template_of(layout: Layout, tokenizer: Any) -> str:
-    """The template that the checkpoint was trained with, as far as its content tells.
-
-    The patch-token style has two trainers' versions, of which one adds a padding token. A projector trained alone in
-    the placeholder style saw captions without roles.
-    """
-    if layout.style == "patch_token":
-        return "v0" if PAD_TOKEN in tokenizer.get_vocab() else "vicuna_v1"
-    if layout.kind == "legacy_projector" and layout.config.get("tune_mm_mlp_adapter"):
-        return "plain"
-    return "mistral_instruct" if layout.text_type == "mistral" else "vicuna_v1"
 
 
 def make_processor(
@@ -76,7 +60,7 @@ def make_processor(
     return LlavaMedProcessor(
         tokenizer,
         image_processor,
-        template=template or template_of(layout, tokenizer),
+        template=template or layout.template(tokenizer.get_vocab()),
         image_mode=image_mode(layout.config),
         num_image_tokens=num_image_tokens,
         placement="as_written" if is_old else "front",

@@ -6,6 +6,7 @@ folder --config.json, adapter_config.json, headers of the weight files--> Layout
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -52,6 +53,9 @@ assert set(KINDS) == set(get_args(Kind))
 Style = Literal["patch_token", "placeholder"]
 """How images stand in the text: a run of `<im_patch>` ids (LLaVA before 1.0, LLaVA-Med 1.0), or one place holder that
 the model replaces (all later ones)."""
+
+PAD_TOKEN = "[PAD]"
+"""Added by version-0 training where the vocabulary had no padding token."""
 
 PLACEHOLDER_KEYS = ("mm_projector_type", "mm_vision_select_feature", "mm_use_im_patch_token", "image_aspect_ratio")
 """Configuration keys that every writer of the placeholder style writes and no writer of the patch-token style does."""
@@ -131,6 +135,26 @@ class Layout:
     def has_timm_tower(self) -> bool:
         """Whether they are under timm's names (LLaVA-Rad)."""
         return any(name.startswith(TIMM_TOWER) for name in self.tensors)
+
+    @property
+    def uses_patch_token(self) -> bool:
+        """Whether the vocabulary has `<im_patch>`: as the file says; the patch-token style cannot do without."""
+        return bool(self.config.get("mm_use_im_patch_token", self.style == "patch_token"))
+
+    def template(self, words: Collection[str]) -> str:
+        """The template that a legacy checkpoint was trained with, as far as its content tells.
+
+        The patch-token style has two trainers' versions, of which one adds a padding token. A projector trained alone
+        in the placeholder style saw captions without roles.
+
+        Args:
+            words: the vocabulary, or at least its added words.
+        """
+        if self.style == "patch_token":
+            return "v0" if PAD_TOKEN in words else "vicuna_v1"
+        if self.kind == "legacy_projector" and self.config.get("tune_mm_mlp_adapter"):
+            return "plain"
+        return "mistral_instruct" if self.text_type == "mistral" else "vicuna_v1"
 
     @property
     def has_tokenizer(self) -> bool:
@@ -227,7 +251,9 @@ def _kind_of_weights(config: dict[str, Any], tensors: dict[str, TensorEntry]) ->
     names = set(tensors)
     if any("embed_tokens" in name or name.startswith(("transformer.", "gpt_neox.")) for name in names):
         return "language_model"
-    if "vision" in str(config.get("model_type")) or any("patch_embed" in name for name in names):
+    if "vision" in str(config.get("model_type")) or any(
+        "patch_embed" in name or name.startswith("visual.") for name in names
+    ):
         return "vision_tower"
     return "language_model"
 

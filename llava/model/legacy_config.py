@@ -13,55 +13,9 @@ from transformers import AutoConfig
 from llava.errors import CheckpointError
 from llava.model.config import LlavaMedConfig
 from llava.model.layout import Layout
+from llava.model.legacy_keys import FOREIGN_KEYS, KEPT_KEYS, TEXT_TYPES, USED_KEYS
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 
-TEXT_TYPES = ("llama", "mistral")
-"""Language models of the legacy layouts that are read; MPT was written for code that no longer exists."""
-
-USED_KEYS = frozenset(
-    {
-        "mm_vision_tower",
-        "mm_vision_tower_config",
-        "mm_vision_tower_checkpoint",
-        "mm_hidden_size",
-        "mm_vision_select_layer",
-        "mm_vision_select_feature",
-        "mm_projector_type",
-        "mm_cluster_num_centers",
-        "mm_cluster_iters",
-        "mm_use_im_start_end",
-        "mm_use_im_patch_token",
-        "mm_patch_merge_type",
-        "image_aspect_ratio",
-        "image_grid_pinpoints",
-        "max_sequence_length",
-        "tokenizer_model_max_length",
-        "tokenizer_padding_side",
-    }
-)
-"""Keys that decide something here."""
-
-KEPT_KEYS = frozenset(
-    {
-        "use_mm_proj",
-        "tune_mm_mlp_adapter",
-        "freeze_mm_mlp_adapter",
-        "mm_projector_lr",
-        "mm_vision_tower_lr",
-        "vision_tower_lr",
-        "unfreeze_mm_vision_tower",
-        "mm_resampler_type",
-        "num_latents",
-        "qav_loss",
-        "loss_alpha",
-        "s2",
-    }
-)
-"""Known keys of the legacy trainers that decide nothing when a model is loaded; kept and written back."""
-
-FOREIGN_KEYS = frozenset(
-    {"model_type", "architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "auto_map"}
-)
 SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
 
@@ -83,17 +37,6 @@ def text_config(layout: Layout) -> Any:
         return AutoConfig.for_model(layout.text_type, **settings)
     except UNREADABLE as error:
         raise CheckpointError(f"{layout.path}/config.json: {first_line(error)}") from error
-
-
-def unknown_keys(config: dict[str, Any], text: Any) -> list[str]:
-    """Keys of a legacy config.json that nobody knows; they are kept."""
-    known = USED_KEYS | KEPT_KEYS | FOREIGN_KEYS | set(text.to_dict()) | {"rope_theta", "rope_scaling"}
-    return sorted(key for key in config if key not in known)
-
-
-def uses_patch_token(layout: Layout) -> bool:
-    """Whether the vocabulary has `<im_patch>`: as the file says; the patch-token style needs it (loaders' default)."""
-    return bool(layout.config.get("mm_use_im_patch_token", layout.style == "patch_token"))
 
 
 def check_supported(layout: Layout) -> None:
