@@ -52,6 +52,31 @@ COMMANDS: dict[str, Command] = {
         "make alignment captions from what question-answer rows already state about each picture",
         "llava data align train.json --root data --out align.json",
     ),
+    "checkpoint inspect": Command(
+        "llava.model.inspection:main",
+        "what a checkpoint of any kind holds, tensor by tensor; reads no weights",
+        "llava checkpoint inspect checkpoints/llava-med",
+    ),
+    "checkpoint doctor": Command(
+        "llava.model.doctor:main",
+        "what would go wrong with a checkpoint, and what to do about it",
+        "llava checkpoint doctor checkpoints/llava-med --weights",
+    ),
+    "checkpoint convert": Command(
+        "llava.model.converting:convert_main",
+        "write a checkpoint in another layout: ours, the originals', transformers'",
+        "llava checkpoint convert checkpoints/llava-med runs/llava-med",
+    ),
+    "checkpoint export": Command(
+        "llava.model.converting:export_main",
+        "write a checkpoint for transformers and vLLM (hf, peft) or for the originals' code (legacy)",
+        "llava checkpoint export runs/first runs/first-hf --to hf",
+    ),
+    "checkpoint diff": Command(
+        "llava.model.checkpoint_diff:main",
+        "what two checkpoints differ in, tensor by tensor, whatever their layouts",
+        "llava checkpoint diff runs/first runs/second",
+    ),
     "quickstart": Command(
         "llava.quickstart.pipeline:main",
         "from nothing to a model you can ask: draw data, align, tune, evaluate, write a page",
@@ -66,7 +91,7 @@ def overview(commands: Mapping[str, Command] = COMMANDS) -> str:
     """Return the text of `llava --help`: every command with its summary and one example."""
     lines = [USAGE, ""]
     for name, command in commands.items():
-        lines += [f"  {name:<12}{command.summary}", f"{'':14}{command.example}", ""]
+        lines += [f"  {name:<20}{command.summary}", f"{'':22}{command.example}", ""]
     return "\n".join(lines).rstrip()
 
 

@@ -43,7 +43,7 @@ State = Mapping[str, Tensor]
 
 
 @contextmanager
-def _new_files(path: Path) -> Iterator[Path]:
+def new_files(path: Path) -> Iterator[Path]:
     """A temporary folder inside `path` whose files move up, atomically one by one, when the block ends well."""
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as name:
@@ -68,7 +68,8 @@ def _cache_on(model: nn.Module) -> Iterator[None]:
             place.use_cache = value
 
 
-def _write_common(folder: Path, model: nn.Module, origin: Mapping[str, Any] | None, kind: str) -> None:
+def write_common(folder: Path, model: nn.Module, origin: Mapping[str, Any] | None, kind: str) -> None:
+    """Write the model's configuration and where its parts came from."""
     with _cache_on(model):
         cast(Any, model).config.save_pretrained(folder)
     text = json.dumps({**(origin or {}), "kind": kind}, indent=2, ensure_ascii=False) + "\n"
@@ -98,10 +99,10 @@ def save_model(
         origin: where the parts came from.
     """
     target = Path(path)
-    with _new_files(target) as folder:
+    with new_files(target) as folder:
         with _cache_on(model):
             model.save_pretrained(folder, state_dict=dict(state) if state is not None else None)
-        _write_common(folder, model, origin, "model")
+        write_common(folder, model, origin, "model")
         new = {file.name for file in folder.iterdir()}
     for file in list(target.iterdir()):
         if is_model_weights(file.name) and file.name not in new:
@@ -149,11 +150,11 @@ def save_projector(
 ) -> None:
     """Write `mm_projector.bin` (the seeds' names), its safetensors twin, the config and the processor."""
     target = Path(path)
-    with _new_files(target) as folder:
+    with new_files(target) as folder:
         weights = projector_state(model, state)
         torch.save(weights, folder / PROJECTOR_FILE)
         save_file(weights, folder / PROJECTOR_SAFE_FILE)
-        _write_common(folder, model, origin, "projector")
+        write_common(folder, model, origin, "projector")
     processor.save_pretrained(target)
 
 
@@ -263,7 +264,7 @@ def save_adapter(
     may come from an earlier stage, while the base is put together anew at loading.
     """
     target = Path(path)
-    with _new_files(target) as folder:
+    with new_files(target) as folder:
         model.save_pretrained(
             folder, state_dict=dict(state) if state is not None else None, save_embedding_layers=False
         )
@@ -275,7 +276,7 @@ def save_adapter(
         if markers := model.config.marker_token_ids:
             extra[MARKER_KEY] = _copy(weights[_input_table_name(model)][markers])
         torch.save(extra, folder / EXTRA_FILE)
-        _write_common(folder, model, origin, "adapter")
+        write_common(folder, model, origin, "adapter")
     processor.save_pretrained(target)
 
 

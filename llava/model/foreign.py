@@ -8,10 +8,9 @@ Nothing is loaded in part: a weight that is missing or that nobody knows ends th
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,6 +19,8 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.model.building import Loaded, finish, portable
 from llava.model.config import LlavaMedConfig
+from llava.model.filling import grow, grow_head, mean_rows, place
+from llava.model.foreign_options import ForeignOptions
 from llava.model.foreign_tokens import add_tokens, load_tokenizer, make_processor
 from llava.model.layout import KINDS, Layout, sniff
 from llava.model.legacy_config import (
@@ -33,13 +34,11 @@ from llava.model.legacy_config import (
 )
 from llava.model.legacy_keys import unknown_keys
 from llava.model.lora_files import LegacyLora, attach, merged, read_lora
-from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.open_clip_encoder.key_map import to_transformers
-from llava.model.multimodal_encoder.towers import UNREADABLE, UNUSED_PARTS, first_line, num_extra_tokens, num_patches
+from llava.model.multimodal_encoder.towers import first_line, num_extra_tokens, num_patches
 from llava.model.names import (
     BUFFERS,
     EMBEDDINGS,
-    HEAD,
     LEGACY_PREFIXES,
     PROJECTOR,
     TOWER,
@@ -47,7 +46,6 @@ from llava.model.names import (
     projector_suffix,
     renamed,
 )
-from llava.model.quantization import Quantization
 from llava.model.shards import open_tensors
 from llava.model.tower_source import TowerSource, find_tower
 
@@ -55,41 +53,6 @@ logger = logging.getLogger(__name__)
 
 MARKER_WORDS = ("<im_start>", "<im_end>")
 BASE_FILES = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
-
-
-@dataclass(frozen=True, slots=True)
-class ForeignOptions:
-    """What a checkpoint of another layout may need beside itself.
-
-    Attributes:
-        base: language model that an adapter or a projector builds on; also a tokenizer for a folder without one.
-        vision_tower: folder or hub name, instead of the one that the checkpoint names.
-        vision_tower_config: open_clip model configuration, likewise.
-        vision_tower_checkpoint: open_clip weights, likewise.
-        tower_adapter: a tower's LoRA adapter (STLLaVA-Med's `Vit-lora`); one inside the folder is found.
-        template: conversation template, instead of the one that the content suggests.
-        dtype: of the weights; "auto" keeps that of the embeddings.
-        device_map: passed to transformers; None loads on the CPU.
-        quantization: of the language model.
-        merge: add adapters into the weights (never where those are quantized).
-    """
-
-    base: str | None = None
-    vision_tower: str | None = None
-    vision_tower_config: str | None = None
-    vision_tower_checkpoint: str | None = None
-    tower_adapter: str | None = None
-    template: str | None = None
-    dtype: torch.dtype | Literal["auto"] = "auto"
-    device_map: Any = None
-    quantization: Quantization = field(default_factory=Quantization)
-    merge: bool = True
-
-    @property
-    def parts(self) -> dict[str, str]:
-        """The options that say where parts are, to load the same again."""
-        names = ("base", "vision_tower", "vision_tower_config", "vision_tower_checkpoint", "tower_adapter", "template")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass(slots=True)
@@ -110,6 +73,7 @@ def load_foreign(layout: Layout, options: ForeignOptions) -> Loaded:
     Raises:
         CheckpointError: a part is missing (names the flag that gives it), or weights do not fit.
     """
+    written = layout.config
     layout, base = with_base(layout, options)
     check_supported(layout)
     text = text_config(layout)
@@ -125,6 +89,7 @@ def load_foreign(layout: Layout, options: ForeignOptions) -> Loaded:
     processor = make_processor(layout, tokenizer, image_processor, num_image_tokens, options.template)
     grow(gathered.state, len(tokenizer))
     config = make_config(layout, text, gathered, processor)
+    config.source = {**source_of(layout, gathered), "config": written}
     merge = options.merge and options.quantization.bits == 16
     if merge and gathered.adapters:
         gathered.state.update(merged(gathered.state, gathered.adapters))
@@ -159,7 +124,8 @@ def with_base(layout: Layout, options: ForeignOptions) -> tuple[Layout, Layout |
         raise CheckpointError(
             f"{folder} is {KINDS[base.kind]}; {layout.path} needs the plain language model it was trained on"
         )
-    return replace(layout, config={**base.config, **layout.config}), base
+    is_whole = "hidden_size" in layout.config
+    return (layout if is_whole else replace(layout, config={**base.config, **layout.config})), base
 
 
 def local_folder(name: str) -> Path:
@@ -180,9 +146,9 @@ def local_folder(name: str) -> Path:
 
 
 def _tokenizer_folder(layout: Layout, base: Layout | None) -> Path:
-    for place in (layout, base):
-        if place is not None and place.has_tokenizer:
-            return place.folder
+    for part in (layout, base):
+        if part is not None and part.has_tokenizer:
+            return part.folder
     raise CheckpointError(f"{layout.path} holds no tokenizer; give the model it was trained from with --model-base")
 
 
@@ -265,15 +231,15 @@ def _take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout) -> None:
         )
     if rows.shape[0] >= table.shape[0]:
         state[EMBEDDINGS] = rows
-        _grow_head(state, rows.shape[0])
+        grow_head(state, rows.shape[0])
         return
     if rows.shape[0] != len(MARKER_WORDS):
         raise CheckpointError(
             f"{layout.path}: {rows.shape[0]} embedding rows; expected the whole table, or two markers"
         )
-    before = _mean_rows(table, 1 if layout.style == "patch_token" else 0)
+    before = mean_rows(table, 1 if layout.style == "patch_token" else 0)
     state[EMBEDDINGS] = torch.cat([before, rows.to(table.dtype)])
-    _grow_head(state, state[EMBEDDINGS].shape[0])
+    grow_head(state, state[EMBEDDINGS].shape[0])
 
 
 def _take_tower(state: dict[str, Tensor], layout: Layout, options: ForeignOptions) -> tuple[TowerSource, Any]:
@@ -305,27 +271,8 @@ def _tower_adapter_folder(folder: Path) -> Path:
     raise CheckpointError(f"{folder} holds no adapter of a vision tower, but {KINDS[layout.kind]}")
 
 
-def grow(state: dict[str, Tensor], num_words: int) -> None:
-    """Append embedding rows until every word has one: the mean of the rows before (specification 1.2); never shrink."""
-    missing = num_words - state[EMBEDDINGS].shape[0]
-    if missing > 0:
-        state[EMBEDDINGS] = _mean_rows(state[EMBEDDINGS], missing)
-    _grow_head(state, state[EMBEDDINGS].shape[0])
-
-
-def _grow_head(state: dict[str, Tensor], num_rows: int) -> None:
-    name = HEAD + "weight"
-    if name in state and state[name].shape[0] < num_rows:
-        state[name] = _mean_rows(state[name], num_rows - state[name].shape[0])
-
-
-def _mean_rows(table: Tensor, num_new: int) -> Tensor:
-    mean = table.mean(dim=0, keepdim=True, dtype=torch.float32).to(table.dtype)
-    return torch.cat([table, mean.expand(num_new, -1)])
-
-
 def make_config(layout: Layout, text: Any, gathered: Gathered, processor: Any) -> LlavaMedConfig:
-    """Our configuration of a legacy checkpoint; `source` keeps what ours has no place for."""
+    """Our configuration of a legacy checkpoint."""
     kind, settings = projector_settings(layout)
     text.vocab_size = gathered.state[EMBEDDINGS].shape[0]
     known = processor.tokenizer.get_vocab()
@@ -345,7 +292,6 @@ def make_config(layout: Layout, text: Any, gathered: Gathered, processor: Any) -
         template=processor.template.name,
         placement=processor.placement,
         tie_word_embeddings=text.tie_word_embeddings,
-        source=source_of(layout, gathered),
     )
 
 
@@ -356,43 +302,8 @@ def source_of(layout: Layout, gathered: Gathered) -> dict[str, Any]:
     return {
         "kind": layout.kind,
         "style": layout.style,
-        "config": layout.config,
         "num_rows": gathered.num_rows,
         "tower": tower,
         "buffers": gathered.buffers,
         "safe": ".safetensors" in files,
     }
-
-
-def place(
-    config: LlavaMedConfig, state: Mapping[str, Tensor], options: ForeignOptions, *, name: str
-) -> LlavaMedForConditionalGeneration:
-    """The model with the weights of `state`.
-
-    Raises:
-        CheckpointError: a weight is missing, unknown, or of another shape.
-    """
-    dtype = state[EMBEDDINGS].dtype if options.dtype == "auto" else options.dtype
-    quantization = options.quantization.config(dtype)
-    if options.device_map is None and quantization is None:
-        # Out of the mapped files, which may be replaced while the model lives; other devices copy anyway.
-        state = {key: tensor.to(dtype, copy=True) for key, tensor in state.items()}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # of parts that no file holds and nobody reads (a pooler)
-            model, report = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(
-                None,
-                config=config,
-                state_dict=dict(state),
-                dtype=dtype,
-                device_map=options.device_map,
-                quantization_config=quantization,
-                output_loading_info=True,
-            )
-    except UNREADABLE as error:
-        raise CheckpointError(f"{name} cannot be loaded: {first_line(error)}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(map(str, report.get(kind) or ()))
-        if wrong := [key for key in keys if not (key.startswith(TOWER) and any(part in key for part in UNUSED_PARTS))]:
-            raise CheckpointError(f"{name}: weights do not fit the model: {len(wrong)} {kind} such as {wrong[0]}")
-    return cast(LlavaMedForConditionalGeneration, model.train(False))

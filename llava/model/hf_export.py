@@ -24,7 +24,7 @@ from llava.image_processors import OpenClipImageProcessorPil
 from llava.model.building import Loaded
 from llava.model.config import LlavaMedConfig
 from llava.model.hf_llava import SOURCE_KEY
-from llava.model.legacy_export import write_json
+from llava.model.legacy_export import SOURCE_FOLDER, copy_small_files, write_json
 from llava.model.multimodal_encoder.towers import input_size, num_extra_tokens, side
 from llava.model.names import HEAD, LANGUAGE_MODEL, PROJECTOR, TOWER
 from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter
@@ -71,12 +71,19 @@ def hf_name(name: str, vision_type: str) -> str:
     return "language_model.model." + name.removeprefix(LANGUAGE_MODEL)
 
 
-def export_hf(loaded: Loaded, path: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+def export_hf(
+    loaded: Loaded,
+    path: str | Path,
+    *,
+    source_folder: str | Path | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
     """Write a folder for `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained`.
 
     Args:
         loaded: the model, adapters merged.
         path: folder, created when absent.
+        source_folder: small files of the checkpoint that the model was converted from, kept on (see `legacy_export`).
         max_shard_bytes: see `ShardWriter`.
 
     Raises:
@@ -94,6 +101,8 @@ def export_hf(loaded: Loaded, path: str | Path, *, max_shard_bytes: int = DEFAUL
     write_json(target / "config.json", _config(loaded))
     loaded.model.generation_config.save_pretrained(target)
     _write_processor(loaded, target)
+    if source_folder is not None and Path(source_folder).is_dir():
+        copy_small_files(Path(source_folder), target / SOURCE_FOLDER)
 
 
 def _weights(loaded: Loaded) -> Iterator[tuple[str, Tensor]]:

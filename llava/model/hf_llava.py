@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaConfig
 from llava.errors import CheckpointError
 from llava.model.building import Loaded, finish, portable
 from llava.model.config import LlavaMedConfig
-from llava.model.foreign import ForeignOptions, grow, place
+from llava.model.filling import grow, place
+from llava.model.foreign_options import ForeignOptions
 from llava.model.layout import CONFIG_FILE, Layout, read_json
 from llava.model.multimodal_encoder.towers import (
     DEFAULT_PROCESSORS,

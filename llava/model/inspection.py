@@ -279,7 +279,8 @@ def as_json(inspection: Inspection) -> str:
         {"status": row.status, "name": row.name, "ours": row.ours, "shape": row.shape, "dtype": row.dtype}
         for row in inspection.rows
     ]
-    content = {"kind": inspection.layout.kind, **inspection.facts, "counts": inspection.counts, "tensors": rows}
+    facts = {**inspection.facts, "kind": inspection.layout.kind}
+    content = {**facts, "counts": inspection.counts, "tensors": rows}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 

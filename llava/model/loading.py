@@ -8,7 +8,7 @@ others       the legacy layouts (`foreign`) and transformers' Llava (`hf_llava`)
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,7 +17,8 @@ import torch
 from llava.errors import CheckpointError
 from llava.model.building import Loaded, build, finish, portable
 from llava.model.checkpoint import ORIGIN_FILE, load_adapter, load_projector
-from llava.model.foreign import ForeignOptions, load_foreign
+from llava.model.foreign import load_foreign
+from llava.model.foreign_options import ForeignOptions
 from llava.model.hf_llava import load_hf
 from llava.model.layout import KINDS, OUR_TYPE, OURS, Kind, Layout, read_json, sniff
 from llava.model.modeling import LlavaMedForConditionalGeneration
@@ -79,6 +80,14 @@ def load(
     if kind == "model":
         return _load_model(path, dtype, device_map, quantization)
     processor = LlavaMedProcessor.from_pretrained(path)
+    source = layout.config.get("source") or {}
+    if kind == "projector" and source.get("kind") == "legacy_projector":
+        return _load_converted(
+            layout,
+            source,
+            processor,
+            ForeignOptions(base=base, dtype=dtype, device_map=device_map, quantization=quantization),
+        )
     loaded = _load_base(path, base, dtype, device_map, quantization)
     loaded.processor = processor
     loaded.model.config.template = processor.template.name
@@ -127,6 +136,19 @@ def _load_model(path: str | Path, dtype: Dtype, device_map: Any, quantization: Q
             some = ", ".join(names[:3])
             raise CheckpointError(f"{path}: weights do not fit the model: {len(names)} {kind} such as {some}")
     return finish(model.train(False), processor, {"base": portable(str(path))})
+
+
+def _load_converted(
+    layout: Layout, source: dict[str, Any], processor: LlavaMedProcessor, options: ForeignOptions
+) -> Loaded:
+    """A projector that was converted from a legacy one: its base is put together by that layout's rules."""
+    parts = dict(read_origin(layout.path).get("load") or {})
+    parts["base"] = options.base or parts.get("base")
+    legacy = replace(layout, kind="legacy_projector", config=source["config"])
+    loaded = load_foreign(legacy, replace(options, **parts))
+    loaded.processor = processor
+    loaded.origin = {"base": portable(str(layout.path))}
+    return loaded
 
 
 def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any, quantization: Quantization) -> Loaded:

@@ -1,0 +1,205 @@
+"""Inspection without torch; what the doctor finds; what differs between two checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llava import cli
+from llava.model.building import Loaded
+from llava.model.checkpoint import save_model
+from llava.model.converting import convert
+from llava.model.doctor import Finding, check_weights, diagnose
+from llava.model.inspection import inspect, render
+from llava.model.layout import sniff
+from tests.model.legacy_folders import (
+    OPTIONAL_KEYS,
+    projector_weights,
+    write_legacy,
+    write_lora,
+    write_projector_only,
+    write_weights,
+)
+from tests.tiny import write_tiny_lm, write_tiny_tower
+
+
+def statuses(path: Path) -> Counter[str]:
+    return inspect(path).counts
+
+
+def findings(path: Path) -> list[Finding]:
+    return list(diagnose(inspect(path)))
+
+
+def errors(path: Path) -> str:
+    return "; ".join(finding.text for finding in findings(path) if finding.level == "error")
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_inspect_imports_neither_torch_nor_transformers(tmp_path: Path, safe: bool) -> None:
+    folder = write_legacy(tmp_path, safe=safe, num_shards=2)
+    code = (
+        "import sys\nfrom llava.cli import main\nmain(['checkpoint', 'inspect', sys.argv[1]])\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'safetensors'} & sys.modules.keys()\nassert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "model.mm_projector.0.weight" in done.stdout
+    assert "model.multi_modal_projector.0.weight" in done.stdout
+
+
+def test_weights_are_not_read(tmp_path: Path) -> None:
+    """Numbers may be anything: only headers are looked at."""
+    folder = write_legacy(tmp_path)
+    before = render(inspect(folder))
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-4000:] = b"\xff" * 4000
+    file.write_bytes(content)
+    assert render(inspect(folder)) == before
+
+
+def test_recognised_by_content_wherever_it_lies(tmp_path: Path, tiny: Loaded) -> None:
+    root = tmp_path / "llava-lora-mpt-projector"
+    root.mkdir()
+    kinds = {"legacy": write_legacy(root), "language_model": root / "lm", "vision_tower": root / "tower"}
+    (tmp_path / "b").mkdir()
+    kinds["legacy_projector"] = write_projector_only(tmp_path / "b")
+    (tmp_path / "c").mkdir()
+    kinds["legacy_adapter"] = write_lora(tmp_path / "c", tower_adapter=True)
+    kinds["tower_adapter"] = kinds["legacy_adapter"] / "any-name"
+    save_model(tiny.model, tiny.processor, tmp_path / "model")
+    kinds["model"] = tmp_path / "model"
+    convert(tmp_path / "model", tmp_path / "hf", "hf")
+    kinds["hf_llava"] = tmp_path / "hf"
+    for number, (kind, folder) in enumerate(kinds.items()):
+        moved = tmp_path / f"folder {number}"
+        shutil.copytree(folder, moved)
+        assert sniff(moved).kind == sniff(folder).kind == kind
+
+
+def test_every_tensor_has_a_status(tmp_path: Path) -> None:
+    folder = write_legacy(tmp_path, old_buffers=True)
+    counts = statuses(folder)
+    assert counts["computed"] == 3
+    assert counts["new"] == 1
+    assert not counts["missing"] + counts["unexpected"] + counts["wrong shape"]
+    text = render(inspect(folder))
+    assert text.count("\n") > sum(counts.values())
+    assert "one place holder an image" in text
+    assert "pad, layer -2, front" in text
+
+
+def test_patch_tokens_and_their_ids(tmp_path: Path) -> None:
+    folder = write_legacy(tmp_path, style="patch_token", projector="linear", tower_inside=False)
+    facts = inspect(folder).facts
+    assert facts["token ids"] == "<im_patch> 261, <im_start> 262, <im_end> 263"
+    assert facts["images"].startswith("square, layer -2, as written")
+    assert facts["template"].startswith("vicuna_v1")
+    assert statuses(folder)["new"] == 0
+
+
+def change(folder: Path, drop: str = "", add: dict[str, torch.Tensor] | None = None) -> None:
+    state = {name: tensor for name, tensor in torch.load(folder / "pytorch_model.bin").items() if name != drop}
+    write_weights(folder, {**state, **(add or {})}, safe=False, num_shards=1)
+
+
+@pytest.mark.parametrize(
+    ("drop", "add", "status", "name"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", {}, "missing", "layers.1.mlp.up_proj"),
+        ("", {"model_ema.decay": torch.ones(1)}, "unexpected", "model_ema.decay"),
+        ("", {"model.norm.weight": torch.ones(7)}, "wrong shape", "model.norm.weight"),
+    ],
+)
+def test_the_doctor_names_bad_tensors(
+    tmp_path: Path, drop: str, add: dict[str, torch.Tensor], status: str, name: str
+) -> None:
+    folder = write_legacy(tmp_path, safe=False)
+    assert not errors(folder)
+    change(folder, drop, add)
+    assert statuses(folder)[status] == 1
+    assert status in errors(folder)
+    assert name in errors(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"tower_inside": False, "mm_vision_tower": "nowhere"}, "--vision_tower"),
+        ({"mm_hidden_size": 1024}, "mm_hidden_size is 1024"),
+        ({"architectures": ["LlavaMptForCausalLM"]}, "type mpt"),
+    ],
+)
+def test_the_doctor_reads_settings(tmp_path: Path, options: dict[str, Any], error: str) -> None:
+    assert error in errors(write_legacy(tmp_path, **options))
+
+
+def test_notes_of_the_doctor(tmp_path: Path) -> None:
+    folder = write_legacy(tmp_path, model_type="llama", vocab_size=5, **OPTIONAL_KEYS)
+    text = " ".join(finding.text for finding in findings(folder))
+    for words in ("recognised by its mm_ keys", "a_key_of_tomorrow", "vocab_size is 5", "tower is inside"):
+        assert words in text
+    assert not errors(folder)
+    (folder / "tokenizer.json").unlink()
+    assert "no tokenizer" in errors(folder)
+
+
+def test_the_doctor_reads_numbers_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_legacy(tmp_path, safe=False)
+    change(folder, add={"model.norm.weight": torch.full((32,), float("nan"))})
+    assert [f.level for f in check_weights(sniff(folder)) if "finite" in f.text] == ["error"]
+    cli.main(["checkpoint", "doctor", str(folder)])
+    assert "nothing keeps it from loading" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["checkpoint", "doctor", str(folder), "--weights"])
+    assert "model.norm.weight holds numbers that are not finite" in capsys.readouterr().out
+
+
+def test_diff_compares_across_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_legacy(tmp_path, safe=False)
+    convert(folder, tmp_path / "again", "legacy")
+    cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "again")])
+    out = capsys.readouterr().out
+    assert out.strip().endswith("tensors are equal")
+    assert len(out.splitlines()) == 1
+    convert(folder, tmp_path / "ours", "ours")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "ours")])
+    assert stop.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    tensors = [line for line in lines if not line.startswith("config.json:")]
+    assert len(tensors) == 3  # both tables have one row more; and the count
+    assert "shape (261, 32) and (262, 32)" in tensors[0]
+    change(folder, add={"model.norm.weight": torch.ones(32) * 1.5})
+    with pytest.raises(SystemExit):
+        cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "again")])
+    assert "model.language_model.norm.weight: largest difference 0.5, mean 0.5" in capsys.readouterr().out
+
+
+def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_lora(tmp_path, tower_adapter=True)
+    cli.main(["checkpoint", "inspect", str(folder), "--json"])
+    content = json.loads(capsys.readouterr().out)
+    assert content["kind"] == "legacy_adapter"
+    assert content["counts"] == {"renamed": 12}
+    assert content["tower adapter"] == "any-name"
+    assert len(content["tensors"]) == 12
+
+
+def test_one_file_alone(tmp_path: Path) -> None:
+    torch.save(projector_weights("cluster"), tmp_path / "weights.bin")
+    inspection = inspect(tmp_path / "weights.bin")
+    assert inspection.layout.kind == "legacy_projector"
+    assert inspection.facts["projector"] == "cluster"
+    write_tiny_lm(tmp_path / "lm")
+    write_tiny_tower(tmp_path / "tower")
+    assert sniff(tmp_path / "tower" / "model.safetensors").kind == "vision_tower"
