@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,14 +94,14 @@ class SFTDataset(Dataset[Encoded]):
         """Return what each row can share with others: its images, by name; None for a row without any."""
         return [sample.images or None for sample in self.samples]
 
-    def image_keys(self) -> list[str]:
-        """Return the keys of all images of all rows, each once, in order of appearance.
+    def image_keys(self, limit: int | None = None) -> list[str]:
+        """Return the keys of the images of all rows, each once, in order of appearance; at most `limit` of them.
 
         Raises:
             DataError: an image file cannot be read.
         """
         refs = dict.fromkeys(ref for sample in self.samples for ref in sample.images)
-        return list(dict.fromkeys(self.store.key(ref) for ref in refs))
+        return list(dict.fromkeys(self.store.key(ref) for ref in islice(refs, limit)))
 
     def pixels(self, key: str) -> Tensor:
         """Return the preprocessed picture [3, H, W] of an image key."""

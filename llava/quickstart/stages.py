@@ -13,20 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
 
 from llava.data.alignment import alignment_rows
+from llava.data.images import load as load_image
 from llava.data.records import load_samples
 from llava.eval import model_options
 from llava.eval import run as evaluation
 from llava.eval.medvqa.items import Item, join
 from llava.model.building import build
+from llava.model.calibration import calibrate
 from llava.model.checkpoint import save_model, save_projector
 from llava.model.loading import load
-from llava.quickstart import calibration, pretrained, report, scoring
+from llava.quickstart import pretrained, report, scoring
 from llava.quickstart.questions import NOTICE, write_dataset
 from llava.quickstart.settings import Settings
 from llava.train.run import run_sft
@@ -118,11 +119,8 @@ def before(context: Context) -> Facts:
         projector_type=PROJECTOR,
         seed=settings.seed,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        features = calibration.tower_features(loaded, training_pictures(context.data)[:NUM_CALIBRATION_PICTURES])
-        words = cast(nn.Embedding, loaded.model.get_input_embeddings()).weight
-        calibration.calibrate(loaded.model.model.multi_modal_projector, features, words)
+    pictures = [load_image(path) for path in training_pictures(context.data)[:NUM_CALIBRATION_PICTURES]]
+    calibrate(loaded.model, loaded.processor.pixels(pictures), seed=settings.seed)
     save_projector(loaded.model, loaded.processor, folder, origin=loaded.origin)
     del loaded
     return evaluate(context, folder, context.path("eval-before"))

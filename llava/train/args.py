@@ -35,6 +35,7 @@ class ModelArguments:
     mm_use_im_start_end: bool = option(False, "write marker tokens around each image")
     mm_use_im_patch_token: bool = option(False, "add the patch token that old vocabularies hold")
     mm_patch_merge_type: str = option("flat", "only flat is trained")
+    calibrate_mm_projector: bool = option(False, "fit a new projector's scale to the pictures and words at hand")
     pretrain_mm_mlp_adapter: str | None = option(None, "projector file or folder to start from")
     tune_mm_mlp_adapter: bool = option(False, "stage 1: train the projector only (and the marker rows)")
     freeze_mm_mlp_adapter: bool = option(False, "keep the projector as it is")
@@ -66,6 +67,8 @@ class ModelArguments:
             raise ConfigError(f"--bits {self.bits} trains only with --lora_enable True: quantized weights do not train")
         if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
             raise ConfigError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter contradict each other; give one")
+        if self.calibrate_mm_projector and self.pretrain_mm_mlp_adapter:
+            raise ConfigError("--calibrate_mm_projector draws a new projector, --pretrain_mm_mlp_adapter names one")
         if self.tune_mm_mlp_adapter and self.lora_enable:
             raise ConfigError("--tune_mm_mlp_adapter trains the projector only; leave --lora_enable for stage 2")
 

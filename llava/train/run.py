@@ -28,6 +28,7 @@ from llava.errors import ConfigError
 from llava.generation.layout_check import choose_layout
 from llava.model import lora
 from llava.model.building import Loaded
+from llava.model.calibration import calibrate
 from llava.train import dry_run, order, run_folder
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 from llava.train.callbacks import MetricsCallback, row_ids_file
@@ -43,6 +44,8 @@ from llava.utils import log
 from llava.utils.jsonl import append
 
 logger = logging.getLogger(__name__)
+
+NUM_CALIBRATION_PICTURES = 64
 
 
 def run_sft(argv: Sequence[str] | None = None, *, image_grouping: str = "auto") -> None:
@@ -64,6 +67,8 @@ def run_sft(argv: Sequence[str] | None = None, *, image_grouping: str = "auto") 
         network, kind = prepare(loaded, model_args, args)
         layout = layout_of(loaded, args)
     dataset = open_data(data_args.data_path, data_args.image_folder, data_args, args, loaded)
+    if model_args.calibrate_mm_projector:
+        calibrate_projector(dataset, loaded, args)
     use_cache_of_features(dataset, loaded, model_args, data_args)
     sampler, grouping = order.make_sampler(dataset, args, image_grouping)
     collator = replace(make_collator(dataset, loaded, layout, args), micro_batch=args.micro_batch)
@@ -143,6 +148,18 @@ def open_data(
         index=index,
     )
     return SFTDataset(checked.samples, loaded.processor, image_folder=image_folder, max_length=limit, index=index)
+
+
+def calibrate_projector(dataset: SFTDataset, loaded: Loaded, args: LlavaTrainingArguments) -> None:
+    """Draw the projector anew, fitted to the first pictures of the data.
+
+    Raises:
+        ConfigError: no row has a picture.
+    """
+    keys = dataset.image_keys(NUM_CALIBRATION_PICTURES)
+    if not keys:
+        raise ConfigError("--calibrate_mm_projector needs pictures, and no row has one")
+    calibrate(loaded.model, torch.stack([dataset.pixels(key) for key in keys]), seed=args.seed)
 
 
 def use_cache_of_features(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
+import torch
 
+from llava.data.images import load as load_image
 from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.model.checkpoint import save_model
 from llava.model.loading import load
@@ -64,6 +67,21 @@ def test_the_image_mode_of_a_checkpoint_stays_unless_another_is_asked_for(
     train(arguments(parts, tmp_path, model_name_or_path=parts / "ours", vision_tower=None, image_aspect_ratio=mode))
     again = load(tmp_path)
     assert again.processor.image_mode == again.model.config.image_aspect_ratio == (mode or "square")
+
+
+def test_a_new_projector_is_calibrated_on_the_pictures(parts: Path, tmp_path: Path) -> None:
+    stage1 = {"tune_mm_mlp_adapter": True, "mm_projector_type": "mlp2x_gelu", "learning_rate": 0.0}
+    train(arguments(parts, tmp_path, **stage1, calibrate_mm_projector=True))
+    loaded = load(tmp_path)
+    pictures = [load_image(path) for path in sorted((parts / "vqa" / "images").iterdir())]
+    outputs = loaded.model.get_image_features(loaded.processor.pixels(pictures), return_dict=True).pooler_output
+    found = torch.cat(list(outputs))
+    words = loaded.model.get_input_embeddings().weight
+    torch.testing.assert_close(found.mean(dim=0), words.mean(dim=0), rtol=0, atol=1e-4)
+    text_only = parts / "text.json"
+    turns = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hello."}]
+    text_only.write_text(json.dumps([{"id": "0", "conversations": turns}]))
+    refused(parts, tmp_path, ConfigError, "no row has one", data_path=text_only, calibrate_mm_projector=True)
 
 
 def test_template_and_system_text_are_replaced_and_saved(parts: Path, tmp_path: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 from llava.errors import ConfigError
-from llava.quickstart import calibration
-from tests.tiny import tiny_image, tiny_llava
+from llava.model import calibration
+from tests.tiny import tiny_llava
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -19,7 +17,7 @@ def test_outputs_have_the_scale_of_words_and_differ_by_picture(layers: int) -> N
     projector = nn.Linear(12, 32) if layers == 1 else nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 32))
     features = torch.randn(20, 5, 12) * torch.logspace(-2, 2, 12) + 100.0
     words = torch.randn(50, 32) * 0.3 + 0.1
-    calibration.calibrate(projector, features, words)
+    calibration.fit(projector, features, words)
     outputs = projector(features).flatten(0, 1)
     center = outputs.mean(dim=0)
     torch.testing.assert_close(center, words.mean(dim=0), rtol=0, atol=1e-3)
@@ -32,14 +30,16 @@ def test_outputs_have_the_scale_of_words_and_differ_by_picture(layers: int) -> N
 
 def test_a_projector_without_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match="linear"):
-        calibration.calibrate(nn.Identity(), torch.zeros(1, 1, 4), torch.zeros(2, 4))
+        calibration.fit(nn.Identity(), torch.zeros(1, 1, 4), torch.zeros(2, 4))
 
 
-def test_features_of_pictures(tmp_path: Path) -> None:
-    loaded = tiny_llava()
-    paths = [tmp_path / f"{index}.png" for index in range(calibration.BATCH_SIZE + 1)]
-    for index, path in enumerate(paths):
-        tiny_image(index).save(path)
-    features = calibration.tower_features(loaded, paths)
-    assert features.shape[:2] == (len(paths), loaded.model.config.image_seq_length)
-    assert not torch.equal(features[0], features[1])
+def test_a_model_gets_the_same_projector_from_the_same_seed() -> None:
+    pixels = torch.rand(calibration.BATCH_SIZE + 1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    weights = []
+    for seed in (0, 0, 1):
+        loaded = tiny_llava()
+        before = torch.random.get_rng_state()
+        calibration.calibrate(loaded.model, pixels, seed=seed)
+        assert torch.equal(before, torch.random.get_rng_state())
+        weights.append(loaded.model.model.multi_modal_projector[0].weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

@@ -8,35 +8,39 @@ removing it. The weights stay random; only scale and offset are fitted, on some 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from llava.data.images import load as load_image
 from llava.errors import ConfigError
-from llava.model.building import Loaded
+from llava.model.modeling import LlavaMedForConditionalGeneration
 
 BATCH_SIZE = 16
 
 
 @torch.no_grad()
-def tower_features(loaded: Loaded, paths: Sequence[Path]) -> Tensor:
-    """Return the tower's features of pictures, [N, P, Dv]."""
-    batches = [paths[start : start + BATCH_SIZE] for start in range(0, len(paths), BATCH_SIZE)]
-    return torch.cat(
-        [
-            loaded.model.tower_features(loaded.processor.pixels([load_image(path) for path in batch]))
-            for batch in batches
-        ]
-    )
+def calibrate(model: LlavaMedForConditionalGeneration, pixels: Tensor, *, seed: int) -> None:
+    """Draw a model's projector anew, fitted to pictures and words.
+
+    Args:
+        model: its projector is a chain of linear layers with activations between them.
+        pixels: [N, 3, H, W] of typical pictures.
+        seed: of the weights.
+
+    Raises:
+        ConfigError: the projector has no linear layer.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        features = torch.cat([model.tower_features(batch) for batch in pixels.split(BATCH_SIZE)])
+        words = cast(nn.Embedding, model.get_input_embeddings()).weight
+        fit(model.model.multi_modal_projector, features, words)
 
 
 @torch.no_grad()
-def calibrate(projector: nn.Module, features: Tensor, words: Tensor) -> None:
-    """Fit scale and offset of a projector in place.
+def fit(projector: nn.Module, features: Tensor, words: Tensor) -> None:
+    """Fit scale and offset of a projector in place; its weights are drawn from the current random state.
 
     Args:
         projector: maps [N, P, Dv] to [N, P, D]; a chain of linear layers with activations between them.
