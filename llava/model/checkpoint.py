@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from llava.errors import CheckpointError
 from llava.model.building import whole
+from llava.model.card import write_card
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.processing import LlavaMedProcessor
 
@@ -69,9 +70,10 @@ def _cache_on(model: nn.Module) -> Iterator[None]:
 
 
 def write_common(folder: Path, model: nn.Module, origin: Mapping[str, Any] | None, kind: str) -> None:
-    """Write the model's configuration and where its parts came from."""
+    """Write the model's configuration, its card, and where its parts came from, into a folder of `new_files`."""
     with _cache_on(model):
         cast(Any, model).config.save_pretrained(folder)
+    write_card(folder.parent, folder, kind, cast(Any, model).config, origin or {})
     text = json.dumps({**(origin or {}), "kind": kind}, indent=2, ensure_ascii=False) + "\n"
     (folder / ORIGIN_FILE).write_text(text, encoding="utf-8")
 

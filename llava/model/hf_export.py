@@ -22,6 +22,7 @@ from llava.conversation import SLOT, Form, Template
 from llava.errors import CheckpointError
 from llava.image_processors import OpenClipImageProcessorPil
 from llava.model.building import Loaded
+from llava.model.card import write_card
 from llava.model.config import LlavaMedConfig
 from llava.model.hf_llava import SOURCE_KEY
 from llava.model.legacy_export import SOURCE_FOLDER, copy_small_files, write_json
@@ -101,6 +102,7 @@ def export_hf(
     write_json(target / "config.json", _config(loaded))
     loaded.model.generation_config.save_pretrained(target)
     _write_processor(loaded, target)
+    write_card(target, target, "model", loaded.model.config, loaded.origin)
     if source_folder is not None and Path(source_folder).is_dir():
         copy_small_files(Path(source_folder), target / SOURCE_FOLDER)
 

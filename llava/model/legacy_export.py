@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llava.errors import CheckpointError
 from llava.model.building import Loaded
+from llava.model.card import write_card
 from llava.model.config import LlavaMedConfig
 from llava.model.layout import CONFIG_FILE
 from llava.model.legacy_config import legacy_config
@@ -139,6 +140,7 @@ def export_legacy(
         for name, tensor in legacy_state(loaded.model):
             writer.add(name, tensor)
     write_json(target / CONFIG_FILE, written)
+    write_card(target, target, "model", config, loaded.origin)
     if written["mm_vision_tower"] == TOWER_FOLDER and not source:
         _write_tower_settings(loaded, target / TOWER_FOLDER)
     kept = None if source_folder is None else Path(source_folder) / SOURCE_FOLDER
