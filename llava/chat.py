@@ -103,6 +103,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="llava chat", description="Ask a model about a picture, in the terminal.")
     parser.add_argument("--model", "--model-path", required=True, help="checkpoint folder")
     parser.add_argument("--model-base", help="base model of an adapter; default: the one it names")
+    parser.add_argument("--vision-tower", help="tower of a checkpoint in another layout; ours know theirs")
     parser.add_argument("--image", "--image-file", help="picture to talk about")
     parser.add_argument("--question", help="ask this one question, print the answer and end")
     parser.add_argument("--system", help="file with a system text to use in the place of the template's")
@@ -128,7 +129,8 @@ def open_engine(args: Namespace) -> Engine:
 
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load(args.model, base=args.model_base, dtype=dtype, device_map=device, bits=args.bits)
+    tower = {"vision_tower": args.vision_tower} if args.vision_tower else {}
+    loaded = load(args.model, base=args.model_base, dtype=dtype, device_map=device, bits=args.bits, **tower)
     return LocalEngine(loaded.model, loaded.processor)
 
 

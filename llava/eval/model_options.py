@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.generation.protocol import Engine, Sampling
+from llava.model.layout import CONFIG_FILE, OUR_TYPE, read_json
 from llava.utils.cli import Parser
 from llava.utils.jsonl import read_text
 from llava.utils.lookup import lookup
@@ -36,7 +37,7 @@ def add_model_options(parser: Parser) -> None:
     model.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="4 and 8 need bitsandbytes")
     model.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator when there is one")
     model.add_argument("--mm-projector", help="no effect: the checkpoint knows its projector")
-    model.add_argument("--vision-tower", help="no effect: the checkpoint knows its tower")
+    model.add_argument("--vision-tower", help="tower of a checkpoint in another layout; ours know theirs")
     choice = parser.add_argument_group("sampling")
     choice.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     choice.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from")
@@ -63,9 +64,14 @@ def model_id_of(args: Namespace) -> str:
 
 def warn_no_effect(args: Namespace) -> None:
     """Name, in one warning, the options given that have no effect."""
-    given = [f"--{name.replace('_', '-')}" for name in NO_EFFECT if getattr(args, name)]
+    names = [name for name in NO_EFFECT if name != "vision_tower" or _is_ours(args.model)]
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
     if given:
         logger.warning("%s: no effect, the checkpoint knows its parts", ", ".join(given))
+
+
+def _is_ours(model: str) -> bool:
+    return read_json(Path(model) / CONFIG_FILE).get("model_type") == OUR_TYPE
 
 
 def template_of(args: Namespace) -> str | None:
@@ -96,6 +102,7 @@ def open_engine(args: Namespace) -> Engine:
         dtype=dtype,
         device_map=None if device == "cpu" else device,
         bits=args.bits,
+        **({"vision_tower": args.vision_tower} if args.vision_tower else {}),
     )
     if args.bits == 16:
         torch.nn.Module.to(loaded.model, device)

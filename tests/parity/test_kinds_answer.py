@@ -1,0 +1,41 @@
+"""Four mixed prompts at once answer as each alone does, on every published kind: text only, two images, long, short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llava.generation.local import LocalEngine
+from llava.generation.protocol import Completion, Prompt, Sampling
+from llava.samples import Conversation, Turn
+from tests.parity.test_forward import RECORDED, Recorded, loaded_from
+
+SAMPLING = Sampling(max_new_tokens=12)
+LONG = "Lobe axial resonance no radiograph impression cardiac in lower histology cells left large. "
+
+
+def prompts(folder: Path) -> list[Prompt]:
+    def ask(text: str, *images: str) -> Prompt:
+        pictures = tuple(str(folder / "images" / name) for name in images)
+        return Prompt(Conversation((Turn("human", text),)), pictures)
+
+    return [
+        ask("Is there a lesion?"),
+        ask("<image>\n<image>\nWhich is larger?", "im0.png", "im1.png"),
+        ask("<image>\n" + LONG * 5, "im2.png"),
+        ask("<image>\nWhere?", "im3.png"),
+    ]
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda case: f"{case.oracle}:{case.folder}")
+def test_a_batch_of_four_is_four_single_runs(shared: Path, recorded: Recorded) -> None:
+    oracle = shared / "oracles" / recorded.oracle
+    loaded = loaded_from(oracle, recorded.folder)
+    together = LocalEngine(loaded.model, loaded.processor, max_slots=4).generate(prompts(oracle), SAMPLING)
+    alone: list[list[Completion]] = [
+        LocalEngine(loaded.model, loaded.processor, max_slots=1).generate([prompt], SAMPLING)[0]
+        for prompt in prompts(oracle)
+    ]
+    assert together == alone
+    assert len({answer[0].token_ids for answer in together}) > 1
