@@ -55,14 +55,14 @@ def place(
 ) -> LlavaMedForConditionalGeneration:
     """The model with the weights of `state`.
 
+    On the CPU, and where the dtype stays, weights remain in the mapped files until they are touched, as with
+    transformers' own loading; files may be replaced meanwhile (by renaming), not written into.
+
     Raises:
         CheckpointError: a weight is missing, unknown, or of another shape.
     """
     dtype = state[EMBEDDINGS].dtype if options.dtype == "auto" else options.dtype
     quantization = options.quantization.config(dtype)
-    if options.device_map is None and quantization is None:
-        # Out of the mapped files, which may be replaced while the model lives; other devices copy anyway.
-        state = {key: tensor.to(dtype, copy=True) for key, tensor in state.items()}
     try:
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(0)  # of parts that no file holds and nobody reads (a pooler)

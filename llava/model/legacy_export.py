@@ -134,7 +134,8 @@ def export_legacy(
     written = legacy_config(config)
     target = Path(path)
     if "mm_vision_tower" not in written:
-        written["mm_vision_tower"] = (loaded.origin.get("build") or {}).get("vision_tower") or TOWER_FOLDER
+        named = str((loaded.origin.get("build") or {}).get("vision_tower") or TOWER_FOLDER)
+        written["mm_vision_tower"] = TOWER_FOLDER if Path(named).is_absolute() else named
     use_safe = source.get("safe", True) if safe is None else safe
     with ShardWriter(target, max_shard_bytes=max_shard_bytes, safe=use_safe) as writer:
         for name, tensor in legacy_state(loaded.model):

@@ -16,6 +16,7 @@ from llava.model.converting import convert
 from llava.model.foreign_options import ForeignOptions
 from llava.model.hf_export import obstacles
 from llava.model.layout import sniff
+from llava.model.legacy_export import export_legacy
 from llava.model.loading import load
 from llava.model.lora import add_lora, freeze_for
 from llava.model.shards import open_tensors
@@ -147,6 +148,12 @@ def test_models_made_here_become_legacy(tmp_path: Path, lm: str) -> None:
         rows = slice(-1) if name.endswith(("embed_tokens.weight", "lm_head.weight")) else slice(None)
         assert torch.equal(state[name][rows], tensor[rows]), name
     assert again.processor.image_mode == "pad"
+
+
+def test_a_legacy_export_does_not_need_the_folders_it_was_built_from(tmp_path: Path) -> None:
+    loaded = tiny_llava()  # its parts are gone by now
+    export_legacy(loaded, tmp_path / "legacy")
+    torch.testing.assert_close(logits(load(tmp_path / "legacy")), logits(loaded), rtol=0, atol=0)
 
 
 def test_adapters_and_projectors_made_here_become_legacy(tmp_path: Path, built: Loaded) -> None:
