@@ -1,0 +1,20 @@
+"""Write a checkpoint anew: one dtype, even shards, nothing left of its training.
+
+python3 -m llava.model.consolidate --src /path/to/checkpoint --dst /path/to/new
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llava.model.delta_programs import consolidate
+from llava.utils.cli import run_program
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    consolidate(argv)
+
+
+if __name__ == "__main__":
+    run_program(main)

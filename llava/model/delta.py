@@ -1,0 +1,246 @@
+"""Weights as differences: a base and a delta give a target, a target and a base give a delta (llava-med.md 6).
+
+    base + delta --apply--> target        target - base --make--> delta
+
+Tensor by tensor from memory-mapped shards into new shards, so memory is that of a few tensors. Everything that can be
+known from headers is checked before the first tensor is read; a folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llava.errors import CheckpointError
+from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter, TensorEntry, TensorReader, open_tensors
+from llava.model.whole_folder import copy_companions, new_folder
+from llava.utils.log import progress
+
+DELTA_FILE = "llava_delta.json"
+"""What a delta was made from: fingerprint of the base, arithmetic, checksum of the result."""
+
+GROWN = ("model.embed_tokens.weight", "lm_head.weight")
+"""Tables that may be larger than the base's: rows of new words are stored as they are."""
+
+EXTRA_PREFIXES = ("model.mm_projector", "model.vision_tower", "model.image_newline", "model.vision_resampler")
+"""Tensors that a language model lacks; stored as they are."""
+
+ROTARY_SUFFIX = "rotary_emb.inv_freq"
+"""Computed from the configuration; old deltas hold differences of them (zeros), which would destroy the positions."""
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+Arithmetic = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How the new folder is written.
+
+    Attributes:
+        dtype: of the arithmetic and of the result; the originals used float16.
+        max_shard_bytes: largest shard.
+        safe: safetensors; False writes `.bin`.
+    """
+
+    dtype: torch.dtype = torch.float16
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    safe: bool = True
+
+
+def is_rotary(name: str) -> bool:
+    """A tensor of the rotary tables."""
+    return name.endswith(ROTARY_SUFFIX)
+
+
+def fingerprint(base: TensorReader) -> str:
+    """Identity of a base: a hash of its vectors (norms) and of the first rows of one matrix, in float16."""
+    digest = hashlib.sha256()
+    matrix = next((name for name in sorted(base.names) if name.endswith("q_proj.weight")), None)
+    for name in sorted(base.names):
+        if is_rotary(name) or not (len(base.entries[name].shape) == 1 or name == matrix):
+            continue
+        values = base.read(name)
+        digest.update(name.encode())
+        digest.update(values[:16].to(torch.float16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_names(changed: Mapping[str, TensorEntry], base: Mapping[str, TensorEntry], what: str) -> list[str]:
+    """The tensors to compute, in the order of the files.
+
+    Raises:
+        CheckpointError: a tensor belongs to neither, has another shape, or is missing.
+    """
+    names = [name for name in changed if not is_rotary(name)]
+    for name in names:
+        shape = changed[name].shape
+        if name not in base:
+            if not name.startswith(EXTRA_PREFIXES):
+                raise CheckpointError(
+                    f"{what} holds {name!r}, which the base lacks and which is no part that images need "
+                    f"({', '.join(EXTRA_PREFIXES)}); is this the base it was made from?"
+                )
+        elif shape != base[name].shape and not (name in GROWN and _covers(shape, base[name].shape)):
+            raise CheckpointError(
+                f"{name}: {what} has shape {list(shape)}, the base {list(base[name].shape)}; "
+                "the base is of another model size or family"
+            )
+    missing = [name for name in base if name not in changed and not is_rotary(name)]
+    if missing:
+        raise CheckpointError(
+            f"{what} lacks {len(missing)} tensors of the base, such as {missing[0]!r}; "
+            "a file is missing, or the base is another"
+        )
+    return names
+
+
+def _covers(larger: tuple[int, ...], smaller: tuple[int, ...]) -> bool:
+    return len(larger) == len(smaller) and all(own >= other for own, other in zip(larger, smaller, strict=True))
+
+
+def combine(changed: Tensor, base: Tensor | None, arithmetic: Arithmetic, dtype: torch.dtype) -> Tensor:
+    """`arithmetic(changed, base)` on the block that both have; the rest of `changed` as it is."""
+    own = changed.to(dtype)
+    if base is None:
+        return own
+    other = base.to(dtype)
+    if own.shape == other.shape:
+        return arithmetic(own, other)
+    result = own.clone()
+    block = tuple(slice(0, size) for size in other.shape)
+    result[block] = arithmetic(own[block], other)
+    return result
+
+
+class Checksum:
+    """SHA-256 over tensors in the order they come: name and bytes."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor in."""
+        self._digest.update(name.encode())
+        self._digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+    def value(self) -> str:
+        """Hexadecimal digest."""
+        return self._digest.hexdigest()
+
+
+def make(base: Path, target: Path, delta: Path, writing: Writing | None = None) -> dict[str, Any]:
+    """Write `target - base` with the target's configuration and tokenizer.
+
+    Returns:
+        What is kept in `llava_delta.json`.
+
+    Raises:
+        CheckpointError: a folder cannot be read, they do not fit, or `delta` holds files.
+    """
+    writing = writing or Writing()
+    checksum = Checksum()
+    with open_tensors(base) as old, open_tensors(target) as new, new_folder(delta) as folder:
+        names = check_names(new.entries, old.entries, str(target))
+        with shard_writer(folder, writing) as writer:
+            for name in progress(names, title="delta", unit="tensor"):
+                known = old.read(name) if name in old.entries else None
+                difference = combine(new.read(name), known, torch.sub, writing.dtype)
+                writer.add(name, difference)
+                checksum.add(name, combine(difference, known, torch.add, writing.dtype))
+        record = {
+            "base_fingerprint": fingerprint(old),
+            "dtype": str(writing.dtype).removeprefix("torch."),
+            "result_sha256": checksum.value(),
+        }
+        copy_companions(target, folder, dtype=writing.dtype)
+        (folder / DELTA_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def apply(
+    base: Path, delta: Path, target: Path, writing: Writing | None = None, *, verify: bool = False
+) -> Literal["verified", "not verified", "unknown base"]:
+    """Write `base + delta` with the delta's configuration and tokenizer.
+
+    Args:
+        base: language model that the delta was made from.
+        delta: differences.
+        target: new folder.
+        writing: how it is written.
+        verify: compare the result's checksum with the one kept when the delta was made.
+
+    Returns:
+        Whether the result is known to be right; "unknown base": the delta does not say what it was made from.
+
+    Raises:
+        CheckpointError: a folder cannot be read, they do not fit, or `target` holds files; nothing is written then.
+    """
+    writing = writing or Writing()
+    record = read_record(delta)
+    checksum = Checksum() if verify else None
+    with open_tensors(base) as old, open_tensors(delta) as new, new_folder(target) as folder:
+        names = check_names(new.entries, old.entries, str(delta))
+        _check_base(base, old, record)
+        with shard_writer(folder, writing) as writer:
+            for name in progress(names, title="target", unit="tensor"):
+                known = old.read(name) if name in old.entries else None
+                result = combine(new.read(name), known, torch.add, writing.dtype)
+                writer.add(name, result)
+                if checksum is not None:
+                    checksum.add(name, result)
+            if checksum is not None:
+                _check_result(checksum, record, writing)
+        copy_companions(delta, folder, dtype=writing.dtype)
+    if not record:
+        return "unknown base"
+    return "verified" if verify else "not verified"
+
+
+def read_record(delta: Path) -> dict[str, Any]:
+    """`llava_delta.json`, or an empty table for deltas of others.
+
+    Raises:
+        CheckpointError: the file is broken.
+    """
+    file = delta / DELTA_FILE
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return record
+
+
+def _check_base(path: Path, base: TensorReader, record: Mapping[str, Any]) -> None:
+    wanted = record.get("base_fingerprint")
+    if wanted is not None and wanted != fingerprint(base):
+        raise CheckpointError(
+            f"{path} is not the model that this delta was made from (their fingerprints differ); "
+            "LLaVA-Med's published deltas need LLaMA-1 7B in the transformers layout"
+        )
+
+
+def _check_result(checksum: Checksum, record: Mapping[str, Any], writing: Writing) -> None:
+    if "result_sha256" not in record:
+        raise CheckpointError("the delta keeps no checksum of its result, so it cannot be verified; leave --verify out")
+    kept = record.get("dtype")
+    if DTYPES.get(str(kept)) != writing.dtype:
+        raise CheckpointError(f"the checksum is that of {kept} arithmetic; verify with --dtype {kept}")
+    if record["result_sha256"] != checksum.value():
+        raise CheckpointError("the result is not the one the delta was made for; a file is damaged or the base another")
+
+
+def shard_writer(folder: Path, writing: Writing) -> ShardWriter:
+    """The writer of a new folder."""
+    return ShardWriter(folder, max_shard_bytes=writing.max_shard_bytes, safe=writing.safe)

@@ -1,0 +1,85 @@
+"""The command lines of the delta tools: options in, one folder out."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.errors import CheckpointError
+from llava.model import delta
+from llava.model.shards import open_tensors
+from llava.model.whole_folder import copy_companions, new_folder
+from llava.utils.cli import Parser
+from llava.utils.log import progress
+
+GIGABYTE = 10**9
+
+
+def _parser(prog: str, about: str, example: str) -> Parser:
+    parser = Parser(prog=f"python -m llava.model.{prog}", description=about, epilog=f"example: {example}")
+    parser.add_argument("--dtype", choices=list(delta.DTYPES), default="float16", help="of arithmetic and result")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest shard in gigabytes")
+    parser.add_switch("--bin", help="write pytorch_model.bin files instead of safetensors")
+    return parser
+
+
+def _writing(args: Namespace) -> delta.Writing:
+    if args.max_shard_gb <= 0:
+        raise CheckpointError(f"--max-shard-gb is {args.max_shard_gb}; expected a number above 0")
+    return delta.Writing(delta.DTYPES[args.dtype], int(args.max_shard_gb * GIGABYTE), safe=not args.bin)
+
+
+def apply_delta(argv: Sequence[str] | None = None) -> None:
+    """Run `apply_delta`."""
+    about = "Add a delta to the language model it was made from, tensor by tensor."
+    parser = _parser("apply_delta", about, "--base llama-7b --target llava-7b --delta llava-7b-delta")
+    parser.add_argument("--base-model-path", type=Path, required=True, help="folder of the base")
+    parser.add_argument("--target-model-path", type=Path, required=True, help="new folder")
+    parser.add_argument("--delta-path", type=Path, required=True, help="folder of the delta")
+    parser.add_switch("--verify", help="compare the result with the checksum that the delta keeps")
+    args = parser.parse_args(argv)
+    found = delta.apply(
+        args.base_model_path, args.delta_path, args.target_model_path, _writing(args), verify=args.verify
+    )
+    if found == "unknown base":
+        sys.stderr.write("the delta does not say what it was made from; shapes fit, the base was not checked further\n")
+    sys.stdout.write(f"{args.target_model_path}: base + delta, {args.dtype}, {found}\n")
+
+
+def make_delta(argv: Sequence[str] | None = None) -> None:
+    """Run `make_delta`."""
+    about = "Write the difference of a model and its base, tensor by tensor."
+    parser = _parser("make_delta", about, "--base llama-7b --target llava-7b --delta llava-7b-delta")
+    parser.add_argument("--base-model-path", type=Path, required=True, help="folder of the base")
+    parser.add_argument("--target-model-path", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--delta-path", type=Path, required=True, help="new folder")
+    parser.add_argument("--hub-repo-id", help="also upload the delta there")
+    args = parser.parse_args(argv)
+    record = delta.make(args.base_model_path, args.target_model_path, args.delta_path, _writing(args))
+    sys.stdout.write(f"{args.delta_path}: target - base, {args.dtype}, result sha256 {record['result_sha256']}\n")
+    if args.hub_repo_id:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(args.hub_repo_id, exist_ok=True)
+        api.upload_folder(repo_id=args.hub_repo_id, folder_path=args.delta_path)
+
+
+def consolidate(argv: Sequence[str] | None = None) -> None:
+    """Run `consolidate`."""
+    about = "Write a checkpoint anew: one dtype, even shards, without rotary tables and leftovers of training."
+    parser = _parser("consolidate", about, "--src checkpoint-1000 --dst llava-7b")
+    parser.add_argument("--src", type=Path, required=True, help="folder of a model")
+    parser.add_argument("--dst", type=Path, required=True, help="new folder")
+    args = parser.parse_args(argv)
+    writing = _writing(args)
+    with open_tensors(args.src) as source, new_folder(args.dst) as folder:
+        names = [name for name in source.names if not delta.is_rotary(name)]
+        with delta.shard_writer(folder, writing) as writer:
+            for name in progress(names, title="consolidate", unit="tensor"):
+                tensor = source.read(name)
+                writer.add(name, tensor.to(writing.dtype) if tensor.is_floating_point() else tensor)
+        copy_companions(args.src, folder, dtype=writing.dtype)
+    sys.stdout.write(f"{args.dst}: {len(names)} tensors, {args.dtype}\n")
