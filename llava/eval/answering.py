@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llava.errors import ConfigError, GenerationError
+from llava.eval.fingerprint import model_settings
 from llava.eval.inference import AnswerRun, Options, Summary
 from llava.eval.model_options import add_model_options, model_id_of, open_engine, sampling_of, warn_no_effect
 from llava.eval.protocol import PromptForm
@@ -60,6 +61,7 @@ def run_answering(args: Namespace, form: PromptForm) -> Summary:
         choices=args.with_options,
         answer_prompter=args.answer_prompter,
         blank_images=args.blank_images,
+        settings=model_settings(args),
     )
     run = AnswerRun(
         args.question_file,

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from PIL import Image
 from llava.data.images import resolve
 from llava.data.records import load_samples
 from llava.errors import ConfigError, DataError, LlavaError
-from llava.eval import protocol
+from llava.eval import fingerprint, protocol
 from llava.eval.protocol import PromptForm, Question
 from llava.generation.protocol import Completion, Engine, Prompt, Sampling
 from llava.samples import Sample
@@ -55,6 +55,7 @@ class Options:
         choices: tell the two options after closed yes/no questions.
         answer_prompter: ask for a short answer after the long one, and write both.
         blank_images: show a grey square in the place of every image.
+        settings: what else the answers depend on: weights, template, precision (see `fingerprint.model_settings`).
     """
 
     image_folder: str | Path | None = None
@@ -64,6 +65,7 @@ class Options:
     choices: bool = False
     answer_prompter: bool = False
     blank_images: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def answer_file(
@@ -92,7 +94,8 @@ def answer_file(
         options: how questions are put.
 
     Raises:
-        DataError: the questions cannot be read, or `out` holds answers to others or by another model.
+        DataError: the questions cannot be read, or `out` holds answers to others, by another model or made with
+            other settings.
     """
     options = replace(options or Options(), blank_images=blank_images or (options is not None and options.blank_images))
     run = AnswerRun(questions, out, num_chunks=num_chunks, chunk_idx=chunk_idx, resume=resume, options=options)
@@ -123,6 +126,7 @@ class AnswerRun:
         self.blank = Image.new("RGB", (protocol.BLANK_SIZE,) * 2, protocol.GREY) if options.blank_images else None
         if not resume or not self.out.exists():
             jsonl.write_records(self.out, [])
+        fingerprint.record(self.out, self._settings())
 
     @property
     def pending(self) -> list[Question]:
@@ -180,7 +184,23 @@ class AnswerRun:
                 )
             if "error" not in row["metadata"]:
                 kept[str(row["question_id"])] = row
+        if kept:
+            fingerprint.check(self.out, self._settings())
         return kept
+
+    def _settings(self) -> dict[str, Any]:
+        """Return everything that the answers depend on."""
+        options = self.options
+        asked = [(question.id, asdict(question.conversation), question.images) for question in self.questions]
+        return {
+            **options.settings,
+            "sampling": asdict(options.sampling),
+            "choices": options.choices,
+            "answer prompter": options.answer_prompter,
+            "blank images": options.blank_images,
+            "image folder": None if options.blank_images else fingerprint.folder_name(options.image_folder),
+            "questions": fingerprint.digest(asked),
+        }
 
     def _other_run(self, known: dict[str, Question], row: dict[str, Any]) -> str | None:
         """Say why a row cannot be of this run; None when it can."""

@@ -9,7 +9,6 @@ llava eval --model runs/first --data test.json --image_folder images --out runs/
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from argparse import Namespace
@@ -20,8 +19,8 @@ from typing import Any, TextIO
 
 from llava.data.images import load as load_image
 from llava.data.records import load_samples
-from llava.errors import ConfigError, DataError
-from llava.eval import model_options
+from llava.errors import ConfigError
+from llava.eval import fingerprint, model_options
 from llava.eval.controls import majority, verdicts
 from llava.eval.estimates import Draws
 from llava.eval.html_report import write_page
@@ -35,19 +34,13 @@ from llava.generation.protocol import Engine
 from llava.samples import Sample
 from llava.utils import log
 from llava.utils.cli import Parser, run_program
-from llava.utils.jsonl import read_records, read_text, write_json
+from llava.utils.jsonl import read_records, write_json
 from llava.utils.provenance import stamp, weights_sha256
 
 logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 128
-ANSWERS, BLANK_ANSWERS, RESULTS, PAGE, SETTINGS = (
-    "answers.jsonl",
-    "answers-blank.jsonl",
-    "results.json",
-    "report.html",
-    "settings.json",
-)
+ANSWERS, BLANK_ANSWERS, RESULTS, PAGE = ("answers.jsonl", "answers-blank.jsonl", "results.json", "report.html")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +133,7 @@ def plan_of(args: Namespace, words: Sequence[str]) -> Plan:
         sampling=model_options.sampling_of(args, max_new_tokens=MAX_NEW_TOKENS),
         model_id=model_options.model_id_of(args),
         choices=args.with_options,
+        settings=fingerprint.model_settings(args),
     )
     files = {"questions": args.data} | ({"train": args.train_data} if args.train_data else {})
     facts = stamp(
@@ -176,11 +170,10 @@ def evaluate(plan: Plan, open_engine: Callable[[], Engine]) -> dict[str, Any]:
         The report, as written to `results.json`.
 
     Raises:
-        DataError: a row has no reference, or the folder holds another run.
+        DataError: a row has no reference, or the folder holds answers made with other settings.
     """
     for sample in plan.samples:
         check_reference(sample)
-    _claim_folder(plan)
     runs = [AnswerRun(plan.samples, plan.out / ANSWERS, resume=plan.resume, options=plan.options)]
     if plan.blank_control:
         grey = replace(plan.options, blank_images=True)
@@ -215,34 +208,6 @@ def evaluate(plan: Plan, open_engine: Callable[[], Engine]) -> dict[str, Any]:
         note=plan.note,
     )
     return report
-
-
-def _claim_folder(plan: Plan) -> None:
-    """Write down what the folder's answers are answers of, or check that it is the same.
-
-    Raises:
-        DataError: answers in the folder come from other weights, data or settings.
-    """
-    facts = plan.facts or {}
-    settings = {
-        "weights": facts.get("weights"),
-        "template": facts.get("template"),
-        "questions": facts.get("data", {}).get("questions", {}).get("sha256"),
-        "sampling": asdict(plan.options.sampling),
-        "choices": plan.options.choices,
-        "limit": facts.get("limit"),
-    }
-    settings = json.loads(json.dumps(settings))
-    path = plan.out / SETTINGS
-    if plan.resume and path.exists():
-        before = json.loads(read_text(path))
-        different = [name for name, value in settings.items() if before.get(name) != value]
-        if different:
-            raise DataError(
-                f"{plan.out} holds answers with other {', '.join(different)}; name another --out, or start anew with "
-                f"--resume False"
-            )
-    write_json(path, settings)
 
 
 def print_report(report: Mapping[str, Any], *, out: TextIO | None = None) -> None:

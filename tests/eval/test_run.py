@@ -93,11 +93,12 @@ def test_second_run_opens_no_engine_and_changed_settings_are_refused(tmp_path: P
         raise CheckpointError("no engine is needed")
 
     assert run.evaluate(plan, refuse)["scores"] == first["scores"]
+    other = replace(plan, options=replace(plan.options, settings={"weights": "abc"}))
     with pytest.raises(DataError, match="holds answers with other weights"):
-        run.evaluate(replace(plan, facts={"weights": "abc"}), good_engine)
-    with pytest.raises(DataError, match="other choices"):
+        run.evaluate(other, good_engine)
+    with pytest.raises(DataError, match="has another text"):
         run.evaluate(replace(plan, options=replace(plan.options, choices=True)), good_engine)
-    run.evaluate(replace(plan, facts={"weights": "abc"}, resume=False), good_engine)
+    run.evaluate(replace(other, resume=False), good_engine)
     with pytest.raises(CheckpointError):
         run.evaluate(replace(plan, out=tmp_path / "elsewhere"), refuse)
 

@@ -1,0 +1,167 @@
+"""What answers depend on, kept beside an answer file so that answers made otherwise are not taken for these.
+
+    options of a command --model_settings--+
+    weights, adapter, its base, tower -----+--> settings --record--> answers.jsonl.settings.json
+    sampling, images, questions -----------+                             |
+                                                   a later run --differences--> names of what differs
+
+Hashes and last parts of names are recorded, never where files lie. Importing this module does not load torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llava.errors import DataError
+from llava.eval.model_options import PROCESSOR_FILE, template_of
+from llava.model.layout import ADAPTER_CONFIG_FILE, CONFIG_FILE, PROJECTOR_FILES, TOKENIZER_FILES, read_json
+from llava.utils.jsonl import read_text, write_json
+from llava.utils.provenance import file_sha256, weights_sha256
+
+ORIGIN_FILE = "llava_origin.json"
+"""Where an adapter or projector records what it builds on; see `llava.model.loading`."""
+
+READ_FILES = (CONFIG_FILE, ADAPTER_CONFIG_FILE, PROCESSOR_FILE, "preprocessor_config.json", *TOKENIZER_FILES)
+"""Files of a checkpoint that change its answers, besides the weights."""
+
+TOWER_KEYS = ("mm_vision_tower", "mm_vision_tower_config", "mm_vision_tower_checkpoint")
+BASE_KEYS = ("base_model_name_or_path", "_name_or_path")
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def model_settings(args: Namespace) -> dict[str, Any]:
+    """Return what the options of `add_model_options` say about answers, sampling left out."""
+    given = [name for name in (args.model_base, args.vision_tower) if name]
+    system = None if args.conv_mode else read_json(Path(args.model) / PROCESSOR_FILE).get("system")
+    return {
+        "weights": checkpoint_hash(args.model, *given),
+        "template": template_of(args),
+        "system text": None if system is None else digest(system),
+        "dtype": args.dtype,
+        "bits": args.bits,
+    }
+
+
+def checkpoint_hash(*names: str) -> str:
+    """Return one hash over the weights and configuration of checkpoints and of all that they build on.
+
+    Args:
+        names: folders, weight files, or hub names (of which only the name is known).
+    """
+    seen: dict[str, Any] = {}
+    waiting = list(names)
+    while waiting:
+        place = _place(waiting[0])
+        name = str(place.resolve()) if place is not None else waiting[0]
+        del waiting[0]
+        if name in seen:
+            continue
+        seen[name] = name if place is None else _content(place)
+        if place is not None and place.is_dir():
+            waiting += _parts(place)
+    return digest(sorted(map(digest, seen.values())))
+
+
+def folder_name(path: str | Path | None) -> str | None:
+    """Return what tells a folder from another without saying where it lies: its name and a hash of its place."""
+    if path is None:
+        return None
+    place = Path(path).resolve()
+    return f"{place.name} {digest(str(place))[:16]}"
+
+
+def sidecar(answers: str | Path) -> Path:
+    """Return the file beside an answer file that says how its answers were made."""
+    path = Path(answers)
+    return path.with_name(f"{path.name}.settings.json")
+
+
+def record(answers: str | Path, settings: Mapping[str, Any]) -> None:
+    """Write how the answers of a file are made."""
+    write_json(sidecar(answers), {"fingerprint": digest(settings), "settings": dict(settings)})
+
+
+def check(answers: str | Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a file whose answers were made otherwise.
+
+    Raises:
+        DataError: something that answers depend on differs, or nobody wrote down what they were made with.
+    """
+    path = sidecar(answers)
+    anew = "name another file or folder, or start anew with --resume False"
+    if not path.is_file():
+        raise DataError(f"{answers} holds answers, but {path.name}, which says how they were made, is missing; {anew}")
+    different = differences(_read(path), settings)
+    if different:
+        raise DataError(f"{answers} holds answers with other {', '.join(different)}; {anew}")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the names of the settings that differ; values inside a table are named `sampling.temperature`."""
+    names = []
+    for name in dict.fromkeys((*now, *before)):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            names += [f"{name}.{inner}" for inner in differences(old, new)]
+        elif digest(old) != digest(new):
+            names.append(name)
+    return names
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(read_text(path))["settings"]
+    except (ValueError, KeyError, TypeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise DataError(f"{path} is not a record of settings; start anew with --resume False")
+    return settings
+
+
+def _place(name: str) -> Path | None:
+    """Return the folder or file that a name means; None when it is a name of the hub."""
+    path = Path(name.rpartition(":")[2]).expanduser()
+    return path if path.exists() else None
+
+
+def _content(place: Path) -> Any:
+    """Return hashes of a file, or of a folder's weights and configuration; a tower may lie in a folder inside it."""
+    if place.is_file():
+        return file_sha256(place)
+    inside = sorted(folder for folder in place.iterdir() if folder.is_dir() and (folder / CONFIG_FILE).is_file())
+    inside += sorted(file.parent for file in place.glob(f"*/{ADAPTER_CONFIG_FILE}"))
+    return {
+        folder.relative_to(place).as_posix(): [
+            weights_sha256(folder),
+            *((name, file_sha256(folder / name)) for name in READ_FILES if (folder / name).is_file()),
+        ]
+        for folder in (place, *inside)
+        if not folder.name.startswith("checkpoint-") or folder == place
+    }
+
+
+def _parts(folder: Path) -> list[str]:
+    """Return what a checkpoint folder builds on: the base of an adapter or projector, towers of other layouts."""
+    config, adapter = read_json(folder / CONFIG_FILE), read_json(folder / ADAPTER_CONFIG_FILE)
+    names = [config.get(key) for key in TOWER_KEYS]
+    if adapter or any((folder / name).is_file() for name in PROJECTOR_FILES):
+        names += [table.get(key) for table in (config, adapter) for key in BASE_KEYS]
+        names += list(_texts(read_json(folder / ORIGIN_FILE)))
+    return [name for name in names if isinstance(name, str) and name and _place(name) is not None]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)

@@ -1,0 +1,114 @@
+"""Answers made otherwise are not reused: what the fingerprint sees, and what the answering command refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llava.errors import DataError
+from llava.eval import answering, fingerprint, model_vqa_med
+from tests.eval.fakes import FakeEngine, row, rows_of, write_vqa
+
+
+def make_model(folder: Path, weights: bytes = b"weights") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "llava_processor.json").write_text('{"template": "vicuna_v1", "system": null}')
+    return folder
+
+
+def make_adapter(folder: Path, base: Path) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    (folder / "adapter_model.safetensors").write_bytes(b"adapter")
+    (folder / "llava_origin.json").write_text(json.dumps({"base": str(base)}))
+    return folder
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    questions, images = write_vqa(tmp_path, [row(index, "a.png", f"Q{index}?", "yes") for index in range(3)])
+    monkeypatch.setattr(answering, "open_engine", lambda args: FakeEngine())
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(images, tmp_path / "copy")
+    model = make_model(tmp_path / "first" / "model")
+    words = ["--question-file", str(questions), "--image-folder", str(images), "--answers-file"]
+    words += [str(tmp_path / "answers.jsonl"), "--model", str(model)]
+    model_vqa_med.main(words)
+    return words
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--temperature", "0.5"], r"sampling\.temperature"),
+        (["--max-new-tokens", "7"], r"sampling\.max_new_tokens"),
+        (["--conv-mode", "plain"], "template"),
+        (["--bits", "8"], "bits"),
+        (["--dtype", "float16"], "dtype"),
+        (["--answer-prompter"], "answer prompter"),
+        (["--image-folder", "copy"], "image folder"),
+        (["--model-base", "owner/another"], "weights"),
+    ],
+)
+def test_answers_with_other_settings_are_refused(words: list[str], tmp_path: Path, more: list[str], named: str) -> None:
+    before = rows_of(tmp_path / "answers.jsonl")
+    with pytest.raises(DataError, match=rf"answers with other {named}.*--resume False") as caught:
+        model_vqa_med.main([*words, *more])
+    assert "\n" not in str(caught.value)
+    assert rows_of(tmp_path / "answers.jsonl") == before
+    with pytest.raises(DataError, match=named):  # a refused run leaves no claim behind
+        model_vqa_med.main([*words, *more])
+    model_vqa_med.main([*words, *more, "--resume", "False"])
+    model_vqa_med.main([*words, *more])
+    with pytest.raises(DataError, match=named):
+        model_vqa_med.main(words)
+
+
+def test_another_model_of_the_same_name_is_refused(words: list[str], tmp_path: Path) -> None:
+    twin = make_model(tmp_path / "second" / "model", b"other")
+    with pytest.raises(DataError, match="answers with other weights;"):
+        model_vqa_med.main([*words[:-1], str(twin)])
+    make_model(tmp_path / "second" / "model")
+    model_vqa_med.main([*words[:-1], str(twin)])
+
+
+def test_system_text_and_image_of_a_question(words: list[str], tmp_path: Path) -> None:
+    processor = tmp_path / "first" / "model" / "llava_processor.json"
+    before = processor.read_text()
+    processor.write_text('{"template": "vicuna_v1", "system": "Be brief."}')
+    with pytest.raises(DataError, match="system text"):
+        model_vqa_med.main(words)
+    processor.write_text(before)
+    write_vqa(tmp_path, [row(index, "b.png", f"Q{index}?", "yes") for index in range(3)])
+    with pytest.raises(DataError, match="answers with other questions"):
+        model_vqa_med.main(words)
+
+
+def test_answers_without_a_record_are_refused_and_places_are_not_recorded(words: list[str], tmp_path: Path) -> None:
+    path = fingerprint.sidecar(tmp_path / "answers.jsonl")
+    assert str(tmp_path) not in path.read_text() and len(json.loads(path.read_text())["fingerprint"]) == 64
+    path.unlink()
+    with pytest.raises(DataError, match=r"answers\.jsonl\.settings\.json, which says how .* --resume False"):
+        model_vqa_med.main(words)
+    path.write_text("[]")
+    with pytest.raises(DataError, match="not a record of settings"):
+        model_vqa_med.main(words)
+
+
+def test_an_adapter_is_known_by_its_base(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    first = fingerprint.checkpoint_hash(str(adapter))
+    assert fingerprint.checkpoint_hash(str(adapter)) == first
+    make_model(base, b"other weights")
+    assert fingerprint.checkpoint_hash(str(adapter)) != first
+    make_model(base)
+    assert fingerprint.checkpoint_hash(str(adapter)) == first
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 16}))
+    assert fingerprint.checkpoint_hash(str(adapter)) != first
+    base.rename(tmp_path / "moved")
+    assert fingerprint.checkpoint_hash(str(adapter), str(tmp_path / "moved")) != first
