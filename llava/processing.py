@@ -90,8 +90,14 @@ class LlavaMedProcessor:
         self.marker_ids: tuple[int | None, int | None] = (known.get(IM_START_TOKEN), known.get(IM_END_TOKEN))
 
     def use_template(self, name: str, *, system: str | None = None) -> None:
-        """Write conversations in another template from now on, with its own system text unless one is given."""
+        """Write conversations in another template from now on, with its own system text unless one is given.
+
+        Naming the template that is in use changes nothing: a system text of the checkpoint's own stays.
+        """
         template = get_template(name)
+        current: Template | None = getattr(self, "template", None)
+        if system is None and current is not None and current.name == name:
+            return
         self.system = system
         self.template: Template = template if system is None else template.with_system(system)
 

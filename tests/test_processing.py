@@ -129,3 +129,15 @@ def test_errors(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_text('{"template": "v1"}')
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         LlavaMedProcessor.from_pretrained(tmp_path)
+
+
+def test_naming_the_template_in_use_keeps_the_system_text() -> None:
+    processor = make_processor(system="S")
+    name = processor.template.name
+    processor.use_template(name)
+    assert processor.system == processor.template.system == "S"
+    processor.use_template(name, system="T")
+    assert processor.template.system == "T"
+    other = "plain" if name != "plain" else "v1"
+    processor.use_template(other)
+    assert processor.system is None

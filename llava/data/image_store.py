@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = f"1, Pillow {PIL.__version__}"
+INDEX_VERSION = f"2, Pillow {PIL.__version__}"
 """What an index must say to be believed: another Pillow may decode other files."""
 
 
@@ -44,9 +44,13 @@ def cache_folder() -> Path:
 
 
 class FileState(NamedTuple):
-    """What was found out about an image file while it had this time (nanoseconds) and size (bytes)."""
+    """What was found out about an image file while it had these times (nanoseconds) and size (bytes).
+
+    Programs may set the time of the last change of the content back, never that of the last change of the entry.
+    """
 
     mtime: int
+    ctime: int
     size: int
     digest: str
     decoded: bool
@@ -150,24 +154,25 @@ class ImageIndex:
         try:
             stat = images.resolve(ref, self.root).stat()
         except OSError as error:
-            return self._remember(ref, FileState(0, 0, "", False, f"image {ref} cannot be read: {error.strerror}"))
+            return self._remember(ref, FileState(0, 0, 0, "", False, f"image {ref} cannot be read: {error.strerror}"))
         except DataError as error:
-            return self._remember(ref, FileState(0, 0, "", False, str(error)))
+            return self._remember(ref, FileState(0, 0, 0, "", False, str(error)))
         known = self._files.get(ref)
-        current = known is not None and (known.mtime, known.size) == (stat.st_mtime_ns, stat.st_size)
+        current = known is not None and known[:3] == (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size)
         if known is not None and current and (known.decoded or known.error or not decode):
             return self._remember(ref, known)
         try:
             data = images.read_bytes(ref, self.root)
         except DataError as problem:  # may be put right without a change of the file: not kept for another run
-            return self._remember(ref, FileState(0, 0, "", False, str(problem)))
+            return self._remember(ref, FileState(0, 0, 0, "", False, str(problem)))
         digest, reason = images.content_digest(data), ""
         if decode:
             try:
                 images.load(data)
             except DataError as problem:
                 reason = str(problem).replace("given as bytes", ref)
-        return self._remember(ref, FileState(stat.st_mtime_ns, stat.st_size, digest, decode and not reason, reason))
+        times = (stat.st_mtime_ns, stat.st_ctime_ns)
+        return self._remember(ref, FileState(*times, stat.st_size, digest, decode and not reason, reason))
 
     def _remember(self, ref: str, state: FileState) -> FileState:
         self._changed |= self._files.get(ref) != state

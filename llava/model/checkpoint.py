@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +36,13 @@ EXTRA_FILE = "non_lora_trainables.bin"
 EMBEDDING_KEY = "model.embed_tokens.weight"
 MARKER_KEY = "marker_rows"
 """The rows of the marker tokens alone, [k, D]: where they stand in the table differs between vocabularies."""
+
+FILES_OF_KIND = {
+    "model": (),
+    "adapter": (ADAPTER_CONFIG_FILE, ADAPTER_FILE, EXTRA_FILE),
+    "projector": (PROJECTOR_SAFE_FILE, PROJECTOR_FILE),
+}
+"""Weight files of each kind; those of a whole model are told by `is_model_weights`."""
 
 PROJECTOR_PREFIX = "model.mm_projector."
 PROJECTOR_MODULE = "multi_modal_projector."
@@ -83,6 +90,32 @@ def is_model_weights(name: str) -> bool:
     return name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
 
 
+def drop_older(folder: Path, kind: str, new: Collection[str] = ()) -> None:
+    """Remove weights of an earlier save that a reader would take instead: of other kinds, or of another sharding.
+
+    Args:
+        folder: where something of `kind` was written just now.
+        kind: key of `FILES_OF_KIND`.
+        new: names of the whole model's files just written.
+    """
+    stale = {name for other, names in FILES_OF_KIND.items() if other != kind for name in names}
+    for file in list(folder.iterdir()):
+        if file.name in stale or (is_model_weights(file.name) and file.name not in new):
+            file.unlink()
+
+
+def refuse_own_base(folder: str | Path, origin: Mapping[str, Any] | None) -> None:
+    """Make sure that an adapter or a projector is not written over the model it builds on.
+
+    Raises:
+        CheckpointError: `folder` is that of a part.
+    """
+    build = (origin or {}).get("build") or {}
+    for part in ((origin or {}).get("base"), build.get("lm"), build.get("vision_tower")):
+        if part and Path(part).is_dir() and Path(part).resolve() == Path(folder).resolve():
+            raise CheckpointError(f"{folder} holds the model that this builds on; write to another folder")
+
+
 def save_model(
     model: PreTrainedModel,
     processor: LlavaMedProcessor,
@@ -96,7 +129,7 @@ def save_model(
     Args:
         model: the model.
         processor: saved beside the weights.
-        path: folder; older weights in it are replaced, other files stay.
+        path: folder; older weights in it, of whatever kind, are replaced, other files stay.
         state: gathered weights, when the model's own are sharded over ranks.
         origin: where the parts came from.
     """
@@ -106,9 +139,7 @@ def save_model(
             model.save_pretrained(folder, state_dict=dict(state) if state is not None else None)
         write_common(folder, model, origin, "model")
         new = {file.name for file in folder.iterdir()}
-    for file in list(target.iterdir()):
-        if is_model_weights(file.name) and file.name not in new:
-            file.unlink()  # an old file of another sharding would be found first
+    drop_older(target, "model", new)
     processor.save_pretrained(target)
 
 
@@ -152,11 +183,13 @@ def save_projector(
 ) -> None:
     """Write `mm_projector.bin` (the seeds' names), its safetensors twin, the config and the processor."""
     target = Path(path)
+    refuse_own_base(target, origin)
     with new_files(target) as folder:
         weights = projector_state(model, state)
         torch.save(weights, folder / PROJECTOR_FILE)
         save_file(weights, folder / PROJECTOR_SAFE_FILE)
         write_common(folder, model, origin, "projector")
+    drop_older(target, "projector")
     processor.save_pretrained(target)
 
 
@@ -266,6 +299,7 @@ def save_adapter(
     may come from an earlier stage, while the base is put together anew at loading.
     """
     target = Path(path)
+    refuse_own_base(target, origin)
     with new_files(target) as folder:
         model.save_pretrained(
             folder, state_dict=dict(state) if state is not None else None, save_embedding_layers=False
@@ -279,6 +313,7 @@ def save_adapter(
             extra[MARKER_KEY] = _copy(weights[_input_table_name(model)][markers])
         torch.save(extra, folder / EXTRA_FILE)
         write_common(folder, model, origin, "adapter")
+    drop_older(target, "adapter")
     processor.save_pretrained(target)
 
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -129,7 +129,7 @@ class Checksum:
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor in."""
         self._digest.update(name.encode())
-        self._digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        self._digest.update(cast(Any, tensor.contiguous().view(-1).view(torch.uint8).numpy()))
 
     def value(self) -> str:
         """Hexadecimal digest."""

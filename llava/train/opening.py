@@ -39,6 +39,8 @@ def open_model(model_args: ModelArguments, data_args: DataArguments, args: Llava
         check_against(loaded, model_args)
         if model_args.version or system:
             name = model_args.version or loaded.processor.template.name
+            if loaded.processor.system is not None and system is None and name != loaded.processor.template.name:
+                logger.warning("--version %s: the checkpoint's own system text is replaced by that template's", name)
             loaded.processor.use_template(name, system=system)
             loaded.model.config.template = name
         if data_args.image_aspect_ratio:

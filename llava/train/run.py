@@ -29,6 +29,7 @@ from llava.generation.layout_check import choose_layout
 from llava.model import lora
 from llava.model.building import Loaded
 from llava.model.calibration import calibrate
+from llava.model.checkpoint import refuse_own_base
 from llava.train import dry_run, order, run_folder
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 from llava.train.callbacks import MetricsCallback, row_ids_file
@@ -46,6 +47,8 @@ from llava.utils.jsonl import append
 logger = logging.getLogger(__name__)
 
 NUM_CALIBRATION_PICTURES = 64
+QUARANTINE_FILES = ("quarantine.jsonl", "quarantine-eval.jsonl")
+"""Where rows that were left out are listed: those of the training data, those held out."""
 
 
 def run_sft(argv: Sequence[str] | None = None, *, image_grouping: str = "auto") -> None:
@@ -83,6 +86,9 @@ def run_sft(argv: Sequence[str] | None = None, *, image_grouping: str = "auto") 
     if args.should_save:
         logger.info("%s rows, layout %s, image grouping %s\n%s", len(dataset), layout, grouping, report)
         run_folder.write_start(parsed, provenance, report)
+    if (step := run_folder.stopped_early(resume, args.early_stopping_patience)) is not None:
+        logger.info("the run had stopped early at step %d; nothing is left to train", step)
+        args.max_steps = step
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
@@ -93,6 +99,8 @@ def run_sft(argv: Sequence[str] | None = None, *, image_grouping: str = "auto") 
 def prepare(loaded: Loaded, model_args: ModelArguments, args: LlavaTrainingArguments) -> tuple[nn.Module, Kind]:
     """Decide what trains; returns the network (a peft model with LoRA) and how it is saved."""
     network: nn.Module = loaded.model
+    if model_args.lora_enable or model_args.tune_mm_mlp_adapter:
+        refuse_own_base(args.run_folder, loaded.origin)
     if model_args.lora_enable:
         network = lora.add_lora(
             loaded,
@@ -132,8 +140,8 @@ def open_data(
     """Load rows and make sure, before anything is trained, that each can be."""
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file; expected rows in LLaVA format")
-    file = args.run_folder / "quarantine.jsonl" if args.should_save and data_args.skip_bad else None
-    quarantine = Quarantine(file)
+    writes = args.should_save and data_args.skip_bad and not args.dry_run
+    quarantine = Quarantine(args.run_folder / QUARANTINE_FILES[path == data_args.eval_data_path] if writes else None)
     index = ImageIndex.open(image_folder)
     samples = load_samples(path, skip_bad=data_args.skip_bad, quarantine=quarantine)
     limit = args.model_max_length
@@ -213,6 +221,7 @@ def make_trainer(
     callbacks: list[TrainerCallback] = [metrics]
     if args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+        args.restore_callback_states_from_checkpoint = True  # how long it has waited survives a resume
     trainer = LlavaTrainer(
         network,
         args,

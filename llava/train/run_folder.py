@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from llava.errors import ConfigError
+from llava.train.args import LlavaTrainingArguments
 from llava.train.parsing import Parsed
 from llava.utils.jsonl import write_json
 from llava.utils.provenance import file_sha256, git_commit, weights_sha256
@@ -23,8 +24,20 @@ ARGUMENTS_FILE = "resolved_arguments.json"
 PROVENANCE_FILE = "provenance.json"
 STATE_FILE = "trainer_state.json"
 
-DECISIVE = ("data_sha256", "global_batch", "seed", "image_grouping", "order", "trains", "loss_normalization")
+DECISIVE = (
+    "data_sha256", "model_sha256", "global_batch", "seed", "image_grouping", "order", "trains", "loss_normalization",
+    "options",
+)  # fmt: skip
 """Facts that a run must share with the one it goes on from; another number of ranks is fine where the order allows."""
+
+FREE_MODEL_OPTIONS = frozenset({"model_name_or_path", "lora_weight_path", "mpt_attn_impl"})
+"""Model options that a resumed run may change: the model's own weights are compared by their hash."""
+
+DECISIVE_DATA_OPTIONS = ("image_aspect_ratio", "image_counts_as_one")
+DECISIVE_TRAINING_OPTIONS = (
+    "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "vision_tower_lr", "weight_decay", "lr_scheduler_type",
+    "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "model_max_length",
+)  # fmt: skip
 
 
 def describe(parsed: Parsed, layout: str, grouping: str, order: str, trains: str) -> dict[str, Any]:
@@ -40,16 +53,35 @@ def describe(parsed: Parsed, layout: str, grouping: str, order: str, trains: str
         "order": order,
         "trains": trains,
         "loss_normalization": training.loss_normalization,
+        "model_sha256": weights_sha256(model.model_name_or_path),
+        "options": decisive_options(parsed),
         "layout": layout,
         "git_commit": git_commit(),
     }
+
+
+def decisive_options(parsed: Parsed) -> dict[str, Any]:
+    """The options that decide what a step computes; of folders only the last part counts, so runs can be moved."""
+    model, data, training = parsed
+    found = {name: value for name, value in asdict(model).items() if name not in FREE_MODEL_OPTIONS}
+    for name in ("vision_tower", "pretrain_mm_mlp_adapter", "system_file", "vision_tower_config"):
+        if found.get(name):
+            found[name] = Path(found[name]).name
+    found |= {name: getattr(data, name) for name in DECISIVE_DATA_OPTIONS}
+    found |= {name: getattr(training, name) for name in DECISIVE_TRAINING_OPTIONS}
+    return cast(dict[str, Any], json.loads(json.dumps(found, default=str)))
+
+
+def starts_anew(training: LlavaTrainingArguments) -> bool:
+    """Checkpoints of an earlier run in this folder do not count."""
+    return bool(training.overwrite_output_dir or training.resume_from_checkpoint in ("False", "false", False))
 
 
 def write_start(parsed: Parsed, provenance: dict[str, Any], report: str) -> None:
     """Write arguments, provenance and the table of trained parameters."""
     model, data, training = parsed
     folder = training.run_folder
-    if training.overwrite_output_dir:  # else a later resume would go on from the earlier run
+    if starts_anew(training):  # else a later resume would go on from the earlier run
         for checkpoint in folder.glob("checkpoint-*"):
             if re.fullmatch(r"checkpoint-\d+", checkpoint.name):
                 shutil.rmtree(checkpoint)
@@ -60,8 +92,7 @@ def write_start(parsed: Parsed, provenance: dict[str, Any], report: str) -> None
     }
     write_json(folder / ARGUMENTS_FILE, json.loads(json.dumps(arguments, default=str)))
     held_out = {"eval_data_sha256": file_sha256(data.eval_data_path)} if data.eval_data_path else {}
-    start = {"model_sha256": weights_sha256(model.model_name_or_path), "command": shlex.join(sys.argv)}
-    write_json(folder / PROVENANCE_FILE, {**provenance, **held_out, **start})
+    write_json(folder / PROVENANCE_FILE, {**provenance, **held_out, "command": shlex.join(sys.argv)})
     (folder / "trainable_parameters.txt").write_text(report, encoding="utf-8")
 
 
@@ -93,12 +124,12 @@ def checkpoint_to_resume(parsed: Parsed, provenance: dict[str, Any]) -> str | No
     """The checkpoint this run goes on from.
 
     Raises:
-        ConfigError: it was trained on other data or with another global batch, so its position in the data means
-            nothing here.
+        ConfigError: it was trained from another model, on other data or with other options, so going on would be
+            neither run, and its folder would say what is not true.
     """
     training = parsed[2]
     wanted = training.resume_from_checkpoint
-    if training.overwrite_output_dir or wanted in ("False", "false", False):
+    if starts_anew(training):
         return None
     explicit = Path(wanted) if isinstance(wanted, str) and wanted.lower() != "true" else None
     path = explicit or last_checkpoint(training.run_folder)
@@ -108,13 +139,30 @@ def checkpoint_to_resume(parsed: Parsed, provenance: dict[str, Any]) -> str | No
         raise ConfigError(f"{path} cannot be resumed: it has no whole {STATE_FILE}, so it was not written to its end")
     earlier = path.parent / PROVENANCE_FILE
     if earlier.is_file():
-        before = json.loads(earlier.read_text(encoding="utf-8"))
-        for name in DECISIVE:
-            if name in before and before[name] != provenance[name]:
-                raise ConfigError(
-                    f"{path} cannot be resumed: its run had {name} {before[name]!r}, "
-                    f"this one {provenance[name]!r}; change it back, "
-                    "choose another --output_dir, or start anew with --overwrite_output_dir"
-                )
+        _refuse_another_run(path, json.loads(earlier.read_text(encoding="utf-8")), provenance)
     logger.info("resuming from %s", path)
     return str(path)
+
+
+def _refuse_another_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    def flat(facts: dict[str, Any]) -> dict[str, Any]:
+        plain = {name: facts[name] for name in DECISIVE if name in facts and name != "options"}
+        return plain | {f"--{name}": value for name, value in facts.get("options", {}).items()}
+
+    earlier, current = flat(before), flat(now)
+    for name in earlier.keys() & current.keys():
+        if earlier[name] != current[name]:
+            raise ConfigError(
+                f"{path} cannot be resumed: its run had {name} {earlier[name]!r}, this one {current[name]!r}; "
+                "change it back, choose another --output_dir, or start anew with --overwrite_output_dir"
+            )
+
+
+def stopped_early(checkpoint: str | None, patience: int) -> int | None:
+    """The step at which the run of a checkpoint had already used up its patience, or None."""
+    if checkpoint is None or not patience:
+        return None
+    state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
+    callback = (state.get("stateful_callbacks") or {}).get("EarlyStoppingCallback") or {}
+    waited = (callback.get("attributes") or {}).get("early_stopping_patience_counter", 0)
+    return int(state["global_step"]) if waited >= patience else None

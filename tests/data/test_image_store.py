@@ -256,3 +256,16 @@ def test_what_was_checked_before_an_interruption_is_kept(
     reads = count_reads(monkeypatch)
     assert ImageIndex(folder, tmp_path / "index.json").verify(refs) == {}
     assert "4.png" in reads and "0.png" not in reads
+
+
+def test_a_picture_replaced_by_one_of_the_same_time_and_size_is_noticed(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "index.json"
+    name = folder / "same.bmp"
+    digests = []
+    for color in (10, 200):
+        Image.new("RGB", (4, 4), (color, 0, 0)).save(name)
+        os.utime(name, ns=(1, 1))
+        index = ImageIndex(folder, path)
+        assert index.verify(["same.bmp"]) == {}
+        digests.append(index.digest("same.bmp"))
+    assert digests[0] != digests[1]

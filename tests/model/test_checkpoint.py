@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from llava.errors import CheckpointError
 from llava.model.building import Loaded
-from llava.model.checkpoint import load_projector, save_model, save_projector
+from llava.model.checkpoint import load_projector, save_adapter, save_model, save_projector
+from llava.model.layout import sniff
 from llava.model.loading import load
+from llava.model.lora import add_lora
 from tests.model.model_tools import logits, shake
 from tests.tiny import tiny_llava
 
@@ -135,3 +137,26 @@ def test_saved_weights_open_without_this_package(tmp_path: Path, built: Loaded) 
         f"model.language_model.{name.removeprefix('model.')}" for name in plain if name != "lm_head.weight"
     } <= names
     assert "lm_head.weight" in names
+
+
+def test_the_last_kind_that_was_saved_is_the_one_that_loads(tmp_path: Path) -> None:
+    """A run may be repeated in its folder as another kind; nothing of the earlier one may be read then."""
+    loaded = tiny_llava()
+    save_model(loaded.model, loaded.processor, tmp_path)
+    adapted = tiny_llava()
+    network = add_lora(adapted, r=2)
+    save_adapter(network, adapted.processor, tmp_path, origin=adapted.origin)
+    assert sniff(tmp_path).kind == "adapter" and not list(tmp_path.glob("model*"))
+    save_projector(loaded.model, loaded.processor, tmp_path, origin=loaded.origin)
+    assert sniff(tmp_path).kind == "projector" and not list(tmp_path.glob("adapter*"))
+    save_model(loaded.model, loaded.processor, tmp_path)
+    assert sniff(tmp_path).kind == "model" and not list(tmp_path.glob("mm_projector*"))
+
+
+def test_nothing_is_written_over_its_base(tmp_path: Path) -> None:
+    loaded = tiny_llava()
+    save_model(loaded.model, loaded.processor, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="builds on"):
+        save_projector(loaded.model, loaded.processor, tmp_path, origin={"base": str(tmp_path)})
+    assert sorted(tmp_path.iterdir()) == before

@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from llava.errors import ConfigError
+from llava.errors import CheckpointError, ConfigError
 from llava.train.order import describe
 from tests.runs import arguments, losses, train, write_parts
 
@@ -54,6 +55,61 @@ def test_another_order_is_refused(parts: Path, whole: Path, tmp_path: Path, chan
     folder = interrupted(whole, tmp_path / "run", after=3)
     with pytest.raises(ConfigError, match="cannot be resumed"):
         train(arguments(parts, folder, **{**EVERY_STEP, **changed}))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"version": "plain"},
+        {"learning_rate": 5e-2},
+        {"model_max_length": 1024},
+        {"weight_decay": 0.1},
+        {"mm_projector_lr": 1e-4},
+        {"vision_tower": "other_tower"},
+    ],
+)
+def test_other_options_are_refused_and_the_folder_keeps_its_own(
+    parts: Path, whole: Path, tmp_path: Path, changed: dict[str, object]
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    before = (folder / "resolved_arguments.json").read_text()
+    if "vision_tower" in changed:
+        changed = {"vision_tower": shutil.copytree(parts / "tower", tmp_path / "other_tower")}
+    with pytest.raises(ConfigError, match=rf"its run had --{next(iter(changed))} "):
+        train(arguments(parts, folder, **{**EVERY_STEP, **changed}))
+    assert (folder / "resolved_arguments.json").read_text() == before
+
+
+def test_another_model_of_the_same_shape_is_refused(parts: Path, whole: Path, tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run", after=3)
+    other = shutil.copytree(parts / "lm", tmp_path / "lm")
+    weights = load_file(other / "model.safetensors")
+    next(iter(weights.values())).add_(1.0)
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="model_sha256"):
+        train(arguments(parts, folder, **EVERY_STEP, model_name_or_path=other))
+
+
+def test_a_moved_run_goes_on(parts: Path, whole: Path, tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run", after=3)
+    moved = shutil.copytree(parts, tmp_path / "parts")
+    train(arguments(moved, folder, **EVERY_STEP))
+    assert losses(folder) == losses(whole)
+
+
+def test_a_run_that_does_not_resume_leaves_no_older_checkpoint(parts: Path, whole: Path, tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run", after=3)
+    train(arguments(parts, folder, **EVERY_STEP, max_steps=2, resume_from_checkpoint=False))
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_an_adapter_does_not_replace_its_base(parts: Path, whole: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(whole, tmp_path / "base")
+    before = sorted(path.name for path in base.iterdir())
+    options = {"lora_enable": True, "lora_r": 2, "overwrite_output_dir": True, "model_name_or_path": base}
+    with pytest.raises(CheckpointError, match="builds on"):
+        train(arguments(parts, base, **options, vision_tower=None))
+    assert sorted(path.name for path in base.iterdir()) == before
 
 
 def test_another_number_of_questions_per_image_is_refused(parts: Path, tmp_path: Path) -> None:

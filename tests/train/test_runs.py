@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,8 @@ def test_validation_keeps_the_best_and_stops(parts: Path, tmp_path: Path) -> Non
     folder = tmp_path / "run"
     options = {"num_train_epochs": 40, "learning_rate": 1e-2, "eval_strategy": "epoch", "save_strategy": "epoch"}
     options |= {"eval_data_path": held_out, "eval_answers": 4}
-    train(
-        arguments(parts, folder, **options, early_stopping_patience=2, save_total_limit=1, lr_scheduler_type="constant")
-    )
+    options |= {"early_stopping_patience": 2, "lr_scheduler_type": "constant"}
+    train(arguments(parts, folder, **options, save_total_limit=2))
     found = losses(folder, "eval_loss")
     best = found.index(min(found))
     assert len(found) == best + 3 < 40
@@ -108,6 +108,13 @@ def test_validation_keeps_the_best_and_stops(parts: Path, tmp_path: Path) -> Non
     assert all(torch.equal(tensor, kept[name]) for name, tensor in saved(folder).items())
     assert json.loads((folder / "trainer_state.json").read_text())["best_metric"] == pytest.approx(min(found))
     assert "eval_data_sha256" in json.loads((folder / "provenance.json").read_text())
+    trained = saved(folder)
+    train(arguments(parts, folder, **options, save_total_limit=2))  # stopped is stopped
+    assert losses(folder, "eval_loss") == found
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in saved(folder).items())
+    shutil.rmtree(folder / f"checkpoint-{3 * len(found)}")  # interrupted before the last validation
+    train(arguments(parts, folder, **options, save_total_limit=2))
+    assert losses(folder, "eval_loss") == found
 
 
 def test_dry_run_writes_no_model(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -144,6 +151,9 @@ def test_bad_rows_stop_before_training_or_are_listed(parts: Path, tmp_path: Path
     train(arguments(parts, folder, data_path=data, skip_bad=True))
     listed = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
     assert len(listed) == 1 and listed[0]["row"] == 5
+    again = {"eval_data_path": parts / "vqa" / "train.json", "overwrite_output_dir": True, "eval_answers": 0}
+    train(arguments(parts, folder, data_path=data, skip_bad=True, **again))
+    assert [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()] == listed
     assert steps(folder) == [1, 2, 3]
 
 
