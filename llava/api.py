@@ -22,7 +22,7 @@ from llava.errors import DataError, GenerationError
 from llava.generation.local import LocalEngine, Score
 from llava.generation.protocol import ImageRef, Prompt, Sampling
 from llava.model.loading import load as load_model
-from llava.samples import ROLES, Conversation, Turn
+from llava.samples import ROLES, Conversation, Turn, describe
 
 Messages: TypeAlias = str | Sequence[Turn | Mapping[str, str]]
 """A question; or turns, also as `{"role": "user" | "assistant", "content": text}`, a leading `system` one included."""
@@ -163,7 +163,7 @@ def _turns(messages: Messages) -> tuple[str | None, list[Turn]]:
         role, text = message.get("role"), message.get("content")
         if not isinstance(text, str) or (role not in ROLES and role != "system"):
             expected = "'role' (user, assistant or system) and 'content'"
-            raise DataError(f"message {index}: expected {expected}, got {message!r}")
+            raise DataError(f"message {index}: expected {expected}, got {describe(message)}")
         if role == "system" and index == 0:
             system = text
         elif role in ROLES:

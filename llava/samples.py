@@ -87,6 +87,12 @@ def name_of(sample: Sample | Preference) -> str:
     return f"id {sample.id!r}" if sample.origin is None else f"{sample.origin}, id {sample.id!r}"
 
 
+def describe(value: Any) -> str:
+    """Say what a value is without showing it: rows hold patients' texts, and messages end up in logs."""
+    kind = type(value).__name__
+    return f"{kind} of length {len(value)}" if hasattr(value, "__len__") else kind
+
+
 def to_row(sample: Sample) -> dict[str, Any]:
     """Return the JSON row of a sample; `from_row` reads it back to an equal sample.
 
@@ -131,7 +137,7 @@ def from_row(row: Mapping[str, Any], *, default_id: str | None = None) -> Sample
     raw_id = row.get("id")
     if raw_id is not None and not isinstance(raw_id, str):
         if isinstance(raw_id, bool) or not isinstance(raw_id, int):
-            raise DataError(f"field 'id' must be text or a whole number, got {raw_id!r}")
+            raise DataError(f"field 'id' must be text or a whole number, got {describe(raw_id)}")
         meta["id"] = raw_id
     identity = default_id if raw_id is None else str(raw_id)
     if identity is None:
@@ -155,7 +161,7 @@ def read_images(value: Any) -> tuple[str, ...]:
         return ()
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f"field 'image' must be a file name or a list of file names, got {value!r}")
+        raise DataError(f"field 'image' must be a file name or a list of file names, got {describe(value)}")
     return tuple(names)
 
 
@@ -188,15 +194,15 @@ def _read_turn(raw: Any, where: str) -> Turn:
     speaker = raw.get("from")
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise DataError(f"{where}.from must be one of {', '.join(ROLES)}, got {speaker!r}")
+        raise DataError(f"{where}.from must be one of {', '.join(ROLES)}, got {describe(speaker)}")
     train = raw.get("train")
     if train is not None and not isinstance(train, bool):
-        raise DataError(f"{where}.train must be true or false, got {train!r}")
+        raise DataError(f"{where}.train must be true or false, got {describe(train)}")
     return Turn(role, _read_value(raw, where), train)
 
 
 def _read_value(raw: Mapping[str, Any], where: str) -> str:
     value = raw.get("value")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"{where}.value must be text or a number, got {value!r}")
+        raise DataError(f"{where}.value must be text or a number, got {describe(value)}")
     return str(value)

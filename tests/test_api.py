@@ -90,7 +90,7 @@ def test_a_score_is_of_the_answer_alone(assistant: api.LlavaPredictor) -> None:
     [
         ("<image> <image>", ["a.png"], "2 <image> marks for 1"),
         ([{"role": "user"}], [], "message 0"),
-        ([{"role": "robot", "content": "a"}], [], "robot"),
+        ([{"role": "robot", "content": "a"}], [], r"message 0: expected .* got dict of length 2$"),
         ([Turn("human", "a"), Turn("gpt", "b")], [], "question"),
         ([Turn("human", "a"), Turn("human", "b")], [], "message 1"),
         ([Turn("human", "a"), {"role": "system", "content": "late"}], [], "first message"),
