@@ -182,7 +182,7 @@ class AnswerRun:
                     f"{self.out}, row {index}: {problem}; it belongs to another run: name another file, or start anew "
                     f"with --resume False"
                 )
-            if "error" not in row["metadata"]:
+            if "error" not in row["metadata"] and isinstance(row.get("text"), str):
                 kept[str(row["question_id"])] = row
         if kept:
             fingerprint.check(self.out, self._settings())

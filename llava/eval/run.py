@@ -170,9 +170,10 @@ def evaluate(plan: Plan, open_engine: Callable[[], Engine]) -> dict[str, Any]:
         The report, as written to `results.json`.
 
     Raises:
-        DataError: a row has no reference, or the folder holds answers made with other settings.
+        DataError: a row has no reference or an unknown `answer_type`, or the folder holds answers made
+            with other settings.
     """
-    for sample in plan.samples:
+    for sample in (*plan.samples, *(plan.train_samples or ())):
         check_reference(sample)
     runs = [AnswerRun(plan.samples, plan.out / ANSWERS, resume=plan.resume, options=plan.options)]
     if plan.blank_control:
@@ -180,7 +181,7 @@ def evaluate(plan: Plan, open_engine: Callable[[], Engine]) -> dict[str, Any]:
         runs.append(AnswerRun(plan.samples, plan.out / BLANK_ANSWERS, resume=plan.resume, options=grey))
     engine = open_engine() if any(run.pending for run in runs) else None
     summaries = [run.finish(engine, batch_size=plan.batch_size) for run in runs]
-    items, *controls = (join(plan.samples, read_records(summary.path)) for summary in summaries)
+    items, *controls = (_items(plan.samples, summary.path) for summary in summaries)
     blank = controls[0] if controls else None
     own = plan.train_samples is None
     report = full_report(

@@ -113,6 +113,18 @@ def test_failures_are_rows_and_are_tried_again(data: tuple[Path, Options], tmp_p
     assert engine.questions == ["Q4?"] and again.num_failed == 3
 
 
+def test_rows_without_text_are_answered_again(data: tuple[Path, Options], tmp_path: Path) -> None:
+    questions, options = data
+    out = tmp_path / "answers.jsonl"
+    answer_file(FakeEngine(), questions, out, options=options)
+    rows = rows_of(out)
+    rows[4]["text"] = None
+    out.write_text("".join(json.dumps(answer) + "\n" for answer in rows))
+    engine = FakeEngine()
+    answer_file(engine, questions, out, options=options)
+    assert engine.questions == ["Q4?"] and rows_of(out)[4]["text"] == "saw 1.png"
+
+
 def test_image_outside_the_folder_is_not_opened(tmp_path: Path) -> None:
     questions, images = write_vqa(tmp_path, [row(1, "a.png", "Q?", "yes")])
     (images / "a.png").rename(tmp_path / "secret.png")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llava.data.records import load_samples
 from llava.errors import DataError
 from llava.eval.medvqa import items
 from tests.eval.fakes import row
@@ -51,6 +52,25 @@ def test_missing_and_extra_ids_are_named(truth: list) -> None:
         items.join(truth, answers(7, 7, 8, 9))
     with pytest.raises(DataError, match="row 0: expected question_id and text"):
         items.join(truth, [{"id": 1}])
+
+
+@pytest.mark.parametrize("text", [None, True, ["yes"]])
+def test_an_answer_that_is_no_text_is_refused(truth: list, text: object) -> None:
+    rows = answers(7, 8, 9)
+    rows[1]["text"] = text
+    with pytest.raises(DataError, match=r"^out\.jsonl, row 1: field 'text' must be text or a number, got \w+"):
+        items.join(truth, rows, source="out.jsonl")
+    rows[1]["text"] = 3
+    assert items.join(truth, rows)[1].prediction == "3"
+
+
+def test_rows_without_ids_are_called_by_their_number(tmp_path: Path) -> None:
+    rows = [row(None, "a.png", "Q1?", "yes"), row("x", "a.png", "Q2?", "no"), row(None, "b.png", "Q3?", "no")]
+    del rows[2]["id"]
+    path = write(tmp_path / "test.json", rows)
+    samples = items.read_truth(path)
+    assert [sample.id for sample in samples] == [sample.id for sample in load_samples(path)] == ["0", "x", "2"]
+    assert items.join(samples, answers("0", "x", "2"))[2].prediction == "answer 2"
 
 
 def test_bad_truth_names_file_and_row(tmp_path: Path) -> None:

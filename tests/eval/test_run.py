@@ -128,6 +128,19 @@ def test_rows_without_reference_are_refused(tmp_path: Path) -> None:
         run.evaluate(replace(plan, samples=[question_only]), FakeEngine)
 
 
+def test_unknown_answer_types_are_found_before_anything_is_answered(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path)
+    bad = replace(plan.samples[3], meta={**plan.samples[3].meta, "answer_type": "CLOZE"})
+
+    def refuse() -> FakeEngine:
+        raise CheckpointError("no engine is needed")
+
+    for changes in ({"samples": [*plan.samples[:3], bad]}, {"train_samples": [bad]}):
+        with pytest.raises(DataError, match=r"test\.json, row 3, id '3': answer_type 'CLOZE' is unknown"):
+            run.evaluate(replace(plan, **changes), refuse)
+    assert not plan.out.exists()
+
+
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan = make_plan(tmp_path)
     model = tmp_path / "model"

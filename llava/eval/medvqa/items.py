@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import DataError
-from llava.samples import Sample, from_row
+from llava.samples import Sample, describe, from_row, name_of
 from llava.utils.jsonl import read_records, read_text
 
 CLOSED_TYPES = frozenset({"closed", "yes/no"})
@@ -51,13 +51,15 @@ class Item:
 def read_truth(path: str | Path) -> list[Sample]:
     """Read questions with their references (`conversations` of a question and an answer at least).
 
+    A row without an id is called by its number, as it was when it was asked.
+
     Raises:
         DataError: a row cannot be used or an id occurs twice; names file and row.
     """
     samples: list[Sample] = []
     for index, row in enumerate(read_records(path)):
         try:
-            samples.append(from_row(row))
+            samples.append(from_row(row, default_id=str(index)))
             check_reference(samples[-1])
         except DataError as error:
             raise DataError(f"{path}, row {index}: {error}") from error
@@ -66,14 +68,18 @@ def read_truth(path: str | Path) -> list[Sample]:
 
 
 def check_reference(sample: Sample) -> None:
-    """Refuse a row without an answer to compare with.
+    """Refuse a row that could not be scored.
 
     Raises:
-        DataError: the first question has no answer.
+        DataError: the first question has no answer to compare with, or the row's `answer_type` is unknown.
     """
     turns = sample.conversation.turns
     if len(turns) < 2:
-        raise DataError(f"id {sample.id!r}: expected a question and its answer, got {len(turns)} turns")
+        raise DataError(f"{name_of(sample)}: expected a question and its answer, got {len(turns)} turns")
+    try:
+        is_closed(sample.meta.get("answer_type"), turns[1].text)
+    except DataError as error:
+        raise DataError(f"{name_of(sample)}: {error}") from error
 
 
 def join(samples: Sequence[Sample], answers: Iterable[Mapping[str, Any]], *, source: str = "answers") -> list[Item]:
@@ -85,12 +91,16 @@ def join(samples: Sequence[Sample], answers: Iterable[Mapping[str, Any]], *, sou
         source: what messages call the answers.
 
     Raises:
-        DataError: a question has no answer, an answer no question, or an id occurs twice; names the ids.
+        DataError: a question has no answer, an answer no question or no text, or an id occurs twice; names the ids or
+            the row.
     """
     rows = list(answers)
     for index, row in enumerate(rows):
         if "question_id" not in row or "text" not in row:
             raise DataError(f"{source}, row {index}: expected question_id and text, found {', '.join(row)}")
+        if isinstance(row["text"], bool) or not isinstance(row["text"], str | int | float):
+            got = describe(row["text"])
+            raise DataError(f"{source}, row {index}: field 'text' must be text or a number, got {got}; answer it again")
     _refuse_doubles([str(row["question_id"]) for row in rows], source)
     by_id = {str(row["question_id"]): row for row in rows}
     missing = [sample.id for sample in samples if sample.id not in by_id]
