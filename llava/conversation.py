@@ -166,6 +166,9 @@ def _render_turn(form: Form, turn: Turn, text: str, index: int, lead: int) -> li
     if turn.role == "human" and turn.train:
         return _render_asked(form.asked or frame, text, index, lead)
     allowed = turn.train is not False
+    if turn.role == "gpt" and "".join(part for part, _ in frame).split(SLOT)[0].endswith("\n"):
+        # Tokenizers merge line ends: the header's would no longer be the token that a prompt ends with.
+        text = text.lstrip("\n")
     parts = [Segment(part.replace(SLOT, text), trained and allowed, index) for part, trained in frame]
     return [segment for segment in parts if segment.text]
 

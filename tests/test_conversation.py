@@ -187,3 +187,13 @@ def test_errors() -> None:
         get_template("v9")
     with pytest.raises(DataError, match="ends with a question"):
         get_template("v1").prompt(talk("Q", "A"))
+
+
+@pytest.mark.parametrize("name", ["chatml", "mpt"])
+def test_an_answer_keeps_no_line_end_behind_a_header_that_ends_with_one(name: str) -> None:
+    """Tokenizers merge line ends, and the prompt's last token would not be one of the training sequence."""
+    template = TEMPLATES[name]
+    question = Turn("human", "q")
+    rendered = ["".join(part.text for part in template.render(Conversation((question, Turn("gpt", answer)))))
+                for answer in ("\n\nYes.\n", "Yes.\n")]  # fmt: skip
+    assert rendered[0] == rendered[1] and rendered[0].startswith(template.prompt(Conversation((question,))))

@@ -277,6 +277,12 @@ def add_tokens(tokenizer: Any, language_model: PreTrainedModel, options: BuildOp
 def _config(
     options: BuildOptions, tokenizer: Any, language_model: PreTrainedModel, tower: PreTrainedModel, processor: Any
 ) -> LlavaMedConfig:
+    num_layers = int(tower.config.num_hidden_layers)
+    if not -num_layers - 1 <= options.select_layer <= num_layers:
+        raise ConfigError(
+            f"select_layer is {options.select_layer}; the tower has {num_layers} layers, so expected "
+            f"{-num_layers - 1} to {num_layers}"
+        )
     full = options.select_feature == "cls_patch"
     markers = [IM_START_TOKEN, IM_END_TOKEN] if options.use_im_start_end else []
     return LlavaMedConfig(

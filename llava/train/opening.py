@@ -71,6 +71,9 @@ def check_against(loaded: Loaded, model_args: ModelArguments) -> None:
         "vision_tower": (portable(tower) if tower else None, earlier.get("vision_tower"), None),
         "mm_projector_type": (model_args.mm_projector_type, config.projector_type, "linear"),
         "mm_vision_select_layer": (model_args.mm_vision_select_layer, config.vision_feature_layer, -2),
+        "mm_vision_select_feature": (model_args.mm_vision_select_feature, earlier.get("select_feature"), "patch"),
+        "mm_use_im_patch_token": (model_args.mm_use_im_patch_token, earlier.get("use_im_patch_token"), False),
+        "image_size": (model_args.image_size, loaded.processor.image_size[0], None),
     }
     for name, (given, kept, default) in decided.items():
         if kept is not None and given not in (default, kept):

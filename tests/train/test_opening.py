@@ -38,6 +38,7 @@ def test_what_cannot_start_is_refused(parts: Path, tmp_path: Path) -> None:
     refused(parts, tmp_path, ConfigError, "--vision_tower is missing", vision_tower=None)
     refused(parts, tmp_path, ConfigError, "no such file", data_path=tmp_path / "none.json")
     refused(parts, tmp_path, CheckpointError, "no such folder", vision_tower=tmp_path / "none")
+    refused(parts, tmp_path, ConfigError, "select_layer is -9", mm_vision_select_layer=-9)
     refused(parts, tmp_path, CheckpointError, "projector", pretrain_mm_mlp_adapter=parts / "lm")
     both = {"freeze_backbone": True, "freeze_mm_mlp_adapter": True}
     refused(parts, tmp_path, ConfigError, "nothing would train", **both)
@@ -55,9 +56,10 @@ def test_options_that_a_checkpoint_decided_are_named(
 ) -> None:
     ours = {"model_name_or_path": parts / "ours", "vision_tower": parts / "other_tower"}
     with caplog.at_level(logging.WARNING):
-        train(arguments(parts, tmp_path, **ours, mm_projector_type="mlp2x_gelu"))
+        options = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "cls_patch", "image_size": 56}
+        train(arguments(parts, tmp_path, **ours, **options))
     ignored = [record.message.split()[0] for record in caplog.records if "is ignored: " in record.message]
-    assert ignored == ["--vision_tower", "--mm_projector_type"]
+    assert ignored == ["--vision_tower", "--mm_projector_type", "--mm_vision_select_feature", "--image_size"]
 
 
 @pytest.mark.parametrize("mode", [None, "pad"])
