@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llava.errors import ConfigError, GenerationError
-from llava.eval.fingerprint import model_settings
+from llava.eval.fingerprint import model_settings, recorded
 from llava.eval.inference import AnswerRun, Options, Summary
 from llava.eval.model_options import add_model_options, model_id_of, open_engine, sampling_of, warn_no_effect
 from llava.eval.protocol import PromptForm
@@ -91,6 +91,7 @@ def run_batch(argv: Sequence[str] | None = None) -> None:
     """Answer medical VQA questions with one process a chunk and join the chunks in order.
 
     Raises:
+        ConfigError: earlier chunks divide the questions into another number of parts.
         GenerationError: a chunk failed; what was answered stays, and the same command goes on from there.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -101,6 +102,8 @@ def run_batch(argv: Sequence[str] | None = None) -> None:
     if args.num_chunks < 1:
         raise ConfigError(f"--num-chunks must be at least 1, got {args.num_chunks}")
     parts = [chunk_path(args.answers_file, index) for index in range(args.num_chunks)]
+    if args.resume:
+        _refuse_other_division(parts, args.num_chunks)
     devices = _devices(args)
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for device in devices:
@@ -118,8 +121,9 @@ def run_batch(argv: Sequence[str] | None = None) -> None:
     failed = [str(index) for index, code in enumerate(codes) if code]
     if failed:
         raise GenerationError(
-            f"chunks {', '.join(failed)} of {len(parts)} failed (see their messages above); the others are kept, "
-            f"and the same command goes on from there"
+            f"chunks {', '.join(failed)} of {len(parts)} failed (see their messages above); what was answered is "
+            f"kept. Put right what the messages name and give the same command again: it goes on from there; with "
+            f"--resume False it starts anew"
         )
     write_records(args.answers_file, [row for part in parts for row in read_records(part)])
 
@@ -128,6 +132,21 @@ def chunk_path(answers_file: str | Path, index: int) -> Path:
     """Return the answer file of one chunk."""
     path = Path(answers_file)
     return path.with_name(f"{path.name.removesuffix('.jsonl')}-chunk{index}.jsonl")
+
+
+def _refuse_other_division(parts: Sequence[Path], num_chunks: int) -> None:
+    """Refuse to go on in files that hold other parts of the questions, before a process is started for each.
+
+    Raises:
+        ConfigError: they were begun with another number of chunks.
+    """
+    for part in parts:
+        before = recorded(part).get("num chunks", num_chunks)
+        if before != num_chunks:
+            raise ConfigError(
+                f"{part} was begun with --num-chunks {before}, got --num-chunks {num_chunks}; go on with "
+                f"--num-chunks {before}, or start anew with --resume False"
+            )
 
 
 def _run_chunk(words: Sequence[str], num_chunks: int, index: int, out: Path, device: str) -> int:

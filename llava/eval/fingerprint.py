@@ -90,6 +90,16 @@ def record(answers: str | Path, settings: Mapping[str, Any]) -> None:
     write_json(sidecar(answers), {"fingerprint": digest(settings), "settings": dict(settings)})
 
 
+def recorded(answers: str | Path) -> dict[str, Any]:
+    """Return what was written down about a file that holds something; empty where there is nothing.
+
+    Raises:
+        DataError: the record is broken.
+    """
+    path, answers = sidecar(answers), Path(answers)
+    return _read(path) if path.is_file() and answers.is_file() and answers.stat().st_size else {}
+
+
 def check(answers: str | Path, settings: Mapping[str, Any]) -> None:
     """Refuse a file whose answers were made otherwise.
 

@@ -120,6 +120,7 @@ class AnswerRun:
         _refuse_doubles(asked)
         self.options = options
         self.out = Path(out)
+        self.num_chunks = num_chunks
         self.questions = chunk(asked, num_chunks, chunk_idx)
         self.rows: dict[str, dict[str, Any]] = self._resumed() if resume else {}
         self.num_resumed = len(self.rows)
@@ -200,6 +201,7 @@ class AnswerRun:
             "blank images": options.blank_images,
             "image folder": None if options.blank_images else fingerprint.folder_name(options.image_folder),
             "questions": fingerprint.digest(asked),
+            "num chunks": self.num_chunks,
         }
 
     def _other_run(self, known: dict[str, Question], row: dict[str, Any]) -> str | None:

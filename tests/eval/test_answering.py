@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.errors import GenerationError
+from llava.errors import ConfigError, GenerationError
 from llava.eval import answering, model_vqa, model_vqa_med, run_med_datasets_eval_batch
 from tests.eval.fakes import FakeEngine, row, rows_of, write_vqa
 
@@ -85,6 +85,37 @@ def test_failed_chunk_is_named_and_nothing_is_joined(
     with pytest.raises(GenerationError, match="chunks 1 of 2 failed"):
         run_med_datasets_eval_batch.main([*words, "--num-chunks", "2", "--devices", "0"])
     assert not (tmp_path / "an answers.jsonl").exists()
+
+
+def test_another_number_of_chunks_is_refused_with_the_way_to_go_on(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def in_process(words: list[str], num_chunks: int, index: int, out: Path, device: str) -> int:
+        started.append(index)
+        own = ["--num-chunks", str(num_chunks), "--chunk-idx", str(index), "--answers-file", str(out)]
+        model_vqa_med.main([*answering._without_devices(words), *own])
+        return 0
+
+    monkeypatch.setattr(answering, "open_engine", lambda args: FakeEngine())
+    monkeypatch.setattr(answering, "_run_chunk", in_process)
+
+    def batch(num_chunks: int, *more: str) -> list[int]:
+        started.clear()
+        run_med_datasets_eval_batch.main([*words, "--num-chunks", str(num_chunks), "--devices", "0", *more])
+        return [answer["question_id"] for answer in rows_of(tmp_path / "an answers.jsonl")]
+
+    assert batch(2) == [0, 1, 2, 3, 4]
+    for num_chunks in (1, 3):
+        with pytest.raises(ConfigError, match=r"go on with --num-chunks 2, or start anew with --resume False$"):
+            batch(num_chunks)
+        assert started == []
+    assert batch(2) == [0, 1, 2, 3, 4]
+    assert batch(3, "--resume", "False") == [0, 1, 2, 3, 4]
+    with pytest.raises(ConfigError, match="go on with --num-chunks 3"):
+        batch(2)
+    assert batch(3) == [0, 1, 2, 3, 4]
 
 
 def test_real_processes_fail_with_their_own_message(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
