@@ -3,7 +3,7 @@
     python -m benchmarks.fidelity --oracles DIR
 
 What a folder holds is found by its files: each kind of file has its check. A line says folder, quantity, largest
-difference, `ok`, `FAIL` or `skipped` with the reason. The exit status is 1 if a line fails, or is skipped for no reason.
+difference, `ok`, `FAIL` or `skipped` with the reason. The exit status is 1 if a line fails, or says no reason.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import say
-from benchmarks.oracles import numbers
+from benchmarks.oracles import numbers, pictures, runs
 from benchmarks.oracles.folder import Line, Oracle
 from llava.errors import ConfigError
 from llava.utils.cli import Parser, run_program
@@ -27,6 +27,11 @@ CHECKS: Mapping[str, Check] = {
     "forward.npz": numbers.forward,
     "lora_forward.npz": numbers.adapter,
     "grads.json": numbers.gradients,
+    "image_preprocess.npz": pictures.preprocessing,
+    "tower.npz": pictures.tower,
+    "cluster_projector.npz": pictures.cluster_projector,
+    "train_log.json": runs.trajectories,
+    "expected_metrics.json": runs.scores,
 }
 """What compares the numbers of a file, by its name."""
 
@@ -34,12 +39,14 @@ NOT_BUILT = {
     "dpo.json": "preference training is not built yet",
     "dpo.npz": "preference training is not built yet",
     "dpo_metrics.json": "preference training is not built yet",
+    "anyres.json": "tiles of one picture (image mode anyres) are not built yet",
+    "image_keep_shapes.json": "pictures of any shape (image mode keep) are not built yet",
     "vit_lora_note.json": "training an adapter on the tower is not built yet",
 }
 """Numbers that nothing of this package computes so far."""
 
 INPUTS = ("data.json", "train.json", "pretrain.json", "forward_meta.json")
-"""Files that the checks read beside the numbers they compare."""
+"""Files that the checks read beside the numbers they compare; those named in a configuration are found by it."""
 
 NUMBERS = (".npz", ".json")
 
@@ -52,7 +59,7 @@ def checked(folder: Path) -> Iterator[Line]:
             yield from _safely(CHECKS[name], oracle, name)
         elif name in NOT_BUILT:
             yield Line(name, None, "skipped", NOT_BUILT[name])
-        elif name not in INPUTS:
+        elif name not in INPUTS and not oracle.is_input(name):
             yield Line(name, None, "skipped")
 
 

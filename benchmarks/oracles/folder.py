@@ -1,4 +1,4 @@
-"""A folder of recorded numbers: what lies in it, found by content, and the models it holds, loaded as they lie there."""
+"""A folder of recorded numbers: what lies in it, found by content, and the models it holds."""
 
 from __future__ import annotations
 
@@ -89,6 +89,13 @@ class Oracle:
     def arrays(self, name: str) -> Any:
         """A file of arrays of it."""
         return np.load(self.path / name)
+
+    def is_input(self, name: str) -> bool:
+        """Whether a file is a part of a model, or of an evaluation, that other files here hold the numbers of."""
+        if self.has("expected_metrics.json"):
+            return True
+        configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in self.models]
+        return any(name in config.values() for config in configs)
 
     @cached_property
     def rows(self) -> dict[str, dict[str, Any]]:

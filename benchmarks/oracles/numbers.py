@@ -97,7 +97,7 @@ def forward(oracle: Oracle) -> Iterator[Line]:
     for key, meta in oracle.json("forward_meta.json").items():
         if "ids" not in meta:
             continue
-        prefix, _, batch = key.rpartition("/")
+        prefix, _, _ = key.rpartition("/")
         folder = oracle.model(prefix or None)
         loaded = loaded_from(oracle.path, str(folder.relative_to(oracle.path)))
         yield from _batch(oracle, loaded, key, meta)

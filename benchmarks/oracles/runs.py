@@ -1,0 +1,87 @@
+"""Recorded training runs, repeated by our trainer, and recorded scores of answer files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.oracles.folder import Line, Oracle, within
+from benchmarks.trajectories import replay, runs
+from llava.eval import run_eval, run_eval_batch
+
+LOSS_TOLERANCE = 1e-5
+SCORE_TOLERANCE = 1e-5
+"""Relative; the recorded figures have six digits."""
+
+FEW = "5"
+"""Resamples of the confidence intervals, which are not compared."""
+
+
+def trajectories(oracle: Oracle) -> Iterator[Line]:
+    """`train_log.json`: loss of every micro-batch and the last weights of each run."""
+    for run, reason in runs(oracle.path).items():
+        if reason:
+            yield Line(f"training {run}", None, "skipped", reason)
+            continue
+        with TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+            found = replay(oracle.path, run, Path(scratch))
+        note = f"{len(found.losses)} micro-batches, loss_normalization micro_batches"
+        yield within(f"training losses {run}", found.loss_difference, LOSS_TOLERANCE, note)
+        worst = max(found.weights.values(), default=float("nan"))
+        yield within(f"trained weights {run}", worst, LOSS_TOLERANCE, f"{len(found.weights)} weights")
+
+
+def scores(oracle: Oracle) -> Iterator[Line]:
+    """`expected_metrics.json`: the figures of each scoring program for the answer file beside it."""
+    answers = next(path for path in sorted(oracle.path.glob("*.jsonl")) if _answers_all(path, oracle))
+    for name, figures in oracle.json("expected_metrics.json").items():
+        if name in PROGRAMS:
+            with TemporaryDirectory() as scratch:
+                printed = PROGRAMS[name](oracle.path, answers, Path(scratch))
+            # A missing row is not a number, and fails.
+            gaps = {row: abs(printed.get(row, float("nan")) / value - 1) for row, value in figures.items()}
+            worst = max(gaps, key=lambda row: (gaps[row] != gaps[row], gaps[row]))
+            yield within(f"scores {name}", gaps[worst], SCORE_TOLERANCE, f"{len(figures)} figures, relative")
+
+
+def _answers_all(path: Path, oracle: Oracle) -> bool:
+    rows = _rows(path)
+    return {"question_id", "text"} <= set(rows[0]) and len(rows) == oracle.json("expected_metrics.json")["n"]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _figures(table: str) -> dict[str, float]:
+    """Read a printed table back."""
+    below = table.partition("-------------\n")[2].partition("\n\n")[0]
+    lines = [line for line in below.splitlines() if not line.startswith("note: ")]
+    return {name.strip(): float(value) for name, value in (line.rsplit(None, 1) for line in lines)}
+
+
+def _run_eval(folder: Path, answers: Path, scratch: Path) -> dict[str, float]:
+    words = ["--gt", str(folder / "test.json"), "--candidate", str(folder / "candidate.json")]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_eval.main([*words, "--pred", str(answers), "--num-resamples", FEW, "--out", str(scratch / "out.json")])
+    return _figures(printed.getvalue())
+
+
+def _run_eval_batch(folder: Path, answers: Path, scratch: Path) -> dict[str, float]:
+    (scratch / "runs" / "vqa_rad").mkdir(parents=True)
+    shutil.copy(answers, scratch / "runs" / "vqa_rad" / "x-test-answer-file.jsonl")
+    words = ["--pred_file_parent_path", str(scratch / "runs"), "--target_test_type", "test-answer-file"]
+    with contextlib.chdir(scratch), contextlib.redirect_stdout(io.StringIO()):
+        run_eval_batch.main([*words, "--gt-root", str(folder), "--num-resamples", FEW])
+    [row] = _rows(scratch / "eval_results_med_datasets.jsonl")
+    return _figures(row["results"])
+
+
+PROGRAMS = {"run_eval": _run_eval, "batch": _run_eval_batch}
+"""Who computes the figures under a key of the file."""
