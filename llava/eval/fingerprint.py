@@ -14,6 +14,7 @@ import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,19 @@ def checkpoint_hash(*names: str) -> str:
         if place is not None and place.is_dir():
             waiting += _parts(place)
     return digest(sorted(map(digest, seen.values())))
+
+
+def weights_hash(folder: str | Path) -> str | None:
+    """Return the hash of a checkpoint's weight files, each state of them read once a process (they are large)."""
+    place = Path(folder).resolve()
+    files = sorted(place.glob("*")) if place.is_dir() else [place]
+    states = [(file.name, file.stat()) for file in files if file.is_file()]
+    return _weights_hash(place, tuple((name, state.st_size, state.st_mtime_ns) for name, state in states))
+
+
+@lru_cache(maxsize=64)
+def _weights_hash(place: Path, _state: tuple[tuple[str, int, int], ...]) -> str | None:
+    return weights_sha256(place) if place.exists() else None
 
 
 def folder_name(path: str | Path | None) -> str | None:
@@ -146,12 +160,12 @@ def _place(name: str) -> Path | None:
 def _content(place: Path) -> Any:
     """Return hashes of a file, or of a folder's weights and configuration; a tower may lie in a folder inside it."""
     if place.is_file():
-        return file_sha256(place)
+        return weights_hash(place)
     inside = sorted(folder for folder in place.iterdir() if folder.is_dir() and (folder / CONFIG_FILE).is_file())
     inside += sorted(file.parent for file in place.glob(f"*/{ADAPTER_CONFIG_FILE}"))
     return {
         folder.relative_to(place).as_posix(): [
-            weights_sha256(folder),
+            weights_hash(folder),
             *((name, file_sha256(folder / name)) for name in READ_FILES if (folder / name).is_file()),
         ]
         for folder in (place, *inside)

@@ -35,7 +35,7 @@ from llava.samples import Sample
 from llava.utils import log
 from llava.utils.cli import Parser, run_program
 from llava.utils.jsonl import read_records, write_json
-from llava.utils.provenance import stamp, weights_sha256
+from llava.utils.provenance import stamp
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def plan_of(args: Namespace, words: Sequence[str]) -> Plan:
         data=files,
         command=["llava", "eval", *words],
         template=model_options.template_of(args),
-        weights=weights_sha256(args.model),
+        weights=fingerprint.weights_hash(args.model),
         seed=args.seed,
         sampling=asdict(options.sampling),
         limit=args.limit,

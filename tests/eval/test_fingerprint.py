@@ -112,3 +112,14 @@ def test_an_adapter_is_known_by_its_base(tmp_path: Path) -> None:
     assert fingerprint.checkpoint_hash(str(adapter)) != first
     base.rename(tmp_path / "moved")
     assert fingerprint.checkpoint_hash(str(adapter), str(tmp_path / "moved")) != first
+
+
+def test_weights_are_read_once_until_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = make_model(tmp_path / "model"), []
+    real = fingerprint.weights_sha256
+    monkeypatch.setattr(fingerprint, "weights_sha256", lambda path: read.append(path) or real(path))
+    first = fingerprint.weights_hash(model)
+    assert fingerprint.weights_hash(str(model)) == first == real(model) and len(read) == 1
+    make_model(model, b"others!!")
+    assert fingerprint.weights_hash(model) != first and len(read) == 2
+    assert fingerprint.weights_hash("owner/name") is None
