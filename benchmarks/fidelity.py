@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import say
-from benchmarks.oracles import numbers, pictures, runs
+from benchmarks.oracles import numbers, pictures, runs, texts
 from benchmarks.oracles.folder import Line, Oracle
 from llava.errors import ConfigError
 from llava.utils.cli import Parser, run_program
@@ -27,6 +27,8 @@ CHECKS: Mapping[str, Check] = {
     "forward.npz": numbers.forward,
     "lora_forward.npz": numbers.adapter,
     "grads.json": numbers.gradients,
+    "prompts.json": texts.prompts,
+    "preprocess.json": texts.preprocessing,
     "image_preprocess.npz": pictures.preprocessing,
     "tower.npz": pictures.tower,
     "cluster_projector.npz": pictures.cluster_projector,

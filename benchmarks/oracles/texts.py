@@ -1,0 +1,285 @@
+"""Recorded prompts, token ids and labels.
+
+Which of our templates is meant by a name, where several projects use it, is decided by what was recorded: the one whose
+text (or ids) fits best is compared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from benchmarks.oracles.folder import IMAGE_MARK, Line, Oracle
+from benchmarks.oracles.published import counted_v0, is_shifted, is_v0
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
+from llava.conversation import TEMPLATES, Segment
+from llava.data.encode import encode, tokenize_segments
+from llava.data.placing import with_places
+from llava.errors import DataError
+from llava.processing import LlavaMedProcessor
+from llava.samples import Conversation, Turn, from_row
+
+PATCHES = ("<im_patch>", "<im_start>", "<im_end>")
+CHATML = ("<|im_start|>", "<|im_end|>")
+EXEMPLAR = "What are the key differences between renewable and non-renewable energy sources?"
+"""Begins the long exemplar that some of the originals' prompts carry and this package leaves out."""
+
+QUESTIONS = ("Which side?", "Why?")
+"""Second question of the fixed exchange of recorded prompts."""
+
+NOT_BUILT = {
+    "v1_sq": "self-questioning preprocessing is not built yet",
+    "plain_qav": "a template of the self-questioning project, not built yet",
+}
+WRONG_ROLES = "the original's prompt has broken roles; the template is not taken over"
+
+
+def fitting(name: str) -> list[str]:
+    """Our templates that a recorded name may stand for."""
+    return [key for key in TEMPLATES if key == name or key.endswith(f":{name}")]
+
+
+def prompts(oracle: Oracle) -> Iterator[Line]:
+    """`prompts.json`: the text of a fixed exchange in every template, and its ids where they were recorded."""
+    compared: Counter[str] = Counter()
+    wrong, skipped, with_ids = [], [], []
+    for name, recorded in oracle.json("prompts.json").items():
+        if "prompt" not in recorded:
+            compared["refused by the original"] += 1
+            continue
+        if name in NOT_BUILT:
+            skipped.append(f"{name}: {NOT_BUILT[name]}")
+            continue
+        if _has_broken_roles(recorded):
+            skipped.append(f"{name}: {WRONG_ROLES}")
+            continue
+        fits = [key for key in fitting(name) if _text(key, recorded["prompt"]) == _without_exemplar(key, recorded)]
+        compared["equal" if fits else "different"] += 1
+        wrong += [] if fits else [name]
+        if "input_ids" in recorded:
+            with_ids.append((name, _ids_equal(oracle, recorded)))
+    note = ", ".join(f"{count} {what}" for what, count in compared.items()) + _list("; differ", wrong)
+    yield Line("prompts", float(len(wrong)), "FAIL" if wrong else "ok", note)
+    if with_ids:
+        bad = [name for name, equal in with_ids if not equal]
+        yield Line("prompt ids", float(len(bad)), "FAIL" if bad else "ok", f"{len(with_ids)} prompts{_list(';', bad)}")
+    for reason in skipped:
+        yield Line("prompts", None, "skipped", reason)
+
+
+def _list(head: str, names: list[str]) -> str:
+    return f"{head} {', '.join(names[:8])}" if names else ""
+
+
+def _has_broken_roles(recorded: dict[str, Any]) -> bool:
+    """Whether a ChatML prompt was written without the marks that begin its turns."""
+    return CHATML[1] in recorded["sep"] and not any(CHATML[0] in role for role in recorded["roles"][:2])
+
+
+def _exchange(prompt: str) -> Conversation:
+    second = next((question for question in QUESTIONS if question in prompt), QUESTIONS[0])
+    return Conversation((Turn("human", "<image>\nWhat is shown?"), Turn("gpt", "A lung."), Turn("human", second)))
+
+
+def _text(template: str, prompt: str) -> str:
+    return TEMPLATES[template].published_prompt(_exchange(prompt))
+
+
+def _without_exemplar(template: str, recorded: dict[str, Any]) -> str:
+    wrapped = recorded["prompt"].replace(IMAGE_TOKEN, IMAGE_TOKEN.join(TEMPLATES[template].image_wrap))
+    if EXEMPLAR not in wrapped:
+        return str(wrapped)
+    return str(TEMPLATES[template].system + wrapped[wrapped.index("###Human: <image>") :])
+
+
+def _ids_equal(oracle: Oracle, recorded: dict[str, Any]) -> bool:
+    processor = text_processor((oracle.language_models or oracle.models)[0], "v1")
+    return prompt_ids(recorded["prompt"], processor) == recorded["input_ids"]
+
+
+def prompt_ids(text: str, processor: LlavaMedProcessor) -> list[int]:
+    """Ids of a prompt in the originals' notation."""
+    ids = tokenize_segments([Segment(text, False, 0)], processor).ids
+    return [IMAGE_MARK if token == processor.image_token_id else token for token in ids]
+
+
+def text_processor(folder: Path, template: str, *, added: tuple[str, ...] = (), **settings: Any) -> LlavaMedProcessor:
+    """A processor for text, around the tokenizer of a folder with some tokens added."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([*added, *([] if "<im_patch>" in added else [IMAGE_TOKEN])], special_tokens=True)
+    return LlavaMedProcessor(tokenizer, None, **{"template": template, "num_image_tokens": 1, **settings})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One recorded way to preprocess: tokenizer and settings; the template's name; the rows by id."""
+
+    name: str
+    template: str
+    rows: dict[str, dict[str, Any]]
+
+    @property
+    def words(self) -> str:
+        """Everything that names it."""
+        return f"{self.name}/{self.template}"
+
+
+def variants(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[Variant]:
+    """The recorded ways, however deep they lie."""
+    first = next(iter(tree.values()))
+    if "input_ids" not in first and "error" not in first:
+        for name, below in tree.items():
+            yield from variants(below, (*path, name))
+        return
+    named = dict(pair.split("=", 1) for pair in path[-1].split(",") if "=" in pair)
+    yield Variant("/".join(path[:-1]) or path[-1], named.get("template", path[-1]), tree)
+
+
+@dataclass
+class Tally:
+    """How the rows of one recorded file came out, for ids or labels."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+    def line(self, quantity: str) -> Line:
+        """The line of the report."""
+        note = ", ".join(f"{count} {what}" for what, count in self.counts.items()) + _list("; differ", self.wrong)
+        return Line(quantity, float(len(self.wrong)), "FAIL" if self.wrong else "ok", note)
+
+
+def preprocessing(oracle: Oracle) -> Iterator[Line]:
+    """`preprocess.json`: ids and labels of every row under every template and tokenizer."""
+    ids, labels = Tally(), Tally()
+    for variant in variants(oracle.json("preprocess.json")):
+        name = variant.template.partition("+")[0].partition("@")[0]
+        reason = NOT_BUILT.get(name) or (None if fitting(name) else WRONG_ROLES)
+        if reason:
+            yield Line(f"preprocessing {variant.template}", None, "skipped", reason)
+            continue
+        tried = [_compare(oracle, variant, key) for key in fitting(name)]
+        best = min(tried, key=lambda each: len(each[0].wrong) + len(each[1].wrong))
+        for total, part in ((ids, best[0]), (labels, best[1])):
+            total.counts += part.counts
+            total.wrong += part.wrong
+    yield ids.line("token ids")
+    yield labels.line("labels")
+
+
+def _compare(oracle: Oracle, variant: Variant, template: str) -> tuple[Tally, Tally]:
+    processor = _processor(oracle, variant, template)
+    ids, labels = Tally(), Tally()
+    for row, recorded in variant.rows.items():
+        where = f"{variant.words}/{row}"
+        if "error" in recorded:
+            ids.counts["refused by the original (ours trains the answers)"] += 1
+            continue
+        sample = from_row(oracle.rows[row])
+        if is_v0(processor) and len(oracle.rows[row]["conversations"]) > len(sample.conversation.turns):
+            ids.counts["with an answer before the first question (ours leaves it out)"] += 1
+            continue
+        mine = _encoded(sample, processor)
+        if mine is None:
+            ids.wrong.append(where)
+            continue
+        ours, trained = mine
+        length = len(recorded["input_ids"])
+        if ours[:length] != recorded["input_ids"]:
+            how = _other_ids(ours, recorded["input_ids"], sample, processor)
+            ids.wrong += [] if how else [where]
+            ids.counts[how] += bool(how)
+            continue
+        ids.counts["equal" if len(ours) == length else f"equal, cut there at {length}"] += 1
+        what = _labels(ours[:length], trained[:length], recorded, (sample.conversation, processor))
+        if what is None:
+            labels.wrong.append(where)
+        else:
+            labels.counts[what] += 1
+    return ids, labels
+
+
+def _other_ids(ours: list[int], theirs: list[int], sample: Any, processor: LlavaMedProcessor) -> str:
+    """Why recorded ids are others than ours; empty where nothing explains it."""
+    mine, recorded = _spelled(ours, processor), _spelled(theirs, processor)
+    is_cut = mine.startswith(recorded) and str(processor.tokenizer.eos_token) in recorded and not sample.images
+    if mine == recorded or is_cut:
+        return "with end marks spelled in characters (text compared, labels not)"
+    if processor.use_im_start_end:
+        processor.use_im_start_end = False
+        without = _encoded(sample, processor)
+        processor.use_im_start_end = True
+        if without is not None and without[0] == theirs:
+            return "equal but for the markers, which the original throws away"
+    return ""
+
+
+def _labels(
+    ours: list[int], trained: list[int], recorded: dict[str, Any], source: tuple[Conversation, LlavaMedProcessor]
+) -> str | None:
+    """How recorded labels come out against ours; None where they cannot be explained."""
+    theirs = recorded["labels"]
+    if trained == theirs:
+        return "equal"
+    if is_v0(source[1]):
+        return "equal when counted as there" if _counted(ours, source) == theirs else None
+    if recorded.get("mismatch_warning") and set(theirs) == {IGNORE_INDEX}:
+        return "ignored by the original after a warning (ours trains the answers)"
+    if "<|im_end|>" in source[1].template.stops and is_shifted(trained, theirs):
+        return "one token off there (the count of a turn drifts)"
+    return None
+
+
+def _counted(ours: list[int], source: tuple[Conversation, LlavaMedProcessor]) -> list[int]:
+    return counted_v0(ours, *source)
+
+
+def _encoded(sample: Any, processor: LlavaMedProcessor) -> tuple[list[int], list[int]] | None:
+    """Ids in the originals' notation, and labels."""
+    try:
+        encoded = encode(with_places(sample), processor, images=["image"] * len(sample.images), max_length=None)
+    except DataError:
+        return None
+    placed = processor.image_token_id if processor.num_image_tokens == 1 else None
+    return [IMAGE_MARK if token == placed else token for token in encoded.input_ids], list(encoded.labels)
+
+
+def _spelled(ids: list[int], processor: LlavaMedProcessor) -> str:
+    """Text of ids without white space, special tokens spelled out."""
+    pieces = [processor.tokenizer.decode([token]) for token in ids if token >= 0]
+    return "".join("".join(pieces).split())
+
+
+def _processor(oracle: Oracle, variant: Variant, template: str) -> LlavaMedProcessor:
+    marked = "+im_start_end" in variant.template
+    if _is_patched(variant):
+        num = max(_longest_run(row["input_ids"]) for row in variant.rows.values() if "input_ids" in row)
+        added = ("[PAD]", *PATCHES) if "version=v0" in variant.name else PATCHES
+        settings = {"placement": "as_written", "use_im_start_end": True, "strip_around_images": True}
+        return text_processor(oracle.language_models[0], template, added=added, num_image_tokens=num, **settings)
+    folder = (oracle.byte_tokenizers if variant.name == "neox" else oracle.language_models)[0]
+    return text_processor(
+        folder,
+        template,
+        added=CHATML if variant.name.endswith("_chatml") else (),
+        prefix_mark="text" if "_nolegacy" in variant.name else None,
+        use_im_start_end=marked,
+    )
+
+
+def _is_patched(variant: Variant) -> bool:
+    """Whether pictures were written as patch tokens: no place holder is left in the ids."""
+    return variant.name.startswith("version=")
+
+
+def _longest_run(ids: list[int]) -> int:
+    """Length of the longest run of one id."""
+    longest = length = 1
+    for before, token in zip(ids, ids[1:], strict=False):
+        length = length + 1 if token == before else 1
+        longest = max(longest, length)
+    return longest
