@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import say
-from benchmarks.oracles import numbers, pictures, runs, texts
+from benchmarks.oracles import answers, numbers, pictures, runs, texts
 from benchmarks.oracles.folder import Line, Oracle
 from llava.errors import ConfigError
 from llava.utils.cli import Parser, run_program
@@ -30,6 +30,7 @@ CHECKS: Mapping[str, Check] = {
     "prompts.json": texts.prompts,
     "preprocess.json": texts.preprocessing,
     "image_preprocess.npz": pictures.preprocessing,
+    "generate.json": answers.generation,
     "tower.npz": pictures.tower,
     "cluster_projector.npz": pictures.cluster_projector,
     "train_log.json": runs.trajectories,

@@ -20,6 +20,7 @@ from benchmarks.recorded_weights import current_name
 from llava.constants import IGNORE_INDEX
 from llava.model.building import Loaded
 from llava.model.lora import freeze_for
+from llava.processing import LlavaMedProcessor
 
 LOGIT_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
@@ -50,16 +51,16 @@ def row_output(loaded: Loaded, ids: list[int], pixels: Tensor) -> Any:
     return loaded.model(input_ids=torch.tensor([ids]), **images)
 
 
-def expanded(loaded: Loaded, ids: Any) -> list[int]:
+def expanded(processor: LlavaMedProcessor, ids: Any) -> list[int]:
     """Recorded ids with our place holders for each image."""
-    num, token = loaded.processor.num_image_tokens, loaded.processor.image_token_id
+    num, token = processor.num_image_tokens, processor.image_token_id
     return [each for i in ids for each in ([token] * num if i == IMAGE_MARK else [int(i)])]
 
 
 def row_logits(loaded: Loaded, ids: Any, pixels: Tensor) -> Tensor:
     """Logits [T, V] of one row of recorded ids; our place holder, which the original has not, is left out."""
     with torch.no_grad():
-        logits: Tensor = row_output(loaded, expanded(loaded, ids), pixels).logits[0]
+        logits: Tensor = row_output(loaded, expanded(loaded.processor, ids), pixels).logits[0]
     return logits
 
 
@@ -81,7 +82,7 @@ def batch_rows(oracle: Oracle, loaded: Loaded, key: str, names: list[str]) -> li
         trained = np.repeat(np.where(marks, IGNORE_INDEX, labels[number][mask[number]]), np.where(marks, num, 1))
         places = np.flatnonzero(spliced[number])
         pixels = loaded.processor.pixels(oracle.pictures(name))
-        rows.append(Row(expanded(loaded, ids), trained.tolist(), pixels, places[: len(trained)]))
+        rows.append(Row(expanded(loaded.processor, ids), trained.tolist(), pixels, places[: len(trained)]))
     return rows
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +280,7 @@ def _is_patched(variant: Variant) -> bool:
 def _longest_run(ids: list[int]) -> int:
     """Length of the longest run of one id."""
     longest = length = 1
-    for before, token in zip(ids, ids[1:], strict=False):
+    for before, token in pairwise(ids):
         length = length + 1 if token == before else 1
         longest = max(longest, length)
     return longest

@@ -44,6 +44,12 @@ class LayerBuffers:
         for kept in (self.keys, self.values):
             kept[:] = [buffer[:num_rows].clone() for buffer in kept]
 
+    def rearrange(self, parents: Tensor, length: int) -> None:
+        """Row i takes the first tokens of row `parents[i]`."""
+        for kept in (self.keys, self.values):
+            for buffer in kept:
+                buffer[: len(parents), :, :length] = buffer[parents, :, :length]
+
     def views(self, layer: int, rows: slice, length: int) -> tuple[Tensor, Tensor]:
         """The first tokens of some rows."""
         return self.keys[layer][rows, :, :length], self.values[layer][rows, :, :length]

@@ -123,6 +123,12 @@ class SlotCache:
             self._remove_stem(stem)
         self._index = None
 
+    def rearrange(self, parents: Sequence[int]) -> None:
+        """Slot i goes on from what slot `parents[i]` holds; all are on one stem and equally long."""
+        if list(parents) != list(range(len(parents))):
+            places = torch.tensor(list(parents), device=self.slot_states.device)
+            self.slot_states.rearrange(places, self.lengths[0])
+
     def shrink(self, num_slots: int) -> None:
         """Give the memory of slots from `num_slots` on back; they must be free."""
         self.stem_states.shrink(max(len(self.stems), 1), num_slots)

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from llava.constants import TREE_ATTENTION
 from llava.data.flat_batch import FlatBatch, Layout, flatten, target_logits
-from llava.errors import ConfigError, DataError, GenerationError
+from llava.errors import ConfigError, DataError, GenerationError, LlavaError
+from llava.generation.beam_answers import answer_of, run_beams
+from llava.generation.beams import BeamSearch
 from llava.generation.layout_check import choose_layout
 from llava.generation.protocol import Completion, Prompt, Sampling
 from llava.generation.reading import PromptReader, Reading, image_group
@@ -108,11 +110,9 @@ class LocalEngine:
         )
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
-        """Answer prompts; see `protocol.Engine`.
-
-        Raises:
-            ConfigError: beam search is asked for.
-        """
+        """Answer prompts; see `protocol.Engine`."""
+        if sampling.num_beams > 1:
+            return [self._beam_answers(prompt, sampling) for prompt in prompts]
         # Without chance in it, one answer stands for all.
         num_copies = 1 if sampling.temperature == 0.0 else sampling.n
         requests = [self._requests(prompt, sampling, num_copies) for prompt in prompts]
@@ -129,12 +129,36 @@ class LocalEngine:
 
         Raises:
             GenerationError: the prompt cannot be answered.
-            ConfigError: more than one answer, or beam search, is asked for.
+            ConfigError: more than one answer, or a beam search, is asked for.
         """
-        if sampling.n != 1:
-            raise ConfigError(f"a stream is one answer, got n={sampling.n}; use generate for several")
+        if sampling.n != 1 or sampling.num_beams != 1:
+            raise ConfigError(
+                f"a stream is one answer that only grows, got n={sampling.n} and num_beams={sampling.num_beams}; "
+                "use generate"
+            )
         [request] = self._requests(prompt, sampling, 1)
         return self._stream(request)
+
+    def _beam_answers(self, prompt: Prompt, sampling: Sampling) -> list[Completion]:
+        """The best answers of a beam search; it has the model for itself."""
+        try:
+            reading = self.reader.read(prompt)
+            images = {picture.key: self.reader.pixels(picture) for picture in reading.pictures}
+            rule = StopRule.of(self.processor, sampling)
+            text = AnswerText(rule, self.processor.decode)
+            search = BeamSearch(
+                sampling.num_beams,
+                limit=min(sampling.max_new_tokens, self.reader.max_tokens - len(reading.encoded.input_ids)),
+                has_ended=text.has_ended,
+                num_end_tokens=len(rule.token_ids),
+                repetition_penalty=sampling.repetition_penalty,
+            )
+            with self._answering():
+                runner = self._runner(sampling.num_beams, self.model.config.get_text_config())
+                run_beams(search, runner, reading.encoded, images)
+        except LlavaError as error:
+            return [Completion("", (), "error", error=str(error))] * sampling.n
+        return [answer_of(ended, text, logprobs=sampling.logprobs) for ended in search.ended[: sampling.n]]
 
     def score(self, conversations: Sequence[Prompt]) -> list[Score]:
         """Return how likely the model finds the answers in conversations.
@@ -158,8 +182,6 @@ class LocalEngine:
         return [scores[index] for index in range(len(readings))]
 
     def _requests(self, prompt: Prompt, sampling: Sampling, num_copies: int) -> list[Request]:
-        if sampling.num_beams != 1:
-            raise ConfigError(f"beam search is not built yet: num_beams must be 1, got {sampling.num_beams}")
         source = Source(prompt)
         rule = StopRule.of(self.processor, sampling)
         text = AnswerText(rule, self.processor.decode)

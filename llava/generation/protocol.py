@@ -37,7 +37,9 @@ class Sampling:
         top_p: share of the probability that is sampled from, in (0, 1].
         top_k: number of likeliest tokens that are sampled from; 0 for all.
         num_beams: width of a beam search; engines may refuse more than 1.
-        n: answers to each prompt.
+        repetition_penalty: above 1 makes tokens of the answer so far less likely: their logits are divided by it, or
+            multiplied where they are negative.
+        n: answers to each prompt; of a beam search, its best ones.
         stop: strings that end an answer, besides those of the model's template; they are not part of its text.
         seed: of sampling; the same seed gives the same answer, whoever else is asked. None draws one.
         logprobs: report the log-probability of every token of the answer.
@@ -51,6 +53,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     num_beams: int = 1
+    repetition_penalty: float = 1.0
     n: int = 1
     stop: tuple[str, ...] = ()
     seed: int | None = None
@@ -65,6 +68,7 @@ class Sampling:
             "top_p must be above 0 and at most 1": 0.0 < self.top_p <= 1.0,
             "top_k must be 0 (off) or above": self.top_k >= 0,
             "num_beams must be at least 1": self.num_beams >= 1,
+            "repetition_penalty must be above 0": self.repetition_penalty > 0.0,
             "n must be at least 1": self.n >= 1,
             "stop must hold no empty string": all(self.stop),
         }
@@ -72,6 +76,10 @@ class Sampling:
             if not holds:
                 name = rule.split()[0]
                 raise ConfigError(f"{rule}, got {getattr(self, name)!r}")
+        if self.num_beams > 1 and self.temperature > 0.0:
+            raise ConfigError(f"a beam search draws no token: num_beams={self.num_beams} needs temperature 0")
+        if 1 < self.num_beams < self.n:
+            raise ConfigError(f"a beam search of num_beams={self.num_beams} gives no more answers, got n={self.n}")
 
 
 @dataclass(frozen=True, slots=True)

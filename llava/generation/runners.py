@@ -55,6 +55,10 @@ class Runner(Protocol):
         """End a running sequence; the last one takes its number."""
         ...
 
+    def rearrange(self, parents: Sequence[int]) -> None:
+        """Let running sequence i go on from what sequence `parents[i]` holds; all continue one prompt."""
+        ...
+
     def shrink(self, num_slots: int) -> None:
         """Give back the memory of sequences beyond `num_slots`, none of which runs."""
         ...
@@ -146,6 +150,10 @@ class SlotRunner:
         """Free a slot."""
         self.cache.leave(number)
 
+    def rearrange(self, parents: Sequence[int]) -> None:
+        """Copy what the slots hold."""
+        self.cache.rearrange(parents)
+
     def shrink(self, num_slots: int) -> None:
         """Drop free slots."""
         self.cache.shrink(num_slots)
@@ -216,6 +224,20 @@ class PaddedRunner:
         self.running.pop()
         if not self.running:
             self.row = None
+
+    def rearrange(self, parents: Sequence[int]) -> None:
+        """Copy rows of the model's cache.
+
+        Raises:
+            GenerationError: it cannot be rearranged.
+        """
+        assert self.row is not None
+        if list(parents) == self.running:
+            return
+        if not hasattr(self.row.cache, "reorder_cache"):
+            raise GenerationError(f"the cache of {type(self.model).__name__} cannot be rearranged; use num_beams=1")
+        places = [*parents, *range(len(parents), len(self.mask))]
+        self.row.cache.reorder_cache(torch.tensor(places, device=self.mask.device))
 
     def shrink(self, num_slots: int) -> None:
         """Nothing is kept beyond the running batch."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from llava.constants import IGNORE_INDEX
 from llava.data.encode import Encoded
 from llava.errors import LlavaError
+from llava.generation.beams import penalized
 from llava.generation.protocol import Completion, Finish, Prompt, Sampling
 from llava.generation.reading import PromptReader, Reading
 from llava.generation.runners import Runner
@@ -243,11 +244,22 @@ class Scheduler:
 
     def _take(self, requests: list[Request], logits: Tensor) -> list[bool]:
         """Choose the next token of each request; returns which of them are finished."""
-        token_ids = choose(logits, [request.draw for request in requests])
+        token_ids = choose(self._penalized(requests, logits), [request.draw for request in requests])
         if any(request.sampling.logprobs for request in requests):
             for request, logprob in zip(requests, logprobs_of(logits, token_ids), strict=True):
                 request.logprobs.append(logprob)
         return [request.append(token_id) for request, token_id in zip(requests, token_ids, strict=True)]
+
+    def _penalized(self, requests: list[Request], logits: Tensor) -> Tensor:
+        """Logits with each request's repetition penalty."""
+        rows = [row for row, request in enumerate(requests) if request.sampling.repetition_penalty != 1.0]
+        if not rows:
+            return logits
+        changed = logits.clone()
+        for row in rows:
+            penalty = requests[row].sampling.repetition_penalty
+            changed[row : row + 1] = penalized(logits[row : row + 1], [requests[row].token_ids], penalty)
+        return changed
 
     def _drop(self, number: int) -> None:
         self.runner.leave(number)
