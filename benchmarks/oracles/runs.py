@@ -78,7 +78,7 @@ def _run_eval_batch(folder: Path, answers: Path, scratch: Path) -> dict[str, flo
     shutil.copy(answers, scratch / "runs" / "vqa_rad" / "x-test-answer-file.jsonl")
     words = ["--pred_file_parent_path", str(scratch / "runs"), "--target_test_type", "test-answer-file"]
     with contextlib.chdir(scratch), contextlib.redirect_stdout(io.StringIO()):
-        run_eval_batch.main([*words, "--gt-root", str(folder), "--num-resamples", FEW])
+        run_eval_batch.main([*words, "--gt-root", str(folder.resolve()), "--num-resamples", FEW])
     [row] = _rows(scratch / "eval_results_med_datasets.jsonl")
     return _figures(row["results"])
 
