@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from benchmarks.oracles.folder import IMAGE_MARK, Line, Oracle, loaded_from
 from benchmarks.oracles.numbers import expanded
 from benchmarks.oracles.texts import fitting
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
+from llava.conversation import Segment
+from llava.data.encode import Encoded, tokenize_segments
 from llava.generation.local import LocalEngine
 from llava.generation.protocol import Completion, Prompt, Sampling
+from llava.generation.reading import PromptReader, Reading
+from llava.model.building import Loaded
 from llava.samples import Conversation, Turn
 
 MARGIN = 1e-3
 """Where the two best logits come closer than this, rounding may decide: such a case cannot fail."""
+
+MAX_TOKENS = 4096
+"""Recorded prompts may be longer than the small models' context."""
+
+PATCHED = re.compile(r"<im_start>(<im_patch>)+<im_end>")
+"""A picture in the text of a prompt of the first version."""
 
 PENALTIES = {"rep": 1.3}
 """Of the recorded ways that do not say it."""
@@ -28,7 +41,7 @@ def generation(oracle: Oracle) -> Iterator[Line]:
     for (checkpoint, mode), cases in groups.items():
         folder = oracle.model(checkpoint or None)
         loaded = loaded_from(oracle.path, str(folder.relative_to(oracle.path)))
-        engine = LocalEngine(loaded.model, loaded.processor)
+        engine = _engine(loaded, folder)
         usual = loaded.processor.template.name, loaded.processor.system
         wrong, close, read = [], 0, 0
         for case in cases:
@@ -47,19 +60,54 @@ def generation(oracle: Oracle) -> Iterator[Line]:
         yield Line(name, float(len(wrong)), "FAIL" if wrong else "ok", note)
 
 
+class RecordedReader(PromptReader):
+    """Reads the text of a recorded prompt as it stands, not as our template would have written it.
+
+    Attributes:
+        longest: where the original cut a prompt with pictures, to the training length that its configuration names.
+    """
+
+    longest: int | None = None
+
+    def read(self, prompt: Prompt) -> Reading:
+        """Tokens and pictures of a prompt whose only turn is the whole text."""
+        draft = tokenize_segments([Segment(prompt.conversation.turns[0].text, False, 0)], self.processor)
+        ids = tuple(draft.ids[: self.longest if prompt.images else None])
+        spans = tuple(span for span in draft.image_spans if span[1] <= len(ids))
+        pictures = tuple(self._picture(image) for image in prompt.images[: len(spans)])
+        keys = tuple(picture.key for picture in pictures)
+        encoded = Encoded(ids, (IGNORE_INDEX,) * len(ids), (0,) * len(ids), spans, keys)
+        return Reading(encoded, pictures)
+
+
+def _engine(loaded: Loaded, folder: Path) -> LocalEngine:
+    engine = LocalEngine(loaded.model, loaded.processor, max_tokens=MAX_TOKENS)
+    reader = RecordedReader(loaded.processor, max_tokens=MAX_TOKENS)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    reader.longest = config.get("tokenizer_model_max_length")
+    engine.reader = engine.scheduler.reader = reader
+    return engine
+
+
 def _answer(oracle: Oracle, engine: LocalEngine, case: dict[str, Any]) -> Completion | None:
-    """Our answer to the first question of the case's row; None if our prompt is not the recorded one."""
-    row = oracle.rows[case["id"]]
-    text = next(turn["value"] for turn in row["conversations"] if turn["from"] == "human")
-    prompt = Prompt(Conversation((Turn("human", text),)), tuple(oracle.pictures(case["id"])[: text.count("<image>")]))
+    """Our answer to the recorded prompt; None if we read other ids in it."""
     processor = engine.processor
-    recorded = expanded(processor, case["input_ids"])
-    names = fitting(case["template"]) if "template" in case else [processor.template.name]
-    for name in names:
-        processor.use_template(name)
-        if list(engine.reader.read(prompt).encoded.input_ids) == recorded:
-            return engine.generate([prompt], _sampling(case))[0][0]
-    return None
+    text = PATCHED.sub(IMAGE_TOKEN, case["prompt"])
+    pictures = tuple(oracle.pictures(case["id"])[: text.count(IMAGE_TOKEN)])
+    prompt = Prompt(Conversation((Turn("human", text),)), pictures)
+    if "template" in case:
+        processor.use_template(fitting(case["template"])[0])
+    ours = engine.reader.read(prompt).encoded.input_ids
+    if list(ours) != expanded(processor, case["input_ids"])[: len(ours)]:
+        return None
+    engine.beams_count_prompt = _holds_prompt(case)
+    return engine.generate([prompt], _sampling(case))[0][0]
+
+
+def _holds_prompt(case: dict[str, Any]) -> bool:
+    """Whether the prompt was recorded with the answer, as transformers did before it counted the answer alone."""
+    ids, prompt = case.get("output_ids", []), case["input_ids"]
+    return bool(ids[: len(prompt)] == prompt)
 
 
 def _sampling(case: dict[str, Any]) -> Sampling:
@@ -77,6 +125,6 @@ def _new_ids(case: dict[str, Any]) -> list[int]:
     if "new_ids" in case:
         return list(case["new_ids"])
     ids, prompt = case["output_ids"], case["input_ids"]
-    if ids[: len(prompt)] == prompt:
+    if _holds_prompt(case):
         return list(ids[len(prompt) :])
     return list(ids[1:] if ids[0] == prompt[0] and IMAGE_MARK not in ids else ids)

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from llava.constants import TREE_ATTENTION
+from llava.data.encode import Encoded
 from llava.data.flat_batch import FlatBatch, Layout, flatten, target_logits
 from llava.errors import ConfigError, DataError, GenerationError, LlavaError
 from llava.generation.beam_answers import answer_of, run_beams
@@ -94,6 +95,8 @@ class LocalEngine:
         self.reader = PromptReader(processor, max_tokens=context if max_tokens is None else max_tokens)
         runner = self._runner(max_slots, text_config)
         self.scheduler = Scheduler(runner, self.reader, max_slots=max_slots, max_prefill_tokens=max_prefill_tokens)
+        self.beams_count_prompt = False
+        """Divide the score of a beam by the length of prompt and answer, as transformers before 4.36 did."""
         self._lock = threading.RLock()
 
     def _runner(self, max_slots: int, text_config: Any) -> Runner:
@@ -152,6 +155,7 @@ class LocalEngine:
                 has_ended=text.has_ended,
                 num_end_tokens=len(rule.token_ids),
                 repetition_penalty=sampling.repetition_penalty,
+                num_counted=self._num_counted(reading.encoded),
             )
             with self._answering():
                 runner = self._runner(sampling.num_beams, self.model.config.get_text_config())
@@ -159,6 +163,12 @@ class LocalEngine:
         except LlavaError as error:
             return [Completion("", (), "error", error=str(error))] * sampling.n
         return [answer_of(ended, text, logprobs=sampling.logprobs) for ended in search.ended[: sampling.n]]
+
+    def _num_counted(self, prompt: Encoded) -> int:
+        """Tokens of a prompt, each image one of them, if they count as the length of a beam."""
+        if not self.beams_count_prompt:
+            return 0
+        return len(prompt.input_ids) - len(prompt.images) * (self.processor.num_image_tokens - 1)
 
     def score(self, conversations: Sequence[Prompt]) -> list[Score]:
         """Return how likely the model finds the answers in conversations.
