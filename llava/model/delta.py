@@ -19,21 +19,14 @@ import torch
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter, TensorEntry, TensorReader, open_tensors
+from llava.model.delta_names import partners
+from llava.model.names import is_buffer
+from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter, TensorReader, open_tensors
 from llava.model.whole_folder import copy_companions, new_folder
 from llava.utils.log import progress
 
 DELTA_FILE = "llava_delta.json"
 """What a delta was made from: fingerprint of the base, arithmetic, checksum of the result."""
-
-GROWN = ("model.embed_tokens.weight", "lm_head.weight")
-"""Tables that may be larger than the base's: rows of new words are stored as they are."""
-
-EXTRA_PREFIXES = ("model.mm_projector", "model.vision_tower", "model.image_newline", "model.vision_resampler")
-"""Tensors that a language model lacks; stored as they are."""
-
-ROTARY_SUFFIX = "rotary_emb.inv_freq"
-"""Computed from the configuration; old deltas hold differences of them (zeros), which would destroy the positions."""
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -55,17 +48,12 @@ class Writing:
     safe: bool = True
 
 
-def is_rotary(name: str) -> bool:
-    """A tensor of the rotary tables."""
-    return name.endswith(ROTARY_SUFFIX)
-
-
 def fingerprint(base: TensorReader) -> str:
     """Identity of a base: a hash of its vectors (norms) and of the first rows of one matrix, in float16."""
     digest = hashlib.sha256()
     matrix = next((name for name in sorted(base.names) if name.endswith("q_proj.weight")), None)
     for name in sorted(base.names):
-        if is_rotary(name) or not (len(base.entries[name].shape) == 1 or name == matrix):
+        if is_buffer(name) or not (len(base.entries[name].shape) == 1 or name == matrix):
             continue
         values = base.read(name)
         digest.update(name.encode())
@@ -73,50 +61,32 @@ def fingerprint(base: TensorReader) -> str:
     return digest.hexdigest()
 
 
-def check_names(changed: Mapping[str, TensorEntry], base: Mapping[str, TensorEntry], what: str) -> list[str]:
-    """The tensors to compute, in the order of the files.
-
-    Raises:
-        CheckpointError: a tensor belongs to neither, has another shape, or is missing.
-    """
-    names = [name for name in changed if not is_rotary(name)]
-    for name in names:
-        shape = changed[name].shape
-        if name not in base:
-            if not name.startswith(EXTRA_PREFIXES):
-                raise CheckpointError(
-                    f"{what} holds {name!r}, which the base lacks and which is no part that images need "
-                    f"({', '.join(EXTRA_PREFIXES)}); is this the base it was made from?"
-                )
-        elif shape != base[name].shape and not (name in GROWN and _covers(shape, base[name].shape)):
-            raise CheckpointError(
-                f"{name}: {what} has shape {list(shape)}, the base {list(base[name].shape)}; "
-                "the base is of another model size or family"
-            )
-    missing = [name for name in base if name not in changed and not is_rotary(name)]
-    if missing:
-        raise CheckpointError(
-            f"{what} lacks {len(missing)} tensors of the base, such as {missing[0]!r}; "
-            "a file is missing, or the base is another"
-        )
-    return names
-
-
-def _covers(larger: tuple[int, ...], smaller: tuple[int, ...]) -> bool:
-    return len(larger) == len(smaller) and all(own >= other for own, other in zip(larger, smaller, strict=True))
-
-
 def combine(changed: Tensor, base: Tensor | None, arithmetic: Arithmetic, dtype: torch.dtype) -> Tensor:
     """`arithmetic(changed, base)` on the block that both have; the rest of `changed` as it is."""
-    own = changed.to(dtype)
+    own = in_dtype(changed, dtype)
     if base is None:
         return own
-    other = base.to(dtype)
+    other = in_dtype(base, dtype)
     if own.shape == other.shape:
         return arithmetic(own, other)
     result = own.clone()
     block = tuple(slice(0, size) for size in other.shape)
     result[block] = arithmetic(own[block], other)
+    return result
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another type; whole numbers stay what they are.
+
+    Raises:
+        CheckpointError: values are beyond the type.
+    """
+    if tensor.dtype == dtype or not tensor.is_floating_point():
+        return tensor
+    result = tensor.to(dtype)
+    if not torch.isfinite(result).all() and torch.isfinite(tensor).all():
+        word = str(dtype).removeprefix("torch.")
+        raise CheckpointError(f"weights up to {float(tensor.abs().max()):.3g} are beyond {word}; use --dtype bfloat16")
     return result
 
 
@@ -148,10 +118,10 @@ def make(base: Path, target: Path, delta: Path, writing: Writing | None = None) 
     writing = writing or Writing()
     checksum = Checksum()
     with open_tensors(base) as old, open_tensors(target) as new, new_folder(delta) as folder:
-        names = check_names(new.entries, old.entries, str(target))
+        pairs = partners(new.entries, old.entries, str(target))
         with shard_writer(folder, writing) as writer:
-            for name in progress(names, title="delta", unit="tensor"):
-                known = old.read(name) if name in old.entries else None
+            for name, partner in progress(pairs.items(), title="delta", unit="tensor", total=len(pairs)):
+                known = None if partner is None else old.read(partner)
                 difference = combine(new.read(name), known, torch.sub, writing.dtype)
                 writer.add(name, difference)
                 checksum.add(name, combine(difference, known, torch.add, writing.dtype))
@@ -187,11 +157,11 @@ def apply(
     record = read_record(delta)
     checksum = Checksum() if verify else None
     with open_tensors(base) as old, open_tensors(delta) as new, new_folder(target) as folder:
-        names = check_names(new.entries, old.entries, str(delta))
+        pairs = partners(new.entries, old.entries, str(delta))
         _check_base(base, old, record)
         with shard_writer(folder, writing) as writer:
-            for name in progress(names, title="target", unit="tensor"):
-                known = old.read(name) if name in old.entries else None
+            for name, partner in progress(pairs.items(), title="target", unit="tensor", total=len(pairs)):
+                known = None if partner is None else old.read(partner)
                 result = combine(new.read(name), known, torch.add, writing.dtype)
                 writer.add(name, result)
                 if checksum is not None:

@@ -9,12 +9,20 @@ from pathlib import Path
 
 from llava.errors import CheckpointError
 from llava.model import delta
+from llava.model.layout import CONFIG_FILE, read_json
+from llava.model.names import is_buffer, projector_suffix
 from llava.model.shards import open_tensors
-from llava.model.whole_folder import copy_companions, new_folder
+from llava.model.whole_folder import copy_companions, new_folder, write_json
 from llava.utils.cli import Parser
 from llava.utils.log import progress
 
 GIGABYTE = 10**9
+
+UPGRADES = {
+    "llama": {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]},
+    "mistral": {"model_type": "llava_mistral", "architectures": ["LlavaMistralForCausalLM"]},
+}
+"""What early training wrote as a plain language model although there is a projector inside, by its type."""
 
 
 def _parser(prog: str, about: str, example: str) -> Parser:
@@ -60,11 +68,19 @@ def make_delta(argv: Sequence[str] | None = None) -> None:
     record = delta.make(args.base_model_path, args.target_model_path, args.delta_path, _writing(args))
     sys.stdout.write(f"{args.delta_path}: target - base, {args.dtype}, result sha256 {record['result_sha256']}\n")
     if args.hub_repo_id:
-        from huggingface_hub import HfApi
+        _upload(args.delta_path, args.hub_repo_id)
 
+
+def _upload(folder: Path, repo_id: str) -> None:
+    from huggingface_hub import HfApi
+
+    try:
         api = HfApi()
-        api.create_repo(args.hub_repo_id, exist_ok=True)
-        api.upload_folder(repo_id=args.hub_repo_id, folder_path=args.delta_path)
+        api.create_repo(repo_id, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder)
+    except Exception as error:  # the hub client raises many kinds; the folder is complete all the same
+        reason = str(error).strip().splitlines()[:1]
+        raise CheckpointError(f"{folder} is written but not uploaded to {repo_id}: {' '.join(reason)}") from error
 
 
 def consolidate(argv: Sequence[str] | None = None) -> None:
@@ -76,10 +92,18 @@ def consolidate(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     writing = _writing(args)
     with open_tensors(args.src) as source, new_folder(args.dst) as folder:
-        names = [name for name in source.names if not delta.is_rotary(name)]
+        names = [name for name in source.names if not is_buffer(name)]
         with delta.shard_writer(folder, writing) as writer:
             for name in progress(names, title="consolidate", unit="tensor"):
-                tensor = source.read(name)
-                writer.add(name, tensor.to(writing.dtype) if tensor.is_floating_point() else tensor)
+                writer.add(name, delta.in_dtype(source.read(name), writing.dtype))
         copy_companions(args.src, folder, dtype=writing.dtype)
+        _upgrade(folder, names)
     sys.stdout.write(f"{args.dst}: {len(names)} tensors, {args.dtype}\n")
+
+
+def _upgrade(folder: Path, names: Sequence[str]) -> None:
+    """Give an early configuration its right type: by what the weights are, and without asking as the original did."""
+    config = read_json(folder / CONFIG_FILE)
+    upgrade = UPGRADES.get(str(config.get("model_type")))
+    if upgrade is not None and any(projector_suffix(name) is not None for name in names):
+        write_json(folder / CONFIG_FILE, {**config, **upgrade})

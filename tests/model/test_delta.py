@@ -19,6 +19,7 @@ from llava.model.shards import ShardWriter, open_tensors
 
 WIDTH = 8
 FULL = Writing(torch.float32)
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 State = dict[str, Tensor]
 
 
@@ -62,7 +63,7 @@ def test_applying_gives_the_target(tmp_path: Path, base_rows: int, target_rows: 
     target = write(tmp_path / "target", wanted, max_shard_bytes=600)
     made = delta.make(base, target, tmp_path / "delta", FULL)
     stored = read(tmp_path / "delta")
-    for name in delta.GROWN:
+    for name in TABLES:
         assert torch.equal(stored[name][base_rows:], wanted[name][base_rows:])
         assert torch.equal(stored[name][:base_rows], wanted[name][:base_rows] - language_model(base_rows, 0)[name])
     assert all(torch.equal(stored[name], wanted[name]) for name in projector(kind))
