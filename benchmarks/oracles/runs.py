@@ -77,8 +77,9 @@ def _run_eval_batch(folder: Path, answers: Path, scratch: Path) -> dict[str, flo
     (scratch / "runs" / "vqa_rad").mkdir(parents=True)
     shutil.copy(answers, scratch / "runs" / "vqa_rad" / "x-test-answer-file.jsonl")
     words = ["--pred_file_parent_path", str(scratch / "runs"), "--target_test_type", "test-answer-file"]
+    words += ["--gt-root", str(folder.resolve()), "--num-resamples", FEW]  # before the folder changes
     with contextlib.chdir(scratch), contextlib.redirect_stdout(io.StringIO()):
-        run_eval_batch.main([*words, "--gt-root", str(folder.resolve()), "--num-resamples", FEW])
+        run_eval_batch.main(words)
     [row] = _rows(scratch / "eval_results_med_datasets.jsonl")
     return _figures(row["results"])
 
