@@ -47,8 +47,8 @@ def add_tokens(tokenizer: Any, layout: Layout) -> list[str]:
     wanted += [IMAGE_TOKEN] if layout.style == "placeholder" else []
     known = tokenizer.get_vocab()
     added = [token for token in wanted if token not in known]
-    if added:
-        tokenizer.add_tokens(added, special_tokens=True)
+    # Also those that are known: as plain words, which old files make of them, they would be spelled out inside a text.
+    tokenizer.add_tokens(wanted, special_tokens=True)
     return added
 
 
