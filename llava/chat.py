@@ -20,6 +20,7 @@ from PIL import Image
 from llava.constants import IMAGE_TOKEN
 from llava.data.images import load as load_image
 from llava.errors import DataError, LlavaError
+from llava.eval.model_options import DTYPES
 from llava.generation.protocol import Engine, Prompt, Sampling
 from llava.samples import Conversation, Turn
 from llava.utils.cli import Parser
@@ -107,7 +108,7 @@ def make_parser() -> Parser:
     parser.add_argument("--image", "--image-file", help="picture to talk about")
     parser.add_argument("--question", help="ask this one question, print the answer and end")
     parser.add_argument("--system", help="file with a system text to use in the place of the template's")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="precision of the weights")
     parser.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="4 and 8 need bitsandbytes")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from")

@@ -81,3 +81,10 @@ def test_errors_are_shown_and_leave_the_conversation_as_it_was() -> None:
 def test_both_spellings_of_the_options() -> None:
     args = make_parser().parse_args(["--model_path", "m", "--image-file", "i", "--max_new_tokens", "7"])
     assert (args.model, args.image, args.max_new_tokens) == ("m", "i", 7)
+
+
+@pytest.mark.parametrize("name", ["foo", "nn"])
+def test_an_unknown_precision_is_a_usage_error(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["--model", "m", "--dtype", name])
+    assert "bfloat16" in capsys.readouterr().err

@@ -15,13 +15,15 @@ from llava.generation.protocol import Engine, Sampling
 from llava.model.layout import CONFIG_FILE, OUR_TYPE, read_json
 from llava.utils.cli import Parser
 from llava.utils.jsonl import read_text
-from llava.utils.lookup import lookup
 
 logger = logging.getLogger(__name__)
 
 NO_EFFECT = ("mm_projector", "vision_tower")
 """Options of published commands that name parts the checkpoint now knows itself."""
 
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Names in torch of the precisions that weights can be loaded in."""
 
 PROCESSOR_FILE = "llava_processor.json"
 """Where a checkpoint names its template; see `llava.processing`."""
@@ -33,7 +35,7 @@ def add_model_options(parser: Parser) -> None:
     model.add_argument("--model", "--model-name", "--model-path", dest="model", required=True, help="checkpoint folder")
     model.add_argument("--model-base", help="base model of an adapter; default: the one it names")
     model.add_argument("--conv-mode", help="template to use instead of the checkpoint's own")
-    model.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    model.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="precision of the weights")
     model.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="4 and 8 need bitsandbytes")
     model.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator when there is one")
     model.add_argument("--mm-projector", help="no effect: the checkpoint knows its projector")
@@ -95,7 +97,7 @@ def open_engine(args: Namespace) -> Engine:
     from llava.model.loading import load
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype: Any = "auto" if args.dtype == "auto" else lookup(_dtypes(), args.dtype, "dtype")
+    dtype: Any = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
     loaded = load(
         args.model,
         base=args.model_base,
@@ -109,9 +111,3 @@ def open_engine(args: Namespace) -> Engine:
     if args.conv_mode:
         loaded.processor.use_template(args.conv_mode)
     return LocalEngine(loaded.model, loaded.processor)
-
-
-def _dtypes() -> dict[str, Any]:
-    import torch
-
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -63,6 +63,8 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if not self.model_name_or_path:
             raise ConfigError("--model_name_or_path is missing: a language model, or a folder that this package wrote")
+        if self.system_file is not None and not Path(self.system_file).is_file():
+            raise ConfigError(f"--system_file {self.system_file}: no such file; expected a text file")
         if self.bits != 16 and not self.lora_enable:
             raise ConfigError(f"--bits {self.bits} trains only with --lora_enable True: quantized weights do not train")
         if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
@@ -124,7 +126,7 @@ class LlavaTrainingArguments(TrainingArguments):
     early_stopping_patience: int = option(0, "stop after so many validations without a better one; 0: never")
     eval_answers: int = option(64, "held-out questions answered and scored at each validation; 0: loss only")
     dry_run: bool = option(False, "token table, memory, 20 real steps, predicted hours; writes no model")
-    log_row_ids: bool = option(False, "write the number of every trained row to row_ids.jsonl")
+    log_row_ids: bool = option(False, "write the number of every trained row to row_ids-RANK.jsonl (row_ids-0.jsonl)")
     evaluation_strategy: str | None = option(None, "old name of --eval_strategy")
     warmup_ratio: float | None = option(None, "old form of --warmup_steps below 1")
     fsdp_transformer_layer_cls_to_wrap: str | None = option(None, "old place of the same field in --fsdp_config")

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +19,43 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WITHOUT_EFFECT = ("lazy_preprocess", "is_multimodal", "mpt_attn_impl", "cache_dir", "force_fsdp", "lora_weight_path")
-"""Fields that old command lines set and that decide nothing here."""
+UNSUPPORTED: dict[str, str] = {
+    "label_smoothing_factor": "leave it out: the loss is the plain cross-entropy",
+    "data_seed": "leave it out: --seed decides the order of the rows too",
+    "dataloader_drop_last": "leave it out: every row is trained, in a short last step if need be",
+    "include_num_input_tokens_seen": "leave it out: metrics.jsonl counts the tokens",
+    "auto_find_batch_size": "",
+    "dataloader_in_order": "",
+    "dataloader_multiprocessing_context": "",
+    "dataloader_persistent_workers": "",
+    "dataloader_pin_memory": "",
+    "dataloader_prefetch_factor": "",
+    "torch_empty_cache_steps": "",
+    "cache_dir": "",
+    "force_fsdp": "",
+    "lazy_preprocess": "",
+    "is_multimodal": "",
+    "lora_weight_path": "",
+    "mpt_attn_impl": "",
+}
+"""Accepted fields that decide nothing here, and what to do instead of those whose loss would be promised or that would
+crash: these are refused. The others are named in one warning."""
+
+OFF_WORDS = ("no", "false")
+"""Words, in small letters, that ask a refused field for nothing."""
+
+CONFIG_FILES = ("deepspeed", "fsdp_config")
+"""Fields that hold the name of a JSON file, or JSON itself."""
 
 
 def settle(args: LlavaTrainingArguments) -> None:
-    """Translate old fields before transformers checks the new ones."""
+    """Translate old fields before transformers checks the new ones.
+
+    Raises:
+        ConfigError: two names of one field differ, or a field asks for what is not there.
+    """
+    _refuse_unsupported(args)
+    _check_values(args)
     if args.evaluation_strategy is not None:
         if args.eval_strategy not in ("no", args.evaluation_strategy):
             raise ConfigError(
@@ -51,8 +83,13 @@ def settle_validation(data: DataArguments, args: LlavaTrainingArguments) -> None
     """Validate after every epoch where held-out rows are given, and keep the best checkpoint where that is possible.
 
     Raises:
-        ConfigError: validation or early stopping is asked for without held-out rows.
+        ConfigError: validation or early stopping is asked for without held-out rows, or saving by a rule of its own.
     """
+    if args.save_strategy == "best":
+        raise ConfigError(
+            "--save_strategy best is not supported; expected no, steps or epoch. With --eval_data_path FILE and "
+            "--save_strategy epoch the best checkpoint is kept"
+        )
     if data.eval_data_path is None:
         if args.eval_strategy != "no" or args.early_stopping_patience:
             raise ConfigError("--eval_strategy and --early_stopping_patience need held-out rows: --eval_data_path FILE")
@@ -73,6 +110,25 @@ def settle_validation(data: DataArguments, args: LlavaTrainingArguments) -> None
         logger.info(
             "the best checkpoint is kept only with --save_strategy and --eval_strategy both epoch or both steps"
         )
+
+
+def _refuse_unsupported(args: LlavaTrainingArguments) -> None:
+    for name, advice in UNSUPPORTED.items():
+        if not advice:
+            continue
+        value = getattr(args, name)
+        is_default = value == getattr(type(args), name)
+        if not is_default and str(value).lower() not in OFF_WORDS:
+            raise ConfigError(f"--{name} {value} is not supported; {advice}")
+
+
+def _check_values(args: LlavaTrainingArguments) -> None:
+    if args.max_tokens_per_row < 1:
+        raise ConfigError(f"--max_tokens_per_row is {args.max_tokens_per_row}; expected at least 1 (default 8192)")
+    for name in CONFIG_FILES:
+        value = getattr(args, name)
+        if isinstance(value, str) and value and not value.lstrip().startswith("{") and not Path(value).is_file():
+            raise ConfigError(f"--{name} {value}: no such file; expected a JSON file")
 
 
 def _settle_device(args: LlavaTrainingArguments) -> None:
@@ -125,13 +181,30 @@ def use_one_gpu(args: LlavaTrainingArguments) -> None:
     args._n_gpu = 1
 
 
-def warn_without_effect(given: Sequence[Mapping[str, Any] | object], defaults: Sequence[object]) -> None:
-    """Name every accepted field that was set and has no effect, in one warning."""
+def warn_without_effect(
+    words: Sequence[str], given: Sequence[Mapping[str, Any] | object], defaults: Sequence[object]
+) -> None:
+    """Name every accepted field that was set and has no effect, in one warning.
+
+    Args:
+        words: the command line; transformers changes some fields by itself, and those nobody asked for.
+        given: the parsed groups.
+        defaults: what the fields of each are when nobody sets them.
+    """
     found = [
         f"--{name}"
         for values, standard in zip(given, defaults, strict=True)
-        for name in WITHOUT_EFFECT
-        if hasattr(values, name) and getattr(values, name) != getattr(standard, name, None)
+        for name, advice in UNSUPPORTED.items()
+        if not advice
+        and hasattr(values, name)
+        and getattr(values, name) != getattr(standard, name, None)
+        and _is_named(name, words)
     ]
     if found:
         logger.warning("accepted without effect: %s", ", ".join(found))
+
+
+def _is_named(name: str, words: Sequence[str]) -> bool:
+    """A word is the option, its beginning, or its `--no_` form."""
+    options = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
+    return any(f"--{form}{name}".startswith(option) for option in options for form in ("", "no_"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from transformers import HfArgumentParser
 
@@ -34,7 +34,7 @@ def parse(argv: Sequence[str] | None = None) -> Parsed:
         epilog=EXAMPLE,
     )
     words = [_underscored(word) for word in words]
-    *groups, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    *groups, unknown = _dataclasses(parser, words)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
@@ -42,9 +42,25 @@ def parse(argv: Sequence[str] | None = None) -> Parsed:
         raise ConfigError(f"not understood: {' '.join(unknown)}{hint} (--help lists every option)")
     model, data, training = cast(Parsed, tuple(groups))
     standard = (ModelArguments(model_name_or_path="x"), DataArguments(data_path="x"), LlavaTrainingArguments)
-    legacy_flags.warn_without_effect((model, data, training), standard)
+    legacy_flags.warn_without_effect(words, (model, data, training), standard)
     legacy_flags.settle_validation(data, training)
     return model, data, training
+
+
+def _dataclasses(parser: HfArgumentParser, words: list[str]) -> tuple[Any, ...]:
+    """The three groups and the words left over; what the library finds wrong is told in one line.
+
+    Raises:
+        ConfigError: a value cannot be used.
+    """
+    try:
+        return parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    except ConfigError:
+        raise
+    except (ValueError, ImportError, NotImplementedError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        what = lines[0] if lines else type(error).__name__
+        raise ConfigError(f"a training option cannot be used: {what} (--help lists every option)") from error
 
 
 def _underscored(word: str) -> str:

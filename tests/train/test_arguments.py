@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from llava.errors import ConfigError
 from llava.train import parsing
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
+from llava.train.callbacks import row_ids_file
 
 OUR_OPTIONS = """
 bits cache_dir calibrate_mm_projector data_path double_quant dry_run early_stopping_patience eval_answers
@@ -106,6 +107,27 @@ def test_flags_that_need_other_machines(tmp_path: Path, caplog: pytest.LogCaptur
     assert sum("metrics stay in metrics.jsonl" in line for line in lines) == 1
 
 
+def test_flags_of_the_library_that_do_nothing_are_named_in_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--auto_find_batch_size", "True", "--dataloader_pin_memory", "False", "--lazy_preprocess", "True"]
+    workers = ["--dataloader_num_workers", "1", "--dataloader_prefetch_factor", "4", "--dataloader_persistent_workers"]
+    with caplog.at_level(logging.WARNING):
+        parse(tmp_path, *words, *workers)
+    (line,) = [record.message for record in caplog.records if "without effect" in record.message]
+    for name in ("auto_find_batch_size", "pin_memory", "lazy_preprocess", "prefetch_factor", "persistent_workers"):
+        assert name in line
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        parse(tmp_path, "--include_num_input_tokens_seen", "no", "--dataloader_drop_last", "False")
+    assert not [record for record in caplog.records if "without effect" in record.message]
+
+
+def test_the_record_of_rows_is_called_what_it_is() -> None:
+    (log_row_ids,) = [part for part in fields(LlavaTrainingArguments) if part.name == "log_row_ids"]
+    assert row_ids_file(Path(), 0).name in log_row_ids.metadata["help"]
+
+
 def test_wandb_without_login_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -126,6 +148,16 @@ def test_wandb_without_login_is_offline(tmp_path: Path, monkeypatch: pytest.Monk
         (["--image_grouping", "maybe"], "expected on, off or auto"),
         (["--eval_strategy", "epoch"], "--eval_data_path"),
         (["--early_stopping_patience", "2"], "--eval_data_path"),
+        (["--label_smoothing_factor", "0.3"], "label_smoothing_factor 0.3 is not supported"),
+        (["--data_seed", "0"], "--data_seed 0 is not supported; .*--seed"),
+        (["--dataloader_drop_last", "True"], "--dataloader_drop_last True is not supported"),
+        (["--include_num_input_tokens_seen", "True"], "--include_num_input_tokens_seen True is not supported"),
+        (["--max_tokens_per_row", "0"], "--max_tokens_per_row is 0; expected at least 1"),
+        (["--system_file", "nope"], "--system_file nope: no such file"),
+        (["--deepspeed", "nope.json"], "--deepspeed nope.json: no such file"),
+        (["--logging_steps", "0"], "requires non-zero --logging_steps"),
+        (["--bf16", "--fp16"], "At most one of fp16 and bf16"),
+        (["--save_strategy", "best"], "--save_strategy best is not supported; expected no, steps or epoch"),
         (["--early_stopping_patience", "2", "--eval_data_path", "x", "--save_strategy", "no"], "both epoch"),
     ],
 )
