@@ -323,7 +323,7 @@ def test_the_model_keeps_its_mode_and_its_dropout_is_off(llama: Loaded) -> None:
 def test_what_is_not_possible_is_refused(llama: Loaded) -> None:
     engine = engine_of(llama)
     with pytest.raises(ConfigError, match="num_beams"):
-        engine.generate([ask("Beams?")], Sampling(num_beams=4))
+        engine.stream(ask("Beams?"), Sampling(num_beams=4))
     with pytest.raises(ConfigError, match="n=2"):
         engine.stream(ask("Two?"), Sampling(n=2))
     with pytest.raises(ConfigError, match="max_slots"):
