@@ -26,23 +26,32 @@ UPGRADES = {
 
 
 def _parser(prog: str, about: str, example: str) -> Parser:
-    parser = Parser(prog=f"python -m llava.model.{prog}", description=about, epilog=f"example: {example}")
-    parser.add_argument("--dtype", choices=list(delta.DTYPES), default="float16", help="of arithmetic and result")
+    parser = Parser(prog=prog, description=about, epilog=f"example: {example}")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest shard in gigabytes")
+    return parser
+
+
+def _delta_parser(prog: str, about: str, example: str) -> Parser:
+    parser = _parser(f"python -m llava.model.{prog}", about, example)
+    parser.add_argument("--dtype", choices=list(delta.DTYPES), default="float16", help="of arithmetic and result")
     parser.add_switch("--bin", help="write pytorch_model.bin files instead of safetensors")
     return parser
 
 
-def _writing(args: Namespace) -> delta.Writing:
+def _shard_bytes(args: Namespace) -> int:
     if args.max_shard_gb <= 0:
         raise CheckpointError(f"--max-shard-gb is {args.max_shard_gb}; expected a number above 0")
-    return delta.Writing(delta.DTYPES[args.dtype], int(args.max_shard_gb * GIGABYTE), safe=not args.bin)
+    return int(args.max_shard_gb * GIGABYTE)
+
+
+def _writing(args: Namespace) -> delta.Writing:
+    return delta.Writing(delta.DTYPES[args.dtype], _shard_bytes(args), safe=not args.bin)
 
 
 def apply_delta(argv: Sequence[str] | None = None) -> None:
     """Run `apply_delta`."""
     about = "Add a delta to the language model it was made from, tensor by tensor."
-    parser = _parser("apply_delta", about, "--base llama-7b --target llava-7b --delta llava-7b-delta")
+    parser = _delta_parser("apply_delta", about, "--base llama-7b --target llava-7b --delta llava-7b-delta")
     parser.add_argument("--base-model-path", type=Path, required=True, help="folder of the base")
     parser.add_argument("--target-model-path", type=Path, required=True, help="new folder")
     parser.add_argument("--delta-path", type=Path, required=True, help="folder of the delta")
@@ -59,7 +68,7 @@ def apply_delta(argv: Sequence[str] | None = None) -> None:
 def make_delta(argv: Sequence[str] | None = None) -> None:
     """Run `make_delta`."""
     about = "Write the difference of a model and its base, tensor by tensor."
-    parser = _parser("make_delta", about, "--base llama-7b --target llava-7b --delta llava-7b-delta")
+    parser = _delta_parser("make_delta", about, "--base llama-7b --target llava-7b --delta llava-7b-delta")
     parser.add_argument("--base-model-path", type=Path, required=True, help="folder of the base")
     parser.add_argument("--target-model-path", type=Path, required=True, help="folder of the model")
     parser.add_argument("--delta-path", type=Path, required=True, help="new folder")
@@ -86,7 +95,7 @@ def _upload(folder: Path, repo_id: str) -> None:
 def consolidate(argv: Sequence[str] | None = None) -> None:
     """Run `consolidate`."""
     about = "Write a checkpoint anew: one dtype, even shards, without rotary tables and leftovers of training."
-    parser = _parser("consolidate", about, "--src checkpoint-1000 --dst llava-7b")
+    parser = _delta_parser("consolidate", about, "--src checkpoint-1000 --dst llava-7b")
     parser.add_argument("--src", type=Path, required=True, help="folder of a model")
     parser.add_argument("--dst", type=Path, required=True, help="new folder")
     args = parser.parse_args(argv)
@@ -107,3 +116,29 @@ def _upgrade(folder: Path, names: Sequence[str]) -> None:
     upgrade = UPGRADES.get(str(config.get("model_type")))
     if upgrade is not None and any(projector_suffix(name) is not None for name in names):
         write_json(folder / CONFIG_FILE, {**config, **upgrade})
+
+
+def merge_lora_weights(argv: Sequence[str] | None = None) -> None:
+    """Run `merge_lora_weights`."""
+    about = "Add a LoRA adapter into the weights it was trained on and write a whole model, tensor by tensor."
+    example = "--model-path llava-rad --model-base vicuna-7b-v1.5 --save-model-path llava-rad-merged"
+    parser = _parser("python scripts/merge_lora_weights.py", about, example)
+    parser.add_argument("--model-path", required=True, help="folder of the adapter")
+    parser.add_argument("--model-base", help="what it was trained on: a language model; a tower for a tower's adapter")
+    parser.add_argument("--save-model-path", type=Path, required=True, help="new folder")
+    parser.add_switch("--include-vision-tower", help="put the vision tower and mm_projector.bin into the folder too")
+    parser.add_argument("--vision-tower", help="folder or hub name, instead of the one that the adapter names")
+    parser.add_argument("--lora-pretrain", help="the tower's own adapter, where it is not inside the folder")
+    args = parser.parse_args(argv)
+    from llava.model.foreign_options import ForeignOptions
+    from llava.model.lora_merging import merge_lora
+
+    merge_lora(
+        args.model_path,
+        args.model_base,
+        args.save_model_path,
+        options=ForeignOptions(vision_tower=args.vision_tower, tower_adapter=args.lora_pretrain),
+        include_tower=args.include_vision_tower,
+        max_shard_bytes=_shard_bytes(args),
+    )
+    sys.stdout.write(f"{args.save_model_path}: {args.model_path} merged\n")

@@ -178,7 +178,7 @@ def gather(layout: Layout, base: Layout | None, options: ForeignOptions) -> Gath
     tower, vision_config = _take_tower(state, layout, options)
     folder = options.tower_adapter or layout.tower_adapter
     if folder is not None:
-        adapters.append(read_lora(_tower_adapter_folder(Path(folder)), tower=True))
+        adapters.append(read_lora(tower_adapter_folder(Path(folder)), tower=True))
     return Gathered(state, adapters, tower, vision_config, buffers, state[EMBEDDINGS].shape[0])
 
 
@@ -217,12 +217,17 @@ def _take_projector(state: dict[str, Tensor], reader: Any, layout: Layout) -> No
         if suffix is not None:
             state[PROJECTOR + suffix] = tensor
         elif name.endswith("embed_tokens.weight"):
-            _take_rows(state, tensor, layout)
+            take_rows(state, tensor, layout)
         elif "lora_" not in name:
             raise CheckpointError(f"{layout.path}: {name} is neither of the projector nor of the embeddings")
 
 
-def _take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout) -> None:
+def take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout) -> None:
+    """Put embedding rows that were trained with a projector into embeddings and head, under our names.
+
+    Raises:
+        CheckpointError: they fit neither as a whole table nor as the two markers' rows.
+    """
     table = state[EMBEDDINGS]
     if rows.dim() != 2 or rows.shape[1] != table.shape[1]:
         raise CheckpointError(
@@ -261,8 +266,12 @@ def _take_tower(state: dict[str, Tensor], layout: Layout, options: ForeignOption
     return source, tower.config
 
 
-def _tower_adapter_folder(folder: Path) -> Path:
-    """The folder itself, or the one inside that holds a tower's adapter."""
+def tower_adapter_folder(folder: Path) -> Path:
+    """The folder itself, or the one inside that holds a tower's adapter.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     layout = sniff(folder)
     if layout.kind == "tower_adapter":
         return folder

@@ -117,15 +117,23 @@ def merged(state: Mapping[str, Tensor], adapters: list[LegacyLora]) -> Iterator[
     """
     for adapter in adapters:
         for layer in adapter.pairs:
-            weight = state.get(f"{layer}.weight")
-            update = adapter.update(layer)
-            if weight is None or weight.shape != update.shape:
-                got = "no such layer" if weight is None else f"{tuple(weight.shape)}"
-                raise CheckpointError(
-                    f"{adapter.folder}: the adapter does not fit: {layer} is {tuple(update.shape)} there, in the model "
-                    f"{got}; give the base it was trained on with --model-base"
-                )
-            yield f"{layer}.weight", (weight.float() + update).to(weight.dtype)
+            yield f"{layer}.weight", with_update(adapter, layer, state.get(f"{layer}.weight"))
+
+
+def with_update(adapter: LegacyLora, layer: str, weight: Tensor | None) -> Tensor:
+    """One weight with what an adapter adds to it.
+
+    Raises:
+        CheckpointError: the model has no such layer, or of another size.
+    """
+    update = adapter.update(layer)
+    if weight is None or weight.shape != update.shape:
+        got = "no such layer" if weight is None else f"{tuple(weight.shape)}"
+        raise CheckpointError(
+            f"{adapter.folder}: the adapter does not fit: {layer} is {tuple(update.shape)} there, in the model "
+            f"{got}; give the base it was trained on with --model-base"
+        )
+    return (weight.float() + update).to(weight.dtype)
 
 
 def peft_parts(adapters: list[LegacyLora]) -> tuple[LoraConfig, dict[str, Tensor]]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 COMPANIONS = (".json", ".model", ".txt", ".jinja")
 """Configuration, tokenizer and template files."""
 
-LEFT_BEHIND = ("trainer_state.json", "training_args.json", "llava_delta.json", "metrics.jsonl")
+LEFT_BEHIND = ("trainer_state.json", "adapter_config.json", "training_args.json", "llava_delta.json", "metrics.jsonl")
 DTYPE_KEYS = ("torch_dtype", "dtype")
 
 TOWER_KEYS = ("mm_vision_tower", "mm_vision_tower_config", "mm_vision_tower_checkpoint")
