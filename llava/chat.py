@@ -17,10 +17,9 @@ from typing import TextIO
 
 from PIL import Image
 
-from llava.constants import IMAGE_TOKEN
+from llava.constants import DTYPES, IMAGE_TOKEN
 from llava.data.images import load as load_image
 from llava.errors import DataError, LlavaError
-from llava.eval.model_options import DTYPES
 from llava.generation.protocol import Engine, Prompt, Sampling
 from llava.samples import Conversation, Turn
 from llava.utils.cli import Parser

@@ -15,3 +15,6 @@ IM_END_TOKEN = "<im_end>"
 
 TREE_ATTENTION = "llava_tree"
 """Name under which the tree attention is registered with transformers' `AttentionInterface`."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Names in torch of the precisions that weights can be loaded in."""

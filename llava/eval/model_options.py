@@ -11,6 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from llava.constants import DTYPES
 from llava.generation.protocol import Engine, Sampling
 from llava.model.layout import CONFIG_FILE, OUR_TYPE, read_json
 from llava.utils.cli import Parser
@@ -21,9 +22,6 @@ logger = logging.getLogger(__name__)
 NO_EFFECT = ("mm_projector", "vision_tower")
 """Options of published commands that name parts the checkpoint now knows itself."""
 
-
-DTYPES = ("float32", "bfloat16", "float16")
-"""Names in torch of the precisions that weights can be loaded in."""
 
 PROCESSOR_FILE = "llava_processor.json"
 """Where a checkpoint names its template; see `llava.processing`."""
@@ -44,6 +42,7 @@ def add_model_options(parser: Parser) -> None:
     choice.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     choice.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from")
     choice.add_argument("--num-beams", type=int, default=1, help="beam search when above 1")
+    choice.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: used tokens are less likely")
     choice.add_argument("--max-new-tokens", type=int, default=None, help="longest answer")
     choice.add_argument("--seed", type=int, default=0, help="of sampling and of the intervals' resampling")
 
@@ -55,6 +54,7 @@ def sampling_of(args: Namespace, *, max_new_tokens: int) -> Sampling:
         temperature=args.temperature,
         top_p=args.top_p,
         num_beams=args.num_beams,
+        repetition_penalty=args.repetition_penalty,
         seed=args.seed if args.temperature > 0 else None,
     )
 

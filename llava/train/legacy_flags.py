@@ -23,7 +23,7 @@ UNSUPPORTED: dict[str, str] = {
     "label_smoothing_factor": "leave it out: the loss is the plain cross-entropy",
     "data_seed": "leave it out: --seed decides the order of the rows too",
     "dataloader_drop_last": "leave it out: every row is trained, in a short last step if need be",
-    "include_num_input_tokens_seen": "leave it out: metrics.jsonl counts the tokens",
+    "include_num_input_tokens_seen": "leave it out: metrics.jsonl holds the tokens per second",
     "auto_find_batch_size": "",
     "dataloader_in_order": "",
     "dataloader_multiprocessing_context": "",
