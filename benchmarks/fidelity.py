@@ -1,6 +1,6 @@
 """How far this package is from what the original projects computed: one line per recorded quantity.
 
-    python -m benchmarks.fidelity --oracles DIR
+    python -m benchmarks.fidelity --oracles DIR [--compat LIST]
 
 What a folder holds is found by its files: each kind of file has its check. A line says folder, quantity, largest
 difference, `ok`, `FAIL` or `skipped` with the reason. The exit status is 1 if a line fails, or says no reason.
@@ -18,6 +18,7 @@ import torch
 from benchmarks.common import say
 from benchmarks.oracles import answers, numbers, pictures, runs, texts
 from benchmarks.oracles.folder import Line, Oracle
+from llava.compat import COMPAT, parse_names, table
 from llava.errors import ConfigError
 from llava.utils.cli import Parser, run_program
 
@@ -54,9 +55,9 @@ INPUTS = ("data.json", "train.json", "pretrain.json", "forward_meta.json")
 NUMBERS = (".npz", ".json")
 
 
-def checked(folder: Path) -> Iterator[Line]:
-    """Compare everything that a folder recorded."""
-    oracle = Oracle(folder)
+def checked(folder: Path, compat: frozenset[str]) -> Iterator[Line]:
+    """Compare everything that a folder recorded; names of `compat` may explain a number."""
+    oracle = Oracle(folder, compat)
     for name in sorted(path.name for path in folder.iterdir() if path.suffix in NUMBERS):
         if name in CHECKS:
             yield from _safely(CHECKS[name], oracle, name)
@@ -75,7 +76,7 @@ def _safely(check: Check, oracle: Oracle, name: str) -> Iterator[Line]:
         yield Line(name, None, "FAIL", f"{type(error).__name__}: {first}")
 
 
-def report(root: Path) -> int:
+def report(root: Path, compat: frozenset[str] = frozenset(COMPAT)) -> int:
     """Print every line of every folder below `root`, or of `root` itself; return the exit status.
 
     Raises:
@@ -87,7 +88,7 @@ def report(root: Path) -> int:
     counts = {"ok": 0, "FAIL": 0, "skipped": 0}
     unexplained = 0
     for folder in folders:
-        for line in checked(folder):
+        for line in checked(folder, compat):
             counts[line.status] += 1
             unexplained += line.status == "skipped" and not line.note
             figure = "-" if line.difference is None else f"{line.difference:.1e}"
@@ -104,12 +105,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = Parser(description="Compare this package with recorded numbers of the original projects.")
     parser.add_argument("--oracles", type=Path, required=True, help="folder of folders of recorded numbers")
+    parser.add_argument("--compat", default="all", help="what may explain a number: names, `all`, `none`, or `list`")
     args = parser.parse_args(argv)
+    if args.compat == "list":
+        say(table())
+        return
     if not args.oracles.is_dir():
         raise ConfigError(f"--oracles {args.oracles} is no folder")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    sys.exit(report(args.oracles))
+    sys.exit(report(args.oracles, parse_names(args.compat)))
 
 
 if __name__ == "__main__":

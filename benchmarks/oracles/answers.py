@@ -41,7 +41,7 @@ def generation(oracle: Oracle) -> Iterator[Line]:
     for (checkpoint, mode), cases in groups.items():
         folder = oracle.model(checkpoint or None)
         loaded = loaded_from(oracle.path, str(folder.relative_to(oracle.path)))
-        engine = _engine(loaded, folder)
+        engine = _engine(loaded, folder, oracle.compat)
         usual = loaded.processor.template.name, loaded.processor.system
         wrong, close, read = [], 0, 0
         for case in cases:
@@ -80,11 +80,11 @@ class RecordedReader(PromptReader):
         return Reading(encoded, pictures)
 
 
-def _engine(loaded: Loaded, folder: Path) -> LocalEngine:
+def _engine(loaded: Loaded, folder: Path, compat: frozenset[str]) -> LocalEngine:
     engine = LocalEngine(loaded.model, loaded.processor, max_tokens=MAX_TOKENS)
     reader = RecordedReader(loaded.processor, max_tokens=MAX_TOKENS)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    reader.longest = config.get("tokenizer_model_max_length")
+    reader.longest = config.get("tokenizer_model_max_length") if "cut_prompt" in compat else None
     engine.reader = engine.scheduler.reader = reader
     return engine
 
@@ -100,7 +100,7 @@ def _answer(oracle: Oracle, engine: LocalEngine, case: dict[str, Any]) -> Comple
     ours = engine.reader.read(prompt).encoded.input_ids
     if list(ours) != expanded(processor, case["input_ids"])[: len(ours)]:
         return None
-    engine.beams_count_prompt = _holds_prompt(case)
+    engine.beams_count_prompt = "beams_count_prompt" in oracle.compat and _holds_prompt(case)
     return engine.generate([prompt], _sampling(case))[0][0]
 
 

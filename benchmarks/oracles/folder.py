@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from llava.compat import COMPAT
 from llava.model.building import Loaded
 from llava.model.loading import load
 
@@ -71,9 +72,15 @@ class Differences:
 
 @dataclass
 class Oracle:
-    """A folder of recorded numbers."""
+    """A folder of recorded numbers.
+
+    Attributes:
+        path: where it is.
+        compat: what may explain a recorded number, see `llava.compat`.
+    """
 
     path: Path
+    compat: frozenset[str] = frozenset(COMPAT)
     _json: dict[str, Any] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:

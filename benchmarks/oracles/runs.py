@@ -30,8 +30,9 @@ def trajectories(oracle: Oracle) -> Iterator[Line]:
             yield Line(f"training {run}", None, "skipped", reason)
             continue
         with TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-            found = replay(oracle.path, run, Path(scratch))
-        note = f"{len(found.losses)} micro-batches, loss_normalization micro_batches"
+            normalization = "micro_batches" if "micro_batch_loss" in oracle.compat else "tokens"
+            found = replay(oracle.path, run, Path(scratch), loss_normalization=normalization)
+        note = f"{len(found.losses)} micro-batches, losses by {normalization}"
         yield within(f"training losses {run}", found.loss_difference, LOSS_TOLERANCE, note)
         worst = max(found.weights.values(), default=float("nan"))
         yield within(f"trained weights {run}", worst, LOSS_TOLERANCE, f"{len(found.weights)} weights")

@@ -148,6 +148,13 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
+    def add(self, what: str | None, where: str, allowed: frozenset[str]) -> None:
+        """Count a row that is `equal...`, or explained by a name of `llava.compat`; all others are wrong."""
+        if what is not None and (what.startswith("equal") or what in allowed):
+            self.counts[what] += 1
+        else:
+            self.wrong.append(f"{where} ({what})" if what else where)
+
     def line(self, quantity: str) -> Line:
         """The line of the report."""
         note = ", ".join(f"{count} {what}" for what, count in self.counts.items()) + _list("; differ", self.wrong)
@@ -178,45 +185,37 @@ def _compare(oracle: Oracle, variant: Variant, template: str) -> tuple[Tally, Ta
     for row, recorded in variant.rows.items():
         where = f"{variant.words}/{row}"
         if "error" in recorded:
-            ids.counts["refused by the original (ours trains the answers)"] += 1
+            ids.add("refused_rows", where, oracle.compat)
             continue
         sample = from_row(oracle.rows[row])
         if is_v0(processor) and len(oracle.rows[row]["conversations"]) > len(sample.conversation.turns):
-            ids.counts["with an answer before the first question (ours leaves it out)"] += 1
+            ids.add("first_answer", where, oracle.compat)
             continue
         mine = _encoded(sample, processor)
-        if mine is None:
-            ids.wrong.append(where)
-            continue
-        ours, trained = mine
         length = len(recorded["input_ids"])
-        if ours[:length] != recorded["input_ids"]:
-            how = _other_ids(ours, recorded["input_ids"], sample, processor)
-            ids.wrong += [] if how else [where]
-            ids.counts[how] += bool(how)
+        if mine is None or mine[0][:length] != recorded["input_ids"]:
+            how = None if mine is None else _other_ids(mine[0], recorded["input_ids"], sample, processor)
+            ids.add(how, where, oracle.compat)
             continue
-        ids.counts["equal" if len(ours) == length else f"equal, cut there at {length}"] += 1
-        what = _labels(ours[:length], trained[:length], recorded, (sample.conversation, processor))
-        if what is None:
-            labels.wrong.append(where)
-        else:
-            labels.counts[what] += 1
+        ids.add("equal" if len(mine[0]) == length else f"equal, cut there at {length}", where, oracle.compat)
+        ours, trained = mine[0][:length], mine[1][:length]
+        labels.add(_labels(ours, trained, recorded, (sample.conversation, processor)), where, oracle.compat)
     return ids, labels
 
 
-def _other_ids(ours: list[int], theirs: list[int], sample: Any, processor: LlavaMedProcessor) -> str:
-    """Why recorded ids are others than ours; empty where nothing explains it."""
+def _other_ids(ours: list[int], theirs: list[int], sample: Any, processor: LlavaMedProcessor) -> str | None:
+    """Why recorded ids are others than ours, by the name in `llava.compat`; None where nothing explains it."""
     mine, recorded = _spelled(ours, processor), _spelled(theirs, processor)
     is_cut = mine.startswith(recorded) and str(processor.tokenizer.eos_token) in recorded and not sample.images
     if mine == recorded or is_cut:
-        return "with end marks spelled in characters (text compared, labels not)"
+        return "spelled_end_marks"
     if processor.use_im_start_end:
         processor.use_im_start_end = False
         without = _encoded(sample, processor)
         processor.use_im_start_end = True
         if without is not None and without[0] == theirs:
-            return "equal but for the markers, which the original throws away"
-    return ""
+            return "dropped_markers"
+    return None
 
 
 def _labels(
@@ -227,16 +226,12 @@ def _labels(
     if trained == theirs:
         return "equal"
     if is_v0(source[1]):
-        return "equal when counted as there" if _counted(ours, source) == theirs else None
+        return "counted_labels" if counted_v0(ours, *source) == theirs else None
     if recorded.get("mismatch_warning") and set(theirs) == {IGNORE_INDEX}:
-        return "ignored by the original after a warning (ours trains the answers)"
+        return "ignored_rows"
     if "<|im_end|>" in source[1].template.stops and is_shifted(trained, theirs):
-        return "one token off there (the count of a turn drifts)"
+        return "shifted_labels"
     return None
-
-
-def _counted(ours: list[int], source: tuple[Conversation, LlavaMedProcessor]) -> list[int]:
-    return counted_v0(ours, *source)
 
 
 def _encoded(sample: Any, processor: LlavaMedProcessor) -> tuple[list[int], list[int]] | None:

@@ -1,0 +1,98 @@
+"""Where the original projects are wrong: what they do, and the names under which their recorded numbers are matched.
+
+By default this package does the right thing. `benchmarks.fidelity --compat LIST` says which of these may explain a
+recorded number; those with a switch can be had in the package itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llava.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Compat:
+    """One such case.
+
+    Attributes:
+        original: what the original does.
+        spec: where the specifications say so.
+        switch: what turns it on here; empty where only the comparison knows it.
+    """
+
+    original: str
+    spec: str
+    switch: str = ""
+
+
+COMPAT: dict[str, Compat] = {
+    "micro_batch_loss": Compat(
+        "the loss of a step is the mean of its micro-batches' means, whatever the number of their trained tokens",
+        "recorded runs",
+        "--loss_normalization micro_batches",
+    ),
+    "cut_before_images": Compat(
+        "a row is cut to the maximum length before images are put in: each image counts as one token",
+        "llava-med 1.8",
+        "--image_counts_as_one",
+    ),
+    "beams_count_prompt": Compat(
+        "the score of a beam is divided by the length of prompt and answer (transformers before 4.36)",
+        "recorded generations",
+        "LocalEngine.beams_count_prompt",
+    ),
+    "cut_prompt": Compat(
+        "a prompt with images is cut to the training length when it is answered, and its question is lost",
+        "llava-med 1.7, step 6",
+    ),
+    "counted_labels": Compat(
+        "the mask of the ### form counts the tokens of each turn tokenized alone; the count drifts into the text",
+        "llava-med 2.5",
+    ),
+    "shifted_labels": Compat(
+        "ChatML turns are counted one token off: the line end before an answer is trained, its end mark is not",
+        "llava-med 2.5",
+    ),
+    "ignored_rows": Compat(
+        "a row whose counted tokens differ from its tokens is ignored as a whole, with a warning", "llava-med 2.5"
+    ),
+    "refused_rows": Compat(
+        "the plain template raises for other rows than one question with one answer", "llava-med 2.5"
+    ),
+    "dropped_markers": Compat("the plain template throws the markers around an image away", "llava-med 2.5"),
+    "first_answer": Compat(
+        "the ### form keeps an answer that stands before the first question, under the question's role",
+        "llava-med 2.5",
+    ),
+    "spelled_end_marks": Compat(
+        "an end mark inside a text is tokenized as characters (the slow tokenizer of transformers 4.31)",
+        "recorded rows",
+    ),
+    "random_padding": Compat(
+        "the offset of a padded picture is drawn from two neighbouring integers, in answering too", "llava-med 1.5"
+    ),
+}
+"""Every case, by name."""
+
+
+def parse_names(text: str) -> frozenset[str]:
+    """Read a list of names: separated by commas, or `all`, or `none`.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    if text in ("all", "none"):
+        return frozenset(COMPAT) if text == "all" else frozenset()
+    names = frozenset(name.strip() for name in text.split(",") if name.strip())
+    if unknown := sorted(names - set(COMPAT)):
+        raise ConfigError(f"unknown compatibility name {', '.join(unknown)}; known: {', '.join(COMPAT)}, all, none")
+    return names
+
+
+def table() -> str:
+    """The cases as text, one a line: name, what the original does, where it is specified, switch."""
+    return "\n".join(
+        f"{name:20} {case.original} [{case.spec}]{f' ({case.switch})' if case.switch else ''}"
+        for name, case in COMPAT.items()
+    )
