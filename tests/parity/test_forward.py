@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
-from llava.model.building import Loaded
+from benchmarks.oracles.folder import Oracle, loaded_from
+from benchmarks.oracles.numbers import row_logits
 from llava.model.loading import load
 
-IMAGE_MARK = -200
 TOLERANCE = 1e-4
 
 
@@ -52,29 +50,8 @@ ADAPTERS = (
 CASES = [(recorded, batch) for recorded in RECORDED for batch in recorded.batches]
 
 
-@cache
-def loaded_from(oracle: Path, folder: str, base: str | None = None) -> Loaded:
-    """A checkpoint of an oracle; towers and bases are named relative to the oracle's folder."""
-    name = json.loads((oracle / folder / "config.json").read_text())
-    parts: dict[str, Any] = {"vision_tower": str(oracle / name["mm_vision_tower"])}
-    if name.get("mm_vision_tower_config"):
-        parts["vision_tower_config"] = str(oracle / name["mm_vision_tower_config"])
-        parts["vision_tower_checkpoint"] = str(oracle / name["mm_vision_tower_checkpoint"])
-    return load(oracle / folder, base=None if base is None else str(oracle / base), dtype=torch.float32, **parts)
-
-
 def pictures(oracle: Path, row: str) -> list[Image.Image]:
-    record = next(record for record in json.loads((oracle / "data.json").read_text()) if record["id"] == row)
-    return [Image.open(oracle / "images" / record["image"]).convert("RGB")] if "image" in record else []
-
-
-def row_logits(loaded: Loaded, ids: np.ndarray, pixels: Tensor) -> Tensor:
-    """Logits [T, V] of one row of recorded ids; our place holder, which the original has not, is left out."""
-    num, token = loaded.processor.num_image_tokens, loaded.processor.image_token_id
-    row = [expanded for i in ids for expanded in ([token] * num if i == IMAGE_MARK else [int(i)])]
-    images = {"pixel_values": pixels} if token in row else {}
-    with torch.no_grad():
-        return loaded.model(input_ids=torch.tensor([row]), **images).logits[0]
+    return Oracle(oracle).pictures(row)
 
 
 def largest_difference(recorded: Recorded, batch: str, oracle: Path, *, ids_of: str | None = None) -> tuple[float, int]:

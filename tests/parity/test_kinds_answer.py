@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.oracles.folder import loaded_from
 from llava.generation.local import LocalEngine
 from llava.generation.protocol import Completion, Prompt, Sampling
 from llava.samples import Conversation, Turn
-from tests.parity.test_forward import RECORDED, Recorded, loaded_from
+from tests.parity.test_forward import RECORDED, Recorded
 
 SAMPLING = Sampling(max_new_tokens=12)
 LONG = "Lobe axial resonance no radiograph impression cardiac in lower histology cells left large. "

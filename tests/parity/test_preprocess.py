@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
+from benchmarks.oracles.published import counted_v0
+from benchmarks.oracles.texts import text_processor as oracle_processor
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llava.conversation import Segment, get_template
-from llava.data.encode import encode, place_images, tokenize_segments
+from llava.data.encode import encode, tokenize_segments
 from llava.processing import LlavaMedProcessor
 from llava.samples import Conversation, Sample, Turn, from_row
 from tests.text_tools import make_processor, talk, trained_text
@@ -46,12 +47,6 @@ def read_samples(folder: Path) -> dict[str, Sample]:
     return {row["id"]: from_row(row) for row in load_json(folder / "data.json")}
 
 
-def oracle_processor(folder: Path, template: str, *, added: tuple[str, ...] = (), **settings: Any) -> LlavaMedProcessor:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([*added, *([] if "<im_patch>" in added else [IMAGE_TOKEN])], special_tokens=True)
-    return LlavaMedProcessor(tokenizer, None, **{"template": template, "num_image_tokens": 1, **settings})
-
-
 def ids_and_labels(conversation: Conversation, processor: LlavaMedProcessor) -> tuple[list[int], list[int]]:
     """Ours in the oracle's notation: -200 for an image of one token."""
     num_images = sum(turn.text.count(IMAGE_TOKEN) for turn in conversation.turns)
@@ -61,30 +56,8 @@ def ids_and_labels(conversation: Conversation, processor: LlavaMedProcessor) -> 
 
 
 def published_v0(conversation: Conversation, processor: LlavaMedProcessor) -> list[int]:
-    """Labels by the published arithmetic of the `###` form: every turn tokenized alone, its tokens counted."""
-    ids, _ = ids_and_labels(conversation, processor)
-    form, template = processor.template.form, processor.template
-    turns = place_images(conversation, processor).turns
-    alone: list[str] = [form.system.replace("{}", template.system)]
-    for turn in turns:
-        text = turn.text.replace(IMAGE_TOKEN, IMAGE_TOKEN.join(template.image_wrap))
-        frame = form.human if turn.role == "human" else form.gpt
-        alone.append("".join(part for part, _ in frame).replace("{}", text))
-    counts = [count_alone(text, processor) for text in alone]
-    labels = list(ids)
-    labels[: counts[0]] = [IGNORE_INDEX] * counts[0]
-    cursor = counts[0]
-    for turn, count in zip(turns, counts[1:], strict=True):
-        if turn.role == "human":
-            stop = min(cursor + count, len(labels))
-            labels[cursor + 2 : stop] = [IGNORE_INDEX] * (stop - cursor - 2)
-        cursor += count
-    return labels
-
-
-def count_alone(text: str, processor: LlavaMedProcessor) -> int:
-    """Number of ids of a text tokenized alone, begin of text included."""
-    return len(tokenize_segments([Segment(text, False, 0)], processor).ids)
+    """Labels by the published arithmetic of the `###` form."""
+    return counted_v0(ids_and_labels(conversation, processor)[0], conversation, processor)
 
 
 def expected_trained(template: str, conversation: Conversation) -> str:
