@@ -150,8 +150,8 @@ def _refuse_another_run(path: Path, before: dict[str, Any], now: dict[str, Any])
         return plain | {f"--{name}": value for name, value in facts.get("options", {}).items()}
 
     earlier, current = flat(before), flat(now)
-    for name in earlier.keys() & current.keys():
-        if earlier[name] != current[name]:
+    for name in earlier:  # models and data come before options, so the cause is named and not what follows from it
+        if name in current and earlier[name] != current[name]:
             raise ConfigError(
                 f"{path} cannot be resumed: its run had {name} {earlier[name]!r}, this one {current[name]!r}; "
                 "change it back, choose another --output_dir, or start anew with --overwrite_output_dir"
