@@ -23,6 +23,7 @@ from llava.errors import DataError, LlavaError
 from llava.generation.protocol import Engine, Prompt, Sampling
 from llava.samples import Conversation, Turn
 from llava.utils.cli import Parser
+from llava.utils.jsonl import read_text
 
 HELP = """\
 Ask a question and press enter. Commands:
@@ -104,10 +105,12 @@ def make_parser() -> Parser:
     parser.add_argument("--model", "--model-path", required=True, help="checkpoint folder")
     parser.add_argument("--model-base", help="base model of an adapter; default: the one it names")
     parser.add_argument("--vision-tower", help="tower of a checkpoint in another layout; ours know theirs")
+    parser.add_argument("--conv-mode", help="template to use instead of the checkpoint's own")
     parser.add_argument("--image", "--image-file", help="picture to talk about")
     parser.add_argument("--question", help="ask this one question, print the answer and end")
     parser.add_argument("--system", help="file with a system text to use in the place of the template's")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="precision of the weights")
+    parser.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator when there is one")
     parser.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="4 and 8 need bitsandbytes")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from")
@@ -117,21 +120,23 @@ def make_parser() -> Parser:
 
 
 def open_engine(args: Namespace) -> Engine:
-    """Load the model and return its engine.
+    """Load the model that the options name and return its engine.
 
     Raises:
         CheckpointError: the folder cannot be loaded.
+        ConfigError: the template is unknown.
     """
-    import torch
+    from llava.generation import opening
 
-    from llava.generation.local import LocalEngine
-    from llava.model.loading import load
-
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tower = {"vision_tower": args.vision_tower} if args.vision_tower else {}
-    loaded = load(args.model, base=args.model_base, dtype=dtype, device_map=device, bits=args.bits, **tower)
-    return LocalEngine(loaded.model, loaded.processor)
+    return opening.open_engine(
+        args.model,
+        base=args.model_base,
+        dtype=args.dtype,
+        device=args.device,
+        bits=args.bits,
+        vision_tower=args.vision_tower,
+        template=args.conv_mode,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -144,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed if args.temperature > 0 else None,
     )
     image = None if args.image is None else load_image(args.image)
-    system = None if args.system is None else Path(args.system).read_text(encoding="utf-8").strip()
+    system = None if args.system is None else read_text(args.system).strip()
     chat = Chat(open_engine(args), sampling, image, system)
     if args.question is not None:
         chat.ask(args.question, sys.stdout)

@@ -14,6 +14,7 @@ Some originals evaluate with another text than they trained on (v0: `S###Human: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llava.constants import IMAGE_TOKEN
@@ -125,14 +126,25 @@ class Template:
 
     def parse(self, text: str) -> str:
         """Return the answer in generated text: repeated role headers off the front, cut at the first stop string."""
-        text = text.strip()
-        while True:
-            echo = next((echo for echo in self.echoes if text.startswith(echo)), None)
-            if echo is None:
-                break
-            text = text[len(echo) :].lstrip()
-        ends = [position for stop in self.stops if (position := text.find(stop)) >= 0]
-        return text[: min(ends, default=len(text))].strip()
+        start = answer_start(text, self.echoes)
+        return text[start : first_stop(text, self.stops, start=start)].strip()
+
+
+def answer_start(text: str, echoes: Sequence[str]) -> int:
+    """Return where the answer in generated text begins: behind white space and repeated role headers."""
+    start = _behind_space(text, 0)
+    while (echo := next((echo for echo in echoes if text.startswith(echo, start)), None)) is not None:
+        start = _behind_space(text, start + len(echo))
+    return start
+
+
+def first_stop(text: str, stops: Sequence[str], *, start: int) -> int | None:
+    """Return where the first stop string from `start` on begins; None without one."""
+    return min((place for stop in stops if (place := text.find(stop, start)) >= 0), default=None)
+
+
+def _behind_space(text: str, start: int) -> int:
+    return len(text) - len(text[start:].lstrip())
 
 
 def _open(template: Template, form: Form, conversation: Conversation) -> list[Segment]:

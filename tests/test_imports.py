@@ -17,6 +17,7 @@ LEVELS: dict[str, int] = {
     "constants": 0,
     "errors": 0,
     "utils": 0,
+    "answer_types": 1,
     "samples": 1,
     "conversation": 1,
     "system_texts": 1,

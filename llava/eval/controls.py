@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llava.answer_types import is_closed
 from llava.errors import DataError
 from llava.eval.estimates import Draws, Score
-from llava.eval.medvqa.items import Item, is_closed
+from llava.eval.medvqa.items import Item
 from llava.eval.medvqa.normalize import normalize
 from llava.eval.medvqa.strict import strict_scores
 from llava.samples import Sample

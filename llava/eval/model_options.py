@@ -9,7 +9,6 @@ import json
 import logging
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from llava.constants import DTYPES
 from llava.generation.protocol import Engine, Sampling
@@ -85,29 +84,20 @@ def template_of(args: Namespace) -> str | None:
 
 
 def open_engine(args: Namespace) -> Engine:
-    """Load the model and return its engine.
+    """Load the model that the options name and return its engine.
 
     Raises:
         CheckpointError: the folder cannot be loaded.
         ConfigError: the template is unknown.
     """
-    import torch
+    from llava.generation import opening
 
-    from llava.generation.local import LocalEngine
-    from llava.model.loading import load
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype: Any = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
-    loaded = load(
+    return opening.open_engine(
         args.model,
         base=args.model_base,
-        dtype=dtype,
-        device_map=None if device == "cpu" else device,
+        dtype=args.dtype,
+        device=args.device,
         bits=args.bits,
-        **({"vision_tower": args.vision_tower} if args.vision_tower else {}),
+        vision_tower=args.vision_tower,
+        template=args.conv_mode,
     )
-    if args.bits == 16:
-        torch.nn.Module.to(loaded.model, device)
-    if args.conv_mode:
-        loaded.processor.use_template(args.conv_mode)
-    return LocalEngine(loaded.model, loaded.processor)

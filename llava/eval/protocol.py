@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llava.answer_types import is_closed
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError
-from llava.eval.medvqa.items import is_closed
 from llava.samples import Conversation, Sample, Turn
 
 PromptForm = Literal["raw", "tagged", "plain"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from llava.conversation import answer_start, first_stop
 from llava.generation.protocol import Sampling
 from llava.processing import LlavaMedProcessor
 
@@ -57,24 +58,13 @@ class StopRule:
         """Tokens at the end of a text that certainly cover a stop string that has just come up."""
         return TOKENS_PER_CHARACTER * (max(map(len, self.watched), default=0) + 1)
 
-    def answer_start(self, text: str) -> int:
-        """Where the answer begins: behind white space and repeated role headers."""
-        start = _skip_space(text, 0)
-        while True:
-            echo = next((echo for echo in self.echoes if text.startswith(echo, start)), None)
-            if echo is None:
-                return start
-            start = _skip_space(text, start + len(echo))
-
     def find(self, text: str) -> int | None:
         """Where the first stop string of the answer begins; None without one."""
-        start = self.answer_start(text)
-        found = [place for stop in self.texts if (place := text.find(stop, start)) >= 0]
-        return min(found) if found else None
+        return first_stop(text, self.texts, start=answer_start(text, self.echoes))
 
     def answer(self, text: str) -> str:
         """The finished answer in `text`."""
-        return _trimmed(text[self.answer_start(text) : self.find(text)])
+        return _trimmed(text[answer_start(text, self.echoes) : self.find(text)])
 
     def answer_so_far(self, text: str) -> str:
         """What of an unfinished answer is certain: whatever follows, the answer will begin with it."""
@@ -82,7 +72,7 @@ class StopRule:
         if end is not None:
             return self.answer(text)
         whole = text.rstrip(BROKEN)
-        start = self.answer_start(whole)
+        start = answer_start(whole, self.echoes)
         answer = whole[start:]
         if any(echo.startswith(answer) for echo in self.echoes):
             return ""
@@ -95,12 +85,6 @@ def _trimmed(text: str) -> str:
     while text and (text[-1] == BROKEN or text[-1].isspace()):
         text = text[:-1]
     return text
-
-
-def _skip_space(text: str, start: int) -> int:
-    while start < len(text) and text[start].isspace():
-        start += 1
-    return start
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -7,7 +7,6 @@ A quick look at a few questions; `llava eval` has the published scores, all ques
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llava.answer_types import DECISIONS, decision, is_closed, words
 from llava.data.flat_batch import Layout
 from llava.data.images import resolve
 from llava.data.placing import with_places
@@ -26,26 +26,6 @@ from llava.samples import Sample
 
 MAX_NEW_TOKENS = 24
 MAX_SLOTS = 8
-DECISIONS = ("yes", "no")
-_WORD = re.compile(r"\w+")
-
-
-def words(text: str) -> list[str]:
-    """Whole words in lower case."""
-    return _WORD.findall(text.lower())
-
-
-def decision(text: str) -> str | None:
-    """The first whole word `yes` or `no`, or None."""
-    return next((word for word in words(text) if word in DECISIONS), None)
-
-
-def is_closed(sample: Sample) -> bool:
-    """What the row's `answer_type` says; without one, an answer that begins with yes or no is closed."""
-    kind = str(sample.meta.get("answer_type", "")).upper()
-    if kind in ("CLOSED", "OPEN"):
-        return kind == "CLOSED"
-    return words(reference_of(sample))[:1] in ([word] for word in DECISIONS)
 
 
 def reference_of(sample: Sample) -> str:
@@ -57,7 +37,9 @@ def score(reference: str, answer: str, *, closed: bool) -> float:
     """Closed: 1 if the decision (or else every word) is the reference's; open: share of the reference's words found."""
     wanted = words(reference)
     if closed:
-        right = decision(answer) == wanted[0] if wanted[:1] in (["yes"], ["no"]) else words(answer) == wanted
+        right = (
+            decision(answer) == wanted[0] if wanted[:1] in ([word] for word in DECISIONS) else words(answer) == wanted
+        )
         return float(right)
     found = set(words(answer))
     return sum(word in found for word in wanted) / max(len(wanted), 1)
@@ -75,6 +57,9 @@ class HeldOutAnswers:
         max_length: longest prompt in tokens.
         rank: this process.
         world_size: number of processes; each asks a share of the questions.
+
+    Raises:
+        DataError: a row's `answer_type` is unknown.
     """
 
     def __init__(
@@ -92,6 +77,7 @@ class HeldOutAnswers:
         usable = [s for s in samples if len(s.conversation.turns) > 1 and s.conversation.turns[-1].role == "gpt"]
         stride = max(1, len(usable) // max(num_rows, 1))
         self.samples = usable[::stride][:num_rows][rank::world_size]
+        self.closed = [is_closed(sample.meta.get("answer_type"), reference_of(sample)) for sample in self.samples]
         self.processor = processor
         self.image_folder = image_folder
         self.layout = layout
@@ -108,8 +94,7 @@ class HeldOutAnswers:
         )
         answers = engine.generate([self._prompt(s) for s in self.samples], Sampling(max_new_tokens=MAX_NEW_TOKENS))
         sums = torch.zeros(2, 2, dtype=torch.float64)
-        for sample, [completion] in zip(self.samples, answers, strict=True):
-            closed = is_closed(sample)
+        for sample, closed, [completion] in zip(self.samples, self.closed, answers, strict=True):
             value = score(reference_of(sample), completion.text, closed=closed)
             sums[int(closed)] += torch.tensor([value, 1.0], dtype=torch.float64)
         if dist.is_initialized() and dist.get_world_size() > 1:

@@ -82,13 +82,6 @@ def test_bad_truth_names_file_and_row(tmp_path: Path) -> None:
         items.read_truth(write(tmp_path / "test.json", [good, good]))
 
 
-def test_kinds_of_answers() -> None:
-    assert items.is_closed("Closed", "left") and items.is_closed("yes/no", "no") and items.is_closed(None, "Yes.")
-    assert not items.is_closed("other", "yes") and not items.is_closed(None, "left")
-    with pytest.raises(DataError, match="answer_type 'maybe'"):
-        items.is_closed("maybe", "left")
-
-
 def test_candidates_from_both_files(tmp_path: Path) -> None:
     rows = [row(1, "a", "?", "lung", kind="OPEN"), row(2, "a", "?", "yes"), row(3, "b", "?", "lung", kind="OPEN")]
     assert items.read_candidates(write(tmp_path / "train.json", rows)) == ["lung"]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from llava.data.records import load_samples
+from llava.errors import DataError
 from llava.model.building import Loaded
-from llava.train.held_out_answers import HeldOutAnswers, is_closed, score
+from llava.train.held_out_answers import HeldOutAnswers, score
 from tests.ranks import run
 from tests.runs import arguments, losses, train, write_parts
 from tests.tiny import write_tiny_vqa
@@ -31,14 +32,17 @@ def test_scores(reference: str, answer: str, closed: bool, value: float) -> None
     assert score(reference, answer, closed=closed) == pytest.approx(value)
 
 
-def test_closed_questions(tmp_path: Path) -> None:
-    samples = load_samples(write_tiny_vqa(tmp_path) / "train.json")
-    assert [is_closed(sample) for sample in samples] == [False, True] * 6
-    rows = json.loads((tmp_path / "train.json").read_text())
-    for row in rows:
-        del row["answer_type"]
-    (tmp_path / "untyped.json").write_text(json.dumps(rows))
-    assert [is_closed(sample) for sample in load_samples(tmp_path / "untyped.json")] == [False, True] * 6
+def test_closed_questions(tiny: Loaded, tmp_path: Path) -> None:
+    rows = json.loads((write_tiny_vqa(tmp_path) / "train.json").read_text())
+
+    def closed(**changes: object) -> list[bool]:
+        (tmp_path / "rows.json").write_text(json.dumps([{**row, **changes} for row in rows]))
+        samples = load_samples(tmp_path / "rows.json")
+        return HeldOutAnswers(samples, tiny.processor, image_folder=None, num_rows=100).closed
+
+    assert closed() == [False, True] * 6 and closed(answer_type=None) == [False, True] * 6
+    with pytest.raises(DataError, match="'maybe' is unknown"):
+        closed(answer_type="maybe")
 
 
 def test_rows_are_spread_over_file_and_ranks(tiny: Loaded, tmp_path: Path) -> None:

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava.answer_types import is_closed
 from llava.errors import DataError
 from llava.samples import Sample, describe, from_row, name_of
 from llava.utils.jsonl import read_records, read_text
 
-CLOSED_TYPES = frozenset({"closed", "yes/no"})
-OPEN_TYPES = frozenset({"open", "other", "number"})
 MAX_NAMED_IDS = 10
 
 
@@ -127,23 +126,6 @@ def make_item(sample: Sample, answer: Mapping[str, Any]) -> Item:
         image=sample.images[0] if sample.images else sample.id,
         failed="error" in metadata,
     )
-
-
-def is_closed(answer_type: Any, reference: str) -> bool:
-    """Say whether a question is closed; one without `answer_type` is when its reference is yes or no.
-
-    Raises:
-        DataError: `answer_type` is none of the known words.
-    """
-    if answer_type is None:
-        return reference.strip().strip(".").lower() in {"yes", "no"}
-    word = str(answer_type).strip().lower()
-    if word in CLOSED_TYPES:
-        return True
-    if word in OPEN_TYPES:
-        return False
-    known = ", ".join(sorted(CLOSED_TYPES | OPEN_TYPES))
-    raise DataError(f"answer_type {answer_type!r} is unknown; expected one of {known} (any case)")
 
 
 def question_types(value: Any) -> tuple[str, ...]:

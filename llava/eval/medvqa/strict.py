@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 
+from llava.answer_types import DECISIONS, decision
 from llava.eval.estimates import Score
 from llava.eval.medvqa.items import Item
 from llava.eval.medvqa.normalize import normalize
 from llava.eval.medvqa.scores import token_overlap
-
-DECISIONS = ("yes", "no")
-_WORD = re.compile(r"\w+")
-
-
-def decision(text: str) -> str | None:
-    """Return the first whole word `yes` or `no` of an answer (the first decision counts); None when there is none."""
-    words = _WORD.findall(text.lower())
-    return next((word for word in words if word in DECISIONS), None)
 
 
 def is_unparsable(item: Item) -> bool:

@@ -1,0 +1,40 @@
+"""Open and closed questions, and the decision that an answer makes; training and evaluation share both rules."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from llava.errors import DataError
+
+DECISIONS = ("yes", "no")
+CLOSED_TYPES = frozenset({"closed", "yes/no"})
+OPEN_TYPES = frozenset({"open", "other", "number"})
+_WORD = re.compile(r"\w+")
+
+
+def words(text: str) -> list[str]:
+    """Return the whole words of a text in lower case."""
+    return _WORD.findall(text.lower())
+
+
+def decision(text: str) -> str | None:
+    """Return the first whole word `yes` or `no` of an answer (the first decision counts); None when there is none."""
+    return next((word for word in words(text) if word in DECISIONS), None)
+
+
+def is_closed(answer_type: Any, reference: str) -> bool:
+    """Say whether a question is closed; one without `answer_type` is when its reference is yes or no.
+
+    Raises:
+        DataError: `answer_type` is none of the known words.
+    """
+    if answer_type is None:
+        return reference.strip().strip(".").lower() in DECISIONS
+    word = str(answer_type).strip().lower()
+    if word in CLOSED_TYPES:
+        return True
+    if word in OPEN_TYPES:
+        return False
+    known = ", ".join(sorted(CLOSED_TYPES | OPEN_TYPES))
+    raise DataError(f"answer_type {answer_type!r} is unknown; expected one of {known} (any case)")
