@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from llava.errors import CheckpointError
@@ -22,6 +21,7 @@ from llava.model.config import LlavaMedConfig
 from llava.model.filling import grow, grow_head, mean_rows, place
 from llava.model.foreign_options import ForeignOptions
 from llava.model.foreign_tokens import add_tokens, load_tokenizer, make_processor
+from llava.model.hub import local_folder
 from llava.model.layout import KINDS, Layout, sniff
 from llava.model.legacy_config import (
     SELECT_STRATEGIES,
@@ -35,7 +35,7 @@ from llava.model.legacy_config import (
 from llava.model.legacy_keys import unknown_keys
 from llava.model.lora_files import LegacyLora, attach, merged, read_lora
 from llava.model.multimodal_encoder.open_clip_encoder.key_map import to_transformers
-from llava.model.multimodal_encoder.towers import first_line, num_extra_tokens, num_patches
+from llava.model.multimodal_encoder.towers import num_extra_tokens, num_patches
 from llava.model.names import (
     BUFFERS,
     EMBEDDINGS,
@@ -52,7 +52,6 @@ from llava.model.tower_source import TowerSource, find_tower
 logger = logging.getLogger(__name__)
 
 MARKER_WORDS = ("<im_start>", "<im_end>")
-BASE_FILES = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
 
 
 @dataclass(slots=True)
@@ -126,23 +125,6 @@ def with_base(layout: Layout, options: ForeignOptions) -> tuple[Layout, Layout |
         )
     is_whole = "hidden_size" in layout.config
     return (layout if is_whole else replace(layout, config={**base.config, **layout.config})), base
-
-
-def local_folder(name: str) -> Path:
-    """A folder, or the local copy of a hub repository.
-
-    Raises:
-        CheckpointError: there is neither.
-    """
-    path = portable(name)
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(snapshot_download(path, allow_patterns=list(BASE_FILES)))
-    except Exception as error:  # the hub client raises many kinds, none of which the user can act on
-        raise CheckpointError(
-            f"{name} is no folder, and cannot be fetched from the hub: {first_line(error)}"
-        ) from error
 
 
 def _tokenizer_folder(layout: Layout, base: Layout | None) -> Path:

@@ -20,6 +20,7 @@ from llava.model.checkpoint import ORIGIN_FILE, load_adapter, load_projector
 from llava.model.foreign import load_foreign
 from llava.model.foreign_options import ForeignOptions
 from llava.model.hf_llava import load_hf
+from llava.model.hub import is_hub_name, local_folder
 from llava.model.layout import KINDS, OUR_TYPE, OURS, Kind, Layout, read_json, sniff
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
@@ -58,7 +59,7 @@ def load(
     """Load a checkpoint of this package, of the legacy layouts, or of transformers' Llava.
 
     Args:
-        path: folder of a model, an adapter or a projector.
+        path: folder (or hub name) of a model, an adapter or a projector.
         base: what an adapter or projector builds on, instead of the recorded parts: a model of this package, or a plain
             language model (the recorded tower stays).
         dtype: of the weights; "auto" keeps the saved one.
@@ -70,6 +71,7 @@ def load(
     Raises:
         CheckpointError: the folder holds nothing loadable, a part is missing, or weights do not fit.
     """
+    path = local_folder(path) if is_hub_name(path) else path
     layout, quantization = sniff(path), Quantization(bits, double_quant, quant_type)
     kind = layout.kind
     if kind not in OURS:

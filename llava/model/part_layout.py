@@ -29,8 +29,9 @@ from llava.model.checkpoint import (
     write_common,
 )
 from llava.model.config import LlavaMedConfig
-from llava.model.foreign import load_foreign, local_folder, with_base
+from llava.model.foreign import load_foreign, with_base
 from llava.model.foreign_options import ForeignOptions
+from llava.model.hub import local_folder
 from llava.model.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILES, CONFIG_FILE, Layout, first_file, read_json
 from llava.model.legacy_config import legacy_config
 from llava.model.legacy_export import SOURCE_FOLDER, copy_small_files, rows_to_keep, write_json

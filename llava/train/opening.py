@@ -13,8 +13,11 @@ import torch
 from llava.errors import ConfigError
 from llava.model.building import Loaded, build, portable
 from llava.model.checkpoint import ORIGIN_FILE, load_projector
+from llava.model.hub import hub_config, is_hub_name
+from llava.model.layout import ADAPTER_CONFIG_FILE, PROJECTOR_FILES, sniff
 from llava.model.loading import load, read_origin
 from llava.model.quantization import Quantization
+from llava.model.shards import find_weights
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 
 logger = logging.getLogger(__name__)
@@ -34,22 +37,48 @@ def open_model(model_args: ModelArguments, data_args: DataArguments, args: Llava
         CheckpointError: a part cannot be loaded.
     """
     system = Path(model_args.system_file).read_text(encoding="utf-8").strip() if model_args.system_file else None
-    if (Path(model_args.model_name_or_path) / ORIGIN_FILE).is_file():
-        loaded = load(model_args.model_name_or_path, dtype=_dtype(args), **asdict(quantization_of(model_args)))
-        check_against(loaded, model_args)
-        if model_args.version or system:
-            name = model_args.version or loaded.processor.template.name
-            if loaded.processor.system is not None and system is None and name != loaded.processor.template.name:
-                logger.warning("--version %s: the checkpoint's own system text is replaced by that template's", name)
-            loaded.processor.use_template(name, system=system)
-            loaded.model.config.template = name
-        if data_args.image_aspect_ratio:
-            loaded.processor.use_image_mode(data_args.image_aspect_ratio)
-            loaded.model.config.image_aspect_ratio = data_args.image_aspect_ratio
+    if holds_tower_and_projector(model_args.model_name_or_path):
+        loaded = _continue(model_args, data_args, args, system)
     else:
         loaded = _build(model_args, data_args, args, system)
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(loaded.model, model_args.pretrain_mm_mlp_adapter)
+    return loaded
+
+
+def holds_tower_and_projector(path: str) -> bool:
+    """Say whether a folder or hub name is more than a language model; whose layout it has does not matter.
+
+    Raises:
+        CheckpointError: the folder is broken.
+    """
+    if is_hub_name(path):
+        return bool(hub_config(path).keys() & {"mm_vision_tower", "vision_config"})
+    folder = Path(path)
+    has_part = any((folder / name).is_file() for name in (ORIGIN_FILE, ADAPTER_CONFIG_FILE, *PROJECTOR_FILES))
+    return has_part or (find_weights(folder) is not None and sniff(folder).kind != "language_model")
+
+
+def _continue(
+    model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainingArguments, system: str | None
+) -> Loaded:
+    """Load a trained model, whoever wrote it, and take over what is given anew: template, system text, image mode."""
+    path, tower = model_args.model_name_or_path, {}
+    is_ours = (Path(path) / ORIGIN_FILE).is_file()
+    if not is_ours:
+        names = ("vision_tower", "vision_tower_config", "vision_tower_checkpoint")
+        tower = {name: getattr(model_args, name) for name in names}
+    loaded = load(path, dtype=_dtype(args), **asdict(quantization_of(model_args)), **tower)
+    check_against(loaded, model_args)
+    if model_args.version or system:
+        name = model_args.version or loaded.processor.template.name
+        if loaded.processor.system is not None and system is None and name != loaded.processor.template.name:
+            logger.warning("--version %s: the checkpoint's own system text is replaced by that template's", name)
+        loaded.processor.use_template(name, system=system)
+        loaded.model.config.template = name
+    if data_args.image_aspect_ratio:
+        loaded.processor.use_image_mode(data_args.image_aspect_ratio)
+        loaded.model.config.image_aspect_ratio = data_args.image_aspect_ratio
     return loaded
 
 

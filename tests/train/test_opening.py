@@ -14,6 +14,7 @@ from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.model.checkpoint import save_model
 from llava.model.loading import load
 from llava.train.run import run_sft
+from tests.model.legacy_folders import write_legacy, write_lora
 from tests.runs import arguments, train, write_parts, write_uneven
 from tests.tiny import tiny_llava, write_tiny_tower
 
@@ -106,3 +107,23 @@ def test_rows_are_grouped_by_image_where_it_pays(parts: Path, tmp_path: Path, ca
         record.message.split("image grouping ")[1][:3] for record in caplog.records if "grouping" in record.message
     ]
     assert [word.strip() for word in found] == ["on", "off", "off", "off"]
+
+
+@pytest.mark.parametrize(("kind", "trained"), [("placeholder", "model"), ("patch_token", "model"), ("lora", "adapter")])
+def test_training_goes_on_from_published_layouts(parts: Path, tmp_path: Path, kind: str, trained: str) -> None:
+    """What the originals released is trained further; the tower and the projector are theirs, not new ones."""
+    folder = write_lora(tmp_path) if kind == "lora" else write_legacy(tmp_path, style=kind)
+    options = {"lora_enable": True} if trained == "adapter" else {}
+    start = load(folder, base=str(tmp_path / "lm") if kind == "lora" else None)
+    if kind == "lora":
+        (folder / "adapter_config.json").write_text(
+            json.dumps(
+                json.loads((folder / "adapter_config.json").read_text())
+                | {"base_model_name_or_path": str(tmp_path / "lm")}
+            )
+        )
+    train(arguments(parts, tmp_path / "run", model_name_or_path=folder, vision_tower=None, learning_rate=0, **options))
+    end = load(tmp_path / "run")
+    assert end.processor.template.name == start.processor.template.name
+    weights = end.model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in start.model.state_dict().items())
