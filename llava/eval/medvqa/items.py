@@ -62,7 +62,7 @@ def read_truth(path: str | Path) -> list[Sample]:
             check_reference(samples[-1])
         except DataError as error:
             raise DataError(f"{path}, row {index}: {error}") from error
-    _refuse_doubles([sample.id for sample in samples], str(path))
+    refuse_doubles([sample.id for sample in samples], str(path))
     return samples
 
 
@@ -93,6 +93,18 @@ def join(samples: Sequence[Sample], answers: Iterable[Mapping[str, Any]], *, sou
         DataError: a question has no answer, an answer no question or no text, or an id occurs twice; names the ids or
             the row.
     """
+    rows = match_answers([sample.id for sample in samples], answers, source=source)
+    return [make_item(sample, row) for sample, row in zip(samples, rows, strict=True)]
+
+
+def match_answers(
+    ids: Sequence[str], answers: Iterable[Mapping[str, Any]], *, source: str = "answers"
+) -> list[Mapping[str, Any]]:
+    """Return the answer row of each id, in the order of the ids.
+
+    Raises:
+        DataError: as `join`.
+    """
     rows = list(answers)
     for index, row in enumerate(rows):
         if "question_id" not in row or "text" not in row:
@@ -100,16 +112,16 @@ def join(samples: Sequence[Sample], answers: Iterable[Mapping[str, Any]], *, sou
         if isinstance(row["text"], bool) or not isinstance(row["text"], str | int | float):
             got = describe(row["text"])
             raise DataError(f"{source}, row {index}: field 'text' must be text or a number, got {got}; answer it again")
-    _refuse_doubles([str(row["question_id"]) for row in rows], source)
+    refuse_doubles([str(row["question_id"]) for row in rows], source)
     by_id = {str(row["question_id"]): row for row in rows}
-    missing = [sample.id for sample in samples if sample.id not in by_id]
-    extra = sorted(by_id.keys() - {sample.id for sample in samples})
+    missing = [identity for identity in ids if identity not in by_id]
+    extra = sorted(by_id.keys() - set(ids))
     if missing or extra:
         raise DataError(
             f"{source} and ground truth hold different questions: {_named(missing)} without an answer, "
             f"{_named(extra)} answered but not in the ground truth; score an answer file with the questions it answers"
         )
-    return [make_item(sample, by_id[sample.id]) for sample in samples]
+    return [by_id[identity] for identity in ids]
 
 
 def make_item(sample: Sample, answer: Mapping[str, Any]) -> Item:
@@ -160,7 +172,12 @@ def open_answers(samples: Iterable[Sample]) -> list[str]:
     return list(dict.fromkeys(answers))
 
 
-def _refuse_doubles(ids: Sequence[str], source: str) -> None:
+def refuse_doubles(ids: Sequence[str], source: str) -> None:
+    """Refuse ids that occur more than once.
+
+    Raises:
+        DataError: names them.
+    """
     doubles = [identity for identity, count in Counter(ids).items() if count > 1]
     if doubles:
         raise DataError(f"{source}: ids must be unique, but {_named(doubles)} occur more than once")

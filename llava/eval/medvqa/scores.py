@@ -71,8 +71,8 @@ class Pair:
         return Counter(self.prediction.split())
 
 
-def parse_defects(names: Sequence[str]) -> frozenset[str]:
-    """Check names of defects; `all` and `none` stand for what they say.
+def parse_defects(names: Sequence[str], table: Mapping[str, Defect] = DEFECTS) -> frozenset[str]:
+    """Check names of defects in `table`; `all` and `none` stand for what they say.
 
     Raises:
         ConfigError: a name is unknown.
@@ -80,9 +80,9 @@ def parse_defects(names: Sequence[str]) -> frozenset[str]:
     chosen: set[str] = set()
     for name in names:
         if name == "all":
-            chosen |= DEFECTS.keys()
+            chosen |= table.keys()
         elif name != "none":
-            lookup(DEFECTS, name, "defect")
+            lookup(table, name, "defect")
             chosen.add(name)
     return frozenset(chosen)
 
