@@ -28,3 +28,27 @@ class GenerationError(LlavaError, RuntimeError):
 
 class MissingDependency(LlavaError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+class DownloadError(LlavaError, OSError):
+    """A file cannot be had from an address.
+
+    Attributes:
+        reason: one word for manifests, a key of `llava.data.fetching.reasons.REASONS`.
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class ArchiveError(DataError):
+    """An archive cannot be read, or not safely; `reason` is a key of `llava.data.fetching.reasons.REASONS`."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class NotAPicture(DataError):
+    """A DICOM file holds something else than a picture: a dose, a plan, a report, a waveform; the message says what."""

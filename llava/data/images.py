@@ -10,6 +10,7 @@ Policies, the same for training, evaluation and serving:
 - Orientation: an EXIF orientation is applied, so the model sees what a viewer shows. Pictures without one (nearly all
   medical files) are unaffected.
 - Several frames: the first one.
+- DICOM files, known by their content: see `data.dicom`; window and frame are chosen by a `DicomPolicy`.
 - Size: more than `MAX_PIXELS` is refused before anything is decoded.
 """
 
@@ -23,8 +24,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from llava.data.dicom_policy import DEFAULT, DicomPolicy
+from llava.data.dicom_sniff import is_dicom, may_be_bare
 from llava.errors import ConfigError, DataError
 
 MAX_PIXELS = 89_478_485
@@ -74,13 +77,21 @@ def read_bytes(ref: str | Path, root: str | Path | None) -> bytes:
         raise DataError(f"image {path} cannot be read: {error.strerror or error}") from error
 
 
-def load(ref: str | Path | bytes, root: str | Path | None = None) -> Image.Image:
+def load(ref: str | Path | bytes, root: str | Path | None = None, *, dicom: DicomPolicy = DEFAULT) -> Image.Image:
     """Return image `ref` (a name in folder `root`, or the bytes of a file) as an RGB picture.
+
+    Args:
+        ref: name or bytes.
+        root: the image folder; None trusts `ref` as a path of the user's own.
+        dicom: how a DICOM file is shown.
 
     Raises:
         DataError: missing, outside `root`, too large, broken or cut off; the message names the file.
+        MissingDependency: the decoder of a compressed DICOM file is not installed.
     """
     data, name = (ref, "given as bytes") if isinstance(ref, bytes) else (read_bytes(ref, root), str(ref))
+    if is_dicom(data):
+        return _load_dicom(data, name, dicom)
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(image, name)
@@ -88,8 +99,18 @@ def load(ref: str | Path | bytes, root: str | Path | None = None) -> Image.Image
             return _upright(image, to_rgb(image))
     except DataError:
         raise
+    except UnidentifiedImageError as error:
+        if may_be_bare(data):
+            return _load_dicom(data, name, dicom)
+        raise DataError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from error
     except Exception as error:  # decoders raise whatever their parsing runs into: struct.error, IndexError, ...
         raise DataError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _load_dicom(data: bytes, name: str, policy: DicomPolicy) -> Image.Image:
+    from llava.data.dicom import picture  # pydicom takes its time to import, and most images are none
+
+    return picture(data, policy, name=name, max_pixels=MAX_PIXELS)
 
 
 def _check_size(image: Image.Image, name: str) -> None:

@@ -1,0 +1,125 @@
+"""How a DICOM file becomes a picture: two choices, kept with the processor so that nothing decides twice.
+
+--dicom_window, --dicom_frame --DicomPolicy--> llava_processor.json, image_fingerprint --data.dicom--> picture
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llava.errors import ConfigError
+
+VERSION = 1
+"""Of the rules in `data.dicom*`. Another version may give other pixels, so it is part of the image fingerprint."""
+
+PRESETS: dict[str, tuple[float, float]] = {
+    "abdomen": (60.0, 400.0),
+    "angio": (300.0, 600.0),
+    "bone": (400.0, 1800.0),
+    "brain": (40.0, 80.0),
+    "liver": (80.0, 150.0),
+    "lung": (-600.0, 1500.0),
+    "soft_tissue": (40.0, 400.0),
+}
+"""Centre and width in Hounsfield units; used for CT only, other pictures take their file's own window."""
+
+WINDOW_HELP = (
+    "window of grey DICOM pictures: file (the file's first), full (smallest to largest value), percentile:LOW,HIGH, "
+    f"CENTER,WIDTH, or for CT a preset: {', '.join(PRESETS)}"
+)
+FRAME_HELP = "picture of a DICOM file with several: first, middle, or a number from 0"
+KEPT = "; default: the checkpoint's own"
+
+
+@dataclass(frozen=True, slots=True)
+class DicomPolicy:
+    """The choices that are left open when a DICOM file is shown; equal policies give equal pixels.
+
+    Attributes:
+        window: `file`, `full`, `percentile:LOW,HIGH`, `CENTER,WIDTH` or a key of `PRESETS`.
+        frame: `first`, `middle` or a number from 0; files of one picture have no choice.
+
+    Raises:
+        ConfigError: a value is none of these.
+    """
+
+    window: str = "file"
+    frame: str = "first"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.window, str) or not isinstance(self.frame, str):
+            raise ConfigError(f"a DICOM policy is made of texts, got {self.window!r} and {self.frame!r}")
+        if self.window not in ("file", "full", *PRESETS) and self.percentiles is None and self.fixed is None:
+            known = ", ".join(["file", "full", "percentile:LOW,HIGH", "CENTER,WIDTH", *PRESETS])
+            raise ConfigError(f"DICOM window {self.window!r} is unknown; expected one of {known}")
+        if self.frame not in ("first", "middle") and not (self.frame.isascii() and self.frame.isdigit()):
+            raise ConfigError(f"DICOM frame {self.frame!r} is unknown; expected first, middle or a number from 0")
+
+    @property
+    def percentiles(self) -> tuple[float, float] | None:
+        """Lower and upper percentile of the window, if it is chosen that way."""
+        name, _, text = self.window.partition(":")
+        pair = _pair(text) if name == "percentile" else None
+        return pair if pair is not None and 0 <= pair[0] < pair[1] <= 100 else None
+
+    @property
+    def fixed(self) -> tuple[float, float] | None:
+        """Centre and width, if they were given as numbers."""
+        pair = _pair(self.window)
+        return pair if pair is not None and pair[1] > 0 else None
+
+    def frame_of(self, num_frames: int) -> int | None:
+        """Return the index of the frame to show, or None where the file has too few for the number asked for."""
+        if num_frames == 1 or self.frame == "first":
+            return 0
+        index = (num_frames - 1) // 2 if self.frame == "middle" else int(self.frame)
+        return index if index < num_frames else None
+
+    def settings(self) -> dict[str, Any]:
+        """Return what is saved with the processor and what the fingerprint names."""
+        return {"version": VERSION, "window": self.window, "frame": self.frame}
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any] | None) -> DicomPolicy:
+        """Return the policy that `settings` describes; the default one for None (a processor of before DICOM).
+
+        Raises:
+            ConfigError: written by other rules than this version's, or not by `settings` at all.
+        """
+        if settings is None:
+            return cls()
+        rest = dict(settings)
+        if (version := rest.pop("version", VERSION)) != VERSION:
+            raise ConfigError(f"the DICOM policy has version {version!r}; this package knows version {VERSION}")
+        try:
+            return cls(**rest)
+        except TypeError:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise ConfigError(f"the DICOM policy has fields {', '.join(rest)}; expected {known}") from None
+
+    def changed(self, window: str | None, frame: str | None) -> DicomPolicy:
+        """Return the policy after the flags that were given (None: not given)."""
+        return DicomPolicy(self.window if window is None else window, self.frame if frame is None else frame)
+
+
+DEFAULT = DicomPolicy()
+
+
+def _pair(text: str) -> tuple[float, float] | None:
+    """Return two finite numbers written `A,B`, or None."""
+    first, comma, second = text.partition(",")
+    try:
+        pair = float(first), float(second)
+    except ValueError:
+        return None
+    return pair if comma and all(map(math.isfinite, pair)) else None
+
+
+def add_dicom_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, suffix: str = KEPT) -> None:
+    """Register `--dicom-window` and `--dicom-frame`; `suffix` says what happens without them."""
+    parser.add_argument("--dicom-window", help=WINDOW_HELP.replace("%", "%%") + suffix)
+    parser.add_argument("--dicom-frame", help=FRAME_HELP + suffix)

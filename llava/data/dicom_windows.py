@@ -1,0 +1,114 @@
+"""From stored values to grey levels: the formulas of the DICOM standard, on plain arrays.
+
+    stored --modality--> physical values --window or VOI LUT--> 0 to 1 --grey--> 0 to 255
+
+The numbers in the docstrings are sections of part 3 of the standard. Arrays are `[height, width]`, float64 unless said
+otherwise; a part of the picture that is padding never moves an automatic window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava.errors import DataError
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A lookup table (C.11.1.1, C.11.2.1.1).
+
+    Attributes:
+        first: value that is mapped to the first entry; smaller ones are too.
+        entries: `[N]`, what comes out; values past the end come out as the last.
+        bits: depth of what comes out.
+    """
+
+    first: int
+    entries: Values
+    bits: int
+
+    def __call__(self, values: Values) -> Values:
+        """Return what the table has for each value; fractions are rounded down."""
+        places = np.clip(np.floor(values) - self.first, 0, len(self.entries) - 1)
+        found: Values = self.entries[places.astype(np.int64)]
+        return found
+
+
+def rescale(stored: Values, slope: float | None, intercept: float | None) -> Values:
+    """Return `slope * stored + intercept` (C.11.1.1.2); a missing slope is 1, a missing intercept 0."""
+    return stored * (1.0 if slope is None else slope) + (0.0 if intercept is None else intercept)
+
+
+def linear(values: Values, center: float, width: float) -> Values:
+    """Return 0 to 1 for function LINEAR (C.11.2.1.2.1), in which a window of width `w` covers `w - 1` steps."""
+    if width == 1:
+        return np.where(values > center - 0.5, 1.0, 0.0)
+    return np.clip((values - (center - 0.5)) / (width - 1.0) + 0.5, 0.0, 1.0)
+
+
+def linear_exact(values: Values, center: float, width: float) -> Values:
+    """Return 0 to 1 for function LINEAR_EXACT (C.11.2.1.3.2)."""
+    return np.clip((values - center) / width + 0.5, 0.0, 1.0)
+
+
+def sigmoid(values: Values, center: float, width: float) -> Values:
+    """Return 0 to 1 for function SIGMOID (C.11.2.1.3.1)."""
+    return 1.0 / (1.0 + np.exp(np.clip(-4.0 * (values - center) / width, -700.0, 700.0)))
+
+
+FUNCTIONS: dict[str, Callable[[Values, float, float], Values]] = {
+    "": linear,
+    "LINEAR": linear,
+    "LINEAR_EXACT": linear_exact,
+    "SIGMOID": sigmoid,
+}
+"""By the file's VOI LUT Function; a file that names none means LINEAR."""
+
+
+def windowed(values: Values, center: float, width: float, function: str = "") -> Values:
+    """Return 0 to 1 as one of `FUNCTIONS` does it.
+
+    A width between 0 and 1, as files with fractional values (PET) have, cannot be LINEAR: it is taken exactly.
+
+    Raises:
+        DataError: the function is unknown.
+    """
+    if function not in FUNCTIONS:
+        raise DataError(f"the VOI LUT Function is none of {', '.join(filter(None, FUNCTIONS))}")
+    chosen = FUNCTIONS[function]
+    return (linear_exact if chosen is linear and width < 1 else chosen)(values, center, width)
+
+
+def spread(values: Values, low: float, high: float) -> Values:
+    """Return 0 to 1, linear from `low` to `high`; all 0 where they are the same."""
+    return np.clip((values - low) / (high - low), 0.0, 1.0) if high > low else np.zeros_like(values)
+
+
+def limits(
+    values: Values, is_padding: NDArray[np.bool_] | None, percentiles: tuple[float, float]
+) -> tuple[float, float]:
+    """Return the lower and upper percentile of the values that are not padding (of all where nothing else is there).
+
+    Raises:
+        DataError: a value is not finite.
+    """
+    inside = values if is_padding is None or is_padding.all() else values[~is_padding]
+    if percentiles == (0.0, 100.0):
+        low, high = float(inside.min()), float(inside.max())
+    else:
+        low, high = (float(value) for value in np.percentile(inside, percentiles))
+    if not np.isfinite([low, high]).all():
+        raise DataError("the picture holds values that are not finite")
+    return low, high
+
+
+def to_grey(shares: Values, *, inverted: bool) -> NDArray[np.uint8]:
+    """Return 0 to 1 as 0 to 255, rounded; `inverted` for MONOCHROME1, where the smallest value is white."""
+    levels = np.rint(shares * 255.0).astype(np.uint8)
+    return 255 - levels if inverted else levels
