@@ -30,7 +30,8 @@ DELTA_FILE = "llava_delta.json"
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
-Arithmetic = Callable[[Tensor, Tensor], Tensor]
+Arithmetic = Callable[..., Tensor]
+"""`torch.add` or `torch.sub`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,12 @@ def combine(changed: Tensor, base: Tensor | None, arithmetic: Arithmetic, dtype:
     other = in_dtype(base, dtype)
     if own.shape == other.shape:
         return arithmetic(own, other)
-    result = own.clone()
     block = tuple(slice(0, size) for size in other.shape)
-    result[block] = arithmetic(own[block], other)
+    result = own.clone()
+    if own.dtype == other.dtype:
+        arithmetic(own[block], other, out=result[block])  # without a second table in memory
+    else:
+        result[block] = arithmetic(own[block], other)
     return result
 
 
@@ -166,6 +170,7 @@ def apply(
                 writer.add(name, result)
                 if checksum is not None:
                     checksum.add(name, result)
+                del result  # before the next one is there
             if checksum is not None:
                 _check_result(checksum, record, writing)
         copy_companions(delta, folder, dtype=writing.dtype)

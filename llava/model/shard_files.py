@@ -1,4 +1,4 @@
-"""One weight file while it is written: safetensors as tensors come, `.bin` at its end."""
+"""One safetensors file while it is written, tensor by tensor; see `bin_shard` for `.bin`."""
 
 from __future__ import annotations
 
@@ -82,37 +82,12 @@ def _described_bytes(name: str, tensor: Tensor) -> int:
 
 
 def _write_tensor(stream: Any, tensor: Tensor) -> None:
-    """Write a tensor's bytes without a copy in memory (but for one that is not contiguous or not on the CPU)."""
+    stream.write(flat_bytes(tensor))
+
+
+def flat_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes without a copy in memory (but for one that is not contiguous or not on the CPU)."""
     import torch
 
     flat = tensor.cpu().contiguous().reshape(-1)
-    if flat.numel():
-        stream.write(cast(Any, flat.view(torch.uint8).numpy()).data)
-
-
-class BinShard:
-    """One `.bin` file; its tensors are held until it is written."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self._held: dict[str, Tensor] = {}
-
-    def has_room(self, name: str, tensor: Tensor) -> bool:
-        """Always."""
-        return True
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Hold one tensor until the file is written."""
-        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() and tensor.is_contiguous()
-        self._held[name] = tensor.cpu() if whole else tensor.cpu().contiguous().clone()  # a view drags all of its file
-
-    def finish(self) -> None:
-        """Write the file."""
-        import torch
-
-        torch.save(self._held, self.file)
-        self._held = {}
-
-    def drop(self) -> None:
-        """Let go of tensors and file."""
-        self._held = {}
+    return cast(memoryview, cast(Any, flat.view(torch.uint8).numpy()).data) if flat.numel() else memoryview(b"")

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from llava.errors import CheckpointError
 from llava.model.bin_header import ITEM_SIZES, read_bin_header
-from llava.model.shard_files import SAFE_DTYPES, BinShard, SafeShard
+from llava.model.bin_shard import BinShard
+from llava.model.shard_files import SAFE_DTYPES, SafeShard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,7 +225,7 @@ class ShardWriter:
         Args:
             folder: created when absent.
             max_shard_bytes: a shard is closed before it grows beyond this; one larger tensor stands alone.
-            safe: safetensors; False writes `.bin` files, which keep up to one shard in memory.
+            safe: safetensors; False writes `.bin` files.
             name: stem of the files; `model` or `pytorch_model` by default.
         """
         self.folder = Path(folder)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import pickletools
 import subprocess
 import sys
+import weakref
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError
-from llava.model import shard_files
+from llava.model import bin_shard, shard_files
 from llava.model.shards import ShardWriter, TensorReader, list_tensors, open_tensors
 
 TENSORS = {
@@ -97,6 +99,46 @@ def test_a_view_does_not_drag_its_storage_into_a_bin_file(tmp_path: Path) -> Non
     with ShardWriter(tmp_path, safe=False) as writer:
         writer.add("row", torch.zeros(1000, 100)[3])
     assert (tmp_path / "pytorch_model.bin").stat().st_size < 5000
+
+
+@pytest.mark.parametrize("wide_bytes", [2**30, 8])
+def test_torch_reads_streamed_bin_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wide_bytes: int) -> None:
+    monkeypatch.setattr(bin_shard, "WIDE_BYTES", wide_bytes)
+    file = write(tmp_path, safe=False) / "pytorch_model.bin"
+    for mapped in (False, True):
+        state = torch.load(file, weights_only=True, mmap=mapped)
+        assert list(state) == list(TENSORS)
+        for name, tensor in TENSORS.items():
+            assert state[name].dtype == tensor.dtype
+            assert state[name].is_contiguous()
+            assert torch.equal(state[name], tensor)
+            assert not mapped or state[name].data_ptr() % bin_shard.ALIGNMENT == 0
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None
+
+
+def test_a_bin_shard_holds_no_tensor(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, safe=False) as writer:
+        tensor = torch.ones(3)
+        gone = weakref.ref(tensor)
+        writer.add("a", tensor)
+        del tensor
+        assert gone() is None
+
+
+def test_a_large_storage_in_the_description_of_a_bin_file() -> None:
+    assert pickletools_int(bin_shard._integer(2**31)) == 2**31
+    assert pickletools_int(bin_shard._integer(2**31 - 1)) == 2**31 - 1
+
+
+def pickletools_int(program: bytes) -> Any:
+    return next(pickletools.genops(program + b"."))[1]
+
+
+def test_a_dtype_that_bin_files_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no place for a"), ShardWriter(tmp_path / "out", safe=False) as writer:
+        writer.add("a", torch.ones(2).to(torch.float8_e5m2))
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_name_twice(tmp_path: Path) -> None:
