@@ -1,0 +1,162 @@
+"""Several sources of rows in one YAML file: how often each is drawn, where its pictures are, what its licence is.
+
+    sources:
+      - name: vqa-rad                    what metrics and rows call it
+        path: vqa-rad/train.json         JSON, JSON lines or Parquet; relative to this file
+        images: vqa-rad/images           folder of its pictures; relative to this file
+        weight: 2                        passes over its rows in one epoch; 1 by default, fractions draw a part
+        licence: CC0-1.0                 kept in every row, as is the name
+
+mixture.yaml --read_mixture--> Source, ... --load_mixture--> Samples with `source` and `licence`, whole image paths
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llava.data.images import resolve
+from llava.data.quarantine import Quarantine
+from llava.data.records import load_samples
+from llava.errors import ConfigError, DataError
+from llava.samples import Sample, describe, name_of
+from llava.utils.jsonl import read_text
+from llava.utils.provenance import file_sha256
+
+MAX_WEIGHT = 1000.0
+FIELDS = ("name", "path", "images", "weight", "licence")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file of rows in a mixture.
+
+    Attributes:
+        name: what metrics call it, and `source` of its rows where they name none themselves.
+        path: the file.
+        images: folder that its image names are relative to; None trusts them as paths of the user's own.
+        weight: passes over its rows in one epoch.
+        licence: `licence` of its rows where they name none themselves.
+    """
+
+    name: str
+    path: Path
+    images: Path | None = None
+    weight: float = 1.0
+    licence: str = ""
+
+
+def is_mixture(path: str | Path) -> bool:
+    """Say whether a file describes a mixture, by its content: rows are JSON or binary, a mixture is a YAML mapping.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(4096)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    lines = [line for line in start.splitlines() if line.strip() and not line.lstrip().startswith((b"#", b"---"))]
+    return bool(lines) and lines[0].startswith(b"sources:")
+
+
+def read_mixture(path: str | Path) -> list[Source]:
+    """Return the sources of a mixture file.
+
+    Raises:
+        ConfigError: the file is no mixture; names the entry and its field.
+    """
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    entries = content.get("sources") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries or set(content) != {"sources"}:
+        raise ConfigError(f"{path}: expected one key `sources` with a list of sources, each with a name and a path")
+    folder = Path(path).parent
+    sources = [_source(entry, folder, f"{path}, source {number}") for number, entry in enumerate(entries)]
+    for kind, values in (("name", [source.name for source in sources]), ("path", [source.path for source in sources])):
+        doubles = sorted({str(value) for value in values if values.count(value) > 1})  # type: ignore[arg-type]
+        if doubles:
+            raise ConfigError(f"{path}: {kind} {doubles[0]} is there twice; raise the weight to draw it more often")
+    return sources
+
+
+def _source(entry: Any, folder: Path, place: str) -> Source:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{place}: expected fields {', '.join(FIELDS)}, got {describe(entry)}")
+    if unknown := [name for name in entry if name not in FIELDS]:
+        raise ConfigError(f"{place}: unknown field {unknown[0]!r}; known: {', '.join(FIELDS)}")
+    for name in ("name", "path"):
+        if not isinstance(entry.get(name), str) or not entry[name]:
+            raise ConfigError(f"{place}: field {name!r} is missing or no text")
+    for name in ("images", "licence"):
+        if not isinstance(entry.get(name, ""), str):
+            raise ConfigError(f"{place}: field {name!r} must be text, got {describe(entry[name])}")
+    weight = entry.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MAX_WEIGHT:
+        raise ConfigError(f"{place}: field 'weight' must be a number above 0 and at most {MAX_WEIGHT:g}")
+    images = folder / entry["images"] if entry.get("images") else None
+    return Source(entry["name"], folder / entry["path"], images, float(weight), entry.get("licence", ""))
+
+
+def load_mixture(
+    sources: Sequence[Source], *, skip_bad: bool = False, quarantine: Quarantine | None = None
+) -> list[Sample]:
+    """Return the samples of all sources, one source after the other, each row once.
+
+    Pictures become whole paths, checked to be inside their source's folder; `source` and `licence` go into `meta`.
+
+    Raises:
+        DataError: as `load_samples`.
+    """
+    found: list[Sample] = []
+    for source in sources:
+        for sample in load_samples(source.path, skip_bad=skip_bad, quarantine=quarantine):
+            found.append(_placed(sample, source))
+    return found
+
+
+def _placed(sample: Sample, source: Source) -> Sample:
+    meta: dict[str, Any] = {"source": source.name, **({"licence": source.licence} if source.licence else {})}
+    try:
+        images = tuple(str(resolve(ref, source.images)) for ref in sample.images)
+    except DataError as error:
+        raise DataError(f"{name_of(sample)}: {error}") from error
+    return replace(sample, images=images, meta={**meta, **sample.meta})
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Which source each row of a data set is from, and how often the rows of each are drawn.
+
+    Attributes:
+        names: of the sources.
+        weights: passes over a source's rows in one epoch.
+        of_row: number of each row's source.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    of_row: tuple[int, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], sources: Sequence[Source]) -> Shares:
+        """Return the shares of samples, which are told apart by the file that they were read from."""
+        numbers = {str(source.path): number for number, source in enumerate(sources)}
+        of_row = tuple(numbers[sample.origin.file] for sample in samples if sample.origin is not None)
+        return cls(tuple(source.name for source in sources), tuple(source.weight for source in sources), of_row)
+
+
+def mixture_sha256(path: str | Path, digest: Callable[[Path], str] = file_sha256) -> str:
+    """Return the identity of a mixture: of its description and of every file that it names."""
+    whole = hashlib.sha256(Path(path).read_bytes())
+    for source in read_mixture(path):
+        whole.update(digest(source.path).encode())
+    return whole.hexdigest()

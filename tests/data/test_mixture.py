@@ -1,0 +1,121 @@
+"""Mixture files: what they name, what they refuse, and what rows keep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava.data.mix import main
+from llava.data.mixture import Shares, is_mixture, load_mixture, mixture_sha256, read_mixture
+from llava.data.records import load_samples
+from llava.errors import ConfigError, DataError
+from tests.tiny import write_tiny_vqa
+
+TWO = """\
+# two hospitals
+sources:
+  - {name: first, path: a/train.json, images: a/images, weight: 2, licence: CC0-1.0}
+  - name: second
+    path: b/train.json
+    images: b/images
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in "ab":
+        write_tiny_vqa(tmp_path / name)
+    (tmp_path / "mixture.yaml").write_text(TWO)
+    return tmp_path
+
+
+def test_rows_keep_source_licence_and_pictures(folder: Path) -> None:
+    sources = read_mixture(folder / "mixture.yaml")
+    samples = load_mixture(sources)
+    assert [source.weight for source in sources] == [2.0, 1.0] and len(samples) == 24
+    assert [sample.meta["source"] for sample in samples] == ["first"] * 12 + ["second"] * 12
+    assert samples[0].meta["licence"] == "CC0-1.0" and "licence" not in samples[-1].meta
+    assert all(Path(image).is_file() for sample in samples for image in sample.images)
+    assert Shares.of(samples, sources).of_row == (0,) * 12 + (1,) * 12
+
+
+def test_what_a_row_says_itself_stays(folder: Path) -> None:
+    rows = json.loads((folder / "a" / "train.json").read_text())
+    rows[0] |= {"source": "ward 7", "licence": "internal"}
+    (folder / "a" / "train.json").write_text(json.dumps(rows))
+    samples = load_mixture(read_mixture(folder / "mixture.yaml"))
+    assert (samples[0].meta["source"], samples[0].meta["licence"]) == ("ward 7", "internal")
+    assert Shares.of(samples, read_mixture(folder / "mixture.yaml")).of_row[0] == 0
+
+
+def test_pictures_outside_their_folder_are_refused(folder: Path) -> None:
+    rows = json.loads((folder / "b" / "train.json").read_text())
+    rows[3]["image"] = "../../a/images/0.png"
+    (folder / "b" / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"train.json, row 3.*outside"):
+        load_mixture(read_mixture(folder / "mixture.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sources: []", "a list of sources"),
+        ("sources: [1]", "source 0: expected fields"),
+        ("sources: [{path: x}]", "source 0: field 'name'"),
+        ("sources: [{name: x, path: 3}]", "source 0: field 'path'"),
+        ("sources: [{name: x, path: y, wieght: 2}]", "unknown field 'wieght'; known: name"),
+        ("sources: [{name: x, path: y, weight: 0}]", "'weight' must be a number above 0"),
+        ("sources: [{name: x, path: y, weight: .nan}]", "'weight' must be a number above 0"),
+        ("sources: [{name: x, path: y, weight: true}]", "'weight' must be a number above 0"),
+        ("sources: [{name: x, path: y, images: 3}]", "'images' must be text"),
+        ("sources: [{name: x, path: y}, {name: x, path: z}]", "name x is there twice"),
+        ("sources: [{name: x, path: y}, {name: z, path: y}]", "is there twice"),
+        ("sources: [{name: x, path: y}]\nmore: 1", "one key `sources`"),
+        ("sources: [", "is not YAML"),
+        ("sources: !!python/object/apply:os.getcwd []", "is not YAML"),
+    ],
+)
+def test_wrong_files_are_refused_in_one_line(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "mixture.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_mixture(path)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@given(content=st.binary(max_size=200))
+def test_any_bytes_are_a_mixture_or_a_named_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content)
+    is_mixture(path)
+    with pytest.raises((ConfigError, DataError)):
+        read_mixture(path)
+
+
+def test_mixtures_are_told_from_rows_by_their_content(folder: Path) -> None:
+    assert is_mixture(folder / "mixture.yaml") and not is_mixture(folder / "a" / "train.json")
+    with pytest.raises(DataError, match=r"none\.yaml"):
+        is_mixture(folder / "none.yaml")
+
+
+def test_the_identity_covers_every_file(folder: Path) -> None:
+    before = mixture_sha256(folder / "mixture.yaml")
+    assert before == mixture_sha256(folder / "mixture.yaml")
+    path = folder / "b" / "train.json"
+    path.write_text(path.read_text() + " ")
+    assert mixture_sha256(folder / "mixture.yaml") != before
+
+
+def test_written_out_as_one_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(folder / "mixture.yaml"), "--out", str(folder / "all.json")])
+    rows = load_samples(folder / "all.json", image_folder=folder)
+    assert len(rows) == 24 and rows[0].images[0].startswith("a/images/")
+    assert (rows[0].meta["source"], rows[0].meta["licence"]) == ("first", "CC0-1.0")
+    assert "12  first  (licence: CC0-1.0)" in capsys.readouterr().out
+    with pytest.raises(DataError, match="give --root a folder above it"):
+        main([str(folder / "mixture.yaml"), "--out", str(folder / "x.json"), "--root", str(folder / "a")])
+    assert not (folder / "x.json").exists()
