@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from PIL import Image
-
 from llava.constants import DTYPES, IMAGE_TOKEN
+from llava.data.dicom_policy import add_dicom_options
 from llava.data.images import load as load_image
+from llava.data.images import read_bytes
 from llava.errors import DataError, LlavaError
-from llava.generation.protocol import Engine, Prompt, Sampling
+from llava.generation.protocol import Engine, ImageRef, Prompt, Sampling
 from llava.samples import Conversation, Turn
 from llava.utils.cli import Parser
 from llava.utils.jsonl import read_text
@@ -40,7 +40,7 @@ class Chat:
 
     engine: Engine
     sampling: Sampling
-    image: Image.Image | None = None
+    image: ImageRef | None = None
     system: str | None = None
     turns: list[Turn] = field(default_factory=list)
 
@@ -50,7 +50,7 @@ class Chat:
         Raises:
             DataError: the picture cannot be read.
         """
-        self.image = load_image(path)
+        self.image = read_picture(path)
         self.turns.clear()
 
     def ask(self, question: str, out: TextIO) -> str:
@@ -74,6 +74,20 @@ class Chat:
         out.write("\n")
         self.turns = [*turns, Turn("gpt", answer)]
         return answer
+
+
+def read_picture(path: str) -> bytes:
+    """Return the bytes of a picture, which the model's processor decodes; it is decoded here once to complain early.
+
+    Raises:
+        DataError: the picture cannot be read.
+    """
+    content = read_bytes(path, None)
+    try:
+        load_image(content)
+    except DataError as error:
+        raise type(error)(str(error).replace("given as bytes", path, 1)) from error
+    return content
 
 
 def talk(chat: Chat, lines: Iterable[str], out: TextIO, *, prompt: str = "> ") -> None:
@@ -107,6 +121,7 @@ def make_parser() -> Parser:
     parser.add_argument("--vision-tower", help="tower of a checkpoint in another layout; ours know theirs")
     parser.add_argument("--conv-mode", help="template to use instead of the checkpoint's own")
     parser.add_argument("--image", "--image-file", help="picture to talk about")
+    add_dicom_options(parser)
     parser.add_argument("--question", help="ask this one question, print the answer and end")
     parser.add_argument("--system", help="file with a system text to use in the place of the template's")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="precision of the weights")
@@ -136,6 +151,8 @@ def open_engine(args: Namespace) -> Engine:
         bits=args.bits,
         vision_tower=args.vision_tower,
         template=args.conv_mode,
+        dicom_window=args.dicom_window,
+        dicom_frame=args.dicom_frame,
     )
 
 
@@ -148,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         top_p=args.top_p,
         seed=args.seed if args.temperature > 0 else None,
     )
-    image = None if args.image is None else load_image(args.image)
+    image = None if args.image is None else read_picture(args.image)
     system = None if args.system is None else read_text(args.system).strip()
     chat = Chat(open_engine(args), sampling, image, system)
     if args.question is not None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.conversation import Template, get_template
+from llava.data.dicom_policy import DicomPolicy
 from llava.data.images import MODES, fit, mean_color
 from llava.errors import CheckpointError, ConfigError
 from llava.image_processors import FILE_NAME as IMAGE_PROCESSOR_FILE
@@ -53,6 +54,7 @@ class LlavaMedProcessor:
         strip_around_images: bool = False,
         prefix_mark: PrefixMark | None = None,
         add_bos: bool | None = None,
+        dicom: Mapping[str, Any] | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -68,6 +70,7 @@ class LlavaMedProcessor:
             strip_around_images: drop white space around image blocks, as the tokenizer of LLaVA-Med 1.0 did.
             prefix_mark: see `tokenization`; None finds out.
             add_bos: whether a text begins with the begin-of-text token; None finds out.
+            dicom: how DICOM files are shown, see `DicomPolicy.settings`; None for the default.
 
         Raises:
             ConfigError: an unknown name, or the tokenizer has no image place holder.
@@ -77,6 +80,7 @@ class LlavaMedProcessor:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.use_image_mode(image_mode)
+        self.use_dicom(DicomPolicy.of(dicom))
         self.num_image_tokens = num_image_tokens
         self.placement = lookup(PLACEMENTS, placement, "image placement")
         self.use_im_start_end = use_im_start_end
@@ -111,6 +115,11 @@ class LlavaMedProcessor:
             raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(MODES)}")
         self.image_mode = mode
         self.__dict__.pop("image_fingerprint", None)  # it names the mode
+
+    def use_dicom(self, policy: DicomPolicy) -> None:
+        """Show DICOM files in another way from now on."""
+        self.dicom = policy
+        self.__dict__.pop("image_fingerprint", None)  # it names the policy
 
     @property
     def eos_token_id(self) -> int | None:
@@ -157,9 +166,8 @@ class LlavaMedProcessor:
     def image_fingerprint(self) -> str:
         """Identity of all that happens to a picture: equal fingerprints and equal bytes give equal pixels."""
         constants = None if self.image_processor is None else self.image_processor.to_dict()
-        text = json.dumps(
-            [self.image_mode, type(self.image_processor).__name__, constants], sort_keys=True, default=str
-        )
+        parts = [self.image_mode, type(self.image_processor).__name__, constants, self.dicom.settings()]
+        text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -184,6 +192,7 @@ class LlavaMedProcessor:
                 "strip_around_images": self.strip_around_images,
                 "prefix_mark": self.text.prefix_mark,
                 "add_bos": bool(self.text.bos_ids),
+                "dicom": self.dicom.settings(),
             }
             text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
             (Path(folder) / FILE_NAME).write_text(text, encoding="utf-8")

@@ -22,6 +22,7 @@ import PIL
 from torch import Tensor
 
 from llava.data import images
+from llava.data.dicom_policy import DEFAULT, VERSION, DicomPolicy
 from llava.data.encode import Encoded
 from llava.data.file_lock import hold
 from llava.errors import DataError
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = f"2, Pillow {PIL.__version__}"
-"""What an index must say to be believed: another Pillow may decode other files."""
+INDEX_VERSION = f"3, Pillow {PIL.__version__}, DICOM {VERSION}"
+"""What an index must say to be believed: another Pillow, or other rules, may decode other files."""
 
 
 def cache_folder() -> Path:
@@ -63,21 +64,26 @@ class ImageIndex:
     Args:
         root: the image folder, or None for names that are paths of their own.
         path: file that remembers between runs; None remembers nothing.
+        dicom: how DICOM files are shown; some may lack the frame that is asked for.
     """
 
-    def __init__(self, root: str | Path | None, path: str | Path | None = None) -> None:
+    def __init__(
+        self, root: str | Path | None, path: str | Path | None = None, *, dicom: DicomPolicy = DEFAULT
+    ) -> None:
         self.root = None if root is None else Path(root)
         self.path = None if path is None else Path(path)
+        self.dicom = dicom
+        self.version = f"{INDEX_VERSION}, frame {dicom.frame}"
         self._files: dict[str, FileState] = {}
         self._seen: set[str] = set()
         self._changed = False
         self._read()
 
     @classmethod
-    def open(cls, root: str | Path | None) -> ImageIndex:
+    def open(cls, root: str | Path | None, *, dicom: DicomPolicy = DEFAULT) -> ImageIndex:
         """Return the index of a folder that is kept in the user's cache."""
         name = hashlib.sha256(str(Path(root or ".").resolve()).encode()).hexdigest()[:16]
-        return cls(root, cache_folder() / "images" / f"{name}.json")
+        return cls(root, cache_folder() / "images" / f"{name}.json", dicom=dicom)
 
     def digest(self, ref: str) -> str:
         """Return the identity of the bytes of image `ref`; the file is read the first time.
@@ -129,7 +135,7 @@ class ImageIndex:
         """Write what is known to `path`, if there is one; a folder that cannot be written costs time, not the run."""
         if self.path is None or not self._changed:
             return
-        content = {"version": INDEX_VERSION, "root": str(self.root), "files": self._files.copy()}
+        content = {"version": self.version, "root": str(self.root), "files": self._files.copy()}
         try:
             write_atomic(self.path, json.dumps(content))
             self._changed = False
@@ -143,7 +149,7 @@ class ImageIndex:
             return
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
-            if content["version"] == INDEX_VERSION:
+            if content["version"] == self.version:
                 own = {ref: self._files[ref] for ref in self._seen}
                 self._files = {ref: FileState(*state) for ref, state in content["files"].items()} | own
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -168,7 +174,7 @@ class ImageIndex:
         digest, reason = images.content_digest(data), ""
         if decode:
             try:
-                images.load(data)
+                images.load(data, dicom=self.dicom)
             except DataError as problem:
                 reason = str(problem).replace("given as bytes", ref)
         times = (stat.st_mtime_ns, stat.st_ctime_ns)
@@ -225,7 +231,7 @@ class ImageStore:
         """
         if key not in self._refs:
             raise DataError(f"image key {key!r} is unknown here; it comes from another data set or folder")
-        return self.processor.pixels([images.load(self._refs[key], self.index.root)])[0]
+        return self.processor.pixels([images.load(self._refs[key], self.index.root, dicom=self.processor.dicom)])[0]
 
     def pixels(self, key: str) -> Tensor:
         """Return what `decode` does, from memory if it was asked for lately."""

@@ -21,6 +21,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from llava.constants import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
+from llava.data.dicom_policy import DicomPolicy
 from llava.data.encode import kept_tokens, place_images, tokenize_segments
 from llava.data.images import load
 from llava.data.placing import with_places
@@ -166,13 +167,13 @@ def _ids(stretch: Stretch, processor: LlavaMedProcessor) -> str:
     return " ".join(f"{token}={index}" for token, index in zip(tokens, stretch.ids, strict=True))
 
 
-def _pictures(sample: Sample, folder: str | None) -> list[str]:
+def _pictures(sample: Sample, folder: str | None, dicom: DicomPolicy) -> list[str]:
     """Return the row's images as `data:` addresses, scaled down for the page; none without a folder."""
     if folder is None:
         return []
     pictures = []
     for ref in sample.images:
-        image = load(ref, folder)
+        image = load(ref, folder, dicom=dicom)
         image.thumbnail((336, 336))
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
@@ -273,5 +274,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     sys.stdout.write(to_terminal(view, processor, color=color))
     if args.html:
-        write_atomic(args.html, to_html(view, processor, _pictures(sample, args.image_folder)))
+        write_atomic(args.html, to_html(view, processor, _pictures(sample, args.image_folder, processor.dicom)))
         sys.stdout.write(f"page: {args.html}\n")

@@ -75,7 +75,7 @@ def check_trainable(
         DataError: rows cannot be used and `skip_bad` is off, or no row is left; names the first of them.
     """
     if index is None:
-        index = ImageIndex.open(image_folder)
+        index = ImageIndex.open(image_folder, dicom=processor.dicom)
     refs = list(dict.fromkeys(ref for sample in samples for ref in sample.images))
     index.verify(refs, num_threads=num_threads)
     found = check_rows(samples, processor, index, max_length=max_length)

@@ -49,6 +49,8 @@ def model_settings(args: Namespace) -> dict[str, Any]:
         "system text": None if system is None else digest(system),
         "dtype": args.dtype,
         "bits": args.bits,
+        "dicom window": args.dicom_window,
+        "dicom frame": args.dicom_frame,
     }
 
 

@@ -11,6 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from llava.constants import DTYPES
+from llava.data.dicom_policy import DicomPolicy, add_dicom_options
 from llava.generation.protocol import Engine, Sampling
 from llava.model.layout import CONFIG_FILE, OUR_TYPE, read_json
 from llava.utils.cli import Parser
@@ -37,6 +38,7 @@ def add_model_options(parser: Parser) -> None:
     model.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator when there is one")
     model.add_argument("--mm-projector", help="no effect: the checkpoint knows its projector")
     model.add_argument("--vision-tower", help="tower of a checkpoint in another layout; ours know theirs")
+    add_dicom_options(model)
     choice = parser.add_argument_group("sampling")
     choice.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     choice.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from")
@@ -83,6 +85,16 @@ def template_of(args: Namespace) -> str | None:
     return json.loads(read_text(path)).get("template") if path.is_file() else None
 
 
+def dicom_policy_of(args: Namespace) -> DicomPolicy:
+    """Return how DICOM files are shown: as the checkpoint says, unless the options do.
+
+    Raises:
+        ConfigError: an option, or what the checkpoint says, is none of the known words.
+    """
+    kept = read_json(Path(args.model) / PROCESSOR_FILE).get("dicom")
+    return DicomPolicy.of(kept).changed(args.dicom_window, args.dicom_frame)
+
+
 def open_engine(args: Namespace) -> Engine:
     """Load the model that the options name and return its engine.
 
@@ -100,4 +112,6 @@ def open_engine(args: Namespace) -> Engine:
         bits=args.bits,
         vision_tower=args.vision_tower,
         template=args.conv_mode,
+        dicom_window=args.dicom_window,
+        dicom_frame=args.dicom_frame,
     )

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from llava.data.dicom_policy import DEFAULT, DicomPolicy
 from llava.data.images import load as load_image
 from llava.data.records import load_samples
 from llava.errors import ConfigError
@@ -63,6 +64,7 @@ class Plan:
         facts: what the result says about where it comes from.
         title: heading of the page.
         note: sentence under it.
+        dicom: how the page shows DICOM files.
     """
 
     samples: Sequence[Sample]
@@ -79,6 +81,7 @@ class Plan:
     facts: Mapping[str, Any] | None = None
     title: str = "Evaluation"
     note: str = ""
+    dicom: DicomPolicy = DEFAULT
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -160,6 +163,7 @@ def plan_of(args: Namespace, words: Sequence[str]) -> Plan:
         facts=facts,
         title=f"{options.model_id} on {Path(args.data).name}",
         note=args.note,
+        dicom=model_options.dicom_policy_of(args),
     )
 
 
@@ -204,7 +208,7 @@ def evaluate(plan: Plan, open_engine: Callable[[], Engine]) -> dict[str, Any]:
         report=report,
         items=items,
         blank=blank,
-        open_image=lambda name: load_image(name, plan.options.image_folder),
+        open_image=lambda name: load_image(name, plan.options.image_folder, dicom=plan.dicom),
         num_examples=plan.num_examples,
         note=plan.note,
     )

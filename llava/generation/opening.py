@@ -22,6 +22,8 @@ def open_engine(
     bits: int = 16,
     vision_tower: str | None = None,
     template: str | None = None,
+    dicom_window: str | None = None,
+    dicom_frame: str | None = None,
 ) -> LocalEngine:
     """Load a model and return its engine.
 
@@ -33,6 +35,8 @@ def open_engine(
         bits: 4 and 8 quantize the weights (bitsandbytes).
         vision_tower: tower of a checkpoint that does not hold or name one.
         template: name of a template to use instead of the checkpoint's own.
+        dicom_window: window of DICOM files instead of the checkpoint's own, see `DicomPolicy`.
+        dicom_frame: frame of DICOM files, likewise.
 
     Raises:
         CheckpointError: the folder cannot be loaded.
@@ -47,4 +51,5 @@ def open_engine(
         torch.nn.Module.to(loaded.model, device)
     if template:
         loaded.processor.use_template(template)
+    loaded.processor.use_dicom(loaded.processor.dicom.changed(dicom_window, dicom_frame))
     return LocalEngine(loaded.model, loaded.processor)

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from llava.data.dicom_policy import DicomPolicy
 from llava.data.encode import Encoded, encode, encode_prompt
 from llava.data.images import image_key, load, read_bytes, to_rgb
 from llava.errors import DataError
@@ -27,13 +28,13 @@ class Picture:
     key: str
     content: bytes | Image.Image
 
-    def decode(self) -> Image.Image:
-        """The picture in RGB.
+    def decode(self, dicom: DicomPolicy) -> Image.Image:
+        """The picture in RGB; a DICOM file as the policy shows it.
 
         Raises:
             DataError: the bytes are no picture.
         """
-        return load(self.content) if isinstance(self.content, bytes) else to_rgb(self.content)
+        return load(self.content, dicom=dicom) if isinstance(self.content, bytes) else to_rgb(self.content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class PromptReader:
         Raises:
             DataError: the picture cannot be decoded.
         """
-        return self.processor.pixels([picture.decode()])[0]
+        return self.processor.pixels([picture.decode(self.processor.dicom)])[0]
 
     def _check_length(self, encoded: Encoded, limit: int) -> None:
         if len(encoded.input_ids) > limit:

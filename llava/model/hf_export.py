@@ -138,6 +138,7 @@ def _config(loaded: Loaded) -> dict[str, Any]:
         "use_im_start_end": processor.use_im_start_end,
         "prefix_mark": "text" if processor.text.prefix_mark == "text" else "backend",  # see `plain_tokenizer`
         "add_bos": bool(processor.text.bos_ids),
+        "dicom": processor.dicom.settings(),
         "source": config.source,
     }
     return written

@@ -64,6 +64,7 @@ def load_hf(layout: Layout, options: ForeignOptions) -> Loaded:
         system=kept.get("system"),
         prefix_mark=kept.get("prefix_mark"),
         add_bos=kept.get("add_bos"),
+        dicom=kept.get("dicom"),
     )
     grow(state, len(tokenizer))
     model = place(_ours(config, processor, kept), state, options, name=str(layout.path))

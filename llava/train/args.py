@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from llava.data.dicom_policy import DEFAULT, FRAME_HELP, KEPT, WINDOW_HELP
 from llava.errors import ConfigError
 from llava.train import legacy_flags
 
@@ -84,6 +85,8 @@ class DataArguments:
     image_aspect_ratio: str | None = option(
         None, "square (crop), pad or resize; default: the checkpoint's own, or square"
     )
+    dicom_window: str | None = option(None, WINDOW_HELP.replace("%", "%%") + KEPT)
+    dicom_frame: str | None = option(None, FRAME_HELP + KEPT)
     eval_data_path: str | None = option(None, "held-out rows for validation while training")
     eval_image_folder: str | None = option(None, "image folder of the held-out rows; default: --image_folder")
     skip_bad: bool = option(False, "leave unusable rows out and list them in quarantine.jsonl instead of stopping")
@@ -98,6 +101,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not self.data_path:
             raise ConfigError("--data_path is missing: a JSON array or JSON lines in LLaVA format")
+        DEFAULT.changed(self.dicom_window, self.dicom_frame)  # a wrong word is refused before anything is loaded
 
 
 @dataclass

@@ -142,7 +142,7 @@ def open_data(
         raise ConfigError(f"{path}: no such file; expected rows in LLaVA format")
     writes = args.should_save and data_args.skip_bad and not args.dry_run
     quarantine = Quarantine(args.run_folder / QUARANTINE_FILES[path == data_args.eval_data_path] if writes else None)
-    index = ImageIndex.open(image_folder)
+    index = ImageIndex.open(image_folder, dicom=loaded.processor.dicom)
     samples = load_samples(path, skip_bad=data_args.skip_bad, quarantine=quarantine)
     limit = args.model_max_length
     loaded.processor.image_counts_as_one = data_args.image_counts_as_one

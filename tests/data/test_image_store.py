@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava.data import image_store, images
+from llava.data.dicom_policy import DEFAULT
 from llava.data.encode import Encoded
 from llava.data.feature_cache import build
 from llava.data.image_store import ImageIndex, ImageStore, cache_folder
@@ -27,6 +28,7 @@ class Processor:
     """Pixels are the mean colour; counts the pictures it was given."""
 
     image_fingerprint = "test"
+    dicom = DEFAULT
 
     def __init__(self) -> None:
         self.num = 0
