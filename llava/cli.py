@@ -52,6 +52,16 @@ COMMANDS: dict[str, Command] = {
         "make alignment captions from what question-answer rows already state about each picture",
         "llava data align train.json --root data --out align.json",
     ),
+    "data download": Command(
+        "llava.data.published:main",
+        "fetch the published data files, check them, then fetch their images; `sh download_data.sh` is the same",
+        "llava data download --only instruct --images False",
+    ),
+    "data images": Command(
+        "llava.data.pmc_program:main",
+        "fetch the listed figures of PMC articles; continues, and lists what is missing and why",
+        "llava data images --input_path data/llava_med_image_urls.jsonl --only train.json --filter-json train.json",
+    ),
     "checkpoint inspect": Command(
         "llava.model.inspection:main",
         "what a checkpoint of any kind holds, tensor by tensor; reads no weights",

@@ -1,0 +1,21 @@
+"""Fetch the figures of PMC articles that the published data is about.
+
+python llava/data/download_images.py --input_path data/llava_med_image_urls.jsonl \\
+    --pmc_output_path data/pmc_articles/ --images_output_path data/images/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llava.data import pmc_program
+from llava.utils.cli import run_program
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    pmc_program.main(argv)
+
+
+if __name__ == "__main__":
+    run_program(main)
