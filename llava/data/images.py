@@ -102,7 +102,7 @@ def load(ref: str | Path | bytes, root: str | Path | None = None, *, dicom: Dico
     except UnidentifiedImageError as error:
         if may_be_bare(data):
             return _load_dicom(data, name, dicom)
-        raise DataError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from error
+        raise DataError(f"image {name} cannot be decoded: it is no picture of a known format") from error
     except Exception as error:  # decoders raise whatever their parsing runs into: struct.error, IndexError, ...
         raise DataError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from error
 
