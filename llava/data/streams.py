@@ -21,6 +21,9 @@ from llava.errors import ConfigError, DataError
 WINDOW = 1000
 """Rows that are held and shuffled at once."""
 
+MAX_EMPTY_PASSES = 20
+"""A reader that met only empty shards in so many passes has no rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class StreamSource:
@@ -108,8 +111,12 @@ class _SourceStream:
         turn, shard, row, window, given = (
             position.turn, position.shard, position.row, position.window, position.given
         )  # fmt: skip
+        last_turn = turn
         while True:
             held, (next_turn, next_shard, next_row) = self._take(turn, shard, row)
+            last_turn = next_turn if held else last_turn
+            if next_turn - last_turn > MAX_EMPTY_PASSES:
+                raise DataError(f"source {self.source.name}: there is no row for reader {self.index} of {self.count}")
             self._random("window", window).shuffle(held)
             for done, found in enumerate(held[given:], start=given + 1):
                 yield found, Position(turn, shard, row, window, done)
@@ -118,7 +125,6 @@ class _SourceStream:
     def _take(self, turn: int, shard: int, row: int) -> tuple[list[StreamedRow], tuple[int, int, int]]:
         """One window of rows from a place on (it ends with the pass), and the place behind it."""
         held: list[StreamedRow] = []
-        is_whole_pass = shard == row == 0
         order = self._shards(turn)
         while shard < len(order):
             for number, found in rows_in(order[shard], row):
@@ -127,8 +133,6 @@ class _SourceStream:
                 if self.by_shard or number % self.count == self.index:
                     held.append(StreamedRow(self.number, order[shard], number, found))
             shard, row = shard + 1, 0
-        if is_whole_pass and not held:
-            raise DataError(f"source {self.source.name}: there is no row for reader {self.index} of {self.count}")
         return held, (turn + 1, 0, 0)
 
     def _shards(self, turn: int) -> list[Path]:
