@@ -125,8 +125,9 @@ def read_lists(
             continue
         if only is not None and figure.pair_id not in only:
             continue
-        known = members.setdefault(figure.pair_id, (address, figure.member))
         article = articles.get(address)
+        address = address if article is None else article.address  # one text in memory, not one a row
+        known = members.setdefault(figure.pair_id, (address, figure.member))
         if known != (address, figure.member):
             found.bad.append(BadListRow(place, figure.pair_id, f"{where}: another row gives this id to another figure"))
         elif article is not None and any(other.pair_id == figure.pair_id for other in article.figures):

@@ -95,7 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     log.setup()
     args = make_parser().parse_args(argv)
-    status = run(args)
+    try:
+        status = run(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command continues\n")
+        status = 130
     if status:
         raise SystemExit(status)
 
@@ -154,6 +158,8 @@ def report(summary: Summary, filtered: Sequence[Filtered], missing: Path, second
     if summary.missing:
         lines.append(f"missing: {summary.num_missing}, listed in {missing}")
         lines += [f"  {count:>8}  {reason:<16}{REASONS[reason].text}" for reason, count in summary.missing.items()]
+        if any(not REASONS[reason].lasting for reason in summary.missing):
+            lines.append("the same command asks again for what may come yet")
     for path, num_kept, num_dropped in filtered:
         lines.append(f"{path}: {num_kept} rows with their images, {num_dropped} without left out")
     return "\n".join(lines) + "\n"

@@ -126,22 +126,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
     args = make_parser().parse_args(words[:split])
+    try:
+        status = run(args, words[split + 1 :])
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command continues\n")
+        status = 130
+    if status:
+        raise SystemExit(status)
+
+
+def run(args: argparse.Namespace, image_words: Sequence[str]) -> int:
+    """Do what the flags say and return the exit status; `image_words` are further flags of download_images.py."""
     table = read_table(Path(args.table))
     files = chosen(table.files, args.only)
+    data = Path(args.data_dir)
     if args.list:
         sys.stdout.write(listing(table, files))
-        return
-    data = Path(args.data_dir)
+        return 0
     if args.check:
         problems = {file.name: problem for file in files if (problem := file_problem(data / file.name, file.expected))}
         sys.stdout.write(report(files, problems))
-    else:
-        problems = download(files, table, data, args)
-    status = int(bool(problems))
-    if args.images and not args.check:
-        status |= fetch_images(data, args, words[split + 1 :])
-    if status:
-        raise SystemExit(status)
+        return int(bool(problems))
+    problems = download(files, table, data, args)
+    status = fetch_images(data, args, image_words) if args.images else 0
+    return max(status, int(bool(problems)))
 
 
 def chosen(files: Sequence[PublishedFile], words: Sequence[str] | None) -> list[PublishedFile]:

@@ -84,6 +84,15 @@ def test_leftovers_of_another_file_are_begun_again(
     assert (tmp_path / "a.bin").read_bytes() == DATA
 
 
+def test_a_login_page_does_not_cost_what_is_there(server: FileServer, client: Client, tmp_path: Path) -> None:
+    (tmp_path / "a.bin.part").write_bytes(DATA[:200_000])
+    server.faults["/a.bin"] = [Fault(ignore_range=True, body=b"<html>please log in</html>")]
+    with pytest.raises(DownloadError):
+        fetch_file(client, [f"{server.address}/a.bin"], tmp_path / "a.bin", expected=RIGHT)
+    fetch_file(client, [f"{server.address}/a.bin"], tmp_path / "a.bin", expected=RIGHT)
+    assert (tmp_path / "a.bin").read_bytes() == DATA and server.log[-1].range == "bytes=200000-"
+
+
 def test_a_whole_part_needs_no_server(client: Client, tmp_path: Path) -> None:
     (tmp_path / "a.bin.part").write_bytes(DATA)
     fetch_file(client, ["http://127.0.0.1:9/a.bin"], tmp_path / "a.bin", expected=RIGHT)
@@ -97,7 +106,7 @@ WRONG: dict[str, tuple[list[Fault], str]] = {
     "always cut off": ([Fault(cut_after=0, always=True)], "cut_off"),
     "always stalling": ([Fault(stall_after=10, always=True)], "stalled"),
     "other bytes": ([Fault(body=DATA[:-1] + b"?", always=True)], "wrong_content"),
-    "a page": ([Fault(body=b"<html>please log in</html>", always=True)], "wrong_content"),
+    "a page": ([Fault(body=b"<html>please log in</html>", always=True)], "wrong_size"),
     "longer": ([Fault(body=DATA + b"?", unknown_length=True, always=True)], "wrong_content"),
     "a loop": ([Fault(status=301, headers=(("Location", "/a.bin"),), always=True)], "refused"),
     "to a file": ([Fault(status=302, headers=(("Location", "file:///etc/passwd"),), always=True)], "unsafe_address"),
@@ -139,7 +148,7 @@ def test_mirrors_are_asked_in_order(server: FileServer, client: Client, tmp_path
     assert fetch_file(client, [*addresses, good], tmp_path / "a.bin", expected=RIGHT) == good
     with pytest.raises(DownloadError) as caught:
         fetch_file(client, addresses, tmp_path / "b.bin", expected=RIGHT)
-    assert caught.value.reason == "wrong_content" and all(address in str(caught.value) for address in addresses)
+    assert caught.value.reason == "wrong_size" and all(address in str(caught.value) for address in addresses)
 
 
 @pytest.mark.parametrize("local", [True, False])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -19,6 +20,7 @@ from urllib.parse import quote, unquote, urlsplit
 from llava.errors import ConfigError, DownloadError
 
 WEB = ("http", "https")
+_ODD = re.compile(r"[^\x21-\x7e]|[\\\"<>^`{|}]")
 _PORTS = {"http": 80, "https": 443}
 
 Origin = tuple[str, int]
@@ -83,6 +85,8 @@ def origin(address: str) -> Origin:
         DownloadError: it is not http(s), or has no host.
     """
     try:
+        if _ODD.search(address):  # what other programs may take for the end of the host's name
+            raise ValueError("odd characters")
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port
     except ValueError as error:
@@ -97,12 +101,14 @@ class AddressPolicy:
 
     Args:
         bases: addresses the user gave; their hosts (with that port) are trusted even when they are private.
-        through_proxy: names are resolved by a proxy, so only addresses written as numbers can be judged here.
+        proxies: whether the environment names proxies; behind one, names are resolved there, so only addresses
+            written as numbers can be judged here.
     """
 
-    def __init__(self, bases: Iterable[str] = (), *, through_proxy: bool = False) -> None:
+    def __init__(self, bases: Iterable[str] = (), *, proxies: bool | None = None) -> None:
         self._trusted = {origin(base) for base in bases if not is_local(base)}
-        self._through_proxy = through_proxy
+        known = urllib.request.getproxies()
+        self._proxies = any(known.get(scheme) for scheme in ("http", "https", "all")) if proxies is None else proxies
 
     def trusts(self, address: str) -> bool:
         """Whether the user named this host and port."""
@@ -131,15 +137,18 @@ class AddressPolicy:
 
     def check_peer(self, address: str, number: str) -> None:
         """Make sure that the machine which answered is one that `check` would allow: names may change in between."""
-        if not self._through_proxy and not self.trusts(address):
+        if not self._behind_proxy(origin(address)[0]) and not self.trusts(address):
             check_number(number, address)
+
+    def _behind_proxy(self, host: str) -> bool:
+        return self._proxies and not urllib.request.proxy_bypass(host)
 
     def _numbers(self, host: str, port: int) -> list[str]:
         try:
             return [str(ipaddress.ip_address(host))]
         except ValueError:
             pass
-        if self._through_proxy:
+        if self._behind_proxy(host):
             return []
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 import time
-import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
@@ -102,9 +101,7 @@ class Client:
     ) -> None:
         self.options = options or NetworkOptions()
         self.stopped = threading.Event()
-        self.policy = AddressPolicy(
-            bases, through_proxy=bool(set(urllib.request.getproxies()) & {"http", "https", "all"})
-        )
+        self.policy = AddressPolicy(bases)
         self._turns = HostTurns(self.options.per_second, self.stopped)
         timeout = httpx2.Timeout(self.options.stall_seconds, connect=self.options.connect_seconds, pool=None)
         self._http = httpx2.Client(
@@ -197,20 +194,24 @@ class Client:
         Raises:
             DownloadError: it stops coming, comes too slowly, or ends before it is complete.
         """
-        since, num_bytes = time.monotonic(), 0
+        pieces = answer.response.iter_raw()
+        waited, num_bytes = 0.0, 0
         try:
-            for chunk in answer.response.iter_raw():
+            while True:
+                before = time.monotonic()
+                piece = next(pieces, None)
+                waited += time.monotonic() - before  # what the reader does with a piece is not the server's time
+                if piece is None:
+                    return
                 if self.stopped.is_set():
                     raise DownloadError("stopped", reason="cut_off")
-                yield chunk
-                now = time.monotonic()
-                num_bytes += len(chunk)
-                if now - since >= self.options.stall_seconds:
-                    if num_bytes < self.options.min_speed * (now - since):
-                        raise DownloadError(
-                            f"{shown(answer.address)}: {num_bytes} bytes in {now - since:.0f} s", reason="stalled"
-                        )
-                    since, num_bytes = now, 0
+                num_bytes += len(piece)
+                if waited >= self.options.stall_seconds:
+                    if num_bytes < self.options.min_speed * waited:
+                        told = f"{num_bytes} bytes in {waited:.0f} s"
+                        raise DownloadError(f"{shown(answer.address)}: {told}", reason="stalled")
+                    waited, num_bytes = 0.0, 0
+                yield piece
         except (httpx2.HTTPError, httpx2.StreamError, RuntimeError) as error:
             raise trouble(error, answer.address) from error
         finally:

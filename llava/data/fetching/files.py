@@ -124,6 +124,8 @@ def _fetch_from(
     part = target.with_name(target.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     for attempt in (1, 2):
+        if expected.size is not None and part.exists() and part.stat().st_size > expected.size:
+            part.unlink()  # no beginning of this file
         start, digest = digest_of(part, on_bytes) if part.exists() else (0, hashlib.sha256())
         size = start
         try:
@@ -169,10 +171,14 @@ def _blocks(
 
 
 def _local_blocks(path: Path, start: int, digest: _Hash, expected: Expected) -> Iterator[bytes]:
-    problem = "missing" if not path.is_file() else file_problem(path, Expected(expected.size))
+    problem = file_problem(path, Expected(expected.size))
     if problem:
-        raise DownloadError(f"{path}: {problem}", reason="not_found" if problem == "missing" else "wrong_content")
-    with path.open("rb") as stream:
+        raise DownloadError(f"{path}: {problem}", reason="not_found" if problem == "missing" else "wrong_size")
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise DownloadError(f"{path}: {error.strerror}", reason="refused") from error
+    with stream:
         stream.seek(start)
         while block := stream.read(BLOCK):
             digest.update(block)

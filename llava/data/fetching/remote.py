@@ -27,7 +27,8 @@ PROGRESS = 1 << 20
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How a Git LFS pointer begins: what a repository holds in the place of a large file."""
 
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)$")
+_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 class RemoteFile:
@@ -157,7 +158,7 @@ class RemoteFile:
         """Return the size of the whole file, if it is told, and the position of the answer's first byte."""
         if answer.status == 200:
             length = answer.header("Content-Length")
-            return (int(length) if length is not None and length.isdecimal() else None), 0
+            return (int(length) if length is not None and _NUMBER.fullmatch(length) else None), 0
         told = (answer.header("Content-Range") or "").strip()
         if answer.status == 416:
             total = told.removeprefix("bytes */")
@@ -165,10 +166,10 @@ class RemoteFile:
             if not self._ended:
                 raise self._changed(f"the server has {total or 'no'} bytes, {self.offset} are here")
             return self.offset, self.offset
-        match = _RANGE.match(told)
+        match = _RANGE.fullmatch(told)
         if match is None or int(match[1]) != self.offset:
             raise self._changed(f"asked for bytes from {self.offset} on, got {told!r}")
-        return (None if match[3] == "*" else int(match[3])), self.offset
+        return (None if match[2] == "*" else int(match[2])), self.offset
 
     def _check_size(self, total: int | None, answer: Answer) -> None:
         if total is None:
@@ -178,7 +179,7 @@ class RemoteFile:
                 raise self._changed(f"it had {self.size} bytes and now has {total}")
             raise DownloadError(
                 f"{shown(self.address)}: {total} bytes, expected {self.size}{self._pointer(total, answer)}",
-                reason="wrong_content",
+                reason="wrong_size",
             )
         if self._max_bytes is not None and total > self._max_bytes:
             raise DownloadError(
