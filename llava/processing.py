@@ -1,6 +1,6 @@
 """Everything between raw input and the model: tokenizer, picture preprocessing, template. Saved beside the weights.
 
-pictures --pixels--> [N, 3, H, W]        text --data.encode--> ids (one place-holder id per image patch)
+pictures --picture--> [3, H, W], or tiles [K, 3, H, W]     text --data.encode--> ids (a place-holder id per image token)
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -22,8 +23,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.conversation import Template, get_template
 from llava.data.dicom_policy import DicomPolicy
-from llava.data.images import MODES, fit, mean_color
+from llava.data.images import MODES, fit, mean_color, tiles
 from llava.errors import CheckpointError, ConfigError
+from llava.image_grids import ANYRES, KEEP, VARIABLE_MODES, ImageGrid, Size, parse_pinpoints
 from llava.image_processors import FILE_NAME as IMAGE_PROCESSOR_FILE
 from llava.image_processors import load_image_processor
 from llava.tokenization import PrefixMark, TextTokenizer
@@ -55,6 +57,8 @@ class LlavaMedProcessor:
         prefix_mark: PrefixMark | None = None,
         add_bos: bool | None = None,
         dicom: Mapping[str, Any] | None = None,
+        patch_merge_type: str = "flat",
+        image_grid_pinpoints: Any = None,
     ) -> None:
         """Put the parts together.
 
@@ -62,8 +66,8 @@ class LlavaMedProcessor:
             tokenizer: a fast tokenizer that knows `<image>` (or `<im_patch>`) as a token.
             image_processor: a PIL image processor of transformers; None for text only.
             template: key of `conversation.TEMPLATES`.
-            image_mode: how pictures become square, see `data.images.fit`.
-            num_image_tokens: tokens of one image (P).
+            image_mode: how pictures become the tower's input, see `data.images.fit` and `tiles`.
+            num_image_tokens: tokens of one image (P), or of one tile of it.
             placement: key of `PLACEMENTS`.
             use_im_start_end: write `<im_start>` and `<im_end>` around each image.
             system: replaces the template's system text.
@@ -71,17 +75,22 @@ class LlavaMedProcessor:
             prefix_mark: see `tokenization`; None finds out.
             add_bos: whether a text begins with the begin-of-text token; None finds out.
             dicom: how DICOM files are shown, see `DicomPolicy.settings`; None for the default.
+            patch_merge_type: how the tiles of image mode `anyres` are joined, see `image_grids.MERGE_TYPES`.
+            image_grid_pinpoints: sizes that `anyres` chooses from; None takes those of LLaVA 1.6.
 
         Raises:
-            ConfigError: an unknown name, or the tokenizer has no image place holder.
+            ConfigError: an unknown name, settings that contradict each other, or the tokenizer has no image place
+                holder.
         """
         if num_image_tokens < 1:
             raise ConfigError(f"an image needs at least one token, got num_image_tokens={num_image_tokens}")
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.use_image_mode(image_mode)
-        self.use_dicom(DicomPolicy.of(dicom))
         self.num_image_tokens = num_image_tokens
+        self.use_image_mode(image_mode, merge=patch_merge_type, pinpoints=image_grid_pinpoints)
+        self.random_padding = False
+        """Move padded pictures by a pixel at random, as LLaVA-Med 1.5 does; never saved."""
+        self.use_dicom(DicomPolicy.of(dicom))
         self.placement = lookup(PLACEMENTS, placement, "image placement")
         self.use_im_start_end = use_im_start_end
         self.strip_around_images = strip_around_images
@@ -105,14 +114,23 @@ class LlavaMedProcessor:
         self.system = system
         self.template: Template = template if system is None else template.with_system(system)
 
-    def use_image_mode(self, mode: str) -> None:
+    def use_image_mode(self, mode: str, *, merge: str | None = None, pinpoints: Any = None) -> None:
         """Make pictures square in another way from now on.
 
+        Args:
+            mode: one of `data.images.MODES`.
+            merge: how the tiles of `anyres` are joined; None keeps the way in use.
+            pinpoints: sizes that `anyres` chooses from; None keeps those in use, or takes those of LLaVA 1.6.
+
         Raises:
-            ConfigError: the mode is unknown.
+            ConfigError: the mode is unknown, or does not go with the other settings.
         """
         if mode not in MODES:
             raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(MODES)}")
+        current: ImageGrid | None = getattr(self, "image_grid", None)
+        merge = merge or (current.merge if current else "flat")
+        pinpoints = pinpoints or (current.pinpoints if current else None)
+        self.image_grid = self._grid(mode, merge, pinpoints)
         self.image_mode = mode
         self.__dict__.pop("image_fingerprint", None)  # it names the mode
 
@@ -120,6 +138,42 @@ class LlavaMedProcessor:
         """Show DICOM files in another way from now on."""
         self.dicom = policy
         self.__dict__.pop("image_fingerprint", None)  # it names the policy
+
+    def _grid(self, mode: str, merge: str, pinpoints: Any) -> ImageGrid:
+        if mode not in VARIABLE_MODES:
+            return ImageGrid(mode, 0, self.num_image_tokens, merge, tuple((w, h) for w, h in pinpoints or ()))
+        if self.image_processor is None:
+            raise ConfigError(f"image mode {mode} needs the sizes of pictures, and this processor is for text only")
+        height, width = self.image_size
+        if height != width:
+            raise ConfigError(f"image mode {mode} needs a tower with a square input, this one takes {width} x {height}")
+        found = parse_pinpoints(pinpoints, height) if mode == ANYRES else ()
+        return ImageGrid(mode, height, self.num_image_tokens, merge, found)
+
+    @property
+    def has_variable_images(self) -> bool:
+        """Whether the number of an image's tokens depends on its size."""
+        return self.image_mode in VARIABLE_MODES
+
+    def count_image_tokens(self, num_images: int, sizes: Sequence[Size] | None = None) -> list[int]:
+        """Return the number of tokens of each image.
+
+        Args:
+            num_images: how many there are.
+            sizes: width and height of each; only needed where `has_variable_images`.
+
+        Raises:
+            ConfigError: sizes are needed and were not given for each image.
+            DataError: a picture cannot be shown in this image mode.
+        """
+        if not self.has_variable_images:
+            return [self.num_image_tokens] * num_images
+        if sizes is None or len(sizes) != num_images:
+            raise ConfigError(
+                f"image mode {self.image_mode} needs the width and height of each of the {num_images} images, got "
+                f"{0 if sizes is None else len(sizes)}"
+            )
+        return [self.image_grid.count(size) for size in sizes]
 
     @property
     def eos_token_id(self) -> int | None:
@@ -148,25 +202,50 @@ class LlavaMedProcessor:
         return _output_size(self.image_processor)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return pictures as the model's input, `[N, 3, H, W]` float32.
+        """Return pictures of one size as the model's input, `[N, 3, H, W]` float32; see `picture` for other modes.
 
         Raises:
-            ConfigError: this is a processor for text only.
+            ConfigError: this is a processor for text only, or pictures become inputs of several sizes.
         """
         if self.image_processor is None:
             raise ConfigError("this processor has no image processor; load one with a vision tower")
+        if self.has_variable_images:
+            raise ConfigError(f"image mode {self.image_mode} gives each picture an input of its own; use `picture`")
         height, width = self.image_size
         if not images:
             return torch.zeros(0, 3, height, width)
+        return self._processed([self._fit(image) for image in images])
+
+    def picture(self, image: Image.Image) -> Tensor:
+        """Return a picture as the model's input, float32: `[3, H, W]`, or `[K, 3, H, W]` tiles in mode `anyres`.
+
+        Raises:
+            ConfigError: this is a processor for text only.
+            DataError: the picture cannot be shown in this image mode.
+        """
+        if not self.has_variable_images:
+            return self.pixels([image])[0]
+        self.image_grid.count(image.size)  # a shape that cannot be shown is refused
+        if self.image_mode == KEEP:
+            return self._processed([self._fit(image)], do_resize=False, do_center_crop=False)[0]
+        side = self.image_grid.tile
+        columns, rows = self.image_grid.shape(image.size)
+        return self._processed(tiles(image, (columns * side, rows * side), side))
+
+    def _fit(self, image: Image.Image) -> Image.Image:
         fill = mean_color(getattr(self.image_processor, "image_mean", None) or (0.5, 0.5, 0.5))
-        shaped = [fit(image, self.image_mode, size=(height, width), fill=fill) for image in images]
-        return cast(Tensor, self.image_processor(images=shaped, return_tensors="pt")["pixel_values"])
+        shift = random.randint(0, 1) if self.random_padding else 0
+        return fit(image, self.image_mode, size=self.image_size, fill=fill, shift=shift)
+
+    def _processed(self, images: list[Image.Image], **settings: bool) -> Tensor:
+        return cast(Tensor, self.image_processor(images=images, return_tensors="pt", **settings)["pixel_values"])
 
     @cached_property
     def image_fingerprint(self) -> str:
         """Identity of all that happens to a picture: equal fingerprints and equal bytes give equal pixels."""
         constants = None if self.image_processor is None else self.image_processor.to_dict()
         parts = [self.image_mode, type(self.image_processor).__name__, constants, self.dicom.settings()]
+        parts += [self.image_grid.pinpoints] if self.has_variable_images else []
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -193,6 +272,8 @@ class LlavaMedProcessor:
                 "prefix_mark": self.text.prefix_mark,
                 "add_bos": bool(self.text.bos_ids),
                 "dicom": self.dicom.settings(),
+                "patch_merge_type": self.image_grid.merge,
+                "image_grid_pinpoints": [list(size) for size in self.image_grid.pinpoints] or None,
             }
             text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
             (Path(folder) / FILE_NAME).write_text(text, encoding="utf-8")

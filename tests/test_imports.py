@@ -22,6 +22,7 @@ LEVELS: dict[str, int] = {
     "conversation": 1,
     "system_texts": 1,
     "tokenization": 1,
+    "image_grids": 1,
     "image_processors": 1,
     "compat": 1,
     "processing": 2,

@@ -15,6 +15,7 @@ from itertools import accumulate
 from llava.constants import IGNORE_INDEX, IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.conversation import Segment
 from llava.errors import DataError
+from llava.image_grids import Size
 from llava.processing import LlavaMedProcessor
 from llava.samples import Conversation, Turn
 
@@ -30,6 +31,7 @@ class Encoded:
         image_spans: for each image `(start, stop)` of its place-holder tokens, in order.
         images: for each image its identity (hash of bytes and preprocessing); equal keys are equal model inputs.
         num_cut: tokens that truncation removed.
+        image_sizes: for each image its width and height, where the number of its tokens depends on them; else empty.
     """
 
     input_ids: tuple[int, ...]
@@ -38,6 +40,7 @@ class Encoded:
     image_spans: tuple[tuple[int, int], ...] = ()
     images: tuple[str, ...] = ()
     num_cut: int = 0
+    image_sizes: tuple[Size, ...] = ()
 
 
 @dataclass(slots=True)
@@ -72,6 +75,7 @@ def encode(
     processor: LlavaMedProcessor,
     *,
     images: Sequence[str] = (),
+    sizes: Sequence[Size] | None = None,
     max_length: int | None,
 ) -> Encoded:
     """Return the training sequence of a conversation.
@@ -80,29 +84,41 @@ def encode(
         conversation: the turns, with one `<image>` for each image.
         processor: the model's tokenizer, template and image settings.
         images: identity of each image, in order.
+        sizes: width and height of each image; only needed where `processor.has_variable_images`.
         max_length: most tokens, images included; text is cut at the end, never an image. None: no limit.
 
     Raises:
         DataError: place holders and images differ in number, or the images alone do not fit.
     """
     segments = processor.template.render(place_images(conversation, processor))
-    draft = tokenize_segments(segments, processor)
+    draft = tokenize_segments(segments, processor, sizes)
     _check_images(draft, processor, images)
     if max_length is not None and processor.image_counts_as_one:
-        max_length += len(images) * (processor.num_image_tokens - 1)
-    return _finish(draft, images, max_length)
+        max_length += sum(stop - start - 1 for start, stop in draft.image_spans)
+    return _finish(draft, images, max_length, kept_sizes(processor, sizes))
 
 
-def encode_prompt(conversation: Conversation, processor: LlavaMedProcessor, *, images: Sequence[str] = ()) -> Encoded:
+def kept_sizes(processor: LlavaMedProcessor, sizes: Sequence[Size] | None) -> tuple[Size, ...]:
+    """Return what `Encoded` remembers of the sizes of images: nothing where all have the same number of tokens."""
+    return tuple(sizes) if processor.has_variable_images and sizes is not None else ()
+
+
+def encode_prompt(
+    conversation: Conversation,
+    processor: LlavaMedProcessor,
+    *,
+    images: Sequence[str] = (),
+    sizes: Sequence[Size] | None = None,
+) -> Encoded:
     """Return a conversation that ends with a question, opened for the answer; no token is trained.
 
     Raises:
         DataError: it does not end with a question, or place holders and images differ in number.
     """
     segments = processor.template.open(place_images(conversation, processor))
-    draft = tokenize_segments(segments, processor)
+    draft = tokenize_segments(segments, processor, sizes)
     _check_images(draft, processor, images)
-    return _finish(draft, images, None)
+    return _finish(draft, images, None, kept_sizes(processor, sizes))
 
 
 def place_images(conversation: Conversation, processor: LlavaMedProcessor) -> Conversation:
@@ -119,8 +135,10 @@ def _to_front(turn: Turn) -> Turn:
     return replace(turn, text=(f"{IMAGE_TOKEN}\n" * turn.text.count(IMAGE_TOKEN) + text).strip())
 
 
-def tokenize_segments(segments: Sequence[Segment], processor: LlavaMedProcessor) -> Draft:
-    """Return the tokens of rendered segments, images expanded."""
+def tokenize_segments(
+    segments: Sequence[Segment], processor: LlavaMedProcessor, sizes: Sequence[Size] | None = None
+) -> Draft:
+    """Return the tokens of rendered segments, images expanded; `sizes` as for `encode`."""
     text = "".join(segment.text for segment in segments)
     starts = list(accumulate((len(segment.text) for segment in segments), initial=0))[:-1]
     draft = Draft()
@@ -128,11 +146,12 @@ def tokenize_segments(segments: Sequence[Segment], processor: LlavaMedProcessor)
         draft.add(token, (0, 0), turn=-1)
     position = 0
     pieces = text.split(IMAGE_TOKEN)
+    counts = _counts(len(pieces) - 1, processor, sizes)
     for index, piece in enumerate(pieces):
         if index:
             turn = segments[bisect_right(starts, position) - 1].turn
             start = len(draft.ids)
-            for _ in range(processor.num_image_tokens):
+            for _ in range(counts[index - 1]):
                 draft.add(processor.image_token_id, (position, position + len(IMAGE_TOKEN)), turn=turn, in_block=True)
             draft.image_spans.append((start, len(draft.ids)))
             position += len(IMAGE_TOKEN)
@@ -154,6 +173,13 @@ def tokenize_segments(segments: Sequence[Segment], processor: LlavaMedProcessor)
     if draft.trained:
         draft.trained[0] = False  # nothing comes before it that could predict it
     return draft
+
+
+def _counts(num_places: int, processor: LlavaMedProcessor, sizes: Sequence[Size] | None) -> list[int]:
+    """Return the number of tokens of each place holder; a wrong number of images is found later, with a better word."""
+    if sizes is not None and len(sizes) != num_places:
+        return [1] * num_places
+    return processor.count_image_tokens(num_places, sizes)
 
 
 def _wrap(
@@ -190,7 +216,7 @@ def _check_images(draft: Draft, processor: LlavaMedProcessor, images: Sequence[s
             f"the conversation has {found} {IMAGE_TOKEN} place holders but {len(images)} images are given; "
             f"write one {IMAGE_TOKEN} for each image and none elsewhere"
         )
-    if draft.ids.count(processor.image_token_id) != found * processor.num_image_tokens:
+    if draft.ids.count(processor.image_token_id) != sum(stop - start for start, stop in draft.image_spans):
         token = processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
         raise DataError(f"the text itself contains {token}, which stands for a part of an image; remove it")
 
@@ -214,7 +240,7 @@ def kept_tokens(draft: Draft, max_length: int | None) -> Sequence[int]:
     return [t for t, seen in enumerate(num_text) if draft.in_block[t] or seen <= budget]
 
 
-def _finish(draft: Draft, images: Sequence[str], max_length: int | None) -> Encoded:
+def _finish(draft: Draft, images: Sequence[str], max_length: int | None, sizes: tuple[Size, ...]) -> Encoded:
     """Return the draft as an `Encoded`, cut to `max_length` tokens."""
     keep = kept_tokens(draft, max_length)
     places = {old: new for new, old in enumerate(keep)}
@@ -225,4 +251,5 @@ def _finish(draft: Draft, images: Sequence[str], max_length: int | None) -> Enco
         image_spans=tuple((places[start], places[stop - 1] + 1) for start, stop in draft.image_spans),
         images=tuple(images),
         num_cut=len(draft.ids) - len(keep),
+        image_sizes=sizes,
     )

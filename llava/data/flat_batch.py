@@ -7,7 +7,7 @@ It is exact: loss and gradients equal those of padded rows, one sequence each (a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
@@ -19,6 +19,7 @@ from llava.constants import IGNORE_INDEX
 from llava.data import prefix_tree
 from llava.data.attention_plan import attention_plan
 from llava.data.encode import Encoded
+from llava.data.image_batch import ImageBatch, batch_images
 from llava.errors import DataError
 
 Layout = Literal["tree", "flat", "padded"]
@@ -45,12 +46,14 @@ class FlatBatch:
         target_ids: [M] token id of each target.
         edge_target, edge_sequence, edge_turn: [E] which sequence (and turn of it) wants which target.
         edge_weight: [E] float32, 1 for supervised fine-tuning.
-        pixel_values: [N, 3, H, W] pixels or [N, P, Dv] tower features in the order of their place holders, or None.
+        pixel_values: [N, 3, H, W] pixels or [N, P, Dv] tower features in the order of their place holders, or None;
+            tiles or padded pictures where `image_sizes` are given, see `image_batch`.
         num_sequences: sequences in the row.
         num_unshared_tokens: what the row would hold if nothing were shared.
         layout: how the sequences lie.
         attention_mask: [B, T] of a padded batch, else None.
         path_positions: for each sequence [its length] positions of its tokens in the row.
+        image_sizes: [N, 2] width and height of each picture, where its number of tokens depends on them, else None.
     """
 
     input_ids: Tensor
@@ -70,6 +73,12 @@ class FlatBatch:
     layout: Layout
     path_positions: tuple[Tensor, ...]
     attention_mask: Tensor | None = None
+    image_sizes: Tensor | None = None
+
+    @property
+    def images(self) -> ImageBatch:
+        """The images of the row."""
+        return ImageBatch(self.pixel_values, self.image_sizes)
 
     @property
     def num_tokens(self) -> int:
@@ -86,9 +95,7 @@ class FlatBatch:
         The zero-size 4-D mask keeps transformers from building one of [T, T]: 4-D masks are taken as they are, and the
         tree attention reads its own.
         """
-        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
-        if self.pixel_values is not None:
-            inputs["pixel_values"] = self.pixel_values
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False, **self.images.keywords()}
         if self.layout == "padded":
             return {**inputs, "attention_mask": self.attention_mask}
         return {
@@ -142,20 +149,29 @@ def _edges(sequences: Sequence[Encoded], places: Sequence[np.ndarray]) -> dict[s
     return {**tensors, "edge_weight": torch.ones(len(owner), dtype=torch.float32)}
 
 
-def _pixels(keys: Iterable[str], images: Mapping[str, Tensor]) -> Tensor | None:
-    used = list(keys)
-    return torch.stack([images[key] for key in used]) if used else None
+Place = tuple[Encoded, int]
+"""An image that is shown: number so and so of a sequence."""
 
 
-def _image_keys(nodes: Sequence[prefix_tree.Node], sequences: Sequence[Encoded]) -> list[str]:
+def places_of(sequences: Sequence[Encoded]) -> list[Place]:
+    """All images of sequences that share nothing."""
+    return [(sequence, number) for sequence in sequences for number in range(len(sequence.images))]
+
+
+def shown_images(places: Sequence[Place], images: Mapping[str, Tensor]) -> ImageBatch:
+    """The model inputs of images in their order, by key."""
+    inputs = [images[sequence.images[number]] for sequence, number in places]
+    return batch_images(inputs, [s.image_sizes[number] for s, number in places if s.image_sizes])
+
+
+def _places(nodes: Sequence[prefix_tree.Node], sequences: Sequence[Encoded]) -> list[Place]:
     """Images in the order in which their place holders stand in the row."""
-    keys = []
-    for node in nodes:
-        sequence = sequences[node.sequences[0]]
-        for (start, _), key in zip(sequence.image_spans, sequence.images, strict=True):
-            if node.start <= start < node.stop:
-                keys.append(key)
-    return keys
+    return [
+        (sequences[node.sequences[0]], number)
+        for node in nodes
+        for number, (start, _) in enumerate(sequences[node.sequences[0]].image_spans)
+        if node.start <= start < node.stop
+    ]
 
 
 def flatten(
@@ -193,7 +209,7 @@ def flatten(
         tree_lengths=forest.tree_lengths,
         segment_ids=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         parents=torch.tensor([node.parent for node in forest.nodes]),
-        pixel_values=_pixels(_image_keys(forest.nodes, sequences), images),
+        **shown_images(_places(forest.nodes, sequences), images)._asdict(),
         num_sequences=len(sequences),
         num_unshared_tokens=sum(len(sequence.input_ids) for sequence in sequences),
         layout=layout,
@@ -229,7 +245,7 @@ def _padded(sequences: Sequence[Encoded], images: Mapping[str, Tensor], pad_toke
         tree_lengths=(longest,) * num_rows,
         segment_ids=torch.arange(num_rows).repeat_interleave(longest),
         parents=torch.full((num_rows,), -1),
-        pixel_values=_pixels([key for sequence in sequences for key in sequence.images], images),
+        **shown_images(places_of(sequences), images)._asdict(),
         num_sequences=num_rows,
         num_unshared_tokens=sum(len(sequence.input_ids) for sequence in sequences),
         layout="padded",

@@ -26,6 +26,7 @@ from llava.data.dicom_policy import DEFAULT, VERSION, DicomPolicy
 from llava.data.encode import Encoded
 from llava.data.file_lock import hold
 from llava.errors import DataError
+from llava.image_grids import Size
 from llava.utils.jsonl import write_atomic
 from llava.utils.log import progress
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = f"3, Pillow {PIL.__version__}, DICOM {VERSION}"
+INDEX_VERSION = f"4, Pillow {PIL.__version__}, DICOM {VERSION}"
 """What an index must say to be believed: another Pillow, or other rules, may decode other files."""
 
 
@@ -56,6 +57,8 @@ class FileState(NamedTuple):
     digest: str
     decoded: bool
     error: str
+    width: int = 0
+    height: int = 0
 
 
 class ImageIndex:
@@ -95,6 +98,19 @@ class ImageIndex:
         if state.error:
             raise DataError(state.error)
         return state.digest
+
+    def dimensions(self, ref: str) -> Size:
+        """Return width and height in pixels of image `ref`; the file is decoded unless they are known.
+
+        Raises:
+            DataError: it cannot be read or does not decode.
+        """
+        state = self._state(ref)
+        if not state.error and not state.width:
+            state = self._look(ref, decode=True)
+        if state.error:
+            raise DataError(state.error)
+        return state.width, state.height
 
     def digest_or_error(self, ref: str) -> str:
         """Return what `digest` returns, or the message of the error that it raises."""
@@ -171,14 +187,15 @@ class ImageIndex:
             data = images.read_bytes(ref, self.root)
         except DataError as problem:  # may be put right without a change of the file: not kept for another run
             return self._remember(ref, FileState(0, 0, 0, "", False, str(problem)))
-        digest, reason = images.content_digest(data), ""
+        digest, reason, dimensions = images.content_digest(data), "", (0, 0)
         if decode:
             try:
-                images.load(data, dicom=self.dicom)
+                dimensions = images.load(data, dicom=self.dicom).size
             except DataError as problem:
                 reason = str(problem).replace("given as bytes", ref)
         times = (stat.st_mtime_ns, stat.st_ctime_ns)
-        return self._remember(ref, FileState(*times, stat.st_size, digest, decode and not reason, reason))
+        decoded = decode and not reason
+        return self._remember(ref, FileState(*times, stat.st_size, digest, decoded, reason, *dimensions))
 
     def _remember(self, ref: str, state: FileState) -> FileState:
         self._changed |= self._files.get(ref) != state
@@ -223,15 +240,25 @@ class ImageStore:
         self._refs.setdefault(key, ref)
         return key
 
+    def sizes(self, refs: Iterable[str]) -> list[Size] | None:
+        """Return width and height of images where the number of their tokens depends on them, else None.
+
+        Raises:
+            DataError: a file cannot be read or does not decode.
+        """
+        return [self.index.dimensions(ref) for ref in refs] if self.processor.has_variable_images else None
+
     def decode(self, key: str) -> Tensor:
-        """Return the preprocessed picture [3, H, W] of a key that `key` gave before; may be called from any thread.
+        """Return the preprocessed picture of a key that `key` gave before; may be called from any thread.
+
+        It is [3, H, W], or [K, 3, H, W] where the image mode makes K tiles of it.
 
         Raises:
             DataError: unknown key, or the file does not decode.
         """
         if key not in self._refs:
             raise DataError(f"image key {key!r} is unknown here; it comes from another data set or folder")
-        return self.processor.pixels([images.load(self._refs[key], self.index.root, dicom=self.processor.dicom)])[0]
+        return self.processor.picture(images.load(self._refs[key], self.index.root, dicom=self.processor.dicom))
 
     def pixels(self, key: str) -> Tensor:
         """Return what `decode` does, from memory if it was asked for lately."""
@@ -257,7 +284,7 @@ class ImageStore:
         """
         keys = dict.fromkeys(key for sequence in sequences for key in sequence.images)
         found = {key: self.model_input(key) for key in keys}
-        if len({tensor.dim() for tensor in found.values()}) > 1:
+        if len({tensor.dim() == 2 for tensor in found.values()}) > 1:
             raise DataError("the feature cache holds only some of the images; build it for all rows, or switch it off")
         return found
 

@@ -29,12 +29,13 @@ from PIL import Image, UnidentifiedImageError
 from llava.data.dicom_policy import DEFAULT, DicomPolicy
 from llava.data.dicom_sniff import is_dicom, may_be_bare
 from llava.errors import ConfigError, DataError
+from llava.image_grids import Size, keep_size, placed
 
 MAX_PIXELS = 89_478_485
 """Largest picture that is decoded (width x height): Pillow's own limit, a quarter GiB of RGB."""
 
-MODES = ("square", "pad", "resize")
-"""Image modes that `fit` knows; see there."""
+MODES = ("square", "pad", "resize", "keep", "anyres")
+"""Image modes: see `fit`, and `tiles` for `anyres`."""
 
 _RASTER_MODES = ("RGB", "L", "1", "CMYK", "YCbCr", "LAB", "HSV")
 
@@ -171,37 +172,66 @@ def mean_color(image_mean: Sequence[float]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def fit(image: Image.Image, mode: str, *, size: int | tuple[int, int], fill: Sequence[int]) -> Image.Image:
+def fit(
+    image: Image.Image, mode: str, *, size: int | tuple[int, int], fill: Sequence[int], shift: int = 0
+) -> Image.Image:
     """Return the picture in the shape that the image mode gives it before the processor resizes, crops, normalises.
 
     Args:
         image: any picture; it is converted to RGB first.
         mode: `square` leaves the shape to the processor (shortest edge, centre crop); `pad` centres the picture on a
-            square of colour `fill`, offsets rounded down; `resize` squashes it to `size` (bicubic), so nothing is cut.
+            square of colour `fill`, offsets rounded down; `resize` squashes it to `size` (bicubic), so nothing is cut;
+            `keep` scales it and keeps its shape.
         size: side, or (height, width), of the model's input in pixels.
         fill: red, green, blue of the border that `pad` adds.
+        shift: pixels that `pad` moves the picture off the middle, as an original does at random.
 
     Raises:
-        ConfigError: unknown mode.
+        ConfigError: unknown mode, or `anyres`, which makes several pictures of one: see `tiles`.
     """
     image = to_rgb(image)
     if mode == "square":
         return image
     if mode == "pad":
-        return _pad(image, (int(fill[0]), int(fill[1]), int(fill[2])))
+        return _pad(image, (int(fill[0]), int(fill[1]), int(fill[2])), shift)
     if mode == "resize":
         height, width = (size, size) if isinstance(size, int) else size
         return image.resize((width, height), Image.Resampling.BICUBIC)
+    if mode == "keep":
+        return image.resize(keep_size(image.size), Image.Resampling.BICUBIC)
+    if mode == "anyres":
+        raise ConfigError("image mode anyres makes several pictures of one; use `tiles`")
     raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(MODES)}")
 
 
-def _pad(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
+def tiles(image: Image.Image, whole: Size, side: int) -> list[Image.Image]:
+    """Return a picture as the tiles of image mode `anyres`, each `side` x `side` pixels.
+
+    Args:
+        image: any picture; it is converted to RGB first.
+        whole: width and height of all tiles together; the picture is scaled into the middle of them, on black.
+        side: of a tile.
+
+    Returns:
+        the whole picture squashed to one tile, then the tiles row by row.
+    """
+    image = to_rgb(image)
+    scaled, corner = placed(image.size, whole)
+    canvas = Image.new("RGB", whole, (0, 0, 0))
+    canvas.paste(image.resize(scaled, Image.Resampling.BICUBIC), corner)
+    corners = [(left, top) for top in range(0, whole[1], side) for left in range(0, whole[0], side)]
+    parts = [canvas.crop((left, top, left + side, top + side)) for left, top in corners]
+    return [image.resize((side, side), Image.Resampling.BICUBIC), *parts]
+
+
+def _pad(image: Image.Image, fill: tuple[int, int, int], shift: int) -> Image.Image:
     width, height = image.size
     side = max(width, height)
     if width == height:
         return image
     square = Image.new("RGB", (side, side), fill)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    along = (width < height, height < width)  # only the short side has a border to move in
+    square.paste(image, ((side - width) // 2 + shift * along[0], (side - height) // 2 + shift * along[1]))
     return square
 
 

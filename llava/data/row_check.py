@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 MIN_REMEMBERED = 2000
 """Fewer rows than this are checked within seconds; their outcome is not kept."""
 
+PROBE_SIZES = ((512, 512), (640, 480))
+"""Of the pictures of a made-up conversation."""
+
 
 @dataclass(slots=True)
 class RowCheck:
@@ -89,7 +92,8 @@ def _encode(sample: Sample, processor: LlavaMedProcessor, index: ImageIndex, max
         DataError: it cannot.
     """
     keys = [key_of_digest(index.digest(ref), processor.image_fingerprint) for ref in sample.images]
-    encoded = encode(with_places(sample), processor, images=keys, max_length=max_length)
+    sizes = [index.dimensions(ref) for ref in sample.images] if processor.has_variable_images else None
+    encoded = encode(with_places(sample), processor, images=keys, sizes=sizes, max_length=max_length)
     if not _num_trained(encoded):
         cut = f" after {encoded.num_cut} tokens were cut to fit {max_length}" if encoded.num_cut else ""
         raise DataError(f"no token is left to train{cut}; expected at least one answer")
@@ -106,10 +110,10 @@ def _fingerprint(
     """Return a hash of the rows, the state of their images, and how the processor turns text into tokens."""
     # What the settings of a processor do is seen on one conversation, so none of them has to be listed here.
     turns = (Turn("human", f"{IMAGE_TOKEN} q "), Turn("gpt", "a"), Turn("human", f"q {IMAGE_TOKEN}"), Turn("gpt", " a"))
-    probe = encode(Conversation(turns), processor, images=("x", "y"), max_length=None)
+    probe = encode(Conversation(turns), processor, images=("x", "y"), sizes=PROBE_SIZES, max_length=None)
     backend = cast(Any, processor.tokenizer).backend_tokenizer.to_str()
-    counts = processor.image_counts_as_one
-    settings = [__version__, processor.image_fingerprint, max_length, counts, asdict(probe)]
+    images = [processor.image_fingerprint, asdict(processor.image_grid), processor.image_counts_as_one]
+    settings = [__version__, images, max_length, asdict(probe)]
     digest = hashlib.sha256(json.dumps(settings).encode() + backend.encode())
     for sample in samples:
         state = [index.digest_or_error(ref) for ref in sample.images]

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from llava.data.encode import Encoded, encode
 from llava.data.image_store import ImageIndex, ImageStore
+from llava.data.mixture import Shares
 from llava.data.placing import with_places
 from llava.errors import DataError
 from llava.samples import Sample, name_of
@@ -54,6 +55,8 @@ class SFTDataset(Dataset[Encoded]):
         self.samples = samples
         self.processor = processor
         self.max_length = max_length
+        self.shares: Shares | None = None
+        """Of a mixture: which source each row is from, and how often each is drawn."""
         self.shortened: dict[int, int] = {}
         """Row to the number of tokens cut from it, for the rows this process has encoded so far."""
         self.store = ImageStore(
@@ -68,7 +71,8 @@ class SFTDataset(Dataset[Encoded]):
         conversation = with_places(sample)
         try:
             keys = [self.store.key(ref) for ref in sample.images]
-            encoded = encode(conversation, self.processor, images=keys, max_length=self.max_length)
+            sizes = self.store.sizes(sample.images)
+            encoded = encode(conversation, self.processor, images=keys, sizes=sizes, max_length=self.max_length)
         except DataError as error:
             raise DataError(f"{name_of(sample)}: {error}") from error
         if encoded.num_cut:
@@ -77,10 +81,14 @@ class SFTDataset(Dataset[Encoded]):
         return encoded
 
     def lengths(self) -> list[int]:
-        """Return a cheap length of every row: words of its turns, and the tokens of its images."""
+        """Return a cheap length of every row: words of its turns, and the tokens of its images.
+
+        Raises:
+            DataError: the number of tokens depends on the images, and one does not decode.
+        """
         return [
             sum(len(turn.text.split()) for turn in sample.conversation.turns)
-            + self.processor.num_image_tokens * len(sample.images)
+            + sum(self.processor.count_image_tokens(len(sample.images), self.store.sizes(sample.images)))
             for sample in self.samples
         ]
 
@@ -104,7 +112,7 @@ class SFTDataset(Dataset[Encoded]):
         return list(dict.fromkeys(self.store.key(ref) for ref in islice(refs, limit)))
 
     def pixels(self, key: str) -> Tensor:
-        """Return the preprocessed picture [3, H, W] of an image key."""
+        """Return the preprocessed picture of an image key: [3, H, W], or tiles [K, 3, H, W]."""
         return self.store.decode(key)
 
     def use_features(self, feature_cache: FeatureCache | None) -> None:
@@ -112,7 +120,7 @@ class SFTDataset(Dataset[Encoded]):
         self.store.features = feature_cache
 
     def images_for(self, sequences: Iterable[Encoded]) -> dict[str, Tensor]:
-        """Return what the model needs of every distinct image of the sequences: pixels [3, H, W] or features [P, Dv].
+        """Return what the model needs of every distinct image of the sequences: its picture, or features [P, Dv].
 
         Raises:
             DataError: an image does not decode, or belongs to another data set.

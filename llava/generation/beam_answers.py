@@ -20,7 +20,7 @@ def run_beams(search: BeamSearch, runner: Runner, prompt: Encoded, images: Mappi
         search: a fresh search.
         runner: without running sequences; it has room for all beams.
         prompt: what is answered.
-        images: pixels [3, H, W] by key.
+        images: pictures by key, as the processor makes them.
     """
     row, num_running = runner.prefill([prompt] * search.num_beams, images), search.num_beams
     runner.join(row, range(num_running))

@@ -168,7 +168,7 @@ class LocalEngine:
         """Tokens of a prompt, each image one of them, if they count as the length of a beam."""
         if not self.beams_count_prompt:
             return 0
-        return len(prompt.input_ids) - len(prompt.images) * (self.processor.num_image_tokens - 1)
+        return len(prompt.input_ids) - sum(stop - start - 1 for start, stop in prompt.image_spans)
 
     def score(self, conversations: Sequence[Prompt]) -> list[Score]:
         """Return how likely the model finds the answers in conversations.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -18,15 +18,17 @@ from llava.data.encode import Encoded, encode, encode_prompt
 from llava.data.images import image_key, load, read_bytes, to_rgb
 from llava.errors import DataError
 from llava.generation.protocol import ImageRef, Prompt
+from llava.image_grids import Size
 from llava.processing import LlavaMedProcessor
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image of a prompt: its identity as model input, and what it is decoded from."""
+    """An image of a prompt: its identity as model input, what it is decoded from, its size where that decides."""
 
     key: str
     content: bytes | Image.Image
+    size: Size | None = None
 
     def decode(self, dicom: DicomPolicy) -> Image.Image:
         """The picture in RGB; a DICOM file as the policy shows it.
@@ -61,7 +63,7 @@ class PromptReader:
         """
         pictures = tuple(self._picture(image) for image in prompt.images)
         keys = [picture.key for picture in pictures]
-        encoded = encode_prompt(prompt.conversation, self.processor, images=keys)
+        encoded = encode_prompt(prompt.conversation, self.processor, images=keys, sizes=sizes_of(pictures))
         self._check_length(encoded, self.max_tokens - 1)
         return Reading(encoded, pictures)
 
@@ -73,17 +75,18 @@ class PromptReader:
         """
         pictures = tuple(self._picture(image) for image in prompt.images)
         keys = [picture.key for picture in pictures]
-        encoded = encode(prompt.conversation, self.processor, images=keys, max_length=None)
+        sizes = sizes_of(pictures)
+        encoded = encode(prompt.conversation, self.processor, images=keys, sizes=sizes, max_length=None)
         self._check_length(encoded, self.max_tokens)
         return Reading(encoded, pictures)
 
     def pixels(self, picture: Picture) -> Tensor:
-        """Return [3, H, W].
+        """Return [3, H, W], or tiles [K, 3, H, W]; see `LlavaMedProcessor.picture`.
 
         Raises:
             DataError: the picture cannot be decoded.
         """
-        return self.processor.pixels([picture.decode(self.processor.dicom)])[0]
+        return self.processor.picture(picture.decode(self.processor.dicom))
 
     def _check_length(self, encoded: Encoded, limit: int) -> None:
         if len(encoded.input_ids) > limit:
@@ -93,6 +96,13 @@ class PromptReader:
             )
 
     def _picture(self, image: ImageRef) -> Picture:
+        picture = self._identified(image)
+        if not self.processor.has_variable_images:
+            return picture
+        decoded = picture.decode(self.processor.dicom)  # kept: the number of tokens depends on its size
+        return replace(picture, content=decoded, size=decoded.size)
+
+    def _identified(self, image: ImageRef) -> Picture:
         fingerprint = self.processor.image_fingerprint
         if isinstance(image, Image.Image):
             # Two pictures with equal pixels are one; headers keep them apart from files.
@@ -101,6 +111,12 @@ class PromptReader:
             return Picture(image_key(header + palette + image.tobytes(), fingerprint), image)
         content = image if isinstance(image, bytes) else read_bytes(image, None)
         return Picture(image_key(content, fingerprint), content)
+
+
+def sizes_of(pictures: Sequence[Picture]) -> list[Size] | None:
+    """Width and height of pictures, where they are known."""
+    sizes = [picture.size for picture in pictures if picture.size is not None]
+    return sizes if len(sizes) == len(pictures) else None
 
 
 def image_group(images: Sequence[ImageRef]) -> Hashable:

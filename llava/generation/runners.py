@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.data.encode import Encoded
-from llava.data.flat_batch import Layout, flatten
+from llava.data.flat_batch import Layout, flatten, places_of, shown_images
 from llava.errors import GenerationError
 from llava.generation.kv_slots import CapturedRow, Path, SlotCache, divided_paths
 from llava.model.quantization import quantized_layers
@@ -40,7 +40,7 @@ class Runner(Protocol):
         ...
 
     def prefill(self, sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> Prefill:
-        """Read sequences; `images` are pixels [3, H, W] by key."""
+        """Read sequences; `images` are pictures by key, as the processor makes them."""
         ...
 
     def join(self, row: Any, members: Sequence[int]) -> None:
@@ -194,8 +194,8 @@ class PaddedRunner:
         for index, sequence in enumerate(sequences):
             ids[index, longest - len(sequence.input_ids) :] = torch.tensor(sequence.input_ids)
             mask[index, longest - len(sequence.input_ids) :] = 1
-        keys = [key for sequence in sequences for key in sequence.images]
-        pixels = {"pixel_values": torch.stack([images[key] for key in keys]).to(self.model.device)} if keys else {}
+        shown = shown_images(places_of(sequences), images).keywords()
+        pixels = {name: tensor.to(self.model.device) for name, tensor in shown.items()}
         mask = mask.to(self.model.device)
         output = self._forward(ids.to(self.model.device), mask, None, **pixels)
         return PaddedRow(output.logits[:, -1], mask, output.past_key_values)

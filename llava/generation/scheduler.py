@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -89,12 +89,11 @@ class Request:
         if not self.token_ids:
             return self.encoded
         num, ids = len(self.token_ids), tuple(self.token_ids)
-        return Encoded(
-            self.encoded.input_ids + ids,
-            self.encoded.labels + (IGNORE_INDEX,) * num,
-            self.encoded.turns + (-1,) * num,
-            self.encoded.image_spans,
-            self.encoded.images,
+        return replace(
+            self.encoded,
+            input_ids=self.encoded.input_ids + ids,
+            labels=self.encoded.labels + (IGNORE_INDEX,) * num,
+            turns=self.encoded.turns + (-1,) * num,
         )
 
 

@@ -21,6 +21,8 @@ from llava.conversation import get_template
 from llava.errors import CheckpointError, ConfigError
 from llava.model.attention import use_tree_attention
 from llava.model.config import LlavaMedConfig
+from llava.model.image_merging import needs_newline
+from llava.model.image_policy import fresh_newline, write_policy
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.open_clip_encoder.files import (
     FOLDER_PREFIX,
@@ -65,7 +67,9 @@ class BuildOptions:
         use_im_start_end: write marker tokens around each image.
         use_im_patch_token: add the (unused) patch token, as old vocabularies have it.
         template: conversation template.
-        image_mode: how pictures become square.
+        image_mode: how pictures become the tower's input.
+        patch_merge_type: how the tiles of mode `anyres` are joined, see `image_grids.MERGE_TYPES`.
+        image_grid_pinpoints: [width, height] that `anyres` chooses from; None takes those of LLaVA 1.6.
         placement: `front` or `as_written`.
         system: replaces the template's system text.
         image_size: pixels of the model's input; the tower's own size when None.
@@ -85,6 +89,8 @@ class BuildOptions:
     use_im_patch_token: bool = False
     template: str = "vicuna_v1"
     image_mode: str = "square"
+    patch_merge_type: str = "flat"
+    image_grid_pinpoints: Any = None
     placement: str = "front"
     system: str | None = None
     image_size: int | None = None
@@ -158,17 +164,20 @@ def build(
         )
         add_tokens(tokenizer, language_model, wanted)
         config = _config(wanted, tokenizer, language_model, tower, image_processor)
+        processor = LlavaMedProcessor(
+            tokenizer,
+            image_processor,
+            template=wanted.template,
+            image_mode=wanted.image_mode,
+            num_image_tokens=config.image_seq_length,
+            placement=wanted.placement,
+            use_im_start_end=wanted.use_im_start_end,
+            system=wanted.system,
+            patch_merge_type=wanted.patch_merge_type,
+            image_grid_pinpoints=wanted.image_grid_pinpoints,
+        )
+        write_policy(config, processor.image_grid)
         model = _assemble(config, language_model, tower, seed=wanted.seed, dtype=dtype)
-    processor = LlavaMedProcessor(
-        tokenizer,
-        image_processor,
-        template=wanted.template,
-        image_mode=wanted.image_mode,
-        num_image_tokens=config.image_seq_length,
-        placement=wanted.placement,
-        use_im_start_end=wanted.use_im_start_end,
-        system=wanted.system,
-    )
     return finish(model, processor, {"build": asdict(wanted)})
 
 
@@ -296,7 +305,6 @@ def _config(
         projector_kwargs=options.projector_kwargs,
         use_im_start_end=options.use_im_start_end,
         marker_token_ids=tokenizer.convert_tokens_to_ids(markers) or None,
-        image_aspect_ratio=options.image_mode,
         template=options.template,
         placement=options.placement,
         head_bias=getattr(language_model.get_output_embeddings(), "bias", None) is not None,
@@ -318,6 +326,8 @@ def _assemble(
     torch.manual_seed(seed)
     projector: nn.Module = build_projector(config)
     model.model.multi_modal_projector = projector.to(table.device, dtype)
+    if needs_newline(config):
+        model.model.image_newline = fresh_newline(table, dtype)
     model.model.vision_tower = cast(Any, tower).to(table.device)
     model.model.language_model = language_model.base_model
     model.lm_head = language_model.get_output_embeddings()

@@ -25,6 +25,7 @@ from llava.errors import CheckpointError
 from llava.model.building import whole
 from llava.model.card import write_card
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
+from llava.model.names import NEWLINE
 from llava.processing import LlavaMedProcessor
 
 ORIGIN_FILE = "llava_origin.json"
@@ -45,6 +46,7 @@ FILES_OF_KIND = {
 """Weight files of each kind; those of a whole model are told by `is_model_weights`."""
 
 PROJECTOR_PREFIX = "model.mm_projector."
+NEWLINE_KEY = f"model.{NEWLINE}"
 PROJECTOR_MODULE = "multi_modal_projector."
 
 State = Mapping[str, Tensor]
@@ -156,6 +158,8 @@ def projector_state(model: nn.Module, state: State | None = None) -> dict[str, T
         for name, tensor in weights.items()
         if PROJECTOR_MODULE in name
     }
+    for name in [name for name in weights if name.endswith(NEWLINE)]:
+        result[NEWLINE_KEY] = _copy(weights[name])
     markers = cast(Any, model).config.marker_token_ids
     if markers:
         table = weights[_input_table_name(model)]
@@ -251,7 +255,27 @@ def load_projector(model: nn.Module, path: str | Path) -> None:
         raise CheckpointError(f"{file}: the projector does not fit; got {got}, expected {expected}")
     for name, tensor in found.items():
         _set(parameters[name], tensor)
+    _load_newline(model, weights, file)
     load_marker_rows(model, weights, file)
+
+
+def _load_newline(model: nn.Module, weights: State, file: Path) -> None:
+    """Take the token at the end of a row of patches, where the file has it.
+
+    Raises:
+        CheckpointError: the model has none, or one of another length.
+    """
+    stored = next((tensor for name, tensor in weights.items() if name.endswith(NEWLINE)), None)
+    if stored is None:
+        return
+    own = next((p for name, p in model.named_parameters() if name.endswith(NEWLINE)), None)
+    shape = None if own is None else tuple(getattr(own, "ds_shape", own.shape))
+    if own is None or shape != tuple(stored.shape):
+        raise CheckpointError(
+            f"{file}: {NEWLINE} {tuple(stored.shape)} does not fit; the model has {shape}. It belongs to "
+            "mm_patch_merge_type spatial_unpad"
+        )
+    _set(own, stored)
 
 
 def _current_name(name: str) -> str:
@@ -308,6 +332,7 @@ def save_adapter(
         weights = dict(state if state is not None else model.state_dict())
         parameters = {name: p for name, p in model.named_parameters() if "lora_" not in name}
         kept = {name for name, p in parameters.items() if p.requires_grad or PROJECTOR_MODULE in name}
+        kept |= {name for name in parameters if name.endswith(NEWLINE)}
         extra = {name: _copy(weights[name]) for name in sorted(kept)}
         if markers := model.config.marker_token_ids:
             extra[MARKER_KEY] = _copy(weights[_input_table_name(model)][markers])

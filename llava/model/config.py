@@ -20,7 +20,9 @@ class LlavaMedConfig(LlavaConfig):
         projector_kwargs: further settings of the projector, for types that have any.
         use_im_start_end: marker tokens stand around each image.
         marker_token_ids: ids of the two markers, where they are in use.
-        image_aspect_ratio: how pictures become square.
+        image_aspect_ratio: image mode, how pictures become the tower's input.
+        patch_merge_type: how the tiles of mode `anyres` are joined, see `image_grids.MERGE_TYPES`.
+        image_grid_pinpoints: [width, height] in pixels that `anyres` chooses from.
         template: conversation template the model was trained with.
         placement: where images stand in a turn.
         head_bias: the language-model head has a bias (Phi and a few others).
@@ -34,6 +36,8 @@ class LlavaMedConfig(LlavaConfig):
     use_im_start_end: bool = False
     marker_token_ids: list[int] | None = None
     image_aspect_ratio: str = "square"
+    patch_merge_type: str = "flat"
+    image_grid_pinpoints: list[list[int]] | None = None
     template: str = "vicuna_v1"
     placement: str = "front"
     head_bias: bool = False

@@ -22,11 +22,11 @@ from llava.model.filling import grow, grow_head, mean_rows, place
 from llava.model.foreign_options import ForeignOptions
 from llava.model.foreign_tokens import add_tokens, load_tokenizer, make_processor
 from llava.model.hub import local_folder
+from llava.model.image_policy import write_policy
 from llava.model.layout import KINDS, Layout, sniff
 from llava.model.legacy_config import (
     SELECT_STRATEGIES,
     check_supported,
-    image_mode,
     projector_settings,
     select_feature,
     select_layer,
@@ -40,6 +40,7 @@ from llava.model.names import (
     BUFFERS,
     EMBEDDINGS,
     LEGACY_PREFIXES,
+    NEWLINE,
     PROJECTOR,
     TOWER,
     is_buffer,
@@ -88,6 +89,7 @@ def load_foreign(layout: Layout, options: ForeignOptions) -> Loaded:
     processor = make_processor(layout, tokenizer, image_processor, num_image_tokens, options.template)
     grow(gathered.state, len(tokenizer))
     config = make_config(layout, text, gathered, processor)
+    write_policy(config, processor.image_grid)
     config.source = {**source_of(layout, gathered), "config": written}
     merge = options.merge and options.quantization.bits == 16
     if merge and gathered.adapters:
@@ -200,6 +202,8 @@ def _take_projector(state: dict[str, Tensor], reader: Any, layout: Layout) -> No
             state[PROJECTOR + suffix] = tensor
         elif name.endswith("embed_tokens.weight"):
             take_rows(state, tensor, layout)
+        elif name.endswith(NEWLINE):
+            state[f"model.{NEWLINE}"] = tensor
         elif "lora_" not in name:
             raise CheckpointError(f"{layout.path}: {name} is neither of the projector nor of the embeddings")
 
@@ -279,7 +283,6 @@ def make_config(layout: Layout, text: Any, gathered: Gathered, processor: Any) -
         projector_kwargs=settings,
         use_im_start_end=processor.use_im_start_end,
         marker_token_ids=markers,
-        image_aspect_ratio=image_mode(layout.config),
         template=processor.template.name,
         placement=processor.placement,
         tie_word_embeddings=text.tie_word_embeddings,

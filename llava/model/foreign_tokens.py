@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.errors import CheckpointError
 from llava.model.layout import Layout
-from llava.model.legacy_config import image_mode
+from llava.model.legacy_config import image_mode, merge_type
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.processing import LlavaMedProcessor
 
@@ -62,6 +62,8 @@ def make_processor(
         image_processor,
         template=template or layout.template(tokenizer.get_vocab()),
         image_mode=image_mode(layout.config),
+        patch_merge_type=merge_type(layout.config),
+        image_grid_pinpoints=layout.config.get("image_grid_pinpoints"),
         num_image_tokens=num_image_tokens,
         placement="as_written" if is_old else "front",
         use_im_start_end=bool(layout.config.get("mm_use_im_start_end")),

@@ -50,6 +50,8 @@ def obstacles(loaded: Loaded) -> list[str]:
         found.append("register tokens in the tower; it drops the first token only")
     if not vision.model_type.startswith("dinov2") and input_size(processor.image_processor) != side(vision.image_size):
         found.append("another input size than the tower's own")
+    if config.patch_merge_type == "spatial_unpad":
+        found.append("a trained token at the end of each row of patches (mm_patch_merge_type spatial_unpad)")
     if processor.image_mode not in ("square", "pad"):
         found.append(f"image mode {processor.image_mode!r}")
     if isinstance(processor.image_processor, OpenClipImageProcessorPil):

@@ -5,16 +5,17 @@ All that a legacy file says stays in `LlavaMedConfig.source`, also keys that mea
 
 from __future__ import annotations
 
-import ast
 from typing import Any, cast
 
 from transformers import AutoConfig
 
 from llava.errors import CheckpointError
+from llava.image_grids import MERGE_TYPES, parse_pinpoints
 from llava.model.config import LlavaMedConfig
 from llava.model.layout import Layout
 from llava.model.legacy_keys import FOREIGN_KEYS, KEPT_KEYS, TEXT_TYPES, USED_KEYS
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
+from llava.model.names import NEWLINE
 
 SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
@@ -43,13 +44,17 @@ def check_supported(layout: Layout) -> None:
     """Refuse settings that would load into another model than the one that was trained.
 
     Raises:
-        CheckpointError: an unpadded image grid, the multi-scale tower, or a resampler.
+        CheckpointError: an unknown way to join tiles, the multi-scale tower, or a resampler.
     """
     config = layout.config
-    merge = str(config.get("mm_patch_merge_type") or "flat")
-    if "unpad" in merge or "spatial" in merge or any("image_newline" in name for name in layout.tensors):
+    merge = merge_type(config)
+    if merge not in MERGE_TYPES:
         raise CheckpointError(
-            f"{layout.path}: mm_patch_merge_type {merge!r} joins the tiles of an image (LLaVA 1.6); only 'flat' is read"
+            f"{layout.path}: mm_patch_merge_type {merge!r} is not read; only {', '.join(MERGE_TYPES)} are"
+        )
+    if merge != "spatial_unpad" and any(NEWLINE in name for name in layout.tensors):
+        raise CheckpointError(
+            f"{layout.path} holds {NEWLINE}, but mm_patch_merge_type is {merge!r}; expected spatial_unpad"
         )
     if config.get("s2"):
         raise CheckpointError(f"{layout.path}: the multi-scale tower (s2) is not read")
@@ -72,24 +77,13 @@ def projector_settings(layout: Layout) -> tuple[str, dict[str, Any] | None]:
 
 
 def image_mode(config: dict[str, Any]) -> str:
-    """How pictures become square."""
+    """How pictures become the tower's input."""
     return str(config.get("image_aspect_ratio") or "square")
 
 
-def grid_pinpoints(config: dict[str, Any]) -> list[list[int]] | None:
-    """Image grids of the `anyres` mode, which files hold as a list or as its text.
-
-    Raises:
-        CheckpointError: the text is no list of pairs.
-    """
-    given = config.get("image_grid_pinpoints")
-    if not given:
-        return None
-    try:
-        pairs = ast.literal_eval(given) if isinstance(given, str) else given
-        return [[int(width), int(height)] for width, height in pairs]
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise CheckpointError(f"image_grid_pinpoints {given!r} is no list of [width, height]") from error
+def merge_type(config: dict[str, Any]) -> str:
+    """How the tiles of the `anyres` mode are joined."""
+    return str(config.get("mm_patch_merge_type") or "flat")
 
 
 def select_layer(layout: Layout) -> int:
@@ -135,16 +129,26 @@ def legacy_config(config: LlavaMedConfig) -> dict[str, Any]:
         "mm_projector_type": config.projector_type,
         "mm_use_im_start_end": config.use_im_start_end,
         "image_aspect_ratio": config.image_aspect_ratio,
+        "mm_patch_merge_type": config.patch_merge_type,
         "vocab_size": source.get("num_rows") or text.vocab_size,
     }
     defaults = {"mm_vision_select_feature": "patch", "mm_projector_type": "linear", "image_aspect_ratio": "square"}
+    defaults["mm_patch_merge_type"] = "flat"
     for key, value in current.items():
         if key in written or not source or defaults.get(key) != value:
             written[key] = value
+    if config.image_grid_pinpoints and not same_pinpoints(written, config.image_grid_pinpoints):
+        written["image_grid_pinpoints"] = config.image_grid_pinpoints
     if config.projector_kwargs:
         written["mm_cluster_num_centers"] = config.projector_kwargs.get("num_centers", 256)
         written["mm_cluster_iters"] = config.projector_kwargs.get("num_iters", 2)
     return written
+
+
+def same_pinpoints(written: dict[str, Any], pinpoints: list[list[int]]) -> bool:
+    """Whether a file has these sizes already; files hold them as a list or as its text."""
+    given = written.get("image_grid_pinpoints")
+    return bool(given) and [list(size) for size in parse_pinpoints(given, 0)] == pinpoints
 
 
 def _fresh(text: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from llava.model.config import LlavaMedConfig
 from llava.model.layout import CONFIG_FILE
 from llava.model.legacy_config import legacy_config
 from llava.model.multimodal_encoder.open_clip_encoder.key_map import TRUNK_PREFIX, to_open_clip
-from llava.model.names import HEAD, LANGUAGE_MODEL, LEGACY_TOWER, PROJECTOR, TIMM_TOWER, TOWER
+from llava.model.names import HEAD, LANGUAGE_MODEL, LEGACY_TOWER, NEWLINE, PROJECTOR, TIMM_TOWER, TOWER
 from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter
 
 SOURCE_FOLDER = "source"
@@ -59,6 +59,8 @@ def legacy_state(model: Any) -> Iterator[tuple[str, Tensor]]:
             trunk[name.removeprefix(TOWER)] = tensor
         elif name.startswith(PROJECTOR):
             yield "model.mm_projector." + name.removeprefix(PROJECTOR), tensor
+        elif name == f"model.{NEWLINE}":
+            yield name, tensor
         elif name.startswith(HEAD):
             if not config.tie_word_embeddings:
                 yield name, tensor[:num_rows]

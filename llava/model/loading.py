@@ -21,6 +21,7 @@ from llava.model.foreign import load_foreign
 from llava.model.foreign_options import ForeignOptions
 from llava.model.hf_llava import load_hf
 from llava.model.hub import is_hub_name, local_folder
+from llava.model.image_policy import use_policy
 from llava.model.layout import KINDS, OUR_TYPE, OURS, Kind, Layout, read_json, sniff
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
@@ -93,6 +94,7 @@ def load(
     loaded = _load_base(path, base, dtype, device_map, quantization)
     loaded.processor = processor
     loaded.model.config.template = processor.template.name
+    use_policy(loaded.model, processor)
     if kind == "projector":
         load_projector(loaded.model, path)
         return loaded

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from llava.errors import ConfigError
 from llava.model.building import Loaded
+from llava.model.names import NEWLINE
 
-PARTS = {"multi_modal_projector": "projector", "vision_tower": "vision tower", "lora_": "adapter"}
+PARTS = {"multi_modal_projector": "projector", NEWLINE: "projector", "vision_tower": "vision tower", "lora_": "adapter"}
 
 
 def language_linear_layers(model: nn.Module) -> str:
@@ -97,7 +98,7 @@ def freeze_for(
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
-        if "multi_modal_projector." in name:
+        if "multi_modal_projector." in name or name.endswith(NEWLINE):
             parameter.requires_grad_(not freeze_projector)
         elif "vision_tower." in name:
             parameter.requires_grad_(train_tower and not projector_only)

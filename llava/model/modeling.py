@@ -1,6 +1,7 @@
 """The one model family: transformers' Llava with its own projector and a door for cached tower features.
 
     pixels [N, 3, H, W] --tower--> [N, P, Dv] --projector--> [N, P, D] --scatter over place holders--> language model
+                                                                 (tiles and pictures of any shape: `image_merging`)
 
 Scatter, caching, attention back ends, checkpointing and sharding plans are inherited; `forward` is not overridden.
 """
@@ -21,7 +22,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from llava.image_grids import KEEP, Size
 from llava.model.config import LlavaMedConfig
+from llava.model.image_merging import grid_of, merge_tiles, needs_newline, new_newline, project_kept
 from llava.model.multimodal_encoder.towers import num_extra_tokens, side
 from llava.model.multimodal_projector import build_projector
 from llava.model.quantization import quantized_layers
@@ -45,6 +48,8 @@ class LlavaMedModel(LlavaModel):
     def __init__(self, config: LlavaMedConfig) -> None:
         super().__init__(config)
         self.multi_modal_projector: nn.Module = build_projector(config)  # type: ignore[assignment]
+        text: Any = config.text_config
+        self.image_newline = nn.Parameter(new_newline(text.hidden_size)) if needs_newline(config) else None
         self.post_init()  # type: ignore[no-untyped-call]
 
     def tower_features(self, pixel_values: Tensor) -> Tensor:
@@ -55,7 +60,7 @@ class LlavaMedModel(LlavaModel):
         pixels = pixel_values.to(parameter.device, parameter.dtype)
         config: Any = self.config.vision_config
         # DINOv2 always stretches its position table to the input; the others must be asked.
-        is_other_size = pixels.shape[-1] != side(config.image_size) and not config.model_type.startswith("dinov2")
+        is_other_size = {*pixels.shape[-2:]} != {side(config.image_size)} and not config.model_type.startswith("dinov2")
         stretch = {"interpolate_pos_encoding": True} if is_other_size else {}
         with torch.no_grad() if frozen else nullcontext():
             states = tower(pixels, output_hidden_states=True, return_dict=True, **stretch).hidden_states
@@ -65,22 +70,41 @@ class LlavaMedModel(LlavaModel):
             chosen = [state[:, num_extra_tokens(self.config.vision_config) :] for state in chosen]
         return torch.cat(chosen, dim=-1)
 
-    def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, **_: Any
+    ) -> BaseModelOutputWithPooling:
         """Project images.
 
         Args:
-            pixel_values: pixels [N, 3, H, W], or tower features [N, P, Dv] that were computed before.
+            pixel_values: pixels [N, 3, H, W], or tower features [N, P, Dv] that were computed before; with
+                `image_sizes` tiles or padded pictures, see `data.image_batch`.
+            image_sizes: [N, 2] width and height of the pictures, where their inputs have no common shape.
 
         Returns:
-            An output whose `pooler_output` is a list of N tensors [P, D].
+            An output whose `pooler_output` is a list of N tensors [P, D]; with `image_sizes` of any length each.
         """
+        if image_sizes is not None:
+            return self._features_of_any_shape(pixel_values, [(w, h) for w, h in image_sizes.tolist()])
         features = pixel_values if pixel_values.dim() == 3 else self.tower_features(pixel_values)
+        features, projected = self._projected(features)
+        # transformers keeps one tensor an image here, though its own annotation says one tensor.
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=cast(Any, list(projected)))
+
+    def _projected(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Tower features as the projector takes them [N, P, Dv], and what it makes of them [N, P, D]."""
         weight = next(self.multi_modal_projector.parameters(), None)
         if weight is not None:
             features = features.to(weight.device, weight.dtype)
-        projected = self.multi_modal_projector(features)
-        # transformers keeps one tensor an image here, though its own annotation says one tensor.
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=cast(Any, list(projected)))
+        return features, self.multi_modal_projector(features)
+
+    def _features_of_any_shape(self, pixels: Tensor, sizes: list[Size]) -> BaseModelOutputWithPooling:
+        if self.config.image_aspect_ratio == KEEP:
+            both, found = project_kept(pixels, sizes, lambda part: self._projected(self.tower_features(part))[1])
+            return BaseModelOutputWithPooling(last_hidden_state=cast(Any, both), pooler_output=cast(Any, found))
+        grid = grid_of(self.config, pixels.shape[-1])
+        features, projected = self._projected(self.tower_features(pixels))
+        merged = merge_tiles(projected, sizes, grid, self.image_newline)
+        return BaseModelOutputWithPooling(last_hidden_state=cast(Any, features), pooler_output=cast(Any, merged))
 
 
 class LlavaMedForConditionalGeneration(LlavaForConditionalGeneration):

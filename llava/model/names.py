@@ -18,6 +18,9 @@ TOWER = "model.vision_tower."
 HEAD = "lm_head."
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
+NEWLINE = "image_newline"
+"""The token behind each row of patches; in our layout and in the legacy one it is `model.image_newline`."""
+
 LEGACY_PROJECTOR = "mm_projector."
 """What follows this is the projector's own name, whatever stands before it (specification llava-rad 2.5)."""
 
@@ -29,6 +32,7 @@ LEGACY_PREFIXES = {
     LEGACY_TOWER: TOWER,
     "model.mm_projector.": PROJECTOR,
     HEAD: HEAD,
+    f"model.{NEWLINE}": f"model.{NEWLINE}",
     "model.": LANGUAGE_MODEL,
 }
 HF_PREFIXES = {
@@ -45,7 +49,13 @@ HF_PREFIXES = {
     "model.multi_modal_projector.linear_2.": PROJECTOR + "2.",
     HEAD: HEAD,
 }
-PARTS = {LANGUAGE_MODEL: "language model", HEAD: "language model", PROJECTOR: "projector", TOWER: "vision tower"}
+PARTS = {
+    LANGUAGE_MODEL: "language model",
+    HEAD: "language model",
+    PROJECTOR: "projector",
+    f"model.{NEWLINE}": "projector",
+    TOWER: "vision tower",
+}
 
 BUFFERS = {
     "rotary": re.compile(r"(.*\.)?rotary_emb\.inv_freq"),

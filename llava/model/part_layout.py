@@ -36,7 +36,7 @@ from llava.model.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILES, CONFIG_FILE, 
 from llava.model.legacy_config import legacy_config
 from llava.model.legacy_export import SOURCE_FOLDER, copy_small_files, rows_to_keep, write_json
 from llava.model.lora_files import TOWER_ROOT, LegacyLora, peft_parts, read_lora
-from llava.model.names import LANGUAGE_MODEL, LEGACY_TOWER, PEFT_PREFIX, PROJECTOR, TOWER, projector_suffix
+from llava.model.names import LANGUAGE_MODEL, LEGACY_TOWER, NEWLINE, PEFT_PREFIX, PROJECTOR, TOWER, projector_suffix
 from llava.model.shards import open_tensors
 
 TOWER_ADAPTER_FOLDER = "Vit-lora"
@@ -57,8 +57,7 @@ def convert_adapter(layout: Layout, options: ForeignOptions, path: Path) -> Load
     config, state = peft_parts(adapters)
     config.inference_mode = True
     extra = {
-        f"{PEFT_PREFIX}{PROJECTOR}{projector_suffix(name)}": tensor.clone()
-        for name, tensor in open_tensors(layout.folder / EXTRA_FILE)
+        PEFT_PREFIX + _current_extra(name): tensor.clone() for name, tensor in open_tensors(layout.folder / EXTRA_FILE)
     }
     loaded.model.config.source["adapters"] = _remember(adapters)
     with new_files(path) as temporary:
@@ -68,6 +67,11 @@ def convert_adapter(layout: Layout, options: ForeignOptions, path: Path) -> Load
         write_common(temporary, loaded.model, _origin(layout, options, loaded), "adapter")
     loaded.processor.save_pretrained(path)
     return loaded
+
+
+def _current_extra(name: str) -> str:
+    """Our name of a weight beside a legacy adapter."""
+    return f"model.{NEWLINE}" if name.endswith(NEWLINE) else f"{PROJECTOR}{projector_suffix(name)}"
 
 
 def _fields(options: ForeignOptions) -> dict[str, Any]:
@@ -118,6 +122,8 @@ def _origin(layout: Layout, options: ForeignOptions, loaded: Loaded) -> dict[str
             "use_im_patch_token": layout.uses_patch_token,
             "template": processor.template.name,
             "image_mode": processor.image_mode,
+            "patch_merge_type": config.patch_merge_type,
+            "image_grid_pinpoints": config.image_grid_pinpoints,
             "placement": processor.placement,
         }
     }

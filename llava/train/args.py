@@ -35,7 +35,10 @@ class ModelArguments:
     mm_cluster_iters: int = option(2, "rounds of soft assignment of the cluster projector")
     mm_use_im_start_end: bool = option(False, "write marker tokens around each image")
     mm_use_im_patch_token: bool = option(False, "add the patch token that old vocabularies hold")
-    mm_patch_merge_type: str = option("flat", "only flat is trained")
+    mm_patch_merge_type: str | None = option(
+        None,
+        "flat, spatial or spatial_unpad: how the tiles of anyres are joined; default: the checkpoint's own, or flat",
+    )
     calibrate_mm_projector: bool = option(False, "fit a new projector's scale to the pictures and words at hand")
     pretrain_mm_mlp_adapter: str | None = option(None, "projector file or folder to start from")
     tune_mm_mlp_adapter: bool = option(False, "stage 1: train the projector only (and the marker rows)")
@@ -83,7 +86,10 @@ class DataArguments:
     data_path: str = option("", "rows in LLaVA format: a JSON array or JSON lines")
     image_folder: str | None = option(None, "folder that image names are relative to")
     image_aspect_ratio: str | None = option(
-        None, "square (crop), pad or resize; default: the checkpoint's own, or square"
+        None, "square (crop), pad, resize, keep or anyres (tiles); default: the checkpoint's own, or square"
+    )
+    image_grid_pinpoints: str | None = option(
+        None, "sizes in pixels that anyres chooses from, '[[336, 672], [672, 336]]'; default: those of LLaVA 1.6"
     )
     dicom_window: str | None = option(None, WINDOW_HELP.replace("%", "%%") + KEPT)
     dicom_frame: str | None = option(None, FRAME_HELP + KEPT)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from llava.data.encode import Encoded
 from llava.data.flat_batch import FlatBatch, Layout, flatten, layout_rows
+from llava.data.image_batch import join
 from llava.data.samplers import StepSampler
 from llava.data.sft import SFTDataset
 from llava.errors import ConfigError
@@ -188,12 +189,11 @@ def joined(first: FlatBatch, second: FlatBatch) -> FlatBatch:
     tensors: dict[str, Any] = {
         name: torch.cat([getattr(first, name), tensor], dim=-1) for name, tensor in shifted.items()
     }
-    pixels = [part.pixel_values for part in (first, second) if part.pixel_values is not None]
     return replace(
         first,
         **tensors,
         tree_lengths=first.tree_lengths + second.tree_lengths,
-        pixel_values=torch.cat(pixels) if pixels else None,
+        **join(first.images, second.images)._asdict(),
         num_sequences=first.num_sequences + second.num_sequences,
         num_unshared_tokens=first.num_unshared_tokens + second.num_unshared_tokens,
         path_positions=first.path_positions + tuple(path + first.num_tokens for path in second.path_positions),

@@ -14,6 +14,7 @@ from llava.errors import ConfigError
 from llava.model.building import Loaded, build, portable
 from llava.model.checkpoint import ORIGIN_FILE, load_projector
 from llava.model.hub import hub_config, is_hub_name
+from llava.model.image_policy import use_policy
 from llava.model.layout import ADAPTER_CONFIG_FILE, PROJECTOR_FILES, sniff
 from llava.model.loading import load, read_origin
 from llava.model.quantization import Quantization
@@ -78,9 +79,11 @@ def _continue(
             logger.warning("--version %s: the checkpoint's own system text is replaced by that template's", name)
         loaded.processor.use_template(name, system=system)
         loaded.model.config.template = name
-    if data_args.image_aspect_ratio:
-        loaded.processor.use_image_mode(data_args.image_aspect_ratio)
-        loaded.model.config.image_aspect_ratio = data_args.image_aspect_ratio
+    asked = data_args.image_aspect_ratio, model_args.mm_patch_merge_type, data_args.image_grid_pinpoints
+    if any(asked):
+        mode, merge, pinpoints = asked
+        loaded.processor.use_image_mode(mode or loaded.processor.image_mode, merge=merge, pinpoints=pinpoints)
+        use_policy(loaded.model, loaded.processor)
     return loaded
 
 
@@ -162,6 +165,8 @@ def _build(
         use_im_patch_token=model_args.mm_use_im_patch_token,
         template=model_args.version or NEW_MODEL_TEMPLATE,
         image_mode=data_args.image_aspect_ratio or NEW_MODEL_IMAGE_MODE,
+        patch_merge_type=model_args.mm_patch_merge_type or "flat",
+        image_grid_pinpoints=data_args.image_grid_pinpoints,
         system=system,
         image_size=model_args.image_size,
         **asdict(quantization_of(model_args)),

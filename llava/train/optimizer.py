@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from llava.model.names import NEWLINE
 from llava.train.args import LlavaTrainingArguments
 
 
 def part_of(name: str) -> str:
     """`projector`, `tower` or `language`, by the name of a parameter."""
-    if "multi_modal_projector." in name:
+    if "multi_modal_projector." in name or name.endswith(NEWLINE):
         return "projector"
     return "tower" if "vision_tower." in name else "language"
 

@@ -26,6 +26,7 @@ from llava.data.sft import SFTDataset
 from llava.data.trainable import check_trainable
 from llava.errors import ConfigError
 from llava.generation.layout_check import choose_layout
+from llava.image_grids import KEEP
 from llava.model import lora
 from llava.model.building import Loaded
 from llava.model.calibration import calibrate
@@ -167,7 +168,11 @@ def calibrate_projector(dataset: SFTDataset, loaded: Loaded, args: LlavaTraining
     keys = dataset.image_keys(NUM_CALIBRATION_PICTURES)
     if not keys:
         raise ConfigError("--calibrate_mm_projector needs pictures, and no row has one")
-    calibrate(loaded.model, torch.stack([dataset.pixels(key) for key in keys]), seed=args.seed)
+    if loaded.processor.image_mode == KEEP:
+        raise ConfigError("--calibrate_mm_projector needs pictures of one size; not with --image_aspect_ratio keep")
+    pictures = [dataset.pixels(key) for key in keys]  # one picture each, or its tiles
+    pixels = torch.cat([picture if picture.dim() == 4 else picture[None] for picture in pictures])
+    calibrate(loaded.model, pixels, seed=args.seed)
 
 
 def use_cache_of_features(
@@ -177,6 +182,9 @@ def use_cache_of_features(
     folder = data_args.feature_cache_dir
     if folder is None or data_args.feature_cache_gb <= 0:
         return
+    if loaded.processor.has_variable_images:
+        mode = loaded.processor.image_mode
+        raise ConfigError(f"--feature_cache_dir keeps features of one size; not with --image_aspect_ratio {mode}")
     if model_args.unfreeze_mm_vision_tower:
         raise ConfigError("--feature_cache_dir keeps features of a frozen tower; not with --unfreeze_mm_vision_tower")
     config = loaded.model.config

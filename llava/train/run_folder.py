@@ -33,7 +33,7 @@ DECISIVE = (
 FREE_MODEL_OPTIONS = frozenset({"model_name_or_path", "lora_weight_path", "mpt_attn_impl"})
 """Model options that a resumed run may change: the model's own weights are compared by their hash."""
 
-DECISIVE_DATA_OPTIONS = ("image_aspect_ratio", "image_counts_as_one")
+DECISIVE_DATA_OPTIONS = ("image_aspect_ratio", "image_grid_pinpoints", "image_counts_as_one")
 DECISIVE_TRAINING_OPTIONS = (
     "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "vision_tower_lr", "weight_decay", "lr_scheduler_type",
     "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "model_max_length",

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,14 @@ class Processor:
 
     image_fingerprint = "test"
     dicom = DEFAULT
+    has_variable_images = False
 
     def __init__(self) -> None:
         self.num = 0
 
-    def pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
-        self.num += len(pictures)
-        means = [np.asarray(picture).mean(axis=(0, 1)) for picture in pictures]
-        return torch.tensor(np.stack(means), dtype=torch.float32).view(-1, 3, 1, 1)
+    def picture(self, picture: Image.Image) -> Tensor:
+        self.num += 1
+        return torch.tensor(np.asarray(picture).mean(axis=(0, 1)), dtype=torch.float32).view(3, 1, 1)
 
 
 def paint(path: Path, value: int) -> None:

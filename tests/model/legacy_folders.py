@@ -109,6 +109,8 @@ def write_legacy(
         config |= {"mm_projector_type": projector, "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2}
         config |= {"mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad"}
     state |= projector_weights(projector)
+    if config_changes.get("mm_patch_merge_type") == "spatial_unpad":
+        state["model.image_newline"] = random_tensor((HIDDEN,), 5)
     if tower_inside:
         state |= tower_weights(tower)
     if old_buffers:

@@ -34,6 +34,14 @@ KINDS: dict[str, dict[str, Any]] = {
         **{"projector": "cluster", "num_shards": 2, "model_type": "llama"}
     },
     "mistral, mlp, every key": {"lm": "mistral", **OPTIONAL_KEYS},
+    "llama 1.6, tiles with row ends, sizes as text": {
+        **{"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"},
+        "image_grid_pinpoints": "[(56, 28), (28, 56)]",
+    },
+    "llama 1.6, tiles one after the other": {
+        **{"image_aspect_ratio": "anyres", "mm_patch_merge_type": "flat", "image_grid_pinpoints": [[56, 56]]}
+    },
+    "llama, shape kept": {"image_aspect_ratio": "keep"},
     "patch tokens": {"style": "patch_token", "projector": "linear", "tower_inside": False, "old_buffers": True},
 }
 ORACLES = (

@@ -1,0 +1,191 @@
+"""How many model tokens a picture of some size becomes, and where they lie: arithmetic on sizes, without pixels.
+
+    size of a picture --ImageGrid--> tiles or resized picture --> tokens after the tower's patches are joined again
+
+In most image modes every picture has the same number of tokens. Two modes differ (specification llava-med 1.5, 1.7):
+
+- `anyres` cuts the picture into tiles of the tower's own size, after the whole picture scaled down to one such tile;
+- `keep` leaves the picture's shape, so the tower sees another grid of patches for each.
+
+Sizes are `(width, height)` in pixels throughout, as Pillow and the published configurations write them.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, isqrt
+from typing import Any
+
+from llava.errors import ConfigError, DataError
+
+Size = tuple[int, int]
+
+ANYRES, KEEP = "anyres", "keep"
+VARIABLE_MODES = (ANYRES, KEEP)
+"""Image modes in which the number of tokens depends on the picture's size."""
+
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+"""How the patches of an `anyres` picture's tiles are joined: tile after tile; row by row of the whole picture; the same
+without the rows or columns that only show its border, and with a trained token at the end of each row."""
+
+KEEP_SHORT, KEEP_LONG = 224, 448
+"""Mode `keep`: the shorter side in pixels, or less where the longer one would exceed its own limit."""
+
+GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""Columns and rows of tiles that a new model chooses from, as LLaVA 1.6."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageGrid:
+    """What a model does with the size of a picture.
+
+    Attributes:
+        mode: image mode.
+        tile: side in pixels of the tower's input.
+        num_tokens: tokens of one tile (P).
+        merge: one of `MERGE_TYPES`, for `anyres`.
+        pinpoints: sizes in pixels that `anyres` chooses from, each a multiple of the tile.
+    """
+
+    mode: str
+    tile: int
+    num_tokens: int
+    merge: str = "flat"
+    pinpoints: tuple[Size, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be computed.
+
+        Raises:
+            ConfigError: unknown way of merging; sizes that are no multiples of a tile; a class token among the patches.
+        """
+        if self.merge not in MERGE_TYPES:
+            raise ConfigError(f"unknown mm_patch_merge_type {self.merge!r}; known: {', '.join(MERGE_TYPES)}")
+        if self.mode != ANYRES:
+            return
+        wrong = [size for size in self.pinpoints if min(size) < 1 or size[0] % self.tile or size[1] % self.tile]
+        if wrong or not self.pinpoints:
+            found = f"got {list(wrong[0])}" if wrong else "got none"
+            raise ConfigError(
+                f"image mode anyres needs image_grid_pinpoints of [width, height], each a multiple of {self.tile} "
+                f"pixels (the tower's input); {found}"
+            )
+        if self.merge != "flat" and self.num_tokens != self.side**2:
+            raise ConfigError(
+                f"mm_patch_merge_type {self.merge} joins a square of patches, and a tile has {self.num_tokens} tokens; "
+                "use mm_vision_select_feature patch, or the merge type flat"
+            )
+
+    @property
+    def side(self) -> int:
+        """Patches on a side of a tile."""
+        return isqrt(self.num_tokens)
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch in pixels."""
+        return self.tile // self.side
+
+    @property
+    def num_extra(self) -> int:
+        """Tokens of a tile that are no patches (a class token that was kept)."""
+        return self.num_tokens - self.side**2
+
+    def shape(self, size: Size) -> Size:
+        """Columns and rows of tiles of an `anyres` picture, without the one that shows it whole."""
+        width, height = best_size(size, self.pinpoints)
+        return width // self.tile, height // self.tile
+
+    def patches_kept(self, size: Size) -> Size:
+        """Columns and rows of patches of a picture in mode `keep`.
+
+        Raises:
+            DataError: the picture is so narrow that its shorter side is less than a patch.
+        """
+        width, height = keep_size(size)
+        if min(width, height) < self.patch:
+            raise DataError(
+                f"image mode keep scales a picture of {size[0]} x {size[1]} pixels to {width} x {height}, less than a "
+                f"patch of {self.patch}; use the mode pad for it"
+            )
+        return width // self.patch, height // self.patch
+
+    def count(self, size: Size) -> int:
+        """Tokens of a picture of `size`.
+
+        Raises:
+            DataError: see `patches_kept`.
+        """
+        if self.mode == KEEP:
+            columns, rows = self.patches_kept(size)
+            return columns * rows + self.num_extra
+        if self.mode != ANYRES:
+            return self.num_tokens
+        columns, rows = self.shape(size)
+        if self.merge != "spatial_unpad":
+            return (columns * rows + 1) * self.num_tokens
+        left, top, right, bottom = unpadded(size, (columns * self.side, rows * self.side))
+        return self.num_tokens + (right - left + 1) * (bottom - top)
+
+
+def keep_size(size: Size) -> Size:
+    """The size to which mode `keep` scales a picture: its shape stays, nothing is cut."""
+    short, long = min(size), max(size)
+    edge = max(1, int(min(KEEP_LONG / (long / short), KEEP_SHORT)))
+    other = int(edge * long / short)
+    return (edge, other) if size[0] <= size[1] else (other, edge)
+
+
+def best_size(size: Size, choices: Sequence[Size]) -> Size:
+    """The size that shows most of a picture's own pixels; of equals the one with least border, then the first."""
+    width, height = size
+
+    def worth(choice: Size) -> tuple[int, int]:
+        scale = min(choice[0] / width, choice[1] / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, -(choice[0] * choice[1] - shown)
+
+    return max(choices, key=worth)
+
+
+def placed(size: Size, target: Size) -> tuple[Size, Size]:
+    """Size and left upper corner of a picture that is scaled into the middle of `target`, its shape kept."""
+    scale_x, scale_y = target[0] / size[0], target[1] / size[1]
+    if scale_x < scale_y:
+        scaled = target[0], min(ceil(size[1] * scale_x), target[1])
+    else:
+        scaled = min(ceil(size[0] * scale_y), target[0]), target[1]
+    return scaled, ((target[0] - scaled[0]) // 2, (target[1] - scaled[1]) // 2)
+
+
+def unpadded(size: Size, patches: Size) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom (exclusive) of the patches that show the picture and not only its border.
+
+    Args:
+        size: of the picture.
+        patches: columns and rows of patches of all its tiles together.
+    """
+    columns, rows = patches
+    # Rounded as published: the scale first, then what it is multiplied with.
+    if size[0] / size[1] > columns / rows:
+        border = (rows - int(size[1] * (columns / size[0]))) // 2
+        return 0, border, columns, rows - border
+    border = (columns - int(size[0] * (rows / size[1]))) // 2
+    return border, 0, columns - border, rows
+
+
+def parse_pinpoints(given: Any, tile: int) -> tuple[Size, ...]:
+    """Sizes that `anyres` chooses from, given as a list or as its text; None gives those of LLaVA 1.6 for this tile.
+
+    Raises:
+        ConfigError: it is no list of pairs.
+    """
+    if not given:
+        return tuple((columns * tile, rows * tile) for columns, rows in GRIDS)
+    try:
+        pairs = ast.literal_eval(given) if isinstance(given, str) else given
+        return tuple((int(width), int(height)) for width, height in pairs)
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise ConfigError(f"image_grid_pinpoints {given!r} is no list of [width, height]") from error
