@@ -27,6 +27,7 @@ from llava.data.images import load
 from llava.data.placing import with_places
 from llava.data.records import LOADERS, rows_of
 from llava.errors import CheckpointError, DataError
+from llava.image_grids import Size
 from llava.processing import FILE_NAME, LlavaMedProcessor
 from llava.samples import Origin, Sample, name_of
 from llava.utils.cli import Parser
@@ -86,14 +87,16 @@ class View:
         )
 
 
-def make_view(sample: Sample, processor: LlavaMedProcessor, *, max_length: int | None) -> View:
-    """Return a sample as the model would be trained on it.
+def make_view(
+    sample: Sample, processor: LlavaMedProcessor, *, max_length: int | None, sizes: Sequence[Size] | None = None
+) -> View:
+    """Return a sample as the model would be trained on it; `sizes` of its pictures as for `encode`.
 
     Raises:
         DataError: the sample cannot be encoded.
     """
     segments = processor.template.render(place_images(with_places(sample), processor))
-    draft = tokenize_segments(segments, processor)
+    draft = tokenize_segments(segments, processor, sizes)
     text = "".join(segment.text for segment in segments)
     kept = set(kept_tokens(draft, max_length))
     states: list[tuple[str, bool, int]] = []
@@ -179,6 +182,20 @@ def _pictures(sample: Sample, folder: str | None, dicom: DicomPolicy) -> list[st
         image.save(buffer, format="PNG")
         pictures.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"))
     return pictures
+
+
+def _sizes(sample: Sample, processor: LlavaMedProcessor, folder: str | None) -> list[Size] | None:
+    """Return width and height of the row's images, where the number of their tokens depends on them.
+
+    Raises:
+        DataError: they are needed, and there is no folder to find the images in.
+    """
+    if not processor.has_variable_images or not sample.images:
+        return None
+    if folder is None:
+        mode = processor.image_mode
+        raise DataError(f"image mode {mode}: the row's images decide how many tokens it has; give --image_folder")
+    return [load(ref, folder, dicom=processor.dicom).size for ref in sample.images]
 
 
 _PAGE = """<!doctype html>
@@ -268,7 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     processor = load_processor(args.model, args)
     sample = load_row(args.file, args.row)
     try:
-        view = make_view(sample, processor, max_length=args.max_length)
+        sizes = _sizes(sample, processor, args.image_folder)
+        view = make_view(sample, processor, max_length=args.max_length, sizes=sizes)
     except DataError as error:
         raise error if name_of(sample) in str(error) else DataError(f"{name_of(sample)}: {error}") from error
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -251,6 +251,8 @@ def _facts_of_others(layout: Layout) -> dict[str, Any]:
     mode, placement = config.get("image_aspect_ratio") or "square", "front"
     if layout.style == "patch_token":
         placement = "as written, white space around images dropped"
+    if mode == "anyres":
+        mode += f" ({config.get('mm_patch_merge_type') or 'flat'})"
     facts["images"] = f"{mode}, layer {config.get('mm_vision_select_layer', -1)}, {placement}"
     facts["base"] = config.get("_name_or_path") if layout.kind != "legacy" else None
     facts["tower adapter"] = layout.tower_adapter.name if layout.tower_adapter else None
