@@ -10,7 +10,7 @@ from pydicom.dataset import FileDataset
 from pydicom.uid import UID
 
 from llava.data.dicom_header import word
-from llava.errors import NotAPicture
+from llava.errors import DataError, NotAPicture
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 
@@ -20,7 +20,7 @@ NOT_PICTURES: dict[str, str] = {
     _STORAGE + "9": "a waveform",
     _STORAGE + "11": "a presentation state",
     _STORAGE + "30": "a parametric map",
-    _STORAGE + "66": "raw data, a registration or a segmentation",
+    _STORAGE + "66": "a segmentation, a registration or raw data",
     _STORAGE + "67": "a mapping of values",
     _STORAGE + "68": "a surface scan",
     _STORAGE + "78": "a measurement",
@@ -78,6 +78,7 @@ def check_picture(dataset: FileDataset, name: str) -> None:
 
     Raises:
         NotAPicture: says which object it is.
+        DataError: the file ends before it says anything.
     """
     uid = class_of(dataset)
     families = (
@@ -89,5 +90,7 @@ def check_picture(dataset: FileDataset, name: str) -> None:
     if kind is not None:
         called = f" ({uid.name})" if is_known(uid) else ""
         raise NotAPicture(f"image {name} is not a picture: it is {kind}{called}; leave the file out")
+    if not len(dataset):  # what pydicom leaves of a file that ends inside a field
+        raise DataError(f"image {name} holds nothing that a picture needs; is the file cut off?")
     if "Rows" not in dataset and "Columns" not in dataset:
         raise NotAPicture(f"image {name} is not a picture: it is {object_name(dataset)} without pixels; leave it out")
