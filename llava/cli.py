@@ -62,6 +62,46 @@ COMMANDS: dict[str, Command] = {
         "fetch the listed figures of PMC articles; continues, and lists what is missing and why",
         "llava data images --input_path data/llava_med_image_urls.jsonl --only train.json --filter-json train.json",
     ),
+    "data vqa-rad": Command(
+        "llava.data.readers.vqa_rad:main",
+        "VQA-RAD as downloaded to train.json, test.json and images/",
+        "llava data vqa-rad downloads/vqa-rad --out data/vqa-rad",
+    ),
+    "data slake": Command(
+        "llava.data.readers.slake:main",
+        "SLAKE as downloaded to train.json, val.json, test.json and images/; English, Chinese or both",
+        "llava data slake downloads/slake imgs.zip --out data/slake --lang en",
+    ),
+    "data pathvqa": Command(
+        "llava.data.readers.pathvqa:main",
+        "PathVQA (Parquet or JSON, never pickles) to train.json, val.json, test.json and images/",
+        "llava data pathvqa downloads/path-vqa --out data/pathvqa",
+    ),
+    "data pmc-vqa": Command(
+        "llava.data.readers.pmc_vqa:main",
+        "PMC-VQA, either release, to train.json, test.json and images/; open answers or choices",
+        "llava data pmc-vqa downloads images_2.zip --out data/pmc-vqa --release 2",
+    ),
+    "data iu-xray": Command(
+        "llava.data.readers.iu_xray:main",
+        "IU X-ray (Open-i) reports and films to train.json, val.json, test.json and images/",
+        "llava data iu-xray NLMCXR_reports.tgz NLMCXR_png.tgz --views all --out data/iu-xray",
+    ),
+    "data mimic-cxr": Command(
+        "llava.data.readers.mimic_cxr:main",
+        "MIMIC-CXR (credentialed) findings or impressions to train.json, val.json, test.json and images/",
+        "llava data mimic-cxr mimic-cxr-jpg mimic-cxr-reports.zip --out data/mimic-cxr --target findings",
+    ),
+    "data csv": Command(
+        "llava.data.readers.csv_table:main",
+        "any table (CSV, TSV, JSON, JSON lines, Parquet) to rows, by the names of its columns",
+        "llava data csv cases.csv --image_column file --answer_column report --image_root scans --out data/cases",
+    ),
+    "data split": Command(
+        "llava.data.readers.splitting:main",
+        "rows to train, val and test so that no patient, or no picture, is in two of them",
+        "llava data split all.json --by patient --fractions train=0.8,val=0.1,test=0.1 --out data/split",
+    ),
     "checkpoint inspect": Command(
         "llava.model.inspection:main",
         "what a checkpoint of any kind holds, tensor by tensor; reads no weights",

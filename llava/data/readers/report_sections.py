@@ -1,0 +1,162 @@
+"""The sections of a free-text radiology report: findings, impression, reason for the examination.
+
+    text --behind the last FINAL REPORT--> lines --headers `NAME:` at a line's start--> sections of known kinds
+
+Rules, each of them tested:
+
+- A header stands at the start of a line and ends with a colon. A known name counts in any case (`Findings:`), an
+  unknown one only in capitals; the text may follow on the same line.
+- `FINDINGS AND IMPRESSION` and the like are findings; `CONCLUSION` is an impression.
+- A capital name that speaks of a part of the body or of a device (`LUNGS:`, `LINES AND TUBES:`) inside findings or
+  impression is a part of that section and keeps its name; every other unknown name begins a section of kind `other`.
+- What stands before a line `FINAL REPORT` (a wet read, a preliminary text) is no part of the report.
+- A section that is there twice is joined in order. White space, line ends included, becomes one space.
+
+Nothing is guessed: a report without a findings header has no findings.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "findings": (
+        "findings",
+        "finding",
+        "findings and impression",
+        "findings/impression",
+        "findings / impression",
+        "findings, impression",
+        "chest findings",
+        "report",
+    ),
+    "impression": ("impression", "impressions", "impression and plan", "conclusion", "conclusions", "summary"),
+    "reason": (
+        "reason for exam",
+        "reason for examination",
+        "reason for the exam",
+        "reason for the examination",
+        "reason for study",
+        "reason for this examination",
+        "reason",
+    ),
+    "indication": ("indication", "indications", "clinical indication", "clinical indications", "study indication"),
+    "history": (
+        "history",
+        "clinical history",
+        "clinical information",
+        "clinical data",
+        "clinical background",
+        "medical history",
+        "patient history",
+    ),
+    "comparison": ("comparison", "comparisons", "comparison study", "comparison exam"),
+    "technique": ("technique", "techniques", "procedure", "views", "technique and views"),
+    "examination": ("examination", "exam", "study", "type of examination", "exam type", "title"),
+    "other": (
+        "recommendation",
+        "recommendations",
+        "recommendation(s)",
+        "notification",
+        "notifications",
+        "addendum",
+        "wet read",
+        "attestation",
+        "note",
+        "dose",
+        "nb",
+    ),
+}
+"""Names of headers, in lower case, by kind of section."""
+
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
+
+REASONS = ("reason", "indication", "history")
+"""Sections that say why the examination was made, the most direct first."""
+
+_PARTS = """
+abdomen airway airways aorta apparatus bone bones cardiac cardiomediastinal catheter catheters chest device devices
+diaphragm diaphragms heart hila hilar hilum line lines lung lungs mediastinal mediastinum musculoskeletal osseous other
+pleura pleural pulmonary ribs skeletal soft spine support thorax tissue tissues trachea tube tubes upper vasculature
+vessels
+"""
+PARTS = frozenset(_PARTS.split())
+"""Words of sub-headings inside findings."""
+
+MAX_HEADER = 60
+_HEADER = re.compile(rf"^[ \t]*([A-Za-z][A-Za-z0-9 ()/,&'.-]{{0,{MAX_HEADER}}}?)[ \t]*:(?=\s|$)", re.MULTILINE)
+_FINAL = re.compile(r"^[ \t]*FINAL REPORT[ \t]*$", re.MULTILINE)
+_WORD = re.compile(r"[a-z]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One section: its kind (a key of `KINDS`, or `preamble`), its name as written, its text in one line."""
+
+    kind: str
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The sections of a report, in order."""
+
+    sections: tuple[Section, ...]
+
+    def text(self, kind: str) -> str:
+        """Return the text of all sections of a kind, joined by a space; empty when there is none."""
+        return " ".join(section.text for section in self.sections if section.kind == kind and section.text)
+
+    @property
+    def findings(self) -> str:
+        """What is seen."""
+        return self.text("findings")
+
+    @property
+    def impression(self) -> str:
+        """What it means."""
+        return self.text("impression")
+
+    @property
+    def reason(self) -> str:
+        """Why the examination was made: the first kind of `REASONS` that has a text."""
+        return next((text for kind in REASONS if (text := self.text(kind))), "")
+
+
+def parse_report(text: str) -> Report:
+    """Return the sections of a report; every word behind the last `FINAL REPORT` is in one of them or in a name."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    for mark in reversed(list(_FINAL.finditer(text))):
+        if text[mark.end() :].strip():
+            text = text[mark.end() :]
+            break
+        text = text[: mark.start()]  # a mark with nothing behind it
+    found: list[tuple[str, str, int, int]] = []
+    kind = "preamble"
+    for header in _HEADER.finditer(text):
+        kind_here = _kind(header[1], inside=kind)
+        if kind_here is not None:
+            kind = kind_here
+            found.append((kind, header[1].strip(), header.start(), header.end()))
+    starts = [*(start for _, _, start, _ in found), len(text)]
+    sections = [Section("preamble", "", _one_line(text[: starts[0]]))]
+    for (kind, name, _, end), stop in zip(found, starts[1:], strict=True):
+        sections.append(Section(kind, name, _one_line(text[end:stop])))
+    return Report(tuple(section for section in sections if section.kind != "preamble" or section.text))
+
+
+def _kind(name: str, *, inside: str) -> str | None:
+    """Return the kind of section that a header begins, or None where it is text of the section it stands in."""
+    plain = " ".join(name.lower().split())
+    if plain in KIND_OF:
+        return KIND_OF[plain]
+    if not name.isupper():
+        return None
+    speaks_of_parts = not PARTS.isdisjoint(_WORD.findall(plain))
+    return None if inside in ("findings", "impression") and speaks_of_parts else "other"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,233 @@
+"""Any downloaded table to rows: CSV, TSV, JSON, JSON lines (each plain or gzipped) and Parquet, told by their content.
+
+    file --first bytes--> kind --> (file and row number, {column: value}), a row at a time
+
+Rows count from 0 behind the header. A row that cannot be read comes as a `DataError` in the place of its values, so the
+caller decides between stopping and leaving it out; a file that cannot be read on raises.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import gzip
+import io
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, cast
+
+from llava.data.records import rows_of
+from llava.errors import DataError
+from llava.samples import Origin
+from llava.utils.lookup import require
+
+Row = dict[str, Any]
+
+KINDS = ("csv", "json", "parquet")
+MISSING_WORDS = frozenset({"", "null", "none", "nan", "n/a", "na"})
+"""How tables write that a cell is empty, in lower case."""
+
+BATCH_ROWS = 64
+"""Parquet rows held at a time; each may hold a picture."""
+
+
+def kind_of(path: str | Path) -> str:
+    """Return which of `KINDS` a file is.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    with ExitStack() as stack:
+        head = _open(path, stack).read(4096)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    return "json" if text[:1] in (b"[", b"{") else "csv"
+
+
+def read_table(
+    path: str | Path, *, columns: Sequence[str] = (), delimiter: str | None = None
+) -> Iterator[tuple[Origin, Row | DataError]]:
+    """Yield the rows of a table, each with the place where it stands.
+
+    Args:
+        path: the file.
+        columns: names that must be there.
+        delimiter: between the cells of a text table; None takes a tab if the header has one, else a comma.
+
+    Raises:
+        DataError: the file cannot be read, or lacks a column: names the file and the columns it has.
+    """
+    kind = kind_of(path)
+    if kind == "json":
+        rows = _json_rows(path, columns)
+    else:
+        rows = _parquet_rows(path, columns) if kind == "parquet" else _text_rows(path, columns, delimiter)
+    for number, row in rows:
+        yield Origin(str(path), number), row
+
+
+def column_names(path: str | Path, *, delimiter: str | None = None) -> list[str]:
+    """Return the column names of a table, of a JSON file those of its first row.
+
+    Raises:
+        DataError: the file cannot be read or is empty.
+    """
+    kind = kind_of(path)
+    if kind == "parquet":
+        return list(_parquet(path).schema_arrow.names)
+    if kind == "json":
+        first = next((row for _, row in _json_rows(path, ()) if isinstance(row, dict)), None)
+        if first is None:
+            raise DataError(f"{path}: no row can be read")
+        return list(first)
+    with ExitStack() as stack:
+        return _header(_lines(path, stack), path, delimiter)[0]
+
+
+def cell(row: Row, column: str | None) -> str:
+    """Return a cell as text, without space around it; empty where it is missing, NaN, or a word for that (`NULL`)."""
+    value = row.get(column) if column else None
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    text = " ".join(str(item) for item in value) if isinstance(value, list | tuple) else str(value)
+    text = text.strip()
+    return "" if text.lower() in MISSING_WORDS else text
+
+
+def answer_cell(row: Row, column: str) -> str:
+    """Return an answer as text: `None`, `NA` and `null` are answers there, only a missing or blank cell is empty."""
+    value = row.get(column)
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(value).strip()
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it: NaN and infinities become None, times their ISO text.
+
+    Raises:
+        DataError: it is something else, bytes for example.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    raise DataError(f"a value of type {type(value).__name__} cannot be kept in a JSON file")
+
+
+def need(columns: Iterable[str], found: Iterable[str], path: str | Path) -> None:
+    """Check that a table has columns.
+
+    Raises:
+        DataError: it lacks one.
+    """
+    present = list(found)
+    missing = [column for column in columns if column not in present]
+    if missing:
+        raise DataError(f"{path}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, present))}")
+
+
+def _open(path: str | Path, stack: ExitStack) -> IO[bytes]:
+    """Open a file, unzipped if its first bytes say that it is gzipped."""
+    try:
+        raw = stack.enter_context(open(path, "rb"))  # noqa: SIM115 - closed by the stack
+        zipped = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        stream = cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=raw)) if zipped else raw)
+        stream.read(1)
+        stream.seek(0)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be opened ({error})") from error
+    return stream
+
+
+def _lines(path: str | Path, stack: ExitStack) -> io.TextIOWrapper:
+    return io.TextIOWrapper(_open(path, stack), encoding="utf-8-sig", newline="")
+
+
+def _header(stream: io.TextIOWrapper, path: str | Path, delimiter: str | None) -> tuple[list[str], str]:
+    """Return the column names and the delimiter; the stream is left behind the header."""
+    try:
+        first = stream.readline()
+        sign = delimiter or ("\t" if "\t" in first else ",")
+        names = next(csv.reader([first], delimiter=sign, strict=True), [])
+    except (csv.Error, UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: the header cannot be read ({error})") from error
+    names = [name.strip() for name in names]
+    doubled = sorted({name for name in names if names.count(name) > 1 and name})
+    if not any(names) or doubled:
+        what = f"names columns twice: {', '.join(doubled)}" if doubled else "is empty"
+        raise DataError(f"{path}: the header {what}; expected one line of distinct column names")
+    return names, sign
+
+
+def _text_rows(
+    path: str | Path, columns: Sequence[str], delimiter: str | None
+) -> Iterator[tuple[int, Row | DataError]]:
+    with ExitStack() as stack:
+        stream = _lines(path, stack)
+        names, sign = _header(stream, path, delimiter)
+        need(columns, names, path)
+        reader = csv.reader(stream, delimiter=sign, strict=True)
+        row = 0
+        while True:
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield row, DataError(f"not a row of a text table ({error})")
+                row += 1
+                continue
+            except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+                raise DataError(f"{path}, row {row}: cannot be read on ({error})") from error
+            if not cells:
+                continue
+            if len(cells) == len(names):
+                yield row, dict(zip(names, cells, strict=True))
+            else:
+                yield row, DataError(f"{len(cells)} cells, but the header has {len(names)}; is a quote or comma wrong?")
+            row += 1
+
+
+def _json_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, Row | DataError]]:
+    for row, value in rows_of(path):
+        if isinstance(value, DataError):
+            yield row, value
+        elif not isinstance(value, dict):
+            yield row, DataError(f"expected an object with fields, got {type(value).__name__}")
+        elif missing := [column for column in columns if column not in value]:
+            yield row, DataError(f"no field {', '.join(map(repr, missing))}; it has {', '.join(map(repr, value))}")
+        else:
+            yield row, value
+
+
+def _parquet(path: str | Path) -> Any:
+    module = require("pyarrow.parquet", "data")
+    try:
+        return module.ParquetFile(path)
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are built-in ones
+        raise DataError(f"{path}: not a Parquet file that can be read ({error})") from error
+
+
+def _parquet_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, Row | DataError]]:
+    file = _parquet(path)
+    need(columns, file.schema_arrow.names, path)
+    row = 0
+    try:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            for values in batch.to_pylist():
+                yield row, values
+                row += 1
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise DataError(f"{path}, row {row}: cannot be read on ({error})") from error
