@@ -19,8 +19,9 @@ import httpx2
 
 import llava
 from llava.data.fetching.addresses import AddressPolicy, origin, shown
-from llava.data.fetching.turns import HostTurns, retry_after
+from llava.data.fetching.turns import HostTurns
 from llava.errors import ConfigError, DownloadError
+from llava.utils.pacing import retry_after
 
 TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 GONE = frozenset({404, 410})

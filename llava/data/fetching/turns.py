@@ -5,10 +5,8 @@ thread --wait(host)--> its turn        429 / 503 with Retry-After --pause(host)-
 
 from __future__ import annotations
 
-import math
 import threading
 import time
-from email.utils import parsedate_to_datetime
 
 from llava.errors import ConfigError
 
@@ -44,17 +42,3 @@ class HostTurns:
         """Let nobody ask `host` for so long."""
         with self._lock:
             self._next[host] = max(self._next.get(host, 0.0), time.monotonic() + seconds)
-
-
-def retry_after(value: str | None) -> float | None:
-    """Return the seconds that a Retry-After header asks for (a number or a date); None when it says nothing usable."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, OverflowError, TypeError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
