@@ -38,10 +38,13 @@ def kind_of(path: str | Path) -> str:
     """Return which of `KINDS` a file is.
 
     Raises:
-        DataError: it cannot be opened.
+        DataError: it cannot be opened or unzipped.
     """
     with ExitStack() as stack:
-        head = _open(path, stack).read(4096)
+        try:
+            head = _open(path, stack).read(4096)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: cannot be unzipped ({error})") from error
     if head.startswith(b"PAR1"):
         return "parquet"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
