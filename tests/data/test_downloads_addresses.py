@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from llava.data.fetching.addresses import AddressPolicy, check_base, join, origin, shown, split_bases
 from llava.data.fetching.client import Client, NetworkOptions
 from llava.data.fetching.remote import RemoteFile
-from llava.data.fetching.turns import retry_after
 from llava.errors import ConfigError, DownloadError
+from llava.utils.pacing import retry_after
 from tests.file_server import Fault, serve
 
 PRIVATE = [

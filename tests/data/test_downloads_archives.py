@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import random
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +19,7 @@ from llava.data.fetching.reasons import REASONS
 from llava.errors import ArchiveError
 from tests.data.archive_files import article, plain, special, tar, tar_gz
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["PMC1/J-1-g000.jpg", "PMC1/J-1-g001.jpg"]
 MEMBERS = [plain("PMC1/a.txt", b"words" * 999), plain(NAMES[0], b"first"), plain(NAMES[1], b"second" * 400)]
 SMALL = Limits(
@@ -207,3 +211,11 @@ def test_a_long_run_of_random_headers() -> None:
             )
             blocks += gzip.decompress(stated_size(size, kind)) + draw.randbytes(512 * draw.randrange(3))
         read_all(gzip.compress(blocks, 1))
+
+
+def test_the_fuzzing_program_runs() -> None:
+    """The coverage-guided search, for a moment; what it finds in hours would be a new case above."""
+    pytest.importorskip("atheris")
+    line = [sys.executable, "-m", "tests.data.fuzz_archives", "-runs=300"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0 and "Done 300 runs" in done.stderr, done.stderr[-2000:]

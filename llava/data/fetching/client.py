@@ -218,10 +218,6 @@ class Client:
         finally:
             answer.close()
 
-    def backoff(self, attempt: int) -> float:
-        """Return the seconds to wait after failed attempt `attempt` (counted from 1)."""
-        return min(self.options.max_wait, self.options.first_wait * 2.0 ** min(attempt - 1, 30))
-
 
 def _target(address: str, location: str | None) -> str:
     """Return where a redirect leads."""

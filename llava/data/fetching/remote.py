@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from llava.data.fetching.addresses import shown
 from llava.data.fetching.client import PASSING, Answer, Client
 from llava.errors import DownloadError
+from llava.utils.pacing import backoff
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -137,7 +138,8 @@ class RemoteFile:
         self._failed_at = self.offset
         if self._failures >= self._client.options.max_attempts:
             raise DownloadError(f"{error} (asked {self._failures} times)", reason=error.reason) from error
-        self._client.wait(self._client.backoff(self._failures))
+        options = self._client.options
+        self._client.wait(backoff(self._failures, first=options.first_wait, most=options.max_wait))
 
     def _connect(self) -> Iterator[bytes]:
         answer = self._client.open(self.address, start=self.offset, etag=self._etag)
