@@ -48,8 +48,9 @@ def resolve(ref: str | Path, root: str | Path | None) -> Path:
         root: the image folder; None trusts `ref` as a path of the user's own.
 
     Raises:
-        DataError: the file would lie outside `root`.
+        DataError: the file would lie outside `root`, or no file can have this name.
     """
+    _check_name(ref)
     if root is None:
         return Path(ref)
     folder = _real_folder(str(root))
@@ -57,6 +58,16 @@ def resolve(ref: str | Path, root: str | Path | None) -> Path:
     if not path.is_relative_to(folder):
         raise DataError(f"image {str(ref)!r} leads outside the image folder {folder}; move or copy the file into it")
     return path
+
+
+def _check_name(ref: str | Path) -> None:
+    """Refuse what no file is called, which the system's own calls answer with other errors than a missing file's."""
+    try:
+        possible = b"\0" not in os.fsencode(ref)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise DataError(f"image {str(ref)!r}: no file can have this name (a zero byte, or half of a surrogate pair)")
 
 
 @lru_cache(maxsize=32)
@@ -112,6 +123,20 @@ def _load_dicom(data: bytes, name: str, policy: DicomPolicy) -> Image.Image:
     from llava.data.dicom import picture  # pydicom takes its time to import, and most images are none
 
     return picture(data, policy, name=name, max_pixels=MAX_PIXELS)
+
+
+def stored_as(data: bytes) -> str:
+    """Return format and colour mode of an image file as it is stored: `JPEG L`, `PNG I;16`, `DICOM`, `unknown`.
+
+    Only the header is read; it says nothing about whether the file decodes.
+    """
+    if is_dicom(data):
+        return "DICOM"
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return f"{image.format} {image.mode}"
+    except Exception:  # decoders raise whatever their parsing runs into
+        return "DICOM" if may_be_bare(data) else "unknown"
 
 
 def _check_size(image: Image.Image, name: str) -> None:

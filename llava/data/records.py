@@ -18,7 +18,7 @@ from llava.data.images import resolve
 from llava.data.quarantine import BadRow, Quarantine
 from llava.errors import DataError
 from llava.samples import CONVERSATION_KEYS, Origin, Sample, from_row, num_lost_turns
-from llava.utils.jsonl import read_text
+from llava.utils.jsonl import NOT_JSON, read_text
 from llava.utils.lookup import lookup
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def _array_rows(text: str, start: int, path: str | Path) -> Iterator[tuple[int, 
     while text[place : place + 1] != "]":
         try:
             value, place = decode(text, place)
-        except json.JSONDecodeError as error:
+        except NOT_JSON as error:
             raise DataError(f"{path}, row {row}: not JSON: {error}") from error
         yield row, value
         row += 1
@@ -115,7 +115,7 @@ def _line_rows(text: str) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield row, json.loads(line)
-        except json.JSONDecodeError as error:
+        except NOT_JSON as error:
             yield row, DataError(f"not JSON: {error}; expected a JSON array or one JSON object a line")
         row += 1
 

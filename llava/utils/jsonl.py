@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 from llava.errors import DataError
 
 Record = dict[str, Any]
+
+NOT_JSON = (ValueError, RecursionError)
+"""What decoding raises: numbers of thousands of digits and brackets nested by the thousand have no error of theirs."""
 
 
 def read_text(path: str | Path) -> str:
@@ -28,7 +32,7 @@ def read_text(path: str | Path) -> str:
         return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text or gzipped text ({error})") from error
 
 
@@ -48,7 +52,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
 def _array(text: str, path: str | Path) -> Iterator[Record]:
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
+    except NOT_JSON as error:
         raise DataError(f"{path}: not a JSON array: {error}") from error
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -62,7 +66,7 @@ def _lines(text: str, path: str | Path) -> Iterator[Record]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except NOT_JSON as error:
             raise DataError(
                 f"{path}, line {number}: not JSON ({error}); expected a JSON array or one JSON object a line"
             ) from error

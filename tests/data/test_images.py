@@ -172,3 +172,19 @@ def test_the_key_depends_on_bytes_and_preprocessing_only() -> None:
     keys = {images.image_key(data, mark) for data in (b"a", b"b") for mark in ("square", "pad")}
     assert len(keys) == 4
     assert images.image_key(b"a", "pad") == images.key_of_digest(images.content_digest(b"a"), "pad")
+
+
+@pytest.mark.parametrize("ref", ["a\0b.png", "\ud800.png"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_names_that_no_file_can_have_are_named_errors(tmp_path: Path, ref: str, inside: bool) -> None:
+    with pytest.raises(DataError, match="no file can have this name"):
+        images.load(ref, tmp_path if inside else None)
+
+
+def test_the_stored_form_is_read_from_the_header(tmp_path: Path) -> None:
+    for mode, suffix, expected in [("L", "jpg", "JPEG L"), ("I;16", "png", "PNG I;16"), ("P", "gif", "GIF P")]:
+        path = tmp_path / f"a.{suffix}"
+        Image.new(mode, (4, 4)).save(path)
+        assert images.stored_as(path.read_bytes()) == expected
+    assert images.stored_as(b"\0" * 128 + b"DICM") == "DICOM"
+    assert images.stored_as(b"no picture") == "unknown"

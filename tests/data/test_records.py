@@ -154,3 +154,11 @@ def test_shared_files_load(shared: Path) -> None:
     assert len(load_samples(shared / "oracles" / "llava-med-eval" / "llava_med_eval_qa50_qa.jsonl")) == 193
     with pytest.raises(DataError, match=r"row 0, id 'BloodImage_00000': the row has no conversation"):
         load_samples(shared / "data" / "blood-bccd" / "train.json")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[" + "1" * 5000 + "]", '{"a":' * 100_000])
+def test_what_the_decoder_has_no_error_of_its_own_for_is_a_named_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"rows\.json"):
+        load_samples(path)

@@ -84,3 +84,19 @@ def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypa
         jsonl.write_records(path, [{"a": 2}])
     assert json.loads(path.read_text()) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[" + b"1" * 5000 + b"]", b"1" * 5000, b'{"a":' * 100_000])
+def test_what_the_decoder_has_no_error_of_its_own_for_is_a_named_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"rows\.json"):
+        list(jsonl.read_records(path))
+
+
+def test_a_damaged_gzip_file_is_a_named_error(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    zipped = gzip.compress(json.dumps(ROWS * 50).encode())
+    path.write_bytes(zipped[:30] + b"\0\0\0" + zipped[33:])
+    with pytest.raises(DataError, match="cannot be read"):
+        list(jsonl.read_records(path))
