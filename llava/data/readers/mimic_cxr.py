@@ -95,7 +95,7 @@ def _events(job: Job, origin: Origin, row: Row, known: Known) -> Iterator[Event]
         "question_type": job.args.target,
         "image_organ": "CHEST",
         "modality": "X-ray",
-        "official_split": cell(row, "split"),
+        "official_split": split,
         "view": view.position,
         "orientation": view.orientation,
         "patient": subject,

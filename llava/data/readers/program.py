@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.data.images import content_digest
 from llava.data.readers.cards import Card, Size
 from llava.data.readers.items import SPLITS, Event
-from llava.data.readers.output import Output, read_manifest
+from llava.data.readers.output import MANIFEST, Output, read_manifest
 from llava.data.readers.pictures import WAYS
 from llava.data.readers.sources import Sources
 from llava.errors import ConfigError, DataError
@@ -30,6 +32,7 @@ from llava.utils.provenance import stamp
 logger = logging.getLogger(__name__)
 
 UNPACKED = ".unpacked_archives"
+UNFINISHED = ".unfinished"
 NOT_SETTINGS = ("out", "overwrite", "expect")
 """Flags that do not change what is written."""
 
@@ -136,12 +139,16 @@ def run_parsed(reader: Reader, args: argparse.Namespace) -> None:
     expected = _expected(args.expect)
     out = Path(args.out)
     settings = _settings(reader, args)
+    _check_place(out, args.paths, overwrite=args.overwrite)
     old = _finished(out, settings, overwrite=args.overwrite)
     if old is not None:
         _compare(old, expected)
-        sys.stdout.write(f"{out} is finished already, with the same settings\n{summary(old)}")
+        sys.stdout.write(
+            f"{out} is finished already, with the same settings; --overwrite makes it anew, for example when what was "
+            f"downloaded has changed\n{summary(old)}"
+        )
         return
-    _remove_manifest(out)
+    _begin(out)
     sources = Sources(args.paths, out / UNPACKED)
     with Output(out, images=args.images, limit=args.limit, skip_bad=args.skip_bad) as output:
         job = Job(sources, args, output.is_full, reader.card)
@@ -150,6 +157,7 @@ def run_parsed(reader: Reader, args: argparse.Namespace) -> None:
         _remove_old(out, keep={split for split, count in output.counts.items() if count.ids})
         manifest = output.finish(_facts(reader.card, job, settings, output))
     shutil.rmtree(out / UNPACKED, ignore_errors=True)
+    (out / UNFINISHED).unlink(missing_ok=True)
     for line in manifest["differs"]:
         logger.warning("%s", line)
     sys.stdout.write(summary(manifest))
@@ -157,10 +165,14 @@ def run_parsed(reader: Reader, args: argparse.Namespace) -> None:
 
 
 def _settings(reader: Reader, args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the output depends on, in the form in which JSON gives it back."""
+    """Return what the output depends on, in the form in which JSON gives it back.
+
+    Where things lie on this machine is nobody's business elsewhere: of the places only names and a hash are kept.
+    """
     chosen = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    paths = [str(Path(path).resolve()) for path in args.paths]
-    settings: dict[str, Any] = json.loads(json.dumps({"reader": reader.command, **chosen, "paths": paths}))
+    places = json.dumps([os.path.realpath(path) for path in (*args.paths, chosen.pop("image_root", ""))])
+    where = {"paths": [Path(path).name for path in args.paths], "places": content_digest(places.encode())[:16]}
+    settings: dict[str, Any] = json.loads(json.dumps({"reader": reader.command, **chosen, **where}))
     return settings
 
 
@@ -180,9 +192,25 @@ def _finished(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> dic
     return old
 
 
-def _remove_manifest(out: Path) -> None:
-    """An output that is being written again is not finished."""
-    (out / "manifest.json").unlink(missing_ok=True)
+def _check_place(out: Path, paths: Sequence[str], *, overwrite: bool) -> None:
+    """Make sure that nobody's files are replaced.
+
+    Raises:
+        ConfigError: the output folder is one of the downloads, or holds split files that were not made here.
+    """
+    if any(Path(path).resolve() == out.resolve() for path in paths):
+        raise ConfigError(f"--out {out} is the downloaded folder itself; choose another, its files would be replaced")
+    there = [f"{split}.json" for split in SPLITS if (out / f"{split}.json").exists()]
+    known = (out / MANIFEST).exists() or (out / UNFINISHED).exists()
+    if there and not known and not overwrite:
+        raise ConfigError(f"{out} holds {', '.join(there)} not made here; choose another --out or give --overwrite")
+
+
+def _begin(out: Path) -> None:
+    """Mark the folder as one that is being written: without a manifest it is not finished."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / UNFINISHED).touch()
+    (out / MANIFEST).unlink(missing_ok=True)
 
 
 def _remove_old(out: Path, keep: Collection[str]) -> None:
@@ -240,7 +268,7 @@ def _expected(path: str | None) -> dict[str, str]:
     """
     if path is None:
         return {}
-    manifest = read_manifest(Path(path).parent if Path(path).name == "manifest.json" else path)
+    manifest = read_manifest(Path(path).parent if Path(path).name == MANIFEST else path)
     if manifest is None or not isinstance(manifest.get("splits"), dict):
         raise ConfigError(f"--expect {path}: no manifest.json of an earlier output there")
     return {split: counts["ids_sha256"] for split, counts in manifest["splits"].items() if counts["rows"]}

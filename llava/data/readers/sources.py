@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import gzip
+import itertools
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -55,10 +56,9 @@ class Sources:
         found = list(self.roots)
         level = list(self.roots)
         for _ in range(DEPTH):
-            level = [Path(entry) for folder in level for entry in _subfolders(folder)]
+            below = (Path(entry) for folder in level for entry in _subfolders(folder))
+            level = list(itertools.islice(below, MAX_FOLDERS - len(found)))
             found += level
-            if len(found) > MAX_FOLDERS:
-                return found[:MAX_FOLDERS]
         return found
 
     def file(self, *names: str) -> Path | None:
@@ -99,10 +99,10 @@ class Sources:
         for folder in self._bases(under):
             if (folder / plain).is_file():
                 return folder / plain
-        found = self._by_name.get(plain.rsplit("/", 1)[-1], [])
-        if len(found) == 1 and "/" not in plain:
+        found = self._by_name.get(plain, []) if "/" not in plain else []
+        if len(found) == 1:
             return found[0]
-        if len(found) > 1 and "/" not in plain:
+        if found:
             raise DataError(f"image {plain} is there {len(found)} times, for one in {found[0].parent}")
         looked = ", ".join(str(folder) for folder in self._bases(under)) or "nothing"
         raise DataError(f"image {plain} is not in {looked}; give its folder or archive too")

@@ -6,7 +6,7 @@ Without --stratify a group's split depends on its name, the seed and the fractio
 group. With --stratify FIELD the groups of each value of that field are put in the order of their hashes and dealt out
 by numbers of rows, which keeps shares close in small sets, but may move groups when rows are added.
 
-Rows themselves are not changed. Pictures stay where they are.
+Rows themselves are not changed (but NaN, which is no JSON, becomes null). Pictures stay where they are.
 
 Command:
     llava data split all.json --by patient --fractions train=0.8,val=0.1,test=0.1 --out data/split
@@ -26,6 +26,7 @@ from llava.data.images import content_digest, read_bytes
 from llava.data.readers.assigning import parse_fractions, place_of, split_at, unit_hash
 from llava.data.readers.grouping import Groups, majority
 from llava.data.readers.output import MANIFEST, split_hash
+from llava.data.readers.tables import plain
 from llava.data.records import rows_of
 from llava.errors import ConfigError, DataError
 from llava.samples import read_images
@@ -188,7 +189,8 @@ def write_splits(out: Path, rows: Sequence[dict[str, Any]], places: Sequence[str
 
 
 def _as_json(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False)
+    """Return a row as it was read; only NaN, which is no JSON, becomes null."""
+    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
 
 
 def make_parser() -> Parser:

@@ -13,6 +13,7 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -151,4 +152,5 @@ def _write(pieces: Iterator[bytes], target: Path) -> None:
     except OSError as error:
         raise DataError(f"{target} cannot be written ({error.strerror or error})") from error
     finally:
-        temporary.unlink(missing_ok=True) if target.parent.is_dir() else None
+        with suppress(OSError):  # the folder may be a file, then there is nothing to remove
+            temporary.unlink(missing_ok=True)

@@ -113,7 +113,7 @@ def test_mimic_cxr_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert wanted.items() <= train.items()
     assert train["chexpert_labels"] == {"Cardiomegaly": -1.0, "No Finding": 1.0}
     assert rows_in(out / "val.json")[0]["conversations"][0]["value"] == f"{ASKED}."
-    assert rows_in(out / "val.json")[0]["official_split"] == "validate"
+    assert rows_in(out / "val.json")[0]["official_split"] == "val"
     assert [row["reason"] for row in rows_in(out / "test.json")] == ["Fever."]
     assert excluded(out) == {"not a frontal view (AP or PA)": 1, "report without findings": 1}
     shown = capsys.readouterr()

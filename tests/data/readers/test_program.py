@@ -48,6 +48,20 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(
     assert rows_in(out / "train.json")[0]["q_lang"] == "zh"
 
 
+def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
+    raw = releases.slake(tmp_path / "raw")
+    with pytest.raises(ConfigError, match="is the downloaded folder itself"):
+        slake.main([str(raw), "--out", str(raw), "--overwrite"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.json").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds train\.json not made here"):
+        slake.main([str(raw), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "train.json").read_text() == "mine"
+    (tmp_path / "out" / ".unfinished").touch()  # a run that was killed between the split files and the manifest
+    slake.main([str(raw), "--out", str(tmp_path / "out")])
+    assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
+
+
 def test_overwriting_removes_splits_that_are_no_more(tmp_path: Path) -> None:
     table = write_csv(
         tmp_path / "t.csv", [{"f": "a.png", "a": "x", "s": "test"}, {"f": "a.png", "a": "y", "s": "train"}]

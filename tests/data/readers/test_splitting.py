@@ -97,6 +97,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     main(words)
     found = {split: rows_in(tmp_path / "out" / f"{split}.json") for split in FRACTIONS}
     assert sorted(row["id"] for part in found.values() for row in part) == sorted(row["id"] for row in rows())
+    assert found["val"][0] in rows()
     assert [set(row) for row in found["val"]] == [set(rows()[0])] * len(found["val"])
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["splits"]["test"]["ids_sha256"] in capsys.readouterr().out
