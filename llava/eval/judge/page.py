@@ -1,0 +1,121 @@
+"""One HTML page of judged answers: the tables, and cases with question, both answers, scores and the judge's reply.
+
+The page loads nothing from elsewhere. It shows texts and pictures of the data, so it belongs where the data may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava.data.images import load
+from llava.eval.html_report import page, table, thumbnail
+from llava.eval.judge.agreement import MEASURES
+from llava.eval.judge.rated import Rated
+from llava.eval.medvqa.report import figure, interval
+from llava.utils.jsonl import read_records, write_atomic
+
+
+def write_scores_page(
+    path: str | Path,
+    scores: str | Path,
+    rated: Sequence[Rated],
+    report: Mapping[str, Any],
+    *,
+    image_folder: str | Path | None = None,
+    num_examples: int = 12,
+) -> None:
+    """Write the page of one file of scores.
+
+    Args:
+        path: the page.
+        scores: the file of scores, for the texts of the examples.
+        rated: its rows as read.
+        report: the summary of them, with `provenance`.
+        image_folder: where the pictures are; None shows none.
+        num_examples: how many judged answers to show.
+    """
+
+    def open_image(name: str) -> Image.Image:
+        return load(name, image_folder)
+
+    rows = list(read_records(scores))
+    parts = ["<h1>Judged chat answers</h1>", _groups(report["groups"]), _failures(report["failures"])]
+    for key, heading in (("orders", "The same judge in both orders"), ("agreement", "Two judges")):
+        if report.get(key):
+            parts += [f"<h2>{heading}</h2>", _agreement(report[key])]
+    parts.append("<h2>Examples</h2>")
+    for index in choose(rated, num_examples):
+        parts.append(_case(rows[index], rated[index], None if image_folder is None else open_image))
+    facts = [[name, str(value)] for name, value in report.get("provenance", {}).items()]
+    parts += ["<h2>Where this comes from</h2>", table(["what", "value"], facts)]
+    write_atomic(path, page("Judged chat answers", parts))
+
+
+def choose(rated: Sequence[Rated], num_examples: int) -> list[int]:
+    """Return positions of telling cases: without a score, lowest, highest and middle relative score in turn."""
+    failed = [index for index, one in enumerate(rated) if one.scores is None]
+    order = sorted((one.scores[1] / one.scores[0], index) for index, one in enumerate(rated) if one.scores is not None)
+    ranked = [index for _, index in order]
+    middle = sorted(range(len(ranked)), key=lambda place: abs(place - len(ranked) // 2))
+    queues = [failed, ranked[:], ranked[::-1], [ranked[place] for place in middle]]
+    chosen: list[int] = []
+    while any(queues) and len(chosen) < num_examples:
+        queue = queues.pop(0)
+        queues.append(queue)
+        while queue:
+            index = queue.pop(0)
+            if index not in chosen:
+                chosen.append(index)
+                break
+    return chosen
+
+
+def _groups(groups: Mapping[str, Mapping[str, Any]]) -> str:
+    headers = ["group", "scored", "asked", "reference", "answer", "mean of ratios, %", "95 % interval"]
+    headers += ["ratio of means, %", "95 % interval"]
+    rows = []
+    for name, group in groups.items():
+        cells = [name, str(group["data_size"]), str(group["asked"])]
+        cells += [figure(group[key]["value"]) for key in ("gpt4_score", "pred_score")]
+        for key in ("pred_relative_score", "ratio_of_means"):
+            cells += [figure(group[key]["value"]), interval(group[key])]
+        rows.append(cells)
+    return table(headers, rows)
+
+
+def _failures(failures: Mapping[str, int]) -> str:
+    if not failures:
+        return '<p class="note">Every question has a score.</p>'
+    return table(["without a score, and in no figure", "questions"], [[k, str(v)] for k, v in failures.items()])
+
+
+def _agreement(report: Mapping[str, Any]) -> str:
+    def cell(estimate: Mapping[str, float | None]) -> str:
+        return f"{figure(estimate['value'])} {interval(estimate)}"
+
+    rows = [[name, cell(report["reference"][name]), cell(report["answer"][name])] for name in MEASURES]
+    rows.append(["same winner", "", cell(report["winner"]["exact"])])
+    if "first place" in report:
+        rows.append(["gain of the first place", "", cell(report["first place"])])
+    return table([f"{report['num_questions']} questions", "reference", "answer"], rows)
+
+
+def _case(row: Mapping[str, Any], one: Rated, open_image: Any) -> str:
+    """Return one judged answer; every text of the row is escaped."""
+    scores = one.failure if one.scores is None else f"reference {one.scores[0]:g}, answer {one.scores[1]:g}"
+    replies = {key: row[key] for key in ("result", "gpt_eval", "result_swapped", "gpt_eval_swapped") if row.get(key)}
+    pairs = [
+        ("question", row.get("question")),
+        ("reference", row.get("ans1")),
+        ("answer", row.get("ans2")),
+        ("scores", scores),
+        *(("judge" if not key.endswith("swapped") else "judge, swapped", text) for key, text in replies.items()),
+        ("id, type, domain", f"{one.id}, {one.type}, {' '.join(one.domains)}"),
+    ]
+    facts = "".join(f"<dt>{name}</dt><dd>{escape(str(text))}</dd>" for name, text in pairs if text is not None)
+    return f'<div class="case">{thumbnail(one.image, open_image)}<dl>{facts}</dl></div>'

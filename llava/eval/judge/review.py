@@ -1,0 +1,197 @@
+"""Cases to judgements: both orders where asked for, unreadable replies asked again, failures kept as data.
+
+Case --orders--> messages --Judge--> reply --parse--> scores of reference and answer
+                    ^                  |
+                    +---- reminder ----+  at most `num_rounds` times
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llava.errors import ConfigError
+from llava.eval.judge.cases import Case
+from llava.eval.judge.parsing import PARSERS, Scores, Unreadable, parser_of
+from llava.eval.judge.prompts import ORDERS, TEMPLATES, Messages, again, messages_of
+from llava.eval.judge.published import REPLY_KEYS
+from llava.eval.judge.store import Judge, Reply
+from llava.utils import log
+from llava.utils.lookup import lookup
+
+logger = logging.getLogger(__name__)
+
+NOT_ANSWERED = "the answer failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How cases are judged.
+
+    Attributes:
+        template: name in `TEMPLATES`.
+        swap: ask in both orders and average.
+        num_rounds: how often at most a judge is asked about a case in one order.
+        defects: published ones that stay in.
+        release: which release's name the reply has in the rows.
+    """
+
+    template: str = "chat-v1"
+    swap: bool = False
+    num_rounds: int = 3
+    defects: frozenset[str] = frozenset()
+    release: str = "none"
+
+    def __post_init__(self) -> None:
+        lookup(TEMPLATES, self.template, "template")
+        lookup(REPLY_KEYS, self.release, "release")
+        if self.num_rounds < 1:
+            raise ConfigError(f"--num-rounds must be at least 1, got {self.num_rounds}")
+
+    @property
+    def orders(self) -> tuple[str, ...]:
+        return ORDERS if self.swap else ORDERS[:1]
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What a judge said about a case in one order.
+
+    Attributes:
+        order: which answer stood first.
+        scores: of the reference and of the answer under test, whatever the order; None when there are none.
+        reason: why there are none.
+        reply: the judge's last reply; None when there was none.
+        num_replies: how many replies it took.
+    """
+
+    order: str
+    scores: Scores | None = None
+    reason: str = ""
+    reply: str | None = None
+    num_replies: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The opinions about a case, and what follows from them."""
+
+    case: Case
+    opinions: tuple[Opinion, ...]
+
+    @property
+    def failure(self) -> str:
+        """Why the case has no score; empty when it has. An opinion in one of two orders is no score."""
+        if self.case.failed:
+            return NOT_ANSWERED
+        reasons = [opinion.reason for opinion in self.opinions if opinion.scores is None]
+        return reasons[0] if reasons else ""
+
+    @property
+    def scores(self) -> Scores | None:
+        """The means over the orders, of the reference and of the answer under test."""
+        if self.failure:
+            return None
+        known = [opinion.scores for opinion in self.opinions if opinion.scores is not None]
+        return sum(pair[0] for pair in known) / len(known), sum(pair[1] for pair in known) / len(known)
+
+
+class _Pending:
+    """One order of one case on its way to an opinion."""
+
+    def __init__(self, case: Case, order: str, settings: Settings) -> None:
+        self.messages: Messages = messages_of(
+            case, order, template=TEMPLATES[settings.template], defects=settings.defects
+        )
+        self.opinion = Opinion(order, reason="not asked")
+
+    def take(self, reply: Reply, settings: Settings) -> None:
+        """Read a reply; without scores, the next messages hold it and a reminder."""
+        order, number = self.opinion.order, self.opinion.num_replies
+        if not isinstance(reply, str):
+            self.opinion = Opinion(order, reason=f"no reply: {reply.reason}", num_replies=number)
+            return
+        read = PARSERS[parser_of(settings.defects)](reply)
+        scores, reason = (None, read.reason) if isinstance(read, Unreadable) else (read, "")
+        if scores is not None and order == "21":
+            scores = scores[1], scores[0]
+        if scores is not None and scores[0] == 0.0:  # nothing is relative to nothing
+            scores, reason = None, "reference scored 0"
+        self.opinion = Opinion(order, scores, reason, reply, number + 1)
+        if scores is None:
+            self.messages = again(self.messages, reply, TEMPLATES[settings.template])
+
+    @property
+    def unreadable(self) -> bool:
+        """Whether the judge replied, without scores."""
+        return self.opinion.scores is None and self.opinion.reply is not None
+
+
+def review(cases: Sequence[Case], judge: Judge, settings: Settings) -> list[Judgement]:
+    """Return the judgement of every case, in their order.
+
+    Every reply is in the judge's store before the next is taken, so a run that is killed goes on where it was.
+    """
+    pending = [[_Pending(case, order, settings) for order in settings.orders] for case in cases if not case.failed]
+    left = [one for orders in pending for one in orders]
+    for number in range(settings.num_rounds):
+        if not left:
+            break
+        title = "judging" if number == 0 else f"asking again ({number})"
+        with log.progress_bar(len(left), title=title, unit="reply") as bar:
+            for place, reply in judge.replies([one.messages for one in left]):
+                left[place].take(reply, settings)
+                bar.update()
+        left = [one for one in left if one.unreadable]
+    done = iter(pending)
+    judgements = [Judgement(case, () if case.failed else tuple(one.opinion for one in next(done))) for case in cases]
+    failures = Counter(judgement.failure for judgement in judgements if judgement.failure)
+    if failures:
+        text = ", ".join(f"{reason}: {count}" for reason, count in failures.most_common())
+        logger.warning("%d of %d questions have no score (%s)", failures.total(), len(cases), text)
+    return judgements
+
+
+def num_to_ask(cases: Sequence[Case], judge: Judge, settings: Settings) -> tuple[int, int]:
+    """Return how many first requests are not in the store yet, and how many characters they hold."""
+    requests = {
+        judge.key(one.messages): one.messages
+        for case in cases
+        if not case.failed
+        for one in (_Pending(case, order, settings) for order in settings.orders)
+        if not judge.knows(one.messages)
+    }
+    return len(requests), sum(len(message["content"]) for one in requests.values() for message in one)
+
+
+def score_row(judgement: Judgement, settings: Settings) -> dict[str, Any]:
+    """Return the row of a judgement: the question's row, the two answers, the reply under its published name, and
+    `judgement`, which holds everything the summary needs."""
+    case = judgement.case
+    replies = {opinion.order: opinion.reply for opinion in judgement.opinions}
+    key = REPLY_KEYS[settings.release]
+    row: dict[str, Any] = {
+        **case.row,
+        "question": case.question,
+        "ans1": case.reference,
+        "ans2": case.answer,
+        key: replies.get("12"),
+    }
+    if settings.swap:
+        row[f"{key}_swapped"] = replies.get("21")
+    row["judgement"] = {
+        "scores": None if judgement.scores is None else list(judgement.scores),
+        "failure": judgement.failure,
+        "orders": {
+            opinion.order: {
+                "scores": None if opinion.scores is None else list(opinion.scores),
+                "failure": opinion.reason,
+                "num_replies": opinion.num_replies,
+            }
+            for opinion in judgement.opinions
+        },
+    }
+    return row

@@ -1,0 +1,176 @@
+"""Judged questions to the published table: by question type, by domain, overall; with intervals beside it.
+
+    gpt4_score            mean score of the reference answers
+    pred_score            mean score of the answers under test
+    pred_relative_score   100 x mean of (answer / reference), a mean of ratios: LLaVA-Med's figure
+    ratio_of_means        100 x mean(answer) / mean(reference): LLaVA's figure
+
+The two relative figures differ whenever the reference's score varies; tables of the literature hold either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava.eval.estimates import LEVEL, Draws
+from llava.eval.judge.cases import DOMAINS
+from llava.eval.judge.rated import Rated
+from llava.eval.medvqa.report import figure, interval
+from llava.eval.text_table import Cell, simple_table
+
+SUMMARY_VERSION = "1"
+"""Changes when any figure of the same scores would change."""
+
+TYPES = ("conversation", "detailed_description")
+OVERALL = "overall"
+
+DomainRule = Literal["first", "all"]
+"""A question of several domains counts for the first of them, as published, or for each."""
+
+PUBLISHED_ROWS = ("gpt4_score", "pred_score", "pred_relative_score", "data_size")
+
+Figures = NDArray[np.float64]
+
+
+def groups_of(rated: Sequence[Rated], *, domains: DomainRule = "first") -> dict[str, NDArray[np.bool_]]:
+    """Return the members of each group, [n]: types, domains, all; published names first, in their order."""
+    kinds = [(one.type,) if one.type else () for one in rated]
+    fields = [one.domains[:1] if domains == "first" else one.domains for one in rated]
+    groups = {}
+    for known, names in ((TYPES, kinds), (DOMAINS, fields)):
+        found = {name for item in names for name in item}
+        for name in (*(name for name in known if name in found), *sorted(found - set(known))):
+            groups[name] = np.array([name in item for item in names], dtype=bool)
+    return groups | {OVERALL: np.ones(len(rated), dtype=bool)}
+
+
+def summarise(
+    rated: Sequence[Rated], *, domains: DomainRule = "first", num_resamples: int = 500, seed: int = 0
+) -> dict[str, Any]:
+    """Return all figures of some judged questions as JSON values.
+
+    Args:
+        rated: the judged questions.
+        domains: where questions of several domains count.
+        num_resamples: of the intervals; pictures are drawn again, not questions.
+        seed: of the resampling.
+
+    Returns:
+        `groups`: for each group `data_size` (questions with scores), `asked`, and value, low and high of the figures
+        named above; `failures`: how many questions have no score, by reason; with lengths and orders where known.
+    """
+    reference = np.array([math.nan if one.scores is None else one.scores[0] for one in rated])
+    answer = np.array([math.nan if one.scores is None else one.scores[1] for one in rated])
+    draws = Draws([one.image for one in rated], num_resamples=num_resamples, seed=seed)
+    return {
+        "summary_version": SUMMARY_VERSION,
+        "domains": domains,
+        "groups": {
+            name: _group(reference, answer, members, draws)
+            for name, members in groups_of(rated, domains=domains).items()
+        },
+        "failures": dict(Counter(one.failure for one in rated if one.failure).most_common()),
+        "mean_words": _mean_words(rated),
+        "intervals": {"level": LEVEL, "clusters": "image", "num_resamples": num_resamples, "seed": seed},
+    }
+
+
+def _group(reference: Figures, answer: Figures, members: NDArray[np.bool_], draws: Draws) -> dict[str, Any]:
+    """Return the figures of one group; scores are [n], NaN where there are none."""
+    scored = members & ~np.isnan(reference)
+    first, second = np.where(scored, reference, 0.0), np.where(scored, answer, 0.0)
+    count = scored.astype(np.float64)
+    relative = np.divide(second, first, out=np.zeros_like(first), where=scored)
+    return {
+        "data_size": int(scored.sum()),
+        "asked": int(members.sum()),
+        "gpt4_score": quotient(first, count, draws),
+        "pred_score": quotient(second, count, draws),
+        "pred_relative_score": quotient(100.0 * relative, count, draws),
+        "ratio_of_means": quotient(100.0 * second, first, draws),
+    }
+
+
+def quotient(top: Figures, bottom: Figures, draws: Draws) -> dict[str, float | None]:
+    """Return `sum(top) / sum(bottom)` with its interval; None where there is nothing to divide by.
+
+    Args:
+        top: one number an item, [n].
+        bottom: one number an item, [n].
+        draws: the resamples of the items.
+    """
+    if bottom.sum() == 0.0:
+        return {"value": None, "low": None, "high": None}
+    num_clusters = draws.weights.shape[1]
+    tops, bottoms = (draws.weights @ np.bincount(draws.cluster_of, part, num_clusters) for part in (top, bottom))
+    drawn = tops[bottoms > 0] / bottoms[bottoms > 0]
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if drawn.size else (None, None)
+    return {
+        "value": float(top.sum() / bottom.sum()),
+        "low": None if low is None else float(low),
+        "high": None if high is None else float(high),
+    }
+
+
+def _mean_words(rated: Sequence[Rated]) -> dict[str, float] | None:
+    """Return how long the two answers are on average: judges tend to prefer the longer one."""
+    counts = [one.num_words for one in rated if one.num_words is not None]
+    if not counts:
+        return None
+    reference, answer = np.array(counts, dtype=np.float64).mean(axis=0)
+    return {"reference": float(reference), "answer": float(answer)}
+
+
+def published_table(summary: Mapping[str, Any]) -> str:
+    """Return the table as v1.5 lays it out: groups across, the four published figures down."""
+    groups = summary["groups"]
+    rows: list[list[Cell]] = []
+    for name in PUBLISHED_ROWS:
+        cells: list[Cell] = [name]
+        for group in groups.values():
+            value = group[name] if name == "data_size" else group[name]["value"]
+            cells.append("-" if value is None else value)
+        rows.append(cells)
+    return simple_table(["", *groups], rows)
+
+
+def interval_table(summary: Mapping[str, Any]) -> str:
+    """Return one line a group: scored and asked questions, both relative figures with their intervals."""
+    rows: list[list[Cell]] = []
+    for name, group in summary["groups"].items():
+        cells: list[Cell] = [name, group["data_size"], group["asked"]]
+        for key in ("gpt4_score", "pred_score"):
+            cells.append(figure(group[key]["value"]))
+        for key in ("pred_relative_score", "ratio_of_means"):
+            cells.append(f"{figure(group[key]['value'])} {interval(group[key])}")
+        rows.append(cells)
+    headers = ["group", "scored", "asked", "reference", "answer", "mean of ratios, %", "ratio of means, %"]
+    return simple_table(headers, rows)
+
+
+def review_text(name: str, rated: Sequence[Rated], *, minus_one_counts: bool = False) -> str:
+    """Return what LLaVA's own summary of a review file prints: mean scores and ratio of means by category.
+
+    Args:
+        name: what the file is called.
+        rated: its rows.
+        minus_one_counts: count replies that were not understood as -1 and -1, as published.
+    """
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for one in rated:
+        scores = (-1.0, -1.0) if minus_one_counts and one.scores is None else one.scores
+        if scores is not None:
+            for group in ("all", one.type or "no category"):
+                pairs.setdefault(group, []).append(scores)
+    lines = [f"GPT-4 vs. {name}"]
+    for group in sorted(pairs):
+        first, second = np.array(pairs[group]).mean(axis=0)
+        share = f"{100.0 * second / first:.1f}" if first else "-"
+        lines.append(f"{group} {first:.3f} {second:.3f} {share}")
+    return "\n".join([*lines, "=" * 33])
