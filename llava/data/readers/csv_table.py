@@ -19,6 +19,7 @@ from llava.data.readers.cards import Card
 from llava.data.readers.items import SPLIT_WORDS, Event, Item, kind_of_answer
 from llava.data.readers.pictures import name_of_bytes
 from llava.data.readers.program import Job, Reader, add_output_options, run_parsed
+from llava.data.readers.sources import is_file
 from llava.data.readers.tables import Row, answer_cell, cell, column_names, need, plain, read_table
 from llava.errors import ConfigError, DataError
 from llava.samples import Origin
@@ -113,12 +114,12 @@ def _image(args: Any, row: Row) -> tuple[Path | bytes, str]:
         if not path.is_relative_to(root.resolve()):
             raise DataError(f"image {path.name} lies outside --image_root; give a folder above all pictures")
         path = path.relative_to(root.resolve())
-    plain = path.as_posix()
+    inside = path.as_posix()
     if ".." in path.parts:
         raise DataError(f"image {path.name} leads out of --image_root; give a folder above all pictures")
-    if not (root / plain).is_file():
-        raise DataError(f"image {plain} is not in {root}")
-    return root / plain, plain
+    if not is_file(root / inside):
+        raise DataError(f"image {inside[:200]} is not in {root}")
+    return root / inside, inside
 
 
 def make_parser() -> Parser:
@@ -154,5 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.delimiter is not None and len(args.delimiter) != 1:
         raise ConfigError(f"--delimiter must be one character, got {args.delimiter!r}")
+    if taken := sorted({"id", "image", "conversations"}.intersection(args.keep)):
+        raise ConfigError(f"--keep {', '.join(taken)}: rows have a field of that name already; rename the column")
     card = replace(TABLE, name=args.source, license=args.license)
     run_parsed(Reader("csv", card, read), args)

@@ -61,7 +61,7 @@ def read(job: Job) -> Iterator[Event]:
         if isinstance(study, BadRow):
             yield study
             continue
-        split = place_of(study.uid, fractions, seed=job.args.seed)
+        split = place_of(study.uid.removeprefix("CXR"), fractions, seed=job.args.seed)
         if not job.is_full(split):
             yield from _events(job, study, split)
 

@@ -44,71 +44,6 @@ class View(NamedTuple):
     orientation: str
 
 
-def read(job: Job) -> Iterator[Event]:
-    """Yield a question for each picture whose report has the part that is asked for."""
-    if job.args.annotations:
-        job.variant = f"annotations, {job.args.loader}"
-        yield from read_annotations(job)
-        return
-    job.variant = f"reports, {job.args.target}, {job.args.views} views"
-    table = job.require_file(SPLIT_TABLE, f"{SPLIT_TABLE}.gz")
-    views = _views(job, job.require_file(METADATA, f"{METADATA}.gz"))
-    labels = _labels(job)
-    reports = _Reports(job)
-    for origin, row in read_table(table, columns=("dicom_id", "study_id", "subject_id", "split")):
-        if isinstance(row, DataError):
-            yield BadRow(*origin, "", str(row))
-        else:
-            yield from _events(job, origin, row, (views, labels, reports))
-
-
-Known = tuple[dict[str, View], dict[str, dict[str, float]], "_Reports"]
-
-
-def _events(job: Job, origin: Origin, row: Row, known: Known) -> Iterator[Event]:
-    views, labels, reports = known
-    dicom, study, subject = cell(row, "dicom_id"), cell(row, "study_id"), cell(row, "subject_id")
-    identity = f"{subject}_{study}_{dicom}"
-    split = SPLIT_WORDS.get(cell(row, "split").lower())
-    if split is None:
-        yield BadRow(*origin, identity, "column 'split' must be train, validate or test")
-        return
-    if job.is_full(split):
-        return
-    view = views.get(dicom, View("", ""))
-    if job.args.views == "frontal" and not is_frontal(view.position):
-        yield Excluded(split, "not a frontal view (AP or PA)")
-        return
-    try:
-        report = reports.of(subject, study)
-        name = f"p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg"
-        answer = report.text(job.args.target)
-        if not answer:
-            yield Excluded(split, f"report without {job.args.target}")
-            return
-        image = job.sources.image(name, "files")
-    except DataError as error:
-        yield BadRow(*origin, identity, str(error))
-        return
-    meta = {
-        "answer_type": "OPEN",
-        "question_type": job.args.target,
-        "image_organ": "CHEST",
-        "modality": "X-ray",
-        "official_split": split,
-        "view": view.position,
-        "orientation": view.orientation,
-        "patient": subject,
-        "study": study,
-        "reason": report.reason,
-        "chexpert_labels": labels.get(study),
-        "source": job.card.name,
-        "license": job.card.license,
-    }
-    asked = question(job.args.target, report.reason if job.args.reason else None)
-    yield Item(identity, split, asked, answer, image, name, meta, origin)
-
-
 class _Reports:
     """Reports by study; the pictures of one study follow each other, so the last one is kept."""
 
@@ -130,6 +65,73 @@ class _Reports:
                 raise DataError(f"{path}: cannot be read as UTF-8 text ({type(error).__name__})") from None
             self._last = (study, parse_report(text))
         return self._last[1]
+
+
+class Known(NamedTuple):
+    """What the other tables and the reports say, by picture and by study."""
+
+    views: dict[str, View]
+    labels: dict[str, dict[str, float]]
+    reports: _Reports
+
+
+def read(job: Job) -> Iterator[Event]:
+    """Yield a question for each picture whose report has the part that is asked for."""
+    if job.args.annotations:
+        job.variant = f"annotations, {job.args.loader}"
+        yield from read_annotations(job)
+        return
+    job.variant = f"reports, {job.args.target}, {job.args.views} views"
+    table = job.require_file(SPLIT_TABLE, f"{SPLIT_TABLE}.gz")
+    known = Known(_views(job, job.require_file(METADATA, f"{METADATA}.gz")), _labels(job), _Reports(job))
+    for origin, row in read_table(table, columns=("dicom_id", "study_id", "subject_id", "split")):
+        if isinstance(row, DataError):
+            yield BadRow(*origin, "", str(row))
+        else:
+            yield from _events(job, origin, row, known)
+
+
+def _events(job: Job, origin: Origin, row: Row, known: Known) -> Iterator[Event]:
+    dicom, study, subject = cell(row, "dicom_id"), cell(row, "study_id"), cell(row, "subject_id")
+    identity = f"{subject}_{study}_{dicom}"
+    split = SPLIT_WORDS.get(cell(row, "split").lower())
+    if split is None:
+        yield BadRow(*origin, identity, "column 'split' must be train, validate or test")
+        return
+    if job.is_full(split):
+        return
+    view = known.views.get(dicom, View("", ""))
+    if job.args.views == "frontal" and not is_frontal(view.position):
+        yield Excluded(split, "not a frontal view (AP or PA)" if view.position else "view not stated")
+        return
+    try:
+        report = known.reports.of(subject, study)
+        name = f"p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg"
+        answer = report.text(job.args.target)
+        if not answer:
+            yield Excluded(split, f"report without {job.args.target}")
+            return
+        image = job.sources.image(name, "files")
+    except DataError as error:
+        yield BadRow(*origin, identity, str(error))
+        return
+    meta = {
+        "answer_type": "OPEN",
+        "question_type": job.args.target,
+        "image_organ": "CHEST",
+        "modality": "X-ray",
+        "official_split": split,
+        "view": view.position,
+        "orientation": view.orientation,
+        "patient": subject,
+        "study": study,
+        "reason": report.reason,
+        "chexpert_labels": known.labels.get(study),
+        "source": job.card.name,
+        "license": job.card.license,
+    }
+    asked = question(job.args.target, report.reason if job.args.reason else None)
+    yield Item(identity, split, asked, answer, image, name, meta, origin)
 
 
 def _views(job: Job, path: Path) -> dict[str, View]:

@@ -97,7 +97,7 @@ class Sources:
         if plain is None:
             raise DataError(f"image name {name[:200]!r} leads out of its folder")
         for folder in self._bases(under):
-            if (folder / plain).is_file():
+            if is_file(folder / plain):
                 return folder / plain
         found = self._by_name.get(plain, []) if "/" not in plain else []
         if len(found) == 1:
@@ -127,6 +127,14 @@ class Sources:
                 for name in names:
                     found.setdefault(name, []).append(Path(folder) / name)
         return found
+
+
+def is_file(path: Path) -> bool:
+    """Say whether a file is there; a name that no file can have (too long, for one) is not."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _subfolders(folder: Path) -> Iterator[str]:

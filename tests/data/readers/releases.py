@@ -142,6 +142,7 @@ def mimic_cxr(folder: Path) -> tuple[Path, Path]:
         ("10000032", "50414267", "aaaa", "train", "PA", report("Lungs are\n clear.", "Normal.", REASON)),
         ("10000032", "50414267", "bbbb", "train", "LATERAL", None),
         ("10000764", "57375967", "cccc", "validate", "AP", report("Heart is large.", "Cardiomegaly.", "")),
+        ("10000764", "57375967", "ffff", "validate", "", None),
         ("10000898", "50771383", "dddd", "test", "AP", report("", "No change.", "pain")),
         ("10000935", "51178377", "eeee", "test", "AP", SHORT),
     ]

@@ -55,6 +55,7 @@ def test_one_question_for_all(tmp_path: Path) -> None:
     ("changes", "reason"),
     [
         ({"file": "c"}, r"row 1, id 'cases_1': image c\.png is not in"),
+        ({"file": "x" * 300}, "is not in"),
         ({"file": ""}, "names no picture"),
         ({"file": "../scans/a"}, "leads out of --image_root"),
         ({"file": "/etc/passwd"}, "lies outside --image_root"),
@@ -72,6 +73,8 @@ def test_wrong_flags(tmp_path: Path) -> None:
         main([*table(tmp_path), "--patient_column", "nobody"])
     with pytest.raises(ConfigError, match="one character"):
         main([*table(tmp_path), "--delimiter", "ab"])
+    with pytest.raises(ConfigError, match="--keep id: rows have a field"):
+        main([*table(tmp_path), "--keep", "id"])
     with pytest.raises(ConfigError, match="give the table's file"):
         main([str(tmp_path / "scans"), *table(tmp_path)[1:]])
 
