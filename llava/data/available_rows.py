@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from llava.data.images import resolve
 from llava.data.records import rows_of
@@ -42,25 +41,30 @@ def write_available(path: Path, image_folder: Path) -> Filtered:
         DataError: the file cannot be read or a row's images cannot be; nothing is written then.
     """
     target = available_path(path)
-    num_kept = num_rows = 0
-    lines = target.suffix == ".jsonl"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{target.name}.")
+    part = target.with_name(f".{target.name}.part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            for row in _rows(path):
-                num_rows += 1
-                if _complete(row, image_folder):
-                    start = "" if lines else ("[\n" if num_kept == 0 else ",\n")
-                    stream.write(start + json.dumps(row, ensure_ascii=False) + ("\n" if lines else ""))
-                    num_kept += 1
-            if not lines:
-                stream.write("\n]\n" if num_kept else "[]\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        with part.open("w", encoding="utf-8") as stream:
+            num_kept, num_rows = _write(_rows(path), stream, image_folder, lines=target.suffix == ".jsonl")
+        os.replace(part, target)
+    except OSError as error:
+        raise DataError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
     return Filtered(target, num_kept, num_rows - num_kept)
+
+
+def _write(rows: Iterable[dict[str, Any]], stream: TextIO, image_folder: Path, *, lines: bool) -> tuple[int, int]:
+    """Write the complete rows; return how many those are, and how many there were."""
+    num_kept = num_rows = 0
+    for row in rows:
+        num_rows += 1
+        if _complete(row, image_folder):
+            start = "" if lines else ("[\n" if num_kept == 0 else ",\n")
+            stream.write(start + json.dumps(row, ensure_ascii=False) + ("\n" if lines else ""))
+            num_kept += 1
+    if not lines:
+        stream.write("\n]\n" if num_kept else "[]\n")
+    return num_kept, num_rows
 
 
 def pair_ids(paths: Collection[str | Path]) -> set[str]:

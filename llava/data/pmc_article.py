@@ -8,7 +8,6 @@ addresses_of --> single figures | archive (streamed; stops when all figures have
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -153,11 +152,9 @@ class ArticleJob:
         del self._left[figure.pair_id]
 
     def _write(self, figure: Figure, data: bytes) -> None:
-        """Write an image under a name of its own in a folder of its own, which the next run empties, and move it."""
-        handle, temporary = tempfile.mkstemp(dir=self.options.images / PARTIAL)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)
+        """Write an image in a folder that the next run empties, and move it into place."""
+        temporary = self.options.images / PARTIAL / figure.file_name
+        temporary.write_bytes(data)
         os.replace(temporary, self.options.images / figure.file_name)
 
     def _archive(self, address: str, members: list[str]) -> Iterator[Taken]:
@@ -189,10 +186,7 @@ class ArticleJob:
                 remote.close()
 
     def _from_file(self, path: Path, members: list[str]) -> Iterator[Taken]:
-        try:
-            source = _FileSource(path)
-        except OSError as error:
-            raise DownloadError(f"{path}: {error.strerror}", reason="not_found") from error
+        source = _FileSource(path)
         with closing(source):
             yield from self._named(take(source, members, self.options.limits), str(path))
             self._count(source.num_read)
@@ -229,7 +223,9 @@ class ArticleJob:
                 raise DownloadError(f"{path}: missing", reason="not_found")
             if path.stat().st_size > limit:
                 raise DownloadError(f"{path}: more than {limit} bytes", reason="too_large")
-            return path.read_bytes()
+            source = _FileSource(path)
+            with closing(source):
+                return b"".join(iter(source.read, b""))
         remote = RemoteFile(self.client, address, max_bytes=limit)
         try:
             return b"".join(remote)
@@ -239,15 +235,28 @@ class ArticleJob:
 
 
 class _FileSource:
-    """A file's bytes, in pieces."""
+    """A file's bytes, in pieces.
+
+    Raises (also from `read`):
+        DownloadError: there is no such file, or it cannot be read.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._stream = path.open("rb")
+        self._path = path
         self.num_read = 0
+        try:
+            self._stream = path.open("rb")
+        except FileNotFoundError as error:
+            raise DownloadError(f"{path}: missing", reason="not_found") from error
+        except OSError as error:
+            raise DownloadError(f"{path}: {error.strerror}", reason="refused") from error
 
     def read(self) -> bytes:
         """Return the next bytes; empty at the end."""
-        piece = self._stream.read(PIECE)
+        try:
+            piece = self._stream.read(PIECE)
+        except OSError as error:
+            raise DownloadError(f"{self._path}: {error.strerror}", reason="refused") from error
         self.num_read += len(piece)
         return piece
 

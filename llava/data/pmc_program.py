@@ -21,7 +21,7 @@ from llava.data.fetching.options import HelpFormatter, add_network_options, base
 from llava.data.fetching.reasons import REASONS
 from llava.data.pmc_article import ImageOptions
 from llava.data.pmc_images import Summary, fetch
-from llava.data.pmc_list import read_lists
+from llava.data.pmc_list import FigureList, read_lists
 from llava.errors import ConfigError
 from llava.utils import log
 from llava.utils.cli import Parser
@@ -109,7 +109,9 @@ def run(args: argparse.Namespace) -> int:
     options, bases = image_options(args)
     only = None if args.only is None else pair_ids(args.only)
     wanted = read_lists(args.input_path, only=only, max_images=args.max_images, allowed_hosts=args.allow_host)
-    sys.stdout.write(f"{wanted.num_figures} images of {len(wanted.articles)} articles are wanted\n")
+    sys.stdout.write(
+        f"{wanted.num_figures} images of {len(wanted.articles)} articles are wanted{_hours(wanted, args.rate)}\n"
+    )
     sys.stdout.flush()
     start = time.monotonic()
     with Client(network_options(args), bases=bases, num_connections=options.num_threads) as client:
@@ -118,6 +120,16 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.write(report(summary, filtered, options.missing, time.monotonic() - start))
     write_json(options.missing.with_suffix(".summary.json"), asdict(summary))
     return int(summary.num_missing > 0 if args.strict else summary.num_unexpected > 0)
+
+
+def _hours(wanted: FigureList, rate: float) -> str:
+    """Say how long a long run takes at least."""
+    hours = len(wanted.articles) / rate / 3600 if rate else 0.0
+    return (
+        f"; {rate:g} requests a second and host: at least {hours:.0f} hours, in as many runs as you like"
+        if hours > 1
+        else ""
+    )
 
 
 def image_options(args: argparse.Namespace) -> tuple[ImageOptions, list[str]]:

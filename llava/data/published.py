@@ -170,19 +170,19 @@ def download(files: Sequence[PublishedFile], table: Table, data: Path, args: arg
     named = bases_from(args.base, BASE_VARIABLE)
     if args.mirror_dir is not None:
         named.insert(0, check_base(args.mirror_dir))
+    bases = named or list(table.bases)
     try:
         for folder in FOLDERS:
             (data / folder).mkdir(parents=True, exist_ok=True)
+        with (
+            hold(data / ".download.lock", purpose="downloading data files"),
+            progress_bar(sum(file.expected.size or 0 for file in files), title="data files", unit="B") as bar,
+            Client(network_options(args), bases=named) as client,
+        ):
+            bar.unit_scale = True
+            problems = _fetch_all(files, bases, data, client, bar.update)
     except OSError as error:
-        raise DataError(f"{data} cannot be written: {error.strerror}") from error
-    with hold(data / ".download.lock", purpose="downloading data files"):
-        bar = progress_bar(sum(file.expected.size or 0 for file in files), title="data files", unit="B")
-        bar.unit_scale = True
-        try:
-            with Client(network_options(args), bases=named) as client:
-                problems = _fetch_all(files, named or list(table.bases), data, client, bar.update)
-        finally:
-            bar.close()
+        raise DataError(f"{error.filename or data} cannot be written: {error.strerror or error}") from error
     sys.stdout.write(report(files, problems))
     return problems
 
