@@ -36,6 +36,7 @@ LEVELS: dict[str, int] = {
     "chat": 5,
     "train": 5,
     "eval": 5,
+    "instruct": 5,
     "quickstart": 6,
     "cli": 7,
 }
@@ -58,7 +59,7 @@ SAME_LEVEL = {
 STRANGERS = {("model", "data")}
 """Pairs that must not meet although their levels would let them."""
 
-SCRIPT_FOLDERS = ("train", "eval", "data", "")
+SCRIPT_FOLDERS = ("train", "eval", "data", "instruct", "")
 """Folders under `llava` with files that are run as scripts, which puts the folder first on the import path."""
 
 LIGHT_MODULES = (
@@ -67,12 +68,17 @@ LIGHT_MODULES = (
     "llava.conversation",
     "llava.samples",
     "llava.openai_api",
+    "llava.instruct.instruct_generate",
+    "llava.instruct.instruct_postprocess",
     "llava.utils.bootstrap",
     "llava.utils.cli",
     "llava.utils.jsonl",
     "llava.eval.medvqa.normalize",
     "llava.eval.medvqa.scores",
     "llava.eval.medvqa.report",
+    "llava.eval.judge.programs",
+    "llava.eval.eval_multimodal_chat_gpt_score",
+    "llava.eval.summarize_gpt_review",
     "llava.eval.run_eval",
     "llava.eval.run_eval_batch",
 )
