@@ -188,8 +188,10 @@ class ArticleJob:
     def _from_file(self, path: Path, members: list[str]) -> Iterator[Taken]:
         source = _FileSource(path)
         with closing(source):
-            yield from self._named(take(source, members, self.options.limits), str(path))
-            self._count(source.num_read)
+            try:
+                yield from self._named(take(source, members, self.options.limits), str(path))
+            finally:
+                self._count(source.num_read)
 
     def _named(self, taken: Iterator[Taken], address: str) -> Iterator[Taken]:
         """Yield what an archive gives; an error names the archive."""
@@ -199,7 +201,7 @@ class ArticleJob:
             raise ArchiveError(f"{shown(address)}: {error}", reason=error.reason) from error
 
     def _count(self, num_bytes: int) -> None:
-        self.outcome.num_archives += 1
+        self.outcome.num_archives += num_bytes > 0
         self.outcome.num_bytes += num_bytes
 
     def _single_figures(self, address: str, members: list[str]) -> Iterator[Taken]:

@@ -129,6 +129,7 @@ def test_every_failure_is_listed_and_the_rest_arrives(
     out = capsys.readouterr().out
     assert "missing:" in out and "stalled" in out
     summary = json.loads((tmp_path / "missing.summary.json").read_text())
+    assert summary["num_archives"] == 7, "nine articles, one is gone and one never answers"
     assert summary["num_there"] + summary["num_taken"] + sum(summary["missing"].values()) == summary["num_wanted"]
 
 
