@@ -41,6 +41,10 @@ def check_llava(words: list[str]) -> None:
         from llava.chat import make_parser as chat_parser
 
         chat_parser().parse_args(rest)
+    elif name == "data dicom":
+        from llava.data.dicom_rows import make_parser as dicom_parser
+
+        dicom_parser().parse_args(rest)
     elif name == "quickstart":
         from llava.quickstart.settings import make_parser as quickstart_parser
 
