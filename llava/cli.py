@@ -52,6 +52,11 @@ COMMANDS: dict[str, Command] = {
         "make alignment captions from what question-answer rows already state about each picture",
         "llava data align train.json --root data --out align.json",
     ),
+    "data dicom": Command(
+        "llava.data.dicom_rows:main",
+        "a folder of DICOM studies to rows: modality, part, view, texts from a table; patients by hashed keys",
+        "llava data dicom studies --out rows.json --salt_file salt.txt",
+    ),
     "data download": Command(
         "llava.data.published:main",
         "fetch the published data files, check them, then fetch their images; `sh download_data.sh` is the same",
