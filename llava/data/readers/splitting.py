@@ -26,8 +26,7 @@ from llava.data.images import content_digest, read_bytes
 from llava.data.readers.assigning import parse_fractions, place_of, split_at, unit_hash
 from llava.data.readers.grouping import Groups, majority
 from llava.data.readers.output import MANIFEST, split_hash
-from llava.data.readers.tables import plain
-from llava.data.records import rows_of
+from llava.data.readers.tables import json_rows, plain
 from llava.errors import ConfigError, DataError
 from llava.samples import read_images
 from llava.utils import log
@@ -162,10 +161,9 @@ def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     for path in paths:
-        for number, row in log.progress(rows_of(path), title=f"reading {Path(path).name}", unit="row"):
-            if not isinstance(row, dict):
-                reason = row if isinstance(row, DataError) else f"expected an object, got {type(row).__name__}"
-                raise DataError(f"{path}, row {number}: {reason}")
+        for number, row in log.progress(json_rows(path), title=f"reading {Path(path).name}", unit="row"):
+            if isinstance(row, DataError):
+                raise DataError(f"{path}, row {number}: {row}")
             rows.append(row)
     if not rows:
         raise DataError(f"{', '.join(paths)}: no rows")

@@ -66,7 +66,7 @@ def read_table(
     """
     kind = kind_of(path)
     if kind == "json":
-        rows = _json_rows(path, columns)
+        rows = json_rows(path, columns)
     else:
         rows = _parquet_rows(path, columns) if kind == "parquet" else _text_rows(path, columns, delimiter)
     for number, row in rows:
@@ -83,7 +83,7 @@ def column_names(path: str | Path, *, delimiter: str | None = None) -> list[str]
     if kind == "parquet":
         return list(_parquet(path).schema_arrow.names)
     if kind == "json":
-        first = next((row for _, row in _json_rows(path, ()) if isinstance(row, dict)), None)
+        first = next((row for _, row in json_rows(path) if isinstance(row, dict)), None)
         if first is None:
             raise DataError(f"{path}: no row can be read")
         return list(first)
@@ -203,7 +203,12 @@ def _text_rows(
             row += 1
 
 
-def _json_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, Row | DataError]]:
+def json_rows(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, Row | DataError]]:
+    """Yield the numbers and rows of a JSON array or of JSON lines, plain or gzipped.
+
+    Raises:
+        DataError: the file cannot be read, or an array is broken.
+    """
     for row, value in rows_of(path):
         if isinstance(value, DataError):
             yield row, value

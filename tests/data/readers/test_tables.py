@@ -71,8 +71,19 @@ def test_rows_of_wrong_width_come_as_errors_with_their_place(tmp_path: Path) -> 
         (gzip.compress(b"x\n1\n", mtime=0)[:-9], "cannot be unzipped"),
         (b"PAR1 and nothing", "not a Parquet file"),
         (b"[{", "not JSON"),
+        (b"[" * 100_000, "row 0: not JSON: maximum recursion depth"),
     ],
-    ids=["empty", "no names", "names twice", "not text", "cut off late", "cut off early", "no parquet", "no json"],
+    ids=[
+        "empty",
+        "no names",
+        "names twice",
+        "not text",
+        "cut off late",
+        "cut off early",
+        "no parquet",
+        "no json",
+        "too deep",
+    ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "a"
