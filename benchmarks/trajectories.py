@@ -29,7 +29,8 @@ from llava.train.loader import StepLoader
 from llava.train.objectives import Objective, ObjectiveOutput
 from llava.train.opening import open_model
 from llava.train.parsing import Parsed, parse
-from llava.train.run import layout_of, make_collator, make_trainer, open_data, prepare
+from llava.train.rows import open_data
+from llava.train.run import layout_of, make_collator, make_trainer, prepare
 
 LOG_FILE = "train_log.json"
 

@@ -32,6 +32,7 @@ class Encoded:
         images: for each image its identity (hash of bytes and preprocessing); equal keys are equal model inputs.
         num_cut: tokens that truncation removed.
         image_sizes: for each image its width and height, where the number of its tokens depends on them; else empty.
+        source: number of the source of a mixture that the row is from.
     """
 
     input_ids: tuple[int, ...]
@@ -41,6 +42,7 @@ class Encoded:
     images: tuple[str, ...] = ()
     num_cut: int = 0
     image_sizes: tuple[Size, ...] = ()
+    source: int = 0
 
 
 @dataclass(slots=True)

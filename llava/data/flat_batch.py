@@ -45,6 +45,7 @@ class FlatBatch:
         predictor: [M] index of the token whose hidden state predicts each target (into B * T when padded).
         target_ids: [M] token id of each target.
         edge_target, edge_sequence, edge_turn: [E] which sequence (and turn of it) wants which target.
+        edge_source: [E] which source of a mixture the sequence is from.
         edge_weight: [E] float32, 1 for supervised fine-tuning.
         pixel_values: [N, 3, H, W] pixels or [N, P, Dv] tower features in the order of their place holders, or None;
             tiles or padded pictures where `image_sizes` are given, see `image_batch`.
@@ -66,6 +67,7 @@ class FlatBatch:
     edge_target: Tensor
     edge_sequence: Tensor
     edge_turn: Tensor
+    edge_source: Tensor
     edge_weight: Tensor
     pixel_values: Tensor | None
     num_sequences: int
@@ -144,6 +146,7 @@ def _edges(sequences: Sequence[Encoded], places: Sequence[np.ndarray]) -> dict[s
         "edge_target": edge_target,
         "edge_sequence": owner,
         "edge_turn": turns,
+        "edge_source": np.asarray([s.source for s in sequences])[owner],
     }
     tensors = {name: torch.from_numpy(np.ascontiguousarray(v, dtype=np.int64)) for name, v in as_long.items()}
     return {**tensors, "edge_weight": torch.ones(len(owner), dtype=torch.float32)}

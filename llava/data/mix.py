@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava.data.mixture import load_mixture, read_mixture
-from llava.errors import DataError
+from llava.errors import ConfigError, DataError
 from llava.samples import Sample, name_of, to_row
 from llava.utils.cli import Parser
 from llava.utils.jsonl import write_json
@@ -44,9 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--root", type=Path, help="folder that image names will be relative to; default: the mixture's own"
     )
     args = parser.parse_args(argv)
-    sources = read_mixture(args.mixture)
+    mixture = read_mixture(args.mixture)
+    if mixture.stream:
+        raise ConfigError(f"{args.mixture}: a stream is not written as one file; leave `stream: true` out")
     folder = (args.root or args.mixture.parent).resolve()
-    samples = [relative(sample, folder) for sample in load_mixture(sources)]
+    samples = [relative(sample, folder) for sample in load_mixture(mixture.sources)]
     write_json(args.out, [to_row(sample) for sample in samples])
     counts = Counter((str(sample.meta["source"]), str(sample.meta.get("licence", UNKNOWN))) for sample in samples)
     lines = [f"{count:>8}  {name}  (licence: {licence})" for (name, licence), count in counts.items()]

@@ -1,20 +1,22 @@
 """Several sources of rows in one YAML file: how often each is drawn, where its pictures are, what its licence is.
 
+    stream: false                        true: rows are read while training, never held together (docs/data.md)
     sources:
       - name: vqa-rad                    what metrics and rows call it
-        path: vqa-rad/train.json         JSON, JSON lines or Parquet; relative to this file
+        path: vqa-rad/train.json         relative to this file; when streaming also a pattern: shards/train-*.tar
         images: vqa-rad/images           folder of its pictures; relative to this file
         weight: 2                        passes over its rows in one epoch; 1 by default, fractions draw a part
         licence: CC0-1.0                 kept in every row, as is the name
 
-mixture.yaml --read_mixture--> Source, ... --load_mixture--> Samples with `source` and `licence`, whole image paths
+mixture.yaml --read_mixture--> Mixture --load_mixture--> Samples with `source` and `licence`, whole image paths
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import yaml
 from llava.data.images import resolve
 from llava.data.quarantine import Quarantine
 from llava.data.records import load_samples
+from llava.data.streams import StreamSource
 from llava.errors import ConfigError, DataError
 from llava.samples import Sample, describe, name_of
 from llava.utils.jsonl import read_text
@@ -51,6 +54,14 @@ class Source:
     licence: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """What a mixture file says; `stream`: rows are read while training."""
+
+    sources: tuple[Source, ...]
+    stream: bool = False
+
+
 def is_mixture(path: str | Path) -> bool:
     """Say whether a file describes a mixture, by its content: rows are JSON or binary, a mixture is a YAML mapping.
 
@@ -63,11 +74,11 @@ def is_mixture(path: str | Path) -> bool:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     lines = [line for line in start.splitlines() if line.strip() and not line.lstrip().startswith((b"#", b"---"))]
-    return bool(lines) and lines[0].startswith(b"sources:")
+    return bool(lines) and lines[0].startswith((b"sources:", b"stream:"))
 
 
-def read_mixture(path: str | Path) -> list[Source]:
-    """Return the sources of a mixture file.
+def read_mixture(path: str | Path) -> Mixture:
+    """Return what a mixture file says.
 
     Raises:
         ConfigError: the file is no mixture; names the entry and its field.
@@ -77,15 +88,20 @@ def read_mixture(path: str | Path) -> list[Source]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     entries = content.get("sources") if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not entries or set(content) != {"sources"}:
-        raise ConfigError(f"{path}: expected one key `sources` with a list of sources, each with a name and a path")
+    if not isinstance(entries, list) or not entries or not set(content) <= {"sources", "stream"}:
+        raise ConfigError(
+            f"{path}: expected a key `sources` with a list of sources, each with a name and a path; `stream` besides"
+        )
+    stream = content.get("stream", False)
+    if not isinstance(stream, bool):
+        raise ConfigError(f"{path}: `stream` must be true or false, got {describe(stream)}")
     folder = Path(path).parent
     sources = [_source(entry, folder, f"{path}, source {number}") for number, entry in enumerate(entries)]
     for kind, values in (("name", [source.name for source in sources]), ("path", [source.path for source in sources])):
         doubles = sorted({str(value) for value in values if values.count(value) > 1})  # type: ignore[arg-type]
         if doubles:
             raise ConfigError(f"{path}: {kind} {doubles[0]} is there twice; raise the weight to draw it more often")
-    return sources
+    return Mixture(tuple(sources), stream)
 
 
 def _source(entry: Any, folder: Path, place: str) -> Source:
@@ -154,9 +170,35 @@ class Shares:
         return cls(tuple(source.name for source in sources), tuple(source.weight for source in sources), of_row)
 
 
-def mixture_sha256(path: str | Path, digest: Callable[[Path], str] = file_sha256) -> str:
-    """Return the identity of a mixture: of its description and of every file that it names."""
+def stream_sources(mixture: Mixture) -> list[StreamSource]:
+    """Return the shards of every source, patterns expanded.
+
+    Raises:
+        ConfigError: no file matches.
+    """
+    found = []
+    for source in mixture.sources:
+        shards = tuple(Path(name) for name in sorted(glob(str(source.path))))
+        if not shards:
+            raise ConfigError(f"source {source.name}: no file matches {source.path}")
+        found.append(StreamSource(source.name, shards, source.weight, source.images, source.licence))
+    return found
+
+
+def data_sha256(path: str | Path) -> str:
+    """Return the identity of a data file or a mixture: of its description and the bytes of every file that it names.
+
+    Shards of a stream, which may be larger than any disk cache, count by name and size.
+    """
+    if not is_mixture(path):
+        return file_sha256(path)
+    mixture = read_mixture(path)
     whole = hashlib.sha256(Path(path).read_bytes())
-    for source in read_mixture(path):
-        whole.update(digest(source.path).encode())
+    if mixture.stream:
+        parts = [
+            f"{shard.name} {shard.stat().st_size}" for source in stream_sources(mixture) for shard in source.shards
+        ]
+    else:
+        parts = [file_sha256(source.path) for source in mixture.sources]
+    whole.update("\n".join(parts).encode())
     return whole.hexdigest()

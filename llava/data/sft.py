@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +53,7 @@ class SFTDataset(Dataset[Encoded]):
         index: ImageIndex | None = None,
         capacity: int = 64,
     ) -> None:
-        self.samples = samples
+        self.samples: Sequence[Sample] = samples
         self.processor = processor
         self.max_length = max_length
         self.shares: Shares | None = None
@@ -78,7 +79,7 @@ class SFTDataset(Dataset[Encoded]):
         if encoded.num_cut:
             self.shortened[row] = encoded.num_cut
             warn_once(logger, f"rows longer than {self.max_length} tokens are shortened (images are never cut)")
-        return encoded
+        return encoded if self.shares is None else replace(encoded, source=self.shares.of_row[row])
 
     def lengths(self) -> list[int]:
         """Return a cheap length of every row: words of its turns, and the tokens of its images.

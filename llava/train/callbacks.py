@@ -6,7 +6,7 @@ import json
 import logging
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ class MetricsCallback(TrainerCallback):
         """Rates over all ranks; every rank logs at the same time, so that they can add up."""
         if self.trainer is None:
             return {}
-        counts, self.trainer.counts = self.trainer.counts.over_ranks(device), Counts()
+        names = self.trainer.source_names
+        counts, self.trainer.counts = self.trainer.counts.over_ranks(device, len(names)), Counts()
         now = time.perf_counter()
         seconds, self._since = max(now - self._since, 1e-9), now
         if not counts.sequences:
@@ -81,7 +82,17 @@ class MetricsCallback(TrainerCallback):
             "supervised_tokens_per_second": round(counts.supervised / seconds, 2),
             "tokens_per_second": round(counts.tokens / seconds, 1),
             "shared_tokens": round(1 - counts.tokens / max(counts.unshared, 1), 4),
+            **_loss_by_source(names, counts),
         }
+
+
+def _loss_by_source(names: Sequence[str], counts: Counts) -> dict[str, float]:
+    """`loss/NAME` of every source that rows came from: the mean over its supervised tokens."""
+    if counts.by_source is None:
+        return {}
+    sums, weights = counts.by_source.tolist()
+    found = zip(names, sums, weights, strict=True)
+    return {f"loss/{name}": round(total / weight, 6) for name, total, weight in found if weight}
 
 
 def row_ids_file(folder: Path, rank: int) -> Path:

@@ -7,9 +7,9 @@ The loader is never handed to accelerate: its samplers know their rank, and its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,8 @@ from llava.data.encode import Encoded
 from llava.data.flat_batch import FlatBatch, Layout, flatten, layout_rows
 from llava.data.image_batch import join
 from llava.data.samplers import StepSampler
-from llava.data.sft import SFTDataset
 from llava.errors import ConfigError
+from llava.samples import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,19 @@ class StepBatch:
         return sum(row.num_unshared_tokens for row in self.rows)
 
 
+class RowData(Protocol):
+    """What the collator needs of a data set: a few rows to know what there is, and the images of sequences."""
+
+    @property
+    def samples(self) -> Sequence[Sample]: ...
+
+    def __getitem__(self, row: int) -> Encoded: ...
+
+    def __len__(self) -> int: ...
+
+    def images_for(self, sequences: Iterable[Encoded]) -> Mapping[str, Tensor]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Collator:
     """Lays the sequences of a step out in as few rows as `max_tokens_per_row` allows; picklable.
@@ -75,7 +88,7 @@ class Collator:
             that each micro-batch counts the same, however many tokens it trains. None: every token counts the same.
     """
 
-    dataset: SFTDataset
+    dataset: RowData
     image_token_id: int
     pad_token_id: int
     layout: Layout = "tree"
@@ -184,7 +197,7 @@ def joined(first: FlatBatch, second: FlatBatch) -> FlatBatch:
     }
     shifted = {name: getattr(second, name) + shift for name, shift in shifts.items()}
     shifted["parents"] = torch.where(second.parents < 0, second.parents, shifted["parents"])
-    plain = ("input_ids", "position_ids", "target_ids", "edge_turn", "edge_weight")
+    plain = ("input_ids", "position_ids", "target_ids", "edge_turn", "edge_source", "edge_weight")
     shifted |= {name: getattr(second, name) for name in plain}
     tensors: dict[str, Any] = {
         name: torch.cat([getattr(first, name), tensor], dim=-1) for name, tensor in shifted.items()
@@ -203,7 +216,7 @@ def joined(first: FlatBatch, second: FlatBatch) -> FlatBatch:
 class _Numbered(torch.utils.data.Dataset[tuple[int, Encoded]]):
     """Pairs each sequence with its row number."""
 
-    def __init__(self, dataset: SFTDataset) -> None:
+    def __init__(self, dataset: RowData) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:

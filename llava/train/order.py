@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 
+from llava.data.mixture_sampler import MixtureSampler
 from llava.data.samplers import (
     ImageGroupedSampler,
     LengthGroupedSampler,
@@ -41,24 +43,42 @@ def make_sampler(dataset: SFTDataset, args: LlavaTrainingArguments, default: str
         raise ConfigError("--image_grouping on and grouping by length contradict each other; give one")
     if wanted == "auto":
         wanted = "on" if not by_length and _rows_per_image(dataset) >= ENOUGH_ROWS_PER_IMAGE else "off"
-    rank, world, seed, size = args.process_index, args.world_size, args.seed, args.sequences_per_step
-    if wanted == "on":
+    ranks = {"rank": args.process_index, "world_size": args.world_size, "seed": args.seed}
+
+    def make(rows: Sequence[int]) -> StepSampler:
+        return _order(dataset, args, rows, grouped=wanted == "on", **ranks)
+
+    if dataset.shares is None:
+        return make(range(len(dataset))), wanted
+    return MixtureSampler(dataset.shares, args.sequences_per_step, make=make, **ranks), wanted
+
+
+def _order(
+    dataset: SFTDataset, args: LlavaTrainingArguments, rows: Sequence[int], *, grouped: bool, **ranks: int
+) -> StepSampler:
+    """The order of some rows, which it counts by their place in `rows`."""
+    size = args.sequences_per_step
+    if grouped:
         groups = dataset.image_groups()
-        count = args.questions_per_image
-        grouped = ImageGroupedSampler(groups, size, questions_per_image=count, rank=rank, world_size=world, seed=seed)
-        return grouped, "on"
+        return ImageGroupedSampler(
+            [groups[row] for row in rows], size, questions_per_image=args.questions_per_image, **ranks
+        )
     if args.group_by_modality_length:
         lengths = dataset.modality_lengths()
-        return ModalityGroupedSampler(lengths, size, rank=rank, world_size=world, seed=seed), "off"
+        return ModalityGroupedSampler([lengths[row] for row in rows], size, **ranks)
     if args.group_by_length:
-        return LengthGroupedSampler(dataset.lengths(), size, rank=rank, world_size=world, seed=seed), "off"
+        lengths = dataset.lengths()
+        return LengthGroupedSampler([lengths[row] for row in rows], size, **ranks)
     if args.train_sampling_strategy == "sequential":
-        return SequentialSampler(len(dataset), size, rank=rank, world_size=world, seed=seed), "off"
-    return RandomSampler(len(dataset), size, rank=rank, world_size=world, seed=seed), "off"
+        return SequentialSampler(len(rows), size, **ranks)
+    return RandomSampler(len(rows), size, **ranks)
 
 
 def describe(sampler: StepSampler) -> str:
     """All that decides which rows a step holds, apart from data, seed and global batch."""
+    if isinstance(sampler, MixtureSampler):
+        inner = describe(sampler.make([0] * sampler.num_rows))
+        return f"{inner}, drawn with weights {', '.join(f'{weight:g}' for weight in sampler.weights)}"
     text = f"{type(sampler).__name__} of {sampler.num_rows} rows"
     if isinstance(sampler, ImageGroupedSampler):  # its groups are cut where a rank's share ends
         text += f", up to {sampler.questions_per_image} of an image, number of ranks {sampler.world_size}"

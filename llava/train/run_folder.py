@@ -12,11 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from llava.data.mixture import data_sha256
 from llava.errors import ConfigError
 from llava.train.args import LlavaTrainingArguments
 from llava.train.parsing import Parsed
 from llava.utils.jsonl import write_json
-from llava.utils.provenance import file_sha256, git_commit, weights_sha256
+from llava.utils.provenance import git_commit, weights_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def describe(parsed: Parsed, layout: str, grouping: str, order: str, trains: str
     model, data, training = parsed
     return {
         "data_path": data.data_path,
-        "data_sha256": file_sha256(Path(data.data_path)),
+        "data_sha256": data_sha256(data.data_path),
         "model": model.model_name_or_path,
         "global_batch": training.global_batch,
         "seed": training.seed,
@@ -91,7 +92,7 @@ def write_start(parsed: Parsed, provenance: dict[str, Any], report: str) -> None
         "training": {**cast(Any, training).to_dict(), "gradient_accumulation_steps": training.requested_accumulation},
     }
     write_json(folder / ARGUMENTS_FILE, json.loads(json.dumps(arguments, default=str)))
-    held_out = {"eval_data_sha256": file_sha256(data.eval_data_path)} if data.eval_data_path else {}
+    held_out = {"eval_data_sha256": data_sha256(data.eval_data_path)} if data.eval_data_path else {}
     write_json(folder / PROVENANCE_FILE, {**provenance, **held_out, "command": shlex.join(sys.argv)})
     (folder / "trainable_parameters.txt").write_text(report, encoding="utf-8")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from llava.train.args import LlavaTrainingArguments
 from llava.train.loader import Collator, StepBatch, StepLoader, matched_rows
 from llava.train.objectives import Objective
 from llava.train.optimizer import parameter_groups
+from llava.train.stream_loader import StreamLoader
 from llava.utils.jsonl import write_json
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ class Counts:
     supervised: float = 0.0
     tokens: int = 0
     unshared: int = 0
-    seconds: float = 0.0
+    by_source: Tensor | None = None
+    """[2, sources] losses and weights of each source of a mixture, summed over edges."""
 
     def add(self, step: StepBatch) -> None:
         """Count one step of this rank."""
@@ -60,14 +62,20 @@ class Counts:
         self.tokens += step.num_tokens
         self.unshared += step.num_unshared_tokens
 
-    def over_ranks(self, device: torch.device) -> Counts:
+    def add_sources(self, sums: Tensor) -> None:
+        """Add the losses and weights of the sources of one row."""
+        self.by_source = sums.double() if self.by_source is None else self.by_source + sums
+
+    def over_ranks(self, device: torch.device, num_sources: int) -> Counts:
         """Sums over all ranks."""
-        numbers = torch.tensor([self.sequences, self.supervised, self.tokens, self.unshared], dtype=torch.float64)
+        by_source = torch.zeros(2, num_sources) if self.by_source is None else self.by_source.cpu()
+        own = torch.tensor([self.sequences, self.supervised, self.tokens, self.unshared], dtype=torch.float64)
+        numbers = torch.cat([own, by_source.double().flatten()])
         if dist.is_initialized():
             numbers = numbers.to(device)
             dist.all_reduce(numbers)
-        sequences, supervised, tokens, unshared = numbers.tolist()
-        return Counts(int(sequences), supervised, int(tokens), int(unshared))
+        sequences, supervised, tokens, unshared, *rest = numbers.tolist()
+        return Counts(int(sequences), supervised, int(tokens), int(unshared), torch.tensor(rest).view(2, num_sources))
 
 
 @dataclass(slots=True)
@@ -96,6 +104,7 @@ class LlavaTrainer(Trainer):
         collator: lays a step out again when memory runs out, and makes idle rows.
         objective: what is minimised.
         hooks: writing, reading and validating.
+        source_names: of the sources of a mixture; the loss of each is logged.
         keywords: passed on, for example callbacks.
     """
 
@@ -104,10 +113,11 @@ class LlavaTrainer(Trainer):
         model: nn.Module,
         args: LlavaTrainingArguments,
         *,
-        loader: StepLoader,
+        loader: StepLoader | StreamLoader,
         collator: Collator,
         objective: Objective,
         hooks: Hooks,
+        source_names: Sequence[str] = (),
         **keywords: Any,
     ) -> None:
         # The library asks for a data set before it calls `evaluate`; ours validates through `hooks`.
@@ -117,10 +127,11 @@ class LlavaTrainer(Trainer):
         self.collator = collator
         self.objective: Objective = objective
         self.hooks = hooks
+        self.source_names = tuple(source_names)
         self.counts = Counts()
         self._limits = _Limits(collator.max_tokens_per_row)
 
-    def get_train_dataloader(self) -> StepLoader:
+    def get_train_dataloader(self) -> StepLoader | StreamLoader:
         """Our loader as it is; its sampler knows the ranks."""
         return self.loader
 
@@ -174,6 +185,8 @@ class LlavaTrainer(Trainer):
                 # Gradients are averaged over ranks, while the loss is a global sum over a global count.
                 loss = output.loss * self.args.world_size + (self._anchor(model) if is_last else 0.0)
             self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
+        if "by_source" in output.metrics:
+            self.counts.add_sources(output.metrics["by_source"])
         share: Tensor = loss.detach()
         return share
 
@@ -253,6 +266,8 @@ class LlavaTrainer(Trainer):
             "ranks": self.args.world_size,
         }
         write_json(Path(output_dir) / WINDOW_FILE.format(self.args.process_index), since)
+        if isinstance(self.loader, StreamLoader):
+            self.loader.save(Path(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Counterpart of `_save_rng_state`; another number of ranks begins a new window."""

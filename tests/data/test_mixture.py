@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava.data.mix import main
-from llava.data.mixture import Shares, is_mixture, load_mixture, mixture_sha256, read_mixture
+from llava.data.mixture import Shares, data_sha256, is_mixture, load_mixture, read_mixture, stream_sources
 from llava.data.records import load_samples
 from llava.errors import ConfigError, DataError
 from tests.tiny import write_tiny_vqa
@@ -34,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_rows_keep_source_licence_and_pictures(folder: Path) -> None:
-    sources = read_mixture(folder / "mixture.yaml")
+    sources = read_mixture(folder / "mixture.yaml").sources
     samples = load_mixture(sources)
     assert [source.weight for source in sources] == [2.0, 1.0] and len(samples) == 24
     assert [sample.meta["source"] for sample in samples] == ["first"] * 12 + ["second"] * 12
@@ -47,9 +48,9 @@ def test_what_a_row_says_itself_stays(folder: Path) -> None:
     rows = json.loads((folder / "a" / "train.json").read_text())
     rows[0] |= {"source": "ward 7", "licence": "internal"}
     (folder / "a" / "train.json").write_text(json.dumps(rows))
-    samples = load_mixture(read_mixture(folder / "mixture.yaml"))
+    samples = load_mixture(read_mixture(folder / "mixture.yaml").sources)
     assert (samples[0].meta["source"], samples[0].meta["licence"]) == ("ward 7", "internal")
-    assert Shares.of(samples, read_mixture(folder / "mixture.yaml")).of_row[0] == 0
+    assert Shares.of(samples, read_mixture(folder / "mixture.yaml").sources).of_row[0] == 0
 
 
 def test_pictures_outside_their_folder_are_refused(folder: Path) -> None:
@@ -57,7 +58,7 @@ def test_pictures_outside_their_folder_are_refused(folder: Path) -> None:
     rows[3]["image"] = "../../a/images/0.png"
     (folder / "b" / "train.json").write_text(json.dumps(rows))
     with pytest.raises(DataError, match=r"train.json, row 3.*outside"):
-        load_mixture(read_mixture(folder / "mixture.yaml"))
+        load_mixture(read_mixture(folder / "mixture.yaml").sources)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,8 @@ def test_pictures_outside_their_folder_are_refused(folder: Path) -> None:
         ("sources: [{name: x, path: y, images: 3}]", "'images' must be text"),
         ("sources: [{name: x, path: y}, {name: x, path: z}]", "name x is there twice"),
         ("sources: [{name: x, path: y}, {name: z, path: y}]", "is there twice"),
-        ("sources: [{name: x, path: y}]\nmore: 1", "one key `sources`"),
+        ("sources: [{name: x, path: y}]\nmore: 1", "a key `sources`"),
+        ("stream: 3\nsources: [{name: x, path: y}]", "`stream` must be true or false"),
         ("sources: [", "is not YAML"),
         ("sources: !!python/object/apply:os.getcwd []", "is not YAML"),
     ],
@@ -103,11 +105,27 @@ def test_mixtures_are_told_from_rows_by_their_content(folder: Path) -> None:
 
 
 def test_the_identity_covers_every_file(folder: Path) -> None:
-    before = mixture_sha256(folder / "mixture.yaml")
-    assert before == mixture_sha256(folder / "mixture.yaml")
+    before = data_sha256(folder / "mixture.yaml")
+    assert before == data_sha256(folder / "mixture.yaml")
     path = folder / "b" / "train.json"
     path.write_text(path.read_text() + " ")
-    assert mixture_sha256(folder / "mixture.yaml") != before
+    assert data_sha256(folder / "mixture.yaml") != before
+    assert data_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_streams_name_shards_by_pattern(folder: Path) -> None:
+    (folder / "stream.yaml").write_text("stream: true\nsources: [{name: both, path: '*/train.json', weight: 3}]")
+    assert is_mixture(folder / "stream.yaml")
+    [source] = stream_sources(read_mixture(folder / "stream.yaml"))
+    assert source.shards == (folder / "a" / "train.json", folder / "b" / "train.json") and source.weight == 3.0
+    before = data_sha256(folder / "stream.yaml")
+    (folder / "b" / "train.json").write_text("{}")
+    assert data_sha256(folder / "stream.yaml") != before
+    (folder / "none.yaml").write_text("stream: true\nsources: [{name: none, path: '*.tar'}]")
+    with pytest.raises(ConfigError, match="source none: no file matches"):
+        stream_sources(read_mixture(folder / "none.yaml"))
+    with pytest.raises(ConfigError, match="not written as one file"):
+        main([str(folder / "stream.yaml"), "--out", str(folder / "x.json")])
 
 
 def test_written_out_as_one_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

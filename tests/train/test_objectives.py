@@ -14,14 +14,14 @@ from llava.data.records import load_samples
 from llava.data.sft import SFTDataset
 from llava.model.building import Loaded
 from llava.train.loader import Collator
-from llava.train.losses import token_logprobs, weighted_nll_sum
+from llava.train.losses import edge_sum, edge_sums, token_logprobs
 from llava.train.objectives import OBJECTIVES, SFT
 from tests.runs import write_uneven
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1000), targets=st.integers(1, 6), edges=st.integers(0, 9))
-def test_weighted_nll_sum_is_a_sum_over_edges(seed: int, targets: int, edges: int) -> None:
+def test_a_loss_is_a_sum_over_edges(seed: int, targets: int, edges: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(targets, 7, generator=generator)
     ids = torch.randint(0, 7, (targets,), generator=generator)
@@ -31,13 +31,21 @@ def test_weighted_nll_sum_is_a_sum_over_edges(seed: int, targets: int, edges: in
     expected = -sum(
         (weights[edge] * logprobs[target, ids[target]] for edge, target in enumerate(edge_target)), torch.zeros(())
     )
-    torch.testing.assert_close(weighted_nll_sum(logits, ids, edge_target, weights), expected)
+    nll = -token_logprobs(logits, ids)
+    torch.testing.assert_close(edge_sum(nll, edge_target, weights), expected)
+    groups = torch.arange(edges) % 3
+    sums, counts = edge_sums(nll, edge_target, weights, groups, 3)
+    torch.testing.assert_close(sums.sum(), expected)
+    for group in range(3):
+        own = groups == group
+        torch.testing.assert_close(sums[group], edge_sum(nll, edge_target[own], weights[own]))
+        torch.testing.assert_close(counts[group], weights[own].sum())
 
 
 def test_no_edge_is_no_loss_but_a_graph() -> None:
     logits = torch.randn(2, 5, requires_grad=True)
     none = torch.zeros(0, dtype=torch.long)
-    loss = weighted_nll_sum(logits, torch.tensor([1, 2]), none, torch.zeros(0))
+    loss = edge_sum(-token_logprobs(logits, torch.tensor([1, 2])), none, torch.zeros(0))
     loss.backward()
     assert loss == 0 and logits.grad is not None and not logits.grad.any()
 

@@ -1,0 +1,173 @@
+"""Whole steps out of a stream, and the place to go on from.
+
+    MixtureStream -> StreamedRow -> Encoded... -> Collator -> StreamedStep (rows, and the reader's position behind it)
+
+Each worker of each rank is a reader of its own. A step carries the position behind it; the loader remembers the last
+one of every worker, writes them beside a checkpoint, and a resumed run hands them back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from llava.data.encode import Encoded
+from llava.data.stream_dataset import StreamDataset
+from llava.data.streams import WINDOW, MixturePosition, MixtureStream
+from llava.errors import ConfigError, DataError
+from llava.train.loader import Collator, StepBatch
+from llava.utils.jsonl import write_json
+
+logger = logging.getLogger(__name__)
+
+POSITION_FILE = "stream_position-{}.json"
+"""Beside a checkpoint: where this rank's readers were."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedStep(StepBatch):
+    """A step, and where its reader stands behind it.
+
+    Attributes:
+        worker: which of the rank's workers made it.
+        position: of that worker's stream.
+        num_bad: rows that were left out.
+    """
+
+    worker: int = 0
+    position: MixturePosition | None = None
+    num_bad: int = 0
+
+
+class _Steps(IterableDataset[StreamedStep]):
+    """The endless steps of one reader."""
+
+    def __init__(
+        self,
+        dataset: StreamDataset,
+        collator: Collator,
+        size: int,
+        *,
+        ranks: tuple[int, int],
+        seed: int,
+        skip_bad: bool,
+    ) -> None:
+        self.dataset, self.collator, self.size = dataset, collator, size
+        self.seed, self.skip_bad = seed, skip_bad
+        self.rank, self.world_size = ranks
+        self.starts: list[MixturePosition | None] = []
+        self.first = 0
+        """The worker whose step comes first."""
+
+    def __iter__(self) -> Iterator[StreamedStep]:
+        info = get_worker_info()
+        num_workers = info.num_workers if info else 1
+        worker = ((info.id if info else 0) + self.first) % num_workers
+        stream = MixtureStream(
+            self.dataset.sources,
+            reader=self.rank * num_workers + worker,
+            num_readers=self.world_size * num_workers,
+            seed=self.seed,
+            window=WINDOW,
+        )
+        numbered: list[tuple[int, Encoded]] = []
+        num_bad = 0
+        for row, position in stream.rows(self.starts[worker] if self.starts else None):
+            try:
+                numbered.append((sum(position.counts) - 1, self.dataset.encode(row)))
+            except DataError as error:
+                if not self.skip_bad:
+                    raise
+                logger.warning("skipped: %s", error)
+                num_bad += 1
+                continue
+            if len(numbered) == self.size:
+                step = self.collator(numbered)
+                named = {field.name: getattr(step, field.name) for field in fields(step)}
+                yield StreamedStep(**named, worker=worker, position=position, num_bad=num_bad)
+                numbered, num_bad = [], 0
+
+
+class StreamLoader(DataLoader[StreamedStep]):
+    """Yields one `StreamedStep` per optimiser step, without end.
+
+    Args:
+        dataset: encodes the rows.
+        collator: lays them out.
+        sequences_per_step: rows per optimiser step and rank.
+        rank: this process.
+        world_size: number of processes.
+        num_workers: reading processes of this rank; 0 reads in this one.
+        seed: of the order.
+        skip_bad: leave rows out that cannot be used, instead of raising.
+    """
+
+    def __init__(
+        self,
+        dataset: StreamDataset,
+        collator: Collator,
+        *,
+        sequences_per_step: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+        skip_bad: bool = False,
+    ) -> None:
+        self.steps = _Steps(
+            dataset, collator, sequences_per_step, ranks=(rank, world_size), seed=seed, skip_bad=skip_bad
+        )
+        self.rank, self.world_size = rank, world_size
+        self.positions: list[MixturePosition | None] = [None] * max(1, num_workers)
+        self.next_worker = 0
+        self.num_bad = 0
+        super().__init__(self.steps, batch_size=None, num_workers=num_workers)
+
+    def __iter__(self) -> Any:
+        """Yield steps; workers take turns, beginning with the one whose turn it was."""
+        self.steps.starts, self.steps.first = list(self.positions), self.next_worker
+        for step in super().__iter__():
+            self.positions[step.worker] = step.position
+            self.next_worker = (step.worker + 1) % len(self.positions)
+            self.num_bad += step.num_bad
+            yield step
+
+    def set_epoch(self, epoch: int) -> None:
+        """Streams have no epochs."""
+
+    def save(self, folder: Path) -> None:
+        """Write where this rank's readers stand."""
+        content = {
+            "ranks": self.world_size,
+            "workers": len(self.positions),
+            "next_worker": self.next_worker,
+            "num_bad": self.num_bad,
+            "positions": [None if position is None else asdict(position) for position in self.positions],
+        }
+        write_json(folder / POSITION_FILE.format(self.rank), content)
+
+    def restore(self, folder: Path) -> None:
+        """Go on from where `save` was called.
+
+        Raises:
+            ConfigError: there is no such file, or other numbers of ranks or workers wrote it.
+        """
+        path = folder / POSITION_FILE.format(self.rank)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            had = (content["ranks"], content["workers"])
+            positions = [None if part is None else MixturePosition.from_json(part) for part in content["positions"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} does not say where the stream stood ({error}); start anew") from error
+        if had != (self.world_size, len(self.positions)):
+            raise ConfigError(
+                f"{folder} was written by {had[0]} ranks with {had[1]} reading processes each, this run has "
+                f"{self.world_size} with {len(self.positions)}: a stream goes on only with the same numbers"
+            )
+        self.positions, self.next_worker, self.num_bad = positions, content["next_worker"], content["num_bad"]

@@ -1,0 +1,141 @@
+"""Training on mixtures: weights, the loss of each source, and streams that go on after a kill."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava.errors import ConfigError, DataError
+from llava.model.loading import load
+from tests.ranks import run, start
+from tests.runs import arguments, losses, metrics, steps, train, train_until_killed, write_parts
+from tests.tiny import write_tiny_vqa
+
+NUM_STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parts, a second source, its shards, and the two mixtures."""
+    folder = write_parts(tmp_path_factory.mktemp("parts"))
+    write_tiny_vqa(folder / "more")
+    (folder / "mixture.yaml").write_text(
+        "sources:\n"
+        "  - {name: first, path: vqa/train.json, images: vqa/images, weight: 0.5}\n"
+        "  - {name: second, path: more/train.json, images: more/images, weight: 2}\n"
+    )
+    write_shards(folder / "more", folder / "shards")
+    rows = json.loads((folder / "vqa" / "train.json").read_text())
+    (folder / "vqa" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "stream.yaml").write_text(
+        "stream: true\n"
+        "sources:\n"
+        "  - {name: lines, path: vqa/train.jsonl, images: vqa/images}\n"
+        "  - {name: shards, path: 'shards/*.tar', weight: 2}\n"
+    )
+    return folder
+
+
+def write_shards(source: Path, folder: Path, size: int = 4) -> None:
+    rows = json.loads((source / "train.json").read_text())
+    folder.mkdir()
+    for first in range(0, len(rows), size):
+        with tarfile.open(folder / f"{first:03d}.tar", "w") as archive:
+            for number, row in enumerate(rows[first : first + size], start=first):
+                picture = (source / "images" / row["image"]).read_bytes()
+                for name, content in (("json", json.dumps(row).encode()), ("png", picture)):
+                    member = tarfile.TarInfo(f"{number:06d}.{name}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
+def options(parts: Path, **changed: object) -> dict[str, object]:
+    return {"data_path": parts / "mixture.yaml", "image_folder": None, "log_row_ids": True, **changed}
+
+
+def streaming(parts: Path, **changed: object) -> dict[str, object]:
+    named = {"data_path": parts / "stream.yaml", "num_train_epochs": None, "max_steps": NUM_STEPS}
+    named |= {"save_strategy": "steps", "save_steps": 2, "dataloader_num_workers": 0}
+    return options(parts, **{**named, **changed})
+
+
+def test_rows_come_by_weight_and_each_source_has_its_loss(parts: Path, tmp_path: Path) -> None:
+    run(1, train, arguments(parts, tmp_path, **options(parts)))
+    drawn = [
+        row for line in (tmp_path / "row_ids-0.jsonl").read_text().splitlines() for row in json.loads(line)["rows"]
+    ]
+    assert len(drawn) == 6 + 24 and sum(row < 12 for row in drawn) == 6
+    lines = [line for line in metrics(tmp_path) if "loss" in line]
+    assert all({"loss/first", "loss/second"} & line.keys() for line in lines)
+    assert json.loads((tmp_path / "provenance.json").read_text())["order"].endswith("drawn with weights 0.5, 2")
+
+
+def test_losses_of_the_sources_add_up(parts: Path, tmp_path: Path) -> None:
+    """All rows in one step: the mean over both is the loss, weighted with each one's trained tokens."""
+    (parts / "equal.yaml").write_text((parts / "mixture.yaml").read_text().replace("0.5", "1").replace("2}", "1}"))
+    whole = options(parts, data_path=parts / "equal.yaml", per_device_train_batch_size=24)
+    run(1, train, arguments(parts, tmp_path, **whole))
+    [line] = [line for line in metrics(tmp_path) if "loss" in line]
+    assert line["loss"] == pytest.approx((line["loss/first"] + line["loss/second"]) / 2, rel=1e-4)
+
+
+def test_two_ranks_see_the_same_mixture(parts: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(1, train, arguments(parts, one, **options(parts, image_grouping="off")))
+    run(2, train, arguments(parts, two, **options(parts, image_grouping="off", per_device_train_batch_size=2)))
+    assert losses(one) == pytest.approx(losses(two), rel=2e-5)
+    first, second = (
+        [{name: value for name, value in line.items() if name.startswith("loss/")} for line in metrics(folder)]
+        for folder in (one, two)
+    )
+    assert all(left == pytest.approx(right, rel=2e-4) for left, right in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_killed_stream_goes_on_exactly(parts: Path, tmp_path: Path, num_workers: int) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    words = streaming(parts, dataloader_num_workers=num_workers)
+    run(1, train, arguments(parts, whole, **words))
+    assert start(1, train_until_killed, arguments(parts, killed, **words), 5) == [("died", -9)]
+    run(1, train, arguments(parts, killed, **words))
+    assert steps(killed) == list(range(1, NUM_STEPS + 1)) and losses(whole) == losses(killed)
+    first, second = load(whole).model.state_dict(), load(killed).model.state_dict()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert any("loss/lines" in line for line in metrics(whole)) and any(
+        "loss/shards" in line for line in metrics(whole)
+    )
+
+
+def test_ranks_of_a_stream_share_its_rows(parts: Path, tmp_path: Path) -> None:
+    run(2, train, arguments(parts, tmp_path, **streaming(parts, save_strategy="no", max_steps=2)))
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_what_a_stream_cannot_do_is_refused(parts: Path, tmp_path: Path) -> None:
+    def refused(words: str, **changed: object) -> None:
+        with pytest.raises(ConfigError, match=words):
+            train(arguments(parts, tmp_path / "run", **streaming(parts, **changed)))
+
+    refused("--max_steps", max_steps=None)
+    refused("--feature_cache_dir need all rows", feature_cache_dir=tmp_path)
+    refused("--image_grouping on need all rows", image_grouping="on")
+    refused("held-out rows must fit in memory", eval_data_path=parts / "stream.yaml", eval_strategy="epoch")
+    run(1, train, arguments(parts, tmp_path / "run", **streaming(parts, max_steps=2)))
+    (kind, text), *_ = start(1, train, arguments(parts, tmp_path / "run", **streaming(parts, dataloader_num_workers=2)))
+    assert kind == "error" and "only with the same numbers" in text
+
+
+def test_bad_rows_of_a_stream_are_named_or_left_out(parts: Path, tmp_path: Path) -> None:
+    lines = (parts / "vqa" / "train.jsonl").read_text().splitlines()
+    (parts / "vqa" / "bad.jsonl").write_text("\n".join([*lines[:3], "{not JSON", *lines[3:]]) + "\n")
+    (parts / "bad.yaml").write_text("stream: true\nsources: [{name: lines, path: vqa/bad.jsonl, images: vqa/images}]\n")
+    words = streaming(parts, data_path=parts / "bad.yaml", save_strategy="no", max_steps=3)
+    with pytest.raises(DataError, match=r"bad\.jsonl, row 3: not JSON"):
+        train(arguments(parts, tmp_path / "run", **words))
+    train(arguments(parts, tmp_path / "left_out", **words, skip_bad=True))
+    assert steps(tmp_path / "left_out") == [1, 2, 3]
