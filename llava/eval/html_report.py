@@ -6,37 +6,16 @@ where the data may be.
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from llava.errors import DataError
 from llava.eval.medvqa.items import Item
 from llava.eval.medvqa.report import figure, interval
 from llava.eval.medvqa.strict import closed_hit
+from llava.utils.html_page import OpenImage, page, table, thumbnail
 from llava.utils.jsonl import write_atomic
-
-THUMBNAIL = 224
-"""Longer side of a picture on the page."""
-
-OpenImage = Callable[[str], Image.Image]
-
-_STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#1b1f24;background:#fff}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}.note{color:#57606a}svg text{font:12px system-ui,sans-serif}
-table{border-collapse:collapse;margin:.6em 0 1.6em}td,th{padding:.25em .8em;border-bottom:1px solid #d8dee4}
-th{text-align:left}td.n{text-align:right;font-variant-numeric:tabular-nums}
-.case{display:flex;gap:1em;margin:0 0 1.2em;padding-bottom:1.2em;border-bottom:1px solid #d8dee4}
-.case img{max-width:224px;max-height:224px}.case .none{width:224px;color:#57606a}
-.right{color:#116329}.wrong{color:#a40e26}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.2em 1em;margin:0}
-dt{color:#57606a}dd{margin:0;overflow-wrap:anywhere}
-"""
 
 
 def write_page(
@@ -76,28 +55,6 @@ def write_page(
         parts.append(case(items[index], None if blank is None else blank[index], open_image))
     parts += ["<h2>Where this comes from</h2>", _facts(report.get("provenance", {}))]
     write_atomic(path, page(title, parts))
-
-
-def page(title: str, parts: Sequence[str]) -> str:
-    """Return a whole page around pieces of HTML; `title` is escaped here, the pieces are HTML already."""
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>\n'
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an HTML table; every cell is escaped, all but the first column are set as numbers."""
-    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{'' if column == 0 else ' class=n'}>{escape(cell)}</td>" for column, cell in enumerate(row))
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
@@ -216,26 +173,6 @@ def case(item: Item, blank: Item | None, open_image: OpenImage | None) -> str:
     )
     facts = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in pairs)
     return f'<div class="case">{thumbnail(item.image, open_image)}<dl>{facts}</dl></div>'
-
-
-def thumbnail(name: str, open_image: OpenImage | None) -> str:
-    """Return a small copy of a picture inside the page, or the words that there is none."""
-    if open_image is None:
-        return '<div class="none">no picture</div>'
-    try:
-        picture = open_image(name).convert("RGB")
-    except DataError:
-        return '<div class="none">the picture cannot be read</div>'
-    return f'<img alt="{escape(name)}" src="{picture_data(picture)}">'
-
-
-def picture_data(picture: Image.Image) -> str:
-    """Return a small JPEG copy of a picture as a data address."""
-    small = picture.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _counts(counts: Mapping[str, int]) -> str:

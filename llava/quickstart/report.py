@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.images import load as load_image
-from llava.eval.html_report import case, choose_examples, page, table
+from llava.eval.html_report import case, choose_examples
 from llava.eval.medvqa.items import Item
 from llava.quickstart.scoring import CONTROLS, RUNS
+from llava.utils.html_page import page, table
 from llava.utils.jsonl import write_atomic
 
 NUM_EXAMPLES = 3

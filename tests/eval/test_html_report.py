@@ -11,6 +11,7 @@ from PIL import Image
 from llava.errors import DataError
 from llava.eval import html_report
 from llava.eval.medvqa.items import Item
+from llava.utils import html_page
 
 
 def make(identity: str, prediction: str, *, failed: bool = False) -> Item:
@@ -43,9 +44,9 @@ def test_pictures_are_small_and_broken_ones_are_named() -> None:
             raise DataError("broken")
         return Image.new("L", (1000, 500), 9)
 
-    assert html_report.thumbnail('a"b', open_image).startswith('<img alt="a&quot;b" src="data:image/jpeg;base64,')
-    assert len(html_report.thumbnail("a", open_image)) < 5000
-    assert "cannot be read" in html_report.thumbnail("broken", open_image)
+    assert html_page.thumbnail('a"b', open_image).startswith('<img alt="a&quot;b" src="data:image/jpeg;base64,')
+    assert len(html_page.thumbnail("a", open_image)) < 5000
+    assert "cannot be read" in html_page.thumbnail("broken", open_image)
 
 
 def test_plot_bars_follow_the_figures() -> None:

@@ -13,10 +13,10 @@ from typing import Any
 from PIL import Image
 
 from llava.data.images import load
-from llava.eval.html_report import page, table, thumbnail
 from llava.eval.judge.agreement import MEASURES
 from llava.eval.judge.rated import Rated
 from llava.eval.medvqa.report import figure, interval
+from llava.utils.html_page import page, table, thumbnail
 from llava.utils.jsonl import read_records, write_atomic
 
 
