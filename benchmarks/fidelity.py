@@ -31,10 +31,14 @@ CHECKS: Mapping[str, Check] = {
     "prompts.json": texts.prompts,
     "preprocess.json": texts.preprocessing,
     "image_preprocess.npz": pictures.preprocessing,
+    "anyres.json": pictures.tile_grids,
+    "image_keep_shapes.json": pictures.kept_shapes,
     "generate.json": answers.generation,
+    "questions.jsonl": answers.answer_file,
     "tower.npz": pictures.tower,
     "cluster_projector.npz": pictures.cluster_projector,
     "train_log.json": runs.trajectories,
+    "vit_lora_note.json": runs.tower_adapter,
     "expected_metrics.json": runs.scores,
 }
 """What compares the numbers of a file, by its name."""
@@ -43,9 +47,6 @@ NOT_BUILT = {
     "dpo.json": "preference training is not built yet",
     "dpo.npz": "preference training is not built yet",
     "dpo_metrics.json": "preference training is not built yet",
-    "anyres.json": "tiles of one picture (image mode anyres) are not built yet",
-    "image_keep_shapes.json": "pictures of any shape (image mode keep) are not built yet",
-    "vit_lora_note.json": "training an adapter on the tower is not built yet",
 }
 """Numbers that nothing of this package computes so far."""
 
@@ -58,7 +59,7 @@ NUMBERS = (".npz", ".json")
 def checked(folder: Path, compat: frozenset[str]) -> Iterator[Line]:
     """Compare everything that a folder recorded; names of `compat` may explain a number."""
     oracle = Oracle(folder, compat)
-    for name in sorted(path.name for path in folder.iterdir() if path.suffix in NUMBERS):
+    for name in sorted(path.name for path in folder.iterdir() if path.suffix in NUMBERS or path.name in CHECKS):
         if name in CHECKS:
             yield from _safely(CHECKS[name], oracle, name)
         elif name in NOT_BUILT:

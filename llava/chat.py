@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from llava.compat import help_text
 from llava.constants import DTYPES, IMAGE_TOKEN
 from llava.data.dicom_policy import add_dicom_options
 from llava.data.images import load as load_image
@@ -126,6 +127,7 @@ def make_parser() -> Parser:
     parser.add_argument("--system", help="file with a system text to use in the place of the template's")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="precision of the weights")
     parser.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator when there is one")
+    parser.add_argument("--compat", default="none", metavar="LIST", help=help_text("answers"))
     parser.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="4 and 8 need bitsandbytes")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from")
@@ -151,6 +153,7 @@ def open_engine(args: Namespace) -> Engine:
         bits=args.bits,
         vision_tower=args.vision_tower,
         template=args.conv_mode,
+        compat=args.compat,
         dicom_window=args.dicom_window,
         dicom_frame=args.dicom_frame,
     )

@@ -19,11 +19,20 @@ class Compat:
         original: what the original does.
         spec: where the specifications say so.
         switch: what turns it on here; empty where only the comparison knows it.
+        where: the commands whose `--compat` takes it, see `PLACES`.
     """
 
     original: str
     spec: str
     switch: str = ""
+    where: tuple[str, ...] = ()
+
+
+PLACES = {
+    "training": "the training commands",
+    "answers": "the commands that ask a model (chat, evaluation)",
+}
+"""What takes names besides the comparison with recorded numbers, which takes all."""
 
 
 COMPAT: dict[str, Compat] = {
@@ -31,20 +40,25 @@ COMPAT: dict[str, Compat] = {
         "the loss of a step is the mean of its micro-batches' means, whatever the number of their trained tokens",
         "recorded runs",
         "--loss_normalization micro_batches",
+        ("training",),
     ),
     "cut_before_images": Compat(
         "a row is cut to the maximum length before images are put in: each image counts as one token",
         "llava-med 1.8",
         "--image_counts_as_one",
+        ("training",),
     ),
     "beams_count_prompt": Compat(
         "the score of a beam is divided by the length of prompt and answer (transformers before 4.36)",
         "recorded generations",
-        "LocalEngine.beams_count_prompt",
+        "--compat beams_count_prompt",
+        ("answers",),
     ),
     "cut_prompt": Compat(
         "a prompt with images is cut to the training length when it is answered, and its question is lost",
         "llava-med 1.7, step 6",
+        "--compat cut_prompt",
+        ("answers",),
     ),
     "counted_labels": Compat(
         "the mask of the ### form counts the tokens of each turn tokenized alone; the count drifts into the text",
@@ -70,24 +84,58 @@ COMPAT: dict[str, Compat] = {
         "recorded rows",
     ),
     "random_padding": Compat(
-        "the offset of a padded picture is drawn from two neighbouring integers, in answering too", "llava-med 1.5"
+        "the offset of a padded picture is drawn from two neighbouring integers, in answering too",
+        "llava-med 1.5",
+        "--compat random_padding",
+        ("answers",),
+    ),
+    "grey_padding": Compat(
+        "a grey picture is padded with the mean of the three colours, before it is converted to colour", "llava-med 1.5"
+    ),
+    "counted_patches": Compat(
+        "in image mode keep the side of a patch is taken from the picture's height: the tokens are not as many as the "
+        "tower's patches",
+        "llava-med 1.5",
+    ),
+    "half_characters": Compat(
+        "an answer that is cut inside a character of several tokens ends with a replacement character",
+        "recorded answers",
+    ),
+    "bare_roles": Compat(
+        "the ChatML template of STLLaVA-Med writes its roles without their marks and line ends", "stllava-med 3"
     ),
 }
 """Every case, by name."""
 
 
-def parse_names(text: str) -> frozenset[str]:
+def parse_names(text: str, place: str | None = None) -> frozenset[str]:
     """Read a list of names: separated by commas, or `all`, or `none`.
 
+    Args:
+        text: the list.
+        place: key of `PLACES`, whose names alone count; None for all.
+
     Raises:
-        ConfigError: a name is unknown.
+        ConfigError: a name is unknown, or does nothing there.
     """
+    known = [name for name, case in COMPAT.items() if place is None or place in case.where]
     if text in ("all", "none"):
-        return frozenset(COMPAT) if text == "all" else frozenset()
+        return frozenset(known) if text == "all" else frozenset()
     names = frozenset(name.strip() for name in text.split(",") if name.strip())
+    choice = f"{', '.join(known)}, all, none"
     if unknown := sorted(names - set(COMPAT)):
-        raise ConfigError(f"unknown compatibility name {', '.join(unknown)}; known: {', '.join(COMPAT)}, all, none")
+        raise ConfigError(f"--compat: unknown compatibility name {', '.join(unknown)}; known: {choice}")
+    if elsewhere := sorted(names - set(known)):
+        raise ConfigError(
+            f"--compat: {', '.join(elsewhere)} does nothing in {PLACES[str(place)]}; of use there: {choice}"
+        )
     return names
+
+
+def help_text(place: str) -> str:
+    """What `--compat` does in a command, for its help."""
+    names = ", ".join(name for name, case in COMPAT.items() if place in case.where)
+    return f"do as the original projects where they are wrong: {names}, all or none (docs/compatibility.md)"
 
 
 def table() -> str:

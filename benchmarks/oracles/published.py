@@ -40,6 +40,15 @@ def _count_alone(text: str, processor: LlavaMedProcessor) -> int:
     return len(tokenize_segments([Segment(text, False, 0)], processor).ids)
 
 
+def counted_patches(width: int, height: int, processor: LlavaMedProcessor) -> int:
+    """Tokens of a picture in image mode `keep` as the first version counts them.
+
+    It takes the side of a patch from the picture's own height, as if that always were as many patches as a tile has.
+    """
+    patch = height // processor.image_grid.side
+    return (height // patch) * (width // patch)
+
+
 def is_v0(processor: LlavaMedProcessor) -> bool:
     """Whether the template is of the `###` form."""
     return processor.template.form.closing == "### "

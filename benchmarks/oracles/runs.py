@@ -14,6 +14,8 @@ from typing import Any
 from benchmarks.oracles.folder import Line, Oracle, within
 from benchmarks.trajectories import replay, runs
 from llava.eval import run_eval, run_eval_batch
+from llava.model.layout import sniff
+from llava.model.lora_files import read_lora
 
 LOSS_TOLERANCE = 1e-5
 SCORE_TOLERANCE = 1e-5
@@ -29,13 +31,34 @@ def trajectories(oracle: Oracle) -> Iterator[Line]:
         if reason:
             yield Line(f"training {run}", None, "skipped", reason)
             continue
-        with TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        with TemporaryDirectory() as scratch, _silence():
             normalization = "micro_batches" if "micro_batch_loss" in oracle.compat else "tokens"
             found = replay(oracle.path, run, Path(scratch), loss_normalization=normalization)
         note = f"{len(found.losses)} micro-batches, losses by {normalization}"
         yield within(f"training losses {run}", found.loss_difference, LOSS_TOLERANCE, note)
         worst = max(found.weights.values(), default=float("nan"))
         yield within(f"trained weights {run}", worst, LOSS_TOLERANCE, f"{len(found.weights)} weights")
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing of a run reaches the table, nor its bars the terminal."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def tower_adapter(oracle: Oracle) -> Iterator[Line]:
+    """`vit_lora_note.json`: the largest weight of the tower's adapter that training could have moved."""
+    recorded, adapters = oracle.json("vit_lora_note.json"), []
+    for folder in oracle.adapters:
+        if inner := sniff(folder).tower_adapter:
+            adapters.append(read_lora(inner, tower=True))
+    if len(adapters) != 1:
+        raise LookupError(f"expected one adapter of a tower, found {len(adapters)}")
+    [adapter] = adapters
+    largest = max(float(adapter.reader.read(pair.up).abs().max()) for pair in adapter.pairs.values())
+    note = f"{len(adapter.pairs)} layers, largest weight of their second matrices {largest:g}"
+    yield within("adapter of the tower", abs(largest - recorded["max_abs_lora_B"]), 0, note)
 
 
 def scores(oracle: Oracle) -> Iterator[Line]:

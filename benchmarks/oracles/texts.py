@@ -37,7 +37,7 @@ NOT_BUILT = {
     "v1_sq": "self-questioning preprocessing is not built yet",
     "plain_qav": "a template of the self-questioning project, not built yet",
 }
-WRONG_ROLES = "the original's prompt has broken roles; the template is not taken over"
+UNKNOWN = "no template of this package has that name"
 
 
 def fitting(name: str) -> list[str]:
@@ -56,11 +56,12 @@ def prompts(oracle: Oracle) -> Iterator[Line]:
         if name in NOT_BUILT:
             skipped.append(f"{name}: {NOT_BUILT[name]}")
             continue
-        if _has_broken_roles(recorded):
-            skipped.append(f"{name}: {WRONG_ROLES}")
-            continue
         fits = [key for key in fitting(name) if _text(key, recorded["prompt"]) == _without_exemplar(key, recorded)]
-        compared["equal" if fits else "different"] += 1
+        what = "equal" if fits else "different"
+        if not fits and "bare_roles" in oracle.compat:
+            fits = [key for key in fitting(name) if _with_bare_roles(key, recorded) == recorded["prompt"]]
+            what = "bare_roles" if fits else what
+        compared[what] += 1
         wrong += [] if fits else [name]
         if "input_ids" in recorded:
             with_ids.append((name, _ids_equal(oracle, recorded)))
@@ -77,9 +78,12 @@ def _list(head: str, names: list[str]) -> str:
     return f"{head} {', '.join(names[:8])}" if names else ""
 
 
-def _has_broken_roles(recorded: dict[str, Any]) -> bool:
-    """Whether a ChatML prompt was written without the marks that begin its turns."""
-    return CHATML[1] in recorded["sep"] and not any(CHATML[0] in role for role in recorded["roles"][:2])
+def _with_bare_roles(template: str, recorded: dict[str, Any]) -> str:
+    """Our text without the mark before, and the line end behind, each of the recorded roles."""
+    text = _text(template, recorded["prompt"])
+    for role in recorded["roles"]:
+        text = text.replace(f"{CHATML[0]}{role}\n", role)
+    return text
 
 
 def _exchange(prompt: str) -> Conversation:
@@ -166,9 +170,11 @@ def preprocessing(oracle: Oracle) -> Iterator[Line]:
     ids, labels = Tally(), Tally()
     for variant in variants(oracle.json("preprocess.json")):
         name = variant.template.partition("+")[0].partition("@")[0]
-        reason = NOT_BUILT.get(name) or (None if fitting(name) else WRONG_ROLES)
-        if reason:
-            yield Line(f"preprocessing {variant.template}", None, "skipped", reason)
+        if name in NOT_BUILT:
+            yield Line(f"preprocessing {variant.template}", None, "skipped", NOT_BUILT[name])
+            continue
+        if not fitting(name):
+            yield Line(f"preprocessing {variant.template}", None, "FAIL", UNKNOWN)
             continue
         tried = [_compare(oracle, variant, key) for key in fitting(name)]
         best = min(tried, key=lambda each: len(each[0].wrong) + len(each[1].wrong))

@@ -246,7 +246,17 @@ def tiles(image: Image.Image, whole: Size, side: int) -> list[Image.Image]:
     canvas.paste(image.resize(scaled, Image.Resampling.BICUBIC), corner)
     corners = [(left, top) for top in range(0, whole[1], side) for left in range(0, whole[0], side)]
     parts = [canvas.crop((left, top, left + side, top + side)) for left, top in corners]
-    return [image.resize((side, side), Image.Resampling.BICUBIC), *parts]
+    return [_squashed(image, side), *parts]
+
+
+def _squashed(image: Image.Image, side: int) -> Image.Image:
+    """Return the picture as a square, as recorded from the original: what shrinks, shrinks first.
+
+    Pillow's releases differ here in the order of the two directions, and the values between are rounded to 8 bits.
+    """
+    if image.height > side > image.width:
+        image = image.resize((image.width, side), Image.Resampling.BICUBIC)
+    return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def _pad(image: Image.Image, fill: tuple[int, int, int], shift: int) -> Image.Image:

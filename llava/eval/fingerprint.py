@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from llava.compat import parse_names
 from llava.errors import DataError
 from llava.eval.model_options import PROCESSOR_FILE, template_of
 from llava.model.layout import ADAPTER_CONFIG_FILE, CONFIG_FILE, PROJECTOR_FILES, TOKENIZER_FILES, read_json
@@ -49,6 +50,7 @@ def model_settings(args: Namespace) -> dict[str, Any]:
         "system text": None if system is None else digest(system),
         "dtype": args.dtype,
         "bits": args.bits,
+        "compat": sorted(parse_names(args.compat, "answers")) or None,
         "dicom window": args.dicom_window,
         "dicom frame": args.dicom_frame,
     }

@@ -10,6 +10,7 @@ import logging
 from argparse import Namespace
 from pathlib import Path
 
+from llava.compat import help_text
 from llava.constants import DTYPES
 from llava.data.dicom_policy import DicomPolicy, add_dicom_options
 from llava.generation.protocol import Engine, Sampling
@@ -34,6 +35,7 @@ def add_model_options(parser: Parser) -> None:
     model.add_argument("--model-base", help="base model of an adapter; default: the one it names")
     model.add_argument("--conv-mode", help="template to use instead of the checkpoint's own")
     model.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="precision of the weights")
+    model.add_argument("--compat", default="none", metavar="LIST", help=help_text("answers"))
     model.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="4 and 8 need bitsandbytes")
     model.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator when there is one")
     model.add_argument("--mm-projector", help="no effect: the checkpoint knows its projector")
@@ -112,6 +114,7 @@ def open_engine(args: Namespace) -> Engine:
         bits=args.bits,
         vision_tower=args.vision_tower,
         template=args.conv_mode,
+        compat=args.compat,
         dicom_window=args.dicom_window,
         dicom_frame=args.dicom_frame,
     )

@@ -5,12 +5,18 @@ path --load--> model + processor --to the device--> LocalEngine
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
+from llava.compat import parse_names
+from llava.errors import ConfigError
 from llava.generation.local import LocalEngine
 from llava.model.loading import load
+
+TRAINING_LENGTH = "tokenizer_model_max_length"
+"""Key of published configurations."""
 
 
 def open_engine(
@@ -22,6 +28,7 @@ def open_engine(
     bits: int = 16,
     vision_tower: str | None = None,
     template: str | None = None,
+    compat: str = "none",
     dicom_window: str | None = None,
     dicom_frame: str | None = None,
 ) -> LocalEngine:
@@ -35,13 +42,15 @@ def open_engine(
         bits: 4 and 8 quantize the weights (bitsandbytes).
         vision_tower: tower of a checkpoint that does not hold or name one.
         template: name of a template to use instead of the checkpoint's own.
+        compat: what to do as the original projects do where they are wrong, see `llava.compat`.
         dicom_window: window of DICOM files instead of the checkpoint's own, see `DicomPolicy`.
         dicom_frame: frame of DICOM files, likewise.
 
     Raises:
         CheckpointError: the folder cannot be loaded.
-        ConfigError: the template is unknown.
+        ConfigError: the template or a name of `compat` is unknown, or the checkpoint does not say what that needs.
     """
+    names = parse_names(compat, "answers")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     given: dict[str, Any] = {"vision_tower": vision_tower} if vision_tower else {}
@@ -52,4 +61,29 @@ def open_engine(
     if template:
         loaded.processor.use_template(template)
     loaded.processor.use_dicom(loaded.processor.dicom.changed(dicom_window, dicom_frame))
-    return LocalEngine(loaded.model, loaded.processor)
+    engine = LocalEngine(loaded.model, loaded.processor)
+    imitate(engine, names)
+    return engine
+
+
+def imitate(engine: LocalEngine, names: Collection[str]) -> None:
+    """Make an engine answer as the original projects do where they are wrong.
+
+    Args:
+        engine: that of a model that was just loaded.
+        names: of `llava.compat`, those for answers.
+
+    Raises:
+        ConfigError: the checkpoint does not say to what length the original would cut prompts.
+    """
+    engine.beams_count_prompt = "beams_count_prompt" in names
+    engine.processor.random_padding = "random_padding" in names
+    if "cut_prompt" in names:
+        source = engine.model.config.source or {}
+        length = (source.get("config") or {}).get(TRAINING_LENGTH)
+        if not length:
+            raise ConfigError(
+                f"--compat cut_prompt: the checkpoint does not name the length it was trained with ({TRAINING_LENGTH} "
+                "of a published configuration); leave that name out"
+            )
+        engine.reader.longest = int(length)

@@ -54,6 +54,8 @@ class PromptReader:
         """Use the processor's template and preprocessing; prompts of `max_tokens` or more are refused."""
         self.processor = processor
         self.max_tokens = max_tokens
+        self.longest: int | None = None
+        """Where a prompt with images is cut, as an original does (`--compat cut_prompt`); None: nowhere."""
 
     def read(self, prompt: Prompt) -> Reading:
         """Return tokens and pictures of a prompt, opened for the answer.
@@ -64,6 +66,8 @@ class PromptReader:
         pictures = tuple(self._picture(image) for image in prompt.images)
         keys = [picture.key for picture in pictures]
         encoded = encode_prompt(prompt.conversation, self.processor, images=keys, sizes=sizes_of(pictures))
+        encoded = cut(encoded, self.longest)
+        pictures = pictures[: len(encoded.images)]
         self._check_length(encoded, self.max_tokens - 1)
         return Reading(encoded, pictures)
 
@@ -111,6 +115,29 @@ class PromptReader:
             return Picture(image_key(header + palette + image.tobytes(), fingerprint), image)
         content = image if isinstance(image, bytes) else read_bytes(image, None)
         return Picture(image_key(content, fingerprint), content)
+
+
+def cut(encoded: Encoded, length: int | None) -> Encoded:
+    """The first tokens of a prompt with images; one without images stays whole, as in the original.
+
+    Raises:
+        DataError: the cut goes through an image.
+    """
+    if length is None or not encoded.images or len(encoded.input_ids) <= length:
+        return encoded
+    num_images = sum(stop <= length for _, stop in encoded.image_spans)
+    if any(start < length < stop for start, stop in encoded.image_spans):
+        raise DataError(f"--compat cut_prompt: the training length of {length} tokens ends inside an image")
+    return replace(
+        encoded,
+        input_ids=encoded.input_ids[:length],
+        labels=encoded.labels[:length],
+        turns=encoded.turns[:length],
+        image_spans=encoded.image_spans[:num_images],
+        images=encoded.images[:num_images],
+        image_sizes=encoded.image_sizes[:num_images],
+        num_cut=len(encoded.input_ids) - length,
+    )
 
 
 def sizes_of(pictures: Sequence[Picture]) -> list[Size] | None:

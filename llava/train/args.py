@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from llava.compat import help_text
 from llava.data.dicom_policy import DEFAULT, FRAME_HELP, KEPT, WINDOW_HELP
 from llava.errors import ConfigError
 from llava.train import legacy_flags
@@ -132,6 +133,7 @@ class LlavaTrainingArguments(TrainingArguments):
         "tokens: mean over all supervised tokens of a step; micro_batches: mean of the means of its micro-batches, "
         "without the place holder's logit, as the published trainers computed it",
     )
+    compat: str = option("none", help_text("training"))
     max_tokens_per_row: int = option(8192, "tokens of one forward pass; more rows, same loss")
     early_stopping_patience: int = option(0, "stop after so many validations without a better one; 0: never")
     eval_answers: int = option(64, "held-out questions answered and scored at each validation; 0: loss only")

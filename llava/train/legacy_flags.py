@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.trainer_utils import IntervalStrategy
 
+from llava.compat import parse_names
 from llava.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,6 +78,19 @@ def settle(args: LlavaTrainingArguments) -> None:
     _settle_device(args)
     _settle_fsdp(args)
     _settle_reports(args)
+
+
+def settle_compat(data: DataArguments, args: LlavaTrainingArguments) -> None:
+    """Turn the names of `--compat` into the options that they stand for.
+
+    Raises:
+        ConfigError: a name is unknown, or does nothing in training.
+    """
+    names = parse_names(args.compat, "training")
+    if "micro_batch_loss" in names:
+        args.loss_normalization = "micro_batches"
+    if "cut_before_images" in names:
+        data.image_counts_as_one = True
 
 
 def settle_validation(data: DataArguments, args: LlavaTrainingArguments) -> None:

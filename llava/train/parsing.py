@@ -43,6 +43,7 @@ def parse(argv: Sequence[str] | None = None) -> Parsed:
     model, data, training = cast(Parsed, tuple(groups))
     standard = (ModelArguments(model_name_or_path="x"), DataArguments(data_path="x"), LlavaTrainingArguments)
     legacy_flags.warn_without_effect(words, (model, data, training), standard)
+    legacy_flags.settle_compat(data, training)
     legacy_flags.settle_validation(data, training)
     return model, data, training
 

@@ -17,7 +17,7 @@ from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArgumen
 from llava.train.callbacks import row_ids_file
 
 OUR_OPTIONS = """
-bits cache_dir calibrate_mm_projector data_path dicom_frame dicom_window double_quant dry_run
+bits cache_dir calibrate_mm_projector compat data_path dicom_frame dicom_window double_quant dry_run
 early_stopping_patience eval_answers
 eval_data_path eval_image_folder evaluation_strategy feature_cache_dir feature_cache_gb force_fsdp freeze_backbone
 freeze_mm_mlp_adapter fsdp_transformer_layer_cls_to_wrap group_by_length group_by_modality_length image_aspect_ratio
@@ -186,3 +186,15 @@ def test_held_out_rows_are_used_every_epoch_by_default(tmp_path: Path) -> None:
 def test_unknown_options_end_the_program(tmp_path: Path) -> None:
     with pytest.raises((SystemExit, ValueError)):
         parse(tmp_path, "--no_such_option", "1")
+
+
+def test_compatibility_names_are_options(tmp_path: Path) -> None:
+    _, data, training = parse(tmp_path)
+    assert (training.loss_normalization, data.image_counts_as_one) == ("tokens", False)
+    _, data, training = parse(tmp_path, "--compat", "micro_batch_loss")
+    assert (training.loss_normalization, data.image_counts_as_one) == ("micro_batches", False)
+    _, data, training = parse(tmp_path, "--compat", "all")
+    assert (training.loss_normalization, data.image_counts_as_one) == ("micro_batches", True)
+    for wrong in ("nonsense", "cut_prompt"):
+        with pytest.raises(ConfigError, match=wrong):
+            parse(tmp_path, "--compat", wrong)

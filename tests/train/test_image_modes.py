@@ -55,11 +55,9 @@ def questions(parts: Path) -> list[Prompt]:
 @pytest.mark.parametrize("options", [TILES, KEPT], ids=["anyres", "keep"])
 @pytest.mark.parametrize("kind", ["projector", "adapter", "model"])
 def test_runs_of_every_kind(parts: Path, tmp_path: Path, options: dict[str, str], kind: str) -> None:
-    more = {"projector": {"tune_mm_mlp_adapter": True}, "adapter": {"lora_enable": True, "lora_r": 2}, "model": {}}[
-        kind
-    ]
+    kinds = {"projector": {"tune_mm_mlp_adapter": True}, "adapter": {"lora_enable": True, "lora_r": 2}, "model": {}}
     held_out = {"eval_data_path": parts / "vqa" / "train.json", "eval_strategy": "epoch", "eval_answers": 3}
-    run = {**options, **more, **held_out, "lora_dropout": 0.0, "num_train_epochs": 2}
+    run = {**options, **kinds[kind], **held_out, "lora_dropout": 0.0, "num_train_epochs": 2}
     train(arguments(parts, tmp_path / "run", **run))
     found = losses(tmp_path / "run")
     assert found[-1] < found[0]
@@ -102,7 +100,7 @@ def test_stage_two_starts_from_the_row_end_of_stage_one(parts: Path, tmp_path: P
     frozen = {"freeze_mm_mlp_adapter": True, "pretrain_mm_mlp_adapter": tmp_path / "one"}
     train(arguments(parts, tmp_path / "two", **TILES, **frozen))
     assert torch.equal(load(tmp_path / "two").model.model.image_newline, learned)
-    with pytest.raises(Exception, match="image_newline .* does not fit"):
+    with pytest.raises(Exception, match=r"image_newline .* does not fit"):
         train(arguments(parts, tmp_path / "three", **KEPT, **frozen))
 
 

@@ -1,0 +1,122 @@
+"""Names of what the originals do wrong: the table, where a name may be given, and what each does to answers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava import compat
+from llava.chat import main as chat
+from llava.chat import make_parser as chat_parser
+from llava.compat import COMPAT, PLACES, parse_names
+from llava.errors import ConfigError, DataError
+from llava.eval.fingerprint import differences, model_settings
+from llava.eval.model_options import add_model_options
+from llava.generation.local import LocalEngine
+from llava.generation.opening import imitate, open_engine
+from llava.generation.protocol import Prompt, Sampling
+from llava.generation.reading import PromptReader
+from llava.model.building import Loaded
+from llava.model.checkpoint import save_model
+from llava.samples import Conversation, Turn
+from llava.utils.cli import Parser
+from tests.conftest import ROOT
+from tests.model.legacy_folders import write_legacy
+from tests.tiny import tiny_image, tiny_llava
+
+LENGTH = 220
+"""Behind the system text and the image of a prompt, before its end."""
+
+PAGE = ROOT / "docs" / "compatibility.md"
+
+
+def test_the_page_holds_the_table() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    words = {"training": "`llava train`", "answers": "`llava chat`, `llava eval`"}
+    assert rows == [
+        (name, case.original, case.spec, ", ".join(words[place] for place in case.where) or "comparison only")
+        for name, case in COMPAT.items()
+    ]
+
+
+def test_names_are_refused_where_they_do_nothing() -> None:
+    assert parse_names("cut_prompt", "answers") == {"cut_prompt"}
+    assert parse_names("all", "training") == {"micro_batch_loss", "cut_before_images"}
+    assert parse_names("all") == set(COMPAT) and not parse_names("none", "answers")
+    with pytest.raises(ConfigError, match="cut_prompt does nothing in the training commands; of use there: micro"):
+        parse_names("micro_batch_loss,cut_prompt", "training")
+    with pytest.raises(ConfigError, match="unknown compatibility name beams; known: beams_count_prompt"):
+        parse_names("beams", "answers")
+    for place in PLACES:
+        assert parse_names("all", place) and all(name in compat.help_text(place) for name in parse_names("all", place))
+
+
+def saved(tmp_path: Path) -> str:
+    loaded = tiny_llava()
+    save_model(loaded.model, loaded.processor, tmp_path / "model", origin=loaded.origin)
+    return str(tmp_path / "model")
+
+
+def test_commands_refuse_unknown_names_before_they_load_anything(tmp_path: Path) -> None:
+    words = ["--model", str(tmp_path / "nowhere"), "--question", "What?", "--compat", "nonsense"]
+    with pytest.raises(ConfigError, match="nonsense"):
+        chat(words)
+    with pytest.raises(ConfigError, match="nonsense"):
+        open_engine(str(tmp_path / "nowhere"), compat="nonsense")
+    assert chat_parser().parse_args(words).compat == "nonsense"
+
+
+def test_answers_made_under_other_names_are_others(tmp_path: Path) -> None:
+    parser = Parser()
+    add_model_options(parser)
+    words = ["--model", saved(tmp_path)]
+    plain = model_settings(parser.parse_args(words))
+    with_name = model_settings(parser.parse_args([*words, "--compat", "random_padding"]))
+    assert differences(plain, with_name) == ["compat"]
+
+
+def question(num_words: int, *images: Image.Image) -> Prompt:
+    text = "<image>\n" * len(images) + "word " * num_words
+    return Prompt(Conversation((Turn("human", text),)), images)
+
+
+def test_a_prompt_is_cut_to_the_training_length(tmp_path: Path) -> None:
+    folder = write_legacy(tmp_path, tokenizer_model_max_length=LENGTH)
+    engine = open_engine(str(folder), compat="cut_prompt", device="cpu")
+    assert engine.reader.longest == LENGTH
+    whole = PromptReader(engine.processor, max_tokens=2000).read(question(40, tiny_image(0))).encoded
+    found = engine.reader.read(question(40, tiny_image(0)))
+    assert found.encoded.input_ids == whole.input_ids[:LENGTH]
+    assert found.encoded.num_cut == len(whole.input_ids) - LENGTH
+    assert len(found.pictures) == 1 and found.encoded.image_spans == whole.image_spans
+    assert len(engine.reader.read(question(40)).encoded.input_ids) > LENGTH, "text alone stays whole"
+    assert engine.generate([question(40, tiny_image(0))], Sampling(max_new_tokens=2))[0][0].finish != "error"
+    engine.reader.longest = whole.image_spans[0][1] - 1
+    with pytest.raises(DataError, match="ends inside an image"):
+        engine.reader.read(question(40, tiny_image(0)))
+    assert open_engine(str(folder), device="cpu").reader.longest is None
+
+
+def test_what_the_checkpoint_does_not_say(tiny: Loaded) -> None:
+    with pytest.raises(ConfigError, match="tokenizer_model_max_length"):
+        imitate(LocalEngine(tiny.model, tiny.processor), {"cut_prompt"})
+
+
+def test_padding_is_drawn(tiny: Loaded) -> None:
+    tiny.processor.use_image_mode("pad")
+    picture = tiny_image(0).resize((28, 20))
+    plain = {tiny.processor.picture(picture).numpy().tobytes() for _ in range(12)}
+    assert len(plain) == 1
+    imitate(LocalEngine(tiny.model, tiny.processor), {"random_padding"})
+    drawn = {tiny.processor.picture(picture).numpy().tobytes() for _ in range(40)}
+    assert len(drawn) == 2 and plain < drawn
+    assert len({tiny.processor.picture(tiny_image(0)).numpy().tobytes() for _ in range(9)}) == 1, "no border, no draw"
+
+
+def test_beams_count_the_prompt_where_that_is_asked_for(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    assert open_engine(folder, compat="beams_count_prompt", device="cpu").beams_count_prompt
+    assert not open_engine(folder, device="cpu").beams_count_prompt
