@@ -15,6 +15,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 from llava.errors import ConfigError, GenerationError
 from llava.eval.fingerprint import model_settings, recorded
@@ -79,7 +80,15 @@ def run_answering(args: Namespace, form: PromptForm) -> Summary:
 
 def model_vqa(argv: Sequence[str] | None = None) -> None:
     """Answer chat questions."""
-    run_answering(make_parser("model_vqa.py", "Answer the questions of a chat evaluation.").parse_args(argv), "raw")
+    parser = make_parser("model_vqa.py", "Answer the questions of a chat evaluation.")
+    parser.add_argument(
+        "--prompt-form",
+        choices=get_args(PromptForm),
+        default="raw",
+        help="how rows repeat the question: as the file has it (as v1.0), tagged, or plain without the mark (as v1.5)",
+    )
+    args = parser.parse_args(argv)
+    run_answering(args, args.prompt_form)
 
 
 def model_vqa_med(argv: Sequence[str] | None = None) -> None:

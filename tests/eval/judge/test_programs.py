@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from llava.errors import ConfigError
-from llava.eval import eval_multimodal_chat_gpt_score, summarize_gpt_review
+from llava.eval import answering, eval_multimodal_chat_gpt_score, model_vqa, summarize_gpt_review
 from llava.eval.judge.prompts import TEMPLATES
 from llava.openai_api import ApiError
+from tests.eval.fakes import FakeEngine
 from tests.eval.judge.judges import answer, lines, question, write_lines
 from tests.fake_endpoint import KEY, MODEL, FakeEndpoint, Fault, environment, serve
 
@@ -208,6 +209,31 @@ def test_summary_of_files_judges_and_page(
     text = page.read_text()
     assert text.count('class="case"') == 3 and "data:image/jpeg;base64" in text
     assert "<script>" not in text and "&lt;script&gt;" in text and "http" not in text.replace("http-equiv", "")
+
+
+def test_from_questions_to_scores(
+    endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """model_vqa answers the chat questions (one picture is missing), the judge scores what was answered."""
+    questions = write_lines(tmp_path / "q.jsonl", [question(index) for index in range(6)])
+    (tmp_path / "images").mkdir()
+    for name in ("0.jpg", "1.jpg"):
+        Image.new("RGB", (9, 9)).save(tmp_path / "images" / name)
+    monkeypatch.setattr(answering, "open_engine", lambda args: FakeEngine())
+    files = {
+        "--question-file": questions,
+        "--image-folder": tmp_path / "images",
+        "--answers-file": tmp_path / "a.jsonl",
+    }
+    words = [word for option, path in files.items() for word in (option, str(path))]
+    model_vqa.main(["--model-name", "m", *words, "--prompt-form", "plain"])
+    answers = lines(tmp_path / "a.jsonl")
+    assert answers[1]["prompt"] == "What is object 1?" and answers[1]["question_id"] == 1
+    assert ["error" in row["metadata"] for row in answers] == [False] * 4 + [True] * 2
+    v10 = ["--question_input_path", str(questions), "--input_path", str(tmp_path / "a.jsonl")]
+    eval_multimodal_chat_gpt_score.main([*v10, "--output_path", str(tmp_path / "s.jsonl")])
+    assert "without a score, and in no figure: the answer failed: 2" in capsys.readouterr().out
+    assert len(endpoint.calls) == 4
 
 
 def test_reviews_of_llava_are_found_and_summarised(
