@@ -76,7 +76,9 @@ def domains_of(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def image_of(row: Mapping[str, Any]) -> str:
     """Return the name of a question row's picture; questions without one are each their own cluster."""
-    return str(row.get("image") or row.get("pair_id") or f"question {row.get('question_id')}")
+    image = row.get("image")
+    first = image[0] if isinstance(image, list) and image else image
+    return str(first or row.get("pair_id") or f"question {row.get('question_id')}")
 
 
 def read_cases(questions: str | Path, answers: str | Path, *, defects: frozenset[str] = frozenset()) -> list[Case]:
@@ -134,7 +136,8 @@ def _in_order(answers: Sequence[Record], num_questions: int, source: str) -> lis
 
 
 def _case(row: Record, answer: Mapping[str, Any], defects: frozenset[str]) -> Case:
-    failed = "error" in (answer.get("metadata") or {}) and "judged_failures" not in defects
+    metadata = answer.get("metadata")
+    failed = isinstance(metadata, Mapping) and "error" in metadata and "judged_failures" not in defects
     return Case(
         id=str(row["question_id"]),
         row=row,

@@ -91,6 +91,8 @@ def score(argv: Sequence[str] | None = None) -> None:
     """
     args = _score_parser().parse_args(argv)
     log.setup()
+    if args.scores_file.resolve() in (args.question_file.resolve(), args.answers_file.resolve()):
+        raise ConfigError(f"--scores-file {args.scores_file} would overwrite what is read; name another file")
     settings = Settings(
         template=args.template,
         swap=args.swap_order,

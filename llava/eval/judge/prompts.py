@@ -99,8 +99,8 @@ def context(row: Any, defects: frozenset[str] = frozenset()) -> str:
 
 def _sentences(mentions: Sequence[Any] | None) -> list[str]:
     """Return the sentences of mentions, which data files hold as text or as objects with `tokens`."""
-    texts = (mention.get("tokens", "") if isinstance(mention, dict) else mention for mention in mentions or ())
-    return [" ".join(str(text).split()) for text in texts if str(text).strip()]
+    texts = (mention.get("tokens") if isinstance(mention, dict) else mention for mention in mentions or ())
+    return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
 
 
 def again(messages: Messages, reply: str, template: Template) -> Messages:

@@ -80,7 +80,7 @@ def _rated(row: Record, default_id: str, parser: str) -> Rated:
     if isinstance(judgement := row.get("judgement"), dict):
         scores = _pair(judgement.get("scores"))
         failure = str(judgement.get("failure") or "")
-        orders = {name: _pair(order.get("scores")) for name, order in (judgement.get("orders") or {}).items()}
+        orders = _orders(judgement.get("orders") or {})
     elif "tuple" in row:
         scores = _pair(row["tuple"])
         failure = "" if scores != FAILED_TUPLE else "no scores"
@@ -120,6 +120,12 @@ def _parsed(row: Record, parser: str) -> tuple[Scores | None, str]:
         raise DataError(f"field {key!r} must be text, got {describe(reply)}")
     read = PARSERS[parser](reply)
     return (None, read.reason) if isinstance(read, Unreadable) else (read, "")
+
+
+def _orders(value: Any) -> dict[str, Scores | None]:
+    if not isinstance(value, dict) or not all(isinstance(order, dict) for order in value.values()):
+        raise DataError(f"field 'judgement.orders' must be an object of objects, got {describe(value)}")
+    return {name: _pair(order.get("scores")) for name, order in value.items()}
 
 
 def _pair(value: Any) -> Scores | None:

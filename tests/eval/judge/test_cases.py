@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llava.errors import ConfigError, DataError
 from llava.eval.judge.cases import asked, domains_of, image_of, read_cases
@@ -73,6 +76,7 @@ def test_domains_and_clusters() -> None:
     assert domains_of(question(0, domains=("gross", "histology"))) == ("histology", "gross")
     assert domains_of({"domain": {"endoscopy": True, "mri": True}}) == ("mri", "endoscopy")
     assert domains_of({}) == ()
+    assert image_of({"image": ["a.png", "b.png"]}) == "a.png"
     assert image_of({"pair_id": "p"}) == "p" and image_of({"question_id": 4}) == "question 4"
 
 
@@ -130,3 +134,29 @@ def test_the_real_questions(shared: Path) -> None:
     assert sum("Figure Context:\n\t- none\n" in text for text in texts) == 14
     first = read_cases(questions, answers, defects=RELEASES["v1.0"])
     assert [case.question for case in first] == [case.question for case in cases]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["tokens", "mri", "error"]), inner),
+    max_leaves=4,
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(list(question(0))), json_values, max_size=3),
+    st.dictionaries(st.sampled_from(list(answer(0))), json_values, max_size=2),
+    st.sampled_from(["none", "v1.0", "v1.5"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_rows_become_messages_or_are_refused(asked_row: dict, answer_row: dict, release: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        questions = write_lines(Path(folder) / "q.jsonl", [{**question(0), **asked_row}])
+        answers = write_lines(Path(folder) / "a.jsonl", [{**answer(0), **answer_row}])
+        try:
+            cases = read_cases(questions, answers, defects=RELEASES[release])
+        except DataError:
+            return
+    for case in cases:
+        messages = messages_of(case, "21", template=TEMPLATE, defects=RELEASES[release])
+        assert all(isinstance(message["content"], str) for message in messages) and case.image

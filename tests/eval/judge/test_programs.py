@@ -16,7 +16,9 @@ from PIL import Image
 
 from llava.errors import ConfigError
 from llava.eval import answering, eval_multimodal_chat_gpt_score, model_vqa, summarize_gpt_review
+from llava.eval.judge.page import choose
 from llava.eval.judge.prompts import TEMPLATES
+from llava.eval.judge.rated import Rated
 from llava.openai_api import ApiError
 from tests.eval.fakes import FakeEngine
 from tests.eval.judge.judges import answer, lines, question, write_lines
@@ -176,6 +178,21 @@ def test_reply_cut_at_the_limit_still_counts(files: list[str], endpoint: FakeEnd
     endpoint.faults = [Fault(finish_reason="length", text="8 7\nBecause the")]
     eval_multimodal_chat_gpt_score.main([*files, "--max-concurrency", "1"])
     assert sorted(row["result"] == "8 7\nBecause the" for row in lines(tmp_path / "s.jsonl")) == [False] * 5 + [True]
+
+
+def test_scores_do_not_overwrite_what_is_read(files: list[str], endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    before = (tmp_path / "a.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="overwrite"):
+        eval_multimodal_chat_gpt_score.main([*files, "--scores-file", str(tmp_path / "." / "a.jsonl")])
+    assert (tmp_path / "a.jsonl").read_bytes() == before and endpoint.calls == []
+
+
+def test_page_shows_telling_cases() -> None:
+    def rated(number: int, scores: tuple[float, float] | None) -> Rated:
+        return Rated(str(number), "", (), "x", scores)
+
+    rows = [rated(0, (8, 8)), rated(1, (8, 2)), rated(2, None), rated(3, (8, 9)), rated(4, (8, 5))]
+    assert choose(rows, 4) == [2, 1, 3, 0] and sorted(choose(rows, 99)) == [0, 1, 2, 3, 4] and choose([], 3) == []
 
 
 def test_dry_run_and_offline_ask_nobody(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llava.errors import ConfigError, DataError
 from llava.eval.judge.rated import Rated, read_rated
@@ -148,3 +151,22 @@ def test_empty_files_and_doubles_are_refused(tmp_path: Path) -> None:
         read_rated(write_lines(tmp_path / "s.jsonl", [{"question_id": 1, "tuple": [1, 1]}] * 2))
     with pytest.raises(ConfigError, match="unknown parser"):
         read_rated(tmp_path / "s.jsonl", parser="x")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 11) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["scores", "orders", "mri"]), inner),
+    max_leaves=6,
+)
+FIELDS = ("judgement", "tuple", "result", "gpt_eval", "domain", "image", "type", "question_id", "ans1", "ans2")
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(FIELDS), json_values), max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_any_rows_are_read_or_refused(rows: list[dict]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = read_rated(write_lines(Path(folder) / "s.jsonl", rows))
+        except DataError:
+            return
+    json.dumps(summarise(found, num_resamples=3))
