@@ -28,7 +28,7 @@ from llava.errors import CheckpointError, ConfigError
 from llava.image_grids import ANYRES, KEEP, VARIABLE_MODES, ImageGrid, Size, parse_pinpoints
 from llava.image_processors import FILE_NAME as IMAGE_PROCESSOR_FILE
 from llava.image_processors import load_image_processor
-from llava.tokenization import PrefixMark, TextTokenizer
+from llava.tokenization import PrefixMark, TextTokenizer, word_id
 from llava.utils.lookup import lookup
 
 FILE_NAME = "llava_processor.json"
@@ -99,8 +99,8 @@ class LlavaMedProcessor:
         self.text = TextTokenizer(tokenizer, prefix_mark, add_bos=add_bos)
         self.use_template(template, system=system)
         self.image_token_id = _find_image_token(tokenizer)
-        known = tokenizer.get_vocab()
-        self.marker_ids: tuple[int | None, int | None] = (known.get(IM_START_TOKEN), known.get(IM_END_TOKEN))
+        markers = (word_id(tokenizer, IM_START_TOKEN), word_id(tokenizer, IM_END_TOKEN))
+        self.marker_ids: tuple[int | None, int | None] = markers
 
     def use_template(self, name: str, *, system: str | None = None) -> None:
         """Write conversations in another template from now on, with its own system text unless one is given.
@@ -302,10 +302,10 @@ class LlavaMedProcessor:
 
 
 def _find_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    known = tokenizer.get_vocab()
     for token in (IMAGE_TOKEN, IM_PATCH_TOKEN):
-        if token in known:
-            return int(known[token])
+        found = word_id(tokenizer, token)
+        if found is not None:
+            return found
     raise ConfigError(f"the tokenizer knows neither {IMAGE_TOKEN} nor {IM_PATCH_TOKEN}; add one as a special token")
 
 

@@ -38,6 +38,16 @@ class Tokens(NamedTuple):
     spans: list[tuple[int, int]]
 
 
+def word_id(tokenizer: Any, word: str) -> int | None:
+    """Id of a word of the vocabulary or of the added words, None where it is neither.
+
+    Asked of the backend, since transformers makes a table of the whole vocabulary for every question.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    found: int | None = tokenizer.get_vocab().get(word) if backend is None else backend.token_to_id(word)
+    return found
+
+
 class TextTokenizer:
     """Tokenizes pieces of text without adding special tokens; special tokens written in the text are recognised."""
 

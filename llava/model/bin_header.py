@@ -7,12 +7,14 @@ a name outside `KNOWN` stops the walk before anything is called.
 
 from __future__ import annotations
 
+import math
 import pickletools
+import struct
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llava.errors import CheckpointError
 
@@ -56,13 +58,21 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class BinTensor:
-    """One tensor of a `.bin` file."""
+    """One tensor of a `.bin` file.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: torch's word.
+        storage_key: which member of the archive holds it.
+        num_elements_needed: elements its storage must hold, from the first to the last one the tensor touches.
+        start: first byte in the file, where its bytes lie as they are and row by row; else None.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     storage_key: str
     num_elements_needed: int
-    """Elements its storage must hold, from the first to the last one the tensor touches."""
+    start: int | None = None
 
 
 MARK = object()
@@ -108,7 +118,8 @@ class _Walk:
             storage, offset, shape, strides = arguments[:4]
             last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
             needed = 0 if 0 in shape else offset + last + 1
-            self.stack.append(BinTensor(tuple(shape), storage.dtype, storage.key, needed))
+            start = offset * ITEM_SIZES[storage.dtype] if tuple(strides) == row_strides(shape) else None
+            self.stack.append(BinTensor(tuple(shape), storage.dtype, storage.key, needed, start))
         elif name == REBUILD_PARAMETER:
             self.stack.append(arguments[0])
         elif name == "torch Size":
@@ -200,6 +211,11 @@ def _step(walk: _Walk, name: str, argument: Any) -> None:
         raise ValueError(f"the instruction {name}")
 
 
+def row_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor that lies in memory row by row."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
 def read_bin_header(file: Path) -> dict[str, BinTensor]:
     """Describe every tensor of a `.bin` (`.pt`, `.pth`) file; no weight is read.
 
@@ -208,22 +224,51 @@ def read_bin_header(file: Path) -> dict[str, BinTensor]:
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            sizes = {info.filename: info.file_size for info in archive.infolist()}
-            program = next((name for name in sizes if name.endswith("/data.pkl")), None)
+            members = {info.filename: info for info in archive.infolist()}
+            program = next((name for name in members if name.endswith("/data.pkl")), None)
             if program is None:
                 raise CheckpointError(f"{file} is a zip archive without tensors; expected a file written by torch.save")
-            table = _walk(file, archive.read(program))
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+            tensors = _tensors(file, _walk(file, archive.read(program)))
+            storages = {
+                tensor.storage_key: members.get(program.replace("data.pkl", f"data/{tensor.storage_key}"))
+                for tensor in tensors.values()
+            }
+            starts = _starts(file, storages)
+    except (zipfile.BadZipFile, OSError, EOFError, struct.error) as error:
         raise CheckpointError(
             f"{file} cannot be read as a torch file ({error}); it is truncated, or older than torch 1.6"
         ) from error
-    tensors = _tensors(file, table)
     for name, tensor in tensors.items():
-        stored = sizes.get(program.replace("data.pkl", f"data/{tensor.storage_key}"))
+        member = storages[tensor.storage_key]
         needed = tensor.num_elements_needed * ITEM_SIZES[tensor.dtype]
-        if stored is None or stored < needed:
-            raise CheckpointError(f"{file}: {name} needs {needed} bytes, the file holds {stored or 0}; it is truncated")
-    return tensors
+        if member is None or member.file_size < needed:
+            stored = 0 if member is None else member.file_size
+            raise CheckpointError(f"{file}: {name} needs {needed} bytes, the file holds {stored}; it is truncated")
+    return {name: _placed(tensor, starts.get(tensor.storage_key)) for name, tensor in tensors.items()}
+
+
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+LOCAL_HEADER_MARK = b"PK\x03\x04"
+
+
+def _starts(file: Path, storages: Mapping[str, zipfile.ZipInfo | None]) -> dict[str, int]:
+    """First byte of each storage in the file; those that are packed are left out."""
+    starts: dict[str, int] = {}
+    with file.open("rb") as stream:
+        for key, member in storages.items():
+            if member is None or member.compress_type != zipfile.ZIP_STORED:
+                continue
+            stream.seek(member.header_offset)
+            mark, name_bytes, extra_bytes = LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))
+            if mark == LOCAL_HEADER_MARK:
+                starts[key] = member.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
+    return starts
+
+
+def _placed(tensor: BinTensor, start: int | None) -> BinTensor:
+    """The tensor with its place in the file instead of in its storage."""
+    known = start is not None and tensor.start is not None
+    return replace(tensor, start=cast(int, start) + cast(int, tensor.start) if known else None)
 
 
 def _walk(file: Path, program: bytes) -> Any:

@@ -16,35 +16,58 @@ from llava.model.foreign_options import ForeignOptions
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, UNUSED_PARTS, first_line
 from llava.model.names import EMBEDDINGS, HEAD, TOWER
+from llava.model.shards import TensorEntry, read_with_room
 
 ROWS_AT_A_TIME = 512
 
 
-def grow(state: dict[str, Tensor], num_words: int) -> None:
-    """Append embedding rows until every word has one: the mean of the rows before (specification 1.2); never shrink."""
+def grow(state: dict[str, Tensor], num_words: int, files: Mapping[str, TensorEntry] | None = None) -> None:
+    """Append embedding rows until every word has one: the mean of the rows before (specification 1.2); never shrink.
+
+    Args:
+        state: weights under our names.
+        num_words: that need a row.
+        files: the tensors in their files, where the state's tables are these as they are: they need not be copied.
+    """
     missing = num_words - state[EMBEDDINGS].shape[0]
     if missing > 0:
-        state[EMBEDDINGS] = mean_rows(state[EMBEDDINGS], missing)
-    grow_head(state, state[EMBEDDINGS].shape[0])
+        state[EMBEDDINGS] = mean_rows(state[EMBEDDINGS], missing, _entry(files, "embed_tokens.weight"))
+    grow_head(state, state[EMBEDDINGS].shape[0], files)
 
 
-def grow_head(state: dict[str, Tensor], num_rows: int) -> None:
+def grow_head(state: dict[str, Tensor], num_rows: int, files: Mapping[str, TensorEntry] | None = None) -> None:
     """Give the head as many rows as the embeddings have, likewise."""
     name = HEAD + "weight"
     if name in state and state[name].shape[0] < num_rows:
-        state[name] = mean_rows(state[name], num_rows - state[name].shape[0])
+        state[name] = mean_rows(state[name], num_rows - state[name].shape[0], _entry(files, name))
 
 
-def mean_rows(table: Tensor, num_new: int) -> Tensor:
+def _entry(files: Mapping[str, TensorEntry] | None, ending: str) -> TensorEntry | None:
+    return next((entry for name, entry in (files or {}).items() if name.endswith(ending)), None)
+
+
+def mean_rows(table: Tensor, num_new: int, entry: TensorEntry | None = None) -> Tensor:
     """A table with new rows behind it, each the mean of the old ones.
 
     Summed in float32, some rows at a time: torch's own mean of a half-precision table takes ten times as long.
+
+    Args:
+        table: the old rows.
+        num_new: rows to append.
+        entry: where the table lies in a file, if it does.
     """
+    num_old = len(table)
+    whole = None
+    if entry is not None and entry.shape == tuple(table.shape) and entry.dtype == str(table.dtype).split(".")[-1]:
+        whole = read_with_room(entry, num_old + num_new)
     total = torch.zeros(table.shape[1])
-    for rows in table.split(ROWS_AT_A_TIME):
+    for rows in (table if whole is None else whole[:num_old]).split(ROWS_AT_A_TIME):
         total += rows.float().sum(dim=0)
-    mean = (total / len(table)).to(table.dtype)
-    return torch.cat([table, mean.expand(num_new, -1)])
+    mean = (total / num_old).to(table.dtype)
+    if whole is None:
+        return torch.cat([table, mean.expand(num_new, -1)])
+    whole[num_old:] = mean
+    return whole
 
 
 @contextmanager

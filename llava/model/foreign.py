@@ -47,7 +47,7 @@ from llava.model.names import (
     projector_suffix,
     renamed,
 )
-from llava.model.shards import open_tensors
+from llava.model.shards import TensorReader, open_tensors
 from llava.model.tower_source import TowerSource, find_tower
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def load_foreign(layout: Layout, options: ForeignOptions) -> Loaded:
     if select_feature(layout) == "cls_patch":
         num_image_tokens += num_extra_tokens(gathered.vision_config)
     processor = make_processor(layout, tokenizer, image_processor, num_image_tokens, options.template)
-    grow(gathered.state, len(tokenizer))
+    grow(gathered.state, len(tokenizer), layout.tensors if layout.kind == "legacy" else None)
     config = make_config(layout, text, gathered, processor)
     write_policy(config, processor.image_grid)
     config.source = {**source_of(layout, gathered), "config": written}
@@ -145,10 +145,10 @@ def gather(layout: Layout, base: Layout | None, options: ForeignOptions) -> Gath
     state: dict[str, Tensor] = {}
     buffers: dict[str, str] = {}
     if layout.kind != "legacy" and base is not None:
-        _take(state, buffers, base.path)
+        _take(state, buffers, base)
     adapters: list[LegacyLora] = []
     if layout.kind == "legacy":
-        _take(state, buffers, layout.path)
+        _take(state, buffers, layout)
     elif layout.kind == "legacy_adapter":
         adapters.append(read_lora(layout.folder))
         if not layout.extra:
@@ -166,17 +166,19 @@ def gather(layout: Layout, base: Layout | None, options: ForeignOptions) -> Gath
     return Gathered(state, adapters, tower, vision_config, buffers, state[EMBEDDINGS].shape[0])
 
 
-def _take(state: dict[str, Tensor], buffers: dict[str, str], path: Path) -> None:
+def _take(state: dict[str, Tensor], buffers: dict[str, str], layout: Layout) -> None:
     """Weights of a legacy checkpoint, or a plain language model, under our names."""
     trunk: dict[str, Tensor] = {}
-    for name, tensor in open_tensors(path):
+    for name, tensor in TensorReader(layout.tensors):
         if is_buffer(name):
             kind = next(kind for kind, pattern in BUFFERS.items() if pattern.fullmatch(name))
             buffers[kind] = str(tensor.dtype).removeprefix("torch.")
             continue
         ours = renamed(name, LEGACY_PREFIXES)
         if ours is None:
-            raise CheckpointError(f"{path}: {name} belongs to no part of the model; see `llava checkpoint inspect`")
+            raise CheckpointError(
+                f"{layout.path}: {name} belongs to no part of the model; see `llava checkpoint inspect`"
+            )
         (trunk if ".vision_tower.vit." in name else state)[ours] = tensor
     if trunk:
         plain = {name.removeprefix(TOWER): tensor for name, tensor in trunk.items()}
@@ -270,8 +272,7 @@ def make_config(layout: Layout, text: Any, gathered: Gathered, processor: Any) -
     """Our configuration of a legacy checkpoint."""
     kind, settings = projector_settings(layout)
     text.vocab_size = gathered.state[EMBEDDINGS].shape[0]
-    known = processor.tokenizer.get_vocab()
-    markers = [known[word] for word in MARKER_WORDS] if processor.use_im_start_end else None
+    markers = [word for word in processor.marker_ids if word is not None] if processor.use_im_start_end else None
     return LlavaMedConfig(
         vision_config=gathered.vision_config,
         text_config=text,

@@ -10,10 +10,11 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.errors import CheckpointError
-from llava.model.layout import Layout
+from llava.model.layout import PAD_TOKEN, Layout
 from llava.model.legacy_config import image_mode, merge_type
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.processing import LlavaMedProcessor
+from llava.tokenization import word_id
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def load_tokenizer(folder: Path) -> Any:
     except UNREADABLE as error:
         raise CheckpointError(f"{folder} holds no usable tokenizer: {first_line(error)}") from error
     for name, token in EMPTY_TOKENS.items():
-        if not getattr(tokenizer, name, None) and token in tokenizer.get_vocab():
+        if not getattr(tokenizer, name, None) and word_id(tokenizer, token) is not None:
             setattr(tokenizer, name, token)
             logger.info("%s: %s was empty, set to %s", folder, name, token)
     return tokenizer
@@ -45,8 +46,7 @@ def add_tokens(tokenizer: Any, layout: Layout) -> list[str]:
     wanted = [IM_PATCH_TOKEN] if layout.uses_patch_token else []
     wanted += [IM_START_TOKEN, IM_END_TOKEN] if layout.config.get("mm_use_im_start_end") else []
     wanted += [IMAGE_TOKEN] if layout.style == "placeholder" else []
-    known = tokenizer.get_vocab()
-    added = [token for token in wanted if token not in known]
+    added = [token for token in wanted if word_id(tokenizer, token) is None]
     # Also those that are known: as plain words, which old files make of them, they would be spelled out inside a text.
     tokenizer.add_tokens(wanted, special_tokens=True)
     return added
@@ -60,7 +60,7 @@ def make_processor(
     return LlavaMedProcessor(
         tokenizer,
         image_processor,
-        template=template or layout.template(tokenizer.get_vocab()),
+        template=template or layout.template([word for word in [PAD_TOKEN] if word_id(tokenizer, word) is not None]),
         image_mode=image_mode(layout.config),
         patch_merge_type=merge_type(layout.config),
         image_grid_pinpoints=layout.config.get("image_grid_pinpoints"),

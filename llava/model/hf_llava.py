@@ -27,7 +27,7 @@ from llava.model.multimodal_encoder.towers import (
     tower_image_processor,
 )
 from llava.model.names import HF_PREFIXES, is_buffer, renamed
-from llava.model.shards import open_tensors
+from llava.model.shards import TensorReader
 from llava.processing import LlavaMedProcessor
 
 SOURCE_KEY = "llava_source"
@@ -66,7 +66,7 @@ def load_hf(layout: Layout, options: ForeignOptions) -> Loaded:
         add_bos=kept.get("add_bos"),
         dicom=kept.get("dicom"),
     )
-    grow(state, len(tokenizer))
+    grow(state, len(tokenizer), layout.tensors)
     model = place(_ours(config, processor, kept), state, options, name=str(layout.path))
     return finish(model, processor, {"base": portable(str(layout.folder)), "load": options.parts})
 
@@ -91,7 +91,7 @@ def _config(layout: Layout) -> LlavaConfig:
 
 def _state(layout: Layout) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    for name, tensor in open_tensors(layout.path):
+    for name, tensor in TensorReader(layout.tensors):
         if is_buffer(name):
             continue
         ours = renamed(name, HF_PREFIXES)
@@ -134,8 +134,7 @@ def _template(layout: Layout, config: LlavaConfig) -> str:
 
 
 def _ours(config: LlavaConfig, processor: LlavaMedProcessor, kept: dict[str, Any]) -> LlavaMedConfig:
-    known = processor.tokenizer.get_vocab()
-    words = ("<im_start>", "<im_end>")
+    markers = [word for word in processor.marker_ids if word is not None]
     # Through JSON: transformers' configuration objects of one model must not be shared with another.
     text, vision = (json.loads(part.to_json_string(use_diff=False)) for part in _parts(config))
     return LlavaMedConfig(
@@ -147,7 +146,7 @@ def _ours(config: LlavaConfig, processor: LlavaMedProcessor, kept: dict[str, Any
         vision_feature_layer=config.vision_feature_layer,
         projector_type="mlp2x_gelu",
         use_im_start_end=processor.use_im_start_end,
-        marker_token_ids=[known[word] for word in words] if processor.use_im_start_end else None,
+        marker_token_ids=markers if processor.use_im_start_end else None,
         image_aspect_ratio=processor.image_mode,
         template=processor.template.name,
         placement=processor.placement,

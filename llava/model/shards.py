@@ -45,13 +45,23 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a checkpoint: `shape`, `dtype` (torch's word, as `float16`), its file, and its size in bytes."""
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: as the file has it.
+        shape: of the tensor.
+        dtype: torch's word, as `float16`.
+        file: that holds it.
+        num_bytes: size.
+        start: first byte in the file, where the bytes lie there as they are; else None.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     file: Path
     num_bytes: int
+    start: int | None = None
 
 
 def find_weights(folder: str | Path) -> Path | None:
@@ -106,10 +116,16 @@ def _read_index(index: Path) -> dict[str, str]:
 def _list_file(file: Path) -> dict[str, TensorEntry]:
     if file.suffix == ".safetensors":
         return _list_safetensors(file)
-    described = read_bin_header(file)
     return {
-        name: TensorEntry(name, tensor.shape, tensor.dtype, file, math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype])
-        for name, tensor in described.items()
+        name: TensorEntry(
+            name,
+            tensor.shape,
+            tensor.dtype,
+            file,
+            math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype],
+            tensor.start,
+        )
+        for name, tensor in read_bin_header(file).items()
     }
 
 
@@ -127,7 +143,7 @@ def _list_safetensors(file: Path) -> dict[str, TensorEntry]:
         for name, described in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = described["data_offsets"]
             dtype, shape = SAFE_DTYPES[described["dtype"]], tuple(described["shape"])
-            entries[name] = TensorEntry(name, shape, dtype, file, stop - start)
+            entries[name] = TensorEntry(name, shape, dtype, file, stop - start, 8 + header_bytes + start)
             if start != end or stop - start != math.prod(shape) * ITEM_SIZES[dtype]:
                 raise ValueError(f"{name} {shape} at bytes {start} to {stop}")
             end = stop
@@ -204,6 +220,31 @@ def open_tensors(folder: str | Path) -> TensorReader:
         CheckpointError: as `list_tensors`.
     """
     return TensorReader(list_tensors(folder))
+
+
+def read_with_room(entry: TensorEntry, num_rows: int) -> Tensor | None:
+    """A table with more rows behind it, without a copy: a private mapping of the file, whose next bytes make the rows.
+
+    The new rows hold anything and are to be written; what is written stays in memory, the file never changes.
+
+    Args:
+        entry: a matrix.
+        num_rows: all rows, with the new ones.
+
+    Returns:
+        None where the file does not hold the table as it is, or ends too early behind it.
+    """
+    import torch
+
+    dtype: torch.dtype = getattr(torch, entry.dtype)
+    num_bytes = entry.num_bytes // max(entry.shape[0], 1) * num_rows
+    file_bytes = entry.file.stat().st_size
+    if entry.start is None or entry.start % dtype.itemsize or entry.start + num_bytes > file_bytes:
+        return None
+    mapped: Any = torch.UntypedStorage.from_file(str(entry.file), shared=False, nbytes=file_bytes)
+    storage: Any = mapped[entry.start : entry.start + num_bytes]
+    width = entry.shape[1]
+    return torch.empty(0, dtype=dtype).set_(storage, 0, (num_rows, width), (width, 1))
 
 
 class ShardWriter:

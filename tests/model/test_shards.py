@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError
 from llava.model import bin_shard, shard_files
-from llava.model.shards import ShardWriter, TensorReader, list_tensors, open_tensors
+from llava.model.shards import ShardWriter, TensorReader, list_tensors, open_tensors, read_with_room
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -99,6 +99,58 @@ def test_a_view_does_not_drag_its_storage_into_a_bin_file(tmp_path: Path) -> Non
     with ShardWriter(tmp_path, safe=False) as writer:
         writer.add("row", torch.zeros(1000, 100)[3])
     assert (tmp_path / "pytorch_model.bin").stat().st_size < 5000
+
+
+def written_by(kind: str, folder: Path) -> Path:
+    """The tensors in one file: of ours, of torch's own writer, of the safetensors package."""
+    if kind.startswith("ours"):
+        return next(write(folder, safe=kind == "ours safe").glob("*model.*"))
+    if kind == "torch":
+        torch.save(TENSORS, folder / "pytorch_model.bin")
+        return folder / "pytorch_model.bin"
+    save_file(TENSORS, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+KINDS = pytest.mark.parametrize("kind", ["ours safe", "ours bin", "torch", "safetensors"])
+
+
+@KINDS
+def test_where_the_bytes_of_a_tensor_begin(tmp_path: Path, kind: str) -> None:
+    file = written_by(kind, tmp_path)
+    content = file.read_bytes()
+    for name, entry in list_tensors(file).items():
+        assert entry.start is not None
+        expected = TENSORS[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert content[entry.start : entry.start + entry.num_bytes] == expected
+
+
+@KINDS
+def test_a_table_with_room_for_more_rows(tmp_path: Path, kind: str) -> None:
+    file = written_by(kind, tmp_path)
+    content = file.read_bytes()
+    entry = list_tensors(file)["a.weight"]
+    table = read_with_room(entry, 4)
+    assert table is not None
+    assert torch.equal(table[:3], TENSORS["a.weight"])
+    table[3:] = 7.0
+    assert table.untyped_storage().nbytes() == 4 * 4 * 4
+    with open_tensors(file) as reader:  # neither the file nor its other tensors change
+        assert_same(reader)
+    assert file.read_bytes() == content
+    assert read_with_room(entry, 10_000) is None
+
+
+def test_no_room_where_the_file_does_not_hold_the_table_as_it_is(tmp_path: Path) -> None:
+    table = torch.arange(12.0).reshape(3, 4)
+    torch.save({"turned": table.t(), "behind": torch.ones(99)}, tmp_path / "x.bin")
+    packed = tmp_path / "packed.bin"
+    torch.save({"table": table, "behind": torch.ones(99)}, tmp_path / "y.bin")
+    with zipfile.ZipFile(tmp_path / "y.bin") as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    for file, name in ((tmp_path / "x.bin", "turned"), (packed, "table")):
+        assert read_with_room(list_tensors(file)[name], 5) is None
 
 
 @pytest.mark.parametrize("wide_bytes", [2**30, 8])
