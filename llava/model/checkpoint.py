@@ -354,12 +354,21 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
         adapted = PeftModel.from_pretrained(cast(Any, model), str(path))
     except UNREADABLE as error:
         raise CheckpointError(f"{path}: the adapter does not fit the model: {first_line(error)}") from error
-    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if got != expected:
-        some = ", ".join(sorted(got ^ expected)[:3])
-        raise CheckpointError(f"{file}: the adapter does not fit the model; only in one of the two: {some}")
+    check_adapter_names(adapted, got, file)
     load_extra(adapted, path)
     return adapted
+
+
+def check_adapter_names(adapted: Any, names: Collection[str], file: Path) -> None:
+    """Make sure that a file holds the weights of the adapter on a model, all of them and no others.
+
+    Raises:
+        CheckpointError: it does not; says which.
+    """
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if expected != set(names):
+        some = ", ".join(sorted(expected ^ set(names))[:3])
+        raise CheckpointError(f"{file}: the adapter does not fit the model; only in one of the two: {some}")
 
 
 def load_extra(model: nn.Module, path: str | Path) -> None:

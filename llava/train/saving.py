@@ -10,8 +10,11 @@ import torch
 from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 
+from llava.errors import CheckpointError
 from llava.model.building import Loaded
 from llava.model.checkpoint import (
+    ADAPTER_FILE,
+    check_adapter_names,
     load_extra,
     load_projector,
     read_tensors,
@@ -20,6 +23,7 @@ from llava.model.checkpoint import (
     save_projector,
 )
 from llava.model.modeling import LlavaMedForConditionalGeneration
+from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.train.trainer import Hooks
 
 Kind = Literal["projector", "adapter", "model"]
@@ -41,12 +45,30 @@ def hooks_for(kind: Kind, model: nn.Module, loaded: Loaded) -> Hooks:
         if kind == "projector":
             load_projector(model, path)
         elif kind == "adapter":
-            set_peft_model_state_dict(model, read_tensors(Path(path) / "adapter_model.safetensors"))
-            load_extra(model, Path(path))
+            restore_adapter(model, Path(path))
         else:
             _restore_model(model, path)
 
     return Hooks(save=save, restore=restore)
+
+
+def restore_adapter(model: nn.Module, path: Path) -> None:
+    """Copy a saved adapter, and what was saved beside it, into the one that is on the model.
+
+    Raises:
+        CheckpointError: a file is broken, or does not hold exactly the weights of this adapter.
+    """
+    file = path / ADAPTER_FILE
+    weights = read_tensors(file)
+    check_adapter_names(model, weights, file)
+    try:
+        result: Any = set_peft_model_state_dict(model, weights)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{file}: the adapter does not fit the model: {first_line(error)}") from error
+    # Weights outside the adapter are always missing there; within it none may be, whatever peft made of the names.
+    if wrong := sorted({name for name in result.missing_keys if "lora_" in name} | set(result.unexpected_keys)):
+        raise CheckpointError(f"{file}: peft could not place {len(wrong)} weights of the adapter, such as {wrong[0]}")
+    load_extra(model, path)
 
 
 def _restore_model(model: nn.Module, path: str) -> None:
