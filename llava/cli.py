@@ -57,6 +57,11 @@ COMMANDS: dict[str, Command] = {
         "a folder of DICOM studies to rows: modality, part, view, texts from a table; patients by hashed keys",
         "llava data dicom studies --out rows.json --salt_file salt.txt",
     ),
+    "data deid": Command(
+        "llava.data.deid:main",
+        "what in DICOM files may tell whose they are, writing in pictures too; clean copies with new identifiers",
+        "llava data deid studies --out clean --salt_file salt.txt --report found.json",
+    ),
     "data download": Command(
         "llava.data.published:main",
         "fetch the published data files, check them, then fetch their images; `sh download_data.sh` is the same",
@@ -107,6 +112,26 @@ COMMANDS: dict[str, Command] = {
         "rows to train, val and test so that no patient, or no picture, is in two of them",
         "llava data split all.json --by patient --fractions train=0.8,val=0.1,test=0.1 --out data/split",
     ),
+    "instruct generate": Command(
+        "llava.instruct.generate_program:main",
+        "let a language model write dialogues about figures from their captions; continues where it stopped",
+        "llava instruct generate --input_path captions.json --output_path gen.jsonl --use_inline_mentions --dry_run",
+    ),
+    "instruct postprocess": Command(
+        "llava.instruct.postprocess:main",
+        "make training data of generated dialogues, and say what every rule did",
+        "llava instruct postprocess --input_path gen.jsonl --output_path train.json",
+    ),
+    "data mix": Command(
+        "llava.data.mix:main",
+        "write the rows of a mixture as one data file, each with its source and licence",
+        "llava data mix mixture.yaml --out rows.json",
+    ),
+    "data check": Command(
+        "llava.data.check.program:main",
+        "what is wrong with a data file and its pictures, and what it shares with a test file; exit 1 on errors",
+        "llava data check train.json --images images --against test.json --html check.html --fix clean.json",
+    ),
     "checkpoint inspect": Command(
         "llava.model.inspection:main",
         "what a checkpoint of any kind holds, tensor by tensor; reads no weights",
@@ -146,7 +171,7 @@ def overview(commands: Mapping[str, Command] = COMMANDS) -> str:
     """Return the text of `llava --help`: every command with its summary and one example."""
     lines = [USAGE, ""]
     for name, command in commands.items():
-        lines += [f"  {name:<20}{command.summary}", f"{'':22}{command.example}", ""]
+        lines += [f"  {name:<22}{command.summary}", f"{'':24}{command.example}", ""]
     return "\n".join(lines).rstrip()
 
 

@@ -160,7 +160,9 @@ class ChatClient:
     """Asks one endpoint, a bounded number of requests at once.
 
     Failures that may pass are tried again with growing, jittered waits. When the endpoint asks everybody to wait
-    (`Retry-After`, or `x-ratelimit-remaining-*: 0` with its reset time), all requests of this client wait.
+    (`Retry-After`, or `x-ratelimit-remaining-*: 0` with its reset time), all requests of this client wait. After a
+    failure that every request would share (a wrong key, nothing left to spend), nothing more is sent: what follows
+    fails likewise at once.
 
     Args:
         settings: of the endpoint.
@@ -179,6 +181,7 @@ class ChatClient:
         self.max_wait = MAX_WAIT
         self.num_attempts = 0
         self._limit_name = "max_tokens"
+        self._fatal: ApiFailure | None = None
         self._connected: tuple[asyncio.AbstractEventLoop, Connection] | None = None
 
     async def complete(self, messages: Messages, *, temperature: float | None = 0.0, **options: Any) -> str:
@@ -223,7 +226,7 @@ class ChatClient:
         connection = self._connection()
         prompt_spent = answer_spent = 0
         attempt = 1
-        while True:
+        while self._fatal is None:
             body: dict[str, Any] = {"model": self.settings.deployment, "messages": list(messages)}
             body |= {} if temperature is None else {"temperature": temperature}
             limit_name = self._limit_name
@@ -233,7 +236,7 @@ class ChatClient:
                 self.num_attempts += 1
                 found = await connection.send(body, accept_cut_short=accept_cut_short)
             if isinstance(found, Reply):
-                return found
+                return replace(found, wasted_tokens=(prompt_spent, answer_spent))
             if found.param == limit_name == "max_tokens":  # newer models know the limit by its other name only
                 self._limit_name = "max_completion_tokens"
                 continue
@@ -241,18 +244,16 @@ class ChatClient:
             answer_spent += found.num_answer_tokens
             too_long = found.wait is not None and found.wait > self.max_wait
             if too_long or found.reason not in TRY_AGAIN or attempt > self.max_retries:
-                return replace(
-                    found,
-                    num_attempts=attempt,
-                    num_prompt_tokens=prompt_spent,
-                    num_answer_tokens=answer_spent,
-                    fatal=too_long or found.reason in FATAL,
-                )
+                fatal = too_long or found.reason in FATAL
+                self._fatal = replace(found, fatal=True) if fatal else self._fatal
+                found = replace(found, num_prompt_tokens=prompt_spent, num_answer_tokens=answer_spent)
+                return replace(found, num_attempts=attempt, fatal=fatal)
             wait = max(found.wait or 0.0, backoff(attempt, first=self.first_wait, most=self.max_wait))
             if found.wait is not None or found.reason == "rate_limited":
                 connection.pause(wait)
             await asyncio.sleep(wait)
             attempt += 1
+        return self._fatal
 
     def map(self, batches: Iterable[Messages], **options: Any) -> Iterator[str | ApiFailure]:
         """Yield the answer's text or the failure of each conversation, in order; `options` as of `ask`."""

@@ -53,6 +53,7 @@ class Reply:
         model: the model's name as the endpoint states it.
         num_prompt_tokens: as the endpoint counted; None when it did not say.
         num_answer_tokens: likewise.
+        wasted_tokens: of prompts and answers of earlier attempts, which could not be used.
     """
 
     text: str
@@ -60,6 +61,7 @@ class Reply:
     model: str = ""
     num_prompt_tokens: int | None = None
     num_answer_tokens: int | None = None
+    wasted_tokens: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

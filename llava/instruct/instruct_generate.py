@@ -1,0 +1,23 @@
+"""Let a language model write dialogues about figures from their captions.
+
+python llava/instruct/instruct_generate.py \\
+    --input_path data/instruct/llava_med_instruct_fig_captions.json \\
+    --output_path data/instruct/llava_med_instruct_60k_inline_mentions_gen.jsonl \\
+    --max-size 60000 --use_inline_mentions True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llava.instruct import generate_program
+from llava.utils.cli import run_program
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    generate_program.main(argv)
+
+
+if __name__ == "__main__":
+    run_program(main)

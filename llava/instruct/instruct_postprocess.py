@@ -1,0 +1,22 @@
+"""Make training data of generated dialogues: turns, image place holder, and no word about captions.
+
+python llava/instruct/instruct_postprocess.py \\
+    --input_path data/instruct/llava_med_instruct_60k_inline_mentions_gen.jsonl \\
+    --output_path data/instruct/llava_med_instruct_60k_inline_mentions_post.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llava.instruct import postprocess
+from llava.utils.cli import run_program
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    postprocess.main(argv)
+
+
+if __name__ == "__main__":
+    run_program(main)
