@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from llava.errors import ConfigError
-from llava.model.checkpoint import save_adapter, save_model
+from llava.model.building import build
+from llava.model.checkpoint import save_adapter, save_model, save_projector
+from llava.model.converting import convert
+from llava.model.hf_export import export_hf
+from llava.model.legacy_export import export_legacy
 from llava.model.loading import load
 from llava.model.lora import add_lora, freeze_for, trainable_report
 from llava.model.quantization import Quantization, quantized_layers
 from tests.model.model_tools import batch, logits, shake, trained
-from tests.tiny import tiny_llava
+from tests.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra: train)"
@@ -125,6 +130,71 @@ def test_adapter_of_a_quantized_model(saved: tuple[Path, torch.Tensor], tmp_path
     torch.testing.assert_close(logits(again), expected)
     full = logits(load(tmp_path / "adapter"))
     assert (full - expected).abs().mean() < 0.5 * (saved[1] - expected).abs().mean()
+
+
+def quantized_names(loaded: Any) -> set[str]:
+    layers = set(quantized_layers(loaded.model))
+    return {name for name, module in loaded.model.named_modules() if module in layers}
+
+
+def close(loaded: Any, exact: torch.Tensor) -> bool:
+    return bool(0 < (logits(loaded) - exact).abs().mean() < 0.35 * exact.abs().mean())
+
+
+@pytest.fixture(scope="module")
+def other_layouts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """One model in the originals' layout (one file and shards) and in transformers', and its answers."""
+    root = tmp_path_factory.mktemp("layouts")
+    loaded = tiny_llava(lm_sizes=WIDE, projector_type="mlp2x_gelu")
+    export_legacy(loaded, root / "legacy")
+    export_legacy(loaded, root / "legacy bin shards", safe=False, max_shard_bytes=100_000)
+    export_hf(loaded, root / "hf")
+    return root, logits(loaded)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("layout", ["legacy", "legacy bin shards", "hf"])
+def test_checkpoints_of_other_layouts_are_quantized_while_loading(
+    other_layouts: tuple[Path, torch.Tensor], layout: str, bits: int
+) -> None:
+    folder, exact = other_layouts
+    loaded = load(folder / layout, bits=bits)
+    names = quantized_names(loaded)
+    assert len(names) == 2 * 7
+    assert all(name.startswith("model.language_model.layers.") for name in names)
+    plain = load(folder / layout)
+    for name, weight in plain.model.named_parameters():  # all that is not quantized is there to the last bit
+        if name.rsplit(".", 1)[0] not in names:
+            assert torch.equal(loaded.model.get_parameter(name), weight), name
+    assert close(loaded, exact)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_and_projectors_of_other_layouts_on_a_quantized_model(tmp_path: Path, bits: int) -> None:
+    """Adapters of the originals' layout stay adapters there: weights of a few bits take no sum."""
+    write_tiny_lm(tmp_path / "parts" / "lm", **WIDE)
+    write_tiny_tower(tmp_path / "parts" / "tower")
+    loaded = build(str(tmp_path / "parts" / "lm"), str(tmp_path / "parts" / "tower"), projector_type="mlp2x_gelu")
+    save_projector(loaded.model, loaded.processor, tmp_path / "projector", origin=loaded.origin)
+    convert(tmp_path / "projector", tmp_path / "legacy projector", "legacy")
+    base = str(tmp_path / "parts" / "lm")
+    alone = load(tmp_path / "legacy projector", base=base, template="vicuna_v1", bits=bits)
+    assert len(quantized_names(alone)) == 2 * 7
+    before = logits(loaded)
+    assert close(alone, before)
+    network = add_lora(loaded, r=4, alpha=8)
+    freeze_for(network, has_adapter=True)
+    shake(trained(network))
+    network.eval()
+    save_adapter(network, loaded.processor, tmp_path / "adapter", origin=loaded.origin)
+    convert(tmp_path / "adapter", tmp_path / "legacy adapter", "legacy")
+    adapted = load(tmp_path / "legacy adapter", base=base, bits=bits)
+    assert any("lora_A" in name for name, _ in adapted.model.named_parameters())
+    adapted.model.eval()
+    full = logits(loaded)
+    assert 0 < (logits(adapted) - full).abs().mean() < 0.6 * (before - full).abs().mean()
 
 
 @needs_bitsandbytes
