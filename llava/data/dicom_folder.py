@@ -124,7 +124,7 @@ def _instance(folder: Path, path: str, salt: bytes, join: str) -> Instance:
                 raise NotDicom(f"image {path} is no DICOM file")
             dataset = read(stream, tags, name=path, pixels=False)
             check_picture(dataset, path)
-            keys = {kind: _text(dataset, tag) for kind, tag in IDENTITY_TAGS.items()}
+            keys = {kind: field_text(dataset, tag) for kind, tag in IDENTITY_TAGS.items()}
             return Instance(
                 path=path,
                 keys={kind: key_of(kind, value, salt) for kind, value in keys.items() if value},
@@ -132,7 +132,7 @@ def _instance(folder: Path, path: str, salt: bytes, join: str) -> Instance:
                 side=side_of(dataset),
                 number=whole(dataset, "InstanceNumber", default=0),
                 num_frames=whole(dataset, "NumberOfFrames", default=1),
-                join=path if join == "path" else _text(dataset, JOIN_TAGS[join]),
+                join=path if join == "path" else field_text(dataset, JOIN_TAGS[join]),
             )
     except OSError as error:
         raise DataError(f"image {path} cannot be read: {error.strerror}") from error
@@ -140,7 +140,7 @@ def _instance(folder: Path, path: str, salt: bytes, join: str) -> Instance:
         raise error if path in str(error) else DataError(f"image {path} {error}") from None
 
 
-def _text(dataset: Dataset, keyword: str) -> str:
+def field_text(dataset: Dataset, keyword: str) -> str:
     """Return a field as text without the space that pads it; only to be hashed or compared."""
     with quiet(f"has a field {keyword} that cannot be understood"):
         value = dataset.get(keyword)

@@ -22,7 +22,6 @@ import pydicom
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.filereader import read_dataset
 from pydicom.uid import (
-    UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -121,15 +120,13 @@ def read(source: bytes | BinaryIO, tags: Sequence[str], *, name: str, pixels: bo
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     wanted = [*tags, *PIXEL_TAGS] if pixels else list(tags)
     with quiet(f"image {name} cannot be read"):
-        _check_inflated(stream, name)
+        check_inflated(stream, name)
         dataset = pydicom.dcmread(stream, force=True, specific_tags=list(wanted), stop_before_pixels=not pixels)
-        meta = dataset.file_meta
-        if not meta.get("TransferSyntaxUID"):
-            meta.TransferSyntaxUID = _plain_syntax(dataset)
+        fill_syntax(dataset)
     return dataset
 
 
-def _check_inflated(stream: BinaryIO, name: str) -> None:
+def check_inflated(stream: BinaryIO, name: str) -> None:
     """Refuse a deflated file that unpacks to too much; pydicom would unpack it whole, whatever its size."""
     start = stream.tell()
     try:
@@ -148,12 +145,13 @@ def _check_inflated(stream: BinaryIO, name: str) -> None:
         stream.seek(start)
 
 
-def _plain_syntax(dataset: FileDataset) -> UID:
-    """Return the transfer syntax that pydicom found out for a file that does not say it."""
+def fill_syntax(dataset: FileDataset) -> None:
+    """Write down the transfer syntax that pydicom found out for a file that does not say it."""
+    if dataset.file_meta.get("TransferSyntaxUID"):
+        return
     is_implicit, is_little = dataset.original_encoding
-    if is_implicit:
-        return ImplicitVRLittleEndian
-    return ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+    plain = ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if is_implicit else plain
 
 
 def word(dataset: Dataset, keyword: str) -> str:

@@ -45,6 +45,10 @@ def check_llava(words: list[str]) -> None:
         from llava.data.dicom_rows import make_parser as dicom_parser
 
         dicom_parser().parse_args(rest)
+    elif name == "data deid":
+        from llava.data.deid import make_parser as deid_parser
+
+        deid_parser().parse_args(rest)
     elif name == "quickstart":
         from llava.quickstart.settings import make_parser as quickstart_parser
 

@@ -1,0 +1,151 @@
+"""`llava data deid DIR`: what in DICOM files may tell whose they are, and clean copies of them.
+
+    files --inspect--> report.json (names of fields, private fields, writing in pictures)
+          --clean, --out--> PATIENT/STUDY/INSTANCE.dcm of keys: pixels as they were, identifiers new
+
+A copy keeps only what `deid_profile` lists. Files whose picture may bear writing are held back unless asked for: no
+field says what is written there. Nothing that a field holds is printed or put into the report.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pydicom
+from pydicom.dataset import FileMetaDataset
+
+from llava.data.deid_findings import Findings, inspect
+from llava.data.deid_profile import clean
+from llava.data.dicom_folder import IDENTITY_TAGS, NotDicom, field_text, files_of
+from llava.data.dicom_header import check_inflated, fill_syntax, quiet
+from llava.data.dicom_keys import key_of, read_salt
+from llava.data.dicom_kinds import check_picture
+from llava.data.dicom_policy import DicomPolicy
+from llava.data.dicom_sniff import is_dicom, may_be_bare
+from llava.data.images import load, read_bytes
+from llava.errors import ConfigError, DataError, LlavaError
+from llava.utils import log
+from llava.utils.cli import Parser
+from llava.utils.jsonl import write_atomic, write_json
+from llava.utils.log import progress
+
+WHOLE_RANGE = DicomPolicy(window="full")
+"""Shows writing, which has the largest value, without showing a window's bright parts like it."""
+
+
+HELD_BACK = "something may be written in the picture (--burned_in keep writes it all the same)"
+
+
+def read_all(data: bytes, name: str) -> pydicom.FileDataset:
+    """Return every field of a DICOM file that holds a picture.
+
+    Raises:
+        DataError: another format, damaged, or no picture.
+    """
+    if not is_dicom(data) and not may_be_bare(data):
+        raise NotDicom(f"image {name} is no DICOM file")
+    stream = io.BytesIO(data)
+    with quiet(f"image {name} cannot be read"):
+        check_inflated(stream, name)
+        dataset = pydicom.dcmread(stream, force=True)
+        fill_syntax(dataset)
+    check_picture(dataset, name)
+    return dataset
+
+
+def clean_copy(dataset: pydicom.FileDataset, salt: bytes) -> tuple[str, bytes]:
+    """Return the name of a clean copy, made of keys, and its content.
+
+    Raises:
+        DataError: the data set cannot be written.
+    """
+    copy = clean(dataset, salt)
+    with quiet("cannot be written as a clean copy"):
+        copy.file_meta = FileMetaDataset()
+        copy.file_meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
+        copy.file_meta.MediaStorageSOPClassUID = copy.SOPClassUID
+        copy.file_meta.MediaStorageSOPInstanceUID = copy.SOPInstanceUID
+        stream = io.BytesIO()
+        pydicom.dcmwrite(stream, copy, enforce_file_format=True)
+    parts = [key_of(kind, field_text(dataset, IDENTITY_TAGS[kind]), salt) for kind in ("patient", "study", "instance")]
+    return f"{'/'.join(parts)}.dcm", stream.getvalue()
+
+
+def treat(path: str, args: Namespace, salt: bytes) -> tuple[Findings, str]:
+    """Inspect one file and, if asked for, write its clean copy; return the copy's name, or an empty one.
+
+    Raises:
+        DataError: the file cannot be used, or its copy would look different.
+    """
+    data = read_bytes(path, args.folder)
+    dataset = read_all(data, path)
+    try:
+        findings = inspect(dataset, load(data, dicom=WHOLE_RANGE))
+        if args.out is None or (findings.suspicions and args.burned_in == "hold"):
+            return findings, ""
+        name, content = clean_copy(dataset, salt)
+        if load(content).tobytes() != load(data).tobytes():
+            raise DataError("would look different as a clean copy, so none is written")
+        write_atomic(args.out / name, content)
+        return findings, name
+    except DataError as error:
+        text = str(error).replace("image given as bytes ", "", 1)
+        raise type(error)(f"image {path} {text}") from None
+
+
+def make_parser() -> Parser:
+    """Return the options of `llava data deid`."""
+    parser = Parser(
+        prog="llava data deid", description="What in DICOM files may tell whose they are, and clean copies."
+    )
+    parser.add_argument("folder", type=Path, help="searched for DICOM files, also in folders inside it")
+    parser.add_argument("--out", type=Path, help="folder of the clean copies; without it files are only inspected")
+    parser.add_argument("--salt_file", help="secret of the new identifiers, made when absent; needed with --out")
+    parser.add_argument("--report", type=Path, help="write what was found in each file as JSON")
+    parser.add_argument(
+        "--burned_in", choices=["hold", "keep"], default="hold", help="files in whose picture something may be written"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `llava data deid`."""
+    args = make_parser().parse_args(argv)
+    log.setup()
+    if args.out is not None and args.salt_file is None:
+        raise ConfigError("--out needs --salt_file: without a secret the new identifiers could be traced back")
+    if args.out is not None and args.out.resolve().is_relative_to(args.folder.resolve()):
+        raise ConfigError(f"--out {args.out} lies inside {args.folder}; name a folder elsewhere")
+    salt = b"" if args.salt_file is None else read_salt(args.salt_file)
+    report: dict[str, dict[str, Any]] = {}
+    for path in progress(files_of(args.folder), title="inspecting", unit="file"):
+        try:
+            findings, name = treat(path, args, salt)
+            report[path] = {**asdict(findings), "copy": name or None}
+            if args.out is not None and not name:
+                report[path]["left_out"] = HELD_BACK
+        except LlavaError as error:
+            report[path] = {"left_out": str(error)}
+    if args.report is not None:
+        write_json(args.report, report)
+    sys.stdout.write(_summary(report))
+
+
+def _summary(report: Mapping[str, Mapping[str, Any]]) -> str:
+    read = [entry for entry in report.values() if "fields" in entry]
+    fates = Counter((name, fate) for entry in read for name, fate in entry["fields"].items())
+    reasons = Counter(reason for entry in read for reason in entry["suspicions"])
+    lines = [f"{len(read)} of {len(report)} files are pictures that can be read"]
+    lines += [f"  {count:>8} {fate:<9}{name}" for (name, fate), count in sorted(fates.items())]
+    lines += [f"  {sum(entry['num_private'] for entry in read):>8} private fields (removed)"]
+    lines += [f"{sum(bool(entry['suspicions']) for entry in read)} files may bear writing in the picture"]
+    lines += [f"  {count:>8} {reason}" for reason, count in sorted(reasons.items())]
+    lines += [f"{sum(bool(entry.get('copy')) for entry in read)} clean copies written"]
+    return "\n".join(lines) + "\n"
