@@ -8,8 +8,9 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llava.errors import DataError
 
@@ -122,12 +123,19 @@ def done_keys(path: str | Path, key: str) -> set[str]:
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write a whole file under a temporary name and move it into place, so that no reader meets half a file."""
+    with open_atomic(path) as stream:
+        stream.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextmanager
+def open_atomic(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing under a temporary name; it is moved into place at the end, or removed on an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(content.encode("utf-8") if isinstance(content, str) else content)
+            yield stream
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:

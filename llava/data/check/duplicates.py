@@ -1,0 +1,28 @@
+"""What is in one file more than once: rows, ids, and pictures under several names."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llava.data.check.findings import Findings
+from llava.data.check.ledger import Ledger, view
+from llava.data.check.pictures import Pictures
+from llava.data.check.rows_by_key import grouped, repeats
+
+
+def find_repeated_rows(ledger: Ledger, file: int, findings: Findings) -> None:
+    """Report rows with the images and the conversation of an earlier row, and ids of earlier rows."""
+    for rule, keys in (("repeated-row", ledger.contents), ("repeated-id", ledger.ids)):
+        for row, first in zip(*repeats(view(keys)), strict=True):
+            findings.add(rule, file, [int(row)], f"first in row {first}")
+
+
+def find_same_pictures(pictures: Pictures, file: int, findings: Findings) -> None:
+    """Report pictures of one file that have the same pixels under several names."""
+    places = np.unique(pictures.of_ref[file])
+    pixels = view(pictures.pixels)[places]
+    again, _ = repeats(pixels)
+    for _, group in grouped(pixels, places, np.unique(pixels[again])):
+        rows = pictures.rows(file, group)
+        message = f"{len(group)} names for one picture"
+        findings.add("same-picture", file, rows, message, images=group[:10].tolist())

@@ -1,0 +1,81 @@
+"""A cleaned copy of a data file: rows that break a rule with `drops` are left out, the others are put in form.
+
+    file --without dropped rows--> samples.from_row --> samples.to_row --> copy in the same form (array or lines)
+
+The first of repeated rows stays. What a person must judge (look-alikes, text that looks like identifiers) stays too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava.data.check.findings import FILE
+from llava.data.check.ledger import view
+from llava.data.check.report import Report
+from llava.data.check.rows import view_row
+from llava.data.check.rules import RULES
+from llava.data.check.stream import form_of, stream_rows
+from llava.errors import ConfigError
+from llava.samples import to_row
+from llava.utils.jsonl import open_atomic
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """What `write_fixed` did: rows written, rows left out, and how many of those broke each rule (or several)."""
+
+    path: Path
+    num_kept: int
+    num_dropped: int
+    by_rule: dict[str, int]
+
+
+def refuse_overwriting(report_path: Path, *sources: Path | None) -> None:
+    """Make sure that a copy does not replace what it is made from.
+
+    Raises:
+        ConfigError: it would.
+    """
+    for source in filter(None, sources):
+        if report_path.exists() and source.exists() and report_path.samefile(source):
+            raise ConfigError(f"--fix {report_path} is the file that is checked; give the copy another name")
+
+
+def write_fixed(report: Report, path: Path) -> Fixed:
+    """Write the cleaned copy of the checked file."""
+    source, dropped, by_rule = report.scans[FILE].path, _dropped(report), {}
+    for rule, file in report.findings.rules():
+        if file == FILE and RULES[rule].drops:
+            by_rule[rule] = report.num_rows_of(rule, FILE)
+    lines, num_kept = form_of(source) == "lines", 0
+    with open_atomic(path) as stream:
+        for row, value in stream_rows(source):
+            if dropped[row]:
+                continue
+            start = "" if lines else ("[\n" if num_kept == 0 else ",\n")
+            text = json.dumps(_cleaned(value, row), ensure_ascii=False)
+            stream.write(f"{start}{text}{chr(10) if lines else ''}".encode())
+            num_kept += 1
+        if not lines:
+            stream.write(b"\n]\n" if num_kept else b"[]\n")
+    return Fixed(path, num_kept, int(dropped.sum()), by_rule)
+
+
+def _dropped(report: Report) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Say for every row of the file whether the copy goes without it."""
+    dropped = np.zeros(report.scans[FILE].ledger.num_rows, dtype=np.bool_)
+    for rule, file in report.findings.rules():
+        if file == FILE and RULES[rule].drops:
+            dropped[view(report.findings.of(rule, FILE).rows)] = True
+    return dropped
+
+
+def _cleaned(value: Any, row: int) -> Any:
+    """Return a row as it should be written; rows of question files have no such form and stay as they are."""
+    seen = view_row(value, row)
+    return value if seen.sample is None or seen.is_question else to_row(seen.sample)

@@ -1,0 +1,195 @@
+"""A whole check: both files, their pictures, what they share; and its result as data for the page and for programs.
+
+FILE, AGAINST --scan_file--> rows --Pictures--> pictures --> repeats, near-duplicates, leaks --Report--> JSON
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava.data.check.duplicates import find_repeated_rows, find_same_pictures
+from llava.data.check.findings import AGAINST, FILE, Finding, Findings
+from llava.data.check.leakage import find_leaks
+from llava.data.check.ledger import GROUP_FIELDS, Ledger, NameStore, view
+from llava.data.check.near import find_near_duplicates
+from llava.data.check.pictures import Pictures
+from llava.data.check.rules import NOT_TRAINABLE, RULES
+from llava.data.check.scan import Scan, scan_file
+from llava.data.check.tokens import TokenBudget
+from llava.errors import DataError
+
+
+@dataclass(slots=True)
+class Report:
+    """The result of a check.
+
+    Attributes:
+        scans: the files, the checked one first.
+        pictures: their pictures.
+        findings: everything that was found.
+        num_uncompared: pairs of look-alikes that were not compared, as there were too many.
+        tokens: what the rows need with a model's tokenizer, where one was given.
+    """
+
+    scans: list[Scan]
+    pictures: Pictures
+    findings: Findings
+    num_uncompared: int = 0
+    tokens: TokenBudget | None = None
+
+    def exit_status(self, *, strict: bool) -> int:
+        """Return 1 when there are errors, or warnings and `strict`; else 0."""
+        return int(self.findings.count("error") > 0 or (strict and self.findings.count("warning") > 0))
+
+    def num_not_trainable(self) -> int:
+        """How many rows, of both files, hold nothing to train."""
+        files = range(len(self.scans))
+        return sum(self.findings.of(rule, file).count for rule in NOT_TRAINABLE for file in files)
+
+    def num_rows_of(self, rule: str, file: int) -> int:
+        """How many distinct rows of a file break a rule."""
+        return len(np.unique(view(self.findings.of(rule, file).rows)))
+
+
+def check(
+    path: Path,
+    *,
+    images: Path | None = None,
+    against: Path | None = None,
+    against_images: Path | None = None,
+    group_fields: Sequence[str] = GROUP_FIELDS,
+    max_listed: int = 1000,
+    num_threads: int | None = None,
+) -> Report:
+    """Check a data file, alone or against another one.
+
+    Args:
+        path: the file.
+        images: folder of its pictures; None does not open them.
+        against: a file that must share nothing with it (its test set).
+        against_images: folder of that file's pictures; None: the same folder.
+        group_fields: fields that name a patient or a study.
+        max_listed: findings of one rule that are kept in words.
+        num_threads: threads that open pictures; None: one for each processor.
+
+    Raises:
+        DataError: a file or a folder does not exist.
+    """
+    roots = [images] if against is None else [images, against_images or images]
+    for root in filter(None, roots):
+        if not root.is_dir():
+            raise DataError(f"--images {root}: no such folder")
+    findings, names = Findings(max_listed), NameStore()
+    scans = []
+    for file, part in enumerate([path] if against is None else [path, against]):
+        root_number = int(file == AGAINST and _differ(roots[FILE], roots[AGAINST]))
+        ledger = Ledger(group_fields, names, root=root_number, compares=against is not None)
+        scans.append(scan_file(part, ledger, file, findings))
+        find_repeated_rows(ledger, file, findings)
+    pictures = Pictures([scan.ledger for scan in scans], names, roots)
+    report = Report(scans, pictures, findings)
+    if images is not None:
+        pictures.open_all(num_threads=num_threads)
+        _report_bad(pictures, findings)
+        for file in range(len(scans)):
+            find_same_pictures(pictures, file, findings)
+        report.num_uncompared = find_near_duplicates(pictures, findings)
+    if against is not None:
+        find_leaks([scan.ledger for scan in scans], pictures, findings)
+    return report
+
+
+def _differ(first: Path | None, second: Path | None) -> bool:
+    return first is not None and second is not None and first.resolve() != second.resolve()
+
+
+def _report_bad(pictures: Pictures, findings: Findings) -> None:
+    """Report pictures that do not decode, once for each file that names them."""
+    for place, (rule, message) in pictures.bad.items():
+        for file in range(len(pictures.of_ref)):
+            rows = pictures.rows(file, np.asarray([place]))
+            if rows:
+                findings.add(rule, file, rows, message, images=[place])
+
+
+def as_data(report: Report, *, strict: bool) -> dict[str, Any]:
+    """Return the report as JSON data: counts, every row number of every rule, the first findings in words."""
+    names = ("file", "against")
+    return {
+        "exit_status": report.exit_status(strict=strict),
+        "strict": strict,
+        "errors": report.findings.count("error"),
+        "warnings": report.findings.count("warning"),
+        "not_trainable": report.num_not_trainable(),
+        "files": {names[file]: _file_data(scan) for file, scan in enumerate(report.scans)},
+        "pictures": picture_data(report.pictures),
+        "pairs_not_compared": report.num_uncompared,
+        "tokens": None if report.tokens is None else asdict(report.tokens),
+        "rules": [_rule_data(report, rule, file, names[file]) for rule, file in report.findings.rules()],
+    }
+
+
+def _file_data(scan: Scan) -> dict[str, Any]:
+    return {
+        "name": scan.path.name,
+        "rows": scan.ledger.num_rows,
+        "readable": scan.num_readable,
+        "question_rows": scan.num_questions,
+        "read_leniently": dict(scan.repairs.most_common()),
+        "questions_per_row": {str(number): count for number, count in sorted(scan.balance.turns.items())},
+        "images_per_row": {str(number): count for number, count in sorted(scan.balance.images.items())},
+        "classes": scan.balance.tables(),
+    }
+
+
+def picture_data(pictures: Pictures) -> dict[str, Any]:
+    """Return the table of sizes and forms of the pictures that decoded."""
+    if not pictures.opened:
+        return {"named": len(pictures), "opened": False}
+    good = pictures.good()
+    widths, heights = view(pictures.widths)[good], view(pictures.heights)[good]
+    sizes, counts = np.unique(np.stack([widths, heights], axis=1), axis=0, return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:20]
+    sides = {}
+    for name, values in (("width", widths), ("height", heights)):
+        if len(values):
+            low, middle, high = np.quantile(values, [0.0, 0.5, 1.0], method="nearest")
+            sides[name] = {"smallest": int(low), "median": int(middle), "largest": int(high)}
+    return {
+        "named": len(pictures),
+        "opened": True,
+        "decoded": int(good.sum()),
+        "forms": pictures.kind_table(),
+        "sides": sides,
+        "num_sizes": len(counts),
+        "sizes": {f"{sizes[place][0]} x {sizes[place][1]}": int(counts[place]) for place in most},
+    }
+
+
+def _rule_data(report: Report, rule: str, file: int, file_name: str) -> dict[str, Any]:
+    found = report.findings.of(rule, file)
+    rows = np.unique(view(found.rows)).tolist()
+    return {
+        "rule": rule,
+        "level": RULES[rule].level,
+        "file": file_name,
+        "title": RULES[rule].title,
+        "hint": RULES[rule].hint,
+        "findings": found.count,
+        "rows": rows,
+        "listed": [_finding_data(finding, report.pictures) for finding in found.listed],
+    }
+
+
+def _finding_data(finding: Finding, pictures: Pictures) -> dict[str, Any]:
+    data: dict[str, Any] = {"rows": list(finding.rows), "message": finding.message}
+    if finding.images:
+        data["images"] = [pictures.name(place) for place in finding.images]
+    if finding.other_rows:
+        data["other_rows"] = list(finding.other_rows)
+    return data

@@ -1,0 +1,149 @@
+"""One row of a file: the sample it is, or what is wrong with it, field by field.
+
+    decoded value --samples.from_row--> Sample, its problems   (or, where that fails, which of the fields is to blame)
+
+What a row must look like is said in `samples` and `data.placing` alone; here their refusals become findings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from llava.answer_types import is_closed
+from llava.data.placing import with_places
+from llava.data.records import read_default
+from llava.errors import DataError
+from llava.samples import CONVERSATION_KEYS, Sample, from_row, name_of, read_images
+
+_ANY_TURN = [{"from": "human", "value": "?"}]
+
+
+class Problem(NamedTuple):
+    """A rule that a row breaks, and the words for it (empty: the rule's title says it all)."""
+
+    rule: str
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RowView:
+    """What one row is.
+
+    Attributes:
+        sample: the row; None where it cannot be read.
+        problems: what is wrong with it.
+        images: names of its pictures, also where the rest cannot be read.
+        is_question: a row of a question file, which has no answer and needs none.
+        has_id: whether it brings an id of its own.
+        repairs: what is read although it is not written as it should be.
+    """
+
+    sample: Sample | None
+    problems: tuple[Problem, ...] = ()
+    images: tuple[str, ...] = ()
+    is_question: bool = False
+    has_id: bool = False
+    repairs: tuple[str, ...] = ()
+
+
+def view_row(value: Any, row: int) -> RowView:
+    """Return what a decoded value, or the `DataError` in its place, is as a row of a data file."""
+    if isinstance(value, DataError):
+        return RowView(None, (Problem("unreadable", str(value)),))
+    if not isinstance(value, dict):
+        return RowView(None, (Problem("row-type", f"a row must be a JSON object, got {type(value).__name__}"),))
+    if not _is_unicode(value):
+        return RowView(None, (Problem("text"),))
+    key = next((key for key in CONVERSATION_KEYS if key in value), None)
+    if value[key] in (None, []) if key else "text" not in value:
+        problems = (Problem("no-conversation"), *_field_problems(value))
+        return RowView(None, problems, _images(value))
+    try:
+        sample, num_lost = read_default(value, str(row))
+    except DataError as error:
+        return RowView(None, _blame(value, str(error)), _images(value))
+    problems = tuple(_sample_problems(sample, is_question=key is None))
+    has_id = value.get("id", value.get("question_id") if key is None else None) is not None
+    return RowView(sample, problems, sample.images, key is None, has_id, tuple(_repairs(value, key, num_lost)))
+
+
+def _images(value: Mapping[str, Any]) -> tuple[str, ...]:
+    try:
+        return read_images(value.get("image"))
+    except DataError:
+        return ()
+
+
+def _blame(value: Mapping[str, Any], message: str) -> tuple[Problem, ...]:
+    """Return what is wrong with a row that cannot be read: each field is tried by itself."""
+    found = _field_problems(value)
+    rest = {name: part for name, part in value.items() if name not in ("id", "question_id", "image")}
+    found += _attempt("conversation", lambda: read_default({**rest, "id": "?"}, "?"))
+    return found or (Problem("conversation", message),)
+
+
+def _field_problems(value: Mapping[str, Any]) -> tuple[Problem, ...]:
+    name = value.get("id", value.get("question_id"))
+    return (
+        *_attempt("id", lambda: from_row({"id": name, "conversations": _ANY_TURN}, default_id="?")),
+        *_attempt("image-field", lambda: read_images(value.get("image"))),
+    )
+
+
+def _attempt(rule: str, read: Callable[[], object]) -> tuple[Problem, ...]:
+    try:
+        read()
+    except DataError as error:
+        return (Problem(rule, str(error)),)
+    return ()
+
+
+def _is_unicode(value: Any) -> bool:
+    """Say whether every text in a value can be written; JSON can hold half of a surrogate pair, no file can."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+        return True
+    if isinstance(value, Mapping):
+        return all(_is_unicode(part) for item in value.items() for part in item)
+    return all(map(_is_unicode, value)) if isinstance(value, list) else True
+
+
+def _sample_problems(sample: Sample, *, is_question: bool) -> Iterator[Problem]:
+    """Yield what is wrong with a row that can be read."""
+    try:
+        with_places(sample)
+    except DataError as error:
+        yield Problem("places", str(error).removeprefix(f"{name_of(sample)}: "))
+    turns = sample.conversation.turns
+    answers = [turn for turn in turns if turn.role == "gpt"]
+    if not answers and not is_question:
+        yield Problem("no-answer")
+    if not all(turn.text.replace("<image>", "").strip() for turn in turns):
+        yield Problem("empty-text")
+    if answers and "answer_type" in sample.meta:
+        try:
+            is_closed(sample.meta["answer_type"], answers[0].text)
+        except DataError:
+            yield Problem("answer-type")
+
+
+def _repairs(value: Mapping[str, Any], key: str | None, num_lost: int) -> Iterator[str]:
+    """Yield what the reader put right without a word."""
+    if key == CONVERSATION_KEYS[1]:
+        yield "misspelt field conversatons"
+    if value.get("id") is None and (key or value.get("question_id") is None):
+        yield "no id: called by its number"
+    if num_lost:
+        yield "an answer before the first question, left out"
+    turns = value.get(key) if key else None
+    for turn in turns or ():
+        if not isinstance(turn["value"], str):
+            yield "a number where text is expected"
+            break
+    if any(turn["from"] in ("user", "assistant") for turn in turns or ()):
+        yield "roles user and assistant for human and gpt"

@@ -1,0 +1,98 @@
+"""What is looked for: every rule with its level, its title and what to do about it.
+
+An error says that training would stop, or that a score on the other file would mean nothing; a warning says that a
+person should look. Which is which is part of the command's contract: errors end it with status 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["error", "warning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One thing that is looked for.
+
+    Attributes:
+        level: `error` or `warning`.
+        title: what was found, in a few words.
+        hint: what to do about it.
+        drops: whether `--fix` leaves such rows out.
+    """
+
+    level: Level
+    title: str
+    hint: str
+    drops: bool = False
+
+
+RULES: dict[str, Rule] = {
+    "unreadable": Rule(
+        "error", "row cannot be read", "correct the JSON there; an array ends at its first broken row", drops=True
+    ),
+    "row-type": Rule(
+        "error", "row is no JSON object", "a row is an object with id, image and conversations", drops=True
+    ),
+    "text": Rule(
+        "error",
+        "text is not Unicode",
+        "it has bytes that are not UTF-8, or half of a surrogate pair",
+        drops=True,
+    ),
+    "id": Rule("error", "id has the wrong type", "write the id as text or as a whole number", drops=True),
+    "image-field": Rule("error", "image has the wrong type", "write one file name, or a list of them", drops=True),
+    "conversation": Rule(
+        "error",
+        "conversation cannot be read",
+        'write a list of {"from": "human" or "gpt", "value": text}, a question first, in turns',
+        drops=True,
+    ),
+    "places": Rule(
+        "error",
+        "place holders and images differ in number",
+        "write one <image> for each image, or none to have them put in front",
+        drops=True,
+    ),
+    "tokens": Rule("error", "row cannot be turned into tokens", "see the message", drops=True),
+    "image-missing": Rule(
+        "error", "image file is missing", "fetch the file, correct the name, or check --images", drops=True
+    ),
+    "image-broken": Rule("error", "image cannot be decoded", "fetch the file again or leave the row out", drops=True),
+    "leak-bytes": Rule("error", "same picture file in both files", "keep each picture in one file only", drops=True),
+    "leak-pixels": Rule(
+        "error", "same picture, stored differently, in both files", "keep each picture in one file only", drops=True
+    ),
+    "leak-group": Rule(
+        "error", "same patient or study in both files", "split by patient: llava data split --by patient", drops=True
+    ),
+    "leak-pair": Rule(
+        "error", "same question about the same image in both files", "keep the row in one file only", drops=True
+    ),
+    "no-conversation": Rule("warning", "not trainable: no conversation", "fill in or leave out the row", drops=True),
+    "no-answer": Rule("warning", "not trainable: no answer", "fill in or leave out the row", drops=True),
+    "empty-text": Rule("warning", "empty question or answer", "fill in or leave out the row"),
+    "answer-type": Rule("warning", "answer_type is unknown", "evaluation needs OPEN, CLOSED, yes/no, other or number"),
+    "repeated-row": Rule("warning", "same images and conversation as an earlier row", "keep one of them", drops=True),
+    "repeated-id": Rule("warning", "same id as an earlier row", "answers are joined by id; make ids unique"),
+    "same-picture": Rule("warning", "one picture under several names", "give it one name"),
+    "near-duplicate": Rule(
+        "warning", "pictures that are nearly the same", "look at them; one picture cut or stored twice is a leak"
+    ),
+    "leak-name": Rule(
+        "warning", "same image name in both files", "give --images to have the pictures themselves compared"
+    ),
+    "leak-question": Rule("warning", "same question on another image in both files", "usual for short questions"),
+    "identifier-date": Rule("warning", "text that looks like a date", "remove it or replace it by a time span"),
+    "identifier-number": Rule("warning", "text that looks like a record number", "remove it"),
+    "identifier-phone": Rule("warning", "text that looks like a telephone number", "remove it"),
+    "identifier-email": Rule("warning", "text that looks like an e-mail address", "remove it"),
+    "identifier-name": Rule("warning", "text that looks like a name", "remove it"),
+}
+
+NOT_TRAINABLE = ("no-conversation", "no-answer")
+"""Rules whose rows hold nothing to train."""
+
+IMAGE_RULES = frozenset({"image-missing", "image-broken"})

@@ -1,0 +1,49 @@
+"""Small data files and pictures for the tests of `llava data check`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llava.data.check.report import Report, check
+from llava.data.check.rules import RULES
+
+
+def row(number: int, image: str | None = None, **fields: Any) -> dict[str, Any]:
+    """A row with a question and an answer of its own; `fields` add to it or replace."""
+    turns = [
+        {"from": "human", "value": f"{'<image>' if image else ''}\nIs sign {number} seen here?"},
+        {"from": "gpt", "value": f"Sign {number} is."},
+    ]
+    return {"id": f"row {number}", **({"image": image} if image else {}), "conversations": turns, **fields}
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> Path:
+    """A JSON array."""
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def smooth(seed: int, side: int = 64) -> Image.Image:
+    """A grey picture of random soft spots: another seed looks quite different."""
+    spots = np.random.default_rng(seed).integers(30, 226, (12, 12), dtype=np.uint8)
+    return Image.fromarray(spots).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def rules_of(report: Report) -> dict[str, list[int]]:
+    """The rows of the checked file by rule."""
+    return {
+        rule: sorted(set(report.findings.of(rule, file).rows)) for rule, file in report.findings.rules() if file == 0
+    }
+
+
+def check_rows(tmp_path: Path, rows: Sequence[Any], **options: Any) -> dict[str, list[int]]:
+    """Check an array of rows; returns the rows by rule."""
+    found = rules_of(check(write_rows(tmp_path / "rows.json", rows), **options))
+    assert found.keys() <= RULES.keys()
+    return found

@@ -1,0 +1,122 @@
+"""Single rows: what is wrong with them, field by field, and agreement with what training accepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava.data.check.rows import view_row
+from llava.data.check.rules import RULES
+from llava.data.placing import with_places
+from llava.data.records import read_default
+from llava.errors import DataError
+from tests.data.check.files import check_rows, row
+
+TURNS = row(0)["conversations"]
+HUMAN, GPT = TURNS
+
+
+@pytest.mark.parametrize(
+    ("value", "rules"),
+    [
+        (row(0, "a.png"), []),
+        (row(0), []),
+        (DataError("not JSON"), ["unreadable"]),
+        ([], ["row-type"]),
+        (None, ["row-type"]),
+        (row(0, id=1.5), ["id"]),
+        (row(0, id=True), ["id"]),
+        (row(0, image=3), ["image-field"]),
+        (row(0, image=["a", ""]), ["image-field"]),
+        (row(0, image=3, id=[]), ["id", "image-field"]),
+        ({"id": "a", "conversations": "text"}, ["conversation"]),
+        ({"id": "a", "conversations": [HUMAN, HUMAN]}, ["conversation"]),
+        ({"id": "a", "conversations": [{"from": "nobody", "value": "x"}]}, ["conversation"]),
+        ({"id": "a", "conversations": [{"from": "human", "value": None}]}, ["conversation"]),
+        ({"id": [], "image": {}, "conversations": [7]}, ["id", "image-field", "conversation"]),
+        ({"id": "a"}, ["no-conversation"]),
+        ({"id": "a", "conversations": []}, ["no-conversation"]),
+        ({"id": "a", "conversations": None, "image": 5}, ["no-conversation", "image-field"]),
+        ({"id": "a", "conversations": [HUMAN]}, ["no-answer"]),
+        ({"question_id": 4, "text": "What is seen?\n<image>", "image": "a.png"}, []),
+        ({"question_id": 4, "text": ["What is seen?"]}, ["conversation"]),
+        (row(0, conversations=[{"from": "human", "value": "<image>"}, GPT]), ["places", "empty-text"]),
+        (row(0, "a.png", conversations=[{"from": "human", "value": "<image><image> ?"}, GPT]), ["places"]),
+        (row(0, answer_type="maybe"), ["answer-type"]),
+        (row(0, answer_type="closed"), []),
+        (row(0, note="\ud800"), ["text"]),
+        (row(0, **{"\udfff": 1}), ["text"]),
+        (row(0, image=["a\udc00.png"]), ["text"]),
+    ],
+)
+def test_problems_of_a_row(value: Any, rules: list[str]) -> None:
+    assert [problem.rule for problem in view_row(value, 0).problems] == rules
+
+
+def test_no_message_shows_text_of_a_row() -> None:
+    secret = "Jane Roe, born in May"
+    for value in (
+        {"id": {secret: secret}, "image": {secret: 1}, "conversations": [secret]},
+        {"id": "a", "conversations": [{"from": secret, "value": secret}]},
+        {"id": "a", "conversations": [{"from": "human", "value": [secret]}]},
+        {"id": "a", "conversations": [{"from": "human", "value": f"{secret} <image><image>"}]},
+    ):
+        problems = view_row(value, 0).problems
+        assert problems and all(secret not in problem.message for problem in problems)
+
+
+def test_what_is_read_leniently_is_counted() -> None:
+    old = {"conversatons": [{"from": "user", "value": "?"}, {"from": "assistant", "value": 3}]}
+    seen = view_row(old, 5)
+    assert seen.problems == () and not seen.has_id and len(seen.repairs) == 4
+    late = view_row({"id": "a", "conversations": [GPT, HUMAN, GPT]}, 0)
+    assert late.repairs == ("an answer before the first question, left out",)
+
+
+turn = st.fixed_dictionaries(
+    {"from": st.sampled_from(["human", "gpt", "user", "system", "x"]), "value": st.text(max_size=5) | st.integers()}
+)
+fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.text(max_size=3) | st.integers() | st.none() | st.booleans(),
+        "question_id": st.integers(),
+        "text": st.text(max_size=3) | st.none(),
+        "image": st.none() | st.text(max_size=3) | st.lists(st.text(max_size=2), max_size=2) | st.integers(),
+        "conversations": st.lists(turn, max_size=4) | st.none() | st.text(max_size=2) | st.lists(st.none(), max_size=1),
+        "conversatons": st.lists(turn, max_size=2),
+        "answer_type": st.none() | st.sampled_from(["OPEN", "x"]) | st.integers(),
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=fields | st.lists(st.none(), max_size=1) | st.text(max_size=3))
+def test_errors_are_exactly_what_training_refuses(value: Any) -> None:
+    seen = view_row(value, 3)
+    errors = [problem for problem in seen.problems if RULES[problem.rule].level == "error"]
+    refused = "no-conversation" in [problem.rule for problem in seen.problems]
+    try:
+        if not isinstance(value, dict):
+            raise DataError("no object")
+        with_places(read_default(value, "3")[0])
+    except DataError:
+        assert errors or refused
+    else:
+        assert not errors and not refused and seen.sample is not None
+
+
+def test_rows_that_repeat(tmp_path: Path) -> None:
+    rows = [row(0), row(1), {**row(0), "id": "other"}, {**row(2), "id": "row 1"}, row(3, id=5), row(4, id="5")]
+    found = check_rows(tmp_path, rows)
+    assert found == {"repeated-row": [2], "repeated-id": [3, 5]}
+
+
+def test_rows_without_an_id_do_not_repeat_the_ids_of_others(tmp_path: Path) -> None:
+    nameless = row(7)
+    del nameless["id"]
+    assert check_rows(tmp_path, [row(0, id="1"), nameless]) == {}
