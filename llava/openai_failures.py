@@ -123,6 +123,7 @@ def read_reply(content: bytes, *, accept_cut_short: bool = False) -> Reply | Api
         return replace(failed, reason="cut_short")
     if not isinstance(text, str) or not text.strip():
         return failed
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair could not be written to a file
     return Reply(text, finish_reason, str(body.get("model") or ""), prompt, answer)
 
 

@@ -63,6 +63,10 @@ def _check(row: Any) -> str:
     if not isinstance(identity, str) or not identity:
         raise DataError("field 'pair_id' must be a text that is not empty")
     context_text(row, use_inline_mentions=True)
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        raise DataError("the row holds half a surrogate pair, or is nested too deeply, and cannot be written") from None
     return identity
 
 
@@ -85,7 +89,7 @@ def _domains(text: str, path: str | Path) -> Iterable[tuple[str, list[Any]]] | N
         return None
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return None  # one object a line; the reader of lines says what is wrong with it otherwise
     if "pair_id" in value:
         return None

@@ -182,10 +182,10 @@ def _decide(rule: str, text: str, phrase: str, *, forbidden: Callable[[str], str
 
 
 _SIGHT = (
-    r"(?:(?:the|this|that|an?|any|your|its) )?(?:[\w-]+ ){0,2}"
+    r"(?:(?:the|this|that|an?|any|your|its) )?(?:(?!(?:in|on|from|of)\b)[\w-]+ ){0,2}"
     r"(?:image|figure|picture|photo|photograph|scan|slide|film|x-ray|radiograph|caption|context|text)s?\b"
 )
-_UNSEEN = r"\b(?:without seeing|cannot see|can't see|cannot (?:directly )?view|unable to view|unable to see)"
+_UNSEEN = r"\b(?:without seeing|(?:cannot|can't|unable to) (?:directly )?(?:see|view))"
 _REFUSED = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -195,7 +195,7 @@ _REFUSED = tuple(
         r"\bwithout the actual image\b",
         r"\bnot (?:mentioned|provided|specified) in the (?:figure |image )?caption\b",
         rf"{_UNSEEN} {_SIGHT}",
-        r"\b(?:i|we) (?:cannot|can't|am unable to|are unable to) (?:directly )?(?:see|view)\b",
+        rf"{_UNSEEN} (?:it|them)\b",
         r"\bunable to provide specific details\b",
         r"\bi(?:'m| am) (?:\w+ )?sorry\b",
         r"^\W*sorry\b",

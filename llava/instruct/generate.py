@@ -130,7 +130,7 @@ class Generation:
         if isinstance(found, Reply):
             self._budget.spend(*found.wasted_tokens)
             tokens = self._budget.settle(key, found.num_prompt_tokens, found.num_answer_tokens, answer=found.text)
-            self._results.append_answer(row, found.text, model=found.model, tokens=tokens)
+            self._results.append_answer(row, found.text, model=found.model, tokens=tokens, wasted=found.wasted_tokens)
             self._outcome.num_answered += 1
             self._failures_in_a_row = 0
             return

@@ -8,6 +8,7 @@ Every rule counts what it did; a row without a usable pair is left out and count
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,6 +82,19 @@ class Counts:
         }
 
 
+_BOLD = re.compile(r"^[ \t]*\*{1,2}(User|Assistant)(?::\*{1,2}|\*{1,2}:)", re.MULTILINE)
+
+
+def tidy(text: str) -> str:
+    """Return a dialogue without place holders of the model's own, and with speakers that are not bold."""
+    return _BOLD.sub(r"\1:", text.replace(IMAGE_TOKEN, ""))
+
+
+def _writable(text: str) -> str:
+    """Return text with halves of surrogate pairs, which no file can hold, replaced."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def parse_dialogue(text: str) -> tuple[list[Pair], int]:
     """Return the pairs of question and answer, and the number of parts that are no pair.
 
@@ -105,20 +119,20 @@ def training_row(row: Mapping[str, Any], *, mode: str, seed: int, counts: Counts
     """Return the training row of a generated one; None when nothing of it can be used.
 
     In mode `legacy` the image stands with the first question that was written, even if that pair is dropped, and the
-    row then has none. In mode `fixed` it stands with the first question that is left, and place holders that the
-    language model wrote itself are removed.
+    row then has none. In mode `fixed` it stands with the first question that is left; the text is made `tidy` before.
 
     Raises:
         DataError: the row has no `pair_id`.
     """
     identity, text = row.get("pair_id"), row.get("result")
-    if not isinstance(identity, str) or not identity:
+    if not isinstance(identity, str) or not identity or _writable(identity) != identity:
         raise DataError("field 'pair_id' must be a text that is not empty")
     if not isinstance(text, str) or not text.strip():
         counts.rows["no answer"] += 1
         return None
+    text = _writable(text)
     fixed = mode != "legacy"
-    pairs, num_malformed = parse_dialogue(text.replace(IMAGE_TOKEN, "") if fixed else text)
+    pairs, num_malformed = parse_dialogue(tidy(text) if fixed else text)
     counts.pairs["malformed"] += num_malformed
     if not pairs:
         counts.rows["no dialogue"] += 1

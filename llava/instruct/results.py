@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,16 +23,27 @@ from llava.utils.jsonl import append, drop_torn_line, write_atomic
 
 Row = Mapping[str, Any]
 
+WASTED = "wasted"
+"""Field with the tokens of attempts that could not be used; part of what was spent."""
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Where one row lies in its file, and what is counted of it."""
+    """Where one row lies in its file, and what is counted of it.
+
+    Attributes:
+        start: first byte.
+        length: in bytes.
+        spent: tokens of prompts and answers, failed attempts included.
+        num_answer: tokens of the answer alone.
+        reason: of a failure.
+    """
 
     start: int
     length: int
-    num_prompt: int
+    spent: tuple[int, int]
     num_answer: int
-    reason: str
+    reason: str = ""
 
 
 class Results:
@@ -49,34 +60,47 @@ class Results:
         self.path = Path(path)
         stem = self.path.name.removesuffix(".jsonl")
         self.failed_path = self.path.with_name(f"{stem}.failed.jsonl")
-        self.answered = {key: line for key, line in _lines(self.path).items() if not line.reason}
-        self.failed = {key: line for key, line in _lines(self.failed_path).items() if key not in self.answered}
+        self.answered = _lines(self.path, _read_answer)
+        self.failed = _without(_lines(self.failed_path, _read_failure), self.answered)
 
     def repair(self) -> None:
         """Remove last lines that a killed process left half written, before more are appended."""
         for file in (self.path, self.failed_path):
             drop_torn_line(file)
 
-    def append_answer(self, row: Row, answer: str, *, model: str, tokens: tuple[int, int]) -> None:
-        """Write one answered row: the caption row, `result`, and who wrote it for how many tokens."""
-        note = {"model": model, "prompt_tokens": tokens[0], "answer_tokens": tokens[1]}
-        append(self.path, {**row, "result": answer, "generation": note})
+    def append_answer(
+        self, row: Row, answer: str, *, model: str, tokens: tuple[int, int], wasted: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Write one answered row: the caption row, `result`, and who wrote it for how many tokens.
+
+        Args:
+            row: the caption row.
+            answer: the text.
+            model: as the endpoint names it.
+            tokens: of prompt and answer.
+            wasted: those of attempts that could not be used.
+        """
+        note: dict[str, Any] = {"model": model, **_counts(tokens)}
+        lost = self._lost(row, wasted)
+        append(
+            self.path, {**row, "result": answer, "generation": note | ({WASTED: _counts(lost)} if any(lost) else {})}
+        )
 
     def append_failure(self, row: Row, failure: ApiFailure) -> None:
         """Write one row that failed: the caption row and `failure`."""
-        note = {
-            "reason": failure.reason,
-            "detail": failure.detail,
-            "attempts": failure.num_attempts,
-            "prompt_tokens": failure.num_prompt_tokens,
-            "answer_tokens": failure.num_answer_tokens,
-        }
-        append(self.failed_path, {**row, "failure": note})
+        lost = self._lost(row, (failure.num_prompt_tokens, failure.num_answer_tokens))
+        note = {"reason": failure.reason, "detail": failure.detail, "attempts": failure.num_attempts}
+        append(self.failed_path, {**row, "failure": {**note, WASTED: _counts(lost)}})
+
+    def _lost(self, row: Row, tokens: tuple[int, int]) -> tuple[int, int]:
+        """Return these tokens and those of an earlier failure, whose line will go."""
+        earlier = self.failed.get(row["pair_id"])
+        return tokens if earlier is None else (tokens[0] + earlier.spent[0], tokens[1] + earlier.spent[1])
 
     def spent(self) -> tuple[int, int]:
         """Return the tokens of prompts and answers that both files account for."""
         lines = [*self.answered.values(), *self.failed.values()]
-        return sum(line.num_prompt for line in lines), sum(line.num_answer for line in lines)
+        return sum(line.spent[0] for line in lines), sum(line.spent[1] for line in lines)
 
     def settle(self, order: Mapping[str, int]) -> None:
         """Put both files into an order, each row once; a row that was answered in the end is no failure any more.
@@ -84,8 +108,8 @@ class Results:
         Args:
             order: place of each id; others come after, as they lie.
         """
-        answered = {key: line for key, line in _lines(self.path).items() if not line.reason}
-        failed = {key: line for key, line in _lines(self.failed_path).items() if key not in answered}
+        answered = _lines(self.path, _read_answer)
+        failed = _without(_lines(self.failed_path, _read_failure), answered)
         for path, lines in ((self.path, answered), (self.failed_path, failed)):
             places = sorted(lines, key=lambda key: (order.get(key, len(order)), lines[key].start))
             _rewrite(path, [lines[key] for key in places])
@@ -94,7 +118,22 @@ class Results:
         self.answered, self.failed = answered, failed
 
 
-def _lines(path: Path) -> dict[str, Line]:
+def _without(lines: dict[str, Line], others: Mapping[str, Line]) -> dict[str, Line]:
+    return {key: line for key, line in lines.items() if key not in others}
+
+
+def _counts(tokens: tuple[int, int]) -> dict[str, int]:
+    return {"prompt_tokens": tokens[0], "answer_tokens": tokens[1]}
+
+
+def _tokens(note: object) -> tuple[int, int]:
+    """Return what `_counts` wrote; 0 for what is not a number."""
+    values = [note.get(name) if isinstance(note, dict) else 0 for name in ("prompt_tokens", "answer_tokens")]
+    prompt, answer = (value if isinstance(value, int) else 0 for value in values)
+    return prompt, answer
+
+
+def _lines(path: Path, read: Callable[[dict[str, Any], int, int], Line | None]) -> dict[str, Line]:
     """Return the last line of each id; only places are kept, not the texts. A torn end of the file is no line."""
     found: dict[str, Line] = {}
     if not path.exists():
@@ -102,36 +141,43 @@ def _lines(path: Path) -> dict[str, Line]:
     start = 0
     with path.open("rb") as stream:
         for number, raw in enumerate(stream, start=1):
-            torn = not raw.endswith(b"\n") and not _is_json(raw)
-            if raw.strip() and not torn:
-                key, line = _read(raw, start, f"{path}, line {number}")
-                found[key] = line
+            row = _decode(raw)
+            if row is not _BROKEN or raw.endswith(b"\n"):
+                key = row.get("pair_id") if isinstance(row, dict) else None
+                line = read(row, start, len(raw)) if isinstance(row, dict) else None
+                if line is not None and isinstance(key, str):
+                    found[key] = line
+                elif raw.strip():
+                    raise DataError(
+                        f"{path}, line {number}: not a row that this command writes; choose another --output-path"
+                    )
             start += len(raw)
     return found
 
 
-def _is_json(raw: bytes) -> bool:
-    try:
-        json.loads(raw)
-    except ValueError:
-        return False
-    return True
+_BROKEN = object()
 
 
-def _read(raw: bytes, start: int, where: str) -> tuple[str, Line]:
+def _decode(raw: bytes) -> Any:
     try:
-        row = json.loads(raw)
-    except ValueError:
-        raise DataError(f"{where}: not JSON; remove the line or choose another --output-path") from None
-    if not isinstance(row, dict) or not isinstance(row.get("pair_id"), str):
-        raise DataError(f"{where}: expected an object with 'pair_id'; is this file from another program?")
-    failure = row.get("failure")
-    note = failure if isinstance(failure, dict) else row.get("generation")
-    note = note if isinstance(note, dict) else {}
-    prompt, answer = (note.get(name, 0) for name in ("prompt_tokens", "answer_tokens"))
-    good = isinstance(row.get("result"), str) and bool(row["result"].strip())
-    reason = "" if good else str(note.get("reason", "no_answer"))
-    return row["pair_id"], Line(start, len(raw), int(prompt), int(answer), reason)
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return _BROKEN
+
+
+def _read_answer(row: dict[str, Any], start: int, length: int) -> Line | None:
+    note, result = row.get("generation"), row.get("result")
+    if not isinstance(result, str) or not result.strip():
+        return None
+    (prompt, answer), lost = _tokens(note), _tokens(note.get(WASTED) if isinstance(note, dict) else None)
+    return Line(start, length, (prompt + lost[0], answer + lost[1]), answer)
+
+
+def _read_failure(row: dict[str, Any], start: int, length: int) -> Line | None:
+    note = row.get("failure")
+    if not isinstance(note, dict):
+        return None
+    return Line(start, length, _tokens(note.get(WASTED)), 0, str(note.get("reason", "unknown")))
 
 
 def _rewrite(path: Path, lines: list[Line]) -> None:

@@ -34,6 +34,13 @@ def test_as_many_phrases_as_published() -> None:
             ("Patients should have access to a nurse.", "R5 kept"),
         ),
         ("A sorry state of the tooth.", (None, "R1 dropped"), ("A sorry state of the tooth.", "R5 kept")),
+        ("I cannot see the tip.", (None, "R1 dropped"), ("I cannot see the tip.", "R5 kept")),
+        ("I can't view it.", ("I can't view it.", "R5 kept"), (None, "R1 dropped")),
+        (
+            "I am unable to see the whole slide.",
+            ("I am unable to see the whole slide.", "R5 kept"),
+            (None, "R1 dropped"),
+        ),
         # R2
         (
             "Based on the description, the MRI shows a rim.",

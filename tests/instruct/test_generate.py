@@ -174,12 +174,19 @@ def test_failed_rows_are_data_and_are_asked_again_on_request(
     assert run(captions, output, "--batch_size", "1") == 1
     assert ids(output) == list("05127384") and ids(failed) == ["6"]
     note = next(read_records(failed))["failure"]
-    assert (note["reason"], note["attempts"], note["answer_tokens"]) == ("cut_short", 1, 2)
-    assert note["prompt_tokens"] > 1000
+    wasted = note["wasted"]
+    assert (note["reason"], note["attempts"], wasted["answer_tokens"]) == ("cut_short", 1, 2)
+    assert wasted["prompt_tokens"] > 1000
+    assert run(captions, output, "--retry_failed") == 1 and len(endpoint.calls) == 10
+    assert next(read_records(failed))["failure"]["wasted"] == {name: 2 * count for name, count in wasted.items()}
     endpoint.answer = answer
-    assert run(captions, output) == 1 and len(endpoint.calls) == 9
-    assert run(captions, output, "--retry_failed") == 0 and len(endpoint.calls) == 10
+    assert run(captions, output) == 1 and len(endpoint.calls) == 10
+    endpoint.faults = [Fault(text=" ")]
+    assert run(captions, output, "--retry_failed") == 0 and len(endpoint.calls) == 12
     assert ids(output) == IN_TURN and not failed.exists()
+    note = [row["generation"] for row in read_records(output)][IN_TURN.index("6")]
+    assert note["wasted"] == {"prompt_tokens": 3 * wasted["prompt_tokens"], "answer_tokens": 4}
+    assert sum("wasted" in row["generation"] for row in read_records(output)) == 1
 
 
 def test_rate_limits_and_errors_that_pass_leave_no_trace(

@@ -34,6 +34,7 @@ def dialogue(*pairs: tuple[str, str]) -> str:
         ("Here it is.\nUser: a Assistant: b\n\nUser: c\nAssistant:d", [("a", "b"), ("c", "d")], 0),
         ("User: a\nUser: b\nAssistant: c", [("b", "c")], 1),
         ("User: a\nAssistant: b\nAssistant: c\nUser: d\nAssistant: e", [("d", "e")], 1),
+        ("**User:** a\n\n**Assistant:** b", [("** a\n\n**", "** b")], 0),
         ("Assistant: a", [], 0),
         ("", [], 0),
     ],
@@ -54,13 +55,17 @@ def test_what_is_written_is_read_back(pairs: list[tuple[str, str]]) -> None:
 PIECES = st.sampled_from(["User:", "Assistant:", "\n\n", "<image>", "According to the caption, ", "a", " ", "User"])
 
 
-@given(st.lists(PIECES | st.text(max_size=5), max_size=12).map("".join), st.booleans(), st.integers(0, 9))
+ANYTHING = st.characters(codec=None)  # halves of surrogate pairs, too
+
+
+@given(st.lists(PIECES | st.text(ANYTHING, max_size=5), max_size=12).map("".join), st.booleans(), st.integers(0, 9))
 def test_any_text_gives_rows_that_can_be_read_or_none(text: str, legacy: bool, seed: int) -> None:
     rows, counts = postprocess([generated(text)], mode="legacy" if legacy else "fixed", seed=seed)
     assert counts.rows.total() == 1 and counts.rows["kept"] == len(rows)
     num_parts = text.replace("" if legacy else "<image>", "").count("User:")
     assert counts.rows["no answer"] or counts.pairs.total() == num_parts
     for row in rows:
+        assert json.dumps(row, ensure_ascii=False).encode()
         sample = from_row(row)
         if not legacy:
             assert sum(turn.text.count("<image>") for turn in sample.conversation.turns) == 1
@@ -102,6 +107,13 @@ def test_the_coin_is_fair_seeded_and_each_rows_own() -> None:
     rows = [generated(dialogue(("q", "answer")), str(number)) for number in range(20)]
     everything, _ = postprocess(rows, seed=3)
     assert postprocess(rows[7:8], seed=3)[0] == everything[7:8]
+
+
+@pytest.mark.parametrize("text", ["**User:** a\n\n**Assistant:** b", "*User*: a\n **Assistant**: b<image>"])
+def test_bold_speakers_and_place_holders_of_the_model(text: str) -> None:
+    (row,), _ = postprocess([generated(text)])
+    values = [turn["value"] for turn in row["conversations"]]
+    assert values[0] in ("<image>\na", "a\n<image>") and values[1:] == ["b"]
 
 
 def test_rows_without_use_are_counted() -> None:
