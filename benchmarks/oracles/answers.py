@@ -106,7 +106,9 @@ def _answer(oracle: Oracle, engine: LocalEngine, case: dict[str, Any], longest: 
     if "template" in case:
         processor.use_template(fitting(case["template"])[0])
     ours = engine.reader.read(prompt).encoded.input_ids
-    if list(ours) != expanded(processor, case["input_ids"])[: len(ours)]:
+    counts = processor.count_image_tokens(len(pictures), [picture.size for picture in pictures])
+    theirs = expanded(processor, case["input_ids"], counts)
+    if list(ours) != theirs[: len(ours)] or not ("cut_prompt" in oracle.compat or len(ours) == len(theirs)):
         return None
     engine.beams_count_prompt = "beams_count_prompt" in oracle.compat and _holds_prompt(case)
     return engine.generate([prompt], _sampling(case, longest))[0][0]

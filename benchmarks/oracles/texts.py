@@ -7,7 +7,7 @@ text (or ids) fits best is compared.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -30,9 +30,6 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 EXEMPLAR = "What are the key differences between renewable and non-renewable energy sources?"
 """Begins the long exemplar that some of the originals' prompts carry and this package leaves out."""
 
-QUESTIONS = ("Which side?", "Why?")
-"""Second question of the fixed exchange of recorded prompts."""
-
 NOT_BUILT = {
     "v1_sq": "self-questioning preprocessing is not built yet",
     "plain_qav": "a template of the self-questioning project, not built yet",
@@ -49,6 +46,7 @@ def prompts(oracle: Oracle) -> Iterator[Line]:
     """`prompts.json`: the text of a fixed exchange in every template, and its ids where they were recorded."""
     compared: Counter[str] = Counter()
     wrong, skipped, with_ids = [], [], []
+    spoken = exchange(oracle.json("prompts.json").values())
     for name, recorded in oracle.json("prompts.json").items():
         if "prompt" not in recorded:
             compared["refused by the original"] += 1
@@ -56,10 +54,14 @@ def prompts(oracle: Oracle) -> Iterator[Line]:
         if name in NOT_BUILT:
             skipped.append(f"{name}: {NOT_BUILT[name]}")
             continue
-        fits = [key for key in fitting(name) if _text(key, recorded["prompt"]) == _without_exemplar(key, recorded)]
+        fits = [
+            key
+            for key in fitting(name)
+            if TEMPLATES[key].published_prompt(spoken) == _without_exemplar(key, recorded, spoken)
+        ]
         what = "equal" if fits else "different"
         if not fits and "bare_roles" in oracle.compat:
-            fits = [key for key in fitting(name) if _with_bare_roles(key, recorded) == recorded["prompt"]]
+            fits = [key for key in fitting(name) if _with_bare_roles(key, recorded, spoken) == recorded["prompt"]]
             what = "bare_roles" if fits else what
         compared[what] += 1
         wrong += [] if fits else [name]
@@ -78,28 +80,42 @@ def _list(head: str, names: list[str]) -> str:
     return f"{head} {', '.join(names[:8])}" if names else ""
 
 
-def _with_bare_roles(template: str, recorded: dict[str, Any]) -> str:
+def _with_bare_roles(template: str, recorded: dict[str, Any], spoken: Conversation) -> str:
     """Our text without the mark before, and the line end behind, each of the recorded roles."""
-    text = _text(template, recorded["prompt"])
+    text = TEMPLATES[template].published_prompt(spoken)
     for role in recorded["roles"]:
         text = text.replace(f"{CHATML[0]}{role}\n", role)
     return text
 
 
-def _exchange(prompt: str) -> Conversation:
-    second = next((question for question in QUESTIONS if question in prompt), QUESTIONS[0])
-    return Conversation((Turn("human", "<image>\nWhat is shown?"), Turn("gpt", "A lung."), Turn("human", second)))
+def exchange(records: Iterable[dict[str, Any]]) -> Conversation:
+    """The conversation that was written in every template, read out of one whose turns are easily told apart.
+
+    Raises:
+        LookupError: no recorded prompt has two separators.
+    """
+    for recorded in records:
+        if recorded.get("sep") != " " or not recorded.get("sep2"):
+            continue
+        human, gpt = recorded["roles"][:2]
+        _, _, text = recorded["prompt"].partition(f" {human}: ")
+        turns: list[Turn] = []
+        for part in text.split(recorded["sep2"]):
+            question, _, answer = part.strip().removeprefix(f"{human}: ").partition(f" {gpt}:")
+            turns.append(Turn("human", question))
+            turns += [Turn("gpt", answer.removeprefix(" "))] if answer else []
+        return Conversation(tuple(turns))
+    raise LookupError("no recorded prompt has two separators, of which the conversation could be read")
 
 
-def _text(template: str, prompt: str) -> str:
-    return TEMPLATES[template].published_prompt(_exchange(prompt))
-
-
-def _without_exemplar(template: str, recorded: dict[str, Any]) -> str:
-    wrapped = recorded["prompt"].replace(IMAGE_TOKEN, IMAGE_TOKEN.join(TEMPLATES[template].image_wrap))
+def _without_exemplar(template: str, recorded: dict[str, Any], spoken: Conversation) -> str:
+    """The recorded prompt without the exemplar, its images wrapped as our template does."""
+    wrap = TEMPLATES[template].image_wrap
+    wrapped = recorded["prompt"].replace(IMAGE_TOKEN, IMAGE_TOKEN.join(wrap))
     if EXEMPLAR not in wrapped:
         return str(wrapped)
-    return str(TEMPLATES[template].system + wrapped[wrapped.index("###Human: <image>") :])
+    first = spoken.turns[0].text.replace(IMAGE_TOKEN, IMAGE_TOKEN.join(wrap))
+    return str(TEMPLATES[template].system + wrapped[wrapped.rindex(f"###{recorded['roles'][0]}: {first}###") :])
 
 
 def _ids_equal(oracle: Oracle, recorded: dict[str, Any]) -> bool:
@@ -168,6 +184,7 @@ class Tally:
 def preprocessing(oracle: Oracle) -> Iterator[Line]:
     """`preprocess.json`: ids and labels of every row under every template and tokenizer."""
     ids, labels = Tally(), Tally()
+    limits = _limits(oracle, list(variants(oracle.json("preprocess.json"))))
     for variant in variants(oracle.json("preprocess.json")):
         name = variant.template.partition("+")[0].partition("@")[0]
         if name in NOT_BUILT:
@@ -176,7 +193,7 @@ def preprocessing(oracle: Oracle) -> Iterator[Line]:
         if not fitting(name):
             yield Line(f"preprocessing {variant.template}", None, "FAIL", UNKNOWN)
             continue
-        tried = [_compare(oracle, variant, key) for key in fitting(name)]
+        tried = [_compare(oracle, variant, key, limits) for key in fitting(name)]
         best = min(tried, key=lambda each: len(each[0].wrong) + len(each[1].wrong))
         for total, part in ((ids, best[0]), (labels, best[1])):
             total.counts += part.counts
@@ -185,7 +202,18 @@ def preprocessing(oracle: Oracle) -> Iterator[Line]:
     yield labels.line("labels")
 
 
-def _compare(oracle: Oracle, variant: Variant, template: str) -> tuple[Tally, Tally]:
+def _limits(oracle: Oracle, ways: Sequence[Variant]) -> dict[bool, int]:
+    """Length of the longest recorded rows, by whether they have images: the originals cut the two kinds elsewhere."""
+    found = {True: 0, False: 0}
+    for way in ways:
+        for row, recorded in way.rows.items():
+            kind = bool(oracle.rows[row].get("image"))
+            found[kind] = max(found[kind], len(recorded.get("input_ids", ())))
+    return found
+
+
+def _compare(oracle: Oracle, variant: Variant, template: str, limits: dict[bool, int]) -> tuple[Tally, Tally]:
+    """Rows of one way in one template; a row may end early only where the longest ones end."""
     processor = _processor(oracle, variant, template)
     ids, labels = Tally(), Tally()
     for row, recorded in variant.rows.items():
@@ -199,9 +227,12 @@ def _compare(oracle: Oracle, variant: Variant, template: str) -> tuple[Tally, Ta
             continue
         mine = _encoded(sample, processor)
         length = len(recorded["input_ids"])
-        if mine is None or mine[0][:length] != recorded["input_ids"]:
+        fits = mine is not None and mine[0][:length] == recorded["input_ids"]
+        if mine is None or not fits or (len(mine[0]) > length != limits[bool(sample.images)]):
             how = None if mine is None else _other_ids(mine[0], recorded["input_ids"], sample, processor)
             ids.add(how, where, oracle.compat)
+            if how == "spelled_end_marks":  # the counting of labels drifts there, or gives up
+                labels.add("ignored_rows" if _is_ignored(recorded) else how, where, oracle.compat)
             continue
         ids.add("equal" if len(mine[0]) == length else f"equal, cut there at {length}", where, oracle.compat)
         ours, trained = mine[0][:length], mine[1][:length]
@@ -213,7 +244,8 @@ def _other_ids(ours: list[int], theirs: list[int], sample: Any, processor: Llava
     """Why recorded ids are others than ours, by the name in `llava.compat`; None where nothing explains it."""
     mine, recorded = _spelled(ours, processor), _spelled(theirs, processor)
     is_cut = mine.startswith(recorded) and str(processor.tokenizer.eos_token) in recorded and not sample.images
-    if mine == recorded or is_cut:
+    end = processor.eos_token_id
+    if (mine == recorded or is_cut) and ours[: len(theirs)].count(end) > theirs.count(end):
         return "spelled_end_marks"
     if processor.use_im_start_end:
         processor.use_im_start_end = False
@@ -233,11 +265,16 @@ def _labels(
         return "equal"
     if is_v0(source[1]):
         return "counted_labels" if counted_v0(ours, *source) == theirs else None
-    if recorded.get("mismatch_warning") and set(theirs) == {IGNORE_INDEX}:
+    if _is_ignored(recorded):
         return "ignored_rows"
     if "<|im_end|>" in source[1].template.stops and is_shifted(trained, theirs):
         return "shifted_labels"
     return None
+
+
+def _is_ignored(recorded: dict[str, Any]) -> bool:
+    """Whether the original warned of a row and trained nothing of it."""
+    return bool(recorded.get("mismatch_warning")) and set(recorded["labels"]) == {IGNORE_INDEX}
 
 
 def _encoded(sample: Any, processor: LlavaMedProcessor) -> tuple[list[int], list[int]] | None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks import fidelity
+from benchmarks.oracles import texts
 from benchmarks.oracles.folder import Differences, Line, Oracle, within
 from benchmarks.oracles.published import is_shifted
 from llava.compat import COMPAT, parse_names, table
+from llava.conversation import TEMPLATES
 from llava.errors import ConfigError
+from llava.samples import Conversation, Turn
+from tests.parity.recorded_folder import write_recorded
 
 SLOW = ("train_log.json", "generate.json", "forward.npz", "expected_metrics.json", "lora_forward.npz", "grads.json")
 """Checks that take seconds; other tests run what they run, `generate.json` below."""
@@ -114,3 +120,111 @@ def test_names() -> None:
         parse_names("cut_prompt,nonsense")
     assert len(table().splitlines()) == len(COMPAT)
     assert all(case.original and case.spec for case in COMPAT.values())
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that no original wrote, to be copied before it is changed."""
+    return write_recorded(tmp_path_factory.mktemp("made") / "unseen")
+
+
+def run(folder: Path, *words: str) -> int:
+    """Exit status of the program on a folder."""
+    with pytest.raises(SystemExit) as ended:
+        fidelity.main(["--oracles", str(folder), *words])
+    return int(ended.value.code or 0)
+
+
+def test_the_program_on_an_unseen_folder(recorded: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(recorded) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert all(line.startswith("unseen ") and "ok" in line.split() for line in lines[:-1]), lines
+    expected = ("spliced layout some", "logits others", "loss some", "generated ids greedy", "preprocessing square")
+    assert all(any(quantity in line for line in lines) for quantity in expected)
+    assert "4 of 4 equal" in "".join(lines) and lines[-1].endswith("0 FAIL, 0 skipped (0 without a reason)")
+    assert run(recorded, "--compat", "none") == 0
+
+
+def change_array(file: Path, name: str, place: tuple[int, ...], amount: float) -> None:
+    arrays = dict(np.load(file))
+    arrays[name] = arrays[name].copy()
+    arrays[name][place] += amount
+    np.savez(file, **arrays)
+
+
+def change_json(file: Path, change: Callable[[Any], None]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+TAMPERED: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "a logit": ("logits some", lambda f: change_array(f / "forward.npz", "some/logits_stride3", (1, 2, 5), 1e-3)),
+    "a label": ("spliced layout", lambda f: change_array(f / "forward.npz", "others/spliced_labels", (0, 160), 1)),
+    "a loss": ("loss others", lambda f: change_json(f / "forward_meta.json", lambda m: m["others"].update(loss=9.0))),
+    "an id": ("generated ids", lambda f: change_json(f / "generate.json", lambda c: c[0]["new_ids"].reverse())),
+    "a prompt": ("generated ids", lambda f: change_json(f / "generate.json", lambda c: c[2]["input_ids"].pop())),
+    "a pixel": ("preprocessing", lambda f: change_array(f / "image_preprocess.npz", "square/b.png", (0, 3, 4), 1e-4)),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_one_changed_number_fails(recorded: Path, tmp_path: Path, what: str, capfd: pytest.CaptureFixture[str]) -> None:
+    quantity, change = TAMPERED[what]
+    folder = tmp_path / "changed"
+    shutil.copytree(recorded, folder)
+    change(folder)
+    assert run(folder) == 1
+    failed = [line for line in capfd.readouterr().out.splitlines() if "FAIL" in line.split()]
+    assert failed and quantity in failed[0], failed
+
+
+@pytest.mark.usefixtures("calm")
+@pytest.mark.parametrize(
+    ("name", "folder", "quantity"),
+    [
+        ("random_padding", "llava-med-1.5-mistral", "image preprocessing pad_hi"),
+        ("half_characters", "llava-med-1.5-mistral", "answers"),
+        ("counted_patches", "llava-med-1.0", "tokens in mode keep"),
+        ("bare_roles", "stllava-med", "prompts"),
+        ("spelled_end_marks", "llava-rad", "token ids"),
+        ("first_answer", "llava-rad", "token ids"),
+        ("dropped_markers", "llava-rad", "token ids"),
+    ],
+)
+def test_every_other_name_is_needed(shared: Path, name: str, folder: str, quantity: str) -> None:
+    lines = fidelity.checked(shared / "oracles" / folder, frozenset(COMPAT) - {name})
+    assert any(line.quantity == quantity and line.status == "FAIL" for line in lines)
+
+
+@pytest.mark.parametrize("name", ["cut_prompt", "beams_count_prompt"])
+def test_names_that_generations_need(shared: Path, name: str) -> None:
+    folder = {"cut_prompt": "llava-1.2.2", "beams_count_prompt": "llava-rad"}[name]
+    lines = fidelity.CHECKS["generate.json"](Oracle(shared / "oracles" / folder, frozenset(COMPAT) - {name}))
+    assert any(line.status == "FAIL" for line in lines)
+
+
+def test_a_row_that_ends_early_is_seen(shared: Path, tmp_path: Path) -> None:
+    folder = copy_of(shared, tmp_path / "x", "base_llm", "data.json", "preprocess.json")
+    rows = {"sp_legacy": {"v1": json.loads((folder / "preprocess.json").read_text())["sp_legacy"]["v1"]}}
+    for part in ("input_ids", "labels"):
+        rows["sp_legacy"]["v1"]["img_mid"][part] = rows["sp_legacy"]["v1"]["img_mid"][part][:-3]
+    (folder / "preprocess.json").write_text(json.dumps(rows))
+    lines = {line.quantity: line for line in fidelity.checked(folder, frozenset(COMPAT))}
+    assert lines["token ids"].status == "FAIL" and "img_mid" in lines["token ids"].note
+
+
+def test_a_conversation_is_read_out_of_its_prompts(shared: Path, tmp_path: Path) -> None:
+    """Prompts of another exchange, of three questions, in our own words for them."""
+    spoken = Conversation((Turn("human", "<image>\nQ one?"), Turn("gpt", "One."), Turn("human", "Q two?")))
+    names = {"v1": (["USER", "ASSISTANT"], " ", "</s>"), "mpt": (["user", "assistant"], "<|im_end|>", None)}
+    records = {
+        name: {"prompt": TEMPLATES[name].published_prompt(spoken), "roles": roles, "sep": sep, "sep2": sep2}
+        for name, (roles, sep, sep2) in names.items()
+    }
+    folder = copy_of(shared, tmp_path / "x", "base_llm", "data.json")
+    (folder / "prompts.json").write_text(json.dumps(records))
+    [line] = fidelity.checked(folder, frozenset())
+    assert (line.status, line.note) == ("ok", "2 equal")
+    with pytest.raises(LookupError, match="two separators"):
+        texts.exchange([records["mpt"]])
