@@ -89,9 +89,9 @@ def suspicions(dataset: Dataset, picture: Image.Image | None) -> list[str]:
     if said != "NO":
         if word(dataset, "Modality") in OFTEN_WRITTEN_ON:
             found.append("pictures of this modality often bear writing, and the header does not deny it")
-        is_capture = word(dataset, "SOPClassUID") == SecondaryCaptureImageStorage or "SCREEN" in str(
-            dataset.get("ImageType", "")
-        )
+        with silence:
+            image_type = str(dataset.get("ImageType", ""))
+        is_capture = word(dataset, "SOPClassUID") == SecondaryCaptureImageStorage or "SCREEN" in image_type
         if is_capture or word(dataset, "ConversionType"):
             found.append("a scan or a picture of a screen, and the header does not deny writing")
     if picture is not None and most_strokes(picture) >= MIN_STROKES:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pydicom.dataset import FileDataset
 from pydicom.uid import UID
 
-from llava.data.dicom_header import word
+from llava.data.dicom_header import silence, word
 from llava.errors import DataError, NotAPicture
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
@@ -65,8 +65,9 @@ def is_known(uid: UID) -> bool:
 
 def class_of(dataset: FileDataset) -> UID:
     """Return the class of a file's object, from the data or else from the file's head; empty where neither says it."""
-    meta = dataset.file_meta.get("MediaStorageSOPClassUID", "")
-    return UID(word(dataset, "SOPClassUID") or (meta if isinstance(meta, str) else ""))
+    with silence:  # making an identifier of a text that is none is commented on by pydicom
+        meta = dataset.file_meta.get("MediaStorageSOPClassUID", "")
+        return UID(word(dataset, "SOPClassUID") or (meta if isinstance(meta, str) else ""))
 
 
 def check_picture(dataset: FileDataset, name: str) -> None:

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.dataset import FileDataset
 from pydicom.encaps import get_frame
-from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.decoders.base import Decoder, get_decoder
 from pydicom.pixels.utils import as_pixel_options
 from pydicom.uid import UID
 
 from llava.data.dicom_codestream import extent_of
-from llava.data.dicom_header import PIXEL_TAGS, number, quiet, whole, word
+from llava.data.dicom_header import PIXEL_TAGS, number, quiet, silence, whole, word
 from llava.errors import DataError, MissingDependency
 
 MAX_FRAMES = 1 << 20
@@ -120,7 +120,8 @@ def frame_values(dataset: FileDataset, layout: Layout, index: int) -> tuple[Stor
         DataError: damaged, cut off, or compressed in a way that is not decoded.
         MissingDependency: the decoder is not installed; names the package and the extra.
     """
-    syntax = UID(dataset.file_meta.TransferSyntaxUID)
+    with silence:
+        syntax = UID(dataset.file_meta.TransferSyntaxUID)
     if syntax.name == str(syntax):
         raise DataError("is stored in a transfer syntax that the standard does not know")
     try:
@@ -139,11 +140,12 @@ def frame_values(dataset: FileDataset, layout: Layout, index: int) -> tuple[Stor
             )
     else:
         _check_length(dataset, layout)
-    return _decode(dataset, index, plugins or ("",), layout)
+    return _decode(decoder, dataset, index, plugins or ("",), layout)
 
 
-def _decode(dataset: FileDataset, index: int, plugins: tuple[str, ...], layout: Layout) -> tuple[Stored, str]:
-    decoder = get_decoder(UID(dataset.file_meta.TransferSyntaxUID))
+def _decode(
+    decoder: Decoder, dataset: FileDataset, index: int, plugins: tuple[str, ...], layout: Layout
+) -> tuple[Stored, str]:
     for plugin in plugins:
         try:
             with quiet("cannot be decoded"):
