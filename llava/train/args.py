@@ -126,7 +126,10 @@ class LlavaTrainingArguments(TrainingArguments):
     group_by_modality_length: bool = option(False, "rows of one kind and of similar length in one step")
     group_by_length: bool = option(False, "rows of similar length in one step")
     image_grouping: str = option("", "on, off or auto: draw rows image by image so that they share it")
-    questions_per_image: int = option(8, "rows of one image drawn together when grouping by image")
+    questions_per_image: int = option(
+        0,
+        "rows of one image drawn together when grouping by image; 0: up to 8, with 8 images in a step at least",
+    )
     prefix_sharing: str = option("on", "off computes every row on its own (independent dropout)")
     loss_normalization: str = option(
         "tokens",

@@ -24,6 +24,23 @@ logger = logging.getLogger(__name__)
 ENOUGH_ROWS_PER_IMAGE = 1.5
 """`auto` groups by image where rows outnumber images at least so much."""
 
+MAX_QUESTIONS_PER_IMAGE = 8
+MIN_IMAGES_PER_STEP = 8
+"""Fewer different images in an optimiser step cost accuracy on small sets (docs/results.md, VQA-RAD)."""
+
+
+def questions_per_image(args: LlavaTrainingArguments) -> int:
+    """Rows of one image that are drawn together: as asked for, else as many as leave enough images in a step.
+
+    Raises:
+        ConfigError: the number asked for is negative.
+    """
+    if args.questions_per_image < 0:
+        raise ConfigError(f"--questions_per_image is {args.questions_per_image}; expected 1 or more, or 0 to choose")
+    if args.questions_per_image:
+        return args.questions_per_image
+    return min(MAX_QUESTIONS_PER_IMAGE, max(1, args.global_batch // MIN_IMAGES_PER_STEP))
+
 
 def make_sampler(dataset: SFTDataset, args: LlavaTrainingArguments, default: str) -> tuple[StepSampler, str]:
     """The sampler, and a word for it: `on` (grouped by image) or `off`.
@@ -42,7 +59,8 @@ def make_sampler(dataset: SFTDataset, args: LlavaTrainingArguments, default: str
     if wanted == "on" and by_length:
         raise ConfigError("--image_grouping on and grouping by length contradict each other; give one")
     if wanted == "auto":
-        wanted = "on" if not by_length and _rows_per_image(dataset) >= ENOUGH_ROWS_PER_IMAGE else "off"
+        pays = not by_length and questions_per_image(args) > 1 and _rows_per_image(dataset) >= ENOUGH_ROWS_PER_IMAGE
+        wanted = "on" if pays else "off"
     ranks = {"rank": args.process_index, "world_size": args.world_size, "seed": args.seed}
 
     def make(rows: Sequence[int]) -> StepSampler:
@@ -60,9 +78,8 @@ def _order(
     size = args.sequences_per_step
     if grouped:
         groups = dataset.image_groups()
-        return ImageGroupedSampler(
-            [groups[row] for row in rows], size, questions_per_image=args.questions_per_image, **ranks
-        )
+        count = questions_per_image(args)
+        return ImageGroupedSampler([groups[row] for row in rows], size, questions_per_image=count, **ranks)
     if args.group_by_modality_length:
         lengths = dataset.modality_lengths()
         return ModalityGroupedSampler([lengths[row] for row in rows], size, **ranks)

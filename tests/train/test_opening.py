@@ -99,14 +99,15 @@ def test_template_and_system_text_are_replaced_and_saved(parts: Path, tmp_path: 
 def test_rows_are_grouped_by_image_where_it_pays(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     uneven = {"data_path": write_uneven(tmp_path), "image_folder": tmp_path / "images"}
     with caplog.at_level(logging.INFO):
-        run_sft(arguments(parts, tmp_path / "shared"), image_grouping="auto")
+        run_sft(arguments(parts, tmp_path / "shared", per_device_train_batch_size=16), image_grouping="auto")
+        run_sft(arguments(parts, tmp_path / "few", per_device_train_batch_size=8), image_grouping="auto")
         run_sft(arguments(parts, tmp_path / "off", image_grouping="off"), image_grouping="auto")
         run_sft(arguments(parts, tmp_path / "length", group_by_length=True), image_grouping="auto")
         run_sft(arguments(parts, tmp_path / "kind", **uneven, group_by_modality_length=True), image_grouping="auto")
     found = [
         record.message.split("image grouping ")[1][:3] for record in caplog.records if "grouping" in record.message
     ]
-    assert [word.strip() for word in found] == ["on", "off", "off", "off"]
+    assert [word.strip() for word in found] == ["on", "off", "off", "off", "off"]
 
 
 @pytest.mark.parametrize(("kind", "trained"), [("placeholder", "model"), ("patch_token", "model"), ("lora", "adapter")])
