@@ -1,0 +1,101 @@
+"""The published counting of masks (llava-med 2.5) against ours: one to five turns, with and without an image.
+
+The counting is written here from its description: every round is tokenized alone and its tokens are counted.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.oracles.published import counted_v0, is_shifted
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
+from llava.conversation import Segment
+from llava.data.encode import encode, place_images, tokenize_segments
+from llava.processing import LlavaMedProcessor
+from llava.samples import Conversation
+from tests.text_tools import make_processor, talk
+
+WORDS = ("What is seen?", "A lesion of 3 cm.", "Where?", "In the left lung", "Why so?", "It looks dense, naïve.")
+
+
+def conversation(num_turns: int, *, image: bool) -> Conversation:
+    """So many questions, each with its answer."""
+    texts = [WORDS[number % len(WORDS)] for number in range(2 * num_turns)]
+    return talk(f"{IMAGE_TOKEN}\n{texts[0]}" if image else texts[0], *texts[1:])
+
+
+def count(text: str, processor: LlavaMedProcessor) -> int:
+    """Tokens of a text alone, begin of text included where the tokenizer has one."""
+    return len(tokenize_segments([Segment(text, False, 0)], processor).ids)
+
+
+def rendered(spoken: Conversation, processor: LlavaMedProcessor) -> tuple[str, list[int], list[int]]:
+    """Text, ids and our labels; an image is one token."""
+    text = "".join(part.text for part in processor.template.render(place_images(spoken, processor)))
+    encoded = encode(spoken, processor, images=["key"] * text.count(IMAGE_TOKEN), max_length=None)
+    return text, list(encoded.input_ids), list(encoded.labels)
+
+
+def by_rounds(text: str, ids: list[int], processor: LlavaMedProcessor, split: str) -> list[int]:
+    """Two separators and brackets: a round ends with `</s>`, for whose token its own begin of text stands in."""
+    labels, cursor = [IGNORE_INDEX, *ids[1:]], 1
+    for part in text.split("</s>"):
+        pieces = part.split(split)
+        if len(pieces) != 2:
+            break
+        asked = count(pieces[0] + split, processor) - 2
+        labels[cursor : cursor + asked] = [IGNORE_INDEX] * asked
+        cursor += count(part, processor)
+    assert cursor == len(ids), "a mismatch, for which the original would ignore the row"
+    return labels
+
+
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("num_turns", range(1, 6))
+@pytest.mark.parametrize("template", ["vicuna_v1", "v1", "llava_v1", "llama_2", "llava_llama_2"])
+def test_rounds(template: str, num_turns: int, image: bool) -> None:
+    processor = make_processor(template=template, num_image_tokens=1)
+    text, ids, labels = rendered(conversation(num_turns, image=image), processor)
+    split = "[/INST] " if "llama_2" in template else " ASSISTANT: "
+    assert labels == by_rounds(text, ids, processor, split)
+
+
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("num_turns", range(1, 6))
+def test_chatml(num_turns: int, image: bool) -> None:
+    """The count is one off where an answer begins and where it ends; ours is not (`shifted_labels`)."""
+    processor = make_processor("byte level", template="mpt", num_image_tokens=1)
+    text, ids, labels = rendered(conversation(num_turns, image=image), processor)
+    end, header = "<|im_end|>", "<|im_end|><|im_start|>assistant\n"
+    parts = text.split(end)
+    rounds = [end.join(parts[:3]), *(end.join(parts[at : at + 2]) for at in range(3, len(parts), 2))]
+    published, cursor = list(ids), 0
+    for part in rounds:
+        pieces = part.split(header)
+        if len(pieces) != 2:
+            break
+        asked = count(pieces[0] + header, processor) - 1
+        published[cursor : cursor + asked] = [IGNORE_INDEX] * asked
+        cursor += count(part, processor) + 1  # the end mark that closes the round
+        published[cursor - 1] = IGNORE_INDEX
+    published[cursor:] = [IGNORE_INDEX] * (len(published) - cursor)
+    assert is_shifted(labels, published) and labels != published
+
+
+@pytest.mark.parametrize("template", ["plain", "v0_plain"])
+def test_plain(template: str) -> None:
+    processor = make_processor(template=template, num_image_tokens=1)
+    _, ids, labels = rendered(conversation(1, image=True), processor)
+    asked = count(IMAGE_TOKEN, processor)
+    assert asked == 2 and labels == [IGNORE_INDEX] * asked + ids[asked:]
+
+
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("num_turns", range(1, 6))
+@pytest.mark.parametrize("template", ["v0", "bair_v1"])
+def test_one_separator(template: str, num_turns: int, image: bool) -> None:
+    """`###` is one token alone and two in a text, so the begin of text of a turn alone stands in for the second."""
+    processor = make_processor(template=template, num_image_tokens=1)
+    spoken = conversation(num_turns, image=image)
+    _, ids, labels = rendered(spoken, processor)
+    assert labels == counted_v0(ids, spoken, processor)
