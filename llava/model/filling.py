@@ -71,7 +71,7 @@ def mean_rows(table: Tensor, num_new: int, entry: TensorEntry | None = None) -> 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' own table of missing weights stays unprinted: what counts of it becomes an error here."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -95,7 +95,7 @@ def place(
     dtype = state[EMBEDDINGS].dtype if options.dtype == "auto" else options.dtype
     quantization = options.quantization.config(dtype)
     try:
-        with torch.random.fork_rng(devices=[]), _quiet():
+        with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(0)  # of parts that no file holds and nobody reads (a pooler)
             model, report = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(
                 None,
@@ -109,8 +109,21 @@ def place(
             )
     except UNREADABLE as error:
         raise CheckpointError(f"{name} cannot be loaded: {first_line(error)}") from error
+    check_report(report, name)
+    return cast(LlavaMedForConditionalGeneration, model.train(False))
+
+
+def check_report(report: Mapping[str, Any], name: str) -> None:
+    """Make sure that every weight of the model was in the files, and the other way round, with the right shape.
+
+    Args:
+        report: what `from_pretrained` returns as `output_loading_info`, where it ignored mismatched sizes.
+        name: of the checkpoint.
+
+    Raises:
+        CheckpointError: some were not; a part of the tower that nobody reads may be missing.
+    """
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(" ".join(map(str, key)) if isinstance(key, tuple) else key for key in report.get(kind) or ())
         if wrong := [key for key in keys if not (key.startswith(TOWER) and any(part in key for part in UNUSED_PARTS))]:
             raise CheckpointError(f"{name}: weights do not fit the model: {len(wrong)} {kind} such as {wrong[0]}")
-    return cast(LlavaMedForConditionalGeneration, model.train(False))

@@ -17,6 +17,7 @@ import torch
 from llava.errors import CheckpointError
 from llava.model.building import Loaded, build, finish, portable
 from llava.model.checkpoint import ORIGIN_FILE, load_adapter, load_projector
+from llava.model.filling import check_report, quiet
 from llava.model.foreign import load_foreign
 from llava.model.foreign_options import ForeignOptions
 from llava.model.hf_llava import load_hf
@@ -126,19 +127,18 @@ def _load_model(path: str | Path, dtype: Dtype, device_map: Any, quantization: Q
     processor = LlavaMedProcessor.from_pretrained(path)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
     try:
-        model, report = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(
-            path,
-            dtype=dtype,
-            device_map=device_map,
-            quantization_config=quantization.config(compute),
-            output_loading_info=True,
-        )
+        with quiet():
+            model, report = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(
+                path,
+                dtype=dtype,
+                device_map=device_map,
+                quantization_config=quantization.config(compute),
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+            )
     except UNREADABLE as error:
         raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report.get(kind) or ())):
-            some = ", ".join(names[:3])
-            raise CheckpointError(f"{path}: weights do not fit the model: {len(names)} {kind} such as {some}")
+    check_report(report, str(path))
     return finish(model.train(False), processor, {"base": portable(str(path))})
 
 

@@ -36,6 +36,10 @@ PROJECTORS: dict[str, dict[str, tuple[int, ...]]] = {
         "2.weight": (HIDDEN, HIDDEN),
         "2.bias": (HIDDEN,),
     },
+    "mlp3x_gelu": {
+        **{"0.weight": (HIDDEN, VISION), "0.bias": (HIDDEN,), "2.weight": (HIDDEN, HIDDEN), "2.bias": (HIDDEN,)},
+        **{"4.weight": (HIDDEN, HIDDEN), "4.bias": (HIDDEN,)},
+    },
     "cluster": {
         **{"sim_alpha": (1, 1, 1), "sim_beta": (1, 1, 1)},
         **{f"{layer}.weight": (VISION, VISION) for layer in "cvf"},

@@ -77,6 +77,24 @@ def test_applying_gives_the_target(tmp_path: Path, base_rows: int, target_rows: 
     assert not (tmp_path / "again" / "trainer_state.json").exists()
 
 
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+@pytest.mark.parametrize("base_rows", [32_000, 32_001])
+@pytest.mark.parametrize("target_rows", [32_003, 32_004])
+def test_vocabularies_of_the_published_models(tmp_path: Path, base_rows: int, target_rows: int, kind: str) -> None:
+    """Base rows 32000 (LLaMA) and 32001 (Vicuna), target rows 32003 and 32004, both file formats."""
+    base = write(tmp_path / "base", language_model(base_rows, 0), safe=kind == "linear")
+    wanted = {**language_model(target_rows, 1), **projector(kind)}
+    target = write(tmp_path / "target", wanted, safe=kind != "linear", max_shard_bytes=10**6)
+    delta.make(base, target, tmp_path / "delta", FULL)
+    full = Writing(torch.float32, 10**6, safe=kind == "linear")
+    assert delta.apply(base, tmp_path / "delta", tmp_path / "again", full, verify=True) == "verified"
+    again = read(tmp_path / "again")
+    assert again.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-3, atol=1e-6)
+    assert torch.equal(again[TABLES[0]][base_rows:], wanted[TABLES[0]][base_rows:])
+
+
 def test_half_precision_is_the_published_arithmetic(tmp_path: Path) -> None:
     base = write(tmp_path / "base", language_model(30, 0))
     target = write(tmp_path / "target", language_model(33, 1))

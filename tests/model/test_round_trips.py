@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from llava.model.checkpoint import save_adapter, save_model, save_projector
 from llava.model.converting import convert
 from llava.model.foreign_options import ForeignOptions
 from llava.model.hf_export import obstacles
+from llava.model.inspection import inspect
 from llava.model.layout import sniff
 from llava.model.legacy_export import export_legacy
 from llava.model.loading import load
 from llava.model.lora import add_lora, freeze_for
-from llava.model.shards import open_tensors
+from llava.model.shards import list_tensors, open_tensors
 from tests.model.legacy_folders import OPTIONAL_KEYS, write_legacy, write_lora, write_projector_only
 from tests.model.model_tools import logits, shake, trained
 from tests.tiny import tiny_llava
@@ -33,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama, cluster, type llama, sharded safetensors": {
         **{"projector": "cluster", "num_shards": 2, "model_type": "llama"}
     },
-    "mistral, mlp, every key": {"lm": "mistral", **OPTIONAL_KEYS},
+    "mistral, mlp, every key": {"lm": "mistral", "mm_patch_merge_type": "flat", **OPTIONAL_KEYS},
     "llama 1.6, tiles with row ends, sizes as text": {
         **{"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"},
         "image_grid_pinpoints": "[(56, 28), (28, 56)]",
@@ -42,6 +44,10 @@ KINDS: dict[str, dict[str, Any]] = {
         **{"image_aspect_ratio": "anyres", "mm_patch_merge_type": "flat", "image_grid_pinpoints": [[56, 56]]}
     },
     "llama, shape kept": {"image_aspect_ratio": "keep"},
+    "llama, deep mlp, tower beside, safetensors": {"projector": "mlp3x_gelu", "tower_inside": False},
+    "mistral, linear, tower inside, sharded bin": {
+        **{"lm": "mistral", "projector": "linear", "safe": False, "num_shards": 2}
+    },
     "patch tokens": {"style": "patch_token", "projector": "linear", "tower_inside": False, "old_buffers": True},
 }
 ORACLES = (
@@ -96,10 +102,36 @@ def round_trip(source: Path, work: Path, options: ForeignOptions) -> str:
     return "ours, hf"
 
 
+SPECIFIED_KEYS = {
+    *("model_type", "architectures", "use_mm_proj", "mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer"),
+    *("mm_vision_select_feature", "mm_projector_type", "mm_use_im_start_end", "mm_use_im_patch_token"),
+    *("tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "image_aspect_ratio", "mm_patch_merge_type"),
+    *("image_grid_pinpoints", "tokenizer_padding_side", "tokenizer_model_max_length", "mm_projector_lr"),
+    *("unfreeze_mm_vision_tower", "mm_vision_tower_lr", "mm_resampler_type", "max_sequence_length"),
+}
+"""Keys of config.json in llava-med.md 1.4."""
+
+
+def test_every_specified_key_makes_a_round_trip(tmp_path: Path) -> None:
+    """One of the kinds has them all, and a key that nobody knows; the round trip below compares whole files."""
+    source = write_legacy(tmp_path, **KINDS["mistral, mlp, every key"])
+    assert SPECIFIED_KEYS | {"a_key_of_tomorrow"} <= json.loads((source / "config.json").read_text()).keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_is_accounted_for(tmp_path: Path, kind: str) -> None:
+    """No tensor of the files is dropped without a word: each has one row in the table, read or computed anew."""
+    source = write_legacy(tmp_path, **KINDS[kind])
+    rows = [row for row in inspect(source).rows if row.name]
+    assert sorted(row.name for row in rows) == sorted(list_tensors(source))
+    assert {row.status for row in rows} <= {"loaded", "renamed", "computed"}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_written_by_hand(tmp_path: Path, kind: str) -> None:
     source = write_legacy(tmp_path, **KINDS[kind])
     way = round_trip(source, tmp_path, ForeignOptions())
+    sys.stdout.write(f"{kind}: legacy -> {way} -> legacy, every bit\n")  # listed by pytest -rP
     assert way == ("ours, hf" if ", mlp" in kind else "ours")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "legacy" / name).read_bytes() == (source / name).read_bytes()
@@ -119,6 +151,7 @@ def test_recorded(shared: Path, tmp_path: Path, oracle: str, folder: str) -> Non
             **{name: str(root / value) for name, value in parts.items() if value},
         ),
     )
+    sys.stdout.write(f"{oracle}, {folder}: legacy -> {way} -> legacy, every bit\n")
     assert way == ("ours, hf" if folder in ("out/stage2", "llava-med-mistral-tiny") and "rad" not in oracle else "ours")
 
 

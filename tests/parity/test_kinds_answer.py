@@ -10,8 +10,14 @@ from benchmarks.oracles.folder import loaded_from
 from llava.generation.local import LocalEngine
 from llava.generation.protocol import Completion, Prompt, Sampling
 from llava.samples import Conversation, Turn
-from tests.parity.test_forward import RECORDED, Recorded
+from tests.parity.test_forward import ADAPTERS, RECORDED, Recorded
 
+PROJECTORS = (
+    Recorded("llava-1.2.2", "out/stage1", base="base_llm"),
+    Recorded("llava-rad", "out/stage1", base="base_llm"),
+    Recorded("llava-med-1.0", "out/stage1"),
+)
+CASES = (*RECORDED, *ADAPTERS, *PROJECTORS, Recorded("stllava-med", "out/llava-lora", base="base_llm"))
 SAMPLING = Sampling(max_new_tokens=12)
 LONG = "Lobe axial resonance no radiograph impression cardiac in lower histology cells left large. "
 
@@ -29,10 +35,10 @@ def prompts(folder: Path) -> list[Prompt]:
     ]
 
 
-@pytest.mark.parametrize("recorded", RECORDED, ids=lambda case: f"{case.oracle}:{case.folder}")
+@pytest.mark.parametrize("recorded", CASES, ids=lambda case: f"{case.oracle}:{case.folder}")
 def test_a_batch_of_four_is_four_single_runs(shared: Path, recorded: Recorded) -> None:
     oracle = shared / "oracles" / recorded.oracle
-    loaded = loaded_from(oracle, recorded.folder)
+    loaded = loaded_from(oracle, recorded.folder, recorded.base)
     together = LocalEngine(loaded.model, loaded.processor, max_slots=4).generate(prompts(oracle), SAMPLING)
     alone: list[list[Completion]] = [
         LocalEngine(loaded.model, loaded.processor, max_slots=1).generate([prompt], SAMPLING)[0]
