@@ -13,17 +13,20 @@ mixture.yaml --read_mixture--> Mixture --load_mixture--> Samples with `source` a
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from llava.data.images import resolve
-from llava.data.quarantine import Quarantine
+from llava.data.quarantine import BadRow, Quarantine, bad_row
 from llava.data.records import load_samples
 from llava.data.streams import StreamSource
 from llava.errors import ConfigError, DataError
@@ -31,8 +34,11 @@ from llava.samples import Sample, describe, name_of
 from llava.utils.jsonl import read_text
 from llava.utils.provenance import file_sha256
 
+logger = logging.getLogger(__name__)
+
 MAX_WEIGHT = 1000.0
 FIELDS = ("name", "path", "images", "weight", "licence")
+FIRST_KEYS = tuple(quote + name + quote + b":" for name in (b"sources", b"stream") for quote in (b"", b"'", b'"'))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,7 @@ class Source:
         images: folder that its image names are relative to; None trusts them as paths of the user's own.
         weight: passes over its rows in one epoch.
         licence: `licence` of its rows where they name none themselves.
+        pattern: of a stream's shards: as written in the mixture, below the mixture's folder.
     """
 
     name: str
@@ -52,6 +59,7 @@ class Source:
     images: Path | None = None
     weight: float = 1.0
     licence: str = ""
+    pattern: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +81,9 @@ def is_mixture(path: str | Path) -> bool:
             start = stream.read(4096)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    lines = [line for line in start.splitlines() if line.strip() and not line.lstrip().startswith((b"#", b"---"))]
-    return bool(lines) and lines[0].startswith((b"sources:", b"stream:"))
+    text = start.removeprefix(codecs.BOM_UTF8)
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith((b"#", b"%", b"---"))]
+    return bool(lines) and lines[0].startswith(FIRST_KEYS)
 
 
 def read_mixture(path: str | Path) -> Mixture:
@@ -119,7 +128,8 @@ def _source(entry: Any, folder: Path, place: str) -> Source:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MAX_WEIGHT:
         raise ConfigError(f"{place}: field 'weight' must be a number above 0 and at most {MAX_WEIGHT:g}")
     images = folder / entry["images"] if entry.get("images") else None
-    return Source(entry["name"], folder / entry["path"], images, float(weight), entry.get("licence", ""))
+    pattern = os.path.join(escape(str(folder)), entry["path"])
+    return Source(entry["name"], folder / entry["path"], images, float(weight), entry.get("licence", ""), pattern)
 
 
 def load_mixture(
@@ -133,9 +143,19 @@ def load_mixture(
         DataError: as `load_samples`.
     """
     found: list[Sample] = []
+    bad: list[BadRow] = []
     for source in sources:
         for sample in load_samples(source.path, skip_bad=skip_bad, quarantine=quarantine):
-            found.append(_placed(sample, source))
+            try:
+                found.append(_placed(sample, source))
+            except DataError as error:
+                if not skip_bad:
+                    raise
+                bad.append(bad_row(sample, str(error)))
+    if bad:
+        logger.warning("skipped %d rows whose pictures cannot be used; the first: %s", len(bad), bad[0])
+    if bad and quarantine is not None:
+        quarantine.add(bad)
     return found
 
 
@@ -178,7 +198,8 @@ def stream_sources(mixture: Mixture) -> list[StreamSource]:
     """
     found = []
     for source in mixture.sources:
-        shards = tuple(Path(name) for name in sorted(glob(str(source.path))))
+        names = [str(source.path)] if source.path.is_file() else sorted(glob(source.pattern))
+        shards = tuple(Path(name) for name in names)
         if not shards:
             raise ConfigError(f"source {source.name}: no file matches {source.path}")
         found.append(StreamSource(source.name, shards, source.weight, source.images, source.licence))

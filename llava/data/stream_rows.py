@@ -12,21 +12,23 @@ begin at any row: lines and tar members before it are passed over, not parsed.
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from llava.errors import DataError
 from llava.utils.lookup import require
 
 PARQUET_MAGIC, GZIP_MAGIC = b"PAR1", b"\x1f\x8b"
+BOM = b"\xef\xbb\xbf"
 TAR_MAGIC, TAR_MAGIC_PLACE = b"ustar", 257
 MAX_MEMBER_BYTES = 512 * 1024 * 1024
 """No picture file in a tar shard is larger."""
@@ -36,6 +38,8 @@ MAX_LINE_BYTES = 64 * 1024 * 1024
 
 BROKEN = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError)
 """What readers raise for files that are cut off or changed."""
+
+PIECE = 1 << 16
 
 Numbered = tuple[int, "StreamRow | DataError"]
 
@@ -84,7 +88,8 @@ def _kind(shard: str | Path, head: bytes) -> Callable[[Path, int], Iterator[Numb
         return _parquet
     if head[TAR_MAGIC_PLACE:].startswith(TAR_MAGIC):
         return _tar
-    if head.lstrip()[:1] == b"{" or not head.strip():
+    text = head.removeprefix(BOM).strip()
+    if text.startswith(b"{") or not text:
         return _lines
     raise DataError(
         f"{shard} is neither JSON lines, Parquet nor a tar shard; a JSON array cannot be streamed, "
@@ -92,15 +97,21 @@ def _kind(shard: str | Path, head: bytes) -> Callable[[Path, int], Iterator[Numb
     )
 
 
-def _lines(shard: Path, start: int) -> Iterator[Numbered]:
+@contextmanager
+def _unzipped(shard: Path) -> Iterator[Any]:
+    """Open a shard for reading, unzipped if it is gzipped."""
     with ExitStack() as stack:
         stream: Any = stack.enter_context(open(shard, "rb"))
-        if stream.read(2) == GZIP_MAGIC:
-            stream = stack.enter_context(gzip.open(shard))
+        zipped = stream.read(2) == GZIP_MAGIC
         stream.seek(0)
+        yield stack.enter_context(gzip.open(stream)) if zipped else stream
+
+
+def _lines(shard: Path, start: int) -> Iterator[Numbered]:
+    with _unzipped(shard) as stream:
         number = 0
         for line in _cut(stream, shard):
-            if line.strip():
+            if line.removeprefix(BOM).strip():
                 if number >= start:
                     yield number, _object(line)
                 number += 1
@@ -125,7 +136,8 @@ def _object(text: bytes, pictures: tuple[bytes, ...] = ()) -> StreamRow | DataEr
 
 def _parquet(shard: Path, start: int) -> Iterator[Numbered]:
     datasets = require("datasets", "data")
-    table = datasets.load_dataset("parquet", data_files=str(shard), split="train", streaming=True)
+    name = glob.escape(str(shard))  # the library takes it for a pattern
+    table = datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
     for number, row in enumerate(table.decode(False).skip(start), start=start):  # pictures stay bytes
         yield number, _parquet_row(row)
 
@@ -144,11 +156,33 @@ def _parquet_row(row: dict[str, Any]) -> StreamRow | DataError:
     return StreamRow(value, tuple(pictures))
 
 
+class _WholeHeaders(tarfile.TarInfo):
+    """Headers of an archive that must be whole.
+
+    The library takes a header that is cut off or damaged, behind the first one, for the end of the archive, and the
+    rows behind it would silently be missing.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Read a header block; anything but a header or the mark of the end is an error."""
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if not buf.strip(b"\0") and len(buf) == tarfile.BLOCKSIZE:  # the mark of the end
+                raise
+            raise ValueError(f"in the place of a member or of the mark of the end: {error}") from error
+
+
 def _tar(shard: Path, start: int) -> Iterator[Numbered]:
-    with tarfile.open(shard, "r|*") as archive:
+    with _unzipped(shard) as stream, tarfile.open(fileobj=stream, mode="r|", tarinfo=_WholeHeaders) as archive:
         for number, (key, members) in enumerate(_by_key(archive, start)):
             if number >= start:
                 yield number, _tar_row(key, members)
+        rest: Any = archive.fileobj
+        while piece := rest.read(PIECE):  # to the end: a gzipped file's last bytes are its checksum
+            if piece.strip(b"\0"):
+                raise ValueError("something follows the mark of the end; are these several archives in a row?")
 
 
 def _by_key(archive: tarfile.TarFile, start: int) -> Iterator[tuple[str, dict[str, bytes | None]]]:

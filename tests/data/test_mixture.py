@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from llava.data.mix import main
 from llava.data.mixture import Shares, data_sha256, is_mixture, load_mixture, read_mixture, stream_sources
+from llava.data.quarantine import Quarantine
 from llava.data.records import load_samples
 from llava.errors import ConfigError, DataError
 from tests.tiny import write_tiny_vqa
@@ -113,6 +114,34 @@ def test_the_identity_covers_every_file(folder: Path) -> None:
     assert data_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("before", ["\ufeff", "%YAML 1.1\n---\n", "# a\r\n"])
+def test_mixtures_of_other_editors(folder: Path, before: str) -> None:
+    path = folder / "edited.yaml"
+    path.write_bytes((before + TWO.replace("\n", "\r\n")).encode())
+    assert is_mixture(path) and len(read_mixture(path).sources) == 2
+
+
+def test_bad_pictures_are_left_out_where_that_is_asked_for(folder: Path) -> None:
+    rows = json.loads((folder / "b" / "train.json").read_text())
+    rows[3]["image"] = "../../a/images/0.png"
+    (folder / "b" / "train.json").write_text(json.dumps(rows))
+    quarantine = Quarantine(folder / "left-out.jsonl")
+    samples = load_mixture(read_mixture(folder / "mixture.yaml").sources, skip_bad=True, quarantine=quarantine)
+    assert len(samples) == 23 and [row.row for row in quarantine.rows] == [3]
+
+
+def test_folders_with_signs_of_patterns(folder: Path) -> None:
+    inner = folder / "[v1]"
+    inner.mkdir()
+    for name in ("x-[0].jsonl", "x-[1].jsonl"):
+        (inner / name).write_text("{}")
+    (inner / "stream.yaml").write_text(
+        "stream: true\nsources: [{name: all, path: 'x-*.jsonl'}, {name: one, path: 'x-[0].jsonl'}]"
+    )
+    everything, one = stream_sources(read_mixture(inner / "stream.yaml"))
+    assert len(everything.shards) == 2 and one.shards == (inner / "x-[0].jsonl",)
+
+
 def test_streams_name_shards_by_pattern(folder: Path) -> None:
     (folder / "stream.yaml").write_text("stream: true\nsources: [{name: both, path: '*/train.json', weight: 3}]")
     assert is_mixture(folder / "stream.yaml")
@@ -126,6 +155,14 @@ def test_streams_name_shards_by_pattern(folder: Path) -> None:
         stream_sources(read_mixture(folder / "none.yaml"))
     with pytest.raises(ConfigError, match="not written as one file"):
         main([str(folder / "stream.yaml"), "--out", str(folder / "x.json")])
+
+
+@pytest.mark.parametrize("name", ["mixture.yaml", "a/train.json"])
+def test_written_over_nothing_that_is_read(folder: Path, name: str) -> None:
+    before = (folder / name).read_bytes()
+    with pytest.raises(ConfigError, match="would overwrite"):
+        main([str(folder / "mixture.yaml"), "--out", str(folder / "b" / ".." / name)])
+    assert (folder / name).read_bytes() == before
 
 
 def test_written_out_as_one_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.data.stream_rows import StreamRow, rows_in
@@ -150,6 +150,43 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes, words: str) -> 
         list(rows_in(tmp_path / "none"))
 
 
+def test_a_tar_shard_that_is_cut_or_damaged_anywhere_loses_no_row_silently(tmp_path: Path) -> None:
+    """The library ends quietly at a header that is cut off or damaged, unless it is the first one."""
+    content = write_tar(tmp_path / "whole").read_bytes()
+    with tarfile.open(tmp_path / "whole") as archive:
+        place = archive.getmembers()[4].offset
+    damaged = {
+        "between members": content[:place],
+        "in a header": content[: place + 100],
+        "header overwritten": content[:place] + b"\x55" * 512 + content[place + 512 :],
+        "header zeroed": content[:place] + bytes(1024) + content[place + 1024 :],
+        "two archives in a row": content + content,
+    }
+    for name, data in damaged.items():
+        for packed in (data, gzip.compress(data)):
+            (tmp_path / name).write_bytes(packed)
+            with pytest.raises(DataError, match="broken or cut off"):
+                list(rows_in(tmp_path / name))
+    packed = gzip.compress(content)
+    (tmp_path / "checksum").write_bytes(packed[:-8] + b"1234" + packed[-4:])
+    with pytest.raises(DataError, match="CRC"):
+        list(rows_in(tmp_path / "checksum"))
+
+
+def test_lines_with_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    text = "\ufeff" + "\r\n".join(json.dumps(row) for row in rows()) + "\r\n"
+    (tmp_path / "windows").write_bytes(text.encode())
+    found = [row for _, row in rows_in(tmp_path / "windows")]
+    assert [isinstance(row, StreamRow) and row.value["id"] for row in found] == [str(n) for n in range(NUM_ROWS)]
+
+
+def test_names_with_signs_of_patterns(tmp_path: Path) -> None:
+    folder = tmp_path / "[v1] ü*"
+    folder.mkdir()
+    assert len(list(rows_in(write_parquet(folder / "part[0].parquet")))) == NUM_ROWS
+
+
+@settings(deadline=None)
 @given(cut=st.integers(0, 10_000), flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=4))
 def test_mutated_shards_end_in_named_errors(
     tmp_path_factory: pytest.TempPathFactory, cut: int, flips: list[tuple[int, int]]
