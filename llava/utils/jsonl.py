@@ -89,13 +89,16 @@ def append(path: str | Path, row: Mapping[str, Any]) -> None:
 
 
 def drop_torn_line(path: str | Path) -> bool:
-    """Remove a last line that a killed process left half written; say whether there was one."""
+    """Remove a last line that a killed process left half written; say whether there was one.
+
+    Only from a file of JSON lines: the last line of any other file, named by mistake, is its owner's.
+    """
     path = Path(path)
     if not path.exists():
         return False
     content = path.read_bytes()
     head, newline, tail = content.rpartition(b"\n")
-    if not tail.strip():
+    if not tail.strip() or not _begins_with_object(head or tail, whole=bool(head)):
         return False
     try:
         json.loads(tail)
@@ -103,6 +106,18 @@ def drop_torn_line(path: str | Path) -> bool:
         write_atomic(path, head + newline)
         return True
     return False
+
+
+def _begins_with_object(content: bytes, *, whole: bool) -> bool:
+    """Say whether the first line is a JSON object; if not `whole`, whether it may be the beginning of one."""
+    first = content.lstrip().partition(b"\n")[0]
+    if not whole or not first.startswith(b"{"):
+        return first.startswith(b"{")
+    try:
+        json.loads(first)
+    except NOT_JSON:
+        return False
+    return True
 
 
 def done_keys(path: str | Path, key: str) -> set[str]:

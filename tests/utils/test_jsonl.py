@@ -62,6 +62,13 @@ def test_torn_line_is_dropped_and_the_file_goes_on(tmp_path: Path) -> None:
     assert [row["id"] for row in jsonl.read_records(path)] == [1, 3]
 
 
+@pytest.mark.parametrize("content", ['[\n  {"id": 1}\n]', '{\n  "id": 1\n}', "a,b\n1,2", '{"id": 1, \n"x": 2}', "text"])
+def test_other_files_keep_their_last_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "named by mistake.json"
+    path.write_text(content)
+    assert not jsonl.drop_torn_line(path) and path.read_text() == content
+
+
 def test_append_after_a_complete_line_without_its_end(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text('{"id": 1}')
