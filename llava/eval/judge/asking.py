@@ -5,12 +5,21 @@ messages --Requests--> Reply | ApiFailure --> text | NoReply, in order of arriva
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llava.eval.judge.prompts import Messages
 from llava.eval.judge.store import Ask, NoReply, Reply
 from llava.openai_api import ApiError, ApiFailure, ApiSettings, ChatClient, Requests
+from llava.openai_failures import Reply as ApiReply
+
+_LAST_WORD = re.compile(r"\S+$")
+
+
+def _whole_words(reply: ApiReply) -> str:
+    """Return the text of a reply; without its last word when it was cut short, for `10` may have become `1`."""
+    return reply.text if reply.finish_reason != "length" else _LAST_WORD.sub("", reply.text)
 
 
 def ask_endpoint(
@@ -18,8 +27,8 @@ def ask_endpoint(
 ) -> Ask:
     """Return a function that asks an endpoint.
 
-    A reply that reached the limit of tokens counts: its scores stand on the first line. A failure that every request
-    would share (a wrong key, an unknown model) raises `ApiError`; all others are values.
+    A reply that reached the limit of tokens counts, but for its last word: its scores stand on the first line. A
+    failure that every request would share (a wrong key, an unknown model) raises `ApiError`; all others are values.
 
     Args:
         settings: of the endpoint.
@@ -40,7 +49,7 @@ def ask_endpoint(
                     next_one += 1
                 place, outcome = running.next()
                 if not isinstance(outcome, ApiFailure):
-                    yield place, outcome.text
+                    yield place, _whole_words(outcome)
                 elif outcome.fatal:
                     raise ApiError(outcome)
                 else:

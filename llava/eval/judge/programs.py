@@ -91,8 +91,8 @@ def score(argv: Sequence[str] | None = None) -> None:
     """
     args = _score_parser().parse_args(argv)
     log.setup()
-    if args.scores_file.resolve() in (args.question_file.resolve(), args.answers_file.resolve()):
-        raise ConfigError(f"--scores-file {args.scores_file} would overwrite what is read; name another file")
+    read = [args.question_file, args.answers_file]
+    _refuse_overwriting(read, {"scores-file": args.scores_file, "store": _store_file(args), "out": args.out})
     settings = Settings(
         template=args.template,
         swap=args.swap_order,
@@ -120,9 +120,27 @@ def score(argv: Sequence[str] | None = None) -> None:
         sys.exit("no question has a score (see the reasons above)")
 
 
+def _refuse_overwriting(read: Sequence[Path], written: Mapping[str, Path | None]) -> None:
+    """Make sure that no file is written over one that is read, or over another that is written.
+
+    Raises:
+        ConfigError: one would be; replies that were paid for are among them.
+    """
+    taken = {path.resolve() for path in read}
+    for flag, path in written.items():
+        if path is not None and path.resolve() in taken:
+            raise ConfigError(f"--{flag} {path} would overwrite what is read or written besides; name another file")
+        taken |= set() if path is None else {path.resolve()}
+
+
+def _store_file(args: Namespace) -> Path:
+    store: Path = args.store or args.scores_file.with_name(f"{args.scores_file.name}.replies.jsonl")
+    return store
+
+
 def _judge(args: Namespace) -> Judge:
     """Return the judge that the options name, with its store."""
-    store = Store(args.store or args.scores_file.with_name(f"{args.scores_file.name}.replies.jsonl"))
+    store = Store(_store_file(args))
     sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     if args.offline or args.dry_run:
         return Judge(args.model or settings_of(args).deployment, ask_nobody, store, sampling=sampling)
@@ -200,6 +218,8 @@ def summarize(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     log.setup()
     defects = chosen_defects(args.release, args.with_defect, args.fix)
+    read = [path for path in (args.scores_file, args.against) if path is not None]
+    _refuse_overwriting(read, {"out": args.out, "html": args.html})
     if args.scores_file is None:
         needing = [name for name in ("against", "html", "out") if getattr(args, name) is not None]
         if needing:

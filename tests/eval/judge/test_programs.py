@@ -177,13 +177,26 @@ def test_refused_question_is_counted_and_nothing_of_it_is_logged(
 def test_reply_cut_at_the_limit_still_counts(files: list[str], endpoint: FakeEndpoint, tmp_path: Path) -> None:
     endpoint.faults = [Fault(finish_reason="length", text="8 7\nBecause the")]
     eval_multimodal_chat_gpt_score.main([*files, "--max-concurrency", "1"])
-    assert sorted(row["result"] == "8 7\nBecause the" for row in lines(tmp_path / "s.jsonl")) == [False] * 5 + [True]
+    assert sorted(row["result"] == "8 7\nBecause " for row in lines(tmp_path / "s.jsonl")) == [False] * 5 + [True]
+
+
+def test_a_score_that_may_be_cut_off_is_asked_again(files: list[str], endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    endpoint.faults = [Fault(finish_reason="length", text="10 1")]
+    eval_multimodal_chat_gpt_score.main([*files, "--max-concurrency", "1"])
+    found = [row["judgement"]["orders"]["12"] for row in lines(tmp_path / "s.jsonl")]
+    assert sorted(order["num_replies"] for order in found) == [1] * 5 + [2]
+    assert [10.0, 1.0] not in [order["scores"] for order in found]
 
 
 def test_scores_do_not_overwrite_what_is_read(files: list[str], endpoint: FakeEndpoint, tmp_path: Path) -> None:
     before = (tmp_path / "a.jsonl").read_bytes()
     with pytest.raises(ConfigError, match="overwrite"):
         eval_multimodal_chat_gpt_score.main([*files, "--scores-file", str(tmp_path / "." / "a.jsonl")])
+    for flag in ("--store", "--out"):
+        with pytest.raises(ConfigError, match=f"{flag} .*overwrite"):
+            eval_multimodal_chat_gpt_score.main([*files, flag, str(tmp_path / "s.jsonl")])
+    with pytest.raises(ConfigError, match=r"--html .*overwrite"):
+        summarize_gpt_review.main(["--scores-file", files[3], "--html", files[3]])
     assert (tmp_path / "a.jsonl").read_bytes() == before and endpoint.calls == []
 
 
