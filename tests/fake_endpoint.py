@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,6 +104,17 @@ class FakeEndpoint:
     def root(self) -> str:
         """The address without `/v1`, as Azure's settings want it."""
         return self.address.removesuffix("/v1")
+
+
+class Server(ThreadingHTTPServer):
+    """Says nothing of clients that are killed in the middle of a request."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Show errors of this file, not of connections."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 def num_tokens(messages: Sequence[Message]) -> int:
@@ -201,8 +213,7 @@ def completion(text: object, fault: Fault, body: Mapping[str, Any], *, usage: bo
 def serve(answer: Answer) -> Iterator[FakeEndpoint]:
     """Run an endpoint on a free port."""
     state = FakeEndpoint(answer)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"state": state}))
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"state": state}))
     state.address = f"http://127.0.0.1:{server.server_address[1]}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
