@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from llava.data.check.digests import NOTHING
 from llava.data.check.findings import Findings
 from llava.data.check.ledger import Ledger, view
 from llava.data.check.pictures import Pictures
@@ -11,10 +12,14 @@ from llava.data.check.rows_by_key import grouped, repeats
 
 
 def find_repeated_rows(ledger: Ledger, file: int, findings: Findings) -> None:
-    """Report rows with the images and the conversation of an earlier row, and ids of earlier rows."""
-    for rule, keys in (("repeated-row", ledger.contents), ("repeated-id", ledger.ids)):
-        for row, first in zip(*repeats(view(keys)), strict=True):
-            findings.add(rule, file, [int(row)], f"first in row {first}")
+    """Report rows with the images and the conversation of an earlier row, and other rows with its id."""
+    again, firsts = repeats(view(ledger.contents))
+    for row, first in zip(again, firsts, strict=True):
+        findings.add("repeated-row", file, [int(row)], f"first in row {first}")
+    ids = view(ledger.ids).copy()
+    ids[again] = NOTHING
+    for row, first in zip(*repeats(ids), strict=True):
+        findings.add("repeated-id", file, [int(row)], f"first in row {first}")
 
 
 def find_same_pictures(pictures: Pictures, file: int, findings: Findings) -> None:

@@ -1,0 +1,165 @@
+"""Time and memory of `llava data check` on rows of instruct shape, and what ten times the rows cost.
+
+    python -m benchmarks.data_check                  # 60,000 rows (about 88 MB), each with a picture of its own
+    python -m benchmarks.data_check --times 10       # the same with ten times the rows, without pictures: bytes a row
+
+Rows, words and pictures (64 x 64 grey PNG) are made here, in a temporary folder. Each run is a process of its own,
+whose wall time and largest resident memory are read; the last line is for machines.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from llava.utils.cli import Parser
+
+NUM_ROWS = 60_000
+DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
+WORDS = tuple(
+    [
+        "the",
+        "of",
+        "in",
+        "and",
+        "a",
+        "is",
+        "are",
+        "with",
+        "image",
+        "shows",
+        "lesion",
+        "mass",
+        "left",
+        "right",
+        "upper",
+        "lower",
+        "lung",
+        "liver",
+        "kidney",
+        "brain",
+        "tissue",
+        "cells",
+        "density",
+        "signal",
+        "contrast",
+        "area",
+        "region",
+        "border",
+        "suggests",
+        "possible",
+        "consistent",
+        "normal",
+        "small",
+        "large",
+        "dark",
+        "bright",
+    ]
+)
+
+_CHILD = """
+import resource, sys, time
+from llava.data.check.program import main
+start = time.perf_counter()
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    status = stop.code
+else:
+    status = 0
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sys.stderr.write(f"\\nMEASURED {status} {time.perf_counter() - start:.2f} {peak}\\n")
+"""
+
+
+def write_rows(path: Path, num_rows: int) -> None:
+    """Write rows of instruct shape: an image, five flags, about three questions with long answers, 1,450 bytes."""
+    draw = random.Random(0)
+    with path.open("w", encoding="utf-8") as stream:
+        for number in range(num_rows):
+            row = {"id": f"{number:08d}_F1", "image": f"{number // 1000:04d}/{number:08d}_F1.png"}
+            flags = {name: number % 5 == place for place, name in enumerate(DOMAINS)}
+            turns = []
+            for question in range(draw.choice((2, 3, 3, 4))):
+                front = "<image>\n" if question == 0 else ""
+                turns.append({"from": "human", "value": front + _sentence(draw, 9, "?")})
+                turns.append({"from": "gpt", "value": _sentence(draw, 52, ".")})
+            text = json.dumps({**row, "domain": flags, "conversations": turns}, indent=1)
+            stream.write(("[" if number == 0 else ",\n") + text)
+        stream.write("]\n")
+
+
+def _sentence(draw: random.Random, num_words: int, end: str) -> str:
+    return " ".join(draw.choices(WORDS, k=num_words)).capitalize() + end
+
+
+def write_pictures(folder: Path, num_rows: int) -> None:
+    """Write a picture for every row, all different."""
+    draw = np.random.default_rng(0)
+    for number in range(num_rows):
+        if number % 1000 == 0:
+            (folder / f"{number // 1000:04d}").mkdir(parents=True)
+        spots = Image.fromarray(draw.integers(0, 256, (8, 8), dtype=np.uint8))
+        buffer = BytesIO()
+        spots.resize((64, 64), Image.Resampling.BILINEAR).save(buffer, format="PNG", compress_level=1)
+        (folder / f"{number // 1000:04d}" / f"{number:08d}_F1.png").write_bytes(buffer.getvalue())
+
+
+def measure(words: Sequence[str]) -> tuple[float, float]:
+    """Return seconds and MiB (largest resident memory) of one check in a process of its own.
+
+    Raises:
+        RuntimeError: the check did not end with status 0.
+    """
+    command = [sys.executable, "-c", _CHILD, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    marks = [line.split()[1:] for line in done.stderr.splitlines() if line.startswith("MEASURED")]
+    if done.returncode or not marks or marks[0][0] != "0":
+        raise RuntimeError(f"the check failed: {done.stdout[-2000:]} {done.stderr[-2000:]}")
+    sys.stdout.write(done.stdout)
+    return float(marks[0][1]), int(marks[0][2]) / 1024
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the data, check it, and report."""
+    parser = Parser(prog="python -m benchmarks.data_check", description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--rows", type=int, default=NUM_ROWS, help="rows of the small file")
+    parser.add_argument("--times", type=int, default=1, help="also check a file with this many times the rows")
+    parser.add_switch("--pictures", default=True, help="give the rows of the small file pictures")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        small = folder / "rows.json"
+        started = time.perf_counter()
+        write_rows(small, args.rows)
+        images: list[str] = []
+        if args.pictures and args.times == 1:
+            write_pictures(folder / "images", args.rows)
+            images = ["--images", str(folder / "images")]
+        megabytes = small.stat().st_size / 1e6
+        sys.stdout.write(f"made {args.rows} rows, {megabytes:.0f} MB, in {time.perf_counter() - started:.0f} s\n")
+        seconds, peak = measure([str(small), *images])
+        sys.stdout.write(f"{args.rows} rows: {seconds:.1f} s, {peak:.0f} MiB\n")
+        line = f"MEASURED rows={args.rows} seconds={seconds:.1f} mib={peak:.0f}"
+        if args.times > 1:
+            large, count = folder / "large.json", args.rows * args.times
+            write_rows(large, count)
+            more_seconds, more = measure([str(large)])
+            each = (more - peak) * 2**20 / (count - args.rows)
+            sys.stdout.write(f"{count} rows: {more_seconds:.1f} s, {more:.0f} MiB, {each:.0f} bytes a row more\n")
+            line += f" times={args.times} seconds_more={more_seconds:.1f} bytes_a_row={each:.0f}"
+        sys.stdout.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
