@@ -328,12 +328,14 @@ def test_retry_after_dates() -> None:
     assert retry_after("nan") is None and retry_after("x") is None and retry_after(None) is None
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10_000), st.integers(0, 2**32))
 def test_backoff_is_bounded_and_never_zero(attempt: int, seed: int) -> None:
     random.seed(seed)
     assert 0.5 <= backoff(attempt, first=1.0, most=60.0) <= 60.0
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_any_header_is_a_duration_or_not(text: str) -> None:
     assert (duration(text) or 0.0) >= 0.0 and (retry_after(text) or 0.0) >= 0.0
@@ -351,17 +353,19 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(JSON | st.builds(lambda inner: {"choices": [{"message": inner}], "usage": inner}, JSON))
 def test_any_body_is_a_reply_or_a_failure(body: object) -> None:
     assert isinstance(read_reply(json.dumps(body).encode()), Reply | ApiFailure)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_any_bytes_are_a_failure(content: bytes) -> None:
     assert isinstance(read_reply(content), ApiFailure)
 
 
+@settings(deadline=None)
 @given(st.integers(300, 599), JSON, JSON)
 def test_any_error_has_a_reason(status: int, code: object, param: object) -> None:
     assert str(read_error(status, code, param, wait=None, key="k" * 20))

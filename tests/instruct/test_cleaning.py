@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.errors import ConfigError
@@ -141,6 +141,7 @@ FRAGMENTS = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(FRAGMENTS | st.text(max_size=8), max_size=6).map("".join), st.sampled_from(sorted(MODES)))
 def test_any_answer(answer: str, mode: str) -> None:
     found = clean(answer, mode)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.errors import DataError
@@ -46,6 +46,7 @@ def test_parsing(text: str, pairs: list[tuple[str, str]], num_malformed: int) ->
 PLAIN = st.text(max_size=20).map(str.strip).filter(lambda text: "User:" not in text and "Assistant:" not in text)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(PLAIN, PLAIN), max_size=5))
 def test_what_is_written_is_read_back(pairs: list[tuple[str, str]]) -> None:
     turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair, strict=True)]
@@ -58,6 +59,7 @@ PIECES = st.sampled_from(["User:", "Assistant:", "\n\n", "<image>", "According t
 ANYTHING = st.characters(codec=None)  # halves of surrogate pairs, too
 
 
+@settings(deadline=None)
 @given(st.lists(PIECES | st.text(ANYTHING, max_size=5), max_size=12).map("".join), st.booleans(), st.integers(0, 9))
 def test_any_text_gives_rows_that_can_be_read_or_none(text: str, legacy: bool, seed: int) -> None:
     rows, counts = postprocess([generated(text)], mode="legacy" if legacy else "fixed", seed=seed)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.errors import DataError
@@ -28,6 +28,7 @@ ORDER = {str(number): number for number in range(8)}
 EVENTS = st.lists(st.tuples(st.sampled_from(sorted(ORDER)), st.booleans(), st.sampled_from(["a", "a\u2028b", "é\r"])))
 
 
+@settings(deadline=None)
 @given(EVENTS)
 def test_settling_orders_both_files_and_keeps_the_last_word(folder: Path, events: list[tuple[str, bool, str]]) -> None:
     path = folder / "gen.jsonl"
@@ -82,6 +83,7 @@ ROWS = st.recursive(
 CONTENTS = st.lists(ROWS.map(lambda row: json.dumps(row).encode()) | st.binary(max_size=20), max_size=4).map(b"\n".join)
 
 
+@settings(deadline=None)
 @given(CONTENTS, CONTENTS)
 def test_any_files_are_read_or_refused(folder: Path, answers: bytes, failures: bytes) -> None:
     (folder / "any.jsonl").write_bytes(answers)
@@ -96,6 +98,7 @@ def test_any_files_are_read_or_refused(folder: Path, answers: bytes, failures: b
     assert all(isinstance(count, int) for count in results.spent())
 
 
+@settings(deadline=None)
 @given(CONTENTS)
 def test_any_captions_are_read_or_refused(folder: Path, content: bytes) -> None:
     path = folder / "captions.json"
