@@ -56,7 +56,7 @@ def read_all(data: bytes, name: str) -> pydicom.FileDataset:
         check_inflated(stream, name)
         dataset = pydicom.dcmread(stream, force=True)
         fill_syntax(dataset)
-    check_picture(dataset, name)
+    check_picture(dataset)
     return dataset
 
 
@@ -66,8 +66,8 @@ def clean_copy(dataset: pydicom.FileDataset, salt: bytes) -> tuple[str, bytes]:
     Raises:
         DataError: the data set cannot be written.
     """
-    copy = clean(dataset, salt)
     with quiet("cannot be written as a clean copy"):
+        copy = clean(dataset, salt)
         copy.file_meta = FileMetaDataset()
         copy.file_meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
         copy.file_meta.MediaStorageSOPClassUID = copy.SOPClassUID
@@ -85,9 +85,11 @@ def treat(path: str, args: Namespace, salt: bytes) -> tuple[Findings, str]:
         DataError: the file cannot be used, or its copy would look different.
     """
     data = read_bytes(path, args.folder)
-    dataset = read_all(data, path)
     try:
-        findings = inspect(dataset, load(data, dicom=WHOLE_RANGE))
+        dataset = read_all(data, path)
+        picture = load(data, dicom=WHOLE_RANGE)
+        with quiet("cannot be inspected"):
+            findings = inspect(dataset, picture)
         if args.out is None or (findings.suspicions and args.burned_in == "hold"):
             return findings, ""
         name, content = clean_copy(dataset, salt)
@@ -96,7 +98,7 @@ def treat(path: str, args: Namespace, salt: bytes) -> tuple[Findings, str]:
         write_atomic(args.out / name, content)
         return findings, name
     except DataError as error:
-        text = str(error).replace("image given as bytes ", "", 1)
+        text = str(error).removeprefix("image given as bytes ").removeprefix(f"image {path} ")
         raise type(error)(f"image {path} {text}") from None
 
 

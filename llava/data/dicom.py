@@ -54,8 +54,8 @@ def picture(data: bytes, policy: DicomPolicy, *, name: str, max_pixels: int) -> 
         MissingDependency: the decoder of its compression is not installed.
     """
     dataset = read(data, PICTURE_TAGS, name=name, pixels=True)
-    check_picture(dataset, name)
     try:
+        check_picture(dataset)
         layout = Layout.of(dataset, max_pixels=max_pixels)
         index = policy.frame_of(layout.num_frames)
         if index is None:

@@ -123,7 +123,7 @@ def _instance(folder: Path, path: str, salt: bytes, join: str) -> Instance:
             if not is_dicom(head) and not may_be_bare(head):
                 raise NotDicom(f"image {path} is no DICOM file")
             dataset = read(stream, tags, name=path, pixels=False)
-            check_picture(dataset, path)
+            check_picture(dataset)
             keys = {kind: field_text(dataset, tag) for kind, tag in IDENTITY_TAGS.items()}
             return Instance(
                 path=path,
@@ -137,7 +137,7 @@ def _instance(folder: Path, path: str, salt: bytes, join: str) -> Instance:
     except OSError as error:
         raise DataError(f"image {path} cannot be read: {error.strerror}") from error
     except DataError as error:
-        raise error if path in str(error) else DataError(f"image {path} {error}") from None
+        raise error if str(error).startswith("image ") else type(error)(f"image {path} {error}") from None
 
 
 def field_text(dataset: Dataset, keyword: str) -> str:

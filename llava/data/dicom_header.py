@@ -29,7 +29,7 @@ from pydicom.uid import (
 )
 
 from llava.data.dicom_sniff import NUM_BEFORE_DATA, is_dicom
-from llava.errors import DataError
+from llava.errors import DataError, LlavaError
 
 PICTURE_TAGS = (
     *("SOPClassUID", "Modality", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
@@ -96,7 +96,7 @@ def quiet(problem: str) -> Iterator[None]:
     try:
         with silence:
             yield
-    except DataError:
+    except LlavaError:
         raise
     except Exception as error:  # parsers and decoders raise whatever they run into
         # `from None`: the cause may quote a value, and would be printed with a traceback.

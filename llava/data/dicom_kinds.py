@@ -9,7 +9,7 @@ from __future__ import annotations
 from pydicom.dataset import FileDataset
 from pydicom.uid import UID
 
-from llava.data.dicom_header import silence, word
+from llava.data.dicom_header import quiet, word
 from llava.errors import DataError, NotAPicture
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
@@ -64,34 +64,40 @@ def is_known(uid: UID) -> bool:
 
 
 def class_of(dataset: FileDataset) -> UID:
-    """Return the class of a file's object, from the data or else from the file's head; empty where neither says it."""
-    with silence:  # making an identifier of a text that is none is commented on by pydicom
+    """Return the class of a file's object, from the data or else from the file's head; empty where neither says it.
+
+    Raises:
+        DataError: the head is damaged.
+    """
+    with quiet("has a head that cannot be understood"):
         meta = dataset.file_meta.get("MediaStorageSOPClassUID", "")
         return UID(word(dataset, "SOPClassUID") or (meta if isinstance(meta, str) else ""))
 
 
-def check_picture(dataset: FileDataset, name: str) -> None:
-    """Refuse what is no picture.
+def check_picture(dataset: FileDataset) -> None:
+    """Refuse what is no picture; the messages follow the name of the file.
 
     Args:
         dataset: with at least class, modality and size.
-        name: how messages call the file.
 
     Raises:
         NotAPicture: says which object it is.
         DataError: the file ends before it says anything.
     """
     uid = class_of(dataset)
-    families = (
-        [] if uid in PICTURES else [uid[:end] for end in range(len(uid), 0, -1) if uid[end : end + 1] in ("", ".")]
-    )
-    kind = next((NOT_PICTURES[family] for family in families if family in NOT_PICTURES), None)
+    kind = None if uid in PICTURES else next(filter(None, map(NOT_PICTURES.get, _families(uid))), None)
     if kind is None and not is_known(uid):
         kind = NOT_PICTURE_MODALITIES.get(word(dataset, "Modality"))
     if kind is not None:
         called = f" ({uid.name})" if is_known(uid) else ""
-        raise NotAPicture(f"image {name} is not a picture: it is {kind}{called}; leave the file out")
+        raise NotAPicture(f"is not a picture: it is {kind}{called}; leave the file out")
     if not len(dataset):  # what pydicom leaves of a file that ends inside a field
-        raise DataError(f"image {name} holds nothing that a picture needs; is the file cut off?")
+        raise DataError("holds nothing that a picture needs; is the file cut off?")
     if "Rows" not in dataset and "Columns" not in dataset:
-        raise NotAPicture(f"image {name} is not a picture: it is {object_name(dataset)} without pixels; leave it out")
+        raise NotAPicture(f"is not a picture: it is {object_name(dataset)} without pixels; leave it out")
+
+
+def _families(uid: UID) -> list[str]:
+    """Return an identifier and all that it begins with, the longest first."""
+    parts = str(uid).split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]

@@ -20,7 +20,7 @@ from pydicom.pixels.utils import as_pixel_options
 from pydicom.uid import UID
 
 from llava.data.dicom_codestream import extent_of
-from llava.data.dicom_header import PIXEL_TAGS, number, quiet, silence, whole, word
+from llava.data.dicom_header import PIXEL_TAGS, number, quiet, whole, word
 from llava.errors import DataError, MissingDependency
 
 MAX_FRAMES = 1 << 20
@@ -120,7 +120,7 @@ def frame_values(dataset: FileDataset, layout: Layout, index: int) -> tuple[Stor
         DataError: damaged, cut off, or compressed in a way that is not decoded.
         MissingDependency: the decoder is not installed; names the package and the extra.
     """
-    with silence:
+    with quiet("has a head that cannot be understood"):
         syntax = UID(dataset.file_meta.TransferSyntaxUID)
     if syntax.name == str(syntax):
         raise DataError("is stored in a transfer syntax that the standard does not know")

@@ -406,6 +406,13 @@ def test_changed_bytes_never_crash(data: st.DataObject) -> None:
         assert str(error)
 
 
+def test_a_head_of_unknown_types_is_a_named_error() -> None:
+    data = make(np.zeros((4, 4), np.uint8))
+    place = data.index(b"\x02\x00\x02\x00UI") + 4
+    with pytest.raises(DataError, match="given as bytes has a head that cannot be understood"):
+        images.load(data[:place] + b"U." + data[place + 2 :])
+
+
 @pytest.mark.slow
 def test_a_short_guided_fuzz(tmp_path: Path) -> None:
     """A few hundred inputs; `tests/data/fuzz_dicom.py` says how to run longer."""
