@@ -41,6 +41,10 @@ def check_llava(words: list[str]) -> None:
         from llava.chat import make_parser as chat_parser
 
         chat_parser().parse_args(rest)
+    elif name == "data check":
+        from llava.data.check.program import make_parser as check_parser
+
+        check_parser().parse_args(rest)
     elif name == "data dicom":
         from llava.data.dicom_rows import make_parser as dicom_parser
 
