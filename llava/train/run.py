@@ -185,6 +185,7 @@ def make_validation(
     held_out = rows.open_data(path, folder, data_args, args, loaded)
     ranks = {"rank": args.process_index, "world_size": args.world_size}
     is_sharded = bool(args.deepspeed or args.fsdp)
+    folder = None if held_out.shares is not None else folder  # pictures of a mixture are whole paths
     loss = HeldOutLoss(
         make_collator(held_out, loaded, layout, args),
         make_objective(loaded, args),

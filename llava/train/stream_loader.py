@@ -26,6 +26,9 @@ from llava.utils.jsonl import write_json
 
 logger = logging.getLogger(__name__)
 
+MAX_BAD_IN_A_ROW = 1000
+"""So many rows that cannot be used one after the other are no bad rows but a folder or a program that is missing."""
+
 POSITION_FILE = "stream_position-{}.json"
 """Beside a checkpoint: where this rank's readers were."""
 
@@ -77,7 +80,7 @@ class _Steps(IterableDataset[StreamedStep]):
             window=WINDOW,
         )
         numbered: list[tuple[int, Encoded]] = []
-        num_bad = 0
+        num_bad = in_a_row = 0
         for row, position in stream.rows(self.starts[worker] if self.starts else None):
             try:
                 numbered.append((sum(position.counts) - 1, self.dataset.encode(row)))
@@ -85,8 +88,11 @@ class _Steps(IterableDataset[StreamedStep]):
                 if not self.skip_bad:
                     raise
                 logger.warning("skipped: %s", error)
-                num_bad += 1
+                num_bad, in_a_row = num_bad + 1, in_a_row + 1
+                if in_a_row == MAX_BAD_IN_A_ROW:
+                    raise DataError(f"{in_a_row} rows one after the other cannot be used; the last: {error}") from error
                 continue
+            in_a_row = 0
             if len(numbered) == self.size:
                 step = self.collator(numbered)
                 named = {field.name: getattr(step, field.name) for field in fields(step)}

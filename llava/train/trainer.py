@@ -152,6 +152,7 @@ class LlavaTrainer(Trainer):
         assert isinstance(num_items_in_batch, Tensor)
         model.train()
         total = torch.zeros((), device=self.args.device)
+        by_source = self.counts.by_source
         if inputs.sequences and self._limits.max_tokens_per_row != self.collator.max_tokens_per_row:
             inputs = self._laid_out_again(inputs)
         try:
@@ -168,6 +169,7 @@ class LlavaTrainer(Trainer):
         if ran_out:  # not inside the handler: its traceback holds every activation of the row that failed
             self._halve_rows(inputs)
             model.zero_grad()
+            self.counts.by_source = by_source  # the rows before the one that failed are run again
             return self.training_step(model, self._laid_out_again(inputs), num_items_in_batch)
         self._fill_gradients(model)
         self.counts.add(inputs)
@@ -264,6 +266,7 @@ class LlavaTrainer(Trainer):
             "sum": self._tr_loss.item(),
             "last_logged": self._globalstep_last_logged,
             "ranks": self.args.world_size,
+            "by_source": None if self.counts.by_source is None else self.counts.by_source.tolist(),
         }
         write_json(Path(output_dir) / WINDOW_FILE.format(self.args.process_index), since)
         if isinstance(self.loader, StreamLoader):
@@ -277,6 +280,8 @@ class LlavaTrainer(Trainer):
         if since.get("ranks") == self.args.world_size:
             self._tr_loss += since["sum"]
             self._globalstep_last_logged = since["last_logged"]
+            if since.get("by_source") is not None:
+                self.counts.add_sources(torch.tensor(since["by_source"], dtype=torch.float64, device=self.args.device))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from llava.errors import ConfigError, DataError
 from llava.model.loading import load
+from llava.train import stream_loader
 from tests.ranks import run, start
 from tests.runs import arguments, losses, metrics, steps, train, train_until_killed, write_parts
 from tests.tiny import write_tiny_vqa
@@ -128,6 +130,38 @@ def test_what_a_stream_cannot_do_is_refused(parts: Path, tmp_path: Path) -> None
     run(1, train, arguments(parts, tmp_path / "run", **streaming(parts, max_steps=2)))
     (kind, text), *_ = start(1, train, arguments(parts, tmp_path / "run", **streaming(parts, dataloader_num_workers=2)))
     assert kind == "error" and "only with the same numbers" in text
+
+
+def test_losses_of_the_sources_survive_a_resume_between_two_logs(parts: Path, tmp_path: Path) -> None:
+    words = options(parts, save_strategy="steps", save_steps=1, logging_steps=2, max_steps=4)
+    train(arguments(parts, tmp_path / "whole", **words))
+    broken = Path(shutil.copytree(tmp_path / "whole", tmp_path / "broken"))
+    shutil.rmtree(broken / "checkpoint-4")
+    train(arguments(parts, broken, **words))
+    kept = [
+        [{name: row[name] for name in row if name.startswith("loss")} for row in metrics(folder) if "loss" in row]
+        for folder in (tmp_path / "whole", broken)
+    ]
+    assert len(kept[0]) == 2 and kept[0] == kept[1] and "loss/second" in kept[0][1]
+
+
+def test_held_out_mixture_beside_an_image_folder(parts: Path, tmp_path: Path) -> None:
+    held_out = {"eval_data_path": parts / "mixture.yaml", "eval_strategy": "steps", "eval_steps": 1, "eval_answers": 2}
+    train(arguments(parts, tmp_path, **held_out, max_steps=1))
+    assert any("eval_loss" in row for row in metrics(tmp_path))
+
+
+def test_rows_that_never_can_be_used_end_the_run(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader whose pictures are gone would look for a usable row for ever."""
+    monkeypatch.setattr(stream_loader, "MAX_BAD_IN_A_ROW", 30)
+    rows = [json.loads(line) for line in (parts / "vqa" / "train.jsonl").read_text().splitlines()]
+    gone = [{**row, "image": "gone.png"} for row in rows]
+    (parts / "vqa" / "gone-0.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    (parts / "vqa" / "gone-1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gone * 3))
+    (parts / "gone.yaml").write_text("stream: true\nsources: [{name: a, path: vqa/gone-*.jsonl, images: vqa/images}]\n")
+    words = streaming(parts, data_path=parts / "gone.yaml", save_strategy="no", skip_bad=True)
+    with pytest.raises(DataError, match="30 rows one after the other"):
+        train(arguments(parts, tmp_path, **words))
 
 
 def test_bad_rows_of_a_stream_are_named_or_left_out(parts: Path, tmp_path: Path) -> None:

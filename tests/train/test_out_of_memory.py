@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llava.data.flat_batch import FlatBatch
 from llava.train import objectives
-from tests.runs import arguments, losses, train, write_parts
+from tests.runs import arguments, losses, metrics, train, write_parts
 
 
 class Failing(objectives.SFT):
@@ -46,6 +46,26 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> type[Failing]:
     kind = type("FailingOnce", (Failing,), {"calls": 0, "sizes": [], "failed": []})
     monkeypatch.setitem(objectives.OBJECTIVES, "sft", kind)
     return kind
+
+
+def test_losses_of_the_sources_count_no_row_twice(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: type[Failing]
+) -> None:
+    """The first row of the step had been added when the second ran out of memory."""
+    for half in "ab":
+        (parts / f"{half}.json").write_text((parts / "vqa" / "train.json").read_text())
+    listed = "".join(f"  - {{name: {half}, path: {half}.json, images: vqa/images}}\n" for half in "ab")
+    (parts / "mixture.yaml").write_text(f"sources:\n{listed}")
+    words = {"per_device_train_batch_size": 6, "data_path": parts / "mixture.yaml", "image_folder": None}
+    words |= {"max_steps": 1, "max_tokens_per_row": 60}
+    train(arguments(parts, tmp_path / "halved", **words))
+    monkeypatch.setitem(objectives.OBJECTIVES, "sft", objectives.SFT)
+    train(arguments(parts, tmp_path / "plain", **words))
+    weights = []
+    for run in ("halved", "plain"):
+        row = next(row for row in metrics(tmp_path / run) if "loss" in row)
+        weights.append([row["loss"], row["loss/a"], row["loss/b"]])
+    assert failing.calls > 2 and weights[0] == pytest.approx(weights[1], rel=1e-5)
 
 
 def test_same_loss_with_smaller_rows(
