@@ -67,7 +67,11 @@ def fetch(wanted: FigureList, client: Client, options: ImageOptions) -> Summary:
     partial = options.images / PARTIAL
     try:
         options.images.mkdir(parents=True, exist_ok=True)
-        with hold(options.missing.with_name(f".{options.missing.name}.lock"), purpose="downloading images"):
+        folder = options.images.resolve()
+        with (  # runs with lists of their own may share the folder, and the other way round
+            hold(options.missing.with_name(f".{options.missing.name}.lock"), purpose="downloading images"),
+            hold(folder.with_name(f".{folder.name}.lock"), purpose="downloading images"),
+        ):
             shutil.rmtree(partial, ignore_errors=True)  # what a killed run was writing
             partial.mkdir()
             try:

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from llava.data import pmc_program
 from llava.data.fetching.client import Client, NetworkOptions
+from llava.data.file_lock import hold
 from llava.data.pmc_article import ImageOptions
 from llava.data.pmc_images import fetch
 from llava.data.pmc_list import read_lists
@@ -111,6 +113,22 @@ REASONS_OF = {
 }  # fmt: skip
 
 
+def test_runs_with_lists_of_their_own_take_turns_in_one_folder(server: FileServer, tmp_path: Path) -> None:
+    """The second run would remove what the first is writing."""
+    write_list(tmp_path / "list.jsonl", offer(server, 1))
+    writing = tmp_path / "images" / ".partial" / "2_F0.jpg"
+    writing.parent.mkdir(parents=True)
+    writing.write_bytes(b"half")
+    other = [*flags(tmp_path, server.address), "--missing", str(tmp_path / "other.jsonl")]
+    with ThreadPoolExecutor(1) as pool:
+        with hold(tmp_path / ".images.lock", purpose="a test"):
+            running = pool.submit(run, other)
+            time.sleep(0.3)
+            assert writing.exists() and not running.done()
+        assert running.result(timeout=60) == 0
+    assert set(pictures(tmp_path)) == {f"images/1_F{figure}.jpg" for figure in range(3)}
+
+
 def test_every_failure_is_listed_and_the_rest_arrives(
     server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,7 +142,7 @@ def test_every_failure_is_listed_and_the_rest_arrives(
     assert names >= {f"images/{n}_F{f}.jpg" for n in (1, 9) for f in range(3)}
     assert {f"images/{row['pair_id']}.jpg" for row in wanted} - names == {f"images/{pair_id}.jpg" for pair_id in found}
     assert {path.name for path in tmp_path.iterdir()} <= {
-        "list.jsonl", "images", "missing.jsonl", "missing.summary.json", ".missing.jsonl.lock"
+        "list.jsonl", "images", "missing.jsonl", "missing.summary.json", ".missing.jsonl.lock", ".images.lock"
     }  # fmt: skip
     out = capsys.readouterr().out
     assert "missing:" in out and "stalled" in out
@@ -332,6 +350,7 @@ def test_damaged_archives_never_write_elsewhere(
     write_list(folder / "list.jsonl", rows(1))
     run(flags(folder, str(folder / "mirror")))
     here = {str(found.relative_to(folder)) for found in folder.rglob("*") if found.is_file()}
-    allowed = {"list.jsonl", "missing.jsonl", "missing.summary.json", ".missing.jsonl.lock", f"mirror/{package(1)}"}
+    locks = {".missing.jsonl.lock", ".images.lock"}
+    allowed = {"list.jsonl", "missing.jsonl", "missing.summary.json", f"mirror/{package(1)}"} | locks
     assert here - allowed <= {f"images/1_F{figure}.jpg" for figure in range(3)}
     assert len(pictures(folder)) + len(missing(folder)) == 3
