@@ -9,6 +9,7 @@ peft     base/ as hf, and adapter/ as a plain peft adapter for it
 
 from __future__ import annotations
 
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -17,16 +18,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from llava.errors import CheckpointError, ConfigError
+from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.model.building import Loaded
 from llava.model.checkpoint import ADAPTER_FILE, new_files, save_model
 from llava.model.foreign_options import ForeignOptions
 from llava.model.hf_export import export_hf
 from llava.model.layout import KINDS, Layout, sniff
-from llava.model.legacy_export import SOURCE_FOLDER, export_legacy
+from llava.model.legacy_export import SOURCE_FOLDER, export_legacy, remember_tower
 from llava.model.loading import load
+from llava.model.multimodal_encoder.towers import first_line
 from llava.model.part_layout import (
     convert_adapter,
     convert_projector,
@@ -48,7 +51,10 @@ DTYPES: dict[str, Any] = {
 def open_source(layout: Layout, options: ForeignOptions, *, merge: bool = True) -> Loaded:
     """Load the source; parts that were given are passed on."""
     parts: dict[str, Any] = {name: value for name, value in options.parts.items() if name != "base"}
-    return load(layout.path, base=options.base, dtype=options.dtype, merge=merge, **parts)
+    loaded = load(layout.path, base=options.base, dtype=options.dtype, merge=merge, **parts)
+    if layout.kind.startswith("legacy") and merge and not (layout.tower_adapter or options.tower_adapter):
+        remember_tower(loaded.model)
+    return loaded
 
 
 def to_ours(layout: Layout, options: ForeignOptions, path: Path) -> None:
@@ -142,17 +148,22 @@ def convert(source: str | Path, target: str | Path, to: str, options: ForeignOpt
     existed = path.is_dir()
     try:
         writer(sniff(source), options or ForeignOptions(), path)
-    except BaseException:
-        if not existed and path.is_dir() and not any(file.is_file() for file in path.rglob("*")):
-            _remove_empty(path)
+    except BaseException as error:
+        _clear(path, keep=existed)
+        if isinstance(error, OSError | SafetensorError) and not isinstance(error, LlavaError):
+            raise CheckpointError(f"{target} cannot be written: {first_line(error)}") from error
         raise
     return sniff(path / "adapter" if to == "peft" else path)
 
 
-def _remove_empty(path: Path) -> None:
-    for folder in sorted((item for item in path.rglob("*") if item.is_dir()), reverse=True):
-        folder.rmdir()
-    path.rmdir()
+def _clear(path: Path, *, keep: bool) -> None:
+    """Take away what a conversion left that did not come to its end; there was nothing before."""
+    if not path.is_dir():
+        return
+    for item in list(path.iterdir()):
+        shutil.rmtree(item, ignore_errors=True) if item.is_dir() else item.unlink()
+    if not keep:
+        path.rmdir()
 
 
 def add_part_options(parser: Parser) -> None:

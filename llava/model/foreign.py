@@ -33,7 +33,7 @@ from llava.model.legacy_config import (
     text_config,
 )
 from llava.model.legacy_keys import unknown_keys
-from llava.model.lora_files import LegacyLora, attach, merged, read_lora
+from llava.model.lora_files import LegacyLora, attach, check_copies, merged, read_lora
 from llava.model.multimodal_encoder.open_clip_encoder.key_map import to_transformers
 from llava.model.multimodal_encoder.towers import num_extra_tokens, num_patches
 from llava.model.names import (
@@ -163,6 +163,8 @@ def gather(layout: Layout, base: Layout | None, options: ForeignOptions) -> Gath
     folder = options.tower_adapter or layout.tower_adapter
     if folder is not None:
         adapters.append(read_lora(tower_adapter_folder(Path(folder)), tower=True))
+    elif adapters:
+        check_copies(adapters[0])
     return Gathered(state, adapters, tower, vision_config, buffers, state[EMBEDDINGS].shape[0])
 
 

@@ -6,6 +6,7 @@ tables) is written where the original file had it. A model that never was legacy
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from llava.model.layout import CONFIG_FILE
 from llava.model.legacy_config import legacy_config
 from llava.model.multimodal_encoder.open_clip_encoder.key_map import TRUNK_PREFIX, to_open_clip
 from llava.model.names import HEAD, LANGUAGE_MODEL, LEGACY_TOWER, NEWLINE, PROJECTOR, TIMM_TOWER, TOWER
+from llava.model.shard_files import flat_bytes
 from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter
 
 SOURCE_FOLDER = "source"
@@ -40,6 +42,9 @@ SOURCE_FILES = (
 )
 TOWER_FOLDER = "vision_tower"
 
+TOWER_DIGEST_KEY = "tower_sha256"
+"""Key of `LlavaMedConfig.source`: the tower that was fetched from beside, see `tower_place`."""
+
 
 def legacy_state(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its legacy name.
@@ -52,7 +57,7 @@ def legacy_state(model: Any) -> Iterator[tuple[str, Tensor]]:
     if config.head_bias:
         raise CheckpointError("the legacy layout has no bias in the head")
     num_rows = rows_to_keep(config)
-    tower = source.get("tower", "inside")
+    tower = tower_place(model)
     trunk: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name.startswith(TOWER):
@@ -70,6 +75,36 @@ def legacy_state(model: Any) -> Iterator[tuple[str, Tensor]]:
     yield from _rotary(config, source.get("buffers", {}))
     if tower != "beside":
         yield from _tower(config, trunk, tower, source.get("buffers", {}))
+
+
+def tower_place(model: Any) -> str:
+    """Where the tower's weights belong: `inside`, `timm` (inside, under timm's names), or `beside`.
+
+    One that came from beside is left out again only while it is known to be the one that was fetched: trained since, or
+    with an adapter added into it, it is nowhere else.
+    """
+    source = model.config.source or {}
+    place = str(source.get("tower", "inside"))
+    if place != "beside" or source.get(TOWER_DIGEST_KEY) == tower_digest(model):
+        return place
+    return "timm" if (source.get("config") or {}).get("mm_vision_tower_checkpoint") else "inside"
+
+
+def remember_tower(model: Any) -> None:
+    """Note in the configuration which tower was fetched from beside, so that `tower_place` knows it again."""
+    source = model.config.source or {}
+    if source.get("tower") == "beside":
+        model.config.source = {**source, TOWER_DIGEST_KEY: tower_digest(model)}
+
+
+def tower_digest(model: Any) -> str:
+    """SHA-256 of a tower's weights: names, types and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(TOWER):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(flat_bytes(tensor))
+    return digest.hexdigest()
 
 
 def rows_to_keep(config: LlavaMedConfig) -> int:
@@ -134,6 +169,8 @@ def export_legacy(
     config: Any = loaded.model.config
     source = config.source or {}
     written = legacy_config(config)
+    if source.get("tower") == "beside" and tower_place(loaded.model) != "beside":
+        written["unfreeze_mm_vision_tower"] = True  # else the originals' loaders fetch the stock one by name
     target = Path(path)
     if "mm_vision_tower" not in written:
         named = str((loaded.origin.get("build") or {}).get("vision_tower") or TOWER_FOLDER)

@@ -95,7 +95,45 @@ def read_lora(folder: Path, *, tower: bool = False) -> LegacyLora:
     if incomplete := [layer for layer, pair in pairs.items() if set(pair) != set(PARTS)]:
         raise CheckpointError(f"{file}: {incomplete[0]} has only one of the two matrices of LoRA")
     complete = {layer: Pair(pair[PARTS[0]], pair[PARTS[1]]) for layer, pair in pairs.items()}
+    _check_ranks(folder, config, complete, reader)
     return LegacyLora(folder, config, complete, dropped, reader)
+
+
+def _check_ranks(folder: Path, config: Mapping[str, Any], pairs: Mapping[str, Pair], reader: TensorReader) -> None:
+    """Make sure that the settings are those of the matrices: their scale, alpha / r, cannot be seen otherwise.
+
+    Raises:
+        CheckpointError: they are no numbers, or of another rank.
+    """
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
+        raise CheckpointError(
+            f"{folder}/{ADAPTER_CONFIG_FILE}: r is {r!r}, lora_alpha {alpha!r}; expected numbers as in training"
+        )
+    for layer, pair in pairs.items():
+        down, up = reader.entries[pair.down].shape, reader.entries[pair.up].shape
+        if len(down) != 2 or len(up) != 2 or (down[0], up[1]) != (r, r):
+            raise CheckpointError(
+                f"{folder}: {layer} has matrices {down} and {up}, {ADAPTER_CONFIG_FILE} says r = {r}; expected "
+                "[r, in] and [out, r] of one training run"
+            )
+
+
+def check_copies(adapter: LegacyLora) -> None:
+    """Make sure that nothing is lost with a tower's adapter whose copies are here and whose own folder is not.
+
+    Copies that change nothing (B all zero, as the published trainer left them) may go; others need the settings that
+    only their folder holds.
+
+    Raises:
+        CheckpointError: a copy changes the tower.
+    """
+    for name in adapter.dropped:
+        if PARTS[1] in name and bool(adapter.reader.read(name).any()):
+            raise CheckpointError(
+                f"{adapter.folder}: {name} is of an adapter of the tower, whose own folder (Vit-lora) is not here; "
+                "give it with --lora_pretrain"
+            )
 
 
 def _layer(name: str, *, tower: bool) -> str | None:

@@ -24,7 +24,7 @@ from llava.model.foreign_options import ForeignOptions
 from llava.model.layout import CONFIG_FILE, EXTRA_FILE, KINDS, Layout, sniff
 from llava.model.legacy_export import copy_small_files
 from llava.model.loading import load
-from llava.model.lora_files import LegacyLora, merged, read_lora, with_update
+from llava.model.lora_files import LegacyLora, check_copies, merged, read_lora, with_update
 from llava.model.multimodal_encoder.open_clip_encoder.files import is_open_clip
 from llava.model.multimodal_encoder.towers import load_tower, tower_image_processor
 from llava.model.names import EMBEDDINGS, HEAD, LEGACY_PREFIXES, TOWER, is_buffer, projector_suffix, renamed
@@ -125,6 +125,8 @@ def prepare(layout: Layout, options: ForeignOptions) -> Merge:
     folder = options.tower_adapter or layout.tower_adapter
     if folder is not None:
         adapters.append(read_lora(tower_adapter_folder(Path(folder)), tower=True))
+    elif adapters:
+        check_copies(adapters[0])
     merge.updates = {layer: adapter for adapter in adapters for layer in adapter.pairs}
     if layout.kind != "legacy":
         _take_trained(merge)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, LlavaError
 
 if TYPE_CHECKING:
     import torch
@@ -39,25 +39,29 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name when the block ends well, and vanishes otherwise.
 
     Raises:
-        CheckpointError: `path` exists and is no empty folder.
+        CheckpointError: `path` exists and is no empty folder, or cannot be written (a full disk).
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} exists already; name a new folder, nothing is overwritten")
     missing = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        private = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:200]}-"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be made: {error.strerror}") from error
     try:
         with _terminable():
+            temporary = private / path.name  # of the final name, which model cards carry
+            temporary.mkdir()
             yield temporary
-            temporary.chmod(0o777 & ~_umask())  # a temporary folder is private, a model folder is not
             os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+            private.rmdir()
+    except BaseException as error:
+        shutil.rmtree(private, ignore_errors=True)
         for parent in missing:
             parent.rmdir()
+        if isinstance(error, OSError) and not isinstance(error, LlavaError):
+            raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
         raise
 
 
@@ -77,12 +81,6 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
