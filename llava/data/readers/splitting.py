@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from llava.data.images import content_digest, read_bytes
 from llava.data.readers.assigning import parse_fractions, place_of, split_at, unit_hash
 from llava.data.readers.grouping import Groups, majority
-from llava.data.readers.output import MANIFEST, split_hash
+from llava.data.readers.output import MANIFEST, read_manifest, split_hash
 from llava.data.readers.tables import json_rows, plain
 from llava.errors import ConfigError, DataError
 from llava.samples import read_images
@@ -186,6 +186,14 @@ def write_splits(out: Path, rows: Sequence[dict[str, Any]], places: Sequence[str
     return "\n".join(lines) + "\n"
 
 
+def _remove_old(out: Path, keep: Collection[str]) -> None:
+    """Remove split files of an earlier output that this one does not have: their rows are in others now."""
+    old = (read_manifest(out) or {}).get("splits")
+    for split in old if isinstance(old, dict) else ():
+        if split.isidentifier() and split not in keep:
+            (out / f"{split}.json").unlink(missing_ok=True)
+
+
 def _as_json(row: Mapping[str, Any]) -> str:
     """Return a row as it was read; only NaN, which is no JSON, becomes null."""
     return json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
@@ -228,6 +236,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     there = [name for name in (*(f"{split}.json" for split in fractions), MANIFEST) if (out / name).exists()]
     if there and not args.overwrite:
         raise ConfigError(f"{out} holds {', '.join(there)} already; choose another --out or give --overwrite")
+    replaced = {(out / f"{split}.json").resolve() for split in fractions}
+    if own := [path for path in args.files if Path(path).resolve() in replaced]:
+        raise ConfigError(f"--out {out} would replace {own[0]}, which is read; choose another --out")
     rows = read_rows(args.files)
     by = tuple(way for way in WAYS if way in args.by)
     options = Options(by, fractions, args.seed, args.key, args.stratify, args.image_folder)
@@ -240,4 +251,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         "stratify": args.stratify,
         "made_by": stamp(data={Path(path).name: path for path in args.files}, command=["llava", "data", "split"]),
     }
+    _remove_old(out, keep=set(places))
     sys.stdout.write(write_splits(out, rows, places, facts))

@@ -184,12 +184,16 @@ def _text_rows(
         reader = csv.reader(stream, delimiter=sign, strict=True)
         row = 0
         while True:
+            before = reader.line_num
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield row, DataError(f"not a row of a text table ({error})")
+                where = f"lines {before + 2} to {reader.line_num + 1}"
+                if "unexpected end" in str(error):  # all rows behind an open quote are in that one cell
+                    raise DataError(f"{path}, row {row}, {where}: a quote is opened and never closed") from error
+                yield row, DataError(f"not a row of a text table ({error}; {where})")
                 row += 1
                 continue
             except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:

@@ -91,6 +91,19 @@ def test_a_row_without_the_key_is_refused(value: Any) -> None:
         split_rows(data, Options(("image",), FRACTIONS), name="all.json")
 
 
+def test_nothing_that_is_read_is_replaced_and_no_older_split_stays(tmp_path: Path) -> None:
+    source, out = tmp_path / "train.json", tmp_path / "split"
+    source.write_text(json.dumps(rows()))
+    with pytest.raises(ConfigError, match="would replace"):
+        main([str(source), "--by", "patient", "--out", str(tmp_path), "--overwrite"])
+    assert json.loads(source.read_text()) == rows()
+    main([str(source), "--by", "patient", "--fractions", "train=0.5,test=0.5", "--out", str(out)])
+    (out / "own.json").write_text("[]")
+    main([str(source), "--by", "patient", "--fractions", "train=0.5,val=0.5", "--out", str(out), "--overwrite"])
+    found = {path.name for path in out.iterdir()}
+    assert found == {"train.json", "val.json", "own.json", "manifest.json"}, "rows of test.json are in train.json now"
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_rows(tmp_path / "all.json", rows())
     words = [str(file), "--by", "patient", "--fractions", "train=0.5,val=0.2,test=0.3", "--out", str(tmp_path / "out")]

@@ -141,3 +141,13 @@ def test_damaged_gzip_gives_a_named_error(tmp_path: Path, noise: bytes, place: i
         rows_of(path)
     except DataError as error:
         assert "table" in str(error)
+
+
+def test_a_quote_left_open_is_no_row_to_leave_out(tmp_path: Path) -> None:
+    """All rows behind it are in one cell: leaving that row out would lose them without a word."""
+    (tmp_path / "t.csv").write_text('a,b\n1,x\n2,"y\n3,z\n4,w\n')
+    with pytest.raises(DataError, match=r"row 1, lines 3 to 5: a quote is opened and never closed"):
+        list(read_table(tmp_path / "t.csv"))
+    (tmp_path / "t.csv").write_text('a,b\n1,x\n2,"y\n3,"z\n4,w\n')
+    found = [row for _, row in read_table(tmp_path / "t.csv")]
+    assert "lines 3 to 4" in str(found[1]) and found[2] == {"a": "4", "b": "w"}
