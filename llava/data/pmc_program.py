@@ -107,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what the flags say and return the exit status."""
     options, bases = image_options(args)
+    if gone := [path for path in args.filter_json if not Path(path).is_file()]:
+        raise ConfigError(f"--filter-json {gone[0]}: no such file")
     only = None if args.only is None else pair_ids(args.only)
     wanted = read_lists(args.input_path, only=only, max_images=args.max_images, allowed_hosts=args.allow_host)
     sys.stdout.write(

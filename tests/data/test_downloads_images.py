@@ -129,6 +129,16 @@ def test_runs_with_lists_of_their_own_take_turns_in_one_folder(server: FileServe
     assert set(pictures(tmp_path)) == {f"images/1_F{figure}.jpg" for figure in range(3)}
 
 
+def test_what_could_not_be_used_in_the_end_is_refused_at_the_start(server: FileServer, tmp_path: Path) -> None:
+    write_list(tmp_path / "list.jsonl", offer(server, 1))
+    with pytest.raises(ConfigError, match=r"--filter-json .*no such file"):
+        run([*flags(tmp_path, server.address), "--filter-json", str(tmp_path / "none.json")])
+    for flag in ("--rate", "--stall-seconds", "--max-wait"):
+        with pytest.raises(ConfigError, match="finite"):
+            run([*flags(tmp_path, server.address), flag, "nan"])
+    assert not (tmp_path / "images").exists()
+
+
 def test_every_failure_is_listed_and_the_rest_arrives(
     server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ used, and redirects are left to us. It is installed with the package, since hugg
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -57,6 +58,9 @@ class NetworkOptions:
     max_redirects: int = 5
 
     def __post_init__(self) -> None:
+        numbers = (self.per_second, self.first_wait, self.max_wait, self.stall_seconds, self.min_speed)
+        if not all(map(math.isfinite, numbers)):
+            raise ConfigError(f"rates, waits and speeds must be finite numbers, got {', '.join(map(str, numbers))}")
         if self.max_attempts < 1 or self.stall_seconds <= 0 or self.connect_seconds <= 0:
             raise ConfigError("--max-attempts must be at least 1, and --stall-seconds above 0")
 
