@@ -11,6 +11,7 @@ import math
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,6 +78,12 @@ class BinTensor:
 
 MARK = object()
 
+MAX_DESCRIPTION_BYTES = 100_000_000
+"""As in the safetensors format; a packed archive can claim any size."""
+
+UNREADABLE_ARCHIVE = (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError, EOFError, struct.error)
+"""Not a zip archive, damaged, or packed in a way that nobody reads."""
+
 
 class _Walk:
     """A pickle program's stack and memory."""
@@ -125,13 +132,13 @@ class _Walk:
         elif name == "torch Size":
             self.stack.append(tuple(arguments[0]))
         else:
-            raise ValueError(f"a call of {function!r}")
+            raise ValueError(f"a call of {name or type(function).__name__}")
 
     def persistent(self) -> None:
         """A storage: ("storage", type, key, device, number of elements)."""
         kind, storage_type, key = self.stack.pop()[:3]
         if kind != "storage" or getattr(storage_type, "name", None) not in STORAGE_DTYPES:
-            raise ValueError(f"a persistent {kind!r}")
+            raise ValueError("a persistent value that is no storage of a known type")
         self.stack.append(Storage(STORAGE_DTYPES[storage_type.name], key))
 
     def set_items(self, values: list[Any]) -> None:
@@ -228,13 +235,18 @@ def read_bin_header(file: Path) -> dict[str, BinTensor]:
             program = next((name for name in members if name.endswith("/data.pkl")), None)
             if program is None:
                 raise CheckpointError(f"{file} is a zip archive without tensors; expected a file written by torch.save")
+            if members[program].file_size > MAX_DESCRIPTION_BYTES:
+                raise CheckpointError(
+                    f"{file} describes its tensors in {members[program].file_size} bytes; expected at most "
+                    f"{MAX_DESCRIPTION_BYTES}, and it was not unpacked"
+                )
             tensors = _tensors(file, _walk(file, archive.read(program)))
             storages = {
                 tensor.storage_key: members.get(program.replace("data.pkl", f"data/{tensor.storage_key}"))
                 for tensor in tensors.values()
             }
             starts = _starts(file, storages)
-    except (zipfile.BadZipFile, OSError, EOFError, struct.error) as error:
+    except UNREADABLE_ARCHIVE as error:
         raise CheckpointError(
             f"{file} cannot be read as a torch file ({error}); it is truncated, or older than torch 1.6"
         ) from error

@@ -139,7 +139,8 @@ def expected_shapes(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
     Only for whole models in the legacy layout, whose configuration says it all.
     """
     config = layout.config
-    if layout.kind != "legacy" or not isinstance(config.get("hidden_size"), int):
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    if layout.kind != "legacy" or not all(isinstance(config.get(key), int) for key in sizes):
         return
     width, inner = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]

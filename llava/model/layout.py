@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from llava.errors import CheckpointError
+from llava.model.legacy_keys import check_values
 from llava.model.names import LEGACY_TOWER, TIMM_TOWER, projector_suffix, projector_type_of
 from llava.model.shards import TensorEntry, find_weights, list_tensors
 
@@ -102,7 +103,9 @@ class Layout:
 
         The legacy types are `llava`, `llava_llama`, `llava_mistral`, or the plain language model's own (STLLaVA-Med).
         """
-        words = " ".join([str(self.config.get("model_type")), *map(str, self.config.get("architectures") or ())])
+        architectures = self.config.get("architectures")
+        listed = architectures if isinstance(architectures, list) else []
+        words = " ".join([str(self.config.get("model_type")), *map(str, listed)])
         for text_type in ("mistral", "mpt", "qwen2", "phi", "gemma"):
             if text_type in words.lower():
                 return text_type
@@ -172,7 +175,7 @@ def read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object")
@@ -190,7 +193,7 @@ def sniff(path: str | Path) -> Layout:
         return _sniff_file(given)
     if not given.is_dir():
         raise CheckpointError(f"{path}: no such folder; expected a checkpoint folder or a weight file")
-    config, adapter = read_json(given / CONFIG_FILE), read_json(given / ADAPTER_CONFIG_FILE)
+    config, adapter = _read_config(given), read_json(given / ADAPTER_CONFIG_FILE)
     if config.get("model_type") == OUR_TYPE:
         return _sniff_ours(given, config, adapter)
     if adapter:
@@ -203,13 +206,21 @@ def sniff(path: str | Path) -> Layout:
     raise CheckpointError(f"{path}: {_explain(given, config)}")
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json; the values that decide something in the legacy layouts are of their kinds."""
+    config = read_json(folder / CONFIG_FILE)
+    if any(key.startswith("mm_") for key in config):
+        check_values(config, folder / CONFIG_FILE)
+    return config
+
+
 def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
     """The first of several files that a folder has."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def _sniff_file(file: Path) -> Layout:
-    tensors, config = list_tensors(file), read_json(file.parent / CONFIG_FILE)
+    tensors, config = list_tensors(file), _read_config(file.parent)
     layers = [name for name in tensors if ".layers.0." in name and "lora_" not in name]
     if any(projector_suffix(name) for name in tensors) and not layers:
         return Layout(file, "legacy_projector", config, tensors=tensors)

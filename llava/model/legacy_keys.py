@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from llava.errors import CheckpointError
 
 TEXT_TYPES = ("llama", "mistral")
 """Language models of the legacy layouts that are read; MPT was written for code that no longer exists."""
@@ -66,3 +70,41 @@ TEXT_KEYS = frozenset(
 def unknown_keys(config: dict[str, Any]) -> list[str]:
     """Keys of a legacy config.json that nobody knows; they are kept and written back."""
     return sorted(set(config) - USED_KEYS - KEPT_KEYS - FOREIGN_KEYS - TEXT_KEYS)
+
+
+LARGEST_COUNT = 1_000_000
+COUNTS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("mm_hidden_size", "vocab_size", "mm_cluster_num_centers", "mm_cluster_iters", "max_sequence_length"),
+)
+TEXTS = (
+    *("mm_vision_tower", "mm_vision_tower_config", "mm_vision_tower_checkpoint", "mm_projector_type", "model_type"),
+    *("mm_vision_select_feature", "mm_patch_merge_type", "image_aspect_ratio", "_name_or_path"),
+)
+SWITCHES = ("mm_use_im_start_end", "mm_use_im_patch_token", "tie_word_embeddings", "tune_mm_mlp_adapter")
+OPTIONAL_COUNTS = frozenset(COUNTS[4:])
+
+
+def check_values(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse values of a legacy config.json that are of another kind than their keys; a word is no switch.
+
+    Raises:
+        CheckpointError: names the key, what it holds, and what was expected.
+    """
+    for key in (*COUNTS, *TEXTS, *SWITCHES, "mm_vision_select_layer"):
+        if key in config and (expected := _expected(key, config[key])):
+            raise CheckpointError(f"{file}: {key} is {str(config[key])[:60]!r}; expected {expected}")
+
+
+def _expected(key: str, value: Any) -> str | None:
+    """What a value should have been, or None where it is that."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if key == "mm_vision_select_layer":
+        return None if is_number else "a whole number"
+    if value is None and (key in OPTIONAL_COUNTS or key in TEXTS or key in SWITCHES):
+        return None
+    if key in COUNTS:
+        return None if is_number and 0 < value <= LARGEST_COUNT else f"a whole number from 1 to {LARGEST_COUNT}"
+    if key in TEXTS:
+        return None if isinstance(value, str) else "text"
+    return None if isinstance(value, bool) else "true or false"
