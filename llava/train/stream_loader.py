@@ -48,8 +48,8 @@ class StreamedStep(StepBatch):
     num_bad: int = 0
 
 
-class _Steps(IterableDataset[StreamedStep]):
-    """The endless steps of one reader."""
+class _Steps(IterableDataset["StreamedStep | DataError"]):
+    """The endless steps of one reader; an error comes as the last one, since torch wraps it in a worker's traceback."""
 
     def __init__(
         self,
@@ -68,7 +68,13 @@ class _Steps(IterableDataset[StreamedStep]):
         self.first = 0
         """The worker whose step comes first."""
 
-    def __iter__(self) -> Iterator[StreamedStep]:
+    def __iter__(self) -> Iterator[StreamedStep | DataError]:
+        try:
+            yield from self._steps()
+        except DataError as error:
+            yield error
+
+    def _steps(self) -> Iterator[StreamedStep]:
         info = get_worker_info()
         num_workers = info.num_workers if info else 1
         worker = ((info.id if info else 0) + self.first) % num_workers
@@ -100,7 +106,7 @@ class _Steps(IterableDataset[StreamedStep]):
                 numbered, num_bad = [], 0
 
 
-class StreamLoader(DataLoader[StreamedStep]):
+class StreamLoader(DataLoader["StreamedStep | DataError"]):
     """Yields one `StreamedStep` per optimiser step, without end.
 
     Args:
@@ -139,6 +145,8 @@ class StreamLoader(DataLoader[StreamedStep]):
         """Yield steps; workers take turns, beginning with the one whose turn it was."""
         self.steps.starts, self.steps.first = list(self.positions), self.next_worker
         for step in super().__iter__():
+            if isinstance(step, DataError):
+                raise step
             self.positions[step.worker] = step.position
             self.next_worker = (step.worker + 1) % len(self.positions)
             self.num_bad += step.num_bad
