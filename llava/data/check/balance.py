@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava.answer_types import decision, is_closed
+from llava.data.check.identifiers import identifier_rules
 from llava.errors import DataError
 from llava.samples import Sample
 
@@ -33,6 +34,7 @@ MAX_CHARACTERS = 40
 """A class is a word or two; longer values are texts, which have no place in a report."""
 
 OTHER = "(other)"
+"""Classes beyond `MAX_CLASSES`, and those that look like identifiers."""
 
 
 class Balance:
@@ -65,8 +67,9 @@ class Balance:
 
     def _count(self, name: str, word: str) -> None:
         counter = self.counts.setdefault(name, Counter())
-        known = word in counter or len(counter) < MAX_CLASSES
-        counter[word if known else OTHER] += 1
+        if word not in counter and (len(counter) >= MAX_CLASSES or identifier_rules([word])):
+            word = OTHER
+        counter[word] += 1
 
     def tables(self) -> dict[str, dict[str, int]]:
         """Return the classes of every field, the most frequent first."""

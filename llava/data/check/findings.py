@@ -76,11 +76,6 @@ class Findings:
             shown, others = tuple(rows[:num_shown]), tuple(other_rows[:num_shown])
             found.listed.append(Finding(rule, file, shown, message or RULES[rule].title, tuple(images), others))
 
-    def wants_words(self, rule: str, file: int) -> bool:
-        """Say whether the next finding of this rule is kept in words, so that nobody makes them in vain."""
-        found = self._found.get((rule, file))
-        return found is None or len(found.listed) < self.max_listed
-
     def of(self, rule: str, file: int) -> Found:
         """Return what one rule found in one file."""
         return self._found.get((rule, file), Found())

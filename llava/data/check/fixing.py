@@ -20,7 +20,7 @@ from llava.data.check.report import Report
 from llava.data.check.rows import view_row
 from llava.data.check.rules import RULES
 from llava.data.check.stream import form_of, stream_rows
-from llava.errors import ConfigError
+from llava.errors import ConfigError, DataError
 from llava.samples import to_row
 from llava.utils.jsonl import open_atomic
 
@@ -47,7 +47,11 @@ def refuse_overwriting(report_path: Path, *sources: Path | None) -> None:
 
 
 def write_fixed(report: Report, path: Path) -> Fixed:
-    """Write the cleaned copy of the checked file."""
+    """Write the cleaned copy of the checked file.
+
+    Raises:
+        DataError: the file has more rows than it had when it was checked.
+    """
     source, dropped, by_rule = report.scans[FILE].path, _dropped(report), {}
     for rule, file in report.findings.rules():
         if file == FILE and RULES[rule].drops:
@@ -55,6 +59,8 @@ def write_fixed(report: Report, path: Path) -> Fixed:
     lines, num_kept = form_of(source) == "lines", 0
     with open_atomic(path) as stream:
         for row, value in stream_rows(source):
+            if row >= len(dropped):
+                raise DataError(f"{source} changed while it was checked; no copy was written, check it again")
             if dropped[row]:
                 continue
             start = "" if lines else ("[\n" if num_kept == 0 else ",\n")

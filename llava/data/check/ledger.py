@@ -7,6 +7,7 @@ No text and no name is kept in memory, so ten times the rows need ten times thes
 
 from __future__ import annotations
 
+import os
 import tempfile
 from array import array
 from collections.abc import Mapping, Sequence
@@ -89,9 +90,9 @@ class NameStore:
 
     def get(self, place: int) -> str:
         """Return the name at a place."""
-        self._file.seek(place)
-        length = int.from_bytes(self._file.read(4), "little")
-        return self._file.read(length).decode("utf-8", "surrogatepass")
+        self._file.flush()
+        length = int.from_bytes(os.pread(self._file.fileno(), 4, place), "little")
+        return os.pread(self._file.fileno(), length, place + 4).decode("utf-8", "surrogatepass")
 
 
 class Ledger:

@@ -31,6 +31,12 @@ from llava.utils.log import progress
 T = TypeVar("T")
 R = TypeVar("R")
 
+STATES = ("", "image-missing", "image-broken")
+"""What a picture is, as a number: it decodes, or the rule it breaks."""
+
+MAX_MESSAGES = 10_000
+"""Pictures whose errors are kept in words: with a wrong folder every picture is missing."""
+
 _ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
@@ -115,7 +121,8 @@ class Pictures:
         self.contents, self.pixels, self.hashes = numbers(), numbers(), numbers()
         self.widths, self.heights, self.kinds = row_numbers(), row_numbers(), array("B")
         self.kind_names: list[str] = []
-        self.bad: dict[int, tuple[str, str]] = {}
+        self.states = array("B")
+        self._messages: dict[int, str] = {}
         self._small: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
 
     def __len__(self) -> int:
@@ -152,8 +159,9 @@ class Pictures:
             self.kind_names.append(seen.kind)
         self.kinds.append(self.kind_names.index(seen.kind) if seen.kind in self.kind_names else 0)
         self._small.write(seen.small or bytes(SIDE * SIDE))
-        if seen.rule:
-            self.bad[place] = (seen.rule, seen.message)
+        self.states.append(STATES.index(seen.rule))
+        if seen.rule and len(self._messages) < MAX_MESSAGES:
+            self._messages[place] = seen.message
 
     def rows(self, file: int, places: NDArray[np.integer]) -> list[int]:
         """Return the rows of a file that name any of these pictures, each once, sorted."""
@@ -164,6 +172,16 @@ class Pictures:
         starts, stops = (np.searchsorted(keys, places, side=side) for side in ("left", "right"))
         refs = np.concatenate([order[low:high] for low, high in zip(starts, stops, strict=True)])
         return cast(list[int], np.unique(self._rows[file][refs]).tolist())
+
+    def is_bad(self, place: int) -> bool:
+        """Say whether a picture was opened in vain."""
+        return self.opened and self.states[place] != 0
+
+    def bad(self) -> Iterator[tuple[int, str, str]]:
+        """Yield place, rule and message (empty after the first `MAX_MESSAGES`) of every picture opened in vain."""
+        for place, state in enumerate(self.states):
+            if state:
+                yield place, STATES[state], self._messages.get(place, "")
 
     def small(self, place: int) -> NDArray[np.uint8]:
         """Return the small grey copy [32, 32] of a picture."""

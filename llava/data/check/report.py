@@ -110,7 +110,7 @@ def _differ(first: Path | None, second: Path | None) -> bool:
 
 def _report_bad(pictures: Pictures, findings: Findings) -> None:
     """Report pictures that do not decode, once for each file that names them."""
-    for place, (rule, message) in pictures.bad.items():
+    for place, rule, message in pictures.bad():
         for file in range(len(pictures.of_ref)):
             rows = pictures.rows(file, np.asarray([place]))
             if rows:

@@ -122,7 +122,7 @@ def _samples(path: Path, pictures: Pictures) -> Iterator[tuple[int, Sample, list
         places = refs[passed : passed + len(seen.images)]
         passed += len(seen.images)
         bad = any(problem.rule in ("places", "no-answer") for problem in seen.problems)
-        if seen.sample is None or bad or any(int(place) in pictures.bad for place in places):
+        if seen.sample is None or bad or any(pictures.is_bad(place) for place in places):
             continue
         sizes = [(pictures.widths[place], pictures.heights[place]) for place in places] if pictures.opened else []
         yield row, seen.sample, sizes
