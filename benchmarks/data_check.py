@@ -1,7 +1,8 @@
 """Time and memory of `llava data check` on rows of instruct shape, and what ten times the rows cost.
 
     python -m benchmarks.data_check                  # 60,000 rows (about 88 MB), each with a picture of its own
-    python -m benchmarks.data_check --times 10       # the same with ten times the rows, without pictures: bytes a row
+    python -m benchmarks.data_check --times 10       # the same without pictures, and ten times the rows: bytes a row
+    python -m benchmarks.data_check --times 10 --against True       # likewise, each compared with a second file
 
 Rows, words and pictures (64 x 64 grey PNG) are made here, in a temporary folder. Each run is a process of its own,
 whose wall time and largest resident memory are read; the last line is for machines.
@@ -47,11 +48,17 @@ sys.stderr.write(f"\\nMEASURED {status} {time.perf_counter() - start:.2f} {busy:
 """
 
 
-def write_rows(path: Path, num_rows: int) -> None:
+def say(line: str) -> None:
+    """Write one line of the report."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def write_rows(path: Path, num_rows: int, *, first: int = 0, seed: int = 0) -> None:
     """Write rows of instruct shape: an image, five flags, about three questions with long answers, 1,450 bytes."""
-    draw = random.Random(0)
+    draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as stream:
-        for number in range(num_rows):
+        for number in range(first, first + num_rows):
             row = {"id": f"{number:08d}_F1", "image": f"{number // 1000:04d}/{number:08d}_F1.png"}
             flags = {name: number % 5 == place for place, name in enumerate(DOMAINS)}
             turns = []
@@ -60,7 +67,7 @@ def write_rows(path: Path, num_rows: int) -> None:
                 turns.append({"from": "human", "value": front + _sentence(draw, 9, "?")})
                 turns.append({"from": "gpt", "value": _sentence(draw, 52, ".")})
             text = json.dumps({**row, "domain": flags, "conversations": turns}, indent=1)
-            stream.write(("[" if number == 0 else ",\n") + text)
+            stream.write(("[" if number == first else ",\n") + text)
         stream.write("]\n")
 
 
@@ -95,35 +102,44 @@ def measure(words: Sequence[str]) -> tuple[float, float, float]:
     return float(marks[0][1]), float(marks[0][2]), int(marks[0][3]) / 1024
 
 
+def check(folder: Path, name: str, num_rows: int, *, pictures: bool, against: bool) -> tuple[float, float, float]:
+    """Make data in a folder, check it, and say what that took; returns what `measure` does."""
+    started, place = time.perf_counter(), folder / name
+    place.mkdir()
+    write_rows(place / "rows.json", num_rows)
+    words = [str(place / "rows.json")]
+    if pictures:
+        write_pictures(place / "images", num_rows)
+        words += ["--images", str(place / "images")]
+    if against:
+        write_rows(place / "test.json", num_rows, first=num_rows, seed=1)
+        words += ["--against", str(place / "test.json")]
+    megabytes = (place / "rows.json").stat().st_size / 1e6
+    say(f"made {num_rows} rows, {megabytes:.0f} MB, in {time.perf_counter() - started:.0f} s")
+    seconds, busy, peak = measure(words)
+    say(f"{num_rows} rows: {seconds:.1f} s, {busy:.1f} s of processor time, {peak:.0f} MiB")
+    return seconds, busy, peak
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the data, check it, and report."""
     parser = Parser(prog="python -m benchmarks.data_check", description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--rows", type=int, default=NUM_ROWS, help="rows of the small file")
     parser.add_argument("--times", type=int, default=1, help="also check a file with this many times the rows")
-    parser.add_switch("--pictures", default=True, help="give the rows of the small file pictures")
+    parser.add_switch("--pictures", default=None, help="give the rows pictures; default: only without --times")
+    parser.add_switch("--against", help="compare with a second file of as many rows")
     args = parser.parse_args(argv)
+    options = {"pictures": args.times == 1 if args.pictures is None else args.pictures, "against": args.against}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        small = folder / "rows.json"
-        started = time.perf_counter()
-        write_rows(small, args.rows)
-        images: list[str] = []
-        if args.pictures and args.times == 1:
-            write_pictures(folder / "images", args.rows)
-            images = ["--images", str(folder / "images")]
-        megabytes = small.stat().st_size / 1e6
-        sys.stdout.write(f"made {args.rows} rows, {megabytes:.0f} MB, in {time.perf_counter() - started:.0f} s\n")
-        seconds, busy, peak = measure([str(small), *images])
-        sys.stdout.write(f"{args.rows} rows: {seconds:.1f} s, {busy:.1f} s of processor time, {peak:.0f} MiB\n")
+        seconds, busy, peak = check(Path(temporary), "small", args.rows, **options)
         line = f"MEASURED rows={args.rows} seconds={seconds:.1f} processor_seconds={busy:.1f} mib={peak:.0f}"
         if args.times > 1:
-            large, count = folder / "large.json", args.rows * args.times
-            write_rows(large, count)
-            more_seconds, _, more = measure([str(large)])
+            count = args.rows * args.times
+            more_seconds, _, more = check(Path(temporary), "large", count, **options)
             each = (more - peak) * 2**20 / (count - args.rows)
-            sys.stdout.write(f"{count} rows: {more_seconds:.1f} s, {more:.0f} MiB, {each:.0f} bytes a row more\n")
+            say(f"{each:.0f} bytes a row more")
             line += f" times={args.times} seconds_more={more_seconds:.1f} bytes_a_row={each:.0f}"
-        sys.stdout.write(line + "\n")
+        say(line)
 
 
 if __name__ == "__main__":
