@@ -11,10 +11,13 @@ from llava.errors import CheckpointError
 from llava.model.building import portable
 from llava.model.layout import CONFIG_FILE, read_json
 from llava.model.multimodal_encoder.towers import first_line
+from llava.model.shards import INDEX_SUFFIX, SAFE_FILE
 
 WANTED_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
 DOUBLED_FILES = ("pytorch_model*.bin",)
-"""The same weights again, where a repository has safetensors too."""
+"""The same weights again, where a repository has the model's safetensors too (`SAFE_SOURCES`)."""
+
+SAFE_SOURCES = (SAFE_FILE, SAFE_FILE + INDEX_SUFFIX)
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -54,4 +57,4 @@ def _not_needed(name: str) -> tuple[str, ...]:
         files = HfApi().list_repo_files(name)
     except Exception:  # offline: what is in the cache is all there is
         return ()
-    return DOUBLED_FILES if any(file.endswith(".safetensors") for file in files) else ()
+    return DOUBLED_FILES if any(file in SAFE_SOURCES for file in files) else ()

@@ -7,6 +7,8 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from llava.errors import CheckpointError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -35,10 +37,11 @@ class SafeShard:
         self._held: list[Tensor] = []
         self._stream: Any = None
         self._header_bytes = 64  # estimate, to see when the reserved room is used up
+        self._room = HEADER_ROOM_BYTES
 
     def has_room(self, name: str, tensor: Tensor) -> bool:
         """Whether the header can describe one more tensor."""
-        return self._header_bytes + _described_bytes(name, tensor) <= HEADER_ROOM_BYTES
+        return self._header_bytes + _described_bytes(name, tensor) <= self._room
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor; once the shard is large it is written at once."""
@@ -51,9 +54,10 @@ class SafeShard:
             return
         self._held.append(tensor)
         if self._end >= STREAM_FROM_BYTES:
-            self._start(HEADER_ROOM_BYTES)
+            self._start(max(self._room, -(-self._header_bytes // 8) * 8))  # one tensor's name alone may be longer
 
     def _start(self, header_bytes: int) -> None:
+        self._room = header_bytes
         self._stream = self.file.open("wb")
         self._stream.write(struct.pack("<Q", header_bytes) + b" " * header_bytes)
         for tensor in self._held:
@@ -61,10 +65,18 @@ class SafeShard:
         self._held = []
 
     def finish(self) -> None:
-        """Write what is held, and the header."""
+        """Write what is held, and the header.
+
+        Raises:
+            CheckpointError: the header does not fit before the tensors.
+        """
         text = json.dumps({"__metadata__": {"format": "pt"}, **self._header}, separators=(",", ":")).encode()
         if self._stream is None:
             self._start(-(-len(text) // 8) * 8)
+        if len(text) > self._room:
+            raise CheckpointError(
+                f"{self.file}: a header of {len(text)} bytes, room for {self._room}; give the tensors shorter names"
+            )
         self._stream.seek(8)
         self._stream.write(text)
         self._stream.close()

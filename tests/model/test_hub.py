@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 from llava.errors import CheckpointError
-from llava.model.hub import is_hub_name
+from llava.model.hub import DOUBLED_FILES, _not_needed, is_hub_name
 from llava.model.loading import load
 from tests.model.legacy_folders import write_legacy
 from tests.runs import arguments, train, write_parts
@@ -52,3 +52,20 @@ def test_what_is_not_there_ends_in_one_line(cached: Path) -> None:
 def test_folders_are_no_names(tmp_path: Path) -> None:
     assert is_hub_name("clinic/model") and is_hub_name("model")
     assert not is_hub_name(tmp_path) and not is_hub_name("/runs/first") and not is_hub_name("./runs/first/x")
+
+
+@pytest.mark.parametrize(
+    ("files", "skipped"),
+    [
+        (["model.safetensors", "pytorch_model.bin"], DOUBLED_FILES),
+        (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], DOUBLED_FILES),
+        (["pytorch_model.bin", "mm_projector.safetensors"], ()),
+        (["pytorch_model.bin", "tower/model.safetensors"], ()),
+        (["pytorch_model.bin", "model-00001-of-00002.safetensors"], ()),
+    ],
+)
+def test_bin_weights_are_left_out_only_beside_the_same_weights(
+    files: list[str], skipped: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, name: files)
+    assert _not_needed("clinic/model") == skipped

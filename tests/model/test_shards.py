@@ -311,3 +311,26 @@ def test_nothing_there(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="no tensor 'b'"):
         open_tensors(tmp_path).read("b")
+
+
+def test_a_name_longer_than_the_reserved_header_keeps_the_tensor_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_files, "STREAM_FROM_BYTES", 1)
+    monkeypatch.setattr(shard_files, "HEADER_ROOM_BYTES", 256)
+    tensors = {"x" * 1000: torch.arange(512.0), "y": torch.ones(3)}
+    with ShardWriter(tmp_path) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    assert_same(open_tensors(tmp_path), tensors)
+
+
+def test_a_header_beyond_its_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_files, "STREAM_FROM_BYTES", 1)
+    monkeypatch.setattr(shard_files, "HEADER_ROOM_BYTES", 256)
+    shard = shard_files.SafeShard(tmp_path / "model.safetensors")
+    shard.add("a", torch.ones(4))
+    shard.add("b" * 400, torch.ones(4))  # without asking `has_room`
+    with pytest.raises(CheckpointError, match="room for 256"):
+        shard.finish()
+    shard.drop()
