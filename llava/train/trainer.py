@@ -66,7 +66,7 @@ class Counts:
         """Add the losses and weights of the sources of one row."""
         self.by_source = sums.double() if self.by_source is None else self.by_source + sums
 
-    def over_ranks(self, device: torch.device, num_sources: int) -> Counts:
+    def over_ranks(self, device: torch.device, num_sources: int = 0) -> Counts:
         """Sums over all ranks."""
         by_source = torch.zeros(2, num_sources) if self.by_source is None else self.by_source.cpu()
         own = torch.tensor([self.sequences, self.supervised, self.tokens, self.unshared], dtype=torch.float64)
@@ -75,7 +75,8 @@ class Counts:
             numbers = numbers.to(device)
             dist.all_reduce(numbers)
         sequences, supervised, tokens, unshared, *rest = numbers.tolist()
-        return Counts(int(sequences), supervised, int(tokens), int(unshared), torch.tensor(rest).view(2, num_sources))
+        sums = torch.tensor(rest, dtype=torch.float64).view(2, num_sources) if num_sources else None
+        return Counts(int(sequences), supervised, int(tokens), int(unshared), sums)
 
 
 @dataclass(slots=True)
