@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llava.utils.cli import Parser
+from llava.utils.cli import Parser, parse_bool
 
 NUM_ROWS = 60_000
 DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
@@ -126,7 +126,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m benchmarks.data_check", description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--rows", type=int, default=NUM_ROWS, help="rows of the small file")
     parser.add_argument("--times", type=int, default=1, help="also check a file with this many times the rows")
-    parser.add_switch("--pictures", default=None, help="give the rows pictures; default: only without --times")
+    parser.add_argument(
+        "--pictures", type=parse_bool, help="give the rows pictures, or not; default: only without --times"
+    )
     parser.add_switch("--against", help="compare with a second file of as many rows")
     args = parser.parse_args(argv)
     options = {"pictures": args.times == 1 if args.pictures is None else args.pictures, "against": args.against}
