@@ -18,7 +18,8 @@ from llava.model.multimodal_encoder.towers import UNREADABLE, UNUSED_PARTS, firs
 from llava.model.names import EMBEDDINGS, HEAD, TOWER
 from llava.model.shards import TensorEntry, read_with_room
 
-ROWS_AT_A_TIME = 512
+VALUES_AT_A_TIME = 2**15 - 1
+"""Fewer than torch spreads over threads: they would wait for each other longer than the sums take."""
 
 
 def grow(state: dict[str, Tensor], num_words: int, files: Mapping[str, TensorEntry] | None = None) -> None:
@@ -61,7 +62,8 @@ def mean_rows(table: Tensor, num_new: int, entry: TensorEntry | None = None) -> 
     if entry is not None and entry.shape == tuple(table.shape) and entry.dtype == str(table.dtype).split(".")[-1]:
         whole = read_with_room(entry, num_old + num_new)
     total = torch.zeros(table.shape[1])
-    for rows in (table if whole is None else whole[:num_old]).split(ROWS_AT_A_TIME):
+    rows_at_a_time = max(VALUES_AT_A_TIME // table.shape[1], 1)
+    for rows in (table if whole is None else whole[:num_old]).split(rows_at_a_time):
         total += rows.float().sum(dim=0)
     mean = (total / num_old).to(table.dtype)
     if whole is None:
