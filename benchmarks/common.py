@@ -6,12 +6,14 @@ compared, ratios of alternated runs can: only those are reported.
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,6 +173,16 @@ def alternate(sides: Mapping[str, Sequence[Callable[[], None]]]) -> dict[str, fl
 def median(values: Sequence[float]) -> float:
     """Median of measured values."""
     return statistics.median(values)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave log lines out of a report; afterwards they come again."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def say(text: str) -> None:

@@ -8,14 +8,13 @@ difference, `ok`, `FAIL` or `skipped` with the reason. The exit status is 1 if a
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import say
+from benchmarks.common import quiet, say
 from benchmarks.oracles import answers, numbers, pictures, runs, texts
 from benchmarks.oracles.folder import Line, Oracle
 from llava.compat import COMPAT, parse_names, table
@@ -113,9 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not args.oracles.is_dir():
         raise ConfigError(f"--oracles {args.oracles} is no folder")
-    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    sys.exit(report(args.oracles, parse_names(args.compat)))
+    with quiet():
+        sys.exit(report(args.oracles, parse_names(args.compat)))
 
 
 if __name__ == "__main__":

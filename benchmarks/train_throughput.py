@@ -11,7 +11,6 @@ so that all sides must get the same loss, which is asserted.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import subprocess
 import sys
@@ -26,7 +25,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import torch
 import transformers
 
-from benchmarks.common import IMAGE_TOKEN_ID, alternate, median, say, say_ratios
+from benchmarks.common import IMAGE_TOKEN_ID, alternate, median, quiet, say, say_ratios
 from benchmarks.sides import SIDES, num_trained
 from benchmarks.workloads import PEER_ORDERS, WORKLOADS, batches, shuffled
 from llava.data.encode import Encoded
@@ -131,12 +130,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
     say(f"torch {torch.__version__}, transformers {transformers.__version__}, {args.threads} threads, fp32")
     ratios: dict[str, float] = {}
-    for name in WORKLOADS:
-        ratios |= compare(name, num_batches, num_rounds)
-    ratios["memory_8q"] = memory_ratio()
+    with quiet():
+        for name in WORKLOADS:
+            ratios |= compare(name, num_batches, num_rounds)
+        ratios["memory_8q"] = memory_ratio()
     say("")
     say_ratios(ratios)
 
