@@ -20,6 +20,7 @@ from llava.constants import DTYPES, IMAGE_TOKEN
 from llava.data.dicom_policy import add_dicom_options
 from llava.data.images import load as load_image
 from llava.data.images import read_bytes
+from llava.data.jpeg_scale import add_fast_jpeg_option
 from llava.errors import DataError, LlavaError
 from llava.generation.protocol import Engine, ImageRef, Prompt, Sampling
 from llava.samples import Conversation, Turn
@@ -123,6 +124,7 @@ def make_parser() -> Parser:
     parser.add_argument("--conv-mode", help="template to use instead of the checkpoint's own")
     parser.add_argument("--image", "--image-file", help="picture to talk about")
     add_dicom_options(parser)
+    add_fast_jpeg_option(parser)
     parser.add_argument("--question", help="ask this one question, print the answer and end")
     parser.add_argument("--system", help="file with a system text to use in the place of the template's")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="precision of the weights")
@@ -156,6 +158,7 @@ def open_engine(args: Namespace) -> Engine:
         compat=args.compat,
         dicom_window=args.dicom_window,
         dicom_frame=args.dicom_frame,
+        fast_jpeg=args.fast_jpeg,
     )
 
 

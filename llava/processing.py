@@ -23,7 +23,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.conversation import Template, get_template
 from llava.data.dicom_policy import DicomPolicy
-from llava.data.images import MODES, fit, mean_color, tiles
+from llava.data.images import MODES, decode, fit, mean_color, tiles, to_rgb
+from llava.data.jpeg_scale import VERSION as JPEG_SCALE_VERSION
+from llava.data.jpeg_scale import choose_scale
+from llava.data.opened import Opened
+from llava.data.pixel_path import PixelPath, fit_opened
 from llava.errors import CheckpointError, ConfigError
 from llava.image_grids import ANYRES, KEEP, VARIABLE_MODES, ImageGrid, Size, parse_pinpoints
 from llava.image_processors import FILE_NAME as IMAGE_PROCESSOR_FILE
@@ -59,6 +63,7 @@ class LlavaMedProcessor:
         dicom: Mapping[str, Any] | None = None,
         patch_merge_type: str = "flat",
         image_grid_pinpoints: Any = None,
+        fast_jpeg: bool = False,
     ) -> None:
         """Put the parts together.
 
@@ -77,6 +82,7 @@ class LlavaMedProcessor:
             dicom: how DICOM files are shown, see `DicomPolicy.settings`; None for the default.
             patch_merge_type: how the tiles of image mode `anyres` are joined, see `image_grids.MERGE_TYPES`.
             image_grid_pinpoints: sizes that `anyres` chooses from; None takes those of LLaVA 1.6.
+            fast_jpeg: whether large JPEG files are decoded at a smaller scale, see `data.jpeg_scale`.
 
         Raises:
             ConfigError: an unknown name, settings that contradict each other, or the tokenizer has no image place
@@ -91,6 +97,7 @@ class LlavaMedProcessor:
         self.random_padding = False
         """Move padded pictures by a pixel at random, as LLaVA-Med 1.5 does; never saved."""
         self.use_dicom(DicomPolicy.of(dicom))
+        self.use_fast_jpeg(fast_jpeg)
         self.placement = lookup(PLACEMENTS, placement, "image placement")
         self.use_im_start_end = use_im_start_end
         self.strip_around_images = strip_around_images
@@ -138,6 +145,19 @@ class LlavaMedProcessor:
         """Show DICOM files in another way from now on."""
         self.dicom = policy
         self.__dict__.pop("image_fingerprint", None)  # it names the policy
+
+    def use_fast_jpeg(self, on: bool | None) -> None:
+        """Decode large JPEG files at a smaller scale from now on, or whole; None changes nothing.
+
+        Raises:
+            ConfigError: neither of these.
+        """
+        if on is None:
+            return
+        if not isinstance(on, bool):
+            raise ConfigError(f"fast_jpeg is true or false, got {on!r}")
+        self.fast_jpeg = on
+        self.__dict__.pop("image_fingerprint", None)  # it names the setting
 
     def _grid(self, mode: str, merge: str, pinpoints: Any) -> ImageGrid:
         if mode not in VARIABLE_MODES:
@@ -214,17 +234,31 @@ class LlavaMedProcessor:
         height, width = self.image_size
         if not images:
             return torch.zeros(0, 3, height, width)
-        return self._processed([self._fit(image) for image in images])
+        return torch.stack([self.picture(image) for image in images])
 
-    def picture(self, image: Image.Image) -> Tensor:
+    def open(self, ref: str | Path | bytes, root: str | Path | None = None) -> Opened:
+        """Return image `ref` (a name in folder `root`, or the bytes of a file) decoded for `picture`.
+
+        Raises:
+            DataError: missing, outside `root`, too large, broken or cut off; the message names the file.
+            MissingDependency: the decoder of a compressed DICOM file is not installed.
+        """
+        return decode(ref, root, dicom=self.dicom, scale_of=self._scale_of if self.fast_jpeg else None)
+
+    def picture(self, image: Image.Image | Opened) -> Tensor:
         """Return a picture as the model's input, float32: `[3, H, W]`, or `[K, 3, H, W]` tiles in mode `anyres`.
 
         Raises:
             ConfigError: this is a processor for text only.
             DataError: the picture cannot be shown in this image mode.
         """
+        if self.image_processor is None:
+            raise ConfigError("this processor has no image processor; load one with a vision tower")
+        if not self.has_variable_images and self._path is not None:
+            return self._straight(image, self._path)
+        image = image.image if isinstance(image, Opened) else image
         if not self.has_variable_images:
-            return self.pixels([image])[0]
+            return self._processed([self._fit(image)])[0]
         self.image_grid.count(image.size)  # a shape that cannot be shown is refused
         if self.image_mode == KEEP:
             return self._processed([self._fit(image)], do_resize=False, do_center_crop=False)[0]
@@ -232,10 +266,34 @@ class LlavaMedProcessor:
         columns, rows = self.image_grid.shape(image.size)
         return self._processed(tiles(image, (columns * side, rows * side), side))
 
+    def _straight(self, image: Image.Image | Opened, path: PixelPath) -> Tensor:
+        """Return [3, H, W], the same bits as by way of the image processor where the picture is not scaled."""
+        if not isinstance(image, Opened):
+            image = Opened(image if image.mode == "L" else to_rgb(image), image.size)
+        fitted, size, box = fit_opened(image, self.image_mode, size=self.image_size, **self._border())
+        return path.pixels(fitted, size=size, box=box)
+
     def _fit(self, image: Image.Image) -> Image.Image:
+        return fit(image, self.image_mode, size=self.image_size, **self._border())
+
+    def _border(self) -> dict[str, Any]:
+        """Colour of the border that mode `pad` adds, and by how much the picture is off its middle."""
         fill = mean_color(getattr(self.image_processor, "image_mean", None) or (0.5, 0.5, 0.5))
-        shift = random.randint(0, 1) if self.random_padding else 0
-        return fit(image, self.image_mode, size=self.image_size, fill=fill, shift=shift)
+        return {"fill": fill, "shift": random.randint(0, 1) if self.random_padding else 0}
+
+    def _scale_of(self, size: Size) -> int:
+        """Return the divisor at which a JPEG picture of this width and height is decoded."""
+        if self.has_variable_images or self._path is None:
+            return 1
+        if self.image_mode == "resize":
+            height, width = self.image_size
+            return choose_scale(size, (width, height))
+        whole = (max(size),) * 2 if self.image_mode == "pad" else size
+        return choose_scale(whole, self._path.size_after(whole))
+
+    @cached_property
+    def _path(self) -> PixelPath | None:
+        return None if self.image_processor is None else PixelPath.of(self.image_processor)
 
     def _processed(self, images: list[Image.Image], **settings: bool) -> Tensor:
         return cast(Tensor, self.image_processor(images=images, return_tensors="pt", **settings)["pixel_values"])
@@ -246,6 +304,7 @@ class LlavaMedProcessor:
         constants = None if self.image_processor is None else self.image_processor.to_dict()
         parts = [self.image_mode, type(self.image_processor).__name__, constants, self.dicom.settings()]
         parts += [self.image_grid.pinpoints] if self.has_variable_images else []
+        parts += [f"JPEG scaled, version {JPEG_SCALE_VERSION}"] if self.fast_jpeg else []
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -274,6 +333,7 @@ class LlavaMedProcessor:
                 "dicom": self.dicom.settings(),
                 "patch_merge_type": self.image_grid.merge,
                 "image_grid_pinpoints": [list(size) for size in self.image_grid.pinpoints] or None,
+                "fast_jpeg": self.fast_jpeg,
             }
             text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
             (Path(folder) / FILE_NAME).write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """DICOM files as pictures: the one way from their bytes to RGB, the same for training, evaluation and chat.
 
     bytes --header--> Layout --decoder--> stored values --rescale, window--> grey --+
-                                          palette, colour --to 8 bits--> RGB -------+--> square pixels --> RGB picture
+                                          palette, colour --to 8 bits--> RGB -------+--> square pixels --> L or RGB
 
 Rules, beside the two choices of `DicomPolicy`:
 
@@ -28,6 +28,7 @@ from llava.data.dicom_kinds import check_picture
 from llava.data.dicom_pixels import Layout, Stored, frame_values, padding_of
 from llava.data.dicom_policy import PRESETS, DicomPolicy
 from llava.data.dicom_windows import Table, Values
+from llava.data.levels import levels_of
 from llava.errors import DataError, MissingDependency, NotAPicture
 
 SQUARE_ENOUGH = 0.01
@@ -40,7 +41,7 @@ _Grey = NDArray[np.uint8]
 
 
 def picture(data: bytes, policy: DicomPolicy, *, name: str, max_pixels: int) -> Image.Image:
-    """Return a DICOM file as an RGB picture.
+    """Return a DICOM file as a picture: mode L if it is grey, else RGB.
 
     Args:
         data: the file's bytes.
@@ -67,7 +68,7 @@ def picture(data: bytes, policy: DicomPolicy, *, name: str, max_pixels: int) -> 
             shown = _from_palette(dataset, stored)
         else:
             shown = _from_color(stored, color, layout)
-        return _with_square_pixels(Image.fromarray(shown).convert("RGB"), dataset, index, max_pixels)
+        return _with_square_pixels(Image.fromarray(shown), dataset, index, max_pixels)
     except MissingDependency:
         raise
     except NotAPicture as error:
@@ -93,8 +94,27 @@ def _place(dataset: FileDataset, index: int, group: str, keyword: str) -> Datase
 
 def _grey(dataset: FileDataset, stored: Stored, layout: Layout, index: int, policy: DicomPolicy) -> _Grey:
     """Return a monochrome frame as grey levels."""
-    values = stored.astype(np.float64)
     padding = padding_of(dataset, stored, layout)
+    found = levels_of(stored) if padding is None and policy.percentiles is None else None
+    if found is None:
+        return _shown(dataset, stored, layout, index, policy, padding=padding)
+    # All the rest looks at one value at a time, and at the smallest and the largest.
+    grey = _shown(dataset, found.values, layout, index, policy, padding=None)
+    shown: _Grey = np.take(grey, found.places, mode="clip")
+    return shown
+
+
+def _shown(
+    dataset: FileDataset,
+    stored: Stored,
+    layout: Layout,
+    index: int,
+    policy: DicomPolicy,
+    *,
+    padding: NDArray[np.bool_] | None,
+) -> _Grey:
+    """Return stored monochrome values, of any shape, as grey levels."""
+    values = stored.astype(np.float64)
     lut = next(iter(items(dataset, "ModalityLUTSequence")), None)
     if lut is not None:
         modality = _table(dataset, lut, is_signed=layout.is_signed)

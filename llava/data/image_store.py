@@ -190,7 +190,7 @@ class ImageIndex:
         digest, reason, dimensions = images.content_digest(data), "", (0, 0)
         if decode:
             try:
-                dimensions = images.load(data, dicom=self.dicom).size
+                dimensions = images.decode(data, dicom=self.dicom).size
             except DataError as problem:
                 reason = str(problem).replace("given as bytes", ref)
         times = (stat.st_mtime_ns, stat.st_ctime_ns)
@@ -258,7 +258,7 @@ class ImageStore:
         """
         if key not in self._refs:
             raise DataError(f"image key {key!r} is unknown here; it comes from another data set or folder")
-        return self.processor.picture(images.load(self._refs[key], self.index.root, dicom=self.processor.dicom))
+        return self.processor.picture(self.processor.open(self._refs[key], self.index.root))
 
     def pixels(self, key: str) -> Tensor:
         """Return what `decode` does, from memory if it was asked for lately."""

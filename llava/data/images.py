@@ -1,6 +1,7 @@
 """Image files to RGB pictures: the only place that opens, converts and shapes them.
 
     file bytes --load--> RGB picture --fit(mode)--> picture the image processor can take
+               --decode--> Opened (grey stays grey, perhaps scaled), for `data.pixel_path`
 
 Policies, the same for training, evaluation and serving:
 
@@ -12,6 +13,7 @@ Policies, the same for training, evaluation and serving:
 - Several frames: the first one.
 - DICOM files, known by their content: see `data.dicom`; window and frame are chosen by a `DicomPolicy`.
 - Size: more than `MAX_PIXELS` is refused before anything is decoded.
+- Scale: pictures are decoded whole, unless the caller of `decode` has large JPEG files scaled, see `data.jpeg_scale`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,6 +30,9 @@ from PIL import Image, UnidentifiedImageError
 
 from llava.data.dicom_policy import DEFAULT, DicomPolicy
 from llava.data.dicom_sniff import is_dicom, may_be_bare
+from llava.data.jpeg_scale import can_shrink, shrink
+from llava.data.levels import levels_of
+from llava.data.opened import Opened
 from llava.errors import ConfigError, DataError
 from llava.image_grids import Size, keep_size, placed
 
@@ -101,14 +106,38 @@ def load(ref: str | Path | bytes, root: str | Path | None = None, *, dicom: Dico
         DataError: missing, outside `root`, too large, broken or cut off; the message names the file.
         MissingDependency: the decoder of a compressed DICOM file is not installed.
     """
+    return to_rgb(decode(ref, root, dicom=dicom).image)
+
+
+def decode(
+    ref: str | Path | bytes,
+    root: str | Path | None = None,
+    *,
+    dicom: DicomPolicy = DEFAULT,
+    scale_of: Callable[[Size], int] | None = None,
+) -> Opened:
+    """Return image `ref` as `load` does, but grey as one channel and, where asked for, at a smaller scale.
+
+    Args:
+        ref: name or bytes.
+        root: the image folder; None trusts `ref` as a path of the user's own.
+        dicom: how a DICOM file is shown.
+        scale_of: divisor for a large JPEG picture of this width and height (1, 2, 4 or 8); None decodes all whole.
+
+    Raises:
+        DataError, MissingDependency: as `load`.
+    """
     data, name = (ref, "given as bytes") if isinstance(ref, bytes) else (read_bytes(ref, root), str(ref))
     if is_dicom(data):
         return _load_dicom(data, name, dicom)
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(image, name)
+            size = image.size
+            scale = shrink(image, scale_of(size)) if scale_of is not None and can_shrink(image) else 1
             image.load()
-            return _upright(image, to_rgb(image))
+            shown = _upright(image, _plain(image))
+            return Opened(shown, shown.size if scale == 1 else size, scale)
     except DataError:
         raise
     except UnidentifiedImageError as error:
@@ -119,10 +148,11 @@ def load(ref: str | Path | bytes, root: str | Path | None = None, *, dicom: Dico
         raise DataError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from error
 
 
-def _load_dicom(data: bytes, name: str, policy: DicomPolicy) -> Image.Image:
+def _load_dicom(data: bytes, name: str, policy: DicomPolicy) -> Opened:
     from llava.data.dicom import picture  # pydicom takes its time to import, and most images are none
 
-    return picture(data, policy, name=name, max_pixels=MAX_PIXELS)
+    image = picture(data, policy, name=name, max_pixels=MAX_PIXELS)
+    return Opened(image, image.size)
 
 
 def stored_as(data: bytes) -> str:
@@ -171,10 +201,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         DataError: a floating-point picture holds values that are not finite.
     """
-    if image.mode == "RGB":
+    plain = _plain(image)
+    return plain if plain.mode == "RGB" else plain.convert("RGB")
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """Return any picture as RGB, or as L if it is grey; one of these modes is returned as it is."""
+    if image.mode in ("RGB", "L"):
         return image
     if image.mode.startswith(("I", "F")):
-        return _window(np.asarray(image)).convert("RGB")
+        return _window(np.asarray(image))
     if image.mode in _RASTER_MODES:
         return image.convert("RGB")
     # Palettes and alpha: by way of RGBA, which keeps the colours under transparent pixels as they are stored.
@@ -183,12 +219,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _window(values: np.ndarray) -> Image.Image:
     """Return `[height, width]` values as 8-bit grey, linear from the smallest to the largest."""
-    exact = values.astype(np.float64)
+    found = levels_of(values)
+    exact = (values if found is None else found.values).astype(np.float64)
     low, high = float(exact.min()), float(exact.max())
     if not np.isfinite([low, high]).all():
         raise DataError("the picture holds values that are not finite")
     scale = 255.0 / (high - low) if high > low else 0.0
-    return Image.fromarray(np.rint((exact - low) * scale).astype(np.uint8))
+    grey = np.rint((exact - low) * scale).astype(np.uint8)
+    return Image.fromarray(grey if found is None else np.take(grey, found.places, mode="clip"))
 
 
 def mean_color(image_mean: Sequence[float]) -> tuple[int, int, int]:

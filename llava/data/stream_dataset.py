@@ -128,7 +128,7 @@ class StreamDataset:
 
     def _keep(self, key: str, content: bytes) -> tuple[int, int]:
         """Decode a picture and keep its pixels; returns its width and height."""
-        picture = images.load(content, dicom=self.processor.dicom)
+        picture = self.processor.open(content)
         if key not in self._pixels:
             self._pixels[key] = self.processor.picture(picture)
         self._pixels.move_to_end(key)

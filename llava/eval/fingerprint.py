@@ -53,6 +53,7 @@ def model_settings(args: Namespace) -> dict[str, Any]:
         "compat": sorted(parse_names(args.compat, "answers")) or None,
         "dicom window": args.dicom_window,
         "dicom frame": args.dicom_frame,
+        **({} if args.fast_jpeg is None else {"fast jpeg": args.fast_jpeg}),
     }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from llava.compat import help_text
 from llava.constants import DTYPES
 from llava.data.dicom_policy import DicomPolicy, add_dicom_options
+from llava.data.jpeg_scale import add_fast_jpeg_option
 from llava.generation.protocol import Engine, Sampling
 from llava.model.layout import CONFIG_FILE, OUR_TYPE, read_json
 from llava.utils.cli import Parser
@@ -41,6 +42,7 @@ def add_model_options(parser: Parser) -> None:
     model.add_argument("--mm-projector", help="no effect: the checkpoint knows its projector")
     model.add_argument("--vision-tower", help="tower of a checkpoint in another layout; ours know theirs")
     add_dicom_options(model)
+    add_fast_jpeg_option(model)
     choice = parser.add_argument_group("sampling")
     choice.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     choice.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from")
@@ -117,4 +119,5 @@ def open_engine(args: Namespace) -> Engine:
         compat=args.compat,
         dicom_window=args.dicom_window,
         dicom_frame=args.dicom_frame,
+        fast_jpeg=args.fast_jpeg,
     )

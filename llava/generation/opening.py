@@ -31,6 +31,7 @@ def open_engine(
     compat: str = "none",
     dicom_window: str | None = None,
     dicom_frame: str | None = None,
+    fast_jpeg: bool | None = None,
 ) -> LocalEngine:
     """Load a model and return its engine.
 
@@ -45,6 +46,7 @@ def open_engine(
         compat: what to do as the original projects do where they are wrong, see `llava.compat`.
         dicom_window: window of DICOM files instead of the checkpoint's own, see `DicomPolicy`.
         dicom_frame: frame of DICOM files, likewise.
+        fast_jpeg: whether large JPEG files are decoded at a smaller scale, instead of the checkpoint's own setting.
 
     Raises:
         CheckpointError: the folder cannot be loaded.
@@ -61,6 +63,7 @@ def open_engine(
     if template:
         loaded.processor.use_template(template)
     loaded.processor.use_dicom(loaded.processor.dicom.changed(dicom_window, dicom_frame))
+    loaded.processor.use_fast_jpeg(fast_jpeg)
     engine = LocalEngine(loaded.model, loaded.processor)
     imitate(engine, names)
     return engine

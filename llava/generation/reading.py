@@ -13,9 +13,9 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from llava.data.dicom_policy import DicomPolicy
 from llava.data.encode import Encoded, encode, encode_prompt
-from llava.data.images import image_key, load, read_bytes, to_rgb
+from llava.data.images import image_key, read_bytes
+from llava.data.opened import Opened
 from llava.errors import DataError
 from llava.generation.protocol import ImageRef, Prompt
 from llava.image_grids import Size
@@ -30,13 +30,13 @@ class Picture:
     content: bytes | Image.Image
     size: Size | None = None
 
-    def decode(self, dicom: DicomPolicy) -> Image.Image:
-        """The picture in RGB; a DICOM file as the policy shows it.
+    def decode(self, processor: LlavaMedProcessor) -> Image.Image | Opened:
+        """The picture, read as the processor reads files.
 
         Raises:
             DataError: the bytes are no picture.
         """
-        return load(self.content, dicom=dicom) if isinstance(self.content, bytes) else to_rgb(self.content)
+        return processor.open(self.content) if isinstance(self.content, bytes) else self.content
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class PromptReader:
         Raises:
             DataError: the picture cannot be decoded.
         """
-        return self.processor.picture(picture.decode(self.processor.dicom))
+        return self.processor.picture(picture.decode(self.processor))
 
     def _check_length(self, encoded: Encoded, limit: int) -> None:
         if len(encoded.input_ids) > limit:
@@ -103,8 +103,9 @@ class PromptReader:
         picture = self._identified(image)
         if not self.processor.has_variable_images:
             return picture
-        decoded = picture.decode(self.processor.dicom)  # kept: the number of tokens depends on its size
-        return replace(picture, content=decoded, size=decoded.size)
+        decoded = picture.decode(self.processor)  # kept: the number of tokens depends on its size
+        image = decoded.image if isinstance(decoded, Opened) else decoded
+        return replace(picture, content=image, size=image.size)
 
     def _identified(self, image: ImageRef) -> Picture:
         fingerprint = self.processor.image_fingerprint

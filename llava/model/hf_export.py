@@ -141,6 +141,7 @@ def _config(loaded: Loaded) -> dict[str, Any]:
         "prefix_mark": "text" if processor.text.prefix_mark == "text" else "backend",  # see `plain_tokenizer`
         "add_bos": bool(processor.text.bos_ids),
         "dicom": processor.dicom.settings(),
+        "fast_jpeg": processor.fast_jpeg,
         "source": config.source,
     }
     return written

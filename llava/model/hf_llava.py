@@ -65,6 +65,7 @@ def load_hf(layout: Layout, options: ForeignOptions) -> Loaded:
         prefix_mark=kept.get("prefix_mark"),
         add_bos=kept.get("add_bos"),
         dicom=kept.get("dicom"),
+        fast_jpeg=bool(kept.get("fast_jpeg")),
     )
     grow(state, len(tokenizer), layout.tensors)
     model = place(_ours(config, processor, kept), state, options, name=str(layout.path))

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from llava.compat import help_text
 from llava.data.dicom_policy import DEFAULT, FRAME_HELP, KEPT, WINDOW_HELP
+from llava.data.jpeg_scale import HELP as FAST_JPEG_HELP
 from llava.errors import ConfigError
 from llava.train import legacy_flags
 
@@ -94,6 +95,7 @@ class DataArguments:
     )
     dicom_window: str | None = option(None, WINDOW_HELP.replace("%", "%%") + KEPT)
     dicom_frame: str | None = option(None, FRAME_HELP + KEPT)
+    fast_jpeg: bool | None = option(None, FAST_JPEG_HELP)
     eval_data_path: str | None = option(None, "held-out rows for validation while training")
     eval_image_folder: str | None = option(None, "image folder of the held-out rows; default: --image_folder")
     skip_bad: bool = option(False, "leave unusable rows out and list them in quarantine.jsonl instead of stopping")

@@ -44,6 +44,7 @@ def open_model(model_args: ModelArguments, data_args: DataArguments, args: Llava
         loaded = _build(model_args, data_args, args, system)
     processor = loaded.processor
     processor.use_dicom(processor.dicom.changed(data_args.dicom_window, data_args.dicom_frame))
+    processor.use_fast_jpeg(data_args.fast_jpeg)
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(loaded.model, model_args.pretrain_mm_mlp_adapter)
     return loaded

@@ -33,6 +33,9 @@ class Processor:
     def __init__(self) -> None:
         self.num = 0
 
+    def open(self, ref: str, root: Path | None) -> Image.Image:
+        return images.load(ref, root)
+
     def picture(self, picture: Image.Image) -> Tensor:
         self.num += 1
         return torch.tensor(np.asarray(picture).mean(axis=(0, 1)), dtype=torch.float32).view(3, 1, 1)

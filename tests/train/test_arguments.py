@@ -18,7 +18,7 @@ from llava.train.callbacks import row_ids_file
 
 OUR_OPTIONS = """
 bits cache_dir calibrate_mm_projector compat data_path dicom_frame dicom_window double_quant dry_run
-early_stopping_patience eval_answers
+early_stopping_patience eval_answers fast_jpeg
 eval_data_path eval_image_folder evaluation_strategy feature_cache_dir feature_cache_gb force_fsdp freeze_backbone
 freeze_mm_mlp_adapter fsdp_transformer_layer_cls_to_wrap group_by_length group_by_modality_length image_aspect_ratio
 image_counts_as_one image_folder image_grid_pinpoints image_grouping image_size is_multimodal lazy_preprocess
