@@ -62,11 +62,6 @@ COMMANDS: dict[str, Command] = {
         "what in DICOM files may tell whose they are, writing in pictures too; clean copies with new identifiers",
         "llava data deid studies --out clean --salt_file salt.txt --report found.json",
     ),
-    "data deid": Command(
-        "llava.data.deid:main",
-        "what in DICOM files may tell whose they are, writing in pictures too; clean copies with new identifiers",
-        "llava data deid studies --out clean --salt_file salt.txt --report found.json",
-    ),
     "data download": Command(
         "llava.data.published:main",
         "fetch the published data files, check them, then fetch their images; `sh download_data.sh` is the same",

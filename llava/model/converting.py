@@ -28,7 +28,7 @@ from llava.model.foreign_options import ForeignOptions
 from llava.model.hf_export import export_hf
 from llava.model.layout import KINDS, Layout, sniff
 from llava.model.legacy_export import SOURCE_FOLDER, export_legacy, remember_tower
-from llava.model.loading import load
+from llava.model.loading import PART_FLAGS, load
 from llava.model.multimodal_encoder.towers import first_line
 from llava.model.part_layout import (
     convert_adapter,
@@ -59,6 +59,8 @@ def open_source(layout: Layout, options: ForeignOptions, *, merge: bool = True) 
 
 def to_ours(layout: Layout, options: ForeignOptions, path: Path) -> None:
     """Write this package's folder of the same kind."""
+    if layout.kind in ("legacy_adapter", "legacy_projector"):
+        _refuse_dtype(layout, options)
     if layout.kind == "legacy_adapter":
         convert_adapter(layout, options, path)
     elif layout.kind == "legacy_projector":
@@ -71,6 +73,19 @@ def to_ours(layout: Layout, options: ForeignOptions, path: Path) -> None:
         keep_source(layout, path)
 
 
+def _refuse_dtype(layout: Layout, options: ForeignOptions) -> None:
+    """Adapters and projectors are rewritten with the numbers that they have.
+
+    Raises:
+        ConfigError: another dtype is asked for.
+    """
+    if options.dtype != "auto":
+        raise ConfigError(
+            f"{layout.path}: {KINDS[layout.kind]}, whose weights keep their dtype; leave --dtype out, or make it a "
+            "whole model of that dtype with --to model"
+        )
+
+
 def to_model(layout: Layout, options: ForeignOptions, path: Path) -> None:
     """Write a whole model of this package."""
     loaded = open_source(layout, options)
@@ -81,6 +96,11 @@ def to_model(layout: Layout, options: ForeignOptions, path: Path) -> None:
 
 def to_legacy(layout: Layout, options: ForeignOptions, path: Path) -> None:
     """Write the originals' layout."""
+    if layout.kind in ("adapter", "projector"):
+        _refuse_dtype(layout, options)
+        if options.parts:
+            given = ", ".join(PART_FLAGS[name] for name in options.parts)
+            raise ConfigError(f"{layout.path}: its files are rewritten, and {given} would change nothing; leave it out")
     if layout.kind == "adapter":
         export_legacy_adapter(layout.folder, path)
     elif layout.kind == "projector":

@@ -103,8 +103,12 @@ def select_feature(layout: Layout) -> str:
     return feature
 
 
-def legacy_config(config: LlavaMedConfig) -> dict[str, Any]:
+def legacy_config(config: LlavaMedConfig, *, whole: bool) -> dict[str, Any]:
     """config.json in the legacy layout: what the model came with, brought up to date by what it is now.
+
+    Args:
+        config: the model's.
+        whole: it goes beside a whole model, and says all of its language model.
 
     Raises:
         CheckpointError: the model has parts that the layout cannot express.
@@ -115,7 +119,9 @@ def legacy_config(config: LlavaMedConfig) -> dict[str, Any]:
         raise CheckpointError(
             f"the legacy layout holds {' and '.join(TEXT_TYPES)}, not {text.model_type}; use --to hf or keep ours"
         )
-    written = dict(source.get("config") or _fresh(text))
+    written = dict(source.get("config") or {})
+    if not written or (whole and "hidden_size" not in written):
+        written = {**_fresh(text), **written}  # that of a projector alone may hold nothing of the language model
     layers = config.vision_feature_layer
     if isinstance(layers, list):
         raise CheckpointError(f"the legacy layout selects one layer of the tower, not {layers}")

@@ -168,7 +168,7 @@ def export_legacy(
     """
     config: Any = loaded.model.config
     source = config.source or {}
-    written = legacy_config(config)
+    written = legacy_config(config, whole=True)
     if source.get("tower") == "beside" and tower_place(loaded.model) != "beside":
         written["unfreeze_mm_vision_tower"] = True  # else the originals' loaders fetch the stock one by name
     target = Path(path)

@@ -8,13 +8,14 @@ others       the legacy layouts (`foreign`) and transformers' Llava (`hf_llava`)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, ConfigError
 from llava.model.building import Loaded, build, finish, portable
 from llava.model.checkpoint import ORIGIN_FILE, load_adapter, load_projector
 from llava.model.filling import check_report, quiet
@@ -30,6 +31,22 @@ from llava.model.quantization import Quantization
 from llava.processing import LlavaMedProcessor
 
 Dtype = torch.dtype | Literal["auto"]
+
+PART_FLAGS = {
+    "base": "--model-base",
+    "vision_tower": "--vision_tower",
+    "vision_tower_config": "--vision_tower_config",
+    "vision_tower_checkpoint": "--vision_tower_checkpoint",
+    "tower_adapter": "--lora_pretrain",
+    "template": "--template",
+}
+USED_PARTS: dict[Kind, tuple[str, ...]] = {
+    "model": ("template",),
+    "hf_llava": ("template",),
+    "adapter": ("base", "template"),
+    "projector": ("base", "template"),
+}
+"""What can be given beside a checkpoint that holds or names its other parts itself; the other kinds take them all."""
 
 
 def kind_of(path: str | Path) -> Kind:
@@ -68,19 +85,52 @@ def load(
         device_map: passed to transformers; None loads on the CPU.
         bits, double_quant, quant_type: of the language model, see `Quantization`.
         merge: add an adapter into the weights; False leaves it a peft adapter.
-        foreign: parts of checkpoints of other layouts, see `ForeignOptions` (`vision_tower`, `template`, ...).
+        foreign: parts of checkpoints of other layouts, see `ForeignOptions` (`vision_tower`, `template`, ...); all
+            kinds take a `template`.
 
     Raises:
         CheckpointError: the folder holds nothing loadable, a part is missing, or weights do not fit.
+        ConfigError: a part is given that this kind of checkpoint does not take, see `USED_PARTS`.
     """
     path = local_folder(path) if is_hub_name(path) else path
     layout, quantization = sniff(path), Quantization(bits, double_quant, quant_type)
-    kind = layout.kind
-    if kind not in OURS:
-        options = ForeignOptions(
-            base=base, dtype=dtype, device_map=device_map, quantization=quantization, merge=merge, **foreign
+    check_parts(layout, {"base": base, **foreign})
+    if layout.kind in OURS:
+        loaded = _load_ours(layout, base, dtype=dtype, device_map=device_map, quantization=quantization, merge=merge)
+        if template := foreign.get("template"):
+            loaded.processor.use_template(template)
+            loaded.model.config.template = template
+        return loaded
+    options = ForeignOptions(
+        base=base, dtype=dtype, device_map=device_map, quantization=quantization, merge=merge, **foreign
+    )
+    return _load_other(layout, options)
+
+
+def check_parts(layout: Layout, given: Mapping[str, Any]) -> None:
+    """Refuse parts that would be passed over: the checkpoint holds or names its own.
+
+    Args:
+        layout: the checkpoint.
+        given: by the names of `PART_FLAGS`; what is None is not given.
+
+    Raises:
+        ConfigError: names those that are not used, and those that are.
+    """
+    used = USED_PARTS.get(layout.kind, tuple(PART_FLAGS))
+    unused = [PART_FLAGS.get(name, name) for name, value in given.items() if value is not None and name not in used]
+    if unused:
+        raise ConfigError(
+            f"{layout.path}: {KINDS[layout.kind]}, for which {', '.join(unused)} would change nothing; leave it out. "
+            f"Used with it: {', '.join(PART_FLAGS[name] for name in used)}"
         )
-        return _load_other(layout, options)
+
+
+def _load_ours(
+    layout: Layout, base: str | None, *, dtype: Dtype, device_map: Any, quantization: Quantization, merge: bool
+) -> Loaded:
+    """A model, an adapter or a projector of this package."""
+    path, kind = layout.path, layout.kind
     if kind == "model":
         return _load_model(path, dtype, device_map, quantization)
     processor = LlavaMedProcessor.from_pretrained(path)
@@ -169,7 +219,10 @@ def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any
             raise CheckpointError(
                 f"{path} names itself as its base; give the model it was trained on with --model-base"
             )
-        return load(base, dtype=dtype, device_map=device_map, **asdict(quantization), **origin.get("load", {}))
+        folder = local_folder(base) if is_hub_name(base) else base
+        used = USED_PARTS.get(sniff(folder).kind, tuple(PART_FLAGS))
+        parts = {name: value for name, value in origin.get("load", {}).items() if name in used}
+        return load(folder, dtype=dtype, device_map=device_map, **asdict(quantization), **parts)
     try:
         loaded = build(dtype=dtype, device_map=device_map, **{**options, **asdict(quantization)})
     except TypeError as error:

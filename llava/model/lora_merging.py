@@ -27,7 +27,7 @@ from llava.model.loading import load
 from llava.model.lora_files import LegacyLora, check_copies, merged, read_lora, with_update
 from llava.model.multimodal_encoder.open_clip_encoder.files import is_open_clip
 from llava.model.multimodal_encoder.towers import load_tower, tower_image_processor
-from llava.model.names import EMBEDDINGS, HEAD, LEGACY_PREFIXES, TOWER, is_buffer, projector_suffix, renamed
+from llava.model.names import EMBEDDINGS, HEAD, LEGACY_PREFIXES, NEWLINE, TOWER, is_buffer, projector_suffix, renamed
 from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter, TensorReader, open_tensors
 from llava.model.tower_source import find_tower
 from llava.model.whole_folder import copy_companions, new_folder, write_json
@@ -35,6 +35,7 @@ from llava.utils.log import progress
 
 TOWER_FOLDER = "vision_tower"
 PROJECTOR_PREFIX = "model.mm_projector."
+NEWLINE_NAME = f"model.{NEWLINE}"
 ARCHITECTURES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
 TABLES = (EMBEDDINGS, HEAD + "weight")
 
@@ -49,6 +50,7 @@ class Merge:
         updates: the adapter of every adapted layer, by our name of the layer.
         projector: the projector's weights by their own names.
         tables: embeddings and head, where they were trained or have new rows, by our names.
+        newline: the token behind each row of patches, where it was trained.
     """
 
     layout: Layout
@@ -56,6 +58,7 @@ class Merge:
     updates: dict[str, LegacyLora] = field(default_factory=dict)
     projector: dict[str, Tensor] = field(default_factory=dict)
     tables: dict[str, Tensor] = field(default_factory=dict)
+    newline: Tensor | None = None
 
     @property
     def tower_layers(self) -> list[str]:
@@ -68,12 +71,16 @@ class Merge:
         for name in reader.names:
             if is_buffer(name) or (self.projector and projector_suffix(name) is not None):
                 continue
+            if name == NEWLINE_NAME and self.newline is not None:
+                continue
             ours = renamed(name, LEGACY_PREFIXES) or name
             tensor = self.tables[ours] if ours in self.tables else reader.read(name)
             layer = ours.removesuffix(".weight")
             yield name, with_update(self.updates[layer], layer, tensor) if layer in self.updates else tensor
         for suffix, tensor in self.projector.items():
             yield PROJECTOR_PREFIX + suffix, tensor
+        if self.newline is not None:
+            yield NEWLINE_NAME, self.newline
 
 
 def merge_lora(
@@ -104,7 +111,8 @@ def merge_lora(
     if layout.kind == "tower_adapter":
         _merge_tower_alone(layout, base, Path(target))
     elif layout.kind in ("adapter", "projector"):
-        loaded = load(path, base=base)
+        parts: dict[str, Any] = {name: value for name, value in wanted.parts.items() if name != "base"}
+        loaded = load(path, base=base, **parts)
         with new_folder(Path(target)) as folder:
             save_model(loaded.model, loaded.processor, folder, origin=loaded.origin)
     elif layout.kind in ("legacy_adapter", "legacy_projector") or (layout.kind == "legacy" and wanted.tower_adapter):
@@ -148,6 +156,8 @@ def _take_trained(merge: Merge) -> None:
             elif name.endswith("embed_tokens.weight"):
                 merge.tables = _tables(merge.base)
                 take_rows(merge.tables, tensor, layout)
+            elif name.endswith(NEWLINE):
+                merge.newline = tensor
             else:
                 raise CheckpointError(f"{layout.path}: {name} is neither of the projector nor of the embeddings")
 

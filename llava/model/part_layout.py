@@ -258,7 +258,7 @@ def export_legacy_projector(folder: Path, path: Path) -> None:
 
 def _write_rest(config: LlavaMedConfig, folder: Path, path: Path) -> None:
     """config.json, and the small files that were kept when the folder was converted."""
-    written = legacy_config(config)
+    written = legacy_config(config, whole=False)
     build = read_json(folder / "llava_origin.json").get("build") or {}
     for name in ("vision_tower", "vision_tower_config", "vision_tower_checkpoint"):
         if build.get(name) and f"mm_{name}" not in written:

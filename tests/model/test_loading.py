@@ -11,9 +11,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, ConfigError
 from llava.model.building import Loaded, build
 from llava.model.checkpoint import EXTRA_FILE, ORIGIN_FILE, save_adapter, save_model, save_projector
+from llava.model.hf_export import export_hf
 from llava.model.loading import kind_of, load
 from llava.model.lora import add_lora, freeze_for, train_marker_rows
 from tests.model.model_tools import logits, shake, trained
@@ -200,3 +201,23 @@ def test_adapters_that_do_not_fit(tmp_path: Path, built: Loaded) -> None:
     (tmp_path / "adapter" / EXTRA_FILE).unlink()
     with pytest.raises(CheckpointError, match=r"non_lora_trainables\.bin: no such file"):
         load(tmp_path / "adapter")
+
+
+def test_parts_that_would_be_passed_over_are_refused(tmp_path: Path) -> None:
+    loaded = tiny_llava(template="vicuna_v1", image_mode="pad")
+    save_model(loaded.model, loaded.processor, tmp_path / "model", origin=loaded.origin)
+    save_projector(loaded.model, loaded.processor, tmp_path / "projector", origin=loaded.origin)
+    export_hf(tiny_llava(), tmp_path / "hf")
+    for folder in ("model", "hf"):
+        with pytest.raises(ConfigError, match=r"--model-base would change nothing.*Used with it: --template"):
+            load(tmp_path / folder, base="another")
+    for folder in ("model", "hf", "projector"):
+        with pytest.raises(ConfigError, match="--vision_tower would change nothing"):
+            load(tmp_path / folder, vision_tower="another")
+
+
+def test_another_template_goes_into_model_and_processor(tmp_path: Path) -> None:
+    loaded = tiny_llava(template="vicuna_v1")
+    save_model(loaded.model, loaded.processor, tmp_path, origin=loaded.origin)
+    again = load(tmp_path, template="mistral_instruct")
+    assert again.processor.template.name == again.model.config.template == "mistral_instruct"

@@ -131,3 +131,15 @@ def test_recorded_adapters(shared: Path, tmp_path: Path, monkeypatch: pytest.Mon
     wanted = load(oracle.parent / name, base=str(oracle / "base_llm"))
     monkeypatch.chdir(tmp_path)
     assert_same(load(tmp_path / "merged"), wanted)
+
+
+def test_a_trained_row_end_comes_along(tmp_path: Path) -> None:
+    folder = write_projector_only(
+        tmp_path, mm_patch_merge_type="spatial_unpad", image_aspect_ratio="anyres", image_grid_pinpoints=[[56, 28]]
+    )
+    weights = {**projector_weights("mlp2x_gelu"), "model.image_newline": random_tensor((32,), 8)}
+    torch.save(weights, folder / "mm_projector.bin")
+    merge_lora(folder, str(tmp_path / "lm"), tmp_path / "merged")
+    merged = load(tmp_path / "merged")
+    assert torch.equal(merged.model.state_dict()["model.image_newline"], weights["model.image_newline"])
+    assert_same(merged, load(folder, base=str(tmp_path / "lm")))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llava.errors import ConfigError
 from llava.model.building import Loaded
 from llava.model.checkpoint import save_adapter, save_model, save_projector
 from llava.model.converting import convert
@@ -212,3 +213,33 @@ def test_adapters_and_projectors_made_here_become_legacy(tmp_path: Path, built: 
     assert sniff(tmp_path / "legacy adapter").kind == "legacy_adapter"
     again = load(tmp_path / "legacy adapter", base=base, merge=False)
     torch.testing.assert_close(logits(again), logits(built), rtol=0, atol=1e-5)
+
+
+def test_options_that_a_rewritten_part_does_not_take_are_refused(tmp_path: Path, built: Loaded) -> None:
+    half = ForeignOptions(dtype=torch.float16)
+    stage1 = write_projector_only(tmp_path)
+    with pytest.raises(ConfigError, match=r"leave --dtype out, or .* --to model"):
+        convert(stage1, tmp_path / "out", "ours", ForeignOptions(base=str(tmp_path / "lm"), dtype=torch.float16))
+    save_projector(built.model, built.processor, tmp_path / "projector", origin=built.origin)
+    with pytest.raises(ConfigError, match="leave --dtype out"):
+        convert(tmp_path / "projector", tmp_path / "out", "legacy", half)
+    with pytest.raises(ConfigError, match="--model-base, --template would change nothing"):
+        convert(tmp_path / "projector", tmp_path / "out", "legacy", ForeignOptions(base="x", template="plain"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_projector_whose_file_names_no_language_model_becomes_a_whole_legacy_configuration(tmp_path: Path) -> None:
+    """Stage 1 of some trainers leaves the `mm_` keys alone; the language model's sizes come from its base."""
+    stage1 = write_projector_only(tmp_path)
+    config = json.loads((stage1 / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if key.startswith(("mm_", "tune_", "image_"))}
+    (stage1 / "config.json").write_text(json.dumps({**kept, "a_key_of_tomorrow": 1}))
+    base = ForeignOptions(base=str(tmp_path / "lm"))
+    convert(stage1, tmp_path / "legacy", "legacy", base)
+    written = json.loads((tmp_path / "legacy" / "config.json").read_text())
+    assert {key: written[key] for key in ("hidden_size", "num_hidden_layers")} == {
+        key: config[key] for key in ("hidden_size", "num_hidden_layers")
+    }
+    assert (written["model_type"], written["a_key_of_tomorrow"]) == ("llava_llama", 1)
+    again = load(tmp_path / "legacy")
+    torch.testing.assert_close(logits(again), logits(load(stage1, base=base.base, template="vicuna_v1")))
