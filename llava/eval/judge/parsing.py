@@ -2,7 +2,7 @@
 
 `literal` reads what the published scripts read: a first line of two numbers with one space between them. `strict` is
 lenient about form (labels, tables, marks of emphasis, "8/10", reasoning before the answer) and strict about content:
-exactly two scores that are on the scale and clearly belong to the two answers.
+exactly two scores that are on the scale and clearly belong to the two answers. A number of things is no score.
 """
 
 from __future__ import annotations
@@ -35,7 +35,15 @@ _PAIR = re.compile(
     re.IGNORECASE,
 )
 _WORDS = r"(?:(?:overall|score|rating|gets|is)[^\w.]{1,5}){0,3}"
-_LABELLED = re.compile(rf"assistant[ _-]?([12])[^\w.]{{0,20}}{_WORDS}(?<!-){_SCORE}(?![\d/]|\.\d)", re.IGNORECASE)
+_AFTER = "points?|pts|and|while|whereas|but|because|since|for|as|with|vs|due|the|this|it|its|assistant"
+"""Words that may follow a score; behind a count comes the name of what is counted ("3 mistakes")."""
+
+_NO_COUNT = rf"(?![\d%]|\.\d|-\d| ?[/%])(?! ?(?!(?:{_AFTER})\b)[^\W\d_])"
+_LABELLED = re.compile(
+    rf"assistant[ _-]?([12])[^\w.]{{0,20}}{_WORDS}(?<!-)(-?\d+(?:\.\d+)?)"
+    rf"(?: ?/ ?10(?:\.0+)?(?![\d/]|\.\d)|(?: out of 10(?:\.0+)?)?{_NO_COUNT})",
+    re.IGNORECASE,
+)
 """Repetitions are bounded, so that no reply takes long to read."""
 
 _REASONING = re.compile(r"<(/?)(?:think|thinking|reasoning)>", re.IGNORECASE)

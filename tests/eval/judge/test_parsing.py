@@ -35,6 +35,17 @@ from llava.eval.judge.parsing import Unreadable, parse_literal, parse_strict, pa
         "3 4 perhaps</think>8 7",
         "<think>1 2</think><THINK>3 4</THINK>8 7",
         "Assistant 1: 8, Assistant 2: 7. So Assistant 1 gets 8.",
+        "Assistant 1 score: 8, Assistant 2 score: 7",
+        "Assistant 1: 8/10\nAssistant 2: 7/10",
+        "Assistant 1: 8 / 10 Clear.\nAssistant 2: 7 / 10 Vague.",
+        "Assistant 1: 8.\nAssistant 2: 7.",
+        "Assistant 1: 8 out of 10 because it is right. Assistant 2: 7 out of 10.",
+        "Assistant 1: 8 points and Assistant 2: 7 points",
+        "Assistant 1 gets 8 while Assistant 2 gets 7",
+        "Assistant 1: 8 for its detail, Assistant 2: 7 (shorter)",
+        "Assistant 1: 8\nThis one is right.\nAssistant 2: 7\nThis one is not.",
+        "| Assistant 1 | 8 |\n| Assistant 2 | 7 |",
+        "Assistant 1: 3 mistakes. Assistant 2: 5 errors.\nAssistant 1: 8\nAssistant 2: 7",
     ],
 )
 def test_strict_reads_every_usual_form(reply: str) -> None:
@@ -60,6 +71,14 @@ def test_strict_reads_every_usual_form(reply: str) -> None:
         ("Assistant 1: -8, Assistant 2: 7", "off the scale"),
         ("85 90", "off the scale"),
         ("nan nan", "no scores"),
+        ("Assistant 1: 3 mistakes were made. Assistant 2: 5 mistakes were made.", "no scores"),
+        ("Assistant 1: 1 paragraph\nAssistant 2: 2 errors", "no scores"),
+        ("Assistant 1: 3 major errors, Assistant 2: 5 of them", "no scores"),
+        ("Assistant 1: 10 out of 10 findings, Assistant 2: 8 out of 10 findings", "no scores"),
+        ("Assistant 1 is 2 times as long. Assistant 2 is 3 lines.", "no scores"),
+        ("Assistant 1: 8 %, Assistant 2: 7%", "no scores"),
+        ("Assistant 1: 2-3 words, Assistant 2: 7 words", "no scores"),
+        ("Assistant 1: 8 /20, Assistant 2: 7 /20", "no scores"),
     ],
 )
 def test_strict_says_why_not(reply: str, reason: str) -> None:
