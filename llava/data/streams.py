@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.data.stream_rows import StreamRow, rows_in
+from llava.data.stream_row import StreamRow
+from llava.data.stream_rows import rows_in
 from llava.errors import ConfigError, DataError
 
 WINDOW = 1000

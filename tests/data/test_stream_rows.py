@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.data.stream_rows import StreamRow, rows_in
+from llava.data.stream_row import StreamRow
+from llava.data.stream_rows import rows_in
 from llava.errors import DataError
 from tests.tiny import tiny_image
 
@@ -118,6 +120,47 @@ def test_several_pictures_come_in_the_order_of_their_numbers(tmp_path: Path) -> 
         add(archive, "a.json", b'{"conversations": []}')
     [(_, row)] = rows_in(tmp_path / "shard.tar")
     assert isinstance(row, StreamRow) and row.pictures == (b"0.png", b"2.png", b"10.png") and row.value["id"] == "a"
+
+
+def test_members_that_are_no_pictures_are_left_alone(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        add(archive, "._a.json", b"\x00\x05\x16\x07 macOS")
+        add(archive, "a.json", b'{"id": "a", "image": "elsewhere.png"}')
+        add(archive, "._a.png", b"\x00\x05\x16\x07 macOS")
+        add(archive, "a.cls", b"3")
+        add(archive, "a.txt", b"a caption")
+        add(archive, "a.png", picture(1))
+        add(archive, "a.seg", picture(2))
+        add(archive, "b.json", b'{"id": "b", "image": "elsewhere.png"}')
+        add(archive, "b.txt", b"a caption")
+        add(archive, "c.json", b'{"id": "c"}')
+        add(archive, "c.jpg", b"broken")
+    found = [row for _, row in rows_in(tmp_path / "shard.tar")]
+    assert found == [
+        StreamRow({"id": "a"}, (picture(1), picture(2))),
+        StreamRow({"id": "b", "image": "elsewhere.png"}),
+        StreamRow({"id": "c"}, (b"broken",)),
+    ]
+
+
+def test_two_members_of_one_name_are_an_error_in_their_place(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for name in ("a.json", "a.png", "a.PNG", "b.json", "b.json", "c.json"):
+            add(archive, name, b"{}")
+    found = [row for _, row in rows_in(tmp_path / "shard.tar")]
+    assert "two members are called a.png" in str(found[0]) and "two members are called b.json" in str(found[1])
+    assert found[2] == StreamRow({"id": "c"}) and len(list(rows_in(tmp_path / "shard.tar", 2))) == 1
+
+
+def test_headers_of_a_long_shard_are_not_kept(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for number in range(4000):
+            add(archive, f"{number}.json", b"{}")
+    tracemalloc.start()
+    assert sum(1 for _ in rows_in(tmp_path / "shard.tar")) == 4000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000  # 4000 headers are 3 MB
 
 
 def test_bad_rows_are_errors_in_their_place(tmp_path: Path) -> None:
