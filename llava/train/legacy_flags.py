@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from llava.compat import parse_names
 from llava.errors import ConfigError
+from llava.utils.jsonl import NOT_JSON
 
 if TYPE_CHECKING:
     from llava.train.args import DataArguments, LlavaTrainingArguments
@@ -25,6 +27,9 @@ UNSUPPORTED: dict[str, str] = {
     "data_seed": "leave it out: --seed decides the order of the rows too",
     "dataloader_drop_last": "leave it out: every row is trained, in a short last step if need be",
     "include_num_input_tokens_seen": "leave it out: metrics.jsonl holds the tokens per second",
+    "neftune_noise_alpha": "leave it out: its noise depends on the length of one sequence, and a row here holds many",
+    "use_liger_kernel": "leave it out: its kernels know no model of this family, and only supervised tokens reach the "
+    "language-model head already",
     "auto_find_batch_size": "",
     "dataloader_in_order": "",
     "dataloader_multiprocessing_context": "",
@@ -34,6 +39,7 @@ UNSUPPORTED: dict[str, str] = {
     "torch_empty_cache_steps": "",
     "cache_dir": "",
     "force_fsdp": "",
+    "liger_kernel_config": "",
     "lazy_preprocess": "",
     "is_multimodal": "",
     "lora_weight_path": "",
@@ -47,6 +53,9 @@ OFF_WORDS = ("no", "false")
 
 CONFIG_FILES = ("deepspeed", "fsdp_config")
 """Fields that hold the name of a JSON file, or JSON itself."""
+
+JSON_FIELDS = (*CONFIG_FILES, "accelerator_config", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
+"""Fields that may hold JSON itself."""
 
 
 def settle(args: LlavaTrainingArguments) -> None:
@@ -139,10 +148,25 @@ def _refuse_unsupported(args: LlavaTrainingArguments) -> None:
 def _check_values(args: LlavaTrainingArguments) -> None:
     if args.max_tokens_per_row < 1:
         raise ConfigError(f"--max_tokens_per_row is {args.max_tokens_per_row}; expected at least 1 (default 8192)")
-    for name in CONFIG_FILES:
+    for name in JSON_FIELDS:
         value = getattr(args, name)
-        if isinstance(value, str) and value and not value.lstrip().startswith("{") and not Path(value).is_file():
+        if not isinstance(value, str) or not value:
+            continue
+        is_json = value.lstrip().startswith("{")
+        if name in CONFIG_FILES and not is_json and not Path(value).is_file():
             raise ConfigError(f"--{name} {value}: no such file; expected a JSON file")
+        if is_json or name in CONFIG_FILES:
+            _check_json(name, value, value if is_json else None)
+
+
+def _check_json(name: str, value: str, text: str | None) -> None:
+    """Make sure that an option is a JSON object, written on the command line (`text`) or in the file it names."""
+    try:
+        content = json.loads(text if text is not None else Path(value).read_text(encoding="utf-8"))
+    except (OSError, *NOT_JSON) as error:
+        raise ConfigError(f"--{name} {value}: not JSON: {error}; expected a JSON object") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--{name} {value}: expected a JSON object, got {type(content).__name__}")
 
 
 def _settle_device(args: LlavaTrainingArguments) -> None:
@@ -180,9 +204,18 @@ def _settle_reports(args: LlavaTrainingArguments) -> None:
             logger.warning("--report_to %s: the package is not installed; metrics stay in metrics.jsonl", name)
             continue
         if name == "wandb" and not os.environ.get("WANDB_API_KEY"):
-            os.environ.setdefault("WANDB_MODE", "offline")
+            _keep_wandb_offline()
         kept.append(name)
     args.report_to = kept or "none"
+
+
+def _keep_wandb_offline() -> None:
+    """Without a key wandb would ask for one and wait; whoever has set its mode has decided."""
+    if os.environ.setdefault("WANDB_MODE", "offline") == "offline":
+        logger.warning(
+            "--report_to wandb: WANDB_API_KEY is not set, so the run stays in the folder wandb/offline-run-*; upload "
+            "it with `wandb sync`, or set WANDB_API_KEY (or WANDB_MODE=online after `wandb login`)"
+        )
 
 
 def use_one_gpu(args: LlavaTrainingArguments) -> None:

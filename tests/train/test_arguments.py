@@ -130,12 +130,20 @@ def test_the_record_of_rows_is_called_what_it_is() -> None:
     assert row_ids_file(Path(), 0).name in log_row_ids.metadata["help"]
 
 
-def test_wandb_without_login_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_without_login_is_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     training = parse(tmp_path, "--report_to", "wandb")[2]
     assert training.report_to == ["wandb"] and os.environ["WANDB_MODE"] == "offline"
+    (line,) = [record.message for record in caplog.records if "wandb" in record.message]
+    assert "WANDB_API_KEY is not set" in line and "wandb sync" in line and "\n" not in line
+    caplog.clear()
+    monkeypatch.setenv("WANDB_MODE", "online")  # whoever has set it, has decided
+    parse(tmp_path, "--report_to", "wandb")
+    assert os.environ["WANDB_MODE"] == "online" and not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -157,6 +165,10 @@ def test_wandb_without_login_is_offline(tmp_path: Path, monkeypatch: pytest.Monk
         (["--max_tokens_per_row", "0"], "--max_tokens_per_row is 0; expected at least 1"),
         (["--system_file", "nope"], "--system_file nope: no such file"),
         (["--deepspeed", "nope.json"], "--deepspeed nope.json: no such file"),
+        (["--deepspeed", "{bad"], "--deepspeed {bad: not JSON: .*; expected a JSON object"),
+        (["--lr_scheduler_kwargs", "{bad"], "--lr_scheduler_kwargs {bad: not JSON"),
+        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha 5.0 is not supported; leave it out"),
+        (["--use_liger_kernel", "True"], "--use_liger_kernel True is not supported; leave it out"),
         (["--logging_steps", "0"], "requires non-zero --logging_steps"),
         (["--bf16", "--fp16"], "At most one of fp16 and bf16"),
         (["--save_strategy", "best"], "--save_strategy best is not supported; expected no, steps or epoch"),
@@ -166,6 +178,16 @@ def test_wandb_without_login_is_offline(tmp_path: Path, monkeypatch: pytest.Monk
 def test_contradictions(tmp_path: Path, words: list[str], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         parse(tmp_path, *words)
+
+
+@pytest.mark.parametrize(("content", "match"), [("{bad", "not JSON: "), ("", "not JSON: "), ("[]", "got list")])
+@pytest.mark.parametrize("name", ["deepspeed", "fsdp_config"])
+def test_broken_configuration_files_are_named(tmp_path: Path, name: str, content: str, match: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=rf"^--{name} {file}: .*{match}") as caught:
+        parse(tmp_path, f"--{name}", str(file))
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
