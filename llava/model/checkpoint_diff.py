@@ -26,15 +26,28 @@ class Difference:
 
 
 def by_our_names(layout: Layout) -> dict[str, str]:
-    """A checkpoint's names by ours; tables that are computed are left out."""
+    """A checkpoint's names by ours; tables that are computed are left out.
+
+    A tower's adapter in a folder of its own counts as part of the adapter around it, as in our layout; copies of it
+    beside the language model's (specification stllava-med 3.2) step back.
+    """
     names = (*layout.tensors, *layout.extra)
-    return {our_name(layout, name) or name: name for name in names if not is_buffer(name)}
+    found = {our_name(layout, name) or name: name for name in names if not is_buffer(name)}
+    if layout.tower_adapter is not None:
+        found |= by_our_names(sniff(layout.tower_adapter))
+    return found
+
+
+def open_all(layout: Layout) -> TensorReader:
+    """The tensors of every file of a checkpoint."""
+    tower = {} if layout.tower_adapter is None else sniff(layout.tower_adapter).tensors
+    return TensorReader({**tower, **layout.extra, **layout.tensors})
 
 
 def differences(first: Layout, second: Layout) -> Iterator[Difference]:
     """Tensors that only one has, of another shape or dtype, or with other values; then settings."""
     ours, theirs = by_our_names(first), by_our_names(second)
-    readers = TensorReader({**first.extra, **first.tensors}), TensorReader({**second.extra, **second.tensors})
+    readers = open_all(first), open_all(second)
     for name in sorted(set(ours) | set(theirs)):
         if name not in theirs:
             yield Difference(name, "only in the first")

@@ -21,10 +21,14 @@ from llava.model.legacy_keys import unknown_keys
 from llava.model.names import (
     EMBEDDINGS,
     HF_PREFIXES,
+    LANGUAGE_MODEL,
     LEGACY_PREFIXES,
+    NEWLINE,
     PEFT_PREFIX,
     PROJECTOR,
     TIMM_TOWER,
+    TOWER,
+    TOWER_ROOT,
     is_buffer,
     projector_suffix,
     renamed,
@@ -46,6 +50,8 @@ STATUSES = {
 PROBLEMS = ("missing", "unexpected", "wrong shape")
 WORDS = (IMAGE_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IM_END_TOKEN, PAD_TOKEN)
 PROCESSOR_FILE = "llava_processor.json"
+OUR_TABLE_KEY = "model.embed_tokens.weight"
+"""The embeddings in one of our projector files, which keep the seeds' names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +91,31 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def our_name(layout: Layout, name: str) -> str | None:
-    """Our name of a tensor of the checkpoint; None for one that belongs to no part."""
-    if layout.kind in (*OURS, "vision_tower", "tower_adapter"):
+    """Our model's name of a tensor of the checkpoint (of an adapter: with peft's prefix); None where it is no part."""
+    if layout.kind in ("model", "vision_tower"):
         return name
     if layout.kind == "hf_llava":
         return renamed(name, HF_PREFIXES)
-    legacy = renamed(without_peft(name), LEGACY_PREFIXES)
     if "lora_" in name:
-        return None if legacy is None else PEFT_PREFIX + legacy
+        return _adapter_name(layout, name)
     if suffix := projector_suffix(name):
         return PROJECTOR + suffix
+    if layout.kind in OURS:
+        return EMBEDDINGS if name == OUR_TABLE_KEY else name.removeprefix(PEFT_PREFIX)
+    legacy = renamed(without_peft(name), LEGACY_PREFIXES)
     if layout.kind == "legacy_projector":
-        return EMBEDDINGS if name.endswith("embed_tokens.weight") else None
+        return legacy if name.endswith(("embed_tokens.weight", NEWLINE)) else None
     return f"{legacy} (as transformers' class splits it)" if name.startswith(TIMM_TOWER) else legacy
+
+
+def _adapter_name(layout: Layout, name: str) -> str | None:
+    """Our name of one matrix of an adapter, of the language model's or of a tower's own."""
+    if layout.kind == "adapter" or name.startswith(PEFT_PREFIX + LANGUAGE_MODEL):
+        return name
+    if name.startswith(TOWER_ROOT):
+        return PEFT_PREFIX + TOWER + name.removeprefix(TOWER_ROOT)
+    legacy = renamed(without_peft(name), LEGACY_PREFIXES)
+    return None if legacy is None else PEFT_PREFIX + legacy
 
 
 def _rows(layout: Layout) -> Iterator[Row]:

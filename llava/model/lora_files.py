@@ -16,12 +16,10 @@ from torch import Tensor
 
 from llava.errors import CheckpointError
 from llava.model.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILES, first_file, read_json
-from llava.model.names import LEGACY_PREFIXES, PEFT_PREFIX, TOWER, renamed, without_peft
+from llava.model.names import LEGACY_PREFIXES, PEFT_PREFIX, TOWER, TOWER_ROOT, renamed, without_peft
 from llava.model.shards import TensorReader, open_tensors
 
 PARTS = (".lora_A.", ".lora_B.")
-TOWER_ROOT = "base_model.model.vision_tower.vision_model."
-"""How a tower's own adapter begins; its root is the tower's wrapper (specification stllava-med 3.2)."""
 
 UNSUPPORTED = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_pattern")
 

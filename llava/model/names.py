@@ -64,6 +64,8 @@ BUFFERS = {
 """Tables that old files hold and that are computed today; loading them could only do harm (specification 1.3, 6)."""
 
 PEFT_PREFIX = "base_model.model."
+TOWER_ROOT = PEFT_PREFIX + "vision_tower.vision_model."
+"""How a tower's own adapter begins; its root is the tower's wrapper (specification stllava-med 3.2)."""
 
 
 def is_buffer(name: str) -> bool:

@@ -35,8 +35,17 @@ from llava.model.hub import local_folder
 from llava.model.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILES, CONFIG_FILE, Layout, first_file, read_json
 from llava.model.legacy_config import legacy_config
 from llava.model.legacy_export import SOURCE_FOLDER, copy_small_files, rows_to_keep, write_json
-from llava.model.lora_files import TOWER_ROOT, LegacyLora, peft_parts, read_lora
-from llava.model.names import LANGUAGE_MODEL, LEGACY_TOWER, NEWLINE, PEFT_PREFIX, PROJECTOR, TOWER, projector_suffix
+from llava.model.lora_files import LegacyLora, peft_parts, read_lora
+from llava.model.names import (
+    LANGUAGE_MODEL,
+    LEGACY_TOWER,
+    NEWLINE,
+    PEFT_PREFIX,
+    PROJECTOR,
+    TOWER,
+    TOWER_ROOT,
+    projector_suffix,
+)
 from llava.model.shards import open_tensors
 
 TOWER_ADAPTER_FOLDER = "Vit-lora"

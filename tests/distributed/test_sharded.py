@@ -63,8 +63,8 @@ def train_zero(argv: list[str], compiled: Path) -> tuple[str, int, str]:
     kept: dict[str, Any] = {}
     make = story.make_trainer
 
-    def keep(*values: Any) -> Any:
-        kept["trainer"] = make(*values)
+    def keep(*values: Any, **named: Any) -> Any:
+        kept["trainer"] = make(*values, **named)
         return kept["trainer"]
 
     story.make_trainer = keep

@@ -18,6 +18,7 @@ from llava.model.building import Loaded
 from llava.model.checkpoint import save_model
 from llava.model.converting import convert
 from llava.model.doctor import Finding, check_weights, diagnose
+from llava.model.foreign_options import ForeignOptions
 from llava.model.inspection import inspect, render
 from llava.model.layout import sniff
 from tests.model.legacy_folders import (
@@ -183,6 +184,21 @@ def test_diff_compares_across_layouts(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "again")])
     assert "model.language_model.norm.weight: largest difference 0.5, mean 0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("write", [write_projector_only, write_lora])
+def test_diff_pairs_projectors_and_adapters_across_layouts(
+    tmp_path: Path, write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    is_lora = write is write_lora
+    folder = write(tmp_path, tower_adapter=True) if is_lora else write(tmp_path, mm_patch_merge_type="spatial_unpad")
+    if not is_lora:
+        weights = {**projector_weights("mlp2x_gelu"), "model.image_newline": torch.ones(32)}
+        torch.save(weights, folder / "mm_projector.bin")
+    convert(folder, tmp_path / "ours", "ours", ForeignOptions(base=str(tmp_path / "lm")))
+    cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "ours")])
+    count = 14 if is_lora else 5
+    assert capsys.readouterr().out.splitlines()[-1] == f"{count} of {count} tensors are equal"
 
 
 def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
