@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.model.inspection import our_name
 from llava.model.layout import Layout, sniff
 from llava.model.names import is_buffer
+from llava.model.our_names import our_name
 from llava.model.shards import TensorReader
 from llava.utils.cli import Parser
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava.errors import CheckpointError
-from llava.model.inspection import PROBLEMS, Inspection, added_words, inspect, our_name
+from llava.model.inspection import PROBLEMS, Inspection, added_words, inspect
 from llava.model.layout import KINDS, Layout
 from llava.model.legacy_keys import TEXT_TYPES, unknown_keys
 from llava.model.names import EMBEDDINGS, PROJECTOR
+from llava.model.our_names import our_name
 from llava.model.shards import TensorReader
 from llava.utils.cli import Parser
 

@@ -18,22 +18,8 @@ from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_
 from llava.errors import CheckpointError
 from llava.model.layout import KINDS, OURS, PAD_TOKEN, Layout, read_json, sniff
 from llava.model.legacy_keys import unknown_keys
-from llava.model.names import (
-    EMBEDDINGS,
-    HF_PREFIXES,
-    LANGUAGE_MODEL,
-    LEGACY_PREFIXES,
-    NEWLINE,
-    PEFT_PREFIX,
-    PROJECTOR,
-    TIMM_TOWER,
-    TOWER,
-    TOWER_ROOT,
-    is_buffer,
-    projector_suffix,
-    renamed,
-    without_peft,
-)
+from llava.model.names import EMBEDDINGS, PROJECTOR, is_buffer
+from llava.model.our_names import our_name
 from llava.model.shards import TensorEntry
 from llava.utils.cli import Parser
 
@@ -50,8 +36,6 @@ STATUSES = {
 PROBLEMS = ("missing", "unexpected", "wrong shape")
 WORDS = (IMAGE_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IM_END_TOKEN, PAD_TOKEN)
 PROCESSOR_FILE = "llava_processor.json"
-OUR_TABLE_KEY = "model.embed_tokens.weight"
-"""The embeddings in one of our projector files, which keep the seeds' names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,34 +72,6 @@ def inspect(path: str | Path) -> Inspection:
     layout = sniff(path)
     rows = list(_rows(layout))
     return Inspection(layout, _facts(layout), rows)
-
-
-def our_name(layout: Layout, name: str) -> str | None:
-    """Our model's name of a tensor of the checkpoint (of an adapter: with peft's prefix); None where it is no part."""
-    if layout.kind in ("model", "vision_tower"):
-        return name
-    if layout.kind == "hf_llava":
-        return renamed(name, HF_PREFIXES)
-    if "lora_" in name:
-        return _adapter_name(layout, name)
-    if suffix := projector_suffix(name):
-        return PROJECTOR + suffix
-    if layout.kind in OURS:
-        return EMBEDDINGS if name == OUR_TABLE_KEY else name.removeprefix(PEFT_PREFIX)
-    legacy = renamed(without_peft(name), LEGACY_PREFIXES)
-    if layout.kind == "legacy_projector":
-        return legacy if name.endswith(("embed_tokens.weight", NEWLINE)) else None
-    return f"{legacy} (as transformers' class splits it)" if name.startswith(TIMM_TOWER) else legacy
-
-
-def _adapter_name(layout: Layout, name: str) -> str | None:
-    """Our name of one matrix of an adapter, of the language model's or of a tower's own."""
-    if layout.kind == "adapter" or name.startswith(PEFT_PREFIX + LANGUAGE_MODEL):
-        return name
-    if name.startswith(TOWER_ROOT):
-        return PEFT_PREFIX + TOWER + name.removeprefix(TOWER_ROOT)
-    legacy = renamed(without_peft(name), LEGACY_PREFIXES)
-    return None if legacy is None else PEFT_PREFIX + legacy
 
 
 def _rows(layout: Layout) -> Iterator[Row]:
