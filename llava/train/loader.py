@@ -227,9 +227,27 @@ class _Numbered(torch.utils.data.Dataset[tuple[int, Encoded]]):
 
 
 class StepLoader(DataLoader[StepBatch]):
-    """Yields one `StepBatch` per optimiser step."""
+    """Yields one `StepBatch` per optimiser step.
 
-    def __init__(self, sampler: StepSampler, collator: Collator, *, num_workers: int = 0, seed: int = 0) -> None:
+    Args:
+        sampler: the row numbers of each step.
+        collator: lays them out.
+        num_workers: loading processes; 0 loads in this one.
+        prefetch_factor: steps that each of them has ready; None is torch's choice.
+        persistent_workers: they live on from epoch to epoch.
+        seed: of the workers.
+    """
+
+    def __init__(
+        self,
+        sampler: StepSampler,
+        collator: Collator,
+        *,
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        seed: int = 0,
+    ) -> None:
         generator = torch.Generator()
         generator.manual_seed(seed)
         super().__init__(
@@ -237,6 +255,8 @@ class StepLoader(DataLoader[StepBatch]):
             batch_sampler=sampler,
             collate_fn=collator,
             num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers and num_workers > 0,
             generator=generator,  # its own, so that fetching never moves the model's random state
         )
 

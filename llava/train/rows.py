@@ -129,12 +129,20 @@ def make_loader(
             rank=args.process_index,
             world_size=args.world_size,
             num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
             seed=args.seed,
             skip_bad=skip_bad,
         )
         return stream, "off", f"stream of {len(dataset.sources)} sources"
     sampler, grouping = order.make_sampler(dataset, args, grouping)
-    loader = StepLoader(sampler, collator, num_workers=args.dataloader_num_workers, seed=args.seed)
+    loader = StepLoader(
+        sampler,
+        collator,
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        persistent_workers=args.dataloader_persistent_workers,
+        seed=args.seed,
+    )
     return loader, grouping, order.describe(sampler)
 
 

@@ -116,6 +116,7 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
         rank: this process.
         world_size: number of processes.
         num_workers: reading processes of this rank; 0 reads in this one.
+        prefetch_factor: steps that each of them has ready; None is torch's choice.
         seed: of the order.
         skip_bad: leave rows out that cannot be used, instead of raising.
     """
@@ -129,6 +130,7 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        prefetch_factor: int | None = None,
         seed: int = 0,
         skip_bad: bool = False,
     ) -> None:
@@ -139,7 +141,7 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
         self.positions: list[MixturePosition | None] = [None] * max(1, num_workers)
         self.next_worker = 0
         self.num_bad = 0
-        super().__init__(self.steps, batch_size=None, num_workers=num_workers)
+        super().__init__(self.steps, batch_size=None, num_workers=num_workers, prefetch_factor=prefetch_factor)
 
     def __iter__(self) -> Any:
         """Yield steps; workers take turns, beginning with the one whose turn it was."""

@@ -11,9 +11,11 @@ from llava.data.records import load_samples
 from llava.data.sft import SFTDataset
 from llava.errors import ConfigError
 from llava.model.building import Loaded
-from llava.train.loader import Collator, joined
+from llava.train import rows
+from llava.train.loader import Collator, StepLoader, joined
 from llava.train.objectives import SFT
-from tests.runs import write_uneven
+from llava.train.parsing import parse
+from tests.runs import arguments, write_uneven
 
 ONE = torch.ones(())
 
@@ -71,3 +73,25 @@ def test_padded_rows_are_not_joined(tiny: Loaded, tmp_path: Path) -> None:
         assert "padded" in str(error)
     else:
         raise AssertionError("padded rows were joined")
+
+
+def test_loading_processes_work_ahead_and_live_on(tiny: Loaded, tmp_path: Path) -> None:
+    collator = collator_of(tiny, tmp_path)
+    words = {"per_device_train_batch_size": 2, "dataloader_persistent_workers": True}
+    ahead = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3}
+    loaders = []
+    for options in ({}, ahead):  # without processes there are none to keep
+        args = parse(arguments(tmp_path, tmp_path, **words, **options))[2]
+        loader, *_ = rows.make_loader(collator.dataset, collator, args, skip_bad=False, grouping="off")  # type: ignore[arg-type]
+        assert isinstance(loader, StepLoader)
+        loaders.append(loader)
+    plain, loader = loaders
+    assert loader.prefetch_factor == 3 and loader.persistent_workers and not plain.persistent_workers
+    found, processes = [], set()
+    for epoch in range(2):
+        for each in loaders:
+            each.set_epoch(epoch)
+        found.append([step.row_ids for step in loader])
+        assert found[-1] == [step.row_ids for step in plain]
+        processes |= {process.pid for process in loader._iterator._workers}  # type: ignore[union-attr]
+    assert found[0] != found[1] and len(processes) == 1
