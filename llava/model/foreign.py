@@ -8,13 +8,14 @@ Nothing is loaded in part: a weight that is missing or that nobody knows ends th
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
+from llava.constants import IM_END_TOKEN, IM_START_TOKEN
 from llava.errors import CheckpointError
 from llava.model.building import Loaded, finish, portable
 from llava.model.config import LlavaMedConfig
@@ -23,7 +24,7 @@ from llava.model.foreign_options import ForeignOptions
 from llava.model.foreign_tokens import add_tokens, load_tokenizer, make_processor
 from llava.model.hub import local_folder
 from llava.model.image_policy import write_policy
-from llava.model.layout import KINDS, Layout, sniff
+from llava.model.layout import EXTRA_FILE, KINDS, Layout, sniff
 from llava.model.legacy_config import (
     SELECT_STRATEGIES,
     check_supported,
@@ -49,10 +50,9 @@ from llava.model.names import (
 )
 from llava.model.shards import TensorReader, open_tensors
 from llava.model.tower_source import TowerSource, find_tower
+from llava.tokenization import word_id
 
 logger = logging.getLogger(__name__)
-
-MARKER_WORDS = ("<im_start>", "<im_end>")
 
 
 @dataclass(slots=True)
@@ -79,9 +79,9 @@ def load_foreign(layout: Layout, options: ForeignOptions) -> Loaded:
     text = text_config(layout)
     if unknown := unknown_keys(layout.config):
         logger.info("%s: keys of config.json that nobody knows, kept: %s", layout.path, ", ".join(unknown))
-    gathered = gather(layout, base, options)
-    tokenizer = load_tokenizer(_tokenizer_folder(layout, base))
+    tokenizer = load_tokenizer(tokenizer_folder(layout, base))
     add_tokens(tokenizer, layout)
+    gathered = gather(layout, base, options, marker_rows(tokenizer))
     image_processor = gathered.tower.image_processor(gathered.vision_config, layout.folder)
     num_image_tokens = num_patches(image_processor, gathered.vision_config)
     if select_feature(layout) == "cls_patch":
@@ -129,15 +129,26 @@ def with_base(layout: Layout, options: ForeignOptions) -> tuple[Layout, Layout |
     return (layout if is_whole else replace(layout, config={**base.config, **layout.config})), base
 
 
-def _tokenizer_folder(layout: Layout, base: Layout | None) -> Path:
+def tokenizer_folder(layout: Layout, base: Layout | None) -> Path:
+    """The folder whose tokenizer a checkpoint uses: its own, else its base's.
+
+    Raises:
+        CheckpointError: neither has one.
+    """
     for part in (layout, base):
         if part is not None and part.has_tokenizer:
             return part.folder
     raise CheckpointError(f"{layout.path} holds no tokenizer; give the model it was trained from with --model-base")
 
 
-def gather(layout: Layout, base: Layout | None, options: ForeignOptions) -> Gathered:
+def gather(layout: Layout, base: Layout | None, options: ForeignOptions, markers: Sequence[int]) -> Gathered:
     """All weights under our names, as they are in the files (memory-mapped), adapters apart.
+
+    Args:
+        layout: the checkpoint.
+        base: what it builds on.
+        options: parts that were given.
+        markers: see `marker_rows`.
 
     Raises:
         CheckpointError: a part is missing, or a tensor belongs to no part.
@@ -152,11 +163,11 @@ def gather(layout: Layout, base: Layout | None, options: ForeignOptions) -> Gath
     elif layout.kind == "legacy_adapter":
         adapters.append(read_lora(layout.folder))
         if not layout.extra:
-            raise CheckpointError(f"{layout.path} has no non_lora_trainables.bin, which holds its projector")
-        _take_projector(state, open_tensors(layout.folder / "non_lora_trainables.bin"), layout)
+            raise CheckpointError(f"{layout.path} has no {EXTRA_FILE}, which holds its projector")
+        _take_projector(state, open_tensors(layout.folder / EXTRA_FILE), layout, markers)
     else:
         file = layout.path if layout.path.is_file() else next(iter(layout.tensors.values())).file
-        _take_projector(state, open_tensors(file), layout)
+        _take_projector(state, open_tensors(file), layout, markers)
     if EMBEDDINGS not in state:
         raise CheckpointError(f"{layout.path}: no language model; expected model.embed_tokens.weight")
     tower, vision_config = _take_tower(state, layout, options)
@@ -193,11 +204,8 @@ def _take(state: dict[str, Tensor], buffers: dict[str, str], layout: Layout) -> 
             state[TOWER + "pooler.dense.bias"] = plain["cls_token"].new_zeros(width)
 
 
-def _take_projector(state: dict[str, Tensor], reader: Any, layout: Layout) -> None:
-    """Projector weights of a file, and embedding rows that were trained with them.
-
-    A whole table replaces the base's; a few rows are put behind it, where the base has no rows for the added words.
-    """
+def _take_projector(state: dict[str, Tensor], reader: TensorReader, layout: Layout, markers: Sequence[int]) -> None:
+    """Projector weights of a file, and embedding rows that were trained with them, see `take_rows`."""
     for name in [name for name in state if name.startswith(PROJECTOR)]:
         del state[name]
     for name, tensor in reader:
@@ -205,15 +213,30 @@ def _take_projector(state: dict[str, Tensor], reader: Any, layout: Layout) -> No
         if suffix is not None:
             state[PROJECTOR + suffix] = tensor
         elif name.endswith("embed_tokens.weight"):
-            take_rows(state, tensor, layout)
+            take_rows(state, tensor, layout, markers)
         elif name.endswith(NEWLINE):
             state[f"model.{NEWLINE}"] = tensor
         elif "lora_" not in name:
             raise CheckpointError(f"{layout.path}: {name} is neither of the projector nor of the embeddings")
 
 
-def take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout) -> None:
+def marker_rows(tokenizer: Any) -> list[int]:
+    """The ids of the two markers around an image, where the vocabulary has them both; else none."""
+    rows = [word_id(tokenizer, word) for word in (IM_START_TOKEN, IM_END_TOKEN)]
+    return [row for row in rows if row is not None] if None not in rows else []
+
+
+def take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout, markers: Sequence[int]) -> None:
     """Put embedding rows that were trained with a projector into embeddings and head, under our names.
+
+    A whole table replaces the base's. Two rows are those of the markers: they go where the vocabulary has these words,
+    which is behind the base's rows, or among rows that a padded table keeps free.
+
+    Args:
+        state: the base's weights.
+        rows: [k, D], as the file has them.
+        layout: the checkpoint, for messages.
+        markers: see `marker_rows`.
 
     Raises:
         CheckpointError: they fit neither as a whole table nor as the two markers' rows.
@@ -228,13 +251,16 @@ def take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout) -> None:
         state[EMBEDDINGS] = rows
         grow_head(state, rows.shape[0])
         return
-    if rows.shape[0] != len(MARKER_WORDS):
+    if rows.shape[0] != len(markers):
         raise CheckpointError(
-            f"{layout.path}: {rows.shape[0]} embedding rows; expected the whole table, or two markers"
+            f"{layout.path}: {rows.shape[0]} embedding rows; expected the whole table of at least {table.shape[0]}, "
+            f"or those of the {len(markers)} marker words that its vocabulary has"
         )
-    before = mean_rows(table, 1 if layout.style == "patch_token" else 0)
-    state[EMBEDDINGS] = torch.cat([before, rows.to(table.dtype)])
-    grow_head(state, state[EMBEDDINGS].shape[0])
+    num_missing = max(max(markers) + 1 - table.shape[0], 0)
+    grown = mean_rows(table, num_missing) if num_missing else table.clone()
+    grown[list(markers)] = rows.to(table.dtype)
+    state[EMBEDDINGS] = grown
+    grow_head(state, grown.shape[0])
 
 
 def _take_tower(state: dict[str, Tensor], layout: Layout, options: ForeignOptions) -> tuple[TowerSource, Any]:

@@ -141,8 +141,8 @@ class Layout:
 
     @property
     def uses_patch_token(self) -> bool:
-        """Whether the vocabulary has `<im_patch>`: as the file says; the patch-token style cannot do without."""
-        return bool(self.config.get("mm_use_im_patch_token", self.style == "patch_token"))
+        """Whether the vocabulary has `<im_patch>`: as the file says, and yes where it says nothing (llava-med 1.4)."""
+        return bool(self.config.get("mm_use_im_patch_token", True))
 
     def template(self, words: Collection[str]) -> str:
         """The template that a legacy checkpoint was trained with, as far as its content tells.

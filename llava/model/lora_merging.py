@@ -19,8 +19,9 @@ from torch import Tensor
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint import PROJECTOR_FILE, save_model
-from llava.model.foreign import take_rows, tower_adapter_folder, with_base
+from llava.model.foreign import marker_rows, take_rows, tokenizer_folder, tower_adapter_folder, with_base
 from llava.model.foreign_options import ForeignOptions
+from llava.model.foreign_tokens import add_tokens, load_tokenizer
 from llava.model.layout import CONFIG_FILE, EXTRA_FILE, KINDS, Layout, sniff
 from llava.model.legacy_export import copy_small_files
 from llava.model.loading import load
@@ -155,7 +156,9 @@ def _take_trained(merge: Merge) -> None:
                 merge.projector[suffix] = tensor
             elif name.endswith("embed_tokens.weight"):
                 merge.tables = _tables(merge.base)
-                take_rows(merge.tables, tensor, layout)
+                tokenizer = load_tokenizer(tokenizer_folder(layout, merge.base))
+                add_tokens(tokenizer, layout)
+                take_rows(merge.tables, tensor, layout, marker_rows(tokenizer))
             elif name.endswith(NEWLINE):
                 merge.newline = tensor
             else:
