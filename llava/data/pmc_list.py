@@ -9,7 +9,6 @@ The second kind names figures as well, so the 50 test images, which are not in t
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -22,6 +21,7 @@ from llava.data.fetching.archives import plain_name
 from llava.errors import DataError, DownloadError
 from llava.samples import describe
 from llava.utils.lookup import require
+from llava.utils.unzipped import UNREADABLE, open_unzipped
 
 ARCHIVE_HOSTS = ("ftp.ncbi.nlm.nih.gov",)
 """Hosts that a list may name without the user's permission."""
@@ -149,7 +149,7 @@ def read_lists(
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield `(where, row)`; a line that is not JSON yields its text as the row."""
     try:
-        with _open(path) as stream:
+        with open_unzipped(path) as stream:
             first = stream.readline()
             stream.seek(0)
             if _is_captions(first):
@@ -160,14 +160,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                         yield f"{path}, line {number}", _json(line)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; `sh download_data.sh` fetches the published list") from None
-    except (OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
-
-
-def _open(path: Path) -> Any:
-    with path.open("rb") as stream:
-        zipped = stream.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if zipped else path.open("rb")
 
 
 def _json(line: bytes) -> Any:

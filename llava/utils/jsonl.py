@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from llava.errors import DataError
+from llava.utils.unzipped import UNREADABLE, open_unzipped
 
 Record = dict[str, Any]
 
@@ -27,13 +26,11 @@ def read_text(path: str | Path) -> str:
         DataError: there is no such file, or it is not UTF-8 text.
     """
     try:
-        content = Path(path).read_bytes()
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
-        return content.decode("utf-8-sig")
+        with open_unzipped(path) as stream:
+            return stream.read().decode("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+    except (*UNREADABLE, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text or gzipped text ({error})") from error
 
 

@@ -10,15 +10,16 @@ text of its row, which `rows` then reports.
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from llava.errors import DataError
+from llava.utils.jsonl import NOT_JSON
+from llava.utils.unzipped import UNREADABLE, open_unzipped
 
 Form = Literal["array", "lines"]
 
@@ -32,9 +33,6 @@ EDGE = 16
 """A mistake that lies nearer to the end of what was read may be a word that goes on (`-Infinity`, `\\ud83d`)."""
 
 _SPACE = " \t\r\n"
-_UNREADABLE = (OSError, EOFError, zlib.error)
-_NOT_JSON = (ValueError, RecursionError)
-"""What the decoder raises: also for numbers of thousands of digits, and brackets nested by the thousand."""
 
 EXPECTED = "expected a JSON array or one JSON object a line"
 
@@ -56,7 +54,7 @@ def stream_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
             for value in rows:
                 yield row, value
                 row += 1
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             yield row, DataError(f"the file cannot be read from about here on ({error})")
 
 
@@ -69,18 +67,17 @@ def form_of(path: str | Path) -> Form:
     with _open(path) as stream:
         try:
             return _begin(stream)[1]
-        except _UNREADABLE:
+        except UNREADABLE:
             return "lines"
 
 
-def _open(path: str | Path) -> TextIO:
+@contextmanager
+def _open(path: str | Path) -> Iterator[TextIO]:
     try:
-        raw = open(path, "rb")  # noqa: SIM115 - closed with the text stream around it
+        with open_unzipped(path) as stream:
+            yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     except OSError as error:
         raise DataError(f"{path} cannot be opened: {error.strerror or error}") from None
-    zipped = raw.peek(2).startswith(b"\x1f\x8b")
-    binary = gzip.GzipFile(fileobj=raw) if zipped else raw
-    return io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
 def _begin(stream: TextIO) -> tuple[str, Form]:
@@ -144,7 +141,7 @@ def _value(text: str, place: int, passed: int, stream: TextIO) -> tuple[Any, str
             definite = error.pos + EDGE < len(text) and not error.msg.startswith("Unterminated string")
             if definite or ended or len(text) - place > MAX_ROW:
                 return DataError(f"not JSON: {error.msg} (character {passed + error.pos} of the file)")
-        except _NOT_JSON as error:
+        except NOT_JSON as error:
             return DataError(f"not JSON that can be read: {type(error).__name__}")
         more = stream.read(max(PIECE, len(text) - place))  # doubled, so that a long row is not tried too often
         ended = not more
@@ -172,5 +169,5 @@ def _line(line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         return DataError(f"not JSON: {error.msg} (character {error.pos} of the line); {EXPECTED}")
-    except _NOT_JSON as error:
+    except NOT_JSON as error:
         return DataError(f"not JSON that can be read: {type(error).__name__}")

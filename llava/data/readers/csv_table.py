@@ -46,7 +46,7 @@ def read(job: Job) -> Iterator[Event]:
         raise ConfigError("give the table's file; the folder of its pictures is --image_root")
     for path in job.sources.files:
         job.inputs[path.name] = path
-        need(_columns(args), column_names(path, delimiter=args.delimiter), path)
+        need([*_text_columns(args), *args.keep], column_names(path, delimiter=args.delimiter), path)
         for origin, row in read_table(path, columns=_required(args), delimiter=args.delimiter):
             yield _event(job, origin, row)
 
@@ -56,10 +56,21 @@ def _required(args: Any) -> list[str]:
     return [column for column in named if column]
 
 
-def _columns(args: Any) -> list[str]:
-    """Return every column that a flag names."""
+def _text_columns(args: Any) -> list[str]:
+    """Return every column that is taken as text."""
     flags = [getattr(args, flag) for flag in ("id_column", "split_column", *FIELDS.values())]
-    return [*_required(args), *(column for column in flags if column), *args.keep]
+    return [*_required(args), *(column for column in flags if column)]
+
+
+def _no_booleans(row: Row, args: Any) -> None:
+    """Refuse what a JSON or Parquet table may hold in place of a text: nobody answers a question with `True`.
+
+    Raises:
+        DataError: a column that is taken as text holds true or false; names it.
+    """
+    for column in _text_columns(args):
+        if isinstance(row.get(column), bool):
+            raise DataError(f"column {column!r} holds true or false where a text is expected; write yes or no instead")
 
 
 def _event(job: Job, origin: Origin, row: Row | DataError) -> Event:
@@ -68,6 +79,7 @@ def _event(job: Job, origin: Origin, row: Row | DataError) -> Event:
         return BadRow(*origin, "", str(row))
     identity = cell(row, args.id_column) or f"{Path(origin.file).stem}_{origin.row}"
     try:
+        _no_booleans(row, args)
         split = _split(row, args)
         answer = answer_cell(row, args.answer_column)
         fields = {name: cell(row, getattr(args, flag)) for name, flag in FIELDS.items()}

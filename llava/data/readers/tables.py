@@ -8,27 +8,32 @@ caller decides between stopping and leaving it out; a file that cannot be read o
 
 from __future__ import annotations
 
+import codecs
 import csv
 import datetime
-import gzip
 import io
 import math
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from llava.data.records import rows_of
 from llava.errors import DataError
 from llava.samples import Origin
 from llava.utils.lookup import require
+from llava.utils.unzipped import UNREADABLE, open_unzipped
 
 Row = dict[str, Any]
 
 KINDS = ("csv", "json", "parquet")
 MISSING_WORDS = frozenset({"", "null", "none", "nan", "n/a", "na"})
 """How tables write that a cell is empty, in lower case."""
+
+OTHER_DELIMITERS = (";", "|")
+"""Signs that are no delimiters unless the user says so; Excel writes the first one in many countries."""
+
+NOT_UTF8 = "expected UTF-8; in Excel save it as 'CSV UTF-8', or use: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
 
 BATCH_ROWS = 64
 """Parquet rows held at a time; each may hold a picture."""
@@ -40,11 +45,11 @@ def kind_of(path: str | Path) -> str:
     Raises:
         DataError: it cannot be opened or unzipped.
     """
-    with ExitStack() as stack:
-        try:
-            head = _open(path, stack).read(4096)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: cannot be unzipped ({error})") from error
+    try:
+        with open_unzipped(path) as stream:
+            head = stream.read(4096)
+    except UNREADABLE as error:
+        raise DataError(f"{path}: cannot be opened or unzipped ({error})") from error
     if head.startswith(b"PAR1"):
         return "parquet"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -87,8 +92,8 @@ def column_names(path: str | Path, *, delimiter: str | None = None) -> list[str]
         if first is None:
             raise DataError(f"{path}: no row can be read")
         return list(first)
-    with ExitStack() as stack:
-        return _header(_lines(path, stack), path, delimiter)[0]
+    with _text(path) as stream:
+        return _header(stream, path, delimiter)[0]
 
 
 def cell(row: Row, column: str | None) -> str:
@@ -140,22 +145,22 @@ def need(columns: Iterable[str], found: Iterable[str], path: str | Path) -> None
         raise DataError(f"{path}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, present))}")
 
 
-def _open(path: str | Path, stack: ExitStack) -> IO[bytes]:
-    """Open a file, unzipped if its first bytes say that it is gzipped."""
-    try:
-        raw = stack.enter_context(open(path, "rb"))  # noqa: SIM115 - closed by the stack
-        zipped = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        stream = cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=raw)) if zipped else raw)
-        stream.read(1)
+@contextmanager
+def _text(path: str | Path) -> Iterator[io.TextIOWrapper]:
+    """Open a text table.
+
+    Raises:
+        DataError: it is written in another encoding than UTF-8; says which, and how to change that.
+    """
+    with open_unzipped(path) as stream:
+        head = stream.read(256)
         stream.seek(0)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be opened ({error})") from error
-    return stream
-
-
-def _lines(path: str | Path, stack: ExitStack) -> io.TextIOWrapper:
-    return io.TextIOWrapper(_open(path, stack), encoding="utf-8-sig", newline="")
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
+            raise DataError(
+                f"{path}: the text is UTF-16 or no text at all; expected UTF-8. In Excel save it as 'CSV UTF-8', "
+                "or use: iconv -f UTF-16 -t UTF-8 OLD > NEW"
+            )
+        yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 
 
 def _header(stream: io.TextIOWrapper, path: str | Path, delimiter: str | None) -> tuple[list[str], str]:
@@ -164,21 +169,28 @@ def _header(stream: io.TextIOWrapper, path: str | Path, delimiter: str | None) -
         first = stream.readline()
         sign = delimiter or ("\t" if "\t" in first else ",")
         names = next(csv.reader([first], delimiter=sign, strict=True), [])
-    except (csv.Error, UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: the header cannot be read ({error}); {NOT_UTF8}") from error
+    except (csv.Error, *UNREADABLE) as error:
         raise DataError(f"{path}: the header cannot be read ({error})") from error
     names = [name.strip() for name in names]
     doubled = sorted({name for name in names if names.count(name) > 1 and name})
     if not any(names) or doubled:
         what = f"names columns twice: {', '.join(doubled)}" if doubled else "is empty"
         raise DataError(f"{path}: the header {what}; expected one line of distinct column names")
+    other = next((other for other in OTHER_DELIMITERS if other in names[0]), None)
+    if delimiter is None and len(names) == 1 and other is not None:
+        raise DataError(
+            f"{path}: the header is one column, {names[0]!r}; cells seem to be separated by {other!r}: say so with "
+            f"--delimiter '{other}', or save the table with commas"
+        )
     return names, sign
 
 
 def _text_rows(
     path: str | Path, columns: Sequence[str], delimiter: str | None
 ) -> Iterator[tuple[int, Row | DataError]]:
-    with ExitStack() as stack:
-        stream = _lines(path, stack)
+    with _text(path) as stream:
         names, sign = _header(stream, path, delimiter)
         need(columns, names, path)
         reader = csv.reader(stream, delimiter=sign, strict=True)
@@ -196,7 +208,9 @@ def _text_rows(
                 yield row, DataError(f"not a row of a text table ({error}; {where})")
                 row += 1
                 continue
-            except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, row {row}: cannot be read on ({error}); {NOT_UTF8}") from error
+            except UNREADABLE as error:
                 raise DataError(f"{path}, row {row}: cannot be read on ({error})") from error
             if not cells:
                 continue

@@ -68,6 +68,19 @@ def test_rows_that_cannot_be_used(tmp_path: Path, changes: dict[str, str], reaso
         main([*table(tmp_path, **changes), "--split_column", "part"])
 
 
+@pytest.mark.parametrize("column", ["a", "q", "who", "file"])
+def test_true_and_false_are_no_texts(tmp_path: Path, column: str) -> None:
+    words = table(tmp_path)
+    row = {"file": "a", "q": "Normal?", "a": "yes", "who": "p1", "seen": True}
+    (tmp_path / "cases.json").write_text(json.dumps([row, {**row, column: True}]))
+    more = ["--question_column", "q", "--patient_column", "who", "--keep", "seen"]
+    with pytest.raises(DataError, match=rf"row 1, .*column '{column}' holds true or false"):
+        main([str(tmp_path / "cases.json"), *words[1:], *more])
+    main([str(tmp_path / "cases.json"), *words[1:], *more, "--skip_bad"])
+    [kept] = rows_in(tmp_path / "out" / "train.json")
+    assert kept["seen"] is True
+
+
 def test_wrong_flags(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no column 'nobody'; it has 'file', 'q', 'a', 'who', 'part', 'age'"):
         main([*table(tmp_path), "--patient_column", "nobody"])

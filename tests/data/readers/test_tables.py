@@ -68,8 +68,12 @@ def test_rows_of_wrong_width_come_as_errors_with_their_place(tmp_path: Path) -> 
         (b"x,x\n1,2\n", "names columns twice: x"),
         (b"x\n\xff\xfe\n", "header cannot be read"),
         (gzip.compress(b"x\n" + bytes(range(48, 58)) * 2000, mtime=0)[:-20], "row 0: cannot be read on"),
-        (gzip.compress(b"x\n1\n", mtime=0)[:-9], "cannot be unzipped"),
+        (gzip.compress(b"x\n1\n", mtime=0)[:-9], "cannot be opened or unzipped"),
         (b"PAR1 and nothing", "not a Parquet file"),
+        ("x,y\n1,2\n".encode("utf-16"), "UTF-16 .*save it as 'CSV UTF-8'"),
+        ("x,y\n1,2\n".encode("utf-16-le"), "UTF-16 .*iconv"),
+        ("x,ö\n1,2\n".encode("cp1252"), "header cannot be read .*iconv -f WINDOWS-1252"),
+        (b"x;y\n1;2\n", r"the header is one column, 'x;y'.*--delimiter ';'"),
         (b"[{", "not JSON"),
         (b"[" * 100_000, "row 0: not JSON: maximum recursion depth"),
     ],
@@ -81,6 +85,10 @@ def test_rows_of_wrong_width_come_as_errors_with_their_place(tmp_path: Path) -> 
         "cut off late",
         "cut off early",
         "no parquet",
+        "UTF-16 with a mark",
+        "UTF-16 without",
+        "Windows",
+        "semicolons",
         "no json",
         "too deep",
     ],
@@ -90,6 +98,13 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: bytes, reason: str) 
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"a(, row \d+)?: .*({reason})|{reason}"):
         rows_of(path)
+
+
+def test_semicolons_where_they_are_meant(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("findings; impression\nclear\n")
+    assert rows_of(tmp_path / "one", delimiter=",") == [{"findings; impression": "clear"}]
+    (tmp_path / "two").write_text("x;y\n1;2\n")
+    assert rows_of(tmp_path / "two", delimiter=";") == [{"x": "1", "y": "2"}]
 
 
 def test_cells() -> None:
