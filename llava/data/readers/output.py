@@ -185,6 +185,12 @@ class Output:
         self._count(split).add(row)
 
 
+def remove_splits(folder: Path, splits: Iterable[str]) -> None:
+    """Remove the files of splits that an earlier output had and this one has not: their rows may be in others now."""
+    for split in splits:
+        (folder / f"{split}.json").unlink(missing_ok=True)
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """Return the manifest of a finished output, or None where there is none.
 

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from llava.data.images import content_digest
 from llava.data.readers.cards import Card, Size
 from llava.data.readers.items import SPLITS, Event
-from llava.data.readers.output import MANIFEST, Output, read_manifest
+from llava.data.readers.output import MANIFEST, Output, read_manifest, remove_splits
 from llava.data.readers.pictures import WAYS
 from llava.data.readers.sources import Sources
 from llava.errors import ConfigError, DataError
@@ -154,7 +154,7 @@ def run_parsed(reader: Reader, args: argparse.Namespace) -> None:
         job = Job(sources, args, output.is_full, reader.card)
         for event in log.progress(reader.read(job), title=f"reading {reader.card.name}", unit="row"):
             output.add(event)
-        _remove_old(out, keep={split for split, count in output.counts.items() if count.ids})
+        remove_splits(out, {*SPLITS} - {split for split, count in output.counts.items() if count.ids})
         manifest = output.finish(_facts(reader.card, job, settings, output))
     shutil.rmtree(out / UNPACKED, ignore_errors=True)
     (out / UNFINISHED).unlink(missing_ok=True)
@@ -211,13 +211,6 @@ def _begin(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / UNFINISHED).touch()
     (out / MANIFEST).unlink(missing_ok=True)
-
-
-def _remove_old(out: Path, keep: Collection[str]) -> None:
-    """Remove split files of an earlier output that this one does not have."""
-    for split in SPLITS:
-        if split not in keep:
-            (out / f"{split}.json").unlink(missing_ok=True)
 
 
 def _facts(card: Card, job: Job, settings: Mapping[str, Any], output: Output) -> dict[str, Any]:

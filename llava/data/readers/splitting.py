@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from llava.data.images import content_digest, read_bytes
 from llava.data.readers.assigning import parse_fractions, place_of, split_at, unit_hash
 from llava.data.readers.grouping import Groups, majority
-from llava.data.readers.output import MANIFEST, read_manifest, split_hash
+from llava.data.readers.output import MANIFEST, read_manifest, remove_splits, split_hash
 from llava.data.readers.tables import json_rows, plain
 from llava.errors import ConfigError, DataError
 from llava.samples import read_images
@@ -186,12 +186,10 @@ def write_splits(out: Path, rows: Sequence[dict[str, Any]], places: Sequence[str
     return "\n".join(lines) + "\n"
 
 
-def _remove_old(out: Path, keep: Collection[str]) -> None:
-    """Remove split files of an earlier output that this one does not have: their rows are in others now."""
+def _old_splits(out: Path) -> set[str]:
+    """Return the splits of an earlier output, as its manifest names them."""
     old = (read_manifest(out) or {}).get("splits")
-    for split in old if isinstance(old, dict) else ():
-        if split.isidentifier() and split not in keep:
-            (out / f"{split}.json").unlink(missing_ok=True)
+    return {split for split in old if split.isidentifier()} if isinstance(old, dict) else set()
 
 
 def _as_json(row: Mapping[str, Any]) -> str:
@@ -251,5 +249,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         "stratify": args.stratify,
         "made_by": stamp(data={Path(path).name: path for path in args.files}, command=["llava", "data", "split"]),
     }
-    _remove_old(out, keep=set(places))
+    remove_splits(out, _old_splits(out) - set(places))
     sys.stdout.write(write_splits(out, rows, places, facts))
