@@ -29,6 +29,9 @@ NEW_MODEL_TEMPLATE = "v0"
 NEW_MODEL_IMAGE_MODE = "square"
 """How a new model makes pictures square when `--image_aspect_ratio` is not given, as in the seeds."""
 
+DTYPE = torch.float32
+"""Of all weights at first; bf16 and fp16 runs compute in lower precision through autocast (see also `precision`)."""
+
 
 def open_model(model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainingArguments) -> Loaded:
     """Load or build, then take a projector and a template over where asked for.
@@ -39,7 +42,7 @@ def open_model(model_args: ModelArguments, data_args: DataArguments, args: Llava
     """
     system = Path(model_args.system_file).read_text(encoding="utf-8").strip() if model_args.system_file else None
     if holds_tower_and_projector(model_args.model_name_or_path):
-        loaded = _continue(model_args, data_args, args, system)
+        loaded = _continue(model_args, data_args, system)
     else:
         loaded = _build(model_args, data_args, args, system)
     processor = loaded.processor
@@ -63,16 +66,14 @@ def holds_tower_and_projector(path: str) -> bool:
     return has_part or (find_weights(folder) is not None and sniff(folder).kind != "language_model")
 
 
-def _continue(
-    model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainingArguments, system: str | None
-) -> Loaded:
+def _continue(model_args: ModelArguments, data_args: DataArguments, system: str | None) -> Loaded:
     """Load a trained model, whoever wrote it, and take over what is given anew: template, system text, image mode."""
     path, tower = model_args.model_name_or_path, {}
     is_ours = (Path(path) / ORIGIN_FILE).is_file()
     if not is_ours:
         names = ("vision_tower", "vision_tower_config", "vision_tower_checkpoint")
         tower = {name: getattr(model_args, name) for name in names}
-    loaded = load(path, dtype=_dtype(args), **asdict(quantization_of(model_args)), **tower)
+    loaded = load(path, dtype=DTYPE, **asdict(quantization_of(model_args)), **tower)
     check_against(loaded, model_args)
     if model_args.version or system:
         name = model_args.version or loaded.processor.template.name
@@ -139,11 +140,6 @@ def quantization_of(model_args: ModelArguments) -> Quantization:
     return Quantization(model_args.bits, model_args.double_quant, model_args.quant_type)
 
 
-def _dtype(args: LlavaTrainingArguments) -> torch.dtype:
-    """Weights stay float32; bf16 and fp16 runs compute in lower precision through autocast."""
-    return torch.float32
-
-
 def _build(
     model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainingArguments, system: str | None
 ) -> Loaded:
@@ -155,7 +151,7 @@ def _build(
     return build(
         model_args.model_name_or_path,
         model_args.vision_tower,
-        dtype=_dtype(args),
+        dtype=DTYPE,
         vision_tower_config=model_args.vision_tower_config,
         vision_tower_checkpoint=model_args.vision_tower_checkpoint,
         projector_type=model_args.mm_projector_type,

@@ -23,7 +23,7 @@ from llava.generation.layout_check import choose_layout
 from llava.model import lora
 from llava.model.building import Loaded
 from llava.model.checkpoint import refuse_own_base
-from llava.train import dry_run, rows, run_folder
+from llava.train import dry_run, precision, rows, run_folder
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 from llava.train.callbacks import MetricsCallback, row_ids_file
 from llava.train.evaluation import HeldOutLoss
@@ -152,6 +152,11 @@ def make_trainer(
     """The trainer with its callbacks and, where asked for, validation."""
     _, data_args, args = parsed
     network, kind = trained
+    if precision.holds_frozen_in_bf16(args):  # not before: features and a calibrated projector come from full weights
+        num_cast = precision.hold_frozen_in_bf16(network, kind)
+        logger.info(
+            "%.1f million frozen weights are held in bf16; what trains or is saved stays float32", num_cast / 1e6
+        )
     hooks = hooks_for(kind, network, loaded)
     if data_args.eval_data_path:
         hooks.validate = make_validation(data_args.eval_data_path, data_args, args, loaded, collator.layout)
