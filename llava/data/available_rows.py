@@ -3,7 +3,7 @@
     train.json, images/ --rows_of--> every image there? --yes--> train.available.json
 
 What STLLaVA-Med's users did by hand after a download that was not complete. Rows are kept as they are, and so is the
-form of the file: an array stays an array, lines stay lines.
+form of the file, whatever it is called: an array stays an array, lines stay lines.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from llava.data.check.stream import form_of
 from llava.data.images import resolve
 from llava.data.records import rows_of
 from llava.errors import DataError
@@ -44,7 +45,7 @@ def write_available(path: Path, image_folder: Path) -> Filtered:
     part = target.with_name(f".{target.name}.part")
     try:
         with part.open("w", encoding="utf-8") as stream:
-            num_kept, num_rows = _write(_rows(path), stream, image_folder, lines=target.suffix == ".jsonl")
+            num_kept, num_rows = _write(_rows(path), stream, image_folder, lines=form_of(path) == "lines")
         os.replace(part, target)
     except OSError as error:
         raise DataError(f"{target} cannot be written: {error.strerror or error}") from error

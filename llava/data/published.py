@@ -7,6 +7,7 @@ published_files.json: name, size, sha256 --fetch_file, from the first base that 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import sys
@@ -39,7 +40,7 @@ FORWARDED = ("rate", "max_attempts", "first_wait", "max_wait", "stall_seconds", 
 EPILOG = """
 examples:
   sh download_data.sh                                     everything, as published
-  sh download_data.sh --only instruct --images False      two kinds of files, no images
+  sh download_data.sh --only instruct                     these files, and images only where they list some
   sh download_data.sh --mirror-dir /mnt/mirror            from a folder, without a network
   sh download_data.sh -- --only data/instruct/llava_med_instruct_10k.json     words behind -- go to download_images.py
 exit status: 0 all files are there and checked; 1 some are not; 2 cannot start
@@ -107,7 +108,12 @@ def make_parser() -> Parser:
         help=f"mirrors, asked in this order (or {BASE_VARIABLE}); no other is asked",
     )
     add("--mirror-dir", help="folder of a mirror, for files and archives; the same as --base FOLDER --pmc-base FOLDER")
-    add("--only", nargs="+", metavar="WORD", help="only files whose name contains one of these words")
+    add(
+        "--only",
+        nargs="+",
+        metavar="WORD",
+        help="only files whose name contains one of these words, and the images that those list",
+    )
     add("--table", default=str(TABLE), help="another table of files")
     parser.add_switch("--list", help="print the table and stop")
     parser.add_switch("--check", help="check the files that are there and fetch nothing")
@@ -148,7 +154,7 @@ def run(args: argparse.Namespace, image_words: Sequence[str]) -> int:
         sys.stdout.write(report(files, problems))
         return int(bool(problems))
     problems = download(files, table, data, args)
-    status = fetch_images(data, args, image_words) if args.images else 0
+    status = fetch_images(files, data, args, image_words) if args.images else 0
     return max(status, int(bool(problems)))
 
 
@@ -198,7 +204,7 @@ def _fetch_all(
             on_bytes(target.stat().st_size)
             continue
         if problem != "missing":
-            aside = target.with_name(target.name + ".unchecked")
+            aside = _free_name(target)
             logger.warning("%s: %s; it is kept as %s and fetched again", target, problem, aside.name)
             target.replace(aside)
         try:
@@ -210,14 +216,24 @@ def _fetch_all(
     return problems
 
 
-def fetch_images(data: Path, args: argparse.Namespace, words: Sequence[str]) -> int:
-    """Fetch the images that the files name; `words` are further flags of download_images.py. Returns the status."""
+def _free_name(target: Path) -> Path:
+    """Return a name beside a file that nobody has: what an earlier run kept is not replaced."""
+    first = target.with_name(f"{target.name}.unchecked")
+    others = (target.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([first], others) if not name.exists())
+
+
+def fetch_images(files: Sequence[PublishedFile], data: Path, args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Fetch the images that these files list; `words` are further flags of download_images.py. Returns the status.
+
+    Files that list no images are no failure; a list that could not be had is counted as a file.
+    """
     from llava.data import pmc_program
 
-    lists = [str(data / name) for name in IMAGE_LISTS if (data / name).is_file()]
+    lists = [str(data / file.name) for file in files if file.name in IMAGE_LISTS and (data / file.name).is_file()]
     if not lists:
-        sys.stdout.write("images: no list of images is there, so none is fetched\n")
-        return 1
+        sys.stdout.write(f"images: none fetched, as there is none of their lists ({', '.join(IMAGE_LISTS)})\n")
+        return 0
     flags = ["--input-path", *lists, "--images-output-path", str(data / "images")]
     flags += ["--pmc-output-path", str(data / "pmc_articles")]
     flags += [] if args.mirror_dir is None else ["--mirror-dir", args.mirror_dir]

@@ -108,6 +108,28 @@ def test_a_folder_as_mirror_needs_no_network(server: FileServer, tmp_path: Path)
     assert (tmp_path / "data" / "eval" / "c.jsonl.unchecked").read_bytes() == b"short", "nothing of the user's is lost"
 
 
+def test_only_some_files_fetch_the_images_that_those_list(server: FileServer, tmp_path: Path) -> None:
+    done = sh(line(tmp_path, "--base", server.address, "--only", "instruct"))
+    assert done.returncode == 0 and "1 of 1 files are there and checked" in done.stdout, done.stdout + done.stderr
+    assert "images: none fetched, as there is none of their lists" in done.stdout
+    done = sh(line(tmp_path, "--base", server.address, "--only", "urls", "--", "--pmc-base", server.address))
+    assert done.returncode == 0 and "6 of 6 are there" in done.stdout, done.stdout + done.stderr
+    asked = len(server.log)
+    assert sh(line(tmp_path, "--base", server.address, "--only", "instruct")).returncode == 0
+    assert len(server.log) == asked, "a list that lies there from another run is not asked for"
+
+
+def test_files_that_were_kept_aside_are_not_replaced(server: FileServer, tmp_path: Path) -> None:
+    words = line(tmp_path, "--base", server.address, "--only", "instruct", "--images", "False")
+    target = tmp_path / "data" / "instruct" / "b.json"
+    target.parent.mkdir(parents=True)
+    for text in ("first", "second", "third"):
+        target.write_text(text)
+        assert sh(words).returncode == 0
+    kept = {path.name: path.read_text() for path in target.parent.glob("*.unchecked*")}
+    assert kept == {"b.json.unchecked": "first", "b.json.unchecked-2": "second", "b.json.unchecked-3": "third"}
+
+
 def test_killed_and_continued(server: FileServer, tmp_path: Path) -> None:
     """Killed in the middle of a file and in the middle of an article: the next run fetches only the rest."""
     words = line(tmp_path, "--base", server.address, "--", "--pmc-base", server.address, "--cpus", "1")
