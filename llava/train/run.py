@@ -29,6 +29,7 @@ from llava.train.callbacks import MetricsCallback, row_ids_file
 from llava.train.evaluation import HeldOutLoss
 from llava.train.held_out_answers import HeldOutAnswers
 from llava.train.loader import Collator, RowData, StepLoader
+from llava.train.lost_ranks import lost_ranks_in_one_line
 from llava.train.objectives import OBJECTIVES, Objective
 from llava.train.opening import open_model, whole_weights
 from llava.train.parsing import Parsed, parse
@@ -81,9 +82,10 @@ def run_sft(argv: Sequence[str] | None = None, *, image_grouping: str = "auto") 
     if (step := run_folder.stopped_early(resume, args.early_stopping_patience)) is not None:
         logger.info("the run had stopped early at step %d; nothing is left to train", step)
         args.max_steps = step
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    trainer.save_state()
+    with lost_ranks_in_one_line():
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        trainer.save_state()
     if args.should_save:
         run_folder.write_end(args.run_folder)
 
