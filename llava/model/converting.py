@@ -27,7 +27,7 @@ from llava.model.checkpoint import ADAPTER_FILE, new_files, save_model
 from llava.model.foreign_options import ForeignOptions
 from llava.model.hf_export import export_hf
 from llava.model.layout import KINDS, Layout, sniff
-from llava.model.legacy_export import SOURCE_FOLDER, export_legacy, remember_tower
+from llava.model.legacy_export import export_legacy, remember_tower
 from llava.model.loading import PART_FLAGS, load
 from llava.model.multimodal_encoder.towers import first_line
 from llava.model.part_layout import (
@@ -35,8 +35,8 @@ from llava.model.part_layout import (
     convert_projector,
     export_legacy_adapter,
     export_legacy_projector,
-    keep_source,
 )
+from llava.model.source_files import keep_source, source_of
 from llava.utils.cli import Parser
 from llava.utils.lookup import lookup
 
@@ -69,8 +69,8 @@ def to_ours(layout: Layout, options: ForeignOptions, path: Path) -> None:
         raise ConfigError(f"{layout.path} is {KINDS[layout.kind]} already; --to model makes it a whole model")
     else:
         to_model(layout, options, path)
-    if layout.kind.startswith("legacy"):
-        keep_source(layout, path)
+        return
+    keep_source(layout, path)
 
 
 def _refuse_dtype(layout: Layout, options: ForeignOptions) -> None:
@@ -90,8 +90,7 @@ def to_model(layout: Layout, options: ForeignOptions, path: Path) -> None:
     """Write a whole model of this package."""
     loaded = open_source(layout, options)
     save_model(loaded.model, loaded.processor, path, origin=loaded.origin)
-    if layout.kind == "legacy":
-        keep_source(layout, path)
+    keep_source(layout, path)
 
 
 def to_legacy(layout: Layout, options: ForeignOptions, path: Path) -> None:
@@ -106,12 +105,12 @@ def to_legacy(layout: Layout, options: ForeignOptions, path: Path) -> None:
     elif layout.kind == "projector":
         export_legacy_projector(layout.folder, path)
     else:
-        export_legacy(open_source(layout, options), path, source_folder=layout.folder)
+        export_legacy(open_source(layout, options), path, source_folder=source_of(layout))
 
 
 def to_hf(layout: Layout, options: ForeignOptions, path: Path) -> None:
     """Write transformers' layout."""
-    export_hf(open_source(layout, options), path, source_folder=layout.folder / SOURCE_FOLDER)
+    export_hf(open_source(layout, options), path, source_folder=source_of(layout))
 
 
 def to_peft(layout: Layout, options: ForeignOptions, path: Path) -> None:

@@ -12,8 +12,9 @@ from llava.model import delta
 from llava.model.layout import CONFIG_FILE, read_json
 from llava.model.names import is_buffer, projector_suffix
 from llava.model.shards import open_tensors
-from llava.model.whole_folder import copy_companions, new_folder, write_json
+from llava.model.whole_folder import copy_companions, new_folder
 from llava.utils.cli import Parser
+from llava.utils.jsonl import write_json
 from llava.utils.log import progress
 
 GIGABYTE = 10**9

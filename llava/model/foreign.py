@@ -326,6 +326,7 @@ def source_of(layout: Layout, gathered: Gathered) -> dict[str, Any]:
         "kind": layout.kind,
         "style": layout.style,
         "num_rows": gathered.num_rows,
+        "loaded_rows": gathered.state[EMBEDDINGS].shape[0],
         "tower": tower,
         "buffers": gathered.buffers,
         "safe": ".safetensors" in files,

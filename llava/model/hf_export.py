@@ -25,11 +25,12 @@ from llava.model.building import Loaded
 from llava.model.card import write_card
 from llava.model.config import LlavaMedConfig
 from llava.model.hf_llava import SOURCE_KEY
-from llava.model.legacy_export import SOURCE_FOLDER, copy_small_files, write_json
 from llava.model.multimodal_encoder.towers import input_size, num_extra_tokens, side
 from llava.model.names import HEAD, LANGUAGE_MODEL, PROJECTOR, TOWER
 from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from llava.model.source_files import SOURCE_FOLDER, copy_source
 from llava.processing import LlavaMedProcessor
+from llava.utils.jsonl import write_json
 
 LINEAR = {"0.": "linear_1.", "2.": "linear_2."}
 NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -86,7 +87,7 @@ def export_hf(
     Args:
         loaded: the model, adapters merged.
         path: folder, created when absent.
-        source_folder: small files of the checkpoint that the model was converted from, kept on (see `legacy_export`).
+        source_folder: original files of the checkpoint, see `source_files.source_of`; kept on.
         max_shard_bytes: see `ShardWriter`.
 
     Raises:
@@ -105,8 +106,9 @@ def export_hf(
     loaded.model.generation_config.save_pretrained(target)
     _write_processor(loaded, target)
     write_card(target, target, "model", loaded.model.config, loaded.origin)
-    if source_folder is not None and Path(source_folder).is_dir():
-        copy_small_files(Path(source_folder), target / SOURCE_FOLDER)
+    if source_folder is not None:
+        config: Any = loaded.model.config
+        copy_source(Path(source_folder), target / SOURCE_FOLDER, (config.source or {}).get("config") or {})
 
 
 def _weights(loaded: Loaded) -> Iterator[tuple[str, Tensor]]:

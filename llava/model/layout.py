@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from llava.errors import CheckpointError
-from llava.model.legacy_keys import check_values
+from llava.model.legacy_keys import TEMPLATE_KEY, check_values
 from llava.model.names import LEGACY_TOWER, TIMM_TOWER, projector_suffix, projector_type_of
 from llava.model.shards import TensorEntry, find_weights, list_tensors
 
@@ -145,7 +145,7 @@ class Layout:
         return bool(self.config.get("mm_use_im_patch_token", True))
 
     def template(self, words: Collection[str]) -> str:
-        """The template that a legacy checkpoint was trained with, as far as its content tells.
+        """The template that a legacy checkpoint was trained with: as it says, else as far as its content tells.
 
         The patch-token style has two trainers' versions, of which one adds a padding token. A projector trained alone
         in the placeholder style saw captions without roles.
@@ -153,6 +153,8 @@ class Layout:
         Args:
             words: the vocabulary, or at least its added words.
         """
+        if named := self.config.get(TEMPLATE_KEY):
+            return str(named)
         if self.style == "patch_token":
             return "v0" if PAD_TOKEN in words else "vicuna_v1"
         if self.kind == "legacy_projector" and self.config.get("tune_mm_mlp_adapter"):

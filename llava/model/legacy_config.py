@@ -13,7 +13,7 @@ from llava.errors import CheckpointError
 from llava.image_grids import MERGE_TYPES, parse_pinpoints
 from llava.model.config import LlavaMedConfig
 from llava.model.layout import Layout
-from llava.model.legacy_keys import FOREIGN_KEYS, KEPT_KEYS, TEXT_TYPES, USED_KEYS
+from llava.model.legacy_keys import FOREIGN_KEYS, KEPT_KEYS, TEMPLATE_KEY, TEXT_TYPES, USED_KEYS
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.model.names import NEWLINE
 
@@ -120,6 +120,8 @@ def legacy_config(config: LlavaMedConfig, *, whole: bool) -> dict[str, Any]:
             f"the legacy layout holds {' and '.join(TEXT_TYPES)}, not {text.model_type}; use --to hf or keep ours"
         )
     written = dict(source.get("config") or {})
+    if written.get(TEMPLATE_KEY) != config.template:
+        written.pop(TEMPLATE_KEY, None)  # `keep_template` writes the one in use where content does not tell it
     if not written or (whole and "hidden_size" not in written):
         written = {**_fresh(text), **written}  # that of a projector alone may hold nothing of the language model
     layers = config.vision_feature_layer
@@ -136,7 +138,7 @@ def legacy_config(config: LlavaMedConfig, *, whole: bool) -> dict[str, Any]:
         "mm_use_im_start_end": config.use_im_start_end,
         "image_aspect_ratio": config.image_aspect_ratio,
         "mm_patch_merge_type": config.patch_merge_type,
-        "vocab_size": source.get("num_rows") or text.vocab_size,
+        "vocab_size": rows_to_keep(config),
     }
     defaults = {"mm_vision_select_feature": "patch", "mm_projector_type": "linear", "image_aspect_ratio": "square"}
     defaults["mm_patch_merge_type"] = "flat"
@@ -149,6 +151,18 @@ def legacy_config(config: LlavaMedConfig, *, whole: bool) -> dict[str, Any]:
         written["mm_cluster_num_centers"] = config.projector_kwargs.get("num_centers", 256)
         written["mm_cluster_iters"] = config.projector_kwargs.get("num_iters", 2)
     return written
+
+
+def rows_to_keep(config: LlavaMedConfig) -> int:
+    """Rows of the vocabulary in the legacy layout: as many as the source had, while no word was added since.
+
+    The row of our place holder is left out where it is the last; originals write no such word.
+    """
+    rows = int(cast(Any, config.text_config).vocab_size)
+    source = config.source or {}
+    if source.get("num_rows") and rows == source.get("loaded_rows", rows):
+        return int(source["num_rows"])
+    return rows - 1 if config.image_token_id == rows - 1 else rows
 
 
 def same_pinpoints(written: dict[str, Any], pinpoints: list[list[int]]) -> bool:

@@ -7,13 +7,10 @@ tables) is written where the original file had it. A model that never was legacy
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-import tempfile
+import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,32 +19,35 @@ from llava.errors import CheckpointError
 from llava.model.building import Loaded
 from llava.model.card import write_card
 from llava.model.config import LlavaMedConfig
-from llava.model.layout import CONFIG_FILE
-from llava.model.legacy_config import legacy_config
+from llava.model.filling import mean_rows
+from llava.model.layout import CONFIG_FILE, PAD_TOKEN, read_json, sniff
+from llava.model.legacy_config import legacy_config, rows_to_keep
+from llava.model.legacy_keys import TEMPLATE_KEY
 from llava.model.multimodal_encoder.open_clip_encoder.key_map import TRUNK_PREFIX, to_open_clip
-from llava.model.names import HEAD, LANGUAGE_MODEL, LEGACY_TOWER, NEWLINE, PROJECTOR, TIMM_TOWER, TOWER
+from llava.model.names import EMBEDDINGS, HEAD, LANGUAGE_MODEL, LEGACY_TOWER, NEWLINE, PROJECTOR, TIMM_TOWER, TOWER
 from llava.model.shard_files import flat_bytes
 from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from llava.model.source_files import copy_source
+from llava.processing import LlavaMedProcessor
+from llava.tokenization import word_id
+from llava.utils.jsonl import write_json
 
-SOURCE_FOLDER = "source"
-"""Small files of the checkpoint that a model was converted from (its tokenizer), kept to be written again."""
+logger = logging.getLogger(__name__)
 
-SOURCE_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
+ADDED_FILE = "added_tokens.json"
+
 TOWER_FOLDER = "vision_tower"
 
 TOWER_DIGEST_KEY = "tower_sha256"
 """Key of `LlavaMedConfig.source`: the tower that was fetched from beside, see `tower_place`."""
 
 
-def legacy_state(model: Any) -> Iterator[tuple[str, Tensor]]:
+def legacy_state(model: Any, num_rows: int | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its legacy name.
+
+    Args:
+        model: the model.
+        num_rows: of the vocabulary; see `table_rows` when None.
 
     Raises:
         CheckpointError: the model has parts that the layout cannot hold.
@@ -56,7 +56,7 @@ def legacy_state(model: Any) -> Iterator[tuple[str, Tensor]]:
     source = config.source or {}
     if config.head_bias:
         raise CheckpointError("the legacy layout has no bias in the head")
-    num_rows = rows_to_keep(config)
+    num_rows = table_rows(model) if num_rows is None else num_rows
     tower = tower_place(model)
     trunk: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -107,13 +107,21 @@ def tower_digest(model: Any) -> str:
     return digest.hexdigest()
 
 
-def rows_to_keep(config: LlavaMedConfig) -> int:
-    """Rows of the vocabulary without the one for our place holder, where that is the last."""
-    rows = int(config.text_config.vocab_size)  # type: ignore[union-attr]
-    source = config.source or {}
-    if source.get("num_rows"):
-        return int(source["num_rows"])
-    return rows - 1 if config.image_token_id == rows - 1 else rows
+def table_rows(model: Any) -> int:
+    """Rows of the vocabulary that are written: see `rows_to_keep`; all but our place holder's where others changed.
+
+    Loading gives words without rows the mean of the old ones. While they are that, they are left out again; trained
+    since, they are nowhere else.
+    """
+    config: LlavaMedConfig = model.config
+    num_rows, all_rows = rows_to_keep(config), int(cast(Any, config.text_config).vocab_size)
+    behind = [row for row in range(num_rows, all_rows) if row != config.image_token_id]
+    state = model.state_dict() if behind else {}
+    for name in {EMBEDDINGS, HEAD + "weight"} & state.keys():
+        mean = mean_rows(state[name][:num_rows].cpu(), 1)[-1]
+        if any(not torch.equal(state[name][row].cpu(), mean) for row in behind):
+            return all_rows - 1 if config.image_token_id == all_rows - 1 else all_rows
+    return num_rows
 
 
 def _tower(
@@ -159,7 +167,7 @@ def export_legacy(
     Args:
         loaded: the model; adapters are merged before.
         path: folder, created when absent.
-        source_folder: our folder that the model was loaded from; its kept files are written again.
+        source_folder: original files of the checkpoint, see `source_files.source_of`; they are written again.
         safe: safetensors or `.bin`; as in the checkpoint that the model was converted from when None, else safetensors.
         max_shard_bytes: see `ShardWriter`.
 
@@ -168,7 +176,8 @@ def export_legacy(
     """
     config: Any = loaded.model.config
     source = config.source or {}
-    written = legacy_config(config, whole=True)
+    num_rows = table_rows(loaded.model)
+    written = {**legacy_config(config, whole=True), "vocab_size": num_rows}
     if source.get("tower") == "beside" and tower_place(loaded.model) != "beside":
         written["unfreeze_mm_vision_tower"] = True  # else the originals' loaders fetch the stock one by name
     target = Path(path)
@@ -177,36 +186,33 @@ def export_legacy(
         written["mm_vision_tower"] = TOWER_FOLDER if Path(named).is_absolute() else named
     use_safe = source.get("safe", True) if safe is None else safe
     with ShardWriter(target, max_shard_bytes=max_shard_bytes, safe=use_safe) as writer:
-        for name, tensor in legacy_state(loaded.model):
+        for name, tensor in legacy_state(loaded.model, num_rows):
             writer.add(name, tensor)
     write_json(target / CONFIG_FILE, written)
     write_card(target, target, "model", config, loaded.origin)
     if written["mm_vision_tower"] == TOWER_FOLDER and not source:
         _write_tower_settings(loaded, target / TOWER_FOLDER)
-    kept = None if source_folder is None else Path(source_folder) / SOURCE_FOLDER
-    if kept is not None and kept.is_dir():
-        copy_small_files(kept, target)
-    else:
-        _write_tokenizer(loaded, target)
+    if source_folder is not None:
+        copy_source(Path(source_folder), target, written)
+    if num_rows != source.get("num_rows") or not sniff(target).has_tokenizer:
+        _write_tokenizer(loaded.processor.tokenizer, target, source.get("num_rows"))
+    keep_template(target, loaded.processor)
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as stream:
-        stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.chmod(stream.name, 0o644)
-    os.replace(stream.name, file)
+def keep_template(folder: Path, processor: LlavaMedProcessor) -> None:
+    """Write the template's name into config.json where a legacy checkpoint's content would tell another one.
 
-
-def copy_small_files(source: Path, target: Path) -> None:
-    """Copy the files of a tokenizer (and generation settings) that are there."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in SOURCE_FILES:
-        if (source / name).is_file():
-            with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as folder:
-                copy = Path(folder) / name
-                shutil.copyfile(source / name, copy)
-                os.replace(copy, target / name)
+    What the layout has no place for at all is named in a warning.
+    """
+    layout = sniff(folder)
+    words = [word for word in [PAD_TOKEN] if word_id(processor.tokenizer, word) is not None]
+    if layout.template(words) != processor.template.name:
+        write_json(folder / CONFIG_FILE, {**layout.config, TEMPLATE_KEY: processor.template.name})
+    lost = [] if processor.system is None else ["a system text of its own"]
+    if processor.placement != ("as_written" if layout.style == "patch_token" else "front"):
+        lost.append(f"images placed {processor.placement}")
+    if lost:
+        logger.warning("%s: the legacy layout has no place for %s", folder, " and ".join(lost))
 
 
 def _write_tower_settings(loaded: Loaded, folder: Path) -> None:
@@ -217,9 +223,17 @@ def _write_tower_settings(loaded: Loaded, folder: Path) -> None:
     loaded.processor.image_processor.save_pretrained(folder)
 
 
-def _write_tokenizer(loaded: Loaded, target: Path) -> None:
+def _write_tokenizer(tokenizer: Any, target: Path, num_known: int | None) -> None:
     """The tokenizer as it is; one word longer than the table where our place holder's row was dropped.
 
     The originals' loaders never write that word, so the surplus entry is harmless; it is named in the documentation.
+
+    Args:
+        tokenizer: of the model.
+        target: folder; older files of the tokenizer in it learn the new words.
+        num_known: rows that the source's vocabulary had, whose words its files name already.
     """
-    loaded.processor.tokenizer.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    if (target / "tokenizer.model").is_file() and num_known is not None:  # the originals' slow one reads this
+        new = {word: row for word, row in tokenizer.get_added_vocab().items() if row >= num_known}
+        write_json(target / ADDED_FILE, {**read_json(target / ADDED_FILE), **new})

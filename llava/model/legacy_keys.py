@@ -11,6 +11,12 @@ from llava.errors import CheckpointError
 TEXT_TYPES = ("llama", "mistral")
 """Language models of the legacy layouts that are read; MPT was written for code that no longer exists."""
 
+TEMPLATE_KEY = "llava_template"
+"""Our own: the conversation template, where a checkpoint's content does not tell it; other code reads past it."""
+
+TOWER_KEYS = ("mm_vision_tower", "mm_vision_tower_config", "mm_vision_tower_checkpoint")
+"""Keys that name the vision tower: a hub name, or a folder or file, which may lie inside the checkpoint."""
+
 USED_KEYS = frozenset(
     {
         "mm_vision_tower",
@@ -30,6 +36,7 @@ USED_KEYS = frozenset(
         "max_sequence_length",
         "tokenizer_model_max_length",
         "tokenizer_padding_side",
+        TEMPLATE_KEY,
     }
 )
 """Keys that decide something here."""
@@ -78,7 +85,7 @@ COUNTS = (
     *("mm_hidden_size", "vocab_size", "mm_cluster_num_centers", "mm_cluster_iters", "max_sequence_length"),
 )
 TEXTS = (
-    *("mm_vision_tower", "mm_vision_tower_config", "mm_vision_tower_checkpoint", "mm_projector_type", "model_type"),
+    *(*TOWER_KEYS, TEMPLATE_KEY, "mm_projector_type", "model_type"),
     *("mm_vision_select_feature", "mm_patch_merge_type", "image_aspect_ratio", "_name_or_path"),
 )
 SWITCHES = ("mm_use_im_start_end", "mm_use_im_patch_token", "tie_word_embeddings", "tune_mm_mlp_adapter")

@@ -23,15 +23,16 @@ from llava.model.foreign import marker_rows, take_rows, tokenizer_folder, tower_
 from llava.model.foreign_options import ForeignOptions
 from llava.model.foreign_tokens import add_tokens, load_tokenizer
 from llava.model.layout import CONFIG_FILE, EXTRA_FILE, KINDS, Layout, sniff
-from llava.model.legacy_export import copy_small_files
 from llava.model.loading import load
 from llava.model.lora_files import LegacyLora, check_copies, merged, read_lora, with_update
 from llava.model.multimodal_encoder.open_clip_encoder.files import is_open_clip
 from llava.model.multimodal_encoder.towers import load_tower, tower_image_processor
 from llava.model.names import EMBEDDINGS, HEAD, LEGACY_PREFIXES, NEWLINE, TOWER, is_buffer, projector_suffix, renamed
 from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter, TensorReader, open_tensors
+from llava.model.source_files import copy_small_files
 from llava.model.tower_source import find_tower
-from llava.model.whole_folder import copy_companions, new_folder, write_json
+from llava.model.whole_folder import copy_companions, new_folder
+from llava.utils.jsonl import write_json
 from llava.utils.log import progress
 
 TOWER_FOLDER = "vision_tower"

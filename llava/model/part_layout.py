@@ -7,8 +7,6 @@ mm_projector.bin                                           <-->  mm_projector.bi
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -33,8 +31,8 @@ from llava.model.foreign import load_foreign, with_base
 from llava.model.foreign_options import ForeignOptions
 from llava.model.hub import local_folder
 from llava.model.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILES, CONFIG_FILE, Layout, first_file, read_json
-from llava.model.legacy_config import legacy_config
-from llava.model.legacy_export import SOURCE_FOLDER, copy_small_files, rows_to_keep, write_json
+from llava.model.legacy_config import legacy_config, rows_to_keep
+from llava.model.legacy_export import keep_template
 from llava.model.lora_files import LegacyLora, peft_parts, read_lora
 from llava.model.names import (
     LANGUAGE_MODEL,
@@ -47,6 +45,9 @@ from llava.model.names import (
     projector_suffix,
 )
 from llava.model.shards import open_tensors
+from llava.model.source_files import SOURCE_FOLDER, copy_source
+from llava.processing import LlavaMedProcessor
+from llava.utils.jsonl import write_json
 
 TOWER_ADAPTER_FOLDER = "Vit-lora"
 LEGACY_PROJECTOR_PREFIX = "model.mm_projector."
@@ -254,7 +255,7 @@ def _tower_config(ours: dict[str, Any]) -> dict[str, Any]:
 def export_legacy_projector(folder: Path, path: Path) -> None:
     """Write one of our projectors in the legacy layout."""
     config = LlavaMedConfig.from_pretrained(folder)
-    num_rows = rows_to_keep(config)
+    num_rows = max(rows_to_keep(config), *(row + 1 for row in config.marker_token_ids or [0]))
     weights = {
         name: (tensor[:num_rows] if name.endswith("embed_tokens.weight") else tensor).clone()
         for name, tensor in open_tensors(folder / PROJECTOR_FILE)
@@ -266,7 +267,7 @@ def export_legacy_projector(folder: Path, path: Path) -> None:
 
 
 def _write_rest(config: LlavaMedConfig, folder: Path, path: Path) -> None:
-    """config.json, and the small files that were kept when the folder was converted."""
+    """config.json, and the files that were kept when the folder was converted."""
     written = legacy_config(config, whole=False)
     build = read_json(folder / "llava_origin.json").get("build") or {}
     for name in ("vision_tower", "vision_tower_config", "vision_tower_checkpoint"):
@@ -275,15 +276,5 @@ def _write_rest(config: LlavaMedConfig, folder: Path, path: Path) -> None:
     if build.get("lm") and not config.source:
         written["_name_or_path"] = build["lm"]
     write_json(path / CONFIG_FILE, written)
-    if (folder / SOURCE_FOLDER).is_dir():
-        copy_small_files(folder / SOURCE_FOLDER, path)
-
-
-def keep_source(layout: Layout, path: Path) -> None:
-    """Put the small files of a legacy checkpoint beside what it was converted to, to be written back one day."""
-    with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as name:
-        folder = Path(name) / SOURCE_FOLDER
-        copy_small_files(layout.folder, folder)
-        if any(folder.iterdir()):
-            shutil.rmtree(path / SOURCE_FOLDER, ignore_errors=True)
-            folder.replace(path / SOURCE_FOLDER)
+    copy_source(folder / SOURCE_FOLDER, path, written)
+    keep_template(path, LlavaMedProcessor.from_pretrained(folder))

@@ -15,6 +15,7 @@ from transformers import AutoConfig, CLIPVisionConfig, PreTrainedModel
 
 from llava.errors import CheckpointError
 from llava.model.layout import Layout
+from llava.model.legacy_keys import TOWER_KEYS
 from llava.model.multimodal_encoder.open_clip_encoder.files import (
     find_checkpoint,
     find_config,
@@ -23,8 +24,6 @@ from llava.model.multimodal_encoder.open_clip_encoder.files import (
 )
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import trunk_config
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line, load_tower, tower_image_processor
-
-TOWER_KEYS = ("mm_vision_tower", "mm_vision_tower_config", "mm_vision_tower_checkpoint")
 
 _LARGE = {
     **{"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,6 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llava.errors import CheckpointError, LlavaError
+from llava.model.layout import CONFIG_FILE, read_json
+from llava.model.legacy_keys import TOWER_KEYS
+from llava.model.source_files import SOURCE_FOLDER, copy_inside
+from llava.utils.jsonl import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +26,6 @@ COMPANIONS = (".json", ".model", ".txt", ".jinja")
 
 LEFT_BEHIND = ("trainer_state.json", "adapter_config.json", "training_args.json", "llava_delta.json", "metrics.jsonl")
 DTYPE_KEYS = ("torch_dtype", "dtype")
-
-TOWER_KEYS = ("mm_vision_tower", "mm_vision_tower_config", "mm_vision_tower_checkpoint")
-"""Keys of config.json that may name a folder or a file beside it."""
-
-SOURCE_FOLDER = "source"
-"""Small files that a converted checkpoint keeps (`legacy_export`)."""
 
 TERMINATED = 143
 """Exit status of a program that SIGTERM ended, as shells write it."""
@@ -92,32 +89,10 @@ def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
         is_wanted = file.suffix in COMPANIONS and not file.name.endswith(".index.json")
         if file.is_file() and is_wanted and file.name not in LEFT_BEHIND:
             shutil.copyfile(file, folder / file.name)
-    config = folder / "config.json"
-    if not config.is_file():
+    if not (folder / CONFIG_FILE).is_file():
         return
-    try:
-        values = dict(json.loads(config.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{source / config.name} cannot be read as a JSON object: {error}") from error
+    values = read_json(source / CONFIG_FILE)
     for name in {SOURCE_FOLDER, *(values[key] for key in TOWER_KEYS if values.get(key))}:
         copy_inside(source, folder, str(name))
     values |= {key: str(dtype).removeprefix("torch.") for key in DTYPE_KEYS if key in values}
-    write_json(config, values)
-
-
-def copy_inside(source: Path, folder: Path, name: str) -> bool:
-    """Copy a file or folder that a checkpoint names, where it lies inside the checkpoint's folder; say whether."""
-    place = Path(name)
-    if place.is_absolute() or ".." in place.parts or name in ("", ".") or not (source / place).exists():
-        return False
-    (folder / place).parent.mkdir(parents=True, exist_ok=True)
-    if (source / place).is_dir():
-        shutil.copytree(source / place, folder / place, dirs_exist_ok=True)
-    else:
-        shutil.copyfile(source / place, folder / place)
-    return True
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file of a folder that is not in its place yet."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG_FILE, values)
