@@ -4,7 +4,8 @@
     sources:
       - name: vqa-rad                    what metrics and rows call it
         path: vqa-rad/train.json         relative to this file; when streaming also a pattern: shards/train-*.tar
-        images: vqa-rad/images           folder of its pictures; relative to this file
+        images: vqa-rad/images           folder of its pictures; relative to this file. Without it rows may name none;
+                                         `/` lets rows name any file of the machine
         weight: 2                        passes over its rows in one epoch; 1 by default, fractions draw a part
         licence: CC0-1.0                 kept in every row, as is the name
 
@@ -28,7 +29,7 @@ import yaml
 from llava.data.images import resolve
 from llava.data.quarantine import BadRow, Quarantine, bad_row
 from llava.data.records import load_samples
-from llava.data.streams import StreamSource
+from llava.data.streams import StreamSource, picture_folder
 from llava.errors import ConfigError, DataError
 from llava.samples import Sample, describe, name_of
 from llava.utils.jsonl import read_text
@@ -48,7 +49,7 @@ class Source:
     Attributes:
         name: what metrics call it, and `source` of its rows where they name none themselves.
         path: the file.
-        images: folder that its image names are relative to; None trusts them as paths of the user's own.
+        images: folder that its image names are relative to; None where rows name no files.
         weight: passes over its rows in one epoch.
         licence: `licence` of its rows where they name none themselves.
         pattern: of a stream's shards: as written in the mixture, below the mixture's folder.
@@ -93,7 +94,7 @@ def read_mixture(path: str | Path) -> Mixture:
         ConfigError: the file is no mixture; names the entry and its field.
     """
     try:
-        content = yaml.safe_load(read_text(path))
+        content = yaml.load(read_text(path), Loader=_EachKeyOnce)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     entries = content.get("sources") if isinstance(content, dict) else None
@@ -111,6 +112,21 @@ def read_mixture(path: str | Path) -> Mixture:
         if doubles:
             raise ConfigError(f"{path}: {kind} {doubles[0]} is there twice; raise the weight to draw it more often")
     return Mixture(tuple(sources), stream)
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """Plain values only, and no key twice in one mapping: the library takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping.
+
+        Raises:
+            yaml.YAMLError: a key is there twice, or cannot be one.
+        """
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if doubles := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {doubles[0]!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _source(entry: Any, folder: Path, place: str) -> Source:
@@ -162,7 +178,7 @@ def load_mixture(
 def _placed(sample: Sample, source: Source) -> Sample:
     meta: dict[str, Any] = {"source": source.name, **({"licence": source.licence} if source.licence else {})}
     try:
-        images = tuple(str(resolve(ref, source.images)) for ref in sample.images)
+        images = tuple(str(resolve(ref, picture_folder(source.name, source.images))) for ref in sample.images)
     except DataError as error:
         raise DataError(f"{name_of(sample)}: {error}") from error
     return replace(sample, images=images, meta={**meta, **sample.meta})
@@ -184,9 +200,18 @@ class Shares:
 
     @classmethod
     def of(cls, samples: Sequence[Sample], sources: Sequence[Source]) -> Shares:
-        """Return the shares of samples, which are told apart by the file that they were read from."""
+        """Return the shares of samples, which are told apart by the file that they were read from.
+
+        Raises:
+            DataError: a source has no sample: its weight would mean nothing, and nobody would miss its rows.
+        """
         numbers = {str(source.path): number for number, source in enumerate(sources)}
         of_row = tuple(numbers[sample.origin.file] for sample in samples if sample.origin is not None)
+        if empty := [source for number, source in enumerate(sources) if number not in set(of_row)]:
+            raise DataError(
+                f"source {empty[0].name}: none of the rows in {empty[0].path} can be used, all were left out; correct "
+                "them, or take the source out of the mixture"
+            )
         return cls(tuple(source.name for source in sources), tuple(source.weight for source in sources), of_row)
 
 

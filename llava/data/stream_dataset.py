@@ -19,7 +19,7 @@ from llava.data import images
 from llava.data.encode import Encoded, encode
 from llava.data.placing import with_places
 from llava.data.records import read_default
-from llava.data.streams import MixtureStream, StreamedRow, StreamSource
+from llava.data.streams import MixtureStream, StreamedRow, StreamSource, picture_folder
 from llava.errors import DataError
 from llava.samples import Origin, Sample
 
@@ -97,7 +97,9 @@ class StreamDataset:
             raise DataError(f"{origin}: {found.row}")
         try:
             sample, _ = read_default(dict(found.row.value), str(found.number))
-            contents = found.row.pictures or tuple(images.read_bytes(ref, source.images) for ref in sample.images)
+            contents = found.row.pictures or tuple(
+                images.read_bytes(ref, picture_folder(source.name, source.images)) for ref in sample.images
+            )
         except DataError as error:
             raise DataError(f"{origin}: {error}") from error
         named = {"source": source.name, **({"licence": source.licence} if source.licence else {})}

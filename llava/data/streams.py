@@ -34,7 +34,7 @@ class StreamSource:
         name: what metrics call it.
         shards: its files, in order.
         weight: of its rows in the mixture: rows come in proportion to the weights.
-        images: folder of the pictures that rows name.
+        images: folder of the pictures that rows name; None where rows name no files.
         licence: of rows that name none themselves.
     """
 
@@ -43,6 +43,20 @@ class StreamSource:
     weight: float = 1.0
     images: Path | None = None
     licence: str = ""
+
+
+def picture_folder(source: str, images: Path | None) -> Path:
+    """Return the folder of the pictures that rows of a source name.
+
+    Raises:
+        DataError: the source has none: a row, which may come from anybody, must not choose among all files.
+    """
+    if images is None:
+        raise DataError(
+            f"the row names a picture, but source {source} has no `images`; write `images: FOLDER` there "
+            "(`images: /` lets rows name any file of this machine)"
+        )
+    return images
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ def open_data(
     mixture = read_mixture(path) if is_mixture(path) else None
     if mixture is not None and mixture.stream:
         raise ConfigError(f"{path} describes a stream; held-out rows must fit in memory")
+    if mixture is not None and path == data_args.eval_data_path:
+        _refuse_folder(path, "--eval_image_folder", data_args.eval_image_folder)
     writes = args.should_save and data_args.skip_bad and not args.dry_run
     quarantine = Quarantine(args.run_folder / QUARANTINE_FILES[path == data_args.eval_data_path] if writes else None)
     folder = image_folder if mixture is None else None  # a mixture's pictures are whole paths
@@ -79,9 +81,26 @@ def open_training_data(
         ConfigError: an option needs all rows at once, or steps that a stream does not end.
     """
     path = data_args.data_path
-    if not Path(path).is_file() or not is_mixture(path) or not (mixture := read_mixture(path)).stream:
+    if not Path(path).is_file() or not is_mixture(path):
         return open_data(path, data_args.image_folder, data_args, args, loaded)
-    return _open_stream(mixture, data_args, args, loaded)
+    _refuse_folder(path, "--image_folder", data_args.image_folder)
+    mixture = read_mixture(path)
+    if mixture.stream:
+        return _open_stream(mixture, data_args, args, loaded)
+    return open_data(path, None, data_args, args, loaded)
+
+
+def _refuse_folder(path: str, flag: str, folder: str | None) -> None:
+    """Refuse a folder of pictures beside a mixture, which names one for each source.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if folder is not None:
+        also = "; for a file of held-out rows use --eval_image_folder" if flag == "--image_folder" else ""
+        raise ConfigError(
+            f"{flag} {folder} means nothing beside {path}, which is a mixture: write `images` at its sources{also}"
+        )
 
 
 def _open_stream(

@@ -79,6 +79,9 @@ def test_pictures_outside_their_folder_are_refused(folder: Path) -> None:
         ("sources: [{name: x, path: y}]\nmore: 1", "a key `sources`"),
         ("stream: 3\nsources: [{name: x, path: y}]", "`stream` must be true or false"),
         ("sources: [", "is not YAML"),
+        ("sources: [{name: x, path: y, weight: 2, weight: 3}]", "key 'weight' is there twice"),
+        ("sources:\n- {name: x, path: y}\nsources:\n- {name: z, path: w}", "key 'sources' is there twice"),
+        ("sources: [{name: x, path: y}]\n? [a]\n: 1", "is not YAML"),
         ("sources: !!python/object/apply:os.getcwd []", "is not YAML"),
     ],
 )
@@ -128,6 +131,27 @@ def test_bad_pictures_are_left_out_where_that_is_asked_for(folder: Path) -> None
     quarantine = Quarantine(folder / "left-out.jsonl")
     samples = load_mixture(read_mixture(folder / "mixture.yaml").sources, skip_bad=True, quarantine=quarantine)
     assert len(samples) == 23 and [row.row for row in quarantine.rows] == [3]
+
+
+def test_a_source_without_usable_rows_is_an_error(folder: Path) -> None:
+    rows = json.loads((folder / "b" / "train.json").read_text())
+    (folder / "b" / "train.json").write_text(json.dumps([{**row, "image": "../x.png"} for row in rows]))
+    sources = read_mixture(folder / "mixture.yaml").sources
+    samples = load_mixture(sources, skip_bad=True)
+    assert len(samples) == 12
+    with pytest.raises(DataError, match=r"source second: none of the rows in .*train\.json can be used"):
+        Shares.of(samples, sources)
+
+
+def test_rows_of_a_source_without_a_folder_name_no_files(folder: Path) -> None:
+    path = folder / "a" / "train.json"
+    picture = (folder / "a" / "images" / "0.png").resolve()
+    path.write_text(json.dumps([{**row, "image": str(picture)} for row in json.loads(path.read_text())]))
+    (folder / "open.yaml").write_text("sources: [{name: own, path: a/train.json}]")
+    with pytest.raises(DataError, match=r"row 0, id .*source own has no `images`; write `images: FOLDER`"):
+        load_mixture(read_mixture(folder / "open.yaml").sources)
+    (folder / "open.yaml").write_text("sources: [{name: own, path: a/train.json, images: /}]")
+    assert load_mixture(read_mixture(folder / "open.yaml").sources)[0].images == (str(picture),)
 
 
 def test_folders_with_signs_of_patterns(folder: Path) -> None:

@@ -132,6 +132,34 @@ def test_what_a_stream_cannot_do_is_refused(parts: Path, tmp_path: Path) -> None
     assert kind == "error" and "only with the same numbers" in text
 
 
+def test_a_folder_beside_a_mixture_is_refused(parts: Path, tmp_path: Path) -> None:
+    """It would be ignored: each source has its own."""
+    beside = {"image_folder": parts / "vqa" / "images"}
+    for words in (options(parts, **beside), streaming(parts, **beside)):
+        with pytest.raises(
+            ConfigError, match=r"--image_folder .* means nothing beside .*write `images` at its sources"
+        ):
+            train(arguments(parts, tmp_path, **words))
+    held_out = {"eval_data_path": parts / "mixture.yaml", "eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(ConfigError, match=r"--eval_image_folder .* means nothing beside"):
+        train(arguments(parts, tmp_path, **held_out, eval_image_folder=parts / "more" / "images"))
+
+
+def test_rows_of_a_stream_read_no_files_without_a_folder(parts: Path, tmp_path: Path) -> None:
+    lines = (parts / "vqa" / "train.jsonl").read_text().splitlines()
+    picture = str((parts / "vqa" / "images" / "0.png").resolve())
+    (parts / "vqa" / "anywhere.jsonl").write_text(
+        "".join(json.dumps({**json.loads(line), "image": picture}) + "\n" for line in lines)
+    )
+    (parts / "anywhere.yaml").write_text("stream: true\nsources: [{name: own, path: vqa/anywhere.jsonl}]\n")
+    words = streaming(parts, data_path=parts / "anywhere.yaml", save_strategy="no", max_steps=1)
+    with pytest.raises(DataError, match=r"row \d+: .*source own has no `images`"):
+        train(arguments(parts, tmp_path / "refused", **words))
+    (parts / "anywhere.yaml").write_text("stream: true\nsources: [{name: own, path: vqa/anywhere.jsonl, images: /}]\n")
+    train(arguments(parts, tmp_path / "allowed", **words))
+    assert steps(tmp_path / "allowed") == [1]
+
+
 def test_losses_of_the_sources_survive_a_resume_between_two_logs(parts: Path, tmp_path: Path) -> None:
     words = options(parts, save_strategy="steps", save_steps=1, logging_steps=2, max_steps=4)
     train(arguments(parts, tmp_path / "whole", **words))
