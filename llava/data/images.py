@@ -60,9 +60,14 @@ def resolve(ref: str | Path, root: str | Path | None) -> Path:
         return Path(ref)
     folder = _real_folder(str(root))
     path = Path(os.path.realpath(folder / ref))
-    if not path.is_relative_to(folder):
-        raise DataError(f"image {str(ref)!r} leads outside the image folder {folder}; move or copy the file into it")
-    return path
+    if path.is_relative_to(folder):
+        return path
+    if Path(os.path.abspath(folder / ref)).is_relative_to(folder):
+        raise DataError(
+            f"image {str(ref)!r} leads outside the image folder {folder} by a symbolic link; copy the folder with "
+            "links followed (cp -rL), or give a folder above both and names relative to it"
+        )
+    raise DataError(f"image {str(ref)!r} leads outside the image folder {folder}; move or copy the file into it")
 
 
 def _check_name(ref: str | Path) -> None:

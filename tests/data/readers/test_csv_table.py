@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llava.data.readers.csv_table import main
+from llava.data.records import load_samples
 from llava.errors import ConfigError, DataError
 from tests.data.readers.releases import picture, picture_bytes, rows_in, write_csv
 
@@ -66,6 +67,20 @@ def test_one_question_for_all(tmp_path: Path) -> None:
 def test_rows_that_cannot_be_used(tmp_path: Path, changes: dict[str, str], reason: str) -> None:
     with pytest.raises(DataError, match=rf"cases\.csv, row 1.*{reason}|{reason}"):
         main([*table(tmp_path, **changes), "--split_column", "part"])
+
+
+def test_links_that_the_user_put_into_the_folder_are_followed_and_become_files(tmp_path: Path) -> None:
+    """Names lead nowhere else; links are the user's own, and image folders hold none that lead out of them."""
+    picture(tmp_path / "store" / "c.png")
+    words = table(tmp_path, file="ward/c")
+    (tmp_path / "scans" / "ward").symlink_to(tmp_path / "store")
+    main(words)
+    placed = tmp_path / "out" / "images" / "ward" / "c.png"
+    assert placed.read_bytes() == (tmp_path / "store" / "c.png").read_bytes() and not placed.is_symlink()
+    assert len(load_samples(tmp_path / "out" / "train.json", image_folder=tmp_path / "out" / "images")) == 2
+    for name in ("ward/../ward/c", f"{tmp_path}/scans/../store/c", f"{tmp_path}/store/c"):
+        with pytest.raises(DataError, match=r"lies outside|leads out of"):
+            main([*table(tmp_path, file=name), "--overwrite"])
 
 
 @pytest.mark.parametrize("column", ["a", "q", "who", "file"])
