@@ -164,6 +164,10 @@ def _write_processor(loaded: Loaded, target: Path) -> None:
     own = processor.image_processor
     pictures = LlavaImageProcessorPil(
         do_pad=processor.image_mode == "pad",
+        do_resize=bool(own.do_resize),
+        do_rescale=bool(own.do_rescale),
+        rescale_factor=own.rescale_factor,
+        do_normalize=bool(own.do_normalize),
         size=dict(own.size),
         crop_size=dict(own.crop_size) if getattr(own, "do_center_crop", False) else None,
         do_center_crop=bool(getattr(own, "do_center_crop", False)),

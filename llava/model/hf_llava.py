@@ -6,6 +6,7 @@ LlavaConfig + language_model.*, vision_tower.*, multi_modal_projector.linear_1|2
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,10 +31,27 @@ from llava.model.names import HF_PREFIXES, is_buffer, renamed
 from llava.model.shards import TensorReader
 from llava.processing import LlavaMedProcessor
 
+logger = logging.getLogger(__name__)
+
 SOURCE_KEY = "llava_source"
 """Key of an exported config.json that keeps what transformers' Llava has no place for."""
 
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+TEMPLATE_MARKS = {
+    "<<SYS>>": "llava_llama_2",
+    "[INST]": "mistral_instruct",
+    "<|im_start|>": "chatml_direct",
+    "ASSISTANT:": "vicuna_v1",
+}
+"""What a chat template writes, and the template here that writes it too."""
+
+IMAGE_SETTINGS = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
+"""What transformers' processors of CLIP and Llava can be told, and ours honours."""
 
 
 def load_hf(layout: Layout, options: ForeignOptions) -> Loaded:
@@ -106,6 +124,9 @@ def _image_processor(folder: Path, vision: Any) -> tuple[Any, str]:
     """The image processor in CLIP's PIL form, and how pictures become square.
 
     transformers' processor for Llava pads as we do, so its padding becomes our image mode.
+
+    Raises:
+        CheckpointError: pictures would become inputs of several sizes.
     """
     content: dict[str, Any] = {}
     for name in IMAGE_FILES:
@@ -115,23 +136,32 @@ def _image_processor(folder: Path, vision: Any) -> tuple[Any, str]:
         return tower_image_processor(str(folder), vision, None), "square"
     if str(content.get("image_processor_type", "")).startswith(("CLIP", "Llava")):
         pads = bool(content.get("do_pad"))
-        names = ("size", "crop_size", "image_mean", "image_std", "resample", "do_center_crop", "rescale_factor")
-        return CLIPImageProcessorPil(**{key: content[key] for key in names if key in content}), (
-            "pad" if pads else "square"
-        )
+        if not (content.get("do_resize", True) or content.get("do_center_crop", True)):
+            raise CheckpointError(
+                f"{folder}: do_resize and do_center_crop are both false, so pictures keep their sizes; the tower takes "
+                "one size, expected at least one of them"
+            )
+        settings = {key: content[key] for key in IMAGE_SETTINGS if content.get(key) is not None}
+        return CLIPImageProcessorPil(**settings), "pad" if pads else "square"
     kind, _ = DEFAULT_PROCESSORS.get(vision.model_type, DEFAULT_PROCESSORS["vit"])
     return kind(**{key: value for key, value in content.items() if key != "image_processor_type"}), "square"
 
 
 def _template(layout: Layout, config: LlavaConfig) -> str:
-    """The template by the words of the folder's chat template."""
+    """The template by the marks in the folder's chat template; a guess, with a warning, where it has none of them."""
     text = ""
     for name in ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"):
         file = layout.folder / name
         text += file.read_text(encoding="utf-8") if file.is_file() else ""
-    if "[INST]" in text or cast(Any, config.text_config).model_type == "mistral":
-        return "mistral_instruct"
-    return "chatml_direct" if "<|im_start|>" in text else "vicuna_v1"
+    for mark, template in TEMPLATE_MARKS.items():
+        if mark in text:
+            return template
+    is_mistral = cast(Any, config.text_config).model_type == "mistral"
+    guess = "mistral_instruct" if is_mistral else "vicuna_v1"
+    logger.warning(
+        "%s: its chat template is none that is known here; taken for %s, --template names another", layout.path, guess
+    )
+    return guess
 
 
 def _ours(config: LlavaConfig, processor: LlavaMedProcessor, kept: dict[str, Any]) -> LlavaMedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,59 @@ def test_legacy_adapter_for_plain_peft(tmp_path: Path) -> None:
     with torch.no_grad():
         adapted = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter")).eval()(**inputs).logits
     torch.testing.assert_close(adapted, logits(loaded), rtol=0, atol=1e-5)
+
+
+SWITCHED_OFF = [
+    {"do_rescale": False},
+    {"do_normalize": False},
+    {"do_resize": False},
+    {"do_rescale": False, "do_normalize": False},
+    {"rescale_factor": 1 / 127.5},
+]
+
+
+@pytest.mark.parametrize("changes", SWITCHED_OFF)
+def test_preprocessing_that_is_switched_off_stays_off(tmp_path: Path, tiny: Loaded, changes: dict[str, Any]) -> None:
+    export_hf(tiny, tmp_path / "hf")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        content = json.loads((tmp_path / "hf" / name).read_text())
+        (content if name.startswith("pre") else content["image_processor"]).update(changes)
+        (tmp_path / "hf" / name).write_text(json.dumps(content))
+    loaded = load(tmp_path / "hf")
+    check(loaded, tmp_path / "hf", tiny_image(3, 40))
+    export_hf(loaded, tmp_path / "again")
+    check(loaded, tmp_path / "again", tiny_image(3, 40))
+
+
+def test_pictures_that_would_keep_their_sizes_are_refused(tmp_path: Path, tiny: Loaded) -> None:
+    export_hf(tiny, tmp_path)
+    for file in (tmp_path / "processor_config.json", tmp_path / "preprocessor_config.json"):
+        off = '"do_resize": false, "do_center_crop": false,'
+        text = file.read_text().replace('"do_resize": true,', off).replace('"do_center_crop": true,', "")
+        file.write_text(text)
+    with pytest.raises(CheckpointError, match="do_resize and do_center_crop are both false"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "name"),
+    [
+        ("{{ 'USER: ' }}{{ 'ASSISTANT:' }}", "vicuna_v1"),
+        ("<|im_start|>user", "chatml_direct"),
+        ("[INST] <<SYS>>", "llava_llama_2"),
+        ("Q: A:", "vicuna_v1"),
+    ],
+)
+def test_an_unknown_chat_template_is_a_guess_that_is_said(
+    tmp_path: Path, tiny: Loaded, caplog: pytest.LogCaptureFixture, chat_template: str, name: str
+) -> None:
+    export_hf(tiny, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["llava_source"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "chat_template.jinja").write_text(chat_template)
+    assert load(tmp_path).processor.template.name == name
+    assert caplog.text.count("taken for vicuna_v1, --template names another") == (chat_template == "Q: A:")
 
 
 def test_folders_that_transformers_saved(tmp_path: Path, tiny: Loaded) -> None:
