@@ -8,10 +8,10 @@ A model that does not look has a difference whose interval holds zero.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from llava.answer_types import is_closed
 from llava.errors import DataError
@@ -20,6 +20,8 @@ from llava.eval.medvqa.items import Item
 from llava.eval.medvqa.normalize import normalize
 from llava.eval.medvqa.strict import strict_scores
 from llava.samples import Sample
+
+Kind = TypeVar("Kind")
 
 BY_TYPE_SCORES = ("closed accuracy", "open recall")
 
@@ -40,12 +42,21 @@ def majority(samples: Iterable[Sample], *, source: str) -> Majority:
         samples: rows with answers; those of the training set, or of the test set itself (then an upper bound).
         source: what results call these rows.
     """
-    counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    best = commonest_answers(samples, lambda row: is_closed(row.meta.get("answer_type"), answer_of(row)))
+    return Majority(best.get(True), best.get(False), source)
+
+
+def commonest_answers(samples: Iterable[Sample], kind_of: Callable[[Sample], Kind]) -> dict[Kind, str]:
+    """Return the most frequent normalised answer of every kind of row; the first seen wins a tie."""
+    counts: dict[Kind, Counter[str]] = defaultdict(Counter)
     for sample in samples:
-        answer = sample.conversation.turns[1].text
-        counts[is_closed(sample.meta.get("answer_type"), answer)][normalize(answer)] += 1
-    best = {closed: max(count, key=count.__getitem__, default=None) for closed, count in counts.items()}
-    return Majority(best[True], best[False], source)
+        counts[kind_of(sample)][normalize(answer_of(sample))] += 1
+    return {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
+
+
+def answer_of(sample: Sample) -> str:
+    """Return the reference answer of a row: its second turn."""
+    return sample.conversation.turns[1].text
 
 
 def majority_items(items: Sequence[Item], answers: Majority) -> list[Item]:

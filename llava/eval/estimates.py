@@ -14,9 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llava.errors import ConfigError
-from llava.utils.bootstrap import resamples
-
-LEVEL = 0.95
+from llava.utils.bootstrap import percentiles, resamples
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,4 @@ class Draws:
 
     @staticmethod
     def _of(value: float, drawn: NDArray[np.float64], num_items: int) -> Estimate:
-        figures = drawn[~np.isnan(drawn)]
-        if figures.size == 0:
-            return Estimate(value, math.nan, math.nan, num_items)
-        low, high = np.quantile(figures, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Estimate(value, float(low), float(high), num_items)
+        return Estimate(value, *percentiles(drawn), num_items)

@@ -5,15 +5,15 @@ answers before, after, after on a grey image, majority --right or wrong--> share
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from llava.eval.controls import commonest_answers
 from llava.eval.estimates import Draws, Score
 from llava.eval.html_report import is_right
 from llava.eval.medvqa.items import Item
-from llava.eval.medvqa.normalize import normalize
 from llava.samples import Sample
 
 RUNS = {
@@ -42,14 +42,8 @@ def majority_items(items: Sequence[Item], samples: Sequence[Sample], train: Sequ
         samples: their rows.
         train: the rows that the answers are counted in; a type that is not among them gets their commonest answer.
     """
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    everything: Counter[str] = Counter()
-    for sample in train:
-        answer = normalize(sample.conversation.turns[1].text)
-        counts[question_type(sample)][answer] += 1
-        everything[answer] += 1
-    answers = {name: counter.most_common(1)[0][0] for name, counter in counts.items()}
-    common = everything.most_common(1)[0][0]
+    answers = commonest_answers(train, question_type)
+    common = commonest_answers(train, lambda _: "everything")["everything"]
     return [
         replace(item, prediction=answers.get(question_type(sample), common), failed=False)
         for item, sample in zip(items, samples, strict=True)

@@ -13,6 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from llava.errors import ConfigError
 
+LEVEL = 0.95
+"""The share of resamples inside an interval."""
+
 Statistic = Callable[[NDArray[Any]], float]
 
 
@@ -46,7 +49,7 @@ def confidence_interval(
     clusters: Sequence[Hashable] | None = None,
     num_resamples: int = 500,
     seed: int = 0,
-    level: float = 0.95,
+    level: float = LEVEL,
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of `statistic(values)`.
 
@@ -63,10 +66,14 @@ def confidence_interval(
     """
     array = np.asarray(values)
     draws = resamples(len(array), clusters=clusters, num_resamples=num_resamples, seed=seed)
-    statistics = np.asarray([statistic(array[indices]) for indices in draws], dtype=np.float64)
-    statistics = statistics[~np.isnan(statistics)]
-    if statistics.size == 0:
+    return percentiles(np.asarray([statistic(array[indices]) for indices in draws], dtype=np.float64), level=level)
+
+
+def percentiles(statistics: NDArray[np.float64], *, level: float = LEVEL) -> tuple[float, float]:
+    """Return the interval that holds the share `level` of the statistics that are numbers; NaN where none is."""
+    found = statistics[~np.isnan(statistics)]
+    if found.size == 0:
         return float("nan"), float("nan")
     tail = (1.0 - level) / 2.0
-    low, high = np.quantile(statistics, [tail, 1.0 - tail])
+    low, high = np.quantile(found, [tail, 1.0 - tail])
     return float(low), float(high)

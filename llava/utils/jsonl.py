@@ -117,22 +117,6 @@ def _begins_with_object(content: bytes, *, whole: bool) -> bool:
     return True
 
 
-def done_keys(path: str | Path, key: str) -> set[str]:
-    """Return `str(row[key])` of every row, to skip what was done before; empty when there is no file yet.
-
-    Raises:
-        DataError: a row lacks `key`.
-    """
-    if not Path(path).exists():
-        return set()
-    done = set()
-    for index, row in enumerate(read_records(path)):
-        if key not in row:
-            raise DataError(f"{path}, row {index}: no field {key!r}; found {', '.join(row)}")
-        done.add(str(row[key]))
-    return done
-
-
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write a whole file under a temporary name and move it into place, so that no reader meets half a file."""
     with open_atomic(path) as stream:

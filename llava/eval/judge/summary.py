@@ -18,11 +18,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.eval.estimates import LEVEL, Draws
+from llava.eval.estimates import Draws
 from llava.eval.judge.cases import DOMAINS
 from llava.eval.judge.rated import Rated
 from llava.eval.medvqa.report import figure, interval
 from llava.eval.text_table import Cell, simple_table
+from llava.utils.bootstrap import LEVEL, percentiles
 
 SUMMARY_VERSION = "1"
 """Changes when any figure of the same scores would change."""
@@ -110,12 +111,8 @@ def quotient(top: Figures, bottom: Figures, draws: Draws) -> dict[str, float | N
     num_clusters = draws.weights.shape[1]
     tops, bottoms = (draws.weights @ np.bincount(draws.cluster_of, part, num_clusters) for part in (top, bottom))
     drawn = tops[bottoms > 0] / bottoms[bottoms > 0]
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if drawn.size else (None, None)
-    return {
-        "value": float(top.sum() / bottom.sum()),
-        "low": None if low is None else float(low),
-        "high": None if high is None else float(high),
-    }
+    low, high = percentiles(drawn) if drawn.size else (None, None)
+    return {"value": float(top.sum() / bottom.sum()), "low": low, "high": high}
 
 
 def _mean_words(rated: Sequence[Rated]) -> dict[str, float] | None:
