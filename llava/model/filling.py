@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,6 +19,8 @@ from llava.model.multimodal_encoder.towers import UNREADABLE, UNUSED_PARTS, firs
 from llava.model.names import EMBEDDINGS, HEAD, TOWER
 from llava.model.shards import TensorEntry, read_with_room
 
+logger = logging.getLogger(__name__)
+
 VALUES_AT_A_TIME = 2**15 - 1
 """Fewer than torch spreads over threads: they would wait for each other longer than the sums take."""
 
@@ -32,6 +35,7 @@ def grow(state: dict[str, Tensor], num_words: int, files: Mapping[str, TensorEnt
     """
     missing = num_words - state[EMBEDDINGS].shape[0]
     if missing > 0:
+        logger.info("embeddings: %d new rows for words without one, each the mean of the others", missing)
         state[EMBEDDINGS] = mean_rows(state[EMBEDDINGS], missing, _entry(files, "embed_tokens.weight"))
     grow_head(state, state[EMBEDDINGS].shape[0], files)
 
@@ -40,6 +44,7 @@ def grow_head(state: dict[str, Tensor], num_rows: int, files: Mapping[str, Tenso
     """Give the head as many rows as the embeddings have, likewise."""
     name = HEAD + "weight"
     if name in state and state[name].shape[0] < num_rows:
+        logger.info("head: %d new rows, each the mean of the others", num_rows - state[name].shape[0])
         state[name] = mean_rows(state[name], num_rows - state[name].shape[0], _entry(files, name))
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import AutoTokenizer, LlamaConfig
 
-from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.errors import CheckpointError
 from llava.model.layout import PAD_TOKEN, Layout
 from llava.model.legacy_config import image_mode, merge_type
@@ -41,15 +40,10 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def add_tokens(tokenizer: Any, layout: Layout) -> list[str]:
-    """Give the vocabulary the words that this checkpoint's style needs and return those that were added."""
-    wanted = [IM_PATCH_TOKEN] if layout.uses_patch_token else []
-    wanted += [IM_START_TOKEN, IM_END_TOKEN] if layout.config.get("mm_use_im_start_end") else []
-    wanted += [IMAGE_TOKEN] if layout.style == "placeholder" else []
-    added = [token for token in wanted if word_id(tokenizer, token) is None]
+def add_tokens(tokenizer: Any, layout: Layout) -> None:
+    """Give the vocabulary the words that this checkpoint's style needs."""
     # Also those that are known: as plain words, which old files make of them, they would be spelled out inside a text.
-    tokenizer.add_tokens(wanted, special_tokens=True)
-    return added
+    tokenizer.add_tokens(layout.needed_words, special_tokens=True)
 
 
 def make_processor(

@@ -18,7 +18,7 @@ from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_
 from llava.errors import CheckpointError
 from llava.model.layout import KINDS, OURS, PAD_TOKEN, Layout, read_json, sniff
 from llava.model.legacy_keys import unknown_keys
-from llava.model.names import EMBEDDINGS, PROJECTOR, is_buffer
+from llava.model.names import EMBEDDINGS, HEAD, PROJECTOR, is_buffer
 from llava.model.our_names import our_name
 from llava.model.shards import TensorEntry
 from llava.utils.cli import Parser
@@ -151,12 +151,37 @@ def _expected_projector(config: dict[str, Any], width: int) -> Iterator[tuple[st
 
 
 def _new_rows(layout: Layout) -> Iterator[Row]:
-    """Embedding rows that loading appends: our place holder's, where the vocabulary lacks it."""
-    if layout.kind != "legacy":
+    """Rows that loading appends to embeddings and head: of words that the vocabulary has or is given, and no table."""
+    tables = {our_name(layout, name): entry for name, entry in layout.tensors.items()}
+    if layout.kind not in ("legacy", "hf_llava") or EMBEDDINGS not in tables:
         return
-    table = next((entry for name, entry in layout.tensors.items() if our_name(layout, name) == EMBEDDINGS), None)
-    if table is not None and layout.style == "placeholder" and IMAGE_TOKEN not in words(layout):
-        yield Row("new", "", f"{EMBEDDINGS}[{table.shape[0]}] ({IMAGE_TOKEN})", (table.shape[1],), table.dtype)
+    num_words, wanted = num_known_words(layout), added_words(layout)
+    if layout.kind == "legacy":
+        lacking = [word for word in layout.needed_words if word not in wanted]
+        wanted |= {word: num_words + number for number, word in enumerate(lacking)}
+    num_rows = max([tables[EMBEDDINGS].shape[0], *(row + 1 for row in wanted.values())])
+    for name in (EMBEDDINGS, HEAD + "weight"):
+        entry = tables.get(name)
+        if entry is None or len(entry.shape) != 2:
+            continue
+        first, width = entry.shape
+        new = {row: word for word, row in wanted.items() if row >= first}
+        for row, word in sorted(new.items()):
+            yield Row("new", "", f"{name}[{row}] ({word})", (width,), entry.dtype)
+        if num_unnamed := num_rows - first - len(new):
+            yield Row("new", "", f"{name} (further rows)", (num_unnamed, width), entry.dtype)
+
+
+def num_known_words(layout: Layout) -> int:
+    """Words of a tokenizer before any is added at loading.
+
+    A sentencepiece file alone is not read, and a tokenizer may be the base's: then as many as the table has rows.
+    """
+    vocabulary = (read_json(layout.folder / "tokenizer.json").get("model") or {}).get("vocab") or ()
+    if not vocabulary:
+        table = next((e for name, e in layout.tensors.items() if our_name(layout, name) == EMBEDDINGS), None)
+        vocabulary = range(0 if table is None else table.shape[0])
+    return max([len(vocabulary), *(row + 1 for row in added_words(layout).values())])
 
 
 def added_words(layout: Layout) -> dict[str, int]:

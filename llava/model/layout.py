@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.errors import CheckpointError
 from llava.model.legacy_keys import TEMPLATE_KEY, check_values
 from llava.model.names import LEGACY_TOWER, TIMM_TOWER, projector_suffix, projector_type_of
@@ -143,6 +144,13 @@ class Layout:
     def uses_patch_token(self) -> bool:
         """Whether the vocabulary has `<im_patch>`: as the file says, and yes where it says nothing (llava-med 1.4)."""
         return bool(self.config.get("mm_use_im_patch_token", True))
+
+    @property
+    def needed_words(self) -> list[str]:
+        """Words that a legacy checkpoint's vocabulary must have, in the order in which its trainer added them."""
+        wanted = [IM_PATCH_TOKEN] if self.uses_patch_token else []
+        wanted += [IM_START_TOKEN, IM_END_TOKEN] if self.config.get("mm_use_im_start_end") else []
+        return wanted + ([IMAGE_TOKEN] if self.style == "placeholder" else [])
 
     def template(self, words: Collection[str]) -> str:
         """The template that a legacy checkpoint was trained with: as it says, else as far as its content tells.

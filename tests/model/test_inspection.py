@@ -21,6 +21,7 @@ from llava.model.doctor import Finding, check_weights, diagnose
 from llava.model.foreign_options import ForeignOptions
 from llava.model.inspection import inspect, render
 from llava.model.layout import sniff
+from llava.model.loading import load
 from tests.model.legacy_folders import (
     OPTIONAL_KEYS,
     projector_weights,
@@ -91,7 +92,7 @@ def test_every_tensor_has_a_status(tmp_path: Path) -> None:
     folder = write_legacy(tmp_path, old_buffers=True)
     counts = statuses(folder)
     assert counts["computed"] == 3
-    assert counts["new"] == 1
+    assert counts["new"] == 2  # <image>, in embeddings and head
     assert not counts["missing"] + counts["unexpected"] + counts["wrong shape"]
     text = render(inspect(folder))
     assert text.count("\n") > sum(counts.values())
@@ -106,6 +107,20 @@ def test_patch_tokens_and_their_ids(tmp_path: Path) -> None:
     assert facts["images"].startswith("square, layer -2, as written")
     assert facts["template"].startswith("vicuna_v1")
     assert statuses(folder)["new"] == 0
+
+
+def test_rows_that_loading_makes_are_new(tmp_path: Path) -> None:
+    """Words that the tokenizer has and no table, words that loading adds, and a head that is shorter."""
+    folder = write_legacy(tmp_path, safe=False, mm_use_im_start_end=True, mm_use_im_patch_token=True)
+    head = torch.load(folder / "pytorch_model.bin")["lm_head.weight"]
+    change(folder, add={"lm_head.weight": head[:-3]})
+    new = [(row.ours, row.shape) for row in inspect(folder).rows if row.status == "new"]
+    words = ["[261] (<im_patch>)", "[262] (<im_start>)", "[263] (<im_end>)", "[264] (<image>)"]
+    tables = ["model.language_model.embed_tokens.weight", "lm_head.weight"]
+    expected = [(table + word, (32,)) for table in tables for word in words]
+    assert new == [*expected, ("lm_head.weight (further rows)", (3, 32))]
+    state = load(folder).model.state_dict()
+    assert [state[table].shape[0] for table in tables] == [265, 265]
 
 
 def change(folder: Path, drop: str = "", add: dict[str, torch.Tensor] | None = None) -> None:
