@@ -1,18 +1,19 @@
 """Rows that cannot be used: an error by default, or skipped, counted and listed in a file.
 
     load_samples --Quarantine--> check_trainable --Quarantine--> training
+    stream --rows left out of each step--> GrowingQuarantine
 
 The file has one JSON object a line: `file`, `row` (counted from 0), `id`, `reason`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llava.samples import Sample, name_of
-from llava.utils.jsonl import write_records
+from llava.utils.jsonl import append, drop_torn_line, read_records, write_records
 
 NUM_SHOWN = 5
 """Bad rows that an error message spells out."""
@@ -51,6 +52,40 @@ class Quarantine:
         self.rows += rows
         if self.path is not None:
             write_records(self.path, (asdict(row) for row in self.rows))
+
+
+class GrowingQuarantine:
+    """The list of rows that a stream leaves out while training goes on: each once, however often it comes again.
+
+    Args:
+        path: file to write.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._known: set[tuple[str, int]] = set()
+
+    def begin(self) -> None:
+        """Start an empty list; that of an earlier run is gone."""
+        self._known.clear()
+        write_records(self.path, ())
+
+    def go_on(self) -> None:
+        """Go on with the list of a run that is resumed; it may know rows that the run meets again.
+
+        Raises:
+            DataError: the file is no such list.
+        """
+        drop_torn_line(self.path)
+        if self.path.exists():
+            self._known = {(row.get("file", ""), row.get("row", -1)) for row in read_records(self.path)}
+
+    def add(self, rows: Iterable[BadRow]) -> None:
+        """Write the rows that are new."""
+        for row in rows:
+            if (row.file, row.row) not in self._known:
+                self._known.add((row.file, row.row))
+                append(self.path, asdict(row))
 
 
 def report(bad: Sequence[BadRow], num_rows: int) -> str:

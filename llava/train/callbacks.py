@@ -82,6 +82,7 @@ class MetricsCallback(TrainerCallback):
             "supervised_tokens_per_second": round(counts.supervised / seconds, 2),
             "tokens_per_second": round(counts.tokens / seconds, 1),
             "shared_tokens": round(1 - counts.tokens / max(counts.unshared, 1), 4),
+            **({"skipped_rows": counts.skipped} if counts.skipped else {}),
             **_loss_by_source(names, counts),
         }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from llava.data import feature_cache
 from llava.data.image_store import ImageIndex
 from llava.data.mixture import Mixture, Shares, is_mixture, load_mixture, read_mixture, stream_sources
-from llava.data.quarantine import Quarantine
+from llava.data.quarantine import GrowingQuarantine, Quarantine
 from llava.data.records import load_samples
 from llava.data.sft import SFTDataset
 from llava.data.stream_dataset import StreamDataset
@@ -24,11 +23,12 @@ from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArgumen
 from llava.train.loader import Collator, StepLoader
 from llava.train.stream_loader import StreamLoader
 
-logger = logging.getLogger(__name__)
-
 NUM_CALIBRATION_PICTURES = 64
 QUARANTINE_FILES = ("quarantine.jsonl", "quarantine-eval.jsonl")
 """Where rows that were left out are listed: those of the training data, those held out."""
+
+RANK_QUARANTINE_FILE = "quarantine-{}.jsonl"
+"""Of a stream, every rank but the first lists its own."""
 
 
 def open_data(
@@ -150,7 +150,7 @@ def make_loader(
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             seed=args.seed,
-            skip_bad=skip_bad,
+            quarantine=GrowingQuarantine(args.run_folder / _own_list(args.process_index)) if skip_bad else None,
         )
         return stream, "off", f"stream of {len(dataset.sources)} sources"
     sampler, grouping = order.make_sampler(dataset, args, grouping)
@@ -163,6 +163,10 @@ def make_loader(
         seed=args.seed,
     )
     return loader, grouping, order.describe(sampler)
+
+
+def _own_list(rank: int) -> str:
+    return RANK_QUARANTINE_FILE.format(rank) if rank else QUARANTINE_FILES[0]
 
 
 def prepare_pictures(

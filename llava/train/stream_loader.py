@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from llava.data.encode import Encoded
+from llava.data.quarantine import NUM_SHOWN, BadRow, GrowingQuarantine
 from llava.data.stream_dataset import StreamDataset
-from llava.data.streams import WINDOW, MixturePosition, MixtureStream
+from llava.data.streams import WINDOW, MixturePosition, MixtureStream, StreamedRow
 from llava.errors import ConfigError, DataError
+from llava.samples import Origin
 from llava.train.loader import Collator, StepBatch
 from llava.utils.jsonl import write_json
 
@@ -40,12 +42,12 @@ class StreamedStep(StepBatch):
     Attributes:
         worker: which of the rank's workers made it.
         position: of that worker's stream.
-        num_bad: rows that were left out.
+        bad: rows that were left out.
     """
 
     worker: int = 0
     position: MixturePosition | None = None
-    num_bad: int = 0
+    bad: tuple[BadRow, ...] = ()
 
 
 class _Steps(IterableDataset["StreamedStep | DataError"]):
@@ -86,15 +88,16 @@ class _Steps(IterableDataset["StreamedStep | DataError"]):
             window=WINDOW,
         )
         numbered: list[tuple[int, Encoded]] = []
-        num_bad = in_a_row = 0
+        bad: list[BadRow] = []
+        in_a_row = 0
         for row, position in stream.rows(self.starts[worker] if self.starts else None):
             try:
                 numbered.append((sum(position.counts) - 1, self.dataset.encode(row)))
             except DataError as error:
                 if not self.skip_bad:
                     raise
-                logger.warning("skipped: %s", error)
-                num_bad, in_a_row = num_bad + 1, in_a_row + 1
+                bad.append(_bad_row(row, error))
+                in_a_row += 1
                 if in_a_row == MAX_BAD_IN_A_ROW:
                     raise DataError(f"{in_a_row} rows one after the other cannot be used; the last: {error}") from error
                 continue
@@ -102,8 +105,15 @@ class _Steps(IterableDataset["StreamedStep | DataError"]):
             if len(numbered) == self.size:
                 step = self.collator(numbered)
                 named = {field.name: getattr(step, field.name) for field in fields(step)}
-                yield StreamedStep(**named, worker=worker, position=position, num_bad=num_bad)
-                numbered, num_bad = [], 0
+                yield StreamedStep(**named, worker=worker, position=position, bad=tuple(bad))
+                numbered, bad = [], []
+
+
+def _bad_row(found: StreamedRow, error: DataError) -> BadRow:
+    """Return the quarantine line of a row; the reason does not say the place again."""
+    origin = Origin(str(found.shard), found.number)
+    value = {} if isinstance(found.row, DataError) else found.row.value
+    return BadRow(*origin, str(value.get("id", "")), str(error).removeprefix(f"{origin}: "))
 
 
 class StreamLoader(DataLoader["StreamedStep | DataError"]):
@@ -118,7 +128,7 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
         num_workers: reading processes of this rank; 0 reads in this one.
         prefetch_factor: steps that each of them has ready; None is torch's choice.
         seed: of the order.
-        skip_bad: leave rows out that cannot be used, instead of raising.
+        quarantine: lists rows that cannot be used, which are then left out; None raises at the first.
     """
 
     def __init__(
@@ -132,27 +142,43 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
         num_workers: int = 0,
         prefetch_factor: int | None = None,
         seed: int = 0,
-        skip_bad: bool = False,
+        quarantine: GrowingQuarantine | None = None,
     ) -> None:
-        self.steps = _Steps(
-            dataset, collator, sequences_per_step, ranks=(rank, world_size), seed=seed, skip_bad=skip_bad
-        )
+        ranks, skip_bad = (rank, world_size), quarantine is not None
+        self.steps = _Steps(dataset, collator, sequences_per_step, ranks=ranks, seed=seed, skip_bad=skip_bad)
         self.rank, self.world_size = rank, world_size
         self.positions: list[MixturePosition | None] = [None] * max(1, num_workers)
         self.next_worker = 0
         self.num_bad = 0
+        """Rows left out so far, each as often as it came."""
+        self._quarantine = quarantine
+        self._is_resumed = False
         super().__init__(self.steps, batch_size=None, num_workers=num_workers, prefetch_factor=prefetch_factor)
 
     def __iter__(self) -> Any:
         """Yield steps; workers take turns, beginning with the one whose turn it was."""
         self.steps.starts, self.steps.first = list(self.positions), self.next_worker
+        if self._quarantine is not None and not self._is_resumed:
+            self._quarantine.begin()
+        self._is_resumed = True
         for step in super().__iter__():
             if isinstance(step, DataError):
                 raise step
             self.positions[step.worker] = step.position
             self.next_worker = (step.worker + 1) % len(self.positions)
-            self.num_bad += step.num_bad
+            self._left_out(step.bad)
             yield step
+
+    def _left_out(self, rows: Sequence[BadRow]) -> None:
+        """Count and list rows, and name the first of a run in the log."""
+        if self._quarantine is None:
+            return
+        self._quarantine.add(rows)
+        for row in rows[: max(0, NUM_SHOWN - self.num_bad)]:
+            logger.warning("skipped: %s", row)
+        if self.num_bad <= NUM_SHOWN < self.num_bad + len(rows):
+            logger.warning("more rows that cannot be used are not named here; see %s", self._quarantine.path)
+        self.num_bad += len(rows)
 
     def set_epoch(self, epoch: int) -> None:
         """Streams have no epochs."""
@@ -187,3 +213,6 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
                 f"{self.world_size} with {len(self.positions)}: a stream goes on only with the same numbers"
             )
         self.positions, self.next_worker, self.num_bad = positions, content["next_worker"], content["num_bad"]
+        self._is_resumed = True
+        if self._quarantine is not None:
+            self._quarantine.go_on()

@@ -52,6 +52,9 @@ class Counts:
     supervised: float = 0.0
     tokens: int = 0
     unshared: int = 0
+    skipped: int = 0
+    """Rows of a stream that were left out: since the beginning of the run, not since the last log."""
+
     by_source: Tensor | None = None
     """[2, sources] losses and weights of each source of a mixture, summed over edges."""
 
@@ -69,14 +72,15 @@ class Counts:
     def over_ranks(self, device: torch.device, num_sources: int = 0) -> Counts:
         """Sums over all ranks."""
         by_source = torch.zeros(2, num_sources) if self.by_source is None else self.by_source.cpu()
-        own = torch.tensor([self.sequences, self.supervised, self.tokens, self.unshared], dtype=torch.float64)
+        counted = [self.sequences, self.supervised, self.tokens, self.unshared, self.skipped]
+        own = torch.tensor(counted, dtype=torch.float64)
         numbers = torch.cat([own, by_source.double().flatten()])
         if dist.is_initialized():
             numbers = numbers.to(device)
             dist.all_reduce(numbers)
-        sequences, supervised, tokens, unshared, *rest = numbers.tolist()
+        sequences, supervised, tokens, unshared, skipped, *rest = numbers.tolist()
         sums = torch.tensor(rest, dtype=torch.float64).view(2, num_sources) if num_sources else None
-        return Counts(int(sequences), supervised, int(tokens), int(unshared), sums)
+        return Counts(int(sequences), supervised, int(tokens), int(unshared), int(skipped), sums)
 
 
 @dataclass(slots=True)
@@ -174,6 +178,7 @@ class LlavaTrainer(Trainer):
             return self.training_step(model, self._laid_out_again(inputs), num_items_in_batch)
         self._fill_gradients(model)
         self.counts.add(inputs)
+        self.counts.skipped = self.loader.num_bad if isinstance(self.loader, StreamLoader) else 0
         if self.hooks.on_step is not None:
             self.hooks.on_step(inputs, self.state.global_step)
         return total

@@ -192,12 +192,55 @@ def test_rows_that_never_can_be_used_end_the_run(parts: Path, tmp_path: Path, mo
         train(arguments(parts, tmp_path, **words))
 
 
-def test_bad_rows_of_a_stream_are_named_or_left_out(parts: Path, tmp_path: Path) -> None:
+def bad_stream(parts: Path) -> list[dict[str, object]]:
+    """A stream of six rows, two of which cannot be used; returns what the quarantine file says of them."""
     lines = (parts / "vqa" / "train.jsonl").read_text().splitlines()
-    (parts / "vqa" / "bad.jsonl").write_text("\n".join([*lines[:3], "{not JSON", *lines[3:]]) + "\n")
+    gone = json.dumps({**json.loads(lines[0]), "id": "7", "image": "gone.png"})
+    (parts / "vqa" / "bad.jsonl").write_text(
+        "\n".join([lines[0], lines[1], "{not JSON", lines[2], gone, lines[3]]) + "\n"
+    )
     (parts / "bad.yaml").write_text("stream: true\nsources: [{name: lines, path: vqa/bad.jsonl, images: vqa/images}]\n")
+    shard = str(parts / "vqa" / "bad.jsonl")
+    return [{"file": shard, "row": 2, "id": ""}, {"file": shard, "row": 4, "id": "7"}]
+
+
+def listed(*files: Path) -> list[dict[str, object]]:
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return sorted(({name: row[name] for name in ("file", "row", "id")} for row in rows), key=lambda row: row["row"])
+
+
+def test_bad_rows_of_a_stream_are_named_or_left_out(parts: Path, tmp_path: Path) -> None:
+    bad = bad_stream(parts)
     words = streaming(parts, data_path=parts / "bad.yaml", save_strategy="no", max_steps=3)
-    with pytest.raises(DataError, match=r"bad\.jsonl, row 3: not JSON"):
+    with pytest.raises(DataError, match=r"bad\.jsonl, row \d: (not JSON|image .*gone\.png)"):
         train(arguments(parts, tmp_path / "run", **words))
     train(arguments(parts, tmp_path / "left_out", **words, skip_bad=True))
     assert steps(tmp_path / "left_out") == [1, 2, 3]
+    assert listed(tmp_path / "left_out" / "quarantine.jsonl") == bad
+    (last,) = [
+        line["skipped_rows"] for line in metrics(tmp_path / "left_out") if line.get("step") == 3 and "loss" in line
+    ]
+    assert last >= 4, "three passes meet both rows again, and each time they are left out"
+
+
+def test_the_list_of_bad_rows_survives_a_kill(parts: Path, tmp_path: Path) -> None:
+    bad = bad_stream(parts)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    words = streaming(parts, data_path=parts / "bad.yaml", skip_bad=True)
+    train(arguments(parts, whole, **words))
+    assert start(1, train_until_killed, arguments(parts, killed, **words), 5) == [("died", -9)]
+    with (killed / "quarantine.jsonl").open("a") as stream:
+        stream.write('{"file": "torn')
+    train(arguments(parts, killed, **words))
+    found = [[line.get("skipped_rows") for line in metrics(folder) if "loss" in line] for folder in (whole, killed)]
+    assert found[0] == found[1] and listed(killed / "quarantine.jsonl") == bad
+    train(arguments(parts, killed, **words, overwrite_output_dir=True))
+    assert listed(killed / "quarantine.jsonl") == bad
+
+
+def test_ranks_of_a_stream_count_and_list_bad_rows_together(parts: Path, tmp_path: Path) -> None:
+    bad = bad_stream(parts)
+    words = streaming(parts, data_path=parts / "bad.yaml", save_strategy="no", skip_bad=True, max_steps=2)
+    run(2, train, arguments(parts, tmp_path, **words))
+    assert listed(tmp_path / "quarantine.jsonl", tmp_path / "quarantine-1.jsonl") == bad
+    assert [line["skipped_rows"] for line in metrics(tmp_path) if "loss" in line][-1] >= 2
