@@ -69,20 +69,7 @@ class Sample:
     origin: Origin | None = field(default=None, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """Two answers to one conversation: `conversation` ends with the question, `chosen` is preferred to `rejected`."""
-
-    id: str
-    conversation: Conversation
-    images: tuple[str, ...]
-    chosen: str
-    rejected: str
-    meta: Mapping[str, Any] = field(default_factory=dict)
-    origin: Origin | None = field(default=None, compare=False)
-
-
-def name_of(sample: Sample | Preference) -> str:
+def name_of(sample: Sample) -> str:
     """How messages call a sample: file and row where they are known, and the id."""
     return f"id {sample.id!r}" if sample.origin is None else f"{sample.origin}, id {sample.id!r}"
 

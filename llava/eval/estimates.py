@@ -6,7 +6,7 @@ All figures are percentages. Intervals come from drawing whole images again; two
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,10 +114,6 @@ class Draws:
         self._check(other)
         differences = self._means(score) - self._means(other)
         return self._of(score.mean() - other.mean(), differences, score.num_items)
-
-    def estimates(self, scores: Mapping[str, Score]) -> dict[str, Estimate]:
-        """Return every score with its interval."""
-        return {name: self.estimate(score) for name, score in scores.items()}
 
     def _means(self, score: Score) -> NDArray[np.float64]:
         return score.means(self.weights, self.cluster_of)

@@ -68,40 +68,6 @@ class Options:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def answer_file(
-    engine: Engine,
-    questions: str | Path | Sequence[Sample],
-    out: str | Path,
-    *,
-    num_chunks: int = 1,
-    chunk_idx: int = 0,
-    batch_size: int = 64,
-    resume: bool = True,
-    blank_images: bool = False,
-    options: Options | None = None,
-) -> Summary:
-    """Answer the questions of a file and write one row for each, in their order.
-
-    Args:
-        engine: what answers.
-        questions: a question file of any format, or its samples.
-        out: the answer file.
-        num_chunks: into how many parts the questions are divided.
-        chunk_idx: which part this call answers.
-        batch_size: how many questions are handed to the engine at once, and so how many a crash can cost.
-        resume: keep the answers that are in `out` (failed ones are tried again); otherwise start anew.
-        blank_images: the blank-image control.
-        options: how questions are put.
-
-    Raises:
-        DataError: the questions cannot be read, or `out` holds answers to others, by another model or made with
-            other settings.
-    """
-    options = replace(options or Options(), blank_images=blank_images or (options is not None and options.blank_images))
-    run = AnswerRun(questions, out, num_chunks=num_chunks, chunk_idx=chunk_idx, resume=resume, options=options)
-    return run.finish(engine, batch_size=batch_size)
-
-
 class AnswerRun:
     """One answer file on its way: knows what is left before any model is loaded."""
 

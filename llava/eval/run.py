@@ -9,7 +9,6 @@ llava eval --model runs/first --data test.json --image_folder images --out runs/
 
 from __future__ import annotations
 
-import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -37,8 +36,6 @@ from llava.utils import log
 from llava.utils.cli import Parser, run_program
 from llava.utils.jsonl import read_records, write_json
 from llava.utils.provenance import stamp
-
-logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 128
 ANSWERS, BLANK_ANSWERS, RESULTS, PAGE = ("answers.jsonl", "answers-blank.jsonl", "results.json", "report.html")

@@ -9,7 +9,6 @@ The number of tokens stays P. Parameters carry the published names, so files nee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,16 +18,6 @@ from transformers.activations import QuickGELUActivation
 
 from llava.errors import ConfigError
 from llava.utils.lookup import lookup
-
-PUBLISHED_NAMES = (
-    "sim_alpha",
-    "sim_beta",
-    *(f"{layer}.{kind}" for layer in ("c", "v", "f", "ln_1", "mlp.0", "mlp.2") for kind in ("weight", "bias")),
-)
-"""The whole state, under the names of published files; `ln_1` is in every file and takes part in nothing."""
-
-CONFIG_KEYS = {"mm_cluster_num_centers": "num_centers", "mm_cluster_iters": "num_iters"}
-"""Keys of a checkpoint's config.json and the settings they stand for; published files lack them, for the defaults."""
 
 NORM_AXES = {"position": 1, "channel": 2}
 """Over what the keys [B, P, Dv] are normalised in the soft assignment; the published weights want `position`."""
@@ -115,11 +104,6 @@ class ClusterProjector(nn.Module):
 def _unit(tokens: Tensor, *, axis: int) -> Tensor:
     """Float32 vectors of length one along `axis`."""
     return F.normalize(tokens.float(), dim=axis)
-
-
-def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings (`projector_kwargs`) that a checkpoint's config.json holds, in the published style or without."""
-    return {name: config[key] for key, name in CONFIG_KEYS.items() if config.get(key) is not None}
 
 
 def cluster_projector(vision: int, text: int, settings: dict[str, Any] | None) -> ClusterProjector:

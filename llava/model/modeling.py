@@ -30,11 +30,6 @@ from llava.model.multimodal_projector import build_projector
 from llava.model.quantization import quantized_layers
 
 
-def tokens_per_image(config: LlavaMedConfig) -> int:
-    """P: language-model tokens of one image (its input may be smaller than the tower's own size)."""
-    return int(config.image_seq_length)
-
-
 def is_frozen(module: nn.Module) -> bool:
     """None of the module's weights trains."""
     return not any(parameter.requires_grad for parameter in module.parameters())

@@ -49,14 +49,6 @@ HF_PREFIXES = {
     "model.multi_modal_projector.linear_2.": PROJECTOR + "2.",
     HEAD: HEAD,
 }
-PARTS = {
-    LANGUAGE_MODEL: "language model",
-    HEAD: "language model",
-    PROJECTOR: "projector",
-    f"model.{NEWLINE}": "projector",
-    TOWER: "vision tower",
-}
-
 BUFFERS = {
     "rotary": re.compile(r"(.*\.)?rotary_emb\.inv_freq"),
     "position_ids": re.compile(r"(.*\.)?position_ids"),
@@ -76,11 +68,6 @@ def is_buffer(name: str) -> bool:
 def renamed(name: str, prefixes: Mapping[str, str]) -> str | None:
     """A name with its prefix replaced by the first entry that fits, or None."""
     return next((new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old)), None)
-
-
-def part_of(name: str) -> str:
-    """The part of the model that one of our names belongs to."""
-    return next((title for prefix, title in PARTS.items() if name.startswith(prefix)), "other")
 
 
 def without_peft(name: str) -> str:

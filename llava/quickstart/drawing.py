@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,10 +70,6 @@ class Smear:
     platelets: tuple[Cell, ...]
     parasites: tuple[int, ...]
     """Indices of the red cells that hold a parasite."""
-
-    def white_kinds(self) -> Counter[str]:
-        """Return the number of white cells of each type."""
-        return Counter(cell.kind for cell in self.white)
 
 
 def corner_of(cell: Cell) -> str:

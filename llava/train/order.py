@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,8 +17,6 @@ from llava.data.samplers import (
 from llava.data.sft import SFTDataset
 from llava.errors import ConfigError
 from llava.train.args import LlavaTrainingArguments
-
-logger = logging.getLogger(__name__)
 
 ENOUGH_ROWS_PER_IMAGE = 1.5
 """`auto` groups by image where rows outnumber images at least so much."""

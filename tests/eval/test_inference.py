@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llava.errors import ConfigError, DataError
-from llava.eval.inference import AnswerRun, Options, answer_file
+from llava.eval.inference import AnswerRun, Options, Summary
+from llava.samples import Sample
 from tests.eval.fakes import FakeEngine, row, rows_of, write_vqa
 
 ROWS = [row(index, f"{index % 3}.png", f"Q{index}?", "yes") for index in range(9)]
@@ -18,6 +21,21 @@ ROWS = [row(index, f"{index % 3}.png", f"Q{index}?", "yes") for index in range(9
 def data(tmp_path: Path) -> tuple[Path, Options]:
     questions, images = write_vqa(tmp_path, ROWS)
     return questions, Options(image_folder=images, model_id="fake")
+
+
+def answer_file(
+    engine: FakeEngine,
+    questions: Path | list[Sample],
+    out: Path,
+    *,
+    options: Options,
+    blank_images: bool = False,
+    batch_size: int = 64,
+    **how: Any,
+) -> Summary:
+    """Answer the questions of a file from its beginning to its end."""
+    run = AnswerRun(questions, out, options=replace(options, blank_images=blank_images), **how)
+    return run.finish(engine, batch_size=batch_size)
 
 
 def test_rows_in_input_order_though_images_are_asked_together(data: tuple[Path, Options], tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from llava.errors import CheckpointError, ConfigError
 from llava.model.building import Loaded, build
 from llava.model.checkpoint import save_model
 from llava.model.loading import load
-from llava.model.modeling import tokens_per_image
 from tests.tiny import LANGUAGE_MODELS, SPECIAL, byte_tokenizer, write_tiny_lm, write_tiny_tower
 
 NUM_WORDS = 256 + len(SPECIAL)
@@ -104,7 +103,7 @@ def test_equal_seeds_build_equal_weights(tmp_path: Path) -> None:
 
 def test_what_every_loaded_model_has(tiny: Loaded) -> None:
     config = tiny.model.config
-    assert tokens_per_image(config) == 4
+    assert config.image_seq_length == 4
     assert config.text_config._attn_implementation == TREE_ATTENTION
     assert tiny.model.model.vision_tower.config._attn_implementation == "sdpa"
     assert tiny.context_len == 2048

@@ -14,8 +14,17 @@ from torch import Tensor
 from llava.errors import ConfigError
 from llava.model.building import build
 from llava.model.checkpoint import load_projector, projector_state, save_projector
-from llava.model.cluster_projector import PUBLISHED_NAMES, ClusterProjector, cluster_projector, settings_of
+from llava.model.cluster_projector import ClusterProjector, cluster_projector
+from llava.model.layout import Layout
+from llava.model.legacy_config import projector_settings
 from tests.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
+
+PUBLISHED_NAMES = (
+    "sim_alpha",
+    "sim_beta",
+    *(f"{layer}.{kind}" for layer in ("c", "v", "f", "ln_1", "mlp.0", "mlp.2") for kind in ("weight", "bias")),
+)
+"""The whole state, under the names of published files; `ln_1` is in every file and takes part in nothing."""
 
 
 def random_projector(seed: int, **settings: Any) -> ClusterProjector:
@@ -156,13 +165,14 @@ def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> Non
         cluster_projector(4, 4, settings)
 
 
-def test_settings_of_a_checkpoints_configuration() -> None:
-    assert settings_of({"mm_projector_type": "cluster", "mm_hidden_size": 6}) == {}
-    given = settings_of({"mm_cluster_num_centers": 4, "mm_cluster_iters": 1})
-    projector = cluster_projector(6, 8, given)
-    assert (projector.num_centers, projector.num_iters) == (4, 1)
-    published = cluster_projector(6, 8, settings_of({}))
-    assert (published.num_centers, published.num_iters) == (256, 2)
+@pytest.mark.parametrize(
+    ("keys", "numbers"), [({}, (256, 2)), ({"mm_cluster_num_centers": 4, "mm_cluster_iters": 1}, (4, 1))]
+)
+def test_settings_of_a_published_configuration(tmp_path: Path, keys: dict[str, int], numbers: tuple[int, int]) -> None:
+    layout = Layout(tmp_path, "legacy", config={"mm_projector_type": "cluster", "mm_hidden_size": 6, **keys})
+    kind, settings = projector_settings(layout)
+    projector = cluster_projector(6, 8, settings)
+    assert kind == "cluster" and (projector.num_centers, projector.num_iters) == numbers
 
 
 def test_the_model_remembers_type_and_settings(tmp_path: Path) -> None:

@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 from llava.data.check.digests import NOTHING, digest, question_digest
 from llava.data.check.rows import RowView
 
-Digests = NDArray[np.uint64]
-
 GROUP_FIELDS = (
     "patient",
     "patient_id",

@@ -8,7 +8,6 @@ of the rows: findings name rows, rules and image files.
 
 from __future__ import annotations
 
-import logging
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -23,8 +22,6 @@ from llava.errors import ConfigError
 from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.jsonl import write_json
-
-logger = logging.getLogger(__name__)
 
 
 def make_parser() -> Parser:

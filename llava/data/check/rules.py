@@ -94,5 +94,3 @@ RULES: dict[str, Rule] = {
 
 NOT_TRAINABLE = ("no-conversation", "no-answer")
 """Rules whose rows hold nothing to train."""
-
-IMAGE_RULES = frozenset({"image-missing", "image-broken"})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -23,8 +22,6 @@ from llava.data.readers.items import Excluded, Item, make_row
 from llava.data.readers.pictures import Pictures
 from llava.errors import ConfigError, DataError
 from llava.utils.jsonl import write_json
-
-logger = logging.getLogger(__name__)
 
 COUNTED = ("answer_type", "question_type", "image_organ", "modality", "view", "q_lang")
 """Fields whose values the manifest counts; a field of more than `MAX_VALUES` values is counted as a whole."""

@@ -15,7 +15,6 @@ Command:
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,8 +32,6 @@ from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.jsonl import write_atomic, write_json
 from llava.utils.provenance import stamp
-
-logger = logging.getLogger(__name__)
 
 WAYS = ("patient", "image")
 MAX_NAMED = 5

@@ -26,7 +26,6 @@ from llava.utils.unzipped import UNREADABLE, open_unzipped
 
 Row = dict[str, Any]
 
-KINDS = ("csv", "json", "parquet")
 MISSING_WORDS = frozenset({"", "null", "none", "nan", "n/a", "na"})
 """How tables write that a cell is empty, in lower case."""
 
@@ -40,7 +39,7 @@ BATCH_ROWS = 64
 
 
 def kind_of(path: str | Path) -> str:
-    """Return which of `KINDS` a file is.
+    """Return what a file is: csv, json (an array or lines) or parquet.
 
     Raises:
         DataError: it cannot be opened or unzipped.
