@@ -9,19 +9,16 @@ llava chat --model runs/first --image picture.png --question "What is shown?"
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from llava.compat import help_text
-from llava.constants import DTYPES, IMAGE_TOKEN
-from llava.data.dicom_policy import add_dicom_options
+from llava.constants import IMAGE_TOKEN
 from llava.data.images import load as load_image
 from llava.data.images import read_bytes
-from llava.data.jpeg_scale import add_fast_jpeg_option
 from llava.errors import DataError, LlavaError
+from llava.generation.options import add_engine_options, engine_of
 from llava.generation.protocol import Engine, ImageRef, Prompt, Sampling
 from llava.samples import Conversation, Turn
 from llava.utils.cli import Parser
@@ -118,48 +115,15 @@ def talk(chat: Chat, lines: Iterable[str], out: TextIO, *, prompt: str = "> ") -
 def make_parser() -> Parser:
     """Return the options of `llava chat`."""
     parser = Parser(prog="llava chat", description="Ask a model about a picture, in the terminal.")
-    parser.add_argument("--model", "--model-path", required=True, help="checkpoint folder")
-    parser.add_argument("--model-base", help="base model of an adapter; default: the one it names")
-    parser.add_argument("--vision-tower", help="tower of a checkpoint in another layout; ours know theirs")
-    parser.add_argument("--conv-mode", help="template to use instead of the checkpoint's own")
+    add_engine_options(parser)
     parser.add_argument("--image", "--image-file", help="picture to talk about")
-    add_dicom_options(parser)
-    add_fast_jpeg_option(parser)
     parser.add_argument("--question", help="ask this one question, print the answer and end")
     parser.add_argument("--system", help="file with a system text to use in the place of the template's")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="precision of the weights")
-    parser.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator when there is one")
-    parser.add_argument("--compat", default="none", metavar="LIST", help=help_text("answers"))
-    parser.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="4 and 8 need bitsandbytes")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     return parser
-
-
-def open_engine(args: Namespace) -> Engine:
-    """Load the model that the options name and return its engine.
-
-    Raises:
-        CheckpointError: the folder cannot be loaded.
-        ConfigError: the template is unknown.
-    """
-    from llava.generation import opening
-
-    return opening.open_engine(
-        args.model,
-        base=args.model_base,
-        dtype=args.dtype,
-        device=args.device,
-        bits=args.bits,
-        vision_tower=args.vision_tower,
-        template=args.conv_mode,
-        compat=args.compat,
-        dicom_window=args.dicom_window,
-        dicom_frame=args.dicom_frame,
-        fast_jpeg=args.fast_jpeg,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -173,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     image = None if args.image is None else read_picture(args.image)
     system = None if args.system is None else read_text(args.system).strip()
-    chat = Chat(open_engine(args), sampling, image, system)
+    chat = Chat(engine_of(args), sampling, image, system)
     if args.question is not None:
         chat.ask(args.question, sys.stdout)
         return

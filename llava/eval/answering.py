@@ -20,8 +20,9 @@ from typing import get_args
 from llava.errors import ConfigError, GenerationError
 from llava.eval.fingerprint import model_settings, recorded
 from llava.eval.inference import AnswerRun, Options, Summary
-from llava.eval.model_options import add_model_options, model_id_of, open_engine, sampling_of, warn_no_effect
+from llava.eval.model_options import add_model_options, model_id_of, sampling_of, warn_no_effect
 from llava.eval.protocol import PromptForm
+from llava.generation.options import engine_of
 from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.jsonl import read_records, write_records
@@ -72,7 +73,7 @@ def run_answering(args: Namespace, form: PromptForm) -> Summary:
         resume=args.resume,
         options=options,
     )
-    engine = open_engine(args) if run.pending else None
+    engine = engine_of(args) if run.pending else None
     summary = run.finish(engine, batch_size=args.batch_size)
     logger.info("%d answers (%d kept) in %.1f s", summary.num_questions, summary.num_resumed, summary.seconds)
     return summary

@@ -1,7 +1,4 @@
-"""The options of every command that asks a model, and the engine they open.
-
-Importing this module does not load torch; opening an engine does.
-"""
+"""The options of every evaluation that asks a model, and what they say about it; importing this does not load torch."""
 
 from __future__ import annotations
 
@@ -10,11 +7,9 @@ import logging
 from argparse import Namespace
 from pathlib import Path
 
-from llava.compat import help_text
-from llava.constants import DTYPES
-from llava.data.dicom_policy import DicomPolicy, add_dicom_options
-from llava.data.jpeg_scale import add_fast_jpeg_option
-from llava.generation.protocol import Engine, Sampling
+from llava.data.dicom_policy import DicomPolicy
+from llava.generation.options import add_engine_options
+from llava.generation.protocol import Sampling
 from llava.model.layout import CONFIG_FILE, OUR_TYPE, read_json
 from llava.utils.cli import Parser
 from llava.utils.jsonl import read_text
@@ -32,17 +27,8 @@ PROCESSOR_FILE = "llava_processor.json"
 def add_model_options(parser: Parser) -> None:
     """Register which model answers and how it chooses its words."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model", "--model-name", "--model-path", dest="model", required=True, help="checkpoint folder")
-    model.add_argument("--model-base", help="base model of an adapter; default: the one it names")
-    model.add_argument("--conv-mode", help="template to use instead of the checkpoint's own")
-    model.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="precision of the weights")
-    model.add_argument("--compat", default="none", metavar="LIST", help=help_text("answers"))
-    model.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="4 and 8 need bitsandbytes")
-    model.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator when there is one")
+    add_engine_options(model)
     model.add_argument("--mm-projector", help="no effect: the checkpoint knows its projector")
-    model.add_argument("--vision-tower", help="tower of a checkpoint in another layout; ours know theirs")
-    add_dicom_options(model)
-    add_fast_jpeg_option(model)
     choice = parser.add_argument_group("sampling")
     choice.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     choice.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from")
@@ -97,27 +83,3 @@ def dicom_policy_of(args: Namespace) -> DicomPolicy:
     """
     kept = read_json(Path(args.model) / PROCESSOR_FILE).get("dicom")
     return DicomPolicy.of(kept).changed(args.dicom_window, args.dicom_frame)
-
-
-def open_engine(args: Namespace) -> Engine:
-    """Load the model that the options name and return its engine.
-
-    Raises:
-        CheckpointError: the folder cannot be loaded.
-        ConfigError: the template is unknown.
-    """
-    from llava.generation import opening
-
-    return opening.open_engine(
-        args.model,
-        base=args.model_base,
-        dtype=args.dtype,
-        device=args.device,
-        bits=args.bits,
-        vision_tower=args.vision_tower,
-        template=args.conv_mode,
-        compat=args.compat,
-        dicom_window=args.dicom_window,
-        dicom_frame=args.dicom_frame,
-        fast_jpeg=args.fast_jpeg,
-    )

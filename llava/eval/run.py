@@ -30,6 +30,7 @@ from llava.eval.medvqa.report import full_report, report_table, type_table
 from llava.eval.medvqa.scores import PUBLISHED, parse_defects
 from llava.eval.medvqa.strict import strict_scores
 from llava.eval.protocol import GREY, YES_NO_OPTIONS
+from llava.generation.options import engine_of
 from llava.generation.protocol import Engine
 from llava.samples import Sample
 from llava.utils import log
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.setup()
     model_options.warn_no_effect(args)
     plan = plan_of(args, list(sys.argv[1:] if argv is None else argv))
-    report = evaluate(plan, lambda: model_options.open_engine(args))
+    report = evaluate(plan, lambda: engine_of(args))
     print_report(report)
     if args.compare:
         print_comparison(plan.samples, plan.out, Path(args.compare), num_resamples=args.num_resamples, seed=args.seed)

@@ -20,9 +20,9 @@ import torch
 from llava.data.alignment import alignment_rows
 from llava.data.images import load as load_image
 from llava.data.records import load_samples
-from llava.eval import model_options
 from llava.eval import run as evaluation
 from llava.eval.medvqa.items import Item, join
+from llava.generation.options import engine_of
 from llava.model.building import build
 from llava.model.calibration import calibrate
 from llava.model.checkpoint import save_model, save_projector
@@ -265,7 +265,7 @@ def evaluate(context: Context, model: Path, out: Path) -> Facts:
     words += ["--dtype", "bfloat16" if fast_bfloat16() else "float32", "--note", context.notice]
     argv = [str(word) for word in words]
     args = evaluation.make_parser().parse_args(argv)
-    result = evaluation.evaluate(evaluation.plan_of(args, argv), partial(model_options.open_engine, args))
+    result = evaluation.evaluate(evaluation.plan_of(args, argv), partial(engine_of, args))
     return {"folder": str(out), "scores": result["scores"]}
 
 

@@ -31,7 +31,7 @@ def words(tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize("entry", [model_vqa, model_vqa_med])
 def test_single_commands(entry, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(answering, "open_engine", lambda args: seen.append(args) or FakeEngine())
+    monkeypatch.setattr(answering, "engine_of", lambda args: seen.append(args) or FakeEngine())
     old = ["--mm-projector", "p.bin", "--vision-tower", "clip", "--conv-mode", "simple", "--num_beams", "2"]
     entry.main([*words, *old])
     rows = rows_of(tmp_path / "an answers.jsonl")
@@ -98,7 +98,7 @@ def test_another_number_of_chunks_is_refused_with_the_way_to_go_on(
         model_vqa_med.main([*answering._without_devices(words), *own])
         return 0
 
-    monkeypatch.setattr(answering, "open_engine", lambda args: FakeEngine())
+    monkeypatch.setattr(answering, "engine_of", lambda args: FakeEngine())
     monkeypatch.setattr(answering, "_run_chunk", in_process)
 
     def batch(num_chunks: int, *more: str) -> list[int]:

@@ -31,7 +31,7 @@ def make_adapter(folder: Path, base: Path) -> Path:
 @pytest.fixture
 def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     questions, images = write_vqa(tmp_path, [row(index, "a.png", f"Q{index}?", "yes") for index in range(3)])
-    monkeypatch.setattr(answering, "open_engine", lambda args: FakeEngine())
+    monkeypatch.setattr(answering, "engine_of", lambda args: FakeEngine())
     monkeypatch.chdir(tmp_path)
     shutil.copytree(images, tmp_path / "copy")
     model = make_model(tmp_path / "first" / "model")

@@ -147,7 +147,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     model.mkdir()
     (model / "llava_processor.json").write_text('{"template": "vicuna_v1"}')
     (model / "model.safetensors").write_bytes(b"weights")
-    monkeypatch.setattr(run.model_options, "open_engine", lambda args: good_engine())
+    monkeypatch.setattr(run, "engine_of", lambda args: good_engine())
     words = ["--model", str(model), "--data", str(tmp_path / "test.json"), "--image_folder", str(tmp_path / "images")]
     run.main([*words, "--out", str(plan.out), "--limit", "8", "--num_resamples", "20", "--mm-projector", "x"])
     printed = capsys.readouterr().out

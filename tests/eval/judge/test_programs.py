@@ -249,7 +249,7 @@ def test_from_questions_to_scores(
     (tmp_path / "images").mkdir()
     for name in ("0.jpg", "1.jpg"):
         Image.new("RGB", (9, 9)).save(tmp_path / "images" / name)
-    monkeypatch.setattr(answering, "open_engine", lambda args: FakeEngine())
+    monkeypatch.setattr(answering, "engine_of", lambda args: FakeEngine())
     files = {
         "--question-file": questions,
         "--image-folder": tmp_path / "images",

@@ -1,0 +1,57 @@
+"""The options that name a model and say how it is loaded, for every command that asks one; and the engine they open.
+
+Importing this module does not load torch; opening an engine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from llava.compat import help_text
+from llava.constants import DTYPES
+from llava.data.dicom_policy import add_dicom_options
+from llava.data.jpeg_scale import add_fast_jpeg_option
+
+if TYPE_CHECKING:
+    from llava.generation.local import LocalEngine
+
+
+def add_engine_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Register which model answers, on what, and in which precision."""
+    parser.add_argument(
+        "--model", "--model-name", "--model-path", dest="model", required=True, help="checkpoint folder"
+    )
+    parser.add_argument("--model-base", help="base model of an adapter; default: the one it names")
+    parser.add_argument("--vision-tower", help="tower of a checkpoint in another layout; ours know theirs")
+    parser.add_argument("--conv-mode", help="template to use instead of the checkpoint's own")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="precision of the weights")
+    parser.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator when there is one")
+    parser.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="4 and 8 need bitsandbytes")
+    parser.add_argument("--compat", default="none", metavar="LIST", help=help_text("answers"))
+    add_dicom_options(parser)
+    add_fast_jpeg_option(parser)
+
+
+def engine_of(args: argparse.Namespace) -> LocalEngine:
+    """Load the model that the options name and return its engine.
+
+    Raises:
+        CheckpointError: the folder cannot be loaded.
+        ConfigError: the template or a name of `compat` is unknown.
+    """
+    from llava.generation import opening
+
+    return opening.open_engine(
+        args.model,
+        base=args.model_base,
+        dtype=args.dtype,
+        device=args.device,
+        bits=args.bits,
+        vision_tower=args.vision_tower,
+        template=args.conv_mode,
+        compat=args.compat,
+        dicom_window=args.dicom_window,
+        dicom_frame=args.dicom_frame,
+        fast_jpeg=args.fast_jpeg,
+    )
