@@ -7,6 +7,7 @@ that the parts' own folders state.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ MARK = "<!-- written at each save by llava; delete this line to keep your own te
 ORIGIN_FILE = "llava_origin.json"
 PROVENANCE_FILE = "provenance.json"
 KINDS = {"model": "a whole model", "adapter": "a LoRA adapter", "projector": "a projector"}
+ABSOLUTE_PATH = re.compile(r"(?:(?<![^\s=,:;\[({'\"])|(?<=file://))(?:~|/(?!/))[^=,;:'\"]*")
+"""An absolute path in a word of a command line, alone, behind `--option=`, or in a list; no part of an address."""
+
 NOT_STATED = "not stated in its folder: ask its publisher before passing anything on"
 
 KNOWN_LICENCES = {
@@ -39,15 +43,20 @@ DATA_FACTS = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Something a model builds on."""
+    """Something a model builds on; `name` is a hub name, or what its folder is called."""
 
     role: str
     name: str
     licence: str
 
 
-def parts(origin: Mapping[str, Any]) -> Iterator[Part]:
-    """The parts that an origin names, and those that they were built from themselves."""
+def parts(origin: Mapping[str, Any], seen: frozenset[str] = frozenset()) -> Iterator[Part]:
+    """The parts that an origin names, and those that they were built from themselves.
+
+    Args:
+        origin: as in `llava_origin.json`.
+        seen: bases that were followed already: folders may name each other.
+    """
     build = origin.get("build") or {}
     load = origin.get("load") or {}
     named = [
@@ -57,10 +66,25 @@ def parts(origin: Mapping[str, Any]) -> Iterator[Part]:
     ]
     for role, name in named:
         if name:
-            yield Part(role, str(name), licence_of(str(name)))
+            yield Part(role, public_name(str(name)), licence_of(str(name)))
     base = origin.get("base")
-    if base and (inner := read_json(Path(base) / ORIGIN_FILE)).get("base") != base:
-        yield from parts(inner)
+    if base and (place := str(Path(base).resolve())) not in seen:
+        yield from parts(read_json(Path(base) / ORIGIN_FILE), seen | {place})
+
+
+def public_name(name: str) -> str:
+    """A part's name without the folders around it, which tell of the machine and of whose it is; hub names stay."""
+    is_path = Path(name).expanduser().exists() or name.startswith(("/", "~", ".")) or name.count("/") > 1
+    return Path(name).name if is_path else name
+
+
+def public_command(command: str) -> str:
+    """A command line with each path cut to its last part, for the same reason."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # not written by a shell's rules
+        words = command.split()
+    return shlex.join(ABSOLUTE_PATH.sub(lambda found: Path(found[0]).name, word) for word in words)
 
 
 def licence_of(name: str) -> str:
@@ -104,7 +128,7 @@ def card(folder: Path, kind: str, config: Any, origin: Mapping[str, Any]) -> str
     lines += ["", "The licences of all parts, and of the data, bind what is made of them.", "", "## Data", ""]
     lines += list(_data(run)) or ["- no training run wrote this folder"]
     if run:
-        lines += ["", "## Run", "", f"- command: `{run.get('command', 'not recorded')}`"]
+        lines += ["", "## Run", "", f"- command: `{public_command(str(run.get('command', 'not recorded')))}`"]
         lines += [f"- code: {run.get('git_commit') or 'not recorded'}, seed {run.get('seed', 'not recorded')}"]
     if config.source:
         lines += ["", f"Converted from a checkpoint of kind `{config.source.get('kind')}`."]

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from llava.errors import CheckpointError
 from llava.model.building import whole
 from llava.model.card import write_card
+from llava.model.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILES, EXTRA_FILE, first_file
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.model.names import NEWLINE
 from llava.processing import LlavaMedProcessor
@@ -31,16 +32,16 @@ from llava.processing import LlavaMedProcessor
 ORIGIN_FILE = "llava_origin.json"
 PROJECTOR_FILE = "mm_projector.bin"
 PROJECTOR_SAFE_FILE = "mm_projector.safetensors"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-ADAPTER_FILE = "adapter_model.safetensors"
-EXTRA_FILE = "non_lora_trainables.bin"
+ADAPTER_FILE = ADAPTER_FILES[0]
+"""The one that is written; `.bin` files of other writers are read."""
+
 EMBEDDING_KEY = "model.embed_tokens.weight"
 MARKER_KEY = "marker_rows"
 """The rows of the marker tokens alone, [k, D]: where they stand in the table differs between vocabularies."""
 
 FILES_OF_KIND = {
     "model": (),
-    "adapter": (ADAPTER_CONFIG_FILE, ADAPTER_FILE, EXTRA_FILE),
+    "adapter": (ADAPTER_CONFIG_FILE, *ADAPTER_FILES, EXTRA_FILE),
     "projector": (PROJECTOR_SAFE_FILE, PROJECTOR_FILE),
 }
 """Weight files of each kind; those of a whole model are told by `is_model_weights`."""
@@ -348,7 +349,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
     Raises:
         CheckpointError: files are missing or broken, or weights do not fit the model.
     """
-    file = Path(path) / ADAPTER_FILE
+    file = first_file(Path(path), ADAPTER_FILES) or Path(path) / ADAPTER_FILE
     got = set(read_tensors(file))
     try:
         adapted = PeftModel.from_pretrained(cast(Any, model), str(path))

@@ -49,15 +49,6 @@ USED_PARTS: dict[Kind, tuple[str, ...]] = {
 """What can be given beside a checkpoint that holds or names its other parts itself; the other kinds take them all."""
 
 
-def kind_of(path: str | Path) -> Kind:
-    """What a folder holds, see `layout.KINDS`.
-
-    Raises:
-        CheckpointError: nothing known; says what was found.
-    """
-    return sniff(path).kind
-
-
 def read_origin(path: str | Path) -> dict[str, Any]:
     """`llava_origin.json` of a folder, or an empty table."""
     return read_json(Path(path) / ORIGIN_FILE)
@@ -215,10 +206,7 @@ def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any
         base = base or origin.get("base")
         if base is None:
             raise CheckpointError(f"{path} builds on another model and does not say which; give it with --model-base")
-        if Path(base).resolve() == Path(path).resolve():
-            raise CheckpointError(
-                f"{path} names itself as its base; give the model it was trained on with --model-base"
-            )
+        _check_bases(Path(path), Path(base))
         folder = local_folder(base) if is_hub_name(base) else base
         used = USED_PARTS.get(sniff(folder).kind, tuple(PART_FLAGS))
         parts = {name: value for name, value in origin.get("load", {}).items() if name in used}
@@ -231,6 +219,25 @@ def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any
         ) from error
     loaded.model.train(False)
     return loaded
+
+
+def _check_bases(path: Path, base: Path) -> None:
+    """Make sure that a part and what it builds on end at a model.
+
+    Raises:
+        CheckpointError: a part builds on itself, at once or by way of others.
+    """
+    seen = [path.resolve()]
+    place: Path | None = base
+    while place is not None and place.is_dir():
+        if place.resolve() in seen:
+            chain = " -> ".join(map(str, [*seen, place.resolve()]))
+            raise CheckpointError(
+                f"{path} names itself as its base ({chain}); give the model it was trained on with --model-base"
+            )
+        seen.append(place.resolve())
+        named = read_origin(place).get("base") if sniff(place).kind in ("adapter", "projector") else None
+        place = None if named is None else Path(named)
 
 
 def _is_ours(base: str) -> bool:

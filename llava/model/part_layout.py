@@ -19,7 +19,6 @@ from llava.errors import CheckpointError
 from llava.model.building import Loaded, portable
 from llava.model.checkpoint import (
     ADAPTER_FILE,
-    EXTRA_FILE,
     MARKER_KEY,
     PROJECTOR_FILE,
     PROJECTOR_SAFE_FILE,
@@ -30,7 +29,15 @@ from llava.model.config import LlavaMedConfig
 from llava.model.foreign import load_foreign, with_base
 from llava.model.foreign_options import ForeignOptions
 from llava.model.hub import local_folder
-from llava.model.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILES, CONFIG_FILE, Layout, first_file, read_json
+from llava.model.layout import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    EXTRA_FILE,
+    Layout,
+    first_file,
+    read_json,
+)
 from llava.model.legacy_config import legacy_config, rows_to_keep
 from llava.model.legacy_export import keep_template
 from llava.model.lora_files import LegacyLora, peft_parts, read_lora

@@ -87,7 +87,13 @@ def list_tensors(folder: str | Path) -> dict[str, TensorEntry]:
     for shard in sorted(set(places.values())):
         if not (source.parent / shard).is_file():
             raise CheckpointError(f"{source.parent / shard}: missing shard, named by {source.name}; copy it there")
-        entries.update(_list_file(source.parent / shard))
+        for name, entry in _list_file(source.parent / shard).items():
+            if name in entries:
+                raise CheckpointError(
+                    f"{name} is in two files, {entries[name].file} and {entry.file}; expected each tensor once: "
+                    f"remove leftovers of another save, or all but the shards of one {source.name}"
+                )
+            entries[name] = entry
     if absent := sorted(name for name, shard in places.items() if name not in entries or _file(entries, name) != shard):
         raise CheckpointError(f"{source} places {absent[0]} in {places[absent[0]]}, which does not hold it")
     return entries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from llava.errors import CheckpointError, ConfigError
 from llava.model.building import Loaded, build
-from llava.model.checkpoint import EXTRA_FILE, ORIGIN_FILE, save_adapter, save_model, save_projector
+from llava.model.checkpoint import ORIGIN_FILE, save_adapter, save_model, save_projector
 from llava.model.hf_export import export_hf
-from llava.model.loading import kind_of, load
+from llava.model.layout import EXTRA_FILE, sniff
+from llava.model.loading import load
 from llava.model.lora import add_lora, freeze_for, train_marker_rows
 from tests.model.model_tools import logits, shake, trained
 from tests.tiny import TOWERS, tiny_llava, write_tiny_lm, write_tiny_tower
@@ -38,7 +40,7 @@ def test_a_model_comes_back_bit_by_bit(tmp_path: Path, tower: str, projector: st
     loaded = tiny_llava(projector, tower, tie=tie, image_mode="pad", placement="as_written", system="Be brief.")
     expected = logits(loaded)
     save_model(loaded.model, loaded.processor, tmp_path, origin=loaded.origin)
-    assert kind_of(tmp_path) == "model"
+    assert sniff(tmp_path).kind == "model"
     again = load(tmp_path)
     assert torch.equal(logits(again), expected)
     assert not again.model.training
@@ -65,7 +67,7 @@ def test_projector_folder(tmp_path: Path, built: Loaded) -> None:
     with torch.no_grad():
         built.model.get_input_embeddings().weight[built.model.config.marker_token_ids] += 1
     save_projector(built.model, built.processor, tmp_path / "stage1", origin=built.origin)
-    assert kind_of(tmp_path / "stage1") == "projector"
+    assert sniff(tmp_path / "stage1").kind == "projector"
     again = load(tmp_path / "stage1")
     assert torch.equal(logits(again), logits(built))
     (tmp_path / "stage1" / "mm_projector.safetensors").unlink()
@@ -76,7 +78,7 @@ def test_adapter_folder(tmp_path: Path, built: Loaded) -> None:
     untrained = logits(built)
     expected = adapted(built, tmp_path / "adapter")
     assert (expected - untrained).abs().max() > 0.1
-    assert kind_of(tmp_path / "adapter") == "adapter"
+    assert sniff(tmp_path / "adapter").kind == "adapter"
     kept = load(tmp_path / "adapter", merge=False)
     assert isinstance(kept.model, PeftModel)
     assert torch.equal(logits(kept), expected)
@@ -221,3 +223,29 @@ def test_another_template_goes_into_model_and_processor(tmp_path: Path) -> None:
     save_model(loaded.model, loaded.processor, tmp_path, origin=loaded.origin)
     again = load(tmp_path, template="mistral_instruct")
     assert again.processor.template.name == again.model.config.template == "mistral_instruct"
+
+
+def test_an_adapter_in_a_bin_file(tmp_path: Path, built: Loaded) -> None:
+    """As other writers of peft adapters leave it; what is wrong in it is said of this file."""
+    network = add_lora(built, r=2)
+    shake(trained(network))
+    save_adapter(network, built.processor, tmp_path / "adapter", origin=built.origin)
+    expected = logits(load(tmp_path / "adapter"))
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(weights, tmp_path / "adapter" / "adapter_model.bin")
+    assert torch.equal(logits(load(tmp_path / "adapter")), expected)
+    torch.save({**weights, "stranger": torch.ones(1)}, tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin.*stranger"):
+        load(tmp_path / "adapter")
+
+
+def test_adapters_that_name_each_other(tmp_path: Path, built: Loaded) -> None:
+    network = add_lora(built, r=2)
+    for name in ("a", "b"):
+        save_adapter(network, built.processor, tmp_path / name, origin=built.origin)
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name / ORIGIN_FILE).write_text(json.dumps({"base": str(tmp_path / other)}))
+    with pytest.raises(CheckpointError, match=r"names itself as its base \(.*a -> .*b -> .*a\)") as caught:
+        load(tmp_path / "a")
+    assert "\n" not in str(caught.value)

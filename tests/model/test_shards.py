@@ -284,6 +284,18 @@ def test_plain_pickle_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("safe", [True, False])
+def test_a_tensor_that_two_shards_hold(tmp_path: Path, safe: bool) -> None:
+    """Leftovers of another save, whatever the index says of them: both files are named."""
+    write(tmp_path, safe=safe, max_shard_bytes=60)
+    first, second = sorted(tmp_path.glob("*-of-*"))[:2]
+    content = {"a.weight": TENSORS["a.weight"], "c.half": TENSORS["c.half"], "b": TENSORS["b"]}
+    save_file(content, second) if safe else torch.save(content, second)
+    with pytest.raises(CheckpointError, match=rf"is in two files, .*{first.name} and .*{second.name}") as caught:
+        list_tensors(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("safe", [True, False])
 def test_missing_shard(tmp_path: Path, safe: bool) -> None:
     write(tmp_path, safe=safe, max_shard_bytes=60)
     next(iter(sorted(tmp_path.glob("*-00002-of-*")))).unlink()
