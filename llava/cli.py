@@ -192,6 +192,9 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: the command is unknown.
     """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        sys.stdout.write(overview() + "\n")
+        return
     name, rest = split(argv)
     members = group(name)
     if members and (not rest or rest[0] in ("-h", "--help")):
@@ -208,9 +211,6 @@ def run(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry of the console script; deliberate errors end with their message and status 2."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        sys.stdout.write(overview() + "\n")
-        return
     run_program(lambda: run(arguments))
 
 

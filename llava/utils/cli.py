@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from llava.errors import LlavaError
 
@@ -83,13 +84,50 @@ NOISY = "bitsandbytes.backends.cpu.ops"
 """Warns at every start that it found no kernels of a hub which is never asked."""
 
 
+CLOSED_PIPE = 141
+"""Exit status when whoever read the output has stopped (`| head`), as shells write it."""
+
+
 def run_program(program: Callable[[], None]) -> None:
-    """Run an entry; deliberate errors end with their message and status 2 instead of a traceback."""
+    """Run an entry; what the user can mend ends with its message and status 2 instead of a traceback.
+
+    That is every deliberate error, and what the system refuses (a file that may not be read, a full disk). Output that
+    nobody reads any more is no error, and ends in silence.
+    """
     logging.getLogger(NOISY).setLevel(logging.ERROR)
     try:
-        program()
+        _run(program)
     except LlavaError as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        sys.stderr.write(f"llava: error: {error}\n(set {TRACEBACK_VARIABLE}=1 to see where it was raised)\n")
-        raise SystemExit(2) from None
+        _end(error, str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush of the interpreter
+            raise SystemExit(CLOSED_PIPE) from None
+        _end(error, " ".join(str(error).split()) or type(error).__name__)
+
+
+def _run(program: Callable[[], None]) -> None:
+    """Run a program up to its last written word."""
+    try:
+        program()
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def _end(error: Exception, message: str) -> NoReturn:
+    if os.environ.get(TRACEBACK_VARIABLE):
+        raise error
+    sys.stderr.write(f"llava: error: {message}\n(set {TRACEBACK_VARIABLE}=1 to see where it was raised)\n")
+    raise SystemExit(2) from None
+
+
+def _is_output_closed() -> bool:
+    """Whether standard output is a pipe without a reader; a broken pipe may also be one of the program's own."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # no file of the system's
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))

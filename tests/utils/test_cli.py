@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from llava.utils.cli import Parser, parse_bool
+from llava.utils.cli import Parser, parse_bool, run_program
 
 
 def make_parser() -> Parser:
@@ -77,3 +80,48 @@ def test_parse_bool() -> None:
     assert parse_bool("Yes") and parse_bool(True) and not parse_bool("0")
     with pytest.raises(argparse.ArgumentTypeError):
         parse_bool("")
+
+
+LONG = "import sys\nfrom llava.utils.cli import run_program\ndef program():\n    {}\nrun_program(program)\n"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "sys.stdout.write('row\\n' * 100_000)",
+        "sys.stdout.write('row\\n' * 2000); raise SystemExit(1)",
+        "[sys.stdout.write('row\\n') for _ in range(100_000)]",
+    ],
+)
+def test_output_that_nobody_reads_ends_in_silence(program: str) -> None:
+    """As `llava checkpoint inspect X | head -1`."""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", LONG.format("import time; time.sleep(0.3); " + program)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert writer.stdout is not None and writer.stderr is not None
+    writer.stdout.close()
+    assert writer.stderr.read() == b""
+    assert writer.wait() == 141
+
+
+def test_what_the_system_refuses_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_program(lambda: tmp_path.read_text() and None)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("llava: error: ") and str(tmp_path) in message and "Traceback" not in message
+    with pytest.raises(SystemExit) as stop:
+        run_program(broken_connection)
+    assert stop.value.code == 2 and "BrokenPipeError" in capsys.readouterr().err
+    monkeypatch.setenv("LLAVA_TRACEBACK", "1")
+    with pytest.raises(IsADirectoryError):
+        run_program(lambda: tmp_path.read_text() and None)
+
+
+def broken_connection() -> None:
+    """A pipe that is not standard output."""
+    raise BrokenPipeError
