@@ -190,6 +190,8 @@ def download(files: Sequence[PublishedFile], table: Table, data: Path, args: arg
     except OSError as error:
         raise DataError(f"{error.filename or data} cannot be written: {error.strerror or error}") from error
     sys.stdout.write(report(files, problems))
+    if problems:
+        sys.stdout.write("the same command continues; --base ADDRESS or --mirror-dir FOLDER asks in another place\n")
     return problems
 
 

@@ -51,7 +51,7 @@ def make_parser() -> Parser:
     add("--max_failures", type=int, default=20, help="stop after so many failures in a row")
     add("--temperature", type=temperature, default=0.0, help="of the answers; 'default' leaves it to the endpoint")
     budget = parser.add_argument_group("budget", "ceilings hold over all runs into one output file")
-    budget.add_argument("--dry-run", action="store_true", help="say what it would take, and ask nobody")
+    parser.add_switch("--dry-run", help="say what it would take, and ask nobody")
     budget.add_argument("--show-prompts", type=int, default=0, metavar="N", help="with --dry-run: the first N requests")
     budget.add_argument("--max-answer-tokens", type=int, default=1024, help="limit of one answer")
     budget.add_argument("--max-total-tokens", type=int, help="ceiling of all tokens, prompts and answers")

@@ -86,7 +86,7 @@ def test_it_goes_on_when_files_fail_and_says_so(server: FileServer, tmp_path: Pa
     assert done.returncode == 1
     assert "FAILED  alignment/a.json: not_found" in done.stdout
     assert "FAILED  instruct/b.json: wrong_content" in done.stdout and "sha256" in done.stdout
-    assert "2 of 4 files are there and checked" in done.stdout
+    assert "2 of 4 files are there and checked\nthe same command continues; --base" in done.stdout
     assert set(content(tmp_path)) == set(NAMES[2:])
     assert "Traceback" not in done.stderr
 

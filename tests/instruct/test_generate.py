@@ -271,7 +271,7 @@ def test_dry_run_asks_nobody_and_needs_no_key(
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     prices = ["--price_prompt", "2", "--price_answer", "8"]
-    assert run(captions, tmp_path / "gen.jsonl", "--dry_run", "--show_prompts", "1", *prices) == 0
+    assert run(captions, tmp_path / "gen.jsonl", "--dry_run", "True", "--show_prompts", "1", *prices) == 0
     shown = capsys.readouterr().out
     rows = json.loads(captions.read_text())
     expected = sum(
