@@ -21,7 +21,15 @@ from llava.model.shards import TensorReader, open_tensors
 
 PARTS = (".lora_A.", ".lora_B.")
 
-UNSUPPORTED = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_pattern")
+UNSUPPORTED = (
+    *("use_dora", "use_qalora", "fan_in_fan_out", "lora_bias", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern", "layers_pattern", "trainable_token_indices", "target_parameters"),
+)
+"""Settings of adapter_config.json under which W + (alpha / r) * B @ A is not what was trained, or not all of it."""
+
+OTHER_BASES = ("pissa", "olora", "corda", "loftq")
+"""Ways to start (`init_lora_weights`) that also change the base: its published weights are not what such an adapter
+was trained on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +85,7 @@ def read_lora(folder: Path, *, tower: bool = False) -> LegacyLora:
     file = first_file(folder, ADAPTER_FILES)
     if not config or file is None:
         raise CheckpointError(f"{folder}: no adapter; expected {ADAPTER_CONFIG_FILE} and {' or '.join(ADAPTER_FILES)}")
-    if strange := [key for key in UNSUPPORTED if config.get(key)] or config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder}/{ADAPTER_CONFIG_FILE}: a plain LoRA adapter was expected, got {strange}")
+    _check_settings(config, folder / ADAPTER_CONFIG_FILE)
     reader = open_tensors(file)
     pairs: dict[str, dict[str, str]] = {}
     dropped: list[str] = []
@@ -95,6 +102,25 @@ def read_lora(folder: Path, *, tower: bool = False) -> LegacyLora:
     complete = {layer: Pair(pair[PARTS[0]], pair[PARTS[1]]) for layer, pair in pairs.items()}
     _check_ranks(folder, config, complete, reader)
     return LegacyLora(folder, config, complete, dropped, reader)
+
+
+def _check_settings(config: Mapping[str, Any], file: Path) -> None:
+    """Make sure that an adapter is a plain LoRA adapter.
+
+    Raises:
+        CheckpointError: it is another; names the setting.
+    """
+    strange = [f"{key} {str(config[key])[:60]}" for key in UNSUPPORTED if config.get(key)]
+    if config.get("peft_type") != "LORA":
+        strange.append(f"peft_type {config.get('peft_type')!r}")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(OTHER_BASES):
+        strange.append(f"init_lora_weights {start!r}, which changes the base too")
+    if strange:
+        raise CheckpointError(
+            f"{file}: {', '.join(strange)}; expected a plain LoRA adapter, W + (alpha / r) * B @ A. peft's own "
+            "merge_and_unload knows these: merge it there, and give the whole model"
+        )
 
 
 def _check_ranks(folder: Path, config: Mapping[str, Any], pairs: Mapping[str, Pair], reader: TensorReader) -> None:

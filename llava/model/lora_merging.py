@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint import PROJECTOR_FILE, save_model
+from llava.model.delta_names import FLOATING
 from llava.model.foreign import marker_rows, take_rows, tokenizer_folder, tower_adapter_folder, with_base
 from llava.model.foreign_options import ForeignOptions
 from llava.model.foreign_tokens import add_tokens, load_tokenizer
@@ -120,7 +121,10 @@ def merge_lora(
     elif layout.kind in ("legacy_adapter", "legacy_projector") or (layout.kind == "legacy" and wanted.tower_adapter):
         _merge_legacy(prepare(layout, wanted), wanted, Path(target), include_tower, max_shard_bytes)
     else:
-        raise CheckpointError(f"{path}: {KINDS[layout.kind]}, which has no adapter to merge")
+        raise CheckpointError(
+            f"{path}: {KINDS[layout.kind]}, which has no adapter to merge; expected the folder of an adapter or of a "
+            "projector"
+        )
 
 
 def prepare(layout: Layout, options: ForeignOptions) -> Merge:
@@ -178,9 +182,15 @@ def _check_layers(merge: Merge) -> None:
     if EMBEDDINGS not in shapes:
         raise CheckpointError(f"{merge.base.path}: no language model; expected model.embed_tokens.weight")
     beside = set(merge.tower_layers)
+    dtypes = {renamed(name, LEGACY_PREFIXES): entry.dtype for name, entry in merge.base.tensors.items()}
     for layer, adapter in merge.updates.items():
         pair, entries = adapter.pairs[layer], adapter.reader.entries
         wanted = (entries[pair.up].shape[0], entries[pair.down].shape[1])
+        if (dtype := dtypes.get(f"{layer}.weight", FLOATING[0])) not in FLOATING:
+            raise CheckpointError(
+                f"{merge.base.path}: {layer}.weight is {dtype}, so it is quantized; an adapter is added to plain "
+                "weights: give the base as it was before with --model-base"
+            )
         if layer not in beside and shapes.get(f"{layer}.weight") != wanted:
             raise CheckpointError(
                 f"{adapter.folder}: the adapter does not fit: {layer} is {wanted} there, in {merge.base.path} "
@@ -220,9 +230,15 @@ def _put_tower(merge: Merge, options: ForeignOptions, folder: Path, dtype: torch
         merge.layout, options.vision_tower, options.vision_tower_config, options.vision_tower_checkpoint
     )
     if is_open_clip(source.name, source.config_file, source.checkpoint):
-        if source.config_file is None or source.checkpoint is None or merge.tower_layers:
+        if merge.tower_layers:
             raise CheckpointError(
-                f"the tower {source.name} cannot be put into a folder; leave --include-vision-tower out"
+                f"{merge.layout.path}: its tower {source.name} is one of open_clip, into whose files an adapter is not "
+                "merged; make a whole model of this package with `llava checkpoint convert --to model`"
+            )
+        if source.config_file is None or source.checkpoint is None:
+            raise CheckpointError(
+                f"the tower {source.name} is a hub name of open_clip's, with no files here to put into a folder; leave "
+                "--include-vision-tower out, or name its files in mm_vision_tower_config and mm_vision_tower_checkpoint"
             )
         files = {
             "mm_vision_tower_config": Path(source.config_file),

@@ -143,3 +143,33 @@ def test_a_trained_row_end_comes_along(tmp_path: Path) -> None:
     merged = load(tmp_path / "merged")
     assert torch.equal(merged.model.state_dict()["model.image_newline"], weights["model.image_newline"])
     assert_same(merged, load(folder, base=str(tmp_path / "lm")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "use_dora True"),
+        ({"lora_bias": True}, "lora_bias True"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\]"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16', which changes the base too"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path, settings: dict[str, object], message: str) -> None:
+    lora = write_lora(tmp_path)
+    file = lora / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        merge_lora(lora, str(tmp_path / "lm"), tmp_path / "merged")
+    assert "merge_and_unload" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_quantized_base_is_refused_as_such(tmp_path: Path) -> None:
+    lora = write_lora(tmp_path)
+    weights = load_file(tmp_path / "lm" / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(512, 1, dtype=torch.uint8)
+    save_file(weights, tmp_path / "lm" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"q_proj.weight is uint8, so it is quantized"):
+        merge_lora(lora, str(tmp_path / "lm"), tmp_path / "merged")
