@@ -44,7 +44,29 @@ PLACEMENTS: dict[str, Placement] = {"front": "front", "as_written": "as_written"
 
 
 class LlavaMedProcessor:
-    """A model's tokenizer, image processor and template, and the settings that must not be chosen twice."""
+    """A model's tokenizer, image processor and template, and the settings that must not be chosen twice.
+
+    Args:
+        tokenizer: a fast tokenizer that knows `<image>` (or `<im_patch>`) as a token.
+        image_processor: a PIL image processor of transformers; None for text only.
+        template: key of `conversation.TEMPLATES`.
+        image_mode: how pictures become the tower's input, see `data.images.fit` and `tiles`.
+        num_image_tokens: tokens of one image (P), or of one tile of it.
+        placement: key of `PLACEMENTS`.
+        use_im_start_end: write `<im_start>` and `<im_end>` around each image.
+        system: replaces the template's system text.
+        strip_around_images: drop white space around image blocks, as the tokenizer of LLaVA-Med 1.0 did.
+        prefix_mark: see `tokenization`; None finds out.
+        add_bos: whether a text begins with the begin-of-text token; None finds out.
+        dicom: how DICOM files are shown, see `DicomPolicy.settings`; None for the default.
+        patch_merge_type: how the tiles of image mode `anyres` are joined, see `image_grids.MERGE_TYPES`.
+        image_grid_pinpoints: sizes that `anyres` chooses from; None takes those of LLaVA 1.6.
+        fast_jpeg: whether large JPEG files are decoded at a smaller scale, see `data.jpeg_scale`.
+
+    Raises:
+        ConfigError: an unknown name, settings that contradict each other, or the tokenizer has no image place
+            holder.
+    """
 
     def __init__(
         self,
@@ -65,29 +87,6 @@ class LlavaMedProcessor:
         image_grid_pinpoints: Any = None,
         fast_jpeg: bool = False,
     ) -> None:
-        """Put the parts together.
-
-        Args:
-            tokenizer: a fast tokenizer that knows `<image>` (or `<im_patch>`) as a token.
-            image_processor: a PIL image processor of transformers; None for text only.
-            template: key of `conversation.TEMPLATES`.
-            image_mode: how pictures become the tower's input, see `data.images.fit` and `tiles`.
-            num_image_tokens: tokens of one image (P), or of one tile of it.
-            placement: key of `PLACEMENTS`.
-            use_im_start_end: write `<im_start>` and `<im_end>` around each image.
-            system: replaces the template's system text.
-            strip_around_images: drop white space around image blocks, as the tokenizer of LLaVA-Med 1.0 did.
-            prefix_mark: see `tokenization`; None finds out.
-            add_bos: whether a text begins with the begin-of-text token; None finds out.
-            dicom: how DICOM files are shown, see `DicomPolicy.settings`; None for the default.
-            patch_merge_type: how the tiles of image mode `anyres` are joined, see `image_grids.MERGE_TYPES`.
-            image_grid_pinpoints: sizes that `anyres` chooses from; None takes those of LLaVA 1.6.
-            fast_jpeg: whether large JPEG files are decoded at a smaller scale, see `data.jpeg_scale`.
-
-        Raises:
-            ConfigError: an unknown name, settings that contradict each other, or the tokenizer has no image place
-                holder.
-        """
         if num_image_tokens < 1:
             raise ConfigError(f"an image needs at least one token, got num_image_tokens={num_image_tokens}")
         self.tokenizer = tokenizer

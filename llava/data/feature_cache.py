@@ -136,9 +136,7 @@ def build(
     """
     if not keys:
         raise ConfigError("no row has an image, so there are no tower features to keep; switch the feature cache off")
-    suffix = "" if dtype is None else f"-{_name(dtype)}"
-    folder = Path(root) / f"tower-{tower[:16]}{suffix}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder_of(root, tower, dtype)
     with hold(folder / "lock", purpose="tower features"):
         known = set(_read_keys(folder)) if (folder / "header.json").is_file() else set()
         missing = [key for key in dict.fromkeys(keys) if key not in known]
@@ -153,6 +151,13 @@ def build(
         folder,
     )
     return cache
+
+
+def _folder_of(root: str | Path, tower: str, dtype: torch.dtype | None) -> Path:
+    """The folder of one tower and storage type, made where it is missing."""
+    folder = Path(root) / f"tower-{tower[:16]}{'' if dtype is None else f'-{_name(dtype)}'}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def weights_hash(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:

@@ -120,8 +120,7 @@ def read_lists(
         try:
             address, figure = _figure(row, place, hosts)
         except DataError as error:
-            pair_id = row.get("pair_id") if isinstance(row, dict) else None
-            found.bad.append(BadListRow(place, pair_id if isinstance(pair_id, str) else "", f"{where}: {error}"))
+            found.bad.append(BadListRow(place, _id_of(row), f"{where}: {error}"))
             continue
         if only is not None and figure.pair_id not in only:
             continue
@@ -144,6 +143,12 @@ def read_lists(
             f"{', '.join(map(str, paths))}: no row; expected rows with pmc_tar_url, image_file_path, pair_id"
         )
     return found
+
+
+def _id_of(row: Any) -> str:
+    """The id of a row that may be anything; empty where there is none."""
+    pair_id = row.get("pair_id") if isinstance(row, dict) else None
+    return pair_id if isinstance(pair_id, str) else ""
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -164,21 +164,27 @@ def build(
         )
         add_tokens(tokenizer, language_model, wanted)
         config = _config(wanted, tokenizer, language_model, tower, image_processor)
-        processor = LlavaMedProcessor(
-            tokenizer,
-            image_processor,
-            template=wanted.template,
-            image_mode=wanted.image_mode,
-            num_image_tokens=config.image_seq_length,
-            placement=wanted.placement,
-            use_im_start_end=wanted.use_im_start_end,
-            system=wanted.system,
-            patch_merge_type=wanted.patch_merge_type,
-            image_grid_pinpoints=wanted.image_grid_pinpoints,
-        )
+        processor = _processor(wanted, tokenizer, image_processor, num_image_tokens=config.image_seq_length)
         write_policy(config, processor.image_grid)
         model = _assemble(config, language_model, tower, seed=wanted.seed, dtype=dtype)
     return finish(model, processor, {"build": asdict(wanted)})
+
+
+def _processor(
+    options: BuildOptions, tokenizer: Any, image_processor: Any, *, num_image_tokens: int
+) -> LlavaMedProcessor:
+    return LlavaMedProcessor(
+        tokenizer,
+        image_processor,
+        template=options.template,
+        image_mode=options.image_mode,
+        num_image_tokens=num_image_tokens,
+        placement=options.placement,
+        use_im_start_end=options.use_im_start_end,
+        system=options.system,
+        patch_merge_type=options.patch_merge_type,
+        image_grid_pinpoints=options.image_grid_pinpoints,
+    )
 
 
 def portable(path: str) -> str:

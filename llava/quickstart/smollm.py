@@ -7,6 +7,7 @@ undone here. Quantised tensors are expanded; the metadata gives config and token
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,13 @@ def tokenizer_files(fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return `tokenizer.json` and `tokenizer_config.json`: byte-level BPE with the file's special tokens."""
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     special = [index for index, kind in enumerate(fields["tokenizer.ggml.token_type"]) if kind == CONTROL_TOKEN]
+    return {
+        "tokenizer.json": _tokenizer(fields, tokens, special),
+        "tokenizer_config.json": _tokenizer_config(fields, tokens, special),
+    }
+
+
+def _tokenizer(fields: dict[str, Any], tokens: Sequence[str], special: Sequence[int]) -> dict[str, Any]:
     added = [
         {
             "id": index,
@@ -137,7 +145,7 @@ def tokenizer_files(fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
         }
         for index in special
     ]
-    tokenizer = {
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -159,7 +167,10 @@ def tokenizer_files(fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
         },
     }
-    settings = {
+
+
+def _tokenizer_config(fields: dict[str, Any], tokens: Sequence[str], special: Sequence[int]) -> dict[str, Any]:
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[fields["tokenizer.ggml.bos_token_id"]],
         "eos_token": tokens[fields["tokenizer.ggml.eos_token_id"]],
@@ -171,4 +182,3 @@ def tokenizer_files(fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "clean_up_tokenization_spaces": False,
         "add_prefix_space": False,
     }
-    return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}

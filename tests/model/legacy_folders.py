@@ -82,6 +82,15 @@ def write_weights(folder: Path, state: dict[str, Tensor], *, safe: bool, num_sha
         (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
 
 
+def buffers(rope_theta: float, *, tower_inside: bool) -> dict[str, torch.Tensor]:
+    """Tables that old files hold beside their weights."""
+    frequencies = 1.0 / (rope_theta ** (torch.arange(0, 8, 2).float() / 8))
+    state = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": frequencies.clone() for layer in range(2)}
+    if tower_inside:
+        state["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    return state
+
+
 def write_legacy(
     root: Path,
     *,
@@ -118,11 +127,7 @@ def write_legacy(
     if tower_inside:
         state |= tower_weights(tower)
     if old_buffers:
-        frequencies = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, 8, 2).float() / 8))
-        state |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": frequencies.clone() for layer in range(2)}
-        if tower_inside:
-            place = "model.vision_tower.vision_tower.vision_model.embeddings.position_ids"
-            state[place] = torch.arange(5)[None]
+        state |= buffers(parameters["rope_theta"], tower_inside=tower_inside)
     types = {"llama": "llava", "mistral": "llava_mistral"}
     config |= {"model_type": model_type or types[lm], "use_mm_proj": True, "mm_hidden_size": VISION}
     config |= {"architectures": [f"Llava{lm.title()}ForCausalLM"], "mm_vision_tower": str(tower)}

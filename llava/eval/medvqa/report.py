@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, get_args
 
 from llava.eval.controls import Majority, by_type, check_same_questions, compare_sets, majority_items
@@ -11,6 +12,7 @@ from llava.eval.medvqa.items import Item
 from llava.eval.medvqa.scores import METRIC_VERSION, PUBLISHED, Program, legacy_scores
 from llava.eval.medvqa.strict import is_unparsable, strict_scores
 from llava.eval.text_table import Cell, simple_table
+from llava.utils.bootstrap import LEVEL
 
 HEADERS = ("Metric", "Performance")
 
@@ -64,13 +66,7 @@ def full_report(
         "defects": sorted(defects),
         "counts": counts(items),
         "blank_counts": None if blank is None else counts(blank),
-        "majority": None
-        if baseline is None
-        else {
-            "source": baseline.source,
-            "closed": baseline.closed,
-            "open": baseline.open,
-        },
+        "majority": None if baseline is None else asdict(baseline),
         "scores": {
             name: compare_sets(
                 scores,
@@ -81,7 +77,7 @@ def full_report(
             for name, scores in score_sets(items, **options).items()
         },
         "by_type": by_type(items, blank, num_resamples=num_resamples, seed=seed),
-        "intervals": {"level": 0.95, "clusters": "image", "num_resamples": num_resamples, "seed": seed},
+        "intervals": {"level": LEVEL, "clusters": "image", "num_resamples": num_resamples, "seed": seed},
     }
 
 
