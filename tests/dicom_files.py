@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from pydicom.data import get_testdata_files
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
@@ -22,6 +23,9 @@ from pydicom.uid import (
 
 SECRET = "Zzyzx^Quentin"
 """Name of the patient in every file that is made here; no message, log line or row may hold it."""
+
+RAMP = np.arange(-128, 128, dtype=np.int16).reshape(16, 16) * 8
+"""Values of a picture: -1024 to 1016."""
 
 CLASSES = {
     "CR": ComputedRadiographyImageStorage,
