@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from llava.data.check.digests import NOTHING, digest, question_digest
 from llava.data.check.rows import RowView
+from llava.data.person import names_someone, written_name
 
 GROUP_FIELDS = (
     "patient",
@@ -31,10 +32,6 @@ GROUP_FIELDS = (
     "mrn",
 )
 """Fields whose values name a patient or a study; spelt with or without `_`, in any case."""
-
-
-_NOBODY = frozenset({"", "nan", "none", "null", "unknown", "na", "n/a", "-"})
-"""Values that name no one."""
 
 
 def field_key(name: str) -> str:
@@ -145,5 +142,5 @@ class Ledger:
         """Remember the patients and studies that a row's fields name."""
         for name, part in value.items():
             group = self.groups.get(field_key(name))
-            if group is not None and isinstance(part, str | int) and str(part).strip().lower() not in _NOBODY:
-                group.add(digest(str(part).strip()), row)
+            if group is not None and names_someone(person := written_name(part)):
+                group.add(digest(person), row)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.images import content_digest, read_bytes
+from llava.data.person import written_name
 from llava.data.readers.assigning import parse_fractions, place_of, split_at, unit_hash
 from llava.data.readers.grouping import Groups, majority
 from llava.data.readers.output import MANIFEST, read_manifest, remove_splits, split_hash
@@ -95,9 +96,8 @@ def _keys(rows: Sequence[Mapping[str, Any]], options: Options, name: str) -> lis
     for number, row in enumerate(rows):
         found: list[str] = []
         if "patient" in options.by:
-            patient = row.get(options.key)
-            is_name = isinstance(patient, str | int) and not isinstance(patient, bool) and str(patient).strip()
-            found += [f"patient {str(patient).strip()}"] if is_name else []
+            patient = written_name(row.get(options.key))
+            found += [f"patient {patient}"] if patient else []
         if "image" in options.by:
             try:
                 names = read_images(row.get("image"))

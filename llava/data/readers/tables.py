@@ -96,10 +96,15 @@ def column_names(path: str | Path, *, delimiter: str | None = None) -> list[str]
 
 
 def cell(row: Row, column: str | None) -> str:
-    """Return a cell as text, without space around it; empty where it is missing, NaN, or a word for that (`NULL`)."""
+    """Return a cell as text, without space around it; empty where it is missing, NaN, or a word for that (`NULL`).
+
+    A whole number is written as one: columns of numbers with gaps hold `40.0` where the table said 40.
+    """
     value = row.get(column) if column else None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     text = " ".join(str(item) for item in value) if isinstance(value, list | tuple) else str(value)
     text = text.strip()
     return "" if text.lower() in MISSING_WORDS else text

@@ -136,6 +136,16 @@ def test_the_value_of_a_shared_field_is_not_shown(tmp_path: Path) -> None:
     assert "Roe" not in json.dumps(as_data(report, strict=False))
 
 
+def test_patients_are_the_same_however_their_numbers_are_written(tmp_path: Path) -> None:
+    """Columns of whole numbers with gaps come out of tables as fractions, and gaps as words that name no one."""
+    ours = [row(n, patient=value) for n, value in enumerate([40.0, 41, "42", 43.5, float("nan"), "NaN", None, True])]
+    theirs = [
+        row(n, patient=value) for n, value in enumerate([40, "41", 42.0, 43.5, float("nan"), "NaN", None, True], 9)
+    ]
+    path, other = write_rows(tmp_path / "train.json", ours), write_rows(tmp_path / "test.json", theirs)
+    assert rules_of(check(path, against=other)) == {"leak-group": [0, 1, 2]}
+
+
 def test_order_of_pictures_counts(tmp_path: Path) -> None:
     images = folder(tmp_path)
     for number in range(2):

@@ -80,7 +80,13 @@ def test_stratified_shares_are_close() -> None:
         assert chosen.count("train") == chosen.count("test") == 10
 
 
-@pytest.mark.parametrize("value", [None, "", "  ", 1.5, True])
+def test_a_patient_is_one_however_the_number_is_written() -> None:
+    written = [{**row, "patient": (float, str, int)[n % 3](row["patient"])} for n, row in enumerate(rows())]
+    options = Options(("patient",), FRACTIONS)
+    assert split_rows(written, options) == split_rows(rows(), options)
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", 1.5, float("nan"), True])
 def test_a_row_without_the_key_is_refused(value: Any) -> None:
     data = rows(5)
     data[7]["patient"] = value

@@ -111,6 +111,8 @@ def test_cells() -> None:
     row = {"a": " x ", "b": None, "c": float("nan"), "d": "NULL", "e": ["p", 1], "f": 3, "g": "None", "h": True}
     assert [cell(row, name) for name in "abcdefghi"] == ["x", "", "", "", "p 1", "3", "", "True", ""]
     assert [answer_cell(row, name) for name in "abcdfgh"] == ["x", "", "", "NULL", "3", "None", ""]
+    numbers = {"a": 40.0, "b": 1.5, "c": float("inf"), "d": 40}
+    assert [cell(numbers, name) for name in "abcd"] == ["40", "1.5", "inf", "40"]
     assert plain({"a": [float("inf"), 1.5, None]}) == {"a": [None, 1.5, None]}
     with pytest.raises(DataError, match="type bytes"):
         plain(b"x")
