@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import subprocess
 import sys
 import warnings
@@ -183,4 +184,5 @@ def test_a_short_guided_fuzz(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.data.fuzz_dicom", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert not list(tmp_path.iterdir()) and "Done 500 runs" in done.stderr
+    finished = re.search(r"Done (\d+) runs", done.stderr)  # it may run a few more than asked for
+    assert not list(tmp_path.iterdir()) and finished is not None and int(finished[1]) >= 500
