@@ -13,7 +13,8 @@ from pathlib import Path
 from llava.errors import CheckpointError
 from llava.model.inspection import PROBLEMS, Inspection, added_words, inspect
 from llava.model.layout import KINDS, Layout
-from llava.model.legacy_keys import TEXT_TYPES, unknown_keys
+from llava.model.legacy_checks import refusals
+from llava.model.legacy_keys import unknown_keys
 from llava.model.names import EMBEDDINGS, PROJECTOR
 from llava.model.our_names import our_name
 from llava.model.shards import TensorReader
@@ -44,8 +45,7 @@ def diagnose(inspection: Inspection) -> Iterator[Finding]:
 
 def _legacy_findings(layout: Layout) -> Iterator[Finding]:
     config = layout.config
-    if layout.text_type not in TEXT_TYPES:
-        yield Finding("error", f"a language model of type {layout.text_type}; readable: {', '.join(TEXT_TYPES)}")
+    yield from (Finding("error", reason) for reason in refusals(layout))
     yield from _projector_findings(layout)
     yield from _token_findings(layout)
     if layout.has_tower:
@@ -77,8 +77,7 @@ def _legacy_findings(layout: Layout) -> Iterator[Finding]:
 def _projector_findings(layout: Layout) -> Iterator[Finding]:
     try:
         by_weights = layout.projector_type
-    except CheckpointError as error:
-        yield Finding("error", str(error))
+    except CheckpointError:  # `refusals` says it
         return
     written = layout.config.get("mm_projector_type")
     if written and by_weights and written != by_weights:

@@ -25,8 +25,8 @@ from llava.model.foreign_tokens import add_tokens, load_tokenizer, make_processo
 from llava.model.hub import local_folder
 from llava.model.image_policy import write_policy
 from llava.model.layout import EXTRA_FILE, KINDS, Layout, sniff
+from llava.model.legacy_checks import SELECT_STRATEGIES, layer_refusals
 from llava.model.legacy_config import (
-    SELECT_STRATEGIES,
     check_supported,
     projector_settings,
     select_feature,
@@ -297,8 +297,15 @@ def tower_adapter_folder(folder: Path) -> Path:
 
 
 def make_config(layout: Layout, text: Any, gathered: Gathered, processor: Any) -> LlavaMedConfig:
-    """Our configuration of a legacy checkpoint."""
+    """Our configuration of a legacy checkpoint.
+
+    Raises:
+        CheckpointError: the tower has no such layer as is selected.
+    """
     kind, settings = projector_settings(layout)
+    layer, num_layers = select_layer(layout), int(gathered.vision_config.num_hidden_layers)
+    for reason in layer_refusals(layer, num_layers):  # of a tower that only now is known
+        raise CheckpointError(f"{layout.path}: {reason}")
     text.vocab_size = gathered.state[EMBEDDINGS].shape[0]
     markers = [word for word in processor.marker_ids if word is not None] if processor.use_im_start_end else None
     return LlavaMedConfig(
@@ -307,7 +314,7 @@ def make_config(layout: Layout, text: Any, gathered: Gathered, processor: Any) -
         image_token_index=processor.image_token_id,
         image_seq_length=processor.num_image_tokens,
         vision_feature_select_strategy=cast(Any, SELECT_STRATEGIES[select_feature(layout)]),
-        vision_feature_layer=select_layer(layout),
+        vision_feature_layer=layer,
         projector_type=kind,
         projector_kwargs=settings,
         use_im_start_end=processor.use_im_start_end,

@@ -17,8 +17,8 @@ from typing import Any
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.errors import CheckpointError
 from llava.model.layout import KINDS, OURS, PAD_TOKEN, Layout, read_json, sniff
-from llava.model.legacy_keys import unknown_keys
-from llava.model.names import EMBEDDINGS, HEAD, PROJECTOR, is_buffer
+from llava.model.legacy_keys import merge_type, unknown_keys
+from llava.model.names import EMBEDDINGS, HEAD, NEWLINE, PROJECTOR, is_buffer
 from llava.model.our_names import our_name
 from llava.model.shards import TensorEntry
 from llava.utils.cli import Parser
@@ -135,12 +135,19 @@ def expected_shapes(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{model}norm.weight", (width,)
     if not config.get("tie_word_embeddings"):
         yield "lm_head.weight", (-1, width)
-    yield from _expected_projector(config, width)
+    yield from _expected_projector(layout, width)
+    if merge_type(config) == "spatial_unpad":
+        yield f"model.{NEWLINE}", (width,)
 
 
-def _expected_projector(config: dict[str, Any], width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    vision = config.get("mm_hidden_size", -1)
-    kind = str(config.get("mm_projector_type") or "linear")
+def _expected_projector(layout: Layout, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Weights of the projector that the weights are of; where they are of none, of the one that the settings name."""
+    vision = layout.config.get("mm_hidden_size", -1)
+    written = str(layout.config.get("mm_projector_type") or "linear")
+    try:
+        kind = layout.projector_type or written
+    except CheckpointError:
+        kind = written
     if kind == "linear":
         yield f"{PROJECTOR}weight", (width, vision)
         yield f"{PROJECTOR}bias", (width,)
@@ -148,6 +155,15 @@ def _expected_projector(config: dict[str, Any], width: int) -> Iterator[tuple[st
         for layer in range(int(match[1])):
             yield f"{PROJECTOR}{2 * layer}.weight", (width, width if layer else vision)
             yield f"{PROJECTOR}{2 * layer}.bias", (width,)
+    elif kind == "cluster":
+        for name in ("sim_alpha", "sim_beta"):
+            yield PROJECTOR + name, (1, 1, 1)
+        for name in ("c", "v", "f"):
+            yield f"{PROJECTOR}{name}.weight", (vision, vision)
+            yield f"{PROJECTOR}{name}.bias", (vision,)
+        for name, shape in (("ln_1", (vision,)), ("mlp.0", (width, vision)), ("mlp.2", (width, width))):
+            yield f"{PROJECTOR}{name}.weight", shape
+            yield f"{PROJECTOR}{name}.bias", shape[:1]
 
 
 def _new_rows(layout: Layout) -> Iterator[Row]:

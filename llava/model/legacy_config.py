@@ -10,26 +10,20 @@ from typing import Any, cast
 from transformers import AutoConfig
 
 from llava.errors import CheckpointError
-from llava.image_grids import MERGE_TYPES, parse_pinpoints
+from llava.image_grids import parse_pinpoints
 from llava.model.config import LlavaMedConfig
 from llava.model.layout import Layout
+from llava.model.legacy_checks import SELECT_STRATEGIES, refusals
 from llava.model.legacy_keys import FOREIGN_KEYS, KEPT_KEYS, TEMPLATE_KEY, TEXT_TYPES, USED_KEYS
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
-from llava.model.names import NEWLINE
-
-SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
 
 def text_config(layout: Layout) -> Any:
     """Configuration of the language model inside a legacy config.json.
 
     Raises:
-        CheckpointError: a language model that cannot be read, or a setting that transformers refuses.
+        CheckpointError: a setting that transformers refuses.
     """
-    if layout.text_type not in TEXT_TYPES:
-        raise CheckpointError(
-            f"{layout.path}: a legacy checkpoint around {layout.text_type}; only {' and '.join(TEXT_TYPES)} can be read"
-        )
     ours = USED_KEYS | KEPT_KEYS | FOREIGN_KEYS
     settings = {key: value for key, value in layout.config.items() if key not in ours}
     if settings.get("pad_token_id") is not None and settings["pad_token_id"] < 0:
@@ -41,32 +35,20 @@ def text_config(layout: Layout) -> Any:
 
 
 def check_supported(layout: Layout) -> None:
-    """Refuse settings that would load into another model than the one that was trained.
+    """Refuse settings that would load into another model than the one that was trained, see `refusals`.
 
     Raises:
-        CheckpointError: an unknown way to join tiles, the multi-scale tower, or a resampler.
+        CheckpointError: the first of them.
     """
-    config = layout.config
-    merge = merge_type(config)
-    if merge not in MERGE_TYPES:
-        raise CheckpointError(
-            f"{layout.path}: mm_patch_merge_type {merge!r} is not read; only {', '.join(MERGE_TYPES)} are"
-        )
-    if merge != "spatial_unpad" and any(NEWLINE in name for name in layout.tensors):
-        raise CheckpointError(
-            f"{layout.path} holds {NEWLINE}, but mm_patch_merge_type is {merge!r}; expected spatial_unpad"
-        )
-    if config.get("s2"):
-        raise CheckpointError(f"{layout.path}: the multi-scale tower (s2) is not read")
-    if config.get("mm_resampler_type"):
-        raise CheckpointError(f"{layout.path}: mm_resampler_type {config['mm_resampler_type']!r} is not read")
+    for reason in refusals(layout):
+        raise CheckpointError(f"{layout.path}: {reason}")
 
 
 def projector_settings(layout: Layout) -> tuple[str, dict[str, Any] | None]:
     """Projector type and its settings; weights decide over what the configuration says.
 
     Raises:
-        CheckpointError: neither weights nor configuration name one.
+        CheckpointError: the weights are those of no known projector.
     """
     kind = layout.projector_type or "linear"
     if kind != "cluster":
@@ -81,26 +63,14 @@ def image_mode(config: dict[str, Any]) -> str:
     return str(config.get("image_aspect_ratio") or "square")
 
 
-def merge_type(config: dict[str, Any]) -> str:
-    """How the tiles of the `anyres` mode are joined."""
-    return str(config.get("mm_patch_merge_type") or "flat")
-
-
 def select_layer(layout: Layout) -> int:
     """The hidden state of the tower that is used; version 1.0 leaves the key out where it is the last."""
     return int(layout.config.get("mm_vision_select_layer", -1))
 
 
 def select_feature(layout: Layout) -> str:
-    """`patch` or `cls_patch`.
-
-    Raises:
-        CheckpointError: another word.
-    """
-    feature = str(layout.config.get("mm_vision_select_feature") or "patch")
-    if feature not in SELECT_STRATEGIES:
-        raise CheckpointError(f"{layout.path}: unknown mm_vision_select_feature {feature!r}")
-    return feature
+    """`patch` or `cls_patch`."""
+    return str(layout.config.get("mm_vision_select_feature") or "patch")
 
 
 def legacy_config(config: LlavaMedConfig, *, whole: bool) -> dict[str, Any]:
@@ -148,6 +118,10 @@ def legacy_config(config: LlavaMedConfig, *, whole: bool) -> dict[str, Any]:
     if config.image_grid_pinpoints and not same_pinpoints(written, config.image_grid_pinpoints):
         written["image_grid_pinpoints"] = config.image_grid_pinpoints
     if config.projector_kwargs:
+        if beyond := sorted(set(config.projector_kwargs) - {"num_centers", "num_iters"}):
+            raise CheckpointError(
+                f"the legacy layout has no place for the projector's {', '.join(beyond)}; keep ours, whose layout has"
+            )
         written["mm_cluster_num_centers"] = config.projector_kwargs.get("num_centers", 256)
         written["mm_cluster_iters"] = config.projector_kwargs.get("num_iters", 2)
     return written

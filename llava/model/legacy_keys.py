@@ -79,6 +79,11 @@ def unknown_keys(config: dict[str, Any]) -> list[str]:
     return sorted(set(config) - USED_KEYS - KEPT_KEYS - FOREIGN_KEYS - TEXT_KEYS)
 
 
+def merge_type(config: Mapping[str, Any]) -> str:
+    """How the tiles of the `anyres` mode are joined; without a word, one after the other."""
+    return str(config.get("mm_patch_merge_type") or "flat")
+
+
 LARGEST_COUNT = 1_000_000
 COUNTS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),

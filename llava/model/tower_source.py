@@ -24,16 +24,7 @@ from llava.model.multimodal_encoder.open_clip_encoder.files import (
 )
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import trunk_config
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line, load_tower, tower_image_processor
-
-_LARGE = {
-    **{"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-    **{"patch_size": 14, "projection_dim": 768, "hidden_act": "quick_gelu"},
-}
-PUBLISHED_TOWERS: dict[str, dict[str, Any]] = {
-    "openai/clip-vit-large-patch14": {**_LARGE, "image_size": 224},
-    "openai/clip-vit-large-patch14-336": {**_LARGE, "image_size": 336},
-}
-"""Settings of the towers that published checkpoints name: one that holds its tower's weights needs nothing fetched."""
+from llava.model.published_towers import PUBLISHED_TOWERS
 
 
 @dataclass(frozen=True, slots=True)

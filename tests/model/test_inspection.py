@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from llava import cli
+from llava.errors import CheckpointError
 from llava.model.building import Loaded
 from llava.model.checkpoint import save_model
 from llava.model.converting import convert
@@ -152,11 +153,58 @@ def test_the_doctor_names_bad_tensors(
     [
         ({"tower_inside": False, "mm_vision_tower": "nowhere"}, "--vision_tower"),
         ({"mm_hidden_size": 1024}, "mm_hidden_size is 1024"),
-        ({"architectures": ["LlavaMptForCausalLM"]}, "type mpt"),
+        ({"architectures": ["LlavaMptForCausalLM"]}, "around mpt"),
+        ({"mm_patch_merge_type": "max_pool"}, "mm_patch_merge_type 'max_pool' is not read"),
+        ({"mm_vision_select_layer": -5}, "the tower has 3 layers, so expected -4 to 3"),
+        ({"mm_vision_select_layer": 4, "tower_inside": False}, "the tower has 3 layers, so expected -4 to 3"),
+        ({"s2": True}, "multi-scale"),
+        ({"mm_resampler_type": "perceiver"}, "mm_resampler_type 'perceiver'"),
+        ({"mm_vision_select_feature": "all"}, "unknown mm_vision_select_feature 'all'"),
     ],
 )
 def test_the_doctor_reads_settings(tmp_path: Path, options: dict[str, Any], error: str) -> None:
-    assert error in errors(write_legacy(tmp_path, **options))
+    folder = write_legacy(tmp_path, **options)
+    assert errors(folder).count(error) == 1
+    if "mm_hidden_size" not in options:  # the originals read it; here the tower decides
+        with pytest.raises(CheckpointError):
+            load(folder)
+
+
+def test_the_doctor_knows_the_layers_of_published_towers(tmp_path: Path) -> None:
+    name = "openai/clip-vit-large-patch14-336"
+    folder = write_legacy(tmp_path, tower_inside=False, mm_vision_tower=name, mm_vision_select_layer=25)
+    assert "the tower has 24 layers, so expected -25 to 24" in errors(folder)
+
+
+def test_a_tower_that_is_given_has_too_few_layers(tmp_path: Path) -> None:
+    folder = write_legacy(tmp_path, tower_inside=False, mm_vision_tower="somebody/tower", mm_vision_select_layer=-7)
+    with pytest.raises(CheckpointError, match="mm_vision_select_layer is -7; the tower has 3 layers"):
+        load(folder, vision_tower=str(tmp_path / "tower"))
+
+
+@pytest.mark.parametrize(
+    ("projector", "drop"),
+    [
+        *(("cluster", name) for name in ("sim_alpha", "sim_beta", "v.weight", "ln_1.bias", "mlp.2.weight")),
+        *(("linear", name) for name in ("weight", "bias")),
+        *(("mlp2x_gelu", name) for name in ("0.weight", "2.bias")),
+    ],
+)
+def test_the_doctor_misses_every_weight_of_a_projector(tmp_path: Path, projector: str, drop: str) -> None:
+    folder = write_legacy(tmp_path, projector=projector, safe=False)
+    assert not errors(folder)
+    change(folder, f"model.mm_projector.{drop}")
+    assert f"missing: model.multi_modal_projector.{drop}" in errors(folder)
+
+
+def test_an_mlp_that_lost_a_layer_is_no_smaller_mlp(tmp_path: Path) -> None:
+    folder = write_legacy(tmp_path, safe=False)
+    for part in ("weight", "bias"):
+        change(folder, f"model.mm_projector.2.{part}")
+    message = "mm_projector_type is 'mlp2x_gelu', the weights are those of 'mlp1x_gelu' only"
+    assert message in errors(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
 
 
 def test_notes_of_the_doctor(tmp_path: Path) -> None:

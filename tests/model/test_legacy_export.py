@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from llava.errors import CheckpointError
 from llava.model.building import Loaded
 from llava.model.checkpoint import save_model
 from llava.model.converting import convert
@@ -114,6 +115,15 @@ def test_a_tower_inside_the_folder_comes_along(tmp_path: Path, ways: list[str]) 
 @pytest.mark.parametrize("value", [{"a": 1}, ["v0"], 3])
 def test_a_template_key_that_is_no_name(tmp_path: Path, value: Any) -> None:
     folder = write_legacy(tmp_path, llava_template=value)
-    with pytest.raises(Exception, match="llava_template is"):
+    with pytest.raises(CheckpointError, match="llava_template is"):
         sniff(folder)
     assert json.loads((folder / "config.json").read_text())[TEMPLATE_KEY] == value
+
+
+@pytest.mark.parametrize("settings", [{"norm": "channel"}, {"temperature": 0.1}])
+def test_projector_settings_that_the_layout_cannot_hold_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """The originals' cluster projector would give other numbers."""
+    save(tiny_llava("cluster", projector_kwargs={"num_centers": 3, **settings}), tmp_path / "ours")
+    with pytest.raises(CheckpointError, match=f"no place for the projector's {next(iter(settings))}"):
+        convert(tmp_path / "ours", tmp_path / "legacy", "legacy")
+    assert not (tmp_path / "legacy").exists()
