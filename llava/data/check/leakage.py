@@ -70,6 +70,14 @@ def _shared_names(ledgers: Sequence[Ledger], pictures: Pictures, findings: Findi
         findings.add("leak-name", FILE, rows.tolist(), pictures.name(place), images=[place], other_rows=others_of)
 
 
+def num_persons(ledgers: Sequence[Ledger]) -> dict[str, list[int]]:
+    """Return how many different values each patient or study field has in each file, where it has any."""
+    found = {
+        name: [len(np.unique(view(ledger.groups[name].digests))) for ledger in ledgers] for name in ledgers[FILE].groups
+    }
+    return {name: counts for name, counts in found.items() if any(counts)}
+
+
 def _shared_groups(name: str, ledgers: Sequence[Ledger], findings: Findings) -> None:
     """Report values of one patient or study field that are in both files; the value itself is not shown."""
     own, others = (ledger.groups[name] for ledger in ledgers)

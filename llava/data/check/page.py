@@ -15,7 +15,7 @@ from llava.data import images
 from llava.data.check.findings import Finding
 from llava.data.check.report import Report, picture_data
 from llava.data.check.rules import RULES
-from llava.data.check.summary import token_line
+from llava.data.check.summary import person_line, token_line
 from llava.utils.html_page import page, table, thumbnail
 from llava.utils.jsonl import write_atomic
 
@@ -40,6 +40,8 @@ def write_page(path: Path, report: Report, *, strict: bool) -> None:
     """Write the page."""
     file = report.scans[0].path.name
     parts = [f"<h1>Check of {escape(file)}</h1>", f"<p>{escape(_verdict(report, strict))}</p>", _files(report)]
+    if len(report.scans) > 1:
+        parts.append(f"<p>{escape(person_line(report))}</p>")
     if report.findings.rules():
         parts += ["<h2>What was found</h2>", _rules(report)]
     for rule, number in report.findings.rules():

@@ -14,7 +14,7 @@ import numpy as np
 
 from llava.data.check.duplicates import find_repeated_rows, find_same_pictures
 from llava.data.check.findings import AGAINST, FILE, Finding, Findings
-from llava.data.check.leakage import find_leaks
+from llava.data.check.leakage import find_leaks, num_persons
 from llava.data.check.ledger import GROUP_FIELDS, Ledger, NameStore, view
 from llava.data.check.near import find_near_duplicates
 from llava.data.check.pictures import Pictures
@@ -50,6 +50,10 @@ class Report:
         """How many rows, of both files, hold nothing to train."""
         files = range(len(self.scans))
         return sum(self.findings.of(rule, file).count for rule in NOT_TRAINABLE for file in files)
+
+    def num_persons(self) -> dict[str, list[int]]:
+        """How many different patients or studies each field names, in each file."""
+        return num_persons([scan.ledger for scan in self.scans])
 
     def num_rows_of(self, rule: str, file: int) -> int:
         """How many distinct rows of a file break a rule."""
@@ -127,6 +131,7 @@ def as_data(report: Report, *, strict: bool) -> dict[str, Any]:
         "warnings": report.findings.count("warning"),
         "not_trainable": report.num_not_trainable(),
         "files": {names[file]: _file_data(scan) for file, scan in enumerate(report.scans)},
+        "persons": report.num_persons(),
         "pictures": picture_data(report.pictures),
         "pairs_not_compared": report.num_uncompared,
         "tokens": None if report.tokens is None else asdict(report.tokens),

@@ -33,6 +33,8 @@ def _facts(report: Report) -> Iterator[str]:
         yield f"{title}{scan.path.name}: {_rows(scan)}"
     yield f"not trainable: {report.num_not_trainable()} rows"
     yield _pictures(report)
+    if len(report.scans) > 1:
+        yield person_line(report)
     classes = report.scans[FILE].balance.tables()
     if classes:
         yield "classes: " + "; ".join(f"{name} {_shares(counts)}" for name, counts in list(classes.items())[:4])
@@ -61,6 +63,16 @@ def _pictures(report: Report) -> str:
     )
     forms = ", ".join(f"{count} {name}" for name, count in list(data["forms"].items())[:4])
     return f"pictures: {data['named']} named, {data['decoded']} decoded: {forms}; {sides}"
+
+
+def person_line(report: Report) -> str:
+    """Say by which fields patients and studies were compared: that nothing was found must not mean that nothing was."""
+    counts = report.num_persons()
+    both = [f"{name} ({own} and {other} different)" for name, (own, other) in counts.items() if own and other]
+    if both:
+        return f"persons: compared by {', '.join(both)}"
+    alone = "".join(f"; only one file has {name}" for name in counts)
+    return f"persons: NOT compared, no field that names a patient or a study is in both files (--group_fields){alone}"
 
 
 def _shares(counts: Mapping[str, int]) -> str:

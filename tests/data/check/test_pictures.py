@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from llava.data.check.page import write_page
 from llava.data.check.report import Report, as_data, check
+from llava.data.check.summary import summary
 from llava.errors import DataError
 from tests.data.check.files import check_rows, row, rules_of, smooth, write_rows
 
@@ -134,6 +136,17 @@ def test_the_value_of_a_shared_field_is_not_shown(tmp_path: Path) -> None:
     report = compare(tmp_path, [row(0, patient="Roe, Jane")], [row(1, patient="Roe, Jane ")])
     assert rules_of(report) == {"leak-group": [0]}
     assert "Roe" not in json.dumps(as_data(report, strict=False))
+
+
+def test_it_is_said_whether_persons_were_compared(tmp_path: Path) -> None:
+    both = compare(tmp_path, [row(0, patient="a"), row(1, patient="b")], [row(2, patient="c")])
+    assert "persons: compared by patient (2 and 1 different)" in summary(both, strict=False)
+    write_page(tmp_path / "check.html", both, strict=False)
+    assert "persons: compared by patient" in (tmp_path / "check.html").read_text()
+    assert as_data(both, strict=False)["persons"] == {"patient": [2, 1]}
+    other = compare(tmp_path, [row(0, patient="a")], [row(2, subject_id="c")])
+    assert "persons: NOT compared" in (text := summary(other, strict=False)) and "only one file has patient" in text
+    assert "persons" not in summary(check(write_rows(tmp_path / "alone.json", [row(0, patient="a")])), strict=False)
 
 
 def test_patients_are_the_same_however_their_numbers_are_written(tmp_path: Path) -> None:
