@@ -18,3 +18,6 @@ TREE_ATTENTION = "llava_tree"
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Names in torch of the precisions that weights can be loaded in."""
+
+PROCESSOR_FILE = "llava_processor.json"
+"""Beside the weights: template, image mode and all that must not be chosen twice; see `llava.processing`."""

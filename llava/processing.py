@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
+from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, PROCESSOR_FILE
 from llava.conversation import Template, get_template
 from llava.data.dicom_policy import DicomPolicy
 from llava.data.images import MODES, decode, fit, mean_color, tiles, to_rgb
@@ -34,9 +34,6 @@ from llava.image_processors import FILE_NAME as IMAGE_PROCESSOR_FILE
 from llava.image_processors import load_image_processor
 from llava.tokenization import PrefixMark, TextTokenizer, word_id
 from llava.utils.lookup import lookup
-
-FILE_NAME = "llava_processor.json"
-"""Settings of the processor, beside the tokenizer's and image processor's own files."""
 
 Placement = Literal["front", "as_written"]
 PLACEMENTS: dict[str, Placement] = {"front": "front", "as_written": "as_written"}
@@ -335,9 +332,9 @@ class LlavaMedProcessor:
                 "fast_jpeg": self.fast_jpeg,
             }
             text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-            (Path(folder) / FILE_NAME).write_text(text, encoding="utf-8")
+            (Path(folder) / PROCESSOR_FILE).write_text(text, encoding="utf-8")
             # The settings come last: a folder that has them has everything.
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == FILE_NAME):
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == PROCESSOR_FILE):
                 os.replace(file, target / file.name)
 
     @classmethod
@@ -347,9 +344,11 @@ class LlavaMedProcessor:
         Raises:
             CheckpointError: the folder holds no processor, or one that cannot be read.
         """
-        file = Path(path) / FILE_NAME
+        file = Path(path) / PROCESSOR_FILE
         if not file.is_file():
-            raise CheckpointError(f"{path} holds no {FILE_NAME}; expected a folder written by this package's training")
+            raise CheckpointError(
+                f"{path} holds no {PROCESSOR_FILE}; expected a folder written by this package's training"
+            )
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
             tokenizer = AutoTokenizer.from_pretrained(path)

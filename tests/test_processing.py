@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from llava.constants import PROCESSOR_FILE
 from llava.data.encode import encode
 from llava.errors import CheckpointError, ConfigError
-from llava.processing import FILE_NAME, LlavaMedProcessor
+from llava.processing import LlavaMedProcessor
 from tests.text_tools import KINDS, byte_level, llama_like, make_processor, talk
 
 
@@ -70,7 +71,7 @@ def test_saved_and_loaded_processor_is_the_same(tmp_path: Path, kind: str) -> No
     assert (loaded.template, loaded.text.prefix_mark) == (processor.template, processor.text.prefix_mark)
     again = tmp_path / "again"
     loaded.save_pretrained(again)
-    assert json.loads((again / FILE_NAME).read_text()) == json.loads((tmp_path / FILE_NAME).read_text())
+    assert json.loads((again / PROCESSOR_FILE).read_text()) == json.loads((tmp_path / PROCESSOR_FILE).read_text())
 
 
 def test_begin_of_text_is_saved(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_worker_processes_can_have_it() -> None:
 
 
 def test_errors(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=FILE_NAME):
+    with pytest.raises(CheckpointError, match=PROCESSOR_FILE):
         LlavaMedProcessor.from_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="unknown image placement 'back'; known: as_written, front"):
         make_processor(placement="back")
@@ -126,7 +127,7 @@ def test_errors(tmp_path: Path) -> None:
         LlavaMedProcessor(llama_like(added=()), None, template="v1", num_image_tokens=1)
     with pytest.raises(ConfigError, match="no image processor"):
         make_processor().pixels([Image.new("RGB", (4, 4))])
-    (tmp_path / FILE_NAME).write_text('{"template": "v1"}')
+    (tmp_path / PROCESSOR_FILE).write_text('{"template": "v1"}')
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         LlavaMedProcessor.from_pretrained(tmp_path)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from llava.constants import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
+from llava.constants import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, PROCESSOR_FILE
 from llava.data.dicom_policy import DicomPolicy
 from llava.data.encode import kept_tokens, place_images, tokenize_segments
 from llava.data.images import load
@@ -28,7 +28,7 @@ from llava.data.placing import with_places
 from llava.data.records import LOADERS, rows_of
 from llava.errors import CheckpointError, DataError
 from llava.image_grids import Size
-from llava.processing import FILE_NAME, LlavaMedProcessor
+from llava.processing import LlavaMedProcessor
 from llava.samples import Origin, Sample, name_of
 from llava.utils.cli import Parser
 from llava.utils.jsonl import write_atomic
@@ -228,12 +228,12 @@ def load_processor(model: str, args: Any) -> LlavaMedProcessor:
     Raises:
         CheckpointError: the model's tokenizer cannot be loaded.
     """
-    if (Path(model) / FILE_NAME).is_file():
+    if (Path(model) / PROCESSOR_FILE).is_file():
         return LlavaMedProcessor.from_pretrained(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"no processor ({FILE_NAME}) and no tokenizer found in {model}: {error}") from error
+        raise CheckpointError(f"no processor ({PROCESSOR_FILE}) and no tokenizer found in {model}: {error}") from error
     markers = [IM_START_TOKEN, IM_END_TOKEN] if args.mm_use_im_start_end else []
     tokenizer.add_tokens([IMAGE_TOKEN, *markers], special_tokens=True)
     return LlavaMedProcessor(

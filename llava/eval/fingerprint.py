@@ -19,19 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from llava.compat import parse_names
+from llava.constants import PROCESSOR_FILE
 from llava.errors import DataError
-from llava.eval.model_options import PROCESSOR_FILE, template_of
-from llava.model.layout import ADAPTER_CONFIG_FILE, CONFIG_FILE, PROJECTOR_FILES, TOKENIZER_FILES, read_json
+from llava.eval.model_options import template_of
+from llava.model.layout import (
+    ADAPTER_CONFIG_FILE,
+    CONFIG_FILE,
+    ORIGIN_FILE,
+    PROJECTOR_FILES,
+    TOKENIZER_FILES,
+    read_json,
+)
+from llava.model.legacy_keys import TOWER_KEYS
 from llava.utils.jsonl import read_text, write_json
 from llava.utils.provenance import file_sha256, weights_sha256
-
-ORIGIN_FILE = "llava_origin.json"
-"""Where an adapter or projector records what it builds on; see `llava.model.loading`."""
 
 READ_FILES = (CONFIG_FILE, ADAPTER_CONFIG_FILE, PROCESSOR_FILE, "preprocessor_config.json", *TOKENIZER_FILES)
 """Files of a checkpoint that change its answers, besides the weights."""
 
-TOWER_KEYS = ("mm_vision_tower", "mm_vision_tower_config", "mm_vision_tower_checkpoint")
 BASE_KEYS = ("base_model_name_or_path", "_name_or_path")
 
 

@@ -7,6 +7,7 @@ import logging
 from argparse import Namespace
 from pathlib import Path
 
+from llava.constants import PROCESSOR_FILE
 from llava.data.dicom_policy import DicomPolicy
 from llava.generation.options import add_engine_options
 from llava.generation.protocol import Sampling
@@ -18,10 +19,6 @@ logger = logging.getLogger(__name__)
 
 NO_EFFECT = ("mm_projector", "vision_tower")
 """Options of published commands that name parts the checkpoint now knows itself."""
-
-
-PROCESSOR_FILE = "llava_processor.json"
-"""Where a checkpoint names its template; see `llava.processing`."""
 
 
 def add_model_options(parser: Parser) -> None:

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.model.layout import read_json
+from llava.model.layout import ORIGIN_FILE, PROVENANCE_FILE, read_json
 
 CARD_FILE = "README.md"
 MARK = "<!-- written at each save by llava; delete this line to keep your own text -->"
-ORIGIN_FILE = "llava_origin.json"
-PROVENANCE_FILE = "provenance.json"
 KINDS = {"model": "a whole model", "adapter": "a LoRA adapter", "projector": "a projector"}
 ABSOLUTE_PATH = re.compile(r"(?:(?<![^\s=,:;\[({'\"])|(?<=file://))(?:~|/(?!/))[^=,;:'\"]*")
 """An absolute path in a word of a command line, alone, behind `--option=`, or in a list; no part of an address."""

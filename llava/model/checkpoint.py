@@ -24,12 +24,11 @@ from transformers import PreTrainedModel
 from llava.errors import CheckpointError
 from llava.model.building import whole
 from llava.model.card import write_card
-from llava.model.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILES, EXTRA_FILE, first_file
+from llava.model.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILES, EXTRA_FILE, ORIGIN_FILE, first_file
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.model.names import NEWLINE
 from llava.processing import LlavaMedProcessor
 
-ORIGIN_FILE = "llava_origin.json"
 PROJECTOR_FILE = "mm_projector.bin"
 PROJECTOR_SAFE_FILE = "mm_projector.safetensors"
 ADAPTER_FILE = ADAPTER_FILES[0]

@@ -22,6 +22,12 @@ CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 EXTRA_FILE = "non_lora_trainables.bin"
+ORIGIN_FILE = "llava_origin.json"
+"""Where an adapter or projector records what it builds on."""
+
+PROVENANCE_FILE = "provenance.json"
+"""What a run was made of: data, weights, code, command."""
+
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from llava.data.mixture import data_sha256
 from llava.errors import ConfigError
+from llava.model.layout import PROVENANCE_FILE
 from llava.train.args import LlavaTrainingArguments
 from llava.train.parsing import Parsed
 from llava.utils.jsonl import write_json
@@ -22,7 +23,6 @@ from llava.utils.provenance import git_commit, weights_sha256
 logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE = "resolved_arguments.json"
-PROVENANCE_FILE = "provenance.json"
 STATE_FILE = "trainer_state.json"
 
 DECISIVE = (

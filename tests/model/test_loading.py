@@ -14,9 +14,9 @@ from torch import Tensor
 
 from llava.errors import CheckpointError, ConfigError
 from llava.model.building import Loaded, build
-from llava.model.checkpoint import ORIGIN_FILE, save_adapter, save_model, save_projector
+from llava.model.checkpoint import save_adapter, save_model, save_projector
 from llava.model.hf_export import export_hf
-from llava.model.layout import EXTRA_FILE, sniff
+from llava.model.layout import EXTRA_FILE, ORIGIN_FILE, sniff
 from llava.model.loading import load
 from llava.model.lora import add_lora, freeze_for, train_marker_rows
 from tests.model.model_tools import logits, shake, trained
