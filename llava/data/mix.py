@@ -19,6 +19,7 @@ from llava.errors import ConfigError, DataError
 from llava.samples import Sample, name_of, to_row
 from llava.utils.cli import Parser
 from llava.utils.jsonl import write_json
+from llava.utils.outputs import refuse_overwriting
 
 UNKNOWN = "unknown"
 
@@ -47,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mixture = read_mixture(args.mixture)
     if mixture.stream:
         raise ConfigError(f"{args.mixture}: a stream is not written as one file; leave `stream: true` out")
-    if args.out.resolve() in {path.resolve() for path in (args.mixture, *(source.path for source in mixture.sources))}:
-        raise ConfigError(f"--out {args.out} would overwrite what is read; name another file")
+    refuse_overwriting([args.mixture, *(source.path for source in mixture.sources)], {"out": args.out})
     folder = (args.root or args.mixture.parent).resolve()
     samples = [relative(sample, folder) for sample in load_mixture(mixture.sources)]
     write_json(args.out, [to_row(sample) for sample in samples])

@@ -23,6 +23,7 @@ from llava.instruct.prompts import ASSISTANT, USER
 from llava.utils.cli import Parser
 from llava.utils.jsonl import read_records, write_json
 from llava.utils.log import progress
+from llava.utils.outputs import refuse_overwriting
 
 EPILOG = """
 example:
@@ -210,6 +211,7 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = make_parser().parse_args(argv)
+    refuse_overwriting([args.input_path], {"output-path": args.output_path, "report-path": args.report_path})
     rows = progress(read_records(args.input_path), title="dialogues", unit="row")
     mode = "legacy" if args.legacy_rules else "fixed"
     found, counts = postprocess(rows, mode=mode, seed=args.seed, name=args.input_path)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.errors import DataError
+from llava.errors import ConfigError, DataError
 from llava.instruct import instruct_postprocess
 from llava.instruct.postprocess import PAIR_OUTCOMES, image_first, parse_dialogue, postprocess
 from llava.instruct.prompts import dialogue_text
@@ -159,6 +159,16 @@ def test_the_command_says_which_phrase_decided(tmp_path: Path) -> None:
         {"outcome": "R1 dropped", "phrase": "sorry", "count": 1},
         {"outcome": "R2 cut", "phrase": "based on the caption, ", "count": 1},
     ]
+
+
+def test_answers_that_were_paid_for_are_not_overwritten(tmp_path: Path) -> None:
+    write_records(tmp_path / "gen.jsonl", [generated(dialogue(("a", "b")))])
+    before = (tmp_path / "gen.jsonl").read_bytes()
+    words = ["--input_path", str(tmp_path / "gen.jsonl"), "--output_path"]
+    for more in ([words[1]], [str(tmp_path / "post.json"), "--report_path", words[1]]):
+        with pytest.raises(ConfigError, match="would overwrite what is read"):
+            instruct_postprocess.main([*words, *more])
+    assert (tmp_path / "gen.jsonl").read_bytes() == before and not (tmp_path / "post.json").exists()
 
 
 def test_nothing_left_is_an_error_and_writes_nothing(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from llava.data.check.report import Report
 from llava.data.check.rows import view_row
 from llava.data.check.rules import RULES
 from llava.data.check.stream import form_of, stream_rows
-from llava.errors import ConfigError, DataError
+from llava.errors import DataError
 from llava.samples import to_row
 from llava.utils.jsonl import open_atomic
 
@@ -33,17 +33,6 @@ class Fixed:
     num_kept: int
     num_dropped: int
     by_rule: dict[str, int]
-
-
-def refuse_overwriting(report_path: Path, *sources: Path | None) -> None:
-    """Make sure that a copy does not replace what it is made from.
-
-    Raises:
-        ConfigError: it would.
-    """
-    for source in filter(None, sources):
-        if report_path.exists() and source.exists() and report_path.samefile(source):
-            raise ConfigError(f"--fix {report_path} is the file that is checked; give the copy another name")
 
 
 def write_fixed(report: Report, path: Path) -> Fixed:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.data.check.findings import FILE
-from llava.data.check.fixing import refuse_overwriting, write_fixed
+from llava.data.check.fixing import write_fixed
 from llava.data.check.ledger import GROUP_FIELDS
 from llava.data.check.report import Report, as_data, check
 from llava.data.check.summary import summary
@@ -22,6 +22,7 @@ from llava.errors import ConfigError
 from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.jsonl import write_json
+from llava.utils.outputs import refuse_overwriting
 
 
 def make_parser() -> Parser:
@@ -86,8 +87,7 @@ def _refuse(args: Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} must be at least 1, got {value}")
-    if args.fix:
-        refuse_overwriting(args.fix, args.file, args.against)
+    refuse_overwriting([args.file, args.against], {name: getattr(args, name) for name in ("fix", "json", "html")})
 
 
 def _count_tokens(args: Namespace, report: Report) -> None:

@@ -27,6 +27,7 @@ from llava.openai_api import add_api_flags, settings_of
 from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.jsonl import read_text, write_json, write_records
+from llava.utils.outputs import refuse_overwriting
 from llava.utils.provenance import stamp
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def score(argv: Sequence[str] | None = None) -> None:
     args = _score_parser().parse_args(argv)
     log.setup()
     read = [args.question_file, args.answers_file]
-    _refuse_overwriting(read, {"scores-file": args.scores_file, "store": _store_file(args), "out": args.out})
+    refuse_overwriting(read, {"scores-file": args.scores_file, "store": _store_file(args), "out": args.out})
     settings = Settings(
         template=args.template,
         swap=args.swap_order,
@@ -118,19 +119,6 @@ def score(argv: Sequence[str] | None = None) -> None:
         write_json(args.out, {**report, "provenance": provenance})
     if all(one.scores is None for one in rated):
         sys.exit("no question has a score (see the reasons above)")
-
-
-def _refuse_overwriting(read: Sequence[Path], written: Mapping[str, Path | None]) -> None:
-    """Make sure that no file is written over one that is read, or over another that is written.
-
-    Raises:
-        ConfigError: one would be; replies that were paid for are among them.
-    """
-    taken = {path.resolve() for path in read}
-    for flag, path in written.items():
-        if path is not None and path.resolve() in taken:
-            raise ConfigError(f"--{flag} {path} would overwrite what is read or written besides; name another file")
-        taken |= set() if path is None else {path.resolve()}
 
 
 def _store_file(args: Namespace) -> Path:
@@ -219,7 +207,7 @@ def summarize(argv: Sequence[str] | None = None) -> None:
     log.setup()
     defects = chosen_defects(args.release, args.with_defect, args.fix)
     read = [path for path in (args.scores_file, args.against) if path is not None]
-    _refuse_overwriting(read, {"out": args.out, "html": args.html})
+    refuse_overwriting(read, {"out": args.out, "html": args.html})
     if args.scores_file is None:
         needing = [name for name in ("against", "html", "out") if getattr(args, name) is not None]
         if needing:

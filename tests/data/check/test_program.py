@@ -101,8 +101,15 @@ def test_a_missing_file_and_senseless_flags_end_with_status_two(
         llava(["data", "check", str(tmp_path / "absent.json")])
     assert stop.value.code == 2 and "cannot be opened" in capsys.readouterr().err
     path = write_rows(tmp_path / "rows.json", [row(0)])
-    with pytest.raises(ConfigError, match="another name"):
+    with pytest.raises(ConfigError, match="name another file"):
         main([str(path), "--fix", str(path)])
+    before = path.read_bytes()
+    for flag in ("--json", "--html"):
+        with pytest.raises(ConfigError, match=f"{flag} .* would overwrite"):
+            main([str(path), flag, str(path)])
+    with pytest.raises(ConfigError, match=r"--html .* would overwrite"):
+        main([str(path), "--json", str(tmp_path / "out"), "--html", str(tmp_path / "out")])
+    assert path.read_bytes() == before and not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="--against_images needs"):
         main([str(path), "--against_images", str(tmp_path)])
     with pytest.raises(ConfigError, match="max_length"):
