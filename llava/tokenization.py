@@ -79,8 +79,7 @@ class TextTokenizer:
         """What the tokenizer writes before a text: its begin-of-text token, or nothing."""
         if self.prefix_mark != "backend":
             repair_merges(tokenizer)
-        self._backend = self._make_backend()
-        self._size = len(tokenizer)
+        self._made: tuple[int, Tokenizer] | None = None  # made when first used: whoever looks only at ids needs none
 
     def plain_backend(self) -> Tokenizer:
         """A backend whose own rules write the prefix marks of this tokenizer, for programs that know no others.
@@ -107,16 +106,21 @@ class TextTokenizer:
             backend.pre_tokenizer = cast(Any, None)
         return backend
 
+    def _backend(self) -> Tokenizer:
+        size = len(self.tokenizer)
+        if self._made is None or self._made[0] != size:  # tokens were added since
+            self._made = size, self._make_backend()
+        return self._made[1]
+
     def __call__(self, text: str) -> Tokens:
         """Return the tokens of one piece of text, tokenized as if it stood alone."""
-        if len(self.tokenizer) != self._size:  # tokens were added since
-            self._backend, self._size = self._make_backend(), len(self.tokenizer)
         if not text:
             return Tokens([], [])
+        backend = self._backend()
         if self.prefix_mark != "text":
-            encoding = self._backend.encode(text, add_special_tokens=False)
+            encoding = backend.encode(text, add_special_tokens=False)
             return Tokens(encoding.ids, encoding.offsets)
-        encoding = self._backend.encode(MARK + text, add_special_tokens=False)
+        encoding = backend.encode(MARK + text, add_special_tokens=False)
         ids, spans = encoding.ids, [(max(start - 1, 0), stop - 1) for start, stop in encoding.offsets]
         if len(ids) > 1 and encoding.offsets[0] == (0, 1) and ids[1] in self.tokenizer.added_tokens_decoder:
             ids, spans = ids[1:], spans[1:]  # no mark before a special token
@@ -167,8 +171,8 @@ def find_prefix_mark(tokenizer: PreTrainedTokenizerBase) -> PrefixMark:
     A sentencepiece folder decides by the key `legacy` of its tokenizer_config.json; without the key it was made for
     tokenizers that wrote the mark before every chunk. A tokenizer.json alone decides by its backend.
     """
-    before = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())["pre_tokenizer"] or {}
-    if before.get("type") != "Metaspace" or before.get("split", True) or before.get("prepend_scheme") == "never":
+    before = cast(Any, tokenizer).backend_tokenizer.pre_tokenizer
+    if not isinstance(before, pre_tokenizers.Metaspace) or before.split or before.prepend_scheme == "never":
         return "backend"
     name = str(tokenizer.name_or_path or "")
     config = _find_file(name, "tokenizer_config.json")
@@ -176,7 +180,7 @@ def find_prefix_mark(tokenizer: PreTrainedTokenizerBase) -> PrefixMark:
     if legacy is None and _find_file(name, "tokenizer.model") and not _find_file(name, "tokenizer.json"):
         legacy = True
     if legacy is None:
-        legacy = before.get("prepend_scheme") == "always"
+        legacy = before.prepend_scheme == "always"
     return "chunk" if legacy else "text"
 
 

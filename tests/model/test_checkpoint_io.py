@@ -77,9 +77,9 @@ def test_anonymous_memory() -> None:
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     ratios: dict[str, float] = {}
     runs = [{"loaded": 1.0, "read": 1.0, "mib": 5.0}]
-    peer = [{"loaded": 2.0, "read": 0.5, "mib": 5.0}]
+    peer = [{"loaded": 2.0, "read": 0.5, "processor": 0.5, "mib": 5.0}]
     checkpoint_io.report("bin", "load", {"ours": runs, "plain": peer}, ratios)
-    assert ratios == {"load_bin": 0.8, "load_call_bin": 0.5}
+    assert ratios == {"load_bin": 0.8, "load_model_bin": 1.0}
     both = {"ours": [{"seconds": 1.0, "mib": 1.0}], "both": [{"seconds": 4.0, "mib": 2.0}]}
     checkpoint_io.report("bin", "delta", both, ratios)
     assert (ratios["delta_memory_bin"], ratios["delta_time_bin"]) == (0.5, 0.25)
