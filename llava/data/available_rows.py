@@ -8,17 +8,17 @@ form of the file, whatever it is called: an array stays an array, lines stay lin
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from llava.data.check.stream import form_of
 from llava.data.images import resolve
 from llava.data.records import rows_of
+from llava.data.row_file import file_text
 from llava.errors import DataError
 from llava.samples import read_images
+from llava.utils.jsonl import open_atomic
 
 
 class Filtered(NamedTuple):
@@ -42,30 +42,23 @@ def write_available(path: Path, image_folder: Path) -> Filtered:
         DataError: the file cannot be read or a row's images cannot be; nothing is written then.
     """
     target = available_path(path)
-    part = target.with_name(f".{target.name}.part")
+    num_kept = num_dropped = 0
+
+    def complete() -> Iterator[dict[str, Any]]:
+        nonlocal num_kept, num_dropped
+        for row in _rows(path):
+            if _complete(row, image_folder):
+                num_kept += 1
+                yield row
+            else:
+                num_dropped += 1
+
     try:
-        with part.open("w", encoding="utf-8") as stream:
-            num_kept, num_rows = _write(_rows(path), stream, image_folder, lines=form_of(path) == "lines")
-        os.replace(part, target)
+        with open_atomic(target) as stream:
+            stream.writelines(file_text(complete(), lines=form_of(path) == "lines"))
     except OSError as error:
         raise DataError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
-    return Filtered(target, num_kept, num_rows - num_kept)
-
-
-def _write(rows: Iterable[dict[str, Any]], stream: TextIO, image_folder: Path, *, lines: bool) -> tuple[int, int]:
-    """Write the complete rows; return how many those are, and how many there were."""
-    num_kept = num_rows = 0
-    for row in rows:
-        num_rows += 1
-        if _complete(row, image_folder):
-            start = "" if lines else ("[\n" if num_kept == 0 else ",\n")
-            stream.write(start + json.dumps(row, ensure_ascii=False) + ("\n" if lines else ""))
-            num_kept += 1
-    if not lines:
-        stream.write("\n]\n" if num_kept else "[]\n")
-    return num_kept, num_rows
+    return Filtered(target, num_kept, num_dropped)
 
 
 def pair_ids(paths: Collection[str | Path]) -> set[str]:

@@ -7,7 +7,7 @@ The first of repeated rows stays. What a person must judge (look-alikes, text th
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from llava.data.check.report import Report
 from llava.data.check.rows import view_row
 from llava.data.check.rules import RULES
 from llava.data.check.stream import form_of, stream_rows
+from llava.data.row_file import file_text
 from llava.errors import DataError
 from llava.samples import to_row
 from llava.utils.jsonl import open_atomic
@@ -39,26 +40,26 @@ def write_fixed(report: Report, path: Path) -> Fixed:
     """Write the cleaned copy of the checked file.
 
     Raises:
-        DataError: the file has more rows than it had when it was checked.
+        DataError: the file has not as many rows as it had when it was checked.
     """
     source, dropped, by_rule = report.scans[FILE].path, _dropped(report), {}
     for rule, file in report.findings.rules():
         if file == FILE and RULES[rule].drops:
             by_rule[rule] = report.num_rows_of(rule, FILE)
-    lines, num_kept = form_of(source) == "lines", 0
     with open_atomic(path) as stream:
-        for row, value in stream_rows(source):
-            if row >= len(dropped):
-                raise DataError(f"{source} changed while it was checked; no copy was written, check it again")
-            if dropped[row]:
-                continue
-            start = "" if lines else ("[\n" if num_kept == 0 else ",\n")
-            text = json.dumps(_cleaned(value, row), ensure_ascii=False)
-            stream.write(f"{start}{text}{chr(10) if lines else ''}".encode())
-            num_kept += 1
-        if not lines:
-            stream.write(b"\n]\n" if num_kept else b"[]\n")
-    return Fixed(path, num_kept, int(dropped.sum()), by_rule)
+        stream.writelines(file_text(_kept(source, dropped), lines=form_of(source) == "lines"))
+    num_dropped = int(dropped.sum())
+    return Fixed(path, len(dropped) - num_dropped, num_dropped, by_rule)
+
+
+def _kept(source: Path, dropped: np.ndarray[Any, np.dtype[np.bool_]]) -> Iterator[Any]:
+    """Yield the rows that stay, as they should be written."""
+    row = -1
+    for row, value in stream_rows(source):
+        if row < len(dropped) and not dropped[row]:
+            yield _cleaned(value, row)
+    if row + 1 != len(dropped):
+        raise DataError(f"{source} changed while it was checked; no copy was written, check it again")
 
 
 def _dropped(report: Report) -> np.ndarray[Any, np.dtype[np.bool_]]:

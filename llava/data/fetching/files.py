@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from llava.data.fetching.addresses import is_local, local_path, shown
 from llava.data.fetching.client import Client
 from llava.data.fetching.reasons import most_telling
-from llava.data.fetching.remote import POINTER, RemoteFile
+from llava.data.fetching.remote import POINTER, POINTER_HINT, RemoteFile
 from llava.errors import DataError, DownloadError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def file_problem(path: Path, expected: Expected) -> str:
 
 def _pointer_hint(path: Path, size: int) -> str:
     if size < 1024 and path.read_bytes().startswith(POINTER):
-        return "; it is a Git LFS pointer, not the file: the mirror was cloned without its large files"
+        return POINTER_HINT
     return ""
 
 

@@ -28,6 +28,8 @@ PROGRESS = 1 << 20
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How a Git LFS pointer begins: what a repository holds in the place of a large file."""
 
+POINTER_HINT = "; it is a Git LFS pointer, not the file: the mirror was cloned without its large files"
+
 _RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
@@ -194,7 +196,7 @@ class RemoteFile:
         if answer.status == 200 and total < 1024:
             body = b"".join(self._client.chunks(answer))
             if body.startswith(POINTER):
-                return "; it is a Git LFS pointer, not the file: the mirror was cloned without its large files"
+                return POINTER_HINT
         return ""
 
     def _behind_known_part(self, chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -14,7 +14,6 @@ Command:
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +26,12 @@ from llava.data.readers.assigning import parse_fractions, place_of, split_at, un
 from llava.data.readers.grouping import Groups, majority
 from llava.data.readers.output import MANIFEST, read_manifest, remove_splits, split_hash
 from llava.data.readers.tables import json_rows, plain
+from llava.data.row_file import file_text
 from llava.errors import ConfigError, DataError
 from llava.samples import read_images
 from llava.utils import log
 from llava.utils.cli import Parser
-from llava.utils.jsonl import write_atomic, write_json
+from llava.utils.jsonl import open_atomic, write_json
 from llava.utils.provenance import stamp
 
 WAYS = ("patient", "image")
@@ -175,7 +175,8 @@ def write_splits(out: Path, rows: Sequence[dict[str, Any]], places: Sequence[str
         chosen = [row for row, place in zip(rows, places, strict=True) if place == split]
         if not chosen:
             continue
-        write_atomic(out / f"{split}.json", "[\n" + ",\n".join(map(_as_json, chosen)) + "\n]\n")
+        with open_atomic(out / f"{split}.json") as stream:
+            stream.writelines(file_text(map(plain, chosen)))  # as they were read, but NaN, which is no JSON, is null
         identity = split_hash(str(row.get("id", "")) for row in chosen)
         splits[split] = {"rows": len(chosen), "ids_sha256": identity}
         lines.append(f"{split:8}{len(chosen):>9,}{len(chosen) / len(rows):>8.1%}  {identity}")
@@ -187,11 +188,6 @@ def _old_splits(out: Path) -> set[str]:
     """Return the splits of an earlier output, as its manifest names them."""
     old = (read_manifest(out) or {}).get("splits")
     return {split for split in old if split.isidentifier()} if isinstance(old, dict) else set()
-
-
-def _as_json(row: Mapping[str, Any]) -> str:
-    """Return a row as it was read; only NaN, which is no JSON, becomes null."""
-    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
 
 
 def make_parser() -> Parser:
