@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava.model.building import Loaded, build
+from tests.runs import write_parts, write_uneven
 from tests.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,3 +38,11 @@ def built(tmp_path: Path) -> Loaded:
     loaded = build(str(lm), str(tower), projector_type="mlp2x_gelu", use_im_start_end=True)
     loaded.model.eval()
     return loaded
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parts and data of short training runs: `lm`, `tower`, `vqa`, and `uneven.json`, some rows of which are text."""
+    folder = write_parts(tmp_path_factory.mktemp("parts"))
+    write_uneven(folder)
+    return folder

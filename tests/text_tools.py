@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from llava.constants import IMAGE_TOKEN
 from llava.data.encode import place_images, tokenize_segments
@@ -54,6 +55,13 @@ KINDS: dict[str, Any] = {
     "sentencepiece, mark per text": lambda: (llama_like(), "text"),
     "byte level": lambda: (byte_level(), None),
 }
+
+
+def write_processor(path: Path) -> Path:
+    """A folder with a processor for text and pictures, as a model's folder holds it."""
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    LlavaMedProcessor(llama_like(), clip, template="v1", num_image_tokens=4).save_pretrained(path)
+    return path
 
 
 def make_processor(kind: str = "sentencepiece, mark per chunk", **settings: Any) -> LlavaMedProcessor:

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from transformers import CLIPImageProcessorPil
 
 from llava.data import show
 from llava.errors import CheckpointError, DataError
-from llava.processing import LlavaMedProcessor
 from llava.samples import Sample
-from tests.text_tools import byte_level, llama_like, make_processor, talk
+from tests.text_tools import byte_level, make_processor, talk, write_processor
 
 
 def write_rows(path: Path) -> Path:
@@ -30,14 +28,8 @@ def write_rows(path: Path) -> Path:
     return path
 
 
-def write_model(path: Path) -> Path:
-    clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    LlavaMedProcessor(llama_like(), clip, template="v1", num_image_tokens=4).save_pretrained(path)
-    return path
-
-
 def test_plain_output_marks_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, file = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.json")
+    model, file = write_processor(tmp_path / "model"), write_rows(tmp_path / "rows.json")
     show.main([str(file), "--row", "1", "--model", str(model)])
     printed = capsys.readouterr().out
     assert f"{file}, row 1, id 'b<1>'" in printed
@@ -48,7 +40,7 @@ def test_plain_output_marks_what_is_trained(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_truncation_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, file = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.json")
+    model, file = write_processor(tmp_path / "model"), write_rows(tmp_path / "rows.json")
     show.main([str(file), "--row=1", f"--model={model}"])
     total = int(next(line for line in capsys.readouterr().out.splitlines() if " trained, " in line).split()[0])
     show.main([str(file), "--row=1", f"--model={model}", "--max_length", str(total - 3)])
@@ -76,7 +68,7 @@ def test_stretches_hold_every_token_once() -> None:
 
 
 def test_page_is_escaped_and_shows_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, file = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.json")
+    model, file = write_processor(tmp_path / "model"), write_rows(tmp_path / "rows.json")
     (tmp_path / "images").mkdir()
     Image.new("RGB", (900, 30), "red").save(tmp_path / "images" / "a.png")
     page = tmp_path / "out" / "row.html"
@@ -100,7 +92,7 @@ def test_plain_language_model_with_flags(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_errors_name_row_and_remedy(tmp_path: Path) -> None:
-    model, file = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.json")
+    model, file = write_processor(tmp_path / "model"), write_rows(tmp_path / "rows.json")
     with pytest.raises(DataError, match=r"rows.json, row 0: .*no conversation"):
         show.main([str(file), "--row", "0", "--model", str(model)])
     with pytest.raises(DataError, match="has 2 rows, so --row must be from 0 to 1, got 7"):

@@ -10,12 +10,7 @@ import pytest
 import torch
 
 from tests.ranks import run
-from tests.runs import arguments, losses, saved, train, write_parts, write_uneven
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parts(tmp_path_factory.mktemp("parts"))
+from tests.runs import arguments, losses, saved, train, write_uneven
 
 
 def row_ids(output: Path) -> Counter[int]:

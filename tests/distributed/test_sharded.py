@@ -19,18 +19,11 @@ from llava.model.lora import freeze_for
 from llava.train.loader import Collator, matched_rows
 from llava.train.objectives import SFT
 from tests.ranks import run
-from tests.runs import arguments, losses, saved, train, write_parts, write_uneven
+from tests.runs import arguments, losses, saved, train
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILE_SECONDS = 500.0
 """The first run on a machine compiles for about two minutes on a free processor."""
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_parts(tmp_path_factory.mktemp("parts"))
-    write_uneven(folder)
-    return folder
 
 
 def options(parts: Path, **changed: object) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llava.data.flat_batch import FlatBatch
 from llava.train import objectives
-from tests.runs import arguments, losses, metrics, train, write_parts
+from tests.runs import arguments, losses, metrics, train
 
 
 class Failing(objectives.SFT):
@@ -34,11 +34,6 @@ class Failing(objectives.SFT):
             self.failed.append(weakref.ref(activation))
             raise torch.OutOfMemoryError("simulated")
         return super().__call__(model, batch, num_items=num_items)
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from tests.runs import (
     train,
     train_killed_while_saving,
     train_until_killed,
-    write_parts,
 )
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -29,11 +28,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "model": {"lr_scheduler_type": "cosine"},
 }
 EVERY_STEP = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="module")

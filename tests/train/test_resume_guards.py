@@ -10,14 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError, ConfigError
 from llava.train.order import describe
-from tests.runs import arguments, losses, train, write_parts
+from tests.runs import arguments, losses, train
 
 EVERY_STEP = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="module")

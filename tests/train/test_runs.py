@@ -14,14 +14,7 @@ import torch
 from llava.errors import LlavaError
 from llava.model.loading import load
 from llava.train.objectives import SFT
-from tests.runs import arguments, losses, metrics, saved, steps, train, write_parts, write_uneven
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_parts(tmp_path_factory.mktemp("parts"))
-    write_uneven(folder)
-    return folder
+from tests.runs import arguments, losses, metrics, saved, steps, train
 
 
 @pytest.fixture(scope="module")

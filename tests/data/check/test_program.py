@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPImageProcessorPil
 
 from llava.cli import main as llava
 from llava.data.check.program import main
@@ -21,9 +20,8 @@ from llava.data.check.report import check
 from llava.data.check.stream import stream_rows
 from llava.data.records import load_samples
 from llava.errors import ConfigError
-from llava.processing import LlavaMedProcessor
 from tests.data.check.files import row, rules_of, smooth, write_rows
-from tests.text_tools import llama_like
+from tests.text_tools import write_processor
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -138,14 +136,8 @@ def test_the_copy_keeps_the_form_of_the_file(tmp_path: Path) -> None:
     assert json.loads(copy.read_text()) == []
 
 
-def make_model(path: Path) -> Path:
-    clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    LlavaMedProcessor(llama_like(), clip, template="v1", num_image_tokens=4).save_pretrained(path)
-    return path
-
-
 def test_tokens_of_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, data = make_model(tmp_path / "model"), tmp_path / "out.json"
+    model, data = write_processor(tmp_path / "model"), tmp_path / "out.json"
     long = [{"from": "human", "value": "<image>\n" + "Is it? " * 40}, {"from": "gpt", "value": "Yes " * 30}]
     rows = [row(0, "a.png"), {"id": 1}, row(2), row(3, "b.png", conversations=long), {"question_id": 1, "text": "?"}]
     path = write_rows(tmp_path / "rows.json", rows)
