@@ -57,7 +57,6 @@ class Outcome:
 class Forecast:
     """What the rows that are left will take: tokens of prompts, of answers as expected, of answers at most."""
 
-    num_rows: int
     num_prompt: int
     num_answer: int
     num_answer_at_most: int
@@ -81,7 +80,7 @@ def forecast(rows: Sequence[Row], options: Options, budget: Budget, results: Res
     known = counted or examples
     expected = min(sum(known) / len(known), budget.max_answer_tokens)
     prompt = sum(estimate_tokens(messages_for(row, use_inline_mentions=options.use_inline_mentions)) for row in rows)
-    return Forecast(len(rows), prompt, round(len(rows) * expected), len(rows) * budget.max_answer_tokens)
+    return Forecast(prompt, round(len(rows) * expected), len(rows) * budget.max_answer_tokens)
 
 
 class Generation:

@@ -71,10 +71,11 @@ def _event(job: Job, origin: Origin, row: Row | DataError, split: str) -> Event:
     identity = f"pmcvqa{release}_{split}_{origin.row}"
     if isinstance(row, DataError):
         return BadRow(*origin, identity, str(row))
+    name = cell(row, "Figure_path")
     try:
         choices = {letter: _choice(answer_cell(row, f"Choice {letter}"), letter) for letter in LETTERS}
         letter = _letter(row, choices)
-        image = job.sources.image(cell(row, "Figure_path"), *IMAGE_FOLDERS[release])
+        image = job.sources.image(name, *IMAGE_FOLDERS[release])
     except DataError as error:
         return BadRow(*origin, identity, str(error))
     question = cell(row, "Question")
@@ -91,7 +92,6 @@ def _event(job: Job, origin: Origin, row: Row | DataError, split: str) -> Event:
         "caption": cell(row, "Caption") if job.args.captions else "",
     }
     answer = f"{letter}: {choices[letter]}" if job.args.choices else choices[letter]
-    name = cell(row, "Figure_path")
     return Item(identity, split, question, answer, image, name, meta, origin)
 
 
