@@ -26,7 +26,7 @@ from llava.model.building import whole
 from llava.model.card import write_card
 from llava.model.layout import ADAPTER_CONFIG_FILE, ADAPTER_FILES, EXTRA_FILE, ORIGIN_FILE, first_file
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
-from llava.model.names import NEWLINE
+from llava.model.names import LEGACY_PROJECTOR_PREFIX, NEWLINE
 from llava.processing import LlavaMedProcessor
 
 PROJECTOR_FILE = "mm_projector.bin"
@@ -45,7 +45,6 @@ FILES_OF_KIND = {
 }
 """Weight files of each kind; those of a whole model are told by `is_model_weights`."""
 
-PROJECTOR_PREFIX = "model.mm_projector."
 NEWLINE_KEY = f"model.{NEWLINE}"
 PROJECTOR_MODULE = "multi_modal_projector."
 
@@ -154,7 +153,7 @@ def projector_state(model: nn.Module, state: State | None = None) -> dict[str, T
     """
     weights = dict(state if state is not None else model.state_dict())
     result = {
-        PROJECTOR_PREFIX + name.split(PROJECTOR_MODULE, 1)[1]: _copy(tensor)
+        LEGACY_PROJECTOR_PREFIX + name.split(PROJECTOR_MODULE, 1)[1]: _copy(tensor)
         for name, tensor in weights.items()
         if PROJECTOR_MODULE in name
     }

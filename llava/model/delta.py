@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llava.errors import CheckpointError
 from llava.model.delta_names import partners
+from llava.model.layout import read_json
 from llava.model.names import is_buffer
 from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter, TensorReader, open_tensors
 from llava.model.whole_folder import copy_companions, new_folder
@@ -185,16 +186,7 @@ def read_record(delta: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is broken.
     """
-    file = delta / DELTA_FILE
-    if not file.is_file():
-        return {}
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise CheckpointError(f"{file} holds no JSON object")
-    return record
+    return read_json(delta / DELTA_FILE)
 
 
 def _check_base(path: Path, base: TensorReader, record: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from llava.errors import CheckpointError
 from llava.model import delta
 from llava.model.layout import CONFIG_FILE, read_json
+from llava.model.legacy_keys import ARCHITECTURES
 from llava.model.names import is_buffer, projector_suffix
 from llava.model.shards import open_tensors
 from llava.model.whole_folder import copy_companions, new_folder
@@ -20,8 +21,8 @@ from llava.utils.log import progress
 GIGABYTE = 10**9
 
 UPGRADES = {
-    "llama": {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]},
-    "mistral": {"model_type": "llava_mistral", "architectures": ["LlavaMistralForCausalLM"]},
+    "llama": {"model_type": "llava", "architectures": [ARCHITECTURES["llama"]]},
+    "mistral": {"model_type": "llava_mistral", "architectures": [ARCHITECTURES["mistral"]]},
 }
 """What early training wrote as a plain language model although there is a projector inside, by its type."""
 

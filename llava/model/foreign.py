@@ -15,11 +15,10 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from llava.constants import IM_END_TOKEN, IM_START_TOKEN
 from llava.errors import CheckpointError
 from llava.model.building import Loaded, finish, portable
 from llava.model.config import LlavaMedConfig
-from llava.model.filling import grow, grow_head, mean_rows, place
+from llava.model.filling import grow, place
 from llava.model.foreign_options import ForeignOptions
 from llava.model.foreign_tokens import add_tokens, load_tokenizer, make_processor
 from llava.model.hub import local_folder
@@ -43,14 +42,15 @@ from llava.model.names import (
     LEGACY_PREFIXES,
     NEWLINE,
     PROJECTOR,
+    TIMM_TOWER,
     TOWER,
     is_buffer,
     projector_suffix,
     renamed,
 )
 from llava.model.shards import TensorReader, open_tensors
+from llava.model.token_rows import marker_rows, take_rows
 from llava.model.tower_source import TowerSource, find_tower
-from llava.tokenization import word_id
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def _take(state: dict[str, Tensor], buffers: dict[str, str], layout: Layout) -> 
             raise CheckpointError(
                 f"{layout.path}: {name} belongs to no part of the model; see `llava checkpoint inspect`"
             )
-        (trunk if ".vision_tower.vit." in name else state)[ours] = tensor
+        (trunk if name.startswith(TIMM_TOWER) else state)[ours] = tensor
     if trunk:
         plain = {name.removeprefix(TOWER): tensor for name, tensor in trunk.items()}
         num_layers = 1 + max(int(name.split(".")[1]) for name in plain if name.startswith("blocks."))
@@ -218,49 +218,6 @@ def _take_projector(state: dict[str, Tensor], reader: TensorReader, layout: Layo
             state[f"model.{NEWLINE}"] = tensor
         elif "lora_" not in name:
             raise CheckpointError(f"{layout.path}: {name} is neither of the projector nor of the embeddings")
-
-
-def marker_rows(tokenizer: Any) -> list[int]:
-    """The ids of the two markers around an image, where the vocabulary has them both; else none."""
-    rows = [word_id(tokenizer, word) for word in (IM_START_TOKEN, IM_END_TOKEN)]
-    return [row for row in rows if row is not None] if None not in rows else []
-
-
-def take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout, markers: Sequence[int]) -> None:
-    """Put embedding rows that were trained with a projector into embeddings and head, under our names.
-
-    A whole table replaces the base's. Two rows are those of the markers: they go where the vocabulary has these words,
-    which is behind the base's rows, or among rows that a padded table keeps free.
-
-    Args:
-        state: the base's weights.
-        rows: [k, D], as the file has them.
-        layout: the checkpoint, for messages.
-        markers: see `marker_rows`.
-
-    Raises:
-        CheckpointError: they fit neither as a whole table nor as the two markers' rows.
-    """
-    table = state[EMBEDDINGS]
-    if rows.dim() != 2 or rows.shape[1] != table.shape[1]:
-        raise CheckpointError(
-            f"{layout.path}: embedding rows are {tuple(rows.shape)}, the base's {tuple(table.shape)}; "
-            "give the base it was trained on with --model-base"
-        )
-    if rows.shape[0] >= table.shape[0]:
-        state[EMBEDDINGS] = rows
-        grow_head(state, rows.shape[0])
-        return
-    if rows.shape[0] != len(markers):
-        raise CheckpointError(
-            f"{layout.path}: {rows.shape[0]} embedding rows; expected the whole table of at least {table.shape[0]}, "
-            f"or those of the {len(markers)} marker words that its vocabulary has"
-        )
-    num_missing = max(max(markers) + 1 - table.shape[0], 0)
-    grown = mean_rows(table, num_missing) if num_missing else table.clone()
-    grown[list(markers)] = rows.to(table.dtype)
-    state[EMBEDDINGS] = grown
-    grow_head(state, grown.shape[0])
 
 
 def _take_tower(state: dict[str, Tensor], layout: Layout, options: ForeignOptions) -> tuple[TowerSource, Any]:

@@ -14,7 +14,7 @@ from llava.image_grids import parse_pinpoints
 from llava.model.config import LlavaMedConfig
 from llava.model.layout import Layout
 from llava.model.legacy_checks import SELECT_STRATEGIES, refusals
-from llava.model.legacy_keys import FOREIGN_KEYS, KEPT_KEYS, TEMPLATE_KEY, TEXT_TYPES, USED_KEYS
+from llava.model.legacy_keys import ARCHITECTURES, FOREIGN_KEYS, KEPT_KEYS, TEMPLATE_KEY, TEXT_TYPES, USED_KEYS
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 
 
@@ -152,11 +152,10 @@ def _fresh(text: Any) -> dict[str, Any]:
     settings["rope_theta"] = parameters.get("rope_theta", 10000.0)
     if parameters.get("rope_type", "default") != "default":
         settings["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    name = "Mistral" if text.model_type == "mistral" else "Llama"
     settings.pop("_name_or_path", None)
     return {
         **settings,
-        **{"model_type": f"llava_{text.model_type}", "architectures": [f"Llava{name}ForCausalLM"]},
+        **{"model_type": f"llava_{text.model_type}", "architectures": [ARCHITECTURES[text.model_type]]},
         **{"hidden_size": text.hidden_size, "intermediate_size": text.intermediate_size},
         **{"num_hidden_layers": text.num_hidden_layers, "num_attention_heads": text.num_attention_heads},
         **{"mm_use_im_patch_token": False, "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False},

@@ -24,7 +24,17 @@ from llava.model.layout import CONFIG_FILE, PAD_TOKEN, read_json, sniff
 from llava.model.legacy_config import legacy_config, rows_to_keep
 from llava.model.legacy_keys import TEMPLATE_KEY
 from llava.model.multimodal_encoder.open_clip_encoder.key_map import TRUNK_PREFIX, to_open_clip
-from llava.model.names import EMBEDDINGS, HEAD, LANGUAGE_MODEL, LEGACY_TOWER, NEWLINE, PROJECTOR, TIMM_TOWER, TOWER
+from llava.model.names import (
+    EMBEDDINGS,
+    HEAD,
+    LANGUAGE_MODEL,
+    LEGACY_PROJECTOR_PREFIX,
+    LEGACY_TOWER,
+    NEWLINE,
+    PROJECTOR,
+    TIMM_TOWER,
+    TOWER,
+)
 from llava.model.shard_files import flat_bytes
 from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter
 from llava.model.source_files import copy_source
@@ -63,7 +73,7 @@ def legacy_state(model: Any, num_rows: int | None = None) -> Iterator[tuple[str,
         if name.startswith(TOWER):
             trunk[name.removeprefix(TOWER)] = tensor
         elif name.startswith(PROJECTOR):
-            yield "model.mm_projector." + name.removeprefix(PROJECTOR), tensor
+            yield LEGACY_PROJECTOR_PREFIX + name.removeprefix(PROJECTOR), tensor
         elif name == f"model.{NEWLINE}":
             yield name, tensor
         elif name.startswith(HEAD):

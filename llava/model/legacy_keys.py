@@ -11,6 +11,9 @@ from llava.errors import CheckpointError
 TEXT_TYPES = ("llama", "mistral")
 """Language models of the legacy layouts that are read; MPT was written for code that no longer exists."""
 
+ARCHITECTURES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
+"""The originals' classes, by the language model's type."""
+
 TEMPLATE_KEY = "llava_template"
 """Our own: the conversation template, where a checkpoint's content does not tell it; other code reads past it."""
 

@@ -20,26 +20,36 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.model.checkpoint import PROJECTOR_FILE, save_model
 from llava.model.delta_names import FLOATING
-from llava.model.foreign import marker_rows, take_rows, tokenizer_folder, tower_adapter_folder, with_base
+from llava.model.foreign import tokenizer_folder, tower_adapter_folder, with_base
 from llava.model.foreign_options import ForeignOptions
 from llava.model.foreign_tokens import add_tokens, load_tokenizer
 from llava.model.layout import CONFIG_FILE, EXTRA_FILE, KINDS, Layout, sniff
+from llava.model.legacy_export import TOWER_FOLDER
+from llava.model.legacy_keys import ARCHITECTURES
 from llava.model.loading import load
 from llava.model.lora_files import LegacyLora, check_copies, merged, read_lora, with_update
 from llava.model.multimodal_encoder.open_clip_encoder.files import is_open_clip
 from llava.model.multimodal_encoder.towers import load_tower, tower_image_processor
-from llava.model.names import EMBEDDINGS, HEAD, LEGACY_PREFIXES, NEWLINE, TOWER, is_buffer, projector_suffix, renamed
+from llava.model.names import (
+    EMBEDDINGS,
+    HEAD,
+    LEGACY_PREFIXES,
+    LEGACY_PROJECTOR_PREFIX,
+    NEWLINE,
+    TOWER,
+    is_buffer,
+    projector_suffix,
+    renamed,
+)
 from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter, TensorReader, open_tensors
 from llava.model.source_files import copy_small_files
+from llava.model.token_rows import marker_rows, take_rows
 from llava.model.tower_source import find_tower
 from llava.model.whole_folder import copy_companions, new_folder
 from llava.utils.jsonl import write_json
 from llava.utils.log import progress
 
-TOWER_FOLDER = "vision_tower"
-PROJECTOR_PREFIX = "model.mm_projector."
 NEWLINE_NAME = f"model.{NEWLINE}"
-ARCHITECTURES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
 TABLES = (EMBEDDINGS, HEAD + "weight")
 
 
@@ -81,7 +91,7 @@ class Merge:
             layer = ours.removesuffix(".weight")
             yield name, with_update(self.updates[layer], layer, tensor) if layer in self.updates else tensor
         for suffix, tensor in self.projector.items():
-            yield PROJECTOR_PREFIX + suffix, tensor
+            yield LEGACY_PROJECTOR_PREFIX + suffix, tensor
         if self.newline is not None:
             yield NEWLINE_NAME, self.newline
 
@@ -217,7 +227,8 @@ def _merge_legacy(
         if merge.tower_layers or (include_tower and not base.has_tower):
             settings |= _put_tower(merge, options, folder, dtype)
             torch.save(
-                {PROJECTOR_PREFIX + name: weight for name, weight in merge.projector.items()}, folder / PROJECTOR_FILE
+                {LEGACY_PROJECTOR_PREFIX + name: weight for name, weight in merge.projector.items()},
+                folder / PROJECTOR_FILE,
             )
         settings["architectures"] = [ARCHITECTURES[layout.text_type]]
         settings["torch_dtype"] = str(dtype).removeprefix("torch.")

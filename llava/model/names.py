@@ -24,13 +24,16 @@ NEWLINE = "image_newline"
 LEGACY_PROJECTOR = "mm_projector."
 """What follows this is the projector's own name, whatever stands before it (specification llava-rad 2.5)."""
 
+LEGACY_PROJECTOR_PREFIX = "model." + LEGACY_PROJECTOR
+"""How the projector's weights begin in a whole model, and in files of a projector alone."""
+
 LEGACY_TOWER = "model.vision_tower.vision_tower."
 TIMM_TOWER = LEGACY_TOWER + "vit."
 LEGACY_PREFIXES = {
     TIMM_TOWER: TOWER,
     LEGACY_TOWER + "vision_model.": TOWER,
     LEGACY_TOWER: TOWER,
-    "model.mm_projector.": PROJECTOR,
+    LEGACY_PROJECTOR_PREFIX: PROJECTOR,
     HEAD: HEAD,
     f"model.{NEWLINE}": f"model.{NEWLINE}",
     "model.": LANGUAGE_MODEL,

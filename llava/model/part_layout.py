@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ from llava.model.layout import (
     ADAPTER_FILES,
     CONFIG_FILE,
     EXTRA_FILE,
+    ORIGIN_FILE,
     Layout,
     first_file,
     read_json,
@@ -43,6 +45,7 @@ from llava.model.legacy_export import keep_template
 from llava.model.lora_files import LegacyLora, peft_parts, read_lora
 from llava.model.names import (
     LANGUAGE_MODEL,
+    LEGACY_PROJECTOR_PREFIX,
     LEGACY_TOWER,
     NEWLINE,
     PEFT_PREFIX,
@@ -57,7 +60,6 @@ from llava.processing import LlavaMedProcessor
 from llava.utils.jsonl import write_json
 
 TOWER_ADAPTER_FOLDER = "Vit-lora"
-LEGACY_PROJECTOR_PREFIX = "model.mm_projector."
 
 
 def convert_adapter(layout: Layout, options: ForeignOptions, path: Path) -> Loaded:
@@ -66,7 +68,7 @@ def convert_adapter(layout: Layout, options: ForeignOptions, path: Path) -> Load
     Raises:
         CheckpointError: its base or tower is missing, or it does not fit them.
     """
-    loaded = load_foreign(layout, ForeignOptions(**{**_fields(options), "merge": False}))
+    loaded = load_foreign(layout, replace(options, merge=False))
     adapters = [read_lora(layout.folder)]
     folder = options.tower_adapter or layout.tower_adapter
     if folder is not None:
@@ -89,10 +91,6 @@ def convert_adapter(layout: Layout, options: ForeignOptions, path: Path) -> Load
 def _current_extra(name: str) -> str:
     """Our name of a weight beside a legacy adapter."""
     return f"model.{NEWLINE}" if name.endswith(NEWLINE) else f"{PROJECTOR}{projector_suffix(name)}"
-
-
-def _fields(options: ForeignOptions) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in options.__slots__}
 
 
 def _remember(adapters: list[LegacyLora]) -> dict[str, Any]:
@@ -276,7 +274,7 @@ def export_legacy_projector(folder: Path, path: Path) -> None:
 def _write_rest(config: LlavaMedConfig, folder: Path, path: Path) -> None:
     """config.json, and the files that were kept when the folder was converted."""
     written = legacy_config(config, whole=False)
-    build = read_json(folder / "llava_origin.json").get("build") or {}
+    build = read_json(folder / ORIGIN_FILE).get("build") or {}
     for name in ("vision_tower", "vision_tower_config", "vision_tower_checkpoint"):
         if build.get(name) and f"mm_{name}" not in written:
             written[f"mm_{name}"] = build[name]
