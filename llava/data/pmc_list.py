@@ -139,9 +139,8 @@ def read_lists(
         else:
             break
     if place < 0:
-        raise DataError(
-            f"{', '.join(map(str, paths))}: no row; expected rows with pmc_tar_url, image_file_path, pair_id"
-        )
+        names = ", ".join(map(str, paths))
+        raise DataError(f"{names}: no row; expected rows with pmc_tar_url, image_file_path, pair_id")
     return found
 
 

@@ -117,14 +117,25 @@ def legacy_config(config: LlavaMedConfig, *, whole: bool) -> dict[str, Any]:
             written[key] = value
     if config.image_grid_pinpoints and not same_pinpoints(written, config.image_grid_pinpoints):
         written["image_grid_pinpoints"] = config.image_grid_pinpoints
-    if config.projector_kwargs:
-        if beyond := sorted(set(config.projector_kwargs) - {"num_centers", "num_iters"}):
-            raise CheckpointError(
-                f"the legacy layout has no place for the projector's {', '.join(beyond)}; keep ours, whose layout has"
-            )
-        written["mm_cluster_num_centers"] = config.projector_kwargs.get("num_centers", 256)
-        written["mm_cluster_iters"] = config.projector_kwargs.get("num_iters", 2)
-    return written
+    return written | _projector_keys(config.projector_kwargs or {})
+
+
+def _projector_keys(settings: dict[str, Any]) -> dict[str, int]:
+    """The projector's settings under their legacy names; none where it has none.
+
+    Raises:
+        CheckpointError: the layout has no name for one.
+    """
+    if beyond := sorted(set(settings) - {"num_centers", "num_iters"}):
+        raise CheckpointError(
+            f"the legacy layout has no place for the projector's {', '.join(beyond)}; keep ours, whose layout has"
+        )
+    if not settings:
+        return {}
+    return {
+        "mm_cluster_num_centers": settings.get("num_centers", 256),
+        "mm_cluster_iters": settings.get("num_iters", 2),
+    }
 
 
 def rows_to_keep(config: LlavaMedConfig) -> int:

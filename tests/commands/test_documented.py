@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 FENCE = re.compile(r"^```(?:bash|shell|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-CELL = re.compile(r"`((?:llava|python|bash|torchrun) [^`]*)`")
 
 
 def commands(path: Path) -> list[str]:
