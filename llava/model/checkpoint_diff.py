@@ -6,13 +6,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.model.layout import Layout, sniff
-from llava.model.names import is_buffer
+from llava.model.names import TIMM_TOWER, TOWER, is_buffer
 from llava.model.our_names import our_name
 from llava.model.shards import TensorReader
 from llava.utils.cli import Parser
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORED_KEYS = frozenset({"transformers_version", "_name_or_path"})
 
@@ -25,47 +28,61 @@ class Difference:
     how: str
 
 
-def by_our_names(layout: Layout) -> dict[str, str]:
-    """A checkpoint's names by ours; tables that are computed are left out.
+class Weights:
+    """The tensors of every file of a checkpoint under our names; tables that are computed are left out.
 
     A tower's adapter in a folder of its own counts as part of the adapter around it, as in our layout; copies of it
-    beside the language model's (specification stllava-med 3.2) step back.
+    beside the language model's (specification stllava-med 3.2) step back. A tower under timm's names is put under ours.
     """
-    names = (*layout.tensors, *layout.extra)
-    found = {our_name(layout, name) or name: name for name in names if not is_buffer(name)}
-    if layout.tower_adapter is not None:
-        found |= by_our_names(sniff(layout.tower_adapter))
-    return found
+
+    def __init__(self, layout: Layout) -> None:
+        entries = {**layout.extra, **layout.tensors}
+        self._files = {our_name(layout, name) or name: name for name in entries if not is_buffer(name)}
+        if layout.tower_adapter is not None:
+            tower = sniff(layout.tower_adapter)
+            entries |= tower.tensors
+            self._files |= {our_name(tower, name) or name: name for name in tower.tensors}
+        self._reader = TensorReader(entries)
+        self._split: dict[str, Tensor] = {}
+        if layout.has_timm_tower:
+            self._split_tower()
+
+    def _split_tower(self) -> None:
+        from llava.model.foreign import timm_tower
+
+        fused = {ours: name for ours, name in self._files.items() if name.startswith(TIMM_TOWER)}
+        self._files = {ours: name for ours, name in self._files.items() if ours not in fused}
+        self._split = timm_tower({TOWER + n.removeprefix(TIMM_TOWER): self._reader.read(n) for n in fused.values()})
+
+    @property
+    def names(self) -> set[str]:
+        """Our names of all tensors."""
+        return {*self._files, *self._split}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by our name; do not write into it."""
+        return self._split[name] if name in self._split else self._reader.read(self._files[name])
 
 
-def open_all(layout: Layout) -> TensorReader:
-    """The tensors of every file of a checkpoint."""
-    tower = {} if layout.tower_adapter is None else sniff(layout.tower_adapter).tensors
-    return TensorReader({**tower, **layout.extra, **layout.tensors})
-
-
-def differences(first: Layout, second: Layout) -> Iterator[Difference]:
-    """Tensors that only one has, of another shape or dtype, or with other values; then settings."""
-    ours, theirs = by_our_names(first), by_our_names(second)
-    readers = open_all(first), open_all(second)
-    for name in sorted(set(ours) | set(theirs)):
-        if name not in theirs:
+def differences(ours: Weights, theirs: Weights) -> Iterator[Difference]:
+    """Tensors that only one has, of another shape or dtype, or with other values."""
+    for name in sorted(ours.names | theirs.names):
+        if name not in theirs.names:
             yield Difference(name, "only in the first")
-        elif name not in ours:
+        elif name not in ours.names:
             yield Difference(name, "only in the second")
-        elif how := _compare(readers, ours[name], theirs[name]):
+        elif how := _compare(ours.read(name), theirs.read(name)):
             yield Difference(name, how)
-    yield from _settings(first.config, second.config)
 
 
-def _compare(readers: tuple[TensorReader, TensorReader], ours: str, theirs: str) -> str | None:
+def _compare(first: Tensor, second: Tensor) -> str | None:
+    """What two tensors of one name differ in, or None."""
     import torch
 
-    entries = readers[0].entries[ours], readers[1].entries[theirs]
-    if entries[0].shape != entries[1].shape:
-        return f"shape {entries[0].shape} and {entries[1].shape}"
-    first, second = readers[0].read(ours), readers[1].read(theirs)
-    note = "" if first.dtype == second.dtype else f"{entries[0].dtype} and {entries[1].dtype}"
+    if first.shape != second.shape:
+        return f"shape {tuple(first.shape)} and {tuple(second.shape)}"
+    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (first, second)]
+    note = "" if first.dtype == second.dtype else " and ".join(dtypes)
     if torch.equal(first.to(second.dtype), second) and torch.equal(second.to(first.dtype), first):
         return f"{note}, equal values" if note else None
     gap = (first.double() - second.double()).abs()
@@ -90,11 +107,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("second", type=Path)
     args = parser.parse_args(argv)
     first, second = sniff(args.first), sniff(args.second)
-    found = list(differences(first, second))
-    tensors = [difference for difference in found if not difference.name.startswith("config.json:")]
-    for difference in found:
+    ours, theirs = Weights(first), Weights(second)
+    tensors = list(differences(ours, theirs))
+    for difference in (*tensors, *_settings(first.config, second.config)):
         sys.stdout.write(f"{difference.name}: {difference.how}\n")
-    total = len(set(by_our_names(first)) | set(by_our_names(second)))
+    total = len(ours.names | theirs.names)
     sys.stdout.write(f"{total - len(tensors)} of {total} tensors are equal\n")
     if tensors:
         raise SystemExit(1)

@@ -8,7 +8,7 @@ Nothing is loaded in part: a weight that is missing or that nobody knows ends th
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -194,14 +194,27 @@ def _take(state: dict[str, Tensor], buffers: dict[str, str], layout: Layout) -> 
             )
         (trunk if name.startswith(TIMM_TOWER) else state)[ours] = tensor
     if trunk:
-        plain = {name.removeprefix(TOWER): tensor for name, tensor in trunk.items()}
-        num_layers = 1 + max(int(name.split(".")[1]) for name in plain if name.startswith("blocks."))
-        kind = "dinov2" if any(".ls1." in name for name in plain) else "vit"
-        state.update({TOWER + name: tensor for name, tensor in to_transformers(plain, kind, num_layers).items()})
-        if kind == "vit":  # transformers' class has a pooler, which nobody reads
-            width = plain["cls_token"].shape[-1]
-            state[TOWER + "pooler.dense.weight"] = plain["cls_token"].new_zeros(width, width)
-            state[TOWER + "pooler.dense.bias"] = plain["cls_token"].new_zeros(width)
+        state.update(timm_tower(trunk))
+
+
+def timm_tower(trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A tower that is inside a checkpoint under timm's names (LLaVA-Rad), as transformers' class has it.
+
+    Args:
+        trunk: its weights, by our prefix and timm's names.
+
+    Returns:
+        The weights under our names; queries, keys and values apart, and zeros for a pooler, which nobody reads.
+    """
+    plain = {name.removeprefix(TOWER): tensor for name, tensor in trunk.items()}
+    num_layers = 1 + max(int(name.split(".")[1]) for name in plain if name.startswith("blocks."))
+    kind = "dinov2" if any(".ls1." in name for name in plain) else "vit"
+    state = {TOWER + name: tensor for name, tensor in to_transformers(plain, kind, num_layers).items()}
+    if kind == "vit":
+        width = plain["cls_token"].shape[-1]
+        state[TOWER + "pooler.dense.weight"] = plain["cls_token"].new_zeros(width, width)
+        state[TOWER + "pooler.dense.bias"] = plain["cls_token"].new_zeros(width)
+    return state
 
 
 def _take_projector(state: dict[str, Tensor], reader: TensorReader, layout: Layout, markers: Sequence[int]) -> None:

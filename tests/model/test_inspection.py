@@ -264,6 +264,22 @@ def test_diff_pairs_projectors_and_adapters_across_layouts(
     assert capsys.readouterr().out.splitlines()[-1] == f"{count} of {count} tensors are equal"
 
 
+def test_diff_splits_a_tower_under_timms_names(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shared / "oracles" / "llava-rad"
+    config = sniff(root / "out" / "stage2").config
+    files = {name: str(root / config[f"mm_{name}"]) for name in ("vision_tower_config", "vision_tower_checkpoint")}
+    options = ForeignOptions(vision_tower=str(root / config["mm_vision_tower"]), **files)
+    assert sniff(root / "out" / "stage2").has_timm_tower
+    convert(root / "out" / "stage2", tmp_path / "ours", "ours", options)
+    with pytest.raises(SystemExit):
+        cli.main(["checkpoint", "diff", str(root / "out" / "stage2"), str(tmp_path / "ours")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("config.json:")]
+    assert [line.split(":")[0] for line in lines[:-1]] == ["lm_head.weight", "model.language_model.embed_tokens.weight"]
+    assert all("shape" in line for line in lines[:-1])
+
+
 def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_lora(tmp_path, tower_adapter=True)
     cli.main(["checkpoint", "inspect", str(folder), "--json"])
