@@ -76,8 +76,9 @@ def find_near_duplicates(pictures: Pictures, findings: Findings) -> int:
                     groups.join(int(first), int(second))
                 bar.update()
     order = np.argsort(view(pictures.pixels), kind="stable")
-    for group in groups.members():
-        _report(_all_of(places[group], view(pictures.pixels), order), pictures, findings)
+    found = [_all_of(places[group], view(pictures.pixels), order) for group in groups.members()]
+    for group in sorted(found, key=lambda group: not _in_both(group, pictures)):  # a leak is what to look at first
+        _report(group, pictures, findings)
     return search.num_skipped + num_left
 
 
@@ -112,6 +113,11 @@ def _all_of(group: NDArray[np.int64], pixels: NDArray[Any], order: NDArray[np.in
     """Return the group with the pictures that are the same as one of its members; `order` sorts `pixels`."""
     low, high = (np.searchsorted(pixels, pixels[group], side=side, sorter=order) for side in ("left", "right"))
     return np.sort(np.concatenate([order[a:b] for a, b in zip(low, high, strict=True)]))
+
+
+def _in_both(group: NDArray[np.intp], pictures: Pictures) -> bool:
+    """Say whether rows of both files name pictures of a group."""
+    return len(pictures.of_ref) > 1 and all(pictures.rows(file, group) for file in (FILE, AGAINST))
 
 
 def _report(group: NDArray[np.intp], pictures: Pictures, findings: Findings) -> None:

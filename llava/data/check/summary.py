@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from llava.data.check.findings import AGAINST, FILE
+from llava.data.check.findings import AGAINST, FILE, Found
 from llava.data.check.report import Report, picture_data
 from llava.data.check.rules import RULES
 from llava.data.check.scan import Scan
@@ -94,7 +94,7 @@ def token_line(tokens: TokenBudget) -> str:
 def _rule_lines(report: Report, rule: str, file: int) -> list[str]:
     found = report.findings.of(rule, file)
     place = "" if len(report.scans) == 1 or (RULES[rule].level == "error" and rule.startswith("leak")) else _where(file)
-    head = f"  {found.count:>6}  {RULES[rule].title}{place} [{rule}]"
+    head = f"  {found.count:>6}  {RULES[rule].title}{place}{_shared(found, rule)} [{rule}]"
     first = found.listed[0]
     rows = f"row{'s' if len(first.rows) > 1 else ''} {_numbers(first.rows)}"
     others = f" and {_numbers(first.other_rows)} of the other file" if first.other_rows else ""
@@ -105,6 +105,12 @@ def _rule_lines(report: Report, rule: str, file: int) -> list[str]:
     message = "" if first.images or first.message == RULES[rule].title else f": {first.message}"
     shown.append(f"          first: {rows}{others}{message}")
     return [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in shown]
+
+
+def _shared(found: Found, rule: str) -> str:
+    """Say how many findings that may lie within one file are about both: those may be leaks."""
+    num_both = sum(bool(finding.other_rows) for finding in found.listed) if rule == "near-duplicate" else 0
+    return f" ({num_both} of them in both files)" if num_both else ""
 
 
 def _numbers(rows: Sequence[int]) -> str:

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
 from llava.data.check import near, neighbours
+from llava.data.check.findings import FILE
 from llava.data.check.neighbours import MAX_DISTANCE, ClosePairs, band_masks
 from llava.data.check.phash import _COSINES, correlation, perceptual_hash, small_grey
-from tests.data.check.files import check_rows, row, smooth
+from llava.data.check.report import check
+from llava.data.check.summary import summary
+from tests.data.check.files import check_rows, row, smooth, write_rows
 
 
 def distance(first: Image.Image, second: Image.Image) -> int:
@@ -125,6 +128,22 @@ def test_near_duplicates_are_grouped_with_their_twins(tmp_path: Path) -> None:
     rows = [row(number, name) for number, name in enumerate(["a.png", "b.png", "a_small.png", "a_again.png", "b.png"])]
     found = check_rows(tmp_path, rows, images=tmp_path / "images")
     assert found == {"near-duplicate": [0, 2, 3], "same-picture": [0, 3]}
+
+
+def test_look_alikes_of_both_files_come_first_and_are_counted(tmp_path: Path) -> None:
+    """They may be leaks; those within one file are not."""
+    write_pictures(tmp_path / "images")
+    smooth(2, 150).save(tmp_path / "images" / "b_small.png")
+    ours = write_rows(
+        tmp_path / "rows.json", [row(n, name) for n, name in enumerate(["b.png", "b_small.png", "a.png"])]
+    )
+    report = check(
+        ours, images=tmp_path / "images", against=write_rows(tmp_path / "test.json", [row(9, "a_small.png")])
+    )
+    assert [finding.other_rows for finding in report.findings.of("near-duplicate", FILE).listed] == [(0,), ()]
+    shown = summary(report, strict=False)
+    assert "2  pictures that are nearly the same (1 of them in both files) [near-duplicate]" in shown
+    assert "first: row 2 and 0 of the other file" in shown
 
 
 def test_a_close_hash_alone_is_no_duplicate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
