@@ -6,7 +6,6 @@ sniff(path) --names, shapes, settings--> Inspection --> text or JSON
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,10 @@ from typing import Any
 
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.errors import CheckpointError
+from llava.model.expected_shapes import expected_shapes
 from llava.model.layout import KINDS, OURS, PAD_TOKEN, Layout, read_json, sniff
-from llava.model.legacy_keys import merge_type, unknown_keys
-from llava.model.names import EMBEDDINGS, HEAD, NEWLINE, PROJECTOR, is_buffer
+from llava.model.legacy_keys import unknown_keys
+from llava.model.names import EMBEDDINGS, HEAD, is_buffer
 from llava.model.our_names import our_name
 from llava.model.shards import TensorEntry
 from llava.utils.cli import Parser
@@ -105,65 +105,6 @@ def _row(layout: Layout, entry: TensorEntry, expected: dict[str, tuple[int, ...]
 def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     """Equal, where -1 stands for any size."""
     return len(shape) == len(expected) and all(want in (-1, got) for got, want in zip(shape, expected, strict=True))
-
-
-def expected_shapes(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The language model's and the projector's weights by our names, with shapes; -1 is any size.
-
-    Only for whole models in the legacy layout, whose configuration says it all.
-    """
-    config = layout.config
-    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-    if layout.kind != "legacy" or not all(isinstance(config.get(key), int) for key in sizes):
-        return
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    heads = config["num_attention_heads"]
-    size = config.get("head_dim") or width // heads
-    keys = config.get("num_key_value_heads") or heads
-    yield EMBEDDINGS, (-1, width)
-    model = EMBEDDINGS.removesuffix("embed_tokens.weight")
-    for layer in range(config["num_hidden_layers"]):
-        place = f"{model}layers.{layer}."
-        for name in ("q", "k", "v"):
-            yield f"{place}self_attn.{name}_proj.weight", ((heads if name == "q" else keys) * size, width)
-        yield f"{place}self_attn.o_proj.weight", (width, heads * size)
-        for name in ("gate", "up"):
-            yield f"{place}mlp.{name}_proj.weight", (inner, width)
-        yield f"{place}mlp.down_proj.weight", (width, inner)
-        for name in ("input", "post_attention"):
-            yield f"{place}{name}_layernorm.weight", (width,)
-    yield f"{model}norm.weight", (width,)
-    if not config.get("tie_word_embeddings"):
-        yield "lm_head.weight", (-1, width)
-    yield from _expected_projector(layout, width)
-    if merge_type(config) == "spatial_unpad":
-        yield f"model.{NEWLINE}", (width,)
-
-
-def _expected_projector(layout: Layout, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Weights of the projector that the weights are of; where they are of none, of the one that the settings name."""
-    vision = layout.config.get("mm_hidden_size", -1)
-    written = str(layout.config.get("mm_projector_type") or "linear")
-    try:
-        kind = layout.projector_type or written
-    except CheckpointError:
-        kind = written
-    if kind == "linear":
-        yield f"{PROJECTOR}weight", (width, vision)
-        yield f"{PROJECTOR}bias", (width,)
-    elif match := re.fullmatch(r"mlp(\d+)x_gelu", kind):
-        for layer in range(int(match[1])):
-            yield f"{PROJECTOR}{2 * layer}.weight", (width, width if layer else vision)
-            yield f"{PROJECTOR}{2 * layer}.bias", (width,)
-    elif kind == "cluster":
-        for name in ("sim_alpha", "sim_beta"):
-            yield PROJECTOR + name, (1, 1, 1)
-        for name in ("c", "v", "f"):
-            yield f"{PROJECTOR}{name}.weight", (vision, vision)
-            yield f"{PROJECTOR}{name}.bias", (vision,)
-        for name, shape in (("ln_1", (vision,)), ("mlp.0", (width, vision)), ("mlp.2", (width, width))):
-            yield f"{PROJECTOR}{name}.weight", shape
-            yield f"{PROJECTOR}{name}.bias", shape[:1]
 
 
 def _new_rows(layout: Layout) -> Iterator[Row]:
