@@ -36,6 +36,7 @@ from benchmarks.eval_throughput import make_processor
 from llava.data.image_store import ImageIndex, ImageStore
 from llava.processing import LlavaMedProcessor
 from llava.utils.cli import Parser
+from llava.utils.lookup import require
 
 BATCH_SIZE = 8
 FILL = (122, 116, 104)
@@ -141,7 +142,7 @@ class OurData(Dataset[Tensor]):
 
 def library_data(paths: Sequence[Path], processor: Any) -> Any:
     """A `datasets.Dataset` of the file names whose transform is the processor."""
-    import datasets
+    datasets = require("datasets", "data")
 
     def transform(rows: dict[str, list[str]]) -> dict[str, Any]:
         pictures = [expand_to_square(open_usual(Path(path))) for path in rows["path"]]
