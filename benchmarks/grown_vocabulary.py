@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN
-from llava.model.checkpoint import read_tensors
+from llava.model.part_loading import read_tensors
 
 INPUT, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADDED_FILE = "added_tokens.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llava.model.checkpoint import read_tensors
+from llava.model.part_loading import read_tensors
 
 OLD_NAMES = {
     "base_model.model.model.layers.": "base_model.model.model.language_model.layers.",

@@ -24,7 +24,7 @@ from benchmarks.shifted_images import ShiftedImages
 from llava.data.flat_batch import FlatBatch
 from llava.data.samplers import Step, StepSampler
 from llava.model.building import Loaded
-from llava.model.checkpoint import load_projector, read_tensors
+from llava.model.part_loading import load_projector, read_tensors
 from llava.train.loader import StepLoader
 from llava.train.objectives import Objective, ObjectiveOutput
 from llava.train.opening import open_model

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 
 from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.model.building import Loaded
-from llava.model.checkpoint import ADAPTER_FILE, new_files, save_model
+from llava.model.checkpoint import new_files, save_model
 from llava.model.foreign_options import ForeignOptions
 from llava.model.hf_export import export_hf
-from llava.model.layout import KINDS, Layout, sniff
+from llava.model.layout import ADAPTER_FILE, KINDS, Layout, sniff
 from llava.model.legacy_export import export_legacy, remember_tower
 from llava.model.loading import PART_FLAGS, load
 from llava.model.multimodal_encoder.towers import first_line

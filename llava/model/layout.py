@@ -20,7 +20,10 @@ from llava.model.shards import TensorEntry, find_weights, list_tensors
 OUR_TYPE = "llava_med"
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.bin")
+"""The first is written; `.bin` files of other writers are read."""
+
 EXTRA_FILE = "non_lora_trainables.bin"
 ORIGIN_FILE = "llava_origin.json"
 """Where an adapter or projector records what it builds on."""
@@ -28,7 +31,9 @@ ORIGIN_FILE = "llava_origin.json"
 PROVENANCE_FILE = "provenance.json"
 """What a run was made of: data, weights, code, command."""
 
-PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+PROJECTOR_FILE = "mm_projector.bin"
+PROJECTOR_SAFE_FILE = "mm_projector.safetensors"
+PROJECTOR_FILES = (PROJECTOR_SAFE_FILE, PROJECTOR_FILE)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 Kind = Literal[

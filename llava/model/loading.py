@@ -17,7 +17,6 @@ import torch
 
 from llava.errors import CheckpointError, ConfigError
 from llava.model.building import Loaded, build, finish, portable
-from llava.model.checkpoint import load_adapter, load_projector
 from llava.model.filling import check_report, quiet
 from llava.model.foreign import load_foreign
 from llava.model.foreign_options import ForeignOptions
@@ -27,6 +26,7 @@ from llava.model.image_policy import use_policy
 from llava.model.layout import KINDS, ORIGIN_FILE, OUR_TYPE, OURS, Kind, Layout, read_json, sniff
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
+from llava.model.part_loading import load_adapter, load_projector
 from llava.model.quantization import Quantization
 from llava.processing import LlavaMedProcessor
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint import PROJECTOR_FILE, save_model
+from llava.model.checkpoint import save_model
 from llava.model.delta_names import FLOATING
 from llava.model.foreign import tokenizer_folder, tower_adapter_folder, with_base
 from llava.model.foreign_options import ForeignOptions
 from llava.model.foreign_tokens import add_tokens, load_tokenizer
-from llava.model.layout import CONFIG_FILE, EXTRA_FILE, KINDS, Layout, sniff
+from llava.model.layout import CONFIG_FILE, EXTRA_FILE, KINDS, PROJECTOR_FILE, Layout, sniff
 from llava.model.legacy_export import TOWER_FOLDER
 from llava.model.legacy_keys import ARCHITECTURES
 from llava.model.loading import load

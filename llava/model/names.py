@@ -14,12 +14,16 @@ from llava.errors import CheckpointError
 
 LANGUAGE_MODEL = "model.language_model."
 PROJECTOR = "model.multi_modal_projector."
+PROJECTOR_MODULE = "multi_modal_projector."
 TOWER = "model.vision_tower."
 HEAD = "lm_head."
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
 NEWLINE = "image_newline"
 """The token behind each row of patches; in our layout and in the legacy one it is `model.image_newline`."""
+
+MARKER_KEY = "marker_rows"
+"""In files of ours: the rows of the marker tokens alone, [k, D]; where they stand differs between vocabularies."""
 
 LEGACY_PROJECTOR = "mm_projector."
 """What follows this is the projector's own name, whatever stands before it (specification llava-rad 2.5)."""

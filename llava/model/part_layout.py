@@ -18,24 +18,20 @@ from torch import Tensor
 
 from llava.errors import CheckpointError
 from llava.model.building import Loaded, portable
-from llava.model.checkpoint import (
-    ADAPTER_FILE,
-    MARKER_KEY,
-    PROJECTOR_FILE,
-    PROJECTOR_SAFE_FILE,
-    new_files,
-    write_common,
-)
+from llava.model.checkpoint import new_files, write_common
 from llava.model.config import LlavaMedConfig
 from llava.model.foreign import load_foreign, with_base
 from llava.model.foreign_options import ForeignOptions
 from llava.model.hub import local_folder
 from llava.model.layout import (
     ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
     ADAPTER_FILES,
     CONFIG_FILE,
     EXTRA_FILE,
     ORIGIN_FILE,
+    PROJECTOR_FILE,
+    PROJECTOR_SAFE_FILE,
     Layout,
     first_file,
     read_json,
@@ -47,6 +43,7 @@ from llava.model.names import (
     LANGUAGE_MODEL,
     LEGACY_PROJECTOR_PREFIX,
     LEGACY_TOWER,
+    MARKER_KEY,
     NEWLINE,
     PEFT_PREFIX,
     PROJECTOR,

@@ -12,11 +12,11 @@ import torch
 
 from llava.errors import ConfigError
 from llava.model.building import Loaded, build, portable
-from llava.model.checkpoint import load_projector
 from llava.model.hub import hub_config, is_hub_name
 from llava.model.image_policy import use_policy
 from llava.model.layout import ADAPTER_CONFIG_FILE, ORIGIN_FILE, PROJECTOR_FILES, sniff
 from llava.model.loading import load, read_origin
+from llava.model.part_loading import load_projector
 from llava.model.quantization import Quantization
 from llava.model.shards import find_weights
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments

@@ -15,12 +15,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from llava.model.names import PROJECTOR_MODULE
 from llava.model.quantization import quantized_layers
 from llava.train.args import LlavaTrainingArguments
 from llava.train.saving import Kind
 
 CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d)
-PROJECTOR = "multi_modal_projector."
 
 
 def holds_frozen_in_bf16(args: LlavaTrainingArguments) -> bool:
@@ -51,7 +51,7 @@ def hold_frozen_in_bf16(network: nn.Module, kind: Kind) -> int:
     kept: set[int] = set()
     for name, module in network.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, CAST_BY_AUTOCAST) and PROJECTOR not in f"{name}.":
+        if isinstance(module, CAST_BY_AUTOCAST) and PROJECTOR_MODULE not in f"{name}.":
             matrices.append(own.pop("weight"))
         kept |= {id(parameter) for parameter in own.values()}  # also a head that is the embedding table
     num_cast = 0

@@ -12,18 +12,11 @@ from torch import Tensor, nn
 
 from llava.errors import CheckpointError
 from llava.model.building import Loaded
-from llava.model.checkpoint import (
-    ADAPTER_FILE,
-    check_adapter_names,
-    load_extra,
-    load_projector,
-    read_tensors,
-    save_adapter,
-    save_model,
-    save_projector,
-)
+from llava.model.checkpoint import save_adapter, save_model, save_projector
+from llava.model.layout import ADAPTER_FILE
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
+from llava.model.part_loading import check_adapter_names, load_extra, load_projector, read_tensors
 from llava.train.trainer import Hooks
 
 Kind = Literal["projector", "adapter", "model"]

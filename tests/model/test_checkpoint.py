@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from llava.errors import CheckpointError
 from llava.model.building import Loaded
-from llava.model.checkpoint import load_projector, save_adapter, save_model, save_projector
+from llava.model.checkpoint import save_adapter, save_model, save_projector
 from llava.model.layout import sniff
 from llava.model.loading import load
 from llava.model.lora import add_lora
+from llava.model.part_loading import load_projector
 from tests.model.model_tools import logits, shake
 from tests.tiny import tiny_llava
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from llava.errors import ConfigError
 from llava.model.building import build
-from llava.model.checkpoint import load_projector, projector_state, save_projector
+from llava.model.checkpoint import projector_state, save_projector
 from llava.model.cluster_projector import ClusterProjector, cluster_projector
 from llava.model.layout import Layout
 from llava.model.legacy_config import projector_settings
+from llava.model.part_loading import load_projector
 from tests.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
 PUBLISHED_NAMES = (

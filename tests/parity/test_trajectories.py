@@ -16,7 +16,7 @@ from benchmarks.trajectories import LOG_FILE, replay, runs, system_text
 from llava.data.encode import Encoded, encode
 from llava.data.placing import with_places
 from llava.model.building import build
-from llava.model.checkpoint import read_tensors
+from llava.model.part_loading import read_tensors
 from llava.samples import from_row
 
 RUNS = [
