@@ -21,8 +21,8 @@ from llava.model.shards import TensorEntry, read_with_room
 
 logger = logging.getLogger(__name__)
 
-VALUES_AT_A_TIME = 2**18
-"""Of a table that is summed: their float32 copy fits into a processor's cache."""
+VALUES_AT_A_TIME = 2**20
+"""Of a table that is summed, as a float32 copy."""
 
 
 def grow(state: dict[str, Tensor], num_words: int, files: Mapping[str, TensorEntry] | None = None) -> None:
@@ -81,9 +81,9 @@ def _mean(table: Tensor) -> Tensor:
     torch.set_num_threads(1)
     try:
         room = torch.empty(max(VALUES_AT_A_TIME // table.shape[1], 1), table.shape[1])
-        total = torch.zeros(table.shape[1])
+        ones, total = torch.ones(len(room)), torch.zeros(table.shape[1])
         for rows in table.split(len(room)):
-            total += room[: len(rows)].copy_(rows).sum(dim=0)
+            total.addmv_(room[: len(rows)].copy_(rows).T, ones[: len(rows)])
     finally:
         torch.set_num_threads(num_threads)
     return (total / len(table)).to(table.dtype)
