@@ -4,7 +4,8 @@
           --clean, --out--> PATIENT/STUDY/INSTANCE.dcm of keys: pixels as they were, identifiers new
 
 A copy keeps only what `deid_profile` lists. Files whose picture may bear writing are held back unless asked for: no
-field says what is written there. Nothing that a field holds is printed or put into the report.
+field says what is written there. Of files that repeat an instance the first is copied, as `llava data dicom` takes it.
+Nothing that a field holds is printed or put into the report.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import io
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pydicom.dataset import FileMetaDataset
 
 from llava.data.deid_findings import Findings, inspect
 from llava.data.deid_profile import clean
-from llava.data.dicom_folder import IDENTITY_TAGS, NotDicom, field_text, files_of
+from llava.data.dicom_folder import IDENTITY_TAGS, NotDicom, Repeated, field_text, files_of
 from llava.data.dicom_header import check_inflated, fill_syntax, quiet
 from llava.data.dicom_keys import key_of, read_salt
 from llava.data.dicom_kinds import check_picture
@@ -78,11 +79,17 @@ def clean_copy(dataset: pydicom.FileDataset, salt: bytes) -> tuple[str, bytes]:
     return f"{'/'.join(parts)}.dcm", stream.getvalue()
 
 
-def treat(path: str, args: Namespace, salt: bytes) -> tuple[Findings, str]:
+def treat(path: str, args: Namespace, salt: bytes, *, written: Collection[str]) -> tuple[Findings, str]:
     """Inspect one file and, if asked for, write its clean copy; return the copy's name, or an empty one.
 
+    Args:
+        path: relative to the folder.
+        args: of the program.
+        salt: of the new identifiers.
+        written: names of the copies that this run has written already.
+
     Raises:
-        DataError: the file cannot be used, or its copy would look different.
+        DataError: the file cannot be used, its copy would look different or replace that of another file.
     """
     data = read_bytes(path, args.folder)
     try:
@@ -95,6 +102,8 @@ def treat(path: str, args: Namespace, salt: bytes) -> tuple[Findings, str]:
         name, content = clean_copy(dataset, salt)
         if load(content).tobytes() != load(data).tobytes():
             raise DataError("would look different as a clean copy, so none is written")
+        if name in written:
+            raise Repeated("repeats an instance of this folder; the copy is that of the first file")
         write_atomic(args.out / name, content)
         return findings, name
     except DataError as error:
@@ -127,9 +136,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--out {args.out} lies inside {args.folder}; name a folder elsewhere")
     salt = b"" if args.salt_file is None else read_salt(args.salt_file)
     report: dict[str, dict[str, Any]] = {}
+    written: set[str] = set()
     for path in progress(files_of(args.folder), title="inspecting", unit="file"):
         try:
-            findings, name = treat(path, args, salt)
+            findings, name = treat(path, args, salt, written=written)
+            written |= {name} - {""}
             report[path] = {**asdict(findings), "copy": name or None}
             if args.out is not None and not name:
                 report[path]["left_out"] = HELD_BACK
@@ -137,10 +148,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             report[path] = {"left_out": str(error)}
     if args.report is not None:
         write_json(args.report, report)
-    sys.stdout.write(_summary(report))
+    sys.stdout.write(_summary(report, copying=args.out is not None))
 
 
-def _summary(report: Mapping[str, Mapping[str, Any]]) -> str:
+def _summary(report: Mapping[str, Mapping[str, Any]], *, copying: bool) -> str:
     read = [entry for entry in report.values() if "fields" in entry]
     fates = Counter((name, fate) for entry in read for name, fate in entry["fields"].items())
     reasons = Counter(reason for entry in read for reason in entry["suspicions"])
@@ -149,5 +160,10 @@ def _summary(report: Mapping[str, Mapping[str, Any]]) -> str:
     lines += [f"  {sum(entry['num_private'] for entry in read):>8} private fields (removed)"]
     lines += [f"{sum(bool(entry['suspicions']) for entry in read)} files may bear writing in the picture"]
     lines += [f"  {count:>8} {reason}" for reason, count in sorted(reasons.items())]
-    lines += [f"{sum(bool(entry.get('copy')) for entry in read)} clean copies written"]
+    if copying:
+        held = sum(entry.get("left_out") == HELD_BACK for entry in read)
+        lines += [f"{sum(bool(entry.get('copy')) for entry in read)} clean copies written"]
+        lines += [f"  {held:>8} files held back: {HELD_BACK}"] if held else []
+    if num_others := len(report) - len(read):
+        lines += [f"{num_others} files left out: not DICOM, not a picture, damaged or repeated (--report says which)"]
     return "\n".join(lines) + "\n"

@@ -183,6 +183,19 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog:
     assert (folder / "quiet").read_bytes() == make(GRADIENT, Modality="MR", SOPInstanceUID="1.1")
 
 
+def test_no_copy_replaces_that_of_another_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out, report = write_folder(tmp_path / "in"), tmp_path / "out", tmp_path / "report.json"
+    (folder / "same_instance").write_bytes(make(GRADIENT[::-1].copy(), Modality="MR", SOPInstanceUID="1.1"))
+    words = [str(folder), "--out", str(out), "--salt_file", str(tmp_path / "salt"), "--report", str(report)]
+    for _ in range(2):  # a second run writes the same file again
+        deid.main(words)
+        [copy] = out.rglob("*.dcm")
+        assert (pydicom.dcmread(copy).pixel_array == GRADIENT).all()
+        assert "repeats an instance" in json.loads(report.read_text())["same_instance"]["left_out"]
+        printed = capsys.readouterr().out
+        assert "1 clean copies written\n         2 files held back" in printed and "\n3 files left out: " in printed
+
+
 def test_what_the_program_refuses(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in")
     with pytest.raises(ConfigError, match="needs --salt_file"):
