@@ -152,6 +152,8 @@ def build(args: Namespace, *, salt: bytes) -> tuple[list[dict[str, Any]], list[B
         else:
             instances.append(outcome)
     counts["pictures"] = len(instances)
+    if args.table:
+        counts["keys of the table that name no picture"] = _num_unused(texts, instances, args)
     chosen = one_a_series(instances) if args.per == "series" else instances
     counts["not the middle of their series"] = len(instances) - len(chosen)
     pictures = Pictures(args.folder, args.png, DEFAULT.changed(args.dicom_window, args.dicom_frame))
@@ -171,6 +173,22 @@ def build(args: Namespace, *, salt: bytes) -> tuple[list[dict[str, Any]], list[B
         rows.append(row)
         counts["with a text"] += bool(text)
     return rows, left_out, counts
+
+
+def _num_unused(texts: Mapping[str, str], instances: Iterable[Instance], args: Namespace) -> int:
+    """Return how many texts of a table belong to no picture.
+
+    Raises:
+        DataError: none belongs to one: the rows would silently be without them.
+    """
+    num_unused = len(texts.keys() - {instance.join for instance in instances})
+    if num_unused == len(texts):
+        raise DataError(
+            f"{args.table}: none of its {len(texts)} keys with a text (column {args.key_column!r}) is the {args.key} "
+            f"of a picture in {args.folder}; is --key right? Clean copies of `llava data deid` have new identifiers: "
+            "name them by --key path"
+        )
+    return num_unused
 
 
 def _kind(error: DataError) -> str:

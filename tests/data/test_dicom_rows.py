@@ -125,6 +125,19 @@ def test_texts_from_a_table(tmp_path: Path, key: str, value: str, images: list[s
     assert value not in json.dumps([{**row, "image": ""} for row in rows])
 
 
+def test_texts_that_belong_to_no_picture_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, table, out = write_study(tmp_path / "in"), tmp_path / "reports.csv", tmp_path / "rows.json"
+    words = ["--table", str(table), "--key", "study", "--key_column", "number", "--text_column", "text"]
+    table.write_text(f"number,text\n1.2.3,seen\n9.9,{SECRET}\n8.8,{SECRET}\n")
+    run(folder, out, *words)
+    assert "2 keys of the table that name no picture" in capsys.readouterr().out
+    out.unlink()
+    table.write_text(f"number,text\n{SECRET},seen\n8.8,{SECRET}\n")
+    with pytest.raises(DataError, match="none of its 2 keys with a text") as caught:
+        run(folder, out, *words)
+    assert SECRET not in str(caught.value) and not out.exists()
+
+
 def test_a_table_that_contradicts_itself(tmp_path: Path) -> None:
     table = tmp_path / "reports.csv"
     table.write_text(f"number,text\n7,{SECRET}\n7,another\n")
