@@ -22,7 +22,7 @@ from llava.data.readers.program import Job, Reader, add_output_options, run_pars
 from llava.data.readers.sources import is_file
 from llava.data.readers.tables import Row, answer_cell, cell, column_names, need, plain, read_table
 from llava.errors import ConfigError, DataError
-from llava.samples import Origin
+from llava.samples import Origin, describe
 from llava.utils.cli import Parser
 
 FIELDS = {
@@ -100,7 +100,7 @@ def _split(row: Row, args: Any) -> str:
     if word not in SPLIT_WORDS:
         known = ", ".join(sorted(SPLIT_WORDS))
         raise DataError(
-            f"column {args.split_column!r} must say the split in one of the words {known}; got {word[:40]!r}"
+            f"column {args.split_column!r} must say the split in one of the words {known}; got {describe(word)}"
         )
     return SPLIT_WORDS[word]
 
