@@ -58,6 +58,12 @@ KEPT_KEYS = frozenset(
         "qav_loss",
         "loss_alpha",
         "s2",
+        "tune_mm_vision_resampler",
+        "freeze_mm_vision_resampler",
+        "image_crop_resolution",
+        "image_split_resolution",
+        "sep_image_conv_front",
+        "max_length",
     }
 )
 """Known keys of the legacy trainers that decide nothing when a model is loaded; kept and written back."""

@@ -9,7 +9,7 @@ import pytest
 
 from llava.errors import CheckpointError
 from llava.model.inspection import inspect
-from llava.model.legacy_keys import check_values
+from llava.model.legacy_keys import check_values, unknown_keys
 from llava.model.loading import load
 from tests.model.legacy_folders import write_legacy
 
@@ -52,3 +52,11 @@ def test_nothing_that_opens_a_checkpoint_goes_on(tmp_path: Path, read: Any) -> N
 def test_architectures_of_another_kind_say_nothing(tmp_path: Path, architectures: Any) -> None:
     layout = inspect(write_legacy(tmp_path, architectures=architectures)).layout
     assert (layout.kind, layout.text_type) == ("legacy", "llama")
+
+
+def test_keys_of_published_files_are_known() -> None:
+    llava_15 = ("tune_mm_vision_resampler", "freeze_mm_vision_resampler", "mm_resampler_type", "max_length")
+    llava_16 = ("image_crop_resolution", "image_split_resolution", "image_grid_pinpoints", "mm_patch_merge_type")
+    llava_med_10 = ("sep_image_conv_front", "mm_use_im_start_end", "max_sequence_length")
+    known = dict.fromkeys((*llava_15, *llava_16, *llava_med_10))
+    assert unknown_keys({**known, "a_key_of_tomorrow": 1}) == ["a_key_of_tomorrow"]
