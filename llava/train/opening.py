@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llava.errors import ConfigError
 from llava.model.building import Loaded, build, portable
-from llava.model.hub import hub_config, is_hub_name
+from llava.model.hub import hub_config, is_hub_name, local_folder
 from llava.model.image_policy import use_policy
-from llava.model.layout import ADAPTER_CONFIG_FILE, ORIGIN_FILE, PROJECTOR_FILES, sniff
-from llava.model.loading import load, read_origin
+from llava.model.layout import ADAPTER_CONFIG_FILE, ORIGIN_FILE, OURS, PROJECTOR_FILES, sniff
+from llava.model.loading import PART_FLAGS, USED_PARTS, load, read_origin
 from llava.model.part_loading import load_projector
 from llava.model.quantization import Quantization
 from llava.model.shards import find_weights
@@ -68,12 +69,8 @@ def holds_tower_and_projector(path: str) -> bool:
 
 def _continue(model_args: ModelArguments, data_args: DataArguments, system: str | None) -> Loaded:
     """Load a trained model, whoever wrote it, and take over what is given anew: template, system text, image mode."""
-    path, tower = model_args.model_name_or_path, {}
-    is_ours = (Path(path) / ORIGIN_FILE).is_file()
-    if not is_ours:
-        names = ("vision_tower", "vision_tower_config", "vision_tower_checkpoint")
-        tower = {name: getattr(model_args, name) for name in names}
-    loaded = load(path, dtype=DTYPE, **asdict(quantization_of(model_args)), **tower)
+    path = model_args.model_name_or_path
+    loaded = load(path, dtype=DTYPE, **asdict(quantization_of(model_args)), **_tower_parts(model_args))
     check_against(loaded, model_args)
     if model_args.version or system:
         name = model_args.version or loaded.processor.template.name
@@ -87,6 +84,19 @@ def _continue(model_args: ModelArguments, data_args: DataArguments, system: str 
         loaded.processor.use_image_mode(mode or loaded.processor.image_mode, merge=merge, pinpoints=pinpoints)
         use_policy(loaded.model, loaded.processor)
     return loaded
+
+
+def _tower_parts(model_args: ModelArguments) -> dict[str, Any]:
+    """The tower that is given, for checkpoints that may need one; published commands give it with every checkpoint."""
+    path = model_args.model_name_or_path
+    names = ("vision_tower", "vision_tower_config", "vision_tower_checkpoint")
+    given = {name: value for name in names if (value := getattr(model_args, name)) is not None}
+    kind = sniff(local_folder(path) if is_hub_name(path) else path).kind if given else "legacy"
+    if "vision_tower" in USED_PARTS.get(kind, PART_FLAGS):
+        return given
+    if kind not in OURS:  # of ours, `check_against` knows the tower
+        logger.warning("--%s is ignored: %s holds its tower", ", --".join(given), path)
+    return {}
 
 
 def check_against(loaded: Loaded, model_args: ModelArguments) -> None:

@@ -12,6 +12,7 @@ import torch
 from llava.data.images import load as load_image
 from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.model.checkpoint import save_model
+from llava.model.hf_export import export_hf
 from llava.model.loading import load
 from llava.train.run import run_sft
 from tests.model.legacy_folders import write_legacy, write_lora
@@ -61,6 +62,18 @@ def test_options_that_a_checkpoint_decided_are_named(
         train(arguments(parts, tmp_path, **ours, **options))
     ignored = [record.message.split()[0] for record in caplog.records if "is ignored: " in record.message]
     assert ignored == ["--vision_tower", "--mm_projector_type", "--mm_vision_select_feature", "--image_size"]
+
+
+def test_a_tower_beside_a_checkpoint_that_holds_its_own(
+    parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Published commands always name the tower; of a model of transformers' the one inside is kept."""
+    export_hf(tiny_llava(), tmp_path / "hf")
+    with caplog.at_level(logging.WARNING):
+        options = {"model_name_or_path": tmp_path / "hf", "vision_tower": parts / "other_tower"}
+        train(arguments(parts, tmp_path / "run", **options))
+    assert any(record.message.startswith("--vision_tower is ignored: ") for record in caplog.records)
+    assert load(tmp_path / "run").model.config.vision_config.model_type == "clip_vision_model"
 
 
 @pytest.mark.parametrize("mode", [None, "pad"])
