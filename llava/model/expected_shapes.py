@@ -1,4 +1,4 @@
-"""The weights that a whole model in the legacy layout must have, by its configuration: our names and shapes.
+"""The weights that a whole model of any layout must have, by its configuration: our names and shapes.
 
 config.json --expected_shapes--> model.language_model.layers.0.self_attn.q_proj.weight (4096, 4096), ...
 """
@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from llava.errors import CheckpointError
 from llava.model.layout import Layout
 from llava.model.legacy_keys import merge_type
 from llava.model.names import EMBEDDINGS, NEWLINE, PROJECTOR
 
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": dict(zip(SIZES, (4096, 11008, 32, 32), strict=True)),
+    "mistral": {**dict(zip(SIZES, (4096, 14336, 32, 32), strict=True)), "num_key_value_heads": 8},
+}
+"""What transformers takes where a configuration inside another leaves a size out, as published ones do."""
+
 
 def expected_shapes(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The language model's and the projector's weights by our names, with shapes; -1 is any size.
 
-    Only for whole models in the legacy layout, whose configuration says it all.
+    Only for whole models around Llama or Mistral, whose configuration says it all.
     """
-    config = layout.config
-    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-    if layout.kind != "legacy" or not all(isinstance(config.get(key), int) for key in sizes):
+    config = _text_settings(layout)
+    if not all(isinstance(config.get(key), int) for key in SIZES):
         return
     width, inner = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
@@ -40,19 +47,43 @@ def expected_shapes(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
         for name in ("input", "post_attention"):
             yield f"{place}{name}_layernorm.weight", (width,)
     yield f"{model}norm.weight", (width,)
-    if not config.get("tie_word_embeddings"):
+    if _has_head(layout):
         yield "lm_head.weight", (-1, width)
     yield from _expected_projector(layout, width)
-    if merge_type(config) == "spatial_unpad":
+    merge = merge_type(config) if layout.kind == "legacy" else layout.config.get("patch_merge_type")
+    if merge == "spatial_unpad":
         yield f"model.{NEWLINE}", (width,)
+
+
+def _text_settings(layout: Layout) -> dict[str, Any]:
+    """The language model's settings; empty where they are not here, or of a type whose weights have other names."""
+    if layout.kind == "legacy":
+        return layout.config
+    inner = layout.config.get("text_config")
+    if (
+        layout.kind not in ("model", "hf_llava")
+        or not isinstance(inner, dict)
+        or inner.get("model_type") not in DEFAULTS
+    ):
+        return {}
+    return {**DEFAULTS[inner["model_type"]], **inner}
+
+
+def _has_head(layout: Layout) -> bool:
+    """Whether the head is a table of its own: legacy configurations say where it is none, others where it is one."""
+    tied = layout.config.get("tie_word_embeddings")
+    return not tied if layout.kind == "legacy" else tied is False
 
 
 def _expected_projector(layout: Layout, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Weights of the projector that the weights are of; where they are of none, of the one that the settings name."""
-    vision = layout.config.get("mm_hidden_size") or -1
-    written = str(layout.config.get("mm_projector_type") or "linear")
+    config = layout.config
+    if layout.kind == "legacy":
+        vision, written = config.get("mm_hidden_size") or -1, str(config.get("mm_projector_type") or "linear")
+    else:
+        vision, written = -1, str(config.get("projector_type") or "mlp2x_gelu")
     try:
-        kind = layout.projector_type or written
+        kind = written if layout.kind != "legacy" else layout.projector_type or written
     except CheckpointError:
         kind = written
     if kind == "linear":

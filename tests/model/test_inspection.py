@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llava import cli
 from llava.errors import CheckpointError
@@ -298,3 +299,15 @@ def test_one_file_alone(tmp_path: Path) -> None:
     write_tiny_lm(tmp_path / "lm")
     write_tiny_tower(tmp_path / "tower")
     assert sniff(tmp_path / "tower" / "model.safetensors").kind == "vision_tower"
+
+
+@pytest.mark.parametrize("to", ["model", "hf"])
+@pytest.mark.parametrize("drop", ["embed_tokens.weight", "layers.1.mlp.up_proj.weight", "projector", "lm_head.weight"])
+def test_the_doctor_misses_weights_of_other_layouts(tmp_path: Path, to: str, drop: str) -> None:
+    convert(write_legacy(tmp_path), tmp_path / "other", to)
+    assert not statuses(tmp_path / "other")["missing"]
+    file = tmp_path / "other" / "model.safetensors"
+    state = {name: tensor for name, tensor in load_file(file).items() if drop not in name}
+    save_file(state, file, metadata={"format": "pt"})
+    found = list(diagnose(inspect(tmp_path / "other")))
+    assert any(finding.level == "error" and "missing" in finding.text for finding in found)
