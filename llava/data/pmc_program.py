@@ -17,14 +17,14 @@ from llava.data.available_rows import Filtered, pair_ids, write_available
 from llava.data.fetching.addresses import check_base
 from llava.data.fetching.archives import Limits
 from llava.data.fetching.client import Client
-from llava.data.fetching.options import HelpFormatter, add_network_options, bases_from, network_options
+from llava.data.fetching.options import add_network_options, bases_from, network_options
 from llava.data.fetching.reasons import REASONS
 from llava.data.pmc_article import ImageOptions
 from llava.data.pmc_images import Summary, fetch
 from llava.data.pmc_list import FigureList, read_lists
 from llava.errors import ConfigError
 from llava.utils import log
-from llava.utils.cli import Parser
+from llava.utils.cli import ExampleFormatter, Parser
 from llava.utils.jsonl import write_json
 
 FIGURE_BASE = "https://pmc-oa-opendata.s3.amazonaws.com/"
@@ -46,7 +46,7 @@ def make_parser() -> Parser:
         prog="download_images.py",
         description="Fetch the listed figures of PMC articles; continues where an earlier run stopped.",
         epilog=EPILOG,
-        formatter_class=HelpFormatter,
+        formatter_class=ExampleFormatter,
     )
     add = parser.add_argument
     add(

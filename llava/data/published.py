@@ -20,11 +20,11 @@ from llava.data.fetching.addresses import check_base, join, shown
 from llava.data.fetching.archives import plain_name
 from llava.data.fetching.client import Client
 from llava.data.fetching.files import Expected, fetch_file, file_problem
-from llava.data.fetching.options import HelpFormatter, add_network_options, bases_from, network_options
+from llava.data.fetching.options import add_network_options, bases_from, network_options
 from llava.data.file_lock import hold
 from llava.errors import ConfigError, DataError, DownloadError
 from llava.utils import log
-from llava.utils.cli import Parser
+from llava.utils.cli import ExampleFormatter, Parser
 from llava.utils.log import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def make_parser() -> Parser:
         description="Fetch the published data files, check size and sha256, then fetch their images; continues where "
         "an earlier run stopped, and goes on when a file cannot be had.",
         epilog=EPILOG,
-        formatter_class=HelpFormatter,
+        formatter_class=ExampleFormatter,
     )
     add = parser.add_argument
     add("--data-dir", default="data", help="folder that the files go to")

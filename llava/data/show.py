@@ -24,9 +24,10 @@ from llava.constants import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, PROCESSOR
 from llava.data.dicom_policy import DicomPolicy
 from llava.data.encode import kept_tokens, place_images, tokenize_segments
 from llava.data.images import load
+from llava.data.mixture import is_mixture
 from llava.data.placing import with_places
 from llava.data.records import LOADERS, rows_of
-from llava.errors import CheckpointError, DataError
+from llava.errors import CheckpointError, ConfigError, DataError
 from llava.image_grids import Size
 from llava.processing import LlavaMedProcessor
 from llava.samples import Origin, Sample, name_of
@@ -282,6 +283,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_image_tokens", type=int, default=256, help="tokens of an image, likewise")
     parser.add_switch("--mm_use_im_start_end", help="write start and end tokens around images, likewise")
     args = parser.parse_args(argv)
+    if is_mixture(args.file):
+        raise ConfigError(
+            f"{args.file} describes a mixture; name the file of one of its sources, or one that `llava data mix` wrote"
+        )
     processor = load_processor(args.model, args)
     sample = load_row(args.file, args.row)
     try:

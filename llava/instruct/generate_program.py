@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.data.fetching.options import HelpFormatter
 from llava.data.file_lock import hold
 from llava.errors import ConfigError, GenerationError
 from llava.instruct.budget import Budget, Prices
@@ -19,7 +18,7 @@ from llava.instruct.prompts import messages_for
 from llava.instruct.results import Results
 from llava.openai_api import ChatClient, add_api_flags, settings_of
 from llava.utils import log
-from llava.utils.cli import Parser
+from llava.utils.cli import ExampleFormatter, Parser
 
 EPILOG = """
 example:
@@ -38,7 +37,7 @@ def make_parser() -> Parser:
         prog="instruct_generate.py",
         description="Let a language model write dialogues about figures from captions; continues where it stopped.",
         epilog=EPILOG,
-        formatter_class=HelpFormatter,
+        formatter_class=ExampleFormatter,
     )
     add = parser.add_argument
     add("--input_path", default="data/instruct/llava_med_instruct_fig_captions.json", help="captions, by domain")

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava.constants import IMAGE_TOKEN
-from llava.data.fetching.options import HelpFormatter
 from llava.errors import DataError
 from llava.instruct.cleaning import RULES, clean
 from llava.instruct.prompts import ASSISTANT, USER
-from llava.utils.cli import Parser
+from llava.utils.cli import ExampleFormatter, Parser
 from llava.utils.jsonl import read_records, write_json
 from llava.utils.log import progress
 from llava.utils.outputs import refuse_overwriting
@@ -198,7 +197,7 @@ def make_parser() -> Parser:
         prog="instruct_postprocess.py",
         description="Make training data of generated dialogues; says what every rule did.",
         epilog=EPILOG,
-        formatter_class=HelpFormatter,
+        formatter_class=ExampleFormatter,
     )
     parser.add_argument("--input_path", required=True, help="generated rows, JSON lines or a JSON array")
     parser.add_argument("--output_path", required=True, help="training rows, a JSON array")

@@ -135,7 +135,8 @@ def draw_curve(metrics: Path, target: Path) -> None:
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss per supervised token")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:  # a run may end before it logs
+        axes.legend()
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
     write_atomic(target, buffer.getvalue())

@@ -53,6 +53,17 @@ def with_dashes(argv: Sequence[str]) -> list[str]:
     return rewritten
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of an option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class ExampleFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Leaves examples as they are written, besides."""
+
+
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that knows each option in one spelling only, the one with dashes.
 
@@ -62,7 +73,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", True)
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, **kwargs)
 
     def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:

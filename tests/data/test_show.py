@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from llava.data import show
-from llava.errors import CheckpointError, DataError
+from llava.errors import CheckpointError, ConfigError, DataError
 from llava.samples import Sample
 from tests.text_tools import byte_level, make_processor, talk, write_processor
 
@@ -101,3 +101,9 @@ def test_errors_name_row_and_remedy(tmp_path: Path) -> None:
         show.main([str(file), "--row", "1", "--model", str(model), "--max_length", "4"])
     with pytest.raises(CheckpointError, match="no processor"):
         show.main([str(file), "--model", str(tmp_path)])
+
+
+def test_a_mixture_is_no_file_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "mix.yaml").write_text("sources:\n  - {name: a, rows: a.json}\n")
+    with pytest.raises(ConfigError, match="describes a mixture; name the file of one of its sources"):
+        show.main([str(tmp_path / "mix.yaml"), "--model", "nowhere"])

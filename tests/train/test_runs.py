@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from llava.errors import LlavaError
 from llava.model.loading import load
+from llava.train.callbacks import draw_curve
 from llava.train.objectives import SFT
 from tests.runs import arguments, losses, metrics, saved, steps, train
 
@@ -23,6 +25,14 @@ def plain(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     train(arguments(parts, folder))
     return folder
+
+
+def test_a_run_that_logged_no_loss_has_an_empty_curve(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "train_runtime": 1.0}\n')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_run_folder(parts: Path, plain: Path) -> None:

@@ -71,6 +71,15 @@ def test_unknown_arguments_can_be_returned() -> None:
     assert unknown == ["--some-thing", "v_w"]
 
 
+def test_help_names_defaults_that_there_are() -> None:
+    parser = Parser()
+    parser.add_argument("--count", type=int, default=3, help="how many")
+    parser.add_argument("--out", required=True, help="where to")
+    shown = parser.format_help()
+    assert "how many (default: 3)" in shown
+    assert "where to\n" in shown and "None" not in shown
+
+
 def test_sys_argv_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["prog", "--max_size", "9"])
     assert make_parser().parse_args().max_size == 9

@@ -13,10 +13,6 @@ from llava.utils.cli import Parser
 DEFAULTS = NetworkOptions()
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and examples as they are written."""
-
-
 def add_network_options(parser: Parser) -> None:
     """Add the flags of `NetworkOptions`."""
     group = parser.add_argument_group("network")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.images import content_digest, read_bytes
-from llava.data.person import written_name
+from llava.data.person import names_someone, written_name
 from llava.data.readers.assigning import parse_fractions, place_of, split_at, unit_hash
 from llava.data.readers.grouping import Groups, majority
 from llava.data.readers.output import MANIFEST, read_manifest, remove_splits, split_hash
@@ -97,7 +97,7 @@ def _keys(rows: Sequence[Mapping[str, Any]], options: Options, name: str) -> lis
         found: list[str] = []
         if "patient" in options.by:
             patient = written_name(row.get(options.key))
-            found += [f"patient {patient}"] if patient else []
+            found += [f"patient {patient}"] if patient and names_someone(patient) else []
         if "image" in options.by:
             try:
                 names = read_images(row.get("image"))

@@ -13,6 +13,7 @@ import csv
 import datetime
 import io
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,9 @@ MISSING_WORDS = frozenset({"", "null", "none", "nan", "n/a", "na"})
 
 OTHER_DELIMITERS = (";", "|")
 """Signs that are no delimiters unless the user says so; Excel writes the first one in many countries."""
+
+COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9-]{0,40}")
+"""A name that stands in messages; any other may be a cell, where a table has no header."""
 
 NOT_UTF8 = "expected UTF-8; in Excel save it as 'CSV UTF-8', or use: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
 
@@ -141,12 +145,17 @@ def need(columns: Iterable[str], found: Iterable[str], path: str | Path) -> None
     """Check that a table has columns.
 
     Raises:
-        DataError: it lacks one.
+        DataError: it lacks one; shows names only that can hardly be a patient's text, as the first row of a table
+            without a header would be.
     """
     present = list(found)
     missing = [column for column in columns if column not in present]
-    if missing:
-        raise DataError(f"{path}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, present))}")
+    if not missing:
+        return
+    shown = [repr(name) for name in present if COLUMN_NAME.fullmatch(name)]
+    if len(shown) < len(present):
+        shown.append(f"{len(present) - len(shown)} that look like no column names (is the header line missing?)")
+    raise DataError(f"{path}: no column {', '.join(map(repr, missing))}; it has {', '.join(shown)}")
 
 
 @contextmanager

@@ -99,6 +99,11 @@ def test_true_and_false_are_no_texts(tmp_path: Path, column: str) -> None:
 def test_wrong_flags(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no column 'nobody'; it has 'file', 'q', 'a', 'who', 'part', 'age'"):
         main([*table(tmp_path), "--patient_column", "nobody"])
+    (tmp_path / "bare.csv").write_text("a.png,What is it?,Smith has a mass\n")
+    with pytest.raises(DataError) as shown:
+        main([str(tmp_path / "bare.csv"), *table(tmp_path)[1:]])
+    assert "3 that look like no column names (is the header line missing?)" in str(shown.value)
+    assert "Smith" not in str(shown.value)
     with pytest.raises(ConfigError, match="one character"):
         main([*table(tmp_path), "--delimiter", "ab"])
     with pytest.raises(ConfigError, match="--keep id: rows have a field"):

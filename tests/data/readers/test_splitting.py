@@ -86,7 +86,7 @@ def test_a_patient_is_one_however_the_number_is_written() -> None:
     assert split_rows(written, options) == split_rows(rows(), options)
 
 
-@pytest.mark.parametrize("value", [None, "", "  ", 1.5, float("nan"), True])
+@pytest.mark.parametrize("value", [None, "", "  ", 1.5, float("nan"), True, "unknown", "N/A"])
 def test_a_row_without_the_key_is_refused(value: Any) -> None:
     data = rows(5)
     data[7]["patient"] = value
