@@ -28,7 +28,7 @@ from llava.model.hf_llava import SOURCE_KEY
 from llava.model.multimodal_encoder.towers import input_size, num_extra_tokens, side
 from llava.model.names import HEAD, LANGUAGE_MODEL, PROJECTOR, TOWER
 from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from llava.model.source_files import SOURCE_FOLDER, copy_source
+from llava.model.source_files import SOURCE_FOLDER, copy_source, name_known_class
 from llava.processing import LlavaMedProcessor
 from llava.utils.jsonl import write_json
 
@@ -189,16 +189,9 @@ def _write_processor(loaded: Loaded, target: Path) -> None:
         folder = Path(name)
         combined.save_pretrained(folder)
         pictures.save_pretrained(folder)  # also in a file of its own, where transformers 4 looks
-        _fix_class(folder / "tokenizer_config.json")
+        name_known_class(folder)
         for file in sorted(folder.iterdir()):
             file.replace(target / file.name)
-
-
-def _fix_class(file: Path) -> None:
-    """The class name that every version of transformers knows, so that nobody rebuilds the tokenizer by rules."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    content["tokenizer_class"] = "PreTrainedTokenizerFast"
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def plain_tokenizer(processor: LlavaMedProcessor) -> PreTrainedTokenizerFast:

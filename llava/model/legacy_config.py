@@ -164,6 +164,8 @@ def _fresh(text: Any) -> dict[str, Any]:
     if parameters.get("rope_type", "default") != "default":
         settings["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
     settings.pop("_name_or_path", None)
+    if dtype := settings.pop("dtype", None):
+        settings["torch_dtype"] = dtype  # as every version of transformers reads it
     return {
         **settings,
         **{"model_type": f"llava_{text.model_type}", "architectures": [ARCHITECTURES[text.model_type]]},

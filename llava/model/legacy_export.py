@@ -37,7 +37,7 @@ from llava.model.names import (
 )
 from llava.model.shard_files import flat_bytes
 from llava.model.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from llava.model.source_files import copy_source
+from llava.model.source_files import NEW_CLASS, TOKENIZER_CONFIG_FILE, copy_source, name_known_class
 from llava.processing import LlavaMedProcessor
 from llava.tokenization import word_id
 from llava.utils.jsonl import write_json
@@ -244,6 +244,8 @@ def _write_tokenizer(tokenizer: Any, target: Path, num_known: int | None) -> Non
         num_known: rows that the source's vocabulary had, whose words its files name already.
     """
     tokenizer.save_pretrained(target)
+    if read_json(target / TOKENIZER_CONFIG_FILE).get("tokenizer_class") == NEW_CLASS:
+        name_known_class(target)
     if (target / "tokenizer.model").is_file() and num_known is not None:  # the originals' slow one reads this
         new = {word: row for word, row in tokenizer.get_added_vocab().items() if row >= num_known}
         write_json(target / ADDED_FILE, {**read_json(target / ADDED_FILE), **new})

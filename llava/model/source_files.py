@@ -12,16 +12,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava.model.layout import Layout
+from llava.model.layout import Layout, read_json
 from llava.model.legacy_keys import TOWER_KEYS
+from llava.utils.jsonl import write_json
 
 SOURCE_FOLDER = "source"
 """Inside a folder of ours, or an export for transformers: files of the checkpoint that it was converted from."""
 
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+NEW_CLASS = "TokenizersBackend"
+"""What transformers 5 calls a tokenizer that is a tokenizer.json and no more; older ones know no such class."""
+
 SOURCE_FILES = (
     "tokenizer.model",
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
@@ -78,6 +83,12 @@ def copy_inside(source: Path, folder: Path, name: str) -> bool:
     else:
         shutil.copyfile(source / place, folder / place)
     return True
+
+
+def name_known_class(folder: Path) -> None:
+    """Name a fast tokenizer as every version of transformers does, so that nobody rebuilds it by rules."""
+    file = folder / TOKENIZER_CONFIG_FILE
+    write_json(file, {**read_json(file), "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def keep_source(layout: Layout, path: Path) -> None:

@@ -16,7 +16,7 @@ from llava.model.building import Loaded
 from llava.model.checkpoint import save_model
 from llava.model.converting import convert
 from llava.model.foreign_options import ForeignOptions
-from llava.model.layout import sniff
+from llava.model.layout import read_json, sniff
 from llava.model.legacy_keys import TEMPLATE_KEY
 from llava.model.loading import load
 from llava.model.names import EMBEDDINGS, HEAD
@@ -70,6 +70,9 @@ def test_rows_that_loading_made_go_unless_they_were_trained(tmp_path: Path, are_
 def test_the_size_of_the_vocabulary_is_that_of_the_table(tmp_path: Path) -> None:
     convert(save(tiny_llava(), tmp_path / "ours"), tmp_path / "legacy", "legacy")
     layout = sniff(tmp_path / "legacy")
+    names = read_json(tmp_path / "legacy" / "tokenizer_config.json")
+    assert names["tokenizer_class"] == "PreTrainedTokenizerFast", "transformers 4 knows no other for tokenizer.json"
+    assert layout.config["torch_dtype"] == "float32" and "dtype" not in layout.config
     assert layout.config["vocab_size"] == layout.tensors["model.embed_tokens.weight"].shape[0] == 261
 
 
