@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import pickletools
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -245,7 +246,9 @@ def read_bin_header(file: Path) -> dict[str, BinTensor]:
                 tensor.storage_key: members.get(program.replace("data.pkl", f"data/{tensor.storage_key}"))
                 for tensor in tensors.values()
             }
-            starts = _starts(file, storages)
+            order = program.replace("data.pkl", "byteorder")
+            is_swapped = order in members and archive.read(order).strip() != sys.byteorder.encode()
+            starts = {} if is_swapped else _starts(file, storages)
     except UNREADABLE_ARCHIVE as error:
         raise CheckpointError(
             f"{file} cannot be read as a torch file ({error}); it is truncated, or older than torch 1.6"
@@ -264,16 +267,18 @@ LOCAL_HEADER_MARK = b"PK\x03\x04"
 
 
 def _starts(file: Path, storages: Mapping[str, zipfile.ZipInfo | None]) -> dict[str, int]:
-    """First byte of each storage in the file; those that are packed are left out."""
+    """First byte of each storage in the file; those that are packed, or do not lie in it whole, are left out."""
     starts: dict[str, int] = {}
+    size = file.stat().st_size
     with file.open("rb") as stream:
         for key, member in storages.items():
             if member is None or member.compress_type != zipfile.ZIP_STORED:
                 continue
             stream.seek(member.header_offset)
             mark, name_bytes, extra_bytes = LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))
-            if mark == LOCAL_HEADER_MARK:
-                starts[key] = member.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
+            start = member.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
+            if mark == LOCAL_HEADER_MARK and start + member.file_size <= size:
+                starts[key] = start
     return starts
 
 

@@ -16,11 +16,11 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llava.errors import CheckpointError
 from llava.model.bin_header import ITEM_SIZES, read_bin_header
@@ -166,6 +166,7 @@ class TensorReader:
     def __init__(self, entries: dict[str, TensorEntry]) -> None:
         self.entries = entries
         self._files: dict[Path, Any] = {}
+        self._mapped: dict[Path, Any] = {}
 
     @property
     def names(self) -> list[str]:
@@ -180,10 +181,14 @@ class TensorReader:
         """
         if name not in self.entries:
             raise CheckpointError(f"no tensor {name!r}; the checkpoint has {len(self.entries)}, see its inspection")
-        file = self.entries[name].file
-        if file not in self._files:
-            self._files[file] = _open(file)
-        content = self._files[file]
+        entry = self.entries[name]
+        if entry.file.suffix != ".safetensors" and is_mappable(entry):
+            if entry.file not in self._mapped:
+                self._mapped[entry.file] = _map(entry.file)
+            return _view(entry, self._mapped[entry.file], entry.shape)
+        if entry.file not in self._files:
+            self._files[entry.file] = _open(entry.file)
+        content = self._files[entry.file]
         tensor: Tensor = content[name] if isinstance(content, dict) else content.get_tensor(name)
         return tensor.detach()
 
@@ -195,6 +200,7 @@ class TensorReader:
     def close(self) -> None:
         """Forget the files; tensors that are still held stay valid."""
         self._files.clear()
+        self._mapped.clear()
 
     def __enter__(self) -> TensorReader:
         return self
@@ -240,17 +246,32 @@ def read_with_room(entry: TensorEntry, num_rows: int) -> Tensor | None:
     Returns:
         None where the file does not hold the table as it is, or ends too early behind it.
     """
+    num_bytes = entry.num_bytes // max(entry.shape[0], 1) * num_rows
+    if not is_mappable(entry) or cast(int, entry.start) + num_bytes > entry.file.stat().st_size:
+        return None
+    return _view(entry, _map(entry.file), (num_rows, *entry.shape[1:]))
+
+
+def is_mappable(entry: TensorEntry) -> bool:
+    """Whether a tensor's bytes lie in its file as they are, where a tensor may begin."""
+    return entry.start is not None and entry.start % ITEM_SIZES[entry.dtype] == 0
+
+
+def _map(file: Path) -> Any:
+    """A private mapping of a whole file: what is written into it stays in memory."""
+    import torch
+
+    return torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
+
+
+def _view(entry: TensorEntry, mapped: Any, shape: Sequence[int]) -> Tensor:
+    """The tensor of an entry in the mapping of its file, of this shape."""
     import torch
 
     dtype: torch.dtype = getattr(torch, entry.dtype)
-    num_bytes = entry.num_bytes // max(entry.shape[0], 1) * num_rows
-    file_bytes = entry.file.stat().st_size
-    if entry.start is None or entry.start % dtype.itemsize or entry.start + num_bytes > file_bytes:
-        return None
-    mapped: Any = torch.UntypedStorage.from_file(str(entry.file), shared=False, nbytes=file_bytes)
-    storage: Any = mapped[entry.start : entry.start + num_bytes]
-    width = entry.shape[1]
-    return torch.empty(0, dtype=dtype).set_(storage, 0, (num_rows, width), (width, 1))
+    start = cast(int, entry.start)
+    storage: Any = mapped[start : start + math.prod(shape) * dtype.itemsize]
+    return torch.empty(0, dtype=dtype).set_(storage).view(tuple(shape))
 
 
 class ShardWriter:
