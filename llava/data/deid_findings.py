@@ -13,7 +13,7 @@ from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from llava.data.deid_profile import fate_of
+from llava.data.deid_profile import fields_of
 from llava.data.dicom_header import silence, word
 
 OFTEN_WRITTEN_ON = frozenset({"DOC", "ES", "GM", "IVUS", "OP", "OT", "SC", "SM", "US", "XC"})
@@ -57,18 +57,11 @@ def inspect(dataset: Dataset, picture: Image.Image | None) -> Findings:
     fields: dict[str, str] = {}
     num_private = 0
     with silence:
-        for tag in list(dataset.keys()):
+        for tag, element, fate in fields_of(dataset):
             if tag.is_private:
                 num_private += 1
-                continue
-            try:
-                element = dataset[tag]
-                fate = fate_of(element)
-            except Exception:  # a field that cannot be read is named and removed
-                fields[str(tag)] = "removed"
-                continue
-            if fate != "kept":
-                fields[element.keyword or str(tag)] = fate
+            elif element is None or fate != "kept":
+                fields[(element is not None and element.keyword) or str(tag)] = fate
             elif element.VR == "SQ":
                 inner = [inspect(item, None) for item in element.value]
                 num_private += sum(found.num_private for found in inner)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
+from pydicom.tag import BaseTag
 from pydicom.uid import UID
 
 from llava.data.dicom_facts import BODY_PARTS
@@ -105,17 +106,19 @@ def clean(dataset: Dataset, salt: bytes) -> Dataset:
     found = Dataset()
     with silence:
         patient = str(dataset.get("PatientID") or "")
-        for element in _elements(dataset):
-            kept = _cleaned(element, salt, patient)
-            if kept is not None:
-                found.add(kept)
+        _add_cleaned(found, dataset, salt, patient)
         found.PatientIdentityRemoved = "YES"
         found.DeidentificationMethod = METHOD
     return found
 
 
-def fate_of(element: DataElement) -> str:
+def _fate_of(element: DataElement) -> str:
     """Return what happens to a field: kept, emptied, replaced or removed."""
+    fate = _fate_by_name(element)
+    return "removed" if fate == "kept" and not _is_harmless(element) else fate
+
+
+def _fate_by_name(element: DataElement) -> str:
     action = ACTIONS.get(element.keyword)
     if action is not None:
         return {"Z": "emptied", "X": "removed", "U": "replaced", "K": "replaced", "W": "kept"}[action]
@@ -131,22 +134,28 @@ def fate_of(element: DataElement) -> str:
     return "kept" if set(element.VR.split(" or ")) & KEPT_TYPES else "removed"
 
 
-def _elements(dataset: Dataset) -> list[DataElement]:
-    """Return the fields that can be read; one that cannot is none that may stay."""
-    found = []
+def fields_of(dataset: Dataset) -> Iterator[tuple[BaseTag, DataElement | None, str]]:
+    """Yield the tag of every field, the field, and what happens to it; one that cannot be read is None and removed."""
     for tag in list(dataset.keys()):
         try:
-            found.append(dataset[tag])
-        except Exception:  # whatever its value runs into: it is left out
-            continue
-    return found
+            element = dataset[tag]
+            fate = _fate_of(element)
+        except Exception:  # pydicom raises whatever a damaged value runs into; what cannot be judged must not stay
+            yield tag, None, "removed"
+        else:
+            yield tag, element, fate
 
 
-def _cleaned(element: DataElement, salt: bytes, patient: str) -> DataElement | None:
-    """Return the field as it may stay, or None."""
-    fate, rule = fate_of(element), ACTIONS.get(element.keyword)
-    if fate == "removed" or not _is_harmless(element):
-        return None
+def _add_cleaned(found: Dataset, dataset: Dataset, salt: bytes, patient: str) -> None:
+    """Add what may stay of a data set."""
+    for _, element, fate in fields_of(dataset):
+        if element is not None and fate != "removed":
+            found.add(_cleaned(element, salt, patient))
+
+
+def _cleaned(element: DataElement, salt: bytes, patient: str) -> DataElement:
+    """Return a field that is not removed as it may stay."""
+    rule = ACTIONS.get(element.keyword)
     if rule in ("Z", "K"):
         key = key_of("patient", patient, salt) if rule == "K" and patient else ""
         return DataElement(element.tag, element.VR, key)
@@ -169,10 +178,7 @@ def _is_harmless(element: DataElement) -> bool:
 
 def _clean_item(item: Dataset, salt: bytes) -> Dataset:
     found = Dataset()
-    for element in _elements(item):
-        kept = _cleaned(element, salt, "")
-        if kept is not None:
-            found.add(kept)
+    _add_cleaned(found, item, salt, "")
     return found
 
 

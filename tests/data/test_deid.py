@@ -18,7 +18,7 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
 from llava.data import deid, images
-from llava.data.deid_findings import MIN_STROKES, most_strokes
+from llava.data.deid_findings import MIN_STROKES, inspect, most_strokes
 from llava.data.deid_profile import ACTIONS, KEPT_BYTES, KEPT_SEQUENCES
 from llava.errors import ConfigError, DataError
 from tests.dicom_files import SECRET, corpus, make, make_dataset, to_bytes
@@ -88,6 +88,8 @@ def test_single_fields(keyword: str, value: str, stays: bool) -> None:
         data = make(GRADIENT, **{keyword: value})
     copy, _ = copy_of(data)
     assert bool(copy.get(keyword)) is stays
+    said = inspect(deid.read_all(data, "x"), None).fields.get(keyword, "kept")
+    assert (said == "kept") is stays, "the report says what becomes of a field"
 
 
 def test_identifiers_are_new_and_still_fit_together() -> None:
