@@ -14,14 +14,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from tests.local_server import LocalHandler, LocalState, running
 
 KEY = "sk-fake-0123456789abcdef"
 MODEL = "fake-model"
@@ -75,7 +74,7 @@ class Call:
 
 
 @dataclass
-class FakeEndpoint:
+class FakeEndpoint(LocalState):
     """The endpoint's answers, faults and log.
 
     Attributes:
@@ -88,17 +87,12 @@ class FakeEndpoint:
     """
 
     answer: Answer
-    address: str = ""
     faults: list[Fault] = field(default_factory=list)
     key: str = ""
     usage: bool = True
     pause: float = 0.0
     headers: tuple[tuple[str, str], ...] = ()
     calls: list[Call] = field(default_factory=list)
-    most_at_once: int = 0
-    num_running: int = 0
-    stopped: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def root(self) -> str:
@@ -106,30 +100,15 @@ class FakeEndpoint:
         return self.address.removesuffix("/v1")
 
 
-class Server(ThreadingHTTPServer):
-    """Says nothing of clients that are killed in the middle of a request."""
-
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Show errors of this file, not of connections."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handle_error(request, client_address)
-
-
 def num_tokens(messages: Sequence[Message]) -> int:
     """Words of all messages: the fake's count of tokens."""
     return sum(len(str(message["content"]).split()) for message in messages)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(LocalHandler):
     """Answers one connection."""
 
-    protocol_version = "HTTP/1.1"
     state: FakeEndpoint
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
 
     def do_POST(self) -> None:
         """Answer one request."""
@@ -138,16 +117,9 @@ class Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         with state.lock:
             state.calls.append(Call(self.path, headers, body, time.monotonic()))
-            state.num_running += 1
-            state.most_at_once = max(state.most_at_once, state.num_running)
             fault = state.faults.pop(0) if state.faults else None
-        try:
+        with self.counted():
             self._answer(body, headers, fault)
-        except OSError:  # the client went away
-            self.close_connection = True
-        finally:
-            with state.lock:
-                state.num_running -= 1
 
     def _answer(self, body: dict[str, Any], headers: Mapping[str, str], fault: Fault | None) -> None:
         state = self.state
@@ -212,18 +184,9 @@ def completion(text: object, fault: Fault, body: Mapping[str, Any], *, usage: bo
 @contextlib.contextmanager
 def serve(answer: Answer) -> Iterator[FakeEndpoint]:
     """Run an endpoint on a free port."""
-    state = FakeEndpoint(answer)
-    server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"state": state}))
-    state.address = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    state = FakeEndpoint(answer, address="/v1")
+    with running(Handler, state):
         yield state
-    finally:
-        state.stopped.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def environment(endpoint: FakeEndpoint, **more: str) -> dict[str, str]:

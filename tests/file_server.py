@@ -11,12 +11,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.local_server import LocalHandler, LocalState, running
 
 
 @dataclass(frozen=True)
@@ -60,17 +59,12 @@ class Request:
 
 
 @dataclass
-class FileServer:
+class FileServer(LocalState):
     """The server's files, faults and log."""
 
-    address: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, list[Fault]] = field(default_factory=dict)
     log: list[Request] = field(default_factory=list)
-    stopped: threading.Event = field(default_factory=threading.Event)
-    most_at_once: int = 0
-    num_running: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def asked(self, path: str) -> int:
         """How often a file was asked for."""
@@ -83,31 +77,20 @@ class FileServer:
             return Fault() if not faults else faults[0] if faults[0].always else faults.pop(0)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(LocalHandler):
     """Answers one connection."""
 
-    protocol_version = "HTTP/1.1"
     state: FileServer
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
 
     def do_GET(self) -> None:
         """Answer one request."""
         state = self.state
         headers = self.headers
         with state.lock:
-            state.num_running += 1
-            state.most_at_once = max(state.most_at_once, state.num_running)
             known = (headers.get("Range", ""), time.monotonic(), headers.get("User-Agent", ""))
             state.log.append(Request(self.path, *known, headers.get("If-Range", "")))
-        try:
+        with self.counted():
             self._answer(state.fault(self.path))
-        except OSError:  # the client went away
-            self.close_connection = True
-        finally:
-            with state.lock:
-                state.num_running -= 1
 
     def _answer(self, fault: Fault) -> None:
         data = self.state.files.get(self.path)
@@ -156,29 +139,9 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-class Server(ThreadingHTTPServer):
-    """Says nothing of clients that go away."""
-
-    daemon_threads = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Be silent about broken connections; anything else is an error of the server itself."""
-        if not isinstance(sys.exception(), OSError):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]
-
-
 @contextlib.contextmanager
 def serve() -> Iterator[FileServer]:
     """Run a server on a free port."""
     state = FileServer()
-    server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"state": state}))
-    state.address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with running(Handler, state):
         yield state
-    finally:
-        state.stopped.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
