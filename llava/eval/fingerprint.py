@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,23 @@ def sidecar(answers: str | Path) -> Path:
     return path.with_name(f"{path.name}.settings.json")
 
 
-def record(answers: str | Path, settings: Mapping[str, Any]) -> None:
-    """Write how the answers of a file are made."""
-    write_json(sidecar(answers), {"fingerprint": digest(settings), "settings": dict(settings)})
+def record(answers: str | Path, settings: Mapping[str, Any], *, precisions: Collection[str] = ()) -> None:
+    """Write how the answers of a file are made.
+
+    Args:
+        answers: the answer file.
+        settings: what the answers depend on.
+        precisions: what the answers were computed in. It is recorded, not compared: `--dtype auto` may choose
+            differently on another machine.
+    """
+    content = {"fingerprint": digest(settings), "settings": dict(settings), "precisions": sorted(precisions)}
+    write_json(sidecar(answers), content)
+
+
+def recorded_precisions(answers: str | Path) -> list[str]:
+    """Return what the answers of a file were computed in; several after a resume on another machine."""
+    path = sidecar(answers)
+    return list(json.loads(read_text(path)).get("precisions", ())) if path.is_file() else []
 
 
 def recorded(answers: str | Path) -> dict[str, Any]:

@@ -34,13 +34,23 @@ NUM_FOLLOW_UP_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What became of the questions of one file; `num_failed` are the rows that hold an error instead of an answer."""
+    """What became of the questions of one file.
+
+    Attributes:
+        path: the answer file.
+        num_questions: its rows.
+        num_resumed: rows of an earlier run that were kept.
+        num_failed: rows that hold an error instead of an answer.
+        seconds: time of this run.
+        precisions: what the answers were computed in, as far as their engines know.
+    """
 
     path: Path
     num_questions: int
     num_resumed: int
     num_failed: int
     seconds: float
+    precisions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +103,8 @@ class AnswerRun:
         self.blank = Image.new("RGB", (protocol.BLANK_SIZE,) * 2, protocol.GREY) if options.blank_images else None
         if not resume or not self.out.exists():
             jsonl.write_records(self.out, [])
-        fingerprint.record(self.out, self._settings())
+        self.precisions = set(fingerprint.recorded_precisions(self.out)) if self.rows else set()
+        fingerprint.record(self.out, self._settings(), precisions=self.precisions)
 
     @property
     def pending(self) -> list[Question]:
@@ -122,6 +133,9 @@ class AnswerRun:
         if pending and engine is None:
             raise ConfigError(f"{len(pending)} questions are left to answer, but there is no engine")
         if engine is not None and pending:
+            if precision := getattr(engine, "precision", None):  # a remote engine does not know it
+                self.precisions.add(precision)
+                fingerprint.record(self.out, self._settings(), precisions=self.precisions)
             with log.progress_bar(len(self.questions), title=title, unit="question") as bar:
                 bar.update(self.num_resumed)
                 for first in range(0, len(pending), batch_size):
@@ -133,7 +147,9 @@ class AnswerRun:
         num_failed = sum("error" in row["metadata"] for row in rows)
         if num_failed:
             logger.warning("%d of %d answers failed; the file names why in metadata.error", num_failed, len(rows))
-        return Summary(self.out, len(rows), self.num_resumed, num_failed, time.monotonic() - start)
+        return Summary(
+            self.out, len(rows), self.num_resumed, num_failed, time.monotonic() - start, tuple(sorted(self.precisions))
+        )
 
     def _resumed(self) -> dict[str, dict[str, Any]]:
         """Return the rows of an earlier run that hold answers, after checking that they are of this run."""

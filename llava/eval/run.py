@@ -198,7 +198,8 @@ def evaluate(plan: Plan, open_engine: Callable[[], Engine]) -> dict[str, Any]:
     report["verdicts"] = verdicts(report["scores"]["strict"])
     report["control_image"] = {"color": GREY} if blank is not None else None
     report["options_suffix"] = YES_NO_OPTIONS if plan.options.choices else None
-    report["provenance"] = dict(plan.facts or stamp(seed=plan.seed))
+    precisions = sorted({name for summary in summaries for name in summary.precisions})
+    report["provenance"] = {**(plan.facts or stamp(seed=plan.seed)), "precision": ", ".join(precisions) or None}
     write_json(plan.out / RESULTS, report)
     write_page(
         plan.out / PAGE,

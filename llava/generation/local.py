@@ -31,6 +31,7 @@ from llava.generation.sampling import TokenDraw
 from llava.generation.scheduler import Request, Scheduler, Source
 from llava.generation.stopping import AnswerText, StopRule
 from llava.model.attention import use_tree_attention
+from llava.model.precision import weights_precision
 from llava.processing import LlavaMedProcessor
 
 DEFAULT_CONTEXT = 2048
@@ -98,6 +99,11 @@ class LocalEngine:
         self.beams_count_prompt = False
         """Divide the score of a beam by the length of prompt and answer, as transformers before 4.36 did."""
         self._lock = threading.RLock()
+
+    @property
+    def precision(self) -> str:
+        """The precision that answers are computed in, such as `float32`."""
+        return weights_precision(self.model)
 
     def _runner(self, max_slots: int, text_config: Any) -> Runner:
         if self.layout == "padded":

@@ -14,6 +14,7 @@ from llava.compat import parse_names
 from llava.errors import ConfigError
 from llava.generation.local import LocalEngine
 from llava.model.loading import load
+from llava.model.precision import raise_slow_weights
 
 TRAINING_LENGTH = "tokenizer_model_max_length"
 """Key of published configurations."""
@@ -38,7 +39,7 @@ def open_engine(
     Args:
         path: checkpoint folder of any known layout, or a hub name.
         base: base model of an adapter; default: the one it names.
-        dtype: name of the weights' precision; `auto` keeps the checkpoint's.
+        dtype: name of the weights' precision; `auto` keeps the checkpoint's, or float32 where a CPU is faster with it.
         device: cpu, cuda, cuda:0 ...; default: the accelerator when there is one.
         bits: 4 and 8 quantize the weights (bitsandbytes).
         vision_tower: tower of a checkpoint that does not hold or name one.
@@ -60,6 +61,8 @@ def open_engine(
     loaded = load(path, base=base, dtype=precision, device_map=device_map, bits=bits, **given)
     if bits == 16:
         torch.nn.Module.to(loaded.model, device)
+        if dtype == "auto":
+            raise_slow_weights(loaded.model)
     if template:
         loaded.processor.use_template(template)
     loaded.processor.use_dicom(loaded.processor.dicom.changed(dicom_window, dicom_frame))

@@ -25,7 +25,12 @@ def add_engine_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup
     parser.add_argument("--model-base", help="base model of an adapter; default: the one it names")
     parser.add_argument("--vision-tower", help="tower of a checkpoint in another layout; ours know theirs")
     parser.add_argument("--conv-mode", help="template to use instead of the checkpoint's own")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="precision of the weights")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="precision of the weights; auto: as saved, or float32 where a CPU is faster with it",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator when there is one")
     parser.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="4 and 8 need bitsandbytes")
     parser.add_argument("--compat", default="none", metavar="LIST", help=help_text("answers"))

@@ -118,6 +118,7 @@ class LlavaTrainingArguments(TrainingArguments):
     """transformers' training arguments, the seeds' own, and old names for both."""
 
     optim: str = option("adamw_torch", "optimizer")
+    bf16: bool = option(False, "True, False or auto (bfloat16 autocast where it is at least 1.25x faster, measured)")
     remove_unused_columns: bool = option(False, "kept for old command lines")
     model_max_length: int = option(512, "longest sequence in tokens, images included; longer text is shortened")
     cache_dir: str | None = option(None, "accepted for old command lines; set HF_HOME instead")
@@ -188,3 +189,6 @@ class LlavaTrainingArguments(TrainingArguments):
         """Where the run writes."""
         assert self.output_dir is not None
         return Path(self.output_dir)
+
+
+Parsed = tuple[ModelArguments, DataArguments, LlavaTrainingArguments]

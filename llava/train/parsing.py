@@ -5,15 +5,13 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from transformers import HfArgumentParser
 
 from llava.errors import ConfigError
-from llava.train import legacy_flags
-from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
-
-Parsed = tuple[ModelArguments, DataArguments, LlavaTrainingArguments]
+from llava.train import legacy_flags, precision
+from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments, Parsed
 
 EXAMPLE = """example:
   llava train --model_name_or_path LM --vision_tower TOWER --data_path train.json --image_folder images \\
@@ -21,8 +19,12 @@ EXAMPLE = """example:
 """
 
 
-def parse(argv: Sequence[str] | None = None) -> Parsed:
+def parse(argv: Sequence[str] | None = None, *, bf16: bool | Literal["auto"] = False) -> Parsed:
     """Read the command line of every training entry.
+
+    Args:
+        argv: command line; that of the process when None.
+        bf16: what an absent `--bf16` means.
 
     Raises:
         ConfigError: an option is unknown, or values contradict each other.
@@ -33,8 +35,12 @@ def parse(argv: Sequence[str] | None = None) -> Parsed:
         description="Train: stage 1 alignment, stage 2 instruction tuning, downstream fine-tuning, LoRA.",
         epilog=EXAMPLE,
     )
+    precision.accept_auto(parser, default=bf16)
     words = [_underscored(word) for word in words]
-    *groups, unknown = _dataclasses(parser, words)
+    choice = precision.chosen_bf16(parser.parse_known_args(words)[0])
+    *groups, unknown = _dataclasses(parser, [*words, "--bf16", str(choice)])
+    if (agreed := precision.agreed(choice, groups[2])) != choice:
+        *groups, unknown = _dataclasses(parser, [*words, "--bf16", str(agreed)])
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
@@ -45,6 +51,7 @@ def parse(argv: Sequence[str] | None = None) -> Parsed:
     legacy_flags.warn_without_effect(words, (model, data, training), standard)
     legacy_flags.settle_compat(data, training)
     legacy_flags.settle_validation(data, training)
+    precision.warn_of_slow_bf16(model, training)
     return model, data, training
 
 

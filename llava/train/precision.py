@@ -1,4 +1,4 @@
-"""Frozen weights of a bf16 run in bf16: half the memory, and no recasting at every use.
+"""Precision of a training run: what `--bf16 auto` means, and frozen weights of a bf16 run in bf16.
 
     autocast:  float32 weight --cast at every use--> bf16 --\\
     here:      bf16 weight, cast once ----------------------+--> the same product, bit for bit
@@ -10,17 +10,89 @@ weight that went through bf16 has lost bits.
 
 from __future__ import annotations
 
-from typing import Any, cast
+import logging
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
+from transformers.hf_argparser import string_to_bool
 
+from llava.model.layout import CONFIG_FILE, read_json
 from llava.model.names import PROJECTOR_MODULE
+from llava.model.precision import half_speedup, product_shape, trains_faster_in_bf16
 from llava.model.quantization import quantized_layers
-from llava.train.args import LlavaTrainingArguments
+from llava.train.args import LlavaTrainingArguments, ModelArguments
+from llava.train.run_folder import bf16_to_resume
 from llava.train.saving import Kind
+from llava.utils import log
+
+logger = logging.getLogger(__name__)
 
 CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+def accept_auto(parser: ArgumentParser, *, default: bool | Literal["auto"]) -> None:
+    """Let `--bf16` take the word `auto` too, and mean `default` when it is absent."""
+    action = next(action for action in parser._actions if "--bf16" in action.option_strings)
+    action.type, action.default, action.metavar = _bool_or_auto, default, "True|False|auto"
+
+
+def _bool_or_auto(value: str) -> bool | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    try:
+        return bool(string_to_bool(value))
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"expected True, False or auto, got {value!r}") from error
+
+
+def chosen_bf16(options: Namespace) -> bool:
+    """Return what `--bf16` comes to: as given; for `auto` as the resumed run chose, else as measured on this machine.
+
+    Args:
+        options: every training option as parsed.
+    """
+    if options.bf16 != "auto":
+        return bool(options.bf16)
+    earlier = bf16_to_resume(options)
+    if options.fp16 or earlier is not None:
+        return bool(earlier)
+    accelerator = None if options.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    device_type = "cpu" if accelerator is None else accelerator.type
+    choice = trains_faster_in_bf16(_config(options.model_name_or_path), device_type)
+    logger.info("--bf16 auto: this run computes in %s, as measured on this machine", ("float32", "bfloat16")[choice])
+    return choice
+
+
+def agreed(choice: bool, args: LlavaTrainingArguments) -> bool:
+    """Return the first rank's choice; two ranks may measure on different sides of the limit."""
+    if args.world_size == 1:
+        return choice
+    choices = [choice]
+    broadcast_object_list(choices)
+    return choices[0]
+
+
+def warn_of_slow_bf16(model_args: ModelArguments, args: LlavaTrainingArguments) -> None:
+    """Warn once, with the measured factor, when `--bf16` makes a run on a CPU slower."""
+    if not args.bf16 or args.device.type != "cpu":
+        return
+    speedup = half_speedup(torch.bfloat16, product_shape(_config(model_args.model_name_or_path)))
+    if speedup < 1.0:
+        log.warn_once(
+            logger,
+            f"--bf16 True: bfloat16 products take {1 / speedup:.1f} times as long as float32 ones on this CPU; "
+            "use --bf16 auto, which computes in float32 here",
+        )
+
+
+def _config(model: str) -> Mapping[str, Any]:
+    """Return the configuration of a model folder; empty for a hub name, whose files may not be here yet."""
+    return read_json(Path(model) / CONFIG_FILE)
 
 
 def holds_frozen_in_bf16(args: LlavaTrainingArguments) -> bool:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from llava.model import lora
 from llava.model.building import Loaded
 from llava.model.checkpoint import refuse_own_base
 from llava.train import dry_run, precision, rows, run_folder
-from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
+from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments, Parsed
 from llava.train.callbacks import MetricsCallback, row_ids_file
 from llava.train.evaluation import HeldOutLoss
 from llava.train.held_out_answers import HeldOutAnswers
@@ -32,7 +32,7 @@ from llava.train.loader import Collator, RowData, StepLoader
 from llava.train.lost_ranks import lost_ranks_in_one_line
 from llava.train.objectives import OBJECTIVES, Objective
 from llava.train.opening import open_model, whole_weights
-from llava.train.parsing import Parsed, parse
+from llava.train.parsing import parse
 from llava.train.saving import Kind, hooks_for
 from llava.train.stream_loader import StreamLoader
 from llava.train.trainer import LlavaTrainer
@@ -42,18 +42,21 @@ from llava.utils.jsonl import append
 logger = logging.getLogger(__name__)
 
 
-def run_sft(argv: Sequence[str] | None = None, *, image_grouping: str = "auto") -> None:
+def run_sft(
+    argv: Sequence[str] | None = None, *, image_grouping: str = "auto", bf16: bool | Literal["auto"] = "auto"
+) -> None:
     """Train by supervised fine-tuning; every training command ends here.
 
     Args:
         argv: command line; that of the process when None.
         image_grouping: what an absent `--image_grouping` means.
+        bf16: what an absent `--bf16` means.
 
     Raises:
         LlavaError: arguments, data or checkpoints cannot be used; nothing has been written then.
     """
     log.setup()
-    parsed = parse(argv)
+    parsed = parse(argv, bf16=bf16)
     model_args, data_args, args = parsed
     set_seed(args.seed)
     with whole_weights(args):

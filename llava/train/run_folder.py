@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +16,7 @@ from typing import Any, cast
 from llava.data.mixture import data_sha256
 from llava.errors import ConfigError
 from llava.model.layout import PROVENANCE_FILE
-from llava.train.args import LlavaTrainingArguments
-from llava.train.parsing import Parsed
+from llava.train.args import LlavaTrainingArguments, Parsed
 from llava.utils.jsonl import write_json
 from llava.utils.provenance import git_commit, weights_sha256
 
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE = "resolved_arguments.json"
 STATE_FILE = "trainer_state.json"
+
+DEFAULT_OUTPUT = "trainer_output"
+"""Where transformers' `TrainingArguments` write when no folder is named."""
 
 DECISIVE = (
     "data_sha256", "model_sha256", "global_batch", "seed", "image_grouping", "order", "trains", "loss_normalization",
@@ -38,6 +41,7 @@ DECISIVE_DATA_OPTIONS = ("image_aspect_ratio", "image_grid_pinpoints", "image_co
 DECISIVE_TRAINING_OPTIONS = (
     "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "vision_tower_lr", "weight_decay", "lr_scheduler_type",
     "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "model_max_length",
+    "bf16", "fp16",
 )  # fmt: skip
 
 
@@ -54,6 +58,7 @@ def describe(parsed: Parsed, layout: str, grouping: str, order: str, trains: str
         "order": order,
         "trains": trains,
         "loss_normalization": training.loss_normalization,
+        "precision": "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
         "model_sha256": weights_sha256(model.model_name_or_path),
         "options": decisive_options(parsed),
         "layout": layout,
@@ -73,7 +78,7 @@ def decisive_options(parsed: Parsed) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(json.dumps(found, default=str)))
 
 
-def starts_anew(training: LlavaTrainingArguments) -> bool:
+def starts_anew(training: LlavaTrainingArguments | Namespace) -> bool:
     """Checkpoints of an earlier run in this folder do not count."""
     return bool(training.overwrite_output_dir or training.resume_from_checkpoint in ("False", "false", False))
 
@@ -121,6 +126,28 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
+def bf16_to_resume(training: Namespace) -> bool | None:
+    """Return whether the run that these options resume trains in bfloat16; None when they resume none.
+
+    Args:
+        training: the options as parsed, before transformers has seen them.
+    """
+    checkpoint = None if starts_anew(training) else _named_checkpoint(training)
+    if checkpoint is None:
+        return None
+    path = checkpoint.parent / ARGUMENTS_FILE
+    arguments = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    chosen = arguments.get("training", {}).get("bf16")
+    return chosen if isinstance(chosen, bool) else None
+
+
+def _named_checkpoint(training: LlavaTrainingArguments | Namespace) -> Path | None:
+    """Return the checkpoint that `--resume_from_checkpoint` names, else the last one of the run folder."""
+    wanted = training.resume_from_checkpoint
+    explicit = Path(wanted) if isinstance(wanted, str) and wanted.lower() != "true" else None
+    return explicit or last_checkpoint(Path(training.output_dir or DEFAULT_OUTPUT))
+
+
 def checkpoint_to_resume(parsed: Parsed, provenance: dict[str, Any]) -> str | None:
     """The checkpoint this run goes on from.
 
@@ -129,11 +156,7 @@ def checkpoint_to_resume(parsed: Parsed, provenance: dict[str, Any]) -> str | No
             neither run, and its folder would say what is not true.
     """
     training = parsed[2]
-    wanted = training.resume_from_checkpoint
-    if starts_anew(training):
-        return None
-    explicit = Path(wanted) if isinstance(wanted, str) and wanted.lower() != "true" else None
-    path = explicit or last_checkpoint(training.run_folder)
+    path = None if starts_anew(training) else _named_checkpoint(training)
     if path is None:
         return None
     if not _is_whole(path):

@@ -16,7 +16,7 @@ from llava.utils.cli import run_program
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The same as `train.py`: the flat batch attends tree by tree on every device."""
-    run_sft(argv, image_grouping="off")
+    run_sft(argv, image_grouping="off", bf16=False)
 
 
 if __name__ == "__main__":

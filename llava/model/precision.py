@@ -1,0 +1,145 @@
+"""Whether half precision is faster than float32 on this device: measured once a process, never guessed from a name.
+
+    configuration --product_shape--> shape --time both--> half_speedup --+--> `--bf16 auto` of training
+                                                                         +--> `--dtype auto` of evaluation and chat
+
+Some CPUs have instructions for bfloat16 and gain up to fourfold; on others a bfloat16 product is 40 times slower.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from llava.constants import DTYPES
+
+logger = logging.getLogger(__name__)
+
+MIN_TRAINING_SPEEDUP = 1.25
+"""`--bf16 auto` trains in bfloat16 from here on: autocast's own conversions cost some of what the products gain."""
+
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+
+DEFAULT_SIZES = (1024, 2816)
+"""Hidden and intermediate size where the configuration is not at hand, such as that of a hub name."""
+
+MIN_SIZES, MAX_CPU_SIZES = (256, 512), (576, 1536)
+"""Smaller products measure the call instead of the product; larger ones, on a CPU, would take seconds."""
+
+CPU_ROWS, GPU_ROWS = 16, 4096
+"""Rows of the measured product; on a GPU enough for the product, not the kernel launch, to be measured."""
+
+MIN_REPEATS, MAX_REPEATS, ENOUGH_SECONDS = 2, 20, 0.05
+"""A product is repeated at least and at most this often, until the repeats took this long together."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProductShape:
+    """Sizes of a matrix product [rows, inner] x [inner, columns]."""
+
+    rows: int
+    inner: int
+    columns: int
+
+
+def product_shape(config: Mapping[str, Any], device_type: str = "cpu") -> ProductShape:
+    """Return the shape of a model's largest repeated product, within `MIN_SIZES` and, on a CPU, `MAX_CPU_SIZES`.
+
+    Args:
+        config: a model's configuration as JSON; sizes of its text model count. Missing sizes get `DEFAULT_SIZES`.
+        device_type: `cpu` or `cuda`.
+    """
+    text = config.get("text_config") or config
+    named = (text.get("hidden_size"), text.get("intermediate_size"))
+    sizes = [size if isinstance(size, int) else default for size, default in zip(named, DEFAULT_SIZES, strict=True)]
+    inner, columns = (max(size, least) for size, least in zip(sizes, MIN_SIZES, strict=True))
+    if device_type != "cpu":
+        return ProductShape(GPU_ROWS, inner, columns)
+    return ProductShape(CPU_ROWS, min(inner, MAX_CPU_SIZES[0]), min(columns, MAX_CPU_SIZES[1]))
+
+
+def half_speedup(dtype: torch.dtype, shape: ProductShape, device_type: str = "cpu") -> float:
+    """Return how many times faster a product is in `dtype` than in float32; below 1 it is slower.
+
+    Both are measured the first time that a process asks for a shape, in at most about a second. Devices that are
+    neither CPU nor CUDA, and GPUs that only emulate bfloat16, give 0.
+    """
+    if device_type == "cuda":
+        if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return 0.0
+    elif device_type != "cpu":
+        return 0.0
+    return _measured(dtype, shape, device_type)
+
+
+@lru_cache(maxsize=64)
+def _measured(dtype: torch.dtype, shape: ProductShape, device_type: str) -> float:
+    num_threads = torch.get_num_threads()
+    # On one thread: several would also measure how busy the machine is, and the ratio is that of one core.
+    torch.set_num_threads(1)
+    try:
+        full = product_seconds(torch.float32, shape, device_type)
+        return full / product_seconds(dtype, shape, device_type)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def product_seconds(dtype: torch.dtype, shape: ProductShape, device_type: str) -> float:
+    """Return the seconds of one linear layer of this shape: the fastest of a few, after one that is not counted."""
+    rows = torch.ones(shape.rows, shape.inner, dtype=dtype, device=device_type)
+    weight = torch.ones(shape.columns, shape.inner, dtype=dtype, device=device_type)
+    times: list[float] = []
+    while len(times) < MIN_REPEATS or (len(times) < MAX_REPEATS and sum(times) < ENOUGH_SECONDS):
+        start = time.perf_counter()
+        nn.functional.linear(rows, weight)
+        if device_type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def trains_faster_in_bf16(config: Mapping[str, Any], device_type: str) -> bool:
+    """Say whether `--bf16 auto` means bfloat16 for a model of this configuration on this device."""
+    return half_speedup(torch.bfloat16, product_shape(config, device_type), device_type) >= MIN_TRAINING_SPEEDUP
+
+
+def raise_slow_weights(model: Any) -> None:
+    """Turn half-precision weights on a CPU into float32 where that computes faster; `--dtype auto` does this.
+
+    Precision is never lowered, and weights stay as they are where twice their memory is not free.
+    """
+    found = {weight.dtype for weight in model.parameters()}
+    halves = [dtype for dtype in HALF_PRECISION if dtype in found]
+    if model.device.type != "cpu" or not halves:
+        return
+    shape = product_shape(model.config.to_dict())
+    speedup = min(half_speedup(dtype, shape) for dtype in halves)
+    if speedup >= 1.0:
+        return
+    kept = ", ".join(dtype_name(dtype) for dtype in halves)
+    slower = f"{kept} products take {1 / speedup:.1f} times as long as float32 ones on this CPU"
+    num_bytes = sum(4 * weight.numel() for weight in model.parameters() if weight.dtype in HALF_PRECISION)
+    if num_bytes > psutil.virtual_memory().available:
+        logger.warning("%s, but float32 weights need %.1f GiB, which are not free", slower, num_bytes / 2**30)
+        return
+    nn.Module.float(model)
+    logger.info("%s: weights are used in float32 (--dtype %s keeps them)", slower, kept)
+
+
+def weights_precision(model: Any) -> str:
+    """Return the name of the precision that a model's input embeddings are held in, such as `float32`."""
+    return dtype_name(model.get_input_embeddings().weight.dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a floating-point type as `--dtype` spells it, one of `constants.DTYPES` where listed there."""
+    names = {getattr(torch, name): name for name in DTYPES}
+    return names.get(dtype, str(dtype).removeprefix("torch."))

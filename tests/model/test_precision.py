@@ -1,0 +1,121 @@
+"""`auto` precisions follow two measured times, never a name; weights are raised only where that is faster."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from llava.model import precision
+from llava.model.building import Loaded
+from llava.model.precision import ProductShape, half_speedup, product_shape, raise_slow_weights
+
+FAST, SLOW = 1.0, 3.0
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """Measure in every test, and leave nothing measured by it behind."""
+    precision._measured.cache_clear()
+    yield
+    precision._measured.cache_clear()
+
+
+def use_times(monkeypatch: pytest.MonkeyPatch, *, full: float, half: float) -> list[torch.dtype]:
+    """Let products take these seconds; returns the types that were measured."""
+    measured: list[torch.dtype] = []
+
+    def seconds(dtype: torch.dtype, shape: ProductShape, device_type: str) -> float:
+        measured.append(dtype)
+        return full if dtype == torch.float32 else half
+
+    monkeypatch.setattr(precision, "product_seconds", seconds)
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("full", "half", "expected"),
+    [(SLOW, FAST, True), (FAST, SLOW, False), (1.25, 1.0, True), (1.24, 1.0, False)],
+)
+def test_training_in_bf16_follows_the_measured_times(
+    full: float, half: float, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_times(monkeypatch, full=full, half=half)
+    assert precision.trains_faster_in_bf16({}, "cpu") is expected
+
+
+def test_a_process_measures_a_shape_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = use_times(monkeypatch, full=FAST, half=SLOW)
+    assert half_speedup(torch.bfloat16, ProductShape(1, 2, 3)) == half_speedup(torch.bfloat16, ProductShape(1, 2, 3))
+    assert measured == [torch.float32, torch.bfloat16]
+    half_speedup(torch.bfloat16, ProductShape(4, 5, 6))
+    assert len(measured) == 4
+
+
+def test_measuring_keeps_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    assert half_speedup(torch.bfloat16, ProductShape(2, 16, 16)) > 0
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("config", "device_type", "expected"),
+    [
+        ({"hidden_size": 300, "intermediate_size": 600}, "cpu", (16, 300, 600)),
+        ({"text_config": {"hidden_size": 300, "intermediate_size": 600}, "hidden_size": 1}, "cpu", (16, 300, 600)),
+        ({"hidden_size": 4096, "intermediate_size": 11008}, "cpu", (16, 576, 1536)),
+        ({"hidden_size": 4096, "intermediate_size": 11008}, "cuda", (4096, 4096, 11008)),
+        ({"hidden_size": 32, "intermediate_size": 64}, "cpu", (16, 256, 512)),
+        ({}, "cuda", (4096, 1024, 2816)),
+        ({"hidden_size": "wide", "intermediate_size": None}, "cuda", (4096, 1024, 2816)),
+    ],
+)
+def test_shapes_are_those_of_the_model(config: dict[str, Any], device_type: str, expected: tuple[int, ...]) -> None:
+    assert product_shape(config, device_type) == ProductShape(*expected)
+
+
+def test_an_unknown_device_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = use_times(monkeypatch, full=SLOW, half=FAST)
+    assert half_speedup(torch.bfloat16, ProductShape(1, 1, 1), "mps") == 0.0
+    assert measured == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slow_half_precision_weights_are_raised(
+    tiny: Loaded, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_times(monkeypatch, full=FAST, half=SLOW)
+    torch.nn.Module.to(tiny.model, dtype)
+    expected = {name: weight.detach().float() for name, weight in tiny.model.named_parameters()}
+    raise_slow_weights(tiny.model)
+    assert precision.weights_precision(tiny.model) == "float32"
+    assert all(torch.equal(weight, expected[name]) for name, weight in tiny.model.named_parameters())
+
+
+def test_fast_half_precision_weights_stay(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_times(monkeypatch, full=SLOW, half=FAST)
+    torch.nn.Module.to(tiny.model, torch.bfloat16)
+    raise_slow_weights(tiny.model)
+    assert precision.weights_precision(tiny.model) == "bfloat16"
+
+
+def test_float32_weights_are_never_lowered(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = use_times(monkeypatch, full=SLOW, half=FAST)
+    raise_slow_weights(tiny.model)
+    assert precision.weights_precision(tiny.model) == "float32" and measured == []
+
+
+def test_weights_that_would_not_fit_stay(
+    tiny: Loaded, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    use_times(monkeypatch, full=FAST, half=SLOW)
+    torch.nn.Module.to(tiny.model, torch.bfloat16)
+    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with caplog.at_level(logging.WARNING):
+        raise_slow_weights(tiny.model)
+    assert precision.weights_precision(tiny.model) == "bfloat16"
+    assert "3.0 times as long" in caplog.text and "not free" in caplog.text

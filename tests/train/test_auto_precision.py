@@ -1,0 +1,118 @@
+"""`--bf16 auto`: measured, stored in the run, agreed between ranks; `--bf16 True` where it is slow warns once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava.errors import ConfigError
+from llava.model import precision as measuring
+from llava.train import parsing
+from llava.train.run import run_sft
+from llava.utils import log
+from tests import ranks
+from tests.runs import arguments
+
+
+def use_speedup(monkeypatch: pytest.MonkeyPatch, speedup: float) -> None:
+    """Let bfloat16 be so many times faster than float32."""
+    monkeypatch.setattr(measuring, "_measured", lambda *_: speedup)
+
+
+def parse(parts: Path, out: Path, **changed: object) -> bool:
+    words = arguments(parts, out, **{"bf16": None, **changed})
+    return bool(parsing.parse(words, bf16="auto")[2].bf16)
+
+
+@pytest.mark.parametrize(("speedup", "expected"), [(3.0, True), (1.2, False), (0.03, False)])
+def test_auto_is_the_default_and_measures(
+    parts: Path, tmp_path: Path, speedup: float, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_speedup(monkeypatch, speedup)
+    assert parse(parts, tmp_path) is expected
+    assert parse(parts, tmp_path, bf16="auto") is expected
+
+
+@pytest.mark.parametrize(("word", "expected"), [("True", True), ("False", False), ("true", True), ("0", False)])
+def test_a_given_word_is_not_measured(
+    parts: Path, tmp_path: Path, word: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_speedup(monkeypatch, 0.5 if expected else 3.0)
+    assert parse(parts, tmp_path, bf16=word) is expected
+
+
+def test_published_commands_without_the_flag_compute_in_float32(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_speedup(monkeypatch, 3.0)
+    words = arguments(parts, tmp_path, bf16=None)
+    assert not parsing.parse(words)[2].bf16
+    assert parsing.parse([*words, "--bf16"])[2].bf16
+
+
+def test_fp16_rules_auto_out(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_speedup(monkeypatch, 3.0)
+    assert parse(parts, tmp_path, fp16=True) is False
+
+
+def test_another_word_is_refused(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(parts, tmp_path, bf16="automatic")
+    assert "expected True, False or auto, got 'automatic'" in capsys.readouterr().err
+
+
+def test_a_resume_keeps_what_the_run_chose(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    changed = {"bf16": "auto", "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    use_speedup(monkeypatch, 3.0)
+    run_sft(arguments(parts, tmp_path, **changed))
+    stored = json.loads((tmp_path / "resolved_arguments.json").read_text())["training"]
+    assert stored["bf16"] is True
+    assert json.loads((tmp_path / "provenance.json").read_text())["precision"] == "bfloat16"
+    use_speedup(monkeypatch, 0.5)
+    assert parse(parts, tmp_path) is True
+    assert parse(parts, tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-1") is True
+    assert parse(parts, tmp_path, overwrite_output_dir=True) is False
+    assert parse(parts, tmp_path / "other") is False
+    with pytest.raises(ConfigError, match=r"--bf16 True, this one False"):
+        run_sft(arguments(parts, tmp_path, **{**changed, "bf16": False, "max_steps": 2}))
+
+
+def test_slow_bf16_on_a_cpu_warns_once_with_the_factor(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log, "_SEEN", set())
+    use_speedup(monkeypatch, 0.025)
+    with caplog.at_level(logging.WARNING):
+        parse(parts, tmp_path, bf16=True)
+        parse(parts, tmp_path, bf16=True)
+    [line] = [record.message for record in caplog.records if "--bf16" in record.message]
+    assert "40.0 times as long" in line and "--bf16 auto" in line
+
+
+def test_fast_bf16_does_not_warn(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    use_speedup(monkeypatch, 3.0)
+    with caplog.at_level(logging.WARNING):
+        parse(parts, tmp_path, bf16=True)
+    assert "--bf16" not in caplog.text
+
+
+def choose(parts: Path, out: Path) -> tuple[int, bool]:
+    """Return the number of ranks and what this one trains in, though each measured something else."""
+    speedup = 3.0 if os.environ["RANK"] == "1" else 0.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "_measured", lambda *_: speedup)
+        chosen = parse(parts, out)
+    return torch.distributed.get_world_size(), chosen
+
+
+def test_ranks_agree(parts: Path, tmp_path: Path) -> None:
+    assert ranks.run(2, choose, parts, tmp_path) == [(2, False), (2, False)]
