@@ -185,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     sizes = QUICK if args.quick else FULL
     torch.set_num_threads(2)
+    common.say(common.machine())
     ratios: dict[str, float] = {}
     for form in FORMS:
         for part, measure, times in (("delta", measure_delta, 1), ("load", measure_load, LOADS_A_ROUND)):

@@ -7,6 +7,7 @@ compared, ratios of alternated runs can: only those are reported.
 from __future__ import annotations
 
 import logging
+import os
 import random
 import re
 import statistics
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -26,6 +28,7 @@ from llava.data.encode import Encoded
 from llava.model.attention import use_tree_attention
 from llava.model.config import LlavaMedConfig
 from llava.model.modeling import LlavaMedForConditionalGeneration
+from llava.model.precision import ProductShape, product_seconds
 
 VOCABULARY = 32_000
 IMAGE_TOKEN_ID = VOCABULARY - 1
@@ -189,6 +192,34 @@ def say(text: str) -> None:
     """Write one line of the report."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+SMALL_PRODUCT, LARGE_PRODUCT = ProductShape(16, 576, 1536), ProductShape(512, 1024, 1024)
+SLOW_GFLOPS = 20.0
+"""Below this rate of the small product the large one would take seconds and say the same."""
+
+
+def product_gflops(dtype: torch.dtype) -> float:
+    """Return the rate of matrix products on the CPU with the threads in use, in 10^9 operations a second."""
+    best = 0.0
+    for shape in (SMALL_PRODUCT, LARGE_PRODUCT):
+        operations = 2 * shape.rows * shape.inner * shape.columns
+        best = max(best, operations / product_seconds(dtype, shape, "cpu") / 1e9)
+        if best < SLOW_GFLOPS:
+            break
+    return best
+
+
+def machine() -> str:
+    """Return what kind of machine measures: instruction set, cores, rates of products, versions; never its name."""
+    rates = ", ".join(
+        f"{name} {product_gflops(dtype):.1f}" for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))
+    )
+    return (
+        f"machine: {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} "
+        f"threads; matrix products in GFLOP/s: {rates}; torch {torch.__version__}, transformers "
+        f"{transformers.__version__}"
+    )
 
 
 def say_ratios(ratios: Mapping[str, float]) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.common import machine, say
 from llava.utils.cli import Parser, parse_bool
 
 NUM_ROWS = 60_000
@@ -46,12 +47,6 @@ used = resource.getrusage(resource.RUSAGE_SELF)
 busy = used.ru_utime + used.ru_stime
 sys.stderr.write(f"\\nMEASURED {status} {time.perf_counter() - start:.2f} {busy:.2f} {used.ru_maxrss}\\n")
 """
-
-
-def say(line: str) -> None:
-    """Write one line of the report."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 def write_rows(path: Path, num_rows: int, *, first: int = 0, seed: int = 0) -> None:
@@ -132,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_switch("--against", help="compare with a second file of as many rows")
     args = parser.parse_args(argv)
     options = {"pictures": args.times == 1 if args.pictures is None else args.pictures, "against": args.against}
+    say(machine())
     with tempfile.TemporaryDirectory() as temporary:
         seconds, busy, peak = check(Path(temporary), "small", args.rows, **options)
         line = f"MEASURED rows={args.rows} seconds={seconds:.1f} processor_seconds={busy:.1f} mib={peak:.0f}"

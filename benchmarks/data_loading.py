@@ -298,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         args.rounds, args.num, args.side, args.size, args.workers = 1, 4, 300, 56, "0,1"
     torch.set_num_threads(1)
+    common.say(common.machine())
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         made = {name: write(kind, Path(folder), name) for name, kind in kinds(args.side, args.num).items()}

@@ -174,15 +174,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m benchmarks.eval_throughput", description="Answering, ours and transformers'.")
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured")
     parser.add_argument("--num_images", type=int, default=16, help="images in a round, five questions each")
+    parser.add_switch("--quick", help="one round of four images: does it run, are the answers equal")
     args = parser.parse_args(argv)
+    num_rounds, num_images = (1, 4) if args.quick else (args.rounds, args.num_images)
+    common.say(common.machine())
     ours = common.our_model().eval()
     library = common.library_model(ours).eval()
     engine = LocalEngine(ours, make_processor(), max_slots=LARGE_BATCH_SIZE)
     rounds: list[dict[str, float]] = []
     num_different = num_answers = 0
     # The first round warms up and is not counted.
-    for number in range(args.rounds + 1):
-        asked = make_questions(engine, args.num_images, seed=number)
+    for number in range(num_rounds + 1):
+        asked = make_questions(engine, num_images, seed=number)
         sides = sides_of(engine, library, asked)
         names = list(sides) if number % 2 else list(reversed(sides))
         results = {name: timed(sides[name]) for name in names}
@@ -194,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 num_different += count_differences(library, asked, results["ours"][1], answers)
                 num_answers += len(answers)
         common.say(f"round {number}: " + "  ".join(f"{name} {taken:.2f} s" for name, taken in rounds[-1].items()))
-    report(rounds, args.num_images * QUESTIONS_PER_IMAGE, num_different, num_answers)
+    report(rounds, num_images * QUESTIONS_PER_IMAGE, num_different, num_answers)
 
 
 def report(rounds: Sequence[dict[str, float]], num_questions: int, num_different: int, num_answers: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import quiet, say
+from benchmarks.common import machine, quiet, say
 from benchmarks.oracles import answers, numbers, pictures, runs, texts
 from benchmarks.oracles.folder import Line, Oracle
 from llava.compat import COMPAT, parse_names, table
@@ -113,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.oracles.is_dir():
         raise ConfigError(f"--oracles {args.oracles} is no folder")
     torch.set_num_threads(1)
+    say(machine())
     with quiet():
         sys.exit(report(args.oracles, parse_names(args.compat)))
 

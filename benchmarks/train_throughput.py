@@ -25,7 +25,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import torch
 import transformers
 
-from benchmarks.common import IMAGE_TOKEN_ID, alternate, median, quiet, say, say_ratios
+from benchmarks.common import IMAGE_TOKEN_ID, alternate, machine, median, quiet, say, say_ratios
 from benchmarks.sides import SIDES, num_trained
 from benchmarks.workloads import PEER_ORDERS, WORKLOADS, batches, shuffled
 from llava.data.encode import Encoded
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    say(f"torch {torch.__version__}, transformers {transformers.__version__}, {args.threads} threads, fp32")
+    say(machine())
     ratios: dict[str, float] = {}
     with quiet():
         for name in WORKLOADS:

@@ -14,7 +14,7 @@ tower="${TOWER:-$("${bin}/python" -c 'from llava.quickstart import pretrained; p
 mkdir -p "${out}"
 
 common=(--model_name_or_path "${lm}" --vision_tower "${tower}" --version chatml --image_aspect_ratio pad
-  --mm_projector_type mlp2x_gelu --feature_cache_dir "${out}/features" --bf16 True --optim adamw_torch_fused
+  --mm_projector_type mlp2x_gelu --feature_cache_dir "${out}/features" --bf16 auto --optim adamw_torch_fused
   --model_max_length 1024 --per_device_train_batch_size 16 --warmup_ratio 0.05 --lr_scheduler_type cosine
   --logging_steps 5 --save_strategy epoch --save_total_limit 1 --report_to none --seed 0)
 
