@@ -26,6 +26,11 @@ class LayerBuffers:
         """Where the buffers are."""
         return self.keys[0].device
 
+    @property
+    def length(self) -> int:
+        """Tokens that a row has room for."""
+        return self.keys[0].shape[2]
+
     def shape_like(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Take heads, width and kind of number from [1, H, T, D] of each layer."""
         if not self.keys:
@@ -51,13 +56,15 @@ class LayerBuffers:
                 buffer[: len(parents), :, :length] = buffer[parents, :, :length]
 
     def views(self, layer: int, rows: slice, length: int) -> tuple[Tensor, Tensor]:
-        """The first tokens of some rows."""
-        return self.keys[layer][rows, :, :length], self.values[layer][rows, :, :length]
+        """Return the first tokens of some rows as views [rows * H, length, D]."""
+        # Rows and heads are neighbors in memory, so they merge without a copy.
+        keys, values = self.keys[layer][rows, :, :length], self.values[layer][rows, :, :length]
+        return keys.flatten(0, 1), values.flatten(0, 1)
 
-    def put(self, layer: int, rows: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write one token [B, H, D] into each of B rows."""
-        self.keys[layer][rows, :, places] = keys
-        self.values[layer][rows, :, places] = values
+    def put(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write one token of each head [B * H, D] to `places` [B * H], counted over rows, heads and tokens."""
+        for buffer, states in ((self.keys[layer], keys), (self.values[layer], values)):
+            buffer.view(-1, buffer.shape[-1]).index_copy_(0, places, states)
 
     def write(
         self, target: tuple[int, int], states: tuple[Sequence[Tensor], Sequence[Tensor]], place: int, length: int

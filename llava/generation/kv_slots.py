@@ -25,7 +25,10 @@ from transformers import Cache
 from llava.generation.kv_buffers import LayerBuffers
 
 NUM_CHUNKS, MIN_CHUNK = 4, 8
-"""Slots are attended to in so many stretches, so that short ones are not padded to the longest of all."""
+"""Most stretches of slots that are attended to one by one, so that short slots are not padded to the longest of all."""
+
+MIN_SAVED = 2048
+"""Columns that stretches must save over all slots; below, their operator calls cost more than the padding."""
 
 _serial_numbers = itertools.count()
 
@@ -165,23 +168,38 @@ class SlotCache:
         assert self._index is not None
         index = self._index
         batch, heads, _, width = query.shape
-        self.slot_states.put(layer, index.rows, index.lengths, key[:, :, 0], value[:, :, 0])
+        key_heads = key.shape[1]
+        places = index.places(key_heads, self.slot_states.length)
+        self.slot_states.put(layer, places, key.reshape(-1, width), value.reshape(-1, value.shape[-1]))
         stem_keys, stem_values = self.stem_states.views(layer, slice(len(self.stems)), index.longest_stem)
         scale = width**-0.5 if scaling is None else scaling
-        # Query heads that share a key head stand in one row of a matrix product.
-        queries = (query[:, :, 0] * scale).reshape(batch, key.shape[1], -1, width)
-        repeats = queries.shape[2]
-        scores = queries.new_zeros(*queries.shape[:3], index.longest_stem + index.longest)
-        scores[..., : index.longest_stem] = index.alone(index.grouped(queries) @ stem_keys.transpose(-1, -2), repeats)
-        for rows, own in index.chunks:
-            keys, _ = self.slot_states.views(layer, rows, own.stop - own.start)
-            scores[rows, :, :, own] = queries[rows] @ keys.transpose(-1, -2)
-        weights = (scores.float() + index.mask(window)).softmax(dim=-1).to(value.dtype)
-        output = index.alone(index.grouped(weights[..., : index.longest_stem]) @ stem_values, repeats)
-        for rows, own in index.chunks:
-            _, values = self.slot_states.views(layer, rows, own.stop - own.start)
-            output[rows] += weights[rows, :, :, own] @ values
-        return output.reshape(batch, 1, heads, width)
+        # Query heads that share a key head are rows of one matrix product: [B * Hk, R, D].
+        queries = (query * scale).reshape(batch * key_heads, -1, width)
+        on_stem = index.alone(torch.bmm(index.grouped(queries, key_heads), stem_keys.mT), key_heads)
+        scores = torch.cat([on_stem, self._own_scores(layer, queries, key_heads)], dim=-1)
+        masked = scores.float().view(batch, heads, -1) + index.mask(window)
+        weights = masked.softmax(dim=-1).to(value.dtype).view(scores.shape)
+        to_stem = index.grouped(weights[..., : index.longest_stem], key_heads)
+        output = index.alone(torch.bmm(to_stem, stem_values), key_heads)
+        for rows, length in index.chunks:
+            _, values = self.slot_states.views(layer, rows, length)
+            own = _of_heads(rows, key_heads)
+            output[own].baddbmm_(weights[own, :, index.longest_stem : index.longest_stem + length], values)
+        return output.view(batch, 1, heads, -1)
+
+    def _own_scores(self, layer: int, queries: Tensor, key_heads: int) -> Tensor:
+        """Return the scores [B * Hk, R, L] of queries [B * Hk, R, D] against the tokens of their slots."""
+        assert self._index is not None
+        parts = [
+            torch.bmm(queries[_of_heads(rows, key_heads)], self.slot_states.views(layer, rows, length)[0].mT)
+            for rows, length in self._index.chunks
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        scores = queries.new_zeros(*queries.shape[:2], self._index.longest)
+        for (rows, length), part in zip(self._index.chunks, parts, strict=True):
+            scores[_of_heads(rows, key_heads), :, :length] = part
+        return scores
 
     def _stem(self, row: CapturedRow, path: Path) -> int:
         """The stem of a path, copied from the row unless it is there."""
@@ -227,6 +245,9 @@ class StepIndex:
         self.stem_lengths = torch.tensor([stems[stem].length for stem in stem_of], device=device)
         self.stem_columns = torch.arange(self.longest_stem, device=device)
         self.masks: dict[int | None, Tensor] = {}
+        # By number of key heads, in which layers may differ:
+        self._places: dict[int, Tensor] = {}
+        self._grouping: dict[int, tuple[Tensor, Tensor]] = {}
 
     def positions(self) -> Tensor:
         """[B, 1] position of the new token."""
@@ -236,18 +257,29 @@ class StepIndex:
         """The new tokens are old ones now."""
         self.lengths = self.lengths + 1
         self.longest += 1
-        self.chunks = [(rows, slice(own.start, own.stop + 1)) for rows, own in self.chunks]
+        self.chunks = [(rows, length + 1) for rows, length in self.chunks]
         self.masks.clear()
+        self._places.clear()
 
-    def _chunks(self, lengths: Sequence[int]) -> list[tuple[slice, slice]]:
-        """Slots in a few stretches, and the columns of the longest in each: neighbours joined sorted by length."""
+    def _chunks(self, lengths: Sequence[int]) -> list[tuple[slice, int]]:
+        """Divide the slots into a few stretches, each with its longest length: neighbors joined sorted by length."""
         size = max(MIN_CHUNK, -(-len(lengths) // NUM_CHUNKS))
-        start = self.longest_stem
         stretches = [slice(first, min(first + size, len(lengths))) for first in range(0, len(lengths), size)]
-        return [(rows, slice(start, start + max(lengths[rows]) + 1)) for rows in stretches]
+        chunks = [(rows, max(lengths[rows]) + 1) for rows in stretches]
+        num_columns = sum((rows.stop - rows.start) * length for rows, length in chunks)
+        if len(lengths) * self.longest - num_columns < MIN_SAVED:
+            return [(slice(0, len(lengths)), self.longest)]
+        return chunks
+
+    def places(self, heads: int, room: int) -> Tensor:
+        """Return where each head's new token goes in a buffer [rows, heads, room, D]: [B * heads]."""
+        if heads not in self._places:
+            rows = self.rows[:, None] * heads + torch.arange(heads, device=self.rows.device)
+            self._places[heads] = (rows * room + self.lengths[:, None]).flatten()
+        return self._places[heads]
 
     def mask(self, window: int | None) -> Tensor:
-        """[B, 1, 1, P + L] to add to the scores: 0 where the new token may look, minus infinity elsewhere."""
+        """[B, 1, P + L] to add to the scores: 0 where the new token may look, minus infinity elsewhere."""
         if window not in self.masks:
             columns = torch.arange(self.longest, device=self.rows.device)
             on_stem = self.stem_columns < self.stem_lengths[:, None]
@@ -257,21 +289,34 @@ class StepIndex:
                 on_stem = on_stem & (self.stem_columns > first)
                 on_own = on_own & (columns + self.stem_lengths[:, None] > first)
             allowed = torch.cat([on_stem, on_own], dim=1)
-            self.masks[window] = torch.where(allowed, 0.0, float("-inf"))[:, None, None]
+            self.masks[window] = torch.where(allowed, 0.0, float("-inf"))[:, None]
         return self.masks[window]
 
-    def grouped(self, states: Tensor) -> Tensor:
-        """[B, H, R, X] of sequences as [S, H, G * R, X]: those of a stem together, G the largest number of them."""
-        _, heads, repeats, width = states.shape
-        table = states.new_zeros(self.num_stems, self.group, heads, repeats, width)
-        table[self.stem_of, self.place] = states
-        return table.transpose(1, 2).reshape(self.num_stems, heads, self.group * repeats, width)
+    def grouped(self, states: Tensor, heads: int) -> Tensor:
+        """Put sequences of a stem together: [B * H, R, X] as [S * H, G * R, X], G the largest number of them."""
+        gathered = states.index_select(0, self._orders(heads)[0])
+        return gathered.view(self.num_stems * heads, -1, states.shape[2])
 
-    def alone(self, states: Tensor, repeats: int) -> Tensor:
-        """The inverse of `grouped`: [S, H, G * R, X] as [B, H, R, X]."""
-        stems, heads, _, width = states.shape
-        table = states.view(stems, heads, self.group, repeats, width).transpose(1, 2)
-        return table[self.stem_of, self.place]
+    def alone(self, states: Tensor, heads: int) -> Tensor:
+        """Return the inverse of `grouped`: [S * H, G * R, X] as [B * H, R, X]."""
+        rows = states.view(self.num_stems * heads * self.group, -1, states.shape[2])
+        return rows.index_select(0, self._orders(heads)[1])
+
+    def _orders(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Return the rows that `grouped` takes [S * H * G] and those that `alone` takes [B * H]."""
+        if heads not in self._grouping:
+            # A place without a sequence repeats slot 0; `alone` never looks at it.
+            slots = self.rows.new_zeros(self.num_stems, 1, self.group)
+            slots[self.stem_of, 0, self.place] = self.rows
+            head = torch.arange(heads, device=self.rows.device)
+            places = (self.stem_of[:, None] * heads + head) * self.group + self.place[:, None]
+            self._grouping[heads] = (slots * heads + head[:, None]).flatten(), places.flatten()
+        return self._grouping[heads]
+
+
+def _of_heads(rows: slice, heads: int) -> slice:
+    """Return rows of sequences as rows of their heads."""
+    return slice(rows.start * heads, rows.stop * heads)
 
 
 def divided_paths(paths: Sequence[Tensor], segment_ids: Tensor) -> tuple[Path, ...]:

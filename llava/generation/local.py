@@ -26,7 +26,7 @@ from llava.generation.beams import BeamSearch
 from llava.generation.layout_check import choose_layout
 from llava.generation.protocol import Completion, Prompt, Sampling
 from llava.generation.reading import PromptReader, Reading, image_group
-from llava.generation.runners import PaddedRunner, Runner, SlotRunner, answering_mode
+from llava.generation.runners import AnsweringMode, PaddedRunner, Runner, SlotRunner
 from llava.generation.sampling import TokenDraw
 from llava.generation.scheduler import Request, Scheduler, Source
 from llava.generation.stopping import AnswerText, StopRule
@@ -205,12 +205,12 @@ class LocalEngine:
 
     def _run(self, requests: Sequence[Request]) -> None:
         """Work until these requests are over; if that fails, they are cancelled."""
+        left, mode = deque(requests), AnsweringMode(self.model)
         with self._lock:
             self.scheduler.add(requests)
-        left = deque(requests)
         try:
             while left:
-                with self._answering():
+                with self._answering(mode):
                     for _ in range(STEPS_AT_A_TIME):
                         while left and left[0].is_over:
                             left.popleft()
@@ -221,12 +221,12 @@ class LocalEngine:
             self._cancel(left)
 
     def _stream(self, request: Request) -> Iterator[str]:
-        shown = ""
+        shown, mode = "", AnsweringMode(self.model)
         with self._lock:
             self.scheduler.add([request])
         try:
             while request.completion is None:
-                with self._answering():
+                with self._answering(mode):
                     if request.completion is None:
                         self.scheduler.step()
                 text = request.text.so_far(request.token_ids) if request.completion is None else ""
@@ -247,8 +247,9 @@ class LocalEngine:
                     self.scheduler.cancel(request)
 
     @contextmanager
-    def _answering(self) -> Iterator[None]:
-        with self._lock, answering_mode(self.model):
+    def _answering(self, mode: AnsweringMode | None = None) -> Iterator[None]:
+        """Hold the model in its answering mode; what enters many times makes `mode` once."""
+        with self._lock, (mode or AnsweringMode(self.model)).entered():
             yield
 
     def _rows(self, readings: Sequence[Reading]) -> list[list[int]]:

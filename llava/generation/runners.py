@@ -64,23 +64,30 @@ class Runner(Protocol):
         ...
 
 
-@contextmanager
-def answering_mode(model: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout; afterwards every module is in the mode it was in.
+class AnsweringMode:
+    """The mode in which a model answers: no gradients and no dropout.
 
     A 4-bit layer on the CPU that runs once in evaluation mode without gradients changes its weights to a form that
     never gives gradients again, so such layers run in training mode, which is the same computation.
     """
-    quantized = {id(layer) for layer in quantized_layers(model)}
-    switched = [module for module in model.modules() if module.training != (id(module) in quantized)]
-    for module in switched:
-        module.training = not module.training
-    try:
-        with torch.no_grad():
-            yield
-    finally:
+
+    def __init__(self, model: nn.Module) -> None:
+        """List the modules once; a model that gets other modules (an adapter) needs a new object."""
+        quantized = {id(layer) for layer in quantized_layers(model)}
+        self._modes = [(module, id(module) in quantized) for module in model.modules()]
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Enter the mode; afterwards every module is in the mode in which it was found."""
+        switched = [module for module, training in self._modes if module.training != training]
         for module in switched:
             module.training = not module.training
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in switched:
+                module.training = not module.training
 
 
 @dataclass(frozen=True, slots=True)

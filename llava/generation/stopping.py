@@ -10,11 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llava.conversation import answer_start, first_stop
+from llava.generation.growing_text import BROKEN, GrowingText
 from llava.generation.protocol import Sampling
 from llava.processing import LlavaMedProcessor
-
-BROKEN = "\ufffd"
-"""What a tokenizer writes for bytes that are not (yet) a character."""
 
 TOKENS_PER_CHARACTER = 4
 """A character is spread over at most so many tokens: one for each of its bytes."""
@@ -96,12 +94,13 @@ def _overlap(text: str, stop: str) -> int:
 class AnswerText:
     """Text of one growing answer; decodes only when a stop string may have come up or somebody asks."""
 
-    __slots__ = ("decode", "rule")
+    __slots__ = ("decode", "growing", "rule")
 
     def __init__(self, rule: StopRule, decode: Callable[[Sequence[int]], str]) -> None:
         """Follow `rule`; `decode` gives the text of token ids."""
         self.rule = rule
         self.decode = decode
+        self.growing = GrowingText(decode)
 
     def has_ended(self, token_ids: Sequence[int]) -> bool:
         """Whether the newest token ends the answer."""
@@ -121,4 +120,4 @@ class AnswerText:
 
     def so_far(self, token_ids: Sequence[int]) -> str:
         """What of the answer is certain while tokens may follow."""
-        return self.rule.answer_so_far(self.decode(token_ids))
+        return self.rule.answer_so_far(self.growing.text(token_ids))

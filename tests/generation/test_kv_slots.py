@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.generation.kv_slots import CapturedRow, Path, SlotCache, divided_paths
+from llava.generation import kv_slots
+from llava.generation.kv_slots import CapturedRow, Path, SlotCache, Stem, StepIndex, divided_paths
 
 QUERY_HEADS, HEADS, WIDTH, LAYERS = 4, 2, 8, 2
 
@@ -58,8 +59,14 @@ def step(cache: SlotCache, expected: list[Plain], generator: torch.Generator, wi
 
 
 @pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("min_saved", [0, kv_slots.MIN_SAVED])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_sequence_sees_exactly_its_own_past(seed: int, window: int | None) -> None:
+def test_a_sequence_sees_exactly_its_own_past(
+    seed: int, min_saved: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without a least saving, seven slots are attended to in up to four stretches.
+    monkeypatch.setattr(kv_slots, "MIN_SAVED", min_saved)
+    monkeypatch.setattr(kv_slots, "MIN_CHUNK", 2)
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     cache = SlotCache(max_slots=7, max_length=300)
     expected: list[Plain] = []
@@ -95,6 +102,18 @@ def test_a_step_that_failed_can_be_repeated() -> None:
     cache.begin_step()
     cache.attend(0, *torch.randn(3, 4, HEADS, 1, WIDTH), scaling=None, window=None)
     step(cache, [Plain(row, path) for path in paths], generator, None)
+
+
+def index_of(lengths: list[int]) -> StepIndex:
+    """Sequences on one stem."""
+    return StepIndex([Stem((0, 0), 9, list(range(len(lengths))))], [0] * len(lengths), lengths, torch.device("cpu"))
+
+
+def test_stretches_are_made_where_they_save_padding() -> None:
+    assert index_of([20] * 32).chunks == [(slice(0, 32), 21)]
+    assert index_of([10] * 24 + [60] * 8).chunks == [(slice(0, 32), 61)]
+    chunks = index_of([10] * 24 + [300] * 8).chunks
+    assert chunks == [(slice(0, 8), 11), (slice(8, 16), 11), (slice(16, 24), 11), (slice(24, 32), 301)]
 
 
 def test_what_is_shared_is_stored_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 from llava.generation.local import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
+from llava.generation.runners import AnsweringMode
 from llava.model.building import Loaded, build
 from llava.model.lora import add_lora
 from llava.samples import Conversation, Turn
@@ -45,6 +47,36 @@ def test_a_model_without_positions_falls_back_and_is_exact(alibi: Loaded) -> Non
     prompts = mixed_prompts()
     for prompt, [answer] in zip(prompts, engine.generate(prompts, GREEDY), strict=True):
         assert list(answer.token_ids) == reference_ids(alibi, engine, prompt, GREEDY.max_new_tokens)
+
+
+def test_modes_may_be_switched_between_two_steps() -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout()))
+    mode = AnsweringMode(model)
+    for switched in (model, model[1], model[0]):
+        switched.train(not switched.training)
+        found = [module.training for module in model.modules()]
+        with mode.entered():
+            assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+        assert [module.training for module in model.modules()] == found
+    assert torch.is_grad_enabled()
+
+
+def test_the_modules_are_listed_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny_llava(seed=3)
+    engine, listed = engine_of(loaded), []
+    original = type(loaded.model).modules
+
+    def counting(model: torch.nn.Module, *args: object) -> Iterator[torch.nn.Module]:
+        listed.append(model)
+        return original(model, *args)
+
+    monkeypatch.setattr(type(loaded.model), "modules", counting)
+    for num_tokens in (4, 40):
+        sampling = Sampling(max_new_tokens=num_tokens, temperature=1.0, seed=2)
+        before = len(listed)
+        list(engine.stream(ask("Long?", 0), sampling))
+        one(engine, ask("Long?", 0), sampling)
+        assert len(listed) - before == 4  # modules and quantized layers, for a stream and for a batch
 
 
 def test_the_padded_way_gives_what_slots_give() -> None:
