@@ -1,6 +1,6 @@
 """`llava quickstart`: run the stages that are not done yet, and say what came out.
 
-    settings --(folder remembers them)--> stage --done-marker--> stage --done-marker--> ... --> page
+    settings, plan --(folder remembers them)--> stage --done-marker--> stage --done-marker--> ... --> page
 
 A marker is written when its stage has ended, so an interrupted run goes on where it stopped.
 """
@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 from llava.errors import ConfigError
+from llava.quickstart import machine, plan
+from llava.quickstart.forecast import as_text, table
+from llava.quickstart.plan import SETTINGS, Plan
 from llava.quickstart.settings import Settings, parse
 from llava.quickstart.stages import STAGES, Context, Facts
 from llava.utils import log
 from llava.utils.jsonl import read_text, write_json
 
-SETTINGS = "settings.json"
 MARKERS = "stages"
 
 Stages = Mapping[str, tuple[str, Callable[[Context], Facts]]]
@@ -74,13 +76,22 @@ def run(settings: Settings, *, stages: Stages = STAGES, out: TextIO | None = Non
     return context
 
 
-def conclusion(context: Context) -> str:
+def opening(outlook: Plan) -> str:
+    """Return what the terminal shows at the start."""
+    titles = {name: title for name, (title, _) in STAGES.items()}
+    rows = [row[:2] for row in table(outlook.seconds, {}, titles)]
+    forecast = as_text(rows, ["", "forecast"]) + "\n\n" if outlook.seconds else ""
+    return f"Machine: {outlook.machine}\n{outlook.reason}\n{forecast}"
+
+
+def conclusion(context: Context, outlook: Plan) -> str:
     """Return what the terminal shows at the end."""
-    total = sum(facts["seconds"] for facts in context.facts.values())
+    titles = {name: title for name, (title, _) in STAGES.items()}
+    times = as_text(table(outlook.seconds, context.seconds, titles), ["", "forecast", "measured"])
     final: Facts = context.facts["page"]
     return (
         f"\n{context.notice}\n{final['summary']}\n\npage: {context.path('index.html')}\nchat: {final['chat']}\n"
-        f"stages took {total / 60:.1f} minutes together\n"
+        f"\n{times}\n{outlook.reason}\n"
     )
 
 
@@ -88,5 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava quickstart`."""
     settings, restart = parse(argv)
     log.setup()
+    machine.use_physical_cores()
+    settings, outlook = plan.fitted(settings, restart=restart)
     claim(settings, restart=restart)
-    sys.stdout.write(conclusion(run(settings)))
+    outlook.write(settings.out)
+    sys.stdout.write(opening(outlook))
+    sys.stdout.write(conclusion(run(settings), outlook))

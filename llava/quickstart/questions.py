@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -131,6 +132,24 @@ def question_rows(smear: Smear, image: str, rng: random.Random) -> list[dict[str
             row = _row(identity, image, f"{IMAGE_TOKEN}\n{rng.choice(question.wordings)}", answer)
             rows.append({**row, "answer_type": question.kind, "question_type": question.name})
     return rows
+
+
+def pick(rows: Iterable[dict[str, Any]], count: int, *, seed: int) -> list[dict[str, Any]]:
+    """Return some questions about as many different images as there are, in their order.
+
+    Args:
+        rows: questions in LLaVA format.
+        count: how many to keep; all, when there are fewer.
+        seed: of the choice.
+    """
+    all_rows = list(rows)
+    rng = random.Random(seed)
+    by_image: dict[str, list[int]] = defaultdict(list)
+    for index in rng.sample(range(len(all_rows)), len(all_rows)):
+        by_image[str(all_rows[index].get("image"))].append(index)
+    rounds = zip_longest(*by_image.values())
+    order = [index for turn in rounds for index in turn if index is not None]
+    return [all_rows[index] for index in sorted(order[:count])]
 
 
 def _row(identity: str, image: str, question: str, answer: str) -> dict[str, Any]:

@@ -27,6 +27,8 @@ def write_page(
     image_folder: Path,
     curves: Mapping[str, Path],
     facts: Mapping[str, Any],
+    reason: str,
+    times: Sequence[Sequence[str]],
     notice: str,
     chat: str,
 ) -> None:
@@ -39,7 +41,9 @@ def write_page(
         blank: the same on a grey image.
         image_folder: where image names lead.
         curves: loss curves (PNG) by title; one that is not there is left out.
-        facts: what else to list (parts, data, times).
+        facts: what else to list (parts, data).
+        reason: which size was used, and why.
+        times: stage, forecast and measured seconds.
         notice: what the data are; shown under the heading and beside the examples.
         chat: the line that chats with the result.
     """
@@ -56,6 +60,7 @@ def write_page(
             data = base64.b64encode(file.read_bytes()).decode("ascii")
             image = f'<img alt="loss curve" style="max-width:100%" src="data:image/png;base64,{data}">'
             parts.append(f"<h2>{escape(title)}</h2>{image}")
+    parts += ["<h2>Size and time</h2>", f"<p>{escape(reason)}</p>", table(["stage", "forecast", "measured"], times)]
     rows = [[name, str(value)] for name, value in facts.items()]
     parts += ["<h2>Where this comes from</h2>", table(["what", "value"], rows)]
     write_atomic(path, page("Quickstart", parts))
@@ -84,8 +89,9 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
         if name in result["accuracy"]:
             accuracy, difference = result["accuracy"][name], result["difference"].get(name)
             distance = f"{difference['value']:+.1f} {_interval(difference)}" if difference else "-"
-            rows.append([title, f"{accuracy['value']:.1f}", _interval(accuracy), distance])
-    return table(["", "%", "95 % interval", "after training minus this"], rows)
+            cells = [title, accuracy["num_items"], f"{accuracy['value']:.1f}", _interval(accuracy), distance]
+            rows.append([str(cell) for cell in cells])
+    return table(["", "questions", "%", "95 % interval", "after training minus this, same questions"], rows)
 
 
 def by_type_table(result: Mapping[str, Any]) -> str:
@@ -101,7 +107,9 @@ def summary(result: Mapping[str, Any]) -> str:
     for name, title in RUNS.items():
         if name in result["accuracy"]:
             accuracy = result["accuracy"][name]
-            lines.append(f"  {title:<50}{accuracy['value']:6.1f} %  {_interval(accuracy)}")
+            few = accuracy["num_items"] < result["num_questions"]
+            asked = f"  ({accuracy['num_items']} questions)" if few else ""
+            lines.append(f"  {title:<50}{accuracy['value']:6.1f} %  {_interval(accuracy)}{asked}")
     return "\n".join(lines)
 
 

@@ -5,10 +5,13 @@ answers before, after, after on a grey image, majority --right or wrong--> share
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from llava.eval.controls import commonest_answers
 from llava.eval.estimates import Draws, Score
@@ -21,7 +24,6 @@ RUNS = {
     "after_blank": "after training, grey image",
     "majority": "commonest training answer of each question type",
     "before": "before training",
-    "before_blank": "before training, grey image",
 }
 """What the systems that are compared are called; `after` is the one that is judged."""
 
@@ -50,11 +52,12 @@ def majority_items(items: Sequence[Item], samples: Sequence[Sample], train: Sequ
     ]
 
 
-def compare(runs: dict[str, Sequence[Item]], *, num_resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+def compare(runs: Mapping[str, Sequence[Item]], *, num_resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
     """Return the accuracy of every run with its interval, and of `after` minus every other run.
 
     Args:
-        runs: answers to the same questions by name of `RUNS`; `after` must be among them.
+        runs: answers to the same questions by name of `RUNS`; `after` must be among them, and another run may hold
+            answers to some of its questions only, which are then compared with `after` on these.
         num_resamples: resamples of the pictures.
         seed: of the resampling.
 
@@ -64,9 +67,11 @@ def compare(runs: dict[str, Sequence[Item]], *, num_resamples: int = 1000, seed:
     """
     items = runs["after"]
     draws = Draws([item.image for item in items], num_resamples=num_resamples, seed=seed)
-    scores = {name: Score.of([float(is_right(item)) for item in answers]) for name, answers in runs.items()}
+    scores = {name: Score.of(_right(items, answers)) for name, answers in runs.items()}
     differences = {
-        name: draws.difference(scores["after"], score).to_json() for name, score in scores.items() if name != "after"
+        name: draws.difference(_on_the_same(scores["after"], score), score).to_json()
+        for name, score in scores.items()
+        if name != "after"
     }
     return {
         "num_questions": len(items),
@@ -78,7 +83,18 @@ def compare(runs: dict[str, Sequence[Item]], *, num_resamples: int = 1000, seed:
     }
 
 
-def by_type(runs: dict[str, Sequence[Item]]) -> dict[str, dict[str, float]]:
+def _right(items: Sequence[Item], answers: Sequence[Item]) -> list[float]:
+    """Return 1 or 0 for each of `items` that was answered, NaN for the others."""
+    by_id = {answer.question_id: float(is_right(answer)) for answer in answers}
+    return [by_id.get(item.question_id, math.nan) for item in items]
+
+
+def _on_the_same(score: Score, other: Score) -> Score:
+    """Return the score on the items that the other one looks at."""
+    return Score.of(np.where(np.isnan(other.values), math.nan, score.values))
+
+
+def by_type(runs: Mapping[str, Sequence[Item]]) -> dict[str, dict[str, float]]:
     """Return the percentage of right answers by question type and run; nothing when the data name no types."""
     table: dict[str, dict[str, float]] = {}
     for name, answers in runs.items():

@@ -13,6 +13,12 @@ from llava.utils.cli import Parser
 FEWEST_TEST_DRAWINGS = 50
 """Fewer unseen drawings would make the intervals too wide to show anything."""
 
+AUTO, GIVEN = "auto", "given"
+"""Sizes of a run that is still to be fitted to the machine, and of one whose rows the user has chosen."""
+
+SIZED = ("size", "num_train", "captions_per_step", "questions_per_step")
+"""Settings that a size decides."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -29,6 +35,10 @@ class Settings:
         epochs: passes over the questions.
         image_size: side of a picture in pixels, for the built-in tower only; `(image_size / 14) ** 2` tokens.
         template: conversation template.
+        size: name of the size that the other numbers come from, `AUTO` or `GIVEN`.
+        captions_per_step: captions of one optimizer step of the alignment.
+        questions_per_step: questions of one optimizer step of the tuning.
+        num_before: questions that are asked before training; they are only a contrast.
     """
 
     out: Path
@@ -41,6 +51,10 @@ class Settings:
     epochs: float = 1.0
     image_size: int = 112
     template: str = "chatml"
+    size: str = GIVEN
+    captions_per_step: int = 8
+    questions_per_step: int = 48
+    num_before: int = 64
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that decide the result, as JSON."""
@@ -84,7 +98,7 @@ def make_parser() -> Parser:
     parser.add_argument("--lm", help="path or hub name of a causal language model; default: SmolLM2-135M")
     parser.add_argument("--vision-tower", help="path or hub name of a vision encoder; default: DINOv2-Small")
     parser.add_argument("--seed", type=int, default=default.seed, help="of everything")
-    parser.add_argument("--num-train", type=int, default=default.num_train, help="drawings to train on")
+    parser.add_argument("--num-train", type=int, help="drawings to train on; default: what fits the machine")
     parser.add_argument("--num-test", type=int, default=default.num_test, help="unseen drawings to test on")
     parser.add_argument("--epochs", type=float, default=default.epochs, help="passes over the questions")
     parser.add_argument("--image-size", type=int, default=default.image_size, help="pixels, for the built-in tower")
@@ -94,9 +108,12 @@ def make_parser() -> Parser:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[Settings, bool]:
-    """Return the checked settings, and whether to start anew."""
+    """Return the checked settings, their size perhaps still `AUTO`, and whether to restart."""
     fields = vars(make_parser().parse_args(argv))
     restart = bool(fields.pop("restart"))
+    if fields["num_train"] is None:
+        del fields["num_train"]
+        fields["size"] = AUTO if fields["data"] is None else GIVEN
     settings = Settings(**fields)
     settings.check()
     return settings, restart

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from llava.data.alignment import alignment_rows
 from llava.data.images import load as load_image
@@ -27,20 +28,16 @@ from llava.model.building import build
 from llava.model.calibration import calibrate
 from llava.model.checkpoint import save_model, save_projector
 from llava.model.loading import load
-from llava.quickstart import pretrained, report, scoring
-from llava.quickstart.questions import NOTICE, write_dataset
+from llava.quickstart import plan, pretrained, report, scoring
+from llava.quickstart.forecast import LORA_RANK, NUM_CALIBRATION_IMAGES, SPARE_TOKENS, table
+from llava.quickstart.questions import NOTICE, pick, write_dataset
 from llava.quickstart.settings import Settings
 from llava.train.run import run_sft
 from llava.utils.jsonl import read_records, write_json
 
-MAX_NEW_TOKENS = 12
 PROJECTOR = "mlp2x_gelu"
 QUESTIONS_PER_IMAGE = 8
-CAPTIONS_PER_STEP, QUESTIONS_PER_STEP = 8, 48
-"""Sequences of one optimiser step."""
-
 CHECKPOINT_STEPS = 40
-NUM_CALIBRATION_PICTURES = 64
 
 Facts = dict[str, Any]
 
@@ -60,6 +57,11 @@ class Context:
     def data(self) -> Path:
         """The data folder."""
         return Path(self.facts["data"]["folder"])
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Measured seconds of the stages that are done."""
+        return {name: float(facts["seconds"]) for name, facts in self.facts.items()}
 
     @property
     def notice(self) -> str:
@@ -119,11 +121,23 @@ def before(context: Context) -> Facts:
         projector_type=PROJECTOR,
         seed=settings.seed,
     )
-    pictures = [load_image(path) for path in training_pictures(context.data)[:NUM_CALIBRATION_PICTURES]]
+    pictures = [load_image(path) for path in training_pictures(context.data)[:NUM_CALIBRATION_IMAGES]]
     calibrate(loaded.model, loaded.processor.pixels(pictures), seed=settings.seed)
     save_projector(loaded.model, loaded.processor, folder, origin=loaded.origin)
+    limit = longest_answer(context.data, loaded.processor.tokenizer) + SPARE_TOKENS
     del loaded
-    return evaluate(context, folder, context.path("eval-before"))
+    # A contrast and no proof: few questions are enough, and none on the gray image.
+    questions = context.path("before.json")
+    write_json(questions, pick(read_records(context.data / "test.json"), settings.num_before, seed=settings.seed))
+    facts = evaluate(context, folder, context.path("eval-before"), questions, limit, "--no-blank-control")
+    return {**facts, "max_new_tokens": limit}
+
+
+def longest_answer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the tokens of the longest reference answer, at most what an evaluation allows by default."""
+    answers = {sample.conversation.turns[1].text for sample in load_samples(folder / "test.json")}
+    longest = max(len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers)
+    return min(longest, evaluation.MAX_NEW_TOKENS - SPARE_TOKENS)
 
 
 def training_pictures(folder: Path) -> list[Path]:
@@ -144,7 +158,7 @@ def align(context: Context) -> Facts:
         pretrain_mm_mlp_adapter=context.path("untrained") / "mm_projector.bin",
         tune_mm_mlp_adapter=True,
         num_train_epochs=1,
-        per_device_train_batch_size=CAPTIONS_PER_STEP,
+        per_device_train_batch_size=context.settings.captions_per_step,
         learning_rate=1e-3,
     )
 
@@ -158,12 +172,12 @@ def tune(context: Context) -> Facts:
         version=context.settings.template,
         pretrain_mm_mlp_adapter=context.path("align") / "mm_projector.bin",
         lora_enable=True,
-        lora_r=16,
-        lora_alpha=32,
+        lora_r=LORA_RANK,
+        lora_alpha=2 * LORA_RANK,
         lora_dropout=0.0,
         mm_projector_lr=5e-4,
         num_train_epochs=context.settings.epochs,
-        per_device_train_batch_size=QUESTIONS_PER_STEP,
+        per_device_train_batch_size=context.settings.questions_per_step,
         learning_rate=5e-4,
     )
     loaded = load(context.path("tune"))
@@ -172,8 +186,9 @@ def tune(context: Context) -> Facts:
 
 
 def after(context: Context) -> Facts:
-    """Ask the trained model the same questions."""
-    return evaluate(context, context.path("model"), context.path("eval-after"))
+    """Ask the trained model every question about unseen images, with the image and with a gray one."""
+    limit = context.facts["before"]["max_new_tokens"]
+    return evaluate(context, context.path("model"), context.path("eval-after"), context.data / "test.json", limit)
 
 
 def page(context: Context) -> Facts:
@@ -183,19 +198,20 @@ def page(context: Context) -> Facts:
     train_samples = load_samples(folder / "train.json", image_folder=folder / "images")
 
     def answers(run: str, file: str) -> list[Item]:
-        return join(samples, read_records(context.path(run) / file), source=run)
+        rows = list(read_records(context.path(run) / file))
+        asked = {str(row["question_id"]) for row in rows} if run == "eval-before" else None
+        return join([sample for sample in samples if asked is None or sample.id in asked], rows, source=run)
 
     runs: dict[str, list[Item]] = {
         "after": answers("eval-after", evaluation.ANSWERS),
         "after_blank": answers("eval-after", evaluation.BLANK_ANSWERS),
         "before": answers("eval-before", evaluation.ANSWERS),
-        "before_blank": answers("eval-before", evaluation.BLANK_ANSWERS),
     }
     runs["majority"] = scoring.majority_items(runs["after"], samples, train_samples)
     result = scoring.compare({name: runs[name] for name in scoring.RUNS}, seed=context.settings.seed)
     write_json(context.path("results.json"), result)
     chat = f"llava chat --model {context.path('model')} --image {folder / 'images' / runs['after'][0].image}"
-    seconds = {f"seconds for {name}": facts.get("seconds") for name, facts in context.facts.items()}
+    outlook = plan.read(context.settings.out)
     report.write_page(
         context.path("index.html"),
         result=result,
@@ -206,7 +222,9 @@ def page(context: Context) -> Facts:
             "Loss: alignment": context.path("align") / "loss_curve.png",
             "Loss: instruction tuning": context.path("tune") / "loss_curve.png",
         },
-        facts={**context.facts["parts"], **context.settings.to_json(), **seconds},
+        facts={**context.facts["parts"], **context.settings.to_json(), "machine": outlook.machine},
+        reason=outlook.reason,
+        times=table(outlook.seconds, context.seconds, {name: title for name, (title, _) in STAGES.items()}),
         notice=context.notice,
         chat=chat,
     )
@@ -234,7 +252,7 @@ def train(context: Context, out: Path, **flags: Any) -> Facts:
         "image_folder": context.data / "images",
         "mm_projector_type": PROJECTOR,
         "mm_vision_select_layer": -2,
-        "bf16": fast_bfloat16(),
+        "bf16": precision().bf16,
         "output_dir": out,
         "lr_scheduler_type": "cosine",
         "warmup_ratio": 0.05,
@@ -257,16 +275,28 @@ def train(context: Context, out: Path, **flags: Any) -> Facts:
     return {"folder": str(out)}
 
 
-def evaluate(context: Context, model: Path, out: Path) -> Facts:
-    """Answer the test questions with and without picture; return the closed and open scores."""
+def evaluate(context: Context, model: Path, out: Path, questions: Path, limit: int, *switches: str) -> Facts:
+    """Answer questions in at most `limit` tokens; return the closed and open scores."""
     folder = context.data
-    words = ["--model", model, "--data", folder / "test.json", "--image-folder", folder / "images"]
-    words += ["--train-data", folder / "train.json", "--out", out, "--max-new-tokens", MAX_NEW_TOKENS]
-    words += ["--dtype", "bfloat16" if fast_bfloat16() else "float32", "--note", context.notice]
-    argv = [str(word) for word in words]
+    words = ["--model", model, "--data", questions, "--image-folder", folder / "images"]
+    words += ["--train-data", folder / "train.json", "--out", out, "--max-new-tokens", limit]
+    words += ["--dtype", precision().dtype, "--note", context.notice]
+    argv = [*map(str, words), *switches]
     args = evaluation.make_parser().parse_args(argv)
     result = evaluation.evaluate(evaluation.plan_of(args, argv), partial(engine_of, args))
     return {"folder": str(out), "scores": result["scores"]}
+
+
+class Precision(NamedTuple):
+    """Values of `--bf16` of training and of `--dtype` of evaluation."""
+
+    bf16: str
+    dtype: str
+
+
+def precision() -> Precision:
+    """Return the precision of all stages."""
+    return Precision("True", "bfloat16") if fast_bfloat16() else Precision("False", "float32")
 
 
 def fast_bfloat16() -> bool:

@@ -68,6 +68,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     parsed, restart = settings.parse([*words, "--restart"])
     assert parsed == Settings(Path("o"), tmp_path, "a", "b", 3) and restart
+    assert settings.parse([])[0].size == settings.AUTO and settings.parse(["--num_train", "9"])[0].num_train == 9
     with pytest.raises(ConfigError, match="at least 50"):
         settings.parse(["--num_test", "10"])
 

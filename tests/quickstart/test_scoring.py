@@ -55,6 +55,19 @@ def test_accuracy_counts_open_and_closed_questions() -> None:
     assert high - low == pytest.approx(2 * 1.96 * 100 * (0.24 / 30) ** 0.5, rel=0.15)
 
 
+def test_a_run_about_fewer_questions_is_compared_on_these() -> None:
+    # The model is right about the first 18 images; before training only the last 15 were asked about, all wrong.
+    before = [item for item in items(0.0) if int(item.image.removesuffix(".png")) >= 15]
+    result = scoring.compare({"after": items(0.6), "after_blank": items(0.2), "before": before})
+    assert result["accuracy"]["before"]["num_items"] == 30 and result["num_questions"] == 60
+    assert result["accuracy"]["before"]["value"] == 0.0
+    assert result["difference"]["before"]["value"] == pytest.approx(20.0)
+    text = report.summary(
+        {**result, "difference": {**result["difference"], "majority": result["difference"]["before"]}}
+    )
+    assert "(30 questions)" in text and text.count("questions)") == 1
+
+
 @pytest.mark.parametrize(("after", "blank", "passed"), [(0.9, 0.3, True), (0.9, 0.85, False), (0.35, 0.0, False)])
 def test_the_claim_needs_both_controls(after: float, blank: float, passed: bool) -> None:
     result = compared(after, blank)
@@ -84,11 +97,14 @@ def test_the_page_names_the_data_and_shows_three_answers(tmp_path: Path) -> None
         image_folder=tmp_path,
         curves={"Loss: tuning": tmp_path / "loss.png", "Loss: absent": tmp_path / "absent.png"},
         facts={"seed": 0},
+        reason="Size small.",
+        times=[["tuning", "60 s", "70 s"]],
         notice="SYNTHETIC drawings",
         chat="llava chat --model m --image i.png",
     )
     text = path.read_text()
     assert text.count('class="case"') == 3 and text.count("data:image/jpeg") == 3
+    assert "Size small." in text and "70 s" in text
     assert "Loss: tuning" in text and "Loss: absent" not in text
     assert text.count("SYNTHETIC drawings") >= 2
     assert "llava chat --model m --image i.png" in text and "90.0" in text

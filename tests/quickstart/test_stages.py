@@ -10,6 +10,7 @@ import pytest
 
 from llava import chat
 from llava.quickstart import pipeline, stages
+from llava.quickstart.forecast import SPARE_TOKENS
 from llava.quickstart.settings import Settings
 from tests.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
@@ -45,8 +46,11 @@ def test_every_stage_with_tiny_parts(folder: Path, capsys: pytest.CaptureFixture
     assert "page:" in first and "llava chat --model" in first and "done before" not in first
     result = json.loads((out / "results.json").read_text())
     assert result["num_questions"] == 12 and result["num_images"] == 4
-    assert set(result["accuracy"]) == {"after", "after_blank", "before", "before_blank", "majority"}
+    assert set(result["accuracy"]) == {"after", "after_blank", "before", "majority"}
+    assert json.loads((out / "stages/before.json").read_text())["max_new_tokens"] > SPARE_TOKENS
+    assert not (out / "eval-before/answers-blank.jsonl").exists()
     text = (out / "index.html").read_text()
+    assert "Size as given" in text and "measured" in text and "GFLOP/s" in first
     assert text.count('class="case"') == 3 and text.count("data:image/png") == 2
     assert not list(out.glob("*/checkpoint-*"))
 

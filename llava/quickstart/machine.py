@@ -1,0 +1,124 @@
+"""Speed of this machine: threads, and matrix products in the shapes of the language model, timed in a second or two."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""A user who sets one of these has chosen the number of threads."""
+
+WORTHWHILE = 1.25
+"""bfloat16 is used where it is at least this much faster than float32."""
+
+CPU_ROWS, GPU_ROWS = 512, 8192
+"""Rows of the float32 products; a step of training has about as many."""
+
+BFLOAT16_ROWS = 64
+"""Without bfloat16 instructions a product takes 40 times as long, so it is timed on fewer rows."""
+
+NUM_REPEATS = 5
+SYSTEM = Path("/sys")
+
+Shape = tuple[int, int]
+"""Inputs and outputs of a linear layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Measured speed of matrix products.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        threads: threads of one product.
+        float32: billions of operations a second.
+        bfloat16: the same in bfloat16; 0 where it does not run.
+    """
+
+    device: str
+    threads: int
+    float32: float
+    bfloat16: float
+
+    @property
+    def uses_bfloat16(self) -> bool:
+        """Whether bfloat16 is the faster precision by enough."""
+        return self.bfloat16 >= WORTHWHILE * self.float32
+
+    @property
+    def rate(self) -> float:
+        """Operations a second in the precision that is used."""
+        return 1e9 * (self.bfloat16 if self.uses_bfloat16 else self.float32)
+
+    def __str__(self) -> str:
+        where = "GPU" if self.device == "cuda" else f"CPU, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{where}, float32 {self.float32:.0f} GFLOP/s, bfloat16 {self.bfloat16:.0f} GFLOP/s"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields."""
+        return asdict(self)
+
+
+def measure(shapes: Sequence[Shape]) -> Machine:
+    """Time matrix products on the device and with the threads that the stages will use.
+
+    Args:
+        shapes: the linear layers of the language model.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = GPU_ROWS if device == "cuda" else CPU_ROWS
+    can_bfloat16 = device == "cpu" or torch.cuda.is_bf16_supported()
+    return Machine(
+        device,
+        torch.get_num_threads(),
+        _gflops(shapes, torch.float32, device, rows),
+        _gflops(shapes, torch.bfloat16, device, rows if device == "cuda" else BFLOAT16_ROWS) if can_bfloat16 else 0.0,
+    )
+
+
+def _gflops(shapes: Sequence[Shape], dtype: torch.dtype, device: str, rows: int) -> float:
+    """Return the median rate: a machine that is shared is forecast as it is, not as it could be."""
+    layers = [
+        (torch.ones(rows, inputs, dtype=dtype, device=device), torch.ones(inputs, outputs, dtype=dtype, device=device))
+        for inputs, outputs in shapes
+    ]
+    operations = sum(2 * rows * inputs * outputs for inputs, outputs in shapes)
+    times = []
+    for _ in range(NUM_REPEATS + 1):
+        start = time.perf_counter()
+        for rows_in, weight in layers:
+            torch.mm(rows_in, weight)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    # The first round also allocates and chooses kernels.
+    return operations / statistics.median(times[1:]) / 1e9
+
+
+def use_physical_cores() -> None:
+    """Let torch use one thread for each physical core it may run on, unless the user has chosen a number."""
+    if not any(os.environ.get(name) for name in THREAD_VARIABLES):
+        torch.set_num_threads(physical_cores())
+
+
+def physical_cores(root: Path = SYSTEM) -> int:
+    """Return the physical cores that this process may use: its affinity, and the quota of its control group."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    siblings = {_read(root / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in allowed}
+    quota, _, period = _read(root / "fs/cgroup/cpu.max").partition(" ")
+    limit = -(-int(quota) // int(period)) if quota.isdigit() and period.isdigit() else len(siblings)
+    return max(1, min(len(siblings), limit))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

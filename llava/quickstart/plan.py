@@ -1,0 +1,73 @@
+"""Plan of a run: the machine is measured, the size fitted to it, and both remembered in the run's folder.
+
+settings --measure, forecast--> settings of a fitting size + Plan --plan.json--> terminal, page
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from llava.quickstart import machine
+from llava.quickstart.forecast import SIZES, choose, stage_seconds, with_size
+from llava.quickstart.settings import AUTO, SIZED, Settings
+from llava.quickstart.work import LanguageShape, language_shape, rows_of, tower_shape
+from llava.utils.jsonl import read_text, write_json
+
+SETTINGS, PLAN = "settings.json", "plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What was measured, chosen and forecast before the first stage.
+
+    Attributes:
+        machine: what was measured, in words.
+        reason: which size was chosen, and why.
+        seconds: forecast by stage; empty when nothing could be forecast.
+    """
+
+    machine: str
+    reason: str
+    seconds: dict[str, float]
+
+    def write(self, out: Path) -> None:
+        """Keep the plan in the run's folder."""
+        write_json(out / PLAN, asdict(self))
+
+
+def read(out: Path) -> Plan:
+    """Return the plan that a run's folder keeps."""
+    return Plan(**json.loads(read_text(out / PLAN)))
+
+
+def prepare(settings: Settings) -> tuple[Settings, Plan]:
+    """Measure the machine; return the settings at a fitting size, and the plan."""
+    language, tower = language_shape(settings.lm), tower_shape(settings.vision_tower, settings.image_size)
+    measured = machine.measure((language or LanguageShape()).linear_layers)
+    if language is None or tower is None:
+        part = f"--lm {settings.lm}" if language is None else f"--vision-tower {settings.vision_tower}"
+        sized = settings if settings.size != AUTO else with_size(settings, SIZES[-1])
+        reason = f"Size {sized.size}; no forecast: the configuration of {part} cannot be read before it is loaded."
+        return sized, Plan(str(measured), reason, {})
+    sized, reason = choose(settings, measured, language, tower)
+    return sized, Plan(str(measured), reason, stage_seconds(sized, measured, language, tower, rows_of(sized)))
+
+
+def resume(settings: Settings) -> tuple[Settings, Plan] | None:
+    """Return the settings and the plan of a run that the folder holds; None when it holds none.
+
+    The size of that run stays, on whatever machine it is resumed.
+    """
+    if not all((settings.out / name).is_file() for name in (SETTINGS, PLAN)):
+        return None
+    before = json.loads(read_text(settings.out / SETTINGS))
+    if settings.size == AUTO:
+        settings = replace(settings, **{name: before[name] for name in SIZED if name in before})
+    return settings, read(settings.out)
+
+
+def fitted(settings: Settings, *, restart: bool) -> tuple[Settings, Plan]:
+    """Return the settings and the plan of this run: those it began with, or new ones."""
+    return (None if restart else resume(settings)) or prepare(settings)
