@@ -22,7 +22,7 @@ FIT_SECONDS = 6 * 60.0
 
 # Share of the measured rate that the stages reach, and the seconds that each takes whatever the size: measured on two
 # AVX2 cores in float32, by the seconds of whole runs.
-TRAIN_SHARE, PROMPT_SHARE, DECODE_SHARE = 0.7, 0.5, 0.1
+ALIGN_SHARE, TUNE_SHARE, PROMPT_SHARE, DECODE_SHARE = 0.6, 0.5, 0.7, 0.2
 DRAWING_SECONDS = 0.012
 FIXED_SECONDS = {"parts": 16.0, "data": 0.5, "before": 8.0, "align": 5.0, "tune": 9.0, "after": 4.0, "page": 2.0}
 
@@ -44,6 +44,39 @@ SIZES = (Size("full", 480, 8, 48), Size("medium", 360, 6, 36), Size("small", 240
 """From the largest to the smallest. Each has the unseen drawings of the others: the intervals need them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Operations of what the stages do with a language model and a tower."""
+
+    language: LanguageShape
+    tower: TowerShape
+
+    def seen(self, images: float) -> float:
+        """Return the operations of the tower."""
+        return FORWARD * self.tower.weights * (self.tower.tokens + 1) * images
+
+    def prompts(self, images: float, text_tokens: float) -> float:
+        """Return the operations of reading questions, those about one image together."""
+        return FORWARD * self.language.blocks * (images * self.tower.tokens + text_tokens)
+
+    def decoded(self, tokens: float) -> float:
+        """Return the operations of writing answers."""
+        return FORWARD * (self.language.blocks + self.language.head) * tokens
+
+    def trained(self, images: float, text_tokens: float, targets: float, adapters: int = 0) -> float:
+        """Return the operations of training on rows, those about one image together.
+
+        Args:
+            images: seen by the language model.
+            text_tokens: of all rows.
+            targets: tokens that are predicted.
+            adapters: weights of LoRA.
+        """
+        body = (FORWARD + BACKWARD) * self.language.blocks + (FORWARD + 2 * BACKWARD) * adapters
+        head = (FORWARD + BACKWARD) * self.language.head
+        return body * (images * self.tower.tokens + text_tokens) + head * targets
+
+
 def stage_seconds(
     settings: Settings, machine: Machine, language: LanguageShape, tower: TowerShape, rows: Rows
 ) -> dict[str, float]:
@@ -56,42 +89,24 @@ def stage_seconds(
         tower: sizes of the vision tower.
         rows: what the run goes through.
     """
-    asked_before = min(settings.num_before, rows.test_questions)
-    share = asked_before / max(1.0, rows.test_questions)
-    images_before = min(rows.test_images, asked_before)
-    longest = rows.test_answer_tokens / max(1.0, rows.test_questions) + SPARE_TOKENS
-    image_tokens = tower.tokens
-
-    def seen(images: float) -> float:
-        return FORWARD * tower.weights * (tower.tokens + 1) * images
-
-    def prompts(images: float, text_tokens: float) -> float:
-        return FORWARD * language.blocks * (images * image_tokens + text_tokens)
-
-    def decoded(tokens: float) -> float:
-        return FORWARD * (language.blocks + language.head) * tokens
-
-    def trained(images: float, text_tokens: float, targets: float, adapters: int) -> float:
-        tokens = images * image_tokens + text_tokens
-        body = (FORWARD + BACKWARD) * language.blocks + (FORWARD + 2 * BACKWARD) * adapters
-        return body * tokens + (FORWARD + BACKWARD) * language.head * targets
-
-    train, prompt, decode = (machine.rate * share for share in (TRAIN_SHARE, PROMPT_SHARE, DECODE_SHARE))
+    costs = Costs(language, tower)
+    prompt, decode = machine.rate * PROMPT_SHARE, machine.rate * DECODE_SHARE
+    asked = min(settings.num_before, rows.test_questions)
+    images_asked, tokens_asked = min(rows.test_images, asked), rows.test_tokens * asked / max(1.0, rows.test_questions)
+    before = costs.seen(NUM_CALIBRATION_IMAGES + images_asked) + costs.prompts(images_asked, tokens_asked)
+    # On the gray image all questions share one image.
+    prompts_after = costs.prompts(rows.test_images, rows.test_tokens) + costs.prompts(1, rows.test_tokens)
+    captions = costs.trained(rows.captions, rows.caption_tokens, rows.caption_tokens)
+    images_tuned, adapters = rows.train_images * settings.epochs, language.lora(LORA_RANK)
+    questions = costs.trained(images_tuned, rows.question_tokens, rows.answer_tokens, adapters)
     scaling = {
         "data": rows.drawings * DRAWING_SECONDS,
-        "before": (
-            seen(NUM_CALIBRATION_IMAGES + images_before) + prompts(images_before, rows.test_tokens * share)
-        ) / prompt + decoded(asked_before * longest) / decode,
-        "align": trained(rows.captions, rows.caption_tokens, rows.caption_tokens, 0) / train
-        + seen(rows.train_images) / prompt,
-        "tune": trained(
-            rows.train_images * settings.epochs, rows.question_tokens, rows.answer_tokens, language.lora(LORA_RANK)
-        ) / train,
-        # On the gray image all questions share one image.
-        "after": (
-            seen(rows.test_images) + prompts(rows.test_images, rows.test_tokens) + prompts(1, rows.test_tokens)
-        ) / prompt + 2 * decoded(rows.test_answer_tokens) / decode,
-    }  # fmt: skip
+        "before": before / prompt + costs.decoded(asked * (rows.longest_answer + SPARE_TOKENS)) / decode,
+        "align": captions / (machine.rate * ALIGN_SHARE) + costs.seen(rows.train_images) / prompt,
+        "tune": questions / (machine.rate * TUNE_SHARE),
+        "after": (costs.seen(rows.test_images) + prompts_after) / prompt
+        + 2 * costs.decoded(rows.test_answer_tokens) / decode,
+    }
     return {name: fixed + scaling.get(name, 0.0) for name, fixed in FIXED_SECONDS.items()}
 
 

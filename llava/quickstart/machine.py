@@ -21,8 +21,8 @@ WORTHWHILE = 1.25
 CPU_ROWS, GPU_ROWS = 512, 8192
 """Rows of the float32 products; a step of training has about as many."""
 
-BFLOAT16_ROWS = 64
-"""Without bfloat16 instructions a product takes 40 times as long, so it is timed on fewer rows."""
+TRIAL_ROWS = 16
+"""Without bfloat16 instructions a product takes 40 times as long, so it is tried on few rows first."""
 
 NUM_REPEATS = 5
 SYSTEM = Path("/sys")
@@ -75,12 +75,11 @@ def measure(shapes: Sequence[Shape]) -> Machine:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = GPU_ROWS if device == "cuda" else CPU_ROWS
     can_bfloat16 = device == "cpu" or torch.cuda.is_bf16_supported()
-    return Machine(
-        device,
-        torch.get_num_threads(),
-        _gflops(shapes, torch.float32, device, rows),
-        _gflops(shapes, torch.bfloat16, device, rows if device == "cuda" else BFLOAT16_ROWS) if can_bfloat16 else 0.0,
-    )
+    float32 = _gflops(shapes, torch.float32, device, rows)
+    bfloat16 = _gflops(shapes, torch.bfloat16, device, TRIAL_ROWS) if can_bfloat16 else 0.0
+    if bfloat16 > _gflops(shapes, torch.float32, device, TRIAL_ROWS) / 2:
+        bfloat16 = _gflops(shapes, torch.bfloat16, device, rows)
+    return Machine(device, torch.get_num_threads(), float32, bfloat16)
 
 
 def _gflops(shapes: Sequence[Shape], dtype: torch.dtype, device: str, rows: int) -> float:

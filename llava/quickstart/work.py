@@ -6,9 +6,10 @@ drawings asked for, or the rows of --data --counted--> Rows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from llava.data.records import load_samples
 from llava.quickstart.settings import Settings
@@ -26,6 +27,7 @@ DRAWING_QUESTIONS = 5.9
 DRAWING_QUESTION_TOKENS = 20.5
 DRAWING_ANSWER_TOKENS = 2.4
 DRAWING_TEST_QUESTIONS = 5.4
+DRAWING_LONGEST_ANSWER = 3.0
 
 PATCH_SIZE = 14
 
@@ -86,6 +88,7 @@ class Rows:
         test_questions: about them.
         test_tokens: of all those questions.
         test_answer_tokens: of all their reference answers.
+        longest_answer: tokens of the longest of these.
     """
 
     drawings: int
@@ -99,6 +102,7 @@ class Rows:
     test_questions: float
     test_tokens: float
     test_answer_tokens: float
+    longest_answer: float
 
 
 def drawn(num_train: int, num_test: int) -> Rows:
@@ -116,6 +120,7 @@ def drawn(num_train: int, num_test: int) -> Rows:
         test_questions=test,
         test_tokens=test * DRAWING_QUESTION_TOKENS,
         test_answer_tokens=test * DRAWING_ANSWER_TOKENS,
+        longest_answer=DRAWING_LONGEST_ANSWER,
     )
 
 
@@ -140,6 +145,7 @@ def rows_in(folder: Path) -> Rows:
         test_questions=len(test),
         test_tokens=sum(map(_tokens, test)),
         test_answer_tokens=sum(map(_answer_tokens, test)),
+        longest_answer=max(map(_answer_tokens, test), default=0.0),
     )
 
 
@@ -176,13 +182,15 @@ def language_shape(lm: str | None) -> LanguageShape | None:
     if lm is None:
         return LanguageShape()
     config = _config(lm)
-    hidden, layers = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
-    if not hidden or not layers:
+    config = getattr(config, "text_config", config)
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    values = [getattr(config, name, None) for name in names]
+    if not _are_counts(values):
         return None
-    heads = getattr(config, "num_attention_heads", 1)
-    key_value = hidden * getattr(config, "num_key_value_heads", heads) // heads
+    hidden, layers, heads, vocabulary = values
+    key_value = hidden * (getattr(config, "num_key_value_heads", None) or heads) // heads
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
-    return LanguageShape(hidden, wide, layers, key_value, config.vocab_size)
+    return LanguageShape(hidden, wide, layers, key_value, vocabulary)
 
 
 def tower_shape(tower: str | None, image_size: int) -> TowerShape | None:
@@ -193,17 +201,20 @@ def tower_shape(tower: str | None, image_size: int) -> TowerShape | None:
     config = getattr(config, "vision_config", config)
     names = ("hidden_size", "num_hidden_layers", "image_size", "patch_size")
     values = [getattr(config, name, None) for name in names]
-    if not all(isinstance(value, int) and value > 0 for value in values):
+    if not _are_counts(values):
         return None
     width, layers, side, patch = values
     return TowerShape(weights=12 * layers * width * width, tokens=(side // patch) ** 2)
+
+
+def _are_counts(values: Sequence[Any]) -> TypeGuard[Sequence[int]]:
+    return all(isinstance(value, int) and value > 0 for value in values)
 
 
 def _config(name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError):
         return None
-    return getattr(config, "text_config", config)

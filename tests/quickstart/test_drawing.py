@@ -129,3 +129,12 @@ def test_the_same_seed_writes_the_same_files(folder: Path, tmp_path: Path) -> No
     questions.write_dataset(tmp_path, num_train=60, num_test=40, seed=3)
     for name in ("captions.json", "train.json", "test.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_pick_spreads_over_the_images() -> None:
+    rows = [{"id": f"{image}-{number}", "image": f"{image}.png"} for image in range(6) for number in range(image + 1)]
+    picked = questions.pick(rows, 8, seed=0)
+    assert len(picked) == 8 and [row for row in rows if row in picked] == picked
+    assert {row["image"] for row in picked} == {f"{image}.png" for image in range(6)}
+    assert questions.pick(rows, 100, seed=0) == rows
+    assert questions.pick(rows, 8, seed=0) == picked != questions.pick(rows, 8, seed=1)
