@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from llava.quickstart import machine
+from llava.quickstart import machine, pretrained
 from llava.quickstart.forecast import SIZES, choose, stage_seconds, with_size
 from llava.quickstart.settings import AUTO, SIZED, Settings
 from llava.quickstart.work import LanguageShape, language_shape, rows_of, tower_shape
@@ -52,7 +52,10 @@ def prepare(settings: Settings) -> tuple[Settings, Plan]:
         reason = f"Size {sized.size}; no forecast: the configuration of {part} cannot be read before it is loaded."
         return sized, Plan(str(measured), reason, {})
     sized, reason = choose(settings, measured, language, tower)
-    return sized, Plan(str(measured), reason, stage_seconds(sized, measured, language, tower, rows_of(sized)))
+    seconds = stage_seconds(sized, measured, language, tower, rows_of(sized))
+    if (settings.lm and settings.vision_tower) or pretrained.is_converted(settings.image_size):
+        seconds["parts"] = 0.0
+    return sized, Plan(str(measured), reason, seconds)
 
 
 def resume(settings: Settings) -> tuple[Settings, Plan] | None:

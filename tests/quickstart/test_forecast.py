@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.quickstart import forecast, machine, pipeline, plan
+from llava.quickstart import forecast, machine, pipeline, plan, pretrained
 from llava.quickstart.forecast import SIZES, choose, stage_seconds
 from llava.quickstart.machine import Machine
 from llava.quickstart.settings import AUTO, GIVEN, Settings, parse
@@ -95,6 +95,18 @@ def test_a_part_that_is_not_here_is_named(tmp_path: Path) -> None:
     sized, outlook = plan.prepare(settings)
     assert outlook.seconds == {} and "absent" in outlook.reason and sized.size == SIZES[-1].name
     assert "forecast" not in pipeline.opening(replace(outlook, reason=""))
+
+
+def test_parts_in_the_cache_take_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "measure", lambda shapes: SLOW)
+    monkeypatch.setenv(pretrained.CACHE_VARIABLE, str(tmp_path))
+    assert plan.prepare(UNFITTED)[1].seconds["parts"] == forecast.FIXED_SECONDS["parts"] > 0
+    for source, name in (
+        (pretrained.SMOLLM2, pretrained.LANGUAGE_NAME),
+        (pretrained.DINOV2_SMALL, pretrained.tower_name(UNFITTED.image_size)),
+    ):
+        pretrained.converted_folder(source, name).mkdir()
+    assert plan.prepare(UNFITTED)[1].seconds["parts"] == 0.0
 
 
 def test_a_resumed_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
