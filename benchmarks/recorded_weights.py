@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -48,11 +48,30 @@ def put(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def differences(trained: Mapping[str, Tensor], final: Path) -> dict[str, float]:
-    """Largest difference of each trained weight to the one that the original saved, under the original's name."""
+    """Return the largest difference of each trained weight to the one that the original saved, by original name."""
+    return {old: float((ours - saved).abs().max()) for old, _, ours, saved in _pairs(trained, final)}
+
+
+def shares(trained: Mapping[str, Tensor], final: Path, bounds: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the largest difference of each trained weight in units of its bound, by original name: 1 is the limit.
+
+    Args:
+        trained: our last weights, by our name.
+        final: folder that the original saved.
+        bounds: of every entry of the trained weights, by our name; an entry that is not bounded must be equal.
+    """
     found: dict[str, float] = {}
-    for name in FINAL_FILES:
-        for old, tensor in read_tensors(final / name).items() if (final / name).is_file() else ():
-            ours = trained.get(current_name(old))
-            if ours is not None:  # rows that only our vocabulary has come last
-                found[old] = float((ours[: len(tensor)] - tensor).abs().max())
+    for old, name, ours, saved in _pairs(trained, final):
+        difference = (ours.double() - saved.double()).abs()
+        bound = bounds[name][: len(saved)] if name in bounds else torch.zeros_like(difference)
+        found[old] = float(torch.where(difference == 0, 0.0, difference / bound).max())
     return found
+
+
+def _pairs(trained: Mapping[str, Tensor], final: Path) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+    """Yield original name, our name, our weight and the saved one."""
+    for file in FINAL_FILES:
+        for old, tensor in read_tensors(final / file).items() if (final / file).is_file() else ():
+            name = current_name(old)
+            if name in trained:  # rows that only our vocabulary has come last
+                yield old, name, trained[name][: len(tensor)], tensor

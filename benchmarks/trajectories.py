@@ -19,8 +19,9 @@ from transformers import AutoTokenizer, set_seed
 
 from benchmarks import grown_vocabulary
 from benchmarks.counted_masks import CountedMaskDataset
-from benchmarks.recorded_weights import differences, put
+from benchmarks.recorded_weights import current_name, differences, put, shares
 from benchmarks.shifted_images import ShiftedImages
+from benchmarks.weight_bounds import WeightBounds
 from llava.data.flat_batch import FlatBatch
 from llava.data.samplers import Step, StepSampler
 from llava.model.building import Loaded
@@ -61,6 +62,9 @@ MED_1_0_TEMPLATES = {"v0": "default", "v1": "vicuna_v1_1"}
 MAX_ATTEMPTS, CLOSE_ENOUGH = 8, 1e-6
 """For a starting row that has to be found."""
 
+LOSS_TOLERANCE = 1e-5
+"""Of a micro-batch's loss, about 7: 20 units in the last place of float32, of a mean over tokens of one batch."""
+
 
 @dataclass(frozen=True, slots=True)
 class Replay:
@@ -70,6 +74,8 @@ class Replay:
         losses: of every micro-batch, ours.
         recorded: of every micro-batch, the original's.
         weights: largest difference to the original's last weights, by name.
+        shares: the same in units of what rounding allows each weight, see `benchmarks.weight_bounds`: at most 1.
+        bounds: of every entry of the trained weights, by our name.
         trained: our last weights, by our name.
         head_row: the starting row of the head that had to be found, where one was random.
     """
@@ -77,6 +83,8 @@ class Replay:
     losses: list[float]
     recorded: list[float]
     weights: dict[str, float]
+    shares: dict[str, float]
+    bounds: dict[str, Tensor]
     trained: dict[str, Tensor]
     head_row: Tensor | None = None
 
@@ -86,9 +94,9 @@ class Replay:
         return max(abs(ours - theirs) for ours, theirs in zip(self.losses, self.recorded, strict=True))
 
     @property
-    def projector_difference(self) -> float:
-        """Largest difference of a weight of the projector."""
-        return max(value for name, value in self.weights.items() if "mm_projector" in name)
+    def projector_share(self) -> float:
+        """Largest difference of a weight of the projector in units of its bound."""
+        return max(value for name, value in self.shares.items() if "mm_projector" in name)
 
 
 class RecordedOrder(StepSampler):
@@ -168,16 +176,38 @@ def replay(folder: Path, run: str, scratch: Path, *, loss_normalization: str = "
         (scratch / "system.txt").write_text(text, encoding="utf-8")
         options |= {"version": "v1", "system_file": str(scratch / "system.txt")}
     if not grown_vocabulary.is_grown(final):
-        losses, trained = _run(job)
-        return Replay(losses, log["micro_losses"], differences(trained, final), trained)
+        return _compared(_run(job), log["micro_losses"], final)
     # One row of the head was random and is not recorded: it is the one from which the run ends as it was recorded.
     start = grown_vocabulary.Start(base, final)
     for attempt in range(MAX_ATTEMPTS):
         options["model_name_or_path"] = str(start.write(scratch / f"lm-{attempt}"))
-        losses, trained = _run(replace(job, med_1_0=True))
-        if start.correct(trained) < CLOSE_ENOUGH:
+        ended = _run(replace(job, med_1_0=True))
+        if start.correct(ended.trained) < CLOSE_ENOUGH:
             break
-    return Replay(losses, log["micro_losses"], differences(trained, final), trained, start.head_row)
+    head = current_name(grown_vocabulary.HEAD)
+    if head in ended.bounds:  # that row is known as well as it was found
+        ended.bounds[head][start.patch] += CLOSE_ENOUGH
+    return replace(_compared(ended, log["micro_losses"], final), head_row=start.head_row)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """A finished run: losses of the micro-batches, last value of every trained weight and how exact it can be."""
+
+    losses: list[float]
+    trained: dict[str, Tensor]
+    bounds: dict[str, Tensor]
+
+
+def _compared(ended: _Ended, recorded: list[float], final: Path) -> Replay:
+    return Replay(
+        ended.losses,
+        recorded,
+        differences(ended.trained, final),
+        shares(ended.trained, final, ended.bounds),
+        ended.bounds,
+        ended.trained,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +222,8 @@ class _Job:
     med_1_0: bool = False
 
 
-def _run(job: _Job) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of the micro-batches, and the last value of every trained weight."""
+def _run(job: _Job) -> _Ended:
+    """Train once."""
     parsed = parse(_command_line(job))
     set_seed(parsed[2].seed)
     loaded = open_model(*parsed)
@@ -202,8 +232,13 @@ def _run(job: _Job) -> tuple[list[float], dict[str, Tensor]]:
     load_projector(loaded.model, job.init)
     network, kind = prepare(loaded, parsed[0], parsed[2])
     put(network, {name: tensor for name, tensor in read_tensors(job.init).items() if "lora_" in name})
-    losses = _train(parsed, loaded, (network, kind), job)
-    return losses, {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+    args = parsed[2]
+    rows = args.per_device_train_batch_size * args.requested_accumulation
+    bounds = WeightBounds(network, rows * args.model_max_length)
+    losses = _train(parsed, loaded, (network, kind), job, bounds)
+    return _Ended(
+        losses, {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}, bounds.bounds
+    )
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
@@ -248,7 +283,9 @@ def _command_line(job: _Job) -> list[str]:
     return [word for name, value in changed.items() for word in (f"--{name}", value)]
 
 
-def _train(parsed: Parsed, loaded: Loaded, trained: tuple[nn.Module, Any], job: _Job) -> list[float]:
+def _train(
+    parsed: Parsed, loaded: Loaded, trained: tuple[nn.Module, Any], job: _Job, bounds: WeightBounds
+) -> list[float]:
     _, data_args, args = parsed
     dataset = open_data(data_args.data_path, data_args.image_folder, data_args, args, loaded)
     if job.med_1_0 and loaded.processor.template.form.closing:
@@ -267,6 +304,7 @@ def _train(parsed: Parsed, loaded: Loaded, trained: tuple[nn.Module, Any], job: 
     trainer = make_trainer(parsed, loaded, trained, StepLoader(sampler, collator), collator)
     recording = Recording(trainer.objective, args.requested_accumulation)
     trainer.objective = recording
+    trainer.add_callback(bounds)
     trainer.train()
     return recording.losses
 

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.counted_masks import counted_labels
 from benchmarks.grown_vocabulary import HEAD, Start
+from benchmarks.recorded_weights import current_name
 from benchmarks.shifted_images import EMPTY, shifted
-from benchmarks.trajectories import LOG_FILE, replay, runs, system_text
+from benchmarks.trajectories import LOG_FILE, LOSS_TOLERANCE, replay, runs, system_text
 from llava.data.encode import Encoded, encode
 from llava.data.placing import with_places
 from llava.model.building import build
@@ -31,7 +31,6 @@ RUNS = [
     ("llava-rad", "stage2_lora"),
     ("stllava-med", "full_sq0"),
 ]
-TOLERANCE = 1e-5
 
 V1_SQ_SYSTEM = "d6856b8f1a91aa2ef01877d2d089a64846392ec9a9c954518335755ebbc71dc5"
 
@@ -40,9 +39,8 @@ V1_SQ_SYSTEM = "d6856b8f1a91aa2ef01877d2d089a64846392ec9a9c954518335755ebbc71dc5
 def test_losses_and_last_weights(shared: Path, tmp_path: Path, folder: str, run: str) -> None:
     found = replay(shared / "oracles" / folder, run, tmp_path)
     assert len(found.losses) == len(found.recorded)
-    assert found.loss_difference < TOLERANCE
-    assert found.projector_difference < TOLERANCE
-    assert max(found.weights.values()) < TOLERANCE
+    assert found.loss_difference <= LOSS_TOLERANCE
+    assert max(found.shares.values()) <= 1.0, max(found.shares, key=lambda name: found.shares[name])
     log = json.loads((shared / "oracles" / folder / LOG_FILE).read_text())[run]
     assert len(found.weights) == len(log["trainable"])  # every weight that the original trained was compared
 
@@ -60,7 +58,7 @@ def test_every_recorded_run_is_replayed_or_has_a_reason(shared: Path) -> None:
 def test_the_default_is_another_training(shared: Path, tmp_path: Path) -> None:
     """With accumulation a mean over all tokens of a step is not the mean of its micro-batches' means."""
     found = replay(shared / "oracles" / "llava-1.2.2", "stage2_full", tmp_path, loss_normalization="tokens")
-    assert found.projector_difference > 100 * TOLERANCE
+    assert found.projector_share > 100
 
 
 def test_the_row_that_had_to_be_found_is_the_one_of_stage_one(shared: Path, tmp_path: Path) -> None:
@@ -68,10 +66,11 @@ def test_the_row_that_had_to_be_found_is_the_one_of_stage_one(shared: Path, tmp_
     folder = shared / "oracles" / "llava-med-1.0"
     saved = read_tensors(folder / "out" / "stage1" / "pytorch_model.bin")[HEAD]
     start = Start(folder / "base_llm", folder / "out" / "stage2_v0")
-    assert (start.head_row - saved[start.patch]).abs().max() > 100 * TOLERANCE
-    found = replay(folder, "stage2_full_v0", tmp_path).head_row
-    assert found is not None
-    torch.testing.assert_close(found, saved[start.patch], rtol=0, atol=TOLERANCE)
+    found = replay(folder, "stage2_full_v0", tmp_path)
+    assert found.head_row is not None
+    bound = found.bounds[current_name(HEAD)][start.patch]
+    assert ((start.head_row - saved[start.patch]).abs() > bound).all()
+    assert ((found.head_row - saved[start.patch]).abs() <= bound).all()
 
 
 def test_labels_by_counting(shared: Path, tmp_path: Path) -> None:
