@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.gradient_terms import gradient_terms
 from benchmarks.oracles.folder import Differences, Line, Oracle, loaded_from, within
 from benchmarks.oracles.published import counted_patches
 from llava.data.images import fit, mean_color
@@ -22,8 +23,13 @@ from llava.processing import LlavaMedProcessor
 
 PIXEL_TOLERANCE = 1e-6
 STATE_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-5
-"""Of gradient norms, relative."""
+GRADIENT_TOLERANCE = 5e-6
+"""Of gradient norms, relative to the norm of their terms' absolute sums.
+
+Assignments of the cluster projector start out nearly even, so the gradient of the bias before them is a small rest of
+terms that cancel; its rounding is that of the terms and differs between CPUs by 1.1e-5 of what is left. Two runs of
+sums of about 1,500 terms (widths, centers, positions one after the other) differ by 2 * 2^-24 * sqrt(1500) of them.
+"""
 
 MODES = {"none": "square", "": "square", "pad_lo": "pad", "pad_hi": "pad"}
 """Our image mode for each recorded way that is called otherwise."""
@@ -198,16 +204,18 @@ def cluster_projector(oracle: Oracle) -> Iterator[Line]:
         weights = {key.removeprefix(prefix): arrays[key] for key in arrays.files if key.startswith(prefix)}
         projector.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
         values, norms = Differences(), Differences()
-        output = projector(torch.from_numpy(arrays[f"{name}/x"]))
+        with gradient_terms(projector) as terms:
+            output = projector(torch.from_numpy(arrays[f"{name}/x"]))
+            (output**2).sum().backward()
         values.add(output.detach().numpy(), arrays[f"{name}/out"])
-        (output**2).sum().backward()
         for key, parameter in projector.named_parameters():
             if f"{name}/grad_none/{key}" in arrays.files:
                 norms.add(int(parameter.grad is None), 1)
                 continue
             recorded = float(arrays[f"{name}/grad_norm/{key}"])
             mine = np.nan if parameter.grad is None else float(parameter.grad.norm())
-            norms.add(mine / recorded, 1.0)
+            size = float(terms[key].norm()) if key in terms else recorded
+            norms.add(mine / size, recorded / size)
         yield within(f"cluster projector {name}", values.largest, PIXEL_TOLERANCE, f"{values.num_compared} values")
-        note = f"{norms.num_compared} norms, relative"
+        note = f"{norms.num_compared} norms, relative to their terms"
         yield within(f"cluster projector gradients {name}", norms.largest, GRADIENT_TOLERANCE, note)
