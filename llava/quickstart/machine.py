@@ -5,24 +5,20 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llava.model.precision import MIN_TRAINING_SPEEDUP, half_speedup, product_shape
+
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """A user who sets one of these has chosen the number of threads."""
 
-WORTHWHILE = 1.25
-"""bfloat16 is used where it is at least this much faster than float32."""
-
 CPU_ROWS, GPU_ROWS = 512, 8192
 """Rows of the float32 products; a step of training has about as many."""
-
-TRIAL_ROWS = 16
-"""Without bfloat16 instructions a product takes 40 times as long, so it is tried on few rows first."""
 
 NUM_REPEATS = 5
 SYSTEM = Path("/sys")
@@ -39,7 +35,7 @@ class Machine:
         device: `cpu` or `cuda`.
         threads: threads of one product.
         float32: billions of operations a second.
-        bfloat16: the same in bfloat16; 0 where it does not run.
+        bfloat16: the same in bfloat16, estimated from the ratio that decides `--bf16 auto`; 0 where it does not run.
     """
 
     device: str
@@ -50,7 +46,7 @@ class Machine:
     @property
     def uses_bfloat16(self) -> bool:
         """Whether bfloat16 is the faster precision by enough."""
-        return self.bfloat16 >= WORTHWHILE * self.float32
+        return self.bfloat16 >= MIN_TRAINING_SPEEDUP * self.float32
 
     @property
     def rate(self) -> float:
@@ -66,26 +62,24 @@ class Machine:
         return asdict(self)
 
 
-def measure(shapes: Sequence[Shape]) -> Machine:
+def measure(shapes: Sequence[Shape], config: Mapping[str, Any]) -> Machine:
     """Time matrix products on the device and with the threads that the stages will use.
 
     Args:
         shapes: the linear layers of the language model.
+        config: its configuration, as `precision.product_shape` reads it.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = GPU_ROWS if device == "cuda" else CPU_ROWS
-    can_bfloat16 = device == "cpu" or torch.cuda.is_bf16_supported()
-    float32 = _gflops(shapes, torch.float32, device, rows)
-    bfloat16 = _gflops(shapes, torch.bfloat16, device, TRIAL_ROWS) if can_bfloat16 else 0.0
-    if bfloat16 > _gflops(shapes, torch.float32, device, TRIAL_ROWS) / 2:
-        bfloat16 = _gflops(shapes, torch.bfloat16, device, rows)
-    return Machine(device, torch.get_num_threads(), float32, bfloat16)
+    float32 = _gflops(shapes, device, rows)
+    speedup = half_speedup(torch.bfloat16, product_shape(config, device), device)
+    return Machine(device, torch.get_num_threads(), float32, float32 * speedup)
 
 
-def _gflops(shapes: Sequence[Shape], dtype: torch.dtype, device: str, rows: int) -> float:
+def _gflops(shapes: Sequence[Shape], device: str, rows: int) -> float:
     """Return the median rate: a machine that is shared is forecast as it is, not as it could be."""
     layers = [
-        (torch.ones(rows, inputs, dtype=dtype, device=device), torch.ones(inputs, outputs, dtype=dtype, device=device))
+        (torch.ones(rows, inputs, device=device), torch.ones(inputs, outputs, device=device))
         for inputs, outputs in shapes
     ]
     operations = sum(2 * rows * inputs * outputs for inputs, outputs in shapes)

@@ -45,7 +45,8 @@ def read(out: Path) -> Plan:
 def prepare(settings: Settings) -> tuple[Settings, Plan]:
     """Measure the machine; return the settings at a fitting size, and the plan."""
     language, tower = language_shape(settings.lm), tower_shape(settings.vision_tower, settings.image_size)
-    measured = machine.measure((language or LanguageShape()).linear_layers)
+    shape = language or LanguageShape()
+    measured = machine.measure(shape.linear_layers, shape.config)
     if language is None or tower is None:
         part = f"--lm {settings.lm}" if language is None else f"--vision-tower {settings.vision_tower}"
         sized = settings if settings.size != AUTO else with_size(settings, SIZES[-1])

@@ -8,12 +8,11 @@ Every stage may be interrupted: training goes on from its last checkpoint, answe
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +26,9 @@ from llava.generation.options import engine_of
 from llava.model.building import build
 from llava.model.calibration import calibrate
 from llava.model.checkpoint import save_model, save_projector
+from llava.model.layout import CONFIG_FILE, read_json
 from llava.model.loading import load
+from llava.model.precision import trains_faster_in_bf16
 from llava.quickstart import plan, pretrained, report, scoring
 from llava.quickstart.forecast import LORA_RANK, NUM_CALIBRATION_IMAGES, SPARE_TOKENS, table
 from llava.quickstart.questions import NOTICE, pick, write_dataset
@@ -252,7 +253,7 @@ def train(context: Context, out: Path, **flags: Any) -> Facts:
         "image_folder": context.data / "images",
         "mm_projector_type": PROJECTOR,
         "mm_vision_select_layer": -2,
-        "bf16": precision().bf16,
+        "bf16": "auto",
         "output_dir": out,
         "lr_scheduler_type": "cosine",
         "warmup_ratio": 0.05,
@@ -280,37 +281,15 @@ def evaluate(context: Context, model: Path, out: Path, questions: Path, limit: i
     folder = context.data
     words = ["--model", model, "--data", questions, "--image-folder", folder / "images"]
     words += ["--train-data", folder / "train.json", "--out", out, "--max-new-tokens", limit]
-    words += ["--dtype", precision().dtype, "--note", context.notice]
+    words += ["--dtype", evaluation_dtype(context.facts["parts"]["lm"]), "--note", context.notice]
     argv = [*map(str, words), *switches]
     args = evaluation.make_parser().parse_args(argv)
     result = evaluation.evaluate(evaluation.plan_of(args, argv), partial(engine_of, args))
     return {"folder": str(out), "scores": result["scores"]}
 
 
-class Precision(NamedTuple):
-    """Values of `--bf16` of training and of `--dtype` of evaluation."""
-
-    bf16: str
-    dtype: str
-
-
-def precision() -> Precision:
-    """Return the precision of all stages."""
-    return Precision("True", "bfloat16") if fast_bfloat16() else Precision("False", "float32")
-
-
-def fast_bfloat16() -> bool:
-    """Say whether this machine multiplies bfloat16 matrices faster than float32 ones (measured, some milliseconds)."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-
-    def seconds(dtype: torch.dtype) -> float:
-        matrix = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            torch.mm(matrix, matrix)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+def evaluation_dtype(language_model: str) -> str:
+    """Return the `--dtype` of evaluation: the precision in which `--bf16 auto` trains."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    config = read_json(Path(language_model) / CONFIG_FILE)
+    return "bfloat16" if trains_faster_in_bf16(config, device_type) else "float32"

@@ -50,6 +50,11 @@ class LanguageShape:
         return (*attention, (hidden, wide), (hidden, wide), (wide, hidden))
 
     @property
+    def config(self) -> dict[str, int]:
+        """The sizes under the names of a model's configuration."""
+        return {"hidden_size": self.hidden, "intermediate_size": self.intermediate}
+
+    @property
     def blocks(self) -> int:
         """Weights of all blocks."""
         return self.layers * sum(inputs * outputs for inputs, outputs in self.linear_layers)

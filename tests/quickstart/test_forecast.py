@@ -98,7 +98,7 @@ def test_a_part_that_is_not_here_is_named(tmp_path: Path) -> None:
 
 
 def test_parts_in_the_cache_take_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "measure", lambda shapes: SLOW)
+    monkeypatch.setattr(machine, "measure", lambda *_: SLOW)
     monkeypatch.setenv(pretrained.CACHE_VARIABLE, str(tmp_path))
     assert plan.prepare(UNFITTED)[1].seconds["parts"] == forecast.FIXED_SECONDS["parts"] > 0
     for source, name in (
@@ -111,11 +111,11 @@ def test_parts_in_the_cache_take_no_time(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_resumed_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(UNFITTED, out=tmp_path / "run")
-    monkeypatch.setattr(machine, "measure", lambda shapes: SLOW)
+    monkeypatch.setattr(machine, "measure", lambda *_: SLOW)
     begun, outlook = plan.fitted(settings, restart=False)
     pipeline.claim(begun, restart=False)
     outlook.write(begun.out)
-    monkeypatch.setattr(machine, "measure", lambda shapes: FAST)
+    monkeypatch.setattr(machine, "measure", lambda *_: FAST)
     resumed, again = plan.fitted(settings, restart=False)
     assert resumed == begun and resumed.size == "small" and again == outlook
     pipeline.claim(resumed, restart=False)
@@ -124,7 +124,7 @@ def test_a_resumed_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_measured_rates_are_numbers() -> None:
-    measured = machine.measure([(64, 64), (64, 128)])
+    measured = machine.measure([(64, 64), (64, 128)], {})
     assert measured.float32 > 0 and measured.threads >= 1 and "GFLOP/s" in str(measured)
 
 
