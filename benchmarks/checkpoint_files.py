@@ -14,13 +14,13 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from benchmarks import common
 from benchmarks.eval_throughput import make_processor
-from llava.model import delta
-from llava.model.building import Loaded
+from llava.model.builder import Loaded
+from llava.model.checkpoint.export_hf import export_hf
+from llava.model.checkpoint.files.shards import ShardWriter, open_tensors
+from llava.model.checkpoint.legacy.export import export_legacy
+from llava.model.checkpoint.tools import delta
 from llava.model.config import LlavaMedConfig
-from llava.model.hf_export import export_hf
-from llava.model.legacy_export import export_legacy
 from llava.model.modeling import LlavaMedForConditionalGeneration
-from llava.model.shards import ShardWriter, open_tensors
 
 NUM_NEW_WORDS = 3
 DEVIATION, CHANGE = 0.02, 0.001

@@ -31,7 +31,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.checkpoint_files import FULL, QUICK, Sizes, write_models, write_pair
-from llava.model.shards import list_tensors, open_tensors
+from llava.model.checkpoint.files.shards import list_tensors, open_tensors
 from llava.utils.cli import Parser
 
 FORMS = ("safetensors", "bin")

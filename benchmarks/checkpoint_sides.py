@@ -19,10 +19,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import AutoProcessor, LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedModel
 
 from benchmarks import common
-from llava.model import apply_delta, hf_export
-from llava.model.loading import load
+from llava.model import apply_delta
+from llava.model.checkpoint import export_hf
+from llava.model.checkpoint.load import load
 
-assert hf_export, "imports count for no side"
+assert export_hf, "imports count for no side"
 BYTES_PER_GB = 10**9
 Words = Sequence[str]
 
@@ -65,7 +66,7 @@ def _save_bin(model: PreTrainedModel, folder: Path, shard_bytes: int) -> None:
 
 
 def load_ours(folder: str) -> dict[str, float]:
-    """`llava.model.loading.load` of a checkpoint in the originals' layout, with its tokenizer and processor."""
+    """`llava.model.checkpoint.load.load` of a checkpoint in the originals' layout, with its tokenizer and processor."""
     start = time.perf_counter()
     model = load(folder).model
     return _read_all(model, time.perf_counter() - start)

@@ -35,7 +35,7 @@ WORDS = (
 
 _CHILD = """
 import resource, sys, time
-from llava.data.check.program import main
+from llava.data.check.cli import main
 start = time.perf_counter()
 try:
     main(sys.argv[1:])

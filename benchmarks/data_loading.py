@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessorPil
 
-from benchmarks import common, films
+from benchmarks import common, radiographs
 from benchmarks.eval_throughput import make_processor
 from llava.data.image_store import ImageIndex, ImageStore
 from llava.processing import LlavaMedProcessor
@@ -58,11 +58,11 @@ def kinds(side: int, num: int) -> dict[str, Kind]:
     """The kinds of files, films with `side` pixels on a side."""
     small = side * 800 // 2048, side * 600 // 2048
     return {
-        "grey_jpeg": Kind(num, lambda n: films.as_jpeg(films.film(side, side, n)), is_scaled=True),
-        "figure_jpeg": Kind(2 * num, lambda n: films.as_jpeg(films.figure(*small, n), quality=85)),
-        "figure_png": Kind(2 * num, lambda n: films.as_png(films.figure(*small, n))),
-        "deep_png": Kind(num // 2, lambda n: films.as_deep_png(films.film(side, side, n), n)),
-        "dicom": Kind(num // 2, lambda n: films.as_dicom(films.film(side, side, n), n)),
+        "grey_jpeg": Kind(num, lambda n: radiographs.as_jpeg(radiographs.film(side, side, n)), is_scaled=True),
+        "figure_jpeg": Kind(2 * num, lambda n: radiographs.as_jpeg(radiographs.figure(*small, n), quality=85)),
+        "figure_png": Kind(2 * num, lambda n: radiographs.as_png(radiographs.figure(*small, n))),
+        "deep_png": Kind(num // 2, lambda n: radiographs.as_deep_png(radiographs.film(side, side, n), n)),
+        "dicom": Kind(num // 2, lambda n: radiographs.as_dicom(radiographs.film(side, side, n), n)),
     }
 
 
@@ -237,13 +237,13 @@ def pictures_to_compare(folder: Path | None, side: int) -> Iterator[tuple[str, b
     shapes = [(1, 1), (1.22, 1), (1, 1.22), (0.987, 0.9866), (0.66, 0.83), (1.3125, 1.3125), (1.47, 1.17)]
     for seed, (across, down) in enumerate(shapes):
         width, height = round(side * across), round(side * down)
-        yield f"film {width} x {height}", films.as_jpeg(films.film(width, height, seed))
+        yield f"film {width} x {height}", radiographs.as_jpeg(radiographs.film(width, height, seed))
     for number, path in enumerate(sorted(folder.iterdir()) if folder is not None else []):
         with Image.open(path) as image:
             factor = side / max(image.size)
             size = (round(image.width * factor), round(image.height * factor))
             picture = image.convert("L").resize(size, Image.Resampling.LANCZOS) if factor > 1 else image.convert("L")
-        yield f"real film {number + 1}", films.as_jpeg(picture)
+        yield f"real film {number + 1}", radiographs.as_jpeg(picture)
 
 
 def compare(args: argparse.Namespace) -> dict[str, float]:

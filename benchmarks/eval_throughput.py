@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from benchmarks import common
-from llava.generation.local import LocalEngine
+from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
 from llava.processing import LlavaMedProcessor
 from llava.samples import Conversation, Turn

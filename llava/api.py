@@ -19,9 +19,9 @@ import torch
 
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError, GenerationError
-from llava.generation.local import LocalEngine, Score
+from llava.generation.engine import LocalEngine, Score
 from llava.generation.protocol import ImageRef, Prompt, Sampling
-from llava.model.loading import load as load_model
+from llava.model.checkpoint.load import load as load_model
 from llava.model.precision import raise_slow_weights
 from llava.samples import ROLES, Conversation, Turn, describe
 

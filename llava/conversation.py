@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError
 from llava.samples import Conversation, Turn
-from llava.system_texts import SYSTEMS
+from llava.system_prompts import SYSTEMS
 from llava.utils.lookup import lookup
 
 SLOT = "{}"

@@ -34,7 +34,7 @@ class DownloadError(LlavaError, OSError):
     """A file cannot be had from an address.
 
     Attributes:
-        reason: one word for manifests, a key of `llava.data.fetching.reasons.REASONS`.
+        reason: one word for manifests, a key of `llava.data.download.failures.REASONS`.
     """
 
     def __init__(self, message: str, *, reason: str) -> None:
@@ -43,7 +43,7 @@ class DownloadError(LlavaError, OSError):
 
 
 class ArchiveError(DataError):
-    """An archive cannot be read, or not safely; `reason` is a key of `llava.data.fetching.reasons.REASONS`."""
+    """An archive cannot be read, or not safely; `reason` is a key of `llava.data.download.failures.REASONS`."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)

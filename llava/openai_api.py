@@ -21,10 +21,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llava.errors import ConfigError
-from llava.openai_connection import Connection
 from llava.openai_failures import FATAL, TRY_AGAIN, ApiError, ApiFailure, Reply
+from llava.openai_transport import Connection
 from llava.utils.lookup import lookup, require
-from llava.utils.pacing import backoff
+from llava.utils.retry import backoff
 
 __all__ = ["ApiError", "ApiFailure", "ApiSettings", "ChatClient", "Messages", "Reply", "Requests", "add_api_flags"]
 

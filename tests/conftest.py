@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llava.model.building import Loaded, build
-from tests.runs import write_parts, write_uneven
-from tests.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
+from llava.model.builder import Loaded, build
+from tests.support.runs import write_parts, write_uneven
+from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,12 +9,12 @@ import pytest
 
 from llava import api
 from llava.errors import DataError, GenerationError
-from llava.generation import local
+from llava.generation import engine
 from llava.generation.protocol import Prompt, Sampling
-from llava.model.building import Loaded
-from llava.model.checkpoint import save_model
+from llava.model.builder import Loaded
+from llava.model.checkpoint.save import save_model
 from llava.samples import Conversation, Turn
-from tests.tiny import tiny_image, tiny_llava
+from tests.support.tiny import tiny_image, tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_the_documented_lines_run(folder: Path) -> None:
 def test_the_documented_lines_of_the_engine_run(loaded: Loaded) -> None:
     prompt = Prompt(Conversation((Turn("human", "Hello"),)))
     names = {"model": loaded.model, "processor": loaded.processor, "prompt": prompt}
-    found = doctest.testmod(local, extraglobs=names)
+    found = doctest.testmod(engine, extraglobs=names)
     assert found.attempted >= 3 and found.failed == 0
 
 

@@ -9,23 +9,23 @@ import pytest
 from PIL import Image
 
 from llava import compat
-from llava.chat import main as chat
-from llava.chat import make_parser as chat_parser
 from llava.compat import COMPAT, PLACES, parse_names
 from llava.errors import ConfigError, DataError
 from llava.eval.fingerprint import differences, model_settings
-from llava.eval.model_options import add_model_options
-from llava.generation.local import LocalEngine
-from llava.generation.opening import imitate, open_engine
+from llava.eval.options import add_model_options
+from llava.generation.engine import LocalEngine
+from llava.generation.loading import imitate, open_engine
+from llava.generation.prompt_encoder import PromptReader
 from llava.generation.protocol import Prompt, Sampling
-from llava.generation.reading import PromptReader
-from llava.model.building import Loaded
-from llava.model.checkpoint import save_model
+from llava.model.builder import Loaded
+from llava.model.checkpoint.save import save_model
 from llava.samples import Conversation, Turn
+from llava.serve.cli import main as chat
+from llava.serve.cli import make_parser as chat_parser
 from llava.utils.cli import Parser
 from tests.conftest import ROOT
-from tests.model.legacy_folders import write_legacy
-from tests.tiny import tiny_image, tiny_llava
+from tests.support.legacy_folders import write_legacy
+from tests.support.tiny import tiny_image, tiny_llava
 
 LENGTH = 220
 """Behind the system text and the image of a prompt, before its end."""

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from llava.conversation import TEMPLATES, Segment, Template, get_template
 from llava.errors import ConfigError, DataError
 from llava.samples import Conversation, Turn
-from llava.system_texts import SYSTEMS
-from tests.text_tools import talk
+from llava.system_prompts import SYSTEMS
+from tests.support.text_tools import talk
 
 DIGESTS = {
     "human": (156, "ace78a978005"),

@@ -21,8 +21,8 @@ from llava import openai_api
 from llava.errors import ConfigError
 from llava.openai_api import ApiError, ApiFailure, ApiSettings, ChatClient, Reply
 from llava.openai_failures import read_error, read_reply
-from llava.utils.pacing import backoff, duration, retry_after
-from tests.fake_endpoint import KEY, MODEL, FakeEndpoint, Fault, Message, serve
+from llava.utils.retry import backoff, duration, retry_after
+from tests.support.fake_endpoint import KEY, MODEL, FakeEndpoint, Fault, Message, serve
 
 SECRET = "Zyxxword shadow"  # stands for a patient's text
 ASK = [{"role": "user", "content": SECRET}]

@@ -13,7 +13,7 @@ from llava.constants import PROCESSOR_FILE
 from llava.data.encode import encode
 from llava.errors import CheckpointError, ConfigError
 from llava.processing import LlavaMedProcessor
-from tests.text_tools import KINDS, byte_level, llama_like, make_processor, talk
+from tests.support.text_tools import KINDS, byte_level, llama_like, make_processor, talk
 
 
 def clip(size: int = 28) -> CLIPImageProcessorPil:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from llava.errors import ConfigError
 from llava.tokenization import TextTokenizer, find_prefix_mark, repair_merges
-from tests.text_tools import KINDS, byte_level, llama_like
+from tests.support.text_tools import KINDS, byte_level, llama_like
 
 TEXTS = [
     " A lung.",

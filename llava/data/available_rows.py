@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.data.check.stream import form_of
-from llava.data.images import resolve
 from llava.data.records import rows_of
 from llava.data.row_file import file_text
 from llava.errors import DataError
+from llava.imaging.decode import resolve
 from llava.samples import read_images
 from llava.utils.jsonl import open_atomic
 

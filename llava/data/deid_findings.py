@@ -13,8 +13,8 @@ from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from llava.data.deid_profile import fields_of
-from llava.data.dicom_header import silence, word
+from llava.data.dicom.deid_profile import fields_of
+from llava.imaging.dicom.header import silence, word
 
 OFTEN_WRITTEN_ON = frozenset({"DOC", "ES", "GM", "IVUS", "OP", "OT", "SC", "SM", "US", "XC"})
 """Modalities whose pictures often bear names, dates and numbers."""

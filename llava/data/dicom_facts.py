@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from pydicom.dataset import Dataset
 
-from llava.data.alignment import Facts
-from llava.data.dicom_header import items, numbers, word
+from llava.data.converters.alignment import Facts
+from llava.imaging.dicom.header import items, numbers, word
 
 FACT_TAGS = ("Modality", "BodyPartExamined", "ViewPosition", "ImageOrientationPatient", "Laterality", "ImageLaterality")
 """Fields that are read for this; the orientation may also stand in functional groups."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava.data import pmc_program
+from llava.data.download import pmc
 from llava.utils.cli import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    pmc_program.main(argv)
+    pmc.main(argv)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from itertools import accumulate
 from llava.constants import IGNORE_INDEX, IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.conversation import Segment
 from llava.errors import DataError
-from llava.image_grids import Size
+from llava.imaging.anyres import Size
 from llava.processing import LlavaMedProcessor
 from llava.samples import Conversation, Turn
 

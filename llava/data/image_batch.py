@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from llava.image_grids import Size
+from llava.imaging.anyres import Size
 
 
 class ImageBatch(NamedTuple):

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import PIL
 from torch import Tensor
 
-from llava.data import images
-from llava.data.dicom_policy import DEFAULT, VERSION, DicomPolicy
 from llava.data.encode import Encoded
 from llava.data.file_lock import hold
 from llava.errors import DataError
-from llava.image_grids import Size
+from llava.imaging import decode as images
+from llava.imaging.anyres import Size
+from llava.imaging.dicom.policy import DEFAULT, VERSION, DicomPolicy
 from llava.utils.jsonl import write_atomic
 from llava.utils.log import progress
 

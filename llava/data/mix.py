@@ -18,8 +18,8 @@ from llava.data.mixture import load_mixture, read_mixture
 from llava.errors import ConfigError, DataError
 from llava.samples import Sample, name_of, to_row
 from llava.utils.cli import Parser
+from llava.utils.files import refuse_overwriting
 from llava.utils.jsonl import write_json
-from llava.utils.outputs import refuse_overwriting
 
 UNKNOWN = "unknown"
 

@@ -26,11 +26,11 @@ from typing import Any
 
 import yaml
 
-from llava.data.images import resolve
 from llava.data.quarantine import BadRow, Quarantine, bad_row
 from llava.data.records import load_samples
-from llava.data.streams import StreamSource, picture_folder
+from llava.data.streaming import StreamSource, picture_folder
 from llava.errors import ConfigError, DataError
+from llava.imaging.decode import resolve
 from llava.samples import Sample, describe, name_of
 from llava.utils.jsonl import read_text
 from llava.utils.provenance import file_sha256

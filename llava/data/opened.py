@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from llava.image_grids import Size
+from llava.imaging.anyres import Size
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""

@@ -14,12 +14,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from llava.data.fetching.client import Client
-from llava.data.fetching.reasons import REASONS
+from llava.data.download.client import Client
+from llava.data.download.failures import REASONS
+from llava.data.download.missing import Missing, MissingList
+from llava.data.download.pmc_article import PARTIAL, ArticleJob, ImageOptions, Outcome, addresses_of
+from llava.data.download.pmc_list import Article, Figure, FigureList
 from llava.data.file_lock import hold
-from llava.data.pmc_article import PARTIAL, ArticleJob, ImageOptions, Outcome, addresses_of
-from llava.data.pmc_list import Article, Figure, FigureList
-from llava.data.pmc_missing import Missing, MissingList
 from llava.errors import DataError, DownloadError
 from llava.utils.log import progress_bar
 

@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava.data.images import resolve
 from llava.data.quarantine import BadRow, Quarantine
 from llava.errors import DataError
+from llava.imaging.decode import resolve
 from llava.samples import CONVERSATION_KEYS, Origin, Sample, from_row, num_lost_turns
 from llava.utils.jsonl import NOT_JSON, read_text
 from llava.utils.lookup import lookup

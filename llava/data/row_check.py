@@ -18,9 +18,9 @@ from llava import __version__
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llava.data.encode import Encoded, encode
 from llava.data.image_store import ImageIndex
-from llava.data.images import key_of_digest
 from llava.data.placing import with_places
 from llava.errors import DataError
+from llava.imaging.decode import key_of_digest
 from llava.samples import Conversation, Sample, Turn
 from llava.utils.jsonl import write_json
 from llava.utils.log import progress

@@ -21,14 +21,14 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from llava.constants import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, PROCESSOR_FILE
-from llava.data.dicom_policy import DicomPolicy
 from llava.data.encode import kept_tokens, place_images, tokenize_segments
-from llava.data.images import load
 from llava.data.mixture import is_mixture
 from llava.data.placing import with_places
 from llava.data.records import LOADERS, rows_of
 from llava.errors import CheckpointError, ConfigError, DataError
-from llava.image_grids import Size
+from llava.imaging.anyres import Size
+from llava.imaging.decode import load
+from llava.imaging.dicom.policy import DicomPolicy
 from llava.processing import LlavaMedProcessor
 from llava.samples import Origin, Sample, name_of
 from llava.utils.cli import Parser

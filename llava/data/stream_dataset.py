@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX
-from llava.data import images
 from llava.data.encode import Encoded, encode
 from llava.data.placing import with_places
 from llava.data.records import read_default
-from llava.data.streams import MixtureStream, StreamedRow, StreamSource, picture_folder
+from llava.data.streaming import MixtureStream, StreamedRow, StreamSource, picture_folder
 from llava.errors import DataError
+from llava.imaging import decode
 from llava.samples import Origin, Sample
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class StreamDataset:
         try:
             sample, _ = read_default(dict(found.row.value), str(found.number))
             contents = found.row.pictures or tuple(
-                images.read_bytes(ref, picture_folder(source.name, source.images)) for ref in sample.images
+                decode.read_bytes(ref, picture_folder(source.name, source.images)) for ref in sample.images
             )
         except DataError as error:
             raise DataError(f"{origin}: {error}") from error
@@ -118,7 +118,7 @@ class StreamDataset:
             conversation = with_places(replace(sample, origin=None))
             keys, sizes = [], []
             for content in contents:
-                keys.append(images.image_key(content, self.processor.image_fingerprint))
+                keys.append(decode.image_key(content, self.processor.image_fingerprint))
                 sizes.append(self._keep(keys[-1], content))
             shown = sizes if self.processor.has_variable_images else None
             encoded = encode(conversation, self.processor, images=keys, sizes=shown, max_length=self.max_length)

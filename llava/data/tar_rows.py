@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, cast
 
-from llava.data.images import stored_as
 from llava.data.stream_row import Numbered, StreamRow, row_of
 from llava.errors import DataError
+from llava.imaging.decode import stored_as
 from llava.utils.unzipped import open_unzipped
 
 MAX_ROW_BYTES = 512 * 1024 * 1024

@@ -20,8 +20,8 @@ from typing import get_args
 from llava.errors import ConfigError, GenerationError
 from llava.eval.fingerprint import model_settings, recorded
 from llava.eval.inference import AnswerRun, Options, Summary
-from llava.eval.model_options import add_model_options, model_id_of, sampling_of, warn_no_effect
-from llava.eval.protocol import PromptForm
+from llava.eval.options import add_model_options, model_id_of, sampling_of, warn_no_effect
+from llava.eval.questions import PromptForm
 from llava.generation.options import engine_of
 from llava.utils import log
 from llava.utils.cli import Parser

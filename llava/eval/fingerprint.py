@@ -21,8 +21,8 @@ from typing import Any
 from llava.compat import parse_names
 from llava.constants import PROCESSOR_FILE
 from llava.errors import DataError
-from llava.eval.model_options import template_of
-from llava.model.layout import (
+from llava.eval.options import template_of
+from llava.model.checkpoint.formats import (
     ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
     ORIGIN_FILE,
@@ -30,7 +30,7 @@ from llava.model.layout import (
     TOKENIZER_FILES,
     read_json,
 )
-from llava.model.legacy_keys import TOWER_KEYS
+from llava.model.checkpoint.legacy_keys import TOWER_KEYS
 from llava.utils.jsonl import read_text, write_json
 from llava.utils.provenance import file_sha256, weights_sha256
 

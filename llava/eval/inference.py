@@ -17,12 +17,13 @@ from typing import Any
 
 from PIL import Image
 
-from llava.data.images import resolve
 from llava.data.records import load_samples
 from llava.errors import ConfigError, DataError, LlavaError
-from llava.eval import fingerprint, protocol
-from llava.eval.protocol import PromptForm, Question
+from llava.eval import fingerprint
+from llava.eval import questions as protocol
+from llava.eval.questions import PromptForm, Question
 from llava.generation.protocol import Completion, Engine, Prompt, Sampling
+from llava.imaging.decode import resolve
 from llava.samples import Sample
 from llava.utils import jsonl, log
 from llava.utils.chunks import chunk

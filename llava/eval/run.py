@@ -16,22 +16,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from llava.data.dicom_policy import DEFAULT, DicomPolicy
-from llava.data.images import load as load_image
 from llava.data.records import load_samples
 from llava.errors import ConfigError
-from llava.eval import fingerprint, model_options
-from llava.eval.controls import majority, verdicts
-from llava.eval.estimates import Draws
-from llava.eval.html_report import write_page
+from llava.eval import fingerprint
+from llava.eval import options as model_options
 from llava.eval.inference import AnswerRun, Options
+from llava.eval.intervals import Draws
+from llava.eval.medvqa.controls import majority, verdicts
 from llava.eval.medvqa.items import Item, check_reference, join, open_answers
+from llava.eval.medvqa.metrics import PUBLISHED, parse_defects
+from llava.eval.medvqa.page import write_page
 from llava.eval.medvqa.report import full_report, report_table, type_table
-from llava.eval.medvqa.scores import PUBLISHED, parse_defects
 from llava.eval.medvqa.strict import strict_scores
-from llava.eval.protocol import GREY, YES_NO_OPTIONS
+from llava.eval.questions import GREY, YES_NO_OPTIONS
 from llava.generation.options import engine_of
 from llava.generation.protocol import Engine
+from llava.imaging.decode import load as load_image
+from llava.imaging.dicom.policy import DEFAULT, DicomPolicy
 from llava.samples import Sample
 from llava.utils import log
 from llava.utils.cli import Parser, run_program

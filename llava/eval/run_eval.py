@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava.eval.medvqa import programs
+from llava.eval.medvqa import cli
 from llava.utils.cli import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    programs.run_eval(argv)
+    cli.run_eval(argv)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava.eval.judge import programs
+from llava.eval.judge import cli
 from llava.utils.cli import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    programs.summarize(argv)
+    cli.summarize(argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from llava.data.encode import Encoded
-from llava.generation.beams import BeamSearch, Ended
+from llava.generation.beam_search import BeamSearch, Ended
 from llava.generation.protocol import Completion
 from llava.generation.runners import Runner
 from llava.generation.stopping import AnswerText

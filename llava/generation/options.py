@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from llava.compat import help_text
 from llava.constants import DTYPES
-from llava.data.dicom_policy import add_dicom_options
-from llava.data.jpeg_scale import add_fast_jpeg_option
+from llava.imaging.dicom.policy import add_dicom_options
+from llava.imaging.jpeg import add_fast_jpeg_option
 
 if TYPE_CHECKING:
-    from llava.generation.local import LocalEngine
+    from llava.generation.engine import LocalEngine
 
 
 def add_engine_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -45,9 +45,9 @@ def engine_of(args: argparse.Namespace) -> LocalEngine:
         CheckpointError: the folder cannot be loaded.
         ConfigError: the template or a name of `compat` is unknown.
     """
-    from llava.generation import opening
+    from llava.generation import loading
 
-    return opening.open_engine(
+    return loading.open_engine(
         args.model,
         base=args.model_base,
         dtype=args.dtype,

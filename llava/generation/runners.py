@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llava.data.encode import Encoded
 from llava.data.flat_batch import Layout, flatten, places_of, shown_images
 from llava.errors import GenerationError
-from llava.generation.kv_slots import CapturedRow, Path, SlotCache, divided_paths
+from llava.generation.kv_cache import CapturedRow, Path, SlotCache, divided_paths
 from llava.model.quantization import quantized_layers
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from llava.constants import IGNORE_INDEX
 from llava.data.encode import Encoded
 from llava.errors import LlavaError
-from llava.generation.beams import penalized
+from llava.generation.beam_search import penalized
+from llava.generation.prompt_encoder import PromptReader, Reading
 from llava.generation.protocol import Completion, Finish, Prompt, Sampling
-from llava.generation.reading import PromptReader, Reading
 from llava.generation.runners import Runner
 from llava.generation.sampling import TokenDraw, choose, logprobs_of
 from llava.generation.stopping import AnswerText

@@ -20,9 +20,9 @@ from llava.errors import DataError
 from llava.instruct.cleaning import RULES, clean
 from llava.instruct.prompts import ASSISTANT, USER
 from llava.utils.cli import ExampleFormatter, Parser
+from llava.utils.files import refuse_overwriting
 from llava.utils.jsonl import read_records, write_json
 from llava.utils.log import progress
-from llava.utils.outputs import refuse_overwriting
 
 EPILOG = """
 example:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava.model.delta_programs import apply_delta
+from llava.model.checkpoint.tools.cli import apply_delta
 from llava.utils.cli import run_program
 
 

@@ -9,8 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from llava.errors import CheckpointError
-from llava.model.names import EMBEDDINGS, HEAD, HF_PREFIXES, LANGUAGE_MODEL, LEGACY_PREFIXES, is_buffer, renamed
-from llava.model.shards import TensorEntry
+from llava.model.checkpoint.files.shards import TensorEntry
+from llava.model.checkpoint.weight_names import (
+    EMBEDDINGS,
+    HEAD,
+    HF_PREFIXES,
+    LANGUAGE_MODEL,
+    LEGACY_PREFIXES,
+    is_buffer,
+    renamed,
+)
 
 HEAD_WEIGHT = HEAD + "weight"
 GROWN = (EMBEDDINGS, HEAD_WEIGHT)

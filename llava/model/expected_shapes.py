@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from llava.errors import CheckpointError
-from llava.model.layout import Layout
-from llava.model.legacy_keys import merge_type
-from llava.model.names import EMBEDDINGS, NEWLINE, PROJECTOR
+from llava.model.checkpoint.formats import Layout
+from llava.model.checkpoint.legacy_keys import merge_type
+from llava.model.checkpoint.weight_names import EMBEDDINGS, NEWLINE, PROJECTOR
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
 DEFAULTS: dict[str, dict[str, int]] = {

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import AutoTokenizer, LlamaConfig
 
 from llava.errors import CheckpointError
-from llava.model.layout import PAD_TOKEN, Layout
-from llava.model.legacy_config import image_mode
-from llava.model.legacy_keys import merge_type
+from llava.model.checkpoint.formats import PAD_TOKEN, Layout
+from llava.model.checkpoint.legacy.config import image_mode
+from llava.model.checkpoint.legacy_keys import merge_type
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.processing import LlavaMedProcessor
 from llava.tokenization import word_id

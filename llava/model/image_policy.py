@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from llava.image_grids import ImageGrid
+from llava.imaging.anyres import ImageGrid
+from llava.model.anyres import needs_newline, new_newline
 from llava.model.config import LlavaMedConfig
-from llava.model.image_merging import needs_newline, new_newline
 from llava.processing import LlavaMedProcessor
 
 

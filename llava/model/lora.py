@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from llava.errors import ConfigError
-from llava.model.building import Loaded
-from llava.model.names import NEWLINE
+from llava.model.builder import Loaded
+from llava.model.checkpoint.weight_names import NEWLINE
 
 PARTS = {"multi_modal_projector": "projector", NEWLINE: "projector", "vision_tower": "vision tower", "lora_": "adapter"}
 

@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llava.image_grids import KEEP, Size
+from llava.imaging.anyres import KEEP, Size
+from llava.model.anyres import grid_of, merge_tiles, needs_newline, new_newline, project_kept
 from llava.model.config import LlavaMedConfig
-from llava.model.image_merging import grid_of, merge_tiles, needs_newline, new_newline, project_kept
 from llava.model.multimodal_encoder.towers import num_extra_tokens, side
 from llava.model.multimodal_projector import build_projector
 from llava.model.quantization import quantized_layers

@@ -7,8 +7,8 @@ base_model.model.vision_tower.vision_model...    (a tower's own)   --> base_mode
 
 from __future__ import annotations
 
-from llava.model.layout import OURS, Layout
-from llava.model.names import (
+from llava.model.checkpoint.formats import OURS, Layout
+from llava.model.checkpoint.weight_names import (
     EMBEDDINGS,
     HF_PREFIXES,
     LANGUAGE_MODEL,

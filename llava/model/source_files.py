@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava.model.layout import Layout, read_json
-from llava.model.legacy_keys import TOWER_KEYS
+from llava.model.checkpoint.formats import Layout, read_json
+from llava.model.checkpoint.legacy_keys import TOWER_KEYS
 from llava.utils.jsonl import write_json
 
 SOURCE_FOLDER = "source"

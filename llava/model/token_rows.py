@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llava.constants import IM_END_TOKEN, IM_START_TOKEN
 from llava.errors import CheckpointError
-from llava.model.filling import grow_head, mean_rows
-from llava.model.layout import Layout
-from llava.model.names import EMBEDDINGS
+from llava.model.checkpoint.assemble import grow_head, mean_rows
+from llava.model.checkpoint.formats import Layout
+from llava.model.checkpoint.weight_names import EMBEDDINGS
 from llava.tokenization import word_id
 
 

@@ -8,12 +8,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from llava.data.images import load as load_image
-from llava.eval.html_report import case, choose_examples
 from llava.eval.medvqa.items import Item
+from llava.eval.medvqa.page import case, choose_examples
+from llava.imaging.decode import load as load_image
 from llava.quickstart.scoring import CONTROLS, RUNS
-from llava.utils.html_page import page, table
 from llava.utils.jsonl import write_atomic
+from llava.utils.reporting import page, table
 
 NUM_EXAMPLES = 3
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from llava.eval.controls import commonest_answers
-from llava.eval.estimates import Draws, Score
-from llava.eval.html_report import is_right
+from llava.eval.intervals import Draws, Score
+from llava.eval.medvqa.controls import commonest_answers
 from llava.eval.medvqa.items import Item
+from llava.eval.medvqa.page import is_right
 from llava.samples import Sample
 
 RUNS = {

@@ -17,22 +17,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llava.data.alignment import alignment_rows
-from llava.data.images import load as load_image
+from llava.data.converters.alignment import alignment_rows
 from llava.data.records import load_samples
 from llava.eval import run as evaluation
 from llava.eval.medvqa.items import Item, join
 from llava.generation.options import engine_of
-from llava.model.building import build
+from llava.imaging.decode import load as load_image
+from llava.model.builder import build
 from llava.model.calibration import calibrate
-from llava.model.checkpoint import save_model, save_projector
-from llava.model.layout import CONFIG_FILE, read_json
-from llava.model.loading import load
+from llava.model.checkpoint.formats import CONFIG_FILE, read_json
+from llava.model.checkpoint.load import load
+from llava.model.checkpoint.save import save_model, save_projector
 from llava.model.precision import trains_faster_in_bf16
 from llava.quickstart import plan, pretrained, report, scoring
 from llava.quickstart.forecast import LORA_RANK, NUM_CALIBRATION_IMAGES, SPARE_TOKENS, table
-from llava.quickstart.questions import NOTICE, pick, write_dataset
 from llava.quickstart.settings import Settings
+from llava.quickstart.synthetic import NOTICE, pick, write_dataset
 from llava.train.run import run_sft
 from llava.utils.jsonl import read_records, write_json
 

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from llava.compat import help_text
-from llava.data.dicom_policy import DEFAULT, FRAME_HELP, KEPT, WINDOW_HELP
-from llava.data.jpeg_scale import HELP as FAST_JPEG_HELP
 from llava.errors import ConfigError
+from llava.imaging.dicom.policy import DEFAULT, FRAME_HELP, KEPT, WINDOW_HELP
+from llava.imaging.jpeg import HELP as FAST_JPEG_HELP
 from llava.train import legacy_flags
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava.data.sft import SFTDataset
+from llava.data.dataset import SFTDataset
 from llava.train.args import LlavaTrainingArguments
 from llava.train.callbacks import peak_memory_gb
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llava.answer_types import DECISIONS, decision, is_closed, words
 from llava.data.flat_batch import Layout
-from llava.data.images import resolve
 from llava.data.placing import with_places
-from llava.generation.local import LocalEngine
+from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
+from llava.imaging.decode import resolve
 from llava.processing import LlavaMedProcessor
 from llava.samples import Sample
+from llava.scoring.decisions import DECISIONS, decision, is_closed, words
 
 MAX_NEW_TOKENS = 24
 MAX_SLOTS = 8

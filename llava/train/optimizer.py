@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from llava.model.names import NEWLINE
+from llava.model.checkpoint.weight_names import NEWLINE
 from llava.train.args import LlavaTrainingArguments
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from llava.data.dataset import SFTDataset
 from llava.data.mixture_sampler import MixtureSampler
 from llava.data.samplers import (
     ImageGroupedSampler,
@@ -14,7 +15,6 @@ from llava.data.samplers import (
     SequentialSampler,
     StepSampler,
 )
-from llava.data.sft import SFTDataset
 from llava.errors import ConfigError
 from llava.train.args import LlavaTrainingArguments
 

@@ -21,12 +21,12 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers.hf_argparser import string_to_bool
 
-from llava.model.layout import CONFIG_FILE, read_json
-from llava.model.names import PROJECTOR_MODULE
+from llava.model.checkpoint.formats import CONFIG_FILE, read_json
+from llava.model.checkpoint.weight_names import PROJECTOR_MODULE
 from llava.model.precision import half_speedup, product_shape, trains_faster_in_bf16
 from llava.model.quantization import quantized_layers
 from llava.train.args import LlavaTrainingArguments, ModelArguments
-from llava.train.run_folder import bf16_to_resume
+from llava.train.checkpointing import bf16_to_resume
 from llava.train.saving import Kind
 from llava.utils import log
 

@@ -17,25 +17,25 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from llava.constants import IMAGE_TOKEN
+from llava.data.collator import Collator, RowData, StepLoader
+from llava.data.dataset import SFTDataset
 from llava.data.flat_batch import Layout
-from llava.data.sft import SFTDataset
+from llava.data.loader import StreamLoader
 from llava.generation.layout_check import choose_layout
 from llava.model import lora
-from llava.model.building import Loaded
-from llava.model.checkpoint import refuse_own_base
-from llava.train import dry_run, precision, rows, run_folder
+from llava.model.builder import Loaded
+from llava.model.checkpoint.save import refuse_own_base
+from llava.train import checkpointing, data, dry_run, precision
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments, Parsed
 from llava.train.callbacks import MetricsCallback, row_ids_file
-from llava.train.evaluation import HeldOutLoss
 from llava.train.held_out_answers import HeldOutAnswers
-from llava.train.loader import Collator, RowData, StepLoader
-from llava.train.lost_ranks import lost_ranks_in_one_line
-from llava.train.objectives import OBJECTIVES, Objective
-from llava.train.opening import open_model, whole_weights
+from llava.train.model import open_model, whole_weights
+from llava.train.objectives.base import OBJECTIVES, Objective
 from llava.train.parsing import parse
+from llava.train.ranks import lost_ranks_in_one_line
 from llava.train.saving import Kind, hooks_for
-from llava.train.stream_loader import StreamLoader
 from llava.train.trainer import LlavaTrainer
+from llava.train.validation import HeldOutLoss
 from llava.utils import log
 from llava.utils.jsonl import append
 
@@ -63,17 +63,17 @@ def run_sft(
         loaded = open_model(model_args, data_args, args)
         network, kind = prepare(loaded, model_args, args)
         layout = layout_of(loaded, args)
-    dataset = rows.open_training_data(data_args, args, loaded)
-    rows.prepare_pictures(dataset, loaded, model_args, data_args, args)
+    dataset = data.open_training_data(data_args, args, loaded)
+    data.prepare_pictures(dataset, loaded, model_args, data_args, args)
     collator = replace(make_collator(dataset, loaded, layout, args), micro_batch=args.micro_batch)
-    loader, grouping, drawn = rows.make_loader(
+    loader, grouping, drawn = data.make_loader(
         dataset, collator, args, skip_bad=data_args.skip_bad, grouping=image_grouping
     )
-    provenance = run_folder.describe(parsed, layout, grouping, drawn, kind)
-    resume = run_folder.checkpoint_to_resume(parsed, provenance)
+    provenance = checkpointing.describe(parsed, layout, grouping, drawn, kind)
+    resume = checkpointing.checkpoint_to_resume(parsed, provenance)
     if resume and isinstance(loader, StreamLoader):
         loader.restore(Path(resume))
-    trainer = make_trainer(parsed, loaded, (network, kind), loader, collator, source_names=rows.source_names(dataset))
+    trainer = make_trainer(parsed, loaded, (network, kind), loader, collator, source_names=data.source_names(dataset))
     if args.dry_run:
         assert isinstance(dataset, SFTDataset)  # streams were refused
         rehearse(trainer, dataset, args, steps_per_epoch=len(loader))
@@ -81,8 +81,8 @@ def run_sft(
     report = lora.trainable_report(network)
     if args.should_save:
         logger.info("%s, layout %s, image grouping %s\n%s", drawn, layout, grouping, report)
-        run_folder.write_start(parsed, provenance, report)
-    if (step := run_folder.stopped_early(resume, args.early_stopping_patience)) is not None:
+        checkpointing.write_start(parsed, provenance, report)
+    if (step := checkpointing.stopped_early(resume, args.early_stopping_patience)) is not None:
         logger.info("the run had stopped early at step %d; nothing is left to train", step)
         args.max_steps = step
     with lost_ranks_in_one_line():
@@ -90,7 +90,7 @@ def run_sft(
         trainer.save_model()
         trainer.save_state()
     if args.should_save:
-        run_folder.write_end(args.run_folder)
+        checkpointing.write_end(args.run_folder)
 
 
 def prepare(loaded: Loaded, model_args: ModelArguments, args: LlavaTrainingArguments) -> tuple[nn.Module, Kind]:
@@ -192,7 +192,7 @@ def make_validation(
 ) -> Callable[[nn.Module], dict[str, float]]:
     """Loss on all held-out rows, and scores of answers to some of them."""
     folder = data_args.eval_image_folder or data_args.image_folder
-    held_out = rows.open_data(path, folder, data_args, args, loaded)
+    held_out = data.open_data(path, folder, data_args, args, loaded)
     ranks = {"rank": args.process_index, "world_size": args.world_size}
     is_sharded = bool(args.deepspeed or args.fsdp)
     folder = None if held_out.shares is not None else folder  # pictures of a mixture are whole paths

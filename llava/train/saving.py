@@ -11,12 +11,12 @@ from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 
 from llava.errors import CheckpointError
-from llava.model.building import Loaded
-from llava.model.checkpoint import save_adapter, save_model, save_projector
-from llava.model.layout import ADAPTER_FILE
+from llava.model.builder import Loaded
+from llava.model.checkpoint.formats import ADAPTER_FILE
+from llava.model.checkpoint.load_parts import check_adapter_names, load_extra, load_projector, read_tensors
+from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
-from llava.model.part_loading import check_adapter_names, load_extra, load_projector, read_tensors
 from llava.train.trainer import Hooks
 
 Kind = Literal["projector", "adapter", "model"]

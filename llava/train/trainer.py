@@ -23,13 +23,13 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 
+from llava.data.collator import Collator, StepBatch, StepLoader, matched_rows
 from llava.data.flat_batch import FlatBatch
+from llava.data.loader import StreamLoader
 from llava.errors import ConfigError
 from llava.train.args import LlavaTrainingArguments
-from llava.train.loader import Collator, StepBatch, StepLoader, matched_rows
-from llava.train.objectives import Objective
+from llava.train.objectives.base import Objective
 from llava.train.optimizer import parameter_groups
-from llava.train.stream_loader import StreamLoader
 from llava.utils.jsonl import write_json
 
 logger = logging.getLogger(__name__)

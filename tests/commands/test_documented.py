@@ -37,19 +37,19 @@ def check_llava(words: list[str]) -> None:
 
         make_parser().parse_args(rest)
     elif name == "chat":
-        from llava.chat import make_parser as chat_parser
+        from llava.serve.cli import make_parser as chat_parser
 
         chat_parser().parse_args(rest)
     elif name == "data check":
-        from llava.data.check.program import make_parser as check_parser
+        from llava.data.check.cli import make_parser as check_parser
 
         check_parser().parse_args(rest)
     elif name == "data dicom":
-        from llava.data.dicom_rows import make_parser as dicom_parser
+        from llava.data.dicom.rows import make_parser as dicom_parser
 
         dicom_parser().parse_args(rest)
     elif name == "data deid":
-        from llava.data.deid import make_parser as deid_parser
+        from llava.data.dicom.deid import make_parser as deid_parser
 
         deid_parser().parse_args(rest)
     elif name == "quickstart":

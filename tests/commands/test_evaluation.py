@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from llava.eval import model_vqa, run
-from llava.model.checkpoint import save_model
-from tests.eval.fakes import row, rows_of, write_vqa
-from tests.tiny import tiny_llava
+from llava.model.checkpoint.save import save_model
+from tests.support.eval_fakes import row, rows_of, write_vqa
+from tests.support.tiny import tiny_llava
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [row(index, f"{index % 2}.png", f"Is it number {index}?", "yes" if index % 3 else "no") for index in range(5)]

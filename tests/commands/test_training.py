@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava.model.building import build
-from tests.ranks import free_port
-from tests.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
+from llava.model.builder import build
+from tests.support.ranks import free_port
+from tests.support.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 from llava.data.attention_plan import AttentionPlan, attention_plan, chain_cost
 from llava.data.flat_batch import FlatBatch, flatten
-from tests.trees import IMAGE, encoded, random_images, random_sequences
+from tests.support.trees import IMAGE, encoded, random_images, random_sequences
 
 
 def plan_of(batch: FlatBatch) -> AttentionPlan:

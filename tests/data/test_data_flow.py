@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
+from llava.data.dataset import SFTDataset
 from llava.data.feature_cache import build, weights_hash
 from llava.data.flat_batch import flatten, target_logits
 from llava.data.image_store import ImageIndex
 from llava.data.records import load_samples
 from llava.data.samplers import ImageGroupedSampler
-from llava.data.sft import SFTDataset
-from llava.data.trainable import check_trainable
-from tests.tiny import write_tiny_vqa
+from llava.data.validate import check_trainable
+from tests.support.tiny import write_tiny_vqa
 
 
 def test_cached_features_change_no_prediction(tiny: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from llava.data.encode import encode, encode_prompt
 from llava.errors import DataError
 from llava.processing import LlavaMedProcessor
 from llava.samples import Conversation, Turn
-from tests.text_tools import KINDS, byte_level, llama_like, make_processor, talk, trained_text
+from tests.support.text_tools import KINDS, byte_level, llama_like, make_processor, talk, trained_text
 
 _MADE: dict[str, LlavaMedProcessor] = {}
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llava.data.encode import Encoded
 from llava.data.flat_batch import FlatBatch, Layout, flatten, layout_rows
 from llava.errors import DataError
-from tests.trees import IMAGE, encoded, num_trained, random_images, random_sequences
+from tests.support.trees import IMAGE, encoded, num_trained, random_images, random_sequences
 
 IMAGES = random_images(2)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)

@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava.data import image_store, images
-from llava.data.dicom_policy import DEFAULT
+from llava.data import image_store
 from llava.data.encode import Encoded
 from llava.data.feature_cache import build
 from llava.data.image_store import ImageIndex, ImageStore, cache_folder
 from llava.errors import DataError
+from llava.imaging import decode
+from llava.imaging.dicom.policy import DEFAULT
 
 
 class Processor:
@@ -34,7 +35,7 @@ class Processor:
         self.num = 0
 
     def open(self, ref: str, root: Path | None) -> Image.Image:
-        return images.load(ref, root)
+        return decode.load(ref, root)
 
     def picture(self, picture: Image.Image) -> Tensor:
         self.num += 1
@@ -60,20 +61,20 @@ def folder(tmp_path: Path) -> Path:
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
-    original = images.read_bytes
+    original = decode.read_bytes
 
     def read(ref: Any, root: Any) -> bytes:
         seen.append(str(ref))
         return original(ref, root)
 
-    monkeypatch.setattr(images, "read_bytes", read)
+    monkeypatch.setattr(decode, "read_bytes", read)
     return seen
 
 
 def test_equal_bytes_have_equal_keys_whatever_their_name(folder: Path) -> None:
     store = ImageStore(ImageIndex(folder), Processor())
     assert store.key("0.png") == store.key("sub/copy.png") != store.key("1.png")
-    assert store.key("0.png") == images.image_key((folder / "0.png").read_bytes(), "test")
+    assert store.key("0.png") == decode.image_key((folder / "0.png").read_bytes(), "test")
 
 
 def test_an_image_of_a_step_is_decoded_once(folder: Path) -> None:
@@ -174,7 +175,7 @@ def test_a_file_that_could_not_be_read_is_tried_again(
         raise DataError(f"image {ref} cannot be read: Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(images, "read_bytes", refuse)
+        patch.setattr(decode, "read_bytes", refuse)
         assert list(ImageIndex(folder, tmp_path / "index.json").verify(["0.png"])) == ["0.png"]
     assert ImageIndex(folder, tmp_path / "index.json").verify(["0.png"]) == {}
 
@@ -216,7 +217,7 @@ def test_each_folder_has_its_index_in_the_cache(folder: Path, tmp_path: Path, mo
 
 def verify_in_turn(root: str, index: str, counts: str) -> None:
     num = 0
-    original = images.read_bytes
+    original = decode.read_bytes
 
     def read(ref: Any, folder: Any) -> bytes:
         nonlocal num
@@ -224,7 +225,7 @@ def verify_in_turn(root: str, index: str, counts: str) -> None:
         time.sleep(0.02)
         return original(ref, folder)
 
-    images.read_bytes = read
+    decode.read_bytes = read
     assert ImageIndex(root, index).verify([f"{number}.png" for number in range(6)], num_threads=1) == {}
     with open(counts, "a") as lines:
         lines.write(f"{num}\n")
@@ -245,7 +246,7 @@ def test_processes_that_start_together_decode_each_image_once(folder: Path, tmp_
 def test_what_was_checked_before_an_interruption_is_kept(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = images.read_bytes
+    original = decode.read_bytes
 
     def read(ref: Any, root: Any) -> bytes:
         if ref == "4.png":
@@ -253,10 +254,10 @@ def test_what_was_checked_before_an_interruption_is_kept(
         return original(ref, root)
 
     refs = [f"{number}.png" for number in range(6)]
-    monkeypatch.setattr(images, "read_bytes", read)
+    monkeypatch.setattr(decode, "read_bytes", read)
     with pytest.raises(KeyboardInterrupt):
         ImageIndex(folder, tmp_path / "index.json").verify(refs, num_threads=1)
-    monkeypatch.setattr(images, "read_bytes", original)
+    monkeypatch.setattr(decode, "read_bytes", original)
     reads = count_reads(monkeypatch)
     assert ImageIndex(folder, tmp_path / "index.json").verify(refs) == {}
     assert "4.png" in reads and "0.png" not in reads

@@ -15,7 +15,7 @@ from llava.data.mixture import Shares, data_sha256, is_mixture, load_mixture, re
 from llava.data.quarantine import Quarantine
 from llava.data.records import load_samples
 from llava.errors import ConfigError, DataError
-from tests.tiny import write_tiny_vqa
+from tests.support.tiny import write_tiny_vqa
 
 TWO = """\
 # two hospitals

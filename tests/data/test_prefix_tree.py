@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llava.data import prefix_tree
 from llava.data.encode import Encoded
 from llava.data.prefix_tree import Forest, build, identities
-from tests.trees import encoded, random_sequences
+from tests.support.trees import encoded, random_sequences
 
 
 @pytest.fixture

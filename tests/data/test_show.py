@@ -9,7 +9,7 @@ from PIL import Image
 from llava.data import show
 from llava.errors import CheckpointError, ConfigError, DataError
 from llava.samples import Sample
-from tests.text_tools import byte_level, make_processor, talk, write_processor
+from tests.support.text_tools import byte_level, make_processor, talk, write_processor
 
 
 def write_rows(path: Path) -> Path:

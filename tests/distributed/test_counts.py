@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from llava.train.trainer import Counts
-from tests.ranks import run
+from tests.support.ranks import run
 
 
 def add_up() -> tuple[int, float, int, int, list[list[float]]]:

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 from llava.errors import LlavaError
-from llava.train import objectives
-from llava.train.lost_ranks import lost_ranks_in_one_line
+from llava.train.objectives import base
+from llava.train.ranks import lost_ranks_in_one_line
 from llava.utils.cli import run_program
-from tests.ranks import run
-from tests.runs import arguments, train, write_parts
+from tests.support.ranks import run
+from tests.support.runs import arguments, train, write_parts
 
 
-class Failing(objectives.SFT):
+class Failing(base.SFT):
     """Runs out of memory in the second row of some ranks."""
 
     ranks: tuple[int, ...]
@@ -34,7 +34,7 @@ class Failing(objectives.SFT):
 
 def train_out_of_memory(argv: list[str], ranks: tuple[int, ...]) -> tuple[object, str]:
     """Job: a training program; its exit status, and the last words of its error stream."""
-    objectives.OBJECTIVES["sft"] = type("Failing", (Failing,), {"ranks": ranks})
+    base.OBJECTIVES["sft"] = type("Failing", (Failing,), {"ranks": ranks})
     errors = io.StringIO()
     with pytest.raises(SystemExit) as ended, redirect_stderr(errors):
         run_program(lambda: train(argv))

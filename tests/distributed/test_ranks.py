@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import run
-from tests.runs import arguments, losses, saved, train, write_uneven
+from tests.support.ranks import run
+from tests.support.runs import arguments, losses, saved, train, write_uneven
 
 
 def row_ids(output: Path) -> Counter[int]:

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from llava.data.collator import Collator, matched_rows
+from llava.data.dataset import SFTDataset
 from llava.data.records import load_samples
 from llava.data.samplers import SequentialSampler
-from llava.data.sft import SFTDataset
-from llava.model.building import build
-from llava.model.checkpoint import save_model
-from llava.model.loading import load
+from llava.model.builder import build
+from llava.model.checkpoint.load import load
+from llava.model.checkpoint.save import save_model
 from llava.model.lora import freeze_for
-from llava.train.loader import Collator, matched_rows
-from llava.train.objectives import SFT
-from tests.ranks import run
-from tests.runs import arguments, losses, saved, train
+from llava.train.objectives.base import SFT
+from tests.support.ranks import run
+from tests.support.runs import arguments, losses, saved, train
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILE_SECONDS = 500.0

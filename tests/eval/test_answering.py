@@ -9,7 +9,7 @@ import pytest
 
 from llava.errors import ConfigError, GenerationError
 from llava.eval import answering, model_vqa, model_vqa_med, run_med_datasets_eval_batch
-from tests.eval.fakes import FakeEngine, row, rows_of, write_vqa
+from tests.support.eval_fakes import FakeEngine, row, rows_of, write_vqa
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from llava.errors import DataError
 from llava.eval import answering, fingerprint, model_vqa_med
-from tests.eval.fakes import FakeEngine, row, rows_of, write_vqa
+from tests.support.eval_fakes import FakeEngine, row, rows_of, write_vqa
 
 
 def make_model(folder: Path, weights: bytes = b"weights") -> Path:

@@ -12,7 +12,7 @@ import pytest
 from llava.errors import ConfigError, DataError
 from llava.eval.inference import AnswerRun, Options, Summary
 from llava.samples import Sample
-from tests.eval.fakes import FakeEngine, row, rows_of, write_vqa
+from tests.support.eval_fakes import FakeEngine, row, rows_of, write_vqa
 
 ROWS = [row(index, f"{index % 3}.png", f"Q{index}?", "yes") for index in range(9)]
 

@@ -13,7 +13,7 @@ from llava.data.records import load_samples
 from llava.errors import CheckpointError, DataError
 from llava.eval import run
 from llava.eval.inference import Options
-from tests.eval.fakes import FakeEngine, row, rows_of, write_vqa
+from tests.support.eval_fakes import FakeEngine, row, rows_of, write_vqa
 
 EVIL = "<script>alert('x')</script>"
 

@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from llava.conversation import TEMPLATES
 from llava.generation.growing_text import CONTEXT, GrowingText
 from llava.generation.stopping import AnswerText, StopRule
-from tests.tiny import byte_tokenizer
+from tests.support.tiny import byte_tokenizer
 
 Decode = Callable[[Sequence[int]], str]
 WORDS = ["\u2581", "\u2581\u2581", "\u2581yes", "no", ".", "\u2581n't", "\u2581do", "###", "#", "é", "\u2581!", "\n"]

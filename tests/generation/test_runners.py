@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig
 
-from llava.generation.local import LocalEngine
+from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
 from llava.generation.runners import AnsweringMode
-from llava.model.building import Loaded, build
+from llava.model.builder import Loaded, build
 from llava.model.lora import add_lora
 from llava.samples import Conversation, Turn
-from tests.generation.tools import ask, engine_of, mixed_prompts, one, reference_ids
-from tests.tiny import byte_tokenizer, tiny_llava, write_tiny_lm, write_tiny_tower
+from tests.support.generation_tools import ask, engine_of, mixed_prompts, one, reference_ids
+from tests.support.tiny import byte_tokenizer, tiny_llava, write_tiny_lm, write_tiny_tower
 
 GREEDY = Sampling(max_new_tokens=16)
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from llava.generation.local import LocalEngine
+from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Sampling
 from llava.generation.scheduler import is_out_of_memory
-from llava.model.building import Loaded
-from tests.generation.tools import ask, assert_same_answers, engine_of, mixed_prompts, one
-from tests.tiny import tiny_llava
+from llava.model.builder import Loaded
+from tests.support.generation_tools import ask, assert_same_answers, engine_of, mixed_prompts, one
+from tests.support.tiny import tiny_llava
 
 SAMPLING = Sampling(max_new_tokens=16, temperature=1.0, seed=2, logprobs=True)
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from llava.conversation import TEMPLATES
 from llava.generation.protocol import Sampling
 from llava.generation.stopping import AnswerText, StopRule
-from llava.model.building import Loaded
-from tests.tiny import tiny_llava
+from llava.model.builder import Loaded
+from tests.support.tiny import tiny_llava
 
 RULE = StopRule(frozenset({0}), ("###", "\nab"), ("###", "\nab"), ("###", "Assistant:", "Human:"))
 

@@ -22,7 +22,7 @@ from llava.instruct import instruct_generate
 from llava.instruct.budget import Budget, Prices, estimate_tokens
 from llava.instruct.prompts import messages_for
 from llava.utils.jsonl import read_records
-from tests.fake_endpoint import KEY, FakeEndpoint, Fault, Message, environment, serve
+from tests.support.fake_endpoint import KEY, FakeEndpoint, Fault, Message, environment, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTIONS = "oracles/llava-med-eval/llava_med_eval_qa50_fig_captions.json"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import arguments, losses, saved, train, write_parts, write_uneven
+from tests.support.runs import arguments, losses, saved, train, write_parts, write_uneven
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from llava.data.attention_plan import attention_plan
 from llava.data.flat_batch import FlatBatch, flatten, target_logits
 from llava.errors import ConfigError
 from llava.model.attention import by_matmul, by_pieces, tree_attention, use_tree_attention
-from llava.model.building import Loaded
+from llava.model.builder import Loaded
 from llava.model.config import LlavaMedConfig
 from llava.model.modeling import LlavaMedForConditionalGeneration
-from tests.trees import IMAGE, encoded, random_images, random_sequences
+from tests.support.trees import IMAGE, encoded, random_images, random_sequences
 
 WIDTH = 8
 

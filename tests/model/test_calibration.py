@@ -8,7 +8,7 @@ from torch import nn
 
 from llava.errors import ConfigError
 from llava.model import calibration
-from tests.tiny import tiny_llava
+from tests.support.tiny import tiny_llava
 
 
 @pytest.mark.parametrize("layers", [1, 2])

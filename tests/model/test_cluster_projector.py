@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gradient_terms import gradient_terms
-from benchmarks.oracles.pictures import GRADIENT_TOLERANCE, PIXEL_TOLERANCE
+from benchmarks.fidelity.gradient_terms import gradient_terms
+from benchmarks.fidelity.images import GRADIENT_TOLERANCE, PIXEL_TOLERANCE
 from llava.errors import ConfigError
-from llava.model.building import build
-from llava.model.checkpoint import projector_state, save_projector
+from llava.model.builder import build
+from llava.model.checkpoint.formats import Layout
+from llava.model.checkpoint.legacy.config import projector_settings
+from llava.model.checkpoint.load_parts import load_projector
+from llava.model.checkpoint.save import projector_state, save_projector
 from llava.model.cluster_projector import ClusterProjector, cluster_projector
-from llava.model.layout import Layout
-from llava.model.legacy_config import projector_settings
-from llava.model.part_loading import load_projector
-from tests.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
+from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
 PUBLISHED_NAMES = (
     "sim_alpha",

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from llava.generation.local import LocalEngine
+from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
-from llava.model.building import Loaded, build
-from llava.model.checkpoint import save_adapter, save_model, save_projector
-from llava.model.hf_export import export_hf
-from llava.model.layout import KINDS, sniff
-from llava.model.loading import load
+from llava.model.builder import Loaded, build
+from llava.model.checkpoint.export_hf import export_hf
+from llava.model.checkpoint.formats import KINDS, sniff
+from llava.model.checkpoint.load import load
+from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.lora import add_lora, freeze_for
 from llava.samples import Conversation, Turn
-from tests.model.legacy_folders import write_legacy, write_lora, write_projector_only
-from tests.model.model_tools import shake, trained
-from tests.tiny import tiny_image, write_tiny_lm, write_tiny_tower
+from tests.support.legacy_folders import write_legacy, write_lora, write_projector_only
+from tests.support.model_tools import shake, trained
+from tests.support.tiny import tiny_image, write_tiny_lm, write_tiny_tower
 
 SAMPLING = Sampling(max_new_tokens=8)
 LONG = "The left lobe is larger than the right one and shows no lesion at all. "

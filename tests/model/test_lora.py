@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from llava.errors import ConfigError
-from llava.model.building import Loaded
+from llava.model.builder import Loaded
 from llava.model.lora import add_lora, freeze_for, train_marker_rows, trainable_report
 from llava.train.args import LlavaTrainingArguments
 from llava.train.optimizer import parameter_groups
-from tests.model.model_tools import batch
-from tests.tiny import tiny_llava
+from tests.support.model_tools import batch
+from tests.support.tiny import tiny_llava
 
 
 def trained_parts(model: nn.Module) -> set[str]:

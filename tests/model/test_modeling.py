@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from llava.model.building import Loaded
-from llava.model.checkpoint import save_model
+from llava.model.builder import Loaded
+from llava.model.checkpoint.save import save_model
 from llava.model.config import LlavaMedConfig
 from llava.model.lora import freeze_for
 from llava.model.modeling import LlavaMedForConditionalGeneration, LlavaMedModel
-from tests.model.model_tools import batch, logits
-from tests.tiny import tiny_llava
+from tests.support.model_tools import batch, logits
+from tests.support.tiny import tiny_llava
 
 
 def test_frozen_towers_keep_no_graph(tiny: Loaded) -> None:

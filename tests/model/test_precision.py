@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llava.model import precision
-from llava.model.building import Loaded
+from llava.model.builder import Loaded
 from llava.model.precision import ProductShape, half_speedup, product_shape, raise_slow_weights
 
 FAST, SLOW = 1.0, 3.0

@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from llava.errors import ConfigError
-from llava.model.building import build
-from llava.model.checkpoint import save_adapter, save_model, save_projector
-from llava.model.converting import convert
-from llava.model.hf_export import export_hf
-from llava.model.legacy_export import export_legacy
-from llava.model.loading import load
+from llava.model.builder import build
+from llava.model.checkpoint.export_hf import export_hf
+from llava.model.checkpoint.legacy.export import export_legacy
+from llava.model.checkpoint.load import load
+from llava.model.checkpoint.save import save_adapter, save_model, save_projector
+from llava.model.checkpoint.tools.convert import convert
 from llava.model.lora import add_lora, freeze_for, trainable_report
 from llava.model.quantization import Quantization, quantized_layers
-from tests.model.model_tools import batch, logits, shake, trained
-from tests.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
+from tests.support.model_tools import batch, logits, shake, trained
+from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra: train)"

@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import fidelity
-from benchmarks.oracles import texts
-from benchmarks.oracles.folder import Differences, Line, Oracle, within
-from benchmarks.oracles.published import is_shifted
+from benchmarks.fidelity import __main__, texts
+from benchmarks.fidelity.folder import Differences, Line, Oracle, within
+from benchmarks.fidelity.published import is_shifted
 from llava.compat import COMPAT, parse_names, table
 from llava.conversation import TEMPLATES
 from llava.errors import ConfigError
 from llava.samples import Conversation, Turn
-from tests.parity.recorded_folder import write_recorded
+from tests.support.recorded_folder import write_recorded
 
 SLOW = ("train_log.json", "generate.json", "forward.npz", "expected_metrics.json", "lora_forward.npz", "grads.json")
 """Checks that take seconds; other tests run what they run, `generate.json` below."""
@@ -29,14 +28,14 @@ FOLDERS = ("llava-1.2.2", "llava-med-1.0", "llava-med-1.5-mistral", "llava-rad",
 
 @pytest.fixture
 def calm(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = {name: check for name, check in fidelity.CHECKS.items() if name not in SLOW}
-    monkeypatch.setattr(fidelity, "CHECKS", {**quick, **{name: lambda _: iter(()) for name in SLOW}})
+    quick = {name: check for name, check in __main__.CHECKS.items() if name not in SLOW}
+    monkeypatch.setattr(__main__, "CHECKS", {**quick, **{name: lambda _: iter(()) for name in SLOW}})
 
 
 @pytest.mark.usefixtures("calm")
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_recorded_texts_and_pictures(shared: Path, folder: str) -> None:
-    lines = list(fidelity.checked(shared / "oracles" / folder, frozenset(COMPAT)))
+    lines = list(__main__.checked(shared / "oracles" / folder, frozenset(COMPAT)))
     assert not [line for line in lines if line.status == "FAIL"]
     assert all(line.note for line in lines if line.status == "skipped")
     assert sum(line.status == "ok" for line in lines) >= 2
@@ -44,7 +43,7 @@ def test_recorded_texts_and_pictures(shared: Path, folder: str) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS[:4])
 def test_recorded_generations(shared: Path, folder: str) -> None:
-    lines = list(fidelity.CHECKS["generate.json"](Oracle(shared / "oracles" / folder)))
+    lines = list(__main__.CHECKS["generate.json"](Oracle(shared / "oracles" / folder)))
     assert lines and all(line.status == "ok" for line in lines), lines
 
 
@@ -59,7 +58,7 @@ def copy_of(shared: Path, target: Path, *names: str) -> Path:
 @pytest.mark.parametrize("name", ["counted_labels", "ignored_rows", "shifted_labels", "refused_rows"])
 def test_without_its_name_nothing_is_explained(shared: Path, name: str) -> None:
     oracle = Oracle(shared / "oracles" / "llava-1.2.2", frozenset(COMPAT) - {name})
-    lines = {line.quantity: line for line in fidelity.CHECKS["preprocess.json"](oracle)}
+    lines = {line.quantity: line for line in __main__.CHECKS["preprocess.json"](oracle)}
     wrong = lines["token ids" if name == "refused_rows" else "labels"]
     assert wrong.status == "FAIL" and name in wrong.note
 
@@ -72,7 +71,7 @@ def test_a_changed_label_and_a_changed_prompt_are_seen(shared: Path, tmp_path: P
     prompts = json.loads((folder / "prompts.json").read_text())
     prompts["v1"]["prompt"] += " "
     (folder / "prompts.json").write_text(json.dumps(prompts))
-    lines = {line.quantity: line for line in fidelity.checked(folder, frozenset(COMPAT))}
+    lines = {line.quantity: line for line in __main__.checked(folder, frozenset(COMPAT))}
     assert lines["labels"].status == "FAIL" and "img_mid" in lines["labels"].note
     assert lines["token ids"].status == "ok"
     assert lines["prompts"].status == "FAIL" and "v1" in lines["prompts"].note
@@ -82,17 +81,17 @@ def test_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     folder = tmp_path / "some"
     folder.mkdir()
     (folder / "dpo.npz").write_bytes(b"")
-    assert fidelity.report(tmp_path) == 0
+    assert __main__.report(tmp_path) == 0
     (folder / "unheard.npz").write_bytes(b"")
-    assert fidelity.report(tmp_path) == 1
+    assert __main__.report(tmp_path) == 1
     (folder / "unheard.npz").unlink()
     (folder / "tower.npz").write_bytes(b"")
-    assert fidelity.report(tmp_path) == 1
+    assert __main__.report(tmp_path) == 1
     printed = capsys.readouterr().out
     assert "FAIL" in printed and "1 skipped (1 without a reason)" not in printed
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no folder of recorded numbers"):
-        fidelity.report(tmp_path / "empty")
+        __main__.report(tmp_path / "empty")
 
 
 def test_differences() -> None:
@@ -131,7 +130,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, *words: str) -> int:
     """Exit status of the program on a folder."""
     with pytest.raises(SystemExit) as ended:
-        fidelity.main(["--oracles", str(folder), *words])
+        __main__.main(["--oracles", str(folder), *words])
     return int(ended.value.code or 0)
 
 
@@ -193,14 +192,14 @@ def test_one_changed_number_fails(recorded: Path, tmp_path: Path, what: str, cap
     ],
 )
 def test_every_other_name_is_needed(shared: Path, name: str, folder: str, quantity: str) -> None:
-    lines = fidelity.checked(shared / "oracles" / folder, frozenset(COMPAT) - {name})
+    lines = __main__.checked(shared / "oracles" / folder, frozenset(COMPAT) - {name})
     assert any(line.quantity == quantity and line.status == "FAIL" for line in lines)
 
 
 @pytest.mark.parametrize("name", ["cut_prompt", "beams_count_prompt"])
 def test_names_that_generations_need(shared: Path, name: str) -> None:
     folder = {"cut_prompt": "llava-1.2.2", "beams_count_prompt": "llava-rad"}[name]
-    lines = fidelity.CHECKS["generate.json"](Oracle(shared / "oracles" / folder, frozenset(COMPAT) - {name}))
+    lines = __main__.CHECKS["generate.json"](Oracle(shared / "oracles" / folder, frozenset(COMPAT) - {name}))
     assert any(line.status == "FAIL" for line in lines)
 
 
@@ -210,7 +209,7 @@ def test_a_row_that_ends_early_is_seen(shared: Path, tmp_path: Path) -> None:
     for part in ("input_ids", "labels"):
         rows["sp_legacy"]["v1"]["img_mid"][part] = rows["sp_legacy"]["v1"]["img_mid"][part][:-3]
     (folder / "preprocess.json").write_text(json.dumps(rows))
-    lines = {line.quantity: line for line in fidelity.checked(folder, frozenset(COMPAT))}
+    lines = {line.quantity: line for line in __main__.checked(folder, frozenset(COMPAT))}
     assert lines["token ids"].status == "FAIL" and "img_mid" in lines["token ids"].note
 
 
@@ -224,7 +223,7 @@ def test_a_conversation_is_read_out_of_its_prompts(shared: Path, tmp_path: Path)
     }
     folder = copy_of(shared, tmp_path / "x", "base_llm", "data.json")
     (folder / "prompts.json").write_text(json.dumps(records))
-    [line] = fidelity.checked(folder, frozenset())
+    [line] = __main__.checked(folder, frozenset())
     assert (line.status, line.note) == ("ok", "2 equal")
     with pytest.raises(LookupError, match="two separators"):
         texts.exchange([records["mpt"]])

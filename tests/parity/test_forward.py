@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.oracles.folder import Oracle, loaded_from
-from benchmarks.oracles.numbers import row_logits
-from llava.model.loading import load
+from benchmarks.fidelity.folder import Oracle, loaded_from
+from benchmarks.fidelity.numbers import row_logits
+from llava.model.checkpoint.load import load
 
 TOLERANCE = 1e-4
 

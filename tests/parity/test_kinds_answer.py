@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.oracles.folder import loaded_from
-from llava.generation.local import LocalEngine
+from benchmarks.fidelity.folder import loaded_from
+from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Completion, Prompt, Sampling
 from llava.samples import Conversation, Turn
-from tests.generation.tools import assert_same_answers
 from tests.parity.test_forward import ADAPTERS, RECORDED, Recorded
+from tests.support.generation_tools import assert_same_answers
 
 PROJECTORS = (
     Recorded("llava-1.2.2", "out/stage1", base="base_llm"),

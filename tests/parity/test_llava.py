@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from llava.model.building import Loaded
+from llava.model.builder import Loaded
 from llava.model.lora import freeze_for
-from tests.model.model_tools import batch
-from tests.tiny import LANGUAGE_MODELS, tiny_llava
+from tests.support.model_tools import batch
+from tests.support.tiny import LANGUAGE_MODELS, tiny_llava
 
 NAMES = {
     "multi_modal_projector.0.": "multi_modal_projector.linear_1.",

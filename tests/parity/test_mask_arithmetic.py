@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.oracles.published import counted_v0, is_shifted
+from benchmarks.fidelity.published import counted_v0, is_shifted
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llava.conversation import Segment
 from llava.data.encode import encode, place_images, tokenize_segments
 from llava.processing import LlavaMedProcessor
 from llava.samples import Conversation
-from tests.text_tools import make_processor, talk
+from tests.support.text_tools import make_processor, talk
 
 WORDS = ("What is seen?", "A lesion of 3 cm.", "Where?", "In the left lung", "Why so?", "It looks dense, naïve.")
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from llava.constants import IGNORE_INDEX
-from llava.model.building import Loaded, build
+from llava.model.builder import Loaded, build
+from llava.model.checkpoint.load_parts import load_projector
 from llava.model.lora import freeze_for
-from llava.model.part_loading import load_projector
 
 IMAGE_MARK = -200
 """The original's id of an image place holder."""

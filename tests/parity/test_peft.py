@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from llava.model.building import Loaded
-from llava.model.checkpoint import save_adapter, save_model
-from llava.model.loading import load
+from llava.model.builder import Loaded
+from llava.model.checkpoint.load import load
+from llava.model.checkpoint.save import save_adapter, save_model
 from llava.model.lora import add_lora, freeze_for
-from tests.model.model_tools import logits, shake, trained
-from tests.tiny import tiny_llava
+from tests.support.model_tools import logits, shake, trained
+from tests.support.tiny import tiny_llava
 
 
 def adapted(loaded: Loaded) -> torch.nn.Module:

@@ -26,14 +26,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.oracles.published import counted_v0
-from benchmarks.oracles.texts import text_processor as oracle_processor
+from benchmarks.fidelity.published import counted_v0
+from benchmarks.fidelity.texts import text_processor as oracle_processor
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llava.conversation import Segment, get_template
 from llava.data.encode import encode, tokenize_segments
 from llava.processing import LlavaMedProcessor
 from llava.samples import Conversation, Sample, Turn, from_row
-from tests.text_tools import make_processor, talk, trained_text
+from tests.support.text_tools import make_processor, talk, trained_text
 
 CHATML = ("mpt", "chatml_direct", "mistral_direct")
 PATCHES = ["<im_patch>", "<im_start>", "<im_end>"]

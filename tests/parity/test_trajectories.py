@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.counted_masks import counted_labels
-from benchmarks.grown_vocabulary import HEAD, Start
-from benchmarks.recorded_weights import current_name
-from benchmarks.shifted_images import EMPTY, shifted
-from benchmarks.trajectories import LOG_FILE, LOSS_TOLERANCE, replay, runs, system_text
+from benchmarks.fidelity.counted_masks import counted_labels
+from benchmarks.fidelity.grown_vocabulary import HEAD, Start
+from benchmarks.fidelity.recorded_weights import current_name
+from benchmarks.fidelity.shifted_images import EMPTY, shifted
+from benchmarks.fidelity.trajectories import LOG_FILE, LOSS_TOLERANCE, replay, runs, system_text
 from llava.data.encode import Encoded, encode
 from llava.data.placing import with_places
-from llava.model.building import build
-from llava.model.part_loading import read_tensors
+from llava.model.builder import build
+from llava.model.checkpoint.load_parts import read_tensors
 from llava.samples import from_row
 
 RUNS = [

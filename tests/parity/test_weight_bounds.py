@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.weight_bounds import UNIT_ROUNDOFF, WeightBounds, gradient_rounding, update_limit
+from benchmarks.fidelity.weight_bounds import UNIT_ROUNDOFF, WeightBounds, gradient_rounding, update_limit
 
 NUM_STEPS, NUM_TOKENS, NUM_WORDS, WIDTH = 6, 40, 12, 16
 UNSEEN = NUM_WORDS - 1

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from llava.quickstart import forecast, machine, pipeline, plan, pretrained
+from llava.quickstart import forecast, machine, plan, pretrained, run
 from llava.quickstart.forecast import SIZES, choose, stage_seconds
 from llava.quickstart.machine import Machine
 from llava.quickstart.settings import AUTO, GIVEN, Settings, parse
 from llava.quickstart.stages import STAGES
 from llava.quickstart.work import LanguageShape, TowerShape, drawn, language_shape, rows_in, rows_of, tower_shape
-from tests.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
+from tests.support.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
 FAST, SLOW = Machine("cpu", 2, 300.0, 2000.0), Machine("cpu", 2, 20.0, 2.0)
 UNFITTED = Settings(Path("o"), size=AUTO)
@@ -94,7 +94,7 @@ def test_a_part_that_is_not_here_is_named(tmp_path: Path) -> None:
     settings = replace(UNFITTED, out=tmp_path, lm=str(tmp_path / "absent"))
     sized, outlook = plan.prepare(settings)
     assert outlook.seconds == {} and "absent" in outlook.reason and sized.size == SIZES[-1].name
-    assert "forecast" not in pipeline.opening(replace(outlook, reason=""))
+    assert "forecast" not in run.opening(replace(outlook, reason=""))
 
 
 def test_parts_in_the_cache_take_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,12 +113,12 @@ def test_a_resumed_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.Monkey
     settings = replace(UNFITTED, out=tmp_path / "run")
     monkeypatch.setattr(machine, "measure", lambda *_: SLOW)
     begun, outlook = plan.fitted(settings, restart=False)
-    pipeline.claim(begun, restart=False)
+    run.claim(begun, restart=False)
     outlook.write(begun.out)
     monkeypatch.setattr(machine, "measure", lambda *_: FAST)
     resumed, again = plan.fitted(settings, restart=False)
     assert resumed == begun and resumed.size == "small" and again == outlook
-    pipeline.claim(resumed, restart=False)
+    run.claim(resumed, restart=False)
     restarted, _ = plan.fitted(settings, restart=True)
     assert restarted.size == "full"
 

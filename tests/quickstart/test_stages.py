@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from llava import chat
-from llava.quickstart import pipeline, stages
+from llava.quickstart import run, stages
 from llava.quickstart.forecast import SPARE_TOKENS
 from llava.quickstart.settings import Settings
-from tests.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
+from llava.serve import cli
+from tests.support.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def arguments(folder: Path) -> list[str]:
 
 
 def test_every_stage_with_tiny_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline.main(arguments(folder))
+    run.main(arguments(folder))
     first = capsys.readouterr().out
     out = folder / "o"
     assert "page:" in first and "llava chat --model" in first and "done before" not in first
@@ -54,12 +54,12 @@ def test_every_stage_with_tiny_parts(folder: Path, capsys: pytest.CaptureFixture
     assert text.count('class="case"') == 3 and text.count("data:image/png") == 2
     assert not list(out.glob("*/checkpoint-*"))
 
-    pipeline.main(arguments(folder))
+    run.main(arguments(folder))
     second = capsys.readouterr().out
     assert second.count("done before") == len(stages.STAGES)
 
     image = next((folder / "data" / "images").iterdir())
-    chat.main(["--model", str(out / "model"), "--image", str(image), "--question", "What?", "--max-new-tokens", "4"])
+    cli.main(["--model", str(out / "model"), "--image", str(image), "--question", "What?", "--max-new-tokens", "4"])
     assert capsys.readouterr().out.endswith("\n")
 
 

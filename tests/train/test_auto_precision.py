@@ -15,8 +15,8 @@ from llava.model import precision as measuring
 from llava.train import parsing
 from llava.train.run import run_sft
 from llava.utils import log
-from tests import ranks
-from tests.runs import arguments
+from tests.support import ranks
+from tests.support.runs import arguments
 
 
 def use_speedup(monkeypatch: pytest.MonkeyPatch, speedup: float) -> None:

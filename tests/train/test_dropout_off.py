@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llava.train.evaluation import dropout_off
+from llava.train.validation import dropout_off
 
 
 class _Functional(nn.Module):

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.chat import main as chat
 from llava.data import show
-from llava.data.images import load as load_image
 from llava.errors import ConfigError, DataError
-from llava.generation.local import LocalEngine
+from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
-from llava.model.checkpoint import save_model
-from llava.model.loading import load
+from llava.imaging.decode import load as load_image
+from llava.model.checkpoint.load import load
+from llava.model.checkpoint.save import save_model
 from llava.samples import Conversation, Turn
-from tests.runs import arguments, losses, saved, train, write_parts
-from tests.tiny import tiny_image, tiny_llava
+from llava.serve.cli import main as chat
+from tests.support.runs import arguments, losses, saved, train, write_parts
+from tests.support.tiny import tiny_image, tiny_llava
 
 TILES = {
     "image_aspect_ratio": "anyres",

@@ -10,15 +10,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from llava.constants import IGNORE_INDEX
+from llava.data.collator import Collator, StepBatch
+from llava.data.dataset import SFTDataset
 from llava.data.records import load_samples
-from llava.data.sft import SFTDataset
 from llava.errors import ConfigError
-from llava.model.building import Loaded
-from llava.train.loader import Collator, StepBatch
-from llava.train.objectives import SFT
+from llava.model.builder import Loaded
+from llava.train.objectives.base import SFT
 from llava.train.parsing import parse
 from llava.train.run import make_objective, run_sft
-from tests.runs import arguments, losses, write_parts, write_uneven
+from tests.support.runs import arguments, losses, write_parts, write_uneven
 
 NUM_ROWS, SIZE = 7, 3
 

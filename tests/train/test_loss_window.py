@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tests.runs import arguments, losses, train, write_parts
+from tests.support.runs import arguments, losses, train, write_parts
 
 
 def test_resumed_between_two_logs(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava.data import loader
 from llava.errors import ConfigError, DataError
-from llava.model.loading import load
-from llava.train import stream_loader
-from tests.ranks import run, start
-from tests.runs import arguments, losses, metrics, steps, train, train_until_killed, write_parts
-from tests.tiny import write_tiny_vqa
+from llava.model.checkpoint.load import load
+from tests.support.ranks import run, start
+from tests.support.runs import arguments, losses, metrics, steps, train, train_until_killed, write_parts
+from tests.support.tiny import write_tiny_vqa
 
 NUM_STEPS = 6
 
@@ -181,7 +181,7 @@ def test_held_out_mixture_beside_an_image_folder(parts: Path, tmp_path: Path) ->
 
 def test_rows_that_never_can_be_used_end_the_run(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader whose pictures are gone would look for a usable row for ever."""
-    monkeypatch.setattr(stream_loader, "MAX_BAD_IN_A_ROW", 30)
+    monkeypatch.setattr(loader, "MAX_BAD_IN_A_ROW", 30)
     rows = [json.loads(line) for line in (parts / "vqa" / "train.jsonl").read_text().splitlines()]
     gone = [{**row, "image": "gone.png"} for row in rows]
     (parts / "vqa" / "gone-0.jsonl").write_text(json.dumps(rows[0]) + "\n")

@@ -8,7 +8,7 @@ import pytest
 
 from llava.errors import ConfigError
 from llava.train.parsing import parse
-from tests.runs import arguments
+from tests.support.runs import arguments
 
 
 def test_unknown_options_name_the_nearest(tmp_path: Path) -> None:

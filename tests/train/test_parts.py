@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import nn
 
+from llava.data.collator import Collator
+from llava.data.dataset import SFTDataset
 from llava.data.records import load_samples
-from llava.data.sft import SFTDataset
 from llava.model import lora
-from llava.model.building import Loaded
-from llava.model.loading import load
+from llava.model.builder import Loaded
+from llava.model.checkpoint.load import load
 from llava.train.args import LlavaTrainingArguments
-from llava.train.loader import Collator
-from llava.train.objectives import SFT
+from llava.train.objectives.base import SFT
 from llava.train.optimizer import parameter_groups, part_of
-from tests.runs import arguments, losses, saved, train, write_parts, write_uneven
-from tests.tiny import tiny_llava
+from tests.support.runs import arguments, losses, saved, train, write_parts, write_uneven
+from tests.support.tiny import tiny_llava
 
 
 @pytest.fixture(scope="module")

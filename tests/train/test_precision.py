@@ -9,12 +9,12 @@ from typing import Any, cast
 import pytest
 import torch
 
-from llava.model.building import Loaded
+from llava.model.builder import Loaded
 from llava.model.lora import add_lora, freeze_for
 from llava.model.quantization import quantized_layers
 from llava.train import precision
-from tests.runs import arguments, losses, saved, train, write_parts
-from tests.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
+from tests.support.runs import arguments, losses, saved, train, write_parts
+from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from typing import Any, cast
 import pytest
 import torch
 
-from llava.model.loading import load
+from llava.model.checkpoint.load import load
 from llava.model.quantization import quantized_layers
-from llava.train.opening import open_model
+from llava.train.model import open_model
 from llava.train.parsing import parse
-from tests.runs import arguments, losses, train
-from tests.tiny import tiny_llava, write_tiny_lm, write_tiny_tower, write_tiny_vqa
+from tests.support.runs import arguments, losses, train
+from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import run, start
-from tests.runs import (
+from tests.support.ranks import run, start
+from tests.support.runs import (
     arguments,
     losses,
     metrics,

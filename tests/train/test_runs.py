@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from llava.errors import LlavaError
-from llava.model.loading import load
+from llava.model.checkpoint.load import load
 from llava.train.callbacks import draw_curve
-from llava.train.objectives import SFT
-from tests.runs import arguments, losses, metrics, saved, steps, train
+from llava.train.objectives.base import SFT
+from tests.support.runs import arguments, losses, metrics, saved, steps, train
 
 
 @pytest.fixture(scope="module")

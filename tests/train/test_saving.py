@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError
-from llava.model.building import Loaded
-from llava.model.layout import ADAPTER_FILE
+from llava.model.builder import Loaded
+from llava.model.checkpoint.formats import ADAPTER_FILE
 from llava.model.lora import add_lora, freeze_for
 from llava.train import saving
-from tests.model.model_tools import shake, trained
+from tests.support.model_tools import shake, trained
 
 State = dict[str, torch.Tensor]
 

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from llava.answer_types import decision, is_closed
 from llava.data.check.identifiers import identifier_rules
 from llava.errors import DataError
 from llava.samples import Sample
+from llava.scoring.decisions import decision, is_closed
 
 FIELDS = (
     "answer_type",

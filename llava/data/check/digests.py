@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-from llava.answer_types import words
 from llava.constants import IMAGE_TOKEN
+from llava.scoring.decisions import words
 
 NOTHING = 0
 """Stands for "there is none"; no text has this number."""

@@ -6,8 +6,8 @@ import numpy as np
 
 from llava.data.check.digests import NOTHING
 from llava.data.check.findings import Findings
-from llava.data.check.ledger import Ledger, view
-from llava.data.check.pictures import Pictures
+from llava.data.check.images import Pictures
+from llava.data.check.row_index import Ledger, view
 from llava.data.check.rows_by_key import grouped, repeats
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from llava.data.check.findings import FILE
-from llava.data.check.ledger import view
 from llava.data.check.report import Report
+from llava.data.check.row_index import view
 from llava.data.check.rows import view_row
 from llava.data.check.rules import RULES
 from llava.data.check.stream import form_of, stream_rows

@@ -11,13 +11,13 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from llava.data import images
 from llava.data.check.findings import Finding
 from llava.data.check.report import Report, picture_data
 from llava.data.check.rules import RULES
 from llava.data.check.summary import person_line, token_line
-from llava.utils.html_page import page, table, thumbnail
+from llava.imaging import decode
 from llava.utils.jsonl import write_atomic
+from llava.utils.reporting import page, table, thumbnail
 
 MAX_LISTED = 100
 """Findings of one rule on the page."""
@@ -111,7 +111,7 @@ def _case(report: Report, finding: Finding) -> str:
     """Return the pictures of one finding with their names."""
     pictures, places = report.pictures, finding.images[:MAX_SHOWN]
     shown = [
-        thumbnail(pictures.name(place), partial(images.load, root=pictures.root(place)))  # opened before, so it has one
+        thumbnail(pictures.name(place), partial(decode.load, root=pictures.root(place)))  # opened before, so it has one
         for place in places
     ]
     names = ", ".join(map(pictures.name, places))

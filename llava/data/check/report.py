@@ -14,10 +14,10 @@ import numpy as np
 
 from llava.data.check.duplicates import find_repeated_rows, find_same_pictures
 from llava.data.check.findings import AGAINST, FILE, Finding, Findings
-from llava.data.check.leakage import find_leaks, num_persons
-from llava.data.check.ledger import GROUP_FIELDS, Ledger, NameStore, view
-from llava.data.check.near import find_near_duplicates
-from llava.data.check.pictures import Pictures
+from llava.data.check.images import Pictures
+from llava.data.check.near_duplicates import find_near_duplicates
+from llava.data.check.overlap import find_leaks, num_persons
+from llava.data.check.row_index import GROUP_FIELDS, Ledger, NameStore, view
 from llava.data.check.rules import NOT_TRAINABLE, RULES
 from llava.data.check.scan import Scan, scan_file
 from llava.data.check.tokens import TokenBudget

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from llava.answer_types import is_closed
 from llava.data.placing import with_places
 from llava.data.records import read_default
 from llava.errors import DataError
 from llava.samples import CONVERSATION_KEYS, Sample, from_row, name_of, read_images
+from llava.scoring.decisions import is_closed
 
 _ANY_TURN = [{"from": "human", "value": "?"}]
 

@@ -14,7 +14,7 @@ from typing import Any
 from llava.data.check.balance import Balance
 from llava.data.check.findings import Findings
 from llava.data.check.identifiers import identifier_rules
-from llava.data.check.ledger import Ledger, field_key
+from llava.data.check.row_index import Ledger, field_key
 from llava.data.check.rows import RowView, view_row
 from llava.data.check.stream import stream_rows
 from llava.utils.log import progress

@@ -6,8 +6,8 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from llava.data.fetching.addresses import check_base, split_bases
-from llava.data.fetching.client import NetworkOptions
+from llava.data.download.client import NetworkOptions
+from llava.data.download.url_policy import check_base, split_bases
 from llava.utils.cli import Parser
 
 DEFAULTS = NetworkOptions()

@@ -11,9 +11,9 @@ import os
 import shutil
 from pathlib import Path
 
-from llava.data.fetching.archives import plain_name
-from llava.data.images import content_digest
+from llava.data.download.archives import plain_name
 from llava.errors import DataError
+from llava.imaging.decode import content_digest
 from llava.utils.log import warn_once
 
 logger = logging.getLogger(__name__)

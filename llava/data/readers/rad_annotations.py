@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import IMAGE_TOKEN
+from llava.data.converters.base import Job
+from llava.data.converters.dataset_cards import ANNOTATIONS
+from llava.data.converters.items import Event, Excluded, Item
+from llava.data.converters.tables import Row, cell, read_table
 from llava.data.quarantine import BadRow
-from llava.data.readers.cards import ANNOTATIONS
-from llava.data.readers.items import Event, Excluded, Item
-from llava.data.readers.program import Job
 from llava.data.readers.report_prompts import FRONTAL, first_text, question
-from llava.data.readers.tables import Row, cell, read_table
 from llava.errors import DataError
 from llava.samples import Origin
 from llava.utils.lookup import lookup

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from llava.data.fetching.archives import Archive, Limits, plain_name
+from llava.data.download.archives import Archive, Limits, plain_name
 from llava.errors import ArchiveError, DataError
 from llava.utils.jsonl import write_atomic
 from llava.utils.log import progress

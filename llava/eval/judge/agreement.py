@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava.errors import DataError
-from llava.eval.judge.rated import Rated
+from llava.eval.judge.scores import Rated
 from llava.eval.text_table import Cell, simple_table
 from llava.utils.bootstrap import confidence_interval
 

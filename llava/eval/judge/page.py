@@ -12,12 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from llava.data.images import load
 from llava.eval.judge.agreement import MEASURES
-from llava.eval.judge.rated import Rated
+from llava.eval.judge.scores import Rated
 from llava.eval.medvqa.report import figure, interval
-from llava.utils.html_page import page, table, thumbnail
+from llava.imaging.decode import load
 from llava.utils.jsonl import read_records, write_atomic
+from llava.utils.reporting import page, table, thumbnail
 
 
 def write_scores_page(

@@ -7,7 +7,7 @@ reads clean text, and a reply counts only when it holds two scores on the scale.
 from __future__ import annotations
 
 from llava.errors import ConfigError
-from llava.eval.medvqa.scores import Defect, parse_defects
+from llava.eval.medvqa.metrics import Defect, parse_defects
 from llava.utils.lookup import lookup
 
 DEFECTS: dict[str, Defect] = {

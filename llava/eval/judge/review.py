@@ -15,10 +15,10 @@ from typing import Any
 
 from llava.errors import ConfigError
 from llava.eval.judge.cases import Case
-from llava.eval.judge.parsing import PARSERS, Scores, Unreadable, parser_of
 from llava.eval.judge.prompts import ORDERS, TEMPLATES, Messages, again, messages_of
 from llava.eval.judge.published import REPLY_KEYS
-from llava.eval.judge.store import Judge, Reply
+from llava.judging.parsing import PARSERS, Scores, Unreadable, parser_of
+from llava.judging.store import Judge, Reply
 from llava.utils import log
 from llava.utils.lookup import lookup
 

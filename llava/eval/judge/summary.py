@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.eval.estimates import Draws
+from llava.eval.intervals import Draws
 from llava.eval.judge.cases import DOMAINS
-from llava.eval.judge.rated import Rated
+from llava.eval.judge.scores import Rated
 from llava.eval.medvqa.report import figure, interval
 from llava.eval.text_table import Cell, simple_table
 from llava.utils.bootstrap import LEVEL, percentiles

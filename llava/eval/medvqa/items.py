@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.answer_types import is_closed
 from llava.errors import DataError
 from llava.samples import Sample, describe, from_row, name_of
+from llava.scoring.decisions import is_closed
 from llava.utils.jsonl import read_records, read_text
 
 MAX_NAMED_IDS = 10

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
-from llava.eval.controls import Majority, by_type, check_same_questions, compare_sets, majority_items
-from llava.eval.estimates import Draws, Score
+from llava.eval.intervals import Draws, Score
+from llava.eval.medvqa.controls import Majority, by_type, check_same_questions, compare_sets, majority_items
 from llava.eval.medvqa.items import Item
-from llava.eval.medvqa.scores import METRIC_VERSION, PUBLISHED, Program, legacy_scores
+from llava.eval.medvqa.metrics import METRIC_VERSION, PUBLISHED, Program, legacy_scores
 from llava.eval.medvqa.strict import is_unparsable, strict_scores
 from llava.eval.text_table import Cell, simple_table
 from llava.utils.bootstrap import LEVEL

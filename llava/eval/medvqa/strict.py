@@ -6,11 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from llava.answer_types import DECISIONS, decision
-from llava.eval.estimates import Score
+from llava.eval.intervals import Score
 from llava.eval.medvqa.items import Item
-from llava.eval.medvqa.normalize import normalize
-from llava.eval.medvqa.scores import token_overlap
+from llava.eval.medvqa.metrics import token_overlap
+from llava.scoring.decisions import DECISIONS, decision
+from llava.scoring.normalize import normalize
 
 
 def is_unparsable(item: Item) -> bool:

@@ -12,7 +12,7 @@ from llava.data.check.identifiers import identifier_rules
 from llava.data.check.page import write_page
 from llava.data.check.report import as_data, check
 from llava.data.check.summary import summary
-from tests.data.check.files import row, write_rows
+from tests.support.check_files import row, write_rows
 
 
 @pytest.mark.parametrize(

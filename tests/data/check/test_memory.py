@@ -6,9 +6,9 @@ import tracemalloc
 from pathlib import Path
 
 from llava.data.check.findings import Findings
-from llava.data.check.ledger import GROUP_FIELDS, Ledger, NameStore
+from llava.data.check.row_index import GROUP_FIELDS, Ledger, NameStore
 from llava.data.check.scan import scan_file
-from tests.data.check.files import row, write_rows
+from tests.support.check_files import row, write_rows
 
 
 def kept_bytes(tmp_path: Path, num_rows: int, *, compares: bool) -> int:

@@ -14,7 +14,7 @@ from llava.data.check.rules import RULES
 from llava.data.placing import with_places
 from llava.data.records import read_default
 from llava.errors import DataError
-from tests.data.check.files import check_rows, row
+from tests.support.check_files import check_rows, row
 
 TURNS = row(0)["conversations"]
 HUMAN, GPT = TURNS

@@ -17,7 +17,7 @@ from llava.data.check.rows import view_row
 from llava.data.check.stream import form_of, stream_rows
 from llava.data.records import rows_of
 from llava.errors import DataError
-from tests.data.check.files import row
+from tests.support.check_files import row
 
 ROWS: list[Any] = [{"id": 1, "text": 'é\u2028 ] } , \\ " 😀'}, {"n": [1.5, float("inf"), 10**30]}, 12, -7, "x", []]
 """Values of every kind; numbers may go on where a piece ends."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llava.errors import DataError
 from llava.eval.judge import agreement
-from llava.eval.judge.rated import Rated
+from llava.eval.judge.scores import Rated
 
 scores = st.integers(1, 10)
 

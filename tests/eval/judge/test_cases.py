@@ -14,7 +14,7 @@ from llava.errors import ConfigError, DataError
 from llava.eval.judge.cases import asked, domains_of, image_of, read_cases
 from llava.eval.judge.prompts import TEMPLATES, again, context, messages_of
 from llava.eval.judge.published import DEFECTS, RELEASES, chosen_defects
-from tests.eval.judge.judges import answer, question, write_lines
+from tests.support.judges import answer, question, write_lines
 
 TEMPLATE = TEMPLATES["chat-v1"]
 

@@ -10,8 +10,8 @@ from llava.errors import ConfigError, DataError
 from llava.eval.judge.cases import Case, read_cases
 from llava.eval.judge.prompts import Messages
 from llava.eval.judge.review import NOT_ANSWERED, Settings, num_to_ask, review, score_row
-from llava.eval.judge.store import Judge, Store, ask_nobody
-from tests.eval.judge.judges import FakeJudge, answer, lines, question, write_lines
+from llava.judging.store import Judge, Store, ask_nobody
+from tests.support.judges import FakeJudge, answer, lines, question, write_lines
 
 
 def cases(tmp_path: Path, number: int = 4, **metadata: str) -> list[Case]:

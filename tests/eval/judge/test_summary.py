@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.errors import ConfigError, DataError
-from llava.eval.judge.rated import Rated, read_rated
+from llava.eval.judge.scores import Rated, read_rated
 from llava.eval.judge.summary import groups_of, interval_table, published_table, review_text, summarise
-from tests.eval.judge.judges import question, write_lines
+from tests.support.judges import question, write_lines
 
 
 def rated(number: int, kind: str, domains: tuple[str, ...], scores: tuple[float, float] | None) -> Rated:

@@ -18,14 +18,14 @@ from transformers import AutoModel
 
 from llava.errors import CheckpointError, ConfigError
 from llava.image_processors import OpenClipImageProcessorPil, load_image_processor
-from llava.model.building import build
-from llava.model.checkpoint import save_model
-from llava.model.loading import load
+from llava.model.builder import build
+from llava.model.checkpoint.load import load
+from llava.model.checkpoint.save import save_model
 from llava.model.multimodal_encoder.open_clip_encoder import convert, files, trunks
 from llava.model.multimodal_encoder.open_clip_encoder.key_map import rules, to_open_clip
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import TRUNKS, Trunk, trunk_config
 from llava.model.multimodal_encoder.towers import load_tower, num_patches, tower_image_processor
-from tests.tiny import tiny_image, write_tiny_lm
+from tests.support.tiny import tiny_image, write_tiny_lm
 
 SMALL = {"scaled": Trunk(14, 32, 3, 4, layer_scale=True), "plain": Trunk(14, 32, 3, 4, layer_scale=False)}
 """Trunks of the two published families with two by two patches at 28 pixels."""

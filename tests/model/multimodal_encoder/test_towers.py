@@ -27,7 +27,7 @@ from llava.model.multimodal_encoder.towers import (
     num_patches,
     tower_image_processor,
 )
-from tests.tiny import TOWERS, tiny_llava, write_tiny_lm, write_tiny_tower
+from tests.support.tiny import TOWERS, tiny_llava, write_tiny_lm, write_tiny_tower
 
 PIXELS = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0)) - 0.5
 

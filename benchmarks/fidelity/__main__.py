@@ -1,0 +1,122 @@
+"""How far this package is from what the original projects computed: one line per recorded quantity.
+
+    python -m benchmarks.fidelity --oracles DIR [--compat LIST]
+
+What a folder holds is found by its files: each kind of file has its check. A line says folder, quantity, largest
+difference, `ok`, `FAIL` or `skipped` with the reason. The exit status is 1 if a line fails, or says no reason.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import machine, quiet, say
+from benchmarks.fidelity import answers, images, numbers, runs, texts
+from benchmarks.fidelity.folder import Line, Oracle
+from llava.compat import COMPAT, parse_names, table
+from llava.errors import ConfigError
+from llava.utils.cli import Parser, run_program
+
+Check = Callable[[Oracle], Iterator[Line]]
+
+CHECKS: Mapping[str, Check] = {
+    "forward.npz": numbers.forward,
+    "lora_forward.npz": numbers.adapter,
+    "grads.json": numbers.gradients,
+    "prompts.json": texts.prompts,
+    "preprocess.json": texts.preprocessing,
+    "image_preprocess.npz": images.preprocessing,
+    "anyres.json": images.tile_grids,
+    "image_keep_shapes.json": images.kept_shapes,
+    "generate.json": answers.generation,
+    "questions.jsonl": answers.answer_file,
+    "tower.npz": images.tower,
+    "cluster_projector.npz": images.cluster_projector,
+    "train_log.json": runs.trajectories,
+    "vit_lora_note.json": runs.tower_adapter,
+    "expected_metrics.json": runs.scores,
+}
+"""What compares the numbers of a file, by its name."""
+
+NOT_BUILT = {
+    "dpo.json": "preference training is not built yet",
+    "dpo.npz": "preference training is not built yet",
+    "dpo_metrics.json": "preference training is not built yet",
+}
+"""Numbers that nothing of this package computes so far."""
+
+INPUTS = ("data.json", "train.json", "pretrain.json", "forward_meta.json")
+"""Files that the checks read beside the numbers they compare; those named in a configuration are found by it."""
+
+NUMBERS = (".npz", ".json")
+
+
+def checked(folder: Path, compat: frozenset[str]) -> Iterator[Line]:
+    """Compare everything that a folder recorded; names of `compat` may explain a number."""
+    oracle = Oracle(folder, compat)
+    for name in sorted(path.name for path in folder.iterdir() if path.suffix in NUMBERS or path.name in CHECKS):
+        if name in CHECKS:
+            yield from _safely(CHECKS[name], oracle, name)
+        elif name in NOT_BUILT:
+            yield Line(name, None, "skipped", NOT_BUILT[name])
+        elif name not in INPUTS and not oracle.is_input(name):
+            yield Line(name, None, "skipped")
+
+
+def _safely(check: Check, oracle: Oracle, name: str) -> Iterator[Line]:
+    """The lines of a check; whatever stops it is a failed line."""
+    try:
+        yield from check(oracle)
+    except Exception as error:  # a check that breaks must not hide the others
+        first = (str(error).splitlines() or [""])[0]
+        yield Line(name, None, "FAIL", f"{type(error).__name__}: {first}")
+
+
+def report(root: Path, compat: frozenset[str] = frozenset(COMPAT)) -> int:
+    """Print every line of every folder below `root`, or of `root` itself; return the exit status.
+
+    Raises:
+        ConfigError: there is nothing to compare.
+    """
+    folders = [path for path in [root, *sorted(root.iterdir())] if path.is_dir() and _is_oracle(path)]
+    if not folders:
+        raise ConfigError(f"{root} holds no folder of recorded numbers; expected files such as {', '.join(CHECKS)}")
+    counts = {"ok": 0, "FAIL": 0, "skipped": 0}
+    unexplained = 0
+    for folder in folders:
+        for line in checked(folder, compat):
+            counts[line.status] += 1
+            unexplained += line.status == "skipped" and not line.note
+            figure = "-" if line.difference is None else f"{line.difference:.1e}"
+            say(f"{folder.name:24} {line.quantity:44} {figure:>8} {line.status:8} {line.note}".rstrip())
+    say(f"{counts['ok']} ok, {counts['FAIL']} FAIL, {counts['skipped']} skipped ({unexplained} without a reason)")
+    return int(bool(counts["FAIL"] or unexplained))
+
+
+def _is_oracle(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (*CHECKS, *NOT_BUILT))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = Parser(description="Compare this package with recorded numbers of the original projects.")
+    parser.add_argument("--oracles", type=Path, required=True, help="folder of folders of recorded numbers")
+    parser.add_argument("--compat", default="all", help="what may explain a number: names, `all`, `none`, or `list`")
+    args = parser.parse_args(argv)
+    if args.compat == "list":
+        say(table())
+        return
+    if not args.oracles.is_dir():
+        raise ConfigError(f"--oracles {args.oracles} is no folder")
+    torch.set_num_threads(1)
+    say(machine())
+    with quiet():
+        sys.exit(report(args.oracles, parse_names(args.compat)))
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,221 @@
+"""Recorded pixels, hidden states of a tower, and values of the cluster projector."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.fidelity.folder import Differences, Line, Oracle, loaded_from, within
+from benchmarks.fidelity.gradient_terms import gradient_terms
+from benchmarks.fidelity.published import counted_patches
+from llava.imaging.anyres import Size, best_size, keep_size, parse_pinpoints
+from llava.imaging.decode import fit, mean_color
+from llava.model.cluster_projector import ClusterProjector
+from llava.processing import LlavaMedProcessor
+
+PIXEL_TOLERANCE = 1e-6
+STATE_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 5e-6
+"""Of gradient norms, relative to the norm of their terms' absolute sums.
+
+Assignments of the cluster projector start out nearly even, so the gradient of the bias before them is a small rest of
+terms that cancel; its rounding is that of the terms and differs between CPUs by 1.1e-5 of what is left. Two runs of
+sums of about 1,500 terms (widths, centers, positions one after the other) differ by 2 * 2^-24 * sqrt(1500) of them.
+"""
+
+MODES = {"none": "square", "": "square", "pad_lo": "pad", "pad_hi": "pad"}
+"""Our image mode for each recorded way that is called otherwise."""
+
+SHIFTED = "pad_hi"
+"""One of two paddings between which an original draws, the one that ours never makes; the other one is `pad_lo`."""
+
+GREY = "_Lmode"
+"""Ends the name of a way in which a grey picture was passed without conversion."""
+
+COUNTS = "keep_n_patch_tokens"
+"""Begins the names of recorded numbers of tokens."""
+
+SIZES_IN_README = "grid pinpoints"
+"""What stands before the recorded sizes of tiles, in the description of the folder."""
+
+
+def preprocessing(oracle: Oracle) -> Iterator[Line]:
+    """`image_preprocess.npz`: arrays `MODE/FILE`, or `FILE` alone."""
+    arrays = oracle.arrays("image_preprocess.npz")
+    for mode, names in _by_mode(arrays.files).items():
+        prefix = f"{mode}/" if mode else ""
+        if mode == COUNTS:
+            yield _counts(oracle, {name: int(arrays[prefix + name]) for name in names})
+        else:
+            yield _pixels(oracle, mode, {name: arrays[prefix + name] for name in names})
+
+
+def _by_mode(keys: Iterable[str]) -> dict[str, list[str]]:
+    ways: dict[str, list[str]] = {}
+    for key in keys:
+        mode, _, name = key.rpartition("/")
+        ways.setdefault(mode, []).append(name)
+    return ways
+
+
+def _pixels(oracle: Oracle, way: str, recorded: dict[str, Any]) -> Line:
+    """Compare the pictures of one way; names of `llava.compat` may explain one that differs."""
+    found, explained = Differences(), Counter[str]()
+    mode = way.removesuffix(GREY)
+    with image_mode(oracle, MODES.get(mode, mode)) as processor:
+        for name, theirs in recorded.items():
+            with Image.open(oracle.path / "images" / name) as picture:
+                ours = processor.picture(picture).numpy()
+                reasons, original = _as_published(processor, picture, way)
+            if not _is_near(ours, theirs) and _is_near(original, theirs) and reasons <= oracle.compat:
+                ours = original
+                explained.update(reasons)
+            found.add(ours, theirs)
+    note = ", ".join([f"{len(recorded)} pictures", *(f"{count} {reason}" for reason, count in explained.items())])
+    return within(f"image preprocessing {way}".rstrip(), found.largest, PIXEL_TOLERANCE, note)
+
+
+def _is_near(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    return ours.shape == theirs.shape and bool(np.abs(ours - theirs).max() <= PIXEL_TOLERANCE)
+
+
+def _as_published(processor: LlavaMedProcessor, picture: Image.Image, way: str) -> tuple[frozenset[str], np.ndarray]:
+    """What the original of a way makes of a picture, and the names of what is wrong with it."""
+    reasons, fill = set(), mean_color(processor.image_processor.image_mean)
+    if way.startswith(SHIFTED):
+        reasons.add("random_padding")
+    if way.endswith(GREY):
+        reasons.add("grey_padding")
+        fill = (round(sum(fill) / len(fill)),) * 3
+    mode = processor.image_mode if processor.image_mode != "anyres" else "square"
+    shaped = fit(picture, mode, size=processor.image_size, fill=fill, shift="random_padding" in reasons)
+    pixels: np.ndarray = processor.image_processor(images=[shaped], return_tensors="np")["pixel_values"][0]
+    return frozenset(reasons), pixels
+
+
+@contextmanager
+def image_mode(oracle: Oracle, mode: str) -> Iterator[LlavaMedProcessor]:
+    """The processor of the folder's first model in some image mode; tiles are those that the folder names."""
+    processor = _loaded(oracle).processor
+    usual = processor.image_mode
+    processor.use_image_mode(mode, pinpoints=pinpoints(oracle) if mode == "anyres" else None)
+    try:
+        yield processor
+    finally:
+        processor.use_image_mode(usual)
+
+
+def pinpoints(oracle: Oracle) -> list[Size] | None:
+    """Sizes that pictures may be tiled to: of a model's configuration, else of the folder's description."""
+    configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in oracle.models]
+    if given := [config["image_grid_pinpoints"] for config in configs if config.get("image_grid_pinpoints")]:
+        return list(parse_pinpoints(given[0], 0))
+    text = (oracle.path / "README.md").read_text(encoding="utf-8") if oracle.has("README.md") else ""
+    sizes = re.findall(r"(\d+)x(\d+)", text.partition(SIZES_IN_README)[2].partition("\n")[0])
+    return [(int(width), int(height)) for width, height in sizes] or None
+
+
+def tile_grids(oracle: Oracle) -> Iterator[Line]:
+    """`anyres.json`: for each picture the size that was chosen for its tiles, and their columns and rows."""
+    wrong = []
+    with image_mode(oracle, "anyres") as processor:
+        grid = processor.image_grid
+        for name, recorded in oracle.json("anyres.json").items():
+            size = _size(oracle, name)
+            if (list(best_size(size, grid.pinpoints)), list(grid.shape(size))) != (recorded["best"], recorded["grid"]):
+                wrong.append(name)
+    num = len(oracle.json("anyres.json"))
+    yield Line("tile grids", float(len(wrong)), "FAIL" if wrong else "ok", ", ".join([f"{num} pictures", *wrong]))
+
+
+def kept_shapes(oracle: Oracle) -> Iterator[Line]:
+    """`image_keep_shapes.json`: shape of the pixels, and number of tokens, of each picture in mode `keep`."""
+    recorded, wrong, shapes = oracle.json("image_keep_shapes.json"), [], 0
+    with image_mode(oracle, "keep") as processor:
+        for key, shape in recorded.items():
+            mode, _, name = key.rpartition("/")
+            if mode == COUNTS:
+                continue
+            shapes += 1
+            with Image.open(oracle.path / "images" / name) as picture:
+                wrong += [] if list(processor.picture(picture).shape) == shape else [name]
+    note = ", ".join([f"{shapes} pictures", *wrong])
+    yield Line("shapes of mode keep", float(len(wrong)), "FAIL" if wrong else "ok", note)
+    if counts := {key.rpartition("/")[2]: num for key, num in recorded.items() if key.startswith(COUNTS)}:
+        yield _counts(oracle, counts)
+
+
+def _counts(oracle: Oracle, recorded: dict[str, int]) -> Line:
+    """Compare numbers of tokens in mode `keep`: ours are the patches that the tower sees."""
+    found, wrong = Counter[str](), []
+    with image_mode(oracle, "keep") as processor:
+        for name, theirs in recorded.items():
+            size = _size(oracle, name)
+            width, height = keep_size(size)
+            if processor.image_grid.count(size) == theirs:
+                found["equal"] += 1
+            elif "counted_patches" in oracle.compat and counted_patches(width, height, processor) == theirs:
+                found["counted_patches"] += 1
+            else:
+                wrong.append(name)
+    note = ", ".join([*(f"{count} {what}" for what, count in found.items()), *wrong])
+    return Line("tokens in mode keep", float(len(wrong)), "FAIL" if wrong else "ok", note)
+
+
+def _size(oracle: Oracle, name: str) -> Size:
+    with Image.open(oracle.path / "images" / name) as picture:
+        return picture.size
+
+
+def _loaded(oracle: Oracle) -> Any:
+    return loaded_from(oracle.path, str(oracle.models[0].relative_to(oracle.path)))
+
+
+def tower(oracle: Oracle) -> Iterator[Line]:
+    """`tower.npz`: all hidden states of each picture, and the patches that the projector gets."""
+    arrays, loaded = oracle.arrays("tower.npz"), _loaded(oracle)
+    states, selected = Differences(), Differences()
+    network = loaded.model.model.vision_tower
+    for number, name in enumerate(arrays["names"]):
+        with Image.open(oracle.path / "images" / str(name)) as picture, torch.no_grad():
+            pixels = loaded.processor.pixels([picture])
+            output = network(pixels, output_hidden_states=True)
+            states.add(torch.stack(output.hidden_states)[:, 0].numpy(), arrays["hidden_states"][:, number])
+            selected.add(loaded.model.tower_features(pixels)[0].numpy(), arrays["selected_patch"][number])
+    yield within("tower hidden states", states.largest, STATE_TOLERANCE, f"{states.num_compared} values")
+    yield within("tower features", selected.largest, STATE_TOLERANCE, f"{selected.num_compared} values")
+
+
+def cluster_projector(oracle: Oracle) -> Iterator[Line]:
+    """`cluster_projector.npz`: output and gradients of each configuration."""
+    arrays = oracle.arrays("cluster_projector.npz")
+    for name in dict.fromkeys(key.split("/", 1)[0] for key in arrays.files):
+        vision, text, num_centers, num_iters, *_ = arrays[f"{name}/cfg"].tolist()
+        projector = ClusterProjector(vision, text, num_centers=num_centers, num_iters=num_iters)
+        prefix = f"{name}/w/"
+        weights = {key.removeprefix(prefix): arrays[key] for key in arrays.files if key.startswith(prefix)}
+        projector.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
+        values, norms = Differences(), Differences()
+        with gradient_terms(projector) as terms:
+            output = projector(torch.from_numpy(arrays[f"{name}/x"]))
+            (output**2).sum().backward()
+        values.add(output.detach().numpy(), arrays[f"{name}/out"])
+        for key, parameter in projector.named_parameters():
+            if f"{name}/grad_none/{key}" in arrays.files:
+                norms.add(int(parameter.grad is None), 1)
+                continue
+            recorded = float(arrays[f"{name}/grad_norm/{key}"])
+            mine = np.nan if parameter.grad is None else float(parameter.grad.norm())
+            size = float(terms[key].norm()) if key in terms else recorded
+            norms.add(mine / size, recorded / size)
+        yield within(f"cluster projector {name}", values.largest, PIXEL_TOLERANCE, f"{values.num_compared} values")
+        note = f"{norms.num_compared} norms, relative to their terms"
+        yield within(f"cluster projector gradients {name}", norms.largest, GRADIENT_TOLERANCE, note)

@@ -1,0 +1,316 @@
+"""Replay of training runs that the original projects recorded: same starting weights, same rows, our trainer.
+
+train_log.json (command line, row order), init/, base_llm/ --our trainer--> loss of every micro-batch, last weights
+                                                                            | differences
+                                               recorded losses and out/RUN -+
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, set_seed
+
+from benchmarks.fidelity import grown_vocabulary
+from benchmarks.fidelity.counted_masks import CountedMaskDataset
+from benchmarks.fidelity.recorded_weights import current_name, differences, put, shares
+from benchmarks.fidelity.shifted_images import ShiftedImages
+from benchmarks.fidelity.weight_bounds import WeightBounds
+from llava.data.collator import StepLoader
+from llava.data.flat_batch import FlatBatch
+from llava.data.samplers import Step, StepSampler
+from llava.model.builder import Loaded
+from llava.model.checkpoint.load_parts import load_projector, read_tensors
+from llava.train.data import open_data
+from llava.train.model import open_model
+from llava.train.objectives.base import Objective, ObjectiveOutput
+from llava.train.parsing import Parsed, parse
+from llava.train.run import layout_of, make_collator, make_trainer, prepare
+
+LOG_FILE = "train_log.json"
+
+IMAGE_MARK = -200
+"""The originals' id of an image place holder."""
+
+PATHS = ("model_name_or_path", "vision_tower", "vision_tower_config", "vision_tower_checkpoint", "image_folder")
+"""Options of the recorded command lines that name files beside the log."""
+
+DROPPED = (
+    "no_cuda",
+    "loader",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "pretrain_mm_mlp_adapter",
+    "data_aug",
+    "sq_r",
+)
+"""Recorded options that decide nothing here: devices, saving, and what the recorded starting weights replace."""
+
+CUT_BEFORE_IMAGES = ("loader", "sq_r")
+"""Options that only LLaVA-Rad's and STLLaVA-Med's trainers have, which cut rows before images were put in."""
+
+MED_1_0_TEMPLATES = {"v0": "default", "v1": "vicuna_v1_1"}
+"""LLaVA-Med 1.0's versions, by the name of the template that each trains."""
+
+MAX_ATTEMPTS, CLOSE_ENOUGH = 8, 1e-6
+"""For a starting row that has to be found."""
+
+LOSS_TOLERANCE = 1e-5
+"""Of a micro-batch's loss, about 7: 20 units in the last place of float32, of a mean over tokens of one batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A replayed run.
+
+    Attributes:
+        losses: of every micro-batch, ours.
+        recorded: of every micro-batch, the original's.
+        weights: largest difference to the original's last weights, by name.
+        shares: the same in units of what rounding allows each weight, see `benchmarks.fidelity.weight_bounds`: at most 1.
+        bounds: of every entry of the trained weights, by our name.
+        trained: our last weights, by our name.
+        head_row: the starting row of the head that had to be found, where one was random.
+    """
+
+    losses: list[float]
+    recorded: list[float]
+    weights: dict[str, float]
+    shares: dict[str, float]
+    bounds: dict[str, Tensor]
+    trained: dict[str, Tensor]
+    head_row: Tensor | None = None
+
+    @property
+    def loss_difference(self) -> float:
+        """Largest difference of a micro-batch's loss."""
+        return max(abs(ours - theirs) for ours, theirs in zip(self.losses, self.recorded, strict=True))
+
+    @property
+    def projector_share(self) -> float:
+        """Largest difference of a weight of the projector in units of its bound."""
+        return max(value for name, value in self.shares.items() if "mm_projector" in name)
+
+
+class RecordedOrder(StepSampler):
+    """The rows of a recorded run, step by step; its epochs are one here.
+
+    Args:
+        order: row numbers as they were fetched, at least as many as were trained on.
+        num_rows: rows of the data set; no micro-batch holds rows of two epochs.
+        micro_batch: rows of a micro-batch.
+        accumulation: micro-batches of a step.
+        num_steps: steps that were made.
+    """
+
+    def __init__(
+        self, order: Sequence[int], num_rows: int, *, micro_batch: int, accumulation: int, num_steps: int
+    ) -> None:
+        super().__init__(num_rows, micro_batch * accumulation)
+        epochs = [order[start : start + num_rows] for start in range(0, len(order), num_rows)]
+        micro = [list(epoch[at : at + micro_batch]) for epoch in epochs for at in range(0, len(epoch), micro_batch)]
+        grouped = [micro[at : at + accumulation] for at in range(0, num_steps * accumulation, accumulation)]
+        self.steps = [[row for part in group for row in part] for group in grouped]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def plan(self, generator: torch.Generator) -> Iterator[Step]:
+        """Yield the recorded steps."""
+        return iter([[rows] for rows in self.steps])
+
+
+class Recording:
+    """An objective that also remembers the loss of every row, which is one micro-batch here."""
+
+    def __init__(self, objective: Objective, accumulation: int) -> None:
+        self.objective = objective
+        self.accumulation = accumulation
+        self.losses: list[float] = []
+
+    def __call__(self, model: Any, batch: FlatBatch, *, num_items: Tensor) -> ObjectiveOutput:
+        """Compute as the objective does."""
+        output = self.objective(model, batch, num_items=num_items)
+        self.losses.append(float(output.loss.detach()) * self.accumulation)
+        return output
+
+
+def runs(folder: Path) -> dict[str, str | None]:
+    """The runs that a folder recorded, each with the reason why it cannot be replayed, or None."""
+    logs = json.loads((folder / LOG_FILE).read_text(encoding="utf-8"))
+    return {run: _not_built(_options(log["argv"])) for run, log in sorted(logs.items())}
+
+
+def _not_built(options: Mapping[str, str]) -> str | None:
+    if options.get("vit_lora_enable", "False") != "False":
+        return "LoRA on the vision tower is not built yet"
+    if float(options.get("sq_r", "0")) > 0:
+        return "self-questioning is not built yet"
+    return None
+
+
+def replay(folder: Path, run: str, scratch: Path, *, loss_normalization: str = "micro_batches") -> Replay:
+    """Train as the recorded run did.
+
+    Args:
+        folder: with `train_log.json` and the files it names.
+        run: key of the log; its starting weights are `init/RUN.bin`.
+        scratch: an empty folder for what the run writes.
+        loss_normalization: `tokens` trains with this package's default instead.
+    """
+    log = json.loads((folder / LOG_FILE).read_text(encoding="utf-8"))[run]
+    options = _options(log["argv"])
+    base, final = folder / options["model_name_or_path"], folder / options["output_dir"]
+    init = folder / "init" / f"{run}.bin"
+    options["loss_normalization"] = loss_normalization
+    job = _Job(folder, scratch, options, log["order"], init)
+    if options["version"] == "v1_sq":
+        text = system_text(log["first_input_ids"][0][0], base)
+        (scratch / "system.txt").write_text(text, encoding="utf-8")
+        options |= {"version": "v1", "system_file": str(scratch / "system.txt")}
+    if not grown_vocabulary.is_grown(final):
+        return _compared(_run(job), log["micro_losses"], final)
+    # One row of the head was random and is not recorded: it is the one from which the run ends as it was recorded.
+    start = grown_vocabulary.Start(base, final)
+    for attempt in range(MAX_ATTEMPTS):
+        options["model_name_or_path"] = str(start.write(scratch / f"lm-{attempt}"))
+        ended = _run(replace(job, med_1_0=True))
+        if start.correct(ended.trained) < CLOSE_ENOUGH:
+            break
+    head = current_name(grown_vocabulary.HEAD)
+    if head in ended.bounds:  # that row is known as well as it was found
+        ended.bounds[head][start.patch] += CLOSE_ENOUGH
+    return replace(_compared(ended, log["micro_losses"], final), head_row=start.head_row)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """A finished run: losses of the micro-batches, last value of every trained weight and how exact it can be."""
+
+    losses: list[float]
+    trained: dict[str, Tensor]
+    bounds: dict[str, Tensor]
+
+
+def _compared(ended: _Ended, recorded: list[float], final: Path) -> Replay:
+    return Replay(
+        ended.losses,
+        recorded,
+        differences(ended.trained, final),
+        shares(ended.trained, final, ended.bounds),
+        ended.bounds,
+        ended.trained,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What a run needs: the log's folder, a scratch folder, options, row order, starting weights, and whose it is."""
+
+    folder: Path
+    scratch: Path
+    options: dict[str, str]
+    order: list[int]
+    init: Path
+    med_1_0: bool = False
+
+
+def _run(job: _Job) -> _Ended:
+    """Train once."""
+    parsed = parse(_command_line(job))
+    set_seed(parsed[2].seed)
+    loaded = open_model(*parsed)
+    if job.med_1_0:
+        loaded.processor.strip_around_images, loaded.processor.placement = True, "as_written"
+    load_projector(loaded.model, job.init)
+    network, kind = prepare(loaded, parsed[0], parsed[2])
+    put(network, {name: tensor for name, tensor in read_tensors(job.init).items() if "lora_" in name})
+    args = parsed[2]
+    rows = args.per_device_train_batch_size * args.requested_accumulation
+    bounds = WeightBounds(network, rows * args.model_max_length)
+    losses = _train(parsed, loaded, (network, kind), job, bounds)
+    return _Ended(
+        losses, {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}, bounds.bounds
+    )
+
+
+def _options(words: Sequence[str]) -> dict[str, str]:
+    """Pairs of option and value of a recorded command line; an option without one is switched on."""
+    found: dict[str, str] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name = word.removeprefix("--")
+            found[name] = "True"
+        else:
+            found[name] = word
+    return found
+
+
+def _rows(folder: Path, path: str, scratch: Path) -> Path:
+    """The data file; a path with a remark about images stands for the rows that have one."""
+    name, _, remark = path.partition(" ")
+    if not remark:
+        return folder / name
+    rows = [row for row in json.loads((folder / name).read_text(encoding="utf-8")) if "image" in row]
+    (scratch / name).write_text(json.dumps(rows), encoding="utf-8")
+    return scratch / name
+
+
+def _command_line(job: _Job) -> list[str]:
+    options, folder = job.options, job.folder
+    changed = {name: value for name, value in options.items() if name not in DROPPED}
+    for name in PATHS:
+        if name in changed and (folder / changed[name]).exists():
+            changed[name] = str(folder / changed[name])
+    changed |= {
+        "data_path": str(_rows(folder, options["data_path"], job.scratch)),
+        "output_dir": str(job.scratch / "run"),
+        "overwrite_output_dir": "True",
+        "save_strategy": "no",
+        "use_cpu": "True",
+        "image_counts_as_one": str(any(name in options for name in CUT_BEFORE_IMAGES)),
+    }
+    if job.med_1_0:
+        changed |= {"mm_use_im_patch_token": "True", "version": MED_1_0_TEMPLATES[options["version"]]}
+    return [word for name, value in changed.items() for word in (f"--{name}", value)]
+
+
+def _train(
+    parsed: Parsed, loaded: Loaded, trained: tuple[nn.Module, Any], job: _Job, bounds: WeightBounds
+) -> list[float]:
+    _, data_args, args = parsed
+    dataset = open_data(data_args.data_path, data_args.image_folder, data_args, args, loaded)
+    if job.med_1_0 and loaded.processor.template.form.closing:
+        limit, images = args.model_max_length, data_args.image_folder
+        dataset = CountedMaskDataset(dataset.samples, loaded.processor, image_folder=images, max_length=limit)
+    sampler = RecordedOrder(
+        job.order,
+        len(dataset),
+        micro_batch=args.per_device_train_batch_size,
+        accumulation=args.requested_accumulation,
+        num_steps=args.max_steps,
+    )
+    collator = replace(make_collator(dataset, loaded, layout_of(loaded, args), args), micro_batch=args.micro_batch)
+    if job.med_1_0:
+        collator = ShiftedImages.of(collator)
+    trainer = make_trainer(parsed, loaded, trained, StepLoader(sampler, collator), collator)
+    recording = Recording(trainer.objective, args.requested_accumulation)
+    trainer.objective = recording
+    trainer.add_callback(bounds)
+    trainer.train()
+    return recording.losses
+
+
+def system_text(ids: Sequence[int], language_model: Path) -> str:
+    """The system text at the start of recorded ids; without self-questioning `v1_sq` is `v1` with another one."""
+    until_image = list(ids)[1 : list(ids).index(IMAGE_MARK)] if IMAGE_MARK in ids else list(ids)[1:]
+    text = str(AutoTokenizer.from_pretrained(language_model).decode(until_image))
+    return text.split(" USER:", 1)[0].strip()

@@ -1,0 +1,120 @@
+"""`llava data check FILE`: can rows and pictures be trained on, and does a score on the other file mean anything?
+
+    llava data check train.json --images images --against test.json --html check.html --fix clean.json
+
+Ends with status 1 when there are errors (with --strict also for warnings), else 0. Nothing that it writes shows a text
+of the rows: findings name rows, rules and image files.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.data.check.findings import FILE
+from llava.data.check.fixing import write_fixed
+from llava.data.check.report import Report, as_data, check
+from llava.data.check.row_index import GROUP_FIELDS
+from llava.data.check.summary import summary
+from llava.errors import ConfigError
+from llava.utils import log
+from llava.utils.cli import Parser
+from llava.utils.files import refuse_overwriting
+from llava.utils.jsonl import write_json
+
+
+def make_parser() -> Parser:
+    """Return the parser of `llava data check`."""
+    parser = Parser(prog="llava data check", description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("file", type=Path, help="data file: a JSON array or JSON lines, plain or gzipped")
+    parser.add_argument("--images", type=Path, help="folder of its pictures; without it none is opened")
+    parser.add_argument("--against", type=Path, help="file that must share nothing with it: its test set")
+    parser.add_argument("--against_images", type=Path, help="folder of that file's pictures; default: --images")
+    parser.add_argument(
+        "--model", help="count tokens with this model's tokenizer: a trained model, or a language model"
+    )
+    parser.add_argument("--max_length", type=int, default=512, help="the --model_max_length to judge, in tokens")
+    parser.add_argument("--group_fields", nargs="+", default=GROUP_FIELDS, help="fields that name a patient or a study")
+    parser.add_switch("--strict", help="end with status 1 for warnings too")
+    parser.add_argument("--json", type=Path, help="write the whole result to this file, for programs")
+    parser.add_argument("--html", type=Path, help="write a page with small copies of the pictures to this file")
+    parser.add_argument("--fix", type=Path, help="write a copy without the rows that break a rule to this file")
+    parser.add_argument("--max_listed", type=int, default=1000, help="findings of one rule in words; rows are all kept")
+    parser.add_argument("--num_threads", type=int, help="threads that open pictures; default: one for each processor")
+    parser.add_argument("--version", default="vicuna_v1", help="template, where --model does not bring one")
+    parser.add_argument("--num_image_tokens", type=int, default=256, help="tokens of an image, likewise")
+    parser.add_switch("--mm_use_im_start_end", help="write start and end tokens around images, likewise")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check a data file.
+
+    Raises:
+        SystemExit: with status 1 when there are findings that say so.
+    """
+    args = make_parser().parse_args(argv)
+    log.setup()
+    _refuse(args)
+    report = check(
+        args.file,
+        images=args.images,
+        against=args.against,
+        against_images=args.against_images,
+        group_fields=args.group_fields,
+        max_listed=args.max_listed,
+        num_threads=args.num_threads,
+    )
+    if args.model:
+        _count_tokens(args, report)
+    _write(args, report)
+    status = report.exit_status(strict=args.strict)
+    if status:
+        raise SystemExit(status)
+
+
+def _refuse(args: Namespace) -> None:
+    """Refuse flags that mean nothing together, before anything is read.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if args.against_images and not (args.against and args.images):
+        raise ConfigError("--against_images needs --against FILE and --images DIR: pictures of both are compared")
+    for name in ("max_listed", "max_length", "num_threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {value}")
+    refuse_overwriting([args.file, args.against], {name: getattr(args, name) for name in ("fix", "json", "html")})
+
+
+def _count_tokens(args: Namespace, report: Report) -> None:
+    from llava.data.check.tokens import count_tokens
+    from llava.data.show import load_processor  # brings torch and transformers
+
+    processor = load_processor(args.model, args)
+    limit = args.max_length
+    report.tokens = count_tokens(
+        report.scans[FILE].path, processor, report.pictures, report.findings, model=args.model, limit=limit
+    )
+
+
+def _write(args: Namespace, report: Report) -> None:
+    """Write the summary, and the files that were asked for."""
+    sys.stdout.write(summary(report, strict=args.strict))
+    if args.json:
+        write_json(args.json, as_data(report, strict=args.strict))
+        sys.stdout.write(f"report: {args.json}\n")
+    if args.html:
+        from llava.data.check.page import write_page
+
+        write_page(args.html, report, strict=args.strict)
+        sys.stdout.write(f"page: {args.html}\n")
+    if args.fix:
+        fixed = write_fixed(report, args.fix)
+        rules = ", ".join(f"{rule} {count}" for rule, count in fixed.by_rule.items())
+        sys.stdout.write(
+            f"copy: {fixed.path}, {fixed.num_kept} rows; left out {fixed.num_dropped} ({rules or 'none'})\n"
+        )

@@ -1,0 +1,204 @@
+"""Every picture that the rows name, opened once: does it decode, and what identifies it.
+
+    names of both files --each once--> threads: read, decode, hash --> flat arrays, 45 bytes a picture
+
+A picture is the same as another when its file's bytes are, or when its decoded pixels are; it is nearly the same by
+its perceptual hash (`data.check.phash`). The small grey copies that confirm the latter wait in a temporary file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, NamedTuple, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava.data.check.digests import digest_bytes
+from llava.data.check.phash import SIDE, perceptual_hash, small_grey
+from llava.data.check.row_index import Ledger, NameStore, numbers, row_numbers, view
+from llava.errors import DataError, MissingDependency
+from llava.imaging import decode
+from llava.utils.log import progress
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+STATES = ("", "image-missing", "image-broken")
+"""What a picture is, as a number: it decodes, or the rule it breaks."""
+
+MAX_MESSAGES = 10_000
+"""Pictures whose errors are kept in words: with a wrong folder every picture is missing."""
+
+_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
+
+
+class Look(NamedTuple):
+    """What one file turned out to be; `rule` is empty for a picture that decodes."""
+
+    rule: str = ""
+    message: str = ""
+    content: int = 0
+    pixels: int = 0
+    hash: int = 0
+    width: int = 0
+    height: int = 0
+    kind: str = ""
+    small: bytes = b""
+
+
+def look(name: str, root: Path) -> Look:
+    """Return what the image `name` in folder `root` is."""
+    try:
+        data = decode.read_bytes(name, root)
+    except DataError as error:
+        return Look("image-missing", str(error))
+    try:
+        picture = decode.load(data)
+    except (DataError, MissingDependency) as error:
+        return Look("image-broken", _ADDRESS.sub("", str(error)).replace("given as bytes", name))
+    width, height = picture.size
+    small = small_grey(picture)
+    return Look(
+        content=digest_bytes(data),
+        pixels=digest_bytes(f"{width} x {height}\n".encode() + picture.tobytes()),
+        hash=perceptual_hash(small),
+        width=width,
+        height=height,
+        kind=decode.stored_as(data),
+        small=small.tobytes(),
+    )
+
+
+def in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], *, ahead: int) -> Iterator[R]:
+    """Yield `work(item)` of each item in order, with at most `ahead` of them waiting: results are not piled up."""
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+class Pictures:
+    """The distinct pictures of one or two files; a picture is called by its place here.
+
+    Args:
+        ledgers: the files' rows.
+        names: the image names that the ledgers point to.
+        roots: the image folder of each ledger; None does not open its pictures.
+
+    Attributes:
+        of_ref: for each ledger the place of every image that its rows name, in the order of `ledger.refs`.
+        opened: whether the pictures were looked at.
+    """
+
+    def __init__(self, ledgers: Sequence[Ledger], names: NameStore, roots: Sequence[Path | None]) -> None:
+        refs = np.concatenate([view(ledger.refs.digests) for ledger in ledgers])
+        places = np.concatenate([view(ledger.places) for ledger in ledgers])
+        _, first, inverse = np.unique(refs, return_index=True, return_inverse=True)
+        order = np.argsort(first, kind="stable")  # as they appear in the files, so that messages come in file order
+        rank = np.empty(len(order), dtype=np.int32)
+        rank[order] = np.arange(len(order), dtype=np.int32)
+        edges = np.cumsum([len(ledger.refs.digests) for ledger in ledgers])[:-1]
+        self.of_ref: list[NDArray[np.int32]] = np.split(rank[inverse], edges)
+        self._rows = [view(ledger.refs.rows) for ledger in ledgers]
+        self._sorted: list[tuple[NDArray[np.int32], NDArray[np.int32]] | None] = [None] * len(ledgers)
+        self.names = names
+        self.places = places[first[order]]
+        owner = np.searchsorted(edges, first[order], side="right").astype(np.uint8)
+        self.owners: NDArray[np.uint8] = owner
+        self.roots = roots
+        self.opened = False
+        self.contents, self.pixels, self.hashes = numbers(), numbers(), numbers()
+        self.widths, self.heights, self.kinds = row_numbers(), row_numbers(), array("B")
+        self.kind_names: list[str] = []
+        self.states = array("B")
+        self._messages: dict[int, str] = {}
+        self._small: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, place: int) -> str:
+        """Return the name of a picture, as the rows write it."""
+        return self.names.get(int(self.places[place]))
+
+    def root(self, place: int) -> Path | None:
+        """Return the folder of a picture."""
+        return self.roots[int(self.owners[place])]
+
+    def open_all(self, *, num_threads: int | None = None) -> None:
+        """Look at every picture, with several threads and a progress bar."""
+        num_threads = num_threads or os.cpu_count() or 1
+        wanted = ((self.name(place), self.root(place)) for place in range(len(self)))
+        pool = ThreadPoolExecutor(num_threads)
+        try:
+            looks = in_order(pool, lambda item: _look_if(*item), wanted, ahead=64 * num_threads)
+            for place, seen in enumerate(progress(looks, title="pictures", total=len(self), unit="picture")):
+                self._keep(place, seen)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        self.opened = True
+
+    def _keep(self, place: int, seen: Look) -> None:
+        self.contents.append(seen.content)
+        self.pixels.append(seen.pixels)
+        self.hashes.append(seen.hash)
+        self.widths.append(seen.width)
+        self.heights.append(seen.height)
+        if seen.kind not in self.kind_names and len(self.kind_names) < 255:
+            self.kind_names.append(seen.kind)
+        self.kinds.append(self.kind_names.index(seen.kind) if seen.kind in self.kind_names else 0)
+        self._small.write(seen.small or bytes(SIDE * SIDE))
+        self.states.append(STATES.index(seen.rule))
+        if seen.rule and len(self._messages) < MAX_MESSAGES:
+            self._messages[place] = seen.message
+
+    def rows(self, file: int, places: NDArray[np.integer]) -> list[int]:
+        """Return the rows of a file that name any of these pictures, each once, sorted."""
+        if self._sorted[file] is None:
+            order = np.argsort(self.of_ref[file], kind="stable").astype(np.int32)
+            self._sorted[file] = (order, self.of_ref[file][order])
+        order, keys = cast(tuple[NDArray[np.int32], NDArray[np.int32]], self._sorted[file])
+        starts, stops = (np.searchsorted(keys, places, side=side) for side in ("left", "right"))
+        refs = np.concatenate([order[low:high] for low, high in zip(starts, stops, strict=True)])
+        return cast(list[int], np.unique(self._rows[file][refs]).tolist())
+
+    def is_bad(self, place: int) -> bool:
+        """Say whether a picture was opened in vain."""
+        return self.opened and self.states[place] != 0
+
+    def bad(self) -> Iterator[tuple[int, str, str]]:
+        """Yield place, rule and message (empty after the first `MAX_MESSAGES`) of every picture opened in vain."""
+        for place, state in enumerate(self.states):
+            if state:
+                yield place, STATES[state], self._messages.get(place, "")
+
+    def small(self, place: int) -> NDArray[np.uint8]:
+        """Return the small grey copy [32, 32] of a picture."""
+        self._small.flush()
+        content = os.pread(self._small.fileno(), SIDE * SIDE, place * SIDE * SIDE)
+        return np.frombuffer(content, dtype=np.uint8).reshape(SIDE, SIDE)
+
+    def good(self) -> NDArray[np.bool_]:
+        """Say for each picture whether it decoded."""
+        return np.asarray(view(self.pixels) != 0)
+
+    def kind_table(self) -> dict[str, int]:
+        """Return how many pictures are stored in each form (format and colour mode)."""
+        counts = Counter({self.kind_names[kind]: number for kind, number in Counter(self.kinds).items()})
+        return {name: number for name, number in counts.most_common() if name}
+
+
+def _look_if(name: str, root: Path | None) -> Look:
+    """Look at a picture whose folder is known."""
+    return Look() if root is None else look(name, root)

@@ -1,0 +1,146 @@
+"""What is remembered of a file's rows: 64-bit hashes, row numbers, and image names in a temporary file on disk.
+
+    row --Ledger.add--> digests in flat arrays, about 60 bytes a row without a comparison
+
+No text and no name is kept in memory, so ten times the rows need ten times these bytes and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava.data.check.digests import NOTHING, digest, question_digest
+from llava.data.check.rows import RowView
+from llava.data.groups import names_someone, written_name
+
+GROUP_FIELDS = (
+    "patient",
+    "patient_id",
+    "subject",
+    "subject_id",
+    "study",
+    "study_id",
+    "study_instance_uid",
+    "mrn",
+)
+"""Fields whose values name a patient or a study; spelt with or without `_`, in any case."""
+
+
+def field_key(name: str) -> str:
+    """Return the name of a field without case and punctuation: `PatientID` and `patient_id` are one."""
+    return "".join(filter(str.isalnum, name.lower()))
+
+
+def numbers() -> array[int]:
+    """Return an empty array of 64-bit numbers."""
+    return array("Q")
+
+
+def row_numbers() -> array[int]:
+    """Return an empty array of 32-bit numbers."""
+    return array("I")
+
+
+def view(values: array[int]) -> NDArray[np.unsignedinteger]:
+    """Return an array's numbers without copying them."""
+    kind = np.uint64 if values.typecode == "Q" else np.uint32
+    return np.frombuffer(values, dtype=kind) if values else np.empty(0, dtype=kind)
+
+
+@dataclass(slots=True)
+class Keyed:
+    """Digests, each with the row it came from."""
+
+    digests: array[int] = field(default_factory=numbers)
+    rows: array[int] = field(default_factory=row_numbers)
+
+    def add(self, digest_: int, row: int) -> None:
+        """Append one digest."""
+        self.digests.append(digest_)
+        self.rows.append(row)
+
+
+class NameStore:
+    """Image names, one behind the other in a temporary file; a name is called by its place there."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the store
+        self._end = 0
+
+    def add(self, name: str) -> int:
+        """Append a name and return its place."""
+        content = name.encode("utf-8", "surrogatepass")
+        place = self._end
+        self._file.write(len(content).to_bytes(4, "little") + content)
+        self._end += 4 + len(content)
+        return place
+
+    def get(self, place: int) -> str:
+        """Return the name at a place."""
+        self._file.flush()
+        length = int.from_bytes(os.pread(self._file.fileno(), 4, place), "little")
+        return os.pread(self._file.fileno(), length, place + 4).decode("utf-8", "surrogatepass")
+
+
+class Ledger:
+    """What the rows of one file are compared by.
+
+    Args:
+        group_fields: fields that name a patient or a study.
+        names: where image names go.
+        root: number of the image folder; the same name in another folder is another picture.
+        compares: whether the file is compared with another one: questions and groups are kept only then.
+
+    Attributes:
+        num_rows: rows seen.
+        contents: digest of images and conversation by row; 0 for a row that cannot be read.
+        ids: digest of the id by row, likewise.
+        refs: digest of folder and name of every image that a row names, with `places` in `names`.
+        questions: digest of the words of every question.
+        groups: digests of the values, by field.
+    """
+
+    def __init__(self, group_fields: Sequence[str], names: NameStore, *, root: int, compares: bool) -> None:
+        self.names = names
+        self.root = root
+        self.compares = compares
+        self.num_rows = 0
+        self.contents, self.ids = numbers(), numbers()
+        self.refs, self.places = Keyed(), numbers()
+        self.questions = Keyed()
+        self.groups: dict[str, Keyed] = {field_key(name): Keyed() for name in group_fields}
+
+    def add(self, row: int, seen: RowView) -> None:
+        """Remember a row."""
+        self.num_rows = row + 1
+        images, sample = seen.images, seen.sample
+        for name in images:
+            self.refs.add(digest(f"{self.root}\0{name}"), row)
+            self.places.append(self.names.add(name))
+        if sample is None:
+            self.contents.append(NOTHING)
+            self.ids.append(NOTHING)
+            return
+        turns = "\0".join(f"{turn.role} {turn.text.strip()}" for turn in sample.conversation.turns)
+        self.contents.append(digest("\0".join([str(len(images)), *images, turns])))
+        self.ids.append(digest(sample.id) if seen.has_id else NOTHING)
+        if not self.compares:
+            return
+        for turn in sample.conversation.turns:
+            if turn.role == "human" and (number := question_digest(turn.text)):
+                self.questions.add(number, row)
+
+    def add_groups(self, row: int, value: Mapping[str, Any]) -> None:
+        """Remember the patients and studies that a row's fields name."""
+        for name, part in value.items():
+            group = self.groups.get(field_key(name))
+            if group is not None and names_someone(person := written_name(part)):
+                group.add(digest(person), row)

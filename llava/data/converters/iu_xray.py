@@ -1,0 +1,191 @@
+"""IU X-ray (Open-i, Indiana University): chest films with reports, from the XML release or from the two tables.
+
+    ecgen-radiology/1.xml (AbstractText COMPARISON, INDICATION, FINDINGS, IMPRESSION; parentImage id) + *.png
+    indiana_reports.csv (uid, MeSH, Problems, image, indication, comparison, findings, impression)
+        + indiana_projections.csv (uid, filename, projection) + images_normalized/
+
+There is no official split: reports are dealt out by a hash of their number, so no report lies in two splits. The XML
+does not say which picture is the frontal one; put indiana_projections.csv beside it, or take all views.
+
+Command:
+    llava data iu-xray NLMCXR_reports.tgz NLMCXR_png.tgz --views all --out data/iu-xray
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava.data.converters.base import Job, Reader, run
+from llava.data.converters.dataset_cards import IU_XRAY
+from llava.data.converters.items import SPLITS, Event, Excluded, Item
+from llava.data.converters.tables import cell, read_table
+from llava.data.quarantine import BadRow
+from llava.data.readers.assigning import parse_fractions, place_of
+from llava.data.readers.report_prompts import TARGETS, VIEWS, is_frontal, question
+from llava.data.readers.safe_xml import read_xml
+from llava.errors import ConfigError, DataError
+from llava.samples import Origin
+from llava.utils.cli import Parser
+
+REPORTS, PROJECTIONS = "indiana_reports.csv", "indiana_projections.csv"
+IMAGE_FOLDERS = ("images/images_normalized", "images_normalized", "NLMCXR_png", "images")
+SECTIONS = ("indication", "comparison", "findings", "impression")
+ENDING = ".png"
+_NAME = re.compile(r"(?:CXR)?(\d+)(?:_\d+)?_IM-([\d-]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One report with its pictures: file name and projection (empty where nobody says)."""
+
+    uid: str
+    texts: dict[str, str]
+    images: tuple[tuple[str, str], ...]
+    origin: Origin
+    problems: tuple[str, ...] = field(default=())
+    license: str = ""
+
+
+def read(job: Job) -> Iterator[Event]:
+    """Yield a question for each picture of each report."""
+    fractions = parse_fractions(job.args.fractions)
+    if not fractions.keys() <= set(SPLITS):
+        raise ConfigError(f"--fractions: the splits here are {', '.join(SPLITS)}, got {', '.join(fractions)}")
+    job.facts["split"] = f"no official one: by hash of the report, fractions {fractions}, seed {job.args.seed}"
+    tables = job.sources.file(REPORTS)
+    job.variant = "tables" if tables is not None else "xml"
+    for study in _from_tables(job) if tables is not None else _from_xml(job):
+        if isinstance(study, BadRow):
+            yield study
+            continue
+        split = place_of(study.uid.removeprefix("CXR"), fractions, seed=job.args.seed)
+        if not job.is_full(split):
+            yield from _events(job, study, split)
+
+
+def _events(job: Job, study: Study, split: str) -> Iterator[Event]:
+    target = job.args.target
+    if not study.texts.get(target):
+        yield Excluded(split, f"report without {target}")
+        return
+    if not study.images:
+        yield Excluded(split, "report without picture")
+    for name, view in study.images:
+        if job.args.views == "frontal" and not is_frontal(view):
+            yield Excluded(split, "not a frontal view")
+            continue
+        identity = f"iuxray_{name.removesuffix(ENDING)}"
+        try:
+            image = job.sources.image(name, *IMAGE_FOLDERS)
+        except DataError as error:
+            yield BadRow(*study.origin, identity, str(error))
+            continue
+        meta = {
+            "answer_type": "OPEN",
+            "question_type": target,
+            "image_organ": "CHEST",
+            "modality": "X-ray",
+            "view": view,
+            "study": study.uid,
+            "reason": study.texts.get("indication"),
+            "problems": list(study.problems),
+            "source": job.card.name,
+            "license": study.license or job.card.license,
+        }
+        asked = question(target, study.texts.get("indication"))
+        yield Item(identity, split, asked, study.texts[target], image, name, meta, study.origin)
+
+
+def _from_tables(job: Job) -> Iterator[Study | BadRow]:
+    path = job.require_file(REPORTS)
+    images = _projections(job, job.require_file(PROJECTIONS))
+    for origin, row in read_table(path, columns=("uid", *SECTIONS)):
+        if isinstance(row, DataError):
+            yield BadRow(*origin, "", str(row))
+            continue
+        texts = {name: " ".join(cell(row, name).split()) for name in SECTIONS}
+        problems = tuple(part.strip() for part in cell(row, "Problems").split(";") if part.strip())
+        uid = cell(row, "uid")
+        yield Study(uid, texts, tuple(images.get(uid, [])), origin, problems)
+
+
+def _projections(job: Job, path: Path) -> dict[str, list[tuple[str, str]]]:
+    """Return the pictures of each report.
+
+    Raises:
+        DataError: a row cannot be read: without it nobody knows which report a picture belongs to.
+    """
+    images: dict[str, list[tuple[str, str]]] = {}
+    for origin, row in read_table(path, columns=("uid", "filename", "projection")):
+        if isinstance(row, DataError):
+            raise DataError(f"{origin}: {row}")
+        images.setdefault(cell(row, "uid"), []).append((cell(row, "filename"), cell(row, "projection")))
+    return images
+
+
+def _from_xml(job: Job) -> Iterator[Study | BadRow]:
+    files = job.sources.matching("*.xml")
+    if not files:
+        raise DataError(job.missing(f"{REPORTS} and no report as .xml"))
+    views: dict[str, str] = {}
+    if job.sources.file(PROJECTIONS) is not None:
+        found = _projections(job, job.require_file(PROJECTIONS))
+        views = {_plain(name): view for pictures in found.values() for name, view in pictures}
+    elif job.args.views == "frontal":
+        raise ConfigError(
+            f"the XML reports do not say which picture is frontal; put {PROJECTIONS} beside them, or give --views all"
+        )
+    job.facts["reports"] = len(files)
+    for path in sorted(files, key=lambda path: (len(path.stem), path.stem)):
+        try:
+            yield _study(path, views)
+        except DataError as error:
+            yield BadRow(str(path), 0, path.stem, str(error))
+
+
+def _study(path: Path, views: dict[str, str]) -> Study:
+    root = read_xml(path)
+    texts: dict[str, str] = {}
+    for section in root.iter("AbstractText"):
+        name = section.get("Label", "").strip().lower()
+        text = " ".join("".join(section.itertext()).split())
+        texts[name] = f"{texts[name]} {text}".strip() if name in texts else text
+    uid = next((part.get("id", "") for part in root.iter("uId")), "") or path.stem
+    named = [part.get("id", "").strip() for part in root.iter("parentImage")]
+    images = tuple((f"{name}{ENDING}", views.get(_plain(name), "")) for name in named if name)
+    problems = tuple("".join(part.itertext()).strip() for part in root.iter("major"))
+    terms = next((part.get("url", "") for part in root.iter("licenseURL")), "")
+    return Study(uid, texts, images, Origin(str(path), 0), problems, terms)
+
+
+def _plain(name: str) -> str:
+    """Return what the two releases' names of one picture share: CXR1_1_IM-0001-3001 and 1_IM-0001-3001.dcm.png."""
+    found = _NAME.match(name)
+    return f"{found[1]} {found[2]}" if found else name
+
+
+def add_options(parser: Parser) -> None:
+    """Add the reader's own flags."""
+    parser.add_argument(
+        "--target", choices=TARGETS, default="findings", help="the part of the report that is asked for"
+    )
+    parser.add_argument("--views", choices=VIEWS, default="frontal", help="which pictures of a report")
+    parser.add_argument("--fractions", default="train=0.7,val=0.1,test=0.2", help="share of the reports in each split")
+    parser.add_argument("--seed", type=int, default=0, help="another number deals reports out differently")
+
+
+READER = Reader(
+    "iu-xray",
+    IU_XRAY,
+    read,
+    add_options,
+    "llava data iu-xray NLMCXR_reports.tgz NLMCXR_png.tgz --views all --out data/iu-xray",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of `llava data iu-xray`."""
+    run(READER, argv)

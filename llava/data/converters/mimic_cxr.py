@@ -1,0 +1,193 @@
+"""MIMIC-CXR: the JPG release with its split and metadata tables, and the free-text reports. Access is credentialed.
+
+    mimic-cxr-2.0.0-split.csv.gz     dicom_id, study_id, subject_id, split (train, validate, test)
+    mimic-cxr-2.0.0-metadata.csv.gz  dicom_id, ..., ViewPosition, ..., PatientOrientationCodeSequence_CodeMeaning
+    mimic-cxr-2.0.0-chexpert.csv.gz  subject_id, study_id, 14 labels of 1, 0, -1 or blank (optional)
+    files/p10/p10000032/s50414267/DICOM_ID.jpg    and, in mimic-cxr-reports,    files/p10/p10000032/s50414267.txt
+
+Or, with --annotations, LLaVA-Rad's files of the same pictures (`rad_annotations`). No text is ever logged.
+
+Command:
+    llava data mimic-cxr mimic-cxr-jpg mimic-cxr-reports.zip --out data/mimic-cxr --target findings
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from llava.data.converters.base import Job, Reader, run
+from llava.data.converters.dataset_cards import MIMIC_CXR
+from llava.data.converters.items import SPLIT_WORDS, Event, Excluded, Item
+from llava.data.converters.radiology_reports import Report, parse_report
+from llava.data.converters.tables import Row, cell, column_names, read_table
+from llava.data.quarantine import BadRow
+from llava.data.readers.rad_annotations import LOADERS, read_annotations
+from llava.data.readers.report_prompts import TARGETS, VIEWS, is_frontal, question
+from llava.errors import DataError
+from llava.samples import Origin
+from llava.utils.cli import Parser
+from llava.utils.log import progress
+
+SPLIT_TABLE = "mimic-cxr-2.0.0-split.csv"
+METADATA = "mimic-cxr-2.0.0-metadata.csv"
+CHEXPERT = "mimic-cxr-2.0.0-chexpert.csv"
+ORIENTATION = "PatientOrientationCodeSequence_CodeMeaning"
+REPORT_FOLDERS = ("mimic-cxr-reports/files", "files")
+
+
+class View(NamedTuple):
+    """What the metadata table says of one picture."""
+
+    position: str
+    orientation: str
+
+
+class _Reports:
+    """Reports by study; the pictures of one study follow each other, so the last one is kept."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._last: tuple[str, Report] = ("", Report(()))
+
+    def of(self, subject: str, study: str) -> Report:
+        """Return the report of a study.
+
+        Raises:
+            DataError: its file is missing or no text.
+        """
+        if self._last[0] != study:
+            path = self._job.sources.image(f"p{subject[:2]}/p{subject}/s{study}.txt", *REPORT_FOLDERS)
+            try:
+                text = path.read_bytes().decode("utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}: cannot be read as UTF-8 text ({type(error).__name__})") from None
+            self._last = (study, parse_report(text))
+        return self._last[1]
+
+
+class Known(NamedTuple):
+    """What the other tables and the reports say, by picture and by study."""
+
+    views: dict[str, View]
+    labels: dict[str, dict[str, float]]
+    reports: _Reports
+
+
+def read(job: Job) -> Iterator[Event]:
+    """Yield a question for each picture whose report has the part that is asked for."""
+    if job.args.annotations:
+        job.variant = f"annotations, {job.args.loader}"
+        yield from read_annotations(job)
+        return
+    job.variant = f"reports, {job.args.target}, {job.args.views} views"
+    table = job.require_file(SPLIT_TABLE, f"{SPLIT_TABLE}.gz")
+    known = Known(_views(job, job.require_file(METADATA, f"{METADATA}.gz")), _labels(job), _Reports(job))
+    for origin, row in read_table(table, columns=("dicom_id", "study_id", "subject_id", "split")):
+        if isinstance(row, DataError):
+            yield BadRow(*origin, "", str(row))
+        else:
+            yield from _events(job, origin, row, known)
+
+
+def _events(job: Job, origin: Origin, row: Row, known: Known) -> Iterator[Event]:
+    dicom, study, subject = cell(row, "dicom_id"), cell(row, "study_id"), cell(row, "subject_id")
+    identity = f"{subject}_{study}_{dicom}"
+    split = SPLIT_WORDS.get(cell(row, "split").lower())
+    if split is None:
+        yield BadRow(*origin, identity, "column 'split' must be train, validate or test")
+        return
+    if job.is_full(split):
+        return
+    view = known.views.get(dicom, View("", ""))
+    if job.args.views == "frontal" and not is_frontal(view.position):
+        yield Excluded(split, "not a frontal view (AP or PA)" if view.position else "view not stated")
+        return
+    try:
+        report = known.reports.of(subject, study)
+        name = f"p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg"
+        answer = report.text(job.args.target)
+        if not answer:
+            yield Excluded(split, f"report without {job.args.target}")
+            return
+        image = job.sources.image(name, "files")
+    except DataError as error:
+        yield BadRow(*origin, identity, str(error))
+        return
+    meta = {
+        "answer_type": "OPEN",
+        "question_type": job.args.target,
+        "image_organ": "CHEST",
+        "modality": "X-ray",
+        "official_split": split,
+        "view": view.position,
+        "orientation": view.orientation,
+        "patient": subject,
+        "study": study,
+        "reason": report.reason,
+        "chexpert_labels": known.labels.get(study),
+        "source": job.card.name,
+        "license": job.card.license,
+    }
+    asked = question(job.args.target, report.reason if job.args.reason else None)
+    yield Item(identity, split, asked, answer, image, name, meta, origin)
+
+
+def _views(job: Job, path: Path) -> dict[str, View]:
+    """Return what is known of each picture; equal words are kept once, the table has 377,110 rows."""
+    orientation = ORIENTATION if ORIENTATION in column_names(path) else None
+    words: dict[View, View] = {}
+    views: dict[str, View] = {}
+    rows = read_table(path, columns=("dicom_id", "ViewPosition"))
+    for origin, row in progress(rows, title="reading views", unit="row"):
+        if isinstance(row, DataError):
+            raise DataError(f"{origin}: {row}")
+        view = View(cell(row, "ViewPosition"), cell(row, orientation))
+        views[cell(row, "dicom_id")] = words.setdefault(view, view)
+    return views
+
+
+def _labels(job: Job) -> dict[str, dict[str, float]]:
+    """Return the CheXpert labels of each study; blank ones (not mentioned) are left out."""
+    if job.sources.file(CHEXPERT, f"{CHEXPERT}.gz") is None:
+        job.facts["chexpert_labels"] = "not there"
+        return {}
+    path = job.require_file(CHEXPERT, f"{CHEXPERT}.gz")
+    labels: dict[str, dict[str, float]] = {}
+    for origin, row in read_table(path, columns=("subject_id", "study_id")):
+        if isinstance(row, DataError):
+            raise DataError(f"{origin}: {row}")
+        given = {name: cell(row, name) for name in row if name not in ("subject_id", "study_id")}
+        try:
+            labels[cell(row, "study_id")] = {name: float(value) for name, value in given.items() if value}
+        except ValueError:
+            raise DataError(f"{origin}: a label is no number; expected 1, 0, -1 or blank") from None
+    return labels
+
+
+def add_options(parser: Parser) -> None:
+    """Add the reader's own flags."""
+    parser.add_argument(
+        "--target", choices=TARGETS, default="findings", help="the part of the report that is asked for"
+    )
+    parser.add_argument("--views", choices=VIEWS, default="frontal", help="which pictures of a study")
+    parser.add_switch("--reason", default=True, help="put the reason for the examination into the question")
+    parser.add_switch("--annotations", help="read LLaVA-Rad's annotation files in the place of tables and reports")
+    parser.add_argument(
+        "--loader", choices=sorted(LOADERS), default="mimic_findings", help="which annotations, with which question"
+    )
+
+
+READER = Reader(
+    "mimic-cxr",
+    MIMIC_CXR,
+    read,
+    add_options,
+    "llava data mimic-cxr mimic-cxr-jpg mimic-cxr-reports.zip --out data/mimic-cxr --target findings",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of `llava data mimic-cxr`."""
+    run(READER, argv)

@@ -1,0 +1,206 @@
+"""Items to `train.json`, `val.json`, `test.json`, `images/` and `manifest.json`, all or nothing of the JSON files.
+
+    Item --> picture placed --> row into .train.json.part --finish--> train.json ... --last--> manifest.json
+
+A run that is killed leaves pictures, which the next run finds, and no JSON file. The manifest says what is where:
+counts by split, the hash of each split's ids, what was left out and why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from llava.data.converters.items import Excluded, Item, make_row
+from llava.data.quarantine import BadRow, Quarantine
+from llava.data.readers.pictures import Pictures
+from llava.errors import ConfigError, DataError
+from llava.utils.jsonl import write_json
+
+COUNTED = ("answer_type", "question_type", "image_organ", "modality", "view", "q_lang")
+"""Fields whose values the manifest counts; a field of more than `MAX_VALUES` values is counted as a whole."""
+
+MAX_VALUES = 50
+
+MANIFEST = "manifest.json"
+SKIPPED = "skipped.jsonl"
+
+
+def split_hash(ids: Iterable[str]) -> str:
+    """Return the identity of a split: SHA-256 over its sorted ids, each followed by a line feed (UTF-8)."""
+    digest = hashlib.sha256()
+    for identity in sorted(ids):
+        digest.update(f"{identity}\n".encode())
+    return digest.hexdigest()
+
+
+@dataclass(slots=True)
+class SplitCount:
+    """What was written of one split."""
+
+    ids: list[str] = field(default_factory=list)
+    images: set[str] = field(default_factory=set)
+    values: dict[str, Counter[str]] = field(default_factory=dict)
+    excluded: Counter[str] = field(default_factory=Counter)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count a row."""
+        self.ids.append(str(row["id"]))
+        self.images.add(row["image"])
+        for name in COUNTED:
+            if row.get(name) is not None:
+                self.values.setdefault(name, Counter())[str(row[name])] += 1
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers for the manifest."""
+        counts: dict[str, Any] = {"rows": len(self.ids), "images": len(self.images), "ids_sha256": split_hash(self.ids)}
+        for name, values in self.values.items():
+            many = len(values) > MAX_VALUES
+            counts[name] = {"different values": len(values)} if many else dict(sorted(values.items()))
+        if self.excluded:
+            counts["excluded"] = dict(sorted(self.excluded.items()))
+        return counts
+
+
+class Output:
+    """One output folder while it is written; use as a context manager, and call `finish` at the end.
+
+    Args:
+        folder: where everything goes.
+        images: one of `pictures.WAYS`.
+        limit: rows written of each split; None for all.
+        skip_bad: leave rows out that cannot be used, list them in `skipped.jsonl`, and go on.
+    """
+
+    def __init__(self, folder: str | Path, *, images: str = "link", limit: int | None = None, skip_bad: bool = False):
+        self.folder = Path(folder)
+        self.limit = limit
+        self.skip_bad = skip_bad
+        self.counts: dict[str, SplitCount] = {}
+        self.num_renamed = 0
+        self._pictures = Pictures(self.folder / "images", images)
+        self._streams: dict[str, IO[str]] = {}
+        self._seen: Counter[str] = Counter()
+        self._skipped: list[BadRow] = []
+
+    def __enter__(self) -> Output:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for split, stream in self._streams.items():
+            stream.close()
+            self._part(split).unlink(missing_ok=True)
+
+    def is_full(self, split: str) -> bool:
+        """Say whether `limit` rows of a split are written."""
+        return self.limit is not None and split in self.counts and len(self.counts[split].ids) >= self.limit
+
+    def add(self, event: Item | Excluded | BadRow) -> None:
+        """Take what a reader yielded.
+
+        Raises:
+            DataError: a row cannot be used and `skip_bad` is off; names file, row and id.
+        """
+        if isinstance(event, Excluded):
+            self._count(event.split).excluded[event.cause] += 1
+        elif isinstance(event, BadRow):
+            self._bad(event)
+        elif not self.is_full(event.split):
+            try:
+                row = make_row(event)
+                self._pictures.place(event.image_name, event.image)
+            except DataError as error:
+                self._bad(event.problem(str(error)))
+            else:
+                self._write(event.split, self._with_own_id(row))
+
+    def finish(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Move the JSON files into place, write the manifest last, and return it.
+
+        Raises:
+            DataError: nothing was written.
+        """
+        if not self._streams:
+            causes = "; ".join(f"{cause}: {n}" for count in self.counts.values() for cause, n in count.excluded.items())
+            first = f"; the first bad row: {self._skipped[0]}" if self._skipped else ""
+            raise DataError(f"no row can be used{f' ({causes})' if causes else ''}{first}")
+        for split, stream in self._streams.items():
+            stream.write("\n]\n")
+            stream.close()
+            os.replace(self._part(split), self.folder / f"{split}.json")
+        self._streams = {}
+        if self.skip_bad:
+            Quarantine(self.folder / SKIPPED).add(self._skipped)
+        manifest = {
+            **facts,
+            "splits": {split: count.summary() for split, count in self.counts.items()},
+            "skipped_rows": len(self._skipped),
+            "renamed_ids": self.num_renamed,
+        }
+        write_json(self.folder / MANIFEST, manifest)
+        return manifest
+
+    def _count(self, split: str) -> SplitCount:
+        return self.counts.setdefault(split, SplitCount())
+
+    def _part(self, split: str) -> Path:
+        return self.folder / f".{split}.json.part"
+
+    def _bad(self, row: BadRow) -> None:
+        if not self.skip_bad:
+            raise DataError(f"{row} (--skip_bad leaves such rows out and lists them)")
+        self._skipped.append(row)
+
+    def _with_own_id(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the row with an id that no other row has: a repeated one gets `_2`, `_3`."""
+        identity = row["id"]
+        self._seen[identity] += 1
+        if self._seen[identity] == 1:
+            return row
+        self.num_renamed += 1
+        while (fresh := f"{identity}_{self._seen[identity]}") in self._seen:
+            self._seen[identity] += 1
+        self._seen[fresh] += 1
+        return {**row, "id": fresh}
+
+    def _write(self, split: str, row: dict[str, Any]) -> None:
+        stream = self._streams.get(split)
+        if stream is None:
+            stream = open(self._part(split), "w", encoding="utf-8")  # noqa: SIM115 - closed in __exit__ or finish
+            self._streams[split] = stream
+            stream.write("[\n")
+        else:
+            stream.write(",\n")
+        stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False))
+        self._count(split).add(row)
+
+
+def remove_splits(folder: Path, splits: Iterable[str]) -> None:
+    """Remove the files of splits that an earlier output had and this one has not: their rows may be in others now."""
+    for split in splits:
+        (folder / f"{split}.json").unlink(missing_ok=True)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """Return the manifest of a finished output, or None where there is none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); remove it to write the folder again") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is no manifest of this program; choose another folder")
+    return content

@@ -1,0 +1,153 @@
+"""PathVQA: the Parquet release (pictures inside), or questions as JSON beside the folder of pictures. Never .pkl files.
+
+    train-00000-of-00007-....parquet: image {bytes, path}, question, answer
+    train_qa.json: [{"image": "train_0422", "question": ..., "answer": ...}, ...] + images/train/train_0422.jpg
+
+A pickle is a program that runs when it is opened, so one found here is refused. Neither form names the type of a
+question: a closed one is of type yes/no, any other is called by the word that asks (what, where, how many).
+
+Command:
+    llava data pathvqa DOWNLOADED --out data/pathvqa
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava.data.converters.base import Job, Reader, run
+from llava.data.converters.dataset_cards import PATHVQA
+from llava.data.converters.items import Event, Item, kind_of_answer
+from llava.data.converters.tables import Row, answer_cell, cell, read_table
+from llava.data.quarantine import BadRow
+from llava.data.readers.pictures import name_of_bytes
+from llava.errors import DataError
+from llava.samples import Origin
+
+NAMES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
+ASKING = ("how many", "how much", "how", "what", "where", "when", "whose", "who", "why", "which")
+OWN_IDS = ("qid", "question_id", "id")
+
+
+class Part(NamedTuple):
+    """What the two forms tell in their own ways: id, split, and the picture with its name."""
+
+    id: str
+    split: str
+    image: Path | bytes = b""
+    name: str = ""
+
+
+def read(job: Job) -> Iterator[Event]:
+    """Yield the questions of the form that is there; Parquet comes first."""
+    parquet = {
+        split: [path for name in names for path in job.sources.matching(f"{name}-*.parquet")]
+        for split, names in NAMES.items()
+    }
+    if any(parquet.values()):
+        job.variant = "parquet"
+        for split, paths in parquet.items():
+            yield from _parquet(job, split, paths)
+        return
+    found = {split: job.sources.file(*_json_names(names)) for split, names in NAMES.items()}
+    if not any(found.values()):
+        raise DataError(_nothing(job))
+    job.variant = "json"
+    for split, names in NAMES.items():
+        path = job.require_file(*_json_names(names))
+        for origin, row in read_table(path, columns=("image", "question", "answer")):
+            if job.is_full(split):
+                break
+            yield _from_json(job, origin, row, split)
+
+
+def _json_names(names: Sequence[str]) -> list[str]:
+    return [f"{name}{ending}" for name in names for ending in ("_qa.json", "_qa.jsonl", "set.json", ".json", ".jsonl")]
+
+
+def _nothing(job: Job) -> str:
+    pickles = job.sources.matching("*.pkl")
+    if pickles:
+        return (
+            f"{pickles[0]} is a pickle: opening it would run whatever program is in it, so it is not opened. Use the "
+            f"Parquet release, or questions as JSON. {job.card.how_to_get}"
+        )
+    return job.missing("train-*.parquet and no train_qa.json")
+
+
+def _parquet(job: Job, split: str, paths: Sequence[Path]) -> Iterator[Event]:
+    place = 0
+    for path in paths:
+        job.inputs[path.name] = path
+        for origin, row in read_table(path, columns=("image", "question", "answer")):
+            if job.is_full(split):
+                return
+            yield _from_parquet(job, origin, row, Part(f"pathvqa_{split}_{place}", split))
+            place += 1
+
+
+def _from_parquet(job: Job, origin: Origin, row: Row | DataError, part: Part) -> Event:
+    if isinstance(row, DataError):
+        return BadRow(*origin, part.id, str(row))
+    picture: Any = row["image"]
+    data = picture.get("bytes") if isinstance(picture, dict) else picture
+    if not isinstance(data, bytes) or not data:
+        return BadRow(*origin, part.id, "column 'image' holds no picture; expected its bytes")
+    return _item(job, origin, row, part._replace(image=data, name=name_of_bytes(data)))
+
+
+def _from_json(job: Job, origin: Origin, row: Row | DataError, split: str) -> Event:
+    if isinstance(row, DataError):
+        return BadRow(*origin, "", str(row))
+    own = next((cell(row, name) for name in OWN_IDS if cell(row, name)), f"{split}_{origin.row}")
+    part = Part(f"pathvqa_{own}", split)
+    try:
+        image = _with_ending(job, cell(row, "image"), split)
+    except DataError as error:
+        return BadRow(*origin, part.id, str(error))
+    return _item(job, origin, row, part._replace(image=image, name=image.name))
+
+
+def _with_ending(job: Job, name: str, split: str) -> Path:
+    """Return the file of a picture; the release writes names without ending."""
+    under = [f"images/{folder}" for folder in NAMES[split]] + ["images"]
+    for ending in ("", ".jpg", ".png", ".jpeg"):
+        try:
+            return job.sources.image(f"{name}{ending}", *under)
+        except DataError:
+            continue
+    return job.sources.image(f"{name}.jpg", *under)
+
+
+def _item(job: Job, origin: Origin, row: Row, part: Part) -> Event:
+    question, answer = cell(row, "question"), answer_cell(row, "answer")
+    try:
+        kind = kind_of_answer(cell(row, "answer_type"), answer)
+    except DataError as error:
+        return BadRow(*origin, part.id, str(error))
+    meta = {
+        "answer_type": kind,
+        "question_type": cell(row, "question_type") or question_type(question, kind),
+        "modality": "Pathology",
+        "official_split": part.split,
+        "source": job.card.name,
+        "license": job.card.license,
+    }
+    return Item(part.id, part.split, question, answer, part.image, part.name, meta, origin)
+
+
+def question_type(question: str, kind: str) -> str:
+    """Return `yes/no` for a closed question, else the words that ask, else `other`."""
+    if kind == "CLOSED":
+        return "yes/no"
+    text = " ".join(question.lower().split())
+    return next((words for words in ASKING if text.startswith(f"{words} ")), "other")
+
+
+READER = Reader("pathvqa", PATHVQA, read, example="llava data pathvqa downloads/path-vqa --out data/pathvqa")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of `llava data pathvqa`."""
+    run(READER, argv)

@@ -1,0 +1,134 @@
+"""PMC-VQA: questions with four choices about figures of open-access articles, two releases.
+
+    release 1: train.csv, test.csv: Figure_path, Question, Answer, Choice A..D, Answer_label        + images.zip
+    release 2: train_2.csv, test_2.csv: index, Figure_path, Caption, Question, Choice A..D, Answer (a letter), split
+                                                                                                     + images_2.zip
+
+By default the answer is the text of the right choice (an open question); with --choices the question shows the four
+choices and the answer is one of them, letter and text (a closed one).
+
+Command:
+    llava data pmc-vqa DOWNLOADED images_2.zip --out data/pmc-vqa --release 2
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from llava.data.converters.base import Job, Reader, run
+from llava.data.converters.dataset_cards import PMC_VQA
+from llava.data.converters.items import Event, Item
+from llava.data.converters.tables import Row, answer_cell, cell, read_table
+from llava.data.quarantine import BadRow
+from llava.errors import ConfigError, DataError
+from llava.samples import Origin
+from llava.utils.cli import Parser
+
+PREFIX = "release "
+CLEAN = ("test_clean.csv",)
+LETTERS = ("A", "B", "C", "D")
+FILES: dict[str, dict[str, tuple[str, ...]]] = {
+    "1": {"train": ("train.csv",), "test": ("test.csv",)},
+    "2": {"train": ("train_2.csv", "train2.csv"), "test": ("test_2.csv", "test2.csv")},
+}
+IMAGE_FOLDERS = {"1": ("images",), "2": ("images_2/figures", "images_2", "images2", "figures", "images")}
+NEEDED = ("Figure_path", "Question", "Answer", *(f"Choice {letter}" for letter in LETTERS))
+
+
+def read(job: Job) -> Iterator[Event]:
+    """Yield the questions of the release that is there."""
+    release = _release(job)
+    job.variant = f"{PREFIX}{release}"
+    for split, names in FILES[release].items():
+        path = job.require_file(*(CLEAN if split == "test" and job.args.clean else names))
+        for origin, row in read_table(path, columns=NEEDED):
+            if job.is_full(split):
+                break
+            yield _event(job, origin, row, split)
+
+
+def _release(job: Job) -> str:
+    """Return the release to read.
+
+    Raises:
+        DataError: none is there.
+        ConfigError: both are, and no flag says which; or the cleaned test file is asked of release 2.
+    """
+    there = [release for release, files in FILES.items() if job.sources.file(*files["train"])]
+    chosen = str(job.args.release) if job.args.release else there[0] if len(there) == 1 else ""
+    if not there:
+        raise DataError(job.missing("train.csv or train_2.csv"))
+    if not chosen:
+        raise ConfigError("both releases are there; say which with --release 1 or --release 2")
+    if job.args.clean and chosen == "2":
+        raise ConfigError("--clean reads test_clean.csv, which belongs to release 1")
+    return chosen
+
+
+def _event(job: Job, origin: Origin, row: Row | DataError, split: str) -> Event:
+    release = job.variant.removeprefix(PREFIX)
+    identity = f"pmcvqa{release}_{split}_{origin.row}"
+    if isinstance(row, DataError):
+        return BadRow(*origin, identity, str(row))
+    name = cell(row, "Figure_path")
+    try:
+        choices = {letter: _choice(answer_cell(row, f"Choice {letter}"), letter) for letter in LETTERS}
+        letter = _letter(row, choices)
+        image = job.sources.image(name, *IMAGE_FOLDERS[release])
+    except DataError as error:
+        return BadRow(*origin, identity, str(error))
+    question = cell(row, "Question")
+    if job.args.choices:
+        question += "".join(f"\n{name}: {text}" for name, text in choices.items())
+    meta = {
+        "answer_type": "CLOSED" if job.args.choices else "OPEN",
+        "question_type": "multiple choice" if job.args.choices else "",
+        "official_split": split,
+        "source": job.card.name,
+        "license": job.card.license,
+        "choices": list(choices.values()),
+        "answer_label": letter,
+        "caption": cell(row, "Caption") if job.args.captions else "",
+    }
+    answer = f"{letter}: {choices[letter]}" if job.args.choices else choices[letter]
+    return Item(identity, split, question, answer, image, name, meta, origin)
+
+
+def _choice(text: str, letter: str) -> str:
+    """Return a choice without its letter, which the files put in front in several ways: ` A:Focal uptake`."""
+    return re.sub(rf"^\s*{letter}\s*[:.)]\s*", "", text, flags=re.IGNORECASE).strip()
+
+
+def _letter(row: Row, choices: dict[str, str]) -> str:
+    """Return the letter of the right choice.
+
+    Raises:
+        DataError: the row does not say which it is, or that choice is empty.
+    """
+    answer = answer_cell(row, "Answer")
+    label = (cell(row, "Answer_label") or (answer if answer.upper() in LETTERS else "")).upper()
+    if label not in LETTERS:
+        wanted = {_choice(answer, letter).lower() for letter in LETTERS}
+        label = next((letter for letter, text in choices.items() if text and text.lower() in wanted), "")
+    if not label or not choices[label]:
+        raise DataError("no choice is marked as the answer; expected a letter A to D in 'Answer_label' or 'Answer'")
+    return label
+
+
+def add_options(parser: Parser) -> None:
+    """Add the reader's own flags."""
+    parser.add_argument("--release", type=int, choices=(1, 2), help="which release, where both are there")
+    parser.add_switch("--choices", help="show the four choices; the answer is one of them")
+    parser.add_switch("--clean", help="release 1: test_clean.csv (checked by people) in the place of test.csv")
+    parser.add_switch("--captions", help="release 2: keep the figure's caption in the field `caption`")
+
+
+READER = Reader(
+    "pmc-vqa", PMC_VQA, read, add_options, "llava data pmc-vqa downloads images_2.zip --out data/pmc-vqa --release 2"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of `llava data pmc-vqa`."""
+    run(READER, argv)

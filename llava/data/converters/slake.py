@@ -1,0 +1,75 @@
+"""SLAKE: train.json, validation.json, test.json and imgs/xmlabN/source.jpg; English and Chinese questions.
+
+A row has `qid`, `img_id`, `img_name` (xmlabN/source.jpg), `question`, `answer`, `q_lang` (en, zh), `location`,
+`modality`, `answer_type` (OPEN, CLOSED), `base_type` (vqa, kvqa), `content_type`, `triple`.
+
+Command:
+    llava data slake DOWNLOADED imgs.zip --out data/slake --lang en
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from llava.data.converters.base import Job, Reader, run
+from llava.data.converters.dataset_cards import SLAKE
+from llava.data.converters.items import Event, Excluded, Item, kind_of_answer
+from llava.data.converters.tables import Row, answer_cell, cell, read_table
+from llava.data.quarantine import BadRow
+from llava.errors import DataError
+from llava.samples import Origin
+from llava.utils.cli import Parser
+
+FILES = {"train": ("train.json",), "val": ("validation.json", "validate.json"), "test": ("test.json",)}
+NEEDED = ("img_name", "question", "answer", "q_lang")
+LANGUAGES = ("en", "zh", "all")
+
+
+def read(job: Job) -> Iterator[Event]:
+    """Yield the questions of the three files."""
+    job.variant = job.args.lang
+    for split, names in FILES.items():
+        path = job.require_file(*names)
+        for origin, row in read_table(path, columns=NEEDED):
+            if job.is_full(split):
+                break
+            if isinstance(row, DataError):
+                yield BadRow(*origin, "", str(row))
+            elif job.args.lang not in ("all", cell(row, "q_lang")):
+                yield Excluded(split, "another language")
+            else:
+                yield _event(job, origin, row, split)
+
+
+def _event(job: Job, origin: Origin, row: Row, split: str) -> Event:
+    identity = f"slake_{cell(row, 'qid') or f'{split}{origin.row}'}"
+    answer, name = answer_cell(row, "answer"), cell(row, "img_name")
+    try:
+        meta = {
+            "answer_type": kind_of_answer(cell(row, "answer_type"), answer),
+            "question_type": cell(row, "content_type"),
+            "image_organ": cell(row, "location"),
+            "modality": cell(row, "modality"),
+            "official_split": split,
+            "source": job.card.name,
+            "license": job.card.license,
+            "base_type": cell(row, "base_type"),
+            "q_lang": cell(row, "q_lang"),
+        }
+        image = job.sources.image(name, "imgs")
+    except DataError as error:
+        return BadRow(*origin, identity, str(error))
+    return Item(identity, split, cell(row, "question"), answer, image, name, meta, origin)
+
+
+def add_options(parser: Parser) -> None:
+    """Add the reader's own flags."""
+    parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the questions")
+
+
+READER = Reader("slake", SLAKE, read, add_options, "llava data slake downloads/slake --out data/slake --lang en")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of `llava data slake`."""
+    run(READER, argv)

@@ -1,0 +1,246 @@
+"""`llava data split`: rows to train, val and test so that no patient, or no picture, is in two of them.
+
+    rows --keys (patient, picture)--> groups --hash of group and seed--> split of the whole group --> OUT/train.json ...
+
+Without --stratify a group's split depends on its name, the seed and the fractions only: rows added later move no other
+group. With --stratify FIELD the groups of each value of that field are put in the order of their hashes and dealt out
+by numbers of rows, which keeps shares close in small sets, but may move groups when rows are added.
+
+Rows themselves are not changed (but NaN, which is no JSON, becomes null). Pictures stay where they are.
+
+Command:
+    llava data split all.json --by patient --fractions train=0.8,val=0.1,test=0.1 --out data/split
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.data.converters.output import MANIFEST, read_manifest, remove_splits, split_hash
+from llava.data.converters.tables import json_rows, plain
+from llava.data.groups import names_someone, written_name
+from llava.data.readers.assigning import parse_fractions, place_of, split_at, unit_hash
+from llava.data.readers.grouping import Groups, majority
+from llava.data.row_file import file_text
+from llava.errors import ConfigError, DataError
+from llava.imaging.decode import content_digest, read_bytes
+from llava.samples import read_images
+from llava.utils import log
+from llava.utils.cli import Parser
+from llava.utils.jsonl import open_atomic, write_json
+from llava.utils.provenance import stamp
+
+WAYS = ("patient", "image")
+MAX_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How rows are dealt out.
+
+    Attributes:
+        by: what must not be in two splits: any of `WAYS`.
+        fractions: share of each split.
+        seed: another number deals out differently.
+        key: field that names the patient.
+        stratify: field whose values are spread evenly; None for none.
+        image_folder: where pictures lie: then equal bytes are one picture, else equal names are.
+    """
+
+    by: tuple[str, ...]
+    fractions: Mapping[str, float]
+    seed: int = 0
+    key: str = "patient"
+    stratify: str | None = None
+    image_folder: str | None = None
+
+
+def split_rows(rows: Sequence[Mapping[str, Any]], options: Options, *, name: str = "rows") -> list[str]:
+    """Return the split of each row.
+
+    Raises:
+        DataError: a row lacks the key or a stratum; names the first such rows of `name`.
+        ConfigError: a split with a share would stay empty.
+    """
+    keys = _keys(rows, options, name)
+    groups = Groups()
+    for row_keys in keys:
+        groups.join(row_keys)
+    names = [groups.group(row_keys[0]) for row_keys in keys]
+    if options.stratify is None:
+        assigned = {group: place_of(group, options.fractions, seed=options.seed) for group in dict.fromkeys(names)}
+    else:
+        assigned = _stratified(rows, names, options, name)
+    empty = [split for split, share in options.fractions.items() if share > 0 and split not in assigned.values()]
+    if empty:
+        raise ConfigError(
+            f"{', '.join(empty)} would have no row: {len(assigned)} groups are few for such shares; "
+            "change --fractions or --seed, or give --stratify"
+        )
+    return [assigned[group] for group in names]
+
+
+def _keys(rows: Sequence[Mapping[str, Any]], options: Options, name: str) -> list[list[str]]:
+    """Return what each row must share its split with.
+
+    Raises:
+        DataError: rows have no key.
+    """
+    digests: dict[str, str] = {}
+    keys: list[list[str]] = []
+    lacking: list[int] = []
+    for number, row in enumerate(rows):
+        found: list[str] = []
+        if "patient" in options.by:
+            patient = written_name(row.get(options.key))
+            found += [f"patient {patient}"] if patient and names_someone(patient) else []
+        if "image" in options.by:
+            try:
+                names = read_images(row.get("image"))
+                found += [f"image {_identity(ref, options.image_folder, digests)}" for ref in names]
+            except DataError as error:
+                raise DataError(f"{name}, row {number}: {error}") from error
+        if not all(any(key.startswith(f"{way} ") for key in found) for way in options.by):
+            lacking.append(number)
+        keys.append(found)
+    if lacking:
+        fields = " or ".join(repr({"patient": options.key, "image": "image"}[way]) for way in options.by)
+        first = ", ".join(map(str, lacking[:MAX_NAMED]))
+        raise DataError(
+            f"{name}: {len(lacking)} of {len(rows)} rows have no {fields}, for example row {first}; a split "
+            "made without it could put one patient into two parts: add the field, name another with --key, or "
+            "take the rows out"
+        )
+    return keys
+
+
+def _identity(ref: str, folder: str | None, digests: dict[str, str]) -> str:
+    """Return what makes a picture itself: its bytes where they can be read, else its name."""
+    if folder is None:
+        return ref
+    if ref not in digests:
+        digests[ref] = content_digest(read_bytes(ref, folder))
+    return digests[ref]
+
+
+def _stratified(rows: Sequence[Mapping[str, Any]], names: Sequence[str], options: Options, name: str) -> dict[str, str]:
+    """Return the split of each group, dealt out within each value of the field by numbers of rows."""
+    values: dict[str, list[str]] = {}
+    for number, (row, group) in enumerate(zip(rows, names, strict=True)):
+        value = row.get(str(options.stratify))
+        if not isinstance(value, str | int) or value == "":
+            raise DataError(f"{name}, row {number}: no field {options.stratify!r}, which --stratify needs")
+        values.setdefault(group, []).append(str(value))
+    strata: dict[str, list[str]] = {}
+    for group, group_values in values.items():
+        strata.setdefault(str(majority(group_values)), []).append(group)
+    assigned: dict[str, str] = {}
+    for groups in strata.values():
+        ordered = sorted(groups, key=lambda group: (unit_hash(group, seed=options.seed), group))
+        total = sum(len(values[group]) for group in ordered)
+        before = 0
+        for group in ordered:
+            middle = (before + len(values[group]) / 2) / total
+            assigned[group] = split_at(middle, options.fractions)
+            before += len(values[group])
+    return assigned
+
+
+def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the rows of all files, in order.
+
+    Raises:
+        DataError: a file or row cannot be read.
+    """
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        for number, row in log.progress(json_rows(path), title=f"reading {Path(path).name}", unit="row"):
+            if isinstance(row, DataError):
+                raise DataError(f"{path}, row {number}: {row}")
+            rows.append(row)
+    if not rows:
+        raise DataError(f"{', '.join(paths)}: no rows")
+    return rows
+
+
+def write_splits(out: Path, rows: Sequence[dict[str, Any]], places: Sequence[str], facts: Mapping[str, Any]) -> str:
+    """Write a file for each split and the manifest last; return one screen about them."""
+    lines = [f"{'split':8}{'rows':>9}{'share':>8}  sha256 of the sorted ids"]
+    splits: dict[str, dict[str, Any]] = {}
+    for split in facts["fractions"]:
+        chosen = [row for row, place in zip(rows, places, strict=True) if place == split]
+        if not chosen:
+            continue
+        with open_atomic(out / f"{split}.json") as stream:
+            stream.writelines(file_text(map(plain, chosen)))  # as they were read, but NaN, which is no JSON, is null
+        identity = split_hash(str(row.get("id", "")) for row in chosen)
+        splits[split] = {"rows": len(chosen), "ids_sha256": identity}
+        lines.append(f"{split:8}{len(chosen):>9,}{len(chosen) / len(rows):>8.1%}  {identity}")
+    write_json(out / MANIFEST, {**facts, "splits": splits})
+    return "\n".join(lines) + "\n"
+
+
+def _old_splits(out: Path) -> set[str]:
+    """Return the splits of an earlier output, as its manifest names them."""
+    old = (read_manifest(out) or {}).get("splits")
+    return {split for split in old if split.isidentifier()} if isinstance(old, dict) else set()
+
+
+def make_parser() -> Parser:
+    """Return the parser of `llava data split`."""
+    parser = Parser(
+        prog="llava data split",
+        description="Rows to train, val and test so that no patient, or no picture, is in two of them.",
+        epilog="example: llava data split all.json --by patient --fractions train=0.8,test=0.2 --out data/split",
+    )
+    parser.add_argument("files", nargs="+", help="rows in the LLaVA layout")
+    parser.add_argument(
+        "--by", nargs="+", choices=WAYS, required=True, help="what must not be in two splits; both if both"
+    )
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--fractions", default="train=0.8,val=0.1,test=0.1", help="share of each split")
+    parser.add_argument("--seed", type=int, default=0, help="another number deals out differently")
+    parser.add_argument("--key", default="patient", help="field that names the patient")
+    parser.add_argument("--stratify", help="field whose values are spread evenly over the splits")
+    parser.add_argument(
+        "--image_folder", help="folder of the pictures: then equal bytes are one picture, not equal names"
+    )
+    parser.add_switch("--overwrite", help="replace split files that are there")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of `llava data split`.
+
+    Raises:
+        ConfigError: the flags do not fit, or files would be replaced.
+        DataError: a row cannot be used.
+    """
+    log.setup()
+    args = make_parser().parse_args(argv)
+    fractions = parse_fractions(args.fractions)
+    out = Path(args.out)
+    there = [name for name in (*(f"{split}.json" for split in fractions), MANIFEST) if (out / name).exists()]
+    if there and not args.overwrite:
+        raise ConfigError(f"{out} holds {', '.join(there)} already; choose another --out or give --overwrite")
+    replaced = {(out / f"{split}.json").resolve() for split in fractions}
+    if own := [path for path in args.files if Path(path).resolve() in replaced]:
+        raise ConfigError(f"--out {out} would replace {own[0]}, which is read; choose another --out")
+    rows = read_rows(args.files)
+    by = tuple(way for way in WAYS if way in args.by)
+    options = Options(by, fractions, args.seed, args.key, args.stratify, args.image_folder)
+    places = split_rows(rows, options, name=", ".join(args.files))
+    facts = {
+        "by": list(by),
+        "key": args.key if "patient" in by else None,
+        "fractions": fractions,
+        "seed": args.seed,
+        "stratify": args.stratify,
+        "made_by": stamp(data={Path(path).name: path for path in args.files}, command=["llava", "data", "split"]),
+    }
+    remove_splits(out, _old_splits(out) - set(places))
+    sys.stdout.write(write_splits(out, rows, places, facts))

@@ -1,0 +1,112 @@
+"""VQA-RAD: the public release (one JSON file, the split in `phrase_type`) or the later trainset.json / testset.json.
+
+    VQA_RAD Dataset Public.json + VQA_RAD Image Folder/  -->  train.json 1,797 rows, test.json 451 rows
+
+A row of the public release has `qid`, `phrase_type` (freeform, para, test_freeform, test_para), `image_name`,
+`image_organ`, `question`, `question_frame` and others (`NULL` where empty), `question_type`, `answer`, `answer_type`.
+Some words carry a space at their end, some answers are numbers.
+
+Command:
+    llava data vqa-rad DOWNLOADED --out data/vqa-rad
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.data.converters.base import Job, Reader, run
+from llava.data.converters.dataset_cards import VQA_RAD
+from llava.data.converters.items import Event, Item, kind_of_answer
+from llava.data.converters.tables import answer_cell, cell, read_table
+from llava.data.quarantine import BadRow
+from llava.errors import DataError
+from llava.samples import Origin
+from llava.utils.cli import Parser
+
+PUBLIC = "VQA_RAD Dataset Public.json"
+PAIR = {"train": "trainset.json", "test": "testset.json"}
+IMAGE_FOLDERS = ("VQA_RAD Image Folder", "images")
+NEEDED = ("image_name", "question", "answer")
+TEST_MARK = "test_"
+
+
+def read(job: Job) -> Iterator[Event]:
+    """Yield the questions of the form that is there."""
+    public = job.sources.file(PUBLIC)
+    if public is not None:
+        job.variant = "public with framed questions" if job.args.framed else "public"
+        yield from _public(job, job.require_file(PUBLIC))
+        return
+    if job.sources.file(PAIR["train"]) is None:
+        raise DataError(job.missing(f"{PUBLIC} (and no {PAIR['train']} with {PAIR['test']})"))
+    job.variant = "data_RAD"
+    for split, name in PAIR.items():
+        path = job.require_file(name)
+        for origin, row in read_table(path, columns=NEEDED):
+            yield _event(job, origin, row, split)
+
+
+def _public(job: Job, path: Path) -> Iterator[Event]:
+    """Yield every question; framed ones, where they are asked for, follow at the end, each text once a picture."""
+    framed: dict[tuple[str, str, str], tuple[Origin, dict[str, Any]]] = {}
+    asked: set[tuple[str, str, str]] = set()
+    for origin, row in read_table(path, columns=(*NEEDED, "phrase_type")):
+        if isinstance(row, DataError):
+            yield BadRow(*origin, "", str(row))
+            continue
+        test = cell(row, "phrase_type").startswith(TEST_MARK)
+        yield _event(job, origin, row, "test" if test else "train")
+        asked.add(_key(row, "question"))
+        if job.args.framed and not test and cell(row, "question_frame"):
+            framed.setdefault(_key(row, "question_frame"), (origin, row))
+    for key, (origin, row) in framed.items():
+        if key not in asked:
+            changed = {
+                **row,
+                "question": row["question_frame"],
+                "phrase_type": "frame",
+                "qid": f"{cell(row, 'qid')}_frame",
+            }
+            yield _event(job, origin, changed, "train")
+
+
+def _key(row: dict[str, Any], column: str) -> tuple[str, str, str]:
+    return cell(row, "image_name"), cell(row, column).lower(), answer_cell(row, "answer").lower()
+
+
+def _event(job: Job, origin: Origin, row: dict[str, Any] | DataError, split: str) -> Event:
+    if isinstance(row, DataError):
+        return BadRow(*origin, "", str(row))
+    identity = f"vqarad_{cell(row, 'qid') or f'{split}{origin.row}'}"
+    answer, name = answer_cell(row, "answer"), cell(row, "image_name")
+    try:
+        meta = {
+            "answer_type": kind_of_answer(cell(row, "answer_type"), answer),
+            "question_type": cell(row, "question_type"),
+            "image_organ": cell(row, "image_organ"),
+            "phrase_type": cell(row, "phrase_type").removeprefix(TEST_MARK),
+            "official_split": split,
+            "source": job.card.name,
+            "license": job.card.license,
+            "linked_id": cell(row, "qid_linked_id"),
+            "case": cell(row, "image_case_url"),
+        }
+        image = job.sources.image(name, *IMAGE_FOLDERS)
+    except DataError as error:
+        return BadRow(*origin, identity, str(error))
+    return Item(identity, split, cell(row, "question"), answer, image, name, meta, origin)
+
+
+def add_options(parser: Parser) -> None:
+    """Add the reader's own flags."""
+    parser.add_switch("--framed", help="add the questions put in a fixed form (`question_frame`) to the training rows")
+
+
+READER = Reader("vqa-rad", VQA_RAD, read, add_options, "llava data vqa-rad downloads/vqa-rad --out data/vqa-rad")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry of `llava data vqa-rad`."""
+    run(READER, argv)

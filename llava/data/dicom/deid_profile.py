@@ -1,0 +1,202 @@
+"""Which fields of a DICOM file survive de-identification: a list of what is kept, stricter than the standard's.
+
+    data set --KEPT_* and ACTIONS, field by field--> a new data set of kept, emptied and replaced fields
+
+The Basic Application Level Confidentiality Profile (PS3.15, annex E) lists what must go, and grows with every edition.
+Here it is turned round: a field stays only if its group, its type and, where it has any, its sequence are in these
+tables. Free text, dates, times, names, private fields, overlays and curves never are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+from pydicom.tag import BaseTag
+from pydicom.uid import UID
+
+from llava.data.dicom.pseudonyms import key_of, new_uid
+from llava.data.dicom_facts import BODY_PARTS
+from llava.imaging.dicom.header import silence
+from llava.imaging.dicom.sop_classes import is_known
+
+KEPT_GROUPS = frozenset({0x0008, 0x0018, 0x0020, 0x0022, 0x0028, 0x0048, 0x0054, 0x5200, 0x7FE0})
+"""Identification of the object, acquisition, relations, ophthalmic, picture, slide, nuclear, frames, pixels."""
+
+KEPT_TYPES = frozenset({"CS", "DS", "IS", "FD", "FL", "SL", "SS", "SV", "UL", "US", "UV", "AT", "UI", "SQ"})
+"""Numbers, codes, identifiers (replaced) and sequences; texts, names, dates, times and bytes are not among them."""
+
+KEPT_SEQUENCES = frozenset(
+    {
+        "CTImageFrameTypeSequence",
+        "DimensionIndexSequence",
+        "DimensionOrganizationSequence",
+        "FrameContentSequence",
+        "FrameVOILUTSequence",
+        "MRImageFrameTypeSequence",
+        "ModalityLUTSequence",
+        "PerFrameFunctionalGroupsSequence",
+        "PixelMeasuresSequence",
+        "PixelValueTransformationSequence",
+        "PlaneOrientationSequence",
+        "PlanePositionSequence",
+        "SequenceOfUltrasoundRegions",
+        "SharedFunctionalGroupsSequence",
+        "VOILUTSequence",
+    }
+)
+"""Sequences that say how the picture is shown or where it lies; their items are cleaned in turn."""
+
+KEPT_BYTES = frozenset(
+    {
+        "BluePaletteColorLookupTableData",
+        "DoubleFloatPixelData",
+        "ExtendedOffsetTable",
+        "ExtendedOffsetTableLengths",
+        "FloatPixelData",
+        "GreenPaletteColorLookupTableData",
+        "LUTData",
+        "PixelData",
+        "RedPaletteColorLookupTableData",
+        "SegmentedBluePaletteColorLookupTableData",
+        "SegmentedGreenPaletteColorLookupTableData",
+        "SegmentedRedPaletteColorLookupTableData",
+    }
+)
+"""The pixels and their tables: the only fields of bytes that stay."""
+
+ACTIONS: dict[str, str] = {
+    "AccessionNumber": "Z",
+    "AnatomicalOrientationType": "X",
+    "BodyPartExamined": "W",
+    "ContentDate": "Z",
+    "ContentTime": "Z",
+    "FrameComments": "X",
+    "IrradiationEventUID": "U",
+    "PatientBirthDate": "Z",
+    "PatientID": "K",
+    "PatientName": "K",
+    "PatientSex": "Z",
+    "ReferringPhysicianName": "Z",
+    "StudyDate": "Z",
+    "StudyID": "Z",
+    "StudyTime": "Z",
+    "TimezoneOffsetFromUTC": "X",
+}
+"""Fields with a rule of their own, by the letters of PS3.15 where it has one: Z emptied (the standard wants the field
+to be there), X removed, U a new identifier; K replaced by the key of the patient; W kept if it is a word of a list.
+"""
+
+_CODE = re.compile(r"[A-Z0-9_ ]{0,16}")
+METHOD = "llava: PS3.15 basic profile, kept-fields list"
+
+
+def clean(dataset: Dataset, salt: bytes) -> Dataset:
+    """Return a new data set with what may stay of `dataset`.
+
+    Args:
+        dataset: all fields of a file; it is not changed.
+        salt: of the new identifiers and of the patient's key.
+    """
+    found = Dataset()
+    with silence:
+        patient = str(dataset.get("PatientID") or "")
+        _add_cleaned(found, dataset, salt, patient)
+        found.PatientIdentityRemoved = "YES"
+        found.DeidentificationMethod = METHOD
+    return found
+
+
+def _fate_of(element: DataElement) -> str:
+    """Return what happens to a field: kept, emptied, replaced or removed."""
+    fate = _fate_by_name(element)
+    return "removed" if fate == "kept" and not _is_harmless(element) else fate
+
+
+def _fate_by_name(element: DataElement) -> str:
+    action = ACTIONS.get(element.keyword)
+    if action is not None:
+        return {"Z": "emptied", "X": "removed", "U": "replaced", "K": "replaced", "W": "kept"}[action]
+    if element.keyword in KEPT_BYTES:
+        return "kept"
+    if element.tag.is_private or element.tag.group not in KEPT_GROUPS or not element.keyword:
+        return "removed"
+    if element.VR == "SQ":
+        return "kept" if element.keyword in KEPT_SEQUENCES else "removed"
+    if element.VR == "UI":
+        return "kept" if is_known(UID(str(element.value))) else "replaced"
+    # Types that the file leaves open ("US or SS") are numbers.
+    return "kept" if set(element.VR.split(" or ")) & KEPT_TYPES else "removed"
+
+
+def fields_of(dataset: Dataset) -> Iterator[tuple[BaseTag, DataElement | None, str]]:
+    """Yield the tag of every field, the field, and what happens to it; one that cannot be read is None and removed."""
+    for tag in list(dataset.keys()):
+        try:
+            element = dataset[tag]
+            fate = _fate_of(element)
+        except Exception:  # pydicom raises whatever a damaged value runs into; what cannot be judged must not stay
+            yield tag, None, "removed"
+        else:
+            yield tag, element, fate
+
+
+def _add_cleaned(found: Dataset, dataset: Dataset, salt: bytes, patient: str) -> None:
+    """Add what may stay of a data set."""
+    for _, element, fate in fields_of(dataset):
+        if element is not None and fate != "removed":
+            found.add(_cleaned(element, salt, patient))
+
+
+def _cleaned(element: DataElement, salt: bytes, patient: str) -> DataElement:
+    """Return a field that is not removed as it may stay."""
+    rule = ACTIONS.get(element.keyword)
+    if rule in ("Z", "K"):
+        key = key_of("patient", patient, salt) if rule == "K" and patient else ""
+        return DataElement(element.tag, element.VR, key)
+    if element.VR == "SQ":
+        return DataElement(element.tag, "SQ", Sequence([_clean_item(item, salt) for item in element.value]))
+    if element.VR == "UI":
+        return DataElement(element.tag, "UI", _each(element.value, lambda uid: _identifier(str(uid), salt)))
+    return element
+
+
+def _is_harmless(element: DataElement) -> bool:
+    """Whether a field that stays as it is holds what its type says: people type other things into codes and numbers."""
+    if ACTIONS.get(element.keyword) == "W":
+        return str(element.value) in BODY_PARTS
+    parts = element.value if _is_many(element.value) else [element.value]
+    if element.VR == "CS" and element.keyword not in ACTIONS:
+        return all(_CODE.fullmatch(str(part or "")) for part in parts)
+    return element.VR not in ("DS", "IS") or _are_numbers(parts)
+
+
+def _clean_item(item: Dataset, salt: bytes) -> Dataset:
+    found = Dataset()
+    _add_cleaned(found, item, salt, "")
+    return found
+
+
+def _identifier(uid: str, salt: bytes) -> str:
+    """Return another identifier for a thing; names of the standard itself (classes, syntaxes) stay."""
+    return uid if not uid or is_known(UID(uid)) else new_uid(uid, salt)
+
+
+def _each(value: Any, change: Callable[[Any], str]) -> Any:
+    return [change(part) for part in value] if _is_many(value) else change(value or "")
+
+
+def _is_many(value: Any) -> bool:
+    return hasattr(value, "__iter__") and not isinstance(value, str | bytes)
+
+
+def _are_numbers(parts: Any) -> bool:
+    try:
+        return all(part is None or part == "" or math.isfinite(float(part)) for part in parts)
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,244 @@
+"""HTTP for downloads: one client for all threads, which asks politely, follows redirects only where that is safe.
+
+    address --turn of the host, address policy--> request --redirects, each checked again--> Answer, a stream of bytes
+
+httpx2 and not urllib: connections stay open between the hundred thousands of requests to one host, every single read
+has a time limit, bodies come as they were sent (an archive is not unzipped on the way), proxies of the environment are
+used, and redirects are left to us. It is installed with the package, since huggingface_hub needs it as well.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from urllib.parse import urljoin, urlsplit
+
+import httpx2
+
+import llava
+from llava.data.download.url_policy import AddressPolicy, origin, shown
+from llava.data.fetching.turns import HostTurns
+from llava.errors import ConfigError, DownloadError
+from llava.utils.retry import retry_after
+
+TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+GONE = frozenset({404, 410})
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+PASSING = frozenset({"unreachable", "stalled", "cut_off", "unavailable"})
+"""Reasons to ask again."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkOptions:
+    """How servers are asked.
+
+    Attributes:
+        user_agent: how we introduce ourselves; a contact address in it is good manners on long runs.
+        per_second: requests a second and host (the archive's own rule for programs is three).
+        max_attempts: how often a file is asked for that makes no progress.
+        first_wait: seconds before the second attempt; doubled for each further one.
+        max_wait: longest wait in seconds, also where a server asks for a longer one.
+        connect_seconds: longest time to a connection.
+        stall_seconds: a server that sends fewer than `min_speed` bytes a second for so long is given up.
+        min_speed: bytes a second.
+        max_redirects: redirects that are followed.
+    """
+
+    user_agent: str = f"llava/{llava.__version__} (research data download)"
+    per_second: float = 3.0
+    max_attempts: int = 5
+    first_wait: float = 1.0
+    max_wait: float = 120.0
+    connect_seconds: float = 20.0
+    stall_seconds: float = 30.0
+    min_speed: float = 1024.0
+    max_redirects: int = 5
+
+    def __post_init__(self) -> None:
+        numbers = (self.per_second, self.first_wait, self.max_wait, self.stall_seconds, self.min_speed)
+        if not all(map(math.isfinite, numbers)):
+            raise ConfigError(f"rates, waits and speeds must be finite numbers, got {', '.join(map(str, numbers))}")
+        if self.max_attempts < 1 or self.stall_seconds <= 0 or self.connect_seconds <= 0:
+            raise ConfigError("--max-attempts must be at least 1, and --stall-seconds above 0")
+
+
+@dataclass(slots=True)
+class Answer:
+    """An answer whose body has not been read.
+
+    Attributes:
+        response: the answer.
+        address: where it came from in the end.
+    """
+
+    response: httpx2.Response
+    address: str
+
+    @property
+    def status(self) -> int:
+        """The HTTP status code."""
+        return self.response.status_code
+
+    def header(self, name: str) -> str | None:
+        """Return a header, or None."""
+        value = self.response.headers.get(name)
+        return None if value is None else str(value)
+
+    def close(self) -> None:
+        """End the answer; what was not read is not fetched."""
+        self.response.close()
+
+
+class Client:
+    """Asks servers; may be shared by threads.
+
+    Args:
+        options: how.
+        bases: addresses the user gave, which may be private.
+        num_connections: most connections that are open at a time.
+    """
+
+    def __init__(
+        self, options: NetworkOptions | None = None, *, bases: Iterable[str] = (), num_connections: int = 16
+    ) -> None:
+        self.options = options or NetworkOptions()
+        self.stopped = threading.Event()
+        self.policy = AddressPolicy(bases)
+        self._turns = HostTurns(self.options.per_second, self.stopped)
+        timeout = httpx2.Timeout(self.options.stall_seconds, connect=self.options.connect_seconds, pool=None)
+        self._http = httpx2.Client(
+            headers={"User-Agent": self.options.user_agent, "Accept-Encoding": "identity"},
+            timeout=timeout,
+            follow_redirects=False,
+            limits=httpx2.Limits(max_connections=num_connections, max_keepalive_connections=num_connections),
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all waiting and all connections; threads that still read get a `DownloadError`."""
+        self.stopped.set()
+        self._http.close()
+
+    def wait(self, seconds: float) -> None:
+        """Wait, unless the client is closed in the meantime."""
+        self.stopped.wait(seconds)
+
+    def open(self, address: str, *, start: int = 0, etag: str | None = None) -> Answer:
+        """Ask for a file from byte `start` on; the answer has status 200, 206 or 416.
+
+        Args:
+            address: an http(s) address.
+            start: first byte that is wanted.
+            etag: the version of the file that the bytes before `start` belong to, if known.
+
+        Raises:
+            DownloadError: any other answer, or none; its reason is one of `PASSING` where asking again may help.
+        """
+        headers = {} if start == 0 else {"Range": f"bytes={start}-"}
+        if start and etag and not etag.startswith("W/"):
+            headers["If-Range"] = etag
+        before: str | None = None
+        for _ in range(self.options.max_redirects + 1):
+            answer = self._ask(address, headers, before)
+            if answer.status not in REDIRECTS:
+                return self._accepted(answer)
+            answer.close()
+            before, address = address, _target(address, answer.header("Location"))
+        raise DownloadError(f"{shown(address)}: more than {self.options.max_redirects} redirects", reason="refused")
+
+    def _ask(self, address: str, headers: dict[str, str], before: str | None) -> Answer:
+        if self.stopped.is_set():
+            raise DownloadError("stopped", reason="cut_off")
+        self.policy.check(address, before=before)
+        self._turns.wait(origin(address)[0])
+        try:
+            request = self._http.build_request("GET", address, headers=headers)
+            response = self._http.send(request, stream=True)
+        except (httpx2.HTTPError, httpx2.InvalidURL, RuntimeError) as error:
+            raise trouble(error, address) from error
+        answer = Answer(response, address)
+        try:
+            self._check_peer(answer)
+        except DownloadError:
+            answer.close()
+            raise
+        return answer
+
+    def _check_peer(self, answer: Answer) -> None:
+        stream = answer.response.extensions.get("network_stream")
+        peer = None if stream is None else stream.get_extra_info("server_addr")
+        if peer:
+            self.policy.check_peer(answer.address, str(peer[0]))
+
+    def _accepted(self, answer: Answer) -> Answer:
+        """Return an answer that has a body to read (or 416), and raise what any other one means."""
+        if answer.status in (200, 206, 416):
+            return answer
+        answer.close()
+        message = (
+            f"{shown(answer.address)}: the server answers {answer.status} {answer.response.reason_phrase}".rstrip()
+        )
+        if answer.status in TRY_AGAIN:
+            seconds = retry_after(answer.header("Retry-After"))
+            if seconds is not None:
+                self._turns.pause(urlsplit(answer.address).hostname or "", min(seconds, self.options.max_wait))
+            raise DownloadError(message, reason="unavailable")
+        raise DownloadError(message, reason="not_found" if answer.status in GONE else "refused")
+
+    def chunks(self, answer: Answer) -> Iterator[bytes]:
+        """Yield the body of an answer as it comes.
+
+        Raises:
+            DownloadError: it stops coming, comes too slowly, or ends before it is complete.
+        """
+        pieces = answer.response.iter_raw()
+        waited, num_bytes = 0.0, 0
+        try:
+            while True:
+                before = time.monotonic()
+                piece = next(pieces, None)
+                waited += time.monotonic() - before  # what the reader does with a piece is not the server's time
+                if piece is None:
+                    return
+                if self.stopped.is_set():
+                    raise DownloadError("stopped", reason="cut_off")
+                num_bytes += len(piece)
+                if waited >= self.options.stall_seconds:
+                    if num_bytes < self.options.min_speed * waited:
+                        told = f"{num_bytes} bytes in {waited:.0f} s"
+                        raise DownloadError(f"{shown(answer.address)}: {told}", reason="stalled")
+                    waited, num_bytes = 0.0, 0
+                yield piece
+        except (httpx2.HTTPError, httpx2.StreamError, RuntimeError) as error:
+            raise trouble(error, answer.address) from error
+        finally:
+            answer.close()
+
+
+def _target(address: str, location: str | None) -> str:
+    """Return where a redirect leads."""
+    try:
+        return urljoin(address, location or "")
+    except ValueError as error:
+        raise DownloadError(f"{shown(address)} redirects to what is no address", reason="unsafe_address") from error
+
+
+def trouble(error: Exception, address: str) -> DownloadError:
+    """Return the named error for one of the HTTP library's."""
+    if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
+        reason = "unreachable"
+    elif isinstance(error, httpx2.TimeoutException):
+        reason = "stalled"
+    elif isinstance(error, httpx2.InvalidURL | httpx2.UnsupportedProtocol | httpx2.LocalProtocolError):
+        reason = "unsafe_address"
+    else:
+        reason = "cut_off"
+    return DownloadError(f"{shown(address)}: {type(error).__name__} {error}".rstrip(), reason=reason)

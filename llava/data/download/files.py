@@ -1,0 +1,185 @@
+"""Whole files: fetched into `NAME.part`, continued where they stopped, checked, moved into place.
+
+    addresses in order --RemoteFile / copy--> NAME.part --size, sha256--> NAME
+                            | fails                     | wrong: once more from the start
+                            +--> next address           +--> next address
+
+A process that is killed leaves `NAME.part`; the next run goes on from there, also from another address: what counts is
+the sha256 of the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava.data.download.client import Client
+from llava.data.download.failures import most_telling
+from llava.data.download.transfer import POINTER, POINTER_HINT, RemoteFile
+from llava.data.download.url_policy import is_local, local_path, shown
+from llava.errors import DataError, DownloadError
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a file must be: its size in bytes and sha256; None where that is not known."""
+
+    size: int | None = None
+    sha256: str | None = None
+    max_bytes: int | None = None
+
+    def problem(self, size: int, digest: str) -> str:
+        """Return what is wrong with a file of this size and sha256; empty when nothing is."""
+        if self.size is not None and size != self.size:
+            return f"{size} bytes, expected {self.size}"
+        if self.sha256 is not None and digest != self.sha256:
+            return f"sha256 {digest[:12]}..., expected {self.sha256[:12]}..."
+        return ""
+
+
+def digest_of(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> tuple[int, _Hash]:
+    """Return size and running sha256 of a file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+            on_bytes(len(block))
+    return size, digest
+
+
+def file_problem(path: Path, expected: Expected) -> str:
+    """Return what is wrong with a file on the disk; empty when it is as expected."""
+    try:
+        size = path.stat().st_size
+        if expected.size is not None and size != expected.size:
+            return expected.problem(size, "") + _pointer_hint(path, size)
+        return expected.problem(size, digest_of(path)[1].hexdigest()) if expected.sha256 else ""
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _pointer_hint(path: Path, size: int) -> str:
+    if size < 1024 and path.read_bytes().startswith(POINTER):
+        return POINTER_HINT
+    return ""
+
+
+def fetch_file(
+    client: Client,
+    addresses: Sequence[str],
+    target: Path,
+    *,
+    expected: Expected,
+    on_bytes: Callable[[int], object] = lambda count: None,
+) -> str:
+    """Fetch one file from the first address that has it, and return that address.
+
+    Args:
+        client: asks servers.
+        addresses: where the file is, in order of preference; local ones are copied.
+        target: the file; it appears whole and checked, or not at all.
+        expected: size and sha256.
+        on_bytes: told how many bytes have been added, also those found from an earlier run; negative when the file is
+            begun again.
+
+    Raises:
+        DownloadError: no address has it; the message tells of each, the reason is the most telling one.
+        DataError: the file cannot be written.
+    """
+    failures: list[DownloadError] = []
+    for address in addresses:
+        try:
+            _fetch_from(client, address, target, expected, on_bytes)
+            return address
+        except DownloadError as error:
+            logger.warning("%s: %s", target.name, error)
+            failures.append(error)
+        except OSError as error:
+            raise DataError(f"{target} cannot be written: {error.strerror or error}") from error
+        if client.stopped.is_set():
+            break
+    if not failures:
+        raise DownloadError(f"{target.name}: no address was given", reason="not_found")
+    raise DownloadError("; ".join(map(str, failures)), reason=most_telling(error.reason for error in failures))
+
+
+def _fetch_from(
+    client: Client, address: str, target: Path, expected: Expected, on_bytes: Callable[[int], object]
+) -> None:
+    part = target.with_name(target.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in (1, 2):
+        if expected.size is not None and part.exists() and part.stat().st_size > expected.size:
+            part.unlink()  # no beginning of this file
+        start, digest = digest_of(part, on_bytes) if part.exists() else (0, hashlib.sha256())
+        size = start
+        try:
+            for block in _blocks(client, address, start=start, digest=digest, expected=expected, part=part):
+                size += len(block)
+                on_bytes(len(block))
+            problem = expected.problem(size, digest.hexdigest())
+        except DownloadError as error:
+            if error.reason != "wrong_content":
+                on_bytes(-size)  # the next address, or the next run, counts what is there again
+                if size == 0:
+                    part.unlink(missing_ok=True)
+                raise
+            problem = str(error)
+        if not problem:
+            os.replace(part, target)
+            return
+        on_bytes(-size)
+        part.unlink(missing_ok=True)
+        if start == 0 or attempt == 2:  # what was there before is not to blame
+            raise DownloadError(
+                f"{shown(address)}: {problem.removeprefix(shown(address) + ': ')}", reason="wrong_content"
+            )
+        logger.warning("%s: what an earlier run left does not fit (%s); it is begun again", target.name, problem)
+
+
+def _blocks(
+    client: Client, address: str, *, start: int, digest: _Hash, expected: Expected, part: Path
+) -> Iterator[bytes]:
+    """Add the file's bytes from `start` on to `part` and yield them; `digest` takes them in."""
+    if is_local(address):
+        source = _local_blocks(local_path(address), start, digest, expected)
+    else:
+        source = iter(
+            RemoteFile(client, address, start=start, digest=digest, size=expected.size, max_bytes=expected.max_bytes)
+        )
+    with part.open("ab") as stream:
+        for block in source:
+            stream.write(block)
+            yield block
+        stream.flush()
+        os.fsync(stream.fileno())  # the name is moved only when the bytes are on the disk
+
+
+def _local_blocks(path: Path, start: int, digest: _Hash, expected: Expected) -> Iterator[bytes]:
+    problem = file_problem(path, Expected(expected.size))
+    if problem:
+        raise DownloadError(f"{path}: {problem}", reason="not_found" if problem == "missing" else "wrong_size")
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise DownloadError(f"{path}: {error.strerror}", reason="refused") from error
+    with stream:
+        stream.seek(start)
+        while block := stream.read(BLOCK):
+            digest.update(block)
+            yield block

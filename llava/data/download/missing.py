@@ -1,0 +1,110 @@
+"""The list of images that are missing, and why: written line by line while a run lasts, in order when it ends.
+
+    missing.jsonl: {"pair_id", "image", "archive", "member", "reason", "detail", "tried"}
+
+A run that was killed leaves its lines; the next one believes those whose reason lasts and whose addresses it would ask
+again, and asks for the others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from llava.data.download.failures import REASONS
+from llava.data.download.pmc_list import BadListRow, Figure
+from llava.data.download.url_policy import shown
+from llava.errors import DataError
+from llava.utils.jsonl import append, drop_torn_line, read_records, write_records
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """One image that is not there.
+
+    Attributes:
+        pair_id: the image's id; empty where the list's row has none.
+        image: its file name.
+        archive: address of its archive, as the list has it.
+        member: its name in the archive.
+        reason: a word of `REASONS`.
+        detail: what happened, for people.
+        tried: the addresses that were asked, or would be.
+        place: row in the lists, which orders the file.
+    """
+
+    pair_id: str
+    image: str
+    archive: str
+    member: str
+    reason: str
+    detail: str
+    tried: tuple[str, ...] = ()
+    place: int = field(default=-1, compare=False)
+
+    @classmethod
+    def of(cls, figure: Figure, archive: str, reason: str, detail: str, tried: Sequence[str]) -> Missing:
+        """Return the line of a figure that no source has."""
+        places = tuple(map(shown, tried))
+        return cls(
+            figure.pair_id, figure.file_name, shown(archive), figure.member, reason, detail, places, figure.place
+        )
+
+    @classmethod
+    def of_bad_row(cls, row: BadListRow) -> Missing:
+        """Return the line of a list's row that cannot be used."""
+        return cls(row.pair_id, "", "", "", "bad_row", row.detail, (), row.place)
+
+    def settles(self, figure: Figure, tried: Collection[str]) -> bool:
+        """Whether asking `tried` for the figure again would give the same."""
+        reason = REASONS.get(self.reason)
+        asked = set(map(shown, tried))
+        return reason is not None and reason.lasting and self.member == figure.member and asked <= set(self.tried)
+
+
+class MissingList:
+    """The list while a run lasts.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DataError: there is a file of another kind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._before: dict[str, Missing] = {}
+        self._rows: list[Missing] = []
+        drop_torn_line(path)
+        for row in read_records(path) if path.exists() else ():
+            try:
+                before = Missing(**{**row, "tried": tuple(row["tried"])})
+            except (TypeError, KeyError) as error:
+                raise DataError(
+                    f"{path} is not a list of missing images; it would be overwritten: name another file by --missing"
+                ) from error
+            self._before[before.pair_id] = before
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def known(self, pair_id: str) -> Missing | None:
+        """Return what an earlier run wrote about an image."""
+        return self._before.get(pair_id)
+
+    def add(self, rows: Sequence[Missing]) -> None:
+        """Add lines; those that an earlier run wrote already are not written again."""
+        for row in rows:
+            self._rows.append(row)
+            if self._before.get(row.pair_id) != row:
+                append(self.path, asdict(row))
+
+    def finish(self) -> dict[str, int]:
+        """Write the list of this run in the order of the lists; return how many images are missing for each reason."""
+        self._rows.sort(key=lambda row: row.place)
+        write_records(self.path, map(asdict, self._rows))
+        counts = Counter(row.reason for row in self._rows)
+        return {reason: counts[reason] for reason in REASONS if counts[reason]}

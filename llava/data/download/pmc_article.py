@@ -1,0 +1,267 @@
+"""One article: its figures from the first source that has them, each checked before it is kept.
+
+addresses_of --> single figures | archive (streamed; stops when all figures have passed) | archive in a folder
+                    |--Taken--> decodes? --> images/.partial/... --> images/PAIR_ID.jpg
+                    +--reason--> next source; after the last one: Missing
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava.data.download.archives import IMAGE_ENDINGS, Limits, Taken, stem, take
+from llava.data.download.client import PASSING, Client
+from llava.data.download.failures import REASONS, most_telling
+from llava.data.download.files import Expected, fetch_file
+from llava.data.download.missing import Missing
+from llava.data.download.pmc_list import Article, Figure
+from llava.data.download.transfer import RemoteFile
+from llava.data.download.url_policy import is_local, join, local_path, shown
+from llava.errors import ArchiveError, DataError, DownloadError
+from llava.imaging import decode
+
+FIRST_VERSION = ".1"
+"""Servers of single figures list articles by version; the archives of the published list hold the first one."""
+
+PARTIAL = ".partial"
+"""Folder, among the images, of those that are being written."""
+
+PIECE = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """Where images come from and go to.
+
+    Attributes:
+        images: folder of the images.
+        archives: folder of archives; those in it are read and never deleted, fetched ones stay there only with `keep`.
+        missing: file that lists what is missing.
+        archive_bases: mirrors with the archives in their published layout; None: each archive's own address.
+        figure_bases: servers of single figures, asked before the archives.
+        keep: keep the archives that are fetched.
+        num_threads: articles at a time.
+        retry_missing: ask again for what is known to be missing.
+        limits: what an archive may cost.
+        max_archive: bytes of the largest archive that is fetched.
+    """
+
+    images: Path
+    archives: Path
+    missing: Path
+    archive_bases: tuple[str, ...] | None = None
+    figure_bases: tuple[str, ...] = ()
+    keep: bool = False
+    num_threads: int = 4
+    retry_missing: bool = False
+    limits: Limits = field(default_factory=Limits)
+    max_archive: int = 16 << 30
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one article: images that are new, bytes read for them, archives opened, images still missing."""
+
+    num_taken: int = 0
+    num_bytes: int = 0
+    num_archives: int = 0
+    missing: list[Missing] = field(default_factory=list)
+
+
+def addresses_of(article: Article, options: ImageOptions) -> list[str]:
+    """Return where an article is looked for, in order; the folders of single figures come first."""
+    if options.archive_bases is None:
+        archives = [article.address]
+    else:
+        archives = [join(base, article.package) for base in options.archive_bases]
+    return [*_figure_folders(article, options), *archives]
+
+
+def _figure_folders(article: Article, options: ImageOptions) -> list[str]:
+    name = article.file_name.removesuffix(".tar.gz")
+    return [join(base, name + FIRST_VERSION) for base in options.figure_bases]
+
+
+class ArticleJob:
+    """The work on one article.
+
+    Args:
+        article: the article.
+        figures: those of its figures that are wanted now.
+        client: asks servers.
+        options: where from and where to.
+    """
+
+    def __init__(self, article: Article, figures: Sequence[Figure], client: Client, options: ImageOptions) -> None:
+        self.article = article
+        self.client = client
+        self.options = options
+        self.outcome = Outcome()
+        self._left = {figure.pair_id: figure for figure in figures}
+        self._problems: dict[str, dict[str, str]] = {figure.pair_id: {} for figure in figures}
+
+    def run(self) -> Outcome:
+        """Ask the sources in turn until all figures are there.
+
+        Raises:
+            OSError: an image cannot be written.
+        """
+        kept = self.options.archives / self.article.file_name
+        addresses = addresses_of(self.article, self.options)
+        singles = set(_figure_folders(self.article, self.options))
+        for address in [str(kept)] * kept.is_file() + addresses:
+            if self._left and not self.client.stopped.is_set():
+                self._ask(self._single_figures if address in singles else self._archive, address)
+        for pair_id, figure in self._left.items():
+            problems = self._problems[pair_id]
+            reason = most_telling(problems) if problems else "cut_off"
+            detail = problems.get(reason, "stopped")
+            self.outcome.missing.append(Missing.of(figure, self.article.address, reason, detail, addresses))
+        return self.outcome
+
+    def _ask(self, reader: Callable[[str, list[str]], Iterator[Taken]], address: str) -> None:
+        """Take what one source has."""
+        by_member: dict[str, list[Figure]] = {}
+        for figure in self._left.values():
+            by_member.setdefault(figure.member, []).append(figure)
+        try:
+            for taken in reader(address, list(by_member)):
+                for figure in by_member[taken.name]:
+                    self._settle(figure, taken, address)
+        except (DownloadError, ArchiveError) as error:
+            for pair_id in self._left:
+                self._problems[pair_id].setdefault(error.reason, str(error))
+
+    def _settle(self, figure: Figure, taken: Taken, address: str) -> None:
+        """Keep a figure, or note why that is not possible."""
+        reason, detail = taken.reason, f"{shown(address)}: {REASONS[taken.reason].text}" if taken.reason else ""
+        if not reason:
+            try:
+                decode.load(taken.data)
+            except DataError as error:
+                reason, detail = "broken_image", f"{shown(address)}: {error}"
+        if reason:
+            self._problems[figure.pair_id].setdefault(reason, detail)
+            return
+        self._write(figure, taken.data)
+        self.outcome.num_taken += 1
+        del self._left[figure.pair_id]
+
+    def _write(self, figure: Figure, data: bytes) -> None:
+        """Write an image in a folder that the next run empties, and move it into place."""
+        temporary = self.options.images / PARTIAL / figure.file_name
+        temporary.write_bytes(data)
+        os.replace(temporary, self.options.images / figure.file_name)
+
+    def _archive(self, address: str, members: list[str]) -> Iterator[Taken]:
+        """Yield the members from one archive, and in the end a reason for those that it does not hold."""
+        left = set(members)
+        for taken in self._members(address, members):
+            left.discard(taken.name)
+            yield taken
+        yield from (Taken(name, reason="not_in_archive") for name in sorted(left))
+
+    def _members(self, address: str, members: list[str]) -> Iterator[Taken]:
+        kept = self.options.archives / self.article.file_name
+        if is_local(address):
+            yield from self._from_file(local_path(address), members)
+        elif self.options.keep:
+            expected = Expected(max_bytes=self.options.max_archive)
+            fetch_file(self.client, [address], kept, expected=expected)
+            try:
+                yield from self._from_file(kept, members)
+            except ArchiveError:
+                kept.unlink(missing_ok=True)  # a damaged one is not worth keeping
+                raise
+        else:
+            remote = RemoteFile(self.client, address, max_bytes=self.options.max_archive)
+            try:
+                yield from self._named(take(remote, members, self.options.limits), address)
+            finally:
+                self._count(remote.num_fetched)
+                remote.close()
+
+    def _from_file(self, path: Path, members: list[str]) -> Iterator[Taken]:
+        source = _FileSource(path)
+        with closing(source):
+            try:
+                yield from self._named(take(source, members, self.options.limits), str(path))
+            finally:
+                self._count(source.num_read)
+
+    def _named(self, taken: Iterator[Taken], address: str) -> Iterator[Taken]:
+        """Yield what an archive gives; an error names the archive."""
+        try:
+            yield from taken
+        except ArchiveError as error:
+            raise ArchiveError(f"{shown(address)}: {error}", reason=error.reason) from error
+
+    def _count(self, num_bytes: int) -> None:
+        self.outcome.num_archives += num_bytes > 0
+        self.outcome.num_bytes += num_bytes
+
+    def _single_figures(self, address: str, members: list[str]) -> Iterator[Taken]:
+        """Yield the members, each from a file of its own below `address`."""
+        for member in members:
+            name = member.rsplit("/", 1)[-1]
+            if stem(name) == name:
+                name += IMAGE_ENDINGS[0]
+            try:
+                yield Taken(member, self._single(join(address, name)))
+            except DownloadError as error:
+                if error.reason in PASSING:  # the server's trouble, not this figure's
+                    raise
+                yield Taken(member, reason=error.reason)
+
+    def _single(self, address: str) -> bytes:
+        limit = self.options.limits.max_figure
+        if is_local(address):
+            path = local_path(address)
+            if not path.is_file():
+                raise DownloadError(f"{path}: missing", reason="not_found")
+            if path.stat().st_size > limit:
+                raise DownloadError(f"{path}: more than {limit} bytes", reason="too_large")
+            source = _FileSource(path)
+            with closing(source):
+                return b"".join(iter(source.read, b""))
+        remote = RemoteFile(self.client, address, max_bytes=limit)
+        try:
+            return b"".join(remote)
+        finally:
+            self.outcome.num_bytes += remote.num_fetched
+            remote.close()
+
+
+class _FileSource:
+    """A file's bytes, in pieces.
+
+    Raises (also from `read`):
+        DownloadError: there is no such file, or it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.num_read = 0
+        try:
+            self._stream = path.open("rb")
+        except FileNotFoundError as error:
+            raise DownloadError(f"{path}: missing", reason="not_found") from error
+        except OSError as error:
+            raise DownloadError(f"{path}: {error.strerror}", reason="refused") from error
+
+    def read(self) -> bytes:
+        """Return the next bytes; empty at the end."""
+        try:
+            piece = self._stream.read(PIECE)
+        except OSError as error:
+            raise DownloadError(f"{self._path}: {error.strerror}", reason="refused") from error
+        self.num_read += len(piece)
+        return piece
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()

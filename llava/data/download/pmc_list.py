@@ -1,0 +1,240 @@
+"""Lists of figures in PMC articles to articles with the figures wanted from each.
+
+    llava_med_image_urls.jsonl   pmc_tar_url, image_file_path, pair_id  --+
+                                                                          +--> Article(address, figures), each once
+    ..._fig_captions.json        {domain: [{pair_id, graphic_ref}]}     --+
+
+The second kind names figures as well, so the 50 test images, which are not in the published list, come the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava.data.download.archives import plain_name
+from llava.data.download.url_policy import origin, shown
+from llava.errors import DataError, DownloadError
+from llava.samples import describe
+from llava.utils.lookup import require
+from llava.utils.unzipped import UNREADABLE, open_unzipped
+
+ARCHIVE_HOSTS = ("ftp.ncbi.nlm.nih.gov",)
+"""Hosts that a list may name without the user's permission."""
+
+ARCHIVE_BASE = "https://ftp.ncbi.nlm.nih.gov/pub/pmc/"
+PACKAGES = "oa_package/"
+"""Where the archives are below a base, in the original's and in every mirror's layout."""
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+\-]{0,199}")
+
+
+class Figure(NamedTuple):
+    """One wanted image: it becomes `pair_id`.jpg from the archive's file `member`; `place` is its row in the lists."""
+
+    pair_id: str
+    member: str
+    place: int
+
+    @property
+    def file_name(self) -> str:
+        """Name of the image file."""
+        return f"{self.pair_id}.jpg"
+
+
+@dataclass(slots=True)
+class Article:
+    """One archive, and what is wanted from it."""
+
+    address: str
+    figures: list[Figure] = field(default_factory=list)
+
+    @property
+    def package(self) -> str:
+        """The archive's path below a base (`oa_package/aa/bb/PMC1.tar.gz`)."""
+        _, found, tail = self.address.partition(f"/{PACKAGES}")
+        return PACKAGES + tail if found else self.file_name
+
+    @property
+    def file_name(self) -> str:
+        """The archive's own name (`PMC1.tar.gz`)."""
+        return self.address.rstrip("/").rsplit("/", 1)[-1]
+
+
+class BadListRow(NamedTuple):
+    """A row that cannot be used."""
+
+    place: int
+    pair_id: str
+    detail: str
+
+
+@dataclass(slots=True)
+class FigureList:
+    """What the lists ask for.
+
+    Attributes:
+        articles: each archive once, in order of appearance.
+        bad: rows that cannot be used.
+        num_repeated: rows that ask for what another row asks for already.
+    """
+
+    articles: list[Article] = field(default_factory=list)
+    bad: list[BadListRow] = field(default_factory=list)
+    num_repeated: int = 0
+
+    @property
+    def num_figures(self) -> int:
+        """How many images are wanted."""
+        return sum(len(article.figures) for article in self.articles)
+
+
+def read_lists(
+    paths: Sequence[str | Path],
+    *,
+    only: Collection[str] | None = None,
+    max_images: int | None = None,
+    allowed_hosts: Collection[str] = (),
+) -> FigureList:
+    """Return the articles that the lists name.
+
+    Args:
+        paths: lists of either kind, plain or gzipped.
+        only: pair ids to keep; None keeps all.
+        max_images: keep the first so many images.
+        allowed_hosts: hosts that may be asked besides `ARCHIVE_HOSTS`; a list comes from strangers.
+
+    Raises:
+        DataError: a list cannot be read at all, or holds no row.
+    """
+    found = FigureList()
+    articles: dict[str, Article] = {}
+    members: dict[str, tuple[str, str]] = {}
+    hosts = {host.lower() for host in (*ARCHIVE_HOSTS, *allowed_hosts)}
+    place = -1
+    for place, (where, row) in enumerate(row for path in paths for row in _rows(Path(path))):
+        try:
+            address, figure = _figure(row, place, hosts)
+        except DataError as error:
+            found.bad.append(BadListRow(place, _id_of(row), f"{where}: {error}"))
+            continue
+        if only is not None and figure.pair_id not in only:
+            continue
+        article = articles.get(address)
+        address = address if article is None else article.address  # one text in memory, not one a row
+        known = members.setdefault(figure.pair_id, (address, figure.member))
+        if known != (address, figure.member):
+            found.bad.append(BadListRow(place, figure.pair_id, f"{where}: another row gives this id to another figure"))
+        elif article is not None and any(other.pair_id == figure.pair_id for other in article.figures):
+            found.num_repeated += 1
+        elif max_images is None or len(members) <= max_images:
+            if article is None:
+                article = articles[address] = Article(address)
+                found.articles.append(article)
+            article.figures.append(figure)
+        else:
+            break
+    if place < 0:
+        names = ", ".join(map(str, paths))
+        raise DataError(f"{names}: no row; expected rows with pmc_tar_url, image_file_path, pair_id")
+    return found
+
+
+def _id_of(row: Any) -> str:
+    """The id of a row that may be anything; empty where there is none."""
+    pair_id = row.get("pair_id") if isinstance(row, dict) else None
+    return pair_id if isinstance(pair_id, str) else ""
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield `(where, row)`; a line that is not JSON yields its text as the row."""
+    try:
+        with open_unzipped(path) as stream:
+            first = stream.readline()
+            stream.seek(0)
+            if _is_captions(first):
+                yield from _caption_rows(path, stream)
+            else:
+                for number, line in enumerate(stream, start=1):
+                    if line.strip():
+                        yield f"{path}, line {number}", _json(line)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; `sh download_data.sh` fetches the published list") from None
+    except UNREADABLE as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+
+
+def _json(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return "not JSON"
+
+
+def _is_captions(line: bytes) -> bool:
+    """Whether a file's first line begins one object with a list for each domain."""
+    row = _json(line)
+    if isinstance(row, dict):
+        return "pair_id" not in row and any(isinstance(value, list) for value in row.values())
+    return line.lstrip().startswith(b"{")
+
+
+def _caption_rows(path: Path, stream: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the figures of a caption file in the form of the list's rows; one domain is in memory at a time."""
+    ijson = require("ijson", "data")
+    try:
+        for domain, captions in ijson.kvitems(stream, ""):
+            for index, caption in enumerate(captions if isinstance(captions, list) else ()):
+                yield f"{path}, {domain} {index}", _list_row(caption)
+    except ijson.JSONError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+
+
+def _list_row(caption: Any) -> Any:
+    reference = caption.get("graphic_ref") if isinstance(caption, dict) else None
+    parts = reference.split("/") if isinstance(reference, str) else []
+    if len(parts) < 4:
+        return {"pair_id": caption.get("pair_id")} if isinstance(caption, dict) else caption
+    folder, package = "/".join(parts[:-2]), parts[-2]
+    return {
+        "pmc_tar_url": f"{ARCHIVE_BASE}{PACKAGES}{folder}/{package}.tar.gz",
+        "image_file_path": f"{package}/{parts[-1]}",
+        "pair_id": caption.get("pair_id"),
+    }
+
+
+def _figure(row: Any, place: int, hosts: Collection[str]) -> tuple[str, Figure]:
+    """Return archive and figure of a row.
+
+    Raises:
+        DataError: a field is missing, or not what it must be to be used safely.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"expected a JSON object, got {describe(row)}")
+    for key in ("pmc_tar_url", "image_file_path", "pair_id"):
+        if not isinstance(row.get(key), str) or not row[key]:
+            raise DataError(f"field {key!r} must be text, got {describe(row.get(key))}")
+    pair_id, member, address = row["pair_id"], plain_name(row["image_file_path"]), row["pmc_tar_url"]
+    if not _FILE_NAME.fullmatch(pair_id):
+        raise DataError("field 'pair_id' becomes a file name: letters, digits, '_', '.', '+', '-', at most 200")
+    if member is None:
+        raise DataError("field 'image_file_path' must be a relative path without '..'")
+    if address.startswith("ftp://"):  # the same server, by a protocol that mirrors and proxies do not speak
+        address = "https://" + address.removeprefix("ftp://")
+    return _checked(address, hosts), Figure(pair_id, member, place)
+
+
+def _checked(address: str, hosts: Collection[str]) -> str:
+    try:
+        host, _ = origin(address)
+    except DownloadError as error:
+        raise DataError(f"field 'pmc_tar_url': {error}") from error
+    if host not in hosts:
+        raise DataError(f"field 'pmc_tar_url': host {host} is not known; --allow-host {host} lets it be asked")
+    if not _FILE_NAME.fullmatch(Article(address).file_name) or plain_name(Article(address).package) is None:
+        raise DataError(f"field 'pmc_tar_url': {shown(address)} does not end in the name of an archive")
+    return address

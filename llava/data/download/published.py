@@ -1,0 +1,270 @@
+"""`sh download_data.sh` and `llava data download`: the published data files, checked, and then their images.
+
+published_files.json: name, size, sha256 --fetch_file, from the first base that has it--> data/NAME
+                                         --download_images--> data/images/
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.data.download.archives import plain_name
+from llava.data.download.client import Client
+from llava.data.download.files import Expected, fetch_file, file_problem
+from llava.data.download.url_policy import check_base, join, shown
+from llava.data.fetching.options import add_network_options, bases_from, network_options
+from llava.data.file_lock import hold
+from llava.errors import ConfigError, DataError, DownloadError
+from llava.utils import log
+from llava.utils.cli import ExampleFormatter, Parser
+from llava.utils.log import progress_bar
+
+logger = logging.getLogger(__name__)
+
+TABLE = Path(__file__).with_name("published_files.json")
+BASE_VARIABLE = "LLAVA_DATA_BASE"
+FOLDERS = ("alignment", "instruct", "eval", "pmc_articles", "images")
+IMAGE_LISTS = ("llava_med_image_urls.jsonl", "eval/llava_med_eval_qa50_fig_captions.json")
+"""Files that name images; the published list lacks the 50 of the chat evaluation, which the captions name."""
+
+FORWARDED = ("rate", "max_attempts", "first_wait", "max_wait", "stall_seconds", "min_speed", "user_agent")
+
+EPILOG = """
+examples:
+  sh download_data.sh                                     everything, as published
+  sh download_data.sh --only instruct                     these files, and images only where they list some
+  sh download_data.sh --mirror-dir /mnt/mirror            from a folder, without a network
+  sh download_data.sh -- --only data/instruct/llava_med_instruct_10k.json     words behind -- go to download_images.py
+exit status: 0 all files are there and checked; 1 some are not; 2 cannot start
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedFile:
+    """One file of the table: its name below a base and below the data folder, and what it must be."""
+
+    name: str
+    expected: Expected
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The published files and where they were published."""
+
+    bases: tuple[str, ...]
+    files: tuple[PublishedFile, ...]
+
+
+def read_table(path: Path = TABLE) -> Table:
+    """Return the table of a file.
+
+    Raises:
+        ConfigError: it is not such a table.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files = tuple(_file(row) for row in content["files"])
+        return Table(tuple(map(str, content.get("bases", ()))), files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is not a table of files ({type(error).__name__}: {error}); expected "
+            '{"bases": [...], "files": [{"name", "size", "sha256"}]}'
+        ) from error
+
+
+def _file(row: dict[str, Any]) -> PublishedFile:
+    name, size, digest = row["name"], row.get("size"), row.get("sha256")
+    if plain_name(name) != name:
+        raise ValueError(f"{name!r} is not a relative path without '..'")
+    if not isinstance(size, int | None) or not isinstance(digest, str | None):
+        raise ValueError(f"{name}: size must be a number, sha256 text (or null where it is not known)")
+    return PublishedFile(name, Expected(size, digest, max_bytes=size), str(row.get("what", "")))
+
+
+def make_parser() -> Parser:
+    """Return the parser."""
+    parser = Parser(
+        prog="download_data.sh",
+        description="Fetch the published data files, check size and sha256, then fetch their images; continues where "
+        "an earlier run stopped, and goes on when a file cannot be had.",
+        epilog=EPILOG,
+        formatter_class=ExampleFormatter,
+    )
+    add = parser.add_argument
+    add("--data-dir", default="data", help="folder that the files go to")
+    add(
+        "--base",
+        nargs="+",
+        metavar="BASE",
+        help=f"mirrors, asked in this order (or {BASE_VARIABLE}); no other is asked",
+    )
+    add("--mirror-dir", help="folder of a mirror, for files and archives; the same as --base FOLDER --pmc-base FOLDER")
+    add(
+        "--only",
+        nargs="+",
+        metavar="WORD",
+        help="only files whose name contains one of these words, and the images that those list",
+    )
+    add("--table", default=str(TABLE), help="another table of files")
+    parser.add_switch("--list", help="print the table and stop")
+    parser.add_switch("--check", help="check the files that are there and fetch nothing")
+    parser.add_switch("--images", default=True, help="then fetch the images (about 69 GB)")
+    add_network_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        SystemExit: with status 1 when a file or an image is missing.
+    """
+    log.setup()
+    words = list(sys.argv[1:] if argv is None else argv)
+    split = words.index("--") if "--" in words else len(words)
+    args = make_parser().parse_args(words[:split])
+    try:
+        status = run(args, words[split + 1 :])
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command continues\n")
+        status = 130
+    if status:
+        raise SystemExit(status)
+
+
+def run(args: argparse.Namespace, image_words: Sequence[str]) -> int:
+    """Do what the flags say and return the exit status; `image_words` are further flags of download_images.py."""
+    table = read_table(Path(args.table))
+    files = chosen(table.files, args.only)
+    data = Path(args.data_dir)
+    if args.list:
+        sys.stdout.write(listing(table, files))
+        return 0
+    if args.check:
+        problems = {file.name: problem for file in files if (problem := file_problem(data / file.name, file.expected))}
+        sys.stdout.write(report(files, problems))
+        return int(bool(problems))
+    problems = download(files, table, data, args)
+    status = fetch_images(files, data, args, image_words) if args.images else 0
+    return max(status, int(bool(problems)))
+
+
+def chosen(files: Sequence[PublishedFile], words: Sequence[str] | None) -> list[PublishedFile]:
+    """Return the files whose name contains one of the words; all without words.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = [file for file in files if words is None or any(word in file.name for word in words)]
+    if not found:
+        names = ", ".join(file.name for file in files)
+        raise ConfigError(f"--only {' '.join(words or ())}: no file's name contains that; there are {names}")
+    return found
+
+
+def download(files: Sequence[PublishedFile], table: Table, data: Path, args: argparse.Namespace) -> dict[str, str]:
+    """Fetch what is not there, say what became of it, and return what is wrong with each file that is not there now."""
+    named = bases_from(args.base, BASE_VARIABLE)
+    if args.mirror_dir is not None:
+        named.insert(0, check_base(args.mirror_dir))
+    bases = named or list(table.bases)
+    try:
+        for folder in FOLDERS:
+            (data / folder).mkdir(parents=True, exist_ok=True)
+        with (
+            hold(data / ".download.lock", purpose="downloading data files"),
+            progress_bar(sum(file.expected.size or 0 for file in files), title="data files", unit="B") as bar,
+            Client(network_options(args), bases=named) as client,
+        ):
+            bar.unit_scale = True
+            problems = _fetch_all(files, bases, data, client, bar.update)
+    except OSError as error:
+        raise DataError(f"{error.filename or data} cannot be written: {error.strerror or error}") from error
+    sys.stdout.write(report(files, problems))
+    if problems:
+        sys.stdout.write("the same command continues; --base ADDRESS or --mirror-dir FOLDER asks in another place\n")
+    return problems
+
+
+def _fetch_all(
+    files: Sequence[PublishedFile], bases: Sequence[str], data: Path, client: Client, on_bytes: Any
+) -> dict[str, str]:
+    problems: dict[str, str] = {}
+    for file in files:
+        target = data / file.name
+        problem = file_problem(target, file.expected)
+        if not problem:
+            on_bytes(target.stat().st_size)
+            continue
+        if problem != "missing":
+            aside = _free_name(target)
+            logger.warning("%s: %s; it is kept as %s and fetched again", target, problem, aside.name)
+            target.replace(aside)
+        try:
+            addresses = [join(base, file.name) for base in bases]
+            source = fetch_file(client, addresses, target, expected=file.expected, on_bytes=on_bytes)
+            logger.info("%s: from %s", file.name, shown(source))
+        except DownloadError as error:
+            problems[file.name] = f"{error.reason}: {error}"
+    return problems
+
+
+def _free_name(target: Path) -> Path:
+    """Return a name beside a file that nobody has: what an earlier run kept is not replaced."""
+    first = target.with_name(f"{target.name}.unchecked")
+    others = (target.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([first], others) if not name.exists())
+
+
+def fetch_images(files: Sequence[PublishedFile], data: Path, args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Fetch the images that these files list; `words` are further flags of download_images.py. Returns the status.
+
+    Files that list no images are no failure; a list that could not be had is counted as a file.
+    """
+    from llava.data.download import pmc
+
+    lists = [str(data / file.name) for file in files if file.name in IMAGE_LISTS and (data / file.name).is_file()]
+    if not lists:
+        sys.stdout.write(f"images: none fetched, as there is none of their lists ({', '.join(IMAGE_LISTS)})\n")
+        return 0
+    flags = ["--input-path", *lists, "--images-output-path", str(data / "images")]
+    flags += ["--pmc-output-path", str(data / "pmc_articles")]
+    flags += [] if args.mirror_dir is None else ["--mirror-dir", args.mirror_dir]
+    for name in FORWARDED:
+        flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    return pmc.run(pmc.make_parser().parse_args([*flags, *words]))
+
+
+def listing(table: Table, files: Sequence[PublishedFile]) -> str:
+    """Return the table for people."""
+    lines = [f"bases: {' '.join(table.bases)}"]
+    for file in files:
+        digest = file.expected.sha256 or "no sha256 known: size only"
+        size = "unknown size" if file.expected.size is None else f"{file.expected.size:,}"
+        lines.append(f"{file.name}\n    {size:>13}  {digest}\n    {file.what}")
+    return "\n".join(lines) + "\n"
+
+
+def report(files: Sequence[PublishedFile], problems: dict[str, str]) -> str:
+    """Return one line a file, and a last one that counts."""
+    lines = []
+    for file in files:
+        if file.name in problems:
+            lines.append(f"FAILED  {file.name}: {problems[file.name]}")
+        elif file.expected.sha256 is None:
+            lines.append(
+                f"ok      {file.name} (no sha256 is known: {'size' if file.expected.size else 'nothing'} checked)"
+            )
+        else:
+            lines.append(f"ok      {file.name}")
+    lines.append(f"{len(files) - len(problems)} of {len(files)} files are there and checked")
+    return "\n".join(lines) + "\n"

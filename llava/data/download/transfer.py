@@ -1,0 +1,218 @@
+"""A remote file as a stream that heals: when the connection breaks, it goes on from the byte where it stopped.
+
+    read() <-- bytes <-- connection --broken--> wait --> Range: bytes=OFFSET- --206--> goes on
+                                                         (server sends all again, 200 --> the known part is compared)
+
+The same reader serves a file that is kept (it starts behind what is on the disk already) and an archive that is only
+looked through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from llava.data.download.client import PASSING, Answer, Client
+from llava.data.download.url_policy import shown
+from llava.errors import DownloadError
+from llava.utils.retry import backoff
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+PROGRESS = 1 << 20
+"""Bytes after which earlier failures are forgotten: a long file over a bad line is not given up while it advances."""
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a Git LFS pointer begins: what a repository holds in the place of a large file."""
+
+POINTER_HINT = "; it is a Git LFS pointer, not the file: the mirror was cloned without its large files"
+
+_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
+_NUMBER = re.compile(r"[0-9]{1,18}")
+
+
+class RemoteFile:
+    """The bytes of a remote file from `offset` on.
+
+    Args:
+        client: asks the server.
+        address: http(s) address.
+        start: first byte to deliver.
+        digest: sha256 of the bytes before `start`; it goes on to take in what is delivered.
+        size: size of the whole file, if known; any other is an error before the first byte is fetched.
+        max_bytes: largest file that is accepted.
+
+    Attributes:
+        offset: position of the next byte.
+        size: size of the whole file; None while unknown.
+        num_fetched: bytes that came over the line.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        address: str,
+        *,
+        start: int = 0,
+        digest: _Hash | None = None,
+        size: int | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
+        self.address = address
+        self.offset = start
+        self.digest = digest or hashlib.sha256()
+        self.size = size
+        self.num_fetched = 0
+        self._announced = size
+        self._client = client
+        self._max_bytes = max_bytes
+        self._etag: str | None = None
+        self._chunks: Iterator[bytes] | None = None
+        self._ended = False
+        self._failures = 0
+        self._failed_at = start
+
+    def read(self) -> bytes:
+        """Return the next bytes, as many as have come; empty at the end of the file.
+
+        Raises:
+            DownloadError: the file cannot be had, or changed while it was fetched.
+        """
+        while not self._ended:
+            try:
+                chunk = self._next_chunk()
+            except DownloadError as error:
+                self._chunks = None
+                self._wait_or_give_up(error)
+                continue
+            if chunk:
+                return self._taken(chunk)
+        return b""
+
+    def close(self) -> None:
+        """End the connection."""
+        if self._chunks is not None:
+            getattr(self._chunks, "close", lambda: None)()
+            self._chunks = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        while chunk := self.read():
+            yield chunk
+
+    def _next_chunk(self) -> bytes:
+        """Return some bytes, or none at the end, which `_ended` then says."""
+        if self._chunks is None:
+            if self.size is not None and self.offset == self.size and self.offset > 0:
+                self._ended = True
+                return b""
+            self._chunks = self._connect()
+            if self._ended:
+                return b""
+        chunk = next(self._chunks, b"")
+        if not chunk:
+            if self.size is not None and self.offset < self.size:
+                raise DownloadError(
+                    f"{shown(self.address)}: ended at byte {self.offset} of {self.size}", reason="cut_off"
+                )
+            self._ended = True
+        return chunk
+
+    def _taken(self, chunk: bytes) -> bytes:
+        self.offset += len(chunk)
+        self.num_fetched += len(chunk)
+        limit = self.size if self.size is not None else self._max_bytes
+        if limit is not None and self.offset > limit:
+            self.close()
+            raise DownloadError(
+                f"{shown(self.address)}: more than {limit} bytes",
+                reason="wrong_content" if self.size is not None else "too_large",
+            )
+        self.digest.update(chunk)
+        return chunk
+
+    def _wait_or_give_up(self, error: DownloadError) -> None:
+        if error.reason not in PASSING or self._client.stopped.is_set():
+            raise error
+        self._failures = 1 if self.offset - self._failed_at >= PROGRESS else self._failures + 1
+        self._failed_at = self.offset
+        if self._failures >= self._client.options.max_attempts:
+            raise DownloadError(f"{error} (asked {self._failures} times)", reason=error.reason) from error
+        options = self._client.options
+        self._client.wait(backoff(self._failures, first=options.first_wait, most=options.max_wait))
+
+    def _connect(self) -> Iterator[bytes]:
+        answer = self._client.open(self.address, start=self.offset, etag=self._etag)
+        try:
+            total, first = self._extent(answer)
+            self._check_size(total, answer)
+        except DownloadError:
+            answer.close()
+            raise
+        self._etag = answer.header("ETag") or self._etag
+        if self._ended:
+            answer.close()
+            return iter(())
+        chunks = self._client.chunks(answer)
+        return chunks if first == self.offset else self._behind_known_part(chunks)
+
+    def _extent(self, answer: Answer) -> tuple[int | None, int]:
+        """Return the size of the whole file, if it is told, and the position of the answer's first byte."""
+        if answer.status == 200:
+            length = answer.header("Content-Length")
+            return (int(length) if length is not None and _NUMBER.fullmatch(length) else None), 0
+        told = (answer.header("Content-Range") or "").strip()
+        if answer.status == 416:
+            total = told.removeprefix("bytes */")
+            self._ended = total == str(self.offset) and self.offset > 0
+            if not self._ended:
+                raise self._changed(f"the server has {total or 'no'} bytes, {self.offset} are here")
+            return self.offset, self.offset
+        match = _RANGE.fullmatch(told)
+        if match is None or int(match[1]) != self.offset:
+            raise self._changed(f"asked for bytes from {self.offset} on, got {told!r}")
+        return (None if match[2] == "*" else int(match[2])), self.offset
+
+    def _check_size(self, total: int | None, answer: Answer) -> None:
+        if total is None:
+            return
+        if self.size is not None and total != self.size:
+            if self._announced is None:
+                raise self._changed(f"it had {self.size} bytes and now has {total}")
+            raise DownloadError(
+                f"{shown(self.address)}: {total} bytes, expected {self.size}{self._pointer(total, answer)}",
+                reason="wrong_size",
+            )
+        if self._max_bytes is not None and total > self._max_bytes:
+            raise DownloadError(
+                f"{shown(self.address)}: {total} bytes, the limit is {self._max_bytes}", reason="too_large"
+            )
+        self.size = total
+
+    def _pointer(self, total: int, answer: Answer) -> str:
+        """Say so if a small wrong file is a Git LFS pointer."""
+        if answer.status == 200 and total < 1024:
+            body = b"".join(self._client.chunks(answer))
+            if body.startswith(POINTER):
+                return POINTER_HINT
+        return ""
+
+    def _behind_known_part(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield what follows the known part from a server that sends the whole file again, if it is the same file."""
+        left, seen = self.offset, hashlib.sha256()
+        for chunk in chunks:
+            self.num_fetched += min(left, len(chunk))
+            seen.update(chunk[:left])
+            rest, left = chunk[left:], max(0, left - len(chunk))
+            if left == 0:
+                if seen.digest() != self.digest.digest():
+                    raise self._changed("its first part is another one than before")
+                if rest:
+                    yield rest
+                break
+        yield from chunks
+
+    def _changed(self, what: str) -> DownloadError:
+        return DownloadError(f"{shown(self.address)} changed while it was fetched: {what}", reason="wrong_content")

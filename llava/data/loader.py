@@ -1,0 +1,218 @@
+"""Whole steps out of a stream, and the place to go on from.
+
+    MixtureStream -> StreamedRow -> Encoded... -> Collator -> StreamedStep (rows, and the reader's position behind it)
+
+Each worker of each rank is a reader of its own. A step carries the position behind it; the loader remembers the last
+one of every worker, writes them beside a checkpoint, and a resumed run hands them back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from llava.data.collator import Collator, StepBatch
+from llava.data.encode import Encoded
+from llava.data.quarantine import NUM_SHOWN, BadRow, GrowingQuarantine
+from llava.data.stream_dataset import StreamDataset
+from llava.data.streaming import WINDOW, MixturePosition, MixtureStream, StreamedRow
+from llava.errors import ConfigError, DataError
+from llava.samples import Origin
+from llava.utils.jsonl import write_json
+
+logger = logging.getLogger(__name__)
+
+MAX_BAD_IN_A_ROW = 1000
+"""So many rows that cannot be used one after the other are no bad rows but a folder or a program that is missing."""
+
+POSITION_FILE = "stream_position-{}.json"
+"""Beside a checkpoint: where this rank's readers were."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedStep(StepBatch):
+    """A step, and where its reader stands behind it.
+
+    Attributes:
+        worker: which of the rank's workers made it.
+        position: of that worker's stream.
+        bad: rows that were left out.
+    """
+
+    worker: int = 0
+    position: MixturePosition | None = None
+    bad: tuple[BadRow, ...] = ()
+
+
+class _Steps(IterableDataset["StreamedStep | DataError"]):
+    """The endless steps of one reader; an error comes as the last one, since torch wraps it in a worker's traceback."""
+
+    def __init__(
+        self,
+        dataset: StreamDataset,
+        collator: Collator,
+        size: int,
+        *,
+        ranks: tuple[int, int],
+        seed: int,
+        skip_bad: bool,
+    ) -> None:
+        self.dataset, self.collator, self.size = dataset, collator, size
+        self.seed, self.skip_bad = seed, skip_bad
+        self.rank, self.world_size = ranks
+        self.starts: list[MixturePosition | None] = []
+        self.first = 0
+        """The worker whose step comes first."""
+
+    def __iter__(self) -> Iterator[StreamedStep | DataError]:
+        try:
+            yield from self._steps()
+        except DataError as error:
+            yield error
+
+    def _steps(self) -> Iterator[StreamedStep]:
+        info = get_worker_info()
+        num_workers = info.num_workers if info else 1
+        worker = ((info.id if info else 0) + self.first) % num_workers
+        stream = MixtureStream(
+            self.dataset.sources,
+            reader=self.rank * num_workers + worker,
+            num_readers=self.world_size * num_workers,
+            seed=self.seed,
+            window=WINDOW,
+        )
+        numbered: list[tuple[int, Encoded]] = []
+        bad: list[BadRow] = []
+        in_a_row = 0
+        for row, position in stream.rows(self.starts[worker] if self.starts else None):
+            try:
+                numbered.append((sum(position.counts) - 1, self.dataset.encode(row)))
+            except DataError as error:
+                if not self.skip_bad:
+                    raise
+                bad.append(_bad_row(row, error))
+                in_a_row += 1
+                if in_a_row == MAX_BAD_IN_A_ROW:
+                    raise DataError(f"{in_a_row} rows one after the other cannot be used; the last: {error}") from error
+                continue
+            in_a_row = 0
+            if len(numbered) == self.size:
+                step = self.collator(numbered)
+                named = {field.name: getattr(step, field.name) for field in fields(step)}
+                yield StreamedStep(**named, worker=worker, position=position, bad=tuple(bad))
+                numbered, bad = [], []
+
+
+def _bad_row(found: StreamedRow, error: DataError) -> BadRow:
+    """Return the quarantine line of a row; the reason does not say the place again."""
+    origin = Origin(str(found.shard), found.number)
+    value = {} if isinstance(found.row, DataError) else found.row.value
+    return BadRow(*origin, str(value.get("id", "")), str(error).removeprefix(f"{origin}: "))
+
+
+class StreamLoader(DataLoader["StreamedStep | DataError"]):
+    """Yields one `StreamedStep` per optimiser step, without end.
+
+    Args:
+        dataset: encodes the rows.
+        collator: lays them out.
+        sequences_per_step: rows per optimiser step and rank.
+        rank: this process.
+        world_size: number of processes.
+        num_workers: reading processes of this rank; 0 reads in this one.
+        prefetch_factor: steps that each of them has ready; None is torch's choice.
+        seed: of the order.
+        quarantine: lists rows that cannot be used, which are then left out; None raises at the first.
+    """
+
+    def __init__(
+        self,
+        dataset: StreamDataset,
+        collator: Collator,
+        *,
+        sequences_per_step: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        seed: int = 0,
+        quarantine: GrowingQuarantine | None = None,
+    ) -> None:
+        ranks, skip_bad = (rank, world_size), quarantine is not None
+        self.steps = _Steps(dataset, collator, sequences_per_step, ranks=ranks, seed=seed, skip_bad=skip_bad)
+        self.rank, self.world_size = rank, world_size
+        self.positions: list[MixturePosition | None] = [None] * max(1, num_workers)
+        self.next_worker = 0
+        self.num_bad = 0
+        """Rows left out so far, each as often as it came."""
+        self._quarantine = quarantine
+        self._is_resumed = False
+        super().__init__(self.steps, batch_size=None, num_workers=num_workers, prefetch_factor=prefetch_factor)
+
+    def __iter__(self) -> Any:
+        """Yield steps; workers take turns, beginning with the one whose turn it was."""
+        self.steps.starts, self.steps.first = list(self.positions), self.next_worker
+        if self._quarantine is not None and not self._is_resumed:
+            self._quarantine.begin()
+        self._is_resumed = True
+        for step in super().__iter__():
+            if isinstance(step, DataError):
+                raise step
+            self.positions[step.worker] = step.position
+            self.next_worker = (step.worker + 1) % len(self.positions)
+            self._left_out(step.bad)
+            yield step
+
+    def _left_out(self, rows: Sequence[BadRow]) -> None:
+        """Count and list rows, and name the first of a run in the log."""
+        if self._quarantine is None:
+            return
+        self._quarantine.add(rows)
+        for row in rows[: max(0, NUM_SHOWN - self.num_bad)]:
+            logger.warning("skipped: %s", row)
+        if self.num_bad <= NUM_SHOWN < self.num_bad + len(rows):
+            logger.warning("more rows that cannot be used are not named here; see %s", self._quarantine.path)
+        self.num_bad += len(rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Streams have no epochs."""
+
+    def save(self, folder: Path) -> None:
+        """Write where this rank's readers stand."""
+        content = {
+            "ranks": self.world_size,
+            "workers": len(self.positions),
+            "next_worker": self.next_worker,
+            "num_bad": self.num_bad,
+            "positions": [None if position is None else asdict(position) for position in self.positions],
+        }
+        write_json(folder / POSITION_FILE.format(self.rank), content)
+
+    def restore(self, folder: Path) -> None:
+        """Go on from where `save` was called.
+
+        Raises:
+            ConfigError: there is no such file, or other numbers of ranks or workers wrote it.
+        """
+        path = folder / POSITION_FILE.format(self.rank)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            had = (content["ranks"], content["workers"])
+            positions = [None if part is None else MixturePosition.from_json(part) for part in content["positions"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} does not say where the stream stood ({error}); start anew") from error
+        if had != (self.world_size, len(self.positions)):
+            raise ConfigError(
+                f"{folder} was written by {had[0]} ranks with {had[1]} reading processes each, this run has "
+                f"{self.world_size} with {len(self.positions)}: a stream goes on only with the same numbers"
+            )
+        self.positions, self.next_worker, self.num_bad = positions, content["next_worker"], content["num_bad"]
+        self._is_resumed = True
+        if self._quarantine is not None:
+            self._quarantine.go_on()

@@ -1,0 +1,210 @@
+"""The two scoring commands of LLaVA-Med: one answer file (`run_eval`), or all below a folder (`run_eval_batch`)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from llava.errors import ConfigError, DataError, LlavaError
+from llava.eval.medvqa import items as medvqa_items
+from llava.eval.medvqa.metrics import DEFECTS, METRIC_VERSION, PUBLISHED, Program, legacy_scores, parse_defects
+from llava.eval.medvqa.report import NOT_SCORED, full_report, legacy_table, report_table
+from llava.utils import log
+from llava.utils.cli import Parser
+from llava.utils.jsonl import read_records, write_json, write_records
+from llava.utils.lookup import lookup
+from llava.utils.provenance import stamp
+
+logger = logging.getLogger(__name__)
+
+PVQA_ROWS = ("exact match score", "f1 score", "precision", "recall", "open accuracy", "yes/no accuracy")
+"""What the PathVQA variants print."""
+
+
+@dataclass(frozen=True, slots=True)
+class TestType:
+    """A kind of answer file: where its ground truth is, which data sets have one, where the table goes."""
+
+    truth: str
+    datasets: tuple[str, ...]
+    results: str
+
+
+TEST_TYPES: dict[str, TestType] = {
+    "test-answer-file": TestType(
+        "test.json", ("data_RAD", "vqa_rad", "pvqa", "Slake1.0"), "eval_results_med_datasets.jsonl"
+    ),
+    "test_w_options-answer-file": TestType(
+        "test_w_options.json", ("data_RAD", "pvqa", "Slake1.0"), "eval_results_med_datasets_w_options.jsonl"
+    ),
+    "test_zh-answer-file": TestType("test_zh.json", ("Slake1.0",), "eval_results_med_datasets_zh.jsonl"),
+    "test_with_options-answer-file": TestType(
+        "test.jsonl", ("data_RAD",), "eval_results_med_datasets_with_option.jsonl"
+    ),
+}
+
+
+def _add_score_options(parser: Parser) -> None:
+    known = "; ".join(f"{name}: {defect.effect}" for name, defect in DEFECTS.items())
+    parser.add_argument("--fix", nargs="+", default=[], metavar="DEFECT", help=f"repair these (or all): {known}")
+    parser.add_argument("--with-defect", nargs="+", default=[], metavar="DEFECT", help="bring these in as well")
+    parser.add_argument("--num-resamples", type=int, default=500, help="resamples of the intervals; 0 for none")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the resampling")
+
+
+def _defects(args: Namespace) -> frozenset[str]:
+    return (PUBLISHED | parse_defects(args.with_defect)) - parse_defects(args.fix)
+
+
+def run_eval(argv: Sequence[str] | None = None) -> None:
+    """Score one answer file and print the published table, then the strict one with intervals."""
+    parser = Parser(prog="run_eval.py", description="Score one medical VQA answer file.")
+    parser.add_argument("--gt", required=True, type=Path, help="questions with references (test.json)")
+    parser.add_argument("--pred", required=True, type=Path, help="answer file")
+    parser.add_argument("--candidate", type=Path, help='{"0": [answers]} or train.json; without it one row is left out')
+    parser.add_argument("--dataset", choices=["pvqa"], help="print the rows of the PathVQA variant")
+    parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
+    _add_score_options(parser)
+    args, unknown = parser.parse_known_args(argv)
+    log.setup()
+    if unknown:
+        logger.warning("these arguments have no effect: %s", " ".join(unknown))
+    samples = medvqa_items.read_truth(args.gt)
+    answers = list(read_records(args.pred))
+    items = medvqa_items.join(samples, answers, source=args.pred.name)
+    candidates = None if args.candidate is None else medvqa_items.read_candidates(args.candidate)
+    defects = _defects(args)
+    columns = legacy_scores(items, program="run_eval", candidates=candidates, defects=defects)
+    print_legacy(
+        args.gt.resolve().parent.name,
+        legacy_table(columns, names=PVQA_ROWS if args.dataset == "pvqa" else None),
+        items,
+        swapped="swapped_counts" in defects,
+    )
+    for name in NOT_SCORED.keys() - columns.keys():
+        sys.stdout.write(f"note: {NOT_SCORED[name]}\n")
+    report = full_report(
+        items, candidates=candidates, defects=defects, num_resamples=args.num_resamples, seed=args.seed
+    )
+    print_strict(report)
+    if args.out is not None:
+        data = {"ground_truth": args.gt, "answers": args.pred}
+        report["provenance"] = stamp(data=data, command=_command("run_eval.py", argv), seed=args.seed)
+        write_json(args.out, report)
+
+
+def print_legacy(
+    title: str, table: str, items: Sequence[medvqa_items.Item], *, swapped: bool, out: TextIO | None = None
+) -> None:
+    """Print the published output: title, counts (two of them under each other's name when `swapped`), table."""
+    out = out or sys.stdout
+    num_open = sum(not item.closed for item in items)
+    first, second = (len(items) - num_open, num_open) if swapped else (num_open, len(items) - num_open)
+    out.write(f"\n========\n {title}\n")
+    out.write(f"num_gt_ids: {len(items)} || num_pred_ids: {len(items)}\n")
+    out.write(f"num_open {first} || num_close {second}\n")
+    out.write(f"{table}\n")
+
+
+def print_strict(report: dict[str, Any], *, out: TextIO | None = None) -> None:
+    """Print the strict scores with their intervals, and what was counted."""
+    out = out or sys.stdout
+    count = report["counts"]
+    out.write(
+        f"\nstrict scores, metric version {METRIC_VERSION}; {count['questions']} questions on {count['images']} images "
+        f"({count['open']} open, {count['closed']} closed), {count['unparsable']} yes/no answers without a decision, "
+        f"{count['failed']} failed\n{report_table(report['scores']['strict'])}\n"
+    )
+
+
+def run_eval_batch(argv: Sequence[str] | None = None) -> None:
+    """Score every answer file of one type below a folder and write one row for each.
+
+    Raises:
+        SystemExit: with status 1 when nothing was scored.
+    """
+    parser = Parser(prog="run_eval_batch.py", description="Score all medical VQA answer files below a folder.")
+    parser.add_argument("--pred-file-parent-path", required=True, type=Path, help="folder searched for answer files")
+    parser.add_argument("--target-test-type", default="test-answer-file", help=f"one of {', '.join(TEST_TYPES)}")
+    parser.add_argument("--gt-root", type=Path, help="holds DATASET/test.json (or test.json itself); searched first")
+    parser.add_argument("--results-file", type=Path, help="default: the published name, in the current folder")
+    _add_score_options(parser)
+    args, unknown = parser.parse_known_args(argv)
+    log.setup()
+    if unknown:
+        logger.warning("these arguments have no effect: %s", " ".join(unknown))
+    kind = lookup(TEST_TYPES, args.target_test_type, "test type")
+    if not args.pred_file_parent_path.is_dir():
+        raise ConfigError(f"--pred-file-parent-path {args.pred_file_parent_path}: no such folder")
+    command = _command("run_eval_batch.py", argv)
+    rows = list(_score_files(args, kind, command))
+    if not rows:
+        sys.exit(
+            f"nothing was scored: no file below {args.pred_file_parent_path} whose name ends in "
+            f"{args.target_test_type}.jsonl could be joined with a {kind.truth} (see the messages above; --gt-root)"
+        )
+    write_records(args.results_file or Path(kind.results), rows)
+
+
+def _score_files(args: Namespace, kind: TestType, command: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the result row of every answer file that can be scored; say why for the others."""
+    for pred in sorted(args.pred_file_parent_path.rglob(f"*{args.target_test_type}.jsonl")):
+        try:
+            dataset = dataset_of(pred, kind)
+            truth = find_truth(pred, dataset, kind, gt_root=args.gt_root, top=args.pred_file_parent_path)
+            yield _score_file(pred, dataset, truth, args, command)
+        except LlavaError as error:
+            sys.stdout.write(f">>>Skip {pred}: {error}\n")
+
+
+def _score_file(pred: Path, dataset: str, truth: Path, args: Namespace, command: Sequence[str]) -> dict[str, Any]:
+    items = medvqa_items.join(medvqa_items.read_truth(truth), read_records(pred), source=pred.name)
+    program: Program = "run_eval_batch"
+    defects = _defects(args)
+    table = legacy_table(legacy_scores(items, program=program, defects=defects))
+    print_legacy(f"{dataset}: {pred.name}", table, items, swapped=False)
+    report = full_report(items, defects=defects, num_resamples=args.num_resamples, seed=args.seed)
+    print_strict(report)
+    provenance = stamp(data={"ground_truth": truth, "answers": pred}, command=command, seed=args.seed)
+    return {"dataset": dataset, "pred_file": str(pred), "results": table, "report": report, "provenance": provenance}
+
+
+def dataset_of(pred: Path, kind: TestType) -> str:
+    """Return the data set whose name stands last in a file's path.
+
+    Raises:
+        DataError: the path names none.
+    """
+    path = str(pred.absolute())
+    found = [(path.rfind(name), name) for name in kind.datasets if name in path]
+    if not found:
+        raise DataError(f"no data set in its path; expected a folder or file named after one of {kind.datasets}")
+    return max(found)[1]
+
+
+def find_truth(pred: Path, dataset: str, kind: TestType, *, gt_root: Path | None, top: Path) -> Path:
+    """Return the ground truth of an answer file: below `gt_root`, else beside the answers or above, up to `top`.
+
+    Raises:
+        DataError: there is none; names where it was looked for.
+    """
+    places = [] if gt_root is None else [gt_root / dataset / kind.truth, gt_root / kind.truth]
+    stop = top.resolve()
+    for folder in pred.resolve().parents:
+        places += [folder / kind.truth, folder / dataset / kind.truth]
+        if folder == stop:
+            break
+    for place in places:
+        if place.is_file():
+            return place
+    raise DataError(f"no {kind.truth}; looked for {', '.join(map(str, places))}; give its folder by --gt-root")
+
+
+def _command(name: str, argv: Sequence[str] | None) -> list[str]:
+    """Return the words of the command as typed."""
+    return [name, *(sys.argv[1:] if argv is None else argv)]

@@ -1,0 +1,142 @@
+"""What a score is worth: the same questions on a grey image, and the answer one would give without any model.
+
+    score  -  blank image  =  what came from the picture
+
+A model that does not look has a difference whose interval holds zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from llava.errors import DataError
+from llava.eval.intervals import Draws, Score
+from llava.eval.medvqa.items import Item
+from llava.eval.medvqa.strict import strict_scores
+from llava.samples import Sample
+from llava.scoring.decisions import is_closed
+from llava.scoring.normalize import normalize
+
+Kind = TypeVar("Kind")
+
+BY_TYPE_SCORES = ("closed accuracy", "open recall")
+
+
+@dataclass(frozen=True, slots=True)
+class Majority:
+    """The most frequent closed and open answer of some rows; None where there is no row of the kind."""
+
+    closed: str | None
+    open: str | None
+    source: str
+
+
+def majority(samples: Iterable[Sample], *, source: str) -> Majority:
+    """Return the most frequent normalised answers; the first seen wins a tie.
+
+    Args:
+        samples: rows with answers; those of the training set, or of the test set itself (then an upper bound).
+        source: what results call these rows.
+    """
+    best = commonest_answers(samples, lambda row: is_closed(row.meta.get("answer_type"), answer_of(row)))
+    return Majority(best.get(True), best.get(False), source)
+
+
+def commonest_answers(samples: Iterable[Sample], kind_of: Callable[[Sample], Kind]) -> dict[Kind, str]:
+    """Return the most frequent normalised answer of every kind of row; the first seen wins a tie."""
+    counts: dict[Kind, Counter[str]] = defaultdict(Counter)
+    for sample in samples:
+        counts[kind_of(sample)][normalize(answer_of(sample))] += 1
+    return {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
+
+
+def answer_of(sample: Sample) -> str:
+    """Return the reference answer of a row: its second turn."""
+    return sample.conversation.turns[1].text
+
+
+def majority_items(items: Sequence[Item], answers: Majority) -> list[Item]:
+    """Return the items as answered by the majority alone."""
+    return [replace(item, prediction=(answers.closed if item.closed else answers.open) or "") for item in items]
+
+
+def check_same_questions(items: Sequence[Item], other: Sequence[Item], *, what: str) -> None:
+    """Refuse a comparison of different questions.
+
+    Raises:
+        DataError: ids or their order differ.
+    """
+    if [item.question_id for item in items] != [item.question_id for item in other]:
+        raise DataError(f"{what} answers other questions, or the same in another order; join both with one test file")
+
+
+def by_type(
+    items: Sequence[Item], blank: Sequence[Item] | None, *, num_resamples: int, seed: int
+) -> list[dict[str, Any]]:
+    """Return, for every question type and score, how much of the score comes from the picture.
+
+    Args:
+        items: the answered questions; one of several types counts in each.
+        blank: the same questions answered on a grey image; None leaves the difference out.
+        num_resamples: of the intervals.
+        seed: of the resampling.
+    """
+    if blank is not None:
+        check_same_questions(items, blank, what="the blank-image control")
+    rows = []
+    for name in sorted({name for item in items for name in item.types}):
+        chosen = [index for index, item in enumerate(items) if name in item.types]
+        part = [items[index] for index in chosen]
+        draws = Draws([item.image for item in part], num_resamples=num_resamples, seed=seed)
+        scores = strict_scores(part)
+        blank_scores = strict_scores([blank[index] for index in chosen]) if blank is not None else {}
+        for title in BY_TYPE_SCORES:
+            if scores[title].num_items:
+                rows.append({"type": name, "score": title, **_compared(draws, scores[title], blank_scores.get(title))})
+    return rows
+
+
+def _compared(draws: Draws, score: Score, blank: Score | None) -> dict[str, Any]:
+    """Return a score's estimate beside its control's and their difference."""
+    row: dict[str, Any] = {"answered": draws.estimate(score).to_json()}
+    if blank is not None:
+        row["blank"] = draws.estimate(blank).to_json()
+        row["from_picture"] = draws.difference(score, blank).to_json()
+    return row
+
+
+def verdicts(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return one sentence a control: whether the strict scores are above it by more than their interval.
+
+    Args:
+        scores: the set `strict` of a report.
+    """
+    sentences = []
+    for key, control in (("from_picture", "a grey image"), ("above_majority", "the majority answer")):
+        for name in BY_TYPE_SCORES:
+            estimate = scores[name].get(key)
+            if estimate is None or estimate["low"] is None:
+                continue
+            above = "above" if estimate["low"] > 0 else "NOT above"
+            numbers = f"{estimate['value']:+.2f} points [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+            sentences.append(f"{name} is {above} {control}: {numbers}")
+    return sentences
+
+
+def compare_sets(
+    scores: dict[str, Score], draws: Draws, *, blank: dict[str, Score] | None, baseline: dict[str, Score] | None
+) -> dict[str, dict[str, Any]]:
+    """Return every score with its interval, its control and the majority baseline."""
+    result = {}
+    for name, score in scores.items():
+        row = _compared(draws, score, None if blank is None else blank[name])
+        if baseline is not None:
+            figure = baseline[name].mean()
+            row["majority"] = None if math.isnan(figure) else figure
+            row["above_majority"] = draws.difference(score, baseline[name]).to_json()
+        result[name] = row
+    return result

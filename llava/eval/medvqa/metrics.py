@@ -1,0 +1,234 @@
+"""The published medical VQA scores, each as one value an item; what is wrong with them has a name and a switch.
+
+A figure "as published" is the mean of these values over the open or the closed questions. `strict.py` holds the scores
+to trust; these are for comparison with tables in the literature, whose "Open" is `recall` and whose "Closed" is the
+`yes/no accuracy` of `run_eval_batch`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from llava.errors import ConfigError, MissingDependency
+from llava.eval.medvqa.items import Item
+from llava.scoring.normalize import normalize
+from llava.utils.lookup import lookup, require
+
+Program = Literal["run_eval", "run_eval_batch"]
+
+METRIC_VERSION = "1"
+"""Changes when any figure of the same answers would change."""
+
+
+class Defect(NamedTuple):
+    """A known defect of the published scores: what it does, and the row of the specification that found it."""
+
+    effect: str
+    row: str
+
+
+DEFECTS: dict[str, Defect] = {
+    "precision_as_exact_match": Defect(
+        "'exact match' is the share of the answer's words found in the reference", "8.5"
+    ),
+    "prediction_counts": Defect("F1 counts a shared word as often as the answer repeats it", "8.5"),
+    "single_order_bleu": Defect("bleu_score_2 and _3 look at n-grams of one length only, not up to it", "8.5"),
+    "unsmoothed_bleu": Defect("BLEU of an answer without a common 4-gram is about 1e-155 or less, not small", "8.5"),
+    "period_limit": Defect("at most 32 full stops are deleted, since a flag is passed as a count", "8.4"),
+    "first_candidate": Defect("run_eval: an answer that shares no word with any candidate selects the first", "8.5"),
+    "substring_open": Defect("run_eval_batch: an open answer is right that contains the reference's letters", "8.5"),
+    "substring_closed": Defect("a closed answer is right that contains the reference: 'normal' has a 'no'", "8.5"),
+    "yes_no_only": Defect("run_eval: a closed reference other than yes and no can hardly be hit", "8.5"),
+    "swapped_counts": Defect("run_eval prints the number of closed questions as num_open and the reverse", "8.6"),
+    "dropped_closed_misses": Defect("misses on closed questions are not counted (PathVQA scripts)", "8.7"),
+}
+
+PUBLISHED = frozenset(DEFECTS) - {"dropped_closed_misses"}
+"""What run_eval and run_eval_batch do; only the PathVQA scripts also drop misses."""
+
+NAN = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The normalised texts of one item, their words counted."""
+
+    reference: str
+    prediction: str
+    closed: bool
+
+    @property
+    def reference_words(self) -> Counter[str]:
+        return Counter(self.reference.split())
+
+    @property
+    def prediction_words(self) -> Counter[str]:
+        return Counter(self.prediction.split())
+
+
+def parse_defects(names: Sequence[str], table: Mapping[str, Defect] = DEFECTS) -> frozenset[str]:
+    """Check names of defects in `table`; `all` and `none` stand for what they say.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    chosen: set[str] = set()
+    for name in names:
+        if name == "all":
+            chosen |= table.keys()
+        elif name != "none":
+            lookup(table, name, "defect")
+            chosen.add(name)
+    return frozenset(chosen)
+
+
+def legacy_scores(
+    items: Sequence[Item],
+    *,
+    program: Program,
+    candidates: Sequence[str] | None = None,
+    defects: frozenset[str] = PUBLISHED,
+) -> dict[str, list[float]]:
+    """Return the value of every item under every score of `program`, in the order of its table.
+
+    Args:
+        items: questions with answers.
+        program: whose formulas; run_eval and run_eval_batch differ in open and closed accuracy.
+        candidates: open answers of the training set for run_eval's open accuracy; None leaves that score out.
+        defects: names in `DEFECTS` that stay in.
+
+    Returns:
+        For each score n values; NaN where the score does not look at the item. BLEU is left out without nltk.
+    """
+    unknown = defects - DEFECTS.keys()
+    if unknown:
+        raise ConfigError(f"unknown defects {', '.join(sorted(unknown))}; known: {', '.join(DEFECTS)}")
+    all_periods = "period_limit" not in defects
+    pairs = [
+        Pair(
+            normalize(item.reference, all_periods=all_periods),
+            normalize(item.prediction, all_periods=all_periods),
+            item.closed,
+        )
+        for item in items
+    ]
+    columns: dict[str, list[float]] = {"exact match score": _over(pairs, lambda pair: _exact(pair, defects))}
+    overlaps = [token_overlap(pair.reference_words, pair.prediction_words, defects=defects) for pair in pairs]
+    for position, name in enumerate(("f1 score", "precision", "recall")):
+        columns[name] = [NAN if pair.closed else o[position] for pair, o in zip(pairs, overlaps, strict=True)]
+    columns |= _bleu_scores(pairs, defects)
+    if program == "run_eval_batch":
+        columns["open accuracy"] = _over(pairs, lambda pair: _open_hit(pair, defects))
+    elif candidates is not None:
+        table = Candidates(candidates)
+        columns["open accuracy"] = _over(pairs, lambda pair: table.hit(pair, defects))
+    columns["yes/no accuracy"] = _over(pairs, lambda pair: _closed_hit(pair, program, defects), closed=True)
+    if program == "run_eval_batch":
+        recalls = [overlap[2] for overlap in overlaps]
+        columns["recall_closed"] = [r if pair.closed else NAN for pair, r in zip(pairs, recalls, strict=True)]
+    return columns
+
+
+def _over(pairs: Sequence[Pair], score: Callable[[Pair], float], *, closed: bool = False) -> list[float]:
+    return [score(pair) if pair.closed is closed else NAN for pair in pairs]
+
+
+def _exact(pair: Pair, defects: frozenset[str]) -> float:
+    if "precision_as_exact_match" not in defects:
+        return float(pair.reference == pair.prediction)
+    words = pair.prediction_words
+    shared = sum(1 for word in pair.reference_words if word in words)
+    return shared / words.total() if words else 0.0
+
+
+def token_overlap(
+    reference: Mapping[str, int], prediction: Mapping[str, int], *, defects: frozenset[str] = frozenset()
+) -> tuple[float, float, float]:
+    """Return F1, precision and recall of the answer's words; zeros when nothing is shared.
+
+    With the defect `prediction_counts` a shared word counts as often as the answer says it; otherwise as often as both
+    say it, and the surplus of either side is an error of that side.
+    """
+    if "prediction_counts" in defects:
+        hits = sum(count for word, count in prediction.items() if word in reference)
+        false = sum(count for word, count in prediction.items() if word not in reference)
+        missed = sum(count for word, count in reference.items() if word not in prediction)
+    else:
+        hits = sum(min(count, reference.get(word, 0)) for word, count in prediction.items())
+        false, missed = sum(prediction.values()) - hits, sum(reference.values()) - hits
+    if hits == 0:
+        return 0.0, 0.0, 0.0
+    precision, recall = hits / (hits + false), hits / (hits + missed)
+    return 2 * precision * recall / (precision + recall), precision, recall
+
+
+def _bleu_scores(pairs: Sequence[Pair], defects: frozenset[str]) -> dict[str, list[float]]:
+    """Return four BLEU columns; none when nltk is not installed."""
+    try:
+        bleu = require("nltk.translate.bleu_score", "eval")
+    except MissingDependency:
+        return {}
+    single = "single_order_bleu" in defects
+    weights = {
+        "bleu_score": (0.25, 0.25, 0.25, 0.25),
+        "bleu_score_1": (1.0, 0.0, 0.0, 0.0),
+        "bleu_score_2": (0.0, 1.0, 0.0, 0.0) if single else (0.5, 0.5),
+        "bleu_score_3": (0.0, 0.0, 1.0, 0.0) if single else (1 / 3, 1 / 3, 1 / 3),
+    }
+    smoothing = None if "unsmoothed_bleu" in defects else bleu.SmoothingFunction().method1
+    columns: dict[str, list[float]] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nltk warns about every short answer
+        for name, weight in weights.items():
+            columns[name] = [
+                NAN
+                if pair.closed
+                else float(
+                    bleu.sentence_bleu(
+                        [pair.reference.split()], pair.prediction.split(), weights=weight, smoothing_function=smoothing
+                    )
+                )
+                for pair in pairs
+            ]
+    return columns
+
+
+def _open_hit(pair: Pair, defects: frozenset[str]) -> float:
+    if "substring_open" in defects:
+        return float(pair.reference in pair.prediction)
+    return float(pair.reference == pair.prediction)
+
+
+def _closed_hit(pair: Pair, program: Program, defects: frozenset[str]) -> float:
+    if "substring_closed" in defects:
+        hit = pair.reference in pair.prediction
+        decided = "yes" in pair.prediction or "no" in pair.prediction
+    else:
+        words = pair.prediction.split()
+        hit = f" {pair.reference} " in f" {pair.prediction} "
+        decided = "yes" in words or "no" in words
+    if program == "run_eval" and "yes_no_only" in defects:
+        hit = hit and decided
+    return NAN if not hit and "dropped_closed_misses" in defects else float(hit)
+
+
+class Candidates:
+    """Open answers seen in training; an answer counts as the one that it covers best."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.normalized = [normalize(text) for text in texts]
+        self.words = [frozenset(text.split()) for text in self.normalized]
+
+    def hit(self, pair: Pair, defects: frozenset[str]) -> float:
+        """Say whether the candidate that the answer covers best (the first of equals) is the reference."""
+        said = pair.prediction_words.keys()
+        shares = [len(words & said) / len(words) if words else 0.0 for words in self.words]
+        best = max(range(len(shares)), key=shares.__getitem__, default=None)
+        if best is None or (shares[best] == 0.0 and "first_candidate" not in defects):
+            return 0.0
+        return float(self.normalized[best] == pair.reference)

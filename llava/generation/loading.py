@@ -1,0 +1,95 @@
+"""From a checkpoint's path to an engine that answers.
+
+path --load--> model + processor --to the device--> LocalEngine
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from llava.compat import parse_names
+from llava.errors import ConfigError
+from llava.generation.engine import LocalEngine
+from llava.model.checkpoint.load import load
+from llava.model.precision import raise_slow_weights
+
+TRAINING_LENGTH = "tokenizer_model_max_length"
+"""Key of published configurations."""
+
+
+def open_engine(
+    path: str,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    bits: int = 16,
+    vision_tower: str | None = None,
+    template: str | None = None,
+    compat: str = "none",
+    dicom_window: str | None = None,
+    dicom_frame: str | None = None,
+    fast_jpeg: bool | None = None,
+) -> LocalEngine:
+    """Load a model and return its engine.
+
+    Args:
+        path: checkpoint folder of any known layout, or a hub name.
+        base: base model of an adapter; default: the one it names.
+        dtype: name of the weights' precision; `auto` keeps the checkpoint's, or float32 where a CPU is faster with it.
+        device: cpu, cuda, cuda:0 ...; default: the accelerator when there is one.
+        bits: 4 and 8 quantize the weights (bitsandbytes).
+        vision_tower: tower of a checkpoint that does not hold or name one.
+        template: name of a template to use instead of the checkpoint's own.
+        compat: what to do as the original projects do where they are wrong, see `llava.compat`.
+        dicom_window: window of DICOM files instead of the checkpoint's own, see `DicomPolicy`.
+        dicom_frame: frame of DICOM files, likewise.
+        fast_jpeg: whether large JPEG files are decoded at a smaller scale, instead of the checkpoint's own setting.
+
+    Raises:
+        CheckpointError: the folder cannot be loaded.
+        ConfigError: the template or a name of `compat` is unknown, or the checkpoint does not say what that needs.
+    """
+    names = parse_names(compat, "answers")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
+    given: dict[str, Any] = {"vision_tower": vision_tower} if vision_tower else {}
+    device_map = None if device == "cpu" else device
+    loaded = load(path, base=base, dtype=precision, device_map=device_map, bits=bits, **given)
+    if bits == 16:
+        torch.nn.Module.to(loaded.model, device)
+        if dtype == "auto":
+            raise_slow_weights(loaded.model)
+    if template:
+        loaded.processor.use_template(template)
+    loaded.processor.use_dicom(loaded.processor.dicom.changed(dicom_window, dicom_frame))
+    loaded.processor.use_fast_jpeg(fast_jpeg)
+    engine = LocalEngine(loaded.model, loaded.processor)
+    imitate(engine, names)
+    return engine
+
+
+def imitate(engine: LocalEngine, names: Collection[str]) -> None:
+    """Make an engine answer as the original projects do where they are wrong.
+
+    Args:
+        engine: that of a model that was just loaded.
+        names: of `llava.compat`, those for answers.
+
+    Raises:
+        ConfigError: the checkpoint does not say to what length the original would cut prompts.
+    """
+    engine.beams_count_prompt = "beams_count_prompt" in names
+    engine.processor.random_padding = "random_padding" in names
+    if "cut_prompt" in names:
+        source = engine.model.config.source or {}
+        length = (source.get("config") or {}).get(TRAINING_LENGTH)
+        if not length:
+            raise ConfigError(
+                f"--compat cut_prompt: the checkpoint does not name the length it was trained with ({TRAINING_LENGTH} "
+                "of a published configuration); leave that name out"
+            )
+        engine.reader.longest = int(length)

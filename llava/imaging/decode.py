@@ -1,0 +1,333 @@
+"""Image files to RGB pictures: the only place that opens, converts and shapes them.
+
+    file bytes --load--> RGB picture --fit(mode)--> picture the image processor can take
+               --decode--> Opened (grey stays grey, perhaps scaled), for `data.pixel_path`
+
+Policies, the same for training, evaluation and serving:
+
+- Colour: everything becomes RGB. Transparency is dropped, not composited, as the published models saw it.
+- Depth: pictures of more than 8 bits (16-bit and 32-bit integers, floating point) are windowed linearly from their
+  smallest to their largest value onto 0 to 255; a picture of one single value becomes black.
+- Orientation: an EXIF orientation is applied, so the model sees what a viewer shows. Pictures without one (nearly all
+  medical files) are unaffected.
+- Several frames: the first one.
+- DICOM files, known by their content: see `data.dicom`; window and frame are chosen by a `DicomPolicy`.
+- Size: more than `MAX_PIXELS` is refused before anything is decoded.
+- Scale: pictures are decoded whole, unless the caller of `decode` has large JPEG files scaled, see `data.jpeg_scale`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from llava.data.levels import levels_of
+from llava.data.opened import Opened
+from llava.errors import ConfigError, DataError
+from llava.imaging.anyres import Size, keep_size, placed
+from llava.imaging.dicom.policy import DEFAULT, DicomPolicy
+from llava.imaging.dicom.sniff import is_dicom, may_be_bare
+from llava.imaging.jpeg import can_shrink, shrink
+
+MAX_PIXELS = 89_478_485
+"""Largest picture that is decoded (width x height): Pillow's own limit, a quarter GiB of RGB."""
+
+MODES = ("square", "pad", "resize", "keep", "anyres")
+"""Image modes: see `fit`, and `tiles` for `anyres`."""
+
+_RASTER_MODES = ("RGB", "L", "1", "CMYK", "YCbCr", "LAB", "HSV")
+
+
+def resolve(ref: str | Path, root: str | Path | None) -> Path:
+    """Return the path of image `ref` in folder `root`; links are followed before the check.
+
+    Args:
+        ref: name from a data file, relative to `root` (or absolute and inside it).
+        root: the image folder; None trusts `ref` as a path of the user's own.
+
+    Raises:
+        DataError: the file would lie outside `root`, or no file can have this name.
+    """
+    _check_name(ref)
+    if root is None:
+        return Path(ref)
+    folder = _real_folder(str(root))
+    path = Path(os.path.realpath(folder / ref))
+    if path.is_relative_to(folder):
+        return path
+    if Path(os.path.abspath(folder / ref)).is_relative_to(folder):
+        raise DataError(
+            f"image {str(ref)!r} leads outside the image folder {folder} by a symbolic link; copy the folder with "
+            "links followed (cp -rL), or give a folder above both and names relative to it"
+        )
+    raise DataError(f"image {str(ref)!r} leads outside the image folder {folder}; move or copy the file into it")
+
+
+def _check_name(ref: str | Path) -> None:
+    """Refuse what no file is called, which the system's own calls answer with other errors than a missing file's."""
+    try:
+        possible = b"\0" not in os.fsencode(ref)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise DataError(f"image {str(ref)!r}: no file can have this name (a zero byte, or half of a surrogate pair)")
+
+
+@lru_cache(maxsize=32)
+def _real_folder(root: str) -> Path:
+    """Image folders are few and asked for once per image."""
+    return Path(os.path.realpath(root))
+
+
+def read_bytes(ref: str | Path, root: str | Path | None) -> bytes:
+    """Return the bytes of image `ref` in folder `root`.
+
+    Raises:
+        DataError: the file is missing, not readable or outside `root`.
+    """
+    path = resolve(ref, root)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"image {path} cannot be read: {error.strerror or error}") from error
+
+
+def load(ref: str | Path | bytes, root: str | Path | None = None, *, dicom: DicomPolicy = DEFAULT) -> Image.Image:
+    """Return image `ref` (a name in folder `root`, or the bytes of a file) as an RGB picture.
+
+    Args:
+        ref: name or bytes.
+        root: the image folder; None trusts `ref` as a path of the user's own.
+        dicom: how a DICOM file is shown.
+
+    Raises:
+        DataError: missing, outside `root`, too large, broken or cut off; the message names the file.
+        MissingDependency: the decoder of a compressed DICOM file is not installed.
+    """
+    return to_rgb(decode(ref, root, dicom=dicom).image)
+
+
+def decode(
+    ref: str | Path | bytes,
+    root: str | Path | None = None,
+    *,
+    dicom: DicomPolicy = DEFAULT,
+    scale_of: Callable[[Size], int] | None = None,
+) -> Opened:
+    """Return image `ref` as `load` does, but grey as one channel and, where asked for, at a smaller scale.
+
+    Args:
+        ref: name or bytes.
+        root: the image folder; None trusts `ref` as a path of the user's own.
+        dicom: how a DICOM file is shown.
+        scale_of: divisor for a large JPEG picture of this width and height (1, 2, 4 or 8); None decodes all whole.
+
+    Raises:
+        DataError, MissingDependency: as `load`.
+    """
+    data, name = (ref, "given as bytes") if isinstance(ref, bytes) else (read_bytes(ref, root), str(ref))
+    if is_dicom(data):
+        return _load_dicom(data, name, dicom)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_size(image, name)
+            size = image.size
+            scale = shrink(image, scale_of(size)) if scale_of is not None and can_shrink(image) else 1
+            image.load()
+            shown = _upright(image, _plain(image))
+            return Opened(shown, shown.size if scale == 1 else size, scale)
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        if may_be_bare(data):
+            return _load_dicom(data, name, dicom)
+        raise DataError(f"image {name} cannot be decoded: it is no picture of a known format") from error
+    except Exception as error:  # decoders raise whatever their parsing runs into: struct.error, IndexError, ...
+        raise DataError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _load_dicom(data: bytes, name: str, policy: DicomPolicy) -> Opened:
+    from llava.imaging.dicom.render import picture  # pydicom takes its time to import, and most images are none
+
+    image = picture(data, policy, name=name, max_pixels=MAX_PIXELS)
+    return Opened(image, image.size)
+
+
+def stored_as(data: bytes) -> str:
+    """Return format and colour mode of an image file as it is stored: `JPEG L`, `PNG I;16`, `DICOM`, `unknown`.
+
+    Only the header is read; it says nothing about whether the file decodes.
+    """
+    if is_dicom(data):
+        return "DICOM"
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return f"{image.format} {image.mode}"
+    except Exception:  # decoders raise whatever their parsing runs into
+        return "DICOM" if may_be_bare(data) else "unknown"
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise DataError(f"image {name} has {width} x {height} pixels, more than {MAX_PIXELS}; scale it down first")
+    if width < 1 or height < 1:
+        raise DataError(f"image {name} is empty ({width} x {height} pixels)")
+
+
+def _upright(source: Image.Image, image: Image.Image) -> Image.Image:
+    """Return `image` turned as the EXIF data of `source` says."""
+    try:
+        orientation = source.getexif().get(0x0112, 1)
+    except Exception:  # unreadable metadata says nothing about the pixels
+        return image
+    method = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return any picture as RGB (see the policies above); an RGB picture is returned as it is.
+
+    Raises:
+        DataError: a floating-point picture holds values that are not finite.
+    """
+    plain = _plain(image)
+    return plain if plain.mode == "RGB" else plain.convert("RGB")
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """Return any picture as RGB, or as L if it is grey; one of these modes is returned as it is."""
+    if image.mode in ("RGB", "L"):
+        return image
+    if image.mode.startswith(("I", "F")):
+        return _window(np.asarray(image))
+    if image.mode in _RASTER_MODES:
+        return image.convert("RGB")
+    # Palettes and alpha: by way of RGBA, which keeps the colours under transparent pixels as they are stored.
+    return image.convert("RGBA").convert("RGB")
+
+
+def _window(values: np.ndarray) -> Image.Image:
+    """Return `[height, width]` values as 8-bit grey, linear from the smallest to the largest."""
+    found = levels_of(values)
+    exact = (values if found is None else found.values).astype(np.float64)
+    low, high = float(exact.min()), float(exact.max())
+    if not np.isfinite([low, high]).all():
+        raise DataError("the picture holds values that are not finite")
+    scale = 255.0 / (high - low) if high > low else 0.0
+    grey = np.rint((exact - low) * scale).astype(np.uint8)
+    return Image.fromarray(grey if found is None else np.take(grey, found.places, mode="clip"))
+
+
+def mean_color(image_mean: Sequence[float]) -> tuple[int, int, int]:
+    """Return the fill colour of mode `pad`: the processor's channel means (0 to 1) as 8-bit values, rounded down."""
+    red, green, blue = (int(value * 255) for value in image_mean)
+    return red, green, blue
+
+
+def fit(
+    image: Image.Image, mode: str, *, size: int | tuple[int, int], fill: Sequence[int], shift: int = 0
+) -> Image.Image:
+    """Return the picture in the shape that the image mode gives it before the processor resizes, crops, normalises.
+
+    Args:
+        image: any picture; it is converted to RGB first.
+        mode: `square` leaves the shape to the processor (shortest edge, centre crop); `pad` centres the picture on a
+            square of colour `fill`, offsets rounded down; `resize` squashes it to `size` (bicubic), so nothing is cut;
+            `keep` scales it and keeps its shape.
+        size: side, or (height, width), of the model's input in pixels.
+        fill: red, green, blue of the border that `pad` adds.
+        shift: pixels that `pad` moves the picture off the middle, as an original does at random.
+
+    Raises:
+        ConfigError: unknown mode, or `anyres`, which makes several pictures of one: see `tiles`.
+    """
+    image = to_rgb(image)
+    if mode == "square":
+        return image
+    if mode == "pad":
+        return _pad(image, (int(fill[0]), int(fill[1]), int(fill[2])), shift)
+    if mode == "resize":
+        height, width = (size, size) if isinstance(size, int) else size
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+    if mode == "keep":
+        return image.resize(keep_size(image.size), Image.Resampling.BICUBIC)
+    if mode == "anyres":
+        raise ConfigError("image mode anyres makes several pictures of one; use `tiles`")
+    raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(MODES)}")
+
+
+def tiles(image: Image.Image, whole: Size, side: int) -> list[Image.Image]:
+    """Return a picture as the tiles of image mode `anyres`, each `side` x `side` pixels.
+
+    Args:
+        image: any picture; it is converted to RGB first.
+        whole: width and height of all tiles together; the picture is scaled into the middle of them, on black.
+        side: of a tile.
+
+    Returns:
+        the whole picture squashed to one tile, then the tiles row by row.
+    """
+    image = to_rgb(image)
+    scaled, corner = placed(image.size, whole)
+    canvas = Image.new("RGB", whole, (0, 0, 0))
+    canvas.paste(image.resize(scaled, Image.Resampling.BICUBIC), corner)
+    corners = [(left, top) for top in range(0, whole[1], side) for left in range(0, whole[0], side)]
+    parts = [canvas.crop((left, top, left + side, top + side)) for left, top in corners]
+    return [_squashed(image, side), *parts]
+
+
+def _squashed(image: Image.Image, side: int) -> Image.Image:
+    """Return the picture as a square, as recorded from the original: what shrinks, shrinks first.
+
+    Pillow's releases differ here in the order of the two directions, and the values between are rounded to 8 bits.
+    """
+    if image.height > side > image.width:
+        image = image.resize((image.width, side), Image.Resampling.BICUBIC)
+    return image.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _pad(image: Image.Image, fill: tuple[int, int, int], shift: int) -> Image.Image:
+    width, height = image.size
+    side = max(width, height)
+    if width == height:
+        return image
+    square = Image.new("RGB", (side, side), fill)
+    along = (width < height, height < width)  # only the short side has a border to move in
+    square.paste(image, ((side - width) // 2 + shift * along[0], (side - height) // 2 + shift * along[1]))
+    return square
+
+
+def content_digest(data: bytes) -> str:
+    """Return the identity of a file's bytes (64 hexadecimal digits)."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def key_of_digest(digest: str, fingerprint: str) -> str:
+    """Return the image key for file bytes known by their `content_digest`."""
+    return hashlib.sha256(f"{digest}\n{fingerprint}".encode()).hexdigest()[:32]
+
+
+def image_key(data: bytes, fingerprint: str) -> str:
+    """Return the identity of a model input: equal file bytes under equal preprocessing, whatever the file is called.
+
+    Args:
+        data: bytes of the image file.
+        fingerprint: identity of everything that happens to the picture afterwards (`processor.image_fingerprint`).
+    """
+    return key_of_digest(content_digest(data), fingerprint)

@@ -1,0 +1,133 @@
+"""What a PIL image processor of transformers does to a picture, bit for bit, without its detours.
+
+    Opened (L or RGB) --fit_opened, Pillow resize--> crop --table: level to normalised value--> [3, H, W] float32
+
+The processor turns each large picture into an array and back, resizes grey as three equal channels, and computes in
+double precision what has only 256 different outcomes a channel. Here grey stays one channel up to the last step, and
+the outcomes come from a table that the processor itself filled in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import SizeDict
+
+from llava.data.opened import Box, Opened
+from llava.imaging.anyres import Size
+from llava.imaging.decode import fit, to_rgb
+
+_STEPS = ("__call__", "preprocess", "_preprocess", "process_image", "convert_to_rgb", "resize", "rescale", "normalize")
+"""Methods that must be transformers' own; cropping is called, so it may be another."""
+
+
+class PixelPath:
+    """The steps of one image processor; see `of`."""
+
+    def __init__(self, processor: Any) -> None:
+        """Take the settings of a processor that `of` accepts."""
+        self.processor = processor
+        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None]).convert("RGB")
+        done = processor(images=[ramp], do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"]
+        self.table: NDArray[np.float32] = np.ascontiguousarray(done[0][:, 0])
+        """[3, 256], normalised value of each level of each channel."""
+
+    @classmethod
+    def of(cls, processor: Any) -> PixelPath | None:
+        """Return the path of a processor, or None for one that works in a way of its own."""
+        plain = all(getattr(type(processor), step, None) is getattr(PilBackend, step) for step in _STEPS)
+        if not plain or getattr(processor, "do_pad", None) or not isinstance(processor.resample, int):
+            return None
+        size = _given(processor.size)
+        if processor.do_resize and size not in ({"shortest_edge"}, {"height", "width"}):
+            return None
+        path = cls(processor)
+        return path if path.table.shape == (3, 256) and path.table.dtype == np.float32 else None
+
+    def size_after(self, size: Size) -> Size:
+        """Return width and height of a picture after resizing, before the crop."""
+        wanted = self.processor.size
+        if not self.processor.do_resize:
+            return size
+        if not wanted["shortest_edge"]:
+            return wanted["width"], wanted["height"]
+        shortest, (width, height) = wanted["shortest_edge"], size
+        longest = int(shortest * max(size) / min(size))
+        return (shortest, longest) if width <= height else (longest, shortest)
+
+    def pixels(self, image: Image.Image, *, size: Size | None = None, box: Box | None = None) -> Tensor:
+        """Return the model's input, `[3, H, W]` float32.
+
+        Args:
+            image: mode L or RGB.
+            size: width and height to reckon with, of a picture that was decoded at a smaller scale.
+            box: the part of `image` that is the picture; default: all of it.
+        """
+        if self.processor.do_resize:
+            image = image.resize(self.size_after(size or image.size), self.processor.resample, box=box)
+        values = np.asarray(image)
+        values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+        if getattr(self.processor, "do_center_crop", False):
+            crop = self.processor.crop_size
+            values = self.processor.center_crop(values, SizeDict(height=crop["height"], width=crop["width"]))
+        found = np.empty((3, *values.shape[1:]), dtype=np.float32)
+        for channel, table in enumerate(self.table):
+            np.take(table, values[channel % len(values)], out=found[channel], mode="clip")
+        return torch.from_numpy(found)
+
+
+def _given(size: Any) -> set[str]:
+    """Return the fields of a size that are set."""
+    return {name for name, value in dict(size).items() if value is not None}
+
+
+def fit_opened(
+    opened: Opened, mode: str, *, size: tuple[int, int], fill: Sequence[int], shift: int = 0
+) -> tuple[Image.Image, Size, Box]:
+    """Return what `fit` does for `square`, `pad` and `resize`, of a picture that may be grey or scaled.
+
+    A scaled picture keeps the geometry of the whole one: where its sides or its border are no whole number of pixels
+    at its scale, the box says where it begins and ends.
+
+    Returns:
+        a picture of mode L or RGB, the width and height to reckon with, and the box of it that is meant.
+    """
+    image = opened.image
+    if mode == "resize":
+        height, width = size
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=opened.box)
+        return image, image.size, (0.0, 0.0, width, height)
+    if mode == "square" or opened.size[0] == opened.size[1]:
+        return image, opened.size, opened.box
+    if opened.scale > 1:
+        return _pad_scaled(opened, (int(fill[0]), int(fill[1]), int(fill[2])), shift)
+    image = fit(image, mode, size=size, fill=fill, shift=shift)
+    return image, image.size, (0.0, 0.0, *image.size)
+
+
+def _pad_scaled(opened: Opened, fill: tuple[int, int, int], shift: int) -> tuple[Image.Image, Size, Box]:
+    """Return what `_pad` does at the scale of a picture, the size of the whole square, and the box it takes."""
+    (width, height), scale = opened.size, opened.scale
+    side = max(width, height)
+    picture = to_rgb(opened.image)
+    # A last column or row that the picture only partly fills is partly border, where there is a border.
+    mask = Image.new("L", picture.size, 255)
+    if width < side and width % scale:
+        mask.paste(round(255 * (width % scale) / scale), (picture.width - 1, 0, *picture.size))
+    if height < side and height % scale:
+        mask.paste(round(255 * (height % scale) / scale), (0, picture.height - 1, *picture.size))
+    left = ((side - width) // 2 + shift * (width < side)) / scale
+    top = ((side - height) // 2 + shift * (height < side)) / scale
+    corner = math.ceil(left), math.ceil(top)
+    box = (corner[0] - left, corner[1] - top, corner[0] - left + side / scale, corner[1] - top + side / scale)
+    square = Image.new("RGB", (math.ceil(box[2]), math.ceil(box[3])), fill)
+    square.paste(picture, corner, mask)
+    return square, (side, side), box

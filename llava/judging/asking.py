@@ -1,0 +1,58 @@
+"""A chat endpoint as a judge: what `store.Judge` asks when a reply is not stored yet.
+
+messages --Requests--> Reply | ApiFailure --> text | NoReply, in order of arrival
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from llava.eval.judge.prompts import Messages
+from llava.judging.store import Ask, NoReply, Reply
+from llava.openai_api import ApiError, ApiFailure, ApiSettings, ChatClient, Requests
+from llava.openai_failures import Reply as ApiReply
+
+_LAST_WORD = re.compile(r"\S+$")
+
+
+def _whole_words(reply: ApiReply) -> str:
+    """Return the text of a reply; without its last word when it was cut short, for `10` may have become `1`."""
+    return reply.text if reply.finish_reason != "length" else _LAST_WORD.sub("", reply.text)
+
+
+def ask_endpoint(
+    settings: ApiSettings, *, sampling: Mapping[str, Any], max_concurrency: int = 8, max_retries: int = 5
+) -> Ask:
+    """Return a function that asks an endpoint.
+
+    A reply that reached the limit of tokens counts, but for its last word: its scores stand on the first line. A
+    failure that every request would share (a wrong key, an unknown model) raises `ApiError`; all others are values.
+
+    Args:
+        settings: of the endpoint.
+        sampling: `temperature` and `max_tokens` of the judge.
+        max_concurrency: requests under way at once.
+        max_retries: further attempts after a failure that may pass.
+    """
+    client = ChatClient(settings, max_concurrency=max_concurrency, max_retries=max_retries)
+
+    def ask(requests: Sequence[Messages]) -> Iterator[tuple[int, Reply]]:
+        if not requests:
+            return
+        next_one = 0
+        with Requests(client, **sampling, accept_cut_short=True) as running:
+            while next_one < len(requests) or running.num_running:
+                while next_one < len(requests) and running.num_running < max_concurrency:
+                    running.submit(next_one, requests[next_one])
+                    next_one += 1
+                place, outcome = running.next()
+                if not isinstance(outcome, ApiFailure):
+                    yield place, _whole_words(outcome)
+                elif outcome.fatal:
+                    raise ApiError(outcome)
+                else:
+                    yield place, NoReply(f"{outcome.reason}, {outcome.detail}" if outcome.detail else outcome.reason)
+
+    return ask

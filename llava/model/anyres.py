@@ -1,0 +1,99 @@
+"""Patches of pictures of any shape, from the tower's tiles back to one sequence each (specification llava-med 1.7).
+
+anyres  tiles [sum of K, 3, H, W] --tower, projector--> [sum of K, P, D] --merge--> one [T, D] a picture
+keep    padded pictures [N, 3, h, w] --cut back, grouped by size--> [n, 3, h', w'] --tower, projector--> [T, D] each
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.errors import ConfigError
+from llava.imaging.anyres import ImageGrid, Size, keep_size, unpadded
+
+
+def grid_of(config: Any, side: int) -> ImageGrid:
+    """What a model's configuration says of the sizes of pictures; `side` is that of its input in pixels."""
+    pinpoints = tuple((width, height) for width, height in config.image_grid_pinpoints or ())
+    return ImageGrid(config.image_aspect_ratio, side, config.image_seq_length, config.patch_merge_type, pinpoints)
+
+
+def merge_tiles(features: Tensor, sizes: Sequence[Size], grid: ImageGrid, newline: Tensor | None) -> list[Tensor]:
+    """Join the tiles of each picture.
+
+    Args:
+        features: [sum of K, P, D] of the tiles of all pictures, that of the whole picture first.
+        sizes: width and height of each picture.
+        grid: of mode `anyres`.
+        newline: [D], put behind each row where the merge type is `spatial_unpad`.
+
+    Returns:
+        for each picture [T, D].
+
+    Raises:
+        ConfigError: the number of tiles is not that of these pictures.
+    """
+    counts = [columns * rows + 1 for columns, rows in map(grid.shape, sizes)]
+    if sum(counts) != len(features):
+        raise ConfigError(f"pictures of sizes {list(sizes)} have {sum(counts)} tiles, got {len(features)}")
+    parts = features.split(counts)
+    return [_merged(tiles, size, grid, newline) for tiles, size in zip(parts, sizes, strict=True)]
+
+
+def _merged(tiles: Tensor, size: Size, grid: ImageGrid, newline: Tensor | None) -> Tensor:
+    if grid.merge == "flat":
+        return tiles.flatten(0, 1)
+    columns, rows = grid.shape(size)
+    side, width = grid.side, tiles.shape[-1]
+    # [rows, columns, side, side, D] -> the patches as they lie in the picture: [rows * side, columns * side, D]
+    whole = tiles[1:].view(rows, columns, side, side, width).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    if grid.merge == "spatial_unpad":
+        left, top, right, bottom = unpadded(size, (columns * side, rows * side))
+        whole = whole[top:bottom, left:right]
+        assert newline is not None
+        ends = newline.to(whole.dtype).expand(len(whole), 1, width)
+        whole = torch.cat([whole, ends], dim=1)
+    return torch.cat([tiles[0], whole.flatten(0, 1)])
+
+
+def project_kept(
+    pixels: Tensor, sizes: Sequence[Size], features_of: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Features of pictures in mode `keep`; those of one size are computed together.
+
+    Args:
+        pixels: [N, 3, h, w], each picture in the left upper corner.
+        sizes: width and height of each picture before preprocessing.
+        features_of: pixels [n, 3, h', w'] to [n, T, D].
+
+    Returns:
+        all features [1, sum of T, D], and for each picture its own [T, D].
+    """
+    found: dict[int, Tensor] = {}
+    for (width, height), members in _by_size(sizes):
+        group = features_of(pixels[members, :, :height, :width])
+        found.update(zip(members, group, strict=True))
+    ordered = [found[number] for number in range(len(sizes))]
+    return torch.cat(ordered)[None], ordered
+
+
+def _by_size(sizes: Sequence[Size]) -> Iterator[tuple[Size, list[int]]]:
+    groups: dict[Size, list[int]] = {}
+    for number, size in enumerate(sizes):
+        groups.setdefault(keep_size(size), []).append(number)
+    return iter(groups.items())
+
+
+def needs_newline(config: Any) -> bool:
+    """Whether a model has a trained token for the end of a row of patches."""
+    return "unpad" in str(config.patch_merge_type)
+
+
+def new_newline(width: int) -> Tensor:
+    """A fresh one, [D]."""
+    return torch.randn(width) / math.sqrt(width)

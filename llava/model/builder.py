@@ -1,0 +1,347 @@
+"""A new model from a causal language model and a vision tower, both by path or hub name.
+
+language model + tower --(place holder and marker tokens, fresh projector)--> LlavaMedForConditionalGeneration
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
+from llava.conversation import get_template
+from llava.errors import CheckpointError, ConfigError
+from llava.model.anyres import needs_newline
+from llava.model.attention import use_tree_attention
+from llava.model.config import LlavaMedConfig
+from llava.model.image_policy import fresh_newline, write_policy
+from llava.model.modeling import LlavaMedForConditionalGeneration
+from llava.model.multimodal_encoder.open_clip_encoder.files import (
+    FOLDER_PREFIX,
+    HUB_PREFIX,
+    find_checkpoint,
+    find_config,
+)
+from llava.model.multimodal_encoder.towers import (
+    UNREADABLE,
+    first_line,
+    load_part,
+    load_tower,
+    num_extra_tokens,
+    num_patches,
+    tower_image_processor,
+)
+from llava.model.multimodal_projector import build_projector, check_projector_type
+from llava.model.quantization import Quantization
+from llava.processing import LlavaMedProcessor
+from llava.utils.lookup import require
+
+SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
+"""The seeds' `mm_vision_select_feature` in transformers' words."""
+
+HEAD_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
+"""Configuration keys of language models that change the head's output; the family's head is a plain linear layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """How the parts are put together; saved beside adapters and projectors, which need the same parts again.
+
+    Attributes:
+        lm: folder or hub name of a causal language model.
+        vision_tower: folder or hub name of a CLIP, SigLIP, DINOv2 or ViT encoder, or of an open_clip model.
+        vision_tower_config: open_clip model configuration; with the next field the tower needs no folder.
+        vision_tower_checkpoint: open_clip weights.
+        projector_type: `linear`, `mlpKx_gelu`, `cluster` or `identity`.
+        projector_kwargs: settings of the projector, for `cluster` (see `cluster_projector`).
+        select_layer: hidden state of the tower that is used; -2 is the last but one.
+        select_feature: `patch` or `cls_patch`.
+        use_im_start_end: write marker tokens around each image.
+        use_im_patch_token: add the (unused) patch token, as old vocabularies have it.
+        template: conversation template.
+        image_mode: how pictures become the tower's input.
+        patch_merge_type: how the tiles of mode `anyres` are joined, see `image_grids.MERGE_TYPES`.
+        image_grid_pinpoints: [width, height] that `anyres` chooses from; None takes those of LLaVA 1.6.
+        placement: `front` or `as_written`.
+        system: replaces the template's system text.
+        image_size: pixels of the model's input; the tower's own size when None.
+        bits, double_quant, quant_type: see `Quantization`; they concern the language model.
+        seed: of the projector's random weights.
+    """
+
+    lm: str
+    vision_tower: str
+    vision_tower_config: str | None = None
+    vision_tower_checkpoint: str | None = None
+    projector_type: str = "linear"
+    projector_kwargs: dict[str, Any] | None = None
+    select_layer: int = -2
+    select_feature: str = "patch"
+    use_im_start_end: bool = False
+    use_im_patch_token: bool = False
+    template: str = "vicuna_v1"
+    image_mode: str = "square"
+    patch_merge_type: str = "flat"
+    image_grid_pinpoints: Any = None
+    placement: str = "front"
+    system: str | None = None
+    image_size: int | None = None
+    bits: int = 16
+    double_quant: bool = True
+    quant_type: str = "nf4"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything large is read."""
+        if not self.vision_tower:
+            raise ConfigError("a new model needs a vision tower; give its folder or hub name with --vision_tower")
+        if self.select_feature not in SELECT_STRATEGIES:
+            known = ", ".join(SELECT_STRATEGIES)
+            raise ConfigError(f"unknown select_feature {self.select_feature!r}; known: {known}")
+        check_projector_type(self.projector_type)
+        get_template(self.template)
+
+    @property
+    def tower_files(self) -> dict[str, str | None]:
+        """The open_clip files as keywords of `load_tower` and `tower_image_processor`."""
+        return {"config_file": self.vision_tower_config, "checkpoint": self.vision_tower_checkpoint}
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A model ready for use, its processor, and where its parts come from (`base` path or build options)."""
+
+    model: LlavaMedForConditionalGeneration
+    processor: LlavaMedProcessor
+    context_len: int
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+def build(
+    lm: str,
+    vision_tower: str,
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    device_map: Any = None,
+    **options: Any,
+) -> Loaded:
+    """Put a language model and a tower together with a fresh projector.
+
+    Args:
+        lm: folder or hub name of a causal language model.
+        vision_tower: folder or hub name of a vision encoder.
+        dtype: of all weights; "auto" is the dtype in which the language model was saved.
+        device_map: of the language model, passed to transformers; tower and projector follow its embeddings.
+        options: those of `BuildOptions`.
+
+    Raises:
+        ConfigError: an option is unknown or does not fit the parts.
+        CheckpointError: a part cannot be loaded, or is of a kind that does not fit.
+    """
+    wanted = portable_tower(BuildOptions(lm=portable(lm), vision_tower=vision_tower, **options))
+    text_config = _text_config(wanted.lm)
+    if dtype == "auto":
+        saved = getattr(text_config, "dtype", None)
+        dtype = saved if isinstance(saved, torch.dtype) else torch.float32
+    # Unused parts that a checkpoint lacks are drawn anew: the seed covers them, so equal builds have equal hashes.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(wanted.seed)
+        quantization = Quantization(wanted.bits, wanted.double_quant, wanted.quant_type).config(dtype)
+        keywords = {"quantization_config": quantization, "device_map": device_map}
+        language_model = load_part(AutoModelForCausalLM, wanted.lm, dtype, **keywords)
+        tower = load_tower(wanted.vision_tower, dtype, **wanted.tower_files)
+        tokenizer = _tokenizer(wanted.lm)
+        image_processor = tower_image_processor(
+            wanted.vision_tower, tower.config, wanted.image_size, **wanted.tower_files
+        )
+        add_tokens(tokenizer, language_model, wanted)
+        config = _config(wanted, tokenizer, language_model, tower, image_processor)
+        processor = _processor(wanted, tokenizer, image_processor, num_image_tokens=config.image_seq_length)
+        write_policy(config, processor.image_grid)
+        model = _assemble(config, language_model, tower, seed=wanted.seed, dtype=dtype)
+    return finish(model, processor, {"build": asdict(wanted)})
+
+
+def _processor(
+    options: BuildOptions, tokenizer: Any, image_processor: Any, *, num_image_tokens: int
+) -> LlavaMedProcessor:
+    return LlavaMedProcessor(
+        tokenizer,
+        image_processor,
+        template=options.template,
+        image_mode=options.image_mode,
+        num_image_tokens=num_image_tokens,
+        placement=options.placement,
+        use_im_start_end=options.use_im_start_end,
+        system=options.system,
+        patch_merge_type=options.patch_merge_type,
+        image_grid_pinpoints=options.image_grid_pinpoints,
+    )
+
+
+def portable(path: str) -> str:
+    """A folder's absolute path, so that what is saved still finds it from elsewhere; a hub name as it is.
+
+    Raises:
+        CheckpointError: a path that leads nowhere (and would be looked for on the hub, with minutes of retries).
+    """
+    if not path:
+        return path
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1 or folder.exists():
+        raise CheckpointError(f"{path}: no such folder; expected a model folder or a hub name such as owner/model")
+    return path
+
+
+def portable_tower(options: BuildOptions) -> BuildOptions:
+    """The options with absolute paths of the tower: its folder, or its two files (the name is only a label then).
+
+    Raises:
+        CheckpointError: a path leads nowhere.
+    """
+    tower = options.vision_tower
+    if options.vision_tower_config and options.vision_tower_checkpoint:
+        config, checkpoint = find_config(options.vision_tower_config), find_checkpoint(options.vision_tower_checkpoint)
+        return replace(
+            options, vision_tower_config=str(config.resolve()), vision_tower_checkpoint=str(checkpoint.resolve())
+        )
+    if tower.startswith(HUB_PREFIX):
+        return options
+    return replace(options, vision_tower=portable(tower.removeprefix(FOLDER_PREFIX)))
+
+
+def finish(model: LlavaMedForConditionalGeneration, processor: LlavaMedProcessor, origin: dict[str, Any]) -> Loaded:
+    """Settle what every loaded model needs: tree attention, generation ids, context length."""
+    use_tree_attention(model)
+    generation = model.generation_config
+    generation.pad_token_id, generation.eos_token_id = processor.pad_token_id, processor.eos_token_id
+    context_len = int(getattr(model.config.text_config, "max_position_embeddings", 2048))
+    return Loaded(model, processor, context_len, origin)
+
+
+def _text_config(lm: str) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(lm)
+    except UNREADABLE as error:
+        raise CheckpointError(f"language model {lm} cannot be loaded: {first_line(error)}") from error
+    if hasattr(config, "vision_config"):
+        raise CheckpointError(
+            f"{lm} is already a vision-language model ({config.model_type}); expected a plain causal language model"
+        )
+    extras = [name for name in HEAD_EXTRAS if getattr(config, name, None) not in (None, 1, 1.0)]
+    if extras:
+        raise CheckpointError(
+            f"{lm} ({config.model_type}) changes its logits after the head ({extras[0]}), which this family does not "
+            "do; take a language model with a plain head (Llama, Mistral, Qwen2, Phi, GPT-2, ...)"
+        )
+    return config
+
+
+def _tokenizer(lm: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(lm)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{lm} holds no usable tokenizer: {first_line(error)}") from error
+
+
+@contextmanager
+def whole(weight: Tensor) -> Iterator[None]:
+    """Inside the block a weight that ZeRO-3 spreads over ranks is there entirely, and may be written on every rank."""
+    if not hasattr(weight, "ds_id"):
+        yield
+        return
+    with require("deepspeed", "train").zero.GatheredParameters([weight], modifier_rank=0):
+        yield
+
+
+def add_tokens(tokenizer: Any, language_model: PreTrainedModel, options: BuildOptions) -> None:
+    """Give the vocabulary its place holder and markers; new rows are the mean of the old ones (specification 1.2).
+
+    The embedding is never shrunk: published models hold more rows than their tokenizer has words.
+    """
+    wanted = [IM_PATCH_TOKEN] if options.use_im_patch_token else []
+    wanted += [IM_START_TOKEN, IM_END_TOKEN] if options.use_im_start_end else []
+    wanted += [IMAGE_TOKEN]
+    known = tokenizer.get_vocab()
+    added = [token for token in wanted if token not in known]
+    if not added:
+        return
+    tokenizer.add_tokens(added, special_tokens=True)
+    new_rows = [int(tokenizer.convert_tokens_to_ids(token)) for token in added]
+    first_new, num_rows = min(new_rows), max(new_rows) + 1
+    table = cast(Any, language_model.get_input_embeddings()).weight
+    if num_rows > getattr(table, "ds_shape", table.shape)[0]:
+        language_model.resize_token_embeddings(num_rows, mean_resizing=False)
+    for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
+        for values in (cast(Any, layer).weight, getattr(layer, "bias", None)):
+            if values is not None:
+                with torch.no_grad(), whole(values):
+                    values[new_rows] = values[:first_new].mean(dim=0, dtype=torch.float32).to(values.dtype)
+
+
+def _config(
+    options: BuildOptions, tokenizer: Any, language_model: PreTrainedModel, tower: PreTrainedModel, processor: Any
+) -> LlavaMedConfig:
+    num_layers = int(tower.config.num_hidden_layers)
+    if not -num_layers - 1 <= options.select_layer <= num_layers:
+        raise ConfigError(
+            f"select_layer is {options.select_layer}; the tower has {num_layers} layers, so expected "
+            f"{-num_layers - 1} to {num_layers}"
+        )
+    full = options.select_feature == "cls_patch"
+    markers = [IM_START_TOKEN, IM_END_TOKEN] if options.use_im_start_end else []
+    return LlavaMedConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=num_patches(processor, tower.config) + (num_extra_tokens(tower.config) if full else 0),
+        vision_feature_select_strategy=cast(Any, SELECT_STRATEGIES[options.select_feature]),
+        vision_feature_layer=options.select_layer,
+        projector_type=options.projector_type,
+        projector_kwargs=options.projector_kwargs,
+        use_im_start_end=options.use_im_start_end,
+        marker_token_ids=tokenizer.convert_tokens_to_ids(markers) or None,
+        template=options.template,
+        placement=options.placement,
+        head_bias=getattr(language_model.get_output_embeddings(), "bias", None) is not None,
+        tie_word_embeddings=language_model.config.tie_word_embeddings,
+    )
+
+
+def _assemble(
+    config: LlavaMedConfig, language_model: PreTrainedModel, tower: PreTrainedModel, *, seed: int, dtype: torch.dtype
+) -> LlavaMedForConditionalGeneration:
+    """The model around existing parts; its skeleton is made without memory, so nothing is held twice.
+
+    Under ZeRO-3 transformers spreads every new weight over the ranks, which needs real ones; they are small there.
+    """
+    table = cast(Any, language_model.get_input_embeddings()).weight
+    cast(Any, config.text_config).vocab_size = getattr(table, "ds_shape", table.shape)[0]
+    with nullcontext() if is_deepspeed_zero3_enabled() else torch.device("meta"):
+        model = LlavaMedForConditionalGeneration(config)
+    torch.manual_seed(seed)
+    projector: nn.Module = build_projector(config)
+    model.model.multi_modal_projector = projector.to(table.device, dtype)
+    if needs_newline(config):
+        model.model.image_newline = fresh_newline(table, dtype)
+    model.model.vision_tower = cast(Any, tower).to(table.device)
+    model.model.language_model = language_model.base_model
+    model.lm_head = language_model.get_output_embeddings()
+    # One configuration object: a switch that is set on the whole reaches the part.
+    model.model.language_model.config = model.config.text_config
+    model.model.vision_tower.config = model.config.vision_config
+    model.tie_weights()
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(language_model, name):
+            setattr(model, name, getattr(language_model, name))
+    return model

@@ -1,0 +1,269 @@
+"""Our models as folders that plain transformers (`LlavaForConditionalGeneration`, `AutoProcessor`) and vLLM load.
+
+Names are those of the published `llava-hf` checkpoints, which both read. What transformers' Llava cannot express is
+refused: the export has the same logits or does not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from llava.constants import IMAGE_TOKEN
+from llava.conversation import SLOT, Form, Template
+from llava.errors import CheckpointError
+from llava.image_processors import OpenClipImageProcessorPil
+from llava.model.builder import Loaded
+from llava.model.checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from llava.model.checkpoint.load_hf import SOURCE_KEY
+from llava.model.checkpoint.model_card import write_card
+from llava.model.checkpoint.weight_names import HEAD, LANGUAGE_MODEL, PROJECTOR, TOWER
+from llava.model.config import LlavaMedConfig
+from llava.model.multimodal_encoder.towers import input_size, num_extra_tokens, side
+from llava.model.source_files import SOURCE_FOLDER, copy_source, name_known_class
+from llava.processing import LlavaMedProcessor
+from llava.utils.jsonl import write_json
+
+LINEAR = {"0.": "linear_1.", "2.": "linear_2."}
+NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""Towers whose published names have `vision_model.` inside."""
+
+
+def obstacles(loaded: Loaded) -> list[str]:
+    """Why a model cannot be one of transformers' Llava; empty where it can."""
+    config: Any = loaded.model.config
+    vision: Any = config.vision_config
+    processor = loaded.processor
+    found = []
+    if config.projector_type != "mlp2x_gelu":
+        found.append(f"projector {config.projector_type!r}; it has only mlp2x_gelu")
+    if config.head_bias:
+        found.append("a bias in the language model's head")
+    if config.vision_feature_select_strategy == "default" and num_extra_tokens(vision) > 1:
+        found.append("register tokens in the tower; it drops the first token only")
+    if not vision.model_type.startswith("dinov2") and input_size(processor.image_processor) != side(vision.image_size):
+        found.append("another input size than the tower's own")
+    if config.patch_merge_type == "spatial_unpad":
+        found.append("a trained token at the end of each row of patches (mm_patch_merge_type spatial_unpad)")
+    if processor.image_mode not in ("square", "pad"):
+        found.append(f"image mode {processor.image_mode!r}")
+    if isinstance(processor.image_processor, OpenClipImageProcessorPil):
+        found.append("the preprocessing of open_clip, which crops other pixels")
+    if processor.strip_around_images:
+        found.append("text that is stripped around images (LLaVA-Med 1.0)")
+    return found
+
+
+def hf_name(name: str, vision_type: str) -> str:
+    """The published name of one of our weights."""
+    if name.startswith(PROJECTOR):
+        suffix = name.removeprefix(PROJECTOR)
+        return "multi_modal_projector." + LINEAR[suffix[:2]] + suffix[2:]
+    if name.startswith(TOWER):
+        nested = "vision_model." if vision_type in NESTED_TOWERS else ""
+        return f"vision_tower.{nested}{name.removeprefix(TOWER).removeprefix('vision_model.')}"
+    if name.startswith(HEAD):
+        return f"language_model.{name}"
+    return "language_model.model." + name.removeprefix(LANGUAGE_MODEL)
+
+
+def export_hf(
+    loaded: Loaded,
+    path: str | Path,
+    *,
+    source_folder: str | Path | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Write a folder for `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained`.
+
+    Args:
+        loaded: the model, adapters merged.
+        path: folder, created when absent.
+        source_folder: original files of the checkpoint, see `source_files.source_of`; kept on.
+        max_shard_bytes: see `ShardWriter`.
+
+    Raises:
+        CheckpointError: transformers' Llava cannot express the model; says why, all at once.
+    """
+    if found := obstacles(loaded):
+        raise CheckpointError(
+            f"transformers' Llava cannot express this model: {'; '.join(found)}. Nothing was written; "
+            "serve it with this package, or export with --to legacy"
+        )
+    target = Path(path)
+    with ShardWriter(target, max_shard_bytes=max_shard_bytes) as writer:
+        for name, tensor in _weights(loaded):
+            writer.add(name, tensor)
+    write_json(target / "config.json", _config(loaded))
+    loaded.model.generation_config.save_pretrained(target)
+    _write_processor(loaded, target)
+    write_card(target, target, "model", loaded.model.config, loaded.origin)
+    if source_folder is not None:
+        config: Any = loaded.model.config
+        copy_source(Path(source_folder), target / SOURCE_FOLDER, (config.source or {}).get("config") or {})
+
+
+def _weights(loaded: Loaded) -> Iterator[tuple[str, Tensor]]:
+    config: Any = loaded.model.config
+    for name, tensor in loaded.model.state_dict().items():
+        if not (name.startswith(HEAD) and config.tie_word_embeddings):
+            yield hf_name(name, config.vision_config.model_type), tensor
+
+
+def _config(loaded: Loaded) -> dict[str, Any]:
+    config: Any = loaded.model.config
+    processor = loaded.processor
+    hf = LlavaConfig(
+        vision_config=json.loads(config.vision_config.to_json_string(use_diff=False)),
+        text_config=json.loads(config.text_config.to_json_string(use_diff=False)),
+        image_token_index=config.image_token_id,
+        image_seq_length=config.image_seq_length,
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=cast(Any, _strategy(config)),
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+    written: dict[str, Any] = json.loads(hf.to_json_string())
+    written["architectures"] = ["LlavaForConditionalGeneration"]
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    written["dtype"] = written["torch_dtype"] = dtype  # the second is what transformers 4 reads
+    written[SOURCE_KEY] = {
+        "template": processor.template.name,
+        "system": processor.system,
+        "image_mode": processor.image_mode,
+        "placement": processor.placement,
+        "use_im_start_end": processor.use_im_start_end,
+        "prefix_mark": "text" if processor.text.prefix_mark == "text" else "backend",  # see `plain_tokenizer`
+        "add_bos": bool(processor.text.bos_ids),
+        "dicom": processor.dicom.settings(),
+        "fast_jpeg": processor.fast_jpeg,
+        "source": config.source,
+    }
+    return written
+
+
+def _strategy(config: LlavaMedConfig) -> str:
+    """`default` drops the first token in transformers, whatever it is; towers without extra tokens keep all."""
+    return "default" if config.vision_feature_select_strategy == "default" and _extra(config) else "full"
+
+
+def _extra(config: LlavaMedConfig) -> int:
+    return num_extra_tokens(config.vision_config)
+
+
+def _write_processor(loaded: Loaded, target: Path) -> None:
+    processor = loaded.processor
+    config: Any = loaded.model.config
+    own = processor.image_processor
+    pictures = LlavaImageProcessorPil(
+        do_pad=processor.image_mode == "pad",
+        do_resize=bool(own.do_resize),
+        do_rescale=bool(own.do_rescale),
+        rescale_factor=own.rescale_factor,
+        do_normalize=bool(own.do_normalize),
+        size=dict(own.size),
+        crop_size=dict(own.crop_size) if getattr(own, "do_center_crop", False) else None,
+        do_center_crop=bool(getattr(own, "do_center_crop", False)),
+        image_mean=list(own.image_mean),
+        image_std=list(own.image_std),
+        resample=own.resample,
+    )
+    vision: Any = config.vision_config
+    combined: Any = LlavaProcessor(
+        pictures,
+        plain_tokenizer(processor),
+        patch_size=side(vision.patch_size),
+        vision_feature_select_strategy=_strategy(config),
+        chat_template=chat_template(processor),
+        image_token=processor.tokenizer.convert_ids_to_tokens(processor.image_token_id),
+        num_additional_image_tokens=_extra(config),
+    )
+    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
+        folder = Path(name)
+        combined.save_pretrained(folder)
+        pictures.save_pretrained(folder)  # also in a file of its own, where transformers 4 looks
+        name_known_class(folder)
+        for file in sorted(folder.iterdir()):
+            file.replace(target / file.name)
+
+
+def plain_tokenizer(processor: LlavaMedProcessor) -> PreTrainedTokenizerFast:
+    """A tokenizer whose own rules give the ids that ours gives: prefix marks and begin of text are in its backend."""
+    tokenizer: Any = processor.tokenizer
+    backend = processor.text.plain_backend()
+    if processor.text.bos_ids:
+        bos = str(tokenizer.bos_token)
+        special = [(bos, processor.text.bos_ids[0])]
+        backend.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=special
+        )
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    given = {name: str(getattr(tokenizer, name)) for name in names if getattr(tokenizer, name, None)}
+    given.setdefault("pad_token", tokenizer.convert_ids_to_tokens(processor.pad_token_id))
+    limit = {"model_max_length": tokenizer.model_max_length}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, padding_side="left", clean_up_tokenization_spaces=False, **given, **limit
+    )
+
+
+def chat_template(processor: LlavaMedProcessor) -> str:
+    """The conversation template in the language of transformers' chat templates, images in front of each turn."""
+    template, form = processor.template, processor.template.form
+    body = "".join(_literal(part, "content") for part, _ in form.human)
+    first = "".join(_literal(part, "content") for part, _ in form.first) if form.first else body
+    answer = "".join(_literal(part, "content") for part, _ in form.gpt)
+    header = "".join(_literal(part, "content") for part in _header(form))
+    return (
+        f"{{%- set opening = {json.dumps(template.system)} -%}}"
+        "{%- if messages and messages[0]['role'] == 'system' -%}"
+        "{%- set opening = messages[0]['content'] if messages[0]['content'] is string"
+        " else messages[0]['content'][0]['text'] -%}"
+        "{%- set messages = messages[1:] -%}{%- endif -%}"
+        f"{{%- if opening -%}}{_literal(form.system, 'opening')}"
+        f"{{%- else -%}}{_literal(form.no_system, 'opening')}{{%- endif -%}}"
+        "{%- for message in messages -%}"
+        f"{_content(template, processor)}"
+        "{%- if message['role'] == 'assistant' -%}"
+        + answer
+        + "{%- elif loop.first -%}"
+        + first
+        + "{%- else -%}"
+        + body
+        + "{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}" + header + "{%- endif -%}"
+    )
+
+
+def _literal(text: str, variable: str) -> str:
+    """Text with a slot as template code; written as expressions, since the language strips line ends around blocks."""
+    parts = [f"{{{{- {json.dumps(part)} -}}}}" if part else "" for part in text.split(SLOT)]
+    return f"{{{{- {variable} -}}}}".join(parts)
+
+
+def _header(form: Form) -> Iterator[str]:
+    for part, _ in form.gpt:
+        if SLOT in part:
+            return
+        yield part
+
+
+def _content(template: Template, processor: LlavaMedProcessor) -> str:
+    """Code that sets `content` to a message's images and text as our processor joins them."""
+    token = processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
+    markers = ("<im_start>", "<im_end>") if processor.use_im_start_end else ("", "")
+    image = IMAGE_TOKEN.join(template.image_wrap).replace(IMAGE_TOKEN, markers[0] + str(token) + markers[1])
+    return (
+        "{%- if message['content'] is string -%}{%- set content = message['content'] -%}{%- else -%}"
+        "{%- set pictures = message['content'] | selectattr('type', 'equalto', 'image') | list | length -%}"
+        "{%- set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text')"
+        " | join('') | trim -%}"
+        f"{{%- set content = (({json.dumps(image + chr(10))} * pictures) ~ texts) | trim -%}}"
+        "{%- endif -%}"
+    )

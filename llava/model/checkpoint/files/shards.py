@@ -1,0 +1,384 @@
+"""The weight files of a folder, one tensor at a time: what is in them (without torch), reading, writing.
+
+    list_tensors(folder)  --> {name: TensorEntry}     headers only: neither torch nor a weight is touched
+    open_tensors(folder)  --> TensorReader            memory-mapped; a tensor costs memory only while it is held
+    ShardWriter(folder)   --> shards and their index  written as tensors come, moved into place at the end
+
+Layouts: `model.safetensors`, `pytorch_model.bin`, and the sharded form of either with its index file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+from llava.errors import CheckpointError
+from llava.model.checkpoint.files.shard_writer import BinShard
+from llava.model.checkpoint.files.torch_zip import ITEM_SIZES, read_bin_header
+from llava.model.shard_files import SAFE_DTYPES, SafeShard
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAFE_FILE = "model.safetensors"
+BIN_FILE = "pytorch_model.bin"
+INDEX_SUFFIX = ".index.json"
+WEIGHT_SOURCES = (SAFE_FILE, SAFE_FILE + INDEX_SUFFIX, BIN_FILE, BIN_FILE + INDEX_SUFFIX)
+"""Where a folder's weights are looked for, in transformers' order."""
+
+WEIGHT_FILE_PATTERN = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)(\.index\.json)?")
+MAX_HEADER_BYTES = 100_000_000
+"""Limit of the safetensors format; a larger number is a broken file."""
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: as the file has it.
+        shape: of the tensor.
+        dtype: torch's word, as `float16`.
+        file: that holds it.
+        num_bytes: size.
+        start: first byte in the file, where the bytes lie there as they are; else None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    num_bytes: int
+    start: int | None = None
+
+
+def find_weights(folder: str | Path) -> Path | None:
+    """The weight file or index that a folder's model is read from, or None."""
+    return next((Path(folder) / name for name in WEIGHT_SOURCES if (Path(folder) / name).is_file()), None)
+
+
+def list_tensors(folder: str | Path) -> dict[str, TensorEntry]:
+    """Every tensor of a model folder, or of one weight file, in file order; headers only.
+
+    Raises:
+        CheckpointError: there are no weights, a file is truncated or missing, or a `.bin` file holds code.
+    """
+    given = Path(folder)
+    source = given if given.is_file() else find_weights(given)
+    if source is None:
+        found = ", ".join(sorted(file.name for file in given.iterdir())[:8]) if given.is_dir() else "no such folder"
+        raise CheckpointError(f"{folder}: no weights; expected one of {', '.join(WEIGHT_SOURCES)}; found {found}")
+    if not source.name.endswith(INDEX_SUFFIX):
+        return _list_file(source)
+    entries: dict[str, TensorEntry] = {}
+    places = _read_index(source)
+    for shard in sorted(set(places.values())):
+        if not (source.parent / shard).is_file():
+            raise CheckpointError(f"{source.parent / shard}: missing shard, named by {source.name}; copy it there")
+        for name, entry in _list_file(source.parent / shard).items():
+            if name in entries:
+                raise CheckpointError(
+                    f"{name} is in two files, {entries[name].file} and {entry.file}; expected each tensor once: "
+                    f"remove leftovers of another save, or all but the shards of one {source.name}"
+                )
+            entries[name] = entry
+    if absent := sorted(name for name, shard in places.items() if name not in entries or _file(entries, name) != shard):
+        raise CheckpointError(f"{source} places {absent[0]} in {places[absent[0]]}, which does not hold it")
+    return entries
+
+
+def _file(entries: dict[str, TensorEntry], name: str) -> str:
+    return entries[name].file.name
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Which shard holds which tensor.
+
+    Raises:
+        CheckpointError: the index is broken, or points out of its folder.
+    """
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        plain = all(isinstance(shard, str) and Path(shard).name == shard for shard in places.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read as an index of shards: {error}") from error
+    if not plain:
+        raise CheckpointError(f"{index} names shards that are not plain files beside it")
+    return dict(places)
+
+
+def _list_file(file: Path) -> dict[str, TensorEntry]:
+    if file.suffix == ".safetensors":
+        return _list_safetensors(file)
+    return {
+        name: TensorEntry(
+            name,
+            tensor.shape,
+            tensor.dtype,
+            file,
+            math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype],
+            tensor.start,
+        )
+        for name, tensor in read_bin_header(file).items()
+    }
+
+
+def _list_safetensors(file: Path) -> dict[str, TensorEntry]:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (header_bytes,) = struct.unpack("<Q", stream.read(8))
+            if header_bytes > min(size - 8, MAX_HEADER_BYTES):
+                raise ValueError(f"a header of {header_bytes} bytes in a file of {size}")
+            header = json.loads(stream.read(header_bytes))
+        header.pop("__metadata__", None)
+        entries = {}
+        end = 0
+        for name, described in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = described["data_offsets"]
+            dtype, shape = SAFE_DTYPES[described["dtype"]], tuple(described["shape"])
+            entries[name] = TensorEntry(name, shape, dtype, file, stop - start, 8 + header_bytes + start)
+            if start != end or stop - start != math.prod(shape) * ITEM_SIZES[dtype]:
+                raise ValueError(f"{name} {shape} at bytes {start} to {stop}")
+            end = stop
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{file} is no complete safetensors file: {error}") from error
+    if 8 + header_bytes + end != size:
+        raise CheckpointError(f"{file} is truncated: {size} bytes, its header says {8 + header_bytes + end}")
+    return entries
+
+
+class TensorReader:
+    """Tensors of a checkpoint by name, memory-mapped: pages come from the file and go with the tensor."""
+
+    def __init__(self, entries: dict[str, TensorEntry]) -> None:
+        self.entries = entries
+        self._files: dict[Path, Any] = {}
+        self._mapped: dict[Path, Any] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors, in file order."""
+        return list(self.entries)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; do not write into it.
+
+        Raises:
+            CheckpointError: there is no such tensor, or the file cannot be read.
+        """
+        if name not in self.entries:
+            raise CheckpointError(f"no tensor {name!r}; the checkpoint has {len(self.entries)}, see its inspection")
+        entry = self.entries[name]
+        if entry.file.suffix != ".safetensors" and is_mappable(entry):
+            if entry.file not in self._mapped:
+                self._mapped[entry.file] = _map(entry.file)
+            return _view(entry, self._mapped[entry.file], entry.shape)
+        if entry.file not in self._files:
+            self._files[entry.file] = _open(entry.file)
+        content = self._files[entry.file]
+        tensor: Tensor = content[name] if isinstance(content, dict) else content.get_tensor(name)
+        return tensor.detach()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name, in file order."""
+        for name in self.entries:
+            yield name, self.read(name)
+
+    def close(self) -> None:
+        """Forget the files; tensors that are still held stay valid."""
+        self._files.clear()
+        self._mapped.clear()
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _open(file: Path) -> Any:
+    """A table of tensors (`.bin`) or an open safetensors file."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".safetensors":
+            return safe_open(str(file), framework="pt")
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        return content.get("state_dict", content) if isinstance(content, dict) else content
+    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch.load raises pickle.UnpicklingError for content that its own reader refuses
+        raise CheckpointError(f"{file} holds more than tensors and was not loaded: {type(error).__name__}") from error
+
+
+def open_tensors(folder: str | Path) -> TensorReader:
+    """Open the weights of a folder, or one weight file, for reading tensor by tensor.
+
+    Raises:
+        CheckpointError: as `list_tensors`.
+    """
+    return TensorReader(list_tensors(folder))
+
+
+def read_with_room(entry: TensorEntry, num_rows: int) -> Tensor | None:
+    """A table with more rows behind it, without a copy: a private mapping of the file, whose next bytes make the rows.
+
+    The new rows hold anything and are to be written; what is written stays in memory, the file never changes.
+
+    Args:
+        entry: a matrix.
+        num_rows: all rows, with the new ones.
+
+    Returns:
+        None where the file does not hold the table as it is, or ends too early behind it.
+    """
+    num_bytes = entry.num_bytes // max(entry.shape[0], 1) * num_rows
+    if not is_mappable(entry) or cast(int, entry.start) + num_bytes > entry.file.stat().st_size:
+        return None
+    return _view(entry, _map(entry.file), (num_rows, *entry.shape[1:]))
+
+
+def is_mappable(entry: TensorEntry) -> bool:
+    """Whether a tensor's bytes lie in its file as they are, where a tensor may begin."""
+    return entry.start is not None and entry.start % ITEM_SIZES[entry.dtype] == 0
+
+
+def _map(file: Path) -> Any:
+    """A private mapping of a whole file: what is written into it stays in memory."""
+    import torch
+
+    return torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
+
+
+def _view(entry: TensorEntry, mapped: Any, shape: Sequence[int]) -> Tensor:
+    """The tensor of an entry in the mapping of its file, of this shape."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, entry.dtype)
+    start = cast(int, entry.start)
+    storage: Any = mapped[start : start + math.prod(shape) * dtype.itemsize]
+    return torch.empty(0, dtype=dtype).set_(storage).view(tuple(shape))
+
+
+class ShardWriter:
+    """Writes tensors into shards as they come; the folder changes only when `close` succeeds.
+
+    Used in a `with` block: an error inside leaves nothing behind. Older weight files of the folder are replaced.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        safe: bool = True,
+        name: str | None = None,
+    ) -> None:
+        """Start writing.
+
+        Args:
+            folder: created when absent.
+            max_shard_bytes: a shard is closed before it grows beyond this; one larger tensor stands alone.
+            safe: safetensors; False writes `.bin` files.
+            name: stem of the files; `model` or `pytorch_model` by default.
+        """
+        self.folder = Path(folder)
+        self.max_shard_bytes = max_shard_bytes
+        self.safe = safe
+        self.suffix = ".safetensors" if safe else ".bin"
+        self.stem = name or ("model" if safe else "pytorch_model")
+        self._shards: list[SafeShard | BinShard] = []
+        self._places: dict[str, int] = {}
+        self._num_bytes = 0
+        self._open_bytes = 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".saving-"))
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; it must not be changed afterwards, since it may be held until its shard is complete.
+
+        Raises:
+            CheckpointError: the name was added before.
+        """
+        if name in self._places:
+            raise CheckpointError(f"tensor {name!r} was added twice")
+        num_bytes = tensor.numel() * tensor.element_size()
+        current = self._shards[-1] if self._shards else None
+        if current is None or self._open_bytes + num_bytes > self.max_shard_bytes or not current.has_room(name, tensor):
+            if current is not None:
+                current.finish()
+            number = len(self._shards)
+            file = self._temporary / f"{number}{self.suffix}"
+            current = SafeShard(file) if self.safe else BinShard(file)
+            self._shards.append(current)
+            self._open_bytes = 0
+        current.add(name, tensor.detach())
+        self._places[name] = len(self._shards) - 1
+        self._open_bytes += num_bytes
+        self._num_bytes += num_bytes
+
+    def close(self) -> None:
+        """Finish the last shard, write the index if there are several, and move everything into place."""
+        try:
+            if not self._shards:
+                self._shards.append((SafeShard if self.safe else BinShard)(self._temporary / f"0{self.suffix}"))
+            self._shards[-1].finish()
+            names = self._final_names()
+            if len(names) > 1:
+                index = {
+                    "metadata": {"total_size": self._num_bytes},
+                    "weight_map": {name: names[shard] for name, shard in self._places.items()},
+                }
+                text = json.dumps(index, indent=2) + "\n"
+                (self._temporary / "index").write_text(text, encoding="utf-8")
+            for shard, name in zip(self._shards, names, strict=True):
+                os.replace(shard.file, self.folder / name)
+            if len(names) > 1:
+                names.append(f"{self.stem}{self.suffix}{INDEX_SUFFIX}")
+                os.replace(self._temporary / "index", self.folder / names[-1])
+            self._drop_older(set(names))
+        finally:
+            self.abort()
+
+    def _final_names(self) -> list[str]:
+        total = len(self._shards)
+        if total == 1:
+            return [self.stem + self.suffix]
+        return [f"{self.stem}-{number + 1:05d}-of-{total:05d}{self.suffix}" for number in range(total)]
+
+    def _drop_older(self, new: set[str]) -> None:
+        """Older weights of other sharding or format would be found first, or mixed with the new ones."""
+        if self.stem not in ("model", "pytorch_model"):
+            return
+        for file in list(self.folder.iterdir()):
+            if WEIGHT_FILE_PATTERN.fullmatch(file.name) and file.name not in new:
+                file.unlink()
+
+    def abort(self) -> None:
+        """Remove everything that was written under temporary names."""
+        for shard in self._shards:
+            shard.drop()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()

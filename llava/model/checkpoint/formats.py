@@ -1,0 +1,298 @@
+"""What a checkpoint is, recognised by what it holds and never by its name. Neither torch nor transformers is needed.
+
+folder --config.json, adapter_config.json, headers of the weight files--> Layout(kind, style, config, tensors)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
+from llava.errors import CheckpointError
+from llava.model.checkpoint.files.shards import TensorEntry, find_weights, list_tensors
+from llava.model.checkpoint.legacy_keys import TEMPLATE_KEY, check_values
+from llava.model.checkpoint.weight_names import LEGACY_TOWER, TIMM_TOWER, projector_suffix, projector_type_of
+
+OUR_TYPE = "llava_med"
+CONFIG_FILE = "config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.bin")
+"""The first is written; `.bin` files of other writers are read."""
+
+EXTRA_FILE = "non_lora_trainables.bin"
+ORIGIN_FILE = "llava_origin.json"
+"""Where an adapter or projector records what it builds on."""
+
+PROVENANCE_FILE = "provenance.json"
+"""What a run was made of: data, weights, code, command."""
+
+PROJECTOR_FILE = "mm_projector.bin"
+PROJECTOR_SAFE_FILE = "mm_projector.safetensors"
+PROJECTOR_FILES = (PROJECTOR_SAFE_FILE, PROJECTOR_FILE)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+Kind = Literal[
+    "model",
+    "adapter",
+    "projector",
+    "legacy",
+    "legacy_adapter",
+    "legacy_projector",
+    "hf_llava",
+    "tower_adapter",
+    "vision_tower",
+    "language_model",
+]
+KINDS: dict[Kind, str] = {
+    "model": "a whole model of this package",
+    "adapter": "an adapter of this package",
+    "projector": "a projector of this package",
+    "legacy": "a whole model in the layout of LLaVA, LLaVA-Med, LLaVA-Rad or STLLaVA-Med",
+    "legacy_adapter": "a LoRA adapter in that layout (adapter and non_lora_trainables.bin)",
+    "legacy_projector": "a projector alone in that layout (mm_projector.bin)",
+    "hf_llava": "a model of transformers' LlavaForConditionalGeneration",
+    "tower_adapter": "a LoRA adapter of a vision tower (STLLaVA-Med's Vit-lora)",
+    "vision_tower": "a vision tower",
+    "language_model": "a plain language model",
+}
+OURS: tuple[Kind, ...] = ("model", "adapter", "projector")
+assert set(KINDS) == set(get_args(Kind))
+
+Style = Literal["patch_token", "placeholder"]
+"""How images stand in the text: a run of `<im_patch>` ids (LLaVA before 1.0, LLaVA-Med 1.0), or one place holder that
+the model replaces (all later ones)."""
+
+PAD_TOKEN = "[PAD]"
+"""Added by version-0 training where the vocabulary had no padding token."""
+
+PLACEHOLDER_KEYS = ("mm_projector_type", "mm_vision_select_feature", "mm_use_im_patch_token", "image_aspect_ratio")
+"""Configuration keys that every writer of the placeholder style writes and no writer of the patch-token style does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A recognised checkpoint.
+
+    Attributes:
+        path: the folder, or the one weight file.
+        kind: key of `KINDS`.
+        config: config.json, empty where there is none.
+        adapter: adapter_config.json, empty where there is none.
+        tensors: of the main weight file (or files).
+        extra: tensors of `non_lora_trainables.bin`.
+        tower_adapter: folder of a tower's LoRA adapter inside this one.
+    """
+
+    path: Path
+    kind: Kind
+    config: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, TensorEntry] = field(default_factory=dict)
+    extra: dict[str, TensorEntry] = field(default_factory=dict)
+    tower_adapter: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the weights."""
+        return self.path.parent if self.path.is_file() else self.path
+
+    @property
+    def style(self) -> Style:
+        """How this model's text carries images; only for the legacy kinds."""
+        suffixes = self.projector_names
+        if any(key in self.config for key in PLACEHOLDER_KEYS) or (suffixes and suffixes != {"weight", "bias"}):
+            return "placeholder"
+        return "placeholder" if self.has_tower or "mistral" in self.text_type else "patch_token"
+
+    @property
+    def text_type(self) -> str:
+        """Type of the language model as transformers calls it.
+
+        The legacy types are `llava`, `llava_llama`, `llava_mistral`, or the plain language model's own (STLLaVA-Med).
+        """
+        architectures = self.config.get("architectures")
+        listed = architectures if isinstance(architectures, list) else []
+        words = " ".join([str(self.config.get("model_type")), *map(str, listed)])
+        for text_type in ("mistral", "mpt", "qwen2", "phi", "gemma"):
+            if text_type in words.lower():
+                return text_type
+        return "llama"
+
+    @property
+    def projector_names(self) -> set[str]:
+        """Own names of the projector's weights that are here."""
+        names = (projector_suffix(name) for name in (*self.tensors, *self.extra) if "lora_" not in name)
+        return {name for name in names if name is not None}
+
+    @property
+    def projector_type(self) -> str | None:
+        """By the weights where they are here, else by the configuration.
+
+        Raises:
+            CheckpointError: the weights are those of no known projector.
+        """
+        if names := self.projector_names:
+            return projector_type_of(names)
+        given = self.config.get("mm_projector_type")
+        return str(given) if given else None
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether the vision tower's weights are here."""
+        return any(name.startswith(LEGACY_TOWER) and "lora_" not in name for name in self.tensors)
+
+    @property
+    def has_timm_tower(self) -> bool:
+        """Whether they are under timm's names (LLaVA-Rad)."""
+        return any(name.startswith(TIMM_TOWER) for name in self.tensors)
+
+    @property
+    def uses_patch_token(self) -> bool:
+        """Whether the vocabulary has `<im_patch>`: as the file says, and yes where it says nothing (llava-med 1.4)."""
+        return bool(self.config.get("mm_use_im_patch_token", True))
+
+    @property
+    def needed_words(self) -> list[str]:
+        """Words that a legacy checkpoint's vocabulary must have, in the order in which its trainer added them."""
+        wanted = [IM_PATCH_TOKEN] if self.uses_patch_token else []
+        wanted += [IM_START_TOKEN, IM_END_TOKEN] if self.config.get("mm_use_im_start_end") else []
+        return wanted + ([IMAGE_TOKEN] if self.style == "placeholder" else [])
+
+    def template(self, words: Collection[str]) -> str:
+        """The template that a legacy checkpoint was trained with: as it says, else as far as its content tells.
+
+        The patch-token style has two trainers' versions, of which one adds a padding token. A projector trained alone
+        in the placeholder style saw captions without roles.
+
+        Args:
+            words: the vocabulary, or at least its added words.
+        """
+        if named := self.config.get(TEMPLATE_KEY):
+            return str(named)
+        if self.style == "patch_token":
+            return "v0" if PAD_TOKEN in words else "vicuna_v1"
+        if self.kind == "legacy_projector" and self.config.get("tune_mm_mlp_adapter"):
+            return "plain"
+        return "mistral_instruct" if self.text_type == "mistral" else "vicuna_v1"
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer is here."""
+        return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON table, or an empty one where there is no file.
+
+    Raises:
+        CheckpointError: the file is broken.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return cast(dict[str, Any], content)
+
+
+def sniff(path: str | Path) -> Layout:
+    """Recognise a checkpoint folder, or one weight file.
+
+    Raises:
+        CheckpointError: nothing known is there, or a file is broken.
+    """
+    given = Path(path)
+    if given.is_file():
+        return _sniff_file(given)
+    if not given.is_dir():
+        raise CheckpointError(f"{path}: no such folder; expected a checkpoint folder or a weight file")
+    config, adapter = _read_config(given), read_json(given / ADAPTER_CONFIG_FILE)
+    if config.get("model_type") == OUR_TYPE:
+        return _sniff_ours(given, config, adapter)
+    if adapter:
+        return _sniff_adapter(given, config, adapter)
+    if find_weights(given) is not None:
+        tensors = list_tensors(given)
+        return Layout(given, _kind_of_weights(config, tensors), config, tensors=tensors)
+    if file := first_file(given, PROJECTOR_FILES):
+        return Layout(given, "legacy_projector", config, tensors=list_tensors(file))
+    raise CheckpointError(f"{path}: {_explain(given, config)}")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json; the values that decide something in the legacy layouts are of their kinds."""
+    config = read_json(folder / CONFIG_FILE)
+    if any(key.startswith("mm_") for key in config):
+        check_values(config, folder / CONFIG_FILE)
+    return config
+
+
+def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of several files that a folder has."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _sniff_file(file: Path) -> Layout:
+    tensors, config = list_tensors(file), _read_config(file.parent)
+    layers = [name for name in tensors if ".layers.0." in name and "lora_" not in name]
+    if any(projector_suffix(name) for name in tensors) and not layers:
+        return Layout(file, "legacy_projector", config, tensors=tensors)
+    return Layout(file, _kind_of_weights(config, tensors), config, tensors=tensors)
+
+
+def _sniff_ours(folder: Path, config: dict[str, Any], adapter: dict[str, Any]) -> Layout:
+    if adapter:
+        extra = list_tensors(folder / EXTRA_FILE) if (folder / EXTRA_FILE).is_file() else {}
+        return Layout(folder, "adapter", config, adapter, list_tensors(_adapter_file(folder)), extra)
+    if find_weights(folder) is not None:
+        return Layout(folder, "model", config, tensors=list_tensors(folder))
+    if file := first_file(folder, PROJECTOR_FILES):
+        return Layout(folder, "projector", config, tensors=list_tensors(file))
+    raise CheckpointError(f"{folder}: {_explain(folder, config)}")
+
+
+def _adapter_file(folder: Path) -> Path:
+    if file := first_file(folder, ADAPTER_FILES):
+        return file
+    raise CheckpointError(f"{folder} has {ADAPTER_CONFIG_FILE} but no weights; expected {' or '.join(ADAPTER_FILES)}")
+
+
+def _sniff_adapter(folder: Path, config: dict[str, Any], adapter: dict[str, Any]) -> Layout:
+    tensors = list_tensors(_adapter_file(folder))
+    if tensors and all("vision" in name for name in tensors):
+        return Layout(folder, "tower_adapter", config, adapter, tensors)
+    extra = list_tensors(folder / EXTRA_FILE) if (folder / EXTRA_FILE).is_file() else {}
+    inner = (child for child in sorted(folder.iterdir()) if (child / ADAPTER_CONFIG_FILE).is_file())
+    towers = (child for child in inner if all("vision" in name for name in list_tensors(_adapter_file(child))))
+    return Layout(folder, "legacy_adapter", config, adapter, tensors, extra, next(towers, None))
+
+
+def _kind_of_weights(config: dict[str, Any], tensors: dict[str, TensorEntry]) -> Kind:
+    if any("multi_modal_projector." in name for name in tensors) or "text_config" in config:
+        return "hf_llava"
+    if any(projector_suffix(name) for name in tensors) or "mm_vision_tower" in config:
+        return "legacy"
+    names = set(tensors)
+    if any("embed_tokens" in name or name.startswith(("transformer.", "gpt_neox.")) for name in names):
+        return "language_model"
+    if "vision" in str(config.get("model_type")) or any(
+        "patch_embed" in name or name.startswith("visual.") for name in names
+    ):
+        return "vision_tower"
+    return "language_model"
+
+
+def _explain(folder: Path, config: dict[str, Any]) -> str:
+    """Why a folder is nothing known."""
+    found = ", ".join(sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))[:8]) or "nothing"
+    if not config:
+        return f"no {CONFIG_FILE} that names a model type; found {found}"
+    return f"{CONFIG_FILE} without weights (model, adapter or {PROJECTOR_FILES[-1]}); found {found}"

@@ -1,0 +1,60 @@
+"""Checkpoints by hub name: their files come into the hub client's cache, and are then folders like any other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+from llava.errors import CheckpointError
+from llava.model.builder import portable
+from llava.model.checkpoint.files.shards import INDEX_SUFFIX, SAFE_FILE
+from llava.model.checkpoint.formats import CONFIG_FILE, read_json
+from llava.model.multimodal_encoder.towers import first_line
+
+WANTED_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
+DOUBLED_FILES = ("pytorch_model*.bin",)
+"""The same weights again, where a repository has the model's safetensors too (`SAFE_SOURCES`)."""
+
+SAFE_SOURCES = (SAFE_FILE, SAFE_FILE + INDEX_SUFFIX)
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def is_hub_name(path: str | Path) -> bool:
+    """Say whether a path is no file or folder here, but may be a repository's name (`owner/name`)."""
+    return not Path(path).exists() and _HUB_NAME.fullmatch(str(path)) is not None
+
+
+def local_folder(name: str | Path) -> Path:
+    """Return a folder, or the local copy of a hub repository.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    path = portable(str(name))
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(WANTED_FILES), ignore_patterns=list(_not_needed(path))))
+    except Exception as error:  # the hub client raises many kinds, none of which the user can act on
+        raise CheckpointError(
+            f"{name} is no folder, and cannot be fetched from the hub: {first_line(error)}"
+        ) from error
+
+
+def hub_config(name: str) -> dict[str, object]:
+    """Return `config.json` of a hub repository, or an empty table where there is none to be had."""
+    try:
+        return read_json(Path(hf_hub_download(name, CONFIG_FILE)))
+    except Exception:  # no such repository, no network: whoever loads it says so
+        return {}
+
+
+def _not_needed(name: str) -> tuple[str, ...]:
+    try:
+        files = HfApi().list_repo_files(name)
+    except Exception:  # offline: what is in the cache is all there is
+        return ()
+    return DOUBLED_FILES if any(file in SAFE_SOURCES for file in files) else ()

@@ -1,0 +1,182 @@
+"""config.json of the legacy layouts, read and written (specification llava-med 1.4, llava-rad 2.2, stllava-med 3.5).
+
+All that a legacy file says stays in `LlavaMedConfig.source`, also keys that mean nothing here; writing starts from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from transformers import AutoConfig
+
+from llava.errors import CheckpointError
+from llava.imaging.anyres import parse_pinpoints
+from llava.model.checkpoint.formats import Layout
+from llava.model.checkpoint.legacy.checks import SELECT_STRATEGIES, refusals
+from llava.model.checkpoint.legacy_keys import (
+    ARCHITECTURES,
+    FOREIGN_KEYS,
+    KEPT_KEYS,
+    TEMPLATE_KEY,
+    TEXT_TYPES,
+    USED_KEYS,
+)
+from llava.model.config import LlavaMedConfig
+from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
+
+
+def text_config(layout: Layout) -> Any:
+    """Configuration of the language model inside a legacy config.json.
+
+    Raises:
+        CheckpointError: a setting that transformers refuses.
+    """
+    ours = USED_KEYS | KEPT_KEYS | FOREIGN_KEYS
+    settings = {key: value for key, value in layout.config.items() if key not in ours}
+    if settings.get("pad_token_id") is not None and settings["pad_token_id"] < 0:
+        settings["pad_token_id"] = None
+    try:
+        return AutoConfig.for_model(layout.text_type, **settings)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{layout.path}/config.json: {first_line(error)}") from error
+
+
+def check_supported(layout: Layout) -> None:
+    """Refuse settings that would load into another model than the one that was trained, see `refusals`.
+
+    Raises:
+        CheckpointError: the first of them.
+    """
+    for reason in refusals(layout):
+        raise CheckpointError(f"{layout.path}: {reason}")
+
+
+def projector_settings(layout: Layout) -> tuple[str, dict[str, Any] | None]:
+    """Projector type and its settings; weights decide over what the configuration says.
+
+    Raises:
+        CheckpointError: the weights are those of no known projector.
+    """
+    kind = layout.projector_type or "linear"
+    if kind != "cluster":
+        return kind, None
+    keys = {"mm_cluster_num_centers": "num_centers", "mm_cluster_iters": "num_iters"}
+    settings = {ours: layout.config[theirs] for theirs, ours in keys.items() if theirs in layout.config}
+    return kind, settings or None
+
+
+def image_mode(config: dict[str, Any]) -> str:
+    """How pictures become the tower's input."""
+    return str(config.get("image_aspect_ratio") or "square")
+
+
+def select_layer(layout: Layout) -> int:
+    """The hidden state of the tower that is used; version 1.0 leaves the key out where it is the last."""
+    return int(layout.config.get("mm_vision_select_layer", -1))
+
+
+def select_feature(layout: Layout) -> str:
+    """`patch` or `cls_patch`."""
+    return str(layout.config.get("mm_vision_select_feature") or "patch")
+
+
+def legacy_config(config: LlavaMedConfig, *, whole: bool) -> dict[str, Any]:
+    """config.json in the legacy layout: what the model came with, brought up to date by what it is now.
+
+    Args:
+        config: the model's.
+        whole: it goes beside a whole model, and says all of its language model.
+
+    Raises:
+        CheckpointError: the model has parts that the layout cannot express.
+    """
+    source = config.source or {}
+    text: Any = config.text_config
+    if text.model_type not in TEXT_TYPES:
+        raise CheckpointError(
+            f"the legacy layout holds {' and '.join(TEXT_TYPES)}, not {text.model_type}; use --to hf or keep ours"
+        )
+    written = dict(source.get("config") or {})
+    if written.get(TEMPLATE_KEY) != config.template:
+        written.pop(TEMPLATE_KEY, None)  # `keep_template` writes the one in use where content does not tell it
+    if not written or (whole and "hidden_size" not in written):
+        written = {**_fresh(text), **written}  # that of a projector alone may hold nothing of the language model
+    layers = config.vision_feature_layer
+    if isinstance(layers, list):
+        raise CheckpointError(f"the legacy layout selects one layer of the tower, not {layers}")
+    feature = next(word for word, value in SELECT_STRATEGIES.items() if value == config.vision_feature_select_strategy)
+    vision: Any = config.vision_config
+    current: dict[str, Any] = {
+        "use_mm_proj": True,
+        "mm_hidden_size": vision.hidden_size,
+        "mm_vision_select_layer": layers,
+        "mm_vision_select_feature": feature,
+        "mm_projector_type": config.projector_type,
+        "mm_use_im_start_end": config.use_im_start_end,
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "mm_patch_merge_type": config.patch_merge_type,
+        "vocab_size": rows_to_keep(config),
+    }
+    defaults = {"mm_vision_select_feature": "patch", "mm_projector_type": "linear", "image_aspect_ratio": "square"}
+    defaults["mm_patch_merge_type"] = "flat"
+    for key, value in current.items():
+        if key in written or not source or defaults.get(key) != value:
+            written[key] = value
+    if config.image_grid_pinpoints and not same_pinpoints(written, config.image_grid_pinpoints):
+        written["image_grid_pinpoints"] = config.image_grid_pinpoints
+    return written | _projector_keys(config.projector_kwargs or {})
+
+
+def _projector_keys(settings: dict[str, Any]) -> dict[str, int]:
+    """The projector's settings under their legacy names; none where it has none.
+
+    Raises:
+        CheckpointError: the layout has no name for one.
+    """
+    if beyond := sorted(set(settings) - {"num_centers", "num_iters"}):
+        raise CheckpointError(
+            f"the legacy layout has no place for the projector's {', '.join(beyond)}; keep ours, whose layout has"
+        )
+    if not settings:
+        return {}
+    return {
+        "mm_cluster_num_centers": settings.get("num_centers", 256),
+        "mm_cluster_iters": settings.get("num_iters", 2),
+    }
+
+
+def rows_to_keep(config: LlavaMedConfig) -> int:
+    """Rows of the vocabulary in the legacy layout: as many as the source had, while no word was added since.
+
+    The row of our place holder is left out where it is the last; originals write no such word.
+    """
+    rows = int(cast(Any, config.text_config).vocab_size)
+    source = config.source or {}
+    if source.get("num_rows") and rows == source.get("loaded_rows", rows):
+        return int(source["num_rows"])
+    return rows - 1 if config.image_token_id == rows - 1 else rows
+
+
+def same_pinpoints(written: dict[str, Any], pinpoints: list[list[int]]) -> bool:
+    """Whether a file has these sizes already; files hold them as a list or as its text."""
+    given = written.get("image_grid_pinpoints")
+    return bool(given) and [list(size) for size in parse_pinpoints(given, 0)] == pinpoints
+
+
+def _fresh(text: Any) -> dict[str, Any]:
+    """A legacy config.json of a model that never had one."""
+    settings = cast(dict[str, Any], text.to_diff_dict())
+    parameters = settings.pop("rope_parameters", None) or {}
+    settings["rope_theta"] = parameters.get("rope_theta", 10000.0)
+    if parameters.get("rope_type", "default") != "default":
+        settings["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    settings.pop("_name_or_path", None)
+    if dtype := settings.pop("dtype", None):
+        settings["torch_dtype"] = dtype  # as every version of transformers reads it
+    return {
+        **settings,
+        **{"model_type": f"llava_{text.model_type}", "architectures": [ARCHITECTURES[text.model_type]]},
+        **{"hidden_size": text.hidden_size, "intermediate_size": text.intermediate_size},
+        **{"num_hidden_layers": text.num_hidden_layers, "num_attention_heads": text.num_attention_heads},
+        **{"mm_use_im_patch_token": False, "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False},
+    }

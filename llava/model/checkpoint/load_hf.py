@@ -1,0 +1,190 @@
+"""transformers' own Llava folders: loading them as ours.
+
+LlavaConfig + language_model.*, vision_tower.*, multi_modal_projector.linear_1|2 --names--> ours (mlp2x_gelu)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaConfig
+
+from llava.errors import CheckpointError
+from llava.model.builder import Loaded, finish, portable
+from llava.model.checkpoint.assemble import grow, place
+from llava.model.checkpoint.files.shards import TensorReader
+from llava.model.checkpoint.formats import CONFIG_FILE, Layout, read_json
+from llava.model.checkpoint.weight_names import HF_PREFIXES, is_buffer, renamed
+from llava.model.config import LlavaMedConfig
+from llava.model.foreign_options import ForeignOptions
+from llava.model.multimodal_encoder.towers import (
+    DEFAULT_PROCESSORS,
+    UNREADABLE,
+    first_line,
+    num_extra_tokens,
+    num_patches,
+    tower_image_processor,
+)
+from llava.processing import LlavaMedProcessor
+
+logger = logging.getLogger(__name__)
+
+SOURCE_KEY = "llava_source"
+"""Key of an exported config.json that keeps what transformers' Llava has no place for."""
+
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+TEMPLATE_MARKS = {
+    "<<SYS>>": "llava_llama_2",
+    "[INST]": "mistral_instruct",
+    "<|im_start|>": "chatml_direct",
+    "ASSISTANT:": "vicuna_v1",
+}
+"""What a chat template writes, and the template here that writes it too."""
+
+IMAGE_SETTINGS = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
+"""What transformers' processors of CLIP and Llava can be told, and ours honours."""
+
+
+def load_hf(layout: Layout, options: ForeignOptions) -> Loaded:
+    """Load a folder of transformers' LlavaForConditionalGeneration.
+
+    Raises:
+        CheckpointError: it has parts that ours lacks, or weights do not fit.
+    """
+    config = _config(layout)
+    state = _state(layout)
+    kept = dict(getattr(config, SOURCE_KEY, None) or {})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(layout.folder)
+        image_processor, mode = _image_processor(layout.folder, config.vision_config)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{layout.path}: its processor cannot be loaded: {first_line(error)}") from error
+    full = config.vision_feature_select_strategy == "full"
+    vision: Any = config.vision_config
+    patches = num_patches(image_processor, vision) + (num_extra_tokens(vision) if full else 0)
+    processor = LlavaMedProcessor(
+        tokenizer,
+        image_processor,
+        template=options.template or kept.get("template") or _template(layout, config),
+        image_mode=kept.get("image_mode") or mode,
+        num_image_tokens=patches,
+        placement=kept.get("placement") or "front",
+        use_im_start_end=bool(kept.get("use_im_start_end")),
+        system=kept.get("system"),
+        prefix_mark=kept.get("prefix_mark"),
+        add_bos=kept.get("add_bos"),
+        dicom=kept.get("dicom"),
+        fast_jpeg=bool(kept.get("fast_jpeg")),
+    )
+    grow(state, len(tokenizer), layout.tensors)
+    model = place(_ours(config, processor, kept), state, options, name=str(layout.path))
+    return finish(model, processor, {"base": portable(str(layout.folder)), "load": options.parts})
+
+
+def _config(layout: Layout) -> LlavaConfig:
+    content = read_json(layout.folder / CONFIG_FILE)
+    if content.get("model_type") != "llava":
+        raise CheckpointError(
+            f"{layout.path}: a vision-language model of type {content.get('model_type')!r}; only 'llava' is read"
+        )
+    try:
+        config = LlavaConfig.from_pretrained(layout.folder)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{layout.path}/{CONFIG_FILE}: {first_line(error)}") from error
+    if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
+        raise CheckpointError(
+            f"{layout.path}: projector with {config.projector_hidden_act}, bias {config.multimodal_projector_bias}; "
+            "only two layers with bias and GELU between them are read"
+        )
+    return config
+
+
+def _state(layout: Layout) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for name, tensor in TensorReader(layout.tensors):
+        if is_buffer(name):
+            continue
+        ours = renamed(name, HF_PREFIXES)
+        if ours is None:
+            raise CheckpointError(f"{layout.path}: {name} belongs to no part of the model")
+        state[ours] = tensor
+    return state
+
+
+def _image_processor(folder: Path, vision: Any) -> tuple[Any, str]:
+    """The image processor in CLIP's PIL form, and how pictures become square.
+
+    transformers' processor for Llava pads as we do, so its padding becomes our image mode.
+
+    Raises:
+        CheckpointError: pictures would become inputs of several sizes.
+    """
+    content: dict[str, Any] = {}
+    for name in IMAGE_FILES:
+        found = read_json(folder / name)
+        content = content or found.get("image_processor") or (found if "image_mean" in found else {})
+    if not content:
+        return tower_image_processor(str(folder), vision, None), "square"
+    if str(content.get("image_processor_type", "")).startswith(("CLIP", "Llava")):
+        pads = bool(content.get("do_pad"))
+        if not (content.get("do_resize", True) or content.get("do_center_crop", True)):
+            raise CheckpointError(
+                f"{folder}: do_resize and do_center_crop are both false, so pictures keep their sizes; the tower takes "
+                "one size, expected at least one of them"
+            )
+        settings = {key: content[key] for key in IMAGE_SETTINGS if content.get(key) is not None}
+        return CLIPImageProcessorPil(**settings), "pad" if pads else "square"
+    kind, _ = DEFAULT_PROCESSORS.get(vision.model_type, DEFAULT_PROCESSORS["vit"])
+    return kind(**{key: value for key, value in content.items() if key != "image_processor_type"}), "square"
+
+
+def _template(layout: Layout, config: LlavaConfig) -> str:
+    """The template by the marks in the folder's chat template; a guess, with a warning, where it has none of them."""
+    text = ""
+    for name in ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        file = layout.folder / name
+        text += file.read_text(encoding="utf-8") if file.is_file() else ""
+    for mark, template in TEMPLATE_MARKS.items():
+        if mark in text:
+            return template
+    is_mistral = cast(Any, config.text_config).model_type == "mistral"
+    guess = "mistral_instruct" if is_mistral else "vicuna_v1"
+    logger.warning(
+        "%s: its chat template is none that is known here; taken for %s, --template names another", layout.path, guess
+    )
+    return guess
+
+
+def _ours(config: LlavaConfig, processor: LlavaMedProcessor, kept: dict[str, Any]) -> LlavaMedConfig:
+    markers = [word for word in processor.marker_ids if word is not None]
+    # Through JSON: transformers' configuration objects of one model must not be shared with another.
+    text, vision = (json.loads(part.to_json_string(use_diff=False)) for part in _parts(config))
+    return LlavaMedConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=config.image_token_index,
+        image_seq_length=processor.num_image_tokens,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        vision_feature_layer=config.vision_feature_layer,
+        projector_type="mlp2x_gelu",
+        use_im_start_end=processor.use_im_start_end,
+        marker_token_ids=markers if processor.use_im_start_end else None,
+        image_aspect_ratio=processor.image_mode,
+        template=processor.template.name,
+        placement=processor.placement,
+        tie_word_embeddings=config.tie_word_embeddings,
+        source=kept.get("source"),
+    )
+
+
+def _parts(config: LlavaConfig) -> tuple[Any, Any]:
+    return config.text_config, config.vision_config

@@ -1,0 +1,163 @@
+"""The model card (README.md) beside saved weights: what they build on, the data they saw, the licences of the parts.
+
+Everything in it is read from files: `llava_origin.json` of the parts, `provenance.json` of the run, and the licences
+that the parts' own folders state.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.model.checkpoint.formats import ORIGIN_FILE, PROVENANCE_FILE, read_json
+
+CARD_FILE = "README.md"
+MARK = "<!-- written at each save by llava; delete this line to keep your own text -->"
+KINDS = {"model": "a whole model", "adapter": "a LoRA adapter", "projector": "a projector"}
+ABSOLUTE_PATH = re.compile(r"(?:(?<![^\s=,:;\[({'\"])|(?<=file://))(?:~|/(?!/))[^=,;:'\"]*")
+"""An absolute path in a word of a command line, alone, behind `--option=`, or in a list; no part of an address."""
+
+NOT_STATED = "not stated in its folder: ask its publisher before passing anything on"
+
+KNOWN_LICENCES = {
+    "lmsys/vicuna-7b-v1.5": "Llama 2 Community License",
+    "lmsys/vicuna-13b-v1.5": "Llama 2 Community License",
+    "mistralai/Mistral-7B-Instruct-v0.2": "Apache-2.0",
+    "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224": "MIT",
+    "microsoft/llava-rad": "Microsoft Research licence, research use only",
+}
+"""Of parts that are named by hub name, as their publishers state them."""
+
+DATA_FACTS = {
+    "data_sha256": "training data",
+    "eval_data_sha256": "held-out data",
+    "model_sha256": "weights at the start",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Something a model builds on; `name` is a hub name, or what its folder is called."""
+
+    role: str
+    name: str
+    licence: str
+
+
+def parts(origin: Mapping[str, Any], seen: frozenset[str] = frozenset()) -> Iterator[Part]:
+    """The parts that an origin names, and those that they were built from themselves.
+
+    Args:
+        origin: as in `llava_origin.json`.
+        seen: bases that were followed already: folders may name each other.
+    """
+    build = origin.get("build") or {}
+    load = origin.get("load") or {}
+    named = [
+        ("language model", build.get("lm") or load.get("base")),
+        ("vision tower", build.get("vision_tower_checkpoint") or build.get("vision_tower") or load.get("vision_tower")),
+        ("base", origin.get("base")),
+    ]
+    for role, name in named:
+        if name:
+            yield Part(role, public_name(str(name)), licence_of(str(name)))
+    base = origin.get("base")
+    if base and (place := str(Path(base).resolve())) not in seen:
+        yield from parts(read_json(Path(base) / ORIGIN_FILE), seen | {place})
+
+
+def public_name(name: str) -> str:
+    """A part's name without the folders around it, which tell of the machine and of whose it is; hub names stay."""
+    is_path = Path(name).expanduser().exists() or name.startswith(("/", "~", ".")) or name.count("/") > 1
+    return Path(name).name if is_path else name
+
+
+def public_command(command: str) -> str:
+    """A command line with each path cut to its last part, for the same reason."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # not written by a shell's rules
+        words = command.split()
+    return shlex.join(ABSOLUTE_PATH.sub(lambda found: Path(found[0]).name, word) for word in words)
+
+
+def licence_of(name: str) -> str:
+    """The licence that a part's folder states: in its card's header, or by a licence file; or a known hub name's."""
+    folder = Path(name)
+    card = folder / CARD_FILE
+    if card.is_file():
+        header = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        found = re.search(r"^license(?:_name)?:\s*(\S.*)$", header[1], re.MULTILINE) if header else None
+        if found:
+            return found[1].strip()
+    for file in sorted(folder.glob("LICENSE*")) if folder.is_dir() else []:
+        first = next(iter(file.read_text(encoding="utf-8", errors="replace").split("\n")), "")
+        return f"{file.name} in its folder ({first.strip()})" if first.strip() else f"{file.name} in its folder"
+    return KNOWN_LICENCES.get(name, NOT_STATED)
+
+
+def provenance_of(folder: Path) -> dict[str, Any]:
+    """What a training run wrote about itself, in this folder or in the run's around a checkpoint of it."""
+    return read_json(folder / PROVENANCE_FILE) or read_json(folder.parent / PROVENANCE_FILE)
+
+
+def card(folder: Path, kind: str, config: Any, origin: Mapping[str, Any]) -> str:
+    """The text of the card.
+
+    Args:
+        folder: where the weights will lie; its run's provenance is read.
+        kind: `model`, `adapter` or `projector`.
+        config: the model's configuration.
+        origin: as in `llava_origin.json`.
+    """
+    found = list(dict.fromkeys(parts(origin)))
+    run = provenance_of(folder)
+    lines = ["---", "tags: [llava, medical]", "pipeline_tag: image-text-to-text"]
+    lines += [f"base_model: [{', '.join(part.name for part in found if part.role != 'vision tower')}]"] if found else []
+    lines += ["---", MARK, "", f"# {folder.name}", "", f"This folder holds {KINDS.get(kind, kind)}:"]
+    lines += [f"{_text(config)}, {_tower(config)}, projector `{config.projector_type}`."]
+    lines += [f"Template `{config.template}`, images `{config.image_aspect_ratio}`.", ""]
+    lines += ["## Built on", ""]
+    lines += [f"- {part.role}: `{part.name}`; licence: {part.licence}" for part in found] or ["- no part is recorded"]
+    lines += ["", "The licences of all parts, and of the data, bind what is made of them.", "", "## Data", ""]
+    lines += list(_data(run)) or ["- no training run wrote this folder"]
+    if run:
+        lines += ["", "## Run", "", f"- command: `{public_command(str(run.get('command', 'not recorded')))}`"]
+        lines += [f"- code: {run.get('git_commit') or 'not recorded'}, seed {run.get('seed', 'not recorded')}"]
+    if config.source:
+        lines += ["", f"Converted from a checkpoint of kind `{config.source.get('kind')}`."]
+    lines += [
+        "",
+        "For research. Nothing this model writes is medical advice; check it before anybody relies on it.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _data(run: Mapping[str, Any]) -> Iterator[str]:
+    for key, title in DATA_FACTS.items():
+        if run.get(key):
+            name = f" `{Path(str(run['data_path'])).name}`" if key == "data_sha256" and run.get("data_path") else ""
+            yield f"- {title}{name}: sha256 `{run[key]}`"
+
+
+def _text(config: Any) -> str:
+    text = config.text_config
+    return f"language model `{text.model_type}` of {text.num_hidden_layers} layers, width {text.hidden_size}"
+
+
+def _tower(config: Any) -> str:
+    vision = config.vision_config
+    return f"vision tower `{vision.model_type}` for {vision.image_size} pixels"
+
+
+def write_card(target: Path, folder: Path, kind: str, config: Any, origin: Mapping[str, Any]) -> None:
+    """Write the card into `folder`, from where it moves to `target`; a card of the user's own there is kept."""
+    existing = target / CARD_FILE
+    if existing.is_file() and MARK not in existing.read_text(encoding="utf-8", errors="replace"):
+        return
+    (folder / CARD_FILE).write_text(card(target, kind, config, origin), encoding="utf-8")

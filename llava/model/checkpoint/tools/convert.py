@@ -1,0 +1,231 @@
+"""`llava checkpoint convert` and `export`: any kind that loads, written in any layout that can hold it.
+
+ours     this package's folder: a model, an adapter or a projector, as the source is
+model    a whole model of this package; adapters merged
+legacy   the originals' layout, as the source is
+hf       transformers' LlavaForConditionalGeneration; adapters merged
+peft     base/ as hf, and adapter/ as a plain peft adapter for it
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from llava.errors import CheckpointError, ConfigError, LlavaError
+from llava.model.builder import Loaded
+from llava.model.checkpoint.export_hf import export_hf
+from llava.model.checkpoint.formats import ADAPTER_FILE, KINDS, Layout, sniff
+from llava.model.checkpoint.legacy.export import export_legacy, remember_tower
+from llava.model.checkpoint.legacy.export_parts import (
+    convert_adapter,
+    convert_projector,
+    export_legacy_adapter,
+    export_legacy_projector,
+)
+from llava.model.checkpoint.load import PART_FLAGS, load
+from llava.model.checkpoint.save import new_files, save_model
+from llava.model.foreign_options import ForeignOptions
+from llava.model.multimodal_encoder.towers import first_line
+from llava.model.source_files import keep_source, source_of
+from llava.utils.cli import Parser
+from llava.utils.lookup import lookup
+
+DTYPES: dict[str, Any] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def open_source(layout: Layout, options: ForeignOptions, *, merge: bool = True) -> Loaded:
+    """Load the source; parts that were given are passed on."""
+    parts: dict[str, Any] = {name: value for name, value in options.parts.items() if name != "base"}
+    loaded = load(layout.path, base=options.base, dtype=options.dtype, merge=merge, **parts)
+    if layout.kind.startswith("legacy") and merge and not (layout.tower_adapter or options.tower_adapter):
+        remember_tower(loaded.model)
+    return loaded
+
+
+def to_ours(layout: Layout, options: ForeignOptions, path: Path) -> None:
+    """Write this package's folder of the same kind."""
+    if layout.kind in ("legacy_adapter", "legacy_projector"):
+        _refuse_dtype(layout, options)
+    if layout.kind == "legacy_adapter":
+        convert_adapter(layout, options, path)
+    elif layout.kind == "legacy_projector":
+        convert_projector(layout, options, path)
+    elif layout.kind in ("adapter", "projector"):
+        raise ConfigError(f"{layout.path} is {KINDS[layout.kind]} already; --to model makes it a whole model")
+    else:
+        to_model(layout, options, path)
+        return
+    keep_source(layout, path)
+
+
+def _refuse_dtype(layout: Layout, options: ForeignOptions) -> None:
+    """Adapters and projectors are rewritten with the numbers that they have.
+
+    Raises:
+        ConfigError: another dtype is asked for.
+    """
+    if options.dtype != "auto":
+        raise ConfigError(
+            f"{layout.path}: {KINDS[layout.kind]}, whose weights keep their dtype; leave --dtype out, or make it a "
+            "whole model of that dtype with --to model"
+        )
+
+
+def to_model(layout: Layout, options: ForeignOptions, path: Path) -> None:
+    """Write a whole model of this package."""
+    loaded = open_source(layout, options)
+    save_model(loaded.model, loaded.processor, path, origin=loaded.origin)
+    keep_source(layout, path)
+
+
+def to_legacy(layout: Layout, options: ForeignOptions, path: Path) -> None:
+    """Write the originals' layout."""
+    if layout.kind in ("adapter", "projector"):
+        _refuse_dtype(layout, options)
+        if options.parts:
+            given = ", ".join(PART_FLAGS[name] for name in options.parts)
+            raise ConfigError(f"{layout.path}: its files are rewritten, and {given} would change nothing; leave it out")
+    if layout.kind == "adapter":
+        export_legacy_adapter(layout.folder, path)
+    elif layout.kind == "projector":
+        export_legacy_projector(layout.folder, path)
+    else:
+        export_legacy(open_source(layout, options), path, source_folder=source_of(layout))
+
+
+def to_hf(layout: Layout, options: ForeignOptions, path: Path) -> None:
+    """Write transformers' layout."""
+    export_hf(open_source(layout, options), path, source_folder=source_of(layout))
+
+
+def to_peft(layout: Layout, options: ForeignOptions, path: Path) -> None:
+    """Write the base in transformers' layout, and the adapter for it.
+
+    Raises:
+        CheckpointError: the source is no adapter.
+    """
+    if layout.kind not in ("adapter", "legacy_adapter"):
+        raise CheckpointError(f"{layout.path} is {KINDS[layout.kind]}; --to peft needs an adapter")
+    loaded = open_source(layout, options, merge=False)
+    adapted: Any = loaded.model
+    config = adapted.peft_config["default"]
+    config.base_model_name_or_path = str((path / "base").resolve())
+    state = {
+        name.replace(".default.", "."): tensor.detach().clone().contiguous()
+        for name, tensor in adapted.state_dict().items()
+        if "lora_" in name
+    }
+    base = Loaded(cast(Any, adapted.unload()), loaded.processor, loaded.context_len, loaded.origin)
+    export_hf(base, path / "base")
+    with new_files(path / "adapter") as folder:
+        config.save_pretrained(folder)
+        save_file(state, folder / ADAPTER_FILE)
+
+
+WRITERS: dict[str, Callable[[Layout, ForeignOptions, Path], None]] = {
+    "ours": to_ours,
+    "model": to_model,
+    "legacy": to_legacy,
+    "hf": to_hf,
+    "peft": to_peft,
+}
+EXPORTS = ("hf", "legacy", "peft")
+
+
+def convert(source: str | Path, target: str | Path, to: str, options: ForeignOptions | None = None) -> Layout:
+    """Write a checkpoint in another layout and return what was written.
+
+    Args:
+        source: folder or weight file of any kind that loads.
+        target: a folder that is absent or empty.
+        to: key of `WRITERS`.
+        options: parts that the source needs beside itself.
+
+    Raises:
+        CheckpointError: the source does not load, or the layout cannot hold it; nothing is written.
+        ConfigError: the target holds files, or the layout is unknown.
+    """
+    writer = lookup(WRITERS, to, "layout")
+    path = Path(target)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{target} is not empty; give a new folder")
+    existed = path.is_dir()
+    try:
+        writer(sniff(source), options or ForeignOptions(), path)
+    except BaseException as error:
+        _clear(path, keep=existed)
+        if isinstance(error, OSError | SafetensorError) and not isinstance(error, LlavaError):
+            raise CheckpointError(f"{target} cannot be written: {first_line(error)}") from error
+        raise
+    return sniff(path / "adapter" if to == "peft" else path)
+
+
+def _clear(path: Path, *, keep: bool) -> None:
+    """Take away what a conversion left that did not come to its end; there was nothing before."""
+    if not path.is_dir():
+        return
+    for item in list(path.iterdir()):
+        shutil.rmtree(item, ignore_errors=True) if item.is_dir() else item.unlink()
+    if not keep:
+        path.rmdir()
+
+
+def add_part_options(parser: Parser) -> None:
+    """Options that say where parts are which a checkpoint needs beside itself."""
+    parser.add_argument("--model-base", help="language model that an adapter or projector builds on; a tokenizer")
+    parser.add_argument("--vision_tower", help="folder or hub name, instead of the one that the checkpoint names")
+    parser.add_argument("--vision_tower_config", help="open_clip model configuration")
+    parser.add_argument("--vision_tower_checkpoint", help="open_clip weights")
+    parser.add_argument("--lora_pretrain", help="LoRA adapter of the vision tower (STLLaVA-Med's Vit-lora)")
+    parser.add_argument("--template", help="conversation template, instead of the one the content suggests")
+    parser.add_argument("--dtype", default="auto", choices=sorted(DTYPES), help="of the weights that are written")
+
+
+def part_options(args: Namespace) -> ForeignOptions:
+    """The options of `add_part_options`."""
+    return replace(
+        ForeignOptions(),
+        base=args.model_base,
+        vision_tower=args.vision_tower,
+        vision_tower_config=args.vision_tower_config,
+        vision_tower_checkpoint=args.vision_tower_checkpoint,
+        tower_adapter=args.lora_pretrain,
+        template=args.template,
+        dtype=DTYPES[args.dtype],
+    )
+
+
+def _run(argv: Sequence[str] | None, command: str, choices: Sequence[str], default: str) -> None:
+    parser = Parser(prog=f"llava checkpoint {command}", description=f"{command} a checkpoint into another layout")
+    parser.add_argument("source", help="checkpoint folder or weight file, of any kind that loads")
+    parser.add_argument("target", help="new folder")
+    parser.add_argument("--to", default=default, choices=list(choices), help="layout")
+    add_part_options(parser)
+    args = parser.parse_args(argv)
+    written = convert(args.source, args.target, args.to, part_options(args))
+    sys.stdout.write(f"{args.target}: {KINDS[written.kind]}, {len(written.tensors) + len(written.extra)} tensors\n")
+
+
+def convert_main(argv: Sequence[str] | None = None) -> None:
+    """Run `llava checkpoint convert`."""
+    _run(argv, "convert", tuple(WRITERS), "ours")
+
+
+def export_main(argv: Sequence[str] | None = None) -> None:
+    """Run `llava checkpoint export`."""
+    _run(argv, "export", EXPORTS, "hf")

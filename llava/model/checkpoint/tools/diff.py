@@ -1,0 +1,117 @@
+"""`llava checkpoint diff A B`: what two checkpoints differ in, tensor by tensor under our names, and in settings."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava.model.checkpoint.files.shards import TensorReader
+from llava.model.checkpoint.formats import Layout, sniff
+from llava.model.checkpoint.weight_names import TIMM_TOWER, TOWER, is_buffer
+from llava.model.our_names import our_name
+from llava.utils.cli import Parser
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORED_KEYS = frozenset({"transformers_version", "_name_or_path"})
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that differs: a tensor's or a setting's name, and how."""
+
+    name: str
+    how: str
+
+
+class Weights:
+    """The tensors of every file of a checkpoint under our names; tables that are computed are left out.
+
+    A tower's adapter in a folder of its own counts as part of the adapter around it, as in our layout; copies of it
+    beside the language model's (specification stllava-med 3.2) step back. A tower under timm's names is put under ours.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        entries = {**layout.extra, **layout.tensors}
+        self._files = {our_name(layout, name) or name: name for name in entries if not is_buffer(name)}
+        if layout.tower_adapter is not None:
+            tower = sniff(layout.tower_adapter)
+            entries |= tower.tensors
+            self._files |= {our_name(tower, name) or name: name for name in tower.tensors}
+        self._reader = TensorReader(entries)
+        self._split: dict[str, Tensor] = {}
+        if layout.has_timm_tower:
+            self._split_tower()
+
+    def _split_tower(self) -> None:
+        from llava.model.checkpoint.legacy.load import timm_tower
+
+        fused = {ours: name for ours, name in self._files.items() if name.startswith(TIMM_TOWER)}
+        self._files = {ours: name for ours, name in self._files.items() if ours not in fused}
+        self._split = timm_tower({TOWER + n.removeprefix(TIMM_TOWER): self._reader.read(n) for n in fused.values()})
+
+    @property
+    def names(self) -> set[str]:
+        """Our names of all tensors."""
+        return {*self._files, *self._split}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by our name; do not write into it."""
+        return self._split[name] if name in self._split else self._reader.read(self._files[name])
+
+
+def differences(ours: Weights, theirs: Weights) -> Iterator[Difference]:
+    """Tensors that only one has, of another shape or dtype, or with other values."""
+    for name in sorted(ours.names | theirs.names):
+        if name not in theirs.names:
+            yield Difference(name, "only in the first")
+        elif name not in ours.names:
+            yield Difference(name, "only in the second")
+        elif how := _compare(ours.read(name), theirs.read(name)):
+            yield Difference(name, how)
+
+
+def _compare(first: Tensor, second: Tensor) -> str | None:
+    """What two tensors of one name differ in, or None."""
+    import torch
+
+    if first.shape != second.shape:
+        return f"shape {tuple(first.shape)} and {tuple(second.shape)}"
+    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (first, second)]
+    note = "" if first.dtype == second.dtype else " and ".join(dtypes)
+    if torch.equal(first.to(second.dtype), second) and torch.equal(second.to(first.dtype), first):
+        return f"{note}, equal values" if note else None
+    gap = (first.double() - second.double()).abs()
+    return f"{note + ', ' if note else ''}largest difference {float(gap.max()):.3g}, mean {float(gap.mean()):.3g}"
+
+
+def _settings(first: dict[str, Any], second: dict[str, Any]) -> Iterator[Difference]:
+    for key in sorted((set(first) | set(second)) - IGNORED_KEYS):
+        if first.get(key) != second.get(key):
+            yield Difference(f"config.json: {key}", f"{_short(first.get(key))} and {_short(second.get(key))}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `llava checkpoint diff`; the exit status is 1 when tensors differ."""
+    parser = Parser(prog="llava checkpoint diff", description="what two checkpoints differ in; status 1 if in a tensor")
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
+    args = parser.parse_args(argv)
+    first, second = sniff(args.first), sniff(args.second)
+    ours, theirs = Weights(first), Weights(second)
+    tensors = list(differences(ours, theirs))
+    for difference in (*tensors, *_settings(first.config, second.config)):
+        sys.stdout.write(f"{difference.name}: {difference.how}\n")
+    total = len(ours.names | theirs.names)
+    sys.stdout.write(f"{total - len(tensors)} of {total} tensors are equal\n")
+    if tensors:
+        raise SystemExit(1)

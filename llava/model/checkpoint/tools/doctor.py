@@ -1,0 +1,132 @@
+"""`llava checkpoint doctor`: what would go wrong with a checkpoint, and what to do about it.
+
+Names, shapes and settings are checked without torch; `--weights` also reads every number.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava.errors import CheckpointError
+from llava.model.checkpoint.files.shards import TensorReader
+from llava.model.checkpoint.formats import KINDS, Layout
+from llava.model.checkpoint.legacy.checks import refusals
+from llava.model.checkpoint.legacy_keys import unknown_keys
+from llava.model.checkpoint.tools.inspection import PROBLEMS, Inspection, added_words, inspect
+from llava.model.checkpoint.weight_names import EMBEDDINGS, PROJECTOR
+from llava.model.our_names import our_name
+from llava.utils.cli import Parser
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something to know: `error` keeps the checkpoint from loading as it was trained, `note` does not."""
+
+    level: str
+    text: str
+
+
+def diagnose(inspection: Inspection) -> Iterator[Finding]:
+    """Findings from names, shapes and settings."""
+    layout = inspection.layout
+    for status in PROBLEMS:
+        rows = [row for row in inspection.rows if row.status == status]
+        if rows:
+            some = ", ".join((row.name or row.ours) + f" {row.shape}" for row in rows[:3])
+            yield Finding("error", f"{len(rows)} tensors are {status}: {some}; see `llava checkpoint inspect`")
+    if layout.kind in ("vision_tower", "language_model", "tower_adapter"):
+        yield Finding("note", f"this is {KINDS[layout.kind]}, only a part of a model")
+    if layout.kind.startswith("legacy"):
+        yield from _legacy_findings(layout)
+
+
+def _legacy_findings(layout: Layout) -> Iterator[Finding]:
+    config = layout.config
+    yield from (Finding("error", reason) for reason in refusals(layout))
+    yield from _projector_findings(layout)
+    yield from _token_findings(layout)
+    if layout.has_tower:
+        yield Finding(
+            "note", "its vision tower is inside and is used; the originals' loaders fetch a stock one instead"
+        )
+    elif layout.kind == "legacy":
+        tower = config.get("mm_vision_tower")
+        known = tower is not None and (Path(tower).is_dir() or (layout.folder / tower).is_dir() or "/" in tower)
+        if not known and not config.get("mm_vision_tower_checkpoint"):
+            yield Finding(
+                "error", f"its vision tower {tower!r} is not inside and no folder here; --vision_tower gives it"
+            )
+    if layout.kind != "legacy":
+        base = layout.adapter.get("base_model_name_or_path") or config.get("_name_or_path")
+        yield Finding("note", f"builds on the language model {base!r}; give it with --model-base where it is no folder")
+    elif not layout.has_tokenizer:
+        yield Finding("error", "no tokenizer here; --model-base gives the model it was trained from")
+    if layout.kind == "legacy_adapter" and not layout.extra:
+        yield Finding("error", "no non_lora_trainables.bin: the projector it was trained with is missing")
+    if config.get("model_type") == "llama":
+        yield Finding(
+            "note", "config.json says 'llama', though this is a LLaVA model; it is recognised by its mm_ keys"
+        )
+    if unknown := unknown_keys(config):
+        yield Finding("note", f"keys that nobody knows, kept: {', '.join(unknown)}")
+
+
+def _projector_findings(layout: Layout) -> Iterator[Finding]:
+    try:
+        by_weights = layout.projector_type
+    except CheckpointError:  # `refusals` says it
+        return
+    written = layout.config.get("mm_projector_type")
+    if written and by_weights and written != by_weights:
+        yield Finding("note", f"config.json says projector {written!r}, the weights are {by_weights!r}; weights decide")
+    width = layout.config.get("mm_hidden_size")
+    first = next((e for n, e in layout.tensors.items() if _is_first(layout, n) and len(e.shape) == 2), None)
+    if width and first and first.shape[1] != width:
+        yield Finding("error", f"the projector takes features of width {first.shape[1]}, mm_hidden_size is {width}")
+
+
+def _is_first(layout: Layout, name: str) -> bool:
+    return (our_name(layout, name) or "") in (f"{PROJECTOR}weight", f"{PROJECTOR}0.weight")
+
+
+def _token_findings(layout: Layout) -> Iterator[Finding]:
+    table = next((e for n, e in layout.tensors.items() if our_name(layout, n) == EMBEDDINGS), None)
+    if table is None:
+        return
+    rows = table.shape[0]
+    if beyond := [f"{word} ({row})" for word, row in added_words(layout).items() if row >= rows]:
+        yield Finding("note", f"{rows} embedding rows, but words beyond: {', '.join(beyond)}; rows are added, as means")
+    size = layout.config.get("vocab_size")
+    if size not in (None, rows):
+        yield Finding("note", f"vocab_size is {size}, the table has {rows} rows; the table decides")
+
+
+def check_weights(layout: Layout) -> Iterator[Finding]:
+    """Read every tensor: numbers that are not finite, and tensors of nothing but zeros."""
+    import torch
+
+    reader = TensorReader({**layout.extra, **layout.tensors})
+    for name, tensor in reader:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            yield Finding("error", f"{name} holds numbers that are not finite")
+        elif tensor.numel() and not bool(tensor.any()) and not name.endswith((".bias", "lora_B.weight", "sim_beta")):
+            yield Finding("note", f"{name} is all zeros")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `llava checkpoint doctor`; the exit status is 1 when something keeps the checkpoint from loading."""
+    parser = Parser(prog="llava checkpoint doctor", description="what would go wrong with a checkpoint; status 1 if so")
+    parser.add_argument("path", help="checkpoint folder or weight file")
+    parser.add_switch("--weights", help="read every number too")
+    args = parser.parse_args(argv)
+    inspection = inspect(args.path)
+    found = [*diagnose(inspection), *(check_weights(inspection.layout) if args.weights else ())]
+    sys.stdout.write(f"{args.path}: {KINDS[inspection.layout.kind]}\n")
+    for finding in found:
+        sys.stdout.write(f"{finding.level}: {finding.text}\n")
+    if any(finding.level == "error" for finding in found):
+        raise SystemExit(1)
+    sys.stdout.write("nothing keeps it from loading\n")

@@ -1,0 +1,254 @@
+"""What a checkpoint holds and what would become of every tensor. Neither torch nor transformers, and no weight is read.
+
+sniff(path) --names, shapes, settings--> Inspection --> text or JSON
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
+from llava.errors import CheckpointError
+from llava.model.checkpoint.files.shards import TensorEntry
+from llava.model.checkpoint.formats import KINDS, OURS, PAD_TOKEN, Layout, read_json, sniff
+from llava.model.checkpoint.legacy_keys import unknown_keys
+from llava.model.checkpoint.weight_names import EMBEDDINGS, HEAD, is_buffer
+from llava.model.expected_shapes import expected_shapes
+from llava.model.our_names import our_name
+from llava.utils.cli import Parser
+
+STATUSES = {
+    "loaded": "taken as it is",
+    "renamed": "taken under our name",
+    "computed": "a table that is computed today; not taken",
+    "copy": "a copy of what another file holds; not taken",
+    "missing": "needed and not here",
+    "unexpected": "belongs to no part of the model",
+    "new": "initialised when the checkpoint is loaded",
+    "wrong shape": "does not fit the configuration",
+}
+PROBLEMS = ("missing", "unexpected", "wrong shape")
+WORDS = (IMAGE_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IM_END_TOKEN, PAD_TOKEN)
+PROCESSOR_FILE = "llava_processor.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor: its name in the file and ours, its shape and dtype, and what becomes of it (key of `STATUSES`)."""
+
+    status: str
+    name: str
+    ours: str
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+
+
+@dataclass(slots=True)
+class Inspection:
+    """A checkpoint's facts (in print order) and tensors."""
+
+    layout: Layout
+    facts: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many tensors have which status."""
+        return Counter(row.status for row in self.rows)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Inspect a checkpoint folder or weight file.
+
+    Raises:
+        CheckpointError: nothing known is there, or a file is broken.
+    """
+    layout = sniff(path)
+    rows = list(_rows(layout))
+    return Inspection(layout, _facts(layout), rows)
+
+
+def _rows(layout: Layout) -> Iterator[Row]:
+    expected = dict(expected_shapes(layout))
+    found: set[str] = set()
+    for entry in (*layout.tensors.values(), *layout.extra.values()):
+        row = _row(layout, entry, expected)
+        found.add(row.ours)
+        yield row
+    for name, shape in expected.items():
+        if name not in found:
+            yield Row("missing", "", name, shape)
+    yield from _new_rows(layout)
+
+
+def _row(layout: Layout, entry: TensorEntry, expected: dict[str, tuple[int, ...]]) -> Row:
+    ours = our_name(layout, entry.name)
+    if is_buffer(entry.name):
+        status = "computed"
+    elif ours is None:
+        status = "unexpected"
+    elif layout.kind == "legacy_adapter" and "lora_" in entry.name and ".vision_tower." in ours:
+        status = "copy"
+    elif ours in expected and not _fits(entry.shape, expected[ours]):
+        status = "wrong shape"
+    else:
+        status = "loaded" if ours == entry.name else "renamed"
+    return Row(status, entry.name, ours or "", entry.shape, entry.dtype)
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Equal, where -1 stands for any size."""
+    return len(shape) == len(expected) and all(want in (-1, got) for got, want in zip(shape, expected, strict=True))
+
+
+def _new_rows(layout: Layout) -> Iterator[Row]:
+    """Rows that loading appends to embeddings and head: of words that the vocabulary has or is given, and no table."""
+    tables = {our_name(layout, name): entry for name, entry in layout.tensors.items()}
+    if layout.kind not in ("legacy", "hf_llava") or EMBEDDINGS not in tables:
+        return
+    num_words, wanted = num_known_words(layout), added_words(layout)
+    if layout.kind == "legacy":
+        lacking = [word for word in layout.needed_words if word not in wanted]
+        wanted |= {word: num_words + number for number, word in enumerate(lacking)}
+    num_rows = max([tables[EMBEDDINGS].shape[0], *(row + 1 for row in wanted.values())])
+    for name in (EMBEDDINGS, HEAD + "weight"):
+        entry = tables.get(name)
+        if entry is None or len(entry.shape) != 2:
+            continue
+        first, width = entry.shape
+        new = {row: word for word, row in wanted.items() if row >= first}
+        for row, word in sorted(new.items()):
+            yield Row("new", "", f"{name}[{row}] ({word})", (width,), entry.dtype)
+        if num_unnamed := num_rows - first - len(new):
+            yield Row("new", "", f"{name} (further rows)", (num_unnamed, width), entry.dtype)
+
+
+def num_known_words(layout: Layout) -> int:
+    """Words of a tokenizer before any is added at loading.
+
+    A sentencepiece file alone is not read, and a tokenizer may be the base's: then as many as the table has rows.
+    """
+    vocabulary = (read_json(layout.folder / "tokenizer.json").get("model") or {}).get("vocab") or ()
+    if not vocabulary:
+        table = next((e for name, e in layout.tensors.items() if our_name(layout, name) == EMBEDDINGS), None)
+        vocabulary = range(0 if table is None else table.shape[0])
+    return max([len(vocabulary), *(row + 1 for row in added_words(layout).values())])
+
+
+def added_words(layout: Layout) -> dict[str, int]:
+    """Words behind a tokenizer's own vocabulary, with their ids, from whatever file says so."""
+    folder = layout.folder
+    found = {word: row for word, row in read_json(folder / "added_tokens.json").items() if isinstance(row, int)}
+    decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    found.update({str(entry["content"]): int(row) for row, entry in decoder.items() if isinstance(entry, dict)})
+    for entry in read_json(folder / "tokenizer.json").get("added_tokens") or ():
+        found[str(entry["content"])] = int(entry["id"])
+    return found
+
+
+def words(layout: Layout) -> dict[str, int]:
+    """The added words that decide how images and padding are written."""
+    return {word: row for word, row in added_words(layout).items() if word in WORDS}
+
+
+def _facts(layout: Layout) -> dict[str, Any]:
+    entries = [*layout.tensors.values(), *layout.extra.values()]
+    dtypes = Counter(entry.dtype for entry in entries)
+    facts: dict[str, Any] = {
+        "checkpoint": str(layout.path),
+        "kind": KINDS[layout.kind],
+        "files": ", ".join(sorted({entry.file.name for entry in entries})),
+        "size": f"{len(entries)} tensors, {sum(entry.num_bytes for entry in entries):,} bytes, "
+        + ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items()),
+    }
+    if layout.kind in OURS:
+        facts.update(_facts_of_ours(layout))
+    elif layout.kind.startswith(("legacy", "hf")):
+        facts.update(_facts_of_others(layout))
+    facts["token ids"] = ", ".join(f"{word} {row}" for word, row in words(layout).items()) or "none added"
+    return facts
+
+
+def _facts_of_ours(layout: Layout) -> dict[str, Any]:
+    settings = read_json(layout.folder / PROCESSOR_FILE)
+    config = layout.config
+    images = (settings.get(name) for name in ("image_mode", "num_image_tokens", "placement"))
+    return {
+        "language model": (config.get("text_config") or {}).get("model_type"),
+        "projector": config.get("projector_type"),
+        "vision tower": (config.get("vision_config") or {}).get("model_type"),
+        "template": settings.get("template"),
+        "images (shape, tokens, place)": ", ".join(map(str, images)),
+        "converted from": (config.get("source") or {}).get("kind") or "nothing: built here",
+    }
+
+
+def _facts_of_others(layout: Layout) -> dict[str, Any]:
+    config = layout.config
+    try:
+        projector = layout.projector_type or "none here"
+    except CheckpointError as error:
+        projector = str(error)
+    facts: dict[str, Any] = {"language model": layout.text_type, "projector": projector}
+    if layout.kind == "hf_llava":
+        return facts
+    place = "inside, used" if layout.has_tower else "beside, fetched by name"
+    facts["vision tower"] = f"{config.get('mm_vision_tower')} ({place})"
+    facts["style"] = {
+        "patch_token": "patch tokens (LLaVA before 1.0, LLaVA-Med 1.0)",
+        "placeholder": "one place holder an image (LLaVA from 1.0 on)",
+    }[layout.style]
+    facts["template"] = f"{layout.template(added_words(layout))} (by content; --template overrides)"
+    mode, placement = config.get("image_aspect_ratio") or "square", "front"
+    if layout.style == "patch_token":
+        placement = "as written, white space around images dropped"
+    if mode == "anyres":
+        mode += f" ({config.get('mm_patch_merge_type') or 'flat'})"
+    facts["images"] = f"{mode}, layer {config.get('mm_vision_select_layer', -1)}, {placement}"
+    facts["base"] = config.get("_name_or_path") if layout.kind != "legacy" else None
+    facts["tower adapter"] = layout.tower_adapter.name if layout.tower_adapter else None
+    facts["unknown keys, kept"] = ", ".join(unknown_keys(config)) or None
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def render(inspection: Inspection, *, tensors: bool = True) -> str:
+    """The inspection as text: facts, counts, and a line for every tensor."""
+    lines = [f"{name:<31}{value}" for name, value in inspection.facts.items()]
+    lines.append("")
+    lines += [f"{count:>6}  {status:<12}{STATUSES[status]}" for status, count in sorted(inspection.counts.items())]
+    if tensors:
+        width = max([len(row.name) for row in inspection.rows], default=0)
+        lines.append("")
+        for row in inspection.rows:
+            shape = "x".join(map(str, row.shape)) or "scalar"
+            target = "" if row.ours == row.name else f"  -> {row.ours}" if row.name else row.ours
+            lines.append(f"{row.status:<12}{row.name:<{width}}  {row.dtype:<9}{shape}{target}")
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def as_json(inspection: Inspection) -> str:
+    """The inspection as JSON."""
+    rows = [
+        {"status": row.status, "name": row.name, "ours": row.ours, "shape": row.shape, "dtype": row.dtype}
+        for row in inspection.rows
+    ]
+    facts = {**inspection.facts, "kind": inspection.layout.kind}
+    content = {**facts, "counts": inspection.counts, "tensors": rows}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `llava checkpoint inspect`."""
+    parser = Parser(prog="llava checkpoint inspect", description="what a checkpoint holds, tensor by tensor")
+    parser.add_argument("path", help="checkpoint folder or weight file")
+    parser.add_switch("--json", help="JSON instead of text")
+    parser.add_switch("--summary", help="leave the list of tensors out")
+    args = parser.parse_args(argv)
+    inspection = inspect(args.path)
+    sys.stdout.write(as_json(inspection) if args.json else render(inspection, tensors=not args.summary))

@@ -1,0 +1,288 @@
+"""Adapters added into the weights they were trained on, written as a whole model (specification llava-rad 2.4, 2.8).
+
+    base + adapter + non_lora_trainables.bin   --tensor by tensor-->   a whole model in the originals' layout
+    tower + its own adapter (Vit-lora)         -------------------->   vision_tower/ inside it, or alone
+
+W + (alpha / r) * B @ A is computed in float32 and rounded once. Adapters of this package become models of this package.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.errors import CheckpointError
+from llava.model.checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter, TensorReader, open_tensors
+from llava.model.checkpoint.folder import copy_companions, new_folder
+from llava.model.checkpoint.formats import CONFIG_FILE, EXTRA_FILE, KINDS, PROJECTOR_FILE, Layout, sniff
+from llava.model.checkpoint.legacy.export import TOWER_FOLDER
+from llava.model.checkpoint.legacy.load import tokenizer_folder, tower_adapter_folder, with_base
+from llava.model.checkpoint.legacy.lora_files import LegacyLora, check_copies, merged, read_lora, with_update
+from llava.model.checkpoint.legacy_keys import ARCHITECTURES
+from llava.model.checkpoint.load import load
+from llava.model.checkpoint.save import save_model
+from llava.model.checkpoint.vision_tower import find_tower
+from llava.model.checkpoint.weight_names import (
+    EMBEDDINGS,
+    HEAD,
+    LEGACY_PREFIXES,
+    LEGACY_PROJECTOR_PREFIX,
+    NEWLINE,
+    TOWER,
+    is_buffer,
+    projector_suffix,
+    renamed,
+)
+from llava.model.delta_names import FLOATING
+from llava.model.foreign_options import ForeignOptions
+from llava.model.foreign_tokens import add_tokens, load_tokenizer
+from llava.model.multimodal_encoder.open_clip_encoder.files import is_open_clip
+from llava.model.multimodal_encoder.towers import load_tower, tower_image_processor
+from llava.model.source_files import copy_small_files
+from llava.model.token_rows import marker_rows, take_rows
+from llava.utils.jsonl import write_json
+from llava.utils.log import progress
+
+NEWLINE_NAME = f"model.{NEWLINE}"
+TABLES = (EMBEDDINGS, HEAD + "weight")
+
+
+@dataclass(slots=True)
+class Merge:
+    """All that a merged model of the originals' layout is made of; opened, nothing read yet.
+
+    Attributes:
+        layout: what was given, with its base's settings where it has none.
+        base: where the language model comes from.
+        updates: the adapter of every adapted layer, by our name of the layer.
+        projector: the projector's weights by their own names.
+        tables: embeddings and head, where they were trained or have new rows, by our names.
+        newline: the token behind each row of patches, where it was trained.
+    """
+
+    layout: Layout
+    base: Layout
+    updates: dict[str, LegacyLora] = field(default_factory=dict)
+    projector: dict[str, Tensor] = field(default_factory=dict)
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    newline: Tensor | None = None
+
+    @property
+    def tower_layers(self) -> list[str]:
+        """Adapted layers of a tower that is not inside the base."""
+        inside = {renamed(name, LEGACY_PREFIXES) for name in self.base.tensors}
+        return [layer for layer in self.updates if layer.startswith(TOWER) and f"{layer}.weight" not in inside]
+
+    def tensors(self, reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
+        """Every weight of the merged model under its name in the originals' layout."""
+        for name in reader.names:
+            if is_buffer(name) or (self.projector and projector_suffix(name) is not None):
+                continue
+            if name == NEWLINE_NAME and self.newline is not None:
+                continue
+            ours = renamed(name, LEGACY_PREFIXES) or name
+            tensor = self.tables[ours] if ours in self.tables else reader.read(name)
+            layer = ours.removesuffix(".weight")
+            yield name, with_update(self.updates[layer], layer, tensor) if layer in self.updates else tensor
+        for suffix, tensor in self.projector.items():
+            yield LEGACY_PROJECTOR_PREFIX + suffix, tensor
+        if self.newline is not None:
+            yield NEWLINE_NAME, self.newline
+
+
+def merge_lora(
+    path: str | Path,
+    base: str | None,
+    target: str | Path,
+    *,
+    options: ForeignOptions | None = None,
+    include_tower: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Write the whole model that an adapter (or a projector alone) and its base make.
+
+    Args:
+        path: folder of the adapter.
+        base: what it was trained on; None where the adapter names a folder that is here.
+        target: new folder.
+        options: where tower and tower adapter are, instead of what the checkpoint names.
+        include_tower: put the tower into the folder, and the projector in a file of its own, so that nothing else is
+            needed; always done for a tower that has an adapter.
+        max_shard_bytes: see `ShardWriter`.
+
+    Raises:
+        CheckpointError: there is nothing to merge, a part is missing or does not fit; nothing is written.
+    """
+    layout = sniff(path)
+    wanted = replace(options or ForeignOptions(), base=base)
+    if layout.kind == "tower_adapter":
+        _merge_tower_alone(layout, base, Path(target))
+    elif layout.kind in ("adapter", "projector"):
+        parts: dict[str, Any] = {name: value for name, value in wanted.parts.items() if name != "base"}
+        loaded = load(path, base=base, **parts)
+        with new_folder(Path(target)) as folder:
+            save_model(loaded.model, loaded.processor, folder, origin=loaded.origin)
+    elif layout.kind in ("legacy_adapter", "legacy_projector") or (layout.kind == "legacy" and wanted.tower_adapter):
+        _merge_legacy(prepare(layout, wanted), wanted, Path(target), include_tower, max_shard_bytes)
+    else:
+        raise CheckpointError(
+            f"{path}: {KINDS[layout.kind]}, which has no adapter to merge; expected the folder of an adapter or of a "
+            "projector"
+        )
+
+
+def prepare(layout: Layout, options: ForeignOptions) -> Merge:
+    """Open everything and see that it fits.
+
+    Raises:
+        CheckpointError: a part is missing, or does not fit.
+    """
+    layout, found = with_base(layout, options)
+    merge = Merge(layout, layout if layout.kind == "legacy" or found is None else found)
+    adapters = [read_lora(layout.folder)] if layout.kind == "legacy_adapter" else []
+    folder = options.tower_adapter or layout.tower_adapter
+    if folder is not None:
+        adapters.append(read_lora(tower_adapter_folder(Path(folder)), tower=True))
+    elif adapters:
+        check_copies(adapters[0])
+    merge.updates = {layer: adapter for adapter in adapters for layer in adapter.pairs}
+    if layout.kind != "legacy":
+        _take_trained(merge)
+    _check_layers(merge)
+    return merge
+
+
+def _take_trained(merge: Merge) -> None:
+    """The projector, and embedding rows that were trained with it."""
+    layout = merge.layout
+    if layout.kind == "legacy_adapter" and not layout.extra:
+        raise CheckpointError(f"{layout.path} has no {EXTRA_FILE}, which holds its projector")
+    entries = layout.extra if layout.kind == "legacy_adapter" else layout.tensors
+    with open_tensors(next(iter(entries.values())).file) as reader:
+        for name, tensor in reader:
+            suffix = projector_suffix(name)
+            if suffix is not None:
+                merge.projector[suffix] = tensor
+            elif name.endswith("embed_tokens.weight"):
+                merge.tables = _tables(merge.base)
+                tokenizer = load_tokenizer(tokenizer_folder(layout, merge.base))
+                add_tokens(tokenizer, layout)
+                take_rows(merge.tables, tensor, layout, marker_rows(tokenizer))
+            elif name.endswith(NEWLINE):
+                merge.newline = tensor
+            else:
+                raise CheckpointError(f"{layout.path}: {name} is neither of the projector nor of the embeddings")
+
+
+def _tables(base: Layout) -> dict[str, Tensor]:
+    with open_tensors(base.path) as reader:
+        named = ((renamed(name, LEGACY_PREFIXES), name) for name in reader.names)
+        return {ours: reader.read(name) for ours, name in named if ours in TABLES}
+
+
+def _check_layers(merge: Merge) -> None:
+    """Every adapted layer is in the base, in its size: known before anything is written."""
+    shapes = {renamed(name, LEGACY_PREFIXES): entry.shape for name, entry in merge.base.tensors.items()}
+    if EMBEDDINGS not in shapes:
+        raise CheckpointError(f"{merge.base.path}: no language model; expected model.embed_tokens.weight")
+    beside = set(merge.tower_layers)
+    dtypes = {renamed(name, LEGACY_PREFIXES): entry.dtype for name, entry in merge.base.tensors.items()}
+    for layer, adapter in merge.updates.items():
+        pair, entries = adapter.pairs[layer], adapter.reader.entries
+        wanted = (entries[pair.up].shape[0], entries[pair.down].shape[1])
+        if (dtype := dtypes.get(f"{layer}.weight", FLOATING[0])) not in FLOATING:
+            raise CheckpointError(
+                f"{merge.base.path}: {layer}.weight is {dtype}, so it is quantized; an adapter is added to plain "
+                "weights: give the base as it was before with --model-base"
+            )
+        if layer not in beside and shapes.get(f"{layer}.weight") != wanted:
+            raise CheckpointError(
+                f"{adapter.folder}: the adapter does not fit: {layer} is {wanted} there, in {merge.base.path} "
+                f"{shapes.get(f'{layer}.weight', 'absent')}; give the base it was trained on with --model-base"
+            )
+
+
+def _merge_legacy(
+    merge: Merge, options: ForeignOptions, target: Path, include_tower: bool, max_shard_bytes: int
+) -> None:
+    layout, base = merge.layout, merge.base
+    with new_folder(target) as folder, open_tensors(base.path) as reader:
+        settings: dict[str, Any] = {}
+        dtype = torch.float16
+        with ShardWriter(folder, max_shard_bytes=max_shard_bytes) as writer:
+            total = len(reader.names) + len(merge.projector)
+            for name, tensor in progress(merge.tensors(reader), title="merge", total=total, unit="tensor"):
+                writer.add(name, tensor)
+                if renamed(name, LEGACY_PREFIXES) == EMBEDDINGS:
+                    dtype, settings["vocab_size"] = tensor.dtype, tensor.shape[0]
+        copy_companions(layout.folder, folder, dtype=dtype)
+        if not layout.has_tokenizer:
+            copy_small_files(base.folder, folder)
+        if merge.tower_layers or (include_tower and not base.has_tower):
+            settings |= _put_tower(merge, options, folder, dtype)
+            torch.save(
+                {LEGACY_PROJECTOR_PREFIX + name: weight for name, weight in merge.projector.items()},
+                folder / PROJECTOR_FILE,
+            )
+        settings["architectures"] = [ARCHITECTURES[layout.text_type]]
+        settings["torch_dtype"] = str(dtype).removeprefix("torch.")
+        write_json(folder / CONFIG_FILE, {**layout.config, **settings})
+
+
+def _put_tower(merge: Merge, options: ForeignOptions, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Put the tower into the folder and return what config.json must say of it."""
+    source = find_tower(
+        merge.layout, options.vision_tower, options.vision_tower_config, options.vision_tower_checkpoint
+    )
+    if is_open_clip(source.name, source.config_file, source.checkpoint):
+        if merge.tower_layers:
+            raise CheckpointError(
+                f"{merge.layout.path}: its tower {source.name} is one of open_clip, into whose files an adapter is not "
+                "merged; make a whole model of this package with `llava checkpoint convert --to model`"
+            )
+        if source.config_file is None or source.checkpoint is None:
+            raise CheckpointError(
+                f"the tower {source.name} is a hub name of open_clip's, with no files here to put into a folder; leave "
+                "--include-vision-tower out, or name its files in mm_vision_tower_config and mm_vision_tower_checkpoint"
+            )
+        files = {
+            "mm_vision_tower_config": Path(source.config_file),
+            "mm_vision_tower_checkpoint": Path(source.checkpoint),
+        }
+        for file in files.values():
+            shutil.copyfile(file, folder / file.name)
+        return {key: file.name for key, file in files.items()}
+    tower = source.load(dtype)
+    adapters = {id(merge.updates[layer]): merge.updates[layer] for layer in merge.tower_layers}
+    _write_tower(
+        tower, list(adapters.values()), source.image_processor(tower.config, merge.layout.folder), folder / TOWER_FOLDER
+    )
+    return {"mm_vision_tower": TOWER_FOLDER}
+
+
+def _write_tower(tower: Any, adapters: list[LegacyLora], image_processor: Any, folder: Path) -> None:
+    state = {TOWER + name: tensor for name, tensor in tower.state_dict().items()}
+    for name, tensor in merged(state, adapters):
+        tower.get_parameter(name.removeprefix(TOWER)).data.copy_(tensor)
+    tower.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+
+
+def _merge_tower_alone(layout: Layout, base: str | None, target: Path) -> None:
+    """A tower's adapter added into the tower, as a tower of its own.
+
+    Raises:
+        CheckpointError: the tower is not given, or another one.
+    """
+    if base is None:
+        raise CheckpointError(f"{layout.path}: {KINDS[layout.kind]}; give the folder of the tower with --model-base")
+    tower = load_tower(base, torch.float32)
+    with new_folder(target) as folder:
+        adapter = read_lora(layout.folder, tower=True)
+        _write_tower(tower, [adapter], tower_image_processor(base, tower.config, None), folder)

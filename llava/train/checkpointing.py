@@ -1,0 +1,192 @@
+"""The run folder: what was asked, what was trained, and whether an earlier run can go on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shlex
+import shutil
+import sys
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from llava.data.mixture import data_sha256
+from llava.errors import ConfigError
+from llava.model.checkpoint.formats import PROVENANCE_FILE
+from llava.train.args import LlavaTrainingArguments, Parsed
+from llava.utils.jsonl import write_json
+from llava.utils.provenance import git_commit, weights_sha256
+
+logger = logging.getLogger(__name__)
+
+ARGUMENTS_FILE = "resolved_arguments.json"
+STATE_FILE = "trainer_state.json"
+
+DEFAULT_OUTPUT = "trainer_output"
+"""Where transformers' `TrainingArguments` write when no folder is named."""
+
+DECISIVE = (
+    "data_sha256", "model_sha256", "global_batch", "seed", "image_grouping", "order", "trains", "loss_normalization",
+    "options",
+)  # fmt: skip
+"""Facts that a run must share with the one it goes on from; another number of ranks is fine where the order allows."""
+
+FREE_MODEL_OPTIONS = frozenset({"model_name_or_path", "lora_weight_path", "mpt_attn_impl"})
+"""Model options that a resumed run may change: the model's own weights are compared by their hash."""
+
+DECISIVE_DATA_OPTIONS = ("image_aspect_ratio", "image_grid_pinpoints", "image_counts_as_one")
+DECISIVE_TRAINING_OPTIONS = (
+    "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "vision_tower_lr", "weight_decay", "lr_scheduler_type",
+    "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "model_max_length",
+    "bf16", "fp16",
+)  # fmt: skip
+
+
+def describe(parsed: Parsed, layout: str, grouping: str, order: str, trains: str) -> dict[str, Any]:
+    """Provenance of a run: data, what decides the order of rows, what is trained (projector, adapter, model), code."""
+    model, data, training = parsed
+    return {
+        "data_path": data.data_path,
+        "data_sha256": data_sha256(data.data_path),
+        "model": model.model_name_or_path,
+        "global_batch": training.global_batch,
+        "seed": training.seed,
+        "image_grouping": grouping,
+        "order": order,
+        "trains": trains,
+        "loss_normalization": training.loss_normalization,
+        "precision": "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
+        "model_sha256": weights_sha256(model.model_name_or_path),
+        "options": decisive_options(parsed),
+        "layout": layout,
+        "git_commit": git_commit(),
+    }
+
+
+def decisive_options(parsed: Parsed) -> dict[str, Any]:
+    """The options that decide what a step computes; of folders only the last part counts, so runs can be moved."""
+    model, data, training = parsed
+    found = {name: value for name, value in asdict(model).items() if name not in FREE_MODEL_OPTIONS}
+    for name in ("vision_tower", "pretrain_mm_mlp_adapter", "system_file", "vision_tower_config"):
+        if found.get(name):
+            found[name] = Path(found[name]).name
+    found |= {name: getattr(data, name) for name in DECISIVE_DATA_OPTIONS}
+    found |= {name: getattr(training, name) for name in DECISIVE_TRAINING_OPTIONS}
+    return cast(dict[str, Any], json.loads(json.dumps(found, default=str)))
+
+
+def starts_anew(training: LlavaTrainingArguments | Namespace) -> bool:
+    """Checkpoints of an earlier run in this folder do not count."""
+    return bool(training.overwrite_output_dir or training.resume_from_checkpoint in ("False", "false", False))
+
+
+def write_start(parsed: Parsed, provenance: dict[str, Any], report: str) -> None:
+    """Write arguments, provenance and the table of trained parameters."""
+    model, data, training = parsed
+    folder = training.run_folder
+    if starts_anew(training):  # else a later resume would go on from the earlier run
+        for checkpoint in folder.glob("checkpoint-*"):
+            if re.fullmatch(r"checkpoint-\d+", checkpoint.name):
+                shutil.rmtree(checkpoint)
+    arguments = {
+        "model": asdict(model),
+        "data": asdict(data),
+        "training": {**cast(Any, training).to_dict(), "gradient_accumulation_steps": training.requested_accumulation},
+    }
+    write_json(folder / ARGUMENTS_FILE, json.loads(json.dumps(arguments, default=str)))
+    held_out = {"eval_data_sha256": data_sha256(data.eval_data_path)} if data.eval_data_path else {}
+    write_json(folder / PROVENANCE_FILE, {**provenance, **held_out, "command": shlex.join(sys.argv)})
+    (folder / "trainable_parameters.txt").write_text(report, encoding="utf-8")
+
+
+def write_end(folder: Path) -> None:
+    """Add the hash of the written weights to the provenance."""
+    provenance = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    write_json(folder / PROVENANCE_FILE, {**provenance, "weights_sha256": weights_sha256(folder)})
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest `checkpoint-N` that was written to its end (its state file comes last), or None."""
+    found = [
+        (int(match[1]), path)
+        for path in (folder.glob("checkpoint-*") if folder.is_dir() else [])
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and _is_whole(path)
+    ]
+    return max(found)[1] if found else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """The state file, which is written last, is there and not torn."""
+    try:
+        return bool(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
+
+
+def bf16_to_resume(training: Namespace) -> bool | None:
+    """Return whether the run that these options resume trains in bfloat16; None when they resume none.
+
+    Args:
+        training: the options as parsed, before transformers has seen them.
+    """
+    checkpoint = None if starts_anew(training) else _named_checkpoint(training)
+    if checkpoint is None:
+        return None
+    path = checkpoint.parent / ARGUMENTS_FILE
+    arguments = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    chosen = arguments.get("training", {}).get("bf16")
+    return chosen if isinstance(chosen, bool) else None
+
+
+def _named_checkpoint(training: LlavaTrainingArguments | Namespace) -> Path | None:
+    """Return the checkpoint that `--resume_from_checkpoint` names, else the last one of the run folder."""
+    wanted = training.resume_from_checkpoint
+    explicit = Path(wanted) if isinstance(wanted, str) and wanted.lower() != "true" else None
+    return explicit or last_checkpoint(Path(training.output_dir or DEFAULT_OUTPUT))
+
+
+def checkpoint_to_resume(parsed: Parsed, provenance: dict[str, Any]) -> str | None:
+    """The checkpoint this run goes on from.
+
+    Raises:
+        ConfigError: it was trained from another model, on other data or with other options, so going on would be
+            neither run, and its folder would say what is not true.
+    """
+    training = parsed[2]
+    path = None if starts_anew(training) else _named_checkpoint(training)
+    if path is None:
+        return None
+    if not _is_whole(path):
+        raise ConfigError(f"{path} cannot be resumed: it has no whole {STATE_FILE}, so it was not written to its end")
+    earlier = path.parent / PROVENANCE_FILE
+    if earlier.is_file():
+        _refuse_another_run(path, json.loads(earlier.read_text(encoding="utf-8")), provenance)
+    logger.info("resuming from %s", path)
+    return str(path)
+
+
+def _refuse_another_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    def flat(facts: dict[str, Any]) -> dict[str, Any]:
+        plain = {name: facts[name] for name in DECISIVE if name in facts and name != "options"}
+        return plain | {f"--{name}": value for name, value in facts.get("options", {}).items()}
+
+    earlier, current = flat(before), flat(now)
+    for name in earlier:  # models and data come before options, so the cause is named and not what follows from it
+        if name in current and earlier[name] != current[name]:
+            raise ConfigError(
+                f"{path} cannot be resumed: its run had {name} {earlier[name]!r}, this one {current[name]!r}; "
+                "change it back, choose another --output_dir, or start anew with --overwrite_output_dir"
+            )
+
+
+def stopped_early(checkpoint: str | None, patience: int) -> int | None:
+    """The step at which the run of a checkpoint had already used up its patience, or None."""
+    if checkpoint is None or not patience:
+        return None
+    state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
+    callback = (state.get("stateful_callbacks") or {}).get("EarlyStoppingCallback") or {}
+    waited = (callback.get("attributes") or {}).get("early_stopping_patience_counter", 0)
+    return int(state["global_step"]) if waited >= patience else None

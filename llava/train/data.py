@@ -1,0 +1,231 @@
+"""The rows of a run: loaded and checked, or streamed; their order; what is made of their pictures first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llava.data import feature_cache
+from llava.data.collator import Collator, StepLoader
+from llava.data.dataset import SFTDataset
+from llava.data.image_store import ImageIndex
+from llava.data.loader import StreamLoader
+from llava.data.mixture import Mixture, Shares, is_mixture, load_mixture, read_mixture, stream_sources
+from llava.data.quarantine import GrowingQuarantine, Quarantine
+from llava.data.records import load_samples
+from llava.data.stream_dataset import StreamDataset
+from llava.data.validate import check_trainable
+from llava.errors import ConfigError
+from llava.imaging.anyres import KEEP
+from llava.model.builder import Loaded
+from llava.model.calibration import calibrate
+from llava.train import order
+from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
+
+NUM_CALIBRATION_PICTURES = 64
+QUARANTINE_FILES = ("quarantine.jsonl", "quarantine-eval.jsonl")
+"""Where rows that were left out are listed: those of the training data, those held out."""
+
+RANK_QUARANTINE_FILE = "quarantine-{}.jsonl"
+"""Of a stream, every rank but the first lists its own."""
+
+
+def open_data(
+    path: str, image_folder: str | None, data_args: DataArguments, args: LlavaTrainingArguments, loaded: Loaded
+) -> SFTDataset:
+    """Load rows and make sure, before anything is trained, that each can be.
+
+    Raises:
+        ConfigError: there is no such file, or it describes a stream.
+        DataError: a row cannot be used.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such file; expected rows in LLaVA format, or a mixture of them")
+    mixture = read_mixture(path) if is_mixture(path) else None
+    if mixture is not None and mixture.stream:
+        raise ConfigError(f"{path} describes a stream; held-out rows must fit in memory")
+    if mixture is not None and path == data_args.eval_data_path:
+        _refuse_folder(path, "--eval_image_folder", data_args.eval_image_folder)
+    writes = args.should_save and data_args.skip_bad and not args.dry_run
+    quarantine = Quarantine(args.run_folder / QUARANTINE_FILES[path == data_args.eval_data_path] if writes else None)
+    folder = image_folder if mixture is None else None  # a mixture's pictures are whole paths
+    index = ImageIndex.open(folder, dicom=loaded.processor.dicom)
+    if mixture is None:
+        samples = load_samples(path, skip_bad=data_args.skip_bad, quarantine=quarantine)
+    else:
+        samples = load_mixture(mixture.sources, skip_bad=data_args.skip_bad, quarantine=quarantine)
+    limit = args.model_max_length
+    loaded.processor.image_counts_as_one = data_args.image_counts_as_one
+    checked = check_trainable(
+        samples,
+        folder,
+        loaded.processor,
+        max_length=limit,
+        skip_bad=data_args.skip_bad,
+        quarantine=quarantine,
+        index=index,
+    )
+    dataset = SFTDataset(checked.samples, loaded.processor, image_folder=folder, max_length=limit, index=index)
+    if mixture is not None:
+        dataset.shares = Shares.of(checked.samples, mixture.sources)
+    return dataset
+
+
+def open_training_data(
+    data_args: DataArguments, args: LlavaTrainingArguments, loaded: Loaded
+) -> SFTDataset | StreamDataset:
+    """The rows to train on: those of a file or a mixture, or a stream.
+
+    Raises:
+        ConfigError: an option needs all rows at once, or steps that a stream does not end.
+    """
+    path = data_args.data_path
+    if not Path(path).is_file() or not is_mixture(path):
+        return open_data(path, data_args.image_folder, data_args, args, loaded)
+    _refuse_folder(path, "--image_folder", data_args.image_folder)
+    mixture = read_mixture(path)
+    if mixture.stream:
+        return _open_stream(mixture, data_args, args, loaded)
+    return open_data(path, None, data_args, args, loaded)
+
+
+def _refuse_folder(path: str, flag: str, folder: str | None) -> None:
+    """Refuse a folder of pictures beside a mixture, which names one for each source.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if folder is not None:
+        also = "; for a file of held-out rows use --eval_image_folder" if flag == "--image_folder" else ""
+        raise ConfigError(
+            f"{flag} {folder} means nothing beside {path}, which is a mixture: write `images` at its sources{also}"
+        )
+
+
+def _open_stream(
+    mixture: Mixture, data_args: DataArguments, args: LlavaTrainingArguments, loaded: Loaded
+) -> StreamDataset:
+    if args.max_steps <= 0:
+        raise ConfigError("a stream has no end: say how many optimiser steps to train with --max_steps")
+    unusable = {
+        "--dry_run": args.dry_run,
+        "--feature_cache_dir": data_args.feature_cache_dir is not None,
+        "--image_grouping on": args.image_grouping == "on",
+        "--group_by_length": args.group_by_length or args.train_sampling_strategy == "group_by_length",
+        "--group_by_modality_length": args.group_by_modality_length,
+    }
+    if given := [name for name, is_given in unusable.items() if is_given]:
+        raise ConfigError(f"{', '.join(given)} need all rows at once, and {data_args.data_path} is a stream of them")
+    loaded.processor.image_counts_as_one = data_args.image_counts_as_one
+    dataset = StreamDataset(stream_sources(mixture), loaded.processor, max_length=args.model_max_length)
+    dataset.probe()
+    args.ignore_data_skip = True  # a stream goes on from its own position
+    return dataset
+
+
+def source_names(dataset: SFTDataset | StreamDataset) -> tuple[str, ...]:
+    """Names of the sources of a mixture; none for a single file."""
+    if isinstance(dataset, StreamDataset):
+        return tuple(source.name for source in dataset.sources)
+    return () if dataset.shares is None else dataset.shares.names
+
+
+def make_loader(
+    dataset: SFTDataset | StreamDataset,
+    collator: Collator,
+    args: LlavaTrainingArguments,
+    *,
+    skip_bad: bool,
+    grouping: str,
+) -> tuple[StepLoader | StreamLoader, str, str]:
+    """The loader of whole steps, whether rows are grouped by image, and what decides their order."""
+    if isinstance(dataset, StreamDataset):
+        stream = StreamLoader(
+            dataset,
+            collator,
+            sequences_per_step=args.sequences_per_step,
+            rank=args.process_index,
+            world_size=args.world_size,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            seed=args.seed,
+            quarantine=GrowingQuarantine(args.run_folder / _own_list(args.process_index)) if skip_bad else None,
+        )
+        return stream, "off", f"stream of {len(dataset.sources)} sources"
+    sampler, grouping = order.make_sampler(dataset, args, grouping)
+    loader = StepLoader(
+        sampler,
+        collator,
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        persistent_workers=args.dataloader_persistent_workers,
+        seed=args.seed,
+    )
+    return loader, grouping, order.describe(sampler)
+
+
+def _own_list(rank: int) -> str:
+    return RANK_QUARANTINE_FILE.format(rank) if rank else QUARANTINE_FILES[0]
+
+
+def prepare_pictures(
+    dataset: SFTDataset | StreamDataset,
+    loaded: Loaded,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: LlavaTrainingArguments,
+) -> None:
+    """What is computed of the pictures before training: a calibrated projector, features of a frozen tower.
+
+    Raises:
+        ConfigError: it needs all pictures at once, and they are streamed.
+    """
+    if isinstance(dataset, StreamDataset):
+        if model_args.calibrate_mm_projector:
+            raise ConfigError("--calibrate_mm_projector needs pictures at once; not with a stream")
+        return
+    if model_args.calibrate_mm_projector:
+        calibrate_projector(dataset, loaded, args)
+    use_cache_of_features(dataset, loaded, model_args, data_args)
+
+
+def calibrate_projector(dataset: SFTDataset, loaded: Loaded, args: LlavaTrainingArguments) -> None:
+    """Draw the projector anew, fitted to the first pictures of the data.
+
+    Raises:
+        ConfigError: no row has a picture.
+    """
+    keys = dataset.image_keys(NUM_CALIBRATION_PICTURES)
+    if not keys:
+        raise ConfigError("--calibrate_mm_projector needs pictures, and no row has one")
+    if loaded.processor.image_mode == KEEP:
+        raise ConfigError("--calibrate_mm_projector needs pictures of one size; not with --image_aspect_ratio keep")
+    pictures = [dataset.pixels(key) for key in keys]  # one picture each, or its tiles
+    pixels = torch.cat([picture if picture.dim() == 4 else picture[None] for picture in pictures])
+    calibrate(loaded.model, pixels, seed=args.seed)
+
+
+def use_cache_of_features(
+    dataset: SFTDataset, loaded: Loaded, model_args: ModelArguments, data_args: DataArguments
+) -> None:
+    """Compute the features of a frozen tower once, in the folder that was named, if they fit."""
+    folder = data_args.feature_cache_dir
+    if folder is None or data_args.feature_cache_gb <= 0:
+        return
+    if loaded.processor.has_variable_images:
+        mode = loaded.processor.image_mode
+        raise ConfigError(f"--feature_cache_dir keeps features of one size; not with --image_aspect_ratio {mode}")
+    if model_args.unfreeze_mm_vision_tower:
+        raise ConfigError("--feature_cache_dir keeps features of a frozen tower; not with --unfreeze_mm_vision_tower")
+    config = loaded.model.config
+    settings = {"layer": config.vision_feature_layer, "select": config.vision_feature_select_strategy}
+    cache = feature_cache.build(
+        folder,
+        dataset.image_keys(),
+        tower=feature_cache.weights_hash(loaded.model.model.vision_tower.state_dict(), settings),
+        pixels=dataset.pixels,
+        features=loaded.model.tower_features,
+        limit_gb=data_args.feature_cache_gb,
+    )
+    dataset.use_features(cache)

@@ -1,0 +1,71 @@
+"""Facts and captions from rows, with rows made up for the test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava.data.converters import alignment
+from llava.errors import DataError
+
+
+def row(image: str, kind: str, question: str, answer: str, **fields: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"id": f"{image}{question}", "image": image, "question_type": kind, "conversations": turns, **fields}
+
+
+def test_facts_come_from_answers_and_from_confirmed_questions() -> None:
+    facts = alignment.gather(
+        [
+            row("a.jpg", "MODALITY", "What kind of scan is this?", "MRI Diffusion Weighted", image_organ="HEAD"),
+            row("a.jpg", "PLANE", "Is this a transverse section?", "yes"),
+            row("a.jpg", "PRES, POS", "Where is the bright area?", "Left temporal lobe"),
+            row("a.jpg", "PRES", "Is there a fracture?", "no"),
+            row("a.jpg", "ABN", "Where is it?", "left temporal lobe"),
+        ]
+    )["a.jpg"]
+    assert (facts.organ, facts.modality, facts.plane) == ("head", "MRI", "axial")
+    assert facts.findings == ["Left temporal lobe"]
+    assert facts.caption() == "Axial MRI of the head. Findings: Left temporal lobe."
+
+
+@pytest.mark.parametrize(
+    ("kind", "question", "answer"),
+    [
+        ("MODALITY", "Is this a CT scan?", "no"),
+        ("MODALITY", "What type of imaging does this not represent?", "ultrasound"),
+        ("PLANE", "Is this an AP image?", "No"),
+        ("PRES", "How many masses are there?", "2"),
+    ],
+)
+def test_a_denial_states_nothing(kind: str, question: str, answer: str) -> None:
+    facts = alignment.gather([row("a.jpg", kind, question, answer)])["a.jpg"]
+    assert facts.caption() == ""
+    assert facts.turns() == []
+
+
+def test_case_records_need_no_conversation() -> None:
+    facts = alignment.gather([{"image": "x.jpg", "view": "PA", "findings": "Clear lungs."}])["x.jpg"]
+    assert facts.caption() == "PA X-ray of the chest. Findings: Clear lungs."
+    assert [answer for _, answer in facts.turns()] == [facts.caption(), "chest", "X-ray", "PA"]
+
+
+def test_command_writes_rows_with_images_below_the_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.json").write_text(json.dumps([row("a.jpg", "PLANE", "Plane?", "axial", image_organ="ABD")]))
+    out = tmp_path / "align.json"
+    alignment.main([str(folder / "train.json"), "--root", str(tmp_path), "--out", str(out)])
+    rows = json.loads(out.read_text())
+    assert {row["image"] for row in rows} == {"set/images/a.jpg"}
+    assert [row["conversations"][1]["value"] for row in rows] == ["Axial of the abdomen.", "abdomen", "axial"]
+    assert "3 rows" in capsys.readouterr().out
+
+
+def test_a_file_outside_the_root_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text("[]")
+    with pytest.raises(DataError, match="lies outside"):
+        alignment.alignment_rows([tmp_path / "train.json"], tmp_path / "elsewhere")

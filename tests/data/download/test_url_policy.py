@@ -1,0 +1,144 @@
+"""Which addresses may be asked: what the user typed, and public ones; never what a server or a list points inwards."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava.data.download.client import Client, NetworkOptions
+from llava.data.download.transfer import RemoteFile
+from llava.data.download.url_policy import AddressPolicy, check_base, join, origin, shown, split_bases
+from llava.errors import ConfigError, DownloadError
+from llava.utils.retry import retry_after
+from tests.support.file_server import Fault, serve
+
+PRIVATE = [
+    "http://127.0.0.1/", "http://10.1.2.3/", "http://192.168.0.1:8080/", "http://172.16.0.1/", "http://169.254.169.254/",
+    "http://0.0.0.0/", "http://[::1]/", "http://[fe80::1]/", "http://[fd00::1]/", "http://[::ffff:127.0.0.1]/",
+    "http://[2002:7f00:1::]/", "http://224.0.0.1/", "http://100.64.0.1/", "http://255.255.255.255/",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+def test_private_addresses_are_refused_unless_the_user_gave_them(address: str) -> None:
+    policy = AddressPolicy(["https://mirror.example.org/base"], proxies=False)
+    with pytest.raises(DownloadError) as caught:
+        policy.check(address)
+    assert caught.value.reason == "unsafe_address"
+    AddressPolicy([address], proxies=False).check(address + "some/file")
+
+
+def test_the_port_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = AddressPolicy(["http://127.0.0.1:8000"], proxies=False)
+    policy.check("http://127.0.0.1:8000/x")
+    with pytest.raises(DownloadError):
+        policy.check("http://127.0.0.1:6379/x")
+
+
+def resolving(monkeypatch: pytest.MonkeyPatch, *numbers: str) -> None:
+    """Let every name lead to these numbers."""
+    found: list[Any] = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (number, 80)) for number in numbers]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+
+
+def test_names_are_judged_by_all_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = AddressPolicy(proxies=False)
+    resolving(monkeypatch, "8.8.8.8")
+    policy.check("https://example.org/x")
+    resolving(monkeypatch, "8.8.8.8", "10.0.0.1")
+    with pytest.raises(DownloadError, match=r"10\.0\.0\.1"):
+        policy.check("https://example.org/x")
+    AddressPolicy(proxies=True).check("https://example.org/x")
+    with pytest.raises(DownloadError):
+        AddressPolicy(proxies=True).check("https://10.0.0.1/x")
+
+
+def test_who_answers_is_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is public when it is looked up and private when it is called."""
+    with serve() as server, Client(NetworkOptions(per_second=0)) as client:
+        server.files["/a"] = b"secret"
+        monkeypatch.setattr(AddressPolicy, "_numbers", lambda *args: ["8.8.8.8"])
+        with pytest.raises(DownloadError) as caught:
+            list(RemoteFile(client, f"{server.address}/a"))
+        assert caught.value.reason == "unsafe_address"
+
+
+def test_no_step_down_from_https(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolving(monkeypatch, "8.8.8.8")
+    policy = AddressPolicy(proxies=False)
+    policy.check("https://example.org/x", before="http://example.org/x")
+    with pytest.raises(DownloadError, match="from https to http"):
+        policy.check("http://example.org/x", before="https://example.org/x")
+
+
+def test_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise socket.gaierror("unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(DownloadError) as caught:
+        AddressPolicy(proxies=False).check("https://no.such.host/")
+    assert caught.value.reason == "unreachable"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["file:///etc/passwd", "ftp://host/x", "http:///x", "http://a:99999/", "http://[::1/", "data:,x", "/etc/passwd",
+     "http://base\\@10.0.0.1/", "http://a b/", "http://a\n/", "http://ex\u00e4mple.org/"],
+)  # fmt: skip
+def test_what_is_no_web_address(address: str) -> None:
+    with pytest.raises(DownloadError) as caught:
+        origin(address)
+    assert caught.value.reason == "unsafe_address"
+
+
+@given(st.text(max_size=60), st.sampled_from(["", "http://", "https://", "http://[", "file:", "//"]))
+def test_any_text_is_an_address_or_a_named_error(text: str, scheme: str) -> None:
+    try:
+        host, port = origin(scheme + text)
+        assert host and 0 <= port < 65536
+    except DownloadError as error:
+        assert error.reason == "unsafe_address"
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.text(max_size=30))
+def test_a_server_may_redirect_to_anything(text: str) -> None:
+    location = text.encode("utf-8", "replace").decode("latin-1").replace("\r", "").replace("\n", "")
+    with serve() as server:
+        options = NetworkOptions(per_second=0, max_attempts=1, stall_seconds=1, connect_seconds=1)
+        server.faults["/a"] = [Fault(status=302, headers=(("Location", location),))]
+        with Client(options, bases=[server.address]) as client, pytest.raises(DownloadError):
+            list(RemoteFile(client, f"{server.address}/a"))
+
+
+def test_passwords_stay_out_of_messages() -> None:
+    assert shown("https://user:secret@host/file?token=secret") == "https://host/file"
+
+
+def test_bases() -> None:
+    assert split_bases(" http://a, /b\nfile:///c ") == ["http://a", "/b", "file:///c"]
+    assert join("http://a/", "x/y z.gz") == "http://a/x/y%20z.gz"
+    assert join("/b", "x/y z.gz") == "/b/x/y z.gz"
+    assert join("file:///b%20c/", "y z") == "file:///b%20c/y%20z"
+    for base in ("ftp://host", "http://", "s3://bucket", "/no/such/folder"):
+        with pytest.raises(ConfigError):
+            check_base(base)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high"),
+    [("0", 0, 0), ("7", 7, 7), ("-3", 0, 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+     ("Wed, 21 Oct 2099 07:28:00 GMT", 1e9, 1e10)],
+)  # fmt: skip
+def test_retry_after(value: str, low: float, high: float) -> None:
+    assert low <= (retry_after(value) or 0.0) <= high
+
+
+@pytest.mark.parametrize("value", [None, "", "soon", "nan", "inf", "1e999", "Wed, 99 Foo 2015"])
+def test_retry_after_that_says_nothing(value: str | None) -> None:
+    assert retry_after(value) is None

@@ -1,0 +1,69 @@
+"""A model that looks and one that does not; the majority."""
+
+from __future__ import annotations
+
+import pytest
+
+from llava.errors import DataError
+from llava.eval.medvqa.controls import by_type, majority, majority_items, verdicts
+from llava.eval.medvqa.items import Item
+from llava.eval.medvqa.report import full_report
+from llava.samples import from_row
+from tests.support.eval_fakes import row
+
+
+def make_items(looks: bool) -> tuple[list[Item], list[Item]]:
+    """Sixty questions on thirty images; half the references are no, which the blank run always says."""
+    items, blank = [], []
+    for index in range(60):
+        reference = "yes" if index % 2 else "no"
+        types = ("PRES",) if index % 4 < 2 else ("POS", "ABN")
+        said = reference if looks else "no"
+        items.append(Item(str(index), "?", reference, said, True, types, f"{index // 2}.png"))
+        blank.append(Item(str(index), "?", reference, "no", True, types, f"{index // 2}.png"))
+    return items, blank
+
+
+@pytest.mark.parametrize(("looks", "value", "picture"), [(True, 100.0, 50.0), (False, 50.0, 0.0)])
+def test_from_the_picture(looks: bool, value: float, picture: float) -> None:
+    items, blank = make_items(looks)
+    report = full_report(items, blank=blank, num_resamples=200)
+    row_ = report["scores"]["strict"]["closed accuracy"]
+    assert row_["answered"]["value"] == value
+    assert row_["blank"]["value"] == 50.0
+    assert row_["from_picture"]["value"] == picture
+    assert (row_["from_picture"]["low"] > 0) is looks
+    (sentence,) = verdicts(report["scores"]["strict"])
+    assert ("NOT above a grey image" in sentence) is not looks
+    types = {entry["type"]: entry for entry in report["by_type"]}
+    assert set(types) == {"PRES", "POS", "ABN"}
+    assert types["ABN"]["from_picture"]["value"] == picture
+    assert types["PRES"]["answered"]["num_items"] == 30
+
+
+def test_other_questions_are_refused() -> None:
+    items, blank = make_items(True)
+    with pytest.raises(DataError, match="other questions"):
+        by_type(items, blank[::-1], num_resamples=10, seed=0)
+    with pytest.raises(DataError, match="other questions"):
+        full_report(items, blank=blank[1:])
+
+
+def test_majority() -> None:
+    rows = [
+        row(1, "a", "?", "No."),
+        row(2, "a", "?", "no"),
+        row(3, "a", "?", "yes"),
+        row(4, "a", "?", "The lung", kind="OPEN"),
+    ]
+    answers = majority(map(from_row, rows), source="training answers")
+    assert (answers.closed, answers.open, answers.source) == ("no", "lung", "training answers")
+    items, _ = make_items(True)
+    assert {item.prediction for item in majority_items(items, answers)} == {"no"}
+    report = full_report(items, baseline=answers, num_resamples=5)
+    strict = report["scores"]["strict"]
+    assert strict["closed accuracy"]["majority"] == 50.0
+    assert strict["closed accuracy"]["above_majority"]["value"] == 50.0
+    (sentence,) = verdicts(strict)
+    assert sentence.startswith("closed accuracy is above the majority answer: +50.00 points [")
+    assert majority([], source="x").closed is None

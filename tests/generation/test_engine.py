@@ -1,0 +1,368 @@
+"""The engine against transformers' own generate, against one prompt at a time, and against plain forward passes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava.errors import ConfigError, DataError, GenerationError
+from llava.generation.engine import LocalEngine
+from llava.generation.protocol import Completion, Prompt, Sampling
+from llava.model.builder import Loaded, build
+from llava.samples import Conversation, Turn
+from tests.support.generation_tools import (
+    ask,
+    assert_same_answers,
+    assert_tie,
+    engine_of,
+    logits_without_cache,
+    mixed_prompts,
+    one,
+    reference_ids,
+)
+from tests.support.tiny import tiny_image, tiny_llava, write_tiny_lm, write_tiny_tower
+
+GREEDY = Sampling(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2"])
+def loaded(request: pytest.FixtureRequest) -> Loaded:
+    return tiny_llava(lm=request.param, seed=3)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Loaded:
+    return tiny_llava(seed=3)
+
+
+def windowed(path: Path, lm: str, **options: object) -> Loaded:
+    """A tiny model whose layers look back eight tokens."""
+    write_tiny_lm(path / "lm", lm, sliding_window=8, seed=5, **options)
+    write_tiny_tower(path / "tower")
+    loaded = build(str(path / "lm"), str(path / "tower"))
+    loaded.model.eval()
+    return loaded
+
+
+@pytest.fixture(scope="module", params=["all layers", "some layers"])
+def sliding(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    path = tmp_path_factory.mktemp("sliding")
+    if request.param == "all layers":
+        return windowed(path, "mistral")
+    return windowed(path, "qwen2", use_sliding_window=True, max_window_layers=1)
+
+
+def assert_like_transformers(loaded: Loaded, engine: LocalEngine) -> None:
+    prompts = mixed_prompts()
+    answers = engine.generate(prompts, GREEDY)
+    for prompt, [answer] in zip(prompts, answers, strict=True):
+        wanted = reference_ids(loaded, engine, prompt, GREEDY.max_new_tokens)
+        if list(answer.token_ids) != wanted:
+            assert_tie(engine, prompt, answer.token_ids, wanted, GREEDY)
+
+
+def first_of(answers: list[list[Completion]]) -> list[Completion]:
+    """The only answer to each prompt."""
+    return [answer for [answer] in answers]
+
+
+def test_a_batch_gives_the_tokens_of_transformers_generate(loaded: Loaded) -> None:
+    assert_like_transformers(loaded, engine_of(loaded, max_slots=4))
+
+
+def test_sliding_windows_count_positions_not_places(sliding: Loaded) -> None:
+    assert_like_transformers(sliding, LocalEngine(sliding.model, sliding.processor, max_slots=4))
+
+
+def test_the_layout_without_sharing_gives_the_same(llama: Loaded) -> None:
+    tree, flat = engine_of(llama), engine_of(llama, layout="flat")
+    found, wanted = (first_of(engine.generate(mixed_prompts(), GREEDY)) for engine in (tree, flat))
+    assert_same_answers(tree, mixed_prompts(), found, wanted, GREEDY)
+
+
+def test_a_batch_answers_as_one_prompt_alone_does(loaded: Loaded) -> None:
+    engine = engine_of(loaded, max_slots=3)
+    prompts = mixed_prompts()
+    alone = [one(engine, prompt, GREEDY) for prompt in prompts]
+    assert_same_answers(engine, prompts, first_of(engine.generate(prompts, GREEDY)), alone, GREEDY)
+
+
+def test_answers_that_part_where_nothing_is_tied_are_unequal(llama: Loaded) -> None:
+    engine, prompt = engine_of(llama), ask("When?", 0)
+    for sampling in (GREEDY, Sampling(max_new_tokens=24, temperature=1.0, seed=17)):
+        answer = one(engine, prompt, sampling)
+        other = (answer.token_ids[0] + 5) % 256
+        with pytest.raises(AssertionError, match="no tie"):
+            assert_tie(engine, prompt, [other, *answer.token_ids[1:]], answer.token_ids, sampling)
+        with pytest.raises(AssertionError, match="goes on"):
+            assert_tie(engine, prompt, answer.token_ids[:-1], answer.token_ids, sampling)
+
+
+def test_order_and_number_of_slots_do_not_matter(llama: Loaded) -> None:
+    prompts = mixed_prompts()
+    # Answers of many lengths, so that slots are left and entered all the time.
+    sampling = Sampling(max_new_tokens=40, temperature=1.0, seed=11, stop=("a", "e", "1"))
+    expected = first_of(engine_of(llama, max_slots=16).generate(prompts, sampling))
+    assert len({len(answer.token_ids) for answer in expected}) > 3
+    for max_slots, max_prefill_tokens in ((1, 4096), (2, 1), (3, 60), (5, 4096)):
+        order = random.Random(max_slots).sample(range(len(prompts)), len(prompts))
+        engine = engine_of(llama, max_slots=max_slots, max_prefill_tokens=max_prefill_tokens)
+        ordered = [prompts[index] for index in order]
+        answers = first_of(engine.generate(ordered, sampling))
+        assert_same_answers(engine, ordered, answers, [expected[index] for index in order], sampling)
+
+
+def test_the_image_of_many_questions_is_encoded_once(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = llama.model.model.get_image_features
+
+    def counting(pixel_values: torch.Tensor, **options: object) -> object:
+        seen.append(len(pixel_values))
+        return original(pixel_values, **options)
+
+    monkeypatch.setattr(llama.model.model, "get_image_features", counting)
+    prompts = [ask(f"Question {number}?", number % 2) for number in range(8)]
+    engine_of(llama, max_slots=2).generate(prompts, Sampling(max_new_tokens=3))
+    assert sum(seen) == 2
+
+
+def test_a_seed_repeats_and_another_differs(llama: Loaded) -> None:
+    engine = engine_of(llama)
+    drawn = {
+        seed: one(engine, ask("Draw.", 1), Sampling(max_new_tokens=12, temperature=1.0, seed=seed)) for seed in (1, 2)
+    }
+    sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=1)
+    again = engine.generate([*mixed_prompts(), ask("Draw.", 1)], sampling)
+    assert_same_answers(engine, [ask("Draw.", 1)], again[-1], [drawn[1]], sampling)
+    assert drawn[1] != drawn[2]
+
+
+def test_without_a_seed_answers_differ(llama: Loaded) -> None:
+    engine = engine_of(llama)
+    sampling = Sampling(max_new_tokens=16, temperature=1.0)
+    assert one(engine, ask("Draw."), sampling) != one(engine, ask("Draw."), sampling)
+
+
+def test_samples_share_the_prompt_and_differ(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(llama, max_slots=3)
+    lengths: list[int] = []
+    prefill = engine.scheduler.runner.prefill
+    monkeypatch.setattr(engine.scheduler.runner, "prefill", lambda s, i: lengths.append(len(s)) or prefill(s, i))
+    [answers] = engine.generate([ask("Draw.", 0)], Sampling(max_new_tokens=12, temperature=1.0, seed=1, n=5))
+    assert lengths == [5] and len(set(answers)) == 5
+    sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=1)
+    alone = one(engine, ask("Draw.", 0), sampling)
+    assert_same_answers(engine, [ask("Draw.", 0)], answers[:1], [alone], sampling)
+    [same] = engine.generate([ask("Draw.", 0)], Sampling(max_new_tokens=5, n=3))
+    assert len(same) == 3 and len(set(same)) == 1
+
+
+def test_logprobs_are_those_of_a_forward_pass(loaded: Loaded) -> None:
+    engine = engine_of(loaded)
+    prompts = mixed_prompts()
+    for sampling in (Sampling(max_new_tokens=10, logprobs=True), Sampling(10, 0.7, seed=4, top_k=20, logprobs=True)):
+        for prompt, [answer] in zip(prompts, engine.generate(prompts, sampling), strict=True):
+            logits = logits_without_cache(engine, prompt, list(answer.token_ids))
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+            assert answer.logprobs is not None
+            assert torch.allclose(torch.tensor(answer.logprobs), expected, atol=1e-4)
+    assert one(engine, prompts[0], GREEDY).logprobs is None
+
+
+def test_broken_prompts_fail_alone_and_say_why(llama: Loaded, tmp_path: Path) -> None:
+    engine = engine_of(llama, max_tokens=250)
+    good = ask("Fine?", 1)
+    text = good.conversation
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(b"no picture")
+    prompts = [
+        Prompt(text, (str(tmp_path / "absent.png"),)),
+        good,
+        Prompt(text, (torn,)),
+        Prompt(text, (b"\x89PNG nothing",)),
+        Prompt(text),
+        ask("long " * 60),
+        Prompt(Conversation((Turn("human", "a"), Turn("gpt", "b")))),
+        good,
+    ]
+    answers = [completion for [completion] in engine.generate(prompts, Sampling(max_new_tokens=4))]
+    errors = [answer.error for answer in answers]
+    for index, words in {
+        0: "absent.png",
+        2: "decoded",
+        3: "decoded",
+        4: "place holders",
+        5: "tokens long",
+        6: "question",
+    }.items():
+        assert answers[index].finish == "error" and answers[index].text == "" and words in str(errors[index])
+    assert answers[1] == answers[7] == one(engine, good, Sampling(max_new_tokens=4))
+    with pytest.raises(GenerationError, match="absent"):
+        list(engine.stream(prompts[0], GREEDY))
+
+
+def test_a_picture_is_the_same_from_path_bytes_and_memory(llama: Loaded, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    tiny_image(4).save(path)
+    text = Conversation((Turn("human", "<image>\nSame?"),))
+    refs = [path, str(path), path.read_bytes(), tiny_image(4)]
+    engine = engine_of(llama)
+    prompts = [Prompt(text, (ref,)) for ref in refs]
+    answers = first_of(engine.generate(prompts, GREEDY))
+    assert_same_answers(engine, prompts, answers, answers[:1] * len(refs), GREEDY)
+    assert answers[:1] != engine_of(llama).generate([Prompt(text, (tiny_image(5),))], GREEDY)[0]
+
+
+def test_the_context_ends_an_answer(llama: Loaded) -> None:
+    engine = engine_of(llama)
+    length = len(engine.reader.read(ask("Short?")).encoded.input_ids)
+    answer = one(engine_of(llama, max_tokens=length + 5), ask("Short?"), Sampling(max_new_tokens=50))
+    assert answer.finish == "length" and len(answer.token_ids) == 5
+
+
+def test_end_token_stops(llama: Loaded) -> None:
+    engine = engine_of(llama)
+    free = one(engine, ask("When?", 0), GREEDY)
+    end = free.token_ids[4]
+    llama.processor.tokenizer.eos_token_id, old = end, llama.processor.tokenizer.eos_token_id
+    try:
+        stopped = one(engine, ask("When?", 0), GREEDY)
+    finally:
+        llama.processor.tokenizer.eos_token_id = old
+    assert stopped.finish == "stop"
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
+
+
+def test_stop_strings_across_token_borders(llama: Loaded) -> None:
+    engine = engine_of(llama)
+    free = one(engine, ask("Write!", 2), Sampling(max_new_tokens=40, temperature=1.0, seed=5))
+    raw = llama.processor.decode(free.token_ids)
+    start = next(i for i in range(8, len(raw) - 3) if raw[i : i + 3].isascii() and raw[i : i + 3].isprintable())
+    stop = raw[start : start + 3]
+    cut = one(engine, ask("Write!", 2), Sampling(max_new_tokens=40, temperature=1.0, seed=5, stop=("never", stop)))
+    assert cut.finish == "stop" and stop not in cut.text
+    assert cut.text == raw[: raw.index(stop, 1)].strip().rstrip("\ufffd").rstrip()
+    assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
+    assert stop in llama.processor.decode(cut.token_ids) and stop not in llama.processor.decode(cut.token_ids[:-1])
+
+
+def test_a_stream_grows_to_the_answer(llama: Loaded) -> None:
+    engine = engine_of(llama)
+    for seed in range(6):
+        sampling = Sampling(max_new_tokens=40, temperature=1.0, seed=seed, stop=("ab", "1"))
+        texts = list(engine.stream(ask("Go on.", 1), sampling))
+        assert all(after.startswith(before) and after != before for before, after in pairwise(texts))
+        assert texts[-1] == one(engine, ask("Go on.", 1), sampling).text
+        assert not any(text.endswith("\ufffd") for text in texts)
+    assert len(texts) > 3
+
+
+def test_streams_and_batches_may_interleave(llama: Loaded) -> None:
+    engine = engine_of(llama, max_slots=2)
+    # With this seed no number is closer than 1e-4 to the border between two tokens: streams are compared as text.
+    sampling = Sampling(max_new_tokens=24, temperature=1.0, seed=17)
+    first: Iterator[str] = engine.stream(ask("First.", 0), sampling)
+    second = engine.stream(ask("Second.", 1), sampling)
+    heads = [next(first), next(second)]
+    batch = engine.generate([ask("Third.", 0), ask("Fourth.")], sampling)
+    ends = [[heads[0], *first][-1], [heads[1], *second][-1]]
+    alone = [
+        one(engine, prompt, sampling)
+        for prompt in (ask("First.", 0), ask("Second.", 1), ask("Third.", 0), ask("Fourth."))
+    ]
+    assert ends == [answer.text for answer in alone[:2]]
+    assert_same_answers(engine, [ask("Third.", 0), ask("Fourth.")], first_of(batch), alone[2:], sampling)
+
+
+def test_closing_a_stream_frees_its_slot(llama: Loaded) -> None:
+    engine = engine_of(llama, max_slots=1)
+    stream = engine.stream(ask("Long.", 0), Sampling(max_new_tokens=1000, temperature=1.0, seed=3))
+    next(stream)
+    assert len(engine.scheduler.running) == 1
+    stream.close()
+    assert not engine.scheduler.running and not engine.scheduler.waiting
+    assert one(engine, ask("Next?"), GREEDY).finish == "length"
+
+
+def test_a_failed_batch_leaves_nothing_behind(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(llama, max_slots=2)
+    decode = engine.scheduler.runner.decode
+
+    def broken(token_ids: list[int]) -> torch.Tensor:
+        raise RuntimeError("kernel failure")
+
+    monkeypatch.setattr(engine.scheduler.runner, "decode", broken)
+    with pytest.raises(RuntimeError, match="kernel failure"):
+        engine.generate(mixed_prompts(), GREEDY)
+    monkeypatch.setattr(engine.scheduler.runner, "decode", decode)
+    assert one(engine, ask("Well?", 0), GREEDY) == one(engine_of(llama), ask("Well?", 0), GREEDY)
+    assert not engine.scheduler.waiting and not engine.scheduler.ready and not engine.scheduler.running
+
+
+def test_scores_are_those_of_a_forward_pass(loaded: Loaded) -> None:
+    turns = (Turn("human", "<image>\nOne?"), Turn("gpt", "yes"), Turn("human", "Two?"), Turn("gpt", "no, none"))
+    prompts = [
+        Prompt(Conversation(turns), (tiny_image(0),)),
+        Prompt(Conversation((Turn("human", "Text?"), Turn("gpt", "")))),
+        Prompt(Conversation(turns[:2]), (tiny_image(0),)),
+        Prompt(Conversation(turns[:2]), (tiny_image(1),)),
+    ]
+    for options in ({}, {"layout": "padded"}, {"max_prefill_tokens": 1}):
+        engine = engine_of(loaded, **options)
+        scores = engine.score(prompts)
+        for prompt, score in zip(prompts, scores, strict=True):
+            reading = engine.reader.read_answered(prompt)
+            pixels = (
+                {"pixel_values": torch.stack([engine.reader.pixels(p) for p in reading.pictures])}
+                if reading.pictures
+                else {}
+            )
+            with torch.no_grad():
+                logits = loaded.model(
+                    input_ids=torch.tensor([reading.encoded.input_ids]), use_cache=False, **pixels
+                ).logits[0]
+            labels = torch.tensor(reading.encoded.labels[1:])
+            each = logits[:-1].log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+            each = each * (labels >= 0)
+            assert score.logprob == pytest.approx(each.sum().item(), abs=1e-3)
+            assert score.num_tokens == (labels >= 0).sum()
+            for turn, logprob in score.turns.items():
+                chosen = torch.tensor(reading.encoded.turns[1:]) == turn
+                assert logprob == pytest.approx((each * chosen).sum().item(), abs=1e-3)
+        assert list(scores[0].turns) == [1, 3]
+    with pytest.raises(DataError, match="conversation 1"):
+        engine.score([prompts[0], Prompt(prompts[0].conversation)])
+
+
+def test_the_model_keeps_its_mode_and_its_dropout_is_off(llama: Loaded) -> None:
+    engine = engine_of(llama)
+    expected = one(engine, ask("Mode?", 0), GREEDY)
+    llama.model.train()
+    llama.model.model.vision_tower.eval()
+    before = [module.training for module in llama.model.modules()]
+    try:
+        assert one(engine, ask("Mode?", 0), GREEDY) == expected
+        stream = engine.stream(ask("Mode?", 0), GREEDY)
+        next(stream)
+        assert [module.training for module in llama.model.modules()] == before
+        assert torch.is_grad_enabled()
+        stream.close()
+        assert [module.training for module in llama.model.modules()] == before
+    finally:
+        llama.model.eval()
+
+
+def test_what_is_not_possible_is_refused(llama: Loaded) -> None:
+    engine = engine_of(llama)
+    with pytest.raises(ConfigError, match="num_beams"):
+        engine.stream(ask("Beams?"), Sampling(num_beams=4))
+    with pytest.raises(ConfigError, match="n=2"):
+        engine.stream(ask("Two?"), Sampling(n=2))
+    with pytest.raises(ConfigError, match="max_slots"):
+        engine_of(llama, max_slots=0)
+    assert engine.generate([], GREEDY) == [] and engine.score([]) == []

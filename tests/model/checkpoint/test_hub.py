@@ -1,0 +1,71 @@
+"""Checkpoints by hub name, out of the hub client's cache."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi, constants
+
+from llava.errors import CheckpointError
+from llava.model.checkpoint.hub import DOUBLED_FILES, _not_needed, is_hub_name
+from llava.model.checkpoint.load import load
+from tests.support.legacy_folders import write_legacy
+from tests.support.runs import arguments, train, write_parts
+
+REVISION = "0" * 40
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A legacy checkpoint that the cache holds as `clinic/model`; there is no network."""
+    folder = write_legacy(tmp_path)
+    entry = tmp_path / "cache" / "models--clinic--model"
+    (entry / "refs").mkdir(parents=True)
+    (entry / "refs" / "main").write_text(REVISION)
+    shutil.copytree(folder, entry / "snapshots" / REVISION)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return folder
+
+
+def test_a_name_loads_as_its_folder_does(cached: Path) -> None:
+    by_name, by_path = load("clinic/model").model.state_dict(), load(cached).model.state_dict()
+    assert by_name.keys() == by_path.keys()
+    assert all(torch.equal(tensor, by_name[name]) for name, tensor in by_path.items())
+
+
+def test_training_goes_on_from_a_name(cached: Path, tmp_path: Path) -> None:
+    parts = write_parts(tmp_path / "parts")
+    train(arguments(parts, tmp_path / "run", model_name_or_path="clinic/model", vision_tower=None, max_steps=1))
+    assert load(tmp_path / "run").model.config.projector_type == "mlp2x_gelu"
+
+
+def test_what_is_not_there_ends_in_one_line(cached: Path) -> None:
+    with pytest.raises(CheckpointError, match="clinic/other is no folder, and cannot be fetched") as caught:
+        load("clinic/other")
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_are_no_names(tmp_path: Path) -> None:
+    assert is_hub_name("clinic/model") and is_hub_name("model")
+    assert not is_hub_name(tmp_path) and not is_hub_name("/runs/first") and not is_hub_name("./runs/first/x")
+
+
+@pytest.mark.parametrize(
+    ("files", "skipped"),
+    [
+        (["model.safetensors", "pytorch_model.bin"], DOUBLED_FILES),
+        (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], DOUBLED_FILES),
+        (["pytorch_model.bin", "mm_projector.safetensors"], ()),
+        (["pytorch_model.bin", "tower/model.safetensors"], ()),
+        (["pytorch_model.bin", "model-00001-of-00002.safetensors"], ()),
+    ],
+)
+def test_bin_weights_are_left_out_only_beside_the_same_weights(
+    files: list[str], skipped: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, name: files)
+    assert _not_needed("clinic/model") == skipped

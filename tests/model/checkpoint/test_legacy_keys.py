@@ -1,0 +1,62 @@
+"""Values of config.json that are of another kind than their keys: one line that names the key, before anything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava.errors import CheckpointError
+from llava.model.checkpoint.legacy_keys import check_values, unknown_keys
+from llava.model.checkpoint.load import load
+from llava.model.checkpoint.tools.inspection import inspect
+from tests.support.legacy_folders import write_legacy
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("num_hidden_layers", value) for value in ("2", None, -1, 10**9, True)),
+        *(("hidden_size", value) for value in ("x", 0, 1.5)),
+        *(("num_attention_heads", 0), ("num_key_value_heads", "x"), ("vocab_size", [1])),
+        *(("mm_vision_tower", 5), ("mm_projector_type", ["linear"]), ("model_type", 5)),
+        *(("mm_vision_select_layer", value) for value in (None, "-2", [-2, -1])),
+        *(("mm_use_im_start_end", value) for value in ("false", 0, "")),
+    ],
+)
+def test_refused(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=rf"{key} is .*; expected") as caught:
+        check_values({key: value}, Path("config.json"))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_published_files_hold_is_taken() -> None:
+    values = {
+        "mm_vision_select_layer": -2,
+        "mm_projector_type": None,
+        "mm_use_im_start_end": False,
+        "vocab_size": 32000,
+    }
+    check_values({**values, "num_key_value_heads": None, "max_sequence_length": None}, Path("config.json"))
+
+
+@pytest.mark.parametrize("read", [load, inspect])
+def test_nothing_that_opens_a_checkpoint_goes_on(tmp_path: Path, read: Any) -> None:
+    folder = write_legacy(tmp_path, mm_use_im_start_end="false")
+    with pytest.raises(CheckpointError, match=r"config\.json: mm_use_im_start_end is 'false'; expected true or false"):
+        read(folder)
+
+
+@pytest.mark.parametrize("architectures", [5, None, "LlavaLlamaForCausalLM"])
+def test_architectures_of_another_kind_say_nothing(tmp_path: Path, architectures: Any) -> None:
+    layout = inspect(write_legacy(tmp_path, architectures=architectures)).layout
+    assert (layout.kind, layout.text_type) == ("legacy", "llama")
+
+
+def test_keys_of_published_files_are_known() -> None:
+    llava_15 = ("tune_mm_vision_resampler", "freeze_mm_vision_resampler", "mm_resampler_type", "max_length")
+    llava_16 = ("image_crop_resolution", "image_split_resolution", "image_grid_pinpoints", "mm_patch_merge_type")
+    llava_med_10 = ("sep_image_conv_front", "mm_use_im_start_end", "max_sequence_length")
+    known = dict.fromkeys((*llava_15, *llava_16, *llava_med_10))
+    assert unknown_keys({**known, "a_key_of_tomorrow": 1}) == ["a_key_of_tomorrow"]

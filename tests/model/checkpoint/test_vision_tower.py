@@ -1,0 +1,58 @@
+"""Where a tower is looked for: given, inside, named (from here, then beside the checkpoint), or known by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava.errors import CheckpointError
+from llava.model.checkpoint.formats import sniff
+from llava.model.checkpoint.load import load
+from llava.model.checkpoint.vision_tower import PUBLISHED_TOWERS, find_tower
+from llava.model.multimodal_encoder.towers import input_size
+from tests.support.legacy_folders import write_legacy
+from tests.support.model_tools import logits
+from tests.support.tiny import write_tiny_tower
+
+
+def test_a_published_tower_inside_needs_nothing_fetched(tmp_path: Path) -> None:
+    """Its settings and its preprocessing are known by the name that the checkpoint writes."""
+    layout = sniff(write_legacy(tmp_path, mm_vision_tower="openai/clip-vit-large-patch14-336"))
+    source = find_tower(layout)
+    config = source.config()
+    assert (config.hidden_size, config.image_size, config.hidden_act) == (1024, 336, "quick_gelu")
+    processor = source.image_processor(config, layout.folder)
+    assert input_size(processor) == 336
+    pixels = processor(images=[Image.new("RGB", (400, 300))], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 336, 336)
+    assert set(PUBLISHED_TOWERS) == {"openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14-336"}
+
+
+def test_a_tower_inside_is_used_and_not_the_one_it_names(tmp_path: Path) -> None:
+    folder = write_legacy(tmp_path)
+    expected = logits(load(folder))
+    other = write_tiny_tower(tmp_path / "other", seed=99)
+    assert logits(load(folder, vision_tower=str(other))).equal(expected)
+    (tmp_path / "b").mkdir()
+    beside = write_legacy(tmp_path / "b", tower_inside=False)
+    assert logits(load(beside)).equal(expected)
+    assert not logits(load(beside, vision_tower=str(other))).equal(expected)
+
+
+def test_relative_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_legacy(tmp_path, tower_inside=False, mm_vision_tower="tower")
+    with pytest.raises(CheckpointError, match="--vision_tower"):
+        load(folder)
+    monkeypatch.chdir(tmp_path)
+    expected = logits(load(folder))
+    monkeypatch.chdir("/")
+    (tmp_path / "tower").rename(folder / "tower")
+    assert logits(load(folder)).equal(expected)
+
+
+def test_no_tower_named(tmp_path: Path) -> None:
+    folder = write_legacy(tmp_path, tower_inside=False, mm_vision_tower=None)
+    with pytest.raises(CheckpointError, match="names no vision tower"):
+        load(folder)

@@ -1,0 +1,77 @@
+"""Stages run once, in order, and go on where they stopped; a folder holds one run."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from llava.errors import ConfigError, DataError
+from llava.quickstart import run, settings
+from llava.quickstart.settings import Settings
+from llava.quickstart.stages import STAGES, Context, Facts
+
+
+def stages(calls: list[str], fail: str = "") -> run.Stages:
+    def make(name: str) -> run.Stages:
+        def function(context: Context) -> Facts:
+            calls.append(name)
+            if name == fail:
+                raise RuntimeError("stopped")
+            return {"seen": sorted(context.facts)}
+
+        return {name: (f"title of {name}", function)}
+
+    return {**make("one"), **make("two"), **make("three")}
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    options = Settings(tmp_path / "run")
+    calls: list[str] = []
+    run.claim(options, restart=False)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run.run(options, stages=stages(calls, fail="two"), out=io.StringIO())
+    run.claim(options, restart=False)
+    out = io.StringIO()
+    context = run.run(options, stages=stages(calls), out=out)
+    assert calls == ["one", "two", "two", "three"]
+    assert context.facts["three"]["seen"] == ["one", "two"]
+    assert "[1/3] title of one: done before" in out.getvalue()
+    assert json.loads((tmp_path / "run/stages/two.json").read_text())["seconds"] >= 0
+
+
+def test_a_folder_holds_one_run(tmp_path: Path) -> None:
+    run.claim(Settings(tmp_path / "run"), restart=False)
+    with pytest.raises(ConfigError, match="other seed"):
+        run.claim(Settings(tmp_path / "run", seed=1), restart=False)
+    (tmp_path / "run" / "left").write_text("")
+    run.claim(Settings(tmp_path / "run", seed=1), restart=True)
+    assert not (tmp_path / "run" / "left").exists()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_folder_of_something_else_is_never_touched(tmp_path: Path, restart: bool) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="other files"):
+        run.claim(Settings(tmp_path), restart=restart)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    for name in ("train.json", "test.json"):
+        (tmp_path / name).write_text("[]")
+    words = ["--data", str(tmp_path), "--lm", "a", "--vision_tower", "b", "--seed", "3", "--out", "o"]
+    with pytest.raises(DataError, match="has no images"):
+        settings.parse(words)
+    (tmp_path / "images").mkdir()
+    parsed, restart = settings.parse([*words, "--restart"])
+    assert parsed == Settings(Path("o"), tmp_path, "a", "b", 3) and restart
+    assert settings.parse([])[0].size == settings.AUTO and settings.parse(["--num_train", "9"])[0].num_train == 9
+    with pytest.raises(ConfigError, match="at least 50"):
+        settings.parse(["--num_test", "10"])
+
+
+def test_every_stage_is_there() -> None:
+    assert list(STAGES) == ["parts", "data", "before", "align", "tune", "after", "page"]

@@ -1,0 +1,37 @@
+"""A batch with everything in it, answers of a model, and weights that moved as in a training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llava.model.builder import Loaded
+from tests.support.tiny import tiny_image
+
+
+def batch(loaded: Loaded) -> dict[str, Tensor]:
+    """Two rows with an image, words and, where in use, markers."""
+    image = [loaded.processor.image_token_id] * 4
+    start, end = loaded.model.config.marker_token_ids or (9, 9)
+    ids = torch.tensor([[1, start, *image, end, 20, 21], [1, 30, start, *image, end, 31]])
+    pixels = loaded.processor.pixels([tiny_image(0), tiny_image(1)])
+    return {"input_ids": ids, "pixel_values": pixels, "labels": ids.clone()}
+
+
+def logits(loaded: Loaded) -> Tensor:
+    inputs = {name: tensor for name, tensor in batch(loaded).items() if name != "labels"}
+    with torch.no_grad():
+        result: Tensor = loaded.model(**inputs).logits
+    return result
+
+
+def shake(parameters: dict[str, nn.Parameter], seed: int = 5) -> None:
+    """Move weights as a training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

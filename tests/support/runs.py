@@ -1,0 +1,137 @@
+"""Short training runs for tests: tiny parts on disk, argument lists, and jobs for `tests.support.ranks`."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.support.tiny import tiny_image, write_tiny_lm, write_tiny_tower, write_tiny_vqa
+
+Rows = list[dict[str, Any]]
+
+
+def write_parts(folder: Path, *, tie: bool = False) -> Path:
+    """Write `lm`, `tower` and `vqa` (12 rows over 3 images)."""
+    write_tiny_lm(folder / "lm", tie=tie)
+    write_tiny_tower(folder / "tower")
+    write_tiny_vqa(folder / "vqa")
+    return folder
+
+
+def write_uneven(folder: Path, num_rows: int = 9, seed: int = 0) -> Path:
+    """Write rows of 1 to 60 answer words, every third without an image; returns the data file."""
+    draw = random.Random(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows: Rows = []
+    for number in range(num_rows):
+        answer = " ".join(draw.choice("abcdefg") for _ in range(1 if number % 2 else draw.randrange(20, 60)))
+        has_image = number % 3 != 2
+        text = f"Question {number}?"
+        turns = [
+            {"from": "human", "value": f"<image>\n{text}" if has_image else text},
+            {"from": "gpt", "value": answer},
+        ]
+        row: dict[str, Any] = {"id": str(number), "conversations": turns}
+        if has_image:
+            tiny_image(number % 4).save(folder / "images" / f"{number % 4}.png")
+            row["image"] = f"{number % 4}.png"
+        rows.append(row)
+    path = folder / "uneven.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def arguments(parts: Path, output: Path, **changed: object) -> list[str]:
+    """The command line of a short run; an option with None is left out."""
+    values: dict[str, object] = {
+        "model_name_or_path": parts / "lm",
+        "vision_tower": parts / "tower",
+        "data_path": parts / "vqa" / "train.json",
+        "image_folder": parts / "vqa" / "images",
+        "output_dir": output,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "model_max_length": 2048,
+        "disable_tqdm": True,
+        "bf16": False,  # never by measurement: tests give the same numbers on every CPU
+        **changed,
+    }
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def metrics(output: Path) -> Rows:
+    """Lines of the metrics file."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path, name: str = "loss") -> list[float]:
+    """One number of every step that logged it."""
+    return [row[name] for row in metrics(output) if name in row]
+
+
+def steps(output: Path) -> list[int]:
+    """The step of every loss line."""
+    return [row["step"] for row in metrics(output) if "loss" in row]
+
+
+def train(argv: list[str]) -> None:
+    """Job: a training run."""
+    from llava.train.run import run_sft
+
+    run_sft(argv, image_grouping="off")
+
+
+def train_until_killed(argv: list[str], step: int) -> None:
+    """Job: a training run that SIGKILL ends right after the metrics line of a step."""
+    from llava.train.callbacks import MetricsCallback
+
+    written = MetricsCallback.on_log
+
+    def kill_after(self: Any, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        written(self, args, state, control, **keywords)
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    MetricsCallback.on_log = kill_after  # type: ignore[method-assign]
+    train(argv)
+
+
+def train_killed_while_saving(argv: list[str], step: int) -> None:
+    """Job: a training run that SIGKILL ends in the middle of writing `checkpoint-<step>`."""
+    from llava.train import saving
+
+    real: Callable[..., None] = saving.SAVERS["model"]
+
+    def half(model: Any, processor: Any, path: str, **keywords: Any) -> None:
+        real(model, processor, path, **keywords)
+        if path.endswith(f"checkpoint-{step}"):
+            weights = Path(path) / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:1000])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    saving.SAVERS["model"] = half
+    train(argv)
+
+
+def saved(output: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder's weight files."""
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(output.glob("*.safetensors")):
+        found |= load_file(file)
+    if (output / "non_lora_trainables.bin").is_file():
+        found |= torch.load(output / "non_lora_trainables.bin", weights_only=True)
+    assert found, f"{output} holds no weights"
+    return found
