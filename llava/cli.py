@@ -113,7 +113,7 @@ COMMANDS: dict[str, Command] = {
         "llava data split all.json --by patient --fractions train=0.8,val=0.1,test=0.1 --out data/split",
     ),
     "instruct generate": Command(
-        "llava.instruct.generate_program:main",
+        "llava.instruct.generate:main",
         "let a language model write dialogues about figures from their captions; continues where it stopped",
         "llava instruct generate --input_path captions.json --output_path gen.jsonl --use_inline_mentions --dry_run",
     ),
@@ -123,7 +123,7 @@ COMMANDS: dict[str, Command] = {
         "llava instruct postprocess --input_path gen.jsonl --output_path train.json",
     ),
     "data mix": Command(
-        "llava.data.mix:main",
+        "llava.data.mixture:main",
         "write the rows of a mixture as one data file, each with its source and licence",
         "llava data mix mixture.yaml --out rows.json",
     ),

@@ -21,8 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llava.errors import ConfigError
-from llava.openai_failures import FATAL, TRY_AGAIN, ApiError, ApiFailure, Reply
-from llava.openai_transport import Connection
+from llava.openai_transport import FATAL, TRY_AGAIN, ApiError, ApiFailure, Connection, Reply
 from llava.utils.lookup import lookup, require
 from llava.utils.retry import backoff
 

@@ -22,14 +22,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, PROCESSOR_FILE
 from llava.conversation import Template, get_template
-from llava.data.opened import Opened
 from llava.errors import CheckpointError, ConfigError
-from llava.image_processors import FILE_NAME as IMAGE_PROCESSOR_FILE
-from llava.image_processors import load_image_processor
 from llava.imaging.anyres import ANYRES, KEEP, VARIABLE_MODES, ImageGrid, Size, parse_pinpoints
-from llava.imaging.decode import MODES, decode, fit, mean_color, tiles, to_rgb
+from llava.imaging.decode import MODES, Opened, decode, fit, mean_color, tiles, to_rgb
 from llava.imaging.dicom.policy import DicomPolicy
-from llava.imaging.image_processor import PixelPath, fit_opened
+from llava.imaging.image_processor import FILE_NAME as IMAGE_PROCESSOR_FILE
+from llava.imaging.image_processor import PixelPath, fit_opened, load_image_processor
 from llava.imaging.jpeg import VERSION as JPEG_SCALE_VERSION
 from llava.imaging.jpeg import choose_scale
 from llava.tokenization import PrefixMark, TextTokenizer, word_id

@@ -9,9 +9,10 @@ The JSON layout is the one of the LLaVA family: `id`, `image` (one name or a lis
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError
 
 Role = Literal["human", "gpt"]
@@ -193,3 +194,26 @@ def _read_value(raw: Mapping[str, Any], where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError(f"{where}.value must be text or a number, got {describe(value)}")
     return str(value)
+
+
+def with_places(sample: Sample) -> Conversation:
+    """Return the sample's conversation with exactly one `<image>` per image.
+
+    A row that names images but marks no place gets them in front of its first question, as the LLaVA trainers do.
+
+    Raises:
+        DataError: the number of place holders differs from the number of images; names the row.
+    """
+    conversation, num_images = sample.conversation, len(sample.images)
+    num_places = sum(turn.text.count(IMAGE_TOKEN) for turn in conversation.turns)
+    if num_places == num_images:
+        return conversation
+    if num_places == 0:
+        first = conversation.turns[0]
+        text = f"{IMAGE_TOKEN}\n" * num_images + first.text
+        return replace(conversation, turns=(replace(first, text=text), *conversation.turns[1:]))
+    hint = "the row names no image" if num_images == 0 else f"it names {num_images} image(s)"
+    raise DataError(
+        f"{name_of(sample)}: the text has {num_places} place holder(s) {IMAGE_TOKEN} but {hint}; "
+        f"expected one per image, or none to have them put in front"
+    )

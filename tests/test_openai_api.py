@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from llava import openai_api
 from llava.errors import ConfigError
 from llava.openai_api import ApiError, ApiFailure, ApiSettings, ChatClient, Reply
-from llava.openai_failures import read_error, read_reply
+from llava.openai_transport import read_error, read_reply
 from llava.utils.retry import backoff, duration, retry_after
 from tests.support.fake_endpoint import KEY, MODEL, FakeEndpoint, Fault, Message, serve
 

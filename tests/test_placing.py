@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llava.data.placing import with_places
 from llava.errors import DataError
-from llava.samples import Conversation, Origin, Sample, Turn
+from llava.samples import Conversation, Origin, Sample, Turn, with_places
 
 
 def sample(*texts: str, images: tuple[str, ...] = ()) -> Sample:

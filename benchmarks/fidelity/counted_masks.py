@@ -13,9 +13,8 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llava.conversation import Segment
 from llava.data.dataset import SFTDataset
 from llava.data.encode import Encoded, place_images, tokenize_segments
-from llava.data.placing import with_places
 from llava.processing import LlavaMedProcessor
-from llava.samples import Conversation
+from llava.samples import Conversation, with_places
 
 NUM_LEFT_OPEN = 2
 """Tokens at the start of a question that stay trained: the mark that ends an answer."""

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.fidelity.folder import IMAGE_MARK, Differences, Line, Oracle, loaded_from, within
 from benchmarks.fidelity.recorded_weights import current_name
 from llava.constants import IGNORE_INDEX
-from llava.data.image_batch import batch_images
+from llava.data.flat_batch import batch_images
 from llava.model.builder import Loaded
 from llava.model.lora import freeze_for
 from llava.processing import LlavaMedProcessor

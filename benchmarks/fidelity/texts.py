@@ -20,10 +20,9 @@ from benchmarks.fidelity.published import counted_v0, is_shifted, is_v0
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llava.conversation import TEMPLATES, Segment
 from llava.data.encode import encode, tokenize_segments
-from llava.data.placing import with_places
 from llava.errors import DataError
 from llava.processing import LlavaMedProcessor
-from llava.samples import Conversation, Turn, from_row
+from llava.samples import Conversation, Turn, from_row, with_places
 
 PATCHES = ("<im_patch>", "<im_start>", "<im_end>")
 CHATML = ("<|im_start|>", "<|im_end|>")

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from llava.data.encode import Encoded
-from llava.data.flat_batch import FlatBatch, Layout, flatten, layout_rows
-from llava.data.image_batch import join
+from llava.data.flat_batch import FlatBatch, Layout, flatten, join, layout_rows
 from llava.data.samplers import StepSampler
 from llava.errors import ConfigError
 from llava.samples import Sample

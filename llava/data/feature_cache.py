@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.data.file_lock import hold
 from llava.errors import ConfigError, DataError
+from llava.utils.files import hold
 from llava.utils.jsonl import write_json
 from llava.utils.log import progress_bar
 

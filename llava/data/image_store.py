@@ -22,11 +22,11 @@ import PIL
 from torch import Tensor
 
 from llava.data.encode import Encoded
-from llava.data.file_lock import hold
 from llava.errors import DataError
 from llava.imaging import decode as images
 from llava.imaging.anyres import Size
 from llava.imaging.dicom.policy import DEFAULT, VERSION, DicomPolicy
+from llava.utils.files import hold
 from llava.utils.jsonl import write_atomic
 from llava.utils.log import progress
 

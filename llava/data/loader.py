@@ -18,9 +18,9 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from llava.data.collator import Collator, StepBatch
+from llava.data.dataset import StreamDataset
 from llava.data.encode import Encoded
 from llava.data.quarantine import NUM_SHOWN, BadRow, GrowingQuarantine
-from llava.data.stream_dataset import StreamDataset
 from llava.data.streaming import WINDOW, MixturePosition, MixtureStream, StreamedRow
 from llava.errors import ConfigError, DataError
 from llava.samples import Origin

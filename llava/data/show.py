@@ -23,14 +23,13 @@ from transformers import AutoTokenizer
 from llava.constants import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, PROCESSOR_FILE
 from llava.data.encode import kept_tokens, place_images, tokenize_segments
 from llava.data.mixture import is_mixture
-from llava.data.placing import with_places
 from llava.data.records import LOADERS, rows_of
 from llava.errors import CheckpointError, ConfigError, DataError
 from llava.imaging.anyres import Size
 from llava.imaging.decode import load
 from llava.imaging.dicom.policy import DicomPolicy
 from llava.processing import LlavaMedProcessor
-from llava.samples import Origin, Sample, name_of
+from llava.samples import Origin, Sample, name_of, with_places
 from llava.utils.cli import Parser
 from llava.utils.jsonl import write_atomic
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.data.shards import rows_in
-from llava.data.stream_row import StreamRow
+from llava.data.shards import StreamRow, rows_in
 from llava.errors import ConfigError, DataError
 
 WINDOW = 1000

@@ -5,20 +5,137 @@ samples --ImageIndex.verify--> files that decode --check_rows--> rows that can b
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+from llava import __version__
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
+from llava.data.encode import Encoded, encode
 from llava.data.image_store import ImageIndex
 from llava.data.quarantine import BadRow, Quarantine, bad_row, report
-from llava.data.row_check import RowCheck, check_rows
 from llava.errors import DataError
-from llava.samples import Sample
+from llava.imaging.decode import key_of_digest
+from llava.samples import Conversation, Sample, Turn, with_places
+from llava.utils.jsonl import write_json
+from llava.utils.log import progress
 
 if TYPE_CHECKING:
     from llava.processing import LlavaMedProcessor
+
+
+MIN_REMEMBERED = 2000
+"""Fewer rows than this are checked within seconds; their outcome is not kept."""
+
+PROBE_SIZES = ((512, 512), (640, 480))
+"""Of the pictures of a made-up conversation."""
+
+
+@dataclass(slots=True)
+class RowCheck:
+    """What tokenizing every row told; counts are over the rows that can be trained on.
+
+    Attributes:
+        bad: place of a row in the list to the reason why it cannot be trained on.
+        num_shortened: rows that truncation shortened.
+        num_cut_tokens: tokens it removed from them.
+        num_trained_tokens: tokens that are trained.
+    """
+
+    bad: dict[int, str] = field(default_factory=dict)
+    num_shortened: int = 0
+    num_cut_tokens: int = 0
+    num_trained_tokens: int = 0
+
+
+def check_rows(
+    samples: Sequence[Sample], processor: LlavaMedProcessor, index: ImageIndex, *, max_length: int | None
+) -> RowCheck:
+    """Return which rows cannot be trained on and why, or what an equal call found before.
+
+    Args:
+        samples: the rows.
+        processor: turns conversations into tokens.
+        index: image files, as `ImageIndex.verify` left it.
+        max_length: longest sequence in tokens; None for no limit.
+    """
+    path: Path | None = None
+    if index.path is not None and len(samples) >= MIN_REMEMBERED:
+        path = index.path.with_name(f"rows-{_fingerprint(samples, processor, index, max_length)[:32]}.json")
+        if (known := _remembered(path)) is not None:
+            return known
+    found = RowCheck()
+    for place, sample in enumerate(progress(samples, title="checking rows", unit="row")):
+        try:
+            encoded = _encode(sample, processor, index, max_length)
+        except DataError as error:
+            found.bad[place] = str(error)
+            continue
+        found.num_shortened += encoded.num_cut > 0
+        found.num_cut_tokens += encoded.num_cut
+        found.num_trained_tokens += _num_trained(encoded)
+    if path is not None:
+        _remember(path, found)
+    return found
+
+
+def _encode(sample: Sample, processor: LlavaMedProcessor, index: ImageIndex, max_length: int | None) -> Encoded:
+    """Return the tokens of a row that can be trained on.
+
+    Raises:
+        DataError: it cannot.
+    """
+    keys = [key_of_digest(index.digest(ref), processor.image_fingerprint) for ref in sample.images]
+    sizes = [index.dimensions(ref) for ref in sample.images] if processor.has_variable_images else None
+    encoded = encode(with_places(sample), processor, images=keys, sizes=sizes, max_length=max_length)
+    if not _num_trained(encoded):
+        cut = f" after {encoded.num_cut} tokens were cut to fit {max_length}" if encoded.num_cut else ""
+        raise DataError(f"no token is left to train{cut}; expected at least one answer")
+    return encoded
+
+
+def _num_trained(encoded: Encoded) -> int:
+    return len(encoded.labels) - encoded.labels.count(IGNORE_INDEX)
+
+
+def _fingerprint(
+    samples: Sequence[Sample], processor: LlavaMedProcessor, index: ImageIndex, max_length: int | None
+) -> str:
+    """Return a hash of the rows, the state of their images, and how the processor turns text into tokens."""
+    # What the settings of a processor do is seen on one conversation, so none of them has to be listed here.
+    turns = (Turn("human", f"{IMAGE_TOKEN} q "), Turn("gpt", "a"), Turn("human", f"q {IMAGE_TOKEN}"), Turn("gpt", " a"))
+    probe = encode(Conversation(turns), processor, images=("x", "y"), sizes=PROBE_SIZES, max_length=None)
+    backend = cast(Any, processor.tokenizer).backend_tokenizer.to_str()
+    images = [processor.image_fingerprint, asdict(processor.image_grid), processor.image_counts_as_one]
+    settings = [__version__, images, max_length, asdict(probe)]
+    digest = hashlib.sha256(json.dumps(settings).encode() + backend.encode())
+    for sample in samples:
+        state = [index.digest_or_error(ref) for ref in sample.images]
+        digest.update(repr((sample.id, sample.origin, sample.conversation, state)).encode())
+    return digest.hexdigest()
+
+
+def _remembered(path: Path) -> RowCheck | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return RowCheck(**{**content, "bad": {int(place): reason for place, reason in content["bad"].items()}})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s cannot be read (%s); rows are checked again", path, error)
+        return None
+
+
+def _remember(path: Path, found: RowCheck) -> None:
+    try:
+        write_json(path, asdict(found))
+    except OSError as error:
+        logger.warning("%s cannot be written (%s); rows are checked again next time", path, error)
+
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,9 @@ from llava.eval.inference import AnswerRun, Options
 from llava.eval.intervals import Draws
 from llava.eval.medvqa.controls import majority, verdicts
 from llava.eval.medvqa.items import Item, check_reference, join, open_answers
-from llava.eval.medvqa.metrics import PUBLISHED, parse_defects
+from llava.eval.medvqa.metrics import PUBLISHED, parse_defects, strict_scores
 from llava.eval.medvqa.page import write_page
 from llava.eval.medvqa.report import full_report, report_table, type_table
-from llava.eval.medvqa.strict import strict_scores
 from llava.eval.questions import GREY, YES_NO_OPTIONS
 from llava.generation.options import engine_of
 from llava.generation.protocol import Engine

@@ -6,11 +6,16 @@ logits [K, V] --log-softmax, penalty--> + score of each beam --best 2K--> ended:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from llava.data.encode import Encoded
+from llava.generation.protocol import Completion
+from llava.generation.runners import Runner
+from llava.generation.stopping import AnswerText
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +136,30 @@ def penalized(scores: Tensor, token_ids: Sequence[Sequence[int]], penalty: float
         values = scores[row, places]
         changed[row, places] = torch.where(values < 0, values * penalty, values / penalty)
     return changed
+
+
+def run_beams(search: BeamSearch, runner: Runner, prompt: Encoded, images: Mapping[str, Tensor]) -> None:
+    """Search until it is over.
+
+    Args:
+        search: a fresh search.
+        runner: without running sequences; it has room for all beams.
+        prompt: what is answered.
+        images: pictures by key, as the processor makes them.
+    """
+    row, num_running = runner.prefill([prompt] * search.num_beams, images), search.num_beams
+    runner.join(row, range(num_running))
+    parents = search.step(row.logits[:1])
+    while not search.is_over:
+        runner.rearrange(parents)
+        while num_running > len(search.running):  # many may end at once
+            num_running -= 1
+            runner.leave(num_running)
+        parents = search.step(runner.decode([beam.token_ids[-1] for beam in search.running]))
+
+
+def answer_of(ended: Ended, text: AnswerText, *, logprobs: bool) -> Completion:
+    """A finished beam as an answer."""
+    ids = ended.beam.token_ids
+    known = ended.beam.logprobs if logprobs else None
+    return Completion(text.final(ids), ids, "stop" if ended.has_stopped else "length", None, known)

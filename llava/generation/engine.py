@@ -21,8 +21,7 @@ from llava.constants import TREE_ATTENTION
 from llava.data.encode import Encoded
 from llava.data.flat_batch import FlatBatch, Layout, flatten, target_logits
 from llava.errors import ConfigError, DataError, GenerationError, LlavaError
-from llava.generation.beam_answers import answer_of, run_beams
-from llava.generation.beam_search import BeamSearch
+from llava.generation.beam_search import BeamSearch, answer_of, run_beams
 from llava.generation.layout_check import choose_layout
 from llava.generation.prompt_encoder import PromptReader, Reading, image_group
 from llava.generation.protocol import Completion, Prompt, Sampling

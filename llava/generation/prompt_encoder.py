@@ -14,11 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from llava.data.encode import Encoded, encode, encode_prompt
-from llava.data.opened import Opened
 from llava.errors import DataError
 from llava.generation.protocol import ImageRef, Prompt
 from llava.imaging.anyres import Size
-from llava.imaging.decode import image_key, read_bytes
+from llava.imaging.decode import Opened, image_key, read_bytes
 from llava.processing import LlavaMedProcessor
 
 

@@ -22,19 +22,43 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from llava.data.levels import levels_of
-from llava.data.opened import Opened
 from llava.errors import ConfigError, DataError
 from llava.imaging.anyres import Size, keep_size, placed
 from llava.imaging.dicom.policy import DEFAULT, DicomPolicy
 from llava.imaging.dicom.sniff import is_dicom, may_be_bare
+from llava.imaging.grayscale import levels_of
 from llava.imaging.jpeg import can_shrink, shrink
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A decoded picture, upright.
+
+    Attributes:
+        image: mode L or RGB.
+        size: width and height of the whole picture in pixels.
+        scale: `image` is smaller by this divisor, its sides rounded up.
+    """
+
+    image: Image.Image
+    size: Size
+    scale: int = 1
+
+    @property
+    def box(self) -> Box:
+        """The part of `image` that shows the picture: the sides before they were rounded up."""
+        return (0.0, 0.0, self.size[0] / self.scale, self.size[1] / self.scale)
+
 
 MAX_PIXELS = 89_478_485
 """Largest picture that is decoded (width x height): Pillow's own limit, a quarter GiB of RGB."""

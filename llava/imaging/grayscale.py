@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,3 +113,30 @@ def to_grey(shares: Values, *, inverted: bool) -> NDArray[np.uint8]:
     """Return 0 to 1 as 0 to 255, rounded; `inverted` for MONOCHROME1, where the smallest value is white."""
     levels = np.rint(shares * 255.0).astype(np.uint8)
     return 255 - levels if inverted else levels
+
+
+MAX_LEVELS = 1 << 16
+
+
+class Levels(NamedTuple):
+    """`values` [N] ascending, in the picture's own type, and `places` [H, W]: the picture is `values[places]`."""
+
+    values: NDArray[Any]
+    places: NDArray[Any]
+
+
+def levels_of(picture: NDArray[Any]) -> Levels | None:
+    """Return the levels of a picture of whole numbers; None where looking up would not be faster.
+
+    Args:
+        picture: `[H, W]`, any type.
+    """
+    if picture.dtype.kind not in "iu" or picture.dtype.itemsize > 4 or not picture.size:
+        return None
+    low, high = int(picture.min()), int(picture.max())
+    if high - low >= min(MAX_LEVELS, picture.size):
+        return None
+    values = np.arange(low, high + 1, dtype=np.int64).astype(picture.dtype)
+    # The difference is below 65,536, so it survives whatever wraps around on the way in a type of the same width.
+    places = (picture - picture.dtype.type(low)).view(f"u{picture.dtype.itemsize}")
+    return Levels(values, places)

@@ -9,21 +9,23 @@ the outcomes come from a table that the processor itself filled in.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from transformers import AutoImageProcessor, CLIPImageProcessorPil
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import SizeDict
 
-from llava.data.opened import Box, Opened
 from llava.imaging.anyres import Size
-from llava.imaging.decode import fit, to_rgb
+from llava.imaging.decode import Box, Opened, fit, to_rgb
 
 _STEPS = ("__call__", "preprocess", "_preprocess", "process_image", "convert_to_rgb", "resize", "rescale", "normalize")
 """Methods that must be transformers' own; cropping is called, so it may be another."""
@@ -131,3 +133,41 @@ def _pad_scaled(opened: Opened, fill: tuple[int, int, int], shift: int) -> tuple
     square = Image.new("RGB", (math.ceil(box[2]), math.ceil(box[3])), fill)
     square.paste(picture, corner, mask)
     return square, (side, side), box
+
+
+FILE_NAME = "preprocessor_config.json"
+"""Settings of an image processor, in a tower's folder and beside a model's weights."""
+
+
+class OpenClipImageProcessorPil(CLIPImageProcessorPil):
+    """open_clip's transform for evaluation: shortest side resized (bicubic), square cut out of the middle, normalised.
+
+    CLIP's processor does the same but for the middle of an odd rest: open_clip rounds half a pixel to the even side,
+    CLIP always down. A quarter of all films would be shifted by a pixel against what the tower was trained on.
+    """
+
+    def center_crop(self, image: np.ndarray, size: Any, *_: Any, **__: Any) -> np.ndarray:
+        """Cut the middle out of `image` [3, H, W], which is at least as large as `size`."""
+        top = round((image.shape[1] - size.height) / 2)
+        left = round((image.shape[2] - size.width) / 2)
+        return image[:, top : top + size.height, left : left + size.width]
+
+
+OWN_PROCESSORS: dict[str, type[CLIPImageProcessorPil]] = {"OpenClipImageProcessor": OpenClipImageProcessorPil}
+"""Processors that transformers does not know, by the type in their files (the class without `Pil`)."""
+
+
+def load_image_processor(path: str | Path) -> Any:
+    """The image processor of a folder (or hub name) in its exact PIL form.
+
+    Raises:
+        OSError, ValueError: it cannot be read; callers say where it was expected.
+    """
+    file = Path(path) / FILE_NAME
+    own = None
+    if file.is_file():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        own = OWN_PROCESSORS.get(str(settings.get("image_processor_type")))
+    if own is not None:
+        return own.from_pretrained(path)
+    return cast(Any, AutoImageProcessor).from_pretrained(path, backend="pil")

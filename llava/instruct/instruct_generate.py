@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava.instruct import generate_program
+from llava.instruct import generate
 from llava.utils.cli import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    generate_program.main(argv)
+    generate.main(argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import DataError
-from llava.openai_failures import ApiFailure
+from llava.openai_transport import ApiFailure
 from llava.utils.jsonl import append, drop_torn_line, write_atomic
 
 Row = Mapping[str, Any]

@@ -12,7 +12,7 @@ from typing import Any
 from llava.eval.judge.prompts import Messages
 from llava.judging.store import Ask, NoReply, Reply
 from llava.openai_api import ApiError, ApiFailure, ApiSettings, ChatClient, Requests
-from llava.openai_failures import Reply as ApiReply
+from llava.openai_transport import Reply as ApiReply
 
 _LAST_WORD = re.compile(r"\S+$")
 

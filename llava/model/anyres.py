@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava.errors import ConfigError
 from llava.imaging.anyres import ImageGrid, Size, keep_size, unpadded
+from llava.model.config import LlavaMedConfig
+from llava.processing import LlavaMedProcessor
 
 
 def grid_of(config: Any, side: int) -> ImageGrid:
@@ -97,3 +99,29 @@ def needs_newline(config: Any) -> bool:
 def new_newline(width: int) -> Tensor:
     """A fresh one, [D]."""
     return torch.randn(width) / math.sqrt(width)
+
+
+def write_policy(config: LlavaMedConfig, grid: ImageGrid) -> None:
+    """Put a processor's image mode into a configuration."""
+    config.image_aspect_ratio = grid.mode
+    config.patch_merge_type = grid.merge
+    config.image_grid_pinpoints = [list(size) for size in grid.pinpoints] or None
+
+
+def use_policy(model: Any, processor: LlavaMedProcessor) -> None:
+    """Make a model take pictures as its processor gives them; a row-end token that it lacks starts at random.
+
+    Args:
+        model: a `LlavaMedForConditionalGeneration`.
+        processor: its processor, in the image mode that is wanted.
+    """
+    write_policy(model.config, processor.image_grid)
+    if needs_newline(model.config) and model.model.image_newline is None:
+        table = cast(Tensor, model.get_input_embeddings().weight)
+        model.model.image_newline = fresh_newline(table, table.dtype)
+
+
+def fresh_newline(table: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    """A random row-end token, as long as the rows of the embedding table and on its device."""
+    width = int(getattr(table, "ds_shape", table.shape)[-1])
+    return nn.Parameter(new_newline(width).to(table.device, dtype))

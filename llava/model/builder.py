@@ -19,12 +19,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.conversation import get_template
 from llava.errors import CheckpointError, ConfigError
-from llava.model.anyres import needs_newline
+from llava.model.anyres import fresh_newline, needs_newline, write_policy
 from llava.model.attention import use_tree_attention
 from llava.model.config import LlavaMedConfig
-from llava.model.image_policy import fresh_newline, write_policy
 from llava.model.modeling import LlavaMedForConditionalGeneration
-from llava.model.multimodal_encoder.open_clip_encoder.files import (
+from llava.model.multimodal_encoder.open_clip_encoder.loading import (
     FOLDER_PREFIX,
     HUB_PREFIX,
     find_checkpoint,

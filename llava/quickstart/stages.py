@@ -29,7 +29,7 @@ from llava.model.checkpoint.formats import CONFIG_FILE, read_json
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_model, save_projector
 from llava.model.precision import trains_faster_in_bf16
-from llava.quickstart import plan, pretrained, report, scoring
+from llava.quickstart import plan, pretrained, report
 from llava.quickstart.forecast import LORA_RANK, NUM_CALIBRATION_IMAGES, SPARE_TOKENS, table
 from llava.quickstart.settings import Settings
 from llava.quickstart.synthetic import NOTICE, pick, write_dataset
@@ -208,8 +208,8 @@ def page(context: Context) -> Facts:
         "after_blank": answers("eval-after", evaluation.BLANK_ANSWERS),
         "before": answers("eval-before", evaluation.ANSWERS),
     }
-    runs["majority"] = scoring.majority_items(runs["after"], samples, train_samples)
-    result = scoring.compare({name: runs[name] for name in scoring.RUNS}, seed=context.settings.seed)
+    runs["majority"] = report.majority_items(runs["after"], samples, train_samples)
+    result = report.compare({name: runs[name] for name in report.RUNS}, seed=context.settings.seed)
     write_json(context.path("results.json"), result)
     chat = f"llava chat --model {context.path('model')} --image {folder / 'images' / runs['after'][0].image}"
     outlook = plan.read(context.settings.out)

@@ -9,14 +9,25 @@ import shlex
 import shutil
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
+
+import torch
+from peft import set_peft_model_state_dict
+from torch import Tensor, nn
 
 from llava.data.mixture import data_sha256
-from llava.errors import ConfigError
-from llava.model.checkpoint.formats import PROVENANCE_FILE
+from llava.errors import CheckpointError, ConfigError
+from llava.model.builder import Loaded
+from llava.model.checkpoint.formats import ADAPTER_FILE, PROVENANCE_FILE
+from llava.model.checkpoint.load_parts import check_adapter_names, load_extra, load_projector, read_tensors
+from llava.model.checkpoint.save import save_adapter, save_model, save_projector
+from llava.model.modeling import LlavaMedForConditionalGeneration
+from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.train.args import LlavaTrainingArguments, Parsed
+from llava.train.trainer import Hooks
 from llava.utils.jsonl import write_json
 from llava.utils.provenance import git_commit, weights_sha256
 
@@ -190,3 +201,56 @@ def stopped_early(checkpoint: str | None, patience: int) -> int | None:
     callback = (state.get("stateful_callbacks") or {}).get("EarlyStoppingCallback") or {}
     waited = (callback.get("attributes") or {}).get("early_stopping_patience_counter", 0)
     return int(state["global_step"]) if waited >= patience else None
+
+
+Kind = Literal["projector", "adapter", "model"]
+
+SAVERS: dict[Kind, Callable[..., None]] = {
+    "projector": save_projector,
+    "adapter": save_adapter,
+    "model": save_model,
+}
+
+
+def hooks_for(kind: Kind, model: nn.Module, loaded: Loaded) -> Hooks:
+    """Writers and readers for what this run trains."""
+
+    def save(path: str, state: dict[str, Tensor] | None) -> None:
+        SAVERS[kind](model, loaded.processor, path, state=state, origin=loaded.origin)
+
+    def restore(path: str) -> None:
+        if kind == "projector":
+            load_projector(model, path)
+        elif kind == "adapter":
+            restore_adapter(model, Path(path))
+        else:
+            _restore_model(model, path)
+
+    return Hooks(save=save, restore=restore)
+
+
+def restore_adapter(model: nn.Module, path: Path) -> None:
+    """Copy a saved adapter, and what was saved beside it, into the one that is on the model.
+
+    Raises:
+        CheckpointError: a file is broken, or does not hold exactly the weights of this adapter.
+    """
+    file = path / ADAPTER_FILE
+    weights = read_tensors(file)
+    check_adapter_names(model, weights, file)
+    try:
+        result: Any = set_peft_model_state_dict(model, weights)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{file}: the adapter does not fit the model: {first_line(error)}") from error
+    # Weights outside the adapter are always missing there; within it none may be, whatever peft made of the names.
+    if wrong := sorted({name for name in result.missing_keys if "lora_" in name} | set(result.unexpected_keys)):
+        raise CheckpointError(f"{file}: peft could not place {len(wrong)} weights of the adapter, such as {wrong[0]}")
+    load_extra(model, path)
+
+
+def _restore_model(model: nn.Module, path: str) -> None:
+    """Copy the weights of a saved model into the one in memory; names go through transformers' own loading."""
+    dtype = next(model.parameters()).dtype
+    saved = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(path, dtype=dtype)
+    with torch.no_grad():
+        model.load_state_dict(saved.state_dict())

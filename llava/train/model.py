@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from llava.errors import ConfigError
+from llava.model.anyres import use_policy
 from llava.model.builder import Loaded, build, portable
 from llava.model.checkpoint.files.shards import find_weights
 from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, ORIGIN_FILE, OURS, PROJECTOR_FILES, sniff
 from llava.model.checkpoint.hub import hub_config, is_hub_name, local_folder
 from llava.model.checkpoint.load import PART_FLAGS, USED_PARTS, load, read_origin
 from llava.model.checkpoint.load_parts import load_projector
-from llava.model.image_policy import use_policy
 from llava.model.quantization import Quantization
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 

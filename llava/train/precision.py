@@ -26,8 +26,7 @@ from llava.model.checkpoint.weight_names import PROJECTOR_MODULE
 from llava.model.precision import half_speedup, product_shape, trains_faster_in_bf16
 from llava.model.quantization import quantized_layers
 from llava.train.args import LlavaTrainingArguments, ModelArguments
-from llava.train.checkpointing import bf16_to_resume
-from llava.train.saving import Kind
+from llava.train.checkpointing import Kind, bf16_to_resume
 from llava.utils import log
 
 logger = logging.getLogger(__name__)

@@ -28,14 +28,13 @@ from llava.model.checkpoint.save import refuse_own_base
 from llava.train import checkpointing, data, dry_run, precision
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments, Parsed
 from llava.train.callbacks import MetricsCallback, row_ids_file
-from llava.train.held_out_answers import HeldOutAnswers
+from llava.train.checkpointing import Kind, hooks_for
 from llava.train.model import open_model, whole_weights
 from llava.train.objectives.base import OBJECTIVES, Objective
 from llava.train.parsing import parse
 from llava.train.ranks import lost_ranks_in_one_line
-from llava.train.saving import Kind, hooks_for
 from llava.train.trainer import LlavaTrainer
-from llava.train.validation import HeldOutLoss
+from llava.train.validation import HeldOutAnswers, HeldOutLoss
 from llava.utils import log
 from llava.utils.jsonl import append
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from llava.data.collator import Collator, matched_rows
+from llava.data.flat_batch import Layout
 from llava.data.samplers import SequentialSampler
+from llava.generation.engine import LocalEngine
+from llava.generation.protocol import Prompt, Sampling
+from llava.imaging.decode import resolve
+from llava.processing import LlavaMedProcessor
+from llava.samples import Sample, with_places
+from llava.scoring.decisions import DECISIONS, decision, is_closed, words
 from llava.train.objectives.base import Objective
 
 
@@ -73,3 +83,88 @@ class HeldOutLoss:
         if dist.is_initialized():
             dist.all_reduce(sums)
         return {"eval_loss": float(sums[0] / sums[1].clamp(min=1.0))}
+
+
+MAX_NEW_TOKENS = 24
+MAX_SLOTS = 8
+
+
+def reference_of(sample: Sample) -> str:
+    """The row's last answer."""
+    return sample.conversation.turns[-1].text
+
+
+def score(reference: str, answer: str, *, closed: bool) -> float:
+    """Closed: 1 if the decision (or else every word) is the reference's; open: share of the reference's words found."""
+    wanted = words(reference)
+    if closed:
+        right = (
+            decision(answer) == wanted[0] if wanted[:1] in ([word] for word in DECISIONS) else words(answer) == wanted
+        )
+        return float(right)
+    found = set(words(answer))
+    return sum(word in found for word in wanted) / max(len(wanted), 1)
+
+
+class HeldOutAnswers:
+    """Callable that returns `eval_closed_accuracy` and `eval_open_recall` over evenly spaced rows.
+
+    Args:
+        samples: held-out rows; those that do not end with an answer are left out.
+        processor: of the model.
+        image_folder: folder that image names are relative to.
+        num_rows: how many are asked.
+        layout: how prompts are laid out.
+        max_length: longest prompt in tokens.
+        rank: this process.
+        world_size: number of processes; each asks a share of the questions.
+
+    Raises:
+        DataError: a row's `answer_type` is unknown.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        processor: LlavaMedProcessor,
+        *,
+        image_folder: str | Path | None,
+        num_rows: int,
+        layout: Layout = "tree",
+        max_length: int = 2048,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        usable = [s for s in samples if len(s.conversation.turns) > 1 and s.conversation.turns[-1].role == "gpt"]
+        stride = max(1, len(usable) // max(num_rows, 1))
+        self.samples = usable[::stride][:num_rows][rank::world_size]
+        self.closed = [is_closed(sample.meta.get("answer_type"), reference_of(sample)) for sample in self.samples]
+        self.processor = processor
+        self.image_folder = image_folder
+        self.layout = layout
+        self.max_length = max_length
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Ask, score, and add up over all ranks."""
+        engine = LocalEngine(
+            model,
+            self.processor,
+            layout=self.layout,
+            max_slots=MAX_SLOTS,
+            max_tokens=self.max_length + MAX_NEW_TOKENS,
+        )
+        answers = engine.generate([self._prompt(s) for s in self.samples], Sampling(max_new_tokens=MAX_NEW_TOKENS))
+        sums = torch.zeros(2, 2, dtype=torch.float64)
+        for sample, closed, [completion] in zip(self.samples, self.closed, answers, strict=True):
+            value = score(reference_of(sample), completion.text, closed=closed)
+            sums[int(closed)] += torch.tensor([value, 1.0], dtype=torch.float64)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            sums = sums.to(model.device)
+            dist.all_reduce(sums)
+        names = ("eval_open_recall", "eval_closed_accuracy")
+        return {name: float(total / count) for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
+
+    def _prompt(self, sample: Sample) -> Prompt:
+        conversation = with_places(sample)
+        asked = replace(conversation, turns=conversation.turns[:-1])
+        return Prompt(asked, tuple(str(resolve(name, self.image_folder)) for name in sample.images))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import fcntl
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from llava.errors import ConfigError
@@ -25,3 +28,25 @@ def refuse_overwriting(read: Iterable[str | Path | None], written: Mapping[str, 
         if Path(path).resolve() in taken:
             raise ConfigError(f"--{flag} {path} would overwrite what is read or written besides; name another file")
         taken.add(Path(path).resolve())
+
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def hold(path: str | Path, *, purpose: str) -> Iterator[None]:
+    """Hold the lock file `path` inside the block; it ends with the process, however that ends.
+
+    Args:
+        path: an empty file that is made for the purpose and left behind.
+        purpose: what the other process is doing, for the message of the one that waits.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process: %s (%s)", purpose, path)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

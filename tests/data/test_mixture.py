@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.mix import main
-from llava.data.mixture import Shares, data_sha256, is_mixture, load_mixture, read_mixture, stream_sources
+from llava.data.mixture import Shares, data_sha256, is_mixture, load_mixture, main, read_mixture, stream_sources
 from llava.data.quarantine import Quarantine
 from llava.data.records import load_samples
 from llava.errors import ConfigError, DataError

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava.data.mixture import Shares
-from llava.data.mixture_sampler import MixtureSampler
-from llava.data.samplers import ImageGroupedSampler, RandomSampler, StepSampler
+from llava.data.samplers import ImageGroupedSampler, MixtureSampler, RandomSampler, StepSampler
 
 NAMES = ("first", "second")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.row_file import file_text
+from llava.data.records import file_text
 from llava.errors import DataError
 
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists)

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.data.shards import rows_in
-from llava.data.stream_row import StreamRow
+from llava.data.shards import StreamRow, rows_in
 from llava.errors import DataError
 from tests.support.tiny import tiny_image
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.stream_row import StreamRow
+from llava.data.shards import StreamRow
 from llava.data.streaming import MixturePosition, MixtureStream, StreamSource
 from llava.errors import ConfigError, DataError
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava.data import row_check
+from llava.data import validate
 from llava.data.encode import encode
 from llava.data.image_store import ImageIndex
 from llava.data.quarantine import BadRow, Quarantine, report
@@ -118,12 +118,12 @@ def test_truncation_is_counted_and_a_row_it_empties_is_bad(
 
 def test_a_second_run_decodes_nothing(tiny: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(row_check, "MIN_REMEMBERED", 1)
+    monkeypatch.setattr(validate, "MIN_REMEMBERED", 1)
     rows = [*GOOD, *BAD.values()]
     first = check_trainable(rows, folder, tiny.processor, skip_bad=True)
     assert len(first.bad) == len(BAD)
     monkeypatch.setattr(decode, "read_bytes", lambda ref, root: pytest.fail(f"read {ref} again"))
-    monkeypatch.setattr(row_check, "_encode", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(validate, "_encode", lambda *_: pytest.fail("encoded again"))
     assert check_trainable(rows, folder, tiny.processor, skip_bad=True) == first
 
 
@@ -131,7 +131,7 @@ def test_rows_are_checked_again_when_anything_changed(
     tiny: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLAVA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(row_check, "MIN_REMEMBERED", 3)
+    monkeypatch.setattr(validate, "MIN_REMEMBERED", 3)
 
     def num_outcomes() -> int:
         return len(list((tmp_path / "cache" / "images").glob("rows-*.json")))

@@ -10,8 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava.errors import ConfigError
-from llava.generation.beam_answers import run_beams
-from llava.generation.beam_search import BeamSearch, penalized
+from llava.generation.beam_search import BeamSearch, penalized, run_beams
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
 from llava.generation.runners import PaddedRunner

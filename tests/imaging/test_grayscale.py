@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from llava.data.levels import levels_of
+from llava.imaging.grayscale import levels_of
 
 
 @given(

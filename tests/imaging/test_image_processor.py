@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil
 
-from llava.data.opened import Opened
-from llava.image_processors import OpenClipImageProcessorPil
 from llava.imaging import decode
-from llava.imaging.image_processor import PixelPath
+from llava.imaging.decode import Opened
+from llava.imaging.image_processor import OpenClipImageProcessorPil, PixelPath
 from llava.processing import LlavaMedProcessor
 from tests.support.text_tools import llama_like
 

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from llava.errors import DataError
-from llava.instruct.captions import read_captions
 from llava.instruct.cleaning import clean_fixed, clean_legacy
 from llava.instruct.instruct_few_shot_examples import DOMAINS, FEW_SHOT_EXAMPLES
 from llava.instruct.postprocess import parse_dialogue
-from llava.instruct.prompts import SYSTEM_TEXT, context_text, dialogue_text, messages_for
+from llava.instruct.prompts import SYSTEM_TEXT, context_text, dialogue_text, messages_for, read_captions
 
 CAPTIONS = Path("oracles/llava-med-eval/llava_med_eval_qa50_fig_captions.json")
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.errors import DataError
-from llava.instruct.captions import read_captions
+from llava.instruct.prompts import read_captions
 from llava.instruct.results import Results
-from llava.openai_failures import ApiFailure
+from llava.openai_transport import ApiFailure
 from llava.utils.jsonl import read_records
 
 

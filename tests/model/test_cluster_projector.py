@@ -19,7 +19,7 @@ from llava.model.checkpoint.formats import Layout
 from llava.model.checkpoint.legacy.config import projector_settings
 from llava.model.checkpoint.load_parts import load_projector
 from llava.model.checkpoint.save import projector_state, save_projector
-from llava.model.cluster_projector import ClusterProjector, cluster_projector
+from llava.model.multimodal_projector import ClusterProjector, cluster_projector
 from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
 PUBLISHED_NAMES = (

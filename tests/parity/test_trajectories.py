@@ -14,10 +14,9 @@ from benchmarks.fidelity.recorded_weights import current_name
 from benchmarks.fidelity.shifted_images import EMPTY, shifted
 from benchmarks.fidelity.trajectories import LOG_FILE, LOSS_TOLERANCE, replay, runs, system_text
 from llava.data.encode import Encoded, encode
-from llava.data.placing import with_places
 from llava.model.builder import build
 from llava.model.checkpoint.load_parts import read_tensors
-from llava.samples import from_row
+from llava.samples import from_row, with_places
 
 RUNS = [
     ("llava-1.2.2", "stage1_projector"),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from llava.eval.medvqa.items import Item
-from llava.quickstart import report, scoring
+from llava.quickstart import report
 from llava.samples import Conversation, Sample, Turn
 
 NUM_IMAGES = 30
@@ -40,11 +40,11 @@ def samples(answers: list[Item]) -> list[Sample]:
 def compared(after: float, blank: float) -> dict[str, object]:
     runs = {"after": items(after), "after_blank": items(blank), "before": items(0.0)}
     runs["majority"] = items(0.3)
-    return scoring.compare(runs)
+    return report.compare(runs)
 
 
 def test_accuracy_counts_open_and_closed_questions() -> None:
-    result = scoring.compare({"after": items(0.6), "after_blank": items(0.2), "majority": items(0.3)})
+    result = report.compare({"after": items(0.6), "after_blank": items(0.2), "majority": items(0.3)})
     assert result["num_questions"] == 60 and result["num_images"] == 30
     assert result["accuracy"]["after"]["value"] == pytest.approx(60.0)
     assert result["difference"]["after_blank"]["value"] == pytest.approx(40.0)
@@ -58,7 +58,7 @@ def test_accuracy_counts_open_and_closed_questions() -> None:
 def test_a_run_about_fewer_questions_is_compared_on_these() -> None:
     # The model is right about the first 18 images; before training only the last 15 were asked about, all wrong.
     before = [item for item in items(0.0) if int(item.image.removesuffix(".png")) >= 15]
-    result = scoring.compare({"after": items(0.6), "after_blank": items(0.2), "before": before})
+    result = report.compare({"after": items(0.6), "after_blank": items(0.2), "before": before})
     assert result["accuracy"]["before"]["num_items"] == 30 and result["num_questions"] == 60
     assert result["accuracy"]["before"]["value"] == 0.0
     assert result["difference"]["before"]["value"] == pytest.approx(20.0)
@@ -78,7 +78,7 @@ def test_the_claim_needs_both_controls(after: float, blank: float, passed: bool)
 def test_the_majority_is_counted_in_the_training_rows_by_type() -> None:
     answers = items(1.0)
     train = samples([replace(item, reference="no" if item.closed else "pink") for item in items(1.0)])
-    majority = scoring.majority_items(answers, samples(answers), train)
+    majority = report.majority_items(answers, samples(answers), train)
     assert {item.prediction for item in majority if item.closed} == {"no"}
     assert {item.prediction for item in majority if not item.closed} == {"pink"}
     assert [item.question_id for item in majority] == [item.question_id for item in answers]

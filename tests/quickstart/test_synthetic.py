@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from llava.quickstart import synthetic
-from llava.quickstart.drawing import DENSITIES, SIDE, STAINS, Cell, Smear, corner_of, draw, sample_smear
+from llava.quickstart.synthetic import DENSITIES, SIDE, STAINS, Cell, Smear, corner_of, draw, sample_smear
 from llava.samples import from_row
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.fidelity.answers import MARGIN
-from llava.data.image_batch import batch_images
+from llava.data.flat_batch import batch_images
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Completion, Prompt, Sampling
 from llava.generation.sampling import TokenDraw

@@ -14,10 +14,9 @@ from transformers import CLIPImageProcessorPil
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llava.data.encode import Encoded, encode
-from llava.data.placing import with_places
 from llava.model.builder import Loaded
 from llava.model.checkpoint.load import load
-from llava.samples import from_row
+from llava.samples import from_row, with_places
 from tests.support.legacy_folders import write_legacy
 from tests.support.tiny import tiny_image
 

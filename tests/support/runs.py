@@ -109,9 +109,9 @@ def train_until_killed(argv: list[str], step: int) -> None:
 
 def train_killed_while_saving(argv: list[str], step: int) -> None:
     """Job: a training run that SIGKILL ends in the middle of writing `checkpoint-<step>`."""
-    from llava.train import saving
+    from llava.train import checkpointing
 
-    real: Callable[..., None] = saving.SAVERS["model"]
+    real: Callable[..., None] = checkpointing.SAVERS["model"]
 
     def half(model: Any, processor: Any, path: str, **keywords: Any) -> None:
         real(model, processor, path, **keywords)
@@ -120,7 +120,7 @@ def train_killed_while_saving(argv: list[str], step: int) -> None:
             weights.write_bytes(weights.read_bytes()[:1000])
             os.kill(os.getpid(), signal.SIGKILL)
 
-    saving.SAVERS["model"] = half
+    checkpointing.SAVERS["model"] = half
     train(argv)
 
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError, ConfigError
-from llava.train.order import describe
+from llava.train.data import describe
 from tests.support.runs import arguments, losses, train
 
 EVERY_STEP = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}

@@ -15,7 +15,7 @@ from llava.errors import CheckpointError
 from llava.model.builder import Loaded
 from llava.model.checkpoint.formats import ADAPTER_FILE
 from llava.model.lora import add_lora, freeze_for
-from llava.train import saving
+from llava.train import checkpointing
 from tests.support.model_tools import shake, trained
 
 State = dict[str, torch.Tensor]
@@ -34,7 +34,7 @@ def values(network: Any) -> State:
 
 
 def test_an_adapter_comes_back(tmp_path: Path, tiny: Loaded, network: Any) -> None:
-    hooks = saving.hooks_for("adapter", network, tiny)
+    hooks = checkpointing.hooks_for("adapter", network, tiny)
     hooks.save(str(tmp_path), None)
     saved = values(network)
     shake(trained(network))
@@ -63,7 +63,7 @@ def cut(state: State) -> State:
 def test_another_adapter_is_refused_in_one_line(
     tmp_path: Path, tiny: Loaded, network: Any, change: Callable[[State], State], message: str
 ) -> None:
-    hooks = saving.hooks_for("adapter", network, tiny)
+    hooks = checkpointing.hooks_for("adapter", network, tiny)
     hooks.save(str(tmp_path), None)
     save_file(change(load_file(tmp_path / ADAPTER_FILE)), tmp_path / ADAPTER_FILE)
     shake(trained(network))
@@ -78,9 +78,9 @@ def test_another_adapter_is_refused_in_one_line(
 def test_weights_that_peft_does_not_place_are_an_error(
     tmp_path: Path, tiny: Loaded, network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hooks = saving.hooks_for("adapter", network, tiny)
+    hooks = checkpointing.hooks_for("adapter", network, tiny)
     hooks.save(str(tmp_path), None)
     result = SimpleNamespace(missing_keys=["head.weight", "q_proj.lora_A.default.weight"], unexpected_keys=[])
-    monkeypatch.setattr(saving, "set_peft_model_state_dict", lambda model, weights: result)
+    monkeypatch.setattr(checkpointing, "set_peft_model_state_dict", lambda model, weights: result)
     with pytest.raises(CheckpointError, match=r"could not place 1 weights of the adapter, such as q_proj.lora_A"):
         hooks.restore(str(tmp_path))

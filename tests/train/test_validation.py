@@ -10,7 +10,7 @@ import pytest
 from llava.data.records import load_samples
 from llava.errors import DataError
 from llava.model.builder import Loaded
-from llava.train.held_out_answers import HeldOutAnswers, score
+from llava.train.validation import HeldOutAnswers, score
 from tests.support.ranks import run
 from tests.support.runs import arguments, losses, train, write_parts
 from tests.support.tiny import write_tiny_vqa

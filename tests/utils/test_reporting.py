@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llava.eval.text_table import simple_table
+from llava.utils.reporting import simple_table
 
 
 def test_numbers_stand_point_under_point() -> None:

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.data.check.findings import AGAINST, FILE, Findings
 from llava.data.check.images import Pictures
-from llava.data.check.row_index import Keyed, Ledger, view
-from llava.data.check.rows_by_key import Values, common, grouped, is_in
+from llava.data.check.row_index import NOTHING, Keyed, Ledger, Values, common, grouped, is_in, repeats, view
+from llava.data.check.rules import AGAINST, FILE, Findings
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 """Mixes numbers that are combined, so that their order counts."""
@@ -123,3 +122,25 @@ def _pairs(ledger: Ledger, pictures: Pictures, file: int) -> NDArray[np.uint64]:
     known[unknown] = 0
     picture = known[view(ledger.questions.rows)]
     return np.where(picture == 0, np.uint64(0), (picture * _ODD) ^ view(ledger.questions.digests)).astype(np.uint64)
+
+
+def find_repeated_rows(ledger: Ledger, file: int, findings: Findings) -> None:
+    """Report rows with the images and the conversation of an earlier row, and other rows with its id."""
+    again, firsts = repeats(view(ledger.contents))
+    for row, first in zip(again, firsts, strict=True):
+        findings.add("repeated-row", file, [int(row)], f"first in row {first}")
+    ids = view(ledger.ids).copy()
+    ids[again] = NOTHING
+    for row, first in zip(*repeats(ids), strict=True):
+        findings.add("repeated-id", file, [int(row)], f"first in row {first}")
+
+
+def find_same_pictures(pictures: Pictures, file: int, findings: Findings) -> None:
+    """Report pictures of one file that have the same pixels under several names."""
+    places = np.unique(pictures.of_ref[file])
+    pixels = view(pictures.pixels)[places]
+    again, _ = repeats(pixels)
+    for _, group in grouped(pixels, places, np.unique(pixels[again])):
+        rows = pictures.rows(file, group)
+        message = f"{len(group)} names for one picture"
+        findings.add("same-picture", file, rows, message, images=group[:10].tolist())

@@ -11,10 +11,8 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from llava.data.check.findings import Finding
-from llava.data.check.report import Report, picture_data
-from llava.data.check.rules import RULES
-from llava.data.check.summary import person_line, token_line
+from llava.data.check.report import Report, person_line, picture_data, token_line
+from llava.data.check.rules import RULES, Finding
 from llava.imaging import decode
 from llava.utils.jsonl import write_atomic
 from llava.utils.reporting import page, table, thumbnail

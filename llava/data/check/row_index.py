@@ -10,16 +10,38 @@ from __future__ import annotations
 import os
 import tempfile
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.data.check.digests import NOTHING, digest, question_digest
+from llava.constants import IMAGE_TOKEN
 from llava.data.check.rows import RowView
 from llava.data.groups import names_someone, written_name
+from llava.scoring.decisions import words
+
+NOTHING = 0
+"""Stands for "there is none"; no text has this number."""
+
+
+def digest_bytes(content: bytes) -> int:
+    """Return a number of 64 bits, never 0, for some bytes."""
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little") or 1
+
+
+def digest(text: str) -> int:
+    """Return a number of 64 bits, never 0, for a text."""
+    return digest_bytes(text.encode("utf-8", "surrogatepass"))
+
+
+def question_digest(text: str) -> int:
+    """Return the number of a question's words in lower case, punctuation and place holders aside; 0 if it has none."""
+    found = words(text.replace(IMAGE_TOKEN, " "))
+    return digest(" ".join(found)) if found else NOTHING
+
 
 GROUP_FIELDS = (
     "patient",
@@ -144,3 +166,53 @@ class Ledger:
             group = self.groups.get(field_key(name))
             if group is not None and names_someone(person := written_name(part)):
                 group.add(digest(person), row)
+
+
+BLOCK = 1 << 18
+
+Values = NDArray[Any]
+
+
+def is_in(values: Values, wanted: Values) -> NDArray[np.bool_]:
+    """Say which values are among `wanted` (sorted), in blocks, so that little memory is needed beside the answer."""
+    found = np.zeros(len(values), dtype=np.bool_)
+    if len(wanted) == 0:
+        return found
+    for low in range(0, len(values), BLOCK):
+        part = values[low : low + BLOCK]
+        places = np.minimum(np.searchsorted(wanted, part), len(wanted) - 1)
+        found[low : low + BLOCK] = wanted[places] == part
+    return found
+
+
+def common(first: Values, second: Values) -> Values:
+    """Return the numbers other than 0 that are in both arrays, sorted, each once."""
+    wanted = np.unique(second)
+    wanted = wanted[wanted != 0]
+    return np.unique(first[is_in(first, wanted)])
+
+
+def grouped(keys: Values, items: Values, wanted: Values) -> Iterator[tuple[int, Values]]:
+    """Yield each key of `wanted` (sorted) that occurs, with the items that have it, in their order."""
+    chosen = is_in(keys, wanted)
+    keys, items = keys[chosen], items[chosen]
+    order = np.argsort(keys, kind="stable")
+    keys, items = keys[order], items[order]
+    edges = np.flatnonzero(keys[1:] != keys[:-1]) + 1
+    for part_keys, part in zip(np.split(keys, edges), np.split(items, edges), strict=True):
+        if len(part):
+            yield int(part_keys[0]), part
+
+
+def repeats(keys: Values) -> tuple[Values, Values]:
+    """Return the places of numbers (0 aside) that occurred before, in order, and for each the place of the first."""
+    order = np.argsort(keys, kind="stable")
+    same = np.zeros(len(keys), dtype=np.bool_)
+    for low in range(1, len(order), BLOCK):
+        here = keys[order[low : low + BLOCK]]
+        same[low : low + BLOCK] = (here == keys[order[low - 1 : low - 1 + len(here)]]) & (here != 0)
+    again = np.flatnonzero(same)
+    heads = np.flatnonzero(~same)
+    firsts = heads[np.searchsorted(heads, again) - 1]
+    by_place = np.argsort(order[again], kind="stable")
+    return order[again][by_place], order[firsts][by_place]

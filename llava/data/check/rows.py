@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from llava.data.placing import with_places
 from llava.data.records import read_default
 from llava.errors import DataError
-from llava.samples import CONVERSATION_KEYS, Sample, from_row, name_of, read_images
+from llava.samples import CONVERSATION_KEYS, Sample, from_row, name_of, read_images, with_places
 from llava.scoring.decisions import is_closed
 
 _ANY_TURN = [{"from": "human", "value": "?"}]

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llava.constants import IGNORE_INDEX
-from llava.data.check.findings import FILE, Findings
 from llava.data.check.images import Pictures
 from llava.data.check.row_index import view
 from llava.data.check.rows import view_row
-from llava.data.check.stream import stream_rows
-from llava.data.placing import with_places
+from llava.data.check.rules import FILE, Findings
+from llava.data.records import stream_rows
 from llava.errors import ConfigError, DataError
 from llava.imaging.anyres import Size
-from llava.samples import Sample
+from llava.samples import Sample, with_places
 from llava.utils.log import progress
 
 if TYPE_CHECKING:

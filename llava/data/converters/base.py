@@ -20,9 +20,8 @@ from typing import Any
 
 from llava.data.converters.dataset_cards import Card, Size
 from llava.data.converters.items import SPLITS, Event
-from llava.data.converters.output import MANIFEST, Output, read_manifest, remove_splits
+from llava.data.converters.output import MANIFEST, WAYS, Output, read_manifest, remove_splits
 from llava.data.converters.sources import Sources
-from llava.data.readers.pictures import WAYS
 from llava.errors import ConfigError, DataError
 from llava.imaging.decode import content_digest
 from llava.utils import log

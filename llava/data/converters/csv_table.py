@@ -17,10 +17,10 @@ from typing import Any
 from llava.data.converters.base import Job, Reader, add_output_options, run_parsed
 from llava.data.converters.dataset_cards import Card
 from llava.data.converters.items import SPLIT_WORDS, Event, Item, kind_of_answer
+from llava.data.converters.output import name_of_bytes
 from llava.data.converters.sources import is_file
 from llava.data.converters.tables import Row, answer_cell, cell, column_names, need, plain, read_table
 from llava.data.quarantine import BadRow
-from llava.data.readers.pictures import name_of_bytes
 from llava.errors import ConfigError, DataError
 from llava.samples import Origin, describe
 from llava.utils.cli import Parser

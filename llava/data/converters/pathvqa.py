@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 from llava.data.converters.base import Job, Reader, run
 from llava.data.converters.dataset_cards import PATHVQA
 from llava.data.converters.items import Event, Item, kind_of_answer
+from llava.data.converters.output import name_of_bytes
 from llava.data.converters.tables import Row, answer_cell, cell, read_table
 from llava.data.quarantine import BadRow
-from llava.data.readers.pictures import name_of_bytes
 from llava.errors import DataError
 from llava.samples import Origin
 

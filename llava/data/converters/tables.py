@@ -22,8 +22,8 @@ from typing import Any
 from llava.data.records import rows_of
 from llava.errors import DataError
 from llava.samples import Origin
+from llava.utils.jsonl import UNREADABLE, open_unzipped
 from llava.utils.lookup import require
-from llava.utils.unzipped import UNREADABLE, open_unzipped
 
 Row = dict[str, Any]
 

@@ -21,7 +21,7 @@ from pydicom.tag import BaseTag
 from pydicom.uid import UID
 
 from llava.data.dicom.pseudonyms import key_of, new_uid
-from llava.data.dicom_facts import BODY_PARTS
+from llava.data.dicom.studies import BODY_PARTS
 from llava.imaging.dicom.header import silence
 from llava.imaging.dicom.sop_classes import is_known
 

@@ -9,20 +9,56 @@ used, and redirects are left to us. It is installed with the package, since hugg
 
 from __future__ import annotations
 
+import argparse
 import math
+import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
 import httpx2
 
 import llava
-from llava.data.download.url_policy import AddressPolicy, origin, shown
-from llava.data.fetching.turns import HostTurns
+from llava.data.download.url_policy import AddressPolicy, check_base, origin, shown, split_bases
 from llava.errors import ConfigError, DownloadError
+from llava.utils.cli import Parser
 from llava.utils.retry import retry_after
+
+
+class HostTurns:
+    """Spreads the requests to each host evenly over time.
+
+    Args:
+        per_second: requests a second and host; 0 does not limit.
+        stopped: set when the program ends; nobody waits any longer then.
+    """
+
+    def __init__(self, per_second: float, stopped: threading.Event) -> None:
+        if per_second < 0:
+            raise ConfigError(f"the rate of requests must not be negative, got {per_second}")
+        self._interval = 1.0 / per_second if per_second else 0.0
+        self._stopped = stopped
+        self._next: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def wait(self, host: str) -> None:
+        """Return when it is the caller's turn to ask `host`."""
+        while not self._stopped.is_set():
+            with self._lock:
+                now = time.monotonic()
+                turn = self._next.get(host, now)
+                if turn <= now:
+                    self._next[host] = now + self._interval
+                    return
+            self._stopped.wait(turn - now)
+
+    def pause(self, host: str, seconds: float) -> None:
+        """Let nobody ask `host` for so long."""
+        with self._lock:
+            self._next[host] = max(self._next.get(host, 0.0), time.monotonic() + seconds)
+
 
 TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 GONE = frozenset({404, 410})
@@ -242,3 +278,63 @@ def trouble(error: Exception, address: str) -> DownloadError:
     else:
         reason = "cut_off"
     return DownloadError(f"{shown(address)}: {type(error).__name__} {error}".rstrip(), reason=reason)
+
+
+DEFAULTS = NetworkOptions()
+
+
+def add_network_options(parser: Parser) -> None:
+    """Add the flags of `NetworkOptions`."""
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--rate", type=float, default=DEFAULTS.per_second, help="requests a second and host; 0: no limit"
+    )
+    group.add_argument(
+        "--max-attempts",
+        type=int,
+        default=DEFAULTS.max_attempts,
+        help="how often a file that makes no progress is asked for",
+    )
+    group.add_argument(
+        "--first-wait", type=float, default=DEFAULTS.first_wait, help="seconds before asking again; doubles"
+    )
+    group.add_argument(
+        "--max-wait",
+        type=float,
+        default=DEFAULTS.max_wait,
+        help="longest wait, also when a server asks for a longer one",
+    )
+    group.add_argument(
+        "--stall-seconds",
+        type=float,
+        default=DEFAULTS.stall_seconds,
+        help="give up a server that is this long too slow",
+    )
+    group.add_argument(
+        "--min-speed", type=float, default=DEFAULTS.min_speed, help="bytes a second that are not too slow"
+    )
+    group.add_argument(
+        "--user-agent", default=DEFAULTS.user_agent, help="how to introduce oneself; add an e-mail address on long runs"
+    )
+
+
+def network_options(args: argparse.Namespace) -> NetworkOptions:
+    """Return what the flags say."""
+    return NetworkOptions(
+        user_agent=args.user_agent,
+        per_second=args.rate,
+        max_attempts=args.max_attempts,
+        first_wait=args.first_wait,
+        max_wait=args.max_wait,
+        stall_seconds=args.stall_seconds,
+        min_speed=args.min_speed,
+    )
+
+
+def bases_from(given: Sequence[str] | None, variable: str) -> list[str]:
+    """Return the bases of a flag, or else those of an environment variable.
+
+    Raises:
+        ConfigError: one of them is neither an http(s) address nor a folder.
+    """
+    return [check_base(base) for base in given or split_bases(os.environ.get(variable, ""))]

@@ -9,15 +9,19 @@ again, and asks for the others.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from llava.data.download.failures import REASONS
 from llava.data.download.pmc_list import BadListRow, Figure
 from llava.data.download.url_policy import shown
+from llava.data.records import file_text, form_of, rows_of
 from llava.errors import DataError
-from llava.utils.jsonl import append, drop_torn_line, read_records, write_records
+from llava.imaging.decode import resolve
+from llava.samples import read_images
+from llava.utils.jsonl import append, drop_torn_line, open_atomic, read_records, write_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +112,72 @@ class MissingList:
         write_records(self.path, map(asdict, self._rows))
         counts = Counter(row.reason for row in self._rows)
         return {reason: counts[reason] for reason in REASONS if counts[reason]}
+
+
+class Filtered(NamedTuple):
+    """What `write_available` did."""
+
+    path: Path
+    num_kept: int
+    num_dropped: int
+
+
+def available_path(path: Path) -> Path:
+    """Return the name of the filtered file: `train.json` becomes `train.available.json`."""
+    ending = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    return path.with_name(path.name.removesuffix(ending) + ".available" + ending.removesuffix(".gz"))
+
+
+def write_available(path: Path, image_folder: Path) -> Filtered:
+    """Write the rows whose images are all in `image_folder` (rows without an image too) beside the file.
+
+    Raises:
+        DataError: the file cannot be read or a row's images cannot be; nothing is written then.
+    """
+    target = available_path(path)
+    num_kept = num_dropped = 0
+
+    def complete() -> Iterator[dict[str, Any]]:
+        nonlocal num_kept, num_dropped
+        for row in _rows(path):
+            if _complete(row, image_folder):
+                num_kept += 1
+                yield row
+            else:
+                num_dropped += 1
+
+    try:
+        with open_atomic(target) as stream:
+            stream.writelines(file_text(complete(), lines=form_of(path) == "lines"))
+    except OSError as error:
+        raise DataError(f"{target} cannot be written: {error.strerror or error}") from error
+    return Filtered(target, num_kept, num_dropped)
+
+
+def pair_ids(paths: Collection[str | Path]) -> set[str]:
+    """Return the ids (file names without ending) of all images that the rows of data files name."""
+    return {Path(name).stem for path in paths for row in _rows(Path(path)) for name in read_images(row.get("image"))}
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    for number, row in rows_of(path):
+        if isinstance(row, DataError):
+            raise DataError(f"{path}, row {number}: {row}")
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {number}: a row must be a JSON object, got {type(row).__name__}")
+        try:
+            read_images(row.get("image"))
+        except DataError as error:
+            raise DataError(f"{path}, row {number}: {error}") from error
+        yield row
+
+
+def _complete(row: dict[str, Any], image_folder: Path) -> bool:
+    return all(_is_file(name, image_folder) for name in read_images(row.get("image")))
+
+
+def _is_file(name: str, image_folder: Path) -> bool:
+    try:
+        return resolve(name, image_folder).is_file()
+    except DataError:  # outside the folder: no image of ours
+        return False

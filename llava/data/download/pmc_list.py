@@ -20,8 +20,8 @@ from llava.data.download.archives import plain_name
 from llava.data.download.url_policy import origin, shown
 from llava.errors import DataError, DownloadError
 from llava.samples import describe
+from llava.utils.jsonl import UNREADABLE, open_unzipped
 from llava.utils.lookup import require
-from llava.utils.unzipped import UNREADABLE, open_unzipped
 
 ARCHIVE_HOSTS = ("ftp.ncbi.nlm.nih.gov",)
 """Hosts that a list may name without the user's permission."""

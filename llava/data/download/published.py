@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.download.archives import plain_name
-from llava.data.download.client import Client
+from llava.data.download.client import Client, add_network_options, bases_from, network_options
 from llava.data.download.files import Expected, fetch_file, file_problem
 from llava.data.download.url_policy import check_base, join, shown
-from llava.data.fetching.options import add_network_options, bases_from, network_options
-from llava.data.file_lock import hold
 from llava.errors import ConfigError, DataError, DownloadError
 from llava.utils import log
 from llava.utils.cli import ExampleFormatter, Parser
+from llava.utils.files import hold
 from llava.utils.log import progress_bar
 
 logger = logging.getLogger(__name__)

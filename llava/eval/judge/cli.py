@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import ConfigError
-from llava.eval.judge import agreement, summary
+from llava.eval.judge import summary
+from llava.eval.judge import summary as agreement
 from llava.eval.judge.cases import Case, read_cases
 from llava.eval.judge.prompts import TEMPLATES
-from llava.eval.judge.published import DEFECTS, RELEASES, chosen_defects
-from llava.eval.judge.review import Settings, num_to_ask, review, score_row
+from llava.eval.judge.review import DEFECTS, RELEASES, Settings, chosen_defects, num_to_ask, review, score_row
 from llava.eval.judge.scores import Rated, read_rated
 from llava.judging.asking import ask_endpoint
 from llava.judging.parsing import parser_of

@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from llava.eval.judge.agreement import MEASURES
 from llava.eval.judge.scores import Rated
+from llava.eval.judge.summary import MEASURES
 from llava.eval.medvqa.report import figure, interval
 from llava.imaging.decode import load
 from llava.utils.jsonl import read_records, write_atomic

@@ -15,7 +15,7 @@ from typing import Any
 
 from llava.errors import DataError
 from llava.eval.judge.cases import domains_of, image_of
-from llava.eval.judge.published import REPLY_KEYS
+from llava.eval.judge.review import REPLY_KEYS
 from llava.eval.medvqa.items import refuse_doubles
 from llava.judging.parsing import PARSERS, Scores, Unreadable
 from llava.samples import describe

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from llava.errors import DataError
 from llava.eval.intervals import Draws, Score
 from llava.eval.medvqa.items import Item
-from llava.eval.medvqa.strict import strict_scores
+from llava.eval.medvqa.metrics import strict_scores
 from llava.samples import Sample
 from llava.scoring.decisions import is_closed
 from llava.scoring.normalize import normalize

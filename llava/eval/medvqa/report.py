@@ -9,10 +9,9 @@ from typing import Any, get_args
 from llava.eval.intervals import Draws, Score
 from llava.eval.medvqa.controls import Majority, by_type, check_same_questions, compare_sets, majority_items
 from llava.eval.medvqa.items import Item
-from llava.eval.medvqa.metrics import METRIC_VERSION, PUBLISHED, Program, legacy_scores
-from llava.eval.medvqa.strict import is_unparsable, strict_scores
-from llava.eval.text_table import Cell, simple_table
+from llava.eval.medvqa.metrics import METRIC_VERSION, PUBLISHED, Program, is_unparsable, legacy_scores, strict_scores
 from llava.utils.bootstrap import LEVEL
+from llava.utils.reporting import Cell, simple_table
 
 HEADERS = ("Metric", "Performance")
 

@@ -7,6 +7,7 @@ The choice of decoder is part of the rules: two machines with the extra `data` i
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,63 @@ from pydicom.pixels.decoders.base import Decoder, get_decoder
 from pydicom.pixels.utils import as_pixel_options
 from pydicom.uid import UID
 
-from llava.data.dicom_codestream import extent_of
 from llava.errors import DataError, MissingDependency
 from llava.imaging.dicom.header import PIXEL_TAGS, number, quiet, whole, word
+
+_JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7})
+"""Start-of-frame markers of JPEG and JPEG-LS."""
+
+_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})
+"""Markers without a length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Size of one compressed frame: pixels, samples a pixel, and bits a sample."""
+
+    height: int
+    width: int
+    samples: int
+    bits: int
+
+
+def extent_of(frame: bytes) -> Extent | None:
+    """Return the size that a JPEG, JPEG-LS or JPEG 2000 frame states, or None where it states none."""
+    jpeg2000 = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # a JP2 box may stand before it
+    if jpeg2000 >= 0:
+        return _jpeg2000(frame, jpeg2000 + 4)
+    return _jpeg(frame) if frame[:2] == b"\xff\xd8" else None
+
+
+def _jpeg2000(frame: bytes, start: int) -> Extent | None:
+    """Read the SIZ segment whose length field is at `start`."""
+    if len(frame) < start + 39:
+        return None
+    x_end, y_end, x_start, y_start = struct.unpack(">4I", frame[start + 4 : start + 20])
+    (samples,) = struct.unpack(">H", frame[start + 36 : start + 38])
+    return Extent(y_end - y_start, x_end - x_start, samples, (frame[start + 38] & 0x7F) + 1)
+
+
+def _jpeg(frame: bytes) -> Extent | None:
+    """Walk over the segments to the first start of frame."""
+    place = 2
+    while place + 4 <= len(frame):
+        if frame[place] != 0xFF:
+            return None
+        marker = frame[place + 1]
+        if marker == 0xFF:  # fill byte
+            place += 1
+        elif marker in _ALONE:
+            place += 2
+        elif marker in _JPEG_FRAMES:
+            if place + 10 > len(frame):
+                return None
+            bits, height, width, samples = struct.unpack(">BHHB", frame[place + 4 : place + 10])
+            return Extent(height, width, samples, bits)
+        else:
+            place += 2 + int(struct.unpack(">H", frame[place + 2 : place + 4])[0])
+    return None
+
 
 MAX_FRAMES = 1 << 20
 """More pictures than this in one file are a broken count."""

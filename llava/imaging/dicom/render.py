@@ -22,14 +22,13 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.pixels.processing import apply_color_lut
 
-from llava.data.levels import levels_of
 from llava.errors import DataError, MissingDependency, NotAPicture
 from llava.imaging import grayscale as windows
 from llava.imaging.dicom.header import PICTURE_TAGS, items, number, numbers, quiet, read, word
 from llava.imaging.dicom.pixels import Layout, Stored, frame_values, padding_of
 from llava.imaging.dicom.policy import PRESETS, DicomPolicy
 from llava.imaging.dicom.sop_classes import check_picture
-from llava.imaging.grayscale import Table, Values
+from llava.imaging.grayscale import Table, Values, levels_of
 
 SQUARE_ENOUGH = 0.01
 """Pixels whose sides differ by less than this share are taken as square."""

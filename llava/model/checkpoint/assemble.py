@@ -3,21 +3,61 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from llava.constants import IM_END_TOKEN, IM_START_TOKEN
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shards import TensorEntry, read_with_room
+from llava.model.checkpoint.formats import Layout
 from llava.model.checkpoint.weight_names import EMBEDDINGS, HEAD, TOWER
 from llava.model.config import LlavaMedConfig
-from llava.model.foreign_options import ForeignOptions
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, UNUSED_PARTS, first_line
+from llava.model.quantization import Quantization
+from llava.tokenization import word_id
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignOptions:
+    """What a checkpoint of another layout may need beside itself.
+
+    Attributes:
+        base: language model that an adapter or a projector builds on; also a tokenizer for a folder without one.
+        vision_tower: folder or hub name, instead of the one that the checkpoint names.
+        vision_tower_config: open_clip model configuration, likewise.
+        vision_tower_checkpoint: open_clip weights, likewise.
+        tower_adapter: a tower's LoRA adapter (STLLaVA-Med's `Vit-lora`); one inside the folder is found.
+        template: conversation template, instead of the one that the content suggests.
+        dtype: of the weights; "auto" keeps that of the embeddings.
+        device_map: passed to transformers; None loads on the CPU.
+        quantization: of the language model.
+        merge: add adapters into the weights (never where those are quantized).
+    """
+
+    base: str | None = None
+    vision_tower: str | None = None
+    vision_tower_config: str | None = None
+    vision_tower_checkpoint: str | None = None
+    tower_adapter: str | None = None
+    template: str | None = None
+    dtype: torch.dtype | Literal["auto"] = "auto"
+    device_map: Any = None
+    quantization: Quantization = field(default_factory=Quantization)
+    merge: bool = True
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The options that say where parts are, to load the same again."""
+        names = ("base", "vision_tower", "vision_tower_config", "vision_tower_checkpoint", "tower_adapter", "template")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
 
 logger = logging.getLogger(__name__)
 
@@ -146,3 +186,46 @@ def check_report(report: Mapping[str, Any], name: str) -> None:
         keys = sorted(" ".join(map(str, key)) if isinstance(key, tuple) else key for key in report.get(kind) or ())
         if wrong := [key for key in keys if not (key.startswith(TOWER) and any(part in key for part in UNUSED_PARTS))]:
             raise CheckpointError(f"{name}: weights do not fit the model: {len(wrong)} {kind} such as {wrong[0]}")
+
+
+def marker_rows(tokenizer: Any) -> list[int]:
+    """The ids of the two markers around an image, where the vocabulary has them both; else none."""
+    rows = [word_id(tokenizer, word) for word in (IM_START_TOKEN, IM_END_TOKEN)]
+    return [row for row in rows if row is not None] if None not in rows else []
+
+
+def take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout, markers: Sequence[int]) -> None:
+    """Put embedding rows that were trained with a projector into embeddings and head, under our names.
+
+    A whole table replaces the base's. Two rows are those of the markers: they go where the vocabulary has these words,
+    which is behind the base's rows, or among rows that a padded table keeps free.
+
+    Args:
+        state: the base's weights.
+        rows: [k, D], as the file has them.
+        layout: the checkpoint, for messages.
+        markers: see `marker_rows`.
+
+    Raises:
+        CheckpointError: they fit neither as a whole table nor as the two markers' rows.
+    """
+    table = state[EMBEDDINGS]
+    if rows.dim() != 2 or rows.shape[1] != table.shape[1]:
+        raise CheckpointError(
+            f"{layout.path}: embedding rows are {tuple(rows.shape)}, the base's {tuple(table.shape)}; "
+            "give the base it was trained on with --model-base"
+        )
+    if rows.shape[0] >= table.shape[0]:
+        state[EMBEDDINGS] = rows
+        grow_head(state, rows.shape[0])
+        return
+    if rows.shape[0] != len(markers):
+        raise CheckpointError(
+            f"{layout.path}: {rows.shape[0]} embedding rows; expected the whole table of at least {table.shape[0]}, "
+            f"or those of the {len(markers)} marker words that its vocabulary has"
+        )
+    num_missing = max(max(markers) + 1 - table.shape[0], 0)
+    grown = mean_rows(table, num_missing) if num_missing else table.clone()
+    grown[list(markers)] = rows.to(table.dtype)
+    state[EMBEDDINGS] = grown
+    grow_head(state, grown.shape[0])

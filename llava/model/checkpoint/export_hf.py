@@ -20,15 +20,15 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from llava.constants import IMAGE_TOKEN
 from llava.conversation import SLOT, Form, Template
 from llava.errors import CheckpointError
-from llava.image_processors import OpenClipImageProcessorPil
+from llava.imaging.image_processor import OpenClipImageProcessorPil
 from llava.model.builder import Loaded
 from llava.model.checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from llava.model.checkpoint.folder import SOURCE_FOLDER, copy_source, name_known_class
 from llava.model.checkpoint.load_hf import SOURCE_KEY
 from llava.model.checkpoint.model_card import write_card
 from llava.model.checkpoint.weight_names import HEAD, LANGUAGE_MODEL, PROJECTOR, TOWER
 from llava.model.config import LlavaMedConfig
 from llava.model.multimodal_encoder.towers import input_size, num_extra_tokens, side
-from llava.model.source_files import SOURCE_FOLDER, copy_source, name_known_class
 from llava.processing import LlavaMedProcessor
 from llava.utils.jsonl import write_json
 

@@ -15,7 +15,23 @@ from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shards import TensorEntry, find_weights, list_tensors
 from llava.model.checkpoint.legacy_keys import TEMPLATE_KEY, check_values
-from llava.model.checkpoint.weight_names import LEGACY_TOWER, TIMM_TOWER, projector_suffix, projector_type_of
+from llava.model.checkpoint.weight_names import (
+    EMBEDDINGS,
+    HF_PREFIXES,
+    LANGUAGE_MODEL,
+    LEGACY_PREFIXES,
+    LEGACY_TOWER,
+    NEWLINE,
+    PEFT_PREFIX,
+    PROJECTOR,
+    TIMM_TOWER,
+    TOWER,
+    TOWER_ROOT,
+    projector_suffix,
+    projector_type_of,
+    renamed,
+    without_peft,
+)
 
 OUR_TYPE = "llava_med"
 CONFIG_FILE = "config.json"
@@ -296,3 +312,40 @@ def _explain(folder: Path, config: dict[str, Any]) -> str:
     if not config:
         return f"no {CONFIG_FILE} that names a model type; found {found}"
     return f"{CONFIG_FILE} without weights (model, adapter or {PROJECTOR_FILES[-1]}); found {found}"
+
+
+TABLE = "embed_tokens.weight"
+
+
+def our_name(layout: Layout, name: str) -> str | None:
+    """Our model's name of a tensor of the checkpoint (of an adapter: with peft's prefix); None where it is no part."""
+    if layout.kind in ("model", "vision_tower"):
+        return name
+    if layout.kind == "hf_llava":
+        return renamed(name, HF_PREFIXES)
+    if "lora_" in name:
+        return _in_adapter(layout, name)
+    if suffix := projector_suffix(name):
+        return PROJECTOR + suffix
+    if layout.kind in OURS:
+        return EMBEDDINGS if name == f"model.{TABLE}" else name.removeprefix(PEFT_PREFIX)
+    return _in_legacy(layout, name)
+
+
+def _in_adapter(layout: Layout, name: str) -> str | None:
+    """One matrix of an adapter, of the language model's or of a tower's own."""
+    if layout.kind == "adapter" or name.startswith(PEFT_PREFIX + LANGUAGE_MODEL):
+        return name
+    if name.startswith(TOWER_ROOT):
+        return PEFT_PREFIX + TOWER + name.removeprefix(TOWER_ROOT)
+    legacy = renamed(without_peft(name), LEGACY_PREFIXES)
+    return None if legacy is None else PEFT_PREFIX + legacy
+
+
+def _in_legacy(layout: Layout, name: str) -> str | None:
+    if layout.kind == "legacy_projector":
+        if name.endswith(TABLE):
+            return EMBEDDINGS
+        return f"model.{NEWLINE}" if name.endswith(NEWLINE) else None
+    legacy = renamed(without_peft(name), LEGACY_PREFIXES)
+    return f"{legacy} (as transformers' class splits it)" if name.startswith(TIMM_TOWER) else legacy

@@ -16,15 +16,14 @@ from typing import Any, Literal, cast
 import torch
 
 from llava.errors import CheckpointError, ConfigError
+from llava.model.anyres import use_policy
 from llava.model.builder import Loaded, build, finish, portable
-from llava.model.checkpoint.assemble import check_report, quiet
+from llava.model.checkpoint.assemble import ForeignOptions, check_report, quiet
 from llava.model.checkpoint.formats import KINDS, ORIGIN_FILE, OUR_TYPE, OURS, Kind, Layout, read_json, sniff
 from llava.model.checkpoint.hub import is_hub_name, local_folder
 from llava.model.checkpoint.legacy.load import load_foreign
 from llava.model.checkpoint.load_hf import load_hf
 from llava.model.checkpoint.load_parts import load_adapter, load_projector
-from llava.model.foreign_options import ForeignOptions
-from llava.model.image_policy import use_policy
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.model.quantization import Quantization

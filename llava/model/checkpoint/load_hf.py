@@ -15,12 +15,11 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaConfig
 
 from llava.errors import CheckpointError
 from llava.model.builder import Loaded, finish, portable
-from llava.model.checkpoint.assemble import grow, place
+from llava.model.checkpoint.assemble import ForeignOptions, grow, place
 from llava.model.checkpoint.files.shards import TensorReader
 from llava.model.checkpoint.formats import CONFIG_FILE, Layout, read_json
 from llava.model.checkpoint.weight_names import HF_PREFIXES, is_buffer, renamed
 from llava.model.config import LlavaMedConfig
-from llava.model.foreign_options import ForeignOptions
 from llava.model.multimodal_encoder.towers import (
     DEFAULT_PROCESSORS,
     UNREADABLE,

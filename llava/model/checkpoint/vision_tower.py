@@ -15,8 +15,8 @@ from transformers import AutoConfig, CLIPVisionConfig, PreTrainedModel
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint.formats import Layout
-from llava.model.checkpoint.legacy_keys import TOWER_KEYS
-from llava.model.multimodal_encoder.open_clip_encoder.files import (
+from llava.model.checkpoint.legacy_keys import PUBLISHED_TOWERS, TOWER_KEYS
+from llava.model.multimodal_encoder.open_clip_encoder.loading import (
     find_checkpoint,
     find_config,
     find_files,
@@ -24,7 +24,6 @@ from llava.model.multimodal_encoder.open_clip_encoder.files import (
 )
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import trunk_config
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line, load_tower, tower_image_processor
-from llava.model.published_towers import PUBLISHED_TOWERS
 
 
 @dataclass(frozen=True, slots=True)

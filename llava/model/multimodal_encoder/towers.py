@@ -23,9 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from llava.errors import CheckpointError, ConfigError
-from llava.image_processors import load_image_processor
-from llava.model.multimodal_encoder.open_clip_encoder.files import find_files, is_open_clip
-from llava.model.multimodal_encoder.open_clip_encoder.loading import load_trunk
+from llava.imaging.image_processor import load_image_processor
+from llava.model.multimodal_encoder.open_clip_encoder.loading import find_files, is_open_clip, load_trunk
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import image_processor as open_clip_processor
 
 CLASS_TOKEN_TOWERS = frozenset({"clip_vision_model", "dinov2", "dinov2_with_registers", "vit"})

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from llava.cli import main as llava
 from llava.data.check.cli import main
 from llava.data.check.report import check
-from llava.data.check.stream import stream_rows
-from llava.data.records import load_samples
+from llava.data.records import load_samples, stream_rows
 from llava.errors import ConfigError
 from tests.support.check_files import row, rules_of, smooth, write_rows
 from tests.support.text_tools import write_processor
@@ -202,7 +201,7 @@ import sys
 import atheris
 with atheris.instrument_imports(include=["llava.data.check"]):
     from llava.data.check.rows import view_row
-    from llava.data.check.stream import stream_rows
+    from llava.data.records import stream_rows
 from pathlib import Path
 path = Path(sys.argv.pop())
 

@@ -10,8 +10,7 @@ import pytest
 
 from llava.data.check.identifiers import identifier_rules
 from llava.data.check.page import write_page
-from llava.data.check.report import as_data, check
-from llava.data.check.summary import summary
+from llava.data.check.report import as_data, check, summary
 from tests.support.check_files import row, write_rows
 
 

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from llava.data.check.page import write_page
-from llava.data.check.report import Report, as_data, check
-from llava.data.check.summary import summary
+from llava.data.check.report import Report, as_data, check, summary
 from llava.errors import DataError
 from tests.support.check_files import check_rows, row, rules_of, smooth, write_rows
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import tracemalloc
 from pathlib import Path
 
-from llava.data.check.findings import Findings
 from llava.data.check.row_index import GROUP_FIELDS, Ledger, NameStore
+from llava.data.check.rules import Findings
 from llava.data.check.scan import scan_file
 from tests.support.check_files import row, write_rows
 

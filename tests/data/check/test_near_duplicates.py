@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from llava.data.check import near_duplicates, neighbours
-from llava.data.check.findings import FILE
-from llava.data.check.neighbours import MAX_DISTANCE, ClosePairs, band_masks
-from llava.data.check.phash import _COSINES, correlation, perceptual_hash, small_grey
-from llava.data.check.report import check
-from llava.data.check.summary import summary
+from llava.data.check import near_duplicates
+from llava.data.check.images import _COSINES, correlation, perceptual_hash, small_grey
+from llava.data.check.near_duplicates import MAX_DISTANCE, ClosePairs, band_masks
+from llava.data.check.report import check, summary
+from llava.data.check.rules import FILE
 from tests.support.check_files import check_rows, row, smooth, write_rows
 
 
@@ -88,7 +87,7 @@ def brute_force(hashes: list[int]) -> set[tuple[int, int]]:
 def test_every_close_pair_is_found_once(bases: list[int], flips: list[tuple[int, set[int]]], block: int) -> None:
     hashes = bases + [bases[which % len(bases)] ^ sum(1 << bit for bit in bits) for which, bits in flips]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbours, "BLOCK", block)
+        patch.setattr(near_duplicates, "BLOCK", block)
         search = ClosePairs(np.array(hashes, dtype=np.uint64))
         found = [tuple(pair) for pairs in search for pair in pairs.tolist()]
     assert len(found) == len(set(found)) and search.num_skipped == 0

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from llava.data.check.rows import view_row
 from llava.data.check.rules import RULES
-from llava.data.placing import with_places
 from llava.data.records import read_default
 from llava.errors import DataError
+from llava.samples import with_places
 from tests.support.check_files import check_rows, row
 
 TURNS = row(0)["conversations"]

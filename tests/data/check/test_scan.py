@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from llava.data.check import balance
-from llava.data.check.balance import OTHER
-from llava.data.check.fixing import write_fixed
+from llava.data.check import scan
+from llava.data.check.cli import write_fixed
 from llava.data.check.report import check
+from llava.data.check.scan import OTHER
 from llava.errors import DataError
 from tests.support.check_files import row, write_rows
 
@@ -41,7 +41,7 @@ def test_types_and_flags_and_closed_answers(tmp_path: Path) -> None:
 
 
 def test_texts_and_identifiers_are_no_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(balance, "MAX_CLASSES", 4)
+    monkeypatch.setattr(scan, "MAX_CLASSES", 4)
     labels = ["a long text that tells " * 5, "Dr. Quimbleton", "03/14/2019", *"abcdefgh"]
     found = classes(tmp_path, [row(number, label=label) for number, label in enumerate(labels)])["label"]
     assert found == {OTHER: 8, "(long text)": 1, "a": 1, "b": 1}

@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.data.check import stream
+from llava.data import records
 from llava.data.check.rows import view_row
-from llava.data.check.stream import form_of, stream_rows
-from llava.data.records import rows_of
+from llava.data.records import form_of, rows_of, stream_rows
 from llava.errors import DataError
 from tests.support.check_files import row
 
@@ -60,7 +59,7 @@ def read_whole(content: bytes) -> list[tuple[int, Any]]:
 def test_rows_are_those_that_training_reads(
     form: str, zipped: bool, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "PIECE", piece)
+    monkeypatch.setattr(records, "PIECE", piece)
     content = FORMS[form].encode()
     assert read(gzip.compress(content) if zipped else content) == read_whole(content)
 
@@ -69,7 +68,7 @@ def test_rows_are_those_that_training_reads(
 @given(rows=st.lists(values, max_size=5), piece=st.integers(1, 40), indent=st.sampled_from([None, 2]))
 def test_any_rows_in_any_pieces(rows: list[Any], piece: int, indent: int | None) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "PIECE", piece)
+        patch.setattr(records, "PIECE", piece)
         assert read(json.dumps(rows, indent=indent).encode()) == list(enumerate(rows))
 
 
@@ -82,7 +81,7 @@ def test_any_rows_in_any_pieces(rows: list[Any], piece: int, indent: int | None)
 )
 def test_any_bytes_are_rows_or_named_errors(content: bytes, piece: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "PIECE", piece)
+        patch.setattr(records, "PIECE", piece)
         found = read(content)
     assert [row for row, _ in found] == list(range(len(found)))
     try:
@@ -140,23 +139,23 @@ def test_bytes_that_are_no_text_hurt_their_own_row_only() -> None:
 
 
 def test_the_place_of_a_mistake_is_counted_from_the_start_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "PIECE", 8)
+    monkeypatch.setattr(records, "PIECE", 8)
     content = "[" + '{"a": 1}, ' * 10 + "{x}]" + " " * 100
     assert f"character {content.index('x')} " in str(read(content.encode())[10][1])
 
 
 def test_a_mistake_is_found_without_reading_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "PIECE", 64)
+    monkeypatch.setattr(records, "PIECE", 64)
     path = tmp_path / "rows.json"
     path.write_text('[{"a" 1}, ' + '{"a": 1}, ' * 1000 + "]")
     asked: list[int] = []
-    original = stream._value
+    original = records._value
 
     def spy(text: str, *rest: Any) -> Any:
         asked.append(len(text))
         return original(text, *rest)
 
-    monkeypatch.setattr(stream, "_value", spy)
+    monkeypatch.setattr(records, "_value", spy)
     assert [type(value) for _, value in stream_rows(path)] == [DataError]
     assert asked == [64]
 

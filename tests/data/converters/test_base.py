@@ -17,8 +17,7 @@ from llava.data.converters import csv_table, slake, vqa_rad
 from llava.data.converters.base import Job, Reader, run
 from llava.data.converters.dataset_cards import Card
 from llava.data.converters.items import Item, make_row
-from llava.data.converters.output import Output, split_hash
-from llava.data.readers.pictures import Pictures
+from llava.data.converters.output import Output, Pictures, split_hash
 from llava.errors import ConfigError, DataError
 from llava.samples import Origin
 from tests.support import releases
@@ -79,7 +78,7 @@ def test_killed_and_started_again_gives_the_same_files(tmp_path: Path) -> None:
     """A run is killed in the middle, by a signal it cannot catch; the next one finishes as if nothing had happened."""
     code = (
         "import os, signal, sys\n"
-        "from llava.data.readers import pictures; from llava.data.converters import slake\n"
+        "from llava.data.converters import output as pictures; from llava.data.converters import slake\n"
         "real, left = pictures.Pictures.place, [2]\n"
         "def place(self, name, image):\n"
         "    real(self, name, image)\n"

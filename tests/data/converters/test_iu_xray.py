@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.readers.safe_xml import MAX_BYTES, parse_xml, read_xml
+from llava.data.converters.iu_xray import MAX_BYTES, parse_xml, read_xml
 from llava.errors import DataError
 
 BOMB = (

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.converters.radiology_reports import KINDS, parse_report
-from llava.data.readers.report_prompts import question
+from llava.data.converters.radiology_reports import KINDS, parse_report, question
 from tests.support.releases import report
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llava.data.converters.sources import FINISHED, is_archive, unpack
 from llava.data.download.archives import Limits
-from llava.data.readers.unpacking import FINISHED, is_archive, unpack
 from llava.errors import ArchiveError, DataError
 
 

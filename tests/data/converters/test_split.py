@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.converters.split import Options, main, split_rows
-from llava.data.readers.assigning import parse_fractions, place_of, split_at, unit_hash
+from llava.data.converters.split import Options, main, parse_fractions, place_of, split_at, split_rows, unit_hash
 from llava.errors import ConfigError, DataError
 from tests.support.releases import picture, rows_in, write_rows
 

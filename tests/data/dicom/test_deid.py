@@ -17,8 +17,8 @@ from pydicom.datadict import DicomDictionary
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
-from llava.data.deid_findings import MIN_STROKES, inspect, most_strokes
 from llava.data.dicom import deid
+from llava.data.dicom.deid import MIN_STROKES, inspect, most_strokes
 from llava.data.dicom.deid_profile import ACTIONS, KEPT_BYTES, KEPT_SEQUENCES
 from llava.errors import ConfigError, DataError
 from llava.imaging import decode

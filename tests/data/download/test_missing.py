@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.data.available_rows import write_available
+from llava.data.download.missing import write_available
 from llava.utils.jsonl import read_records
 from tests.support.tiny import tiny_image
 

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 
 from llava.data.download import pmc
 from llava.data.download.client import Client, NetworkOptions
+from llava.data.download.pmc import fetch
 from llava.data.download.pmc_article import ImageOptions
 from llava.data.download.pmc_list import read_lists
-from llava.data.file_lock import hold
-from llava.data.pmc_images import fetch
 from llava.errors import ConfigError, DataError
+from llava.utils.files import hold
 from tests.support.archive_files import article, jpeg, package, plain, rows, special, tar_gz, write_list
 from tests.support.file_server import Fault, FileServer, serve
 

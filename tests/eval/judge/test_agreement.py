@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.errors import DataError
-from llava.eval.judge import agreement
+from llava.eval.judge import summary
 from llava.eval.judge.scores import Rated
 
 scores = st.integers(1, 10)
@@ -35,14 +35,14 @@ def test_measures_against_references(values: list[tuple[int, int]]) -> None:
     pairs = np.array(values, dtype=np.float64)
     constant = len(set(pairs[:, 0])) == 1 or len(set(pairs[:, 1])) == 1
     if constant:
-        assert math.isnan(agreement.pearson(pairs)) and math.isnan(agreement.spearman(pairs))
+        assert math.isnan(summary.pearson(pairs)) and math.isnan(summary.spearman(pairs))
     else:
-        assert agreement.pearson(pairs) == pytest.approx(stats.pearsonr(*pairs.T).statistic, abs=1e-9)
-        assert agreement.spearman(pairs) == pytest.approx(stats.spearmanr(*pairs.T).statistic, abs=1e-9)
+        assert summary.pearson(pairs) == pytest.approx(stats.pearsonr(*pairs.T).statistic, abs=1e-9)
+        assert summary.spearman(pairs) == pytest.approx(stats.spearmanr(*pairs.T).statistic, abs=1e-9)
     if len(set(pairs.flatten())) > 1:
-        assert agreement.kappa(pairs) == pytest.approx(kappa_from_table(pairs), abs=1e-9)
+        assert summary.kappa(pairs) == pytest.approx(kappa_from_table(pairs), abs=1e-9)
     else:
-        assert math.isnan(agreement.kappa(pairs))
+        assert math.isnan(summary.kappa(pairs))
 
 
 def one(number: int, first: tuple[float, float] | None, second: tuple[float, float] | None = None) -> Rated:
@@ -53,7 +53,7 @@ def one(number: int, first: tuple[float, float] | None, second: tuple[float, flo
 def test_two_judges_by_hand() -> None:
     first = [one(0, (8, 7)), one(1, (6, 6)), one(2, (9, 3)), one(3, (5, 8)), one(4, None)]
     second = [one(4, (1, 1)), one(0, (8, 8)), one(1, (7, 5)), one(2, (9, 4)), one(3, (2, 8))]
-    report = agreement.of_judges(first, second, num_resamples=100)
+    report = summary.of_judges(first, second, num_resamples=100)
     assert report["num_questions"] == 4 and report["unscored"] == {"first": 1, "second": 0}
     # references: 8-8, 6-7, 9-9, 5-2; answers: 7-8, 6-5, 3-4, 8-8
     assert report["reference"]["exact"]["value"] == 0.5
@@ -62,10 +62,10 @@ def test_two_judges_by_hand() -> None:
     assert report["answer"]["exact"]["value"] == 0.25 and report["answer"]["within one"]["value"] == 1.0
     # winners: reference-neither, neither-reference, reference-reference, answer-answer
     assert report["winner"]["exact"]["value"] == 0.5
-    for measure in agreement.MEASURES:
+    for measure in summary.MEASURES:
         estimate = report["reference"][measure]
         assert estimate["low"] <= estimate["value"] + 1e-9 and estimate["value"] <= estimate["high"] + 1e-9
-    table = agreement.agreement_table(report)
+    table = summary.agreement_table(report)
     assert "weighted kappa" in table and "gain" not in table
 
 
@@ -73,33 +73,33 @@ def test_questions_of_one_picture_are_drawn_together() -> None:
     """Both questions of picture 0 agree, both of picture 1 do not: a resample holds 0, 1 or 2 of the pictures."""
     first = [one(number, (5, 5)) for number in range(4)]
     second = [one(number, (5, 5) if number < 2 else (9, 9)) for number in range(4)]
-    estimate = agreement.of_judges(first, second, num_resamples=200)["answer"]["exact"]
+    estimate = summary.of_judges(first, second, num_resamples=200)["answer"]["exact"]
     assert estimate == {"value": 0.5, "low": 0.0, "high": 1.0}
-    assert agreement.of_judges(first, second, num_resamples=0)["answer"]["exact"]["low"] is None
+    assert summary.of_judges(first, second, num_resamples=0)["answer"]["exact"]["low"] is None
 
 
 def test_constant_judges_have_no_correlation_and_no_nan_in_json() -> None:
     same = [one(number, (5, 5)) for number in range(4)]
-    report = agreement.of_judges(same, same)
+    report = summary.of_judges(same, same)
     assert report["answer"]["Pearson"] == {"value": None, "low": None, "high": None}
     assert report["answer"]["exact"]["value"] == 1.0
     json.dumps(report, allow_nan=False)
-    assert "- [-, -]" in agreement.agreement_table(report)
+    assert "- [-, -]" in summary.agreement_table(report)
 
 
 def test_two_orders_of_one_judge() -> None:
     """Whichever answer stands first gets two points more."""
     rows = [one(number, (8.0, 4.0), (6.0, 6.0)) for number in range(3)] + [one(9, (8.0, 4.0))]
-    report = agreement.of_orders(rows, num_resamples=20)
+    report = summary.of_orders(rows, num_resamples=20)
     assert report is not None and report["num_questions"] == 3
     assert report["first place"] == {"value": 2.0, "low": 2.0, "high": 2.0}
     assert report["winner"]["exact"]["value"] == 0.0 and report["reference"]["mean difference"]["value"] == 2.0
-    assert "gain of the first place" in agreement.agreement_table(report)
-    assert agreement.of_orders([one(0, (8.0, 4.0))]) is None
+    assert "gain of the first place" in summary.agreement_table(report)
+    assert summary.of_orders([one(0, (8.0, 4.0))]) is None
 
 
 def test_other_questions_are_refused() -> None:
     with pytest.raises(DataError, match="different questions"):
-        agreement.of_judges([one(0, (1, 1))], [one(1, (1, 1))])
+        summary.of_judges([one(0, (1, 1))], [one(1, (1, 1))])
     with pytest.raises(DataError, match="in common"):
-        agreement.of_judges([one(0, None)], [one(0, (1, 1))])
+        summary.of_judges([one(0, None)], [one(0, (1, 1))])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llava.errors import ConfigError, DataError
 from llava.eval.judge.cases import asked, domains_of, image_of, read_cases
 from llava.eval.judge.prompts import TEMPLATES, again, context, messages_of
-from llava.eval.judge.published import DEFECTS, RELEASES, chosen_defects
+from llava.eval.judge.review import DEFECTS, RELEASES, chosen_defects
 from tests.support.judges import answer, question, write_lines
 
 TEMPLATE = TEMPLATES["chat-v1"]

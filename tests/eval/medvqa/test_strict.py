@@ -7,7 +7,7 @@ import math
 import pytest
 
 from llava.eval.medvqa.items import Item
-from llava.eval.medvqa.strict import closed_hit, is_unparsable, strict_scores
+from llava.eval.medvqa.metrics import closed_hit, is_unparsable, strict_scores
 
 
 def make(prediction: str, reference: str, *, closed: bool, types: tuple[str, ...] = ()) -> Item:

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydicom import uid
 
-from llava.data.dicom_codestream import Extent, extent_of
 from llava.errors import DataError, LlavaError, MissingDependency, NotAPicture
 from llava.imaging import decode
 from llava.imaging.dicom import header, pixels
+from llava.imaging.dicom.pixels import Extent, extent_of
 from tests.support.dicom_files import RAMP, SECRET, corpus, make, make_dataset, to_bytes
 
 ROOT = Path(__file__).resolve().parents[3]

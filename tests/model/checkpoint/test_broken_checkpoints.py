@@ -13,9 +13,9 @@ import torch
 
 from llava import cli
 from llava.errors import LlavaError
+from llava.model.checkpoint.assemble import ForeignOptions
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.tools.convert import convert
-from llava.model.foreign_options import ForeignOptions
 from tests.support.legacy_folders import write_legacy, write_lora, write_projector_only, write_weights
 from tests.support.tiny import write_tiny_lm
 

@@ -16,12 +16,12 @@ from llava.conversation import TEMPLATES
 from llava.data.encode import encode_prompt
 from llava.errors import CheckpointError
 from llava.model.builder import Loaded
+from llava.model.checkpoint.assemble import ForeignOptions
 from llava.model.checkpoint.export_hf import export_hf, obstacles
 from llava.model.checkpoint.formats import sniff
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_adapter, save_model
 from llava.model.checkpoint.tools.convert import convert
-from llava.model.foreign_options import ForeignOptions
 from llava.model.lora import add_lora, freeze_for
 from llava.samples import Conversation, Turn
 from tests.support.legacy_folders import write_lora

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava.model.checkpoint.assemble import ForeignOptions
 from llava.model.checkpoint.formats import sniff
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.tools.convert import convert
 from llava.model.checkpoint.tools.merge_lora import merge_lora
 from llava.model.checkpoint.weight_names import EMBEDDINGS
-from llava.model.foreign_options import ForeignOptions
 from llava.tokenization import word_id
 from tests.support.legacy_folders import projector_weights, random_tensor, write_legacy, write_projector_only
 

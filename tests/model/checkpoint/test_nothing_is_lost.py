@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError
+from llava.model.checkpoint.assemble import ForeignOptions
 from llava.model.checkpoint.folder import new_folder
 from llava.model.checkpoint.formats import sniff
 from llava.model.checkpoint.load import load
@@ -20,7 +21,6 @@ from llava.model.checkpoint.save import save_model
 from llava.model.checkpoint.tools import convert as converting
 from llava.model.checkpoint.tools.convert import convert
 from llava.model.checkpoint.tools.merge_lora import merge_lora
-from llava.model.foreign_options import ForeignOptions
 from tests.support.legacy_folders import write_legacy, write_lora
 
 LAYER = "model.vision_tower.encoder.layers.0.mlp.fc1"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llava.errors import ConfigError
 from llava.model.builder import Loaded
+from llava.model.checkpoint.assemble import ForeignOptions
 from llava.model.checkpoint.export_hf import obstacles
 from llava.model.checkpoint.files.shards import list_tensors, open_tensors
 from llava.model.checkpoint.formats import sniff
@@ -21,7 +22,6 @@ from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.checkpoint.tools.convert import convert
 from llava.model.checkpoint.tools.inspection import inspect
-from llava.model.foreign_options import ForeignOptions
 from llava.model.lora import add_lora, freeze_for
 from tests.support.legacy_folders import OPTIONAL_KEYS, write_legacy, write_lora, write_projector_only
 from tests.support.model_tools import logits, shake, trained

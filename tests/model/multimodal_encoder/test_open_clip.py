@@ -17,13 +17,12 @@ from torch import Tensor
 from transformers import AutoModel
 
 from llava.errors import CheckpointError, ConfigError
-from llava.image_processors import OpenClipImageProcessorPil, load_image_processor
+from llava.imaging.image_processor import OpenClipImageProcessorPil, load_image_processor
 from llava.model.builder import build
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_model
-from llava.model.multimodal_encoder.open_clip_encoder import convert, files, trunks
-from llava.model.multimodal_encoder.open_clip_encoder.key_map import rules, to_open_clip
-from llava.model.multimodal_encoder.open_clip_encoder.trunks import TRUNKS, Trunk, trunk_config
+from llava.model.multimodal_encoder.open_clip_encoder import convert, loading, trunks
+from llava.model.multimodal_encoder.open_clip_encoder.trunks import TRUNKS, Trunk, rules, to_open_clip, trunk_config
 from llava.model.multimodal_encoder.towers import load_tower, num_patches, tower_image_processor
 from tests.support.tiny import tiny_image, write_tiny_lm
 
@@ -35,7 +34,7 @@ SMALL = {"scaled": Trunk(14, 32, 3, 4, layer_scale=True), "plain": Trunk(14, 32,
 def small_trunks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, trunk in SMALL.items():
         monkeypatch.setitem(TRUNKS, name, trunk)
-    monkeypatch.delenv(files.WEIGHTS_VARIABLE, raising=False)
+    monkeypatch.delenv(loading.WEIGHTS_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(repository: str, name: str) -> Path:
         raise ConnectionError("no network in tests")
 
-    monkeypatch.setattr(files, "_download", unreachable)
+    monkeypatch.setattr(loading, "_download", unreachable)
 
 
 def timm_weights(trunk: Trunk, *, size: int = 28, seed: int = 0) -> dict[str, Tensor]:
@@ -179,7 +178,7 @@ def test_names_there_and_back(tmp_path: Path, name: str) -> None:
     [("biomedclip_cxr_518.json", "dinov2", 1369, 174, 86_579_712), ("biomedclip.json", "vit", 196, 150, 85_798_656)],
 )
 def test_published_towers(file: str, model_type: str, patches: int, num_names: int, num_values: int) -> None:
-    content = json.loads((files.MODEL_CONFIGS / file).read_text())
+    content = json.loads((loading.MODEL_CONFIGS / file).read_text())
     config = trunk_config(content)
     assert config.model_type == model_type
     assert num_patches(trunks.image_processor(content, {}), config) == patches
@@ -241,7 +240,7 @@ def test_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise FileNotFoundError(name)
         return tmp_path / repository / name
 
-    monkeypatch.setattr(files, "_download", download)
+    monkeypatch.setattr(loading, "_download", download)
     folder = tmp_path / "owner" / "tower"
     given = write_tower(folder, "plain")
     Path(given["config_file"]).rename(folder / "open_clip_config.json")
@@ -260,20 +259,20 @@ def test_a_name_is_no_behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_built_in_configuration_is_found_under_both_spellings(tmp_path: Path) -> None:
     for name in ("somewhere/model_configs/biomedclip_cxr_518.json", "biomedclipcxr_518.json"):
-        assert files.find_config(name) == files.MODEL_CONFIGS / "biomedclip_cxr_518.json"
+        assert loading.find_config(name) == loading.MODEL_CONFIGS / "biomedclip_cxr_518.json"
     with pytest.raises(CheckpointError, match=r"no open_clip model configuration other.json.*biomedclip.json"):
-        files.find_config("other.json")
+        loading.find_config("other.json")
 
 
 def test_where_weights_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hub: None) -> None:
     name = "biomedclipcxr_518_checkpoint.pt"
     with pytest.raises(CheckpointError, match=r"tried: .*beside.*LLAVA_WEIGHTS \(not set\).*microsoft/llava-rad"):
-        files.find_checkpoint(name, folders=[tmp_path / "beside"])
-    monkeypatch.setenv(files.WEIGHTS_VARIABLE, str(tmp_path / "local"))
+        loading.find_checkpoint(name, folders=[tmp_path / "beside"])
+    monkeypatch.setenv(loading.WEIGHTS_VARIABLE, str(tmp_path / "local"))
     for folder in ("local", "beside", "."):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / name).write_bytes(b"")
-        found = files.find_checkpoint(str(tmp_path / name) if folder == "." else name, folders=[tmp_path / "beside"])
+        found = loading.find_checkpoint(str(tmp_path / name) if folder == "." else name, folders=[tmp_path / "beside"])
         assert found == tmp_path / folder / name
 
 

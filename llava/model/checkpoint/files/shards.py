@@ -23,9 +23,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint.files.shard_writer import BinShard
+from llava.model.checkpoint.files.shard_writer import SAFE_DTYPES, BinShard, SafeShard
 from llava.model.checkpoint.files.torch_zip import ITEM_SIZES, read_bin_header
-from llava.model.shard_files import SAFE_DTYPES, SafeShard
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,9 +12,8 @@ from pathlib import Path
 from llava.errors import CheckpointError
 from llava.imaging.anyres import MERGE_TYPES
 from llava.model.checkpoint.formats import CONFIG_FILE, Layout, read_json
-from llava.model.checkpoint.legacy_keys import TEXT_TYPES, merge_type
+from llava.model.checkpoint.legacy_keys import PUBLISHED_TOWERS, TEXT_TYPES, merge_type
 from llava.model.checkpoint.weight_names import LEGACY_TOWER, NEWLINE
-from llava.model.published_towers import PUBLISHED_TOWERS
 
 SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 """`mm_vision_select_feature` in transformers' words."""

@@ -18,7 +18,9 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.model.builder import Loaded
 from llava.model.checkpoint.assemble import mean_rows
+from llava.model.checkpoint.files.shard_writer import flat_bytes
 from llava.model.checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from llava.model.checkpoint.folder import NEW_CLASS, TOKENIZER_CONFIG_FILE, copy_source, name_known_class
 from llava.model.checkpoint.formats import CONFIG_FILE, PAD_TOKEN, read_json, sniff
 from llava.model.checkpoint.legacy.config import legacy_config, rows_to_keep
 from llava.model.checkpoint.legacy_keys import TEMPLATE_KEY
@@ -35,9 +37,7 @@ from llava.model.checkpoint.weight_names import (
     TOWER,
 )
 from llava.model.config import LlavaMedConfig
-from llava.model.multimodal_encoder.open_clip_encoder.key_map import TRUNK_PREFIX, to_open_clip
-from llava.model.shard_files import flat_bytes
-from llava.model.source_files import NEW_CLASS, TOKENIZER_CONFIG_FILE, copy_source, name_known_class
+from llava.model.multimodal_encoder.open_clip_encoder.trunks import TRUNK_PREFIX, to_open_clip
 from llava.processing import LlavaMedProcessor
 from llava.tokenization import word_id
 from llava.utils.jsonl import write_json

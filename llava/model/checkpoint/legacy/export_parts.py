@@ -18,7 +18,9 @@ from torch import Tensor
 
 from llava.errors import CheckpointError
 from llava.model.builder import Loaded, portable
+from llava.model.checkpoint.assemble import ForeignOptions
 from llava.model.checkpoint.files.shards import open_tensors
+from llava.model.checkpoint.folder import SOURCE_FOLDER, copy_source
 from llava.model.checkpoint.formats import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -51,8 +53,6 @@ from llava.model.checkpoint.weight_names import (
     projector_suffix,
 )
 from llava.model.config import LlavaMedConfig
-from llava.model.foreign_options import ForeignOptions
-from llava.model.source_files import SOURCE_FOLDER, copy_source
 from llava.processing import LlavaMedProcessor
 from llava.utils.jsonl import write_json
 

@@ -14,23 +14,26 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig
 
 from llava.errors import CheckpointError
+from llava.model.anyres import write_policy
 from llava.model.builder import Loaded, finish, portable
-from llava.model.checkpoint.assemble import grow, place
+from llava.model.checkpoint.assemble import ForeignOptions, grow, marker_rows, place, take_rows
 from llava.model.checkpoint.files.shards import TensorReader, open_tensors
-from llava.model.checkpoint.formats import EXTRA_FILE, KINDS, Layout, sniff
+from llava.model.checkpoint.formats import EXTRA_FILE, KINDS, PAD_TOKEN, Layout, sniff
 from llava.model.checkpoint.hub import local_folder
 from llava.model.checkpoint.legacy.checks import SELECT_STRATEGIES, layer_refusals
 from llava.model.checkpoint.legacy.config import (
     check_supported,
+    image_mode,
     projector_settings,
     select_feature,
     select_layer,
     text_config,
 )
 from llava.model.checkpoint.legacy.lora_files import LegacyLora, attach, check_copies, merged, read_lora
-from llava.model.checkpoint.legacy_keys import unknown_keys
+from llava.model.checkpoint.legacy_keys import merge_type, unknown_keys
 from llava.model.checkpoint.vision_tower import TowerSource, find_tower
 from llava.model.checkpoint.weight_names import (
     BUFFERS,
@@ -45,12 +48,58 @@ from llava.model.checkpoint.weight_names import (
     renamed,
 )
 from llava.model.config import LlavaMedConfig
-from llava.model.foreign_options import ForeignOptions
-from llava.model.foreign_tokens import add_tokens, load_tokenizer, make_processor
-from llava.model.image_policy import write_policy
-from llava.model.multimodal_encoder.open_clip_encoder.key_map import to_transformers
-from llava.model.multimodal_encoder.towers import num_extra_tokens, num_patches
-from llava.model.token_rows import marker_rows, take_rows
+from llava.model.multimodal_encoder.open_clip_encoder.trunks import to_transformers
+from llava.model.multimodal_encoder.towers import UNREADABLE, first_line, num_extra_tokens, num_patches
+from llava.processing import LlavaMedProcessor
+from llava.tokenization import word_id
+
+EMPTY_TOKENS = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+"""Early conversions of LLaMA left these empty."""
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer of a folder, with special tokens repaired where the folder has them empty.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        # Given a configuration, transformers does not read the folder's own, whose type it does not know. It is Llama's
+        # for Mistral too: these checkpoints hold Llama tokenizers, and transformers 5 makes another one of Mistral's.
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=LlamaConfig())
+    except UNREADABLE as error:
+        raise CheckpointError(f"{folder} holds no usable tokenizer: {first_line(error)}") from error
+    for name, token in EMPTY_TOKENS.items():
+        if not getattr(tokenizer, name, None) and word_id(tokenizer, token) is not None:
+            setattr(tokenizer, name, token)
+            logger.info("%s: %s was empty, set to %s", folder, name, token)
+    return tokenizer
+
+
+def add_tokens(tokenizer: Any, layout: Layout) -> None:
+    """Give the vocabulary the words that this checkpoint's style needs."""
+    # Also those that are known: as plain words, which old files make of them, they would be spelled out inside a text.
+    tokenizer.add_tokens(layout.needed_words, special_tokens=True)
+
+
+def make_processor(
+    layout: Layout, tokenizer: Any, image_processor: Any, num_image_tokens: int, template: str | None
+) -> LlavaMedProcessor:
+    """The processor that feeds the model as its trainer did."""
+    is_old = layout.style == "patch_token"
+    return LlavaMedProcessor(
+        tokenizer,
+        image_processor,
+        template=template or layout.template([word for word in [PAD_TOKEN] if word_id(tokenizer, word) is not None]),
+        image_mode=image_mode(layout.config),
+        patch_merge_type=merge_type(layout.config),
+        image_grid_pinpoints=layout.config.get("image_grid_pinpoints"),
+        num_image_tokens=num_image_tokens,
+        placement="as_written" if is_old else "front",
+        use_im_start_end=bool(layout.config.get("mm_use_im_start_end")),
+        strip_around_images=is_old,
+    )
+
 
 logger = logging.getLogger(__name__)
 

@@ -132,8 +132,8 @@ def merge_lora_weights(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vision-tower", help="folder or hub name, instead of the one that the adapter names")
     parser.add_argument("--lora-pretrain", help="the tower's own adapter, where it is not inside the folder")
     args = parser.parse_args(argv)
+    from llava.model.checkpoint.assemble import ForeignOptions
     from llava.model.checkpoint.tools.merge_lora import merge_lora
-    from llava.model.foreign_options import ForeignOptions
 
     merge_lora(
         args.model_path,

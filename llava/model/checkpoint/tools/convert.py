@@ -23,7 +23,9 @@ from safetensors.torch import save_file
 
 from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.model.builder import Loaded
+from llava.model.checkpoint.assemble import ForeignOptions
 from llava.model.checkpoint.export_hf import export_hf
+from llava.model.checkpoint.folder import keep_source, source_of
 from llava.model.checkpoint.formats import ADAPTER_FILE, KINDS, Layout, sniff
 from llava.model.checkpoint.legacy.export import export_legacy, remember_tower
 from llava.model.checkpoint.legacy.export_parts import (
@@ -34,9 +36,7 @@ from llava.model.checkpoint.legacy.export_parts import (
 )
 from llava.model.checkpoint.load import PART_FLAGS, load
 from llava.model.checkpoint.save import new_files, save_model
-from llava.model.foreign_options import ForeignOptions
 from llava.model.multimodal_encoder.towers import first_line
-from llava.model.source_files import keep_source, source_of
 from llava.utils.cli import Parser
 from llava.utils.lookup import lookup
 

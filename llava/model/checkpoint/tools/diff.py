@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.model.checkpoint.files.shards import TensorReader
-from llava.model.checkpoint.formats import Layout, sniff
+from llava.model.checkpoint.formats import Layout, our_name, sniff
 from llava.model.checkpoint.weight_names import TIMM_TOWER, TOWER, is_buffer
-from llava.model.our_names import our_name
 from llava.utils.cli import Parser
 
 if TYPE_CHECKING:

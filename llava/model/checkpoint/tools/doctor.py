@@ -12,12 +12,11 @@ from pathlib import Path
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shards import TensorReader
-from llava.model.checkpoint.formats import KINDS, Layout
+from llava.model.checkpoint.formats import KINDS, Layout, our_name
 from llava.model.checkpoint.legacy.checks import refusals
 from llava.model.checkpoint.legacy_keys import unknown_keys
 from llava.model.checkpoint.tools.inspection import PROBLEMS, Inspection, added_words, inspect
 from llava.model.checkpoint.weight_names import EMBEDDINGS, PROJECTOR
-from llava.model.our_names import our_name
 from llava.utils.cli import Parser
 
 

@@ -18,15 +18,23 @@ import torch
 from torch import Tensor
 
 from llava.errors import CheckpointError
+from llava.model.checkpoint.assemble import ForeignOptions, marker_rows, take_rows
 from llava.model.checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter, TensorReader, open_tensors
-from llava.model.checkpoint.folder import copy_companions, new_folder
+from llava.model.checkpoint.folder import copy_companions, copy_small_files, new_folder
 from llava.model.checkpoint.formats import CONFIG_FILE, EXTRA_FILE, KINDS, PROJECTOR_FILE, Layout, sniff
 from llava.model.checkpoint.legacy.export import TOWER_FOLDER
-from llava.model.checkpoint.legacy.load import tokenizer_folder, tower_adapter_folder, with_base
+from llava.model.checkpoint.legacy.load import (
+    add_tokens,
+    load_tokenizer,
+    tokenizer_folder,
+    tower_adapter_folder,
+    with_base,
+)
 from llava.model.checkpoint.legacy.lora_files import LegacyLora, check_copies, merged, read_lora, with_update
 from llava.model.checkpoint.legacy_keys import ARCHITECTURES
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_model
+from llava.model.checkpoint.tools.delta import FLOATING
 from llava.model.checkpoint.vision_tower import find_tower
 from llava.model.checkpoint.weight_names import (
     EMBEDDINGS,
@@ -39,13 +47,8 @@ from llava.model.checkpoint.weight_names import (
     projector_suffix,
     renamed,
 )
-from llava.model.delta_names import FLOATING
-from llava.model.foreign_options import ForeignOptions
-from llava.model.foreign_tokens import add_tokens, load_tokenizer
-from llava.model.multimodal_encoder.open_clip_encoder.files import is_open_clip
+from llava.model.multimodal_encoder.open_clip_encoder.loading import is_open_clip
 from llava.model.multimodal_encoder.towers import load_tower, tower_image_processor
-from llava.model.source_files import copy_small_files
-from llava.model.token_rows import marker_rows, take_rows
 from llava.utils.jsonl import write_json
 from llava.utils.log import progress
 

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from llava.model.multimodal_encoder.open_clip_encoder.files import OpenClipFiles, find_files
-from llava.model.multimodal_encoder.open_clip_encoder.loading import load_trunk
+from llava.model.multimodal_encoder.open_clip_encoder.loading import OpenClipFiles, find_files, load_trunk
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import image_processor
 from llava.utils.cli import Parser, run_program
 from llava.utils.lookup import lookup

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError
-from llava.model import shard_files
 from llava.model.checkpoint.files import shard_writer
+from llava.model.checkpoint.files import shard_writer as shard_files
 from llava.model.checkpoint.files.shards import ShardWriter, TensorReader, list_tensors, open_tensors, read_with_room
 
 TENSORS = {

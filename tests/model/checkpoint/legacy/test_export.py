@@ -13,13 +13,13 @@ import torch
 
 from llava.errors import CheckpointError
 from llava.model.builder import Loaded
+from llava.model.checkpoint.assemble import ForeignOptions
 from llava.model.checkpoint.formats import read_json, sniff
 from llava.model.checkpoint.legacy_keys import TEMPLATE_KEY
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_model
 from llava.model.checkpoint.tools.convert import convert
 from llava.model.checkpoint.weight_names import EMBEDDINGS, HEAD
-from llava.model.foreign_options import ForeignOptions
 from llava.tokenization import word_id
 from tests.support.legacy_folders import random_tensor, write_legacy, write_projector_only
 from tests.support.model_tools import logits

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from llava import cli
 from llava.errors import CheckpointError
 from llava.model.builder import Loaded
+from llava.model.checkpoint.assemble import ForeignOptions
 from llava.model.checkpoint.formats import sniff
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_model
 from llava.model.checkpoint.tools.convert import convert
 from llava.model.checkpoint.tools.doctor import Finding, check_weights, diagnose
 from llava.model.checkpoint.tools.inspection import inspect, render
-from llava.model.foreign_options import ForeignOptions
 from tests.support.legacy_folders import (
     OPTIONAL_KEYS,
     projector_weights,

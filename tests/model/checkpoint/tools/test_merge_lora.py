@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError
 from llava.model.builder import Loaded
+from llava.model.checkpoint.assemble import ForeignOptions
 from llava.model.checkpoint.formats import sniff
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_adapter
 from llava.model.checkpoint.tools.merge_lora import merge_lora
-from llava.model.foreign_options import ForeignOptions
 from llava.model.lora import add_lora
 from tests.support.legacy_folders import (
     projector_weights,
