@@ -16,7 +16,8 @@ from benchmarks import common
 from benchmarks.eval_throughput import make_processor
 from llava.model.builder import Loaded
 from llava.model.checkpoint.export_hf import export_hf
-from llava.model.checkpoint.files.shards import ShardWriter, open_tensors
+from llava.model.checkpoint.files.shard_writer import ShardWriter
+from llava.model.checkpoint.files.shards import open_tensors
 from llava.model.checkpoint.legacy.export import export_legacy
 from llava.model.checkpoint.tools import delta
 from llava.model.config import LlavaMedConfig

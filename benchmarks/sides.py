@@ -22,7 +22,7 @@ from benchmarks.common import IMAGE_TOKEN_ID, library_model, our_model, padded_i
 from llava.constants import IGNORE_INDEX
 from llava.data.encode import Encoded
 from llava.data.flat_batch import flatten
-from llava.train.objectives.base import SFT
+from llava.train.objectives.sft import SFT
 
 
 class Side(Protocol):

@@ -6,9 +6,12 @@ recorded number; those with a switch can be had in the package itself.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llava.errors import ConfigError
+from llava.utils.lookup import lookup
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,3 +147,43 @@ def table() -> str:
         f"{name:20} {case.original} [{case.spec}]{f' ({case.switch})' if case.switch else ''}"
         for name, case in COMPAT.items()
     )
+
+
+class Defect(NamedTuple):
+    """A known defect of the published scores: what it does, and the row of the specification that found it."""
+
+    effect: str
+    row: str
+
+
+DEFECTS: dict[str, Defect] = {
+    "precision_as_exact_match": Defect(
+        "'exact match' is the share of the answer's words found in the reference", "8.5"
+    ),
+    "prediction_counts": Defect("F1 counts a shared word as often as the answer repeats it", "8.5"),
+    "single_order_bleu": Defect("bleu_score_2 and _3 look at n-grams of one length only, not up to it", "8.5"),
+    "unsmoothed_bleu": Defect("BLEU of an answer without a common 4-gram is about 1e-155 or less, not small", "8.5"),
+    "period_limit": Defect("at most 32 full stops are deleted, since a flag is passed as a count", "8.4"),
+    "first_candidate": Defect("run_eval: an answer that shares no word with any candidate selects the first", "8.5"),
+    "substring_open": Defect("run_eval_batch: an open answer is right that contains the reference's letters", "8.5"),
+    "substring_closed": Defect("a closed answer is right that contains the reference: 'normal' has a 'no'", "8.5"),
+    "yes_no_only": Defect("run_eval: a closed reference other than yes and no can hardly be hit", "8.5"),
+    "swapped_counts": Defect("run_eval prints the number of closed questions as num_open and the reverse", "8.6"),
+    "dropped_closed_misses": Defect("misses on closed questions are not counted (PathVQA scripts)", "8.7"),
+}
+
+
+def parse_defects(names: Sequence[str], table: Mapping[str, Defect] = DEFECTS) -> frozenset[str]:
+    """Check names of defects in `table`; `all` and `none` stand for what they say.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    chosen: set[str] = set()
+    for name in names:
+        if name == "all":
+            chosen |= table.keys()
+        elif name != "none":
+            lookup(table, name, "defect")
+            chosen.add(name)
+    return frozenset(chosen)

@@ -24,8 +24,9 @@ from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_
 from llava.conversation import Template, get_template
 from llava.errors import CheckpointError, ConfigError
 from llava.imaging.anyres import ANYRES, KEEP, VARIABLE_MODES, ImageGrid, Size, parse_pinpoints
-from llava.imaging.decode import MODES, Opened, decode, fit, mean_color, tiles, to_rgb
+from llava.imaging.decode import Opened, decode
 from llava.imaging.dicom.policy import DicomPolicy
+from llava.imaging.geometry import MODES, fit, mean_color, tiles, to_rgb
 from llava.imaging.image_processor import FILE_NAME as IMAGE_PROCESSOR_FILE
 from llava.imaging.image_processor import PixelPath, fit_opened, load_image_processor
 from llava.imaging.jpeg import VERSION as JPEG_SCALE_VERSION

@@ -17,7 +17,7 @@ from benchmarks.fidelity.folder import Differences, Line, Oracle, loaded_from, w
 from benchmarks.fidelity.gradient_terms import gradient_terms
 from benchmarks.fidelity.published import counted_patches
 from llava.imaging.anyres import Size, best_size, keep_size, parse_pinpoints
-from llava.imaging.decode import fit, mean_color
+from llava.imaging.geometry import fit, mean_color
 from llava.model.multimodal_projector import ClusterProjector
 from llava.processing import LlavaMedProcessor
 

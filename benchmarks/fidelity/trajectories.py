@@ -22,8 +22,8 @@ from benchmarks.fidelity.counted_masks import CountedMaskDataset
 from benchmarks.fidelity.recorded_weights import current_name, differences, put, shares
 from benchmarks.fidelity.shifted_images import ShiftedImages
 from benchmarks.fidelity.weight_bounds import WeightBounds
-from llava.data.collator import StepLoader
 from llava.data.flat_batch import FlatBatch
+from llava.data.loader import StepLoader
 from llava.data.samplers import Step, StepSampler
 from llava.model.builder import Loaded
 from llava.model.checkpoint.load_parts import load_projector, read_tensors

@@ -14,11 +14,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from llava.data.encode import Encoded
 from llava.data.flat_batch import FlatBatch, Layout, flatten, join, layout_rows
-from llava.data.samplers import StepSampler
 from llava.errors import ConfigError
 from llava.samples import Sample
 
@@ -210,57 +208,3 @@ def joined(first: FlatBatch, second: FlatBatch) -> FlatBatch:
         num_unshared_tokens=first.num_unshared_tokens + second.num_unshared_tokens,
         path_positions=first.path_positions + tuple(path + first.num_tokens for path in second.path_positions),
     )
-
-
-class _Numbered(torch.utils.data.Dataset[tuple[int, Encoded]]):
-    """Pairs each sequence with its row number."""
-
-    def __init__(self, dataset: RowData) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, row: int) -> tuple[int, Encoded]:
-        return row, self.dataset[row]
-
-
-class StepLoader(DataLoader[StepBatch]):
-    """Yields one `StepBatch` per optimiser step.
-
-    Args:
-        sampler: the row numbers of each step.
-        collator: lays them out.
-        num_workers: loading processes; 0 loads in this one.
-        prefetch_factor: steps that each of them has ready; None is torch's choice.
-        persistent_workers: they live on from epoch to epoch.
-        seed: of the workers.
-    """
-
-    def __init__(
-        self,
-        sampler: StepSampler,
-        collator: Collator,
-        *,
-        num_workers: int = 0,
-        prefetch_factor: int | None = None,
-        persistent_workers: bool = False,
-        seed: int = 0,
-    ) -> None:
-        generator = torch.Generator()
-        generator.manual_seed(seed)
-        super().__init__(
-            _Numbered(collator.dataset),  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            collate_fn=collator,
-            num_workers=num_workers,
-            prefetch_factor=prefetch_factor,
-            persistent_workers=persistent_workers and num_workers > 0,
-            generator=generator,  # its own, so that fetching never moves the model's random state
-        )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass; called by the trainer."""
-        sampler = self.batch_sampler
-        assert isinstance(sampler, StepSampler)
-        sampler.set_epoch(epoch)

@@ -6,6 +6,24 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
+GROUP_FIELDS = (
+    "patient",
+    "patient_id",
+    "subject",
+    "subject_id",
+    "study",
+    "study_id",
+    "study_instance_uid",
+    "mrn",
+)
+"""Fields whose values name a patient or a study; spelt with or without `_`, in any case."""
+
+
+def field_key(name: str) -> str:
+    """Return the name of a field without case and punctuation: `PatientID` and `patient_id` are one."""
+    return "".join(filter(str.isalnum, name.lower()))
+
+
 NOBODY = frozenset({"", "nan", "none", "null", "unknown", "na", "n/a", "-"})
 """Values that name no one, in lower case."""
 

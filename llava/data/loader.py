@@ -15,16 +15,73 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from llava.data.collator import Collator, StepBatch
+from llava.data.collator import Collator, RowData, StepBatch
 from llava.data.dataset import StreamDataset
 from llava.data.encode import Encoded
 from llava.data.quarantine import NUM_SHOWN, BadRow, GrowingQuarantine
+from llava.data.samplers import StepSampler
 from llava.data.streaming import WINDOW, MixturePosition, MixtureStream, StreamedRow
 from llava.errors import ConfigError, DataError
 from llava.samples import Origin
 from llava.utils.jsonl import write_json
+
+
+class _Numbered(torch.utils.data.Dataset[tuple[int, Encoded]]):
+    """Pairs each sequence with its row number."""
+
+    def __init__(self, dataset: RowData) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> tuple[int, Encoded]:
+        return row, self.dataset[row]
+
+
+class StepLoader(DataLoader[StepBatch]):
+    """Yields one `StepBatch` per optimiser step.
+
+    Args:
+        sampler: the row numbers of each step.
+        collator: lays them out.
+        num_workers: loading processes; 0 loads in this one.
+        prefetch_factor: steps that each of them has ready; None is torch's choice.
+        persistent_workers: they live on from epoch to epoch.
+        seed: of the workers.
+    """
+
+    def __init__(
+        self,
+        sampler: StepSampler,
+        collator: Collator,
+        *,
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator()
+        generator.manual_seed(seed)
+        super().__init__(
+            _Numbered(collator.dataset),  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers and num_workers > 0,
+            generator=generator,  # its own, so that fetching never moves the model's random state
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass; called by the trainer."""
+        sampler = self.batch_sampler
+        assert isinstance(sampler, StepSampler)
+        sampler.set_epoch(epoch)
+
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ All figures are percentages. Intervals come from drawing whole images again; two
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from llava.errors import ConfigError
 from llava.utils.bootstrap import percentiles, resamples
+
+
+def figure(value: float | None, *, signed: bool = False) -> str:
+    """Return a percentage with two decimals; `-` for none."""
+    return "-" if value is None else format(value, "+.2f" if signed else ".2f")
+
+
+def interval(estimate: Mapping[str, Any]) -> str:
+    """Return an interval as `[low, high]`."""
+    return f"[{figure(estimate['low'])}, {figure(estimate['high'])}]"
 
 
 @dataclass(frozen=True)

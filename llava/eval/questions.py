@@ -9,14 +9,61 @@ from __future__ import annotations
 
 import string
 import uuid
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError
-from llava.samples import Conversation, Sample, Turn
+from llava.samples import Conversation, Sample, Turn, describe
 from llava.scoring.decisions import is_closed
+
+MAX_NAMED_IDS = 10
+
+
+def match_answers(
+    ids: Sequence[str], answers: Iterable[Mapping[str, Any]], *, source: str = "answers"
+) -> list[Mapping[str, Any]]:
+    """Return the answer row of each id, in the order of the ids.
+
+    Raises:
+        DataError: as `join`.
+    """
+    rows = list(answers)
+    for index, row in enumerate(rows):
+        if "question_id" not in row or "text" not in row:
+            raise DataError(f"{source}, row {index}: expected question_id and text, found {', '.join(row)}")
+        if isinstance(row["text"], bool) or not isinstance(row["text"], str | int | float):
+            got = describe(row["text"])
+            raise DataError(f"{source}, row {index}: field 'text' must be text or a number, got {got}; answer it again")
+    refuse_doubles([str(row["question_id"]) for row in rows], source)
+    by_id = {str(row["question_id"]): row for row in rows}
+    missing = [identity for identity in ids if identity not in by_id]
+    extra = sorted(by_id.keys() - set(ids))
+    if missing or extra:
+        raise DataError(
+            f"{source} and ground truth hold different questions: {_named(missing)} without an answer, "
+            f"{_named(extra)} answered but not in the ground truth; score an answer file with the questions it answers"
+        )
+    return [by_id[identity] for identity in ids]
+
+
+def refuse_doubles(ids: Sequence[str], source: str) -> None:
+    """Refuse ids that occur more than once.
+
+    Raises:
+        DataError: names them.
+    """
+    doubles = [identity for identity, count in Counter(ids).items() if count > 1]
+    if doubles:
+        raise DataError(f"{source}: ids must be unique, but {_named(doubles)} occur more than once")
+
+
+def _named(ids: Sequence[str]) -> str:
+    shown = ", ".join(ids[:MAX_NAMED_IDS]) + (", ..." if len(ids) > MAX_NAMED_IDS else "")
+    return f"{len(ids)} ids" + (f" ({shown})" if ids else "")
+
 
 PromptForm = Literal["raw", "tagged", "plain"]
 """How the row's `prompt` is written: as in the file, the text with an image tag after it, the text alone."""

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from llava.compat import parse_defects
 from llava.data.records import load_samples
 from llava.errors import ConfigError
 from llava.eval import fingerprint
@@ -24,7 +25,7 @@ from llava.eval.inference import AnswerRun, Options
 from llava.eval.intervals import Draws
 from llava.eval.medvqa.controls import majority, verdicts
 from llava.eval.medvqa.items import Item, check_reference, join, open_answers
-from llava.eval.medvqa.metrics import PUBLISHED, parse_defects, strict_scores
+from llava.eval.medvqa.metrics import PUBLISHED, strict_scores
 from llava.eval.medvqa.page import write_page
 from llava.eval.medvqa.report import full_report, report_table, type_table
 from llava.eval.questions import GREY, YES_NO_OPTIONS

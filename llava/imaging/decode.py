@@ -21,19 +21,18 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from llava.errors import ConfigError, DataError
-from llava.imaging.anyres import Size, keep_size, placed
+from llava.errors import DataError
+from llava.imaging.anyres import Size
 from llava.imaging.dicom.policy import DEFAULT, DicomPolicy
 from llava.imaging.dicom.sniff import is_dicom, may_be_bare
-from llava.imaging.grayscale import levels_of
+from llava.imaging.geometry import _plain, to_rgb
 from llava.imaging.jpeg import can_shrink, shrink
 
 Box = tuple[float, float, float, float]
@@ -62,11 +61,6 @@ class Opened:
 
 MAX_PIXELS = 89_478_485
 """Largest picture that is decoded (width x height): Pillow's own limit, a quarter GiB of RGB."""
-
-MODES = ("square", "pad", "resize", "keep", "anyres")
-"""Image modes: see `fit`, and `tiles` for `anyres`."""
-
-_RASTER_MODES = ("RGB", "L", "1", "CMYK", "YCbCr", "LAB", "HSV")
 
 
 def resolve(ref: str | Path, root: str | Path | None) -> Path:
@@ -222,119 +216,6 @@ def _upright(source: Image.Image, image: Image.Image) -> Image.Image:
         8: Image.Transpose.ROTATE_90,
     }.get(orientation)
     return image if method is None else image.transpose(method)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return any picture as RGB (see the policies above); an RGB picture is returned as it is.
-
-    Raises:
-        DataError: a floating-point picture holds values that are not finite.
-    """
-    plain = _plain(image)
-    return plain if plain.mode == "RGB" else plain.convert("RGB")
-
-
-def _plain(image: Image.Image) -> Image.Image:
-    """Return any picture as RGB, or as L if it is grey; one of these modes is returned as it is."""
-    if image.mode in ("RGB", "L"):
-        return image
-    if image.mode.startswith(("I", "F")):
-        return _window(np.asarray(image))
-    if image.mode in _RASTER_MODES:
-        return image.convert("RGB")
-    # Palettes and alpha: by way of RGBA, which keeps the colours under transparent pixels as they are stored.
-    return image.convert("RGBA").convert("RGB")
-
-
-def _window(values: np.ndarray) -> Image.Image:
-    """Return `[height, width]` values as 8-bit grey, linear from the smallest to the largest."""
-    found = levels_of(values)
-    exact = (values if found is None else found.values).astype(np.float64)
-    low, high = float(exact.min()), float(exact.max())
-    if not np.isfinite([low, high]).all():
-        raise DataError("the picture holds values that are not finite")
-    scale = 255.0 / (high - low) if high > low else 0.0
-    grey = np.rint((exact - low) * scale).astype(np.uint8)
-    return Image.fromarray(grey if found is None else np.take(grey, found.places, mode="clip"))
-
-
-def mean_color(image_mean: Sequence[float]) -> tuple[int, int, int]:
-    """Return the fill colour of mode `pad`: the processor's channel means (0 to 1) as 8-bit values, rounded down."""
-    red, green, blue = (int(value * 255) for value in image_mean)
-    return red, green, blue
-
-
-def fit(
-    image: Image.Image, mode: str, *, size: int | tuple[int, int], fill: Sequence[int], shift: int = 0
-) -> Image.Image:
-    """Return the picture in the shape that the image mode gives it before the processor resizes, crops, normalises.
-
-    Args:
-        image: any picture; it is converted to RGB first.
-        mode: `square` leaves the shape to the processor (shortest edge, centre crop); `pad` centres the picture on a
-            square of colour `fill`, offsets rounded down; `resize` squashes it to `size` (bicubic), so nothing is cut;
-            `keep` scales it and keeps its shape.
-        size: side, or (height, width), of the model's input in pixels.
-        fill: red, green, blue of the border that `pad` adds.
-        shift: pixels that `pad` moves the picture off the middle, as an original does at random.
-
-    Raises:
-        ConfigError: unknown mode, or `anyres`, which makes several pictures of one: see `tiles`.
-    """
-    image = to_rgb(image)
-    if mode == "square":
-        return image
-    if mode == "pad":
-        return _pad(image, (int(fill[0]), int(fill[1]), int(fill[2])), shift)
-    if mode == "resize":
-        height, width = (size, size) if isinstance(size, int) else size
-        return image.resize((width, height), Image.Resampling.BICUBIC)
-    if mode == "keep":
-        return image.resize(keep_size(image.size), Image.Resampling.BICUBIC)
-    if mode == "anyres":
-        raise ConfigError("image mode anyres makes several pictures of one; use `tiles`")
-    raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(MODES)}")
-
-
-def tiles(image: Image.Image, whole: Size, side: int) -> list[Image.Image]:
-    """Return a picture as the tiles of image mode `anyres`, each `side` x `side` pixels.
-
-    Args:
-        image: any picture; it is converted to RGB first.
-        whole: width and height of all tiles together; the picture is scaled into the middle of them, on black.
-        side: of a tile.
-
-    Returns:
-        the whole picture squashed to one tile, then the tiles row by row.
-    """
-    image = to_rgb(image)
-    scaled, corner = placed(image.size, whole)
-    canvas = Image.new("RGB", whole, (0, 0, 0))
-    canvas.paste(image.resize(scaled, Image.Resampling.BICUBIC), corner)
-    corners = [(left, top) for top in range(0, whole[1], side) for left in range(0, whole[0], side)]
-    parts = [canvas.crop((left, top, left + side, top + side)) for left, top in corners]
-    return [_squashed(image, side), *parts]
-
-
-def _squashed(image: Image.Image, side: int) -> Image.Image:
-    """Return the picture as a square, as recorded from the original: what shrinks, shrinks first.
-
-    Pillow's releases differ here in the order of the two directions, and the values between are rounded to 8 bits.
-    """
-    if image.height > side > image.width:
-        image = image.resize((image.width, side), Image.Resampling.BICUBIC)
-    return image.resize((side, side), Image.Resampling.BICUBIC)
-
-
-def _pad(image: Image.Image, fill: tuple[int, int, int], shift: int) -> Image.Image:
-    width, height = image.size
-    side = max(width, height)
-    if width == height:
-        return image
-    square = Image.new("RGB", (side, side), fill)
-    along = (width < height, height < width)  # only the short side has a border to move in
-    square.paste(image, ((side - width) // 2 + shift * along[0], (side - height) // 2 + shift * along[1]))
-    return square
 
 
 def content_digest(data: bytes) -> str:

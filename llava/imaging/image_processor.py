@@ -25,7 +25,8 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import SizeDict
 
 from llava.imaging.anyres import Size
-from llava.imaging.decode import Box, Opened, fit, to_rgb
+from llava.imaging.decode import Box, Opened
+from llava.imaging.geometry import fit, to_rgb
 
 _STEPS = ("__call__", "preprocess", "_preprocess", "process_image", "convert_to_rgb", "resize", "rescale", "normalize")
 """Methods that must be transformers' own; cropping is called, so it may be another."""

@@ -9,8 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llava.eval.judge.prompts import Messages
-from llava.judging.store import Ask, NoReply, Reply
+from llava.judging.store import Ask, Messages, NoReply, Reply
 from llava.openai_api import ApiError, ApiFailure, ApiSettings, ChatClient, Requests
 from llava.openai_transport import Reply as ApiReply
 

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from llava.eval.judge.prompts import HIGHEST, LOWEST
+LOWEST, HIGHEST = 1.0, 10.0
+"""The scale of a score."""
+
 
 Reason = Literal["empty", "unfinished reasoning", "no scores", "ambiguous scores", "off the scale"]
 

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import DataError
-from llava.eval.judge.prompts import Messages
 from llava.utils import jsonl
+
+Message = dict[str, str]
+
+Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)

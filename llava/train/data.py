@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from llava.data import feature_cache
-from llava.data.collator import Collator, StepLoader
+from llava.data.collator import Collator
 from llava.data.dataset import SFTDataset, StreamDataset
 from llava.data.image_store import ImageIndex
-from llava.data.loader import StreamLoader
+from llava.data.loader import StepLoader, StreamLoader
 from llava.data.mixture import Mixture, Shares, is_mixture, load_mixture, read_mixture, stream_sources
 from llava.data.quarantine import GrowingQuarantine, Quarantine
 from llava.data.records import load_samples

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.trainer_utils import IntervalStrategy
 
-from llava.compat import parse_names
 from llava.errors import ConfigError
 from llava.utils.jsonl import NOT_JSON
 
 if TYPE_CHECKING:
-    from llava.train.args import DataArguments, LlavaTrainingArguments
+    from llava.train.args import LlavaTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -85,52 +83,6 @@ def settle(args: LlavaTrainingArguments) -> None:
     _settle_device(args)
     _settle_fsdp(args)
     _settle_reports(args)
-
-
-def settle_compat(data: DataArguments, args: LlavaTrainingArguments) -> None:
-    """Turn the names of `--compat` into the options that they stand for.
-
-    Raises:
-        ConfigError: a name is unknown, or does nothing in training.
-    """
-    names = parse_names(args.compat, "training")
-    if "micro_batch_loss" in names:
-        args.loss_normalization = "micro_batches"
-    if "cut_before_images" in names:
-        data.image_counts_as_one = True
-
-
-def settle_validation(data: DataArguments, args: LlavaTrainingArguments) -> None:
-    """Validate after every epoch where held-out rows are given, and keep the best checkpoint where that is possible.
-
-    Raises:
-        ConfigError: validation or early stopping is asked for without held-out rows, or saving by a rule of its own.
-    """
-    if args.save_strategy == "best":
-        raise ConfigError(
-            "--save_strategy best is not supported; expected no, steps or epoch. With --eval_data_path FILE and "
-            "--save_strategy epoch the best checkpoint is kept"
-        )
-    if data.eval_data_path is None:
-        if args.eval_strategy != "no" or args.early_stopping_patience:
-            raise ConfigError("--eval_strategy and --early_stopping_patience need held-out rows: --eval_data_path FILE")
-        return
-    if args.eval_strategy == "no" and args.evaluation_strategy is None:
-        args.eval_strategy = IntervalStrategy.EPOCH
-    every = args.eval_strategy == args.save_strategy == "epoch"
-    together = args.eval_strategy == args.save_strategy == "steps" and args.eval_steps == args.save_steps
-    if every or together:
-        args.load_best_model_at_end = True
-        args.metric_for_best_model = args.metric_for_best_model or "eval_loss"
-        args.greater_is_better = False if "loss" in args.metric_for_best_model else args.greater_is_better is not False
-    elif args.early_stopping_patience:
-        raise ConfigError(
-            "--early_stopping_patience needs --save_strategy and --eval_strategy both epoch, or both steps"
-        )
-    else:
-        logger.info(
-            "the best checkpoint is kept only with --save_strategy and --eval_strategy both epoch or both steps"
-        )
 
 
 def _refuse_unsupported(args: LlavaTrainingArguments) -> None:

@@ -17,10 +17,10 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from llava.constants import IMAGE_TOKEN
-from llava.data.collator import Collator, RowData, StepLoader
+from llava.data.collator import Collator, RowData
 from llava.data.dataset import SFTDataset
 from llava.data.flat_batch import Layout
-from llava.data.loader import StreamLoader
+from llava.data.loader import StepLoader, StreamLoader
 from llava.generation.layout_check import choose_layout
 from llava.model import lora
 from llava.model.builder import Loaded
@@ -30,7 +30,8 @@ from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArgumen
 from llava.train.callbacks import MetricsCallback, row_ids_file
 from llava.train.checkpointing import Kind, hooks_for
 from llava.train.model import open_model, whole_weights
-from llava.train.objectives.base import OBJECTIVES, Objective
+from llava.train.objectives.base import Objective
+from llava.train.objectives.sft import OBJECTIVES
 from llava.train.parsing import parse
 from llava.train.ranks import lost_ranks_in_one_line
 from llava.train.trainer import LlavaTrainer

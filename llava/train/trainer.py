@@ -23,9 +23,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 
-from llava.data.collator import Collator, StepBatch, StepLoader, matched_rows
+from llava.data.collator import Collator, StepBatch, matched_rows
 from llava.data.flat_batch import FlatBatch
-from llava.data.loader import StreamLoader
+from llava.data.loader import StepLoader, StreamLoader
 from llava.errors import ConfigError
 from llava.train.args import LlavaTrainingArguments
 from llava.train.objectives.base import Objective

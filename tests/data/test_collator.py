@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 
-from llava.data.collator import Collator, StepLoader, joined
+from llava.data.collator import Collator, joined
 from llava.data.dataset import SFTDataset
 from llava.data.flat_batch import FlatBatch
+from llava.data.loader import StepLoader
 from llava.data.records import load_samples
 from llava.errors import ConfigError
 from llava.model.builder import Loaded
 from llava.train import data
-from llava.train.objectives.base import SFT
+from llava.train.objectives.sft import SFT
 from llava.train.parsing import parse
 from tests.support.runs import arguments, write_uneven
 

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 from llava.errors import LlavaError
-from llava.train.objectives import base
+from llava.train.objectives.sft import OBJECTIVES, SFT
 from llava.train.ranks import lost_ranks_in_one_line
 from llava.utils.cli import run_program
 from tests.support.ranks import run
 from tests.support.runs import arguments, train, write_parts
 
 
-class Failing(base.SFT):
+class Failing(SFT):
     """Runs out of memory in the second row of some ranks."""
 
     ranks: tuple[int, ...]
@@ -34,7 +34,7 @@ class Failing(base.SFT):
 
 def train_out_of_memory(argv: list[str], ranks: tuple[int, ...]) -> tuple[object, str]:
     """Job: a training program; its exit status, and the last words of its error stream."""
-    base.OBJECTIVES["sft"] = type("Failing", (Failing,), {"ranks": ranks})
+    OBJECTIVES["sft"] = type("Failing", (Failing,), {"ranks": ranks})
     errors = io.StringIO()
     with pytest.raises(SystemExit) as ended, redirect_stderr(errors):
         run_program(lambda: train(argv))

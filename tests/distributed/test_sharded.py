@@ -17,7 +17,7 @@ from llava.model.builder import build
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_model
 from llava.model.lora import freeze_for
-from llava.train.objectives.base import SFT
+from llava.train.objectives.sft import SFT
 from tests.support.ranks import run
 from tests.support.runs import arguments, losses, saved, train
 

@@ -12,6 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava.errors import ConfigError, DataError
 from llava.imaging import decode
+from llava.imaging.geometry import fit, mean_color, to_rgb
 
 WIDTH, HEIGHT = 9, 6
 
@@ -42,7 +43,7 @@ def test_every_mode_becomes_rgb_as_pillow_converts_it(tmp_path: Path, mode: str,
 def test_transparency_is_dropped_and_not_composited() -> None:
     picture = gradient("RGBA")
     picture.putalpha(0)
-    assert decode.to_rgb(picture).tobytes() == gradient("RGB").tobytes()
+    assert to_rgb(picture).tobytes() == gradient("RGB").tobytes()
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -58,13 +59,13 @@ def test_sixteen_bits_are_windowed_from_smallest_to_largest(tmp_path: Path, suff
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_deep_and_floating_point_pictures_use_the_same_window(dtype: type) -> None:
     values = np.array([[-5.0, 0.0], [5.0, 5.0]]).astype(dtype)
-    assert np.asarray(decode.to_rgb(Image.fromarray(values)))[..., 1].tolist() == [[0, 128], [255, 255]]
-    assert np.asarray(decode.to_rgb(Image.fromarray(np.full((2, 2), 7, dtype)))).max() == 0
+    assert np.asarray(to_rgb(Image.fromarray(values)))[..., 1].tolist() == [[0, 128], [255, 255]]
+    assert np.asarray(to_rgb(Image.fromarray(np.full((2, 2), 7, dtype)))).max() == 0
 
 
 def test_values_that_are_not_finite_are_an_error() -> None:
     with pytest.raises(DataError, match="not finite"):
-        decode.to_rgb(Image.fromarray(np.array([[np.nan, 1.0]], dtype=np.float32)))
+        to_rgb(Image.fromarray(np.array([[np.nan, 1.0]], dtype=np.float32)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -131,7 +132,7 @@ def test_too_large_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytes
 
 
 def test_pad_centres_with_the_offset_rounded_down() -> None:
-    picture = decode.fit(gradient("RGB"), "pad", size=4, fill=(122, 116, 104))
+    picture = fit(gradient("RGB"), "pad", size=4, fill=(122, 116, 104))
     assert picture.size == (WIDTH, WIDTH)
     top = (WIDTH - HEIGHT) // 2
     rows = np.asarray(picture)
@@ -142,15 +143,15 @@ def test_pad_centres_with_the_offset_rounded_down() -> None:
 
 
 def test_resize_squashes_and_square_leaves_the_shape() -> None:
-    assert decode.fit(gradient("L"), "resize", size=4, fill=(0, 0, 0)).size == (4, 4)
-    assert decode.fit(gradient("L"), "resize", size=(2, 5), fill=(0, 0, 0)).size == (5, 2)
-    square = decode.fit(gradient("L"), "square", size=4, fill=(0, 0, 0))
+    assert fit(gradient("L"), "resize", size=4, fill=(0, 0, 0)).size == (4, 4)
+    assert fit(gradient("L"), "resize", size=(2, 5), fill=(0, 0, 0)).size == (5, 2)
+    square = fit(gradient("L"), "square", size=4, fill=(0, 0, 0))
     assert (square.mode, square.size) == ("RGB", (WIDTH, HEIGHT))
 
 
 def test_an_unknown_mode_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="'crop'; known: square, pad, resize"):
-        decode.fit(gradient("RGB"), "crop", size=4, fill=(0, 0, 0))
+        fit(gradient("RGB"), "crop", size=4, fill=(0, 0, 0))
 
 
 @pytest.mark.parametrize("oracle", ["llava-1.2.2", "llava-med-1.0"])
@@ -158,14 +159,14 @@ def test_an_unknown_mode_lists_the_known_ones() -> None:
 def test_preprocessing_equals_the_published_code_bit_for_bit(shared: Path, oracle: str, mode: str) -> None:
     folder = shared / "oracles" / oracle
     processor = CLIPImageProcessorPil.from_pretrained(folder / "vision_tower")
-    fill = decode.mean_color(processor.image_mean)
+    fill = mean_color(processor.image_mean)
     assert fill == (122, 116, 104)
     expected = np.load(folder / "image_preprocess.npz")
     names = [name for name in expected.files if name.startswith(f"{mode}/")]
     assert len(names) == 5
     for name in names:
         picture = decode.load(name.removeprefix(f"{mode}/"), folder / "images")
-        picture = decode.fit(picture, mode, size=56, fill=fill)
+        picture = fit(picture, mode, size=56, fill=fill)
         pixels = processor(picture, return_tensors="np")["pixel_values"][0]
         np.testing.assert_array_equal(pixels, expected[name])
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil
 
-from llava.imaging import decode
 from llava.imaging.decode import Opened
+from llava.imaging.geometry import fit, mean_color, to_rgb
 from llava.imaging.image_processor import OpenClipImageProcessorPil, PixelPath
 from llava.processing import LlavaMedProcessor
 from tests.support.text_tools import llama_like
@@ -54,12 +54,12 @@ def test_same_bits_as_the_image_processor(kind: str, side: int, mode: str, pictu
     own = KINDS[kind](side)
     processor = LlavaMedProcessor(TOKENIZER, own, template="v1", image_mode=mode, num_image_tokens=4)
     assert PixelPath.of(own) is not None
-    fill = decode.mean_color(own.image_mean)
-    fitted = decode.fit(picture, mode, size=processor.image_size, fill=fill)
+    fill = mean_color(own.image_mean)
+    fitted = fit(picture, mode, size=processor.image_size, fill=fill)
     expected = own(images=[fitted], return_tensors="pt")["pixel_values"]
     assert torch.equal(processor.pixels([picture]), expected)
     assert processor.picture(picture).dtype == torch.float32
-    assert torch.equal(processor.picture(Opened(decode.to_rgb(picture), picture.size)), expected[0])
+    assert torch.equal(processor.picture(Opened(to_rgb(picture), picture.size)), expected[0])
 
 
 class Inverted(CLIPImageProcessorPil):

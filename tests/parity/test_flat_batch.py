@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava.data.encode import Encoded
 from llava.data.flat_batch import FlatBatch, Layout, flatten, target_logits
-from llava.train.objectives.base import SFT
+from llava.train.objectives.sft import SFT
 from tests.support.tiny import tiny_llava
 from tests.support.trees import (
     IMAGE,

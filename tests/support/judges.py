@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.judge.prompts import Messages
-from llava.judging.store import NoReply, Reply
+from llava.judging.store import Messages, NoReply, Reply
 
 DOMAINS = ("chest_xray", "mri", "ct_scan", "histology", "gross")
 

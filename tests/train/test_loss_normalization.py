@@ -15,7 +15,7 @@ from llava.data.dataset import SFTDataset
 from llava.data.records import load_samples
 from llava.errors import ConfigError
 from llava.model.builder import Loaded
-from llava.train.objectives.base import SFT
+from llava.train.objectives.sft import SFT
 from llava.train.parsing import parse
 from llava.train.run import make_objective, run_sft
 from tests.support.runs import arguments, losses, write_parts, write_uneven

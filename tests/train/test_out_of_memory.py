@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from llava.data.flat_batch import FlatBatch
-from llava.train.objectives import base
+from llava.train.objectives.sft import OBJECTIVES, SFT
 from tests.support.runs import arguments, losses, metrics, train
 
 
-class Failing(base.SFT):
+class Failing(SFT):
     """Runs out of memory in some of its calls."""
 
     fails_at: tuple[int, ...] = (2,)
@@ -39,7 +39,7 @@ class Failing(base.SFT):
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> type[Failing]:
     kind = type("FailingOnce", (Failing,), {"calls": 0, "sizes": [], "failed": []})
-    monkeypatch.setitem(base.OBJECTIVES, "sft", kind)
+    monkeypatch.setitem(OBJECTIVES, "sft", kind)
     return kind
 
 
@@ -54,7 +54,7 @@ def test_losses_of_the_sources_count_no_row_twice(
     words = {"per_device_train_batch_size": 6, "data_path": parts / "mixture.yaml", "image_folder": None}
     words |= {"max_steps": 1, "max_tokens_per_row": 60}
     train(arguments(parts, tmp_path / "halved", **words))
-    monkeypatch.setitem(base.OBJECTIVES, "sft", base.SFT)
+    monkeypatch.setitem(OBJECTIVES, "sft", SFT)
     train(arguments(parts, tmp_path / "plain", **words))
     weights = []
     for run in ("halved", "plain"):
@@ -67,7 +67,7 @@ def test_same_loss_with_smaller_rows(
     parts: Path, tmp_path: Path, failing: type[Failing], caplog: pytest.LogCaptureFixture
 ) -> None:
     train(arguments(parts, tmp_path / "halved", per_device_train_batch_size=6))
-    base.OBJECTIVES["sft"] = base.SFT
+    OBJECTIVES["sft"] = SFT
     train(arguments(parts, tmp_path / "plain", per_device_train_batch_size=6))
     assert losses(tmp_path / "halved") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
     assert caplog.text.count("out of memory") == 1

@@ -17,7 +17,7 @@ from llava.model import lora
 from llava.model.builder import Loaded
 from llava.model.checkpoint.load import load
 from llava.train.args import LlavaTrainingArguments
-from llava.train.objectives.base import SFT
+from llava.train.objectives.sft import SFT
 from llava.train.optimizer import parameter_groups, part_of
 from tests.support.runs import arguments, losses, saved, train, write_parts, write_uneven
 from tests.support.tiny import tiny_llava

@@ -15,7 +15,7 @@ import torch
 from llava.errors import LlavaError
 from llava.model.checkpoint.load import load
 from llava.train.callbacks import draw_curve
-from llava.train.objectives.base import SFT
+from llava.train.objectives.sft import SFT
 from tests.support.runs import arguments, losses, metrics, saved, steps, train
 
 

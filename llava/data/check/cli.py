@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from llava.data.check.report import Report, as_data, check, summary
-from llava.data.check.row_index import GROUP_FIELDS, view
+from llava.data.check.row_index import view
 from llava.data.check.rows import view_row
 from llava.data.check.rules import FILE, RULES
+from llava.data.groups import GROUP_FIELDS
 from llava.data.records import file_text, form_of, stream_rows
 from llava.errors import ConfigError, DataError
 from llava.samples import to_row

@@ -15,10 +15,11 @@ import numpy as np
 from llava.data.check.images import Pictures
 from llava.data.check.near_duplicates import find_near_duplicates
 from llava.data.check.overlap import find_leaks, find_repeated_rows, find_same_pictures, num_persons
-from llava.data.check.row_index import GROUP_FIELDS, Ledger, NameStore, view
+from llava.data.check.row_index import Ledger, NameStore, view
 from llava.data.check.rules import AGAINST, FILE, NOT_TRAINABLE, RULES, Finding, Findings, Found
 from llava.data.check.scan import Scan, scan_file
 from llava.data.check.tokens import TokenBudget
+from llava.data.groups import GROUP_FIELDS
 from llava.errors import DataError
 
 

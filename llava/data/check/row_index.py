@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from llava.constants import IMAGE_TOKEN
 from llava.data.check.rows import RowView
-from llava.data.groups import names_someone, written_name
+from llava.data.groups import field_key, names_someone, written_name
 from llava.scoring.decisions import words
 
 NOTHING = 0
@@ -41,24 +41,6 @@ def question_digest(text: str) -> int:
     """Return the number of a question's words in lower case, punctuation and place holders aside; 0 if it has none."""
     found = words(text.replace(IMAGE_TOKEN, " "))
     return digest(" ".join(found)) if found else NOTHING
-
-
-GROUP_FIELDS = (
-    "patient",
-    "patient_id",
-    "subject",
-    "subject_id",
-    "study",
-    "study_id",
-    "study_instance_uid",
-    "mrn",
-)
-"""Fields whose values name a patient or a study; spelt with or without `_`, in any case."""
-
-
-def field_key(name: str) -> str:
-    """Return the name of a field without case and punctuation: `PatientID` and `patient_id` are one."""
-    return "".join(filter(str.isalnum, name.lower()))
 
 
 def numbers() -> array[int]:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.check.identifiers import identifier_rules
-from llava.data.check.row_index import Ledger, field_key
+from llava.data.check.row_index import Ledger
 from llava.data.check.rows import RowView, view_row
 from llava.data.check.rules import Findings
+from llava.data.groups import field_key
 from llava.data.records import stream_rows
 from llava.errors import DataError
 from llava.samples import Sample

@@ -17,7 +17,7 @@ from typing import Any
 
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError
-from llava.eval.medvqa.items import match_answers, refuse_doubles
+from llava.eval.questions import match_answers, refuse_doubles
 from llava.samples import describe
 from llava.utils.jsonl import Record, read_records
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from llava.eval.intervals import figure, interval
 from llava.eval.judge.scores import Rated
 from llava.eval.judge.summary import MEASURES
-from llava.eval.medvqa.report import figure, interval
 from llava.imaging.decode import load
 from llava.utils.jsonl import read_records, write_atomic
 from llava.utils.reporting import page, table, thumbnail

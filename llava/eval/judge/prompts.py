@@ -16,15 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.eval.judge.cases import Case
-
-Message = dict[str, str]
-Messages = tuple[Message, ...]
+from llava.judging.store import Messages
 
 ORDERS = ("12", "21")
 """Which answer stands first: the reference, or the answer under test."""
-
-LOWEST, HIGHEST = 1.0, 10.0
-"""The scale of a score."""
 
 
 @dataclass(frozen=True, slots=True)

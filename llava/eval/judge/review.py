@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava.compat import Defect, parse_defects
 from llava.errors import ConfigError
 from llava.eval.judge.cases import Case
-from llava.eval.judge.prompts import ORDERS, TEMPLATES, Messages, again, messages_of
-from llava.eval.medvqa.metrics import Defect, parse_defects
+from llava.eval.judge.prompts import ORDERS, TEMPLATES, again, messages_of
 from llava.judging.parsing import PARSERS, Scores, Unreadable, parser_of
-from llava.judging.store import Judge, Reply
+from llava.judging.store import Judge, Messages, Reply
 from llava.utils import log
 from llava.utils.lookup import lookup
 

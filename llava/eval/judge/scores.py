@@ -16,7 +16,7 @@ from typing import Any
 from llava.errors import DataError
 from llava.eval.judge.cases import domains_of, image_of
 from llava.eval.judge.review import REPLY_KEYS
-from llava.eval.medvqa.items import refuse_doubles
+from llava.eval.questions import refuse_doubles
 from llava.judging.parsing import PARSERS, Scores, Unreadable
 from llava.samples import describe
 from llava.utils.jsonl import Record, read_records

@@ -20,10 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava.errors import DataError
-from llava.eval.intervals import Draws
+from llava.eval.intervals import Draws, figure, interval
 from llava.eval.judge.cases import DOMAINS
 from llava.eval.judge.scores import Rated
-from llava.eval.medvqa.report import figure, interval
 from llava.utils.bootstrap import LEVEL, confidence_interval, percentiles
 from llava.utils.reporting import Cell, simple_table
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from llava.compat import DEFECTS, parse_defects
 from llava.errors import ConfigError, DataError, LlavaError
 from llava.eval.medvqa import items as medvqa_items
-from llava.eval.medvqa.metrics import DEFECTS, METRIC_VERSION, PUBLISHED, Program, legacy_scores, parse_defects
+from llava.eval.medvqa.metrics import METRIC_VERSION, PUBLISHED, Program, legacy_scores
 from llava.eval.medvqa.report import NOT_SCORED, full_report, legacy_table, report_table
 from llava.utils import log
 from llava.utils.cli import Parser

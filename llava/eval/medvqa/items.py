@@ -8,18 +8,16 @@ answer rows  --------+
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava.errors import DataError
-from llava.samples import Sample, describe, from_row, name_of
+from llava.eval.questions import match_answers, refuse_doubles
+from llava.samples import Sample, from_row, name_of
 from llava.scoring.decisions import is_closed
 from llava.utils.jsonl import read_records, read_text
-
-MAX_NAMED_IDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,33 +95,6 @@ def join(samples: Sequence[Sample], answers: Iterable[Mapping[str, Any]], *, sou
     return [make_item(sample, row) for sample, row in zip(samples, rows, strict=True)]
 
 
-def match_answers(
-    ids: Sequence[str], answers: Iterable[Mapping[str, Any]], *, source: str = "answers"
-) -> list[Mapping[str, Any]]:
-    """Return the answer row of each id, in the order of the ids.
-
-    Raises:
-        DataError: as `join`.
-    """
-    rows = list(answers)
-    for index, row in enumerate(rows):
-        if "question_id" not in row or "text" not in row:
-            raise DataError(f"{source}, row {index}: expected question_id and text, found {', '.join(row)}")
-        if isinstance(row["text"], bool) or not isinstance(row["text"], str | int | float):
-            got = describe(row["text"])
-            raise DataError(f"{source}, row {index}: field 'text' must be text or a number, got {got}; answer it again")
-    refuse_doubles([str(row["question_id"]) for row in rows], source)
-    by_id = {str(row["question_id"]): row for row in rows}
-    missing = [identity for identity in ids if identity not in by_id]
-    extra = sorted(by_id.keys() - set(ids))
-    if missing or extra:
-        raise DataError(
-            f"{source} and ground truth hold different questions: {_named(missing)} without an answer, "
-            f"{_named(extra)} answered but not in the ground truth; score an answer file with the questions it answers"
-        )
-    return [by_id[identity] for identity in ids]
-
-
 def make_item(sample: Sample, answer: Mapping[str, Any]) -> Item:
     """Return the item of one question and one answer row."""
     question, reference = sample.conversation.turns[0].text, sample.conversation.turns[1].text
@@ -170,19 +141,3 @@ def open_answers(samples: Iterable[Sample]) -> list[str]:
         if not is_closed(sample.meta.get("answer_type"), sample.conversation.turns[1].text)
     )
     return list(dict.fromkeys(answers))
-
-
-def refuse_doubles(ids: Sequence[str], source: str) -> None:
-    """Refuse ids that occur more than once.
-
-    Raises:
-        DataError: names them.
-    """
-    doubles = [identity for identity, count in Counter(ids).items() if count > 1]
-    if doubles:
-        raise DataError(f"{source}: ids must be unique, but {_named(doubles)} occur more than once")
-
-
-def _named(ids: Sequence[str]) -> str:
-    shown = ", ".join(ids[:MAX_NAMED_IDS]) + (", ..." if len(ids) > MAX_NAMED_IDS else "")
-    return f"{len(ids)} ids" + (f" ({shown})" if ids else "")

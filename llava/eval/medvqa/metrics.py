@@ -10,45 +10,24 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from llava.compat import DEFECTS
 from llava.errors import ConfigError, MissingDependency
 from llava.eval.intervals import Score
 from llava.eval.medvqa.items import Item
 from llava.scoring.decisions import DECISIONS, decision
 from llava.scoring.normalize import normalize
-from llava.utils.lookup import lookup, require
+from llava.scoring.overlap import token_overlap
+from llava.utils.lookup import require
 
 Program = Literal["run_eval", "run_eval_batch"]
 
 METRIC_VERSION = "1"
 """Changes when any figure of the same answers would change."""
 
-
-class Defect(NamedTuple):
-    """A known defect of the published scores: what it does, and the row of the specification that found it."""
-
-    effect: str
-    row: str
-
-
-DEFECTS: dict[str, Defect] = {
-    "precision_as_exact_match": Defect(
-        "'exact match' is the share of the answer's words found in the reference", "8.5"
-    ),
-    "prediction_counts": Defect("F1 counts a shared word as often as the answer repeats it", "8.5"),
-    "single_order_bleu": Defect("bleu_score_2 and _3 look at n-grams of one length only, not up to it", "8.5"),
-    "unsmoothed_bleu": Defect("BLEU of an answer without a common 4-gram is about 1e-155 or less, not small", "8.5"),
-    "period_limit": Defect("at most 32 full stops are deleted, since a flag is passed as a count", "8.4"),
-    "first_candidate": Defect("run_eval: an answer that shares no word with any candidate selects the first", "8.5"),
-    "substring_open": Defect("run_eval_batch: an open answer is right that contains the reference's letters", "8.5"),
-    "substring_closed": Defect("a closed answer is right that contains the reference: 'normal' has a 'no'", "8.5"),
-    "yes_no_only": Defect("run_eval: a closed reference other than yes and no can hardly be hit", "8.5"),
-    "swapped_counts": Defect("run_eval prints the number of closed questions as num_open and the reverse", "8.6"),
-    "dropped_closed_misses": Defect("misses on closed questions are not counted (PathVQA scripts)", "8.7"),
-}
 
 PUBLISHED = frozenset(DEFECTS) - {"dropped_closed_misses"}
 """What run_eval and run_eval_batch do; only the PathVQA scripts also drop misses."""
@@ -71,22 +50,6 @@ class Pair:
     @property
     def prediction_words(self) -> Counter[str]:
         return Counter(self.prediction.split())
-
-
-def parse_defects(names: Sequence[str], table: Mapping[str, Defect] = DEFECTS) -> frozenset[str]:
-    """Check names of defects in `table`; `all` and `none` stand for what they say.
-
-    Raises:
-        ConfigError: a name is unknown.
-    """
-    chosen: set[str] = set()
-    for name in names:
-        if name == "all":
-            chosen |= table.keys()
-        elif name != "none":
-            lookup(table, name, "defect")
-            chosen.add(name)
-    return frozenset(chosen)
 
 
 def legacy_scores(
@@ -146,27 +109,6 @@ def _exact(pair: Pair, defects: frozenset[str]) -> float:
     words = pair.prediction_words
     shared = sum(1 for word in pair.reference_words if word in words)
     return shared / words.total() if words else 0.0
-
-
-def token_overlap(
-    reference: Mapping[str, int], prediction: Mapping[str, int], *, defects: frozenset[str] = frozenset()
-) -> tuple[float, float, float]:
-    """Return F1, precision and recall of the answer's words; zeros when nothing is shared.
-
-    With the defect `prediction_counts` a shared word counts as often as the answer says it; otherwise as often as both
-    say it, and the surplus of either side is an error of that side.
-    """
-    if "prediction_counts" in defects:
-        hits = sum(count for word, count in prediction.items() if word in reference)
-        false = sum(count for word, count in prediction.items() if word not in reference)
-        missed = sum(count for word, count in reference.items() if word not in prediction)
-    else:
-        hits = sum(min(count, reference.get(word, 0)) for word, count in prediction.items())
-        false, missed = sum(prediction.values()) - hits, sum(reference.values()) - hits
-    if hits == 0:
-        return 0.0, 0.0, 0.0
-    precision, recall = hits / (hits + false), hits / (hits + missed)
-    return 2 * precision * recall / (precision + recall), precision, recall
 
 
 def _bleu_scores(pairs: Sequence[Pair], defects: frozenset[str]) -> dict[str, list[float]]:

@@ -11,9 +11,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from llava.eval.intervals import figure, interval
 from llava.eval.medvqa.items import Item
 from llava.eval.medvqa.metrics import closed_hit
-from llava.eval.medvqa.report import figure, interval
 from llava.utils.jsonl import write_atomic
 from llava.utils.reporting import OpenImage, page, table, thumbnail
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
-from llava.eval.intervals import Draws, Score
+from llava.eval.intervals import Draws, Score, figure, interval
 from llava.eval.medvqa.controls import Majority, by_type, check_same_questions, compare_sets, majority_items
 from llava.eval.medvqa.items import Item
 from llava.eval.medvqa.metrics import METRIC_VERSION, PUBLISHED, Program, is_unparsable, legacy_scores, strict_scores
@@ -126,13 +126,3 @@ def _report_row(name: str, row: Mapping[str, Any], with_blank: bool, with_majori
         above = row["above_majority"]
         cells += [figure(row["majority"]), f"{figure(above['value'], signed=True)} {interval(above)}"]
     return cells
-
-
-def figure(value: float | None, *, signed: bool = False) -> str:
-    """Return a percentage with two decimals; `-` for none."""
-    return "-" if value is None else format(value, "+.2f" if signed else ".2f")
-
-
-def interval(estimate: Mapping[str, Any]) -> str:
-    """Return an interval as `[low, high]`."""
-    return f"[{figure(estimate['low'])}, {figure(estimate['high'])}]"

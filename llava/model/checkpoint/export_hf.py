@@ -22,7 +22,7 @@ from llava.conversation import SLOT, Form, Template
 from llava.errors import CheckpointError
 from llava.imaging.image_processor import OpenClipImageProcessorPil
 from llava.model.builder import Loaded
-from llava.model.checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from llava.model.checkpoint.folder import SOURCE_FOLDER, copy_source, name_known_class
 from llava.model.checkpoint.load_hf import SOURCE_KEY
 from llava.model.checkpoint.model_card import write_card

@@ -5,9 +5,10 @@ from __future__ import annotations
 import tracemalloc
 from pathlib import Path
 
-from llava.data.check.row_index import GROUP_FIELDS, Ledger, NameStore
+from llava.data.check.row_index import Ledger, NameStore
 from llava.data.check.rules import Findings
 from llava.data.check.scan import scan_file
+from llava.data.groups import GROUP_FIELDS
 from tests.support.check_files import row, write_rows
 
 

@@ -8,9 +8,8 @@ import pytest
 
 from llava.errors import ConfigError, DataError
 from llava.eval.judge.cases import Case, read_cases
-from llava.eval.judge.prompts import Messages
 from llava.eval.judge.review import NOT_ANSWERED, Settings, num_to_ask, review, score_row
-from llava.judging.store import Judge, Store, ask_nobody
+from llava.judging.store import Judge, Messages, Store, ask_nobody
 from tests.support.judges import FakeJudge, answer, lines, question, write_lines
 
 

@@ -6,9 +6,10 @@ import math
 
 import pytest
 
+from llava.compat import DEFECTS, parse_defects
 from llava.errors import ConfigError
 from llava.eval.medvqa.items import Item
-from llava.eval.medvqa.metrics import DEFECTS, PUBLISHED, legacy_scores, parse_defects
+from llava.eval.medvqa.metrics import PUBLISHED, legacy_scores
 
 CANDIDATES = ["left lung", "right lung", "brain", "3"]
 

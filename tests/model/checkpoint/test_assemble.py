@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llava.model.checkpoint.assemble import grow, mean_rows
-from llava.model.checkpoint.files.shards import ShardWriter, list_tensors, open_tensors
+from llava.model.checkpoint.files.shard_writer import ShardWriter
+from llava.model.checkpoint.files.shards import list_tensors, open_tensors
 from llava.model.checkpoint.weight_names import EMBEDDINGS
 
 TABLE = torch.randn(1500, 6, generator=torch.Generator().manual_seed(0))

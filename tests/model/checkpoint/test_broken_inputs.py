@@ -12,7 +12,8 @@ import torch
 from llava import cli
 from llava.errors import LlavaError
 from llava.model.checkpoint.export_hf import export_hf
-from llava.model.checkpoint.files.shards import ShardWriter, open_tensors
+from llava.model.checkpoint.files.shard_writer import ShardWriter
+from llava.model.checkpoint.files.shards import open_tensors
 from llava.model.checkpoint.folder import write_json
 from llava.model.checkpoint.formats import read_json
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector

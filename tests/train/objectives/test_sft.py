@@ -15,7 +15,7 @@ from llava.data.dataset import SFTDataset
 from llava.data.records import load_samples
 from llava.model.builder import Loaded
 from llava.train.losses import edge_sum, edge_sums, token_logprobs
-from llava.train.objectives.base import OBJECTIVES, SFT
+from llava.train.objectives.sft import OBJECTIVES, SFT
 from tests.support.runs import write_uneven
 
 

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
 import struct
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +20,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint.files.shard_writer import SAFE_DTYPES, BinShard, SafeShard
 from llava.model.checkpoint.files.torch_zip import ITEM_SIZES, read_bin_header
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+SAFE_DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
+    **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64"},
+}
+
 
 SAFE_FILE = "model.safetensors"
 BIN_FILE = "pytorch_model.bin"
@@ -38,8 +43,6 @@ WEIGHT_SOURCES = (SAFE_FILE, SAFE_FILE + INDEX_SUFFIX, BIN_FILE, BIN_FILE + INDE
 WEIGHT_FILE_PATTERN = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)(\.index\.json)?")
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors format; a larger number is a broken file."""
-
-DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,113 +274,3 @@ def _view(entry: TensorEntry, mapped: Any, shape: Sequence[int]) -> Tensor:
     start = cast(int, entry.start)
     storage: Any = mapped[start : start + math.prod(shape) * dtype.itemsize]
     return torch.empty(0, dtype=dtype).set_(storage).view(tuple(shape))
-
-
-class ShardWriter:
-    """Writes tensors into shards as they come; the folder changes only when `close` succeeds.
-
-    Used in a `with` block: an error inside leaves nothing behind. Older weight files of the folder are replaced.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-        safe: bool = True,
-        name: str | None = None,
-    ) -> None:
-        """Start writing.
-
-        Args:
-            folder: created when absent.
-            max_shard_bytes: a shard is closed before it grows beyond this; one larger tensor stands alone.
-            safe: safetensors; False writes `.bin` files.
-            name: stem of the files; `model` or `pytorch_model` by default.
-        """
-        self.folder = Path(folder)
-        self.max_shard_bytes = max_shard_bytes
-        self.safe = safe
-        self.suffix = ".safetensors" if safe else ".bin"
-        self.stem = name or ("model" if safe else "pytorch_model")
-        self._shards: list[SafeShard | BinShard] = []
-        self._places: dict[str, int] = {}
-        self._num_bytes = 0
-        self._open_bytes = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".saving-"))
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; it must not be changed afterwards, since it may be held until its shard is complete.
-
-        Raises:
-            CheckpointError: the name was added before.
-        """
-        if name in self._places:
-            raise CheckpointError(f"tensor {name!r} was added twice")
-        num_bytes = tensor.numel() * tensor.element_size()
-        current = self._shards[-1] if self._shards else None
-        if current is None or self._open_bytes + num_bytes > self.max_shard_bytes or not current.has_room(name, tensor):
-            if current is not None:
-                current.finish()
-            number = len(self._shards)
-            file = self._temporary / f"{number}{self.suffix}"
-            current = SafeShard(file) if self.safe else BinShard(file)
-            self._shards.append(current)
-            self._open_bytes = 0
-        current.add(name, tensor.detach())
-        self._places[name] = len(self._shards) - 1
-        self._open_bytes += num_bytes
-        self._num_bytes += num_bytes
-
-    def close(self) -> None:
-        """Finish the last shard, write the index if there are several, and move everything into place."""
-        try:
-            if not self._shards:
-                self._shards.append((SafeShard if self.safe else BinShard)(self._temporary / f"0{self.suffix}"))
-            self._shards[-1].finish()
-            names = self._final_names()
-            if len(names) > 1:
-                index = {
-                    "metadata": {"total_size": self._num_bytes},
-                    "weight_map": {name: names[shard] for name, shard in self._places.items()},
-                }
-                text = json.dumps(index, indent=2) + "\n"
-                (self._temporary / "index").write_text(text, encoding="utf-8")
-            for shard, name in zip(self._shards, names, strict=True):
-                os.replace(shard.file, self.folder / name)
-            if len(names) > 1:
-                names.append(f"{self.stem}{self.suffix}{INDEX_SUFFIX}")
-                os.replace(self._temporary / "index", self.folder / names[-1])
-            self._drop_older(set(names))
-        finally:
-            self.abort()
-
-    def _final_names(self) -> list[str]:
-        total = len(self._shards)
-        if total == 1:
-            return [self.stem + self.suffix]
-        return [f"{self.stem}-{number + 1:05d}-of-{total:05d}{self.suffix}" for number in range(total)]
-
-    def _drop_older(self, new: set[str]) -> None:
-        """Older weights of other sharding or format would be found first, or mixed with the new ones."""
-        if self.stem not in ("model", "pytorch_model"):
-            return
-        for file in list(self.folder.iterdir()):
-            if WEIGHT_FILE_PATTERN.fullmatch(file.name) and file.name not in new:
-                file.unlink()
-
-    def abort(self) -> None:
-        """Remove everything that was written under temporary names."""
-        for shard in self._shards:
-            shard.drop()
-        shutil.rmtree(self._temporary, ignore_errors=True)
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()

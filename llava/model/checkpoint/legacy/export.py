@@ -18,8 +18,7 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.model.builder import Loaded
 from llava.model.checkpoint.assemble import mean_rows
-from llava.model.checkpoint.files.shard_writer import flat_bytes
-from llava.model.checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter, flat_bytes
 from llava.model.checkpoint.folder import NEW_CLASS, TOKENIZER_CONFIG_FILE, copy_source, name_known_class
 from llava.model.checkpoint.formats import CONFIG_FILE, PAD_TOKEN, read_json, sniff
 from llava.model.checkpoint.legacy.config import legacy_config, rows_to_keep

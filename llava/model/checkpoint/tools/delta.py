@@ -19,13 +19,8 @@ import torch
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint.files.shards import (
-    DEFAULT_SHARD_BYTES,
-    ShardWriter,
-    TensorEntry,
-    TensorReader,
-    open_tensors,
-)
+from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
+from llava.model.checkpoint.files.shards import TensorEntry, TensorReader, open_tensors
 from llava.model.checkpoint.folder import copy_companions, new_folder
 from llava.model.checkpoint.formats import read_json
 from llava.model.checkpoint.weight_names import (

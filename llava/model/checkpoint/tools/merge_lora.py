@@ -19,7 +19,8 @@ from torch import Tensor
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint.assemble import ForeignOptions, marker_rows, take_rows
-from llava.model.checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter, TensorReader, open_tensors
+from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
+from llava.model.checkpoint.files.shards import TensorReader, open_tensors
 from llava.model.checkpoint.folder import copy_companions, copy_small_files, new_folder
 from llava.model.checkpoint.formats import CONFIG_FILE, EXTRA_FILE, KINDS, PROJECTOR_FILE, Layout, sniff
 from llava.model.checkpoint.legacy.export import TOWER_FOLDER

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files import shard_writer
 from llava.model.checkpoint.files import shard_writer as shard_files
-from llava.model.checkpoint.files.shards import ShardWriter, TensorReader, list_tensors, open_tensors, read_with_room
+from llava.model.checkpoint.files.shard_writer import ShardWriter
+from llava.model.checkpoint.files.shards import TensorReader, list_tensors, open_tensors, read_with_room
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint.files.shards import ShardWriter, open_tensors
+from llava.model.checkpoint.files.shard_writer import ShardWriter
+from llava.model.checkpoint.files.shards import open_tensors
 from llava.model.checkpoint.tools import delta
 from llava.model.checkpoint.tools.delta import Writing
 
