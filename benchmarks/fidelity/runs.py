@@ -35,7 +35,7 @@ def trajectories(oracle: Oracle) -> Iterator[Line]:
             found = replay(oracle.path, run, Path(scratch), loss_normalization=normalization)
         note = f"{len(found.losses)} micro-batches, losses by {normalization}"
         yield within(f"training losses {run}", found.loss_difference, LOSS_TOLERANCE, note)
-        # In units of what rounding allows each weight over the steps of the run: see `benchmarks.fidelity.weight_bounds`.
+        # In units of what rounding allows each weight over the steps of the run: see `weight_bounds`.
         worst, largest = (max(values.values(), default=float("nan")) for values in (found.shares, found.weights))
         note = f"{len(found.weights)} weights, share of each one's bound; largest difference {largest:.1e}"
         yield within(f"trained weights {run}", worst, 1.0, note)

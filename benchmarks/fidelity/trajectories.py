@@ -74,7 +74,7 @@ class Replay:
         losses: of every micro-batch, ours.
         recorded: of every micro-batch, the original's.
         weights: largest difference to the original's last weights, by name.
-        shares: the same in units of what rounding allows each weight, see `benchmarks.fidelity.weight_bounds`: at most 1.
+        shares: the same in units of what rounding allows each weight, see `weight_bounds`: at most 1.
         bounds: of every entry of the trained weights, by our name.
         trained: our last weights, by our name.
         head_row: the starting row of the head that had to be found, where one was random.
