@@ -115,10 +115,11 @@ CASES: dict[str, list[Encoded]] = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("lm", ["llama", "window"])
 @pytest.mark.parametrize("name", CASES)
-def test_loss_and_gradients_of_named_cases(name: str, lm: str) -> None:
-    check(CASES[name], lm)
+def test_loss_and_gradients_of_named_cases(name: str, lm: str, dtype: torch.dtype) -> None:
+    check(CASES[name], lm, dtype=dtype)
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

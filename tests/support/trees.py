@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -120,15 +121,25 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return found
 
 
+QUERY_OR_KEY = re.compile(r"\.[qk]_proj\.")
+
+
 def assert_same_gradients(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:
     """Each weight's error is small against its own gradient, or against a ten-thousandth of the largest.
 
     A tower's key bias adds the same to all scores of a query, so its true gradient is zero and only rounding is left.
+
+    In float32 a query's or key's error is also measured against its layer's value gradient. The gradient of a score is
+    `p * (g - sum(p * g))`, with g what reaches the values: where keys are equal, as of one image twice, this cancels in
+    the query's gradient, and the rounding of g, which differs between CPUs, is left.
     """
     assert found.keys() == expected.keys()
     largest = max(float(gradient.norm()) for gradient in expected.values())
     for name, gradient in expected.items():
         floor = 1e-2 if "vision_tower" in name and name.endswith("k_proj.bias") else 1e-4
         error = float((found[name] - gradient).norm())
-        limit = tolerance * max(float(gradient.norm()), floor * largest)
+        size = max(float(gradient.norm()), floor * largest)
+        if gradient.dtype == torch.float32 and (value := QUERY_OR_KEY.sub(".v_proj.", name)) != name:
+            size = max(size, float(expected[value].norm()))
+        limit = tolerance * size
         assert error <= limit, f"{name}: error {error:.2e}, allowed {limit:.2e}"
