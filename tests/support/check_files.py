@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava.data.check.report import Report, check
+from llava.data.check.report import CheckReport, check_file
 from llava.data.check.rules import RULES
 
 
@@ -35,7 +35,7 @@ def smooth(seed: int, side: int = 64) -> Image.Image:
     return Image.fromarray(spots).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def rules_of(report: Report) -> dict[str, list[int]]:
+def rules_of(report: CheckReport) -> dict[str, list[int]]:
     """The rows of the checked file by rule."""
     return {
         rule: sorted(set(report.findings.of(rule, file).rows)) for rule, file in report.findings.rules() if file == 0
@@ -44,6 +44,6 @@ def rules_of(report: Report) -> dict[str, list[int]]:
 
 def check_rows(tmp_path: Path, rows: Sequence[Any], **options: Any) -> dict[str, list[int]]:
     """Check an array of rows; returns the rows by rule."""
-    found = rules_of(check(write_rows(tmp_path / "rows.json", rows), **options))
+    found = rules_of(check_file(write_rows(tmp_path / "rows.json", rows), **options))
     assert found.keys() <= RULES.keys()
     return found

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from llava.data.check.report import Report, as_data, check, summary
-from llava.data.check.row_index import view
+from llava.data.check.report import CheckReport, check_file, report_data, report_summary
+from llava.data.check.row_index import as_array
 from llava.data.check.rows import view_row
 from llava.data.check.rules import FILE, RULES
 from llava.data.groups import GROUP_FIELDS
@@ -32,7 +32,7 @@ from llava.utils.jsonl import open_atomic, write_json
 
 
 @dataclass(frozen=True, slots=True)
-class Fixed:
+class FixResult:
     """What `write_fixed` did: rows written, rows left out, and how many of those broke each rule (or several)."""
 
     path: Path
@@ -41,7 +41,7 @@ class Fixed:
     by_rule: dict[str, int]
 
 
-def write_fixed(report: Report, path: Path) -> Fixed:
+def write_fixed(report: CheckReport, path: Path) -> FixResult:
     """Write the cleaned copy of the checked file.
 
     Raises:
@@ -54,7 +54,7 @@ def write_fixed(report: Report, path: Path) -> Fixed:
     with open_atomic(path) as stream:
         stream.writelines(file_text(_kept(source, dropped), lines=form_of(source) == "lines"))
     num_dropped = int(dropped.sum())
-    return Fixed(path, len(dropped) - num_dropped, num_dropped, by_rule)
+    return FixResult(path, len(dropped) - num_dropped, num_dropped, by_rule)
 
 
 def _kept(source: Path, dropped: np.ndarray[Any, np.dtype[np.bool_]]) -> Iterator[Any]:
@@ -67,12 +67,12 @@ def _kept(source: Path, dropped: np.ndarray[Any, np.dtype[np.bool_]]) -> Iterato
         raise DataError(f"{source} changed while it was checked; no copy was written, check it again")
 
 
-def _dropped(report: Report) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _dropped(report: CheckReport) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Say for every row of the file whether the copy goes without it."""
-    dropped = np.zeros(report.scans[FILE].ledger.num_rows, dtype=np.bool_)
+    dropped = np.zeros(report.scans[FILE].index.num_rows, dtype=np.bool_)
     for rule, file in report.findings.rules():
         if file == FILE and RULES[rule].drops:
-            dropped[view(report.findings.of(rule, FILE).rows)] = True
+            dropped[as_array(report.findings.of(rule, FILE).rows)] = True
     return dropped
 
 
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     log.setup()
     _refuse(args)
-    report = check(
+    report = check_file(
         args.file,
         images=args.images,
         against=args.against,
@@ -147,22 +147,22 @@ def _refuse(args: Namespace) -> None:
     refuse_overwriting([args.file, args.against], {name: getattr(args, name) for name in ("fix", "json", "html")})
 
 
-def _count_tokens(args: Namespace, report: Report) -> None:
+def _count_tokens(args: Namespace, report: CheckReport) -> None:
     from llava.data.check.tokens import count_tokens
     from llava.data.show import load_processor  # brings torch and transformers
 
     processor = load_processor(args.model, args)
     limit = args.max_length
     report.tokens = count_tokens(
-        report.scans[FILE].path, processor, report.pictures, report.findings, model=args.model, limit=limit
+        report.scans[FILE].path, processor, report.image_scan, report.findings, model=args.model, limit=limit
     )
 
 
-def _write(args: Namespace, report: Report) -> None:
+def _write(args: Namespace, report: CheckReport) -> None:
     """Write the summary, and the files that were asked for."""
-    sys.stdout.write(summary(report, strict=args.strict))
+    sys.stdout.write(report_summary(report, strict=args.strict))
     if args.json:
-        write_json(args.json, as_data(report, strict=args.strict))
+        write_json(args.json, report_data(report, strict=args.strict))
         sys.stdout.write(f"report: {args.json}\n")
     if args.html:
         from llava.data.check.page import write_page

@@ -25,7 +25,7 @@ _DATE_IN_WORDS = re.compile(
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"(?<![\w.,/-])\d{7,12}(?![\w/-]|[.,]\d)")
-_LABELLED_NUMBER = re.compile(
+_NAMED_NUMBER = re.compile(
     r"\b(?:mrn|medical record|patient id|patient no|hospital no|accession(?: no| number)?)\b[^\w\n]{0,4}"
     r"(?:number|no)?[^\w\n]{0,3}[a-z]{0,4}-?\d{3,}",
     re.IGNORECASE,
@@ -41,7 +41,7 @@ _NAME = re.compile(
     r"(?:: ?| is |\s)[A-Z][a-z]+"
 )
 _TITLE = re.compile(r"M[rsR]|Miss|D[rR]|Prof|ame|hysician|octor")
-_ADDRESS = re.compile(r"\bhttps?://\S+|\bwww\.\S+|\b(?:doi:? ?)?10\.\d{4,9}/\S+", re.IGNORECASE)
+_URL = re.compile(r"\bhttps?://\S+|\bwww\.\S+|\b(?:doi:? ?)?10\.\d{4,9}/\S+", re.IGNORECASE)
 """Addresses and DOIs are public, and full of digits."""
 
 
@@ -56,13 +56,13 @@ def identifier_rules(texts: Iterable[str]) -> list[str]:
 def _rules(text: str) -> Iterable[str]:
     """Yield the rules one text breaks; cheap tests come first, as nearly no text breaks any."""
     if "//" in text or "www." in text or "10." in text:
-        text = _ADDRESS.sub(" ", text)
+        text = _URL.sub(" ", text)
     if "@" in text and _EMAIL.search(text):
         yield "identifier-email"
     if not text.isalpha() and _has_digits(text):
         if _DATE.search(text) or _DATE_IN_WORDS.search(text):
             yield "identifier-date"
-        if _NUMBER.search(text) or _LABELLED_NUMBER.search(text):
+        if _NUMBER.search(text) or _NAMED_NUMBER.search(text):
             yield "identifier-number"
         if _PHONE.search(text):
             yield "identifier-phone"

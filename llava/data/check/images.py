@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from llava.data.check.row_index import Ledger, NameStore, digest_bytes, numbers, row_numbers, view
+from llava.data.check.row_index import NameStore, RowIndex, as_array, digest_bytes, numbers, row_numbers
 from llava.errors import DataError, MissingDependency
 from llava.imaging import decode
 from llava.utils.log import progress
@@ -46,16 +46,16 @@ def _cosines() -> NDArray[np.float64]:
 _COSINES = _cosines()
 
 
-def small_grey(picture: Image.Image, side: int = SIDE) -> NDArray[np.uint8]:
+def small_gray(picture: Image.Image, side: int = SIDE) -> NDArray[np.uint8]:
     """Return a picture as grey values [side, side], averaged over what each of them covers."""
     # The draft by whole factors costs little; the last step is smooth.
     small = picture.convert("L").resize((side, side), Image.Resampling.BILINEAR, reducing_gap=3.0)
     return np.asarray(small)
 
 
-def perceptual_hash(grey: NDArray[np.uint8]) -> int:
+def perceptual_hash(gray: NDArray[np.uint8]) -> int:
     """Return the 64 bits of grey values [32, 32]; bit 8 * v + u is the frequency with u horizontal, v vertical."""
-    frequencies = _COSINES @ grey.astype(np.float64) @ _COSINES.T
+    frequencies = _COSINES @ gray.astype(np.float64) @ _COSINES.T
     bits = (frequencies > np.median(frequencies)).reshape(-1)
     return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
 
@@ -79,10 +79,10 @@ STATES = ("", "image-missing", "image-broken")
 MAX_MESSAGES = 10_000
 """Pictures whose errors are kept in words: with a wrong folder every picture is missing."""
 
-_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
+_MEMORY_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
-class Look(NamedTuple):
+class InspectedImage(NamedTuple):
     """What one file turned out to be; `rule` is empty for a picture that decodes."""
 
     rule: str = ""
@@ -96,19 +96,19 @@ class Look(NamedTuple):
     small: bytes = b""
 
 
-def look(name: str, root: Path) -> Look:
+def inspect_image(name: str, root: Path) -> InspectedImage:
     """Return what the image `name` in folder `root` is."""
     try:
         data = decode.read_bytes(name, root)
     except DataError as error:
-        return Look("image-missing", str(error))
+        return InspectedImage("image-missing", str(error))
     try:
         picture = decode.load(data)
     except (DataError, MissingDependency) as error:
-        return Look("image-broken", _ADDRESS.sub("", str(error)).replace("given as bytes", name))
+        return InspectedImage("image-broken", _MEMORY_ADDRESS.sub("", str(error)).replace("given as bytes", name))
     width, height = picture.size
-    small = small_grey(picture)
-    return Look(
+    small = small_gray(picture)
+    return InspectedImage(
         content=digest_bytes(data),
         pixels=digest_bytes(f"{width} x {height}\n".encode() + picture.tobytes()),
         hash=perceptual_hash(small),
@@ -130,7 +130,7 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T
         yield waiting.popleft().result()
 
 
-class Pictures:
+class ImageScan:
     """The distinct pictures of one or two files; a picture is called by its place here.
 
     Args:
@@ -143,17 +143,17 @@ class Pictures:
         opened: whether the pictures were looked at.
     """
 
-    def __init__(self, ledgers: Sequence[Ledger], names: NameStore, roots: Sequence[Path | None]) -> None:
-        refs = np.concatenate([view(ledger.refs.digests) for ledger in ledgers])
-        places = np.concatenate([view(ledger.places) for ledger in ledgers])
+    def __init__(self, indexes: Sequence[RowIndex], names: NameStore, roots: Sequence[Path | None]) -> None:
+        refs = np.concatenate([as_array(index.refs.digests) for index in indexes])
+        places = np.concatenate([as_array(index.places) for index in indexes])
         _, first, inverse = np.unique(refs, return_index=True, return_inverse=True)
         order = np.argsort(first, kind="stable")  # as they appear in the files, so that messages come in file order
         rank = np.empty(len(order), dtype=np.int32)
         rank[order] = np.arange(len(order), dtype=np.int32)
-        edges = np.cumsum([len(ledger.refs.digests) for ledger in ledgers])[:-1]
+        edges = np.cumsum([len(index.refs.digests) for index in indexes])[:-1]
         self.of_ref: list[NDArray[np.int32]] = np.split(rank[inverse], edges)
-        self._rows = [view(ledger.refs.rows) for ledger in ledgers]
-        self._sorted: list[tuple[NDArray[np.int32], NDArray[np.int32]] | None] = [None] * len(ledgers)
+        self._rows = [as_array(index.refs.rows) for index in indexes]
+        self._sorted: list[tuple[NDArray[np.int32], NDArray[np.int32]] | None] = [None] * len(indexes)
         self.names = names
         self.places = places[first[order]]
         owner = np.searchsorted(edges, first[order], side="right").astype(np.uint8)
@@ -184,14 +184,14 @@ class Pictures:
         wanted = ((self.name(place), self.root(place)) for place in range(len(self)))
         pool = ThreadPoolExecutor(num_threads)
         try:
-            looks = in_order(pool, lambda item: _look_if(*item), wanted, ahead=64 * num_threads)
+            looks = in_order(pool, lambda item: _inspect_if(*item), wanted, ahead=64 * num_threads)
             for place, seen in enumerate(progress(looks, title="pictures", total=len(self), unit="picture")):
                 self._keep(place, seen)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         self.opened = True
 
-    def _keep(self, place: int, seen: Look) -> None:
+    def _keep(self, place: int, seen: InspectedImage) -> None:
         self.contents.append(seen.content)
         self.pixels.append(seen.pixels)
         self.hashes.append(seen.hash)
@@ -233,7 +233,7 @@ class Pictures:
 
     def good(self) -> NDArray[np.bool_]:
         """Say for each picture whether it decoded."""
-        return np.asarray(view(self.pixels) != 0)
+        return np.asarray(as_array(self.pixels) != 0)
 
     def kind_table(self) -> dict[str, int]:
         """Return how many pictures are stored in each form (format and colour mode)."""
@@ -241,6 +241,6 @@ class Pictures:
         return {name: number for name, number in counts.most_common() if name}
 
 
-def _look_if(name: str, root: Path | None) -> Look:
+def _inspect_if(name: str, root: Path | None) -> InspectedImage:
     """Look at a picture whose folder is known."""
-    return Look() if root is None else look(name, root)
+    return InspectedImage() if root is None else inspect_image(name, root)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.data.check.images import Pictures, correlation, small_grey
-from llava.data.check.row_index import view
-from llava.data.check.rules import AGAINST, FILE, Findings
+from llava.data.check.images import ImageScan, correlation, small_gray
+from llava.data.check.row_index import as_array
+from llava.data.check.rules import AGAINST, FILE, CheckFindings
 from llava.imaging import decode
 from llava.utils.log import progress_bar
 
@@ -110,7 +110,7 @@ MAX_CONFIRMED = 20_000
 """Pairs of files opened again; beyond them a set is full of look-alikes, and its report says that the search ended."""
 
 
-class Groups:
+class DuplicateGroups:
     """Places that belong together, by way of others too (disjoint sets)."""
 
     def __init__(self, size: int) -> None:
@@ -137,12 +137,12 @@ class Groups:
         return [group for group in np.split(order, edges) if len(group) > 1]
 
 
-def find_near_duplicates(pictures: Pictures, findings: Findings) -> int:
+def find_near_duplicates(image_scan: ImageScan, findings: CheckFindings) -> int:
     """Report groups of pictures that are nearly the same; returns how many candidates were not compared."""
-    places = _one_of_each(pictures)
-    search = ClosePairs(view(pictures.hashes)[places])
-    groups = Groups(len(places))
-    confirm = _Confirmation(pictures)
+    places = _one_of_each(image_scan)
+    search = ClosePairs(as_array(image_scan.hashes)[places])
+    groups = DuplicateGroups(len(places))
+    confirm = _Confirmation(image_scan)
     num_left = 0
     with progress_bar(0, title="look-alikes", unit="pair") as bar:
         for block in search:
@@ -154,16 +154,16 @@ def find_near_duplicates(pictures: Pictures, findings: Findings) -> int:
                 elif confirm(int(places[first]), int(places[second])):
                     groups.join(int(first), int(second))
                 bar.update()
-    order = np.argsort(view(pictures.pixels), kind="stable")
-    found = [_all_of(places[group], view(pictures.pixels), order) for group in groups.members()]
-    for group in sorted(found, key=lambda group: not _in_both(group, pictures)):  # a leak is what to look at first
-        _report(group, pictures, findings)
+    order = np.argsort(as_array(image_scan.pixels), kind="stable")
+    found = [_all_of(places[group], as_array(image_scan.pixels), order) for group in groups.members()]
+    for group in sorted(found, key=lambda group: not _in_both(group, image_scan)):  # a leak is what to look at first
+        _report(group, image_scan, findings)
     return search.num_skipped + num_left
 
 
-def _one_of_each(pictures: Pictures) -> NDArray[np.int64]:
+def _one_of_each(image_scan: ImageScan) -> NDArray[np.int64]:
     """Return the places of the first picture of every content; what did not decode is left out."""
-    pixels = view(pictures.pixels)
+    pixels = as_array(image_scan.pixels)
     _, first = np.unique(pixels, return_index=True)
     first = np.sort(first)
     return np.asarray(first[pixels[first] != 0], dtype=np.int64)
@@ -172,20 +172,20 @@ def _one_of_each(pictures: Pictures) -> NDArray[np.int64]:
 class _Confirmation:
     """Compares two pictures by their pixels."""
 
-    def __init__(self, pictures: Pictures) -> None:
-        self._pictures = pictures
-        self._grey = lru_cache(maxsize=512)(self._open)
+    def __init__(self, image_scan: ImageScan) -> None:
+        self._image_scan = image_scan
+        self._gray = lru_cache(maxsize=512)(self._open)
         self.num_opened = 0
 
     def _open(self, place: int) -> NDArray[np.uint8]:
-        return small_grey(decode.load(self._pictures.name(place), self._pictures.root(place)), CONFIRM_SIDE)
+        return small_gray(decode.load(self._image_scan.name(place), self._image_scan.root(place)), CONFIRM_SIDE)
 
     def __call__(self, first: int, second: int) -> bool:
         """Say whether two pictures are nearly the same."""
-        if correlation(self._pictures.small(first), self._pictures.small(second)) < MIN_SMALL_CORRELATION:
+        if correlation(self._image_scan.small(first), self._image_scan.small(second)) < MIN_SMALL_CORRELATION:
             return False
         self.num_opened += 1
-        return correlation(self._grey(first), self._grey(second)) >= MIN_CORRELATION
+        return correlation(self._gray(first), self._gray(second)) >= MIN_CORRELATION
 
 
 def _all_of(group: NDArray[np.int64], pixels: NDArray[Any], order: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -194,14 +194,14 @@ def _all_of(group: NDArray[np.int64], pixels: NDArray[Any], order: NDArray[np.in
     return np.sort(np.concatenate([order[a:b] for a, b in zip(low, high, strict=True)]))
 
 
-def _in_both(group: NDArray[np.intp], pictures: Pictures) -> bool:
+def _in_both(group: NDArray[np.intp], image_scan: ImageScan) -> bool:
     """Say whether rows of both files name pictures of a group."""
-    return len(pictures.of_ref) > 1 and all(pictures.rows(file, group) for file in (FILE, AGAINST))
+    return len(image_scan.of_ref) > 1 and all(image_scan.rows(file, group) for file in (FILE, AGAINST))
 
 
-def _report(group: NDArray[np.intp], pictures: Pictures, findings: Findings) -> None:
+def _report(group: NDArray[np.intp], image_scan: ImageScan, findings: CheckFindings) -> None:
     """Report one group."""
-    rows = [pictures.rows(file, group) for file in range(len(pictures.of_ref))]
+    rows = [image_scan.rows(file, group) for file in range(len(image_scan.of_ref))]
     own = FILE if rows[FILE] else AGAINST
     others = rows[AGAINST] if own == FILE and len(rows) > 1 else []
     message = f"{len(group)} pictures that are nearly the same" + (", in both files" if others else "")

@@ -11,28 +11,38 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.data.check.images import Pictures
-from llava.data.check.row_index import NOTHING, Keyed, Ledger, Values, common, grouped, is_in, repeats, view
-from llava.data.check.rules import AGAINST, FILE, Findings
+from llava.data.check.images import ImageScan
+from llava.data.check.row_index import (
+    NOTHING,
+    KeyedDigests,
+    RowIndex,
+    Values,
+    as_array,
+    common,
+    grouped,
+    is_in,
+    repeats,
+)
+from llava.data.check.rules import AGAINST, FILE, CheckFindings
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 """Mixes numbers that are combined, so that their order counts."""
 
 
-def find_leaks(ledgers: Sequence[Ledger], pictures: Pictures, findings: Findings) -> None:
+def find_leaks(indexes: Sequence[RowIndex], image_scan: ImageScan, findings: CheckFindings) -> None:
     """Report everything that the first file shares with the second."""
-    if pictures.opened:
-        stored = _shared_pictures("leak-bytes", view(pictures.contents), pictures, findings)
-        _shared_pictures("leak-pixels", view(pictures.pixels), pictures, findings, known=stored)
+    if image_scan.opened:
+        stored = _shared_images("leak-bytes", as_array(image_scan.contents), image_scan, findings)
+        _shared_images("leak-pixels", as_array(image_scan.pixels), image_scan, findings, known=stored)
     else:
-        _shared_names(ledgers, pictures, findings)
-    for name in ledgers[FILE].groups:
-        _shared_groups(name, ledgers, findings)
-    _shared_questions(ledgers, pictures, findings)
+        _shared_names(indexes, image_scan, findings)
+    for name in indexes[FILE].groups:
+        _shared_groups(name, indexes, findings)
+    _shared_questions(indexes, image_scan, findings)
 
 
-def _shared_pictures(
-    rule: str, keys: Values, pictures: Pictures, findings: Findings, *, known: Values | None = None
+def _shared_images(
+    rule: str, keys: Values, image_scan: ImageScan, findings: CheckFindings, *, known: Values | None = None
 ) -> Values:
     """Report pictures with the same number in both files; returns the places of those of the first file.
 
@@ -43,7 +53,7 @@ def _shared_pictures(
         findings: where they are reported.
         known: places of pictures of the first file that are reported already.
     """
-    own, others = (np.unique(pictures.of_ref[file]) for file in (FILE, AGAINST))
+    own, others = (np.unique(image_scan.of_ref[file]) for file in (FILE, AGAINST))
     if known is not None:
         own = own[~is_in(own, known)]
     shared = common(keys[own], keys[others])
@@ -52,67 +62,68 @@ def _shared_pictures(
     for number, group in grouped(keys[own], own, shared):
         found.append(group)
         same = [*group[:5].tolist(), *partners[number][:5].tolist()]
-        message = f"{pictures.name(same[0])} is {pictures.name(int(partners[number][0]))} of the other file"
-        rows, other_rows = pictures.rows(FILE, group), pictures.rows(AGAINST, partners[number])
+        message = f"{image_scan.name(same[0])} is {image_scan.name(int(partners[number][0]))} of the other file"
+        rows, other_rows = image_scan.rows(FILE, group), image_scan.rows(AGAINST, partners[number])
         findings.add(rule, FILE, rows, message, images=list(dict.fromkeys(same)), other_rows=other_rows)
     return np.sort(np.concatenate(found)) if found else np.empty(0, dtype=np.int32)
 
 
-def _shared_names(ledgers: Sequence[Ledger], pictures: Pictures, findings: Findings) -> None:
+def _shared_names(indexes: Sequence[RowIndex], image_scan: ImageScan, findings: CheckFindings) -> None:
     """Report image names of both files where nobody opened the pictures."""
-    own, others = (view(ledger.refs.digests) for ledger in ledgers)
+    own, others = (as_array(index.refs.digests) for index in indexes)
     shared = common(own, others)
-    partners = dict(grouped(others, view(ledgers[AGAINST].refs.rows), shared))
-    places = dict(grouped(own, pictures.of_ref[FILE], shared))
-    for number, rows in grouped(own, view(ledgers[FILE].refs.rows), shared):
+    partners = dict(grouped(others, as_array(indexes[AGAINST].refs.rows), shared))
+    places = dict(grouped(own, image_scan.of_ref[FILE], shared))
+    for number, rows in grouped(own, as_array(indexes[FILE].refs.rows), shared):
         place, others_of = int(places[number][0]), partners[number].tolist()
-        findings.add("leak-name", FILE, rows.tolist(), pictures.name(place), images=[place], other_rows=others_of)
+        findings.add("leak-name", FILE, rows.tolist(), image_scan.name(place), images=[place], other_rows=others_of)
 
 
-def num_persons(ledgers: Sequence[Ledger]) -> dict[str, list[int]]:
+def num_persons(indexes: Sequence[RowIndex]) -> dict[str, list[int]]:
     """Return how many different values each patient or study field has in each file, where it has any."""
     found = {
-        name: [len(np.unique(view(ledger.groups[name].digests))) for ledger in ledgers] for name in ledgers[FILE].groups
+        name: [len(np.unique(as_array(index.groups[name].digests))) for index in indexes]
+        for name in indexes[FILE].groups
     }
     return {name: counts for name, counts in found.items() if any(counts)}
 
 
-def _shared_groups(name: str, ledgers: Sequence[Ledger], findings: Findings) -> None:
+def _shared_groups(name: str, indexes: Sequence[RowIndex], findings: CheckFindings) -> None:
     """Report values of one patient or study field that are in both files; the value itself is not shown."""
-    own, others = (ledger.groups[name] for ledger in ledgers)
+    own, others = (index.groups[name] for index in indexes)
     _shared("leak-group", own, others, findings, f"field {name}")
 
 
-def _shared(rule: str, own: Keyed, others: Keyed, findings: Findings, message: str = "") -> None:
-    shared = common(view(own.digests), view(others.digests))
-    partners = dict(grouped(view(others.digests), view(others.rows), shared))
-    for number, rows in grouped(view(own.digests), view(own.rows), shared):
+def _shared(rule: str, own: KeyedDigests, others: KeyedDigests, findings: CheckFindings, message: str = "") -> None:
+    shared = common(as_array(own.digests), as_array(others.digests))
+    partners = dict(grouped(as_array(others.digests), as_array(others.rows), shared))
+    for number, rows in grouped(as_array(own.digests), as_array(own.rows), shared):
         findings.add(rule, FILE, np.unique(rows).tolist(), message, other_rows=np.unique(partners[number]).tolist())
 
 
-def _shared_questions(ledgers: Sequence[Ledger], pictures: Pictures, findings: Findings) -> None:
+def _shared_questions(indexes: Sequence[RowIndex], image_scan: ImageScan, findings: CheckFindings) -> None:
     """Report questions of both files: about the same picture, or about another one."""
-    pairs = [_pairs(ledger, pictures, file) for file, ledger in enumerate(ledgers)]
+    pairs = [_pairs(index, image_scan, file) for file, index in enumerate(indexes)]
     shared = common(pairs[FILE], pairs[AGAINST])
-    rows = [view(ledger.questions.rows) for ledger in ledgers]
+    rows = [as_array(index.questions.rows) for index in indexes]
     partners = dict(grouped(pairs[AGAINST], rows[AGAINST], shared))
     for number, own in grouped(pairs[FILE], rows[FILE], shared):
         findings.add("leak-pair", FILE, np.unique(own).tolist(), other_rows=np.unique(partners[number]).tolist())
-    elsewhere = Keyed()
-    asked = view(ledgers[FILE].questions.digests)
-    both = common(asked, view(ledgers[AGAINST].questions.digests))
+    elsewhere = KeyedDigests()
+    asked = as_array(indexes[FILE].questions.digests)
+    both = common(asked, as_array(indexes[AGAINST].questions.digests))
     for place in np.flatnonzero(is_in(asked, both) & ~is_in(pairs[FILE], shared)):
         elsewhere.add(int(asked[place]), int(rows[FILE][place]))
-    _shared("leak-question", elsewhere, ledgers[AGAINST].questions, findings)
+    _shared("leak-question", elsewhere, indexes[AGAINST].questions, findings)
 
 
-def _pairs(ledger: Ledger, pictures: Pictures, file: int) -> NDArray[np.uint64]:
+def _pairs(index: RowIndex, image_scan: ImageScan, file: int) -> NDArray[np.uint64]:
     """Return a number for each question together with the pictures of its row; 0 where those are not known."""
-    refs = pictures.of_ref[file]
-    identity = view(pictures.pixels)[refs] if pictures.opened else view(ledger.refs.digests)
-    rows = view(ledger.refs.rows)
-    known = np.zeros(ledger.num_rows, dtype=np.uint64)
-    unknown = np.zeros(ledger.num_rows, dtype=np.bool_)
+    refs = image_scan.of_ref[file]
+    identity = as_array(image_scan.pixels)[refs] if image_scan.opened else as_array(index.refs.digests)
+    rows = as_array(index.refs.rows)
+    known = np.zeros(index.num_rows, dtype=np.uint64)
+    unknown = np.zeros(index.num_rows, dtype=np.bool_)
     unknown[rows[identity == 0]] = True
     starts = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]])) if len(rows) else np.empty(0, np.int64)
     sizes = np.diff(np.append(starts, len(rows)))
@@ -120,27 +131,27 @@ def _pairs(ledger: Ledger, pictures: Pictures, file: int) -> NDArray[np.uint64]:
         has = starts[sizes > position] + position
         known[rows[has]] = known[rows[has]] * _ODD + identity[has].astype(np.uint64)
     known[unknown] = 0
-    picture = known[view(ledger.questions.rows)]
-    return np.where(picture == 0, np.uint64(0), (picture * _ODD) ^ view(ledger.questions.digests)).astype(np.uint64)
+    picture = known[as_array(index.questions.rows)]
+    return np.where(picture == 0, np.uint64(0), (picture * _ODD) ^ as_array(index.questions.digests)).astype(np.uint64)
 
 
-def find_repeated_rows(ledger: Ledger, file: int, findings: Findings) -> None:
+def find_repeated_rows(index: RowIndex, file: int, findings: CheckFindings) -> None:
     """Report rows with the images and the conversation of an earlier row, and other rows with its id."""
-    again, firsts = repeats(view(ledger.contents))
+    again, firsts = repeats(as_array(index.contents))
     for row, first in zip(again, firsts, strict=True):
         findings.add("repeated-row", file, [int(row)], f"first in row {first}")
-    ids = view(ledger.ids).copy()
+    ids = as_array(index.ids).copy()
     ids[again] = NOTHING
     for row, first in zip(*repeats(ids), strict=True):
         findings.add("repeated-id", file, [int(row)], f"first in row {first}")
 
 
-def find_same_pictures(pictures: Pictures, file: int, findings: Findings) -> None:
+def find_same_images(image_scan: ImageScan, file: int, findings: CheckFindings) -> None:
     """Report pictures of one file that have the same pixels under several names."""
-    places = np.unique(pictures.of_ref[file])
-    pixels = view(pictures.pixels)[places]
+    places = np.unique(image_scan.of_ref[file])
+    pixels = as_array(image_scan.pixels)[places]
     again, _ = repeats(pixels)
     for _, group in grouped(pixels, places, np.unique(pixels[again])):
-        rows = pictures.rows(file, group)
+        rows = image_scan.rows(file, group)
         message = f"{len(group)} names for one picture"
         findings.add("same-picture", file, rows, message, images=group[:10].tolist())

@@ -11,8 +11,8 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from llava.data.check.report import Report, person_line, picture_data, token_line
-from llava.data.check.rules import RULES, Finding
+from llava.data.check.report import CheckReport, image_data, person_line, token_line
+from llava.data.check.rules import RULES, CheckFinding
 from llava.imaging import decode
 from llava.utils.jsonl import write_atomic
 from llava.utils.reporting import page, table, thumbnail
@@ -28,13 +28,13 @@ MAX_SHOWN = 4
 
 MAX_CLASSES = 15
 
-PICTURED = ("leak-bytes", "leak-pixels", "near-duplicate", "same-picture")
+ILLUSTRATED = ("leak-bytes", "leak-pixels", "near-duplicate", "same-picture")
 """Rules whose findings are shown with their pictures."""
 
 NAMES = ("the file", "the other file")
 
 
-def write_page(path: Path, report: Report, *, strict: bool) -> None:
+def write_page(path: Path, report: CheckReport, *, strict: bool) -> None:
     """Write the page."""
     file = report.scans[0].path.name
     parts = [f"<h1>Check of {escape(file)}</h1>", f"<p>{escape(_verdict(report, strict))}</p>", _files(report)]
@@ -44,7 +44,7 @@ def write_page(path: Path, report: Report, *, strict: bool) -> None:
         parts += ["<h2>What was found</h2>", _rules(report)]
     for rule, number in report.findings.rules():
         parts += _rule(report, rule, number)
-    parts += _pictures(report)
+    parts += _images(report)
     if report.tokens is not None:
         parts += [f"<h2>Tokens with {escape(report.tokens.model)}</h2>", f"<p>{escape(token_line(report.tokens))}</p>"]
     for name, counts in report.scans[0].balance.tables().items():
@@ -52,7 +52,7 @@ def write_page(path: Path, report: Report, *, strict: bool) -> None:
     write_atomic(path, page(f"Check of {file}", parts))
 
 
-def _verdict(report: Report, strict: bool) -> str:
+def _verdict(report: CheckReport, strict: bool) -> str:
     errors, warnings = report.findings.count("error"), report.findings.count("warning")
     status = report.exit_status(strict=strict)
     left = f" {report.num_uncompared} pairs of look-alikes were not compared." if report.num_uncompared else ""
@@ -62,15 +62,15 @@ def _verdict(report: Report, strict: bool) -> str:
     )
 
 
-def _files(report: Report) -> str:
+def _files(report: CheckReport) -> str:
     rows = [
-        [scan.path.name, str(scan.ledger.num_rows), str(scan.num_readable), str(sum(scan.repairs.values()))]
+        [scan.path.name, str(scan.index.num_rows), str(scan.num_readable), str(sum(scan.repairs.values()))]
         for scan in report.scans
     ]
     return table(["file", "rows", "readable", "read leniently"], rows)
 
 
-def _rules(report: Report) -> str:
+def _rules(report: CheckReport) -> str:
     rows = []
     for rule, file in report.findings.rules():
         found, about = report.findings.of(rule, file), RULES[rule]
@@ -79,7 +79,7 @@ def _rules(report: Report) -> str:
     return table(["finding", "level", "in", "findings", "rows"], rows)
 
 
-def _rule(report: Report, rule: str, file: int) -> list[str]:
+def _rule(report: CheckReport, rule: str, file: int) -> list[str]:
     """Return the section of one rule: its hint, its first findings, and pictures where they tell something."""
     found, about = report.findings.of(rule, file), RULES[rule]
     verdict = "wrong" if about.level == "error" else "note"
@@ -87,7 +87,7 @@ def _rule(report: Report, rule: str, file: int) -> list[str]:
         f'<h2>{escape(about.title)} <span class="{verdict}">{about.level}, {NAMES[file]}</span></h2>',
         f'<p class="note">{escape(about.hint)}</p>',
     ]
-    if rule in PICTURED:
+    if rule in ILLUSTRATED:
         parts += [_case(report, finding) for finding in found.listed[:MAX_CASES]]
     listed = found.listed[:MAX_LISTED]
     if all(finding.message == about.title and not finding.other_rows for finding in listed):
@@ -105,20 +105,20 @@ def _numbers(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows))
 
 
-def _case(report: Report, finding: Finding) -> str:
+def _case(report: CheckReport, finding: CheckFinding) -> str:
     """Return the pictures of one finding with their names."""
-    pictures, places = report.pictures, finding.images[:MAX_SHOWN]
+    scan, places = report.image_scan, finding.images[:MAX_SHOWN]
     shown = [
-        thumbnail(pictures.name(place), partial(decode.load, root=pictures.root(place)))  # opened before, so it has one
+        thumbnail(scan.name(place), partial(decode.load, root=scan.root(place)))  # opened before, so it has one
         for place in places
     ]
-    names = ", ".join(map(pictures.name, places))
+    names = ", ".join(map(scan.name, places))
     words = f"<dl><dt>pictures</dt><dd>{escape(names)}</dd><dt>what</dt><dd>{escape(finding.message)}</dd></dl>"
     return f'<div class="case">{"".join(shown)}{words}</div>'
 
 
-def _pictures(report: Report) -> list[str]:
-    data = picture_data(report.pictures)
+def _images(report: CheckReport) -> list[str]:
+    data = image_data(report.image_scan)
     if not data["opened"]:
         return ['<p class="note">The pictures were not opened.</p>']
     sides = [[name, *(str(side[key]) for key in side)] for name, side in data["sides"].items()]

@@ -12,19 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from llava.data.check.images import Pictures
+from llava.data.check.images import ImageScan
 from llava.data.check.near_duplicates import find_near_duplicates
-from llava.data.check.overlap import find_leaks, find_repeated_rows, find_same_pictures, num_persons
-from llava.data.check.row_index import Ledger, NameStore, view
-from llava.data.check.rules import AGAINST, FILE, NOT_TRAINABLE, RULES, Finding, Findings, Found
-from llava.data.check.scan import Scan, scan_file
+from llava.data.check.overlap import find_leaks, find_repeated_rows, find_same_images, num_persons
+from llava.data.check.row_index import NameStore, RowIndex, as_array
+from llava.data.check.rules import AGAINST, FILE, NOT_TRAINABLE, RULES, CheckFinding, CheckFindings, RuleFindings
+from llava.data.check.scan import FileScan, scan_file
 from llava.data.check.tokens import TokenBudget
 from llava.data.groups import GROUP_FIELDS
 from llava.errors import DataError
 
 
 @dataclass(slots=True)
-class Report:
+class CheckReport:
     """The result of a check.
 
     Attributes:
@@ -35,9 +35,9 @@ class Report:
         tokens: what the rows need with a model's tokenizer, where one was given.
     """
 
-    scans: list[Scan]
-    pictures: Pictures
-    findings: Findings
+    scans: list[FileScan]
+    image_scan: ImageScan
+    findings: CheckFindings
     num_uncompared: int = 0
     tokens: TokenBudget | None = None
 
@@ -52,14 +52,14 @@ class Report:
 
     def num_persons(self) -> dict[str, list[int]]:
         """How many different patients or studies each field names, in each file."""
-        return num_persons([scan.ledger for scan in self.scans])
+        return num_persons([scan.index for scan in self.scans])
 
     def num_rows_of(self, rule: str, file: int) -> int:
         """How many distinct rows of a file break a rule."""
-        return len(np.unique(view(self.findings.of(rule, file).rows)))
+        return len(np.unique(as_array(self.findings.of(rule, file).rows)))
 
 
-def check(
+def check_file(
     path: Path,
     *,
     images: Path | None = None,
@@ -68,7 +68,7 @@ def check(
     group_fields: Sequence[str] = GROUP_FIELDS,
     max_listed: int = 1000,
     num_threads: int | None = None,
-) -> Report:
+) -> CheckReport:
     """Check a data file, alone or against another one.
 
     Args:
@@ -87,23 +87,23 @@ def check(
     for root in filter(None, roots):
         if not root.is_dir():
             raise DataError(f"--images {root}: no such folder")
-    findings, names = Findings(max_listed), NameStore()
+    findings, names = CheckFindings(max_listed), NameStore()
     scans = []
     for file, part in enumerate([path] if against is None else [path, against]):
         root_number = int(file == AGAINST and _differ(roots[FILE], roots[AGAINST]))
-        ledger = Ledger(group_fields, names, root=root_number, compares=against is not None)
-        scans.append(scan_file(part, ledger, file, findings))
-        find_repeated_rows(ledger, file, findings)
-    pictures = Pictures([scan.ledger for scan in scans], names, roots)
-    report = Report(scans, pictures, findings)
+        index = RowIndex(group_fields, names, root=root_number, compares=against is not None)
+        scans.append(scan_file(part, index, file, findings))
+        find_repeated_rows(index, file, findings)
+    image_scan = ImageScan([scan.index for scan in scans], names, roots)
+    report = CheckReport(scans, image_scan, findings)
     if images is not None:
-        pictures.open_all(num_threads=num_threads)
-        _report_bad(pictures, findings)
+        image_scan.open_all(num_threads=num_threads)
+        _report_bad(image_scan, findings)
         for file in range(len(scans)):
-            find_same_pictures(pictures, file, findings)
-        report.num_uncompared = find_near_duplicates(pictures, findings)
+            find_same_images(image_scan, file, findings)
+        report.num_uncompared = find_near_duplicates(image_scan, findings)
     if against is not None:
-        find_leaks([scan.ledger for scan in scans], pictures, findings)
+        find_leaks([scan.index for scan in scans], image_scan, findings)
     return report
 
 
@@ -111,16 +111,16 @@ def _differ(first: Path | None, second: Path | None) -> bool:
     return first is not None and second is not None and first.resolve() != second.resolve()
 
 
-def _report_bad(pictures: Pictures, findings: Findings) -> None:
+def _report_bad(image_scan: ImageScan, findings: CheckFindings) -> None:
     """Report pictures that do not decode, once for each file that names them."""
-    for place, rule, message in pictures.bad():
-        for file in range(len(pictures.of_ref)):
-            rows = pictures.rows(file, np.asarray([place]))
+    for place, rule, message in image_scan.bad():
+        for file in range(len(image_scan.of_ref)):
+            rows = image_scan.rows(file, np.asarray([place]))
             if rows:
                 findings.add(rule, file, rows, message, images=[place])
 
 
-def as_data(report: Report, *, strict: bool) -> dict[str, Any]:
+def report_data(report: CheckReport, *, strict: bool) -> dict[str, Any]:
     """Return the report as JSON data: counts, every row number of every rule, the first findings in words."""
     names = ("file", "against")
     return {
@@ -131,17 +131,17 @@ def as_data(report: Report, *, strict: bool) -> dict[str, Any]:
         "not_trainable": report.num_not_trainable(),
         "files": {names[file]: _file_data(scan) for file, scan in enumerate(report.scans)},
         "persons": report.num_persons(),
-        "pictures": picture_data(report.pictures),
+        "pictures": image_data(report.image_scan),
         "pairs_not_compared": report.num_uncompared,
         "tokens": None if report.tokens is None else asdict(report.tokens),
         "rules": [_rule_data(report, rule, file, names[file]) for rule, file in report.findings.rules()],
     }
 
 
-def _file_data(scan: Scan) -> dict[str, Any]:
+def _file_data(scan: FileScan) -> dict[str, Any]:
     return {
         "name": scan.path.name,
-        "rows": scan.ledger.num_rows,
+        "rows": scan.index.num_rows,
         "readable": scan.num_readable,
         "question_rows": scan.num_questions,
         "read_leniently": dict(scan.repairs.most_common()),
@@ -151,12 +151,12 @@ def _file_data(scan: Scan) -> dict[str, Any]:
     }
 
 
-def picture_data(pictures: Pictures) -> dict[str, Any]:
+def image_data(image_scan: ImageScan) -> dict[str, Any]:
     """Return the table of sizes and forms of the pictures that decoded."""
-    if not pictures.opened:
-        return {"named": len(pictures), "opened": False}
-    good = pictures.good()
-    widths, heights = view(pictures.widths)[good], view(pictures.heights)[good]
+    if not image_scan.opened:
+        return {"named": len(image_scan), "opened": False}
+    good = image_scan.good()
+    widths, heights = as_array(image_scan.widths)[good], as_array(image_scan.heights)[good]
     sizes, counts = np.unique(np.stack([widths, heights], axis=1), axis=0, return_counts=True)
     most = np.argsort(-counts, kind="stable")[:20]
     sides = {}
@@ -165,19 +165,19 @@ def picture_data(pictures: Pictures) -> dict[str, Any]:
             low, middle, high = np.quantile(values, [0.0, 0.5, 1.0], method="nearest")
             sides[name] = {"smallest": int(low), "median": int(middle), "largest": int(high)}
     return {
-        "named": len(pictures),
+        "named": len(image_scan),
         "opened": True,
         "decoded": int(good.sum()),
-        "forms": pictures.kind_table(),
+        "forms": image_scan.kind_table(),
         "sides": sides,
         "num_sizes": len(counts),
         "sizes": {f"{sizes[place][0]} x {sizes[place][1]}": int(counts[place]) for place in most},
     }
 
 
-def _rule_data(report: Report, rule: str, file: int, file_name: str) -> dict[str, Any]:
+def _rule_data(report: CheckReport, rule: str, file: int, file_name: str) -> dict[str, Any]:
     found = report.findings.of(rule, file)
-    rows = np.unique(view(found.rows)).tolist()
+    rows = np.unique(as_array(found.rows)).tolist()
     return {
         "rule": rule,
         "level": RULES[rule].level,
@@ -186,14 +186,14 @@ def _rule_data(report: Report, rule: str, file: int, file_name: str) -> dict[str
         "hint": RULES[rule].hint,
         "findings": found.count,
         "rows": rows,
-        "listed": [_finding_data(finding, report.pictures) for finding in found.listed],
+        "listed": [_finding_data(finding, report.image_scan) for finding in found.listed],
     }
 
 
-def _finding_data(finding: Finding, pictures: Pictures) -> dict[str, Any]:
+def _finding_data(finding: CheckFinding, image_scan: ImageScan) -> dict[str, Any]:
     data: dict[str, Any] = {"rows": list(finding.rows), "message": finding.message}
     if finding.images:
-        data["images"] = [pictures.name(place) for place in finding.images]
+        data["images"] = [image_scan.name(place) for place in finding.images]
     if finding.other_rows:
         data["other_rows"] = list(finding.other_rows)
     return data
@@ -204,7 +204,7 @@ MAX_CLASSES = 5
 WIDTH = 118
 
 
-def summary(report: Report, *, strict: bool) -> str:
+def report_summary(report: CheckReport, *, strict: bool) -> str:
     """Return the summary as lines of text."""
     lines = list(_facts(report))
     for level in ("error", "warning"):
@@ -217,11 +217,11 @@ def summary(report: Report, *, strict: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _facts(report: Report) -> Iterator[str]:
+def _facts(report: CheckReport) -> Iterator[str]:
     for scan, title in zip(report.scans, ("", "against "), strict=False):
         yield f"{title}{scan.path.name}: {_rows(scan)}"
     yield f"not trainable: {report.num_not_trainable()} rows"
-    yield _pictures(report)
+    yield _images(report)
     if len(report.scans) > 1:
         yield person_line(report)
     classes = report.scans[FILE].balance.tables()
@@ -236,14 +236,14 @@ def _facts(report: Report) -> Iterator[str]:
         yield f"read leniently: {repairs} (--fix writes them as they should be)"
 
 
-def _rows(scan: Scan) -> str:
+def _rows(scan: FileScan) -> str:
     questions = f", {scan.num_questions} of a question file" if scan.num_questions else ""
     turns = sum(number * count for number, count in scan.balance.turns.items())
-    return f"{scan.ledger.num_rows} rows, {scan.num_readable} readable with {turns} questions{questions}"
+    return f"{scan.index.num_rows} rows, {scan.num_readable} readable with {turns} questions{questions}"
 
 
-def _pictures(report: Report) -> str:
-    data = picture_data(report.pictures)
+def _images(report: CheckReport) -> str:
+    data = image_data(report.image_scan)
     if not data["opened"]:
         return f"pictures: {data['named']} named, none opened (give --images DIR)"
     sides = ", ".join(
@@ -254,7 +254,7 @@ def _pictures(report: Report) -> str:
     return f"pictures: {data['named']} named, {data['decoded']} decoded: {forms}; {sides}"
 
 
-def person_line(report: Report) -> str:
+def person_line(report: CheckReport) -> str:
     """Say by which fields patients and studies were compared: that nothing was found must not mean that nothing was."""
     counts = report.num_persons()
     both = [f"{name} ({own} and {other} different)" for name, (own, other) in counts.items() if own and other]
@@ -280,7 +280,7 @@ def token_line(tokens: TokenBudget) -> str:
     )
 
 
-def _rule_lines(report: Report, rule: str, file: int) -> list[str]:
+def _rule_lines(report: CheckReport, rule: str, file: int) -> list[str]:
     found = report.findings.of(rule, file)
     place = "" if len(report.scans) == 1 or (RULES[rule].level == "error" and rule.startswith("leak")) else _where(file)
     head = f"  {found.count:>6}  {RULES[rule].title}{place}{_shared(found, rule)} [{rule}]"
@@ -289,14 +289,14 @@ def _rule_lines(report: Report, rule: str, file: int) -> list[str]:
     others = f" and {_numbers(first.other_rows)} of the other file" if first.other_rows else ""
     shown = [f"{head}: {RULES[rule].hint}"]
     if first.images:
-        names = [report.pictures.name(finding.images[0]) for finding in found.listed[:MAX_NAMES] if finding.images]
+        names = [report.image_scan.name(finding.images[0]) for finding in found.listed[:MAX_NAMES] if finding.images]
         shown.append(f"          {', '.join(dict.fromkeys(names))}{', ...' if found.count > len(names) else ''}")
     message = "" if first.images or first.message == RULES[rule].title else f": {first.message}"
     shown.append(f"          first: {rows}{others}{message}")
     return [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in shown]
 
 
-def _shared(found: Found, rule: str) -> str:
+def _shared(found: RuleFindings, rule: str) -> str:
     """Say how many findings that may lie within one file are about both: those may be leaks."""
     num_both = sum(bool(finding.other_rows) for finding in found.listed) if rule == "near-duplicate" else 0
     return f" ({num_both} of them in both files)" if num_both else ""

@@ -53,14 +53,14 @@ def row_numbers() -> array[int]:
     return array("I")
 
 
-def view(values: array[int]) -> NDArray[np.unsignedinteger]:
+def as_array(values: array[int]) -> NDArray[np.unsignedinteger]:
     """Return an array's numbers without copying them."""
     kind = np.uint64 if values.typecode == "Q" else np.uint32
     return np.frombuffer(values, dtype=kind) if values else np.empty(0, dtype=kind)
 
 
 @dataclass(slots=True)
-class Keyed:
+class KeyedDigests:
     """Digests, each with the row it came from."""
 
     digests: array[int] = field(default_factory=numbers)
@@ -94,7 +94,7 @@ class NameStore:
         return os.pread(self._file.fileno(), length, place + 4).decode("utf-8", "surrogatepass")
 
 
-class Ledger:
+class RowIndex:
     """What the rows of one file are compared by.
 
     Args:
@@ -118,9 +118,9 @@ class Ledger:
         self.compares = compares
         self.num_rows = 0
         self.contents, self.ids = numbers(), numbers()
-        self.refs, self.places = Keyed(), numbers()
-        self.questions = Keyed()
-        self.groups: dict[str, Keyed] = {field_key(name): Keyed() for name in group_fields}
+        self.refs, self.places = KeyedDigests(), numbers()
+        self.questions = KeyedDigests()
+        self.groups: dict[str, KeyedDigests] = {field_key(name): KeyedDigests() for name in group_fields}
 
     def add(self, row: int, seen: RowView) -> None:
         """Remember a row."""

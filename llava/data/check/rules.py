@@ -15,7 +15,7 @@ Level = Literal["error", "warning"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class CheckRule:
     """One thing that is looked for.
 
     Attributes:
@@ -31,67 +31,77 @@ class Rule:
     drops: bool = False
 
 
-RULES: dict[str, Rule] = {
-    "unreadable": Rule(
+RULES: dict[str, CheckRule] = {
+    "unreadable": CheckRule(
         "error", "row cannot be read", "correct the JSON there; an array ends at its first broken row", drops=True
     ),
-    "row-type": Rule(
+    "row-type": CheckRule(
         "error", "row is no JSON object", "a row is an object with id, image and conversations", drops=True
     ),
-    "text": Rule(
+    "text": CheckRule(
         "error",
         "text is not Unicode",
         "it has bytes that are not UTF-8, or half of a surrogate pair",
         drops=True,
     ),
-    "id": Rule("error", "id has the wrong type", "write the id as text or as a whole number", drops=True),
-    "image-field": Rule("error", "image has the wrong type", "write one file name, or a list of them", drops=True),
-    "conversation": Rule(
+    "id": CheckRule("error", "id has the wrong type", "write the id as text or as a whole number", drops=True),
+    "image-field": CheckRule("error", "image has the wrong type", "write one file name, or a list of them", drops=True),
+    "conversation": CheckRule(
         "error",
         "conversation cannot be read",
         'write a list of {"from": "human" or "gpt", "value": text}, a question first, in turns',
         drops=True,
     ),
-    "places": Rule(
+    "places": CheckRule(
         "error",
         "place holders and images differ in number",
         "write one <image> for each image, or none to have them put in front",
         drops=True,
     ),
-    "tokens": Rule("error", "row cannot be turned into tokens", "see the message", drops=True),
-    "image-missing": Rule(
+    "tokens": CheckRule("error", "row cannot be turned into tokens", "see the message", drops=True),
+    "image-missing": CheckRule(
         "error", "image file is missing", "fetch the file, correct the name, or check --images", drops=True
     ),
-    "image-broken": Rule("error", "image cannot be decoded", "fetch the file again or leave the row out", drops=True),
-    "leak-bytes": Rule("error", "same picture file in both files", "keep each picture in one file only", drops=True),
-    "leak-pixels": Rule(
+    "image-broken": CheckRule(
+        "error", "image cannot be decoded", "fetch the file again or leave the row out", drops=True
+    ),
+    "leak-bytes": CheckRule(
+        "error", "same picture file in both files", "keep each picture in one file only", drops=True
+    ),
+    "leak-pixels": CheckRule(
         "error", "same picture, stored differently, in both files", "keep each picture in one file only", drops=True
     ),
-    "leak-group": Rule(
+    "leak-group": CheckRule(
         "error", "same patient or study in both files", "split by patient: llava data split --by patient", drops=True
     ),
-    "leak-pair": Rule(
+    "leak-pair": CheckRule(
         "error", "same question about the same image in both files", "keep the row in one file only", drops=True
     ),
-    "no-conversation": Rule("warning", "not trainable: no conversation", "fill in or leave out the row", drops=True),
-    "no-answer": Rule("warning", "not trainable: no answer", "fill in or leave out the row", drops=True),
-    "empty-text": Rule("warning", "empty question or answer", "fill in or leave out the row"),
-    "answer-type": Rule("warning", "answer_type is unknown", "evaluation needs OPEN, CLOSED, yes/no, other or number"),
-    "repeated-row": Rule("warning", "same images and conversation as an earlier row", "keep one of them", drops=True),
-    "repeated-id": Rule("warning", "same id as an earlier row", "answers are joined by id; make ids unique"),
-    "same-picture": Rule("warning", "one picture under several names", "give it one name"),
-    "near-duplicate": Rule(
+    "no-conversation": CheckRule(
+        "warning", "not trainable: no conversation", "fill in or leave out the row", drops=True
+    ),
+    "no-answer": CheckRule("warning", "not trainable: no answer", "fill in or leave out the row", drops=True),
+    "empty-text": CheckRule("warning", "empty question or answer", "fill in or leave out the row"),
+    "answer-type": CheckRule(
+        "warning", "answer_type is unknown", "evaluation needs OPEN, CLOSED, yes/no, other or number"
+    ),
+    "repeated-row": CheckRule(
+        "warning", "same images and conversation as an earlier row", "keep one of them", drops=True
+    ),
+    "repeated-id": CheckRule("warning", "same id as an earlier row", "answers are joined by id; make ids unique"),
+    "same-picture": CheckRule("warning", "one picture under several names", "give it one name"),
+    "near-duplicate": CheckRule(
         "warning", "pictures that are nearly the same", "look at them; one picture cut or stored twice is a leak"
     ),
-    "leak-name": Rule(
+    "leak-name": CheckRule(
         "warning", "same image name in both files", "give --images to have the pictures themselves compared"
     ),
-    "leak-question": Rule("warning", "same question on another image in both files", "usual for short questions"),
-    "identifier-date": Rule("warning", "text that looks like a date", "remove it or replace it by a time span"),
-    "identifier-number": Rule("warning", "text that looks like a record number", "remove it"),
-    "identifier-phone": Rule("warning", "text that looks like a telephone number", "remove it"),
-    "identifier-email": Rule("warning", "text that looks like an e-mail address", "remove it"),
-    "identifier-name": Rule("warning", "text that looks like a name", "remove it"),
+    "leak-question": CheckRule("warning", "same question on another image in both files", "usual for short questions"),
+    "identifier-date": CheckRule("warning", "text that looks like a date", "remove it or replace it by a time span"),
+    "identifier-number": CheckRule("warning", "text that looks like a record number", "remove it"),
+    "identifier-phone": CheckRule("warning", "text that looks like a telephone number", "remove it"),
+    "identifier-email": CheckRule("warning", "text that looks like an e-mail address", "remove it"),
+    "identifier-name": CheckRule("warning", "text that looks like a name", "remove it"),
 }
 
 NOT_TRAINABLE = ("no-conversation", "no-answer")
@@ -103,7 +113,7 @@ FILE, AGAINST = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckFinding:
     """One finding in words.
 
     Attributes:
@@ -124,15 +134,15 @@ class Finding:
 
 
 @dataclass(slots=True)
-class Found:
+class RuleFindings:
     """All findings of one rule in one file."""
 
     count: int = 0
     rows: array[int] = field(default_factory=lambda: array("I"))
-    listed: list[Finding] = field(default_factory=list)
+    listed: list[CheckFinding] = field(default_factory=list)
 
 
-class Findings:
+class CheckFindings:
     """Collects findings.
 
     Args:
@@ -141,7 +151,7 @@ class Findings:
 
     def __init__(self, max_listed: int = 1000) -> None:
         self.max_listed = max_listed
-        self._found: dict[tuple[str, int], Found] = {}
+        self._found: dict[tuple[str, int], RuleFindings] = {}
 
     def add(
         self,
@@ -155,16 +165,16 @@ class Findings:
         num_shown: int = 10,
     ) -> None:
         """Add one finding about these rows; `num_shown` of them are written with its words."""
-        found = self._found.setdefault((rule, file), Found())
+        found = self._found.setdefault((rule, file), RuleFindings())
         found.count += 1
         found.rows.extend(rows)
         if len(found.listed) < self.max_listed:
             shown, others = tuple(rows[:num_shown]), tuple(other_rows[:num_shown])
-            found.listed.append(Finding(rule, file, shown, message or RULES[rule].title, tuple(images), others))
+            found.listed.append(CheckFinding(rule, file, shown, message or RULES[rule].title, tuple(images), others))
 
-    def of(self, rule: str, file: int) -> Found:
+    def of(self, rule: str, file: int) -> RuleFindings:
         """Return what one rule found in one file."""
-        return self._found.get((rule, file), Found())
+        return self._found.get((rule, file), RuleFindings())
 
     def rules(self, level: Level | None = None) -> list[tuple[str, int]]:
         """Return `(rule, file)` of everything that was found, in the order of `RULES`."""

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.check.identifiers import identifier_rules
-from llava.data.check.row_index import Ledger
+from llava.data.check.row_index import RowIndex
 from llava.data.check.rows import RowView, view_row
-from llava.data.check.rules import Findings
+from llava.data.check.rules import CheckFindings
 from llava.data.groups import field_key
 from llava.data.records import stream_rows
 from llava.errors import DataError
@@ -22,7 +22,7 @@ from llava.samples import Sample
 from llava.scoring.decisions import decision, is_closed
 from llava.utils.log import progress
 
-FIELDS = (
+CLASS_FIELDS = (
     "answer_type",
     "question_type",
     "content_type",
@@ -48,7 +48,7 @@ OTHER = "(other)"
 """Classes beyond `MAX_CLASSES`, and those that look like identifiers."""
 
 
-class Balance:
+class ClassBalance:
     """Counts classes; what is kept does not grow with the rows.
 
     Attributes:
@@ -64,7 +64,7 @@ class Balance:
 
     def add(self, value: Mapping[str, Any], sample: Sample | None) -> None:
         """Count one row: its fields, and its conversation where it has one that can be read."""
-        for name in FIELDS:
+        for name in CLASS_FIELDS:
             for word in _classes(value.get(name)):
                 self._count(name, word)
         if sample is None:
@@ -113,7 +113,7 @@ _NO_TEXT = frozenset({"id", "questionid", "image", "conversations", "conversaton
 
 
 @dataclass(slots=True)
-class Scan:
+class FileScan:
     """What one pass over a file found besides findings.
 
     Attributes:
@@ -126,43 +126,43 @@ class Scan:
     """
 
     path: Path
-    ledger: Ledger
-    balance: Balance = field(default_factory=Balance)
+    index: RowIndex
+    balance: ClassBalance = field(default_factory=ClassBalance)
     repairs: Counter[str] = field(default_factory=Counter)
     num_questions: int = 0
     num_readable: int = 0
 
 
-def scan_file(path: Path, ledger: Ledger, file: int, findings: Findings) -> Scan:
+def scan_file(path: Path, index: RowIndex, file: int, findings: CheckFindings) -> FileScan:
     """Read every row of a file once.
 
     Raises:
         DataError: there is no such file.
     """
-    scan = Scan(path, ledger)
+    scan = FileScan(path, index)
     for row, value in progress(stream_rows(path), title=f"rows of {path.name}", unit="row"):
         seen = view_row(value, row)
         for problem in seen.problems:
             findings.add(problem.rule, file, [row], problem.message)
-        ledger.add(row, seen)
+        index.add(row, seen)
         scan.repairs.update(seen.repairs)
         scan.num_readable += seen.sample is not None
         scan.num_questions += seen.is_question
         if isinstance(value, dict):
-            ledger.add_groups(row, value)
+            index.add_groups(row, value)
             scan.balance.add(value, seen.sample)
-            for rule in identifier_rules(_texts(value, seen, ledger)):
+            for rule in identifier_rules(_texts(value, seen, index)):
                 findings.add(rule, file, [row])
     return scan
 
 
-def _texts(value: Mapping[str, Any], seen: RowView, ledger: Ledger) -> Iterator[str]:
+def _texts(value: Mapping[str, Any], seen: RowView, index: RowIndex) -> Iterator[str]:
     """Yield the texts of a row: its turns, and other fields that hold text; ids of patients and studies are not."""
     if seen.sample is not None:
         for turn in seen.sample.conversation.turns:
             yield turn.text
     for name, part in value.items():
-        if field_key(name) in _NO_TEXT or field_key(name) in ledger.groups:
+        if field_key(name) in _NO_TEXT or field_key(name) in index.groups:
             continue
         for text in part if isinstance(part, list) else [part]:
             if isinstance(text, str):

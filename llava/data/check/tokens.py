@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llava.constants import IGNORE_INDEX
-from llava.data.check.images import Pictures
-from llava.data.check.row_index import view
+from llava.data.check.images import ImageScan
+from llava.data.check.row_index import as_array
 from llava.data.check.rows import view_row
-from llava.data.check.rules import FILE, Findings
+from llava.data.check.rules import FILE, CheckFindings
 from llava.data.records import stream_rows
 from llava.errors import ConfigError, DataError
 from llava.imaging.anyres import Size
@@ -64,7 +64,7 @@ class TokenBudget:
 
 
 def count_tokens(
-    path: Path, processor: LlavaMedProcessor, pictures: Pictures, findings: Findings, *, model: str, limit: int
+    path: Path, processor: LlavaMedProcessor, image_scan: ImageScan, findings: CheckFindings, *, model: str, limit: int
 ) -> TokenBudget:
     """Return what the rows of a file need.
 
@@ -79,10 +79,10 @@ def count_tokens(
     Raises:
         ConfigError: the model needs the sizes of pictures that nobody opened.
     """
-    if processor.has_variable_images and not pictures.opened:
+    if processor.has_variable_images and not image_scan.opened:
         raise ConfigError(f"the tokens of {model} depend on the size of each picture; give --images DIR")
     lengths, rows, num_without = array("I"), array("I"), 0
-    for row, sample, sizes in progress(_samples(path, pictures), title="tokens", unit="row"):
+    for row, sample, sizes in progress(_samples(path, image_scan), title="tokens", unit="row"):
         try:
             length = _length(sample, processor, sizes)
         except DataError as error:
@@ -91,7 +91,7 @@ def count_tokens(
         lengths.append(length)
         rows.append(row)
         num_without += length > limit and not _keeps_answer(sample, processor, sizes, limit)
-    counted = view(lengths)
+    counted = as_array(lengths)
     if not len(counted):
         return TokenBudget(model, 0, limit, 0, 0, 0, -1, 0, STEP, STEP)
     most = int(np.quantile(counted, COVERED, method="higher"))
@@ -113,17 +113,17 @@ def _rounded(length: int) -> int:
     return -(-length // STEP) * STEP
 
 
-def _samples(path: Path, pictures: Pictures) -> Iterator[tuple[int, Sample, list[Size]]]:
+def _samples(path: Path, image_scan: ImageScan) -> Iterator[tuple[int, Sample, list[Size]]]:
     """Yield every row that can be trained on with the sizes of its pictures."""
-    refs, passed = pictures.of_ref[FILE], 0
+    refs, passed = image_scan.of_ref[FILE], 0
     for row, value in stream_rows(path):
         seen = view_row(value, row)
         places = refs[passed : passed + len(seen.images)]
         passed += len(seen.images)
         bad = any(problem.rule in ("places", "no-answer") for problem in seen.problems)
-        if seen.sample is None or bad or any(pictures.is_bad(place) for place in places):
+        if seen.sample is None or bad or any(image_scan.is_bad(place) for place in places):
             continue
-        sizes = [(pictures.widths[place], pictures.heights[place]) for place in places] if pictures.opened else []
+        sizes = [(image_scan.widths[place], image_scan.heights[place]) for place in places] if image_scan.opened else []
         yield row, seen.sample, sizes
 
 

@@ -52,7 +52,7 @@ _NOT_A_FINDING = re.compile(r"^(yes|no|none|normal|not seen|\d+)\b", re.IGNORECA
 
 
 @dataclass(slots=True)
-class Facts:
+class ImageFacts:
     """What the rows about one picture say; findings keep their order and are unique."""
 
     organ: str | None = None
@@ -78,7 +78,7 @@ def _match(table: dict[str, str], text: str) -> str | None:
     return next((name for name, pattern in table.items() if re.search(pattern, text, re.IGNORECASE)), None)
 
 
-def _read_question(facts: Facts, types: set[str], question: str, answer: str) -> None:
+def _read_question(facts: ImageFacts, types: set[str], question: str, answer: str) -> None:
     """Take over what one question and its answer state; a `no` states nothing usable."""
     confirmed = question if answer.lower().startswith("yes") else answer
     if "MODALITY" in types and " not " not in question:
@@ -93,13 +93,13 @@ def _read_question(facts: Facts, types: set[str], question: str, answer: str) ->
         facts.findings.append(answer)
 
 
-def gather(rows: Iterable[Mapping[str, Any]]) -> dict[str, Facts]:
+def facts_by_image(rows: Iterable[Mapping[str, Any]]) -> dict[str, ImageFacts]:
     """Facts by image name, in order of first appearance; a row may lack a conversation."""
-    pictures: dict[str, Facts] = {}
+    pictures: dict[str, ImageFacts] = {}
     for row in rows:
         if not isinstance(row.get("image"), str):
             continue
-        facts = pictures.setdefault(row["image"], Facts())
+        facts = pictures.setdefault(row["image"], ImageFacts())
         facts.organ = facts.organ or ORGANS.get(str(row.get("image_organ", "")).lower())
         if row.get("view") and not facts.plane:  # only case records of chest films carry their projection
             facts.plane, facts.modality, facts.organ = _match(PLANES, str(row["view"])), "X-ray", "chest"
@@ -126,7 +126,7 @@ def alignment_rows(files: Sequence[Path], root: Path) -> list[dict[str, object]]
         if not folder.is_relative_to(root.resolve()):
             raise DataError(f"{file} lies outside {root}; give --root a folder that holds every file")
         prefix = folder.relative_to(root.resolve())
-        for image, facts in gather(read_records(file)).items():
+        for image, facts in facts_by_image(read_records(file)).items():
             for question, answer in facts.turns():
                 turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
                 rows.append({"id": f"align_{len(rows)}", "image": str(prefix / image), "conversations": turns})

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.data.converters.dataset_cards import Card, Size
+from llava.data.converters.dataset_cards import DatasetCard, SplitSize
 from llava.data.converters.items import SPLITS, Event
-from llava.data.converters.output import MANIFEST, WAYS, Output, read_manifest, remove_splits
+from llava.data.converters.output import MANIFEST, PLACEMENTS, ConverterOutput, read_manifest, remove_splits
 from llava.data.converters.sources import Sources
 from llava.errors import ConfigError, DataError
 from llava.imaging.decode import content_digest
@@ -53,7 +53,7 @@ class Job:
     sources: Sources
     args: argparse.Namespace
     is_full: Callable[[str], bool]
-    card: Card
+    card: DatasetCard
     variant: str = ""
     inputs: dict[str, Path] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class Converter:
     """A dataset command.
 
     Attributes:
@@ -89,13 +89,13 @@ class Reader:
     """
 
     command: str
-    card: Card
-    read: Callable[[Job], Iterator[Event]]
+    card: DatasetCard
+    read_events: Callable[[Job], Iterator[Event]]
     add_options: Callable[[Parser], None] = lambda parser: None
     example: str = ""
 
 
-def make_parser(reader: Reader) -> Parser:
+def make_parser(reader: Converter) -> Parser:
     """Return the parser of a dataset command."""
     card = reader.card
     parser = Parser(
@@ -113,24 +113,26 @@ def make_parser(reader: Reader) -> Parser:
 def add_output_options(parser: Parser) -> None:
     """Add the flags that say where rows and pictures go."""
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--images", choices=WAYS, default="link", help="pictures: second names of the files, or copies")
+    parser.add_argument(
+        "--images", choices=PLACEMENTS, default="link", help="pictures: second names of the files, or copies"
+    )
     parser.add_argument("--limit", type=int, help="write at most this many rows of each split")
     parser.add_switch("--skip_bad", help="leave rows out that cannot be used, and list them in skipped.jsonl")
     parser.add_switch("--overwrite", help="write a folder again that was made with other settings")
     parser.add_argument("--expect", help="manifest of an earlier output: its splits must have the same ids")
 
 
-def run(reader: Reader, argv: Sequence[str] | None = None) -> None:
+def run_converter(reader: Converter, argv: Sequence[str] | None = None) -> None:
     """Run a dataset command: parse its flags, write the folder, print a summary.
 
     Raises:
         DataError: a file or row cannot be used.
         ConfigError: the flags or the folder do not fit.
     """
-    run_parsed(reader, make_parser(reader).parse_args(argv))
+    run_with_args(reader, make_parser(reader).parse_args(argv))
 
 
-def run_parsed(reader: Reader, args: argparse.Namespace) -> None:
+def run_with_args(reader: Converter, args: argparse.Namespace) -> None:
     """Do what `run` does, with flags that are parsed."""
     log.setup()
     if args.limit is not None and args.limit < 1:
@@ -144,14 +146,14 @@ def run_parsed(reader: Reader, args: argparse.Namespace) -> None:
         _compare(old, expected)
         sys.stdout.write(
             f"{out} is finished already, with the same settings; --overwrite makes it anew, for example when what was "
-            f"downloaded has changed\n{summary(old)}"
+            f"downloaded has changed\n{manifest_summary(old)}"
         )
         return
     _begin(out)
     sources = Sources(args.paths, out / UNPACKED)
-    with Output(out, images=args.images, limit=args.limit, skip_bad=args.skip_bad) as output:
+    with ConverterOutput(out, images=args.images, limit=args.limit, skip_bad=args.skip_bad) as output:
         job = Job(sources, args, output.is_full, reader.card)
-        for event in log.progress(reader.read(job), title=f"reading {reader.card.name}", unit="row"):
+        for event in log.progress(reader.read_events(job), title=f"reading {reader.card.name}", unit="row"):
             output.add(event)
         remove_splits(out, {*SPLITS} - {split for split, count in output.counts.items() if count.ids})
         manifest = output.finish(_facts(reader.card, job, settings, output))
@@ -159,11 +161,11 @@ def run_parsed(reader: Reader, args: argparse.Namespace) -> None:
     (out / UNFINISHED).unlink(missing_ok=True)
     for line in manifest["differs"]:
         logger.warning("%s", line)
-    sys.stdout.write(summary(manifest))
+    sys.stdout.write(manifest_summary(manifest))
     _compare(manifest, expected)
 
 
-def _settings(reader: Reader, args: argparse.Namespace) -> dict[str, Any]:
+def _settings(reader: Converter, args: argparse.Namespace) -> dict[str, Any]:
     """Return what the output depends on, in the form in which JSON gives it back.
 
     Where things lie on this machine is nobody's business elsewhere: of the places only names and a hash are kept.
@@ -212,7 +214,7 @@ def _begin(out: Path) -> None:
     (out / MANIFEST).unlink(missing_ok=True)
 
 
-def _facts(card: Card, job: Job, settings: Mapping[str, Any], output: Output) -> dict[str, Any]:
+def _facts(card: DatasetCard, job: Job, settings: Mapping[str, Any], output: ConverterOutput) -> dict[str, Any]:
     own = stamp(data=job.inputs, command=["llava", "data", str(settings["reader"])])
     whole = job.args.limit is None
     return {
@@ -227,7 +229,7 @@ def _facts(card: Card, job: Job, settings: Mapping[str, Any], output: Output) ->
     }
 
 
-def _against_known(card: Card, variant: str, output: Output, *, whole: bool) -> dict[str, Any]:
+def _against_known(card: DatasetCard, variant: str, output: ConverterOutput, *, whole: bool) -> dict[str, Any]:
     """Return which published sizes and hashes were compared, and how the output differs from them."""
     sizes, pins = card.sizes.get(variant, {}), card.pins.get(variant, {})
     if not whole or not (sizes or pins):
@@ -244,12 +246,12 @@ def _against_known(card: Card, variant: str, output: Output, *, whole: bool) -> 
     return {"compared_with_published": compared, "differs": differs}
 
 
-def _size(output: Output, split: str) -> Size:
+def _size(output: ConverterOutput, split: str) -> SplitSize:
     if split not in output.counts:
-        return Size(0, 0, 0, 0)
+        return SplitSize(0, 0, 0, 0)
     count = output.counts[split]
     kinds: Mapping[str, int] = count.values.get("answer_type", {})
-    return Size(len(count.ids), kinds.get("OPEN", 0), kinds.get("CLOSED", 0), len(count.images))
+    return SplitSize(len(count.ids), kinds.get("OPEN", 0), kinds.get("CLOSED", 0), len(count.images))
 
 
 def _expected(path: str | None) -> dict[str, str]:
@@ -278,7 +280,7 @@ def _compare(manifest: Mapping[str, Any], expected: Mapping[str, str]) -> None:
         raise DataError(f"the ids of {', '.join(wrong)} are not those of the expected manifest; the data differ")
 
 
-def summary(manifest: Mapping[str, Any]) -> str:
+def manifest_summary(manifest: Mapping[str, Any]) -> str:
     """Return one screen about an output: rows, pictures and kinds of answers of each split, and its hash."""
     lines = [f"{manifest['dataset']}  (licence: {manifest['license']})"]
     lines.append(f"{'split':8}{'rows':>9}{'images':>9}{'open':>9}{'closed':>9}  sha256 of the sorted ids")

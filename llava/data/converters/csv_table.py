@@ -14,12 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llava.data.converters.base import Job, Reader, add_output_options, run_parsed
-from llava.data.converters.dataset_cards import Card
-from llava.data.converters.items import SPLIT_WORDS, Event, Item, kind_of_answer
+from llava.data.converters.base import Converter, Job, add_output_options, run_with_args
+from llava.data.converters.dataset_cards import DatasetCard
+from llava.data.converters.items import SPLIT_WORDS, ConvertedItem, Event, kind_of_answer
 from llava.data.converters.output import name_of_bytes
 from llava.data.converters.sources import is_file
-from llava.data.converters.tables import Row, answer_cell, cell, column_names, need, plain, read_table
+from llava.data.converters.tables import (
+    Row,
+    answer_cell,
+    cell,
+    column_names,
+    read_table,
+    require_columns,
+    to_json_value,
+)
 from llava.data.quarantine import BadRow
 from llava.errors import ConfigError, DataError
 from llava.samples import Origin, describe
@@ -36,17 +44,17 @@ FIELDS = {
 }
 """Field of the row, and the flag that names its column."""
 
-TABLE = Card("table", "a table of your own", "not stated", "Give the table; pictures lie in --image_root.")
+TABLE = DatasetCard("table", "a table of your own", "not stated", "Give the table; pictures lie in --image_root.")
 
 
-def read(job: Job) -> Iterator[Event]:
+def read_events(job: Job) -> Iterator[Event]:
     """Yield a question for each row."""
     args = job.args
     if not job.sources.files:
         raise ConfigError("give the table's file; the folder of its pictures is --image_root")
     for path in job.sources.files:
         job.inputs[path.name] = path
-        need([*_text_columns(args), *args.keep], column_names(path, delimiter=args.delimiter), path)
+        require_columns([*_text_columns(args), *args.keep], column_names(path, delimiter=args.delimiter), path)
         for origin, row in read_table(path, columns=_required(args), delimiter=args.delimiter):
             yield _event(job, origin, row)
 
@@ -84,13 +92,13 @@ def _event(job: Job, origin: Origin, row: Row | DataError) -> Event:
         answer = answer_cell(row, args.answer_column)
         fields = {name: cell(row, getattr(args, flag)) for name, flag in FIELDS.items()}
         fields["answer_type"] = kind_of_answer(fields["answer_type"], answer)
-        kept = {name: plain(row.get(name)) for name in args.keep}
+        kept = {name: to_json_value(row.get(name)) for name in args.keep}
         image, name = _image(args, row)
     except DataError as error:
         return BadRow(*origin, identity, str(error))
     asked = cell(row, args.question_column) if args.question_column else args.question
     meta = {**fields, **kept, "source": job.card.name, "license": job.card.license}
-    return Item(identity, split, asked, answer, image, name, meta, origin)
+    return ConvertedItem(identity, split, asked, answer, image, name, meta, origin)
 
 
 def _split(row: Row, args: Any) -> str:
@@ -170,4 +178,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     if taken := sorted({"id", "image", "conversations"}.intersection(args.keep)):
         raise ConfigError(f"--keep {', '.join(taken)}: rows have a field of that name already; rename the column")
     card = replace(TABLE, name=args.source, license=args.license)
-    run_parsed(Reader("csv", card, read), args)
+    run_with_args(Converter("csv", card, read_events), args)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
-class Size(NamedTuple):
+class SplitSize(NamedTuple):
     """Rows, and how many of them are open and closed questions, and the pictures of one split."""
 
     rows: int
@@ -17,7 +17,7 @@ class Size(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class DatasetCard:
     """A data set.
 
     Attributes:
@@ -33,11 +33,11 @@ class Card:
     homepage: str
     license: str
     how_to_get: str
-    sizes: Mapping[str, Mapping[str, Size]] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, SplitSize]] = field(default_factory=dict)
     pins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
-VQA_RAD = Card(
+VQA_RAD = DatasetCard(
     name="VQA-RAD",
     homepage="https://osf.io/89kps/",
     license="CC0 1.0 (pictures from MedPix)",
@@ -46,12 +46,12 @@ VQA_RAD = Card(
         "The split in trainset.json and testset.json of later papers is read too."
     ),
     sizes={
-        "public": {"train": Size(1797, 770, 1027, 313), "test": Size(451, 179, 272, 203)},
-        "data_RAD": {"train": Size(3064, 1241, 1823, 314), "test": Size(451, 179, 272, 203)},
+        "public": {"train": SplitSize(1797, 770, 1027, 313), "test": SplitSize(451, 179, 272, 203)},
+        "data_RAD": {"train": SplitSize(3064, 1241, 1823, 314), "test": SplitSize(451, 179, 272, 203)},
     },
 )
 
-SLAKE = Card(
+SLAKE = DatasetCard(
     name="SLAKE",
     homepage="https://www.med-vqa.com/slake/",
     license="CC BY 4.0",
@@ -61,14 +61,14 @@ SLAKE = Card(
     ),
     sizes={
         "en": {
-            "train": Size(4919, 2976, 1943, 450),
-            "val": Size(1053, 631, 422, 96),
-            "test": Size(1061, 645, 416, 96),
+            "train": SplitSize(4919, 2976, 1943, 450),
+            "val": SplitSize(1053, 631, 422, 96),
+            "test": SplitSize(1061, 645, 416, 96),
         },
     },
 )
 
-PATHVQA = Card(
+PATHVQA = DatasetCard(
     name="PathVQA",
     homepage="https://github.com/UCSD-AI4H/PathVQA",
     license="MIT, as the data set's card states; the pictures come from textbooks and a public library",
@@ -79,14 +79,14 @@ PATHVQA = Card(
     ),
     sizes={
         "json": {
-            "train": Size(19755, 9949, 9806, 2599),
-            "val": Size(6279, 3144, 3135, 832),
-            "test": Size(6761, 3370, 3391, 858),
+            "train": SplitSize(19755, 9949, 9806, 2599),
+            "val": SplitSize(6279, 3144, 3135, 832),
+            "test": SplitSize(6761, 3370, 3391, 858),
         },
     },
 )
 
-PMC_VQA = Card(
+PMC_VQA = DatasetCard(
     name="PMC-VQA",
     homepage="https://huggingface.co/datasets/xmcmic/PMC-VQA",
     license="CC BY-SA; the articles are CC0 or CC BY",
@@ -96,7 +96,7 @@ PMC_VQA = Card(
     ),
 )
 
-IU_XRAY = Card(
+IU_XRAY = DatasetCard(
     name="IU X-ray",
     homepage="https://openi.nlm.nih.gov/faq",
     license="CC BY-NC-ND 4.0 (Open-i; each report's XML names its own licence)",
@@ -106,7 +106,7 @@ IU_XRAY = Card(
     ),
 )
 
-MIMIC_CXR = Card(
+MIMIC_CXR = DatasetCard(
     name="MIMIC-CXR",
     homepage="https://physionet.org/content/mimic-cxr-jpg/",
     license="PhysioNet Credentialed Health Data License 1.5.0: do not share rows, pictures or text",
@@ -118,7 +118,7 @@ MIMIC_CXR = Card(
     ),
 )
 
-ANNOTATIONS = Card(
+ANNOTATIONS = DatasetCard(
     name="LLaVA-Rad annotations of MIMIC-CXR",
     homepage="https://physionet.org/content/llava-rad-mimic-cxr-annotation/",
     license=MIMIC_CXR.license,

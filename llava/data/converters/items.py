@@ -33,7 +33,7 @@ SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class ConvertedItem:
     """One question about one picture.
 
     Attributes:
@@ -69,7 +69,7 @@ class Excluded:
     cause: str
 
 
-Event = Item | Excluded | BadRow
+Event = ConvertedItem | Excluded | BadRow
 
 
 def kind_of_answer(given: str | None, answer: str) -> str:
@@ -81,7 +81,7 @@ def kind_of_answer(given: str | None, answer: str) -> str:
     return "CLOSED" if is_closed(given or None, answer) else "OPEN"
 
 
-def make_row(item: Item) -> dict[str, Any]:
+def make_row(item: ConvertedItem) -> dict[str, Any]:
     """Return the row of an item in the LLaVA layout.
 
     Raises:

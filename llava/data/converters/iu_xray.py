@@ -20,11 +20,11 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser
 from xml.parsers import expat
 
-from llava.data.converters.base import Job, Reader, run
+from llava.data.converters.base import Converter, Job, run_converter
 from llava.data.converters.dataset_cards import IU_XRAY
-from llava.data.converters.items import SPLITS, Event, Excluded, Item
-from llava.data.converters.radiology_reports import TARGETS, VIEWS, is_frontal, question
-from llava.data.converters.split import parse_fractions, place_of
+from llava.data.converters.items import SPLITS, ConvertedItem, Event, Excluded
+from llava.data.converters.radiology_reports import TARGETS, VIEWS, is_frontal, report_question
+from llava.data.converters.split import parse_fractions, split_of
 from llava.data.converters.tables import cell, read_table
 from llava.data.quarantine import BadRow
 from llava.errors import ConfigError, DataError
@@ -118,7 +118,7 @@ class Study:
     license: str = ""
 
 
-def read(job: Job) -> Iterator[Event]:
+def read_events(job: Job) -> Iterator[Event]:
     """Yield a question for each picture of each report."""
     fractions = parse_fractions(job.args.fractions)
     if not fractions.keys() <= set(SPLITS):
@@ -130,7 +130,7 @@ def read(job: Job) -> Iterator[Event]:
         if isinstance(study, BadRow):
             yield study
             continue
-        split = place_of(study.uid.removeprefix("CXR"), fractions, seed=job.args.seed)
+        split = split_of(study.uid.removeprefix("CXR"), fractions, seed=job.args.seed)
         if not job.is_full(split):
             yield from _events(job, study, split)
 
@@ -164,8 +164,8 @@ def _events(job: Job, study: Study, split: str) -> Iterator[Event]:
             "source": job.card.name,
             "license": study.license or job.card.license,
         }
-        asked = question(target, study.texts.get("indication"))
-        yield Item(identity, split, asked, study.texts[target], image, name, meta, study.origin)
+        asked = report_question(target, study.texts.get("indication"))
+        yield ConvertedItem(identity, split, asked, study.texts[target], image, name, meta, study.origin)
 
 
 def _from_tables(job: Job) -> Iterator[Study | BadRow]:
@@ -246,10 +246,10 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="another number deals reports out differently")
 
 
-READER = Reader(
+CONVERTER = Converter(
     "iu-xray",
     IU_XRAY,
-    read,
+    read_events,
     add_options,
     "llava data iu-xray NLMCXR_reports.tgz NLMCXR_png.tgz --views all --out data/iu-xray",
 )
@@ -257,4 +257,4 @@ READER = Reader(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry of `llava data iu-xray`."""
-    run(READER, argv)
+    run_converter(CONVERTER, argv)

@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.constants import IMAGE_TOKEN
-from llava.data.converters.base import Job, Reader, run
+from llava.data.converters.base import Converter, Job, run_converter
 from llava.data.converters.dataset_cards import ANNOTATIONS, MIMIC_CXR
-from llava.data.converters.items import SPLIT_WORDS, Event, Excluded, Item
+from llava.data.converters.items import SPLIT_WORDS, ConvertedItem, Event, Excluded
 from llava.data.converters.radiology_reports import (
     FRONTAL,
     TARGETS,
     VIEWS,
-    Report,
+    RadiologyReport,
     first_text,
     is_frontal,
     parse_report,
-    question,
+    report_question,
 )
 from llava.data.converters.tables import Row, cell, column_names, read_table
 from llava.data.quarantine import BadRow
@@ -53,7 +53,7 @@ class LeftOut(Exception):
     """A rule leaves a row out; the message is the cause that is counted."""
 
 
-Rule = Callable[[Row, str], str]
+QuestionRule = Callable[[Row, str], str]
 """Row and split to the question; raises `LeftOut`."""
 
 
@@ -74,7 +74,7 @@ def by_reason(row: Row, split: str) -> str:
     _frontal_only(row)
     if split == "test" and row.get("generate_method") != RULE_BASED:
         raise LeftOut("test row not extracted by rules")
-    return question("findings", first_text([row.get("reason")]))
+    return report_question("findings", first_text([row.get("reason")]))
 
 
 def as_written(row: Row, split: str) -> str:
@@ -89,7 +89,7 @@ def by_view(row: Row, split: str) -> str:
     return VIEW_QUESTION.format(view=view if isinstance(view, str) else "Unknown")
 
 
-LOADERS: dict[str, Rule] = {
+LOADERS: dict[str, QuestionRule] = {
     "mimic_findings": by_reason,
     "mimic_cxr_all_frontal_findings": as_written,
     "mimic_cxr_all_views_findings": by_view,
@@ -117,7 +117,7 @@ def read_annotations(job: Job) -> Iterator[Event]:
             yield _event(job, rule, origin, row, split)
 
 
-def _event(job: Job, rule: Rule, origin: Origin, row: Row | DataError, split: str) -> Event:
+def _event(job: Job, rule: QuestionRule, origin: Origin, row: Row | DataError, split: str) -> Event:
     if isinstance(row, DataError):
         return BadRow(*origin, "", str(row))
     try:
@@ -149,7 +149,7 @@ def _event(job: Job, rule: Rule, origin: Origin, row: Row | DataError, split: st
         "source": ANNOTATIONS.name,
         "license": ANNOTATIONS.license,
     }
-    return Item(identity, split, asked, answer.strip(), image, name, meta, origin)
+    return ConvertedItem(identity, split, asked, answer.strip(), image, name, meta, origin)
 
 
 def _turn(row: Row, speaker: str) -> Any:
@@ -177,7 +177,7 @@ ORIENTATION = "PatientOrientationCodeSequence_CodeMeaning"
 REPORT_FOLDERS = ("mimic-cxr-reports/files", "files")
 
 
-class View(NamedTuple):
+class ViewInfo(NamedTuple):
     """What the metadata table says of one picture."""
 
     position: str
@@ -189,9 +189,9 @@ class _Reports:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._last: tuple[str, Report] = ("", Report(()))
+        self._last: tuple[str, RadiologyReport] = ("", RadiologyReport(()))
 
-    def of(self, subject: str, study: str) -> Report:
+    def of(self, subject: str, study: str) -> RadiologyReport:
         """Return the report of a study.
 
         Raises:
@@ -207,15 +207,15 @@ class _Reports:
         return self._last[1]
 
 
-class Known(NamedTuple):
+class StudyTables(NamedTuple):
     """What the other tables and the reports say, by picture and by study."""
 
-    views: dict[str, View]
+    views: dict[str, ViewInfo]
     labels: dict[str, dict[str, float]]
     reports: _Reports
 
 
-def read(job: Job) -> Iterator[Event]:
+def read_events(job: Job) -> Iterator[Event]:
     """Yield a question for each picture whose report has the part that is asked for."""
     if job.args.annotations:
         job.variant = f"annotations, {job.args.loader}"
@@ -223,7 +223,7 @@ def read(job: Job) -> Iterator[Event]:
         return
     job.variant = f"reports, {job.args.target}, {job.args.views} views"
     table = job.require_file(SPLIT_TABLE, f"{SPLIT_TABLE}.gz")
-    known = Known(_views(job, job.require_file(METADATA, f"{METADATA}.gz")), _labels(job), _Reports(job))
+    known = StudyTables(_views(job, job.require_file(METADATA, f"{METADATA}.gz")), _labels(job), _Reports(job))
     for origin, row in read_table(table, columns=("dicom_id", "study_id", "subject_id", "split")):
         if isinstance(row, DataError):
             yield BadRow(*origin, "", str(row))
@@ -231,7 +231,7 @@ def read(job: Job) -> Iterator[Event]:
             yield from _events(job, origin, row, known)
 
 
-def _events(job: Job, origin: Origin, row: Row, known: Known) -> Iterator[Event]:
+def _events(job: Job, origin: Origin, row: Row, known: StudyTables) -> Iterator[Event]:
     dicom, study, subject = cell(row, "dicom_id"), cell(row, "study_id"), cell(row, "subject_id")
     identity = f"{subject}_{study}_{dicom}"
     split = SPLIT_WORDS.get(cell(row, "split").lower())
@@ -240,7 +240,7 @@ def _events(job: Job, origin: Origin, row: Row, known: Known) -> Iterator[Event]
         return
     if job.is_full(split):
         return
-    view = known.views.get(dicom, View("", ""))
+    view = known.views.get(dicom, ViewInfo("", ""))
     if job.args.views == "frontal" and not is_frontal(view.position):
         yield Excluded(split, "not a frontal view (AP or PA)" if view.position else "view not stated")
         return
@@ -270,20 +270,20 @@ def _events(job: Job, origin: Origin, row: Row, known: Known) -> Iterator[Event]
         "source": job.card.name,
         "license": job.card.license,
     }
-    asked = question(job.args.target, report.reason if job.args.reason else None)
-    yield Item(identity, split, asked, answer, image, name, meta, origin)
+    asked = report_question(job.args.target, report.reason if job.args.reason else None)
+    yield ConvertedItem(identity, split, asked, answer, image, name, meta, origin)
 
 
-def _views(job: Job, path: Path) -> dict[str, View]:
+def _views(job: Job, path: Path) -> dict[str, ViewInfo]:
     """Return what is known of each picture; equal words are kept once, the table has 377,110 rows."""
     orientation = ORIENTATION if ORIENTATION in column_names(path) else None
-    words: dict[View, View] = {}
-    views: dict[str, View] = {}
+    words: dict[ViewInfo, ViewInfo] = {}
+    views: dict[str, ViewInfo] = {}
     rows = read_table(path, columns=("dicom_id", "ViewPosition"))
     for origin, row in progress(rows, title="reading views", unit="row"):
         if isinstance(row, DataError):
             raise DataError(f"{origin}: {row}")
-        view = View(cell(row, "ViewPosition"), cell(row, orientation))
+        view = ViewInfo(cell(row, "ViewPosition"), cell(row, orientation))
         views[cell(row, "dicom_id")] = words.setdefault(view, view)
     return views
 
@@ -319,10 +319,10 @@ def add_options(parser: Parser) -> None:
     )
 
 
-READER = Reader(
+CONVERTER = Converter(
     "mimic-cxr",
     MIMIC_CXR,
-    read,
+    read_events,
     add_options,
     "llava data mimic-cxr mimic-cxr-jpg mimic-cxr-reports.zip --out data/mimic-cxr --target findings",
 )
@@ -330,4 +330,4 @@ READER = Reader(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry of `llava data mimic-cxr`."""
-    run(READER, argv)
+    run_converter(CONVERTER, argv)

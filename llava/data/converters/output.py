@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from llava.data.converters.items import Excluded, Item, make_row
+from llava.data.converters.items import ConvertedItem, Excluded, make_row
 from llava.data.download.archives import plain_name
 from llava.data.quarantine import BadRow, Quarantine
 from llava.errors import ConfigError, DataError
@@ -29,7 +29,7 @@ from llava.utils.log import warn_once
 
 logger = logging.getLogger(__name__)
 
-WAYS = ("link", "copy")
+PLACEMENTS = ("link", "copy")
 ENDINGS = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"GI": ".gif", b"II": ".tif", b"MM": ".tif", b"BM": ".bmp"}
 """First two bytes of picture files."""
 
@@ -39,7 +39,7 @@ def name_of_bytes(data: bytes) -> str:
     return f"{content_digest(data)[:20]}{ENDINGS.get(data[:2], '.img')}"
 
 
-class Pictures:
+class ImageWriter:
     """The folder `images/` of one output.
 
     Args:
@@ -154,7 +154,7 @@ class SplitCount:
         return counts
 
 
-class Output:
+class ConverterOutput:
     """One output folder while it is written; use as a context manager, and call `finish` at the end.
 
     Args:
@@ -170,12 +170,12 @@ class Output:
         self.skip_bad = skip_bad
         self.counts: dict[str, SplitCount] = {}
         self.num_renamed = 0
-        self._pictures = Pictures(self.folder / "images", images)
+        self._pictures = ImageWriter(self.folder / "images", images)
         self._streams: dict[str, IO[str]] = {}
         self._seen: Counter[str] = Counter()
         self._skipped: list[BadRow] = []
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> ConverterOutput:
         self.folder.mkdir(parents=True, exist_ok=True)
         return self
 
@@ -188,7 +188,7 @@ class Output:
         """Say whether `limit` rows of a split are written."""
         return self.limit is not None and split in self.counts and len(self.counts[split].ids) >= self.limit
 
-    def add(self, event: Item | Excluded | BadRow) -> None:
+    def add(self, event: ConvertedItem | Excluded | BadRow) -> None:
         """Take what a reader yielded.
 
         Raises:

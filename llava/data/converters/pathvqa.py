@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.data.converters.base import Job, Reader, run
+from llava.data.converters.base import Converter, Job, run_converter
 from llava.data.converters.dataset_cards import PATHVQA
-from llava.data.converters.items import Event, Item, kind_of_answer
+from llava.data.converters.items import ConvertedItem, Event, kind_of_answer
 from llava.data.converters.output import name_of_bytes
 from llava.data.converters.tables import Row, answer_cell, cell, read_table
 from llava.data.quarantine import BadRow
@@ -30,7 +30,7 @@ ASKING = ("how many", "how much", "how", "what", "where", "when", "whose", "who"
 OWN_IDS = ("qid", "question_id", "id")
 
 
-class Part(NamedTuple):
+class _Part(NamedTuple):
     """What the two forms tell in their own ways: id, split, and the picture with its name."""
 
     id: str
@@ -39,7 +39,7 @@ class Part(NamedTuple):
     name: str = ""
 
 
-def read(job: Job) -> Iterator[Event]:
+def read_events(job: Job) -> Iterator[Event]:
     """Yield the questions of the form that is there; Parquet comes first."""
     parquet = {
         split: [path for name in names for path in job.sources.matching(f"{name}-*.parquet")]
@@ -83,11 +83,11 @@ def _parquet(job: Job, split: str, paths: Sequence[Path]) -> Iterator[Event]:
         for origin, row in read_table(path, columns=("image", "question", "answer")):
             if job.is_full(split):
                 return
-            yield _from_parquet(job, origin, row, Part(f"pathvqa_{split}_{place}", split))
+            yield _from_parquet(job, origin, row, _Part(f"pathvqa_{split}_{place}", split))
             place += 1
 
 
-def _from_parquet(job: Job, origin: Origin, row: Row | DataError, part: Part) -> Event:
+def _from_parquet(job: Job, origin: Origin, row: Row | DataError, part: _Part) -> Event:
     if isinstance(row, DataError):
         return BadRow(*origin, part.id, str(row))
     picture: Any = row["image"]
@@ -101,7 +101,7 @@ def _from_json(job: Job, origin: Origin, row: Row | DataError, split: str) -> Ev
     if isinstance(row, DataError):
         return BadRow(*origin, "", str(row))
     own = next((cell(row, name) for name in OWN_IDS if cell(row, name)), f"{split}_{origin.row}")
-    part = Part(f"pathvqa_{own}", split)
+    part = _Part(f"pathvqa_{own}", split)
     try:
         image = _with_ending(job, cell(row, "image"), split)
     except DataError as error:
@@ -120,7 +120,7 @@ def _with_ending(job: Job, name: str, split: str) -> Path:
     return job.sources.image(f"{name}.jpg", *under)
 
 
-def _item(job: Job, origin: Origin, row: Row, part: Part) -> Event:
+def _item(job: Job, origin: Origin, row: Row, part: _Part) -> Event:
     question, answer = cell(row, "question"), answer_cell(row, "answer")
     try:
         kind = kind_of_answer(cell(row, "answer_type"), answer)
@@ -134,7 +134,7 @@ def _item(job: Job, origin: Origin, row: Row, part: Part) -> Event:
         "source": job.card.name,
         "license": job.card.license,
     }
-    return Item(part.id, part.split, question, answer, part.image, part.name, meta, origin)
+    return ConvertedItem(part.id, part.split, question, answer, part.image, part.name, meta, origin)
 
 
 def question_type(question: str, kind: str) -> str:
@@ -145,9 +145,11 @@ def question_type(question: str, kind: str) -> str:
     return next((words for words in ASKING if text.startswith(f"{words} ")), "other")
 
 
-READER = Reader("pathvqa", PATHVQA, read, example="llava data pathvqa downloads/path-vqa --out data/pathvqa")
+CONVERTER = Converter(
+    "pathvqa", PATHVQA, read_events, example="llava data pathvqa downloads/path-vqa --out data/pathvqa"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry of `llava data pathvqa`."""
-    run(READER, argv)
+    run_converter(CONVERTER, argv)

@@ -16,9 +16,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from llava.data.converters.base import Job, Reader, run
+from llava.data.converters.base import Converter, Job, run_converter
 from llava.data.converters.dataset_cards import PMC_VQA
-from llava.data.converters.items import Event, Item
+from llava.data.converters.items import ConvertedItem, Event
 from llava.data.converters.tables import Row, answer_cell, cell, read_table
 from llava.data.quarantine import BadRow
 from llava.errors import ConfigError, DataError
@@ -36,7 +36,7 @@ IMAGE_FOLDERS = {"1": ("images",), "2": ("images_2/figures", "images_2", "images
 NEEDED = ("Figure_path", "Question", "Answer", *(f"Choice {letter}" for letter in LETTERS))
 
 
-def read(job: Job) -> Iterator[Event]:
+def read_events(job: Job) -> Iterator[Event]:
     """Yield the questions of the release that is there."""
     release = _release(job)
     job.variant = f"{PREFIX}{release}"
@@ -92,7 +92,7 @@ def _event(job: Job, origin: Origin, row: Row | DataError, split: str) -> Event:
         "caption": cell(row, "Caption") if job.args.captions else "",
     }
     answer = f"{letter}: {choices[letter]}" if job.args.choices else choices[letter]
-    return Item(identity, split, question, answer, image, name, meta, origin)
+    return ConvertedItem(identity, split, question, answer, image, name, meta, origin)
 
 
 def _choice(text: str, letter: str) -> str:
@@ -124,11 +124,15 @@ def add_options(parser: Parser) -> None:
     parser.add_switch("--captions", help="release 2: keep the figure's caption in the field `caption`")
 
 
-READER = Reader(
-    "pmc-vqa", PMC_VQA, read, add_options, "llava data pmc-vqa downloads images_2.zip --out data/pmc-vqa --release 2"
+CONVERTER = Converter(
+    "pmc-vqa",
+    PMC_VQA,
+    read_events,
+    add_options,
+    "llava data pmc-vqa downloads images_2.zip --out data/pmc-vqa --release 2",
 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry of `llava data pmc-vqa`."""
-    run(READER, argv)
+    run_converter(CONVERTER, argv)

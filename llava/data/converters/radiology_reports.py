@@ -101,7 +101,7 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class RadiologyReport:
     """The sections of a report, in order."""
 
     sections: tuple[Section, ...]
@@ -126,7 +126,7 @@ class Report:
         return next((text for kind in REASONS if (text := self.text(kind))), "")
 
 
-def parse_report(text: str) -> Report:
+def parse_report(text: str) -> RadiologyReport:
     """Return the sections of a report; every word behind the last `FINAL REPORT` is in one of them or in a name."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     for mark in reversed(list(_FINAL.finditer(text))):
@@ -145,7 +145,7 @@ def parse_report(text: str) -> Report:
     sections = [Section("preamble", "", _one_line(text[: starts[0]]))]
     for (kind, name, _, end), stop in zip(found, starts[1:], strict=True):
         sections.append(Section(kind, name, _one_line(text[end:stop])))
-    return Report(tuple(section for section in sections if section.kind != "preamble" or section.text))
+    return RadiologyReport(tuple(section for section in sections if section.kind != "preamble" or section.text))
 
 
 def _kind(name: str, *, inside: str) -> str | None:
@@ -178,7 +178,7 @@ FRONTAL = frozenset({"AP", "PA"})
 VIEWS = ("frontal", "all")
 
 
-def question(target: str, reason: str | None) -> str:
+def report_question(target: str, reason: str | None) -> str:
     """Return the question for `findings` or `impression`; a blank reason is none, line ends in one become spaces."""
     text = (reason or "").replace("\r\n", " ").replace("\r", " ").replace("\n", " ")
     return WITH_REASON[target].format(reason=text) if text.strip() else WITHOUT_REASON[target]

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from llava.data.converters.base import Job, Reader, run
+from llava.data.converters.base import Converter, Job, run_converter
 from llava.data.converters.dataset_cards import SLAKE
-from llava.data.converters.items import Event, Excluded, Item, kind_of_answer
+from llava.data.converters.items import ConvertedItem, Event, Excluded, kind_of_answer
 from llava.data.converters.tables import Row, answer_cell, cell, read_table
 from llava.data.quarantine import BadRow
 from llava.errors import DataError
@@ -25,7 +25,7 @@ NEEDED = ("img_name", "question", "answer", "q_lang")
 LANGUAGES = ("en", "zh", "all")
 
 
-def read(job: Job) -> Iterator[Event]:
+def read_events(job: Job) -> Iterator[Event]:
     """Yield the questions of the three files."""
     job.variant = job.args.lang
     for split, names in FILES.items():
@@ -59,7 +59,7 @@ def _event(job: Job, origin: Origin, row: Row, split: str) -> Event:
         image = job.sources.image(name, "imgs")
     except DataError as error:
         return BadRow(*origin, identity, str(error))
-    return Item(identity, split, cell(row, "question"), answer, image, name, meta, origin)
+    return ConvertedItem(identity, split, cell(row, "question"), answer, image, name, meta, origin)
 
 
 def add_options(parser: Parser) -> None:
@@ -67,9 +67,11 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the questions")
 
 
-READER = Reader("slake", SLAKE, read, add_options, "llava data slake downloads/slake --out data/slake --lang en")
+CONVERTER = Converter(
+    "slake", SLAKE, read_events, add_options, "llava data slake downloads/slake --out data/slake --lang en"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry of `llava data slake`."""
-    run(READER, argv)
+    run_converter(CONVERTER, argv)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.converters.output import MANIFEST, read_manifest, remove_splits, split_hash
-from llava.data.converters.tables import json_rows, plain
+from llava.data.converters.tables import json_rows, to_json_value
 from llava.data.groups import Groups, majority, names_someone, written_name
 from llava.data.records import file_text
 from llava.errors import ConfigError, DataError
@@ -41,7 +41,7 @@ def unit_hash(group: str, *, seed: int) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)
 
 
-def place_of(group: str, fractions: Mapping[str, float], *, seed: int) -> str:
+def split_of(group: str, fractions: Mapping[str, float], *, seed: int) -> str:
     """Return the split of a group; `fractions` sum to 1."""
     return split_at(unit_hash(group, seed=seed), fractions)
 
@@ -81,12 +81,12 @@ def parse_fractions(text: str) -> dict[str, float]:
     return fractions
 
 
-WAYS = ("patient", "image")
+SPLIT_KEYS = ("patient", "image")
 MAX_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class SplitOptions:
     """How rows are dealt out.
 
     Attributes:
@@ -106,7 +106,7 @@ class Options:
     image_folder: str | None = None
 
 
-def split_rows(rows: Sequence[Mapping[str, Any]], options: Options, *, name: str = "rows") -> list[str]:
+def split_rows(rows: Sequence[Mapping[str, Any]], options: SplitOptions, *, name: str = "rows") -> list[str]:
     """Return the split of each row.
 
     Raises:
@@ -119,7 +119,7 @@ def split_rows(rows: Sequence[Mapping[str, Any]], options: Options, *, name: str
         groups.join(row_keys)
     names = [groups.group(row_keys[0]) for row_keys in keys]
     if options.stratify is None:
-        assigned = {group: place_of(group, options.fractions, seed=options.seed) for group in dict.fromkeys(names)}
+        assigned = {group: split_of(group, options.fractions, seed=options.seed) for group in dict.fromkeys(names)}
     else:
         assigned = _stratified(rows, names, options, name)
     empty = [split for split, share in options.fractions.items() if share > 0 and split not in assigned.values()]
@@ -131,7 +131,7 @@ def split_rows(rows: Sequence[Mapping[str, Any]], options: Options, *, name: str
     return [assigned[group] for group in names]
 
 
-def _keys(rows: Sequence[Mapping[str, Any]], options: Options, name: str) -> list[list[str]]:
+def _keys(rows: Sequence[Mapping[str, Any]], options: SplitOptions, name: str) -> list[list[str]]:
     """Return what each row must share its split with.
 
     Raises:
@@ -174,7 +174,9 @@ def _identity(ref: str, folder: str | None, digests: dict[str, str]) -> str:
     return digests[ref]
 
 
-def _stratified(rows: Sequence[Mapping[str, Any]], names: Sequence[str], options: Options, name: str) -> dict[str, str]:
+def _stratified(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str], options: SplitOptions, name: str
+) -> dict[str, str]:
     """Return the split of each group, dealt out within each value of the field by numbers of rows."""
     values: dict[str, list[str]] = {}
     for number, (row, group) in enumerate(zip(rows, names, strict=True)):
@@ -223,7 +225,9 @@ def write_splits(out: Path, rows: Sequence[dict[str, Any]], places: Sequence[str
         if not chosen:
             continue
         with open_atomic(out / f"{split}.json") as stream:
-            stream.writelines(file_text(map(plain, chosen)))  # as they were read, but NaN, which is no JSON, is null
+            stream.writelines(
+                file_text(map(to_json_value, chosen))
+            )  # as they were read, but NaN, which is no JSON, is null
         identity = split_hash(str(row.get("id", "")) for row in chosen)
         splits[split] = {"rows": len(chosen), "ids_sha256": identity}
         lines.append(f"{split:8}{len(chosen):>9,}{len(chosen) / len(rows):>8.1%}  {identity}")
@@ -246,7 +250,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("files", nargs="+", help="rows in the LLaVA layout")
     parser.add_argument(
-        "--by", nargs="+", choices=WAYS, required=True, help="what must not be in two splits; both if both"
+        "--by", nargs="+", choices=SPLIT_KEYS, required=True, help="what must not be in two splits; both if both"
     )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--fractions", default="train=0.8,val=0.1,test=0.1", help="share of each split")
@@ -278,8 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if own := [path for path in args.files if Path(path).resolve() in replaced]:
         raise ConfigError(f"--out {out} would replace {own[0]}, which is read; choose another --out")
     rows = read_rows(args.files)
-    by = tuple(way for way in WAYS if way in args.by)
-    options = Options(by, fractions, args.seed, args.key, args.stratify, args.image_folder)
+    by = tuple(way for way in SPLIT_KEYS if way in args.by)
+    options = SplitOptions(by, fractions, args.seed, args.key, args.stratify, args.image_folder)
     places = split_rows(rows, options, name=", ".join(args.files))
     facts = {
         "by": list(by),

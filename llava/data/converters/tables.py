@@ -42,7 +42,7 @@ BATCH_ROWS = 64
 """Parquet rows held at a time; each may hold a picture."""
 
 
-def kind_of(path: str | Path) -> str:
+def table_kind(path: str | Path) -> str:
     """Return what a file is: csv, json (an array or lines) or parquet.
 
     Raises:
@@ -72,7 +72,7 @@ def read_table(
     Raises:
         DataError: the file cannot be read, or lacks a column: names the file and the columns it has.
     """
-    kind = kind_of(path)
+    kind = table_kind(path)
     if kind == "json":
         rows = json_rows(path, columns)
     else:
@@ -87,7 +87,7 @@ def column_names(path: str | Path, *, delimiter: str | None = None) -> list[str]
     Raises:
         DataError: the file cannot be read or is empty.
     """
-    kind = kind_of(path)
+    kind = table_kind(path)
     if kind == "parquet":
         return list(_parquet(path).schema_arrow.names)
     if kind == "json":
@@ -122,7 +122,7 @@ def answer_cell(row: Row, column: str) -> str:
     return str(value).strip()
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """Return a value as JSON can hold it: NaN and infinities become None, times their ISO text.
 
     Raises:
@@ -135,13 +135,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_json_value(item) for item in value]
     if isinstance(value, dict):
-        return {str(name): plain(item) for name, item in value.items()}
+        return {str(name): to_json_value(item) for name, item in value.items()}
     raise DataError(f"a value of type {type(value).__name__} cannot be kept in a JSON file")
 
 
-def need(columns: Iterable[str], found: Iterable[str], path: str | Path) -> None:
+def require_columns(columns: Iterable[str], found: Iterable[str], path: str | Path) -> None:
     """Check that a table has columns.
 
     Raises:
@@ -205,7 +205,7 @@ def _text_rows(
 ) -> Iterator[tuple[int, Row | DataError]]:
     with _text(path) as stream:
         names, sign = _header(stream, path, delimiter)
-        need(columns, names, path)
+        require_columns(columns, names, path)
         reader = csv.reader(stream, delimiter=sign, strict=True)
         row = 0
         while True:
@@ -261,7 +261,7 @@ def _parquet(path: str | Path) -> Any:
 
 def _parquet_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, Row | DataError]]:
     file = _parquet(path)
-    need(columns, file.schema_arrow.names, path)
+    require_columns(columns, file.schema_arrow.names, path)
     row = 0
     try:
         for batch in file.iter_batches(batch_size=BATCH_ROWS):

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.data.converters.base import Job, Reader, run
+from llava.data.converters.base import Converter, Job, run_converter
 from llava.data.converters.dataset_cards import VQA_RAD
-from llava.data.converters.items import Event, Item, kind_of_answer
+from llava.data.converters.items import ConvertedItem, Event, kind_of_answer
 from llava.data.converters.tables import answer_cell, cell, read_table
 from llava.data.quarantine import BadRow
 from llava.errors import DataError
@@ -32,7 +32,7 @@ NEEDED = ("image_name", "question", "answer")
 TEST_MARK = "test_"
 
 
-def read(job: Job) -> Iterator[Event]:
+def read_events(job: Job) -> Iterator[Event]:
     """Yield the questions of the form that is there."""
     public = job.sources.file(PUBLIC)
     if public is not None:
@@ -96,7 +96,7 @@ def _event(job: Job, origin: Origin, row: dict[str, Any] | DataError, split: str
         image = job.sources.image(name, *IMAGE_FOLDERS)
     except DataError as error:
         return BadRow(*origin, identity, str(error))
-    return Item(identity, split, cell(row, "question"), answer, image, name, meta, origin)
+    return ConvertedItem(identity, split, cell(row, "question"), answer, image, name, meta, origin)
 
 
 def add_options(parser: Parser) -> None:
@@ -104,9 +104,11 @@ def add_options(parser: Parser) -> None:
     parser.add_switch("--framed", help="add the questions put in a fixed form (`question_frame`) to the training rows")
 
 
-READER = Reader("vqa-rad", VQA_RAD, read, add_options, "llava data vqa-rad downloads/vqa-rad --out data/vqa-rad")
+CONVERTER = Converter(
+    "vqa-rad", VQA_RAD, read_events, add_options, "llava data vqa-rad downloads/vqa-rad --out data/vqa-rad"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry of `llava data vqa-rad`."""
-    run(READER, argv)
+    run_converter(CONVERTER, argv)

@@ -26,9 +26,9 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from llava.data.dicom.deid_profile import clean, fields_of
+from llava.data.dicom.deid_profile import clean_dataset, fields_of
 from llava.data.dicom.pseudonyms import key_of, read_salt
-from llava.data.dicom.studies import IDENTITY_TAGS, NotDicom, Repeated, field_text, files_of
+from llava.data.dicom.studies import IDENTITY_TAGS, NotDicom, RepeatedInstance, field_text, files_of
 from llava.errors import ConfigError, DataError, LlavaError
 from llava.imaging.decode import load, read_bytes
 from llava.imaging.dicom.header import check_inflated, fill_syntax, quiet, silence, word
@@ -57,7 +57,7 @@ MIN_STROKES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
+class DeidFindings:
     """What was found in one file.
 
     Attributes:
@@ -71,7 +71,7 @@ class Findings:
     suspicions: tuple[str, ...]
 
 
-def inspect(dataset: Dataset, picture: Image.Image | None) -> Findings:
+def inspect_dataset(dataset: Dataset, picture: Image.Image | None) -> DeidFindings:
     """Return what a file holds that does not stay as it is.
 
     Args:
@@ -87,15 +87,15 @@ def inspect(dataset: Dataset, picture: Image.Image | None) -> Findings:
             elif element is None or fate != "kept":
                 fields[(element is not None and element.keyword) or str(tag)] = fate
             elif element.VR == "SQ":
-                inner = [inspect(item, None) for item in element.value]
+                inner = [inspect_dataset(item, None) for item in element.value]
                 num_private += sum(found.num_private for found in inner)
                 fields.update(
                     {f"{element.keyword}.{name}": each for found in inner for name, each in found.fields.items()}
                 )
-    return Findings(fields, num_private, tuple(suspicions(dataset, picture)))
+    return DeidFindings(fields, num_private, tuple(find_suspicions(dataset, picture)))
 
 
-def suspicions(dataset: Dataset, picture: Image.Image | None) -> list[str]:
+def find_suspicions(dataset: Dataset, picture: Image.Image | None) -> list[str]:
     """Return the reasons to think that the picture itself tells whose it is; none where the header says it does not."""
     found = []
     said = word(dataset, "BurnedInAnnotation")
@@ -111,12 +111,12 @@ def suspicions(dataset: Dataset, picture: Image.Image | None) -> list[str]:
         is_capture = word(dataset, "SOPClassUID") == SecondaryCaptureImageStorage or "SCREEN" in image_type
         if is_capture or word(dataset, "ConversionType"):
             found.append("a scan or a picture of a screen, and the header does not deny writing")
-    if picture is not None and most_strokes(picture) >= MIN_STROKES:
+    if picture is not None and max_strokes(picture) >= MIN_STROKES:
         found.append("bright strokes side by side, as writing has")
     return found
 
 
-def most_strokes(picture: Image.Image) -> int:
+def max_strokes(picture: Image.Image) -> int:
     """Return the largest number of thin bright strokes beside each other in any band of rows.
 
     Writing is drawn near the largest value, in strokes a few pixels wide with dark sides; a line of it has many.
@@ -150,7 +150,7 @@ WHOLE_RANGE = DicomPolicy(window="full")
 HELD_BACK = "something may be written in the picture (--burned_in keep writes it all the same)"
 
 
-def read_all(data: bytes, name: str) -> pydicom.FileDataset:
+def read_dataset(data: bytes, name: str) -> pydicom.FileDataset:
     """Return every field of a DICOM file that holds a picture.
 
     Raises:
@@ -174,7 +174,7 @@ def clean_copy(dataset: pydicom.FileDataset, salt: bytes) -> tuple[str, bytes]:
         DataError: the data set cannot be written.
     """
     with quiet("cannot be written as a clean copy"):
-        copy = clean(dataset, salt)
+        copy = clean_dataset(dataset, salt)
         copy.file_meta = FileMetaDataset()
         copy.file_meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
         copy.file_meta.MediaStorageSOPClassUID = copy.SOPClassUID
@@ -185,7 +185,7 @@ def clean_copy(dataset: pydicom.FileDataset, salt: bytes) -> tuple[str, bytes]:
     return f"{'/'.join(parts)}.dcm", stream.getvalue()
 
 
-def treat(path: str, args: Namespace, salt: bytes, *, written: Collection[str]) -> tuple[Findings, str]:
+def process_file(path: str, args: Namespace, salt: bytes, *, written: Collection[str]) -> tuple[DeidFindings, str]:
     """Inspect one file and, if asked for, write its clean copy; return the copy's name, or an empty one.
 
     Args:
@@ -199,17 +199,17 @@ def treat(path: str, args: Namespace, salt: bytes, *, written: Collection[str]) 
     """
     data = read_bytes(path, args.folder)
     try:
-        dataset = read_all(data, path)
+        dataset = read_dataset(data, path)
         picture = load(data, dicom=WHOLE_RANGE)
         with quiet("cannot be inspected"):
-            findings = inspect(dataset, picture)
+            findings = inspect_dataset(dataset, picture)
         if args.out is None or (findings.suspicions and args.burned_in == "hold"):
             return findings, ""
         name, content = clean_copy(dataset, salt)
         if load(content).tobytes() != load(data).tobytes():
             raise DataError("would look different as a clean copy, so none is written")
         if name in written:
-            raise Repeated("repeats an instance of this folder; the copy is that of the first file")
+            raise RepeatedInstance("repeats an instance of this folder; the copy is that of the first file")
         write_atomic(args.out / name, content)
         return findings, name
     except DataError as error:
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     written: set[str] = set()
     for path in progress(files_of(args.folder), title="inspecting", unit="file"):
         try:
-            findings, name = treat(path, args, salt, written=written)
+            findings, name = process_file(path, args, salt, written=written)
             written |= {name} - {""}
             report[path] = {**asdict(findings), "copy": name or None}
             if args.out is not None and not name:

@@ -96,7 +96,7 @@ _CODE = re.compile(r"[A-Z0-9_ ]{0,16}")
 METHOD = "llava: PS3.15 basic profile, kept-fields list"
 
 
-def clean(dataset: Dataset, salt: bytes) -> Dataset:
+def clean_dataset(dataset: Dataset, salt: bytes) -> Dataset:
     """Return a new data set with what may stay of `dataset`.
 
     Args:

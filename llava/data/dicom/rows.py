@@ -21,7 +21,7 @@ from typing import Any
 from llava.constants import IMAGE_TOKEN
 from llava.data.converters.tables import cell, read_table
 from llava.data.dicom.pseudonyms import read_salt
-from llava.data.dicom.studies import JOIN_TAGS, Instance, NotDicom, Repeated, files_of, scan
+from llava.data.dicom.studies import JOIN_TAGS, Instance, NotDicom, RepeatedInstance, files_of, scan_instances
 from llava.data.quarantine import BadRow, Quarantine
 from llava.errors import ConfigError, DataError, NotAPicture
 from llava.imaging.decode import load
@@ -36,14 +36,14 @@ logger = logging.getLogger(__name__)
 LEFT_OUT: dict[type[DataError], str] = {
     NotAPicture: "DICOM files without a picture",
     NotDicom: "files of other formats",
-    Repeated: "repeated",
+    RepeatedInstance: "repeated",
 }
 """Why a file is left out, to how the summary counts it; anything else is broken."""
 
 QUESTION = "Describe the findings of this image."
 
 
-def one_a_series(instances: Sequence[Instance]) -> list[Instance]:
+def middle_instances(instances: Sequence[Instance]) -> list[Instance]:
     """Return the middle picture of every series, in the order in which the series appear."""
     order = {instance.path: place for place, instance in enumerate(instances)}
     by_series = sorted(instances, key=lambda each: (each.keys.get("series", each.path), each.number, each.path))
@@ -89,7 +89,7 @@ def row_of(instance: Instance, image: str, *, per: str, text: str, question: str
     for number, (asked, answer) in enumerate(turns):
         mark = f"{IMAGE_TOKEN}\n" if number == 0 else ""
         written += [{"from": "human", "value": mark + asked}, {"from": "gpt", "value": answer}]
-    told = {
+    stated = {
         "modality": instance.facts.modality,
         "body_part": instance.facts.organ,
         "view": instance.facts.plane,
@@ -100,11 +100,11 @@ def row_of(instance: Instance, image: str, *, per: str, text: str, question: str
         "series": instance.keys.get("series"),
     }
     identity = instance.keys.get(per, instance.path)
-    known = {name: value for name, value in told.items() if value is not None}
+    known = {name: value for name, value in stated.items() if value is not None}
     return {"id": identity, "image": image, **known, "conversations": written}
 
 
-class Pictures:
+class ImageExporter:
     """Decodes the chosen pictures: to make sure that they are whole and, if asked for, to write them as PNG files."""
 
     def __init__(self, folder: Path, png: Path | None, policy: DicomPolicy) -> None:
@@ -133,7 +133,7 @@ class Pictures:
         return name
 
 
-def build(args: Namespace, *, salt: bytes) -> tuple[list[dict[str, Any]], list[BadRow], Counter[str]]:
+def build_rows(args: Namespace, *, salt: bytes) -> tuple[list[dict[str, Any]], list[BadRow], Counter[str]]:
     """Return rows, what was left out, and counts of both.
 
     Raises:
@@ -144,7 +144,7 @@ def build(args: Namespace, *, salt: bytes) -> tuple[list[dict[str, Any]], list[B
     left_out: list[BadRow] = []
     counts: Counter[str] = Counter()
     instances = []
-    found = scan(args.folder, paths := files_of(args.folder), salt=salt, join=join)
+    found = scan_instances(args.folder, paths := files_of(args.folder), salt=salt, join=join)
     for path, outcome in progress(found, title="reading headers", total=len(paths), unit="file"):
         if isinstance(outcome, DataError):
             left_out.append(BadRow(path, -1, "", str(outcome)))
@@ -154,9 +154,9 @@ def build(args: Namespace, *, salt: bytes) -> tuple[list[dict[str, Any]], list[B
     counts["pictures"] = len(instances)
     if args.table:
         counts["keys of the table that name no picture"] = _num_unused(texts, instances, args)
-    chosen = one_a_series(instances) if args.per == "series" else instances
+    chosen = middle_instances(instances) if args.per == "series" else instances
     counts["not the middle of their series"] = len(instances) - len(chosen)
-    pictures = Pictures(args.folder, args.png, DEFAULT.changed(args.dicom_window, args.dicom_frame))
+    pictures = ImageExporter(args.folder, args.png, DEFAULT.changed(args.dicom_window, args.dicom_frame))
     rows = []
     for instance in progress(chosen, title="decoding", unit="image"):
         text = texts.get(instance.join, "")
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError("--table, --key_column and --text_column belong together; give all three or none")
     if args.salt_file is None:
         logger.warning("keys are plain hashes, which can be undone by trying all numbers; --salt_file makes them safe")
-    rows, left_out, counts = build(args, salt=b"" if args.salt_file is None else read_salt(args.salt_file))
+    rows, left_out, counts = build_rows(args, salt=b"" if args.salt_file is None else read_salt(args.salt_file))
     listed = args.out.with_suffix(".skipped.jsonl")
     Quarantine(listed).add(left_out)
     if not rows:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from pydicom.dataset import Dataset
 
-from llava.data.converters.alignment import Facts
+from llava.data.converters.alignment import ImageFacts
 from llava.data.dicom.pseudonyms import key_of
 from llava.errors import DataError
 from llava.imaging.dicom.header import items, numbers, quiet, read, whole, word
@@ -142,11 +142,11 @@ MIN_ALIGNMENT = 0.9
 SIDES = {"L": "left", "R": "right", "B": "both"}
 
 
-def facts_of(dataset: Dataset) -> Facts:
+def facts_of(dataset: Dataset) -> ImageFacts:
     """Return modality, organ and plane or view, where the header states them in a known word."""
     view = VIEWS.get(_letters(word(dataset, "ViewPosition")))
     part = BODY_PARTS.get(_letters(word(dataset, "BodyPartExamined")))
-    return Facts(organ=part, modality=MODALITIES.get(word(dataset, "Modality")), plane=view or plane_of(dataset))
+    return ImageFacts(organ=part, modality=MODALITIES.get(word(dataset, "Modality")), plane=view or plane_of(dataset))
 
 
 def side_of(dataset: Dataset) -> str | None:
@@ -207,7 +207,7 @@ class Instance:
 
     path: str
     keys: dict[str, str]
-    facts: Facts
+    facts: ImageFacts
     side: str | None
     number: int
     num_frames: int
@@ -218,7 +218,7 @@ class NotDicom(DataError):
     """The file is of another format."""
 
 
-class Repeated(DataError):
+class RepeatedInstance(DataError):
     """Another file of the folder holds the same instance."""
 
 
@@ -241,7 +241,7 @@ def files_of(folder: str | Path) -> list[str]:
     return sorted(found)
 
 
-def scan(
+def scan_instances(
     folder: str | Path, paths: Sequence[str], *, salt: bytes, join: str = "path"
 ) -> Iterator[tuple[str, Instance | DataError]]:
     """Yield each path with what its header says, or with the reason why it is left out.
@@ -257,7 +257,7 @@ def scan(
         try:
             instance = _instance(Path(folder), path, salt, join)
             if (identity := instance.keys.get("instance", path)) in seen:
-                raise Repeated(f"image {path} repeats an instance of this folder; the first file is used")
+                raise RepeatedInstance(f"image {path} repeats an instance of this folder; the first file is used")
             seen.add(identity)
             yield path, instance
         except DataError as error:

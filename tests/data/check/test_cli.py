@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llava.cli import main as llava
 from llava.data.check.cli import main
-from llava.data.check.report import check
+from llava.data.check.report import check_file
 from llava.data.records import load_samples, stream_rows
 from llava.errors import ConfigError
 from tests.support.check_files import row, rules_of, smooth, write_rows
@@ -176,7 +176,7 @@ def test_any_rows_are_reported_and_their_copy_has_no_errors(rows: list[Any], oth
         page, data = folder / "p.html", folder / "r.json"
         options = [test, "--images", images, "--html", page, "--json", data, "--fix", copy]
         assert status_of(path, "--against", *options) in (0, 1)
-        again = check(copy, images=images, against=test)
+        again = check_file(copy, images=images, against=test)
         assert not [rule for rule, file in again.findings.rules("error") if file == 0]
         assert "repeated-row" not in rules_of(again) and "no-conversation" not in rules_of(again)
         if any(True for _ in stream_rows(copy)):

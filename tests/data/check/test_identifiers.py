@@ -10,7 +10,7 @@ import pytest
 
 from llava.data.check.identifiers import identifier_rules
 from llava.data.check.page import write_page
-from llava.data.check.report import as_data, check, summary
+from llava.data.check.report import check_file, report_data, report_summary
 from tests.support.check_files import row, write_rows
 
 
@@ -75,12 +75,12 @@ def test_no_output_shows_what_was_found(tmp_path: Path) -> None:
     secrets = ["Dr. Quimbleton", "jane.roe@clinic.example", "00412345", "03/14/2019", "(555) 123-4567"]
     rows = [row(number, note=secret) for number, secret in enumerate(secrets)]
     rows.append(row(9, conversations=[{"from": "human", "value": secrets[0]}, {"from": "gpt", "value": secrets[3]}]))
-    report = check(write_rows(tmp_path / "rows.json", rows))
+    report = check_file(write_rows(tmp_path / "rows.json", rows))
     write_page(tmp_path / "page.html", report, strict=False)
-    shown = summary(report, strict=False) + json.dumps(as_data(report, strict=False))
+    shown = report_summary(report, strict=False) + json.dumps(report_data(report, strict=False))
     shown += (tmp_path / "page.html").read_text()
     assert not [secret for secret in secrets if secret in shown]
-    found = {rule["rule"]: rule["rows"] for rule in as_data(report, strict=False)["rules"]}
+    found = {rule["rule"]: rule["rows"] for rule in report_data(report, strict=False)["rules"]}
     assert found == {
         "identifier-date": [3, 5],
         "identifier-number": [2],

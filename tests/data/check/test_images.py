@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from llava.data.check.page import write_page
-from llava.data.check.report import Report, as_data, check, summary
+from llava.data.check.report import CheckReport, check_file, report_data, report_summary
 from llava.errors import DataError
 from tests.support.check_files import check_rows, row, rules_of, smooth, write_rows
 
@@ -21,8 +21,8 @@ def folder(tmp_path: Path, name: str = "images") -> Path:
     return path
 
 
-def listed(report: Report, rule: str) -> list[dict[str, Any]]:
-    rules = as_data(report, strict=False)["rules"]
+def listed(report: CheckReport, rule: str) -> list[dict[str, Any]]:
+    rules = report_data(report, strict=False)["rules"]
     return next((entry["listed"] for entry in rules if entry["rule"] == rule), [])
 
 
@@ -36,7 +36,7 @@ def test_missing_broken_and_cut_off_pictures(tmp_path: Path) -> None:
     names = ["good.png", "cut.png", "text.png", "absent.png", "../outside.png", "a\0b.png", "", "x" * 300, "none.dcm"]
     rows = [row(number, name) for number, name in enumerate(names)]
     rows.append(row(9, image=["good.png", "absent.png"]))
-    report = check(write_rows(tmp_path / "rows.json", rows), images=images)
+    report = check_file(write_rows(tmp_path / "rows.json", rows), images=images)
     found = rules_of(report)
     assert found["image-missing"] == [3, 4, 5, 7, 9]
     assert found["image-broken"] == [1, 2, 8]
@@ -46,11 +46,11 @@ def test_missing_broken_and_cut_off_pictures(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_no_picture_is_opened(tmp_path: Path) -> None:
-    report = check(write_rows(tmp_path / "rows.json", [row(0, "absent.png")]))
-    assert rules_of(report) == {} and not report.pictures.opened
-    assert as_data(report, strict=True)["pictures"] == {"named": 1, "opened": False}
+    report = check_file(write_rows(tmp_path / "rows.json", [row(0, "absent.png")]))
+    assert rules_of(report) == {} and not report.image_scan.opened
+    assert report_data(report, strict=True)["pictures"] == {"named": 1, "opened": False}
     with pytest.raises(DataError, match="no such folder"):
-        check(tmp_path / "rows.json", images=tmp_path / "absent")
+        check_file(tmp_path / "rows.json", images=tmp_path / "absent")
 
 
 def test_sizes_and_forms_are_counted(tmp_path: Path) -> None:
@@ -59,20 +59,20 @@ def test_sizes_and_forms_are_counted(tmp_path: Path) -> None:
     smooth(1, 50).convert("RGB").save(images / "b.jpg")
     smooth(2, 40).save(images / "c.png")
     rows = [row(number, name) for number, name in enumerate(["a.png", "b.jpg", "c.png"])]
-    report = check(write_rows(tmp_path / "rows.json", rows), images=images)
-    pictures = as_data(report, strict=False)["pictures"]
-    assert pictures["forms"] == {"PNG L": 2, "JPEG RGB": 1}
-    assert pictures["sizes"] == {"40 x 40": 2, "50 x 50": 1}
-    assert pictures["sides"]["width"] == {"smallest": 40, "median": 40, "largest": 50}
+    report = check_file(write_rows(tmp_path / "rows.json", rows), images=images)
+    found = report_data(report, strict=False)["pictures"]
+    assert found["forms"] == {"PNG L": 2, "JPEG RGB": 1}
+    assert found["sizes"] == {"40 x 40": 2, "50 x 50": 1}
+    assert found["sides"]["width"] == {"smallest": 40, "median": 40, "largest": 50}
 
 
 def test_a_file_without_rows(tmp_path: Path) -> None:
     assert check_rows(tmp_path, [], images=folder(tmp_path), against=write_rows(tmp_path / "test.json", [])) == {}
 
 
-def compare(tmp_path: Path, rows: list[Any], others: list[Any], **options: Any) -> Report:
+def compare(tmp_path: Path, rows: list[Any], others: list[Any], **options: Any) -> CheckReport:
     path = write_rows(tmp_path / "train.json", rows)
-    return check(path, against=write_rows(tmp_path / "test.json", others), **options)
+    return check_file(path, against=write_rows(tmp_path / "test.json", others), **options)
 
 
 def test_shared_pictures_by_bytes_and_by_pixels(tmp_path: Path) -> None:
@@ -134,18 +134,22 @@ def test_shared_persons_and_questions(tmp_path: Path) -> None:
 def test_the_value_of_a_shared_field_is_not_shown(tmp_path: Path) -> None:
     report = compare(tmp_path, [row(0, patient="Roe, Jane")], [row(1, patient="Roe, Jane ")])
     assert rules_of(report) == {"leak-group": [0]}
-    assert "Roe" not in json.dumps(as_data(report, strict=False))
+    assert "Roe" not in json.dumps(report_data(report, strict=False))
 
 
 def test_it_is_said_whether_persons_were_compared(tmp_path: Path) -> None:
     both = compare(tmp_path, [row(0, patient="a"), row(1, patient="b")], [row(2, patient="c")])
-    assert "persons: compared by patient (2 and 1 different)" in summary(both, strict=False)
+    assert "persons: compared by patient (2 and 1 different)" in report_summary(both, strict=False)
     write_page(tmp_path / "check.html", both, strict=False)
     assert "persons: compared by patient" in (tmp_path / "check.html").read_text()
-    assert as_data(both, strict=False)["persons"] == {"patient": [2, 1]}
+    assert report_data(both, strict=False)["persons"] == {"patient": [2, 1]}
     other = compare(tmp_path, [row(0, patient="a")], [row(2, subject_id="c")])
-    assert "persons: NOT compared" in (text := summary(other, strict=False)) and "only one file has patient" in text
-    assert "persons" not in summary(check(write_rows(tmp_path / "alone.json", [row(0, patient="a")])), strict=False)
+    assert (
+        "persons: NOT compared" in (text := report_summary(other, strict=False)) and "only one file has patient" in text
+    )
+    assert "persons" not in report_summary(
+        check_file(write_rows(tmp_path / "alone.json", [row(0, patient="a")])), strict=False
+    )
 
 
 def test_patients_are_the_same_however_their_numbers_are_written(tmp_path: Path) -> None:
@@ -155,7 +159,7 @@ def test_patients_are_the_same_however_their_numbers_are_written(tmp_path: Path)
         row(n, patient=value) for n, value in enumerate([40, "41", 42.0, 43.5, float("nan"), "NaN", None, True], 9)
     ]
     path, other = write_rows(tmp_path / "train.json", ours), write_rows(tmp_path / "test.json", theirs)
-    assert rules_of(check(path, against=other)) == {"leak-group": [0, 1, 2]}
+    assert rules_of(check_file(path, against=other)) == {"leak-group": [0, 1, 2]}
 
 
 def test_order_of_pictures_counts(tmp_path: Path) -> None:
@@ -184,7 +188,7 @@ def test_broken_pictures_leak_nothing(tmp_path: Path) -> None:
 
 def test_real_questions_share_every_test_picture(shared: Path) -> None:
     data = shared / "data" / "vqa-rad"
-    report = check(data / "train.json", images=data / "images", against=data / "test.json", max_listed=500)
+    report = check_file(data / "train.json", images=data / "images", against=data / "test.json", max_listed=500)
     assert report.exit_status(strict=False) == 1
     named = {name for entry in listed(report, "leak-bytes") for name in entry["images"]}
     assert named == {entry["image"] for entry in json.loads((data / "test.json").read_text())}
@@ -192,7 +196,7 @@ def test_real_questions_share_every_test_picture(shared: Path) -> None:
 
 def test_real_notes_have_no_errors(shared: Path) -> None:
     data = shared / "data" / "cxr-notes"
-    report = check(data / "train.json", images=data / "images", against=data / "test.json")
+    report = check_file(data / "train.json", images=data / "images", against=data / "test.json")
     assert report.exit_status(strict=False) == 0 and report.findings.count("error") == 0
     assert report.num_not_trainable() == 127
     assert {"near-duplicate", "same-picture"} <= rules_of(report).keys()
@@ -204,5 +208,5 @@ def test_pictures_keep_their_order_with_any_number_of_threads(tmp_path: Path) ->
         Image.new("L", (4 + number, 4), number * 9).save(images / f"{number}.png")
     rows = write_rows(tmp_path / "rows.json", [row(number, f"{number}.png") for number in range(12)])
     for num_threads in (1, 5):
-        report = check(rows, images=images, num_threads=num_threads)
-        assert list(report.pictures.widths) == list(range(4, 16))
+        report = check_file(rows, images=images, num_threads=num_threads)
+        assert list(report.image_scan.widths) == list(range(4, 16))

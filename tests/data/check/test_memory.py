@@ -5,8 +5,8 @@ from __future__ import annotations
 import tracemalloc
 from pathlib import Path
 
-from llava.data.check.row_index import Ledger, NameStore
-from llava.data.check.rules import Findings
+from llava.data.check.row_index import NameStore, RowIndex
+from llava.data.check.rules import CheckFindings
 from llava.data.check.scan import scan_file
 from llava.data.groups import GROUP_FIELDS
 from tests.support.check_files import row, write_rows
@@ -17,9 +17,9 @@ def kept_bytes(tmp_path: Path, num_rows: int, *, compares: bool) -> int:
     rows = [row(number, f"picture {number}.png", patient=str(number), note="word " * 400) for number in range(num_rows)]
     path = write_rows(tmp_path / f"{num_rows}.json", rows)
     del rows
-    ledger = Ledger(GROUP_FIELDS, NameStore(), root=0, compares=compares)
+    index = RowIndex(GROUP_FIELDS, NameStore(), root=0, compares=compares)
     tracemalloc.start()
-    scan = scan_file(path, ledger, 0, Findings())
+    scan = scan_file(path, index, 0, CheckFindings())
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert scan.num_readable == num_rows
@@ -32,7 +32,7 @@ def test_a_row_costs_less_than_a_hundred_bytes(tmp_path: Path) -> None:
 
 
 def test_findings_cost_four_bytes_a_row() -> None:
-    findings = Findings(max_listed=10)
+    findings = CheckFindings(max_listed=10)
     for number in range(1000):
         findings.add("repeated-row", 0, [number], "words")
     found = findings.of("repeated-row", 0)

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
 from llava.data.check import near_duplicates
-from llava.data.check.images import _COSINES, correlation, perceptual_hash, small_grey
+from llava.data.check.images import _COSINES, correlation, perceptual_hash, small_gray
 from llava.data.check.near_duplicates import MAX_DISTANCE, ClosePairs, band_masks
-from llava.data.check.report import check, summary
+from llava.data.check.report import check_file, report_summary
 from llava.data.check.rules import FILE
 from tests.support.check_files import check_rows, row, smooth, write_rows
 
 
 def distance(first: Image.Image, second: Image.Image) -> int:
-    return (perceptual_hash(small_grey(first)) ^ perceptual_hash(small_grey(second))).bit_count()
+    return (perceptual_hash(small_gray(first)) ^ perceptual_hash(small_gray(second))).bit_count()
 
 
 def fourier_cosines(values: np.ndarray) -> np.ndarray:
@@ -33,9 +33,9 @@ def fourier_cosines(values: np.ndarray) -> np.ndarray:
 
 
 def test_the_cosine_transform_is_that_of_fourier() -> None:
-    grey = np.random.default_rng(0).normal(size=(32, 32))
-    expected = fourier_cosines(fourier_cosines(grey).T).T
-    np.testing.assert_allclose(_COSINES @ grey @ _COSINES.T, expected[:8, :8], atol=1e-12)
+    gray = np.random.default_rng(0).normal(size=(32, 32))
+    expected = fourier_cosines(fourier_cosines(gray).T).T
+    np.testing.assert_allclose(_COSINES @ gray @ _COSINES.T, expected[:8, :8], atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -55,7 +55,7 @@ def test_changes_that_a_viewer_hardly_sees_change_few_bits(seed: int) -> None:
 
 
 def test_half_of_the_bits_are_set() -> None:
-    assert perceptual_hash(small_grey(smooth(1))).bit_count() == 32
+    assert perceptual_hash(small_gray(smooth(1))).bit_count() == 32
     assert perceptual_hash(np.zeros((32, 32), np.uint8)) == 0
 
 
@@ -113,7 +113,7 @@ def test_what_is_not_compared_is_counted() -> None:
     assert not list(ClosePairs(np.empty(0, dtype=np.uint64)))
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     folder.mkdir()
     first = smooth(1, 200)
     first.save(folder / "a.png")
@@ -123,7 +123,7 @@ def write_pictures(folder: Path) -> None:
 
 
 def test_near_duplicates_are_grouped_with_their_twins(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "images")
+    write_images(tmp_path / "images")
     rows = [row(number, name) for number, name in enumerate(["a.png", "b.png", "a_small.png", "a_again.png", "b.png"])]
     found = check_rows(tmp_path, rows, images=tmp_path / "images")
     assert found == {"near-duplicate": [0, 2, 3], "same-picture": [0, 3]}
@@ -131,22 +131,22 @@ def test_near_duplicates_are_grouped_with_their_twins(tmp_path: Path) -> None:
 
 def test_look_alikes_of_both_files_come_first_and_are_counted(tmp_path: Path) -> None:
     """They may be leaks; those within one file are not."""
-    write_pictures(tmp_path / "images")
+    write_images(tmp_path / "images")
     smooth(2, 150).save(tmp_path / "images" / "b_small.png")
     ours = write_rows(
         tmp_path / "rows.json", [row(n, name) for n, name in enumerate(["b.png", "b_small.png", "a.png"])]
     )
-    report = check(
+    report = check_file(
         ours, images=tmp_path / "images", against=write_rows(tmp_path / "test.json", [row(9, "a_small.png")])
     )
     assert [finding.other_rows for finding in report.findings.of("near-duplicate", FILE).listed] == [(0,), ()]
-    shown = summary(report, strict=False)
+    shown = report_summary(report, strict=False)
     assert "2  pictures that are nearly the same (1 of them in both files) [near-duplicate]" in shown
     assert "first: row 2 and 0 of the other file" in shown
 
 
 def test_a_close_hash_alone_is_no_duplicate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_pictures(tmp_path / "images")
+    write_images(tmp_path / "images")
     monkeypatch.setattr(near_duplicates, "MIN_CORRELATION", 1.01)
     rows = [row(0, "a.png"), row(1, "a_small.png")]
     assert check_rows(tmp_path, rows, images=tmp_path / "images") == {}
@@ -165,12 +165,12 @@ def test_noise_on_a_common_ground_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_the_search_for_look_alikes_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava.data.check.report import check
+    from llava.data.check.report import check_file
     from tests.support.check_files import write_rows
 
-    write_pictures(tmp_path / "images")
+    write_images(tmp_path / "images")
     monkeypatch.setattr(near_duplicates, "MAX_CONFIRMED", 0)
-    report = check(
+    report = check_file(
         write_rows(tmp_path / "rows.json", [row(0, "a.png"), row(1, "a_small.png")]), images=tmp_path / "images"
     )
     assert report.num_uncompared == 1

@@ -9,14 +9,14 @@ import pytest
 
 from llava.data.check import scan
 from llava.data.check.cli import write_fixed
-from llava.data.check.report import check
+from llava.data.check.report import check_file
 from llava.data.check.scan import OTHER
 from llava.errors import DataError
 from tests.support.check_files import row, write_rows
 
 
 def classes(tmp_path: Path, rows: list[object]) -> dict[str, dict[str, int]]:
-    return check(write_rows(tmp_path / "rows.json", rows)).scans[0].balance.tables()
+    return check_file(write_rows(tmp_path / "rows.json", rows)).scans[0].balance.tables()
 
 
 def test_types_and_flags_and_closed_answers(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_texts_and_identifiers_are_no_classes(tmp_path: Path, monkeypatch: pytes
 
 def test_a_file_that_grows_meanwhile_gives_no_copy(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.json", [row(0)])
-    report = check(path)
+    report = check_file(path)
     path.write_text(json.dumps([row(0), row(1)]))
     with pytest.raises(DataError, match="changed"):
         write_fixed(report, tmp_path / "copy.json")

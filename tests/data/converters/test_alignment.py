@@ -18,7 +18,7 @@ def row(image: str, kind: str, question: str, answer: str, **fields: Any) -> dic
 
 
 def test_facts_come_from_answers_and_from_confirmed_questions() -> None:
-    facts = alignment.gather(
+    facts = alignment.facts_by_image(
         [
             row("a.jpg", "MODALITY", "What kind of scan is this?", "MRI Diffusion Weighted", image_organ="HEAD"),
             row("a.jpg", "PLANE", "Is this a transverse section?", "yes"),
@@ -42,13 +42,13 @@ def test_facts_come_from_answers_and_from_confirmed_questions() -> None:
     ],
 )
 def test_a_denial_states_nothing(kind: str, question: str, answer: str) -> None:
-    facts = alignment.gather([row("a.jpg", kind, question, answer)])["a.jpg"]
+    facts = alignment.facts_by_image([row("a.jpg", kind, question, answer)])["a.jpg"]
     assert facts.caption() == ""
     assert facts.turns() == []
 
 
 def test_case_records_need_no_conversation() -> None:
-    facts = alignment.gather([{"image": "x.jpg", "view": "PA", "findings": "Clear lungs."}])["x.jpg"]
+    facts = alignment.facts_by_image([{"image": "x.jpg", "view": "PA", "findings": "Clear lungs."}])["x.jpg"]
     assert facts.caption() == "PA X-ray of the chest. Findings: Clear lungs."
     assert [answer for _, answer in facts.turns()] == [facts.caption(), "chest", "X-ray", "PA"]
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from llava.data.converters import csv_table, slake, vqa_rad
-from llava.data.converters.base import Job, Reader, run
-from llava.data.converters.dataset_cards import Card
-from llava.data.converters.items import Item, make_row
-from llava.data.converters.output import Output, Pictures, split_hash
+from llava.data.converters.base import Converter, Job, run_converter
+from llava.data.converters.dataset_cards import DatasetCard
+from llava.data.converters.items import ConvertedItem, make_row
+from llava.data.converters.output import ConverterOutput, ImageWriter, split_hash
 from llava.errors import ConfigError, DataError
 from llava.samples import Origin
 from tests.support import releases
@@ -26,8 +26,8 @@ from tests.support.releases import picture, picture_bytes, rows_in, write_csv
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def item(identity: str, image: Path | bytes, name: str, **meta: Any) -> Item:
-    return Item(identity, "train", "What?", "That.", image, name, meta, Origin("file", 3))
+def item(identity: str, image: Path | bytes, name: str, **meta: Any) -> ConvertedItem:
+    return ConvertedItem(identity, "train", "What?", "That.", image, name, meta, Origin("file", 3))
 
 
 def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(
@@ -119,12 +119,12 @@ def test_pictures_that_cannot_be_linked_are_copied(tmp_path: Path, monkeypatch: 
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    Pictures(tmp_path / "images", "link").place("a/b.png", picture(tmp_path / "b.png"))
+    ImageWriter(tmp_path / "images", "link").place("a/b.png", picture(tmp_path / "b.png"))
     assert (tmp_path / "images/a/b.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_names_of_pictures_stay_inside_and_mean_one_picture(tmp_path: Path) -> None:
-    pictures = Pictures(tmp_path / "images", "link")
+    pictures = ImageWriter(tmp_path / "images", "link")
     pictures.place("a.png", picture_bytes(1))
     pictures.place("a.png", picture_bytes(1))
     with pytest.raises(DataError, match=r"two different pictures are called a\.png"):
@@ -136,10 +136,10 @@ def test_names_of_pictures_stay_inside_and_mean_one_picture(tmp_path: Path) -> N
 
 
 def test_a_changed_picture_is_placed_anew(tmp_path: Path) -> None:
-    Pictures(tmp_path / "images", "copy").place("a.png", picture(tmp_path / "a.png", 1))
+    ImageWriter(tmp_path / "images", "copy").place("a.png", picture(tmp_path / "a.png", 1))
     picture(tmp_path / "a.png", 2)
     os.utime(tmp_path / "a.png", ns=(1, 1))
-    Pictures(tmp_path / "images", "copy").place("a.png", tmp_path / "a.png")
+    ImageWriter(tmp_path / "images", "copy").place("a.png", tmp_path / "a.png")
     assert (tmp_path / "images/a.png").read_bytes() == (tmp_path / "a.png").read_bytes()
 
 
@@ -157,14 +157,16 @@ def test_limit_and_expected_hashes(tmp_path: Path) -> None:
 
 
 def test_pinned_hashes_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def read(job: Job) -> Any:
+    def read_events(job: Job) -> Any:
         job.variant = "v"
         yield item("1", picture_bytes(), "a.png")
 
     (tmp_path / "raw").mkdir()
     for number, (pin, word) in enumerate({split_hash(["1"]): "equal", "0" * 64: "DIFFER"}.items()):
-        card = Card("set", "home", "free", "take it", pins={"v": {"train": pin}})
-        run(Reader("set", card, read), [str(tmp_path / "raw"), "--out", str(tmp_path / str(number))])
+        card = DatasetCard("set", "home", "free", "take it", pins={"v": {"train": pin}})
+        run_converter(
+            Converter("set", card, read_events), [str(tmp_path / "raw"), "--out", str(tmp_path / str(number))]
+        )
         shown = capsys.readouterr().out
         assert "published split hashes: " in shown and word in shown
 
@@ -175,7 +177,7 @@ def test_split_hash_is_that_of_the_sorted_ids() -> None:
 
 
 def test_repeated_ids_get_numbers(tmp_path: Path) -> None:
-    with Output(tmp_path) as output:
+    with ConverterOutput(tmp_path) as output:
         for identity in ("a", "a", "a_2", "a", "b"):
             output.add(item(identity, picture_bytes(), "a.png"))
         manifest = output.finish({})
@@ -189,11 +191,14 @@ def test_rows_that_make_no_sense_are_refused() -> None:
     assert {name for name in make_row(good)} == {"id", "image", "conversations", "view", "count"}
     for question, answer in (("", "x"), ("x", ""), ("<image> x", "y"), ("x", "<image>")):
         with pytest.raises(DataError, match=r"empty|stands for a picture"):
-            make_row(Item("1", "train", question, answer, b"", "a.png", {}, Origin("f", 0)))
+            make_row(ConvertedItem("1", "train", question, answer, b"", "a.png", {}, Origin("f", 0)))
 
 
 def test_an_output_without_rows_is_an_error(tmp_path: Path) -> None:
-    with Output(tmp_path, skip_bad=True) as output, pytest.raises(DataError, match=r"no row can be used.*file, row 3"):
+    with (
+        ConverterOutput(tmp_path, skip_bad=True) as output,
+        pytest.raises(DataError, match=r"no row can be used.*file, row 3"),
+    ):
         output.add(item("1", tmp_path / "missing.png", "a.png"))
         output.finish({})
     assert not list(tmp_path.glob("*.json"))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.converters.radiology_reports import KINDS, parse_report, question
+from llava.data.converters.radiology_reports import KINDS, parse_report, report_question
 from tests.support.releases import report
 
 
@@ -66,9 +66,9 @@ def test_the_most_direct_reason_counts(text: str, expected: str) -> None:
 
 def test_questions_are_those_that_were_trained() -> None:
     start = "Provide a description of the findings in the radiology image"
-    assert question("findings", "cough\n// r/o") == f"{start} given the following indication: cough // r/o"
+    assert report_question("findings", "cough\n// r/o") == f"{start} given the following indication: cough // r/o"
     for nothing in (None, "", " \n"):
-        assert question("findings", nothing) == f"{start}."
+        assert report_question("findings", nothing) == f"{start}."
 
 
 NAMES = [name.upper() for names in KINDS.values() for name in names]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.converters.split import Options, main, parse_fractions, place_of, split_at, split_rows, unit_hash
+from llava.data.converters.split import SplitOptions, main, parse_fractions, split_at, split_of, split_rows, unit_hash
 from llava.errors import ConfigError, DataError
 from tests.support.releases import picture, rows_in, write_rows
 
@@ -27,7 +27,7 @@ def rows(num_patients: int = 40, num_each: int = 3) -> list[dict[str, Any]]:
 
 def test_places_are_pinned() -> None:
     """The numbers are part of the format: a split made today is made again by any later version."""
-    assert [place_of(f"patient {n}", FRACTIONS, seed=0) for n in range(8)] == [
+    assert [split_of(f"patient {n}", FRACTIONS, seed=0) for n in range(8)] == [
         "train",
         "train",
         "train",
@@ -42,20 +42,22 @@ def test_places_are_pinned() -> None:
 
 def test_no_patient_is_in_two_splits() -> None:
     data = rows()
-    places = split_rows(data, Options(("patient",), FRACTIONS))
+    places = split_rows(data, SplitOptions(("patient",), FRACTIONS))
     groups = {row["patient"]: place for row, place in zip(data, places, strict=True)}
     assert all(groups[row["patient"]] == place for row, place in zip(data, places, strict=True))
     assert set(places) == set(FRACTIONS)
     more = [*rows(60)[:-1]]
-    assert split_rows(more, Options(("patient",), FRACTIONS))[: len(data)] == places  # later rows move no earlier one
-    assert split_rows(data, Options(("patient",), FRACTIONS, seed=1)) != places
+    assert (
+        split_rows(more, SplitOptions(("patient",), FRACTIONS))[: len(data)] == places
+    )  # later rows move no earlier one
+    assert split_rows(data, SplitOptions(("patient",), FRACTIONS, seed=1)) != places
 
 
 def test_rows_that_share_a_picture_stay_together() -> None:
     data = rows(20, 2)
     for row in data[:30:10]:
         row["image"] = [row["image"], "shared.png"]
-    places = split_rows(data, Options(("patient", "image"), FRACTIONS))
+    places = split_rows(data, SplitOptions(("patient", "image"), FRACTIONS))
     assert len({places[number] for number in (0, 1, 10, 11, 20, 21)}) == 1
     assert set(places) == set(FRACTIONS)
 
@@ -64,16 +66,17 @@ def test_equal_bytes_are_one_picture(tmp_path: Path) -> None:
     data = [{"id": str(n), "image": f"{n}.png"} for n in range(24)]
     for n in range(24):
         picture(tmp_path / f"{n}.png", n // 2)
-    places = split_rows(data, Options(("image",), FRACTIONS, image_folder=str(tmp_path)))
+    places = split_rows(data, SplitOptions(("image",), FRACTIONS, image_folder=str(tmp_path)))
     assert places[::2] == places[1::2]
     assert (
-        split_rows(data, Options(("image",), FRACTIONS))[::2] != split_rows(data, Options(("image",), FRACTIONS))[1::2]
+        split_rows(data, SplitOptions(("image",), FRACTIONS))[::2]
+        != split_rows(data, SplitOptions(("image",), FRACTIONS))[1::2]
     )
 
 
 def test_stratified_shares_are_close() -> None:
     data = rows(40, 1)
-    places = split_rows(data, Options(("patient",), {"train": 0.5, "test": 0.5}, stratify="kind"))
+    places = split_rows(data, SplitOptions(("patient",), {"train": 0.5, "test": 0.5}, stratify="kind"))
     for kind in "ab":
         chosen = [place for row, place in zip(data, places, strict=True) if row["kind"] == kind]
         assert chosen.count("train") == chosen.count("test") == 10
@@ -81,7 +84,7 @@ def test_stratified_shares_are_close() -> None:
 
 def test_a_patient_is_one_however_the_number_is_written() -> None:
     written = [{**row, "patient": (float, str, int)[n % 3](row["patient"])} for n, row in enumerate(rows())]
-    options = Options(("patient",), FRACTIONS)
+    options = SplitOptions(("patient",), FRACTIONS)
     assert split_rows(written, options) == split_rows(rows(), options)
 
 
@@ -90,10 +93,10 @@ def test_a_row_without_the_key_is_refused(value: Any) -> None:
     data = rows(5)
     data[7]["patient"] = value
     with pytest.raises(DataError, match=r"all\.json: 1 of 15 rows have no 'patient', for example row 7"):
-        split_rows(data, Options(("patient",), FRACTIONS), name="all.json")
+        split_rows(data, SplitOptions(("patient",), FRACTIONS), name="all.json")
     del data[4]["image"]
     with pytest.raises(DataError, match="1 of 15 rows have no 'image', for example row 4"):
-        split_rows(data, Options(("image",), FRACTIONS), name="all.json")
+        split_rows(data, SplitOptions(("image",), FRACTIONS), name="all.json")
 
 
 def test_nothing_that_is_read_is_replaced_and_no_older_split_stays(tmp_path: Path) -> None:
@@ -144,10 +147,10 @@ def test_every_place_has_a_split_with_a_share(place: float, weights: list[int]) 
 @given(st.lists(st.tuples(st.integers(0, 6), st.lists(st.integers(0, 6), min_size=1, max_size=3)), min_size=1))
 def test_connected_rows_are_never_apart(links: list[tuple[int, list[int]]]) -> None:
     data = [{"patient": patient, "image": [f"{name}.png" for name in names]} for patient, names in links]
-    places = split_rows(data, Options(("patient", "image"), {"train": 1.0}))
+    places = split_rows(data, SplitOptions(("patient", "image"), {"train": 1.0}))
     assert set(places) == {"train"}
     try:
-        places = split_rows(data, Options(("patient", "image"), {"train": 0.5, "test": 0.5}))
+        places = split_rows(data, SplitOptions(("patient", "image"), {"train": 0.5, "test": 0.5}))
     except ConfigError:  # all rows are one group, or all groups fell into one split
         return
     for field in ("patient", "image"):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava.data.converters.tables import answer_cell, cell, column_names, kind_of, plain, read_table
+from llava.data.converters.tables import answer_cell, cell, column_names, read_table, table_kind, to_json_value
 from llava.errors import DataError
 
 IN_ONE_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
@@ -113,9 +113,9 @@ def test_cells() -> None:
     assert [answer_cell(row, name) for name in "abcdfgh"] == ["x", "", "", "NULL", "3", "None", ""]
     numbers = {"a": 40.0, "b": 1.5, "c": float("inf"), "d": 40}
     assert [cell(numbers, name) for name in "abcd"] == ["40", "1.5", "inf", "40"]
-    assert plain({"a": [float("inf"), 1.5, None]}) == {"a": [None, 1.5, None]}
+    assert to_json_value({"a": [float("inf"), 1.5, None]}) == {"a": [None, 1.5, None]}
     with pytest.raises(DataError, match="type bytes"):
-        plain(b"x")
+        to_json_value(b"x")
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",), exclude_characters="\r\n\0"), max_size=20)
@@ -138,7 +138,7 @@ def test_any_bytes_give_rows_or_a_named_error(tmp_path: Path, data: bytes) -> No
     path = tmp_path / "table"
     path.write_bytes(data)
     try:
-        kind_of(path)
+        table_kind(path)
         rows = rows_of(path)
     except DataError as error:
         assert "table" in str(error)

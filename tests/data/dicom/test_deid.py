@@ -18,7 +18,7 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
 from llava.data.dicom import deid
-from llava.data.dicom.deid import MIN_STROKES, inspect, most_strokes
+from llava.data.dicom.deid import MIN_STROKES, inspect_dataset, max_strokes
 from llava.data.dicom.deid_profile import ACTIONS, KEPT_BYTES, KEPT_SEQUENCES
 from llava.errors import ConfigError, DataError
 from llava.imaging import decode
@@ -36,7 +36,7 @@ def secret_of(kind: str) -> str:
 
 def copy_of(data: bytes) -> tuple[Dataset, bytes]:
     """The clean copy of a file, read again, and its bytes."""
-    _, content = deid.clean_copy(deid.read_all(data, "x"), SALT)
+    _, content = deid.clean_copy(deid.read_dataset(data, "x"), SALT)
     return pydicom.dcmread(pydicom.filebase.DicomBytesIO(content)), content
 
 
@@ -89,7 +89,7 @@ def test_single_fields(keyword: str, value: str, stays: bool) -> None:
         data = make(GRADIENT, **{keyword: value})
     copy, _ = copy_of(data)
     assert bool(copy.get(keyword)) is stays
-    said = inspect(deid.read_all(data, "x"), None).fields.get(keyword, "kept")
+    said = inspect_dataset(deid.read_dataset(data, "x"), None).fields.get(keyword, "kept")
     assert (said == "kept") is stays, "the report says what becomes of a field"
 
 
@@ -102,7 +102,7 @@ def test_identifiers_are_new_and_still_fit_together() -> None:
     assert first.PatientID == second.PatientID
     assert first.SOPClassUID == pydicom.uid.SecondaryCaptureImageStorage
     assert first.file_meta.MediaStorageSOPInstanceUID == first.SOPInstanceUID
-    other = deid.clean_copy(deid.read_all(make(GRADIENT, SOPInstanceUID="1.2.1"), "x"), b"another salt 123")
+    other = deid.clean_copy(deid.read_dataset(make(GRADIENT, SOPInstanceUID="1.2.1"), "x"), b"another salt 123")
     assert first.SOPInstanceUID.encode() not in other[1]
 
 
@@ -114,7 +114,7 @@ def test_writing_in_packaged_files() -> None:
     found = {}
     for _, path in corpus():
         if path.name in WRITTEN_ON + NOT_WRITTEN_ON:
-            found[path.name] = most_strokes(decode.load(path.read_bytes(), dicom=deid.WHOLE_RANGE)) >= MIN_STROKES
+            found[path.name] = max_strokes(decode.load(path.read_bytes(), dicom=deid.WHOLE_RANGE)) >= MIN_STROKES
     assert len(found) >= 3
     assert found == {name: name in WRITTEN_ON for name in found}
 
@@ -142,7 +142,7 @@ def test_the_picture_stays_as_it_was(name: str) -> None:
     if path is None:
         pytest.skip(f"{name} is not installed; it comes with pydicom-data")
     data = path.read_bytes()
-    original = deid.read_all(data, name)
+    original = deid.read_dataset(data, name)
     copy, content = copy_of(data)
     assert decode.load(content).tobytes() == decode.load(data).tobytes()
     assert copy.PixelData == original.PixelData
@@ -219,12 +219,12 @@ def test_inspecting_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_writing_is_told_from_pictures() -> None:
     noise = np.clip(np.random.default_rng(0).rayleigh(30, (256, 256)), 0, 255)
-    assert most_strokes(Image.fromarray(noise.astype(np.uint8))) < MIN_STROKES
+    assert max_strokes(Image.fromarray(noise.astype(np.uint8))) < MIN_STROKES
     smooth = np.outer(np.hanning(256), np.hanning(256)) * 255
-    assert most_strokes(Image.fromarray(smooth.astype(np.uint8))) == 0
+    assert max_strokes(Image.fromarray(smooth.astype(np.uint8))) == 0
     written = Image.fromarray((smooth / 3).astype(np.uint8))
     ImageDraw.Draw(written).text((10, 10), "NAME OF SOMEBODY", fill=255)
-    assert most_strokes(written) >= MIN_STROKES
+    assert max_strokes(written) >= MIN_STROKES
 
 
 def test_the_tables_name_fields_that_exist() -> None:
