@@ -1,9 +1,9 @@
-"""Alignment captions from what question-answer rows and case records already state about a picture.
+"""Alignment captions built from what question-answer rows and case records state about an image.
 
-    rows about one picture -> facts (organ, modality, plane or view, findings) -> a caption and short questions
+    rows about one image -> facts (organ, modality, plane or view, findings) -> a caption and short questions
 
-A small VQA set has no captions, but its training rows name the organ, and their answers name modality, plane and
-findings. Only the rows given are read: give training rows, never test rows.
+A small VQA dataset has no captions, but its training rows name the organ, and their answers name modality, plane and
+findings. Pass training rows only, never test rows.
 
 Command:
     llava data align TRAIN.json [MORE.json ...] --root DATA_DIR --out align.json
@@ -53,7 +53,7 @@ _NOT_A_FINDING = re.compile(r"^(yes|no|none|normal|not seen|\d+)\b", re.IGNORECA
 
 @dataclass(slots=True)
 class ImageFacts:
-    """What the rows about one picture say; findings keep their order and are unique."""
+    """Facts that the rows about one image state; findings are unique and in order of appearance."""
 
     organ: str | None = None
     modality: str | None = None
@@ -61,7 +61,7 @@ class ImageFacts:
     findings: list[str] = field(default_factory=list)
 
     def caption(self) -> str:
-        """One or two plain sentences, or an empty text when nothing is known."""
+        """Return one or two plain sentences; an empty string when nothing is known."""
         words = [word for word in (self.plane, self.modality) if word]
         of_what = f" of the {self.organ}" if self.organ else ""
         first = f"{' '.join(words) or 'Image'}{of_what}." if words or self.organ else ""
@@ -69,7 +69,7 @@ class ImageFacts:
         return " ".join(part for part in (first[:1].upper() + first[1:], second) if part)
 
     def turns(self) -> list[tuple[str, str]]:
-        """Question and answer for the caption and for every known fact."""
+        """Return question and answer pairs for the caption and for every known fact."""
         known = [(question, getattr(self, name)) for name, question in FACT_QUESTIONS.items()]
         return [(question, answer) for question, answer in [(INSTRUCTION, self.caption()), *known] if answer]
 
@@ -79,7 +79,7 @@ def _match(table: dict[str, str], text: str) -> str | None:
 
 
 def _read_question(facts: ImageFacts, types: set[str], question: str, answer: str) -> None:
-    """Take over what one question and its answer state; a `no` states nothing usable."""
+    """Add the facts that one question and its answer state; a `no` states none."""
     confirmed = question if answer.lower().startswith("yes") else answer
     if "MODALITY" in types and " not " not in question:
         facts.modality = facts.modality or _match(MODALITIES, confirmed)
@@ -94,14 +94,14 @@ def _read_question(facts: ImageFacts, types: set[str], question: str, answer: st
 
 
 def facts_by_image(rows: Iterable[Mapping[str, Any]]) -> dict[str, ImageFacts]:
-    """Facts by image name, in order of first appearance; a row may lack a conversation."""
-    pictures: dict[str, ImageFacts] = {}
+    """Return facts by image name, in order of first appearance; a row may lack a conversation."""
+    found: dict[str, ImageFacts] = {}
     for row in rows:
         if not isinstance(row.get("image"), str):
             continue
-        facts = pictures.setdefault(row["image"], ImageFacts())
+        facts = found.setdefault(row["image"], ImageFacts())
         facts.organ = facts.organ or ORGANS.get(str(row.get("image_organ", "")).lower())
-        if row.get("view") and not facts.plane:  # only case records of chest films carry their projection
+        if row.get("view") and not facts.plane:  # only case records of chest radiographs have a projection
             facts.plane, facts.modality, facts.organ = _match(PLANES, str(row["view"])), "X-ray", "chest"
         if row.get("findings"):
             facts.findings.append(str(row["findings"]).rstrip(". "))
@@ -109,22 +109,22 @@ def facts_by_image(rows: Iterable[Mapping[str, Any]]) -> dict[str, ImageFacts]:
             types = {part.strip().upper() for part in str(row["question_type"]).split(",")}
             question, answer, *_ = (turn.text for turn in from_row(row).conversation.turns)
             _read_question(facts, types, question.replace(IMAGE_TOKEN, " ").strip(), answer.strip())
-    return pictures
+    return found
 
 
 def alignment_rows(files: Sequence[Path], root: Path) -> list[dict[str, object]]:
-    """A caption row and a row for each fact of every picture.
+    """Return a caption row and one row per fact for every image.
 
-    `image` is relative to `root`; pictures lie in `images/` beside each file.
+    `image` is relative to `root`; the images are in `images/` next to each file.
 
     Raises:
-        DataError: a file is not below `root`, so its pictures could not be named relative to it.
+        DataError: a file is not inside `root`, so its images have no path relative to `root`.
     """
     rows: list[dict[str, object]] = []
     for file in files:
         folder = (file.parent / "images").resolve()
         if not folder.is_relative_to(root.resolve()):
-            raise DataError(f"{file} lies outside {root}; give --root a folder that holds every file")
+            raise DataError(f"{file} lies outside {root}. Set --root to a folder that contains every file.")
         prefix = folder.relative_to(root.resolve())
         for image, facts in facts_by_image(read_records(file)).items():
             for question, answer in facts.turns():
@@ -134,13 +134,13 @@ def alignment_rows(files: Sequence[Path], root: Path) -> list[dict[str, object]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry of `llava data align`."""
+    """Run `llava data align`."""
     parser = Parser(prog="llava data align", description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument(
-        "files", nargs="+", type=Path, help="training files in LLaVA format, each beside its images/ folder"
+        "files", nargs="+", type=Path, help="training files in LLaVA format, each next to its images/ folder"
     )
     parser.add_argument(
-        "--root", type=Path, required=True, help="folder above every file: the --image_folder of the training"
+        "--root", type=Path, required=True, help="folder that contains every file: the --image-folder of the training"
     )
     parser.add_argument("--out", type=Path, required=True, help="alignment file to write")
     args = parser.parse_args(argv)

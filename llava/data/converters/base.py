@@ -1,8 +1,8 @@
-"""What every dataset command does around its reader: flags, sources, progress, checks, summary.
+"""Command line shared by all dataset converters: options, input files, progress, checks and summary.
 
-    argv --> Sources + Output --> for event in read(job): output.add(event) --> files, manifest --> summary
+    argv --> Sources + ConverterOutput --> for event in read_events(job): output.add(event) --> files, manifest, summary
 
-A finished folder with the same settings is left as it is; one with other settings is refused without --overwrite.
+A finished folder with the same settings is left as it is; with other settings, --overwrite is required.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ logger = logging.getLogger(__name__)
 UNPACKED = ".unpacked_archives"
 UNFINISHED = ".unfinished"
 NOT_SETTINGS = ("out", "overwrite", "expect")
-"""Flags that do not change what is written."""
+"""Options that do not change what is written."""
 
 
 @dataclass(slots=True)
 class Job:
-    """What a reader works with; it fills in `variant` and `inputs`.
+    """Inputs and options of one conversion; the converter fills in `variant`, `inputs` and `facts`.
 
     Attributes:
-        sources: what the user gave.
-        args: the command's flags.
-        is_full: whether enough rows of a split are written.
-        card: the data set.
-        variant: which published form was found: key into the card's sizes.
+        sources: input folders and files.
+        args: options of the command.
+        is_full: whether a split has reached the row limit.
+        card: description of the dataset.
+        variant: published variant that was found: a key into the card's sizes.
         inputs: annotation files that were read, by name.
-        facts: anything else for the manifest.
+        facts: further entries for the manifest.
     """
 
     sources: Sources
@@ -59,10 +59,10 @@ class Job:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def require_file(self, *names: str) -> Path:
-        """Return one of these files, and note it as an input.
+        """Return the first of these files that exists, and record it as an input.
 
         Raises:
-            DataError: none is there; says how to get the data set.
+            DataError: none of them exists; the message says how to get the dataset.
         """
         path = self.sources.file(*names)
         if path is None:
@@ -71,21 +71,21 @@ class Job:
         return path
 
     def missing(self, what: str) -> str:
-        """Return the message that something is not in what the user gave."""
+        """Return the error message for a file that is not in the input paths."""
         where = ", ".join(str(path) for path in [*self.sources.roots, *self.sources.files])
-        return f"{where}: no {what} there.\nHow to get {self.card.name} ({self.card.homepage}): {self.card.how_to_get}"
+        return f"{where}: no {what} found.\nHow to get {self.card.name} ({self.card.homepage}): {self.card.how_to_get}"
 
 
 @dataclass(frozen=True, slots=True)
 class Converter:
-    """A dataset command.
+    """Dataset converter: one `llava data` command.
 
     Attributes:
-        command: its name, as in `llava data COMMAND`.
-        card: what is known about the data set.
-        read: yields what it finds.
-        add_options: adds the command's own flags.
-        example: one line for its help.
+        command: name, as in `llava data COMMAND`.
+        card: description of the dataset.
+        read_events: yields the rows of the dataset.
+        add_options: adds the options of this command.
+        example: example command line for the help text.
     """
 
     command: str
@@ -95,68 +95,66 @@ class Converter:
     example: str = ""
 
 
-def make_parser(reader: Converter) -> Parser:
+def make_parser(converter: Converter) -> Parser:
     """Return the parser of a dataset command."""
-    card = reader.card
+    card = converter.card
     parser = Parser(
-        prog=f"llava data {reader.command}",
-        description=f"{card.name} to train.json, test.json and images/. Licence: {card.license}. "
-        f"Where from: {card.homepage}. {card.how_to_get}",
-        epilog=f"example: {reader.example}",
+        prog=f"llava data {converter.command}",
+        description=f"Convert {card.name} to train.json, test.json and images/. License: {card.license}. "
+        f"Homepage: {card.homepage}. {card.how_to_get}",
+        epilog=f"example: {converter.example}",
     )
-    parser.add_argument("paths", nargs="+", help="folders, archives or files as downloaded")
+    parser.add_argument("paths", nargs="+", help="downloaded folders, archives or files")
     add_output_options(parser)
-    reader.add_options(parser)
+    converter.add_options(parser)
     return parser
 
 
 def add_output_options(parser: Parser) -> None:
-    """Add the flags that say where rows and pictures go."""
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument(
-        "--images", choices=PLACEMENTS, default="link", help="pictures: second names of the files, or copies"
-    )
+    """Add the options for the output folder, images and limits."""
+    parser.add_argument("--out", required=True, help="output folder")
+    parser.add_argument("--images", choices=PLACEMENTS, default="link", help="hard-link the image files, or copy them")
     parser.add_argument("--limit", type=int, help="write at most this many rows of each split")
-    parser.add_switch("--skip_bad", help="leave rows out that cannot be used, and list them in skipped.jsonl")
-    parser.add_switch("--overwrite", help="write a folder again that was made with other settings")
-    parser.add_argument("--expect", help="manifest of an earlier output: its splits must have the same ids")
+    parser.add_switch("--skip_bad", help="skip rows that cannot be used, and list them in skipped.jsonl")
+    parser.add_switch("--overwrite", help="rewrite a folder that was written with other settings")
+    parser.add_argument("--expect", help="manifest of an earlier output; the splits must have the same ids")
 
 
-def run_converter(reader: Converter, argv: Sequence[str] | None = None) -> None:
-    """Run a dataset command: parse its flags, write the folder, print a summary.
+def run_converter(converter: Converter, argv: Sequence[str] | None = None) -> None:
+    """Run a dataset command: parse the options, write the output folder and print a summary.
 
     Raises:
         DataError: a file or row cannot be used.
-        ConfigError: the flags or the folder do not fit.
+        ConfigError: the options are inconsistent or the output folder cannot be used.
     """
-    run_with_args(reader, make_parser(reader).parse_args(argv))
+    run_with_args(converter, make_parser(converter).parse_args(argv))
 
 
-def run_with_args(reader: Converter, args: argparse.Namespace) -> None:
-    """Do what `run` does, with flags that are parsed."""
+def run_with_args(converter: Converter, args: argparse.Namespace) -> None:
+    """Run a dataset command with parsed options; see `run_converter`."""
     log.setup()
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit must be at least 1, got {args.limit}")
     expected = _expected(args.expect)
     out = Path(args.out)
-    settings = _settings(reader, args)
-    _check_place(out, args.paths, overwrite=args.overwrite)
+    settings = _settings(converter, args)
+    _check_output_folder(out, args.paths, overwrite=args.overwrite)
     old = _finished(out, settings, overwrite=args.overwrite)
     if old is not None:
         _compare(old, expected)
         sys.stdout.write(
-            f"{out} is finished already, with the same settings; --overwrite makes it anew, for example when what was "
-            f"downloaded has changed\n{manifest_summary(old)}"
+            f"{out} is already complete with the same settings. Pass --overwrite to rewrite it, for example if the "
+            f"downloaded files changed.\n{manifest_summary(old)}"
         )
         return
     _begin(out)
     sources = Sources(args.paths, out / UNPACKED)
     with ConverterOutput(out, images=args.images, limit=args.limit, skip_bad=args.skip_bad) as output:
-        job = Job(sources, args, output.is_full, reader.card)
-        for event in log.progress(reader.read_events(job), title=f"reading {reader.card.name}", unit="row"):
+        job = Job(sources, args, output.is_full, converter.card)
+        for event in log.progress(converter.read_events(job), title=f"reading {converter.card.name}", unit="row"):
             output.add(event)
         remove_splits(out, {*SPLITS} - {split for split, count in output.counts.items() if count.ids})
-        manifest = output.finish(_facts(reader.card, job, settings, output))
+        manifest = output.finish(_facts(converter.card, job, settings, output))
     shutil.rmtree(out / UNPACKED, ignore_errors=True)
     (out / UNFINISHED).unlink(missing_ok=True)
     for line in manifest["differs"]:
@@ -165,23 +163,21 @@ def run_with_args(reader: Converter, args: argparse.Namespace) -> None:
     _compare(manifest, expected)
 
 
-def _settings(reader: Converter, args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the output depends on, in the form in which JSON gives it back.
-
-    Where things lie on this machine is nobody's business elsewhere: of the places only names and a hash are kept.
-    """
+def _settings(converter: Converter, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that determine the output, as they look after a round trip through JSON."""
+    # The manifest is shared with the data, so it has file names and a hash instead of the paths of this machine.
     chosen = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     places = json.dumps([os.path.realpath(path) for path in (*args.paths, chosen.pop("image_root", ""))])
     where = {"paths": [Path(path).name for path in args.paths], "places": content_digest(places.encode())[:16]}
-    settings: dict[str, Any] = json.loads(json.dumps({"reader": reader.command, **chosen, **where}))
+    settings: dict[str, Any] = json.loads(json.dumps({"reader": converter.command, **chosen, **where}))
     return settings
 
 
 def _finished(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
-    """Return the manifest if the folder is finished with these settings; None when it is to be written.
+    """Return the manifest if the folder is complete with these settings; None if it must be written.
 
     Raises:
-        ConfigError: it was finished with others, and `overwrite` is off.
+        ConfigError: it was written with other settings and `overwrite` is off.
     """
     old = read_manifest(out)
     if old is None or overwrite:
@@ -189,26 +185,32 @@ def _finished(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> dic
     if old.get("settings") != settings:
         known = old.get("settings") if isinstance(old.get("settings"), dict) else {}
         other = sorted(name for name in {*settings, *(known or {})} if settings.get(name) != (known or {}).get(name))
-        raise ConfigError(f"{out} was made with another {', '.join(other)}; choose another --out or give --overwrite")
+        raise ConfigError(
+            f"{out} was written with another {', '.join(other)}; choose another --out or pass --overwrite"
+        )
     return old
 
 
-def _check_place(out: Path, paths: Sequence[str], *, overwrite: bool) -> None:
-    """Make sure that nobody's files are replaced.
+def _check_output_folder(out: Path, paths: Sequence[str], *, overwrite: bool) -> None:
+    """Check that the output folder does not contain files of other origin.
 
     Raises:
-        ConfigError: the output folder is one of the downloads, or holds split files that were not made here.
+        ConfigError: the output folder is one of the inputs, or holds split files that no converter wrote.
     """
     if any(Path(path).resolve() == out.resolve() for path in paths):
-        raise ConfigError(f"--out {out} is the downloaded folder itself; choose another, its files would be replaced")
+        raise ConfigError(
+            f"--out {out} is the downloaded folder itself, whose files would be replaced; choose another --out"
+        )
     there = [f"{split}.json" for split in SPLITS if (out / f"{split}.json").exists()]
     known = (out / MANIFEST).exists() or (out / UNFINISHED).exists()
     if there and not known and not overwrite:
-        raise ConfigError(f"{out} holds {', '.join(there)} not made here; choose another --out or give --overwrite")
+        raise ConfigError(
+            f"{out} contains {', '.join(there)} of another origin; choose another --out or pass --overwrite"
+        )
 
 
 def _begin(out: Path) -> None:
-    """Mark the folder as one that is being written: without a manifest it is not finished."""
+    """Mark the folder as incomplete: remove the manifest, which is written last."""
     out.mkdir(parents=True, exist_ok=True)
     (out / UNFINISHED).touch()
     (out / MANIFEST).unlink(missing_ok=True)
@@ -230,7 +232,7 @@ def _facts(card: DatasetCard, job: Job, settings: Mapping[str, Any], output: Con
 
 
 def _against_known(card: DatasetCard, variant: str, output: ConverterOutput, *, whole: bool) -> dict[str, Any]:
-    """Return which published sizes and hashes were compared, and how the output differs from them."""
+    """Return which published sizes and hashes were compared, and the differences."""
     sizes, pins = card.sizes.get(variant, {}), card.pins.get(variant, {})
     if not whole or not (sizes or pins):
         return {"compared_with_published": [], "differs": []}
@@ -258,31 +260,31 @@ def _expected(path: str | None) -> dict[str, str]:
     """Return the split hashes of an earlier manifest.
 
     Raises:
-        ConfigError: the file is no manifest.
+        ConfigError: the file is not a manifest.
     """
     if path is None:
         return {}
     manifest = read_manifest(Path(path).parent if Path(path).name == MANIFEST else path)
     if manifest is None or not isinstance(manifest.get("splits"), dict):
-        raise ConfigError(f"--expect {path}: no manifest.json of an earlier output there")
+        raise ConfigError(f"--expect {path}: no manifest.json of an earlier output found")
     return {split: counts["ids_sha256"] for split, counts in manifest["splits"].items() if counts["rows"]}
 
 
 def _compare(manifest: Mapping[str, Any], expected: Mapping[str, str]) -> None:
-    """Compare split hashes with those of an earlier output.
+    """Check that the split hashes equal those of an earlier output.
 
     Raises:
-        DataError: they differ.
+        DataError: a hash differs.
     """
     found = {split: counts["ids_sha256"] for split, counts in manifest["splits"].items()}
     wrong = [split for split, pin in expected.items() if found.get(split) != pin]
     if wrong:
-        raise DataError(f"the ids of {', '.join(wrong)} are not those of the expected manifest; the data differ")
+        raise DataError(f"the ids of {', '.join(wrong)} differ from those of the --expect manifest, so the data differ")
 
 
 def manifest_summary(manifest: Mapping[str, Any]) -> str:
-    """Return one screen about an output: rows, pictures and kinds of answers of each split, and its hash."""
-    lines = [f"{manifest['dataset']}  (licence: {manifest['license']})"]
+    """Return a summary of an output: rows, images, answer types and hash of each split."""
+    lines = [f"{manifest['dataset']}  (license: {manifest['license']})"]
     lines.append(f"{'split':8}{'rows':>9}{'images':>9}{'open':>9}{'closed':>9}  sha256 of the sorted ids")
     for split in SPLITS:
         if split in manifest["splits"]:
@@ -290,14 +292,14 @@ def manifest_summary(manifest: Mapping[str, Any]) -> str:
             kinds = counts.get("answer_type", {})
             numbers = (counts["rows"], counts["images"], kinds.get("OPEN", 0), kinds.get("CLOSED", 0))
             lines.append(f"{split:8}" + "".join(f"{number:>9,}" for number in numbers) + f"  {counts['ids_sha256']}")
-            lines += [f"{'':8}left out: {n:,} ({cause})" for cause, n in counts.get("excluded", {}).items()]
+            lines += [f"{'':8}excluded: {n:,} ({cause})" for cause, n in counts.get("excluded", {}).items()]
     if manifest["skipped_rows"]:
-        lines.append(f"{manifest['skipped_rows']:,} rows could not be used: skipped.jsonl")
+        lines.append(f"{manifest['skipped_rows']:,} rows could not be used; see skipped.jsonl")
     if manifest["renamed_ids"]:
-        lines.append(f"{manifest['renamed_ids']:,} repeated ids got a number")
+        lines.append(f"{manifest['renamed_ids']:,} repeated ids got a numeric suffix")
     if manifest["compared_with_published"]:
         what = " and ".join(manifest["compared_with_published"])
-        lines.append(f"published {what}: {'they DIFFER, see the warnings' if manifest['differs'] else 'equal'}")
+        lines.append(f"published {what}: {'DIFFERENT, see the warnings' if manifest['differs'] else 'equal'}")
     else:
         lines.append("no published sizes or hashes to compare with; the hashes above are in manifest.json")
     return "\n".join(lines) + "\n"

@@ -1,10 +1,10 @@
-"""Any table (CSV, TSV, JSON, JSON lines, Parquet; plain or gzipped) to LLaVA rows, by the names of its columns.
+"""Converter from a table (CSV, TSV, JSON, JSON lines or Parquet) to LLaVA rows by column name.
 
-    table + --image_column, --answer_column, ... --> train.json (val.json, test.json), images/, manifest.json
+    table + --image-column, --answer-column, ... --> train.json (val.json, test.json), images/, manifest.json
 
 Command:
-    llava data csv cases.csv --image_column file --question_column question --answer_column answer --out data/cases \
-        --image_root scans --source "Our hospital" --license "internal"
+    llava data csv cases.csv --image-column file --question-column question --answer-column answer --out data/cases \
+        --image-root scans --source "Our hospital" --license "internal"
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ FIELDS = {
     "patient": "patient_column",
     "study": "study_column",
 }
-"""Field of the row, and the flag that names its column."""
+"""Field of the row to the option that names its column."""
 
-TABLE = DatasetCard("table", "a table of your own", "not stated", "Give the table; pictures lie in --image_root.")
+TABLE = DatasetCard("table", "a table of your own", "not stated", "Pass the table; the images are in --image-root.")
 
 
 def read_events(job: Job) -> Iterator[Event]:
-    """Yield a question for each row."""
+    """Yield a question for each row of the tables."""
     args = job.args
     if not job.sources.files:
-        raise ConfigError("give the table's file; the folder of its pictures is --image_root")
+        raise ConfigError("no table given; pass the table file as argument and the image folder as --image-root")
     for path in job.sources.files:
         job.inputs[path.name] = path
         require_columns([*_text_columns(args), *args.keep], column_names(path, delimiter=args.delimiter), path)
@@ -65,20 +65,20 @@ def _required(args: Any) -> list[str]:
 
 
 def _text_columns(args: Any) -> list[str]:
-    """Return every column that is taken as text."""
+    """Return the names of all columns that are read as text."""
     flags = [getattr(args, flag) for flag in ("id_column", "split_column", *FIELDS.values())]
     return [*_required(args), *(column for column in flags if column)]
 
 
 def _no_booleans(row: Row, args: Any) -> None:
-    """Refuse what a JSON or Parquet table may hold in place of a text: nobody answers a question with `True`.
+    """Check that no text column of a row holds a boolean, as JSON and Parquet tables may.
 
     Raises:
-        DataError: a column that is taken as text holds true or false; names it.
+        DataError: a text column holds true or false; the message names it.
     """
     for column in _text_columns(args):
         if isinstance(row.get(column), bool):
-            raise DataError(f"column {column!r} holds true or false where a text is expected; write yes or no instead")
+            raise DataError(f"column {column!r} holds a boolean; expected text. Write yes or no instead")
 
 
 def _event(job: Job, origin: Origin, row: Row | DataError) -> Event:
@@ -107,17 +107,15 @@ def _split(row: Row, args: Any) -> str:
     word = cell(row, args.split_column).lower()
     if word not in SPLIT_WORDS:
         known = ", ".join(sorted(SPLIT_WORDS))
-        raise DataError(
-            f"column {args.split_column!r} must say the split in one of the words {known}; got {describe(word)}"
-        )
+        raise DataError(f"column {args.split_column!r} holds {describe(word)}; expected a split, one of {known}")
     return SPLIT_WORDS[word]
 
 
 def _image(args: Any, row: Row) -> tuple[Path | bytes, str]:
-    """Return the picture of a row and its name in `images/`.
+    """Return the image of a row and its name in `images/`.
 
     Raises:
-        DataError: no picture is named, or it is not there.
+        DataError: the row names no image, or the image does not exist.
     """
     value: Any = row.get(args.image_column)
     if isinstance(value, dict):
@@ -126,19 +124,19 @@ def _image(args: Any, row: Row) -> tuple[Path | bytes, str]:
         return value, name_of_bytes(value)
     name = str(value).strip() if isinstance(value, str | int) else ""
     if not name:
-        raise DataError(f"column {args.image_column!r} names no picture")
+        raise DataError(f"column {args.image_column!r} names no image")
     name = f"{args.image_prefix}{name}{args.image_suffix}"
     root = Path(args.image_root)
     path = Path(name)
     if path.is_absolute():
         if not path.is_relative_to(root.resolve()):
-            raise DataError(f"image {path.name} lies outside --image_root; give a folder above all pictures")
+            raise DataError(f"image {path.name} lies outside --image-root; set it to a folder that contains all images")
         path = path.relative_to(root.resolve())
     inside = path.as_posix()
     if ".." in path.parts:
-        raise DataError(f"image {path.name} leads out of --image_root; give a folder above all pictures")
+        raise DataError(f"image {path.name} leads out of --image-root; set it to a folder that contains all images")
     if not is_file(root / inside):
-        raise DataError(f"image {inside[:200]} is not in {root}")
+        raise DataError(f"image {inside[:200]} is not in --image-root {root}")
     return root / inside, inside
 
 
@@ -146,36 +144,43 @@ def make_parser() -> Parser:
     """Return the parser of `llava data csv`."""
     parser = Parser(
         prog="llava data csv",
-        description="A table (CSV, TSV, JSON, JSON lines, Parquet) to train.json, val.json, test.json and images/.",
-        epilog="example: llava data csv cases.csv --image_column file --answer_column report --image_root scans "
-        '--question "Describe the image." --patient_column patient --out data/cases',
+        description="Convert a table (CSV, TSV, JSON, JSON lines, Parquet) to train.json, val.json, test.json and images/.",
+        epilog="example: llava data csv cases.csv --image-column file --answer-column report --image-root scans "
+        '--question "Describe the image." --patient-column patient --out data/cases',
     )
-    parser.add_argument("paths", nargs="+", help="the table, or several of the same columns")
+    parser.add_argument("paths", nargs="+", help="tables with the same columns")
     add_output_options(parser)
-    parser.add_argument("--image_column", required=True, help="names of the pictures, or (Parquet) the pictures")
-    parser.add_argument("--answer_column", required=True, help="answers")
-    parser.add_argument("--question_column", help="questions; without it --question is asked of every picture")
-    parser.add_argument("--question", default="Describe the image.", help="the question, where no column holds it")
-    parser.add_argument("--image_root", default=".", help="folder that the names of pictures are relative to")
-    parser.add_argument("--image_prefix", default="", help="put before each name, for example images/")
-    parser.add_argument("--image_suffix", default="", help="put behind each name, for example .png")
-    parser.add_argument("--id_column", help="ids; without it file name and row number")
-    parser.add_argument("--split_column", help="train, val(idation) or test; without it all rows are train")
+    parser.add_argument("--image_column", required=True, help="column with the image names or, in Parquet, the images")
+    parser.add_argument("--answer_column", required=True, help="column with the answers")
+    parser.add_argument("--question_column", help="column with the questions; default: --question for every image")
+    parser.add_argument(
+        "--question", default="Describe the image.", help="question for every image, without --question-column"
+    )
+    parser.add_argument("--image_root", default=".", help="folder that image names are relative to")
+    parser.add_argument("--image_prefix", default="", help="prefix of each image name, for example images/")
+    parser.add_argument("--image_suffix", default="", help="suffix of each image name, for example .png")
+    parser.add_argument("--id_column", help="column with the ids; default: file name and row number")
+    parser.add_argument("--split_column", help="column with train, val(idation) or test; default: all rows are train")
     for name, flag in FIELDS.items():
-        parser.add_argument(f"--{flag}", help=f"goes into the field {name}")
-    parser.add_argument("--keep", nargs="*", default=[], help="further columns that are kept under their own names")
-    parser.add_argument("--delimiter", help="between cells; told from the header by default (tab or comma)")
-    parser.add_argument("--source", default=TABLE.name, help="goes into the field source of every row")
-    parser.add_argument("--license", default=TABLE.license, help="goes into the field license of every row")
+        parser.add_argument(f"--{flag}", help=f"column for the field {name}")
+    parser.add_argument("--keep", nargs="*", default=[], help="further columns to keep under their own names")
+    parser.add_argument("--delimiter", help="cell delimiter; default: tab or comma, from the header")
+    parser.add_argument("--source", default=TABLE.name, help="value of the field source of every row")
+    parser.add_argument("--license", default=TABLE.license, help="value of the field license of every row")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry of `llava data csv`."""
+    """Run `llava data csv`.
+
+    Raises:
+        ConfigError: --delimiter is longer than a character, or --keep names a field that rows have.
+        DataError: a table or row cannot be used.
+    """
     args = make_parser().parse_args(argv)
     if args.delimiter is not None and len(args.delimiter) != 1:
         raise ConfigError(f"--delimiter must be one character, got {args.delimiter!r}")
     if taken := sorted({"id", "image", "conversations"}.intersection(args.keep)):
-        raise ConfigError(f"--keep {', '.join(taken)}: rows have a field of that name already; rename the column")
+        raise ConfigError(f"--keep {', '.join(taken)}: every row has a field of that name; rename the column")
     card = replace(TABLE, name=args.source, license=args.license)
     run_with_args(Converter("csv", card, read_events), args)

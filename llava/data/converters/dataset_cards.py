@@ -1,4 +1,4 @@
-"""What is known about each public data set: where it comes from, under which terms, how large it is."""
+"""Descriptions of the public datasets: homepage, license, how to get them and published sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class SplitSize(NamedTuple):
-    """Rows, and how many of them are open and closed questions, and the pictures of one split."""
+    """Numbers of rows, open and closed questions, and images of one split."""
 
     rows: int
     open: int
@@ -18,15 +18,15 @@ class SplitSize(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DatasetCard:
-    """A data set.
+    """Description of a dataset.
 
     Attributes:
-        name: as messages call it; goes into the field `source` of every row.
-        homepage: where it comes from.
-        license: goes into the field `license` of every row.
-        how_to_get: what to do, where a licence or a login is needed, and which files are read.
-        sizes: published numbers of each split, by the name of the variant that is read.
-        pins: SHA-256 over the sorted ids of a split (`split_hash`), by variant and split, where it is known.
+        name: name in messages and in the field `source` of every row.
+        homepage: URL.
+        license: value of the field `license` of every row.
+        how_to_get: how to get the files, including license and login, and which files are read.
+        sizes: published numbers of each split, by variant.
+        pins: known SHA-256 over the sorted ids of a split (`split_hash`), by variant and split.
     """
 
     name: str
@@ -40,10 +40,10 @@ class DatasetCard:
 VQA_RAD = DatasetCard(
     name="VQA-RAD",
     homepage="https://osf.io/89kps/",
-    license="CC0 1.0 (pictures from MedPix)",
+    license="CC0 1.0 (images from MedPix)",
     how_to_get=(
         "No login. Download `VQA_RAD Dataset Public.json` and the folder `VQA_RAD Image Folder` from the homepage. "
-        "The split in trainset.json and testset.json of later papers is read too."
+        "trainset.json and testset.json, the split of later papers, are read too."
     ),
     sizes={
         "public": {"train": SplitSize(1797, 770, 1027, 313), "test": SplitSize(451, 179, 272, 203)},
@@ -56,8 +56,8 @@ SLAKE = DatasetCard(
     homepage="https://www.med-vqa.com/slake/",
     license="CC BY 4.0",
     how_to_get=(
-        "No login. Download train.json, validation.json, test.json and imgs.zip (or Slake1.0.zip) and give the "
-        "folder; an archive that is not unpacked is one more argument."
+        "No login. Download train.json, validation.json, test.json and imgs.zip (or Slake1.0.zip) and pass the "
+        "folder; pass packed archives as further arguments."
     ),
     sizes={
         "en": {
@@ -71,11 +71,11 @@ SLAKE = DatasetCard(
 PATHVQA = DatasetCard(
     name="PathVQA",
     homepage="https://github.com/UCSD-AI4H/PathVQA",
-    license="MIT, as the data set's card states; the pictures come from textbooks and a public library",
+    license="MIT, as the dataset card states; the images come from textbooks and a public library",
     how_to_get=(
         "No login. Use the Parquet release (train-*, validation-*, test-*.parquet), or questions as JSON "
-        "(train_qa.json, val_qa.json, test_qa.json) with the folder images/. The first release has its questions as "
-        ".pkl files, which are programs, not data: they are not opened here."
+        "(train_qa.json, val_qa.json, test_qa.json) with the folder images/. The questions of the first release are "
+        "pickle files (.pkl), which can run code when they are loaded; they are not read."
     ),
     sizes={
         "json": {
@@ -91,7 +91,7 @@ PMC_VQA = DatasetCard(
     homepage="https://huggingface.co/datasets/xmcmic/PMC-VQA",
     license="CC BY-SA; the articles are CC0 or CC BY",
     how_to_get=(
-        "No login. Release 1: train.csv, test.csv (or test_clean.csv) and images.zip. Release 2 (single pictures): "
+        "No login. Release 1: train.csv, test.csv (or test_clean.csv) and images.zip. Release 2 (single images): "
         "train_2.csv, test_2.csv and images_2.zip."
     ),
 )
@@ -99,22 +99,22 @@ PMC_VQA = DatasetCard(
 IU_XRAY = DatasetCard(
     name="IU X-ray",
     homepage="https://openi.nlm.nih.gov/faq",
-    license="CC BY-NC-ND 4.0 (Open-i; each report's XML names its own licence)",
+    license="CC BY-NC-ND 4.0 (Open-i; each report's XML names its own license)",
     how_to_get=(
         "No login. Either NLMCXR_reports.tgz and NLMCXR_png.tgz from Open-i, or indiana_reports.csv, "
-        "indiana_projections.csv and the folder images_normalized. There is no official split: one is made by report."
+        "indiana_projections.csv and the folder images_normalized. Without an official split, reports are assigned to splits by hash."
     ),
 )
 
 MIMIC_CXR = DatasetCard(
     name="MIMIC-CXR",
     homepage="https://physionet.org/content/mimic-cxr-jpg/",
-    license="PhysioNet Credentialed Health Data License 1.5.0: do not share rows, pictures or text",
+    license="PhysioNet Credentialed Health Data License 1.5.0: do not share rows, images or text",
     how_to_get=(
-        "Credentialed access: make a PhysioNet account, finish the required training (CITI, Data or Specimens Only "
-        "Research), ask for credentialing, and sign the data use agreement of MIMIC-CXR and of MIMIC-CXR-JPG. Then "
-        "download from MIMIC-CXR-JPG the folder files/ and mimic-cxr-2.0.0-{split,metadata,chexpert}.csv.gz, and "
-        "from MIMIC-CXR mimic-cxr-reports.zip. Nothing is downloaded here, and no login is asked for."
+        "Credentialed access: create a PhysioNet account, complete the required training (CITI, Data or Specimens Only "
+        "Research), apply for credentialing, and sign the data use agreements of MIMIC-CXR and MIMIC-CXR-JPG. Then "
+        "download the folder files/ and mimic-cxr-2.0.0-{split,metadata,chexpert}.csv.gz from MIMIC-CXR-JPG, and "
+        "mimic-cxr-reports.zip from MIMIC-CXR. This command downloads nothing and needs no login."
     ),
 )
 

@@ -1,6 +1,6 @@
-"""What a dataset reader yields: a question with its picture, a row left out by a rule, or a row that is wrong.
+"""Events of a dataset converter: a question with its image, an excluded row, or an invalid row.
 
-official file --reader--> Item | Excluded | BadRow --output--> train.json, test.json, images/, manifest.json
+official file --converter--> ConvertedItem | Excluded | BadRow --output--> train.json, test.json, images/, manifest.json
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
 }
-"""What releases call their parts, and the name of the file that each becomes."""
+"""Split names of the releases to the names of our files."""
 
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertedItem:
-    """One question about one picture.
+    """One question about one image.
 
     Attributes:
-        id: identity inside the data set.
-        split: one of `SPLITS`: the file it goes to.
-        question: without a place holder.
+        id: id within the dataset.
+        split: one of `SPLITS`: the output file.
+        question: text without an image placeholder.
         answer: text.
-        image: the picture's file, or its bytes.
-        image_name: its name below `images/`, with `/` between folders.
-        meta: all other fields of the row, in order; those that are None or empty are not written.
+        image: path or bytes of the image file.
+        image_name: name below `images/`, with `/` between folders.
+        meta: all other fields of the row, in order; values that are None or empty are not written.
         origin: file and row that it was read from.
     """
 
@@ -57,13 +57,13 @@ class ConvertedItem:
     origin: Origin
 
     def problem(self, reason: str) -> BadRow:
-        """Return this row as one that cannot be used."""
+        """Return a `BadRow` for this item."""
         return BadRow(*self.origin, self.id, reason)
 
 
 @dataclass(frozen=True, slots=True)
 class Excluded:
-    """A row that the data set's own rules leave out; `cause` is counted in the manifest."""
+    """A row that a rule of the dataset excludes; the manifest counts each `cause`."""
 
     split: str
     cause: str
@@ -73,25 +73,25 @@ Event = ConvertedItem | Excluded | BadRow
 
 
 def kind_of_answer(given: str | None, answer: str) -> str:
-    """Return OPEN or CLOSED: as the release says (in any of the known words), else by whether the answer is yes or no.
+    """Return OPEN or CLOSED from the answer type of the release or, without one, from the answer.
 
     Raises:
-        DataError: the release's word is unknown.
+        DataError: the answer type of the release is unknown.
     """
     return "CLOSED" if is_closed(given or None, answer) else "OPEN"
 
 
 def make_row(item: ConvertedItem) -> dict[str, Any]:
-    """Return the row of an item in the LLaVA layout.
+    """Return an item as a row in LLaVA format.
 
     Raises:
-        DataError: question or answer is empty, or holds the image place holder.
+        DataError: question or answer is empty or contains the image placeholder.
     """
     for name, text in (("question", item.question), ("answer", item.answer)):
         if not text:
             raise DataError(f"the {name} is empty")
         if IMAGE_TOKEN in text:
-            raise DataError(f"the {name} holds {IMAGE_TOKEN!r}, which stands for a picture; take it out")
+            raise DataError(f"the {name} contains the image placeholder {IMAGE_TOKEN!r}; remove it")
     turns = [
         {"from": "human", "value": f"{IMAGE_TOKEN}\n{item.question}"},
         {"from": "gpt", "value": item.answer},

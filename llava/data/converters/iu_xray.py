@@ -1,11 +1,11 @@
-"""IU X-ray (Open-i, Indiana University): chest films with reports, from the XML release or from the two tables.
+"""Converter for IU X-ray (Open-i, Indiana University): chest radiographs with reports.
 
     ecgen-radiology/1.xml (AbstractText COMPARISON, INDICATION, FINDINGS, IMPRESSION; parentImage id) + *.png
     indiana_reports.csv (uid, MeSH, Problems, image, indication, comparison, findings, impression)
         + indiana_projections.csv (uid, filename, projection) + images_normalized/
 
-There is no official split: reports are dealt out by a hash of their number, so no report lies in two splits. The XML
-does not say which picture is the frontal one; put indiana_projections.csv beside it, or take all views.
+The dataset has no official split: a hash of the report number assigns each report to one split. The XML reports do not
+state which image is frontal; add indiana_projections.csv to them, or use --views all.
 
 Command:
     llava data iu-xray NLMCXR_reports.tgz NLMCXR_png.tgz --views all --out data/iu-xray
@@ -36,14 +36,14 @@ MAX_DEPTH = 200
 
 
 class _Refused(Exception):
-    """What a document holds that is not read."""
+    """Raised for XML features that are not accepted."""
 
 
 def read_xml(path: str | Path) -> Element:
     """Return the root element of an XML file.
 
     Raises:
-        DataError: it is no XML, too large or too deep, or declares entities or a document type with them.
+        DataError: the file is not XML, is too large or too deep, or declares entities.
     """
     try:
         with open(path, "rb") as stream:
@@ -51,41 +51,53 @@ def read_xml(path: str | Path) -> Element:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     if len(data) > MAX_BYTES:
-        raise DataError(f"{path}: larger than {MAX_BYTES} bytes; expected one report")
+        raise DataError(f"{path}: larger than {MAX_BYTES} bytes; expected a single report")
     return parse_xml(data, str(path))
 
 
 def parse_xml(data: bytes, name: str) -> Element:
-    """Return the root element of a document; `name` is for messages. Raises as `read_xml` does."""
+    """Return the root element of an XML document.
+
+    Args:
+        data: the document.
+        name: name of the document in messages.
+
+    Raises:
+        DataError: see `read_xml`.
+    """
     try:
-        _look_through(data)
+        _check_xml(data)
         parser = XMLParser(target=TreeBuilder())
         parser.feed(data)
         root = parser.close()
     except _Refused as reason:
-        raise DataError(f"{name}: {reason}; such a document is not read") from None
+        raise DataError(f"{name}: {reason}; such documents are not accepted") from None
     except (ParseError, expat.ExpatError, ValueError, LookupError) as error:
         raise DataError(f"{name}: not well-formed XML ({error})") from error
     assert isinstance(root, Element)
     return root
 
 
-def _look_through(data: bytes) -> None:
-    """Parse without building anything, and stop at the first declaration of an entity."""
+def _check_xml(data: bytes) -> None:
+    """Check that a document declares no entities and is not too deep, without building a tree.
+
+    Raises:
+        _Refused: the document has one of these.
+    """
     parser = expat.ParserCreate()
     depth = 0
 
     def refuse_entity(*parts: object) -> None:
-        raise _Refused("it declares an entity")
+        raise _Refused("the document declares an entity")
 
     def refuse_outside(*parts: object) -> int:
-        raise _Refused("it refers to another file")
+        raise _Refused("the document refers to another file")
 
     def start(name: str, attributes: object) -> None:
         nonlocal depth
         depth += 1
         if depth > MAX_DEPTH:
-            raise _Refused(f"its elements lie more than {MAX_DEPTH} deep")
+            raise _Refused(f"the elements are nested more than {MAX_DEPTH} deep")
 
     def end(name: str) -> None:
         nonlocal depth
@@ -108,7 +120,7 @@ _NAME = re.compile(r"(?:CXR)?(\d+)(?:_\d+)?_IM-([\d-]+)")
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """One report with its pictures: file name and projection (empty where nobody says)."""
+    """One report with its images: pairs of file name and projection (empty if not stated)."""
 
     uid: str
     texts: dict[str, str]
@@ -119,10 +131,10 @@ class Study:
 
 
 def read_events(job: Job) -> Iterator[Event]:
-    """Yield a question for each picture of each report."""
+    """Yield a question for each image of each report."""
     fractions = parse_fractions(job.args.fractions)
     if not fractions.keys() <= set(SPLITS):
-        raise ConfigError(f"--fractions: the splits here are {', '.join(SPLITS)}, got {', '.join(fractions)}")
+        raise ConfigError(f"--fractions: got splits {', '.join(fractions)}, expected only {', '.join(SPLITS)}")
     job.facts["split"] = f"no official one: by hash of the report, fractions {fractions}, seed {job.args.seed}"
     tables = job.sources.file(REPORTS)
     job.variant = "tables" if tables is not None else "xml"
@@ -182,10 +194,10 @@ def _from_tables(job: Job) -> Iterator[Study | BadRow]:
 
 
 def _projections(job: Job, path: Path) -> dict[str, list[tuple[str, str]]]:
-    """Return the pictures of each report.
+    """Return pairs of file name and projection of the images of each report.
 
     Raises:
-        DataError: a row cannot be read: without it nobody knows which report a picture belongs to.
+        DataError: a row cannot be read. Skipping it would lose the report of an image.
     """
     images: dict[str, list[tuple[str, str]]] = {}
     for origin, row in read_table(path, columns=("uid", "filename", "projection")):
@@ -198,14 +210,14 @@ def _projections(job: Job, path: Path) -> dict[str, list[tuple[str, str]]]:
 def _from_xml(job: Job) -> Iterator[Study | BadRow]:
     files = job.sources.matching("*.xml")
     if not files:
-        raise DataError(job.missing(f"{REPORTS} and no report as .xml"))
+        raise DataError(job.missing(f"{REPORTS} and no XML report"))
     views: dict[str, str] = {}
     if job.sources.file(PROJECTIONS) is not None:
         found = _projections(job, job.require_file(PROJECTIONS))
-        views = {_plain(name): view for pictures in found.values() for name, view in pictures}
+        views = {_plain(name): view for images in found.values() for name, view in images}
     elif job.args.views == "frontal":
         raise ConfigError(
-            f"the XML reports do not say which picture is frontal; put {PROJECTIONS} beside them, or give --views all"
+            f"--views frontal: the XML reports do not state which image is frontal. Add {PROJECTIONS}, or pass --views all"
         )
     job.facts["reports"] = len(files)
     for path in sorted(files, key=lambda path: (len(path.stem), path.stem)):
@@ -231,19 +243,22 @@ def _study(path: Path, views: dict[str, str]) -> Study:
 
 
 def _plain(name: str) -> str:
-    """Return what the two releases' names of one picture share: CXR1_1_IM-0001-3001 and 1_IM-0001-3001.dcm.png."""
+    """Return the part of an image name that both releases share.
+
+    The releases write CXR1_1_IM-0001-3001 and 1_IM-0001-3001.dcm.png.
+    """
     found = _NAME.match(name)
     return f"{found[1]} {found[2]}" if found else name
 
 
 def add_options(parser: Parser) -> None:
-    """Add the reader's own flags."""
+    """Add the options of this converter."""
+    parser.add_argument("--target", choices=TARGETS, default="findings", help="report section that is the answer")
+    parser.add_argument("--views", choices=VIEWS, default="frontal", help="views to include")
     parser.add_argument(
-        "--target", choices=TARGETS, default="findings", help="the part of the report that is asked for"
+        "--fractions", default="train=0.7,val=0.1,test=0.2", help="fraction of the reports in each split"
     )
-    parser.add_argument("--views", choices=VIEWS, default="frontal", help="which pictures of a report")
-    parser.add_argument("--fractions", default="train=0.7,val=0.1,test=0.2", help="share of the reports in each split")
-    parser.add_argument("--seed", type=int, default=0, help="another number deals reports out differently")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the assignment of reports to splits")
 
 
 CONVERTER = Converter(
@@ -256,5 +271,5 @@ CONVERTER = Converter(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry of `llava data iu-xray`."""
+    """Run `llava data iu-xray`."""
     run_converter(CONVERTER, argv)

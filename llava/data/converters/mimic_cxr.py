@@ -1,11 +1,12 @@
-"""MIMIC-CXR: the JPG release with its split and metadata tables, and the free-text reports. Access is credentialed.
+"""Converter for MIMIC-CXR: the JPG release, its split and metadata tables, and the free-text reports.
 
     mimic-cxr-2.0.0-split.csv.gz     dicom_id, study_id, subject_id, split (train, validate, test)
     mimic-cxr-2.0.0-metadata.csv.gz  dicom_id, ..., ViewPosition, ..., PatientOrientationCodeSequence_CodeMeaning
     mimic-cxr-2.0.0-chexpert.csv.gz  subject_id, study_id, 14 labels of 1, 0, -1 or blank (optional)
     files/p10/p10000032/s50414267/DICOM_ID.jpg    and, in mimic-cxr-reports,    files/p10/p10000032/s50414267.txt
 
-Or, with --annotations, LLaVA-Rad's files of the same pictures (`rad_annotations`). No text is ever logged.
+With --annotations, the files of LLaVA-Rad for the same images are read instead of tables and reports. Access to the
+data is credentialed, so no text of a report is logged.
 
 Command:
     llava data mimic-cxr mimic-cxr-jpg mimic-cxr-reports.zip --out data/mimic-cxr --target findings
@@ -50,18 +51,18 @@ VIEW_QUESTION = "Given the chest X-ray image from {view} view, describe the find
 
 
 class LeftOut(Exception):
-    """A rule leaves a row out; the message is the cause that is counted."""
+    """Raised by a rule that excludes a row; the message is the cause for the manifest."""
 
 
 QuestionRule = Callable[[Row, str], str]
-"""Row and split to the question; raises `LeftOut`."""
+"""Function from row and split to the question; raises `LeftOut`."""
 
 
 def findings_of(row: Row) -> str:
-    """Return the findings: what the answer of the conversation says.
+    """Return the findings, which are the answer of the conversation.
 
     Raises:
-        LeftOut: there are none.
+        LeftOut: the row has none.
     """
     text = _turn(row, "gpt")
     if not isinstance(text, str):
@@ -70,7 +71,7 @@ def findings_of(row: Row) -> str:
 
 
 def by_reason(row: Row, split: str) -> str:
-    """Frontal views, asked with the reason; of the test part only the sections taken by rules."""
+    """Return a question with the reason, for frontal views; test rows must be extracted by rules."""
     _frontal_only(row)
     if split == "test" and row.get("generate_method") != RULE_BASED:
         raise LeftOut("test row not extracted by rules")
@@ -78,13 +79,13 @@ def by_reason(row: Row, split: str) -> str:
 
 
 def as_written(row: Row, split: str) -> str:
-    """Frontal views with the question of the file."""
+    """Return the question of the file, for frontal views."""
     _frontal_only(row)
     return str(_turn(row, "human") or "").replace(IMAGE_TOKEN, "").strip()
 
 
 def by_view(row: Row, split: str) -> str:
-    """All views; the question names the view."""
+    """Return a question that names the view, for all views."""
     view = row.get("view")
     return VIEW_QUESTION.format(view=view if isinstance(view, str) else "Unknown")
 
@@ -98,10 +99,10 @@ LOADERS: dict[str, QuestionRule] = {
 
 
 def read_annotations(job: Job) -> Iterator[Event]:
-    """Yield the rows of the annotation files that are there.
+    """Yield the rows of the annotation files that exist.
 
     Raises:
-        DataError: none is.
+        DataError: none exists.
     """
     rule = lookup(LOADERS, job.args.loader, "loader")
     found = {split: job.sources.file(name) for split, name in FILES.items()}
@@ -153,7 +154,7 @@ def _event(job: Job, rule: QuestionRule, origin: Origin, row: Row | DataError, s
 
 
 def _turn(row: Row, speaker: str) -> Any:
-    """Return the first value of a speaker, whatever it is; None where there is none."""
+    """Return the first value of a speaker, of any type; None without a turn of that speaker."""
     turns = row.get("conversations")
     turns = turns if isinstance(turns, list) else []
     return next((turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") == speaker), None)
@@ -178,14 +179,14 @@ REPORT_FOLDERS = ("mimic-cxr-reports/files", "files")
 
 
 class ViewInfo(NamedTuple):
-    """What the metadata table says of one picture."""
+    """View of one image in the metadata table."""
 
     position: str
     orientation: str
 
 
 class _Reports:
-    """Reports by study; the pictures of one study follow each other, so the last one is kept."""
+    """Reports by study; caches the last one, as images of one study are adjacent in the table."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -195,7 +196,7 @@ class _Reports:
         """Return the report of a study.
 
         Raises:
-            DataError: its file is missing or no text.
+            DataError: the file is missing or is not UTF-8 text.
         """
         if self._last[0] != study:
             path = self._job.sources.image(f"p{subject[:2]}/p{subject}/s{study}.txt", *REPORT_FOLDERS)
@@ -208,7 +209,7 @@ class _Reports:
 
 
 class StudyTables(NamedTuple):
-    """What the other tables and the reports say, by picture and by study."""
+    """Contents of the other tables by image and study, and the reports."""
 
     views: dict[str, ViewInfo]
     labels: dict[str, dict[str, float]]
@@ -216,7 +217,7 @@ class StudyTables(NamedTuple):
 
 
 def read_events(job: Job) -> Iterator[Event]:
-    """Yield a question for each picture whose report has the part that is asked for."""
+    """Yield a question for each image whose report has the target section."""
     if job.args.annotations:
         job.variant = f"annotations, {job.args.loader}"
         yield from read_annotations(job)
@@ -275,21 +276,21 @@ def _events(job: Job, origin: Origin, row: Row, known: StudyTables) -> Iterator[
 
 
 def _views(job: Job, path: Path) -> dict[str, ViewInfo]:
-    """Return what is known of each picture; equal words are kept once, the table has 377,110 rows."""
+    """Return the view of each image by DICOM id."""
     orientation = ORIENTATION if ORIENTATION in column_names(path) else None
-    words: dict[ViewInfo, ViewInfo] = {}
+    shared: dict[ViewInfo, ViewInfo] = {}  # one object per distinct view: the table has 377,110 rows
     views: dict[str, ViewInfo] = {}
     rows = read_table(path, columns=("dicom_id", "ViewPosition"))
     for origin, row in progress(rows, title="reading views", unit="row"):
         if isinstance(row, DataError):
             raise DataError(f"{origin}: {row}")
         view = ViewInfo(cell(row, "ViewPosition"), cell(row, orientation))
-        views[cell(row, "dicom_id")] = words.setdefault(view, view)
+        views[cell(row, "dicom_id")] = shared.setdefault(view, view)
     return views
 
 
 def _labels(job: Job) -> dict[str, dict[str, float]]:
-    """Return the CheXpert labels of each study; blank ones (not mentioned) are left out."""
+    """Return the CheXpert labels of each study without blank ones (not mentioned)."""
     if job.sources.file(CHEXPERT, f"{CHEXPERT}.gz") is None:
         job.facts["chexpert_labels"] = "not there"
         return {}
@@ -302,20 +303,21 @@ def _labels(job: Job) -> dict[str, dict[str, float]]:
         try:
             labels[cell(row, "study_id")] = {name: float(value) for name, value in given.items() if value}
         except ValueError:
-            raise DataError(f"{origin}: a label is no number; expected 1, 0, -1 or blank") from None
+            raise DataError(f"{origin}: a label is not a number; expected 1, 0, -1 or blank") from None
     return labels
 
 
 def add_options(parser: Parser) -> None:
-    """Add the reader's own flags."""
+    """Add the options of this converter."""
+    parser.add_argument("--target", choices=TARGETS, default="findings", help="report section that is the answer")
+    parser.add_argument("--views", choices=VIEWS, default="frontal", help="views to include")
+    parser.add_switch("--reason", default=True, help="add the reason for the examination to the question")
+    parser.add_switch("--annotations", help="read the annotation files of LLaVA-Rad instead of tables and reports")
     parser.add_argument(
-        "--target", choices=TARGETS, default="findings", help="the part of the report that is asked for"
-    )
-    parser.add_argument("--views", choices=VIEWS, default="frontal", help="which pictures of a study")
-    parser.add_switch("--reason", default=True, help="put the reason for the examination into the question")
-    parser.add_switch("--annotations", help="read LLaVA-Rad's annotation files in the place of tables and reports")
-    parser.add_argument(
-        "--loader", choices=sorted(LOADERS), default="mimic_findings", help="which annotations, with which question"
+        "--loader",
+        choices=sorted(LOADERS),
+        default="mimic_findings",
+        help="selection of rows and questions, with --annotations",
     )
 
 
@@ -329,5 +331,5 @@ CONVERTER = Converter(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry of `llava data mimic-cxr`."""
+    """Run `llava data mimic-cxr`."""
     run_converter(CONVERTER, argv)

@@ -1,9 +1,9 @@
-"""Items to `train.json`, `val.json`, `test.json`, `images/` and `manifest.json`, all or nothing of the JSON files.
+"""Output folder of a converter: `train.json`, `val.json`, `test.json`, `images/` and `manifest.json`.
 
-    Item --> picture placed --> row into .train.json.part --finish--> train.json ... --last--> manifest.json
+    ConvertedItem --> image placed --> row into .train.json.part --finish--> train.json ... --last--> manifest.json
 
-A run that is killed leaves pictures, which the next run finds, and no JSON file. The manifest says what is where:
-counts by split, the hash of each split's ids, what was left out and why.
+A run that is killed leaves images, which the next run reuses, and no JSON file. The manifest has the counts of each
+split, the hash of its ids, and what was excluded and why.
 """
 
 from __future__ import annotations
@@ -31,39 +31,40 @@ logger = logging.getLogger(__name__)
 
 PLACEMENTS = ("link", "copy")
 ENDINGS = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"GI": ".gif", b"II": ".tif", b"MM": ".tif", b"BM": ".bmp"}
-"""First two bytes of picture files."""
+"""First two bytes of an image file to the extension."""
 
 
 def name_of_bytes(data: bytes) -> str:
-    """Return a name for a picture that has none: a part of its digest, so equal pictures are one file."""
+    """Return a file name from the digest of an image, so that equal images share one file."""
     return f"{content_digest(data)[:20]}{ENDINGS.get(data[:2], '.img')}"
 
 
 class ImageWriter:
-    """The folder `images/` of one output.
+    """Writer of the folder `images/`.
 
     Args:
-        folder: where pictures go.
-        way: one of `WAYS`.
+        folder: output folder of the images.
+        placement: one of `PLACEMENTS`.
     """
 
-    def __init__(self, folder: Path, way: str) -> None:
+    def __init__(self, folder: Path, placement: str) -> None:
         self.folder = folder
-        self.way = way
+        self.placement = placement
         self._placed: dict[str, Path | int] = {}
 
     def place(self, name: str, image: Path | bytes) -> None:
-        """Put a picture there, unless it is there from an earlier run.
+        """Write an image to the folder, unless an earlier run wrote it.
 
         Raises:
-            DataError: it cannot be read or written, the name leads out of the folder, or another picture has it.
+            DataError: the image cannot be read or written, its name leads out of the folder, or another image has
+                the same name.
         """
         if plain_name(name) != name:
-            raise DataError(f"image name {name[:200]!r} is no plain relative name")
+            raise DataError(f"image name {name[:200]!r} is not a plain relative path")
         identity = image if isinstance(image, Path) else hash(image)
         if (known := self._placed.get(name)) is not None:
             if known != identity:
-                raise DataError(f"two different pictures are called {name}")
+                raise DataError(f"two different images have the name {name}")
             return
         target = self.folder / name
         try:
@@ -71,7 +72,7 @@ class ImageWriter:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self._write(target, image)
         except OSError as error:
-            raise DataError(f"image {name} cannot be placed in {self.folder} ({error.strerror or error})") from error
+            raise DataError(f"image {name} cannot be written to {self.folder} ({error.strerror or error})") from error
         self._placed[name] = identity
 
     def _write(self, target: Path, image: Path | bytes) -> None:
@@ -79,7 +80,7 @@ class ImageWriter:
         try:
             if isinstance(image, bytes):
                 temporary.write_bytes(image)
-            elif self.way == "link":
+            elif self.placement == "link":
                 self._link(image, temporary)
             else:
                 shutil.copy2(image, temporary)
@@ -93,12 +94,12 @@ class ImageWriter:
         except FileNotFoundError:
             raise
         except OSError as error:
-            warn_once(logger, f"pictures cannot be linked to {self.folder} ({error.strerror}); they are copied")
+            warn_once(logger, f"images cannot be hard-linked to {self.folder} ({error.strerror}); copying them instead")
             shutil.copy2(image, temporary)
 
 
 def _is_there(target: Path, image: Path | bytes) -> bool:
-    """Say whether a picture was placed before: the same file, or one of the same size and time."""
+    """Return whether the target is this image: the same file, or one of the same size and time."""
     if not target.is_file():
         return False
     found = target.stat()
@@ -110,7 +111,7 @@ def _is_there(target: Path, image: Path | bytes) -> bool:
 
 
 COUNTED = ("answer_type", "question_type", "image_organ", "modality", "view", "q_lang")
-"""Fields whose values the manifest counts; a field of more than `MAX_VALUES` values is counted as a whole."""
+"""Fields whose values the manifest counts; beyond `MAX_VALUES` values it has the number of distinct ones only."""
 
 MAX_VALUES = 50
 
@@ -119,7 +120,7 @@ SKIPPED = "skipped.jsonl"
 
 
 def split_hash(ids: Iterable[str]) -> str:
-    """Return the identity of a split: SHA-256 over its sorted ids, each followed by a line feed (UTF-8)."""
+    """Return the SHA-256 over the sorted ids of a split, each followed by a line feed (UTF-8)."""
     digest = hashlib.sha256()
     for identity in sorted(ids):
         digest.update(f"{identity}\n".encode())
@@ -128,7 +129,7 @@ def split_hash(ids: Iterable[str]) -> str:
 
 @dataclass(slots=True)
 class SplitCount:
-    """What was written of one split."""
+    """Ids, images, field values and excluded rows of one split."""
 
     ids: list[str] = field(default_factory=list)
     images: set[str] = field(default_factory=set)
@@ -136,7 +137,7 @@ class SplitCount:
     excluded: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Count a row."""
+        """Add a row to the counts."""
         self.ids.append(str(row["id"]))
         self.images.add(row["image"])
         for name in COUNTED:
@@ -144,7 +145,7 @@ class SplitCount:
                 self.values.setdefault(name, Counter())[str(row[name])] += 1
 
     def summary(self) -> dict[str, Any]:
-        """Return the numbers for the manifest."""
+        """Return the counts for the manifest."""
         counts: dict[str, Any] = {"rows": len(self.ids), "images": len(self.images), "ids_sha256": split_hash(self.ids)}
         for name, values in self.values.items():
             many = len(values) > MAX_VALUES
@@ -155,13 +156,13 @@ class SplitCount:
 
 
 class ConverterOutput:
-    """One output folder while it is written; use as a context manager, and call `finish` at the end.
+    """Output folder of a converter; use it as a context manager and call `finish` at the end.
 
     Args:
-        folder: where everything goes.
-        images: one of `pictures.WAYS`.
-        limit: rows written of each split; None for all.
-        skip_bad: leave rows out that cannot be used, list them in `skipped.jsonl`, and go on.
+        folder: output folder.
+        images: one of `PLACEMENTS`.
+        limit: maximum number of rows per split; None for all.
+        skip_bad: skip rows that cannot be used and list them in `skipped.jsonl`.
     """
 
     def __init__(self, folder: str | Path, *, images: str = "link", limit: int | None = None, skip_bad: bool = False):
@@ -170,7 +171,7 @@ class ConverterOutput:
         self.skip_bad = skip_bad
         self.counts: dict[str, SplitCount] = {}
         self.num_renamed = 0
-        self._pictures = ImageWriter(self.folder / "images", images)
+        self._images = ImageWriter(self.folder / "images", images)
         self._streams: dict[str, IO[str]] = {}
         self._seen: Counter[str] = Counter()
         self._skipped: list[BadRow] = []
@@ -185,14 +186,14 @@ class ConverterOutput:
             self._part(split).unlink(missing_ok=True)
 
     def is_full(self, split: str) -> bool:
-        """Say whether `limit` rows of a split are written."""
+        """Return whether a split has `limit` rows."""
         return self.limit is not None and split in self.counts and len(self.counts[split].ids) >= self.limit
 
     def add(self, event: ConvertedItem | Excluded | BadRow) -> None:
-        """Take what a reader yielded.
+        """Add an event of a converter.
 
         Raises:
-            DataError: a row cannot be used and `skip_bad` is off; names file, row and id.
+            DataError: a row cannot be used and `skip_bad` is off; the message names file, row and id.
         """
         if isinstance(event, Excluded):
             self._count(event.split).excluded[event.cause] += 1
@@ -201,17 +202,17 @@ class ConverterOutput:
         elif not self.is_full(event.split):
             try:
                 row = make_row(event)
-                self._pictures.place(event.image_name, event.image)
+                self._images.place(event.image_name, event.image)
             except DataError as error:
                 self._bad(event.problem(str(error)))
             else:
                 self._write(event.split, self._with_own_id(row))
 
     def finish(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Move the JSON files into place, write the manifest last, and return it.
+        """Move the JSON files into place, then write and return the manifest.
 
         Raises:
-            DataError: nothing was written.
+            DataError: no row was written.
         """
         if not self._streams:
             causes = "; ".join(f"{cause}: {n}" for count in self.counts.values() for cause, n in count.excluded.items())
@@ -241,11 +242,11 @@ class ConverterOutput:
 
     def _bad(self, row: BadRow) -> None:
         if not self.skip_bad:
-            raise DataError(f"{row} (--skip_bad leaves such rows out and lists them)")
+            raise DataError(f"{row} (pass --skip-bad to skip and list such rows)")
         self._skipped.append(row)
 
     def _with_own_id(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the row with an id that no other row has: a repeated one gets `_2`, `_3`."""
+        """Return the row with a unique id; a repeated id gets the suffix `_2`, `_3`, ..."""
         identity = row["id"]
         self._seen[identity] += 1
         if self._seen[identity] == 1:
@@ -269,16 +270,16 @@ class ConverterOutput:
 
 
 def remove_splits(folder: Path, splits: Iterable[str]) -> None:
-    """Remove the files of splits that an earlier output had and this one has not: their rows may be in others now."""
+    """Remove the files of splits that only an earlier output had; their rows may be in other splits now."""
     for split in splits:
         (folder / f"{split}.json").unlink(missing_ok=True)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """Return the manifest of a finished output, or None where there is none.
+    """Return the manifest of a complete output, or None if it does not exist.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the manifest cannot be read.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -286,7 +287,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); remove it to write the folder again") from error
+        raise ConfigError(f"{path} is not JSON ({error}); remove it to rewrite the folder") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} is no manifest of this program; choose another folder")
+        raise ConfigError(f"{path} is not a manifest of llava data; choose another folder")
     return content

@@ -1,10 +1,10 @@
-"""PathVQA: the Parquet release (pictures inside), or questions as JSON beside the folder of pictures. Never .pkl files.
+"""Converter for PathVQA: the Parquet release with embedded images, or JSON questions with an image folder.
 
     train-00000-of-00007-....parquet: image {bytes, path}, question, answer
     train_qa.json: [{"image": "train_0422", "question": ..., "answer": ...}, ...] + images/train/train_0422.jpg
 
-A pickle is a program that runs when it is opened, so one found here is refused. Neither form names the type of a
-question: a closed one is of type yes/no, any other is called by the word that asks (what, where, how many).
+Pickle files are refused, as loading one can run code. Neither variant has question types: a closed question has the
+type yes/no, any other has its question word (what, where, how many).
 
 Command:
     llava data pathvqa DOWNLOADED --out data/pathvqa
@@ -31,7 +31,7 @@ OWN_IDS = ("qid", "question_id", "id")
 
 
 class _Part(NamedTuple):
-    """What the two forms tell in their own ways: id, split, and the picture with its name."""
+    """Values that differ between the two variants: id, split, image and image name."""
 
     id: str
     split: str
@@ -40,7 +40,7 @@ class _Part(NamedTuple):
 
 
 def read_events(job: Job) -> Iterator[Event]:
-    """Yield the questions of the form that is there; Parquet comes first."""
+    """Yield the questions of the variant that exists; Parquet has priority."""
     parquet = {
         split: [path for name in names for path in job.sources.matching(f"{name}-*.parquet")]
         for split, names in NAMES.items()
@@ -52,7 +52,7 @@ def read_events(job: Job) -> Iterator[Event]:
         return
     found = {split: job.sources.file(*_json_names(names)) for split, names in NAMES.items()}
     if not any(found.values()):
-        raise DataError(_nothing(job))
+        raise DataError(_missing_message(job))
     job.variant = "json"
     for split, names in NAMES.items():
         path = job.require_file(*_json_names(names))
@@ -66,12 +66,12 @@ def _json_names(names: Sequence[str]) -> list[str]:
     return [f"{name}{ending}" for name in names for ending in ("_qa.json", "_qa.jsonl", "set.json", ".json", ".jsonl")]
 
 
-def _nothing(job: Job) -> str:
+def _missing_message(job: Job) -> str:
     pickles = job.sources.matching("*.pkl")
     if pickles:
         return (
-            f"{pickles[0]} is a pickle: opening it would run whatever program is in it, so it is not opened. Use the "
-            f"Parquet release, or questions as JSON. {job.card.how_to_get}"
+            f"{pickles[0]} is a pickle, and loading it could run code, so it is not read. Use the Parquet release or "
+            f"JSON questions. {job.card.how_to_get}"
         )
     return job.missing("train-*.parquet and no train_qa.json")
 
@@ -90,10 +90,10 @@ def _parquet(job: Job, split: str, paths: Sequence[Path]) -> Iterator[Event]:
 def _from_parquet(job: Job, origin: Origin, row: Row | DataError, part: _Part) -> Event:
     if isinstance(row, DataError):
         return BadRow(*origin, part.id, str(row))
-    picture: Any = row["image"]
-    data = picture.get("bytes") if isinstance(picture, dict) else picture
+    value: Any = row["image"]
+    data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes) or not data:
-        return BadRow(*origin, part.id, "column 'image' holds no picture; expected its bytes")
+        return BadRow(*origin, part.id, "column 'image' holds no image; expected its bytes")
     return _item(job, origin, row, part._replace(image=data, name=name_of_bytes(data)))
 
 
@@ -103,14 +103,14 @@ def _from_json(job: Job, origin: Origin, row: Row | DataError, split: str) -> Ev
     own = next((cell(row, name) for name in OWN_IDS if cell(row, name)), f"{split}_{origin.row}")
     part = _Part(f"pathvqa_{own}", split)
     try:
-        image = _with_ending(job, cell(row, "image"), split)
+        image = _image_path(job, cell(row, "image"), split)
     except DataError as error:
         return BadRow(*origin, part.id, str(error))
     return _item(job, origin, row, part._replace(image=image, name=image.name))
 
 
-def _with_ending(job: Job, name: str, split: str) -> Path:
-    """Return the file of a picture; the release writes names without ending."""
+def _image_path(job: Job, name: str, split: str) -> Path:
+    """Return the path of an image; the release writes names without an extension."""
     under = [f"images/{folder}" for folder in NAMES[split]] + ["images"]
     for ending in ("", ".jpg", ".png", ".jpeg"):
         try:
@@ -138,7 +138,7 @@ def _item(job: Job, origin: Origin, row: Row, part: _Part) -> Event:
 
 
 def question_type(question: str, kind: str) -> str:
-    """Return `yes/no` for a closed question, else the words that ask, else `other`."""
+    """Return `yes/no` for a closed question, else its question words, else `other`."""
     if kind == "CLOSED":
         return "yes/no"
     text = " ".join(question.lower().split())
@@ -151,5 +151,5 @@ CONVERTER = Converter(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry of `llava data pathvqa`."""
+    """Run `llava data pathvqa`."""
     run_converter(CONVERTER, argv)

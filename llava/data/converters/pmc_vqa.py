@@ -1,11 +1,11 @@
-"""PMC-VQA: questions with four choices about figures of open-access articles, two releases.
+"""Converter for PMC-VQA: multiple-choice questions about figures of open-access articles, two releases.
 
     release 1: train.csv, test.csv: Figure_path, Question, Answer, Choice A..D, Answer_label        + images.zip
     release 2: train_2.csv, test_2.csv: index, Figure_path, Caption, Question, Choice A..D, Answer (a letter), split
                                                                                                      + images_2.zip
 
-By default the answer is the text of the right choice (an open question); with --choices the question shows the four
-choices and the answer is one of them, letter and text (a closed one).
+By default the answer is the text of the correct choice (an open question). With --choices the question lists the four
+choices and the answer is the letter and text of one of them (a closed question).
 
 Command:
     llava data pmc-vqa DOWNLOADED images_2.zip --out data/pmc-vqa --release 2
@@ -37,7 +37,7 @@ NEEDED = ("Figure_path", "Question", "Answer", *(f"Choice {letter}" for letter i
 
 
 def read_events(job: Job) -> Iterator[Event]:
-    """Yield the questions of the release that is there."""
+    """Yield the questions of the release that exists."""
     release = _release(job)
     job.variant = f"{PREFIX}{release}"
     for split, names in FILES[release].items():
@@ -52,17 +52,17 @@ def _release(job: Job) -> str:
     """Return the release to read.
 
     Raises:
-        DataError: none is there.
-        ConfigError: both are, and no flag says which; or the cleaned test file is asked of release 2.
+        DataError: neither release exists.
+        ConfigError: both exist and --release is missing, or --clean is used with release 2.
     """
-    there = [release for release, files in FILES.items() if job.sources.file(*files["train"])]
-    chosen = str(job.args.release) if job.args.release else there[0] if len(there) == 1 else ""
-    if not there:
+    found = [release for release, files in FILES.items() if job.sources.file(*files["train"])]
+    chosen = str(job.args.release) if job.args.release else found[0] if len(found) == 1 else ""
+    if not found:
         raise DataError(job.missing("train.csv or train_2.csv"))
     if not chosen:
-        raise ConfigError("both releases are there; say which with --release 1 or --release 2")
+        raise ConfigError("both releases are present; choose one with --release 1 or --release 2")
     if job.args.clean and chosen == "2":
-        raise ConfigError("--clean reads test_clean.csv, which belongs to release 1")
+        raise ConfigError("--clean reads test_clean.csv of release 1, but the release is 2")
     return chosen
 
 
@@ -96,15 +96,15 @@ def _event(job: Job, origin: Origin, row: Row | DataError, split: str) -> Event:
 
 
 def _choice(text: str, letter: str) -> str:
-    """Return a choice without its letter, which the files put in front in several ways: ` A:Focal uptake`."""
+    """Return a choice without its letter prefix, which has several forms, such as ` A:Focal uptake`."""
     return re.sub(rf"^\s*{letter}\s*[:.)]\s*", "", text, flags=re.IGNORECASE).strip()
 
 
 def _letter(row: Row, choices: dict[str, str]) -> str:
-    """Return the letter of the right choice.
+    """Return the letter of the correct choice.
 
     Raises:
-        DataError: the row does not say which it is, or that choice is empty.
+        DataError: the row marks no choice, or that choice is empty.
     """
     answer = answer_cell(row, "Answer")
     label = (cell(row, "Answer_label") or (answer if answer.upper() in LETTERS else "")).upper()
@@ -117,10 +117,10 @@ def _letter(row: Row, choices: dict[str, str]) -> str:
 
 
 def add_options(parser: Parser) -> None:
-    """Add the reader's own flags."""
-    parser.add_argument("--release", type=int, choices=(1, 2), help="which release, where both are there")
-    parser.add_switch("--choices", help="show the four choices; the answer is one of them")
-    parser.add_switch("--clean", help="release 1: test_clean.csv (checked by people) in the place of test.csv")
+    """Add the options of this converter."""
+    parser.add_argument("--release", type=int, choices=(1, 2), help="release to read, if both are present")
+    parser.add_switch("--choices", help="list the four choices in the question; the answer is one of them")
+    parser.add_switch("--clean", help="release 1: read test_clean.csv (manually verified) instead of test.csv")
     parser.add_switch("--captions", help="release 2: keep the figure's caption in the field `caption`")
 
 
@@ -134,5 +134,5 @@ CONVERTER = Converter(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry of `llava data pmc-vqa`."""
+    """Run `llava data pmc-vqa`."""
     run_converter(CONVERTER, argv)

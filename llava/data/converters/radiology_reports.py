@@ -1,18 +1,18 @@
-"""The sections of a free-text radiology report: findings, impression, reason for the examination.
+"""Parser of free-text radiology reports: findings, impression and reason for the examination.
 
-    text --behind the last FINAL REPORT--> lines --headers `NAME:` at a line's start--> sections of known kinds
+    text --after the last FINAL REPORT--> lines --headers `NAME:` at the start of a line--> sections of known kinds
 
 Rules, each of them tested:
 
-- A header stands at the start of a line and ends with a colon. A known name counts in any case (`Findings:`), an
-  unknown one only in capitals; the text may follow on the same line.
-- `FINDINGS AND IMPRESSION` and the like are findings; `CONCLUSION` is an impression.
-- A capital name that speaks of a part of the body or of a device (`LUNGS:`, `LINES AND TUBES:`) inside findings or
-  impression is a part of that section and keeps its name; every other unknown name begins a section of kind `other`.
-- What stands before a line `FINAL REPORT` (a wet read, a preliminary text) is no part of the report.
-- A section that is there twice is joined in order. White space, line ends included, becomes one space.
+- A header is at the start of a line and ends with a colon. A known name matches in any case (`Findings:`), an unknown
+  one only in capitals. The text may follow on the same line.
+- `FINDINGS AND IMPRESSION` and similar names are findings; `CONCLUSION` is an impression.
+- Inside findings or impression, a name in capitals that mentions a body part or a device (`LUNGS:`, `LINES AND
+  TUBES:`) belongs to the text of that section. Every other unknown name starts a section of kind `other`.
+- Text before a line `FINAL REPORT` (a wet read, a preliminary text) is not part of the report.
+- Repeated sections are joined in order. White space, including line ends, becomes one space.
 
-Nothing is guessed: a report without a findings header has no findings.
+A report without a findings header has no findings.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ KINDS: dict[str, tuple[str, ...]] = {
         "nb",
     ),
 }
-"""Names of headers, in lower case, by kind of section."""
+"""Header names in lower case, by kind of section."""
 
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 
 REASONS = ("reason", "indication", "history")
-"""Sections that say why the examination was made, the most direct first."""
+"""Kinds of sections with the reason for the examination, the most direct first."""
 
 _PARTS = """
 abdomen airway airways aorta apparatus bone bones cardiac cardiomediastinal catheter catheters chest device devices
@@ -83,7 +83,7 @@ pleura pleural pulmonary ribs skeletal soft spine support thorax tissue tissues 
 vessels
 """
 PARTS = frozenset(_PARTS.split())
-"""Words of sub-headings inside findings."""
+"""Words of subheadings within findings and impression."""
 
 MAX_HEADER = 60
 _HEADER = re.compile(rf"^[ \t]*([A-Za-z][A-Za-z0-9 ()/,&'.-]{{0,{MAX_HEADER}}}?)[ \t]*:(?=\s|$)", re.MULTILINE)
@@ -93,7 +93,7 @@ _WORD = re.compile(r"[a-z]+")
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section: its kind (a key of `KINDS`, or `preamble`), its name as written, its text in one line."""
+    """One section: kind (a key of `KINDS`, or `preamble`), name as written, and text as one line."""
 
     kind: str
     name: str
@@ -102,38 +102,38 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class RadiologyReport:
-    """The sections of a report, in order."""
+    """Sections of a report, in order."""
 
     sections: tuple[Section, ...]
 
     def text(self, kind: str) -> str:
-        """Return the text of all sections of a kind, joined by a space; empty when there is none."""
+        """Return the text of all sections of a kind, joined by spaces; empty without such a section."""
         return " ".join(section.text for section in self.sections if section.kind == kind and section.text)
 
     @property
     def findings(self) -> str:
-        """What is seen."""
+        """Text of the findings."""
         return self.text("findings")
 
     @property
     def impression(self) -> str:
-        """What it means."""
+        """Text of the impression."""
         return self.text("impression")
 
     @property
     def reason(self) -> str:
-        """Why the examination was made: the first kind of `REASONS` that has a text."""
+        """Reason for the examination: the text of the first kind of `REASONS` that has one."""
         return next((text for kind in REASONS if (text := self.text(kind))), "")
 
 
 def parse_report(text: str) -> RadiologyReport:
-    """Return the sections of a report; every word behind the last `FINAL REPORT` is in one of them or in a name."""
+    """Return the sections of a report; no word after the last `FINAL REPORT` is lost."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     for mark in reversed(list(_FINAL.finditer(text))):
         if text[mark.end() :].strip():
             text = text[mark.end() :]
             break
-        text = text[: mark.start()]  # a mark with nothing behind it
+        text = text[: mark.start()]  # a mark without text after it
     found: list[tuple[str, str, int, int]] = []
     kind = "preamble"
     for header in _HEADER.finditer(text):
@@ -149,14 +149,14 @@ def parse_report(text: str) -> RadiologyReport:
 
 
 def _kind(name: str, *, inside: str) -> str | None:
-    """Return the kind of section that a header begins, or None where it is text of the section it stands in."""
+    """Return the kind of section that a header starts; None if it belongs to the text of its section."""
     plain = " ".join(name.lower().split())
     if plain in KIND_OF:
         return KIND_OF[plain]
     if not name.isupper():
         return None
-    speaks_of_parts = not PARTS.isdisjoint(_WORD.findall(plain))
-    return None if inside in ("findings", "impression") and speaks_of_parts else "other"
+    mentions_part = not PARTS.isdisjoint(_WORD.findall(plain))
+    return None if inside in ("findings", "impression") and mentions_part else "other"
 
 
 def _one_line(text: str) -> str:
@@ -179,16 +179,16 @@ VIEWS = ("frontal", "all")
 
 
 def report_question(target: str, reason: str | None) -> str:
-    """Return the question for `findings` or `impression`; a blank reason is none, line ends in one become spaces."""
+    """Return the question for `findings` or `impression`, with the reason unless it is blank."""
     text = (reason or "").replace("\r\n", " ").replace("\r", " ").replace("\n", " ")
     return WITH_REASON[target].format(reason=text) if text.strip() else WITHOUT_REASON[target]
 
 
 def is_frontal(view: str) -> bool:
-    """Say whether a projection is frontal, in the words of MIMIC-CXR (AP, PA) or of the Indiana tables (Frontal)."""
+    """Return whether a projection is frontal: AP or PA in MIMIC-CXR, Frontal in the Indiana tables."""
     return view.strip().upper() in FRONTAL or view.strip().lower() == "frontal"
 
 
 def first_text(values: Iterable[object]) -> str:
-    """Return the first of several values that is a text and not blank."""
+    """Return the first value that is a string and not blank; empty without one."""
     return next((value.strip() for value in values if isinstance(value, str) and value.strip()), "")

@@ -1,7 +1,8 @@
-"""SLAKE: train.json, validation.json, test.json and imgs/xmlabN/source.jpg; English and Chinese questions.
+"""Converter for SLAKE: questions in English and Chinese about images of several modalities.
 
-A row has `qid`, `img_id`, `img_name` (xmlabN/source.jpg), `question`, `answer`, `q_lang` (en, zh), `location`,
-`modality`, `answer_type` (OPEN, CLOSED), `base_type` (vqa, kvqa), `content_type`, `triple`.
+The release has train.json, validation.json, test.json and imgs/xmlabN/source.jpg. A row has `qid`, `img_id`,
+`img_name` (xmlabN/source.jpg), `question`, `answer`, `q_lang` (en, zh), `location`, `modality`, `answer_type` (OPEN,
+CLOSED), `base_type` (vqa, kvqa), `content_type` and `triple`.
 
 Command:
     llava data slake DOWNLOADED imgs.zip --out data/slake --lang en
@@ -26,7 +27,7 @@ LANGUAGES = ("en", "zh", "all")
 
 
 def read_events(job: Job) -> Iterator[Event]:
-    """Yield the questions of the three files."""
+    """Yield the questions of the three split files."""
     job.variant = job.args.lang
     for split, names in FILES.items():
         path = job.require_file(*names)
@@ -63,7 +64,7 @@ def _event(job: Job, origin: Origin, row: Row, split: str) -> Event:
 
 
 def add_options(parser: Parser) -> None:
-    """Add the reader's own flags."""
+    """Add the options of this converter."""
     parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the questions")
 
 
@@ -73,5 +74,5 @@ CONVERTER = Converter(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry of `llava data slake`."""
+    """Run `llava data slake`."""
     run_converter(CONVERTER, argv)

@@ -1,6 +1,6 @@
-"""The folders and archives a user downloaded, as one place where a reader finds its files by name.
+"""Lookup of files by name in downloaded folders and archives.
 
-folders, archives --unpacked beside the output--> roots --> file("train.json"), image("xmlab1/source.jpg", "imgs")
+folders, archives --unpacked into the output folder--> roots --> file("train.json"), image("xmlab1/source.jpg", "imgs")
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from llava.utils.jsonl import write_atomic
 from llava.utils.log import progress
 
 LIMITS = Limits(max_members=2_000_000, max_figure=1 << 30, max_unpacked=2 << 40)
-"""What a whole data set may cost: the largest of those read here has 377,110 pictures."""
+"""Limits for an archive of a whole dataset; the largest supported dataset has 377,110 images."""
 
 FINISHED = ".unpacked"
-"""Marker inside a folder that was unpacked to its end; it holds size and time of the archive."""
+"""Marker file in a completely unpacked folder; it holds size and time of the archive."""
 
 PIECE = 1 << 20
+"""Bytes per read."""
 
 
 def is_archive(path: str | Path) -> bool:
-    """Say whether a file is a zip or gzipped archive, by its first bytes."""
+    """Return whether the first bytes of a file are those of a zip or gzip file."""
     try:
         with open(path, "rb") as stream:
             head = stream.read(4)
@@ -44,10 +45,10 @@ def is_archive(path: str | Path) -> bool:
 
 
 def unpack(archive: Path, folder: Path, limits: Limits = LIMITS) -> Path:
-    """Unpack an archive into `folder` unless that was done before, and return `folder`.
+    """Unpack an archive into `folder`, unless an earlier run did so, and return `folder`.
 
     Raises:
-        ArchiveError: it is damaged, encrypted, beyond the limits, or a member would leave the folder.
+        ArchiveError: the archive is damaged, encrypted or beyond the limits, or a member would leave the folder.
     """
     found = archive.stat()
     state = f"{found.st_size} {found.st_mtime_ns}\n"
@@ -68,10 +69,10 @@ def unpack(archive: Path, folder: Path, limits: Limits = LIMITS) -> Path:
 
 
 def _target(name: str, folder: Path) -> Path:
-    """Return where a member goes.
+    """Return the path of a member.
 
     Raises:
-        ArchiveError: its name is absolute, leads upwards or is no name.
+        ArchiveError: the name of the member is absolute, leads out of the folder or is invalid.
     """
     plain = plain_name(name)
     if plain is None or plain == FINISHED:
@@ -93,7 +94,7 @@ def _unzip(archive: Path, folder: Path, limits: Limits) -> None:
                     _write(_pieces(stream, member.file_size), target)
     except DataError:
         raise
-    except Exception as error:  # the library raises whatever its parsing runs into: BadZipFile, struct.error, ...
+    except Exception as error:  # zipfile raises errors of many types: BadZipFile, struct.error, ...
         raise ArchiveError(f"cannot be unpacked ({type(error).__name__}: {error})", reason="corrupted") from error
 
 
@@ -103,24 +104,28 @@ def _check_sizes(members: list[zipfile.ZipInfo], packed: int, limits: Limits) ->
     bomb = total > limits.max_unpacked or (total > limits.ratio_from and total > limits.max_ratio * packed)
     if bomb or len(members) > limits.max_members or largest > limits.max_figure:
         raise ArchiveError(
-            f"{len(members)} files, {total} bytes unpacked from {packed}, the largest {largest}: more than the limits "
-            "allow; unpack it yourself if you trust it, and give the folder",
+            f"{len(members)} files, {total} bytes unpacked from {packed}, the largest {largest}: beyond the limits. If "
+            "you trust the archive, unpack it yourself and pass the folder",
             reason="bomb",
         )
 
 
 def _pieces(stream: IO[bytes], size: int) -> Iterator[bytes]:
-    """Yield the bytes of a member; more than its announced size cannot come."""
+    """Yield the bytes of a member.
+
+    Raises:
+        ArchiveError: the member is not of the size that the archive states.
+    """
     left = size
     while left and (piece := stream.read(min(PIECE, left))):
         left -= len(piece)
         yield piece
     if left or stream.read(1):
-        raise ArchiveError("a member is not of the size it states", reason="corrupted")
+        raise ArchiveError("a member does not have the size that the archive states", reason="corrupted")
 
 
 class _File:
-    """An open file as the source that `Archive` reads."""
+    """Adapter from an open file to the reader interface of `Archive`."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -141,7 +146,8 @@ def _write(pieces: Iterator[bytes], target: Path) -> None:
     """Write a member under a temporary name and move it into place.
 
     Raises:
-        DataError: the place is taken by a folder, or a folder's by a file.
+        ArchiveError: a folder has the path of the member, or a file that of its folder.
+        DataError: the file cannot be written.
     """
     temporary = target.with_name(f".{os.getpid()}.part")
     try:
@@ -150,31 +156,35 @@ def _write(pieces: Iterator[bytes], target: Path) -> None:
             stream.writelines(pieces)
         os.replace(temporary, target)
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise ArchiveError(f"two members want the place {target.name!r}", reason="unsafe_member") from error
+        raise ArchiveError(f"two members have the path {target.name!r}", reason="unsafe_member") from error
     except OSError as error:
         raise DataError(f"{target} cannot be written ({error.strerror or error})") from error
     finally:
-        with suppress(OSError):  # the folder may be a file, then there is nothing to remove
+        with suppress(OSError):  # the parent may be a file, and then no temporary file exists
             temporary.unlink(missing_ok=True)
 
 
 DEPTH = 2
-"""Folders below a given one that are searched for annotation files: archives wrap their content once or twice."""
+"""Levels of subfolders searched for annotation files; archives often wrap their content once or twice."""
 
 MAX_FOLDERS = 2_000
-"""Folders that are listed in that search; picture folders of large sets are not walked."""
+"""Maximum number of folders in that search, so that image folders of large datasets are not listed."""
 
 
 class Sources:
-    """What the user gave.
+    """Input folders, archives and files of a converter.
 
     Args:
         paths: folders, archives (.zip, .tar.gz) or single files.
-        work: folder for what archives hold.
+        work: folder for the content of archives.
 
     Raises:
         ConfigError: a path does not exist.
         ArchiveError: an archive cannot be unpacked safely.
+
+    Attributes:
+        files: the single files.
+        roots: the folders and the unpacked archives.
     """
 
     def __init__(self, paths: Sequence[str | Path], work: Path) -> None:
@@ -184,7 +194,7 @@ class Sources:
             if path.is_dir():
                 self.roots.append(path)
             elif not path.is_file():
-                raise ConfigError(f"{path}: no such file or folder; give what you downloaded")
+                raise ConfigError(f"{path}: no such file or folder; pass the downloaded files")
             elif is_archive(path) and not _is_table(path):
                 self.roots.append(unpack(path, work / f"{number}-{path.name}"))
             else:
@@ -192,7 +202,7 @@ class Sources:
 
     @cached_property
     def folders(self) -> list[Path]:
-        """The given folders and those below them, nearest first; a bounded number."""
+        """Roots and their subfolders, nearest first, limited by `DEPTH` and `MAX_FOLDERS`."""
         found = list(self.roots)
         level = list(self.roots)
         for _ in range(DEPTH):
@@ -202,7 +212,7 @@ class Sources:
         return found
 
     def file(self, *names: str) -> Path | None:
-        """Return the first of these files that is there; a name may hold folders."""
+        """Return the first of these files that exists; a name may contain folders."""
         for name in names:
             for path in self.files:
                 if path.name == Path(name).name:
@@ -213,25 +223,25 @@ class Sources:
         return None
 
     def matching(self, pattern: str) -> list[Path]:
-        """Return all files whose name matches, in order of name."""
+        """Return all files whose name matches the pattern, sorted."""
         found = {path for path in self.files if fnmatch.fnmatch(path.name, pattern)}
         for folder in self.folders:
             found.update(folder / name for name in _files(folder) if fnmatch.fnmatch(name, pattern))
         return sorted(found)
 
     def folder(self, *names: str) -> Path | None:
-        """Return the first of these folders that is there."""
+        """Return the first of these folders that exists."""
         return next((folder / name for name in names for folder in self.folders if (folder / name).is_dir()), None)
 
     def image(self, name: str, *under: str) -> Path:
-        """Return a picture's file.
+        """Return the path of an image.
 
         Args:
-            name: as the annotation writes it, with `/` between folders.
-            under: folders in which releases keep pictures.
+            name: name in the annotation, with `/` between folders.
+            under: image folders of the releases.
 
         Raises:
-            DataError: there is none, several files have that name, or the name leads out of its folder.
+            DataError: no file or several files have that name, or the name leads out of its folder.
         """
         plain = plain_name(name)
         if plain is None:
@@ -243,12 +253,12 @@ class Sources:
         if len(found) == 1:
             return found[0]
         if found:
-            raise DataError(f"image {plain} is there {len(found)} times, for one in {found[0].parent}")
+            raise DataError(f"image {plain} exists {len(found)} times, for example in {found[0].parent}")
         looked = ", ".join(str(folder) for folder in self._bases(under)) or "nothing"
-        raise DataError(f"image {plain} is not in {looked}; give its folder or archive too")
+        raise DataError(f"image {plain} is not in {looked}; pass its folder or archive as well")
 
     def _bases(self, under: tuple[str, ...]) -> list[Path]:
-        """Return the folders of pictures, found once for each list of names."""
+        """Return the image folders, cached by the list of names."""
         if under not in self._known_bases:
             named = [folder / name for name in under for folder in self.folders if (folder / name).is_dir()]
             self._known_bases[under] = [*named, *self.roots]
@@ -260,7 +270,7 @@ class Sources:
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
-        """Every file below the given folders by its last name; read only when a picture is not where it should be."""
+        """All files below the roots by file name; built only if an image is not in its folder."""
         found: dict[str, list[Path]] = {}
         for root in self.roots:
             for folder, _, names in os.walk(root):
@@ -270,7 +280,7 @@ class Sources:
 
 
 def is_file(path: Path) -> bool:
-    """Say whether a file is there; a name that no file can have (too long, for one) is not."""
+    """Return whether a file exists; False for an invalid name, for example a too long one."""
     try:
         return path.is_file()
     except OSError:
@@ -294,9 +304,9 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _is_table(path: Path) -> bool:
-    """Say whether a gzipped file is one table and no archive: a tar archive says so in its 258th byte and on."""
+    """Return whether a gzip file is a table, not a tar archive."""
     try:
         with gzip.open(path) as stream:
-            return b"ustar" not in stream.read(512)[257:263]
+            return b"ustar" not in stream.read(512)[257:263]  # the magic bytes of a tar header
     except (OSError, EOFError, zlib.error):
         return False

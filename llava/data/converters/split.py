@@ -1,12 +1,12 @@
-"""`llava data split`: rows to train, val and test so that no patient, or no picture, is in two of them.
+"""`llava data split`: train, val and test splits that share no patient, or no image.
 
-    rows --keys (patient, picture)--> groups --hash of group and seed--> split of the whole group --> OUT/train.json ...
+    rows --keys (patient, image)--> groups --hash of group and seed--> split of the whole group --> OUT/train.json ...
 
-Without --stratify a group's split depends on its name, the seed and the fractions only: rows added later move no other
-group. With --stratify FIELD the groups of each value of that field are put in the order of their hashes and dealt out
-by numbers of rows, which keeps shares close in small sets, but may move groups when rows are added.
+Without --stratify the split of a group depends on its name, the seed and the fractions only, so rows added later do not
+move other groups. With --stratify FIELD the groups of each value of that field are ordered by hash and assigned by
+number of rows. This keeps the fractions accurate in small datasets, but rows added later may move groups.
 
-Rows themselves are not changed (but NaN, which is no JSON, becomes null). Pictures stay where they are.
+Rows are not changed, except that NaN, which is not valid JSON, becomes null. Images are not moved.
 
 Command:
     llava data split all.json --by patient --fractions train=0.8,val=0.1,test=0.1 --out data/split
@@ -36,32 +36,32 @@ from llava.utils.provenance import stamp
 
 
 def unit_hash(group: str, *, seed: int) -> float:
-    """Return a number in [0, 1) that depends on the group and the seed only."""
+    """Return a hash of group and seed as a number in [0, 1)."""
     digest = hashlib.sha256(f"{seed}\n{group}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)
 
 
 def split_of(group: str, fractions: Mapping[str, float], *, seed: int) -> str:
-    """Return the split of a group; `fractions` sum to 1."""
+    """Return the split of a group by its hash; `fractions` sum to 1."""
     return split_at(unit_hash(group, seed=seed), fractions)
 
 
-def split_at(place: float, fractions: Mapping[str, float]) -> str:
-    """Return the split whose share of [0, 1) holds a number; shares follow each other in the order given."""
+def split_at(position: float, fractions: Mapping[str, float]) -> str:
+    """Return the split whose interval of [0, 1) contains a position; intervals are in the order given."""
     upper, last = 0.0, ""
     for split, share in fractions.items():
         upper += share
         last = split if share > 0 else last
-        if place < upper:
+        if position < upper:
             return split
-    return last  # shares may sum to a little less than 1
+    return last  # rounding: the fractions may sum to slightly less than 1
 
 
 def parse_fractions(text: str) -> dict[str, float]:
-    """Read `train=0.8,val=0.1,test=0.1`.
+    """Parse `train=0.8,val=0.1,test=0.1` to a fraction by split.
 
     Raises:
-        ConfigError: not names with numbers, a name twice, a share below 0, or a sum that is not 1.
+        ConfigError: the text is malformed, a name repeats, a fraction is not in [0, 1], or the sum is not 1.
     """
     fractions: dict[str, float] = {}
     for part in text.split(","):
@@ -73,11 +73,11 @@ def parse_fractions(text: str) -> dict[str, float]:
         name = name.strip()
         if not equals or not name.isidentifier() or not 0 <= share <= 1 or name in fractions:
             raise ConfigError(
-                f"fractions: got {text!r}, expected distinct names with shares: train=0.8,val=0.1,test=0.1"
+                f"--fractions: got {text!r}, expected distinct names with fractions: train=0.8,val=0.1,test=0.1"
             )
         fractions[name] = share
     if not math.isclose(sum(fractions.values()), 1.0, abs_tol=1e-6):
-        raise ConfigError(f"fractions: {text!r} sum to {sum(fractions.values()):g}, expected 1")
+        raise ConfigError(f"--fractions: {text!r} sum to {sum(fractions.values()):g}, expected 1")
     return fractions
 
 
@@ -87,15 +87,15 @@ MAX_NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class SplitOptions:
-    """How rows are dealt out.
+    """Settings of a split.
 
     Attributes:
-        by: what must not be in two splits: any of `WAYS`.
-        fractions: share of each split.
-        seed: another number deals out differently.
-        key: field that names the patient.
-        stratify: field whose values are spread evenly; None for none.
-        image_folder: where pictures lie: then equal bytes are one picture, else equal names are.
+        by: what two splits must not share: one or both of `SPLIT_KEYS`.
+        fractions: fraction of each split.
+        seed: seed of the hash.
+        key: field with the patient id.
+        stratify: field whose values are distributed evenly; None for none.
+        image_folder: folder of the images, which are then compared by their bytes; None compares their names.
     """
 
     by: tuple[str, ...]
@@ -110,8 +110,8 @@ def split_rows(rows: Sequence[Mapping[str, Any]], options: SplitOptions, *, name
     """Return the split of each row.
 
     Raises:
-        DataError: a row lacks the key or a stratum; names the first such rows of `name`.
-        ConfigError: a split with a share would stay empty.
+        DataError: a row lacks the key or the field to stratify; the message names the first such rows of `name`.
+        ConfigError: a split with a fraction above 0 would be empty.
     """
     keys = _keys(rows, options, name)
     groups = Groups()
@@ -125,14 +125,14 @@ def split_rows(rows: Sequence[Mapping[str, Any]], options: SplitOptions, *, name
     empty = [split for split, share in options.fractions.items() if share > 0 and split not in assigned.values()]
     if empty:
         raise ConfigError(
-            f"{', '.join(empty)} would have no row: {len(assigned)} groups are few for such shares; "
-            "change --fractions or --seed, or give --stratify"
+            f"--fractions: {', '.join(empty)} would be empty, as the rows form only {len(assigned)} groups; "
+            "change --fractions or --seed, or pass --stratify"
         )
     return [assigned[group] for group in names]
 
 
 def _keys(rows: Sequence[Mapping[str, Any]], options: SplitOptions, name: str) -> list[list[str]]:
-    """Return what each row must share its split with.
+    """Return the keys of each row; rows with a common key must be in the same split.
 
     Raises:
         DataError: rows have no key.
@@ -158,15 +158,14 @@ def _keys(rows: Sequence[Mapping[str, Any]], options: SplitOptions, name: str) -
         fields = " or ".join(repr({"patient": options.key, "image": "image"}[way]) for way in options.by)
         first = ", ".join(map(str, lacking[:MAX_NAMED]))
         raise DataError(
-            f"{name}: {len(lacking)} of {len(rows)} rows have no {fields}, for example row {first}; a split "
-            "made without it could put one patient into two parts: add the field, name another with --key, or "
-            "take the rows out"
+            f"{name}: {len(lacking)} of {len(rows)} rows have no {fields}, for example row {first}. Without it, "
+            "one patient could be in two splits. Add the field, set another one with --key, or remove the rows"
         )
     return keys
 
 
 def _identity(ref: str, folder: str | None, digests: dict[str, str]) -> str:
-    """Return what makes a picture itself: its bytes where they can be read, else its name."""
+    """Return the digest of an image if its folder is known, else its name."""
     if folder is None:
         return ref
     if ref not in digests:
@@ -177,12 +176,12 @@ def _identity(ref: str, folder: str | None, digests: dict[str, str]) -> str:
 def _stratified(
     rows: Sequence[Mapping[str, Any]], names: Sequence[str], options: SplitOptions, name: str
 ) -> dict[str, str]:
-    """Return the split of each group, dealt out within each value of the field by numbers of rows."""
+    """Return the split of each group, assigned by number of rows within each value of the field."""
     values: dict[str, list[str]] = {}
     for number, (row, group) in enumerate(zip(rows, names, strict=True)):
         value = row.get(str(options.stratify))
         if not isinstance(value, str | int) or value == "":
-            raise DataError(f"{name}, row {number}: no field {options.stratify!r}, which --stratify needs")
+            raise DataError(f"{name}, row {number}: no text or integer in the field {options.stratify!r} of --stratify")
         values.setdefault(group, []).append(str(value))
     strata: dict[str, list[str]] = {}
     for group, group_values in values.items():
@@ -200,7 +199,7 @@ def _stratified(
 
 
 def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the rows of all files, in order.
+    """Return the rows of all files in order.
 
     Raises:
         DataError: a file or row cannot be read.
@@ -217,26 +216,24 @@ def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def write_splits(out: Path, rows: Sequence[dict[str, Any]], places: Sequence[str], facts: Mapping[str, Any]) -> str:
-    """Write a file for each split and the manifest last; return one screen about them."""
-    lines = [f"{'split':8}{'rows':>9}{'share':>8}  sha256 of the sorted ids"]
+    """Write one file per split, then the manifest; return a summary."""
+    lines = [f"{'split':8}{'rows':>9}{'fraction':>10}  sha256 of the sorted ids"]
     splits: dict[str, dict[str, Any]] = {}
     for split in facts["fractions"]:
         chosen = [row for row, place in zip(rows, places, strict=True) if place == split]
         if not chosen:
             continue
         with open_atomic(out / f"{split}.json") as stream:
-            stream.writelines(
-                file_text(map(to_json_value, chosen))
-            )  # as they were read, but NaN, which is no JSON, is null
+            stream.writelines(file_text(map(to_json_value, chosen)))  # unchanged, but NaN is not valid JSON
         identity = split_hash(str(row.get("id", "")) for row in chosen)
         splits[split] = {"rows": len(chosen), "ids_sha256": identity}
-        lines.append(f"{split:8}{len(chosen):>9,}{len(chosen) / len(rows):>8.1%}  {identity}")
+        lines.append(f"{split:8}{len(chosen):>9,}{len(chosen) / len(rows):>10.1%}  {identity}")
     write_json(out / MANIFEST, {**facts, "splits": splits})
     return "\n".join(lines) + "\n"
 
 
 def _old_splits(out: Path) -> set[str]:
-    """Return the splits of an earlier output, as its manifest names them."""
+    """Return the splits in the manifest of an earlier output."""
     old = (read_manifest(out) or {}).get("splits")
     return {split for split in old if split.isidentifier()} if isinstance(old, dict) else set()
 
@@ -245,42 +242,38 @@ def make_parser() -> Parser:
     """Return the parser of `llava data split`."""
     parser = Parser(
         prog="llava data split",
-        description="Rows to train, val and test so that no patient, or no picture, is in two of them.",
+        description="Split rows into train, val and test so that no two splits share a patient, or an image.",
         epilog="example: llava data split all.json --by patient --fractions train=0.8,test=0.2 --out data/split",
     )
-    parser.add_argument("files", nargs="+", help="rows in the LLaVA layout")
-    parser.add_argument(
-        "--by", nargs="+", choices=SPLIT_KEYS, required=True, help="what must not be in two splits; both if both"
-    )
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--fractions", default="train=0.8,val=0.1,test=0.1", help="share of each split")
-    parser.add_argument("--seed", type=int, default=0, help="another number deals out differently")
-    parser.add_argument("--key", default="patient", help="field that names the patient")
-    parser.add_argument("--stratify", help="field whose values are spread evenly over the splits")
-    parser.add_argument(
-        "--image_folder", help="folder of the pictures: then equal bytes are one picture, not equal names"
-    )
-    parser.add_switch("--overwrite", help="replace split files that are there")
+    parser.add_argument("files", nargs="+", help="files of rows in LLaVA format")
+    parser.add_argument("--by", nargs="+", choices=SPLIT_KEYS, required=True, help="what two splits must not share")
+    parser.add_argument("--out", required=True, help="output folder")
+    parser.add_argument("--fractions", default="train=0.8,val=0.1,test=0.1", help="fraction of each split")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the assignment of groups to splits")
+    parser.add_argument("--key", default="patient", help="field with the patient id")
+    parser.add_argument("--stratify", help="field whose values are distributed evenly over the splits")
+    parser.add_argument("--image_folder", help="image folder: compare images by their bytes instead of their names")
+    parser.add_switch("--overwrite", help="replace existing split files")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry of `llava data split`.
+    """Run `llava data split`.
 
     Raises:
-        ConfigError: the flags do not fit, or files would be replaced.
+        ConfigError: the options are inconsistent, or files would be replaced.
         DataError: a row cannot be used.
     """
     log.setup()
     args = make_parser().parse_args(argv)
     fractions = parse_fractions(args.fractions)
     out = Path(args.out)
-    there = [name for name in (*(f"{split}.json" for split in fractions), MANIFEST) if (out / name).exists()]
-    if there and not args.overwrite:
-        raise ConfigError(f"{out} holds {', '.join(there)} already; choose another --out or give --overwrite")
+    existing = [name for name in (*(f"{split}.json" for split in fractions), MANIFEST) if (out / name).exists()]
+    if existing and not args.overwrite:
+        raise ConfigError(f"{out} already contains {', '.join(existing)}; choose another --out or pass --overwrite")
     replaced = {(out / f"{split}.json").resolve() for split in fractions}
     if own := [path for path in args.files if Path(path).resolve() in replaced]:
-        raise ConfigError(f"--out {out} would replace {own[0]}, which is read; choose another --out")
+        raise ConfigError(f"--out {out} would replace the input {own[0]}; choose another --out")
     rows = read_rows(args.files)
     by = tuple(way for way in SPLIT_KEYS if way in args.by)
     options = SplitOptions(by, fractions, args.seed, args.key, args.stratify, args.image_folder)

@@ -1,9 +1,9 @@
-"""Any downloaded table to rows: CSV, TSV, JSON, JSON lines (each plain or gzipped) and Parquet, told by their content.
+"""Reader of tables: CSV, TSV, JSON and JSON lines (plain or gzipped) and Parquet, detected by content.
 
-    file --first bytes--> kind --> (file and row number, {column: value}), a row at a time
+    file --first bytes--> kind --> (file and row number, {column: value}), one row at a time
 
-Rows count from 0 behind the header. A row that cannot be read comes as a `DataError` in the place of its values, so the
-caller decides between stopping and leaving it out; a file that cannot be read on raises.
+Rows are numbered from 0 after the header. A row that cannot be read is yielded as a `DataError` instead of its values,
+so the caller can stop or skip it. A file that cannot be read any further raises.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from llava.utils.lookup import require
 Row = dict[str, Any]
 
 MISSING_WORDS = frozenset({"", "null", "none", "nan", "n/a", "na"})
-"""How tables write that a cell is empty, in lower case."""
+"""Words for an empty cell, in lower case."""
 
 OTHER_DELIMITERS = (";", "|")
-"""Signs that are no delimiters unless the user says so; Excel writes the first one in many countries."""
+"""Delimiters that need --delimiter; Excel writes the first one in many countries."""
 
 COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9-]{0,40}")
-"""A name that stands in messages; any other may be a cell, where a table has no header."""
+"""Column name that may appear in messages; any other could be a cell of a table without a header."""
 
-NOT_UTF8 = "expected UTF-8; in Excel save it as 'CSV UTF-8', or use: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+NOT_UTF8 = "expected UTF-8. In Excel, save the table as 'CSV UTF-8', or run: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
 
 BATCH_ROWS = 64
-"""Parquet rows held at a time; each may hold a picture."""
+"""Parquet rows per batch; each may contain an image."""
 
 
 def table_kind(path: str | Path) -> str:
-    """Return what a file is: csv, json (an array or lines) or parquet.
+    """Return the format of a file: csv, json (an array or lines) or parquet.
 
     Raises:
-        DataError: it cannot be opened or unzipped.
+        DataError: the file cannot be opened or unzipped.
     """
     try:
         with open_unzipped(path) as stream:
@@ -62,15 +62,15 @@ def table_kind(path: str | Path) -> str:
 def read_table(
     path: str | Path, *, columns: Sequence[str] = (), delimiter: str | None = None
 ) -> Iterator[tuple[Origin, Row | DataError]]:
-    """Yield the rows of a table, each with the place where it stands.
+    """Yield the rows of a table, each with its origin.
 
     Args:
         path: the file.
-        columns: names that must be there.
-        delimiter: between the cells of a text table; None takes a tab if the header has one, else a comma.
+        columns: required columns.
+        delimiter: cell delimiter of a text table; None means a tab if the header has one, else a comma.
 
     Raises:
-        DataError: the file cannot be read, or lacks a column: names the file and the columns it has.
+        DataError: the file cannot be read or lacks a column; the message names the file and its columns.
     """
     kind = table_kind(path)
     if kind == "json":
@@ -82,7 +82,7 @@ def read_table(
 
 
 def column_names(path: str | Path, *, delimiter: str | None = None) -> list[str]:
-    """Return the column names of a table, of a JSON file those of its first row.
+    """Return the column names of a table; for a JSON file, the keys of its first row.
 
     Raises:
         DataError: the file cannot be read or is empty.
@@ -93,29 +93,26 @@ def column_names(path: str | Path, *, delimiter: str | None = None) -> list[str]
     if kind == "json":
         first = next((row for _, row in json_rows(path) if isinstance(row, dict)), None)
         if first is None:
-            raise DataError(f"{path}: no row can be read")
+            raise DataError(f"{path}: the file has no readable row")
         return list(first)
     with _text(path) as stream:
         return _header(stream, path, delimiter)[0]
 
 
 def cell(row: Row, column: str | None) -> str:
-    """Return a cell as text, without space around it; empty where it is missing, NaN, or a word for that (`NULL`).
-
-    A whole number is written as one: columns of numbers with gaps hold `40.0` where the table said 40.
-    """
+    """Return a cell as stripped text; empty if it is missing, NaN, or a word for that (`NULL`)."""
     value = row.get(column) if column else None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float) and value.is_integer():
-        value = int(value)
+        value = int(value)  # a column of integers with gaps has 40.0 for 40
     text = " ".join(str(item) for item in value) if isinstance(value, list | tuple) else str(value)
     text = text.strip()
     return "" if text.lower() in MISSING_WORDS else text
 
 
 def answer_cell(row: Row, column: str) -> str:
-    """Return an answer as text: `None`, `NA` and `null` are answers there, only a missing or blank cell is empty."""
+    """Return an answer as text; `None`, `NA` and `null` are answers, only a missing or blank cell is empty."""
     value = row.get(column)
     if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -123,10 +120,10 @@ def answer_cell(row: Row, column: str) -> str:
 
 
 def to_json_value(value: Any) -> Any:
-    """Return a value as JSON can hold it: NaN and infinities become None, times their ISO text.
+    """Return a value as JSON data: NaN and infinities become None, dates and times ISO text.
 
     Raises:
-        DataError: it is something else, bytes for example.
+        DataError: the type has no JSON form, for example bytes.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -138,23 +135,23 @@ def to_json_value(value: Any) -> Any:
         return [to_json_value(item) for item in value]
     if isinstance(value, dict):
         return {str(name): to_json_value(item) for name, item in value.items()}
-    raise DataError(f"a value of type {type(value).__name__} cannot be kept in a JSON file")
+    raise DataError(f"a value of type {type(value).__name__} cannot be written as JSON")
 
 
 def require_columns(columns: Iterable[str], found: Iterable[str], path: str | Path) -> None:
-    """Check that a table has columns.
+    """Check that a table has the required columns.
 
     Raises:
-        DataError: it lacks one; shows names only that can hardly be a patient's text, as the first row of a table
-            without a header would be.
+        DataError: a column is missing.
     """
     present = list(found)
     missing = [column for column in columns if column not in present]
     if not missing:
         return
+    # Without a header line the first row is taken for one, and its cells may be text about a patient.
     shown = [repr(name) for name in present if COLUMN_NAME.fullmatch(name)]
     if len(shown) < len(present):
-        shown.append(f"{len(present) - len(shown)} that look like no column names (is the header line missing?)")
+        shown.append(f"{len(present) - len(shown)} that do not look like column names (is the header line missing?)")
     raise DataError(f"{path}: no column {', '.join(map(repr, missing))}; it has {', '.join(shown)}")
 
 
@@ -163,50 +160,50 @@ def _text(path: str | Path) -> Iterator[io.TextIOWrapper]:
     """Open a text table.
 
     Raises:
-        DataError: it is written in another encoding than UTF-8; says which, and how to change that.
+        DataError: the encoding is not UTF-8; the message says how to convert it.
     """
     with open_unzipped(path) as stream:
         head = stream.read(256)
         stream.seek(0)
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
             raise DataError(
-                f"{path}: the text is UTF-16 or no text at all; expected UTF-8. In Excel save it as 'CSV UTF-8', "
-                "or use: iconv -f UTF-16 -t UTF-8 OLD > NEW"
+                f"{path}: the file is UTF-16 or not text; expected UTF-8. In Excel, save the table as 'CSV UTF-8', "
+                "or run: iconv -f UTF-16 -t UTF-8 OLD > NEW"
             )
         yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 
 
 def _header(stream: io.TextIOWrapper, path: str | Path, delimiter: str | None) -> tuple[list[str], str]:
-    """Return the column names and the delimiter; the stream is left behind the header."""
+    """Return the column names and the delimiter, and leave the stream after the header."""
     try:
         first = stream.readline()
-        sign = delimiter or ("\t" if "\t" in first else ",")
-        names = next(csv.reader([first], delimiter=sign, strict=True), [])
+        separator = delimiter or ("\t" if "\t" in first else ",")
+        names = next(csv.reader([first], delimiter=separator, strict=True), [])
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: the header cannot be read ({error}); {NOT_UTF8}") from error
     except (csv.Error, *UNREADABLE) as error:
         raise DataError(f"{path}: the header cannot be read ({error})") from error
     names = [name.strip() for name in names]
-    doubled = sorted({name for name in names if names.count(name) > 1 and name})
-    if not any(names) or doubled:
-        what = f"names columns twice: {', '.join(doubled)}" if doubled else "is empty"
+    repeated = sorted({name for name in names if names.count(name) > 1 and name})
+    if not any(names) or repeated:
+        what = f"repeats columns: {', '.join(repeated)}" if repeated else "is empty"
         raise DataError(f"{path}: the header {what}; expected one line of distinct column names")
     other = next((other for other in OTHER_DELIMITERS if other in names[0]), None)
     if delimiter is None and len(names) == 1 and other is not None:
         raise DataError(
-            f"{path}: the header is one column, {names[0]!r}; cells seem to be separated by {other!r}: say so with "
+            f"{path}: the header is one column, {names[0]!r}. If the delimiter is {other!r}, pass "
             f"--delimiter '{other}', or save the table with commas"
         )
-    return names, sign
+    return names, separator
 
 
 def _text_rows(
     path: str | Path, columns: Sequence[str], delimiter: str | None
 ) -> Iterator[tuple[int, Row | DataError]]:
     with _text(path) as stream:
-        names, sign = _header(stream, path, delimiter)
+        names, separator = _header(stream, path, delimiter)
         require_columns(columns, names, path)
-        reader = csv.reader(stream, delimiter=sign, strict=True)
+        reader = csv.reader(stream, delimiter=separator, strict=True)
         row = 0
         while True:
             before = reader.line_num
@@ -216,21 +213,24 @@ def _text_rows(
                 return
             except csv.Error as error:
                 where = f"lines {before + 2} to {reader.line_num + 1}"
-                if "unexpected end" in str(error):  # all rows behind an open quote are in that one cell
-                    raise DataError(f"{path}, row {row}, {where}: a quote is opened and never closed") from error
-                yield row, DataError(f"not a row of a text table ({error}; {where})")
+                if "unexpected end" in str(error):  # all rows after the open quote are in one cell
+                    raise DataError(f"{path}, row {row}, {where}: a quote is opened and not closed") from error
+                yield row, DataError(f"not a valid row of a text table ({error}; {where})")
                 row += 1
                 continue
             except UnicodeDecodeError as error:
-                raise DataError(f"{path}, row {row}: cannot be read on ({error}); {NOT_UTF8}") from error
+                raise DataError(f"{path}, row {row}: the rest cannot be read ({error}); {NOT_UTF8}") from error
             except UNREADABLE as error:
-                raise DataError(f"{path}, row {row}: cannot be read on ({error})") from error
+                raise DataError(f"{path}, row {row}: the rest cannot be read ({error})") from error
             if not cells:
                 continue
             if len(cells) == len(names):
                 yield row, dict(zip(names, cells, strict=True))
             else:
-                yield row, DataError(f"{len(cells)} cells, but the header has {len(names)}; is a quote or comma wrong?")
+                yield (
+                    row,
+                    DataError(f"{len(cells)} cells, but the header has {len(names)}; check quotes and delimiters"),
+                )
             row += 1
 
 
@@ -238,7 +238,7 @@ def json_rows(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[i
     """Yield the numbers and rows of a JSON array or of JSON lines, plain or gzipped.
 
     Raises:
-        DataError: the file cannot be read, or an array is broken.
+        DataError: the file cannot be read, or is a broken array.
     """
     for row, value in rows_of(path):
         if isinstance(value, DataError):
@@ -256,7 +256,7 @@ def _parquet(path: str | Path) -> Any:
     try:
         return module.ParquetFile(path)
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are built-in ones
-        raise DataError(f"{path}: not a Parquet file that can be read ({error})") from error
+        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
 
 
 def _parquet_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, Row | DataError]]:
@@ -269,4 +269,4 @@ def _parquet_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[in
                 yield row, values
                 row += 1
     except (OSError, ValueError, NotImplementedError) as error:
-        raise DataError(f"{path}, row {row}: cannot be read on ({error})") from error
+        raise DataError(f"{path}, row {row}: the rest cannot be read ({error})") from error

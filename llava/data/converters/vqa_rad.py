@@ -1,10 +1,10 @@
-"""VQA-RAD: the public release (one JSON file, the split in `phrase_type`) or the later trainset.json / testset.json.
+"""Converter for VQA-RAD: the public release, or the later trainset.json and testset.json.
 
     VQA_RAD Dataset Public.json + VQA_RAD Image Folder/  -->  train.json 1,797 rows, test.json 451 rows
 
-A row of the public release has `qid`, `phrase_type` (freeform, para, test_freeform, test_para), `image_name`,
-`image_organ`, `question`, `question_frame` and others (`NULL` where empty), `question_type`, `answer`, `answer_type`.
-Some words carry a space at their end, some answers are numbers.
+A row of the public release has `qid`, `phrase_type` (freeform, para, test_freeform, test_para; it defines the split),
+`image_name`, `image_organ`, `question`, `question_frame` and others (`NULL` if empty), `question_type`, `answer` and
+`answer_type`. Some values end with a space, and some answers are numbers.
 
 Command:
     llava data vqa-rad DOWNLOADED --out data/vqa-rad
@@ -33,7 +33,7 @@ TEST_MARK = "test_"
 
 
 def read_events(job: Job) -> Iterator[Event]:
-    """Yield the questions of the form that is there."""
+    """Yield the questions of the variant that exists."""
     public = job.sources.file(PUBLIC)
     if public is not None:
         job.variant = "public with framed questions" if job.args.framed else "public"
@@ -49,7 +49,7 @@ def read_events(job: Job) -> Iterator[Event]:
 
 
 def _public(job: Job, path: Path) -> Iterator[Event]:
-    """Yield every question; framed ones, where they are asked for, follow at the end, each text once a picture."""
+    """Yield every question, then (with --framed) the framed ones, each text once per image."""
     framed: dict[tuple[str, str, str], tuple[Origin, dict[str, Any]]] = {}
     asked: set[tuple[str, str, str]] = set()
     for origin, row in read_table(path, columns=(*NEEDED, "phrase_type")):
@@ -100,8 +100,8 @@ def _event(job: Job, origin: Origin, row: dict[str, Any] | DataError, split: str
 
 
 def add_options(parser: Parser) -> None:
-    """Add the reader's own flags."""
-    parser.add_switch("--framed", help="add the questions put in a fixed form (`question_frame`) to the training rows")
+    """Add the options of this converter."""
+    parser.add_switch("--framed", help="add the questions in fixed form (`question_frame`) to the training rows")
 
 
 CONVERTER = Converter(
@@ -110,5 +110,5 @@ CONVERTER = Converter(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry of `llava data vqa-rad`."""
+    """Run `llava data vqa-rad`."""
     run_converter(CONVERTER, argv)
