@@ -144,7 +144,7 @@ def make_parser() -> Parser:
     """Return the parser of `llava data csv`."""
     parser = Parser(
         prog="llava data csv",
-        description="Convert a table (CSV, TSV, JSON, JSON lines, Parquet) to train.json, val.json, test.json and images/.",
+        description="Convert tables (CSV, TSV, JSON, JSON lines, Parquet) to {train,val,test}.json and images/.",
         epilog="example: llava data csv cases.csv --image-column file --answer-column report --image-root scans "
         '--question "Describe the image." --patient-column patient --out data/cases',
     )

@@ -102,7 +102,8 @@ IU_XRAY = DatasetCard(
     license="CC BY-NC-ND 4.0 (Open-i; each report's XML names its own license)",
     how_to_get=(
         "No login. Either NLMCXR_reports.tgz and NLMCXR_png.tgz from Open-i, or indiana_reports.csv, "
-        "indiana_projections.csv and the folder images_normalized. Without an official split, reports are assigned to splits by hash."
+        "indiana_projections.csv and the folder images_normalized. There are no official splits; reports are assigned "
+        "to splits by hash."
     ),
 )
 

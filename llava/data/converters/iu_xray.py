@@ -217,7 +217,8 @@ def _from_xml(job: Job) -> Iterator[Study | BadRow]:
         views = {_plain(name): view for images in found.values() for name, view in images}
     elif job.args.views == "frontal":
         raise ConfigError(
-            f"--views frontal: the XML reports do not state which image is frontal. Add {PROJECTIONS}, or pass --views all"
+            f"--views frontal: the XML reports do not state which image is frontal. Add {PROJECTIONS} or pass "
+            "--views all"
         )
     job.facts["reports"] = len(files)
     for path in sorted(files, key=lambda path: (len(path.stem), path.stem)):
