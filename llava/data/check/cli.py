@@ -1,9 +1,9 @@
-"""`llava data check FILE`: can rows and pictures be trained on, and does a score on the other file mean anything?
+"""`llava data check FILE`: find rows and images that cannot be trained on, and leaks into a test set.
 
     llava data check train.json --images images --against test.json --html check.html --fix clean.json
 
-Ends with status 1 when there are errors (with --strict also for warnings), else 0. Nothing that it writes shows a text
-of the rows: findings name rows, rules and image files.
+The exit status is 1 for errors (with --strict also for warnings), else 0. The output shows no text of the rows;
+findings name rows, rules and image files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from llava.utils.jsonl import open_atomic, write_json
 
 @dataclass(frozen=True, slots=True)
 class FixResult:
-    """What `write_fixed` did: rows written, rows left out, and how many of those broke each rule (or several)."""
+    """Result of `write_fixed`: rows kept and dropped, and the number of dropped rows by rule."""
 
     path: Path
     num_kept: int
@@ -45,7 +45,7 @@ def write_fixed(report: CheckReport, path: Path) -> FixResult:
     """Write the cleaned copy of the checked file.
 
     Raises:
-        DataError: the file has not as many rows as it had when it was checked.
+        DataError: the number of rows changed since the check.
     """
     source, dropped, by_rule = report.scans[FILE].path, _dropped(report), {}
     for rule, file in report.findings.rules():
@@ -58,17 +58,17 @@ def write_fixed(report: CheckReport, path: Path) -> FixResult:
 
 
 def _kept(source: Path, dropped: np.ndarray[Any, np.dtype[np.bool_]]) -> Iterator[Any]:
-    """Yield the rows that stay, as they should be written."""
+    """Yield the remaining rows in normalized form."""
     row = -1
     for row, value in stream_rows(source):
         if row < len(dropped) and not dropped[row]:
             yield _cleaned(value, row)
     if row + 1 != len(dropped):
-        raise DataError(f"{source} changed while it was checked; no copy was written, check it again")
+        raise DataError(f"{source} changed during the check, so no copy was written; check it again")
 
 
 def _dropped(report: CheckReport) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Say for every row of the file whether the copy goes without it."""
+    """Return a mask of the rows that the copy omits."""
     dropped = np.zeros(report.scans[FILE].index.num_rows, dtype=np.bool_)
     for rule, file in report.findings.rules():
         if file == FILE and RULES[rule].drops:
@@ -77,7 +77,7 @@ def _dropped(report: CheckReport) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def _cleaned(value: Any, row: int) -> Any:
-    """Return a row as it should be written; rows of question files have no such form and stay as they are."""
+    """Return a row in normalized form; rows of question files are returned unchanged."""
     seen = view_row(value, row)
     return value if seen.sample is None or seen.is_question else to_row(seen.sample)
 
@@ -85,24 +85,28 @@ def _cleaned(value: Any, row: int) -> Any:
 def make_parser() -> Parser:
     """Return the parser of `llava data check`."""
     parser = Parser(prog="llava data check", description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("file", type=Path, help="data file: a JSON array or JSON lines, plain or gzipped")
-    parser.add_argument("--images", type=Path, help="folder of its pictures; without it none is opened")
-    parser.add_argument("--against", type=Path, help="file that must share nothing with it: its test set")
-    parser.add_argument("--against_images", type=Path, help="folder of that file's pictures; default: --images")
+    parser.add_argument("file", type=Path, help="data file: JSON array or JSON lines, plain or gzipped")
+    parser.add_argument("--images", type=Path, help="image folder; without it no image is opened")
     parser.add_argument(
-        "--model", help="count tokens with this model's tokenizer: a trained model, or a language model"
+        "--against", type=Path, help="file to compare with, for example the test set; nothing may be in both"
     )
-    parser.add_argument("--max_length", type=int, default=512, help="the --model_max_length to judge, in tokens")
-    parser.add_argument("--group_fields", nargs="+", default=GROUP_FIELDS, help="fields that name a patient or a study")
-    parser.add_switch("--strict", help="end with status 1 for warnings too")
-    parser.add_argument("--json", type=Path, help="write the whole result to this file, for programs")
-    parser.add_argument("--html", type=Path, help="write a page with small copies of the pictures to this file")
-    parser.add_argument("--fix", type=Path, help="write a copy without the rows that break a rule to this file")
-    parser.add_argument("--max_listed", type=int, default=1000, help="findings of one rule in words; rows are all kept")
-    parser.add_argument("--num_threads", type=int, help="threads that open pictures; default: one for each processor")
-    parser.add_argument("--version", default="vicuna_v1", help="template, where --model does not bring one")
-    parser.add_argument("--num_image_tokens", type=int, default=256, help="tokens of an image, likewise")
-    parser.add_switch("--mm_use_im_start_end", help="write start and end tokens around images, likewise")
+    parser.add_argument("--against_images", type=Path, help="image folder of the --against file; default: --images")
+    parser.add_argument("--model", help="trained model or language model whose tokenizer counts tokens")
+    parser.add_argument("--max_length", type=int, default=512, help="the --model-max-length to evaluate, in tokens")
+    parser.add_argument("--group_fields", nargs="+", default=GROUP_FIELDS, help="fields with patient or study ids")
+    parser.add_switch("--strict", help="exit with status 1 also for warnings")
+    parser.add_argument("--json", type=Path, help="write the complete result as JSON to this file")
+    parser.add_argument("--html", type=Path, help="write an HTML report with thumbnails to this file")
+    parser.add_argument("--fix", type=Path, help="write a copy without the rows that violate a rule to this file")
+    parser.add_argument("--max_listed", type=int, default=1000, help="messages per rule; row numbers are not limited")
+    parser.add_argument("--num_threads", type=int, help="threads that open images; default: one per CPU")
+    parser.add_argument("--version", default="vicuna_v1", help="conversation template, if --model has none")
+    parser.add_argument(
+        "--num_image_tokens", type=int, default=256, help="tokens per image, if --model does not define it"
+    )
+    parser.add_switch(
+        "--mm_use_im_start_end", help="add start and end tokens around images, if --model does not define it"
+    )
     return parser
 
 
@@ -110,11 +114,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check a data file.
 
     Raises:
-        SystemExit: with status 1 when there are findings that say so.
+        SystemExit: status 1 for errors, with --strict also for warnings.
     """
     args = make_parser().parse_args(argv)
     log.setup()
-    _refuse(args)
+    _check_options(args)
     report = check_file(
         args.file,
         images=args.images,
@@ -132,24 +136,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(status)
 
 
-def _refuse(args: Namespace) -> None:
-    """Refuse flags that mean nothing together, before anything is read.
+def _check_options(args: Namespace) -> None:
+    """Check the options before any file is read.
 
     Raises:
-        ConfigError: they do.
+        ConfigError: options are inconsistent or out of range.
     """
     if args.against_images and not (args.against and args.images):
-        raise ConfigError("--against_images needs --against FILE and --images DIR: pictures of both are compared")
+        raise ConfigError(
+            "--against-images requires --against FILE and --images DIR, as the images of both files are compared"
+        )
     for name in ("max_listed", "max_length", "num_threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {value}")
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     refuse_overwriting([args.file, args.against], {name: getattr(args, name) for name in ("fix", "json", "html")})
 
 
 def _count_tokens(args: Namespace, report: CheckReport) -> None:
     from llava.data.check.tokens import count_tokens
-    from llava.data.show import load_processor  # brings torch and transformers
+    from llava.data.show import load_processor  # imports torch and transformers
 
     processor = load_processor(args.model, args)
     limit = args.max_length
@@ -159,7 +165,7 @@ def _count_tokens(args: Namespace, report: CheckReport) -> None:
 
 
 def _write(args: Namespace, report: CheckReport) -> None:
-    """Write the summary, and the files that were asked for."""
+    """Write the summary and the requested files."""
     sys.stdout.write(report_summary(report, strict=args.strict))
     if args.json:
         write_json(args.json, report_data(report, strict=args.strict))
@@ -173,5 +179,5 @@ def _write(args: Namespace, report: CheckReport) -> None:
         fixed = write_fixed(report, args.fix)
         rules = ", ".join(f"{rule} {count}" for rule, count in fixed.by_rule.items())
         sys.stdout.write(
-            f"copy: {fixed.path}, {fixed.num_kept} rows; left out {fixed.num_dropped} ({rules or 'none'})\n"
+            f"copy: {fixed.path}, {fixed.num_kept} rows; dropped {fixed.num_dropped} ({rules or 'none'})\n"
         )

@@ -1,9 +1,9 @@
-"""Text that looks as if it named a person: dates, record numbers, telephone numbers, e-mail addresses, names.
+"""Patterns for personal identifiers: dates, record numbers, phone numbers, e-mail addresses and names.
 
     text --patterns--> names of the rules that match
 
-A list of patterns, no proof of either kind: names without a title are not found, and a lot number may look like a
-record number. Only the names of rules leave this module, never what matched.
+The patterns are heuristics: names without a title are missed, and a lot number may match as a record number. Functions
+return names of rules only, never the matched text.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _NAME = re.compile(
 )
 _TITLE = re.compile(r"M[rsR]|Miss|D[rR]|Prof|ame|hysician|octor")
 _URL = re.compile(r"\bhttps?://\S+|\bwww\.\S+|\b(?:doi:? ?)?10\.\d{4,9}/\S+", re.IGNORECASE)
-"""Addresses and DOIs are public, and full of digits."""
+"""URLs and DOIs, which are public and contain many digits."""
 
 
 def identifier_rules(texts: Iterable[str]) -> list[str]:
-    """Return the names of the rules (`identifier-date`, ...) that any of the texts breaks, each once."""
+    """Return the sorted names of the rules (`identifier-date`, ...) that any of the texts matches."""
     found: set[str] = set()
     for text in texts:
         found.update(_rules(text))
@@ -54,7 +54,8 @@ def identifier_rules(texts: Iterable[str]) -> list[str]:
 
 
 def _rules(text: str) -> Iterable[str]:
-    """Yield the rules one text breaks; cheap tests come first, as nearly no text breaks any."""
+    """Yield the names of the rules that a text matches."""
+    # Cheap tests come first, as almost no text matches.
     if "//" in text or "www." in text or "10." in text:
         text = _URL.sub(" ", text)
     if "@" in text and _EMAIL.search(text):
@@ -74,5 +75,5 @@ _DIGITS = re.compile(r"\d{3}|\d[/.-]\d{1,2}[/.-]")
 
 
 def _has_digits(text: str) -> bool:
-    """Say whether a text holds enough digits in a row to hold a date or a number."""
+    """Return whether a text has enough consecutive digits for a date or a number."""
     return _DIGITS.search(text) is not None

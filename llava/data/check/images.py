@@ -1,9 +1,9 @@
-"""Every picture that the rows name, opened once: does it decode, and what identifies it.
+"""Scan of the images that the rows name: each is opened once, decoded and hashed.
 
-    names of both files --each once--> threads: read, decode, hash --> flat arrays, 45 bytes a picture
+    names of both files --each once--> threads: read, decode, hash --> flat arrays, 45 bytes per image
 
-A picture is the same as another when its file's bytes are, or when its decoded pixels are; it is nearly the same by
-its perceptual hash (`data.check.phash`). The small grey copies that confirm the latter wait in a temporary file.
+Two images are the same if the bytes of their files or their decoded pixels are equal; they are near-duplicates by their
+perceptual hash. The small gray copies that confirm near-duplicates are in a temporary file.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from llava.imaging import decode
 from llava.utils.log import progress
 
 SIDE = 32
-"""Side of the small grey copy that is hashed, in pixels."""
+"""Side length of the small gray copy that is hashed, in pixels."""
 
 LOW = 8
-"""Frequencies kept in each direction, the constant one included."""
+"""Frequencies per direction, including the constant one."""
 
 
 def _cosines() -> NDArray[np.float64]:
@@ -46,22 +46,25 @@ def _cosines() -> NDArray[np.float64]:
 _COSINES = _cosines()
 
 
-def small_gray(picture: Image.Image, side: int = SIDE) -> NDArray[np.uint8]:
-    """Return a picture as grey values [side, side], averaged over what each of them covers."""
-    # The draft by whole factors costs little; the last step is smooth.
-    small = picture.convert("L").resize((side, side), Image.Resampling.BILINEAR, reducing_gap=3.0)
+def small_gray(image: Image.Image, side: int = SIDE) -> NDArray[np.uint8]:
+    """Return an image as gray values [side, side], each the average over its area."""
+    # reducing_gap first reduces by an integer factor, which is fast, then resizes smoothly.
+    small = image.convert("L").resize((side, side), Image.Resampling.BILINEAR, reducing_gap=3.0)
     return np.asarray(small)
 
 
 def perceptual_hash(gray: NDArray[np.uint8]) -> int:
-    """Return the 64 bits of grey values [32, 32]; bit 8 * v + u is the frequency with u horizontal, v vertical."""
+    """Return the 64-bit hash of gray values [32, 32].
+
+    Bit 8 * v + u belongs to the horizontal frequency u and the vertical frequency v.
+    """
     frequencies = _COSINES @ gray.astype(np.float64) @ _COSINES.T
     bits = (frequencies > np.median(frequencies)).reshape(-1)
     return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
 
 
 def correlation(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
-    """Return Pearson's correlation of two pictures' grey values of one shape; two even pictures of one grey have 1."""
+    """Return the Pearson correlation of two gray images of one shape; 1 for equal constant images."""
     one, other = first.astype(np.float64), second.astype(np.float64)
     one, other = one - one.mean(), other - other.mean()
     scale = math.sqrt(float((one * one).sum()) * float((other * other).sum()))
@@ -74,16 +77,16 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 STATES = ("", "image-missing", "image-broken")
-"""What a picture is, as a number: it decodes, or the rule it breaks."""
+"""Rules by state of an image; the empty string is for an image that decodes."""
 
 MAX_MESSAGES = 10_000
-"""Pictures whose errors are kept in words: with a wrong folder every picture is missing."""
+"""Maximum number of stored error messages: with a wrong folder, every image is missing."""
 
 _MEMORY_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
 class InspectedImage(NamedTuple):
-    """What one file turned out to be; `rule` is empty for a picture that decodes."""
+    """Result for one image file; `rule` is empty for an image that decodes."""
 
     rule: str = ""
     message: str = ""
@@ -97,20 +100,20 @@ class InspectedImage(NamedTuple):
 
 
 def inspect_image(name: str, root: Path) -> InspectedImage:
-    """Return what the image `name` in folder `root` is."""
+    """Read, decode and hash the image `name` in folder `root`."""
     try:
         data = decode.read_bytes(name, root)
     except DataError as error:
         return InspectedImage("image-missing", str(error))
     try:
-        picture = decode.load(data)
+        image = decode.load(data)
     except (DataError, MissingDependency) as error:
         return InspectedImage("image-broken", _MEMORY_ADDRESS.sub("", str(error)).replace("given as bytes", name))
-    width, height = picture.size
-    small = small_gray(picture)
+    width, height = image.size
+    small = small_gray(image)
     return InspectedImage(
         content=digest_bytes(data),
-        pixels=digest_bytes(f"{width} x {height}\n".encode() + picture.tobytes()),
+        pixels=digest_bytes(f"{width} x {height}\n".encode() + image.tobytes()),
         hash=perceptual_hash(small),
         width=width,
         height=height,
@@ -120,7 +123,7 @@ def inspect_image(name: str, root: Path) -> InspectedImage:
 
 
 def in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], *, ahead: int) -> Iterator[R]:
-    """Yield `work(item)` of each item in order, with at most `ahead` of them waiting: results are not piled up."""
+    """Yield `work(item)` in order, with at most `ahead` pending items to limit memory."""
     waiting: deque[Future[R]] = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
@@ -131,23 +134,23 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T
 
 
 class ImageScan:
-    """The distinct pictures of one or two files; a picture is called by its place here.
+    """Distinct images of one or two files; an image is identified by its place in the scan.
 
     Args:
-        ledgers: the files' rows.
-        names: the image names that the ledgers point to.
-        roots: the image folder of each ledger; None does not open its pictures.
+        indexes: row index of each file.
+        names: image names that the indexes refer to.
+        roots: image folder of each file; None leaves its images unopened.
 
     Attributes:
-        of_ref: for each ledger the place of every image that its rows name, in the order of `ledger.refs`.
-        opened: whether the pictures were looked at.
+        of_ref: for each file, the place of every image that its rows name, in the order of `index.refs`.
+        opened: whether the images were opened.
     """
 
     def __init__(self, indexes: Sequence[RowIndex], names: NameStore, roots: Sequence[Path | None]) -> None:
         refs = np.concatenate([as_array(index.refs.digests) for index in indexes])
         places = np.concatenate([as_array(index.places) for index in indexes])
         _, first, inverse = np.unique(refs, return_index=True, return_inverse=True)
-        order = np.argsort(first, kind="stable")  # as they appear in the files, so that messages come in file order
+        order = np.argsort(first, kind="stable")  # order of appearance, so that messages are in file order
         rank = np.empty(len(order), dtype=np.int32)
         rank[order] = np.arange(len(order), dtype=np.int32)
         edges = np.cumsum([len(index.refs.digests) for index in indexes])[:-1]
@@ -171,21 +174,21 @@ class ImageScan:
         return len(self.places)
 
     def name(self, place: int) -> str:
-        """Return the name of a picture, as the rows write it."""
+        """Return the name of an image in the rows."""
         return self.names.get(int(self.places[place]))
 
     def root(self, place: int) -> Path | None:
-        """Return the folder of a picture."""
+        """Return the folder of an image."""
         return self.roots[int(self.owners[place])]
 
     def open_all(self, *, num_threads: int | None = None) -> None:
-        """Look at every picture, with several threads and a progress bar."""
+        """Open every image with several threads and a progress bar."""
         num_threads = num_threads or os.cpu_count() or 1
         wanted = ((self.name(place), self.root(place)) for place in range(len(self)))
         pool = ThreadPoolExecutor(num_threads)
         try:
-            looks = in_order(pool, lambda item: _inspect_if(*item), wanted, ahead=64 * num_threads)
-            for place, seen in enumerate(progress(looks, title="pictures", total=len(self), unit="picture")):
+            results = in_order(pool, lambda item: _inspect_if(*item), wanted, ahead=64 * num_threads)
+            for place, seen in enumerate(progress(results, title="images", total=len(self), unit="image")):
                 self._keep(place, seen)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -206,7 +209,7 @@ class ImageScan:
             self._messages[place] = seen.message
 
     def rows(self, file: int, places: NDArray[np.integer]) -> list[int]:
-        """Return the rows of a file that name any of these pictures, each once, sorted."""
+        """Return the distinct rows of a file that name any of these images, sorted."""
         if self._sorted[file] is None:
             order = np.argsort(self.of_ref[file], kind="stable").astype(np.int32)
             self._sorted[file] = (order, self.of_ref[file][order])
@@ -216,31 +219,31 @@ class ImageScan:
         return cast(list[int], np.unique(self._rows[file][refs]).tolist())
 
     def is_bad(self, place: int) -> bool:
-        """Say whether a picture was opened in vain."""
+        """Return whether an image is missing or does not decode."""
         return self.opened and self.states[place] != 0
 
     def bad(self) -> Iterator[tuple[int, str, str]]:
-        """Yield place, rule and message (empty after the first `MAX_MESSAGES`) of every picture opened in vain."""
+        """Yield place, rule and message (empty beyond `MAX_MESSAGES`) of every missing or broken image."""
         for place, state in enumerate(self.states):
             if state:
                 yield place, STATES[state], self._messages.get(place, "")
 
     def small(self, place: int) -> NDArray[np.uint8]:
-        """Return the small grey copy [32, 32] of a picture."""
+        """Return the small gray copy [32, 32] of an image."""
         self._small.flush()
         content = os.pread(self._small.fileno(), SIDE * SIDE, place * SIDE * SIDE)
         return np.frombuffer(content, dtype=np.uint8).reshape(SIDE, SIDE)
 
     def good(self) -> NDArray[np.bool_]:
-        """Say for each picture whether it decoded."""
+        """Return a mask of the images that decoded."""
         return np.asarray(as_array(self.pixels) != 0)
 
     def kind_table(self) -> dict[str, int]:
-        """Return how many pictures are stored in each form (format and colour mode)."""
+        """Return the number of images by stored form (format and color mode)."""
         counts = Counter({self.kind_names[kind]: number for kind, number in Counter(self.kinds).items()})
         return {name: number for name, number in counts.most_common() if name}
 
 
 def _inspect_if(name: str, root: Path | None) -> InspectedImage:
-    """Look at a picture whose folder is known."""
+    """Inspect an image if its folder is known."""
     return InspectedImage() if root is None else inspect_image(name, root)

@@ -1,9 +1,9 @@
-"""Pictures that are nearly the same: close perceptual hashes, confirmed by the pixels themselves.
+"""Near-duplicate images: close perceptual hashes, confirmed by the correlation of the pixels.
 
     hashes --ClosePairs--> candidates --small copies--> likely ones --256 x 256 pixels correlate >= 0.99--> groups
 
-Chest films look alike, so a close hash alone says little. Pictures with equal pixels are no candidates: they are
-reported as the same picture. Pictures that are joined by others already are not compared again.
+Chest radiographs look alike, so a close hash alone is weak evidence. Images with equal pixels are reported as the same
+image and are not candidates here. Images that other pairs already connect are not compared again.
 """
 
 from __future__ import annotations
@@ -23,30 +23,31 @@ from llava.imaging import decode
 from llava.utils.log import progress_bar
 
 MAX_DISTANCE = 4
-NUM_BANDS = MAX_DISTANCE + 2
+"""Maximum number of differing bits of a close pair."""
+
+NUM_BANDS = MAX_DISTANCE + 2  # at most 4 differ, so a close pair agrees in at least two bands
 BLOCK = 1 << 18
-"""Pairs compared at a time."""
+"""Pairs compared per step."""
 
 Pairs = NDArray[np.int64]
 Places = NDArray[np.int64]
 
 
 def band_masks() -> list[int]:
-    """Return the bits of each band; together they are all 64, and no two share one."""
+    """Return the bit mask of each band; the bands partition the 64 bits."""
     edges = np.linspace(0, 64, NUM_BANDS + 1).round().astype(int)
     return [(1 << int(stop)) - (1 << int(start)) for start, stop in pairwise(edges)]
 
 
 class ClosePairs:
-    """Pairs of places whose hashes differ in at most four bits; iterate once.
+    """Iterator over pairs of places whose hashes differ in at most four bits; iterate once.
 
     Args:
         hashes: [n] hashes.
-        max_partners: most hashes one hash is compared with for each choice of bands, so that thousands of equal ones
-            do not cost millions of comparisons.
+        max_partners: maximum number of comparisons per hash and choice of bands; limits the cost of many equal hashes.
 
     Attributes:
-        num_skipped: comparisons that `max_partners` left out so far; 0 means that every pair was found.
+        num_skipped: comparisons skipped because of `max_partners`; 0 means that every pair was found.
     """
 
     def __init__(self, hashes: NDArray[np.uint64], *, max_partners: int = 2000) -> None:
@@ -55,7 +56,7 @@ class ClosePairs:
         self.num_skipped = 0
 
     def __iter__(self) -> Iterator[Pairs]:
-        """Yield pairs of places [n, 2], each pair once, the lower place first."""
+        """Yield arrays of pairs of places [n, 2]; each pair once, the lower place first."""
         bands = [np.uint64(mask) for mask in band_masks()]
         for choice in combinations(range(NUM_BANDS), 2):
             key = self.hashes & (bands[choice[0]] | bands[choice[1]])
@@ -70,7 +71,7 @@ class ClosePairs:
                     yield np.stack([left[new], right[new]], axis=1)
 
     def _equal_keys(self, key: NDArray[np.uint64]) -> Iterator[tuple[Places, Places]]:
-        """Yield the places of pairs of equal keys in a sorted array, the lower first, in blocks of about `BLOCK`."""
+        """Yield pairs of places of equal keys in a sorted array, lower first, about `BLOCK` at a time."""
         stops = np.append(np.flatnonzero(key[1:] != key[:-1]) + 1, len(key)) if len(key) else np.empty(0, np.int64)
         partners = np.repeat(stops, np.diff(stops, prepend=0)) - np.arange(len(key)) - 1
         places = np.flatnonzero(partners)
@@ -91,7 +92,7 @@ class ClosePairs:
 def _is_first_choice(
     differing: NDArray[np.uint64], bands: list[np.uint64], choice: tuple[int, int]
 ) -> NDArray[np.bool_]:
-    """Say for each pair whether `choice` is the first pair of bands in which it agrees, so that it is yielded once."""
+    """Return for each pair whether `choice` is the first choice of bands in which it agrees."""
     equal = np.stack([(differing & band) == 0 for band in bands], axis=1)
     earlier = np.zeros(len(differing), dtype=np.bool_)
     for other in combinations(range(NUM_BANDS), 2):
@@ -103,21 +104,21 @@ def _is_first_choice(
 
 MIN_CORRELATION = 0.99
 MIN_SMALL_CORRELATION = 0.97
-"""What the 32 x 32 copies must reach before two files are opened again; noise makes large copies correlate less."""
+"""Minimum correlation of the 32 x 32 copies before two files are opened again; noise lowers that of large copies."""
 
 CONFIRM_SIDE = 256
 MAX_CONFIRMED = 20_000
-"""Pairs of files opened again; beyond them a set is full of look-alikes, and its report says that the search ended."""
+"""Maximum number of pairs of files opened again; the report states how many pairs were not compared."""
 
 
 class DuplicateGroups:
-    """Places that belong together, by way of others too (disjoint sets)."""
+    """Disjoint sets of places (union-find)."""
 
     def __init__(self, size: int) -> None:
         self._parent = np.arange(size, dtype=np.int32)
 
     def root(self, place: int) -> int:
-        """Return the member that stands for the group of a place."""
+        """Return the representative of the group of a place."""
         parent = self._parent
         while parent[place] != place:
             parent[place] = parent[parent[place]]
@@ -125,12 +126,12 @@ class DuplicateGroups:
         return place
 
     def join(self, first: int, second: int) -> None:
-        """Make one group of two."""
+        """Merge the groups of two places."""
         one, other = self.root(first), self.root(second)
         self._parent[max(one, other)] = min(one, other)
 
     def members(self) -> list[NDArray[np.intp]]:
-        """Return the members of every group of two or more, each sorted, by first member."""
+        """Return the sorted members of every group of two or more, ordered by first member."""
         roots = np.fromiter(map(self.root, range(len(self._parent))), dtype=np.int32, count=len(self._parent))
         order = np.argsort(roots, kind="stable")
         edges = np.flatnonzero(np.diff(roots[order])) + 1
@@ -138,7 +139,7 @@ class DuplicateGroups:
 
 
 def find_near_duplicates(image_scan: ImageScan, findings: CheckFindings) -> int:
-    """Report groups of pictures that are nearly the same; returns how many candidates were not compared."""
+    """Report groups of near-duplicate images; return the number of candidates that were not compared."""
     places = _one_of_each(image_scan)
     search = ClosePairs(as_array(image_scan.hashes)[places])
     groups = DuplicateGroups(len(places))
@@ -156,13 +157,13 @@ def find_near_duplicates(image_scan: ImageScan, findings: CheckFindings) -> int:
                 bar.update()
     order = np.argsort(as_array(image_scan.pixels), kind="stable")
     found = [_all_of(places[group], as_array(image_scan.pixels), order) for group in groups.members()]
-    for group in sorted(found, key=lambda group: not _in_both(group, image_scan)):  # a leak is what to look at first
+    for group in sorted(found, key=lambda group: not _in_both(group, image_scan)):  # possible leaks first
         _report(group, image_scan, findings)
     return search.num_skipped + num_left
 
 
 def _one_of_each(image_scan: ImageScan) -> NDArray[np.int64]:
-    """Return the places of the first picture of every content; what did not decode is left out."""
+    """Return the place of the first image of every distinct content, without those that did not decode."""
     pixels = as_array(image_scan.pixels)
     _, first = np.unique(pixels, return_index=True)
     first = np.sort(first)
@@ -170,7 +171,7 @@ def _one_of_each(image_scan: ImageScan) -> NDArray[np.int64]:
 
 
 class _Confirmation:
-    """Compares two pictures by their pixels."""
+    """Comparison of two images by their pixels."""
 
     def __init__(self, image_scan: ImageScan) -> None:
         self._image_scan = image_scan
@@ -181,7 +182,7 @@ class _Confirmation:
         return small_gray(decode.load(self._image_scan.name(place), self._image_scan.root(place)), CONFIRM_SIDE)
 
     def __call__(self, first: int, second: int) -> bool:
-        """Say whether two pictures are nearly the same."""
+        """Return whether two images are near-duplicates."""
         if correlation(self._image_scan.small(first), self._image_scan.small(second)) < MIN_SMALL_CORRELATION:
             return False
         self.num_opened += 1
@@ -189,13 +190,13 @@ class _Confirmation:
 
 
 def _all_of(group: NDArray[np.int64], pixels: NDArray[Any], order: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Return the group with the pictures that are the same as one of its members; `order` sorts `pixels`."""
+    """Return the group and all images equal to one of its members; `order` sorts `pixels`."""
     low, high = (np.searchsorted(pixels, pixels[group], side=side, sorter=order) for side in ("left", "right"))
     return np.sort(np.concatenate([order[a:b] for a, b in zip(low, high, strict=True)]))
 
 
 def _in_both(group: NDArray[np.intp], image_scan: ImageScan) -> bool:
-    """Say whether rows of both files name pictures of a group."""
+    """Return whether rows of both files name images of a group."""
     return len(image_scan.of_ref) > 1 and all(image_scan.rows(file, group) for file in (FILE, AGAINST))
 
 
@@ -204,5 +205,5 @@ def _report(group: NDArray[np.intp], image_scan: ImageScan, findings: CheckFindi
     rows = [image_scan.rows(file, group) for file in range(len(image_scan.of_ref))]
     own = FILE if rows[FILE] else AGAINST
     others = rows[AGAINST] if own == FILE and len(rows) > 1 else []
-    message = f"{len(group)} pictures that are nearly the same" + (", in both files" if others else "")
+    message = f"{len(group)} near-duplicate images" + (", in both files" if others else "")
     findings.add("near-duplicate", own, rows[own], message, images=group[:10].tolist(), other_rows=others)

@@ -1,7 +1,7 @@
-"""What two files share although one is to be trained on and the other is to judge: pictures, persons, questions.
+"""Overlap between a training file and a test file: shared images, persons and questions.
 
-bytes of a picture | its pixels | patient or study | question about the same picture   -> error
-question about another picture | only the name of a picture, unopened                  -> warning
+bytes of an image | its pixels | patient or study | question about the same image   -> error
+question about another image | only the name of an unopened image                   -> warning
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from llava.data.check.row_index import (
 from llava.data.check.rules import AGAINST, FILE, CheckFindings
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
-"""Mixes numbers that are combined, so that their order counts."""
+"""Odd multiplier that makes the combination of digests depend on their order."""
 
 
 def find_leaks(indexes: Sequence[RowIndex], image_scan: ImageScan, findings: CheckFindings) -> None:
-    """Report everything that the first file shares with the second."""
+    """Report images, persons and questions that the first file shares with the second."""
     if image_scan.opened:
         stored = _shared_images("leak-bytes", as_array(image_scan.contents), image_scan, findings)
         _shared_images("leak-pixels", as_array(image_scan.pixels), image_scan, findings, known=stored)
@@ -44,14 +44,14 @@ def find_leaks(indexes: Sequence[RowIndex], image_scan: ImageScan, findings: Che
 def _shared_images(
     rule: str, keys: Values, image_scan: ImageScan, findings: CheckFindings, *, known: Values | None = None
 ) -> Values:
-    """Report pictures with the same number in both files; returns the places of those of the first file.
+    """Report images with the same key in both files; return the places of those of the first file.
 
     Args:
-        rule: the rule they break.
-        keys: number of every picture.
-        pictures: the pictures of both files.
-        findings: where they are reported.
-        known: places of pictures of the first file that are reported already.
+        rule: rule that they violate.
+        keys: digest of every image.
+        image_scan: images of both files.
+        findings: receives the findings.
+        known: places of images of the first file that were already reported.
     """
     own, others = (np.unique(image_scan.of_ref[file]) for file in (FILE, AGAINST))
     if known is not None:
@@ -69,7 +69,7 @@ def _shared_images(
 
 
 def _shared_names(indexes: Sequence[RowIndex], image_scan: ImageScan, findings: CheckFindings) -> None:
-    """Report image names of both files where nobody opened the pictures."""
+    """Report image names in both files, for images that were not opened."""
     own, others = (as_array(index.refs.digests) for index in indexes)
     shared = common(own, others)
     partners = dict(grouped(others, as_array(indexes[AGAINST].refs.rows), shared))
@@ -80,7 +80,7 @@ def _shared_names(indexes: Sequence[RowIndex], image_scan: ImageScan, findings: 
 
 
 def num_persons(indexes: Sequence[RowIndex]) -> dict[str, list[int]]:
-    """Return how many different values each patient or study field has in each file, where it has any."""
+    """Return the number of distinct values in each file by patient or study field, without empty fields."""
     found = {
         name: [len(np.unique(as_array(index.groups[name].digests))) for index in indexes]
         for name in indexes[FILE].groups
@@ -89,7 +89,7 @@ def num_persons(indexes: Sequence[RowIndex]) -> dict[str, list[int]]:
 
 
 def _shared_groups(name: str, indexes: Sequence[RowIndex], findings: CheckFindings) -> None:
-    """Report values of one patient or study field that are in both files; the value itself is not shown."""
+    """Report values of one patient or study field in both files, without showing them."""
     own, others = (index.groups[name] for index in indexes)
     _shared("leak-group", own, others, findings, f"field {name}")
 
@@ -102,7 +102,7 @@ def _shared(rule: str, own: KeyedDigests, others: KeyedDigests, findings: CheckF
 
 
 def _shared_questions(indexes: Sequence[RowIndex], image_scan: ImageScan, findings: CheckFindings) -> None:
-    """Report questions of both files: about the same picture, or about another one."""
+    """Report questions in both files: about the same image, or about another one."""
     pairs = [_pairs(index, image_scan, file) for file, index in enumerate(indexes)]
     shared = common(pairs[FILE], pairs[AGAINST])
     rows = [as_array(index.questions.rows) for index in indexes]
@@ -118,7 +118,7 @@ def _shared_questions(indexes: Sequence[RowIndex], image_scan: ImageScan, findin
 
 
 def _pairs(index: RowIndex, image_scan: ImageScan, file: int) -> NDArray[np.uint64]:
-    """Return a number for each question together with the pictures of its row; 0 where those are not known."""
+    """Return a digest of each question with the images of its row; 0 if an image is unknown."""
     refs = image_scan.of_ref[file]
     identity = as_array(image_scan.pixels)[refs] if image_scan.opened else as_array(index.refs.digests)
     rows = as_array(index.refs.rows)
@@ -127,16 +127,16 @@ def _pairs(index: RowIndex, image_scan: ImageScan, file: int) -> NDArray[np.uint
     unknown[rows[identity == 0]] = True
     starts = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]])) if len(rows) else np.empty(0, np.int64)
     sizes = np.diff(np.append(starts, len(rows)))
-    for position in range(int(sizes.max(initial=0))):  # images of a row, one after the other: their order counts
+    for position in range(int(sizes.max(initial=0))):  # i-th image of each row, as the order of images matters
         has = starts[sizes > position] + position
         known[rows[has]] = known[rows[has]] * _ODD + identity[has].astype(np.uint64)
     known[unknown] = 0
-    picture = known[as_array(index.questions.rows)]
-    return np.where(picture == 0, np.uint64(0), (picture * _ODD) ^ as_array(index.questions.digests)).astype(np.uint64)
+    images = known[as_array(index.questions.rows)]
+    return np.where(images == 0, np.uint64(0), (images * _ODD) ^ as_array(index.questions.digests)).astype(np.uint64)
 
 
 def find_repeated_rows(index: RowIndex, file: int, findings: CheckFindings) -> None:
-    """Report rows with the images and the conversation of an earlier row, and other rows with its id."""
+    """Report rows with images and conversation of an earlier row, and other rows that repeat an id."""
     again, firsts = repeats(as_array(index.contents))
     for row, first in zip(again, firsts, strict=True):
         findings.add("repeated-row", file, [int(row)], f"first in row {first}")
@@ -147,11 +147,11 @@ def find_repeated_rows(index: RowIndex, file: int, findings: CheckFindings) -> N
 
 
 def find_same_images(image_scan: ImageScan, file: int, findings: CheckFindings) -> None:
-    """Report pictures of one file that have the same pixels under several names."""
+    """Report images of one file with the same pixels under several names."""
     places = np.unique(image_scan.of_ref[file])
     pixels = as_array(image_scan.pixels)[places]
     again, _ = repeats(pixels)
     for _, group in grouped(pixels, places, np.unique(pixels[again])):
         rows = image_scan.rows(file, group)
-        message = f"{len(group)} names for one picture"
+        message = f"{len(group)} names for one image"
         findings.add("same-picture", file, rows, message, images=group[:10].tolist())

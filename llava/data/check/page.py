@@ -1,7 +1,7 @@
-"""The result of a check as one HTML page, with small copies of the pictures that a person should look at.
+"""HTML report of a check, with thumbnails of the images to review.
 
-The page loads nothing from elsewhere and shows no text of the rows, but it does show pictures and file names: it
-belongs where the data may be.
+The page loads no external resources and shows no text of the rows. It does show images and file names, so it must be
+protected like the data.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from llava.utils.jsonl import write_atomic
 from llava.utils.reporting import page, table, thumbnail
 
 MAX_LISTED = 100
-"""Findings of one rule on the page."""
+"""Findings listed per rule."""
 
 MAX_CASES = 12
-"""Findings of one rule that are shown with their pictures."""
+"""Findings shown with images per rule."""
 
 MAX_SHOWN = 4
-"""Pictures of one finding."""
+"""Images shown per finding."""
 
 MAX_CLASSES = 15
+"""Lines of a table of counts."""
 
 ILLUSTRATED = ("leak-bytes", "leak-pixels", "near-duplicate", "same-picture")
-"""Rules whose findings are shown with their pictures."""
+"""Rules whose findings are shown with images."""
 
 NAMES = ("the file", "the other file")
 
 
 def write_page(path: Path, report: CheckReport, *, strict: bool) -> None:
-    """Write the page."""
+    """Write the HTML report of a check."""
     file = report.scans[0].path.name
     parts = [f"<h1>Check of {escape(file)}</h1>", f"<p>{escape(_verdict(report, strict))}</p>", _files(report)]
     if len(report.scans) > 1:
         parts.append(f"<p>{escape(person_line(report))}</p>")
     if report.findings.rules():
-        parts += ["<h2>What was found</h2>", _rules(report)]
+        parts += ["<h2>Findings</h2>", _rules(report)]
     for rule, number in report.findings.rules():
         parts += _rule(report, rule, number)
     parts += _images(report)
@@ -55,7 +56,11 @@ def write_page(path: Path, report: CheckReport, *, strict: bool) -> None:
 def _verdict(report: CheckReport, strict: bool) -> str:
     errors, warnings = report.findings.count("error"), report.findings.count("warning")
     status = report.exit_status(strict=strict)
-    left = f" {report.num_uncompared} pairs of look-alikes were not compared." if report.num_uncompared else ""
+    left = (
+        f" {report.num_uncompared} candidate pairs of near-duplicates were not compared."
+        if report.num_uncompared
+        else ""
+    )
     return (
         f"{errors} errors, {warnings} warnings; {report.num_not_trainable()} rows are not trainable; "
         f"exit status {status}.{left}"
@@ -80,7 +85,7 @@ def _rules(report: CheckReport) -> str:
 
 
 def _rule(report: CheckReport, rule: str, file: int) -> list[str]:
-    """Return the section of one rule: its hint, its first findings, and pictures where they tell something."""
+    """Return the section of one rule: hint, images of the first findings, and a list of findings."""
     found, about = report.findings.of(rule, file), RULES[rule]
     verdict = "wrong" if about.level == "error" else "note"
     parts = [
@@ -95,9 +100,9 @@ def _rule(report: CheckReport, rule: str, file: int) -> list[str]:
         parts.append(f"<p>rows {_numbers(rows)}</p>")
     else:
         cells = [[finding.message, _numbers(finding.rows), _numbers(finding.other_rows)] for finding in listed]
-        parts.append(table(["what", "rows", "rows of the other file"], cells))
+        parts.append(table(["finding", "rows", "rows of the other file"], cells))
     if found.count > len(listed):
-        parts.append(f'<p class="note">and {found.count - len(listed)} more; the JSON report has every row number</p>')
+        parts.append(f'<p class="note">and {found.count - len(listed)} more; the JSON report has all row numbers</p>')
     return parts
 
 
@@ -106,25 +111,25 @@ def _numbers(rows: Sequence[int]) -> str:
 
 
 def _case(report: CheckReport, finding: CheckFinding) -> str:
-    """Return the pictures of one finding with their names."""
+    """Return the images of one finding with their names."""
     scan, places = report.image_scan, finding.images[:MAX_SHOWN]
     shown = [
-        thumbnail(scan.name(place), partial(decode.load, root=scan.root(place)))  # opened before, so it has one
+        thumbnail(scan.name(place), partial(decode.load, root=scan.root(place)))  # has a root, as it was opened
         for place in places
     ]
     names = ", ".join(map(scan.name, places))
-    words = f"<dl><dt>pictures</dt><dd>{escape(names)}</dd><dt>what</dt><dd>{escape(finding.message)}</dd></dl>"
+    words = f"<dl><dt>images</dt><dd>{escape(names)}</dd><dt>finding</dt><dd>{escape(finding.message)}</dd></dl>"
     return f'<div class="case">{"".join(shown)}{words}</div>'
 
 
 def _images(report: CheckReport) -> list[str]:
     data = image_data(report.image_scan)
     if not data["opened"]:
-        return ['<p class="note">The pictures were not opened.</p>']
+        return ['<p class="note">The images were not opened.</p>']
     sides = [[name, *(str(side[key]) for key in side)] for name, side in data["sides"].items()]
     return [
-        "<h2>Pictures</h2>",
-        f"<p>{data['named']} named by the rows, {data['decoded']} decoded, {data['num_sizes']} different sizes</p>",
+        "<h2>Images</h2>",
+        f"<p>{data['named']} named by the rows, {data['decoded']} decoded, {data['num_sizes']} distinct sizes</p>",
         _counts("stored as", data["forms"]),
         table(["side", "smallest", "median", "largest"], sides),
         _counts("most frequent sizes", data["sizes"], total=data["decoded"]),
@@ -132,7 +137,7 @@ def _images(report: CheckReport) -> list[str]:
 
 
 def _counts(name: str, counts: Mapping[str, int], *, total: int = 0) -> str:
-    """Return a table of counts with their shares of `total` (0: of their sum)."""
+    """Return a table of counts with their percentage of `total` (0: of their sum)."""
     total = total or sum(counts.values()) or 1
     rows = [[word, str(number), f"{100 * number / total:.1f} %"] for word, number in list(counts.items())[:MAX_CLASSES]]
     if len(counts) > MAX_CLASSES:

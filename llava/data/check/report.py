@@ -1,6 +1,6 @@
-"""A whole check: both files, their pictures, what they share; and its result as data for the page and for programs.
+"""Check of a data file, alone or against another one, and its result as text and JSON data.
 
-FILE, AGAINST --scan_file--> rows --Pictures--> pictures --> repeats, near-duplicates, leaks --Report--> JSON
+FILE, AGAINST --scan_file--> rows --ImageScan--> images --> repeats, near-duplicates, leaks --CheckReport--> JSON
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from llava.errors import DataError
 
 @dataclass(slots=True)
 class CheckReport:
-    """The result of a check.
+    """Result of a check.
 
     Attributes:
-        scans: the files, the checked one first.
-        pictures: their pictures.
-        findings: everything that was found.
-        num_uncompared: pairs of look-alikes that were not compared, as there were too many.
-        tokens: what the rows need with a model's tokenizer, where one was given.
+        scans: scan of each file, the checked file first.
+        image_scan: images of all files.
+        findings: all findings.
+        num_uncompared: candidate pairs of near-duplicates beyond the limit, which were not compared.
+        tokens: token counts with the tokenizer of a model, if one was given.
     """
 
     scans: list[FileScan]
@@ -42,20 +42,20 @@ class CheckReport:
     tokens: TokenBudget | None = None
 
     def exit_status(self, *, strict: bool) -> int:
-        """Return 1 when there are errors, or warnings and `strict`; else 0."""
+        """Return 1 for errors, with `strict` also for warnings; else 0."""
         return int(self.findings.count("error") > 0 or (strict and self.findings.count("warning") > 0))
 
     def num_not_trainable(self) -> int:
-        """How many rows, of both files, hold nothing to train."""
+        """Return the number of rows, of all files, without anything to train on."""
         files = range(len(self.scans))
         return sum(self.findings.of(rule, file).count for rule in NOT_TRAINABLE for file in files)
 
     def num_persons(self) -> dict[str, list[int]]:
-        """How many different patients or studies each field names, in each file."""
+        """Return the number of distinct patients or studies in each file, by field."""
         return num_persons([scan.index for scan in self.scans])
 
     def num_rows_of(self, rule: str, file: int) -> int:
-        """How many distinct rows of a file break a rule."""
+        """Return the number of distinct rows of a file that violate a rule."""
         return len(np.unique(as_array(self.findings.of(rule, file).rows)))
 
 
@@ -73,12 +73,12 @@ def check_file(
 
     Args:
         path: the file.
-        images: folder of its pictures; None does not open them.
-        against: a file that must share nothing with it (its test set).
-        against_images: folder of that file's pictures; None: the same folder.
-        group_fields: fields that name a patient or a study.
-        max_listed: findings of one rule that are kept in words.
-        num_threads: threads that open pictures; None: one for each processor.
+        images: image folder; None leaves the images unopened.
+        against: file that must not share anything with it, for example the test set.
+        against_images: image folder of that file; None means the same folder.
+        group_fields: fields with patient or study ids.
+        max_listed: maximum number of messages per rule.
+        num_threads: threads that open images; None means one per CPU.
 
     Raises:
         DataError: a file or a folder does not exist.
@@ -112,7 +112,7 @@ def _differ(first: Path | None, second: Path | None) -> bool:
 
 
 def _report_bad(image_scan: ImageScan, findings: CheckFindings) -> None:
-    """Report pictures that do not decode, once for each file that names them."""
+    """Report missing and broken images, once per file that names them."""
     for place, rule, message in image_scan.bad():
         for file in range(len(image_scan.of_ref)):
             rows = image_scan.rows(file, np.asarray([place]))
@@ -121,7 +121,7 @@ def _report_bad(image_scan: ImageScan, findings: CheckFindings) -> None:
 
 
 def report_data(report: CheckReport, *, strict: bool) -> dict[str, Any]:
-    """Return the report as JSON data: counts, every row number of every rule, the first findings in words."""
+    """Return the report as JSON data: counts and, per rule, all row numbers and the first messages."""
     names = ("file", "against")
     return {
         "exit_status": report.exit_status(strict=strict),
@@ -152,7 +152,7 @@ def _file_data(scan: FileScan) -> dict[str, Any]:
 
 
 def image_data(image_scan: ImageScan) -> dict[str, Any]:
-    """Return the table of sizes and forms of the pictures that decoded."""
+    """Return JSON data with sizes and stored forms of the images that decoded."""
     if not image_scan.opened:
         return {"named": len(image_scan), "opened": False}
     good = image_scan.good()
@@ -202,10 +202,11 @@ def _finding_data(finding: CheckFinding, image_scan: ImageScan) -> dict[str, Any
 MAX_NAMES = 6
 MAX_CLASSES = 5
 WIDTH = 118
+"""Limits of the text summary: image names per rule, classes per field, characters per line."""
 
 
 def report_summary(report: CheckReport, *, strict: bool) -> str:
-    """Return the summary as lines of text."""
+    """Return the text summary of a report."""
     lines = list(_facts(report))
     for level in ("error", "warning"):
         found = report.findings.rules(level)
@@ -230,14 +231,14 @@ def _facts(report: CheckReport) -> Iterator[str]:
     if report.tokens is not None:
         yield token_line(report.tokens)
     if report.num_uncompared:
-        yield f"look-alikes: {report.num_uncompared} candidate pairs were not compared, as there were too many"
+        yield f"near-duplicates: {report.num_uncompared} candidate pairs were not compared (limit reached)"
     if report.scans[FILE].repairs:
         repairs = "; ".join(f"{count} x {what}" for what, count in report.scans[FILE].repairs.most_common(3))
-        yield f"read leniently: {repairs} (--fix writes them as they should be)"
+        yield f"read leniently: {repairs} (--fix writes them in normalized form)"
 
 
 def _rows(scan: FileScan) -> str:
-    questions = f", {scan.num_questions} of a question file" if scan.num_questions else ""
+    questions = f", {scan.num_questions} from a question file" if scan.num_questions else ""
     turns = sum(number * count for number, count in scan.balance.turns.items())
     return f"{scan.index.num_rows} rows, {scan.num_readable} readable with {turns} questions{questions}"
 
@@ -245,23 +246,24 @@ def _rows(scan: FileScan) -> str:
 def _images(report: CheckReport) -> str:
     data = image_data(report.image_scan)
     if not data["opened"]:
-        return f"pictures: {data['named']} named, none opened (give --images DIR)"
+        return f"images: {data['named']} named, none opened (pass --images DIR)"
     sides = ", ".join(
         f"{name} {side['smallest']} to {side['largest']} (median {side['median']})"
         for name, side in data["sides"].items()
     )
     forms = ", ".join(f"{count} {name}" for name, count in list(data["forms"].items())[:4])
-    return f"pictures: {data['named']} named, {data['decoded']} decoded: {forms}; {sides}"
+    return f"images: {data['named']} named, {data['decoded']} decoded: {forms}; {sides}"
 
 
 def person_line(report: CheckReport) -> str:
-    """Say by which fields patients and studies were compared: that nothing was found must not mean that nothing was."""
+    """Return a line that states by which fields patients and studies were compared."""
+    # Without this line, a check without comparable fields would look like a check without leaks.
     counts = report.num_persons()
-    both = [f"{name} ({own} and {other} different)" for name, (own, other) in counts.items() if own and other]
+    both = [f"{name} ({own} and {other} distinct)" for name, (own, other) in counts.items() if own and other]
     if both:
         return f"persons: compared by {', '.join(both)}"
     alone = "".join(f"; only one file has {name}" for name in counts)
-    return f"persons: NOT compared, no field that names a patient or a study is in both files (--group_fields){alone}"
+    return f"persons: NOT compared; no field with patient or study ids is in both files (--group-fields){alone}"
 
 
 def _shares(counts: Mapping[str, int]) -> str:
@@ -271,12 +273,12 @@ def _shares(counts: Mapping[str, int]) -> str:
 
 
 def token_line(tokens: TokenBudget) -> str:
-    """Return what the rows need with a model's tokenizer, in one line."""
+    """Return the token counts of a model as one line."""
     without = f", {tokens.num_without_answer} of them lose their whole answer" if tokens.num_without_answer else ""
     return (
-        f"tokens: median {tokens.median}, longest {tokens.longest} (row {tokens.longest_row}); at most {tokens.limit} "
-        f"shortens {tokens.num_shortened} of {tokens.num_rows} rows{without}; --model_max_length {tokens.suggested} "
-        f"holds all, {tokens.suggested_most} holds 99.9 %"
+        f"tokens: median {tokens.median}, longest {tokens.longest} (row {tokens.longest_row}); "
+        f"--max-length {tokens.limit} truncates {tokens.num_shortened} of {tokens.num_rows} rows{without}; "
+        f"--model-max-length {tokens.suggested} fits all, {tokens.suggested_most} fits 99.9 %"
     )
 
 
@@ -297,7 +299,7 @@ def _rule_lines(report: CheckReport, rule: str, file: int) -> list[str]:
 
 
 def _shared(found: RuleFindings, rule: str) -> str:
-    """Say how many findings that may lie within one file are about both: those may be leaks."""
+    """Return how many near-duplicate findings are about both files, as those may be leaks."""
     num_both = sum(bool(finding.other_rows) for finding in found.listed) if rule == "near-duplicate" else 0
     return f" ({num_both} of them in both files)" if num_both else ""
 

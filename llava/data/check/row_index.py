@@ -1,8 +1,8 @@
-"""What is remembered of a file's rows: 64-bit hashes, row numbers, and image names in a temporary file on disk.
+"""Index of the rows of a file: 64-bit digests and row numbers, with image names in a temporary file.
 
-    row --Ledger.add--> digests in flat arrays, about 60 bytes a row without a comparison
+    row --RowIndex.add--> digests in flat arrays, about 60 bytes per row without a comparison
 
-No text and no name is kept in memory, so ten times the rows need ten times these bytes and nothing else.
+Memory is linear in the number of rows, as neither texts nor names are kept in memory.
 """
 
 from __future__ import annotations
@@ -24,63 +24,63 @@ from llava.data.groups import field_key, names_someone, written_name
 from llava.scoring.decisions import words
 
 NOTHING = 0
-"""Stands for "there is none"; no text has this number."""
+"""Digest of a missing value; no text has this digest."""
 
 
 def digest_bytes(content: bytes) -> int:
-    """Return a number of 64 bits, never 0, for some bytes."""
+    """Return a 64-bit digest of bytes, never 0."""
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "little") or 1
 
 
 def digest(text: str) -> int:
-    """Return a number of 64 bits, never 0, for a text."""
+    """Return a 64-bit digest of a text, never 0."""
     return digest_bytes(text.encode("utf-8", "surrogatepass"))
 
 
 def question_digest(text: str) -> int:
-    """Return the number of a question's words in lower case, punctuation and place holders aside; 0 if it has none."""
+    """Return a digest of the lower-case words of a question without placeholders; 0 without words."""
     found = words(text.replace(IMAGE_TOKEN, " "))
     return digest(" ".join(found)) if found else NOTHING
 
 
 def numbers() -> array[int]:
-    """Return an empty array of 64-bit numbers."""
+    """Return an empty array of unsigned 64-bit integers."""
     return array("Q")
 
 
 def row_numbers() -> array[int]:
-    """Return an empty array of 32-bit numbers."""
+    """Return an empty array of unsigned 32-bit integers."""
     return array("I")
 
 
 def as_array(values: array[int]) -> NDArray[np.unsignedinteger]:
-    """Return an array's numbers without copying them."""
+    """Return a NumPy view of an array."""
     kind = np.uint64 if values.typecode == "Q" else np.uint32
     return np.frombuffer(values, dtype=kind) if values else np.empty(0, dtype=kind)
 
 
 @dataclass(slots=True)
 class KeyedDigests:
-    """Digests, each with the row it came from."""
+    """Digests with the row of each."""
 
     digests: array[int] = field(default_factory=numbers)
     rows: array[int] = field(default_factory=row_numbers)
 
     def add(self, digest_: int, row: int) -> None:
-        """Append one digest."""
+        """Append a digest."""
         self.digests.append(digest_)
         self.rows.append(row)
 
 
 class NameStore:
-    """Image names, one behind the other in a temporary file; a name is called by its place there."""
+    """Image names in a temporary file; a name is identified by its offset there."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the store
         self._end = 0
 
     def add(self, name: str) -> int:
-        """Append a name and return its place."""
+        """Append a name and return its offset."""
         content = name.encode("utf-8", "surrogatepass")
         place = self._end
         self._file.write(len(content).to_bytes(4, "little") + content)
@@ -88,26 +88,26 @@ class NameStore:
         return place
 
     def get(self, place: int) -> str:
-        """Return the name at a place."""
+        """Return the name at an offset."""
         self._file.flush()
         length = int.from_bytes(os.pread(self._file.fileno(), 4, place), "little")
         return os.pread(self._file.fileno(), length, place + 4).decode("utf-8", "surrogatepass")
 
 
 class RowIndex:
-    """What the rows of one file are compared by.
+    """Digests by which the rows of one file are compared.
 
     Args:
-        group_fields: fields that name a patient or a study.
-        names: where image names go.
-        root: number of the image folder; the same name in another folder is another picture.
-        compares: whether the file is compared with another one: questions and groups are kept only then.
+        group_fields: fields with patient or study ids.
+        names: receives the image names.
+        root: number of the image folder; the same name in another folder is another image.
+        compares: whether the file is compared with another one; questions and groups are kept only then.
 
     Attributes:
-        num_rows: rows seen.
+        num_rows: number of rows.
         contents: digest of images and conversation by row; 0 for a row that cannot be read.
-        ids: digest of the id by row, likewise.
-        refs: digest of folder and name of every image that a row names, with `places` in `names`.
+        ids: digest of the id by row; 0 for a row without one.
+        refs: digest of folder and name of every image reference, with its offset in `names` in `places`.
         questions: digest of the words of every question.
         groups: digests of the values, by field.
     """
@@ -123,7 +123,7 @@ class RowIndex:
         self.groups: dict[str, KeyedDigests] = {field_key(name): KeyedDigests() for name in group_fields}
 
     def add(self, row: int, seen: RowView) -> None:
-        """Remember a row."""
+        """Add a row."""
         self.num_rows = row + 1
         images, sample = seen.images, seen.sample
         for name in images:
@@ -143,7 +143,7 @@ class RowIndex:
                 self.questions.add(number, row)
 
     def add_groups(self, row: int, value: Mapping[str, Any]) -> None:
-        """Remember the patients and studies that a row's fields name."""
+        """Add the patients and studies in the fields of a row."""
         for name, part in value.items():
             group = self.groups.get(field_key(name))
             if group is not None and names_someone(person := written_name(part)):
@@ -151,12 +151,13 @@ class RowIndex:
 
 
 BLOCK = 1 << 18
+"""Values per step, which bounds the temporary memory."""
 
 Values = NDArray[Any]
 
 
 def is_in(values: Values, wanted: Values) -> NDArray[np.bool_]:
-    """Say which values are among `wanted` (sorted), in blocks, so that little memory is needed beside the answer."""
+    """Return a mask of the values that are in `wanted` (sorted)."""
     found = np.zeros(len(values), dtype=np.bool_)
     if len(wanted) == 0:
         return found
@@ -168,14 +169,14 @@ def is_in(values: Values, wanted: Values) -> NDArray[np.bool_]:
 
 
 def common(first: Values, second: Values) -> Values:
-    """Return the numbers other than 0 that are in both arrays, sorted, each once."""
+    """Return the sorted distinct values, other than 0, that are in both arrays."""
     wanted = np.unique(second)
     wanted = wanted[wanted != 0]
     return np.unique(first[is_in(first, wanted)])
 
 
 def grouped(keys: Values, items: Values, wanted: Values) -> Iterator[tuple[int, Values]]:
-    """Yield each key of `wanted` (sorted) that occurs, with the items that have it, in their order."""
+    """Yield each key of `wanted` (sorted) that occurs, with its items in order."""
     chosen = is_in(keys, wanted)
     keys, items = keys[chosen], items[chosen]
     order = np.argsort(keys, kind="stable")
@@ -187,7 +188,7 @@ def grouped(keys: Values, items: Values, wanted: Values) -> Iterator[tuple[int, 
 
 
 def repeats(keys: Values) -> tuple[Values, Values]:
-    """Return the places of numbers (0 aside) that occurred before, in order, and for each the place of the first."""
+    """Return the places of repeated keys (other than 0), in order, and the place of the first for each."""
     order = np.argsort(keys, kind="stable")
     same = np.zeros(len(keys), dtype=np.bool_)
     for low in range(1, len(order), BLOCK):

@@ -1,8 +1,8 @@
-"""One row of a file: the sample it is, or what is wrong with it, field by field.
+"""Check of one row: the sample that it encodes and its problems.
 
-    decoded value --samples.from_row--> Sample, its problems   (or, where that fails, which of the fields is to blame)
+    decoded value --samples.from_row--> Sample, its problems   (or, if that fails, the problems of each field)
 
-What a row must look like is said in `samples` and `data.placing` alone; here their refusals become findings.
+`llava.samples` alone defines the format of a row; this module converts its errors to problems.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ANY_TURN = [{"from": "human", "value": "?"}]
 
 
 class Problem(NamedTuple):
-    """A rule that a row breaks, and the words for it (empty: the rule's title says it all)."""
+    """A rule that a row violates, with a message (empty if the title of the rule suffices)."""
 
     rule: str
     message: str = ""
@@ -28,15 +28,15 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RowView:
-    """What one row is.
+    """Result of the check of one row.
 
     Attributes:
-        sample: the row; None where it cannot be read.
-        problems: what is wrong with it.
-        images: names of its pictures, also where the rest cannot be read.
-        is_question: a row of a question file, which has no answer and needs none.
-        has_id: whether it brings an id of its own.
-        repairs: what is read although it is not written as it should be.
+        sample: the sample; None if the row cannot be read.
+        problems: rules that the row violates.
+        images: names of its images, also if the rest cannot be read.
+        is_question: whether it is a row of a question file, which needs no answer.
+        has_id: whether it has an id of its own.
+        repairs: deviations from the format that were accepted.
     """
 
     sample: Sample | None
@@ -48,7 +48,7 @@ class RowView:
 
 
 def view_row(value: Any, row: int) -> RowView:
-    """Return what a decoded value, or the `DataError` in its place, is as a row of a data file."""
+    """Return the check of a decoded row, or of the `DataError` that replaces an unreadable one."""
     if isinstance(value, DataError):
         return RowView(None, (Problem("unreadable", str(value)),))
     if not isinstance(value, dict):
@@ -62,7 +62,7 @@ def view_row(value: Any, row: int) -> RowView:
     try:
         sample, num_lost = read_default(value, str(row))
     except DataError as error:
-        return RowView(None, _blame(value, str(error)), _images(value))
+        return RowView(None, _unreadable_problems(value, str(error)), _images(value))
     problems = tuple(_sample_problems(sample, is_question=key is None))
     has_id = value.get("id", value.get("question_id") if key is None else None) is not None
     return RowView(sample, problems, sample.images, key is None, has_id, tuple(_repairs(value, key, num_lost)))
@@ -75,8 +75,8 @@ def _images(value: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
 
 
-def _blame(value: Mapping[str, Any], message: str) -> tuple[Problem, ...]:
-    """Return what is wrong with a row that cannot be read: each field is tried by itself."""
+def _unreadable_problems(value: Mapping[str, Any], message: str) -> tuple[Problem, ...]:
+    """Return the problems of a row that cannot be read; each field is tried on its own."""
     found = _field_problems(value)
     rest = {name: part for name, part in value.items() if name not in ("id", "question_id", "image")}
     found += _attempt("conversation", lambda: read_default({**rest, "id": "?"}, "?"))
@@ -100,7 +100,7 @@ def _attempt(rule: str, read: Callable[[], object]) -> tuple[Problem, ...]:
 
 
 def _is_unicode(value: Any) -> bool:
-    """Say whether every text in a value can be written; JSON can hold half of a surrogate pair, no file can."""
+    """Return whether all text can be encoded as UTF-8; JSON may contain half of a surrogate pair."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -113,7 +113,7 @@ def _is_unicode(value: Any) -> bool:
 
 
 def _sample_problems(sample: Sample, *, is_question: bool) -> Iterator[Problem]:
-    """Yield what is wrong with a row that can be read."""
+    """Yield the problems of a row that can be read."""
     try:
         with_places(sample)
     except DataError as error:
@@ -132,7 +132,7 @@ def _sample_problems(sample: Sample, *, is_question: bool) -> Iterator[Problem]:
 
 
 def _repairs(value: Mapping[str, Any], key: str | None, num_lost: int) -> Iterator[str]:
-    """Yield what the reader put right without a word."""
+    """Yield the deviations from the format that the reader corrected silently."""
     if key == CONVERSATION_KEYS[1]:
         yield "misspelt field conversatons"
     if value.get("id") is None and (key or value.get("question_id") is None):

@@ -1,6 +1,6 @@
-"""One pass over the rows of a file: what is wrong in each, and what is remembered to compare them.
+"""Single pass over the rows of a file that collects problems, digests and class counts.
 
-stream_rows --view_row--> problems -> Findings,  digests -> Ledger,  classes -> Balance
+stream_rows --view_row--> problems -> CheckFindings,  digests -> RowIndex,  classes -> ClassBalance
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ CLASS_FIELDS = (
     "license",
     "official_split",
 )
-"""Fields that sort rows into classes, where a row has them."""
+"""Fields with the class of a row."""
 
 MAX_CLASSES = 200
+"""Classes counted per field."""
+
 MAX_CHARACTERS = 40
-"""A class is a word or two; longer values are texts, which have no place in a report."""
+"""Maximum length of a class name; longer values are texts, which the report must not show."""
 
 OTHER = "(other)"
-"""Classes beyond `MAX_CLASSES`, and those that look like identifiers."""
+"""Name for classes beyond `MAX_CLASSES` and for those that look like identifiers."""
 
 
 class ClassBalance:
-    """Counts classes; what is kept does not grow with the rows.
+    """Counts of rows by class; its size does not depend on the number of rows.
 
     Attributes:
         counts: rows by class, by field.
@@ -63,7 +65,7 @@ class ClassBalance:
         self.images: Counter[int] = Counter()
 
     def add(self, value: Mapping[str, Any], sample: Sample | None) -> None:
-        """Count one row: its fields, and its conversation where it has one that can be read."""
+        """Count one row: its fields and, if it can be read, its conversation."""
         for name in CLASS_FIELDS:
             for word in _classes(value.get(name)):
                 self._count(name, word)
@@ -83,7 +85,7 @@ class ClassBalance:
         counter[word] += 1
 
     def tables(self) -> dict[str, dict[str, int]]:
-        """Return the classes of every field, the most frequent first."""
+        """Return the counts by field and class, the most frequent first."""
         return {name: dict(counter.most_common()) for name, counter in self.counts.items()}
 
 
@@ -95,7 +97,7 @@ def _closed(sample: Sample, answer: str) -> bool:
 
 
 def _classes(value: Any) -> list[str]:
-    """Return the classes a field names: a word, a list of words, or the true ones of an object of flags."""
+    """Return the classes in a field: a word, a list of words, or the true keys of an object."""
     if isinstance(value, Mapping):
         return [_short(name) for name, flag in value.items() if flag is True]
     if isinstance(value, list):
@@ -109,20 +111,20 @@ def _short(value: Any) -> str:
 
 
 _NO_TEXT = frozenset({"id", "questionid", "image", "conversations", "conversatons", "url", "doi", "pairid", "pmid"})
-"""Fields that are no text, or are looked at elsewhere, or are public by nature."""
+"""Fields that are not searched for identifiers: not text, checked elsewhere, or public."""
 
 
 @dataclass(slots=True)
 class FileScan:
-    """What one pass over a file found besides findings.
+    """Result of the scan of one file, except its findings.
 
     Attributes:
         path: the file.
-        ledger: its rows, as numbers.
-        balance: its classes.
-        repairs: rows by what the reader put right in them.
-        num_questions: rows of question files, which need no answer.
-        num_readable: rows that are samples.
+        index: digests of its rows.
+        balance: counts of its classes.
+        repairs: number of rows by deviation from the format that was accepted.
+        num_questions: number of rows of a question file, which need no answer.
+        num_readable: number of rows that are samples.
     """
 
     path: Path
@@ -134,10 +136,10 @@ class FileScan:
 
 
 def scan_file(path: Path, index: RowIndex, file: int, findings: CheckFindings) -> FileScan:
-    """Read every row of a file once.
+    """Scan all rows of a file.
 
     Raises:
-        DataError: there is no such file.
+        DataError: the file cannot be opened.
     """
     scan = FileScan(path, index)
     for row, value in progress(stream_rows(path), title=f"rows of {path.name}", unit="row"):
@@ -157,7 +159,7 @@ def scan_file(path: Path, index: RowIndex, file: int, findings: CheckFindings) -
 
 
 def _texts(value: Mapping[str, Any], seen: RowView, index: RowIndex) -> Iterator[str]:
-    """Yield the texts of a row: its turns, and other fields that hold text; ids of patients and studies are not."""
+    """Yield the texts of a row: its turns and its text fields, except ids of patients and studies."""
     if seen.sample is not None:
         for turn in seen.sample.conversation.turns:
             yield turn.text

@@ -1,6 +1,6 @@
-"""How many tokens every row takes with a model's own tokenizer, and what a limit would cut.
+"""Token counts of the rows with the tokenizer of a model, and the effect of a maximum length.
 
-row --data.encode--> its length --all rows--> how many are shortened, the longest, a length to suggest
+row --data.encode--> its length --all rows--> number of truncated rows, longest row, suggested length
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ if TYPE_CHECKING:
     from llava.processing import LlavaMedProcessor
 
 STEP = 64
-"""Suggested lengths are multiples of this."""
+"""Divisor of suggested lengths."""
 
 COVERED = 0.999
-"""Share of rows that a shorter limit should hold, to be worth its name."""
+"""Fraction of the rows that fit into the shorter suggested length."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBudget:
-    """What the rows need; lengths are what `--model_max_length` must be for a row not to be shortened.
+    """Token counts; the length of a row is the smallest `--model-max-length` that does not truncate it.
 
     Attributes:
-        model: the model whose tokenizer counted.
-        num_rows: rows counted.
-        limit: the length asked about.
-        num_shortened: rows longer than it.
-        num_without_answer: those of them whose whole answer is cut away.
-        longest: longest row, and its number `longest_row`.
+        model: model of the tokenizer.
+        num_rows: number of rows counted.
+        limit: maximum length to evaluate.
+        num_shortened: number of rows longer than the limit.
+        num_without_answer: number of those rows that lose their whole answer.
+        longest: length of the longest row.
+        longest_row: number of the longest row.
         median: median length.
-        suggested: shortest multiple of 64 that holds every row.
-        suggested_most: the same for 99.9 % of the rows.
+        suggested: smallest multiple of 64 that fits every row.
+        suggested_most: smallest multiple of 64 that fits 99.9 % of the rows.
     """
 
     model: str
@@ -66,21 +67,21 @@ class TokenBudget:
 def count_tokens(
     path: Path, processor: LlavaMedProcessor, image_scan: ImageScan, findings: CheckFindings, *, model: str, limit: int
 ) -> TokenBudget:
-    """Return what the rows of a file need.
+    """Return the token counts of a file.
 
     Args:
         path: the file.
-        processor: the model's tokenizer and template.
-        pictures: the pictures of its rows; their sizes count where the model takes pictures of any shape.
-        findings: where rows that cannot be encoded are reported.
-        model: name of the model, for the report.
-        limit: the `--model_max_length` to judge.
+        processor: tokenizer and template of the model.
+        image_scan: images of its rows; their sizes matter for a model with variable image sizes.
+        findings: receives the rows that cannot be encoded.
+        model: name of the model for the report.
+        limit: `--model-max-length` to evaluate.
 
     Raises:
-        ConfigError: the model needs the sizes of pictures that nobody opened.
+        ConfigError: the model needs the sizes of images that were not opened.
     """
     if processor.has_variable_images and not image_scan.opened:
-        raise ConfigError(f"the tokens of {model} depend on the size of each picture; give --images DIR")
+        raise ConfigError(f"--model {model}: the number of tokens depends on the size of each image; pass --images DIR")
     lengths, rows, num_without = array("I"), array("I"), 0
     for row, sample, sizes in progress(_samples(path, image_scan), title="tokens", unit="row"):
         try:
@@ -114,7 +115,7 @@ def _rounded(length: int) -> int:
 
 
 def _samples(path: Path, image_scan: ImageScan) -> Iterator[tuple[int, Sample, list[Size]]]:
-    """Yield every row that can be trained on with the sizes of its pictures."""
+    """Yield number, sample and image sizes of every row that can be trained on."""
     refs, passed = image_scan.of_ref[FILE], 0
     for row, value in stream_rows(path):
         seen = view_row(value, row)
@@ -128,7 +129,7 @@ def _samples(path: Path, image_scan: ImageScan) -> Iterator[tuple[int, Sample, l
 
 
 def _encoded(sample: Sample, processor: LlavaMedProcessor, sizes: list[Size], limit: int | None) -> Encoded:
-    from llava.data.encode import encode  # brings torch and transformers, which nothing else here needs
+    from llava.data.encode import encode  # imports torch and transformers, which only this function needs
 
     keys = [str(place) for place in range(len(sample.images))]
     variable = sizes if processor.has_variable_images else None
@@ -136,7 +137,7 @@ def _encoded(sample: Sample, processor: LlavaMedProcessor, sizes: list[Size], li
 
 
 def _length(sample: Sample, processor: LlavaMedProcessor, sizes: list[Size]) -> int:
-    """Return the smallest maximum length that cuts nothing from a row."""
+    """Return the smallest maximum length that does not truncate a row."""
     encoded = _encoded(sample, processor, sizes, None)
     free = sum(stop - start - 1 for start, stop in encoded.image_spans) if processor.image_counts_as_one else 0
     return len(encoded.input_ids) - free
