@@ -1,11 +1,11 @@
-"""`llava data deid DIR`: what in DICOM files may tell whose they are, and clean copies of them.
+"""`llava data deid DIR`: report identifying content of DICOM files and write de-identified copies.
 
-    files --inspect--> report.json (names of fields, private fields, writing in pictures)
-          --clean, --out--> PATIENT/STUDY/INSTANCE.dcm of keys: pixels as they were, identifiers new
+    files --inspect_dataset--> report.json (names of fields, private fields, text in images)
+          --clean_dataset, --out--> PATIENT/STUDY/INSTANCE.dcm named by keys: same pixels, new identifiers
 
-A copy keeps only what `deid_profile` lists. Files whose picture may bear writing are held back unless asked for: no
-field says what is written there. Of files that repeat an instance the first is copied, as `llava data dicom` takes it.
-Nothing that a field holds is printed or put into the report.
+A copy keeps only what `deid_profile` lists. Files whose image may contain burned-in text are held back by default. Of
+files that repeat an instance the first is copied, as in `llava data dicom`. Neither output nor report shows a value of
+a field.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ from llava.utils.jsonl import write_atomic, write_json
 from llava.utils.log import progress
 
 OFTEN_WRITTEN_ON = frozenset({"DOC", "ES", "GM", "IVUS", "OP", "OT", "SC", "SM", "US", "XC"})
-"""Modalities whose pictures often bear names, dates and numbers."""
+"""Modalities whose images often contain burned-in names, dates and numbers."""
 
 BAND = 1 / 40
-"""Height of a line of writing, as a share of the picture's."""
+"""Height of a line of text, as a fraction of the image height."""
 
 BRIGHT, DARK = 0.75, 0.35
-"""Shares of the largest value above which a stroke and below which its sides lie."""
+"""Fractions of the maximum: a stroke is above the first, the pixels on its sides are below the second."""
 
 MAX_BRIGHT = 0.25
-"""Share of bright pixels in a row above which it is no line of writing on a dark ground, but a bright part or noise."""
+"""Maximum fraction of bright pixels in a row of text; a row with more is a bright area or noise."""
 
 MIN_STROKES = 8
-"""Thin bright strokes in one band from which on it is taken for writing: some four letters."""
+"""Minimum number of thin bright strokes in a band of text, about four letters."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeidFindings:
-    """What was found in one file.
+    """Identifying content of one file.
 
     Attributes:
-        fields: name of a field to what happens to it (removed, emptied, replaced).
-        num_private: private fields, also inside sequences.
-        suspicions: reasons to think that something is written in the picture.
+        fields: name of a field to its treatment (removed, emptied, replaced).
+        num_private: number of private fields, including those in sequences.
+        suspicions: reasons to suspect burned-in text or a recognizable person.
     """
 
     fields: dict[str, str]
@@ -71,12 +71,12 @@ class DeidFindings:
     suspicions: tuple[str, ...]
 
 
-def inspect_dataset(dataset: Dataset, picture: Image.Image | None) -> DeidFindings:
-    """Return what a file holds that does not stay as it is.
+def inspect_dataset(dataset: Dataset, image: Image.Image | None) -> DeidFindings:
+    """Return the fields that a clean copy changes, and suspicions about the image.
 
     Args:
-        dataset: all its fields.
-        picture: shown from its smallest to its largest value; None where it cannot be decoded.
+        dataset: all fields of a file.
+        image: the image with its full range of values; None for items of sequences.
     """
     fields: dict[str, str] = {}
     num_private = 0
@@ -92,45 +92,45 @@ def inspect_dataset(dataset: Dataset, picture: Image.Image | None) -> DeidFindin
                 fields.update(
                     {f"{element.keyword}.{name}": each for found in inner for name, each in found.fields.items()}
                 )
-    return DeidFindings(fields, num_private, tuple(find_suspicions(dataset, picture)))
+    return DeidFindings(fields, num_private, tuple(find_suspicions(dataset, image)))
 
 
-def find_suspicions(dataset: Dataset, picture: Image.Image | None) -> list[str]:
-    """Return the reasons to think that the picture itself tells whose it is; none where the header says it does not."""
+def find_suspicions(dataset: Dataset, image: Image.Image | None) -> list[str]:
+    """Return the reasons to suspect that the image itself identifies the patient."""
     found = []
-    said = word(dataset, "BurnedInAnnotation")
-    if said == "YES":
-        found.append("the header says that something is written in the picture")
+    burned_in = word(dataset, "BurnedInAnnotation")
+    if burned_in == "YES":
+        found.append("the header states that the image contains burned-in text")
     if word(dataset, "RecognizableVisualFeatures") == "YES":
-        found.append("the header says that somebody can be recognised")
-    if said != "NO":
+        found.append("the header states that a person is recognizable")
+    if burned_in != "NO":
         if word(dataset, "Modality") in OFTEN_WRITTEN_ON:
-            found.append("pictures of this modality often bear writing, and the header does not deny it")
+            found.append("images of this modality often contain text, and the header does not exclude it")
         with silence:
             image_type = str(dataset.get("ImageType", ""))
         is_capture = word(dataset, "SOPClassUID") == SecondaryCaptureImageStorage or "SCREEN" in image_type
         if is_capture or word(dataset, "ConversionType"):
-            found.append("a scan or a picture of a screen, and the header does not deny writing")
-    if picture is not None and max_strokes(picture) >= MIN_STROKES:
-        found.append("bright strokes side by side, as writing has")
+            found.append("a scan or a screen capture, and the header does not exclude text")
+    if image is not None and max_strokes(image) >= MIN_STROKES:
+        found.append("adjacent bright strokes, as in text")
     return found
 
 
-def max_strokes(picture: Image.Image) -> int:
-    """Return the largest number of thin bright strokes beside each other in any band of rows.
+def max_strokes(image: Image.Image) -> int:
+    """Return the maximum number of adjacent thin bright strokes in any band of rows.
 
-    Writing is drawn near the largest value, in strokes a few pixels wide with dark sides; a line of it has many.
+    Text is drawn close to the maximum value, in strokes a few pixels wide with dark sides, and a line has many of them.
     """
-    grey = np.asarray(picture.convert("RGB"), dtype=np.int16).max(axis=2)
-    counts = np.array([_num_strokes(row, int(grey.max())) for row in grey])
-    height = max(8, round(len(grey) * BAND))
+    gray = np.asarray(image.convert("RGB"), dtype=np.int16).max(axis=2)
+    counts = np.array([_num_strokes(row, int(gray.max())) for row in gray])
+    height = max(8, round(len(gray) * BAND))
     bands = (np.sort(counts[top : top + height])[::-1] for top in range(0, len(counts), height // 2))
-    # Several rows of a band must agree: noise is bright in single rows.
+    # The fourth-largest count of a band: noise has strokes in single rows only.
     return max((int(band[3]) for band in bands if len(band) > 3), default=0)
 
 
 def _num_strokes(row: NDArray[np.int16], largest: int) -> int:
-    """Return the number of thin bright runs with dark sides in one row of a picture."""
+    """Return the number of thin bright runs with dark sides in one row of an image."""
     bright = row >= max(BRIGHT * largest, 64)
     if bright.mean() > MAX_BRIGHT:
         return 0
@@ -144,20 +144,20 @@ def _num_strokes(row: NDArray[np.int16], largest: int) -> int:
 
 
 WHOLE_RANGE = DicomPolicy(window="full")
-"""Shows writing, which has the largest value, without showing a window's bright parts like it."""
+"""Full range of values: text has the maximum, which a window would also give to bright areas."""
 
 
-HELD_BACK = "something may be written in the picture (--burned_in keep writes it all the same)"
+HELD_BACK = "the image may contain burned-in text (pass --burned-in keep to write it)"
 
 
 def read_dataset(data: bytes, name: str) -> pydicom.FileDataset:
-    """Return every field of a DICOM file that holds a picture.
+    """Return all fields of a DICOM image file.
 
     Raises:
-        DataError: another format, damaged, or no picture.
+        DataError: the file is of another format, damaged, or not an image.
     """
     if not is_dicom(data) and not may_be_bare(data):
-        raise NotDicom(f"image {name} is no DICOM file")
+        raise NotDicom(f"image {name} is not a DICOM file")
     stream = io.BytesIO(data)
     with quiet(f"image {name} cannot be read"):
         check_inflated(stream, name)
@@ -168,10 +168,10 @@ def read_dataset(data: bytes, name: str) -> pydicom.FileDataset:
 
 
 def clean_copy(dataset: pydicom.FileDataset, salt: bytes) -> tuple[str, bytes]:
-    """Return the name of a clean copy, made of keys, and its content.
+    """Return path (made of keys) and content of a clean copy.
 
     Raises:
-        DataError: the data set cannot be written.
+        DataError: the dataset cannot be written.
     """
     with quiet("cannot be written as a clean copy"):
         copy = clean_dataset(dataset, salt)
@@ -186,30 +186,33 @@ def clean_copy(dataset: pydicom.FileDataset, salt: bytes) -> tuple[str, bytes]:
 
 
 def process_file(path: str, args: Namespace, salt: bytes, *, written: Collection[str]) -> tuple[DeidFindings, str]:
-    """Inspect one file and, if asked for, write its clean copy; return the copy's name, or an empty one.
+    """Inspect one file and, with --out, write its clean copy; return the findings and the path of the copy.
 
     Args:
-        path: relative to the folder.
-        args: of the program.
-        salt: of the new identifiers.
-        written: names of the copies that this run has written already.
+        path: path relative to the folder.
+        args: options of the command.
+        salt: salt of the new identifiers.
+        written: paths of the copies that this run has already written.
+
+    Returns:
+        The findings, and the path of the copy, which is empty without one.
 
     Raises:
-        DataError: the file cannot be used, its copy would look different or replace that of another file.
+        DataError: the file cannot be used, or its copy would look different or replace that of another file.
     """
     data = read_bytes(path, args.folder)
     try:
         dataset = read_dataset(data, path)
-        picture = load(data, dicom=WHOLE_RANGE)
+        image = load(data, dicom=WHOLE_RANGE)
         with quiet("cannot be inspected"):
-            findings = inspect_dataset(dataset, picture)
+            findings = inspect_dataset(dataset, image)
         if args.out is None or (findings.suspicions and args.burned_in == "hold"):
             return findings, ""
         name, content = clean_copy(dataset, salt)
         if load(content).tobytes() != load(data).tobytes():
-            raise DataError("would look different as a clean copy, so none is written")
+            raise DataError("would look different as a clean copy, so no copy is written")
         if name in written:
-            raise RepeatedInstance("repeats an instance of this folder; the copy is that of the first file")
+            raise RepeatedInstance("repeats an instance in this folder; only the first file is copied")
         write_atomic(args.out / name, content)
         return findings, name
     except DataError as error:
@@ -218,16 +221,21 @@ def process_file(path: str, args: Namespace, salt: bytes, *, written: Collection
 
 
 def make_parser() -> Parser:
-    """Return the options of `llava data deid`."""
+    """Return the parser of `llava data deid`."""
     parser = Parser(
-        prog="llava data deid", description="What in DICOM files may tell whose they are, and clean copies."
+        prog="llava data deid", description="Report identifying content of DICOM files, and write clean copies."
     )
-    parser.add_argument("folder", type=Path, help="searched for DICOM files, also in folders inside it")
-    parser.add_argument("--out", type=Path, help="folder of the clean copies; without it files are only inspected")
-    parser.add_argument("--salt_file", help="secret of the new identifiers, made when absent; needed with --out")
-    parser.add_argument("--report", type=Path, help="write what was found in each file as JSON")
+    parser.add_argument("folder", type=Path, help="folder to search for DICOM files, including subfolders")
+    parser.add_argument("--out", type=Path, help="folder for the clean copies; without it, files are only inspected")
     parser.add_argument(
-        "--burned_in", choices=["hold", "keep"], default="hold", help="files in whose picture something may be written"
+        "--salt_file", help="file with the secret for new identifiers; created if missing; required with --out"
+    )
+    parser.add_argument("--report", type=Path, help="write the findings of each file as JSON to this file")
+    parser.add_argument(
+        "--burned_in",
+        choices=["hold", "keep"],
+        default="hold",
+        help="treatment of files whose image may contain burned-in text",
     )
     return parser
 
@@ -237,9 +245,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     log.setup()
     if args.out is not None and args.salt_file is None:
-        raise ConfigError("--out needs --salt_file: without a secret the new identifiers could be traced back")
+        raise ConfigError("--out requires --salt-file; without a secret the new identifiers could be reversed")
     if args.out is not None and args.out.resolve().is_relative_to(args.folder.resolve()):
-        raise ConfigError(f"--out {args.out} lies inside {args.folder}; name a folder elsewhere")
+        raise ConfigError(f"--out {args.out} lies inside {args.folder}; choose a folder outside of it")
     salt = b"" if args.salt_file is None else read_salt(args.salt_file)
     report: dict[str, dict[str, Any]] = {}
     written: set[str] = set()
@@ -261,15 +269,15 @@ def _summary(report: Mapping[str, Mapping[str, Any]], *, copying: bool) -> str:
     read = [entry for entry in report.values() if "fields" in entry]
     fates = Counter((name, fate) for entry in read for name, fate in entry["fields"].items())
     reasons = Counter(reason for entry in read for reason in entry["suspicions"])
-    lines = [f"{len(read)} of {len(report)} files are pictures that can be read"]
+    lines = [f"{len(read)} of {len(report)} files are readable images"]
     lines += [f"  {count:>8} {fate:<9}{name}" for (name, fate), count in sorted(fates.items())]
     lines += [f"  {sum(entry['num_private'] for entry in read):>8} private fields (removed)"]
-    lines += [f"{sum(bool(entry['suspicions']) for entry in read)} files may bear writing in the picture"]
+    lines += [f"{sum(bool(entry['suspicions']) for entry in read)} files may contain burned-in text"]
     lines += [f"  {count:>8} {reason}" for reason, count in sorted(reasons.items())]
     if copying:
         held = sum(entry.get("left_out") == HELD_BACK for entry in read)
         lines += [f"{sum(bool(entry.get('copy')) for entry in read)} clean copies written"]
         lines += [f"  {held:>8} files held back: {HELD_BACK}"] if held else []
     if num_others := len(report) - len(read):
-        lines += [f"{num_others} files left out: not DICOM, not a picture, damaged or repeated (--report says which)"]
+        lines += [f"{num_others} files left out: not DICOM, not an image, damaged or repeated (see --report)"]
     return "\n".join(lines) + "\n"

@@ -1,10 +1,10 @@
-"""Which fields of a DICOM file survive de-identification: a list of what is kept, stricter than the standard's.
+"""De-identification profile: allowlist of the DICOM fields that a clean copy keeps.
 
-    data set --KEPT_* and ACTIONS, field by field--> a new data set of kept, emptied and replaced fields
+    dataset --KEPT_* and ACTIONS, field by field--> new dataset of kept, emptied and replaced fields
 
-The Basic Application Level Confidentiality Profile (PS3.15, annex E) lists what must go, and grows with every edition.
-Here it is turned round: a field stays only if its group, its type and, where it has any, its sequence are in these
-tables. Free text, dates, times, names, private fields, overlays and curves never are.
+The Basic Application Level Confidentiality Profile (PS3.15, annex E) lists the fields to remove, and grows with every
+edition. This profile is stricter: a field stays only if its group, its type and, for a sequence, its name are in these
+tables. Free text, dates, times, names, private fields, overlays and curves are always removed or replaced.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from llava.imaging.dicom.header import silence
 from llava.imaging.dicom.sop_classes import is_known
 
 KEPT_GROUPS = frozenset({0x0008, 0x0018, 0x0020, 0x0022, 0x0028, 0x0048, 0x0054, 0x5200, 0x7FE0})
-"""Identification of the object, acquisition, relations, ophthalmic, picture, slide, nuclear, frames, pixels."""
+"""Groups: identification, acquisition, relationship, ophthalmic, image, slide, nuclear, frames, pixels."""
 
 KEPT_TYPES = frozenset({"CS", "DS", "IS", "FD", "FL", "SL", "SS", "SV", "UL", "US", "UV", "AT", "UI", "SQ"})
-"""Numbers, codes, identifiers (replaced) and sequences; texts, names, dates, times and bytes are not among them."""
+"""Numbers, codes, identifiers (which are replaced) and sequences; no texts, names, dates, times or bytes."""
 
 KEPT_SEQUENCES = frozenset(
     {
@@ -50,7 +50,7 @@ KEPT_SEQUENCES = frozenset(
         "VOILUTSequence",
     }
 )
-"""Sequences that say how the picture is shown or where it lies; their items are cleaned in turn."""
+"""Sequences about display and position of the image; their items are cleaned recursively."""
 
 KEPT_BYTES = frozenset(
     {
@@ -68,7 +68,7 @@ KEPT_BYTES = frozenset(
         "SegmentedRedPaletteColorLookupTableData",
     }
 )
-"""The pixels and their tables: the only fields of bytes that stay."""
+"""Pixels and lookup tables, the only fields of bytes that stay."""
 
 ACTIONS: dict[str, str] = {
     "AccessionNumber": "Z",
@@ -88,8 +88,8 @@ ACTIONS: dict[str, str] = {
     "StudyTime": "Z",
     "TimezoneOffsetFromUTC": "X",
 }
-"""Fields with a rule of their own, by the letters of PS3.15 where it has one: Z emptied (the standard wants the field
-to be there), X removed, U a new identifier; K replaced by the key of the patient; W kept if it is a word of a list.
+"""Fields with their own action: Z emptied (the standard requires the field), X removed and U new identifier as in
+PS3.15; K replaced by the key of the patient; W kept if the value is in a list of words.
 """
 
 _CODE = re.compile(r"[A-Z0-9_ ]{0,16}")
@@ -97,11 +97,11 @@ METHOD = "llava: PS3.15 basic profile, kept-fields list"
 
 
 def clean_dataset(dataset: Dataset, salt: bytes) -> Dataset:
-    """Return a new data set with what may stay of `dataset`.
+    """Return a new dataset with the kept, emptied and replaced fields of `dataset`.
 
     Args:
-        dataset: all fields of a file; it is not changed.
-        salt: of the new identifiers and of the patient's key.
+        dataset: all fields of a file; not modified.
+        salt: salt of the new identifiers and of the patient key.
     """
     found = Dataset()
     with silence:
@@ -113,7 +113,7 @@ def clean_dataset(dataset: Dataset, salt: bytes) -> Dataset:
 
 
 def _fate_of(element: DataElement) -> str:
-    """Return what happens to a field: kept, emptied, replaced or removed."""
+    """Return the treatment of a field: kept, emptied, replaced or removed."""
     fate = _fate_by_name(element)
     return "removed" if fate == "kept" and not _is_harmless(element) else fate
 
@@ -130,31 +130,31 @@ def _fate_by_name(element: DataElement) -> str:
         return "kept" if element.keyword in KEPT_SEQUENCES else "removed"
     if element.VR == "UI":
         return "kept" if is_known(UID(str(element.value))) else "replaced"
-    # Types that the file leaves open ("US or SS") are numbers.
+    # Ambiguous types ("US or SS") are numbers.
     return "kept" if set(element.VR.split(" or ")) & KEPT_TYPES else "removed"
 
 
 def fields_of(dataset: Dataset) -> Iterator[tuple[BaseTag, DataElement | None, str]]:
-    """Yield the tag of every field, the field, and what happens to it; one that cannot be read is None and removed."""
+    """Yield tag, field and treatment of every field; an unreadable field is None and removed."""
     for tag in list(dataset.keys()):
         try:
             element = dataset[tag]
             fate = _fate_of(element)
-        except Exception:  # pydicom raises whatever a damaged value runs into; what cannot be judged must not stay
+        except Exception:  # pydicom raises errors of any type for damaged values; such a field must not stay
             yield tag, None, "removed"
         else:
             yield tag, element, fate
 
 
 def _add_cleaned(found: Dataset, dataset: Dataset, salt: bytes, patient: str) -> None:
-    """Add what may stay of a data set."""
+    """Add the kept, emptied and replaced fields of a dataset to `found`."""
     for _, element, fate in fields_of(dataset):
         if element is not None and fate != "removed":
             found.add(_cleaned(element, salt, patient))
 
 
 def _cleaned(element: DataElement, salt: bytes, patient: str) -> DataElement:
-    """Return a field that is not removed as it may stay."""
+    """Return a field that is not removed in its cleaned form."""
     rule = ACTIONS.get(element.keyword)
     if rule in ("Z", "K"):
         key = key_of("patient", patient, salt) if rule == "K" and patient else ""
@@ -167,7 +167,7 @@ def _cleaned(element: DataElement, salt: bytes, patient: str) -> DataElement:
 
 
 def _is_harmless(element: DataElement) -> bool:
-    """Whether a field that stays as it is holds what its type says: people type other things into codes and numbers."""
+    """Return whether the value of a kept field is valid for its type; codes and numbers may hold free text."""
     if ACTIONS.get(element.keyword) == "W":
         return str(element.value) in BODY_PARTS
     parts = element.value if _is_many(element.value) else [element.value]
@@ -183,7 +183,7 @@ def _clean_item(item: Dataset, salt: bytes) -> Dataset:
 
 
 def _identifier(uid: str, salt: bytes) -> str:
-    """Return another identifier for a thing; names of the standard itself (classes, syntaxes) stay."""
+    """Return the new identifier for a UID; UIDs of the standard (classes, syntaxes) stay."""
     return uid if not uid or is_known(UID(uid)) else new_uid(uid, salt)
 
 

@@ -1,8 +1,8 @@
-"""Names for patients and studies that say nothing about them: keyed hashes, the same in every run with the same salt.
+"""Pseudonyms of patients and studies: keyed hashes, equal in every run with the same salt.
 
     PatientID, StudyInstanceUID ... --HMAC-SHA256 with the salt--> key of a row, or a new DICOM identifier
 
-Without a salt whoever knows a number can find its key, and short numbers can all be tried.
+Without a salt, anyone who knows a number can compute its key, and short numbers can be enumerated.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from llava.errors import DataError
 
 MIN_SALT = 16
-"""Fewer bytes than this can be guessed."""
+"""Minimum length of a salt in bytes."""
 
 NUM_DIGITS = 20
-"""Hexadecimal digits of a key: 80 bits, so that a billion keys do not meet."""
+"""Hexadecimal digits of a key: 80 bits, so that collisions among a billion keys are improbable."""
 
 
 def read_salt(path: str | Path) -> bytes:
-    """Return the secret in a file; a file that is not there is made, readable for its owner only.
+    """Return the secret in a file; a missing file is created, readable by its owner only.
 
     Raises:
         DataError: the file cannot be read or written, or its secret is too short.
@@ -37,19 +37,19 @@ def read_salt(path: str | Path) -> bytes:
                 stream.write(secrets.token_hex(32) + "\n")
         salt = path.read_bytes().strip()
     except OSError as error:
-        raise DataError(f"salt file {path} cannot be used: {error.strerror}") from error
+        raise DataError(f"--salt-file {path} cannot be used: {error.strerror}") from error
     if len(salt) < MIN_SALT:
-        raise DataError(f"salt file {path} holds {len(salt)} bytes; expected at least {MIN_SALT} that nobody can guess")
+        raise DataError(f"--salt-file {path} holds {len(salt)} bytes; expected at least {MIN_SALT} random bytes")
     return salt
 
 
 def key_of(kind: str, value: str, salt: bytes) -> str:
-    """Return the key of a value; equal values of two kinds (a patient, a study) have different keys."""
+    """Return the key of a value; equal values of different kinds (patient, study) have different keys."""
     return _digest(kind, value, salt).hex()[:NUM_DIGITS]
 
 
 def new_uid(value: str, salt: bytes) -> str:
-    """Return a DICOM identifier in the place of another one (PS3.5 B.2: root 2.25 and a number of 128 bits)."""
+    """Return a new DICOM identifier for another one (PS3.5 B.2: root 2.25 and a number of 128 bits)."""
     return f"2.25.{int.from_bytes(_digest('uid', value, salt)[:16], 'big')}"
 
 

@@ -1,9 +1,9 @@
-"""`llava data dicom DIR`: a folder of studies to rows in LLaVA format.
+"""`llava data dicom DIR`: convert a folder of DICOM studies to rows in LLaVA format.
 
-    headers --dicom_folder--> instances, one a series if asked --facts, table of texts--> conversations --> rows.json
+    headers --studies--> instances (with --per series, one each) --facts, table of texts--> conversations --> rows.json
 
-A row names its image, its modality, part of the body and view in words of closed lists, and patient, study and series
-by keys. What is left out is counted, and listed with its reason beside the rows.
+A row has its image, modality, body part and view in words of closed lists, and patient, study and series as keys.
+Files without a row are counted, and listed with the reason in a second file.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from llava.utils.log import progress
 logger = logging.getLogger(__name__)
 
 LEFT_OUT: dict[type[DataError], str] = {
-    NotAPicture: "DICOM files without a picture",
+    NotAPicture: "DICOM files without an image",
     NotDicom: "files of other formats",
     RepeatedInstance: "repeated",
 }
-"""Why a file is left out, to how the summary counts it; anything else is broken."""
+"""Error type of a skipped file to its category in the summary; all others are broken."""
 
 QUESTION = "Describe the findings of this image."
 
 
 def middle_instances(instances: Sequence[Instance]) -> list[Instance]:
-    """Return the middle picture of every series, in the order in which the series appear."""
+    """Return the middle instance of every series, in the original order."""
     order = {instance.path: place for place, instance in enumerate(instances)}
     by_series = sorted(instances, key=lambda each: (each.keys.get("series", each.path), each.number, each.path))
     chosen = []
@@ -55,10 +55,10 @@ def middle_instances(instances: Sequence[Instance]) -> list[Instance]:
 
 
 def read_texts(table: str | Path, key_column: str, text_columns: Sequence[str]) -> dict[str, str]:
-    """Return key to text of a table; the texts of several columns follow each other, a line each.
+    """Return the texts of a table by key; the texts of several columns are joined by line ends.
 
     Raises:
-        DataError: the table cannot be read, or names one key twice; says the row, never what is in it.
+        DataError: the table cannot be read, or repeats a key; the message has the row number but no content.
     """
     texts: dict[str, str] = {}
     for origin, row in read_table(table, columns=(key_column, *text_columns)):
@@ -66,20 +66,20 @@ def read_texts(table: str | Path, key_column: str, text_columns: Sequence[str]) 
             raise row
         key, text = cell(row, key_column), "\n".join(filter(None, (cell(row, column) for column in text_columns)))
         if key and text and texts.setdefault(key, text) != text:
-            raise DataError(f"{origin}: column {key_column!r} repeats a key of an earlier row with another text")
+            raise DataError(f"{origin}: column {key_column!r} repeats a key of an earlier row with a different text")
     return texts
 
 
 def row_of(instance: Instance, image: str, *, per: str, text: str, question: str, facts: bool) -> dict[str, Any] | None:
-    """Return the row of a picture, or None where nothing can be said about it.
+    """Return the row of an instance, or None if it has neither a text nor facts.
 
     Args:
-        instance: the picture.
-        image: name that the row calls it by.
-        per: `instance` or `series`: whose key becomes the row's id.
+        instance: the instance.
+        image: image name in the row.
+        per: `instance` or `series`: kind of the key that becomes the id.
         text: answer from a table; empty for none.
-        question: that the text answers.
-        facts: whether to ask for modality, part and view.
+        question: question for that answer.
+        facts: whether to add questions about modality, body part and view.
     """
     turns = [(question, text)] if text else []
     turns += instance.facts.turns() if facts else []
@@ -87,8 +87,8 @@ def row_of(instance: Instance, image: str, *, per: str, text: str, question: str
         return None
     written = []
     for number, (asked, answer) in enumerate(turns):
-        mark = f"{IMAGE_TOKEN}\n" if number == 0 else ""
-        written += [{"from": "human", "value": mark + asked}, {"from": "gpt", "value": answer}]
+        prefix = f"{IMAGE_TOKEN}\n" if number == 0 else ""
+        written += [{"from": "human", "value": prefix + asked}, {"from": "gpt", "value": answer}]
     stated = {
         "modality": instance.facts.modality,
         "body_part": instance.facts.organ,
@@ -105,36 +105,39 @@ def row_of(instance: Instance, image: str, *, per: str, text: str, question: str
 
 
 class ImageExporter:
-    """Decodes the chosen pictures: to make sure that they are whole and, if asked for, to write them as PNG files."""
+    """Decoder that verifies the images of a folder and optionally writes them as PNG files.
+
+    Args:
+        folder: folder of the DICOM files.
+        png: folder for PNG files; None writes none.
+        policy: window and frame.
+    """
 
     def __init__(self, folder: Path, png: Path | None, policy: DicomPolicy) -> None:
-        """Take pictures from `folder`, write them to `png` (None: only look)."""
         self.folder = folder
         self.png = png
         self.policy = policy
 
     def name_of(self, instance: Instance) -> str:
-        """Decode a picture and return what its row calls it: its path, or the name of its PNG file.
+        """Decode an image and return its name in the row: its path, or the name of its PNG file.
 
         Raises:
-            DataError: it does not decode, or has no identifier that its PNG file could be called by.
+            DataError: the image does not decode, or has no instance identifier to name its PNG file.
         """
-        picture = load(instance.path, self.folder, dicom=self.policy)
+        image = load(instance.path, self.folder, dicom=self.policy)
         if self.png is None:
             return instance.path
         if "instance" not in instance.keys:
-            raise DataError(
-                f"image {instance.path} lacks an instance identifier, by which its PNG file would be called"
-            )
+            raise DataError(f"image {instance.path} has no instance identifier, which would name its PNG file")
         buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
+        image.save(buffer, format="PNG")
         name = f"{instance.keys['instance']}.png"
         write_atomic(self.png / name, buffer.getvalue())
         return name
 
 
 def build_rows(args: Namespace, *, salt: bytes) -> tuple[list[dict[str, Any]], list[BadRow], Counter[str]]:
-    """Return rows, what was left out, and counts of both.
+    """Return the rows, the skipped files, and counts of both.
 
     Raises:
         DataError: the folder or the table cannot be used.
@@ -151,21 +154,21 @@ def build_rows(args: Namespace, *, salt: bytes) -> tuple[list[dict[str, Any]], l
             counts[_kind(outcome)] += 1
         else:
             instances.append(outcome)
-    counts["pictures"] = len(instances)
+    counts["images"] = len(instances)
     if args.table:
-        counts["keys of the table that name no picture"] = _num_unused(texts, instances, args)
+        counts["keys of the table without an image"] = _num_unused(texts, instances, args)
     chosen = middle_instances(instances) if args.per == "series" else instances
     counts["not the middle of their series"] = len(instances) - len(chosen)
-    pictures = ImageExporter(args.folder, args.png, DEFAULT.changed(args.dicom_window, args.dicom_frame))
+    exporter = ImageExporter(args.folder, args.png, DEFAULT.changed(args.dicom_window, args.dicom_frame))
     rows = []
     for instance in progress(chosen, title="decoding", unit="image"):
         text = texts.get(instance.join, "")
         row = row_of(instance, instance.path, per=args.per, text=text, question=args.question, facts=args.facts)
         if row is None:
-            counts["nothing known to say about them"] += 1
+            counts["without text and facts"] += 1
             continue
         try:
-            row["image"] = pictures.name_of(instance) if args.check or args.png else instance.path
+            row["image"] = exporter.name_of(instance) if args.check or args.png else instance.path
         except DataError as error:
             left_out.append(BadRow(instance.path, -1, str(row["id"]), str(error)))
             counts["broken"] += 1
@@ -176,17 +179,17 @@ def build_rows(args: Namespace, *, salt: bytes) -> tuple[list[dict[str, Any]], l
 
 
 def _num_unused(texts: Mapping[str, str], instances: Iterable[Instance], args: Namespace) -> int:
-    """Return how many texts of a table belong to no picture.
+    """Return the number of texts of a table that belong to no image.
 
     Raises:
-        DataError: none belongs to one: the rows would silently be without them.
+        DataError: no text belongs to an image, so the rows would silently lack them.
     """
     num_unused = len(texts.keys() - {instance.join for instance in instances})
     if num_unused == len(texts):
         raise DataError(
-            f"{args.table}: none of its {len(texts)} keys with a text (column {args.key_column!r}) is the {args.key} "
-            f"of a picture in {args.folder}; is --key right? Clean copies of `llava data deid` have new identifiers: "
-            "name them by --key path"
+            f"--table {args.table}: none of its {len(texts)} keys with a text (column {args.key_column!r}) is the "
+            f"{args.key} of an image in {args.folder}. Check --key. Clean copies of `llava data deid` have new "
+            "identifiers, so use --key path for them"
         )
     return num_unused
 
@@ -196,21 +199,27 @@ def _kind(error: DataError) -> str:
 
 
 def make_parser() -> Parser:
-    """Return the options of `llava data dicom`."""
-    parser = Parser(prog="llava data dicom", description="A folder of DICOM studies to rows in LLaVA format.")
-    parser.add_argument("folder", type=Path, help="searched for DICOM files, also in folders inside it")
-    parser.add_argument("--out", type=Path, required=True, help="file of rows to write")
-    parser.add_argument("--per", choices=["instance", "series"], default="instance", help="one row for each of these")
-    parser.add_argument("--salt_file", help="secret of the keys, made when absent; without it keys are plain hashes")
-    parser.add_argument("--png", type=Path, help="write the pictures into this folder too, named by their keys")
-    parser.add_switch("--check", True, help="decode every picture, and leave broken ones out")
-    parser.add_switch("--facts", True, help="questions about modality, part of the body and view")
+    """Return the parser of `llava data dicom`."""
+    parser = Parser(prog="llava data dicom", description="Convert a folder of DICOM studies to rows in LLaVA format.")
+    parser.add_argument("folder", type=Path, help="folder to search for DICOM files, including subfolders")
+    parser.add_argument("--out", type=Path, required=True, help="output file of rows")
+    parser.add_argument("--per", choices=["instance", "series"], default="instance", help="unit of a row")
+    parser.add_argument(
+        "--salt_file", help="file with the secret of the keys; created if missing; without it, keys are plain hashes"
+    )
+    parser.add_argument(
+        "--png", type=Path, help="also write the images as PNG files, named by their keys, to this folder"
+    )
+    parser.add_switch("--check", True, help="decode every image, and skip broken ones")
+    parser.add_switch("--facts", True, help="add questions about modality, body part and view")
     table = parser.add_argument_group("texts from a table")
-    table.add_argument("--table", help="CSV, TSV, JSON lines or Parquet")
-    table.add_argument("--key", choices=["path", *JOIN_TAGS], default="study", help="what a row of the table is about")
-    table.add_argument("--key-column", help="column with the file's path, identifier or number")
-    table.add_argument("--text-column", nargs="+", default=[], help="columns that become the answer")
-    table.add_argument("--question", default=QUESTION, help="what that text answers")
+    table.add_argument("--table", help="table as CSV, TSV, JSON lines or Parquet")
+    table.add_argument(
+        "--key", choices=["path", *JOIN_TAGS], default="study", help="what the key column of the table identifies"
+    )
+    table.add_argument("--key-column", help="column with the path, identifier or number")
+    table.add_argument("--text-column", nargs="+", default=[], help="columns of the answer")
+    table.add_argument("--question", default=QUESTION, help="question for that answer")
     add_dicom_options(parser, suffix="; with --png")
     return parser
 
@@ -220,14 +229,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     log.setup()
     if bool(args.table) != bool(args.key_column and args.text_column):
-        raise ConfigError("--table, --key_column and --text_column belong together; give all three or none")
+        raise ConfigError("--table, --key-column and --text-column belong together; pass all three or none")
     if args.salt_file is None:
-        logger.warning("keys are plain hashes, which can be undone by trying all numbers; --salt_file makes them safe")
+        logger.warning(
+            "keys are plain hashes, which can be reversed by enumerating all numbers; pass --salt-file for safe keys"
+        )
     rows, left_out, counts = build_rows(args, salt=b"" if args.salt_file is None else read_salt(args.salt_file))
     listed = args.out.with_suffix(".skipped.jsonl")
     Quarantine(listed).add(left_out)
     if not rows:
-        raise DataError(f"{args.folder}: no picture gives a row; {listed} says why files were left out")
+        raise DataError(f"{args.folder}: no image gives a row; {listed} lists the reason for each file")
     write_json(args.out, rows)
     sys.stdout.write(_summary(rows, counts))
     sys.stdout.write(f"{len(rows)} rows -> {args.out}; {len(left_out)} files left out -> {listed}\n")

@@ -1,8 +1,8 @@
-"""A folder of studies, header by header: which files are pictures, and which patient, study and series they belong to.
+"""Scan of a folder of DICOM studies: image files with their patient, study and series.
 
-    files in order of their names --header, no pixels--> Instance, or the reason why a file is left out
+    files, sorted by name --header, no pixels--> Instance, or the reason why a file is skipped
 
-Patient and study are known by keys only; a number is hashed as soon as it is read.
+Patients and studies are identified by keys only; their ids are hashed immediately after reading.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llava.imaging.dicom.sniff import is_dicom, may_be_bare
 from llava.imaging.dicom.sop_classes import check_picture
 
 FACT_TAGS = ("Modality", "BodyPartExamined", "ViewPosition", "ImageOrientationPatient", "Laterality", "ImageLaterality")
-"""Fields that are read for this; the orientation may also stand in functional groups."""
+"""Fields for the facts about an image; the orientation may also be in functional groups."""
 
 MODALITIES: dict[str, str] = {
     "BMD": "bone densitometry",
@@ -51,7 +51,7 @@ MODALITIES: dict[str, str] = {
     "XA": "angiography",
     "XC": "photography",
 }
-"""Code of a modality to the word for it; codes without one (OT) say nothing."""
+"""Code of a modality to its name; other codes (OT) are ignored."""
 
 BODY_PARTS: dict[str, str] = {
     "ABDOMEN": "abdomen",
@@ -111,7 +111,7 @@ BODY_PARTS: dict[str, str] = {
     "WHOLEBODY": "whole body",
     "WRIST": "wrist",
 }
-"""Body Part Examined to words; spaces and signs in the field do not matter."""
+"""Body Part Examined to its name; spaces and punctuation in the field are ignored."""
 
 VIEWS: dict[str, str] = {
     "AP": "AP",
@@ -131,31 +131,31 @@ VIEWS: dict[str, str] = {
     "RLO": "oblique",
     "RPO": "oblique",
 }
-"""View Position to words."""
+"""View Position to its name."""
 
 PLANES = ("sagittal", "coronal", "axial")
-"""Planes whose normals are the patient's x, y and z axis."""
+"""Planes whose normals are the x, y and z axes of the patient."""
 
 MIN_ALIGNMENT = 0.9
-"""Cosine from which on a slice is called by its plane; oblique ones are not."""
+"""Minimum cosine between the normal of a slice and an axis; other slices are oblique."""
 
 SIDES = {"L": "left", "R": "right", "B": "both"}
 
 
 def facts_of(dataset: Dataset) -> ImageFacts:
-    """Return modality, organ and plane or view, where the header states them in a known word."""
+    """Return modality, organ and plane or view, if the header states them in a known word."""
     view = VIEWS.get(_letters(word(dataset, "ViewPosition")))
     part = BODY_PARTS.get(_letters(word(dataset, "BodyPartExamined")))
     return ImageFacts(organ=part, modality=MODALITIES.get(word(dataset, "Modality")), plane=view or plane_of(dataset))
 
 
 def side_of(dataset: Dataset) -> str | None:
-    """Return left, right or both, where the header says it of the picture or of the part."""
+    """Return left, right or both, if the header states it for the image or the body part."""
     return SIDES.get(word(dataset, "ImageLaterality") or word(dataset, "Laterality"))
 
 
 def plane_of(dataset: Dataset) -> str | None:
-    """Return the plane of a slice by the directions of its rows and columns; None where oblique or not stated."""
+    """Return the plane of a slice from the directions of rows and columns; None if oblique or not stated."""
     sides = numbers(dataset, "ImageOrientationPatient")
     if not sides:
         for groups in items(dataset, "SharedFunctionalGroupsSequence")[:1]:
@@ -178,31 +178,31 @@ IDENTITY_TAGS: dict[str, str] = {
     "series": "SeriesInstanceUID",
     "instance": "SOPInstanceUID",
 }
-"""Kind of key to the field that it is made of."""
+"""Kind of key to its field."""
 
 JOIN_TAGS: dict[str, str] = {**IDENTITY_TAGS, "accession": "AccessionNumber"}
-"""What a table of texts may name its rows by, besides the path."""
+"""Identifiers, other than the path, that the key column of a table may hold."""
 
 HEADER_TAGS = (
     *("SOPClassUID", "Rows", "Columns", "NumberOfFrames", "InstanceNumber", "SharedFunctionalGroupsSequence"),
     *FACT_TAGS,
     *IDENTITY_TAGS.values(),
 )
-"""All that is read of a file here."""
+"""All fields that the scan reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One picture file.
+    """One image file.
 
     Attributes:
-        path: relative to the folder, with slashes.
-        keys: kind of `IDENTITY_TAGS` to key; a kind whose field is empty is missing.
-        facts: what the header says about the picture.
+        path: path relative to the folder, with slashes.
+        keys: kind of `IDENTITY_TAGS` to key, without kinds whose field is empty.
+        facts: facts in the header.
         side: left, right or both.
-        number: place in its series.
-        num_frames: pictures in the file.
-        join: value that a table of texts knows it by; never written.
+        number: position in its series.
+        num_frames: number of frames in the file.
+        join: value in the key column of a table; never written.
     """
 
     path: str
@@ -215,22 +215,22 @@ class Instance:
 
 
 class NotDicom(DataError):
-    """The file is of another format."""
+    """Error: the file is not a DICOM file."""
 
 
 class RepeatedInstance(DataError):
-    """Another file of the folder holds the same instance."""
+    """Error: another file in the folder has the same instance."""
 
 
 def files_of(folder: str | Path) -> list[str]:
-    """Return the regular files below a folder, relative and in order; links are not followed.
+    """Return the relative paths of the regular files below a folder, sorted; links are not followed.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: the folder does not exist.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise DataError(f"{root} is no folder; expected one that holds DICOM files")
+        raise DataError(f"{root} is not a folder; expected a folder of DICOM files")
     found = []
     for place, folders, names in os.walk(root):
         folders.sort()
@@ -244,12 +244,12 @@ def files_of(folder: str | Path) -> list[str]:
 def scan_instances(
     folder: str | Path, paths: Sequence[str], *, salt: bytes, join: str = "path"
 ) -> Iterator[tuple[str, Instance | DataError]]:
-    """Yield each path with what its header says, or with the reason why it is left out.
+    """Yield each path with its instance, or with the reason why it is skipped.
 
     Args:
-        folder: the root.
-        paths: relative to it, see `files_of`.
-        salt: of the keys.
+        folder: root folder.
+        paths: paths relative to it; see `files_of`.
+        salt: salt of the keys.
         join: `path` or a key of `JOIN_TAGS`.
     """
     seen: set[str] = set()
@@ -257,7 +257,7 @@ def scan_instances(
         try:
             instance = _instance(Path(folder), path, salt, join)
             if (identity := instance.keys.get("instance", path)) in seen:
-                raise RepeatedInstance(f"image {path} repeats an instance of this folder; the first file is used")
+                raise RepeatedInstance(f"image {path} repeats an instance in this folder; only the first file is used")
             seen.add(identity)
             yield path, instance
         except DataError as error:
@@ -271,7 +271,7 @@ def _instance(folder: Path, path: str, salt: bytes, join: str) -> Instance:
             head = stream.read(4096)
             stream.seek(0)
             if not is_dicom(head) and not may_be_bare(head):
-                raise NotDicom(f"image {path} is no DICOM file")
+                raise NotDicom(f"image {path} is not a DICOM file")
             dataset = read(stream, tags, name=path, pixels=False)
             check_picture(dataset)
             keys = {kind: field_text(dataset, tag) for kind, tag in IDENTITY_TAGS.items()}
@@ -291,7 +291,7 @@ def _instance(folder: Path, path: str, salt: bytes, join: str) -> Instance:
 
 
 def field_text(dataset: Dataset, keyword: str) -> str:
-    """Return a field as text without the space that pads it; only to be hashed or compared."""
-    with quiet(f"has a field {keyword} that cannot be understood"):
+    """Return a field as text without padding, to be hashed or compared only."""
+    with quiet(f"has a field {keyword} that cannot be parsed"):
         value = dataset.get(keyword)
         return "" if value is None else str(value).strip(" \0")
