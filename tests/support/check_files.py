@@ -1,4 +1,4 @@
-"""Small data files and pictures for the tests of `llava data check`."""
+"""Small data files and images for the tests of `llava data check`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llava.data.check.rules import RULES
 
 
 def row(number: int, image: str | None = None, **fields: Any) -> dict[str, Any]:
-    """A row with a question and an answer of its own; `fields` add to it or replace."""
+    """Return a row with a question and an answer of its own; `fields` are added or replace others."""
     turns = [
         {"from": "human", "value": f"{'<image>' if image else ''}\nIs sign {number} seen here?"},
         {"from": "gpt", "value": f"Sign {number} is."},
@@ -24,26 +24,26 @@ def row(number: int, image: str | None = None, **fields: Any) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> Path:
-    """A JSON array."""
+    """Write rows as a JSON array."""
     path.write_text(json.dumps(rows), encoding="utf-8")
     return path
 
 
 def smooth(seed: int, side: int = 64) -> Image.Image:
-    """A grey picture of random soft spots: another seed looks quite different."""
+    """Return a gray image of random soft spots; other seeds look different."""
     spots = np.random.default_rng(seed).integers(30, 226, (12, 12), dtype=np.uint8)
     return Image.fromarray(spots).resize((side, side), Image.Resampling.BICUBIC)
 
 
 def rules_of(report: CheckReport) -> dict[str, list[int]]:
-    """The rows of the checked file by rule."""
+    """Return the rows of the checked file by rule."""
     return {
         rule: sorted(set(report.findings.of(rule, file).rows)) for rule, file in report.findings.rules() if file == 0
     }
 
 
 def check_rows(tmp_path: Path, rows: Sequence[Any], **options: Any) -> dict[str, list[int]]:
-    """Check an array of rows; returns the rows by rule."""
+    """Check an array of rows; return the rows by rule."""
     found = rules_of(check_file(write_rows(tmp_path / "rows.json", rows), **options))
     assert found.keys() <= RULES.keys()
     return found

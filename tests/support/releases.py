@@ -1,4 +1,4 @@
-"""Small data sets in the published formats, made by the tests: every text and picture is invented."""
+"""Small synthetic datasets in the published formats."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from PIL import Image
 LABELS = ("Atelectasis", "Cardiomegaly", "No Finding")
 
 
-def picture(path: Path, value: int = 0) -> Path:
-    """Write a small grey picture; another value makes another picture."""
+def write_image(path: Path, value: int = 0) -> Path:
+    """Write a small gray image of one value."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", (8, 8), value).save(path)
     return path
 
 
-def picture_bytes(value: int = 0) -> bytes:
-    """Return a small grey picture as the bytes of a PNG file."""
+def image_bytes(value: int = 0) -> bytes:
+    """Return a small gray image of one value as the bytes of a PNG file."""
     stream = io.BytesIO()
     Image.new("L", (8, 8), value).save(stream, format="PNG")
     return stream.getvalue()
@@ -49,7 +49,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def rows_in(path: Path) -> list[dict[str, Any]]:
-    """Return the rows that a reader wrote."""
+    """Return the rows that a converter wrote."""
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return rows
 
@@ -86,7 +86,7 @@ def vqa_rad(folder: Path) -> Path:
     ]
     write_rows(folder / "VQA_RAD Dataset Public.json", rows)
     for number in range(3):
-        picture(folder / "VQA_RAD Image Folder" / f"synpic{number}.jpg", number)
+        write_image(folder / "VQA_RAD Image Folder" / f"synpic{number}.jpg", number)
     return folder
 
 
@@ -107,12 +107,12 @@ def slake(folder: Path) -> Path:
             {**common, "question": "正常吗?", "answer": "否", "q_lang": "zh", "answer_type": "CLOSED"},
         ]
         write_rows(folder / f"{name}.json", [{**row, "qid": 10 * number + n} for n, row in enumerate(rows)])
-        picture(folder / "imgs" / f"xmlab{number}" / "source.jpg", number)
+        write_image(folder / "imgs" / f"xmlab{number}" / "source.jpg", number)
     return folder
 
 
 def pmc_vqa_row(name: str, letter: str) -> dict[str, str]:
-    """Return a row of the first release; the choices carry their letters in the ways of the files."""
+    """Return a row of the first release; the choices have the letter prefixes of the files."""
     choices = {
         "Choice A": " A:Diffuse uptake ",
         "Choice B": "B: Focal uptake",
@@ -137,8 +137,8 @@ def report(findings: str, impression: str, indication: str) -> str:
 
 
 def mimic_cxr(folder: Path) -> tuple[Path, Path]:
-    """Make the JPG release and the reports: patient, study, picture, split, view, and a report or a text of it."""
-    films = [
+    """Make the JPG release and the reports: patient, study, image, split, view and report."""
+    images = [
         ("10000032", "50414267", "aaaa", "train", "PA", report("Lungs are\n clear.", "Normal.", REASON)),
         ("10000032", "50414267", "bbbb", "train", "LATERAL", None),
         ("10000764", "57375967", "cccc", "validate", "AP", report("Heart is large.", "Cardiomegaly.", "")),
@@ -147,23 +147,23 @@ def mimic_cxr(folder: Path) -> tuple[Path, Path]:
         ("10000935", "51178377", "eeee", "test", "AP", SHORT),
     ]
     jpg, reports = folder / "mimic-cxr-jpg", folder / "mimic-cxr-reports"
-    keys = [{"dicom_id": dicom, "study_id": study, "subject_id": subject} for subject, study, dicom, *_ in films]
+    keys = [{"dicom_id": dicom, "study_id": study, "subject_id": subject} for subject, study, dicom, *_ in images]
     write_csv(
         jpg / "mimic-cxr-2.0.0-split.csv.gz",
-        [{**key, "split": film[3]} for key, film in zip(keys, films, strict=True)],
+        [{**key, "split": image[3]} for key, image in zip(keys, images, strict=True)],
         zipped=True,
     )
     meta = {"PerformedProcedureStepDescription": "CHEST", "PatientOrientationCodeSequence_CodeMeaning": "Erect"}
     write_csv(
         jpg / "mimic-cxr-2.0.0-metadata.csv.gz",
-        [{**key, **meta, "ViewPosition": film[4]} for key, film in zip(keys, films, strict=True)],
+        [{**key, **meta, "ViewPosition": image[4]} for key, image in zip(keys, images, strict=True)],
         zipped=True,
     )
     labels = [{"subject_id": "10000032", "study_id": "50414267", **dict(zip(LABELS, ("", "-1.0", "1.0"), strict=True))}]
     write_csv(jpg / "mimic-cxr-2.0.0-chexpert.csv.gz", labels, zipped=True)
-    for number, (subject, study, dicom, _, _, text) in enumerate(films):
+    for number, (subject, study, dicom, _, _, text) in enumerate(images):
         place = f"files/p{subject[:2]}/p{subject}/s{study}"
-        picture(jpg / place / f"{dicom}.jpg", number)
+        write_image(jpg / place / f"{dicom}.jpg", number)
         if text is not None:
             path = reports / f"{place}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,9 +180,9 @@ def iu_xml(number: int, findings: str | None, images: Sequence[str]) -> str:
         "IMPRESSION": "No disease.",
     }
     sections = "".join(f'<AbstractText Label="{name}">{text or ""}</AbstractText>' for name, text in texts.items())
-    pictures = "".join(f'<parentImage id="{name}"><caption>PA</caption></parentImage>' for name in images)
+    parts = "".join(f'<parentImage id="{name}"><caption>PA</caption></parentImage>' for name in images)
     return (
         f'<?xml version="1.0" encoding="utf-8"?><eCitation><uId id="CXR{number}"/><licenseURL url="terms"/>'
         f"<MedlineCitation><Article><Abstract>{sections}</Abstract></Article></MedlineCitation>"
-        f"<MeSH><major>normal</major></MeSH>{pictures}</eCitation>"
+        f"<MeSH><major>normal</major></MeSH>{parts}</eCitation>"
     )

@@ -1,4 +1,4 @@
-"""Converter for PathVQA: the Parquet release with embedded images, or JSON questions with an image folder.
+"""Converter for PathVQA: Parquet files with embedded images, or JSON questions with an image folder.
 
     train-00000-of-00007-....parquet: image {bytes, path}, question, answer
     train_qa.json: [{"image": "train_0422", "question": ..., "answer": ...}, ...] + images/train/train_0422.jpg

@@ -1,4 +1,4 @@
-"""Converter for PMC-VQA: multiple-choice questions about figures of open-access articles, two releases.
+"""Converter for PMC-VQA, both releases: multiple-choice questions about figures of articles.
 
     release 1: train.csv, test.csv: Figure_path, Question, Answer, Choice A..D, Answer_label        + images.zip
     release 2: train_2.csv, test_2.csv: index, Figure_path, Caption, Question, Choice A..D, Answer (a letter), split

@@ -112,7 +112,7 @@ def cell(row: Row, column: str | None) -> str:
 
 
 def answer_cell(row: Row, column: str) -> str:
-    """Return an answer as text; `None`, `NA` and `null` are answers, only a missing or blank cell is empty."""
+    """Return an answer as text; empty only if missing or blank, as `None` and `NA` are valid answers."""
     value = row.get(column)
     if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)):
         return ""

@@ -186,7 +186,7 @@ def clean_copy(dataset: pydicom.FileDataset, salt: bytes) -> tuple[str, bytes]:
 
 
 def process_file(path: str, args: Namespace, salt: bytes, *, written: Collection[str]) -> tuple[DeidFindings, str]:
-    """Inspect one file and, with --out, write its clean copy; return the findings and the path of the copy.
+    """Inspect one file and, with --out, write its clean copy.
 
     Args:
         path: path relative to the folder.

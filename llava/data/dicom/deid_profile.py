@@ -167,7 +167,7 @@ def _cleaned(element: DataElement, salt: bytes, patient: str) -> DataElement:
 
 
 def _is_harmless(element: DataElement) -> bool:
-    """Return whether the value of a kept field is valid for its type; codes and numbers may hold free text."""
+    """Return whether the value of a kept field fits its type; codes and numbers may hold free text."""
     if ACTIONS.get(element.keyword) == "W":
         return str(element.value) in BODY_PARTS
     parts = element.value if _is_many(element.value) else [element.value]

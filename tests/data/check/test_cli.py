@@ -1,4 +1,4 @@
-"""The command: exit status, summary, files it writes, the cleaned copy, tokens; and that damage is always reported."""
+"""The command: exit status, summary, written files, cleaned copy and tokens; damage is always reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def status_of(*words: object) -> int:
 
 
 def write_case(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """A file with one of everything, a file it leaks into, and their pictures."""
+    """Write a file with one finding of each kind, a file it leaks into, and their images."""
     images = tmp_path / "images"
     images.mkdir()
     for number in range(3):
@@ -84,19 +84,20 @@ def test_the_page_is_escaped_and_loads_nothing(tmp_path: Path) -> None:
     assert not re.search(r"<script|<link|@import|url\(", text)
 
 
-def test_warnings_count_only_when_asked(tmp_path: Path) -> None:
+def test_warnings_count_only_with_strict(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.json", [{"id": 1}])
     assert status_of(path) == 0
     assert status_of(path, "--strict") == 1
     assert status_of(write_rows(path, [row(0)]), "--strict", "True") == 0
 
 
-def test_a_missing_file_and_senseless_flags_end_with_status_two(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_file_ends_with_status_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         llava(["data", "check", str(tmp_path / "absent.json")])
     assert stop.value.code == 2 and "cannot be opened" in capsys.readouterr().err
+
+
+def test_no_output_replaces_the_input_or_another_output(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.json", [row(0)])
     with pytest.raises(ConfigError, match="name another file"):
         main([str(path), "--fix", str(path)])
@@ -107,10 +108,19 @@ def test_a_missing_file_and_senseless_flags_end_with_status_two(
     with pytest.raises(ConfigError, match=r"--html .* would overwrite"):
         main([str(path), "--json", str(tmp_path / "out"), "--html", str(tmp_path / "out")])
     assert path.read_bytes() == before and not (tmp_path / "out").exists()
-    with pytest.raises(ConfigError, match="--against_images needs"):
-        main([str(path), "--against_images", str(tmp_path)])
-    with pytest.raises(ConfigError, match="max_length"):
-        main([str(path), "--max_length", "0"])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--against_images", "images"], "--against-images requires"),
+        (["--max_length", "0"], "--max-length must be at least 1"),
+    ],
+)
+def test_inconsistent_options(tmp_path: Path, options: list[str], reason: str) -> None:
+    path = write_rows(tmp_path / "rows.json", [row(0)])
+    with pytest.raises(ConfigError, match=reason):
+        main([str(path), *options])
 
 
 def test_checking_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Text that looks like identifiers: what each rule finds, and what it must leave alone."""
+"""Patterns of identifiers: text that each rule matches, and text that it must not match."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_found(text: str, rule: str) -> None:
         "version 1.2.3 at 50-60 Hz, 5-10-15 mm",
         "see https://example.org/2019/03/14/00412345 and doi 10.1148/radiol.2019190613",
         "magnification 1000000x, 1,234,567 cells, 0.1234567 mm",
-        "Is there a patient in the picture? The doctor says yes. MS plaques; MR The brain",
+        "Is there a patient in the image? The doctor says yes. MS plaques; MR The brain",
         "Dr Who? no: Drs",
         "Figure 12-3, p. 123-125",
         "HU 400-500, 512 512 512",

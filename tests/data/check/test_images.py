@@ -1,4 +1,4 @@
-"""Pictures of a data file: missing, broken, cut off, alike; and what two files share."""
+"""Images of a data file: missing, broken, truncated or equal; and overlap of two files."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def listed(report: CheckReport, rule: str) -> list[dict[str, Any]]:
     return next((entry["listed"] for entry in rules if entry["rule"] == rule), [])
 
 
-def test_missing_broken_and_cut_off_pictures(tmp_path: Path) -> None:
+def test_missing_broken_and_truncated_images(tmp_path: Path) -> None:
     images = folder(tmp_path)
     smooth(0).save(images / "good.png")
     (images / "cut.png").write_bytes((images / "good.png").read_bytes()[:-40])
-    (images / "text.png").write_text("no picture")
+    (images / "text.png").write_text("not an image")
     (images / "none.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 20)
     (tmp_path / "outside.png").write_bytes((images / "good.png").read_bytes())
     names = ["good.png", "cut.png", "text.png", "absent.png", "../outside.png", "a\0b.png", "", "x" * 300, "none.dcm"]
@@ -45,7 +45,7 @@ def test_missing_broken_and_cut_off_pictures(tmp_path: Path) -> None:
     assert report.exit_status(strict=False) == 1
 
 
-def test_without_a_folder_no_picture_is_opened(tmp_path: Path) -> None:
+def test_without_a_folder_no_image_is_opened(tmp_path: Path) -> None:
     report = check_file(write_rows(tmp_path / "rows.json", [row(0, "absent.png")]))
     assert rules_of(report) == {} and not report.image_scan.opened
     assert report_data(report, strict=True)["pictures"] == {"named": 1, "opened": False}
@@ -75,14 +75,14 @@ def compare(tmp_path: Path, rows: list[Any], others: list[Any], **options: Any) 
     return check_file(path, against=write_rows(tmp_path / "test.json", others), **options)
 
 
-def test_shared_pictures_by_bytes_and_by_pixels(tmp_path: Path) -> None:
+def test_shared_images_by_bytes_and_by_pixels(tmp_path: Path) -> None:
     train, test = folder(tmp_path, "train"), folder(tmp_path, "test")
     for place, name in [(train, "a.png"), (test, "other.png")]:
         smooth(0).save(place / name)
     smooth(1).save(train / "b.png")
     smooth(1).convert("RGB").save(test / "b.bmp")
     smooth(2).save(train / "c.png")
-    smooth(3).save(test / "c.png")  # another picture of the same name
+    smooth(3).save(test / "c.png")  # another image of the same name
     rows = [row(0, "a.png"), row(1, "b.png"), row(2, "c.png"), row(3, "a.png")]
     report = compare(
         tmp_path,
@@ -137,9 +137,9 @@ def test_the_value_of_a_shared_field_is_not_shown(tmp_path: Path) -> None:
     assert "Roe" not in json.dumps(report_data(report, strict=False))
 
 
-def test_it_is_said_whether_persons_were_compared(tmp_path: Path) -> None:
+def test_the_output_says_whether_persons_were_compared(tmp_path: Path) -> None:
     both = compare(tmp_path, [row(0, patient="a"), row(1, patient="b")], [row(2, patient="c")])
-    assert "persons: compared by patient (2 and 1 different)" in report_summary(both, strict=False)
+    assert "persons: compared by patient (2 and 1 distinct)" in report_summary(both, strict=False)
     write_page(tmp_path / "check.html", both, strict=False)
     assert "persons: compared by patient" in (tmp_path / "check.html").read_text()
     assert report_data(both, strict=False)["persons"] == {"patient": [2, 1]}
@@ -152,8 +152,8 @@ def test_it_is_said_whether_persons_were_compared(tmp_path: Path) -> None:
     )
 
 
-def test_patients_are_the_same_however_their_numbers_are_written(tmp_path: Path) -> None:
-    """Columns of whole numbers with gaps come out of tables as fractions, and gaps as words that name no one."""
+def test_patients_match_in_every_spelling_of_their_number(tmp_path: Path) -> None:
+    """Tables write integers in a column with gaps as floats, and gaps as words without meaning."""
     ours = [row(n, patient=value) for n, value in enumerate([40.0, 41, "42", 43.5, float("nan"), "NaN", None, True])]
     theirs = [
         row(n, patient=value) for n, value in enumerate([40, "41", 42.0, 43.5, float("nan"), "NaN", None, True], 9)
@@ -162,7 +162,7 @@ def test_patients_are_the_same_however_their_numbers_are_written(tmp_path: Path)
     assert rules_of(check_file(path, against=other)) == {"leak-group": [0, 1, 2]}
 
 
-def test_order_of_pictures_counts(tmp_path: Path) -> None:
+def test_order_of_images_matters(tmp_path: Path) -> None:
     images = folder(tmp_path)
     for number in range(2):
         smooth(number).save(images / f"{number}.png")
@@ -173,20 +173,20 @@ def test_order_of_pictures_counts(tmp_path: Path) -> None:
     assert "leak-pair" not in rules_of(compare(tmp_path, rows, swapped, images=images))
 
 
-def test_unopened_pictures_are_compared_by_name(tmp_path: Path) -> None:
+def test_unopened_images_are_compared_by_name(tmp_path: Path) -> None:
     report = compare(tmp_path, [row(0, "a.png"), row(1, "b.png")], [row(2, "a.png"), row(1, "c.png")])
     assert rules_of(report) == {"leak-name": [0], "leak-question": [1]}
     assert report.exit_status(strict=False) == 0 and report.exit_status(strict=True) == 1
 
 
-def test_broken_pictures_leak_nothing(tmp_path: Path) -> None:
+def test_broken_images_leak_nothing(tmp_path: Path) -> None:
     images = folder(tmp_path)
     (images / "a.png").write_text("broken")
     report = compare(tmp_path, [row(0, "a.png")], [row(0, "a.png")], images=images)
     assert rules_of(report) == {"image-broken": [0], "leak-question": [0]}
 
 
-def test_real_questions_share_every_test_picture(shared: Path) -> None:
+def test_real_questions_share_every_test_image(shared: Path) -> None:
     data = shared / "data" / "vqa-rad"
     report = check_file(data / "train.json", images=data / "images", against=data / "test.json", max_listed=500)
     assert report.exit_status(strict=False) == 1
@@ -202,11 +202,11 @@ def test_real_notes_have_no_errors(shared: Path) -> None:
     assert {"near-duplicate", "same-picture"} <= rules_of(report).keys()
 
 
-def test_pictures_keep_their_order_with_any_number_of_threads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_threads", [1, 5])
+def test_images_keep_their_order_with_any_number_of_threads(tmp_path: Path, num_threads: int) -> None:
     images = folder(tmp_path)
     for number in range(12):
         Image.new("L", (4 + number, 4), number * 9).save(images / f"{number}.png")
     rows = write_rows(tmp_path / "rows.json", [row(number, f"{number}.png") for number in range(12)])
-    for num_threads in (1, 5):
-        report = check_file(rows, images=images, num_threads=num_threads)
-        assert list(report.image_scan.widths) == list(range(4, 16))
+    report = check_file(rows, images=images, num_threads=num_threads)
+    assert list(report.image_scan.widths) == list(range(4, 16))

@@ -1,4 +1,4 @@
-"""What is kept of a row: a few numbers, however long its text is."""
+"""Memory per row: a few numbers, independent of the length of its text."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.support.check_files import row, write_rows
 
 
 def kept_bytes(tmp_path: Path, num_rows: int, *, compares: bool) -> int:
-    """Memory that is still held after a pass over rows of 2 kB each."""
-    rows = [row(number, f"picture {number}.png", patient=str(number), note="word " * 400) for number in range(num_rows)]
+    """Return the memory that is held after a scan of rows of 2 kB each."""
+    rows = [row(number, f"image {number}.png", patient=str(number), note="word " * 400) for number in range(num_rows)]
     path = write_rows(tmp_path / f"{num_rows}.json", rows)
     del rows
     index = RowIndex(GROUP_FIELDS, NameStore(), root=0, compares=compares)

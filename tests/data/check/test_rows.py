@@ -1,4 +1,4 @@
-"""Single rows: what is wrong with them, field by field, and agreement with what training accepts."""
+"""Single rows: problems by field, and agreement with the rows that training accepts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HUMAN, GPT = TURNS
         (row(0, image=3, id=[]), ["id", "image-field"]),
         ({"id": "a", "conversations": "text"}, ["conversation"]),
         ({"id": "a", "conversations": [HUMAN, HUMAN]}, ["conversation"]),
-        ({"id": "a", "conversations": [{"from": "nobody", "value": "x"}]}, ["conversation"]),
+        ({"id": "a", "conversations": [{"from": "other", "value": "x"}]}, ["conversation"]),
         ({"id": "a", "conversations": [{"from": "human", "value": None}]}, ["conversation"]),
         ({"id": [], "image": {}, "conversations": [7]}, ["id", "image-field", "conversation"]),
         ({"id": "a"}, ["no-conversation"]),

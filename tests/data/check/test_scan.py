@@ -1,4 +1,4 @@
-"""Classes: what is counted, and that no text becomes a class."""
+"""Classes: counts, and that no text becomes a class."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_types_and_flags_and_closed_answers(tmp_path: Path) -> None:
 
 def test_texts_and_identifiers_are_no_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "MAX_CLASSES", 4)
-    labels = ["a long text that tells " * 5, "Dr. Quimbleton", "03/14/2019", *"abcdefgh"]
+    labels = ["a long text with words " * 5, "Dr. Quimbleton", "03/14/2019", *"abcdefgh"]
     found = classes(tmp_path, [row(number, label=label) for number, label in enumerate(labels)])["label"]
     assert found == {OTHER: 8, "(long text)": 1, "a": 1, "b": 1}
 

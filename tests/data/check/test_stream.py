@@ -1,4 +1,4 @@
-"""Streamed rows: equal to what training reads, row by row; damage is a value with a name, never a crash."""
+"""Streamed rows: equal to the rows that training reads; damage is a named error, never a crash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llava.errors import DataError
 from tests.support.check_files import row
 
 ROWS: list[Any] = [{"id": 1, "text": 'é\u2028 ] } , \\ " 😀'}, {"n": [1.5, float("inf"), 10**30]}, 12, -7, "x", []]
-"""Values of every kind; numbers may go on where a piece ends."""
+"""Values of every kind; numbers may continue across the end of a piece."""
 
 FORMS = {
     "array": json.dumps(ROWS),
@@ -27,7 +27,7 @@ FORMS = {
     "lines": "\n".join(json.dumps(row) for row in ROWS),
     "blank lines": "\r\n\r\n" + "\r\n\r\n".join(json.dumps(row) for row in ROWS) + "\n",
     "byte order mark": "\ufeff" + json.dumps(ROWS),
-    "comma too many": "[1, 2,]",
+    "trailing comma": "[1, 2,]",
     "empty array": " [ ] ",
     "nothing": "  \n",
 }
@@ -120,7 +120,7 @@ def test_a_damaged_file_keeps_the_rows_before_the_damage(data: st.DataObject) ->
         (gzip.compress(b'[{"a": 1}]', mtime=0)[:-8] + b"\0" * 8, 0, "from about here on"),
     ],
 )
-def test_what_is_wrong_is_said(content: bytes, rows: int, message: str) -> None:
+def test_the_error_is_named(content: bytes, rows: int, message: str) -> None:
     found = read(content)
     errors = [value for _, value in found if isinstance(value, DataError)]
     assert len(found) - len(errors) == rows
@@ -160,11 +160,16 @@ def test_a_mistake_is_found_without_reading_the_rest(tmp_path: Path, monkeypatch
     assert asked == [64]
 
 
-def test_the_form_is_told_by_content(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "form"), [(b"\n [1]", "array"), (b'{"a": 1}', "lines"), (b"", "lines"), (b"\x1f\x8bxx", "lines")]
+)
+def test_the_form_is_detected_by_content(tmp_path: Path, content: bytes, form: str) -> None:
     path = tmp_path / "a.jsonl"
-    for content, form in [(b"\n [1]", "array"), (b'{"a": 1}', "lines"), (b"", "lines"), (b"\x1f\x8bxx", "lines")]:
-        path.write_bytes(content)
-        assert form_of(path) == form
+    path.write_bytes(content)
+    assert form_of(path) == form
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be opened"):
         list(stream_rows(tmp_path / "absent.json"))
     with pytest.raises(DataError, match="cannot be opened"):

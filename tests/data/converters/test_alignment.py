@@ -1,4 +1,4 @@
-"""Facts and captions from rows, with rows made up for the test."""
+"""Facts and captions from synthetic rows."""
 
 from __future__ import annotations
 

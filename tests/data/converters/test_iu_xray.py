@@ -1,4 +1,4 @@
-"""Reports as XML: what is read, and that nothing a document defines or refers to is followed."""
+"""XML reports: accepted documents, and that entities and references are refused."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from llava.data.converters import iu_xray, mimic_cxr
 from llava.errors import ConfigError, DataError
 from llava.imaging.decode import load
 from tests.support import releases
-from tests.support.releases import iu_xml, picture, picture_bytes, rows_in, write_csv
+from tests.support.releases import image_bytes, iu_xml, rows_in, write_csv, write_image
 
 ASKED = "<image>\nProvide a description of the findings in the radiology image"
 
@@ -25,7 +25,7 @@ def all_rows(out: Path) -> list[dict[str, Any]]:
 
 
 def excluded(out: Path) -> dict[str, int]:
-    """Return what was left out, over all splits."""
+    """Return the number of excluded rows by cause, over all splits."""
     counts: dict[str, int] = {}
     for split in json.loads((out / "manifest.json").read_text())["splits"].values():
         for cause, number in split.get("excluded", {}).items():
@@ -46,12 +46,12 @@ def test_iu_xray_from_the_archives(tmp_path: Path) -> None:
     texts = {number: ("Clear." if number % 2 else None) for number in range(1, 81)}
     xml = {f"ecgen-radiology/{n}.xml": iu_xml(n, text, [f"CXR{n}_1_IM-{n:04}-3001"]) for n, text in texts.items()}
     reports = write_tgz(tmp_path / "NLMCXR_reports.tgz", {name: text.encode() for name, text in xml.items()})
-    films = {f"CXR{n}_1_IM-{n:04}-3001.png": picture_bytes(n) for n in texts}
-    pictures = write_tgz(tmp_path / "NLMCXR_png.tgz", films)
+    files = {f"CXR{n}_1_IM-{n:04}-3001.png": image_bytes(n) for n in texts}
+    images = write_tgz(tmp_path / "NLMCXR_png.tgz", files)
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="--views all"):
-        iu_xray.main([str(reports), str(pictures), "--out", str(out)])
-    iu_xray.main([str(reports), str(pictures), "--out", str(out), "--views", "all"])
+        iu_xray.main([str(reports), str(images), "--out", str(out)])
+    iu_xray.main([str(reports), str(images), "--out", str(out), "--views", "all"])
     rows = all_rows(out)
     assert sorted(row["study"] for row in rows) == sorted(f"CXR{n}" for n in range(1, 81, 2))
     assert rows[0]["conversations"][0]["value"] == f"{ASKED} given the following indication: Cough & fever."
@@ -73,7 +73,7 @@ def test_iu_xray_from_the_tables(tmp_path: Path) -> None:
     table = [{"uid": uid, "filename": f"{uid}_IM-0001-{n}.dcm.png", "projection": view} for uid, n, view in views]
     write_csv(raw / "indiana_projections.csv", table)
     for row in table:
-        picture(raw / "images" / "images_normalized" / row["filename"])
+        write_image(raw / "images" / "images_normalized" / row["filename"])
     out = tmp_path / "out"
     iu_xray.main([str(raw), "--out", str(out), "--fractions", "train=1,test=0"])
     rows = rows_in(out / "train.json")
@@ -81,12 +81,12 @@ def test_iu_xray_from_the_tables(tmp_path: Path) -> None:
     assert rows[0]["conversations"][0]["value"] == f"{ASKED}."
     assert rows[0]["problems"] == ["Mass", "Hernia"] and rows[0]["view"] == "Frontal"
     assert excluded(out) == {"not a frontal view": 1, "report without findings": 1}
-    # The table of projections says which pictures of the XML release are frontal.
+    # The table of projections states which images of the XML release are frontal.
     xml = tmp_path / "xml"
     xml.mkdir()
     (xml / "1.xml").write_text(iu_xml(1, "Clear.", ["CXR1_1_IM-0001-3001", "CXR1_1_IM-0001-4001"]))
     for name in ("CXR1_1_IM-0001-3001", "CXR1_1_IM-0001-4001"):
-        picture(xml / f"{name}.png")
+        write_image(xml / f"{name}.png")
     write_csv(xml / "indiana_projections.csv", table)
     iu_xray.main([str(xml), "--out", str(tmp_path / "out2"), "--fractions", "train=1"])
     assert [row["image"] for row in rows_in(tmp_path / "out2" / "train.json")] == ["CXR1_1_IM-0001-4001.png"]
@@ -138,7 +138,7 @@ def test_mimic_cxr_impression_all_views_reports_as_zip(tmp_path: Path) -> None:
     ]
 
 
-def test_mimic_cxr_tells_how_to_get_access(tmp_path: Path) -> None:
+def test_mimic_cxr_message_says_how_to_get_access(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"(?s)no mimic-cxr-2\.0\.0-split\.csv.*data use agreement"):
         mimic_cxr.main([str(tmp_path / "empty"), "--out", str(tmp_path / "out")])
@@ -170,7 +170,7 @@ def test_annotations_of_llava_rad(tmp_path: Path) -> None:
     ]
     for word in ("train", "test"):
         releases.write_rows(raw / f"chat_{word}_MIMIC_CXR_all_gpt4extract_rulebased_v1.json", rows)
-    picture(raw / "files/p10/p10000032/s1/aaaa.jpg")
+    write_image(raw / "files/p10/p10000032/s1/aaaa.jpg")
     out = tmp_path / "out"
     mimic_cxr.main([str(raw), "--annotations", "--out", str(out)])
     train, test = rows_in(out / "train.json"), rows_in(out / "test.json")

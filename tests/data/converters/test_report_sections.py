@@ -1,4 +1,4 @@
-"""The report-section parser, rule by rule, and on generated reports."""
+"""Parser of report sections: each rule, and generated reports."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ def test_a_report_in_the_usual_layout() -> None:
         ("FINDINGS: at 10:30 the tube: in place", "findings", "at 10:30 the tube: in place"),
         ("FINDINGS:\r\nClear.\r\n\r\nIMPRESSION:\r\nx", "findings", "Clear."),
         ("WET READ: Effusion.\n   FINAL REPORT\nFINDINGS: None seen.", "findings", "None seen."),
-        ("FINDINGS: Clear.\n FINAL REPORT\n", "findings", "Clear."),  # nothing behind the mark: the text counts
+        (
+            "FINDINGS: Clear.\n FINAL REPORT\n",
+            "findings",
+            "Clear.",
+        ),  # no text after the mark: the text before it counts
         ("Lungs are clear.", "findings", ""),  # nothing is guessed
         ("Lungs are clear.", "preamble", "Lungs are clear."),
         ("", "findings", ""),
@@ -64,11 +68,17 @@ def test_the_most_direct_reason_counts(text: str, expected: str) -> None:
     assert parse_report(text).reason == expected
 
 
-def test_questions_are_those_that_were_trained() -> None:
-    start = "Provide a description of the findings in the radiology image"
-    assert report_question("findings", "cough\n// r/o") == f"{start} given the following indication: cough // r/o"
-    for nothing in (None, "", " \n"):
-        assert report_question("findings", nothing) == f"{start}."
+QUESTION = "Provide a description of the findings in the radiology image"
+
+
+def test_the_question_with_a_reason_is_that_of_llava_rad() -> None:
+    expected = f"{QUESTION} given the following indication: cough // r/o"
+    assert report_question("findings", "cough\n// r/o") == expected
+
+
+@pytest.mark.parametrize("reason", [None, "", " \n"])
+def test_the_question_without_a_reason_is_that_of_llava_rad(reason: str | None) -> None:
+    assert report_question("findings", reason) == f"{QUESTION}."
 
 
 NAMES = [name.upper() for names in KINDS.values() for name in names]

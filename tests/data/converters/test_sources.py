@@ -1,4 +1,4 @@
-"""Archives: what is unpacked, and that nothing leaves the folder or grows without bound."""
+"""Unpacking of archives: content, and that no member leaves the folder or exceeds the limits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_members_come_out_once(tmp_path: Path, name: str) -> None:
     assert (folder / "in/x.txt").read_bytes() == b"one" and (folder / "y.txt").read_bytes() == b"two"
     (folder / "y.txt").unlink()
     unpack(archive, tmp_path / "out")
-    assert not (folder / "y.txt").exists()  # finished before, nothing is done again
+    assert not (folder / "y.txt").exists()  # already unpacked, so nothing is done
     (folder / FINISHED).unlink()
     assert (unpack(archive, tmp_path / "out") / "y.txt").exists()
     assert is_archive(archive) and not is_archive(folder / "y.txt")
@@ -81,9 +81,9 @@ def test_bombs_do_not_fit(tmp_path: Path, name: str) -> None:
     assert caught.value.reason == "bomb"
 
 
-def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
+def test_a_file_and_a_folder_of_one_name(tmp_path: Path) -> None:
     archive = make_zip(tmp_path / "a.zip", {"x": b"1", "x/y": b"2"})
-    with pytest.raises(ArchiveError, match="want the place"):
+    with pytest.raises(ArchiveError, match="two members have the path"):
         unpack(archive, tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""`llava data split`: no group in two splits, the same split everywhere, and rows without a key refused."""
+"""`llava data split`: groups stay together, results are reproducible, rows without a key are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llava.data.converters.split import SplitOptions, main, parse_fractions, split_at, split_of, split_rows, unit_hash
 from llava.errors import ConfigError, DataError
-from tests.support.releases import picture, rows_in, write_rows
+from tests.support.releases import rows_in, write_image, write_rows
 
 FRACTIONS = {"train": 0.5, "val": 0.2, "test": 0.3}
 
@@ -26,7 +26,7 @@ def rows(num_patients: int = 40, num_each: int = 3) -> list[dict[str, Any]]:
 
 
 def test_places_are_pinned() -> None:
-    """The numbers are part of the format: a split made today is made again by any later version."""
+    """The hash is part of the format: later versions reproduce the split."""
     assert [split_of(f"patient {n}", FRACTIONS, seed=0) for n in range(8)] == [
         "train",
         "train",
@@ -53,7 +53,7 @@ def test_no_patient_is_in_two_splits() -> None:
     assert split_rows(data, SplitOptions(("patient",), FRACTIONS, seed=1)) != places
 
 
-def test_rows_that_share_a_picture_stay_together() -> None:
+def test_rows_that_share_an_image_stay_together() -> None:
     data = rows(20, 2)
     for row in data[:30:10]:
         row["image"] = [row["image"], "shared.png"]
@@ -62,10 +62,10 @@ def test_rows_that_share_a_picture_stay_together() -> None:
     assert set(places) == set(FRACTIONS)
 
 
-def test_equal_bytes_are_one_picture(tmp_path: Path) -> None:
+def test_equal_bytes_are_one_image(tmp_path: Path) -> None:
     data = [{"id": str(n), "image": f"{n}.png"} for n in range(24)]
     for n in range(24):
-        picture(tmp_path / f"{n}.png", n // 2)
+        write_image(tmp_path / f"{n}.png", n // 2)
     places = split_rows(data, SplitOptions(("image",), FRACTIONS, image_folder=str(tmp_path)))
     assert places[::2] == places[1::2]
     assert (
@@ -99,7 +99,7 @@ def test_a_row_without_the_key_is_refused(value: Any) -> None:
         split_rows(data, SplitOptions(("image",), FRACTIONS), name="all.json")
 
 
-def test_nothing_that_is_read_is_replaced_and_no_older_split_stays(tmp_path: Path) -> None:
+def test_inputs_are_not_replaced_and_old_splits_are_removed(tmp_path: Path) -> None:
     source, out = tmp_path / "train.json", tmp_path / "split"
     source.write_text(json.dumps(rows()))
     with pytest.raises(ConfigError, match="would replace"):
@@ -122,11 +122,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [set(row) for row in found["val"]] == [set(rows()[0])] * len(found["val"])
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["splits"]["test"]["ids_sha256"] in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"holds train\.json"):
+    with pytest.raises(ConfigError, match=r"already contains train\.json"):
         main(words)
     main([*words, "--overwrite"])
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"] == manifest["splits"]
-    with pytest.raises(ConfigError, match="would have no row: 1 groups are few"):
+    with pytest.raises(ConfigError, match="would be empty, as the rows form only 1 groups"):
         main([str(write_rows(tmp_path / "few.json", rows(1))), *words[1:-1], str(tmp_path / "few")])
 
 

@@ -1,4 +1,4 @@
-"""The table reader: every format, what is wrong with a row, and generated tables."""
+"""Reader of tables: every format, invalid rows and files, and generated tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rows_of(path: Path, **options: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz", "a.json", "a.jsonl", "a.parquet", "named-like-nothing"])
-def test_formats_are_told_by_their_content(tmp_path: Path, name: str) -> None:
+def test_formats_are_detected_by_content(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     wanted = [{"x": "1", "y": "two, three"}, {"x": "4", "y": 'a "b"'}]
     if name == "a.parquet":
@@ -65,12 +65,12 @@ def test_rows_of_wrong_width_come_as_errors_with_their_place(tmp_path: Path) -> 
     [
         (b"", "header is empty"),
         (b"\n1,2\n", "header is empty"),
-        (b"x,x\n1,2\n", "names columns twice: x"),
+        (b"x,x\n1,2\n", "repeats columns: x"),
         (b"x\n\xff\xfe\n", "header cannot be read"),
-        (gzip.compress(b"x\n" + bytes(range(48, 58)) * 2000, mtime=0)[:-20], "row 0: cannot be read on"),
+        (gzip.compress(b"x\n" + bytes(range(48, 58)) * 2000, mtime=0)[:-20], "row 0: the rest cannot be read"),
         (gzip.compress(b"x\n1\n", mtime=0)[:-9], "cannot be opened or unzipped"),
-        (b"PAR1 and nothing", "not a Parquet file"),
-        ("x,y\n1,2\n".encode("utf-16"), "UTF-16 .*save it as 'CSV UTF-8'"),
+        (b"PAR1 and nothing", "not a readable Parquet file"),
+        ("x,y\n1,2\n".encode("utf-16"), "UTF-16 .*save the table as 'CSV UTF-8'"),
         ("x,y\n1,2\n".encode("utf-16-le"), "UTF-16 .*iconv"),
         ("x,ö\n1,2\n".encode("cp1252"), "header cannot be read .*iconv -f WINDOWS-1252"),
         (b"x;y\n1;2\n", r"the header is one column, 'x;y'.*--delimiter ';'"),
@@ -107,13 +107,44 @@ def test_semicolons_where_they_are_meant(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "two", delimiter=";") == [{"x": "1", "y": "2"}]
 
 
-def test_cells() -> None:
-    row = {"a": " x ", "b": None, "c": float("nan"), "d": "NULL", "e": ["p", 1], "f": 3, "g": "None", "h": True}
-    assert [cell(row, name) for name in "abcdefghi"] == ["x", "", "", "", "p 1", "3", "", "True", ""]
-    assert [answer_cell(row, name) for name in "abcdfgh"] == ["x", "", "", "NULL", "3", "None", ""]
-    numbers = {"a": 40.0, "b": 1.5, "c": float("inf"), "d": 40}
-    assert [cell(numbers, name) for name in "abcd"] == ["40", "1.5", "inf", "40"]
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (" x ", "x"),
+        (None, ""),
+        (float("nan"), ""),
+        ("NULL", ""),
+        (["p", 1], "p 1"),
+        (3, "3"),
+        ("None", ""),
+        (True, "True"),
+        (40.0, "40"),
+        (1.5, "1.5"),
+        (float("inf"), "inf"),
+        (40, "40"),
+    ],
+)
+def test_cells(value: Any, text: str) -> None:
+    assert cell({"a": value}, "a") == text
+
+
+def test_a_missing_cell_is_empty() -> None:
+    assert cell({}, "a") == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(" x ", "x"), (None, ""), (float("nan"), ""), ("NULL", "NULL"), (3, "3"), ("None", "None"), (True, "")],
+)
+def test_answer_cells(value: Any, text: str) -> None:
+    assert answer_cell({"a": value}, "a") == text
+
+
+def test_values_become_json() -> None:
     assert to_json_value({"a": [float("inf"), 1.5, None]}) == {"a": [None, 1.5, None]}
+
+
+def test_bytes_are_not_json() -> None:
     with pytest.raises(DataError, match="type bytes"):
         to_json_value(b"x")
 
@@ -160,10 +191,10 @@ def test_damaged_gzip_gives_a_named_error(tmp_path: Path, noise: bytes, place: i
         assert "table" in str(error)
 
 
-def test_a_quote_left_open_is_no_row_to_leave_out(tmp_path: Path) -> None:
-    """All rows behind it are in one cell: leaving that row out would lose them without a word."""
+def test_an_open_quote_is_not_a_row_to_skip(tmp_path: Path) -> None:
+    """All rows after the quote are in one cell; skipping that row would lose them silently."""
     (tmp_path / "t.csv").write_text('a,b\n1,x\n2,"y\n3,z\n4,w\n')
-    with pytest.raises(DataError, match=r"row 1, lines 3 to 5: a quote is opened and never closed"):
+    with pytest.raises(DataError, match=r"row 1, lines 3 to 5: a quote is opened and not closed"):
         list(read_table(tmp_path / "t.csv"))
     (tmp_path / "t.csv").write_text('a,b\n1,x\n2,"y\n3,"z\n4,w\n')
     found = [row for _, row in read_table(tmp_path / "t.csv")]

@@ -1,4 +1,4 @@
-"""VQA-RAD from the public JSON format, and that its layout is the one of the shared data."""
+"""VQA-RAD from the public JSON format, with the format of the shared data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llava.data.converters.output import split_hash
 from llava.data.converters.vqa_rad import main
 from llava.data.records import load_samples
 from llava.errors import ConfigError, DataError
-from tests.support.releases import picture, rows_in, vqa_rad, write_rows
+from tests.support.releases import rows_in, vqa_rad, write_image, write_rows
 
 LAYOUT = ("answer_type", "question_type", "image_organ", "phrase_type", "official_split")
 
@@ -31,7 +31,7 @@ def test_rows_of_the_public_release(tmp_path: Path, capsys: pytest.CaptureFixtur
         "official_split": "train",
     }
     assert [(row["phrase_type"], row["official_split"]) for row in test] == [("freeform", "test"), ("para", "test")]
-    assert {row["license"] for row in train + test} == {"CC0 1.0 (pictures from MedPix)"}
+    assert {row["license"] for row in train + test} == {"CC0 1.0 (images from MedPix)"}
     assert "question_frame" not in train[1] and train[1]["linked_id"] == "link-2"
     assert len(load_samples(out / "train.json", image_folder=out / "images")) == 3
     shown = capsys.readouterr().out
@@ -55,7 +55,7 @@ def test_manifest_compares_with_the_published_sizes(tmp_path: Path) -> None:
     assert manifest["made_by"]["data"]["VQA_RAD Dataset Public.json"]["sha256"]
 
 
-def test_a_missing_picture_names_file_and_row(tmp_path: Path) -> None:
+def test_a_missing_image_names_file_and_row(tmp_path: Path) -> None:
     raw = vqa_rad(tmp_path / "raw")
     (raw / "VQA_RAD Image Folder" / "synpic2.jpg").unlink()
     with pytest.raises(DataError, match=r"Public\.json, row 1, id 'vqarad_2': image synpic2\.jpg is not in"):
@@ -67,7 +67,7 @@ def test_a_missing_picture_names_file_and_row(tmp_path: Path) -> None:
     assert len(rows_in(tmp_path / "out" / "train.json")) == 2
 
 
-def test_no_release_there_tells_how_to_get_it(tmp_path: Path) -> None:
+def test_the_message_without_a_release_says_how_to_get_it(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     with pytest.raises(DataError, match=r"(?s)no VQA_RAD Dataset Public\.json.*osf\.io/89kps"):
         main([str(tmp_path / "raw"), "--out", str(tmp_path / "out")])
@@ -94,7 +94,7 @@ def test_shared_rows_come_back_from_the_public_format(shared: Path, tmp_path: Pa
                 **{name: row[name] for name in ("answer_type", "question_type", "image_organ")},
             }
         )
-        picture(raw / "VQA_RAD Image Folder" / row["image"])
+        write_image(raw / "VQA_RAD Image Folder" / row["image"])
     write_rows(raw / "VQA_RAD Dataset Public.json", public)
     main([str(raw), "--out", str(tmp_path / "out")])
     found = rows_in(tmp_path / "out" / f"{split}.json")

@@ -1,4 +1,4 @@
-"""SLAKE, PathVQA and PMC-VQA from small releases in their formats."""
+"""SLAKE, PathVQA and PMC-VQA from small synthetic releases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava.data.converters import pathvqa, pmc_vqa, slake
 from llava.errors import ConfigError, DataError
 from llava.imaging.decode import load
 from tests.support import releases
-from tests.support.releases import picture, picture_bytes, pmc_vqa_row, rows_in, write_csv, write_rows
+from tests.support.releases import image_bytes, pmc_vqa_row, rows_in, write_csv, write_image, write_rows
 
 
 def manifest_of(out: Path) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def test_slake_by_language(tmp_path: Path, lang: str, num_rows: int) -> None:
     assert excluded == ({} if lang == "all" else {"another language": 1})
 
 
-def test_slake_with_its_pictures_in_an_archive(tmp_path: Path) -> None:
+def test_slake_with_its_images_in_an_archive(tmp_path: Path) -> None:
     raw = releases.slake(tmp_path / "raw")
     archive = tmp_path / "imgs.zip"
     with zipfile.ZipFile(archive, "w") as file:
@@ -62,13 +62,13 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 def test_pathvqa_from_parquet(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         rows = [
-            {"image": {"bytes": picture_bytes(1), "path": None}, "question": "What is seen?", "answer": "liver"},
+            {"image": {"bytes": image_bytes(1), "path": None}, "question": "What is seen?", "answer": "liver"},
             {
-                "image": {"bytes": picture_bytes(1), "path": None},
+                "image": {"bytes": image_bytes(1), "path": None},
                 "question": "how many cells are there?",
                 "answer": "2",
             },
-            {"image": {"bytes": picture_bytes(2), "path": None}, "question": "is it benign?", "answer": "yes"},
+            {"image": {"bytes": image_bytes(2), "path": None}, "question": "is it benign?", "answer": "yes"},
         ]
         write_parquet(tmp_path / "raw" / "data" / f"{split}-00000-of-00001-ab.parquet", rows)
     out = tmp_path / "out"
@@ -80,7 +80,7 @@ def test_pathvqa_from_parquet(tmp_path: Path) -> None:
         ("CLOSED", "yes/no"),
     ]
     assert rows[0]["image"] == rows[1]["image"] != rows[2]["image"]
-    assert len(list((out / "images").iterdir())) == 2  # equal pictures are one file, in all splits
+    assert len(list((out / "images").iterdir())) == 2  # equal images are one file, in all splits
     assert load(rows[2]["image"], out / "images").getpixel((0, 0)) == (2, 2, 2)
 
 
@@ -89,7 +89,7 @@ def test_pathvqa_from_json(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
         row = {"image": f"{split}_0001", "question": "where is it?", "answer": "left", "answer_type": "other"}
         write_rows(raw / f"{split}_qa.json", [row])
-        picture(raw / "images" / split / f"{split}_0001.jpg")
+        write_image(raw / "images" / split / f"{split}_0001.jpg")
     pathvqa.main([str(raw), "--out", str(tmp_path / "out")])
     row = rows_in(tmp_path / "out" / "test.json")[0]
     assert (row["image"], row["answer_type"], row["question_type"]) == ("test_0001.jpg", "OPEN", "where")
@@ -114,7 +114,7 @@ def test_pmc_vqa_open_and_with_choices(tmp_path: Path) -> None:
     write_csv(raw / "train.csv", [pmc_vqa_row("PMC1_F1.jpg", "B"), pmc_vqa_row("PMC1_F1.jpg", "D")])
     write_csv(raw / "test.csv", [pmc_vqa_row("PMC2_F1.jpg", "A")])
     for name in ("PMC1_F1.jpg", "PMC2_F1.jpg"):
-        picture(raw / "images" / name)
+        write_image(raw / "images" / name)
     pmc_vqa.main([str(raw), "--out", str(tmp_path / "open")])
     rows = rows_in(tmp_path / "open" / "train.json")
     assert [row["conversations"][1]["value"] for row in rows] == ["Focal uptake", "Bone"]
@@ -133,7 +133,7 @@ def test_pmc_vqa_release_2_marks_the_answer_by_its_letter(tmp_path: Path) -> Non
     row = {"index": "0", **first, "Answer": "B", "Caption": "A figure.", "split": "train"}
     for split in ("train", "test"):
         write_csv(raw / f"{split}_2.csv", [{**row, "split": split}])
-    picture(raw / "images_2" / "figures" / "PMC1_F1_0.jpg")
+    write_image(raw / "images_2" / "figures" / "PMC1_F1_0.jpg")
     pmc_vqa.main([str(raw), "--out", str(tmp_path / "out"), "--captions"])
     found = rows_in(tmp_path / "out" / "train.json")[0]
     assert found["conversations"][1]["value"] == "Focal uptake" and found["caption"] == "A figure."
@@ -147,7 +147,7 @@ def test_pmc_vqa_row_without_answer_is_named(tmp_path: Path) -> None:
     wrong = {**pmc_vqa_row("PMC1_F1.jpg", "B"), "Answer": "something else", "Answer_label": ""}
     write_csv(raw / "train.csv", [pmc_vqa_row("PMC1_F1.jpg", "A"), wrong])
     write_csv(raw / "test.csv", [pmc_vqa_row("PMC1_F1.jpg", "A")])
-    picture(raw / "images" / "PMC1_F1.jpg")
+    write_image(raw / "images" / "PMC1_F1.jpg")
     with pytest.raises(DataError, match=r"train\.csv, row 1, id 'pmcvqa1_train_1': no choice is marked") as caught:
         pmc_vqa.main([str(raw), "--out", str(tmp_path / "out")])
     assert "something else" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Clean copies of DICOM files: nothing that tells whose they are, the same pixels, the same identifiers every time."""
+"""Clean copies of DICOM files: no identifying content, same pixels, reproducible identifiers."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ GRADIENT = np.arange(64, dtype=np.uint16).reshape(8, 8)
 
 
 def secret_of(kind: str) -> str:
-    """A value that may stand in a field of this type and is found again."""
+    """Return a value that is valid in a field of this type and can be searched for."""
     return {"DA": "19010203", "DT": "19010203112233", "TM": "112233.445566", "AS": "097Y"}.get(kind, SECRET)
 
 
 def copy_of(data: bytes) -> tuple[Dataset, bytes]:
-    """The clean copy of a file, read again, and its bytes."""
+    """Return the clean copy of a file, read again, and its bytes."""
     _, content = deid.clean_copy(deid.read_dataset(data, "x"), SALT)
     return pydicom.dcmread(pydicom.filebase.DicomBytesIO(content)), content
 
 
 def crowded() -> Dataset:
-    """A file with a secret in every text field of the dictionary, at the top and inside a sequence that stays."""
+    """Return a file with a secret in every text field, at the top level and in a sequence that stays."""
     dataset = make_dataset(GRADIENT, Modality="CT")
     inner = Dataset()
     for tag, (kind, _, _, _, keyword) in DicomDictionary.items():
@@ -90,7 +90,7 @@ def test_single_fields(keyword: str, value: str, stays: bool) -> None:
     copy, _ = copy_of(data)
     assert bool(copy.get(keyword)) is stays
     said = inspect_dataset(deid.read_dataset(data, "x"), None).fields.get(keyword, "kept")
-    assert (said == "kept") is stays, "the report says what becomes of a field"
+    assert (said == "kept") is stays, "the report states the treatment of the field"
 
 
 def test_identifiers_are_new_and_still_fit_together() -> None:
@@ -106,20 +106,20 @@ def test_identifiers_are_new_and_still_fit_together() -> None:
     assert first.SOPInstanceUID.encode() not in other[1]
 
 
-WRITTEN_ON = ("OBXXXX1A.dcm", "gdcm-US-ALOKA-16.dcm", "mlut_18.dcm", "examples_rgb_color.dcm")
-NOT_WRITTEN_ON = ("CT_small.dcm", "MR_small.dcm", "color-px.dcm", "eCT_Supplemental.dcm", "bad_sequence.dcm")
+WITH_TEXT = ("OBXXXX1A.dcm", "gdcm-US-ALOKA-16.dcm", "mlut_18.dcm", "examples_rgb_color.dcm")
+NOT_WITH_TEXT = ("CT_small.dcm", "MR_small.dcm", "color-px.dcm", "eCT_Supplemental.dcm", "bad_sequence.dcm")
 
 
-def test_writing_in_packaged_files() -> None:
+def test_text_in_packaged_files() -> None:
     found = {}
     for _, path in corpus():
-        if path.name in WRITTEN_ON + NOT_WRITTEN_ON:
+        if path.name in WITH_TEXT + NOT_WITH_TEXT:
             found[path.name] = max_strokes(decode.load(path.read_bytes(), dicom=deid.WHOLE_RANGE)) >= MIN_STROKES
     assert len(found) >= 3
-    assert found == {name: name in WRITTEN_ON for name in found}
+    assert found == {name: name in WITH_TEXT for name in found}
 
 
-PICTURES = [
+IMAGE_FILES = [
     "693_UNCR.dcm",
     "MR_small_RLE.dcm",
     "MR_small_jpeg_ls_lossless.dcm",
@@ -136,8 +136,8 @@ PICTURES = [
 ]
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_the_picture_stays_as_it_was(name: str) -> None:
+@pytest.mark.parametrize("name", IMAGE_FILES)
+def test_the_image_is_unchanged(name: str) -> None:
     path = next((path for _, path in corpus() if path.name == name), None)
     if path is None:
         pytest.skip(f"{name} is not installed; it comes with pydicom-data")
@@ -152,7 +152,7 @@ def test_the_picture_stays_as_it_was(name: str) -> None:
 
 
 def write_folder(folder: Path) -> Path:
-    """A quiet slice, an ultrasound, and a slice with a line of writing in it."""
+    """Write a slice without findings, an ultrasound, a slice with a line of text, and invalid files."""
     folder.mkdir()
     (folder / "quiet").write_bytes(make(GRADIENT, Modality="MR", SOPInstanceUID="1.1"))
     (folder / "us").write_bytes(make(GRADIENT, Modality="US", SOPInstanceUID="1.2"))
@@ -164,7 +164,7 @@ def write_folder(folder: Path) -> Path:
     return folder
 
 
-def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     folder, out, report = write_folder(tmp_path / "in"), tmp_path / "out", tmp_path / "report.json"
     words = [str(folder), "--out", str(out), "--salt_file", str(tmp_path / "salt"), "--report", str(report)]
@@ -173,7 +173,7 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog:
     assert {path for path, entry in found.items() if entry.get("copy")} == {"quiet"}
     assert found["quiet"]["fields"]["PatientName"] == "replaced" and not found["quiet"]["suspicions"]
     assert "modality" in found["us"]["suspicions"][0] and "strokes" in found["written"]["suspicions"][0]
-    assert "cut off" in found["cut"]["left_out"] and "no DICOM" in found["notes.txt"]["left_out"]
+    assert "cut off" in found["cut"]["left_out"] and "not a DICOM" in found["notes.txt"]["left_out"]
     printed = capsys.readouterr()
     for text in (report.read_text(), printed.out, printed.err, caplog.text):
         assert SECRET[:5] not in text and "4711" not in text
@@ -199,13 +199,19 @@ def test_no_copy_replaces_that_of_another_file(tmp_path: Path, capsys: pytest.Ca
         assert "1 clean copies written\n         2 files held back" in printed and "\n3 files left out: " in printed
 
 
-def test_what_the_program_refuses(tmp_path: Path) -> None:
+def test_out_requires_a_salt_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--out requires --salt-file"):
+        deid.main([str(write_folder(tmp_path / "in")), "--out", str(tmp_path / "out")])
+
+
+def test_out_must_not_lie_inside_the_folder(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in")
-    with pytest.raises(ConfigError, match="needs --salt_file"):
-        deid.main([str(folder), "--out", str(tmp_path / "out")])
     with pytest.raises(ConfigError, match="lies inside"):
         deid.main([str(folder), "--out", str(folder / "out"), "--salt_file", str(tmp_path / "salt")])
-    with pytest.raises(DataError, match="is no folder"):
+
+
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a folder"):
         deid.main([str(tmp_path / "absent")])
 
 
@@ -214,10 +220,10 @@ def test_inspecting_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     before = sorted(tmp_path.rglob("*"))
     deid.main([str(folder)])
     assert sorted(tmp_path.rglob("*")) == before
-    assert "2 files may bear writing" in capsys.readouterr().out
+    assert "2 files may contain burned-in text" in capsys.readouterr().out
 
 
-def test_writing_is_told_from_pictures() -> None:
+def test_text_is_distinguished_from_image_content() -> None:
     noise = np.clip(np.random.default_rng(0).rayleigh(30, (256, 256)), 0, 255)
     assert max_strokes(Image.fromarray(noise.astype(np.uint8))) < MIN_STROKES
     smooth = np.outer(np.hanning(256), np.hanning(256)) * 255

@@ -1,4 +1,4 @@
-"""Folders of studies to rows: grouping, texts from a table, keys in the place of numbers, one training step."""
+"""Folders of studies to rows: grouping, texts from a table, keys instead of numbers, one training step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Rows = list[dict[str, Any]]
 
 
 def write_study(folder: Path) -> Path:
-    """Two patients: a CT series of three slices and a chest film, and an MR slice; besides them a text file."""
+    """Write a CT series, a chest radiograph, the MR slice of another patient, and a text file."""
     values = np.arange(64, dtype=np.int16).reshape(8, 8)
     axial = [1, 0, 0, 0, 1, 0]
     for number in (3, 1, 2):
@@ -32,8 +32,8 @@ def write_study(folder: Path) -> Path:
         (folder / "a").mkdir(parents=True, exist_ok=True)
         file = make(values + number, ImageOrientationPatient=axial, BodyPartExamined="CHEST", **fields)
         (folder / "a" / f"slice{number}").write_bytes(file)
-    film = {"Modality": "CR", "SOPInstanceUID": "1.3.1", "SeriesInstanceUID": "1.3", "ViewPosition": "PA"}
-    (folder / "a" / "film.dcm").write_bytes(make(values, BodyPartExamined=f"CHEST {SECRET[:5]}", **film))
+    radiograph = {"Modality": "CR", "SOPInstanceUID": "1.3.1", "SeriesInstanceUID": "1.3", "ViewPosition": "PA"}
+    (folder / "a" / "cr.dcm").write_bytes(make(values, BodyPartExamined=f"CHEST {SECRET[:5]}", **radiograph))
     other = {"Modality": "MR", "SOPInstanceUID": "1.4.1", "SeriesInstanceUID": "1.4", "StudyInstanceUID": "1.9"}
     (folder / "mr").write_bytes(make(values, PatientID="ID-0815", AccessionNumber="A77", **other))
     (folder / "notes.txt").write_text("nothing")
@@ -49,15 +49,15 @@ def run(folder: Path, out: Path, *words: str) -> Rows:
 
 def test_a_row_for_every_instance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = run(write_study(tmp_path / "in"), tmp_path / "rows.json")
-    assert [row["image"] for row in rows] == ["a/film.dcm", "a/slice1", "a/slice2", "a/slice3", "mr"]
-    film, slice1, mr = rows[0], rows[1], rows[4]
+    assert [row["image"] for row in rows] == ["a/cr.dcm", "a/slice1", "a/slice2", "a/slice3", "mr"]
+    radiograph, slice1, mr = rows[0], rows[1], rows[4]
     assert (slice1["modality"], slice1["body_part"], slice1["view"]) == ("CT", "chest", "axial")
-    assert (film["modality"], film["view"]) == ("X-ray", "PA")
-    assert "body_part" not in film, "a word of no list was taken over"
+    assert (radiograph["modality"], radiograph["view"]) == ("X-ray", "PA")
+    assert "body_part" not in radiograph, "a word outside the lists was copied"
     assert slice1["conversations"][0]["value"].startswith("<image>\n")
     assert slice1["conversations"][1]["value"] == "Axial CT of the chest."
-    assert film["patient"] == slice1["patient"] != mr["patient"]
-    assert film["study"] == slice1["study"] != mr["study"] and film["series"] != slice1["series"]
+    assert radiograph["patient"] == slice1["patient"] != mr["patient"]
+    assert radiograph["study"] == slice1["study"] != mr["study"] and radiograph["series"] != slice1["series"]
     assert len({row["id"] for row in rows}) == 5
     printed = capsys.readouterr()
     assert "5 rows" in printed.out and "1 files of other formats" in printed.out
@@ -65,7 +65,9 @@ def test_a_row_for_every_instance(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert json.loads(skipped)["file"] == "notes.txt"
 
 
-def test_nobody_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_no_output_names_a_patient(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     folder = write_study(tmp_path / "in")
     caplog.clear()  # pydicom complains about what this test writes
@@ -96,17 +98,17 @@ def test_keys_depend_on_the_salt_and_on_nothing_else(tmp_path: Path) -> None:
         read_salt(tmp_path / "short")
 
 
-def test_one_row_a_series_is_its_middle(tmp_path: Path) -> None:
+def test_the_row_of_a_series_is_its_middle(tmp_path: Path) -> None:
     rows = run(write_study(tmp_path / "in"), tmp_path / "rows.json", "--per", "series")
-    assert [row["image"] for row in rows] == ["a/film.dcm", "a/slice2", "mr"]
+    assert [row["image"] for row in rows] == ["a/cr.dcm", "a/slice2", "mr"]
     assert [row["id"] for row in rows] == [row["series"] for row in rows]
 
 
 @pytest.mark.parametrize(
     ("key", "value", "images"),
     [
-        ("study", "1.2.3", ["a/film.dcm", "a/slice1", "a/slice2", "a/slice3"]),
-        ("series", "1.3", ["a/film.dcm"]),
+        ("study", "1.2.3", ["a/cr.dcm", "a/slice1", "a/slice2", "a/slice3"]),
+        ("series", "1.3", ["a/cr.dcm"]),
         ("path", "a/slice3", ["a/slice3"]),
         ("patient", "ID-0815", ["mr"]),
         ("accession", "A77", ["mr"]),
@@ -125,12 +127,12 @@ def test_texts_from_a_table(tmp_path: Path, key: str, value: str, images: list[s
     assert value not in json.dumps([{**row, "image": ""} for row in rows])
 
 
-def test_texts_that_belong_to_no_picture_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_without_an_image_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, table, out = write_study(tmp_path / "in"), tmp_path / "reports.csv", tmp_path / "rows.json"
     words = ["--table", str(table), "--key", "study", "--key_column", "number", "--text_column", "text"]
     table.write_text(f"number,text\n1.2.3,seen\n9.9,{SECRET}\n8.8,{SECRET}\n")
     run(folder, out, *words)
-    assert "2 keys of the table that name no picture" in capsys.readouterr().out
+    assert "2 keys of the table without an image" in capsys.readouterr().out
     out.unlink()
     table.write_text(f"number,text\n{SECRET},seen\n8.8,{SECRET}\n")
     with pytest.raises(DataError, match="none of its 2 keys with a text") as caught:
@@ -148,12 +150,12 @@ def test_a_table_that_contradicts_itself(tmp_path: Path) -> None:
         dicom_rows.main([str(tmp_path), "--out", str(tmp_path / "rows.json"), "--table", str(table)])
 
 
-def test_png_pictures_follow_the_flags(tmp_path: Path) -> None:
+def test_png_files_follow_the_options(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "in")
     rows = run(folder, tmp_path / "rows.json", "--png", str(tmp_path / "png"), "--dicom_window", "31.5,1")
     assert {row["image"] for row in rows} == {file.name for file in (tmp_path / "png").iterdir()}
-    with Image.open(tmp_path / "png" / rows[0]["image"]) as picture:
-        assert set(np.unique(np.asarray(picture))) == {0, 255}
+    with Image.open(tmp_path / "png" / rows[0]["image"]) as image:
+        assert set(np.unique(np.asarray(image))) == {0, 255}
 
 
 def test_broken_and_repeated_files_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,14 +163,14 @@ def test_broken_and_repeated_files_are_listed(tmp_path: Path, capsys: pytest.Cap
     shutil.copy(folder / "mr", folder / "mr-again")
     (folder / "a" / "slice2").write_bytes((folder / "a" / "slice2").read_bytes()[:-20])
     rows = run(folder, tmp_path / "rows.json")
-    assert [row["image"] for row in rows] == ["a/film.dcm", "a/slice1", "a/slice3", "mr"]
+    assert [row["image"] for row in rows] == ["a/cr.dcm", "a/slice1", "a/slice3", "mr"]
     listed = [json.loads(line) for line in (tmp_path / "rows.skipped.jsonl").read_text().splitlines()]
     assert {row["file"] for row in listed} == {"mr-again", "notes.txt", "a/slice2"}
     assert "1 broken" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no picture gives a row"):
+    with pytest.raises(DataError, match="no image gives a row"):
         run(tmp_path / "empty", tmp_path / "none.json")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         run(tmp_path / "absent", tmp_path / "none.json")
 
 
@@ -180,7 +182,7 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
 
 
 def test_four_modalities_train_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CT, an MR, an X-ray and an ultrasound of the corpus: files, rows, a step."""
+    """Convert a CT, an MR, an X-ray and an ultrasound file of the corpus, and train one step."""
     monkeypatch.setenv("LLAVA_CACHE", str(tmp_path / "cache"))
     wanted = {"CT_small.dcm", "MR_small_RLE.dcm", "6154", "examples_rgb_color.dcm"}
     (tmp_path / "in").mkdir()
