@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from llava.data.check.row_index import NameStore, RowIndex, as_array, digest_bytes, numbers, row_numbers
+from llava.data.check.row_index import NameStore, RowIndex, as_array, digest_bytes, uint32_array, uint64_array
 from llava.errors import DataError, MissingDependency
 from llava.imaging import decode
 from llava.utils.log import progress
@@ -163,8 +163,8 @@ class ImageScan:
         self.owners: NDArray[np.uint8] = owner
         self.roots = roots
         self.opened = False
-        self.contents, self.pixels, self.hashes = numbers(), numbers(), numbers()
-        self.widths, self.heights, self.kinds = row_numbers(), row_numbers(), array("B")
+        self.contents, self.pixels, self.hashes = uint64_array(), uint64_array(), uint64_array()
+        self.widths, self.heights, self.kinds = uint32_array(), uint32_array(), array("B")
         self.kind_names: list[str] = []
         self.states = array("B")
         self._messages: dict[int, str] = {}

@@ -18,10 +18,10 @@ from llava.data.check.row_index import (
     RowIndex,
     Values,
     as_array,
-    common,
-    grouped,
+    common_values,
+    group_items,
     is_in,
-    repeats,
+    repeated_places,
 )
 from llava.data.check.rules import AGAINST, FILE, CheckFindings
 
@@ -56,10 +56,10 @@ def _shared_images(
     own, others = (np.unique(image_scan.of_ref[file]) for file in (FILE, AGAINST))
     if known is not None:
         own = own[~is_in(own, known)]
-    shared = common(keys[own], keys[others])
-    partners = dict(grouped(keys[others], others, shared))
+    shared = common_values(keys[own], keys[others])
+    partners = dict(group_items(keys[others], others, shared))
     found: list[NDArray[np.int32]] = []
-    for number, group in grouped(keys[own], own, shared):
+    for number, group in group_items(keys[own], own, shared):
         found.append(group)
         same = [*group[:5].tolist(), *partners[number][:5].tolist()]
         message = f"{image_scan.name(same[0])} is {image_scan.name(int(partners[number][0]))} of the other file"
@@ -71,10 +71,10 @@ def _shared_images(
 def _shared_names(indexes: Sequence[RowIndex], image_scan: ImageScan, findings: CheckFindings) -> None:
     """Report image names in both files, for images that were not opened."""
     own, others = (as_array(index.refs.digests) for index in indexes)
-    shared = common(own, others)
-    partners = dict(grouped(others, as_array(indexes[AGAINST].refs.rows), shared))
-    places = dict(grouped(own, image_scan.of_ref[FILE], shared))
-    for number, rows in grouped(own, as_array(indexes[FILE].refs.rows), shared):
+    shared = common_values(own, others)
+    partners = dict(group_items(others, as_array(indexes[AGAINST].refs.rows), shared))
+    places = dict(group_items(own, image_scan.of_ref[FILE], shared))
+    for number, rows in group_items(own, as_array(indexes[FILE].refs.rows), shared):
         place, others_of = int(places[number][0]), partners[number].tolist()
         findings.add("leak-name", FILE, rows.tolist(), image_scan.name(place), images=[place], other_rows=others_of)
 
@@ -95,23 +95,23 @@ def _shared_groups(name: str, indexes: Sequence[RowIndex], findings: CheckFindin
 
 
 def _shared(rule: str, own: KeyedDigests, others: KeyedDigests, findings: CheckFindings, message: str = "") -> None:
-    shared = common(as_array(own.digests), as_array(others.digests))
-    partners = dict(grouped(as_array(others.digests), as_array(others.rows), shared))
-    for number, rows in grouped(as_array(own.digests), as_array(own.rows), shared):
+    shared = common_values(as_array(own.digests), as_array(others.digests))
+    partners = dict(group_items(as_array(others.digests), as_array(others.rows), shared))
+    for number, rows in group_items(as_array(own.digests), as_array(own.rows), shared):
         findings.add(rule, FILE, np.unique(rows).tolist(), message, other_rows=np.unique(partners[number]).tolist())
 
 
 def _shared_questions(indexes: Sequence[RowIndex], image_scan: ImageScan, findings: CheckFindings) -> None:
     """Report questions in both files: about the same image, or about another one."""
     pairs = [_pairs(index, image_scan, file) for file, index in enumerate(indexes)]
-    shared = common(pairs[FILE], pairs[AGAINST])
+    shared = common_values(pairs[FILE], pairs[AGAINST])
     rows = [as_array(index.questions.rows) for index in indexes]
-    partners = dict(grouped(pairs[AGAINST], rows[AGAINST], shared))
-    for number, own in grouped(pairs[FILE], rows[FILE], shared):
+    partners = dict(group_items(pairs[AGAINST], rows[AGAINST], shared))
+    for number, own in group_items(pairs[FILE], rows[FILE], shared):
         findings.add("leak-pair", FILE, np.unique(own).tolist(), other_rows=np.unique(partners[number]).tolist())
     elsewhere = KeyedDigests()
     asked = as_array(indexes[FILE].questions.digests)
-    both = common(asked, as_array(indexes[AGAINST].questions.digests))
+    both = common_values(asked, as_array(indexes[AGAINST].questions.digests))
     for place in np.flatnonzero(is_in(asked, both) & ~is_in(pairs[FILE], shared)):
         elsewhere.add(int(asked[place]), int(rows[FILE][place]))
     _shared("leak-question", elsewhere, indexes[AGAINST].questions, findings)
@@ -137,12 +137,12 @@ def _pairs(index: RowIndex, image_scan: ImageScan, file: int) -> NDArray[np.uint
 
 def find_repeated_rows(index: RowIndex, file: int, findings: CheckFindings) -> None:
     """Report rows with images and conversation of an earlier row, and other rows that repeat an id."""
-    again, firsts = repeats(as_array(index.contents))
+    again, firsts = repeated_places(as_array(index.contents))
     for row, first in zip(again, firsts, strict=True):
         findings.add("repeated-row", file, [int(row)], f"first in row {first}")
     ids = as_array(index.ids).copy()
     ids[again] = NOTHING
-    for row, first in zip(*repeats(ids), strict=True):
+    for row, first in zip(*repeated_places(ids), strict=True):
         findings.add("repeated-id", file, [int(row)], f"first in row {first}")
 
 
@@ -150,8 +150,8 @@ def find_same_images(image_scan: ImageScan, file: int, findings: CheckFindings) 
     """Report images of one file with the same pixels under several names."""
     places = np.unique(image_scan.of_ref[file])
     pixels = as_array(image_scan.pixels)[places]
-    again, _ = repeats(pixels)
-    for _, group in grouped(pixels, places, np.unique(pixels[again])):
+    again, _ = repeated_places(pixels)
+    for _, group in group_items(pixels, places, np.unique(pixels[again])):
         rows = image_scan.rows(file, group)
         message = f"{len(group)} names for one image"
         findings.add("same-picture", file, rows, message, images=group[:10].tolist())

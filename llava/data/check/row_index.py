@@ -43,12 +43,12 @@ def question_digest(text: str) -> int:
     return digest(" ".join(found)) if found else NOTHING
 
 
-def numbers() -> array[int]:
+def uint64_array() -> array[int]:
     """Return an empty array of unsigned 64-bit integers."""
     return array("Q")
 
 
-def row_numbers() -> array[int]:
+def uint32_array() -> array[int]:
     """Return an empty array of unsigned 32-bit integers."""
     return array("I")
 
@@ -63,8 +63,8 @@ def as_array(values: array[int]) -> NDArray[np.unsignedinteger]:
 class KeyedDigests:
     """Digests with the row of each."""
 
-    digests: array[int] = field(default_factory=numbers)
-    rows: array[int] = field(default_factory=row_numbers)
+    digests: array[int] = field(default_factory=uint64_array)
+    rows: array[int] = field(default_factory=uint32_array)
 
     def add(self, digest_: int, row: int) -> None:
         """Append a digest."""
@@ -117,8 +117,8 @@ class RowIndex:
         self.root = root
         self.compares = compares
         self.num_rows = 0
-        self.contents, self.ids = numbers(), numbers()
-        self.refs, self.places = KeyedDigests(), numbers()
+        self.contents, self.ids = uint64_array(), uint64_array()
+        self.refs, self.places = KeyedDigests(), uint64_array()
         self.questions = KeyedDigests()
         self.groups: dict[str, KeyedDigests] = {field_key(name): KeyedDigests() for name in group_fields}
 
@@ -168,14 +168,14 @@ def is_in(values: Values, wanted: Values) -> NDArray[np.bool_]:
     return found
 
 
-def common(first: Values, second: Values) -> Values:
+def common_values(first: Values, second: Values) -> Values:
     """Return the sorted distinct values, other than 0, that are in both arrays."""
     wanted = np.unique(second)
     wanted = wanted[wanted != 0]
     return np.unique(first[is_in(first, wanted)])
 
 
-def grouped(keys: Values, items: Values, wanted: Values) -> Iterator[tuple[int, Values]]:
+def group_items(keys: Values, items: Values, wanted: Values) -> Iterator[tuple[int, Values]]:
     """Yield each key of `wanted` (sorted) that occurs, with its items in order."""
     chosen = is_in(keys, wanted)
     keys, items = keys[chosen], items[chosen]
@@ -187,7 +187,7 @@ def grouped(keys: Values, items: Values, wanted: Values) -> Iterator[tuple[int, 
             yield int(part_keys[0]), part
 
 
-def repeats(keys: Values) -> tuple[Values, Values]:
+def repeated_places(keys: Values) -> tuple[Values, Values]:
     """Return the places of repeated keys (other than 0), in order, and the place of the first for each."""
     order = np.argsort(keys, kind="stable")
     same = np.zeros(len(keys), dtype=np.bool_)
