@@ -1,11 +1,11 @@
-"""How attention runs over a row of prefix trees: cut into pieces, each against what stands above it.
+"""Attention plan of a row of prefix trees: the row is cut into pieces, each attending to its ancestors and itself.
 
     node lengths, parents --> pieces (runs of the row) --> for each piece: its keys, and a mask or plain causality
 
-In depth-first order a subtree is one run of the row, so token k is seen by token q exactly when
-`k <= q < end of the subtree of k's node`. Nothing of size [T, T] is ever made: a piece of q tokens below A others costs
-q * (A + q) at most, and pieces are cut so that the sum is small (a dense mask of a whole tree cost three times as much
-on eight questions an image).
+In depth-first order a subtree is one run of the row, so token q sees token k exactly when
+`k <= q < end of the subtree of k's node`. No tensor of size [T, T] is created: a piece of q tokens below A others costs
+at most q * (A + q), and pieces are cut to keep the sum small (a dense mask of a whole tree cost three times as much
+on eight questions per image).
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 COPY_COST = 16
-"""Price, in query-key pairs, of copying one token's query, key and value next to others (forward and backward)."""
+"""Cost, in query-key pairs, of copying the query, key and value of one token next to others (forward and backward)."""
 
 PIECE_COST = 2048
-"""Price, in query-key pairs, of one more call of the attention kernel."""
+"""Cost, in query-key pairs, of one more call of the attention kernel."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A run of `length` tokens of the row that attends to the pieces `above` it and to itself.
+class RowPiece:
+    """Run of `length` tokens of the row that attends to the pieces `above` it and to itself.
 
     Attributes:
         start: first token in the row.
         length: number of tokens.
-        above: pieces from the root down; each holds one whole node.
-        num_above: tokens of those pieces.
-        is_chain: every token sees all tokens of the piece before it.
-        is_causal: cheapest when the queries above are computed once more, so that the kernel's causal form fits.
+        above: ancestor pieces from the root down; each holds one whole node.
+        num_above: number of tokens in those pieces.
+        is_chain: whether every token sees all earlier tokens of the piece.
+        is_causal: whether it is cheapest to recompute the queries above, which allows the kernel's causal form.
     """
 
     start: int
@@ -47,20 +47,21 @@ class Piece:
 
 
 def chain_cost(length: int, num_above: int) -> int:
-    """Price of a chain below `num_above` tokens; the causal form computes half a square."""
+    """Return the cost of a chain below `num_above` tokens, in query-key pairs."""
     total = num_above + length
     copies = COPY_COST * total if num_above else 0
+    # The causal form computes half of the square.
     return min(length * total, total * total // 2) + copies + PIECE_COST
 
 
 def _block_cost(length: int, num_above: int) -> int:
-    """Price of several branches in one masked piece."""
+    """Return the cost of several branches in one masked piece."""
     return (length + COPY_COST) * (num_above + length) + PIECE_COST
 
 
 @dataclass(slots=True)
 class _Subtree:
-    """Cheapest way to run a node and all below: as one masked block, or the node first and then groups of children."""
+    """Cheapest way to run a subtree: as one masked block, or the node first and then groups of children."""
 
     node: int
     size: int
@@ -72,7 +73,7 @@ class _Subtree:
 
 
 def _group(children: Sequence[_Subtree], num_above: int) -> tuple[list[list[_Subtree]], int]:
-    """Put neighbouring small branches in one block where that is cheaper than a call each."""
+    """Group adjacent small branches into blocks where that is cheaper than one call each; return the total cost."""
     groups: list[list[_Subtree]] = []
     costs: list[int] = []
     for child in children:
@@ -88,7 +89,7 @@ def _group(children: Sequence[_Subtree], num_above: int) -> tuple[list[list[_Sub
 
 
 def _subtrees(lengths: Sequence[int], parents: Sequence[int]) -> list[_Subtree]:
-    """The roots, planned from the leaves up."""
+    """Return the planned roots; costs are computed from the leaves up."""
     depths: list[int] = []
     for parent in parents:
         depths.append(0 if parent < 0 else depths[parent] + lengths[parent])
@@ -107,14 +108,14 @@ def _subtrees(lengths: Sequence[int], parents: Sequence[int]) -> list[_Subtree]:
     return roots[::-1]
 
 
-def cut(lengths: Sequence[int], parents: Sequence[int]) -> tuple[Piece, ...]:
-    """Cut a row into pieces.
+def pieces_of(lengths: Sequence[int], parents: Sequence[int]) -> tuple[RowPiece, ...]:
+    """Return the pieces of a row.
 
     Args:
-        lengths: tokens of each node, in depth-first order.
-        parents: node above each node, -1 for a root.
+        lengths: number of tokens of each node, in depth-first order.
+        parents: parent of each node, -1 for a root.
     """
-    pieces: list[Piece] = []
+    pieces: list[RowPiece] = []
     start = 0
     stack: list[tuple[list[_Subtree], tuple[int, ...]]] = [
         ([root], ()) for root in reversed(_subtrees(lengths, parents))
@@ -122,20 +123,20 @@ def cut(lengths: Sequence[int], parents: Sequence[int]) -> tuple[Piece, ...]:
     while stack:
         group, above = stack.pop()
         first = group[0]
-        goes_on = len(group) == 1 and bool(first.groups) and not first.is_block
-        is_chain = len(group) == 1 and (goes_on or not first.groups)
-        length = first.length if goes_on else sum(member.size for member in group)
+        has_groups = len(group) == 1 and bool(first.groups) and not first.is_block
+        is_chain = len(group) == 1 and (has_groups or not first.groups)
+        length = first.length if has_groups else sum(member.size for member in group)
         is_causal = is_chain and first.depth < length
-        pieces.append(Piece(start, length, above, first.depth, is_chain, is_causal))
+        pieces.append(RowPiece(start, length, above, first.depth, is_chain, is_causal))
         start += length
-        if goes_on:
+        if has_groups:
             path = (*above, len(pieces) - 1)
             stack.extend((members, path) for members in reversed(first.groups))
     return tuple(pieces)
 
 
 def subtree_stops(lengths: Sequence[int], parents: Sequence[int]) -> list[int]:
-    """For each node the end, in the row, of all that stands below it."""
+    """Return the end of each node's subtree, as an index into the row."""
     stops: list[int] = []
     for length in lengths:
         stops.append((stops[-1] if stops else 0) + length)
@@ -147,15 +148,15 @@ def subtree_stops(lengths: Sequence[int], parents: Sequence[int]) -> list[int]:
 
 @dataclass(slots=True)
 class AttentionPlan:
-    """The pieces of a row and their masks, made once a batch and used by every layer.
+    """Pieces of a row and their masks, computed once per batch and shared by all layers.
 
     Attributes:
-        pieces: they cover the row without gaps.
+        pieces: pieces in row order, without gaps.
         stops: [T] end of the subtree of each token's node.
         positions: [T] depth of each token.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[RowPiece, ...]
     stops: Tensor
     positions: Tensor
     _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
@@ -164,49 +165,49 @@ class AttentionPlan:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each piece."""
+        """Number of tokens of each piece."""
         return [piece.length for piece in self.pieces]
 
     def sees(self, query: Tensor, key: Tensor, window: int | None = None) -> Tensor:
-        """Whether the token at place `query` of the row sees the one at `key`; broadcasts.
+        """Return whether the token at row index `query` sees the one at `key`; broadcasts.
 
-        `window` counts positions, so a branch looks as far up as its unshared sequence would.
+        `window` counts positions, so a branch sees as far up as its unshared sequence would.
         """
         seen = (key <= query) & (query < self.stops[key])
         return seen if window is None else seen & (self.positions[query] - self.positions[key] < window)
 
     def mask(self, index: int, window: int | None = None) -> Tensor | None:
-        """The [q, A + q] mask of a piece, or None: causal, after the queries above were put in front of its own."""
+        """Return the [q, A + q] mask of a piece, or None if it runs causally with the queries above prepended."""
         name = (index, window)
         if name not in self._masks:
             self._masks[name] = self._make_mask(self.pieces[index], window)
         return self._masks[name]
 
-    def _make_mask(self, piece: Piece, window: int | None) -> Tensor | None:
+    def _make_mask(self, piece: RowPiece, window: int | None) -> Tensor | None:
         if piece.is_causal and (window is None or piece.num_above + piece.length <= window):
             return None
         return self._sees_of(piece, window)
 
     def bias(self, index: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """The [q, A + q] mask of a piece as numbers to add to its scores: 0 where a query sees, else -inf."""
+        """Return the additive [q, A + q] mask of a piece: 0 where a query sees a key, -inf elsewhere."""
         name = (index, window, dtype)
         if name not in self._biases:
             seen = self._sees_of(self.pieces[index], window)
             self._biases[name] = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -math.inf)
         return self._biases[name]
 
-    def _sees_of(self, piece: Piece, window: int | None) -> Tensor:
+    def _sees_of(self, piece: RowPiece, window: int | None) -> Tensor:
         device = self.stops.device
         runs = [self.pieces[index] for index in piece.above] + [piece]
         keys = torch.cat([torch.arange(run.start, run.start + run.length, device=device) for run in runs])
         return self.sees(keys[piece.num_above :, None], keys[None, :], window)
 
     def block_mask(self, window: int | None = None) -> BlockMask:
-        """The whole row's mask for FlexAttention, which skips what no query of a block sees."""
+        """Return the FlexAttention mask of the whole row; blocks that no query sees are skipped."""
         if window not in self._blocks:
             num_tokens, device = len(self.stops), self.stops.device
             make: Callable[..., BlockMask] = create_block_mask
-            if device.type == "cuda":  # compiled, so that it too makes nothing of size [T, T]
+            if device.type == "cuda":  # compiled, it does not create a tensor of size [T, T] either
                 make = torch.compile(create_block_mask)
 
             def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -217,14 +218,14 @@ class AttentionPlan:
 
 
 def attention_plan(segment_ids: Tensor, parents: Tensor, positions: Tensor) -> AttentionPlan:
-    """Plan the attention of a row.
+    """Return the attention plan of a row.
 
     Args:
         segment_ids: [T] node of each token.
-        parents: [S] node above each node, -1 for a root.
+        parents: [S] parent of each node, -1 for a root.
         positions: [T] depth of each token in its tree.
     """
     above = parents.tolist()
     lengths = torch.bincount(segment_ids, minlength=len(above)).tolist()
     stops = torch.tensor(subtree_stops(lengths, above), device=segment_ids.device)[segment_ids]
-    return AttentionPlan(cut(lengths, above), stops, positions)
+    return AttentionPlan(pieces_of(lengths, above), stops, positions)

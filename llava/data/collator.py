@@ -1,8 +1,8 @@
-"""From row numbers to what one optimiser step of one rank computes.
+"""Collator: the sequences of one optimizer step on one rank, laid out as rows for the model.
 
     StepSampler -> row numbers -> Encoded... + images -> rows (FlatBatch) -> StepBatch
 
-The loader is never handed to accelerate: its samplers know their rank, and its steps have unequal sizes.
+The loader is not passed to accelerate: its samplers know their rank, and its steps have unequal sizes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from llava.samples import Sample
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The sequences of one optimiser step on one rank, laid out in rows; kept to lay them out smaller if need be.
+    """Sequences of one optimizer step on one rank, laid out as rows.
 
     Attributes:
-        sequences: may be empty in a short last step.
+        sequences: kept so that a smaller layout can be built after running out of memory; empty in some last steps.
         images: pixels or tower features by image key.
-        rows: what the model computes, one after the other.
-        row_ids: numbers of the data rows, for the record.
+        rows: inputs of the forward passes, in order.
+        row_ids: numbers of the data rows, for logging.
     """
 
     sequences: list[Encoded]
@@ -39,27 +39,27 @@ class StepBatch:
 
     @property
     def num_supervised(self) -> float:
-        """Sum of all edge weights."""
+        """Return the sum of all edge weights."""
         return float(sum(row.edge_weight.sum().item() for row in self.rows))
 
     @property
     def num_edges(self) -> int:
-        """Supervised tokens, each counted for every sequence that wants it, whatever it weighs."""
+        """Return the number of supervised tokens, each counted once per sequence that trains it, without weights."""
         return sum(len(row.edge_weight) for row in self.rows)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the model computes."""
+        """Return the number of tokens that the model computes."""
         return sum(row.num_tokens for row in self.rows)
 
     @property
     def num_unshared_tokens(self) -> int:
-        """Tokens there would be without sharing."""
+        """Return the number of tokens without prefix sharing."""
         return sum(row.num_unshared_tokens for row in self.rows)
 
 
 class RowData(Protocol):
-    """What the collator needs of a data set: a few rows to know what there is, and the images of sequences."""
+    """Data set as the collator sees it: a few rows that show which kinds exist, and the images of sequences."""
 
     @property
     def samples(self) -> Sequence[Sample]: ...
@@ -73,16 +73,16 @@ class RowData(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Lays the sequences of a step out in as few rows as `max_tokens_per_row` allows; picklable.
+    """Picklable callable that lays the sequences of a step out in as few rows as `max_tokens_per_row` allows.
 
     Attributes:
-        dataset: where sequences and images come from.
-        image_token_id: id of the place holders.
-        pad_token_id: fills padded rows.
+        dataset: source of sequences and images.
+        image_token_id: id of the image placeholder tokens.
+        pad_token_id: id that fills padded rows.
         layout: see `Layout`.
-        max_tokens_per_row: limit of a row, None for one row a step.
-        micro_batch: sequences of a micro-batch. Every run of so many is then laid out by itself, and its edges weigh so
-            that each micro-batch counts the same, however many tokens it trains. None: every token counts the same.
+        max_tokens_per_row: limit of a row; None for one row per step.
+        micro_batch: sequences per micro-batch. Each micro-batch is laid out separately, and its edges are weighted so
+            that all micro-batches count the same, however many tokens they train. None: every token counts the same.
     """
 
     dataset: RowData
@@ -93,7 +93,7 @@ class Collator:
     micro_batch: int | None = None
 
     def __call__(self, numbered: list[tuple[int, Encoded]]) -> StepBatch:
-        """Make the step's rows."""
+        """Return the step of the numbered sequences."""
         sequences = [encoded for _, encoded in numbered]
         images = self.dataset.images_for(sequences)
         rows = self.rows(sequences, images, self.max_tokens_per_row)
@@ -102,7 +102,7 @@ class Collator:
     def rows(
         self, sequences: list[Encoded], images: Mapping[str, Tensor], max_tokens_per_row: int | None
     ) -> list[FlatBatch]:
-        """Lay sequences out; an empty step has no row."""
+        """Return sequences laid out as rows; an empty step has no row."""
         size = self.micro_batch or max(1, len(sequences))
         parts = [sequences[start : start + size] for start in range(0, len(sequences), size)]
         laid_out = [
@@ -122,12 +122,12 @@ class Collator:
 
     @property
     def has_both_kinds(self) -> bool:
-        """Some rows of the data have images and some have none."""
+        """Return whether some rows of the data have images and others do not."""
         kinds = {bool(sample.images) for sample in self.dataset.samples}
         return len(kinds) == 2
 
     def idle_row(self) -> FlatBatch:
-        """A row that a rank without sequences runs so that collective calls match: its weights are zero."""
+        """Return a row of zero weight, which a rank without sequences runs so that collective calls match."""
         samples = self.dataset.samples
         number = next((number for number, sample in enumerate(samples) if sample.images), 0)
         encoded = self.dataset[number]
@@ -138,16 +138,17 @@ class Collator:
         return replace(row, edge_weight=torch.zeros_like(row.edge_weight), num_unshared_tokens=row.num_tokens)
 
     def with_image(self, row: FlatBatch) -> FlatBatch:
-        """The row, joined by an idle one if it has no image: ranks that share weights must all run the tower.
+        """Return the row, joined with an idle one if it has no image.
 
         Raises:
             ConfigError: the layout is padded.
         """
+        # Ranks that shard weights must all run the vision tower.
         return row if row.pixel_values is not None else joined(row, self.idle_row())
 
 
 def _weighing(rows: Sequence[FlatBatch], weight: float) -> list[FlatBatch]:
-    """The rows with edges that weigh `weight` together; rows without any stay without."""
+    """Return the rows with edge weights that sum to `weight`; rows without edges stay unchanged."""
     total = sum(float(row.edge_weight.sum()) for row in rows)
     return [replace(row, edge_weight=row.edge_weight * (weight / max(total, 1.0))) for row in rows]
 
@@ -155,13 +156,13 @@ def _weighing(rows: Sequence[FlatBatch], weight: float) -> list[FlatBatch]:
 def matched_rows(
     rows: Sequence[FlatBatch], collator: Collator, *, device: torch.device, with_images: bool
 ) -> list[FlatBatch]:
-    """As many rows as the rank with most has, at least one: ranks that compute together meet in every row.
+    """Return the rows filled up with idle ones, so that all ranks have the same number, at least one.
 
     Args:
-        rows: of this rank.
-        collator: makes the idle rows that are missing; they come first.
-        device: of the collective call.
-        with_images: weights are sharded, so that all ranks must run the tower if any does.
+        rows: rows of this rank.
+        collator: makes the missing idle rows; they are put first.
+        device: device of the collective call.
+        with_images: weights are sharded, so all ranks must run the vision tower if one does.
     """
     found = list(rows)
     if with_images and collator.has_both_kinds:
@@ -175,15 +176,15 @@ def matched_rows(
 
 
 def joined(first: FlatBatch, second: FlatBatch) -> FlatBatch:
-    """Two rows as one; their trees stay independent.
+    """Return two rows as one; their trees stay independent.
 
     Raises:
         ConfigError: the rows are padded.
     """
     if "padded" in (first.layout, second.layout):
         raise ConfigError(
-            "rows with and without images cannot be mixed when weights are sharded and this language model needs "
-            "padded rows; train on one kind of rows, or without sharding"
+            "Rows with and without images cannot be mixed when weights are sharded and the language model needs "
+            "padded rows. Train on one kind of rows, or without sharding."
         )
     shifts = {
         "predictor": first.num_tokens,

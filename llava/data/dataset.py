@@ -1,4 +1,7 @@
-"""The data set of supervised training: samples to tokens, one at a time and only when asked for."""
+"""Datasets for supervised fine-tuning: map-style or streamed; rows are tokenized lazily.
+
+    Sample --encode--> Encoded, whose images are keys --images_for--> pixels or tower features by key
+"""
 
 from __future__ import annotations
 
@@ -33,18 +36,18 @@ logger = logging.getLogger(__name__)
 
 
 class SFTDataset(Dataset[Encoded]):
-    """Rows as token sequences: `dataset[i]` is the `Encoded` of row i, whose images are keys for `images_for`.
+    """Map-style dataset: `dataset[i]` is the `Encoded` of row i, whose images are keys for `images_for`.
 
-    Nothing is read or tokenized before it is asked for, and the data set can be pickled to worker processes.
+    Images are read and rows tokenized on access only, and the dataset can be pickled to worker processes.
 
     Args:
-        samples: the rows.
-        processor: turns conversations into tokens and pictures into pixels.
+        samples: rows of the dataset.
+        processor: turns conversations into tokens and images into pixels.
         image_folder: folder that image names are relative to.
         max_length: longest sequence in tokens, images included; None for no limit.
         feature_cache: tower features that `images_for` returns instead of pixels.
-        index: what is known about the image files; None reads each file once more to identify it.
-        capacity: decoded pictures kept in memory.
+        index: index of the image files; None reads each file once more to compute its digest.
+        capacity: number of decoded images kept in memory.
     """
 
     def __init__(
@@ -62,9 +65,9 @@ class SFTDataset(Dataset[Encoded]):
         self.processor = processor
         self.max_length = max_length
         self.shares: Shares | None = None
-        """Of a mixture: which source each row is from, and how often each is drawn."""
+        """For a mixture: the source of each row, and how often the rows of each are drawn."""
         self.shortened: dict[int, int] = {}
-        """Row to the number of tokens cut from it, for the rows this process has encoded so far."""
+        """Number of tokens cut from each row, for the rows that this process has encoded so far."""
         self.store = ImageStore(
             ImageIndex(image_folder) if index is None else index, processor, features=feature_cache, capacity=capacity
         )
@@ -87,7 +90,7 @@ class SFTDataset(Dataset[Encoded]):
         return encoded if self.shares is None else replace(encoded, source=self.shares.of_row[row])
 
     def lengths(self) -> list[int]:
-        """Return a cheap length of every row: words of its turns, and the tokens of its images.
+        """Return an approximate length of every row: the words of its turns plus the tokens of its images.
 
         Raises:
             DataError: the number of tokens depends on the images, and one does not decode.
@@ -105,11 +108,11 @@ class SFTDataset(Dataset[Encoded]):
         ]
 
     def image_groups(self) -> list[tuple[str, ...] | None]:
-        """Return what each row can share with others: its images, by name; None for a row without any."""
+        """Return the image names of each row, which rows may share; None for a row without images."""
         return [sample.images or None for sample in self.samples]
 
     def image_keys(self, limit: int | None = None) -> list[str]:
-        """Return the keys of the images of all rows, each once, in order of appearance; at most `limit` of them.
+        """Return the distinct image keys of all rows, in order of appearance; at most `limit` of them.
 
         Raises:
             DataError: an image file cannot be read.
@@ -118,34 +121,34 @@ class SFTDataset(Dataset[Encoded]):
         return list(dict.fromkeys(self.store.key(ref) for ref in islice(refs, limit)))
 
     def pixels(self, key: str) -> Tensor:
-        """Return the preprocessed picture of an image key: [3, H, W], or tiles [K, 3, H, W]."""
+        """Return the preprocessed image of an image key: [3, H, W], or tiles [K, 3, H, W]."""
         return self.store.decode(key)
 
     def use_features(self, feature_cache: FeatureCache | None) -> None:
-        """Return these tower features instead of pixels from `images_for` (None: pixels again)."""
+        """Make `images_for` return these tower features instead of pixels; None returns to pixels."""
         self.store.features = feature_cache
 
     def images_for(self, sequences: Iterable[Encoded]) -> dict[str, Tensor]:
-        """Return what the model needs of every distinct image of the sequences: its picture, or features [P, Dv].
+        """Return the model input of every distinct image of the sequences, by key: pixels, or features [P, Dv].
 
         Raises:
-            DataError: an image does not decode, or belongs to another data set.
+            DataError: an image does not decode, or belongs to another dataset.
         """
         return self.store.images_for(sequences)
 
 
 NUM_PROBED = 200
-"""Rows that are looked at for one with a picture and one without."""
+"""Number of rows searched for one with an image and one without."""
 
 
 class StreamDataset:
-    """What becomes of streamed rows.
+    """Encoder of streamed rows; `dataset[i]` gives the few rows that `probe` kept.
 
     Args:
-        sources: where they come from.
-        processor: turns conversations into tokens and pictures into pixels.
+        sources: sources of the stream.
+        processor: turns conversations into tokens and images into pixels.
         max_length: longest sequence in tokens, images included; None for no limit.
-        capacity: pictures kept in memory; those of one step must fit.
+        capacity: number of images kept in memory; those of one step must fit.
     """
 
     def __init__(
@@ -164,7 +167,7 @@ class StreamDataset:
         self._probes: list[StreamedRow] = []
 
     def probe(self) -> None:
-        """Keep a row with pictures and one without, as far as the first rows of each source have them.
+        """Keep one row with images and one without from the first `NUM_PROBED` rows of each source.
 
         Raises:
             DataError: a source is broken, or none of its first rows can be used.
@@ -184,7 +187,7 @@ class StreamDataset:
 
     @property
     def samples(self) -> list[Sample]:
-        """The probed rows: enough to know whether there are pictures, and to make idle rows."""
+        """Return the probed rows, which show whether rows have images and serve as idle rows."""
         return [self.sample(row)[0] for row in self._probes]
 
     def __getitem__(self, number: int) -> Encoded:
@@ -194,10 +197,10 @@ class StreamDataset:
         return len(self._probes)
 
     def sample(self, found: StreamedRow) -> tuple[Sample, tuple[bytes, ...]]:
-        """Return a row as a sample, and the bytes of its pictures.
+        """Return a row as a sample, and the bytes of its images.
 
         Raises:
-            DataError: the row cannot be used; names shard and row.
+            DataError: the row cannot be used; the message names shard and row.
         """
         source = self.sources[found.source]
         origin = Origin(str(found.shard), found.number)
@@ -211,14 +214,14 @@ class StreamDataset:
         except DataError as error:
             raise DataError(f"{origin}: {error}") from error
         named = {"source": source.name, **({"licence": source.licence} if source.licence else {})}
-        refs = sample.images or tuple(f"picture {number}" for number in range(len(contents)))
+        refs = sample.images or tuple(f"image {number}" for number in range(len(contents)))
         return replace(sample, images=refs, meta={**named, **sample.meta}, origin=origin), contents
 
     def encode(self, found: StreamedRow) -> Encoded:
-        """Return a row's sequence; its pictures are decoded and kept for `images_for`.
+        """Return the sequence of a row; its images are decoded and kept for `images_for`.
 
         Raises:
-            DataError: the row cannot be used or has no trained token; names shard and row.
+            DataError: the row cannot be used or has no trained token; the message names shard and row.
         """
         sample, contents = self.sample(found)
         origin = sample.origin
@@ -233,27 +236,26 @@ class StreamDataset:
         except DataError as error:
             raise DataError(f"{origin}: {error}") from error
         if all(label == IGNORE_INDEX for label in encoded.labels):
-            raise DataError(f"{origin}: no token is trained (an empty answer, or all of it was cut)")
+            raise DataError(f"{origin}: no token is trained (the answer is empty or was cut completely)")
         return replace(encoded, source=found.source)
 
     def _keep(self, key: str, content: bytes) -> tuple[int, int]:
-        """Decode a picture and keep its pixels; returns its width and height."""
-        picture = self.processor.open(content)
+        """Decode an image and keep its pixels; return its width and height."""
+        image = self.processor.open(content)
         if key not in self._pixels:
-            self._pixels[key] = self.processor.picture(picture)
+            self._pixels[key] = self.processor.picture(image)
         self._pixels.move_to_end(key)
         while len(self._pixels) > self.capacity:
             self._pixels.popitem(last=False)
-        return picture.size
+        return image.size
 
     def images_for(self, sequences: Iterable[Encoded]) -> Mapping[str, Tensor]:
-        """Return the pixels of every distinct image of sequences that were encoded just before.
+        """Return the pixels of every distinct image of the sequences encoded last, by key.
 
         Raises:
-            DataError: a step has more pictures than are kept.
+            DataError: a step has more images than are kept.
         """
         keys = dict.fromkeys(key for sequence in sequences for key in sequence.images)
-        gone = [key for key in keys if key not in self._pixels]
-        if gone:
-            raise DataError(f"a step of streamed rows has more than {self.capacity} pictures; use smaller steps")
+        if any(key not in self._pixels for key in keys):
+            raise DataError(f"a step of streamed rows has more than {self.capacity} images; use smaller steps")
         return {key: self._pixels[key] for key in keys}

@@ -1,7 +1,9 @@
-"""Fetch the figures of PMC articles that the published data is about.
+"""Download the figures of the PMC articles that the published data refers to.
 
-python llava/data/download_images.py --input_path data/llava_med_image_urls.jsonl \\
-    --pmc_output_path data/pmc_articles/ --images_output_path data/images/
+Example::
+
+    python llava/data/download_images.py --input_path data/llava_med_image_urls.jsonl \\
+        --pmc_output_path data/pmc_articles/ --images_output_path data/images/
 """
 
 from __future__ import annotations

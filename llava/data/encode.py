@@ -1,8 +1,10 @@
-"""Conversation to tokens and labels: the only place that tokenizes.
+"""Tokenize conversations into ids and labels; all tokenization happens here.
 
-The rendered text is cut at its image place holders and every piece is tokenized on its own, as the published models
-were fed: begin-of-text once, then piece, image, piece, ... A token is trained when the character at which it starts
-lies in a trained segment; no token is counted, nothing is tokenized twice.
+    Conversation --template--> segments --tokenize_segments--> Draft --truncate--> Encoded
+
+The rendered text is split at its image placeholders and each piece is tokenized separately, as the published models
+were trained: begin-of-text once, then piece, image, piece, ... A token is trained when the character at which it starts
+lies in a trained segment; token counts are not used, and no text is tokenized twice.
 """
 
 from __future__ import annotations
@@ -22,17 +24,17 @@ from llava.samples import Conversation, Turn
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One tokenized conversation; every field but `images` and `num_cut` runs over its T tokens.
+    """Tokenized conversation of T tokens.
 
     Attributes:
-        input_ids: token ids, each image already expanded to its place-holder tokens.
-        labels: `input_ids[t]` where token t is trained, else -100.
-        turns: index of the conversation turn that token t was rendered from, -1 for the system text.
-        image_spans: for each image `(start, stop)` of its place-holder tokens, in order.
-        images: for each image its identity (hash of bytes and preprocessing); equal keys are equal model inputs.
-        num_cut: tokens that truncation removed.
-        image_sizes: for each image its width and height, where the number of its tokens depends on them; else empty.
-        source: number of the source of a mixture that the row is from.
+        input_ids: [T] token ids, each image already expanded to its placeholder tokens.
+        labels: [T] `input_ids[t]` where token t is trained, else -100.
+        turns: [T] index of the conversation turn that token t was rendered from, -1 for the system text.
+        image_spans: `(start, stop)` of the placeholder tokens of each image, in order.
+        images: key of each image (hash of bytes and preprocessing); equal keys are equal model inputs.
+        num_cut: number of tokens that truncation removed.
+        image_sizes: width and height of each image where the number of tokens depends on them; else empty.
+        source: number of the mixture source that the row is from.
     """
 
     input_ids: tuple[int, ...]
@@ -47,11 +49,13 @@ class Encoded:
 
 @dataclass(slots=True)
 class Draft:
-    """Tokens under construction: what `Encoded` holds, and where in the rendered text each token comes from.
+    """Tokens before truncation, with their place in the rendered text; other fields are as in `Encoded`.
 
     Attributes:
-        characters: `(start, stop)` of each token in the rendered text; an image token has its place holder's.
-        in_block: whether a token belongs to an image (its patches, and the markers around them).
+        ids: token ids.
+        trained: whether each token is trained.
+        characters: `(start, stop)` of each token in the rendered text; image tokens have that of their placeholder.
+        in_block: whether each token belongs to an image (its patches and the markers around them).
     """
 
     ids: list[int] = field(default_factory=list)
@@ -82,15 +86,20 @@ def encode(
 ) -> Encoded:
     """Return the training sequence of a conversation.
 
+    Example::
+
+        turns = (Turn("human", "<image>\nWhat is shown?"), Turn("gpt", "A chest X-ray."))
+        encoded = encode(Conversation(turns), processor, images=[store.key("1.png")], max_length=2048)
+
     Args:
-        conversation: the turns, with one `<image>` for each image.
-        processor: the model's tokenizer, template and image settings.
-        images: identity of each image, in order.
-        sizes: width and height of each image; only needed where `processor.has_variable_images`.
-        max_length: most tokens, images included; text is cut at the end, never an image. None: no limit.
+        conversation: the turns, with one `<image>` per image.
+        processor: tokenizer, template and image settings of the model.
+        images: key of each image, in order.
+        sizes: width and height of each image; needed only where `processor.has_variable_images`.
+        max_length: largest number of tokens, images included; text is cut at the end, images never. None: no limit.
 
     Raises:
-        DataError: place holders and images differ in number, or the images alone do not fit.
+        DataError: placeholders and images differ in number, or the images alone do not fit.
     """
     segments = processor.template.render(place_images(conversation, processor))
     draft = tokenize_segments(segments, processor, sizes)
@@ -101,7 +110,7 @@ def encode(
 
 
 def kept_sizes(processor: LlavaMedProcessor, sizes: Sequence[Size] | None) -> tuple[Size, ...]:
-    """Return what `Encoded` remembers of the sizes of images: nothing where all have the same number of tokens."""
+    """Return the image sizes that `Encoded` stores: none where all images have the same number of tokens."""
     return tuple(sizes) if processor.has_variable_images and sizes is not None else ()
 
 
@@ -112,10 +121,10 @@ def encode_prompt(
     images: Sequence[str] = (),
     sizes: Sequence[Size] | None = None,
 ) -> Encoded:
-    """Return a conversation that ends with a question, opened for the answer; no token is trained.
+    """Return the prompt of a conversation that ends with a question; no token is trained.
 
     Raises:
-        DataError: it does not end with a question, or place holders and images differ in number.
+        DataError: it does not end with a question, or placeholders and images differ in number.
     """
     segments = processor.template.open(place_images(conversation, processor))
     draft = tokenize_segments(segments, processor, sizes)
@@ -124,7 +133,7 @@ def encode_prompt(
 
 
 def place_images(conversation: Conversation, processor: LlavaMedProcessor) -> Conversation:
-    """Return the conversation with the place holders of each turn where the model was trained to see them."""
+    """Return the conversation with the image placeholders where the model was trained to see them."""
     if processor.placement == "as_written":
         return conversation
     return replace(conversation, turns=tuple(_to_front(turn) for turn in conversation.turns))
@@ -165,7 +174,7 @@ def tokenize_segments(
         low, high = position + skipped, position + skipped + len(body)
         for token, (start, stop) in zip(tokens.ids, tokens.spans, strict=True):
             inside = low <= start + shift < high
-            # Markers are not in the rendered text: they stand at the edge of the text they were written to.
+            # Markers are not in the rendered text: they get the edge of the text that they were added to.
             first = min(max(start + shift, low), max(high - 1, low))
             segment = segments[bisect_right(starts, first) - 1]
             last = min(max(stop + shift, first), high) if inside else first
@@ -173,12 +182,13 @@ def tokenize_segments(
         position += len(piece)
     _protect_markers(draft, processor)
     if draft.trained:
-        draft.trained[0] = False  # nothing comes before it that could predict it
+        draft.trained[0] = False  # no token before it could predict it
     return draft
 
 
 def _counts(num_places: int, processor: LlavaMedProcessor, sizes: Sequence[Size] | None) -> list[int]:
-    """Return the number of tokens of each place holder; a wrong number of images is found later, with a better word."""
+    """Return the number of tokens of each placeholder."""
+    # A wrong number of images is reported later, by `_check_images`, whose message is clearer.
     if sizes is not None and len(sizes) != num_places:
         return [1] * num_places
     return processor.count_image_tokens(num_places, sizes)
@@ -187,7 +197,7 @@ def _counts(num_places: int, processor: LlavaMedProcessor, sizes: Sequence[Size]
 def _wrap(
     piece: str, processor: LlavaMedProcessor, *, after_image: bool, before_image: bool
 ) -> tuple[str, str, str, int]:
-    """Return end marker, text, start marker and how many characters were dropped at the front of the text."""
+    """Return end marker, text, start marker and the number of characters dropped at the front of the text."""
     body, skipped = piece, 0
     if processor.strip_around_images and after_image:
         body = piece.lstrip()
@@ -200,7 +210,7 @@ def _wrap(
 
 
 def _protect_markers(draft: Draft, processor: LlavaMedProcessor) -> None:
-    """Count the start and end markers around each image as part of its block."""
+    """Mark the start and end markers around each image as part of its block."""
     if not processor.use_im_start_end:
         return
     start_id, end_id = processor.marker_ids
@@ -215,12 +225,12 @@ def _check_images(draft: Draft, processor: LlavaMedProcessor, images: Sequence[s
     found = len(draft.image_spans)
     if found != len(images):
         raise DataError(
-            f"the conversation has {found} {IMAGE_TOKEN} place holders but {len(images)} images are given; "
-            f"write one {IMAGE_TOKEN} for each image and none elsewhere"
+            f"the conversation has {found} {IMAGE_TOKEN} placeholders but {len(images)} images are given; "
+            f"write exactly one {IMAGE_TOKEN} per image"
         )
     if draft.ids.count(processor.image_token_id) != sum(stop - start for start, stop in draft.image_spans):
         token = processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
-        raise DataError(f"the text itself contains {token}, which stands for a part of an image; remove it")
+        raise DataError(f"the text itself contains {token}, which is reserved for image tokens; remove it")
 
 
 def kept_tokens(draft: Draft, max_length: int | None) -> Sequence[int]:
@@ -236,7 +246,7 @@ def kept_tokens(draft: Draft, max_length: int | None) -> Sequence[int]:
     if budget < 1:
         raise DataError(
             f"{len(draft.image_spans)} images take {num_blocked} tokens, which leaves no text within the maximum "
-            f"length of {max_length}; raise --model_max_length above {num_blocked} or use fewer tokens an image"
+            f"length of {max_length}; raise --model-max-length above {num_blocked} or use fewer tokens per image"
         )
     num_text = accumulate(not blocked for blocked in draft.in_block)
     return [t for t, seen in enumerate(num_text) if draft.in_block[t] or seen <= budget]

@@ -1,13 +1,13 @@
-"""Features of a frozen vision tower, computed once per image and kept in a memory-mapped file.
+"""Cache of frozen vision tower features, computed once per image and kept in a memory-mapped file.
 
     keys of all images --build--> tower, for the missing ones only --> FOLDER/features.bin  [images, P, Dv]
     key --FeatureCache.get--> its row, mapped from the file: all ranks and workers share one copy in memory
 
-A folder belongs to one tower (hash of weights and settings); the keys in it hold file bytes and preprocessing. So
-nothing stale can be found: another tower is another folder, a changed picture another key.
+A folder belongs to one tower (hash of weights and settings), and a key covers file bytes and preprocessing. Stale
+features are therefore never returned: another tower has another folder, a changed image another key.
 
-Files: `header.json` (tower, shape, dtype), `features.bin` (rows one after the other), `keys.txt` (one key a line, in
-row order). A row is written and synced before its key is: a build that was killed goes on where its keys end.
+Files: `header.json` (tower, shape, dtype), `features.bin` (consecutive rows), `keys.txt` (one key per line, in row
+order). A row is written and synced before its key: a build that was killed resumes after its last key.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ VERSION = 1
 
 
 class FeatureCache:
-    """The features of one tower, to read; see `build` for how they come to be.
+    """Read access to the cached features of one tower; `build` computes them.
 
     It can be pickled: a worker process maps the file again.
 
     Args:
-        folder: folder of one tower, as `build` made it.
+        folder: folder of one tower, as written by `build`.
 
     Raises:
-        DataError: the folder is not a feature cache, or a damaged one.
+        DataError: the folder is not a feature cache, or the cache is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -64,8 +64,8 @@ class FeatureCache:
             raise DataError(f"feature cache {self.folder} cannot be read ({error}); remove the folder") from error
         if size < self.num_bytes:
             raise DataError(
-                f"feature cache {self.folder} is damaged: {len(self)} images need {self.num_bytes} bytes, "
-                f"features.bin has {size}; remove the folder"
+                f"feature cache {self.folder} is damaged: features.bin has {size} bytes, expected {self.num_bytes} for "
+                f"{len(self)} images; remove the folder"
             )
         self._map: Tensor | None = None
 
@@ -77,7 +77,7 @@ class FeatureCache:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all features in bytes."""
+        """Return the size of all features in bytes."""
         return len(self) * _row_bytes(self.shape, self.dtype)
 
     def get(self, key: str) -> Tensor:
@@ -87,7 +87,7 @@ class FeatureCache:
             DataError: the image is not in the cache.
         """
         if key not in self._rows:
-            raise DataError(f"image key {key!r} is not in feature cache {self.folder}; build it for these rows")
+            raise DataError(f"image key {key!r} is not in feature cache {self.folder}; build the cache for these rows")
         if self._map is None:
             num = len(self) * prod(self.shape)
             flat = torch.from_file(str(self.folder / "features.bin"), shared=False, size=num, dtype=self.dtype)
@@ -114,28 +114,28 @@ def build(
     batch_size: int = 16,
     num_threads: int | None = None,
 ) -> FeatureCache:
-    """Return a cache that holds the features of all `keys`, computing those that it lacks.
+    """Return a cache that holds the features of all `keys`; missing ones are computed.
 
-    Processes that call this at the same time take turns: the first builds, the others wait and find it built.
+    Processes that call this at the same time are serialized: the first builds the cache, the others wait for it.
 
     Args:
-        root: folder of caches; this tower's own folder inside it is logged.
+        root: folder of all caches; the subfolder of this tower is logged.
         keys: image keys.
-        tower: identity of the tower: `weights_hash`.
-        pixels: image key to preprocessed picture [3, H, W]; called from several threads.
-        features: pictures [N, 3, H, W] to features [N, P, Dv], as the model would compute them.
+        tower: identity of the tower, see `weights_hash`.
+        pixels: image key to preprocessed image [3, H, W]; called from several threads.
+        features: images [N, 3, H, W] to features [N, P, Dv], as the model computes them.
         limit_gb: largest size of the whole cache in units of 10^9 bytes.
-        dtype: storage type; None stores what `features` returns, so that cached and uncached training are the same.
-        batch_size: pictures per call of `features`.
-        num_threads: threads that decode pictures; None takes one per processor, at most 16.
+        dtype: storage dtype; None keeps that of `features`, so that training with and without the cache is equal.
+        batch_size: number of images per call of `features`.
+        num_threads: threads that decode images; None takes one per processor, at most 16.
 
     Raises:
-        ConfigError: there are no keys; or the cache would exceed `limit_gb` or the free space, and the message says how
-            much is needed.
+        ConfigError: `keys` is empty; or the cache would exceed `limit_gb` or the free space (the message says how much
+            is needed).
         DataError: an image does not decode, or the folder is damaged.
     """
     if not keys:
-        raise ConfigError("no row has an image, so there are no tower features to keep; switch the feature cache off")
+        raise ConfigError("no row has an image, so no tower features can be cached; turn the feature cache off")
     folder = _folder_of(root, tower, dtype)
     with hold(folder / "lock", purpose="tower features"):
         known = set(_read_keys(folder)) if (folder / "header.json").is_file() else set()
@@ -154,18 +154,18 @@ def build(
 
 
 def _folder_of(root: str | Path, tower: str, dtype: torch.dtype | None) -> Path:
-    """The folder of one tower and storage type, made where it is missing."""
+    """Return the folder of one tower and storage dtype, created if missing."""
     folder = Path(root) / f"tower-{tower[:16]}{'' if dtype is None else f'-{_name(dtype)}'}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def weights_hash(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
-    """Return the identity of a tower: its weights, and every setting that changes what it returns.
+    """Return a hash that identifies a tower: its weights and all settings that change its output.
 
     Args:
-        weights: the tower's state dict.
-        settings: for example the selected layer and feature; JSON values.
+        weights: state dict of the tower.
+        settings: JSON values, for example the selected layer and feature.
     """
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True, default=str).encode())
     for name in sorted(weights):
@@ -177,7 +177,7 @@ def weights_hash(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The work of one build: missing keys in batches, decoded one batch ahead of the tower."""
+    """Work of one build: missing keys in batches, decoded one batch ahead of the tower."""
 
     keys: Sequence[str]
     pixels: Callable[[str], Tensor]
@@ -193,16 +193,16 @@ class _Plan:
         with ThreadPoolExecutor(self.num_threads) as pool:
             decoding = [pool.submit(self.pixels, key) for key in batches[0]]
             for number, batch in enumerate(batches):
-                pictures = torch.stack([future.result() for future in decoding])
+                images = torch.stack([future.result() for future in decoding])
                 following = batches[number + 1] if number + 1 < len(batches) else []
                 decoding = [pool.submit(self.pixels, key) for key in following]
                 with torch.no_grad():
-                    found = self.features(pictures).detach()
+                    found = self.features(images).detach()
                 yield batch, found.to("cpu", self.dtype or found.dtype).contiguous()
 
 
 def _extend(folder: Path, tower: str, plan: _Plan, *, num_known: int, limit_gb: float) -> None:
-    """Compute the plan's features and append them to the files of the folder."""
+    """Compute the features of the plan and append them to the files of the folder."""
     with progress_bar(len(plan.keys), title="tower features", unit="image") as bar:
         row = num_known
         _drop_torn_key(folder)
@@ -216,7 +216,7 @@ def _extend(folder: Path, tower: str, plan: _Plan, *, num_known: int, limit_gb: 
 
 
 def _append(folder: Path, row: int, keys: Sequence[str], found: Tensor) -> None:
-    """Write features from row `row` on, then their keys; what a killed build left behind is overwritten."""
+    """Write features from row `row` on, then their keys; leftovers of a killed build are overwritten."""
     path = folder / "features.bin"
     path.touch()
     with path.open("r+b") as stream:
@@ -229,7 +229,7 @@ def _append(folder: Path, row: int, keys: Sequence[str], found: Tensor) -> None:
 
 
 def _drop_torn_key(folder: Path) -> None:
-    """Cut off a last line that a killed build left half written, so that the next key begins a line of its own."""
+    """Truncate a half-written last line of a killed build, so that the next key starts a new line."""
     path = folder / "keys.txt"
     path.touch()
     os.truncate(path, sum(len(key) + 1 for key in _read_keys(folder)))
@@ -240,28 +240,28 @@ def _check_room(folder: Path, found: Tensor, num_images: int, num_new: int, limi
     needed, free = num_images * row, shutil.disk_usage(folder).free
     if needed > limit_gb * GB:
         raise ConfigError(
-            f"tower features of {num_images} images need {needed / GB:.2f} GB, feature_cache_gb is {limit_gb:g}; "
-            f"raise it to {needed / GB + 0.01:.2f} or switch the cache off"
+            f"tower features of {num_images} images need {needed / GB:.2f} GB, but --feature-cache-gb is {limit_gb:g}; "
+            f"raise it to {needed / GB + 0.01:.2f} or turn the cache off"
         )
     if num_new * row > free:
         raise ConfigError(
             f"tower features need {num_new * row / GB:.2f} GB more in {folder}, but only {free / GB:.2f} GB are free; "
-            f"choose another folder or switch the cache off"
+            f"choose another folder or turn the cache off"
         )
 
 
 def _check_header(folder: Path, tower: str, found: Tensor) -> None:
-    """Write the header of a new cache; refuse rows of another kind in an old one."""
+    """Write the header of a new cache, or check that an existing one holds rows of the same kind."""
     path = folder / "header.json"
     header = {"version": VERSION, "tower": tower, "shape": list(found.shape[1:]), "dtype": _name(found.dtype)}
     if not path.is_file():
         write_json(path, header)
     elif json.loads(path.read_text(encoding="utf-8")) != header:
-        raise DataError(f"feature cache {folder} holds features of another kind than {header}; remove the folder")
+        raise DataError(f"feature cache {folder} holds other features, expected {header}; remove the folder")
 
 
 def _read_keys(folder: Path) -> list[str]:
-    """Return the keys in row order, without a last one that a killed build left half written."""
+    """Return the keys in row order, without a half-written last one of a killed build."""
     path = folder / "keys.txt"
     return path.read_text(encoding="ascii").split("\n")[:-1] if path.is_file() else []
 
@@ -275,6 +275,6 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor of any dtype, without a copy."""
+    """Return the bytes of a contiguous CPU tensor of any dtype, without a copy."""
     raw: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
     return raw

@@ -1,4 +1,4 @@
-"""What a field that names a patient or a study says, however a table wrote it."""
+"""Groups of rows by patient or study: the fields that name them, their values, and a union-find."""
 
 from __future__ import annotations
 
@@ -16,47 +16,45 @@ GROUP_FIELDS = (
     "study_instance_uid",
     "mrn",
 )
-"""Fields whose values name a patient or a study; spelt with or without `_`, in any case."""
+"""Fields whose values name a patient or a study; written with or without `_`, in any case."""
 
 
 def field_key(name: str) -> str:
-    """Return the name of a field without case and punctuation: `PatientID` and `patient_id` are one."""
+    """Return the name of a field without case and punctuation: `PatientID` and `patient_id` are equal."""
     return "".join(filter(str.isalnum, name.lower()))
 
 
-NOBODY = frozenset({"", "nan", "none", "null", "unknown", "na", "n/a", "-"})
-"""Values that name no one, in lower case."""
+NO_NAMES = frozenset({"", "nan", "none", "null", "unknown", "na", "n/a", "-"})
+"""Values that stand for a missing name, in lower case."""
 
 
 def written_name(value: Any) -> str:
-    """Return a name as text, empty where the value is no name: `12`, `"12"` and `12.0` are one.
-
-    Tables that hold numbers and gaps turn whole numbers into fractions.
-    """
+    """Return a name as text, empty if the value is not a name: `12`, `"12"` and `12.0` are equal."""
+    # Readers of tables turn whole numbers into floats where a column has gaps.
     if isinstance(value, float):
         value = int(value) if math.isfinite(value) and value.is_integer() else None
     return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
 def names_someone(name: str) -> bool:
-    """Say whether a text of `written_name` names a person, and not that nobody is known."""
-    return name.lower() not in NOBODY
+    """Return whether a text from `written_name` is a name, not a mark for a missing one."""
+    return name.lower() not in NO_NAMES
 
 
 class Groups:
-    """Disjoint groups of keys, joined pair by pair."""
+    """Union-find: disjoint groups of keys, joined step by step."""
 
     def __init__(self) -> None:
         self._parent: dict[str, str] = {}
 
     def join(self, keys: Sequence[str]) -> None:
-        """Say that these keys belong together."""
+        """Put these keys, and all groups that they belong to, into one group."""
         roots = sorted({self.group(key) for key in keys})
         for other in roots[1:]:
             self._parent[other] = roots[0]
 
     def group(self, key: str) -> str:
-        """Return the name of a key's group: the smallest key in it, whatever the order of the joins was."""
+        """Return the name of a key's group: its smallest key, independent of the order of the joins."""
         path = []
         while (parent := self._parent.setdefault(key, key)) != key:
             path.append(key)
@@ -67,7 +65,7 @@ class Groups:
 
 
 def majority(values: Iterable[Hashable]) -> Hashable:
-    """Return the most frequent value; of equally frequent ones the smallest by its text."""
+    """Return the most frequent value; ties are broken by the smallest text."""
     counts: dict[Hashable, int] = {}
     for value in values:
         counts[value] = counts.get(value, 0) + 1

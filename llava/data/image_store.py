@@ -1,4 +1,4 @@
-"""Image names to model inputs: what is known about the files of a folder, and the pictures of one step, decoded once.
+"""Image names to model inputs: what is known about the files of a folder, and the images of one step, decoded once.
 
     name --ImageIndex--> digest of its bytes --+ preprocessing--> key --ImageStore--> pixels, or cached tower features
 
@@ -205,13 +205,13 @@ class ImageIndex:
 
 
 class ImageStore:
-    """Pictures by key: names become keys, keys become pixels or, where a cache holds them, tower features.
+    """Images by key: names become keys, keys become pixels or, where a cache holds them, tower features.
 
     Args:
         index: the image folder and what is known about it.
         processor: makes the pixels; its fingerprint is part of the key.
         features: tower features that replace the pixels.
-        capacity: pictures kept in memory, the least recently used leave first.
+        capacity: images kept in memory, the least recently used leave first.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class ImageStore:
         return [self.index.dimensions(ref) for ref in refs] if self.processor.has_variable_images else None
 
     def decode(self, key: str) -> Tensor:
-        """Return the preprocessed picture of a key that `key` gave before; may be called from any thread.
+        """Return the preprocessed image of a key that `key` gave before; may be called from any thread.
 
         It is [3, H, W], or [K, 3, H, W] where the image mode makes K tiles of it.
 
@@ -289,5 +289,5 @@ class ImageStore:
         return found
 
     def __getstate__(self) -> Mapping[str, object]:
-        """Pickle without the pictures: a worker process starts with an empty memory."""
+        """Pickle without the images: a worker process starts with an empty memory."""
         return {**self.__dict__, "_recent": OrderedDict()}

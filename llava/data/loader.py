@@ -43,7 +43,7 @@ class _Numbered(torch.utils.data.Dataset[tuple[int, Encoded]]):
 
 
 class StepLoader(DataLoader[StepBatch]):
-    """Yields one `StepBatch` per optimiser step.
+    """Yields one `StepBatch` per optimizer step.
 
     Args:
         sampler: the row numbers of each step.
@@ -174,12 +174,12 @@ def _bad_row(found: StreamedRow, error: DataError) -> BadRow:
 
 
 class StreamLoader(DataLoader["StreamedStep | DataError"]):
-    """Yields one `StreamedStep` per optimiser step, without end.
+    """Yields one `StreamedStep` per optimizer step, without end.
 
     Args:
         dataset: encodes the rows.
         collator: lays them out.
-        sequences_per_step: rows per optimiser step and rank.
+        sequences_per_step: rows per optimizer step and rank.
         rank: this process.
         world_size: number of processes.
         num_workers: reading processes of this rank; 0 reads in this one.
@@ -223,10 +223,10 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
                 raise step
             self.positions[step.worker] = step.position
             self.next_worker = (step.worker + 1) % len(self.positions)
-            self._left_out(step.bad)
+            self._record_bad(step.bad)
             yield step
 
-    def _left_out(self, rows: Sequence[BadRow]) -> None:
+    def _record_bad(self, rows: Sequence[BadRow]) -> None:
         """Count and list rows, and name the first of a run in the log."""
         if self._quarantine is None:
             return
@@ -272,4 +272,4 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
         self.positions, self.next_worker, self.num_bad = positions, content["next_worker"], content["num_bad"]
         self._is_resumed = True
         if self._quarantine is not None:
-            self._quarantine.go_on()
+            self._quarantine.resume()

@@ -1,10 +1,10 @@
-"""Several sources of rows in one YAML file: how often each is drawn, where its pictures are, what its licence is.
+"""Several sources of rows in one YAML file: how often each is drawn, where its images are, what its licence is.
 
     stream: false                        true: rows are read while training, never held together (docs/data.md)
     sources:
       - name: vqa-rad                    what metrics and rows call it
         path: vqa-rad/train.json         relative to this file; when streaming also a pattern: shards/train-*.tar
-        images: vqa-rad/images           folder of its pictures; relative to this file. Without it rows may name none;
+        images: vqa-rad/images           folder of its images; relative to this file. Without it rows may name none;
                                          `/` lets rows name any file of the machine
         weight: 2                        passes over its rows in one epoch; 1 by default, fractions draw a part
         licence: CC0-1.0                 kept in every row, as is the name
@@ -157,7 +157,7 @@ def load_mixture(
 ) -> list[Sample]:
     """Return the samples of all sources, one source after the other, each row once.
 
-    Pictures become whole paths, checked to be inside their source's folder; `source` and `licence` go into `meta`.
+    Images become whole paths, checked to be inside their source's folder; `source` and `licence` go into `meta`.
 
     Raises:
         DataError: as `load_samples`.
@@ -173,7 +173,7 @@ def load_mixture(
                     raise
                 bad.append(bad_row(sample, str(error)))
     if bad:
-        logger.warning("skipped %d rows whose pictures cannot be used; the first: %s", len(bad), bad[0])
+        logger.warning("skipped %d rows whose images cannot be used; the first: %s", len(bad), bad[0])
     if bad and quarantine is not None:
         quarantine.add(bad)
     return found
@@ -258,10 +258,10 @@ UNKNOWN = "unknown"
 
 
 def relative(sample: Sample, folder: Path) -> Sample:
-    """Return the sample with its pictures named relative to a folder.
+    """Return the sample with its images named relative to a folder.
 
     Raises:
-        DataError: a picture lies outside.
+        DataError: an image lies outside.
     """
     outside = [image for image in sample.images if not Path(image).is_relative_to(folder)]
     if outside:

@@ -1,9 +1,9 @@
-"""Prefix trees of token sequences: what several sequences begin with is laid out, and computed, once.
+"""Prefix trees of token sequences: a shared prefix is laid out, and computed, once.
 
     sequences -> sorted -> nodes (runs of tokens that the same sequences share) -> trees, depth first, in one row
 
-Two sequences share a node as long as their tokens and the images above them are equal (architecture, the flat batch).
-Trained or not does not matter here: labels live on edges.
+Two sequences share a node as long as their tokens and the images before them are equal (`docs/architecture.md`).
+Labels do not matter here: they belong to the edges of `FlatBatch`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from llava.data.encode import Encoded
 Identities = npt.NDArray[np.int64]
 
 TOKEN_COST = 2048
-"""Price of one more token in a row, in query-key pairs: a token costs about 24 d^2, a pair 4 d, at d of some hundreds.
+"""Cost of one more token in a row, in query-key pairs: a token costs about 24 d^2, a pair 4 d, for d of some hundreds.
 
-Sharing an opening of a token or two would save little, and every branch would have to fetch it in every layer, so
-sequences are put in one tree only where that is cheaper.
+Sharing a prefix of one or two tokens would save little, and every branch would copy it in every layer, so sequences
+are put in one tree only where that is cheaper.
 """
 
 
 @dataclass(slots=True)
 class Node:
-    """A run of tokens, `sequences[0][start:stop]`, at `offset` in the row, below node `parent` (-1: a root)."""
+    """Run of tokens, `sequences[0][start:stop]`, at `offset` in the row, below node `parent` (-1: a root)."""
 
     start: int
     stop: int
@@ -42,18 +42,18 @@ class Node:
 
     @property
     def length(self) -> int:
-        """Tokens of this node alone."""
+        """Return the number of tokens of this node, without its children."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class Forest:
-    """Trees laid out depth first, one after the other.
+    """Consecutive trees, each laid out depth first.
 
     Attributes:
-        nodes: every node in row order; `nodes[i].index == i`.
-        tree_lengths: tokens of each tree; they sum to the length of the row.
-        paths: for each sequence the nodes from its root to its end.
+        nodes: all nodes in row order; `nodes[i].index == i`.
+        tree_lengths: number of tokens of each tree; their sum is the length of the row.
+        paths: for each sequence, the nodes from its root to its end.
     """
 
     nodes: list[Node]
@@ -62,7 +62,7 @@ class Forest:
 
 
 def identities(sequences: Sequence[Encoded]) -> list[Identities]:
-    """One number a token, equal exactly where sharing is allowed: a text id, or a negative number for an image."""
+    """Return one number per token, equal exactly where sharing is allowed: a text id, or -1 - index of an image."""
     numbers: dict[str, int] = {}
     result = []
     for sequence in sequences:
@@ -80,7 +80,7 @@ def _common_prefix(first: Identities, second: Identities) -> int:
 
 
 def _grow(order: list[int], common: list[int], lengths: list[int], depth: int) -> Node:
-    """The tree of sorted sequences that share `depth` tokens; `common[i]` tokens join number i and i + 1."""
+    """Return the tree of sorted sequences that share `depth` tokens; sequences i and i + 1 share `common[i]`."""
     stop = min([lengths[order[0]], *common]) if common else lengths[order[0]]
     node = Node(depth, stop, -1, order)
     first = 0
@@ -95,13 +95,13 @@ def _grow(order: list[int], common: list[int], lengths: list[int], depth: int) -
 
 
 def _cost(node: Node, num_above: int = 0) -> int:
-    """Price of a node and all below it, each node attending on its own."""
+    """Return the cost of a subtree whose nodes attend separately, in query-key pairs."""
     below = sum(_cost(child, num_above + node.length) for child in node.children)
     return TOKEN_COST * node.length + chain_cost(node.length, num_above) + below
 
 
 def _divide(root: Node) -> list[Node]:
-    """The cheapest trees for the sequences of `root`: one, or its children's, each with a copy of the opening."""
+    """Return the cheapest trees for the sequences of `root`: one, or one per child with a copy of the prefix."""
     if not root.children or len(root.sequences) == 1:
         return [root]
     apart: list[Node] = []
@@ -138,22 +138,22 @@ def _number(trees: Sequence[Node], num_sequences: int) -> Forest:
     return Forest(nodes, tuple(lengths), tuple(map(tuple, paths)))
 
 
-def build(sequences: Sequence[Encoded], *, share: bool = True) -> Forest:
-    """Lay sequences out as prefix trees.
+def build_forest(sequences: Sequence[Encoded], *, share: bool = True) -> Forest:
+    """Return sequences laid out as prefix trees.
 
     Args:
         sequences: at least one, none empty.
-        share: False makes every sequence a tree of its own, in the given order.
+        share: whether to share prefixes; False makes each sequence a tree, in the given order.
 
     Returns:
-        The forest; trees, and branches of a node, stand in the order in which their first sequence was given.
+        The forest; trees, and branches of a node, are ordered by their first sequence.
     """
     if not share:
         alone = [Node(0, len(sequence.input_ids), -1, [index]) for index, sequence in enumerate(sequences)]
         return _number(alone, len(sequences))
     values = identities(sequences)
     lengths = [len(value) for value in values]
-    # Big-endian bytes sort sequences with a common beginning next to each other, the shorter one first.
+    # Big-endian bytes sort sequences with a common prefix next to each other, the shorter one first.
     order = sorted(range(len(values)), key=lambda index: values[index].astype(">i8").tobytes())
     common = [_common_prefix(values[a], values[b]) for a, b in pairwise(order)]
     trees: list[Node] = []

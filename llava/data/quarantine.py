@@ -1,9 +1,9 @@
-"""Rows that cannot be used: an error by default, or skipped, counted and listed in a file.
+"""Unusable rows: an error by default, or skipped, counted and listed in a quarantine file.
 
     load_samples --Quarantine--> check_trainable --Quarantine--> training
     stream --rows left out of each step--> GrowingQuarantine
 
-The file has one JSON object a line: `file`, `row` (counted from 0), `id`, `reason`.
+The file has one JSON object per line: `file`, `row` (counted from 0), `id`, `reason`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from llava.samples import Sample, name_of
 from llava.utils.jsonl import append, drop_torn_line, read_records, write_records
 
 NUM_SHOWN = 5
-"""Bad rows that an error message spells out."""
+"""Number of bad rows that an error message lists."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """One row that cannot be used; `row` counts from 0, -1 where the sample came from no file."""
+    """Row that cannot be used; `row` counts from 0 and is -1 for a sample that was not read from a file."""
 
     file: str
     row: int
@@ -34,10 +34,10 @@ class BadRow:
 
 
 class Quarantine:
-    """The list of skipped rows, kept in memory and written as a whole, so that a second run does not double it.
+    """List of skipped rows, kept in memory and rewritten as a whole, so a second run does not duplicate entries.
 
     Args:
-        path: file to write, or None to count only.
+        path: file to write; None only counts.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -48,14 +48,14 @@ class Quarantine:
         return len(self.rows)
 
     def add(self, rows: Sequence[BadRow]) -> None:
-        """Add rows and rewrite the file; a file is written (empty) even when there are none."""
+        """Add rows and rewrite the file; without rows an empty file is written."""
         self.rows += rows
         if self.path is not None:
             write_records(self.path, (asdict(row) for row in self.rows))
 
 
 class GrowingQuarantine:
-    """The list of rows that a stream leaves out while training goes on: each once, however often it comes again.
+    """List of rows that a stream skips during training; each is listed once, even if it is read repeatedly.
 
     Args:
         path: file to write.
@@ -66,22 +66,22 @@ class GrowingQuarantine:
         self._known: set[tuple[str, int]] = set()
 
     def begin(self) -> None:
-        """Start an empty list; that of an earlier run is gone."""
+        """Start an empty list; a list of an earlier run is overwritten."""
         self._known.clear()
         write_records(self.path, ())
 
-    def go_on(self) -> None:
-        """Go on with the list of a run that is resumed; it may know rows that the run meets again.
+    def resume(self) -> None:
+        """Continue the list of a resumed run, which may already contain rows that the run reads again.
 
         Raises:
-            DataError: the file is no such list.
+            DataError: the file is not a quarantine list.
         """
         drop_torn_line(self.path)
         if self.path.exists():
             self._known = {(row.get("file", ""), row.get("row", -1)) for row in read_records(self.path)}
 
     def add(self, rows: Iterable[BadRow]) -> None:
-        """Write the rows that are new."""
+        """Append the rows that are not listed yet."""
         for row in rows:
             if (row.file, row.row) not in self._known:
                 self._known.add((row.file, row.row))
@@ -89,8 +89,8 @@ class GrowingQuarantine:
 
 
 def report(bad: Sequence[BadRow], num_rows: int) -> str:
-    """Return the message that names the first bad rows and says how to go on without them."""
-    lines = [f"{len(bad)} of {num_rows} rows cannot be used; correct them, or leave them out with --skip_bad True:"]
+    """Return the message that lists the first bad rows and names the flag that skips them."""
+    lines = [f"{len(bad)} of {num_rows} rows cannot be used; fix them, or skip them with --skip-bad True:"]
     lines += [f"  {row}" for row in bad[:NUM_SHOWN]]
     if len(bad) > NUM_SHOWN:
         lines.append(f"  ... and {len(bad) - NUM_SHOWN} more")
@@ -100,5 +100,5 @@ def report(bad: Sequence[BadRow], num_rows: int) -> str:
 def bad_row(sample: Sample, reason: str) -> BadRow:
     """Return the quarantine line of a sample."""
     file, row = ("", -1) if sample.origin is None else sample.origin
-    # The line has its own fields for the place; a reason that begins with it again is hard to read.
+    # The entry has separate fields for file and row, so the reason does not repeat them.
     return BadRow(file, row, sample.id, reason.removeprefix(f"{name_of(sample)}: "))

@@ -1,4 +1,4 @@
-"""Which rows each rank trains on in each optimiser step.
+"""Which rows each rank trains on in each optimizer step.
 
 Every sampler lays the rows of an epoch out as steps of `sequences_per_step x world_size` rows and yields, step by step,
 THIS rank's list of row numbers. All ranks compute the same plan from `(seed, epoch)`, so nothing is communicated:
@@ -27,15 +27,15 @@ from llava.data.mixture import Shares
 from llava.errors import ConfigError
 
 Step = list[list[int]]
-"""The rows of one optimiser step: one list per rank."""
+"""The rows of one optimizer step: one list per rank."""
 
 
 class StepSampler(Sampler[list[int]], ABC):
-    """Base of all samplers: yields this rank's rows of one optimiser step after the other.
+    """Base of all samplers: yields this rank's rows of one optimizer step after the other.
 
     Args:
         num_rows: rows of the data set.
-        sequences_per_step: rows per optimiser step and rank (batch size times accumulation steps).
+        sequences_per_step: rows per optimizer step and rank (batch size times accumulation steps).
         rank: this process, 0 to `world_size - 1`.
         world_size: number of processes.
         seed: with the epoch it decides the order.
@@ -122,7 +122,7 @@ class LengthGroupedSampler(StepSampler):
 
     Args:
         lengths: length of each row in any unit; only the size matters, not the sign.
-        sequences_per_step: rows per optimiser step and rank.
+        sequences_per_step: rows per optimizer step and rank.
         rank: this process.
         world_size: number of processes.
         seed: with the epoch it decides the order.
@@ -158,7 +158,7 @@ class ModalityGroupedSampler(LengthGroupedSampler):
 
     Args:
         lengths: length of each row, negative for a row without an image.
-        sequences_per_step: rows per optimiser step and rank.
+        sequences_per_step: rows per optimizer step and rank.
         rank: this process.
         world_size: number of processes.
         seed: with the epoch it decides the order.
@@ -198,7 +198,7 @@ class ImageGroupedSampler(StepSampler):
 
     Args:
         groups: for each row the identity of what it can share (its images); None for a row that shares nothing.
-        sequences_per_step: rows per optimiser step and rank.
+        sequences_per_step: rows per optimizer step and rank.
         questions_per_image: largest number of rows of one image that are drawn together.
         rank: this process.
         world_size: number of processes.
@@ -287,7 +287,7 @@ class MixtureSampler(StepSampler):
 
     Args:
         shares: the source of each row, and the weights.
-        sequences_per_step: rows per optimiser step and rank.
+        sequences_per_step: rows per optimizer step and rank.
         make: the order of one epoch's rows, given their numbers; it counts its rows by their place in that list.
         rank: this process.
         world_size: number of processes.

@@ -1,12 +1,12 @@
 """Rows of files that do not fit in memory, one after the other: JSON lines, Parquet, WebDataset tar shards.
 
-    shard --rows_in(shard, start)--> StreamRow (JSON object, its pictures' bytes), StreamRow, ...
+    shard --rows_in(shard, start)--> StreamRow (JSON object, its images' bytes), StreamRow, ...
 
 What a shard is, is decided by its first bytes. Rows of one shard are numbered from 0, so that a reader can be told to
 begin at any row: lines and tar members before it are passed over, not parsed.
 
-- JSON lines, plain or gzipped: one object a line; pictures are files.
-- Parquet: one row an object; a column of `{"bytes", "path"}` (an `Image` of the datasets library) is a picture.
+- JSON lines, plain or gzipped: one object a line; images are files.
+- Parquet: one row an object; a column of `{"bytes", "path"}` (an `Image` of the datasets library) is an image.
 - tar (WebDataset): see `tar_rows`.
 """
 
@@ -123,7 +123,7 @@ def _is_picture(extension: str, content: bytes) -> bool:
 
 
 def _place(extension: str) -> tuple[int, str]:
-    """The order of pictures: by the number in their extension (`0.jpg`, `10.jpg`), else by name."""
+    """The order of images: by the number in their extension (`0.jpg`, `10.jpg`), else by name."""
     first = extension.partition(".")[0]
     return (int(first) if first.isdecimal() else 0, extension)
 
@@ -137,8 +137,8 @@ class StreamRow:
     """One row.
 
     Attributes:
-        value: the JSON object; `image` is left out where the shard holds the pictures itself.
-        pictures: file bytes of the pictures in their order; empty where `value` names files.
+        value: the JSON object; `image` is left out where the shard holds the images itself.
+        images: file bytes of the images in their order; empty where `value` names files.
     """
 
     value: Mapping[str, Any]
@@ -221,7 +221,7 @@ def _parquet(shard: Path, start: int) -> Iterator[Numbered]:
     datasets = require("datasets", "data")
     name = glob.escape(str(shard))  # the library takes it for a pattern
     table = datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
-    for number, row in enumerate(table.decode(False).skip(start), start=start):  # pictures stay bytes
+    for number, row in enumerate(table.decode(False).skip(start), start=start):  # images stay bytes
         yield number, _parquet_row(row)
 
 
@@ -232,7 +232,7 @@ def _parquet_row(row: dict[str, Any]) -> StreamRow | DataError:
         cells = cell if isinstance(cell, list) else [cell]
         if cells and all(isinstance(part, dict) and part.keys() == {"bytes", "path"} for part in cells):
             if any(not part["bytes"] for part in cells):
-                return DataError(f"column {name!r} holds no bytes of a picture")
+                return DataError(f"column {name!r} holds no bytes of an image")
             pictures += [part["bytes"] for part in cells]
         elif cell is not None:
             value[name] = cell

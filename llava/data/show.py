@@ -37,10 +37,10 @@ KINDS = ("text", "trained", "image")
 """Kinds of tokens; each may also be cut."""
 
 COLORS = {"text": "", "trained": "\x1b[1;32m", "image": "\x1b[1;34m", "cut": "\x1b[9;31m"}
-"""Terminal colours: green is trained, blue is an image, struck-through red was cut."""
+"""Terminal colors: green is trained, blue is an image, struck-through red was cut."""
 
 MARKS = {"text": ("", ""), "trained": ("[[", "]]"), "image": ("<", ">"), "cut": ("{{", "}}")}
-"""The same without colours."""
+"""The same without colors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class View:
 def make_view(
     sample: Sample, processor: LlavaMedProcessor, *, max_length: int | None, sizes: Sequence[Size] | None = None
 ) -> View:
-    """Return a sample as the model would be trained on it; `sizes` of its pictures as for `encode`.
+    """Return a sample as the model would be trained on it; `sizes` of its images as for `encode`.
 
     Raises:
         DataError: the sample cannot be encoded.
@@ -118,7 +118,7 @@ def make_view(
 
 
 def to_terminal(view: View, processor: LlavaMedProcessor, *, color: bool) -> str:
-    """Return the view as lines of text; without `color`, marks stand around what would be coloured."""
+    """Return the view as lines of text; without `color`, marks stand around what would be colored."""
     legend = [_paint(name, name, color=color) for name in ("trained", "image", "cut")]
     lines = [view.title, view.settings, view.summary(), "marked: " + ", ".join(legend), ""]
     lines += ["".join(_paint(stretch.text, *_names(stretch), color=color) for stretch in view.stretches), ""]
@@ -129,7 +129,7 @@ def to_terminal(view: View, processor: LlavaMedProcessor, *, color: bool) -> str
 
 
 def to_html(view: View, processor: LlavaMedProcessor, pictures: Sequence[str] = ()) -> str:
-    """Return the view as a page of its own; `pictures` are addresses (`data:` or relative) of the row's images."""
+    """Return the view as a page of its own; `images` are addresses (`data:` or relative) of the row's images."""
     spans: list[str] = []
     rows: list[str] = []
     for stretch in view.stretches:
@@ -155,7 +155,7 @@ def _names(stretch: Stretch) -> tuple[str, ...]:
 
 
 def _paint(text: str, *names: str, color: bool) -> str:
-    """Return text with its colours, or between its marks."""
+    """Return text with its colors, or between its marks."""
     for name in names:
         before, after = (COLORS[name], "\x1b[0m" if COLORS[name] else "") if color else MARKS[name]
         text = f"{before}{text}{after}"

@@ -33,7 +33,7 @@ class StreamSource:
         name: what metrics call it.
         shards: its files, in order.
         weight: of its rows in the mixture: rows come in proportion to the weights.
-        images: folder of the pictures that rows name; None where rows name no files.
+        images: folder of the images that rows name; None where rows name no files.
         licence: of rows that name none themselves.
     """
 
@@ -45,14 +45,14 @@ class StreamSource:
 
 
 def picture_folder(source: str, images: Path | None) -> Path:
-    """Return the folder of the pictures that rows of a source name.
+    """Return the folder of the images that rows of a source name.
 
     Raises:
         DataError: the source has none: a row, which may come from anybody, must not choose among all files.
     """
     if images is None:
         raise DataError(
-            f"the row names a picture, but source {source} has no `images`; write `images: FOLDER` there "
+            f"the row names an image, but source {source} has no `images`; write `images: FOLDER` there "
             "(`images: /` lets rows name any file of this machine)"
         )
     return images

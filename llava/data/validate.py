@@ -32,7 +32,7 @@ MIN_REMEMBERED = 2000
 """Fewer rows than this are checked within seconds; their outcome is not kept."""
 
 PROBE_SIZES = ((512, 512), (640, 480))
-"""Of the pictures of a made-up conversation."""
+"""Of the images of a made-up conversation."""
 
 
 @dataclass(slots=True)
@@ -174,7 +174,7 @@ def check_trainable(
 ) -> Checked:
     """Make sure before training that every row can be trained on.
 
-    For each row: all its images exist and decode, its text has one place holder per image (or none at all: then they
+    For each row: all its images exist and decode, its text has one placeholder per image (or none at all: then they
     go in front), and at least one token is left to train after truncation. Image files are decoded by several threads,
     once per file: a later run with the same `index` looks only at their time and size.
 

@@ -1,11 +1,11 @@
-"""How many model tokens a picture of some size becomes, and where they lie: arithmetic on sizes, without pixels.
+"""How many model tokens an image of some size becomes, and where they lie: arithmetic on sizes, without pixels.
 
-    size of a picture --ImageGrid--> tiles or resized picture --> tokens after the tower's patches are joined again
+    size of an image --ImageGrid--> tiles or resized image --> tokens after the tower's patches are joined again
 
-In most image modes every picture has the same number of tokens. Two modes differ (specification llava-med 1.5, 1.7):
+In most image modes every image has the same number of tokens. Two modes differ (specification llava-med 1.5, 1.7):
 
-- `anyres` cuts the picture into tiles of the tower's own size, after the whole picture scaled down to one such tile;
-- `keep` leaves the picture's shape, so the tower sees another grid of patches for each.
+- `anyres` cuts the image into tiles of the tower's own size, after the whole image scaled down to one such tile;
+- `keep` leaves the image's shape, so the tower sees another grid of patches for each.
 
 Sizes are `(width, height)` in pixels throughout, as Pillow and the published configurations write them.
 """
@@ -24,10 +24,10 @@ Size = tuple[int, int]
 
 ANYRES, KEEP = "anyres", "keep"
 VARIABLE_MODES = (ANYRES, KEEP)
-"""Image modes in which the number of tokens depends on the picture's size."""
+"""Image modes in which the number of tokens depends on the image's size."""
 
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
-"""How the patches of an `anyres` picture's tiles are joined: tile after tile; row by row of the whole picture; the same
+"""How the patches of an `anyres` image's tiles are joined: tile after tile; row by row of the whole image; the same
 without the rows or columns that only show its border, and with a trained token at the end of each row."""
 
 KEEP_SHORT, KEEP_LONG = 224, 448
@@ -39,7 +39,7 @@ GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 @dataclass(frozen=True, slots=True)
 class ImageGrid:
-    """What a model does with the size of a picture.
+    """What a model does with the size of an image.
 
     Attributes:
         mode: image mode.
@@ -94,26 +94,26 @@ class ImageGrid:
         return self.num_tokens - self.side**2
 
     def shape(self, size: Size) -> Size:
-        """Columns and rows of tiles of an `anyres` picture, without the one that shows it whole."""
+        """Columns and rows of tiles of an `anyres` image, without the one that shows it whole."""
         width, height = best_size(size, self.pinpoints)
         return width // self.tile, height // self.tile
 
     def patches_kept(self, size: Size) -> Size:
-        """Columns and rows of patches of a picture in mode `keep`.
+        """Columns and rows of patches of an image in mode `keep`.
 
         Raises:
-            DataError: the picture is so narrow that its shorter side is less than a patch.
+            DataError: the image is so narrow that its shorter side is less than a patch.
         """
         width, height = keep_size(size)
         if min(width, height) < self.patch:
             raise DataError(
-                f"image mode keep scales a picture of {size[0]} x {size[1]} pixels to {width} x {height}, less than a "
+                f"image mode keep scales an image of {size[0]} x {size[1]} pixels to {width} x {height}, less than a "
                 f"patch of {self.patch}; use the mode pad for it"
             )
         return width // self.patch, height // self.patch
 
     def count(self, size: Size) -> int:
-        """Tokens of a picture of `size`.
+        """Tokens of an image of `size`.
 
         Raises:
             DataError: see `patches_kept`.
@@ -131,7 +131,7 @@ class ImageGrid:
 
 
 def keep_size(size: Size) -> Size:
-    """The size to which mode `keep` scales a picture: its shape stays, nothing is cut."""
+    """The size to which mode `keep` scales an image: its shape stays, nothing is cut."""
     short, long = min(size), max(size)
     edge = max(1, int(min(KEEP_LONG / (long / short), KEEP_SHORT)))
     other = int(edge * long / short)
@@ -139,7 +139,7 @@ def keep_size(size: Size) -> Size:
 
 
 def best_size(size: Size, choices: Sequence[Size]) -> Size:
-    """The size that shows most of a picture's own pixels; of equals the one with least border, then the first."""
+    """The size that shows most of an image's own pixels; of equals the one with least border, then the first."""
     width, height = size
 
     def worth(choice: Size) -> tuple[int, int]:
@@ -151,7 +151,7 @@ def best_size(size: Size, choices: Sequence[Size]) -> Size:
 
 
 def placed(size: Size, target: Size) -> tuple[Size, Size]:
-    """Size and left upper corner of a picture that is scaled into the middle of `target`, its shape kept."""
+    """Size and left upper corner of an image that is scaled into the middle of `target`, its shape kept."""
     scale_x, scale_y = target[0] / size[0], target[1] / size[1]
     if scale_x < scale_y:
         scaled = target[0], min(ceil(size[1] * scale_x), target[1])
@@ -161,10 +161,10 @@ def placed(size: Size, target: Size) -> tuple[Size, Size]:
 
 
 def unpadded(size: Size, patches: Size) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom (exclusive) of the patches that show the picture and not only its border.
+    """Left, top, right and bottom (exclusive) of the patches that show the image and not only its border.
 
     Args:
-        size: of the picture.
+        size: of the image.
         patches: columns and rows of patches of all its tiles together.
     """
     columns, rows = patches

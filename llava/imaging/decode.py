@@ -1,19 +1,19 @@
-"""Image files to RGB pictures: the only place that opens, converts and shapes them.
+"""Image files to RGB images: the only place that opens, converts and shapes them.
 
-    file bytes --load--> RGB picture --fit(mode)--> picture the image processor can take
-               --decode--> Opened (grey stays grey, perhaps scaled), for `data.pixel_path`
+    file bytes --load--> RGB image --fit(mode)--> image the image processor can take
+               --decode--> Opened (gray stays gray, perhaps scaled), for `data.pixel_path`
 
 Policies, the same for training, evaluation and serving:
 
-- Colour: everything becomes RGB. Transparency is dropped, not composited, as the published models saw it.
-- Depth: pictures of more than 8 bits (16-bit and 32-bit integers, floating point) are windowed linearly from their
-  smallest to their largest value onto 0 to 255; a picture of one single value becomes black.
-- Orientation: an EXIF orientation is applied, so the model sees what a viewer shows. Pictures without one (nearly all
+- Color: everything becomes RGB. Transparency is dropped, not composited, as the published models saw it.
+- Depth: images of more than 8 bits (16-bit and 32-bit integers, floating point) are windowed linearly from their
+  smallest to their largest value onto 0 to 255; an image of one single value becomes black.
+- Orientation: an EXIF orientation is applied, so the model sees what a viewer shows. Images without one (nearly all
   medical files) are unaffected.
 - Several frames: the first one.
 - DICOM files, known by their content: see `data.dicom`; window and frame are chosen by a `DicomPolicy`.
 - Size: more than `MAX_PIXELS` is refused before anything is decoded.
-- Scale: pictures are decoded whole, unless the caller of `decode` has large JPEG files scaled, see `data.jpeg_scale`.
+- Scale: images are decoded whole, unless the caller of `decode` has large JPEG files scaled, see `data.jpeg_scale`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A decoded picture, upright.
+    """A decoded image, upright.
 
     Attributes:
         image: mode L or RGB.
-        size: width and height of the whole picture in pixels.
+        size: width and height of the whole image in pixels.
         scale: `image` is smaller by this divisor, its sides rounded up.
     """
 
@@ -55,12 +55,12 @@ class Opened:
 
     @property
     def box(self) -> Box:
-        """The part of `image` that shows the picture: the sides before they were rounded up."""
+        """The part of `image` that shows the image: the sides before they were rounded up."""
         return (0.0, 0.0, self.size[0] / self.scale, self.size[1] / self.scale)
 
 
 MAX_PIXELS = 89_478_485
-"""Largest picture that is decoded (width x height): Pillow's own limit, a quarter GiB of RGB."""
+"""Largest image that is decoded (width x height): Pillow's own limit, a quarter GiB of RGB."""
 
 
 def resolve(ref: str | Path, root: str | Path | None) -> Path:
@@ -118,7 +118,7 @@ def read_bytes(ref: str | Path, root: str | Path | None) -> bytes:
 
 
 def load(ref: str | Path | bytes, root: str | Path | None = None, *, dicom: DicomPolicy = DEFAULT) -> Image.Image:
-    """Return image `ref` (a name in folder `root`, or the bytes of a file) as an RGB picture.
+    """Return image `ref` (a name in folder `root`, or the bytes of a file) as an RGB image.
 
     Args:
         ref: name or bytes.
@@ -139,13 +139,13 @@ def decode(
     dicom: DicomPolicy = DEFAULT,
     scale_of: Callable[[Size], int] | None = None,
 ) -> Opened:
-    """Return image `ref` as `load` does, but grey as one channel and, where asked for, at a smaller scale.
+    """Return image `ref` as `load` does, but gray as one channel and, where asked for, at a smaller scale.
 
     Args:
         ref: name or bytes.
         root: the image folder; None trusts `ref` as a path of the user's own.
         dicom: how a DICOM file is shown.
-        scale_of: divisor for a large JPEG picture of this width and height (1, 2, 4 or 8); None decodes all whole.
+        scale_of: divisor for a large JPEG image of this width and height (1, 2, 4 or 8); None decodes all whole.
 
     Raises:
         DataError, MissingDependency: as `load`.
@@ -166,7 +166,7 @@ def decode(
     except UnidentifiedImageError as error:
         if may_be_bare(data):
             return _load_dicom(data, name, dicom)
-        raise DataError(f"image {name} cannot be decoded: it is no picture of a known format") from error
+        raise DataError(f"image {name} cannot be decoded: it is no image of a known format") from error
     except Exception as error:  # decoders raise whatever their parsing runs into: struct.error, IndexError, ...
         raise DataError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from error
 
@@ -179,7 +179,7 @@ def _load_dicom(data: bytes, name: str, policy: DicomPolicy) -> Opened:
 
 
 def stored_as(data: bytes) -> str:
-    """Return format and colour mode of an image file as it is stored: `JPEG L`, `PNG I;16`, `DICOM`, `unknown`.
+    """Return format and color mode of an image file as it is stored: `JPEG L`, `PNG I;16`, `DICOM`, `unknown`.
 
     Only the header is read; it says nothing about whether the file decodes.
     """
@@ -233,6 +233,6 @@ def image_key(data: bytes, fingerprint: str) -> str:
 
     Args:
         data: bytes of the image file.
-        fingerprint: identity of everything that happens to the picture afterwards (`processor.image_fingerprint`).
+        fingerprint: identity of everything that happens to the image afterwards (`processor.image_fingerprint`).
     """
     return key_of_digest(content_digest(data), fingerprint)

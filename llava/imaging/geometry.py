@@ -18,41 +18,41 @@ _RASTER_MODES = ("RGB", "L", "1", "CMYK", "YCbCr", "LAB", "HSV")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return any picture as RGB (see the policies above); an RGB picture is returned as it is.
+    """Return any image as RGB (see the policies above); an RGB image is returned as it is.
 
     Raises:
-        DataError: a floating-point picture holds values that are not finite.
+        DataError: a floating-point image holds values that are not finite.
     """
     plain = _plain(image)
     return plain if plain.mode == "RGB" else plain.convert("RGB")
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    """Return any picture as RGB, or as L if it is grey; one of these modes is returned as it is."""
+    """Return any image as RGB, or as L if it is gray; one of these modes is returned as it is."""
     if image.mode in ("RGB", "L"):
         return image
     if image.mode.startswith(("I", "F")):
         return _window(np.asarray(image))
     if image.mode in _RASTER_MODES:
         return image.convert("RGB")
-    # Palettes and alpha: by way of RGBA, which keeps the colours under transparent pixels as they are stored.
+    # Palettes and alpha: by way of RGBA, which keeps the colors under transparent pixels as they are stored.
     return image.convert("RGBA").convert("RGB")
 
 
 def _window(values: np.ndarray) -> Image.Image:
-    """Return `[height, width]` values as 8-bit grey, linear from the smallest to the largest."""
+    """Return `[height, width]` values as 8-bit gray, linear from the smallest to the largest."""
     found = levels_of(values)
     exact = (values if found is None else found.values).astype(np.float64)
     low, high = float(exact.min()), float(exact.max())
     if not np.isfinite([low, high]).all():
-        raise DataError("the picture holds values that are not finite")
+        raise DataError("the image holds values that are not finite")
     scale = 255.0 / (high - low) if high > low else 0.0
-    grey = np.rint((exact - low) * scale).astype(np.uint8)
-    return Image.fromarray(grey if found is None else np.take(grey, found.places, mode="clip"))
+    gray = np.rint((exact - low) * scale).astype(np.uint8)
+    return Image.fromarray(gray if found is None else np.take(gray, found.places, mode="clip"))
 
 
 def mean_color(image_mean: Sequence[float]) -> tuple[int, int, int]:
-    """Return the fill colour of mode `pad`: the processor's channel means (0 to 1) as 8-bit values, rounded down."""
+    """Return the fill color of mode `pad`: the processor's channel means (0 to 1) as 8-bit values, rounded down."""
     red, green, blue = (int(value * 255) for value in image_mean)
     return red, green, blue
 
@@ -60,19 +60,19 @@ def mean_color(image_mean: Sequence[float]) -> tuple[int, int, int]:
 def fit(
     image: Image.Image, mode: str, *, size: int | tuple[int, int], fill: Sequence[int], shift: int = 0
 ) -> Image.Image:
-    """Return the picture in the shape that the image mode gives it before the processor resizes, crops, normalises.
+    """Return the image in the shape that the image mode gives it before the processor resizes, crops, normalizes.
 
     Args:
-        image: any picture; it is converted to RGB first.
-        mode: `square` leaves the shape to the processor (shortest edge, centre crop); `pad` centres the picture on a
-            square of colour `fill`, offsets rounded down; `resize` squashes it to `size` (bicubic), so nothing is cut;
+        image: any image; it is converted to RGB first.
+        mode: `square` leaves the shape to the processor (shortest edge, center crop); `pad` centers the image on a
+            square of color `fill`, offsets rounded down; `resize` squashes it to `size` (bicubic), so nothing is cut;
             `keep` scales it and keeps its shape.
         size: side, or (height, width), of the model's input in pixels.
         fill: red, green, blue of the border that `pad` adds.
-        shift: pixels that `pad` moves the picture off the middle, as an original does at random.
+        shift: pixels that `pad` moves the image off the middle, as an original does at random.
 
     Raises:
-        ConfigError: unknown mode, or `anyres`, which makes several pictures of one: see `tiles`.
+        ConfigError: unknown mode, or `anyres`, which makes several images of one: see `tiles`.
     """
     image = to_rgb(image)
     if mode == "square":
@@ -85,20 +85,20 @@ def fit(
     if mode == "keep":
         return image.resize(keep_size(image.size), Image.Resampling.BICUBIC)
     if mode == "anyres":
-        raise ConfigError("image mode anyres makes several pictures of one; use `tiles`")
+        raise ConfigError("image mode anyres makes several images of one; use `tiles`")
     raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(MODES)}")
 
 
 def tiles(image: Image.Image, whole: Size, side: int) -> list[Image.Image]:
-    """Return a picture as the tiles of image mode `anyres`, each `side` x `side` pixels.
+    """Return an image as the tiles of image mode `anyres`, each `side` x `side` pixels.
 
     Args:
-        image: any picture; it is converted to RGB first.
-        whole: width and height of all tiles together; the picture is scaled into the middle of them, on black.
+        image: any image; it is converted to RGB first.
+        whole: width and height of all tiles together; the image is scaled into the middle of them, on black.
         side: of a tile.
 
     Returns:
-        the whole picture squashed to one tile, then the tiles row by row.
+        the whole image squashed to one tile, then the tiles row by row.
     """
     image = to_rgb(image)
     scaled, corner = placed(image.size, whole)
@@ -110,7 +110,7 @@ def tiles(image: Image.Image, whole: Size, side: int) -> list[Image.Image]:
 
 
 def _squashed(image: Image.Image, side: int) -> Image.Image:
-    """Return the picture as a square, as recorded from the original: what shrinks, shrinks first.
+    """Return the image as a square, as recorded from the original: what shrinks, shrinks first.
 
     Pillow's releases differ here in the order of the two directions, and the values between are rounded to 8 bits.
     """

@@ -1,9 +1,9 @@
-"""From stored values to grey levels: the formulas of the DICOM standard, on plain arrays.
+"""From stored values to gray levels: the formulas of the DICOM standard, on plain arrays.
 
-    stored --modality--> physical values --window or VOI LUT--> 0 to 1 --grey--> 0 to 255
+    stored --modality--> physical values --window or VOI LUT--> 0 to 1 --gray--> 0 to 255
 
 The numbers in the docstrings are sections of part 3 of the standard. Arrays are `[height, width]`, float64 unless said
-otherwise; a part of the picture that is padding never moves an automatic window.
+otherwise; a part of the image that is padding never moves an automatic window.
 """
 
 from __future__ import annotations
@@ -105,11 +105,11 @@ def limits(
     else:
         low, high = (float(value) for value in np.percentile(inside, percentiles))
     if not np.isfinite([low, high]).all():
-        raise DataError("the picture holds values that are not finite")
+        raise DataError("the image holds values that are not finite")
     return low, high
 
 
-def to_grey(shares: Values, *, inverted: bool) -> NDArray[np.uint8]:
+def to_gray(shares: Values, *, inverted: bool) -> NDArray[np.uint8]:
     """Return 0 to 1 as 0 to 255, rounded; `inverted` for MONOCHROME1, where the smallest value is white."""
     levels = np.rint(shares * 255.0).astype(np.uint8)
     return 255 - levels if inverted else levels
@@ -119,17 +119,17 @@ MAX_LEVELS = 1 << 16
 
 
 class Levels(NamedTuple):
-    """`values` [N] ascending, in the picture's own type, and `places` [H, W]: the picture is `values[places]`."""
+    """`values` [N] ascending, in the image's own type, and `places` [H, W]: the image is `values[places]`."""
 
     values: NDArray[Any]
     places: NDArray[Any]
 
 
 def levels_of(picture: NDArray[Any]) -> Levels | None:
-    """Return the levels of a picture of whole numbers; None where looking up would not be faster.
+    """Return the levels of an image of whole numbers; None where looking up would not be faster.
 
     Args:
-        picture: `[H, W]`, any type.
+        image: `[H, W]`, any type.
     """
     if picture.dtype.kind not in "iu" or picture.dtype.itemsize > 4 or not picture.size:
         return None

@@ -1,9 +1,9 @@
-"""What a PIL image processor of transformers does to a picture, bit for bit, without its detours.
+"""What a PIL image processor of transformers does to an image, bit for bit, without its detours.
 
-    Opened (L or RGB) --fit_opened, Pillow resize--> crop --table: level to normalised value--> [3, H, W] float32
+    Opened (L or RGB) --fit_opened, Pillow resize--> crop --table: level to normalized value--> [3, H, W] float32
 
-The processor turns each large picture into an array and back, resizes grey as three equal channels, and computes in
-double precision what has only 256 different outcomes a channel. Here grey stays one channel up to the last step, and
+The processor turns each large image into an array and back, resizes gray as three equal channels, and computes in
+double precision what has only 256 different outcomes a channel. Here gray stays one channel up to the last step, and
 the outcomes come from a table that the processor itself filled in.
 """
 
@@ -41,7 +41,7 @@ class PixelPath:
         ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None]).convert("RGB")
         done = processor(images=[ramp], do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"]
         self.table: NDArray[np.float32] = np.ascontiguousarray(done[0][:, 0])
-        """[3, 256], normalised value of each level of each channel."""
+        """[3, 256], normalized value of each level of each channel."""
 
     @classmethod
     def of(cls, processor: Any) -> PixelPath | None:
@@ -56,7 +56,7 @@ class PixelPath:
         return path if path.table.shape == (3, 256) and path.table.dtype == np.float32 else None
 
     def size_after(self, size: Size) -> Size:
-        """Return width and height of a picture after resizing, before the crop."""
+        """Return width and height of an image after resizing, before the crop."""
         wanted = self.processor.size
         if not self.processor.do_resize:
             return size
@@ -71,8 +71,8 @@ class PixelPath:
 
         Args:
             image: mode L or RGB.
-            size: width and height to reckon with, of a picture that was decoded at a smaller scale.
-            box: the part of `image` that is the picture; default: all of it.
+            size: width and height to reckon with, of an image that was decoded at a smaller scale.
+            box: the part of `image` that is the image; default: all of it.
         """
         if self.processor.do_resize:
             image = image.resize(self.size_after(size or image.size), self.processor.resample, box=box)
@@ -95,13 +95,13 @@ def _given(size: Any) -> set[str]:
 def fit_opened(
     opened: Opened, mode: str, *, size: tuple[int, int], fill: Sequence[int], shift: int = 0
 ) -> tuple[Image.Image, Size, Box]:
-    """Return what `fit` does for `square`, `pad` and `resize`, of a picture that may be grey or scaled.
+    """Return what `fit` does for `square`, `pad` and `resize`, of an image that may be gray or scaled.
 
-    A scaled picture keeps the geometry of the whole one: where its sides or its border are no whole number of pixels
+    A scaled image keeps the geometry of the whole one: where its sides or its border are no whole number of pixels
     at its scale, the box says where it begins and ends.
 
     Returns:
-        a picture of mode L or RGB, the width and height to reckon with, and the box of it that is meant.
+        an image of mode L or RGB, the width and height to reckon with, and the box of it that is meant.
     """
     image = opened.image
     if mode == "resize":
@@ -117,11 +117,11 @@ def fit_opened(
 
 
 def _pad_scaled(opened: Opened, fill: tuple[int, int, int], shift: int) -> tuple[Image.Image, Size, Box]:
-    """Return what `_pad` does at the scale of a picture, the size of the whole square, and the box it takes."""
+    """Return what `_pad` does at the scale of an image, the size of the whole square, and the box it takes."""
     (width, height), scale = opened.size, opened.scale
     side = max(width, height)
     picture = to_rgb(opened.image)
-    # A last column or row that the picture only partly fills is partly border, where there is a border.
+    # A last column or row that the image only partly fills is partly border, where there is a border.
     mask = Image.new("L", picture.size, 255)
     if width < side and width % scale:
         mask.paste(round(255 * (width % scale) / scale), (picture.width - 1, 0, *picture.size))
@@ -141,7 +141,7 @@ FILE_NAME = "preprocessor_config.json"
 
 
 class OpenClipImageProcessorPil(CLIPImageProcessorPil):
-    """open_clip's transform for evaluation: shortest side resized (bicubic), square cut out of the middle, normalised.
+    """open_clip's transform for evaluation: shortest side resized (bicubic), square cut out of the middle, normalized.
 
     CLIP's processor does the same but for the middle of an odd rest: open_clip rounds half a pixel to the even side,
     CLIP always down. A quarter of all films would be shifted by a pixel against what the tower was trained on.

@@ -44,7 +44,7 @@ PICTURE_TAGS = (
     *("SegmentedBluePaletteColorLookupTableData", "SharedFunctionalGroupsSequence"),
     *("PerFrameFunctionalGroupsSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
 )
-"""All that is read to show a picture, besides the pixels; none of it is about a person."""
+"""All that is read to show an image, besides the pixels; none of it is about a person."""
 
 PIXEL_TAGS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
@@ -140,7 +140,7 @@ def check_inflated(stream: BinaryIO, name: str) -> None:
         while not inflater.eof and (packed := inflater.unconsumed_tail or stream.read(1 << 16)):
             total += len(inflater.decompress(packed, 1 << 20))
             if total > MAX_INFLATED:
-                raise DataError(f"image {name} unpacks to more than {MAX_INFLATED} bytes; expected a smaller picture")
+                raise DataError(f"image {name} unpacks to more than {MAX_INFLATED} bytes; expected a smaller image")
     finally:
         stream.seek(start)
 

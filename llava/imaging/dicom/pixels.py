@@ -79,7 +79,7 @@ def _jpeg(frame: bytes) -> Extent | None:
 
 
 MAX_FRAMES = 1 << 20
-"""More pictures than this in one file are a broken count."""
+"""More images than this in one file are a broken count."""
 
 DECODERS: dict[str, tuple[str, ...]] = {
     uid.JPEGBaseline8Bit: ("pillow",),
@@ -114,7 +114,7 @@ class Layout:
     Attributes:
         height: pixels.
         width: pixels.
-        num_frames: pictures in the file.
+        num_frames: images in the file.
         samples: values a pixel: 1 or 3.
         color: photometric interpretation.
         bits: significant bits of a value.
@@ -162,14 +162,14 @@ class Layout:
             raise DataError(f"states {bits} bits stored in {allocated}; expected up to 1, 8, 16 or 32")
         samples = whole(dataset, "SamplesPerPixel", default=1)
         if samples not in (1, 3):
-            raise DataError(f"states {samples} values a pixel; expected 1 (grey, palette) or 3 (colour)")
+            raise DataError(f"states {samples} values a pixel; expected 1 (gray, palette) or 3 (color)")
         color = word(dataset, "PhotometricInterpretation") or ("MONOCHROME2" if samples == 1 else "RGB")
         signed = whole(dataset, "PixelRepresentation", default=0) == 1
         return cls(height, width, num_frames, samples, color, bits, allocated, signed, keyword)
 
 
 def frame_values(dataset: FileDataset, layout: Layout, index: int) -> tuple[Stored, str]:
-    """Return one frame as stored, `[H, W]` or `[H, W, 3]`, and the colour space that it is in now.
+    """Return one frame as stored, `[H, W]` or `[H, W, 3]`, and the color space that it is in now.
 
     Raises:
         DataError: damaged, cut off, or compressed in a way that is not decoded.
@@ -190,7 +190,7 @@ def frame_values(dataset: FileDataset, layout: Layout, index: int) -> tuple[Stor
         if not plugins:
             names = " or ".join(PACKAGES[name] for name in DECODERS[syntax])
             raise MissingDependency(
-                f"a DICOM picture is stored as {syntax.name}, and its decoder {names} is not installed; install it "
+                f"a DICOM image is stored as {syntax.name}, and its decoder {names} is not installed; install it "
                 "with: pip install 'llava[data]'"
             )
     else:
@@ -224,10 +224,10 @@ def _check_extent(dataset: FileDataset, layout: Layout, index: int) -> None:
     if found is None:  # run-length coding states no size: its output is bounded by the header's
         if dataset.file_meta.TransferSyntaxUID == uid.RLELossless:
             return
-        raise DataError("cannot be decoded: the compressed picture does not begin as it should; is the file cut off?")
+        raise DataError("cannot be decoded: the compressed image does not begin as it should; is the file cut off?")
     if (found.height, found.width, found.samples) != (layout.height, layout.width, layout.samples):
         raise DataError(
-            f"holds a compressed picture of {found.width} x {found.height} x {found.samples}, but its header says "
+            f"holds a compressed image of {found.width} x {found.height} x {found.samples}, but its header says "
             f"{layout.width} x {layout.height} x {layout.samples}"
         )
     if dataset.file_meta.TransferSyntaxUID == uid.JPEGExtended12Bit and found.bits != 8:
@@ -255,7 +255,7 @@ def _check_length(dataset: FileDataset, layout: Layout) -> None:
 
 
 def padding_of(dataset: FileDataset, stored: Stored, layout: Layout) -> NDArray[np.bool_] | None:
-    """Return which pixels are padding, which is no part of the picture; None where the file names no padding value."""
+    """Return which pixels are padding, which is no part of the image; None where the file names no padding value."""
     value = number(dataset, "PixelPaddingValue")
     if value is None:
         return None

@@ -1,6 +1,6 @@
-"""How a DICOM file becomes a picture: two choices, kept with the processor so that nothing decides twice.
+"""How a DICOM file becomes an image: two choices, kept with the processor so that nothing decides twice.
 
---dicom_window, --dicom_frame --DicomPolicy--> llava_processor.json, image_fingerprint --data.dicom--> picture
+--dicom_window, --dicom_frame --DicomPolicy--> llava_processor.json, image_fingerprint --data.dicom--> image
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ PRESETS: dict[str, tuple[float, float]] = {
     "lung": (-600.0, 1500.0),
     "soft_tissue": (40.0, 400.0),
 }
-"""Centre and width in Hounsfield units; used for CT only, other pictures take their file's own window."""
+"""Center and width in Hounsfield units; used for CT only, other images take their file's own window."""
 
 WINDOW_HELP = (
-    "window of grey DICOM pictures: file (the file's first), full (smallest to largest value), percentile:LOW,HIGH, "
+    "window of gray DICOM images: file (the file's first), full (smallest to largest value), percentile:LOW,HIGH, "
     f"CENTER,WIDTH, or for CT a preset: {', '.join(PRESETS)}"
 )
-FRAME_HELP = "picture of a DICOM file with several: first, middle, or a number from 0"
+FRAME_HELP = "image of a DICOM file with several: first, middle, or a number from 0"
 KEPT = "; default: the checkpoint's own"
 
 
@@ -41,7 +41,7 @@ class DicomPolicy:
 
     Attributes:
         window: `file`, `full`, `percentile:LOW,HIGH`, `CENTER,WIDTH` or a key of `PRESETS`.
-        frame: `first`, `middle` or a number from 0; files of one picture have no choice.
+        frame: `first`, `middle` or a number from 0; files of one image have no choice.
 
     Raises:
         ConfigError: a value is none of these.
@@ -68,7 +68,7 @@ class DicomPolicy:
 
     @property
     def fixed(self) -> tuple[float, float] | None:
-        """Centre and width, if they were given as numbers."""
+        """Center and width, if they were given as numbers."""
         pair = _pair(self.window)
         return pair if pair is not None and pair[1] > 0 else None
 

@@ -1,16 +1,16 @@
-"""DICOM files as pictures: the one way from their bytes to RGB, the same for training, evaluation and chat.
+"""DICOM files as images: the one way from their bytes to RGB, the same for training, evaluation and chat.
 
-    bytes --header--> Layout --decoder--> stored values --rescale, window--> grey --+
-                                          palette, colour --to 8 bits--> RGB -------+--> square pixels --> L or RGB
+    bytes --header--> Layout --decoder--> stored values --rescale, window--> gray --+
+                                          palette, color --to 8 bits--> RGB -------+--> square pixels --> L or RGB
 
 Rules, beside the two choices of `DicomPolicy`:
 
-- Grey: rescale slope and intercept or the Modality LUT, then the VOI LUT or window of the policy, then 0 to 255.
+- Gray: rescale slope and intercept or the Modality LUT, then the VOI LUT or window of the policy, then 0 to 255.
   MONOCHROME1 is inverted. A file without a window is shown from the smallest to the largest value that is not padding,
   one of at most 8 bits over its whole range, as PNG files are.
-- Colour: palettes, RGB and the YBR spaces become RGB; more than 8 bits are scaled by the bits stored.
-- Overlays, annotations, colour profiles and supplemental palettes are not shown.
-- Pixels that are not square are made square by enlarging the picture in one direction.
+- Color: palettes, RGB and the YBR spaces become RGB; more than 8 bits are scaled by the bits stored.
+- Overlays, annotations, color profiles and supplemental palettes are not shown.
+- Pixels that are not square are made square by enlarging the image in one direction.
 - Size is checked before anything is decoded, against the header and against the compressed data.
 """
 
@@ -36,11 +36,11 @@ SQUARE_ENOUGH = 0.01
 MAX_ASPECT = 20.0
 """Longer pixels than this are a mistake in the file, and taken as square."""
 
-_Grey = NDArray[np.uint8]
+_Gray = NDArray[np.uint8]
 
 
 def picture(data: bytes, policy: DicomPolicy, *, name: str, max_pixels: int) -> Image.Image:
-    """Return a DICOM file as a picture: mode L if it is grey, else RGB.
+    """Return a DICOM file as an image: mode L if it is gray, else RGB.
 
     Args:
         data: the file's bytes.
@@ -62,7 +62,7 @@ def picture(data: bytes, policy: DicomPolicy, *, name: str, max_pixels: int) -> 
             raise DataError(f"has {layout.num_frames} frames, so there is no frame {policy.frame} (they count from 0)")
         stored, color = frame_values(dataset, layout, index)
         if color.startswith("MONOCHROME"):
-            shown: _Grey = _grey(dataset, stored, layout, index, policy)
+            shown: _Gray = _gray(dataset, stored, layout, index, policy)
         elif color == "PALETTE COLOR":
             shown = _from_palette(dataset, stored)
         else:
@@ -91,15 +91,15 @@ def _place(dataset: FileDataset, index: int, group: str, keyword: str) -> Datase
     return dataset
 
 
-def _grey(dataset: FileDataset, stored: Stored, layout: Layout, index: int, policy: DicomPolicy) -> _Grey:
-    """Return a monochrome frame as grey levels."""
+def _gray(dataset: FileDataset, stored: Stored, layout: Layout, index: int, policy: DicomPolicy) -> _Gray:
+    """Return a monochrome frame as gray levels."""
     padding = padding_of(dataset, stored, layout)
     found = levels_of(stored) if padding is None and policy.percentiles is None else None
     if found is None:
         return _shown(dataset, stored, layout, index, policy, padding=padding)
     # All the rest looks at one value at a time, and at the smallest and the largest.
-    grey = _shown(dataset, found.values, layout, index, policy, padding=None)
-    shown: _Grey = np.take(grey, found.places, mode="clip")
+    gray = _shown(dataset, found.values, layout, index, policy, padding=None)
+    shown: _Gray = np.take(gray, found.places, mode="clip")
     return shown
 
 
@@ -111,8 +111,8 @@ def _shown(
     policy: DicomPolicy,
     *,
     padding: NDArray[np.bool_] | None,
-) -> _Grey:
-    """Return stored monochrome values, of any shape, as grey levels."""
+) -> _Gray:
+    """Return stored monochrome values, of any shape, as gray levels."""
     values = stored.astype(np.float64)
     lut = next(iter(items(dataset, "ModalityLUTSequence")), None)
     if lut is not None:
@@ -133,7 +133,7 @@ def _shown(
         whole_range = layout.bits <= 8 and not layout.is_float
         low_high = layout_range if whole_range else windows.limits(values, padding, (0.0, 100.0))
         shares = windows.spread(values, *low_high)
-    return windows.to_grey(shares, inverted=layout.color == "MONOCHROME1")
+    return windows.to_gray(shares, inverted=layout.color == "MONOCHROME1")
 
 
 def _window(
@@ -182,7 +182,7 @@ def _entries(dataset: FileDataset, place: Dataset, keyword: str, length: int) ->
     return found[:num_entries].astype(np.float64)
 
 
-def _from_palette(dataset: FileDataset, stored: Stored) -> _Grey:
+def _from_palette(dataset: FileDataset, stored: Stored) -> _Gray:
     """Return a palette frame as `[H, W, 3]`."""
     if "SegmentedRedPaletteColorLookupTableData" in dataset:
         with quiet("has a palette that cannot be applied"):
@@ -193,26 +193,26 @@ def _from_palette(dataset: FileDataset, stored: Stored) -> _Grey:
         length, first, bits = (*numbers(dataset, f"{color}PaletteColorLookupTableDescriptor"), 0, 0, 0)[:3]
         entries = _entries(dataset, dataset, f"{color}PaletteColorLookupTableData", int(length))
         tables.append(Table(int(first), entries, int(bits)))
-    # Some writers state 16 bits and store 8 in the low halves: no entry of any colour reaches 256.
+    # Some writers state 16 bits and store 8 in the low halves: no entry of any color reaches 256.
     is_narrow = max(float(table.entries.max()) for table in tables) < 256
     values = stored.astype(np.float64)
     channels = [table(values) if is_narrow else np.floor(table(values) / 256.0) for table in tables]
     return np.stack(channels, axis=-1).astype(np.uint8)
 
 
-def _from_color(stored: Stored, color: str, layout: Layout) -> _Grey:
-    """Return a colour frame as 8-bit `[H, W, 3]`."""
+def _from_color(stored: Stored, color: str, layout: Layout) -> _Gray:
+    """Return a color frame as 8-bit `[H, W, 3]`."""
     if color != "RGB" or layout.samples != 3:
-        raise DataError("is in a colour space that is not known; expected MONOCHROME, PALETTE COLOR, RGB or YBR")
+        raise DataError("is in a color space that is not known; expected MONOCHROME, PALETTE COLOR, RGB or YBR")
     if layout.is_signed or layout.is_float:
-        raise DataError("has colours that may be negative or fractions; expected whole numbers from 0")
+        raise DataError("has colors that may be negative or fractions; expected whole numbers from 0")
     if stored.dtype == np.uint8 and layout.bits == 8:
         return stored
-    return windows.to_grey(np.clip(stored / (2.0**layout.bits - 1.0), 0.0, 1.0), inverted=False)
+    return windows.to_gray(np.clip(stored / (2.0**layout.bits - 1.0), 0.0, 1.0), inverted=False)
 
 
 def _with_square_pixels(image: Image.Image, dataset: FileDataset, index: int, max_pixels: int) -> Image.Image:
-    """Return the picture enlarged in one direction, where its pixels are longer in that one."""
+    """Return the image enlarged in one direction, where its pixels are longer in that one."""
     ratio = _aspect(dataset, index)
     if not 1.0 / MAX_ASPECT <= ratio <= MAX_ASPECT or abs(ratio - 1.0) < SQUARE_ENOUGH:
         return image

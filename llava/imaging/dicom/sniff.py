@@ -1,4 +1,4 @@
-"""Telling DICOM files from others by their first bytes; nothing is imported, so every picture may be asked."""
+"""Telling DICOM files from others by their first bytes; nothing is imported, so every image may be asked."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""DICOM objects that are not pictures, by their class or, where a file does not say its class, by their modality.
+"""DICOM objects that are not images, by their class or, where a file does not say its class, by their modality.
 
-Doses, label maps and parameter maps hold grids of numbers, but nobody reads them as pictures: shown as one they would
+Doses, label maps and parameter maps hold grids of numbers, but nobody reads them as images: shown as one they would
 train a model on noise.
 """
 
@@ -33,7 +33,7 @@ NOT_PICTURES: dict[str, str] = {
 """Class, or the beginning of a family of classes, to what it is."""
 
 PICTURES = frozenset({_STORAGE + "481.1", _STORAGE + "481.23", _STORAGE + "481.24"})
-"""Members of those families that are pictures after all: radiotherapy images."""
+"""Members of those families that are images after all: radiotherapy images."""
 
 NOT_PICTURE_MODALITIES: dict[str, str] = {
     "DOC": "an encapsulated document",
@@ -75,7 +75,7 @@ def class_of(dataset: FileDataset) -> UID:
 
 
 def check_picture(dataset: FileDataset) -> None:
-    """Refuse what is no picture; the messages follow the name of the file.
+    """Refuse what is no image; the messages follow the name of the file.
 
     Args:
         dataset: with at least class, modality and size.
@@ -90,11 +90,11 @@ def check_picture(dataset: FileDataset) -> None:
         kind = NOT_PICTURE_MODALITIES.get(word(dataset, "Modality"))
     if kind is not None:
         called = f" ({uid.name})" if is_known(uid) else ""
-        raise NotAPicture(f"is not a picture: it is {kind}{called}; leave the file out")
+        raise NotAPicture(f"is not an image: it is {kind}{called}; leave the file out")
     if not len(dataset):  # what pydicom leaves of a file that ends inside a field
-        raise DataError("holds nothing that a picture needs; is the file cut off?")
+        raise DataError("holds nothing that an image needs; is the file cut off?")
     if "Rows" not in dataset and "Columns" not in dataset:
-        raise NotAPicture(f"is not a picture: it is {object_name(dataset)} without pixels; leave it out")
+        raise NotAPicture(f"is not an image: it is {object_name(dataset)} without pixels; leave it out")
 
 
 def _families(uid: UID) -> list[str]:
