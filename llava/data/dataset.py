@@ -21,7 +21,7 @@ from llava.data.encode import Encoded, encode
 from llava.data.image_store import ImageIndex, ImageStore
 from llava.data.mixture import Shares
 from llava.data.records import read_default
-from llava.data.streaming import MixtureStream, StreamedRow, StreamSource, picture_folder
+from llava.data.streaming import MixtureStream, StreamedRow, StreamSource, image_folder_of
 from llava.errors import DataError
 from llava.imaging import decode
 from llava.samples import Origin, Sample, name_of, with_places
@@ -208,12 +208,12 @@ class StreamDataset:
             raise DataError(f"{origin}: {found.row}")
         try:
             sample, _ = read_default(dict(found.row.value), str(found.number))
-            contents = found.row.pictures or tuple(
-                decode.read_bytes(ref, picture_folder(source.name, source.images)) for ref in sample.images
+            contents = found.row.images or tuple(
+                decode.read_bytes(ref, image_folder_of(source.name, source.images)) for ref in sample.images
             )
         except DataError as error:
             raise DataError(f"{origin}: {error}") from error
-        named = {"source": source.name, **({"licence": source.licence} if source.licence else {})}
+        named = {"source": source.name, **({"licence": source.license} if source.license else {})}
         refs = sample.images or tuple(f"image {number}" for number in range(len(contents)))
         return replace(sample, images=refs, meta={**named, **sample.meta}, origin=origin), contents
 

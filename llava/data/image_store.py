@@ -1,8 +1,8 @@
-"""Image names to model inputs: what is known about the files of a folder, and the images of one step, decoded once.
+"""Image names to model inputs: an index of the files of a folder, and a store that decodes each image of a step once.
 
     name --ImageIndex--> digest of its bytes --+ preprocessing--> key --ImageStore--> pixels, or cached tower features
 
-The key, never the name, says which images are equal: two names with the same bytes are one image.
+Images are compared by key, never by name: two names with the same bytes are one image.
 """
 
 from __future__ import annotations
@@ -37,19 +37,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INDEX_VERSION = f"4, Pillow {PIL.__version__}, DICOM {VERSION}"
-"""What an index must say to be believed: another Pillow, or other rules, may decode other files."""
+"""Version that a stored index must have to be used: another Pillow, or other rules, may decode other files."""
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be computed again: `$LLAVA_CACHE` or `~/.cache/llava`."""
+    """Return the folder of files that can be recomputed: `$LLAVA_CACHE` or `~/.cache/llava`."""
     return Path(os.environ.get("LLAVA_CACHE") or Path.home() / ".cache" / "llava")
 
 
 class FileState(NamedTuple):
-    """What was found out about an image file while it had these times (nanoseconds) and size (bytes).
+    """Check result of an image file, valid while the file has these times (nanoseconds) and size (bytes)."""
 
-    Programs may set the time of the last change of the content back, never that of the last change of the entry.
-    """
+    # Programs can reset mtime but not ctime, so both are compared.
 
     mtime: int
     ctime: int
@@ -62,12 +61,12 @@ class FileState(NamedTuple):
 
 
 class ImageIndex:
-    """Digests of the image files of a folder, and which of them decode; remembered by their time and size.
+    """Index of the image files of a folder: their digests, and which of them decode, cached by file time and size.
 
     Args:
-        root: the image folder, or None for names that are paths of their own.
-        path: file that remembers between runs; None remembers nothing.
-        dicom: how DICOM files are shown; some may lack the frame that is asked for.
+        root: image folder; None for names that are complete paths.
+        path: file that keeps the index between runs; None keeps it in memory only.
+        dicom: rendering of DICOM files; some files may not have the requested frame.
     """
 
     def __init__(
@@ -84,15 +83,15 @@ class ImageIndex:
 
     @classmethod
     def open(cls, root: str | Path | None, *, dicom: DicomPolicy = DEFAULT) -> ImageIndex:
-        """Return the index of a folder that is kept in the user's cache."""
+        """Return the index of a folder that is stored in the user's cache."""
         name = hashlib.sha256(str(Path(root or ".").resolve()).encode()).hexdigest()[:16]
         return cls(root, cache_folder() / "images" / f"{name}.json", dicom=dicom)
 
     def digest(self, ref: str) -> str:
-        """Return the identity of the bytes of image `ref`; the file is read the first time.
+        """Return the digest of the bytes of image `ref`; the file is read on first use only.
 
         Raises:
-            DataError: it cannot be read, or was found not to decode.
+            DataError: the file cannot be read, or it is known not to decode.
         """
         state = self._state(ref)
         if state.error:
@@ -103,7 +102,7 @@ class ImageIndex:
         """Return width and height in pixels of image `ref`; the file is decoded unless they are known.
 
         Raises:
-            DataError: it cannot be read or does not decode.
+            DataError: the file cannot be read or does not decode.
         """
         state = self._state(ref)
         if not state.error and not state.width:
@@ -113,7 +112,7 @@ class ImageIndex:
         return state.width, state.height
 
     def digest_or_error(self, ref: str) -> str:
-        """Return what `digest` returns, or the message of the error that it raises."""
+        """Return the digest of image `ref`, or the message of the error that `digest` raises."""
         state = self._state(ref)
         return state.error or state.digest
 
@@ -121,10 +120,10 @@ class ImageIndex:
         return self._files[ref] if ref in self._seen else self._look(ref, decode=False)
 
     def verify(self, refs: Sequence[str], *, num_threads: int | None = None) -> dict[str, str]:
-        """Decode every image not known to decode, with several threads and a progress bar, and remember the outcome.
+        """Decode every image not yet known to decode, with several threads and a progress bar, and save the results.
 
         Returns:
-            for each image that cannot be used the reason.
+            The reason for each image that cannot be used.
         """
         num_threads = num_threads or min(16, 2 * (os.cpu_count() or 1))
         with ExitStack() as stack:
@@ -135,20 +134,20 @@ class ImageIndex:
             try:
                 found = list(progress(states, title="checking images", total=len(refs), unit="image"))
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # an interrupted check must not finish its queue first
+                pool.shutdown(wait=False, cancel_futures=True)  # an interrupted check stops without finishing its queue
                 self.save()
         return {ref: state.error for ref, state in zip(refs, found, strict=True) if state.error}
 
     def _wait_for_turn(self, stack: ExitStack, path: Path) -> None:
-        """Wait for other processes that check this folder, and take over what they found."""
+        """Wait for other processes that check this folder, and read their results."""
         try:
             stack.enter_context(hold(path.with_suffix(".lock"), purpose="checking images"))
         except OSError:
-            return  # a cache folder that cannot be written: `save` says so
+            return  # the cache folder is not writable, which `save` reports
         self._read()
 
     def save(self) -> None:
-        """Write what is known to `path`, if there is one; a folder that cannot be written costs time, not the run."""
+        """Write the index to `path`, if set; a failure is logged only."""
         if self.path is None or not self._changed:
             return
         content = {"version": self.version, "root": str(self.root), "files": self._files.copy()}
@@ -157,7 +156,7 @@ class ImageIndex:
             self._changed = False
         except OSError as error:
             logger.warning(
-                "image index %s cannot be written (%s); images are checked again next time", self.path, error
+                "image index %s cannot be written (%s); images will be checked again in the next run", self.path, error
             )
 
     def _read(self) -> None:
@@ -169,10 +168,10 @@ class ImageIndex:
                 own = {ref: self._files[ref] for ref in self._seen}
                 self._files = {ref: FileState(*state) for ref, state in content["files"].items()} | own
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("image index %s cannot be read (%s); images are checked again", self.path, error)
+            logger.warning("image index %s cannot be read (%s); all images are checked again", self.path, error)
 
     def _look(self, ref: str, *, decode: bool) -> FileState:
-        """Return the state of a file, from memory while its time and size are the same."""
+        """Return the state of a file, from the index if its times and size are unchanged."""
         try:
             stat = images.resolve(ref, self.root).stat()
         except OSError as error:
@@ -185,7 +184,7 @@ class ImageIndex:
             return self._remember(ref, known)
         try:
             data = images.read_bytes(ref, self.root)
-        except DataError as problem:  # may be put right without a change of the file: not kept for another run
+        except DataError as problem:  # may be fixed without a change of the file (permissions), so it is not stored
             return self._remember(ref, FileState(0, 0, 0, "", False, str(problem)))
         digest, reason, dimensions = images.content_digest(data), "", (0, 0)
         if decode:
@@ -205,13 +204,13 @@ class ImageIndex:
 
 
 class ImageStore:
-    """Images by key: names become keys, keys become pixels or, where a cache holds them, tower features.
+    """Images by key: names become keys, and keys become pixels or cached tower features.
 
     Args:
-        index: the image folder and what is known about it.
-        processor: makes the pixels; its fingerprint is part of the key.
+        index: index of the image folder.
+        processor: computes the pixels; its fingerprint is part of the key.
         features: tower features that replace the pixels.
-        capacity: images kept in memory, the least recently used leave first.
+        capacity: number of images kept in memory; the least recently used are dropped first.
     """
 
     def __init__(
@@ -241,7 +240,7 @@ class ImageStore:
         return key
 
     def sizes(self, refs: Iterable[str]) -> list[Size] | None:
-        """Return width and height of images where the number of their tokens depends on them, else None.
+        """Return width and height of each image where the number of tokens depends on them, else None.
 
         Raises:
             DataError: a file cannot be read or does not decode.
@@ -249,26 +248,24 @@ class ImageStore:
         return [self.index.dimensions(ref) for ref in refs] if self.processor.has_variable_images else None
 
     def decode(self, key: str) -> Tensor:
-        """Return the preprocessed image of a key that `key` gave before; may be called from any thread.
-
-        It is [3, H, W], or [K, 3, H, W] where the image mode makes K tiles of it.
+        """Return the preprocessed image of a key from `key`: [3, H, W], or [K, 3, H, W] for K tiles; thread-safe.
 
         Raises:
-            DataError: unknown key, or the file does not decode.
+            DataError: the key is unknown, or the file does not decode.
         """
         if key not in self._refs:
-            raise DataError(f"image key {key!r} is unknown here; it comes from another data set or folder")
+            raise DataError(f"image key {key!r} is unknown; it belongs to another dataset or image folder")
         return self.processor.picture(self.processor.open(self._refs[key], self.index.root))
 
     def pixels(self, key: str) -> Tensor:
-        """Return what `decode` does, from memory if it was asked for lately."""
-        picture = self._recent.pop(key, None)
-        if picture is None:
-            picture = self.decode(key)
-        self._recent[key] = picture
+        """Return the preprocessed image of a key as `decode` does, from memory if it was used recently."""
+        image = self._recent.pop(key, None)
+        if image is None:
+            image = self.decode(key)
+        self._recent[key] = image
         while len(self._recent) > self.capacity:
             self._recent.popitem(last=False)
-        return picture
+        return image
 
     def model_input(self, key: str) -> Tensor:
         """Return the cached tower features [P, Dv] of an image, or its pixels [3, H, W]."""
@@ -280,14 +277,14 @@ class ImageStore:
         """Return the model input of every distinct image of the sequences, by key, in order of appearance.
 
         Raises:
-            DataError: an image is unknown or does not decode, or only some of them are in the feature cache.
+            DataError: an image is unknown or does not decode, or only some images are in the feature cache.
         """
         keys = dict.fromkeys(key for sequence in sequences for key in sequence.images)
         found = {key: self.model_input(key) for key in keys}
         if len({tensor.dim() == 2 for tensor in found.values()}) > 1:
-            raise DataError("the feature cache holds only some of the images; build it for all rows, or switch it off")
+            raise DataError("the feature cache holds only some of the images; build it for all rows or turn it off")
         return found
 
     def __getstate__(self) -> Mapping[str, object]:
-        """Pickle without the images: a worker process starts with an empty memory."""
+        """Return the state without images in memory, for worker processes."""
         return {**self.__dict__, "_recent": OrderedDict()}

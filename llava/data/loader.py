@@ -1,9 +1,10 @@
-"""Whole steps out of a stream, and the place to go on from.
+"""Loaders that yield one batch per optimizer step, from a dataset or from a resumable stream.
 
-    MixtureStream -> StreamedRow -> Encoded... -> Collator -> StreamedStep (rows, and the reader's position behind it)
+    StepSampler -> row numbers -> Encoded... -> Collator -> StepBatch
+    MixtureStream -> StreamedRow -> Encoded... -> Collator -> StreamedStep (rows, and the reader position after them)
 
-Each worker of each rank is a reader of its own. A step carries the position behind it; the loader remembers the last
-one of every worker, writes them beside a checkpoint, and a resumed run hands them back.
+Each worker of each rank is a separate reader. A step carries the position after it; the loader keeps the last position
+of every worker and saves them with a checkpoint, from which a resumed run restores them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from llava.utils.jsonl import write_json
 
 
 class _Numbered(torch.utils.data.Dataset[tuple[int, Encoded]]):
-    """Pairs each sequence with its row number."""
+    """Dataset of `(row number, sequence)` pairs."""
 
     def __init__(self, dataset: RowData) -> None:
         self.dataset = dataset
@@ -43,15 +44,15 @@ class _Numbered(torch.utils.data.Dataset[tuple[int, Encoded]]):
 
 
 class StepLoader(DataLoader[StepBatch]):
-    """Yields one `StepBatch` per optimizer step.
+    """Loader that yields one `StepBatch` per optimizer step.
 
     Args:
-        sampler: the row numbers of each step.
-        collator: lays them out.
-        num_workers: loading processes; 0 loads in this one.
-        prefetch_factor: steps that each of them has ready; None is torch's choice.
-        persistent_workers: they live on from epoch to epoch.
-        seed: of the workers.
+        sampler: yields the row numbers of each step.
+        collator: lays out the rows of a step.
+        num_workers: number of loading processes; 0 loads in this process.
+        prefetch_factor: number of steps that each worker prepares ahead; None uses the default of torch.
+        persistent_workers: keep the workers between epochs.
+        seed: seed of the workers.
     """
 
     def __init__(
@@ -73,11 +74,11 @@ class StepLoader(DataLoader[StepBatch]):
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
             persistent_workers=persistent_workers and num_workers > 0,
-            generator=generator,  # its own, so that fetching never moves the model's random state
+            generator=generator,  # separate, so that loading does not change the model's random state
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass; called by the trainer."""
+        """Set the epoch of the next pass; called by the trainer."""
         sampler = self.batch_sampler
         assert isinstance(sampler, StepSampler)
         sampler.set_epoch(epoch)
@@ -86,20 +87,20 @@ class StepLoader(DataLoader[StepBatch]):
 logger = logging.getLogger(__name__)
 
 MAX_BAD_IN_A_ROW = 1000
-"""So many rows that cannot be used one after the other are no bad rows but a folder or a program that is missing."""
+"""After this number of consecutive unusable rows training stops: an image folder or a decoder is probably missing."""
 
 POSITION_FILE = "stream_position-{}.json"
-"""Beside a checkpoint: where this rank's readers were."""
+"""File in a checkpoint folder with the positions of the readers of one rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamedStep(StepBatch):
-    """A step, and where its reader stands behind it.
+    """Step with the stream position of its reader after it.
 
     Attributes:
-        worker: which of the rank's workers made it.
-        position: of that worker's stream.
-        bad: rows that were left out.
+        worker: index of the worker, among those of the rank, that made the step.
+        position: position of that worker's stream.
+        bad: rows that were skipped.
     """
 
     worker: int = 0
@@ -108,7 +109,7 @@ class StreamedStep(StepBatch):
 
 
 class _Steps(IterableDataset["StreamedStep | DataError"]):
-    """The endless steps of one reader; an error comes as the last one, since torch wraps it in a worker's traceback."""
+    """Endless steps of one reader; an error is yielded as the last item, since torch would wrap it in a traceback."""
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class _Steps(IterableDataset["StreamedStep | DataError"]):
         self.rank, self.world_size = ranks
         self.starts: list[MixturePosition | None] = []
         self.first = 0
-        """The worker whose step comes first."""
+        """Index of the worker that yields the first step."""
 
     def __iter__(self) -> Iterator[StreamedStep | DataError]:
         try:
@@ -156,7 +157,7 @@ class _Steps(IterableDataset["StreamedStep | DataError"]):
                 bad.append(_bad_row(row, error))
                 in_a_row += 1
                 if in_a_row == MAX_BAD_IN_A_ROW:
-                    raise DataError(f"{in_a_row} rows one after the other cannot be used; the last: {error}") from error
+                    raise DataError(f"{in_a_row} consecutive rows cannot be used; the last: {error}") from error
                 continue
             in_a_row = 0
             if len(numbered) == self.size:
@@ -167,25 +168,25 @@ class _Steps(IterableDataset["StreamedStep | DataError"]):
 
 
 def _bad_row(found: StreamedRow, error: DataError) -> BadRow:
-    """Return the quarantine line of a row; the reason does not say the place again."""
+    """Return the quarantine entry of a row; its reason does not repeat file and row."""
     origin = Origin(str(found.shard), found.number)
     value = {} if isinstance(found.row, DataError) else found.row.value
     return BadRow(*origin, str(value.get("id", "")), str(error).removeprefix(f"{origin}: "))
 
 
 class StreamLoader(DataLoader["StreamedStep | DataError"]):
-    """Yields one `StreamedStep` per optimizer step, without end.
+    """Endless loader that yields one `StreamedStep` per optimizer step.
 
     Args:
         dataset: encodes the rows.
-        collator: lays them out.
-        sequences_per_step: rows per optimizer step and rank.
-        rank: this process.
+        collator: lays out the rows of a step.
+        sequences_per_step: number of rows per optimizer step and rank.
+        rank: rank of this process.
         world_size: number of processes.
-        num_workers: reading processes of this rank; 0 reads in this one.
-        prefetch_factor: steps that each of them has ready; None is torch's choice.
-        seed: of the order.
-        quarantine: lists rows that cannot be used, which are then left out; None raises at the first.
+        num_workers: number of reading processes of this rank; 0 reads in this process.
+        prefetch_factor: number of steps that each worker prepares ahead; None uses the default of torch.
+        seed: seed of the row order.
+        quarantine: list of unusable rows, which are then skipped; None raises at the first one.
     """
 
     def __init__(
@@ -207,13 +208,13 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
         self.positions: list[MixturePosition | None] = [None] * max(1, num_workers)
         self.next_worker = 0
         self.num_bad = 0
-        """Rows left out so far, each as often as it came."""
+        """Number of rows skipped so far, counting repeated reads."""
         self._quarantine = quarantine
         self._is_resumed = False
         super().__init__(self.steps, batch_size=None, num_workers=num_workers, prefetch_factor=prefetch_factor)
 
     def __iter__(self) -> Any:
-        """Yield steps; workers take turns, beginning with the one whose turn it was."""
+        """Yield steps; workers alternate, starting with the one that is next."""
         self.steps.starts, self.steps.first = list(self.positions), self.next_worker
         if self._quarantine is not None and not self._is_resumed:
             self._quarantine.begin()
@@ -227,21 +228,21 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
             yield step
 
     def _record_bad(self, rows: Sequence[BadRow]) -> None:
-        """Count and list rows, and name the first of a run in the log."""
+        """Count and list skipped rows, and log the first ones of a run."""
         if self._quarantine is None:
             return
         self._quarantine.add(rows)
         for row in rows[: max(0, NUM_SHOWN - self.num_bad)]:
             logger.warning("skipped: %s", row)
         if self.num_bad <= NUM_SHOWN < self.num_bad + len(rows):
-            logger.warning("more rows that cannot be used are not named here; see %s", self._quarantine.path)
+            logger.warning("further skipped rows are not logged; see %s", self._quarantine.path)
         self.num_bad += len(rows)
 
     def set_epoch(self, epoch: int) -> None:
-        """Streams have no epochs."""
+        """Do nothing: streams have no epochs."""
 
     def save(self, folder: Path) -> None:
-        """Write where this rank's readers stand."""
+        """Write the reader positions of this rank into a checkpoint folder."""
         content = {
             "ranks": self.world_size,
             "workers": len(self.positions),
@@ -252,10 +253,10 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
         write_json(folder / POSITION_FILE.format(self.rank), content)
 
     def restore(self, folder: Path) -> None:
-        """Go on from where `save` was called.
+        """Restore the reader positions that `save` wrote.
 
         Raises:
-            ConfigError: there is no such file, or other numbers of ranks or workers wrote it.
+            ConfigError: the file is missing or broken, or was written with another number of ranks or workers.
         """
         path = folder / POSITION_FILE.format(self.rank)
         try:
@@ -263,11 +264,13 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
             had = (content["ranks"], content["workers"])
             positions = [None if part is None else MixturePosition.from_json(part) for part in content["positions"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} does not say where the stream stood ({error}); start anew") from error
+            raise ConfigError(
+                f"{path} does not hold the position of a stream ({error}); restart training from the beginning"
+            ) from error
         if had != (self.world_size, len(self.positions)):
             raise ConfigError(
-                f"{folder} was written by {had[0]} ranks with {had[1]} reading processes each, this run has "
-                f"{self.world_size} with {len(self.positions)}: a stream goes on only with the same numbers"
+                f"{folder} was written by {had[0]} ranks with {had[1]} reading processes each, but this run has "
+                f"{self.world_size} with {len(self.positions)}; resume a stream with the same numbers"
             )
         self.positions, self.next_worker, self.num_bad = positions, content["next_worker"], content["num_bad"]
         self._is_resumed = True

@@ -1,15 +1,15 @@
-"""Several sources of rows in one YAML file: how often each is drawn, where its images are, what its licence is.
+"""Mixture of data sources, described by a YAML file: weight, image folder and license of each source.
 
-    stream: false                        true: rows are read while training, never held together (docs/data.md)
+    stream: false                        true: rows are read while training, never all held in memory (docs/data.md)
     sources:
-      - name: vqa-rad                    what metrics and rows call it
+      - name: vqa-rad                    name in metrics and rows
         path: vqa-rad/train.json         relative to this file; when streaming also a pattern: shards/train-*.tar
-        images: vqa-rad/images           folder of its images; relative to this file. Without it rows may name none;
-                                         `/` lets rows name any file of the machine
+        images: vqa-rad/images           folder of its images, relative to this file. Without it rows must not name
+                                         image files; `/` lets rows name any file of the machine
         weight: 2                        passes over its rows in one epoch; 1 by default, fractions draw a part
-        licence: CC0-1.0                 kept in every row, as is the name
+        licence: CC0-1.0                 stored in every row, as is the name
 
-mixture.yaml --read_mixture--> Mixture --load_mixture--> Samples with `source` and `licence`, whole image paths
+mixture.yaml --read_mixture--> Mixture --load_mixture--> Samples with `source` and `licence`, complete image paths
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import yaml
 
 from llava.data.quarantine import BadRow, Quarantine, bad_row
 from llava.data.records import load_samples
-from llava.data.streaming import StreamSource, picture_folder
+from llava.data.streaming import StreamSource, image_folder_of
 from llava.errors import ConfigError, DataError
 from llava.imaging.decode import resolve
 from llava.samples import Sample, describe, name_of, to_row
@@ -47,39 +47,39 @@ FIRST_KEYS = tuple(quote + name + quote + b":" for name in (b"sources", b"stream
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class MixtureSource:
     """One file of rows in a mixture.
 
     Attributes:
-        name: what metrics call it, and `source` of its rows where they name none themselves.
-        path: the file.
-        images: folder that its image names are relative to; None where rows name no files.
+        name: name in metrics, and `source` of rows that do not name one.
+        path: path of the file.
+        images: folder that image names are relative to; None if rows must not name image files.
         weight: passes over its rows in one epoch.
-        licence: `licence` of its rows where they name none themselves.
-        pattern: of a stream's shards: as written in the mixture, below the mixture's folder.
+        license: `licence` of rows that do not name one.
+        pattern: glob pattern of the shards of a stream, as written in the mixture, below the folder of the mixture.
     """
 
     name: str
     path: Path
     images: Path | None = None
     weight: float = 1.0
-    licence: str = ""
+    license: str = ""
     pattern: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """What a mixture file says; `stream`: rows are read while training."""
+    """Content of a mixture file; with `stream`, rows are read while training."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[MixtureSource, ...]
     stream: bool = False
 
 
 def is_mixture(path: str | Path) -> bool:
-    """Say whether a file describes a mixture, by its content: rows are JSON or binary, a mixture is a YAML mapping.
+    """Return whether a file describes a mixture, by its content: rows are JSON or binary, a mixture is a YAML mapping.
 
     Raises:
-        DataError: there is no such file.
+        DataError: the file does not exist or cannot be read.
     """
     try:
         with open(path, "rb") as stream:
@@ -92,19 +92,20 @@ def is_mixture(path: str | Path) -> bool:
 
 
 def read_mixture(path: str | Path) -> Mixture:
-    """Return what a mixture file says.
+    """Return the content of a mixture file.
 
     Raises:
-        ConfigError: the file is no mixture; names the entry and its field.
+        ConfigError: the file is not a mixture; the message names the entry and its field.
     """
     try:
-        content = yaml.load(read_text(path), Loader=_EachKeyOnce)
+        content = yaml.load(read_text(path), Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     entries = content.get("sources") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or not set(content) <= {"sources", "stream"}:
         raise ConfigError(
-            f"{path}: expected a key `sources` with a list of sources, each with a name and a path; `stream` besides"
+            f"{path}: expected a key `sources` with a list of sources, each with a name and a path, and optionally "
+            "`stream`"
         )
     stream = content.get("stream", False)
     if not isinstance(stream, bool):
@@ -112,35 +113,37 @@ def read_mixture(path: str | Path) -> Mixture:
     folder = Path(path).parent
     sources = [_source(entry, folder, f"{path}, source {number}") for number, entry in enumerate(entries)]
     for kind, values in (("name", [source.name for source in sources]), ("path", [source.path for source in sources])):
-        doubles = sorted({str(value) for value in values if values.count(value) > 1})  # type: ignore[arg-type]
-        if doubles:
-            raise ConfigError(f"{path}: {kind} {doubles[0]} is there twice; raise the weight to draw it more often")
+        duplicates = sorted({str(value) for value in values if values.count(value) > 1})  # type: ignore[arg-type]
+        if duplicates:
+            raise ConfigError(
+                f"{path}: duplicate {kind} {duplicates[0]}. To sample a source more often, raise its weight."
+            )
     return Mixture(tuple(sources), stream)
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """Plain values only, and no key twice in one mapping: the library takes the last one without a word."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML loader that rejects duplicate keys, of which PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return a mapping.
 
         Raises:
-            yaml.YAMLError: a key is there twice, or cannot be one.
+            yaml.YAMLError: a key is duplicate or not hashable.
         """
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if doubles := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {doubles[0]!r} is there twice", node.start_mark)
+        if duplicates := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {duplicates[0]!r} is there twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-def _source(entry: Any, folder: Path, place: str) -> Source:
+def _source(entry: Any, folder: Path, place: str) -> MixtureSource:
     if not isinstance(entry, dict):
         raise ConfigError(f"{place}: expected fields {', '.join(FIELDS)}, got {describe(entry)}")
     if unknown := [name for name in entry if name not in FIELDS]:
         raise ConfigError(f"{place}: unknown field {unknown[0]!r}; known: {', '.join(FIELDS)}")
     for name in ("name", "path"):
         if not isinstance(entry.get(name), str) or not entry[name]:
-            raise ConfigError(f"{place}: field {name!r} is missing or no text")
+            raise ConfigError(f"{place}: field {name!r} must be text that is not empty")
     for name in ("images", "licence"):
         if not isinstance(entry.get(name, ""), str):
             raise ConfigError(f"{place}: field {name!r} must be text, got {describe(entry[name])}")
@@ -149,15 +152,16 @@ def _source(entry: Any, folder: Path, place: str) -> Source:
         raise ConfigError(f"{place}: field 'weight' must be a number above 0 and at most {MAX_WEIGHT:g}")
     images = folder / entry["images"] if entry.get("images") else None
     pattern = os.path.join(escape(str(folder)), entry["path"])
-    return Source(entry["name"], folder / entry["path"], images, float(weight), entry.get("licence", ""), pattern)
+    return MixtureSource(entry["name"], folder / entry["path"], images, float(weight), entry.get("licence", ""), pattern)
 
 
 def load_mixture(
-    sources: Sequence[Source], *, skip_bad: bool = False, quarantine: Quarantine | None = None
+    sources: Sequence[MixtureSource], *, skip_bad: bool = False, quarantine: Quarantine | None = None
 ) -> list[Sample]:
-    """Return the samples of all sources, one source after the other, each row once.
+    """Return the samples of all sources in order, each row once.
 
-    Images become whole paths, checked to be inside their source's folder; `source` and `licence` go into `meta`.
+    Images become complete paths, checked to be inside the folder of their source; `source` and `licence` are added to
+    `meta`.
 
     Raises:
         DataError: as `load_samples`.
@@ -167,7 +171,7 @@ def load_mixture(
     for source in sources:
         for sample in load_samples(source.path, skip_bad=skip_bad, quarantine=quarantine):
             try:
-                found.append(_placed(sample, source))
+                found.append(_with_image_paths(sample, source))
             except DataError as error:
                 if not skip_bad:
                     raise
@@ -179,10 +183,10 @@ def load_mixture(
     return found
 
 
-def _placed(sample: Sample, source: Source) -> Sample:
-    meta: dict[str, Any] = {"source": source.name, **({"licence": source.licence} if source.licence else {})}
+def _with_image_paths(sample: Sample, source: MixtureSource) -> Sample:
+    meta: dict[str, Any] = {"source": source.name, **({"licence": source.license} if source.license else {})}
     try:
-        images = tuple(str(resolve(ref, picture_folder(source.name, source.images))) for ref in sample.images)
+        images = tuple(str(resolve(ref, image_folder_of(source.name, source.images))) for ref in sample.images)
     except DataError as error:
         raise DataError(f"{name_of(sample)}: {error}") from error
     return replace(sample, images=images, meta={**meta, **sample.meta})
@@ -190,12 +194,12 @@ def _placed(sample: Sample, source: Source) -> Sample:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Which source each row of a data set is from, and how often the rows of each are drawn.
+    """Source of each row of a dataset, and how often the rows of each source are drawn.
 
     Attributes:
-        names: of the sources.
-        weights: passes over a source's rows in one epoch.
-        of_row: number of each row's source.
+        names: name of each source.
+        weights: passes over the rows of each source in one epoch.
+        of_row: index of the source of each row.
     """
 
     names: tuple[str, ...]
@@ -203,27 +207,28 @@ class Shares:
     of_row: tuple[int, ...]
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], sources: Sequence[Source]) -> Shares:
-        """Return the shares of samples, which are told apart by the file that they were read from.
+    def of(cls, samples: Sequence[Sample], sources: Sequence[MixtureSource]) -> Shares:
+        """Return the shares of samples, assigned to sources by the file that they were read from.
 
         Raises:
-            DataError: a source has no sample: its weight would mean nothing, and nobody would miss its rows.
+            DataError: a source has no sample.
         """
         numbers = {str(source.path): number for number, source in enumerate(sources)}
         of_row = tuple(numbers[sample.origin.file] for sample in samples if sample.origin is not None)
+        # Without samples the weight of a source would silently have no effect.
         if empty := [source for number, source in enumerate(sources) if number not in set(of_row)]:
             raise DataError(
-                f"source {empty[0].name}: none of the rows in {empty[0].path} can be used, all were left out; correct "
-                "them, or take the source out of the mixture"
+                f"source {empty[0].name}: none of the rows in {empty[0].path} can be used; fix them, or remove the "
+                "source from the mixture"
             )
         return cls(tuple(source.name for source in sources), tuple(source.weight for source in sources), of_row)
 
 
 def stream_sources(mixture: Mixture) -> list[StreamSource]:
-    """Return the shards of every source, patterns expanded.
+    """Return the shards of every source, with patterns expanded.
 
     Raises:
-        ConfigError: no file matches.
+        ConfigError: no file matches a pattern.
     """
     found = []
     for source in mixture.sources:
@@ -231,20 +236,17 @@ def stream_sources(mixture: Mixture) -> list[StreamSource]:
         shards = tuple(Path(name) for name in names)
         if not shards:
             raise ConfigError(f"source {source.name}: no file matches {source.path}")
-        found.append(StreamSource(source.name, shards, source.weight, source.images, source.licence))
+        found.append(StreamSource(source.name, shards, source.weight, source.images, source.license))
     return found
 
 
 def data_sha256(path: str | Path) -> str:
-    """Return the identity of a data file or a mixture: of its description and the bytes of every file that it names.
-
-    Shards of a stream, which may be larger than any disk cache, count by name and size.
-    """
+    """Return the SHA-256 of a data file, or of a mixture file and all files that it names."""
     if not is_mixture(path):
         return file_sha256(path)
     mixture = read_mixture(path)
     whole = hashlib.sha256(Path(path).read_bytes())
-    if mixture.stream:
+    if mixture.stream:  # shards may be larger than any disk cache, so only their names and sizes are hashed
         parts = [
             f"{shard.name} {shard.stat().st_size}" for source in stream_sources(mixture) for shard in source.shards
         ]
@@ -257,33 +259,33 @@ def data_sha256(path: str | Path) -> str:
 UNKNOWN = "unknown"
 
 
-def relative(sample: Sample, folder: Path) -> Sample:
-    """Return the sample with its images named relative to a folder.
+def with_relative_images(sample: Sample, folder: Path) -> Sample:
+    """Return the sample with image names relative to a folder.
 
     Raises:
-        DataError: an image lies outside.
+        DataError: an image is outside the folder.
     """
     outside = [image for image in sample.images if not Path(image).is_relative_to(folder)]
     if outside:
-        raise DataError(f"{name_of(sample)}: image {outside[0]} lies outside {folder}; give --root a folder above it")
+        raise DataError(f"{name_of(sample)}: image {outside[0]} is outside {folder}; set --root to a folder above it")
     return replace(sample, images=tuple(Path(image).relative_to(folder).as_posix() for image in sample.images))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry of `llava data mix`."""
+    """Run `llava data mix`."""
     parser = Parser(prog="llava data mix", description="Write the rows of a mixture as one data file.")
     parser.add_argument("mixture", type=Path, help="YAML file with `sources`, see docs/data.md")
     parser.add_argument("--out", type=Path, required=True, help="data file to write: a JSON array in LLaVA format")
     parser.add_argument(
-        "--root", type=Path, help="folder that image names will be relative to; default: the mixture's own"
+        "--root", type=Path, help="folder that written image names are relative to; default: the folder of the mixture"
     )
     args = parser.parse_args(argv)
     mixture = read_mixture(args.mixture)
     if mixture.stream:
-        raise ConfigError(f"{args.mixture}: a stream is not written as one file; leave `stream: true` out")
+        raise ConfigError(f"{args.mixture}: a streaming mixture cannot be written as one file; remove `stream: true`")
     refuse_overwriting([args.mixture, *(source.path for source in mixture.sources)], {"out": args.out})
     folder = (args.root or args.mixture.parent).resolve()
-    samples = [relative(sample, folder) for sample in load_mixture(mixture.sources)]
+    samples = [with_relative_images(sample, folder) for sample in load_mixture(mixture.sources)]
     write_json(args.out, [to_row(sample) for sample in samples])
     counts = Counter((str(sample.meta["source"]), str(sample.meta.get("licence", UNKNOWN))) for sample in samples)
     lines = [f"{count:>8}  {name}  (licence: {licence})" for (name, licence), count in counts.items()]

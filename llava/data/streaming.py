@@ -41,10 +41,10 @@ class StreamSource:
     shards: tuple[Path, ...]
     weight: float = 1.0
     images: Path | None = None
-    licence: str = ""
+    license: str = ""
 
 
-def picture_folder(source: str, images: Path | None) -> Path:
+def image_folder_of(source: str, images: Path | None) -> Path:
     """Return the folder of the images that rows of a source name.
 
     Raises:
