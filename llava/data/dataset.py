@@ -1,6 +1,6 @@
 """Datasets for supervised fine-tuning: map-style or streamed; rows are tokenized lazily.
 
-    Sample --encode--> Encoded, whose images are keys --images_for--> pixels or tower features by key
+Sample --encode--> Encoded, whose images are keys --images_for--> pixels or tower features by key
 """
 
 from __future__ import annotations

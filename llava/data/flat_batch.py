@@ -322,7 +322,9 @@ def layout_rows(
     max_tokens_per_row: int | None = None,
     layout: Layout = "tree",
 ) -> list[FlatBatch]:
-    """Return sequences laid out in as few rows as possible; sequences are not split, and those that share stay together.
+    """Return sequences laid out in as few rows as possible.
+
+    A sequence is never split, and sequences that share images stay together.
 
     Args:
         sequences: at least one.

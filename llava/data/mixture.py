@@ -132,7 +132,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         """
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if duplicates := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {duplicates[0]!r} is there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"key {duplicates[0]!r} is duplicate", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -152,7 +152,9 @@ def _source(entry: Any, folder: Path, place: str) -> MixtureSource:
         raise ConfigError(f"{place}: field 'weight' must be a number above 0 and at most {MAX_WEIGHT:g}")
     images = folder / entry["images"] if entry.get("images") else None
     pattern = os.path.join(escape(str(folder)), entry["path"])
-    return MixtureSource(entry["name"], folder / entry["path"], images, float(weight), entry.get("licence", ""), pattern)
+    return MixtureSource(
+        entry["name"], folder / entry["path"], images, float(weight), entry.get("licence", ""), pattern
+    )
 
 
 def load_mixture(

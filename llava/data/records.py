@@ -1,8 +1,9 @@
-"""Data files to samples: JSON arrays and JSON lines, plain or gzipped, in the layouts of the LLaVA-Med family.
+"""Load samples from data files: JSON arrays and JSON lines, plain or gzipped, in the layouts of the LLaVA-Med family.
 
-    file --read_text--> text --rows_of--> (row number, JSON value) --Sample, with file and row remembered
+    file --read_text--> text --rows_of--> (row number, JSON value) --> Sample with its origin (file and row)
 
-One decoded row is held at a time, so a file of half a million rows costs its text and its samples, not its tree.
+One decoded row is held at a time: a file of half a million rows needs memory for its text and samples, not for the
+decoded JSON of all rows.
 """
 
 from __future__ import annotations
@@ -38,15 +39,20 @@ def load_samples(
 ) -> list[Sample]:
     """Return the samples of a data file, in file order.
 
+    Example::
+
+        samples = load_samples("train.json", image_folder="images")
+
     Args:
-        path: the file.
-        image_folder: when given, every image a row names must be a file in it (it is not opened).
-        skip_bad: leave bad rows out, with one message, instead of raising.
-        quarantine: where rows that were left out are listed.
-        loader: name in `LOADERS` of the layout.
+        path: path of the data file.
+        image_folder: if given, every image that a row names must exist in it (images are not opened).
+        skip_bad: skip bad rows with one warning instead of raising.
+        quarantine: list that skipped rows are added to.
+        loader: layout of the rows, a name in `LOADERS`.
 
     Raises:
-        DataError: the file cannot be read; or a row cannot be used and `skip_bad` is off: names file, row and id.
+        DataError: the file cannot be read; or a row cannot be used and `skip_bad` is off (the message names file, row
+            and id).
         ConfigError: unknown loader.
     """
     read = lookup(LOADERS, loader, "loader")
@@ -71,9 +77,9 @@ def load_samples(
     if bad:
         logger.warning("%s: skipped %d of %d rows; the first: %s", path, len(bad), len(bad) + len(samples), bad[0])
     if num_lost:
-        logger.warning("%s: %d rows began with an answer, which was left out", path, num_lost)
+        logger.warning("%s: %d rows began with an answer, which was dropped", path, num_lost)
     if not samples:
-        raise DataError(f"{path}: no row can be used" + (f"; the first: {bad[0]}" if bad else ", the file is empty"))
+        raise DataError(f"{path}: no row can be used" + (f"; the first: {bad[0]}" if bad else "; the file is empty"))
     return samples
 
 
@@ -83,7 +89,7 @@ def rows_of(path: str | Path) -> Iterator[tuple[int, Any]]:
     Rows count from 0; empty lines are not rows.
 
     Raises:
-        DataError: the file cannot be read, or an array is broken (what follows cannot be told apart any more).
+        DataError: the file cannot be read, or an array is broken (the rows after the error cannot be separated).
     """
     text = read_text(path)
     start = _skip_space(text, 0)
@@ -104,7 +110,7 @@ def _array_rows(text: str, start: int, path: str | Path) -> Iterator[tuple[int, 
         if text[place : place + 1] == ",":
             place = _skip_space(text, place + 1)
         elif text[place : place + 1] != "]":
-            raise DataError(f"{path}, row {row}: expected ',' or ']' after the row before; is the file cut off?")
+            raise DataError(f"{path}, row {row}: expected ',' or ']' after the previous row; is the file truncated?")
 
 
 def _line_rows(text: str) -> Iterator[tuple[int, Any]]:
@@ -118,7 +124,7 @@ def _line_rows(text: str) -> Iterator[tuple[int, Any]]:
         try:
             yield row, json.loads(line)
         except NOT_JSON as error:
-            yield row, DataError(f"not JSON: {error}; expected a JSON array or one JSON object a line")
+            yield row, DataError(f"not JSON: {error}; {EXPECTED}")
         row += 1
 
 
@@ -140,10 +146,10 @@ def _sample(
 
 
 def read_default(row: dict[str, Any], default_id: str) -> tuple[Sample, int]:
-    """Return a sample and how many turns it lost, from any row of the family:
+    """Return the sample of a row of the LLaVA-Med family, and the number of turns that were dropped.
 
-    conversations (alignment, instruction tuning, VQA: one question a row) or a question file of the chat evaluation
-    (`question_id`, `text`), whose row becomes one open question. A row without an id is called by its number.
+    A row holds either conversations (alignment, instruction tuning, VQA) or a question of the chat evaluation
+    (`question_id`, `text`), which becomes one open question. A row without an id gets `default_id`.
 
     Raises:
         DataError: a field is missing or cannot be used.
@@ -169,41 +175,41 @@ def _check_files(sample: Sample, image_folder: str | Path) -> None:
 
 
 def _id_of(value: Any) -> str:
-    """The id of a row that may be anything, for messages."""
+    """Return the id of a JSON value for messages; empty if it is not an object with an id."""
     if not isinstance(value, dict):
         return ""
     return str(value.get("id", value.get("question_id", "")))
 
 
-Loader = Callable[[dict[str, Any], str], tuple[Sample, int]]
-"""Row and the id it has if it names none, to its sample and the number of turns that were left out."""
+RowReader = Callable[[dict[str, Any], str], tuple[Sample, int]]
+"""From a row and its default id to its sample and the number of dropped turns."""
 
-LOADERS: dict[str, Loader] = {"default": read_default}
+LOADERS: dict[str, RowReader] = {"default": read_default}
 
 
-Form = Literal["array", "lines"]
+JsonForm = Literal["array", "lines"]
 
 PIECE = 1 << 20
-"""Characters read at a time."""
+"""Number of characters read at a time."""
 
 MAX_ROW = 1 << 26
-"""Characters of one row; more is taken for a text without its closing quote."""
+"""Largest number of characters of one row; a longer one is treated as a string without its closing quote."""
 
 EDGE = 16
-"""A mistake that lies nearer to the end of what was read may be a word that goes on (`-Infinity`, `\\ud83d`)."""
+"""An error closer to the end of the text read so far may be a token that continues (`-Infinity`, `\\ud83d`)."""
 
 
-EXPECTED = "expected a JSON array or one JSON object a line"
+EXPECTED = "expected a JSON array or one JSON object per line"
 
 
 def stream_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yield `(row, value)` of a data file; rows count from 0, and empty lines are no rows.
+    """Yield `(row, value)` of a data file; rows count from 0, and empty lines are not rows.
 
-    What cannot be read is the `DataError` in the place of its value. An array, or a damaged gzip file, ends there: what
-    follows cannot be told apart any more; after a broken line the next one is read.
+    A value that cannot be read is yielded as a `DataError`. An array, or a damaged gzip file, ends there, because the
+    rows after the error cannot be separated; after a broken line the next one is read.
 
     Raises:
-        DataError: there is no such file, or it may not be read.
+        DataError: the file does not exist or cannot be opened.
     """
     row = 0
     with _open(path) as stream:
@@ -214,14 +220,14 @@ def stream_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
                 yield row, value
                 row += 1
         except UNREADABLE as error:
-            yield row, DataError(f"the file cannot be read from about here on ({error})")
+            yield row, DataError(f"the file cannot be read from about this row on ({error})")
 
 
-def form_of(path: str | Path) -> Form:
-    """Say whether a file is a JSON array or JSON lines (also when it is neither).
+def form_of(path: str | Path) -> JsonForm:
+    """Return whether a file is a JSON array or JSON lines; `lines` if it is neither.
 
     Raises:
-        DataError: there is no such file, or it may not be read.
+        DataError: the file does not exist or cannot be opened.
     """
     with _open(path) as stream:
         try:
@@ -239,10 +245,10 @@ def _open(path: str | Path) -> Iterator[TextIO]:
         raise DataError(f"{path} cannot be opened: {error.strerror or error}") from None
 
 
-def _begin(stream: TextIO) -> tuple[str, Form]:
-    """Return the first text that is not blank, and what kind of file it begins."""
-    while piece := stream.read(PIECE):
-        lead = piece.lstrip(_SPACE)
+def _begin(stream: TextIO) -> tuple[str, JsonForm]:
+    """Return the first text that is not blank, and the form of the file."""
+    while chunk := stream.read(PIECE):
+        lead = chunk.lstrip(_SPACE)
         if lead:
             return lead, "array" if lead[0] == "[" else "lines"
     return "", "lines"
@@ -252,18 +258,18 @@ def _array(lead: str, stream: TextIO) -> Iterator[Any]:
     """Yield the values of an array; the last one is a `DataError` where it is broken."""
     text, place, passed, first = lead, 1, 0, True
     while True:
-        text, place, passed = _to_word(text, place, passed, stream)
+        text, place, passed = _skip_blanks(text, place, passed, stream)
         if text[place : place + 1] == "]":
-            rest, at, _ = _to_word(text, place + 1, passed, stream)
+            rest, at, _ = _skip_blanks(text, place + 1, passed, stream)
             if rest[at:]:
-                yield DataError("something follows the ']' that ends the array; is the file two files in one?")
+                yield DataError("unexpected text after the ']' that ends the array; were two files joined?")
             return
         if not first:
             if text[place : place + 1] != ",":
-                yield DataError("expected ',' or ']' after the row before; is the file cut off?")
+                yield DataError("expected ',' or ']' after the previous row; is the file truncated?")
                 return
-            text, place, passed = _to_word(text, place + 1, passed, stream)
-            if text[place : place + 1] == "]":  # training reads over a comma too many; so does this
+            text, place, passed = _skip_blanks(text, place + 1, passed, stream)
+            if text[place : place + 1] == "]":  # a trailing comma is accepted, as `rows_of` does for training
                 continue
         found = _value(text, place, passed, stream)
         if isinstance(found, DataError):
@@ -274,8 +280,8 @@ def _array(lead: str, stream: TextIO) -> Iterator[Any]:
         yield value
 
 
-def _to_word(text: str, place: int, passed: int, stream: TextIO) -> tuple[str, int, int]:
-    """Return text, place and number of characters passed, so that the place holds no blank unless the file ends."""
+def _skip_blanks(text: str, place: int, passed: int, stream: TextIO) -> tuple[str, int, int]:
+    """Return text, place of the next character that is not blank (unless the file ends), and characters passed."""
     while True:
         while place < len(text) and text[place] in _SPACE:
             place += 1
@@ -294,22 +300,23 @@ def _value(text: str, place: int, passed: int, stream: TextIO) -> tuple[Any, str
     while True:
         try:
             value, end = decode(text, place)
-            if ended or end + 2 < len(text) or not isinstance(value, int | float):  # a number may go on: 0, 0.5, 0e+1
+            # A number at the end of the text may continue: 0, 0.5, 0e+1.
+            if ended or end + 2 < len(text) or not isinstance(value, int | float):
                 return value, text, end, passed
         except json.JSONDecodeError as error:
             definite = error.pos + EDGE < len(text) and not error.msg.startswith("Unterminated string")
             if definite or ended or len(text) - place > MAX_ROW:
                 return DataError(f"not JSON: {error.msg} (character {passed + error.pos} of the file)")
         except NOT_JSON as error:
-            return DataError(f"not JSON that can be read: {type(error).__name__}")
-        more = stream.read(max(PIECE, len(text) - place))  # doubled, so that a long row is not tried too often
+            return DataError(f"JSON that cannot be decoded: {type(error).__name__}")
+        more = stream.read(max(PIECE, len(text) - place))  # doubled, which bounds the number of attempts at a long row
         ended = not more
         passed += place
         text, place = text[place:] + more, 0
 
 
 def _lines(lead: str, stream: TextIO) -> Iterator[Any]:
-    """Yield the value of every line that is not empty, or what is wrong with it."""
+    """Yield the value of every line that is not empty, or a `DataError` for a line that cannot be read."""
     while lead:
         lines = lead.split("\n")
         lead = lines.pop()
@@ -329,14 +336,15 @@ def _line(line: str) -> Any:
     except json.JSONDecodeError as error:
         return DataError(f"not JSON: {error.msg} (character {error.pos} of the line); {EXPECTED}")
     except NOT_JSON as error:
-        return DataError(f"not JSON that can be read: {type(error).__name__}")
+        return DataError(f"JSON that cannot be decoded: {type(error).__name__}")
 
 
 def file_text(rows: Iterable[Any], *, lines: bool = False) -> Iterator[bytes]:
-    """Yield a data file piece by piece, as its rows come, in UTF-8.
+    """Yield the bytes of a data file (UTF-8), row by row.
 
     Raises:
-        DataError: a text holds half of a surrogate pair, which JSON can write and no file hold; says which row.
+        DataError: a text holds half of a surrogate pair, which JSON can express but UTF-8 cannot; the message names the
+            row.
     """
     number = -1
     for number, row in enumerate(rows):
@@ -345,6 +353,8 @@ def file_text(rows: Iterable[Any], *, lines: bool = False) -> Iterator[bytes]:
         try:
             yield f"{before}{text}{after}".encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"row {number} holds half of a surrogate pair, which no file can hold; mend it") from error
+            raise DataError(
+                f"row {number} holds half of a surrogate pair, which UTF-8 cannot encode; fix the text"
+            ) from error
     if not lines:
         yield b"\n]\n" if number >= 0 else b"[]\n"

@@ -1,14 +1,14 @@
-"""Which rows each rank trains on in each optimizer step.
+"""Samplers: the rows that each rank trains on in each optimizer step.
 
-Every sampler lays the rows of an epoch out as steps of `sequences_per_step x world_size` rows and yields, step by step,
-THIS rank's list of row numbers. All ranks compute the same plan from `(seed, epoch)`, so nothing is communicated:
+Every sampler lays the rows of an epoch out as steps of `sequences_per_step x world_size` rows and yields, for each
+step, the row numbers of its own rank. All ranks compute the same plan from `(seed, epoch)` without communication:
 
-- every row is drawn exactly once an epoch, over all ranks together;
+- every row is drawn exactly once per epoch, over all ranks together;
 - every rank yields the same number of lists; in a short last step lists are shorter, or empty, but still yielded;
-- the loader must therefore not be split over ranks again by anyone else.
+- a loader must therefore not split them over ranks again.
 
-The same seed with `world_size x sequences_per_step` unchanged gives the same rows per step on any number of ranks
-(grouped by image: as long as no group has to be cut differently), which is what makes a resume on other ranks possible.
+With the same seed and the same `world_size x sequences_per_step`, steps have the same rows on any number of ranks
+(grouped by image: unless a group has to be split differently), so training can resume on another number of ranks.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Step = list[list[int]]
 
 
 class StepSampler(Sampler[list[int]], ABC):
-    """Base of all samplers: yields this rank's rows of one optimizer step after the other.
+    """Base class of samplers, which yield the rows of this rank for each optimizer step.
 
     Args:
-        num_rows: rows of the data set.
-        sequences_per_step: rows per optimizer step and rank (batch size times accumulation steps).
-        rank: this process, 0 to `world_size - 1`.
+        num_rows: number of rows of the dataset.
+        sequences_per_step: number of rows per optimizer step and rank (batch size times accumulation steps).
+        rank: rank of this process, 0 to `world_size - 1`.
         world_size: number of processes.
-        seed: with the epoch it decides the order.
+        seed: seed of the order, together with the epoch.
 
     Raises:
         ConfigError: a count is out of range.
@@ -48,7 +48,7 @@ class StepSampler(Sampler[list[int]], ABC):
         self, num_rows: int, sequences_per_step: int, *, rank: int = 0, world_size: int = 1, seed: int = 0
     ) -> None:
         if num_rows < 1:
-            raise ConfigError("there are no rows to train on")
+            raise ConfigError("there are no rows to train on; expected at least one")
         if sequences_per_step < 1:
             raise ConfigError(f"sequences_per_step must be at least 1, got {sequences_per_step}")
         if not 0 <= rank < world_size:
@@ -63,17 +63,17 @@ class StepSampler(Sampler[list[int]], ABC):
 
     @abstractmethod
     def plan(self, generator: torch.Generator) -> Iterator[Step]:
-        """Yield the steps of one epoch for all ranks; the only randomness is the generator's."""
+        """Yield the steps of one epoch for all ranks; `generator` is the only source of randomness."""
 
     def set_epoch(self, epoch: int, *, start_step: int = 0) -> None:
-        """Choose the epoch that the next iteration yields, and how many of its steps were done before."""
+        """Set the epoch of the next iteration, and the number of its steps that are already done."""
         if not 0 <= start_step <= len(self):
             raise ConfigError(f"start_step must be from 0 to {len(self)}, got {start_step}")
         self.epoch = epoch
         self.start_step = start_step
 
     def __len__(self) -> int:
-        """Return the number of steps of a whole epoch, the same on every rank."""
+        """Return the number of steps of a whole epoch, equal on every rank."""
         return math.ceil(self.num_rows / (self.sequences_per_step * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -86,20 +86,20 @@ class StepSampler(Sampler[list[int]], ABC):
         return order
 
     def _cut(self, order: Sequence[int], share: Callable[[Sequence[int]], Step]) -> Iterator[Step]:
-        """Cut an order of rows into steps and share each out over the ranks."""
+        """Cut an order of rows into steps and distribute each over the ranks."""
         size = self.sequences_per_step * self.world_size
         for start in range(0, len(order), size):
             yield share(order[start : start + size])
 
     def _share_evenly(self, rows: Sequence[int]) -> Step:
-        """Give each rank an equal run of the rows; where that is not possible the first ranks get one more."""
+        """Return an equal run of the rows for each rank; the first ranks get one more of the remainder."""
         small, extra = divmod(len(rows), self.world_size)
         bounds = [rank * small + min(rank, extra) for rank in range(self.world_size + 1)]
         return [list(rows[start:stop]) for start, stop in pairwise(bounds)]
 
 
 class SequentialSampler(StepSampler):
-    """File order, for evaluation and for comparisons."""
+    """Sampler in file order, for evaluation and comparisons."""
 
     def plan(self, generator: torch.Generator) -> Iterator[Step]:
         """Yield steps in file order."""
@@ -107,7 +107,7 @@ class SequentialSampler(StepSampler):
 
 
 class RandomSampler(StepSampler):
-    """A new random order every epoch."""
+    """Sampler with a new random order in every epoch."""
 
     def plan(self, generator: torch.Generator) -> Iterator[Step]:
         """Yield steps of a permutation of all rows."""
@@ -115,17 +115,17 @@ class RandomSampler(StepSampler):
 
 
 class LengthGroupedSampler(StepSampler):
-    """Random steps whose rows are shared out so that all ranks get nearly the same total length.
+    """Sampler of random steps whose rows are distributed so that all ranks get nearly the same total length.
 
-    This is the published length-grouped order: it groups by length only inside a step (one "megabatch"), to even out
-    the padding of its micro-batches and the load of the ranks. Without padding the load is what remains of it.
+    This is the published length-grouped order: it groups by length only inside a step (one "megabatch"), to balance
+    the padding of its micro-batches and the load of the ranks. Without padding only the load is balanced.
 
     Args:
-        lengths: length of each row in any unit; only the size matters, not the sign.
-        sequences_per_step: rows per optimizer step and rank.
-        rank: this process.
+        lengths: length of each row in any unit; the sign is ignored.
+        sequences_per_step: number of rows per optimizer step and rank.
+        rank: rank of this process.
         world_size: number of processes.
-        seed: with the epoch it decides the order.
+        seed: seed of the order, together with the epoch.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class LengthGroupedSampler(StepSampler):
         return self._cut(self._permutation(self.num_rows, generator), self._share_by_length)
 
     def _share_by_length(self, rows: Sequence[int]) -> Step:
-        """Longest first, each row to the rank that has the least so far and still has room."""
+        """Assign rows, longest first, to the rank with the smallest total length that still has room."""
         room = [len(part) for part in self._share_evenly(rows)]
         step: Step = [[] for _ in room]
         total = [0] * self.world_size
@@ -151,17 +151,17 @@ class LengthGroupedSampler(StepSampler):
 
 
 class ModalityGroupedSampler(LengthGroupedSampler):
-    """Steps of rows with images only or of text only, in random order; what is left of both kinds comes last.
+    """Sampler of random steps that have either only rows with images or only text rows; mixed remainders are last.
 
     As published: each kind is permuted and cut into steps, the last step of either kind is set aside, the others are
     shuffled, and the rows set aside follow in file order. Rows of one kind only give the length-grouped order.
 
     Args:
         lengths: length of each row, negative for a row without an image.
-        sequences_per_step: rows per optimizer step and rank.
-        rank: this process.
+        sequences_per_step: number of rows per optimizer step and rank.
+        rank: rank of this process.
         world_size: number of processes.
-        seed: with the epoch it decides the order.
+        seed: seed of the order, together with the epoch.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class ModalityGroupedSampler(LengthGroupedSampler):
         self._text_only = [row for row, length in enumerate(lengths) if length < 0]
 
     def plan(self, generator: torch.Generator) -> Iterator[Step]:
-        """Yield the steps of one kind each, then the mixed rest."""
+        """Yield the steps of a single kind, then the mixed remainders."""
         if not self._with_image or not self._text_only:
             yield from super().plan(generator)
             return
@@ -190,19 +190,19 @@ class ModalityGroupedSampler(LengthGroupedSampler):
 
 
 class ImageGroupedSampler(StepSampler):
-    """Draws images, then up to `questions_per_image` rows of each, so that rows of one step share their image.
+    """Sampler that draws images, then up to `questions_per_image` rows of each, so that rows of a step share images.
 
-    The rows of an image are shuffled and cut into groups; the groups are drawn in random order and laid into the places
-    of each rank and step. Rows of one group land on one rank in one step, where they can share what they have in
-    common. A group is split only where nothing that is left fits a gap: `sequences_per_step` is never exceeded.
+    The rows of an image are shuffled and cut into groups, which are drawn in random order to fill the steps of each
+    rank. The rows of a group are on one rank in one step, where they can share their prefix. A group is split only
+    where no remaining group fits a gap: `sequences_per_step` is never exceeded.
 
     Args:
-        groups: for each row the identity of what it can share (its images); None for a row that shares nothing.
-        sequences_per_step: rows per optimizer step and rank.
+        groups: for each row, the identity of what it can share (its images); None for a row that shares nothing.
+        sequences_per_step: number of rows per optimizer step and rank.
         questions_per_image: largest number of rows of one image that are drawn together.
-        rank: this process.
+        rank: rank of this process.
         world_size: number of processes.
-        seed: with the epoch it decides the order.
+        seed: seed of the order, together with the epoch.
 
     Raises:
         ConfigError: `questions_per_image` is below 1.
@@ -224,7 +224,7 @@ class ImageGroupedSampler(StepSampler):
         self.questions_per_image = min(questions_per_image, sequences_per_step)
         members: dict[Hashable, list[int]] = {}
         for row, group in enumerate(groups):
-            # A row without an image is its own group; the tuple cannot equal a caller's identity by accident.
+            # A row without an image is its own group; the tuple cannot equal an identity given by the caller.
             members.setdefault((row, None) if group is None else (None, group), []).append(row)
         self._members = list(members.values())
 
@@ -239,7 +239,7 @@ class ImageGroupedSampler(StepSampler):
             left -= num
 
     def _draw(self, generator: torch.Generator) -> list[deque[tuple[int, list[int]]]]:
-        """Return the groups by size, each size in the order of the draw, with the group's place in that order."""
+        """Return the groups by size, each size in drawing order, with the place of the group in that order."""
         groups: list[list[int]] = []
         for rows in self._members:
             shuffled = [rows[place] for place in self._permutation(len(rows), generator)] if len(rows) > 1 else rows
@@ -254,7 +254,7 @@ class ImageGroupedSampler(StepSampler):
 
 
 def _fill(waiting: list[deque[tuple[int, list[int]]]], size: int) -> list[int]:
-    """Take `size` rows off the waiting groups: the earliest that fits, or a part of the earliest where none does."""
+    """Take `size` rows from the waiting groups: the earliest that fits, or else a part of the earliest."""
     rows: list[int] = []
     while len(rows) < size:
         room = size - len(rows)
@@ -268,30 +268,31 @@ def _fill(waiting: list[deque[tuple[int, list[int]]]], size: int) -> list[int]:
 
 
 def _put_back(queue: deque[tuple[int, list[int]]], place: int, group: list[int]) -> None:
-    """Insert what is left of a split group where the order of the draw wants it: at or near the front."""
+    """Insert the rest of a split group at its place in drawing order, which is at or near the front."""
     at = next((index for index, (other, _) in enumerate(queue) if other > place), len(queue))
     queue.insert(at, (place, group))
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """Return the generator of one epoch; epochs of different seeds never coincide, as `seed + epoch` would."""
+    """Return the random generator of one epoch."""
+    # A hash, because `seed + epoch` would give the same order for different pairs of seed and epoch.
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 class MixtureSampler(StepSampler):
-    """Draws `weight` passes over the rows of each source an epoch.
+    """Sampler that draws `weight` passes over the rows of each source per epoch.
 
-    A whole number of passes takes every row so often; what is left of the weight takes the next rows of a random
-    order, so that four epochs of weight 0.25 see each row once.
+    The whole part of a weight draws every row that often; the fraction draws the next rows of a random order, so that
+    four epochs of weight 0.25 see each row once.
 
     Args:
-        shares: the source of each row, and the weights.
-        sequences_per_step: rows per optimizer step and rank.
-        make: the order of one epoch's rows, given their numbers; it counts its rows by their place in that list.
-        rank: this process.
+        shares: source of each row, and the weights.
+        sequences_per_step: number of rows per optimizer step and rank.
+        make: returns the sampler of one epoch for a list of row numbers; the sampler yields indices into that list.
+        rank: rank of this process.
         world_size: number of processes.
-        seed: with the epoch it decides the order.
+        seed: seed of the order, together with the epoch.
     """
 
     def __init__(
@@ -319,10 +320,10 @@ class MixtureSampler(StepSampler):
             yield [[rows[place] for place in part] for part in step]
 
     def _counts(self, source: int) -> tuple[int, int]:
-        """Rows of a source in whole passes, and in the part of a pass that is left."""
+        """Return the number of rows of a source in whole passes, and in the fraction of a pass."""
         size, weight = len(self._rows[source]), self.weights[source]
         passes = int(weight)
-        least = 0 if passes or not size else 1  # no source is left out
+        least = 0 if passes or not size else 1  # every source is drawn at least once
         return passes * size, max(least, round((weight - passes) * size))
 
     def _draw(self, source: int) -> list[int]:
@@ -332,7 +333,7 @@ class MixtureSampler(StepSampler):
         whole, part = self._counts(source)
         drawn = members * (whole // len(members))
         place, end = self.epoch * part, (self.epoch + 1) * part
-        while place < end:  # places of the endless order of a source: one random pass after the other
+        while place < end:  # places in the endless order of a source, which consists of random passes
             cycle, index = divmod(place, len(members))
             order = self._permutation(len(members), epoch_generator(self.seed, -1 - cycle * len(self._rows) - source))
             taken = order[index : index + end - place]

@@ -1,8 +1,10 @@
-"""`llava data show FILE --row N --model M`: one row as the model sees it, so that nobody has to trust a mask unseen.
+"""Show one row of a data file as the model sees it: rendered text, trained tokens, images and truncation.
 
     row --render, tokenize--> tokens --stretches of one kind--> terminal text, or an HTML page
 
-Shows the rendered text with its trained parts marked, where the images lie, every id, and what truncation cut.
+Example::
+
+    llava data show FILE --row N --model M
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ KINDS = ("text", "trained", "image")
 """Kinds of tokens; each may also be cut."""
 
 COLORS = {"text": "", "trained": "\x1b[1;32m", "image": "\x1b[1;34m", "cut": "\x1b[9;31m"}
-"""Terminal colors: green is trained, blue is an image, struck-through red was cut."""
+"""Terminal colors: green is trained, blue is an image, struck-through red was truncated."""
 
 MARKS = {"text": ("", ""), "trained": ("[[", "]]"), "image": ("<", ">"), "cut": ("{{", "}}")}
-"""The same without colors."""
+"""Marks that replace the colors in plain text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,10 @@ class Stretch:
 
     Attributes:
         kind: one of `KINDS`.
-        cut: whether truncation removed them.
+        cut: whether truncation removed the tokens.
         start: index of the first token, before truncation.
-        ids: the tokens.
-        text: the characters they stand for.
+        ids: token ids.
+        text: text of the tokens.
         turn: turn of the first token, -1 for the system text.
     """
 
@@ -65,19 +67,19 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """A row ready to be shown: a title and its stretches in order."""
+class RowView:
+    """Row prepared for display: a title, the settings, and the stretches in order."""
 
     title: str
     settings: str
     stretches: tuple[Stretch, ...]
 
     def count(self, kind: str, *, cut: bool = False) -> int:
-        """How many tokens of this kind were kept, or cut."""
+        """Return the number of tokens of a kind that were kept, or cut."""
         return sum(len(s.ids) for s in self.stretches if s.kind == kind and s.cut == cut)
 
     def summary(self) -> str:
-        """Numbers of tokens, in one line."""
+        """Return the token counts as one line."""
         kept = {kind: self.count(kind) for kind in KINDS}
         num_cut = sum(self.count(kind, cut=True) for kind in KINDS)
         lost = f", {self.count('trained', cut=True)} of them trained" if num_cut else ""
@@ -89,8 +91,8 @@ class View:
 
 def make_view(
     sample: Sample, processor: LlavaMedProcessor, *, max_length: int | None, sizes: Sequence[Size] | None = None
-) -> View:
-    """Return a sample as the model would be trained on it; `sizes` of its images as for `encode`.
+) -> RowView:
+    """Return the view of a sample as training would encode it; `sizes` as for `encode`.
 
     Raises:
         DataError: the sample cannot be encoded.
@@ -114,11 +116,11 @@ def make_view(
         stretches.append(Stretch(kind, cut, group[0], ids, shown, draft.turns[group[0]]))
     limit = "no limit" if max_length is None else f"at most {max_length} tokens"
     settings = f"template {processor.template.name}, images {processor.placement}, {limit}"
-    return View(name_of(sample), settings, tuple(stretches))
+    return RowView(name_of(sample), settings, tuple(stretches))
 
 
-def to_terminal(view: View, processor: LlavaMedProcessor, *, color: bool) -> str:
-    """Return the view as lines of text; without `color`, marks stand around what would be colored."""
+def to_terminal(view: RowView, processor: LlavaMedProcessor, *, color: bool) -> str:
+    """Return the view as text; without `color`, marks surround the parts that would be colored."""
     legend = [_paint(name, name, color=color) for name in ("trained", "image", "cut")]
     lines = [view.title, view.settings, view.summary(), "marked: " + ", ".join(legend), ""]
     lines += ["".join(_paint(stretch.text, *_names(stretch), color=color) for stretch in view.stretches), ""]
@@ -128,8 +130,8 @@ def to_terminal(view: View, processor: LlavaMedProcessor, *, color: bool) -> str
     return "\n".join(lines) + "\n"
 
 
-def to_html(view: View, processor: LlavaMedProcessor, pictures: Sequence[str] = ()) -> str:
-    """Return the view as a page of its own; `images` are addresses (`data:` or relative) of the row's images."""
+def to_html(view: RowView, processor: LlavaMedProcessor, image_urls: Sequence[str] = ()) -> str:
+    """Return the view as an HTML page; `image_urls` are URLs (`data:` or relative) of the images of the row."""
     spans: list[str] = []
     rows: list[str] = []
     for stretch in view.stretches:
@@ -139,7 +141,7 @@ def to_html(view: View, processor: LlavaMedProcessor, pictures: Sequence[str] = 
         place = f"{stretch.start} to {stretch.start + len(stretch.ids)}"
         turn = "system" if stretch.turn < 0 else str(stretch.turn)
         rows.append(f'<tr class="{names}"><td>{place}<td>{names}<td>{turn}<td>{tokens}')
-    images = "".join(f'<img src="{html.escape(picture)}" alt="image of the row">' for picture in pictures)
+    images = "".join(f'<img src="{html.escape(url)}" alt="image of the row">' for url in image_urls)
     return _PAGE.format(
         title=html.escape(view.title),
         settings=html.escape(view.settings),
@@ -155,7 +157,7 @@ def _names(stretch: Stretch) -> tuple[str, ...]:
 
 
 def _paint(text: str, *names: str, color: bool) -> str:
-    """Return text with its colors, or between its marks."""
+    """Return text in its colors, or between its marks."""
     for name in names:
         before, after = (COLORS[name], "\x1b[0m" if COLORS[name] else "") if color else MARKS[name]
         text = f"{before}{text}{after}"
@@ -163,38 +165,38 @@ def _paint(text: str, *names: str, color: bool) -> str:
 
 
 def _ids(stretch: Stretch, processor: LlavaMedProcessor) -> str:
-    """Return ids with their tokens; an image as one id and a number."""
+    """Return ids with their tokens; an image as its id and the number of repetitions."""
     if stretch.kind == "image":
         return f"{stretch.ids[0]} x {len(stretch.ids)}"
     tokens = processor.tokenizer.convert_ids_to_tokens(list(stretch.ids))
     return " ".join(f"{token}={index}" for token, index in zip(tokens, stretch.ids, strict=True))
 
 
-def _pictures(sample: Sample, folder: str | None, dicom: DicomPolicy) -> list[str]:
-    """Return the row's images as `data:` addresses, scaled down for the page; none without a folder."""
+def _image_urls(sample: Sample, folder: str | None, dicom: DicomPolicy) -> list[str]:
+    """Return the images of the row as `data:` URLs, scaled down for the page; empty without a folder."""
     if folder is None:
         return []
-    pictures = []
+    urls = []
     for ref in sample.images:
         image = load(ref, folder, dicom=dicom)
         image.thumbnail((336, 336))
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
-        pictures.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"))
-    return pictures
+        urls.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"))
+    return urls
 
 
 def _sizes(sample: Sample, processor: LlavaMedProcessor, folder: str | None) -> list[Size] | None:
-    """Return width and height of the row's images, where the number of their tokens depends on them.
+    """Return width and height of the images of the row where the number of tokens depends on them, else None.
 
     Raises:
-        DataError: they are needed, and there is no folder to find the images in.
+        DataError: the sizes are needed and no folder is given.
     """
     if not processor.has_variable_images or not sample.images:
         return None
     if folder is None:
         mode = processor.image_mode
-        raise DataError(f"image mode {mode}: the row's images decide how many tokens it has; give --image_folder")
+        raise DataError(f"image mode {mode} needs the images to count the tokens of the row; set --image-folder")
     return [load(ref, folder, dicom=processor.dicom).size for ref in sample.images]
 
 
@@ -223,17 +225,19 @@ img {{ max-height: 16em; margin-right: 1em }}
 
 
 def load_processor(model: str, args: Any) -> LlavaMedProcessor:
-    """Return the processor of a trained model, or one made of a plain language model's tokenizer and flags.
+    """Return the processor of a trained model, or one built from the tokenizer of a language model and the flags.
 
     Raises:
-        CheckpointError: the model's tokenizer cannot be loaded.
+        CheckpointError: the tokenizer of the model cannot be loaded.
     """
     if (Path(model) / PROCESSOR_FILE).is_file():
         return LlavaMedProcessor.from_pretrained(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"no processor ({PROCESSOR_FILE}) and no tokenizer found in {model}: {error}") from error
+        raise CheckpointError(
+            f"{model} has neither a processor ({PROCESSOR_FILE}) nor a tokenizer that can be loaded: {error}"
+        ) from error
     markers = [IM_START_TOKEN, IM_END_TOKEN] if args.mm_use_im_start_end else []
     tokenizer.add_tokens([IMAGE_TOKEN, *markers], special_tokens=True)
     return LlavaMedProcessor(
@@ -246,10 +250,10 @@ def load_processor(model: str, args: Any) -> LlavaMedProcessor:
 
 
 def load_row(file: str, number: int) -> Sample:
-    """Return one row of a data file; what is wrong in other rows does not matter.
+    """Return one row of a data file; errors in other rows are ignored.
 
     Raises:
-        DataError: the file has no such row, or the row cannot be used.
+        DataError: the file does not have this row, or the row cannot be used.
     """
     num_rows = 0
     for row, value in rows_of(file):
@@ -275,16 +279,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("file", help="data file: JSON or JSON lines")
     parser.add_argument("--row", type=int, default=0, help="number of the row, from 0")
     parser.add_argument("--model", required=True, help="trained model, or a language model's folder or hub name")
-    parser.add_argument("--html", help="also write a page to this file")
-    parser.add_argument("--image_folder", help="folder of the row's images; they are shown in the page")
-    parser.add_argument("--max_length", type=int, help="cut as training with this --model_max_length would")
-    parser.add_argument("--version", default="vicuna_v1", help="template, where the model does not bring one")
-    parser.add_argument("--num_image_tokens", type=int, default=256, help="tokens of an image, likewise")
-    parser.add_switch("--mm_use_im_start_end", help="write start and end tokens around images, likewise")
+    parser.add_argument("--html", help="also write an HTML page to this file")
+    parser.add_argument("--image_folder", help="folder of the images of the row, which the page shows")
+    parser.add_argument("--max_length", type=int, help="truncate as training with this --model-max-length does")
+    parser.add_argument("--version", default="vicuna_v1", help="template, for a model without a processor")
+    parser.add_argument(
+        "--num_image_tokens", type=int, default=256, help="tokens per image, for a model without a processor"
+    )
+    parser.add_switch(
+        "--mm_use_im_start_end", help="put start and end tokens around images, for a model without a processor"
+    )
     args = parser.parse_args(argv)
     if is_mixture(args.file):
         raise ConfigError(
-            f"{args.file} describes a mixture; name the file of one of its sources, or one that `llava data mix` wrote"
+            f"{args.file} is a mixture, expected a data file; pass the file of one source, or the output of "
+            "`llava data mix`"
         )
     processor = load_processor(args.model, args)
     sample = load_row(args.file, args.row)
@@ -296,5 +305,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     sys.stdout.write(to_terminal(view, processor, color=color))
     if args.html:
-        write_atomic(args.html, to_html(view, processor, _pictures(sample, args.image_folder, processor.dicom)))
+        write_atomic(args.html, to_html(view, processor, _image_urls(sample, args.image_folder, processor.dicom)))
         sys.stdout.write(f"page: {args.html}\n")

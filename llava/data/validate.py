@@ -1,6 +1,6 @@
-"""The check before training: every row's images decode, find their place in the text, and leave something to train.
+"""Validate rows before training: images decode, placeholders match them, and at least one token is trained.
 
-samples --ImageIndex.verify--> files that decode --check_rows--> rows that can be trained on, and the others
+samples --ImageIndex.verify--> files that decode --check_rows--> usable rows, and reasons for the others
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 
 MIN_REMEMBERED = 2000
-"""Fewer rows than this are checked within seconds; their outcome is not kept."""
+"""Smallest number of rows whose check results are cached; fewer are checked within seconds."""
 
 PROBE_SIZES = ((512, 512), (640, 480))
-"""Of the images of a made-up conversation."""
+"""Sizes of the images of the probe conversation in `_fingerprint`."""
 
 
 @dataclass(slots=True)
 class RowCheck:
-    """What tokenizing every row told; counts are over the rows that can be trained on.
+    """Results of tokenizing every row; counts cover the usable rows only.
 
     Attributes:
-        bad: place of a row in the list to the reason why it cannot be trained on.
-        num_shortened: rows that truncation shortened.
-        num_cut_tokens: tokens it removed from them.
-        num_trained_tokens: tokens that are trained.
+        bad: index of each unusable row in the list, and the reason.
+        num_shortened: number of rows that truncation shortened.
+        num_cut_tokens: number of tokens that truncation removed.
+        num_trained_tokens: number of trained tokens.
     """
 
     bad: dict[int, str] = field(default_factory=dict)
@@ -55,12 +55,12 @@ class RowCheck:
 def check_rows(
     samples: Sequence[Sample], processor: LlavaMedProcessor, index: ImageIndex, *, max_length: int | None
 ) -> RowCheck:
-    """Return which rows cannot be trained on and why, or what an equal call found before.
+    """Return the unusable rows with reasons, and token counts; results of an equal earlier call are reused.
 
     Args:
-        samples: the rows.
+        samples: rows to check.
         processor: turns conversations into tokens.
-        index: image files, as `ImageIndex.verify` left it.
+        index: index of the image files, after `ImageIndex.verify`.
         max_length: longest sequence in tokens; None for no limit.
     """
     path: Path | None = None
@@ -84,17 +84,17 @@ def check_rows(
 
 
 def _encode(sample: Sample, processor: LlavaMedProcessor, index: ImageIndex, max_length: int | None) -> Encoded:
-    """Return the tokens of a row that can be trained on.
+    """Return the tokens of a row.
 
     Raises:
-        DataError: it cannot.
+        DataError: the row cannot be used for training.
     """
     keys = [key_of_digest(index.digest(ref), processor.image_fingerprint) for ref in sample.images]
     sizes = [index.dimensions(ref) for ref in sample.images] if processor.has_variable_images else None
     encoded = encode(with_places(sample), processor, images=keys, sizes=sizes, max_length=max_length)
     if not _num_trained(encoded):
         cut = f" after {encoded.num_cut} tokens were cut to fit {max_length}" if encoded.num_cut else ""
-        raise DataError(f"no token is left to train{cut}; expected at least one answer")
+        raise DataError(f"no token is left to train{cut}; expected at least one answer that is not empty")
     return encoded
 
 
@@ -106,7 +106,7 @@ def _fingerprint(
     samples: Sequence[Sample], processor: LlavaMedProcessor, index: ImageIndex, max_length: int | None
 ) -> str:
     """Return a hash of the rows, the state of their images, and how the processor turns text into tokens."""
-    # What the settings of a processor do is seen on one conversation, so none of them has to be listed here.
+    # Encoding a probe conversation covers all settings of the processor without listing them here.
     turns = (Turn("human", f"{IMAGE_TOKEN} q "), Turn("gpt", "a"), Turn("human", f"q {IMAGE_TOKEN}"), Turn("gpt", " a"))
     probe = encode(Conversation(turns), processor, images=("x", "y"), sizes=PROBE_SIZES, max_length=None)
     backend = cast(Any, processor.tokenizer).backend_tokenizer.to_str()
@@ -126,7 +126,7 @@ def _remembered(path: Path) -> RowCheck | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s cannot be read (%s); rows are checked again", path, error)
+        logger.warning("check results %s cannot be read (%s); all rows are checked again", path, error)
         return None
 
 
@@ -134,7 +134,9 @@ def _remember(path: Path, found: RowCheck) -> None:
     try:
         write_json(path, asdict(found))
     except OSError as error:
-        logger.warning("%s cannot be written (%s); rows are checked again next time", path, error)
+        logger.warning(
+            "check results %s cannot be written (%s); rows will be checked again in the next run", path, error
+        )
 
 
 logger = logging.getLogger(__name__)
@@ -142,15 +144,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What `check_trainable` found.
+    """Result of `check_trainable`.
 
     Attributes:
-        samples: the rows that can be trained on, in order.
-        bad: the rows that were left out.
-        num_images: distinct image files the rows name.
-        num_shortened: kept rows that truncation shortened.
-        num_cut_tokens: tokens it removed from them.
-        num_trained_tokens: trained tokens of all kept rows.
+        samples: usable rows, in order.
+        bad: skipped rows.
+        num_images: number of distinct image files that the rows name.
+        num_shortened: number of usable rows that truncation shortened.
+        num_cut_tokens: number of tokens that truncation removed from them.
+        num_trained_tokens: number of trained tokens of all usable rows.
     """
 
     samples: list[Sample]
@@ -172,24 +174,24 @@ def check_trainable(
     index: ImageIndex | None = None,
     num_threads: int | None = None,
 ) -> Checked:
-    """Make sure before training that every row can be trained on.
+    """Return the rows that can be used for training; raise for the others, or skip them.
 
-    For each row: all its images exist and decode, its text has one placeholder per image (or none at all: then they
-    go in front), and at least one token is left to train after truncation. Image files are decoded by several threads,
-    once per file: a later run with the same `index` looks only at their time and size.
+    A row is usable if all its images exist and decode, its text has one placeholder per image (or none, then they are
+    put in front), and at least one token is left to train after truncation. Image files are decoded once, by several
+    threads; a later run with the same `index` compares only their times and sizes.
 
     Args:
         samples: rows as loaded.
         image_folder: folder that image names are relative to.
         processor: turns conversations into tokens.
         max_length: longest sequence in tokens, images included; None for no limit.
-        skip_bad: leave bad rows out instead of raising.
-        quarantine: where skipped rows are listed.
-        index: what is known about the image files; None uses the one of `image_folder` in the user's cache.
-        num_threads: threads that decode images; None takes twice the processors, at most 16.
+        skip_bad: skip bad rows instead of raising.
+        quarantine: list that skipped rows are added to.
+        index: index of the image files; None uses that of `image_folder` in the user's cache.
+        num_threads: threads that decode images; None takes two per processor, at most 16.
 
     Raises:
-        DataError: rows cannot be used and `skip_bad` is off, or no row is left; names the first of them.
+        DataError: rows cannot be used and `skip_bad` is off, or no row is usable; the message lists the first ones.
     """
     if index is None:
         index = ImageIndex.open(image_folder, dicom=processor.dicom)
@@ -203,7 +205,7 @@ def check_trainable(
     if quarantine is not None:
         quarantine.add(bad)
     if not good:
-        raise DataError(f"none of the {len(samples)} rows can be trained on; " + report(bad, len(samples)))
+        raise DataError(f"none of the {len(samples)} rows can be used for training; " + report(bad, len(samples)))
     _log(found, quarantine, len(samples), max_length)
     return Checked(good, bad, len(refs), found.num_shortened, found.num_cut_tokens, found.num_trained_tokens)
 
@@ -214,7 +216,7 @@ def _log(found: RowCheck, quarantine: Quarantine | None, num_rows: int, max_leng
         logger.warning("skipped %d of %d rows that cannot be used%s", len(found.bad), num_rows, where)
     if found.num_shortened:
         logger.warning(
-            "%d of %d rows are longer than %s tokens and were shortened, by %d tokens together",
+            "%d of %d rows are longer than %s tokens and were shortened, by %d tokens in total",
             found.num_shortened,
             num_rows,
             max_length,
