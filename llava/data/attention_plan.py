@@ -1,4 +1,4 @@
-"""Attention plan of a row of prefix trees: the row is cut into pieces, each attending to its ancestors and itself.
+"""Attention plan of a row of prefix trees: pieces that attend to their ancestors and themselves.
 
     node lengths, parents --> pieces (runs of the row) --> for each piece: its keys, and a mask or plain causality
 
@@ -73,7 +73,7 @@ class _Subtree:
 
 
 def _group(children: Sequence[_Subtree], num_above: int) -> tuple[list[list[_Subtree]], int]:
-    """Group adjacent small branches into blocks where that is cheaper than one call each; return the total cost."""
+    """Return adjacent small branches grouped into blocks where that is cheaper, and the total cost."""
     groups: list[list[_Subtree]] = []
     costs: list[int] = []
     for child in children:

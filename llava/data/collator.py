@@ -44,7 +44,7 @@ class StepBatch:
 
     @property
     def num_edges(self) -> int:
-        """Return the number of supervised tokens, each counted once per sequence that trains it, without weights."""
+        """Return the number of edges: supervised tokens, counted once per sequence that trains them."""
         return sum(len(row.edge_weight) for row in self.rows)
 
     @property
@@ -59,7 +59,7 @@ class StepBatch:
 
 
 class RowData(Protocol):
-    """Data set as the collator sees it: a few rows that show which kinds exist, and the images of sequences."""
+    """Dataset as the collator sees it: sequences by row, their images, and some samples."""
 
     @property
     def samples(self) -> Sequence[Sample]: ...
@@ -73,7 +73,7 @@ class RowData(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Picklable callable that lays the sequences of a step out in as few rows as `max_tokens_per_row` allows.
+    """Picklable callable that lays out the sequences of a step in as few rows as possible.
 
     Attributes:
         dataset: source of sequences and images.

@@ -129,7 +129,7 @@ class SFTDataset(Dataset[Encoded]):
         self.store.features = feature_cache
 
     def images_for(self, sequences: Iterable[Encoded]) -> dict[str, Tensor]:
-        """Return the model input of every distinct image of the sequences, by key: pixels, or features [P, Dv].
+        """Return the model input of each distinct image of the sequences, by key: pixels or features [P, Dv].
 
         Raises:
             DataError: an image does not decode, or belongs to another dataset.

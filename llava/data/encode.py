@@ -234,7 +234,7 @@ def _check_images(draft: Draft, processor: LlavaMedProcessor, images: Sequence[s
 
 
 def kept_tokens(draft: Draft, max_length: int | None) -> Sequence[int]:
-    """Return the indices of the tokens that fit into `max_length`: all image blocks, and text from the start.
+    """Return the indices of the tokens that fit into `max_length`: all image blocks, and the first text.
 
     Raises:
         DataError: the images alone leave no room for text.

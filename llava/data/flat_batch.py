@@ -1,4 +1,4 @@
-"""Flat batch: many sequences as one row of tokens, shared prefixes once, with a list of supervised positions.
+"""Flat batch: many sequences as one row of tokens in which shared prefixes appear once.
 
     Encoded... -> prefix trees -> FlatBatch -> model(**batch.model_inputs()) -> logits of the supervised positions only
 
@@ -69,7 +69,7 @@ def join(first: ImageBatch, second: ImageBatch) -> ImageBatch:
 
 
 def _to_one_shape(images: Sequence[Tensor]) -> list[Tensor]:
-    """Return images [..., h, w] padded at the right and the bottom with zeros to a common height and width."""
+    """Return images [..., h, w] zero-padded at the right and the bottom to a common height and width."""
     height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
     return [pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
 
@@ -144,7 +144,7 @@ class FlatBatch:
         return self.path_positions
 
     def model_inputs(self) -> dict[str, Any]:
-        """Return keyword arguments for the model; the language model head runs on the supervised positions only."""
+        """Return keyword arguments for the model, whose head runs on the supervised positions only."""
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False, **self.images.keywords()}
         if self.layout == "padded":
             return {**inputs, "attention_mask": self.attention_mask}
@@ -182,7 +182,7 @@ def _trained_positions(sequence: Encoded, index: int) -> np.ndarray:
 
 
 def _edges(sequences: Sequence[Encoded], places: Sequence[np.ndarray]) -> dict[str, Tensor]:
-    """Return targets and edges, given the row position of each token of each sequence; a shared token is one target."""
+    """Return targets and edges for the row positions of each sequence; a shared token is one target."""
     wanted = [_trained_positions(sequence, index) for index, sequence in enumerate(sequences)]
     occupied = np.concatenate([place[at] for place, at in zip(places, wanted, strict=True)])
     before = np.concatenate([place[at - 1] for place, at in zip(places, wanted, strict=True)])

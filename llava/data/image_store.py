@@ -1,4 +1,4 @@
-"""Image names to model inputs: an index of the files of a folder, and a store that decodes each image of a step once.
+"""Image names to model inputs: an index of the files of a folder, and a store of decoded images.
 
     name --ImageIndex--> digest of its bytes --+ preprocessing--> key --ImageStore--> pixels, or cached tower features
 
@@ -61,7 +61,7 @@ class FileState(NamedTuple):
 
 
 class ImageIndex:
-    """Index of the image files of a folder: their digests, and which of them decode, cached by file time and size.
+    """Index of the image files of a folder: digests and check results, cached by file time and size.
 
     Args:
         root: image folder; None for names that are complete paths.
@@ -120,7 +120,7 @@ class ImageIndex:
         return self._files[ref] if ref in self._seen else self._look(ref, decode=False)
 
     def verify(self, refs: Sequence[str], *, num_threads: int | None = None) -> dict[str, str]:
-        """Decode every image not yet known to decode, with several threads and a progress bar, and save the results.
+        """Decode every image that is not yet checked, with several threads, and save the results.
 
         Returns:
             The reason for each image that cannot be used.
@@ -248,7 +248,7 @@ class ImageStore:
         return [self.index.dimensions(ref) for ref in refs] if self.processor.has_variable_images else None
 
     def decode(self, key: str) -> Tensor:
-        """Return the preprocessed image of a key from `key`: [3, H, W], or [K, 3, H, W] for K tiles; thread-safe.
+        """Return the preprocessed image of a key: [3, H, W], or [K, 3, H, W] for K tiles; thread-safe.
 
         Raises:
             DataError: the key is unknown, or the file does not decode.

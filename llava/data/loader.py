@@ -109,7 +109,7 @@ class StreamedStep(StepBatch):
 
 
 class _Steps(IterableDataset["StreamedStep | DataError"]):
-    """Endless steps of one reader; an error is yielded as the last item, since torch would wrap it in a traceback."""
+    """Endless steps of one reader; an error is yielded as the last item."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class _Steps(IterableDataset["StreamedStep | DataError"]):
         try:
             yield from self._steps()
         except DataError as error:
-            yield error
+            yield error  # raised in the main process; torch would wrap it in the traceback of a worker
 
     def _steps(self) -> Iterator[StreamedStep]:
         info = get_worker_info()

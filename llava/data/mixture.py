@@ -76,7 +76,7 @@ class Mixture:
 
 
 def is_mixture(path: str | Path) -> bool:
-    """Return whether a file describes a mixture, by its content: rows are JSON or binary, a mixture is a YAML mapping.
+    """Return whether a file is a mixture (a YAML mapping) and not a data file (JSON or binary).
 
     Raises:
         DataError: the file does not exist or cannot be read.

@@ -62,7 +62,7 @@ class Forest:
 
 
 def identities(sequences: Sequence[Encoded]) -> list[Identities]:
-    """Return one number per token, equal exactly where sharing is allowed: a text id, or -1 - index of an image."""
+    """Return one number per token, equal exactly where sharing is allowed: its id, or -1 - image index."""
     numbers: dict[str, int] = {}
     result = []
     for sequence in sequences:
@@ -80,7 +80,7 @@ def _common_prefix(first: Identities, second: Identities) -> int:
 
 
 def _grow(order: list[int], common: list[int], lengths: list[int], depth: int) -> Node:
-    """Return the tree of sorted sequences that share `depth` tokens; sequences i and i + 1 share `common[i]`."""
+    """Return the tree of sorted sequences that share `depth` tokens; i and i + 1 share `common[i]`."""
     stop = min([lengths[order[0]], *common]) if common else lengths[order[0]]
     node = Node(depth, stop, -1, order)
     first = 0
@@ -101,7 +101,7 @@ def _cost(node: Node, num_above: int = 0) -> int:
 
 
 def _divide(root: Node) -> list[Node]:
-    """Return the cheapest trees for the sequences of `root`: one, or one per child with a copy of the prefix."""
+    """Return the cheapest trees of the sequences of `root`: one, or one per child that repeats the prefix."""
     if not root.children or len(root.sequences) == 1:
         return [root]
     apart: list[Node] = []

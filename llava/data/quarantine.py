@@ -34,7 +34,7 @@ class BadRow:
 
 
 class Quarantine:
-    """List of skipped rows, kept in memory and rewritten as a whole, so a second run does not duplicate entries.
+    """List of skipped rows, rewritten as a whole so that a second run does not duplicate entries.
 
     Args:
         path: file to write; None only counts.
@@ -55,7 +55,7 @@ class Quarantine:
 
 
 class GrowingQuarantine:
-    """List of rows that a stream skips during training; each is listed once, even if it is read repeatedly.
+    """List of rows that a stream skips during training, each listed once.
 
     Args:
         path: file to write.

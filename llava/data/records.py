@@ -1,4 +1,4 @@
-"""Load samples from data files: JSON arrays and JSON lines, plain or gzipped, in the layouts of the LLaVA-Med family.
+"""Load samples from JSON arrays and JSON lines, plain or gzipped, in the LLaVA-Med layouts.
 
     file --read_text--> text --rows_of--> (row number, JSON value) --> Sample with its origin (file and row)
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -74,17 +74,21 @@ def load_samples(
             num_lost += lost
     if quarantine is not None and skip_bad:
         quarantine.add(bad)
-    if bad:
-        logger.warning("%s: skipped %d of %d rows; the first: %s", path, len(bad), len(bad) + len(samples), bad[0])
-    if num_lost:
-        logger.warning("%s: %d rows began with an answer, which was dropped", path, num_lost)
+    _log_left_out(path, bad, len(samples), num_lost)
     if not samples:
         raise DataError(f"{path}: no row can be used" + (f"; the first: {bad[0]}" if bad else "; the file is empty"))
     return samples
 
 
+def _log_left_out(path: str | Path, bad: Sequence[BadRow], num_samples: int, num_lost: int) -> None:
+    if bad:
+        logger.warning("%s: skipped %d of %d rows; the first: %s", path, len(bad), len(bad) + num_samples, bad[0])
+    if num_lost:
+        logger.warning("%s: %d rows began with an answer, which was dropped", path, num_lost)
+
+
 def rows_of(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yield `(row, value)` of a JSON array or of JSON lines; a line that is not JSON yields a `DataError` as its value.
+    """Yield `(row, value)` of a JSON array or JSON lines; the value of a broken line is a `DataError`.
 
     Rows count from 0; empty lines are not rows.
 
@@ -281,7 +285,7 @@ def _array(lead: str, stream: TextIO) -> Iterator[Any]:
 
 
 def _skip_blanks(text: str, place: int, passed: int, stream: TextIO) -> tuple[str, int, int]:
-    """Return text, place of the next character that is not blank (unless the file ends), and characters passed."""
+    """Return text, place of the next non-blank character (or the end), and characters passed."""
     while True:
         while place < len(text) and text[place] in _SPACE:
             place += 1

@@ -115,10 +115,11 @@ class RandomSampler(StepSampler):
 
 
 class LengthGroupedSampler(StepSampler):
-    """Sampler of random steps whose rows are distributed so that all ranks get nearly the same total length.
+    """Sampler of random steps whose rows are distributed over the ranks by length.
 
-    This is the published length-grouped order: it groups by length only inside a step (one "megabatch"), to balance
-    the padding of its micro-batches and the load of the ranks. Without padding only the load is balanced.
+    All ranks get nearly the same total length. This is the published length-grouped order: it groups by length only
+    inside a step (one "megabatch"), to balance the padding of micro-batches and the load of the ranks. Without padding
+    only the load is balanced.
 
     Args:
         lengths: length of each row in any unit; the sign is ignored.
@@ -151,7 +152,7 @@ class LengthGroupedSampler(StepSampler):
 
 
 class ModalityGroupedSampler(LengthGroupedSampler):
-    """Sampler of random steps that have either only rows with images or only text rows; mixed remainders are last.
+    """Sampler of random steps of only image rows or only text rows; mixed remainders are last.
 
     As published: each kind is permuted and cut into steps, the last step of either kind is set aside, the others are
     shuffled, and the rows set aside follow in file order. Rows of one kind only give the length-grouped order.
@@ -190,10 +191,10 @@ class ModalityGroupedSampler(LengthGroupedSampler):
 
 
 class ImageGroupedSampler(StepSampler):
-    """Sampler that draws images, then up to `questions_per_image` rows of each, so that rows of a step share images.
+    """Sampler that draws images, then up to `questions_per_image` rows of each.
 
     The rows of an image are shuffled and cut into groups, which are drawn in random order to fill the steps of each
-    rank. The rows of a group are on one rank in one step, where they can share their prefix. A group is split only
+    rank. The rows of a group are on one rank in one step, where they can share images and prefix. A group is split only
     where no remaining group fits a gap: `sequences_per_step` is never exceeded.
 
     Args:

@@ -82,7 +82,7 @@ def _files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo
 
 
 def _members_by_key(archive: tarfile.TarFile, start: int) -> Iterator[tuple[str, Members | DataError]]:
-    """Yield members by runs of equal keys, or the error of a run; contents of rows before `start` are not read."""
+    """Yield the members of each key, or the error of the key; rows before `start` are not read."""
     members: Members = {}
     problem: DataError | None = None
     key, number, num_bytes = "", -1, 0
@@ -168,7 +168,7 @@ READ_ERRORS = (*UNREADABLE, ValueError, tarfile.TarError, lzma.LZMAError)
 
 
 def rows_in(shard: str | Path, start: int = 0) -> Iterator[NumberedRow]:
-    """Yield `(number, row)` of a shard from row `start` on; a row that cannot be used is yielded as a `DataError`.
+    """Yield `(number, row)` of a shard from row `start` on; an unusable row is a `DataError`.
 
     Raises:
         DataError: the shard is missing, of another format, or damaged so that further rows cannot be separated.

@@ -1,4 +1,4 @@
-"""Show one row of a data file as the model sees it: rendered text, trained tokens, images and truncation.
+"""Show one row of a data file as the model sees it: text, trained tokens, images and truncation.
 
     row --render, tokenize--> tokens --stretches of one kind--> terminal text, or an HTML page
 
@@ -131,7 +131,7 @@ def to_terminal(view: RowView, processor: LlavaMedProcessor, *, color: bool) -> 
 
 
 def to_html(view: RowView, processor: LlavaMedProcessor, image_urls: Sequence[str] = ()) -> str:
-    """Return the view as an HTML page; `image_urls` are URLs (`data:` or relative) of the images of the row."""
+    """Return the view as an HTML page; `image_urls` are `data:` or relative URLs of the images."""
     spans: list[str] = []
     rows: list[str] = []
     for stretch in view.stretches:
@@ -187,7 +187,7 @@ def _image_urls(sample: Sample, folder: str | None, dicom: DicomPolicy) -> list[
 
 
 def _sizes(sample: Sample, processor: LlavaMedProcessor, folder: str | None) -> list[Size] | None:
-    """Return width and height of the images of the row where the number of tokens depends on them, else None.
+    """Return the sizes of the images of the row where the number of tokens depends on them, else None.
 
     Raises:
         DataError: the sizes are needed and no folder is given.
@@ -225,7 +225,7 @@ img {{ max-height: 16em; margin-right: 1em }}
 
 
 def load_processor(model: str, args: Any) -> LlavaMedProcessor:
-    """Return the processor of a trained model, or one built from the tokenizer of a language model and the flags.
+    """Return the processor of a trained model, or one of a language model's tokenizer and the flags.
 
     Raises:
         CheckpointError: the tokenizer of the model cannot be loaded.

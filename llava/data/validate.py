@@ -1,4 +1,4 @@
-"""Validate rows before training: images decode, placeholders match them, and at least one token is trained.
+"""Validate rows before training: images decode, placeholders match, and a token is trained.
 
 samples --ImageIndex.verify--> files that decode --check_rows--> usable rows, and reasons for the others
 """
@@ -55,7 +55,7 @@ class RowCheck:
 def check_rows(
     samples: Sequence[Sample], processor: LlavaMedProcessor, index: ImageIndex, *, max_length: int | None
 ) -> RowCheck:
-    """Return the unusable rows with reasons, and token counts; results of an equal earlier call are reused.
+    """Return unusable rows with reasons, and token counts; results of an equal call are reused.
 
     Args:
         samples: rows to check.
