@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llava.data.encode import Encoded
 from llava.errors import DataError
-from llava.imaging import decode as images
+from llava.imaging import decode as image_files
 from llava.imaging.anyres import Size
 from llava.imaging.dicom.policy import DEFAULT, VERSION, DicomPolicy
 from llava.utils.files import hold
@@ -173,7 +173,7 @@ class ImageIndex:
     def _look(self, ref: str, *, decode: bool) -> FileState:
         """Return the state of a file, from the index if its times and size are unchanged."""
         try:
-            stat = images.resolve(ref, self.root).stat()
+            stat = image_files.resolve(ref, self.root).stat()
         except OSError as error:
             return self._remember(ref, FileState(0, 0, 0, "", False, f"image {ref} cannot be read: {error.strerror}"))
         except DataError as error:
@@ -183,13 +183,13 @@ class ImageIndex:
         if known is not None and current and (known.decoded or known.error or not decode):
             return self._remember(ref, known)
         try:
-            data = images.read_bytes(ref, self.root)
+            data = image_files.read_bytes(ref, self.root)
         except DataError as problem:  # may be fixed without a change of the file (permissions), so it is not stored
             return self._remember(ref, FileState(0, 0, 0, "", False, str(problem)))
-        digest, reason, dimensions = images.content_digest(data), "", (0, 0)
+        digest, reason, dimensions = image_files.content_digest(data), "", (0, 0)
         if decode:
             try:
-                dimensions = images.decode(data, dicom=self.dicom).size
+                dimensions = image_files.decode(data, dicom=self.dicom).size
             except DataError as problem:
                 reason = str(problem).replace("given as bytes", ref)
         times = (stat.st_mtime_ns, stat.st_ctime_ns)
@@ -235,7 +235,7 @@ class ImageStore:
         Raises:
             DataError: the file cannot be read.
         """
-        key = images.key_of_digest(self.index.digest(ref), self._fingerprint)
+        key = image_files.key_of_digest(self.index.digest(ref), self._fingerprint)
         self._refs.setdefault(key, ref)
         return key
 

@@ -290,5 +290,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     samples = [with_relative_images(sample, folder) for sample in load_mixture(mixture.sources)]
     write_json(args.out, [to_row(sample) for sample in samples])
     counts = Counter((str(sample.meta["source"]), str(sample.meta.get("licence", UNKNOWN))) for sample in samples)
-    lines = [f"{count:>8}  {name}  (licence: {licence})" for (name, licence), count in counts.items()]
+    lines = [f"{count:>8}  {name}  (licence: {license_name})" for (name, license_name), count in counts.items()]
     sys.stdout.write("\n".join([*lines, f"{len(samples)} rows -> {args.out}"]) + "\n")

@@ -1,13 +1,13 @@
-"""How many model tokens an image of some size becomes, and where they lie: arithmetic on sizes, without pixels.
+"""Number and layout of the model tokens of an image, computed from its size only.
 
-    size of an image --ImageGrid--> tiles or resized image --> tokens after the tower's patches are joined again
+    size of an image --ImageGrid--> tiles or resized image --> tokens after the patches of the tower are merged
 
-In most image modes every image has the same number of tokens. Two modes differ (specification llava-med 1.5, 1.7):
+In most image modes every image has the same number of tokens. Two modes of LLaVA-Med 1.5 differ:
 
-- `anyres` cuts the image into tiles of the tower's own size, after the whole image scaled down to one such tile;
-- `keep` leaves the image's shape, so the tower sees another grid of patches for each.
+- `anyres` shows the whole image scaled down to one tile of the tower's input size, then the image cut into tiles;
+- `keep` keeps the aspect ratio of the image, so the grid of patches depends on it.
 
-Sizes are `(width, height)` in pixels throughout, as Pillow and the published configurations write them.
+Sizes are `(width, height)` in pixels throughout, as in Pillow and the published configurations.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ Size = tuple[int, int]
 
 ANYRES, KEEP = "anyres", "keep"
 VARIABLE_MODES = (ANYRES, KEEP)
-"""Image modes in which the number of tokens depends on the image's size."""
+"""Image modes in which the number of tokens depends on the size of the image."""
 
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
-"""How the patches of an `anyres` image's tiles are joined: tile after tile; row by row of the whole image; the same
-without the rows or columns that only show its border, and with a trained token at the end of each row."""
+"""How the patches of the tiles of an `anyres` image are merged: tile by tile; row by row of the whole image; the same
+without rows or columns that only show the border, and with a trained token at the end of each row."""
 
 KEEP_SHORT, KEEP_LONG = 224, 448
-"""Mode `keep`: the shorter side in pixels, or less where the longer one would exceed its own limit."""
+"""Mode `keep`: the shorter side in pixels, or less if the longer one would exceed its limit."""
 
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-"""Columns and rows of tiles that a new model chooses from, as LLaVA 1.6."""
+"""Columns and rows of tiles that a new model can use, as in LLaVA 1.6."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageGrid:
-    """What a model does with the size of an image.
+    """Settings that map the size of an image to its tokens.
 
     Attributes:
         mode: image mode.
-        tile: side in pixels of the tower's input.
-        num_tokens: tokens of one tile (P).
+        tile: side of the tower's input in pixels.
+        num_tokens: number of tokens of one tile (P).
         merge: one of `MERGE_TYPES`, for `anyres`.
-        pinpoints: sizes in pixels that `anyres` chooses from, each a multiple of the tile.
+        pinpoints: sizes in pixels that `anyres` selects from, each a multiple of the tile.
     """
 
     mode: str
@@ -56,10 +56,10 @@ class ImageGrid:
     pinpoints: tuple[Size, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be computed.
+        """Check the settings.
 
         Raises:
-            ConfigError: unknown way of merging; sizes that are no multiples of a tile; a class token among the patches.
+            ConfigError: unknown merge type; pinpoints not multiples of a tile; a class token among the patches.
         """
         if self.merge not in MERGE_TYPES:
             raise ConfigError(f"unknown mm_patch_merge_type {self.merge!r}; known: {', '.join(MERGE_TYPES)}")
@@ -70,36 +70,36 @@ class ImageGrid:
             found = f"got {list(wrong[0])}" if wrong else "got none"
             raise ConfigError(
                 f"image mode anyres needs image_grid_pinpoints of [width, height], each a multiple of {self.tile} "
-                f"pixels (the tower's input); {found}"
+                f"pixels (the input size of the tower); {found}"
             )
         if self.merge != "flat" and self.num_tokens != self.side**2:
             raise ConfigError(
-                f"mm_patch_merge_type {self.merge} joins a square of patches, and a tile has {self.num_tokens} tokens; "
-                "use mm_vision_select_feature patch, or the merge type flat"
+                f"mm_patch_merge_type {self.merge} needs a square number of patches, but a tile has {self.num_tokens} "
+                "tokens; use mm_vision_select_feature patch, or the merge type flat"
             )
 
     @property
     def side(self) -> int:
-        """Patches on a side of a tile."""
+        """Return the number of patches on a side of a tile."""
         return isqrt(self.num_tokens)
 
     @property
     def patch(self) -> int:
-        """Side of a patch in pixels."""
+        """Return the side of a patch in pixels."""
         return self.tile // self.side
 
     @property
     def num_extra(self) -> int:
-        """Tokens of a tile that are no patches (a class token that was kept)."""
+        """Return the number of tokens of a tile that are not patches (a selected class token)."""
         return self.num_tokens - self.side**2
 
     def shape(self, size: Size) -> Size:
-        """Columns and rows of tiles of an `anyres` image, without the one that shows it whole."""
+        """Return columns and rows of tiles of an `anyres` image, without the tile that shows all of it."""
         width, height = best_size(size, self.pinpoints)
         return width // self.tile, height // self.tile
 
     def patches_kept(self, size: Size) -> Size:
-        """Columns and rows of patches of an image in mode `keep`.
+        """Return columns and rows of patches of an image in mode `keep`.
 
         Raises:
             DataError: the image is so narrow that its shorter side is less than a patch.
@@ -108,12 +108,12 @@ class ImageGrid:
         if min(width, height) < self.patch:
             raise DataError(
                 f"image mode keep scales an image of {size[0]} x {size[1]} pixels to {width} x {height}, less than a "
-                f"patch of {self.patch}; use the mode pad for it"
+                f"patch of {self.patch}; use image mode pad"
             )
         return width // self.patch, height // self.patch
 
     def count(self, size: Size) -> int:
-        """Tokens of an image of `size`.
+        """Return the number of tokens of an image of `size`.
 
         Raises:
             DataError: see `patches_kept`.
@@ -131,7 +131,7 @@ class ImageGrid:
 
 
 def keep_size(size: Size) -> Size:
-    """The size to which mode `keep` scales an image: its shape stays, nothing is cut."""
+    """Return the size to which mode `keep` scales an image, with its aspect ratio."""
     short, long = min(size), max(size)
     edge = max(1, int(min(KEEP_LONG / (long / short), KEEP_SHORT)))
     other = int(edge * long / short)
@@ -139,7 +139,7 @@ def keep_size(size: Size) -> Size:
 
 
 def best_size(size: Size, choices: Sequence[Size]) -> Size:
-    """The size that shows most of an image's own pixels; of equals the one with least border, then the first."""
+    """Return the size that keeps most pixels of an image; ties go to the least border, then to the first."""
     width, height = size
 
     def worth(choice: Size) -> tuple[int, int]:
@@ -150,8 +150,8 @@ def best_size(size: Size, choices: Sequence[Size]) -> Size:
     return max(choices, key=worth)
 
 
-def placed(size: Size, target: Size) -> tuple[Size, Size]:
-    """Size and left upper corner of an image that is scaled into the middle of `target`, its shape kept."""
+def fit_centered(size: Size, target: Size) -> tuple[Size, Size]:
+    """Return size and top left corner of an image that is fitted into the center of `target`."""
     scale_x, scale_y = target[0] / size[0], target[1] / size[1]
     if scale_x < scale_y:
         scaled = target[0], min(ceil(size[1] * scale_x), target[1])
@@ -161,14 +161,14 @@ def placed(size: Size, target: Size) -> tuple[Size, Size]:
 
 
 def unpadded(size: Size, patches: Size) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom (exclusive) of the patches that show the image and not only its border.
+    """Return left, top, right and bottom (exclusive) of the patches that show more than the border.
 
     Args:
-        size: of the image.
+        size: size of the image.
         patches: columns and rows of patches of all its tiles together.
     """
     columns, rows = patches
-    # Rounded as published: the scale first, then what it is multiplied with.
+    # Rounded as in the published code: the scale is computed first, then multiplied.
     if size[0] / size[1] > columns / rows:
         border = (rows - int(size[1] * (columns / size[0]))) // 2
         return 0, border, columns, rows - border
@@ -177,10 +177,10 @@ def unpadded(size: Size, patches: Size) -> tuple[int, int, int, int]:
 
 
 def parse_pinpoints(given: Any, tile: int) -> tuple[Size, ...]:
-    """Sizes that `anyres` chooses from, given as a list or as its text; None gives those of LLaVA 1.6 for this tile.
+    """Return the pinpoints given as a list or as its text; None gives those of LLaVA 1.6 for this tile.
 
     Raises:
-        ConfigError: it is no list of pairs.
+        ConfigError: the value is not a list of pairs.
     """
     if not given:
         return tuple((columns * tile, rows * tile) for columns, rows in GRIDS)
@@ -188,4 +188,4 @@ def parse_pinpoints(given: Any, tile: int) -> tuple[Size, ...]:
         pairs = ast.literal_eval(given) if isinstance(given, str) else given
         return tuple((int(width), int(height)) for width, height in pairs)
     except (ValueError, SyntaxError, TypeError) as error:
-        raise ConfigError(f"image_grid_pinpoints {given!r} is no list of [width, height]") from error
+        raise ConfigError(f"image_grid_pinpoints {given!r} is not a list of [width, height]") from error

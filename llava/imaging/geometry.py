@@ -1,4 +1,4 @@
-"""Fit, pad and tile images."""
+"""Convert, fit, pad and tile images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from llava.errors import ConfigError, DataError
-from llava.imaging.anyres import Size, keep_size, placed
+from llava.imaging.anyres import Size, fit_centered, keep_size
 from llava.imaging.grayscale import levels_of
 
 MODES = ("square", "pad", "resize", "keep", "anyres")
@@ -18,24 +18,24 @@ _RASTER_MODES = ("RGB", "L", "1", "CMYK", "YCbCr", "LAB", "HSV")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return any image as RGB (see the policies above); an RGB image is returned as it is.
+    """Return any image as RGB, by the policies of `llava/imaging/decode.py`.
 
     Raises:
         DataError: a floating-point image holds values that are not finite.
     """
-    plain = _plain(image)
+    plain = to_gray_or_rgb(image)
     return plain if plain.mode == "RGB" else plain.convert("RGB")
 
 
-def _plain(image: Image.Image) -> Image.Image:
-    """Return any image as RGB, or as L if it is gray; one of these modes is returned as it is."""
+def to_gray_or_rgb(image: Image.Image) -> Image.Image:
+    """Return any image as RGB, or as L if it is gray; images of these modes are returned unchanged."""
     if image.mode in ("RGB", "L"):
         return image
     if image.mode.startswith(("I", "F")):
         return _window(np.asarray(image))
     if image.mode in _RASTER_MODES:
         return image.convert("RGB")
-    # Palettes and alpha: by way of RGBA, which keeps the colors under transparent pixels as they are stored.
+    # Palettes and alpha: conversion through RGBA keeps the stored colors of transparent pixels.
     return image.convert("RGBA").convert("RGB")
 
 
@@ -52,7 +52,7 @@ def _window(values: np.ndarray) -> Image.Image:
 
 
 def mean_color(image_mean: Sequence[float]) -> tuple[int, int, int]:
-    """Return the fill color of mode `pad`: the processor's channel means (0 to 1) as 8-bit values, rounded down."""
+    """Return the fill color of mode `pad`: channel means (0 to 1) as 8-bit values, rounded down."""
     red, green, blue = (int(value * 255) for value in image_mean)
     return red, green, blue
 
@@ -60,19 +60,19 @@ def mean_color(image_mean: Sequence[float]) -> tuple[int, int, int]:
 def fit(
     image: Image.Image, mode: str, *, size: int | tuple[int, int], fill: Sequence[int], shift: int = 0
 ) -> Image.Image:
-    """Return the image in the shape that the image mode gives it before the processor resizes, crops, normalizes.
+    """Return the image in the shape of an image mode, before the image processor is applied.
 
     Args:
         image: any image; it is converted to RGB first.
         mode: `square` leaves the shape to the processor (shortest edge, center crop); `pad` centers the image on a
-            square of color `fill`, offsets rounded down; `resize` squashes it to `size` (bicubic), so nothing is cut;
-            `keep` scales it and keeps its shape.
+            square of color `fill`, with offsets rounded down; `resize` resizes it to `size` (bicubic) without keeping
+            the aspect ratio, so nothing is cropped; `keep` scales it and keeps the aspect ratio.
         size: side, or (height, width), of the model's input in pixels.
         fill: red, green, blue of the border that `pad` adds.
-        shift: pixels that `pad` moves the image off the middle, as an original does at random.
+        shift: offset from the center, in pixels, that `pad` adds; LLaVA-Med 1.5 draws it at random.
 
     Raises:
-        ConfigError: unknown mode, or `anyres`, which makes several images of one: see `tiles`.
+        ConfigError: the mode is unknown, or it is `anyres`, for which use `tiles`.
     """
     image = to_rgb(image)
     if mode == "square":
@@ -85,7 +85,7 @@ def fit(
     if mode == "keep":
         return image.resize(keep_size(image.size), Image.Resampling.BICUBIC)
     if mode == "anyres":
-        raise ConfigError("image mode anyres makes several images of one; use `tiles`")
+        raise ConfigError("image mode anyres splits an image into tiles; use `tiles`")
     raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(MODES)}")
 
 
@@ -94,14 +94,14 @@ def tiles(image: Image.Image, whole: Size, side: int) -> list[Image.Image]:
 
     Args:
         image: any image; it is converted to RGB first.
-        whole: width and height of all tiles together; the image is scaled into the middle of them, on black.
-        side: of a tile.
+        whole: width and height of all tiles together; the image is scaled and centered in them, on black.
+        side: side of a tile in pixels.
 
     Returns:
-        the whole image squashed to one tile, then the tiles row by row.
+        The whole image resized to one tile, then the tiles row by row.
     """
     image = to_rgb(image)
-    scaled, corner = placed(image.size, whole)
+    scaled, corner = fit_centered(image.size, whole)
     canvas = Image.new("RGB", whole, (0, 0, 0))
     canvas.paste(image.resize(scaled, Image.Resampling.BICUBIC), corner)
     corners = [(left, top) for top in range(0, whole[1], side) for left in range(0, whole[0], side)]
@@ -110,10 +110,9 @@ def tiles(image: Image.Image, whole: Size, side: int) -> list[Image.Image]:
 
 
 def _squashed(image: Image.Image, side: int) -> Image.Image:
-    """Return the image as a square, as recorded from the original: what shrinks, shrinks first.
-
-    Pillow's releases differ here in the order of the two directions, and the values between are rounded to 8 bits.
-    """
+    """Return the image resized to a square, in the order of directions recorded from the original."""
+    # Pillow releases differ in the order of the two directions, and intermediate values are rounded to 8 bits. The
+    # original shrinks one direction before it enlarges the other.
     if image.height > side > image.width:
         image = image.resize((image.width, side), Image.Resampling.BICUBIC)
     return image.resize((side, side), Image.Resampling.BICUBIC)

@@ -1,9 +1,9 @@
-"""From stored values to gray levels: the formulas of the DICOM standard, on plain arrays.
+"""Grayscale formulas of the DICOM standard on plain arrays, from stored values to gray levels.
 
     stored --modality--> physical values --window or VOI LUT--> 0 to 1 --gray--> 0 to 255
 
-The numbers in the docstrings are sections of part 3 of the standard. Arrays are `[height, width]`, float64 unless said
-otherwise; a part of the image that is padding never moves an automatic window.
+Numbers in docstrings are sections of part 3 of the standard. Arrays are `[height, width]`, float64 unless stated
+otherwise; padding does not affect an automatic window.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """A lookup table (C.11.1.1, C.11.2.1.1).
+class LookupTable:
+    """Lookup table (C.11.1.1, C.11.2.1.1).
 
     Attributes:
-        first: value that is mapped to the first entry; smaller ones are too.
-        entries: `[N]`, what comes out; values past the end come out as the last.
-        bits: depth of what comes out.
+        first: value that is mapped to the first entry, as are smaller values.
+        entries: `[N]` output values; inputs past the end are mapped to the last entry.
+        bits: bits of the output values.
     """
 
     first: int
@@ -35,7 +35,7 @@ class Table:
     bits: int
 
     def __call__(self, values: Values) -> Values:
-        """Return what the table has for each value; fractions are rounded down."""
+        """Return the entry of each value; fractions are rounded down."""
         places = np.clip(np.floor(values) - self.first, 0, len(self.entries) - 1)
         found: Values = self.entries[places.astype(np.int64)]
         return found
@@ -47,7 +47,7 @@ def rescale(stored: Values, slope: float | None, intercept: float | None) -> Val
 
 
 def linear(values: Values, center: float, width: float) -> Values:
-    """Return 0 to 1 for function LINEAR (C.11.2.1.2.1), in which a window of width `w` covers `w - 1` steps."""
+    """Return 0 to 1 for function LINEAR (C.11.2.1.2.1), whose window of width `w` covers `w - 1` steps."""
     if width == 1:
         return np.where(values > center - 0.5, 1.0, 0.0)
     return np.clip((values - (center - 0.5)) / (width - 1.0) + 0.5, 0.0, 1.0)
@@ -69,32 +69,31 @@ FUNCTIONS: dict[str, Callable[[Values, float, float], Values]] = {
     "LINEAR_EXACT": linear_exact,
     "SIGMOID": sigmoid,
 }
-"""By the file's VOI LUT Function; a file that names none means LINEAR."""
+"""Functions by the VOI LUT Function of a file; the default is LINEAR."""
 
 
 def windowed(values: Values, center: float, width: float, function: str = "") -> Values:
-    """Return 0 to 1 as one of `FUNCTIONS` does it.
-
-    A width between 0 and 1, as files with fractional values (PET) have, cannot be LINEAR: it is taken exactly.
+    """Return values windowed to 0 to 1 with one of `FUNCTIONS`.
 
     Raises:
         DataError: the function is unknown.
     """
     if function not in FUNCTIONS:
-        raise DataError(f"the VOI LUT Function is none of {', '.join(filter(None, FUNCTIONS))}")
+        raise DataError(f"the VOI LUT Function is unknown; expected one of {', '.join(filter(None, FUNCTIONS))}")
     chosen = FUNCTIONS[function]
+    # LINEAR is not defined for a width between 0 and 1, which files with fractional values (PET) have.
     return (linear_exact if chosen is linear and width < 1 else chosen)(values, center, width)
 
 
 def spread(values: Values, low: float, high: float) -> Values:
-    """Return 0 to 1, linear from `low` to `high`; all 0 where they are the same."""
+    """Return values scaled linearly to 0 to 1 from `low` to `high`; all 0 if these are equal."""
     return np.clip((values - low) / (high - low), 0.0, 1.0) if high > low else np.zeros_like(values)
 
 
 def limits(
     values: Values, is_padding: NDArray[np.bool_] | None, percentiles: tuple[float, float]
 ) -> tuple[float, float]:
-    """Return the lower and upper percentile of the values that are not padding (of all where nothing else is there).
+    """Return the lower and upper percentile of the values that are not padding (all if only padding).
 
     Raises:
         DataError: a value is not finite.
@@ -110,7 +109,7 @@ def limits(
 
 
 def to_gray(shares: Values, *, inverted: bool) -> NDArray[np.uint8]:
-    """Return 0 to 1 as 0 to 255, rounded; `inverted` for MONOCHROME1, where the smallest value is white."""
+    """Return 0 to 1 as 0 to 255, rounded; `inverted` for MONOCHROME1, whose smallest value is white."""
     levels = np.rint(shares * 255.0).astype(np.uint8)
     return 255 - levels if inverted else levels
 
@@ -119,24 +118,24 @@ MAX_LEVELS = 1 << 16
 
 
 class Levels(NamedTuple):
-    """`values` [N] ascending, in the image's own type, and `places` [H, W]: the image is `values[places]`."""
+    """Image as ascending `values` [N] in its own dtype and `places` [H, W]: it equals `values[places]`."""
 
     values: NDArray[Any]
     places: NDArray[Any]
 
 
-def levels_of(picture: NDArray[Any]) -> Levels | None:
-    """Return the levels of an image of whole numbers; None where looking up would not be faster.
+def levels_of(image: NDArray[Any]) -> Levels | None:
+    """Return the levels of an image of integers, or None if a lookup would not be faster.
 
     Args:
-        image: `[H, W]`, any type.
+        image: `[H, W]` of any dtype.
     """
-    if picture.dtype.kind not in "iu" or picture.dtype.itemsize > 4 or not picture.size:
+    if image.dtype.kind not in "iu" or image.dtype.itemsize > 4 or not image.size:
         return None
-    low, high = int(picture.min()), int(picture.max())
-    if high - low >= min(MAX_LEVELS, picture.size):
+    low, high = int(image.min()), int(image.max())
+    if high - low >= min(MAX_LEVELS, image.size):
         return None
-    values = np.arange(low, high + 1, dtype=np.int64).astype(picture.dtype)
-    # The difference is below 65,536, so it survives whatever wraps around on the way in a type of the same width.
-    places = (picture - picture.dtype.type(low)).view(f"u{picture.dtype.itemsize}")
+    values = np.arange(low, high + 1, dtype=np.int64).astype(image.dtype)
+    # The difference is below 65,536, so it is exact even if the subtraction wraps around in a dtype of this width.
+    places = (image - image.dtype.type(low)).view(f"u{image.dtype.itemsize}")
     return Levels(values, places)

@@ -1,10 +1,10 @@
-"""What a PIL image processor of transformers does to an image, bit for bit, without its detours.
+"""Image preprocessing equal, bit for bit, to a PIL image processor of transformers, but faster.
 
     Opened (L or RGB) --fit_opened, Pillow resize--> crop --table: level to normalized value--> [3, H, W] float32
 
-The processor turns each large image into an array and back, resizes gray as three equal channels, and computes in
-double precision what has only 256 different outcomes a channel. Here gray stays one channel up to the last step, and
-the outcomes come from a table that the processor itself filled in.
+The processor converts each large image to an array and back, resizes gray as three equal channels, and normalizes each
+pixel in double precision, although a channel has only 256 values. Here gray stays one channel up to the last step, and
+normalized values are looked up in a table that the processor itself computed.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from llava.imaging.decode import Box, Opened
 from llava.imaging.geometry import fit, to_rgb
 
 _STEPS = ("__call__", "preprocess", "_preprocess", "process_image", "convert_to_rgb", "resize", "rescale", "normalize")
-"""Methods that must be transformers' own; cropping is called, so it may be another."""
+"""Methods that must be those of transformers; `center_crop` is called, so it may be overridden."""
 
 
 class PixelPath:
-    """The steps of one image processor; see `of`."""
+    """Preprocessing steps of one image processor; created with `of`."""
 
     def __init__(self, processor: Any) -> None:
-        """Take the settings of a processor that `of` accepts."""
+        """Compute the table of a processor that `of` accepts."""
         self.processor = processor
         ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None]).convert("RGB")
         done = processor(images=[ramp], do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"]
         self.table: NDArray[np.float32] = np.ascontiguousarray(done[0][:, 0])
-        """[3, 256], normalized value of each level of each channel."""
+        """[3, 256] normalized value of each level of each channel."""
 
     @classmethod
     def of(cls, processor: Any) -> PixelPath | None:
-        """Return the path of a processor, or None for one that works in a way of its own."""
+        """Return the steps of a processor, or None for a processor with custom steps."""
         plain = all(getattr(type(processor), step, None) is getattr(PilBackend, step) for step in _STEPS)
         if not plain or getattr(processor, "do_pad", None) or not isinstance(processor.resample, int):
             return None
@@ -56,7 +56,7 @@ class PixelPath:
         return path if path.table.shape == (3, 256) and path.table.dtype == np.float32 else None
 
     def size_after(self, size: Size) -> Size:
-        """Return width and height of an image after resizing, before the crop."""
+        """Return width and height of an image after resizing, before cropping."""
         wanted = self.processor.size
         if not self.processor.do_resize:
             return size
@@ -71,8 +71,8 @@ class PixelPath:
 
         Args:
             image: mode L or RGB.
-            size: width and height to reckon with, of an image that was decoded at a smaller scale.
-            box: the part of `image` that is the image; default: all of it.
+            size: original width and height of an image that was decoded at a smaller scale.
+            box: part of `image` that shows the image; default: all of it.
         """
         if self.processor.do_resize:
             image = image.resize(self.size_after(size or image.size), self.processor.resample, box=box)
@@ -88,20 +88,20 @@ class PixelPath:
 
 
 def _given(size: Any) -> set[str]:
-    """Return the fields of a size that are set."""
+    """Return the names of the fields of a size that are set."""
     return {name for name, value in dict(size).items() if value is not None}
 
 
 def fit_opened(
     opened: Opened, mode: str, *, size: tuple[int, int], fill: Sequence[int], shift: int = 0
 ) -> tuple[Image.Image, Size, Box]:
-    """Return what `fit` does for `square`, `pad` and `resize`, of an image that may be gray or scaled.
+    """Return an image that may be gray or scaled as `fit` does for `square`, `pad` and `resize`.
 
-    A scaled image keeps the geometry of the whole one: where its sides or its border are no whole number of pixels
-    at its scale, the box says where it begins and ends.
+    A scaled image keeps the geometry of the original: where its sides or its border are not a whole number of pixels
+    at its scale, the box states where it begins and ends.
 
     Returns:
-        an image of mode L or RGB, the width and height to reckon with, and the box of it that is meant.
+        An image of mode L or RGB, its unscaled width and height, and the box of it to use.
     """
     image = opened.image
     if mode == "resize":
@@ -117,52 +117,52 @@ def fit_opened(
 
 
 def _pad_scaled(opened: Opened, fill: tuple[int, int, int], shift: int) -> tuple[Image.Image, Size, Box]:
-    """Return what `_pad` does at the scale of an image, the size of the whole square, and the box it takes."""
+    """Return an image padded to a square at its scale, the unscaled size of the square, and its box."""
     (width, height), scale = opened.size, opened.scale
     side = max(width, height)
-    picture = to_rgb(opened.image)
-    # A last column or row that the image only partly fills is partly border, where there is a border.
-    mask = Image.new("L", picture.size, 255)
+    image = to_rgb(opened.image)
+    # A last column or row that the image only partly fills is blended with the border, if it has one.
+    mask = Image.new("L", image.size, 255)
     if width < side and width % scale:
-        mask.paste(round(255 * (width % scale) / scale), (picture.width - 1, 0, *picture.size))
+        mask.paste(round(255 * (width % scale) / scale), (image.width - 1, 0, *image.size))
     if height < side and height % scale:
-        mask.paste(round(255 * (height % scale) / scale), (0, picture.height - 1, *picture.size))
+        mask.paste(round(255 * (height % scale) / scale), (0, image.height - 1, *image.size))
     left = ((side - width) // 2 + shift * (width < side)) / scale
     top = ((side - height) // 2 + shift * (height < side)) / scale
     corner = math.ceil(left), math.ceil(top)
     box = (corner[0] - left, corner[1] - top, corner[0] - left + side / scale, corner[1] - top + side / scale)
     square = Image.new("RGB", (math.ceil(box[2]), math.ceil(box[3])), fill)
-    square.paste(picture, corner, mask)
+    square.paste(image, corner, mask)
     return square, (side, side), box
 
 
 FILE_NAME = "preprocessor_config.json"
-"""Settings of an image processor, in a tower's folder and beside a model's weights."""
+"""File with the settings of an image processor, in the folder of a tower and of a model."""
 
 
 class OpenClipImageProcessorPil(CLIPImageProcessorPil):
-    """open_clip's transform for evaluation: shortest side resized (bicubic), square cut out of the middle, normalized.
+    """Evaluation transform of open_clip: shortest side resized (bicubic), center crop, normalization.
 
-    CLIP's processor does the same but for the middle of an odd rest: open_clip rounds half a pixel to the even side,
-    CLIP always down. A quarter of all films would be shifted by a pixel against what the tower was trained on.
+    The CLIP processor differs only in the center crop with an odd margin: open_clip rounds half a pixel to even, CLIP
+    always down. With it, a quarter of all images would be shifted by a pixel relative to the training of the tower.
     """
 
     def center_crop(self, image: np.ndarray, size: Any, *_: Any, **__: Any) -> np.ndarray:
-        """Cut the middle out of `image` [3, H, W], which is at least as large as `size`."""
+        """Return the center of `image` [3, H, W], which is at least as large as `size`."""
         top = round((image.shape[1] - size.height) / 2)
         left = round((image.shape[2] - size.width) / 2)
         return image[:, top : top + size.height, left : left + size.width]
 
 
 OWN_PROCESSORS: dict[str, type[CLIPImageProcessorPil]] = {"OpenClipImageProcessor": OpenClipImageProcessorPil}
-"""Processors that transformers does not know, by the type in their files (the class without `Pil`)."""
+"""Processors that transformers does not have, by the type in their files (the class without `Pil`)."""
 
 
 def load_image_processor(path: str | Path) -> Any:
-    """The image processor of a folder (or hub name) in its exact PIL form.
+    """Return the image processor of a folder or hub name, with the PIL backend.
 
     Raises:
-        OSError, ValueError: it cannot be read; callers say where it was expected.
+        OSError, ValueError: the processor cannot be read; callers add where it was expected.
     """
     file = Path(path) / FILE_NAME
     own = None

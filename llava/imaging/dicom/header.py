@@ -1,9 +1,9 @@
-"""Reading DICOM headers without reading about the patient: a list of permitted fields, and silence.
+"""Read DICOM headers without patient data: a list of permitted fields, and no output of pydicom.
 
-    file --pydicom, only PICTURE_TAGS--> Dataset --word, number, numbers--> checked plain values
+    file --pydicom, only IMAGE_TAGS--> Dataset --word, number, numbers--> checked plain values
 
-What pydicom says in warnings, log lines and exceptions may quote a field's value, so none of it leaves this module:
-errors name the field and the kind of the problem.
+Warnings, log lines and exceptions of pydicom may quote field values, so they are suppressed or replaced: errors name
+the field and the kind of problem.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pydicom.uid import (
 from llava.errors import DataError, LlavaError
 from llava.imaging.dicom.sniff import NUM_BEFORE_DATA, is_dicom
 
-PICTURE_TAGS = (
+IMAGE_TAGS = (
     *("SOPClassUID", "Modality", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
     *("NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleIntercept", "RescaleSlope", "ModalityLUTSequence"),
@@ -44,16 +44,18 @@ PICTURE_TAGS = (
     *("SegmentedBluePaletteColorLookupTableData", "SharedFunctionalGroupsSequence"),
     *("PerFrameFunctionalGroupsSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
 )
-"""All that is read to show an image, besides the pixels; none of it is about a person."""
+"""Fields that are read to render an image, in addition to the pixels; none of them describes a person."""
 
 PIXEL_TAGS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 MAX_INFLATED = 1 << 29
-"""Largest data set, in bytes, that a deflated file may unpack to."""
+"""Largest size in bytes of the data set of a deflated file after decompression."""
 
 
 class _Silence:
-    """pydicom's warnings and log lines switched off while at least one thread reads DICOM; the switches are global."""
+    """Context manager that turns off warnings and log lines of pydicom while any thread reads DICOM."""
+
+    # The settings are global to the process, so readers are counted and the last one restores them.
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -85,37 +87,37 @@ silence = _Silence()
 
 @contextmanager
 def quiet(problem: str) -> Iterator[None]:
-    """Run pydicom without a word from it; whatever it raises becomes a `DataError` that quotes nothing.
+    """Run pydicom without output; turn its exceptions into a `DataError` that does not quote values.
 
     Args:
-        problem: begins the message, such as "cannot be read"; what reads files puts the name before it.
+        problem: start of the message, such as "cannot be read"; callers put the name of the file before it.
 
     Raises:
-        DataError: something that is not one of this package's own errors was raised inside.
+        DataError: an exception other than an error of this package was raised inside.
     """
     try:
         with silence:
             yield
     except LlavaError:
         raise
-    except Exception as error:  # parsers and decoders raise whatever they run into
-        # `from None`: the cause may quote a value, and would be printed with a traceback.
+    except Exception as error:  # parsers and decoders raise exceptions of any type
+        # `from None`: the cause may quote a value, which a traceback would print.
         raise DataError(
-            f"{problem}: the DICOM file is damaged or not to the standard ({type(error).__name__})"
+            f"{problem}: the DICOM file is damaged or does not follow the standard ({type(error).__name__})"
         ) from None
 
 
 def read(source: bytes | BinaryIO, tags: Sequence[str], *, name: str, pixels: bool) -> FileDataset:
-    """Return the fields `tags` of a DICOM file, and its pixels if asked for; nothing else of it is kept.
+    """Return the fields `tags` of a DICOM file, and its pixels if requested; no other field is kept.
 
     Args:
-        source: the file's bytes, or the file opened for reading.
+        source: bytes of the file, or the file opened for reading.
         tags: keywords of the fields.
-        name: how messages call the file.
-        pixels: whether to read the pixel data too.
+        name: name of the file in messages.
+        pixels: whether to read the pixel data.
 
     Raises:
-        DataError: damaged, cut off, or unpacks to more than `MAX_INFLATED` bytes.
+        DataError: the file is damaged, truncated, or decompresses to more than `MAX_INFLATED` bytes.
     """
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     wanted = [*tags, *PIXEL_TAGS] if pixels else list(tags)
@@ -127,12 +129,13 @@ def read(source: bytes | BinaryIO, tags: Sequence[str], *, name: str, pixels: bo
 
 
 def check_inflated(stream: BinaryIO, name: str) -> None:
-    """Refuse a deflated file that unpacks to too much; pydicom would unpack it whole, whatever its size."""
+    """Raise `DataError` for a deflated file that decompresses to more than `MAX_INFLATED` bytes."""
+    # pydicom would decompress it completely, whatever its size.
     start = stream.tell()
     try:
         if not is_dicom(stream.read(NUM_BEFORE_DATA)):
             stream.seek(start)
-        # The head is always written with explicit types, little end first; reading it leaves the stream behind it.
+        # The file header always has explicit types and little-endian order; reading it leaves the stream after it.
         head = read_dataset(stream, False, True, stop_when=lambda tag, *_: tag.group != 2)
         if head.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
             return
@@ -140,13 +143,13 @@ def check_inflated(stream: BinaryIO, name: str) -> None:
         while not inflater.eof and (packed := inflater.unconsumed_tail or stream.read(1 << 16)):
             total += len(inflater.decompress(packed, 1 << 20))
             if total > MAX_INFLATED:
-                raise DataError(f"image {name} unpacks to more than {MAX_INFLATED} bytes; expected a smaller image")
+                raise DataError(f"image {name} decompresses to more than {MAX_INFLATED} bytes; expected a smaller file")
     finally:
         stream.seek(start)
 
 
 def fill_syntax(dataset: FileDataset) -> None:
-    """Write down the transfer syntax that pydicom found out for a file that does not say it."""
+    """Set the transfer syntax that pydicom detected for a file that does not state it."""
     if dataset.file_meta.get("TransferSyntaxUID"):
         return
     is_implicit, is_little = dataset.original_encoding
@@ -155,14 +158,14 @@ def fill_syntax(dataset: FileDataset) -> None:
 
 
 def word(dataset: Dataset, keyword: str) -> str:
-    """Return a code such as `MONOCHROME2` in capitals, the first of several; empty where there is none."""
+    """Return a code such as `MONOCHROME2` in capitals, the first of several; empty if the field is absent."""
     value = _value(dataset, keyword)
     value = value[0] if isinstance(value, Sequence) and not isinstance(value, str) and value else value
     return value.strip(" \0").upper() if isinstance(value, str) else ""
 
 
 def numbers(dataset: Dataset, keyword: str) -> list[float]:
-    """Return the finite numbers of a field; none where it is absent or empty.
+    """Return the finite numbers of a field; an empty list if it is absent or empty.
 
     Raises:
         DataError: a value is not a finite number.
@@ -174,40 +177,40 @@ def numbers(dataset: Dataset, keyword: str) -> list[float]:
     try:
         found = [float(part) for part in parts if part is not None and part != ""]
     except (TypeError, ValueError, OverflowError):
-        raise DataError(f"holds no number in field {keyword}") from None
+        raise DataError(f"has a value that is not a number in field {keyword}") from None
     if not all(map(math.isfinite, found)):
-        raise DataError(f"holds a value that is not finite in field {keyword}")
+        raise DataError(f"has a value that is not finite in field {keyword}")
     return found
 
 
 def number(dataset: Dataset, keyword: str) -> float | None:
-    """Return the first number of a field, or None where there is none.
+    """Return the first number of a field, or None if it is absent or empty.
 
     Raises:
-        DataError: it is not a finite number.
+        DataError: the value is not a finite number.
     """
     found = numbers(dataset, keyword)
     return found[0] if found else None
 
 
 def whole(dataset: Dataset, keyword: str, *, default: int | None = None) -> int:
-    """Return the whole number of a field, or `default` where the field is absent.
+    """Return the integer of a field, or `default` if the field is absent.
 
     Raises:
-        DataError: it is absent and there is no default, or it is not a whole number.
+        DataError: the field is absent and has no default, or its value is not an integer.
     """
     found = number(dataset, keyword)
     if found is None:
         if default is None:
-            raise DataError(f"lacks field {keyword}; expected a whole number")
+            raise DataError(f"lacks field {keyword}; expected an integer")
         return default
     if found != int(found):
-        raise DataError(f"holds no whole number in field {keyword}")
+        raise DataError(f"has a value that is not an integer in field {keyword}")
     return int(found)
 
 
 def items(dataset: Dataset, keyword: str) -> list[Dataset]:
-    """Return the items of a sequence; none where it is absent.
+    """Return the items of a sequence; an empty list if it is absent.
 
     Raises:
         DataError: the field is not a sequence.
@@ -217,11 +220,11 @@ def items(dataset: Dataset, keyword: str) -> list[Dataset]:
         return []
     found = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
     if not all(isinstance(item, Dataset) for item in found):
-        raise DataError(f"holds no sequence in field {keyword}")
+        raise DataError(f"has a value that is not a sequence in field {keyword}")
     return found
 
 
 def _value(dataset: Dataset, keyword: str) -> Any:
-    """Return a field's value; pydicom converts it now, and may fail on it."""
-    with quiet(f"has a field {keyword} that cannot be understood"):
+    """Return the value of a field."""
+    with quiet(f"has a field {keyword} that cannot be parsed"):  # pydicom converts values on access
         return dataset.get(keyword)

@@ -1,8 +1,8 @@
-"""The pixels of one frame of a DICOM file, decoded by pydicom and the one decoder that is chosen for the compression.
+"""Decode the pixels of one frame of a DICOM file, with pydicom and a fixed decoder per compression.
 
-    Dataset --Layout.of (sizes checked)--> Layout --frame_values--> [H, W] or [H, W, 3], as stored
+    Dataset --PixelFormat.of (sizes checked)--> PixelFormat --frame_values--> [H, W] or [H, W, 3], as stored
 
-The choice of decoder is part of the rules: two machines with the extra `data` installed see the same pixels.
+The decoders are fixed so that all machines with the extra `data` get the same pixels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Size of one compressed frame: pixels, samples a pixel, and bits a sample."""
+    """Size of one compressed frame: pixels, samples per pixel, and bits per sample."""
 
     height: int
     width: int
@@ -41,15 +41,15 @@ class Extent:
 
 
 def extent_of(frame: bytes) -> Extent | None:
-    """Return the size that a JPEG, JPEG-LS or JPEG 2000 frame states, or None where it states none."""
-    jpeg2000 = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # a JP2 box may stand before it
+    """Return the size that a JPEG, JPEG-LS or JPEG 2000 frame states, or None if it does not state one."""
+    jpeg2000 = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # a JP2 box may precede it
     if jpeg2000 >= 0:
         return _jpeg2000(frame, jpeg2000 + 4)
     return _jpeg(frame) if frame[:2] == b"\xff\xd8" else None
 
 
 def _jpeg2000(frame: bytes, start: int) -> Extent | None:
-    """Read the SIZ segment whose length field is at `start`."""
+    """Return the size in the SIZ segment whose length field is at `start`."""
     if len(frame) < start + 39:
         return None
     x_end, y_end, x_start, y_start = struct.unpack(">4I", frame[start + 4 : start + 20])
@@ -58,7 +58,7 @@ def _jpeg2000(frame: bytes, start: int) -> Extent | None:
 
 
 def _jpeg(frame: bytes) -> Extent | None:
-    """Walk over the segments to the first start of frame."""
+    """Return the size in the first start-of-frame segment."""
     place = 2
     while place + 4 <= len(frame):
         if frame[place] != 0xFF:
@@ -79,7 +79,7 @@ def _jpeg(frame: bytes) -> Extent | None:
 
 
 MAX_FRAMES = 1 << 20
-"""More images than this in one file are a broken count."""
+"""A larger number of frames is treated as an error in the file."""
 
 DECODERS: dict[str, tuple[str, ...]] = {
     uid.JPEGBaseline8Bit: ("pillow",),
@@ -95,7 +95,7 @@ DECODERS: dict[str, tuple[str, ...]] = {
     uid.HTJ2K: ("pylibjpeg",),
     uid.RLELossless: ("pydicom",),
 }
-"""Compression to pydicom's plugins, in the order in which they are asked; the second takes what the first cannot."""
+"""Decoder plugins of pydicom for each compression, in the order in which they are tried."""
 
 PACKAGES = {
     "gdcm": "python-gdcm",
@@ -108,19 +108,19 @@ Stored = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """The fields that say what the pixel data are, checked.
+class PixelFormat:
+    """Checked fields that describe the pixel data.
 
     Attributes:
-        height: pixels.
-        width: pixels.
-        num_frames: images in the file.
-        samples: values a pixel: 1 or 3.
+        height: rows of pixels.
+        width: columns of pixels.
+        num_frames: number of frames in the file.
+        samples: values per pixel, 1 or 3.
         color: photometric interpretation.
         bits: significant bits of a value.
-        bits_allocated: bits that a value takes.
+        bits_allocated: stored bits of a value.
         is_signed: whether values may be negative.
-        keyword: field that holds the pixels; the two of floating point have no bits.
+        keyword: field that holds the pixels; the two floating-point fields do not state bits.
     """
 
     height: int
@@ -135,24 +135,24 @@ class Layout:
 
     @property
     def is_float(self) -> bool:
-        """Whether values are floating point."""
+        """Return whether values are floating point."""
         return self.keyword != "PixelData"
 
     @classmethod
-    def of(cls, dataset: FileDataset, *, max_pixels: int) -> Layout:
-        """Return the layout of a file's pixel data.
+    def of(cls, dataset: FileDataset, *, max_pixels: int) -> PixelFormat:
+        """Return the pixel format of a file.
 
         Raises:
-            DataError: a field is missing or makes no sense, or a frame has more than `max_pixels`.
+            DataError: a field is missing or invalid, or a frame has more than `max_pixels`.
         """
         keyword = next((key for key in PIXEL_TAGS if key in dataset), "")
         height, width = whole(dataset, "Rows"), whole(dataset, "Columns")
         if height * width > max_pixels:
-            raise DataError(f"has {width} x {height} pixels, more than {max_pixels}; scale it down first")
+            raise DataError(f"has {width} x {height} pixels, more than the limit of {max_pixels}; scale it down first")
         if height < 1 or width < 1:
             raise DataError(f"is empty ({width} x {height} pixels)")
         if not keyword:
-            raise DataError(f"describes {width} x {height} pixels but holds none; is the file cut off?")
+            raise DataError(f"states {width} x {height} pixels but has no pixel data; is the file truncated?")
         num_frames = whole(dataset, "NumberOfFrames", default=1) or 1
         if not 1 <= num_frames <= MAX_FRAMES:
             raise DataError(f"states {num_frames} frames; expected 1 to {MAX_FRAMES}")
@@ -162,30 +162,30 @@ class Layout:
             raise DataError(f"states {bits} bits stored in {allocated}; expected up to 1, 8, 16 or 32")
         samples = whole(dataset, "SamplesPerPixel", default=1)
         if samples not in (1, 3):
-            raise DataError(f"states {samples} values a pixel; expected 1 (gray, palette) or 3 (color)")
+            raise DataError(f"states {samples} values per pixel; expected 1 (gray, palette) or 3 (color)")
         color = word(dataset, "PhotometricInterpretation") or ("MONOCHROME2" if samples == 1 else "RGB")
         signed = whole(dataset, "PixelRepresentation", default=0) == 1
         return cls(height, width, num_frames, samples, color, bits, allocated, signed, keyword)
 
 
-def frame_values(dataset: FileDataset, layout: Layout, index: int) -> tuple[Stored, str]:
-    """Return one frame as stored, `[H, W]` or `[H, W, 3]`, and the color space that it is in now.
+def frame_values(dataset: FileDataset, pixel_format: PixelFormat, index: int) -> tuple[Stored, str]:
+    """Return one frame as stored, `[H, W]` or `[H, W, 3]`, and its color space after decoding.
 
     Raises:
-        DataError: damaged, cut off, or compressed in a way that is not decoded.
-        MissingDependency: the decoder is not installed; names the package and the extra.
+        DataError: the frame is damaged, truncated, or in a compression that is not decoded.
+        MissingDependency: the decoder is not installed; the message names the package and the extra.
     """
-    with quiet("has a head that cannot be understood"):
+    with quiet("has a header that cannot be parsed"):
         syntax = UID(dataset.file_meta.TransferSyntaxUID)
     if syntax.name == str(syntax):
-        raise DataError("is stored in a transfer syntax that the standard does not know")
+        raise DataError("is stored in a transfer syntax that the standard does not define")
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise DataError(f"is stored as {syntax.name}, which is not decoded; convert it to frames first") from None
+        raise DataError(f"is stored as {syntax.name}, which is not supported; convert it to frames first") from None
     plugins = DECODERS.get(syntax, ())
     if plugins:
-        _check_extent(dataset, layout, index)
+        _check_extent(dataset, pixel_format, index)
         plugins = tuple(name for name in plugins if name in decoder.available_plugins)
         if not plugins:
             names = " or ".join(PACKAGES[name] for name in DECODERS[syntax])
@@ -194,12 +194,12 @@ def frame_values(dataset: FileDataset, layout: Layout, index: int) -> tuple[Stor
                 "with: pip install 'llava[data]'"
             )
     else:
-        _check_length(dataset, layout)
-    return _decode(decoder, dataset, index, plugins or ("",), layout)
+        _check_length(dataset, pixel_format)
+    return _decode(decoder, dataset, index, plugins or ("",), pixel_format)
 
 
 def _decode(
-    decoder: Decoder, dataset: FileDataset, index: int, plugins: tuple[str, ...], layout: Layout
+    decoder: Decoder, dataset: FileDataset, index: int, plugins: tuple[str, ...], pixel_format: PixelFormat
 ) -> tuple[Stored, str]:
     for plugin in plugins:
         try:
@@ -210,30 +210,34 @@ def _decode(
         except DataError:
             if plugin == plugins[-1]:
                 raise
-    expected = (layout.height, layout.width) if layout.samples == 1 else (layout.height, layout.width, 3)
+    expected = (
+        (pixel_format.height, pixel_format.width)
+        if pixel_format.samples == 1
+        else (pixel_format.height, pixel_format.width, 3)
+    )
     if values.shape != expected:
-        raise DataError(f"decodes to shape {values.shape}, but its header promises {expected}")
+        raise DataError(f"decodes to shape {values.shape}, but its header states {expected}")
     return values, str(properties["photometric_interpretation"])
 
 
-def _check_extent(dataset: FileDataset, layout: Layout, index: int) -> None:
-    """Compare the size that the compressed frame states with the header's."""
+def _check_extent(dataset: FileDataset, pixel_format: PixelFormat, index: int) -> None:
+    """Raise `DataError` if the size stated by the compressed frame differs from the header."""
     with quiet("cannot be decoded"):
-        frame = get_frame(dataset.PixelData, index, number_of_frames=layout.num_frames, **_offsets(dataset))
+        frame = get_frame(dataset.PixelData, index, number_of_frames=pixel_format.num_frames, **_offsets(dataset))
     found = extent_of(frame)
-    if found is None:  # run-length coding states no size: its output is bounded by the header's
+    if found is None:  # run-length encoded frames do not state a size; the header limits their output
         if dataset.file_meta.TransferSyntaxUID == uid.RLELossless:
             return
-        raise DataError("cannot be decoded: the compressed image does not begin as it should; is the file cut off?")
-    if (found.height, found.width, found.samples) != (layout.height, layout.width, layout.samples):
+        raise DataError("cannot be decoded: the compressed image has an invalid start; is the file truncated?")
+    if (found.height, found.width, found.samples) != (pixel_format.height, pixel_format.width, pixel_format.samples):
         raise DataError(
-            f"holds a compressed image of {found.width} x {found.height} x {found.samples}, but its header says "
-            f"{layout.width} x {layout.height} x {layout.samples}"
+            f"holds a compressed image of {found.width} x {found.height} x {found.samples}, but its header states "
+            f"{pixel_format.width} x {pixel_format.height} x {pixel_format.samples}"
         )
     if dataset.file_meta.TransferSyntaxUID == uid.JPEGExtended12Bit and found.bits != 8:
         raise DataError(
-            f"is stored as lossy JPEG of {found.bits} bits, for which there is no decoder under a free licence; "
-            "convert the file to JPEG 2000 or to an uncompressed form first"
+            f"is stored as lossy JPEG of {found.bits} bits, for which no decoder has a free license; convert the file "
+            "to JPEG 2000 or to an uncompressed form first"
         )
 
 
@@ -243,31 +247,31 @@ def _offsets(dataset: FileDataset) -> dict[str, Any]:
     return {"extended_offsets": (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths)}
 
 
-def _check_length(dataset: FileDataset, layout: Layout) -> None:
-    """Compare the length of uncompressed pixel data with what the header promises."""
-    values = layout.height * layout.width * layout.num_frames
-    values = values * 2 if layout.color == "YBR_FULL_422" else values * layout.samples
-    expected = -(-values * layout.bits_allocated // 8)
+def _check_length(dataset: FileDataset, pixel_format: PixelFormat) -> None:
+    """Raise `DataError` if uncompressed pixel data are shorter than the header states."""
+    values = pixel_format.height * pixel_format.width * pixel_format.num_frames
+    values = values * 2 if pixel_format.color == "YBR_FULL_422" else values * pixel_format.samples
+    expected = -(-values * pixel_format.bits_allocated // 8)
     with quiet("cannot be read"):
-        found = len(dataset[layout.keyword].value or b"")
+        found = len(dataset[pixel_format.keyword].value or b"")
     if found < expected:
-        raise DataError(f"is cut off: it holds {found} bytes of pixels, and its header promises {expected}")
+        raise DataError(f"is truncated: it has {found} bytes of pixels, but its header states {expected}")
 
 
-def padding_of(dataset: FileDataset, stored: Stored, layout: Layout) -> NDArray[np.bool_] | None:
-    """Return which pixels are padding, which is no part of the image; None where the file names no padding value."""
+def padding_of(dataset: FileDataset, stored: Stored, pixel_format: PixelFormat) -> NDArray[np.bool_] | None:
+    """Return the mask of padding pixels; None if the file does not state a padding value."""
     value = number(dataset, "PixelPaddingValue")
     if value is None:
         return None
     end = number(dataset, "PixelPaddingRangeLimit")
-    bounds = [_signed(bound, layout) for bound in (value, value if end is None else end)]
+    bounds = [_signed(bound, pixel_format) for bound in (value, value if end is None else end)]
     found: NDArray[np.bool_] = (stored >= min(bounds)) & (stored <= max(bounds))
     return found
 
 
-def _signed(value: float, layout: Layout) -> float:
-    """Read a padding value that was stored as the other kind of integer (63536 for -2000)."""
-    span = float(2**layout.bits_allocated)
-    if layout.is_signed and value >= span / 2:
+def _signed(value: float, pixel_format: PixelFormat) -> float:
+    """Return a padding value that may be stored with the wrong signedness (63536 for -2000)."""
+    span = float(2**pixel_format.bits_allocated)
+    if pixel_format.is_signed and value >= span / 2:
         return value - span
-    return value + span if value < 0 and not layout.is_signed else value
+    return value + span if value < 0 and not pixel_format.is_signed else value

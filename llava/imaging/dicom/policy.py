@@ -1,6 +1,6 @@
-"""How a DICOM file becomes an image: two choices, kept with the processor so that nothing decides twice.
+"""Policy of rendering DICOM files: window and frame, saved with the processor.
 
---dicom_window, --dicom_frame --DicomPolicy--> llava_processor.json, image_fingerprint --data.dicom--> image
+--dicom-window, --dicom-frame --DicomPolicy--> llava_processor.json, image_fingerprint --imaging.dicom--> image
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 from llava.errors import ConfigError
 
 VERSION = 1
-"""Of the rules in `data.dicom*`. Another version may give other pixels, so it is part of the image fingerprint."""
+"""Version of the rules in `llava/imaging/dicom`. Versions may give different pixels, so it is part of the image
+fingerprint."""
 
 PRESETS: dict[str, tuple[float, float]] = {
     "abdomen": (60.0, 400.0),
@@ -25,26 +26,26 @@ PRESETS: dict[str, tuple[float, float]] = {
     "lung": (-600.0, 1500.0),
     "soft_tissue": (40.0, 400.0),
 }
-"""Center and width in Hounsfield units; used for CT only, other images take their file's own window."""
+"""Center and width in Hounsfield units; used for CT only, other images use the window of their file."""
 
 WINDOW_HELP = (
-    "window of gray DICOM images: file (the file's first), full (smallest to largest value), percentile:LOW,HIGH, "
-    f"CENTER,WIDTH, or for CT a preset: {', '.join(PRESETS)}"
+    "window of gray DICOM images: file (first window of the file), full (smallest to largest value), "
+    f"percentile:LOW,HIGH, CENTER,WIDTH, or for CT a preset: {', '.join(PRESETS)}"
 )
-FRAME_HELP = "image of a DICOM file with several: first, middle, or a number from 0"
-KEPT = "; default: the checkpoint's own"
+FRAME_HELP = "frame of a DICOM file with several frames: first, middle, or a number from 0"
+KEPT = "; default: that of the checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
 class DicomPolicy:
-    """The choices that are left open when a DICOM file is shown; equal policies give equal pixels.
+    """Choices for rendering DICOM files; equal policies give equal pixels.
 
     Attributes:
         window: `file`, `full`, `percentile:LOW,HIGH`, `CENTER,WIDTH` or a key of `PRESETS`.
-        frame: `first`, `middle` or a number from 0; files of one image have no choice.
+        frame: `first`, `middle` or a number from 0; ignored for files of a single frame.
 
     Raises:
-        ConfigError: a value is none of these.
+        ConfigError: a value is invalid.
     """
 
     window: str = "file"
@@ -52,7 +53,7 @@ class DicomPolicy:
 
     def __post_init__(self) -> None:
         if not isinstance(self.window, str) or not isinstance(self.frame, str):
-            raise ConfigError(f"a DICOM policy is made of texts, got {self.window!r} and {self.frame!r}")
+            raise ConfigError(f"DICOM window and frame must be text, got {self.window!r} and {self.frame!r}")
         if self.window not in ("file", "full", *PRESETS) and self.percentiles is None and self.fixed is None:
             known = ", ".join(["file", "full", "percentile:LOW,HIGH", "CENTER,WIDTH", *PRESETS])
             raise ConfigError(f"DICOM window {self.window!r} is unknown; expected one of {known}")
@@ -61,40 +62,40 @@ class DicomPolicy:
 
     @property
     def percentiles(self) -> tuple[float, float] | None:
-        """Lower and upper percentile of the window, if it is chosen that way."""
+        """Return the lower and upper percentile of a window given as percentiles, else None."""
         name, _, text = self.window.partition(":")
         pair = _pair(text) if name == "percentile" else None
         return pair if pair is not None and 0 <= pair[0] < pair[1] <= 100 else None
 
     @property
     def fixed(self) -> tuple[float, float] | None:
-        """Center and width, if they were given as numbers."""
+        """Return the center and width of a window given as numbers, else None."""
         pair = _pair(self.window)
         return pair if pair is not None and pair[1] > 0 else None
 
     def frame_of(self, num_frames: int) -> int | None:
-        """Return the index of the frame to show, or None where the file has too few for the number asked for."""
+        """Return the index of the frame to show, or None if the file does not have that many frames."""
         if num_frames == 1 or self.frame == "first":
             return 0
         index = (num_frames - 1) // 2 if self.frame == "middle" else int(self.frame)
         return index if index < num_frames else None
 
     def settings(self) -> dict[str, Any]:
-        """Return what is saved with the processor and what the fingerprint names."""
+        """Return the settings that are saved with the processor and hashed into the image fingerprint."""
         return {"version": VERSION, "window": self.window, "frame": self.frame}
 
     @classmethod
     def of(cls, settings: Mapping[str, Any] | None) -> DicomPolicy:
-        """Return the policy that `settings` describes; the default one for None (a processor of before DICOM).
+        """Return the policy of saved `settings`; the default for None (processors saved before DICOM support).
 
         Raises:
-            ConfigError: written by other rules than this version's, or not by `settings` at all.
+            ConfigError: the settings have another version or unknown fields.
         """
         if settings is None:
             return cls()
         rest = dict(settings)
         if (version := rest.pop("version", VERSION)) != VERSION:
-            raise ConfigError(f"the DICOM policy has version {version!r}; this package knows version {VERSION}")
+            raise ConfigError(f"the DICOM policy has version {version!r}; this package supports version {VERSION}")
         try:
             return cls(**rest)
         except TypeError:
@@ -102,7 +103,7 @@ class DicomPolicy:
             raise ConfigError(f"the DICOM policy has fields {', '.join(rest)}; expected {known}") from None
 
     def changed(self, window: str | None, frame: str | None) -> DicomPolicy:
-        """Return the policy after the flags that were given (None: not given)."""
+        """Return the policy with the given values replaced; None keeps a value."""
         return DicomPolicy(self.window if window is None else window, self.frame if frame is None else frame)
 
 
@@ -110,7 +111,7 @@ DEFAULT = DicomPolicy()
 
 
 def _pair(text: str) -> tuple[float, float] | None:
-    """Return two finite numbers written `A,B`, or None."""
+    """Return two finite numbers written as `A,B`, or None."""
     first, comma, second = text.partition(",")
     try:
         pair = float(first), float(second)
@@ -120,6 +121,6 @@ def _pair(text: str) -> tuple[float, float] | None:
 
 
 def add_dicom_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, suffix: str = KEPT) -> None:
-    """Register `--dicom-window` and `--dicom-frame`; `suffix` says what happens without them."""
+    """Register `--dicom-window` and `--dicom-frame`; `suffix` describes their default."""
     parser.add_argument("--dicom-window", help=WINDOW_HELP.replace("%", "%%") + suffix)
     parser.add_argument("--dicom-frame", help=FRAME_HELP + suffix)

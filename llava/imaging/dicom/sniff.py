@@ -1,4 +1,4 @@
-"""Telling DICOM files from others by their first bytes; nothing is imported, so every image may be asked."""
+"""Detect DICOM files by their first bytes, without importing pydicom."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import struct
 
 MARK = b"DICM"
 NUM_BEFORE_DATA = 132
-"""Bytes of the preamble, which may hold anything, and of the mark after it."""
+"""Number of bytes of the preamble, which may hold anything, and the mark after it."""
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether a file's first bytes are those of a DICOM file (the mark after the preamble)."""
+    """Return whether the first bytes of a file are those of a DICOM file (the mark after the preamble)."""
     return data[:NUM_BEFORE_DATA].endswith(MARK) and len(data) >= NUM_BEFORE_DATA
 
 
 def may_be_bare(data: bytes) -> bool:
-    """Whether a file may be a DICOM data set without preamble: two fields in order, the first of group 2 or 8."""
+    """Return whether a file may be a DICOM data set without preamble."""
+    # It starts with two fields in ascending order, the first of group 2 or 8, in either byte order.
     for order in "<>":
         if len(data) < 16:
             return False

@@ -1,7 +1,7 @@
-"""DICOM objects that are not images, by their class or, where a file does not say its class, by their modality.
+"""DICOM objects that are not images, by SOP class or, for files without a known class, by modality.
 
-Doses, label maps and parameter maps hold grids of numbers, but nobody reads them as images: shown as one they would
-train a model on noise.
+Doses, label maps and parameter maps hold grids of numbers, but are not read as images: rendering them would train a
+model on noise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llava.imaging.dicom.header import quiet, word
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 
-NOT_PICTURES: dict[str, str] = {
+NON_IMAGE_CLASSES: dict[str, str] = {
     "1.2.840.10008.1.3.10": "a DICOMDIR, the table of contents of a medium",
     _STORAGE + "4.2": "an MR spectrum",
     _STORAGE + "9": "a waveform",
@@ -30,12 +30,12 @@ NOT_PICTURES: dict[str, str] = {
     _STORAGE + "104": "an encapsulated document",
     _STORAGE + "481": "a radiotherapy object",
 }
-"""Class, or the beginning of a family of classes, to what it is."""
+"""Description of the objects of a class, or of a family of classes with this prefix."""
 
-PICTURES = frozenset({_STORAGE + "481.1", _STORAGE + "481.23", _STORAGE + "481.24"})
-"""Members of those families that are images after all: radiotherapy images."""
+IMAGE_CLASSES = frozenset({_STORAGE + "481.1", _STORAGE + "481.23", _STORAGE + "481.24"})
+"""Members of these families that are images: radiotherapy images."""
 
-NOT_PICTURE_MODALITIES: dict[str, str] = {
+NON_IMAGE_MODALITIES: dict[str, str] = {
     "DOC": "an encapsulated document",
     "ECG": "a waveform",
     "EPS": "a waveform",
@@ -53,51 +53,52 @@ NOT_PICTURE_MODALITIES: dict[str, str] = {
 
 
 def object_name(dataset: FileDataset) -> str:
-    """Return what a file's object is called in the standard; files can state any text, so only known names are told."""
+    """Return the name of a file's object in the standard."""
     uid = class_of(dataset)
-    return str(uid.name) if is_known(uid) else "an object of no known class"
+    # A file can state any text, so only names of the standard are shown.
+    return str(uid.name) if is_known(uid) else "an object of unknown class"
 
 
 def is_known(uid: UID) -> bool:
-    """Whether the standard defines this identifier; any other text in its place is not shown to anybody."""
+    """Return whether the standard defines this identifier; other texts must not be shown."""
     return bool(uid.name != str(uid))
 
 
 def class_of(dataset: FileDataset) -> UID:
-    """Return the class of a file's object, from the data or else from the file's head; empty where neither says it.
+    """Return the SOP class of a file, from the data set or else the file header; empty if not stated.
 
     Raises:
-        DataError: the head is damaged.
+        DataError: the header is damaged.
     """
-    with quiet("has a head that cannot be understood"):
+    with quiet("has a header that cannot be parsed"):
         meta = dataset.file_meta.get("MediaStorageSOPClassUID", "")
         return UID(word(dataset, "SOPClassUID") or (meta if isinstance(meta, str) else ""))
 
 
 def check_picture(dataset: FileDataset) -> None:
-    """Refuse what is no image; the messages follow the name of the file.
+    """Raise for an object that is not an image; the messages continue after the name of the file.
 
     Args:
-        dataset: with at least class, modality and size.
+        dataset: data set with at least class, modality and size.
 
     Raises:
-        NotAPicture: says which object it is.
-        DataError: the file ends before it says anything.
+        NotAPicture: the object is not an image; the message says what it is.
+        DataError: the file ends before its first complete field.
     """
     uid = class_of(dataset)
-    kind = None if uid in PICTURES else next(filter(None, map(NOT_PICTURES.get, _families(uid))), None)
+    kind = None if uid in IMAGE_CLASSES else next(filter(None, map(NON_IMAGE_CLASSES.get, _families(uid))), None)
     if kind is None and not is_known(uid):
-        kind = NOT_PICTURE_MODALITIES.get(word(dataset, "Modality"))
+        kind = NON_IMAGE_MODALITIES.get(word(dataset, "Modality"))
     if kind is not None:
         called = f" ({uid.name})" if is_known(uid) else ""
-        raise NotAPicture(f"is not an image: it is {kind}{called}; leave the file out")
-    if not len(dataset):  # what pydicom leaves of a file that ends inside a field
-        raise DataError("holds nothing that an image needs; is the file cut off?")
+        raise NotAPicture(f"is not an image: it is {kind}{called}; remove the file")
+    if not len(dataset):  # pydicom returns an empty data set for a file that ends inside a field
+        raise DataError("has no fields that describe an image; is the file truncated?")
     if "Rows" not in dataset and "Columns" not in dataset:
-        raise NotAPicture(f"is not an image: it is {object_name(dataset)} without pixels; leave it out")
+        raise NotAPicture(f"is not an image: it is {object_name(dataset)} without pixels; remove the file")
 
 
 def _families(uid: UID) -> list[str]:
-    """Return an identifier and all that it begins with, the longest first."""
+    """Return an identifier and all its prefixes, the longest first."""
     parts = str(uid).split(".")
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
