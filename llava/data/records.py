@@ -224,7 +224,7 @@ def stream_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
                 yield row, value
                 row += 1
         except UNREADABLE as error:
-            yield row, DataError(f"the file cannot be read from about this row on ({error})")
+            yield row, DataError(f"the file cannot be read from about here on ({error})")
 
 
 def form_of(path: str | Path) -> JsonForm:

@@ -1,4 +1,4 @@
-"""Pieces of a row: they cover it, and together they see what the tree says."""
+"""Attention plan: pieces cover the row, and together their masks equal the mask of the tree."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def plan_of(batch: FlatBatch) -> AttentionPlan:
 
 
 def true_mask(batch: FlatBatch, window: int | None = None) -> Tensor:
-    """[T, T] by walking up from every node."""
+    """Return the mask [T, T], by walking up from every node."""
     parents, depth = batch.parents.tolist(), batch.position_ids[0]
     above = torch.zeros(len(parents), len(parents), dtype=torch.bool)
     for node in range(len(parents)):
@@ -34,7 +34,7 @@ def true_mask(batch: FlatBatch, window: int | None = None) -> Tensor:
 
 
 def put_together(plan: AttentionPlan, window: int | None) -> Tensor:
-    """[T, T] from the pieces."""
+    """Return the mask [T, T] that the pieces give together."""
     seen = torch.zeros(len(plan.stops), len(plan.stops), dtype=torch.bool)
     for index, piece in enumerate(plan.pieces):
         runs = [plan.pieces[number] for number in piece.above] + [piece]
@@ -79,7 +79,7 @@ def test_the_block_mask_function_equals_the_dense_mask(chance: random.Random, wi
 
 
 def questions(lengths: list[int], opening: int = 250) -> FlatBatch:
-    """Branches that differ from their first token on."""
+    """Return a batch of branches that differ from their first token on."""
     stem = [token % 200 for token in range(opening)]
     tails = [[200 + number, *([7] * (length - 1))] for number, length in enumerate(lengths)]
     return flatten([encoded([*stem, *tail]) for tail in tails], {}, image_token_id=IMAGE)

@@ -1,4 +1,4 @@
-"""Steps as rows, and rows that are joined."""
+"""Collator: steps as rows, and joined rows."""
 
 from __future__ import annotations
 

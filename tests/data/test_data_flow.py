@@ -1,4 +1,4 @@
-"""From a data file to the model: pixels and cached tower features give the same predictions."""
+"""Data file to model: pixels and cached tower features give the same predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data set of supervised training: lazy, picklable, images by key, lengths for the samplers."""
+"""Dataset for supervised fine-tuning: lazy, picklable, images by key, lengths for the samplers."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_images_for_holds_each_distinct_image_once(tiny: Any, folder: Path) -> N
     sequences = [data[number] for number in (1, 3, 0, 2)]
     found = data.images_for(sequences)
     assert list(found) == [*sequences[0].images, *sequences[1].images]
-    with Image.open(folder / "0.png") as picture:
-        assert torch.equal(found[sequences[0].images[0]], tiny.processor.pixels([picture])[0])
+    with Image.open(folder / "0.png") as image:
+        assert torch.equal(found[sequences[0].images[0]], tiny.processor.pixels([image])[0])
     assert data.images_for([sequences[3]]) == {}
 
 

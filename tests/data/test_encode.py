@@ -30,7 +30,7 @@ SAFE = WORDS.filter(lambda text: "<" not in text and bool(text.strip()))
 
 @st.composite
 def conversations(draw: st.DrawFn) -> Conversation:
-    """One to three questions with answers; up to two images in each question, anywhere."""
+    """Draw one to three questions with answers, with up to two images anywhere in each question."""
     turns: list[Turn] = []
     for _ in range(draw(st.integers(1, 3))):
         parts = [draw(SAFE), *(["<image>"] * draw(st.integers(0, 2)))]
@@ -43,7 +43,7 @@ def num_images(conversation: Conversation) -> int:
 
 
 def expected_trained(processor: LlavaMedProcessor, conversation: Conversation) -> str:
-    """Text of the trained segments; tokens may reach over a segment's end but not start outside of it."""
+    """Return the text of the trained segments; tokens may end after a segment but must start in it."""
     return "".join(segment.text for segment in processor.template.render(conversation) if segment.trained)
 
 
@@ -117,7 +117,7 @@ def test_markers_are_part_of_the_block() -> None:
 
 
 def test_an_image_may_count_as_one_token() -> None:
-    """As LLaVA-Rad cut its rows: before the images were put in."""
+    """LLaVA-Rad truncated its rows before it expanded the images."""
     processor = make_processor(num_image_tokens=4)
     conversation = talk("<image>\nA long question", "A long answer")
     full = encode(conversation, processor, images=["k"], max_length=None)
@@ -184,9 +184,9 @@ def test_first_token_is_never_trained() -> None:
 
 def test_errors_say_what_to_do() -> None:
     processor = make_processor()
-    with pytest.raises(DataError, match="has 1 <image> place holders but 0 images are given; write one <image>"):
+    with pytest.raises(DataError, match="has 1 <image> placeholders but 0 images are given; write one <image>"):
         encode(talk("<image>\nQ", "A"), processor, max_length=None)
-    with pytest.raises(DataError, match="has 0 <image> place holders but 1 images"):
+    with pytest.raises(DataError, match="has 0 <image> placeholders but 1 images"):
         encode_prompt(talk("Q"), processor, images=["k"])
     patches = LlavaMedProcessor(llama_like(added=("<im_patch>",)), None, template="v1", num_image_tokens=2)
     with pytest.raises(DataError, match="the text itself contains <im_patch>"):

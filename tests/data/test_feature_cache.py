@@ -1,4 +1,4 @@
-"""The cache of tower features: exact, resumable, bounded, safe for several processes."""
+"""Cache of tower features: exact, resumable, bounded, safe for several processes."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ PATCHES, WIDTH = 4, 6
 KEYS = [f"{number:032x}" for number in range(10)]
 
 
-def picture(key: str) -> Tensor:
+def pixels_of(key: str) -> Tensor:
     return torch.full((3, 2, 2), float(int(key, 16)))
 
 
 class Tower:
-    """Features that tell which picture they are of, and how often they were asked for."""
+    """Fake tower whose features identify their image; it counts its calls."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, stop_after: int = 10**9) -> None:
         self.dtype = dtype
         self.num = 0
         self.stop_after = stop_after
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        self.num += len(pictures)
+    def __call__(self, images: Tensor) -> Tensor:
+        self.num += len(images)
         if self.num > self.stop_after:
             raise KeyboardInterrupt
         steps = torch.linspace(0, 1, PATCHES * WIDTH).view(1, PATCHES, WIDTH)
-        return (pictures.mean(dim=(1, 2, 3)).view(-1, 1, 1) + steps).to(self.dtype)
+        return (images.mean(dim=(1, 2, 3)).view(-1, 1, 1) + steps).to(self.dtype)
 
 
 def expected(key: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    return Tower(dtype)(picture(key)[None])[0]
+    return Tower(dtype)(pixels_of(key)[None])[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_cached_features_are_the_computed_ones(tmp_path: Path, dtype: torch.dtype) -> None:
-    cache = build(tmp_path, KEYS, tower="t", pixels=picture, features=Tower(dtype), batch_size=3)
+    cache = build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower(dtype), batch_size=3)
     assert len(cache) == len(KEYS)
     assert cache.num_bytes == 10 * PATCHES * WIDTH * dtype.itemsize
     for key in reversed(KEYS):
@@ -56,26 +56,26 @@ def test_cached_features_are_the_computed_ones(tmp_path: Path, dtype: torch.dtyp
 
 
 def test_what_is_returned_may_be_changed(tmp_path: Path) -> None:
-    cache = build(tmp_path, KEYS[:2], tower="t", pixels=picture, features=Tower())
+    cache = build(tmp_path, KEYS[:2], tower="t", pixels=pixels_of, features=Tower())
     cache.get(KEYS[1]).zero_()
     assert torch.equal(cache.get(KEYS[1]), expected(KEYS[1]))
 
 
 def test_a_second_build_computes_only_what_is_missing(tmp_path: Path) -> None:
     tower = Tower()
-    build(tmp_path, KEYS[:4] + KEYS[:2], tower="t", pixels=picture, features=tower)
+    build(tmp_path, KEYS[:4] + KEYS[:2], tower="t", pixels=pixels_of, features=tower)
     assert tower.num == 4
-    cache = build(tmp_path, KEYS[2:7], tower="t", pixels=picture, features=tower)
+    cache = build(tmp_path, KEYS[2:7], tower="t", pixels=pixels_of, features=tower)
     assert (tower.num, len(cache)) == (7, 7)
     assert all(torch.equal(cache.get(key), expected(key)) for key in KEYS[:7])
-    build(tmp_path, KEYS[:7], tower="t", pixels=picture, features=tower)
+    build(tmp_path, KEYS[:7], tower="t", pixels=pixels_of, features=tower)
     assert tower.num == 7
 
 
 def test_towers_and_storage_types_do_not_mix(tmp_path: Path) -> None:
-    first = build(tmp_path, KEYS[:2], tower="a" * 64, pixels=picture, features=Tower())
-    other = build(tmp_path, KEYS[:1], tower="b" * 64, pixels=picture, features=Tower())
-    half = build(tmp_path, KEYS[:3], tower="a" * 64, pixels=picture, features=Tower(), dtype=torch.float16)
+    first = build(tmp_path, KEYS[:2], tower="a" * 64, pixels=pixels_of, features=Tower())
+    other = build(tmp_path, KEYS[:1], tower="b" * 64, pixels=pixels_of, features=Tower())
+    half = build(tmp_path, KEYS[:3], tower="a" * 64, pixels=pixels_of, features=Tower(), dtype=torch.float16)
     assert len({first.folder, other.folder, half.folder}) == 3
     assert half.get(KEYS[2]).dtype == torch.float16
     with pytest.raises(DataError, match="is not in feature cache"):
@@ -85,14 +85,14 @@ def test_towers_and_storage_types_do_not_mix(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tail", ["", "00000", "\n"])
 def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, tail: str) -> None:
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, KEYS, tower="t", pixels=picture, features=Tower(stop_after=6), batch_size=2)
+        build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower(stop_after=6), batch_size=2)
     folder = tmp_path / "tower-t"
     with (folder / "keys.txt").open("a") as lines:
         lines.write(tail.removesuffix("\n"))
     with (folder / "features.bin").open("ab") as data:
         data.write(b"half a row")
     tower = Tower()
-    cache = build(tmp_path, KEYS, tower="t", pixels=picture, features=tower, batch_size=3)
+    cache = build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=tower, batch_size=3)
     assert tower.num == 4
     assert all(torch.equal(cache.get(key), expected(key)) for key in KEYS)
     assert len((folder / "keys.txt").read_text().splitlines()) == 10
@@ -101,18 +101,18 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, tail: str) -> None:
 def test_too_large_is_refused_with_the_needed_size_before_anything_is_written(tmp_path: Path) -> None:
     limit = 9.5 * PATCHES * WIDTH * 4 / 1e9
     tower = Tower()
-    with pytest.raises(ConfigError, match=r"10 images need 0\.00 GB.*feature_cache_gb"):
-        build(tmp_path, KEYS, tower="t", pixels=picture, features=tower, limit_gb=limit, batch_size=1)
+    with pytest.raises(ConfigError, match=r"10 images need 0\.00 GB.*--feature-cache-gb"):
+        build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=tower, limit_gb=limit, batch_size=1)
     assert tower.num == 1
     assert not (tmp_path / "tower-t" / "features.bin").exists()
-    assert len(build(tmp_path, KEYS[:9], tower="t", pixels=picture, features=tower, limit_gb=limit)) == 9
+    assert len(build(tmp_path, KEYS[:9], tower="t", pixels=pixels_of, features=tower, limit_gb=limit)) == 9
     with pytest.raises(ConfigError, match="10 images need"):
-        build(tmp_path, KEYS, tower="t", pixels=picture, features=tower, limit_gb=limit)
+        build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=tower, limit_gb=limit)
 
 
 def test_rows_without_images_need_no_cache(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no row has an image"):
-        build(tmp_path, [], tower="t", pixels=picture, features=Tower())
+        build(tmp_path, [], tower="t", pixels=pixels_of, features=Tower())
     assert not list(tmp_path.iterdir())
 
 
@@ -120,14 +120,14 @@ def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     usage = type("Usage", (), {"free": 10})()
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ConfigError, match="are free"):
-        build(tmp_path, KEYS, tower="t", pixels=picture, features=Tower())
+        build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower())
 
 
-def test_a_picture_that_fails_fails_the_build(tmp_path: Path) -> None:
+def test_an_image_that_fails_fails_the_build(tmp_path: Path) -> None:
     def broken(key: str) -> Tensor:
         if key == KEYS[7]:
             raise DataError("image seven is broken")
-        return picture(key)
+        return pixels_of(key)
 
     with pytest.raises(DataError, match="seven"):
         build(tmp_path, KEYS, tower="t", pixels=broken, features=Tower(), batch_size=2)
@@ -135,7 +135,7 @@ def test_a_picture_that_fails_fails_the_build(tmp_path: Path) -> None:
 
 
 def test_damage_is_noticed(tmp_path: Path) -> None:
-    cache = build(tmp_path, KEYS, tower="t", pixels=picture, features=Tower())
+    cache = build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower())
     (cache.folder / "features.bin").write_bytes(b"short")
     with pytest.raises(DataError, match="damaged"):
         FeatureCache(cache.folder)
@@ -145,13 +145,13 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
 
 
 def test_features_of_another_shape_are_refused(tmp_path: Path) -> None:
-    build(tmp_path, KEYS[:1], tower="t", pixels=picture, features=Tower())
-    with pytest.raises(DataError, match="of another kind"):
-        build(tmp_path, KEYS, tower="t", pixels=picture, features=Tower(torch.float16))
+    build(tmp_path, KEYS[:1], tower="t", pixels=pixels_of, features=Tower())
+    with pytest.raises(DataError, match="holds other features"):
+        build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower(torch.float16))
 
 
 def test_pickled_and_removed(tmp_path: Path) -> None:
-    cache = build(tmp_path, KEYS, tower="t", pixels=picture, features=Tower())
+    cache = build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower())
     cache.get(KEYS[0])
     blob = pickle.dumps(cache)
     assert len(blob) < 2000
@@ -163,11 +163,11 @@ def test_pickled_and_removed(tmp_path: Path) -> None:
 def slow_build(root: str, counts: str) -> None:
     tower = Tower()
 
-    def features(pictures: Tensor) -> Tensor:
+    def features(images: Tensor) -> Tensor:
         time.sleep(0.02)
-        return tower(pictures)
+        return tower(images)
 
-    cache = build(root, KEYS, tower="t", pixels=picture, features=features, batch_size=1, num_threads=1)
+    cache = build(root, KEYS, tower="t", pixels=pixels_of, features=features, batch_size=1, num_threads=1)
     assert all(torch.equal(cache.get(key), expected(key)) for key in KEYS)
     with open(counts, "a") as lines:
         lines.write(json.dumps(tower.num) + "\n")

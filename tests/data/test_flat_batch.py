@@ -1,4 +1,4 @@
-"""The flat batch: what lies where, who wants which target, and rows of limited size."""
+"""Flat batch: positions of tokens, targets of sequences, and rows of limited size."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_paths_targets_and_edges(chance: random.Random, num_sequences: int, layo
 
 @given(chance=st.randoms(use_true_random=False), layout=st.sampled_from(LAYOUTS))
 @settings(max_examples=40, deadline=None)
-def test_images_stand_in_the_order_of_their_place_holders(chance: random.Random, layout: Layout) -> None:
+def test_images_follow_the_order_of_their_placeholders(chance: random.Random, layout: Layout) -> None:
     sequences = random_sequences(chance, 8)
     batch = flat(sequences, layout)
-    place_holders = int((batch.input_ids == IMAGE).sum())
+    num_placeholders = int((batch.input_ids == IMAGE).sum())
     if batch.pixel_values is None:
-        assert place_holders == 0
+        assert num_placeholders == 0
         return
-    assert place_holders == 4 * len(batch.pixel_values)
+    assert num_placeholders == 4 * len(batch.pixel_values)
     starts = {int(path[start]): key for s, path in zip(sequences, batch.paths(), strict=True)
               for (start, _), key in zip(s.image_spans, s.images, strict=True)}  # fmt: skip
     expected = torch.stack([IMAGES[starts[place]] for place in sorted(starts)])
@@ -100,7 +100,7 @@ def test_refusals(layout: Layout) -> None:
     with pytest.raises(DataError, match="no token"):
         flat([encoded([])], layout)
     stray = Encoded((IMAGE, 5), (-100, -100), (0, 0))
-    with pytest.raises(DataError, match="1 image place holders and 0 image keys"):
+    with pytest.raises(DataError, match="1 image placeholders and 0 image keys"):
         flat([stray], layout)
 
 

@@ -1,4 +1,4 @@
-"""What is known about image files, and pictures by key: equal bytes are equal images, each decoded once."""
+"""Index and store of images: equal bytes are equal images, each decoded once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llava.imaging.dicom.policy import DEFAULT
 
 
 class Processor:
-    """Pixels are the mean colour; counts the pictures it was given."""
+    """Processor whose pixels are the mean color; it counts its images."""
 
     image_fingerprint = "test"
     dicom = DEFAULT
@@ -37,9 +37,9 @@ class Processor:
     def open(self, ref: str, root: Path | None) -> Image.Image:
         return decode.load(ref, root)
 
-    def picture(self, picture: Image.Image) -> Tensor:
+    def picture(self, image: Image.Image) -> Tensor:
         self.num += 1
-        return torch.tensor(np.asarray(picture).mean(axis=(0, 1)), dtype=torch.float32).view(3, 1, 1)
+        return torch.tensor(np.asarray(image).mean(axis=(0, 1)), dtype=torch.float32).view(3, 1, 1)
 
 
 def paint(path: Path, value: int) -> None:
@@ -103,7 +103,7 @@ def test_the_memory_is_bounded_and_forgets_the_least_recent(folder: Path) -> Non
 
 
 def test_an_unknown_key_is_an_error(folder: Path) -> None:
-    with pytest.raises(DataError, match="unknown here"):
+    with pytest.raises(DataError, match="is unknown; it belongs to another"):
         ImageStore(ImageIndex(folder), Processor()).images_for([encoded("nothing")])
 
 
@@ -125,7 +125,7 @@ def test_cached_features_replace_pixels_for_all_or_none(folder: Path, tmp_path: 
         store.images_for([encoded(*keys)])
 
 
-def test_a_store_is_pickled_without_its_pictures(folder: Path) -> None:
+def test_a_store_is_pickled_without_its_images(folder: Path) -> None:
     store = ImageStore(ImageIndex(folder), Processor())
     key = store.key("3.png")
     store.pixels(key)
@@ -263,7 +263,7 @@ def test_what_was_checked_before_an_interruption_is_kept(
     assert "4.png" in reads and "0.png" not in reads
 
 
-def test_a_picture_replaced_by_one_of_the_same_time_and_size_is_noticed(folder: Path, tmp_path: Path) -> None:
+def test_an_image_replaced_by_one_of_the_same_time_and_size_is_noticed(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "index.json"
     name = folder / "same.bmp"
     digests = []

@@ -1,4 +1,4 @@
-"""The loader of streamed steps by itself: errors of its reading processes."""
+"""Loader of streamed steps: errors of its reading processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llava.errors import DataError
 
 
 class Refusing:
-    """A data set that can use no row."""
+    """Dataset without any usable row."""
 
     def __init__(self, shard: Path) -> None:
         self.sources = (StreamSource("only", (shard,)),)

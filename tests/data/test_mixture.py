@@ -1,4 +1,4 @@
-"""Mixture files: what they name, what they refuse, and what rows keep."""
+"""Mixture files: sources, rejected content, and fields that rows keep."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_rows_keep_source_licence_and_pictures(folder: Path) -> None:
+def test_rows_keep_source_license_and_images(folder: Path) -> None:
     sources = read_mixture(folder / "mixture.yaml").sources
     samples = load_mixture(sources)
     assert [source.weight for source in sources] == [2.0, 1.0] and len(samples) == 24
@@ -53,7 +53,7 @@ def test_what_a_row_says_itself_stays(folder: Path) -> None:
     assert Shares.of(samples, read_mixture(folder / "mixture.yaml").sources).of_row[0] == 0
 
 
-def test_pictures_outside_their_folder_are_refused(folder: Path) -> None:
+def test_images_outside_their_folder_are_refused(folder: Path) -> None:
     rows = json.loads((folder / "b" / "train.json").read_text())
     rows[3]["image"] = "../../a/images/0.png"
     (folder / "b" / "train.json").write_text(json.dumps(rows))
@@ -73,13 +73,13 @@ def test_pictures_outside_their_folder_are_refused(folder: Path) -> None:
         ("sources: [{name: x, path: y, weight: .nan}]", "'weight' must be a number above 0"),
         ("sources: [{name: x, path: y, weight: true}]", "'weight' must be a number above 0"),
         ("sources: [{name: x, path: y, images: 3}]", "'images' must be text"),
-        ("sources: [{name: x, path: y}, {name: x, path: z}]", "name x is there twice"),
-        ("sources: [{name: x, path: y}, {name: z, path: y}]", "is there twice"),
+        ("sources: [{name: x, path: y}, {name: x, path: z}]", "duplicate name x"),
+        ("sources: [{name: x, path: y}, {name: z, path: y}]", "duplicate path .*y"),
         ("sources: [{name: x, path: y}]\nmore: 1", "a key `sources`"),
         ("stream: 3\nsources: [{name: x, path: y}]", "`stream` must be true or false"),
         ("sources: [", "is not YAML"),
-        ("sources: [{name: x, path: y, weight: 2, weight: 3}]", "key 'weight' is there twice"),
-        ("sources:\n- {name: x, path: y}\nsources:\n- {name: z, path: w}", "key 'sources' is there twice"),
+        ("sources: [{name: x, path: y, weight: 2, weight: 3}]", "key 'weight' is duplicate"),
+        ("sources:\n- {name: x, path: y}\nsources:\n- {name: z, path: w}", "key 'sources' is duplicate"),
         ("sources: [{name: x, path: y}]\n? [a]\n: 1", "is not YAML"),
         ("sources: !!python/object/apply:os.getcwd []", "is not YAML"),
     ],
@@ -123,7 +123,7 @@ def test_mixtures_of_other_editors(folder: Path, before: str) -> None:
     assert is_mixture(path) and len(read_mixture(path).sources) == 2
 
 
-def test_bad_pictures_are_left_out_where_that_is_asked_for(folder: Path) -> None:
+def test_bad_images_are_left_out_where_that_is_asked_for(folder: Path) -> None:
     rows = json.loads((folder / "b" / "train.json").read_text())
     rows[3]["image"] = "../../a/images/0.png"
     (folder / "b" / "train.json").write_text(json.dumps(rows))
@@ -144,13 +144,13 @@ def test_a_source_without_usable_rows_is_an_error(folder: Path) -> None:
 
 def test_rows_of_a_source_without_a_folder_name_no_files(folder: Path) -> None:
     path = folder / "a" / "train.json"
-    picture = (folder / "a" / "images" / "0.png").resolve()
-    path.write_text(json.dumps([{**row, "image": str(picture)} for row in json.loads(path.read_text())]))
+    image = (folder / "a" / "images" / "0.png").resolve()
+    path.write_text(json.dumps([{**row, "image": str(image)} for row in json.loads(path.read_text())]))
     (folder / "open.yaml").write_text("sources: [{name: own, path: a/train.json}]")
     with pytest.raises(DataError, match=r"row 0, id .*source own has no `images`; write `images: FOLDER`"):
         load_mixture(read_mixture(folder / "open.yaml").sources)
     (folder / "open.yaml").write_text("sources: [{name: own, path: a/train.json, images: /}]")
-    assert load_mixture(read_mixture(folder / "open.yaml").sources)[0].images == (str(picture),)
+    assert load_mixture(read_mixture(folder / "open.yaml").sources)[0].images == (str(image),)
 
 
 def test_folders_with_signs_of_patterns(folder: Path) -> None:
@@ -176,7 +176,7 @@ def test_streams_name_shards_by_pattern(folder: Path) -> None:
     (folder / "none.yaml").write_text("stream: true\nsources: [{name: none, path: '*.tar'}]")
     with pytest.raises(ConfigError, match="source none: no file matches"):
         stream_sources(read_mixture(folder / "none.yaml"))
-    with pytest.raises(ConfigError, match="not written as one file"):
+    with pytest.raises(ConfigError, match="cannot be written as one file"):
         main([str(folder / "stream.yaml"), "--out", str(folder / "x.json")])
 
 
@@ -194,6 +194,6 @@ def test_written_out_as_one_file(folder: Path, capsys: pytest.CaptureFixture[str
     assert len(rows) == 24 and rows[0].images[0].startswith("a/images/")
     assert (rows[0].meta["source"], rows[0].meta["licence"]) == ("first", "CC0-1.0")
     assert "12  first  (licence: CC0-1.0)" in capsys.readouterr().out
-    with pytest.raises(DataError, match="give --root a folder above it"):
+    with pytest.raises(DataError, match="set --root to a folder above it"):
         main([str(folder / "mixture.yaml"), "--out", str(folder / "x.json"), "--root", str(folder / "a")])
     assert not (folder / "x.json").exists()

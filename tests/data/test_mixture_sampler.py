@@ -1,4 +1,4 @@
-"""Rows of a mixture: every source as often as its weight says, over epochs and ranks."""
+"""Mixture sampler: every source is drawn by its weight, over epochs and ranks."""
 
 from __future__ import annotations
 

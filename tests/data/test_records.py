@@ -1,4 +1,4 @@
-"""Data files to samples: formats by content, layouts of the family, and bad rows named or skipped."""
+"""Loading of data files: formats by content, layouts of the family, and bad rows named or skipped."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_rows_are_decoded_one_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no row can be used, the file is empty"),
+        ("", "no row can be used; the file is empty"),
         ("[]", "the file is empty"),
         ("[{} {}]", "row 0, id '': the row has no conversation: .*got no fields"),
-        (json.dumps(ROWS)[:-1], "row 3: expected ',' or ']'.* cut off"),
+        (json.dumps(ROWS)[:-1], "row 3: expected ',' or ']'.* truncated"),
         ("null", "must be a JSON object, got NoneType"),
         ('{"id": 1}\n', "row 0, id '1': the row has no conversation"),
     ],

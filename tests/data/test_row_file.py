@@ -1,4 +1,4 @@
-"""The text of data files."""
+"""Bytes of written data files."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def test_counts_out_of_range_are_errors(build: Callable[[], object], message: st
 
 @pytest.mark.parametrize(("run", "batch_size", "num_batches"), [("stage2_full", 4, 2), ("stage2_lora", 4, 1)])
 def test_steps_are_made_as_in_the_published_runs(shared: Path, run: str, batch_size: int, num_batches: int) -> None:
-    """The recorded order of rows: steps of one kind, the mixed rest last, and the same sharing out within a step."""
+    """Rows are in the recorded order: steps of one kind, mixed remainders last, equal distribution within a step."""
     oracle = shared / "oracles" / "llava-1.2.2"
     samples = load_samples(oracle / "train.json")
     words = [sum(len(turn.text.split()) for turn in sample.conversation.turns) for sample in samples]

@@ -1,4 +1,4 @@
-"""Rows of shards: every kind, from any row on, and what is broken."""
+"""Rows of shards: every format, from any row on, and damaged files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.tiny import tiny_image
 NUM_ROWS = 5
 
 
-def picture(number: int) -> bytes:
+def image_bytes(number: int) -> bytes:
     buffer = io.BytesIO()
     tiny_image(number).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -55,23 +55,23 @@ def write_tar(path: Path, mode: str = "w") -> Path:
     with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
         for number, row in enumerate(rows()):
             add(archive, f"part/{number:06d}.json", json.dumps({**row, "image": "elsewhere.png"}).encode())
-            add(archive, f"part/{number:06d}.png", picture(number))
+            add(archive, f"part/{number:06d}.png", image_bytes(number))
     return path
 
 
 def write_parquet(path: Path) -> Path:
     import datasets
 
-    table = {"id": [], "conversations": [], "picture": []}  # type: dict[str, list[Any]]
+    table = {"id": [], "conversations": [], "scan": []}  # type: dict[str, list[Any]]
     for number, row in enumerate(rows()):
         table["id"].append(row["id"])
         table["conversations"].append(row["conversations"])
-        table["picture"].append({"bytes": picture(number), "path": None})
+        table["scan"].append({"bytes": image_bytes(number), "path": None})
     features = datasets.Features(
         {
             "id": datasets.Value("string"),
             "conversations": [{"from": datasets.Value("string"), "value": datasets.Value("string")}],
-            "picture": datasets.Image(),
+            "scan": datasets.Image(),
         }
     )
     datasets.Dataset.from_dict(table, features=features).to_parquet(path)
@@ -98,7 +98,7 @@ def test_rows_from_any_row_on(tmp_path: Path, kind: str, start: int) -> None:
         assert isinstance(row, StreamRow)
         assert row.value["conversations"] == turns(number) and row.value["id"] == str(number)
         holds = kind in ("tar", "parquet")
-        assert row.pictures == ((picture(number),) if holds else ())
+        assert row.images == ((image_bytes(number),) if holds else ())
         assert ("image" in row.value) == (not holds)
 
 
@@ -108,35 +108,35 @@ def test_a_compressed_tar_and_shards_of_the_library(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     with webdataset.TarWriter(str(tmp_path / "theirs.tar")) as writer:
         for number, row in enumerate(rows()):
-            writer.write({"__key__": f"part/{number:06d}", "json": row, "png": picture(number)})
+            writer.write({"__key__": f"part/{number:06d}", "json": row, "png": image_bytes(number)})
     assert [row for _, row in rows_in(tmp_path / "theirs.tar")] == [row for _, row in rows_in(plain)]
 
 
-def test_several_pictures_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_several_images_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "shard.tar", "w") as archive:
         for name in ("10.png", "2.png", "0.png"):
             add(archive, f"a.{name}", name.encode())
         add(archive, "a.json", b'{"conversations": []}')
     [(_, row)] = rows_in(tmp_path / "shard.tar")
-    assert isinstance(row, StreamRow) and row.pictures == (b"0.png", b"2.png", b"10.png") and row.value["id"] == "a"
+    assert isinstance(row, StreamRow) and row.images == (b"0.png", b"2.png", b"10.png") and row.value["id"] == "a"
 
 
-def test_members_that_are_no_pictures_are_left_alone(tmp_path: Path) -> None:
+def test_members_that_are_no_images_are_left_alone(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "shard.tar", "w") as archive:
         add(archive, "._a.json", b"\x00\x05\x16\x07 macOS")
         add(archive, "a.json", b'{"id": "a", "image": "elsewhere.png"}')
         add(archive, "._a.png", b"\x00\x05\x16\x07 macOS")
         add(archive, "a.cls", b"3")
         add(archive, "a.txt", b"a caption")
-        add(archive, "a.png", picture(1))
-        add(archive, "a.seg", picture(2))
+        add(archive, "a.png", image_bytes(1))
+        add(archive, "a.seg", image_bytes(2))
         add(archive, "b.json", b'{"id": "b", "image": "elsewhere.png"}')
         add(archive, "b.txt", b"a caption")
         add(archive, "c.json", b'{"id": "c"}')
         add(archive, "c.jpg", b"broken")
     found = [row for _, row in rows_in(tmp_path / "shard.tar")]
     assert found == [
-        StreamRow({"id": "a"}, (picture(1), picture(2))),
+        StreamRow({"id": "a"}, (image_bytes(1), image_bytes(2))),
         StreamRow({"id": "b", "image": "elsewhere.png"}),
         StreamRow({"id": "c"}, (b"broken",)),
     ]
@@ -147,7 +147,7 @@ def test_two_members_of_one_name_are_an_error_in_their_place(tmp_path: Path) -> 
         for name in ("a.json", "a.png", "a.PNG", "b.json", "b.json", "c.json"):
             add(archive, name, b"{}")
     found = [row for _, row in rows_in(tmp_path / "shard.tar")]
-    assert "two members are called a.png" in str(found[0]) and "two members are called b.json" in str(found[1])
+    assert "duplicate member a.png" in str(found[0]) and "duplicate member b.json" in str(found[1])
     assert found[2] == StreamRow({"id": "c"}) and len(list(rows_in(tmp_path / "shard.tar", 2))) == 1
 
 
@@ -180,8 +180,8 @@ def test_bad_rows_are_errors_in_their_place(tmp_path: Path) -> None:
     [
         (b'[{"id": 1}]', "a JSON array cannot be streamed"),
         (b"\x89PNG", "neither JSON lines"),
-        (b"PAR1 and no more", "broken or cut off"),
-        (gzip.compress(b"{}" * 900, mtime=0)[:30], "broken or cut off"),
+        (b"PAR1 and no more", "damaged or truncated"),
+        (gzip.compress(b"{}" * 900, mtime=0)[:30], "damaged or truncated"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
@@ -193,7 +193,7 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes, words: str) -> 
 
 
 def test_a_tar_shard_that_is_cut_or_damaged_anywhere_loses_no_row_silently(tmp_path: Path) -> None:
-    """The library ends quietly at a header that is cut off or damaged, unless it is the first one."""
+    """A truncated or damaged header is an error; the library silently ends there, unless it is the first one."""
     content = write_tar(tmp_path / "whole").read_bytes()
     with tarfile.open(tmp_path / "whole") as archive:
         place = archive.getmembers()[4].offset
@@ -207,7 +207,7 @@ def test_a_tar_shard_that_is_cut_or_damaged_anywhere_loses_no_row_silently(tmp_p
     for name, data in damaged.items():
         for packed in (data, gzip.compress(data, mtime=0)):
             (tmp_path / name).write_bytes(packed)
-            with pytest.raises(DataError, match="broken or cut off"):
+            with pytest.raises(DataError, match="damaged or truncated"):
                 list(rows_in(tmp_path / name))
     packed = gzip.compress(content)
     (tmp_path / "checksum").write_bytes(packed[:-8] + b"1234" + packed[-4:])

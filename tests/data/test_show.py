@@ -49,7 +49,7 @@ def test_truncation_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "[[ Yes & n]]{{[[o.</s>]]}}" in printed
 
 
-def test_colours_replace_marks() -> None:
+def test_colors_replace_marks() -> None:
     processor = make_processor()
     view = show.make_view(Sample("x", talk("Q", "A")), processor, max_length=None)
     painted = show.to_terminal(view, processor, color=True)
@@ -67,7 +67,7 @@ def test_stretches_hold_every_token_once() -> None:
     assert [s.turn for s in view.stretches] == [-1, 0, 0, 1, 2, 3]
 
 
-def test_page_is_escaped_and_shows_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_page_is_escaped_and_shows_the_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, file = write_processor(tmp_path / "model"), write_rows(tmp_path / "rows.json")
     (tmp_path / "images").mkdir()
     Image.new("RGB", (900, 30), "red").save(tmp_path / "images" / "a.png")
@@ -99,11 +99,11 @@ def test_errors_name_row_and_remedy(tmp_path: Path) -> None:
         show.main([str(file), "--row", "7", "--model", str(model)])
     with pytest.raises(DataError, match=r"row 1, id 'b<1>': 1 images take 4 tokens"):
         show.main([str(file), "--row", "1", "--model", str(model), "--max_length", "4"])
-    with pytest.raises(CheckpointError, match="no processor"):
+    with pytest.raises(CheckpointError, match="has neither a processor"):
         show.main([str(file), "--model", str(tmp_path)])
 
 
 def test_a_mixture_is_no_file_of_rows(tmp_path: Path) -> None:
     (tmp_path / "mix.yaml").write_text("sources:\n  - {name: a, rows: a.json}\n")
-    with pytest.raises(ConfigError, match="describes a mixture; name the file of one of its sources"):
+    with pytest.raises(ConfigError, match="is a mixture, expected a data file; pass the file of one source"):
         show.main([str(tmp_path / "mix.yaml"), "--model", "nowhere"])

@@ -1,4 +1,4 @@
-"""Streams: every row once a pass over all readers, weights, and going on from any position."""
+"""Streams: every row once per pass over all readers, weights, and resuming from any position."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ def test_bad_rows_keep_their_place_and_broken_shards_are_named(tmp_path: Path) -
     with pytest.raises(DataError, match=r"none\.jsonl cannot be read"):
         next(MixtureStream([StreamSource("a", (tmp_path / "none.jsonl",))]).rows())
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(DataError, match="there is no row for reader 0 of 1"):
+    with pytest.raises(DataError, match="has no row for reader 0 of 1"):
         next(MixtureStream([StreamSource("a", (tmp_path / "empty.jsonl",))]).rows())
     with pytest.raises(ConfigError, match="at least one shard"):
         MixtureStream([StreamSource("a", ())])
-    with pytest.raises(DataError, match="no position"):
+    with pytest.raises(DataError, match="not the position of a stream"):
         MixturePosition.from_json({"sources": 1})

@@ -1,4 +1,4 @@
-"""The check before training: bad rows are errors that name them, or skipped, counted and listed."""
+"""Validation before training: bad rows raise errors that name them, or are skipped, counted and listed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_bad_row_is_an_error_that_names_it(tiny: Any, folder: Path, reason: st
     with pytest.raises(DataError) as caught:
         check([*GOOD, bad], folder, tiny)
     message = str(caught.value)
-    assert "1 of 4 rows cannot be used" in message and "--skip_bad" in message
+    assert "1 of 4 rows cannot be used" in message and "--skip-bad" in message
     assert reason in message
     assert message.count(f"train.json, row {bad.origin.row}, id {bad.id!r}") == 1
 
@@ -98,7 +98,7 @@ def test_many_bad_rows_show_the_first_ones() -> None:
 
 
 def test_no_row_left_is_an_error_even_when_skipping(tiny: Any, folder: Path) -> None:
-    with pytest.raises(DataError, match="none of the 1 rows can be trained on"):
+    with pytest.raises(DataError, match="none of the 1 rows can be used for training"):
         check([BAD["no token is left to train"]], folder, tiny, skip_bad=True)
 
 

@@ -1,4 +1,4 @@
-"""Sizes of pictures to tiles and tokens: recorded grids, hand-made cases, and what holds for every size."""
+"""Tiles and tokens by image size: recorded grids, hand-made cases, and properties of every size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava.errors import ConfigError, DataError
-from llava.imaging.anyres import MERGE_TYPES, ImageGrid, best_size, keep_size, parse_pinpoints, placed, unpadded
+from llava.imaging.anyres import MERGE_TYPES, ImageGrid, best_size, keep_size, parse_pinpoints, fit_centered, unpadded
 
 PINPOINTS = ((112, 56), (56, 112), (112, 112), (168, 56), (56, 168))
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
@@ -24,21 +24,21 @@ def grid(merge: str = "flat", num_tokens: int = 16, mode: str = "anyres") -> Ima
 def test_grids_are_the_published_ones(shared: Path) -> None:
     folder = shared / "oracles" / "llava-1.2.2"
     for name, recorded in json.loads((folder / "anyres.json").read_text()).items():
-        with Image.open(folder / "images" / name) as picture:
-            assert list(best_size(picture.size, PINPOINTS)) == recorded["best"]
-            assert list(grid().shape(picture.size)) == recorded["grid"]
+        with Image.open(folder / "images" / name) as image:
+            assert list(best_size(image.size, PINPOINTS)) == recorded["best"]
+            assert list(grid().shape(image.size)) == recorded["grid"]
 
 
 def test_shapes_of_mode_keep_are_the_published_ones(shared: Path) -> None:
     folder = shared / "oracles" / "llava-med-1.0"
     recorded = json.loads((folder / "image_keep_shapes.json").read_text())
     for name in (key.removeprefix("keep/") for key in recorded if key.startswith("keep/")):
-        with Image.open(folder / "images" / name) as picture:
-            width, height = keep_size(picture.size)
+        with Image.open(folder / "images" / name) as image:
+            width, height = keep_size(image.size)
             assert [3, height, width] == recorded[f"keep/{name}"]
 
 
-def test_tokens_of_a_picture() -> None:
+def test_tokens_of_an_image() -> None:
     # 80 x 56 fills 2 x 1 tiles of 4 x 4 patches but for two columns: 8 patches wide at 80 / 112 of the height ...
     assert grid("flat").count((80, 56)) == grid("spatial").count((80, 56)) == 3 * 16
     # ... 80 pixels at 4 rows for 56 are 5.7 patches, so one of the two border columns goes at each side.
@@ -50,7 +50,7 @@ def test_tokens_of_a_picture() -> None:
 
 
 def test_mode_keep_refuses_what_is_narrower_than_a_patch() -> None:
-    with pytest.raises(DataError, match=r"a picture of 2000 x 20 pixels to 400 x 4, less than a patch of 14"):
+    with pytest.raises(DataError, match=r"an image of 2000 x 20 pixels to 400 x 4, less than a patch of 14"):
         grid(mode="keep").count((2000, 20))
 
 
@@ -74,14 +74,14 @@ def test_pinpoints_are_read_from_a_list_and_its_text() -> None:
     assert parse_pinpoints([[336, 672]], 336) == ((336, 672),)
     assert parse_pinpoints(None, 336) == ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
     for wrong in ("__import__('os')", "[1, 2]", "[[1, 2, 3]]", 7):
-        with pytest.raises(ConfigError, match="no list of"):
+        with pytest.raises(ConfigError, match="not a list of"):
             parse_pinpoints(wrong, 336)
 
 
 @given(SIZES)
-def test_every_picture_lies_inside_its_tiles(size: tuple[int, int]) -> None:
+def test_every_image_lies_inside_its_tiles(size: tuple[int, int]) -> None:
     whole = best_size(size, PINPOINTS)
-    (width, height), (left, top) = placed(size, whole)
+    (width, height), (left, top) = fit_centered(size, whole)
     assert 0 < width <= whole[0] and 0 < height <= whole[1]
     assert left >= 0 and top >= 0 and left + width <= whole[0] and top + height <= whole[1]
     assert width == whole[0] or height == whole[1]

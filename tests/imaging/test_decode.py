@@ -1,4 +1,4 @@
-"""Image files to RGB pictures: colour modes, depth, orientation, limits, and the published values bit for bit."""
+"""Decoding of image files: color modes, depth, orientation, limits, and the published values bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH, HEIGHT = 9, 6
 
 
 def gradient(mode: str) -> Image.Image:
-    """A small picture of the given mode whose RGB form is not constant."""
+    """Return a small image of the given mode whose RGB form is not constant."""
     ramp = np.arange(WIDTH * HEIGHT, dtype=np.uint8).reshape(HEIGHT, WIDTH) * 4
     rgb = Image.fromarray(np.stack([ramp, 255 - ramp, ramp // 2], axis=-1))
     return rgb.convert(mode) if mode != "RGB" else rgb
@@ -41,9 +41,9 @@ def test_every_mode_becomes_rgb_as_pillow_converts_it(tmp_path: Path, mode: str,
 
 
 def test_transparency_is_dropped_and_not_composited() -> None:
-    picture = gradient("RGBA")
-    picture.putalpha(0)
-    assert to_rgb(picture).tobytes() == gradient("RGB").tobytes()
+    image = gradient("RGBA")
+    image.putalpha(0)
+    assert to_rgb(image).tobytes() == gradient("RGB").tobytes()
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -57,7 +57,7 @@ def test_sixteen_bits_are_windowed_from_smallest_to_largest(tmp_path: Path, suff
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_deep_and_floating_point_pictures_use_the_same_window(dtype: type) -> None:
+def test_deep_and_floating_point_images_use_the_same_window(dtype: type) -> None:
     values = np.array([[-5.0, 0.0], [5.0, 5.0]]).astype(dtype)
     assert np.asarray(to_rgb(Image.fromarray(values)))[..., 1].tolist() == [[0, 128], [255, 255]]
     assert np.asarray(to_rgb(Image.fromarray(np.full((2, 2), 7, dtype)))).max() == 0
@@ -116,7 +116,7 @@ def test_a_linked_folder_and_paths_inside_it_are_fine(tmp_path: Path) -> None:
 def test_a_broken_file_is_named(tmp_path: Path, damage: str) -> None:
     buffer = io.BytesIO()
     gradient("RGB").resize((200, 200)).save(buffer, "JPEG")
-    content = {"cut": buffer.getvalue()[:900], "text": b"not a picture", "empty": b""}
+    content = {"cut": buffer.getvalue()[:900], "text": b"not an image", "empty": b""}
     if damage in content:
         (tmp_path / "scan.jpg").write_bytes(content[damage])
     with pytest.raises(DataError, match=r"scan\.jpg"):
@@ -131,11 +131,11 @@ def test_too_large_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytes
         decode.load("x.png", tmp_path)
 
 
-def test_pad_centres_with_the_offset_rounded_down() -> None:
-    picture = fit(gradient("RGB"), "pad", size=4, fill=(122, 116, 104))
-    assert picture.size == (WIDTH, WIDTH)
+def test_pad_centers_with_the_offset_rounded_down() -> None:
+    image = fit(gradient("RGB"), "pad", size=4, fill=(122, 116, 104))
+    assert image.size == (WIDTH, WIDTH)
     top = (WIDTH - HEIGHT) // 2
-    rows = np.asarray(picture)
+    rows = np.asarray(image)
     assert (rows[:top] == (122, 116, 104)).all()
     assert (rows[top : top + HEIGHT] == np.asarray(gradient("RGB"))).all()
     assert (rows[top + HEIGHT :] == (122, 116, 104)).all()
@@ -165,9 +165,9 @@ def test_preprocessing_equals_the_published_code_bit_for_bit(shared: Path, oracl
     names = [name for name in expected.files if name.startswith(f"{mode}/")]
     assert len(names) == 5
     for name in names:
-        picture = decode.load(name.removeprefix(f"{mode}/"), folder / "images")
-        picture = fit(picture, mode, size=56, fill=fill)
-        pixels = processor(picture, return_tensors="np")["pixel_values"][0]
+        image = decode.load(name.removeprefix(f"{mode}/"), folder / "images")
+        image = fit(image, mode, size=56, fill=fill)
+        pixels = processor(image, return_tensors="np")["pixel_values"][0]
         np.testing.assert_array_equal(pixels, expected[name])
 
 
@@ -180,7 +180,7 @@ def test_the_key_depends_on_bytes_and_preprocessing_only() -> None:
 @pytest.mark.parametrize("ref", ["a\0b.png", "\ud800.png"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_names_that_no_file_can_have_are_named_errors(tmp_path: Path, ref: str, inside: bool) -> None:
-    with pytest.raises(DataError, match="no file can have this name"):
+    with pytest.raises(DataError, match="has an invalid name"):
         decode.load(ref, tmp_path if inside else None)
 
 
@@ -190,4 +190,4 @@ def test_the_stored_form_is_read_from_the_header(tmp_path: Path) -> None:
         Image.new(mode, (4, 4)).save(path)
         assert decode.stored_as(path.read_bytes()) == expected
     assert decode.stored_as(b"\0" * 128 + b"DICM") == "DICOM"
-    assert decode.stored_as(b"no picture") == "unknown"
+    assert decode.stored_as(b"no image") == "unknown"

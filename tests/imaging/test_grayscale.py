@@ -1,4 +1,4 @@
-"""Levels: the picture is found again from them, whatever its type and range."""
+"""Levels: they reproduce the image, for every dtype and range."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from llava.imaging.grayscale import levels_of
     st.integers(-(2**31), 2**31),
     st.data(),
 )
-def test_picture_is_found_again(kind: str, low: int, data: st.DataObject) -> None:
+def test_image_is_found_again(kind: str, low: int, data: st.DataObject) -> None:
     limits = np.iinfo(kind)
     low = min(max(low, limits.min), limits.max - 60)
     offsets = data.draw(arrays(np.int64, (9, 8), elements=st.integers(0, 60)))
-    picture = (offsets + low).astype(kind)
-    levels = levels_of(picture)
+    image = (offsets + low).astype(kind)
+    levels = levels_of(image)
     assert levels is not None
-    assert np.array_equal(levels.values[levels.places], picture)
-    assert levels.values.dtype == picture.dtype and list(np.diff(levels.values.astype(np.int64))) == [1] * int(
+    assert np.array_equal(levels.values[levels.places], image)
+    assert levels.values.dtype == image.dtype and list(np.diff(levels.values.astype(np.int64))) == [1] * int(
         offsets.max() - offsets.min()
     )
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [
         np.zeros((3, 3)),
         np.zeros((0, 3), np.uint8),
@@ -40,5 +40,5 @@ def test_picture_is_found_again(kind: str, low: int, data: st.DataObject) -> Non
     ],
     ids=["fractions", "empty", "fewer pixels than levels", "wide", "64 bits"],
 )
-def test_no_levels(picture: np.ndarray) -> None:
-    assert levels_of(picture) is None
+def test_no_levels(image: np.ndarray) -> None:
+    assert levels_of(image) is None

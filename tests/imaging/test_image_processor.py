@@ -1,4 +1,4 @@
-"""The straight way to pixels gives what the image processor gives, bit for bit; others keep their own way."""
+"""Fast preprocessing equals the image processor, bit for bit; custom processors are used as they are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS: dict[str, Any] = {
     "clip": lambda n: CLIPImageProcessorPil(size={"shortest_edge": n}, crop_size={"height": n, "width": n}),
     "larger crop": lambda n: CLIPImageProcessorPil(size={"shortest_edge": n}, crop_size={"height": n + 6, "width": n}),
     "no resize": lambda n: CLIPImageProcessorPil(do_resize=False, crop_size={"height": n, "width": n}),
-    "not normalised": lambda n: CLIPImageProcessorPil(size={"shortest_edge": n}, crop_size=n, do_normalize=False),
+    "not normalized": lambda n: CLIPImageProcessorPil(size={"shortest_edge": n}, crop_size=n, do_normalize=False),
     "open_clip": lambda n: OpenClipImageProcessorPil(size={"shortest_edge": n}, crop_size={"height": n, "width": n}),
     "siglip": lambda n: SiglipImageProcessorPil(size={"height": n, "width": n + 3}),
     "vit": lambda n: ViTImageProcessorPil(size={"height": n, "width": n}, resample=Image.Resampling.BILINEAR),
@@ -31,7 +31,7 @@ KINDS: dict[str, Any] = {
 MODES = ("L", "RGB", "LA", "P", "1", "CMYK", "I;16")
 
 
-def random_picture(mode: str, size: tuple[int, int], seed: int) -> Image.Image:
+def random_image(mode: str, size: tuple[int, int], seed: int) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     if mode == "I;16":
         return Image.fromarray(values[..., 0].astype(np.uint16) * 77 + values[..., 1])
@@ -44,26 +44,26 @@ def random_picture(mode: str, size: tuple[int, int], seed: int) -> Image.Image:
     st.integers(13, 31),
     st.sampled_from(["square", "pad", "resize"]),
     st.builds(
-        random_picture,
+        random_image,
         st.sampled_from(MODES),
         st.tuples(st.integers(3, 80), st.integers(3, 80)),
         st.integers(0, 1000),
     ),
 )
-def test_same_bits_as_the_image_processor(kind: str, side: int, mode: str, picture: Image.Image) -> None:
+def test_same_bits_as_the_image_processor(kind: str, side: int, mode: str, image: Image.Image) -> None:
     own = KINDS[kind](side)
     processor = LlavaMedProcessor(TOKENIZER, own, template="v1", image_mode=mode, num_image_tokens=4)
     assert PixelPath.of(own) is not None
     fill = mean_color(own.image_mean)
-    fitted = fit(picture, mode, size=processor.image_size, fill=fill)
+    fitted = fit(image, mode, size=processor.image_size, fill=fill)
     expected = own(images=[fitted], return_tensors="pt")["pixel_values"]
-    assert torch.equal(processor.pixels([picture]), expected)
-    assert processor.picture(picture).dtype == torch.float32
-    assert torch.equal(processor.picture(Opened(to_rgb(picture), picture.size)), expected[0])
+    assert torch.equal(processor.pixels([image]), expected)
+    assert processor.picture(image).dtype == torch.float32
+    assert torch.equal(processor.picture(Opened(to_rgb(image), image.size)), expected[0])
 
 
 class Inverted(CLIPImageProcessorPil):
-    """An image processor with a step of its own."""
+    """Image processor with a custom step."""
 
     def normalize(self, image: np.ndarray, *args: Any, **settings: Any) -> np.ndarray:
         return -super().normalize(image, *args, **settings)
@@ -74,8 +74,8 @@ def test_others_keep_their_own_way() -> None:
     assert PixelPath.of(own) is None
     assert PixelPath.of(CLIPImageProcessorPil(size={"shortest_edge": 9, "longest_edge": 12})) is None
     processor = LlavaMedProcessor(TOKENIZER, own, template="v1", num_image_tokens=4)
-    picture = random_picture("L", (40, 30), 0)
+    image = random_image("L", (40, 30), 0)
     plain = LlavaMedProcessor(TOKENIZER, KINDS["clip"](20), template="v1", num_image_tokens=4)
-    assert torch.equal(processor.picture(picture), -plain.picture(picture))
+    assert torch.equal(processor.picture(image), -plain.picture(image))
     processor.use_fast_jpeg(True)
     assert processor._scale_of((9000, 9000)) == 1

@@ -1,4 +1,4 @@
-"""Scaled decoding of large JPEG files: off by default, close to the whole picture, never where it could go wrong."""
+"""Scaled decoding of large JPEG files: off by default, close to full decoding, and only for safe formats."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.text_tools import llama_like
 SIDE = 56
 MODES = ("square", "pad", "resize")
 SIZES = ((225, 224), (224, 301), (451, 337), (449, 613))
-"""Odd ones on purpose: at a smaller scale a pixel of the last column or row is only partly picture."""
+"""Odd sizes: at a smaller scale the image covers pixels of the last column or row only partly."""
 
 
 def make(mode: str = "square", *, fast: bool, side: int = SIDE) -> LlavaMedProcessor:
@@ -38,28 +38,28 @@ def make(mode: str = "square", *, fast: bool, side: int = SIDE) -> LlavaMedProce
 
 @lru_cache
 def smooth(width: int, height: int) -> Image.Image:
-    """A film without what is finer than the pixels of so small a picture."""
+    """Return an X-ray-like image without details finer than its pixels."""
     return film(width, height, 1).filter(ImageFilter.GaussianBlur(2))
 
 
 def levels(processor: LlavaMedProcessor, content: bytes) -> np.ndarray:
-    """The model's input as grey levels."""
+    """Return the input of the model as gray levels."""
     own: Any = processor.image_processor
     mean, std = (torch.tensor(values)[:, None, None] for values in (own.image_mean, own.image_std))
     return ((processor.picture(processor.open(content)) * std + mean) * 255).numpy()
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_close_to_the_whole_picture(size: tuple[int, int]) -> None:
-    picture = smooth(*size)
+def test_close_to_the_whole_image(size: tuple[int, int]) -> None:
+    image = smooth(*size)
     for mode in MODES:
         fast, whole = make(mode, fast=True), make(mode, fast=False)
-        for content in (as_jpeg(picture), as_jpeg(Image.merge("RGB", [picture] * 3))):
+        for content in (as_jpeg(image), as_jpeg(Image.merge("RGB", [image] * 3))):
             opened = fast.open(content)
             assert opened.scale in (2, 4) and opened.size == size
             assert opened.image.size == tuple(-(-side // opened.scale) for side in size)
             difference = np.abs(levels(fast, content) - levels(whole, content))
-            # One in a thousand is three pixels here; films of a real size come last.
+            # One in a thousand is three pixels here; an image of a real size is tested last.
             assert difference.mean() <= 0.6 and np.percentile(difference, 99) <= 6
 
 
@@ -96,15 +96,15 @@ def turned(orientation: int) -> dict[str, Any]:
 
 
 def contents() -> dict[str, bytes]:
-    picture = smooth(449, 613)
-    color = Image.merge("RGB", [picture, picture.rotate(180), picture])
+    image = smooth(449, 613)
+    color = Image.merge("RGB", [image, image.rotate(180), image])
     return {
-        "small": as_jpeg(picture.resize((2 * SIDE + 90, 4 * SIDE - 1))),
-        "turned": as_jpeg(picture, **turned(6)),
-        "turned colour": as_jpeg(color, **turned(3)),
+        "small": as_jpeg(image.resize((2 * SIDE + 90, 4 * SIDE - 1))),
+        "turned": as_jpeg(image, **turned(6)),
+        "turned color": as_jpeg(color, **turned(3)),
         "CMYK": as_jpeg(color.convert("CMYK")),
         "4:2:2": as_jpeg(color, subsampling=1),
-        "PNG": as_png(picture),
+        "PNG": as_png(image),
     }
 
 
@@ -117,8 +117,8 @@ def test_decoded_whole(kind: str) -> None:
 
 
 def test_upright_exif_and_progressive_files_are_scaled() -> None:
-    picture = smooth(449, 613)
-    for content in (as_jpeg(picture, **turned(1)), as_jpeg(picture, progressive=True)):
+    image = smooth(449, 613)
+    for content in (as_jpeg(image, **turned(1)), as_jpeg(image, progressive=True)):
         assert make(fast=True).open(content).scale == 4
 
 
@@ -131,7 +131,7 @@ def test_a_file_that_is_cut_off_is_refused() -> None:
     content = as_jpeg(smooth(449, 613))
     with pytest.raises(DataError, match="cannot be decoded"):
         make(fast=True).open(content[: len(content) // 2])
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="its format is unknown"):
         make(fast=True).open(b"neither")
 
 
@@ -150,9 +150,9 @@ def test_kept_with_the_processor_and_named_by_the_fingerprint(tmp_path: Path) ->
 
 
 def test_keys_never_mix(tmp_path: Path) -> None:
-    (tmp_path / "film.jpg").write_bytes(as_jpeg(smooth(449, 613)))
+    (tmp_path / "scan.jpg").write_bytes(as_jpeg(smooth(449, 613)))
     stores = [ImageStore(ImageIndex(tmp_path), make(fast=fast)) for fast in (False, True)]
-    keys = [store.key("film.jpg") for store in stores]
+    keys = [store.key("scan.jpg") for store in stores]
     assert keys[0] != keys[1]
     pixels = [store.pixels(key) for store, key in zip(stores, keys, strict=True)]
     assert not torch.equal(*pixels) and pixels[0].shape == pixels[1].shape
@@ -168,8 +168,8 @@ def test_option_of_every_command_that_asks_a_model(words: list[str], value: bool
     assert parser.parse_args(["--model", "x", *words]).fast_jpeg is value
 
 
-def test_a_film_of_a_real_size_is_near_the_benchmarks_numbers() -> None:
-    """One of those that benchmarks/data_loading.py measures, so that the table there cannot drift unseen."""
+def test_an_image_of_a_real_size_is_near_the_benchmarks_numbers() -> None:
+    """The image is one of those that benchmarks/data_loading.py measures, which guards the table there."""
     content = as_jpeg(film(1345, 1699, 6))
     fast, whole = make("pad", fast=True, side=336), make("pad", fast=False, side=336)
     assert fast.open(content).scale == 2

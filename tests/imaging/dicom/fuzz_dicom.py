@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of DICOM reading: any bytes give a picture or an error of this package.
+"""Coverage-guided fuzzing of DICOM decoding: all bytes give an image or an error of this package.
 
 python -m tests.imaging.dicom.fuzz_dicom -max_total_time=60      a run of one minute; needs atheris (extra `dev`)
 python -m tests.imaging.dicom.fuzz_dicom CORPUS_DIR -runs=100000 keeps what it finds
@@ -20,18 +20,18 @@ with atheris.instrument_imports(include=["pydicom", "llava.data"]):
 from tests.support.dicom_files import corpus
 
 MAX_SEED = 12_000
-"""Longer files are no seeds: mutations of their pixels find nothing."""
+"""Largest size of a seed file; mutations of the pixels of longer files find nothing."""
 
 MAX_PIXELS = 1 << 20
-"""Smaller than in use, so that one input takes little time."""
+"""Smaller limit than in use, so that one input takes little time."""
 
 
 def test_one_input(data: bytes) -> None:
-    """Show one file; anything but an error of this package is a finding."""
+    """Decode one file; every exception but an error of this package is a finding."""
     try:
         decode.load(data)
-        picture = render.picture(data, render.DicomPolicy(), name="fuzzed", max_pixels=MAX_PIXELS)
-        assert picture.mode in ("L", "RGB")
+        image = render.render_frame(data, render.DicomPolicy(), name="fuzzed", max_pixels=MAX_PIXELS)
+        assert image.mode in ("L", "RGB")
     except LlavaError:
         pass
 

@@ -1,4 +1,4 @@
-"""The packaged files of pydicom and pydicom-data: golden pictures, one picture for all compressions, named refusals."""
+"""Packaged files of pydicom and pydicom-data: golden images, equal images for all compressions, named rejections."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ SAME = [
     ("OBXXXX1A.dcm", "OBXXXX1A_rle.dcm"),
     ("color-px.dcm", "color-pl.dcm"),
 ]
-"""Files that hold the same picture in two forms."""
+"""Pairs of files that hold the same image in two forms."""
 
 
 def path_of(name: str) -> Path:
-    """The path of a packaged file; skips the test where it is not installed."""
+    """Return the path of a packaged file; skip the test if it is not installed."""
     found = next((path for key, path in FILES.items() if key.rpartition("-")[0] == name), None)
     if found is None:
         pytest.skip(f"{name} is not installed; it comes with pydicom-data")
@@ -72,7 +72,7 @@ def test_golden(name: str) -> None:
 
 
 @pytest.mark.parametrize(("plain", "compressed"), SAME)
-def test_one_picture_whatever_its_form(plain: str, compressed: str) -> None:
+def test_one_image_whatever_its_form(plain: str, compressed: str) -> None:
     first, second = (np.asarray(decode.load(path_of(name).read_bytes()), dtype=int) for name in (plain, compressed))
     assert first.std() > 1
     assert np.abs(first - second).max() == 0
@@ -90,14 +90,14 @@ def test_one_picture_whatever_its_form(plain: str, compressed: str) -> None:
         ("DICOMDIR", "Media Storage Directory Storage"),
     ],
 )
-def test_what_is_no_picture_is_named(name: str, kind: str) -> None:
-    with pytest.raises(NotAPicture, match="is not a picture") as caught:
+def test_what_is_no_image_is_named(name: str, kind: str) -> None:
+    with pytest.raises(NotAPicture, match="is not an image") as caught:
         decode.load(path_of(name).read_bytes())
     assert kind in str(caught.value)
 
 
 def stored_values(dataset: Any) -> NDArray[Any]:
-    """Read uncompressed whole-number pixels by hand: order of bytes, unused bits, sign, planes; the first frame."""
+    """Return the first frame of uncompressed integer pixels, decoded by hand (byte order, unused bits, sign, planes)."""
     order = "<" if dataset.original_encoding[1] else ">"
     samples, allocated, bits = dataset.SamplesPerPixel, dataset.BitsAllocated, dataset.BitsStored
     count = dataset.Rows * dataset.Columns * samples
@@ -116,7 +116,7 @@ def stored_values(dataset: Any) -> NDArray[Any]:
 
 
 def by_hand(dataset: Any) -> NDArray[Any]:
-    """Evaluate the standard's formulas for a plain file: `[H, W, 3]`, 0 to 255, not rounded."""
+    """Return a plain file by the formulas of the standard: `[H, W, 3]`, 0 to 255, not rounded."""
     values, bits = stored_values(dataset), dataset.BitsStored
     if dataset.SamplesPerPixel == 3:
         return values / (2**bits - 1) * 255
@@ -128,9 +128,9 @@ def by_hand(dataset: Any) -> NDArray[Any]:
         low, high = 0, 2**bits - 1
     else:
         low, high = modality.min(), modality.max()
-    grey = np.clip((modality - low) / (high - low), 0, 1) * 255
-    grey = 255 - grey if dataset.PhotometricInterpretation == "MONOCHROME1" else grey
-    return np.repeat(grey[:, :, None], 3, axis=2)
+    gray = np.clip((modality - low) / (high - low), 0, 1) * 255
+    gray = 255 - gray if dataset.PhotometricInterpretation == "MONOCHROME1" else gray
+    return np.repeat(gray[:, :, None], 3, axis=2)
 
 
 PLAIN = ("MONOCHROME1", "MONOCHROME2", "RGB")
@@ -138,7 +138,7 @@ SPECIAL = ("ModalityLUTSequence", "VOILUTSequence", "PixelAspectRatio", "PerFram
 
 
 def plain_files() -> list[str]:
-    """Names of uncompressed files whose pixels are square and need no table."""
+    """Return the names of uncompressed files with square pixels and without lookup tables."""
     found = []
     for name, path in FILES.items():
         if "error" in EXPECTED.get(name, {"error": ""}):
@@ -177,7 +177,7 @@ def test_no_network_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cut_off_anywhere_is_a_named_error() -> None:
-    """Every prefix of a compressed file is a picture or an error of ours."""
+    """Every prefix of a compressed file gives an image or an error of this package."""
     data = path_of("MR_small_RLE.dcm").read_bytes()
     kinds = set()
     for end in range(0, len(data), 61):

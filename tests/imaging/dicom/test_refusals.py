@@ -1,4 +1,4 @@
-"""DICOM files that are refused, one rule each: limits, bombs, videos; nobody is named; changed bytes never crash."""
+"""Rejected DICOM files, one rule each: limits, bombs, videos, no patient data in messages, changed bytes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_limits_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     for fields, message in (
         ({"Rows": 60000, "Columns": 60000}, "60000 x 60000 pixels, more than"),
         ({"NumberOfFrames": 2**30}, "states 1073741824 frames"),
-        ({"NumberOfFrames": 1000}, "is cut off"),
+        ({"NumberOfFrames": 1000}, "is truncated"),
         ({"Rows": 0}, "is empty"),
         ({"BitsAllocated": 24}, "bits stored in 24"),
-        ({"SamplesPerPixel": 2}, "2 values a pixel"),
-        ({"PixelData": None}, "holds none"),
-        ({"PixelAspectRatio": [20, 1], "Rows": 30000, "Columns": 300}, "cut off"),
+        ({"SamplesPerPixel": 2}, "2 values per pixel"),
+        ({"PixelData": None}, "has no pixel data"),
+        ({"PixelAspectRatio": [20, 1], "Rows": 30000, "Columns": 300}, "truncated"),
     ):
         dataset = make_dataset(np.zeros((4, 4), np.uint8))
         for name, value in fields.items():
@@ -47,7 +47,7 @@ def test_limits_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(DataError, match=message):
             decode.load(to_bytes(dataset))
     monkeypatch.setattr(decode, "MAX_PIXELS", 100)
-    with pytest.raises(DataError, match="once they are square"):
+    with pytest.raises(DataError, match="square pixels, more than"):
         decode.load(make(np.zeros((5, 4), np.uint8), PixelAspectRatio=[10, 1]))
 
 
@@ -55,7 +55,7 @@ def test_a_deflated_bomb_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> Non
     data = make(np.zeros((1000, 1000), np.uint8), TransferSyntaxUID=uid.DeflatedExplicitVRLittleEndian)
     assert len(data) < 5000 and decode.load(data).size == (1000, 1000)
     monkeypatch.setattr(header, "MAX_INFLATED", 100_000)
-    with pytest.raises(DataError, match="unpacks to more than"):
+    with pytest.raises(DataError, match="decompresses to more than"):
         decode.load(data)
 
 
@@ -63,7 +63,7 @@ def test_compressed_data_that_state_another_size_are_not_decoded() -> None:
     data = next(path for _, path in corpus() if path.name == "MR_small_jp2klossless.dcm").read_bytes()
     place = data.index(b"\xff\x4f\xff\x51") + 8
     bomb = data[:place] + (60000).to_bytes(4, "big") * 2 + data[place + 8 :]
-    with pytest.raises(DataError, match="compressed picture of 60000 x 60000"):
+    with pytest.raises(DataError, match="compressed image of 60000 x 60000"):
         decode.load(bomb)
     stream = io.BytesIO()
     Image.new("L", (30, 20)).save(stream, format="JPEG")
@@ -78,7 +78,7 @@ def test_a_missing_decoder_names_its_package(monkeypatch: pytest.MonkeyPatch) ->
         decode.load(data)
 
 
-def test_licences_of_decoders() -> None:
+def test_licenses_of_decoders() -> None:
     assert {name for names in pixels.DECODERS.values() for name in names} <= {*pixels.PACKAGES, "pydicom"}
     assert not any("libjpeg" in name.replace("pylibjpeg", "") for name in pixels.PACKAGES.values())
 
@@ -101,10 +101,10 @@ def test_a_modality_says_what_a_file_without_a_class_is() -> None:
     assert "1.2.3.999" not in str(caught.value)
 
 
-def test_nobody_is_named_in_errors_and_logs(
+def test_errors_and_logs_have_no_patient_data(
     caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Values that pydicom would quote stand in fields that are read; the patient's stand in fields that are not."""
+    """Fields that are read hold values that pydicom would quote; patient data is in fields that are not read."""
     bad = [
         ("Rows", "US"),
         ("WindowCenter", "DS"),
@@ -151,7 +151,7 @@ FUZZ_SEEDS = [path.read_bytes() for _, path in corpus() if path.name in SEEDS]
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_changed_bytes_never_crash(data: st.DataObject) -> None:
-    """Bytes replaced, cut out or doubled: a picture, or an error of ours."""
+    """Bytes that are replaced, removed or doubled give an image or an error of this package."""
     content = bytearray(data.draw(st.sampled_from(FUZZ_SEEDS)))
     for _ in range(data.draw(st.integers(1, 8))):
         place = data.draw(st.integers(0, len(content) - 1))
@@ -173,13 +173,13 @@ def test_changed_bytes_never_crash(data: st.DataObject) -> None:
 def test_a_head_of_unknown_types_is_a_named_error() -> None:
     data = make(np.zeros((4, 4), np.uint8))
     place = data.index(b"\x02\x00\x02\x00UI") + 4
-    with pytest.raises(DataError, match="given as bytes has a head that cannot be understood"):
+    with pytest.raises(DataError, match="given as bytes has a header that cannot be parsed"):
         decode.load(data[:place] + b"U." + data[place + 2 :])
 
 
 @pytest.mark.slow
 def test_a_short_guided_fuzz(tmp_path: Path) -> None:
-    """A few hundred inputs; `tests/imaging/dicom/fuzz_dicom.py` says how to run longer."""
+    """Fuzz a few hundred inputs; see `tests/imaging/dicom/fuzz_dicom.py` for longer runs."""
     pytest.importorskip("atheris", reason="atheris is not installed (extra dev, Linux only)")
     words = ["-runs=500", "-max_len=12000", "-timeout=20", "-rss_limit_mb=4096", f"-artifact_prefix={tmp_path}/"]
     command = [sys.executable, "-m", "tests.imaging.dicom.fuzz_dicom", *words]

@@ -1,4 +1,4 @@
-"""DICOM files made for one rule each: windows, polarity, depth, palettes, frames, the policy."""
+"""Synthetic DICOM files, one rule each: windows, polarity, depth, palettes, frames, policy."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from llava.processing import LlavaMedProcessor
 from tests.support.dicom_files import RAMP, lookup_table, make, make_dataset, to_bytes
 
 
-def grey(data: bytes, window: str = "file", frame: str = "first") -> NDArray[Any]:
-    """The red channel of a file's picture, as whole numbers."""
-    picture = decode.load(data, dicom=DicomPolicy(window, frame))
-    assert picture.mode == "RGB"
-    return np.asarray(picture)[:, :, 0].astype(int)
+def gray(data: bytes, window: str = "file", frame: str = "first") -> NDArray[Any]:
+    """Return the red channel of the image of a file, as integers."""
+    image = decode.load(data, dicom=DicomPolicy(window, frame))
+    assert image.mode == "RGB"
+    return np.asarray(image)[:, :, 0].astype(int)
 
 
 def linear(values: NDArray[Any], center: float, width: float) -> NDArray[Any]:
-    """C.11.2.1.2.1, condition by condition."""
+    """Return gray levels by C.11.2.1.2.1, condition by condition."""
     below, above = values <= center - 0.5 - (width - 1) / 2, values > center - 0.5 + (width - 1) / 2
     inside = ((values - (center - 0.5)) / (width - 1) + 0.5) * 255
     return np.rint(np.where(below, 0, np.where(above, 255, inside))).astype(int)
@@ -38,9 +38,9 @@ def linear(values: NDArray[Any], center: float, width: float) -> NDArray[Any]:
 
 def test_the_first_window_after_rescaling() -> None:
     data = make(RAMP, WindowCenter=[40, 500], WindowWidth=[400, 9], RescaleSlope="2", RescaleIntercept="-100")
-    assert np.array_equal(grey(data), linear(RAMP * 2.0 - 100, 40, 400))
+    assert np.array_equal(gray(data), linear(RAMP * 2.0 - 100, 40, 400))
     inverted = make(RAMP, WindowCenter=40, WindowWidth=400, PhotometricInterpretation="MONOCHROME1")
-    assert np.array_equal(grey(inverted), 255 - linear(RAMP, 40, 400))
+    assert np.array_equal(gray(inverted), 255 - linear(RAMP, 40, 400))
 
 
 @pytest.mark.parametrize(
@@ -52,53 +52,53 @@ def test_the_first_window_after_rescaling() -> None:
 )
 def test_other_functions(function: str, formula: Any) -> None:
     data = make(RAMP, WindowCenter=40, WindowWidth=400, VOILUTFunction=function)
-    assert np.abs(grey(data) - formula(RAMP.astype(float)) * 255).max() <= 0.5 + 1e-9
+    assert np.abs(gray(data) - formula(RAMP.astype(float)) * 255).max() <= 0.5 + 1e-9
 
 
 def test_a_function_that_does_not_exist_is_an_error() -> None:
-    with pytest.raises(DataError, match="VOI LUT Function is none of LINEAR"):
-        grey(make(RAMP, WindowCenter=40, WindowWidth=400, VOILUTFunction="CUBIC"))
+    with pytest.raises(DataError, match="VOI LUT Function is unknown; expected one of LINEAR"):
+        gray(make(RAMP, WindowCenter=40, WindowWidth=400, VOILUTFunction="CUBIC"))
 
 
 @pytest.mark.parametrize("width", [0, -5, None])
 def test_a_window_that_makes_no_sense_counts_as_none(width: int | None) -> None:
     data = make(RAMP, WindowCenter=40, WindowWidth=width)
-    assert np.array_equal(grey(data), grey(data, "full"))
-    assert grey(data).min() == 0 and grey(data).max() == 255
+    assert np.array_equal(gray(data), gray(data, "full"))
+    assert gray(data).min() == 0 and gray(data).max() == 255
 
 
 def test_narrow_windows() -> None:
-    step = grey(make(RAMP, WindowCenter=8, WindowWidth=1))
+    step = gray(make(RAMP, WindowCenter=8, WindowWidth=1))
     assert np.array_equal(step, np.where(RAMP > 7.5, 255, 0))
-    fraction = grey(make(RAMP, WindowCenter=8, WindowWidth="0.5"))
+    fraction = gray(make(RAMP, WindowCenter=8, WindowWidth="0.5"))
     assert set(np.unique(fraction)) == {0, 128, 255}
 
 
 def test_presets_are_for_ct_only() -> None:
     window = {"WindowCenter": 0, "WindowWidth": 100}
     for name, (center, width) in PRESETS.items():
-        assert np.array_equal(grey(make(RAMP, Modality="CT", **window), name), linear(RAMP, center, width))
-        assert np.array_equal(grey(make(RAMP, Modality="MR", **window), name), linear(RAMP, 0, 100))
-    assert np.array_equal(grey(make(RAMP, Modality="MR", **window), "40,400"), linear(RAMP, 40, 400))
+        assert np.array_equal(gray(make(RAMP, Modality="CT", **window), name), linear(RAMP, center, width))
+        assert np.array_equal(gray(make(RAMP, Modality="MR", **window), name), linear(RAMP, 0, 100))
+    assert np.array_equal(gray(make(RAMP, Modality="MR", **window), "40,400"), linear(RAMP, 40, 400))
 
 
 def test_padding_never_moves_an_automatic_window() -> None:
     values = RAMP.copy()
     values[0] = -2000
     plain, padded = make(values), make(values, PixelPaddingValue=-2000)
-    assert grey(plain)[1].min() > 90
-    assert grey(padded)[1].min() == 0 and grey(padded)[0].max() == 0
-    assert np.array_equal(grey(padded, "full"), grey(padded))
+    assert gray(plain)[1].min() > 90
+    assert gray(padded)[1].min() == 0 and gray(padded)[0].max() == 0
+    assert np.array_equal(gray(padded, "full"), gray(padded))
     ranged = make(values, PixelPaddingValue=-2000, PixelPaddingRangeLimit=-770)
-    assert grey(ranged)[1].max() == 0
+    assert gray(ranged)[1].max() == 0
     only = make(np.full((4, 4), -2000, np.int16), PixelPaddingValue=-2000)
-    assert grey(only).max() == 0
+    assert gray(only).max() == 0
 
 
 def test_percentiles() -> None:
     low, high = np.percentile(RAMP, (10, 90))
     expected = np.rint(np.clip((RAMP - low) / (high - low), 0, 1) * 255)
-    assert np.array_equal(grey(make(RAMP), "percentile:10,90"), expected)
+    assert np.array_equal(gray(make(RAMP), "percentile:10,90"), expected)
 
 
 @pytest.mark.parametrize(
@@ -108,29 +108,29 @@ def test_depths(kind: str, bits: int) -> None:
     low = -(2 ** (bits - 1)) if kind[0] == "i" else 0
     values = np.linspace(low, low + 2**bits - 1, 64).astype(kind).reshape(8, 8)
     expected = np.rint((values.astype(float) - low) / (2**bits - 1) * 255)
-    assert np.array_equal(grey(make(values, BitsStored=bits)), expected)
+    assert np.array_equal(gray(make(values, BitsStored=bits)), expected)
 
 
 def test_eight_bits_without_a_window_are_not_stretched() -> None:
-    assert grey(make(np.full((4, 4), 100, np.uint8))).max() == 100
+    assert gray(make(np.full((4, 4), 100, np.uint8))).max() == 100
 
 
 def test_bits_of_overlays_in_unused_bits_are_not_shown() -> None:
     values = np.arange(16, dtype=np.uint16).reshape(4, 4)
-    assert np.array_equal(grey(make(values | 0xF000, BitsStored=12)), grey(make(values, BitsStored=12)))
+    assert np.array_equal(gray(make(values | 0xF000, BitsStored=12)), gray(make(values, BitsStored=12)))
 
 
 def test_lookup_tables() -> None:
     values = np.arange(16, dtype=np.uint8).reshape(4, 4)
     table = np.array([0, 1000, 40000, 65535], dtype=np.uint16)
-    shown = grey(make(values, VOILUTSequence=[lookup_table(2, table, 16)], WindowCenter=5, WindowWidth=2))
+    shown = gray(make(values, VOILUTSequence=[lookup_table(2, table, 16)], WindowCenter=5, WindowWidth=2))
     assert np.array_equal(shown, np.rint(table[np.clip(values.astype(int) - 2, 0, 3)] / 65535 * 255)), "the table wins"
-    shown = grey(make(values, ModalityLUTSequence=[lookup_table(0, np.arange(16)[::-1] * 2, 8)]))
+    shown = gray(make(values, ModalityLUTSequence=[lookup_table(0, np.arange(16)[::-1] * 2, 8)]))
     assert np.array_equal(shown, 30 - 2 * values.astype(int))
-    with pytest.raises(DataError, match="entries that promises 40"):
+    with pytest.raises(DataError, match="entries; its descriptor states 40"):
         item = lookup_table(0, np.arange(16), 8)
         item.LUTDescriptor = [40, 0, 8]
-        grey(make(values, VOILUTSequence=[item]))
+        gray(make(values, VOILUTSequence=[item]))
 
 
 def test_a_palette_of_eight_bits_in_sixteen() -> None:
@@ -140,11 +140,11 @@ def test_a_palette_of_eight_bits_in_sixteen() -> None:
         for color, entries in {"Red": [0, 10, 20, 255], "Green": [9, 9, 9, 9], "Blue": [255, 0, 0, 1]}.items():
             tables[f"{color}PaletteColorLookupTableDescriptor"] = [4, 0, 16]
             tables[f"{color}PaletteColorLookupTableData"] = (np.array(entries, "<u2") * scale).tobytes()
-        picture = decode.load(make(values, PhotometricInterpretation="PALETTE COLOR", **tables))
-        assert np.asarray(picture).reshape(-1, 3).tolist() == [[0, 9, 255], [10, 9, 0], [20, 9, 0], [255, 9, 1]]
+        image = decode.load(make(values, PhotometricInterpretation="PALETTE COLOR", **tables))
+        assert np.asarray(image).reshape(-1, 3).tolist() == [[0, 9, 255], [10, 9, 0], [20, 9, 0], [255, 9, 1]]
 
 
-def test_colours() -> None:
+def test_colors() -> None:
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, (6, 4, 3), dtype=np.uint8)
     assert np.array_equal(np.asarray(decode.load(make(values))), values)
@@ -157,17 +157,17 @@ def test_colours() -> None:
     y, blue, red = (values[:, :, channel].astype(float) for channel in range(3))
     expected = np.stack([y + 1.402 * (red - 128), y - 0.344136 * (blue - 128) - 0.714136 * (red - 128)], axis=-1)
     assert np.abs(full[:, :, :2] - np.clip(expected, 0, 255)).max() <= 1
-    with pytest.raises(DataError, match="colour space that is not known"):
+    with pytest.raises(DataError, match="in an unknown color space"):
         decode.load(make(values, PhotometricInterpretation="CMYK"))
 
 
 def test_frames() -> None:
     frames = np.stack([np.full((4, 4), value, np.uint8) for value in (10, 20, 30, 40)])
     data = make(frames, NumberOfFrames=4)
-    assert [int(grey(data, frame=name).max()) for name in ("first", "middle", "3")] == [10, 20, 40]
-    with pytest.raises(DataError, match="has 4 frames, so there is no frame 4"):
-        grey(data, frame="4")
-    assert grey(make(frames[0]), frame="7").max() == 10, "a file of one picture has no choice"
+    assert [int(gray(data, frame=name).max()) for name in ("first", "middle", "3")] == [10, 20, 40]
+    with pytest.raises(DataError, match="has 4 frames, counted from 0; frame 4"):
+        gray(data, frame="4")
+    assert gray(make(frames[0]), frame="7").max() == 10, "frame is ignored for a file of one frame"
 
 
 def test_windows_of_single_frames() -> None:
@@ -182,8 +182,8 @@ def test_windows_of_single_frames() -> None:
     shared.PixelValueTransformationSequence = [transform]
     groups_of = {"PerFrameFunctionalGroupsSequence": groups, "SharedFunctionalGroupsSequence": [shared]}
     data = make(np.stack([RAMP, RAMP]), NumberOfFrames=2, **groups_of)
-    assert np.array_equal(grey(data), linear(RAMP * 2.0 + 5, 0, 200))
-    assert np.array_equal(grey(data, frame="1"), linear(RAMP * 2.0 + 5, 100, 200))
+    assert np.array_equal(gray(data), linear(RAMP * 2.0 + 5, 0, 200))
+    assert np.array_equal(gray(data, frame="1"), linear(RAMP * 2.0 + 5, 100, 200))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_bare_data_sets_are_read() -> None:
         stream = io.BytesIO()
         pydicom.dcmwrite(stream, Dataset(dataset), implicit_vr=syntax.is_implicit_VR, little_endian=True)
         assert not stream.getvalue().startswith(b"\0" * 64)
-        assert grey(stream.getvalue()).max() == 77
+        assert gray(stream.getvalue()).max() == 77
 
 
 @pytest.mark.parametrize(
