@@ -184,7 +184,7 @@ def test_first_token_is_never_trained() -> None:
 
 def test_errors_say_what_to_do() -> None:
     processor = make_processor()
-    with pytest.raises(DataError, match="has 1 <image> placeholders but 0 images are given; write one <image>"):
+    with pytest.raises(DataError, match="has 1 <image> placeholders but 0 images are given; write exactly one <image>"):
         encode(talk("<image>\nQ", "A"), processor, max_length=None)
     with pytest.raises(DataError, match="has 0 <image> placeholders but 1 images"):
         encode_prompt(talk("Q"), processor, images=["k"])

@@ -97,7 +97,7 @@ def test_a_batch_without_any_target(layout: Layout) -> None:
 def test_refusals(layout: Layout) -> None:
     with pytest.raises(DataError, match=r"sequence 1.*first token"):
         flat([encoded([5, 6]), encoded([5, 6], trained=[0])], layout)
-    with pytest.raises(DataError, match="no token"):
+    with pytest.raises(DataError, match="sequence 0 is empty"):
         flat([encoded([])], layout)
     stray = Encoded((IMAGE, 5), (-100, -100), (0, 0))
     with pytest.raises(DataError, match="1 image placeholders and 0 image keys"):

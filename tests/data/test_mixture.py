@@ -74,7 +74,7 @@ def test_images_outside_their_folder_are_refused(folder: Path) -> None:
         ("sources: [{name: x, path: y, weight: true}]", "'weight' must be a number above 0"),
         ("sources: [{name: x, path: y, images: 3}]", "'images' must be text"),
         ("sources: [{name: x, path: y}, {name: x, path: z}]", "duplicate name x"),
-        ("sources: [{name: x, path: y}, {name: z, path: y}]", "duplicate path .*y"),
+        ("sources: [{name: x, path: y}, {name: z, path: y}]", "duplicate path"),
         ("sources: [{name: x, path: y}]\nmore: 1", "a key `sources`"),
         ("stream: 3\nsources: [{name: x, path: y}]", "`stream` must be true or false"),
         ("sources: [", "is not YAML"),

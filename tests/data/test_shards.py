@@ -171,7 +171,7 @@ def test_bad_rows_are_errors_in_their_place(tmp_path: Path) -> None:
         add(archive, "b.json", b"{")
         add(archive, "c.json", b"{}")
     found = [row for _, row in rows_in(tmp_path / "tar")]
-    assert "no member a.json; found png" in str(found[0]) and "not JSON" in str(found[1])
+    assert "member a.json is missing; found png" in str(found[0]) and "not JSON" in str(found[1])
     assert found[2] == StreamRow({"id": "c"})
 
 

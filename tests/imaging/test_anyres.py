@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava.errors import ConfigError, DataError
-from llava.imaging.anyres import MERGE_TYPES, ImageGrid, best_size, keep_size, parse_pinpoints, fit_centered, unpadded
+from llava.imaging.anyres import MERGE_TYPES, ImageGrid, best_size, fit_centered, keep_size, parse_pinpoints, unpadded
 
 PINPOINTS = ((112, 56), (56, 112), (112, 112), (168, 56), (56, 168))
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))

@@ -127,7 +127,7 @@ def test_too_large_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytes
     gradient("RGB").save(tmp_path / "x.png")
     monkeypatch.setattr(decode, "MAX_PIXELS", WIDTH * HEIGHT - 1)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(DataError, match=r"9 x 6 pixels, more than 53"):
+    with pytest.raises(DataError, match=r"9 x 6 pixels, more than the limit of 53"):
         decode.load("x.png", tmp_path)
 
 

@@ -91,11 +91,11 @@ def check_picture(dataset: FileDataset) -> None:
         kind = NON_IMAGE_MODALITIES.get(word(dataset, "Modality"))
     if kind is not None:
         called = f" ({uid.name})" if is_known(uid) else ""
-        raise NotAPicture(f"is not an image: it is {kind}{called}; remove the file")
+        raise NotAPicture(f"is not an image: it is {kind}{called}; exclude the file")
     if not len(dataset):  # pydicom returns an empty data set for a file that ends inside a field
         raise DataError("has no fields that describe an image; is the file truncated?")
     if "Rows" not in dataset and "Columns" not in dataset:
-        raise NotAPicture(f"is not an image: it is {object_name(dataset)} without pixels; remove the file")
+        raise NotAPicture(f"is not an image: it is {object_name(dataset)} without pixels; exclude the file")
 
 
 def _families(uid: UID) -> list[str]:

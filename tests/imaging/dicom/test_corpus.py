@@ -97,7 +97,7 @@ def test_what_is_no_image_is_named(name: str, kind: str) -> None:
 
 
 def stored_values(dataset: Any) -> NDArray[Any]:
-    """Return the first frame of uncompressed integer pixels, decoded by hand (byte order, unused bits, sign, planes)."""
+    """Return the first frame of uncompressed integer pixels, decoded by hand."""
     order = "<" if dataset.original_encoding[1] else ">"
     samples, allocated, bits = dataset.SamplesPerPixel, dataset.BitsAllocated, dataset.BitsStored
     count = dataset.Rows * dataset.Columns * samples
