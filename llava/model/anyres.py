@@ -1,7 +1,7 @@
-"""Patches of pictures of any shape, from the tower's tiles back to one sequence each (specification llava-med 1.7).
+"""Features of images of any shape: the tiles of mode `anyres` and the padded images of mode `keep`.
 
-anyres  tiles [sum of K, 3, H, W] --tower, projector--> [sum of K, P, D] --merge--> one [T, D] a picture
-keep    padded pictures [N, 3, h, w] --cut back, grouped by size--> [n, 3, h', w'] --tower, projector--> [T, D] each
+anyres  tiles [sum of K, 3, H, W] --tower, projector--> [sum of K, P, D] --merge--> one [T, D] per image
+keep    padded images [N, 3, h, w] --cropped, grouped by size--> [n, 3, h', w'] --tower, projector--> [T, D] each
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from llava.processing import LlavaMedProcessor
 
 
 def grid_of(config: Any, side: int) -> ImageGrid:
-    """What a model's configuration says of the sizes of pictures; `side` is that of its input in pixels."""
+    """Return the image grid of a model's configuration; `side` is that of the tower's input in pixels."""
     pinpoints = tuple((width, height) for width, height in config.image_grid_pinpoints or ())
     return ImageGrid(config.image_aspect_ratio, side, config.image_seq_length, config.patch_merge_type, pinpoints)
 
 
 def merge_tiles(features: Tensor, sizes: Sequence[Size], grid: ImageGrid, newline: Tensor | None) -> list[Tensor]:
-    """Join the tiles of each picture.
+    """Merge the tiles of each image.
 
     Args:
-        features: [sum of K, P, D] of the tiles of all pictures, that of the whole picture first.
-        sizes: width and height of each picture.
-        grid: of mode `anyres`.
-        newline: [D], put behind each row where the merge type is `spatial_unpad`.
+        features: [sum of K, P, D] of the tiles of all images; each image starts with its overview tile.
+        sizes: width and height of each image.
+        grid: grid of mode `anyres`.
+        newline: [D], appended to each row of patches if the merge type is `spatial_unpad`.
 
     Returns:
-        for each picture [T, D].
+        [T, D] for each image.
 
     Raises:
-        ConfigError: the number of tiles is not that of these pictures.
+        ConfigError: the number of tiles is not that of these images.
     """
     counts = [columns * rows + 1 for columns, rows in map(grid.shape, sizes)]
     if sum(counts) != len(features):
-        raise ConfigError(f"pictures of sizes {list(sizes)} have {sum(counts)} tiles, got {len(features)}")
+        raise ConfigError(f"images of sizes {list(sizes)} have {sum(counts)} tiles, got {len(features)}")
     parts = features.split(counts)
     return [_merged(tiles, size, grid, newline) for tiles, size in zip(parts, sizes, strict=True)]
 
@@ -52,7 +52,7 @@ def _merged(tiles: Tensor, size: Size, grid: ImageGrid, newline: Tensor | None) 
         return tiles.flatten(0, 1)
     columns, rows = grid.shape(size)
     side, width = grid.side, tiles.shape[-1]
-    # [rows, columns, side, side, D] -> the patches as they lie in the picture: [rows * side, columns * side, D]
+    # [rows, columns, side, side, D] -> the patches in the image's raster order: [rows * side, columns * side, D]
     whole = tiles[1:].view(rows, columns, side, side, width).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     if grid.merge == "spatial_unpad":
         left, top, right, bottom = unpadded(size, (columns * side, rows * side))
@@ -66,15 +66,15 @@ def _merged(tiles: Tensor, size: Size, grid: ImageGrid, newline: Tensor | None) 
 def project_kept(
     pixels: Tensor, sizes: Sequence[Size], features_of: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Features of pictures in mode `keep`; those of one size are computed together.
+    """Project images in mode `keep`; those of one size are computed together.
 
     Args:
-        pixels: [N, 3, h, w], each picture in the left upper corner.
-        sizes: width and height of each picture before preprocessing.
-        features_of: pixels [n, 3, h', w'] to [n, T, D].
+        pixels: [N, 3, h, w], each image in the upper left corner.
+        sizes: width and height of each image before preprocessing.
+        features_of: maps pixels [n, 3, h', w'] to [n, T, D].
 
     Returns:
-        all features [1, sum of T, D], and for each picture its own [T, D].
+        All features [1, sum of T, D], and [T, D] for each image.
     """
     found: dict[int, Tensor] = {}
     for (width, height), members in _by_size(sizes):
@@ -92,28 +92,28 @@ def _by_size(sizes: Sequence[Size]) -> Iterator[tuple[Size, list[int]]]:
 
 
 def needs_newline(config: Any) -> bool:
-    """Whether a model has a trained token for the end of a row of patches."""
+    """Return whether a model has a trained newline embedding, which ends each row of patches."""
     return "unpad" in str(config.patch_merge_type)
 
 
 def new_newline(width: int) -> Tensor:
-    """A fresh one, [D]."""
+    """Return a random newline embedding [D]."""
     return torch.randn(width) / math.sqrt(width)
 
 
 def write_policy(config: LlavaMedConfig, grid: ImageGrid) -> None:
-    """Put a processor's image mode into a configuration."""
+    """Copy a processor's image mode into a configuration."""
     config.image_aspect_ratio = grid.mode
     config.patch_merge_type = grid.merge
     config.image_grid_pinpoints = [list(size) for size in grid.pinpoints] or None
 
 
 def use_policy(model: Any, processor: LlavaMedProcessor) -> None:
-    """Make a model take pictures as its processor gives them; a row-end token that it lacks starts at random.
+    """Set a model to its processor's image mode; initialize a missing newline embedding randomly.
 
     Args:
         model: a `LlavaMedForConditionalGeneration`.
-        processor: its processor, in the image mode that is wanted.
+        processor: its processor, in the wanted image mode.
     """
     write_policy(model.config, processor.image_grid)
     if needs_newline(model.config) and model.model.image_newline is None:
@@ -122,6 +122,6 @@ def use_policy(model: Any, processor: LlavaMedProcessor) -> None:
 
 
 def fresh_newline(table: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    """A random row-end token, as long as the rows of the embedding table and on its device."""
+    """Return a random newline embedding with the width and device of the embedding table."""
     width = int(getattr(table, "ds_shape", table.shape)[-1])
     return nn.Parameter(new_newline(width).to(table.device, dtype))

@@ -1,4 +1,4 @@
-"""Attention over the flat batch, registered with transformers: each prefix tree of the row on its own.
+"""Attention over the flat batch, computed separately for each prefix tree of a row.
 
 Importing this module registers `constants.TREE_ATTENTION`. Calls without a plan (padded batches, generation) behave
 exactly as transformers' own SDPA attention, so one setting serves training, evaluation and generation.
@@ -22,16 +22,16 @@ from llava.constants import TREE_ATTENTION
 from llava.errors import ConfigError
 
 SCORE_KEYWORDS = ("softcap", "s_aux", "position_bias")
-"""What transformers hands to attention functions beside scaling and masks: SDPA would leave it out without a word."""
+"""Arguments by which transformers changes attention scores beyond scaling and masks; SDPA silently ignores them."""
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 MATMUL_PAIRS = 1 << 18
-"""Most query-key pairs of a piece that `matmul_attention` may hold as a matrix; beyond, memory counts more."""
+"""Query-key pairs up to which `matmul_attention` may hold a piece's score matrix; larger pieces need SDPA's memory."""
 
 
 class Piece(Protocol):
-    """A run of the row and the numbers of the pieces above it."""
+    """Run of tokens of a row, with the indices of the pieces above it in its tree."""
 
     @property
     def above(self) -> tuple[int, ...]: ...
@@ -44,7 +44,7 @@ class Piece(Protocol):
 
 
 class Plan(Protocol):
-    """What the batch says about its row; `data.attention_plan.AttentionPlan` is one."""
+    """Layout of a row and its masks, as `data.attention_plan.AttentionPlan` gives them."""
 
     @property
     def lengths(self) -> list[int]: ...
@@ -60,7 +60,7 @@ class Plan(Protocol):
 
 
 class Slots(Protocol):
-    """What generation knows about the past of its sequences; `generation.kv_slots.SlotCache` is one."""
+    """Cached keys and values of sequences being generated, as `generation.kv_cache.SlotCache` holds them."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
@@ -89,15 +89,15 @@ def tree_attention(
         attention_mask: used only without a plan.
         dropout: probability of dropping an attention weight.
         scaling: factor of the scores; 1 / sqrt(D) when None.
-        sliding_window: a token sees only tokens less than so many positions above it in its tree.
+        sliding_window: a token sees only tokens less than this many positions above it in its tree.
         tree_plan: the pieces of the row and their masks.
-        slots: given by a decoding step, one token a sequence: the past that each token looks at.
+        slots: given by a decoding step with one token per sequence: the cache that each token attends to.
 
     Returns:
         [1, T, Hq, D] and None (attention weights are not kept).
 
     Raises:
-        ConfigError: the model changes its scores in a way that SDPA does not know.
+        ConfigError: the model changes its scores in a way that SDPA does not compute.
     """
     _refuse_unknown_scores(keywords)
     if slots is not None:
@@ -129,8 +129,8 @@ def by_pieces(
 ) -> Tensor:
     """Attend piece by piece; query [1, Hq, T, D], key and value [1, Hk, T, D], returns [1, T, Hq, D].
 
-    SDPA, except for small pieces in half precision on a CPU: there its kernel is several times slower than plain
-    matrix products (`matmul_attention`).
+    SDPA is used, except for small pieces in half precision on a CPU: there its kernel is several times slower than
+    plain matrix products (`matmul_attention`).
     """
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # cast once, not once a piece
@@ -143,7 +143,7 @@ def by_pieces(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    # One split a tensor: its backward is one concatenation, where slices would each add a row of zeros.
+    # One split per tensor: its backward is one concatenation, where slices would each add a tensor of zeros.
     queries, keys, values = (tensor.split(plan.lengths, dim=2) for tensor in (query, key, value))
     outputs = []
     for index, piece in enumerate(plan.pieces):
@@ -206,7 +206,7 @@ def _joined(parts: Sequence[Tensor], members: Sequence[int]) -> Tensor:
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
-    """FlexAttention compiled once for rows of any length; without compilation it would fill a [T, T] matrix."""
+    """Compile FlexAttention once for rows of any length; uncompiled it would fill a [T, T] matrix."""
     return cast(Callable[..., Tensor], torch.compile(flex_attention, dynamic=True))
 
 
@@ -220,12 +220,12 @@ def _refuse_unknown_scores(keywords: Mapping[str, Any]) -> None:
 
 
 def supports_tree_attention(language_model: PreTrainedModel) -> bool:
-    """Whether the model's attention is what SDPA computes; others (soft caps, sinks, ALiBi) must keep their own."""
+    """Return whether SDPA computes the model's attention; others (soft caps, sinks, ALiBi) keep their own."""
     return bool(language_model._supports_sdpa)
 
 
 def use_tree_attention(model: PreTrainedModel) -> None:
-    """Let the language model attend tree by tree if it can; the vision tower keeps SDPA."""
+    """Set the language model to tree attention if it supports it; the vision tower keeps SDPA."""
     implementations = {"vision_config": "sdpa"}
     if supports_tree_attention(model.get_decoder()):
         implementations["text_config"] = TREE_ATTENTION

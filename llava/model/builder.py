@@ -1,6 +1,6 @@
-"""A new model from a causal language model and a vision tower, both by path or hub name.
+"""New models from a causal language model and a vision tower, each given by path or hub name.
 
-language model + tower --(place holder and marker tokens, fresh projector)--> LlavaMedForConditionalGeneration
+language model + tower --(placeholder and marker tokens, fresh projector)--> LlavaMedForConditionalGeneration
 """
 
 from __future__ import annotations
@@ -44,36 +44,36 @@ from llava.processing import LlavaMedProcessor
 from llava.utils.lookup import require
 
 SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
-"""The seeds' `mm_vision_select_feature` in transformers' words."""
+"""transformers' name for each value of `mm_vision_select_feature` in the original trainers."""
 
 HEAD_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
-"""Configuration keys of language models that change the head's output; the family's head is a plain linear layer."""
+"""Configuration keys of language models that change the logits after the head; ours is a plain linear layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How the parts are put together; saved beside adapters and projectors, which need the same parts again.
+    """Settings of a new model; saved with adapters and projectors, which need the same parts again.
 
     Attributes:
         lm: folder or hub name of a causal language model.
         vision_tower: folder or hub name of a CLIP, SigLIP, DINOv2 or ViT encoder, or of an open_clip model.
-        vision_tower_config: open_clip model configuration; with the next field the tower needs no folder.
+        vision_tower_config: open_clip model configuration; with `vision_tower_checkpoint` the tower needs no folder.
         vision_tower_checkpoint: open_clip weights.
         projector_type: `linear`, `mlpKx_gelu`, `cluster` or `identity`.
         projector_kwargs: settings of the projector, for `cluster` (see `cluster_projector`).
-        select_layer: hidden state of the tower that is used; -2 is the last but one.
+        select_layer: hidden state of the tower that is used; -2 is the second to last.
         select_feature: `patch` or `cls_patch`.
         use_im_start_end: write marker tokens around each image.
         use_im_patch_token: add the (unused) patch token, as old vocabularies have it.
         template: conversation template.
-        image_mode: how pictures become the tower's input.
-        patch_merge_type: how the tiles of mode `anyres` are joined, see `image_grids.MERGE_TYPES`.
-        image_grid_pinpoints: [width, height] that `anyres` chooses from; None takes those of LLaVA 1.6.
+        image_mode: how images become the tower's input.
+        patch_merge_type: how the tiles of mode `anyres` are joined, see `imaging.anyres.MERGE_TYPES`.
+        image_grid_pinpoints: [width, height] that `anyres` chooses from; None for those of LLaVA 1.6.
         placement: `front` or `as_written`.
         system: replaces the template's system text.
-        image_size: pixels of the model's input; the tower's own size when None.
-        bits, double_quant, quant_type: see `Quantization`; they concern the language model.
-        seed: of the projector's random weights.
+        image_size: pixels per side of the model's input; the tower's own size when None.
+        bits, double_quant, quant_type: see `Quantization`; they apply to the language model.
+        seed: seed of the projector's random weights.
     """
 
     lm: str
@@ -99,9 +99,9 @@ class BuildOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work before anything large is read."""
+        """Check the settings before anything large is read."""
         if not self.vision_tower:
-            raise ConfigError("a new model needs a vision tower; give its folder or hub name with --vision_tower")
+            raise ConfigError("a new model needs a vision tower; pass its folder or hub name with --vision-tower")
         if self.select_feature not in SELECT_STRATEGIES:
             known = ", ".join(SELECT_STRATEGIES)
             raise ConfigError(f"unknown select_feature {self.select_feature!r}; known: {known}")
@@ -110,13 +110,13 @@ class BuildOptions:
 
     @property
     def tower_files(self) -> dict[str, str | None]:
-        """The open_clip files as keywords of `load_tower` and `tower_image_processor`."""
+        """The open_clip files, as keyword arguments of `load_tower` and `tower_image_processor`."""
         return {"config_file": self.vision_tower_config, "checkpoint": self.vision_tower_checkpoint}
 
 
 @dataclass(slots=True)
 class Loaded:
-    """A model ready for use, its processor, and where its parts come from (`base` path or build options)."""
+    """Model ready for use, its processor, and the origin of its parts (`base` path or build options)."""
 
     model: LlavaMedForConditionalGeneration
     processor: LlavaMedProcessor
@@ -132,25 +132,25 @@ def build(
     device_map: Any = None,
     **options: Any,
 ) -> Loaded:
-    """Put a language model and a tower together with a fresh projector.
+    """Build a model from a language model and a vision tower, with a new projector.
 
     Args:
         lm: folder or hub name of a causal language model.
         vision_tower: folder or hub name of a vision encoder.
-        dtype: of all weights; "auto" is the dtype in which the language model was saved.
-        device_map: of the language model, passed to transformers; tower and projector follow its embeddings.
-        options: those of `BuildOptions`.
+        dtype: dtype of all weights; "auto" is the dtype in which the language model was saved.
+        device_map: placement of the language model, passed to transformers; tower and projector follow its embeddings.
+        options: fields of `BuildOptions`.
 
     Raises:
         ConfigError: an option is unknown or does not fit the parts.
-        CheckpointError: a part cannot be loaded, or is of a kind that does not fit.
+        CheckpointError: a part cannot be loaded, or its type does not fit.
     """
     wanted = portable_tower(BuildOptions(lm=portable(lm), vision_tower=vision_tower, **options))
     text_config = _text_config(wanted.lm)
     if dtype == "auto":
         saved = getattr(text_config, "dtype", None)
         dtype = saved if isinstance(saved, torch.dtype) else torch.float32
-    # Unused parts that a checkpoint lacks are drawn anew: the seed covers them, so equal builds have equal hashes.
+    # Unused parts that a checkpoint lacks are initialized randomly: under the seed, so equal builds have equal hashes.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(wanted.seed)
         quantization = Quantization(wanted.bits, wanted.double_quant, wanted.quant_type).config(dtype)
@@ -187,10 +187,10 @@ def _processor(
 
 
 def portable(path: str) -> str:
-    """A folder's absolute path, so that what is saved still finds it from elsewhere; a hub name as it is.
+    """Return a folder's absolute path, which saved records can use anywhere, or a hub name unchanged.
 
     Raises:
-        CheckpointError: a path that leads nowhere (and would be looked for on the hub, with minutes of retries).
+        CheckpointError: a path does not exist (the hub client would look for it on the hub, retrying for minutes).
     """
     if not path:
         return path
@@ -203,10 +203,10 @@ def portable(path: str) -> str:
 
 
 def portable_tower(options: BuildOptions) -> BuildOptions:
-    """The options with absolute paths of the tower: its folder, or its two files (the name is only a label then).
+    """Return the options with the absolute path of the tower's folder, or those of its two files.
 
     Raises:
-        CheckpointError: a path leads nowhere.
+        CheckpointError: a path does not exist.
     """
     tower = options.vision_tower
     if options.vision_tower_config and options.vision_tower_checkpoint:
@@ -220,7 +220,7 @@ def portable_tower(options: BuildOptions) -> BuildOptions:
 
 
 def finish(model: LlavaMedForConditionalGeneration, processor: LlavaMedProcessor, origin: dict[str, Any]) -> Loaded:
-    """Settle what every loaded model needs: tree attention, generation ids, context length."""
+    """Set tree attention and generation ids of a model, and return it with its context length."""
     use_tree_attention(model)
     generation = model.generation_config
     generation.pad_token_id, generation.eos_token_id = processor.pad_token_id, processor.eos_token_id
@@ -240,8 +240,8 @@ def _text_config(lm: str) -> Any:
     extras = [name for name in HEAD_EXTRAS if getattr(config, name, None) not in (None, 1, 1.0)]
     if extras:
         raise CheckpointError(
-            f"{lm} ({config.model_type}) changes its logits after the head ({extras[0]}), which this family does not "
-            "do; take a language model with a plain head (Llama, Mistral, Qwen2, Phi, GPT-2, ...)"
+            f"{lm} ({config.model_type}) changes its logits after the head ({extras[0]}), which is not supported; "
+            "use a language model with a plain head (Llama, Mistral, Qwen2, Phi, GPT-2, ...)"
         )
     return config
 
@@ -255,7 +255,7 @@ def _tokenizer(lm: str) -> Any:
 
 @contextmanager
 def whole(weight: Tensor) -> Iterator[None]:
-    """Inside the block a weight that ZeRO-3 spreads over ranks is there entirely, and may be written on every rank."""
+    """Gather a weight that ZeRO-3 shards over ranks for the length of the block; every rank may write it."""
     if not hasattr(weight, "ds_id"):
         yield
         return
@@ -264,9 +264,9 @@ def whole(weight: Tensor) -> Iterator[None]:
 
 
 def add_tokens(tokenizer: Any, language_model: PreTrainedModel, options: BuildOptions) -> None:
-    """Give the vocabulary its place holder and markers; new rows are the mean of the old ones (specification 1.2).
+    """Add the placeholder and marker tokens to the vocabulary; new rows are the mean of the old ones.
 
-    The embedding is never shrunk: published models hold more rows than their tokenizer has words.
+    The embedding table is never shrunk: published models hold more rows than their tokenizer has tokens.
     """
     wanted = [IM_PATCH_TOKEN] if options.use_im_patch_token else []
     wanted += [IM_START_TOKEN, IM_END_TOKEN] if options.use_im_start_end else []
@@ -320,10 +320,8 @@ def _config(
 def _assemble(
     config: LlavaMedConfig, language_model: PreTrainedModel, tower: PreTrainedModel, *, seed: int, dtype: torch.dtype
 ) -> LlavaMedForConditionalGeneration:
-    """The model around existing parts; its skeleton is made without memory, so nothing is held twice.
-
-    Under ZeRO-3 transformers spreads every new weight over the ranks, which needs real ones; they are small there.
-    """
+    """Return the model around existing parts, without a second copy of their weights."""
+    # Under ZeRO-3 transformers shards every new weight over the ranks, which needs real ones; they are small there.
     table = cast(Any, language_model.get_input_embeddings()).weight
     cast(Any, config.text_config).vocab_size = getattr(table, "ds_shape", table.shape)[0]
     with nullcontext() if is_deepspeed_zero3_enabled() else torch.device("meta"):
@@ -336,7 +334,7 @@ def _assemble(
     model.model.vision_tower = cast(Any, tower).to(table.device)
     model.model.language_model = language_model.base_model
     model.lm_head = language_model.get_output_embeddings()
-    # One configuration object: a switch that is set on the whole reaches the part.
+    # One configuration object, so that an attribute set on the model's configuration reaches the part.
     model.model.language_model.config = model.config.text_config
     model.model.vision_tower.config = model.config.vision_config
     model.tie_weights()

@@ -1,9 +1,10 @@
-"""A better start for a projector: scaled to the features it will see and to the words it will stand among.
+"""Data-dependent initialization of a projector: scaled to its inputs and to the word embeddings.
 
-    tower features --(standardised per channel)--> random projection --> around the mean word, as long as a word
+    tower features --(standardized per channel)--> random projection --> around the mean word, as long as a word
 
-A fresh projector passes on mostly what all pictures have in common, and a run of a few minutes spends its steps on
-removing it. The weights stay random; only scale and offset are fitted, on some training pictures and without labels.
+The output of a fresh projector is dominated by what all images have in common, and a run of a few minutes would spend
+its steps on removing it. The weights stay random; only scale and offset are fitted, on some training images and
+without labels.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ BATCH_SIZE = 16
 
 @torch.no_grad()
 def calibrate(model: LlavaMedForConditionalGeneration, pixels: Tensor, *, seed: int) -> None:
-    """Draw a model's projector anew, fitted to pictures and words.
+    """Reinitialize a model's projector, fitted to images and word embeddings.
 
     Args:
-        model: its projector is a chain of linear layers with activations between them.
-        pixels: [N, 3, H, W] of typical pictures.
-        seed: of the weights.
+        model: its projector is a sequence of linear layers with activations between them.
+        pixels: [N, 3, H, W] of typical images.
+        seed: seed of the weights.
 
     Raises:
         ConfigError: the projector has no linear layer.
@@ -40,11 +41,11 @@ def calibrate(model: LlavaMedForConditionalGeneration, pixels: Tensor, *, seed: 
 
 @torch.no_grad()
 def fit(projector: nn.Module, features: Tensor, words: Tensor) -> None:
-    """Fit scale and offset of a projector in place; its weights are drawn from the current random state.
+    """Initialize a projector in place, with fitted scale and offset; the current random state is used.
 
     Args:
-        projector: maps [N, P, Dv] to [N, P, D]; a chain of linear layers with activations between them.
-        features: [N, P, Dv] of typical pictures.
+        projector: maps [N, P, Dv] to [N, P, D]; a sequence of linear layers with activations between them.
+        features: [N, P, Dv] of typical images.
         words: [V, D] embeddings of the language model.
 
     Raises:
@@ -52,7 +53,7 @@ def fit(projector: nn.Module, features: Tensor, words: Tensor) -> None:
     """
     layers = [module for module in projector.modules() if isinstance(module, nn.Linear)]
     if not layers:
-        raise ConfigError("only a projector with linear layers can be calibrated")
+        raise ConfigError("the projector has no linear layers; only a projector with linear layers can be calibrated")
     first, last = layers[0], layers[-1]
     rows = features.flatten(0, 1).float()
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Configuration of the one model family: transformers' Llava plus what our checkpoints must remember."""
+"""Configuration of the model: transformers' `LlavaConfig` plus the settings that a checkpoint must record."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from transformers import AutoConfig, LlavaConfig
 
 @strict
 class LlavaMedConfig(LlavaConfig):
-    """Adds projector, markers, image mode, template and placement to `LlavaConfig`.
+    """`LlavaConfig` with projector, markers, image mode, template and placement.
 
-    The type name is our own: `llava` is taken by transformers, and LLaVA-Med 1.0 checkpoints claim it for a flat,
-    incompatible layout (specification llava-med 1.4).
+    The model type is our own: transformers uses `llava` itself, and LLaVA-Med 1.0 checkpoints use it for a flat,
+    incompatible format.
 
     Attributes:
         projector_type: `linear`, `mlpKx_gelu`, `cluster` or `identity`.
         projector_kwargs: further settings of the projector, for types that have any.
-        use_im_start_end: marker tokens stand around each image.
-        marker_token_ids: ids of the two markers, where they are in use.
-        image_aspect_ratio: image mode, how pictures become the tower's input.
-        patch_merge_type: how the tiles of mode `anyres` are joined, see `image_grids.MERGE_TYPES`.
+        use_im_start_end: marker tokens surround each image.
+        marker_token_ids: ids of the two markers, if they are used.
+        image_aspect_ratio: image mode, which decides how images become the tower's input.
+        patch_merge_type: how the tiles of mode `anyres` are joined, see `imaging.anyres.MERGE_TYPES`.
         image_grid_pinpoints: [width, height] in pixels that `anyres` chooses from.
         template: conversation template the model was trained with.
-        placement: where images stand in a turn.
+        placement: position of the images in a turn.
         head_bias: the language-model head has a bias (Phi and a few others).
-        source: the layout that the model was converted from: its config.json and what ours cannot tell, see `legacy`.
+        source: format that the model was converted from: its config.json and the settings that ours does not hold.
     """
 
     model_type = "llava_med"

@@ -1,4 +1,4 @@
-"""Write a checkpoint anew: one dtype, even shards, nothing left of its training.
+"""Rewrite a checkpoint with one dtype, even shards and no training state.
 
 python3 -m llava.model.consolidate --src /path/to/checkpoint --dst /path/to/new
 """

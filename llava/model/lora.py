@@ -1,4 +1,4 @@
-"""What is trained: adapters, frozen parts, marker rows; and a table that says so."""
+"""Trainable parts: adapters, frozen parts, marker rows, and a report of them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PARTS = {"multi_modal_projector": "projector", NEWLINE: "projector", "vision_tow
 
 
 def language_linear_layers(model: nn.Module) -> str:
-    """A regular expression for the linear layers inside the language model.
+    """Return a regular expression for the linear layers inside the language model.
 
-    Head, projector and tower are left out, as in the seeds. A pattern instead of a list of names keeps the adapter's
-    configuration short and valid for every depth.
+    Head, projector and tower are left out, as in the original trainers. A pattern instead of a list of names keeps the
+    adapter's configuration short and valid for every depth.
 
     Raises:
         ConfigError: the language model has no linear layer (GPT-2 has transposed ones).
@@ -33,7 +33,7 @@ def language_linear_layers(model: nn.Module) -> str:
         if isinstance(module, nn.Linear) and "language_model." in name
     } - {"lm_head"}
     if not kinds:
-        raise ConfigError("the language model has no linear layers for LoRA; train it whole (--lora_enable False)")
+        raise ConfigError("the language model has no linear layers for LoRA; train all of it (--lora-enable False)")
     return rf"(?:.*\.)?language_model\..*\.(?:{'|'.join(map(re.escape, sorted(kinds)))})"
 
 
@@ -46,18 +46,18 @@ def add_lora(
     bias: str = "none",
     target: str | None = None,
 ) -> PeftModel:
-    """Put one LoRA adapter on the language model; everything else is frozen by peft, `freeze_for` opens parts again.
+    """Add one LoRA adapter to the language model; peft freezes the rest, and `freeze_for` unfreezes parts.
 
     Args:
         loaded: the model.
         r: rank.
-        alpha: the adapter counts alpha / r.
-        dropout: on the adapter's input.
-        bias: `none`, `all` or `lora_only`: which biases train.
+        alpha: the adapter is scaled by alpha / r.
+        dropout: dropout of the adapter's input.
+        bias: which biases train: `none`, `all` or `lora_only`.
         target: regular expression for other layers than `language_linear_layers`.
 
     Raises:
-        ConfigError: no layer fits, or a setting that peft refuses.
+        ConfigError: no layer matches, or peft rejects a setting.
     """
     try:
         config = LoraConfig(
@@ -82,18 +82,18 @@ def freeze_for(
     train_tower: bool = False,
     has_adapter: bool = False,
 ) -> None:
-    """Decide which parameters train (specification llava-med 5.3).
+    """Set which parameters train.
 
     Args:
         model: the model, or a peft model around it.
-        projector_only: stage 1; with markers their two rows are added by `train_marker_rows`.
-        freeze_backbone: the language model stays as it is (an adapter on it trains all the same).
-        freeze_projector: the projector stays as it is.
+        projector_only: stage 1; with markers, `train_marker_rows` adds their two rows.
+        freeze_backbone: the language model's weights do not train (an adapter on it still does).
+        freeze_projector: the projector does not train.
         train_tower: the vision tower trains too.
-        has_adapter: language weights train through the adapter only, and biases where `add_lora` opened them.
+        has_adapter: language weights train through the adapter only, and biases where `add_lora` unfroze them.
 
     Raises:
-        ConfigError: nothing is left to train.
+        ConfigError: no parameter would train.
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
@@ -107,24 +107,24 @@ def freeze_for(
         else:
             parameter.requires_grad_(not (projector_only or freeze_backbone))
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("every part is frozen, nothing would train; drop one of the --freeze_* flags")
+        raise ConfigError("every part is frozen, so nothing would train; drop one of the --freeze-* flags")
 
 
 def train_marker_rows(model: nn.Module, token_ids: Sequence[int]) -> list[nn.Parameter]:
-    """Let only some embedding rows train: the markers of stage 1, in both roles where the weights are tied.
+    """Make only some embedding rows train: the markers of stage 1, in both roles if weights are tied.
 
     The gradient of every other row is set to zero, so momentum never moves one. Weight decay would: the table is marked
-    by `is_marker_table`, and belongs into an optimizer group without decay (`train.optimizer` puts it there).
+    by `is_marker_table`, and needs an optimizer group without decay (`train.optimizer` creates it).
 
     Args:
         model: the model, or a peft model around it; everything else keeps its state.
-        token_ids: the rows.
+        token_ids: ids of the rows.
 
     Returns:
         The embedding parameters that now require gradients.
 
     Raises:
-        ConfigError: there are no markers, or not in this vocabulary.
+        ConfigError: `token_ids` is empty, or outside the vocabulary.
     """
     table: Any = cast(Any, model).get_input_embeddings().weight
     num_rows = int(getattr(table, "ds_shape", table.shape)[0])  # a table that ZeRO-3 spread over ranks looks empty
@@ -144,7 +144,7 @@ def train_marker_rows(model: nn.Module, token_ids: Sequence[int]) -> list[nn.Par
 
 
 def trainable_report(model: nn.Module) -> str:
-    """A table of tensors and parameters by part, and how many of them train."""
+    """Return a table of the tensors, parameters and trained parameters of each part."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for name, parameter in model.named_parameters():
         part = next((title for key, title in PARTS.items() if key in name), "language model")
@@ -160,7 +160,7 @@ def trainable_report(model: nn.Module) -> str:
 
 
 def _size(parameter: Any) -> int:
-    """Weights in a tensor, also where it is spread over ranks (ZeRO-3) or packed (4 bits)."""
+    """Return the number of weights in a tensor, also if it is sharded (ZeRO-3) or packed (4 bits)."""
     if (state := getattr(parameter, "quant_state", None)) is not None and getattr(state, "shape", None) is not None:
         return int(state.shape.numel())
     return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,4 +1,4 @@
-"""Write the difference of a model and its base.
+"""Write the difference between a model and its base.
 
 python3 -m llava.model.make_delta --base /path/to/llama-7b --target /path/to/model --delta /path/to/delta
 """

@@ -1,7 +1,7 @@
-"""The one model family: transformers' Llava with its own projector and a door for cached tower features.
+"""The model: transformers' Llava with our projectors, also on cached tower features.
 
-    pixels [N, 3, H, W] --tower--> [N, P, Dv] --projector--> [N, P, D] --scatter over place holders--> language model
-                                                                 (tiles and pictures of any shape: `image_merging`)
+    pixels [N, 3, H, W] --tower--> [N, P, Dv] --projector--> [N, P, D] --scatter over placeholders--> language model
+                                                                        (tiles and images of any shape: `anyres`)
 
 Scatter, caching, attention back ends, checkpointing and sharding plans are inherited; `forward` is not overridden.
 """
@@ -31,7 +31,7 @@ from llava.model.quantization import quantized_layers
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """None of the module's weights trains."""
+    """Return whether none of the module's weights trains."""
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -48,13 +48,13 @@ class LlavaMedModel(LlavaModel):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def tower_features(self, pixel_values: Tensor) -> Tensor:
-        """Features [N, P, Dv] of the selected layers for pixels [N, 3, H, W]; no graph while the tower is frozen."""
+        """Return features [N, P, Dv] of the selected layers for pixels [N, 3, H, W]; no graph if frozen."""
         tower = cast(nn.Module, self.vision_tower)
         parameter = next(tower.parameters())
         frozen = is_frozen(tower)
         pixels = pixel_values.to(parameter.device, parameter.dtype)
         config: Any = self.config.vision_config
-        # DINOv2 always stretches its position table to the input; the others must be asked.
+        # DINOv2 always interpolates its position table to the input; the others only on request.
         is_other_size = {*pixels.shape[-2:]} != {side(config.image_size)} and not config.model_type.startswith("dinov2")
         stretch = {"interpolate_pos_encoding": True} if is_other_size else {}
         with torch.no_grad() if frozen else nullcontext():
@@ -71,22 +71,22 @@ class LlavaMedModel(LlavaModel):
         """Project images.
 
         Args:
-            pixel_values: pixels [N, 3, H, W], or tower features [N, P, Dv] that were computed before; with
-                `image_sizes` tiles or padded pictures, see `data.image_batch`.
-            image_sizes: [N, 2] width and height of the pictures, where their inputs have no common shape.
+            pixel_values: pixels [N, 3, H, W], or cached tower features [N, P, Dv]; with `image_sizes`, tiles or padded
+                images, see `data.flat_batch.ImageBatch`.
+            image_sizes: [N, 2] width and height of the images, where their inputs have no common shape.
 
         Returns:
-            An output whose `pooler_output` is a list of N tensors [P, D]; with `image_sizes` of any length each.
+            An output whose `pooler_output` is a list of N tensors [P, D]; with `image_sizes`, each of its own length.
         """
         if image_sizes is not None:
             return self._features_of_any_shape(pixel_values, [(w, h) for w, h in image_sizes.tolist()])
         features = pixel_values if pixel_values.dim() == 3 else self.tower_features(pixel_values)
         features, projected = self._projected(features)
-        # transformers keeps one tensor an image here, though its own annotation says one tensor.
+        # transformers keeps one tensor per image here, though its own annotation says one tensor.
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=cast(Any, list(projected)))
 
     def _projected(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Tower features as the projector takes them [N, P, Dv], and what it makes of them [N, P, D]."""
+        """Return tower features [N, P, Dv] in the projector's dtype, and their projection [N, P, D]."""
         weight = next(self.multi_modal_projector.parameters(), None)
         if weight is not None:
             features = features.to(weight.device, weight.dtype)
@@ -112,7 +112,7 @@ class LlavaMedForConditionalGeneration(LlavaForConditionalGeneration):
         self.model = LlavaMedModel(config)
         text: Any = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.head_bias)
-        # The input table has another name in some language models (GPT-2: wte).
+        # Some language models name the input table differently (GPT-2: wte).
         table = self.model.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is table)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
@@ -121,9 +121,9 @@ class LlavaMedForConditionalGeneration(LlavaForConditionalGeneration):
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation, with two exceptions.
 
-        A frozen tower never drops anything, so its features are the same in training, in a cache and in evaluation. And
-        quantized layers under an adapter stay in training mode: on the CPU a 4-bit layer that is evaluated once turns,
-        for good, into a form without gradients. They hold no dropout, so their results are the same in both modes.
+        A frozen tower stays in evaluation mode, so its features are the same in training, in a cache and in evaluation.
+        Quantized layers under an adapter stay in training mode: on the CPU, evaluating a 4-bit layer once turns it
+        permanently into a form without gradients. They hold no dropout, so their results are the same in both modes.
         """
         super().train(mode)
         tower = cast(nn.Module, self.model.vision_tower)

@@ -1,4 +1,4 @@
-"""Projectors: tower features [N, P, Dv] to language-model inputs [N, P, D]; the number of tokens never changes."""
+"""Projectors from tower features [N, P, Dv] to language-model inputs [N, P, D], one token per patch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llava.model.config import LlavaMedConfig
 from llava.utils.lookup import lookup
 
 NORM_AXES = {"position": 1, "channel": 2}
-"""Over what the keys [B, P, Dv] are normalised in the soft assignment; the published weights want `position`."""
+"""Axis over which the soft assignment normalizes the keys [B, P, Dv]; the published weights need `position`."""
 
 
 class ClusterProjector(nn.Module):
@@ -48,7 +48,7 @@ class ClusterProjector(nn.Module):
     ) -> None:
         super().__init__()
         if num_centers < 1 or num_iters < 0:
-            raise ConfigError(f"the cluster projector needs centres, got num_centers={num_centers} in {num_iters=}")
+            raise ConfigError(f"the cluster projector needs centers, got num_centers={num_centers} in {num_iters=}")
         if temperature is not None and temperature <= 0:
             raise ConfigError(f"the temperature of the cluster projector must be above 0, got {temperature}")
         self.num_centers = num_centers
@@ -64,7 +64,7 @@ class ClusterProjector(nn.Module):
         self.temperature = None if temperature is None else nn.Parameter(torch.full((1, 1, 1), float(temperature)))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project features [B, P, Dv] to [B, P, D]; images do not see each other."""
+        """Project features [B, P, Dv] to [B, P, D]; images are independent of each other."""
         values = self.f(features)
         centers = self._centers(features, values)
         gathered = self._gather(features, values, centers)
@@ -72,11 +72,11 @@ class ClusterProjector(nn.Module):
         return projected
 
     def _pool(self, tokens: Tensor) -> Tensor:
-        """[B, P, Dv] to [B, N, Dv]: means of (overlapping) windows in raster order."""
+        """Pool [B, P, Dv] to [B, N, Dv]: means of (overlapping) windows in raster order."""
         return F.adaptive_avg_pool1d(tokens.transpose(1, 2), self.num_centers).transpose(1, 2)
 
     def _centers(self, features: Tensor, values: Tensor) -> Tensor:
-        """Centres [B, N, Dv] after the rounds of soft assignment; each is a SUM over patches, as published."""
+        """Return centers [B, N, Dv] after soft assignment; each is a SUM over patches, as published."""
         keys = _unit(self.v(features), axis=self.norm_axis)
         centers = self._pool(features)
         for _ in range(self.num_iters):
@@ -87,7 +87,7 @@ class ClusterProjector(nn.Module):
         return centers
 
     def _gather(self, features: Tensor, values: Tensor, centers: Tensor) -> Tensor:
-        """What each patch takes from its centre, [B, P, Dv]: its similarity times the mean of the centre's patches."""
+        """Return for each patch its similarity times the mean of its center's patches, [B, P, Dv]."""
         cosine = _unit(centers, axis=2) @ _unit(features, axis=2).transpose(1, 2)
         similarity, owner = torch.sigmoid(self.sim_beta.float() + self.sim_alpha.float() * cosine).max(dim=1)
         weight = similarity.to(values.dtype)[..., None]
@@ -99,12 +99,12 @@ class ClusterProjector(nn.Module):
 
 
 def _unit(tokens: Tensor, *, axis: int) -> Tensor:
-    """Float32 vectors of length one along `axis`."""
+    """Return float32 vectors of length one along `axis`."""
     return F.normalize(tokens.float(), dim=axis)
 
 
 def cluster_projector(vision: int, text: int, settings: dict[str, Any] | None) -> ClusterProjector:
-    """The projector with the settings that a configuration holds (`projector_kwargs`).
+    """Return the projector with a configuration's settings (`projector_kwargs`).
 
     Raises:
         ConfigError: a setting is unknown or out of range.
@@ -117,7 +117,7 @@ def cluster_projector(vision: int, text: int, settings: dict[str, Any] | None) -
 
 
 def _widths(config: LlavaMedConfig) -> tuple[int, int]:
-    """Width of one tower feature and of one language-model input."""
+    """Return the widths of a tower feature and of a language-model input."""
     layers = config.vision_feature_layer
     num_layers = len(layers) if isinstance(layers, list) else 1
     vision: Any = config.vision_config
@@ -126,12 +126,12 @@ def _widths(config: LlavaMedConfig) -> tuple[int, int]:
 
 
 def linear(config: LlavaMedConfig) -> nn.Module:
-    """One linear layer (LLaVA-Med 1.0)."""
+    """Return one linear layer (LLaVA-Med 1.0)."""
     return nn.Linear(*_widths(config))
 
 
 def mlp_gelu(config: LlavaMedConfig) -> nn.Module:
-    """`mlpKx_gelu`: K linear layers with GELU between them (LLaVA 1.5)."""
+    """Return the projector `mlpKx_gelu`: K linear layers with GELU between them (LLaVA 1.5)."""
     depth = int(re.sub(r"\D", "", config.projector_type))
     vision, text = _widths(config)
     widths = [vision] + [text] * depth
@@ -142,7 +142,7 @@ def mlp_gelu(config: LlavaMedConfig) -> nn.Module:
 
 
 class Identity(nn.Module):
-    """Tower features as they are; tower and language model must be equally wide."""
+    """Projector that returns tower features unchanged; tower and language model must be equally wide."""
 
     def forward(self, features: Tensor) -> Tensor:
         """Return `features` [N, P, D] unchanged."""
@@ -150,7 +150,7 @@ class Identity(nn.Module):
 
 
 def identity(config: LlavaMedConfig) -> nn.Module:
-    """No projector at all."""
+    """Return the identity projector; tower and language model must be equally wide."""
     vision, text = _widths(config)
     if vision != text:
         raise ConfigError(f"projector 'identity' needs equal widths, got tower {vision} and language model {text}")
@@ -158,7 +158,7 @@ def identity(config: LlavaMedConfig) -> nn.Module:
 
 
 def cluster(config: LlavaMedConfig) -> nn.Module:
-    """Prototype extractor and MLP (STLLaVA-Med)."""
+    """Return a prototype extractor and an MLP (STLLaVA-Med)."""
     return cluster_projector(*_widths(config), config.projector_kwargs)
 
 
@@ -171,7 +171,7 @@ PROJECTORS: dict[str, Callable[[LlavaMedConfig], nn.Module]] = {
 
 
 def check_projector_type(projector_type: str) -> Callable[[LlavaMedConfig], nn.Module]:
-    """The builder of a projector type.
+    """Return the function that builds a projector type.
 
     Raises:
         ConfigError: the type is unknown.
@@ -183,7 +183,7 @@ def check_projector_type(projector_type: str) -> Callable[[LlavaMedConfig], nn.M
 
 
 def build_projector(config: LlavaMedConfig) -> nn.Module:
-    """The projector that `config.projector_type` names.
+    """Return the projector that `config.projector_type` names.
 
     Raises:
         ConfigError: the type is unknown or does not fit the widths.

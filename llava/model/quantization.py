@@ -1,4 +1,4 @@
-"""Loading a language model in 4 or 8 bits (bitsandbytes extra)."""
+"""Settings for loading a language model in 4 or 8 bits (bitsandbytes extra)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llava.errors import ConfigError
 from llava.utils.lookup import require
 
 EXCLUDED = [".*lm_head", ".*multi_modal_projector", ".*vision_tower"]
-"""Parts that stay in full precision, as in the seeds; patterns for the beginning of a layer's full name."""
+"""Parts that keep full precision, as in the original trainers; patterns for the start of a layer's full name."""
 
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -20,10 +20,10 @@ QUANT_TYPES = ("nf4", "fp4")
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How the language model's weights are kept.
+    """Precision of the language model's weights.
 
     Attributes:
-        bits: 16 is no quantization.
+        bits: 16 means no quantization.
         double_quant: with 4 bits, quantize the quantization constants too.
         quant_type: the 4-bit format, one of `QUANT_TYPES`.
     """
@@ -33,13 +33,13 @@ class Quantization:
     quant_type: str = "nf4"
 
     def config(self, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-        """The configuration that `from_pretrained` takes, or None for 16 bits.
+        """Return the configuration for `from_pretrained`, or None for 16 bits.
 
         Args:
-            dtype: that the layers compute in.
+            dtype: dtype that the layers compute in.
 
         Raises:
-            ConfigError: a value is none of those known.
+            ConfigError: a value is unknown.
             MissingDependency: bitsandbytes is not installed.
         """
         if self.bits == 16:
@@ -60,5 +60,5 @@ class Quantization:
 
 
 def quantized_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model whose weights are 4-bit or 8-bit; found without importing bitsandbytes."""
+    """Return the layers of a model whose weights are 4-bit or 8-bit; bitsandbytes is not imported."""
     return [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]

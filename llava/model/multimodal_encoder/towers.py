@@ -1,4 +1,4 @@
-"""Vision towers: transformers' encoders and their image processors, from a folder, a hub name or open_clip files.
+"""Vision encoders and their image processors, from a folder, a hub name or open_clip files.
 
 pixels [N, 3, H, W] --encoder--> hidden states [N, extra + P, Dv]    extra: class and register tokens
 """
@@ -31,12 +31,12 @@ CLASS_TOKEN_TOWERS = frozenset({"clip_vision_model", "dinov2", "dinov2_with_regi
 """Towers whose first token is a class token; others (SigLIP) have patch tokens only."""
 
 UNUSED_PARTS = ("pooler", "head.", "post_layernorm", "visual_projection", "position_ids")
-"""Parts of an encoder behind (or beside) its hidden states: a checkpoint may lack them, nothing here reads them."""
+"""Parts of an encoder that its hidden states do not depend on; a checkpoint may lack them."""
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError)
-"""What transformers raises for folders that are absent, incomplete or broken."""
+"""Exceptions of transformers for folders that are absent, incomplete or broken."""
 
 IMAGENET = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
 
@@ -47,11 +47,11 @@ DEFAULT_PROCESSORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dinov2_with_registers": (BitImageProcessorPil, IMAGENET),
     "vit": (ViTImageProcessorPil, IMAGENET),
 }
-"""What a tower folder without preprocessor_config.json gets: the family's own normalisation."""
+"""Image processor of a tower folder without preprocessor_config.json: the family's own normalization."""
 
 
 def num_extra_tokens(vision_config: Any) -> int:
-    """Class and register tokens before the patch tokens of a tower's hidden states."""
+    """Return the number of class and register tokens before the patch tokens of a tower's hidden states."""
     has_class = int(vision_config.model_type in CLASS_TOKEN_TOWERS)
     return has_class + int(getattr(vision_config, "num_register_tokens", 0))
 
@@ -59,17 +59,17 @@ def num_extra_tokens(vision_config: Any) -> int:
 def load_tower(
     path: str, dtype: torch.dtype, *, config_file: str | None = None, checkpoint: str | None = None
 ) -> PreTrainedModel:
-    """The vision encoder of a folder or hub name; of a two-tower model (CLIP, SigLIP, open_clip) only its vision half.
+    """Load a vision encoder; of a two-tower model (CLIP, SigLIP, open_clip), the vision half.
 
     Args:
-        path: folder, hub name, `hf-hub:` or `local-dir:` name; only a label where both files are given.
-        dtype: of the weights.
+        path: folder, hub name, `hf-hub:` or `local-dir:` name; only a label if both files are given.
+        dtype: dtype of the weights.
         config_file: open_clip model configuration.
         checkpoint: open_clip weights.
 
     Raises:
-        CheckpointError: there is no such model, it has no vision encoder, or weights are missing.
-        ConfigError: one of the two files is given alone.
+        CheckpointError: the model does not exist, has no vision encoder, or lacks weights.
+        ConfigError: only one of the two files is given.
     """
     if is_open_clip(path, config_file, checkpoint) or config_file or checkpoint:
         return load_trunk(find_files(path, config_file, checkpoint), dtype)
@@ -79,7 +79,9 @@ def load_tower(
         raise CheckpointError(f"vision tower {path} cannot be loaded: {first_line(error)}") from error
     vision_config = getattr(config, "vision_config", config)
     if not hasattr(vision_config, "patch_size") or type(vision_config) not in MODEL_MAPPING:
-        raise CheckpointError(f"{path} ({config.model_type}) is no vision tower; expected CLIP, SigLIP, DINOv2 or ViT")
+        raise CheckpointError(
+            f"{path} ({config.model_type}) is not a vision tower; expected CLIP, SigLIP, DINOv2 or ViT"
+        )
     tower = load_part(MODEL_MAPPING[type(vision_config)], path, dtype, may_lack=UNUSED_PARTS, config=vision_config)
     tower.eval()
     return tower
@@ -88,14 +90,14 @@ def load_tower(
 def load_part(
     model_class: Any, path: str, dtype: torch.dtype, *, may_lack: tuple[str, ...] = (), **keywords: Any
 ) -> PreTrainedModel:
-    """`from_pretrained` that refuses to fill weights with random numbers.
+    """Load a part with `from_pretrained`; missing weights are an error, not random numbers.
 
     Args:
         model_class: class with `from_pretrained`.
         path: folder or hub name.
-        dtype: of the weights.
-        may_lack: fragments of the names of weights that nobody reads.
-        keywords: passed on.
+        dtype: dtype of the weights.
+        may_lack: fragments of the names of unused weights, which may be missing.
+        keywords: passed to `from_pretrained`.
 
     Raises:
         CheckpointError: the part cannot be loaded, or weights are missing or of another shape.
@@ -116,7 +118,7 @@ def load_part(
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for messages of one line."""
+    """Return the first line of an error's message, for one-line messages."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
 
@@ -129,18 +131,18 @@ def tower_image_processor(
     config_file: str | None = None,
     checkpoint: str | None = None,
 ) -> Any:
-    """The tower's image processor in its exact PIL form, for inputs of `image_size` pixels.
+    """Return the tower's image processor in its exact PIL form, for inputs of `image_size` pixels.
 
     Args:
-        path: folder or hub name of the tower; without preprocessor_config.json the family's default is taken.
+        path: folder or hub name of the tower; without preprocessor_config.json the family's default is used.
         vision_config: configuration of the tower.
-        image_size: None keeps the size the tower's own processor delivers.
+        image_size: pixels per side; None keeps the size of the tower's own processor.
         config_file: open_clip model configuration, as for `load_tower`.
         checkpoint: open_clip weights.
 
     Raises:
         CheckpointError: the processor's settings cannot be used.
-        ConfigError: the size is no multiple of the patch size.
+        ConfigError: the size is not a multiple of the patch size.
     """
     if is_open_clip(path, config_file, checkpoint):
         files = find_files(path, config_file, checkpoint)
@@ -151,7 +153,7 @@ def tower_image_processor(
         _resize(processor, image_size)
     size, patch = input_size(processor), side(vision_config.patch_size)
     if size % patch:
-        raise ConfigError(f"image size {size} is no multiple of the tower's patch size {patch}; change --image_size")
+        raise ConfigError(f"image size {size} is not a multiple of the tower's patch size {patch}; change --image-size")
     return processor
 
 
@@ -181,7 +183,7 @@ def _resize(processor: Any, image_size: int) -> None:
 
 
 def input_size(image_processor: Any) -> int:
-    """Pixels on a side that an image processor delivers."""
+    """Return the pixels per side that an image processor produces."""
     crops = getattr(image_processor, "do_center_crop", False)
     size = image_processor.crop_size if crops else image_processor.size
     if isinstance(size, int):
@@ -190,10 +192,10 @@ def input_size(image_processor: Any) -> int:
 
 
 def side(size: Any) -> int:
-    """One side of a square size, which configurations write as a number or as a pair."""
+    """Return one side of a square size, which configurations write as a number or as a pair."""
     return int(size if isinstance(size, int) else size[0])
 
 
 def num_patches(image_processor: Any, vision_config: Any) -> int:
-    """Patch tokens of one image."""
+    """Return the number of patch tokens of one image."""
     return (input_size(image_processor) // side(vision_config.patch_size)) ** 2

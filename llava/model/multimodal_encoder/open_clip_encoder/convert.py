@@ -1,4 +1,4 @@
-"""Write an open_clip tower's trunk as a transformers folder: a seventh of the published file, read without a key map.
+"""Write an open_clip tower's vision trunk as a transformers folder, a seventh of the file's size.
 
 Command:
     python -m llava.model.multimodal_encoder.open_clip_encoder.convert --vision-tower-config biomedclip_cxr_518.json \
@@ -23,12 +23,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def convert(files: OpenClipFiles, target: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write the trunk and its image processor; the folder serves as `--vision_tower`.
+    """Write the trunk and its image processor to a folder for `--vision-tower`.
 
     Args:
-        files: of the open_clip tower.
-        target: folder; each file appears whole or not at all, the configuration last.
-        dtype: of the weights.
+        files: files of the open_clip tower.
+        target: folder to write; each file is moved into place when complete, the configuration last.
+        dtype: dtype of the weights.
 
     Raises:
         CheckpointError: the files do not hold a known trunk; nothing is written then.
@@ -45,13 +45,13 @@ def convert(files: OpenClipFiles, target: str | Path, *, dtype: torch.dtype = to
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the command line and convert."""
+    """Parse the command line and convert."""
     parser = Parser(description="Write an open_clip tower's vision trunk as a transformers folder.")
     parser.add_argument("--vision-tower", default="", help="folder, local-dir: or hf-hub: name of the tower")
-    parser.add_argument("--vision-tower-config", help="open_clip model configuration, where there is no such folder")
+    parser.add_argument("--vision-tower-config", help="open_clip model configuration, for a tower without a folder")
     parser.add_argument("--vision-tower-checkpoint", help="open_clip weights")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--dtype", default="float32", help=f"of the weights: {', '.join(DTYPES)}")
+    parser.add_argument("--dtype", default="float32", help=f"dtype of the weights: {', '.join(DTYPES)}")
     given = parser.parse_args(argv)
     files = find_files(given.vision_tower, given.vision_tower_config, given.vision_tower_checkpoint)
     convert(files, given.out, dtype=lookup(DTYPES, given.dtype, "dtype"))

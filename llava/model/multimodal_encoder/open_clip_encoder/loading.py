@@ -1,7 +1,7 @@
-"""An open_clip checkpoint's vision trunk as transformers' `Dinov2Model` or `ViTModel` (specification llava-rad 1.3).
+"""Load an open_clip checkpoint's vision trunk as transformers' `Dinov2Model` or `ViTModel`.
 
-Only the trunk is read: projection head, text tower, logit scale and optimizer state are never used by these models, and
-stay on disk where the file allows it.
+Only the trunk is read: these models do not use the projection head, text tower, logit scale and optimizer state, which
+stay on disk where the file format allows it.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 MODEL_CONFIGS = Path(__file__).parent / "model_configs"
 
 CONFIG_ALIASES = {"biomedclipcxr_518.json": "biomedclip_cxr_518.json"}
-"""The published configuration has two spellings: the one its scripts pass, and the one of its file on the hub."""
+"""The published configuration has two spellings: the one its scripts pass, and its file name on the hub."""
 
 WEIGHTS_VARIABLE = "LLAVA_WEIGHTS"
-"""Environment variable: a folder of downloaded weights in which checkpoints are looked for by file name."""
+"""Environment variable with a folder of downloaded weights, in which checkpoints are found by file name."""
 
 PUBLISHED = {"biomedclipcxr_518_checkpoint.pt": "microsoft/llava-rad"}
-"""Checkpoint files that command lines name without a path, and the hub repository that publishes them."""
+"""Checkpoint files that commands name without a path, and the hub repository that publishes them."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenClipFiles:
-    """An open_clip tower on disk.
+    """Files of an open_clip tower.
 
     Attributes:
         model_config: open_clip's model configuration (`embed_dim`, `vision_cfg`, `text_cfg`).
@@ -56,29 +56,29 @@ class OpenClipFiles:
 
 
 def is_open_clip(tower: str, config: str | None, checkpoint: str | None) -> bool:
-    """Whether a tower is an open_clip one: by its two files, its prefix, or what its folder holds."""
+    """Return whether a tower is an open_clip tower: by its two files, its prefix, or its folder."""
     if config and checkpoint:
         return True
     return tower.startswith((HUB_PREFIX, FOLDER_PREFIX)) or (Path(tower) / HUB_CONFIG).is_file()
 
 
 def find_files(tower: str, config: str | None = None, checkpoint: str | None = None) -> OpenClipFiles:
-    """The files of an open_clip tower; what is named explicitly is taken before what the folder or hub holds.
+    """Find the files of an open_clip tower; explicit files take precedence over the folder or hub.
 
     Args:
         tower: a name (with both files given), a folder, or `hf-hub:OWNER/MODEL`.
-        config: model configuration: a path, or the file name of one that comes with this package.
+        config: model configuration: a path, or the file name of one in this package.
         checkpoint: weights: a path, or the name of a file in `$LLAVA_WEIGHTS` or published on the hub.
 
     Raises:
-        CheckpointError: a file is missing or broken; says where it was looked for.
+        CheckpointError: a file is missing or broken; the message lists where it was looked for.
         ConfigError: only one of the two files is given for a tower that has no others.
     """
     is_folder = tower.startswith((HUB_PREFIX, FOLDER_PREFIX)) or (Path(tower) / HUB_CONFIG).is_file()
     if not is_folder and not (config and checkpoint):
         raise ConfigError(
-            "an open_clip tower needs two files: its model configuration (--vision_tower_config) and its weights "
-            f"(--vision_tower_checkpoint); got {config} and {checkpoint}"
+            "an open_clip tower needs two files: its model configuration (--vision-tower-config) and its weights "
+            f"(--vision-tower-checkpoint); got {config} and {checkpoint}"
         )
     found_config = find_config(config) if config else _from_repository(tower, (HUB_CONFIG,))
     weights = find_checkpoint(checkpoint) if checkpoint else _from_repository(tower, HUB_WEIGHTS)
@@ -89,10 +89,10 @@ def find_files(tower: str, config: str | None = None, checkpoint: str | None = N
 
 
 def find_config(name: str) -> Path:
-    """A model configuration by path, or the one of that file name that comes with this package.
+    """Find a model configuration by path, or by the name of a file in this package.
 
     Raises:
-        CheckpointError: there is none; lists what was tried.
+        CheckpointError: it does not exist; the message lists what was tried.
     """
     given = Path(name).expanduser()
     built_in = MODEL_CONFIGS / CONFIG_ALIASES.get(given.name, given.name)
@@ -100,18 +100,18 @@ def find_config(name: str) -> Path:
         if path.is_file():
             return path
     known = ", ".join(sorted(path.name for path in MODEL_CONFIGS.glob("*.json")))
-    raise CheckpointError(f"no open_clip model configuration {name}; looked at {given} and among: {known}")
+    raise CheckpointError(f"no open_clip model configuration {name}; looked for {given}, and among: {known}")
 
 
 def find_checkpoint(name: str, *, folders: Sequence[str | Path] = ()) -> Path:
-    """A tower's weights: the path as given, then by name in `folders`, in `$LLAVA_WEIGHTS`, and on the hub.
+    """Find a tower's weights: by the given path, then by name in `folders`, in `$LLAVA_WEIGHTS`, and on the hub.
 
     Args:
         name: path or file name.
-        folders: where else to look, for example beside the model that names this tower.
+        folders: more folders to look in, for example that of the model that names this tower.
 
     Raises:
-        CheckpointError: there is none; lists everything that was tried.
+        CheckpointError: it is not found; the message lists everything that was tried.
     """
     given = Path(name).expanduser()
     places = [given, *(Path(folder) / given for folder in folders)]
@@ -132,7 +132,7 @@ def find_checkpoint(name: str, *, folders: Sequence[str | Path] = ()) -> Path:
 
 
 def _from_repository(tower: str, names: Sequence[str]) -> Path:
-    """The first of several files that a folder or hub repository holds."""
+    """Return the first of several files that a folder or hub repository holds."""
     if tower.startswith(HUB_PREFIX):
         repository, problem = tower.removeprefix(HUB_PREFIX), ""
         for name in names:
@@ -140,12 +140,12 @@ def _from_repository(tower: str, names: Sequence[str]) -> Path:
                 return _download(repository, name)
             except OSError as error:
                 problem = f" ({type(error).__name__})"
-        raise CheckpointError(f"hub repository {repository} gives none of {', '.join(names)}{problem}")
+        raise CheckpointError(f"hub repository {repository} has none of {', '.join(names)}{problem}")
     folder = Path(tower.removeprefix(FOLDER_PREFIX)).expanduser()
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise CheckpointError(f"{folder}: no open_clip tower; expected {' or '.join(names)}")
+    raise CheckpointError(f"{folder} is not an open_clip tower; expected {' or '.join(names)}")
 
 
 def _download(repository: str, name: str) -> Path:
@@ -167,25 +167,25 @@ logger = logging.getLogger(__name__)
 PARALLEL_PREFIX = "module."
 POSITIONS = "embeddings.position_embeddings"
 MAY_LACK = ("pooler.",)
-"""Transformers' ViT has a pooler, timm's has none; nothing here reads it."""
+"""Weights that transformers' ViT has and timm's lacks; nothing here reads them."""
 
 
 def load_trunk(files: OpenClipFiles, dtype: torch.dtype) -> PreTrainedModel:
-    """The vision trunk, in evaluation mode.
+    """Load the vision trunk, in evaluation mode.
 
     Raises:
         CheckpointError: the file is broken, unsafe, or does not hold the trunk that the configuration describes.
-        ConfigError: the trunk is not known.
+        ConfigError: the trunk is unknown.
     """
     config = trunk_config(files.model_config)
     state = to_transformers(read_trunk(files.weights), config.model_type, config.num_hidden_layers)
-    with torch.device("meta"):  # every weight comes from the file: nothing is drawn only to be overwritten
+    with torch.device("meta"):  # every weight comes from the file, so none is initialized
         model: PreTrainedModel = Dinov2Model(config) if isinstance(config, Dinov2Config) else ViTModel(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if POSITIONS in state and state[POSITIONS].shape != expected[POSITIONS]:
         state[POSITIONS] = stretched(state[POSITIONS], expected[POSITIONS][1])
     _check(expected, state, files.weights)
-    # Copies, since the file may be mapped into memory; zeros in the pooler, so that equal files give equal models.
+    # Copies, since the file may be memory-mapped; zeros in the pooler, so that equal files give equal models.
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}
     pooler = {name: torch.zeros(shape, dtype=dtype) for name, shape in expected.items() if name.startswith(MAY_LACK)}
     model.load_state_dict({**pooler, **weights}, assign=True)
@@ -210,7 +210,7 @@ def _check(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor], path
 
 
 def read_trunk(path: Path) -> dict[str, Tensor]:
-    """The weights below `visual.trunk.` without that prefix, from a training checkpoint or a plain state dictionary.
+    """Read the weights under `visual.trunk.`, without that prefix, from a training checkpoint or a state dictionary.
 
     Raises:
         CheckpointError: the file is broken, holds more than tensors and plain values, or has no trunk.
@@ -233,7 +233,7 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values and was not loaded; "
-            "save its state dictionary alone, where the file is trusted"
+            "if you trust the file, save its state dictionary alone"
         ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -256,16 +256,16 @@ def _trunk(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def stretched(positions: Tensor, num_positions: int) -> Tensor:
-    """A position table [1, 1 + G*G, D] for another grid: class token kept, patches resampled (specification 1.6).
+    """Resample a position table [1, 1 + G*G, D] to another grid; the class token is kept.
 
     Raises:
-        CheckpointError: one of the grids is no square.
+        CheckpointError: one of the grids is not square.
     """
     old, new = (round((count - 1) ** 0.5) for count in (positions.shape[1], num_positions))
     if old * old + 1 != positions.shape[1] or new * new + 1 != num_positions:
         raise CheckpointError(
-            f"the position table has {positions.shape[1]} rows, the model {num_positions}: no class token and square "
-            "grid on both sides"
+            f"the position table has {positions.shape[1]} rows, the model {num_positions}; expected a class token and "
+            "a square grid in both"
         )
     logger.info("position table resampled from %d x %d to %d x %d patches", old, old, new, new)
     grid = positions[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""The vision trunks that open_clip takes from timm, as transformers configurations.
+"""Transformers configurations and weight names of the vision trunks that open_clip takes from timm.
 
 open_clip model configuration (JSON) --timm name--> Trunk --> Dinov2Config (with layer scale) | ViTConfig (without)
 """
@@ -18,7 +18,7 @@ from llava.errors import CheckpointError, ConfigError
 from llava.imaging.image_processor import OpenClipImageProcessorPil
 
 NORM_EPS = 1e-6
-"""Of every layer norm in timm's vision transformers."""
+"""Epsilon of every layer norm in timm's vision transformers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,11 @@ class Trunk:
     """Sizes of a timm vision transformer with class token, learned positions, biases and GELU.
 
     Attributes:
-        patch: pixels on a side of a patch.
+        patch: pixels per side of a patch.
         width: channels.
         num_layers: blocks.
         num_heads: attention heads.
-        layer_scale: blocks scale what they add (DINOv2).
+        layer_scale: blocks scale their residual branches (DINOv2).
     """
 
     patch: int
@@ -50,15 +50,15 @@ TRUNKS: dict[str, Trunk] = {
     "vit_llavarad_oracle": Trunk(14, 32, 4, 4, layer_scale=False),
 }
 """Known trunks by timm name without its `.tag`; BiomedCLIP-CXR is `vit_base_patch14_dinov2`, BiomedCLIP
-`vit_base_patch16_224`, and the last one the small trunk with which the published code was recorded for comparison."""
+`vit_base_patch16_224`, and the last one is the small trunk with which the published code was recorded."""
 
 
 def trunk_config(model_config: dict[str, Any]) -> Dinov2Config | ViTConfig:
-    """The transformers configuration of an open_clip model configuration's vision trunk.
+    """Return the transformers configuration of an open_clip model configuration's vision trunk.
 
     Raises:
         CheckpointError: it describes no timm trunk, or no input size.
-        ConfigError: the trunk is not known here.
+        ConfigError: the trunk is unknown.
     """
     vision = model_config.get("vision_cfg")
     if not isinstance(vision, dict) or not vision.get("timm_model_name"):
@@ -92,18 +92,18 @@ def _config(trunk: Trunk, image_size: int) -> Dinov2Config | ViTConfig:
 
 
 def image_processor(model_config: dict[str, Any], preprocess: dict[str, Any]) -> OpenClipImageProcessorPil:
-    """open_clip's evaluation transform of a model.
+    """Return the image processor that computes open_clip's evaluation transform of a model.
 
     Args:
         model_config: gives the input size.
         preprocess: `preprocess_cfg` of a hub configuration (mean, std, size); empty for the defaults.
 
     Raises:
-        ConfigError: pictures are brought to size in another way.
+        ConfigError: the transform resizes images in another way.
     """
     way = (preprocess.get("resize_mode") or "shortest", preprocess.get("interpolation") or "bicubic")
     if way != ("shortest", "bicubic"):
-        raise ConfigError(f"the tower resizes pictures by {way}; only ('shortest', 'bicubic') is known here")
+        raise ConfigError(f"the tower resizes images by {way}; expected ('shortest', 'bicubic')")
     given = preprocess.get("size") or model_config["vision_cfg"]["image_size"]
     size = int(given if isinstance(given, int) else given[0])
     return OpenClipImageProcessorPil(
@@ -149,11 +149,11 @@ BLOCKS: dict[str, tuple[str, dict[str, str]]] = {
     "dinov2": ("encoder.layer", _DINOV2_BLOCK),
     "vit": ("layers", _VIT_BLOCK),
 }
-"""By transformers model type: the list of blocks, and the parts of one."""
+"""By transformers model type: the name of the list of blocks, and the parts of a block."""
 
 
 def rules(model_type: str, num_layers: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Every timm name (without prefix) with its one name, or three names for a fused `qkv`, in transformers."""
+    """Yield every timm name (without prefix) with its transformers name, or three for a fused `qkv`."""
     for timm, name in _EMBEDDINGS.items():
         yield timm, (name,)
     blocks, parts = BLOCKS[model_type]
@@ -168,12 +168,12 @@ def rules(model_type: str, num_layers: int) -> Iterator[tuple[str, tuple[str, ..
 
 
 def to_transformers(trunk: Mapping[str, Tensor], model_type: str, num_layers: int) -> dict[str, Tensor]:
-    """A trunk's weights under transformers' names; names that no rule knows are kept, so that loading reports them.
+    """Return a trunk's weights under transformers' names; unknown names are kept for the loading report.
 
     Args:
         trunk: weights under timm's names, without prefix.
         model_type: `dinov2` or `vit`.
-        num_layers: blocks.
+        num_layers: number of blocks.
     """
     left = dict(trunk)
     found: dict[str, Tensor] = {}
@@ -184,7 +184,7 @@ def to_transformers(trunk: Mapping[str, Tensor], model_type: str, num_layers: in
 
 
 def to_open_clip(state: Mapping[str, Tensor], model_type: str, num_layers: int) -> dict[str, Tensor]:
-    """The inverse: a transformers tower's weights under `visual.trunk.*`; parts without a counterpart are left out."""
+    """Return a transformers tower's weights under `visual.trunk.*`, without what open_clip lacks."""
     return {
         TRUNK_PREFIX + timm: torch.cat([state[name] for name in names]) if len(names) > 1 else state[names[0]]
         for timm, names in rules(model_type, num_layers)
