@@ -1,4 +1,4 @@
-"""Weights that were gathered from files into a model: rows for new words, then all of them or none."""
+"""Put weights gathered from files into a model: add rows for new tokens, require a complete match."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from llava.tokenization import word_id
 
 @dataclass(frozen=True, slots=True)
 class ForeignOptions:
-    """What a checkpoint of another layout may need beside itself.
+    """Parts and settings for loading a checkpoint of another format.
 
     Attributes:
         base: language model that an adapter or a projector builds on; also a tokenizer for a folder without one.
         vision_tower: folder or hub name, instead of the one that the checkpoint names.
-        vision_tower_config: open_clip model configuration, likewise.
-        vision_tower_checkpoint: open_clip weights, likewise.
+        vision_tower_config: open_clip model configuration, instead of the one that the checkpoint names.
+        vision_tower_checkpoint: open_clip weights, instead of those that the checkpoint names.
         tower_adapter: a tower's LoRA adapter (STLLaVA-Med's `Vit-lora`); one inside the folder is found.
         template: conversation template, instead of the one that the content suggests.
-        dtype: of the weights; "auto" keeps that of the embeddings.
+        dtype: dtype of the weights; "auto" keeps that of the embeddings.
         device_map: passed to transformers; None loads on the CPU.
-        quantization: of the language model.
-        merge: add adapters into the weights (never where those are quantized).
+        quantization: quantization of the language model.
+        merge: add adapters to the weights (never to quantized ones).
     """
 
     base: str | None = None
@@ -54,7 +54,7 @@ class ForeignOptions:
 
     @property
     def parts(self) -> dict[str, str]:
-        """The options that say where parts are, to load the same again."""
+        """The options that name parts, for loading the same model again."""
         names = ("base", "vision_tower", "vision_tower_config", "vision_tower_checkpoint", "tower_adapter", "template")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
@@ -62,26 +62,26 @@ class ForeignOptions:
 logger = logging.getLogger(__name__)
 
 VALUES_AT_A_TIME = 2**20
-"""Of a table that is summed, as a float32 copy."""
+"""Number of values that are summed at once, as a float32 copy."""
 
 
 def grow(state: dict[str, Tensor], num_words: int, files: Mapping[str, TensorEntry] | None = None) -> None:
-    """Append embedding rows until every word has one: the mean of the rows before (specification 1.2); never shrink.
+    """Append embedding rows until every token has one, each the mean of the old rows; never remove rows.
 
     Args:
         state: weights under our names.
-        num_words: that need a row.
-        files: the tensors in their files, where the state's tables are these as they are: they need not be copied.
+        num_words: number of tokens that need a row.
+        files: entries of the tensors, if the state's tables are unchanged from the files; saves copying them.
     """
     missing = num_words - state[EMBEDDINGS].shape[0]
     if missing > 0:
-        logger.info("embeddings: %d new rows for words without one, each the mean of the others", missing)
+        logger.info("embeddings: %d new rows for tokens without one, each the mean of the others", missing)
         state[EMBEDDINGS] = mean_rows(state[EMBEDDINGS], missing, _entry(files, "embed_tokens.weight"))
     grow_head(state, state[EMBEDDINGS].shape[0], files)
 
 
 def grow_head(state: dict[str, Tensor], num_rows: int, files: Mapping[str, TensorEntry] | None = None) -> None:
-    """Give the head as many rows as the embeddings have, likewise."""
+    """Append rows to the head until it has `num_rows`, each the mean of the old rows."""
     name = HEAD + "weight"
     if name in state and state[name].shape[0] < num_rows:
         logger.info("head: %d new rows, each the mean of the others", num_rows - state[name].shape[0])
@@ -93,12 +93,12 @@ def _entry(files: Mapping[str, TensorEntry] | None, ending: str) -> TensorEntry 
 
 
 def mean_rows(table: Tensor, num_new: int, entry: TensorEntry | None = None) -> Tensor:
-    """A table with new rows behind it, each the mean of the old ones.
+    """Append rows to a table, each the mean of the old ones.
 
     Args:
         table: the old rows.
         num_new: rows to append.
-        entry: where the table lies in a file, if it does.
+        entry: the table's entry, if it is unchanged from a file.
     """
     num_old = len(table)
     whole = None
@@ -112,18 +112,18 @@ def mean_rows(table: Tensor, num_new: int, entry: TensorEntry | None = None) -> 
 
 
 def _mean(table: Tensor) -> Tensor:
-    """The mean of the rows, summed in float32; torch's own mean of a half-precision table takes ten times as long.
-
-    In one room for all pieces, and by one thread: so little work is done before several have met, and on a busy
-    machine they wait for each other far longer than the sums take.
-    """
+    """Return the mean of the rows, summed in float32."""
+    # torch's own mean of a half-precision table takes ten times as long.
+    # One buffer for all pieces, and one thread: a piece is little work, and on a busy machine several threads wait for
+    # each other far longer than the sums take.
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         room = torch.empty(max(VALUES_AT_A_TIME // table.shape[1], 1), table.shape[1])
         total = torch.zeros(table.shape[1])
         for rows in table.split(len(room)):
-            total += room[: len(rows)].copy_(rows).sum(dim=0)  # a product with ones is faster, but rounds as it likes
+            # A product with ones is faster, but its rounding depends on the library.
+            total += room[: len(rows)].copy_(rows).sum(dim=0)
     finally:
         torch.set_num_threads(num_threads)
     return (total / len(table)).to(table.dtype)
@@ -131,7 +131,7 @@ def _mean(table: Tensor) -> Tensor:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers' own table of missing weights stays unprinted: what counts of it becomes an error here."""
+    """Suppress transformers' table of missing weights; what matters of it is raised as an error here."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -143,10 +143,10 @@ def quiet() -> Iterator[None]:
 def place(
     config: LlavaMedConfig, state: Mapping[str, Tensor], options: ForeignOptions, *, name: str
 ) -> LlavaMedForConditionalGeneration:
-    """The model with the weights of `state`.
+    """Return the model with the weights of `state`.
 
-    On the CPU, and where the dtype stays, weights remain in the mapped files until they are touched, as with
-    transformers' own loading; files may be replaced meanwhile (by renaming), not written into.
+    On the CPU, weights whose dtype does not change stay memory-mapped until they are used, as with transformers' own
+    loading: meanwhile the files may be replaced (by renaming), but not overwritten.
 
     Raises:
         CheckpointError: a weight is missing, unknown, or of another shape.
@@ -155,7 +155,7 @@ def place(
     quantization = options.quantization.config(dtype)
     try:
         with torch.random.fork_rng(devices=[]), quiet():
-            torch.manual_seed(0)  # of parts that no file holds and nobody reads (a pooler)
+            torch.manual_seed(0)  # for parts that no file holds and nothing reads (a pooler)
             model, report = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(
                 None,
                 config=config,
@@ -163,7 +163,7 @@ def place(
                 dtype=dtype,
                 device_map=options.device_map,
                 quantization_config=quantization,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
+                ignore_mismatched_sizes=True,  # they are rejected below, by name
                 output_loading_info=True,
             )
     except UNREADABLE as error:
@@ -173,14 +173,14 @@ def place(
 
 
 def check_report(report: Mapping[str, Any], name: str) -> None:
-    """Make sure that every weight of the model was in the files, and the other way round, with the right shape.
+    """Check that the files hold every weight of the model and no others, with the right shapes.
 
     Args:
         report: what `from_pretrained` returns as `output_loading_info`, where it ignored mismatched sizes.
-        name: of the checkpoint.
+        name: name of the checkpoint, for messages.
 
     Raises:
-        CheckpointError: some were not; a part of the tower that nobody reads may be missing.
+        CheckpointError: they do not; an unused part of the tower may be missing.
     """
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(" ".join(map(str, key)) if isinstance(key, tuple) else key for key in report.get(kind) or ())
@@ -189,7 +189,7 @@ def check_report(report: Mapping[str, Any], name: str) -> None:
 
 
 def marker_rows(tokenizer: Any) -> list[int]:
-    """The ids of the two markers around an image, where the vocabulary has them both; else none."""
+    """Return the ids of the two markers around an image if the vocabulary has both, else an empty list."""
     rows = [word_id(tokenizer, word) for word in (IM_START_TOKEN, IM_END_TOKEN)]
     return [row for row in rows if row is not None] if None not in rows else []
 
@@ -197,8 +197,8 @@ def marker_rows(tokenizer: Any) -> list[int]:
 def take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout, markers: Sequence[int]) -> None:
     """Put embedding rows that were trained with a projector into embeddings and head, under our names.
 
-    A whole table replaces the base's. Two rows are those of the markers: they go where the vocabulary has these words,
-    which is behind the base's rows, or among rows that a padded table keeps free.
+    A whole table replaces the base's. Two rows are those of the markers: they are written where the vocabulary has
+    these tokens, which is after the base's rows, or among unused rows of a padded table.
 
     Args:
         state: the base's weights.
@@ -222,7 +222,7 @@ def take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout, markers: S
     if rows.shape[0] != len(markers):
         raise CheckpointError(
             f"{layout.path}: {rows.shape[0]} embedding rows; expected the whole table of at least {table.shape[0]}, "
-            f"or those of the {len(markers)} marker words that its vocabulary has"
+            f"or those of the {len(markers)} marker tokens that its vocabulary has"
         )
     num_missing = max(max(markers) + 1 - table.shape[0], 0)
     grown = mean_rows(table, num_missing) if num_missing else table.clone()

@@ -1,7 +1,7 @@
-"""Our models as folders that plain transformers (`LlavaForConditionalGeneration`, `AutoProcessor`) and vLLM load.
+"""Export our models to folders that transformers and vLLM load.
 
-Names are those of the published `llava-hf` checkpoints, which both read. What transformers' Llava cannot express is
-refused: the export has the same logits or does not exist.
+Names are those of the published `llava-hf` checkpoints, which both read. A model that transformers' Llava cannot
+represent is rejected, so an export always has the same logits.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from llava.utils.jsonl import write_json
 
 LINEAR = {"0.": "linear_1.", "2.": "linear_2."}
 NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
-"""Towers whose published names have `vision_model.` inside."""
+"""Towers whose published names contain `vision_model.`."""
 
 
 def obstacles(loaded: Loaded) -> list[str]:
-    """Why a model cannot be one of transformers' Llava; empty where it can."""
+    """Return why transformers' Llava cannot represent a model; empty if it can."""
     config: Any = loaded.model.config
     vision: Any = config.vision_config
     processor = loaded.processor
@@ -63,7 +63,7 @@ def obstacles(loaded: Loaded) -> list[str]:
 
 
 def hf_name(name: str, vision_type: str) -> str:
-    """The published name of one of our weights."""
+    """Return the published name of one of our weights."""
     if name.startswith(PROJECTOR):
         suffix = name.removeprefix(PROJECTOR)
         return "multi_modal_projector." + LINEAR[suffix[:2]] + suffix[2:]
@@ -82,20 +82,20 @@ def export_hf(
     source_folder: str | Path | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-    """Write a folder for `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained`.
+    """Write a folder for transformers' `LlavaForConditionalGeneration` and `AutoProcessor`.
 
     Args:
         loaded: the model, adapters merged.
-        path: folder, created when absent.
-        source_folder: original files of the checkpoint, see `source_files.source_of`; kept on.
+        path: folder, created if needed.
+        source_folder: original files of the checkpoint, see `folder.source_of`; they are copied.
         max_shard_bytes: see `ShardWriter`.
 
     Raises:
-        CheckpointError: transformers' Llava cannot express the model; says why, all at once.
+        CheckpointError: transformers' Llava cannot represent the model; the message lists all reasons.
     """
     if found := obstacles(loaded):
         raise CheckpointError(
-            f"transformers' Llava cannot express this model: {'; '.join(found)}. Nothing was written; "
+            f"transformers' Llava cannot represent this model: {'; '.join(found)}. Nothing was written; "
             "serve it with this package, or export with --to legacy"
         )
     target = Path(path)
@@ -150,7 +150,7 @@ def _config(loaded: Loaded) -> dict[str, Any]:
 
 
 def _strategy(config: LlavaMedConfig) -> str:
-    """`default` drops the first token in transformers, whatever it is; towers without extra tokens keep all."""
+    """Return the select strategy; transformers' `default` drops the first token even without extra ones."""
     return "default" if config.vision_feature_select_strategy == "default" and _extra(config) else "full"
 
 
@@ -162,7 +162,7 @@ def _write_processor(loaded: Loaded, target: Path) -> None:
     processor = loaded.processor
     config: Any = loaded.model.config
     own = processor.image_processor
-    pictures = LlavaImageProcessorPil(
+    image_processor = LlavaImageProcessorPil(
         do_pad=processor.image_mode == "pad",
         do_resize=bool(own.do_resize),
         do_rescale=bool(own.do_rescale),
@@ -177,7 +177,7 @@ def _write_processor(loaded: Loaded, target: Path) -> None:
     )
     vision: Any = config.vision_config
     combined: Any = LlavaProcessor(
-        pictures,
+        image_processor,
         plain_tokenizer(processor),
         patch_size=side(vision.patch_size),
         vision_feature_select_strategy=_strategy(config),
@@ -188,14 +188,14 @@ def _write_processor(loaded: Loaded, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
         folder = Path(name)
         combined.save_pretrained(folder)
-        pictures.save_pretrained(folder)  # also in a file of its own, where transformers 4 looks
+        image_processor.save_pretrained(folder)  # also as its own file, where transformers 4 looks for it
         name_known_class(folder)
         for file in sorted(folder.iterdir()):
             file.replace(target / file.name)
 
 
 def plain_tokenizer(processor: LlavaMedProcessor) -> PreTrainedTokenizerFast:
-    """A tokenizer whose own rules give the ids that ours gives: prefix marks and begin of text are in its backend."""
+    """Return a plain tokenizer with the ids of ours; its backend adds prefix marks and begin of text."""
     tokenizer: Any = processor.tokenizer
     backend = processor.text.plain_backend()
     if processor.text.bos_ids:
@@ -214,7 +214,7 @@ def plain_tokenizer(processor: LlavaMedProcessor) -> PreTrainedTokenizerFast:
 
 
 def chat_template(processor: LlavaMedProcessor) -> str:
-    """The conversation template in the language of transformers' chat templates, images in front of each turn."""
+    """Return the conversation template as a transformers chat template, with images in front of each turn."""
     template, form = processor.template, processor.template.form
     body = "".join(_literal(part, "content") for part, _ in form.human)
     first = "".join(_literal(part, "content") for part, _ in form.first) if form.first else body
@@ -242,7 +242,7 @@ def chat_template(processor: LlavaMedProcessor) -> str:
 
 
 def _literal(text: str, variable: str) -> str:
-    """Text with a slot as template code; written as expressions, since the language strips line ends around blocks."""
+    """Return text with a slot as template code: expressions, since Jinja strips line ends around blocks."""
     parts = [f"{{{{- {json.dumps(part)} -}}}}" if part else "" for part in text.split(SLOT)]
     return f"{{{{- {variable} -}}}}".join(parts)
 
@@ -255,15 +255,15 @@ def _header(form: Form) -> Iterator[str]:
 
 
 def _content(template: Template, processor: LlavaMedProcessor) -> str:
-    """Code that sets `content` to a message's images and text as our processor joins them."""
+    """Return code that sets `content` to a message's images and text as our processor joins them."""
     token = processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
     markers = ("<im_start>", "<im_end>") if processor.use_im_start_end else ("", "")
     image = IMAGE_TOKEN.join(template.image_wrap).replace(IMAGE_TOKEN, markers[0] + str(token) + markers[1])
     return (
         "{%- if message['content'] is string -%}{%- set content = message['content'] -%}{%- else -%}"
-        "{%- set pictures = message['content'] | selectattr('type', 'equalto', 'image') | list | length -%}"
+        "{%- set num_images = message['content'] | selectattr('type', 'equalto', 'image') | list | length -%}"
         "{%- set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text')"
         " | join('') | trim -%}"
-        f"{{%- set content = (({json.dumps(image + chr(10))} * pictures) ~ texts) | trim -%}}"
+        f"{{%- set content = (({json.dumps(image + chr(10))} * num_images) ~ texts) | trim -%}}"
         "{%- endif -%}"
     )

@@ -1,4 +1,4 @@
-"""Model folders that appear whole or not at all, and the small files that go with the weights."""
+"""Atomically created model folders, and the small files that accompany the weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 SOURCE_FOLDER = "source"
-"""Inside a folder of ours, or an export for transformers: files of the checkpoint that it was converted from."""
+"""Subfolder of our folders and of exports for transformers: files of the checkpoint that was converted."""
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 NEW_CLASS = "TokenizersBackend"
-"""What transformers 5 calls a tokenizer that is a tokenizer.json and no more; older ones know no such class."""
+"""transformers 5's class for a tokenizer that consists of a tokenizer.json only; older versions lack this class."""
 
 SOURCE_FILES = (
     "tokenizer.model",
@@ -39,12 +39,12 @@ SOURCE_FILES = (
 
 
 def source_of(layout: Layout) -> Path:
-    """The folder with a checkpoint's original files: itself, or what a conversion kept; it may be absent."""
+    """Return the folder of a checkpoint's original files: itself or a kept copy, which may not exist."""
     return layout.folder if layout.kind.startswith("legacy") else layout.folder / SOURCE_FOLDER
 
 
 def source_config(layout: Layout) -> dict[str, Any]:
-    """config.json in the legacy layout: the checkpoint's own, or that of its source; empty where there is none."""
+    """Return config.json in the legacy format: the checkpoint's own or its source's; empty if it has none."""
     if layout.kind.startswith("legacy"):
         return layout.config
     kept = layout.config.get("llava_source") or {} if layout.kind == "hf_llava" else layout.config
@@ -52,12 +52,12 @@ def source_config(layout: Layout) -> dict[str, Any]:
 
 
 def copy_source(source: Path, target: Path, config: Mapping[str, Any]) -> None:
-    """Copy the tokenizer's files, and the tower that a legacy configuration names, where they are inside.
+    """Copy a checkpoint's tokenizer files, and the tower that its configuration names if it is inside.
 
     Args:
-        source: see `source_of`; nothing happens where it is absent.
-        target: folder, created when absent.
-        config: config.json in the legacy layout.
+        source: see `source_of`; nothing happens if it does not exist.
+        target: folder, created if needed.
+        config: config.json in the legacy format.
     """
     if not source.is_dir():
         return
@@ -67,7 +67,7 @@ def copy_source(source: Path, target: Path, config: Mapping[str, Any]) -> None:
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Copy the files of a tokenizer (and generation settings) that are there."""
+    """Copy the files of a tokenizer and the generation settings, as far as they exist."""
     target.mkdir(parents=True, exist_ok=True)
     for name in SOURCE_FILES:
         if (source / name).is_file():
@@ -78,7 +78,7 @@ def copy_small_files(source: Path, target: Path) -> None:
 
 
 def copy_inside(source: Path, folder: Path, name: str) -> bool:
-    """Copy a file or folder that a checkpoint names, where it lies inside the checkpoint's folder; say whether."""
+    """Copy a file or folder that a checkpoint names, if it is inside its folder; return whether it is."""
     place = Path(name)
     if place.is_absolute() or ".." in place.parts or name in ("", ".") or not (source / place).exists():
         return False
@@ -91,13 +91,13 @@ def copy_inside(source: Path, folder: Path, name: str) -> bool:
 
 
 def name_known_class(folder: Path) -> None:
-    """Name a fast tokenizer as every version of transformers does, so that nobody rebuilds it by rules."""
+    """Set a fast tokenizer's class to the one that every version of transformers reads without conversion."""
     file = folder / TOKENIZER_CONFIG_FILE
     write_json(file, {**read_json(file), "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def keep_source(layout: Layout, path: Path) -> None:
-    """Put the original files of a checkpoint beside what it was converted to, to be written back one day."""
+    """Keep the original files of a checkpoint in its conversion, for converting it back."""
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as name:
         folder = Path(name) / SOURCE_FOLDER
         copy_source(source_of(layout), folder, source_config(layout))
@@ -110,30 +110,32 @@ COMPANIONS = (".json", ".model", ".txt", ".jinja")
 """Configuration, tokenizer and template files."""
 
 LEFT_BEHIND = ("trainer_state.json", "adapter_config.json", "training_args.json", "llava_delta.json", "metrics.jsonl")
+"""File names that are not copied: they describe a training run, an adapter or a delta."""
+
 DTYPE_KEYS = ("torch_dtype", "dtype")
 
 TERMINATED = 143
-"""Exit status of a program that SIGTERM ended, as shells write it."""
+"""Exit status of a program that SIGTERM ended, as shells report it."""
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the block ends well, and vanishes otherwise.
+    """Yield a temporary folder that is renamed to `path` if the block succeeds, and removed if it fails.
 
     Raises:
-        CheckpointError: `path` exists and is no empty folder, or cannot be written (a full disk).
+        CheckpointError: `path` exists and is not an empty folder, or cannot be written (a full disk).
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path} exists already; name a new folder, nothing is overwritten")
+        raise CheckpointError(f"{path} exists already; nothing is overwritten, so name a new folder")
     missing = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         private = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:200]}-"))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be made: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be created: {error.strerror}") from error
     try:
         with _terminable():
-            temporary = private / path.name  # of the final name, which model cards carry
+            temporary = private / path.name  # has the final name, which model cards contain
             temporary.mkdir()
             yield temporary
             os.replace(temporary, path)
@@ -149,7 +151,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Inside the block SIGTERM (the end of a batch job) is an exception, so that the temporary folder goes."""
+    """Turn SIGTERM (the end of a batch job) into an exception, so that the temporary folder is removed."""
 
     def stop(number: int, frame: Any) -> NoReturn:
         raise SystemExit(TERMINATED)
@@ -166,9 +168,9 @@ def _terminable() -> Iterator[None]:
 
 
 def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
-    """Copy what is no weight and no leftover of training; the configuration names the new dtype.
+    """Copy configuration, tokenizer and template files; the copied configuration names the new dtype.
 
-    A tower that the configuration names and that lies in the folder comes along.
+    Files that describe the training are left out. A tower that the configuration names is copied if it is inside.
     """
     for file in sorted(source.iterdir()):
         is_wanted = file.suffix in COMPANIONS and not file.name.endswith(".index.json")

@@ -1,4 +1,4 @@
-"""What a checkpoint is, recognised by what it holds and never by its name. Neither torch nor transformers is needed.
+"""Checkpoint formats, recognized by content and never by name, without torch or transformers.
 
 folder --config.json, adapter_config.json, headers of the weight files--> Layout(kind, style, config, tensors)
 """
@@ -38,14 +38,14 @@ CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.bin")
-"""The first is written; `.bin` files of other writers are read."""
+"""The first is written; `.bin` files of other programs are read."""
 
 EXTRA_FILE = "non_lora_trainables.bin"
 ORIGIN_FILE = "llava_origin.json"
-"""Where an adapter or projector records what it builds on."""
+"""File in which an adapter or projector records what it builds on."""
 
 PROVENANCE_FILE = "provenance.json"
-"""What a run was made of: data, weights, code, command."""
+"""Record of a training run: data, weights, code, command."""
 
 PROJECTOR_FILE = "mm_projector.bin"
 PROJECTOR_SAFE_FILE = "mm_projector.safetensors"
@@ -68,9 +68,9 @@ KINDS: dict[Kind, str] = {
     "model": "a whole model of this package",
     "adapter": "an adapter of this package",
     "projector": "a projector of this package",
-    "legacy": "a whole model in the layout of LLaVA, LLaVA-Med, LLaVA-Rad or STLLaVA-Med",
-    "legacy_adapter": "a LoRA adapter in that layout (adapter and non_lora_trainables.bin)",
-    "legacy_projector": "a projector alone in that layout (mm_projector.bin)",
+    "legacy": "a whole model in the format of LLaVA, LLaVA-Med, LLaVA-Rad or STLLaVA-Med",
+    "legacy_adapter": "a LoRA adapter in one of these formats (adapter and non_lora_trainables.bin)",
+    "legacy_projector": "a projector alone in one of these formats (mm_projector.bin)",
     "hf_llava": "a model of transformers' LlavaForConditionalGeneration",
     "tower_adapter": "a LoRA adapter of a vision tower (STLLaVA-Med's Vit-lora)",
     "vision_tower": "a vision tower",
@@ -80,26 +80,26 @@ OURS: tuple[Kind, ...] = ("model", "adapter", "projector")
 assert set(KINDS) == set(get_args(Kind))
 
 Style = Literal["patch_token", "placeholder"]
-"""How images stand in the text: a run of `<im_patch>` ids (LLaVA before 1.0, LLaVA-Med 1.0), or one place holder that
+"""How the prompt holds an image: a run of `<im_patch>` ids (LLaVA before 1.0, LLaVA-Med 1.0), or one placeholder that
 the model replaces (all later ones)."""
 
 PAD_TOKEN = "[PAD]"
 """Added by version-0 training where the vocabulary had no padding token."""
 
 PLACEHOLDER_KEYS = ("mm_projector_type", "mm_vision_select_feature", "mm_use_im_patch_token", "image_aspect_ratio")
-"""Configuration keys that every writer of the placeholder style writes and no writer of the patch-token style does."""
+"""Configuration keys that every program of the placeholder style writes, and none of the patch-token style."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A recognised checkpoint.
+    """Format and content of a checkpoint.
 
     Attributes:
         path: the folder, or the one weight file.
         kind: key of `KINDS`.
-        config: config.json, empty where there is none.
-        adapter: adapter_config.json, empty where there is none.
-        tensors: of the main weight file (or files).
+        config: config.json, empty if it has none.
+        adapter: adapter_config.json, empty if it has none.
+        tensors: tensors of the main weight file (or files).
         extra: tensors of `non_lora_trainables.bin`.
         tower_adapter: folder of a tower's LoRA adapter inside this one.
     """
@@ -114,12 +114,12 @@ class Layout:
 
     @property
     def folder(self) -> Path:
-        """The folder that holds the weights."""
+        """The folder that contains the weights."""
         return self.path.parent if self.path.is_file() else self.path
 
     @property
     def style(self) -> Style:
-        """How this model's text carries images; only for the legacy kinds."""
+        """How this model's prompt holds images; only for the legacy kinds."""
         suffixes = self.projector_names
         if any(key in self.config for key in PLACEHOLDER_KEYS) or (suffixes and suffixes != {"weight", "bias"}):
             return "placeholder"
@@ -127,7 +127,7 @@ class Layout:
 
     @property
     def text_type(self) -> str:
-        """Type of the language model as transformers calls it.
+        """Type of the language model, by transformers' name.
 
         The legacy types are `llava`, `llava_llama`, `llava_mistral`, or the plain language model's own (STLLaVA-Med).
         """
@@ -141,16 +141,16 @@ class Layout:
 
     @property
     def projector_names(self) -> set[str]:
-        """Own names of the projector's weights that are here."""
+        """The projector's own names of its weights in the files."""
         names = (projector_suffix(name) for name in (*self.tensors, *self.extra) if "lora_" not in name)
         return {name for name in names if name is not None}
 
     @property
     def projector_type(self) -> str | None:
-        """By the weights where they are here, else by the configuration.
+        """Projector type by the weights if they are in the files, else by the configuration.
 
         Raises:
-            CheckpointError: the weights are those of no known projector.
+            CheckpointError: no known projector has these weights.
         """
         if names := self.projector_names:
             return projector_type_of(names)
@@ -159,34 +159,34 @@ class Layout:
 
     @property
     def has_tower(self) -> bool:
-        """Whether the vision tower's weights are here."""
+        """Whether the files hold the vision tower's weights."""
         return any(name.startswith(LEGACY_TOWER) and "lora_" not in name for name in self.tensors)
 
     @property
     def has_timm_tower(self) -> bool:
-        """Whether they are under timm's names (LLaVA-Rad)."""
+        """Whether the files hold the tower's weights under timm's names (LLaVA-Rad)."""
         return any(name.startswith(TIMM_TOWER) for name in self.tensors)
 
     @property
     def uses_patch_token(self) -> bool:
-        """Whether the vocabulary has `<im_patch>`: as the file says, and yes where it says nothing (llava-med 1.4)."""
+        """Whether the vocabulary has `<im_patch>`: as the configuration says, and true by default."""
         return bool(self.config.get("mm_use_im_patch_token", True))
 
     @property
     def needed_words(self) -> list[str]:
-        """Words that a legacy checkpoint's vocabulary must have, in the order in which its trainer added them."""
+        """Tokens that a legacy checkpoint's vocabulary must have, in the order its trainer added them."""
         wanted = [IM_PATCH_TOKEN] if self.uses_patch_token else []
         wanted += [IM_START_TOKEN, IM_END_TOKEN] if self.config.get("mm_use_im_start_end") else []
         return wanted + ([IMAGE_TOKEN] if self.style == "placeholder" else [])
 
     def template(self, words: Collection[str]) -> str:
-        """The template that a legacy checkpoint was trained with: as it says, else as far as its content tells.
+        """Return the template that a legacy checkpoint was trained with: as named, or inferred from content.
 
         The patch-token style has two trainers' versions, of which one adds a padding token. A projector trained alone
         in the placeholder style saw captions without roles.
 
         Args:
-            words: the vocabulary, or at least its added words.
+            words: the vocabulary, or at least its added tokens.
         """
         if named := self.config.get(TEMPLATE_KEY):
             return str(named)
@@ -198,12 +198,12 @@ class Layout:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether a tokenizer is here."""
+        """Whether the folder holds a tokenizer."""
         return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON table, or an empty one where there is no file.
+    """Return a file's JSON object, or an empty one if the file does not exist.
 
     Raises:
         CheckpointError: the file is broken.
@@ -220,10 +220,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def sniff(path: str | Path) -> Layout:
-    """Recognise a checkpoint folder, or one weight file.
+    """Recognize a checkpoint folder or one weight file, and list its tensors.
 
     Raises:
-        CheckpointError: nothing known is there, or a file is broken.
+        CheckpointError: it is in no known format, or a file is broken.
     """
     given = Path(path)
     if given.is_file():
@@ -244,7 +244,7 @@ def sniff(path: str | Path) -> Layout:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json; the values that decide something in the legacy layouts are of their kinds."""
+    """Return config.json; the types of values that the legacy formats depend on are checked."""
     config = read_json(folder / CONFIG_FILE)
     if any(key.startswith("mm_") for key in config):
         check_values(config, folder / CONFIG_FILE)
@@ -252,7 +252,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The first of several files that a folder has."""
+    """Return the first of several files that exists in a folder."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -307,7 +307,7 @@ def _kind_of_weights(config: dict[str, Any], tensors: dict[str, TensorEntry]) ->
 
 
 def _explain(folder: Path, config: dict[str, Any]) -> str:
-    """Why a folder is nothing known."""
+    """Return why a folder is in no known format."""
     found = ", ".join(sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))[:8]) or "nothing"
     if not config:
         return f"no {CONFIG_FILE} that names a model type; found {found}"
@@ -318,7 +318,7 @@ TABLE = "embed_tokens.weight"
 
 
 def our_name(layout: Layout, name: str) -> str | None:
-    """Our model's name of a tensor of the checkpoint (of an adapter: with peft's prefix); None where it is no part."""
+    """Return our name of a tensor (in an adapter, with peft's prefix), or None if it belongs to no part."""
     if layout.kind in ("model", "vision_tower"):
         return name
     if layout.kind == "hf_llava":
@@ -333,7 +333,7 @@ def our_name(layout: Layout, name: str) -> str | None:
 
 
 def _in_adapter(layout: Layout, name: str) -> str | None:
-    """One matrix of an adapter, of the language model's or of a tower's own."""
+    """Return our name of one matrix of an adapter, of the language model's or of a tower's own."""
     if layout.kind == "adapter" or name.startswith(PEFT_PREFIX + LANGUAGE_MODEL):
         return name
     if name.startswith(TOWER_ROOT):

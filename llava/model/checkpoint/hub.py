@@ -1,4 +1,4 @@
-"""Checkpoints by hub name: their files come into the hub client's cache, and are then folders like any other."""
+"""Download checkpoints by hub name into the hub client's cache; they are then folders like any other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llava.model.multimodal_encoder.towers import first_line
 
 WANTED_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
 DOUBLED_FILES = ("pytorch_model*.bin",)
-"""The same weights again, where a repository has the model's safetensors too (`SAFE_SOURCES`)."""
+"""Duplicate weights, skipped if a repository has the model's safetensors too (`SAFE_SOURCES`)."""
 
 SAFE_SOURCES = (SAFE_FILE, SAFE_FILE + INDEX_SUFFIX)
 
@@ -23,7 +23,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def is_hub_name(path: str | Path) -> bool:
-    """Say whether a path is no file or folder here, but may be a repository's name (`owner/name`)."""
+    """Return whether a path does not exist but may be the name of a repository (`owner/name`)."""
     return not Path(path).exists() and _HUB_NAME.fullmatch(str(path)) is not None
 
 
@@ -31,7 +31,7 @@ def local_folder(name: str | Path) -> Path:
     """Return a folder, or the local copy of a hub repository.
 
     Raises:
-        CheckpointError: there is neither.
+        CheckpointError: neither exists.
     """
     path = portable(str(name))
     if Path(path).is_dir():
@@ -40,21 +40,21 @@ def local_folder(name: str | Path) -> Path:
         return Path(snapshot_download(path, allow_patterns=list(WANTED_FILES), ignore_patterns=list(_not_needed(path))))
     except Exception as error:  # the hub client raises many kinds, none of which the user can act on
         raise CheckpointError(
-            f"{name} is no folder, and cannot be fetched from the hub: {first_line(error)}"
+            f"{name} is not a folder, and cannot be downloaded from the hub: {first_line(error)}"
         ) from error
 
 
 def hub_config(name: str) -> dict[str, object]:
-    """Return `config.json` of a hub repository, or an empty table where there is none to be had."""
+    """Return `config.json` of a hub repository, or an empty table if it cannot be downloaded."""
     try:
         return read_json(Path(hf_hub_download(name, CONFIG_FILE)))
-    except Exception:  # no such repository, no network: whoever loads it says so
+    except Exception:  # no such repository, or no network: loading it reports that
         return {}
 
 
 def _not_needed(name: str) -> tuple[str, ...]:
     try:
         files = HfApi().list_repo_files(name)
-    except Exception:  # offline: what is in the cache is all there is
+    except Exception:  # offline: only the cache is available
         return ()
     return DOUBLED_FILES if any(file in SAFE_SOURCES for file in files) else ()

@@ -1,4 +1,4 @@
-"""Keys of config.json in the legacy layouts (specification llava-med 1.4): used, kept, or unknown."""
+"""Keys of config.json in the legacy formats: used, kept, or unknown."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from llava.errors import CheckpointError
 
 TEXT_TYPES = ("llama", "mistral")
-"""Language models of the legacy layouts that are read; MPT was written for code that no longer exists."""
+"""Language models that are read in the legacy formats; MPT was written for code that no longer exists."""
 
 ARCHITECTURES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
-"""The originals' classes, by the language model's type."""
+"""The original trainers' classes, by the language model's type."""
 
 TEMPLATE_KEY = "llava_template"
-"""Our own: the conversation template, where a checkpoint's content does not tell it; other code reads past it."""
+"""Our own key: the conversation template, if a checkpoint's content does not imply it; other code ignores it."""
 
 TOWER_KEYS = ("mm_vision_tower", "mm_vision_tower_config", "mm_vision_tower_checkpoint")
-"""Keys that name the vision tower: a hub name, or a folder or file, which may lie inside the checkpoint."""
+"""Keys that name the vision tower: a hub name, or a folder or file, which may be inside the checkpoint."""
 
 USED_KEYS = frozenset(
     {
@@ -42,7 +42,7 @@ USED_KEYS = frozenset(
         TEMPLATE_KEY,
     }
 )
-"""Keys that decide something here."""
+"""Keys that change how a checkpoint is loaded."""
 
 KEPT_KEYS = frozenset(
     {
@@ -66,7 +66,7 @@ KEPT_KEYS = frozenset(
         "max_length",
     }
 )
-"""Known keys of the legacy trainers that decide nothing when a model is loaded; kept and written back."""
+"""Known keys of the legacy trainers that do not affect loading; kept and written back."""
 
 FOREIGN_KEYS = frozenset(
     {"model_type", "architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "auto_map"}
@@ -84,12 +84,12 @@ TEXT_KEYS = frozenset(
 
 
 def unknown_keys(config: dict[str, Any]) -> list[str]:
-    """Keys of a legacy config.json that nobody knows; they are kept and written back."""
+    """Return the unknown keys of a legacy config.json, which are kept and written back."""
     return sorted(set(config) - USED_KEYS - KEPT_KEYS - FOREIGN_KEYS - TEXT_KEYS)
 
 
 def merge_type(config: Mapping[str, Any]) -> str:
-    """How the tiles of the `anyres` mode are joined; without a word, one after the other."""
+    """Return how the tiles of the `anyres` mode are joined; by default, one after the other."""
     return str(config.get("mm_patch_merge_type") or "flat")
 
 
@@ -107,10 +107,10 @@ OPTIONAL_COUNTS = frozenset(COUNTS[4:])
 
 
 def check_values(config: Mapping[str, Any], file: Path) -> None:
-    """Refuse values of a legacy config.json that are of another kind than their keys; a word is no switch.
+    """Check the types of the values in a legacy config.json; a string is not a switch.
 
     Raises:
-        CheckpointError: names the key, what it holds, and what was expected.
+        CheckpointError: a value has another type; names the key, the value and what was expected.
     """
     for key in (*COUNTS, *TEXTS, *SWITCHES, "mm_vision_select_layer"):
         if key in config and (expected := _expected(key, config[key])):
@@ -118,7 +118,7 @@ def check_values(config: Mapping[str, Any], file: Path) -> None:
 
 
 def _expected(key: str, value: Any) -> str | None:
-    """What a value should have been, or None where it is that."""
+    """Return what a value should have been, or None if it is valid."""
     is_number = isinstance(value, int) and not isinstance(value, bool)
     if key == "mm_vision_select_layer":
         return None if is_number else "a whole number"

@@ -1,9 +1,9 @@
-"""The one loader: a folder is recognised by what it holds, never by its name (`layout`).
+"""Load a checkpoint of any supported format, which is recognized by content (`formats`).
 
 model        config.json (llava_med) + model*.safetensors
 adapter      adapter_config.json + adapter_model.safetensors, on the parts that llava_origin.json names
 projector    mm_projector.safetensors or .bin, on the same
-others       the legacy layouts (`foreign`) and transformers' Llava (`hf_llava`)
+others       the legacy formats (`legacy.load`) and transformers' Llava (`load_hf`)
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Dtype = torch.dtype | Literal["auto"]
 
 PART_FLAGS = {
     "base": "--model-base",
-    "vision_tower": "--vision_tower",
-    "vision_tower_config": "--vision_tower_config",
-    "vision_tower_checkpoint": "--vision_tower_checkpoint",
-    "tower_adapter": "--lora_pretrain",
+    "vision_tower": "--vision-tower",
+    "vision_tower_config": "--vision-tower-config",
+    "vision_tower_checkpoint": "--vision-tower-checkpoint",
+    "tower_adapter": "--lora-pretrain",
     "template": "--template",
 }
 USED_PARTS: dict[Kind, tuple[str, ...]] = {
@@ -45,11 +45,11 @@ USED_PARTS: dict[Kind, tuple[str, ...]] = {
     "adapter": ("base", "template"),
     "projector": ("base", "template"),
 }
-"""What can be given beside a checkpoint that holds or names its other parts itself; the other kinds take them all."""
+"""Options that apply to a checkpoint that holds or names its other parts itself; the other kinds take all of them."""
 
 
 def read_origin(path: str | Path) -> dict[str, Any]:
-    """`llava_origin.json` of a folder, or an empty table."""
+    """Return `llava_origin.json` of a folder, or an empty table."""
     return read_json(Path(path) / ORIGIN_FILE)
 
 
@@ -65,22 +65,26 @@ def load(
     merge: bool = True,
     **foreign: Any,
 ) -> Loaded:
-    """Load a checkpoint of this package, of the legacy layouts, or of transformers' Llava.
+    """Load a checkpoint of this package, of the legacy formats, or of transformers' Llava.
 
     Args:
         path: folder (or hub name) of a model, an adapter or a projector.
         base: what an adapter or projector builds on, instead of the recorded parts: a model of this package, or a plain
             language model (the recorded tower stays).
-        dtype: of the weights; "auto" keeps the saved one.
+        dtype: dtype of the weights; "auto" keeps the saved one.
         device_map: passed to transformers; None loads on the CPU.
-        bits, double_quant, quant_type: of the language model, see `Quantization`.
-        merge: add an adapter into the weights; False leaves it a peft adapter.
-        foreign: parts of checkpoints of other layouts, see `ForeignOptions` (`vision_tower`, `template`, ...); all
+        bits, double_quant, quant_type: quantization of the language model, see `Quantization`.
+        merge: add an adapter to the weights; False keeps it as a peft adapter.
+        foreign: parts of checkpoints of other formats, see `ForeignOptions` (`vision_tower`, `template`, ...); all
             kinds take a `template`.
 
     Raises:
         CheckpointError: the folder holds nothing loadable, a part is missing, or weights do not fit.
-        ConfigError: a part is given that this kind of checkpoint does not take, see `USED_PARTS`.
+        ConfigError: an option does not apply to this kind of checkpoint, see `USED_PARTS`.
+
+    Example:
+        loaded = load("checkpoints/llava-med-v1.5")
+        model, processor = loaded.model, loaded.processor
     """
     path = local_folder(path) if is_hub_name(path) else path
     layout, quantization = sniff(path), Quantization(bits, double_quant, quant_type)
@@ -98,20 +102,20 @@ def load(
 
 
 def check_parts(layout: Layout, given: Mapping[str, Any]) -> None:
-    """Refuse parts that would be passed over: the checkpoint holds or names its own.
+    """Check that every given part is used: a checkpoint may hold or name its own.
 
     Args:
         layout: the checkpoint.
-        given: by the names of `PART_FLAGS`; what is None is not given.
+        given: values by the names of `PART_FLAGS`; None means not given.
 
     Raises:
-        ConfigError: names those that are not used, and those that are.
+        ConfigError: a part would not be used; names the unused and the used flags.
     """
     used = USED_PARTS.get(layout.kind, tuple(PART_FLAGS))
     unused = [PART_FLAGS.get(name, name) for name, value in given.items() if value is not None and name not in used]
     if unused:
         raise ConfigError(
-            f"{layout.path}: {KINDS[layout.kind]}, for which {', '.join(unused)} would change nothing; leave it out. "
+            f"{layout.path} is {KINDS[layout.kind]}, for which {', '.join(unused)} would change nothing; omit it. "
             f"Used with it: {', '.join(PART_FLAGS[name] for name in used)}"
         )
 
@@ -119,7 +123,7 @@ def check_parts(layout: Layout, given: Mapping[str, Any]) -> None:
 def _load_ours(
     layout: Layout, base: str | None, *, dtype: Dtype, device_map: Any, quantization: Quantization, merge: bool
 ) -> Loaded:
-    """A model, an adapter or a projector of this package."""
+    """Load a model, an adapter or a projector of this package."""
     path, kind = layout.path, layout.kind
     if kind == "model":
         return _load_model(path, dtype, device_map, quantization)
@@ -146,7 +150,7 @@ def _load_ours(
 
 
 def _load_other(layout: Layout, options: ForeignOptions) -> Loaded:
-    """A checkpoint of another layout.
+    """Load a checkpoint of another format.
 
     Raises:
         CheckpointError: it is only a part of a model.
@@ -155,11 +159,11 @@ def _load_other(layout: Layout, options: ForeignOptions) -> Loaded:
         return load_foreign(layout, options)
     if layout.kind == "hf_llava":
         return load_hf(layout, options)
-    what = f"{layout.path}: {KINDS[layout.kind]} (type {layout.config.get('model_type')!r})"
+    what = f"{layout.path} is {KINDS[layout.kind]} (type {layout.config.get('model_type')!r})"
     if layout.kind == "tower_adapter":
-        raise CheckpointError(f"{what}; load the model it belongs to and give this folder with --lora-pretrain")
+        raise CheckpointError(f"{what}; load the model it belongs to and pass this folder with --lora-pretrain")
     raise CheckpointError(
-        f"{what} is only a part; put it together by training: --model_name_or_path and --vision_tower"
+        f"{what}, only a part of a model; train a model with it: --model-name-or-path and --vision-tower"
     )
 
 
@@ -173,7 +177,7 @@ def _load_model(path: str | Path, dtype: Dtype, device_map: Any, quantization: Q
                 dtype=dtype,
                 device_map=device_map,
                 quantization_config=quantization.config(compute),
-                ignore_mismatched_sizes=True,  # they are refused below, by name
+                ignore_mismatched_sizes=True,  # they are rejected below, by name
                 output_loading_info=True,
             )
     except UNREADABLE as error:
@@ -185,7 +189,7 @@ def _load_model(path: str | Path, dtype: Dtype, device_map: Any, quantization: Q
 def _load_converted(
     layout: Layout, source: dict[str, Any], processor: LlavaMedProcessor, options: ForeignOptions
 ) -> Loaded:
-    """A projector that was converted from a legacy one: its base is put together by that layout's rules."""
+    """Load a projector that was converted from a legacy one, on a base loaded by that format's rules."""
     parts = dict(read_origin(layout.path).get("load") or {})
     parts["base"] = options.base or parts.get("base")
     legacy = replace(layout, kind="legacy_projector", config=source["config"])
@@ -196,7 +200,7 @@ def _load_converted(
 
 
 def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any, quantization: Quantization) -> Loaded:
-    """The parts that an adapter or projector builds on: given, or recorded beside it."""
+    """Load the parts that an adapter or projector builds on: those given, or those recorded with it."""
     origin = read_origin(path)
     options = origin.get("build")
     if base is not None and options is not None and not _is_ours(base):
@@ -204,7 +208,7 @@ def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any
     elif base is not None or options is None:
         base = base or origin.get("base")
         if base is None:
-            raise CheckpointError(f"{path} builds on another model and does not say which; give it with --model-base")
+            raise CheckpointError(f"{path} builds on another model but does not name it; pass it with --model-base")
         _check_bases(Path(path), Path(base))
         folder = local_folder(base) if is_hub_name(base) else base
         used = USED_PARTS.get(sniff(folder).kind, tuple(PART_FLAGS))
@@ -214,17 +218,17 @@ def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any
         loaded = build(dtype=dtype, device_map=device_map, **{**options, **asdict(quantization)})
     except TypeError as error:
         raise CheckpointError(
-            f"{Path(path) / ORIGIN_FILE}: options that this version does not know: {error}"
+            f"{Path(path) / ORIGIN_FILE} holds options that this version does not know: {error}"
         ) from error
     loaded.model.train(False)
     return loaded
 
 
 def _check_bases(path: Path, base: Path) -> None:
-    """Make sure that a part and what it builds on end at a model.
+    """Check that the chain of bases ends at a model.
 
     Raises:
-        CheckpointError: a part builds on itself, at once or by way of others.
+        CheckpointError: a part builds on itself, directly or through others.
     """
     seen = [path.resolve()]
     place: Path | None = base
@@ -232,7 +236,7 @@ def _check_bases(path: Path, base: Path) -> None:
         if place.resolve() in seen:
             chain = " -> ".join(map(str, [*seen, place.resolve()]))
             raise CheckpointError(
-                f"{path} names itself as its base ({chain}); give the model it was trained on with --model-base"
+                f"{path} names itself as its base ({chain}); pass the model it was trained on with --model-base"
             )
         seen.append(place.resolve())
         named = read_origin(place).get("base") if sniff(place).kind in ("adapter", "projector") else None

@@ -1,4 +1,4 @@
-"""transformers' own Llava folders: loading them as ours.
+"""Load folders of transformers' own Llava as our models.
 
 LlavaConfig + language_model.*, vision_tower.*, multi_modal_projector.linear_1|2 --names--> ours (mlp2x_gelu)
 """
@@ -33,7 +33,7 @@ from llava.processing import LlavaMedProcessor
 logger = logging.getLogger(__name__)
 
 SOURCE_KEY = "llava_source"
-"""Key of an exported config.json that keeps what transformers' Llava has no place for."""
+"""Key of an exported config.json for settings that transformers' Llava does not have."""
 
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -44,13 +44,13 @@ TEMPLATE_MARKS = {
     "<|im_start|>": "chatml_direct",
     "ASSISTANT:": "vicuna_v1",
 }
-"""What a chat template writes, and the template here that writes it too."""
+"""Text in a chat template, and our template that writes the same."""
 
 IMAGE_SETTINGS = (
     *("do_resize", "size", "resample", "do_center_crop", "crop_size"),
     *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
 )
-"""What transformers' processors of CLIP and Llava can be told, and ours honours."""
+"""Settings of transformers' CLIP and Llava processors that ours supports."""
 
 
 def load_hf(layout: Layout, options: ForeignOptions) -> Loaded:
@@ -66,7 +66,7 @@ def load_hf(layout: Layout, options: ForeignOptions) -> Loaded:
         tokenizer = AutoTokenizer.from_pretrained(layout.folder)
         image_processor, mode = _image_processor(layout.folder, config.vision_config)
     except UNREADABLE as error:
-        raise CheckpointError(f"{layout.path}: its processor cannot be loaded: {first_line(error)}") from error
+        raise CheckpointError(f"the processor of {layout.path} cannot be loaded: {first_line(error)}") from error
     full = config.vision_feature_select_strategy == "full"
     vision: Any = config.vision_config
     patches = num_patches(image_processor, vision) + (num_extra_tokens(vision) if full else 0)
@@ -93,7 +93,7 @@ def _config(layout: Layout) -> LlavaConfig:
     content = read_json(layout.folder / CONFIG_FILE)
     if content.get("model_type") != "llava":
         raise CheckpointError(
-            f"{layout.path}: a vision-language model of type {content.get('model_type')!r}; only 'llava' is read"
+            f"{layout.path} is a vision-language model of type {content.get('model_type')!r}; expected 'llava'"
         )
     try:
         config = LlavaConfig.from_pretrained(layout.folder)
@@ -101,8 +101,8 @@ def _config(layout: Layout) -> LlavaConfig:
         raise CheckpointError(f"{layout.path}/{CONFIG_FILE}: {first_line(error)}") from error
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
         raise CheckpointError(
-            f"{layout.path}: projector with {config.projector_hidden_act}, bias {config.multimodal_projector_bias}; "
-            "only two layers with bias and GELU between them are read"
+            f"{layout.path} has a projector with {config.projector_hidden_act}, bias "
+            f"{config.multimodal_projector_bias}; expected two layers with bias and GELU between them"
         )
     return config
 
@@ -114,18 +114,18 @@ def _state(layout: Layout) -> dict[str, Tensor]:
             continue
         ours = renamed(name, HF_PREFIXES)
         if ours is None:
-            raise CheckpointError(f"{layout.path}: {name} belongs to no part of the model")
+            raise CheckpointError(f"{layout.path}: tensor {name} belongs to no part of the model")
         state[ours] = tensor
     return state
 
 
 def _image_processor(folder: Path, vision: Any) -> tuple[Any, str]:
-    """The image processor in CLIP's PIL form, and how pictures become square.
+    """Return the image processor in CLIP's PIL form, and the image mode.
 
     transformers' processor for Llava pads as we do, so its padding becomes our image mode.
 
     Raises:
-        CheckpointError: pictures would become inputs of several sizes.
+        CheckpointError: images would become inputs of several sizes.
     """
     content: dict[str, Any] = {}
     for name in IMAGE_FILES:
@@ -137,8 +137,8 @@ def _image_processor(folder: Path, vision: Any) -> tuple[Any, str]:
         pads = bool(content.get("do_pad"))
         if not (content.get("do_resize", True) or content.get("do_center_crop", True)):
             raise CheckpointError(
-                f"{folder}: do_resize and do_center_crop are both false, so pictures keep their sizes; the tower takes "
-                "one size, expected at least one of them"
+                f"{folder}: do_resize and do_center_crop are both false, so images keep their sizes; the tower takes "
+                "one size, so expected at least one of them"
             )
         settings = {key: content[key] for key in IMAGE_SETTINGS if content.get(key) is not None}
         return CLIPImageProcessorPil(**settings), "pad" if pads else "square"
@@ -147,7 +147,7 @@ def _image_processor(folder: Path, vision: Any) -> tuple[Any, str]:
 
 
 def _template(layout: Layout, config: LlavaConfig) -> str:
-    """The template by the marks in the folder's chat template; a guess, with a warning, where it has none of them."""
+    """Return the template by marks in the folder's chat template; without any, guess and warn."""
     text = ""
     for name in ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"):
         file = layout.folder / name
@@ -158,14 +158,14 @@ def _template(layout: Layout, config: LlavaConfig) -> str:
     is_mistral = cast(Any, config.text_config).model_type == "mistral"
     guess = "mistral_instruct" if is_mistral else "vicuna_v1"
     logger.warning(
-        "%s: its chat template is none that is known here; taken for %s, --template names another", layout.path, guess
+        "%s has an unknown chat template; using template %s. To use another one, pass --template", layout.path, guess
     )
     return guess
 
 
 def _ours(config: LlavaConfig, processor: LlavaMedProcessor, kept: dict[str, Any]) -> LlavaMedConfig:
     markers = [word for word in processor.marker_ids if word is not None]
-    # Through JSON: transformers' configuration objects of one model must not be shared with another.
+    # Through JSON, because transformers' configuration objects must not be shared between models.
     text, vision = (json.loads(part.to_json_string(use_diff=False)) for part in _parts(config))
     return LlavaMedConfig(
         vision_config=vision,

@@ -1,4 +1,4 @@
-"""Reading back what was saved beside or instead of a whole model: a projector, marker rows, an adapter.
+"""Load what was saved instead of a whole model: a projector, marker rows, an adapter.
 
 file --read_tensors--> names and tensors --load_projector, load_adapter, load_extra--> into the model, or an error
 """
@@ -31,10 +31,10 @@ from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` or `.bin` file; a pickle that holds anything but tensors is refused.
+    """Return the tensors of a `.safetensors` or `.bin` file.
 
     Raises:
-        CheckpointError: the file is missing, broken or not safe.
+        CheckpointError: the file is missing, broken, or holds more than tensors (a pickle with code).
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a .bin or .safetensors file with weights")
@@ -52,10 +52,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def projector_file(path: str | Path) -> Path:
-    """The projector file of a folder (safetensors first), or `path` itself where it is a file.
+    """Return the projector file of a folder (safetensors first), or `path` itself if it is a file.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: it does not exist.
     """
     given = Path(path)
     for file in (given / PROJECTOR_SAFE_FILE, given / PROJECTOR_FILE, given):
@@ -67,11 +67,11 @@ def projector_file(path: str | Path) -> Path:
 def load_projector(model: nn.Module, path: str | Path) -> None:
     """Load a projector file, or the one in a folder, into the model.
 
-    Names of every generation are read: all that follows `mm_projector.` (or `multi_modal_projector.`) counts. The rows
-    of the marker tokens come along when the model uses markers and the file has embeddings.
+    Names of every version are read: the part after `mm_projector.` (or `multi_modal_projector.`) counts. The rows of
+    the marker tokens are loaded if the model uses markers and the file has embeddings.
 
     Raises:
-        CheckpointError: names or shapes do not fit; says which.
+        CheckpointError: names or shapes do not fit; the message lists them.
     """
     file = projector_file(path)
     weights = read_tensors(file)
@@ -93,7 +93,7 @@ def load_projector(model: nn.Module, path: str | Path) -> None:
 
 
 def _load_newline(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
-    """Take the token at the end of a row of patches, where the file has it.
+    """Load the embedding at the end of a row of patches, if the file has it.
 
     Raises:
         CheckpointError: the model has none, or one of another length.
@@ -112,7 +112,7 @@ def _load_newline(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -
 
 
 def _current_name(name: str) -> str:
-    """transformers' own Llava calls the two layers of its MLP `linear_1` and `linear_2`."""
+    """Replace transformers' names of the MLP's two layers, `linear_1` and `linear_2`, by ours."""
     return name.replace("linear_1.", "0.").replace("linear_2.", "2.")
 
 
@@ -122,9 +122,9 @@ def _set(parameter: Tensor, values: Tensor) -> None:
 
 
 def load_marker_rows(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
-    """Take the markers' embedding rows from a projector or adapter file; no other row is ever taken.
+    """Load the markers' embedding rows from a projector or adapter file, and no other row.
 
-    A file of the seeds holds the whole input table, or the new rows alone; its last rows are the markers.
+    A file of the original trainers holds the whole input table, or the new rows alone; its last rows are the markers.
 
     Raises:
         CheckpointError: the rows have another width.
@@ -143,7 +143,7 @@ def load_marker_rows(model: nn.Module, weights: Mapping[str, Tensor], file: Path
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
-    """Put a saved adapter on the model it was trained on, and load what was saved beside it.
+    """Load a saved adapter, and the other weights saved with it, onto the model it was trained on.
 
     Raises:
         CheckpointError: files are missing or broken, or weights do not fit the model.
@@ -160,10 +160,10 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
 
 
 def check_adapter_names(adapted: Any, names: Collection[str], file: Path) -> None:
-    """Make sure that a file holds the weights of the adapter on a model, all of them and no others.
+    """Check that a file holds the weights of the adapter on a model, all of them and no others.
 
     Raises:
-        CheckpointError: it does not; says which.
+        CheckpointError: it does not; the message names some that differ.
     """
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if expected != set(names):

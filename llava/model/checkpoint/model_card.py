@@ -1,7 +1,7 @@
-"""The model card (README.md) beside saved weights: what they build on, the data they saw, the licences of the parts.
+"""Write the model card (README.md) of saved weights: their parts with licenses, and their data.
 
-Everything in it is read from files: `llava_origin.json` of the parts, `provenance.json` of the run, and the licences
-that the parts' own folders state.
+All of it is read from files: `llava_origin.json` of the parts, `provenance.json` of the run, and the licenses that the
+parts' own folders state.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ CARD_FILE = "README.md"
 MARK = "<!-- written at each save by llava; delete this line to keep your own text -->"
 KINDS = {"model": "a whole model", "adapter": "a LoRA adapter", "projector": "a projector"}
 ABSOLUTE_PATH = re.compile(r"(?:(?<![^\s=,:;\[({'\"])|(?<=file://))(?:~|/(?!/))[^=,;:'\"]*")
-"""An absolute path in a word of a command line, alone, behind `--option=`, or in a list; no part of an address."""
+"""An absolute path in an argument of a command: alone, after `--option=`, or in a list; not a part of a URL."""
 
 NOT_STATED = "not stated in its folder: ask its publisher before passing anything on"
 
-KNOWN_LICENCES = {
+KNOWN_LICENSES = {
     "lmsys/vicuna-7b-v1.5": "Llama 2 Community License",
     "lmsys/vicuna-13b-v1.5": "Llama 2 Community License",
     "mistralai/Mistral-7B-Instruct-v0.2": "Apache-2.0",
     "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224": "MIT",
-    "microsoft/llava-rad": "Microsoft Research licence, research use only",
+    "microsoft/llava-rad": "Microsoft Research license, research use only",
 }
-"""Of parts that are named by hub name, as their publishers state them."""
+"""Licenses of parts that are given by hub name, as their publishers state them."""
 
 DATA_FACTS = {
     "data_sha256": "training data",
@@ -41,19 +41,19 @@ DATA_FACTS = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Something a model builds on; `name` is a hub name, or what its folder is called."""
+    """Part that a model builds on; `name` is a hub name, or the name of its folder."""
 
     role: str
     name: str
-    licence: str
+    license: str
 
 
 def parts(origin: Mapping[str, Any], seen: frozenset[str] = frozenset()) -> Iterator[Part]:
-    """The parts that an origin names, and those that they were built from themselves.
+    """Yield the parts that an origin names, and those that they were built from themselves.
 
     Args:
         origin: as in `llava_origin.json`.
-        seen: bases that were followed already: folders may name each other.
+        seen: bases that were visited already: folders may name each other.
     """
     build = origin.get("build") or {}
     load = origin.get("load") or {}
@@ -64,20 +64,20 @@ def parts(origin: Mapping[str, Any], seen: frozenset[str] = frozenset()) -> Iter
     ]
     for role, name in named:
         if name:
-            yield Part(role, public_name(str(name)), licence_of(str(name)))
+            yield Part(role, public_name(str(name)), license_of(str(name)))
     base = origin.get("base")
     if base and (place := str(Path(base).resolve())) not in seen:
         yield from parts(read_json(Path(base) / ORIGIN_FILE), seen | {place})
 
 
 def public_name(name: str) -> str:
-    """A part's name without the folders around it, which tell of the machine and of whose it is; hub names stay."""
+    """Return a part's name without its parent folders, which are private; hub names are unchanged."""
     is_path = Path(name).expanduser().exists() or name.startswith(("/", "~", ".")) or name.count("/") > 1
     return Path(name).name if is_path else name
 
 
 def public_command(command: str) -> str:
-    """A command line with each path cut to its last part, for the same reason."""
+    """Return a command with each path cut to its last part, since folders are private."""
     try:
         words = shlex.split(command)
     except ValueError:  # not written by a shell's rules
@@ -85,8 +85,8 @@ def public_command(command: str) -> str:
     return shlex.join(ABSOLUTE_PATH.sub(lambda found: Path(found[0]).name, word) for word in words)
 
 
-def licence_of(name: str) -> str:
-    """The licence that a part's folder states: in its card's header, or by a licence file; or a known hub name's."""
+def license_of(name: str) -> str:
+    """Return the license stated in a folder's card header or license file, or that of a known hub name."""
     folder = Path(name)
     card = folder / CARD_FILE
     if card.is_file():
@@ -97,19 +97,19 @@ def licence_of(name: str) -> str:
     for file in sorted(folder.glob("LICENSE*")) if folder.is_dir() else []:
         first = next(iter(file.read_text(encoding="utf-8", errors="replace").split("\n")), "")
         return f"{file.name} in its folder ({first.strip()})" if first.strip() else f"{file.name} in its folder"
-    return KNOWN_LICENCES.get(name, NOT_STATED)
+    return KNOWN_LICENSES.get(name, NOT_STATED)
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:
-    """What a training run wrote about itself, in this folder or in the run's around a checkpoint of it."""
+    """Return the record of a training run, from this folder or from the run folder around a checkpoint."""
     return read_json(folder / PROVENANCE_FILE) or read_json(folder.parent / PROVENANCE_FILE)
 
 
 def card(folder: Path, kind: str, config: Any, origin: Mapping[str, Any]) -> str:
-    """The text of the card.
+    """Return the text of the card.
 
     Args:
-        folder: where the weights will lie; its run's provenance is read.
+        folder: final folder of the weights; its run's provenance is read.
         kind: `model`, `adapter` or `projector`.
         config: the model's configuration.
         origin: as in `llava_origin.json`.
@@ -122,8 +122,8 @@ def card(folder: Path, kind: str, config: Any, origin: Mapping[str, Any]) -> str
     lines += [f"{_text(config)}, {_tower(config)}, projector `{config.projector_type}`."]
     lines += [f"Template `{config.template}`, images `{config.image_aspect_ratio}`.", ""]
     lines += ["## Built on", ""]
-    lines += [f"- {part.role}: `{part.name}`; licence: {part.licence}" for part in found] or ["- no part is recorded"]
-    lines += ["", "The licences of all parts, and of the data, bind what is made of them.", "", "## Data", ""]
+    lines += [f"- {part.role}: `{part.name}`; license: {part.license}" for part in found] or ["- no part is recorded"]
+    lines += ["", "The licenses of all parts and of the data apply to this model.", "", "## Data", ""]
     lines += list(_data(run)) or ["- no training run wrote this folder"]
     if run:
         lines += ["", "## Run", "", f"- command: `{public_command(str(run.get('command', 'not recorded')))}`"]
@@ -132,7 +132,7 @@ def card(folder: Path, kind: str, config: Any, origin: Mapping[str, Any]) -> str
         lines += ["", f"Converted from a checkpoint of kind `{config.source.get('kind')}`."]
     lines += [
         "",
-        "For research. Nothing this model writes is medical advice; check it before anybody relies on it.",
+        "For research. Nothing this model writes is medical advice; check it before anyone relies on it.",
         "",
     ]
     return "\n".join(lines)
@@ -156,7 +156,7 @@ def _tower(config: Any) -> str:
 
 
 def write_card(target: Path, folder: Path, kind: str, config: Any, origin: Mapping[str, Any]) -> None:
-    """Write the card into `folder`, from where it moves to `target`; a card of the user's own there is kept."""
+    """Write the card into `folder`, which is moved to `target`; a card of the user's own there is kept."""
     existing = target / CARD_FILE
     if existing.is_file() and MARK not in existing.read_text(encoding="utf-8", errors="replace"):
         return

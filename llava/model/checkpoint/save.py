@@ -1,7 +1,7 @@
-"""Writing what was trained: the whole model, an adapter, or the projector alone. `part_loading` reads the parts back.
+"""Save the whole model, an adapter, or the projector alone; `load_parts` loads the last two.
 
 Every folder also gets the processor and `llava_origin.json`: the parts that an adapter or a projector builds on.
-Files are written under a temporary folder and moved into place one by one, the marker file last.
+Files are written to a temporary folder and moved into place one by one, `llava_origin.json` last.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FILES_OF_KIND = {
     "adapter": (ADAPTER_CONFIG_FILE, *ADAPTER_FILES, EXTRA_FILE),
     "projector": (PROJECTOR_SAFE_FILE, PROJECTOR_FILE),
 }
-"""Weight files of each kind; those of a whole model are told by `is_model_weights`."""
+"""Weight files of each kind; those of a whole model are recognized by `is_model_weights`."""
 
 NEWLINE_KEY = f"model.{NEWLINE}"
 
@@ -47,7 +47,7 @@ State = Mapping[str, Tensor]
 
 @contextmanager
 def new_files(path: Path) -> Iterator[Path]:
-    """A temporary folder inside `path` whose files move up, atomically one by one, when the block ends well."""
+    """Yield a temporary folder in `path`; if the block succeeds, move its files up, each atomically."""
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as name:
         folder = Path(name)
@@ -58,7 +58,8 @@ def new_files(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _cache_on(model: nn.Module) -> Iterator[None]:
-    """Training switches `use_cache` off; what is saved has it on, or every answer would be computed without a cache."""
+    """Set `use_cache` during a save."""
+    # Training switches it off, and a model that is saved without it would generate without a cache.
     config = cast(Any, model).config
     places = [place for place in (config, config.text_config) if hasattr(place, "use_cache")]
     before = [place.use_cache for place in places]
@@ -72,7 +73,7 @@ def _cache_on(model: nn.Module) -> Iterator[None]:
 
 
 def write_common(folder: Path, model: nn.Module, origin: Mapping[str, Any] | None, kind: str) -> None:
-    """Write the model's configuration, its card, and where its parts came from, into a folder of `new_files`."""
+    """Write the model's configuration, its card and its origin into a folder of `new_files`."""
     with _cache_on(model):
         cast(Any, model).config.save_pretrained(folder)
     write_card(folder.parent, folder, kind, cast(Any, model).config, origin or {})
@@ -81,15 +82,15 @@ def write_common(folder: Path, model: nn.Module, origin: Mapping[str, Any] | Non
 
 
 def is_model_weights(name: str) -> bool:
-    """A file name is that of a whole model's weights (or of one part of them)."""
+    """Return whether a file name is that of a whole model's weights (or of one shard of them)."""
     return name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def drop_older(folder: Path, kind: str, new: Collection[str] = ()) -> None:
-    """Remove weights of an earlier save that a reader would take instead: of other kinds, or of another sharding.
+    """Remove an earlier save's weights that a reader would use instead: of other kinds or shardings.
 
     Args:
-        folder: where something of `kind` was written just now.
+        folder: folder in which something of `kind` was just written.
         kind: key of `FILES_OF_KIND`.
         new: names of the whole model's files just written.
     """
@@ -100,7 +101,7 @@ def drop_older(folder: Path, kind: str, new: Collection[str] = ()) -> None:
 
 
 def refuse_own_base(folder: str | Path, origin: Mapping[str, Any] | None) -> None:
-    """Make sure that an adapter or a projector is not written over the model it builds on.
+    """Check that an adapter or a projector is not written over the model it builds on.
 
     Raises:
         CheckpointError: `folder` is that of a part.
@@ -123,10 +124,10 @@ def save_model(
 
     Args:
         model: the model.
-        processor: saved beside the weights.
-        path: folder; older weights in it, of whatever kind, are replaced, other files stay.
+        processor: saved with the weights.
+        path: folder; older weights in it, of any kind, are replaced, other files stay.
         state: gathered weights, when the model's own are sharded over ranks.
-        origin: where the parts came from.
+        origin: origin of the parts, see `Loaded`.
     """
     target = Path(path)
     with new_files(target) as folder:
@@ -139,7 +140,7 @@ def save_model(
 
 
 def projector_state(model: nn.Module, state: State | None = None) -> dict[str, Tensor]:
-    """The projector under the seeds' names (`model.mm_projector.*`), and the embeddings when markers are in use.
+    """Return the projector under legacy names (`model.mm_projector.*`), with embeddings for markers.
 
     Args:
         model: the model, or a peft model around it.
@@ -178,7 +179,7 @@ def save_projector(
     state: State | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `mm_projector.bin` (the seeds' names), its safetensors twin, the config and the processor."""
+    """Write `mm_projector.bin` (legacy names) and `.safetensors`, the configuration and the processor."""
     target = Path(path)
     refuse_own_base(target, origin)
     with new_files(target) as folder:
@@ -198,10 +199,10 @@ def save_adapter(
     state: State | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a peft adapter, and in `non_lora_trainables.bin` all else that its base does not have.
+    """Write a peft adapter, and to `non_lora_trainables.bin` everything else that its base does not have.
 
     That is every other trained weight, and also the projector and the marker rows where they were not trained: they
-    may come from an earlier stage, while the base is put together anew at loading.
+    may come from an earlier stage, while loading assembles the base from its original parts.
     """
     target = Path(path)
     refuse_own_base(target, origin)

@@ -1,7 +1,7 @@
-"""Where a checkpoint's vision tower comes from: given, inside the checkpoint, named by it, or known by name.
+"""Find a checkpoint's vision tower: given, inside the checkpoint, named by it, or known by name.
 
---vision_tower FOLDER            mm_vision_tower: FOLDER or hub name
---vision_tower_config, ..._checkpoint      mm_vision_tower_config, mm_vision_tower_checkpoint (open_clip)
+--vision-tower FOLDER            mm_vision_tower: FOLDER or hub name
+--vision-tower-config, ..._checkpoint      mm_vision_tower_config, mm_vision_tower_checkpoint (open_clip)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llava.model.multimodal_encoder.towers import UNREADABLE, first_line, load_t
 
 @dataclass(frozen=True, slots=True)
 class TowerSource:
-    """A tower's folder or hub name and, for open_clip, its two files; settings alone where only those are known."""
+    """Tower's folder or hub name and, for open_clip, its two files; or a published tower's settings."""
 
     name: str
     config_file: str | None = None
@@ -37,11 +37,11 @@ class TowerSource:
 
     @property
     def files(self) -> dict[str, str | None]:
-        """The open_clip files as keywords of `load_tower` and `tower_image_processor`."""
+        """The open_clip files, as keyword arguments of `load_tower` and `tower_image_processor`."""
         return {"config_file": self.config_file, "checkpoint": self.checkpoint}
 
     def config(self) -> Any:
-        """Configuration of the vision encoder.
+        """Return the configuration of the vision encoder.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -54,16 +54,16 @@ class TowerSource:
             config = AutoConfig.from_pretrained(self.name)
         except UNREADABLE as error:
             raise CheckpointError(
-                f"vision tower {self.name} cannot be loaded ({first_line(error)}); give its folder with --vision_tower"
+                f"vision tower {self.name} cannot be loaded ({first_line(error)}); pass its folder with --vision-tower"
             ) from error
         return getattr(config, "vision_config", config)
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The encoder with its weights."""
+        """Load the encoder with its weights."""
         return load_tower(self.name, dtype, **self.files)
 
     def image_processor(self, config: Any, folder: Path) -> Any:
-        """The image processor: of the tower, or of the checkpoint's own folder where only settings are known."""
+        """Return the image processor of the tower, or of the checkpoint's folder if only settings are known."""
         if self.known is not None:
             return tower_image_processor(str(folder), config, None)
         return tower_image_processor(self.name, config, None, **self.files)
@@ -76,18 +76,18 @@ def _renamed(files: dict[str, str | None]) -> dict[str, str | None]:
 def find_tower(
     layout: Layout, given: str | None = None, config_file: str | None = None, checkpoint: str | None = None
 ) -> TowerSource:
-    """The tower of a checkpoint of the legacy kinds.
+    """Find the tower of a checkpoint of the legacy kinds.
 
-    Relative names are looked for from the working directory, then beside the checkpoint.
+    Relative names are looked for from the working directory, then in the checkpoint's folder.
 
     Args:
         layout: the checkpoint.
         given: folder or hub name, instead of the one that the checkpoint names.
-        config_file: open_clip model configuration, likewise.
-        checkpoint: open_clip weights, likewise.
+        config_file: open_clip model configuration, instead of the one that the checkpoint names.
+        checkpoint: open_clip weights, instead of those that the checkpoint names.
 
     Raises:
-        CheckpointError: it is nowhere; names the flag that gives it.
+        CheckpointError: it is not found; names the flag that gives it.
     """
     named = {key: layout.config.get(key) for key in TOWER_KEYS}
     name = given or named["mm_vision_tower"]
@@ -95,7 +95,7 @@ def find_tower(
         config_file = config_file or named["mm_vision_tower_config"]
         checkpoint = checkpoint or named["mm_vision_tower_checkpoint"]
     if not name and not (config_file and checkpoint):
-        raise CheckpointError(f"{layout.path} names no vision tower; give one with --vision_tower")
+        raise CheckpointError(f"{layout.path} names no vision tower; pass one with --vision-tower")
     folder = layout.folder
     if config_file and checkpoint:
         config = folder / config_file if (folder / config_file).is_file() else find_config(config_file)
@@ -112,6 +112,6 @@ def find_tower(
         return TowerSource(name)
     inside = "its weights are inside, its settings are not" if layout.has_tower else "it is not inside the checkpoint"
     raise CheckpointError(
-        f"{layout.path} names the vision tower {name!r}, which is no folder here ({inside}); "
-        "give its folder or hub name with --vision_tower"
+        f"{layout.path} names the vision tower {name!r}, which is not a folder here ({inside}); "
+        "pass its folder or hub name with --vision-tower"
     )

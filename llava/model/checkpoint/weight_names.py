@@ -1,4 +1,4 @@
-"""Names of weights in the published layouts, and ours. Names only: neither torch nor transformers.
+"""Names of weights in the published formats, and ours. No import of torch or transformers.
 
 legacy   model.layers.0...   model.mm_projector.0.weight            model.vision_tower.vision_tower.vision_model...
 hf       language_model.model.layers.0...   multi_modal_projector.linear_1.weight   vision_tower.vision_model...
@@ -20,16 +20,16 @@ HEAD = "lm_head."
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
 NEWLINE = "image_newline"
-"""The token behind each row of patches; in our layout and in the legacy one it is `model.image_newline`."""
+"""The embedding after each row of patches; `model.image_newline` in our format and in the legacy one."""
 
 MARKER_KEY = "marker_rows"
-"""In files of ours: the rows of the marker tokens alone, [k, D]; where they stand differs between vocabularies."""
+"""Key in our files for the rows of the marker tokens alone, [k, D]; their ids differ between vocabularies."""
 
 LEGACY_PROJECTOR = "mm_projector."
-"""What follows this is the projector's own name, whatever stands before it (specification llava-rad 2.5)."""
+"""The part of a name after this is the projector's own name, whatever the prefix."""
 
 LEGACY_PROJECTOR_PREFIX = "model." + LEGACY_PROJECTOR
-"""How the projector's weights begin in a whole model, and in files of a projector alone."""
+"""Prefix of the projector's weights in a whole model, and in files of a projector alone."""
 
 LEGACY_TOWER = "model.vision_tower.vision_tower."
 TIMM_TOWER = LEGACY_TOWER + "vit."
@@ -60,35 +60,34 @@ BUFFERS = {
     "rotary": re.compile(r"(.*\.)?rotary_emb\.inv_freq"),
     "position_ids": re.compile(r"(.*\.)?position_ids"),
 }
-"""Tables that old files hold and that are computed today; loading them could only do harm (specification 1.3, 6)."""
+"""Tables that old files hold and that are computed today; loading them could only do harm."""
 
 PEFT_PREFIX = "base_model.model."
 TOWER_ROOT = PEFT_PREFIX + "vision_tower.vision_model."
-"""How a tower's own adapter begins; its root is the tower's wrapper (specification stllava-med 3.2)."""
+"""Prefix of a tower's own adapter; its root is the tower's wrapper (STLLaVA-Med)."""
 
 
 def is_buffer(name: str) -> bool:
-    """A tensor that is computed and not loaded."""
+    """Return whether a tensor is computed and not loaded."""
     return any(pattern.fullmatch(name) for pattern in BUFFERS.values())
 
 
 def renamed(name: str, prefixes: Mapping[str, str]) -> str | None:
-    """A name with its prefix replaced by the first entry that fits, or None."""
+    """Return a name with its prefix replaced by the first entry that matches, or None."""
     return next((new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old)), None)
 
 
 def without_peft(name: str) -> str:
-    """A legacy name without what peft puts before it.
+    """Return a legacy name without peft's prefix.
 
-    `base_model.model.model.X` is the legacy name `model.X`; a file may also carry one `model.` more (specification
-    llava-rad 2.4).
+    `base_model.model.model.X` is the legacy name `model.X`; a file may also have one more `model.` (LLaVA-Rad).
     """
     name = name.removeprefix(PEFT_PREFIX)
     return name.removeprefix("model.") if name.startswith("model.model.") else name
 
 
 def projector_suffix(name: str) -> str | None:
-    """A projector weight's own name (`0.weight`), from every generation of files; None for other weights."""
+    """Return a projector weight's own name (`0.weight`) in files of any version; None for other weights."""
     for marker in (LEGACY_PROJECTOR, "multi_modal_projector."):
         if marker in name:
             suffix = name.split(marker, 1)[1]
@@ -97,7 +96,7 @@ def projector_suffix(name: str) -> str | None:
 
 
 def projector_type_of(suffixes: Collection[str]) -> str:
-    """The type of a projector from its weights' own names.
+    """Return the type of a projector by its weights' own names.
 
     Raises:
         CheckpointError: no known projector has these weights.
