@@ -1,4 +1,4 @@
-"""Configuration of the model: transformers' `LlavaConfig` plus the settings that a checkpoint must record."""
+"""Configuration of the model: transformers' `LlavaConfig` plus our settings of a checkpoint."""
 
 from __future__ import annotations
 

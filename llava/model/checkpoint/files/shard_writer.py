@@ -1,11 +1,16 @@
-"""One `.bin` file while it is written: the layout that torch has written since 1.6, tensor by tensor.
+"""Write tensors into sharded weight files, one at a time, without holding a whole shard in memory.
 
-    archive/data/0, archive/data/1, ...    bytes of the tensors, as they come
+    ShardWriter(folder)   --> shards and their index      moved into place at the end
+
+A `.bin` file has the format that torch has written since 1.6:
+
+    archive/data/0, archive/data/1, ...    bytes of the tensors, in the order they are added
     archive/data.pkl                       names, dtypes and shapes of all, at the end
 
-torch's own writer wants every tensor at once and so holds a whole shard; this one holds none. The description is a
-pickle program of the few instructions that `bin_header` reads. Nothing else can come into it.
+Its description is a pickle program of the few instructions that `torch_zip` reads, and nothing else.
 """
+
+# torch's own writer needs every tensor at once and so holds a whole shard.
 
 from __future__ import annotations
 
@@ -33,14 +38,14 @@ if TYPE_CHECKING:
 SAFE_NAMES = {dtype: name for name, dtype in SAFE_DTYPES.items()}
 
 STREAM_FROM_BYTES = 32 * 2**20
-"""A shard this large is written as tensors come; a smaller one at once, with an exact header."""
+"""Size from which a shard is written incrementally; a smaller one is written at once, with an exact header."""
 
 HEADER_ROOM_BYTES = 256 * 2**10
-"""Kept free for the header of a shard that is written as tensors come (padded with spaces, as the format allows)."""
+"""Bytes reserved for the header of a shard that is written incrementally (padded with spaces, as the format allows)."""
 
 
 class SafeShard:
-    """One safetensors file: tensors are held while small, then written as they come behind a reserved header."""
+    """Writer of one safetensors file; a small file is held in memory, a larger one written incrementally."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -48,15 +53,15 @@ class SafeShard:
         self._end = 0
         self._held: list[Tensor] = []
         self._stream: Any = None
-        self._header_bytes = 64  # estimate, to see when the reserved room is used up
+        self._header_bytes = 64  # estimate, to detect when the reserved room is used up
         self._room = HEADER_ROOM_BYTES
 
     def has_room(self, name: str, tensor: Tensor) -> bool:
-        """Whether the header can describe one more tensor."""
+        """Return whether the header has room for one more tensor."""
         return self._header_bytes + _described_bytes(name, tensor) <= self._room
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; once the shard is large it is written at once."""
+        """Add one tensor; once the shard is large, tensors are written immediately."""
         start, self._end = self._end, self._end + tensor.numel() * tensor.element_size()
         dtype = SAFE_NAMES[str(tensor.dtype).removeprefix("torch.")]
         self._header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, self._end]}
@@ -77,7 +82,7 @@ class SafeShard:
         self._held = []
 
     def finish(self) -> None:
-        """Write what is held, and the header.
+        """Write the tensors that are held, and the header.
 
         Raises:
             CheckpointError: the header does not fit before the tensors.
@@ -87,21 +92,21 @@ class SafeShard:
             self._start(-(-len(text) // 8) * 8)
         if len(text) > self._room:
             raise CheckpointError(
-                f"{self.file}: a header of {len(text)} bytes, room for {self._room}; give the tensors shorter names"
+                f"{self.file}: the header has {len(text)} bytes and room for {self._room}; use shorter tensor names"
             )
         self._stream.seek(8)
         self._stream.write(text)
         self._stream.close()
 
     def drop(self) -> None:
-        """Let go of tensors and file."""
+        """Release tensors and file."""
         self._held = []
         if self._stream is not None:
             self._stream.close()
 
 
 def _described_bytes(name: str, tensor: Tensor) -> int:
-    """More than what one tensor takes in a header."""
+    """Return an upper bound of the bytes that one tensor needs in a header."""
     return len(json.dumps(name)) + 100 + 12 * tensor.dim()
 
 
@@ -110,7 +115,7 @@ def _write_tensor(stream: Any, tensor: Tensor) -> None:
 
 
 def flat_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes without a copy in memory (but for one that is not contiguous or not on the CPU)."""
+    """Return a tensor's bytes without a copy (except for one that is not contiguous or not on the CPU)."""
     import torch
 
     flat = tensor.cpu().contiguous().reshape(-1)
@@ -122,20 +127,20 @@ ARCHIVE = "archive"
 FORMAT_VERSION = b"3\n"
 
 ALIGNMENT = 64
-"""A tensor's bytes begin at a multiple of this, as torch writes them: they can be used where they are mapped."""
+"""A tensor's bytes start at a multiple of this, as torch writes them, so that they can be used memory-mapped."""
 
 PADDING = struct.Struct("<HH")
 PADDING_ID = int.from_bytes(b"FB", "little")
-"""An extra field of the archive's format, of torch's own kind: filled with blanks up to the alignment."""
+"""Extra field of the zip format that torch defines: filled with spaces up to the alignment."""
 
 WIDE_BYTES = 2**30
-"""Members this large get 8-byte sizes in their headers."""
+"""Members of at least this size get 8-byte sizes in their headers."""
 
 LARGEST_INT32 = 2**31 - 1
 
 
 class BinShard:
-    """One `.bin` file; every tensor is written when it comes."""
+    """Writer of one `.bin` file; every tensor is written when it is added."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -143,18 +148,18 @@ class BinShard:
         self._archive: zipfile.ZipFile | None = None
 
     def has_room(self, name: str, tensor: Tensor) -> bool:
-        """Always."""
+        """Return True: the description is written at the end, and may be of any size."""
         return True
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor.
 
         Raises:
-            CheckpointError: the format has no place for its dtype.
+            CheckpointError: the format does not support its dtype.
         """
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in STORAGES:
-            raise CheckpointError(f"a .bin file has no place for {name}, which is {dtype}; write safetensors")
+            raise CheckpointError(f"a .bin file cannot hold {name}, which is {dtype}; write safetensors")
         key = str(len(self._stored))
         self._stored[name] = _Stored(STORAGES[dtype], key, tuple(tensor.shape))
         self._write(f"data/{key}", flat_bytes(tensor))
@@ -188,7 +193,7 @@ class BinShard:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A written tensor: the format's word for its dtype, the member that holds it, its shape."""
+    """Written tensor: the format's name of its dtype, the member that holds it, its shape."""
 
     storage: str
     key: str
@@ -196,13 +201,13 @@ class _Stored:
 
 
 def _describe(stored: Mapping[str, _Stored]) -> bytes:
-    """A table of tensors as torch's reader wants it."""
+    """Return the pickle program of a table of tensors, as torch's reader expects it."""
     entries = b"".join(_text(name) + _tensor(tensor) for name, tensor in stored.items())
     return b"\x80\x02" + b"}(" + entries + b"u."
 
 
 def _tensor(tensor: _Stored) -> bytes:
-    """Rebuild(storage, offset, shape, strides, needs no gradient, no hooks)."""
+    """Return the instructions for Rebuild(storage, offset, shape, strides, needs no gradient, no hooks)."""
     strides: list[int] = []
     size = 1
     for width in reversed(tensor.shape):
@@ -220,7 +225,7 @@ def _text(value: str) -> bytes:
 
 
 def _name(value: str) -> bytes:
-    """A module and a name in it, which are two words here."""
+    """Return the instruction for a module and a name in it, given as two words."""
     return b"c" + value.replace(" ", "\n").encode() + b"\n"
 
 
@@ -242,9 +247,9 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 class ShardWriter:
-    """Writes tensors into shards as they come; the folder changes only when `close` succeeds.
+    """Writer of tensors into shards as they are added; the folder changes only when `close` succeeds.
 
-    Used in a `with` block: an error inside leaves nothing behind. Older weight files of the folder are replaced.
+    Use it in a `with` block: after an error inside, nothing is left. Older weight files of the folder are replaced.
     """
 
     def __init__(
@@ -258,8 +263,8 @@ class ShardWriter:
         """Start writing.
 
         Args:
-            folder: created when absent.
-            max_shard_bytes: a shard is closed before it grows beyond this; one larger tensor stands alone.
+            folder: created if needed.
+            max_shard_bytes: a shard is closed before it grows beyond this; a larger tensor gets its own shard.
             safe: safetensors; False writes `.bin` files.
             name: stem of the files; `model` or `pytorch_model` by default.
         """
@@ -276,13 +281,13 @@ class ShardWriter:
         self._temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".saving-"))
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; it must not be changed afterwards, since it may be held until its shard is complete.
+        """Write one tensor; it must not change afterwards, since it may be held until its shard is complete.
 
         Raises:
             CheckpointError: the name was added before.
         """
         if name in self._places:
-            raise CheckpointError(f"tensor {name!r} was added twice")
+            raise CheckpointError(f"tensor {name!r} was added twice; expected each name once")
         num_bytes = tensor.numel() * tensor.element_size()
         current = self._shards[-1] if self._shards else None
         if current is None or self._open_bytes + num_bytes > self.max_shard_bytes or not current.has_room(name, tensor):
@@ -328,7 +333,7 @@ class ShardWriter:
         return [f"{self.stem}-{number + 1:05d}-of-{total:05d}{self.suffix}" for number in range(total)]
 
     def _drop_older(self, new: set[str]) -> None:
-        """Older weights of other sharding or format would be found first, or mixed with the new ones."""
+        """Remove older weights of another sharding or format, which a reader would find first or mix in."""
         if self.stem not in ("model", "pytorch_model"):
             return
         for file in list(self.folder.iterdir()):

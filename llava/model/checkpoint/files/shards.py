@@ -1,10 +1,9 @@
-"""The weight files of a folder, one tensor at a time: what is in them (without torch), reading, writing.
+"""List and read the weight files of a folder, tensor by tensor.
 
-    list_tensors(folder)  --> {name: TensorEntry}     headers only: neither torch nor a weight is touched
-    open_tensors(folder)  --> TensorReader            memory-mapped; a tensor costs memory only while it is held
-    ShardWriter(folder)   --> shards and their index  written as tensors come, moved into place at the end
+    list_tensors(folder)  --> {name: TensorEntry}     headers only, without importing torch
+    open_tensors(folder)  --> TensorReader            memory-mapped; a tensor uses memory only while it is referenced
 
-Layouts: `model.safetensors`, `pytorch_model.bin`, and the sharded form of either with its index file.
+Formats: `model.safetensors`, `pytorch_model.bin`, and the sharded form of either with its index file.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ SAFE_FILE = "model.safetensors"
 BIN_FILE = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
 WEIGHT_SOURCES = (SAFE_FILE, SAFE_FILE + INDEX_SUFFIX, BIN_FILE, BIN_FILE + INDEX_SUFFIX)
-"""Where a folder's weights are looked for, in transformers' order."""
+"""Files in which a folder's weights are looked for, in transformers' order."""
 
 WEIGHT_FILE_PATTERN = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)(\.index\.json)?")
 MAX_HEADER_BYTES = 100_000_000
@@ -47,15 +46,15 @@ MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a checkpoint.
+    """Name, type and place of a tensor in a checkpoint.
 
     Attributes:
-        name: as the file has it.
-        shape: of the tensor.
-        dtype: torch's word, as `float16`.
-        file: that holds it.
-        num_bytes: size.
-        start: first byte in the file, where the bytes lie there as they are; else None.
+        name: name in the file.
+        shape: shape of the tensor.
+        dtype: torch's name of the dtype, such as `float16`.
+        file: file that contains it.
+        num_bytes: size in bytes.
+        start: offset of its first byte in the file, if its bytes are stored contiguously; else None.
     """
 
     name: str
@@ -67,33 +66,33 @@ class TensorEntry:
 
 
 def find_weights(folder: str | Path) -> Path | None:
-    """The weight file or index that a folder's model is read from, or None."""
+    """Return the weight file or index that a folder's model is read from, or None."""
     return next((Path(folder) / name for name in WEIGHT_SOURCES if (Path(folder) / name).is_file()), None)
 
 
 def list_tensors(folder: str | Path) -> dict[str, TensorEntry]:
-    """Every tensor of a model folder, or of one weight file, in file order; headers only.
+    """List every tensor of a model folder, or of one weight file, in file order; only headers are read.
 
     Raises:
-        CheckpointError: there are no weights, a file is truncated or missing, or a `.bin` file holds code.
+        CheckpointError: the folder has no weights, a file is truncated or missing, or a `.bin` file holds code.
     """
     given = Path(folder)
     source = given if given.is_file() else find_weights(given)
     if source is None:
         found = ", ".join(sorted(file.name for file in given.iterdir())[:8]) if given.is_dir() else "no such folder"
-        raise CheckpointError(f"{folder}: no weights; expected one of {', '.join(WEIGHT_SOURCES)}; found {found}")
+        raise CheckpointError(f"{folder} has no weights; expected one of {', '.join(WEIGHT_SOURCES)}; found {found}")
     if not source.name.endswith(INDEX_SUFFIX):
         return _list_file(source)
     entries: dict[str, TensorEntry] = {}
     places = _read_index(source)
     for shard in sorted(set(places.values())):
         if not (source.parent / shard).is_file():
-            raise CheckpointError(f"{source.parent / shard}: missing shard, named by {source.name}; copy it there")
+            raise CheckpointError(f"missing shard {source.parent / shard}, which {source.name} names; copy it there")
         for name, entry in _list_file(source.parent / shard).items():
             if name in entries:
                 raise CheckpointError(
-                    f"{name} is in two files, {entries[name].file} and {entry.file}; expected each tensor once: "
-                    f"remove leftovers of another save, or all but the shards of one {source.name}"
+                    f"{name} is in two files, {entries[name].file} and {entry.file}; expected each tensor once. "
+                    f"Remove leftovers of another save, or all but the shards of one {source.name}"
                 )
             entries[name] = entry
     if absent := sorted(name for name, shard in places.items() if name not in entries or _file(entries, name) != shard):
@@ -106,10 +105,10 @@ def _file(entries: dict[str, TensorEntry], name: str) -> str:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Which shard holds which tensor.
+    """Return the shard of each tensor.
 
     Raises:
-        CheckpointError: the index is broken, or points out of its folder.
+        CheckpointError: the index is broken, or names files outside its folder.
     """
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -117,7 +116,7 @@ def _read_index(index: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read as an index of shards: {error}") from error
     if not plain:
-        raise CheckpointError(f"{index} names shards that are not plain files beside it")
+        raise CheckpointError(f"{index} names shards in other folders; expected file names in its own folder")
     return dict(places)
 
 
@@ -156,14 +155,14 @@ def _list_safetensors(file: Path) -> dict[str, TensorEntry]:
                 raise ValueError(f"{name} {shape} at bytes {start} to {stop}")
             end = stop
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"{file} is no complete safetensors file: {error}") from error
+        raise CheckpointError(f"{file} is not a complete safetensors file: {error}") from error
     if 8 + header_bytes + end != size:
-        raise CheckpointError(f"{file} is truncated: {size} bytes, its header says {8 + header_bytes + end}")
+        raise CheckpointError(f"{file} is truncated: {size} bytes, expected {8 + header_bytes + end} by its header")
     return entries
 
 
 class TensorReader:
-    """Tensors of a checkpoint by name, memory-mapped: pages come from the file and go with the tensor."""
+    """Memory-mapped tensors of a checkpoint by name; pages are read on use and freed with the tensor."""
 
     def __init__(self, entries: dict[str, TensorEntry]) -> None:
         self.entries = entries
@@ -172,17 +171,17 @@ class TensorReader:
 
     @property
     def names(self) -> list[str]:
-        """All tensors, in file order."""
+        """The names of all tensors, in file order."""
         return list(self.entries)
 
     def read(self, name: str) -> Tensor:
-        """One tensor; do not write into it.
+        """Return one tensor, which must not be modified.
 
         Raises:
-            CheckpointError: there is no such tensor, or the file cannot be read.
+            CheckpointError: the tensor does not exist, or the file cannot be read.
         """
         if name not in self.entries:
-            raise CheckpointError(f"no tensor {name!r}; the checkpoint has {len(self.entries)}, see its inspection")
+            raise CheckpointError(f"no tensor {name!r}; see the checkpoint's {len(self.entries)} tensors by inspection")
         entry = self.entries[name]
         if entry.file.suffix != ".safetensors" and is_mappable(entry):
             if entry.file not in self._mapped:
@@ -195,12 +194,12 @@ class TensorReader:
         return tensor.detach()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with its name, in file order."""
+        """Yield every tensor with its name, in file order."""
         for name in self.entries:
             yield name, self.read(name)
 
     def close(self) -> None:
-        """Forget the files; tensors that are still held stay valid."""
+        """Release the files; tensors that are still referenced stay valid."""
         self._files.clear()
         self._mapped.clear()
 
@@ -212,7 +211,7 @@ class TensorReader:
 
 
 def _open(file: Path) -> Any:
-    """A table of tensors (`.bin`) or an open safetensors file."""
+    """Return a table of tensors (`.bin`) or an open safetensors file."""
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -223,7 +222,7 @@ def _open(file: Path) -> Any:
         return content.get("state_dict", content) if isinstance(content, dict) else content
     except (SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
         raise CheckpointError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # torch.load raises pickle.UnpicklingError for content that its own reader refuses
+    except Exception as error:  # torch.load raises pickle.UnpicklingError for content that it does not accept
         raise CheckpointError(f"{file} holds more than tensors and was not loaded: {type(error).__name__}") from error
 
 
@@ -231,22 +230,22 @@ def open_tensors(folder: str | Path) -> TensorReader:
     """Open the weights of a folder, or one weight file, for reading tensor by tensor.
 
     Raises:
-        CheckpointError: as `list_tensors`.
+        CheckpointError: see `list_tensors`.
     """
     return TensorReader(list_tensors(folder))
 
 
 def read_with_room(entry: TensorEntry, num_rows: int) -> Tensor | None:
-    """A table with more rows behind it, without a copy: a private mapping of the file, whose next bytes make the rows.
+    """Return a table with room for more rows, without a copy: a private mapping of it and the next bytes.
 
-    The new rows hold anything and are to be written; what is written stays in memory, the file never changes.
+    The new rows have arbitrary values and must be written; what is written stays in memory, the file never changes.
 
     Args:
         entry: a matrix.
-        num_rows: all rows, with the new ones.
+        num_rows: number of all rows, including the new ones.
 
     Returns:
-        None where the file does not hold the table as it is, or ends too early behind it.
+        None if the file does not hold the table contiguously, or ends too early after it.
     """
     num_bytes = entry.num_bytes // max(entry.shape[0], 1) * num_rows
     if not is_mappable(entry) or cast(int, entry.start) + num_bytes > entry.file.stat().st_size:
@@ -255,19 +254,19 @@ def read_with_room(entry: TensorEntry, num_rows: int) -> Tensor | None:
 
 
 def is_mappable(entry: TensorEntry) -> bool:
-    """Whether a tensor's bytes lie in its file as they are, where a tensor may begin."""
+    """Return whether a tensor's bytes are contiguous in its file, at an aligned offset."""
     return entry.start is not None and entry.start % ITEM_SIZES[entry.dtype] == 0
 
 
 def _map(file: Path) -> Any:
-    """A private mapping of a whole file: what is written into it stays in memory."""
+    """Return a private mapping of a whole file: what is written into it stays in memory."""
     import torch
 
     return torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
 
 
 def _view(entry: TensorEntry, mapped: Any, shape: Sequence[int]) -> Tensor:
-    """The tensor of an entry in the mapping of its file, of this shape."""
+    """Return the tensor of an entry, with this shape, in the mapping of its file."""
     import torch
 
     dtype: torch.dtype = getattr(torch, entry.dtype)

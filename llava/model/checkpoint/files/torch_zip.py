@@ -1,8 +1,8 @@
-"""Names, shapes and dtypes in a `.bin` file of torch, without torch and without running what the file says.
+"""Read names, shapes and dtypes of a torch `.bin` file without torch and without running its pickle.
 
 A `.bin` file is a zip archive: `NAME/data.pkl` describes the tensors, `NAME/data/KEY` holds the bytes of one storage.
-The description is a pickle program. It is walked here instruction by instruction over values that cannot do anything:
-a name outside `KNOWN` stops the walk before anything is called.
+The description is a pickle program. It is interpreted instruction by instruction on inert values: a name outside
+`KNOWN` stops it before anything is called.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ KNOWN = frozenset({REBUILD_TENSOR, REBUILD_PARAMETER, ORDERED_DICT, "torch Size"
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A name that the program wants imported; it never is."""
+    """Name that the program imports; it is never imported here."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Bytes in the archive: where, and of which type."""
+    """Type and key of a storage in the archive."""
 
     dtype: str
     key: str
@@ -60,14 +60,14 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class BinTensor:
-    """One tensor of a `.bin` file.
+    """Description of a tensor of a `.bin` file.
 
     Attributes:
-        shape: of the tensor.
-        dtype: torch's word.
-        storage_key: which member of the archive holds it.
-        num_elements_needed: elements its storage must hold, from the first to the last one the tensor touches.
-        start: first byte in the file, where its bytes lie as they are and row by row; else None.
+        shape: shape of the tensor.
+        dtype: torch's name of the dtype.
+        storage_key: member of the archive that holds it.
+        num_elements_needed: elements its storage must hold, from the first to the last one the tensor uses.
+        start: offset of its first byte in the file, if its bytes are contiguous and in row order; else None.
     """
 
     shape: tuple[int, ...]
@@ -80,14 +80,14 @@ class BinTensor:
 MARK = object()
 
 MAX_DESCRIPTION_BYTES = 100_000_000
-"""As in the safetensors format; a packed archive can claim any size."""
+"""Same limit as in the safetensors format; a compressed archive can claim any size."""
 
 UNREADABLE_ARCHIVE = (zipfile.BadZipFile, zlib.error, NotImplementedError, OSError, EOFError, struct.error)
-"""Not a zip archive, damaged, or packed in a way that nobody reads."""
+"""Exceptions for a file that is not a zip archive, damaged, or compressed in an unsupported way."""
 
 
 class _Walk:
-    """A pickle program's stack and memory."""
+    """Stack and memo of a pickle program."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -95,7 +95,7 @@ class _Walk:
         self.memo: dict[int, Any] = {}
 
     def pop_to_mark(self) -> list[Any]:
-        """Take all values above the last mark, and the mark."""
+        """Remove all values above the last mark, and the mark; return the values."""
         for position in range(len(self.stack) - 1, -1, -1):
             if self.stack[position] is MARK:
                 values = self.stack[position + 1 :]
@@ -104,20 +104,20 @@ class _Walk:
         raise IndexError("no mark")
 
     def known(self, name: str) -> Global:
-        """A name the format needs.
+        """Return a name that the format needs.
 
         Raises:
-            CheckpointError: any other: code, which is neither imported nor run.
+            CheckpointError: any other name: code, which is neither imported nor run.
         """
         if name not in KNOWN:
             raise CheckpointError(
-                f"{self.file} wants to import {name.replace(' ', '.')}: it holds code, not only tensors, and was not "
-                "loaded; expected a state dictionary (save it again as safetensors where it came from)"
+                f"{self.file} imports {name.replace(' ', '.')}, so it holds code, not only tensors, and was not "
+                "loaded; expected a state dictionary (save it again as safetensors where it was created)"
             )
         return Global(name)
 
     def reduce(self) -> None:
-        """The one place where a real unpickler calls something: a few forms are understood, nothing is called."""
+        """Interpret a call, which a real unpickler would execute; nothing is called."""
         arguments, function = self.stack.pop(), self.stack.pop()
         name = getattr(function, "name", None)
         if name == ORDERED_DICT:
@@ -136,7 +136,7 @@ class _Walk:
             raise ValueError(f"a call of {name or type(function).__name__}")
 
     def persistent(self) -> None:
-        """A storage: ("storage", type, key, device, number of elements)."""
+        """Interpret a storage: ("storage", type, key, device, number of elements)."""
         kind, storage_type, key = self.stack.pop()[:3]
         if kind != "storage" or getattr(storage_type, "name", None) not in STORAGE_DTYPES:
             raise ValueError("a persistent value that is no storage of a known type")
@@ -147,7 +147,7 @@ class _Walk:
         self.stack[-1].update(zip(values[::2], values[1::2], strict=True))
 
     def tuple_of(self, count: int) -> None:
-        """Make the last `count` values a tuple."""
+        """Replace the last `count` values by a tuple of them."""
         values = tuple(self.stack[len(self.stack) - count :])
         del self.stack[len(self.stack) - count :]
         self.stack.append(values)
@@ -158,10 +158,10 @@ def _append(walk: _Walk, values: list[Any]) -> None:
 
 
 def _build(walk: _Walk) -> None:
-    """Attributes of a table (torch keeps module versions there) say nothing of the tensors."""
+    """Ignore attributes of a table (torch stores module versions there)."""
     walk.stack.pop()
     if not isinstance(walk.stack[-1], dict):
-        raise ValueError("a state for something that is no table")
+        raise ValueError("a state for something that is not a table")
 
 
 def _stack_global(walk: _Walk) -> None:
@@ -200,7 +200,7 @@ ACTIONS: dict[str, Callable[[_Walk], None]] = {
 
 
 def _step(walk: _Walk, name: str, argument: Any) -> None:
-    """Follow one instruction."""
+    """Execute one instruction."""
     if name in VALUES:
         walk.stack.append(argument)
     elif name in CONSTANTS:
@@ -220,7 +220,7 @@ def _step(walk: _Walk, name: str, argument: Any) -> None:
 
 
 def row_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a tensor that lies in memory row by row."""
+    """Return the strides of a tensor that is contiguous in row order."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
@@ -228,7 +228,7 @@ def read_bin_header(file: Path) -> dict[str, BinTensor]:
     """Describe every tensor of a `.bin` (`.pt`, `.pth`) file; no weight is read.
 
     Raises:
-        CheckpointError: the file is truncated, of the format before torch 1.6, holds code, or is no table of tensors.
+        CheckpointError: the file is truncated, older than torch 1.6, holds code, or is not a table of tensors.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -238,8 +238,8 @@ def read_bin_header(file: Path) -> dict[str, BinTensor]:
                 raise CheckpointError(f"{file} is a zip archive without tensors; expected a file written by torch.save")
             if members[program].file_size > MAX_DESCRIPTION_BYTES:
                 raise CheckpointError(
-                    f"{file} describes its tensors in {members[program].file_size} bytes; expected at most "
-                    f"{MAX_DESCRIPTION_BYTES}, and it was not unpacked"
+                    f"{file} describes its tensors in {members[program].file_size} bytes and was not unpacked; "
+                    f"expected at most {MAX_DESCRIPTION_BYTES}"
                 )
             tensors = _tensors(file, _walk(file, archive.read(program)))
             storages = {
@@ -267,7 +267,7 @@ LOCAL_HEADER_MARK = b"PK\x03\x04"
 
 
 def _starts(file: Path, storages: Mapping[str, zipfile.ZipInfo | None]) -> dict[str, int]:
-    """First byte of each storage in the file; those that are packed, or do not lie in it whole, are left out."""
+    """Return the offset of each storage in the file, except compressed and truncated ones."""
     starts: dict[str, int] = {}
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -283,7 +283,7 @@ def _starts(file: Path, storages: Mapping[str, zipfile.ZipInfo | None]) -> dict[
 
 
 def _placed(tensor: BinTensor, start: int | None) -> BinTensor:
-    """The tensor with its place in the file instead of in its storage."""
+    """Return the tensor with its offset in the file instead of in its storage."""
     known = start is not None and tensor.start is not None
     return replace(tensor, start=cast(int, start) + cast(int, tensor.start) if known else None)
 
@@ -301,7 +301,7 @@ def _walk(file: Path, program: bytes) -> Any:
 
 
 def _tensors(file: Path, table: Any) -> dict[str, BinTensor]:
-    """The tensors of a table, or of the table a training checkpoint keeps under `state_dict`."""
+    """Return the tensors of a table, or of the table that a training checkpoint has under `state_dict`."""
     if isinstance(table, dict) and isinstance(table.get("state_dict"), dict):
         table = table["state_dict"]
     if not isinstance(table, dict) or not all(isinstance(value, BinTensor) for value in table.values()):

@@ -1,6 +1,6 @@
-"""What keeps a checkpoint of the legacy layouts from loading as it was trained, by its settings and headers alone.
+"""Reasons why a legacy checkpoint cannot be loaded as trained, from settings and headers alone.
 
-The loader refuses what the doctor names: both ask here. Neither torch nor transformers is needed.
+The loader rejects what the doctor reports: both call these functions. Neither torch nor transformers is needed.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from llava.model.checkpoint.legacy_keys import PUBLISHED_TOWERS, TEXT_TYPES, mer
 from llava.model.checkpoint.weight_names import LEGACY_TOWER, NEWLINE
 
 SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
-"""`mm_vision_select_feature` in transformers' words."""
+"""transformers' name for each value of `mm_vision_select_feature`."""
 
 MLP = re.compile(r"mlp(\d+)x_gelu")
 
 
 def refusals(layout: Layout) -> Iterator[str]:
-    """Why a legacy checkpoint is not read; nothing where it is."""
+    """Yield the reasons why a legacy checkpoint cannot be read."""
     config = layout.config
     if layout.text_type not in TEXT_TYPES:
         yield f"a legacy checkpoint around {layout.text_type}; only {' and '.join(TEXT_TYPES)} can be read"
     merge, has_newline = merge_type(config), any(NEWLINE in name for name in (*layout.tensors, *layout.extra))
     if merge not in MERGE_TYPES:
-        yield f"mm_patch_merge_type {merge!r} is not read; only {', '.join(MERGE_TYPES)} are"
+        yield f"mm_patch_merge_type {merge!r} is not supported; expected {', '.join(MERGE_TYPES)}"
     elif merge != "spatial_unpad" and has_newline:
         yield f"it holds {NEWLINE}, but mm_patch_merge_type is {merge!r}; expected spatial_unpad"
     if config.get("s2"):
-        yield "the multi-scale tower (s2) is not read"
+        yield "the multi-scale tower (s2) is not supported"
     if config.get("mm_resampler_type"):
-        yield f"mm_resampler_type {config['mm_resampler_type']!r} is not read"
+        yield f"mm_resampler_type {config['mm_resampler_type']!r} is not supported"
     feature = config.get("mm_vision_select_feature") or "patch"
     if feature not in SELECT_STRATEGIES:
         yield f"unknown mm_vision_select_feature {feature!r}; known: {', '.join(SELECT_STRATEGIES)}"
@@ -49,7 +49,7 @@ def _layer_refusals(layout: Layout) -> Iterator[str]:
 
 
 def layer_refusals(layer: int, num_layers: int) -> Iterator[str]:
-    """Why a tower of so many layers has no such hidden state; the state before its first layer counts as one."""
+    """Yield why a tower of this many layers lacks a hidden state; that before the first layer counts."""
     if not -num_layers - 1 <= layer <= num_layers:
         yield (
             f"mm_vision_select_layer is {layer}; the tower has {num_layers} layers, so expected {-num_layers - 1} to "
@@ -58,7 +58,7 @@ def layer_refusals(layer: int, num_layers: int) -> Iterator[str]:
 
 
 def _projector_refusals(layout: Layout) -> Iterator[str]:
-    """An MLP that is less deep than its settings say: a part of its weights is not here."""
+    """Yield why an MLP has fewer layers than its settings say: a part of its weights is missing."""
     try:
         by_weights = MLP.fullmatch(layout.projector_type or "")
     except CheckpointError as error:
@@ -66,11 +66,11 @@ def _projector_refusals(layout: Layout) -> Iterator[str]:
         return
     written = MLP.fullmatch(str(layout.config.get("mm_projector_type")))
     if written and by_weights and int(by_weights[1]) < int(written[1]):
-        yield f"mm_projector_type is {written[0]!r}, the weights are those of {by_weights[0]!r} only; some are missing"
+        yield f"mm_projector_type is {written[0]!r}, but the weights are those of {by_weights[0]!r}; some are missing"
 
 
 def num_tower_layers(layout: Layout) -> int | None:
-    """Layers of a legacy checkpoint's vision tower, where its weights, its folder or its name tell."""
+    """Return the layers of a legacy checkpoint's vision tower, if its weights, folder or name show them."""
     pattern = re.compile(re.escape(LEGACY_TOWER) + r"(?:vision_model\.encoder\.layers|vit\.blocks)\.(\d+)\.")
     inside = [int(found[1]) for name in layout.tensors if (found := pattern.match(name))]
     if inside:

@@ -1,6 +1,6 @@
-"""config.json of the legacy layouts, read and written (specification llava-med 1.4, llava-rad 2.2, stllava-med 3.5).
+"""Read and write config.json of the legacy formats.
 
-All that a legacy file says stays in `LlavaMedConfig.source`, also keys that mean nothing here; writing starts from it.
+`LlavaMedConfig.source` keeps all of a legacy file, including keys that have no meaning here; writing starts from it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 
 
 def text_config(layout: Layout) -> Any:
-    """Configuration of the language model inside a legacy config.json.
+    """Return the configuration of the language model in a legacy config.json.
 
     Raises:
-        CheckpointError: a setting that transformers refuses.
+        CheckpointError: transformers rejects a setting.
     """
     ours = USED_KEYS | KEPT_KEYS | FOREIGN_KEYS
     settings = {key: value for key, value in layout.config.items() if key not in ours}
@@ -42,20 +42,20 @@ def text_config(layout: Layout) -> Any:
 
 
 def check_supported(layout: Layout) -> None:
-    """Refuse settings that would load into another model than the one that was trained, see `refusals`.
+    """Check that a checkpoint would load into the model that was trained, see `refusals`.
 
     Raises:
-        CheckpointError: the first of them.
+        CheckpointError: it would not; the message has the first reason.
     """
     for reason in refusals(layout):
         raise CheckpointError(f"{layout.path}: {reason}")
 
 
 def projector_settings(layout: Layout) -> tuple[str, dict[str, Any] | None]:
-    """Projector type and its settings; weights decide over what the configuration says.
+    """Return projector type and settings; weights take precedence over the configuration.
 
     Raises:
-        CheckpointError: the weights are those of no known projector.
+        CheckpointError: no known projector has these weights.
     """
     kind = layout.projector_type or "linear"
     if kind != "cluster":
@@ -66,44 +66,44 @@ def projector_settings(layout: Layout) -> tuple[str, dict[str, Any] | None]:
 
 
 def image_mode(config: dict[str, Any]) -> str:
-    """How pictures become the tower's input."""
+    """Return the image mode."""
     return str(config.get("image_aspect_ratio") or "square")
 
 
 def select_layer(layout: Layout) -> int:
-    """The hidden state of the tower that is used; version 1.0 leaves the key out where it is the last."""
+    """Return the hidden state of the tower that is used; LLaVA-Med 1.0 omits the key for the last one."""
     return int(layout.config.get("mm_vision_select_layer", -1))
 
 
 def select_feature(layout: Layout) -> str:
-    """`patch` or `cls_patch`."""
+    """Return `patch` or `cls_patch`."""
     return str(layout.config.get("mm_vision_select_feature") or "patch")
 
 
 def legacy_config(config: LlavaMedConfig, *, whole: bool) -> dict[str, Any]:
-    """config.json in the legacy layout: what the model came with, brought up to date by what it is now.
+    """Return config.json in the legacy format: the model's original one, with its current settings.
 
     Args:
-        config: the model's.
-        whole: it goes beside a whole model, and says all of its language model.
+        config: the model's configuration.
+        whole: it accompanies a whole model, and needs all settings of its language model.
 
     Raises:
-        CheckpointError: the model has parts that the layout cannot express.
+        CheckpointError: the format cannot represent a part of the model.
     """
     source = config.source or {}
     text: Any = config.text_config
     if text.model_type not in TEXT_TYPES:
         raise CheckpointError(
-            f"the legacy layout holds {' and '.join(TEXT_TYPES)}, not {text.model_type}; use --to hf or keep ours"
+            f"the legacy format holds {' and '.join(TEXT_TYPES)}, not {text.model_type}; use --to hf or keep our format"
         )
     written = dict(source.get("config") or {})
     if written.get(TEMPLATE_KEY) != config.template:
-        written.pop(TEMPLATE_KEY, None)  # `keep_template` writes the one in use where content does not tell it
+        written.pop(TEMPLATE_KEY, None)  # `keep_template` writes the current one if content does not imply it
     if not written or (whole and "hidden_size" not in written):
-        written = {**_fresh(text), **written}  # that of a projector alone may hold nothing of the language model
+        written = {**_fresh(text), **written}  # that of a projector alone may lack the language model's settings
     layers = config.vision_feature_layer
     if isinstance(layers, list):
-        raise CheckpointError(f"the legacy layout selects one layer of the tower, not {layers}")
+        raise CheckpointError(f"the legacy format selects one layer of the tower, not {layers}")
     feature = next(word for word, value in SELECT_STRATEGIES.items() if value == config.vision_feature_select_strategy)
     vision: Any = config.vision_config
     current: dict[str, Any] = {
@@ -128,14 +128,14 @@ def legacy_config(config: LlavaMedConfig, *, whole: bool) -> dict[str, Any]:
 
 
 def _projector_keys(settings: dict[str, Any]) -> dict[str, int]:
-    """The projector's settings under their legacy names; none where it has none.
+    """Return the projector's settings under their legacy names; empty if it has none.
 
     Raises:
-        CheckpointError: the layout has no name for one.
+        CheckpointError: the format has no name for a setting.
     """
     if beyond := sorted(set(settings) - {"num_centers", "num_iters"}):
         raise CheckpointError(
-            f"the legacy layout has no place for the projector's {', '.join(beyond)}; keep ours, whose layout has"
+            f"the legacy format has no key for the projector's {', '.join(beyond)}; keep our format, which has"
         )
     if not settings:
         return {}
@@ -146,9 +146,9 @@ def _projector_keys(settings: dict[str, Any]) -> dict[str, int]:
 
 
 def rows_to_keep(config: LlavaMedConfig) -> int:
-    """Rows of the vocabulary in the legacy layout: as many as the source had, while no word was added since.
+    """Return the vocabulary rows in the legacy format: the source's, unless tokens were added since.
 
-    The row of our place holder is left out where it is the last; originals write no such word.
+    The row of our placeholder is left out if it is the last; the original code does not use this token.
     """
     rows = int(cast(Any, config.text_config).vocab_size)
     source = config.source or {}
@@ -158,13 +158,13 @@ def rows_to_keep(config: LlavaMedConfig) -> int:
 
 
 def same_pinpoints(written: dict[str, Any], pinpoints: list[list[int]]) -> bool:
-    """Whether a file has these sizes already; files hold them as a list or as its text."""
+    """Return whether a file has these sizes already; files hold them as a list or as its text."""
     given = written.get("image_grid_pinpoints")
     return bool(given) and [list(size) for size in parse_pinpoints(given, 0)] == pinpoints
 
 
 def _fresh(text: Any) -> dict[str, Any]:
-    """A legacy config.json of a model that never had one."""
+    """Return a legacy config.json for a model that never had one."""
     settings = cast(dict[str, Any], text.to_diff_dict())
     parameters = settings.pop("rope_parameters", None) or {}
     settings["rope_theta"] = parameters.get("rope_theta", 10000.0)

@@ -1,7 +1,7 @@
-"""Our models in the legacy layout again: the names, the configuration and the files that the originals' code loads.
+"""Export our models to the legacy format: names, configuration and files for the original code.
 
-What a conversion left out (a tower from beside, our place holder's row) is left out; what it computed anew (rotary
-tables) is written where the original file had it. A model that never was legacy becomes a LLaVA 1.5 checkpoint.
+What a conversion left out (an external tower, our placeholder's row) is left out; what it recomputed (rotary tables)
+is written if the original file had it. A model that never was legacy becomes a LLaVA 1.5 checkpoint.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ ADDED_FILE = "added_tokens.json"
 TOWER_FOLDER = "vision_tower"
 
 TOWER_DIGEST_KEY = "tower_sha256"
-"""Key of `LlavaMedConfig.source`: the tower that was fetched from beside, see `tower_place`."""
+"""Key of `LlavaMedConfig.source`: digest of the tower that was loaded from outside, see `tower_place`."""
 
 
 def legacy_state(model: Any, num_rows: int | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its legacy name.
+    """Yield every weight under its legacy name.
 
     Args:
         model: the model.
-        num_rows: of the vocabulary; see `table_rows` when None.
+        num_rows: rows of the vocabulary; None for those of `table_rows`.
 
     Raises:
-        CheckpointError: the model has parts that the layout cannot hold.
+        CheckpointError: the format cannot hold a part of the model.
     """
     config: LlavaMedConfig = model.config
     source = config.source or {}
     if config.head_bias:
-        raise CheckpointError("the legacy layout has no bias in the head")
+        raise CheckpointError("the legacy format has no bias in the language model's head, and this model has one")
     num_rows = table_rows(model) if num_rows is None else num_rows
     tower = tower_place(model)
     trunk: dict[str, Tensor] = {}
@@ -87,10 +87,10 @@ def legacy_state(model: Any, num_rows: int | None = None) -> Iterator[tuple[str,
 
 
 def tower_place(model: Any) -> str:
-    """Where the tower's weights belong: `inside`, `timm` (inside, under timm's names), or `beside`.
+    """Return where the tower's weights belong: `inside`, `timm` (inside, under timm's names), or `beside`.
 
-    One that came from beside is left out again only while it is known to be the one that was fetched: trained since, or
-    with an adapter added into it, it is nowhere else.
+    A tower that was loaded from outside is left out again only if its digest is unchanged: after training, or with an
+    adapter merged, its weights exist nowhere else.
     """
     source = model.config.source or {}
     place = str(source.get("tower", "inside"))
@@ -100,14 +100,14 @@ def tower_place(model: Any) -> str:
 
 
 def remember_tower(model: Any) -> None:
-    """Note in the configuration which tower was fetched from beside, so that `tower_place` knows it again."""
+    """Record in the configuration which tower was loaded from outside, for `tower_place`."""
     source = model.config.source or {}
     if source.get("tower") == "beside":
         model.config.source = {**source, TOWER_DIGEST_KEY: tower_digest(model)}
 
 
 def tower_digest(model: Any) -> str:
-    """SHA-256 of a tower's weights: names, types and bytes."""
+    """Return the SHA-256 of a tower's weights: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(TOWER):
@@ -117,10 +117,10 @@ def tower_digest(model: Any) -> str:
 
 
 def table_rows(model: Any) -> int:
-    """Rows of the vocabulary that are written: see `rows_to_keep`; all but our place holder's where others changed.
+    """Return the vocabulary rows to write: `rows_to_keep`, or all but our placeholder's if others changed.
 
-    Loading gives words without rows the mean of the old ones. While they are that, they are left out again; trained
-    since, they are nowhere else.
+    Loading appends rows for tokens without one, each the mean of the old rows. Unchanged, they are left out again;
+    trained, they exist nowhere else.
     """
     config: LlavaMedConfig = model.config
     num_rows, all_rows = rows_to_keep(config), int(cast(Any, config.text_config).vocab_size)
@@ -142,7 +142,7 @@ def _tower(
             yield TIMM_TOWER + name.removeprefix(TRUNK_PREFIX), tensor
         return
     if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise CheckpointError(f"the legacy layout holds CLIP and SigLIP towers, not {vision.model_type}")
+        raise CheckpointError(f"the legacy format holds CLIP and SigLIP towers, not {vision.model_type}")
     for name, tensor in trunk.items():
         yield f"{LEGACY_TOWER}vision_model.{name.removeprefix('vision_model.')}", tensor
     if "position_ids" in buffers:
@@ -152,7 +152,7 @@ def _tower(
 
 
 def _rotary(config: LlavaMedConfig, buffers: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """The rotary tables that transformers before 4.32 wrote into every layer."""
+    """Yield the rotary tables that transformers before 4.32 wrote for every layer."""
     if "rotary" not in buffers:
         return
     text: Any = config.text_config
@@ -171,24 +171,24 @@ def export_legacy(
     safe: bool | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-    """Write a model in the legacy layout.
+    """Write a model in the legacy format.
 
     Args:
-        loaded: the model; adapters are merged before.
-        path: folder, created when absent.
-        source_folder: original files of the checkpoint, see `source_files.source_of`; they are written again.
-        safe: safetensors or `.bin`; as in the checkpoint that the model was converted from when None, else safetensors.
+        loaded: the model; adapters must be merged.
+        path: folder, created if needed.
+        source_folder: original files of the checkpoint, see `folder.source_of`; they are written again.
+        safe: safetensors or `.bin`; None for the format of the converted checkpoint, or else safetensors.
         max_shard_bytes: see `ShardWriter`.
 
     Raises:
-        CheckpointError: the model has parts that the layout cannot hold.
+        CheckpointError: the format cannot hold a part of the model.
     """
     config: Any = loaded.model.config
     source = config.source or {}
     num_rows = table_rows(loaded.model)
     written = {**legacy_config(config, whole=True), "vocab_size": num_rows}
     if source.get("tower") == "beside" and tower_place(loaded.model) != "beside":
-        written["unfreeze_mm_vision_tower"] = True  # else the originals' loaders fetch the stock one by name
+        written["unfreeze_mm_vision_tower"] = True  # without it the original loaders download the stock tower by name
     target = Path(path)
     if "mm_vision_tower" not in written:
         named = str((loaded.origin.get("build") or {}).get("vision_tower") or TOWER_FOLDER)
@@ -209,9 +209,9 @@ def export_legacy(
 
 
 def keep_template(folder: Path, processor: LlavaMedProcessor) -> None:
-    """Write the template's name into config.json where a legacy checkpoint's content would tell another one.
+    """Write the template's name into config.json if a legacy checkpoint's content would imply another one.
 
-    What the layout has no place for at all is named in a warning.
+    Settings that the format cannot hold at all are named in a warning.
     """
     layout = sniff(folder)
     words = [word for word in [PAD_TOKEN] if word_id(processor.tokenizer, word) is not None]
@@ -221,11 +221,11 @@ def keep_template(folder: Path, processor: LlavaMedProcessor) -> None:
     if processor.placement != ("as_written" if layout.style == "patch_token" else "front"):
         lost.append(f"images placed {processor.placement}")
     if lost:
-        logger.warning("%s: the legacy layout has no place for %s", folder, " and ".join(lost))
+        logger.warning("%s: the legacy format cannot hold %s", folder, " and ".join(lost))
 
 
 def _write_tower_settings(loaded: Loaded, folder: Path) -> None:
-    """Configuration and preprocessing of a tower whose weights are inside the checkpoint."""
+    """Write configuration and preprocessing of a tower whose weights are inside the checkpoint."""
     folder.mkdir(exist_ok=True)
     vision: Any = loaded.model.config.vision_config
     vision.save_pretrained(folder)
@@ -233,18 +233,18 @@ def _write_tower_settings(loaded: Loaded, folder: Path) -> None:
 
 
 def _write_tokenizer(tokenizer: Any, target: Path, num_known: int | None) -> None:
-    """The tokenizer as it is; one word longer than the table where our place holder's row was dropped.
+    """Write the tokenizer; if our placeholder's row was dropped, it has one token more than the table.
 
-    The originals' loaders never write that word, so the surplus entry is harmless; it is named in the documentation.
+    The original loaders never produce that token, so the extra entry is harmless; docs/checkpoints.md mentions it.
 
     Args:
-        tokenizer: of the model.
-        target: folder; older files of the tokenizer in it learn the new words.
-        num_known: rows that the source's vocabulary had, whose words its files name already.
+        tokenizer: tokenizer of the model.
+        target: folder; the new tokens are added to older tokenizer files in it.
+        num_known: rows of the source's vocabulary, whose tokens its files name already.
     """
     tokenizer.save_pretrained(target)
     if read_json(target / TOKENIZER_CONFIG_FILE).get("tokenizer_class") == NEW_CLASS:
         name_known_class(target)
-    if (target / "tokenizer.model").is_file() and num_known is not None:  # the originals' slow one reads this
+    if (target / "tokenizer.model").is_file() and num_known is not None:  # read by the original slow tokenizer
         new = {word: row for word, row in tokenizer.get_added_vocab().items() if row >= num_known}
         write_json(target / ADDED_FILE, {**read_json(target / ADDED_FILE), **new})

@@ -1,4 +1,4 @@
-"""Adapters and projectors between the legacy layouts and ours: files are rewritten, numbers stay as they are.
+"""Convert adapters and projectors between the legacy formats and ours; weights are unchanged.
 
 adapter_model.bin + non_lora_trainables.bin (+ Vit-lora/)  <-->  one peft adapter for our model + its extra weights
 mm_projector.bin                                           <-->  mm_projector.bin, .safetensors
@@ -86,12 +86,12 @@ def convert_adapter(layout: Layout, options: ForeignOptions, path: Path) -> Load
 
 
 def _current_extra(name: str) -> str:
-    """Our name of a weight beside a legacy adapter."""
+    """Return our name of a weight in a legacy adapter's `non_lora_trainables.bin`."""
     return f"model.{NEWLINE}" if name.endswith(NEWLINE) else f"{PROJECTOR}{projector_suffix(name)}"
 
 
 def _remember(adapters: list[LegacyLora]) -> dict[str, Any]:
-    """What ours has no place for: the adapters' own settings, and how their files were written."""
+    """Return what our format has no key for: the adapters' own settings, and the format of their files."""
     main = adapters[0]
     suffix = {adapter.folder.name: _file(adapter.folder).suffix for adapter in adapters}
     return {
@@ -111,7 +111,7 @@ def _file(folder: Path) -> Path:
 
 
 def _origin(layout: Layout, options: ForeignOptions, loaded: Loaded) -> dict[str, Any]:
-    """How our loader puts the base together again: from its parts, or from a legacy model."""
+    """Return how our loader assembles the base: from its parts, or from a legacy model."""
     layout, base = with_base(layout, options)
     assert base is not None  # adapters and projectors always have one
     if base.kind != "language_model":
@@ -142,7 +142,7 @@ def _origin(layout: Layout, options: ForeignOptions, loaded: Loaded) -> dict[str
 
 
 def _found(layout: Layout, name: str) -> str:
-    """A part's absolute path, where it is a path; a hub name as it is."""
+    """Return a part's absolute path, or a hub name unchanged."""
     for place in (Path(name).expanduser(), layout.folder / name):
         if place.exists():
             return str(place.resolve())
@@ -150,7 +150,7 @@ def _found(layout: Layout, name: str) -> str:
 
 
 def convert_projector(layout: Layout, options: ForeignOptions, path: Path) -> Loaded:
-    """Write a legacy projector as one of ours; it keeps its tensors and is loaded on the same base.
+    """Write a legacy projector as one of ours, with the same tensors and the same base.
 
     Raises:
         CheckpointError: its base or tower is missing, or it does not fit them.
@@ -173,10 +173,10 @@ def convert_projector(layout: Layout, options: ForeignOptions, path: Path) -> Lo
 
 
 def export_legacy_adapter(folder: Path, path: Path) -> None:
-    """Write one of our adapters in the legacy layout.
+    """Write one of our adapters in the legacy format.
 
     Raises:
-        CheckpointError: it adapts parts that the layout cannot hold.
+        CheckpointError: it adapts parts that the format cannot hold.
     """
     config = LlavaMedConfig.from_pretrained(folder)
     kept: dict[str, Any] = (config.source or {}).get("adapters") or {}
@@ -200,7 +200,7 @@ def export_legacy_adapter(folder: Path, path: Path) -> None:
 
 
 def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """An adapter's tensors under legacy names: the language model's, and the tower's."""
+    """Return an adapter's tensors under legacy names: the language model's, and the tower's."""
     language, tower = {}, {}
     for name, tensor in state.items():
         layer = name.removeprefix(PEFT_PREFIX)
@@ -209,7 +209,7 @@ def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
         elif layer.startswith(TOWER):
             tower[TOWER_ROOT + layer.removeprefix(TOWER).removeprefix("vision_model.")] = tensor.clone()
         else:
-            raise CheckpointError(f"the legacy layout has no place for the adapter weight {name}")
+            raise CheckpointError(f"the legacy format cannot hold the adapter weight {name}")
     return language, tower
 
 
@@ -230,7 +230,7 @@ def _write_adapter(folder: Path, state: dict[str, Tensor], config: dict[str, Any
 
 
 def _main_config(ours: dict[str, Any]) -> dict[str, Any]:
-    """Our adapter's settings with what it adapts by the last part of the name, as the originals write it."""
+    """Return our adapter's settings with the last part of each target's name, as the original code does."""
     targets = ours.get("target_modules")
     names = {name.rsplit(".", 1)[-1] for name in targets} if isinstance(targets, list) else _alternatives(str(targets))
     left_out: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "auto_mapping": None}
@@ -238,7 +238,7 @@ def _main_config(ours: dict[str, Any]) -> dict[str, Any]:
 
 
 def _alternatives(pattern: str) -> set[str]:
-    """The layer names that our own target pattern ends with: `...(?:k_proj|q_proj)`."""
+    """Return the layer names that our own target pattern ends with: `...(?:k_proj|q_proj)`."""
     return set(pattern.rsplit("(?:", 1)[-1].rstrip(")").split("|"))
 
 
@@ -255,7 +255,7 @@ def _tower_config(ours: dict[str, Any]) -> dict[str, Any]:
 
 
 def export_legacy_projector(folder: Path, path: Path) -> None:
-    """Write one of our projectors in the legacy layout."""
+    """Write one of our projectors in the legacy format."""
     config = LlavaMedConfig.from_pretrained(folder)
     num_rows = max(rows_to_keep(config), *(row + 1 for row in config.marker_token_ids or [0]))
     weights = {
@@ -269,7 +269,7 @@ def export_legacy_projector(folder: Path, path: Path) -> None:
 
 
 def _write_rest(config: LlavaMedConfig, folder: Path, path: Path) -> None:
-    """config.json, and the files that were kept when the folder was converted."""
+    """Write config.json, and the files that were kept when the folder was converted."""
     written = legacy_config(config, whole=False)
     build = read_json(folder / ORIGIN_FILE).get("build") or {}
     for name in ("vision_tower", "vision_tower_config", "vision_tower_checkpoint"):

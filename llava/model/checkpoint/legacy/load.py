@@ -1,8 +1,8 @@
-"""Loading checkpoints of the legacy layouts: their weights under our names, around transformers' classes.
+"""Load checkpoints of the legacy formats: their weights under our names, around transformers' classes.
 
     Layout --weights, base, tower--> state under our names --configuration--> model        (+ tokenizer --> processor)
 
-Nothing is loaded in part: a weight that is missing or that nobody knows ends the loading.
+Nothing is loaded partially: a missing or unknown weight is an error.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ from llava.processing import LlavaMedProcessor
 from llava.tokenization import word_id
 
 EMPTY_TOKENS = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
-"""Early conversions of LLaMA left these empty."""
+"""Special tokens that early conversions of LLaMA left empty."""
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The fast tokenizer of a folder, with special tokens repaired where the folder has them empty.
+    """Load the fast tokenizer of a folder, and restore special tokens that the folder leaves empty.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     try:
-        # Given a configuration, transformers does not read the folder's own, whose type it does not know. It is Llama's
-        # for Mistral too: these checkpoints hold Llama tokenizers, and transformers 5 makes another one of Mistral's.
+        # With a configuration, transformers does not read the folder's own, whose type it does not know. It is Llama's
+        # for Mistral too: these checkpoints hold Llama tokenizers, which transformers 5 would convert for Mistral.
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=LlamaConfig())
     except UNREADABLE as error:
         raise CheckpointError(f"{folder} holds no usable tokenizer: {first_line(error)}") from error
@@ -77,15 +77,15 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def add_tokens(tokenizer: Any, layout: Layout) -> None:
-    """Give the vocabulary the words that this checkpoint's style needs."""
-    # Also those that are known: as plain words, which old files make of them, they would be spelled out inside a text.
+    """Add the tokens that this checkpoint's style needs to the vocabulary."""
+    # Known tokens too: old files have them as plain text, and the tokenizer would split them.
     tokenizer.add_tokens(layout.needed_words, special_tokens=True)
 
 
 def make_processor(
     layout: Layout, tokenizer: Any, image_processor: Any, num_image_tokens: int, template: str | None
 ) -> LlavaMedProcessor:
-    """The processor that feeds the model as its trainer did."""
+    """Return the processor that prepares inputs as the checkpoint's trainer did."""
     is_old = layout.style == "patch_token"
     return LlavaMedProcessor(
         tokenizer,
@@ -106,7 +106,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Gathered:
-    """Weights under our names, and what is known about where they came from."""
+    """Weights under our names, and their origin."""
 
     state: dict[str, Tensor]
     adapters: list[LegacyLora]
@@ -117,7 +117,7 @@ class Gathered:
 
 
 def load_foreign(layout: Layout, options: ForeignOptions) -> Loaded:
-    """Load a checkpoint of a legacy layout.
+    """Load a checkpoint of a legacy format.
 
     Raises:
         CheckpointError: a part is missing (names the flag that gives it), or weights do not fit.
@@ -127,7 +127,7 @@ def load_foreign(layout: Layout, options: ForeignOptions) -> Loaded:
     check_supported(layout)
     text = text_config(layout)
     if unknown := unknown_keys(layout.config):
-        logger.info("%s: keys of config.json that nobody knows, kept: %s", layout.path, ", ".join(unknown))
+        logger.info("%s: unknown keys of config.json, kept: %s", layout.path, ", ".join(unknown))
     tokenizer = load_tokenizer(tokenizer_folder(layout, base))
     add_tokens(tokenizer, layout)
     gathered = gather(layout, base, options, marker_rows(tokenizer))
@@ -152,10 +152,10 @@ def load_foreign(layout: Layout, options: ForeignOptions) -> Loaded:
 
 
 def with_base(layout: Layout, options: ForeignOptions) -> tuple[Layout, Layout | None]:
-    """The checkpoint with what its base says where it says nothing, and the base itself.
+    """Return the checkpoint, with missing settings taken from its base, and the base itself.
 
     Raises:
-        CheckpointError: a base is needed and not given, or is of a kind that cannot be one.
+        CheckpointError: a base is needed and not given, or its kind does not fit.
     """
     if layout.kind == "legacy":
         base = sniff(local_folder(options.base)) if options.base else None
@@ -163,10 +163,10 @@ def with_base(layout: Layout, options: ForeignOptions) -> tuple[Layout, Layout |
     named = options.base or layout.adapter.get("base_model_name_or_path") or layout.config.get("_name_or_path")
     given = bool(options.base)
     if named is None or not (given or Path(named).is_dir() or (layout.folder / named).is_dir()):
-        words = f" (it names {named!r}, which is no folder here)" if named else ""
+        words = f" (it names {named!r}, which is not a folder here)" if named else ""
         raise CheckpointError(
-            f"{layout.path}: {KINDS[layout.kind]} needs the language model it was trained on{words}; "
-            "give it with --model-base"
+            f"{layout.path} is {KINDS[layout.kind]}, which needs the language model it was trained on{words}; "
+            "pass it with --model-base"
         )
     folder = local_folder(named) if given or Path(named).is_dir() else layout.folder / named
     base = sniff(folder)
@@ -179,7 +179,7 @@ def with_base(layout: Layout, options: ForeignOptions) -> tuple[Layout, Layout |
 
 
 def tokenizer_folder(layout: Layout, base: Layout | None) -> Path:
-    """The folder whose tokenizer a checkpoint uses: its own, else its base's.
+    """Return the folder whose tokenizer a checkpoint uses: its own, else its base's.
 
     Raises:
         CheckpointError: neither has one.
@@ -187,11 +187,11 @@ def tokenizer_folder(layout: Layout, base: Layout | None) -> Path:
     for part in (layout, base):
         if part is not None and part.has_tokenizer:
             return part.folder
-    raise CheckpointError(f"{layout.path} holds no tokenizer; give the model it was trained from with --model-base")
+    raise CheckpointError(f"{layout.path} has no tokenizer; pass the model it was trained from with --model-base")
 
 
 def gather(layout: Layout, base: Layout | None, options: ForeignOptions, markers: Sequence[int]) -> Gathered:
-    """All weights under our names, as they are in the files (memory-mapped), adapters apart.
+    """Collect all weights under our names, memory-mapped from the files, with adapters apart.
 
     Args:
         layout: the checkpoint.
@@ -218,7 +218,7 @@ def gather(layout: Layout, base: Layout | None, options: ForeignOptions, markers
         file = layout.path if layout.path.is_file() else next(iter(layout.tensors.values())).file
         _take_projector(state, open_tensors(file), layout, markers)
     if EMBEDDINGS not in state:
-        raise CheckpointError(f"{layout.path}: no language model; expected model.embed_tokens.weight")
+        raise CheckpointError(f"{layout.path} has no language model; expected model.embed_tokens.weight")
     tower, vision_config = _take_tower(state, layout, options)
     folder = options.tower_adapter or layout.tower_adapter
     if folder is not None:
@@ -229,7 +229,7 @@ def gather(layout: Layout, base: Layout | None, options: ForeignOptions, markers
 
 
 def _take(state: dict[str, Tensor], buffers: dict[str, str], layout: Layout) -> None:
-    """Weights of a legacy checkpoint, or a plain language model, under our names."""
+    """Add the weights of a legacy checkpoint or a plain language model, under our names."""
     trunk: dict[str, Tensor] = {}
     for name, tensor in TensorReader(layout.tensors):
         if is_buffer(name):
@@ -239,7 +239,7 @@ def _take(state: dict[str, Tensor], buffers: dict[str, str], layout: Layout) -> 
         ours = renamed(name, LEGACY_PREFIXES)
         if ours is None:
             raise CheckpointError(
-                f"{layout.path}: {name} belongs to no part of the model; see `llava checkpoint inspect`"
+                f"{layout.path}: tensor {name} belongs to no part of the model; see `llava checkpoint inspect`"
             )
         (trunk if name.startswith(TIMM_TOWER) else state)[ours] = tensor
     if trunk:
@@ -247,13 +247,13 @@ def _take(state: dict[str, Tensor], buffers: dict[str, str], layout: Layout) -> 
 
 
 def timm_tower(trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A tower that is inside a checkpoint under timm's names (LLaVA-Rad), as transformers' class has it.
+    """Return a tower that is stored under timm's names (LLaVA-Rad) under those of transformers' class.
 
     Args:
         trunk: its weights, by our prefix and timm's names.
 
     Returns:
-        The weights under our names; queries, keys and values apart, and zeros for a pooler, which nobody reads.
+        The weights under our names; queries, keys and values split, and zeros for a pooler, which is unused.
     """
     plain = {name.removeprefix(TOWER): tensor for name, tensor in trunk.items()}
     num_layers = 1 + max(int(name.split(".")[1]) for name in plain if name.startswith("blocks."))
@@ -267,7 +267,7 @@ def timm_tower(trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _take_projector(state: dict[str, Tensor], reader: TensorReader, layout: Layout, markers: Sequence[int]) -> None:
-    """Projector weights of a file, and embedding rows that were trained with them, see `take_rows`."""
+    """Add the projector's weights of a file, and embedding rows trained with them, see `take_rows`."""
     for name in [name for name in state if name.startswith(PROJECTOR)]:
         del state[name]
     for name, tensor in reader:
@@ -279,11 +279,11 @@ def _take_projector(state: dict[str, Tensor], reader: TensorReader, layout: Layo
         elif name.endswith(NEWLINE):
             state[f"model.{NEWLINE}"] = tensor
         elif "lora_" not in name:
-            raise CheckpointError(f"{layout.path}: {name} is neither of the projector nor of the embeddings")
+            raise CheckpointError(f"{layout.path}: tensor {name} belongs to neither the projector nor the embeddings")
 
 
 def _take_tower(state: dict[str, Tensor], layout: Layout, options: ForeignOptions) -> tuple[TowerSource, Any]:
-    """Where the tower comes from, and its configuration; its weights if they are not here yet."""
+    """Return the tower's source and configuration; add its weights if they are not there yet."""
     is_inside = any(name.startswith(TOWER) for name in state)
     source = find_tower(
         layout if is_inside == layout.has_tower else replace(layout, tensors={}),
@@ -302,28 +302,28 @@ def _take_tower(state: dict[str, Tensor], layout: Layout, options: ForeignOption
 
 
 def tower_adapter_folder(folder: Path) -> Path:
-    """The folder itself, or the one inside that holds a tower's adapter.
+    """Return the folder itself, or the one inside that holds a tower's adapter.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: neither holds one.
     """
     layout = sniff(folder)
     if layout.kind == "tower_adapter":
         return folder
     if layout.tower_adapter is not None:
         return layout.tower_adapter
-    raise CheckpointError(f"{folder} holds no adapter of a vision tower, but {KINDS[layout.kind]}")
+    raise CheckpointError(f"{folder} is {KINDS[layout.kind]}; expected the folder of a vision tower's adapter")
 
 
 def make_config(layout: Layout, text: Any, gathered: Gathered, processor: Any) -> LlavaMedConfig:
-    """Our configuration of a legacy checkpoint.
+    """Return our configuration of a legacy checkpoint.
 
     Raises:
-        CheckpointError: the tower has no such layer as is selected.
+        CheckpointError: the tower lacks the selected layer.
     """
     kind, settings = projector_settings(layout)
     layer, num_layers = select_layer(layout), int(gathered.vision_config.num_hidden_layers)
-    for reason in layer_refusals(layer, num_layers):  # of a tower that only now is known
+    for reason in layer_refusals(layer, num_layers):  # for a tower that was found only now
         raise CheckpointError(f"{layout.path}: {reason}")
     text.vocab_size = gathered.state[EMBEDDINGS].shape[0]
     markers = [word for word in processor.marker_ids if word is not None] if processor.use_im_start_end else None
@@ -345,7 +345,7 @@ def make_config(layout: Layout, text: Any, gathered: Gathered, processor: Any) -
 
 
 def source_of(layout: Layout, gathered: Gathered) -> dict[str, Any]:
-    """What must be known to write the same layout again."""
+    """Return what is needed to write the same format again."""
     tower = "timm" if layout.has_timm_tower else "inside" if layout.has_tower else "beside"
     files = [entry.file.suffix for entry in layout.tensors.values()]
     return {

@@ -1,6 +1,6 @@
-"""LoRA adapters of the legacy layouts: read, added into weights by the formula, or kept as a peft adapter.
+"""Read LoRA adapters of the legacy formats, and merge them or convert them to a peft adapter.
 
-W <- W + (alpha / r) * B @ A        in float32, then the weight's own type (specification llava-rad 2.4)
+W <- W + (alpha / r) * B @ A        in float32, then the weight's own dtype
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ UNSUPPORTED = (
     *("use_dora", "use_qalora", "fan_in_fan_out", "lora_bias", "modules_to_save"),
     *("rank_pattern", "alpha_pattern", "layers_pattern", "trainable_token_indices", "target_parameters"),
 )
-"""Settings of adapter_config.json under which W + (alpha / r) * B @ A is not what was trained, or not all of it."""
+"""Settings of adapter_config.json under which W + (alpha / r) * B @ A is not all that was trained."""
 
 OTHER_BASES = ("pissa", "olora", "corda", "loftq")
-"""Ways to start (`init_lora_weights`) that also change the base: its published weights are not what such an adapter
-was trained on."""
+"""Values of `init_lora_weights` that also change the base: such an adapter was not trained on its published weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One adapted layer: the file's names of its A [r, in] and B [out, r]."""
+    """Names in the file of one adapted layer's A [r, in] and B [out, r]."""
 
     down: str
     up: str
@@ -42,13 +41,13 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class LegacyLora:
-    """An adapter of a legacy layout.
+    """Adapter of a legacy format.
 
     Attributes:
-        folder: where it is.
+        folder: folder of the adapter.
         config: adapter_config.json.
-        pairs: by our name of the adapted layer.
-        dropped: copies of a tower's adapter, which its own folder holds (specification stllava-med 3.2).
+        pairs: matrices by our name of the adapted layer.
+        dropped: copies of a tower's adapter, which its own folder holds (STLLaVA-Med).
         reader: its tensors.
     """
 
@@ -60,13 +59,13 @@ class LegacyLora:
 
     @property
     def scale(self) -> float:
-        """By how much B @ A counts."""
+        """Factor of B @ A."""
         r = int(self.config["r"])
         alpha = float(self.config["lora_alpha"])
         return float(alpha / r**0.5) if self.config.get("use_rslora") else alpha / r
 
     def update(self, layer: str) -> Tensor:
-        """What this adapter adds to a layer's weight, [out, in] float32."""
+        """Return what this adapter adds to a layer's weight, [out, in] float32."""
         pair = self.pairs[layer]
         return self.scale * (self.reader.read(pair.up).float() @ self.reader.read(pair.down).float())
 
@@ -75,16 +74,18 @@ def read_lora(folder: Path, *, tower: bool = False) -> LegacyLora:
     """Open an adapter.
 
     Args:
-        folder: with adapter_config.json and its weights.
+        folder: folder with adapter_config.json and the weights.
         tower: it is a vision tower's own adapter.
 
     Raises:
-        CheckpointError: files are missing, or it is of a kind that the legacy trainers never wrote.
+        CheckpointError: files are missing, or it is of a type that the legacy trainers never wrote.
     """
     config = read_json(folder / ADAPTER_CONFIG_FILE)
     file = first_file(folder, ADAPTER_FILES)
     if not config or file is None:
-        raise CheckpointError(f"{folder}: no adapter; expected {ADAPTER_CONFIG_FILE} and {' or '.join(ADAPTER_FILES)}")
+        raise CheckpointError(
+            f"{folder} is not an adapter; expected {ADAPTER_CONFIG_FILE} and {' or '.join(ADAPTER_FILES)}"
+        )
     _check_settings(config, folder / ADAPTER_CONFIG_FILE)
     reader = open_tensors(file)
     pairs: dict[str, dict[str, str]] = {}
@@ -92,23 +93,23 @@ def read_lora(folder: Path, *, tower: bool = False) -> LegacyLora:
     for name in reader.names:
         layer = _layer(name, tower=tower)
         if layer is None:
-            raise CheckpointError(f"{file}: {name} is no part of a LoRA adapter of this layout")
+            raise CheckpointError(f"{file}: tensor {name} is not part of a LoRA adapter in the legacy format")
         if layer.startswith(TOWER) and not tower:
             dropped.append(name)
         else:
             pairs.setdefault(layer, {})[next(part for part in PARTS if part in name)] = name
     if incomplete := [layer for layer, pair in pairs.items() if set(pair) != set(PARTS)]:
-        raise CheckpointError(f"{file}: {incomplete[0]} has only one of the two matrices of LoRA")
+        raise CheckpointError(f"{file}: {incomplete[0]} has only one of LoRA's two matrices")
     complete = {layer: Pair(pair[PARTS[0]], pair[PARTS[1]]) for layer, pair in pairs.items()}
     _check_ranks(folder, config, complete, reader)
     return LegacyLora(folder, config, complete, dropped, reader)
 
 
 def _check_settings(config: Mapping[str, Any], file: Path) -> None:
-    """Make sure that an adapter is a plain LoRA adapter.
+    """Check that an adapter is a plain LoRA adapter.
 
     Raises:
-        CheckpointError: it is another; names the setting.
+        CheckpointError: it is not; names the setting.
     """
     strange = [f"{key} {str(config[key])[:60]}" for key in UNSUPPORTED if config.get(key)]
     if config.get("peft_type") != "LORA":
@@ -118,16 +119,16 @@ def _check_settings(config: Mapping[str, Any], file: Path) -> None:
         strange.append(f"init_lora_weights {start!r}, which changes the base too")
     if strange:
         raise CheckpointError(
-            f"{file}: {', '.join(strange)}; expected a plain LoRA adapter, W + (alpha / r) * B @ A. peft's own "
-            "merge_and_unload knows these: merge it there, and give the whole model"
+            f"{file}: {', '.join(strange)}; expected a plain LoRA adapter, W + (alpha / r) * B @ A. Merge it with "
+            "peft's merge_and_unload, and pass the whole model"
         )
 
 
 def _check_ranks(folder: Path, config: Mapping[str, Any], pairs: Mapping[str, Pair], reader: TensorReader) -> None:
-    """Make sure that the settings are those of the matrices: their scale, alpha / r, cannot be seen otherwise.
+    """Check that the settings fit the matrices; their scale, alpha / r, cannot be checked otherwise.
 
     Raises:
-        CheckpointError: they are no numbers, or of another rank.
+        CheckpointError: they are not numbers, or of another rank.
     """
     r, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
@@ -144,10 +145,10 @@ def _check_ranks(folder: Path, config: Mapping[str, Any], pairs: Mapping[str, Pa
 
 
 def check_copies(adapter: LegacyLora) -> None:
-    """Make sure that nothing is lost with a tower's adapter whose copies are here and whose own folder is not.
+    """Check that no tower adapter is lost whose copies are here and whose own folder is not.
 
-    Copies that change nothing (B all zero, as the published trainer left them) may go; others need the settings that
-    only their folder holds.
+    Copies that change nothing (B all zero, as the published trainer left them) may be dropped; others need the settings
+    that only their folder holds.
 
     Raises:
         CheckpointError: a copy changes the tower.
@@ -155,13 +156,13 @@ def check_copies(adapter: LegacyLora) -> None:
     for name in adapter.dropped:
         if PARTS[1] in name and bool(adapter.reader.read(name).any()):
             raise CheckpointError(
-                f"{adapter.folder}: {name} is of an adapter of the tower, whose own folder (Vit-lora) is not here; "
-                "give it with --lora_pretrain"
+                f"{adapter.folder}: {name} belongs to an adapter of the tower, whose own folder (Vit-lora) is missing; "
+                "pass it with --lora-pretrain"
             )
 
 
 def _layer(name: str, *, tower: bool) -> str | None:
-    """Our name of the layer that a tensor of an adapter file belongs to."""
+    """Return our name of the layer that a tensor of an adapter file belongs to."""
     part = next((part for part in PARTS if part in name), None)
     if part is None:
         return None
@@ -172,7 +173,7 @@ def _layer(name: str, *, tower: bool) -> str | None:
 
 
 def merged(state: Mapping[str, Tensor], adapters: list[LegacyLora]) -> Iterator[tuple[str, Tensor]]:
-    """The weights of `state` that adapters change, with the change.
+    """Yield the weights of `state` that adapters change, with the change.
 
     Raises:
         CheckpointError: an adapter is for layers that the model does not have, or of another size.
@@ -183,23 +184,23 @@ def merged(state: Mapping[str, Tensor], adapters: list[LegacyLora]) -> Iterator[
 
 
 def with_update(adapter: LegacyLora, layer: str, weight: Tensor | None) -> Tensor:
-    """One weight with what an adapter adds to it.
+    """Return one weight with what an adapter adds to it.
 
     Raises:
-        CheckpointError: the model has no such layer, or of another size.
+        CheckpointError: the model lacks the layer, or has it in another size.
     """
     update = adapter.update(layer)
     if weight is None or weight.shape != update.shape:
         got = "no such layer" if weight is None else f"{tuple(weight.shape)}"
         raise CheckpointError(
             f"{adapter.folder}: the adapter does not fit: {layer} is {tuple(update.shape)} there, in the model "
-            f"{got}; give the base it was trained on with --model-base"
+            f"{got}; pass the base it was trained on with --model-base"
         )
     return (weight.float() + update).to(weight.dtype)
 
 
 def peft_parts(adapters: list[LegacyLora]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Legacy adapters as one of peft: its configuration, and its weights under peft's names for our model."""
+    """Return legacy adapters as one of peft: its configuration, and its weights under peft's names."""
     main = adapters[0]
     layers = [layer for adapter in adapters for layer in adapter.pairs]
     others = [(adapter, layer) for adapter in adapters[1:] for layer in adapter.pairs]
@@ -222,7 +223,7 @@ def peft_parts(adapters: list[LegacyLora]) -> tuple[LoraConfig, dict[str, Tensor
 
 
 def attach(model: Any, adapters: list[LegacyLora]) -> PeftModel:
-    """Put legacy adapters on a model as one peft adapter, unmerged.
+    """Add legacy adapters to a model as one peft adapter, unmerged.
 
     Raises:
         CheckpointError: they do not fit the model.

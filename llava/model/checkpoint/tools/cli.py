@@ -1,4 +1,4 @@
-"""The command lines of the delta tools: options in, one folder out."""
+"""Commands of the delta and merge tools."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UPGRADES = {
     "llama": {"model_type": "llava", "architectures": [ARCHITECTURES["llama"]]},
     "mistral": {"model_type": "llava_mistral", "architectures": [ARCHITECTURES["mistral"]]},
 }
-"""What early training wrote as a plain language model although there is a projector inside, by its type."""
+"""Corrections by type for early training, which wrote a plain language model although a projector is inside."""
 
 
 def _parser(prog: str, about: str, example: str) -> Parser:
@@ -35,7 +35,7 @@ def _parser(prog: str, about: str, example: str) -> Parser:
 
 def _delta_parser(prog: str, about: str, example: str) -> Parser:
     parser = _parser(f"python -m llava.model.{prog}", about, example)
-    parser.add_argument("--dtype", choices=list(delta.DTYPES), default="float16", help="of arithmetic and result")
+    parser.add_argument("--dtype", choices=list(delta.DTYPES), default="float16", help="dtype of arithmetic and result")
     parser.add_switch("--bin", help="write pytorch_model.bin files instead of safetensors")
     return parser
 
@@ -51,30 +51,30 @@ def _writing(args: Namespace) -> delta.Writing:
 
 
 def apply_delta(argv: Sequence[str] | None = None) -> None:
-    """Run `apply_delta`."""
+    """Run `python -m llava.model.apply_delta`."""
     about = "Add a delta to the language model it was made from, tensor by tensor."
     parser = _delta_parser("apply_delta", about, "--base llama-7b --target llava-7b --delta llava-7b-delta")
     parser.add_argument("--base-model-path", type=Path, required=True, help="folder of the base")
     parser.add_argument("--target-model-path", type=Path, required=True, help="new folder")
     parser.add_argument("--delta-path", type=Path, required=True, help="folder of the delta")
-    parser.add_switch("--verify", help="compare the result with the checksum that the delta keeps")
+    parser.add_switch("--verify", help="compare the result with the checksum in the delta")
     args = parser.parse_args(argv)
     found = delta.apply(
         args.base_model_path, args.delta_path, args.target_model_path, _writing(args), verify=args.verify
     )
     if found == "unknown base":
-        sys.stderr.write("the delta does not say what it was made from; shapes fit, the base was not checked further\n")
+        sys.stderr.write("the delta does not name its base; shapes fit, but the base was not checked further\n")
     sys.stdout.write(f"{args.target_model_path}: base + delta, {args.dtype}, {found}\n")
 
 
 def make_delta(argv: Sequence[str] | None = None) -> None:
-    """Run `make_delta`."""
-    about = "Write the difference of a model and its base, tensor by tensor."
+    """Run `python -m llava.model.make_delta`."""
+    about = "Write the difference between a model and its base, tensor by tensor."
     parser = _delta_parser("make_delta", about, "--base llama-7b --target llava-7b --delta llava-7b-delta")
     parser.add_argument("--base-model-path", type=Path, required=True, help="folder of the base")
     parser.add_argument("--target-model-path", type=Path, required=True, help="folder of the model")
     parser.add_argument("--delta-path", type=Path, required=True, help="new folder")
-    parser.add_argument("--hub-repo-id", help="also upload the delta there")
+    parser.add_argument("--hub-repo-id", help="hub repository to which the delta is also uploaded")
     args = parser.parse_args(argv)
     record = delta.make(args.base_model_path, args.target_model_path, args.delta_path, _writing(args))
     sys.stdout.write(f"{args.delta_path}: target - base, {args.dtype}, result sha256 {record['result_sha256']}\n")
@@ -89,14 +89,14 @@ def _upload(folder: Path, repo_id: str) -> None:
         api = HfApi()
         api.create_repo(repo_id, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder)
-    except Exception as error:  # the hub client raises many kinds; the folder is complete all the same
+    except Exception as error:  # the hub client raises many types of errors; the folder is complete in any case
         reason = str(error).strip().splitlines()[:1]
-        raise CheckpointError(f"{folder} is written but not uploaded to {repo_id}: {' '.join(reason)}") from error
+        raise CheckpointError(f"{folder} was written, but not uploaded to {repo_id}: {' '.join(reason)}") from error
 
 
 def consolidate(argv: Sequence[str] | None = None) -> None:
-    """Run `consolidate`."""
-    about = "Write a checkpoint anew: one dtype, even shards, without rotary tables and leftovers of training."
+    """Run `python -m llava.model.consolidate`."""
+    about = "Rewrite a checkpoint with one dtype and even shards, without rotary tables and training state."
     parser = _delta_parser("consolidate", about, "--src checkpoint-1000 --dst llava-7b")
     parser.add_argument("--src", type=Path, required=True, help="folder of a model")
     parser.add_argument("--dst", type=Path, required=True, help="new folder")
@@ -113,7 +113,7 @@ def consolidate(argv: Sequence[str] | None = None) -> None:
 
 
 def _upgrade(folder: Path, names: Sequence[str]) -> None:
-    """Give an early configuration its right type: by what the weights are, and without asking as the original did."""
+    """Correct the type in an early configuration, by the weights and without asking as the original did."""
     config = read_json(folder / CONFIG_FILE)
     upgrade = UPGRADES.get(str(config.get("model_type")))
     if upgrade is not None and any(projector_suffix(name) is not None for name in names):
@@ -121,16 +121,16 @@ def _upgrade(folder: Path, names: Sequence[str]) -> None:
 
 
 def merge_lora_weights(argv: Sequence[str] | None = None) -> None:
-    """Run `merge_lora_weights`."""
-    about = "Add a LoRA adapter into the weights it was trained on and write a whole model, tensor by tensor."
+    """Run `python scripts/merge_lora_weights.py`."""
+    about = "Add a LoRA adapter to the weights it was trained on and write a whole model, tensor by tensor."
     example = "--model-path llava-rad --model-base vicuna-7b-v1.5 --save-model-path llava-rad-merged"
     parser = _parser("python scripts/merge_lora_weights.py", about, example)
     parser.add_argument("--model-path", required=True, help="folder of the adapter")
-    parser.add_argument("--model-base", help="what it was trained on: a language model; a tower for a tower's adapter")
+    parser.add_argument("--model-base", help="language model it was trained on; for a tower's adapter, the tower")
     parser.add_argument("--save-model-path", type=Path, required=True, help="new folder")
     parser.add_switch("--include-vision-tower", help="put the vision tower and mm_projector.bin into the folder too")
     parser.add_argument("--vision-tower", help="folder or hub name, instead of the one that the adapter names")
-    parser.add_argument("--lora-pretrain", help="the tower's own adapter, where it is not inside the folder")
+    parser.add_argument("--lora-pretrain", help="the tower's own adapter, if it is not inside the folder")
     args = parser.parse_args(argv)
     from llava.model.checkpoint.assemble import ForeignOptions
     from llava.model.checkpoint.tools.merge_lora import merge_lora

@@ -1,8 +1,8 @@
-"""`llava checkpoint convert` and `export`: any kind that loads, written in any layout that can hold it.
+"""Convert any checkpoint that loads to any format that can hold it (`llava checkpoint convert`).
 
 ours     this package's folder: a model, an adapter or a projector, as the source is
 model    a whole model of this package; adapters merged
-legacy   the originals' layout, as the source is
+legacy   the original format, as the source is
 hf       transformers' LlavaForConditionalGeneration; adapters merged
 peft     base/ as hf, and adapter/ as a plain peft adapter for it
 """
@@ -49,7 +49,7 @@ DTYPES: dict[str, Any] = {
 
 
 def open_source(layout: Layout, options: ForeignOptions, *, merge: bool = True) -> Loaded:
-    """Load the source; parts that were given are passed on."""
+    """Load the source with the parts that were given."""
     parts: dict[str, Any] = {name: value for name, value in options.parts.items() if name != "base"}
     loaded = load(layout.path, base=options.base, dtype=options.dtype, merge=merge, **parts)
     if layout.kind.startswith("legacy") and merge and not (layout.tower_adapter or options.tower_adapter):
@@ -66,7 +66,7 @@ def to_ours(layout: Layout, options: ForeignOptions, path: Path) -> None:
     elif layout.kind == "legacy_projector":
         convert_projector(layout, options, path)
     elif layout.kind in ("adapter", "projector"):
-        raise ConfigError(f"{layout.path} is {KINDS[layout.kind]} already; --to model makes it a whole model")
+        raise ConfigError(f"{layout.path} is {KINDS[layout.kind]} already; for a whole model, pass --to model")
     else:
         to_model(layout, options, path)
         return
@@ -74,15 +74,15 @@ def to_ours(layout: Layout, options: ForeignOptions, path: Path) -> None:
 
 
 def _refuse_dtype(layout: Layout, options: ForeignOptions) -> None:
-    """Adapters and projectors are rewritten with the numbers that they have.
+    """Check that no dtype is given for adapters and projectors, whose weights are not changed.
 
     Raises:
-        ConfigError: another dtype is asked for.
+        ConfigError: another dtype is given.
     """
     if options.dtype != "auto":
         raise ConfigError(
-            f"{layout.path}: {KINDS[layout.kind]}, whose weights keep their dtype; leave --dtype out, or make it a "
-            "whole model of that dtype with --to model"
+            f"{layout.path} is {KINDS[layout.kind]}, whose weights keep their dtype; omit --dtype, or pass --to model "
+            "for a whole model of that dtype"
         )
 
 
@@ -94,12 +94,12 @@ def to_model(layout: Layout, options: ForeignOptions, path: Path) -> None:
 
 
 def to_legacy(layout: Layout, options: ForeignOptions, path: Path) -> None:
-    """Write the originals' layout."""
+    """Write the legacy format."""
     if layout.kind in ("adapter", "projector"):
         _refuse_dtype(layout, options)
         if options.parts:
             given = ", ".join(PART_FLAGS[name] for name in options.parts)
-            raise ConfigError(f"{layout.path}: its files are rewritten, and {given} would change nothing; leave it out")
+            raise ConfigError(f"{layout.path}: its files are rewritten, so {given} would change nothing; omit it")
     if layout.kind == "adapter":
         export_legacy_adapter(layout.folder, path)
     elif layout.kind == "projector":
@@ -109,15 +109,15 @@ def to_legacy(layout: Layout, options: ForeignOptions, path: Path) -> None:
 
 
 def to_hf(layout: Layout, options: ForeignOptions, path: Path) -> None:
-    """Write transformers' layout."""
+    """Write transformers' format."""
     export_hf(open_source(layout, options), path, source_folder=source_of(layout))
 
 
 def to_peft(layout: Layout, options: ForeignOptions, path: Path) -> None:
-    """Write the base in transformers' layout, and the adapter for it.
+    """Write the base in transformers' format, and the adapter for it.
 
     Raises:
-        CheckpointError: the source is no adapter.
+        CheckpointError: the source is not an adapter.
     """
     if layout.kind not in ("adapter", "legacy_adapter"):
         raise CheckpointError(f"{layout.path} is {KINDS[layout.kind]}; --to peft needs an adapter")
@@ -148,22 +148,22 @@ EXPORTS = ("hf", "legacy", "peft")
 
 
 def convert(source: str | Path, target: str | Path, to: str, options: ForeignOptions | None = None) -> Layout:
-    """Write a checkpoint in another layout and return what was written.
+    """Write a checkpoint in another format and return what was written.
 
     Args:
         source: folder or weight file of any kind that loads.
-        target: a folder that is absent or empty.
+        target: a folder that does not exist or is empty.
         to: key of `WRITERS`.
-        options: parts that the source needs beside itself.
+        options: parts that the source needs.
 
     Raises:
-        CheckpointError: the source does not load, or the layout cannot hold it; nothing is written.
-        ConfigError: the target holds files, or the layout is unknown.
+        CheckpointError: the source does not load, or the format cannot hold it; nothing is written.
+        ConfigError: the target holds files, or the format is unknown.
     """
-    writer = lookup(WRITERS, to, "layout")
+    writer = lookup(WRITERS, to, "format")
     path = Path(target)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{target} is not empty; give a new folder")
+        raise ConfigError(f"{target} is not empty; name a new folder")
     existed = path.is_dir()
     try:
         writer(sniff(source), options or ForeignOptions(), path)
@@ -176,7 +176,7 @@ def convert(source: str | Path, target: str | Path, to: str, options: ForeignOpt
 
 
 def _clear(path: Path, *, keep: bool) -> None:
-    """Take away what a conversion left that did not come to its end; there was nothing before."""
+    """Remove what an unfinished conversion left in a folder that was empty before."""
     if not path.is_dir():
         return
     for item in list(path.iterdir()):
@@ -186,18 +186,18 @@ def _clear(path: Path, *, keep: bool) -> None:
 
 
 def add_part_options(parser: Parser) -> None:
-    """Options that say where parts are which a checkpoint needs beside itself."""
+    """Add the options that name parts which a checkpoint needs."""
     parser.add_argument("--model-base", help="language model that an adapter or projector builds on; a tokenizer")
     parser.add_argument("--vision_tower", help="folder or hub name, instead of the one that the checkpoint names")
     parser.add_argument("--vision_tower_config", help="open_clip model configuration")
     parser.add_argument("--vision_tower_checkpoint", help="open_clip weights")
     parser.add_argument("--lora_pretrain", help="LoRA adapter of the vision tower (STLLaVA-Med's Vit-lora)")
     parser.add_argument("--template", help="conversation template, instead of the one the content suggests")
-    parser.add_argument("--dtype", default="auto", choices=sorted(DTYPES), help="of the weights that are written")
+    parser.add_argument("--dtype", default="auto", choices=sorted(DTYPES), help="dtype of the written weights")
 
 
 def part_options(args: Namespace) -> ForeignOptions:
-    """The options of `add_part_options`."""
+    """Return the values of the options of `add_part_options`."""
     return replace(
         ForeignOptions(),
         base=args.model_base,
@@ -211,10 +211,10 @@ def part_options(args: Namespace) -> ForeignOptions:
 
 
 def _run(argv: Sequence[str] | None, command: str, choices: Sequence[str], default: str) -> None:
-    parser = Parser(prog=f"llava checkpoint {command}", description=f"{command} a checkpoint into another layout")
+    parser = Parser(prog=f"llava checkpoint {command}", description=f"{command} a checkpoint to another format")
     parser.add_argument("source", help="checkpoint folder or weight file, of any kind that loads")
     parser.add_argument("target", help="new folder")
-    parser.add_argument("--to", default=default, choices=list(choices), help="layout")
+    parser.add_argument("--to", default=default, choices=list(choices), help="format to write")
     add_part_options(parser)
     args = parser.parse_args(argv)
     written = convert(args.source, args.target, args.to, part_options(args))

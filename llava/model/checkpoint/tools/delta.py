@@ -1,9 +1,9 @@
-"""Weights as differences: a base and a delta give a target, a target and a base give a delta (llava-med.md 6).
+"""Compute deltas: a target minus its base gives a delta, a base plus a delta gives the target.
 
     base + delta --apply--> target        target - base --make--> delta
 
-Tensor by tensor from memory-mapped shards into new shards, so memory is that of a few tensors. Everything that can be
-known from headers is checked before the first tensor is read; a folder appears whole or not at all.
+Tensors are read one by one from memory-mapped shards and written to new shards, so only a few are in memory.
+Everything that headers show is checked before the first tensor is read; a folder appears only when complete.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from llava.utils.log import progress
 
 HEAD_WEIGHT = HEAD + "weight"
 GROWN = (EMBEDDINGS, HEAD_WEIGHT)
-"""Tables that may be larger than the base's: rows of new words are stored as they are."""
+"""Tables that may be larger than the base's: rows of new tokens are stored unchanged."""
 
 EXTRA_PREFIXES = (
     *("model.mm_projector", "model.vision_tower", "model.image_newline", "model.vision_resampler"),
     *("model.multi_modal_projector", "multi_modal_projector", "vision_tower", "image_newline"),
 )
-"""Tensors that a language model lacks, in the originals' layout and in the later ones; stored as they are."""
+"""Tensors that a language model lacks, in the original format and in later ones; stored unchanged."""
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 
 
 def common_names(names: Iterable[str]) -> dict[str, str]:
-    """The names of a checkpoint by our name of the same tensor; tables that are computed are left out."""
+    """Return the names of a checkpoint's tensors by our names, without computed tables."""
     kept = [name for name in names if not is_buffer(name)]
     prefixes = HF_PREFIXES if any("language_model." in name for name in kept) else LEGACY_PREFIXES
     return {renamed(name, prefixes) or name: name for name in kept}
 
 
 def partners(own: Mapping[str, TensorEntry], base: Mapping[str, TensorEntry], what: str) -> dict[str, str | None]:
-    """The base's tensor for every tensor of a model or delta, in file order; None for one that is stored as it is.
+    """Return the base's tensor for every tensor of a model or delta; None for one stored unchanged.
 
     Args:
         own: tensors of the model or delta.
@@ -74,8 +74,8 @@ def partners(own: Mapping[str, TensorEntry], base: Mapping[str, TensorEntry], wh
         is_extra = name.startswith(EXTRA_PREFIXES)
         if partner is None and not is_extra:
             raise CheckpointError(
-                f"{what} holds {name!r}, which the base lacks and which is no part that images need "
-                f"({', '.join(EXTRA_PREFIXES[:4])}); is this the base it was made from?"
+                f"{what} holds {name!r}, which neither the base nor an image model's parts have "
+                f"({', '.join(EXTRA_PREFIXES[:4])}); expected the base it was made from"
             )
         if is_extra and partner is not None and base[partner].shape != own[name].shape:
             partner = None  # a base that is itself a LLaVA, with another projector
@@ -87,7 +87,7 @@ def partners(own: Mapping[str, TensorEntry], base: Mapping[str, TensorEntry], wh
     if missing:
         raise CheckpointError(
             f"{what} lacks {len(missing)} tensors of the base, such as {missing[0]!r}; "
-            "a file is missing, or the base is another"
+            "a file is missing, or it was made from another base"
         )
     return pairs
 
@@ -110,7 +110,7 @@ def _covers(larger: tuple[int, ...], smaller: tuple[int, ...]) -> bool:
 
 
 DELTA_FILE = "llava_delta.json"
-"""What a delta was made from: fingerprint of the base, arithmetic, checksum of the result."""
+"""Record of what a delta was made from: fingerprint of the base, arithmetic, checksum of the result."""
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -120,11 +120,11 @@ Arithmetic = Callable[..., Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """How the new folder is written.
+    """Format of the new folder.
 
     Attributes:
-        dtype: of the arithmetic and of the result; the originals used float16.
-        max_shard_bytes: largest shard.
+        dtype: dtype of the arithmetic and of the result; the original tools used float16.
+        max_shard_bytes: size of the largest shard.
         safe: safetensors; False writes `.bin`.
     """
 
@@ -134,7 +134,7 @@ class Writing:
 
 
 def fingerprint(base: TensorReader) -> str:
-    """Identity of a base: a hash of its vectors (norms) and of the first rows of one matrix, in float16."""
+    """Return a hash of a base: of its vectors (norms) and the first rows of one matrix, in float16."""
     digest = hashlib.sha256()
     matrix = next((name for name in sorted(base.names) if name.endswith("q_proj.weight")), None)
     for name in sorted(base.names):
@@ -147,7 +147,7 @@ def fingerprint(base: TensorReader) -> str:
 
 
 def combine(changed: Tensor, base: Tensor | None, arithmetic: Arithmetic, dtype: torch.dtype) -> Tensor:
-    """`arithmetic(changed, base)` on the block that both have; the rest of `changed` as it is."""
+    """Return `arithmetic(changed, base)` on the block that both have, and the rest of `changed` unchanged."""
     own = in_dtype(changed, dtype)
     if base is None:
         return own
@@ -157,40 +157,42 @@ def combine(changed: Tensor, base: Tensor | None, arithmetic: Arithmetic, dtype:
     block = tuple(slice(0, size) for size in other.shape)
     result = own.clone()
     if own.dtype == other.dtype:
-        arithmetic(own[block], other, out=result[block])  # without a second table in memory
+        arithmetic(own[block], other, out=result[block])  # avoids a second table in memory
     else:
         result[block] = arithmetic(own[block], other)
     return result
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in another type; whole numbers stay what they are.
+    """Return a tensor in another dtype; integer tensors are unchanged.
 
     Raises:
-        CheckpointError: values are beyond the type.
+        CheckpointError: values exceed the dtype's range.
     """
     if tensor.dtype == dtype or not tensor.is_floating_point():
         return tensor
     result = tensor.to(dtype)
     if not torch.isfinite(result).all() and torch.isfinite(tensor).all():
         word = str(dtype).removeprefix("torch.")
-        raise CheckpointError(f"weights up to {float(tensor.abs().max()):.3g} are beyond {word}; use --dtype bfloat16")
+        raise CheckpointError(
+            f"weights up to {float(tensor.abs().max()):.3g} exceed the range of {word}; use --dtype bfloat16"
+        )
     return result
 
 
 class Checksum:
-    """SHA-256 over tensors in the order they come: name and bytes."""
+    """SHA-256 over names and bytes of tensors, in the order they are added."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor in."""
+        """Add one tensor."""
         self._digest.update(name.encode())
         self._digest.update(cast(Any, tensor.contiguous().view(-1).view(torch.uint8).numpy()))
 
     def value(self) -> str:
-        """Hexadecimal digest."""
+        """Return the hexadecimal digest."""
         return self._digest.hexdigest()
 
 
@@ -198,7 +200,7 @@ def make(base: Path, target: Path, delta: Path, writing: Writing | None = None) 
     """Write `target - base` with the target's configuration and tokenizer.
 
     Returns:
-        What is kept in `llava_delta.json`.
+        The record written to `llava_delta.json`.
 
     Raises:
         CheckpointError: a folder cannot be read, they do not fit, or `delta` holds files.
@@ -230,13 +232,13 @@ def apply(
 
     Args:
         base: language model that the delta was made from.
-        delta: differences.
+        delta: folder of the delta.
         target: new folder.
-        writing: how it is written.
-        verify: compare the result's checksum with the one kept when the delta was made.
+        writing: format of the new folder.
+        verify: compare the result's checksum with the one recorded when the delta was made.
 
     Returns:
-        Whether the result is known to be right; "unknown base": the delta does not say what it was made from.
+        Whether the result was verified; "unknown base" if the delta does not record what it was made from.
 
     Raises:
         CheckpointError: a folder cannot be read, they do not fit, or `target` holds files; nothing is written then.
@@ -254,7 +256,7 @@ def apply(
                 writer.add(name, result)
                 if checksum is not None:
                     checksum.add(name, result)
-                del result  # before the next one is there
+                del result  # frees it before the next one is computed
             if checksum is not None:
                 _check_result(checksum, record, writing)
         copy_companions(delta, folder, dtype=writing.dtype)
@@ -264,7 +266,7 @@ def apply(
 
 
 def read_record(delta: Path) -> dict[str, Any]:
-    """`llava_delta.json`, or an empty table for deltas of others.
+    """Return `llava_delta.json`, or an empty table for deltas made by other tools.
 
     Raises:
         CheckpointError: the file is broken.
@@ -283,14 +285,16 @@ def _check_base(path: Path, base: TensorReader, record: Mapping[str, Any]) -> No
 
 def _check_result(checksum: Checksum, record: Mapping[str, Any], writing: Writing) -> None:
     if "result_sha256" not in record:
-        raise CheckpointError("the delta keeps no checksum of its result, so it cannot be verified; leave --verify out")
+        raise CheckpointError("the delta records no checksum of its result, so it cannot be verified; omit --verify")
     kept = record.get("dtype")
     if DTYPES.get(str(kept)) != writing.dtype:
         raise CheckpointError(f"the checksum is that of {kept} arithmetic; verify with --dtype {kept}")
     if record["result_sha256"] != checksum.value():
-        raise CheckpointError("the result is not the one the delta was made for; a file is damaged or the base another")
+        raise CheckpointError(
+            "the result differs from the one the delta was made for; a file is damaged, or the base is another"
+        )
 
 
 def shard_writer(folder: Path, writing: Writing) -> ShardWriter:
-    """The writer of a new folder."""
+    """Return the shard writer of a new folder."""
     return ShardWriter(folder, max_shard_bytes=writing.max_shard_bytes, safe=writing.safe)

@@ -1,4 +1,4 @@
-"""`llava checkpoint diff A B`: what two checkpoints differ in, tensor by tensor under our names, and in settings."""
+"""Compare two checkpoints by tensors under our names and by settings (`llava checkpoint diff A B`)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ IGNORED_KEYS = frozenset({"transformers_version", "_name_or_path"})
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that differs: a tensor's or a setting's name, and how."""
+    """Name of a tensor or setting that differs, and how."""
 
     name: str
     how: str
 
 
 class Weights:
-    """The tensors of every file of a checkpoint under our names; tables that are computed are left out.
+    """Tensors of every file of a checkpoint under our names, without computed tables.
 
-    A tower's adapter in a folder of its own counts as part of the adapter around it, as in our layout; copies of it
-    beside the language model's (specification stllava-med 3.2) step back. A tower under timm's names is put under ours.
+    A tower's adapter in its own folder counts as part of the adapter around it, as in our format; copies of it among
+    the language model's (STLLaVA-Med) are ignored. A tower under timm's names is renamed to ours.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -59,12 +59,12 @@ class Weights:
         return {*self._files, *self._split}
 
     def read(self, name: str) -> Tensor:
-        """One tensor by our name; do not write into it."""
+        """Return one tensor by our name; it must not be modified."""
         return self._split[name] if name in self._split else self._reader.read(self._files[name])
 
 
 def differences(ours: Weights, theirs: Weights) -> Iterator[Difference]:
-    """Tensors that only one has, of another shape or dtype, or with other values."""
+    """Yield the tensors that only one checkpoint has, or whose shape, dtype or values differ."""
     for name in sorted(ours.names | theirs.names):
         if name not in theirs.names:
             yield Difference(name, "only in the first")
@@ -75,7 +75,7 @@ def differences(ours: Weights, theirs: Weights) -> Iterator[Difference]:
 
 
 def _compare(first: Tensor, second: Tensor) -> str | None:
-    """What two tensors of one name differ in, or None."""
+    """Return how two tensors of one name differ, or None."""
     import torch
 
     if first.shape != second.shape:
@@ -101,7 +101,7 @@ def _short(value: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava checkpoint diff`; the exit status is 1 when tensors differ."""
-    parser = Parser(prog="llava checkpoint diff", description="what two checkpoints differ in; status 1 if in a tensor")
+    parser = Parser(prog="llava checkpoint diff", description="compare two checkpoints; status 1 if a tensor differs")
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
-"""`llava checkpoint doctor`: what would go wrong with a checkpoint, and what to do about it.
+"""Report what is wrong with a checkpoint, and how to fix it (`llava checkpoint doctor`).
 
-Names, shapes and settings are checked without torch; `--weights` also reads every number.
+Names, shapes and settings are checked without torch; `--weights` also reads every value.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from llava.utils.cli import Parser
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something to know: `error` keeps the checkpoint from loading as it was trained, `note` does not."""
+    """Result of a check: an `error` keeps the checkpoint from loading as trained, a `note` does not."""
 
     level: str
     text: str
 
 
 def diagnose(inspection: Inspection) -> Iterator[Finding]:
-    """Findings from names, shapes and settings."""
+    """Yield the findings from names, shapes and settings."""
     layout = inspection.layout
     for status in PROBLEMS:
         rows = [row for row in inspection.rows if row.status == status]
@@ -49,38 +49,42 @@ def _legacy_findings(layout: Layout) -> Iterator[Finding]:
     yield from _token_findings(layout)
     if layout.has_tower:
         yield Finding(
-            "note", "its vision tower is inside and is used; the originals' loaders fetch a stock one instead"
+            "note", "its vision tower is inside and is used; the original loaders download a stock one instead"
         )
     elif layout.kind == "legacy":
         tower = config.get("mm_vision_tower")
         known = tower is not None and (Path(tower).is_dir() or (layout.folder / tower).is_dir() or "/" in tower)
         if not known and not config.get("mm_vision_tower_checkpoint"):
             yield Finding(
-                "error", f"its vision tower {tower!r} is not inside and no folder here; --vision_tower gives it"
+                "error", f"its vision tower {tower!r} is not inside and not a folder here; pass it with --vision-tower"
             )
     if layout.kind != "legacy":
         base = layout.adapter.get("base_model_name_or_path") or config.get("_name_or_path")
-        yield Finding("note", f"builds on the language model {base!r}; give it with --model-base where it is no folder")
+        yield Finding(
+            "note", f"builds on the language model {base!r}; if that is not a folder here, pass it with --model-base"
+        )
     elif not layout.has_tokenizer:
-        yield Finding("error", "no tokenizer here; --model-base gives the model it was trained from")
+        yield Finding("error", "it has no tokenizer; pass the model it was trained from with --model-base")
     if layout.kind == "legacy_adapter" and not layout.extra:
-        yield Finding("error", "no non_lora_trainables.bin: the projector it was trained with is missing")
+        yield Finding("error", "it has no non_lora_trainables.bin: the projector it was trained with is missing")
     if config.get("model_type") == "llama":
         yield Finding(
-            "note", "config.json says 'llama', though this is a LLaVA model; it is recognised by its mm_ keys"
+            "note", "config.json says 'llama', though this is a LLaVA model; it is recognized by its mm_ keys"
         )
     if unknown := unknown_keys(config):
-        yield Finding("note", f"keys that nobody knows, kept: {', '.join(unknown)}")
+        yield Finding("note", f"unknown keys, kept: {', '.join(unknown)}")
 
 
 def _projector_findings(layout: Layout) -> Iterator[Finding]:
     try:
         by_weights = layout.projector_type
-    except CheckpointError:  # `refusals` says it
+    except CheckpointError:  # `refusals` reports it
         return
     written = layout.config.get("mm_projector_type")
     if written and by_weights and written != by_weights:
-        yield Finding("note", f"config.json says projector {written!r}, the weights are {by_weights!r}; weights decide")
+        yield Finding(
+            "note", f"config.json says projector {written!r}, the weights are {by_weights!r}; the weights are used"
+        )
     width = layout.config.get("mm_hidden_size")
     first = next((e for n, e in layout.tensors.items() if _is_first(layout, n) and len(e.shape) == 2), None)
     if width and first and first.shape[1] != width:
@@ -97,29 +101,31 @@ def _token_findings(layout: Layout) -> Iterator[Finding]:
         return
     rows = table.shape[0]
     if beyond := [f"{word} ({row})" for word, row in added_words(layout).items() if row >= rows]:
-        yield Finding("note", f"{rows} embedding rows, but words beyond: {', '.join(beyond)}; rows are added, as means")
+        yield Finding(
+            "note", f"{rows} embedding rows, but tokens beyond: {', '.join(beyond)}; rows are added, each the mean"
+        )
     size = layout.config.get("vocab_size")
     if size not in (None, rows):
-        yield Finding("note", f"vocab_size is {size}, the table has {rows} rows; the table decides")
+        yield Finding("note", f"vocab_size is {size}, but the table has {rows} rows; the table is used")
 
 
 def check_weights(layout: Layout) -> Iterator[Finding]:
-    """Read every tensor: numbers that are not finite, and tensors of nothing but zeros."""
+    """Read every tensor, and yield findings for values that are not finite and for tensors of zeros."""
     import torch
 
     reader = TensorReader({**layout.extra, **layout.tensors})
     for name, tensor in reader:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            yield Finding("error", f"{name} holds numbers that are not finite")
+            yield Finding("error", f"{name} holds values that are not finite")
         elif tensor.numel() and not bool(tensor.any()) and not name.endswith((".bias", "lora_B.weight", "sim_beta")):
             yield Finding("note", f"{name} is all zeros")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run `llava checkpoint doctor`; the exit status is 1 when something keeps the checkpoint from loading."""
-    parser = Parser(prog="llava checkpoint doctor", description="what would go wrong with a checkpoint; status 1 if so")
+    """Run `llava checkpoint doctor`; the exit status is 1 if a finding is an error."""
+    parser = Parser(prog="llava checkpoint doctor", description="check a checkpoint for errors; status 1 if it has any")
     parser.add_argument("path", help="checkpoint folder or weight file")
-    parser.add_switch("--weights", help="read every number too")
+    parser.add_switch("--weights", help="read every value too")
     args = parser.parse_args(argv)
     inspection = inspect(args.path)
     found = [*diagnose(inspection), *(check_weights(inspection.layout) if args.weights else ())]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds and what would become of every tensor. Neither torch nor transformers, and no weight is read.
+"""Report a checkpoint's content and how each tensor would be loaded, by headers and without torch.
 
 sniff(path) --names, shapes, settings--> Inspection --> text or JSON
 """
@@ -27,13 +27,13 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "llama": dict(zip(SIZES, (4096, 11008, 32, 32), strict=True)),
     "mistral": {**dict(zip(SIZES, (4096, 14336, 32, 32), strict=True)), "num_key_value_heads": 8},
 }
-"""What transformers takes where a configuration inside another leaves a size out, as published ones do."""
+"""transformers' defaults for sizes that a nested configuration omits, as published ones do."""
 
 
 def expected_shapes(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The language model's and the projector's weights by our names, with shapes; -1 is any size.
+    """Yield the language model's and the projector's weights by our names, with shapes; -1 is any size.
 
-    Only for whole models around Llama or Mistral, whose configuration says it all.
+    Only for whole models with Llama or Mistral, whose configuration determines all shapes.
     """
     config = _text_settings(layout)
     if not all(isinstance(config.get(key), int) for key in SIZES):
@@ -64,7 +64,7 @@ def expected_shapes(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _text_settings(layout: Layout) -> dict[str, Any]:
-    """The language model's settings; empty where they are not here, or of a type whose weights have other names."""
+    """Return the language model's settings; empty if they are absent, or its weights have other names."""
     if layout.kind == "legacy":
         return layout.config
     inner = layout.config.get("text_config")
@@ -78,13 +78,13 @@ def _text_settings(layout: Layout) -> dict[str, Any]:
 
 
 def _has_head(layout: Layout) -> bool:
-    """Whether the head is a table of its own: legacy configurations say where it is none, others where it is one."""
+    """Return whether the head has its own table, by default only in legacy configurations."""
     tied = layout.config.get("tie_word_embeddings")
     return not tied if layout.kind == "legacy" else tied is False
 
 
 def _expected_projector(layout: Layout, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Weights of the projector that the weights are of; where they are of none, of the one that the settings name."""
+    """Yield the weights of the projector type that the weights show, or else the settings."""
     config = layout.config
     if layout.kind == "legacy":
         vision, written = config.get("mm_hidden_size") or -1, str(config.get("mm_projector_type") or "linear")
@@ -113,13 +113,13 @@ def _expected_projector(layout: Layout, width: int) -> Iterator[tuple[str, tuple
 
 
 STATUSES = {
-    "loaded": "taken as it is",
-    "renamed": "taken under our name",
-    "computed": "a table that is computed today; not taken",
-    "copy": "a copy of what another file holds; not taken",
-    "missing": "needed and not here",
+    "loaded": "loaded unchanged",
+    "renamed": "loaded under our name",
+    "computed": "a table that is computed today; not loaded",
+    "copy": "a copy of what another file holds; not loaded",
+    "missing": "needed, but not here",
     "unexpected": "belongs to no part of the model",
-    "new": "initialised when the checkpoint is loaded",
+    "new": "initialized when the checkpoint is loaded",
     "wrong shape": "does not fit the configuration",
 }
 PROBLEMS = ("missing", "unexpected", "wrong shape")
@@ -129,7 +129,7 @@ PROCESSOR_FILE = "llava_processor.json"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One tensor: its name in the file and ours, its shape and dtype, and what becomes of it (key of `STATUSES`)."""
+    """Tensor with its name in the file and ours, shape, dtype, and how it is loaded (key of `STATUSES`)."""
 
     status: str
     name: str
@@ -140,7 +140,7 @@ class Row:
 
 @dataclass(slots=True)
 class Inspection:
-    """A checkpoint's facts (in print order) and tensors."""
+    """Facts (in print order) and tensors of a checkpoint."""
 
     layout: Layout
     facts: dict[str, Any] = field(default_factory=dict)
@@ -148,7 +148,7 @@ class Inspection:
 
     @property
     def counts(self) -> Counter[str]:
-        """How many tensors have which status."""
+        """Number of tensors per status."""
         return Counter(row.status for row in self.rows)
 
 
@@ -156,7 +156,7 @@ def inspect(path: str | Path) -> Inspection:
     """Inspect a checkpoint folder or weight file.
 
     Raises:
-        CheckpointError: nothing known is there, or a file is broken.
+        CheckpointError: it is in no known format, or a file is broken.
     """
     layout = sniff(path)
     rows = list(_rows(layout))
@@ -192,12 +192,12 @@ def _row(layout: Layout, entry: TensorEntry, expected: dict[str, tuple[int, ...]
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Equal, where -1 stands for any size."""
+    """Return whether two shapes are equal, where -1 matches any size."""
     return len(shape) == len(expected) and all(want in (-1, got) for got, want in zip(shape, expected, strict=True))
 
 
 def _new_rows(layout: Layout) -> Iterator[Row]:
-    """Rows that loading appends to embeddings and head: of words that the vocabulary has or is given, and no table."""
+    """Yield the rows that loading appends to embeddings and head, for tokens without one."""
     tables = {our_name(layout, name): entry for name, entry in layout.tensors.items()}
     if layout.kind not in ("legacy", "hf_llava") or EMBEDDINGS not in tables:
         return
@@ -219,9 +219,10 @@ def _new_rows(layout: Layout) -> Iterator[Row]:
 
 
 def num_known_words(layout: Layout) -> int:
-    """Words of a tokenizer before any is added at loading.
+    """Return the number of a tokenizer's tokens before loading adds any.
 
-    A sentencepiece file alone is not read, and a tokenizer may be the base's: then as many as the table has rows.
+    If the folder has only a sentencepiece file (which is not read) or uses the base's tokenizer, it is the number of
+    rows in the embedding table.
     """
     vocabulary = (read_json(layout.folder / "tokenizer.json").get("model") or {}).get("vocab") or ()
     if not vocabulary:
@@ -231,7 +232,7 @@ def num_known_words(layout: Layout) -> int:
 
 
 def added_words(layout: Layout) -> dict[str, int]:
-    """Words behind a tokenizer's own vocabulary, with their ids, from whatever file says so."""
+    """Return the tokens added to a tokenizer's own vocabulary with their ids, from all files that list them."""
     folder = layout.folder
     found = {word: row for word, row in read_json(folder / "added_tokens.json").items() if isinstance(row, int)}
     decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
@@ -242,7 +243,7 @@ def added_words(layout: Layout) -> dict[str, int]:
 
 
 def words(layout: Layout) -> dict[str, int]:
-    """The added words that decide how images and padding are written."""
+    """Return the added tokens that stand for images and padding."""
     return {word: row for word, row in added_words(layout).items() if word in WORDS}
 
 
@@ -291,7 +292,7 @@ def _facts_of_others(layout: Layout) -> dict[str, Any]:
     facts["vision tower"] = f"{config.get('mm_vision_tower')} ({place})"
     facts["style"] = {
         "patch_token": "patch tokens (LLaVA before 1.0, LLaVA-Med 1.0)",
-        "placeholder": "one place holder an image (LLaVA from 1.0 on)",
+        "placeholder": "one placeholder per image (LLaVA from 1.0 on)",
     }[layout.style]
     facts["template"] = f"{layout.template(added_words(layout))} (by content; --template overrides)"
     mode, placement = config.get("image_aspect_ratio") or "square", "front"
@@ -307,7 +308,7 @@ def _facts_of_others(layout: Layout) -> dict[str, Any]:
 
 
 def render(inspection: Inspection, *, tensors: bool = True) -> str:
-    """The inspection as text: facts, counts, and a line for every tensor."""
+    """Return the inspection as text: facts, counts, and a line for every tensor."""
     lines = [f"{name:<31}{value}" for name, value in inspection.facts.items()]
     lines.append("")
     lines += [f"{count:>6}  {status:<12}{STATUSES[status]}" for status, count in sorted(inspection.counts.items())]
@@ -322,7 +323,7 @@ def render(inspection: Inspection, *, tensors: bool = True) -> str:
 
 
 def as_json(inspection: Inspection) -> str:
-    """The inspection as JSON."""
+    """Return the inspection as JSON."""
     rows = [
         {"status": row.status, "name": row.name, "ours": row.ours, "shape": row.shape, "dtype": row.dtype}
         for row in inspection.rows
@@ -334,10 +335,10 @@ def as_json(inspection: Inspection) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava checkpoint inspect`."""
-    parser = Parser(prog="llava checkpoint inspect", description="what a checkpoint holds, tensor by tensor")
+    parser = Parser(prog="llava checkpoint inspect", description="list a checkpoint's content, tensor by tensor")
     parser.add_argument("path", help="checkpoint folder or weight file")
     parser.add_switch("--json", help="JSON instead of text")
-    parser.add_switch("--summary", help="leave the list of tensors out")
+    parser.add_switch("--summary", help="omit the list of tensors")
     args = parser.parse_args(argv)
     inspection = inspect(args.path)
     sys.stdout.write(as_json(inspection) if args.json else render(inspection, tensors=not args.summary))

@@ -1,6 +1,6 @@
-"""Adapters added into the weights they were trained on, written as a whole model (specification llava-rad 2.4, 2.8).
+"""Merge adapters into the weights they were trained on, and write a whole model.
 
-    base + adapter + non_lora_trainables.bin   --tensor by tensor-->   a whole model in the originals' layout
+    base + adapter + non_lora_trainables.bin   --tensor by tensor-->   a whole model in the original format
     tower + its own adapter (Vit-lora)         -------------------->   vision_tower/ inside it, or alone
 
 W + (alpha / r) * B @ A is computed in float32 and rounded once. Adapters of this package become models of this package.
@@ -59,15 +59,15 @@ TABLES = (EMBEDDINGS, HEAD + "weight")
 
 @dataclass(slots=True)
 class Merge:
-    """All that a merged model of the originals' layout is made of; opened, nothing read yet.
+    """Parts of a merged model in the original format; no weight of the base is read yet.
 
     Attributes:
-        layout: what was given, with its base's settings where it has none.
-        base: where the language model comes from.
+        layout: the given checkpoint, with its base's settings where it has none.
+        base: checkpoint of the language model.
         updates: the adapter of every adapted layer, by our name of the layer.
         projector: the projector's weights by their own names.
-        tables: embeddings and head, where they were trained or have new rows, by our names.
-        newline: the token behind each row of patches, where it was trained.
+        tables: embeddings and head, if they were trained or have new rows, by our names.
+        newline: the embedding after each row of patches, if it was trained.
     """
 
     layout: Layout
@@ -84,7 +84,7 @@ class Merge:
         return [layer for layer in self.updates if layer.startswith(TOWER) and f"{layer}.weight" not in inside]
 
     def tensors(self, reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
-        """Every weight of the merged model under its name in the originals' layout."""
+        """Yield every weight of the merged model under its name in the original format."""
         for name in reader.names:
             if is_buffer(name) or (self.projector and projector_suffix(name) is not None):
                 continue
@@ -113,15 +113,15 @@ def merge_lora(
 
     Args:
         path: folder of the adapter.
-        base: what it was trained on; None where the adapter names a folder that is here.
+        base: what it was trained on; None if the adapter names a folder that exists.
         target: new folder.
-        options: where tower and tower adapter are, instead of what the checkpoint names.
-        include_tower: put the tower into the folder, and the projector in a file of its own, so that nothing else is
+        options: tower and tower adapter, instead of what the checkpoint names.
+        include_tower: put the tower into the folder, and the projector in its own file, so that nothing else is
             needed; always done for a tower that has an adapter.
         max_shard_bytes: see `ShardWriter`.
 
     Raises:
-        CheckpointError: there is nothing to merge, a part is missing or does not fit; nothing is written.
+        CheckpointError: nothing can be merged, or a part is missing or does not fit; nothing is written.
     """
     layout = sniff(path)
     wanted = replace(options or ForeignOptions(), base=base)
@@ -136,13 +136,13 @@ def merge_lora(
         _merge_legacy(prepare(layout, wanted), wanted, Path(target), include_tower, max_shard_bytes)
     else:
         raise CheckpointError(
-            f"{path}: {KINDS[layout.kind]}, which has no adapter to merge; expected the folder of an adapter or of a "
+            f"{path} is {KINDS[layout.kind]}, which has no adapter to merge; expected the folder of an adapter or of a "
             "projector"
         )
 
 
 def prepare(layout: Layout, options: ForeignOptions) -> Merge:
-    """Open everything and see that it fits.
+    """Open everything and check that it fits.
 
     Raises:
         CheckpointError: a part is missing, or does not fit.
@@ -163,7 +163,7 @@ def prepare(layout: Layout, options: ForeignOptions) -> Merge:
 
 
 def _take_trained(merge: Merge) -> None:
-    """The projector, and embedding rows that were trained with it."""
+    """Add the projector, and embedding rows that were trained with it."""
     layout = merge.layout
     if layout.kind == "legacy_adapter" and not layout.extra:
         raise CheckpointError(f"{layout.path} has no {EXTRA_FILE}, which holds its projector")
@@ -181,7 +181,9 @@ def _take_trained(merge: Merge) -> None:
             elif name.endswith(NEWLINE):
                 merge.newline = tensor
             else:
-                raise CheckpointError(f"{layout.path}: {name} is neither of the projector nor of the embeddings")
+                raise CheckpointError(
+                    f"{layout.path}: tensor {name} belongs to neither the projector nor the embeddings"
+                )
 
 
 def _tables(base: Layout) -> dict[str, Tensor]:
@@ -191,10 +193,10 @@ def _tables(base: Layout) -> dict[str, Tensor]:
 
 
 def _check_layers(merge: Merge) -> None:
-    """Every adapted layer is in the base, in its size: known before anything is written."""
+    """Check before writing that every adapted layer is in the base, in its size."""
     shapes = {renamed(name, LEGACY_PREFIXES): entry.shape for name, entry in merge.base.tensors.items()}
     if EMBEDDINGS not in shapes:
-        raise CheckpointError(f"{merge.base.path}: no language model; expected model.embed_tokens.weight")
+        raise CheckpointError(f"{merge.base.path} has no language model; expected model.embed_tokens.weight")
     beside = set(merge.tower_layers)
     dtypes = {renamed(name, LEGACY_PREFIXES): entry.dtype for name, entry in merge.base.tensors.items()}
     for layer, adapter in merge.updates.items():
@@ -202,13 +204,13 @@ def _check_layers(merge: Merge) -> None:
         wanted = (entries[pair.up].shape[0], entries[pair.down].shape[1])
         if (dtype := dtypes.get(f"{layer}.weight", FLOATING[0])) not in FLOATING:
             raise CheckpointError(
-                f"{merge.base.path}: {layer}.weight is {dtype}, so it is quantized; an adapter is added to plain "
-                "weights: give the base as it was before with --model-base"
+                f"{merge.base.path}: {layer}.weight is {dtype}, so it is quantized; an adapter is merged into plain "
+                "weights, so pass the unquantized base with --model-base"
             )
         if layer not in beside and shapes.get(f"{layer}.weight") != wanted:
             raise CheckpointError(
                 f"{adapter.folder}: the adapter does not fit: {layer} is {wanted} there, in {merge.base.path} "
-                f"{shapes.get(f'{layer}.weight', 'absent')}; give the base it was trained on with --model-base"
+                f"{shapes.get(f'{layer}.weight', 'absent')}; pass the base it was trained on with --model-base"
             )
 
 
@@ -240,20 +242,20 @@ def _merge_legacy(
 
 
 def _put_tower(merge: Merge, options: ForeignOptions, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Put the tower into the folder and return what config.json must say of it."""
+    """Put the tower into the folder and return its keys for config.json."""
     source = find_tower(
         merge.layout, options.vision_tower, options.vision_tower_config, options.vision_tower_checkpoint
     )
     if is_open_clip(source.name, source.config_file, source.checkpoint):
         if merge.tower_layers:
             raise CheckpointError(
-                f"{merge.layout.path}: its tower {source.name} is one of open_clip, into whose files an adapter is not "
+                f"{merge.layout.path}: its tower {source.name} is an open_clip tower, into which adapters cannot be "
                 "merged; make a whole model of this package with `llava checkpoint convert --to model`"
             )
         if source.config_file is None or source.checkpoint is None:
             raise CheckpointError(
-                f"the tower {source.name} is a hub name of open_clip's, with no files here to put into a folder; leave "
-                "--include-vision-tower out, or name its files in mm_vision_tower_config and mm_vision_tower_checkpoint"
+                f"the tower {source.name} is an open_clip hub name, without local files to put into a folder; omit "
+                "--include-vision-tower, or name its files in mm_vision_tower_config and mm_vision_tower_checkpoint"
             )
         files = {
             "mm_vision_tower_config": Path(source.config_file),
@@ -279,13 +281,13 @@ def _write_tower(tower: Any, adapters: list[LegacyLora], image_processor: Any, f
 
 
 def _merge_tower_alone(layout: Layout, base: str | None, target: Path) -> None:
-    """A tower's adapter added into the tower, as a tower of its own.
+    """Merge a tower's adapter into the tower, and write it as a tower of its own.
 
     Raises:
         CheckpointError: the tower is not given, or another one.
     """
     if base is None:
-        raise CheckpointError(f"{layout.path}: {KINDS[layout.kind]}; give the folder of the tower with --model-base")
+        raise CheckpointError(f"{layout.path} is {KINDS[layout.kind]}; pass the folder of the tower with --model-base")
     tower = load_tower(base, torch.float32)
     with new_folder(target) as folder:
         adapter = read_lora(layout.folder, tower=True)

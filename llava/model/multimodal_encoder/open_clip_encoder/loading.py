@@ -104,7 +104,7 @@ def find_config(name: str) -> Path:
 
 
 def find_checkpoint(name: str, *, folders: Sequence[str | Path] = ()) -> Path:
-    """Find a tower's weights: by the given path, then by name in `folders`, in `$LLAVA_WEIGHTS`, and on the hub.
+    """Find a tower's weights by path, then by name in `folders`, in `$LLAVA_WEIGHTS`, and on the hub.
 
     Args:
         name: path or file name.
@@ -210,7 +210,7 @@ def _check(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor], path
 
 
 def read_trunk(path: Path) -> dict[str, Tensor]:
-    """Read the weights under `visual.trunk.`, without that prefix, from a training checkpoint or a state dictionary.
+    """Read the weights under `visual.trunk.`, without that prefix, of a checkpoint or a state dictionary.
 
     Raises:
         CheckpointError: the file is broken, holds more than tensors and plain values, or has no trunk.
