@@ -1,4 +1,4 @@
-"""Pictures of any shape through the model: against transformers' LLaVA-NeXT, alone and together, saved and loaded."""
+"""Images of any shape in the model: against transformers' LLaVA-NeXT, in batches, saved and loaded."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from tests.support.tiny import tiny_image, tiny_llava, write_tiny_lm, write_tiny
 
 PINPOINTS = [[56, 28], [28, 56], [56, 56], [84, 28]]
 SIZES = [(40, 28), (28, 45), (33, 33), (90, 28), (28, 28)]
-"""Of pictures; 28 pixels are a tile of 2 x 2 patches."""
+"""Sizes of images; a tile has 28 pixels per side and 2 x 2 patches."""
 
 
-def picture(number: int) -> Image.Image:
+def numbered_image(number: int) -> Image.Image:
     return tiny_image(number, 64).resize(SIZES[number % len(SIZES)])
 
 
@@ -72,27 +72,27 @@ def test_tiles_are_merged_as_transformers_merges_them(merge: str) -> None:
     assert all(torch.equal(mine, other) for mine, other in zip(ours, parts, strict=True))
 
 
-def test_spatial_is_the_picture_row_by_row() -> None:
+def test_spatial_is_the_image_row_by_row() -> None:
     grid = ImageGrid("anyres", 28, 4, "spatial", ((56, 28),))
     numbered = torch.arange(12.0).view(3, 4, 1)
     [merged] = merge_tiles(numbered, [(40, 20)], grid, None)
     assert merged.flatten().tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 6, 7, 10, 11]
 
 
-def test_tiles_of_other_pictures_are_refused() -> None:
+def test_tiles_of_other_images_are_rejected() -> None:
     grid = ImageGrid("anyres", 28, 4, "flat", ((56, 28),))
     with pytest.raises(ConfigError, match="have 3 tiles, got 2"):
         merge_tiles(torch.zeros(2, 4, 6), [(40, 20)], grid, None)
 
 
 def sequence(loaded: Loaded, *numbers: int, text: str = "What is it?") -> tuple[Encoded, dict[str, Tensor]]:
-    """A conversation about some pictures, and their model inputs."""
-    pictures = {str(number): picture(number) for number in numbers}
+    """Return a conversation about some images, and their model inputs."""
+    images = {str(number): numbered_image(number) for number in numbers}
     marks = "<image>\n" * len(numbers)
     conversation = Conversation((Turn("human", marks + text), Turn("gpt", f"it is {len(text)}")))
-    sizes = [each.size for each in pictures.values()]
-    encoded = encode(conversation, loaded.processor, images=list(pictures), sizes=sizes, max_length=None)
-    return encoded, {key: loaded.processor.picture(each) for key, each in pictures.items()}
+    sizes = [each.size for each in images.values()]
+    encoded = encode(conversation, loaded.processor, images=list(images), sizes=sizes, max_length=None)
+    return encoded, {key: loaded.processor.picture(each) for key, each in images.items()}
 
 
 def together(loaded: Loaded, rows: list[tuple[Encoded, dict[str, Tensor]]], layout: Layout) -> list[Tensor]:
@@ -106,7 +106,7 @@ def together(loaded: Loaded, rows: list[tuple[Encoded, dict[str, Tensor]]], layo
 
 @pytest.mark.parametrize("mode", LOADED)
 @pytest.mark.parametrize("layout", ["tree", "padded"])
-def test_rows_with_pictures_of_many_shapes_are_what_they_are_alone(mode: str, layout: Layout) -> None:
+def test_rows_with_images_of_many_shapes_equal_single_rows(mode: str, layout: Layout) -> None:
     loaded = LOADED[mode]()
     rows = [sequence(loaded, *numbers) for numbers in ((0,), (1, 3), (), (2,), (4,))]
     rows.append(sequence(loaded, 0, text="And this, is it the same?"))
@@ -122,7 +122,9 @@ def test_answers_are_the_same_alone_and_together(mode: str) -> None:
     loaded = LOADED[mode]()
     engine = LocalEngine(loaded.model, loaded.processor)
     prompts = [
-        Prompt(Conversation((Turn("human", "<image>\n" * len(numbers) + "What?"),)), tuple(map(picture, numbers)))
+        Prompt(
+            Conversation((Turn("human", "<image>\n" * len(numbers) + "What?"),)), tuple(map(numbered_image, numbers))
+        )
         for numbers in ((0,), (1, 3), (), (2, 2), (4,))
     ]
     sampling = Sampling(max_new_tokens=6)
@@ -134,7 +136,7 @@ def test_answers_are_the_same_alone_and_together(mode: str) -> None:
 
 @pytest.mark.parametrize("projector", ["linear", "cluster", "identity"])
 @pytest.mark.parametrize("mode", ["keep", "anyres"])
-def test_other_projectors_take_such_pictures(projector: str, mode: str) -> None:
+def test_other_projectors_take_such_images(projector: str, mode: str) -> None:
     loaded = tiny_llava(projector, image_mode=mode, image_grid_pinpoints=PINPOINTS)
     rows = [sequence(loaded, 0), sequence(loaded, 1)]
     for found, row in zip(together(loaded, rows, "tree"), rows, strict=True):
@@ -143,12 +145,12 @@ def test_other_projectors_take_such_pictures(projector: str, mode: str) -> None:
 
 @pytest.mark.parametrize("tower", ["siglip", "dinov2", "vit"])
 @pytest.mark.parametrize("mode", ["keep", "anyres"])
-def test_other_towers_take_such_pictures(tower: str, mode: str) -> None:
+def test_other_towers_take_such_images(tower: str, mode: str) -> None:
     loaded = tiny_llava(tower=tower, image_mode=mode, image_grid_pinpoints=PINPOINTS)
     assert together(loaded, [sequence(loaded, 0, 1)], "tree")[0].isfinite().all()
 
 
-def test_the_row_end_is_trained_and_starts_as_published() -> None:
+def test_the_newline_embedding_is_trained_and_initialized_as_published() -> None:
     loaded = tiled(lm_sizes={"hidden_size": 32})
     newline = loaded.model.model.image_newline
     assert newline.shape == (32,) and 0.1 < float(newline.std()) < 0.3  # 1 / sqrt(32) is 0.18
@@ -203,7 +205,7 @@ def test_what_transformers_llava_cannot_do_is_not_exported(mode: str) -> None:
     assert ("spatial_unpad" in found) == (mode == "spatial_unpad")
 
 
-def test_batches_of_pictures_are_joined() -> None:
+def test_batches_of_images_are_joined() -> None:
     small, large = torch.ones(3, 2, 5), torch.ones(3, 4, 3)
     assert batch_images([]) == ImageBatch(None, None) and not batch_images([]).keywords()
     both = join(batch_images([small], [(1, 2)]), batch_images([large], [(3, 4)]))

@@ -1,4 +1,4 @@
-"""Attention by pieces equals attention with the whole tree's mask, and never makes one."""
+"""Attention by pieces equals attention with the whole tree's mask, without creating one."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_pieces_equal_the_dense_mask(chance: random.Random, window: int | None, 
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_on_a_cpu_takes_matrix_products(autocast: bool) -> None:
+def test_half_precision_on_a_cpu_uses_matrix_products(autocast: bool) -> None:
     batch = random_batch(random.Random(0))
     plan = attention_plan(batch.segment_ids, batch.parents, batch.position_ids[0])
     states = [state.detach().to(torch.float32) for state in random_states(batch.num_tokens, 4, 2, seed=0)]
@@ -81,7 +81,7 @@ def test_half_precision_on_a_cpu_takes_matrix_products(autocast: bool) -> None:
 @settings(max_examples=6, deadline=None)
 @torch.no_grad()
 def test_the_block_mask_of_cuda_gives_the_same(chance: random.Random, window: int | None) -> None:
-    """FlexAttention runs uncompiled here: the mask is what is tested."""
+    """Only the mask is tested: FlexAttention runs uncompiled here."""
     batch = random_batch(chance)
     plan = attention_plan(batch.segment_ids, batch.parents, batch.position_ids[0])
     query, key, value = (state.float() for state in random_states(batch.num_tokens, 2, 2, seed=0))
@@ -90,7 +90,7 @@ def test_the_block_mask_of_cuda_gives_the_same(chance: random.Random, window: in
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_without_a_plan_it_is_the_librarys_sdpa(masked: bool) -> None:
+def test_without_a_plan_it_is_transformers_sdpa(masked: bool) -> None:
     states = random_states(6, 4, 2, seed=0)
     module = layer()
     module.num_key_value_groups = 2  # type: ignore[assignment]
@@ -101,7 +101,7 @@ def test_without_a_plan_it_is_the_librarys_sdpa(masked: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux"])
-def test_scores_that_sdpa_does_not_know_are_refused(name: str) -> None:
+def test_scores_that_sdpa_does_not_compute_are_rejected(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         tree_attention(layer(), *random_states(6, 4, 4, seed=0), None, **{name: torch.ones(())})  # type: ignore[arg-type]
 
@@ -121,7 +121,7 @@ def test_the_tower_does_not_attend_in_trees(tiny: Loaded) -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returns."""
+    """Dispatch mode that records the size of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()

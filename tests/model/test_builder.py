@@ -1,4 +1,4 @@
-"""Putting parts together: vocabulary, seeds, ties, heads, and what is refused before anything large is read."""
+"""Building models from parts: vocabulary, seeds, ties, heads, and options rejected before weights are read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_text_logits_are_the_language_models_own(tmp_path: Path, lm: str, tie: b
     assert (tables[0] is tables[1]) == tie == loaded.model.config.tie_word_embeddings
 
 
-def test_place_holder_is_one_row_the_mean_of_the_others(tmp_path: Path) -> None:
+def test_placeholder_is_one_row_the_mean_of_the_others(tmp_path: Path) -> None:
     lm_path, tower_path = parts(tmp_path)
     old = AutoModelForCausalLM.from_pretrained(lm_path)
     loaded = build(lm_path, tower_path)
@@ -57,7 +57,7 @@ def test_place_holder_is_one_row_the_mean_of_the_others(tmp_path: Path) -> None:
         torch.testing.assert_close(new.weight[NUM_WORDS], before.weight.mean(dim=0))
 
 
-def test_tokens_are_added_in_the_seeds_order(tmp_path: Path) -> None:
+def test_tokens_are_added_in_the_original_order(tmp_path: Path) -> None:
     loaded = build(*parts(tmp_path), use_im_patch_token=True, use_im_start_end=True)
     vocabulary = loaded.processor.tokenizer.get_vocab()
     order = [vocabulary[token] for token in (IM_PATCH_TOKEN, IM_START_TOKEN, IM_END_TOKEN, IMAGE_TOKEN)]
@@ -77,7 +77,7 @@ def test_a_larger_table_is_never_shrunk(tmp_path: Path) -> None:
     assert torch.equal(table[NUM_WORDS + 1 :], old.get_input_embeddings().weight[NUM_WORDS + 1 :])
 
 
-def test_a_known_place_holder_keeps_its_row(tmp_path: Path) -> None:
+def test_a_known_placeholder_keeps_its_row(tmp_path: Path) -> None:
     lm_path, tower_path = parts(tmp_path)
     first = build(lm_path, tower_path)
     lm = AutoModelForCausalLM.from_pretrained(lm_path)
@@ -91,7 +91,7 @@ def test_a_known_place_holder_keeps_its_row(tmp_path: Path) -> None:
 def test_equal_seeds_build_equal_weights(tmp_path: Path) -> None:
     lm_path, _ = parts(tmp_path)
     tower_path = str(write_tiny_tower(tmp_path / "vit", "vit"))
-    # A pooler that the checkpoint lacks is drawn anew; it must not change the hash of the tower either.
+    # A pooler that the checkpoint lacks is initialized randomly; it must not change the hash of the tower either.
     state = torch.get_rng_state()
     first, second, other = (build(lm_path, tower_path, seed=seed).model.state_dict() for seed in (3, 3, 4))
     assert torch.equal(state, torch.get_rng_state())
@@ -121,7 +121,7 @@ def test_dtype_auto_is_the_saved_one(tmp_path: Path) -> None:
 
 
 def test_a_head_with_bias_and_other_names(tmp_path: Path) -> None:
-    """Phi has a bias in its head, GPT-2 another name for its (tied) input table."""
+    """Phi has a bias in its head; GPT-2 has another name for its (tied) input table."""
     sizes = {"vocab_size": NUM_WORDS, "bos_token_id": 1, "eos_token_id": 2}
     phi = PhiForCausalLM(
         PhiConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **sizes)
@@ -148,10 +148,10 @@ def test_a_head_with_bias_and_other_names(tmp_path: Path) -> None:
         ({"projector_type": "resampler"}, "unknown projector type 'resampler'"),
         ({"select_feature": "cls"}, "unknown select_feature 'cls'; known: patch, cls_patch"),
         ({"template": "nonsense"}, "nonsense"),
-        ({"vision_tower": ""}, "--vision_tower"),
+        ({"vision_tower": ""}, "--vision-tower"),
     ],
 )
-def test_wrong_options_are_found_before_anything_is_read(options: dict[str, str], message: str) -> None:
+def test_wrong_options_are_rejected_before_anything_is_read(options: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(**{"lm": "nowhere", "vision_tower": "nowhere", **options})
 
@@ -172,7 +172,7 @@ def test_parts_that_do_not_fit_are_named(tmp_path: Path) -> None:
         build(wide, tower_path, projector_type="identity")
 
 
-def test_a_head_that_changes_logits_is_refused(tmp_path: Path) -> None:
+def test_a_head_that_changes_logits_is_rejected(tmp_path: Path) -> None:
     lm_path, tower_path = parts(tmp_path)
     config = AutoConfig.from_pretrained(lm_path)
     config.final_logit_softcapping = 30.0

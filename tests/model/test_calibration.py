@@ -1,4 +1,4 @@
-"""A calibrated projector: inputs as long as words, around the mean word, whatever the features' scale."""
+"""A calibrated projector: outputs as long as word embeddings, around their mean, for features of any scale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.tiny import tiny_llava
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_outputs_have_the_scale_of_words_and_differ_by_picture(layers: int) -> None:
+def test_outputs_have_the_scale_of_words_and_differ_by_image(layers: int) -> None:
     torch.manual_seed(0)
     projector = nn.Linear(12, 32) if layers == 1 else nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 32))
     features = torch.randn(20, 5, 12) * torch.logspace(-2, 2, 12) + 100.0
@@ -22,7 +22,7 @@ def test_outputs_have_the_scale_of_words_and_differ_by_picture(layers: int) -> N
     center = outputs.mean(dim=0)
     torch.testing.assert_close(center, words.mean(dim=0), rtol=0, atol=1e-3)
     assert (outputs - center).norm(dim=1).mean().item() == pytest.approx(words.norm(dim=1).mean().item(), rel=1e-3)
-    # Channels of small scale count as much as those of large scale.
+    # Channels of small scale matter as much as those of large scale.
     changed = features.clone()
     changed[..., 0] += 0.02
     assert (projector(changed) - projector(features)).norm(dim=-1).min() > 0.1

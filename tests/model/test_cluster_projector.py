@@ -1,4 +1,4 @@
-"""The cluster projector: the published numbers, the formula written out in loops, names, settings."""
+"""The cluster projector: published values, the formula in explicit loops, names, settings."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ PUBLISHED_NAMES = (
     "sim_beta",
     *(f"{layer}.{kind}" for layer in ("c", "v", "f", "ln_1", "mlp.0", "mlp.2") for kind in ("weight", "bias")),
 )
-"""The whole state, under the names of published files; `ln_1` is in every file and takes part in nothing."""
+"""The whole state, under the names of published files; `ln_1` is in every file, but unused."""
 
 
 def random_projector(seed: int, **settings: Any) -> ClusterProjector:
-    """Six channels to eight, every weight far from its start."""
+    """Return a projector of six channels to eight, every weight far from its initial value."""
     torch.manual_seed(seed)
     projector = ClusterProjector(6, 8, **{"num_centers": 3, **settings})
     with torch.no_grad():
@@ -41,7 +41,7 @@ def random_projector(seed: int, **settings: Any) -> ClusterProjector:
 
 
 def slow(projector: ClusterProjector, features: Tensor) -> Tensor:
-    """One image [P, Dv], one number after the other, as specification stllava-med 2.3 writes it."""
+    """Project one image [P, Dv] by STLLaVA-Med's formula, one number at a time."""
     num, (length, width) = projector.num_centers, features.shape
     keys, values = projector.v(features), projector.f(features)
     norms = [max(math.sqrt(sum(float(keys[p, d]) ** 2 for p in range(length))), 1e-12) for d in range(width)]
@@ -136,7 +136,7 @@ def test_terms_of_a_gradient_are_summed_without_their_signs() -> None:
     assert not terms  # outside nothing is collected
 
 
-def test_images_do_not_see_each_other() -> None:
+def test_images_are_independent() -> None:
     projector = random_projector(0)
     features = torch.randn(3, 7, 6)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_images_do_not_see_each_other() -> None:
 
 
 def test_half_precision_keeps_its_type() -> None:
-    # One centre: with several, rounding may give a patch to another one.
+    # One center: with several, rounding may assign a patch to another one.
     projector = random_projector(1, num_centers=1).to(torch.bfloat16)
     features = torch.randn(1, 9, 6)
     out = projector(features.to(torch.bfloat16))
@@ -173,7 +173,7 @@ def test_settings_for_new_models() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_centres": 4}, "unknown settings .*num_centres.*known"),
+        ({"num_clusters": 4}, "unknown settings .*num_clusters.*known"),
         ({"num_centers": 0}, "num_centers=0"),
         ({"norm": "patch"}, "unknown norm"),
         ({"temperature": 0.0}, "above 0"),
@@ -201,7 +201,7 @@ def test_the_model_remembers_type_and_settings(tmp_path: Path) -> None:
     assert isinstance(projector, ClusterProjector)
     assert (projector.num_centers, projector.num_iters) == (3, 1)
     with torch.no_grad():
-        projector.sim_beta.fill_(-0.3)  # a name that loaders with an old renaming of `beta` lost
+        projector.sim_beta.fill_(-0.3)  # loaders that rename an old `beta` lost this name
     loaded.model.save_pretrained(tmp_path)
     again = type(loaded.model).from_pretrained(tmp_path)
     assert again.config.projector_kwargs == settings

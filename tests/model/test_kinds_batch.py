@@ -1,6 +1,6 @@
-"""Four mixed prompts at once (text only, two images, long, short) answer as each alone does, on every kind that loads.
+"""A batch of four mixed prompts (text only, two images, long, short) equals single runs, for every kind that loads.
 
-The kinds are written here; the published ones that were recorded are in `tests/parity/test_kinds_answer.py`.
+The checkpoints are written here; recorded published ones are in `tests/parity/test_kinds_answer.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What trains in each stage, the marker rows, and the table of trained parameters."""
+"""Trained parts in each stage, the marker rows, and the table of trained parameters."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def trained_parts(model: nn.Module) -> set[str]:
 def test_stages(tiny: Loaded, flags: dict[str, bool], expected: set[str]) -> None:
     freeze_for(tiny.model, **flags)
     assert trained_parts(tiny.model) == expected
-    # What is open gets gradients, what is frozen does not.
+    # Unfrozen parameters get gradients, frozen ones do not.
     tiny.model(**batch(tiny)).loss.backward()
     moved = {name for name, parameter in tiny.model.named_parameters() if parameter.grad is not None}
     opened = {name for name, parameter in tiny.model.named_parameters() if parameter.requires_grad}
     assert moved <= opened
-    behind_layer = re.compile(r"vision_tower\.(.*layers\.2\.|post_layernorm)")  # layer -2 is the last one used
-    assert all(behind_layer.search(name) for name in opened - moved)
+    after_layer = re.compile(r"vision_tower\.(.*layers\.2\.|post_layernorm)")  # layer -2 is the last one used
+    assert all(after_layer.search(name) for name in opened - moved)
 
 
 def test_stages_with_an_adapter(tiny: Loaded) -> None:
@@ -55,7 +55,7 @@ def test_stages_with_an_adapter(tiny: Loaded) -> None:
     assert trained_parts(network) == {"adapter"}
 
 
-def test_biases_that_the_adapter_opens_stay_open() -> None:
+def test_biases_that_the_adapter_unfreezes_still_train() -> None:
     network = add_lora(tiny_llava(lm="qwen2"), bias="lora_only")
     freeze_for(network, has_adapter=True)
     opened = {name for name, p in network.named_parameters() if p.requires_grad and "lora_" not in name}
@@ -118,7 +118,7 @@ def test_only_the_marker_rows_move(tie: bool) -> None:
             assert not torch.isclose(parameter[markers], before[name][markers]).all(dim=1).any()
         else:
             assert torch.equal(parameter, before[name]) != ("multi_modal_projector" in name), name
-    # Tied: the output role moves along, and its gradient counts.
+    # Tied: the output role changes too, and its gradient counts.
     head = model.get_output_embeddings().weight
     assert torch.equal(head[markers], model.get_input_embeddings().weight[markers]) == tie
 
@@ -156,7 +156,7 @@ def test_report_counts_what_trains() -> None:
     assert table["total"][2:4] == [f"{total:,}", f"{num_projector + 64:,}"]
 
 
-def test_a_frozen_tower_never_drops_out() -> None:
+def test_a_frozen_tower_has_no_dropout() -> None:
     loaded = tiny_llava()
     freeze_for(loaded.model)
     loaded.model.train()

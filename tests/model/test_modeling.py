@@ -1,4 +1,4 @@
-"""The model's own additions: what a frozen tower keeps, mixed precision, registration."""
+"""The model's own additions: frozen towers, mixed precision, registration."""
 
 from __future__ import annotations
 

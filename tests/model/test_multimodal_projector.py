@@ -1,4 +1,4 @@
-"""Projectors: shapes, depth, and names that say what is wrong."""
+"""Projectors: shapes, depth, and messages for unknown types."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_maps_every_token_to_the_language_width(name: str, num_linear: int) -> N
     assert sum(isinstance(module, nn.GELU) for module in projector.modules()) == num_linear - 1
 
 
-def test_the_seeds_names_of_the_two_layer_projector() -> None:
+def test_the_published_names_of_the_two_layer_projector() -> None:
     assert set(build_projector(config("mlp2x_gelu")).state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert set(build_projector(config("linear")).state_dict()) == {"weight", "bias"}
 

@@ -53,7 +53,7 @@ def test_only_the_language_models_layers_are_quantized(bits: int) -> None:
 @needs_bitsandbytes
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapters_get_gradients_after_an_evaluation(checkpointing: bool) -> None:
-    """A 4-bit layer that ran once in evaluation mode on the CPU would have no gradient for good (stack trap)."""
+    """A 4-bit layer that runs once in evaluation mode on the CPU permanently loses its gradient."""
     loaded = tiny_llava(bits=4, lm_sizes=WIDE)
     network = add_lora(loaded, r=4, dropout=0.0)
     freeze_for(network, has_adapter=True)
@@ -98,7 +98,7 @@ def test_evaluation_mode_reaches_everything_but_quantized_layers() -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, torch.Tensor]:
-    """A saved model of full precision, and its answers."""
+    """Return a saved model of full precision, and its logits."""
     loaded = tiny_llava(lm_sizes=WIDE, use_im_start_end=True)
     save_model(loaded.model, loaded.processor, tmp_path / "model")
     return tmp_path / "model", logits(loaded)
@@ -117,7 +117,7 @@ def test_saved_models_are_quantized_while_loading(saved: tuple[Path, torch.Tenso
 
 @needs_bitsandbytes
 def test_adapter_of_a_quantized_model(saved: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
-    """Trained on 4 bits, loaded on 4 bits: the same answers; on full precision: close ones."""
+    """An adapter trained and loaded on 4 bits has the same logits, and close ones on full precision."""
     quantized = load(saved[0], bits=4)
     network = add_lora(quantized, r=4)
     freeze_for(network, has_adapter=True)
@@ -142,9 +142,9 @@ def close(loaded: Any, exact: torch.Tensor) -> bool:
 
 
 @pytest.fixture(scope="module")
-def other_layouts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """One model in the originals' layout (one file and shards) and in transformers', and its answers."""
-    root = tmp_path_factory.mktemp("layouts")
+def other_formats(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """Write a model in the legacy format (one file and shards) and in transformers'; return its logits too."""
+    root = tmp_path_factory.mktemp("formats")
     loaded = tiny_llava(lm_sizes=WIDE, projector_type="mlp2x_gelu")
     export_legacy(loaded, root / "legacy")
     export_legacy(loaded, root / "legacy bin shards", safe=False, max_shard_bytes=100_000)
@@ -154,17 +154,17 @@ def other_layouts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("layout", ["legacy", "legacy bin shards", "hf"])
-def test_checkpoints_of_other_layouts_are_quantized_while_loading(
-    other_layouts: tuple[Path, torch.Tensor], layout: str, bits: int
+@pytest.mark.parametrize("form", ["legacy", "legacy bin shards", "hf"])
+def test_checkpoints_of_other_formats_are_quantized_while_loading(
+    other_formats: tuple[Path, torch.Tensor], form: str, bits: int
 ) -> None:
-    folder, exact = other_layouts
-    loaded = load(folder / layout, bits=bits)
+    folder, exact = other_formats
+    loaded = load(folder / form, bits=bits)
     names = quantized_names(loaded)
     assert len(names) == 2 * 7
     assert all(name.startswith("model.language_model.layers.") for name in names)
-    plain = load(folder / layout)
-    for name, weight in plain.model.named_parameters():  # all that is not quantized is there to the last bit
+    plain = load(folder / form)
+    for name, weight in plain.model.named_parameters():  # everything that is not quantized is bitwise equal
         if name.rsplit(".", 1)[0] not in names:
             assert torch.equal(loaded.model.get_parameter(name), weight), name
     assert close(loaded, exact)
@@ -172,8 +172,8 @@ def test_checkpoints_of_other_layouts_are_quantized_while_loading(
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", [4, 8])
-def test_adapters_and_projectors_of_other_layouts_on_a_quantized_model(tmp_path: Path, bits: int) -> None:
-    """Adapters of the originals' layout stay adapters there: weights of a few bits take no sum."""
+def test_adapters_and_projectors_of_other_formats_on_a_quantized_model(tmp_path: Path, bits: int) -> None:
+    """Legacy adapters stay adapters there: they cannot be merged into quantized weights."""
     write_tiny_lm(tmp_path / "parts" / "lm", **WIDE)
     write_tiny_tower(tmp_path / "parts" / "tower")
     loaded = build(str(tmp_path / "parts" / "lm"), str(tmp_path / "parts" / "tower"), projector_type="mlp2x_gelu")

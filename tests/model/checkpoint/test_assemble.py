@@ -1,4 +1,4 @@
-"""Rows for new words: the mean of the old ones, with and without a copy of the table."""
+"""Rows for new tokens: the mean of the old ones, with and without a copy of the table."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_rows_are_the_mean_with_and_without_a_copy(tmp_path: Path, safe: bool, d
     assert all(torch.equal(tensor, expected[name]) for name, tensor in open_tensors(tmp_path))
 
 
-def test_no_copy_is_made_where_the_file_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_copy_is_made_if_the_file_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, safe=True, dtype=torch.float16)
     entry = list_tensors(tmp_path)["embed_tokens.weight"]
     monkeypatch.setattr(torch, "cat", None)
     assert len(mean_rows(TABLE.half(), 1, entry)) == 1501
 
 
-def test_a_table_that_is_not_the_files_is_copied(tmp_path: Path) -> None:
+def test_a_table_that_differs_from_the_file_is_copied(tmp_path: Path) -> None:
     write(tmp_path, safe=True, dtype=torch.float16)
     entry = list_tensors(tmp_path)["embed_tokens.weight"]
     other = torch.zeros(1499, 6, dtype=torch.float16)

@@ -23,7 +23,7 @@ VICTIM = "victim"
 
 
 class Attack:
-    """Writes a file when it is unpickled."""
+    """Object that writes a file when unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -73,8 +73,8 @@ def set_key(key: str, value: Any) -> Callable[[Path], None]:
     return change
 
 
-def refused(source: Path, work: Path, message: str, **options: Any) -> None:
-    """Loading, converting and exporting all end in one line, and leave nothing behind."""
+def assert_rejected(source: Path, work: Path, message: str, **options: Any) -> None:
+    """Check that loading, converting and exporting all fail with one line, and leave nothing."""
     before = sorted(str(file) for file in work.rglob("*"))
     with pytest.raises(LlavaError, match=message) as caught:
         load(source, **options)
@@ -100,7 +100,7 @@ def refused(source: Path, work: Path, message: str, **options: Any) -> None:
         ({"safe": False}, add_a_stranger, "critic.weight belongs to no part"),
         ({}, break_config, "config.json cannot be read as JSON"),
         ({}, set_key("hidden_size", "wide"), "config.json"),
-        ({}, set_key("mm_vision_tower", "nowhere"), "--vision_tower"),
+        ({}, set_key("mm_vision_tower", "nowhere"), "--vision-tower"),
         ({}, set_key("mm_vision_select_feature", "all"), "mm_vision_select_feature"),
         ({}, set_key("mm_patch_merge_type", "spatial_unpad"), "1 missing_keys such as model.image_newline"),
         ({}, set_key("mm_patch_merge_type", "max_pool"), "mm_patch_merge_type"),
@@ -112,28 +112,28 @@ def refused(source: Path, work: Path, message: str, **options: Any) -> None:
 def test_whole_models(tmp_path: Path, kind: dict[str, Any], change: Callable[[Path], None], message: str) -> None:
     folder = write_legacy(tmp_path, **kind)
     change(folder)
-    refused(folder, tmp_path, message)
+    assert_rejected(folder, tmp_path, message)
     assert not (folder / VICTIM).exists()
 
 
 @pytest.mark.parametrize("write", [write_lora, write_projector_only])
 def test_parts_without_their_base(tmp_path: Path, write: Callable[[Path], Path]) -> None:
     folder = write(tmp_path)
-    refused(folder, tmp_path, "--model-base")
-    refused(folder, tmp_path, "needs the plain language model", base=str(tmp_path / "tower"))
+    assert_rejected(folder, tmp_path, "--model-base")
+    assert_rejected(folder, tmp_path, "needs the plain language model", base=str(tmp_path / "tower"))
 
 
 def test_parts_on_the_wrong_base(tmp_path: Path) -> None:
     folder = write_lora(tmp_path)
     wide = write_tiny_lm(tmp_path / "wide", intermediate_size=96)
-    refused(folder, tmp_path, "does not fit|do not fit", base=str(wide))
+    assert_rejected(folder, tmp_path, "does not fit|do not fit", base=str(wide))
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "non_lora_trainables.bin"])
 def test_an_adapter_without_one_of_its_files(tmp_path: Path, name: str) -> None:
     folder = write_lora(tmp_path)
     (folder / name).unlink()
-    refused(folder, tmp_path, "no weights|non_lora_trainables", base=str(tmp_path / "lm"))
+    assert_rejected(folder, tmp_path, "no weights|non_lora_trainables", base=str(tmp_path / "lm"))
 
 
 def test_code_in_the_files_of_an_adapter(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_code_in_the_files_of_an_adapter(tmp_path: Path) -> None:
     for name in ("adapter_model.bin", "non_lora_trainables.bin"):
         content = torch.load(folder / name)
         torch.save({**content, "extra": Attack(tmp_path / VICTIM)}, folder / name)
-        refused(folder, tmp_path, "holds code", base=str(tmp_path / "lm"))
+        assert_rejected(folder, tmp_path, "holds code", base=str(tmp_path / "lm"))
         torch.save(content, folder / name)
     assert not (tmp_path / VICTIM).exists()
 
@@ -149,7 +149,7 @@ def test_code_in_the_files_of_an_adapter(tmp_path: Path) -> None:
 def test_a_projector_of_another_kind(tmp_path: Path) -> None:
     folder = write_projector_only(tmp_path)
     torch.save({"model.mm_projector.gate": torch.ones(2)}, folder / "mm_projector.bin")
-    refused(folder, tmp_path, "no known projector", base=str(tmp_path / "lm"))
+    assert_rejected(folder, tmp_path, "no known projector", base=str(tmp_path / "lm"))
 
 
 def test_the_command_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,15 +177,15 @@ def test_a_full_folder_is_not_written_into(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
-def test_a_zip_that_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_zip_that_is_not_a_checkpoint(tmp_path: Path) -> None:
     folder = write_legacy(tmp_path, safe=False)
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    refused(folder, tmp_path, "without tensors")
+    assert_rejected(folder, tmp_path, "without tensors")
 
 
 def test_a_training_checkpoint_with_its_state_inside(tmp_path: Path) -> None:
-    """Trainers wrap the table; the table is taken, plain values beside it are ignored, and nothing is run."""
+    """Trainers wrap the table: the table is read, other plain values are ignored, and nothing is run."""
     folder = write_legacy(tmp_path, safe=False)
     state = torch.load(folder / "pytorch_model.bin")
     torch.save({"state_dict": state, "epoch": 3}, folder / "pytorch_model.bin")

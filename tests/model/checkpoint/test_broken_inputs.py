@@ -1,4 +1,4 @@
-"""Broken checkpoints of the other layouts and in the delta tools: one line of error, nothing run, nothing written."""
+"""Broken checkpoints of other formats and in the delta tools: one line of error, nothing run, nothing written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.checkpoint.tools import delta
 from llava.model.checkpoint.tools.cli import apply_delta, consolidate, make_delta, merge_lora_weights
 from llava.model.lora import add_lora
-from tests.model.checkpoint.test_broken_checkpoints import VICTIM, Attack, cut, drop_shard, refused
+from tests.model.checkpoint.test_broken_checkpoints import VICTIM, Attack, assert_rejected, cut, drop_shard
 from tests.support.legacy_folders import write_legacy, write_lora
 from tests.support.tiny import tiny_llava, write_tiny_lm
 
@@ -61,15 +61,15 @@ BREAKS: tuple[tuple[Break, str], ...] = (
 
 
 @pytest.mark.parametrize(("change", "message"), BREAKS)
-@pytest.mark.parametrize("layout", ["ours", "hf"])
-def test_our_models_and_those_of_transformers(tmp_path: Path, layout: str, change: Break, message: str) -> None:
+@pytest.mark.parametrize("form", ["ours", "hf"])
+def test_our_models_and_those_of_transformers(tmp_path: Path, form: str, change: Break, message: str) -> None:
     loaded = tiny_llava(projector_type="mlp2x_gelu")
-    if layout == "ours":
+    if form == "ours":
         save_model(loaded.model, loaded.processor, tmp_path / "model")
     else:
         export_hf(loaded, tmp_path / "model")
     change(tmp_path / "model")
-    refused(tmp_path / "model", tmp_path, message)
+    assert_rejected(tmp_path / "model", tmp_path, message)
 
 
 def test_our_parts_without_their_base(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def cli_load(folder: Path) -> None:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Path:
-    """`base` and `delta`, in several `.bin` files each."""
+    """Write `base` and `delta`, in several `.bin` files each."""
     for name, seed in (("base", 0), ("target", 1)):
         lm = write_tiny_lm(tmp_path / f"{name} lm", seed=seed)
         state = {name: tensor.clone() for name, tensor in open_tensors(lm)}

@@ -1,4 +1,4 @@
-"""The benchmark of reading and writing checkpoints, at a tiny size: all its parts run, and see what they should."""
+"""The benchmark of reading and writing checkpoints at a tiny size: all parts run and measure what they should."""
 
 from __future__ import annotations
 

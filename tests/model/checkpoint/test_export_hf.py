@@ -1,4 +1,4 @@
-"""What is exported for transformers is loaded by transformers alone: equal ids, equal pixels, equal logits."""
+"""Exports load with transformers alone: equal ids, equal pixels, equal logits."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def messages() -> list[dict[str, Any]]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def library_inputs(folder: Path, picture: Image.Image) -> dict[str, torch.Tensor]:
-    """What plain transformers makes of the conversation."""
+def library_inputs(folder: Path, image: Image.Image) -> dict[str, torch.Tensor]:
+    """Return the model inputs that plain transformers computes for the conversation."""
     processor: Any = AutoProcessor.from_pretrained(folder)
     text = processor.apply_chat_template(messages(), add_generation_prompt=True)
-    return dict(processor(images=[picture], text=text, return_tensors="pt"))
+    return dict(processor(images=[image], text=text, return_tensors="pt"))
 
 
-def check(loaded: Loaded, folder: Path, picture: Image.Image) -> None:
-    """Ids, pixels and logits of the export against ours."""
-    inputs = library_inputs(folder, picture)
-    ids = encode_prompt(talk(), loaded.processor, images=["picture"]).input_ids
+def check(loaded: Loaded, folder: Path, image: Image.Image) -> None:
+    """Compare ids, pixels and logits of the export with ours."""
+    inputs = library_inputs(folder, image)
+    ids = encode_prompt(talk(), loaded.processor, images=["image"]).input_ids
     assert inputs["input_ids"][0].tolist() == list(ids)
-    pixels = loaded.processor.pixels([picture])
+    pixels = loaded.processor.pixels([image])
     assert torch.equal(inputs["pixel_values"], pixels)
     library, report = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -84,11 +84,11 @@ def test_language_models_and_features(tmp_path: Path, lm: str, feature: str) -> 
 
 @pytest.mark.parametrize("template", [name for name, template in TEMPLATES.items() if not template.drops_questions])
 def test_every_template(tmp_path: Path, template: str) -> None:
-    """The chat template writes what our template writes, system text given or not, with markers or not."""
+    """The chat template writes the same as our template, also with markers."""
     loaded = tiny_llava(template=template, use_im_start_end=template == "v0")
     export_hf(loaded, tmp_path)
     inputs = library_inputs(tmp_path, tiny_image(1))
-    ids = encode_prompt(talk(), loaded.processor, images=["picture"]).input_ids
+    ids = encode_prompt(talk(), loaded.processor, images=["image"]).input_ids
     assert inputs["input_ids"][0].tolist() == list(ids)
 
 
@@ -96,12 +96,12 @@ def test_every_template(tmp_path: Path, template: str) -> None:
     ("oracle", "folder"), [("llava-1.2.2", "out/stage2"), ("llava-med-1.5-mistral", "llava-med-mistral-tiny")]
 )
 def test_recorded_checkpoints(shared: Path, tmp_path: Path, oracle: str, folder: str) -> None:
-    """Sentencepiece tokenizers: their prefix marks and the mark after an image come out the same."""
+    """Sentencepiece tokenizers give the same prefix marks and the same mark after an image."""
     root = shared / "oracles" / oracle
     loaded = load(root / folder, vision_tower=str(root / "vision_tower"))
     export_hf(loaded, tmp_path)
-    with Image.open(root / "images" / "im1.png") as picture:
-        check(loaded, tmp_path, picture.convert("RGB"))
+    with Image.open(root / "images" / "im1.png") as image:
+        check(loaded, tmp_path, image.convert("RGB"))
     again = load(tmp_path)
     before = loaded.model.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in again.model.state_dict().items())
@@ -120,7 +120,7 @@ def test_recorded_checkpoints(shared: Path, tmp_path: Path, oracle: str, folder:
         ({"projector": "identity", "build_size": 56}, "identity.*input size"),
     ],
 )
-def test_refusals_say_why_and_write_nothing(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
+def test_errors_name_the_reason_and_nothing_is_written(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
     loaded = tiny_llava(**options)
     assert obstacles(loaded)
     with pytest.raises(CheckpointError, match=reason) as caught:
@@ -183,7 +183,7 @@ def test_preprocessing_that_is_switched_off_stays_off(tmp_path: Path, tiny: Load
     check(loaded, tmp_path / "again", tiny_image(3, 40))
 
 
-def test_pictures_that_would_keep_their_sizes_are_refused(tmp_path: Path, tiny: Loaded) -> None:
+def test_images_that_would_keep_their_sizes_are_rejected(tmp_path: Path, tiny: Loaded) -> None:
     export_hf(tiny, tmp_path)
     for file in (tmp_path / "processor_config.json", tmp_path / "preprocessor_config.json"):
         off = '"do_resize": false, "do_center_crop": false,'
@@ -202,7 +202,7 @@ def test_pictures_that_would_keep_their_sizes_are_refused(tmp_path: Path, tiny: 
         ("Q: A:", "vicuna_v1"),
     ],
 )
-def test_an_unknown_chat_template_is_a_guess_that_is_said(
+def test_an_unknown_chat_template_is_guessed_with_a_warning(
     tmp_path: Path, tiny: Loaded, caplog: pytest.LogCaptureFixture, chat_template: str, name: str
 ) -> None:
     export_hf(tiny, tmp_path)
@@ -211,11 +211,13 @@ def test_an_unknown_chat_template_is_a_guess_that_is_said(
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "chat_template.jinja").write_text(chat_template)
     assert load(tmp_path).processor.template.name == name
-    assert caplog.text.count("taken for vicuna_v1, --template names another") == (chat_template == "Q: A:")
+    assert caplog.text.count("using template vicuna_v1. To use another one, pass --template") == (
+        chat_template == "Q: A:"
+    )
 
 
 def test_folders_that_transformers_saved(tmp_path: Path, tiny: Loaded) -> None:
-    """Names of transformers 5 itself, and no extra keys of ours."""
+    """Folders of transformers 5 have its own names and none of our extra keys."""
     export_hf(tiny, tmp_path / "export")
     library = LlavaForConditionalGeneration.from_pretrained(tmp_path / "export")
     del library.config.llava_source

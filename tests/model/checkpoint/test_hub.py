@@ -1,4 +1,4 @@
-"""Checkpoints by hub name, out of the hub client's cache."""
+"""Checkpoints by hub name, from the hub client's cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REVISION = "0" * 40
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A legacy checkpoint that the cache holds as `clinic/model`; there is no network."""
+    """Write a legacy checkpoint that the cache holds as `clinic/model`, without a network."""
     folder = write_legacy(tmp_path)
     entry = tmp_path / "cache" / "models--clinic--model"
     (entry / "refs").mkdir(parents=True)
@@ -37,19 +37,19 @@ def test_a_name_loads_as_its_folder_does(cached: Path) -> None:
     assert all(torch.equal(tensor, by_name[name]) for name, tensor in by_path.items())
 
 
-def test_training_goes_on_from_a_name(cached: Path, tmp_path: Path) -> None:
+def test_training_continues_from_a_name(cached: Path, tmp_path: Path) -> None:
     parts = write_parts(tmp_path / "parts")
     train(arguments(parts, tmp_path / "run", model_name_or_path="clinic/model", vision_tower=None, max_steps=1))
     assert load(tmp_path / "run").model.config.projector_type == "mlp2x_gelu"
 
 
-def test_what_is_not_there_ends_in_one_line(cached: Path) -> None:
-    with pytest.raises(CheckpointError, match="clinic/other is no folder, and cannot be fetched") as caught:
+def test_a_missing_repository_is_one_line(cached: Path) -> None:
+    with pytest.raises(CheckpointError, match="clinic/other is not a folder, and cannot be downloaded") as caught:
         load("clinic/other")
     assert "\n" not in str(caught.value)
 
 
-def test_folders_are_no_names(tmp_path: Path) -> None:
+def test_folders_are_not_hub_names(tmp_path: Path) -> None:
     assert is_hub_name("clinic/model") and is_hub_name("model")
     assert not is_hub_name(tmp_path) and not is_hub_name("/runs/first") and not is_hub_name("./runs/first/x")
 
@@ -64,7 +64,7 @@ def test_folders_are_no_names(tmp_path: Path) -> None:
         (["pytorch_model.bin", "model-00001-of-00002.safetensors"], ()),
     ],
 )
-def test_bin_weights_are_left_out_only_beside_the_same_weights(
+def test_bin_weights_are_skipped_only_if_they_are_duplicates(
     files: list[str], skipped: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HfApi, "list_repo_files", lambda self, name: files)

@@ -1,4 +1,4 @@
-"""Values of config.json that are of another kind than their keys: one line that names the key, before anything else."""
+"""Values of config.json with a wrong type: one line that names the key, before anything else is read."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tests.support.legacy_folders import write_legacy
         *(("mm_use_im_start_end", value) for value in ("false", 0, "")),
     ],
 )
-def test_refused(key: str, value: Any) -> None:
+def test_wrong_types_are_rejected(key: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=rf"{key} is .*; expected") as caught:
         check_values({key: value}, Path("config.json"))
     assert "\n" not in str(caught.value)
 
 
-def test_what_published_files_hold_is_taken() -> None:
+def test_values_of_published_files_are_valid() -> None:
     values = {
         "mm_vision_select_layer": -2,
         "mm_projector_type": None,
@@ -42,14 +42,14 @@ def test_what_published_files_hold_is_taken() -> None:
 
 
 @pytest.mark.parametrize("read", [load, inspect])
-def test_nothing_that_opens_a_checkpoint_goes_on(tmp_path: Path, read: Any) -> None:
+def test_everything_that_opens_a_checkpoint_stops(tmp_path: Path, read: Any) -> None:
     folder = write_legacy(tmp_path, mm_use_im_start_end="false")
     with pytest.raises(CheckpointError, match=r"config\.json: mm_use_im_start_end is 'false'; expected true or false"):
         read(folder)
 
 
 @pytest.mark.parametrize("architectures", [5, None, "LlavaLlamaForCausalLM"])
-def test_architectures_of_another_kind_say_nothing(tmp_path: Path, architectures: Any) -> None:
+def test_architectures_of_a_wrong_type_are_ignored(tmp_path: Path, architectures: Any) -> None:
     layout = inspect(write_legacy(tmp_path, architectures=architectures)).layout
     assert (layout.kind, layout.text_type) == ("legacy", "llama")
 

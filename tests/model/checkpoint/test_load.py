@@ -1,4 +1,4 @@
-"""Folders are recognised by content; what was saved comes back bit by bit; what does not fit is one line of error."""
+"""Loading: folders are recognized by content, saved weights load bitwise equal, a mismatch is one line of error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.tiny import TOWERS, tiny_llava, write_tiny_lm, write_tiny_tow
 
 
 def adapted(loaded: Loaded, folder: Path) -> Tensor:
-    """Train an adapter (by chance), save it, and return what it answers."""
+    """Give an adapter random weights, save it, and return its logits."""
     network = add_lora(loaded, r=4, alpha=8)
     freeze_for(network, has_adapter=True)
     shake(trained(network))
@@ -35,7 +35,7 @@ def adapted(loaded: Loaded, folder: Path) -> Tensor:
 
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu", "identity"])
-def test_a_model_comes_back_bit_by_bit(tmp_path: Path, tower: str, projector: str) -> None:
+def test_a_model_loads_bitwise_equal(tmp_path: Path, tower: str, projector: str) -> None:
     tie = tower in ("siglip", "vit")
     loaded = tiny_llava(projector, tower, tie=tie, image_mode="pad", placement="as_written", system="Be brief.")
     expected = logits(loaded)
@@ -88,7 +88,7 @@ def test_adapter_folder(tmp_path: Path, built: Loaded) -> None:
 
 
 def test_an_adapter_keeps_the_projector_it_was_trained_with(tmp_path: Path, built: Loaded) -> None:
-    """A frozen projector and marker rows of an earlier stage are not in the base that loading builds anew."""
+    """A frozen projector and marker rows of an earlier stage are not in the base that loading builds."""
     shake(dict(built.model.model.multi_modal_projector.named_parameters()))
     with torch.no_grad():
         built.model.get_input_embeddings().weight[built.model.config.marker_token_ids] += 1
@@ -162,7 +162,7 @@ def test_broken_weights_are_one_line(tmp_path: Path, tiny: Loaded, change: str) 
         ({"config.json": "[]"}, "holds no JSON object"),
         ({"config.json": '{"model_type": "llava_med"}'}, "config.json without weights"),
         ({"config.json": '{"model_type": "llava_mistral"}', "pytorch_model.bin": ""}, "truncated, or older than torch"),
-        ({"config.json": '{"model_type": "llama"}', "model.safetensors": ""}, "no complete safetensors file"),
+        ({"config.json": '{"model_type": "llama"}', "model.safetensors": ""}, "not a complete safetensors file"),
         ({"config.json": '{"model_type": "bert"}'}, "without weights"),
     ],
 )
@@ -176,11 +176,11 @@ def test_anything_else_is_explained(tmp_path: Path, files: dict[str, str], messa
         load(tmp_path / "nowhere")
 
 
-def test_parts_are_no_models(tmp_path: Path) -> None:
+def test_parts_are_not_models(tmp_path: Path) -> None:
     lm, tower = write_tiny_lm(tmp_path / "lm"), write_tiny_tower(tmp_path / "tower")
-    with pytest.raises(CheckpointError, match=r"a plain language model .type 'llama'. is only a part"):
+    with pytest.raises(CheckpointError, match=r"a plain language model .type 'llama'., only a part of a model"):
         load(lm)
-    with pytest.raises(CheckpointError, match=r"a vision tower .type 'clip_vision_model'. is only a part"):
+    with pytest.raises(CheckpointError, match=r"a vision tower .type 'clip_vision_model'., only a part of a model"):
         load(tower)
 
 
@@ -205,7 +205,7 @@ def test_adapters_that_do_not_fit(tmp_path: Path, built: Loaded) -> None:
         load(tmp_path / "adapter")
 
 
-def test_parts_that_would_be_passed_over_are_refused(tmp_path: Path) -> None:
+def test_parts_that_would_be_unused_are_rejected(tmp_path: Path) -> None:
     loaded = tiny_llava(template="vicuna_v1", image_mode="pad")
     save_model(loaded.model, loaded.processor, tmp_path / "model", origin=loaded.origin)
     save_projector(loaded.model, loaded.processor, tmp_path / "projector", origin=loaded.origin)
@@ -214,11 +214,11 @@ def test_parts_that_would_be_passed_over_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"--model-base would change nothing.*Used with it: --template"):
             load(tmp_path / folder, base="another")
     for folder in ("model", "hf", "projector"):
-        with pytest.raises(ConfigError, match="--vision_tower would change nothing"):
+        with pytest.raises(ConfigError, match="--vision-tower would change nothing"):
             load(tmp_path / folder, vision_tower="another")
 
 
-def test_another_template_goes_into_model_and_processor(tmp_path: Path) -> None:
+def test_another_template_is_set_in_model_and_processor(tmp_path: Path) -> None:
     loaded = tiny_llava(template="vicuna_v1")
     save_model(loaded.model, loaded.processor, tmp_path, origin=loaded.origin)
     again = load(tmp_path, template="mistral_instruct")
@@ -226,7 +226,7 @@ def test_another_template_goes_into_model_and_processor(tmp_path: Path) -> None:
 
 
 def test_an_adapter_in_a_bin_file(tmp_path: Path, built: Loaded) -> None:
-    """As other writers of peft adapters leave it; what is wrong in it is said of this file."""
+    """Other programs write peft adapters so; a message about its weights names this file."""
     network = add_lora(built, r=2)
     shake(trained(network))
     save_adapter(network, built.processor, tmp_path / "adapter", origin=built.origin)

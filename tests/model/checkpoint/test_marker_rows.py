@@ -1,4 +1,4 @@
-"""Embedding rows of the markers beside a projector: they go where the vocabulary has the two words."""
+"""Marker embedding rows in a projector file: they are written where the vocabulary has the two tokens."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def write_two_rows(root: Path, **options: Any) -> Path:
-    """A projector trained with the markers: their two rows alone are beside it."""
+    """Write a projector trained with the markers, with only their two rows."""
     folder = write_projector_only(root, mm_use_im_start_end=True, **options)
     torch.save({**projector_weights("mlp2x_gelu"), TABLES[0]: ROWS}, folder / "mm_projector.bin")
     return folder
 
 
 def pad_base(folder: Path, num_rows: int) -> None:
-    """Give a language model rows that no word has, as many published ones have."""
+    """Add unused rows to a language model's tables, as many published ones have."""
     state = load_file(folder / "model.safetensors")
     state |= {name: torch.cat([state[name], random_tensor((num_rows, 32), 8)]) for name in TABLES}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -39,7 +39,7 @@ def pad_base(folder: Path, num_rows: int) -> None:
 
 @pytest.mark.parametrize("num_free_rows", [0, 1, 9])
 @pytest.mark.parametrize("has_patch_token", [False, True])
-def test_two_rows_go_to_the_words(tmp_path: Path, num_free_rows: int, has_patch_token: bool) -> None:
+def test_two_rows_are_those_of_the_tokens(tmp_path: Path, num_free_rows: int, has_patch_token: bool) -> None:
     folder = write_two_rows(tmp_path, mm_use_im_patch_token=has_patch_token)
     pad_base(tmp_path / "lm", num_free_rows)
     loaded = load(folder, base=str(tmp_path / "lm"))
@@ -55,7 +55,7 @@ def test_two_rows_go_to_the_words(tmp_path: Path, num_free_rows: int, has_patch_
 
 
 def test_a_base_that_has_the_markers_keeps_its_size(tmp_path: Path) -> None:
-    """The base of LLaVA-Med 1.0 with the words in its vocabulary: the rows replace its own."""
+    """The base of LLaVA-Med 1.0 has the tokens in its vocabulary: the rows replace its own."""
     base = write_legacy(tmp_path, style="patch_token", projector="linear", tower_inside=False, name="base")
     folder = tmp_path / "stage1"
     folder.mkdir()
@@ -67,7 +67,7 @@ def test_a_base_that_has_the_markers_keeps_its_size(tmp_path: Path) -> None:
 
 
 def test_without_the_key_the_vocabulary_has_the_patch_token(tmp_path: Path) -> None:
-    """llava-med 1.4: absent means true, in every style."""
+    """An absent `mm_use_im_patch_token` means true, in every style."""
     folder = write_legacy(tmp_path)
     config = sniff(folder).config
     assert word_id(load(folder).processor.tokenizer, "<im_patch>") is None

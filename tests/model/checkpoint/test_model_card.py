@@ -1,4 +1,4 @@
-"""The card beside saved weights: parts, licences, data hashes; and whose text it is."""
+"""The model card of saved weights: parts, licenses, data hashes; and a card of the user's own."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from pathlib import Path
 import pytest
 
 from llava.model.builder import Loaded
-from llava.model.checkpoint.model_card import MARK, NOT_STATED, licence_of, parts, public_command, public_name
+from llava.model.checkpoint.model_card import MARK, NOT_STATED, license_of, parts, public_command, public_name
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.lora import add_lora
 
 
-def test_parts_and_their_licences(tmp_path: Path, built: Loaded) -> None:
+def test_parts_and_their_licenses(tmp_path: Path, built: Loaded) -> None:
     folder = tmp_path / "parts"
     (folder / "lm" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     (folder / "tower" / "LICENSE").write_text("MIT License\n\nCopyright\n")
     save_model(built.model, built.processor, tmp_path / "model", origin=built.origin)
     text = (tmp_path / "model" / "README.md").read_text()
-    assert "language model: `lm`; licence: apache-2.0" in text
-    assert "vision tower: `tower`; licence: LICENSE in its folder (MIT License)" in text
+    assert "language model: `lm`; license: apache-2.0" in text
+    assert "vision tower: `tower`; license: LICENSE in its folder (MIT License)" in text
     assert text.startswith("---\n")
     assert "no training run wrote this folder" in text
     save_model(built.model, built.processor, tmp_path / "second", origin={"base": str(tmp_path / "model")})
     second = (tmp_path / "second" / "README.md").read_text()
     assert "base: `model`" in second
     assert str(tmp_path) not in text + second
-    assert "licence: apache-2.0" in second
+    assert "license: apache-2.0" in second
 
 
 def test_data_hashes_of_the_run_and_of_its_checkpoints(tmp_path: Path, built: Loaded) -> None:
@@ -76,7 +76,7 @@ def test_bases_that_name_each_other(tmp_path: Path) -> None:
     assert found == ["a", "b", "a"]
 
 
-def test_a_card_of_ones_own_stays(tmp_path: Path, built: Loaded) -> None:
+def test_a_card_of_the_users_own_is_kept(tmp_path: Path, built: Loaded) -> None:
     network = add_lora(built, r=2)
     save_adapter(network, built.processor, tmp_path / "adapter", origin=built.origin)
     card = tmp_path / "adapter" / "README.md"
@@ -86,7 +86,7 @@ def test_a_card_of_ones_own_stays(tmp_path: Path, built: Loaded) -> None:
     assert card.read_text().endswith("My own words.\n")
 
 
-def test_licences_that_are_not_stated(tmp_path: Path) -> None:
-    assert licence_of(str(tmp_path)) == NOT_STATED
-    assert licence_of("somebody/unknown") == NOT_STATED
-    assert licence_of("lmsys/vicuna-7b-v1.5") == "Llama 2 Community License"
+def test_licenses_that_are_not_stated(tmp_path: Path) -> None:
+    assert license_of(str(tmp_path)) == NOT_STATED
+    assert license_of("somebody/unknown") == NOT_STATED
+    assert license_of("lmsys/vicuna-7b-v1.5") == "Llama 2 Community License"

@@ -1,4 +1,4 @@
-"""What conversions must not lose: towers that changed, scales, copies without their original; and what they leave."""
+"""Conversions keep changed towers, check scales and copies of tower adapters, and leave no partial folder."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from llava.model.checkpoint.folder import new_folder
 from llava.model.checkpoint.formats import sniff
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_model
-from llava.model.checkpoint.tools import convert as converting
-from llava.model.checkpoint.tools.convert import convert
+from llava.model.checkpoint.tools.convert import WRITERS, convert, to_model
 from llava.model.checkpoint.tools.merge_lora import merge_lora
 from tests.support.legacy_folders import write_legacy, write_lora
 
@@ -31,7 +30,7 @@ def weight(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("ways", [["legacy"], ["model", "legacy"], ["hf", "legacy"], ["ours", "legacy"]])
-def test_a_tower_with_its_adapter_added_goes_into_the_legacy_folder(tmp_path: Path, ways: list[str]) -> None:
+def test_a_tower_with_a_merged_adapter_is_written_into_the_legacy_folder(tmp_path: Path, ways: list[str]) -> None:
     folder, options = write_lora(tmp_path, tower_adapter=True), ForeignOptions(base=str(tmp_path / "lm"))
     expected = load(folder, base=str(tmp_path / "lm")).model.state_dict()[f"{LAYER}.weight"]
     for way in ways:
@@ -46,7 +45,7 @@ def test_a_tower_with_its_adapter_added_goes_into_the_legacy_folder(tmp_path: Pa
 
 
 @pytest.mark.parametrize("is_trained", [True, False])
-def test_a_tower_from_beside_goes_in_when_it_was_trained_since(tmp_path: Path, is_trained: bool) -> None:
+def test_an_external_tower_is_written_if_it_was_trained(tmp_path: Path, is_trained: bool) -> None:
     convert(write_legacy(tmp_path, tower_inside=False), tmp_path / "ours", "ours")
     loaded = load(tmp_path / "ours")
     if is_trained:
@@ -63,7 +62,7 @@ def change_settings(folder: Path, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"r": 8}, {"r": 0}, {"r": None}, {"r": "4"}, {"lora_alpha": None}])
-def test_a_scale_that_is_not_that_of_the_matrices_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_a_scale_that_does_not_fit_the_matrices_is_rejected(tmp_path: Path, settings: dict[str, Any]) -> None:
     folder = write_lora(tmp_path)
     change_settings(folder, **settings)
     with pytest.raises(CheckpointError, match=r"expected"):
@@ -80,9 +79,9 @@ def test_copies_of_a_tower_adapter_that_is_not_here(tmp_path: Path, does_somethi
     if not does_something:
         load(folder, base=str(tmp_path / "lm"))
         return
-    with pytest.raises(CheckpointError, match=r"Vit-lora.*--lora_pretrain"):
+    with pytest.raises(CheckpointError, match=r"Vit-lora.*--lora-pretrain"):
         load(folder, base=str(tmp_path / "lm"))
-    with pytest.raises(CheckpointError, match=r"Vit-lora.*--lora_pretrain"):
+    with pytest.raises(CheckpointError, match=r"Vit-lora.*--lora-pretrain"):
         merge_lora(folder, str(tmp_path / "lm"), tmp_path / "merged")
 
 
@@ -94,7 +93,7 @@ def test_a_merged_models_card_has_its_name(tmp_path: Path) -> None:
 
 @pytest.fixture(params=[True, False])
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """An empty folder, or none; as it was afterwards."""
+    """Return an empty or missing folder, and check afterwards that it is unchanged."""
     folder = tmp_path / "new"
     if request.param:
         folder.mkdir()
@@ -107,12 +106,12 @@ def test_a_conversion_on_a_full_disk_leaves_nothing(
     tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(layout: Any, options: Any, path: Path) -> None:
-        converting.to_model(layout, options, path)
+        to_model(layout, options, path)
         (path / "inner").mkdir()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     source = write_legacy(tmp_path)
-    monkeypatch.setitem(converting.WRITERS, "model", full)
+    monkeypatch.setitem(WRITERS, "model", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         convert(source, target, "model")
 

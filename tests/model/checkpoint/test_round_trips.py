@@ -1,4 +1,4 @@
-"""legacy -> ours -> legacy, and through transformers' layout where that can hold the model: every bit and every key."""
+"""Round trips legacy -> ours -> legacy, also through transformers' format if it can hold the model: bitwise equal."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ ORACLES = (
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, of each of its weight files."""
+    """Return all tensors of a folder's weight files."""
     layout = sniff(path)
     files = {entry.file for entry in (*layout.tensors.values(), *layout.extra.values())}
     return {name: tensor for file in files for name, tensor in open_tensors(file)}
@@ -89,7 +89,7 @@ def assert_same_files(before: Path, after: Path) -> None:
 
 
 def round_trip(source: Path, work: Path, options: ForeignOptions) -> str:
-    """Through ours, and through transformers' layout as well where it can hold the model; returns the way taken."""
+    """Convert to ours and back, and through transformers' format if it can hold the model; return the path taken."""
     convert(source, work / "ours", "ours", options)
     convert(work / "ours", work / "legacy", "legacy")
     assert_same_files(source, work / "legacy")
@@ -110,18 +110,18 @@ SPECIFIED_KEYS = {
     *("image_grid_pinpoints", "tokenizer_padding_side", "tokenizer_model_max_length", "mm_projector_lr"),
     *("unfreeze_mm_vision_tower", "mm_vision_tower_lr", "mm_resampler_type", "max_sequence_length"),
 }
-"""Keys of config.json in llava-med.md 1.4."""
+"""Keys of config.json in the legacy formats."""
 
 
 def test_every_specified_key_makes_a_round_trip(tmp_path: Path) -> None:
-    """One of the kinds has them all, and a key that nobody knows; the round trip below compares whole files."""
+    """One of the kinds has all of them, and an unknown key; the round trip below compares whole files."""
     source = write_legacy(tmp_path, **KINDS["mistral, mlp, every key"])
     assert SPECIFIED_KEYS | {"a_key_of_tomorrow"} <= json.loads((source / "config.json").read_text()).keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tensor_is_accounted_for(tmp_path: Path, kind: str) -> None:
-    """No tensor of the files is dropped without a word: each has one row in the table, read or computed anew."""
+    """No tensor of the files is dropped silently: each has one row in the table, loaded or computed."""
     source = write_legacy(tmp_path, **KINDS[kind])
     rows = [row for row in inspect(source).rows if row.name]
     assert sorted(row.name for row in rows) == sorted(list_tensors(source))
@@ -215,13 +215,13 @@ def test_adapters_and_projectors_made_here_become_legacy(tmp_path: Path, built: 
     torch.testing.assert_close(logits(again), logits(built), rtol=0, atol=1e-5)
 
 
-def test_options_that_a_rewritten_part_does_not_take_are_refused(tmp_path: Path, built: Loaded) -> None:
+def test_options_that_a_rewritten_part_does_not_take_are_rejected(tmp_path: Path, built: Loaded) -> None:
     half = ForeignOptions(dtype=torch.float16)
     stage1 = write_projector_only(tmp_path)
-    with pytest.raises(ConfigError, match=r"leave --dtype out, or .* --to model"):
+    with pytest.raises(ConfigError, match=r"omit --dtype, or .* --to model"):
         convert(stage1, tmp_path / "out", "ours", ForeignOptions(base=str(tmp_path / "lm"), dtype=torch.float16))
     save_projector(built.model, built.processor, tmp_path / "projector", origin=built.origin)
-    with pytest.raises(ConfigError, match="leave --dtype out"):
+    with pytest.raises(ConfigError, match="omit --dtype"):
         convert(tmp_path / "projector", tmp_path / "out", "legacy", half)
     with pytest.raises(ConfigError, match="--model-base, --template would change nothing"):
         convert(tmp_path / "projector", tmp_path / "out", "legacy", ForeignOptions(base="x", template="plain"))
@@ -229,7 +229,7 @@ def test_options_that_a_rewritten_part_does_not_take_are_refused(tmp_path: Path,
 
 
 def test_a_projector_whose_file_names_no_language_model_becomes_a_whole_legacy_configuration(tmp_path: Path) -> None:
-    """Stage 1 of some trainers leaves the `mm_` keys alone; the language model's sizes come from its base."""
+    """Stage 1 of some trainers writes only the `mm_` keys; the language model's sizes are those of its base."""
     stage1 = write_projector_only(tmp_path)
     config = json.loads((stage1 / "config.json").read_text())
     kept = {key: value for key, value in config.items() if key.startswith(("mm_", "tune_", "image_"))}

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, under names that others read, and never executed when read."""
+"""Saved files: written completely or not at all, under names that other tools read, and never executed when read."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_old_names_of_the_projector(tmp_path: Path, tiny: Loaded) -> None:
 
 @pytest.mark.parametrize("num_rows", [2, 300])
 def test_marker_rows_of_a_file_with_another_vocabulary(tmp_path: Path, num_rows: int) -> None:
-    """Files of the seeds hold the new rows alone or a whole table; the markers are its last rows."""
+    """Files of the original trainers hold the new rows or a whole table; the markers are its last rows."""
     loaded = tiny_llava("linear", use_im_start_end=True)
     markers = loaded.model.config.marker_token_ids
     before = loaded.model.get_input_embeddings().weight.detach().clone()
@@ -130,7 +130,7 @@ def test_pickles_are_not_executed(tmp_path: Path, tiny: Loaded, monkeypatch: pyt
 
 
 def test_saved_weights_open_without_this_package(tmp_path: Path, built: Loaded) -> None:
-    """The language model's weights keep transformers' names, so other tools can read them."""
+    """The language model's weights keep transformers' names, which other tools read."""
     save_model(built.model, built.processor, tmp_path / "model")
     names = set(load_file(tmp_path / "model" / "model.safetensors"))
     plain = set(AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "lm").state_dict())
@@ -141,7 +141,7 @@ def test_saved_weights_open_without_this_package(tmp_path: Path, built: Loaded) 
 
 
 def test_the_last_kind_that_was_saved_is_the_one_that_loads(tmp_path: Path) -> None:
-    """A run may be repeated in its folder as another kind; nothing of the earlier one may be read then."""
+    """A run may be repeated in its folder as another kind; nothing of the earlier run may be read then."""
     loaded = tiny_llava()
     save_model(loaded.model, loaded.processor, tmp_path)
     adapted = tiny_llava()

@@ -1,4 +1,4 @@
-"""Where a tower is looked for: given, inside, named (from here, then beside the checkpoint), or known by name."""
+"""Places of a tower: given, inside, named (from the working directory, then the checkpoint), or known by name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.support.model_tools import logits
 from tests.support.tiny import write_tiny_tower
 
 
-def test_a_published_tower_inside_needs_nothing_fetched(tmp_path: Path) -> None:
-    """Its settings and its preprocessing are known by the name that the checkpoint writes."""
+def test_a_published_tower_inside_needs_no_download(tmp_path: Path) -> None:
+    """Its settings and its preprocessing are known by the name in the checkpoint."""
     layout = sniff(write_legacy(tmp_path, mm_vision_tower="openai/clip-vit-large-patch14-336"))
     source = find_tower(layout)
     config = source.config()
@@ -43,7 +43,7 @@ def test_a_tower_inside_is_used_and_not_the_one_it_names(tmp_path: Path) -> None
 
 def test_relative_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_legacy(tmp_path, tower_inside=False, mm_vision_tower="tower")
-    with pytest.raises(CheckpointError, match="--vision_tower"):
+    with pytest.raises(CheckpointError, match="--vision-tower"):
         load(folder)
     monkeypatch.chdir(tmp_path)
     expected = logits(load(folder))

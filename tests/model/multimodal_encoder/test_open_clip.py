@@ -1,4 +1,4 @@
-"""open_clip towers: the recorded one, timm's forward written out, names both ways, files, pictures, refusals."""
+"""open_clip towers: recorded outputs, timm's forward in plain torch, names both ways, files, preprocessing, errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from llava.model.multimodal_encoder.towers import load_tower, num_patches, tower
 from tests.support.tiny import tiny_image, write_tiny_lm
 
 SMALL = {"scaled": Trunk(14, 32, 3, 4, layer_scale=True), "plain": Trunk(14, 32, 3, 4, layer_scale=False)}
-"""Trunks of the two published families with two by two patches at 28 pixels."""
+"""Trunks of the two published types, with 2 x 2 patches at 28 pixels."""
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def timm_weights(trunk: Trunk, *, size: int = 28, seed: int = 0) -> dict[str, Tensor]:
-    """Random weights under timm's names."""
+    """Return random weights under timm's names."""
     draw = torch.Generator().manual_seed(seed)
     width, positions = trunk.width, (size // trunk.patch) ** 2 + 1
     shapes: dict[str, tuple[int, ...]] = {
@@ -79,7 +79,7 @@ def timm_weights(trunk: Trunk, *, size: int = 28, seed: int = 0) -> dict[str, Te
 
 
 def timm_states(weights: dict[str, Tensor], trunk: Trunk, pixels: Tensor) -> list[Tensor]:
-    """Hidden states as specification llava-rad 1.4 describes them: embedded patches, then the output of every block."""
+    """Return hidden states computed as in timm: embedded patches, then the output of every block."""
     patches = F.conv2d(pixels, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=trunk.patch)
     tokens = patches.flatten(2).transpose(1, 2)
     tokens = torch.cat([weights["cls_token"].expand(len(tokens), -1, -1), tokens], dim=1) + weights["pos_embed"]
@@ -108,7 +108,7 @@ def model_config(name: str, size: int = 28) -> dict[str, Any]:
 
 
 def training_checkpoint(trunk: dict[str, Tensor]) -> dict[str, Any]:
-    """What open_clip's training writes: everything, under a parallel prefix, with the optimizer."""
+    """Return what open_clip's training writes: all weights under a parallel prefix, and the optimizer."""
     state = {f"module.visual.trunk.{name}": tensor for name, tensor in trunk.items()}
     dead = {
         "module.visual.head.proj.weight": torch.zeros(16, 32),
@@ -119,7 +119,7 @@ def training_checkpoint(trunk: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def write_tower(folder: Path, name: str, *, size: int = 28, table_size: int | None = None) -> dict[str, str]:
-    """Both files of a tower, as keywords of `load_tower`."""
+    """Write both files of a tower; return them as keyword arguments of `load_tower`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model_config(name, size)))
     weights = timm_weights(SMALL[name], size=table_size or size)
@@ -136,11 +136,11 @@ def test_the_recorded_tower(shared: Path) -> None:
     tower = load_tower("biomedclipcxr_tiny", torch.float32, **given)
     processor = tower_image_processor("biomedclipcxr_tiny", tower.config, None, **given)
     assert num_patches(processor, tower.config) == 16
-    recorded, pictures = np.load(folder / "tower.npz"), np.load(folder / "image_preprocess.npz")
+    recorded, preprocessed = np.load(folder / "tower.npz"), np.load(folder / "image_preprocess.npz")
     for row, name in enumerate(recorded["names"]):
-        with Image.open(folder / "images" / name) as picture:
-            pixels = processor(images=[picture.convert("RGB")], return_tensors="pt")["pixel_values"]
-        torch.testing.assert_close(pixels[0], torch.from_numpy(pictures[name]), rtol=0, atol=1e-6)
+        with Image.open(folder / "images" / name) as image:
+            pixels = processor(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(pixels[0], torch.from_numpy(preprocessed[name]), rtol=0, atol=1e-6)
         with torch.no_grad():
             states = tower(pixels, output_hidden_states=True).hidden_states
         for layer, expected in enumerate(recorded["hidden_states"]):
@@ -188,7 +188,7 @@ def test_published_towers(file: str, model_type: str, patches: int, num_names: i
     assert sum(p.numel() for n, p in model.named_parameters() if not n.startswith("pooler.")) == num_values
 
 
-def test_the_middle_of_a_film_is_open_clips() -> None:
+def test_the_center_crop_is_that_of_open_clip() -> None:
     processor = OpenClipImageProcessorPil(
         size={"shortest_edge": 28},
         crop_size={"height": 28, "width": 28},
@@ -197,8 +197,8 @@ def test_the_middle_of_a_film_is_open_clips() -> None:
     )
     for rest, expected in [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (7, 4)]:
         columns = np.tile(np.arange(28 + rest, dtype=np.uint8), (28, 1))
-        film = Image.fromarray(np.stack([columns] * 3, axis=-1))
-        pixels = processor(images=[film], return_tensors="pt")["pixel_values"]
+        image = Image.fromarray(np.stack([columns] * 3, axis=-1))
+        pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
         assert int(pixels[0, 0, 0, 0]) == expected, rest
 
 
@@ -208,19 +208,19 @@ def test_a_model_around_the_tower_is_saved_and_found_again(tmp_path: Path) -> No
     loaded = build(
         str(lm), "my_tower", vision_tower_config=given["config_file"], vision_tower_checkpoint=given["checkpoint"]
     )
-    picture = tiny_image(0, 41).resize((41, 28))
-    pixels = loaded.processor.pixels([picture])
+    image = tiny_image(0, 41).resize((41, 28))
+    pixels = loaded.processor.pixels([image])
     features = loaded.model.tower_features(pixels)
     states = timm_states(timm_weights(SMALL["scaled"]), SMALL["scaled"], pixels)
     torch.testing.assert_close(features, states[-2][:, 1:], rtol=0, atol=1e-5)
     save_model(loaded.model, loaded.processor, tmp_path / "saved", origin=loaded.origin)
     again = load(tmp_path / "saved")
     assert type(again.processor.image_processor) is OpenClipImageProcessorPil
-    assert torch.equal(again.processor.pixels([picture]), pixels)
+    assert torch.equal(again.processor.pixels([image]), pixels)
     assert torch.equal(again.model.tower_features(pixels), features)
 
 
-def test_folder_of_the_hub_layout(tmp_path: Path) -> None:
+def test_folder_of_the_hub_format(tmp_path: Path) -> None:
     weights = {f"visual.trunk.{name}": tensor for name, tensor in timm_weights(SMALL["plain"]).items()}
     save_file(weights, tmp_path / "open_clip_model.safetensors")
     preprocess = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
@@ -246,11 +246,11 @@ def test_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(given["config_file"]).rename(folder / "open_clip_config.json")
     Path(given["checkpoint"]).rename(folder / "open_clip_pytorch_model.bin")
     assert load_tower("hf-hub:owner/tower", torch.float32).config.hidden_size == 32
-    with pytest.raises(CheckpointError, match=r"hub repository owner/other gives none of open_clip_config\.json"):
+    with pytest.raises(CheckpointError, match=r"hub repository owner/other has none of open_clip_config\.json"):
         load_tower("hf-hub:owner/other", torch.float32)
 
 
-def test_a_name_is_no_behaviour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_does_not_change_behavior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = write_tower(tmp_path / "files", "plain")
     (tmp_path / "biomedclip_cxr_518").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -282,7 +282,7 @@ def test_a_table_of_another_size_is_resampled(tmp_path: Path) -> None:
     original = timm_weights(SMALL["plain"])["pos_embed"]
     assert table.shape == (1, 10, 32)
     assert torch.equal(table[:, 0], original[:, 0])
-    # A grid of two by two stretched to three by three keeps its corners' order and its middle is the mean.
+    # A 2 x 2 grid resampled to 3 x 3 keeps the order of its corners, and its center is the mean.
     torch.testing.assert_close(table[0, 5], original[0, 1:].mean(dim=0), rtol=0, atol=1e-5)
 
 
@@ -331,7 +331,7 @@ def test_weights_must_fit_exactly(tmp_path: Path, how: str, message: str) -> Non
 
 
 class Code:
-    """Would write a file when unpickled."""
+    """Object that writes a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -368,12 +368,12 @@ def test_broken_and_unsafe_files(tmp_path: Path) -> None:
         ({"vision_cfg": {"timm_model_name": "plain", "image_size": 30}}, CheckpointError, "multiple of 14 pixels"),
     ],
 )
-def test_configurations_that_do_not_serve(content: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_unusable_configurations(content: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         trunk_config(content)
 
 
-def test_one_file_alone_is_refused(tmp_path: Path) -> None:
+def test_one_file_alone_is_rejected(tmp_path: Path) -> None:
     given = write_tower(tmp_path, "plain")
     with pytest.raises(ConfigError, match="needs two files"):
         load_tower("any", torch.float32, config_file=given["config_file"])

@@ -1,4 +1,4 @@
-"""Towers: which tokens and which layer are taken, parts of two-tower models, sizes, image processors."""
+"""Towers: selected tokens and layers, parts of two-tower models, sizes, image processors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PIXELS = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0)) - 
 
 
 def patch_states(tower: nn.Module, pixels: Tensor, name: str) -> list[Tensor]:
-    """Hidden states by hand: embeddings first, then the output of every layer; patch tokens only."""
+    """Return hidden states layer by layer: embeddings, then the output of every layer; patch tokens only."""
     embedded = tower.embeddings(pixels)
     if name == "clip":
         embedded = tower.pre_layrnorm(embedded)
@@ -68,7 +68,7 @@ def test_class_token_on_request(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_another_input_size_stretches_the_position_table(name: str) -> None:
+def test_another_input_size_interpolates_the_position_table(name: str) -> None:
     loaded = tiny_llava("linear", name, image_size=56, build_size=28)
     assert loaded.processor.image_size == (28, 28)
     features = loaded.model.tower_features(PIXELS)
@@ -79,7 +79,7 @@ def test_another_input_size_stretches_the_position_table(name: str) -> None:
 
 def test_size_must_fit_the_patches(tmp_path: Path) -> None:
     tower = load_tower(str(write_tiny_tower(tmp_path)), torch.float32)
-    with pytest.raises(ConfigError, match=r"30 is no multiple of the tower's patch size 14"):
+    with pytest.raises(ConfigError, match=r"30 is not a multiple of the tower's patch size 14"):
         tower_image_processor(str(tmp_path), tower.config, 30)
 
 
@@ -100,7 +100,7 @@ def test_vision_half_of_a_two_tower_model(tmp_path: Path) -> None:
     assert not tower.training
 
 
-def test_missing_weights_are_not_filled_with_random_ones(tmp_path: Path) -> None:
+def test_missing_weights_are_not_initialized_randomly(tmp_path: Path) -> None:
     file = write_tiny_tower(tmp_path) / "model.safetensors"
     weights = load_file(file)
     lost = next(name for name in weights if "layers.1" in name and "fc1.weight" in name)
@@ -110,8 +110,8 @@ def test_missing_weights_are_not_filled_with_random_ones(tmp_path: Path) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_a_language_model_is_no_tower(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no vision tower; expected CLIP"):
+def test_a_language_model_is_not_a_tower(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a vision tower; expected CLIP"):
         load_tower(str(write_tiny_lm(tmp_path)), torch.float32)
 
 

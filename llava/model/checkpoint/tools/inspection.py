@@ -232,7 +232,7 @@ def num_known_words(layout: Layout) -> int:
 
 
 def added_words(layout: Layout) -> dict[str, int]:
-    """Return the tokens added to a tokenizer's own vocabulary with their ids, from all files that list them."""
+    """Return the tokens added to a tokenizer's own vocabulary, with their ids, from all its files."""
     folder = layout.folder
     found = {word: row for word, row in read_json(folder / "added_tokens.json").items() if isinstance(row, int)}
     decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}

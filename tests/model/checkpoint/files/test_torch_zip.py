@@ -1,4 +1,4 @@
-"""Archives that claim to be `.bin` files: refused in one line, nothing unpacked that is not small."""
+"""Archives that claim to be `.bin` files: rejected in one line, and nothing large is unpacked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_description_that_unpacks_to_a_bomb(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("method", [99, 8])
 def test_archives_packed_in_another_way(tmp_path: Path, method: int) -> None:
-    """An unknown method, and bytes that are not what the stated method makes."""
+    """An unknown compression method, and bytes that the stated method does not produce."""
     file = tmp_path / "x.bin"
     torch.save({"x": torch.ones(2)}, file)
     content = bytearray(file.read_bytes())

@@ -1,4 +1,4 @@
-"""What our models have and the originals' layout has no obvious place for: words, a template, a tower inside."""
+"""Settings of our models that the legacy format has no key for: new tokens, a template, a tower inside."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def table(loaded: Loaded, name: str = EMBEDDINGS) -> torch.Tensor:
     return loaded.model.state_dict()[name]
 
 
-def test_words_that_were_added_since_keep_their_rows(tmp_path: Path) -> None:
+def test_tokens_that_were_added_keep_their_rows(tmp_path: Path) -> None:
     convert(write_legacy(tmp_path), tmp_path / "ours", "ours")
     loaded = load(tmp_path / "ours")
     loaded.processor.tokenizer.add_tokens(["pneumothorax"])
@@ -52,7 +52,7 @@ def test_words_that_were_added_since_keep_their_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("are_trained", [False, True])
-def test_rows_that_loading_made_go_unless_they_were_trained(tmp_path: Path, are_trained: bool) -> None:
+def test_rows_that_loading_added_are_dropped_unless_they_were_trained(tmp_path: Path, are_trained: bool) -> None:
     source = write_legacy(tmp_path, mm_use_im_start_end=True)
     convert(source, tmp_path / "ours", "ours")
     loaded = load(tmp_path / "ours")
@@ -71,13 +71,13 @@ def test_the_size_of_the_vocabulary_is_that_of_the_table(tmp_path: Path) -> None
     convert(save(tiny_llava(), tmp_path / "ours"), tmp_path / "legacy", "legacy")
     layout = sniff(tmp_path / "legacy")
     names = read_json(tmp_path / "legacy" / "tokenizer_config.json")
-    assert names["tokenizer_class"] == "PreTrainedTokenizerFast", "transformers 4 knows no other for tokenizer.json"
+    assert names["tokenizer_class"] == "PreTrainedTokenizerFast", "transformers 4 has no other class for tokenizer.json"
     assert layout.config["torch_dtype"] == "float32" and "dtype" not in layout.config
     assert layout.config["vocab_size"] == layout.tensors["model.embed_tokens.weight"].shape[0] == 261
 
 
 @pytest.mark.parametrize("template", ["chatml_direct", "vicuna_v1"])
-def test_a_template_that_content_does_not_tell_is_written(tmp_path: Path, template: str) -> None:
+def test_a_template_that_content_does_not_imply_is_written(tmp_path: Path, template: str) -> None:
     convert(save(tiny_llava(template=template), tmp_path / "ours"), tmp_path / "legacy", "legacy")
     named = sniff(tmp_path / "legacy").config.get(TEMPLATE_KEY)
     assert named == (None if template == "vicuna_v1" else template)
@@ -94,7 +94,7 @@ def test_a_projectors_template_is_written(tmp_path: Path) -> None:
     assert load(tmp_path / "legacy", base=str(tmp_path / "lm")).processor.template.name == "v0"
 
 
-def test_what_is_lost_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lost_settings_are_in_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tiny_llava(system="Be brief.", placement="as_written"), tmp_path / "ours")
     with caplog.at_level(logging.WARNING):
         convert(tmp_path / "ours", tmp_path / "legacy", "legacy")
@@ -102,7 +102,7 @@ def test_what_is_lost_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize("ways", [["legacy"], ["ours", "legacy"], ["hf", "legacy"], ["ours", "hf", "ours", "legacy"]])
-def test_a_tower_inside_the_folder_comes_along(tmp_path: Path, ways: list[str]) -> None:
+def test_a_tower_inside_the_folder_is_copied(tmp_path: Path, ways: list[str]) -> None:
     source = write_legacy(tmp_path, tower_inside=False, mm_vision_tower="parts/tower")
     shutil.move(tmp_path / "tower", source / "parts" / "tower")
     expected, folder = logits(load(source)), source
@@ -116,7 +116,7 @@ def test_a_tower_inside_the_folder_comes_along(tmp_path: Path, ways: list[str]) 
 
 
 @pytest.mark.parametrize("value", [{"a": 1}, ["v0"], 3])
-def test_a_template_key_that_is_no_name(tmp_path: Path, value: Any) -> None:
+def test_a_template_key_that_is_not_a_name(tmp_path: Path, value: Any) -> None:
     folder = write_legacy(tmp_path, llava_template=value)
     with pytest.raises(CheckpointError, match="llava_template is"):
         sniff(folder)
@@ -124,9 +124,9 @@ def test_a_template_key_that_is_no_name(tmp_path: Path, value: Any) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"norm": "channel"}, {"temperature": 0.1}])
-def test_projector_settings_that_the_layout_cannot_hold_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """The originals' cluster projector would give other numbers."""
+def test_projector_settings_that_the_format_cannot_hold_are_rejected(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """The original cluster projector would give other values."""
     save(tiny_llava("cluster", projector_kwargs={"num_centers": 3, **settings}), tmp_path / "ours")
-    with pytest.raises(CheckpointError, match=f"no place for the projector's {next(iter(settings))}"):
+    with pytest.raises(CheckpointError, match=f"no key for the projector's {next(iter(settings))}"):
         convert(tmp_path / "ours", tmp_path / "legacy", "legacy")
     assert not (tmp_path / "legacy").exists()

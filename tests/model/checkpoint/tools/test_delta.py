@@ -1,4 +1,4 @@
-"""Deltas: base + (target - base) is the target, new rows and image parts stay as they are, mistakes leave nothing."""
+"""Deltas: base + (target - base) is the target, new rows and image parts are unchanged, errors leave nothing."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_applying_gives_the_target(tmp_path: Path, base_rows: int, target_rows: 
 @pytest.mark.parametrize("base_rows", [32_000, 32_001])
 @pytest.mark.parametrize("target_rows", [32_003, 32_004])
 def test_vocabularies_of_the_published_models(tmp_path: Path, base_rows: int, target_rows: int, kind: str) -> None:
-    """Base rows 32000 (LLaMA) and 32001 (Vicuna), target rows 32003 and 32004, both file formats."""
+    """Vocabularies of 32000 (LLaMA) or 32001 (Vicuna) base rows and 32003 or 32004 target rows, both file formats."""
     base = write(tmp_path / "base", language_model(base_rows, 0), safe=kind == "linear")
     wanted = {**language_model(target_rows, 1), **projector(kind)}
     target = write(tmp_path / "target", wanted, safe=kind != "linear", max_shard_bytes=10**6)
@@ -126,11 +126,11 @@ def changed(state: State, **tensors: Tensor) -> State:
     [
         (changed(language_model(30, 1), model__norm__weight=torch.ones(9)), "another model size"),
         (language_model(29, 1), "another model size"),
-        (changed(language_model(30, 1), model__layers__1__x=torch.ones(9)), "is this the base"),
+        (changed(language_model(30, 1), model__layers__1__x=torch.ones(9)), "expected the base"),
         ({"model.norm.weight": torch.ones(WIDTH)}, "lacks 4 tensors"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_left(tmp_path: Path, state: State, message: str) -> None:
+def test_a_mismatch_is_rejected_and_nothing_is_left(tmp_path: Path, state: State, message: str) -> None:
     base = write(tmp_path / "base", language_model(30, 0))
     given = write(tmp_path / "delta", state)
     with pytest.raises(CheckpointError, match=message):
@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(tmp_path: Path, state:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta"]
 
 
-def test_another_base_of_the_same_shape_is_refused(tmp_path: Path) -> None:
+def test_another_base_of_the_same_shape_is_rejected(tmp_path: Path) -> None:
     base, other = (write(tmp_path / str(seed), language_model(30, seed)) for seed in (0, 5))
     delta.make(base, write(tmp_path / "target", language_model(30, 1)), tmp_path / "delta", FULL)
     with pytest.raises(CheckpointError, match="not the model that this delta was made from"):
@@ -153,7 +153,7 @@ def test_a_damaged_delta_is_found(tmp_path: Path) -> None:
     state = read(tmp_path / "delta")
     state["lm_head.weight"][3, 3] += 1
     save_file(state, tmp_path / "delta" / "model.safetensors")
-    with pytest.raises(CheckpointError, match="not the one the delta was made for"):
+    with pytest.raises(CheckpointError, match="differs from the one the delta was made for"):
         delta.apply(base, tmp_path / "delta", tmp_path / "again", FULL, verify=True)
     with pytest.raises(CheckpointError, match="--dtype float32"):
         delta.apply(base, tmp_path / "delta", tmp_path / "again", verify=True)

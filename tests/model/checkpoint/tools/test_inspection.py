@@ -1,4 +1,4 @@
-"""Inspection without torch; what the doctor finds; what differs between two checkpoints."""
+"""Inspection without torch, the doctor's findings, and differences between two checkpoints."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_inspect_imports_neither_torch_nor_transformers(tmp_path: Path, safe: bo
 
 
 def test_weights_are_not_read(tmp_path: Path) -> None:
-    """Numbers may be anything: only headers are looked at."""
+    """Weights may have any value: only headers are read."""
     folder = write_legacy(tmp_path)
     before = render(inspect(folder))
     file = folder / "model.safetensors"
@@ -71,7 +71,7 @@ def test_weights_are_not_read(tmp_path: Path) -> None:
     assert render(inspect(folder)) == before
 
 
-def test_recognised_by_content_wherever_it_lies(tmp_path: Path, tiny: Loaded) -> None:
+def test_recognized_by_content_in_any_folder(tmp_path: Path, tiny: Loaded) -> None:
     root = tmp_path / "llava-lora-mpt-projector"
     root.mkdir()
     kinds = {"legacy": write_legacy(root), "language_model": root / "lm", "vision_tower": root / "tower"}
@@ -98,7 +98,7 @@ def test_every_tensor_has_a_status(tmp_path: Path) -> None:
     assert not counts["missing"] + counts["unexpected"] + counts["wrong shape"]
     text = render(inspect(folder))
     assert text.count("\n") > sum(counts.values())
-    assert "one place holder an image" in text
+    assert "one placeholder per image" in text
     assert "pad, layer -2, front" in text
 
 
@@ -111,8 +111,8 @@ def test_patch_tokens_and_their_ids(tmp_path: Path) -> None:
     assert statuses(folder)["new"] == 0
 
 
-def test_rows_that_loading_makes_are_new(tmp_path: Path) -> None:
-    """Words that the tokenizer has and no table, words that loading adds, and a head that is shorter."""
+def test_rows_that_loading_adds_are_new(tmp_path: Path) -> None:
+    """Tokens of the tokenizer without a row, tokens that loading adds, and a shorter head get new rows."""
     folder = write_legacy(tmp_path, safe=False, mm_use_im_start_end=True, mm_use_im_patch_token=True)
     head = torch.load(folder / "pytorch_model.bin")["lm_head.weight"]
     change(folder, add={"lm_head.weight": head[:-3]})
@@ -138,7 +138,7 @@ def change(folder: Path, drop: str = "", add: dict[str, torch.Tensor] | None = N
         ("", {"model.norm.weight": torch.ones(7)}, "wrong shape", "model.norm.weight"),
     ],
 )
-def test_the_doctor_names_bad_tensors(
+def test_the_doctor_reports_bad_tensors(
     tmp_path: Path, drop: str, add: dict[str, torch.Tensor], status: str, name: str
 ) -> None:
     folder = write_legacy(tmp_path, safe=False)
@@ -152,10 +152,10 @@ def test_the_doctor_names_bad_tensors(
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"tower_inside": False, "mm_vision_tower": "nowhere"}, "--vision_tower"),
+        ({"tower_inside": False, "mm_vision_tower": "nowhere"}, "--vision-tower"),
         ({"mm_hidden_size": 1024}, "mm_hidden_size is 1024"),
         ({"architectures": ["LlavaMptForCausalLM"]}, "around mpt"),
-        ({"mm_patch_merge_type": "max_pool"}, "mm_patch_merge_type 'max_pool' is not read"),
+        ({"mm_patch_merge_type": "max_pool"}, "mm_patch_merge_type 'max_pool' is not supported"),
         ({"mm_vision_select_layer": -5}, "the tower has 3 layers, so expected -4 to 3"),
         ({"mm_vision_select_layer": 4, "tower_inside": False}, "the tower has 3 layers, so expected -4 to 3"),
         ({"s2": True}, "multi-scale"),
@@ -166,7 +166,7 @@ def test_the_doctor_names_bad_tensors(
 def test_the_doctor_reads_settings(tmp_path: Path, options: dict[str, Any], error: str) -> None:
     folder = write_legacy(tmp_path, **options)
     assert errors(folder).count(error) == 1
-    if "mm_hidden_size" not in options:  # the originals read it; here the tower decides
+    if "mm_hidden_size" not in options:  # the original code reads it; here the tower's width counts
         with pytest.raises(CheckpointError):
             load(folder)
 
@@ -177,7 +177,7 @@ def test_the_doctor_knows_the_layers_of_published_towers(tmp_path: Path) -> None
     assert "the tower has 24 layers, so expected -25 to 24" in errors(folder)
 
 
-def test_a_tower_that_is_given_has_too_few_layers(tmp_path: Path) -> None:
+def test_a_given_tower_with_too_few_layers(tmp_path: Path) -> None:
     folder = write_legacy(tmp_path, tower_inside=False, mm_vision_tower="somebody/tower", mm_vision_select_layer=-7)
     with pytest.raises(CheckpointError, match="mm_vision_select_layer is -7; the tower has 3 layers"):
         load(folder, vision_tower=str(tmp_path / "tower"))
@@ -191,18 +191,18 @@ def test_a_tower_that_is_given_has_too_few_layers(tmp_path: Path) -> None:
         *(("mlp2x_gelu", name) for name in ("0.weight", "2.bias")),
     ],
 )
-def test_the_doctor_misses_every_weight_of_a_projector(tmp_path: Path, projector: str, drop: str) -> None:
+def test_the_doctor_reports_every_missing_weight_of_a_projector(tmp_path: Path, projector: str, drop: str) -> None:
     folder = write_legacy(tmp_path, projector=projector, safe=False)
     assert not errors(folder)
     change(folder, f"model.mm_projector.{drop}")
     assert f"missing: model.multi_modal_projector.{drop}" in errors(folder)
 
 
-def test_an_mlp_that_lost_a_layer_is_no_smaller_mlp(tmp_path: Path) -> None:
+def test_an_mlp_that_lost_a_layer_is_not_a_smaller_mlp(tmp_path: Path) -> None:
     folder = write_legacy(tmp_path, safe=False)
     for part in ("weight", "bias"):
         change(folder, f"model.mm_projector.2.{part}")
-    message = "mm_projector_type is 'mlp2x_gelu', the weights are those of 'mlp1x_gelu' only"
+    message = "mm_projector_type is 'mlp2x_gelu', but the weights are those of 'mlp1x_gelu'; some are missing"
     assert message in errors(folder)
     with pytest.raises(CheckpointError, match=message):
         load(folder)
@@ -211,14 +211,14 @@ def test_an_mlp_that_lost_a_layer_is_no_smaller_mlp(tmp_path: Path) -> None:
 def test_notes_of_the_doctor(tmp_path: Path) -> None:
     folder = write_legacy(tmp_path, model_type="llama", vocab_size=5, **OPTIONAL_KEYS)
     text = " ".join(finding.text for finding in findings(folder))
-    for words in ("recognised by its mm_ keys", "a_key_of_tomorrow", "vocab_size is 5", "tower is inside"):
+    for words in ("recognized by its mm_ keys", "a_key_of_tomorrow", "vocab_size is 5", "tower is inside"):
         assert words in text
     assert not errors(folder)
     (folder / "tokenizer.json").unlink()
     assert "no tokenizer" in errors(folder)
 
 
-def test_the_doctor_reads_numbers_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_reads_weights_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_legacy(tmp_path, safe=False)
     change(folder, add={"model.norm.weight": torch.full((32,), float("nan"))})
     assert [f.level for f in check_weights(sniff(folder)) if "finite" in f.text] == ["error"]
@@ -226,10 +226,10 @@ def test_the_doctor_reads_numbers_when_asked(tmp_path: Path, capsys: pytest.Capt
     assert "nothing keeps it from loading" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["checkpoint", "doctor", str(folder), "--weights"])
-    assert "model.norm.weight holds numbers that are not finite" in capsys.readouterr().out
+    assert "model.norm.weight holds values that are not finite" in capsys.readouterr().out
 
 
-def test_diff_compares_across_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_compares_across_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_legacy(tmp_path, safe=False)
     convert(folder, tmp_path / "again", "legacy")
     cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "again")])
@@ -242,7 +242,7 @@ def test_diff_compares_across_layouts(tmp_path: Path, capsys: pytest.CaptureFixt
     assert stop.value.code == 1
     lines = capsys.readouterr().out.splitlines()
     tensors = [line for line in lines if not line.startswith("config.json:")]
-    assert len(tensors) == 3  # both tables have one row more; and the count
+    assert len(tensors) == 3  # both tables have one row more; then the count
     assert "shape (261, 32) and (262, 32)" in tensors[0]
     change(folder, add={"model.norm.weight": torch.ones(32) * 1.5})
     with pytest.raises(SystemExit):
@@ -251,7 +251,7 @@ def test_diff_compares_across_layouts(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("write", [write_projector_only, write_lora])
-def test_diff_pairs_projectors_and_adapters_across_layouts(
+def test_diff_pairs_projectors_and_adapters_across_formats(
     tmp_path: Path, write: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     is_lora = write is write_lora
@@ -303,7 +303,7 @@ def test_one_file_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", ["model", "hf"])
 @pytest.mark.parametrize("drop", ["embed_tokens.weight", "layers.1.mlp.up_proj.weight", "projector", "lm_head.weight"])
-def test_the_doctor_misses_weights_of_other_layouts(tmp_path: Path, to: str, drop: str) -> None:
+def test_the_doctor_reports_missing_weights_of_other_formats(tmp_path: Path, to: str, drop: str) -> None:
     convert(write_legacy(tmp_path), tmp_path / "other", to)
     assert not statuses(tmp_path / "other")["missing"]
     file = tmp_path / "other" / "model.safetensors"

@@ -1,4 +1,4 @@
-"""`merge_lora_weights`: what it writes is what loading with merging gives, tensor by tensor; mistakes leave nothing."""
+"""`merge_lora_weights` writes the tensors that loading with merging gives; errors leave nothing."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_printed_command(tmp_path: Path) -> None:
     assert_same(load(target), load(lora, base=str(tmp_path / "lm")))
 
 
-def test_a_wrong_base_is_refused_in_one_line_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_wrong_base_is_rejected_in_one_line_and_nothing_is_left(tmp_path: Path) -> None:
     lora = write_lora(tmp_path)
     weights = load_file(tmp_path / "lm" / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] = torch.zeros(32, 65)
@@ -69,7 +69,7 @@ def test_a_wrong_base_is_refused_in_one_line_and_nothing_is_left(tmp_path: Path)
 
 
 @pytest.mark.parametrize("include_tower", [False, True])
-def test_an_adapter_of_the_tower_makes_a_tower_of_its_own(tmp_path: Path, include_tower: bool) -> None:
+def test_an_adapter_of_the_tower_gives_a_separate_tower(tmp_path: Path, include_tower: bool) -> None:
     lora = write_lora(tmp_path, tower_adapter=True)
     base = str(tmp_path / "lm")
     merge_lora(lora, base, tmp_path / "merged", include_tower=include_tower)
@@ -130,7 +130,7 @@ def test_our_own_adapter_becomes_our_model(tmp_path: Path, built: Loaded) -> Non
     "name", ["llava-1.2.2/out/llava-lora", "llava-rad/out/llavarad-lora", "stllava-med/out/llava-lora"]
 )
 def test_recorded_adapters(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Merged and put into a folder of their own, they are what they are with their base and tower beside."""
+    """Merged into a self-contained folder, they equal the adapter on its base and tower."""
     oracle = shared.resolve() / "oracles" / name.split("/", maxsplit=1)[0]
     monkeypatch.chdir(oracle)
     merge_lora(oracle.parent / name, str(oracle / "base_llm"), tmp_path / "merged", include_tower=True)
@@ -139,7 +139,7 @@ def test_recorded_adapters(shared: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert_same(load(tmp_path / "merged"), wanted)
 
 
-def test_a_trained_row_end_comes_along(tmp_path: Path) -> None:
+def test_a_trained_newline_embedding_is_merged_too(tmp_path: Path) -> None:
     folder = write_projector_only(
         tmp_path, mm_patch_merge_type="spatial_unpad", image_aspect_ratio="anyres", image_grid_pinpoints=[[56, 28]]
     )
@@ -162,7 +162,7 @@ def test_a_trained_row_end_comes_along(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16', which changes the base too"),
     ],
 )
-def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path, settings: dict[str, object], message: str) -> None:
+def test_unsupported_adapters_are_rejected_by_name(tmp_path: Path, settings: dict[str, object], message: str) -> None:
     lora = write_lora(tmp_path)
     file = lora / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
@@ -172,7 +172,7 @@ def test_what_cannot_be_merged_is_refused_by_name(tmp_path: Path, settings: dict
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_quantized_base_is_refused_as_such(tmp_path: Path) -> None:
+def test_a_quantized_base_is_rejected(tmp_path: Path) -> None:
     lora = write_lora(tmp_path)
     weights = load_file(tmp_path / "lm" / "model.safetensors")
     weights["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(512, 1, dtype=torch.uint8)
