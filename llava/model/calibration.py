@@ -36,11 +36,11 @@ def calibrate(model: LlavaMedForConditionalGeneration, pixels: Tensor, *, seed: 
         torch.manual_seed(seed)
         features = torch.cat([model.tower_features(batch) for batch in pixels.split(BATCH_SIZE)])
         words = cast(nn.Embedding, model.get_input_embeddings()).weight
-        fit(model.model.multi_modal_projector, features, words)
+        fit_projector(model.model.multi_modal_projector, features, words)
 
 
 @torch.no_grad()
-def fit(projector: nn.Module, features: Tensor, words: Tensor) -> None:
+def fit_projector(projector: nn.Module, features: Tensor, words: Tensor) -> None:
     """Initialize a projector in place, with fitted scale and offset; the current random state is used.
 
     Args:

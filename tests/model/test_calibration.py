@@ -17,7 +17,7 @@ def test_outputs_have_the_scale_of_words_and_differ_by_image(layers: int) -> Non
     projector = nn.Linear(12, 32) if layers == 1 else nn.Sequential(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 32))
     features = torch.randn(20, 5, 12) * torch.logspace(-2, 2, 12) + 100.0
     words = torch.randn(50, 32) * 0.3 + 0.1
-    calibration.fit(projector, features, words)
+    calibration.fit_projector(projector, features, words)
     outputs = projector(features).flatten(0, 1)
     center = outputs.mean(dim=0)
     torch.testing.assert_close(center, words.mean(dim=0), rtol=0, atol=1e-3)
@@ -30,7 +30,7 @@ def test_outputs_have_the_scale_of_words_and_differ_by_image(layers: int) -> Non
 
 def test_a_projector_without_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match="linear"):
-        calibration.fit(nn.Identity(), torch.zeros(1, 1, 4), torch.zeros(2, 4))
+        calibration.fit_projector(nn.Identity(), torch.zeros(1, 1, 4), torch.zeros(2, 4))
 
 
 def test_a_model_gets_the_same_projector_from_the_same_seed() -> None:

@@ -15,7 +15,7 @@ from benchmarks.fidelity.gradient_terms import gradient_terms
 from benchmarks.fidelity.images import GRADIENT_TOLERANCE, PIXEL_TOLERANCE
 from llava.errors import ConfigError
 from llava.model.builder import build
-from llava.model.checkpoint.formats import Layout
+from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.legacy.config import projector_settings
 from llava.model.checkpoint.load_parts import load_projector
 from llava.model.checkpoint.save import projector_state, save_projector
@@ -188,8 +188,8 @@ def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> Non
     ("keys", "numbers"), [({}, (256, 2)), ({"mm_cluster_num_centers": 4, "mm_cluster_iters": 1}, (4, 1))]
 )
 def test_settings_of_a_published_configuration(tmp_path: Path, keys: dict[str, int], numbers: tuple[int, int]) -> None:
-    layout = Layout(tmp_path, "legacy", config={"mm_projector_type": "cluster", "mm_hidden_size": 6, **keys})
-    kind, settings = projector_settings(layout)
+    checkpoint = Checkpoint(tmp_path, "legacy", config={"mm_projector_type": "cluster", "mm_hidden_size": 6, **keys})
+    kind, settings = projector_settings(checkpoint)
     projector = cluster_projector(6, 8, settings)
     assert kind == "cluster" and (projector.num_centers, projector.num_iters) == numbers
 

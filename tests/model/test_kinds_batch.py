@@ -15,7 +15,7 @@ from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
 from llava.model.builder import Loaded, build
 from llava.model.checkpoint.export_hf import export_hf
-from llava.model.checkpoint.formats import KINDS, sniff
+from llava.model.checkpoint.formats import KINDS, Checkpoint
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.lora import add_lora, freeze_for
@@ -125,4 +125,4 @@ def test_every_kind_of_a_whole_model_is_here() -> None:
 def test_the_kinds_are_what_they_say(tmp_path: Path) -> None:
     for name in ("model", "projector", "adapter", "hf_llava"):
         MAKERS[name](tmp_path / name)
-        assert sniff(tmp_path / name / "out").kind == name
+        assert Checkpoint.open(tmp_path / name / "out").kind == name

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from llava.constants import IM_END_TOKEN, IM_START_TOKEN
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shards import TensorEntry, read_with_room
-from llava.model.checkpoint.formats import Layout
+from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.weight_names import EMBEDDINGS, HEAD, TOWER
 from llava.model.config import LlavaMedConfig
 from llava.model.modeling import LlavaMedForConditionalGeneration
@@ -25,7 +25,7 @@ from llava.tokenization import word_id
 
 
 @dataclass(frozen=True, slots=True)
-class ForeignOptions:
+class LoadOptions:
     """Parts and settings for loading a checkpoint of another format.
 
     Attributes:
@@ -65,7 +65,7 @@ VALUES_AT_A_TIME = 2**20
 """Number of values that are summed at once, as a float32 copy."""
 
 
-def grow(state: dict[str, Tensor], num_words: int, files: Mapping[str, TensorEntry] | None = None) -> None:
+def grow_tables(state: dict[str, Tensor], num_words: int, files: Mapping[str, TensorEntry] | None = None) -> None:
     """Append embedding rows until every token has one, each the mean of the old rows; never remove rows.
 
     Args:
@@ -130,7 +130,7 @@ def _mean(table: Tensor) -> Tensor:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Suppress transformers' table of missing weights; what matters of it is raised as an error here."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -140,8 +140,8 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def place(
-    config: LlavaMedConfig, state: Mapping[str, Tensor], options: ForeignOptions, *, name: str
+def model_from_state(
+    config: LlavaMedConfig, state: Mapping[str, Tensor], options: LoadOptions, *, name: str
 ) -> LlavaMedForConditionalGeneration:
     """Return the model with the weights of `state`.
 
@@ -154,7 +154,7 @@ def place(
     dtype = state[EMBEDDINGS].dtype if options.dtype == "auto" else options.dtype
     quantization = options.quantization.config(dtype)
     try:
-        with torch.random.fork_rng(devices=[]), quiet():
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(0)  # for parts that no file holds and nothing reads (a pooler)
             model, report = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(
                 None,
@@ -194,7 +194,7 @@ def marker_rows(tokenizer: Any) -> list[int]:
     return [row for row in rows if row is not None] if None not in rows else []
 
 
-def take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout, markers: Sequence[int]) -> None:
+def take_rows(state: dict[str, Tensor], rows: Tensor, checkpoint: Checkpoint, markers: Sequence[int]) -> None:
     """Put embedding rows that were trained with a projector into embeddings and head, under our names.
 
     A whole table replaces the base's. Two rows are those of the markers: they are written where the vocabulary has
@@ -203,7 +203,7 @@ def take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout, markers: S
     Args:
         state: the base's weights.
         rows: [k, D], as the file has them.
-        layout: the checkpoint, for messages.
+        checkpoint: the checkpoint, for messages.
         markers: see `marker_rows`.
 
     Raises:
@@ -212,7 +212,7 @@ def take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout, markers: S
     table = state[EMBEDDINGS]
     if rows.dim() != 2 or rows.shape[1] != table.shape[1]:
         raise CheckpointError(
-            f"{layout.path}: embedding rows are {tuple(rows.shape)}, the base's {tuple(table.shape)}; "
+            f"{checkpoint.path}: embedding rows are {tuple(rows.shape)}, the base's {tuple(table.shape)}; "
             "give the base it was trained on with --model-base"
         )
     if rows.shape[0] >= table.shape[0]:
@@ -221,8 +221,8 @@ def take_rows(state: dict[str, Tensor], rows: Tensor, layout: Layout, markers: S
         return
     if rows.shape[0] != len(markers):
         raise CheckpointError(
-            f"{layout.path}: {rows.shape[0]} embedding rows; expected the whole table of at least {table.shape[0]}, "
-            f"or those of the {len(markers)} marker tokens that its vocabulary has"
+            f"{checkpoint.path}: {rows.shape[0]} embedding rows; expected the whole table of at least "
+            f"{table.shape[0]}, or those of the {len(markers)} marker tokens that its vocabulary has"
         )
     num_missing = max(max(markers) + 1 - table.shape[0], 0)
     grown = mean_rows(table, num_missing) if num_missing else table.clone()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llava.errors import CheckpointError, LlavaError
-from llava.model.checkpoint.formats import CONFIG_FILE, Layout, read_json
+from llava.model.checkpoint.formats import CONFIG_FILE, Checkpoint, read_json
 from llava.model.checkpoint.legacy_keys import TOWER_KEYS
 from llava.utils.jsonl import write_json
 
@@ -25,7 +25,7 @@ SOURCE_FOLDER = "source"
 """Subfolder of our folders and of exports for transformers: files of the checkpoint that was converted."""
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-NEW_CLASS = "TokenizersBackend"
+TOKENIZERS_CLASS = "TokenizersBackend"
 """transformers 5's class for a tokenizer that consists of a tokenizer.json only; older versions lack this class."""
 
 SOURCE_FILES = (
@@ -38,16 +38,16 @@ SOURCE_FILES = (
 )
 
 
-def source_of(layout: Layout) -> Path:
+def source_of(checkpoint: Checkpoint) -> Path:
     """Return the folder of a checkpoint's original files: itself or a kept copy, which may not exist."""
-    return layout.folder if layout.kind.startswith("legacy") else layout.folder / SOURCE_FOLDER
+    return checkpoint.folder if checkpoint.kind.startswith("legacy") else checkpoint.folder / SOURCE_FOLDER
 
 
-def source_config(layout: Layout) -> dict[str, Any]:
+def source_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return config.json in the legacy format: the checkpoint's own or its source's; empty if it has none."""
-    if layout.kind.startswith("legacy"):
-        return layout.config
-    kept = layout.config.get("llava_source") or {} if layout.kind == "hf_llava" else layout.config
+    if checkpoint.kind.startswith("legacy"):
+        return checkpoint.config
+    kept = checkpoint.config.get("llava_source") or {} if checkpoint.kind == "hf_llava" else checkpoint.config
     return dict((kept.get("source") or {}).get("config") or {})
 
 
@@ -96,11 +96,11 @@ def name_known_class(folder: Path) -> None:
     write_json(file, {**read_json(file), "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def keep_source(layout: Layout, path: Path) -> None:
+def keep_source(checkpoint: Checkpoint, path: Path) -> None:
     """Keep the original files of a checkpoint in its conversion, for converting it back."""
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as name:
         folder = Path(name) / SOURCE_FOLDER
-        copy_source(source_of(layout), folder, source_config(layout))
+        copy_source(source_of(checkpoint), folder, source_config(checkpoint))
         if folder.is_dir() and any(folder.iterdir()):
             shutil.rmtree(path / SOURCE_FOLDER, ignore_errors=True)
             folder.replace(path / SOURCE_FOLDER)
@@ -109,7 +109,7 @@ def keep_source(layout: Layout, path: Path) -> None:
 COMPANIONS = (".json", ".model", ".txt", ".jinja")
 """Configuration, tokenizer and template files."""
 
-LEFT_BEHIND = ("trainer_state.json", "adapter_config.json", "training_args.json", "llava_delta.json", "metrics.jsonl")
+NOT_COPIED = ("trainer_state.json", "adapter_config.json", "training_args.json", "llava_delta.json", "metrics.jsonl")
 """File names that are not copied: they describe a training run, an adapter or a delta."""
 
 DTYPE_KEYS = ("torch_dtype", "dtype")
@@ -174,7 +174,7 @@ def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
     """
     for file in sorted(source.iterdir()):
         is_wanted = file.suffix in COMPANIONS and not file.name.endswith(".index.json")
-        if file.is_file() and is_wanted and file.name not in LEFT_BEHIND:
+        if file.is_file() and is_wanted and file.name not in NOT_COPIED:
             shutil.copyfile(file, folder / file.name)
     if not (folder / CONFIG_FILE).is_file():
         return

@@ -1,6 +1,6 @@
 """Checkpoint formats, recognized by content and never by name, without torch or transformers.
 
-folder --config.json, adapter_config.json, headers of the weight files--> Layout(kind, style, config, tensors)
+folder --config.json, adapter_config.json, headers of the weight files--> Checkpoint(kind, style, config, tensors)
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ PLACEHOLDER_KEYS = ("mm_projector_type", "mm_vision_select_feature", "mm_use_im_
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Checkpoint:
     """Format and content of a checkpoint.
 
     Attributes:
@@ -111,6 +111,30 @@ class Layout:
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
     extra: dict[str, TensorEntry] = field(default_factory=dict)
     tower_adapter: Path | None = None
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Recognize a checkpoint folder or one weight file, and list its tensors.
+
+        Raises:
+            CheckpointError: it is in no known format, or a file is broken.
+        """
+        given = Path(path)
+        if given.is_file():
+            return _open_file(given)
+        if not given.is_dir():
+            raise CheckpointError(f"{path}: no such folder; expected a checkpoint folder or a weight file")
+        config, adapter = _read_config(given), read_json(given / ADAPTER_CONFIG_FILE)
+        if config.get("model_type") == OUR_TYPE:
+            return _open_ours(given, config, adapter)
+        if adapter:
+            return _open_adapter(given, config, adapter)
+        if find_weights(given) is not None:
+            tensors = list_tensors(given)
+            return cls(given, _kind_of_weights(config, tensors), config, tensors=tensors)
+        if file := first_file(given, PROJECTOR_FILES):
+            return cls(given, "legacy_projector", config, tensors=list_tensors(file))
+        raise CheckpointError(f"{path}: {_explain(given, config)}")
 
     @property
     def folder(self) -> Path:
@@ -219,30 +243,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return cast(dict[str, Any], content)
 
 
-def sniff(path: str | Path) -> Layout:
-    """Recognize a checkpoint folder or one weight file, and list its tensors.
-
-    Raises:
-        CheckpointError: it is in no known format, or a file is broken.
-    """
-    given = Path(path)
-    if given.is_file():
-        return _sniff_file(given)
-    if not given.is_dir():
-        raise CheckpointError(f"{path}: no such folder; expected a checkpoint folder or a weight file")
-    config, adapter = _read_config(given), read_json(given / ADAPTER_CONFIG_FILE)
-    if config.get("model_type") == OUR_TYPE:
-        return _sniff_ours(given, config, adapter)
-    if adapter:
-        return _sniff_adapter(given, config, adapter)
-    if find_weights(given) is not None:
-        tensors = list_tensors(given)
-        return Layout(given, _kind_of_weights(config, tensors), config, tensors=tensors)
-    if file := first_file(given, PROJECTOR_FILES):
-        return Layout(given, "legacy_projector", config, tensors=list_tensors(file))
-    raise CheckpointError(f"{path}: {_explain(given, config)}")
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     """Return config.json; the types of values that the legacy formats depend on are checked."""
     config = read_json(folder / CONFIG_FILE)
@@ -256,22 +256,22 @@ def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _sniff_file(file: Path) -> Layout:
+def _open_file(file: Path) -> Checkpoint:
     tensors, config = list_tensors(file), _read_config(file.parent)
     layers = [name for name in tensors if ".layers.0." in name and "lora_" not in name]
     if any(projector_suffix(name) for name in tensors) and not layers:
-        return Layout(file, "legacy_projector", config, tensors=tensors)
-    return Layout(file, _kind_of_weights(config, tensors), config, tensors=tensors)
+        return Checkpoint(file, "legacy_projector", config, tensors=tensors)
+    return Checkpoint(file, _kind_of_weights(config, tensors), config, tensors=tensors)
 
 
-def _sniff_ours(folder: Path, config: dict[str, Any], adapter: dict[str, Any]) -> Layout:
+def _open_ours(folder: Path, config: dict[str, Any], adapter: dict[str, Any]) -> Checkpoint:
     if adapter:
         extra = list_tensors(folder / EXTRA_FILE) if (folder / EXTRA_FILE).is_file() else {}
-        return Layout(folder, "adapter", config, adapter, list_tensors(_adapter_file(folder)), extra)
+        return Checkpoint(folder, "adapter", config, adapter, list_tensors(_adapter_file(folder)), extra)
     if find_weights(folder) is not None:
-        return Layout(folder, "model", config, tensors=list_tensors(folder))
+        return Checkpoint(folder, "model", config, tensors=list_tensors(folder))
     if file := first_file(folder, PROJECTOR_FILES):
-        return Layout(folder, "projector", config, tensors=list_tensors(file))
+        return Checkpoint(folder, "projector", config, tensors=list_tensors(file))
     raise CheckpointError(f"{folder}: {_explain(folder, config)}")
 
 
@@ -281,14 +281,14 @@ def _adapter_file(folder: Path) -> Path:
     raise CheckpointError(f"{folder} has {ADAPTER_CONFIG_FILE} but no weights; expected {' or '.join(ADAPTER_FILES)}")
 
 
-def _sniff_adapter(folder: Path, config: dict[str, Any], adapter: dict[str, Any]) -> Layout:
+def _open_adapter(folder: Path, config: dict[str, Any], adapter: dict[str, Any]) -> Checkpoint:
     tensors = list_tensors(_adapter_file(folder))
     if tensors and all("vision" in name for name in tensors):
-        return Layout(folder, "tower_adapter", config, adapter, tensors)
+        return Checkpoint(folder, "tower_adapter", config, adapter, tensors)
     extra = list_tensors(folder / EXTRA_FILE) if (folder / EXTRA_FILE).is_file() else {}
     inner = (child for child in sorted(folder.iterdir()) if (child / ADAPTER_CONFIG_FILE).is_file())
     towers = (child for child in inner if all("vision" in name for name in list_tensors(_adapter_file(child))))
-    return Layout(folder, "legacy_adapter", config, adapter, tensors, extra, next(towers, None))
+    return Checkpoint(folder, "legacy_adapter", config, adapter, tensors, extra, next(towers, None))
 
 
 def _kind_of_weights(config: dict[str, Any], tensors: dict[str, TensorEntry]) -> Kind:
@@ -314,27 +314,29 @@ def _explain(folder: Path, config: dict[str, Any]) -> str:
     return f"{CONFIG_FILE} without weights (model, adapter or {PROJECTOR_FILES[-1]}); found {found}"
 
 
+sniff = Checkpoint.open
+
 TABLE = "embed_tokens.weight"
 
 
-def our_name(layout: Layout, name: str) -> str | None:
+def our_name(checkpoint: Checkpoint, name: str) -> str | None:
     """Return our name of a tensor (in an adapter, with peft's prefix), or None if it belongs to no part."""
-    if layout.kind in ("model", "vision_tower"):
+    if checkpoint.kind in ("model", "vision_tower"):
         return name
-    if layout.kind == "hf_llava":
+    if checkpoint.kind == "hf_llava":
         return renamed(name, HF_PREFIXES)
     if "lora_" in name:
-        return _in_adapter(layout, name)
+        return _in_adapter(checkpoint, name)
     if suffix := projector_suffix(name):
         return PROJECTOR + suffix
-    if layout.kind in OURS:
+    if checkpoint.kind in OURS:
         return EMBEDDINGS if name == f"model.{TABLE}" else name.removeprefix(PEFT_PREFIX)
-    return _in_legacy(layout, name)
+    return _in_legacy(checkpoint, name)
 
 
-def _in_adapter(layout: Layout, name: str) -> str | None:
+def _in_adapter(checkpoint: Checkpoint, name: str) -> str | None:
     """Return our name of one matrix of an adapter, of the language model's or of a tower's own."""
-    if layout.kind == "adapter" or name.startswith(PEFT_PREFIX + LANGUAGE_MODEL):
+    if checkpoint.kind == "adapter" or name.startswith(PEFT_PREFIX + LANGUAGE_MODEL):
         return name
     if name.startswith(TOWER_ROOT):
         return PEFT_PREFIX + TOWER + name.removeprefix(TOWER_ROOT)
@@ -342,8 +344,8 @@ def _in_adapter(layout: Layout, name: str) -> str | None:
     return None if legacy is None else PEFT_PREFIX + legacy
 
 
-def _in_legacy(layout: Layout, name: str) -> str | None:
-    if layout.kind == "legacy_projector":
+def _in_legacy(checkpoint: Checkpoint, name: str) -> str | None:
+    if checkpoint.kind == "legacy_projector":
         if name.endswith(TABLE):
             return EMBEDDINGS
         return f"model.{NEWLINE}" if name.endswith(NEWLINE) else None

@@ -14,7 +14,7 @@ from llava.model.checkpoint.formats import CONFIG_FILE, read_json
 from llava.model.multimodal_encoder.towers import first_line
 
 WANTED_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
-DOUBLED_FILES = ("pytorch_model*.bin",)
+DUPLICATE_FILES = ("pytorch_model*.bin",)
 """Duplicate weights, skipped if a repository has the model's safetensors too (`SAFE_SOURCES`)."""
 
 SAFE_SOURCES = (SAFE_FILE, SAFE_FILE + INDEX_SUFFIX)
@@ -57,4 +57,4 @@ def _not_needed(name: str) -> tuple[str, ...]:
         files = HfApi().list_repo_files(name)
     except Exception:  # offline: only the cache is available
         return ()
-    return DOUBLED_FILES if any(file in SAFE_SOURCES for file in files) else ()
+    return DUPLICATE_FILES if any(file in SAFE_SOURCES for file in files) else ()

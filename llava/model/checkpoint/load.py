@@ -18,10 +18,10 @@ import torch
 from llava.errors import CheckpointError, ConfigError
 from llava.model.anyres import use_policy
 from llava.model.builder import Loaded, build, finish, portable
-from llava.model.checkpoint.assemble import ForeignOptions, check_report, quiet
-from llava.model.checkpoint.formats import KINDS, ORIGIN_FILE, OUR_TYPE, OURS, Kind, Layout, read_json, sniff
+from llava.model.checkpoint.assemble import LoadOptions, check_report, quiet_transformers
+from llava.model.checkpoint.formats import KINDS, ORIGIN_FILE, OUR_TYPE, OURS, Checkpoint, Kind, read_json
 from llava.model.checkpoint.hub import is_hub_name, local_folder
-from llava.model.checkpoint.legacy.load import load_foreign
+from llava.model.checkpoint.legacy.load import load_legacy
 from llava.model.checkpoint.load_hf import load_hf
 from llava.model.checkpoint.load_parts import load_adapter, load_projector
 from llava.model.modeling import LlavaMedForConditionalGeneration
@@ -75,7 +75,7 @@ def load(
         device_map: passed to transformers; None loads on the CPU.
         bits, double_quant, quant_type: quantization of the language model, see `Quantization`.
         merge: add an adapter to the weights; False keeps it as a peft adapter.
-        foreign: parts of checkpoints of other formats, see `ForeignOptions` (`vision_tower`, `template`, ...); all
+        foreign: parts of checkpoints of other formats, see `LoadOptions` (`vision_tower`, `template`, ...); all
             kinds take a `template`.
 
     Raises:
@@ -87,54 +87,56 @@ def load(
         model, processor = loaded.model, loaded.processor
     """
     path = local_folder(path) if is_hub_name(path) else path
-    layout, quantization = sniff(path), Quantization(bits, double_quant, quant_type)
-    check_parts(layout, {"base": base, **foreign})
-    if layout.kind in OURS:
-        loaded = _load_ours(layout, base, dtype=dtype, device_map=device_map, quantization=quantization, merge=merge)
+    checkpoint, quantization = Checkpoint.open(path), Quantization(bits, double_quant, quant_type)
+    check_parts(checkpoint, {"base": base, **foreign})
+    if checkpoint.kind in OURS:
+        loaded = _load_ours(
+            checkpoint, base, dtype=dtype, device_map=device_map, quantization=quantization, merge=merge
+        )
         if template := foreign.get("template"):
             loaded.processor.use_template(template)
             loaded.model.config.template = template
         return loaded
-    options = ForeignOptions(
+    options = LoadOptions(
         base=base, dtype=dtype, device_map=device_map, quantization=quantization, merge=merge, **foreign
     )
-    return _load_other(layout, options)
+    return _load_other(checkpoint, options)
 
 
-def check_parts(layout: Layout, given: Mapping[str, Any]) -> None:
+def check_parts(checkpoint: Checkpoint, given: Mapping[str, Any]) -> None:
     """Check that every given part is used: a checkpoint may hold or name its own.
 
     Args:
-        layout: the checkpoint.
+        checkpoint: the checkpoint.
         given: values by the names of `PART_FLAGS`; None means not given.
 
     Raises:
         ConfigError: a part would not be used; names the unused and the used flags.
     """
-    used = USED_PARTS.get(layout.kind, tuple(PART_FLAGS))
+    used = USED_PARTS.get(checkpoint.kind, tuple(PART_FLAGS))
     unused = [PART_FLAGS.get(name, name) for name, value in given.items() if value is not None and name not in used]
     if unused:
         raise ConfigError(
-            f"{layout.path} is {KINDS[layout.kind]}, for which {', '.join(unused)} would change nothing; omit it. "
-            f"Used with it: {', '.join(PART_FLAGS[name] for name in used)}"
+            f"{checkpoint.path} is {KINDS[checkpoint.kind]}, for which {', '.join(unused)} would change nothing; "
+            f"omit it. Used with it: {', '.join(PART_FLAGS[name] for name in used)}"
         )
 
 
 def _load_ours(
-    layout: Layout, base: str | None, *, dtype: Dtype, device_map: Any, quantization: Quantization, merge: bool
+    checkpoint: Checkpoint, base: str | None, *, dtype: Dtype, device_map: Any, quantization: Quantization, merge: bool
 ) -> Loaded:
     """Load a model, an adapter or a projector of this package."""
-    path, kind = layout.path, layout.kind
+    path, kind = checkpoint.path, checkpoint.kind
     if kind == "model":
         return _load_model(path, dtype, device_map, quantization)
     processor = LlavaMedProcessor.from_pretrained(path)
-    source = layout.config.get("source") or {}
+    source = checkpoint.config.get("source") or {}
     if kind == "projector" and source.get("kind") == "legacy_projector":
         return _load_converted(
-            layout,
+            checkpoint,
             source,
             processor,
-            ForeignOptions(base=base, dtype=dtype, device_map=device_map, quantization=quantization),
+            LoadOptions(base=base, dtype=dtype, device_map=device_map, quantization=quantization),
         )
     loaded = _load_base(path, base, dtype, device_map, quantization)
     loaded.processor = processor
@@ -149,18 +151,18 @@ def _load_ours(
     return loaded
 
 
-def _load_other(layout: Layout, options: ForeignOptions) -> Loaded:
+def _load_other(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     """Load a checkpoint of another format.
 
     Raises:
         CheckpointError: it is only a part of a model.
     """
-    if layout.kind in ("legacy", "legacy_adapter", "legacy_projector"):
-        return load_foreign(layout, options)
-    if layout.kind == "hf_llava":
-        return load_hf(layout, options)
-    what = f"{layout.path} is {KINDS[layout.kind]} (type {layout.config.get('model_type')!r})"
-    if layout.kind == "tower_adapter":
+    if checkpoint.kind in ("legacy", "legacy_adapter", "legacy_projector"):
+        return load_legacy(checkpoint, options)
+    if checkpoint.kind == "hf_llava":
+        return load_hf(checkpoint, options)
+    what = f"{checkpoint.path} is {KINDS[checkpoint.kind]} (type {checkpoint.config.get('model_type')!r})"
+    if checkpoint.kind == "tower_adapter":
         raise CheckpointError(f"{what}; load the model it belongs to and pass this folder with --lora-pretrain")
     raise CheckpointError(
         f"{what}, only a part of a model; train a model with it: --model-name-or-path and --vision-tower"
@@ -171,7 +173,7 @@ def _load_model(path: str | Path, dtype: Dtype, device_map: Any, quantization: Q
     processor = LlavaMedProcessor.from_pretrained(path)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
     try:
-        with quiet():
+        with quiet_transformers():
             model, report = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(
                 path,
                 dtype=dtype,
@@ -187,15 +189,15 @@ def _load_model(path: str | Path, dtype: Dtype, device_map: Any, quantization: Q
 
 
 def _load_converted(
-    layout: Layout, source: dict[str, Any], processor: LlavaMedProcessor, options: ForeignOptions
+    checkpoint: Checkpoint, source: dict[str, Any], processor: LlavaMedProcessor, options: LoadOptions
 ) -> Loaded:
     """Load a projector that was converted from a legacy one, on a base loaded by that format's rules."""
-    parts = dict(read_origin(layout.path).get("load") or {})
+    parts = dict(read_origin(checkpoint.path).get("load") or {})
     parts["base"] = options.base or parts.get("base")
-    legacy = replace(layout, kind="legacy_projector", config=source["config"])
-    loaded = load_foreign(legacy, replace(options, **parts))
+    legacy = replace(checkpoint, kind="legacy_projector", config=source["config"])
+    loaded = load_legacy(legacy, replace(options, **parts))
     loaded.processor = processor
-    loaded.origin = {"base": portable(str(layout.path))}
+    loaded.origin = {"base": portable(str(checkpoint.path))}
     return loaded
 
 
@@ -211,7 +213,7 @@ def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any
             raise CheckpointError(f"{path} builds on another model but does not name it; pass it with --model-base")
         _check_bases(Path(path), Path(base))
         folder = local_folder(base) if is_hub_name(base) else base
-        used = USED_PARTS.get(sniff(folder).kind, tuple(PART_FLAGS))
+        used = USED_PARTS.get(Checkpoint.open(folder).kind, tuple(PART_FLAGS))
         parts = {name: value for name, value in origin.get("load", {}).items() if name in used}
         return load(folder, dtype=dtype, device_map=device_map, **asdict(quantization), **parts)
     try:
@@ -239,7 +241,7 @@ def _check_bases(path: Path, base: Path) -> None:
                 f"{path} names itself as its base ({chain}); pass the model it was trained on with --model-base"
             )
         seen.append(place.resolve())
-        named = read_origin(place).get("base") if sniff(place).kind in ("adapter", "projector") else None
+        named = read_origin(place).get("base") if Checkpoint.open(place).kind in ("adapter", "projector") else None
         place = None if named is None else Path(named)
 
 

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaConfig
 
 from llava.errors import CheckpointError
 from llava.model.builder import Loaded, finish, portable
-from llava.model.checkpoint.assemble import ForeignOptions, grow, place
+from llava.model.checkpoint.assemble import LoadOptions, grow_tables, model_from_state
 from llava.model.checkpoint.files.shards import TensorReader
-from llava.model.checkpoint.formats import CONFIG_FILE, Layout, read_json
+from llava.model.checkpoint.formats import CONFIG_FILE, Checkpoint, read_json
 from llava.model.checkpoint.weight_names import HF_PREFIXES, is_buffer, renamed
 from llava.model.config import LlavaMedConfig
 from llava.model.multimodal_encoder.towers import (
@@ -53,27 +53,27 @@ IMAGE_SETTINGS = (
 """Settings of transformers' CLIP and Llava processors that ours supports."""
 
 
-def load_hf(layout: Layout, options: ForeignOptions) -> Loaded:
+def load_hf(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     """Load a folder of transformers' LlavaForConditionalGeneration.
 
     Raises:
         CheckpointError: it has parts that ours lacks, or weights do not fit.
     """
-    config = _config(layout)
-    state = _state(layout)
+    config = _config(checkpoint)
+    state = _state(checkpoint)
     kept = dict(getattr(config, SOURCE_KEY, None) or {})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(layout.folder)
-        image_processor, mode = _image_processor(layout.folder, config.vision_config)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        image_processor, mode = _image_processor(checkpoint.folder, config.vision_config)
     except UNREADABLE as error:
-        raise CheckpointError(f"the processor of {layout.path} cannot be loaded: {first_line(error)}") from error
+        raise CheckpointError(f"the processor of {checkpoint.path} cannot be loaded: {first_line(error)}") from error
     full = config.vision_feature_select_strategy == "full"
     vision: Any = config.vision_config
     patches = num_patches(image_processor, vision) + (num_extra_tokens(vision) if full else 0)
     processor = LlavaMedProcessor(
         tokenizer,
         image_processor,
-        template=options.template or kept.get("template") or _template(layout, config),
+        template=options.template or kept.get("template") or _template(checkpoint, config),
         image_mode=kept.get("image_mode") or mode,
         num_image_tokens=patches,
         placement=kept.get("placement") or "front",
@@ -84,37 +84,37 @@ def load_hf(layout: Layout, options: ForeignOptions) -> Loaded:
         dicom=kept.get("dicom"),
         fast_jpeg=bool(kept.get("fast_jpeg")),
     )
-    grow(state, len(tokenizer), layout.tensors)
-    model = place(_ours(config, processor, kept), state, options, name=str(layout.path))
-    return finish(model, processor, {"base": portable(str(layout.folder)), "load": options.parts})
+    grow_tables(state, len(tokenizer), checkpoint.tensors)
+    model = model_from_state(_ours(config, processor, kept), state, options, name=str(checkpoint.path))
+    return finish(model, processor, {"base": portable(str(checkpoint.folder)), "load": options.parts})
 
 
-def _config(layout: Layout) -> LlavaConfig:
-    content = read_json(layout.folder / CONFIG_FILE)
+def _config(checkpoint: Checkpoint) -> LlavaConfig:
+    content = read_json(checkpoint.folder / CONFIG_FILE)
     if content.get("model_type") != "llava":
         raise CheckpointError(
-            f"{layout.path} is a vision-language model of type {content.get('model_type')!r}; expected 'llava'"
+            f"{checkpoint.path} is a vision-language model of type {content.get('model_type')!r}; expected 'llava'"
         )
     try:
-        config = LlavaConfig.from_pretrained(layout.folder)
+        config = LlavaConfig.from_pretrained(checkpoint.folder)
     except UNREADABLE as error:
-        raise CheckpointError(f"{layout.path}/{CONFIG_FILE}: {first_line(error)}") from error
+        raise CheckpointError(f"{checkpoint.path}/{CONFIG_FILE}: {first_line(error)}") from error
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
         raise CheckpointError(
-            f"{layout.path} has a projector with {config.projector_hidden_act}, bias "
+            f"{checkpoint.path} has a projector with {config.projector_hidden_act}, bias "
             f"{config.multimodal_projector_bias}; expected two layers with bias and GELU between them"
         )
     return config
 
 
-def _state(layout: Layout) -> dict[str, Tensor]:
+def _state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
-    for name, tensor in TensorReader(layout.tensors):
+    for name, tensor in TensorReader(checkpoint.tensors):
         if is_buffer(name):
             continue
         ours = renamed(name, HF_PREFIXES)
         if ours is None:
-            raise CheckpointError(f"{layout.path}: tensor {name} belongs to no part of the model")
+            raise CheckpointError(f"{checkpoint.path}: tensor {name} belongs to no part of the model")
         state[ours] = tensor
     return state
 
@@ -146,11 +146,11 @@ def _image_processor(folder: Path, vision: Any) -> tuple[Any, str]:
     return kind(**{key: value for key, value in content.items() if key != "image_processor_type"}), "square"
 
 
-def _template(layout: Layout, config: LlavaConfig) -> str:
+def _template(checkpoint: Checkpoint, config: LlavaConfig) -> str:
     """Return the template by marks in the folder's chat template; without any, guess and warn."""
     text = ""
     for name in ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        file = layout.folder / name
+        file = checkpoint.folder / name
         text += file.read_text(encoding="utf-8") if file.is_file() else ""
     for mark, template in TEMPLATE_MARKS.items():
         if mark in text:
@@ -158,7 +158,9 @@ def _template(layout: Layout, config: LlavaConfig) -> str:
     is_mistral = cast(Any, config.text_config).model_type == "mistral"
     guess = "mistral_instruct" if is_mistral else "vicuna_v1"
     logger.warning(
-        "%s has an unknown chat template; using template %s. To use another one, pass --template", layout.path, guess
+        "%s has an unknown chat template; using template %s. To use another one, pass --template",
+        checkpoint.path,
+        guess,
     )
     return guess
 

@@ -17,7 +17,7 @@ from llava.model.checkpoint.formats import ORIGIN_FILE, PROVENANCE_FILE, read_js
 
 CARD_FILE = "README.md"
 MARK = "<!-- written at each save by llava; delete this line to keep your own text -->"
-KINDS = {"model": "a whole model", "adapter": "a LoRA adapter", "projector": "a projector"}
+KIND_TITLES = {"model": "a whole model", "adapter": "a LoRA adapter", "projector": "a projector"}
 ABSOLUTE_PATH = re.compile(r"(?:(?<![^\s=,:;\[({'\"])|(?<=file://))(?:~|/(?!/))[^=,;:'\"]*")
 """An absolute path in an argument of a command: alone, after `--option=`, or in a list; not a part of a URL."""
 
@@ -40,7 +40,7 @@ DATA_FACTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ModelPart:
     """Part that a model builds on; `name` is a hub name, or the name of its folder."""
 
     role: str
@@ -48,7 +48,7 @@ class Part:
     license: str
 
 
-def parts(origin: Mapping[str, Any], seen: frozenset[str] = frozenset()) -> Iterator[Part]:
+def model_parts(origin: Mapping[str, Any], seen: frozenset[str] = frozenset()) -> Iterator[ModelPart]:
     """Yield the parts that an origin names, and those that they were built from themselves.
 
     Args:
@@ -64,10 +64,10 @@ def parts(origin: Mapping[str, Any], seen: frozenset[str] = frozenset()) -> Iter
     ]
     for role, name in named:
         if name:
-            yield Part(role, public_name(str(name)), license_of(str(name)))
+            yield ModelPart(role, public_name(str(name)), license_of(str(name)))
     base = origin.get("base")
     if base and (place := str(Path(base).resolve())) not in seen:
-        yield from parts(read_json(Path(base) / ORIGIN_FILE), seen | {place})
+        yield from model_parts(read_json(Path(base) / ORIGIN_FILE), seen | {place})
 
 
 def public_name(name: str) -> str:
@@ -105,7 +105,7 @@ def provenance_of(folder: Path) -> dict[str, Any]:
     return read_json(folder / PROVENANCE_FILE) or read_json(folder.parent / PROVENANCE_FILE)
 
 
-def card(folder: Path, kind: str, config: Any, origin: Mapping[str, Any]) -> str:
+def card_text(folder: Path, kind: str, config: Any, origin: Mapping[str, Any]) -> str:
     """Return the text of the card.
 
     Args:
@@ -114,11 +114,11 @@ def card(folder: Path, kind: str, config: Any, origin: Mapping[str, Any]) -> str
         config: the model's configuration.
         origin: as in `llava_origin.json`.
     """
-    found = list(dict.fromkeys(parts(origin)))
+    found = list(dict.fromkeys(model_parts(origin)))
     run = provenance_of(folder)
     lines = ["---", "tags: [llava, medical]", "pipeline_tag: image-text-to-text"]
     lines += [f"base_model: [{', '.join(part.name for part in found if part.role != 'vision tower')}]"] if found else []
-    lines += ["---", MARK, "", f"# {folder.name}", "", f"This folder holds {KINDS.get(kind, kind)}:"]
+    lines += ["---", MARK, "", f"# {folder.name}", "", f"This folder holds {KIND_TITLES.get(kind, kind)}:"]
     lines += [f"{_text(config)}, {_tower(config)}, projector `{config.projector_type}`."]
     lines += [f"Template `{config.template}`, images `{config.image_aspect_ratio}`.", ""]
     lines += ["## Built on", ""]
@@ -160,4 +160,4 @@ def write_card(target: Path, folder: Path, kind: str, config: Any, origin: Mappi
     existing = target / CARD_FILE
     if existing.is_file() and MARK not in existing.read_text(encoding="utf-8", errors="replace"):
         return
-    (folder / CARD_FILE).write_text(card(target, kind, config, origin), encoding="utf-8")
+    (folder / CARD_FILE).write_text(card_text(target, kind, config, origin), encoding="utf-8")

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, CLIPVisionConfig, PreTrainedModel
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint.formats import Layout
+from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.legacy_keys import PUBLISHED_TOWERS, TOWER_KEYS
 from llava.model.multimodal_encoder.open_clip_encoder.loading import (
     find_checkpoint,
@@ -74,34 +74,34 @@ def _renamed(files: dict[str, str | None]) -> dict[str, str | None]:
 
 
 def find_tower(
-    layout: Layout, given: str | None = None, config_file: str | None = None, checkpoint: str | None = None
+    checkpoint: Checkpoint, given: str | None = None, config_file: str | None = None, weights_file: str | None = None
 ) -> TowerSource:
     """Find the tower of a checkpoint of the legacy kinds.
 
     Relative names are looked for from the working directory, then in the checkpoint's folder.
 
     Args:
-        layout: the checkpoint.
+        checkpoint: the checkpoint.
         given: folder or hub name, instead of the one that the checkpoint names.
         config_file: open_clip model configuration, instead of the one that the checkpoint names.
-        checkpoint: open_clip weights, instead of those that the checkpoint names.
+        weights_file: open_clip weights, instead of those that the checkpoint names.
 
     Raises:
         CheckpointError: it is not found; names the flag that gives it.
     """
-    named = {key: layout.config.get(key) for key in TOWER_KEYS}
+    named = {key: checkpoint.config.get(key) for key in TOWER_KEYS}
     name = given or named["mm_vision_tower"]
     if not given:
         config_file = config_file or named["mm_vision_tower_config"]
-        checkpoint = checkpoint or named["mm_vision_tower_checkpoint"]
-    if not name and not (config_file and checkpoint):
-        raise CheckpointError(f"{layout.path} names no vision tower; pass one with --vision-tower")
-    folder = layout.folder
-    if config_file and checkpoint:
+        weights_file = weights_file or named["mm_vision_tower_checkpoint"]
+    if not name and not (config_file and weights_file):
+        raise CheckpointError(f"{checkpoint.path} names no vision tower; pass one with --vision-tower")
+    folder = checkpoint.folder
+    if config_file and weights_file:
         config = folder / config_file if (folder / config_file).is_file() else find_config(config_file)
-        return TowerSource(str(name), str(config), str(find_checkpoint(checkpoint, folders=[folder])))
+        return TowerSource(str(name), str(config), str(find_checkpoint(weights_file, folders=[folder])))
     name = str(name)
-    if not given and layout.has_tower and name in PUBLISHED_TOWERS and not Path(name).is_dir():
+    if not given and checkpoint.has_tower and name in PUBLISHED_TOWERS and not Path(name).is_dir():
         return TowerSource(name, known=PUBLISHED_TOWERS[name])
     for place in (Path(name).expanduser(), folder / name):
         if place.is_dir():
@@ -110,8 +110,10 @@ def find_tower(
         return TowerSource(name)
     if name.startswith(("hf-hub:", "local-dir:")):
         return TowerSource(name)
-    inside = "its weights are inside, its settings are not" if layout.has_tower else "it is not inside the checkpoint"
+    inside = (
+        "its weights are inside, its settings are not" if checkpoint.has_tower else "it is not inside the checkpoint"
+    )
     raise CheckpointError(
-        f"{layout.path} names the vision tower {name!r}, which is not a folder here ({inside}); "
+        f"{checkpoint.path} names the vision tower {name!r}, which is not a folder here ({inside}); "
         "pass its folder or hub name with --vision-tower"
     )

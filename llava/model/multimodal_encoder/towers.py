@@ -25,7 +25,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 from llava.errors import CheckpointError, ConfigError
 from llava.imaging.image_processor import load_image_processor
 from llava.model.multimodal_encoder.open_clip_encoder.loading import find_files, is_open_clip, load_trunk
-from llava.model.multimodal_encoder.open_clip_encoder.trunks import image_processor as open_clip_processor
+from llava.model.multimodal_encoder.open_clip_encoder.trunks import open_clip_image_processor
 
 CLASS_TOKEN_TOWERS = frozenset({"clip_vision_model", "dinov2", "dinov2_with_registers", "vit"})
 """Towers whose first token is a class token; others (SigLIP) have patch tokens only."""
@@ -146,7 +146,7 @@ def tower_image_processor(
     """
     if is_open_clip(path, config_file, checkpoint):
         files = find_files(path, config_file, checkpoint)
-        processor: Any = open_clip_processor(files.model_config, files.preprocess)
+        processor: Any = open_clip_image_processor(files.model_config, files.preprocess)
     else:
         processor = _own_processor(path) or _default_processor(vision_config)
     if image_size is not None:

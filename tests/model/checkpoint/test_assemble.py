@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.model.checkpoint.assemble import grow, mean_rows
+from llava.model.checkpoint.assemble import grow_tables, mean_rows
 from llava.model.checkpoint.files.shard_writer import ShardWriter
 from llava.model.checkpoint.files.shards import list_tensors, open_tensors
 from llava.model.checkpoint.weight_names import EMBEDDINGS
@@ -30,8 +30,8 @@ def test_rows_are_the_mean_with_and_without_a_copy(tmp_path: Path, safe: bool, d
     with open_tensors(tmp_path) as reader:
         plain = {EMBEDDINGS: reader.read("embed_tokens.weight"), "lm_head.weight": reader.read("lm_head.weight")}
     mapped = dict(plain)
-    grow(plain, 1502)
-    grow(mapped, 1502, list_tensors(tmp_path))
+    grow_tables(plain, 1502)
+    grow_tables(mapped, 1502, list_tensors(tmp_path))
     for ours, name in ((EMBEDDINGS, "embed_tokens.weight"), ("lm_head.weight", "lm_head.weight")):
         assert plain[ours].shape == (1502, 6)
         assert torch.equal(plain[ours], mapped[ours])
@@ -58,5 +58,5 @@ def test_a_table_that_differs_from_the_file_is_copied(tmp_path: Path) -> None:
 
 def test_tables_never_shrink() -> None:
     state = {EMBEDDINGS: TABLE, "lm_head.weight": TABLE}
-    grow(state, 10)
+    grow_tables(state, 10)
     assert state == {EMBEDDINGS: TABLE, "lm_head.weight": TABLE}

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import HfApi, constants
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint.hub import DOUBLED_FILES, _not_needed, is_hub_name
+from llava.model.checkpoint.hub import DUPLICATE_FILES, _not_needed, is_hub_name
 from llava.model.checkpoint.load import load
 from tests.support.legacy_folders import write_legacy
 from tests.support.runs import arguments, train, write_parts
@@ -57,8 +57,8 @@ def test_folders_are_not_hub_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "skipped"),
     [
-        (["model.safetensors", "pytorch_model.bin"], DOUBLED_FILES),
-        (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], DOUBLED_FILES),
+        (["model.safetensors", "pytorch_model.bin"], DUPLICATE_FILES),
+        (["model-00001-of-00002.safetensors", "model.safetensors.index.json"], DUPLICATE_FILES),
         (["pytorch_model.bin", "mm_projector.safetensors"], ()),
         (["pytorch_model.bin", "tower/model.safetensors"], ()),
         (["pytorch_model.bin", "model-00001-of-00002.safetensors"], ()),

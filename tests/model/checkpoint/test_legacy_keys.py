@@ -10,7 +10,7 @@ import pytest
 from llava.errors import CheckpointError
 from llava.model.checkpoint.legacy_keys import check_values, unknown_keys
 from llava.model.checkpoint.load import load
-from llava.model.checkpoint.tools.inspection import inspect
+from llava.model.checkpoint.tools.inspection import inspect_checkpoint
 from tests.support.legacy_folders import write_legacy
 
 
@@ -41,7 +41,7 @@ def test_values_of_published_files_are_valid() -> None:
     check_values({**values, "num_key_value_heads": None, "max_sequence_length": None}, Path("config.json"))
 
 
-@pytest.mark.parametrize("read", [load, inspect])
+@pytest.mark.parametrize("read", [load, inspect_checkpoint])
 def test_everything_that_opens_a_checkpoint_stops(tmp_path: Path, read: Any) -> None:
     folder = write_legacy(tmp_path, mm_use_im_start_end="false")
     with pytest.raises(CheckpointError, match=r"config\.json: mm_use_im_start_end is 'false'; expected true or false"):
@@ -50,8 +50,8 @@ def test_everything_that_opens_a_checkpoint_stops(tmp_path: Path, read: Any) -> 
 
 @pytest.mark.parametrize("architectures", [5, None, "LlavaLlamaForCausalLM"])
 def test_architectures_of_a_wrong_type_are_ignored(tmp_path: Path, architectures: Any) -> None:
-    layout = inspect(write_legacy(tmp_path, architectures=architectures)).layout
-    assert (layout.kind, layout.text_type) == ("legacy", "llama")
+    checkpoint = inspect_checkpoint(write_legacy(tmp_path, architectures=architectures)).checkpoint
+    assert (checkpoint.kind, checkpoint.text_type) == ("legacy", "llama")
 
 
 def test_keys_of_published_files_are_known() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from llava.errors import CheckpointError, ConfigError
 from llava.model.builder import Loaded, build
 from llava.model.checkpoint.export_hf import export_hf
-from llava.model.checkpoint.formats import EXTRA_FILE, ORIGIN_FILE, sniff
+from llava.model.checkpoint.formats import EXTRA_FILE, ORIGIN_FILE, Checkpoint
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.lora import add_lora, freeze_for, train_marker_rows
@@ -40,7 +40,7 @@ def test_a_model_loads_bitwise_equal(tmp_path: Path, tower: str, projector: str)
     loaded = tiny_llava(projector, tower, tie=tie, image_mode="pad", placement="as_written", system="Be brief.")
     expected = logits(loaded)
     save_model(loaded.model, loaded.processor, tmp_path, origin=loaded.origin)
-    assert sniff(tmp_path).kind == "model"
+    assert Checkpoint.open(tmp_path).kind == "model"
     again = load(tmp_path)
     assert torch.equal(logits(again), expected)
     assert not again.model.training
@@ -67,7 +67,7 @@ def test_projector_folder(tmp_path: Path, built: Loaded) -> None:
     with torch.no_grad():
         built.model.get_input_embeddings().weight[built.model.config.marker_token_ids] += 1
     save_projector(built.model, built.processor, tmp_path / "stage1", origin=built.origin)
-    assert sniff(tmp_path / "stage1").kind == "projector"
+    assert Checkpoint.open(tmp_path / "stage1").kind == "projector"
     again = load(tmp_path / "stage1")
     assert torch.equal(logits(again), logits(built))
     (tmp_path / "stage1" / "mm_projector.safetensors").unlink()
@@ -78,7 +78,7 @@ def test_adapter_folder(tmp_path: Path, built: Loaded) -> None:
     untrained = logits(built)
     expected = adapted(built, tmp_path / "adapter")
     assert (expected - untrained).abs().max() > 0.1
-    assert sniff(tmp_path / "adapter").kind == "adapter"
+    assert Checkpoint.open(tmp_path / "adapter").kind == "adapter"
     kept = load(tmp_path / "adapter", merge=False)
     assert isinstance(kept.model, PeftModel)
     assert torch.equal(logits(kept), expected)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava.model.builder import Loaded
-from llava.model.checkpoint.model_card import MARK, NOT_STATED, license_of, parts, public_command, public_name
+from llava.model.checkpoint.model_card import MARK, NOT_STATED, license_of, model_parts, public_command, public_name
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.lora import add_lora
 
@@ -72,7 +72,7 @@ def test_bases_that_name_each_other(tmp_path: Path) -> None:
     for one, other in (("a", "b"), ("b", "a")):
         (tmp_path / one).mkdir()
         (tmp_path / one / "llava_origin.json").write_text(json.dumps({"base": str(tmp_path / other)}))
-    found = [part.name for part in parts({"base": str(tmp_path / "a")})]
+    found = [part.name for part in model_parts({"base": str(tmp_path / "a")})]
     assert found == ["a", "b", "a"]
 
 

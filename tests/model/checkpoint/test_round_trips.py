@@ -13,15 +13,15 @@ from torch import Tensor
 
 from llava.errors import ConfigError
 from llava.model.builder import Loaded
-from llava.model.checkpoint.assemble import ForeignOptions
+from llava.model.checkpoint.assemble import LoadOptions
 from llava.model.checkpoint.export_hf import obstacles
 from llava.model.checkpoint.files.shards import list_tensors, open_tensors
-from llava.model.checkpoint.formats import sniff
+from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.legacy.export import export_legacy
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
-from llava.model.checkpoint.tools.convert import convert
-from llava.model.checkpoint.tools.inspection import inspect
+from llava.model.checkpoint.tools.convert import convert_checkpoint
+from llava.model.checkpoint.tools.inspection import inspect_checkpoint
 from llava.model.lora import add_lora, freeze_for
 from tests.support.legacy_folders import OPTIONAL_KEYS, write_legacy, write_lora, write_projector_only
 from tests.support.model_tools import logits, shake, trained
@@ -70,8 +70,8 @@ ORACLES = (
 
 def tensors(path: Path) -> dict[str, Tensor]:
     """Return all tensors of a folder's weight files."""
-    layout = sniff(path)
-    files = {entry.file for entry in (*layout.tensors.values(), *layout.extra.values())}
+    checkpoint = Checkpoint.open(path)
+    files = {entry.file for entry in (*checkpoint.tensors.values(), *checkpoint.extra.values())}
     return {name: tensor for file in files for name, tensor in open_tensors(file)}
 
 
@@ -84,21 +84,21 @@ def assert_same_files(before: Path, after: Path) -> None:
     for name in ("config.json", "adapter_config.json"):
         if (before / name).is_file():
             assert json.loads((after / name).read_text()) == json.loads((before / name).read_text()), name
-    if inner := sniff(before).tower_adapter:
+    if inner := Checkpoint.open(before).tower_adapter:
         assert_same_files(inner, after / "Vit-lora")
 
 
-def round_trip(source: Path, work: Path, options: ForeignOptions) -> str:
+def round_trip(source: Path, work: Path, options: LoadOptions) -> str:
     """Convert to ours and back, and through transformers' format if it can hold the model; return the path taken."""
-    convert(source, work / "ours", "ours", options)
-    convert(work / "ours", work / "legacy", "legacy")
+    convert_checkpoint(source, work / "ours", "ours", options)
+    convert_checkpoint(work / "ours", work / "legacy", "legacy")
     assert_same_files(source, work / "legacy")
-    layout = sniff(source)
-    if layout.kind != "legacy" or obstacles(load(work / "ours")):
+    checkpoint = Checkpoint.open(source)
+    if checkpoint.kind != "legacy" or obstacles(load(work / "ours")):
         return "ours"
-    convert(work / "ours", work / "hf", "hf")
-    convert(work / "hf", work / "ours again", "ours")
-    convert(work / "ours again", work / "legacy again", "legacy")
+    convert_checkpoint(work / "ours", work / "hf", "hf")
+    convert_checkpoint(work / "hf", work / "ours again", "ours")
+    convert_checkpoint(work / "ours again", work / "legacy again", "legacy")
     assert_same_files(source, work / "legacy again")
     return "ours, hf"
 
@@ -123,7 +123,7 @@ def test_every_specified_key_makes_a_round_trip(tmp_path: Path) -> None:
 def test_every_tensor_is_accounted_for(tmp_path: Path, kind: str) -> None:
     """No tensor of the files is dropped silently: each has one row in the table, loaded or computed."""
     source = write_legacy(tmp_path, **KINDS[kind])
-    rows = [row for row in inspect(source).rows if row.name]
+    rows = [row for row in inspect_checkpoint(source).rows if row.name]
     assert sorted(row.name for row in rows) == sorted(list_tensors(source))
     assert {row.status for row in rows} <= {"loaded", "renamed", "computed"}
 
@@ -131,7 +131,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_written_by_hand(tmp_path: Path, kind: str) -> None:
     source = write_legacy(tmp_path, **KINDS[kind])
-    way = round_trip(source, tmp_path, ForeignOptions())
+    way = round_trip(source, tmp_path, LoadOptions())
     sys.stdout.write(f"{kind}: legacy -> {way} -> legacy, every bit\n")  # listed by pytest -rP
     assert way == ("ours, hf" if ", mlp" in kind else "ours")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -146,7 +146,7 @@ def test_recorded(shared: Path, tmp_path: Path, oracle: str, folder: str) -> Non
     way = round_trip(
         root / folder,
         tmp_path,
-        ForeignOptions(
+        LoadOptions(
             base=str(root / "base_llm") if (root / "base_llm").is_dir() else None,
             vision_tower=str(root / config["mm_vision_tower"]),
             **{name: str(root / value) for name, value in parts.items() if value},
@@ -159,9 +159,9 @@ def test_recorded(shared: Path, tmp_path: Path, oracle: str, folder: str) -> Non
 @pytest.mark.parametrize("safe", [True, False])
 def test_adapters(tmp_path: Path, safe: bool) -> None:
     source = write_lora(tmp_path, tower_adapter=True, safe=safe)
-    options = ForeignOptions(base=str(tmp_path / "lm"))
-    convert(source, tmp_path / "ours", "ours", options)
-    convert(tmp_path / "ours", tmp_path / "legacy", "legacy")
+    options = LoadOptions(base=str(tmp_path / "lm"))
+    convert_checkpoint(source, tmp_path / "ours", "ours", options)
+    convert_checkpoint(tmp_path / "ours", tmp_path / "legacy", "legacy")
     assert_same_files(source, tmp_path / "legacy")
     before = load(source, base=str(tmp_path / "lm"), merge=False)
     after = load(tmp_path / "ours", merge=False)
@@ -171,8 +171,8 @@ def test_adapters(tmp_path: Path, safe: bool) -> None:
 @pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector.", "base_model.model.model.mm_projector."])
 def test_projectors_of_every_generation(tmp_path: Path, prefix: str) -> None:
     source = write_projector_only(tmp_path, prefix=prefix)
-    convert(source, tmp_path / "ours", "ours", ForeignOptions(base=str(tmp_path / "lm")))
-    convert(tmp_path / "ours", tmp_path / "legacy", "legacy")
+    convert_checkpoint(source, tmp_path / "ours", "ours", LoadOptions(base=str(tmp_path / "lm")))
+    convert_checkpoint(tmp_path / "ours", tmp_path / "legacy", "legacy")
     assert_same_files(source, tmp_path / "legacy")
     assert torch.equal(logits(load(tmp_path / "ours")), logits(load(source, base=str(tmp_path / "lm"))))
 
@@ -181,9 +181,9 @@ def test_projectors_of_every_generation(tmp_path: Path, prefix: str) -> None:
 def test_models_made_here_become_legacy(tmp_path: Path, lm: str) -> None:
     loaded = tiny_llava(lm=lm, image_mode="pad")
     save_model(loaded.model, loaded.processor, tmp_path / "ours", origin=loaded.origin)
-    convert(tmp_path / "ours", tmp_path / "legacy", "legacy")
-    layout = sniff(tmp_path / "legacy")
-    assert (layout.kind, layout.style, layout.text_type) == ("legacy", "placeholder", lm)
+    convert_checkpoint(tmp_path / "ours", tmp_path / "legacy", "legacy")
+    checkpoint = Checkpoint.open(tmp_path / "legacy")
+    assert (checkpoint.kind, checkpoint.style, checkpoint.text_type) == ("legacy", "placeholder", lm)
     again = load(tmp_path / "legacy")
     state, before = again.model.state_dict(), loaded.model.state_dict()
     for name, tensor in before.items():
@@ -200,7 +200,7 @@ def test_a_legacy_export_does_not_need_the_folders_it_was_built_from(tmp_path: P
 
 def test_adapters_and_projectors_made_here_become_legacy(tmp_path: Path, built: Loaded) -> None:
     save_projector(built.model, built.processor, tmp_path / "projector", origin=built.origin)
-    convert(tmp_path / "projector", tmp_path / "legacy projector", "legacy")
+    convert_checkpoint(tmp_path / "projector", tmp_path / "legacy projector", "legacy")
     base = str(tmp_path / "parts" / "lm")
     again = load(tmp_path / "legacy projector", base=base, template="vicuna_v1")
     torch.testing.assert_close(logits(again), logits(built), rtol=0, atol=1e-6)
@@ -209,22 +209,24 @@ def test_adapters_and_projectors_made_here_become_legacy(tmp_path: Path, built: 
     shake(trained(network))
     network.eval()
     save_adapter(network, built.processor, tmp_path / "adapter", origin=built.origin)
-    convert(tmp_path / "adapter", tmp_path / "legacy adapter", "legacy")
-    assert sniff(tmp_path / "legacy adapter").kind == "legacy_adapter"
+    convert_checkpoint(tmp_path / "adapter", tmp_path / "legacy adapter", "legacy")
+    assert Checkpoint.open(tmp_path / "legacy adapter").kind == "legacy_adapter"
     again = load(tmp_path / "legacy adapter", base=base, merge=False)
     torch.testing.assert_close(logits(again), logits(built), rtol=0, atol=1e-5)
 
 
 def test_options_that_a_rewritten_part_does_not_take_are_rejected(tmp_path: Path, built: Loaded) -> None:
-    half = ForeignOptions(dtype=torch.float16)
+    half = LoadOptions(dtype=torch.float16)
     stage1 = write_projector_only(tmp_path)
     with pytest.raises(ConfigError, match=r"omit --dtype, or .* --to model"):
-        convert(stage1, tmp_path / "out", "ours", ForeignOptions(base=str(tmp_path / "lm"), dtype=torch.float16))
+        convert_checkpoint(
+            stage1, tmp_path / "out", "ours", LoadOptions(base=str(tmp_path / "lm"), dtype=torch.float16)
+        )
     save_projector(built.model, built.processor, tmp_path / "projector", origin=built.origin)
     with pytest.raises(ConfigError, match="omit --dtype"):
-        convert(tmp_path / "projector", tmp_path / "out", "legacy", half)
+        convert_checkpoint(tmp_path / "projector", tmp_path / "out", "legacy", half)
     with pytest.raises(ConfigError, match="--model-base, --template would change nothing"):
-        convert(tmp_path / "projector", tmp_path / "out", "legacy", ForeignOptions(base="x", template="plain"))
+        convert_checkpoint(tmp_path / "projector", tmp_path / "out", "legacy", LoadOptions(base="x", template="plain"))
     assert not (tmp_path / "out").exists()
 
 
@@ -234,8 +236,8 @@ def test_a_projector_whose_file_names_no_language_model_becomes_a_whole_legacy_c
     config = json.loads((stage1 / "config.json").read_text())
     kept = {key: value for key, value in config.items() if key.startswith(("mm_", "tune_", "image_"))}
     (stage1 / "config.json").write_text(json.dumps({**kept, "a_key_of_tomorrow": 1}))
-    base = ForeignOptions(base=str(tmp_path / "lm"))
-    convert(stage1, tmp_path / "legacy", "legacy", base)
+    base = LoadOptions(base=str(tmp_path / "lm"))
+    convert_checkpoint(stage1, tmp_path / "legacy", "legacy", base)
     written = json.loads((tmp_path / "legacy" / "config.json").read_text())
     assert {key: written[key] for key in ("hidden_size", "num_hidden_layers")} == {
         key: config[key] for key in ("hidden_size", "num_hidden_layers")

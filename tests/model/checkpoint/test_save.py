@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llava.errors import CheckpointError
 from llava.model.builder import Loaded
-from llava.model.checkpoint.formats import sniff
+from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.load_parts import load_projector
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
@@ -147,11 +147,11 @@ def test_the_last_kind_that_was_saved_is_the_one_that_loads(tmp_path: Path) -> N
     adapted = tiny_llava()
     network = add_lora(adapted, r=2)
     save_adapter(network, adapted.processor, tmp_path, origin=adapted.origin)
-    assert sniff(tmp_path).kind == "adapter" and not list(tmp_path.glob("model*"))
+    assert Checkpoint.open(tmp_path).kind == "adapter" and not list(tmp_path.glob("model*"))
     save_projector(loaded.model, loaded.processor, tmp_path, origin=loaded.origin)
-    assert sniff(tmp_path).kind == "projector" and not list(tmp_path.glob("adapter*"))
+    assert Checkpoint.open(tmp_path).kind == "projector" and not list(tmp_path.glob("adapter*"))
     save_model(loaded.model, loaded.processor, tmp_path)
-    assert sniff(tmp_path).kind == "model" and not list(tmp_path.glob("mm_projector*"))
+    assert Checkpoint.open(tmp_path).kind == "model" and not list(tmp_path.glob("mm_projector*"))
 
 
 def test_nothing_is_written_over_its_base(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint.formats import sniff
+from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.vision_tower import PUBLISHED_TOWERS, find_tower
 from llava.model.multimodal_encoder.towers import input_size
@@ -19,11 +19,11 @@ from tests.support.tiny import write_tiny_tower
 
 def test_a_published_tower_inside_needs_no_download(tmp_path: Path) -> None:
     """Its settings and its preprocessing are known by the name in the checkpoint."""
-    layout = sniff(write_legacy(tmp_path, mm_vision_tower="openai/clip-vit-large-patch14-336"))
-    source = find_tower(layout)
+    checkpoint = Checkpoint.open(write_legacy(tmp_path, mm_vision_tower="openai/clip-vit-large-patch14-336"))
+    source = find_tower(checkpoint)
     config = source.config()
     assert (config.hidden_size, config.image_size, config.hidden_act) == (1024, 336, "quick_gelu")
-    processor = source.image_processor(config, layout.folder)
+    processor = source.image_processor(config, checkpoint.folder)
     assert input_size(processor) == 336
     pixels = processor(images=[Image.new("RGB", (400, 300))], return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 336, 336)

@@ -22,7 +22,13 @@ from llava.model.builder import build
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_model
 from llava.model.multimodal_encoder.open_clip_encoder import convert, loading, trunks
-from llava.model.multimodal_encoder.open_clip_encoder.trunks import TRUNKS, Trunk, rules, to_open_clip, trunk_config
+from llava.model.multimodal_encoder.open_clip_encoder.trunks import (
+    TRUNKS,
+    Trunk,
+    name_pairs,
+    to_open_clip,
+    trunk_config,
+)
 from llava.model.multimodal_encoder.towers import load_tower, num_patches, tower_image_processor
 from tests.support.tiny import tiny_image, write_tiny_lm
 
@@ -181,8 +187,8 @@ def test_published_towers(file: str, model_type: str, patches: int, num_names: i
     content = json.loads((loading.MODEL_CONFIGS / file).read_text())
     config = trunk_config(content)
     assert config.model_type == model_type
-    assert num_patches(trunks.image_processor(content, {}), config) == patches
-    assert len(list(rules(model_type, config.num_hidden_layers))) == num_names
+    assert num_patches(trunks.open_clip_image_processor(content, {}), config) == patches
+    assert len(list(name_pairs(model_type, config.num_hidden_layers))) == num_names
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     assert sum(p.numel() for n, p in model.named_parameters() if not n.startswith("pooler.")) == num_values
@@ -378,11 +384,11 @@ def test_one_file_alone_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs two files"):
         load_tower("any", torch.float32, config_file=given["config_file"])
     with pytest.raises(ConfigError, match="squash"):
-        trunks.image_processor(model_config("plain"), {"resize_mode": "squash"})
+        trunks.open_clip_image_processor(model_config("plain"), {"resize_mode": "squash"})
 
 
 def test_processor_files_of_both_kinds(tmp_path: Path) -> None:
-    trunks.image_processor(model_config("plain"), {}).save_pretrained(tmp_path / "own")
+    trunks.open_clip_image_processor(model_config("plain"), {}).save_pretrained(tmp_path / "own")
     assert type(load_image_processor(tmp_path / "own")) is OpenClipImageProcessorPil
     with pytest.raises(OSError, match="preprocessor_config"):
         load_image_processor(tmp_path)

@@ -181,7 +181,7 @@ class TensorReader:
             CheckpointError: the tensor does not exist, or the file cannot be read.
         """
         if name not in self.entries:
-            raise CheckpointError(f"no tensor {name!r} of {len(self.entries)}; see `llava checkpoint inspect` for their names")
+            raise CheckpointError(f"no tensor {name!r} of {len(self.entries)}; see `llava checkpoint inspect`")
         entry = self.entries[name]
         if entry.file.suffix != ".safetensors" and is_mappable(entry):
             if entry.file not in self._mapped:

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from llava.errors import CheckpointError
 from llava.imaging.anyres import parse_pinpoints
-from llava.model.checkpoint.formats import Layout
+from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.legacy.checks import SELECT_STRATEGIES, refusals
 from llava.model.checkpoint.legacy_keys import (
     ARCHITECTURES,
@@ -25,43 +25,43 @@ from llava.model.config import LlavaMedConfig
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 
 
-def text_config(layout: Layout) -> Any:
+def text_config(checkpoint: Checkpoint) -> Any:
     """Return the configuration of the language model in a legacy config.json.
 
     Raises:
         CheckpointError: transformers rejects a setting.
     """
     ours = USED_KEYS | KEPT_KEYS | FOREIGN_KEYS
-    settings = {key: value for key, value in layout.config.items() if key not in ours}
+    settings = {key: value for key, value in checkpoint.config.items() if key not in ours}
     if settings.get("pad_token_id") is not None and settings["pad_token_id"] < 0:
         settings["pad_token_id"] = None
     try:
-        return AutoConfig.for_model(layout.text_type, **settings)
+        return AutoConfig.for_model(checkpoint.text_type, **settings)
     except UNREADABLE as error:
-        raise CheckpointError(f"{layout.path}/config.json: {first_line(error)}") from error
+        raise CheckpointError(f"{checkpoint.path}/config.json: {first_line(error)}") from error
 
 
-def check_supported(layout: Layout) -> None:
+def check_supported(checkpoint: Checkpoint) -> None:
     """Check that a checkpoint would load into the model that was trained, see `refusals`.
 
     Raises:
         CheckpointError: it would not; the message has the first reason.
     """
-    for reason in refusals(layout):
-        raise CheckpointError(f"{layout.path}: {reason}")
+    for reason in refusals(checkpoint):
+        raise CheckpointError(f"{checkpoint.path}: {reason}")
 
 
-def projector_settings(layout: Layout) -> tuple[str, dict[str, Any] | None]:
+def projector_settings(checkpoint: Checkpoint) -> tuple[str, dict[str, Any] | None]:
     """Return projector type and settings; weights take precedence over the configuration.
 
     Raises:
         CheckpointError: no known projector has these weights.
     """
-    kind = layout.projector_type or "linear"
+    kind = checkpoint.projector_type or "linear"
     if kind != "cluster":
         return kind, None
     keys = {"mm_cluster_num_centers": "num_centers", "mm_cluster_iters": "num_iters"}
-    settings = {ours: layout.config[theirs] for theirs, ours in keys.items() if theirs in layout.config}
+    settings = {ours: checkpoint.config[theirs] for theirs, ours in keys.items() if theirs in checkpoint.config}
     return kind, settings or None
 
 
@@ -70,14 +70,14 @@ def image_mode(config: dict[str, Any]) -> str:
     return str(config.get("image_aspect_ratio") or "square")
 
 
-def select_layer(layout: Layout) -> int:
+def select_layer(checkpoint: Checkpoint) -> int:
     """Return the hidden state of the tower that is used; LLaVA-Med 1.0 omits the key for the last one."""
-    return int(layout.config.get("mm_vision_select_layer", -1))
+    return int(checkpoint.config.get("mm_vision_select_layer", -1))
 
 
-def select_feature(layout: Layout) -> str:
+def select_feature(checkpoint: Checkpoint) -> str:
     """Return `patch` or `cls_patch`."""
-    return str(layout.config.get("mm_vision_select_feature") or "patch")
+    return str(checkpoint.config.get("mm_vision_select_feature") or "patch")
 
 
 def legacy_config(config: LlavaMedConfig, *, whole: bool) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from llava.errors import CheckpointError
 from llava.model.builder import Loaded
 from llava.model.checkpoint.assemble import mean_rows
 from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter, flat_bytes
-from llava.model.checkpoint.folder import NEW_CLASS, TOKENIZER_CONFIG_FILE, copy_source, name_known_class
-from llava.model.checkpoint.formats import CONFIG_FILE, PAD_TOKEN, read_json, sniff
+from llava.model.checkpoint.folder import TOKENIZER_CONFIG_FILE, TOKENIZERS_CLASS, copy_source, name_known_class
+from llava.model.checkpoint.formats import CONFIG_FILE, PAD_TOKEN, Checkpoint, read_json
 from llava.model.checkpoint.legacy.config import legacy_config, rows_to_keep
 from llava.model.checkpoint.legacy_keys import TEMPLATE_KEY
 from llava.model.checkpoint.model_card import write_card
@@ -134,10 +134,10 @@ def table_rows(model: Any) -> int:
 
 
 def _tower(
-    config: LlavaMedConfig, trunk: dict[str, Tensor], layout: str, buffers: dict[str, str]
+    config: LlavaMedConfig, trunk: dict[str, Tensor], place: str, buffers: dict[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
     vision: Any = config.vision_config
-    if layout == "timm":
+    if place == "timm":
         for name, tensor in to_open_clip(trunk, vision.model_type, vision.num_hidden_layers).items():
             yield TIMM_TOWER + name.removeprefix(TRUNK_PREFIX), tensor
         return
@@ -203,7 +203,7 @@ def export_legacy(
         _write_tower_settings(loaded, target / TOWER_FOLDER)
     if source_folder is not None:
         copy_source(Path(source_folder), target, written)
-    if num_rows != source.get("num_rows") or not sniff(target).has_tokenizer:
+    if num_rows != source.get("num_rows") or not Checkpoint.open(target).has_tokenizer:
         _write_tokenizer(loaded.processor.tokenizer, target, source.get("num_rows"))
     keep_template(target, loaded.processor)
 
@@ -213,12 +213,12 @@ def keep_template(folder: Path, processor: LlavaMedProcessor) -> None:
 
     Settings that the format cannot hold at all are named in a warning.
     """
-    layout = sniff(folder)
+    checkpoint = Checkpoint.open(folder)
     words = [word for word in [PAD_TOKEN] if word_id(processor.tokenizer, word) is not None]
-    if layout.template(words) != processor.template.name:
-        write_json(folder / CONFIG_FILE, {**layout.config, TEMPLATE_KEY: processor.template.name})
+    if checkpoint.template(words) != processor.template.name:
+        write_json(folder / CONFIG_FILE, {**checkpoint.config, TEMPLATE_KEY: processor.template.name})
     lost = [] if processor.system is None else ["a system text of its own"]
-    if processor.placement != ("as_written" if layout.style == "patch_token" else "front"):
+    if processor.placement != ("as_written" if checkpoint.style == "patch_token" else "front"):
         lost.append(f"images placed {processor.placement}")
     if lost:
         logger.warning("%s: the legacy format cannot hold %s", folder, " and ".join(lost))
@@ -243,7 +243,7 @@ def _write_tokenizer(tokenizer: Any, target: Path, num_known: int | None) -> Non
         num_known: rows of the source's vocabulary, whose tokens its files name already.
     """
     tokenizer.save_pretrained(target)
-    if read_json(target / TOKENIZER_CONFIG_FILE).get("tokenizer_class") == NEW_CLASS:
+    if read_json(target / TOKENIZER_CONFIG_FILE).get("tokenizer_class") == TOKENIZERS_CLASS:
         name_known_class(target)
     if (target / "tokenizer.model").is_file() and num_known is not None:  # read by the original slow tokenizer
         new = {word: row for word, row in tokenizer.get_added_vocab().items() if row >= num_known}

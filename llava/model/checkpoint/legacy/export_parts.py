@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llava.errors import CheckpointError
 from llava.model.builder import Loaded, portable
-from llava.model.checkpoint.assemble import ForeignOptions
+from llava.model.checkpoint.assemble import LoadOptions
 from llava.model.checkpoint.files.shards import open_tensors
 from llava.model.checkpoint.folder import SOURCE_FOLDER, copy_source
 from llava.model.checkpoint.formats import (
@@ -30,14 +30,14 @@ from llava.model.checkpoint.formats import (
     ORIGIN_FILE,
     PROJECTOR_FILE,
     PROJECTOR_SAFE_FILE,
-    Layout,
+    Checkpoint,
     first_file,
     read_json,
 )
 from llava.model.checkpoint.hub import local_folder
 from llava.model.checkpoint.legacy.config import legacy_config, rows_to_keep
 from llava.model.checkpoint.legacy.export import keep_template
-from llava.model.checkpoint.legacy.load import load_foreign, with_base
+from llava.model.checkpoint.legacy.load import load_legacy, with_base
 from llava.model.checkpoint.legacy.lora_files import LegacyLora, peft_parts, read_lora
 from llava.model.checkpoint.save import new_files, write_common
 from llava.model.checkpoint.weight_names import (
@@ -59,28 +59,29 @@ from llava.utils.jsonl import write_json
 TOWER_ADAPTER_FOLDER = "Vit-lora"
 
 
-def convert_adapter(layout: Layout, options: ForeignOptions, path: Path) -> Loaded:
+def convert_adapter(checkpoint: Checkpoint, options: LoadOptions, path: Path) -> Loaded:
     """Write a legacy adapter as one of ours.
 
     Raises:
         CheckpointError: its base or tower is missing, or it does not fit them.
     """
-    loaded = load_foreign(layout, replace(options, merge=False))
-    adapters = [read_lora(layout.folder)]
-    folder = options.tower_adapter or layout.tower_adapter
+    loaded = load_legacy(checkpoint, replace(options, merge=False))
+    adapters = [read_lora(checkpoint.folder)]
+    folder = options.tower_adapter or checkpoint.tower_adapter
     if folder is not None:
         adapters.append(read_lora(Path(folder), tower=True))
     config, state = peft_parts(adapters)
     config.inference_mode = True
     extra = {
-        PEFT_PREFIX + _current_extra(name): tensor.clone() for name, tensor in open_tensors(layout.folder / EXTRA_FILE)
+        PEFT_PREFIX + _current_extra(name): tensor.clone()
+        for name, tensor in open_tensors(checkpoint.folder / EXTRA_FILE)
     }
     loaded.model.config.source["adapters"] = _remember(adapters)
     with new_files(path) as temporary:
         cast(Any, config).save_pretrained(temporary)
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / ADAPTER_FILE)
         torch.save(extra, temporary / EXTRA_FILE)
-        write_common(temporary, loaded.model, _origin(layout, options, loaded), "adapter")
+        write_common(temporary, loaded.model, _origin(checkpoint, options, loaded), "adapter")
     loaded.processor.save_pretrained(path)
     return loaded
 
@@ -110,28 +111,28 @@ def _file(folder: Path) -> Path:
     return file
 
 
-def _origin(layout: Layout, options: ForeignOptions, loaded: Loaded) -> dict[str, Any]:
+def _origin(checkpoint: Checkpoint, options: LoadOptions, loaded: Loaded) -> dict[str, Any]:
     """Return how our loader assembles the base: from its parts, or from a legacy model."""
-    layout, base = with_base(layout, options)
+    checkpoint, base = with_base(checkpoint, options)
     assert base is not None  # adapters and projectors always have one
     if base.kind != "language_model":
         parts = {name: value for name, value in options.parts.items() if name not in ("base", "tower_adapter")}
         return {"base": portable(str(base.folder)), "load": parts}
     config, processor = cast(LlavaMedConfig, loaded.model.config), loaded.processor
     tower = {
-        name: options.parts.get(name) or layout.config.get(f"mm_{name}")
+        name: options.parts.get(name) or checkpoint.config.get(f"mm_{name}")
         for name in ("vision_tower", "vision_tower_config", "vision_tower_checkpoint")
     }
     return {
         "build": {
             "lm": portable(str(base.folder)),
-            **{name: _found(layout, value) for name, value in tower.items() if value},
+            **{name: _found(checkpoint, value) for name, value in tower.items() if value},
             "projector_type": config.projector_type,
             "projector_kwargs": config.projector_kwargs,
             "select_layer": config.vision_feature_layer,
             "select_feature": "cls_patch" if config.vision_feature_select_strategy == "full" else "patch",
             "use_im_start_end": config.use_im_start_end,
-            "use_im_patch_token": layout.uses_patch_token,
+            "use_im_patch_token": checkpoint.uses_patch_token,
             "template": processor.template.name,
             "image_mode": processor.image_mode,
             "patch_merge_type": config.patch_merge_type,
@@ -141,29 +142,29 @@ def _origin(layout: Layout, options: ForeignOptions, loaded: Loaded) -> dict[str
     }
 
 
-def _found(layout: Layout, name: str) -> str:
+def _found(checkpoint: Checkpoint, name: str) -> str:
     """Return a part's absolute path, or a hub name unchanged."""
-    for place in (Path(name).expanduser(), layout.folder / name):
+    for place in (Path(name).expanduser(), checkpoint.folder / name):
         if place.exists():
             return str(place.resolve())
     return name
 
 
-def convert_projector(layout: Layout, options: ForeignOptions, path: Path) -> Loaded:
+def convert_projector(checkpoint: Checkpoint, options: LoadOptions, path: Path) -> Loaded:
     """Write a legacy projector as one of ours, with the same tensors and the same base.
 
     Raises:
         CheckpointError: its base or tower is missing, or it does not fit them.
     """
-    loaded = load_foreign(layout, options)
-    _, base = with_base(layout, options)
-    weights = {name: tensor.clone() for name, tensor in open_tensors(next(iter(layout.tensors.values())).file)}
-    parts = {name: _found(layout, value) for name, value in options.parts.items()}
+    loaded = load_legacy(checkpoint, options)
+    _, base = with_base(checkpoint, options)
+    weights = {name: tensor.clone() for name, tensor in open_tensors(next(iter(checkpoint.tensors.values())).file)}
+    parts = {name: _found(checkpoint, value) for name, value in options.parts.items()}
     if base is not None:
         parts["base"] = str(local_folder(str(base.folder)).resolve())
     for name in ("vision_tower", "vision_tower_config", "vision_tower_checkpoint"):
-        if name not in parts and layout.config.get(f"mm_{name}"):
-            parts[name] = _found(layout, str(layout.config[f"mm_{name}"]))
+        if name not in parts and checkpoint.config.get(f"mm_{name}"):
+            parts[name] = _found(checkpoint, str(checkpoint.config[f"mm_{name}"]))
     with new_files(path) as temporary:
         torch.save(weights, temporary / PROJECTOR_FILE)
         save_file(weights, temporary / PROJECTOR_SAFE_FILE)

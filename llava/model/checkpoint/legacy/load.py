@@ -1,6 +1,6 @@
 """Load checkpoints of the legacy formats: their weights under our names, around transformers' classes.
 
-    Layout --weights, base, tower--> state under our names --configuration--> model        (+ tokenizer --> processor)
+    Checkpoint --weights, base, tower--> state under our names --configuration--> model    (+ tokenizer --> processor)
 
 Nothing is loaded partially: a missing or unknown weight is an error.
 """
@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, LlamaConfig
 from llava.errors import CheckpointError
 from llava.model.anyres import write_policy
 from llava.model.builder import Loaded, finish, portable
-from llava.model.checkpoint.assemble import ForeignOptions, grow, marker_rows, place, take_rows
+from llava.model.checkpoint.assemble import LoadOptions, grow_tables, marker_rows, model_from_state, take_rows
 from llava.model.checkpoint.files.shards import TensorReader, open_tensors
-from llava.model.checkpoint.formats import EXTRA_FILE, KINDS, PAD_TOKEN, Layout, sniff
+from llava.model.checkpoint.formats import EXTRA_FILE, KINDS, PAD_TOKEN, Checkpoint
 from llava.model.checkpoint.hub import local_folder
 from llava.model.checkpoint.legacy.checks import SELECT_STRATEGIES, layer_refusals
 from llava.model.checkpoint.legacy.config import (
@@ -32,7 +32,13 @@ from llava.model.checkpoint.legacy.config import (
     select_layer,
     text_config,
 )
-from llava.model.checkpoint.legacy.lora_files import LegacyLora, attach, check_copies, merged, read_lora
+from llava.model.checkpoint.legacy.lora_files import (
+    LegacyLora,
+    attach_adapters,
+    check_copies,
+    merged_weights,
+    read_lora,
+)
 from llava.model.checkpoint.legacy_keys import merge_type, unknown_keys
 from llava.model.checkpoint.vision_tower import TowerSource, find_tower
 from llava.model.checkpoint.weight_names import (
@@ -76,27 +82,28 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def add_tokens(tokenizer: Any, layout: Layout) -> None:
+def add_tokens(tokenizer: Any, checkpoint: Checkpoint) -> None:
     """Add the tokens that this checkpoint's style needs to the vocabulary."""
     # Known tokens too: old files have them as plain text, and the tokenizer would split them.
-    tokenizer.add_tokens(layout.needed_words, special_tokens=True)
+    tokenizer.add_tokens(checkpoint.needed_words, special_tokens=True)
 
 
 def make_processor(
-    layout: Layout, tokenizer: Any, image_processor: Any, num_image_tokens: int, template: str | None
+    checkpoint: Checkpoint, tokenizer: Any, image_processor: Any, num_image_tokens: int, template: str | None
 ) -> LlavaMedProcessor:
     """Return the processor that prepares inputs as the checkpoint's trainer did."""
-    is_old = layout.style == "patch_token"
+    is_old = checkpoint.style == "patch_token"
     return LlavaMedProcessor(
         tokenizer,
         image_processor,
-        template=template or layout.template([word for word in [PAD_TOKEN] if word_id(tokenizer, word) is not None]),
-        image_mode=image_mode(layout.config),
-        patch_merge_type=merge_type(layout.config),
-        image_grid_pinpoints=layout.config.get("image_grid_pinpoints"),
+        template=template
+        or checkpoint.template([word for word in [PAD_TOKEN] if word_id(tokenizer, word) is not None]),
+        image_mode=image_mode(checkpoint.config),
+        patch_merge_type=merge_type(checkpoint.config),
+        image_grid_pinpoints=checkpoint.config.get("image_grid_pinpoints"),
         num_image_tokens=num_image_tokens,
         placement="as_written" if is_old else "front",
-        use_im_start_end=bool(layout.config.get("mm_use_im_start_end")),
+        use_im_start_end=bool(checkpoint.config.get("mm_use_im_start_end")),
         strip_around_images=is_old,
     )
 
@@ -105,7 +112,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Gathered:
+class GatheredWeights:
     """Weights under our names, and their origin."""
 
     state: dict[str, Tensor]
@@ -116,85 +123,87 @@ class Gathered:
     num_rows: int
 
 
-def load_foreign(layout: Layout, options: ForeignOptions) -> Loaded:
+def load_legacy(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     """Load a checkpoint of a legacy format.
 
     Raises:
         CheckpointError: a part is missing (names the flag that gives it), or weights do not fit.
     """
-    written = layout.config
-    layout, base = with_base(layout, options)
-    check_supported(layout)
-    text = text_config(layout)
-    if unknown := unknown_keys(layout.config):
-        logger.info("%s: unknown keys of config.json, kept: %s", layout.path, ", ".join(unknown))
-    tokenizer = load_tokenizer(tokenizer_folder(layout, base))
-    add_tokens(tokenizer, layout)
-    gathered = gather(layout, base, options, marker_rows(tokenizer))
-    image_processor = gathered.tower.image_processor(gathered.vision_config, layout.folder)
+    written = checkpoint.config
+    checkpoint, base = with_base(checkpoint, options)
+    check_supported(checkpoint)
+    text = text_config(checkpoint)
+    if unknown := unknown_keys(checkpoint.config):
+        logger.info("%s: unknown keys of config.json, kept: %s", checkpoint.path, ", ".join(unknown))
+    tokenizer = load_tokenizer(tokenizer_folder(checkpoint, base))
+    add_tokens(tokenizer, checkpoint)
+    gathered = gather_weights(checkpoint, base, options, marker_rows(tokenizer))
+    image_processor = gathered.tower.image_processor(gathered.vision_config, checkpoint.folder)
     num_image_tokens = num_patches(image_processor, gathered.vision_config)
-    if select_feature(layout) == "cls_patch":
+    if select_feature(checkpoint) == "cls_patch":
         num_image_tokens += num_extra_tokens(gathered.vision_config)
-    processor = make_processor(layout, tokenizer, image_processor, num_image_tokens, options.template)
-    grow(gathered.state, len(tokenizer), layout.tensors if layout.kind == "legacy" else None)
-    config = make_config(layout, text, gathered, processor)
+    processor = make_processor(checkpoint, tokenizer, image_processor, num_image_tokens, options.template)
+    grow_tables(gathered.state, len(tokenizer), checkpoint.tensors if checkpoint.kind == "legacy" else None)
+    config = make_config(checkpoint, text, gathered, processor)
     write_policy(config, processor.image_grid)
-    config.source = {**source_of(layout, gathered), "config": written}
+    config.source = {**source_of(checkpoint, gathered), "config": written}
     merge = options.merge and options.quantization.bits == 16
     if merge and gathered.adapters:
-        gathered.state.update(merged(gathered.state, gathered.adapters))
-    model = place(config, gathered.state, options, name=str(layout.path))
-    loaded = finish(model, processor, {"base": portable(str(layout.folder)), "load": options.parts})
-    loaded.context_len = int(layout.config.get("max_sequence_length") or loaded.context_len)
+        gathered.state.update(merged_weights(gathered.state, gathered.adapters))
+    model = model_from_state(config, gathered.state, options, name=str(checkpoint.path))
+    loaded = finish(model, processor, {"base": portable(str(checkpoint.folder)), "load": options.parts})
+    loaded.context_len = int(checkpoint.config.get("max_sequence_length") or loaded.context_len)
     if gathered.adapters and not merge:
-        loaded.model = cast(Any, attach(model, gathered.adapters))
+        loaded.model = cast(Any, attach_adapters(model, gathered.adapters))
     return loaded
 
 
-def with_base(layout: Layout, options: ForeignOptions) -> tuple[Layout, Layout | None]:
+def with_base(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Checkpoint, Checkpoint | None]:
     """Return the checkpoint, with missing settings taken from its base, and the base itself.
 
     Raises:
         CheckpointError: a base is needed and not given, or its kind does not fit.
     """
-    if layout.kind == "legacy":
-        base = sniff(local_folder(options.base)) if options.base else None
-        return layout, base
-    named = options.base or layout.adapter.get("base_model_name_or_path") or layout.config.get("_name_or_path")
+    if checkpoint.kind == "legacy":
+        base = Checkpoint.open(local_folder(options.base)) if options.base else None
+        return checkpoint, base
+    named = options.base or checkpoint.adapter.get("base_model_name_or_path") or checkpoint.config.get("_name_or_path")
     given = bool(options.base)
-    if named is None or not (given or Path(named).is_dir() or (layout.folder / named).is_dir()):
+    if named is None or not (given or Path(named).is_dir() or (checkpoint.folder / named).is_dir()):
         words = f" (it names {named!r}, which is not a folder here)" if named else ""
         raise CheckpointError(
-            f"{layout.path} is {KINDS[layout.kind]}, which needs the language model it was trained on{words}; "
+            f"{checkpoint.path} is {KINDS[checkpoint.kind]}, which needs the language model it was trained on{words}; "
             "pass it with --model-base"
         )
-    folder = local_folder(named) if given or Path(named).is_dir() else layout.folder / named
-    base = sniff(folder)
+    folder = local_folder(named) if given or Path(named).is_dir() else checkpoint.folder / named
+    base = Checkpoint.open(folder)
     if base.kind not in ("language_model", "legacy"):
         raise CheckpointError(
-            f"{folder} is {KINDS[base.kind]}; {layout.path} needs the plain language model it was trained on"
+            f"{folder} is {KINDS[base.kind]}; {checkpoint.path} needs the plain language model it was trained on"
         )
-    is_whole = "hidden_size" in layout.config
-    return (layout if is_whole else replace(layout, config={**base.config, **layout.config})), base
+    is_whole = "hidden_size" in checkpoint.config
+    return (checkpoint if is_whole else replace(checkpoint, config={**base.config, **checkpoint.config})), base
 
 
-def tokenizer_folder(layout: Layout, base: Layout | None) -> Path:
+def tokenizer_folder(checkpoint: Checkpoint, base: Checkpoint | None) -> Path:
     """Return the folder whose tokenizer a checkpoint uses: its own, else its base's.
 
     Raises:
         CheckpointError: neither has one.
     """
-    for part in (layout, base):
+    for part in (checkpoint, base):
         if part is not None and part.has_tokenizer:
             return part.folder
-    raise CheckpointError(f"{layout.path} has no tokenizer; pass the model it was trained from with --model-base")
+    raise CheckpointError(f"{checkpoint.path} has no tokenizer; pass the model it was trained from with --model-base")
 
 
-def gather(layout: Layout, base: Layout | None, options: ForeignOptions, markers: Sequence[int]) -> Gathered:
+def gather_weights(
+    checkpoint: Checkpoint, base: Checkpoint | None, options: LoadOptions, markers: Sequence[int]
+) -> GatheredWeights:
     """Collect all weights under our names, memory-mapped from the files, with adapters apart.
 
     Args:
-        layout: the checkpoint.
+        checkpoint: the checkpoint.
         base: what it builds on.
         options: parts that were given.
         markers: see `marker_rows`.
@@ -204,34 +213,34 @@ def gather(layout: Layout, base: Layout | None, options: ForeignOptions, markers
     """
     state: dict[str, Tensor] = {}
     buffers: dict[str, str] = {}
-    if layout.kind != "legacy" and base is not None:
+    if checkpoint.kind != "legacy" and base is not None:
         _take(state, buffers, base)
     adapters: list[LegacyLora] = []
-    if layout.kind == "legacy":
-        _take(state, buffers, layout)
-    elif layout.kind == "legacy_adapter":
-        adapters.append(read_lora(layout.folder))
-        if not layout.extra:
-            raise CheckpointError(f"{layout.path} has no {EXTRA_FILE}, which holds its projector")
-        _take_projector(state, open_tensors(layout.folder / EXTRA_FILE), layout, markers)
+    if checkpoint.kind == "legacy":
+        _take(state, buffers, checkpoint)
+    elif checkpoint.kind == "legacy_adapter":
+        adapters.append(read_lora(checkpoint.folder))
+        if not checkpoint.extra:
+            raise CheckpointError(f"{checkpoint.path} has no {EXTRA_FILE}, which holds its projector")
+        _take_projector(state, open_tensors(checkpoint.folder / EXTRA_FILE), checkpoint, markers)
     else:
-        file = layout.path if layout.path.is_file() else next(iter(layout.tensors.values())).file
-        _take_projector(state, open_tensors(file), layout, markers)
+        file = checkpoint.path if checkpoint.path.is_file() else next(iter(checkpoint.tensors.values())).file
+        _take_projector(state, open_tensors(file), checkpoint, markers)
     if EMBEDDINGS not in state:
-        raise CheckpointError(f"{layout.path} has no language model; expected model.embed_tokens.weight")
-    tower, vision_config = _take_tower(state, layout, options)
-    folder = options.tower_adapter or layout.tower_adapter
+        raise CheckpointError(f"{checkpoint.path} has no language model; expected model.embed_tokens.weight")
+    tower, vision_config = _take_tower(state, checkpoint, options)
+    folder = options.tower_adapter or checkpoint.tower_adapter
     if folder is not None:
         adapters.append(read_lora(tower_adapter_folder(Path(folder)), tower=True))
     elif adapters:
         check_copies(adapters[0])
-    return Gathered(state, adapters, tower, vision_config, buffers, state[EMBEDDINGS].shape[0])
+    return GatheredWeights(state, adapters, tower, vision_config, buffers, state[EMBEDDINGS].shape[0])
 
 
-def _take(state: dict[str, Tensor], buffers: dict[str, str], layout: Layout) -> None:
+def _take(state: dict[str, Tensor], buffers: dict[str, str], checkpoint: Checkpoint) -> None:
     """Add the weights of a legacy checkpoint or a plain language model, under our names."""
     trunk: dict[str, Tensor] = {}
-    for name, tensor in TensorReader(layout.tensors):
+    for name, tensor in TensorReader(checkpoint.tensors):
         if is_buffer(name):
             kind = next(kind for kind, pattern in BUFFERS.items() if pattern.fullmatch(name))
             buffers[kind] = str(tensor.dtype).removeprefix("torch.")
@@ -239,7 +248,7 @@ def _take(state: dict[str, Tensor], buffers: dict[str, str], layout: Layout) -> 
         ours = renamed(name, LEGACY_PREFIXES)
         if ours is None:
             raise CheckpointError(
-                f"{layout.path}: tensor {name} belongs to no part of the model; see `llava checkpoint inspect`"
+                f"{checkpoint.path}: tensor {name} belongs to no part of the model; see `llava checkpoint inspect`"
             )
         (trunk if name.startswith(TIMM_TOWER) else state)[ours] = tensor
     if trunk:
@@ -266,7 +275,9 @@ def timm_tower(trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _take_projector(state: dict[str, Tensor], reader: TensorReader, layout: Layout, markers: Sequence[int]) -> None:
+def _take_projector(
+    state: dict[str, Tensor], reader: TensorReader, checkpoint: Checkpoint, markers: Sequence[int]
+) -> None:
     """Add the projector's weights of a file, and embedding rows trained with them, see `take_rows`."""
     for name in [name for name in state if name.startswith(PROJECTOR)]:
         del state[name]
@@ -275,29 +286,31 @@ def _take_projector(state: dict[str, Tensor], reader: TensorReader, layout: Layo
         if suffix is not None:
             state[PROJECTOR + suffix] = tensor
         elif name.endswith("embed_tokens.weight"):
-            take_rows(state, tensor, layout, markers)
+            take_rows(state, tensor, checkpoint, markers)
         elif name.endswith(NEWLINE):
             state[f"model.{NEWLINE}"] = tensor
         elif "lora_" not in name:
-            raise CheckpointError(f"{layout.path}: tensor {name} belongs to neither the projector nor the embeddings")
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} belongs to neither the projector nor the embeddings"
+            )
 
 
-def _take_tower(state: dict[str, Tensor], layout: Layout, options: ForeignOptions) -> tuple[TowerSource, Any]:
+def _take_tower(state: dict[str, Tensor], checkpoint: Checkpoint, options: LoadOptions) -> tuple[TowerSource, Any]:
     """Return the tower's source and configuration; add its weights if they are not there yet."""
     is_inside = any(name.startswith(TOWER) for name in state)
     source = find_tower(
-        layout if is_inside == layout.has_tower else replace(layout, tensors={}),
+        checkpoint if is_inside == checkpoint.has_tower else replace(checkpoint, tensors={}),
         options.vision_tower,
         options.vision_tower_config,
         options.vision_tower_checkpoint,
     )
     if is_inside:
-        logger.info("%s: vision tower from the checkpoint itself", layout.path)
+        logger.info("%s: vision tower from the checkpoint itself", checkpoint.path)
         return source, source.config()
     dtype = state[EMBEDDINGS].dtype
     tower = source.load(dtype)
     state.update({TOWER + name: tensor for name, tensor in tower.state_dict().items() if not is_buffer(name)})
-    logger.info("%s: vision tower from %s", layout.path, source.checkpoint or source.name)
+    logger.info("%s: vision tower from %s", checkpoint.path, source.checkpoint or source.name)
     return source, tower.config
 
 
@@ -307,24 +320,24 @@ def tower_adapter_folder(folder: Path) -> Path:
     Raises:
         CheckpointError: neither holds one.
     """
-    layout = sniff(folder)
-    if layout.kind == "tower_adapter":
+    checkpoint = Checkpoint.open(folder)
+    if checkpoint.kind == "tower_adapter":
         return folder
-    if layout.tower_adapter is not None:
-        return layout.tower_adapter
-    raise CheckpointError(f"{folder} is {KINDS[layout.kind]}; expected the folder of a vision tower's adapter")
+    if checkpoint.tower_adapter is not None:
+        return checkpoint.tower_adapter
+    raise CheckpointError(f"{folder} is {KINDS[checkpoint.kind]}; expected the folder of a vision tower's adapter")
 
 
-def make_config(layout: Layout, text: Any, gathered: Gathered, processor: Any) -> LlavaMedConfig:
+def make_config(checkpoint: Checkpoint, text: Any, gathered: GatheredWeights, processor: Any) -> LlavaMedConfig:
     """Return our configuration of a legacy checkpoint.
 
     Raises:
         CheckpointError: the tower lacks the selected layer.
     """
-    kind, settings = projector_settings(layout)
-    layer, num_layers = select_layer(layout), int(gathered.vision_config.num_hidden_layers)
+    kind, settings = projector_settings(checkpoint)
+    layer, num_layers = select_layer(checkpoint), int(gathered.vision_config.num_hidden_layers)
     for reason in layer_refusals(layer, num_layers):  # for a tower that was found only now
-        raise CheckpointError(f"{layout.path}: {reason}")
+        raise CheckpointError(f"{checkpoint.path}: {reason}")
     text.vocab_size = gathered.state[EMBEDDINGS].shape[0]
     markers = [word for word in processor.marker_ids if word is not None] if processor.use_im_start_end else None
     return LlavaMedConfig(
@@ -332,7 +345,7 @@ def make_config(layout: Layout, text: Any, gathered: Gathered, processor: Any) -
         text_config=text,
         image_token_index=processor.image_token_id,
         image_seq_length=processor.num_image_tokens,
-        vision_feature_select_strategy=cast(Any, SELECT_STRATEGIES[select_feature(layout)]),
+        vision_feature_select_strategy=cast(Any, SELECT_STRATEGIES[select_feature(checkpoint)]),
         vision_feature_layer=layer,
         projector_type=kind,
         projector_kwargs=settings,
@@ -344,13 +357,13 @@ def make_config(layout: Layout, text: Any, gathered: Gathered, processor: Any) -
     )
 
 
-def source_of(layout: Layout, gathered: Gathered) -> dict[str, Any]:
+def source_of(checkpoint: Checkpoint, gathered: GatheredWeights) -> dict[str, Any]:
     """Return what is needed to write the same format again."""
-    tower = "timm" if layout.has_timm_tower else "inside" if layout.has_tower else "beside"
-    files = [entry.file.suffix for entry in layout.tensors.values()]
+    tower = "timm" if checkpoint.has_timm_tower else "inside" if checkpoint.has_tower else "beside"
+    files = [entry.file.suffix for entry in checkpoint.tensors.values()]
     return {
-        "kind": layout.kind,
-        "style": layout.style,
+        "kind": checkpoint.kind,
+        "style": checkpoint.style,
         "num_rows": gathered.num_rows,
         "loaded_rows": gathered.state[EMBEDDINGS].shape[0],
         "tower": tower,

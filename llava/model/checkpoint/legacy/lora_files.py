@@ -32,7 +32,7 @@ OTHER_BASES = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class LoraPair:
     """Names in the file of one adapted layer's A [r, in] and B [out, r]."""
 
     down: str
@@ -53,7 +53,7 @@ class LegacyLora:
 
     folder: Path
     config: dict[str, Any]
-    pairs: dict[str, Pair]
+    pairs: dict[str, LoraPair]
     dropped: list[str]
     reader: TensorReader
 
@@ -100,7 +100,7 @@ def read_lora(folder: Path, *, tower: bool = False) -> LegacyLora:
             pairs.setdefault(layer, {})[next(part for part in PARTS if part in name)] = name
     if incomplete := [layer for layer, pair in pairs.items() if set(pair) != set(PARTS)]:
         raise CheckpointError(f"{file}: {incomplete[0]} has only one of LoRA's two matrices")
-    complete = {layer: Pair(pair[PARTS[0]], pair[PARTS[1]]) for layer, pair in pairs.items()}
+    complete = {layer: LoraPair(pair[PARTS[0]], pair[PARTS[1]]) for layer, pair in pairs.items()}
     _check_ranks(folder, config, complete, reader)
     return LegacyLora(folder, config, complete, dropped, reader)
 
@@ -124,7 +124,7 @@ def _check_settings(config: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def _check_ranks(folder: Path, config: Mapping[str, Any], pairs: Mapping[str, Pair], reader: TensorReader) -> None:
+def _check_ranks(folder: Path, config: Mapping[str, Any], pairs: Mapping[str, LoraPair], reader: TensorReader) -> None:
     """Check that the settings fit the matrices; their scale, alpha / r, cannot be checked otherwise.
 
     Raises:
@@ -172,7 +172,7 @@ def _layer(name: str, *, tower: bool) -> str | None:
     return renamed(without_peft(layer), LEGACY_PREFIXES)
 
 
-def merged(state: Mapping[str, Tensor], adapters: list[LegacyLora]) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(state: Mapping[str, Tensor], adapters: list[LegacyLora]) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of `state` that adapters change, with the change.
 
     Raises:
@@ -222,7 +222,7 @@ def peft_parts(adapters: list[LegacyLora]) -> tuple[LoraConfig, dict[str, Tensor
     return config, state
 
 
-def attach(model: Any, adapters: list[LegacyLora]) -> PeftModel:
+def attach_adapters(model: Any, adapters: list[LegacyLora]) -> PeftModel:
     """Add legacy adapters to a model as one peft adapter, unmerged.
 
     Raises:

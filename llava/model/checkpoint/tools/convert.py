@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 
 from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.model.builder import Loaded
-from llava.model.checkpoint.assemble import ForeignOptions
+from llava.model.checkpoint.assemble import LoadOptions
 from llava.model.checkpoint.export_hf import export_hf
 from llava.model.checkpoint.folder import keep_source, source_of
-from llava.model.checkpoint.formats import ADAPTER_FILE, KINDS, Layout, sniff
+from llava.model.checkpoint.formats import ADAPTER_FILE, KINDS, Checkpoint
 from llava.model.checkpoint.legacy.export import export_legacy, remember_tower
 from llava.model.checkpoint.legacy.export_parts import (
     convert_adapter,
@@ -48,32 +48,32 @@ DTYPES: dict[str, Any] = {
 }
 
 
-def open_source(layout: Layout, options: ForeignOptions, *, merge: bool = True) -> Loaded:
+def open_source(checkpoint: Checkpoint, options: LoadOptions, *, merge: bool = True) -> Loaded:
     """Load the source with the parts that were given."""
     parts: dict[str, Any] = {name: value for name, value in options.parts.items() if name != "base"}
-    loaded = load(layout.path, base=options.base, dtype=options.dtype, merge=merge, **parts)
-    if layout.kind.startswith("legacy") and merge and not (layout.tower_adapter or options.tower_adapter):
+    loaded = load(checkpoint.path, base=options.base, dtype=options.dtype, merge=merge, **parts)
+    if checkpoint.kind.startswith("legacy") and merge and not (checkpoint.tower_adapter or options.tower_adapter):
         remember_tower(loaded.model)
     return loaded
 
 
-def to_ours(layout: Layout, options: ForeignOptions, path: Path) -> None:
+def to_ours(checkpoint: Checkpoint, options: LoadOptions, path: Path) -> None:
     """Write this package's folder of the same kind."""
-    if layout.kind in ("legacy_adapter", "legacy_projector"):
-        _refuse_dtype(layout, options)
-    if layout.kind == "legacy_adapter":
-        convert_adapter(layout, options, path)
-    elif layout.kind == "legacy_projector":
-        convert_projector(layout, options, path)
-    elif layout.kind in ("adapter", "projector"):
-        raise ConfigError(f"{layout.path} is {KINDS[layout.kind]} already; for a whole model, pass --to model")
+    if checkpoint.kind in ("legacy_adapter", "legacy_projector"):
+        _refuse_dtype(checkpoint, options)
+    if checkpoint.kind == "legacy_adapter":
+        convert_adapter(checkpoint, options, path)
+    elif checkpoint.kind == "legacy_projector":
+        convert_projector(checkpoint, options, path)
+    elif checkpoint.kind in ("adapter", "projector"):
+        raise ConfigError(f"{checkpoint.path} is {KINDS[checkpoint.kind]} already; for a whole model, pass --to model")
     else:
-        to_model(layout, options, path)
+        to_model(checkpoint, options, path)
         return
-    keep_source(layout, path)
+    keep_source(checkpoint, path)
 
 
-def _refuse_dtype(layout: Layout, options: ForeignOptions) -> None:
+def _refuse_dtype(checkpoint: Checkpoint, options: LoadOptions) -> None:
     """Check that no dtype is given for adapters and projectors, whose weights are not changed.
 
     Raises:
@@ -81,47 +81,47 @@ def _refuse_dtype(layout: Layout, options: ForeignOptions) -> None:
     """
     if options.dtype != "auto":
         raise ConfigError(
-            f"{layout.path} is {KINDS[layout.kind]}, whose weights keep their dtype; omit --dtype, or pass --to model "
-            "for a whole model of that dtype"
+            f"{checkpoint.path} is {KINDS[checkpoint.kind]}, whose weights keep their dtype; omit --dtype, or pass "
+            "--to model for a whole model of that dtype"
         )
 
 
-def to_model(layout: Layout, options: ForeignOptions, path: Path) -> None:
+def to_model(checkpoint: Checkpoint, options: LoadOptions, path: Path) -> None:
     """Write a whole model of this package."""
-    loaded = open_source(layout, options)
+    loaded = open_source(checkpoint, options)
     save_model(loaded.model, loaded.processor, path, origin=loaded.origin)
-    keep_source(layout, path)
+    keep_source(checkpoint, path)
 
 
-def to_legacy(layout: Layout, options: ForeignOptions, path: Path) -> None:
+def to_legacy(checkpoint: Checkpoint, options: LoadOptions, path: Path) -> None:
     """Write the legacy format."""
-    if layout.kind in ("adapter", "projector"):
-        _refuse_dtype(layout, options)
+    if checkpoint.kind in ("adapter", "projector"):
+        _refuse_dtype(checkpoint, options)
         if options.parts:
             given = ", ".join(PART_FLAGS[name] for name in options.parts)
-            raise ConfigError(f"{layout.path}: its files are rewritten, so {given} would change nothing; omit it")
-    if layout.kind == "adapter":
-        export_legacy_adapter(layout.folder, path)
-    elif layout.kind == "projector":
-        export_legacy_projector(layout.folder, path)
+            raise ConfigError(f"{checkpoint.path}: its files are rewritten, so {given} would change nothing; omit it")
+    if checkpoint.kind == "adapter":
+        export_legacy_adapter(checkpoint.folder, path)
+    elif checkpoint.kind == "projector":
+        export_legacy_projector(checkpoint.folder, path)
     else:
-        export_legacy(open_source(layout, options), path, source_folder=source_of(layout))
+        export_legacy(open_source(checkpoint, options), path, source_folder=source_of(checkpoint))
 
 
-def to_hf(layout: Layout, options: ForeignOptions, path: Path) -> None:
+def to_hf(checkpoint: Checkpoint, options: LoadOptions, path: Path) -> None:
     """Write transformers' format."""
-    export_hf(open_source(layout, options), path, source_folder=source_of(layout))
+    export_hf(open_source(checkpoint, options), path, source_folder=source_of(checkpoint))
 
 
-def to_peft(layout: Layout, options: ForeignOptions, path: Path) -> None:
+def to_peft(checkpoint: Checkpoint, options: LoadOptions, path: Path) -> None:
     """Write the base in transformers' format, and the adapter for it.
 
     Raises:
         CheckpointError: the source is not an adapter.
     """
-    if layout.kind not in ("adapter", "legacy_adapter"):
-        raise CheckpointError(f"{layout.path} is {KINDS[layout.kind]}; --to peft needs an adapter")
-    loaded = open_source(layout, options, merge=False)
+    if checkpoint.kind not in ("adapter", "legacy_adapter"):
+        raise CheckpointError(f"{checkpoint.path} is {KINDS[checkpoint.kind]}; --to peft needs an adapter")
+    loaded = open_source(checkpoint, options, merge=False)
     adapted: Any = loaded.model
     config = adapted.peft_config["default"]
     config.base_model_name_or_path = str((path / "base").resolve())
@@ -137,7 +137,7 @@ def to_peft(layout: Layout, options: ForeignOptions, path: Path) -> None:
         save_file(state, folder / ADAPTER_FILE)
 
 
-WRITERS: dict[str, Callable[[Layout, ForeignOptions, Path], None]] = {
+WRITERS: dict[str, Callable[[Checkpoint, LoadOptions, Path], None]] = {
     "ours": to_ours,
     "model": to_model,
     "legacy": to_legacy,
@@ -147,7 +147,9 @@ WRITERS: dict[str, Callable[[Layout, ForeignOptions, Path], None]] = {
 EXPORTS = ("hf", "legacy", "peft")
 
 
-def convert(source: str | Path, target: str | Path, to: str, options: ForeignOptions | None = None) -> Layout:
+def convert_checkpoint(
+    source: str | Path, target: str | Path, to: str, options: LoadOptions | None = None
+) -> Checkpoint:
     """Write a checkpoint in another format and return what was written.
 
     Args:
@@ -166,13 +168,13 @@ def convert(source: str | Path, target: str | Path, to: str, options: ForeignOpt
         raise ConfigError(f"{target} is not empty; name a new folder")
     existed = path.is_dir()
     try:
-        writer(sniff(source), options or ForeignOptions(), path)
+        writer(Checkpoint.open(source), options or LoadOptions(), path)
     except BaseException as error:
         _clear(path, keep=existed)
         if isinstance(error, OSError | SafetensorError) and not isinstance(error, LlavaError):
             raise CheckpointError(f"{target} cannot be written: {first_line(error)}") from error
         raise
-    return sniff(path / "adapter" if to == "peft" else path)
+    return Checkpoint.open(path / "adapter" if to == "peft" else path)
 
 
 def _clear(path: Path, *, keep: bool) -> None:
@@ -196,10 +198,10 @@ def add_part_options(parser: Parser) -> None:
     parser.add_argument("--dtype", default="auto", choices=sorted(DTYPES), help="dtype of the written weights")
 
 
-def part_options(args: Namespace) -> ForeignOptions:
+def part_options(args: Namespace) -> LoadOptions:
     """Return the values of the options of `add_part_options`."""
     return replace(
-        ForeignOptions(),
+        LoadOptions(),
         base=args.model_base,
         vision_tower=args.vision_tower,
         vision_tower_config=args.vision_tower_config,
@@ -217,7 +219,7 @@ def _run(argv: Sequence[str] | None, command: str, choices: Sequence[str], defau
     parser.add_argument("--to", default=default, choices=list(choices), help="format to write")
     add_part_options(parser)
     args = parser.parse_args(argv)
-    written = convert(args.source, args.target, args.to, part_options(args))
+    written = convert_checkpoint(args.source, args.target, args.to, part_options(args))
     sys.stdout.write(f"{args.target}: {KINDS[written.kind]}, {len(written.tensors) + len(written.extra)} tensors\n")
 
 

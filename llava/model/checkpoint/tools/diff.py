@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.model.checkpoint.files.shards import TensorReader
-from llava.model.checkpoint.formats import Layout, our_name, sniff
+from llava.model.checkpoint.formats import Checkpoint, our_name
 from llava.model.checkpoint.weight_names import TIMM_TOWER, TOWER, is_buffer
 from llava.utils.cli import Parser
 
@@ -27,23 +27,23 @@ class Difference:
     how: str
 
 
-class Weights:
+class CheckpointWeights:
     """Tensors of every file of a checkpoint under our names, without computed tables.
 
     A tower's adapter in its own folder counts as part of the adapter around it, as in our format; copies of it among
     the language model's (STLLaVA-Med) are ignored. A tower under timm's names is renamed to ours.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        entries = {**layout.extra, **layout.tensors}
-        self._files = {our_name(layout, name) or name: name for name in entries if not is_buffer(name)}
-        if layout.tower_adapter is not None:
-            tower = sniff(layout.tower_adapter)
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        entries = {**checkpoint.extra, **checkpoint.tensors}
+        self._files = {our_name(checkpoint, name) or name: name for name in entries if not is_buffer(name)}
+        if checkpoint.tower_adapter is not None:
+            tower = Checkpoint.open(checkpoint.tower_adapter)
             entries |= tower.tensors
             self._files |= {our_name(tower, name) or name: name for name in tower.tensors}
         self._reader = TensorReader(entries)
         self._split: dict[str, Tensor] = {}
-        if layout.has_timm_tower:
+        if checkpoint.has_timm_tower:
             self._split_tower()
 
     def _split_tower(self) -> None:
@@ -63,7 +63,7 @@ class Weights:
         return self._split[name] if name in self._split else self._reader.read(self._files[name])
 
 
-def differences(ours: Weights, theirs: Weights) -> Iterator[Difference]:
+def differences(ours: CheckpointWeights, theirs: CheckpointWeights) -> Iterator[Difference]:
     """Yield the tensors that only one checkpoint has, or whose shape, dtype or values differ."""
     for name in sorted(ours.names | theirs.names):
         if name not in theirs.names:
@@ -105,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     args = parser.parse_args(argv)
-    first, second = sniff(args.first), sniff(args.second)
-    ours, theirs = Weights(first), Weights(second)
+    first, second = Checkpoint.open(args.first), Checkpoint.open(args.second)
+    ours, theirs = CheckpointWeights(first), CheckpointWeights(second)
     tensors = list(differences(ours, theirs))
     for difference in (*tensors, *_settings(first.config, second.config)):
         sys.stdout.write(f"{difference.name}: {difference.how}\n")

@@ -12,113 +12,115 @@ from pathlib import Path
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shards import TensorReader
-from llava.model.checkpoint.formats import KINDS, Layout, our_name
+from llava.model.checkpoint.formats import KINDS, Checkpoint, our_name
 from llava.model.checkpoint.legacy.checks import refusals
 from llava.model.checkpoint.legacy_keys import unknown_keys
-from llava.model.checkpoint.tools.inspection import PROBLEMS, Inspection, added_words, inspect
+from llava.model.checkpoint.tools.inspection import PROBLEMS, Inspection, added_words, inspect_checkpoint
 from llava.model.checkpoint.weight_names import EMBEDDINGS, PROJECTOR
 from llava.utils.cli import Parser
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class DoctorFinding:
     """Result of a check: an `error` keeps the checkpoint from loading as trained, a `note` does not."""
 
     level: str
     text: str
 
 
-def diagnose(inspection: Inspection) -> Iterator[Finding]:
+def diagnose(inspection: Inspection) -> Iterator[DoctorFinding]:
     """Yield the findings from names, shapes and settings."""
-    layout = inspection.layout
+    checkpoint = inspection.checkpoint
     for status in PROBLEMS:
         rows = [row for row in inspection.rows if row.status == status]
         if rows:
             some = ", ".join((row.name or row.ours) + f" {row.shape}" for row in rows[:3])
-            yield Finding("error", f"{len(rows)} tensors are {status}: {some}; see `llava checkpoint inspect`")
-    if layout.kind in ("vision_tower", "language_model", "tower_adapter"):
-        yield Finding("note", f"this is {KINDS[layout.kind]}, only a part of a model")
-    if layout.kind.startswith("legacy"):
-        yield from _legacy_findings(layout)
+            yield DoctorFinding("error", f"{len(rows)} tensors are {status}: {some}; see `llava checkpoint inspect`")
+    if checkpoint.kind in ("vision_tower", "language_model", "tower_adapter"):
+        yield DoctorFinding("note", f"this is {KINDS[checkpoint.kind]}, only a part of a model")
+    if checkpoint.kind.startswith("legacy"):
+        yield from _legacy_findings(checkpoint)
 
 
-def _legacy_findings(layout: Layout) -> Iterator[Finding]:
-    config = layout.config
-    yield from (Finding("error", reason) for reason in refusals(layout))
-    yield from _projector_findings(layout)
-    yield from _token_findings(layout)
-    if layout.has_tower:
-        yield Finding(
+def _legacy_findings(checkpoint: Checkpoint) -> Iterator[DoctorFinding]:
+    config = checkpoint.config
+    yield from (DoctorFinding("error", reason) for reason in refusals(checkpoint))
+    yield from _projector_findings(checkpoint)
+    yield from _token_findings(checkpoint)
+    if checkpoint.has_tower:
+        yield DoctorFinding(
             "note", "its vision tower is inside and is used; the original loaders download a stock one instead"
         )
-    elif layout.kind == "legacy":
+    elif checkpoint.kind == "legacy":
         tower = config.get("mm_vision_tower")
-        known = tower is not None and (Path(tower).is_dir() or (layout.folder / tower).is_dir() or "/" in tower)
+        known = tower is not None and (Path(tower).is_dir() or (checkpoint.folder / tower).is_dir() or "/" in tower)
         if not known and not config.get("mm_vision_tower_checkpoint"):
-            yield Finding(
+            yield DoctorFinding(
                 "error", f"its vision tower {tower!r} is not inside and not a folder here; pass it with --vision-tower"
             )
-    if layout.kind != "legacy":
-        base = layout.adapter.get("base_model_name_or_path") or config.get("_name_or_path")
-        yield Finding(
+    if checkpoint.kind != "legacy":
+        base = checkpoint.adapter.get("base_model_name_or_path") or config.get("_name_or_path")
+        yield DoctorFinding(
             "note", f"builds on the language model {base!r}; if that is not a folder here, pass it with --model-base"
         )
-    elif not layout.has_tokenizer:
-        yield Finding("error", "it has no tokenizer; pass the model it was trained from with --model-base")
-    if layout.kind == "legacy_adapter" and not layout.extra:
-        yield Finding("error", "it has no non_lora_trainables.bin: the projector it was trained with is missing")
+    elif not checkpoint.has_tokenizer:
+        yield DoctorFinding("error", "it has no tokenizer; pass the model it was trained from with --model-base")
+    if checkpoint.kind == "legacy_adapter" and not checkpoint.extra:
+        yield DoctorFinding("error", "it has no non_lora_trainables.bin: the projector it was trained with is missing")
     if config.get("model_type") == "llama":
-        yield Finding(
+        yield DoctorFinding(
             "note", "config.json says 'llama', though this is a LLaVA model; it is recognized by its mm_ keys"
         )
     if unknown := unknown_keys(config):
-        yield Finding("note", f"unknown keys, kept: {', '.join(unknown)}")
+        yield DoctorFinding("note", f"unknown keys, kept: {', '.join(unknown)}")
 
 
-def _projector_findings(layout: Layout) -> Iterator[Finding]:
+def _projector_findings(checkpoint: Checkpoint) -> Iterator[DoctorFinding]:
     try:
-        by_weights = layout.projector_type
+        by_weights = checkpoint.projector_type
     except CheckpointError:  # `refusals` reports it
         return
-    written = layout.config.get("mm_projector_type")
+    written = checkpoint.config.get("mm_projector_type")
     if written and by_weights and written != by_weights:
-        yield Finding(
+        yield DoctorFinding(
             "note", f"config.json says projector {written!r}, the weights are {by_weights!r}; the weights are used"
         )
-    width = layout.config.get("mm_hidden_size")
-    first = next((e for n, e in layout.tensors.items() if _is_first(layout, n) and len(e.shape) == 2), None)
+    width = checkpoint.config.get("mm_hidden_size")
+    first = next((e for n, e in checkpoint.tensors.items() if _is_first(checkpoint, n) and len(e.shape) == 2), None)
     if width and first and first.shape[1] != width:
-        yield Finding("error", f"the projector takes features of width {first.shape[1]}, mm_hidden_size is {width}")
+        yield DoctorFinding(
+            "error", f"the projector takes features of width {first.shape[1]}, mm_hidden_size is {width}"
+        )
 
 
-def _is_first(layout: Layout, name: str) -> bool:
-    return (our_name(layout, name) or "") in (f"{PROJECTOR}weight", f"{PROJECTOR}0.weight")
+def _is_first(checkpoint: Checkpoint, name: str) -> bool:
+    return (our_name(checkpoint, name) or "") in (f"{PROJECTOR}weight", f"{PROJECTOR}0.weight")
 
 
-def _token_findings(layout: Layout) -> Iterator[Finding]:
-    table = next((e for n, e in layout.tensors.items() if our_name(layout, n) == EMBEDDINGS), None)
+def _token_findings(checkpoint: Checkpoint) -> Iterator[DoctorFinding]:
+    table = next((e for n, e in checkpoint.tensors.items() if our_name(checkpoint, n) == EMBEDDINGS), None)
     if table is None:
         return
     rows = table.shape[0]
-    if beyond := [f"{word} ({row})" for word, row in added_words(layout).items() if row >= rows]:
-        yield Finding(
+    if beyond := [f"{word} ({row})" for word, row in added_words(checkpoint).items() if row >= rows]:
+        yield DoctorFinding(
             "note", f"{rows} embedding rows, but tokens beyond: {', '.join(beyond)}; rows are added, each the mean"
         )
-    size = layout.config.get("vocab_size")
+    size = checkpoint.config.get("vocab_size")
     if size not in (None, rows):
-        yield Finding("note", f"vocab_size is {size}, but the table has {rows} rows; the table is used")
+        yield DoctorFinding("note", f"vocab_size is {size}, but the table has {rows} rows; the table is used")
 
 
-def check_weights(layout: Layout) -> Iterator[Finding]:
+def check_weights(checkpoint: Checkpoint) -> Iterator[DoctorFinding]:
     """Read every tensor, and yield findings for values that are not finite and for tensors of zeros."""
     import torch
 
-    reader = TensorReader({**layout.extra, **layout.tensors})
+    reader = TensorReader({**checkpoint.extra, **checkpoint.tensors})
     for name, tensor in reader:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            yield Finding("error", f"{name} holds values that are not finite")
+            yield DoctorFinding("error", f"{name} holds values that are not finite")
         elif tensor.numel() and not bool(tensor.any()) and not name.endswith((".bias", "lora_B.weight", "sim_beta")):
-            yield Finding("note", f"{name} is all zeros")
+            yield DoctorFinding("note", f"{name} is all zeros")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -127,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("path", help="checkpoint folder or weight file")
     parser.add_switch("--weights", help="read every value too")
     args = parser.parse_args(argv)
-    inspection = inspect(args.path)
-    found = [*diagnose(inspection), *(check_weights(inspection.layout) if args.weights else ())]
-    sys.stdout.write(f"{args.path}: {KINDS[inspection.layout.kind]}\n")
+    inspection = inspect_checkpoint(args.path)
+    found = [*diagnose(inspection), *(check_weights(inspection.checkpoint) if args.weights else ())]
+    sys.stdout.write(f"{args.path}: {KINDS[inspection.checkpoint.kind]}\n")
     for finding in found:
         sys.stdout.write(f"{finding.level}: {finding.text}\n")
     if any(finding.level == "error" for finding in found):

@@ -1,6 +1,6 @@
 """Report a checkpoint's content and how each tensor would be loaded, by headers and without torch.
 
-sniff(path) --names, shapes, settings--> Inspection --> text or JSON
+Checkpoint.open(path) --names, shapes, settings--> Inspection --> text or JSON
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shards import TensorEntry
-from llava.model.checkpoint.formats import KINDS, OURS, PAD_TOKEN, Layout, our_name, read_json, sniff
+from llava.model.checkpoint.formats import KINDS, OURS, PAD_TOKEN, Checkpoint, our_name, read_json
 from llava.model.checkpoint.legacy_keys import merge_type, unknown_keys
 from llava.model.checkpoint.weight_names import EMBEDDINGS, HEAD, NEWLINE, PROJECTOR, is_buffer
 from llava.utils.cli import Parser
@@ -30,12 +30,12 @@ DEFAULTS: dict[str, dict[str, int]] = {
 """transformers' defaults for sizes that a nested configuration omits, as published ones do."""
 
 
-def expected_shapes(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
+def expected_shapes(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the language model's and the projector's weights by our names, with shapes; -1 is any size.
 
     Only for whole models with Llama or Mistral, whose configuration determines all shapes.
     """
-    config = _text_settings(layout)
+    config = _text_settings(checkpoint)
     if not all(isinstance(config.get(key), int) for key in SIZES):
         return
     width, inner = config["hidden_size"], config["intermediate_size"]
@@ -55,21 +55,21 @@ def expected_shapes(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
         for name in ("input", "post_attention"):
             yield f"{place}{name}_layernorm.weight", (width,)
     yield f"{model}norm.weight", (width,)
-    if _has_head(layout):
+    if _has_head(checkpoint):
         yield "lm_head.weight", (-1, width)
-    yield from _expected_projector(layout, width)
-    merge = merge_type(config) if layout.kind == "legacy" else layout.config.get("patch_merge_type")
+    yield from _expected_projector(checkpoint, width)
+    merge = merge_type(config) if checkpoint.kind == "legacy" else checkpoint.config.get("patch_merge_type")
     if merge == "spatial_unpad":
         yield f"model.{NEWLINE}", (width,)
 
 
-def _text_settings(layout: Layout) -> dict[str, Any]:
+def _text_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the language model's settings; empty if they are absent, or its weights have other names."""
-    if layout.kind == "legacy":
-        return layout.config
-    inner = layout.config.get("text_config")
+    if checkpoint.kind == "legacy":
+        return checkpoint.config
+    inner = checkpoint.config.get("text_config")
     if (
-        layout.kind not in ("model", "hf_llava")
+        checkpoint.kind not in ("model", "hf_llava")
         or not isinstance(inner, dict)
         or inner.get("model_type") not in DEFAULTS
     ):
@@ -77,21 +77,21 @@ def _text_settings(layout: Layout) -> dict[str, Any]:
     return {**DEFAULTS[inner["model_type"]], **inner}
 
 
-def _has_head(layout: Layout) -> bool:
+def _has_head(checkpoint: Checkpoint) -> bool:
     """Return whether the head has its own table, by default only in legacy configurations."""
-    tied = layout.config.get("tie_word_embeddings")
-    return not tied if layout.kind == "legacy" else tied is False
+    tied = checkpoint.config.get("tie_word_embeddings")
+    return not tied if checkpoint.kind == "legacy" else tied is False
 
 
-def _expected_projector(layout: Layout, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expected_projector(checkpoint: Checkpoint, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the weights of the projector type that the weights show, or else the settings."""
-    config = layout.config
-    if layout.kind == "legacy":
+    config = checkpoint.config
+    if checkpoint.kind == "legacy":
         vision, written = config.get("mm_hidden_size") or -1, str(config.get("mm_projector_type") or "linear")
     else:
         vision, written = -1, str(config.get("projector_type") or "mlp2x_gelu")
     try:
-        kind = written if layout.kind != "legacy" else layout.projector_type or written
+        kind = written if checkpoint.kind != "legacy" else checkpoint.projector_type or written
     except CheckpointError:
         kind = written
     if kind == "linear":
@@ -123,12 +123,12 @@ STATUSES = {
     "wrong shape": "does not fit the configuration",
 }
 PROBLEMS = ("missing", "unexpected", "wrong shape")
-WORDS = (IMAGE_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IM_END_TOKEN, PAD_TOKEN)
+SPECIAL_TOKENS = (IMAGE_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IM_END_TOKEN, PAD_TOKEN)
 PROCESSOR_FILE = "llava_processor.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TensorRow:
     """Tensor with its name in the file and ours, shape, dtype, and how it is loaded (key of `STATUSES`)."""
 
     status: str
@@ -142,9 +142,9 @@ class Row:
 class Inspection:
     """Facts (in print order) and tensors of a checkpoint."""
 
-    layout: Layout
+    checkpoint: Checkpoint
     facts: dict[str, Any] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[TensorRow] = field(default_factory=list)
 
     @property
     def counts(self) -> Counter[str]:
@@ -152,43 +152,43 @@ class Inspection:
         return Counter(row.status for row in self.rows)
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect_checkpoint(path: str | Path) -> Inspection:
     """Inspect a checkpoint folder or weight file.
 
     Raises:
         CheckpointError: it is in no known format, or a file is broken.
     """
-    layout = sniff(path)
-    rows = list(_rows(layout))
-    return Inspection(layout, _facts(layout), rows)
+    checkpoint = Checkpoint.open(path)
+    rows = list(_rows(checkpoint))
+    return Inspection(checkpoint, _facts(checkpoint), rows)
 
 
-def _rows(layout: Layout) -> Iterator[Row]:
-    expected = dict(expected_shapes(layout))
+def _rows(checkpoint: Checkpoint) -> Iterator[TensorRow]:
+    expected = dict(expected_shapes(checkpoint))
     found: set[str] = set()
-    for entry in (*layout.tensors.values(), *layout.extra.values()):
-        row = _row(layout, entry, expected)
+    for entry in (*checkpoint.tensors.values(), *checkpoint.extra.values()):
+        row = _row(checkpoint, entry, expected)
         found.add(row.ours)
         yield row
     for name, shape in expected.items():
         if name not in found:
-            yield Row("missing", "", name, shape)
-    yield from _new_rows(layout)
+            yield TensorRow("missing", "", name, shape)
+    yield from _new_rows(checkpoint)
 
 
-def _row(layout: Layout, entry: TensorEntry, expected: dict[str, tuple[int, ...]]) -> Row:
-    ours = our_name(layout, entry.name)
+def _row(checkpoint: Checkpoint, entry: TensorEntry, expected: dict[str, tuple[int, ...]]) -> TensorRow:
+    ours = our_name(checkpoint, entry.name)
     if is_buffer(entry.name):
         status = "computed"
     elif ours is None:
         status = "unexpected"
-    elif layout.kind == "legacy_adapter" and "lora_" in entry.name and ".vision_tower." in ours:
+    elif checkpoint.kind == "legacy_adapter" and "lora_" in entry.name and ".vision_tower." in ours:
         status = "copy"
     elif ours in expected and not _fits(entry.shape, expected[ours]):
         status = "wrong shape"
     else:
         status = "loaded" if ours == entry.name else "renamed"
-    return Row(status, entry.name, ours or "", entry.shape, entry.dtype)
+    return TensorRow(status, entry.name, ours or "", entry.shape, entry.dtype)
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
@@ -196,14 +196,14 @@ def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return len(shape) == len(expected) and all(want in (-1, got) for got, want in zip(shape, expected, strict=True))
 
 
-def _new_rows(layout: Layout) -> Iterator[Row]:
+def _new_rows(checkpoint: Checkpoint) -> Iterator[TensorRow]:
     """Yield the rows that loading appends to embeddings and head, for tokens without one."""
-    tables = {our_name(layout, name): entry for name, entry in layout.tensors.items()}
-    if layout.kind not in ("legacy", "hf_llava") or EMBEDDINGS not in tables:
+    tables = {our_name(checkpoint, name): entry for name, entry in checkpoint.tensors.items()}
+    if checkpoint.kind not in ("legacy", "hf_llava") or EMBEDDINGS not in tables:
         return
-    num_words, wanted = num_known_words(layout), added_words(layout)
-    if layout.kind == "legacy":
-        lacking = [word for word in layout.needed_words if word not in wanted]
+    num_words, wanted = num_known_words(checkpoint), added_words(checkpoint)
+    if checkpoint.kind == "legacy":
+        lacking = [word for word in checkpoint.needed_words if word not in wanted]
         wanted |= {word: num_words + number for number, word in enumerate(lacking)}
     num_rows = max([tables[EMBEDDINGS].shape[0], *(row + 1 for row in wanted.values())])
     for name in (EMBEDDINGS, HEAD + "weight"):
@@ -213,27 +213,27 @@ def _new_rows(layout: Layout) -> Iterator[Row]:
         first, width = entry.shape
         new = {row: word for word, row in wanted.items() if row >= first}
         for row, word in sorted(new.items()):
-            yield Row("new", "", f"{name}[{row}] ({word})", (width,), entry.dtype)
+            yield TensorRow("new", "", f"{name}[{row}] ({word})", (width,), entry.dtype)
         if num_unnamed := num_rows - first - len(new):
-            yield Row("new", "", f"{name} (further rows)", (num_unnamed, width), entry.dtype)
+            yield TensorRow("new", "", f"{name} (further rows)", (num_unnamed, width), entry.dtype)
 
 
-def num_known_words(layout: Layout) -> int:
+def num_known_words(checkpoint: Checkpoint) -> int:
     """Return the number of a tokenizer's tokens before loading adds any.
 
     If the folder has only a sentencepiece file (which is not read) or uses the base's tokenizer, it is the number of
     rows in the embedding table.
     """
-    vocabulary = (read_json(layout.folder / "tokenizer.json").get("model") or {}).get("vocab") or ()
+    vocabulary = (read_json(checkpoint.folder / "tokenizer.json").get("model") or {}).get("vocab") or ()
     if not vocabulary:
-        table = next((e for name, e in layout.tensors.items() if our_name(layout, name) == EMBEDDINGS), None)
+        table = next((e for name, e in checkpoint.tensors.items() if our_name(checkpoint, name) == EMBEDDINGS), None)
         vocabulary = range(0 if table is None else table.shape[0])
-    return max([len(vocabulary), *(row + 1 for row in added_words(layout).values())])
+    return max([len(vocabulary), *(row + 1 for row in added_words(checkpoint).values())])
 
 
-def added_words(layout: Layout) -> dict[str, int]:
+def added_words(checkpoint: Checkpoint) -> dict[str, int]:
     """Return the tokens added to a tokenizer's own vocabulary, with their ids, from all its files."""
-    folder = layout.folder
+    folder = checkpoint.folder
     found = {word: row for word, row in read_json(folder / "added_tokens.json").items() if isinstance(row, int)}
     decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
     found.update({str(entry["content"]): int(row) for row, entry in decoder.items() if isinstance(entry, dict)})
@@ -242,32 +242,32 @@ def added_words(layout: Layout) -> dict[str, int]:
     return found
 
 
-def words(layout: Layout) -> dict[str, int]:
+def special_tokens(checkpoint: Checkpoint) -> dict[str, int]:
     """Return the added tokens that stand for images and padding."""
-    return {word: row for word, row in added_words(layout).items() if word in WORDS}
+    return {word: row for word, row in added_words(checkpoint).items() if word in SPECIAL_TOKENS}
 
 
-def _facts(layout: Layout) -> dict[str, Any]:
-    entries = [*layout.tensors.values(), *layout.extra.values()]
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    entries = [*checkpoint.tensors.values(), *checkpoint.extra.values()]
     dtypes = Counter(entry.dtype for entry in entries)
     facts: dict[str, Any] = {
-        "checkpoint": str(layout.path),
-        "kind": KINDS[layout.kind],
+        "checkpoint": str(checkpoint.path),
+        "kind": KINDS[checkpoint.kind],
         "files": ", ".join(sorted({entry.file.name for entry in entries})),
         "size": f"{len(entries)} tensors, {sum(entry.num_bytes for entry in entries):,} bytes, "
         + ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items()),
     }
-    if layout.kind in OURS:
-        facts.update(_facts_of_ours(layout))
-    elif layout.kind.startswith(("legacy", "hf")):
-        facts.update(_facts_of_others(layout))
-    facts["token ids"] = ", ".join(f"{word} {row}" for word, row in words(layout).items()) or "none added"
+    if checkpoint.kind in OURS:
+        facts.update(_facts_of_ours(checkpoint))
+    elif checkpoint.kind.startswith(("legacy", "hf")):
+        facts.update(_facts_of_others(checkpoint))
+    facts["token ids"] = ", ".join(f"{word} {row}" for word, row in special_tokens(checkpoint).items()) or "none added"
     return facts
 
 
-def _facts_of_ours(layout: Layout) -> dict[str, Any]:
-    settings = read_json(layout.folder / PROCESSOR_FILE)
-    config = layout.config
+def _facts_of_ours(checkpoint: Checkpoint) -> dict[str, Any]:
+    settings = read_json(checkpoint.folder / PROCESSOR_FILE)
+    config = checkpoint.config
     images = (settings.get(name) for name in ("image_mode", "num_image_tokens", "placement"))
     return {
         "language model": (config.get("text_config") or {}).get("model_type"),
@@ -279,35 +279,35 @@ def _facts_of_ours(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _facts_of_others(layout: Layout) -> dict[str, Any]:
-    config = layout.config
+def _facts_of_others(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = checkpoint.config
     try:
-        projector = layout.projector_type or "none here"
+        projector = checkpoint.projector_type or "none here"
     except CheckpointError as error:
         projector = str(error)
-    facts: dict[str, Any] = {"language model": layout.text_type, "projector": projector}
-    if layout.kind == "hf_llava":
+    facts: dict[str, Any] = {"language model": checkpoint.text_type, "projector": projector}
+    if checkpoint.kind == "hf_llava":
         return facts
-    place = "inside, used" if layout.has_tower else "beside, fetched by name"
+    place = "inside, used" if checkpoint.has_tower else "beside, fetched by name"
     facts["vision tower"] = f"{config.get('mm_vision_tower')} ({place})"
     facts["style"] = {
         "patch_token": "patch tokens (LLaVA before 1.0, LLaVA-Med 1.0)",
         "placeholder": "one placeholder per image (LLaVA from 1.0 on)",
-    }[layout.style]
-    facts["template"] = f"{layout.template(added_words(layout))} (by content; --template overrides)"
+    }[checkpoint.style]
+    facts["template"] = f"{checkpoint.template(added_words(checkpoint))} (by content; --template overrides)"
     mode, placement = config.get("image_aspect_ratio") or "square", "front"
-    if layout.style == "patch_token":
+    if checkpoint.style == "patch_token":
         placement = "as written, white space around images dropped"
     if mode == "anyres":
         mode += f" ({config.get('mm_patch_merge_type') or 'flat'})"
     facts["images"] = f"{mode}, layer {config.get('mm_vision_select_layer', -1)}, {placement}"
-    facts["base"] = config.get("_name_or_path") if layout.kind != "legacy" else None
-    facts["tower adapter"] = layout.tower_adapter.name if layout.tower_adapter else None
+    facts["base"] = config.get("_name_or_path") if checkpoint.kind != "legacy" else None
+    facts["tower adapter"] = checkpoint.tower_adapter.name if checkpoint.tower_adapter else None
     facts["unknown keys, kept"] = ", ".join(unknown_keys(config)) or None
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def render(inspection: Inspection, *, tensors: bool = True) -> str:
+def inspection_text(inspection: Inspection, *, tensors: bool = True) -> str:
     """Return the inspection as text: facts, counts, and a line for every tensor."""
     lines = [f"{name:<31}{value}" for name, value in inspection.facts.items()]
     lines.append("")
@@ -322,13 +322,13 @@ def render(inspection: Inspection, *, tensors: bool = True) -> str:
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def as_json(inspection: Inspection) -> str:
+def inspection_json(inspection: Inspection) -> str:
     """Return the inspection as JSON."""
     rows = [
         {"status": row.status, "name": row.name, "ours": row.ours, "shape": row.shape, "dtype": row.dtype}
         for row in inspection.rows
     ]
-    facts = {**inspection.facts, "kind": inspection.layout.kind}
+    facts = {**inspection.facts, "kind": inspection.checkpoint.kind}
     content = {**facts, "counts": inspection.counts, "tensors": rows}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
@@ -340,5 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_switch("--json", help="JSON instead of text")
     parser.add_switch("--summary", help="omit the list of tensors")
     args = parser.parse_args(argv)
-    inspection = inspect(args.path)
-    sys.stdout.write(as_json(inspection) if args.json else render(inspection, tensors=not args.summary))
+    inspection = inspect_checkpoint(args.path)
+    sys.stdout.write(
+        inspection_json(inspection) if args.json else inspection_text(inspection, tensors=not args.summary)
+    )

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint.assemble import ForeignOptions, marker_rows, take_rows
+from llava.model.checkpoint.assemble import LoadOptions, marker_rows, take_rows
 from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from llava.model.checkpoint.files.shards import TensorReader, open_tensors
 from llava.model.checkpoint.folder import copy_companions, copy_small_files, new_folder
-from llava.model.checkpoint.formats import CONFIG_FILE, EXTRA_FILE, KINDS, PROJECTOR_FILE, Layout, sniff
+from llava.model.checkpoint.formats import CONFIG_FILE, EXTRA_FILE, KINDS, PROJECTOR_FILE, Checkpoint
 from llava.model.checkpoint.legacy.export import TOWER_FOLDER
 from llava.model.checkpoint.legacy.load import (
     add_tokens,
@@ -31,7 +31,7 @@ from llava.model.checkpoint.legacy.load import (
     tower_adapter_folder,
     with_base,
 )
-from llava.model.checkpoint.legacy.lora_files import LegacyLora, check_copies, merged, read_lora, with_update
+from llava.model.checkpoint.legacy.lora_files import LegacyLora, check_copies, merged_weights, read_lora, with_update
 from llava.model.checkpoint.legacy_keys import ARCHITECTURES
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_model
@@ -58,11 +58,11 @@ TABLES = (EMBEDDINGS, HEAD + "weight")
 
 
 @dataclass(slots=True)
-class Merge:
+class MergedModel:
     """Parts of a merged model in the original format; no weight of the base is read yet.
 
     Attributes:
-        layout: the given checkpoint, with its base's settings where it has none.
+        checkpoint: the given checkpoint, with its base's settings where it has none.
         base: checkpoint of the language model.
         updates: the adapter of every adapted layer, by our name of the layer.
         projector: the projector's weights by their own names.
@@ -70,8 +70,8 @@ class Merge:
         newline: the embedding after each row of patches, if it was trained.
     """
 
-    layout: Layout
-    base: Layout
+    checkpoint: Checkpoint
+    base: Checkpoint
     updates: dict[str, LegacyLora] = field(default_factory=dict)
     projector: dict[str, Tensor] = field(default_factory=dict)
     tables: dict[str, Tensor] = field(default_factory=dict)
@@ -105,7 +105,7 @@ def merge_lora(
     base: str | None,
     target: str | Path,
     *,
-    options: ForeignOptions | None = None,
+    options: LoadOptions | None = None,
     include_tower: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
@@ -123,51 +123,53 @@ def merge_lora(
     Raises:
         CheckpointError: nothing can be merged, or a part is missing or does not fit; nothing is written.
     """
-    layout = sniff(path)
-    wanted = replace(options or ForeignOptions(), base=base)
-    if layout.kind == "tower_adapter":
-        _merge_tower_alone(layout, base, Path(target))
-    elif layout.kind in ("adapter", "projector"):
+    checkpoint = Checkpoint.open(path)
+    wanted = replace(options or LoadOptions(), base=base)
+    if checkpoint.kind == "tower_adapter":
+        _merge_tower_alone(checkpoint, base, Path(target))
+    elif checkpoint.kind in ("adapter", "projector"):
         parts: dict[str, Any] = {name: value for name, value in wanted.parts.items() if name != "base"}
         loaded = load(path, base=base, **parts)
         with new_folder(Path(target)) as folder:
             save_model(loaded.model, loaded.processor, folder, origin=loaded.origin)
-    elif layout.kind in ("legacy_adapter", "legacy_projector") or (layout.kind == "legacy" and wanted.tower_adapter):
-        _merge_legacy(prepare(layout, wanted), wanted, Path(target), include_tower, max_shard_bytes)
+    elif checkpoint.kind in ("legacy_adapter", "legacy_projector") or (
+        checkpoint.kind == "legacy" and wanted.tower_adapter
+    ):
+        _merge_legacy(open_merge(checkpoint, wanted), wanted, Path(target), include_tower, max_shard_bytes)
     else:
         raise CheckpointError(
-            f"{path} is {KINDS[layout.kind]}, which has no adapter to merge; expected the folder of an adapter or of a "
-            "projector"
+            f"{path} is {KINDS[checkpoint.kind]}, which has no adapter to merge; expected the folder of an adapter or "
+            "of a projector"
         )
 
 
-def prepare(layout: Layout, options: ForeignOptions) -> Merge:
+def open_merge(checkpoint: Checkpoint, options: LoadOptions) -> MergedModel:
     """Open everything and check that it fits.
 
     Raises:
         CheckpointError: a part is missing, or does not fit.
     """
-    layout, found = with_base(layout, options)
-    merge = Merge(layout, layout if layout.kind == "legacy" or found is None else found)
-    adapters = [read_lora(layout.folder)] if layout.kind == "legacy_adapter" else []
-    folder = options.tower_adapter or layout.tower_adapter
+    checkpoint, found = with_base(checkpoint, options)
+    merge = MergedModel(checkpoint, checkpoint if checkpoint.kind == "legacy" or found is None else found)
+    adapters = [read_lora(checkpoint.folder)] if checkpoint.kind == "legacy_adapter" else []
+    folder = options.tower_adapter or checkpoint.tower_adapter
     if folder is not None:
         adapters.append(read_lora(tower_adapter_folder(Path(folder)), tower=True))
     elif adapters:
         check_copies(adapters[0])
     merge.updates = {layer: adapter for adapter in adapters for layer in adapter.pairs}
-    if layout.kind != "legacy":
+    if checkpoint.kind != "legacy":
         _take_trained(merge)
     _check_layers(merge)
     return merge
 
 
-def _take_trained(merge: Merge) -> None:
+def _take_trained(merge: MergedModel) -> None:
     """Add the projector, and embedding rows that were trained with it."""
-    layout = merge.layout
-    if layout.kind == "legacy_adapter" and not layout.extra:
-        raise CheckpointError(f"{layout.path} has no {EXTRA_FILE}, which holds its projector")
-    entries = layout.extra if layout.kind == "legacy_adapter" else layout.tensors
+    checkpoint = merge.checkpoint
+    if checkpoint.kind == "legacy_adapter" and not checkpoint.extra:
+        raise CheckpointError(f"{checkpoint.path} has no {EXTRA_FILE}, which holds its projector")
+    entries = checkpoint.extra if checkpoint.kind == "legacy_adapter" else checkpoint.tensors
     with open_tensors(next(iter(entries.values())).file) as reader:
         for name, tensor in reader:
             suffix = projector_suffix(name)
@@ -175,24 +177,24 @@ def _take_trained(merge: Merge) -> None:
                 merge.projector[suffix] = tensor
             elif name.endswith("embed_tokens.weight"):
                 merge.tables = _tables(merge.base)
-                tokenizer = load_tokenizer(tokenizer_folder(layout, merge.base))
-                add_tokens(tokenizer, layout)
-                take_rows(merge.tables, tensor, layout, marker_rows(tokenizer))
+                tokenizer = load_tokenizer(tokenizer_folder(checkpoint, merge.base))
+                add_tokens(tokenizer, checkpoint)
+                take_rows(merge.tables, tensor, checkpoint, marker_rows(tokenizer))
             elif name.endswith(NEWLINE):
                 merge.newline = tensor
             else:
                 raise CheckpointError(
-                    f"{layout.path}: tensor {name} belongs to neither the projector nor the embeddings"
+                    f"{checkpoint.path}: tensor {name} belongs to neither the projector nor the embeddings"
                 )
 
 
-def _tables(base: Layout) -> dict[str, Tensor]:
+def _tables(base: Checkpoint) -> dict[str, Tensor]:
     with open_tensors(base.path) as reader:
         named = ((renamed(name, LEGACY_PREFIXES), name) for name in reader.names)
         return {ours: reader.read(name) for ours, name in named if ours in TABLES}
 
 
-def _check_layers(merge: Merge) -> None:
+def _check_layers(merge: MergedModel) -> None:
     """Check before writing that every adapted layer is in the base, in its size."""
     shapes = {renamed(name, LEGACY_PREFIXES): entry.shape for name, entry in merge.base.tensors.items()}
     if EMBEDDINGS not in shapes:
@@ -215,9 +217,9 @@ def _check_layers(merge: Merge) -> None:
 
 
 def _merge_legacy(
-    merge: Merge, options: ForeignOptions, target: Path, include_tower: bool, max_shard_bytes: int
+    merge: MergedModel, options: LoadOptions, target: Path, include_tower: bool, max_shard_bytes: int
 ) -> None:
-    layout, base = merge.layout, merge.base
+    checkpoint, base = merge.checkpoint, merge.base
     with new_folder(target) as folder, open_tensors(base.path) as reader:
         settings: dict[str, Any] = {}
         dtype = torch.float16
@@ -227,8 +229,8 @@ def _merge_legacy(
                 writer.add(name, tensor)
                 if renamed(name, LEGACY_PREFIXES) == EMBEDDINGS:
                     dtype, settings["vocab_size"] = tensor.dtype, tensor.shape[0]
-        copy_companions(layout.folder, folder, dtype=dtype)
-        if not layout.has_tokenizer:
+        copy_companions(checkpoint.folder, folder, dtype=dtype)
+        if not checkpoint.has_tokenizer:
             copy_small_files(base.folder, folder)
         if merge.tower_layers or (include_tower and not base.has_tower):
             settings |= _put_tower(merge, options, folder, dtype)
@@ -236,21 +238,21 @@ def _merge_legacy(
                 {LEGACY_PROJECTOR_PREFIX + name: weight for name, weight in merge.projector.items()},
                 folder / PROJECTOR_FILE,
             )
-        settings["architectures"] = [ARCHITECTURES[layout.text_type]]
+        settings["architectures"] = [ARCHITECTURES[checkpoint.text_type]]
         settings["torch_dtype"] = str(dtype).removeprefix("torch.")
-        write_json(folder / CONFIG_FILE, {**layout.config, **settings})
+        write_json(folder / CONFIG_FILE, {**checkpoint.config, **settings})
 
 
-def _put_tower(merge: Merge, options: ForeignOptions, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+def _put_tower(merge: MergedModel, options: LoadOptions, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Put the tower into the folder and return its keys for config.json."""
     source = find_tower(
-        merge.layout, options.vision_tower, options.vision_tower_config, options.vision_tower_checkpoint
+        merge.checkpoint, options.vision_tower, options.vision_tower_config, options.vision_tower_checkpoint
     )
     if is_open_clip(source.name, source.config_file, source.checkpoint):
         if merge.tower_layers:
             raise CheckpointError(
-                f"{merge.layout.path}: its tower {source.name} is an open_clip tower, into which adapters cannot be "
-                "merged; make a whole model of this package with `llava checkpoint convert --to model`"
+                f"{merge.checkpoint.path}: its tower {source.name} is an open_clip tower, into which adapters cannot "
+                "be merged; make a whole model of this package with `llava checkpoint convert --to model`"
             )
         if source.config_file is None or source.checkpoint is None:
             raise CheckpointError(
@@ -267,28 +269,33 @@ def _put_tower(merge: Merge, options: ForeignOptions, folder: Path, dtype: torch
     tower = source.load(dtype)
     adapters = {id(merge.updates[layer]): merge.updates[layer] for layer in merge.tower_layers}
     _write_tower(
-        tower, list(adapters.values()), source.image_processor(tower.config, merge.layout.folder), folder / TOWER_FOLDER
+        tower,
+        list(adapters.values()),
+        source.image_processor(tower.config, merge.checkpoint.folder),
+        folder / TOWER_FOLDER,
     )
     return {"mm_vision_tower": TOWER_FOLDER}
 
 
 def _write_tower(tower: Any, adapters: list[LegacyLora], image_processor: Any, folder: Path) -> None:
     state = {TOWER + name: tensor for name, tensor in tower.state_dict().items()}
-    for name, tensor in merged(state, adapters):
+    for name, tensor in merged_weights(state, adapters):
         tower.get_parameter(name.removeprefix(TOWER)).data.copy_(tensor)
     tower.save_pretrained(folder)
     image_processor.save_pretrained(folder)
 
 
-def _merge_tower_alone(layout: Layout, base: str | None, target: Path) -> None:
+def _merge_tower_alone(checkpoint: Checkpoint, base: str | None, target: Path) -> None:
     """Merge a tower's adapter into the tower, and write it as a tower of its own.
 
     Raises:
         CheckpointError: the tower is not given, or another one.
     """
     if base is None:
-        raise CheckpointError(f"{layout.path} is {KINDS[layout.kind]}; pass the folder of the tower with --model-base")
+        raise CheckpointError(
+            f"{checkpoint.path} is {KINDS[checkpoint.kind]}; pass the folder of the tower with --model-base"
+        )
     tower = load_tower(base, torch.float32)
     with new_folder(target) as folder:
-        adapter = read_lora(layout.folder, tower=True)
+        adapter = read_lora(checkpoint.folder, tower=True)
         _write_tower(tower, [adapter], tower_image_processor(base, tower.config, None), folder)

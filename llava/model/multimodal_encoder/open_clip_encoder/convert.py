@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 from llava.model.multimodal_encoder.open_clip_encoder.loading import OpenClipFiles, find_files, load_trunk
-from llava.model.multimodal_encoder.open_clip_encoder.trunks import image_processor
+from llava.model.multimodal_encoder.open_clip_encoder.trunks import open_clip_image_processor
 from llava.utils.cli import Parser, run_program
 from llava.utils.lookup import lookup
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def convert(files: OpenClipFiles, target: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+def convert_trunk(files: OpenClipFiles, target: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write the trunk and its image processor to a folder for `--vision-tower`.
 
     Args:
@@ -34,7 +34,7 @@ def convert(files: OpenClipFiles, target: str | Path, *, dtype: torch.dtype = to
         CheckpointError: the files do not hold a known trunk; nothing is written then.
     """
     trunk = load_trunk(files, dtype)
-    processor = image_processor(files.model_config, files.preprocess)
+    processor = open_clip_image_processor(files.model_config, files.preprocess)
     folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".converting-") as name:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", help=f"dtype of the weights: {', '.join(DTYPES)}")
     given = parser.parse_args(argv)
     files = find_files(given.vision_tower, given.vision_tower_config, given.vision_tower_checkpoint)
-    convert(files, given.out, dtype=lookup(DTYPES, given.dtype, "dtype"))
+    convert_trunk(files, given.out, dtype=lookup(DTYPES, given.dtype, "dtype"))
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def load_trunk(files: OpenClipFiles, dtype: torch.dtype) -> PreTrainedModel:
         model: PreTrainedModel = Dinov2Model(config) if isinstance(config, Dinov2Config) else ViTModel(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if POSITIONS in state and state[POSITIONS].shape != expected[POSITIONS]:
-        state[POSITIONS] = stretched(state[POSITIONS], expected[POSITIONS][1])
+        state[POSITIONS] = resampled_positions(state[POSITIONS], expected[POSITIONS][1])
     _check(expected, state, files.weights)
     # Copies, since the file may be memory-mapped; zeros in the pooler, so that equal files give equal models.
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}
@@ -255,7 +255,7 @@ def _trunk(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     return found
 
 
-def stretched(positions: Tensor, num_positions: int) -> Tensor:
+def resampled_positions(positions: Tensor, num_positions: int) -> Tensor:
     """Resample a position table [1, 1 + G*G, D] to another grid; the class token is kept.
 
     Raises:

@@ -91,7 +91,7 @@ def _config(trunk: Trunk, image_size: int) -> Dinov2Config | ViTConfig:
     return ViTConfig(**shared, intermediate_size=4 * trunk.width)
 
 
-def image_processor(model_config: dict[str, Any], preprocess: dict[str, Any]) -> OpenClipImageProcessorPil:
+def open_clip_image_processor(model_config: dict[str, Any], preprocess: dict[str, Any]) -> OpenClipImageProcessorPil:
     """Return the image processor that computes open_clip's evaluation transform of a model.
 
     Args:
@@ -152,7 +152,7 @@ BLOCKS: dict[str, tuple[str, dict[str, str]]] = {
 """By transformers model type: the name of the list of blocks, and the parts of a block."""
 
 
-def rules(model_type: str, num_layers: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+def name_pairs(model_type: str, num_layers: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield every timm name (without prefix) with its transformers name, or three for a fused `qkv`."""
     for timm, name in _EMBEDDINGS.items():
         yield timm, (name,)
@@ -177,7 +177,7 @@ def to_transformers(trunk: Mapping[str, Tensor], model_type: str, num_layers: in
     """
     left = dict(trunk)
     found: dict[str, Tensor] = {}
-    for timm, names in rules(model_type, num_layers):
+    for timm, names in name_pairs(model_type, num_layers):
         if timm in left:
             found.update(zip(names, left.pop(timm).chunk(len(names)), strict=True))
     return {**found, **left}
@@ -187,5 +187,5 @@ def to_open_clip(state: Mapping[str, Tensor], model_type: str, num_layers: int) 
     """Return a transformers tower's weights under `visual.trunk.*`, without what open_clip lacks."""
     return {
         TRUNK_PREFIX + timm: torch.cat([state[name] for name in names]) if len(names) > 1 else state[names[0]]
-        for timm, names in rules(model_type, num_layers)
+        for timm, names in name_pairs(model_type, num_layers)
     }

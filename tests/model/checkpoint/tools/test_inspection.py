@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from llava import cli
 from llava.errors import CheckpointError
 from llava.model.builder import Loaded
-from llava.model.checkpoint.assemble import ForeignOptions
-from llava.model.checkpoint.formats import sniff
+from llava.model.checkpoint.assemble import LoadOptions
+from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_model
-from llava.model.checkpoint.tools.convert import convert
-from llava.model.checkpoint.tools.doctor import Finding, check_weights, diagnose
-from llava.model.checkpoint.tools.inspection import inspect, render
+from llava.model.checkpoint.tools.convert import convert_checkpoint
+from llava.model.checkpoint.tools.doctor import DoctorFinding, check_weights, diagnose
+from llava.model.checkpoint.tools.inspection import inspect_checkpoint, inspection_text
 from tests.support.legacy_folders import (
     OPTIONAL_KEYS,
     projector_weights,
@@ -36,11 +36,11 @@ from tests.support.tiny import write_tiny_lm, write_tiny_tower
 
 
 def statuses(path: Path) -> Counter[str]:
-    return inspect(path).counts
+    return inspect_checkpoint(path).counts
 
 
-def findings(path: Path) -> list[Finding]:
-    return list(diagnose(inspect(path)))
+def findings(path: Path) -> list[DoctorFinding]:
+    return list(diagnose(inspect_checkpoint(path)))
 
 
 def errors(path: Path) -> str:
@@ -63,12 +63,12 @@ def test_inspect_imports_neither_torch_nor_transformers(tmp_path: Path, safe: bo
 def test_weights_are_not_read(tmp_path: Path) -> None:
     """Weights may have any value: only headers are read."""
     folder = write_legacy(tmp_path)
-    before = render(inspect(folder))
+    before = inspection_text(inspect_checkpoint(folder))
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-4000:] = b"\xff" * 4000
     file.write_bytes(content)
-    assert render(inspect(folder)) == before
+    assert inspection_text(inspect_checkpoint(folder)) == before
 
 
 def test_recognized_by_content_in_any_folder(tmp_path: Path, tiny: Loaded) -> None:
@@ -82,12 +82,12 @@ def test_recognized_by_content_in_any_folder(tmp_path: Path, tiny: Loaded) -> No
     kinds["tower_adapter"] = kinds["legacy_adapter"] / "any-name"
     save_model(tiny.model, tiny.processor, tmp_path / "model")
     kinds["model"] = tmp_path / "model"
-    convert(tmp_path / "model", tmp_path / "hf", "hf")
+    convert_checkpoint(tmp_path / "model", tmp_path / "hf", "hf")
     kinds["hf_llava"] = tmp_path / "hf"
     for number, (kind, folder) in enumerate(kinds.items()):
         moved = tmp_path / f"folder {number}"
         shutil.copytree(folder, moved)
-        assert sniff(moved).kind == sniff(folder).kind == kind
+        assert Checkpoint.open(moved).kind == Checkpoint.open(folder).kind == kind
 
 
 def test_every_tensor_has_a_status(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_every_tensor_has_a_status(tmp_path: Path) -> None:
     assert counts["computed"] == 3
     assert counts["new"] == 2  # <image>, in embeddings and head
     assert not counts["missing"] + counts["unexpected"] + counts["wrong shape"]
-    text = render(inspect(folder))
+    text = inspection_text(inspect_checkpoint(folder))
     assert text.count("\n") > sum(counts.values())
     assert "one placeholder per image" in text
     assert "pad, layer -2, front" in text
@@ -104,7 +104,7 @@ def test_every_tensor_has_a_status(tmp_path: Path) -> None:
 
 def test_patch_tokens_and_their_ids(tmp_path: Path) -> None:
     folder = write_legacy(tmp_path, style="patch_token", projector="linear", tower_inside=False)
-    facts = inspect(folder).facts
+    facts = inspect_checkpoint(folder).facts
     assert facts["token ids"] == "<im_patch> 261, <im_start> 262, <im_end> 263"
     assert facts["images"].startswith("square, layer -2, as written")
     assert facts["template"].startswith("vicuna_v1")
@@ -116,7 +116,7 @@ def test_rows_that_loading_adds_are_new(tmp_path: Path) -> None:
     folder = write_legacy(tmp_path, safe=False, mm_use_im_start_end=True, mm_use_im_patch_token=True)
     head = torch.load(folder / "pytorch_model.bin")["lm_head.weight"]
     change(folder, add={"lm_head.weight": head[:-3]})
-    new = [(row.ours, row.shape) for row in inspect(folder).rows if row.status == "new"]
+    new = [(row.ours, row.shape) for row in inspect_checkpoint(folder).rows if row.status == "new"]
     words = ["[261] (<im_patch>)", "[262] (<im_start>)", "[263] (<im_end>)", "[264] (<image>)"]
     tables = ["model.language_model.embed_tokens.weight", "lm_head.weight"]
     expected = [(table + word, (32,)) for table in tables for word in words]
@@ -221,7 +221,7 @@ def test_notes_of_the_doctor(tmp_path: Path) -> None:
 def test_the_doctor_reads_weights_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_legacy(tmp_path, safe=False)
     change(folder, add={"model.norm.weight": torch.full((32,), float("nan"))})
-    assert [f.level for f in check_weights(sniff(folder)) if "finite" in f.text] == ["error"]
+    assert [f.level for f in check_weights(Checkpoint.open(folder)) if "finite" in f.text] == ["error"]
     cli.main(["checkpoint", "doctor", str(folder)])
     assert "nothing keeps it from loading" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -231,12 +231,12 @@ def test_the_doctor_reads_weights_on_request(tmp_path: Path, capsys: pytest.Capt
 
 def test_diff_compares_across_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_legacy(tmp_path, safe=False)
-    convert(folder, tmp_path / "again", "legacy")
+    convert_checkpoint(folder, tmp_path / "again", "legacy")
     cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "again")])
     out = capsys.readouterr().out
     assert out.strip().endswith("tensors are equal")
     assert len(out.splitlines()) == 1
-    convert(folder, tmp_path / "ours", "ours")
+    convert_checkpoint(folder, tmp_path / "ours", "ours")
     with pytest.raises(SystemExit) as stop:
         cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "ours")])
     assert stop.value.code == 1
@@ -259,7 +259,7 @@ def test_diff_pairs_projectors_and_adapters_across_formats(
     if not is_lora:
         weights = {**projector_weights("mlp2x_gelu"), "model.image_newline": torch.ones(32)}
         torch.save(weights, folder / "mm_projector.bin")
-    convert(folder, tmp_path / "ours", "ours", ForeignOptions(base=str(tmp_path / "lm")))
+    convert_checkpoint(folder, tmp_path / "ours", "ours", LoadOptions(base=str(tmp_path / "lm")))
     cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "ours")])
     count = 14 if is_lora else 5
     assert capsys.readouterr().out.splitlines()[-1] == f"{count} of {count} tensors are equal"
@@ -269,11 +269,11 @@ def test_diff_splits_a_tower_under_timms_names(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = shared / "oracles" / "llava-rad"
-    config = sniff(root / "out" / "stage2").config
+    config = Checkpoint.open(root / "out" / "stage2").config
     files = {name: str(root / config[f"mm_{name}"]) for name in ("vision_tower_config", "vision_tower_checkpoint")}
-    options = ForeignOptions(vision_tower=str(root / config["mm_vision_tower"]), **files)
-    assert sniff(root / "out" / "stage2").has_timm_tower
-    convert(root / "out" / "stage2", tmp_path / "ours", "ours", options)
+    options = LoadOptions(vision_tower=str(root / config["mm_vision_tower"]), **files)
+    assert Checkpoint.open(root / "out" / "stage2").has_timm_tower
+    convert_checkpoint(root / "out" / "stage2", tmp_path / "ours", "ours", options)
     with pytest.raises(SystemExit):
         cli.main(["checkpoint", "diff", str(root / "out" / "stage2"), str(tmp_path / "ours")])
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("config.json:")]
@@ -293,21 +293,21 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_one_file_alone(tmp_path: Path) -> None:
     torch.save(projector_weights("cluster"), tmp_path / "weights.bin")
-    inspection = inspect(tmp_path / "weights.bin")
-    assert inspection.layout.kind == "legacy_projector"
+    inspection = inspect_checkpoint(tmp_path / "weights.bin")
+    assert inspection.checkpoint.kind == "legacy_projector"
     assert inspection.facts["projector"] == "cluster"
     write_tiny_lm(tmp_path / "lm")
     write_tiny_tower(tmp_path / "tower")
-    assert sniff(tmp_path / "tower" / "model.safetensors").kind == "vision_tower"
+    assert Checkpoint.open(tmp_path / "tower" / "model.safetensors").kind == "vision_tower"
 
 
 @pytest.mark.parametrize("to", ["model", "hf"])
 @pytest.mark.parametrize("drop", ["embed_tokens.weight", "layers.1.mlp.up_proj.weight", "projector", "lm_head.weight"])
 def test_the_doctor_reports_missing_weights_of_other_formats(tmp_path: Path, to: str, drop: str) -> None:
-    convert(write_legacy(tmp_path), tmp_path / "other", to)
+    convert_checkpoint(write_legacy(tmp_path), tmp_path / "other", to)
     assert not statuses(tmp_path / "other")["missing"]
     file = tmp_path / "other" / "model.safetensors"
     state = {name: tensor for name, tensor in load_file(file).items() if drop not in name}
     save_file(state, file, metadata={"format": "pt"})
-    found = list(diagnose(inspect(tmp_path / "other")))
+    found = list(diagnose(inspect_checkpoint(tmp_path / "other")))
     assert any(finding.level == "error" and "missing" in finding.text for finding in found)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError
 from llava.model.builder import Loaded
-from llava.model.checkpoint.assemble import ForeignOptions
-from llava.model.checkpoint.formats import sniff
+from llava.model.checkpoint.assemble import LoadOptions
+from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_adapter
 from llava.model.checkpoint.tools.merge_lora import merge_lora
@@ -48,12 +48,12 @@ def test_the_printed_command(tmp_path: Path) -> None:
     target = tmp_path / "merged"
     done = run("--model-path", lora, "--model-base", tmp_path / "lm", "--save-model-path", target)
     assert done.returncode == 0, done.stderr
-    layout = sniff(target)
-    assert layout.kind == "legacy" and not layout.has_tower and layout.has_tokenizer
-    assert layout.config["mm_vision_tower"] == str(tmp_path / "tower")
-    kept = {key: value for key, value in sniff(lora).config.items() if key.startswith("mm_")}
-    assert kept and kept.items() <= layout.config.items()
-    assert layout.config["architectures"] == ["LlavaLlamaForCausalLM"]
+    checkpoint = Checkpoint.open(target)
+    assert checkpoint.kind == "legacy" and not checkpoint.has_tower and checkpoint.has_tokenizer
+    assert checkpoint.config["mm_vision_tower"] == str(tmp_path / "tower")
+    kept = {key: value for key, value in Checkpoint.open(lora).config.items() if key.startswith("mm_")}
+    assert kept and kept.items() <= checkpoint.config.items()
+    assert checkpoint.config["architectures"] == ["LlavaLlamaForCausalLM"]
     assert_same(load(target), load(lora, base=str(tmp_path / "lm")))
 
 
@@ -97,9 +97,9 @@ def test_a_whole_model_takes_a_tower_adapter(tmp_path: Path) -> None:
     lora = write_lora(tmp_path, tower_adapter=True)
     whole = write_legacy(tmp_path, tower_inside=True, num_shards=2, name="inside", old_buffers=True)
     adapter = str(lora / "any-name")
-    merge_lora(whole, None, tmp_path / "merged", options=ForeignOptions(tower_adapter=adapter))
+    merge_lora(whole, None, tmp_path / "merged", options=LoadOptions(tower_adapter=adapter))
     assert_same(load(tmp_path / "merged"), load(whole, tower_adapter=adapter))
-    assert not any("inv_freq" in name for name in sniff(tmp_path / "merged").tensors)
+    assert not any("inv_freq" in name for name in Checkpoint.open(tmp_path / "merged").tensors)
     with pytest.raises(CheckpointError, match="no adapter to merge"):
         merge_lora(whole, None, tmp_path / "second")
 
@@ -113,7 +113,7 @@ def test_a_projector_alone_with_its_embedding_rows(tmp_path: Path, rows: int) ->
     merged = load(tmp_path / "merged", vision_tower=str(tmp_path / "tower"))
     wanted = load(folder, base=str(tmp_path / "lm"))
     assert_same(merged, wanted)
-    count = sniff(tmp_path / "merged").tensors["model.embed_tokens.weight"].shape[0]
+    count = Checkpoint.open(tmp_path / "merged").tensors["model.embed_tokens.weight"].shape[0]
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == count
 
 
@@ -122,7 +122,7 @@ def test_our_own_adapter_becomes_our_model(tmp_path: Path, built: Loaded) -> Non
     shake(trained(adapted))
     save_adapter(adapted, built.processor, tmp_path / "adapter", origin=built.origin)
     merge_lora(tmp_path / "adapter", None, tmp_path / "merged")
-    assert sniff(tmp_path / "merged").kind == "model"
+    assert Checkpoint.open(tmp_path / "merged").kind == "model"
     assert_same(load(tmp_path / "merged"), load(tmp_path / "adapter"))
 
 
