@@ -16,7 +16,7 @@ from llava.model.checkpoint.export_hf import export_hf
 from llava.model.checkpoint.legacy.export import export_legacy
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
-from llava.model.checkpoint.tools.convert import convert_checkpoint
+from llava.model.checkpoint.tools.convert import convert
 from llava.model.lora import add_lora, freeze_for, trainable_report
 from llava.model.quantization import Quantization, quantized_layers
 from tests.support.model_tools import batch, logits, shake, trained
@@ -178,7 +178,7 @@ def test_adapters_and_projectors_of_other_formats_on_a_quantized_model(tmp_path:
     write_tiny_tower(tmp_path / "parts" / "tower")
     loaded = build(str(tmp_path / "parts" / "lm"), str(tmp_path / "parts" / "tower"), projector_type="mlp2x_gelu")
     save_projector(loaded.model, loaded.processor, tmp_path / "projector", origin=loaded.origin)
-    convert_checkpoint(tmp_path / "projector", tmp_path / "legacy projector", "legacy")
+    convert(tmp_path / "projector", tmp_path / "legacy projector", "legacy")
     base = str(tmp_path / "parts" / "lm")
     alone = load(tmp_path / "legacy projector", base=base, template="vicuna_v1", bits=bits)
     assert len(quantized_names(alone)) == 2 * 7
@@ -189,7 +189,7 @@ def test_adapters_and_projectors_of_other_formats_on_a_quantized_model(tmp_path:
     shake(trained(network))
     network.eval()
     save_adapter(network, loaded.processor, tmp_path / "adapter", origin=loaded.origin)
-    convert_checkpoint(tmp_path / "adapter", tmp_path / "legacy adapter", "legacy")
+    convert(tmp_path / "adapter", tmp_path / "legacy adapter", "legacy")
     adapted = load(tmp_path / "legacy adapter", base=base, bits=bits)
     assert any("lora_A" in name for name, _ in adapted.model.named_parameters())
     adapted.model.eval()

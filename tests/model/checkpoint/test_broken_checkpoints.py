@@ -15,7 +15,7 @@ from llava import cli
 from llava.errors import LlavaError
 from llava.model.checkpoint.assemble import LoadOptions
 from llava.model.checkpoint.load import load
-from llava.model.checkpoint.tools.convert import convert_checkpoint
+from llava.model.checkpoint.tools.convert import convert
 from tests.support.legacy_folders import write_legacy, write_lora, write_projector_only, write_weights
 from tests.support.tiny import write_tiny_lm
 
@@ -81,7 +81,7 @@ def assert_rejected(source: Path, work: Path, message: str, **options: Any) -> N
     assert "\n" not in str(caught.value)
     for to in ("ours", "legacy", "hf"):
         with pytest.raises(LlavaError, match=message) as caught:
-            convert_checkpoint(source, work / "out", to, LoadOptions(**options))
+            convert(source, work / "out", to, LoadOptions(**options))
         assert "\n" not in str(caught.value)
     assert sorted(str(file) for file in work.rglob("*")) == before
 
@@ -173,7 +173,7 @@ def test_a_full_folder_is_not_written_into(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(LlavaError, match="not empty"):
-        convert_checkpoint(folder, tmp_path / "full", "ours")
+        convert(folder, tmp_path / "full", "ours")
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 

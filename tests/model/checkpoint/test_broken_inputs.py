@@ -98,8 +98,8 @@ def pair(tmp_path: Path) -> Path:
             for key, tensor in state.items():
                 writer.add(key, tensor)
         write_json(tmp_path / name / "config.json", read_json(lm / "config.json"))
-    writing = delta.WriteOptions(torch.float32, 20_000, safe=False)
-    delta.write_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta", writing)
+    writing = delta.Writing(torch.float32, 20_000, safe=False)
+    delta.make(tmp_path / "base", tmp_path / "target", tmp_path / "delta", writing)
     return tmp_path
 
 

@@ -21,7 +21,7 @@ from llava.model.checkpoint.export_hf import export_hf, obstacles
 from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_adapter, save_model
-from llava.model.checkpoint.tools.convert import convert_checkpoint
+from llava.model.checkpoint.tools.convert import convert
 from llava.model.lora import add_lora, freeze_for
 from llava.samples import Conversation, Turn
 from tests.support.legacy_folders import write_lora
@@ -135,7 +135,7 @@ def test_our_adapter_for_plain_peft(tmp_path: Path, built: Loaded) -> None:
     shake(trained(network))
     network.eval()
     save_adapter(network, built.processor, tmp_path / "ours", origin=built.origin)
-    convert_checkpoint(tmp_path / "ours", tmp_path / "out", "peft")
+    convert(tmp_path / "ours", tmp_path / "out", "peft")
     base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out" / "base")
     inputs = {name: tensor for name, tensor in batch(built).items() if name != "labels"}
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_our_adapter_for_plain_peft(tmp_path: Path, built: Loaded) -> None:
         adapted = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter")).eval()(**inputs).logits
     torch.testing.assert_close(adapted, logits(built), rtol=0, atol=1e-5)
     assert (adapted - plain).abs().max() > 0.01
-    convert_checkpoint(tmp_path / "ours", tmp_path / "merged", "hf")
+    convert(tmp_path / "ours", tmp_path / "merged", "hf")
     merged = LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         torch.testing.assert_close(merged(**inputs).logits, logits(built), rtol=0, atol=1e-5)
@@ -152,7 +152,7 @@ def test_our_adapter_for_plain_peft(tmp_path: Path, built: Loaded) -> None:
 def test_legacy_adapter_for_plain_peft(tmp_path: Path) -> None:
     source = write_lora(tmp_path)
     options = LoadOptions(base=str(tmp_path / "lm"))
-    convert_checkpoint(source, tmp_path / "out", "peft", options)
+    convert(source, tmp_path / "out", "peft", options)
     loaded = load(source, base=str(tmp_path / "lm"), merge=False)
     base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out" / "base")
     inputs = {name: tensor for name, tensor in batch(loaded).items() if name != "labels"}

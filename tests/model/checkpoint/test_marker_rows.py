@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from llava.model.checkpoint.assemble import LoadOptions
 from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.load import load
-from llava.model.checkpoint.tools.convert import convert_checkpoint
+from llava.model.checkpoint.tools.convert import convert
 from llava.model.checkpoint.tools.merge_lora import merge_lora
 from llava.model.checkpoint.weight_names import EMBEDDINGS
 from llava.tokenization import word_id
@@ -47,7 +47,7 @@ def test_two_rows_are_those_of_the_tokens(tmp_path: Path, num_free_rows: int, ha
     ids = [word_id(loaded.processor.tokenizer, word) for word in ("<im_start>", "<im_end>")]
     assert ids == loaded.model.config.marker_token_ids == [first, first + 1]
     assert torch.equal(loaded.model.state_dict()[EMBEDDINGS][first : first + 2], ROWS)
-    convert_checkpoint(folder, tmp_path / "ours", "ours", LoadOptions(base=str(tmp_path / "lm")))
+    convert(folder, tmp_path / "ours", "ours", LoadOptions(base=str(tmp_path / "lm")))
     merge_lora(folder, str(tmp_path / "lm"), tmp_path / "merged")
     for path in ("ours", "merged"):
         again = load(tmp_path / path, vision_tower=str(tmp_path / "tower") if path == "merged" else None)

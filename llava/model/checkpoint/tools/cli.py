@@ -46,8 +46,8 @@ def _shard_bytes(args: Namespace) -> int:
     return int(args.max_shard_gb * GIGABYTE)
 
 
-def _writing(args: Namespace) -> delta.WriteOptions:
-    return delta.WriteOptions(delta.DTYPES[args.dtype], _shard_bytes(args), safe=not args.bin)
+def _writing(args: Namespace) -> delta.Writing:
+    return delta.Writing(delta.DTYPES[args.dtype], _shard_bytes(args), safe=not args.bin)
 
 
 def apply_delta(argv: Sequence[str] | None = None) -> None:
@@ -59,7 +59,7 @@ def apply_delta(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--delta-path", type=Path, required=True, help="folder of the delta")
     parser.add_switch("--verify", help="compare the result with the checksum in the delta")
     args = parser.parse_args(argv)
-    found = delta.write_target(
+    found = delta.apply(
         args.base_model_path, args.delta_path, args.target_model_path, _writing(args), verify=args.verify
     )
     if found == "unknown base":
@@ -76,7 +76,7 @@ def make_delta(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--delta-path", type=Path, required=True, help="new folder")
     parser.add_argument("--hub-repo-id", help="hub repository to which the delta is also uploaded")
     args = parser.parse_args(argv)
-    record = delta.write_delta(args.base_model_path, args.target_model_path, args.delta_path, _writing(args))
+    record = delta.make(args.base_model_path, args.target_model_path, args.delta_path, _writing(args))
     sys.stdout.write(f"{args.delta_path}: target - base, {args.dtype}, result sha256 {record['result_sha256']}\n")
     if args.hub_repo_id:
         _upload(args.delta_path, args.hub_repo_id)

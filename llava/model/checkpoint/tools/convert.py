@@ -147,9 +147,7 @@ WRITERS: dict[str, Callable[[Checkpoint, LoadOptions, Path], None]] = {
 EXPORTS = ("hf", "legacy", "peft")
 
 
-def convert_checkpoint(
-    source: str | Path, target: str | Path, to: str, options: LoadOptions | None = None
-) -> Checkpoint:
+def convert(source: str | Path, target: str | Path, to: str, options: LoadOptions | None = None) -> Checkpoint:
     """Write a checkpoint in another format and return what was written.
 
     Args:
@@ -219,7 +217,7 @@ def _run(argv: Sequence[str] | None, command: str, choices: Sequence[str], defau
     parser.add_argument("--to", default=default, choices=list(choices), help="format to write")
     add_part_options(parser)
     args = parser.parse_args(argv)
-    written = convert_checkpoint(args.source, args.target, args.to, part_options(args))
+    written = convert(args.source, args.target, args.to, part_options(args))
     sys.stdout.write(f"{args.target}: {KINDS[written.kind]}, {len(written.tensors) + len(written.extra)} tensors\n")
 
 

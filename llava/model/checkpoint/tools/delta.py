@@ -1,6 +1,6 @@
 """Compute deltas: a target minus its base gives a delta, a base plus a delta gives the target.
 
-    base + delta --write_target--> target        target - base --write_delta--> delta
+    base + delta --apply--> target        target - base --make--> delta
 
 Tensors are read one by one from memory-mapped shards and written to new shards, so only a few are in memory.
 Everything that headers show is checked before the first tensor is read; a folder appears only when complete.
@@ -119,7 +119,7 @@ Arithmetic = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class WriteOptions:
+class Writing:
     """Format of the new folder.
 
     Attributes:
@@ -196,7 +196,7 @@ class Checksum:
         return self._digest.hexdigest()
 
 
-def write_delta(base: Path, target: Path, delta: Path, writing: WriteOptions | None = None) -> dict[str, Any]:
+def make(base: Path, target: Path, delta: Path, writing: Writing | None = None) -> dict[str, Any]:
     """Write `target - base` with the target's configuration and tokenizer.
 
     Returns:
@@ -205,7 +205,7 @@ def write_delta(base: Path, target: Path, delta: Path, writing: WriteOptions | N
     Raises:
         CheckpointError: a folder cannot be read, they do not fit, or `delta` holds files.
     """
-    writing = writing or WriteOptions()
+    writing = writing or Writing()
     checksum = Checksum()
     with open_tensors(base) as old, open_tensors(target) as new, new_folder(delta) as folder:
         pairs = partners(new.entries, old.entries, str(target))
@@ -225,8 +225,8 @@ def write_delta(base: Path, target: Path, delta: Path, writing: WriteOptions | N
     return record
 
 
-def write_target(
-    base: Path, delta: Path, target: Path, writing: WriteOptions | None = None, *, verify: bool = False
+def apply(
+    base: Path, delta: Path, target: Path, writing: Writing | None = None, *, verify: bool = False
 ) -> Literal["verified", "not verified", "unknown base"]:
     """Write `base + delta` with the delta's configuration and tokenizer.
 
@@ -243,7 +243,7 @@ def write_target(
     Raises:
         CheckpointError: a folder cannot be read, they do not fit, or `target` holds files; nothing is written then.
     """
-    writing = writing or WriteOptions()
+    writing = writing or Writing()
     record = read_record(delta)
     checksum = Checksum() if verify else None
     with open_tensors(base) as old, open_tensors(delta) as new, new_folder(target) as folder:
@@ -283,7 +283,7 @@ def _check_base(path: Path, base: TensorReader, record: Mapping[str, Any]) -> No
         )
 
 
-def _check_result(checksum: Checksum, record: Mapping[str, Any], writing: WriteOptions) -> None:
+def _check_result(checksum: Checksum, record: Mapping[str, Any], writing: Writing) -> None:
     if "result_sha256" not in record:
         raise CheckpointError("the delta records no checksum of its result, so it cannot be verified; omit --verify")
     kept = record.get("dtype")
@@ -295,6 +295,6 @@ def _check_result(checksum: Checksum, record: Mapping[str, Any], writing: WriteO
         )
 
 
-def shard_writer(folder: Path, writing: WriteOptions) -> ShardWriter:
+def shard_writer(folder: Path, writing: Writing) -> ShardWriter:
     """Return the shard writer of a new folder."""
     return ShardWriter(folder, max_shard_bytes=writing.max_shard_bytes, safe=writing.safe)

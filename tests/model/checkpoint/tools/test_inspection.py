@@ -21,7 +21,7 @@ from llava.model.checkpoint.assemble import LoadOptions
 from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_model
-from llava.model.checkpoint.tools.convert import convert_checkpoint
+from llava.model.checkpoint.tools.convert import convert
 from llava.model.checkpoint.tools.doctor import DoctorFinding, check_weights, diagnose
 from llava.model.checkpoint.tools.inspection import inspect_checkpoint, inspection_text
 from tests.support.legacy_folders import (
@@ -82,7 +82,7 @@ def test_recognized_by_content_in_any_folder(tmp_path: Path, tiny: Loaded) -> No
     kinds["tower_adapter"] = kinds["legacy_adapter"] / "any-name"
     save_model(tiny.model, tiny.processor, tmp_path / "model")
     kinds["model"] = tmp_path / "model"
-    convert_checkpoint(tmp_path / "model", tmp_path / "hf", "hf")
+    convert(tmp_path / "model", tmp_path / "hf", "hf")
     kinds["hf_llava"] = tmp_path / "hf"
     for number, (kind, folder) in enumerate(kinds.items()):
         moved = tmp_path / f"folder {number}"
@@ -231,12 +231,12 @@ def test_the_doctor_reads_weights_on_request(tmp_path: Path, capsys: pytest.Capt
 
 def test_diff_compares_across_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_legacy(tmp_path, safe=False)
-    convert_checkpoint(folder, tmp_path / "again", "legacy")
+    convert(folder, tmp_path / "again", "legacy")
     cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "again")])
     out = capsys.readouterr().out
     assert out.strip().endswith("tensors are equal")
     assert len(out.splitlines()) == 1
-    convert_checkpoint(folder, tmp_path / "ours", "ours")
+    convert(folder, tmp_path / "ours", "ours")
     with pytest.raises(SystemExit) as stop:
         cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "ours")])
     assert stop.value.code == 1
@@ -259,7 +259,7 @@ def test_diff_pairs_projectors_and_adapters_across_formats(
     if not is_lora:
         weights = {**projector_weights("mlp2x_gelu"), "model.image_newline": torch.ones(32)}
         torch.save(weights, folder / "mm_projector.bin")
-    convert_checkpoint(folder, tmp_path / "ours", "ours", LoadOptions(base=str(tmp_path / "lm")))
+    convert(folder, tmp_path / "ours", "ours", LoadOptions(base=str(tmp_path / "lm")))
     cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "ours")])
     count = 14 if is_lora else 5
     assert capsys.readouterr().out.splitlines()[-1] == f"{count} of {count} tensors are equal"
@@ -273,7 +273,7 @@ def test_diff_splits_a_tower_under_timms_names(
     files = {name: str(root / config[f"mm_{name}"]) for name in ("vision_tower_config", "vision_tower_checkpoint")}
     options = LoadOptions(vision_tower=str(root / config["mm_vision_tower"]), **files)
     assert Checkpoint.open(root / "out" / "stage2").has_timm_tower
-    convert_checkpoint(root / "out" / "stage2", tmp_path / "ours", "ours", options)
+    convert(root / "out" / "stage2", tmp_path / "ours", "ours", options)
     with pytest.raises(SystemExit):
         cli.main(["checkpoint", "diff", str(root / "out" / "stage2"), str(tmp_path / "ours")])
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("config.json:")]
@@ -304,7 +304,7 @@ def test_one_file_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["model", "hf"])
 @pytest.mark.parametrize("drop", ["embed_tokens.weight", "layers.1.mlp.up_proj.weight", "projector", "lm_head.weight"])
 def test_the_doctor_reports_missing_weights_of_other_formats(tmp_path: Path, to: str, drop: str) -> None:
-    convert_checkpoint(write_legacy(tmp_path), tmp_path / "other", to)
+    convert(write_legacy(tmp_path), tmp_path / "other", to)
     assert not statuses(tmp_path / "other")["missing"]
     file = tmp_path / "other" / "model.safetensors"
     state = {name: tensor for name, tensor in load_file(file).items() if drop not in name}
