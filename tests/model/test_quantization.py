@@ -30,12 +30,20 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
 """bitsandbytes evaluates 4-bit layers on the CPU only where widths are multiples of its block of 64 weights."""
 
 
-def test_bits() -> None:
+def test_16_bits_need_no_configuration() -> None:
     assert Quantization().config(torch.float32) is None
-    with pytest.raises(ConfigError, match="bits is 5; expected 4, 8 or 16"):
-        Quantization(5).config(torch.float32)
-    with pytest.raises(ConfigError, match="quant_type is 'int4'; expected nf4 or fp4"):
-        Quantization(4, quant_type="int4").config(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        (Quantization(5), "bits is 5; expected 4, 8 or 16"),
+        (Quantization(4, quant_type="int4"), "quant_type is 'int4'; expected nf4 or fp4"),
+    ],
+)
+def test_wrong_settings_are_rejected(quantization: Quantization, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quantization.config(torch.float32)
 
 
 @needs_bitsandbytes

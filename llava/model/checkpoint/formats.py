@@ -197,7 +197,7 @@ class Checkpoint:
         return bool(self.config.get("mm_use_im_patch_token", True))
 
     @property
-    def needed_words(self) -> list[str]:
+    def needed_tokens(self) -> list[str]:
         """Tokens that a legacy checkpoint's vocabulary must have, in the order its trainer added them."""
         wanted = [IM_PATCH_TOKEN] if self.uses_patch_token else []
         wanted += [IM_START_TOKEN, IM_END_TOKEN] if self.config.get("mm_use_im_start_end") else []

@@ -38,7 +38,7 @@ def local_folder(name: str | Path) -> Path:
         return Path(path)
     try:
         return Path(snapshot_download(path, allow_patterns=list(WANTED_FILES), ignore_patterns=list(_not_needed(path))))
-    except Exception as error:  # the hub client raises many kinds, none of which the user can act on
+    except Exception as error:  # the hub client raises many types, none of which the user can act on
         raise CheckpointError(
             f"{name} is not a folder, and cannot be downloaded from the hub: {first_line(error)}"
         ) from error

@@ -49,9 +49,12 @@ def test_a_missing_repository_is_one_line(cached: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_folders_are_not_hub_names(tmp_path: Path) -> None:
-    assert is_hub_name("clinic/model") and is_hub_name("model")
-    assert not is_hub_name(tmp_path) and not is_hub_name("/runs/first") and not is_hub_name("./runs/first/x")
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("clinic/model", True), ("model", True), ("/runs/first", False), ("./runs/first/x", False), (Path.cwd(), False)],
+)
+def test_folders_are_not_hub_names(path: str | Path, expected: bool) -> None:
+    assert is_hub_name(path) is expected
 
 
 @pytest.mark.parametrize(

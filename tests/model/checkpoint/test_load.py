@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -176,12 +177,16 @@ def test_anything_else_is_explained(tmp_path: Path, files: dict[str, str], messa
         load(tmp_path / "nowhere")
 
 
-def test_parts_are_not_models(tmp_path: Path) -> None:
-    lm, tower = write_tiny_lm(tmp_path / "lm"), write_tiny_tower(tmp_path / "tower")
-    with pytest.raises(CheckpointError, match=r"a plain language model .type 'llama'., only a part of a model"):
-        load(lm)
-    with pytest.raises(CheckpointError, match=r"a vision tower .type 'clip_vision_model'., only a part of a model"):
-        load(tower)
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (write_tiny_lm, r"a plain language model .type 'llama'., only a part of a model"),
+        (write_tiny_tower, r"a vision tower .type 'clip_vision_model'., only a part of a model"),
+    ],
+)
+def test_parts_are_not_models(tmp_path: Path, write: Callable[[Path], Path], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load(write(tmp_path / "part"))
 
 
 def test_a_folder_without_processor(tmp_path: Path, tiny: Loaded) -> None:

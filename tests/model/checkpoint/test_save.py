@@ -67,21 +67,23 @@ def test_an_interrupted_save_leaves_the_old_model(
     assert not list(tmp_path.glob(".saving-*"))
 
 
-def test_old_names_of_the_projector(tmp_path: Path, tiny: Loaded) -> None:
+@pytest.mark.parametrize(
+    ("prefix", "layers"),
+    [
+        ("model.mm_projector.", ("0", "2")),
+        ("base_model.model.model.mm_projector.", ("0", "2")),
+        ("model.multi_modal_projector.", ("0", "2")),
+        ("multi_modal_projector.", ("linear_1", "linear_2")),
+    ],
+)
+def test_published_names_of_the_projector(tmp_path: Path, tiny: Loaded, prefix: str, layers: tuple[str, str]) -> None:
     weights = {name: tensor + 1 for name, tensor in tiny.model.model.multi_modal_projector.state_dict().items()}
-    layer = {"0": "linear_1", "2": "linear_2"}
-    spellings = {
-        "seed.bin": {f"model.mm_projector.{name}": tensor for name, tensor in weights.items()},
-        "lora.bin": {f"base_model.model.model.mm_projector.{name}": tensor for name, tensor in weights.items()},
-        "ours.bin": {f"model.multi_modal_projector.{name}": tensor for name, tensor in weights.items()},
-        "hub.bin": {f"multi_modal_projector.{layer[name[0]]}{name[1:]}": tensor for name, tensor in weights.items()},
-    }
-    for file, content in spellings.items():
-        torch.save(content, tmp_path / file)
-        loaded = tiny_llava()
-        load_projector(loaded.model, tmp_path / file)
-        state = loaded.model.model.multi_modal_projector.state_dict()
-        assert all(torch.equal(state[name], weights[name]) for name in weights), file
+    names = dict(zip(("0", "2"), layers, strict=True))
+    torch.save({f"{prefix}{names[name[0]]}{name[1:]}": tensor for name, tensor in weights.items()}, tmp_path / "x.bin")
+    loaded = tiny_llava()
+    load_projector(loaded.model, tmp_path / "x.bin")
+    state = loaded.model.model.multi_modal_projector.state_dict()
+    assert all(torch.equal(state[name], weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("num_rows", [2, 300])

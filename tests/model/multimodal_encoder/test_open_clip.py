@@ -383,6 +383,9 @@ def test_one_file_alone_is_rejected(tmp_path: Path) -> None:
     given = write_tower(tmp_path, "plain")
     with pytest.raises(ConfigError, match="needs two files"):
         load_tower("any", torch.float32, config_file=given["config_file"])
+
+
+def test_another_resize_mode_is_rejected() -> None:
     with pytest.raises(ConfigError, match="squash"):
         trunks.open_clip_image_processor(model_config("plain"), {"resize_mode": "squash"})
 

@@ -139,7 +139,7 @@ class _Walk:
         """Interpret a storage: ("storage", type, key, device, number of elements)."""
         kind, storage_type, key = self.stack.pop()[:3]
         if kind != "storage" or getattr(storage_type, "name", None) not in STORAGE_DTYPES:
-            raise ValueError("a persistent value that is no storage of a known type")
+            raise ValueError("a persistent value that is not a storage of a known type")
         self.stack.append(Storage(STORAGE_DTYPES[storage_type.name], key))
 
     def set_items(self, values: list[Any]) -> None:

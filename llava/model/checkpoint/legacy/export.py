@@ -124,11 +124,11 @@ def table_rows(model: Any) -> int:
     """
     config: LlavaMedConfig = model.config
     num_rows, all_rows = rows_to_keep(config), int(cast(Any, config.text_config).vocab_size)
-    behind = [row for row in range(num_rows, all_rows) if row != config.image_token_id]
-    state = model.state_dict() if behind else {}
+    later_rows = [row for row in range(num_rows, all_rows) if row != config.image_token_id]
+    state = model.state_dict() if later_rows else {}
     for name in {EMBEDDINGS, HEAD + "weight"} & state.keys():
         mean = mean_rows(state[name][:num_rows].cpu(), 1)[-1]
-        if any(not torch.equal(state[name][row].cpu(), mean) for row in behind):
+        if any(not torch.equal(state[name][row].cpu(), mean) for row in later_rows):
             return all_rows - 1 if config.image_token_id == all_rows - 1 else all_rows
     return num_rows
 

@@ -85,7 +85,7 @@ def load_tokenizer(folder: Path) -> Any:
 def add_tokens(tokenizer: Any, checkpoint: Checkpoint) -> None:
     """Add the tokens that this checkpoint's style needs to the vocabulary."""
     # Known tokens too: old files have them as plain text, and the tokenizer would split them.
-    tokenizer.add_tokens(checkpoint.needed_words, special_tokens=True)
+    tokenizer.add_tokens(checkpoint.needed_tokens, special_tokens=True)
 
 
 def make_processor(

@@ -15,7 +15,7 @@ from llava.model.checkpoint.files.shards import TensorReader
 from llava.model.checkpoint.formats import KINDS, Checkpoint, our_name
 from llava.model.checkpoint.legacy.checks import refusals
 from llava.model.checkpoint.legacy_keys import unknown_keys
-from llava.model.checkpoint.tools.inspection import PROBLEMS, Inspection, added_words, inspect_checkpoint
+from llava.model.checkpoint.tools.inspection import PROBLEMS, Inspection, added_tokens, inspect_checkpoint
 from llava.model.checkpoint.weight_names import EMBEDDINGS, PROJECTOR
 from llava.utils.cli import Parser
 
@@ -102,7 +102,7 @@ def _token_findings(checkpoint: Checkpoint) -> Iterator[DoctorFinding]:
     if table is None:
         return
     rows = table.shape[0]
-    if beyond := [f"{word} ({row})" for word, row in added_words(checkpoint).items() if row >= rows]:
+    if beyond := [f"{word} ({row})" for word, row in added_tokens(checkpoint).items() if row >= rows]:
         yield DoctorFinding(
             "note", f"{rows} embedding rows, but tokens beyond: {', '.join(beyond)}; rows are added, each the mean"
         )

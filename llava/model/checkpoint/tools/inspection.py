@@ -201,9 +201,9 @@ def _new_rows(checkpoint: Checkpoint) -> Iterator[TensorRow]:
     tables = {our_name(checkpoint, name): entry for name, entry in checkpoint.tensors.items()}
     if checkpoint.kind not in ("legacy", "hf_llava") or EMBEDDINGS not in tables:
         return
-    num_words, wanted = num_known_words(checkpoint), added_words(checkpoint)
+    num_words, wanted = num_known_tokens(checkpoint), added_tokens(checkpoint)
     if checkpoint.kind == "legacy":
-        lacking = [word for word in checkpoint.needed_words if word not in wanted]
+        lacking = [word for word in checkpoint.needed_tokens if word not in wanted]
         wanted |= {word: num_words + number for number, word in enumerate(lacking)}
     num_rows = max([tables[EMBEDDINGS].shape[0], *(row + 1 for row in wanted.values())])
     for name in (EMBEDDINGS, HEAD + "weight"):
@@ -218,7 +218,7 @@ def _new_rows(checkpoint: Checkpoint) -> Iterator[TensorRow]:
             yield TensorRow("new", "", f"{name} (further rows)", (num_unnamed, width), entry.dtype)
 
 
-def num_known_words(checkpoint: Checkpoint) -> int:
+def num_known_tokens(checkpoint: Checkpoint) -> int:
     """Return the number of a tokenizer's tokens before loading adds any.
 
     If the folder has only a sentencepiece file (which is not read) or uses the base's tokenizer, it is the number of
@@ -228,10 +228,10 @@ def num_known_words(checkpoint: Checkpoint) -> int:
     if not vocabulary:
         table = next((e for name, e in checkpoint.tensors.items() if our_name(checkpoint, name) == EMBEDDINGS), None)
         vocabulary = range(0 if table is None else table.shape[0])
-    return max([len(vocabulary), *(row + 1 for row in added_words(checkpoint).values())])
+    return max([len(vocabulary), *(row + 1 for row in added_tokens(checkpoint).values())])
 
 
-def added_words(checkpoint: Checkpoint) -> dict[str, int]:
+def added_tokens(checkpoint: Checkpoint) -> dict[str, int]:
     """Return the tokens added to a tokenizer's own vocabulary, with their ids, from all its files."""
     folder = checkpoint.folder
     found = {word: row for word, row in read_json(folder / "added_tokens.json").items() if isinstance(row, int)}
@@ -244,7 +244,7 @@ def added_words(checkpoint: Checkpoint) -> dict[str, int]:
 
 def special_tokens(checkpoint: Checkpoint) -> dict[str, int]:
     """Return the added tokens that stand for images and padding."""
-    return {word: row for word, row in added_words(checkpoint).items() if word in SPECIAL_TOKENS}
+    return {word: row for word, row in added_tokens(checkpoint).items() if word in SPECIAL_TOKENS}
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -288,13 +288,13 @@ def _facts_of_others(checkpoint: Checkpoint) -> dict[str, Any]:
     facts: dict[str, Any] = {"language model": checkpoint.text_type, "projector": projector}
     if checkpoint.kind == "hf_llava":
         return facts
-    place = "inside, used" if checkpoint.has_tower else "beside, fetched by name"
+    place = "inside, used" if checkpoint.has_tower else "outside, loaded by name"
     facts["vision tower"] = f"{config.get('mm_vision_tower')} ({place})"
     facts["style"] = {
         "patch_token": "patch tokens (LLaVA before 1.0, LLaVA-Med 1.0)",
         "placeholder": "one placeholder per image (LLaVA from 1.0 on)",
     }[checkpoint.style]
-    facts["template"] = f"{checkpoint.template(added_words(checkpoint))} (by content; --template overrides)"
+    facts["template"] = f"{checkpoint.template(added_tokens(checkpoint))} (by content; --template overrides)"
     mode, placement = config.get("image_aspect_ratio") or "square", "front"
     if checkpoint.style == "patch_token":
         placement = "as written, white space around images dropped"

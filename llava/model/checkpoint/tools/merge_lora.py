@@ -199,7 +199,7 @@ def _check_layers(merge: MergedModel) -> None:
     shapes = {renamed(name, LEGACY_PREFIXES): entry.shape for name, entry in merge.base.tensors.items()}
     if EMBEDDINGS not in shapes:
         raise CheckpointError(f"{merge.base.path} has no language model; expected model.embed_tokens.weight")
-    beside = set(merge.tower_layers)
+    external = set(merge.tower_layers)
     dtypes = {renamed(name, LEGACY_PREFIXES): entry.dtype for name, entry in merge.base.tensors.items()}
     for layer, adapter in merge.updates.items():
         pair, entries = adapter.pairs[layer], adapter.reader.entries
@@ -209,7 +209,7 @@ def _check_layers(merge: MergedModel) -> None:
                 f"{merge.base.path}: {layer}.weight is {dtype}, so it is quantized; an adapter is merged into plain "
                 "weights, so pass the unquantized base with --model-base"
             )
-        if layer not in beside and shapes.get(f"{layer}.weight") != wanted:
+        if layer not in external and shapes.get(f"{layer}.weight") != wanted:
             raise CheckpointError(
                 f"{adapter.folder}: the adapter does not fit: {layer} is {wanted} there, in {merge.base.path} "
                 f"{shapes.get(f'{layer}.weight', 'absent')}; pass the base it was trained on with --model-base"
