@@ -144,6 +144,10 @@ def build(
     Raises:
         ConfigError: an option is unknown or does not fit the parts.
         CheckpointError: a part cannot be loaded, or its type does not fit.
+
+    Example::
+
+        loaded = build("lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336", projector_type="mlp2x_gelu")
     """
     wanted = portable_tower(BuildOptions(lm=portable(lm), vision_tower=vision_tower, **options))
     text_config = _text_config(wanted.lm)

@@ -82,7 +82,8 @@ def load(
         CheckpointError: the folder holds nothing loadable, a part is missing, or weights do not fit.
         ConfigError: an option does not apply to this kind of checkpoint, see `USED_PARTS`.
 
-    Example:
+    Example::
+
         loaded = load("checkpoints/llava-med-v1.5")
         model, processor = loaded.model, loaded.processor
     """

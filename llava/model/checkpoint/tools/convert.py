@@ -159,6 +159,10 @@ def convert(source: str | Path, target: str | Path, to: str, options: LoadOption
     Raises:
         CheckpointError: the source does not load, or the format cannot hold it; nothing is written.
         ConfigError: the target holds files, or the format is unknown.
+
+    Example::
+
+        convert("llava-v1.5-7b", "ours", "ours", LoadOptions(vision_tower="openai/clip-vit-large-patch14-336"))
     """
     writer = lookup(WRITERS, to, "format")
     path = Path(target)
