@@ -1,4 +1,4 @@
-"""Names of what the originals do wrong: the table, where a name may be given, and what each does to answers."""
+"""Names of `--compat`: the table, the commands that accept a name, and the effect of each on answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.legacy_folders import write_legacy
 from tests.support.tiny import tiny_image, tiny_llava
 
 LENGTH = 220
-"""Behind the system text and the image of a prompt, before its end."""
+"""Length after the system text and the image of a prompt, before its end."""
 
 PAGE = ROOT / "docs" / "compatibility.md"
 
@@ -42,13 +42,13 @@ def test_the_page_holds_the_table() -> None:
     ]
 
 
-def test_names_are_refused_where_they_do_nothing() -> None:
+def test_names_are_refused_where_they_have_no_effect() -> None:
     assert parse_names("cut_prompt", "answers") == {"cut_prompt"}
     assert parse_names("all", "training") == {"micro_batch_loss", "cut_before_images"}
     assert parse_names("all") == set(COMPAT) and not parse_names("none", "answers")
-    with pytest.raises(ConfigError, match="cut_prompt does nothing in the training commands; of use there: micro"):
+    with pytest.raises(ConfigError, match="cut_prompt has no effect in the training commands; accepted there: micro"):
         parse_names("micro_batch_loss,cut_prompt", "training")
-    with pytest.raises(ConfigError, match="unknown compatibility name beams; known: beams_count_prompt"):
+    with pytest.raises(ConfigError, match="unknown name beams; known: beams_count_prompt"):
         parse_names("beams", "answers")
     for place in PLACES:
         assert parse_names("all", place) and all(name in compat.help_text(place) for name in parse_names("all", place))
@@ -69,7 +69,7 @@ def test_commands_refuse_unknown_names_before_they_load_anything(tmp_path: Path)
     assert chat_parser().parse_args(words).compat == "nonsense"
 
 
-def test_answers_made_under_other_names_are_others(tmp_path: Path) -> None:
+def test_names_are_part_of_the_settings_of_answers(tmp_path: Path) -> None:
     parser = Parser()
     add_model_options(parser)
     words = ["--model", saved(tmp_path)]
@@ -83,7 +83,7 @@ def question(num_words: int, *images: Image.Image) -> Prompt:
     return Prompt(Conversation((Turn("human", text),)), images)
 
 
-def test_a_prompt_is_cut_to_the_training_length(tmp_path: Path) -> None:
+def test_prompt_is_truncated_to_the_training_length(tmp_path: Path) -> None:
     folder = write_legacy(tmp_path, tokenizer_model_max_length=LENGTH)
     engine = open_engine(str(folder), compat="cut_prompt", device="cpu")
     assert engine.reader.longest == LENGTH
@@ -107,11 +107,11 @@ def test_what_the_checkpoint_does_not_say(tiny: Loaded) -> None:
 
 def test_padding_is_drawn(tiny: Loaded) -> None:
     tiny.processor.use_image_mode("pad")
-    picture = tiny_image(0).resize((28, 20))
-    plain = {tiny.processor.picture(picture).numpy().tobytes() for _ in range(12)}
+    image = tiny_image(0).resize((28, 20))
+    plain = {tiny.processor.picture(image).numpy().tobytes() for _ in range(12)}
     assert len(plain) == 1
     imitate(LocalEngine(tiny.model, tiny.processor), {"random_padding"})
-    drawn = {tiny.processor.picture(picture).numpy().tobytes() for _ in range(40)}
+    drawn = {tiny.processor.picture(image).numpy().tobytes() for _ in range(40)}
     assert len(drawn) == 2 and plain < drawn
     assert len({tiny.processor.picture(tiny_image(0)).numpy().tobytes() for _ in range(9)}) == 1, "no border, no draw"
 

@@ -1,7 +1,7 @@
-"""The answering commands: chat questions, medical VQA questions, and the latter with one process a chunk.
+"""Answering commands: chat questions, medical VQA questions, and the latter with one process per chunk.
 
 model_vqa, model_vqa_med       questions --answer--> answers file
-run_med_datasets_eval_batch    the same in chunks, a queue of processes over the devices, joined in order
+run_med_datasets_eval_batch    the same in chunks: a queue of processes over the devices, joined in order
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import get_args
 
 from llava.errors import ConfigError, GenerationError
-from llava.eval.fingerprint import model_settings, recorded
-from llava.eval.inference import AnswerRun, Options, Summary
+from llava.eval.fingerprint import model_settings, read_settings
+from llava.eval.inference import AnswerOptions, AnswerRun, AnswerSummary
 from llava.eval.options import add_model_options, model_id_of, sampling_of, warn_no_effect
 from llava.eval.questions import PromptForm
 from llava.generation.options import engine_of
@@ -30,32 +30,32 @@ from llava.utils.jsonl import read_records, write_records
 logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 1024
-"""Longest answer of the published commands."""
+"""Default limit of an answer in the published commands."""
 
 
 def make_parser(prog: str, description: str) -> Parser:
-    """Return the options that the answering commands share."""
+    """Return a parser with the options that the answering commands share."""
     parser = Parser(prog=prog, description=description)
     add_model_options(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--question-file", required=True, help="JSON array or JSON lines, VQA rows or chat questions")
-    files.add_argument("--image-folder", default=None, help="where image names lead")
-    files.add_argument("--answers-file", required=True, help="one answer a line; an unfinished file is resumed")
-    files.add_argument("--num-chunks", type=int, default=1, help="into how many parts the questions are divided")
-    files.add_argument("--chunk-idx", type=int, default=0, help="the part to answer")
-    files.add_argument("--batch-size", type=int, default=64, help="questions handed to the engine at once")
-    parser.add_switch("--resume", default=True, help="keep answers that are in the file")
-    parser.add_switch("--blank-images", help="show a grey square in the place of every image")
-    parser.add_switch("--with-options", help="tell the two options after closed yes/no questions")
+    files.add_argument("--image-folder", default=None, help="folder of the images")
+    files.add_argument("--answers-file", required=True, help="JSON lines, one answer per line; resumed if unfinished")
+    files.add_argument("--num-chunks", type=int, default=1, help="number of chunks that the questions are divided into")
+    files.add_argument("--chunk-idx", type=int, default=0, help="index of the chunk to answer")
+    files.add_argument("--batch-size", type=int, default=64, help="questions passed to the engine at once")
+    parser.add_switch("--resume", default=True, help="keep the answers that the file already holds")
+    parser.add_switch("--blank-images", help="replace every image by a gray square")
+    parser.add_switch("--with-options", help="append the two options to closed yes/no questions")
     parser.add_switch("--answer-prompter", help="ask for a short answer after the long one")
     return parser
 
 
-def run_answering(args: Namespace, form: PromptForm) -> Summary:
-    """Answer one chunk of a question file; the model is loaded only when something is left to answer."""
+def run_answering(args: Namespace, form: PromptForm) -> AnswerSummary:
+    """Answer one chunk of a question file; the model is loaded only if questions are pending."""
     log.setup()
     warn_no_effect(args)
-    options = Options(
+    options = AnswerOptions(
         image_folder=args.image_folder,
         sampling=sampling_of(args, max_new_tokens=MAX_NEW_TOKENS),
         model_id=model_id_of(args),
@@ -86,7 +86,8 @@ def model_vqa(argv: Sequence[str] | None = None) -> None:
         "--prompt-form",
         choices=get_args(PromptForm),
         default="raw",
-        help="how rows repeat the question: as the file has it (as v1.0), tagged, or plain without the mark (as v1.5)",
+        help="how rows repeat the question: raw (as in the file and in v1.0), tagged (with the placeholder after it), "
+        "or plain (without the placeholder, as in v1.5)",
     )
     args = parser.parse_args(argv)
     run_answering(args, args.prompt_form)
@@ -98,15 +99,15 @@ def model_vqa_med(argv: Sequence[str] | None = None) -> None:
 
 
 def run_batch(argv: Sequence[str] | None = None) -> None:
-    """Answer medical VQA questions with one process a chunk and join the chunks in order.
+    """Answer medical VQA questions with one process per chunk and join the chunks in order.
 
     Raises:
-        ConfigError: earlier chunks divide the questions into another number of parts.
-        GenerationError: a chunk failed; what was answered stays, and the same command goes on from there.
+        ConfigError: existing chunk files were written with another number of chunks.
+        GenerationError: a chunk failed; finished answers are kept, and the same command resumes.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser("run_med_datasets_eval_batch.py", "Answer medical VQA questions, one process a chunk.")
-    parser.add_argument("--devices", help="device numbers, e.g. 0,1,2; default: all; chunks wait for a free one")
+    parser = make_parser("run_med_datasets_eval_batch.py", "Answer medical VQA questions, one process per chunk.")
+    parser.add_argument("--devices", help="device numbers, e.g. 0,1,2 (default: all); chunks wait for a free device")
     args = parser.parse_args(words)
     log.setup()
     if args.num_chunks < 1:
@@ -131,9 +132,8 @@ def run_batch(argv: Sequence[str] | None = None) -> None:
     failed = [str(index) for index, code in enumerate(codes) if code]
     if failed:
         raise GenerationError(
-            f"chunks {', '.join(failed)} of {len(parts)} failed (see their messages above); what was answered is "
-            f"kept. Put right what the messages name and give the same command again: it goes on from there; with "
-            f"--resume False it starts anew"
+            f"chunks {', '.join(failed)} of {len(parts)} failed (see the messages above); finished answers are kept. "
+            f"Fix the errors above and rerun the same command to resume, or start over with --resume False"
         )
     write_records(args.answers_file, [row for part in parts for row in read_records(part)])
 
@@ -145,22 +145,23 @@ def chunk_path(answers_file: str | Path, index: int) -> Path:
 
 
 def _refuse_other_division(parts: Sequence[Path], num_chunks: int) -> None:
-    """Refuse to go on in files that hold other parts of the questions, before a process is started for each.
+    """Check the number of chunks that existing files were written with, before any process starts.
 
     Raises:
-        ConfigError: they were begun with another number of chunks.
+        ConfigError: it differs from `num_chunks`.
     """
     for part in parts:
-        before = recorded(part).get("num chunks", num_chunks)
+        before = read_settings(part).get("num chunks", num_chunks)
         if before != num_chunks:
             raise ConfigError(
-                f"{part} was begun with --num-chunks {before}, got --num-chunks {num_chunks}; go on with "
-                f"--num-chunks {before}, or start anew with --resume False"
+                f"{part} was written with --num-chunks {before}, got --num-chunks {num_chunks}; resume with "
+                f"--num-chunks {before}, or start over with --resume False"
             )
 
 
 def _run_chunk(words: Sequence[str], num_chunks: int, index: int, out: Path, device: str) -> int:
-    """Run one chunk in a process of its own and return its exit status; the last of equal options counts."""
+    """Run one chunk in its own process and return its exit status."""
+    # argparse uses the last of repeated options, so these override what `words` says.
     own = ["--num-chunks", str(num_chunks), "--chunk-idx", str(index), "--answers-file", str(out)]
     environment = dict(os.environ)
     if device:
@@ -170,7 +171,7 @@ def _run_chunk(words: Sequence[str], num_chunks: int, index: int, out: Path, dev
 
 
 def _without_devices(words: Sequence[str]) -> list[str]:
-    """Drop the one option that a chunk does not know; nothing else is touched."""
+    """Return the arguments without `--devices`, the one option that a chunk does not accept."""
     kept: list[str] = []
     skip = False
     for word in words:
@@ -184,7 +185,7 @@ def _without_devices(words: Sequence[str]) -> list[str]:
 
 
 def _devices(args: Namespace) -> list[str]:
-    """Return the devices that chunks may use; one empty name where there is no accelerator (chunks run in turn)."""
+    """Return the devices that chunks may use; one empty name without an accelerator (chunks run in turn)."""
     if args.devices:
         return [part.strip() for part in args.devices.split(",") if part.strip()]
     if args.device == "cpu":

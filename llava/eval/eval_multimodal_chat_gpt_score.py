@@ -1,4 +1,4 @@
-"""Let a judge score the answers of a chat evaluation; both published spellings of the options work.
+"""Score the answers of a chat evaluation with a judge; both published spellings of the options work.
 
 python llava/eval/eval_multimodal_chat_gpt_score.py --question_input_path questions.jsonl --input_path answers.jsonl \\
     --output_path scores.jsonl

@@ -1,11 +1,11 @@
-"""What answers depend on, kept beside an answer file so that answers made otherwise are not taken for these.
+"""Settings that answers depend on, stored beside an answer file to detect a run with other settings.
 
     options of a command --model_settings--+
-    weights, adapter, its base, tower -----+--> settings --record--> answers.jsonl.settings.json
-    sampling, images, questions -----------+                             |
-                                                   a later run --differences--> names of what differs
+    weights, adapter, its base, tower -----+--> settings --write_settings--> answers.jsonl.settings.json
+    sampling, images, questions -----------+                                      |
+                                                   a later run --differences--> names of the settings that differ
 
-Hashes and last parts of names are recorded, never where files lie. Importing this module does not load torch.
+The file holds hashes and last path components, never full paths. Importing this module does not load torch.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ from llava.utils.jsonl import read_text, write_json
 from llava.utils.provenance import file_sha256, weights_sha256
 
 READ_FILES = (CONFIG_FILE, ADAPTER_CONFIG_FILE, PROCESSOR_FILE, "preprocessor_config.json", *TOKENIZER_FILES)
-"""Files of a checkpoint that change its answers, besides the weights."""
+"""Files of a checkpoint, other than the weights, that change its answers."""
 
 BASE_KEYS = ("base_model_name_or_path", "_name_or_path")
+"""Keys of a configuration that name the base of an adapter or projector."""
 
 
 def digest(value: Any) -> str:
-    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
+    """Return the SHA-256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def model_settings(args: Namespace) -> dict[str, Any]:
-    """Return what the options of `add_model_options` say about answers, sampling left out."""
+    """Return the settings of `add_model_options` that change answers, without sampling."""
     given = [name for name in (args.model_base, args.vision_tower) if name]
     system = None if args.conv_mode else read_json(Path(args.model) / PROCESSOR_FILE).get("system")
     return {
@@ -63,10 +64,10 @@ def model_settings(args: Namespace) -> dict[str, Any]:
 
 
 def checkpoint_hash(*names: str) -> str:
-    """Return one hash over the weights and configuration of checkpoints and of all that they build on.
+    """Return one hash over the weights and configuration of checkpoints and of everything they build on.
 
     Args:
-        names: folders, weight files, or hub names (of which only the name is known).
+        names: folders, weight files, or hub names (only the name of which is hashed).
     """
     seen: dict[str, Any] = {}
     waiting = list(names)
@@ -83,7 +84,7 @@ def checkpoint_hash(*names: str) -> str:
 
 
 def weights_hash(folder: str | Path) -> str | None:
-    """Return the hash of a checkpoint's weight files, each state of them read once a process (they are large)."""
+    """Return the hash of a checkpoint's weight files, cached per process until size or time of a file changes."""
     place = Path(folder).resolve()
     files = sorted(place.glob("*")) if place.is_dir() else [place]
     states = [(file.name, file.stat()) for file in files if file.is_file()]
@@ -96,7 +97,7 @@ def _weights_hash(place: Path, _state: tuple[tuple[str, int, int], ...]) -> str 
 
 
 def folder_name(path: str | Path | None) -> str | None:
-    """Return what tells a folder from another without saying where it lies: its name and a hash of its place."""
+    """Return the last component of a folder's path and a hash of the full path, which stays private."""
     if path is None:
         return None
     place = Path(path).resolve()
@@ -104,57 +105,57 @@ def folder_name(path: str | Path | None) -> str | None:
 
 
 def sidecar(answers: str | Path) -> Path:
-    """Return the file beside an answer file that says how its answers were made."""
+    """Return the path of the settings file of an answer file."""
     path = Path(answers)
     return path.with_name(f"{path.name}.settings.json")
 
 
-def record(answers: str | Path, settings: Mapping[str, Any], *, precisions: Collection[str] = ()) -> None:
-    """Write how the answers of a file are made.
+def write_settings(answers: str | Path, settings: Mapping[str, Any], *, precisions: Collection[str] = ()) -> None:
+    """Write the settings of an answer file beside it.
 
     Args:
         answers: the answer file.
-        settings: what the answers depend on.
-        precisions: what the answers were computed in. It is recorded, not compared: `--dtype auto` may choose
-            differently on another machine.
+        settings: everything that the answers depend on.
+        precisions: precisions that the answers were computed in. They are recorded but not compared, since
+            `--dtype auto` may choose differently on another machine.
     """
     content = {"fingerprint": digest(settings), "settings": dict(settings), "precisions": sorted(precisions)}
     write_json(sidecar(answers), content)
 
 
-def recorded_precisions(answers: str | Path) -> list[str]:
-    """Return what the answers of a file were computed in; several after a resume on another machine."""
+def read_precisions(answers: str | Path) -> list[str]:
+    """Return the precisions of an answer file; several after a resume on another machine."""
     path = sidecar(answers)
     return list(json.loads(read_text(path)).get("precisions", ())) if path.is_file() else []
 
 
-def recorded(answers: str | Path) -> dict[str, Any]:
-    """Return what was written down about a file that holds something; empty where there is nothing.
+def read_settings(answers: str | Path) -> dict[str, Any]:
+    """Return the settings stored for an answer file; empty without stored settings or without answers.
 
     Raises:
-        DataError: the record is broken.
+        DataError: the settings file cannot be read.
     """
     path, answers = sidecar(answers), Path(answers)
     return _read(path) if path.is_file() and answers.is_file() and answers.stat().st_size else {}
 
 
-def check(answers: str | Path, settings: Mapping[str, Any]) -> None:
-    """Refuse a file whose answers were made otherwise.
+def check_settings(answers: str | Path, settings: Mapping[str, Any]) -> None:
+    """Check that the answers of a file were generated with these settings.
 
     Raises:
-        DataError: something that answers depend on differs, or nobody wrote down what they were made with.
+        DataError: a setting differs, or the settings file is missing.
     """
     path = sidecar(answers)
-    anew = "name another file or folder, or start anew with --resume False"
+    fix = "name another file or folder, or start over with --resume False"
     if not path.is_file():
-        raise DataError(f"{answers} holds answers, but {path.name}, which says how they were made, is missing; {anew}")
+        raise DataError(f"{answers} holds answers, but its settings file {path.name} is missing; {fix}")
     different = differences(_read(path), settings)
     if different:
-        raise DataError(f"{answers} holds answers with other {', '.join(different)}; {anew}")
+        raise DataError(f"{answers} holds answers with other {', '.join(different)}; {fix}")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the names of the settings that differ; values inside a table are named `sampling.temperature`."""
+    """Return the names of the settings that differ; nested values are named like `sampling.temperature`."""
     names = []
     for name in dict.fromkeys((*now, *before)):
         old, new = before.get(name), now.get(name)
@@ -171,18 +172,18 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         settings = None
     if not isinstance(settings, dict):
-        raise DataError(f"{path} is not a record of settings; start anew with --resume False")
+        raise DataError(f"{path} is not a settings file of answers; start over with --resume False")
     return settings
 
 
 def _place(name: str) -> Path | None:
-    """Return the folder or file that a name means; None when it is a name of the hub."""
+    """Return the folder or file that a name refers to; None for a name of the hub."""
     path = Path(name.rpartition(":")[2]).expanduser()
     return path if path.exists() else None
 
 
 def _content(place: Path) -> Any:
-    """Return hashes of a file, or of a folder's weights and configuration; a tower may lie in a folder inside it."""
+    """Return hashes of a file, or of a folder's weights and configuration, subfolders (a tower's) included."""
     if place.is_file():
         return weights_hash(place)
     inside = sorted(folder for folder in place.iterdir() if folder.is_dir() and (folder / CONFIG_FILE).is_file())
@@ -198,7 +199,7 @@ def _content(place: Path) -> Any:
 
 
 def _parts(folder: Path) -> list[str]:
-    """Return what a checkpoint folder builds on: the base of an adapter or projector, towers of other layouts."""
+    """Return local paths that a checkpoint folder builds on: an adapter's or projector's base, vision towers."""
     config, adapter = read_json(folder / CONFIG_FILE), read_json(folder / ADAPTER_CONFIG_FILE)
     names = [config.get(key) for key in TOWER_KEYS]
     if adapter or any((folder / name).is_file() for name in PROJECTOR_FILES):

@@ -1,9 +1,9 @@
-"""Questions to an answer file, resumable: the only loop that asks an engine during evaluation.
+"""Resumable answering of a question file; the only loop that runs an engine during evaluation.
 
-    questions --chunk--> mine --minus answered--> pending --by image--> batches --engine--> rows --input order--> file
+    questions --chunk--> own part --minus answered--> pending --by image--> batches --engine--> rows --sort--> file
 
-Every row is on disk as soon as its batch is done. Questions about one image are asked together, so the engine reads the
-image once; the finished file is in the order of the questions.
+Every row is written as soon as its batch is finished. Questions about one image are batched together, so the engine
+encodes the image once; the finished file is in the order of the questions.
 """
 
 from __future__ import annotations
@@ -20,8 +20,16 @@ from PIL import Image
 from llava.data.records import load_samples
 from llava.errors import ConfigError, DataError, LlavaError
 from llava.eval import fingerprint
-from llava.eval import questions as protocol
-from llava.eval.questions import PromptForm, Question
+from llava.eval.questions import (
+    BLANK_SIZE,
+    FOLLOW_UP_JOINT,
+    GRAY,
+    PromptForm,
+    Question,
+    answer_row,
+    follow_up,
+    question_of,
+)
 from llava.generation.protocol import Completion, Engine, Prompt, Sampling
 from llava.imaging.decode import resolve
 from llava.samples import Sample
@@ -31,17 +39,18 @@ T = TypeVar("T")
 
 
 def chunk(items: Sequence[T], num_chunks: int, index: int) -> list[T]:
-    """Return part `index` of `num_chunks` consecutive parts of ceil(n / num_chunks) items each.
+    """Return chunk `index` of `num_chunks` consecutive chunks of ceil(n / num_chunks) items each.
 
-    The last parts may be short or empty (9 items in 8 parts fill five of them); joined in order, the parts are `items`.
+    The last chunks may be short or empty (9 items in 8 chunks fill five of them); joined in order, the chunks are
+    `items`.
 
     Raises:
-        ConfigError: `num_chunks` is below 1, or `index` names no part.
+        ConfigError: `num_chunks` is below 1, or `index` is out of range.
     """
     if num_chunks < 1:
-        raise ConfigError(f"the number of chunks must be at least 1, got {num_chunks}")
+        raise ConfigError(f"--num-chunks must be at least 1, got {num_chunks}")
     if not 0 <= index < num_chunks:
-        raise ConfigError(f"the chunk index must be between 0 and {num_chunks - 1}, got {index}")
+        raise ConfigError(f"--chunk-idx must be between 0 and {num_chunks - 1}, got {index}")
     size = -(-len(items) // num_chunks)
     return list(items[index * size : (index + 1) * size])
 
@@ -49,19 +58,20 @@ def chunk(items: Sequence[T], num_chunks: int, index: int) -> list[T]:
 logger = logging.getLogger(__name__)
 
 NUM_FOLLOW_UP_TOKENS = 64
+"""Limit of the short answer that `--answer-prompter` asks for."""
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """What became of the questions of one file.
+class AnswerSummary:
+    """Counts of one answered file.
 
     Attributes:
         path: the answer file.
-        num_questions: its rows.
-        num_resumed: rows of an earlier run that were kept.
-        num_failed: rows that hold an error instead of an answer.
-        seconds: time of this run.
-        precisions: what the answers were computed in, as far as their engines know.
+        num_questions: number of its rows.
+        num_resumed: number of rows kept from an earlier run.
+        num_failed: number of rows that hold an error instead of an answer.
+        seconds: duration of this run.
+        precisions: precisions that the answers were computed in, as far as the engines know.
     """
 
     path: Path
@@ -73,18 +83,18 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """How questions are put.
+class AnswerOptions:
+    """Options of answering a question file.
 
     Attributes:
-        image_folder: where image names lead; None takes them as paths.
-        sampling: how answers are chosen; greedy by default.
-        model_id: what the rows call the model.
-        form: how the rows repeat the question.
-        choices: tell the two options after closed yes/no questions.
+        image_folder: folder of the images; with None, image names are paths.
+        sampling: sampling parameters; greedy by default.
+        model_id: name of the model in the answer rows.
+        form: how the answer rows repeat the question.
+        choices: append the two options to closed yes/no questions.
         answer_prompter: ask for a short answer after the long one, and write both.
-        blank_images: show a grey square in the place of every image.
-        settings: what else the answers depend on: weights, template, precision (see `fingerprint.model_settings`).
+        blank_images: replace every image by a gray square.
+        settings: other settings that answers depend on: weights, template, precision (`fingerprint.model_settings`).
     """
 
     image_folder: str | Path | None = None
@@ -98,7 +108,7 @@ class Options:
 
 
 class AnswerRun:
-    """One answer file on its way: knows what is left before any model is loaded."""
+    """Run that fills one answer file; the pending questions are known before a model is loaded."""
 
     def __init__(
         self,
@@ -108,41 +118,41 @@ class AnswerRun:
         num_chunks: int = 1,
         chunk_idx: int = 0,
         resume: bool = True,
-        options: Options,
+        options: AnswerOptions,
     ) -> None:
         samples = load_samples(questions) if isinstance(questions, str | Path) else questions
-        asked = [protocol.question(sample, form=options.form, options=options.choices) for sample in samples]
-        _refuse_doubles(asked)
+        asked = [question_of(sample, form=options.form, options=options.choices) for sample in samples]
+        _check_unique(asked)
         self.options = options
         self.out = Path(out)
         self.num_chunks = num_chunks
         self.questions = chunk(asked, num_chunks, chunk_idx)
         self.rows: dict[str, dict[str, Any]] = self._resumed() if resume else {}
         self.num_resumed = len(self.rows)
-        self.blank = Image.new("RGB", (protocol.BLANK_SIZE,) * 2, protocol.GREY) if options.blank_images else None
+        self.blank = Image.new("RGB", (BLANK_SIZE,) * 2, GRAY) if options.blank_images else None
         if not resume or not self.out.exists():
             jsonl.write_records(self.out, [])
-        self.precisions = set(fingerprint.recorded_precisions(self.out)) if self.rows else set()
-        fingerprint.record(self.out, self._settings(), precisions=self.precisions)
+        self.precisions = set(fingerprint.read_precisions(self.out)) if self.rows else set()
+        fingerprint.write_settings(self.out, self._settings(), precisions=self.precisions)
 
     @property
     def pending(self) -> list[Question]:
-        """The questions without an answer, those about one image together."""
+        """Questions without an answer, grouped by image."""
         groups: dict[tuple[str, ...], list[Question]] = {}
         for asked in self.questions:
             if asked.id not in self.rows:
                 groups.setdefault(asked.images, []).append(asked)
         return [asked for group in groups.values() for asked in group]
 
-    def finish(self, engine: Engine | None, *, batch_size: int = 64) -> Summary:
-        """Answer what is pending, then put the file in order.
+    def finish(self, engine: Engine | None, *, batch_size: int = 64) -> AnswerSummary:
+        """Answer the pending questions, then rewrite the file in the order of the questions.
 
         Args:
-            engine: what answers; None will do when nothing is pending.
-            batch_size: how many questions are handed to the engine at once.
+            engine: the engine; may be None if no question is pending.
+            batch_size: number of questions passed to the engine at once.
 
         Raises:
-            ConfigError: there is no engine though something is pending, or `batch_size` is below 1.
+            ConfigError: questions are pending and `engine` is None, or `batch_size` is below 1.
         """
         if batch_size < 1:
             raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
@@ -150,11 +160,11 @@ class AnswerRun:
         pending = self.pending
         title = "blank image" if self.options.blank_images else "answering"
         if pending and engine is None:
-            raise ConfigError(f"{len(pending)} questions are left to answer, but there is no engine")
+            raise ConfigError(f"{len(pending)} questions are pending, but engine is None; pass an engine")
         if engine is not None and pending:
             if precision := getattr(engine, "precision", None):  # a remote engine does not know it
                 self.precisions.add(precision)
-                fingerprint.record(self.out, self._settings(), precisions=self.precisions)
+                fingerprint.write_settings(self.out, self._settings(), precisions=self.precisions)
             with log.progress_bar(len(self.questions), title=title, unit="question") as bar:
                 bar.update(self.num_resumed)
                 for first in range(0, len(pending), batch_size):
@@ -165,13 +175,12 @@ class AnswerRun:
         jsonl.write_records(self.out, rows)
         num_failed = sum("error" in row["metadata"] for row in rows)
         if num_failed:
-            logger.warning("%d of %d answers failed; the file names why in metadata.error", num_failed, len(rows))
-        return Summary(
-            self.out, len(rows), self.num_resumed, num_failed, time.monotonic() - start, tuple(sorted(self.precisions))
-        )
+            logger.warning("%d of %d answers failed; metadata.error of each row has the reason", num_failed, len(rows))
+        seconds = time.monotonic() - start
+        return AnswerSummary(self.out, len(rows), self.num_resumed, num_failed, seconds, tuple(sorted(self.precisions)))
 
     def _resumed(self) -> dict[str, dict[str, Any]]:
-        """Return the rows of an earlier run that hold answers, after checking that they are of this run."""
+        """Return the answered rows of an earlier run, after checking that they belong to this run."""
         if not self.out.exists():
             return {}
         jsonl.drop_torn_line(self.out)
@@ -181,17 +190,17 @@ class AnswerRun:
             problem = self._other_run(known, row)
             if problem:
                 raise DataError(
-                    f"{self.out}, row {index}: {problem}; it belongs to another run: name another file, or start anew "
-                    f"with --resume False"
+                    f"{self.out}, row {index}: {problem}; the row belongs to another run. Name another file, or start "
+                    f"over with --resume False"
                 )
             if "error" not in row["metadata"] and isinstance(row.get("text"), str):
                 kept[str(row["question_id"])] = row
         if kept:
-            fingerprint.check(self.out, self._settings())
+            fingerprint.check_settings(self.out, self._settings())
         return kept
 
     def _settings(self) -> dict[str, Any]:
-        """Return everything that the answers depend on."""
+        """Return all settings that the answers depend on."""
         options = self.options
         asked = [(question.id, asdict(question.conversation), question.images) for question in self.questions]
         return {
@@ -206,10 +215,10 @@ class AnswerRun:
         }
 
     def _other_run(self, known: dict[str, Question], row: dict[str, Any]) -> str | None:
-        """Say why a row cannot be of this run; None when it can."""
+        """Return why a row does not belong to this run; None if it does."""
         asked = known.get(str(row.get("question_id")))
         if asked is None:
-            return f"question {row.get('question_id')!r} is not among those of this run"
+            return f"question {row.get('question_id')!r} is not a question of this run"
         if row.get("prompt") != asked.prompt:
             return f"the question with id {asked.id!r} has another text"
         if row.get("model_id") != self.options.model_id:
@@ -223,7 +232,7 @@ class AnswerRun:
         return {"image": "blank"} if self.options.blank_images else {}
 
     def _answer(self, engine: Engine, batch: Sequence[Question]) -> None:
-        """Answer some questions and put their rows on disk."""
+        """Answer a batch of questions and append the rows to the file."""
         prompts: list[Prompt] = []
         completions: dict[int, Completion] = {}
         for index, asked in enumerate(batch):
@@ -236,7 +245,7 @@ class AnswerRun:
             self._write(asked, completions[index] if index in completions else answered.pop(0))
 
     def _complete(self, engine: Engine, prompts: Sequence[Prompt]) -> list[Completion]:
-        """Return the answers to some prompts; with `answer_prompter`, each with a short answer asked for after it."""
+        """Return the completions of prompts; with `answer_prompter`, each is extended by a short answer."""
         completions = _generate(engine, prompts, self.options.sampling)
         if not self.options.answer_prompter:
             return completions
@@ -244,32 +253,32 @@ class AnswerRun:
         again = [
             replace(
                 prompts[index],
-                conversation=protocol.follow_up(prompts[index].conversation, completions[index].text.strip()),
+                conversation=follow_up(prompts[index].conversation, completions[index].text.strip()),
             )
             for index in good
         ]
         sampling = replace(self.options.sampling, max_new_tokens=NUM_FOLLOW_UP_TOKENS)
         for index, short in zip(good, _generate(engine, again, sampling), strict=True):
-            text = f"{completions[index].text.strip()}{protocol.FOLLOW_UP_JOINT}{short.text.strip()}"
+            text = f"{completions[index].text.strip()}{FOLLOW_UP_JOINT}{short.text.strip()}"
             completions[index] = replace(short, text=text)
         return completions
 
     def _write(self, asked: Question, completion: Completion) -> None:
         metadata = self._metadata()
         if completion.finish == "error":
-            metadata["error"] = completion.error or "no reason was given"
+            metadata["error"] = completion.error or "the engine gave no reason"
         elif completion.finish == "length":
             metadata["finish"] = "length"
         text = "" if completion.finish == "error" else completion.text.strip()
-        row = protocol.answer_row(asked, text, model_id=self.options.model_id, metadata=metadata)
+        row = answer_row(asked, text, model_id=self.options.model_id, metadata=metadata)
         self.rows[asked.id] = row
         jsonl.append(self.out, row)
 
     def _prompt(self, asked: Question) -> Prompt:
-        """Return what the engine is asked.
+        """Return the prompt of a question.
 
         Raises:
-            DataError: an image is missing or lies outside the image folder.
+            DataError: an image is missing or outside the image folder.
         """
         if self.blank is not None:
             return Prompt(asked.conversation, (self.blank,) * len(asked.images))
@@ -281,7 +290,7 @@ class AnswerRun:
 
 
 def _generate(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-    """Return one completion a prompt; one that fails its batch is tried alone and loses only its own."""
+    """Return one completion per prompt; if a batch fails, every prompt of it is retried alone."""
     if not prompts:
         return []
     try:
@@ -293,13 +302,13 @@ def _generate(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> 
 
 
 def _failed(error: LlavaError) -> Completion:
-    """A failed answer is an answer too: one that says why."""
+    """Return the completion that records an error."""
     return Completion(text="", token_ids=(), finish="error", error=str(error))
 
 
-def _refuse_doubles(questions: Sequence[Question]) -> None:
+def _check_unique(questions: Sequence[Question]) -> None:
     seen: set[str] = set()
     for asked in questions:
         if asked.id in seen:
-            raise DataError(f"the id {asked.id!r} occurs twice among the questions; ids must be unique")
+            raise DataError(f"question id {asked.id!r} occurs twice; ids must be unique")
         seen.add(asked.id)

@@ -1,6 +1,6 @@
-"""From one value an item to a figure with an interval, and to the difference of two systems on the same items.
+"""Percentages with bootstrap intervals from one value per item, and paired differences of two systems.
 
-All figures are percentages. Intervals come from drawing whole images again; two scores are compared on the same draws.
+Resampling is by image, not by item; two scores are compared on the same resamples.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llava.utils.bootstrap import percentiles, resamples
 
 
 def figure(value: float | None, *, signed: bool = False) -> str:
-    """Return a percentage with two decimals; `-` for none."""
+    """Return a percentage with two decimals; `-` for None."""
     return "-" if value is None else format(value, "+.2f" if signed else ".2f")
 
 
@@ -29,12 +29,12 @@ def interval(estimate: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """One value an item, [n], NaN where the score does not look at the item.
+    """Score with one value per item, [n]; NaN where the score does not apply to the item.
 
     Attributes:
         values: shares between 0 and 1, [n].
-        members: None for a plain mean; otherwise [k, n], which items belong to each of k groups, for a mean of the
-            groups' means.
+        members: membership of items in each of k groups, [k, n], for a mean of the groups' means; None for a plain
+            mean.
     """
 
     values: NDArray[np.float64]
@@ -42,7 +42,7 @@ class Score:
 
     @staticmethod
     def of(values: ArrayLike, groups: Sequence[Sequence[str]] | None = None) -> Score:
-        """Return a score; `groups` names the groups of each item and asks for the mean of the groups' means."""
+        """Return a score; with the group names of each item in `groups`, its mean is the mean of the group means."""
         array = np.asarray(values, dtype=np.float64)
         if groups is None:
             return Score(array)
@@ -51,15 +51,15 @@ class Score:
         return Score(array, members.reshape(len(names), len(array)))
 
     def mean(self) -> float:
-        """Return the percentage over all items; NaN over none."""
+        """Return the percentage over all items; NaN without items."""
         return float(self.means(np.ones((1, len(self.values))), np.arange(len(self.values)))[0])
 
     def means(self, weights: NDArray[np.float64], cluster_of: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Return the percentage in each of R resamples, [R]; NaN where a resample has no item of the score.
+        """Return the percentage in each of R resamples, [R]; NaN where the score applies to no item of a resample.
 
         Args:
-            weights: how often each of C clusters was drawn, [R, C].
-            cluster_of: the cluster of each item, [n].
+            weights: number of draws of each of C clusters, [R, C].
+            cluster_of: cluster index of each item, [n].
         """
         asked = ~np.isnan(self.values)
         members = asked[None] if self.members is None else self.members & asked
@@ -79,13 +79,13 @@ class Score:
 
     @property
     def num_items(self) -> int:
-        """How many items the score looks at."""
+        """Number of items that the score applies to."""
         return int((~np.isnan(self.values)).sum())
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A percentage, its interval and the number of items behind it."""
+    """Percentage with its interval and the number of items it covers."""
 
     value: float
     low: float
@@ -93,13 +93,13 @@ class Estimate:
     num_items: int
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields; a figure over no item is null."""
+        """Return the fields; the figures are null without items."""
         figures = {"value": self.value, "low": self.low, "high": self.high}
         return {name: None if math.isnan(x) else x for name, x in figures.items()} | {"num_items": self.num_items}
 
 
 class Draws:
-    """The resamples of one set of items, drawn once and used for every score of it."""
+    """Resamples of one set of items, drawn once and shared by all scores of it."""
 
     def __init__(self, clusters: Sequence[Hashable], *, num_resamples: int = 500, seed: int = 0) -> None:
         self.num_items = len(clusters)
@@ -114,12 +114,12 @@ class Draws:
         self.weights = np.array(counts, dtype=np.float64).reshape(len(counts), len(first_of))
 
     def estimate(self, score: Score) -> Estimate:
-        """Return a score with its interval."""
+        """Return the percentage of a score with its interval."""
         self._check(score)
         return self._of(score.mean(), self._means(score), score.num_items)
 
     def difference(self, score: Score, other: Score) -> Estimate:
-        """Return `score - other`, both about the same items, with the interval of the difference."""
+        """Return `score - other` with the interval of the difference; both scores cover the same items."""
         self._check(score)
         self._check(other)
         differences = self._means(score) - self._means(other)

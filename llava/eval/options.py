@@ -1,4 +1,7 @@
-"""The options of every evaluation that asks a model, and what they say about it; importing this does not load torch."""
+"""Options of every evaluation that runs a model, and the values they stand for.
+
+Importing this module does not load torch.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +21,27 @@ from llava.utils.jsonl import read_text
 logger = logging.getLogger(__name__)
 
 NO_EFFECT = ("mm_projector", "vision_tower")
-"""Options of published commands that name parts the checkpoint now knows itself."""
+"""Options of published commands that name parts which the checkpoint now stores itself."""
 
 
 def add_model_options(parser: Parser) -> None:
-    """Register which model answers and how it chooses its words."""
+    """Add the options that select the model and its sampling."""
     model = parser.add_argument_group("model")
     add_engine_options(model)
-    model.add_argument("--mm-projector", help="no effect: the checkpoint knows its projector")
+    model.add_argument("--mm-projector", help="no effect: the checkpoint contains its projector")
     choice = parser.add_argument_group("sampling")
-    choice.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
-    choice.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from")
-    choice.add_argument("--num-beams", type=int, default=1, help="beam search when above 1")
-    choice.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: used tokens are less likely")
-    choice.add_argument("--max-new-tokens", type=int, default=None, help="longest answer")
-    choice.add_argument("--seed", type=int, default=0, help="of sampling and of the intervals' resampling")
+    choice.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy decoding")
+    choice.add_argument("--top-p", type=float, default=1.0, help="probability mass of nucleus sampling")
+    choice.add_argument("--num-beams", type=int, default=1, help="number of beams; above 1: beam search")
+    choice.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1: repeated tokens are less likely"
+    )
+    choice.add_argument("--max-new-tokens", type=int, default=None, help="limit of an answer in tokens")
+    choice.add_argument("--seed", type=int, default=0, help="seed of sampling and of the intervals' resampling")
 
 
 def sampling_of(args: Namespace, *, max_new_tokens: int) -> Sampling:
-    """Return the sampling that the options ask for."""
+    """Return the sampling parameters that the options give."""
     return Sampling(
         max_new_tokens=max_new_tokens if args.max_new_tokens is None else args.max_new_tokens,
         temperature=args.temperature,
@@ -48,16 +53,16 @@ def sampling_of(args: Namespace, *, max_new_tokens: int) -> Sampling:
 
 
 def model_id_of(args: Namespace) -> str:
-    """Return what answer rows call the model: the last part of its path."""
+    """Return the name of the model in answer rows: the last component of its path."""
     return Path(args.model).resolve().name if Path(args.model).exists() else str(args.model)
 
 
 def warn_no_effect(args: Namespace) -> None:
-    """Name, in one warning, the options given that have no effect."""
+    """Log one warning that names the given options without effect."""
     names = [name for name in NO_EFFECT if name != "vision_tower" or _is_ours(args.model)]
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
     if given:
-        logger.warning("%s: no effect, the checkpoint knows its parts", ", ".join(given))
+        logger.warning("%s: no effect; the checkpoint contains these parts", ", ".join(given))
 
 
 def _is_ours(model: str) -> bool:
@@ -65,7 +70,7 @@ def _is_ours(model: str) -> bool:
 
 
 def template_of(args: Namespace) -> str | None:
-    """Return the name of the template that questions are put in; None when the checkpoint does not say."""
+    """Return the name of the conversation template; None if neither an option nor the checkpoint names one."""
     if args.conv_mode:
         return str(args.conv_mode)
     path = Path(args.model) / PROCESSOR_FILE
@@ -73,10 +78,10 @@ def template_of(args: Namespace) -> str | None:
 
 
 def dicom_policy_of(args: Namespace) -> DicomPolicy:
-    """Return how DICOM files are shown: as the checkpoint says, unless the options do.
+    """Return the DICOM policy of the options; what they leave open is the checkpoint's.
 
     Raises:
-        ConfigError: an option, or what the checkpoint says, is none of the known words.
+        ConfigError: an option or the checkpoint names an unknown policy.
     """
     kept = read_json(Path(args.model) / PROCESSOR_FILE).get("dicom")
     return DicomPolicy.of(kept).changed(args.dicom_window, args.dicom_frame)

@@ -1,8 +1,8 @@
-"""What is asked and what is written down: a question of any file, and the row of its answer.
+"""Questions of any file, and the rows of their answers.
 
-Sample --question--> Question --prompt--> engine
-                        |
-                        +--answer_row--> {question_id, prompt, text, answer_id, model_id, metadata}
+Sample --question_of--> Question --prompt--> engine
+                           |
+                           +--answer_row--> {question_id, prompt, text, answer_id, model_id, metadata}
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from llava.samples import Conversation, Sample, Turn, describe
 from llava.scoring.decisions import is_closed
 
 MAX_NAMED_IDS = 10
+"""Number of ids that a message lists before it ends with an ellipsis."""
 
 
 def match_answers(
@@ -28,7 +29,8 @@ def match_answers(
     """Return the answer row of each id, in the order of the ids.
 
     Raises:
-        DataError: as `join`.
+        DataError: an id has no answer, an answer has no such id or no text, or an id occurs twice; the message names
+            the ids or the row.
     """
     rows = list(answers)
     for index, row in enumerate(rows):
@@ -36,28 +38,30 @@ def match_answers(
             raise DataError(f"{source}, row {index}: expected question_id and text, found {', '.join(row)}")
         if isinstance(row["text"], bool) or not isinstance(row["text"], str | int | float):
             got = describe(row["text"])
-            raise DataError(f"{source}, row {index}: field 'text' must be text or a number, got {got}; answer it again")
-    refuse_doubles([str(row["question_id"]) for row in rows], source)
+            raise DataError(
+                f"{source}, row {index}: field 'text' must be text or a number, got {got}; rerun the answering command"
+            )
+    check_unique([str(row["question_id"]) for row in rows], source)
     by_id = {str(row["question_id"]): row for row in rows}
     missing = [identity for identity in ids if identity not in by_id]
     extra = sorted(by_id.keys() - set(ids))
     if missing or extra:
         raise DataError(
-            f"{source} and ground truth hold different questions: {_named(missing)} without an answer, "
-            f"{_named(extra)} answered but not in the ground truth; score an answer file with the questions it answers"
+            f"{source} and the ground truth hold different questions: {_named(missing)} without an answer, "
+            f"{_named(extra)} answered but not in the ground truth; use the question file that was answered"
         )
     return [by_id[identity] for identity in ids]
 
 
-def refuse_doubles(ids: Sequence[str], source: str) -> None:
-    """Refuse ids that occur more than once.
+def check_unique(ids: Sequence[str], source: str) -> None:
+    """Check that no id occurs more than once.
 
     Raises:
-        DataError: names them.
+        DataError: an id is repeated; the message names the repeated ids.
     """
-    doubles = [identity for identity, count in Counter(ids).items() if count > 1]
-    if doubles:
-        raise DataError(f"{source}: ids must be unique, but {_named(doubles)} occur more than once")
+    repeated = [identity for identity, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise DataError(f"{source}: ids must be unique, but {_named(repeated)} occur more than once")
 
 
 def _named(ids: Sequence[str]) -> str:
@@ -66,18 +70,18 @@ def _named(ids: Sequence[str]) -> str:
 
 
 PromptForm = Literal["raw", "tagged", "plain"]
-"""How the row's `prompt` is written: as in the file, the text with an image tag after it, the text alone."""
+"""Form of a row's `prompt`: as in the file, the text followed by an image placeholder, or the text alone."""
 
 YES_NO_OPTIONS = " Please choose from the following two options: [yes, no]"
-"""Told to the model after closed questions on request; results name it."""
+"""Suffix of closed yes/no questions under `--with-options`; results record it."""
 
 FOLLOW_UP = "ANSWER:"
 FOLLOW_UP_JOINT = "\n The answer is "
-"""The second question of `--answer-prompter`, and what joins its answer to the first."""
+"""Second question of `--answer-prompter`, and the text that joins its answer to the first."""
 
-GREY = (127, 127, 127)
+GRAY = (127, 127, 127)
 BLANK_SIZE = 336
-"""The picture of the blank-image control: one grey square for all questions."""
+"""Color and side of the blank-image control: one gray square for all questions."""
 
 _ID_ALPHABET = "".join(sorted(set(string.ascii_letters + string.digits) - set("0O1Il")))
 _ID_LENGTH = 22
@@ -85,13 +89,13 @@ _ID_LENGTH = 22
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question as it is asked.
+    """Question as it is passed to the engine.
 
     Attributes:
-        raw_id: the id as the file has it, number or text.
-        conversation: one turn of the person, with a mark for each image.
+        raw_id: the id as in the file, number or text.
+        conversation: one human turn with a placeholder per image.
         images: names of the images.
-        prompt: what the answer row calls the question.
+        prompt: the question as the answer row repeats it.
     """
 
     raw_id: Any
@@ -101,32 +105,35 @@ class Question:
 
     @property
     def id(self) -> str:
-        """The id as text, by which answers are found again."""
+        """The id as text, the key of answers."""
         return str(self.raw_id)
 
 
-def question(sample: Sample, *, form: PromptForm = "tagged", options: bool = False) -> Question:
-    """Return the first question of a sample, whatever follows it.
+def question_of(sample: Sample, *, form: PromptForm = "tagged", options: bool = False) -> Question:
+    """Return the first question of a sample; later turns are ignored.
 
     Args:
         sample: a row of any question file.
         form: how the answer row repeats the question.
-        options: append the two options to closed yes/no questions (of rows that hold their answer).
+        options: append the two options to closed yes/no questions (of rows that contain their answer).
 
     Raises:
-        DataError: the question has another number of image marks than images.
+        DataError: the number of placeholders in the question differs from the number of images.
     """
     turns = sample.conversation.turns
     text = turns[0].text
     plain = text.replace(IMAGE_TOKEN, "").strip()
     suffix = YES_NO_OPTIONS if options and _is_yes_no(sample) else ""
-    num_marks = text.count(IMAGE_TOKEN)
-    if num_marks == 0 and sample.images:
+    num_placeholders = text.count(IMAGE_TOKEN)
+    if num_placeholders == 0 and sample.images:
         asked = "".join(f"{IMAGE_TOKEN}\n" for _ in sample.images) + text + suffix
-    elif num_marks == len(sample.images):
+    elif num_placeholders == len(sample.images):
         asked = text.replace(plain, plain + suffix, 1) if plain and plain in text else text + suffix
     else:
-        raise DataError(f"id {sample.id!r}: {num_marks} {IMAGE_TOKEN} marks for {len(sample.images)} images")
+        raise DataError(
+            f"id {sample.id!r}: {num_placeholders} {IMAGE_TOKEN} placeholders for {len(sample.images)} images; "
+            f"write none, or one per image"
+        )
     tag = f"\n{IMAGE_TOKEN}" if sample.images else ""
     prompts = {"raw": text + suffix, "tagged": plain + suffix + tag, "plain": plain + suffix}
     conversation = Conversation((Turn("human", asked),), sample.conversation.system)
@@ -147,7 +154,7 @@ def follow_up(conversation: Conversation, reasoning: str) -> Conversation:
 
 
 def answer_row(question: Question, text: str, *, model_id: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row of an answer: the six keys of the published files, in their order."""
+    """Return the row of an answer, with the six keys of the published files in their order."""
     return {
         "question_id": question.raw_id,
         "prompt": question.prompt,
@@ -159,7 +166,7 @@ def answer_row(question: Question, text: str, *, model_id: str, metadata: Mappin
 
 
 def short_id() -> str:
-    """Return a random identifier of 22 letters and digits that cannot be mistaken for each other."""
+    """Return a random identifier of 22 letters and digits without look-alikes (0O1Il)."""
     number, letters = uuid.uuid4().int, []
     for _ in range(_ID_LENGTH):
         number, digit = divmod(number, len(_ID_ALPHABET))

@@ -1,9 +1,9 @@
-"""`llava eval`: answer a question file, answer it again on grey images, score both, and write a page.
+"""`llava eval`: answer a question file, answer it again on gray images, score both, and write a page.
 
-llava eval --model runs/first --data test.json --image_folder images --out runs/first/eval
+llava eval --model runs/first --data test.json --image-folder images --out runs/first/eval
 
     data --answers--> answers.jsonl ----------+
-         --grey image--> answers-blank.jsonl -+--score--> results.json, report.html, tables on the screen
+         --gray image--> answers-blank.jsonl -+--score--> results.json, report.html, tables on the screen
     train data --majority, candidates---------+
 """
 
@@ -21,14 +21,14 @@ from llava.data.records import load_samples
 from llava.errors import ConfigError
 from llava.eval import fingerprint
 from llava.eval import options as model_options
-from llava.eval.inference import AnswerRun, Options
+from llava.eval.inference import AnswerOptions, AnswerRun
 from llava.eval.intervals import Draws
 from llava.eval.medvqa.controls import majority, verdicts
 from llava.eval.medvqa.items import Item, check_reference, join, open_answers
 from llava.eval.medvqa.metrics import PUBLISHED, strict_scores
 from llava.eval.medvqa.page import write_page
 from llava.eval.medvqa.report import full_report, report_table, type_table
-from llava.eval.questions import GREY, YES_NO_OPTIONS
+from llava.eval.questions import GRAY, YES_NO_OPTIONS
 from llava.generation.options import engine_of
 from llava.generation.protocol import Engine
 from llava.imaging.decode import load as load_image
@@ -44,31 +44,31 @@ ANSWERS, BLANK_ANSWERS, RESULTS, PAGE = ("answers.jsonl", "answers-blank.jsonl",
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is evaluated and how; everything but the engine.
+class EvaluationPlan:
+    """Everything that defines an evaluation except the engine.
 
     Attributes:
         samples: questions with references.
-        out: the folder of the result.
-        options: how questions are put.
-        train_samples: rows of the training set, for the majority baseline and the candidate answers; None takes the
-            test answers themselves for the former, and says so.
-        blank_control: answer the questions on a grey image too.
-        batch_size: questions handed to the engine at once.
-        resume: keep answers of an interrupted run.
-        defects: known defects of the published scores that stay in.
-        num_resamples: of the intervals.
-        seed: of the resampling.
-        num_examples: answers on the page.
-        facts: what the result says about where it comes from.
+        out: output folder.
+        options: options of answering.
+        train_samples: training rows for the majority baseline and the candidate answers; with None, the baseline is
+            that of the test answers, and the report says so.
+        blank_control: also answer the questions on a gray image.
+        batch_size: questions passed to the engine at once.
+        resume: keep the answers of an interrupted run.
+        defects: known defects of the published scores to reproduce.
+        num_resamples: number of resamples of the intervals.
+        seed: seed of the resampling.
+        num_examples: number of answers on the page.
+        facts: provenance that the result records.
         title: heading of the page.
-        note: sentence under it.
-        dicom: how the page shows DICOM files.
+        note: sentence under the heading.
+        dicom: how the page renders DICOM files.
     """
 
     samples: Sequence[Sample]
     out: Path
-    options: Options
+    options: AnswerOptions
     train_samples: Sequence[Sample] | None = None
     blank_control: bool = True
     batch_size: int = 64
@@ -97,30 +97,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> Parser:
-    """Return the options of `llava eval`."""
+    """Return the parser of `llava eval`."""
     parser = Parser(prog="llava eval", description="Answer and score questions about images.")
     model_options.add_model_options(parser)
     data = parser.add_argument_group("data")
     data.add_argument("--data", "--question-file", dest="data", required=True, help="questions with answers")
-    data.add_argument("--image-folder", required=True, help="where image names lead")
-    data.add_argument("--out", "--output-dir", dest="out", required=True, type=Path, help="folder of the result")
+    data.add_argument("--image-folder", required=True, help="folder of the images")
+    data.add_argument("--out", "--output-dir", dest="out", required=True, type=Path, help="output folder")
     data.add_argument("--train-data", help="training rows, for the majority baseline and the candidate answers")
-    data.add_argument("--limit", type=int, help="take only this many rows, from the first on")
-    data.add_argument("--compare", help="result folder of another run on the same data: print the paired difference")
+    data.add_argument("--limit", type=int, help="use only the first N rows")
+    data.add_argument("--compare", help="output folder of another run on the same data: print the paired difference")
     how = parser.add_argument_group("evaluation")
-    how.add_argument("--batch-size", type=int, default=64, help="questions handed to the engine at once")
+    how.add_argument("--batch-size", type=int, default=64, help="questions passed to the engine at once")
     how.add_argument("--num-resamples", type=int, default=500, help="resamples of the intervals")
     how.add_argument("--num-examples", type=int, default=12, help="answers on the page")
-    how.add_argument("--fix", nargs="+", default=[], help="defects of the published scores to repair, or all")
-    how.add_argument("--note", default="", help="a sentence on the page, such as what the data are")
-    parser.add_switch("--no-blank-control", help="leave the blank-image control out")
+    how.add_argument("--fix", nargs="+", default=[], help="defects of the published scores to fix, or all")
+    how.add_argument("--note", default="", help="a sentence on the page, such as a description of the data")
+    parser.add_switch("--no-blank-control", help="skip the blank-image control")
     parser.add_switch("--resume", default=True, help="keep answers of an interrupted run in the same folder")
-    parser.add_switch("--with-options", help="tell the two options after closed yes/no questions")
+    parser.add_switch("--with-options", help="append the two options to closed yes/no questions")
     return parser
 
 
-def plan_of(args: Namespace, words: Sequence[str]) -> Plan:
-    """Return the plan that the options ask for.
+def plan_of(args: Namespace, words: Sequence[str]) -> EvaluationPlan:
+    """Return the plan that the options describe.
 
     Raises:
         ConfigError: `--limit` is below 1.
@@ -130,7 +130,7 @@ def plan_of(args: Namespace, words: Sequence[str]) -> Plan:
         raise ConfigError(f"--limit must be at least 1, got {args.limit}")
     samples = load_samples(args.data, image_folder=args.image_folder)[: args.limit]
     train = load_samples(args.train_data) if args.train_data else None
-    options = Options(
+    options = AnswerOptions(
         image_folder=args.image_folder,
         sampling=model_options.sampling_of(args, max_new_tokens=MAX_NEW_TOKENS),
         model_id=model_options.model_id_of(args),
@@ -147,7 +147,7 @@ def plan_of(args: Namespace, words: Sequence[str]) -> Plan:
         sampling=asdict(options.sampling),
         limit=args.limit,
     )
-    return Plan(
+    return EvaluationPlan(
         samples=samples,
         out=args.out,
         options=options,
@@ -166,22 +166,22 @@ def plan_of(args: Namespace, words: Sequence[str]) -> Plan:
     )
 
 
-def evaluate(plan: Plan, open_engine: Callable[[], Engine]) -> dict[str, Any]:
-    """Answer, score and write the result; the engine is opened only when something is left to answer.
+def evaluate(plan: EvaluationPlan, open_engine: Callable[[], Engine]) -> dict[str, Any]:
+    """Answer, score and write the result; the engine is opened only if questions are pending.
 
     Returns:
         The report, as written to `results.json`.
 
     Raises:
-        DataError: a row has no reference or an unknown `answer_type`, or the folder holds answers made
-            with other settings.
+        DataError: a row has no reference or an unknown `answer_type`, or the folder holds answers generated with
+            other settings.
     """
     for sample in (*plan.samples, *(plan.train_samples or ())):
         check_reference(sample)
     runs = [AnswerRun(plan.samples, plan.out / ANSWERS, resume=plan.resume, options=plan.options)]
     if plan.blank_control:
-        grey = replace(plan.options, blank_images=True)
-        runs.append(AnswerRun(plan.samples, plan.out / BLANK_ANSWERS, resume=plan.resume, options=grey))
+        gray = replace(plan.options, blank_images=True)
+        runs.append(AnswerRun(plan.samples, plan.out / BLANK_ANSWERS, resume=plan.resume, options=gray))
     engine = open_engine() if any(run.pending for run in runs) else None
     summaries = [run.finish(engine, batch_size=plan.batch_size) for run in runs]
     items, *controls = (_items(plan.samples, summary.path) for summary in summaries)
@@ -197,7 +197,7 @@ def evaluate(plan: Plan, open_engine: Callable[[], Engine]) -> dict[str, Any]:
         seed=plan.seed,
     )
     report["verdicts"] = verdicts(report["scores"]["strict"])
-    report["control_image"] = {"color": GREY} if blank is not None else None
+    report["control_image"] = {"color": GRAY} if blank is not None else None
     report["options_suffix"] = YES_NO_OPTIONS if plan.options.choices else None
     precisions = sorted({name for summary in summaries for name in summary.precisions})
     report["provenance"] = {**(plan.facts or stamp(seed=plan.seed)), "precision": ", ".join(precisions) or None}

@@ -1,4 +1,4 @@
-"""Score all medical VQA answer files below a folder.
+"""Score all medical VQA answer files under a folder.
 
 python llava/eval/run_eval_batch.py --pred_file_parent_path answers --target_test_type test-answer-file --gt-root data
 """

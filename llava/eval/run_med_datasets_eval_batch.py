@@ -1,4 +1,4 @@
-"""Answer medical VQA questions, one process a chunk, joined in order.
+"""Answer medical VQA questions with one process per chunk and join the answers in order.
 
 python llava/eval/run_med_datasets_eval_batch.py --num-chunks 8 --model-name CHECKPOINT \\
     --question-file vqa_rad/test.json --image-folder vqa_rad/images --answers-file test-answer-file.jsonl

@@ -1,4 +1,4 @@
-"""Summarise what judges said about chat answers.
+"""Summarize the scores that judges gave to chat answers.
 
 python llava/eval/summarize_gpt_review.py --scores-file scores.jsonl --against other-judge.jsonl
 """

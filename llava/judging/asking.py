@@ -1,4 +1,4 @@
-"""A chat endpoint as a judge: what `store.Judge` asks when a reply is not stored yet.
+"""Chat endpoint as a judge: the requests of `store.Judge` whose replies are not stored yet.
 
 messages --Requests--> Reply | ApiFailure --> text | NoReply, in order of arrival
 """
@@ -17,23 +17,25 @@ _LAST_WORD = re.compile(r"\S+$")
 
 
 def _whole_words(reply: ApiReply) -> str:
-    """Return the text of a reply; without its last word when it was cut short, for `10` may have become `1`."""
+    """Return the text of a reply, without its last word if it was truncated."""
+    # A truncated `10` may read as `1`.
     return reply.text if reply.finish_reason != "length" else _LAST_WORD.sub("", reply.text)
 
 
 def ask_endpoint(
     settings: ApiSettings, *, sampling: Mapping[str, Any], max_concurrency: int = 8, max_retries: int = 5
 ) -> Ask:
-    """Return a function that asks an endpoint.
+    """Return a function that sends requests to an endpoint.
 
-    A reply that reached the limit of tokens counts, but for its last word: its scores stand on the first line. A
-    failure that every request would share (a wrong key, an unknown model) raises `ApiError`; all others are values.
+    A reply truncated at the token limit is used without its last word, since its scores are on the first line. The
+    function raises `ApiError` for a failure that every request would share (a wrong key, an unknown model) and returns
+    all other failures as values.
 
     Args:
-        settings: of the endpoint.
+        settings: settings of the endpoint.
         sampling: `temperature` and `max_tokens` of the judge.
-        max_concurrency: requests under way at once.
-        max_retries: further attempts after a failure that may pass.
+        max_concurrency: requests in flight at once.
+        max_retries: retries after a transient failure.
     """
     client = ChatClient(settings, max_concurrency=max_concurrency, max_retries=max_retries)
 

@@ -1,8 +1,8 @@
-"""A judge's reply to two scores, or to the reason why it holds none.
+"""Parsing of a judge's reply: two scores, or the reason why it has none.
 
-`literal` reads what the published scripts read: a first line of two numbers with one space between them. `strict` is
-lenient about form (labels, tables, marks of emphasis, "8/10", reasoning before the answer) and strict about content:
-exactly two scores that are on the scale and clearly belong to the two answers. A number of things is no score.
+`literal` accepts what the published scripts accept: a first line of two numbers separated by one space. `strict` is
+lenient about form (labels, tables, emphasis, "8/10", reasoning before the answer) and strict about content: exactly two
+scores that are on the scale and clearly belong to the two answers. Counts ("3 mistakes") are not scores.
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 LOWEST, HIGHEST = 1.0, 10.0
-"""The scale of a score."""
-
+"""Scale of a score."""
 
 Reason = Literal["empty", "unfinished reasoning", "no scores", "ambiguous scores", "off the scale"]
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Why a reply holds no scores; the reply itself stays with the rows, never in a message."""
+    """Reason why a reply has no scores; it contains no text of the reply, so messages may show it."""
 
     reason: Reason
 
 
 Scores = tuple[float, float]
-"""Of Assistant 1 and Assistant 2, in the order in which they stood."""
+"""Scores of Assistant 1 and Assistant 2."""
 
 _SCORE = r"(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*10(?:\.0+)?)?"
 _BETWEEN = r"(?: ?(?:[,;|&]|and\b|vs\.?) ?| )"
@@ -38,24 +37,24 @@ _PAIR = re.compile(
 )
 _WORDS = r"(?:(?:overall|score|rating|gets|is)[^\w.]{1,5}){0,3}"
 _AFTER = "points?|pts|and|while|whereas|but|because|since|for|as|with|vs|due|the|this|it|its|assistant"
-"""Words that may follow a score; behind a count comes the name of what is counted ("3 mistakes")."""
+"""Words that may follow a score; any other word after a number makes it a count ("3 mistakes")."""
 
 _NO_COUNT = rf"(?![\d%]|\.\d|-\d| ?[/%])(?! ?(?!(?:{_AFTER})\b)[^\W\d_])"
-_LABELLED = re.compile(
+_LABELED = re.compile(
     rf"assistant[ _-]?([12])[^\w.]{{0,20}}{_WORDS}(?<!-)(-?\d+(?:\.\d+)?)"
     rf"(?: ?/ ?10(?:\.0+)?(?![\d/]|\.\d)|(?: out of 10(?:\.0+)?)?{_NO_COUNT})",
     re.IGNORECASE,
 )
-"""Repetitions are bounded, so that no reply takes long to read."""
+"""Pattern of one labeled score; its repetitions are bounded, which bounds the time per reply."""
 
 _REASONING = re.compile(r"<(/?)(?:think|thinking|reasoning)>", re.IGNORECASE)
 _EMPHASIS = str.maketrans("", "", "*`#\"'")
 
 
 def parse_literal(reply: str) -> Scores | Unreadable:
-    """Read two numbers as the published scripts do; what made those stop is unreadable here.
+    """Return two numbers as the published scripts read them; replies that stop those scripts are unreadable.
 
-    Numbers of any size count; infinite ones do not.
+    Numbers of any size are accepted, infinite ones are not.
     """
     parts = reply.split("\n", maxsplit=1)[0].split(" ")
     if len(parts) != 2:
@@ -70,7 +69,7 @@ def parse_literal(reply: str) -> Scores | Unreadable:
 
 
 def parse_strict(reply: str) -> Scores | Unreadable:
-    """Read two scores from a reply of any usual form."""
+    """Return the two scores of a reply in any common form."""
     text = _said(reply)
     if text is None:
         return Unreadable("unfinished reasoning")
@@ -81,14 +80,12 @@ def parse_strict(reply: str) -> Scores | Unreadable:
     pair = _PAIR.fullmatch(lines[0])
     if pair is not None:
         return _on_scale(float(pair[1]), float(pair[2]))
-    return _labelled("\n".join(lines))
+    return _labeled("\n".join(lines))
 
 
 def _said(reply: str) -> str | None:
-    """Return a reply without what stands between marks of reasoning; None when the reasoning does not end.
-
-    An end mark without a beginning ends reasoning too: some servers keep the first mark to themselves.
-    """
+    """Return a reply without the text between reasoning tags; None if the reasoning does not end."""
+    # A closing tag without an opening one ends reasoning too, since some servers omit the opening tag.
     kept, start, inside = "", 0, False
     for mark in _REASONING.finditer(reply):
         if mark[1]:
@@ -101,10 +98,10 @@ def _said(reply: str) -> str | None:
     return None if inside else kept + reply[start:]
 
 
-def _labelled(text: str) -> Scores | Unreadable:
-    """Read `Assistant 1: 8` and `Assistant 2: 7`, in either order, wherever they stand."""
+def _labeled(text: str) -> Scores | Unreadable:
+    """Return the scores of `Assistant 1: 8` and `Assistant 2: 7`, in either order, anywhere in the text."""
     found: dict[str, set[float]] = {"1": set(), "2": set()}
-    for label, score in _LABELLED.findall(text):
+    for label, score in _LABELED.findall(text):
         found[label].add(float(score))
     if not found["1"] or not found["2"]:
         return Unreadable("no scores")
@@ -120,8 +117,9 @@ def _on_scale(first: float, second: float) -> Scores | Unreadable:
 
 
 PARSERS: dict[str, Callable[[str], Scores | Unreadable]] = {"literal": parse_literal, "strict": parse_strict}
+"""Parsers by name."""
 
 
 def parser_of(defects: frozenset[str]) -> str:
-    """Return the name of the parser that a set of defects asks for."""
+    """Return the name of the parser that a set of defects selects."""
     return "literal" if "literal_scores" in defects else "strict"

@@ -1,10 +1,10 @@
-"""What judges said, kept in a file: nobody is asked twice, and a stored run can be replayed without a judge.
+"""Store of judges' replies: no request is sent twice, and a run can be replayed without a judge.
 
     judge, sampling, messages --key--> line of the store --> reply
-                                            |  none: ask
+                                            |  missing: request
                                             +------ reply, appended at once
 
-One JSON object a line: `key`, `judge`, `reply`. The messages themselves are not stored, only their hash.
+One JSON object per line: `key`, `judge`, `reply`. The messages are not stored, only their hash.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class NoReply:
-    """A judge did not reply; `reason` names the kind of failure, without any text of the data."""
+    """Missing reply of a judge; `reason` names the kind of failure without text of the data."""
 
     reason: str
 
@@ -34,16 +34,16 @@ class NoReply:
 Reply = str | NoReply
 
 Ask = Callable[[Sequence[Messages]], Iterator[tuple[int, Reply]]]
-"""Asks a judge many things; yields the place of a request and its reply as soon as it is there, in any order."""
+"""Sends requests to a judge; yields the index of each request and its reply, in order of arrival."""
 
 
-def ask_nobody(requests: Sequence[Messages]) -> Iterator[tuple[int, Reply]]:
-    """A judge that is not there: only what is in the store is replayed."""
+def reply_not_stored(requests: Sequence[Messages]) -> Iterator[tuple[int, Reply]]:
+    """Yield `NoReply` for every request: the `Ask` of a judge that only replays its store."""
     return ((place, NoReply("not in the store")) for place in range(len(requests)))
 
 
 class Store:
-    """The replies of judges in a file; a last line that was cut off by a kill is dropped."""
+    """Replies of judges in a file; an incomplete last line, left by a killed run, is dropped."""
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = None if path is None else Path(path)
@@ -53,24 +53,27 @@ class Store:
             for index, row in enumerate(jsonl.read_records(self.path)):
                 key, reply = row.get("key"), row.get("reply")
                 if not isinstance(key, str) or not isinstance(reply, str):
-                    raise DataError(f"{self.path}, row {index}: expected the texts 'key' and 'reply'; not a store")
+                    raise DataError(
+                        f"{self.path}, row {index}: fields 'key' and 'reply' must be text; the file is not a store of "
+                        f"replies, name another one with --store"
+                    )
                 self.replies[key] = reply
 
     def put(self, key: str, judge: str, reply: str) -> None:
-        """Keep a reply, on disk before this returns."""
+        """Store a reply; it is on disk when this returns."""
         self.replies[key] = reply
         if self.path is not None:
             jsonl.append(self.path, {"key": key, "judge": judge, "reply": reply})
 
 
 class Judge:
-    """A judge with a memory.
+    """Judge with a store of its replies.
 
     Args:
-        name: which model judges (a deployment's name).
-        ask: how it is asked.
-        store: where its replies are kept.
-        sampling: how it chooses its words; part of what replies depend on.
+        name: name of the model or deployment.
+        ask: sends the requests whose replies are not stored.
+        store: the replies.
+        sampling: sampling parameters, part of the key of a reply.
     """
 
     def __init__(self, name: str, ask: Ask, store: Store, *, sampling: Mapping[str, Any] | None = None) -> None:
@@ -81,16 +84,16 @@ class Judge:
         self._ask = ask
 
     def key(self, messages: Messages) -> str:
-        """Return the hash of everything a reply depends on."""
+        """Return the hash of everything that a reply depends on."""
         request = {"judge": self.name, "sampling": self.sampling, "messages": list(messages)}
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
     def knows(self, messages: Messages) -> bool:
-        """Say whether the reply to some messages is in the store."""
+        """Return whether the reply to messages is in the store."""
         return self.key(messages) in self.store.replies
 
     def replies(self, requests: Sequence[Messages]) -> Iterator[tuple[int, Reply]]:
-        """Yield the place of each request and its reply, what is stored first; equal requests are asked once."""
+        """Yield the index of each request and its reply, stored replies first; equal requests are sent once."""
         places: dict[str, list[int]] = {}
         for place, messages in enumerate(requests):
             key = self.key(messages)

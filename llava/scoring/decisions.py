@@ -1,4 +1,7 @@
-"""Open and closed questions, and the decision that an answer makes; training and evaluation share both rules."""
+"""Classification of questions as open or closed, and yes/no decisions of answers.
+
+Training, data checks and evaluation share these rules.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,20 @@ _WORD = re.compile(r"\w+")
 
 
 def words(text: str) -> list[str]:
-    """Return the whole words of a text in lower case."""
+    """Return the words of a text in lower case."""
     return _WORD.findall(text.lower())
 
 
 def decision(text: str) -> str | None:
-    """Return the first whole word `yes` or `no` of an answer (the first decision counts); None when there is none."""
+    """Return the first whole word `yes` or `no` of an answer; None if it has neither."""
     return next((word for word in words(text) if word in DECISIONS), None)
 
 
 def is_closed(answer_type: Any, reference: str) -> bool:
-    """Say whether a question is closed; one without `answer_type` is when its reference is yes or no.
+    """Return whether a question is closed; without `answer_type`, whether its reference is yes or no.
 
     Raises:
-        DataError: `answer_type` is none of the known words.
+        DataError: `answer_type` is unknown.
     """
     if answer_type is None:
         return reference.strip().strip(".").lower() in DECISIONS

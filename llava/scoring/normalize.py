@@ -1,9 +1,9 @@
-"""Answers in one spelling: the normalisation of the VQA evaluation as LLaVA-Med applies it.
+"""Normalization of answers: the rules of the VQA evaluation as LLaVA-Med applies them.
 
-    text -> punctuation -> full stops -> words (numbers, articles, contractions) -> text
+    text -> punctuation -> periods -> words (numbers, articles, contractions) -> text
 
-The published rules have quirks; the one that is plainly a mistake has a switch (`all_periods`), the others are part of
-what every published figure means.
+The published rules have quirks. The one that is clearly a mistake has a switch (`all_periods`); the others are kept,
+since all published figures depend on them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterator
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-"""Marks that are deleted or become a space, in this order."""
+"""Punctuation marks that are deleted or replaced by a space, in this order."""
 
 MAX_PERIODS = 32
-"""How many full stops the original deletes at most: a regex flag handed over in the place of a count."""
+"""Maximum number of periods that the original deletes, because it passes a regex flag as the count."""
 
 _DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {word: str(value) for value, word in enumerate(_DIGIT_WORDS)} | {"none": "0"}
@@ -28,7 +28,7 @@ _NOT_VERBS = (
 _HAVE_VERBS = "could might must should would not"  # with "'ve"
 _DOUBLE_VERBS = "could had might should would"  # with "n't've"
 _WOULD_HAVE_WORDS = "he i it she somebody someone something there they we who you"  # with "'d've"
-# Endings only where the word without its apostrophe is no other English word ("its", "were", "shell" stay as they are).
+# Only endings for which the word without its apostrophe is not another English word ("its", "were", "shell" are kept).
 _ENDINGS = {
     "he": "d s",
     "how": "d ll s",
@@ -57,7 +57,7 @@ _PERIOD = re.compile(r"\.(?!\d)")
 
 
 def _contractions() -> Iterator[tuple[str, str]]:
-    """Yield contractions that lost an apostrophe, each with its right form."""
+    """Yield contractions without an apostrophe, each with its correct form."""
     for verb in _NOT_VERBS.split():
         yield f"{verb}nt", f"{verb}n't"
     for verb in _HAVE_VERBS.split():
@@ -75,15 +75,15 @@ def _contractions() -> Iterator[tuple[str, str]]:
 
 
 CONTRACTIONS = dict(_contractions())
-"""Contractions without their apostrophe, and the right form of each."""
+"""Correct forms of contractions, by the form without an apostrophe."""
 
 
 def normalize(text: str, *, all_periods: bool = False) -> str:
-    """Return the text as the medical VQA scores compare it.
+    """Return the form of a text that the medical VQA scores compare.
 
     Args:
         text: a reference or an answer.
-        all_periods: delete every full stop that no digit follows, not only the first 32.
+        all_periods: delete every period that is not followed by a digit, not only the first 32.
     """
     cleaned = _without_punctuation(text)
     cleaned = _PERIOD.sub("", cleaned, count=0 if all_periods else MAX_PERIODS)
@@ -92,10 +92,8 @@ def normalize(text: str, *, all_periods: bool = False) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """Delete a mark that stands beside a space anywhere in the text, turn any other into a space.
-
-    A digit, a comma and a digit anywhere in the text make every mark a deleted one: as published.
-    """
+    """Return a text in which marks that occur next to a space are deleted and all others are spaces."""
+    # As published, a digit, a comma and a digit anywhere in the text cause all marks to be deleted.
     number_with_comma = _DIGIT_COMMA_DIGIT.search(text) is not None
     cleaned = text
     for mark in PUNCTUATION:

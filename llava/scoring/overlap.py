@@ -1,4 +1,4 @@
-"""Token overlap of an answer and its reference."""
+"""Word overlap of an answer and its reference."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Mapping
 def token_overlap(
     reference: Mapping[str, int], prediction: Mapping[str, int], *, defects: frozenset[str] = frozenset()
 ) -> tuple[float, float, float]:
-    """Return F1, precision and recall of the answer's words; zeros when nothing is shared.
+    """Return F1, precision and recall of the answer's words; zeros without a shared word.
 
-    With the defect `prediction_counts` a shared word counts as often as the answer says it; otherwise as often as both
-    say it, and the surplus of either side is an error of that side.
+    Args:
+        reference: words of the reference with their counts.
+        prediction: words of the answer with their counts.
+        defects: with `prediction_counts`, a shared word counts as often as it occurs in the answer; otherwise the
+            smaller of its two counts is used.
     """
     if "prediction_counts" in defects:
         hits = sum(count for word, count in prediction.items() if word in reference)

@@ -1,4 +1,4 @@
-"""The answering commands: options, chunks in processes, joining."""
+"""Answering commands: options, chunks in processes, joining."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_failed_chunk_is_named_and_nothing_is_joined(
     assert not (tmp_path / "an answers.jsonl").exists()
 
 
-def test_another_number_of_chunks_is_refused_with_the_way_to_go_on(
+def test_another_number_of_chunks_is_refused_with_the_fix(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
@@ -108,12 +108,12 @@ def test_another_number_of_chunks_is_refused_with_the_way_to_go_on(
 
     assert batch(2) == [0, 1, 2, 3, 4]
     for num_chunks in (1, 3):
-        with pytest.raises(ConfigError, match=r"go on with --num-chunks 2, or start anew with --resume False$"):
+        with pytest.raises(ConfigError, match=r"resume with --num-chunks 2, or start over with --resume False$"):
             batch(num_chunks)
         assert started == []
     assert batch(2) == [0, 1, 2, 3, 4]
     assert batch(3, "--resume", "False") == [0, 1, 2, 3, 4]
-    with pytest.raises(ConfigError, match="go on with --num-chunks 3"):
+    with pytest.raises(ConfigError, match="resume with --num-chunks 3"):
         batch(2)
     assert batch(3) == [0, 1, 2, 3, 4]
 

@@ -1,4 +1,4 @@
-"""Answers made otherwise are not reused: what the fingerprint sees, and what the answering command refuses."""
+"""Fingerprints of answer files: the settings they cover, and the answers that the commands refuse to reuse."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_answers_with_other_settings_are_refused(words: list[str], tmp_path: Pat
         model_vqa_med.main([*words, *more])
     assert "\n" not in str(caught.value)
     assert rows_of(tmp_path / "answers.jsonl") == before
-    with pytest.raises(DataError, match=named):  # a refused run leaves no claim behind
+    with pytest.raises(DataError, match=named):  # a refused run does not change the stored settings
         model_vqa_med.main([*words, *more])
     model_vqa_med.main([*words, *more, "--resume", "False"])
     model_vqa_med.main([*words, *more])
@@ -88,18 +88,18 @@ def test_system_text_and_image_of_a_question(words: list[str], tmp_path: Path) -
         model_vqa_med.main(words)
 
 
-def test_answers_without_a_record_are_refused_and_places_are_not_recorded(words: list[str], tmp_path: Path) -> None:
+def test_answers_without_settings_are_refused_and_paths_are_not_stored(words: list[str], tmp_path: Path) -> None:
     path = fingerprint.sidecar(tmp_path / "answers.jsonl")
     assert str(tmp_path) not in path.read_text() and len(json.loads(path.read_text())["fingerprint"]) == 64
     path.unlink()
-    with pytest.raises(DataError, match=r"answers\.jsonl\.settings\.json, which says how .* --resume False"):
+    with pytest.raises(DataError, match=r"settings file answers\.jsonl\.settings\.json is missing; .* --resume False"):
         model_vqa_med.main(words)
     path.write_text("[]")
-    with pytest.raises(DataError, match="not a record of settings"):
+    with pytest.raises(DataError, match="not a settings file of answers"):
         model_vqa_med.main(words)
 
 
-def test_an_adapter_is_known_by_its_base(tmp_path: Path) -> None:
+def test_hash_of_an_adapter_depends_on_its_base(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base)
     first = fingerprint.checkpoint_hash(str(adapter))

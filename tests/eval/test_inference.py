@@ -1,4 +1,4 @@
-"""Answer files: order, sharing, resuming, chunks, failures, the blank image."""
+"""Answer files: order, batches by image, resuming, chunks, failures, the blank image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llava.errors import ConfigError, DataError
-from llava.eval.inference import AnswerRun, Options, Summary
+from llava.eval.inference import AnswerOptions, AnswerRun, AnswerSummary
 from llava.samples import Sample
 from tests.support.eval_fakes import FakeEngine, row, rows_of, write_vqa
 
@@ -18,9 +18,9 @@ ROWS = [row(index, f"{index % 3}.png", f"Q{index}?", "yes") for index in range(9
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> tuple[Path, Options]:
+def data(tmp_path: Path) -> tuple[Path, AnswerOptions]:
     questions, images = write_vqa(tmp_path, ROWS)
-    return questions, Options(image_folder=images, model_id="fake")
+    return questions, AnswerOptions(image_folder=images, model_id="fake")
 
 
 def answer_file(
@@ -28,17 +28,17 @@ def answer_file(
     questions: Path | list[Sample],
     out: Path,
     *,
-    options: Options,
+    options: AnswerOptions,
     blank_images: bool = False,
     batch_size: int = 64,
     **how: Any,
-) -> Summary:
-    """Answer the questions of a file from its beginning to its end."""
+) -> AnswerSummary:
+    """Answer all questions of a file."""
     run = AnswerRun(questions, out, options=replace(options, blank_images=blank_images), **how)
     return run.finish(engine, batch_size=batch_size)
 
 
-def test_rows_in_input_order_though_images_are_asked_together(data: tuple[Path, Options], tmp_path: Path) -> None:
+def test_rows_are_in_input_order_though_images_are_batched(data: tuple[Path, AnswerOptions], tmp_path: Path) -> None:
     questions, options = data
     engine, out = FakeEngine({"Q4?": " yes "}), tmp_path / "new" / "answers.jsonl"
     summary = answer_file(engine, questions, out, batch_size=4, options=options)
@@ -50,7 +50,7 @@ def test_rows_in_input_order_though_images_are_asked_together(data: tuple[Path, 
     assert (summary.num_questions, summary.num_resumed, summary.num_failed) == (9, 0, 0)
 
 
-def test_interrupted_run_goes_on(data: tuple[Path, Options], tmp_path: Path) -> None:
+def test_interrupted_run_resumes(data: tuple[Path, AnswerOptions], tmp_path: Path) -> None:
     questions, options = data
     out = tmp_path / "answers.jsonl"
     with pytest.raises(KeyboardInterrupt):
@@ -71,7 +71,7 @@ def rows_of_complete(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()[:-1]]
 
 
-def test_nothing_left_needs_no_engine(data: tuple[Path, Options], tmp_path: Path) -> None:
+def test_nothing_left_needs_no_engine(data: tuple[Path, AnswerOptions], tmp_path: Path) -> None:
     questions, options = data
     out = tmp_path / "answers.jsonl"
     answer_file(FakeEngine(), questions, out, options=options)
@@ -79,7 +79,7 @@ def test_nothing_left_needs_no_engine(data: tuple[Path, Options], tmp_path: Path
     assert run.pending == []
     assert run.finish(None).num_resumed == 9
     fresh = AnswerRun(questions, tmp_path / "fresh.jsonl", options=options)
-    with pytest.raises(ConfigError, match="9 questions are left"):
+    with pytest.raises(ConfigError, match="9 questions are pending"):
         fresh.finish(None)
     with pytest.raises(ConfigError, match="batch-size"):
         fresh.finish(FakeEngine(), batch_size=0)
@@ -88,15 +88,15 @@ def test_nothing_left_needs_no_engine(data: tuple[Path, Options], tmp_path: Path
     assert len(engine.questions) == 9
 
 
-def test_answers_of_another_run_are_refused(data: tuple[Path, Options], tmp_path: Path) -> None:
+def test_answers_of_another_run_are_refused(data: tuple[Path, AnswerOptions], tmp_path: Path) -> None:
     questions, options = data
     out = tmp_path / "answers.jsonl"
     answer_file(FakeEngine(), questions, out, options=options)
     with pytest.raises(DataError, match=r"row 0: answered by 'fake', expected 'other'.*--resume False"):
-        answer_file(FakeEngine(), questions, out, options=Options(options.image_folder, model_id="other"))
+        answer_file(FakeEngine(), questions, out, options=AnswerOptions(options.image_folder, model_id="other"))
     with pytest.raises(DataError, match="another image"):
         answer_file(FakeEngine(), questions, out, blank_images=True, options=options)
-    with pytest.raises(DataError, match="not among those"):
+    with pytest.raises(DataError, match="not a question of this run"):
         answer_file(FakeEngine(), questions, out, num_chunks=2, options=options)
     changed, _ = write_vqa(tmp_path, [row(0, "0.png", "Another?", "yes"), *ROWS[1:]])
     with pytest.raises(DataError, match="id '0' has another text"):
@@ -104,7 +104,7 @@ def test_answers_of_another_run_are_refused(data: tuple[Path, Options], tmp_path
 
 
 @pytest.mark.parametrize("num_chunks", [1, 4, 8])
-def test_chunks_joined_are_the_whole(data: tuple[Path, Options], tmp_path: Path, num_chunks: int) -> None:
+def test_chunks_joined_are_the_whole(data: tuple[Path, AnswerOptions], tmp_path: Path, num_chunks: int) -> None:
     questions, options = data
     rows = []
     for index in range(num_chunks):
@@ -112,11 +112,11 @@ def test_chunks_joined_are_the_whole(data: tuple[Path, Options], tmp_path: Path,
         answer_file(FakeEngine(), questions, out, num_chunks=num_chunks, chunk_idx=index, options=options)
         rows += rows_of(out)
     assert [answer["question_id"] for answer in rows] == list(range(9))
-    with pytest.raises(ConfigError, match="chunk index"):
+    with pytest.raises(ConfigError, match="chunk-idx"):
         answer_file(FakeEngine(), questions, tmp_path / "x", num_chunks=2, chunk_idx=2, options=options)
 
 
-def test_failures_are_rows_and_are_tried_again(data: tuple[Path, Options], tmp_path: Path) -> None:
+def test_failures_are_rows_and_are_retried(data: tuple[Path, AnswerOptions], tmp_path: Path) -> None:
     questions, options = data
     Path(options.image_folder, "2.png").unlink()
     out = tmp_path / "answers.jsonl"
@@ -131,7 +131,7 @@ def test_failures_are_rows_and_are_tried_again(data: tuple[Path, Options], tmp_p
     assert engine.questions == ["Q4?"] and again.num_failed == 3
 
 
-def test_rows_without_text_are_answered_again(data: tuple[Path, Options], tmp_path: Path) -> None:
+def test_rows_without_text_are_answered_again(data: tuple[Path, AnswerOptions], tmp_path: Path) -> None:
     questions, options = data
     out = tmp_path / "answers.jsonl"
     answer_file(FakeEngine(), questions, out, options=options)
@@ -148,11 +148,11 @@ def test_image_outside_the_folder_is_not_opened(tmp_path: Path) -> None:
     (images / "a.png").rename(tmp_path / "secret.png")
     questions.write_text(json.dumps([row(1, "../secret.png", "Q?", "yes")]))
     engine, out = FakeEngine(), tmp_path / "answers.jsonl"
-    answer_file(engine, questions, out, options=Options(image_folder=images))
+    answer_file(engine, questions, out, options=AnswerOptions(image_folder=images))
     assert engine.questions == [] and "outside the image folder" in rows_of(out)[0]["metadata"]["error"]
 
 
-def test_blank_images(data: tuple[Path, Options], tmp_path: Path) -> None:
+def test_blank_images(data: tuple[Path, AnswerOptions], tmp_path: Path) -> None:
     questions, options = data
     engine, out = FakeEngine(), tmp_path / "blank.jsonl"
     answer_file(engine, questions, out, blank_images=True, options=options)
@@ -163,10 +163,10 @@ def test_blank_images(data: tuple[Path, Options], tmp_path: Path) -> None:
     assert rows_of(out)[0]["metadata"] == {"image": "blank"}
 
 
-def test_answer_prompter_joins_two_answers(data: tuple[Path, Options], tmp_path: Path) -> None:
+def test_answer_prompter_joins_two_answers(data: tuple[Path, AnswerOptions], tmp_path: Path) -> None:
     questions, options = data
     engine, out = FakeEngine({"Q0?": "It looks well.", "ANSWER:": "yes"}), tmp_path / "answers.jsonl"
-    prompter = Options(options.image_folder, model_id="fake", answer_prompter=True)
+    prompter = AnswerOptions(options.image_folder, model_id="fake", answer_prompter=True)
     answer_file(engine, questions, out, options=prompter)
     assert rows_of(out)[0]["text"] == "It looks well.\n The answer is yes"
     assert [turn.role for turn in engine.batches[1][0].conversation.turns] == ["human", "gpt", "human"]
@@ -178,14 +178,14 @@ def test_chat_questions_and_ids(tmp_path: Path) -> None:
     chat = [{"question_id": index, "image": "a.png", "text": f"What {index}?\n<image>"} for index in (4, 0)]
     questions.write_text("\n".join(map(json.dumps, chat)))
     out = tmp_path / "answers.jsonl"
-    answer_file(FakeEngine(), questions, out, options=Options(image_folder=images, form="raw"))
+    answer_file(FakeEngine(), questions, out, options=AnswerOptions(image_folder=images, form="raw"))
     assert [(answer["question_id"], answer["prompt"]) for answer in rows_of(out)] == [
         (4, "What 4?\n<image>"),
         (0, "What 0?\n<image>"),
     ]
 
 
-def test_doubled_ids_are_refused(tmp_path: Path) -> None:
+def test_repeated_ids_are_refused(tmp_path: Path) -> None:
     questions, images = write_vqa(tmp_path, [row("1", "a.png", "Q?", "yes"), row(1, "a.png", "P?", "yes")])
     with pytest.raises(DataError, match="'1' occurs twice"):
-        answer_file(FakeEngine(), questions, tmp_path / "out", options=Options(image_folder=images))
+        answer_file(FakeEngine(), questions, tmp_path / "out", options=AnswerOptions(image_folder=images))

@@ -1,4 +1,4 @@
-"""`llava eval` around a fake engine: result, page, control, resuming, comparison."""
+"""`llava eval` with a fake engine: result, page, control, resuming, comparison."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from llava.data.records import load_samples
 from llava.errors import CheckpointError, DataError
 from llava.eval import run
-from llava.eval.inference import Options
+from llava.eval.inference import AnswerOptions
 from tests.support.eval_fakes import FakeEngine, row, rows_of, write_vqa
 
 EVIL = "<script>alert('x')</script>"
 
 
-def make_plan(tmp_path: Path, **changes: object) -> run.Plan:
+def make_plan(tmp_path: Path, **changes: object) -> run.EvaluationPlan:
     rows = [
         row(
             index,
@@ -31,8 +31,8 @@ def make_plan(tmp_path: Path, **changes: object) -> run.Plan:
     ]
     rows += [row(f"o{index}", f"{index}.png", f"What {index}?", f"saw {index}.png", kind="OPEN") for index in range(5)]
     data, images = write_vqa(tmp_path, rows)
-    plan = run.Plan(
-        load_samples(data), tmp_path / "out", Options(image_folder=images, model_id="fake"), num_resamples=50
+    plan = run.EvaluationPlan(
+        load_samples(data), tmp_path / "out", AnswerOptions(image_folder=images, model_id="fake"), num_resamples=50
     )
     return replace(plan, **changes)
 
@@ -77,7 +77,7 @@ def test_everything_is_printed(tmp_path: Path) -> None:
     text = out.getvalue()
     for words in (
         "blank image",
-        "from the picture",
+        "from the image",
         "majority of the test answers: closed 'no'",
         "POS, closed accuracy",
     ):
@@ -85,7 +85,7 @@ def test_everything_is_printed(tmp_path: Path) -> None:
     assert "25 questions on 5 images (5 open, 20 closed)" in text
 
 
-def test_second_run_opens_no_engine_and_changed_settings_are_refused(tmp_path: Path) -> None:
+def test_second_run_opens_no_engine_and_other_settings_are_refused(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
     first = run.evaluate(plan, good_engine)
 

@@ -1,4 +1,4 @@
-"""Replies to scores: what counts, what does not, and that no reply breaks the parser."""
+"""Parsing of replies to scores: accepted and refused forms, and robustness to any reply."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from llava.judging.parsing import Unreadable, parse_literal, parse_strict, parse
         "Assistant 1: 3 mistakes. Assistant 2: 5 errors.\nAssistant 1: 8\nAssistant 2: 7",
     ],
 )
-def test_strict_reads_every_usual_form(reply: str) -> None:
+def test_strict_reads_every_common_form(reply: str) -> None:
     assert parse_strict(reply) == (8.0, 7.0)
 
 

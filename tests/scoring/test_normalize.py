@@ -1,4 +1,4 @@
-"""The published normalisation, by its vectors."""
+"""Published normalization against its test vectors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_vectors(text: str, expected: str) -> None:
     assert normalize(text) == expected
 
 
-def test_only_the_first_32_full_stops_go_unless_switched() -> None:
+def test_only_the_first_32_periods_are_deleted_unless_switched() -> None:
     text = "x. " * 40
     assert normalize(text).count(".") == 8
     assert "." not in normalize(text, all_periods=True)

@@ -1,10 +1,10 @@
-"""What a judge is asked about: one chat question with the reference answer and the answer under test.
+"""Cases for a judge: one chat question with the reference answer and the answer under test.
 
 chat questions --+
                  +-- read_cases --> Case, Case, ...
 answer rows    --+
 
-The reference answer was written by a text-only GPT-4 that read the caption; the judge reads the same caption.
+The reference answers were written by a text-only GPT-4 that read the caption; the judge reads the same caption.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ from typing import Any
 
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError
-from llava.eval.questions import match_answers, refuse_doubles
+from llava.eval.questions import check_unique, match_answers
 from llava.samples import describe
 from llava.utils.jsonl import Record, read_records
 
 DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
-"""In the order in which the first true one names the domain of a question (llava-med.md 8.10)."""
+"""Domains in the order of LLaVA-Med; the first true one is the domain of a question."""
 
 CUT = len(f"\n{IMAGE_TOKEN}")
-"""How many characters v1.0 cuts off the end of a question."""
+"""Number of characters that v1.0 cuts off the end of a question."""
 
 NEEDED = ("question_id", "text", "gpt4_answer", "fig_caption")
+"""Required fields of a question row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One question and the two answers that are compared.
+    """Question with the two answers that a judge compares.
 
     Attributes:
         id: the question's id as text.
         row: the row of the question file.
         question: the question as the judge reads it.
-        reference: the first answer, of the text-only model.
-        answer: the second answer, of the model under test.
-        failed: whether that answer could not be generated.
+        reference: the first answer, by the text-only model.
+        answer: the second answer, by the model under test.
+        failed: whether the generation of the second answer failed.
     """
 
     id: str
@@ -52,22 +53,26 @@ class Case:
 
     @property
     def type(self) -> str:
-        """The type of the question: conversation, detailed_description; empty when the data name none."""
+        """Type of the question (conversation, detailed_description); empty if the row names none."""
         return str(self.row.get("type") or "")
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Every domain of the figure, in the order of `DOMAINS`."""
+        """All domains of the figure, in the order of `DOMAINS`."""
         return domains_of(self.row)
 
     @property
     def image(self) -> str:
-        """Name of the picture, the cluster of the intervals."""
+        """Name of the image, the cluster of the intervals."""
         return image_of(self.row)
 
 
 def domains_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the true domains of a question row, the published ones first and in their order."""
+    """Return the domains of a question row that are true: those of `DOMAINS` first, in their order.
+
+    Raises:
+        DataError: the field `domain` is not an object.
+    """
     domain = row.get("domain") or {}
     if not isinstance(domain, Mapping):
         raise DataError(f"field 'domain' must be an object of true and false, got {describe(domain)}")
@@ -75,22 +80,23 @@ def domains_of(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def image_of(row: Mapping[str, Any]) -> str:
-    """Return the name of a question row's picture; questions without one are each their own cluster."""
+    """Return the name of a question row's image; a question without one is a cluster of its own."""
     image = row.get("image")
     first = image[0] if isinstance(image, list) and image else image
     return str(first or row.get("pair_id") or f"question {row.get('question_id')}")
 
 
 def read_cases(questions: str | Path, answers: str | Path, *, defects: frozenset[str] = frozenset()) -> list[Case]:
-    """Read the question file and the answer file and join them.
+    """Read a question file and an answer file and join their rows.
 
     Args:
-        questions: rows of llava-med.md 3.6.
-        answers: rows of 3.7.
-        defects: published ones that stay in (see `published.DEFECTS`).
+        questions: chat questions of LLaVA-Med, rows with the fields of `NEEDED`.
+        answers: answer rows of `llava/eval/model_vqa.py`, with `question_id` and `text`.
+        defects: published defects to reproduce (keys of `review.DEFECTS`).
 
     Raises:
-        DataError: a row lacks a field, an id occurs twice, or the files hold other questions; names file and row.
+        DataError: a row lacks a field, an id occurs twice, or the files hold different questions; the message names
+            file and row.
     """
     rows = list(read_records(questions))
     for index, row in enumerate(rows):
@@ -99,14 +105,14 @@ def read_cases(questions: str | Path, answers: str | Path, *, defects: frozenset
         except DataError as error:
             raise DataError(f"{questions}, row {index}: {error}") from error
     ids = [str(row["question_id"]) for row in rows]
-    refuse_doubles(ids, str(questions))
+    check_unique(ids, str(questions))
     given = list(read_records(answers))
     if "joined_by_order" in defects:
         paired = _in_order(given, len(rows), str(answers))
     else:
         paired = match_answers(ids, given, source=str(answers))
     if not rows:
-        raise DataError(f"{questions}: no question; expected rows with {', '.join(NEEDED)}")
+        raise DataError(f"{questions}: the file has no questions; expected rows with {', '.join(NEEDED)}")
     return [_case(row, answer, defects) for row, answer in zip(rows, paired, strict=True)]
 
 
@@ -124,7 +130,7 @@ def _check(row: Record) -> None:
 
 
 def _in_order(answers: Sequence[Record], num_questions: int, source: str) -> list[Mapping[str, Any]]:
-    """Return the answers as they stand, after checking that there are as many as questions."""
+    """Return the answers in the order of the file, after checking that their number is that of the questions."""
     paired: list[Mapping[str, Any]] = []
     for index, (answer, _) in enumerate(zip_longest(answers, range(num_questions))):
         if answer is None or index >= num_questions:
@@ -149,7 +155,7 @@ def _case(row: Record, answer: Mapping[str, Any], defects: frozenset[str]) -> Ca
 
 
 def asked(text: str, defects: frozenset[str] = frozenset()) -> str:
-    """Return a question as the judge reads it: without its image mark, unless a defect is asked for."""
+    """Return a question as the judge reads it: without its image placeholder, unless a defect is selected."""
     if "cut_question" in defects:
         return text[:-CUT]
     if "tag_in_question" in defects:

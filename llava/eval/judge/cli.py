@@ -1,4 +1,4 @@
-"""The two commands of the GPT-assisted chat evaluation: judge the answers, and summarise what judges said.
+"""Commands of the GPT-assisted chat evaluation: judge the answers, and summarize the scores.
 
 eval_multimodal_chat_gpt_score   questions, answers --judge--> scores file, table
 summarize_gpt_review             scores file(s) --> table, agreement, page
@@ -15,14 +15,13 @@ from typing import Any
 
 from llava.errors import ConfigError
 from llava.eval.judge import summary
-from llava.eval.judge import summary as agreement
 from llava.eval.judge.cases import Case, read_cases
 from llava.eval.judge.prompts import TEMPLATES
-from llava.eval.judge.review import DEFECTS, RELEASES, Settings, chosen_defects, num_to_ask, review, score_row
+from llava.eval.judge.review import DEFECTS, RELEASES, JudgeSettings, chosen_defects, num_to_ask, review, score_row
 from llava.eval.judge.scores import Rated, read_rated
 from llava.judging.asking import ask_endpoint
 from llava.judging.parsing import parser_of
-from llava.judging.store import Judge, Store, ask_nobody
+from llava.judging.store import Judge, Store, reply_not_stored
 from llava.openai_api import add_api_flags, settings_of
 from llava.utils import log
 from llava.utils.cli import Parser
@@ -33,22 +32,27 @@ from llava.utils.provenance import stamp
 logger = logging.getLogger(__name__)
 
 REVIEW_FOLDER = Path("vqa/reviews/coco2014_val80")
-"""Where LLaVA's own summary looks for its reviews."""
+"""Folder in which LLaVA's own summary looks for reviews."""
 
 REVIEWS = "gpt4_text*.jsonl"
+"""Pattern of the review files in that folder."""
 
 
 def _add_published_options(parser: Parser) -> None:
-    known = "; ".join(f"{name}: {defect.effect}" for name, defect in DEFECTS.items())
-    parser.add_argument("--release", choices=list(RELEASES), default="none", help="do all that a published release did")
-    parser.add_argument("--with-defect", nargs="+", default=[], metavar="DEFECT", help=f"do as published: {known}")
-    parser.add_argument("--fix", nargs="+", default=[], metavar="DEFECT", help="of those of --release, repair these")
+    known = "; ".join(f"{name}: {effect}" for name, effect in DEFECTS.items())
+    parser.add_argument(
+        "--release", choices=list(RELEASES), default="none", help="reproduce all defects of a published release"
+    )
+    parser.add_argument("--with-defect", nargs="+", default=[], metavar="DEFECT", help=f"also reproduce: {known}")
+    parser.add_argument("--fix", nargs="+", default=[], metavar="DEFECT", help="defects of --release to fix, or all")
 
 
 def _add_summary_options(parser: Parser) -> None:
     group = parser.add_argument_group("summary")
-    group.add_argument("--domains", choices=["first", "all"], default="first", help="where figures of several count")
-    group.add_argument("--num-resamples", type=int, default=500, help="resamples of the intervals; 0 for none")
+    group.add_argument(
+        "--domains", choices=["first", "all"], default="first", help="domains that a question counts for"
+    )
+    group.add_argument("--num-resamples", type=int, default=500, help="resamples of the intervals; 0: no intervals")
     group.add_argument("--seed", type=int, default=0, help="seed of the resampling")
     group.add_argument("--out", type=Path, help="write all figures to this JSON file")
 
@@ -56,24 +60,26 @@ def _add_summary_options(parser: Parser) -> None:
 def _score_parser() -> Parser:
     parser = Parser(
         prog="eval_multimodal_chat_gpt_score.py",
-        description="Let a judge score chat answers against the reference answers.",
+        description="Score chat answers against the reference answers with a judge.",
         epilog="example: eval_multimodal_chat_gpt_score.py --question-file questions.jsonl "
         "--answers-file answers.jsonl --scores-file scores.jsonl --swap-order",
     )
     files = parser.add_argument_group("files")
     files.add_argument("--question-file", "--question-input-path", required=True, type=Path, help="chat questions")
     files.add_argument("--answers-file", "--input-path", required=True, type=Path, help="answers of the model")
-    files.add_argument("--scores-file", "--output-path", required=True, type=Path, help="one judged question a line")
+    files.add_argument(
+        "--scores-file", "--output-path", required=True, type=Path, help="JSON lines, one judged question per line"
+    )
     judge = parser.add_argument_group("judge")
-    judge.add_argument("--store", type=Path, help="replies are kept here; default: SCORES_FILE.replies.jsonl")
-    parser.add_switch("--offline", help="ask nobody: replay the store")
-    parser.add_switch("--swap-order", help="ask in both orders and average")
-    judge.add_argument("--num-rounds", type=int, default=3, help="replies at most until one can be read")
-    judge.add_argument("--template", choices=list(TEMPLATES), default="chat-v1", help="the judge's task")
+    judge.add_argument("--store", type=Path, help="file of the judge's replies; default: SCORES_FILE.replies.jsonl")
+    parser.add_switch("--offline", help="send no request; use only the replies in the store")
+    parser.add_switch("--swap-order", help="judge in both orders and average the scores")
+    judge.add_argument("--num-rounds", type=int, default=3, help="maximum number of replies until one is readable")
+    judge.add_argument("--template", choices=list(TEMPLATES), default="chat-v1", help="instruction of the judge")
     judge.add_argument("--temperature", type=_temperature, default=0.0, help="of the judge; none: the endpoint's own")
-    judge.add_argument("--max-tokens", type=int, default=1024, help="longest reply")
-    judge.add_argument("--max-concurrency", type=int, default=8, help="requests at once")
-    parser.add_switch("--dry-run", help="only say how much would be asked")
+    judge.add_argument("--max-tokens", type=int, default=1024, help="limit of a reply in tokens")
+    judge.add_argument("--max-concurrency", type=int, default=8, help="requests in flight at once")
+    parser.add_switch("--dry-run", help="print the number of requests and send none")
     add_api_flags(parser)
     _add_published_options(parser)
     _add_summary_options(parser)
@@ -85,16 +91,16 @@ def _temperature(text: str) -> float | None:
 
 
 def score(argv: Sequence[str] | None = None) -> None:
-    """Judge an answer file; a run that is killed or repeated asks only what is not in the store.
+    """Judge an answer file; a repeated run sends only the requests whose replies are not in the store.
 
     Raises:
-        SystemExit: with status 1 when no question has a score.
+        SystemExit: with status 1 if no question has a score.
     """
     args = _score_parser().parse_args(argv)
     log.setup()
     read = [args.question_file, args.answers_file]
     refuse_overwriting(read, {"scores-file": args.scores_file, "store": _store_file(args), "out": args.out})
-    settings = Settings(
+    settings = JudgeSettings(
         template=args.template,
         swap=args.swap_order,
         num_rounds=args.num_rounds,
@@ -107,7 +113,7 @@ def score(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(_plan(cases, judge, settings))
         return
     judgements = review(cases, judge, settings)
-    logger.info("%d requests to %s, the rest was in the store", judge.num_asked, judge.name)
+    logger.info("%d requests to %s; all other replies were in the store", judge.num_asked, judge.name)
     write_records(args.scores_file, [score_row(judgement, settings) for judgement in judgements])
     command = ["eval_multimodal_chat_gpt_score.py", *(sys.argv[1:] if argv is None else argv)]
     provenance = _provenance(args, judge, settings, command)
@@ -118,7 +124,7 @@ def score(argv: Sequence[str] | None = None) -> None:
     if args.out is not None:
         write_json(args.out, {**report, "provenance": provenance})
     if all(one.scores is None for one in rated):
-        sys.exit("no question has a score (see the reasons above)")
+        sys.exit("no question has a score; the reasons are listed above")
 
 
 def _store_file(args: Namespace) -> Path:
@@ -127,27 +133,27 @@ def _store_file(args: Namespace) -> Path:
 
 
 def _judge(args: Namespace) -> Judge:
-    """Return the judge that the options name, with its store."""
+    """Return the judge that the options describe, with its store."""
     store = Store(_store_file(args))
     sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     if args.offline or args.dry_run:
-        return Judge(args.model or settings_of(args).deployment, ask_nobody, store, sampling=sampling)
+        return Judge(args.model or settings_of(args).deployment, reply_not_stored, store, sampling=sampling)
     settings = settings_of(args)
     ask = ask_endpoint(settings, sampling=sampling, max_concurrency=args.max_concurrency, max_retries=args.max_retries)
     return Judge(settings.deployment, ask, store, sampling=sampling)
 
 
-def _plan(cases: Sequence[Case], judge: Judge, settings: Settings) -> str:
-    """Say how much would be asked."""
+def _plan(cases: Sequence[Case], judge: Judge, settings: JudgeSettings) -> str:
+    """Return the text of a dry run: the number and size of the requests."""
     num_requests, num_characters = num_to_ask(cases, judge, settings)
     return (
         f"{len(cases)} questions, {sum(case.failed for case in cases)} without an answer; "
         f"{num_requests} requests to {judge.name} of {num_characters} characters (about {num_characters // 4} tokens) "
-        f"in the first round, the rest is in the store\n"
+        f"in the first round; all other replies are in the store\n"
     )
 
 
-def _provenance(args: Namespace, judge: Judge, settings: Settings, command: Sequence[str]) -> dict[str, Any]:
+def _provenance(args: Namespace, judge: Judge, settings: JudgeSettings, command: Sequence[str]) -> dict[str, Any]:
     return stamp(
         data={"questions": args.question_file, "answers": args.answers_file, "scores": args.scores_file},
         command=command,
@@ -167,39 +173,41 @@ def _provenance_file(scores: Path) -> Path:
 
 def _report(rated: Sequence[Rated], args: Namespace) -> dict[str, Any]:
     options = {"num_resamples": args.num_resamples, "seed": args.seed}
-    report = summary.summarise(rated, domains=args.domains, **options)
-    return {**report, "orders": agreement.of_orders(rated, **options)}
+    report = summary.score_summary(rated, domains=args.domains, **options)
+    return {**report, "orders": summary.of_orders(rated, **options)}
 
 
 def _print(name: str, report: Mapping[str, Any]) -> None:
-    """Print the published table, the one with intervals, what failed, and how the two orders agree."""
+    """Print the published table, the table with intervals, the failures, and the agreement of the two orders."""
     out = sys.stdout
     out.write(f"\n{name}\n{summary.published_table(report)}\n\n{summary.interval_table(report)}\n")
-    out.write("intervals: 95 %, resampled by picture; the published relative score is the mean of ratios\n")
+    out.write("intervals: 95 %, resampled by image; the published relative score is the mean of ratios\n")
     if report["failures"]:
         text = ", ".join(f"{reason}: {count}" for reason, count in report["failures"].items())
-        out.write(f"without a score, and in no figure: {text}\n")
+        out.write(f"without a score, excluded from all figures: {text}\n")
     if report["mean_words"] is not None:
         words = report["mean_words"]
         out.write(f"mean words: reference {words['reference']:.1f}, answer {words['answer']:.1f}\n")
     if report["orders"] is not None:
         orders = report["orders"]
         out.write(f"\nthe same judge in both orders, {orders['num_questions']} questions\n")
-        out.write(f"{agreement.agreement_table(orders)}\n")
+        out.write(f"{summary.agreement_table(orders)}\n")
 
 
 def summarize(argv: Sequence[str] | None = None) -> None:
-    """Summarise files of scores; without one, the reviews that LLaVA's own tools left in their folder."""
+    """Summarize files of scores; without `--scores-file`, the review files of LLaVA in `--review-dir`."""
     parser = Parser(
         prog="summarize_gpt_review.py",
-        description="Summarise what judges said.",
+        description="Summarize the scores of judges.",
         epilog="example: summarize_gpt_review.py --scores-file scores.jsonl --against other-judge.jsonl",
     )
-    parser.add_argument("--scores-file", type=Path, help="scores of llava-med (either release) or a LLaVA review")
-    parser.add_argument("--against", type=Path, help="the same answers scored by another judge: their agreement")
-    parser.add_argument("--review-dir", type=Path, default=REVIEW_FOLDER, help=f"without a file: all {REVIEWS} in it")
+    parser.add_argument("--scores-file", type=Path, help="scores of LLaVA-Med (either release) or a LLaVA review")
+    parser.add_argument("--against", type=Path, help="scores of the same answers by another judge: print the agreement")
+    parser.add_argument(
+        "--review-dir", type=Path, default=REVIEW_FOLDER, help=f"folder of {REVIEWS}, used without --scores-file"
+    )
     parser.add_argument("--html", type=Path, help="write a page with figures and judged answers")
-    parser.add_argument("--image-folder", type=Path, help="pictures for the page")
+    parser.add_argument("--image-folder", type=Path, help="folder of the images shown on the page")
     parser.add_argument("--num-examples", type=int, default=12, help="judged answers on the page")
     _add_published_options(parser)
     _add_summary_options(parser)
@@ -211,7 +219,7 @@ def summarize(argv: Sequence[str] | None = None) -> None:
     if args.scores_file is None:
         needing = [name for name in ("against", "html", "out") if getattr(args, name) is not None]
         if needing:
-            raise ConfigError(f"--{needing[0]} needs --scores-file")
+            raise ConfigError(f"--{needing[0]} requires --scores-file")
         for path in _reviews(args.review_dir):
             _print_file(path, read_rated(path, parser=parser_of(defects)), args, defects)
         return
@@ -235,12 +243,14 @@ def summarize(argv: Sequence[str] | None = None) -> None:
 def _reviews(folder: Path) -> list[Path]:
     found = sorted(folder.glob(REVIEWS))
     if not found:
-        raise ConfigError(f"no {REVIEWS} in {folder}: name a file by --scores-file, or another folder by --review-dir")
+        raise ConfigError(
+            f"{folder} contains no {REVIEWS}; pass a file with --scores-file or a folder with --review-dir"
+        )
     return found
 
 
 def _print_file(path: Path, rated: Sequence[Rated], args: Namespace, defects: frozenset[str]) -> dict[str, Any]:
-    """Print one file in the form of the tool that wrote it, and return its figures."""
+    """Print the summary of one file in the format of the tool that wrote it, and return its figures."""
     report = _report(rated, args)
     if any(one.review for one in rated):
         name = path.stem.removeprefix("gpt4_text").lstrip("_-") or path.stem
@@ -252,16 +262,16 @@ def _print_file(path: Path, rated: Sequence[Rated], args: Namespace, defects: fr
 
 
 def _agreement(rated: Sequence[Rated], args: Namespace, parser: str) -> dict[str, Any]:
-    """Print and return how far a second judge agrees."""
+    """Print and return the agreement with a second judge."""
     other = read_rated(args.against, parser=parser)
-    report = agreement.of_judges(rated, other, num_resamples=args.num_resamples, seed=args.seed)
+    report = summary.of_judges(rated, other, num_resamples=args.num_resamples, seed=args.seed)
     sys.stdout.write(f"\n{args.scores_file.name} against {args.against.name}, {report['num_questions']} questions\n")
-    sys.stdout.write(f"{agreement.agreement_table(report)}\n")
+    sys.stdout.write(f"{summary.agreement_table(report)}\n")
     return report
 
 
 def _summary_provenance(args: Namespace, defects: frozenset[str], command: Sequence[str]) -> dict[str, Any]:
-    """Return where the figures come from, with what was written down when the answers were judged."""
+    """Return the provenance of a summary, including the provenance files of the judged scores."""
     import json
 
     data = {"scores": args.scores_file} | ({} if args.against is None else {"against": args.against})

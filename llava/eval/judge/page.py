@@ -1,6 +1,6 @@
-"""One HTML page of judged answers: the tables, and cases with question, both answers, scores and the judge's reply.
+"""HTML page of judged answers: the tables, and cases with question, both answers, scores and the judge's reply.
 
-The page loads nothing from elsewhere. It shows texts and pictures of the data, so it belongs where the data may be.
+The page makes no requests. It contains texts and images of the data, so the rules of the data apply to it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def write_scores_page(
     Args:
         path: the page.
         scores: the file of scores, for the texts of the examples.
-        rated: its rows as read.
-        report: the summary of them, with `provenance`.
-        image_folder: where the pictures are; None shows none.
-        num_examples: how many judged answers to show.
+        rated: the rows of that file.
+        report: the summary of the rows, with `provenance`.
+        image_folder: folder of the images; with None, the page shows none.
+        num_examples: number of judged answers to show.
     """
 
     def open_image(name: str) -> Image.Image:
@@ -52,12 +52,12 @@ def write_scores_page(
     for index in choose(rated, num_examples):
         parts.append(_case(rows[index], rated[index], None if image_folder is None else open_image))
     facts = [[name, str(value)] for name, value in report.get("provenance", {}).items()]
-    parts += ["<h2>Where this comes from</h2>", table(["what", "value"], facts)]
+    parts += ["<h2>Provenance</h2>", table(["name", "value"], facts)]
     write_atomic(path, page("Judged chat answers", parts))
 
 
 def choose(rated: Sequence[Rated], num_examples: int) -> list[int]:
-    """Return positions of telling cases: without a score, lowest, highest and middle relative score in turn."""
+    """Return indices of examples, in turn: without a score, lowest, highest and middle relative score."""
     failed = [index for index, one in enumerate(rated) if one.scores is None]
     order = sorted((one.scores[1] / one.scores[0], index) for index, one in enumerate(rated) if one.scores is not None)
     ranked = [index for _, index in order]
@@ -91,7 +91,9 @@ def _groups(groups: Mapping[str, Mapping[str, Any]]) -> str:
 def _failures(failures: Mapping[str, int]) -> str:
     if not failures:
         return '<p class="note">Every question has a score.</p>'
-    return table(["without a score, and in no figure", "questions"], [[k, str(v)] for k, v in failures.items()])
+    return table(
+        ["without a score, excluded from all figures", "questions"], [[k, str(v)] for k, v in failures.items()]
+    )
 
 
 def _agreement(report: Mapping[str, Any]) -> str:
@@ -106,7 +108,7 @@ def _agreement(report: Mapping[str, Any]) -> str:
 
 
 def _case(row: Mapping[str, Any], one: Rated, open_image: Any) -> str:
-    """Return one judged answer; every text of the row is escaped."""
+    """Return the HTML of one judged answer; all texts of the row are escaped."""
     scores = one.failure if one.scores is None else f"reference {one.scores[0]:g}, answer {one.scores[1]:g}"
     replies = {key: row[key] for key in ("result", "gpt_eval", "result_swapped", "gpt_eval_swapped") if row.get(key)}
     pairs = [

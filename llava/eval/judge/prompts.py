@@ -1,11 +1,11 @@
-"""What the judge reads: a system message and one message with context, question, two answers and the instruction.
+"""Messages to the judge: a system message, and one with context, question, two answers and the instruction.
 
 Case --context, layout--> [{"role": "system", ...}, {"role": "user", ...}]
                                 |
-     reply without scores ------+--again--> the same, the reply, and a reminder of the form
+     reply without scores ------+--again--> the same, the reply, and a reminder of the format
 
-The layout of the message is the published one (llava-med.md 8.10), so that a judge sees what it saw there; the wording
-of the instruction is this project's. Figures of two templates do not compare: results name template and hash.
+The layout of the message is that of LLaVA-Med; the wording of the instruction is this project's. Figures of different
+templates are not comparable, so results record the template's name and hash.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from llava.eval.judge.cases import Case
 from llava.judging.store import Messages
 
 ORDERS = ("12", "21")
-"""Which answer stands first: the reference, or the answer under test."""
+"""Order of the two answers: reference first, or answer under test first."""
 
 
 @dataclass(frozen=True, slots=True)
-class Template:
-    """The judge's task in words.
+class JudgeTemplate:
+    """Texts that instruct a judge.
 
     Attributes:
-        system: who the judge is.
-        instruction: what to do with the two answers and how to write it down.
-        reminder: said after a reply without readable scores.
+        system: the system message.
+        instruction: the task and the format of the reply.
+        reminder: the message after a reply without readable scores.
     """
 
     system: str
@@ -38,12 +38,12 @@ class Template:
 
     @property
     def sha256(self) -> str:
-        """The hash of everything in it, by which results are told apart."""
+        """Hash of all texts, recorded with results."""
         return hashlib.sha256("\0".join((self.system, self.instruction, self.reminder)).encode()).hexdigest()
 
 
-TEMPLATES: dict[str, Template] = {
-    "chat-v1": Template(
+TEMPLATES: dict[str, JudgeTemplate] = {
+    "chat-v1": JudgeTemplate(
         system="You check the quality of answers. You are precise, fair and helpful.",
         instruction=(
             "Two AI assistants answered the question above about a medical figure. You cannot see the figure: its "
@@ -60,17 +60,17 @@ TEMPLATES: dict[str, Template] = {
         ),
     ),
 }
-"""Templates by name; a changed text gets a new name."""
+"""Templates by name. Stored replies depend on these texts, so a changed text gets a new name."""
 
 
-def messages_of(case: Case, order: str, *, template: Template, defects: frozenset[str] = frozenset()) -> Messages:
-    """Return what a judge is sent about a case.
+def messages_of(case: Case, order: str, *, template: JudgeTemplate, defects: frozenset[str] = frozenset()) -> Messages:
+    """Return the messages to a judge about a case.
 
     Args:
         case: question and answers.
         order: one of `ORDERS`.
-        template: the judge's task.
-        defects: published ones that stay in.
+        template: texts that instruct the judge.
+        defects: published defects to reproduce.
     """
     first, second = (case.reference, case.answer) if order == "12" else (case.answer, case.reference)
     text = (
@@ -84,7 +84,7 @@ def messages_of(case: Case, order: str, *, template: Template, defects: frozense
 
 
 def context(row: Any, defects: frozenset[str] = frozenset()) -> str:
-    """Return caption and mentions of the figure that a question is about."""
+    """Return the caption of the figure that a question is about, and the sentences that mention it."""
     label = row.get("fig_label")
     caption = row["fig_caption"] if label in (None, "") else f"{label}: {row['fig_caption']}"
     mentions = row.get("in_text_mention")
@@ -93,12 +93,12 @@ def context(row: Any, defects: frozenset[str] = frozenset()) -> str:
 
 
 def _sentences(mentions: Sequence[Any] | None) -> list[str]:
-    """Return the sentences of mentions, which data files hold as text or as objects with `tokens`."""
+    """Return the sentences of mentions, which data files store as text or as objects with `tokens`."""
     texts = (mention.get("tokens") if isinstance(mention, dict) else mention for mention in mentions or ())
     return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
 
 
-def again(messages: Messages, reply: str, template: Template) -> Messages:
-    """Return what a judge is sent after a reply without readable scores."""
+def again(messages: Messages, reply: str, template: JudgeTemplate) -> Messages:
+    """Return the messages to a judge after a reply without readable scores."""
     said = {"role": "assistant", "content": reply or "(no text)"}
     return (*messages, said, {"role": "user", "content": template.reminder})

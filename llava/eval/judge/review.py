@@ -1,4 +1,4 @@
-"""Cases to judgements: both orders where asked for, unreadable replies asked again, failures kept as data.
+"""Judging of cases: optionally in both orders; unreadable replies are retried, failures are kept as data.
 
 Case --orders--> messages --Judge--> reply --parse--> scores of reference and answer
                     ^                  |
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava.compat import Defect, parse_defects
+from llava.compat import parse_defects
 from llava.errors import ConfigError
 from llava.eval.judge.cases import Case
 from llava.eval.judge.prompts import ORDERS, TEMPLATES, again, messages_of
@@ -22,31 +22,30 @@ from llava.judging.store import Judge, Messages, Reply
 from llava.utils import log
 from llava.utils.lookup import lookup
 
-DEFECTS: dict[str, Defect] = {
-    "joined_by_order": Defect("questions and answers are paired by their place in the files, ids are not read", "8.10"),
-    "cut_question": Defect("the judge sees the question without its last 8 characters, whatever they are", "8.10"),
-    "tag_in_question": Defect("the judge sees the image mark of the question", "8.10"),
-    "python_mentions": Defect(
-        "the judge sees mentions as Python writes the list, and None where there are none", "8.10"
-    ),
-    "literal_scores": Defect("a reply counts when its first line is two numbers with one space, of any size", "8.10"),
-    "minus_one_counts": Defect("a review that was not understood counts as scores of -1 and -1 in the means", "8.10"),
-    "judged_failures": Defect("an answer that could not be generated is judged as an empty one", "8.10"),
+DEFECTS: dict[str, str] = {
+    "joined_by_order": "questions and answers are paired by their position in the files; ids are ignored",
+    "cut_question": "the judge sees the question without its last 8 characters, whatever they are",
+    "tag_in_question": "the judge sees the image placeholder of the question",
+    "python_mentions": "the judge sees the mentions as the repr of a Python list, None without mentions",
+    "literal_scores": "a reply counts if its first line is two numbers of any size, separated by one space",
+    "minus_one_counts": "an unreadable review counts as scores of -1 and -1 in the means",
+    "judged_failures": "an answer whose generation failed is judged as an empty answer",
 }
-"""By name; the row is the section of the specification."""
+"""Defects of the published scripts, and their effects."""
 
 RELEASES: dict[str, frozenset[str]] = {
     "none": frozenset(),
     "v1.0": frozenset(DEFECTS) - {"tag_in_question"},
     "v1.5": frozenset(DEFECTS) - {"cut_question", "minus_one_counts"},
 }
+"""Defects of each published release."""
 
 REPLY_KEYS = {"none": "result", "v1.0": "result", "v1.5": "gpt_eval"}
-"""Under which name a row of scores holds the judge's reply."""
+"""Key of the judge's reply in a row of scores, by release."""
 
 
 def chosen_defects(release: str, added: list[str], fixed: list[str]) -> frozenset[str]:
-    """Return the defects of a release, with some added and some repaired.
+    """Return the defects of a release, with some added and some fixed.
 
     Raises:
         ConfigError: a name is unknown, or two of the defects contradict each other.
@@ -54,7 +53,7 @@ def chosen_defects(release: str, added: list[str], fixed: list[str]) -> frozense
     chosen = lookup(RELEASES, release, "release") | parse_defects(added, DEFECTS)
     chosen -= parse_defects(fixed, DEFECTS)
     if {"cut_question", "tag_in_question"} <= chosen:
-        raise ConfigError("cut_question and tag_in_question contradict each other: repair one of them with --fix")
+        raise ConfigError("cut_question and tag_in_question contradict each other; disable one of them with --fix")
     return chosen
 
 
@@ -64,15 +63,15 @@ NOT_ANSWERED = "the answer failed"
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """How cases are judged.
+class JudgeSettings:
+    """Options of judging.
 
     Attributes:
         template: name in `TEMPLATES`.
-        swap: ask in both orders and average.
-        num_rounds: how often at most a judge is asked about a case in one order.
-        defects: published ones that stay in.
-        release: which release's name the reply has in the rows.
+        swap: judge in both orders and average the scores.
+        num_rounds: maximum number of replies per case and order.
+        defects: published defects to reproduce.
+        release: release that names the key of the reply in the rows, see `REPLY_KEYS`.
     """
 
     template: str = "chat-v1"
@@ -94,14 +93,15 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Opinion:
-    """What a judge said about a case in one order.
+    """Scores of a case by a judge in one order.
 
     Attributes:
-        order: which answer stood first.
-        scores: of the reference and of the answer under test, whatever the order; None when there are none.
-        reason: why there are none.
-        reply: the judge's last reply; None when there was none.
-        num_replies: how many replies it took.
+        order: one of `ORDERS`.
+        scores: scores of the reference and of the answer under test, in this sequence for every order; None without
+            scores.
+        reason: why there are no scores.
+        reply: the judge's last reply; None without a reply.
+        num_replies: number of replies received.
     """
 
     order: str
@@ -113,14 +113,14 @@ class Opinion:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """The opinions about a case, and what follows from them."""
+    """Opinions about a case in all orders, with their mean scores."""
 
     case: Case
     opinions: tuple[Opinion, ...]
 
     @property
     def failure(self) -> str:
-        """Why the case has no score; empty when it has. An opinion in one of two orders is no score."""
+        """Reason for a missing score, else empty; with two orders, both must have scores."""
         if self.case.failed:
             return NOT_ANSWERED
         reasons = [opinion.reason for opinion in self.opinions if opinion.scores is None]
@@ -128,7 +128,7 @@ class Judgement:
 
     @property
     def scores(self) -> Scores | None:
-        """The means over the orders, of the reference and of the answer under test."""
+        """Mean scores over the orders, of the reference and of the answer under test."""
         if self.failure:
             return None
         known = [opinion.scores for opinion in self.opinions if opinion.scores is not None]
@@ -136,16 +136,16 @@ class Judgement:
 
 
 class _Pending:
-    """One order of one case on its way to an opinion."""
+    """State of one case in one order until its opinion is final."""
 
-    def __init__(self, case: Case, order: str, settings: Settings) -> None:
+    def __init__(self, case: Case, order: str, settings: JudgeSettings) -> None:
         self.messages: Messages = messages_of(
             case, order, template=TEMPLATES[settings.template], defects=settings.defects
         )
         self.opinion = Opinion(order, reason="not asked")
 
-    def take(self, reply: Reply, settings: Settings) -> None:
-        """Read a reply; without scores, the next messages hold it and a reminder."""
+    def take(self, reply: Reply, settings: JudgeSettings) -> None:
+        """Store the scores of a reply; if it has none, extend the messages by the reply and a reminder."""
         order, number = self.opinion.order, self.opinion.num_replies
         if not isinstance(reply, str):
             self.opinion = Opinion(order, reason=f"no reply: {reply.reason}", num_replies=number)
@@ -154,7 +154,7 @@ class _Pending:
         scores, reason = (None, read.reason) if isinstance(read, Unreadable) else (read, "")
         if scores is not None and order == "21":
             scores = scores[1], scores[0]
-        if scores is not None and scores[0] == 0.0:  # nothing is relative to nothing
+        if scores is not None and scores[0] == 0.0:  # the relative score divides by the reference's
             scores, reason = None, "reference scored 0"
         self.opinion = Opinion(order, scores, reason, reply, number + 1)
         if scores is None:
@@ -162,21 +162,21 @@ class _Pending:
 
     @property
     def unreadable(self) -> bool:
-        """Whether the judge replied, without scores."""
+        """Whether the judge replied without scores."""
         return self.opinion.scores is None and self.opinion.reply is not None
 
 
-def review(cases: Sequence[Case], judge: Judge, settings: Settings) -> list[Judgement]:
-    """Return the judgement of every case, in their order.
+def review(cases: Sequence[Case], judge: Judge, settings: JudgeSettings) -> list[Judgement]:
+    """Return the judgements of cases, in their order.
 
-    Every reply is in the judge's store before the next is taken, so a run that is killed goes on where it was.
+    Every reply is stored before the next is read, so a killed run resumes without repeated requests.
     """
     pending = [[_Pending(case, order, settings) for order in settings.orders] for case in cases if not case.failed]
     left = [one for orders in pending for one in orders]
     for number in range(settings.num_rounds):
         if not left:
             break
-        title = "judging" if number == 0 else f"asking again ({number})"
+        title = "judging" if number == 0 else f"retry {number}"
         with log.progress_bar(len(left), title=title, unit="reply") as bar:
             for place, reply in judge.replies([one.messages for one in left]):
                 left[place].take(reply, settings)
@@ -191,8 +191,8 @@ def review(cases: Sequence[Case], judge: Judge, settings: Settings) -> list[Judg
     return judgements
 
 
-def num_to_ask(cases: Sequence[Case], judge: Judge, settings: Settings) -> tuple[int, int]:
-    """Return how many first requests are not in the store yet, and how many characters they hold."""
+def num_to_ask(cases: Sequence[Case], judge: Judge, settings: JudgeSettings) -> tuple[int, int]:
+    """Return the number of first requests that are not in the store, and their length in characters."""
     requests = {
         judge.key(one.messages): one.messages
         for case in cases
@@ -203,9 +203,12 @@ def num_to_ask(cases: Sequence[Case], judge: Judge, settings: Settings) -> tuple
     return len(requests), sum(len(message["content"]) for one in requests.values() for message in one)
 
 
-def score_row(judgement: Judgement, settings: Settings) -> dict[str, Any]:
-    """Return the row of a judgement: the question's row, the two answers, the reply under its published name, and
-    `judgement`, which holds everything the summary needs."""
+def score_row(judgement: Judgement, settings: JudgeSettings) -> dict[str, Any]:
+    """Return the row of a judgement.
+
+    It holds the question's row, the two answers, the reply under its published key, and `judgement` with everything
+    that the summary needs.
+    """
     case = judgement.case
     replies = {opinion.order: opinion.reply for opinion in judgement.opinions}
     key = REPLY_KEYS[settings.release]

@@ -1,8 +1,8 @@
-"""Rows of scores as the summaries read them, whichever program wrote them.
+"""Judged questions read from files of scores of three programs.
 
-ours            judgement: {scores, failure, orders}
+this package    judgement: {scores, failure, orders}
 v1.0, v1.5      result or gpt_eval: the judge's reply
-LLaVA reviews   category, tuple: [score, score], [-1, -1] where the reply was not understood
+LLaVA reviews   category, tuple: [score, score], [-1, -1] for an unreadable reply
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ from typing import Any
 from llava.errors import DataError
 from llava.eval.judge.cases import domains_of, image_of
 from llava.eval.judge.review import REPLY_KEYS
-from llava.eval.questions import refuse_doubles
+from llava.eval.questions import check_unique
 from llava.judging.parsing import PARSERS, Scores, Unreadable
 from llava.samples import describe
 from llava.utils.jsonl import Record, read_records
 from llava.utils.lookup import lookup
 
 FAILED_TUPLE = (-1.0, -1.0)
+"""Scores that a LLaVA review writes for an unreadable reply."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rated:
-    """One judged question.
+    """Judged question.
 
     Attributes:
-        id: of the question.
-        type: of the question; a review's category.
-        domains: of the figure.
-        image: the picture, cluster of the intervals.
-        scores: of the reference and of the answer under test; None when there are none.
-        failure: why not.
-        orders: the same scores for each order that was judged.
-        num_words: of the two answers; None when the row does not hold them.
-        review: whether the row is of a LLaVA review.
+        id: id of the question.
+        type: type of the question; the category in a LLaVA review.
+        domains: domains of the figure.
+        image: name of the image, the cluster of the intervals.
+        scores: scores of the reference and of the answer under test; None without scores.
+        failure: reason for missing scores.
+        orders: the same scores by order, for rows that have them.
+        num_words: numbers of words of the two answers; None if the row does not contain the answers.
+        review: whether the row comes from a LLaVA review.
     """
 
     id: str
@@ -53,14 +54,14 @@ class Rated:
 
 
 def read_rated(path: str | Path, *, parser: str = "strict") -> list[Rated]:
-    """Read a file of scores.
+    """Return the judged questions of a file of scores.
 
     Args:
         path: the file.
-        parser: name in `PARSERS`, for rows that hold only the judge's reply.
+        parser: name in `PARSERS`, for rows that contain only the judge's reply.
 
     Raises:
-        DataError: a row holds no scores in any of the layouts, or an id occurs twice; names file and row.
+        DataError: a row has none of the three layouts, or an id occurs twice; the message names file and row.
     """
     lookup(PARSERS, parser, "parser")
     rated = []
@@ -70,8 +71,8 @@ def read_rated(path: str | Path, *, parser: str = "strict") -> list[Rated]:
         except DataError as error:
             raise DataError(f"{path}, row {index}: {error}") from error
     if not rated:
-        raise DataError(f"{path}: no row")
-    refuse_doubles([one.id for one in rated], str(path))
+        raise DataError(f"{path}: the file has no rows; expected judged questions")
+    check_unique([one.id for one in rated], str(path))
     return rated
 
 
@@ -108,11 +109,11 @@ def _num_words(reference: Any, answer: Any) -> tuple[int, int] | None:
 
 
 def _parsed(row: Record, parser: str) -> tuple[Scores | None, str]:
-    """Return scores or the reason for none, from a row that holds only the judge's reply."""
+    """Return the scores of a row that contains only the judge's reply, or None and the reason."""
     key = next((key for key in dict.fromkeys(REPLY_KEYS.values()) if key in row), None)
     if key is None:
         known = ", ".join(("judgement", "tuple", *dict.fromkeys(REPLY_KEYS.values())))
-        raise DataError(f"the row holds no scores: expected one of {known}, found {', '.join(row)}")
+        raise DataError(f"the row holds no scores; expected one of {known}, found {', '.join(row)}")
     reply = row[key]
     if reply is None:
         return None, "no reply"

@@ -1,11 +1,11 @@
-"""Judged questions to the published table: by question type, by domain, overall; with intervals beside it.
+"""Summary of judged questions by type, by domain and overall: the published table, and one with intervals.
 
     gpt4_score            mean score of the reference answers
     pred_score            mean score of the answers under test
     pred_relative_score   100 x mean of (answer / reference), a mean of ratios: LLaVA-Med's figure
     ratio_of_means        100 x mean(answer) / mean(reference): LLaVA's figure
 
-The two relative figures differ whenever the reference's score varies; tables of the literature hold either.
+The two relative figures differ if the reference's score varies; published tables contain either.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from llava.utils.bootstrap import LEVEL, confidence_interval, percentiles
 from llava.utils.reporting import Cell, simple_table
 
 SUMMARY_VERSION = "1"
-"""Changes when any figure of the same scores would change."""
+"""Version of the figures; incremented whenever a figure of the same scores changes."""
 
 TYPES = ("conversation", "detailed_description")
 OVERALL = "overall"
 
 DomainRule = Literal["first", "all"]
-"""A question of several domains counts for the first of them, as published, or for each."""
+"""Whether a question of several domains counts for the first of them, as published, or for all."""
 
 PUBLISHED_ROWS = ("gpt4_score", "pred_score", "pred_relative_score", "data_size")
 
@@ -41,7 +41,7 @@ Figures = NDArray[np.float64]
 
 
 def groups_of(rated: Sequence[Rated], *, domains: DomainRule = "first") -> dict[str, NDArray[np.bool_]]:
-    """Return the members of each group, [n]: types, domains, all; published names first, in their order."""
+    """Return the members of each group, [n]: types, domains, overall; published names come first, in their order."""
     kinds = [(one.type,) if one.type else () for one in rated]
     fields = [one.domains[:1] if domains == "first" else one.domains for one in rated]
     groups = {}
@@ -52,20 +52,21 @@ def groups_of(rated: Sequence[Rated], *, domains: DomainRule = "first") -> dict[
     return groups | {OVERALL: np.ones(len(rated), dtype=bool)}
 
 
-def summarise(
+def score_summary(
     rated: Sequence[Rated], *, domains: DomainRule = "first", num_resamples: int = 500, seed: int = 0
 ) -> dict[str, Any]:
-    """Return all figures of some judged questions as JSON values.
+    """Return all figures of judged questions as JSON values.
 
     Args:
         rated: the judged questions.
-        domains: where questions of several domains count.
-        num_resamples: of the intervals; pictures are drawn again, not questions.
-        seed: of the resampling.
+        domains: domains that a question of several domains counts for.
+        num_resamples: number of resamples of the intervals; images are resampled, not questions.
+        seed: seed of the resampling.
 
     Returns:
         `groups`: for each group `data_size` (questions with scores), `asked`, and value, low and high of the figures
-        named above; `failures`: how many questions have no score, by reason; with lengths and orders where known.
+        named above; `failures`: number of questions without a score, by reason; `mean_words` if the rows contain the
+        answers.
     """
     reference = np.array([math.nan if one.scores is None else one.scores[0] for one in rated])
     answer = np.array([math.nan if one.scores is None else one.scores[1] for one in rated])
@@ -84,7 +85,7 @@ def summarise(
 
 
 def _group(reference: Figures, answer: Figures, members: NDArray[np.bool_], draws: Draws) -> dict[str, Any]:
-    """Return the figures of one group; scores are [n], NaN where there are none."""
+    """Return the figures of one group; scores are [n], NaN without a score."""
     scored = members & ~np.isnan(reference)
     first, second = np.where(scored, reference, 0.0), np.where(scored, answer, 0.0)
     count = scored.astype(np.float64)
@@ -100,11 +101,11 @@ def _group(reference: Figures, answer: Figures, members: NDArray[np.bool_], draw
 
 
 def quotient(top: Figures, bottom: Figures, draws: Draws) -> dict[str, float | None]:
-    """Return `sum(top) / sum(bottom)` with its interval; None where there is nothing to divide by.
+    """Return `sum(top) / sum(bottom)` with its interval; None if the denominator is zero.
 
     Args:
-        top: one number an item, [n].
-        bottom: one number an item, [n].
+        top: numerators, one per item, [n].
+        bottom: denominators, one per item, [n].
         draws: the resamples of the items.
     """
     if bottom.sum() == 0.0:
@@ -117,7 +118,7 @@ def quotient(top: Figures, bottom: Figures, draws: Draws) -> dict[str, float | N
 
 
 def _mean_words(rated: Sequence[Rated]) -> dict[str, float] | None:
-    """Return how long the two answers are on average: judges tend to prefer the longer one."""
+    """Return the mean lengths of the two answers in words; judges tend to prefer the longer answer."""
     counts = [one.num_words for one in rated if one.num_words is not None]
     if not counts:
         return None
@@ -126,7 +127,7 @@ def _mean_words(rated: Sequence[Rated]) -> dict[str, float] | None:
 
 
 def published_table(summary: Mapping[str, Any]) -> str:
-    """Return the table as v1.5 lays it out: groups across, the four published figures down."""
+    """Return the table in the layout of v1.5: groups as columns, the four published figures as rows."""
     groups = summary["groups"]
     rows: list[list[Cell]] = []
     for name in PUBLISHED_ROWS:
@@ -139,7 +140,7 @@ def published_table(summary: Mapping[str, Any]) -> str:
 
 
 def interval_table(summary: Mapping[str, Any]) -> str:
-    """Return one line a group: scored and asked questions, both relative figures with their intervals."""
+    """Return a table with one row per group: scored and asked questions, both relative figures with intervals."""
     rows: list[list[Cell]] = []
     for name, group in summary["groups"].items():
         cells: list[Cell] = [name, group["data_size"], group["asked"]]
@@ -153,12 +154,12 @@ def interval_table(summary: Mapping[str, Any]) -> str:
 
 
 def review_text(name: str, rated: Sequence[Rated], *, minus_one_counts: bool = False) -> str:
-    """Return what LLaVA's own summary of a review file prints: mean scores and ratio of means by category.
+    """Return the text that LLaVA's own summary of a review file prints: mean scores and their ratio by category.
 
     Args:
-        name: what the file is called.
+        name: name of the review in the heading.
         rated: its rows.
-        minus_one_counts: count replies that were not understood as -1 and -1, as published.
+        minus_one_counts: count unreadable replies as -1 and -1, as published.
     """
     pairs: dict[str, list[tuple[float, float]]] = {}
     for one in rated:
@@ -175,33 +176,33 @@ def review_text(name: str, rated: Sequence[Rated], *, minus_one_counts: bool = F
 
 
 Pairs = NDArray[np.float64]
-"""Scores by judge A and by judge B, [n, 2]."""
+"""Scores of n items by judge A and by judge B, [n, 2]."""
 
 
 def exact(pairs: Pairs) -> float:
-    """Share of equal scores."""
+    """Return the share of equal scores."""
     return float(np.mean(pairs[:, 0] == pairs[:, 1]))
 
 
 def within_one(pairs: Pairs) -> float:
-    """Share of scores at most one apart."""
+    """Return the share of scores that differ by at most one."""
     return float(np.mean(np.abs(pairs[:, 0] - pairs[:, 1]) <= 1.0))
 
 
 def mean_difference(pairs: Pairs) -> float:
-    """Mean of A minus B."""
+    """Return the mean of A minus B."""
     return float(np.mean(pairs[:, 0] - pairs[:, 1]))
 
 
 def pearson(pairs: Pairs) -> float:
-    """Linear correlation; NaN when a judge gives one score to all."""
+    """Return the linear correlation; NaN if a judge gives the same score to all items."""
     first, second = (pairs - pairs.mean(axis=0)).T
     size = math.sqrt(float(first @ first) * float(second @ second))
     return float(first @ second) / size if size > 1e-12 else math.nan
 
 
 def spearman(pairs: Pairs) -> float:
-    """Correlation of ranks, equal scores sharing their mean rank; NaN when a judge gives one score to all."""
+    """Return the rank correlation, with mean ranks for ties; NaN if a judge gives the same score to all items."""
     return pearson(np.stack([_ranks(pairs[:, 0]), _ranks(pairs[:, 1])], axis=1))
 
 
@@ -213,7 +214,7 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def kappa(pairs: Pairs) -> float:
-    """Quadratic weighted kappa; NaN when both judges give one and the same score to all."""
+    """Return the quadratic weighted kappa; NaN if both judges give one and the same score to all items."""
     first, second = pairs.T
     by_chance = first.var() + second.var() + (first.mean() - second.mean()) ** 2
     return 1.0 - float(np.mean((first - second) ** 2)) / float(by_chance) if by_chance > 1e-12 else math.nan
@@ -227,6 +228,7 @@ MEASURES: dict[str, Callable[[Pairs], float]] = {
     "weighted kappa": kappa,
     "mean difference": mean_difference,
 }
+"""Measures of agreement by name."""
 
 
 def agreement(
@@ -237,14 +239,14 @@ def agreement(
     num_resamples: int = 500,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return how far two sets of scores agree.
+    """Return the agreement of two sets of scores.
 
     Args:
         first: scores of reference and answer by question id, by judge A.
         second: the same by judge B.
-        images: the picture of each question.
-        num_resamples: of the intervals.
-        seed: of the resampling.
+        images: the image of each question, by question id.
+        num_resamples: number of resamples of the intervals.
+        seed: seed of the resampling.
 
     Returns:
         `num_questions` (with scores by both), and for `reference` and `answer` each measure with its interval; under
@@ -256,7 +258,7 @@ def agreement(
     ids = [identity for identity in first if identity in second]
     if not ids:
         raise DataError(
-            "the two sets of scores have no scored question in common; compare judgements of one answer file"
+            "the two sets of scores have no scored question in common; compare judgments of one answer file"
         )
     clusters = [images[identity] for identity in ids]
     table = np.array([(first[identity], second[identity]) for identity in ids])  # [n, judge, answer]
@@ -275,20 +277,20 @@ def _estimate(
     statistic: Callable[[Pairs], float], pairs: Pairs, clusters: Sequence[str], num_resamples: int = 500, seed: int = 0
 ) -> dict[str, float | None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # a resample without spread must be seen, not averaged
+        warnings.simplefilter("error", RuntimeWarning)  # a resample without variance must not be averaged silently
         value = statistic(pairs)
         low, high = confidence_interval(pairs, statistic, clusters=clusters, num_resamples=num_resamples, seed=seed)
     return {name: None if math.isnan(x) else x for name, x in (("value", value), ("low", low), ("high", high))}
 
 
 def of_judges(first: Sequence[Rated], second: Sequence[Rated], **options: Any) -> dict[str, Any]:
-    """Return how far two files of scores about the same questions agree; see `agreement`.
+    """Return the agreement of two files of scores of the same questions; see `agreement`.
 
     Raises:
-        DataError: they are about other questions.
+        DataError: the files hold different questions.
     """
     if {one.id for one in first} != {one.id for one in second}:
-        raise DataError("the two files of scores hold different questions; compare judgements of one answer file")
+        raise DataError("the two files of scores hold different questions; compare judgments of one answer file")
     images = {one.id: one.image for one in first}
     report = agreement(_scored(first), _scored(second), images, **options)
     report["unscored"] = {
@@ -299,9 +301,9 @@ def of_judges(first: Sequence[Rated], second: Sequence[Rated], **options: Any) -
 
 
 def of_orders(rated: Sequence[Rated], **options: Any) -> dict[str, Any] | None:
-    """Return how far a judge agrees with itself when the answers change places; None when one order was judged.
+    """Return the agreement of a judge with itself in both orders of the answers; None if only one was judged.
 
-    `first place` is by how much a place at the front raises a score: the mean over both answers.
+    `first place` is the gain in score of the first position, the mean over both answers.
     """
     both = {
         one.id: (one.orders["12"], one.orders["21"])
@@ -314,7 +316,7 @@ def of_orders(rated: Sequence[Rated], **options: Any) -> dict[str, Any] | None:
     straight = {identity: pair[0] for identity, pair in both.items() if pair[0] is not None}
     swapped = {identity: pair[1] for identity, pair in both.items() if pair[1] is not None}
     report = agreement(straight, swapped, images, **options)
-    # In order 12 the reference stands in front, in order 21 the answer.
+    # In order 12 the reference is in first position, in order 21 the answer.
     places = np.array(
         [
             (straight[identity][0] + swapped[identity][1], swapped[identity][0] + straight[identity][1])
@@ -330,7 +332,7 @@ def _scored(rated: Sequence[Rated]) -> dict[str, tuple[float, float]]:
 
 
 def agreement_table(report: Mapping[str, Any]) -> str:
-    """Return an agreement as text, one measure a line."""
+    """Return an agreement as a text table, one row per measure."""
     rows: list[list[Cell]] = [
         [measure, _cell(report["reference"][measure]), _cell(report["answer"][measure])] for measure in MEASURES
     ]

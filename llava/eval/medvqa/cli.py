@@ -1,4 +1,4 @@
-"""The two scoring commands of LLaVA-Med: one answer file (`run_eval`), or all below a folder (`run_eval_batch`)."""
+"""Scoring commands of LLaVA-Med: one answer file (`run_eval`), or all under a folder (`run_eval_batch`)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,18 @@ from llava.utils.provenance import stamp
 logger = logging.getLogger(__name__)
 
 PVQA_ROWS = ("exact match score", "f1 score", "precision", "recall", "open accuracy", "yes/no accuracy")
-"""What the PathVQA variants print."""
+"""Rows of the table that the PathVQA variants print."""
 
 
 @dataclass(frozen=True, slots=True)
 class TestType:
-    """A kind of answer file: where its ground truth is, which data sets have one, where the table goes."""
+    """Kind of answer file.
+
+    Attributes:
+        truth: name of the ground truth file.
+        datasets: data sets that have one.
+        results: default name of the results file.
+    """
 
     truth: str
     datasets: tuple[str, ...]
@@ -48,13 +54,14 @@ TEST_TYPES: dict[str, TestType] = {
         "test.jsonl", ("data_RAD",), "eval_results_med_datasets_with_option.jsonl"
     ),
 }
+"""Kinds of answer files, by the value of `--target-test-type`."""
 
 
 def _add_score_options(parser: Parser) -> None:
-    known = "; ".join(f"{name}: {defect.effect}" for name, defect in DEFECTS.items())
-    parser.add_argument("--fix", nargs="+", default=[], metavar="DEFECT", help=f"repair these (or all): {known}")
-    parser.add_argument("--with-defect", nargs="+", default=[], metavar="DEFECT", help="bring these in as well")
-    parser.add_argument("--num-resamples", type=int, default=500, help="resamples of the intervals; 0 for none")
+    known = "; ".join(f"{name}: {effect}" for name, effect in DEFECTS.items())
+    parser.add_argument("--fix", nargs="+", default=[], metavar="DEFECT", help=f"defects to fix, or all: {known}")
+    parser.add_argument("--with-defect", nargs="+", default=[], metavar="DEFECT", help="further defects to reproduce")
+    parser.add_argument("--num-resamples", type=int, default=500, help="resamples of the intervals; 0: no intervals")
     parser.add_argument("--seed", type=int, default=0, help="seed of the resampling")
 
 
@@ -63,18 +70,20 @@ def _defects(args: Namespace) -> frozenset[str]:
 
 
 def run_eval(argv: Sequence[str] | None = None) -> None:
-    """Score one answer file and print the published table, then the strict one with intervals."""
+    """Score one answer file; print the published table, then the strict scores with intervals."""
     parser = Parser(prog="run_eval.py", description="Score one medical VQA answer file.")
     parser.add_argument("--gt", required=True, type=Path, help="questions with references (test.json)")
     parser.add_argument("--pred", required=True, type=Path, help="answer file")
-    parser.add_argument("--candidate", type=Path, help='{"0": [answers]} or train.json; without it one row is left out')
+    parser.add_argument(
+        "--candidate", type=Path, help='{"0": [answers]} or train.json; without it, open accuracy is left out'
+    )
     parser.add_argument("--dataset", choices=["pvqa"], help="print the rows of the PathVQA variant")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
     _add_score_options(parser)
     args, unknown = parser.parse_known_args(argv)
     log.setup()
     if unknown:
-        logger.warning("these arguments have no effect: %s", " ".join(unknown))
+        logger.warning("arguments without effect: %s", " ".join(unknown))
     samples = medvqa_items.read_truth(args.gt)
     answers = list(read_records(args.pred))
     items = medvqa_items.join(samples, answers, source=args.pred.name)
@@ -102,7 +111,7 @@ def run_eval(argv: Sequence[str] | None = None) -> None:
 def print_legacy(
     title: str, table: str, items: Sequence[medvqa_items.Item], *, swapped: bool, out: TextIO | None = None
 ) -> None:
-    """Print the published output: title, counts (two of them under each other's name when `swapped`), table."""
+    """Print the published output: title, counts (open and closed exchanged if `swapped`), table."""
     out = out or sys.stdout
     num_open = sum(not item.closed for item in items)
     first, second = (len(items) - num_open, num_open) if swapped else (num_open, len(items) - num_open)
@@ -113,7 +122,7 @@ def print_legacy(
 
 
 def print_strict(report: dict[str, Any], *, out: TextIO | None = None) -> None:
-    """Print the strict scores with their intervals, and what was counted."""
+    """Print the counts of a report and the strict scores with their intervals."""
     out = out or sys.stdout
     count = report["counts"]
     out.write(
@@ -124,36 +133,37 @@ def print_strict(report: dict[str, Any], *, out: TextIO | None = None) -> None:
 
 
 def run_eval_batch(argv: Sequence[str] | None = None) -> None:
-    """Score every answer file of one type below a folder and write one row for each.
+    """Score all answer files of one type under a folder and write one row per file.
 
     Raises:
-        SystemExit: with status 1 when nothing was scored.
+        SystemExit: with status 1 if no file was scored.
     """
-    parser = Parser(prog="run_eval_batch.py", description="Score all medical VQA answer files below a folder.")
+    parser = Parser(prog="run_eval_batch.py", description="Score all medical VQA answer files under a folder.")
     parser.add_argument("--pred-file-parent-path", required=True, type=Path, help="folder searched for answer files")
     parser.add_argument("--target-test-type", default="test-answer-file", help=f"one of {', '.join(TEST_TYPES)}")
-    parser.add_argument("--gt-root", type=Path, help="holds DATASET/test.json (or test.json itself); searched first")
+    parser.add_argument("--gt-root", type=Path, help="folder with DATASET/test.json or test.json; searched first")
     parser.add_argument("--results-file", type=Path, help="default: the published name, in the current folder")
     _add_score_options(parser)
     args, unknown = parser.parse_known_args(argv)
     log.setup()
     if unknown:
-        logger.warning("these arguments have no effect: %s", " ".join(unknown))
+        logger.warning("arguments without effect: %s", " ".join(unknown))
     kind = lookup(TEST_TYPES, args.target_test_type, "test type")
     if not args.pred_file_parent_path.is_dir():
-        raise ConfigError(f"--pred-file-parent-path {args.pred_file_parent_path}: no such folder")
+        raise ConfigError(f"--pred-file-parent-path {args.pred_file_parent_path} is not a folder")
     command = _command("run_eval_batch.py", argv)
     rows = list(_score_files(args, kind, command))
     if not rows:
         sys.exit(
-            f"nothing was scored: no file below {args.pred_file_parent_path} whose name ends in "
-            f"{args.target_test_type}.jsonl could be joined with a {kind.truth} (see the messages above; --gt-root)"
+            f"nothing was scored: no file under {args.pred_file_parent_path} whose name ends in "
+            f"{args.target_test_type}.jsonl could be joined with a {kind.truth}; see the messages above, and pass the "
+            f"folder of the ground truth with --gt-root"
         )
     write_records(args.results_file or Path(kind.results), rows)
 
 
 def _score_files(args: Namespace, kind: TestType, command: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the result row of every answer file that can be scored; say why for the others."""
+    """Yield the result row of every answer file that can be scored; print a reason for the others."""
     for pred in sorted(args.pred_file_parent_path.rglob(f"*{args.target_test_type}.jsonl")):
         try:
             dataset = dataset_of(pred, kind)
@@ -176,23 +186,24 @@ def _score_file(pred: Path, dataset: str, truth: Path, args: Namespace, command:
 
 
 def dataset_of(pred: Path, kind: TestType) -> str:
-    """Return the data set whose name stands last in a file's path.
+    """Return the data set whose name occurs last in a file's path.
 
     Raises:
-        DataError: the path names none.
+        DataError: the path contains no such name.
     """
     path = str(pred.absolute())
     found = [(path.rfind(name), name) for name in kind.datasets if name in path]
     if not found:
-        raise DataError(f"no data set in its path; expected a folder or file named after one of {kind.datasets}")
+        known = ", ".join(kind.datasets)
+        raise DataError(f"the path names no data set; expected a folder or file named after one of {known}")
     return max(found)[1]
 
 
 def find_truth(pred: Path, dataset: str, kind: TestType, *, gt_root: Path | None, top: Path) -> Path:
-    """Return the ground truth of an answer file: below `gt_root`, else beside the answers or above, up to `top`.
+    """Return the ground truth of an answer file: under `gt_root`, else in the folders from the file up to `top`.
 
     Raises:
-        DataError: there is none; names where it was looked for.
+        DataError: the file is not found; the message names the searched paths.
     """
     places = [] if gt_root is None else [gt_root / dataset / kind.truth, gt_root / kind.truth]
     stop = top.resolve()
@@ -203,9 +214,9 @@ def find_truth(pred: Path, dataset: str, kind: TestType, *, gt_root: Path | None
     for place in places:
         if place.is_file():
             return place
-    raise DataError(f"no {kind.truth}; looked for {', '.join(map(str, places))}; give its folder by --gt-root")
+    raise DataError(f"{kind.truth} not found, tried {', '.join(map(str, places))}; pass its folder with --gt-root")
 
 
 def _command(name: str, argv: Sequence[str] | None) -> list[str]:
-    """Return the words of the command as typed."""
+    """Return the command line as typed."""
     return [name, *(sys.argv[1:] if argv is None else argv)]

@@ -1,8 +1,8 @@
-"""What a score is worth: the same questions on a grey image, and the answer one would give without any model.
+"""Controls of the scores: the same questions on a gray image, and the most frequent answers as a baseline.
 
-    score  -  blank image  =  what came from the picture
+    score  -  score on the blank image  =  gain from the image
 
-A model that does not look has a difference whose interval holds zero.
+For a model that ignores the image, the interval of the gain contains zero.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from llava.scoring.normalize import normalize
 Kind = TypeVar("Kind")
 
 BY_TYPE_SCORES = ("closed accuracy", "open recall")
+"""Scores that are reported by question type and in the verdicts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Majority:
-    """The most frequent closed and open answer of some rows; None where there is no row of the kind."""
+    """Most frequent closed and open answer of rows; None without a row of that kind."""
 
     closed: str | None
     open: str | None
@@ -36,18 +37,18 @@ class Majority:
 
 
 def majority(samples: Iterable[Sample], *, source: str) -> Majority:
-    """Return the most frequent normalised answers; the first seen wins a tie.
+    """Return the most frequent normalized answers; the first seen wins a tie.
 
     Args:
-        samples: rows with answers; those of the training set, or of the test set itself (then an upper bound).
-        source: what results call these rows.
+        samples: rows with answers: of the training set, or of the test set (which gives an upper bound).
+        source: name of these rows in the results.
     """
     best = commonest_answers(samples, lambda row: is_closed(row.meta.get("answer_type"), answer_of(row)))
     return Majority(best.get(True), best.get(False), source)
 
 
 def commonest_answers(samples: Iterable[Sample], kind_of: Callable[[Sample], Kind]) -> dict[Kind, str]:
-    """Return the most frequent normalised answer of every kind of row; the first seen wins a tie."""
+    """Return the most frequent normalized answer of every kind of row; the first seen wins a tie."""
     counts: dict[Kind, Counter[str]] = defaultdict(Counter)
     for sample in samples:
         counts[kind_of(sample)][normalize(answer_of(sample))] += 1
@@ -60,30 +61,33 @@ def answer_of(sample: Sample) -> str:
 
 
 def majority_items(items: Sequence[Item], answers: Majority) -> list[Item]:
-    """Return the items as answered by the majority alone."""
+    """Return the items with the majority answers as predictions."""
     return [replace(item, prediction=(answers.closed if item.closed else answers.open) or "") for item in items]
 
 
 def check_same_questions(items: Sequence[Item], other: Sequence[Item], *, what: str) -> None:
-    """Refuse a comparison of different questions.
+    """Check that two lists of items are about the same questions.
 
     Raises:
         DataError: ids or their order differ.
     """
     if [item.question_id for item in items] != [item.question_id for item in other]:
-        raise DataError(f"{what} answers other questions, or the same in another order; join both with one test file")
+        raise DataError(f"{what} has other questions, or another order of them; join both with one test file")
 
 
 def by_type(
     items: Sequence[Item], blank: Sequence[Item] | None, *, num_resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Return, for every question type and score, how much of the score comes from the picture.
+    """Return, for every question type and score, the score and its gain from the image.
 
     Args:
-        items: the answered questions; one of several types counts in each.
-        blank: the same questions answered on a grey image; None leaves the difference out.
-        num_resamples: of the intervals.
-        seed: of the resampling.
+        items: the answered questions; a question of several types counts for each.
+        blank: the same questions answered on a gray image; with None, the gain is left out.
+        num_resamples: number of resamples of the intervals.
+        seed: seed of the resampling.
+
+    Raises:
+        DataError: `blank` is about other questions.
     """
     if blank is not None:
         check_same_questions(items, blank, what="the blank-image control")
@@ -101,7 +105,7 @@ def by_type(
 
 
 def _compared(draws: Draws, score: Score, blank: Score | None) -> dict[str, Any]:
-    """Return a score's estimate beside its control's and their difference."""
+    """Return the estimates of a score, of its control, and of their difference."""
     row: dict[str, Any] = {"answered": draws.estimate(score).to_json()}
     if blank is not None:
         row["blank"] = draws.estimate(blank).to_json()
@@ -110,13 +114,13 @@ def _compared(draws: Draws, score: Score, blank: Score | None) -> dict[str, Any]
 
 
 def verdicts(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return one sentence a control: whether the strict scores are above it by more than their interval.
+    """Return one sentence per control and score: whether the interval of their difference is above zero.
 
     Args:
         scores: the set `strict` of a report.
     """
     sentences = []
-    for key, control in (("from_picture", "a grey image"), ("above_majority", "the majority answer")):
+    for key, control in (("from_picture", "a gray image"), ("above_majority", "the majority answer")):
         for name in BY_TYPE_SCORES:
             estimate = scores[name].get(key)
             if estimate is None or estimate["low"] is None:
@@ -130,7 +134,7 @@ def verdicts(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def compare_sets(
     scores: dict[str, Score], draws: Draws, *, blank: dict[str, Score] | None, baseline: dict[str, Score] | None
 ) -> dict[str, dict[str, Any]]:
-    """Return every score with its interval, its control and the majority baseline."""
+    """Return all scores with their intervals, controls and majority baselines."""
     result = {}
     for name, score in scores.items():
         row = _compared(draws, score, None if blank is None else blank[name])

@@ -1,4 +1,4 @@
-"""One scored thing: a question's reference and the answer to it, joined by id.
+"""Scored items: the reference of a question and the answer to it, joined by id.
 
 ground truth rows  --+
                      +-- join --> Item, Item, ...
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import DataError
-from llava.eval.questions import match_answers, refuse_doubles
+from llava.eval.questions import check_unique, match_answers
 from llava.samples import Sample, from_row, name_of
 from llava.scoring.decisions import is_closed
 from llava.utils.jsonl import read_records, read_text
@@ -22,17 +22,17 @@ from llava.utils.jsonl import read_records, read_text
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A question with its reference and the answer to be scored, both as written.
+    """Question with its reference and the answer to score, both as written.
 
     Attributes:
         question_id: the id as text.
-        question: the question without the image mark.
+        question: the question without the image placeholder.
         reference: the right answer.
-        prediction: the model's answer; empty where it failed.
+        prediction: the model's answer; empty if its generation failed.
         closed: whether the answer is one of few (yes or no, left or right).
-        types: the question's types; empty when the data name none.
+        types: the question's types; empty if the row names none.
         image: name of the image, the cluster of the intervals.
-        failed: whether the answer could not be generated.
+        failed: whether the generation of the answer failed.
     """
 
     question_id: str
@@ -46,12 +46,12 @@ class Item:
 
 
 def read_truth(path: str | Path) -> list[Sample]:
-    """Read questions with their references (`conversations` of a question and an answer at least).
+    """Return the questions of a file with their references (at least one question and its answer per row).
 
-    A row without an id is called by its number, as it was when it was asked.
+    The id of a row without one is its number, as in the answering commands.
 
     Raises:
-        DataError: a row cannot be used or an id occurs twice; names file and row.
+        DataError: a row is invalid or an id occurs twice; the message names file and row.
     """
     samples: list[Sample] = []
     for index, row in enumerate(read_records(path)):
@@ -60,15 +60,15 @@ def read_truth(path: str | Path) -> list[Sample]:
             check_reference(samples[-1])
         except DataError as error:
             raise DataError(f"{path}, row {index}: {error}") from error
-    refuse_doubles([sample.id for sample in samples], str(path))
+    check_unique([sample.id for sample in samples], str(path))
     return samples
 
 
 def check_reference(sample: Sample) -> None:
-    """Refuse a row that could not be scored.
+    """Check that a row can be scored.
 
     Raises:
-        DataError: the first question has no answer to compare with, or the row's `answer_type` is unknown.
+        DataError: the first question has no answer, or the row's `answer_type` is unknown.
     """
     turns = sample.conversation.turns
     if len(turns) < 2:
@@ -80,16 +80,16 @@ def check_reference(sample: Sample) -> None:
 
 
 def join(samples: Sequence[Sample], answers: Iterable[Mapping[str, Any]], *, source: str = "answers") -> list[Item]:
-    """Join questions and answer rows by id, whatever their order and whether ids are numbers or text.
+    """Join questions and answer rows by id, in any order; ids may be numbers or text.
 
     Args:
         samples: the questions, in the order of the result.
         answers: rows with `question_id`, `text` and `metadata`.
-        source: what messages call the answers.
+        source: name of the answers in messages.
 
     Raises:
-        DataError: a question has no answer, an answer no question or no text, or an id occurs twice; names the ids or
-            the row.
+        DataError: a question has no answer, an answer has no question or no text, or an id occurs twice; the message
+            names the ids or the row.
     """
     rows = match_answers([sample.id for sample in samples], answers, source=source)
     return [make_item(sample, row) for sample, row in zip(samples, rows, strict=True)]
@@ -112,15 +112,15 @@ def make_item(sample: Sample, answer: Mapping[str, Any]) -> Item:
 
 
 def question_types(value: Any) -> tuple[str, ...]:
-    """Return the types in `question_type`; the data write several as `POS, PRES`."""
+    """Return the types in `question_type`, which lists several as `POS, PRES`."""
     return tuple(part.strip().upper() for part in str(value or "").split(",") if part.strip())
 
 
 def read_candidates(path: str | Path) -> list[str]:
-    """Read the list of candidate answers: an object whose key "0" holds it, or training rows (their open answers).
+    """Return candidate answers: the list under key "0" of a JSON object, or the open answers of training rows.
 
     Raises:
-        DataError: the file holds neither.
+        DataError: the file has neither format.
     """
     try:
         whole = json.loads(read_text(path))
@@ -134,7 +134,7 @@ def read_candidates(path: str | Path) -> list[str]:
 
 
 def open_answers(samples: Iterable[Sample]) -> list[str]:
-    """Return the distinct open answers of training rows, in their order."""
+    """Return the distinct open answers of rows, in their order."""
     answers = (
         sample.conversation.turns[1].text
         for sample in samples

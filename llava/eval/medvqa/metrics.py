@@ -1,8 +1,8 @@
-"""The published medical VQA scores, each as one value an item; what is wrong with them has a name and a switch.
+"""Medical VQA scores with one value per item: the published scores with their known defects, and strict scores.
 
-A figure "as published" is the mean of these values over the open or the closed questions. `strict.py` holds the scores
-to trust; these are for comparison with tables in the literature, whose "Open" is `recall` and whose "Closed" is the
-`yes/no accuracy` of `run_eval_batch`.
+A published figure is the mean of these values over the open or the closed questions. The published scores are for
+comparison with tables in the literature, whose "Open" is `recall` and whose "Closed" is the `yes/no accuracy` of
+`run_eval_batch`; `strict_scores` has none of the defects of `llava.compat.DEFECTS`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ from llava.utils.lookup import require
 Program = Literal["run_eval", "run_eval_batch"]
 
 METRIC_VERSION = "1"
-"""Changes when any figure of the same answers would change."""
-
+"""Version of the scores; incremented whenever a figure of the same answers changes."""
 
 PUBLISHED = frozenset(DEFECTS) - {"dropped_closed_misses"}
-"""What run_eval and run_eval_batch do; only the PathVQA scripts also drop misses."""
+"""Defects of run_eval and run_eval_batch; only the PathVQA scripts also drop misses."""
 
 NAN = math.nan
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """The normalised texts of one item, their words counted."""
+class NormalizedPair:
+    """Normalized texts of one item."""
 
     reference: str
     prediction: str
@@ -59,23 +58,23 @@ def legacy_scores(
     candidates: Sequence[str] | None = None,
     defects: frozenset[str] = PUBLISHED,
 ) -> dict[str, list[float]]:
-    """Return the value of every item under every score of `program`, in the order of its table.
+    """Return the value of every item for every score of `program`, in the order of its table.
 
     Args:
         items: questions with answers.
-        program: whose formulas; run_eval and run_eval_batch differ in open and closed accuracy.
+        program: program whose formulas are used; the two differ in open and closed accuracy.
         candidates: open answers of the training set for run_eval's open accuracy; None leaves that score out.
-        defects: names in `DEFECTS` that stay in.
+        defects: names in `DEFECTS` to reproduce.
 
     Returns:
-        For each score n values; NaN where the score does not look at the item. BLEU is left out without nltk.
+        n values per score; NaN where the score does not apply to the item. BLEU is left out without nltk.
     """
     unknown = defects - DEFECTS.keys()
     if unknown:
         raise ConfigError(f"unknown defects {', '.join(sorted(unknown))}; known: {', '.join(DEFECTS)}")
     all_periods = "period_limit" not in defects
     pairs = [
-        Pair(
+        NormalizedPair(
             normalize(item.reference, all_periods=all_periods),
             normalize(item.prediction, all_periods=all_periods),
             item.closed,
@@ -99,11 +98,13 @@ def legacy_scores(
     return columns
 
 
-def _over(pairs: Sequence[Pair], score: Callable[[Pair], float], *, closed: bool = False) -> list[float]:
+def _over(
+    pairs: Sequence[NormalizedPair], score: Callable[[NormalizedPair], float], *, closed: bool = False
+) -> list[float]:
     return [score(pair) if pair.closed is closed else NAN for pair in pairs]
 
 
-def _exact(pair: Pair, defects: frozenset[str]) -> float:
+def _exact(pair: NormalizedPair, defects: frozenset[str]) -> float:
     if "precision_as_exact_match" not in defects:
         return float(pair.reference == pair.prediction)
     words = pair.prediction_words
@@ -111,8 +112,8 @@ def _exact(pair: Pair, defects: frozenset[str]) -> float:
     return shared / words.total() if words else 0.0
 
 
-def _bleu_scores(pairs: Sequence[Pair], defects: frozenset[str]) -> dict[str, list[float]]:
-    """Return four BLEU columns; none when nltk is not installed."""
+def _bleu_scores(pairs: Sequence[NormalizedPair], defects: frozenset[str]) -> dict[str, list[float]]:
+    """Return the four BLEU columns; an empty table if nltk is not installed."""
     try:
         bleu = require("nltk.translate.bleu_score", "eval")
     except MissingDependency:
@@ -142,13 +143,13 @@ def _bleu_scores(pairs: Sequence[Pair], defects: frozenset[str]) -> dict[str, li
     return columns
 
 
-def _open_hit(pair: Pair, defects: frozenset[str]) -> float:
+def _open_hit(pair: NormalizedPair, defects: frozenset[str]) -> float:
     if "substring_open" in defects:
         return float(pair.reference in pair.prediction)
     return float(pair.reference == pair.prediction)
 
 
-def _closed_hit(pair: Pair, program: Program, defects: frozenset[str]) -> float:
+def _closed_hit(pair: NormalizedPair, program: Program, defects: frozenset[str]) -> float:
     if "substring_closed" in defects:
         hit = pair.reference in pair.prediction
         decided = "yes" in pair.prediction or "no" in pair.prediction
@@ -162,14 +163,14 @@ def _closed_hit(pair: Pair, program: Program, defects: frozenset[str]) -> float:
 
 
 class Candidates:
-    """Open answers seen in training; an answer counts as the one that it covers best."""
+    """Open answers of the training set; an answer selects the candidate whose words it covers best."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.normalized = [normalize(text) for text in texts]
         self.words = [frozenset(text.split()) for text in self.normalized]
 
-    def hit(self, pair: Pair, defects: frozenset[str]) -> float:
-        """Say whether the candidate that the answer covers best (the first of equals) is the reference."""
+    def hit(self, pair: NormalizedPair, defects: frozenset[str]) -> float:
+        """Return 1 if the candidate that the answer covers best (the first of equals) is the reference, else 0."""
         said = pair.prediction_words.keys()
         shares = [len(words & said) / len(words) if words else 0.0 for words in self.words]
         best = max(range(len(shares)), key=shares.__getitem__, default=None)
@@ -179,12 +180,12 @@ class Candidates:
 
 
 def is_unparsable(item: Item) -> bool:
-    """Say whether a yes/no question got an answer without a decision."""
+    """Return whether the answer to a yes/no question has no decision."""
     return item.closed and _clean(item.reference) in DECISIONS and decision(item.prediction) is None
 
 
 def closed_hit(item: Item) -> float:
-    """Return 1 when the decision is right (yes/no), or when the answer is the reference (any other closed question)."""
+    """Return 1 if the decision (yes/no) or the answer (other closed questions) equals the reference, else 0."""
     reference = _clean(item.reference)
     if reference in DECISIONS:
         return float(decision(item.prediction) == reference)
@@ -192,7 +193,7 @@ def closed_hit(item: Item) -> float:
 
 
 def strict_scores(items: Sequence[Item]) -> dict[str, Score]:
-    """Return every strict score of the items; with question types, also the means over them."""
+    """Return all strict scores of the items; with question types, also the means over types."""
     closed = [closed_hit(item) if item.closed else math.nan for item in items]
     exact = [math.nan if item.closed else float(_clean(item.prediction) == _clean(item.reference)) for item in items]
     overlaps = [

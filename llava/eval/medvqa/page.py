@@ -1,7 +1,6 @@
-"""One HTML page of a result: figures, a plot by question type, answers with their pictures.
+"""HTML page of an evaluation: figures, a plot by question type, and answers with their images.
 
-The page loads nothing from elsewhere. It shows questions, answers and pictures of the data, so it belongs
-where the data may be.
+The page makes no requests. It contains questions, answers and images of the data, so the rules of the data apply to it.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ def write_page(
         title: its heading.
         report: the result of `medvqa.report.full_report`, with `provenance`.
         items: the answered questions.
-        blank: the same on a grey image, in the same order.
-        open_image: returns the picture of an item's image name; None shows no pictures.
-        num_examples: how many answers to show.
-        note: a sentence under the heading (what the data are).
+        blank: the same questions on a gray image, in the same order.
+        open_image: returns the image of a name; with None, the page shows no images.
+        num_examples: number of answers to show.
+        note: a sentence under the heading, such as a description of the data.
     """
     parts = [f"<h1>{escape(title)}</h1>"]
     if note:
@@ -53,17 +52,17 @@ def write_page(
     parts.append("<h2>Examples</h2>")
     for index in choose_examples(items, blank, num_examples):
         parts.append(case(items[index], None if blank is None else blank[index], open_image))
-    parts += ["<h2>Where this comes from</h2>", _facts(report.get("provenance", {}))]
+    parts += ["<h2>Provenance</h2>", _facts(report.get("provenance", {}))]
     write_atomic(path, page(title, parts))
 
 
 def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return one set of scores with control and majority."""
+    """Return the HTML table of one set of scores with control and majority."""
     return _compared([(name, row) for name, row in scores.items()], "score")
 
 
 def type_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return how much of each score comes from the picture, by question type."""
+    """Return the HTML table of scores by question type, with their gain from the image."""
     return _compared([(f"{row['type']}, {row['score']}", row) for row in rows], "type, score")
 
 
@@ -74,14 +73,14 @@ def _compared(rows: Sequence[tuple[str, Mapping[str, Any]]], first: str) -> str:
         "%",
         "95 % interval",
         "blank image",
-        "from the picture",
+        "from the image",
         "interval",
         "majority",
         "above majority",
     ]
     cells = []
     for name, row in rows:
-        answered, picture, above = row["answered"], row.get("from_picture"), row.get("above_majority")
+        answered, gain, above = row["answered"], row.get("from_picture"), row.get("above_majority")
         cells.append(
             [
                 name,
@@ -89,8 +88,8 @@ def _compared(rows: Sequence[tuple[str, Mapping[str, Any]]], first: str) -> str:
                 figure(answered["value"]),
                 interval(answered),
                 figure(row["blank"]["value"]) if "blank" in row else "not run",
-                figure(picture["value"], signed=True) if picture else "-",
-                interval(picture) if picture else "-",
+                figure(gain["value"], signed=True) if gain else "-",
+                interval(gain) if gain else "-",
                 figure(row.get("majority")),
                 f"{figure(above['value'], signed=True)} {interval(above)}" if above else "-",
             ]
@@ -99,7 +98,7 @@ def _compared(rows: Sequence[tuple[str, Mapping[str, Any]]], first: str) -> str:
 
 
 def type_plot(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return bars by question type as SVG: the score, its interval, and the same on a grey image."""
+    """Return bars by question type as SVG: the score, its interval, and the score on a gray image."""
     height, left, width = 30, 230, 560
     bars = []
     for place, row in enumerate(rows):
@@ -112,7 +111,7 @@ def type_plot(rows: Sequence[Mapping[str, Any]]) -> str:
         bars.append(f'<path d="M{low:.1f} {top + 9.5}H{high:.1f}" stroke="#1b1f24"/>')
         if "blank" in row:
             bars.append(_bar(left, top + 15, width * _share(row["blank"]["value"]), 9, "#8c959f"))
-    legend = '<p class="note">Blue: with the picture (line: 95 % interval). Grey: the same questions, grey image.</p>'
+    legend = '<p class="note">Blue: with the image (line: 95 % interval). Gray: the same questions, gray image.</p>'
     size = f'width="{left + width + 20}" height="{len(rows) * height + 4}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {size}>{"".join(bars)}</svg>{legend}'
 
@@ -126,9 +125,9 @@ def _share(percent: float | None) -> float:
 
 
 def choose_examples(items: Sequence[Item], blank: Sequence[Item] | None, num_examples: int) -> list[int]:
-    """Return positions of telling answers: failed, helped by the picture, wrong and right ones in turn.
+    """Return indices of examples, in turn: failed, right only with the image, wrong, and right answers.
 
-    Each shows another picture as long as there are pictures left.
+    Images repeat only when all images of a group have been shown.
     """
     groups: dict[str, list[int]] = {"failed": [], "helped": [], "wrong": [], "right": []}
     for index, item in enumerate(items):
@@ -153,12 +152,12 @@ def choose_examples(items: Sequence[Item], blank: Sequence[Item] | None, num_exa
 
 
 def is_right(item: Item) -> bool:
-    """Say whether an answer is right by the strict rules (an open one by equality)."""
+    """Return whether an answer is right by the strict rules (open answers by equality)."""
     return closed_hit(item) == 1.0
 
 
 def case(item: Item, blank: Item | None, open_image: OpenImage | None) -> str:
-    """Return one answer with its picture."""
+    """Return the HTML of one answer with its image."""
     verdict = ("right", "right") if is_right(item) else ("wrong", "wrong")
     answer = "(failed)" if item.failed else item.prediction
     pairs = [
@@ -167,7 +166,7 @@ def case(item: Item, blank: Item | None, open_image: OpenImage | None) -> str:
         ("answer", f'{escape(answer)} <b class="{verdict[0]}">{verdict[1]}</b>'),
     ]
     if blank is not None:
-        pairs.append(("on a grey image", escape(blank.prediction)))
+        pairs.append(("on a gray image", escape(blank.prediction)))
     pairs.append(
         ("id, type", escape(f"{item.question_id}, {'closed' if item.closed else 'open'} {' '.join(item.types)}"))
     )
@@ -181,4 +180,4 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _facts(provenance: Mapping[str, Any]) -> str:
-    return table(["what", "value"], [[name, str(value)] for name, value in provenance.items()])
+    return table(["name", "value"], [[name, str(value)] for name, value in provenance.items()])

@@ -1,4 +1,4 @@
-"""All figures of one answer file, and how they are printed."""
+"""Report of one answer file: all figures as JSON values, and text tables of them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from llava.utils.reporting import Cell, simple_table
 HEADERS = ("Metric", "Performance")
 
 NOT_SCORED = {
-    "bleu_score": "nltk is not installed: the BLEU rows are left out (pip install 'llava[eval]')",
-    "open accuracy": "no candidate answers were given: the row 'open accuracy' is left out (--candidate FILE)",
+    "bleu_score": "nltk is not installed; the BLEU rows are left out (pip install 'llava[eval]')",
+    "open accuracy": "--candidate is not given; the row 'open accuracy' is left out",
 }
-"""What to say when a score of the published table is missing."""
+"""Notes printed for scores that are missing in the published table."""
 
 
 def score_sets(
     items: Sequence[Item], *, candidates: Sequence[str] | None = None, defects: frozenset[str] = PUBLISHED
 ) -> dict[str, dict[str, Score]]:
-    """Return every set of scores of the items: `strict`, then the published ones by program."""
+    """Return all sets of scores of the items: `strict`, then the published scores by program."""
     sets = {"strict": strict_scores(items)}
     for program in get_args(Program):
         columns = legacy_scores(items, program=program, candidates=candidates, defects=defects)
@@ -43,16 +43,16 @@ def full_report(
     num_resamples: int = 500,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return all figures of some answers as JSON values, percentages with intervals clustered by image.
+    """Return all figures of answers as JSON values: percentages with intervals clustered by image.
 
     Args:
         items: the answered questions.
-        blank: the same questions answered on a grey image.
+        blank: the same questions answered on a gray image.
         baseline: the most frequent answers, scored like a model.
         candidates: open answers of the training set, for run_eval's open accuracy.
-        defects: known defects of the published scores that stay in.
-        num_resamples: of the intervals.
-        seed: of the resampling.
+        defects: known defects of the published scores to reproduce.
+        num_resamples: number of resamples of the intervals.
+        seed: seed of the resampling.
     """
     if blank is not None:
         check_same_questions(items, blank, what="the blank-image control")
@@ -81,7 +81,7 @@ def full_report(
 
 
 def counts(items: Sequence[Item]) -> dict[str, int]:
-    """Return how many questions, images, failures and answers without a decision there are."""
+    """Return the numbers of questions, images, failures and answers without a decision."""
     return {
         "questions": len(items),
         "open": sum(not item.closed for item in items),
@@ -99,19 +99,19 @@ def legacy_table(columns: Mapping[str, Sequence[float]], *, names: Sequence[str]
 
 
 def report_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return one set of scores as text: figure, interval, control, what came from the picture, majority."""
+    """Return one set of scores as a text table: figure, interval, control, gain from the image, majority."""
     with_blank = any("blank" in row for row in scores.values())
     with_majority = any("majority" in row for row in scores.values())
     headers = ["Metric", "n", "%", "95% interval"]
-    headers += ["blank image", "from the picture"] if with_blank else []
+    headers += ["blank image", "from the image"] if with_blank else []
     headers += ["majority", "above majority"] if with_majority else []
     return simple_table(headers, [_report_row(name, row, with_blank, with_majority) for name, row in scores.items()])
 
 
 def type_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table by question type as text."""
+    """Return the scores by question type as a text table."""
     with_blank = any("blank" in row for row in rows)
-    headers = ["Type, score", "n", "%", "95% interval"] + (["blank image", "from the picture"] if with_blank else [])
+    headers = ["Type, score", "n", "%", "95% interval"] + (["blank image", "from the image"] if with_blank else [])
     cells = [_report_row(f"{row['type']}, {row['score']}", row, with_blank, False) for row in rows]
     return simple_table(headers, cells)
 
@@ -120,8 +120,8 @@ def _report_row(name: str, row: Mapping[str, Any], with_blank: bool, with_majori
     answered = row["answered"]
     cells: list[Cell] = [name, answered["num_items"], figure(answered["value"]), interval(answered)]
     if with_blank:
-        picture = row["from_picture"]
-        cells += [figure(row["blank"]["value"]), f"{figure(picture['value'], signed=True)} {interval(picture)}"]
+        gain = row["from_picture"]
+        cells += [figure(row["blank"]["value"]), f"{figure(gain['value'], signed=True)} {interval(gain)}"]
     if with_majority:
         above = row["above_majority"]
         cells += [figure(row["majority"]), f"{figure(above['value'], signed=True)} {interval(above)}"]

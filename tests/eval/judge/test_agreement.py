@@ -69,8 +69,8 @@ def test_two_judges_by_hand() -> None:
     assert "weighted kappa" in table and "gain" not in table
 
 
-def test_questions_of_one_picture_are_drawn_together() -> None:
-    """Both questions of picture 0 agree, both of picture 1 do not: a resample holds 0, 1 or 2 of the pictures."""
+def test_questions_of_one_image_are_drawn_together() -> None:
+    """Both questions of image 0 agree, both of image 1 do not: a resample holds 0, 1 or 2 of the images."""
     first = [one(number, (5, 5)) for number in range(4)]
     second = [one(number, (5, 5) if number < 2 else (9, 9)) for number in range(4)]
     estimate = summary.of_judges(first, second, num_resamples=200)["answer"]["exact"]
@@ -88,7 +88,7 @@ def test_constant_judges_have_no_correlation_and_no_nan_in_json() -> None:
 
 
 def test_two_orders_of_one_judge() -> None:
-    """Whichever answer stands first gets two points more."""
+    """The answer in first position gets two points more."""
     rows = [one(number, (8.0, 4.0), (6.0, 6.0)) for number in range(3)] + [one(9, (8.0, 4.0))]
     report = summary.of_orders(rows, num_resamples=20)
     assert report is not None and report["num_questions"] == 3

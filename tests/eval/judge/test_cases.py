@@ -1,4 +1,4 @@
-"""Questions joined with answers, and what the judge reads about them."""
+"""Joining of questions and answers, and the messages to the judge."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_releases_are_sets_of_defects() -> None:
 def test_the_real_questions(shared: Path) -> None:
     folder = shared / "oracles" / "llava-med-eval"
     if not folder.is_dir():
-        pytest.skip("the real chat questions are not at hand")
+        pytest.skip("the real chat questions are not available")
     questions = folder / "llava_med_eval_qa50_qa.jsonl"
     answers = folder / "llava_med_qa50_instruct_caption_in_text_cleaned-60k-3epoch.json"
     cases = read_cases(questions, answers)

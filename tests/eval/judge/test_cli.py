@@ -1,4 +1,4 @@
-"""The two commands, with a judge that replays: real questions, resuming, tables, pages."""
+"""Commands of the chat evaluation with a deterministic judge: real questions, resuming, tables, pages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PUBLISHED_DOMAINS = {"chest_xray": 37, "mri": 38, "histology": 44, "gross": 34, 
 
 
 def replayed(messages: list[dict]) -> str:
-    """Give two scores that depend on the answers alone."""
+    """Give two scores that depend only on the answers."""
     first, second = (part.split("\n\n[End")[0] for part in messages[1]["content"].split("[Assistant ")[1:3])
     scores = [4 + hashlib.sha256(text[3:].encode()).digest()[0] % 7 for text in (first, second)]
     return f"{scores[0]} {scores[1]}\nThe reasons."
@@ -70,7 +70,7 @@ def test_the_real_questions_and_released_answers(
 ) -> None:
     folder = shared / "oracles" / "llava-med-eval"
     if not folder.is_dir():
-        pytest.skip("the real chat questions are not at hand")
+        pytest.skip("the real chat questions are not available")
     questions = folder / "llava_med_eval_qa50_qa.jsonl"
     answers = folder / "llava_med_qa50_instruct_caption_in_text_cleaned-60k-3epoch.json"
     out = tmp_path / "scores.jsonl"
@@ -121,12 +121,12 @@ def test_v15_flags_swap_and_report(
     assert "[{'tokens'" in endpoint.calls[0].body["messages"][1]["content"]
     eval_multimodal_chat_gpt_score.main([*files, "--swap-order", "--out", str(out)])
     report = json.loads(out.read_text())
-    assert report["orders"]["answer"]["exact"]["value"] == 1.0  # this judge does not look at the order
+    assert report["orders"]["answer"]["exact"]["value"] == 1.0  # this judge ignores the order
     assert report["orders"]["first place"]["value"] == 0.0
     assert report["provenance"]["orders"] == ["12", "21"]
 
 
-def test_killed_process_goes_on(files: list[str], tmp_path: Path) -> None:
+def test_killed_process_resumes(files: list[str], tmp_path: Path) -> None:
     with serve(replayed) as state:
         state.pause = 0.15
         words = [sys.executable, SCRIPT, *files, "--max-concurrency", "1", "--num-resamples", "5"]
@@ -174,13 +174,13 @@ def test_refused_question_is_counted_and_nothing_of_it_is_logged(
         assert "object" not in text and "Reference" not in text and KEY not in text
 
 
-def test_reply_cut_at_the_limit_still_counts(files: list[str], endpoint: FakeEndpoint, tmp_path: Path) -> None:
+def test_reply_truncated_at_the_limit_still_counts(files: list[str], endpoint: FakeEndpoint, tmp_path: Path) -> None:
     endpoint.faults = [Fault(finish_reason="length", text="8 7\nBecause the")]
     eval_multimodal_chat_gpt_score.main([*files, "--max-concurrency", "1"])
     assert sorted(row["result"] == "8 7\nBecause " for row in lines(tmp_path / "s.jsonl")) == [False] * 5 + [True]
 
 
-def test_a_score_that_may_be_cut_off_is_asked_again(files: list[str], endpoint: FakeEndpoint, tmp_path: Path) -> None:
+def test_score_that_may_be_truncated_is_retried(files: list[str], endpoint: FakeEndpoint, tmp_path: Path) -> None:
     endpoint.faults = [Fault(finish_reason="length", text="10 1")]
     eval_multimodal_chat_gpt_score.main([*files, "--max-concurrency", "1"])
     found = [row["judgement"]["orders"]["12"] for row in lines(tmp_path / "s.jsonl")]
@@ -200,7 +200,7 @@ def test_scores_do_not_overwrite_what_is_read(files: list[str], endpoint: FakeEn
     assert (tmp_path / "a.jsonl").read_bytes() == before and endpoint.calls == []
 
 
-def test_page_shows_telling_cases() -> None:
+def test_page_shows_examples_of_every_kind() -> None:
     def rated(number: int, scores: tuple[float, float] | None) -> Rated:
         return Rated(str(number), "", (), "x", scores)
 
@@ -208,7 +208,7 @@ def test_page_shows_telling_cases() -> None:
     assert choose(rows, 4) == [2, 1, 3, 0] and sorted(choose(rows, 99)) == [0, 1, 2, 3, 4] and choose([], 3) == []
 
 
-def test_dry_run_and_offline_ask_nobody(
+def test_dry_run_and_offline_send_no_request(
     files: list[str], endpoint: FakeEndpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     eval_multimodal_chat_gpt_score.main([*files, "--dry-run", "--swap-order"])
@@ -244,7 +244,7 @@ def test_summary_of_files_judges_and_page(
 def test_from_questions_to_scores(
     endpoint: FakeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """model_vqa answers the chat questions (one picture is missing), the judge scores what was answered."""
+    """model_vqa answers the chat questions (one image is missing), the judge scores the answers."""
     questions = write_lines(tmp_path / "q.jsonl", [question(index) for index in range(6)])
     (tmp_path / "images").mkdir()
     for name in ("0.jpg", "1.jpg"):
@@ -262,11 +262,11 @@ def test_from_questions_to_scores(
     assert ["error" in row["metadata"] for row in answers] == [False] * 4 + [True] * 2
     v10 = ["--question_input_path", str(questions), "--input_path", str(tmp_path / "a.jsonl")]
     eval_multimodal_chat_gpt_score.main([*v10, "--output_path", str(tmp_path / "s.jsonl")])
-    assert "without a score, and in no figure: the answer failed: 2" in capsys.readouterr().out
+    assert "without a score, excluded from all figures: the answer failed: 2" in capsys.readouterr().out
     assert len(endpoint.calls) == 4
 
 
-def test_reviews_of_llava_are_found_and_summarised(
+def test_reviews_of_llava_are_found_and_summarized(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

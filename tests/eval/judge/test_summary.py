@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llava.errors import ConfigError, DataError
 from llava.eval.judge.scores import Rated, read_rated
-from llava.eval.judge.summary import groups_of, interval_table, published_table, review_text, summarise
+from llava.eval.judge.summary import groups_of, interval_table, published_table, review_text, score_summary
 from tests.support.judges import question, write_lines
 
 
@@ -32,7 +32,7 @@ ROWS = [
 
 
 def test_figures_by_hand() -> None:
-    groups = summarise(ROWS, num_resamples=50)["groups"]
+    groups = score_summary(ROWS, num_resamples=50)["groups"]
     assert list(groups) == [
         "conversation",
         "detailed_description",
@@ -65,19 +65,19 @@ def test_a_figure_of_several_domains() -> None:
     assert list(other) == ["conversation", "quiz", "mri", "endoscopy", "overall"]
 
 
-def test_intervals_draw_pictures_not_questions() -> None:
-    """Two pictures, four times the same question each: as if there were two questions."""
+def test_intervals_resample_images_not_questions() -> None:
+    """Two images with four equal questions each give the interval of two questions."""
     many = [rated(0, "conversation", ("mri",), (10.0, 2.0))] * 4 + [rated(2, "conversation", ("mri",), (10.0, 8.0))] * 4
-    estimate = summarise(many, num_resamples=200)["groups"]["overall"]["pred_relative_score"]
+    estimate = score_summary(many, num_resamples=200)["groups"]["overall"]["pred_relative_score"]
     assert estimate == {"value": pytest.approx(50.0), "low": pytest.approx(20.0), "high": pytest.approx(80.0)}
 
 
 def test_nothing_scored_and_no_resamples() -> None:
-    report = summarise([ROWS[4]], num_resamples=0)
+    report = score_summary([ROWS[4]], num_resamples=0)
     assert report["groups"]["mri"]["pred_score"] == {"value": None, "low": None, "high": None}
     assert report["failures"] == {"no scores": 1}
     assert "-" in published_table(report) and "[-, -]" in interval_table(report)
-    assert summarise(ROWS, num_resamples=0)["groups"]["overall"]["pred_score"] == {
+    assert score_summary(ROWS, num_resamples=0)["groups"]["overall"]["pred_score"] == {
         "value": 5.0,
         "low": None,
         "high": None,
@@ -86,12 +86,12 @@ def test_nothing_scored_and_no_resamples() -> None:
 
 
 def test_tables_as_published() -> None:
-    lines = published_table(summarise(ROWS, num_resamples=5)).splitlines()
+    lines = published_table(score_summary(ROWS, num_resamples=5)).splitlines()
     assert lines[0].split() == ["conversation", "detailed_description", "chest_xray", "mri", "histology", "overall"]
     assert [line.split()[0] for line in lines[2:]] == ["gpt4_score", "pred_score", "pred_relative_score", "data_size"]
     assert lines[4].split()[1:] == ["55", "120", "85", "90", "25", "71.25"]
     assert lines[5].split()[1:] == ["3", "1", "2", "1", "1", "4"]
-    assert "71.25 [" in interval_table(summarise(ROWS, num_resamples=5)).splitlines()[-1]
+    assert "71.25 [" in interval_table(score_summary(ROWS, num_resamples=5)).splitlines()[-1]
 
 
 def test_review_of_llava_by_hand() -> None:
@@ -144,8 +144,8 @@ def test_rows_without_scores_are_refused(tmp_path: Path, row: dict, message: str
         read_rated(write_lines(tmp_path / "s.jsonl", [row]))
 
 
-def test_empty_files_and_doubles_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no row"):
+def test_empty_files_and_repeated_ids_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no rows"):
         read_rated(write_lines(tmp_path / "s.jsonl", []))
     with pytest.raises(DataError, match="unique"):
         read_rated(write_lines(tmp_path / "s.jsonl", [{"question_id": 1, "tuple": [1, 1]}] * 2))
@@ -169,4 +169,4 @@ def test_any_rows_are_read_or_refused(rows: list[dict]) -> None:
             found = read_rated(write_lines(Path(folder) / "s.jsonl", rows))
         except DataError:
             return
-    json.dumps(summarise(found, num_resamples=3))
+    json.dumps(score_summary(found, num_resamples=3))

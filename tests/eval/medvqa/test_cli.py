@@ -1,4 +1,4 @@
-"""run_eval and run_eval_batch against the published figures, and how they fail."""
+"""run_eval and run_eval_batch: the published figures, and failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.eval_fakes import row, rows_of, write_vqa
 def oracle(shared: Path) -> Path:
     folder = shared / "oracles" / "llava-med-eval"
     if not folder.is_dir():
-        pytest.skip("the scoring oracle is not at hand")
+        pytest.skip("the scoring oracle is not available")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""A model that looks and one that does not; the majority."""
+"""Controls of a model that uses the image and of one that ignores it; the majority baseline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.eval_fakes import row
 
 
 def make_items(looks: bool) -> tuple[list[Item], list[Item]]:
-    """Sixty questions on thirty images; half the references are no, which the blank run always says."""
+    """Return sixty questions on thirty images; half the references are no, the answer of the blank run."""
     items, blank = [], []
     for index in range(60):
         reference = "yes" if index % 2 else "no"
@@ -24,20 +24,20 @@ def make_items(looks: bool) -> tuple[list[Item], list[Item]]:
     return items, blank
 
 
-@pytest.mark.parametrize(("looks", "value", "picture"), [(True, 100.0, 50.0), (False, 50.0, 0.0)])
-def test_from_the_picture(looks: bool, value: float, picture: float) -> None:
+@pytest.mark.parametrize(("looks", "value", "gain"), [(True, 100.0, 50.0), (False, 50.0, 0.0)])
+def test_gain_from_the_image(looks: bool, value: float, gain: float) -> None:
     items, blank = make_items(looks)
     report = full_report(items, blank=blank, num_resamples=200)
     row_ = report["scores"]["strict"]["closed accuracy"]
     assert row_["answered"]["value"] == value
     assert row_["blank"]["value"] == 50.0
-    assert row_["from_picture"]["value"] == picture
+    assert row_["from_picture"]["value"] == gain
     assert (row_["from_picture"]["low"] > 0) is looks
     (sentence,) = verdicts(report["scores"]["strict"])
-    assert ("NOT above a grey image" in sentence) is not looks
+    assert ("NOT above a gray image" in sentence) is not looks
     types = {entry["type"]: entry for entry in report["by_type"]}
     assert set(types) == {"PRES", "POS", "ABN"}
-    assert types["ABN"]["from_picture"]["value"] == picture
+    assert types["ABN"]["from_picture"]["value"] == gain
     assert types["PRES"]["answered"]["num_items"] == 30
 
 

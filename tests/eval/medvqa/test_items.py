@@ -55,7 +55,7 @@ def test_missing_and_extra_ids_are_named(truth: list) -> None:
 
 
 @pytest.mark.parametrize("text", [None, True, ["yes"]])
-def test_an_answer_that_is_no_text_is_refused(truth: list, text: object) -> None:
+def test_answer_that_is_not_text_is_refused(truth: list, text: object) -> None:
     rows = answers(7, 8, 9)
     rows[1]["text"] = text
     with pytest.raises(DataError, match=r"^out\.jsonl, row 1: field 'text' must be text or a number, got \w+"):
@@ -64,7 +64,7 @@ def test_an_answer_that_is_no_text_is_refused(truth: list, text: object) -> None
     assert items.join(truth, rows)[1].prediction == "3"
 
 
-def test_rows_without_ids_are_called_by_their_number(tmp_path: Path) -> None:
+def test_rows_without_ids_are_named_by_their_number(tmp_path: Path) -> None:
     rows = [row(None, "a.png", "Q1?", "yes"), row("x", "a.png", "Q2?", "no"), row(None, "b.png", "Q3?", "no")]
     del rows[2]["id"]
     path = write(tmp_path / "test.json", rows)

@@ -1,4 +1,4 @@
-"""The published formulas by hand-computed vectors, and each defect by its switch."""
+"""Published formulas against hand-computed values, and each defect with its switch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: which answers it shows, and that nothing of the data becomes markup."""
+"""Page of an evaluation: its examples, and escaping of all texts of the data."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_examples_take_turns() -> None:
     assert page.choose_examples([], None, 5) == []
 
 
-def test_examples_show_different_pictures_while_there_are_any() -> None:
-    items = [replace(make(str(number), "yes"), image=picture) for number, picture in enumerate("aab")]
+def test_examples_show_different_images_while_possible() -> None:
+    items = [replace(make(str(number), "yes"), image=image) for number, image in enumerate("aab")]
     assert page.choose_examples(items, None, 2) == [0, 2]
     assert page.choose_examples(items, None, 3) == [0, 2, 1]
 
@@ -38,7 +38,7 @@ def test_case_is_escaped_and_shows_the_control() -> None:
     assert "maybe" in text and "no picture" in text
 
 
-def test_pictures_are_small_and_broken_ones_are_named() -> None:
+def test_images_are_small_and_broken_ones_are_named() -> None:
     def open_image(name: str) -> Image.Image:
         if name == "broken":
             raise DataError("broken")

@@ -1,4 +1,4 @@
-"""Decisions by whole words; equality; means over types."""
+"""Strict scores: decisions by whole words, equality, means over types."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_closed_hits() -> None:
     assert not is_unparsable(make("perhaps", "yes", closed=False))
 
 
-def test_means_over_types_weigh_types_alike() -> None:
+def test_means_over_types_weight_types_equally() -> None:
     items = [make("yes", "yes", closed=True, types=("PRES",))] * 3 + [make("yes", "no", closed=True, types=("POS",))]
     items += [make("yes", "no", closed=True, types=("POS", "PRES"))]
     scores = strict_scores(items)
