@@ -31,7 +31,7 @@ PLAIN = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
 LOCAL_PAX, GLOBAL_PAX = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE}), frozenset({tarfile.XGLTYPE})
 
 
-class Source(Protocol):
+class ArchiveSource(Protocol):
     """Where the archive's bytes come from."""
 
     def read(self) -> bytes:
@@ -68,7 +68,7 @@ class Unpacked:
         ArchiveError: not gzipped, damaged, cut off, or more than the limits allow.
     """
 
-    def __init__(self, source: Source, limits: Limits) -> None:
+    def __init__(self, source: ArchiveSource, limits: Limits) -> None:
         self._source = source
         self._limits = limits
         self._zip = zlib.decompressobj(wbits=31)
@@ -160,7 +160,7 @@ class Archive:
         limits: what it may cost.
     """
 
-    def __init__(self, source: Source, limits: Limits | None = None) -> None:
+    def __init__(self, source: ArchiveSource, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self._bytes = Unpacked(source, self.limits)
         self._left = 0
@@ -307,7 +307,7 @@ def stem(name: str) -> str:
     return base if dot and f".{ending.lower()}" in IMAGE_ENDINGS else name
 
 
-def take(source: Source, names: Collection[str], limits: Limits | None = None) -> Iterator[Taken]:
+def take(source: ArchiveSource, names: Collection[str], limits: Limits | None = None) -> Iterator[Taken]:
     """Yield the listed files of an archive as they pass; reading stops when all have.
 
     A name is met by the member of that name, or else, at the archive's end, by the one that differs only in its image

@@ -1,6 +1,6 @@
 """HTTP for downloads: one client for all threads, which asks politely, follows redirects only where that is safe.
 
-    address --turn of the host, address policy--> request --redirects, each checked again--> Answer, a stream of bytes
+    url --turn of the host, url policy--> request --redirects, each checked again--> Answer, a stream of bytes
 
 httpx2 and not urllib: connections stay open between the hundred thousands of requests to one host, every single read
 has a time limit, bodies come as they were sent (an archive is not unzipped on the way), proxies of the environment are
@@ -21,13 +21,13 @@ from urllib.parse import urljoin, urlsplit
 import httpx2
 
 import llava
-from llava.data.download.url_policy import AddressPolicy, check_base, origin, shown, split_bases
+from llava.data.download.url_policy import UrlPolicy, check_base, origin, shown, split_bases
 from llava.errors import ConfigError, DownloadError
 from llava.utils.cli import Parser
 from llava.utils.retry import retry_after
 
 
-class HostTurns:
+class HostRateLimiter:
     """Spreads the requests to each host evenly over time.
 
     Args:
@@ -60,10 +60,10 @@ class HostTurns:
             self._next[host] = max(self._next.get(host, 0.0), time.monotonic() + seconds)
 
 
-TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+RETRY_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 GONE = frozenset({404, 410})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-PASSING = frozenset({"unreachable", "stalled", "cut_off", "unavailable"})
+TRANSIENT = frozenset({"unreachable", "stalled", "cut_off", "unavailable"})
 """Reasons to ask again."""
 
 
@@ -72,7 +72,7 @@ class NetworkOptions:
     """How servers are asked.
 
     Attributes:
-        user_agent: how we introduce ourselves; a contact address in it is good manners on long runs.
+        user_agent: how we introduce ourselves; a contact url in it is good manners on long runs.
         per_second: requests a second and host (the archive's own rule for programs is three).
         max_attempts: how often a file is asked for that makes no progress.
         first_wait: seconds before the second attempt; doubled for each further one.
@@ -107,11 +107,11 @@ class Answer:
 
     Attributes:
         response: the answer.
-        address: where it came from in the end.
+        url: where it came from in the end.
     """
 
     response: httpx2.Response
-    address: str
+    url: str
 
     @property
     def status(self) -> int:
@@ -133,7 +133,7 @@ class Client:
 
     Args:
         options: how.
-        bases: addresses the user gave, which may be private.
+        bases: urls the user gave, which may be private.
         num_connections: most connections that are open at a time.
     """
 
@@ -142,8 +142,8 @@ class Client:
     ) -> None:
         self.options = options or NetworkOptions()
         self.stopped = threading.Event()
-        self.policy = AddressPolicy(bases)
-        self._turns = HostTurns(self.options.per_second, self.stopped)
+        self.policy = UrlPolicy(bases)
+        self._turns = HostRateLimiter(self.options.per_second, self.stopped)
         timeout = httpx2.Timeout(self.options.stall_seconds, connect=self.options.connect_seconds, pool=None)
         self._http = httpx2.Client(
             headers={"User-Agent": self.options.user_agent, "Accept-Encoding": "identity"},
@@ -167,40 +167,40 @@ class Client:
         """Wait, unless the client is closed in the meantime."""
         self.stopped.wait(seconds)
 
-    def open(self, address: str, *, start: int = 0, etag: str | None = None) -> Answer:
+    def open(self, url: str, *, start: int = 0, etag: str | None = None) -> Answer:
         """Ask for a file from byte `start` on; the answer has status 200, 206 or 416.
 
         Args:
-            address: an http(s) address.
+            url: an http(s) url.
             start: first byte that is wanted.
             etag: the version of the file that the bytes before `start` belong to, if known.
 
         Raises:
-            DownloadError: any other answer, or none; its reason is one of `PASSING` where asking again may help.
+            DownloadError: any other answer, or none; its reason is one of `TRANSIENT` where asking again may help.
         """
         headers = {} if start == 0 else {"Range": f"bytes={start}-"}
         if start and etag and not etag.startswith("W/"):
             headers["If-Range"] = etag
         before: str | None = None
         for _ in range(self.options.max_redirects + 1):
-            answer = self._ask(address, headers, before)
+            answer = self._ask(url, headers, before)
             if answer.status not in REDIRECTS:
                 return self._accepted(answer)
             answer.close()
-            before, address = address, _target(address, answer.header("Location"))
-        raise DownloadError(f"{shown(address)}: more than {self.options.max_redirects} redirects", reason="refused")
+            before, url = url, _target(url, answer.header("Location"))
+        raise DownloadError(f"{shown(url)}: more than {self.options.max_redirects} redirects", reason="refused")
 
-    def _ask(self, address: str, headers: dict[str, str], before: str | None) -> Answer:
+    def _ask(self, url: str, headers: dict[str, str], before: str | None) -> Answer:
         if self.stopped.is_set():
             raise DownloadError("stopped", reason="cut_off")
-        self.policy.check(address, before=before)
-        self._turns.wait(origin(address)[0])
+        self.policy.check(url, before=before)
+        self._turns.wait(origin(url)[0])
         try:
-            request = self._http.build_request("GET", address, headers=headers)
+            request = self._http.build_request("GET", url, headers=headers)
             response = self._http.send(request, stream=True)
         except (httpx2.HTTPError, httpx2.InvalidURL, RuntimeError) as error:
-            raise trouble(error, address) from error
-        answer = Answer(response, address)
+            raise named_error(error, url) from error
+        answer = Answer(response, url)
         try:
             self._check_peer(answer)
         except DownloadError:
@@ -212,7 +212,7 @@ class Client:
         stream = answer.response.extensions.get("network_stream")
         peer = None if stream is None else stream.get_extra_info("server_addr")
         if peer:
-            self.policy.check_peer(answer.address, str(peer[0]))
+            self.policy.check_peer(answer.url, str(peer[0]))
 
     def _accepted(self, answer: Answer) -> Answer:
         """Return an answer that has a body to read (or 416), and raise what any other one means."""
@@ -220,12 +220,12 @@ class Client:
             return answer
         answer.close()
         message = (
-            f"{shown(answer.address)}: the server answers {answer.status} {answer.response.reason_phrase}".rstrip()
+            f"{shown(answer.url)}: the server answers {answer.status} {answer.response.reason_phrase}".rstrip()
         )
-        if answer.status in TRY_AGAIN:
+        if answer.status in RETRY_STATUSES:
             seconds = retry_after(answer.header("Retry-After"))
             if seconds is not None:
-                self._turns.pause(urlsplit(answer.address).hostname or "", min(seconds, self.options.max_wait))
+                self._turns.pause(urlsplit(answer.url).hostname or "", min(seconds, self.options.max_wait))
             raise DownloadError(message, reason="unavailable")
         raise DownloadError(message, reason="not_found" if answer.status in GONE else "refused")
 
@@ -250,24 +250,24 @@ class Client:
                 if waited >= self.options.stall_seconds:
                     if num_bytes < self.options.min_speed * waited:
                         told = f"{num_bytes} bytes in {waited:.0f} s"
-                        raise DownloadError(f"{shown(answer.address)}: {told}", reason="stalled")
+                        raise DownloadError(f"{shown(answer.url)}: {told}", reason="stalled")
                     waited, num_bytes = 0.0, 0
                 yield piece
         except (httpx2.HTTPError, httpx2.StreamError, RuntimeError) as error:
-            raise trouble(error, answer.address) from error
+            raise named_error(error, answer.url) from error
         finally:
             answer.close()
 
 
-def _target(address: str, location: str | None) -> str:
+def _target(url: str, location: str | None) -> str:
     """Return where a redirect leads."""
     try:
-        return urljoin(address, location or "")
+        return urljoin(url, location or "")
     except ValueError as error:
-        raise DownloadError(f"{shown(address)} redirects to what is no address", reason="unsafe_address") from error
+        raise DownloadError(f"{shown(url)} redirects to what is no url", reason="unsafe_address") from error
 
 
-def trouble(error: Exception, address: str) -> DownloadError:
+def named_error(error: Exception, url: str) -> DownloadError:
     """Return the named error for one of the HTTP library's."""
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
         reason = "unreachable"
@@ -277,7 +277,7 @@ def trouble(error: Exception, address: str) -> DownloadError:
         reason = "unsafe_address"
     else:
         reason = "cut_off"
-    return DownloadError(f"{shown(address)}: {type(error).__name__} {error}".rstrip(), reason=reason)
+    return DownloadError(f"{shown(url)}: {type(error).__name__} {error}".rstrip(), reason=reason)
 
 
 DEFAULTS = NetworkOptions()
@@ -335,6 +335,6 @@ def bases_from(given: Sequence[str] | None, variable: str) -> list[str]:
     """Return the bases of a flag, or else those of an environment variable.
 
     Raises:
-        ConfigError: one of them is neither an http(s) address nor a folder.
+        ConfigError: one of them is neither an http(s) url nor a folder.
     """
     return [check_base(base) for base in given or split_bases(os.environ.get(variable, ""))]

@@ -14,8 +14,8 @@ class Reason(NamedTuple):
 
     Attributes:
         text: for people.
-        lasting: asking the same addresses again gives the same; a resumed run does not.
-        expected: happens to a part of any old list of addresses; no cause for a failing exit status.
+        lasting: asking the same urls again gives the same; a resumed run does not.
+        expected: happens to a part of any old list of urls; no cause for a failing exit status.
     """
 
     text: str
@@ -31,7 +31,7 @@ REASONS: dict[str, Reason] = {
     "refused": Reason("the server refuses to hand it out (401, 403, other 4xx)"),
     "wrong_size": Reason("the server offers another size than the published one"),
     "wrong_content": Reason("the content is not what was published, or changed in between"),
-    "unsafe_address": Reason("the address may not be fetched", lasting=True),
+    "unsafe_address": Reason("the url may not be fetched", lasting=True),
     "too_large": Reason("larger than the limit", lasting=True),
     "not_an_archive": Reason("what was sent is no .tar.gz", lasting=True),
     "corrupted": Reason("the archive is damaged", lasting=True),

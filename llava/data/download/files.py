@@ -1,10 +1,10 @@
 """Whole files: fetched into `NAME.part`, continued where they stopped, checked, moved into place.
 
-    addresses in order --RemoteFile / copy--> NAME.part --size, sha256--> NAME
+    urls in order --RemoteFile / copy--> NAME.part --size, sha256--> NAME
                             | fails                     | wrong: once more from the start
-                            +--> next address           +--> next address
+                            +--> next url           +--> next url
 
-A process that is killed leaves `NAME.part`; the next run goes on from there, also from another address: what counts is
+A process that is killed leaves `NAME.part`; the next run goes on from there, also from another url: what counts is
 the sha256 of the whole.
 """
 
@@ -81,31 +81,31 @@ def _pointer_hint(path: Path, size: int) -> str:
 
 def fetch_file(
     client: Client,
-    addresses: Sequence[str],
+    urls: Sequence[str],
     target: Path,
     *,
     expected: Expected,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> str:
-    """Fetch one file from the first address that has it, and return that address.
+    """Fetch one file from the first url that has it, and return that url.
 
     Args:
         client: asks servers.
-        addresses: where the file is, in order of preference; local ones are copied.
+        urls: where the file is, in order of preference; local ones are copied.
         target: the file; it appears whole and checked, or not at all.
         expected: size and sha256.
         on_bytes: told how many bytes have been added, also those found from an earlier run; negative when the file is
             begun again.
 
     Raises:
-        DownloadError: no address has it; the message tells of each, the reason is the most telling one.
+        DownloadError: no url has it; the message tells of each, the reason is the most telling one.
         DataError: the file cannot be written.
     """
     failures: list[DownloadError] = []
-    for address in addresses:
+    for url in urls:
         try:
-            _fetch_from(client, address, target, expected, on_bytes)
-            return address
+            _fetch_from(client, url, target, expected, on_bytes)
+            return url
         except DownloadError as error:
             logger.warning("%s: %s", target.name, error)
             failures.append(error)
@@ -114,12 +114,12 @@ def fetch_file(
         if client.stopped.is_set():
             break
     if not failures:
-        raise DownloadError(f"{target.name}: no address was given", reason="not_found")
+        raise DownloadError(f"{target.name}: no url was given", reason="not_found")
     raise DownloadError("; ".join(map(str, failures)), reason=most_telling(error.reason for error in failures))
 
 
 def _fetch_from(
-    client: Client, address: str, target: Path, expected: Expected, on_bytes: Callable[[int], object]
+    client: Client, url: str, target: Path, expected: Expected, on_bytes: Callable[[int], object]
 ) -> None:
     part = target.with_name(target.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -129,13 +129,13 @@ def _fetch_from(
         start, digest = digest_of(part, on_bytes) if part.exists() else (0, hashlib.sha256())
         size = start
         try:
-            for block in _blocks(client, address, start=start, digest=digest, expected=expected, part=part):
+            for block in _blocks(client, url, start=start, digest=digest, expected=expected, part=part):
                 size += len(block)
                 on_bytes(len(block))
             problem = expected.problem(size, digest.hexdigest())
         except DownloadError as error:
             if error.reason != "wrong_content":
-                on_bytes(-size)  # the next address, or the next run, counts what is there again
+                on_bytes(-size)  # the next url, or the next run, counts what is there again
                 if size == 0:
                     part.unlink(missing_ok=True)
                 raise
@@ -147,20 +147,20 @@ def _fetch_from(
         part.unlink(missing_ok=True)
         if start == 0 or attempt == 2:  # what was there before is not to blame
             raise DownloadError(
-                f"{shown(address)}: {problem.removeprefix(shown(address) + ': ')}", reason="wrong_content"
+                f"{shown(url)}: {problem.removeprefix(shown(url) + ': ')}", reason="wrong_content"
             )
         logger.warning("%s: what an earlier run left does not fit (%s); it is begun again", target.name, problem)
 
 
 def _blocks(
-    client: Client, address: str, *, start: int, digest: _Hash, expected: Expected, part: Path
+    client: Client, url: str, *, start: int, digest: _Hash, expected: Expected, part: Path
 ) -> Iterator[bytes]:
     """Add the file's bytes from `start` on to `part` and yield them; `digest` takes them in."""
-    if is_local(address):
-        source = _local_blocks(local_path(address), start, digest, expected)
+    if is_local(url):
+        source = _local_blocks(local_path(url), start, digest, expected)
     else:
         source = iter(
-            RemoteFile(client, address, start=start, digest=digest, size=expected.size, max_bytes=expected.max_bytes)
+            RemoteFile(client, url, start=start, digest=digest, size=expected.size, max_bytes=expected.max_bytes)
         )
     with part.open("ab") as stream:
         for block in source:

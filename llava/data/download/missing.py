@@ -2,7 +2,7 @@
 
     missing.jsonl: {"pair_id", "image", "archive", "member", "reason", "detail", "tried"}
 
-A run that was killed leaves its lines; the next one believes those whose reason lasts and whose addresses it would ask
+A run that was killed leaves its lines; the next one believes those whose reason lasts and whose urls it would ask
 again, and asks for the others.
 """
 
@@ -31,11 +31,11 @@ class Missing:
     Attributes:
         pair_id: the image's id; empty where the list's row has none.
         image: its file name.
-        archive: address of its archive, as the list has it.
+        archive: url of its archive, as the list has it.
         member: its name in the archive.
         reason: a word of `REASONS`.
         detail: what happened, for people.
-        tried: the addresses that were asked, or would be.
+        tried: the urls that were asked, or would be.
         place: row in the lists, which orders the file.
     """
 

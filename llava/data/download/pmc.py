@@ -1,6 +1,6 @@
 """`llava/data/download_images.py` and `llava data images`: flags, and what is said in the end.
 
-flags --> FigureList, Client, ImageOptions --fetch--> Summary --> text, JSON, filtered data files, exit status
+flags --> FigureList, Client, ImageOptions --fetch--> DownloadSummary --> text, JSON, filtered data files, exit status
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llava.data.download.archives import Limits
 from llava.data.download.client import Client, add_network_options, bases_from, network_options
 from llava.data.download.failures import REASONS
 from llava.data.download.missing import Filtered, Missing, MissingList, pair_ids, write_available
-from llava.data.download.pmc_article import PARTIAL, ArticleJob, ImageOptions, Outcome, addresses_of
+from llava.data.download.pmc_article import PARTIAL, ArticleJob, ImageOptions, ArticleOutcome, urls_of
 from llava.data.download.pmc_list import Article, Figure, FigureList, read_lists
 from llava.data.download.url_policy import check_base
 from llava.errors import ConfigError, DataError, DownloadError
@@ -34,7 +34,7 @@ WINDOW = 4
 
 
 @dataclass(slots=True)
-class Summary:
+class DownloadSummary:
     """What became of all images that were wanted.
 
     Attributes:
@@ -64,7 +64,7 @@ class Summary:
         return sum(count for reason, count in self.missing.items() if not REASONS[reason].expected)
 
 
-def fetch(wanted: FigureList, client: Client, options: ImageOptions) -> Summary:
+def fetch(wanted: FigureList, client: Client, options: ImageOptions) -> DownloadSummary:
     """Bring the wanted images into `options.images` and list the others in `options.missing`.
 
     Raises:
@@ -98,9 +98,9 @@ class _Run:
         self.client = client
         self.options = options
         self.missing = MissingList(options.missing)
-        self.summary = Summary(num_wanted=wanted.num_figures + len(wanted.bad))
+        self.summary = DownloadSummary(num_wanted=wanted.num_figures + len(wanted.bad))
 
-    def run(self) -> Summary:
+    def run(self) -> DownloadSummary:
         """Work through the articles; the list of what is missing is in the order of the lists in the end."""
         self.missing.add([Missing.of_bad_row(row) for row in self.wanted.bad])
         bar = progress_bar(self.wanted.num_figures, title="images", unit="image")
@@ -121,19 +121,19 @@ class _Run:
         self.summary.missing = self.missing.finish()
         return self.summary
 
-    def _note(self, num_there: int, outcome: Outcome) -> None:
+    def _note(self, num_there: int, outcome: ArticleOutcome) -> None:
         self.missing.add(outcome.missing)
         self.summary.num_there += num_there
         self.summary.num_taken += outcome.num_taken
         self.summary.num_bytes += outcome.num_bytes
         self.summary.num_archives += outcome.num_archives
 
-    def _outcomes(self, pool: ThreadPoolExecutor) -> Iterator[tuple[int, Outcome]]:
+    def _outcomes(self, pool: ThreadPoolExecutor) -> Iterator[tuple[int, ArticleOutcome]]:
         """Yield images that are there, and outcomes as they come; only a few articles are in the pool at a time."""
-        running: set[Future[Outcome]] = set()
+        running: set[Future[ArticleOutcome]] = set()
         for article in self.wanted.articles:
             figures, known = self._still_wanted(article)
-            yield len(article.figures) - len(figures) - len(known), Outcome(missing=known)
+            yield len(article.figures) - len(figures) - len(known), ArticleOutcome(missing=known)
             if not figures:
                 continue
             running.add(pool.submit(ArticleJob(article, figures, self.client, self.options).run))
@@ -147,7 +147,7 @@ class _Run:
     def _still_wanted(self, article: Article) -> tuple[list[Figure], list[Missing]]:
         """Return the figures to fetch, and those known to be missing where asking again is no use."""
         figures, known = [], []
-        tried = addresses_of(article, self.options)
+        tried = urls_of(article, self.options)
         for figure in article.figures:
             before = self.missing.known(figure.pair_id)
             if is_there(self.options.images / figure.file_name):
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.setup()
     args = make_parser().parse_args(argv)
     try:
-        status = run(args)
+        status = download_images(args)
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command continues\n")
         status = 130
@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(status)
 
 
-def run(args: argparse.Namespace) -> int:
+def download_images(args: argparse.Namespace) -> int:
     """Do what the flags say and return the exit status."""
     options, bases = image_options(args)
     if gone := [path for path in args.filter_json if not Path(path).is_file()]:
@@ -302,7 +302,7 @@ def image_options(args: argparse.Namespace) -> tuple[ImageOptions, list[str]]:
     return options, archives + figures
 
 
-def report(summary: Summary, filtered: Sequence[Filtered], missing: Path, seconds: float) -> str:
+def report(summary: DownloadSummary, filtered: Sequence[Filtered], missing: Path, seconds: float) -> str:
     """Return what is said in the end."""
     here = summary.num_there + summary.num_taken
     lines = [

@@ -1,6 +1,6 @@
 """One article: its figures from the first source that has them, each checked before it is kept.
 
-addresses_of --> single figures | archive (streamed; stops when all figures have passed) | archive in a folder
+urls_of --> single figures | archive (streamed; stops when all figures have passed) | archive in a folder
                     |--Taken--> decodes? --> images/.partial/... --> images/PAIR_ID.jpg
                     +--reason--> next source; after the last one: Missing
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava.data.download.archives import IMAGE_ENDINGS, Limits, Taken, stem, take
-from llava.data.download.client import PASSING, Client
+from llava.data.download.client import TRANSIENT, Client
 from llava.data.download.failures import REASONS, most_telling
 from llava.data.download.files import Expected, fetch_file
 from llava.data.download.missing import Missing
@@ -41,7 +41,7 @@ class ImageOptions:
         images: folder of the images.
         archives: folder of archives; those in it are read and never deleted, fetched ones stay there only with `keep`.
         missing: file that lists what is missing.
-        archive_bases: mirrors with the archives in their published layout; None: each archive's own address.
+        archive_bases: mirrors with the archives in their published layout; None: each archive's own url.
         figure_bases: servers of single figures, asked before the archives.
         keep: keep the archives that are fetched.
         num_threads: articles at a time.
@@ -63,7 +63,7 @@ class ImageOptions:
 
 
 @dataclass(slots=True)
-class Outcome:
+class ArticleOutcome:
     """What became of one article: images that are new, bytes read for them, archives opened, images still missing."""
 
     num_taken: int = 0
@@ -72,10 +72,10 @@ class Outcome:
     missing: list[Missing] = field(default_factory=list)
 
 
-def addresses_of(article: Article, options: ImageOptions) -> list[str]:
+def urls_of(article: Article, options: ImageOptions) -> list[str]:
     """Return where an article is looked for, in order; the folders of single figures come first."""
     if options.archive_bases is None:
-        archives = [article.address]
+        archives = [article.url]
     else:
         archives = [join(base, article.package) for base in options.archive_bases]
     return [*_figure_folders(article, options), *archives]
@@ -100,50 +100,50 @@ class ArticleJob:
         self.article = article
         self.client = client
         self.options = options
-        self.outcome = Outcome()
+        self.outcome = ArticleOutcome()
         self._left = {figure.pair_id: figure for figure in figures}
         self._problems: dict[str, dict[str, str]] = {figure.pair_id: {} for figure in figures}
 
-    def run(self) -> Outcome:
+    def run(self) -> ArticleOutcome:
         """Ask the sources in turn until all figures are there.
 
         Raises:
             OSError: an image cannot be written.
         """
         kept = self.options.archives / self.article.file_name
-        addresses = addresses_of(self.article, self.options)
+        urls = urls_of(self.article, self.options)
         singles = set(_figure_folders(self.article, self.options))
-        for address in [str(kept)] * kept.is_file() + addresses:
+        for url in [str(kept)] * kept.is_file() + urls:
             if self._left and not self.client.stopped.is_set():
-                self._ask(self._single_figures if address in singles else self._archive, address)
+                self._ask(self._single_figures if url in singles else self._archive, url)
         for pair_id, figure in self._left.items():
             problems = self._problems[pair_id]
             reason = most_telling(problems) if problems else "cut_off"
             detail = problems.get(reason, "stopped")
-            self.outcome.missing.append(Missing.of(figure, self.article.address, reason, detail, addresses))
+            self.outcome.missing.append(Missing.of(figure, self.article.url, reason, detail, urls))
         return self.outcome
 
-    def _ask(self, reader: Callable[[str, list[str]], Iterator[Taken]], address: str) -> None:
+    def _ask(self, reader: Callable[[str, list[str]], Iterator[Taken]], url: str) -> None:
         """Take what one source has."""
         by_member: dict[str, list[Figure]] = {}
         for figure in self._left.values():
             by_member.setdefault(figure.member, []).append(figure)
         try:
-            for taken in reader(address, list(by_member)):
+            for taken in reader(url, list(by_member)):
                 for figure in by_member[taken.name]:
-                    self._settle(figure, taken, address)
+                    self._settle(figure, taken, url)
         except (DownloadError, ArchiveError) as error:
             for pair_id in self._left:
                 self._problems[pair_id].setdefault(error.reason, str(error))
 
-    def _settle(self, figure: Figure, taken: Taken, address: str) -> None:
+    def _settle(self, figure: Figure, taken: Taken, url: str) -> None:
         """Keep a figure, or note why that is not possible."""
-        reason, detail = taken.reason, f"{shown(address)}: {REASONS[taken.reason].text}" if taken.reason else ""
+        reason, detail = taken.reason, f"{shown(url)}: {REASONS[taken.reason].text}" if taken.reason else ""
         if not reason:
             try:
                 decode.load(taken.data)
             except DataError as error:
-                reason, detail = "broken_image", f"{shown(address)}: {error}"
+                reason, detail = "broken_image", f"{shown(url)}: {error}"
         if reason:
             self._problems[figure.pair_id].setdefault(reason, detail)
             return
@@ -157,30 +157,30 @@ class ArticleJob:
         temporary.write_bytes(data)
         os.replace(temporary, self.options.images / figure.file_name)
 
-    def _archive(self, address: str, members: list[str]) -> Iterator[Taken]:
+    def _archive(self, url: str, members: list[str]) -> Iterator[Taken]:
         """Yield the members from one archive, and in the end a reason for those that it does not hold."""
         left = set(members)
-        for taken in self._members(address, members):
+        for taken in self._members(url, members):
             left.discard(taken.name)
             yield taken
         yield from (Taken(name, reason="not_in_archive") for name in sorted(left))
 
-    def _members(self, address: str, members: list[str]) -> Iterator[Taken]:
+    def _members(self, url: str, members: list[str]) -> Iterator[Taken]:
         kept = self.options.archives / self.article.file_name
-        if is_local(address):
-            yield from self._from_file(local_path(address), members)
+        if is_local(url):
+            yield from self._from_file(local_path(url), members)
         elif self.options.keep:
             expected = Expected(max_bytes=self.options.max_archive)
-            fetch_file(self.client, [address], kept, expected=expected)
+            fetch_file(self.client, [url], kept, expected=expected)
             try:
                 yield from self._from_file(kept, members)
             except ArchiveError:
                 kept.unlink(missing_ok=True)  # a damaged one is not worth keeping
                 raise
         else:
-            remote = RemoteFile(self.client, address, max_bytes=self.options.max_archive)
+            remote = RemoteFile(self.client, url, max_bytes=self.options.max_archive)
             try:
-                yield from self._named(take(remote, members, self.options.limits), address)
+                yield from self._named(take(remote, members, self.options.limits), url)
             finally:
                 self._count(remote.num_fetched)
                 remote.close()
@@ -193,34 +193,34 @@ class ArticleJob:
             finally:
                 self._count(source.num_read)
 
-    def _named(self, taken: Iterator[Taken], address: str) -> Iterator[Taken]:
+    def _named(self, taken: Iterator[Taken], url: str) -> Iterator[Taken]:
         """Yield what an archive gives; an error names the archive."""
         try:
             yield from taken
         except ArchiveError as error:
-            raise ArchiveError(f"{shown(address)}: {error}", reason=error.reason) from error
+            raise ArchiveError(f"{shown(url)}: {error}", reason=error.reason) from error
 
     def _count(self, num_bytes: int) -> None:
         self.outcome.num_archives += num_bytes > 0
         self.outcome.num_bytes += num_bytes
 
-    def _single_figures(self, address: str, members: list[str]) -> Iterator[Taken]:
-        """Yield the members, each from a file of its own below `address`."""
+    def _single_figures(self, url: str, members: list[str]) -> Iterator[Taken]:
+        """Yield the members, each from a file of its own below `url`."""
         for member in members:
             name = member.rsplit("/", 1)[-1]
             if stem(name) == name:
                 name += IMAGE_ENDINGS[0]
             try:
-                yield Taken(member, self._single(join(address, name)))
+                yield Taken(member, self._single(join(url, name)))
             except DownloadError as error:
-                if error.reason in PASSING:  # the server's trouble, not this figure's
+                if error.reason in TRANSIENT:  # the server's trouble, not this figure's
                     raise
                 yield Taken(member, reason=error.reason)
 
-    def _single(self, address: str) -> bytes:
+    def _single(self, url: str) -> bytes:
         limit = self.options.limits.max_figure
-        if is_local(address):
-            path = local_path(address)
+        if is_local(url):
+            path = local_path(url)
             if not path.is_file():
                 raise DownloadError(f"{path}: missing", reason="not_found")
             if path.stat().st_size > limit:
@@ -228,7 +228,7 @@ class ArticleJob:
             source = _FileSource(path)
             with closing(source):
                 return b"".join(iter(source.read, b""))
-        remote = RemoteFile(self.client, address, max_bytes=limit)
+        remote = RemoteFile(self.client, url, max_bytes=limit)
         try:
             return b"".join(remote)
         finally:

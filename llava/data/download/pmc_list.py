@@ -1,7 +1,7 @@
 """Lists of figures in PMC articles to articles with the figures wanted from each.
 
     llava_med_image_urls.jsonl   pmc_tar_url, image_file_path, pair_id  --+
-                                                                          +--> Article(address, figures), each once
+                                                                          +--> Article(url, figures), each once
     ..._fig_captions.json        {domain: [{pair_id, graphic_ref}]}     --+
 
 The second kind names figures as well, so the 50 test images, which are not in the published list, come the same way.
@@ -50,19 +50,19 @@ class Figure(NamedTuple):
 class Article:
     """One archive, and what is wanted from it."""
 
-    address: str
+    url: str
     figures: list[Figure] = field(default_factory=list)
 
     @property
     def package(self) -> str:
         """The archive's path below a base (`oa_package/aa/bb/PMC1.tar.gz`)."""
-        _, found, tail = self.address.partition(f"/{PACKAGES}")
+        _, found, tail = self.url.partition(f"/{PACKAGES}")
         return PACKAGES + tail if found else self.file_name
 
     @property
     def file_name(self) -> str:
         """The archive's own name (`PMC1.tar.gz`)."""
-        return self.address.rstrip("/").rsplit("/", 1)[-1]
+        return self.url.rstrip("/").rsplit("/", 1)[-1]
 
 
 class BadListRow(NamedTuple):
@@ -118,22 +118,22 @@ def read_lists(
     place = -1
     for place, (where, row) in enumerate(row for path in paths for row in _rows(Path(path))):
         try:
-            address, figure = _figure(row, place, hosts)
+            url, figure = _figure(row, place, hosts)
         except DataError as error:
             found.bad.append(BadListRow(place, _id_of(row), f"{where}: {error}"))
             continue
         if only is not None and figure.pair_id not in only:
             continue
-        article = articles.get(address)
-        address = address if article is None else article.address  # one text in memory, not one a row
-        known = members.setdefault(figure.pair_id, (address, figure.member))
-        if known != (address, figure.member):
+        article = articles.get(url)
+        url = url if article is None else article.url  # one text in memory, not one a row
+        known = members.setdefault(figure.pair_id, (url, figure.member))
+        if known != (url, figure.member):
             found.bad.append(BadListRow(place, figure.pair_id, f"{where}: another row gives this id to another figure"))
         elif article is not None and any(other.pair_id == figure.pair_id for other in article.figures):
             found.num_repeated += 1
         elif max_images is None or len(members) <= max_images:
             if article is None:
-                article = articles[address] = Article(address)
+                article = articles[url] = Article(url)
                 found.articles.append(article)
             article.figures.append(figure)
         else:
@@ -218,23 +218,23 @@ def _figure(row: Any, place: int, hosts: Collection[str]) -> tuple[str, Figure]:
     for key in ("pmc_tar_url", "image_file_path", "pair_id"):
         if not isinstance(row.get(key), str) or not row[key]:
             raise DataError(f"field {key!r} must be text, got {describe(row.get(key))}")
-    pair_id, member, address = row["pair_id"], plain_name(row["image_file_path"]), row["pmc_tar_url"]
+    pair_id, member, url = row["pair_id"], plain_name(row["image_file_path"]), row["pmc_tar_url"]
     if not _FILE_NAME.fullmatch(pair_id):
         raise DataError("field 'pair_id' becomes a file name: letters, digits, '_', '.', '+', '-', at most 200")
     if member is None:
         raise DataError("field 'image_file_path' must be a relative path without '..'")
-    if address.startswith("ftp://"):  # the same server, by a protocol that mirrors and proxies do not speak
-        address = "https://" + address.removeprefix("ftp://")
-    return _checked(address, hosts), Figure(pair_id, member, place)
+    if url.startswith("ftp://"):  # the same server, by a protocol that mirrors and proxies do not speak
+        url = "https://" + url.removeprefix("ftp://")
+    return _checked(url, hosts), Figure(pair_id, member, place)
 
 
-def _checked(address: str, hosts: Collection[str]) -> str:
+def _checked(url: str, hosts: Collection[str]) -> str:
     try:
-        host, _ = origin(address)
+        host, _ = origin(url)
     except DownloadError as error:
         raise DataError(f"field 'pmc_tar_url': {error}") from error
     if host not in hosts:
         raise DataError(f"field 'pmc_tar_url': host {host} is not known; --allow-host {host} lets it be asked")
-    if not _FILE_NAME.fullmatch(Article(address).file_name) or plain_name(Article(address).package) is None:
-        raise DataError(f"field 'pmc_tar_url': {shown(address)} does not end in the name of an archive")
-    return address
+    if not _FILE_NAME.fullmatch(Article(url).file_name) or plain_name(Article(url).package) is None:
+        raise DataError(f"field 'pmc_tar_url': {shown(url)} does not end in the name of an archive")
+    return url

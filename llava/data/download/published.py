@@ -56,14 +56,14 @@ class PublishedFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class PublishedTable:
     """The published files and where they were published."""
 
     bases: tuple[str, ...]
     files: tuple[PublishedFile, ...]
 
 
-def read_table(path: Path = TABLE) -> Table:
+def read_table(path: Path = TABLE) -> PublishedTable:
     """Return the table of a file.
 
     Raises:
@@ -72,7 +72,7 @@ def read_table(path: Path = TABLE) -> Table:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         files = tuple(_file(row) for row in content["files"])
-        return Table(tuple(map(str, content.get("bases", ()))), files)
+        return PublishedTable(tuple(map(str, content.get("bases", ()))), files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path} is not a table of files ({type(error).__name__}: {error}); expected "
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = words.index("--") if "--" in words else len(words)
     args = make_parser().parse_args(words[:split])
     try:
-        status = run(args, words[split + 1 :])
+        status = download_data(args, words[split + 1 :])
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command continues\n")
         status = 130
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(status)
 
 
-def run(args: argparse.Namespace, image_words: Sequence[str]) -> int:
+def download_data(args: argparse.Namespace, image_words: Sequence[str]) -> int:
     """Do what the flags say and return the exit status; `image_words` are further flags of download_images.py."""
     table = read_table(Path(args.table))
     files = chosen(table.files, args.only)
@@ -170,7 +170,7 @@ def chosen(files: Sequence[PublishedFile], words: Sequence[str] | None) -> list[
     return found
 
 
-def download(files: Sequence[PublishedFile], table: Table, data: Path, args: argparse.Namespace) -> dict[str, str]:
+def download(files: Sequence[PublishedFile], table: PublishedTable, data: Path, args: argparse.Namespace) -> dict[str, str]:
     """Fetch what is not there, say what became of it, and return what is wrong with each file that is not there now."""
     named = bases_from(args.base, BASE_VARIABLE)
     if args.mirror_dir is not None:
@@ -209,8 +209,8 @@ def _fetch_all(
             logger.warning("%s: %s; it is kept as %s and fetched again", target, problem, aside.name)
             target.replace(aside)
         try:
-            addresses = [join(base, file.name) for base in bases]
-            source = fetch_file(client, addresses, target, expected=file.expected, on_bytes=on_bytes)
+            urls = [join(base, file.name) for base in bases]
+            source = fetch_file(client, urls, target, expected=file.expected, on_bytes=on_bytes)
             logger.info("%s: from %s", file.name, shown(source))
         except DownloadError as error:
             problems[file.name] = f"{error.reason}: {error}"
@@ -240,10 +240,10 @@ def fetch_images(files: Sequence[PublishedFile], data: Path, args: argparse.Name
     flags += [] if args.mirror_dir is None else ["--mirror-dir", args.mirror_dir]
     for name in FORWARDED:
         flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return pmc.run(pmc.make_parser().parse_args([*flags, *words]))
+    return pmc.download_images(pmc.make_parser().parse_args([*flags, *words]))
 
 
-def listing(table: Table, files: Sequence[PublishedFile]) -> str:
+def listing(table: PublishedTable, files: Sequence[PublishedFile]) -> str:
     """Return the table for people."""
     lines = [f"bases: {' '.join(table.bases)}"]
     for file in files:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llava.data.download.client import PASSING, Answer, Client
+from llava.data.download.client import TRANSIENT, Answer, Client
 from llava.data.download.url_policy import shown
 from llava.errors import DownloadError
 from llava.utils.retry import backoff
@@ -39,7 +39,7 @@ class RemoteFile:
 
     Args:
         client: asks the server.
-        address: http(s) address.
+        url: http(s) url.
         start: first byte to deliver.
         digest: sha256 of the bytes before `start`; it goes on to take in what is delivered.
         size: size of the whole file, if known; any other is an error before the first byte is fetched.
@@ -54,14 +54,14 @@ class RemoteFile:
     def __init__(
         self,
         client: Client,
-        address: str,
+        url: str,
         *,
         start: int = 0,
         digest: _Hash | None = None,
         size: int | None = None,
         max_bytes: int | None = None,
     ) -> None:
-        self.address = address
+        self.url = url
         self.offset = start
         self.digest = digest or hashlib.sha256()
         self.size = size
@@ -115,7 +115,7 @@ class RemoteFile:
         if not chunk:
             if self.size is not None and self.offset < self.size:
                 raise DownloadError(
-                    f"{shown(self.address)}: ended at byte {self.offset} of {self.size}", reason="cut_off"
+                    f"{shown(self.url)}: ended at byte {self.offset} of {self.size}", reason="cut_off"
                 )
             self._ended = True
         return chunk
@@ -127,14 +127,14 @@ class RemoteFile:
         if limit is not None and self.offset > limit:
             self.close()
             raise DownloadError(
-                f"{shown(self.address)}: more than {limit} bytes",
+                f"{shown(self.url)}: more than {limit} bytes",
                 reason="wrong_content" if self.size is not None else "too_large",
             )
         self.digest.update(chunk)
         return chunk
 
     def _wait_or_give_up(self, error: DownloadError) -> None:
-        if error.reason not in PASSING or self._client.stopped.is_set():
+        if error.reason not in TRANSIENT or self._client.stopped.is_set():
             raise error
         self._failures = 1 if self.offset - self._failed_at >= PROGRESS else self._failures + 1
         self._failed_at = self.offset
@@ -144,7 +144,7 @@ class RemoteFile:
         self._client.wait(backoff(self._failures, first=options.first_wait, most=options.max_wait))
 
     def _connect(self) -> Iterator[bytes]:
-        answer = self._client.open(self.address, start=self.offset, etag=self._etag)
+        answer = self._client.open(self.url, start=self.offset, etag=self._etag)
         try:
             total, first = self._extent(answer)
             self._check_size(total, answer)
@@ -182,12 +182,12 @@ class RemoteFile:
             if self._announced is None:
                 raise self._changed(f"it had {self.size} bytes and now has {total}")
             raise DownloadError(
-                f"{shown(self.address)}: {total} bytes, expected {self.size}{self._pointer(total, answer)}",
+                f"{shown(self.url)}: {total} bytes, expected {self.size}{self._pointer(total, answer)}",
                 reason="wrong_size",
             )
         if self._max_bytes is not None and total > self._max_bytes:
             raise DownloadError(
-                f"{shown(self.address)}: {total} bytes, the limit is {self._max_bytes}", reason="too_large"
+                f"{shown(self.url)}: {total} bytes, the limit is {self._max_bytes}", reason="too_large"
             )
         self.size = total
 
@@ -215,4 +215,4 @@ class RemoteFile:
         yield from chunks
 
     def _changed(self, what: str) -> DownloadError:
-        return DownloadError(f"{shown(self.address)} changed while it was fetched: {what}", reason="wrong_content")
+        return DownloadError(f"{shown(self.url)} changed while it was fetched: {what}", reason="wrong_content")

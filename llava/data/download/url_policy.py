@@ -1,6 +1,6 @@
-"""Which addresses may be fetched, and how mirrors are put together.
+"""Which urls may be fetched, and how mirrors are put together.
 
-    base (URL, file: URL or folder) + relative path --join--> address --check, also after every redirect--> request
+    base (URL, file: URL or folder) + relative path --join--> url --check, also after every redirect--> request
 
 What the user typed is trusted, wherever it leads: a mirror in the hospital's own network is the usual case. What a
 server or a data file says is not: it must be http(s), must not step down from https to http, and must not lead to a
@@ -36,7 +36,7 @@ def check_base(base: str) -> str:
     """Return a base as the user gave it.
 
     Raises:
-        ConfigError: it is neither an http(s) address, a file: address nor an existing folder.
+        ConfigError: it is neither an http(s) url, a file: url nor an existing folder.
     """
     scheme = urlsplit(base).scheme if "://" in base or base.startswith("file:") else ""
     if scheme in WEB:
@@ -45,63 +45,63 @@ def check_base(base: str) -> str:
     if scheme not in ("", "file"):
         raise ConfigError(f"base {shown(base)!r}: expected http://, https://, file:// or a folder, got {scheme}://")
     if not local_path(base).is_dir():
-        raise ConfigError(f"base {base!r} is not a folder; give the folder of the mirror, or an http(s) address")
+        raise ConfigError(f"base {base!r} is not a folder; give the folder of the mirror, or an http(s) url")
     return base
 
 
-def _origin_or_error(address: str) -> Origin:
+def _origin_or_error(url: str) -> Origin:
     try:
-        return origin(address)
+        return origin(url)
     except DownloadError as error:
-        raise ConfigError(f"base {shown(address)!r} cannot be used: {error}") from error
+        raise ConfigError(f"base {shown(url)!r} cannot be used: {error}") from error
 
 
-def is_local(address: str) -> bool:
-    """Whether an address is a path of this machine."""
-    return "://" not in address or address.startswith("file:")
+def is_local(url: str) -> bool:
+    """Whether an url is a path of this machine."""
+    return "://" not in url or url.startswith("file:")
 
 
-def local_path(address: str) -> Path:
-    """Return the path of a local address."""
-    return Path(unquote(urlsplit(address).path)) if address.startswith("file:") else Path(address)
+def local_path(url: str) -> Path:
+    """Return the path of a local url."""
+    return Path(unquote(urlsplit(url).path)) if url.startswith("file:") else Path(url)
 
 
 def join(base: str, path: str) -> str:
-    """Return the address of relative `path` under `base`."""
+    """Return the url of relative `path` under `base`."""
     if is_local(base) and not base.startswith("file:"):
         return str(Path(base) / path)
     return base.rstrip("/") + "/" + quote(path)
 
 
-def shown(address: str) -> str:
-    """Return an address for messages: without the password or the query it may carry."""
-    return re.sub(r"//[^/@\s]*@", "//", address).split("?", 1)[0]
+def shown(url: str) -> str:
+    """Return an url for messages: without the password or the query it may carry."""
+    return re.sub(r"//[^/@\s]*@", "//", url).split("?", 1)[0]
 
 
-def origin(address: str) -> Origin:
-    """Return host and port of an http(s) address.
+def origin(url: str) -> Origin:
+    """Return host and port of an http(s) url.
 
     Raises:
         DownloadError: it is not http(s), or has no host.
     """
     try:
-        if _ODD.search(address):  # what other programs may take for the end of the host's name
+        if _ODD.search(url):  # what other programs may take for the end of the host's name
             raise ValueError("odd characters")
-        parts = urlsplit(address)
+        parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise DownloadError(f"not an address: {shown(address)!r}", reason="unsafe_address") from error
+        raise DownloadError(f"not an url: {shown(url)!r}", reason="unsafe_address") from error
     if parts.scheme not in WEB or not host:
-        raise DownloadError(f"{shown(address)!r} is not an http(s) address", reason="unsafe_address")
+        raise DownloadError(f"{shown(url)!r} is not an http(s) url", reason="unsafe_address")
     return host.lower(), port or _PORTS[parts.scheme]
 
 
-class AddressPolicy:
+class UrlPolicy:
     """What may be asked.
 
     Args:
-        bases: addresses the user gave; their hosts (with that port) are trusted even when they are private.
-        proxies: whether the environment names proxies; behind one, names are resolved there, so only addresses
+        bases: urls the user gave; their hosts (with that port) are trusted even when they are private.
+        proxies: whether the environment names proxies; behind one, names are resolved there, so only urls
             written as numbers can be judged here.
     """
 
@@ -110,35 +110,35 @@ class AddressPolicy:
         known = urllib.request.getproxies()
         self._proxies = any(known.get(scheme) for scheme in ("http", "https", "all")) if proxies is None else proxies
 
-    def trusts(self, address: str) -> bool:
+    def trusts(self, url: str) -> bool:
         """Whether the user named this host and port."""
-        return origin(address) in self._trusted
+        return origin(url) in self._trusted
 
-    def check(self, address: str, *, before: str | None = None) -> None:
-        """Make sure that `address` may be fetched.
+    def check(self, url: str, *, before: str | None = None) -> None:
+        """Make sure that `url` may be fetched.
 
         Args:
-            address: what will be asked.
-            before: the address that redirected here.
+            url: what will be asked.
+            before: the url that redirected here.
 
         Raises:
             DownloadError: it may not (`unsafe_address`), or its host is unknown (`unreachable`).
         """
-        host, port = origin(address)
-        if before is not None and before.startswith("https:") and not address.startswith("https:"):
+        host, port = origin(url)
+        if before is not None and before.startswith("https:") and not url.startswith("https:"):
             raise DownloadError(
-                f"{shown(before)} redirects from https to {shown(address)}; that is not followed",
+                f"{shown(before)} redirects from https to {shown(url)}; that is not followed",
                 reason="unsafe_address",
             )
         if (host, port) in self._trusted:
             return
         for number in self._numbers(host, port):
-            check_number(number, address)
+            check_ip(number, url)
 
-    def check_peer(self, address: str, number: str) -> None:
+    def check_peer(self, url: str, number: str) -> None:
         """Make sure that the machine which answered is one that `check` would allow: names may change in between."""
-        if not self._behind_proxy(origin(address)[0]) and not self.trusts(address):
-            check_number(number, address)
+        if not self._behind_proxy(origin(url)[0]) and not self.trusts(url):
+            check_ip(number, url)
 
     def _behind_proxy(self, host: str) -> bool:
         return self._proxies and not urllib.request.proxy_bypass(host)
@@ -157,8 +157,8 @@ class AddressPolicy:
         return [str(entry[4][0]) for entry in found]
 
 
-def check_number(number: str, address: str) -> None:
-    """Make sure that an IP address is a public one.
+def check_ip(number: str, url: str) -> None:
+    """Make sure that an IP url is a public one.
 
     Raises:
         DownloadError: it is private, local, multicast or reserved.
@@ -167,6 +167,6 @@ def check_number(number: str, address: str) -> None:
     inner = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None) or found
     if not inner.is_global or inner.is_multicast:
         raise DownloadError(
-            f"{shown(address)} leads to the private address {inner}; if that is your own server, give it as the base",
+            f"{shown(url)} leads to the private address {inner}; if that is your own server, give it as the base",
             reason="unsafe_address",
         )

@@ -112,9 +112,9 @@ def score(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         sys.stdout.write(_plan(cases, judge, settings))
         return
-    judgements = review(cases, judge, settings)
+    judgments = review(cases, judge, settings)
     logger.info("%d requests to %s; all other replies were in the store", judge.num_asked, judge.name)
-    write_records(args.scores_file, [score_row(judgement, settings) for judgement in judgements])
+    write_records(args.scores_file, [score_row(judgment, settings) for judgment in judgments])
     command = ["eval_multimodal_chat_gpt_score.py", *(sys.argv[1:] if argv is None else argv)]
     provenance = _provenance(args, judge, settings, command)
     write_json(_provenance_file(args.scores_file), provenance)

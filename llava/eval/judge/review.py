@@ -112,7 +112,7 @@ class Opinion:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class Judgment:
     """Opinions about a case in all orders, with their mean scores."""
 
     case: Case
@@ -166,8 +166,8 @@ class _Pending:
         return self.opinion.scores is None and self.opinion.reply is not None
 
 
-def review(cases: Sequence[Case], judge: Judge, settings: JudgeSettings) -> list[Judgement]:
-    """Return the judgements of cases, in their order.
+def review(cases: Sequence[Case], judge: Judge, settings: JudgeSettings) -> list[Judgment]:
+    """Return the judgments of cases, in their order.
 
     Every reply is stored before the next is read, so a killed run resumes without repeated requests.
     """
@@ -183,12 +183,12 @@ def review(cases: Sequence[Case], judge: Judge, settings: JudgeSettings) -> list
                 bar.update()
         left = [one for one in left if one.unreadable]
     done = iter(pending)
-    judgements = [Judgement(case, () if case.failed else tuple(one.opinion for one in next(done))) for case in cases]
-    failures = Counter(judgement.failure for judgement in judgements if judgement.failure)
+    judgments = [Judgment(case, () if case.failed else tuple(one.opinion for one in next(done))) for case in cases]
+    failures = Counter(judgment.failure for judgment in judgments if judgment.failure)
     if failures:
         text = ", ".join(f"{reason}: {count}" for reason, count in failures.most_common())
         logger.warning("%d of %d questions have no score (%s)", failures.total(), len(cases), text)
-    return judgements
+    return judgments
 
 
 def num_to_ask(cases: Sequence[Case], judge: Judge, settings: JudgeSettings) -> tuple[int, int]:
@@ -203,14 +203,14 @@ def num_to_ask(cases: Sequence[Case], judge: Judge, settings: JudgeSettings) -> 
     return len(requests), sum(len(message["content"]) for one in requests.values() for message in one)
 
 
-def score_row(judgement: Judgement, settings: JudgeSettings) -> dict[str, Any]:
-    """Return the row of a judgement.
+def score_row(judgment: Judgment, settings: JudgeSettings) -> dict[str, Any]:
+    """Return the row of a judgment.
 
     It holds the question's row, the two answers, the reply under its published key, and `judgement` with everything
     that the summary needs.
     """
-    case = judgement.case
-    replies = {opinion.order: opinion.reply for opinion in judgement.opinions}
+    case = judgment.case
+    replies = {opinion.order: opinion.reply for opinion in judgment.opinions}
     key = REPLY_KEYS[settings.release]
     row: dict[str, Any] = {
         **case.row,
@@ -222,15 +222,15 @@ def score_row(judgement: Judgement, settings: JudgeSettings) -> dict[str, Any]:
     if settings.swap:
         row[f"{key}_swapped"] = replies.get("21")
     row["judgement"] = {
-        "scores": None if judgement.scores is None else list(judgement.scores),
-        "failure": judgement.failure,
+        "scores": None if judgment.scores is None else list(judgment.scores),
+        "failure": judgment.failure,
         "orders": {
             opinion.order: {
                 "scores": None if opinion.scores is None else list(opinion.scores),
                 "failure": opinion.reason,
                 "num_replies": opinion.num_replies,
             }
-            for opinion in judgement.opinions
+            for opinion in judgment.opinions
         },
     }
     return row

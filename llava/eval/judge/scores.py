@@ -78,10 +78,10 @@ def read_rated(path: str | Path, *, parser: str = "strict") -> list[Rated]:
 
 def _rated(row: Record, default_id: str, parser: str) -> Rated:
     orders: dict[str, Scores | None] | None = None
-    if isinstance(judgement := row.get("judgement"), dict):
-        scores = _pair(judgement.get("scores"))
-        failure = str(judgement.get("failure") or "")
-        orders = _orders(judgement.get("orders") or {})
+    if isinstance(judgment := row.get("judgement"), dict):
+        scores = _pair(judgment.get("scores"))
+        failure = str(judgment.get("failure") or "")
+        orders = _orders(judgment.get("orders") or {})
     elif "tuple" in row:
         scores = _pair(row["tuple"])
         failure = "" if scores != FAILED_TUPLE else "no scores"

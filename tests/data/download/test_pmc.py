@@ -54,7 +54,7 @@ def flags(folder: Path, *bases: str) -> list[str]:
 
 def run(words: list[str]) -> int:
     """Return the exit status of a run in this process."""
-    return pmc.run(pmc.make_parser().parse_args(words))
+    return pmc.download_images(pmc.make_parser().parse_args(words))
 
 
 def missing(folder: Path) -> dict[str, str]:

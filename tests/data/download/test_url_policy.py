@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llava.data.download.client import Client, NetworkOptions
 from llava.data.download.transfer import RemoteFile
-from llava.data.download.url_policy import AddressPolicy, check_base, join, origin, shown, split_bases
+from llava.data.download.url_policy import UrlPolicy, check_base, join, origin, shown, split_bases
 from llava.errors import ConfigError, DownloadError
 from llava.utils.retry import retry_after
 from tests.support.file_server import Fault, serve
@@ -25,15 +25,15 @@ PRIVATE = [
 
 @pytest.mark.parametrize("address", PRIVATE)
 def test_private_addresses_are_refused_unless_the_user_gave_them(address: str) -> None:
-    policy = AddressPolicy(["https://mirror.example.org/base"], proxies=False)
+    policy = UrlPolicy(["https://mirror.example.org/base"], proxies=False)
     with pytest.raises(DownloadError) as caught:
         policy.check(address)
     assert caught.value.reason == "unsafe_address"
-    AddressPolicy([address], proxies=False).check(address + "some/file")
+    UrlPolicy([address], proxies=False).check(address + "some/file")
 
 
 def test_the_port_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = AddressPolicy(["http://127.0.0.1:8000"], proxies=False)
+    policy = UrlPolicy(["http://127.0.0.1:8000"], proxies=False)
     policy.check("http://127.0.0.1:8000/x")
     with pytest.raises(DownloadError):
         policy.check("http://127.0.0.1:6379/x")
@@ -46,22 +46,22 @@ def resolving(monkeypatch: pytest.MonkeyPatch, *numbers: str) -> None:
 
 
 def test_names_are_judged_by_all_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = AddressPolicy(proxies=False)
+    policy = UrlPolicy(proxies=False)
     resolving(monkeypatch, "8.8.8.8")
     policy.check("https://example.org/x")
     resolving(monkeypatch, "8.8.8.8", "10.0.0.1")
     with pytest.raises(DownloadError, match=r"10\.0\.0\.1"):
         policy.check("https://example.org/x")
-    AddressPolicy(proxies=True).check("https://example.org/x")
+    UrlPolicy(proxies=True).check("https://example.org/x")
     with pytest.raises(DownloadError):
-        AddressPolicy(proxies=True).check("https://10.0.0.1/x")
+        UrlPolicy(proxies=True).check("https://10.0.0.1/x")
 
 
 def test_who_answers_is_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that is public when it is looked up and private when it is called."""
     with serve() as server, Client(NetworkOptions(per_second=0)) as client:
         server.files["/a"] = b"secret"
-        monkeypatch.setattr(AddressPolicy, "_numbers", lambda *args: ["8.8.8.8"])
+        monkeypatch.setattr(UrlPolicy, "_numbers", lambda *args: ["8.8.8.8"])
         with pytest.raises(DownloadError) as caught:
             list(RemoteFile(client, f"{server.address}/a"))
         assert caught.value.reason == "unsafe_address"
@@ -69,7 +69,7 @@ def test_who_answers_is_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_step_down_from_https(monkeypatch: pytest.MonkeyPatch) -> None:
     resolving(monkeypatch, "8.8.8.8")
-    policy = AddressPolicy(proxies=False)
+    policy = UrlPolicy(proxies=False)
     policy.check("https://example.org/x", before="http://example.org/x")
     with pytest.raises(DownloadError, match="from https to http"):
         policy.check("http://example.org/x", before="https://example.org/x")
@@ -81,7 +81,7 @@ def test_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     with pytest.raises(DownloadError) as caught:
-        AddressPolicy(proxies=False).check("https://no.such.host/")
+        UrlPolicy(proxies=False).check("https://no.such.host/")
     assert caught.value.reason == "unreachable"
 
 
