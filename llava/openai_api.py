@@ -1,9 +1,9 @@
-"""Chat endpoints that speak the OpenAI protocol: OpenAI, Azure, vLLM and others.
+"""Client of chat endpoints with the OpenAI protocol: OpenAI, Azure, vLLM and others.
 
     flags > environment > the five names below  --ApiSettings-->  ChatClient  --Reply | ApiFailure-->  one per request
 
-To fill in this file as LLaVA-Med's README shows, put values into the five names that follow. The environment is the
-better place: a key in a file is easily published. `VARIABLES` lists the environment variables.
+The five names below can be filled in as LLaVA-Med's README shows. Prefer the environment variables in `VARIABLES`,
+since a key in a file is easily published.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llava.errors import ConfigError
-from llava.openai_transport import FATAL, TRY_AGAIN, ApiError, ApiFailure, Connection, Reply
+from llava.openai_transport import FATAL, RETRY_REASONS, ApiError, ApiFailure, Connection, Reply
 from llava.utils.lookup import lookup, require
 from llava.utils.retry import backoff
 
@@ -35,7 +35,7 @@ openai.api_version = ""
 DEPLOYMENT_ID = ""
 
 Messages = Sequence[Mapping[str, Any]]
-"""A conversation as the protocol has it: objects with `role` and `content`."""
+"""Conversation in the form of the protocol: objects with `role` and `content`."""
 
 VARIABLES: dict[str, dict[str, tuple[str, ...]]] = {
     "openai": {
@@ -51,29 +51,29 @@ VARIABLES: dict[str, dict[str, tuple[str, ...]]] = {
         "deployment": ("AZURE_OPENAI_DEPLOYMENT", "OPENAI_DEPLOYMENT"),
     },
 }
-"""By type of endpoint: the environment variables of each setting; the first that is set counts."""
+"""Environment variables of each setting, by type of endpoint; the first one that is set is used."""
 
 TYPES = {"openai": "openai", "open_ai": "openai", "azure": "azure"}
-"""Types of endpoints, `open_ai` as the old client library called it."""
+"""Types of endpoints by name; `open_ai` is the name in old versions of the client library."""
 
 MAX_WAIT = 300.0
-"""Longest wait in seconds; an endpoint that asks for more (a daily quota) fails the request."""
+"""Longest wait before a retry in seconds; if an endpoint asks for more (a daily quota), the request fails."""
 
 FIRST_WAIT = 1.0
-"""Longest wait in seconds after a first failure."""
+"""Longest wait before the first retry in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """Where and as whom to ask.
+    """Settings of an endpoint.
 
     Attributes:
         api_type: `openai` (any compatible server) or `azure`.
-        api_key: never shown; may stay empty for a server of one's own, or for Azure with AZURE_OPENAI_AD_TOKEN.
-        api_base: address; empty for OpenAI's own.
-        api_version: Azure only.
+        api_key: the key, never shown; may be empty for a local server, or for Azure with AZURE_OPENAI_AD_TOKEN.
+        api_base: URL of the endpoint; empty for OpenAI's.
+        api_version: version of the protocol, Azure only.
         deployment: name of the model, on Azure of the deployment.
-        timeout: seconds for one request.
+        timeout: timeout of one request in seconds.
     """
 
     api_type: str = "openai"
@@ -87,33 +87,33 @@ class ApiSettings:
         lookup(TYPES, self.api_type, "type of endpoint")
         azure, variables = self.api_type == "azure", VARIABLES[TYPES[self.api_type]]
         if not self.deployment:
-            raise ConfigError(f"no model is named; give --model NAME or set {' or '.join(variables['deployment'])}")
+            raise ConfigError(f"no model is named; pass --model NAME or set {' or '.join(variables['deployment'])}")
         if not self.api_key and not self.api_base:
             raise ConfigError(
-                f"neither a key nor an address of an endpoint: set {variables['api_key'][0]}, or give --api-base "
-                f"(or {variables['api_base'][0]}) of a server that wants no key"
+                f"the endpoint has neither a key nor a URL; set {variables['api_key'][0]}, or pass --api-base (or set "
+                f"{variables['api_base'][0]}) for a server that needs no key"
             )
         if not (self.api_key.isascii() and self.api_key.isprintable()) or " " in self.api_key:
-            raise ConfigError("the key has characters that no key has (a line end?); it is not shown here")
+            raise ConfigError("the key contains invalid characters (a line end?); the key itself is not shown")
         if azure and not (self.api_base and self.api_version):
-            raise ConfigError("an Azure endpoint needs --api-base (AZURE_OPENAI_ENDPOINT) and --api-version")
+            raise ConfigError("an Azure endpoint requires --api-base (AZURE_OPENAI_ENDPOINT) and --api-version")
         parts = urlsplit(self.api_base)
         if self.api_base and (parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc):
-            raise ConfigError("the endpoint's address must be http(s)://HOST[:PORT]/PATH without a user or password")
+            raise ConfigError("--api-base must be a URL http(s)://HOST[:PORT]/PATH without a user or password")
         if self.timeout <= 0:
-            raise ConfigError(f"the timeout must be above 0 seconds, got {self.timeout}")
+            raise ConfigError(f"--timeout must be above 0 seconds, got {self.timeout}")
 
     @classmethod
     def from_env(cls, *, environ: Mapping[str, str] | None = None, **given: Any) -> ApiSettings:
-        """Return the settings: what is `given`, else the environment, else the names at the top of this file.
+        """Return the settings: values in `given`, else the environment, else the names at the top of this file.
 
         Args:
-            environ: in the place of the process's own environment.
+            environ: environment variables; None for those of the process.
             given: values of the attributes; None and "" mean not given. `api_key_env` names another variable for
                 the key.
 
         Raises:
-            ConfigError: something is missing or cannot be used; says which variable or flag to set.
+            ConfigError: a setting is missing or invalid; the message names the variable or flag to set.
         """
         known = os.environ if environ is None else environ
         values = {name: value for name, value in given.items() if value not in (None, "")}
@@ -129,24 +129,25 @@ class ApiSettings:
             values.setdefault(name, found[0] if found else fallback)
         if key_variable is not None:
             if not known.get(key_variable):
-                raise ConfigError(f"the environment variable {key_variable} (from --api-key-env) is not set")
+                raise ConfigError(f"environment variable {key_variable}, named by --api-key-env, is not set; set it")
             values["api_key"] = known[key_variable]
         return cls(api_type=api_type, **{**values, "api_key": values["api_key"].strip()})
 
 
 def add_api_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the options of an endpoint; `settings_of` reads them back. There is none for the key: others see flags."""
-    group = parser.add_argument_group("endpoint", "environment variables are read where a flag is not given")
+    """Add the options of an endpoint, which `settings_of` reads."""
+    group = parser.add_argument_group("endpoint", "environment variables are used for flags that are not given")
+    # No flag takes the key itself, because other users of a machine can see command lines.
     for name, text in {
-        "--api-type": "openai (any server that speaks its protocol) or azure",
-        "--api-base": "address of the endpoint, such as http://localhost:8000/v1",
+        "--api-type": "openai (any server with the same protocol) or azure",
+        "--api-base": "URL of the endpoint, such as http://localhost:8000/v1",
         "--api-version": "Azure's version of the protocol",
-        "--api-key-env": "environment variable that holds the key, in the place of OPENAI_API_KEY",
-        "--model": "the model to ask, or Azure's name of the deployment",
+        "--api-key-env": "environment variable that holds the key, instead of OPENAI_API_KEY",
+        "--model": "name of the model, or Azure's name of the deployment",
     }.items():
         group.add_argument(name, default="", help=text)
-    group.add_argument("--timeout", type=float, default=120.0, help="seconds for one request")
-    group.add_argument("--max-retries", type=int, default=5, help="further attempts after a failure that may pass")
+    group.add_argument("--timeout", type=float, default=120.0, help="timeout of one request in seconds")
+    group.add_argument("--max-retries", type=int, default=5, help="retries after a transient failure")
 
 
 def settings_of(args: argparse.Namespace) -> ApiSettings:
@@ -156,22 +157,30 @@ def settings_of(args: argparse.Namespace) -> ApiSettings:
 
 
 class ChatClient:
-    """Asks one endpoint, a bounded number of requests at once.
+    """Client of one endpoint with a bounded number of concurrent requests.
 
-    Failures that may pass are tried again with growing, jittered waits. When the endpoint asks everybody to wait
-    (`Retry-After`, or `x-ratelimit-remaining-*: 0` with its reset time), all requests of this client wait. After a
-    failure that every request would share (a wrong key, nothing left to spend), nothing more is sent: what follows
-    fails likewise at once.
+    Transient failures are retried after growing, jittered waits. If the endpoint limits the rate (`Retry-After`, or
+    `x-ratelimit-remaining-*: 0` with its reset time), all requests of the client wait. After a failure that every
+    request would share (a wrong key, an exhausted quota), all further requests fail at once without being sent.
 
     Args:
-        settings: of the endpoint.
-        max_concurrency: requests under way at once.
-        max_retries: further attempts after the first.
+        settings: settings of the endpoint.
+        max_concurrency: requests in flight at once.
+        max_retries: retries per request.
+
+    Example::
+
+        client = ChatClient(ApiSettings.from_env(deployment="model-name"))
+        for answer in client.map([[{"role": "user", "content": "What is a pneumothorax?"}]]):
+            print(answer)  # text, or an ApiFailure
     """
 
     def __init__(self, settings: ApiSettings, *, max_concurrency: int = 8, max_retries: int = 5) -> None:
         if max_concurrency < 1 or max_retries < 0:
-            raise ConfigError(f"need max_concurrency >= 1 and max_retries >= 0, got {max_concurrency}, {max_retries}")
+            raise ConfigError(
+                f"the number of concurrent requests must be at least 1 and --max-retries at least 0, got "
+                f"{max_concurrency} and {max_retries}"
+            )
         require("openai", "openai")
         self.settings = settings
         self.max_concurrency = max_concurrency
@@ -184,7 +193,7 @@ class ChatClient:
         self._connected: tuple[asyncio.AbstractEventLoop, Connection] | None = None
 
     async def complete(self, messages: Messages, *, temperature: float | None = 0.0, **options: Any) -> str:
-        """Return the answer's text; the arguments and errors of `ask`."""
+        """Return the text of the answer; arguments and errors are those of `ask`."""
         return (await self.ask(messages, temperature=temperature, **options)).text
 
     async def ask(
@@ -199,12 +208,12 @@ class ChatClient:
 
         Args:
             messages: the conversation.
-            temperature: None leaves it to the endpoint (some models take no other).
-            max_tokens: limit of the answer.
-            accept_cut_short: take an answer that reached the limit.
+            temperature: sampling temperature; None for the endpoint's default, which some models require.
+            max_tokens: limit of the answer in tokens.
+            accept_cut_short: accept an answer that reached the limit.
 
         Raises:
-            ApiError: no usable answer after all attempts.
+            ApiError: no usable answer after all retries.
         """
         outcome = await self.outcome(
             messages, temperature=temperature, max_tokens=max_tokens, accept_cut_short=accept_cut_short
@@ -221,7 +230,7 @@ class ChatClient:
         max_tokens: int | None = None,
         accept_cut_short: bool = False,
     ) -> Reply | ApiFailure:
-        """As `ask`, but a failure is returned."""
+        """Return the answer or the failure of one conversation; arguments are those of `ask`."""
         connection = self._connection()
         prompt_spent = answer_spent = 0
         attempt = 1
@@ -236,13 +245,13 @@ class ChatClient:
                 found = await connection.send(body, accept_cut_short=accept_cut_short)
             if isinstance(found, Reply):
                 return replace(found, wasted_tokens=(prompt_spent, answer_spent))
-            if found.param == limit_name == "max_tokens":  # newer models know the limit by its other name only
+            if found.param == limit_name == "max_tokens":  # newer models accept only the other name of the limit
                 self._limit_name = "max_completion_tokens"
                 continue
             prompt_spent += found.num_prompt_tokens
             answer_spent += found.num_answer_tokens
             too_long = found.wait is not None and found.wait > self.max_wait
-            if too_long or found.reason not in TRY_AGAIN or attempt > self.max_retries:
+            if too_long or found.reason not in RETRY_REASONS or attempt > self.max_retries:
                 fatal = too_long or found.reason in FATAL
                 self._fatal = replace(found, fatal=True) if fatal else self._fatal
                 found = replace(found, num_prompt_tokens=prompt_spent, num_answer_tokens=answer_spent)
@@ -255,12 +264,15 @@ class ChatClient:
         return self._fatal
 
     def map(self, batches: Iterable[Messages], **options: Any) -> Iterator[str | ApiFailure]:
-        """Yield the answer's text or the failure of each conversation, in order; `options` as of `ask`."""
+        """Yield the text or the failure of each conversation, in order; `options` are those of `ask`."""
         for reply in self.replies(batches, **options):
             yield reply.text if isinstance(reply, Reply) else reply
 
     def replies(self, batches: Iterable[Messages], **options: Any) -> Iterator[Reply | ApiFailure]:
-        """As `map`, with all that is known of an answer. At most `8 * max_concurrency` conversations are read ahead."""
+        """Yield the answer or the failure of each conversation, in order; `options` are those of `ask`.
+
+        At most `8 * max_concurrency` conversations are read ahead.
+        """
         source = iter(batches)
         waiting: dict[int, Reply | ApiFailure] = {}
         num_read = num_given = 0
@@ -281,7 +293,7 @@ class ChatClient:
                     num_given += 1
 
     def _connection(self) -> Connection:
-        """Return the running event loop's connection: one cannot be shared between loops."""
+        """Return the connection of the running event loop; connections cannot be shared between loops."""
         loop = asyncio.get_running_loop()
         if self._connected is None or self._connected[0] is not loop:
             at = self.settings
@@ -305,13 +317,13 @@ class ChatClient:
 
 
 class Requests:
-    """Requests under way, for a caller without an event loop; use it in a `with` block.
+    """Requests in flight for a caller without an event loop; use it in a `with` block.
 
     submit(key, messages) ... next() -> (key, Reply | ApiFailure), in order of arrival
 
     Args:
-        client: who asks.
-        options: as of `ChatClient.ask`.
+        client: the client that sends them.
+        options: those of `ChatClient.ask`.
     """
 
     def __init__(self, client: ChatClient, **options: Any) -> None:
@@ -328,18 +340,18 @@ class Requests:
 
     @property
     def num_running(self) -> int:
-        """How many were submitted and not yet returned by `next`."""
+        """Number of requests that were submitted and not yet returned by `next`."""
         return len(self._futures)
 
     def submit(self, key: Any, messages: Messages) -> None:
-        """Start a request; `key` comes back with its outcome."""
+        """Start a request; `next` returns `key` with its outcome."""
         coroutine = self._client.outcome(messages, **self._options)
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         self._futures.add(future)
         future.add_done_callback(lambda done: self._arrived.put((key, done)))
 
     def next(self) -> tuple[Any, Reply | ApiFailure]:
-        """Wait for the next outcome."""
+        """Wait for the next outcome and return it with its key."""
         key, future = self._arrived.get()
         self._futures.discard(future)
         return key, future.result()

@@ -1,8 +1,8 @@
-"""The contact with the client library: one connection to a chat endpoint, within one event loop.
+"""Connection to a chat endpoint through the OpenAI client library, within one event loop.
 
     body of a request  --send-->  Reply | ApiFailure
 
-It sends once; whether to send again is decided by `llava.openai_api.ChatClient`.
+Each request is sent once; retries are up to `llava.openai_api.ChatClient`.
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ from llava.utils.lookup import require
 from llava.utils.retry import duration, retry_after
 
 REASONS: dict[str, str] = {
-    "rate_limited": "the endpoint asks to wait longer than allowed, or again and again",
-    "unavailable": "the endpoint answers with a server error",
-    "timeout": "no answer in time",
-    "unreachable": "no connection, or it broke",
-    "broken_answer": "the answer is not the JSON that the protocol describes",
+    "rate_limited": "the endpoint asked for a longer wait than allowed, or repeatedly",
+    "unavailable": "the endpoint returned a server error",
+    "timeout": "no response within the timeout",
+    "unreachable": "no connection, or it was interrupted",
+    "broken_answer": "the response is not the JSON of the protocol",
     "empty": "the answer has no text",
-    "cut_short": "the answer reached its limit of tokens before its end",
+    "cut_short": "the answer reached the token limit before its end",
     "filtered": "the endpoint's content filter withheld the answer",
-    "too_long": "the request has more tokens than the model takes",
+    "too_long": "the request has more tokens than the model accepts",
     "refused": "the endpoint does not accept the request",
     "credentials": "the key is missing, wrong, or not allowed to use the model",
-    "quota": "the account has nothing left to spend",
-    "unknown_model": "there is no such model, deployment or address",
+    "quota": "the quota of the account is exhausted",
+    "unknown_model": "the model, deployment or URL does not exist",
 }
-"""Reasons of failures and what they mean."""
+"""Reasons of failures and their meanings."""
 
-TRY_AGAIN = frozenset({"rate_limited", "unavailable", "timeout", "unreachable", "broken_answer", "empty"})
-"""Reasons that another attempt may cure."""
+RETRY_REASONS = frozenset({"rate_limited", "unavailable", "timeout", "unreachable", "broken_answer", "empty"})
+"""Reasons of transient failures, which are retried."""
 
 FATAL = frozenset({"credentials", "quota", "unknown_model"})
-"""Reasons that every later request would share."""
+"""Reasons of failures that every later request would share."""
 
 _PLAIN_CODE = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,47}")
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One answer.
+    """Answer of a chat endpoint.
 
     Attributes:
-        text: what the model wrote.
-        finish_reason: the endpoint's word for why it ended (`stop`).
-        model: the model's name as the endpoint states it.
-        num_prompt_tokens: as the endpoint counted; None when it did not say.
-        num_answer_tokens: likewise.
-        wasted_tokens: of prompts and answers of earlier attempts, which could not be used.
+        text: text of the answer.
+        finish_reason: the endpoint's reason for its end (`stop`).
+        model: name of the model as the endpoint states it.
+        num_prompt_tokens: tokens of the prompt as counted by the endpoint; None if not stated.
+        num_answer_tokens: tokens of the answer as counted by the endpoint; None if not stated.
+        wasted_tokens: tokens of prompts and answers of earlier attempts that were not usable.
     """
 
     text: str
@@ -67,17 +67,17 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class ApiFailure:
-    """Why there is no answer; holds nothing of the request's or the answer's text.
+    """Failure of a request; contains no text of the request or the answer.
 
     Attributes:
         reason: a key of `REASONS`.
-        detail: status and code of the server's answer, where there was one.
-        num_attempts: how often it was tried.
-        num_prompt_tokens: what the endpoint counted for an answer that could not be used; 0 when it did not say.
-        num_answer_tokens: likewise.
-        wait: seconds the server asked to wait; None when it did not.
-        param: the name of the parameter that the server does not accept.
-        fatal: every later request would fail likewise.
+        detail: status and code of the server's response; empty without a response.
+        num_attempts: number of attempts.
+        num_prompt_tokens: prompt tokens that the endpoint counted for an unusable answer; 0 if not stated.
+        num_answer_tokens: answer tokens that the endpoint counted for an unusable answer; 0 if not stated.
+        wait: seconds that the server asked to wait; None if it did not.
+        param: name of the parameter that the server does not accept.
+        fatal: whether every later request would fail for the same reason.
     """
 
     reason: str
@@ -95,7 +95,7 @@ class ApiFailure:
 
 
 class ApiError(GenerationError):
-    """A chat endpoint gave no usable answer; `failure` says why."""
+    """Error for a request without a usable answer; `failure` has the reason."""
 
     def __init__(self, failure: ApiFailure) -> None:
         super().__init__(str(failure))
@@ -103,11 +103,11 @@ class ApiError(GenerationError):
 
 
 def read_reply(content: bytes, *, accept_cut_short: bool = False) -> Reply | ApiFailure:
-    """Read the body of a successful answer.
+    """Return the answer in the body of a successful response, or the failure.
 
     Args:
         content: the body, JSON of a chat completion.
-        accept_cut_short: take an answer that reached the limit of tokens for an answer.
+        accept_cut_short: accept an answer that reached the token limit.
     """
     try:
         body = json.loads(content)
@@ -115,7 +115,7 @@ def read_reply(content: bytes, *, accept_cut_short: bool = False) -> Reply | Api
         text = choice["message"]["content"]
         finish_reason = str(choice.get("finish_reason") or "stop")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return ApiFailure("broken_answer", "no JSON object with choices[0].message.content")
+        return ApiFailure("broken_answer", "not a JSON object with choices[0].message.content")
     prompt, answer = _count(body, "prompt_tokens"), _count(body, "completion_tokens")
     failed = ApiFailure("empty", num_prompt_tokens=prompt or 0, num_answer_tokens=answer or 0)
     if finish_reason == "content_filter":
@@ -129,21 +129,21 @@ def read_reply(content: bytes, *, accept_cut_short: bool = False) -> Reply | Api
 
 
 def _count(body: Mapping[str, Any], name: str) -> int | None:
-    """Return a count of `usage`, or None when it is not one."""
+    """Return a count of `usage`; None if it is missing or not a count."""
     usage = body.get("usage")
     value = usage.get(name) if isinstance(usage, Mapping) else None
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def read_error(status: int, code: object, param: object, *, wait: float | None, key: str) -> ApiFailure:
-    """Name what a status other than success means.
+    """Return the failure that an error status means.
 
     Args:
         status: HTTP status.
-        code: `error.code` of the body; shown only when it looks like a plain word and is not part of the key.
-        param: `error.param` of the body; likewise.
-        wait: seconds the server asks to wait.
-        key: what must not be shown.
+        code: `error.code` of the body; shown only if it is a plain identifier and not part of the key.
+        param: `error.param` of the body; shown under the same condition.
+        wait: seconds that the server asks to wait.
+        key: the key, which must not be shown.
     """
     word, name = _plain(code, key), _plain(param, key)
     reason = _reason(status, word)
@@ -177,16 +177,16 @@ def _reason(status: int, code: str) -> str:
 
 
 class Connection:
-    """A connection pool, the slots of requests under way, and the common pause; belongs to one event loop.
+    """Connection pool with slots for requests in flight and a shared pause; belongs to one event loop.
 
     Args:
         api_type: `openai` or `azure`.
         api_key: the key; may be empty.
-        api_base: address; empty for OpenAI's own.
-        api_version: Azure only.
-        timeout: seconds for one request.
-        num_slots: requests under way at once.
-        max_pause: longest pause in seconds that a good answer's headers may cause.
+        api_base: URL of the endpoint; empty for OpenAI's.
+        api_version: version of the protocol, Azure only.
+        timeout: timeout of one request in seconds.
+        num_slots: requests in flight at once.
+        max_pause: longest pause in seconds that headers of a successful response may cause.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class Connection:
         common: dict[str, Any] = {
             "max_retries": 0,
             "timeout": timeout,
-            # A redirect could carry the key to another host.
+            # A redirect could send the key to another host.
             "http_client": self._library.DefaultAsyncHttpxClient(follow_redirects=False),
         }
         if api_type != "azure":
@@ -222,23 +222,23 @@ class Connection:
             )
         except self._library.OpenAIError:
             raise ConfigError(
-                "no key for the Azure endpoint: set AZURE_OPENAI_API_KEY or AZURE_OPENAI_AD_TOKEN"
+                "the Azure endpoint has no key; set AZURE_OPENAI_API_KEY or AZURE_OPENAI_AD_TOKEN"
             ) from None
 
     def pause(self, seconds: float) -> None:
-        """Let no request start for so long."""
+        """Allow no request to start for this many seconds."""
         if seconds > 0:
             self._not_before = max(self._not_before, self._loop.time() + seconds)
 
     async def turn(self) -> None:
-        """Return when requests may start."""
+        """Wait until requests may start."""
         while (seconds := self._not_before - self._loop.time()) > 0:
             await asyncio.sleep(seconds)
 
     async def send(self, body: Mapping[str, Any], *, accept_cut_short: bool = False) -> Reply | ApiFailure:
-        """Send one request and read what comes back; see `read_reply`."""
+        """Send one request and return its answer or failure; see `read_reply`."""
         try:
-            async with asyncio.timeout(self._timeout):  # the library's own counts anew with every byte
+            async with asyncio.timeout(self._timeout):  # the library's own timeout restarts with every byte
                 raw = await self._client.chat.completions.with_raw_response.create(**body)
         except (TimeoutError, self._library.APITimeoutError):
             return ApiFailure("timeout", f"{self._timeout:g} s")
@@ -258,7 +258,7 @@ class Connection:
 
 
 def asked_wait(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that an answer with an error status asks to wait; None when it does not say."""
+    """Return the seconds that a response with an error status asks to wait; None if not stated."""
     milliseconds = duration(headers.get("retry-after-ms"))
     if milliseconds is not None:
         return milliseconds / 1000.0
@@ -267,7 +267,7 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
 
 
 def used_up_wait(headers: Mapping[str, str]) -> float:
-    """Return the seconds until an allowance that is used up is renewed; 0 when none is."""
+    """Return the seconds until an exhausted rate limit is reset; 0 without an exhausted limit."""
     waits = [
         duration(headers.get(f"x-ratelimit-reset-{kind}")) or 0.0
         for kind in ("requests", "tokens")

@@ -1,10 +1,10 @@
-"""The listed files of a .tar.gz, from a stream, without unpacking it: nothing is written, nothing is followed.
+"""Streaming reader of the listed files of an untrusted .tar.gz; nothing is written and no link is followed.
 
-    bytes as they come --gunzip, bounded--> 512-byte blocks --headers--> members --listed ones--> their bytes
+    stream --gunzip, bounded--> 512-byte blocks --headers--> members --listed ones--> their bytes
 
-An archive comes from strangers. Its names are only compared, never used as paths; links and devices are never followed;
-every length it states is bounded before anything is read. Header blocks are read by the standard library; the walk from
-header to header is our own, because the library's stream reader holds as much in memory as a header asks for.
+Names in an archive are only compared, never used as paths, and every stated length is checked against a limit before
+data is read. The standard library parses the header blocks; the loop over headers is our own, because the library's
+stream reader allocates as much memory as a header requests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GZIP = b"\x1f\x8b"
 BLOCK = 512
 PIECE = 1 << 16
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".gif")
-"""Endings that stand in for each other, the best first: a package holds .gif thumbnails beside its .jpg figures."""
+"""Extensions that may replace each other, best first: packages contain .gif thumbnails beside .jpg figures."""
 
 WITHOUT_DATA = frozenset(
     {tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE}
@@ -32,7 +32,7 @@ LOCAL_PAX, GLOBAL_PAX = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE}), f
 
 
 class ArchiveSource(Protocol):
-    """Where the archive's bytes come from."""
+    """Source of an archive's bytes."""
 
     def read(self) -> bytes:
         """Return the next bytes; empty at the end."""
@@ -40,16 +40,16 @@ class ArchiveSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an archive may cost.
+    """Limits of an archive.
 
     Attributes:
-        max_members: files, folders and links in it.
-        max_figure: bytes of one figure that is taken.
-        max_held: bytes of stand-ins (other endings) that are kept in memory until the archive's end.
-        max_unpacked: bytes of the whole, unpacked.
-        max_ratio: unpacked to packed bytes, looked at beyond `ratio_from` unpacked bytes.
-        ratio_from: bytes.
-        max_header: bytes of a long name or of extended attributes.
+        max_members: number of files, folders and links.
+        max_figure: size of one figure in bytes.
+        max_held: bytes of substitutes (other extensions) kept in memory until the end of the archive.
+        max_unpacked: size of the unpacked archive in bytes.
+        max_ratio: ratio of unpacked to packed bytes, checked after `ratio_from` unpacked bytes.
+        ratio_from: unpacked bytes before the ratio is checked.
+        max_header: size of a long name or of extended attributes in bytes.
     """
 
     max_members: int = 50_000
@@ -62,10 +62,9 @@ class Limits:
 
 
 class Unpacked:
-    """The unzipped bytes of a source, read in pieces of bounded size.
+    """Unzipped bytes of a source, read in pieces of bounded size.
 
-    Raises (from its methods):
-        ArchiveError: not gzipped, damaged, cut off, or more than the limits allow.
+    The methods raise `ArchiveError` for data that is not gzipped, damaged, truncated or beyond the limits.
     """
 
     def __init__(self, source: ArchiveSource, limits: Limits) -> None:
@@ -85,7 +84,7 @@ class Unpacked:
         return data
 
     def skip(self, size: int) -> int:
-        """Pass over `size` bytes and return how many there were."""
+        """Skip `size` bytes and return the number of skipped bytes, smaller only at the end."""
         left = size
         while left:
             piece = len(self.read(min(left, PIECE)))
@@ -105,7 +104,7 @@ class Unpacked:
             return False
         if not self._input:
             return True
-        if self._zip.eof:  # a gzip file may be several in a row; zeros, or anything else, behind the last are no part
+        if self._zip.eof:  # a gzip file may have several members; zeros or other bytes after the last are ignored
             if not self._input.startswith(b"\x1f"):
                 self._input = b""
                 return True
@@ -115,7 +114,7 @@ class Unpacked:
         except zlib.error as error:
             if self._first != GZIP:
                 raise ArchiveError(f"not a gzipped file ({error})", reason="not_an_archive") from error
-            raise ArchiveError(f"damaged behind byte {self._num_out} ({error})", reason="corrupted") from error
+            raise ArchiveError(f"damaged after byte {self._num_out} ({error})", reason="corrupted") from error
         self._input = self._zip.unused_data if self._zip.eof else self._zip.unconsumed_tail
         self._num_out += len(piece)
         self._check_limits()
@@ -123,7 +122,7 @@ class Unpacked:
         return True
 
     def _kept_back(self) -> bool:
-        """Take what the unzipper still holds of input it was given before; False when that is nothing."""
+        """Read what the decompressor still buffers of earlier input; False if it buffers nothing."""
         piece = self._zip.decompress(b"", PIECE)
         self._num_out += len(piece)
         self._ready += piece
@@ -133,19 +132,17 @@ class Unpacked:
         if self._num_in == 0:
             raise ArchiveError("empty file", reason="truncated")
         if not self._zip.eof:
-            raise ArchiveError(f"ends after {self._num_out} unpacked bytes, in the middle", reason="truncated")
+            raise ArchiveError(f"incomplete, ends after {self._num_out} unpacked bytes", reason="truncated")
 
     def _check_limits(self) -> None:
         limits = self._limits
         ratio = self._num_out / max(1, self._num_in - len(self._input))
         if self._num_out > limits.max_unpacked or (self._num_out > limits.ratio_from and ratio > limits.max_ratio):
-            raise ArchiveError(
-                f"{self._num_out} bytes unpacked from {self._num_in}: more than the limits allow", reason="bomb"
-            )
+            raise ArchiveError(f"{self._num_out} bytes unpacked from {self._num_in}, beyond the limits", reason="bomb")
 
 
 class Member(NamedTuple):
-    """One entry: its name, whether it is a plain file, and its size in bytes."""
+    """Archive member: its name, whether it is a plain file, and its size in bytes."""
 
     name: str
     plain: bool
@@ -153,11 +150,11 @@ class Member(NamedTuple):
 
 
 class Archive:
-    """The members of a .tar.gz, one after the other.
+    """Members of a .tar.gz in order.
 
     Args:
         source: its bytes.
-        limits: what it may cost.
+        limits: limits of the archive.
     """
 
     def __init__(self, source: ArchiveSource, limits: Limits | None = None) -> None:
@@ -167,10 +164,10 @@ class Archive:
         self._padding = 0
 
     def __iter__(self) -> Iterator[Member]:
-        """Yield the members; `data` may be asked for the last one that was yielded.
+        """Yield the members; `data` returns the bytes of the last one.
 
         Raises:
-            ArchiveError: the archive is damaged, cut off or beyond the limits.
+            ArchiveError: the archive is damaged, truncated or beyond the limits.
         """
         num_members = 0
         long_name: str | None = None
@@ -178,7 +175,7 @@ class Archive:
         while (header := self._header()) is not None:
             num_members += 1
             if num_members > self.limits.max_members:
-                raise ArchiveError(f"more than {self.limits.max_members} members", reason="bomb")
+                raise ArchiveError(f"more than {self.limits.max_members} members (--max-members)", reason="bomb")
             if header.type in LOCAL_PAX | GLOBAL_PAX:
                 records = pax_records(self._attributes(header.size))
                 pax = {**pax, **records} if header.type in LOCAL_PAX else pax
@@ -195,22 +192,23 @@ class Archive:
         """Return the bytes of the current member.
 
         Raises:
-            ArchiveError: it is cut off, or larger than the limit.
+            ArchiveError: the member is truncated, or larger than the limit.
         """
         if self._left > self.limits.max_figure:
-            raise ArchiveError(f"a file of {self._left} bytes, more than the limit", reason="too_large")
+            limit = self.limits.max_figure
+            raise ArchiveError(f"a file has {self._left} bytes, the limit is {limit}", reason="too_large")
         size, self._left = self._left, 0
         return self._exactly(size)
 
     def _header(self) -> tarfile.TarInfo | None:
-        """Return the next header, or None at the archive's end."""
+        """Return the next header, or None at the end of the archive."""
         block = self._bytes.read(BLOCK)
         if not block or not block.strip(b"\0"):
-            while self._bytes.read(PIECE):  # to the end of the gzip file, whose last bytes are its checksum
+            while self._bytes.read(PIECE):  # the checksum is at the end of the gzip file
                 pass
             return None
         if len(block) < BLOCK:
-            raise ArchiveError("ends in the middle of a header", reason="truncated")
+            raise ArchiveError("ends inside a header", reason="truncated")
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except (tarfile.TarError, ValueError, OverflowError) as error:
@@ -227,14 +225,14 @@ class Archive:
             if not more:
                 return
             more = self._exactly(BLOCK)[504]
-        raise ArchiveError("a sparse file's map is larger than the limit", reason="bomb")
+        raise ArchiveError("the map of a sparse file is larger than the limit", reason="bomb")
 
     def _member(self, header: tarfile.TarInfo, long_name: str | None, pax: dict[str, str]) -> Member:
         name = pax.get("path", header.name if long_name is None else long_name)
         size = header.size
         if "size" in pax:
             if not pax["size"].isdecimal() or len(pax["size"]) > 18:
-                raise ArchiveError("a size in the extended attributes is not a number", reason="corrupted")
+                raise ArchiveError("the size in extended attributes is not a number", reason="corrupted")
             size = int(pax["size"])
         sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in pax)
         self._left = 0 if header.type in WITHOUT_DATA else size
@@ -242,24 +240,25 @@ class Archive:
         return Member(name, header.type in PLAIN and not sparse, self._left)
 
     def _attributes(self, size: int) -> bytes:
-        """Return the content of a header that describes the member behind it."""
+        """Return the content of a header that describes the next member."""
         if size > self.limits.max_header:
-            raise ArchiveError(f"a name or attributes of {size} bytes", reason="bomb")
+            limit = self.limits.max_header
+            raise ArchiveError(f"a name or attributes have {size} bytes, the limit is {limit}", reason="bomb")
         data = self._exactly(size)
         self._exactly(-size % BLOCK)
         return data
 
     def _finish(self) -> None:
-        """Go to the next header."""
+        """Skip to the next header."""
         size = self._left + self._padding
         self._left = self._padding = 0
         if self._bytes.skip(size) < size:
-            raise ArchiveError("ends in the middle of a file", reason="truncated")
+            raise ArchiveError("ends inside a file", reason="truncated")
 
     def _exactly(self, size: int) -> bytes:
         data = self._bytes.read(size)
         if len(data) < size:
-            raise ArchiveError("ends in the middle of a file", reason="truncated")
+            raise ArchiveError("ends inside a file", reason="truncated")
         return data
 
 
@@ -267,7 +266,7 @@ def pax_records(content: bytes) -> dict[str, str]:
     """Return the attributes `path`, `size` and those of sparse files from `LENGTH KEY=VALUE\\n` records.
 
     Raises:
-        ArchiveError: the lengths do not fit.
+        ArchiveError: a stated length is wrong.
     """
     records: dict[str, str] = {}
     place = 0
@@ -286,7 +285,7 @@ def pax_records(content: bytes) -> dict[str, str]:
 
 
 def plain_name(name: str) -> str | None:
-    """Return a relative name in its shortest form; None for one that is absolute, leads upwards or is no name."""
+    """Return a relative name in its shortest form; None if it is absolute, empty or contains `..` or odd characters."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or any(sign in name for sign in "\0\\"):
         return None
@@ -294,7 +293,7 @@ def plain_name(name: str) -> str | None:
 
 
 class Taken(NamedTuple):
-    """A listed figure: its bytes, or `reason` (a word of REASONS) why it cannot be taken."""
+    """Listed figure: its bytes, or the `reason` (a key of `REASONS`) why it cannot be used."""
 
     name: str
     data: bytes = b""
@@ -302,24 +301,24 @@ class Taken(NamedTuple):
 
 
 def stem(name: str) -> str:
-    """Return a name without its image ending, if it has one."""
+    """Return a name without its image extension, if it has one."""
     base, dot, ending = name.rpartition(".")
     return base if dot and f".{ending.lower()}" in IMAGE_ENDINGS else name
 
 
 def take(source: ArchiveSource, names: Collection[str], limits: Limits | None = None) -> Iterator[Taken]:
-    """Yield the listed files of an archive as they pass; reading stops when all have.
+    """Yield the listed files of an archive in order of the archive; reading stops after the last one.
 
-    A name is met by the member of that name, or else, at the archive's end, by the one that differs only in its image
-    ending. A figure whose place is held by a link or a device is yielded with a reason.
+    A name matches the member of that name or, at the end of the archive, the best one that differs only in the image
+    extension. A name that belongs to a link or a device is yielded with a reason.
 
     Args:
         source: the archive's bytes.
-        names: members that are wanted, as `plain_name` gives them.
-        limits: what the archive may cost.
+        names: names of the members, as returned by `plain_name`.
+        limits: limits of the archive.
 
     Raises:
-        ArchiveError: the archive is damaged, cut off or beyond the limits; what was yielded before is whole.
+        ArchiveError: the archive is damaged, truncated or beyond the limits; files yielded before are complete.
     """
     archive = Archive(source, limits)
     wanted = set(names)
@@ -350,7 +349,7 @@ def _taken(archive: Archive, member: Member, name: str) -> Taken:
 
 
 def _hold(archive: Archive, member: Member, name: str, held: dict[str, tuple[int, bytes]]) -> None:
-    """Keep a stand-in in memory unless a better one, or no room, is there."""
+    """Keep a substitute in memory if it is better than the one known and within the limits."""
     ending = name[len(stem(name)) :].lower()
     rank = IMAGE_ENDINGS.index(ending) if ending in IMAGE_ENDINGS else len(IMAGE_ENDINGS)
     known = held.get(stem(name))

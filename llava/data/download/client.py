@@ -1,10 +1,10 @@
-"""HTTP for downloads: one client for all threads, which asks politely, follows redirects only where that is safe.
+"""HTTP client for downloads, shared by all threads: rate limit per host, retry waits, safe redirects.
 
-    url --turn of the host, url policy--> request --redirects, each checked again--> Answer, a stream of bytes
+    URL --rate limit, URL policy--> request --redirects, each checked again--> Answer, a stream of bytes
 
-httpx2 and not urllib: connections stay open between the hundred thousands of requests to one host, every single read
-has a time limit, bodies come as they were sent (an archive is not unzipped on the way), proxies of the environment are
-used, and redirects are left to us. It is installed with the package, since huggingface_hub needs it as well.
+httpx2 rather than urllib: it keeps connections open between hundreds of thousands of requests to one host, limits the
+time of every read, returns bodies as sent (archives stay zipped), uses the proxies of the environment, and leaves
+redirects to the caller. It is installed with the package, since huggingface_hub depends on it.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from llava.utils.retry import retry_after
 
 
 class HostRateLimiter:
-    """Spreads the requests to each host evenly over time.
+    """Limit of the request rate per host.
 
     Args:
-        per_second: requests a second and host; 0 does not limit.
-        stopped: set when the program ends; nobody waits any longer then.
+        per_second: requests per second and host; 0: no limit.
+        stopped: event that ends all waits.
     """
 
     def __init__(self, per_second: float, stopped: threading.Event) -> None:
         if per_second < 0:
-            raise ConfigError(f"the rate of requests must not be negative, got {per_second}")
+            raise ConfigError(f"--rate must be at least 0, got {per_second}")
         self._interval = 1.0 / per_second if per_second else 0.0
         self._stopped = stopped
         self._next: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def wait(self, host: str) -> None:
-        """Return when it is the caller's turn to ask `host`."""
+        """Wait until the next request to `host` is allowed."""
         while not self._stopped.is_set():
             with self._lock:
                 now = time.monotonic()
@@ -55,7 +55,7 @@ class HostRateLimiter:
             self._stopped.wait(turn - now)
 
     def pause(self, host: str, seconds: float) -> None:
-        """Let nobody ask `host` for so long."""
+        """Allow no request to `host` for this many seconds."""
         with self._lock:
             self._next[host] = max(self._next.get(host, 0.0), time.monotonic() + seconds)
 
@@ -64,23 +64,23 @@ RETRY_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 GONE = frozenset({404, 410})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 TRANSIENT = frozenset({"unreachable", "stalled", "cut_off", "unavailable"})
-"""Reasons to ask again."""
+"""Reasons after which a request is retried."""
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkOptions:
-    """How servers are asked.
+    """Options of requests to servers.
 
     Attributes:
-        user_agent: how we introduce ourselves; a contact url in it is good manners on long runs.
-        per_second: requests a second and host (the archive's own rule for programs is three).
-        max_attempts: how often a file is asked for that makes no progress.
-        first_wait: seconds before the second attempt; doubled for each further one.
-        max_wait: longest wait in seconds, also where a server asks for a longer one.
-        connect_seconds: longest time to a connection.
-        stall_seconds: a server that sends fewer than `min_speed` bytes a second for so long is given up.
-        min_speed: bytes a second.
-        max_redirects: redirects that are followed.
+        user_agent: the User-Agent header; on long runs it should contain an e-mail address.
+        per_second: requests per second and host (PMC allows programs three).
+        max_attempts: attempts per file without progress.
+        first_wait: seconds before the first retry; doubled for each further one.
+        max_wait: longest wait before a retry in seconds, even if a server asks for more.
+        connect_seconds: timeout of a connection attempt in seconds.
+        stall_seconds: seconds of a transfer slower than `min_speed` after which it is aborted.
+        min_speed: lowest accepted speed in bytes per second.
+        max_redirects: maximum number of redirects per request.
     """
 
     user_agent: str = f"llava/{llava.__version__} (research data download)"
@@ -96,18 +96,24 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         numbers = (self.per_second, self.first_wait, self.max_wait, self.stall_seconds, self.min_speed)
         if not all(map(math.isfinite, numbers)):
-            raise ConfigError(f"rates, waits and speeds must be finite numbers, got {', '.join(map(str, numbers))}")
+            raise ConfigError(
+                f"--rate, --first-wait, --max-wait, --stall-seconds and --min-speed must be finite numbers, got "
+                f"{', '.join(map(str, numbers))}"
+            )
         if self.max_attempts < 1 or self.stall_seconds <= 0 or self.connect_seconds <= 0:
-            raise ConfigError("--max-attempts must be at least 1, and --stall-seconds above 0")
+            raise ConfigError(
+                f"--max-attempts must be at least 1 and --stall-seconds above 0, got {self.max_attempts} and "
+                f"{self.stall_seconds}"
+            )
 
 
 @dataclass(slots=True)
 class Answer:
-    """An answer whose body has not been read.
+    """HTTP response whose body has not been read.
 
     Attributes:
-        response: the answer.
-        url: where it came from in the end.
+        response: the response.
+        url: the URL after all redirects.
     """
 
     response: httpx2.Response
@@ -119,22 +125,22 @@ class Answer:
         return self.response.status_code
 
     def header(self, name: str) -> str | None:
-        """Return a header, or None."""
+        """Return the value of a header; None if it is missing."""
         value = self.response.headers.get(name)
         return None if value is None else str(value)
 
     def close(self) -> None:
-        """End the answer; what was not read is not fetched."""
+        """Close the response without reading the rest of its body."""
         self.response.close()
 
 
 class Client:
-    """Asks servers; may be shared by threads.
+    """HTTP client; may be shared by threads.
 
     Args:
-        options: how.
-        bases: urls the user gave, which may be private.
-        num_connections: most connections that are open at a time.
+        options: options of requests.
+        bases: URLs given by the user, which may be private.
+        num_connections: maximum number of open connections.
     """
 
     def __init__(
@@ -159,24 +165,24 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End all waiting and all connections; threads that still read get a `DownloadError`."""
+        """End all waits and connections; threads that are still reading get a `DownloadError`."""
         self.stopped.set()
         self._http.close()
 
     def wait(self, seconds: float) -> None:
-        """Wait, unless the client is closed in the meantime."""
+        """Wait for this many seconds, or until the client is closed."""
         self.stopped.wait(seconds)
 
     def open(self, url: str, *, start: int = 0, etag: str | None = None) -> Answer:
-        """Ask for a file from byte `start` on; the answer has status 200, 206 or 416.
+        """Request a file from byte `start` on and return a response of status 200, 206 or 416.
 
         Args:
-            url: an http(s) url.
-            start: first byte that is wanted.
-            etag: the version of the file that the bytes before `start` belong to, if known.
+            url: an http(s) URL.
+            start: first byte to return.
+            etag: version of the file that the bytes before `start` belong to, if known.
 
         Raises:
-            DownloadError: any other answer, or none; its reason is one of `TRANSIENT` where asking again may help.
+            DownloadError: another status, or no response; the reason is in `TRANSIENT` if a retry may help.
         """
         headers = {} if start == 0 else {"Range": f"bytes={start}-"}
         if start and etag and not etag.startswith("W/"):
@@ -215,13 +221,11 @@ class Client:
             self.policy.check_peer(answer.url, str(peer[0]))
 
     def _accepted(self, answer: Answer) -> Answer:
-        """Return an answer that has a body to read (or 416), and raise what any other one means."""
+        """Return a response of status 200, 206 or 416; raise the error that any other status means."""
         if answer.status in (200, 206, 416):
             return answer
         answer.close()
-        message = (
-            f"{shown(answer.url)}: the server answers {answer.status} {answer.response.reason_phrase}".rstrip()
-        )
+        message = f"{shown(answer.url)}: the server returned {answer.status} {answer.response.reason_phrase}".rstrip()
         if answer.status in RETRY_STATUSES:
             seconds = retry_after(answer.header("Retry-After"))
             if seconds is not None:
@@ -230,10 +234,10 @@ class Client:
         raise DownloadError(message, reason="not_found" if answer.status in GONE else "refused")
 
     def chunks(self, answer: Answer) -> Iterator[bytes]:
-        """Yield the body of an answer as it comes.
+        """Yield the body of a response in chunks.
 
         Raises:
-            DownloadError: it stops coming, comes too slowly, or ends before it is complete.
+            DownloadError: the transfer stops, is too slow, or ends before the body is complete.
         """
         pieces = answer.response.iter_raw()
         waited, num_bytes = 0.0, 0
@@ -241,7 +245,7 @@ class Client:
             while True:
                 before = time.monotonic()
                 piece = next(pieces, None)
-                waited += time.monotonic() - before  # what the reader does with a piece is not the server's time
+                waited += time.monotonic() - before  # excludes the time that the caller spends on a chunk
                 if piece is None:
                     return
                 if self.stopped.is_set():
@@ -249,8 +253,8 @@ class Client:
                 num_bytes += len(piece)
                 if waited >= self.options.stall_seconds:
                     if num_bytes < self.options.min_speed * waited:
-                        told = f"{num_bytes} bytes in {waited:.0f} s"
-                        raise DownloadError(f"{shown(answer.url)}: {told}", reason="stalled")
+                        speed = f"only {num_bytes} bytes in {waited:.0f} s"
+                        raise DownloadError(f"{shown(answer.url)}: {speed}", reason="stalled")
                     waited, num_bytes = 0.0, 0
                 yield piece
         except (httpx2.HTTPError, httpx2.StreamError, RuntimeError) as error:
@@ -260,15 +264,15 @@ class Client:
 
 
 def _target(url: str, location: str | None) -> str:
-    """Return where a redirect leads."""
+    """Return the target URL of a redirect."""
     try:
         return urljoin(url, location or "")
     except ValueError as error:
-        raise DownloadError(f"{shown(url)} redirects to what is no url", reason="unsafe_address") from error
+        raise DownloadError(f"{shown(url)} redirects to an invalid URL", reason="unsafe_address") from error
 
 
 def named_error(error: Exception, url: str) -> DownloadError:
-    """Return the named error for one of the HTTP library's."""
+    """Return the error with a reason for an error of the HTTP library."""
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
         reason = "unreachable"
     elif isinstance(error, httpx2.TimeoutException):
@@ -284,42 +288,45 @@ DEFAULTS = NetworkOptions()
 
 
 def add_network_options(parser: Parser) -> None:
-    """Add the flags of `NetworkOptions`."""
+    """Add the options of `NetworkOptions`."""
     group = parser.add_argument_group("network")
     group.add_argument(
-        "--rate", type=float, default=DEFAULTS.per_second, help="requests a second and host; 0: no limit"
+        "--rate", type=float, default=DEFAULTS.per_second, help="requests per second and host; 0: no limit"
     )
     group.add_argument(
         "--max-attempts",
         type=int,
         default=DEFAULTS.max_attempts,
-        help="how often a file that makes no progress is asked for",
+        help="attempts per file without progress",
     )
     group.add_argument(
-        "--first-wait", type=float, default=DEFAULTS.first_wait, help="seconds before asking again; doubles"
+        "--first-wait",
+        type=float,
+        default=DEFAULTS.first_wait,
+        help="seconds before the first retry; doubled for each further one",
     )
     group.add_argument(
         "--max-wait",
         type=float,
         default=DEFAULTS.max_wait,
-        help="longest wait, also when a server asks for a longer one",
+        help="longest wait before a retry in seconds, even if a server asks for more",
     )
     group.add_argument(
         "--stall-seconds",
         type=float,
         default=DEFAULTS.stall_seconds,
-        help="give up a server that is this long too slow",
+        help="abort a transfer that is slower than --min-speed for this many seconds",
     )
     group.add_argument(
-        "--min-speed", type=float, default=DEFAULTS.min_speed, help="bytes a second that are not too slow"
+        "--min-speed", type=float, default=DEFAULTS.min_speed, help="lowest accepted speed in bytes per second"
     )
     group.add_argument(
-        "--user-agent", default=DEFAULTS.user_agent, help="how to introduce oneself; add an e-mail address on long runs"
+        "--user-agent", default=DEFAULTS.user_agent, help="User-Agent header; add an e-mail address on long runs"
     )
 
 
 def network_options(args: argparse.Namespace) -> NetworkOptions:
-    """Return what the flags say."""
+    """Return the options that the flags describe."""
     return NetworkOptions(
         user_agent=args.user_agent,
         per_second=args.rate,
@@ -332,9 +339,9 @@ def network_options(args: argparse.Namespace) -> NetworkOptions:
 
 
 def bases_from(given: Sequence[str] | None, variable: str) -> list[str]:
-    """Return the bases of a flag, or else those of an environment variable.
+    """Return the bases given to a flag or, without any, those of an environment variable.
 
     Raises:
-        ConfigError: one of them is neither an http(s) url nor a folder.
+        ConfigError: a base is neither an http(s) URL nor a folder.
     """
     return [check_base(base) for base in given or split_bases(os.environ.get(variable, ""))]

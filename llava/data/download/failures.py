@@ -1,6 +1,6 @@
-"""Why something could not be had: one word each, for manifests, summaries and exit codes.
+"""Reasons of failed downloads: one word each, for manifests, summaries and exit codes.
 
-an error's `reason` --REASONS--> what it means, whether asking again can help, whether it is nobody's fault
+an error's `reason` --REASONS--> text, whether a retry can help, whether it counts as a failure
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 
 class Reason(NamedTuple):
-    """What one word means.
+    """Meaning of one reason.
 
     Attributes:
-        text: for people.
-        lasting: asking the same urls again gives the same; a resumed run does not.
-        expected: happens to a part of any old list of urls; no cause for a failing exit status.
+        text: description.
+        lasting: whether a retry of the same URLs gives the same result; a resumed run then skips it.
+        expected: whether it happens to a part of any old list of URLs; it then does not change the exit status.
     """
 
     text: str
@@ -28,22 +28,22 @@ REASONS: dict[str, Reason] = {
     "stalled": Reason("the server stopped sending, or sent too slowly"),
     "cut_off": Reason("the connection ended before the file did"),
     "unavailable": Reason("the server is overloaded or failing (429, 5xx)"),
-    "refused": Reason("the server refuses to hand it out (401, 403, other 4xx)"),
-    "wrong_size": Reason("the server offers another size than the published one"),
-    "wrong_content": Reason("the content is not what was published, or changed in between"),
-    "unsafe_address": Reason("the url may not be fetched", lasting=True),
+    "refused": Reason("the server refuses the request (401, 403, other 4xx)"),
+    "wrong_size": Reason("the size on the server differs from the published one"),
+    "wrong_content": Reason("the content differs from the published one, or changed during the download"),
+    "unsafe_address": Reason("the URL is not allowed", lasting=True),
     "too_large": Reason("larger than the limit", lasting=True),
-    "not_an_archive": Reason("what was sent is no .tar.gz", lasting=True),
+    "not_an_archive": Reason("the file is not a .tar.gz", lasting=True),
     "corrupted": Reason("the archive is damaged", lasting=True),
-    "truncated": Reason("the archive ends too early", lasting=True),
-    "bomb": Reason("the archive unpacks to more than the limits allow", lasting=True),
-    "unsafe_member": Reason("the archive has the figure's name, but as a link or device", lasting=True),
-    "broken_image": Reason("the picture does not decode", lasting=True),
-    "bad_row": Reason("the list's row cannot be used", lasting=True),
-    "not_in_archive": Reason("the archive does not hold the figure", lasting=True, expected=True),
+    "truncated": Reason("the archive is incomplete", lasting=True),
+    "bomb": Reason("the unpacked archive exceeds the limits", lasting=True),
+    "unsafe_member": Reason("the figure's name in the archive is a link or device", lasting=True),
+    "broken_image": Reason("the image cannot be decoded", lasting=True),
+    "bad_row": Reason("the row of the list is invalid", lasting=True),
+    "not_in_archive": Reason("the archive does not contain the figure", lasting=True, expected=True),
     "not_found": Reason("the server has no such file (404, 410)", lasting=True, expected=True),
 }
-"""In the order in which they are told when several sources failed in different ways: what may pass comes first."""
+"""Reasons by name; if several sources fail differently, the first in this order is reported: transient ones first."""
 
 
 def most_telling(reasons: Iterable[str]) -> str:

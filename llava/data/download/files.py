@@ -1,11 +1,11 @@
-"""Whole files: fetched into `NAME.part`, continued where they stopped, checked, moved into place.
+"""Download of whole files: written to `NAME.part`, resumed, verified, then renamed.
 
-    urls in order --RemoteFile / copy--> NAME.part --size, sha256--> NAME
-                            | fails                     | wrong: once more from the start
-                            +--> next url           +--> next url
+    URLs in order --RemoteFile / copy--> NAME.part --size, sha256--> NAME
+                        | fails                        | wrong: once more from the start
+                        +--> next URL                  +--> next URL
 
-A process that is killed leaves `NAME.part`; the next run goes on from there, also from another url: what counts is
-the sha256 of the whole.
+A killed process leaves `NAME.part`. The next run resumes it, also from another URL, since the sha256 of the whole file
+is verified.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ BLOCK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a file must be: its size in bytes and sha256; None where that is not known."""
+    """Expected size in bytes and sha256 of a file, None if unknown, and the largest accepted size."""
 
     size: int | None = None
     sha256: str | None = None
     max_bytes: int | None = None
 
     def problem(self, size: int, digest: str) -> str:
-        """Return what is wrong with a file of this size and sha256; empty when nothing is."""
+        """Return what is wrong with a file of this size and sha256; empty if it is as expected."""
         if self.size is not None and size != self.size:
             return f"{size} bytes, expected {self.size}"
         if self.sha256 is not None and digest != self.sha256:
@@ -61,7 +61,7 @@ def digest_of(path: Path, on_bytes: Callable[[int], object] = lambda count: None
 
 
 def file_problem(path: Path, expected: Expected) -> str:
-    """Return what is wrong with a file on the disk; empty when it is as expected."""
+    """Return what is wrong with a local file; empty if it is as expected."""
     try:
         size = path.stat().st_size
         if expected.size is not None and size != expected.size:
@@ -87,18 +87,18 @@ def fetch_file(
     expected: Expected,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> str:
-    """Fetch one file from the first url that has it, and return that url.
+    """Download one file from the first URL that has it, and return that URL.
 
     Args:
-        client: asks servers.
-        urls: where the file is, in order of preference; local ones are copied.
-        target: the file; it appears whole and checked, or not at all.
+        client: HTTP client.
+        urls: URLs of the file, in order of preference; local paths are copied.
+        target: the file; it is created complete and verified, or not at all.
         expected: size and sha256.
-        on_bytes: told how many bytes have been added, also those found from an earlier run; negative when the file is
-            begun again.
+        on_bytes: called with the number of added bytes, including those of an earlier run; negative if the file is
+            restarted.
 
     Raises:
-        DownloadError: no url has it; the message tells of each, the reason is the most telling one.
+        DownloadError: all URLs failed; the message lists every failure, the reason is the first in `REASONS`.
         DataError: the file cannot be written.
     """
     failures: list[DownloadError] = []
@@ -114,18 +114,16 @@ def fetch_file(
         if client.stopped.is_set():
             break
     if not failures:
-        raise DownloadError(f"{target.name}: no url was given", reason="not_found")
+        raise DownloadError(f"{target.name}: no URL was given", reason="not_found")
     raise DownloadError("; ".join(map(str, failures)), reason=most_telling(error.reason for error in failures))
 
 
-def _fetch_from(
-    client: Client, url: str, target: Path, expected: Expected, on_bytes: Callable[[int], object]
-) -> None:
+def _fetch_from(client: Client, url: str, target: Path, expected: Expected, on_bytes: Callable[[int], object]) -> None:
     part = target.with_name(target.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     for attempt in (1, 2):
         if expected.size is not None and part.exists() and part.stat().st_size > expected.size:
-            part.unlink()  # no beginning of this file
+            part.unlink()  # too long to be a part of this file
         start, digest = digest_of(part, on_bytes) if part.exists() else (0, hashlib.sha256())
         size = start
         try:
@@ -135,7 +133,7 @@ def _fetch_from(
             problem = expected.problem(size, digest.hexdigest())
         except DownloadError as error:
             if error.reason != "wrong_content":
-                on_bytes(-size)  # the next url, or the next run, counts what is there again
+                on_bytes(-size)  # the next URL or the next run counts the existing bytes again
                 if size == 0:
                     part.unlink(missing_ok=True)
                 raise
@@ -145,17 +143,13 @@ def _fetch_from(
             return
         on_bytes(-size)
         part.unlink(missing_ok=True)
-        if start == 0 or attempt == 2:  # what was there before is not to blame
-            raise DownloadError(
-                f"{shown(url)}: {problem.removeprefix(shown(url) + ': ')}", reason="wrong_content"
-            )
-        logger.warning("%s: what an earlier run left does not fit (%s); it is begun again", target.name, problem)
+        if start == 0 or attempt == 2:  # the part of an earlier run is not the cause
+            raise DownloadError(f"{shown(url)}: {problem.removeprefix(shown(url) + ': ')}", reason="wrong_content")
+        logger.warning("%s: the part left by an earlier run is wrong (%s); restarting", target.name, problem)
 
 
-def _blocks(
-    client: Client, url: str, *, start: int, digest: _Hash, expected: Expected, part: Path
-) -> Iterator[bytes]:
-    """Add the file's bytes from `start` on to `part` and yield them; `digest` takes them in."""
+def _blocks(client: Client, url: str, *, start: int, digest: _Hash, expected: Expected, part: Path) -> Iterator[bytes]:
+    """Append the file's bytes from `start` on to `part`, update `digest`, and yield them."""
     if is_local(url):
         source = _local_blocks(local_path(url), start, digest, expected)
     else:
@@ -167,7 +161,7 @@ def _blocks(
             stream.write(block)
             yield block
         stream.flush()
-        os.fsync(stream.fileno())  # the name is moved only when the bytes are on the disk
+        os.fsync(stream.fileno())  # the file must be on disk before it is renamed
 
 
 def _local_blocks(path: Path, start: int, digest: _Hash, expected: Expected) -> Iterator[bytes]:

@@ -1,9 +1,9 @@
-"""The list of images that are missing, and why: written line by line while a run lasts, in order when it ends.
+"""List of missing images with reasons: appended during a run, sorted at its end.
 
     missing.jsonl: {"pair_id", "image", "archive", "member", "reason", "detail", "tried"}
 
-A run that was killed leaves its lines; the next one believes those whose reason lasts and whose urls it would ask
-again, and asks for the others.
+After a killed run, the next one keeps the lines whose reason is lasting and whose URLs include all it would try, and
+retries the other images.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from llava.utils.jsonl import append, drop_torn_line, open_atomic, read_records,
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """One image that is not there.
+    """Missing image.
 
     Attributes:
-        pair_id: the image's id; empty where the list's row has none.
+        pair_id: id of the image; empty if the row of the list has none.
         image: its file name.
-        archive: url of its archive, as the list has it.
+        archive: URL of its archive, as in the list.
         member: its name in the archive.
-        reason: a word of `REASONS`.
-        detail: what happened, for people.
-        tried: the urls that were asked, or would be.
-        place: row in the lists, which orders the file.
+        reason: a key of `REASONS`.
+        detail: description of the failure.
+        tried: URLs of the sources.
+        place: index of its row in the lists, the order of the file.
     """
 
     pair_id: str
@@ -50,7 +50,7 @@ class Missing:
 
     @classmethod
     def of(cls, figure: Figure, archive: str, reason: str, detail: str, tried: Sequence[str]) -> Missing:
-        """Return the line of a figure that no source has."""
+        """Return the entry of a figure that no source has."""
         places = tuple(map(shown, tried))
         return cls(
             figure.pair_id, figure.file_name, shown(archive), figure.member, reason, detail, places, figure.place
@@ -58,24 +58,24 @@ class Missing:
 
     @classmethod
     def of_bad_row(cls, row: BadListRow) -> Missing:
-        """Return the line of a list's row that cannot be used."""
+        """Return the entry of an invalid row of a list."""
         return cls(row.pair_id, "", "", "", "bad_row", row.detail, (), row.place)
 
     def settles(self, figure: Figure, tried: Collection[str]) -> bool:
-        """Whether asking `tried` for the figure again would give the same."""
+        """Return whether a retry of the figure with the URLs `tried` would give the same result."""
         reason = REASONS.get(self.reason)
         asked = set(map(shown, tried))
         return reason is not None and reason.lasting and self.member == figure.member and asked <= set(self.tried)
 
 
 class MissingList:
-    """The list while a run lasts.
+    """List of missing images during a run.
 
     Args:
         path: the file.
 
     Raises:
-        DataError: there is a file of another kind.
+        DataError: the path is a file of another kind.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,7 +88,7 @@ class MissingList:
                 before = Missing(**{**row, "tried": tuple(row["tried"])})
             except (TypeError, KeyError) as error:
                 raise DataError(
-                    f"{path} is not a list of missing images; it would be overwritten: name another file by --missing"
+                    f"{path} is not a list of missing images and would be overwritten; name another file with --missing"
                 ) from error
             self._before[before.pair_id] = before
 
@@ -96,18 +96,18 @@ class MissingList:
         return len(self._rows)
 
     def known(self, pair_id: str) -> Missing | None:
-        """Return what an earlier run wrote about an image."""
+        """Return the entry that an earlier run wrote for an image; None without one."""
         return self._before.get(pair_id)
 
     def add(self, rows: Sequence[Missing]) -> None:
-        """Add lines; those that an earlier run wrote already are not written again."""
+        """Add entries and append them to the file, except those that an earlier run wrote."""
         for row in rows:
             self._rows.append(row)
             if self._before.get(row.pair_id) != row:
                 append(self.path, asdict(row))
 
     def finish(self) -> dict[str, int]:
-        """Write the list of this run in the order of the lists; return how many images are missing for each reason."""
+        """Rewrite the file in the order of the lists and return the number of missing images by reason."""
         self._rows.sort(key=lambda row: row.place)
         write_records(self.path, map(asdict, self._rows))
         counts = Counter(row.reason for row in self._rows)
@@ -115,7 +115,7 @@ class MissingList:
 
 
 class Filtered(NamedTuple):
-    """What `write_available` did."""
+    """Filtered data file with its numbers of kept and dropped rows."""
 
     path: Path
     num_kept: int
@@ -129,10 +129,10 @@ def available_path(path: Path) -> Path:
 
 
 def write_available(path: Path, image_folder: Path) -> Filtered:
-    """Write the rows whose images are all in `image_folder` (rows without an image too) beside the file.
+    """Write the rows whose images are all in `image_folder`, and rows without images, to a file beside `path`.
 
     Raises:
-        DataError: the file cannot be read or a row's images cannot be; nothing is written then.
+        DataError: the file or the images field of a row is invalid; no file is written.
     """
     target = available_path(path)
     num_kept = num_dropped = 0
@@ -155,7 +155,7 @@ def write_available(path: Path, image_folder: Path) -> Filtered:
 
 
 def pair_ids(paths: Collection[str | Path]) -> set[str]:
-    """Return the ids (file names without ending) of all images that the rows of data files name."""
+    """Return the ids (file names without extension) of all images that the rows of data files name."""
     return {Path(name).stem for path in paths for row in _rows(Path(path)) for name in read_images(row.get("image"))}
 
 
@@ -179,5 +179,5 @@ def _complete(row: dict[str, Any], image_folder: Path) -> bool:
 def _is_file(name: str, image_folder: Path) -> bool:
     try:
         return resolve(name, image_folder).is_file()
-    except DataError:  # outside the folder: no image of ours
+    except DataError:  # a path outside the folder
         return False

@@ -1,4 +1,4 @@
-"""`llava/data/download_images.py` and `llava data images`: flags, and what is said in the end.
+"""Command `llava data images` (`llava/data/download_images.py`): figures of PMC articles.
 
 flags --> FigureList, Client, ImageOptions --fetch--> DownloadSummary --> text, JSON, filtered data files, exit status
 """
@@ -19,7 +19,7 @@ from llava.data.download.archives import Limits
 from llava.data.download.client import Client, add_network_options, bases_from, network_options
 from llava.data.download.failures import REASONS
 from llava.data.download.missing import Filtered, Missing, MissingList, pair_ids, write_available
-from llava.data.download.pmc_article import PARTIAL, ArticleJob, ImageOptions, ArticleOutcome, urls_of
+from llava.data.download.pmc_article import PARTIAL, ArticleJob, ArticleOutcome, ImageOptions, urls_of
 from llava.data.download.pmc_list import Article, Figure, FigureList, read_lists
 from llava.data.download.url_policy import check_base
 from llava.errors import ConfigError, DataError, DownloadError
@@ -30,20 +30,20 @@ from llava.utils.jsonl import write_json
 from llava.utils.log import progress_bar
 
 WINDOW = 4
-"""Articles a thread that are handed to the pool ahead of time."""
+"""Articles per thread that are queued ahead of time."""
 
 
 @dataclass(slots=True)
 class DownloadSummary:
-    """What became of all images that were wanted.
+    """Counts of a download.
 
     Attributes:
-        num_wanted: images that the lists ask for, and rows that cannot be used.
-        num_there: images that were there before.
-        num_taken: images that are new.
+        num_wanted: images that the lists name, plus invalid rows.
+        num_there: images that existed before the run.
+        num_taken: new images.
         num_archives: archives that were read.
-        num_bytes: bytes that were read for it.
-        missing: how many images are missing for each reason.
+        num_bytes: bytes that were read.
+        missing: number of missing images by reason.
     """
 
     num_wanted: int = 0
@@ -55,17 +55,17 @@ class DownloadSummary:
 
     @property
     def num_missing(self) -> int:
-        """Images that are missing."""
+        """Number of missing images."""
         return sum(self.missing.values())
 
     @property
     def num_unexpected(self) -> int:
-        """Images that are missing for another reason than that the archive does not offer them (any more)."""
+        """Number of missing images, without those that are no longer offered."""
         return sum(count for reason, count in self.missing.items() if not REASONS[reason].expected)
 
 
 def fetch(wanted: FigureList, client: Client, options: ImageOptions) -> DownloadSummary:
-    """Bring the wanted images into `options.images` and list the others in `options.missing`.
+    """Download the wanted images to `options.images` and list missing ones in `options.missing`.
 
     Raises:
         DataError: a folder cannot be written, or `options.missing` is a file of another kind.
@@ -74,11 +74,11 @@ def fetch(wanted: FigureList, client: Client, options: ImageOptions) -> Download
     try:
         options.images.mkdir(parents=True, exist_ok=True)
         folder = options.images.resolve()
-        with (  # runs with lists of their own may share the folder, and the other way round
+        with (  # two locks: runs may share the folder of images but not the list of missing ones, and vice versa
             hold(options.missing.with_name(f".{options.missing.name}.lock"), purpose="downloading images"),
             hold(folder.with_name(f".{folder.name}.lock"), purpose="downloading images"),
         ):
-            shutil.rmtree(partial, ignore_errors=True)  # what a killed run was writing
+            shutil.rmtree(partial, ignore_errors=True)  # incomplete images of a killed run
             partial.mkdir()
             try:
                 return _Run(wanted, client, options).run()
@@ -91,7 +91,7 @@ def fetch(wanted: FigureList, client: Client, options: ImageOptions) -> Download
 
 
 class _Run:
-    """One run over all articles."""
+    """Run over all articles."""
 
     def __init__(self, wanted: FigureList, client: Client, options: ImageOptions) -> None:
         self.wanted = wanted
@@ -101,7 +101,7 @@ class _Run:
         self.summary = DownloadSummary(num_wanted=wanted.num_figures + len(wanted.bad))
 
     def run(self) -> DownloadSummary:
-        """Work through the articles; the list of what is missing is in the order of the lists in the end."""
+        """Process all articles and return the counts."""
         self.missing.add([Missing.of_bad_row(row) for row in self.wanted.bad])
         bar = progress_bar(self.wanted.num_figures, title="images", unit="image")
         pool = ThreadPoolExecutor(self.options.num_threads)
@@ -113,7 +113,7 @@ class _Run:
                     f"{self.summary.num_bytes / 1e6:.1f} MB, {len(self.missing)} missing", refresh=False
                 )
         except BaseException:
-            self.client.close()  # threads in the middle of an archive stop at their next bytes
+            self.client.close()  # threads that are reading an archive stop at their next chunk
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -129,7 +129,7 @@ class _Run:
         self.summary.num_archives += outcome.num_archives
 
     def _outcomes(self, pool: ThreadPoolExecutor) -> Iterator[tuple[int, ArticleOutcome]]:
-        """Yield images that are there, and outcomes as they come; only a few articles are in the pool at a time."""
+        """Yield numbers of existing images with outcomes, in order of completion; the queue of articles is bounded."""
         running: set[Future[ArticleOutcome]] = set()
         for article in self.wanted.articles:
             figures, known = self._still_wanted(article)
@@ -145,7 +145,7 @@ class _Run:
             yield from ((0, future.result()) for future in done)
 
     def _still_wanted(self, article: Article) -> tuple[list[Figure], list[Missing]]:
-        """Return the figures to fetch, and those known to be missing where asking again is no use."""
+        """Return the figures to download, and those known to be missing for a lasting reason."""
         figures, known = [], []
         tried = urls_of(article, self.options)
         for figure in article.figures:
@@ -160,7 +160,7 @@ class _Run:
 
 
 def is_there(path: Path) -> bool:
-    """Whether an image file exists; images appear whole, so an empty one is another program's."""
+    """Return whether an image file exists and is not empty."""
     try:
         return path.stat().st_size > 0
     except OSError:
@@ -168,15 +168,16 @@ def is_there(path: Path) -> bool:
 
 
 FIGURE_BASE = "https://pmc-oa-opendata.s3.amazonaws.com/"
-"""PMC's own server of single figures: PMC9000000.1/J-1-2-g001.jpg."""
+"""PMC's server of single figures, with paths like PMC9000000.1/J-1-2-g001.jpg."""
 
 ARCHIVE_VARIABLE, FIGURE_VARIABLE = "LLAVA_PMC_BASE", "LLAVA_FIGURE_BASE"
+"""Environment variables with mirrors of archives and of single figures."""
 
 EPILOG = """
 example:
-  python llava/data/download_images.py --input_path data/llava_med_image_urls.jsonl \\
+  python llava/data/download_images.py --input-path data/llava_med_image_urls.jsonl \\
       --only data/instruct/llava_med_instruct_10k.json --filter-json data/instruct/llava_med_instruct_10k.json
-exit status: 0 all images are there, or those that are not are no longer offered; 1 others are missing; 2 cannot start
+exit status: 0 no image is missing, except those no longer offered; 1 images are missing; 2 cannot start
 """
 
 
@@ -184,7 +185,7 @@ def make_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
         prog="download_images.py",
-        description="Fetch the listed figures of PMC articles; continues where an earlier run stopped.",
+        description="Download the listed figures of PMC articles; rerun the same command to resume.",
         epilog=EPILOG,
         formatter_class=ExampleFormatter,
     )
@@ -199,17 +200,19 @@ def make_parser() -> Parser:
     add(
         "--pmc_output_path",
         default="data/pmc_articles/",
-        help="folder of archives: those in it are used, never deleted",
+        help="folder of archives; existing ones are used and never deleted",
     )
-    parser.add_switch("--remove_pmc", default=True, help="do not keep archives that are fetched (true: none is stored)")
-    add("--cpus", type=int, default=4, help="articles at a time; -1: as many as processors")
-    add("--only", nargs="+", metavar="FILE", help="fetch only the images that the rows of these data files name")
-    add("--max-images", type=int, help="fetch the first so many images of the lists")
+    parser.add_switch("--remove_pmc", default=True, help="do not store downloaded archives")
+    add("--cpus", type=int, default=4, help="articles at a time; -1: number of processors")
+    add("--only", nargs="+", metavar="FILE", help="download only the images that the rows of these data files name")
+    add("--max-images", type=int, help="download only the first N images of the lists")
     add("--filter-json", nargs="+", default=[], metavar="FILE", help="write FILE.available.json without missing images")
-    add("--missing", help="list of what is missing and why (default: missing.jsonl beside the folder of images)")
-    parser.add_switch("--retry-missing", help="ask again for what an earlier run found to be gone or broken")
-    parser.add_switch("--strict", help="exit status 1 also when images are missing because nobody offers them any more")
-    sources = parser.add_argument_group("sources (any of them replaces all defaults; nothing else is asked then)")
+    add("--missing", help="list of missing images with reasons (default: missing.jsonl beside the folder of images)")
+    parser.add_switch("--retry-missing", help="retry images that an earlier run found to be gone or broken")
+    parser.add_switch(
+        "--strict", help="exit with status 1 also if images are missing because they are no longer offered"
+    )
+    sources = parser.add_argument_group("sources (any of these flags replaces all default sources)")
     sources.add_argument("--mirror-dir", help="folder with oa_package/aa/bb/PMC1.tar.gz; the same as --pmc-base FOLDER")
     sources.add_argument(
         "--pmc-base", nargs="+", metavar="BASE", help=f"mirrors of the archives (or {ARCHIVE_VARIABLE})"
@@ -217,12 +220,14 @@ def make_parser() -> Parser:
     sources.add_argument(
         "--figure-base", nargs="+", metavar="BASE", help=f"mirrors with PMC1.1/FIGURE.jpg (or {FIGURE_VARIABLE})"
     )
-    sources.add_argument("--allow-host", nargs="+", default=[], metavar="HOST", help="hosts that a list may name")
+    sources.add_argument(
+        "--allow-host", nargs="+", default=[], metavar="HOST", help="further hosts that the lists may name"
+    )
     limits = parser.add_argument_group("limits of an archive")
     standard = Limits()
-    limits.add_argument("--max-members", type=int, default=standard.max_members, help="files and folders")
-    limits.add_argument("--max-unpacked", type=int, default=standard.max_unpacked, help="bytes, unpacked")
-    limits.add_argument("--max-ratio", type=float, default=standard.max_ratio, help="unpacked to packed bytes")
+    limits.add_argument("--max-members", type=int, default=standard.max_members, help="number of files and folders")
+    limits.add_argument("--max-unpacked", type=int, default=standard.max_unpacked, help="unpacked size in bytes")
+    limits.add_argument("--max-ratio", type=float, default=standard.max_ratio, help="ratio of unpacked to packed bytes")
     add_network_options(parser)
     return parser
 
@@ -231,24 +236,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        SystemExit: with status 1 when images are missing that should not be.
+        SystemExit: with status 1 if images are missing, see `--strict`.
     """
     log.setup()
     args = make_parser().parse_args(argv)
     try:
         status = download_images(args)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command continues\n")
+        sys.stderr.write("stopped; rerun the same command to resume\n")
         status = 130
     if status:
         raise SystemExit(status)
 
 
 def download_images(args: argparse.Namespace) -> int:
-    """Do what the flags say and return the exit status."""
+    """Run the download that the flags describe and return the exit status."""
     options, bases = image_options(args)
     if gone := [path for path in args.filter_json if not Path(path).is_file()]:
-        raise ConfigError(f"--filter-json {gone[0]}: no such file")
+        raise ConfigError(f"--filter-json {gone[0]} is not a file")
     only = None if args.only is None else pair_ids(args.only)
     wanted = read_lists(args.input_path, only=only, max_images=args.max_images, allowed_hosts=args.allow_host)
     sys.stdout.write(
@@ -265,23 +270,23 @@ def download_images(args: argparse.Namespace) -> int:
 
 
 def _hours(wanted: FigureList, rate: float) -> str:
-    """Say how long a long run takes at least."""
+    """Return the text about the minimum time of a long run; empty for a short one."""
     hours = len(wanted.articles) / rate / 3600 if rate else 0.0
     return (
-        f"; {rate:g} requests a second and host: at least {hours:.0f} hours, in as many runs as you like"
+        f"; at {rate:g} requests per second and host, at least {hours:.0f} hours, in any number of runs"
         if hours > 1
         else ""
     )
 
 
 def image_options(args: argparse.Namespace) -> tuple[ImageOptions, list[str]]:
-    """Return the options, and the bases that the user named.
+    """Return the options that the flags describe, and the bases that the user named.
 
     Raises:
-        ConfigError: a base or a number cannot be used.
+        ConfigError: a base or a number is invalid.
     """
     if args.cpus == 0 or args.cpus < -1:
-        raise ConfigError(f"--cpus must be at least 1, or -1 for as many as there are processors; got {args.cpus}")
+        raise ConfigError(f"--cpus must be at least 1, or -1 for the number of processors; got {args.cpus}")
     archives = bases_from(args.pmc_base, ARCHIVE_VARIABLE)
     if args.mirror_dir is not None:
         archives.insert(0, check_base(args.mirror_dir))
@@ -303,17 +308,17 @@ def image_options(args: argparse.Namespace) -> tuple[ImageOptions, list[str]]:
 
 
 def report(summary: DownloadSummary, filtered: Sequence[Filtered], missing: Path, seconds: float) -> str:
-    """Return what is said in the end."""
+    """Return the text printed at the end."""
     here = summary.num_there + summary.num_taken
     lines = [
-        f"images: {here} of {summary.num_wanted} are there ({summary.num_taken} new); {summary.num_archives} archives, "
+        f"images: {here} of {summary.num_wanted} present ({summary.num_taken} new); {summary.num_archives} archives, "
         f"{summary.num_bytes / 1e6:.1f} MB in {seconds:.0f} s"
     ]
     if summary.missing:
         lines.append(f"missing: {summary.num_missing}, listed in {missing}")
         lines += [f"  {count:>8}  {reason:<16}{REASONS[reason].text}" for reason, count in summary.missing.items()]
         if any(not REASONS[reason].lasting for reason in summary.missing):
-            lines.append("the same command asks again for what may come yet")
+            lines.append("rerun the same command to retry the transient failures")
     for path, num_kept, num_dropped in filtered:
-        lines.append(f"{path}: {num_kept} rows with their images, {num_dropped} without left out")
+        lines.append(f"{path}: {num_kept} rows kept, {num_dropped} rows with missing images left out")
     return "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
-"""One article: its figures from the first source that has them, each checked before it is kept.
+"""Figures of one article from the first source that has them; every image is decoded before it is kept.
 
-urls_of --> single figures | archive (streamed; stops when all figures have passed) | archive in a folder
+urls_of --> single figures | archive (streamed up to the last listed figure) | local archive
                     |--Taken--> decodes? --> images/.partial/... --> images/PAIR_ID.jpg
                     +--reason--> next source; after the last one: Missing
 """
@@ -25,29 +25,29 @@ from llava.errors import ArchiveError, DataError, DownloadError
 from llava.imaging import decode
 
 FIRST_VERSION = ".1"
-"""Servers of single figures list articles by version; the archives of the published list hold the first one."""
+"""Version suffix on servers of single figures; the archives of the published list hold the first version."""
 
 PARTIAL = ".partial"
-"""Folder, among the images, of those that are being written."""
+"""Subfolder of incomplete images in the folder of images."""
 
 PIECE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
 class ImageOptions:
-    """Where images come from and go to.
+    """Sources and targets of images.
 
     Attributes:
         images: folder of the images.
-        archives: folder of archives; those in it are read and never deleted, fetched ones stay there only with `keep`.
-        missing: file that lists what is missing.
-        archive_bases: mirrors with the archives in their published layout; None: each archive's own url.
-        figure_bases: servers of single figures, asked before the archives.
-        keep: keep the archives that are fetched.
+        archives: folder of archives; existing ones are read and never deleted, new ones are stored only with `keep`.
+        missing: file that lists the missing images.
+        archive_bases: mirrors with the archives in their published layout; None: the URL of each archive in the list.
+        figure_bases: servers of single figures, tried before the archives.
+        keep: store downloaded archives.
         num_threads: articles at a time.
-        retry_missing: ask again for what is known to be missing.
-        limits: what an archive may cost.
-        max_archive: bytes of the largest archive that is fetched.
+        retry_missing: retry images that are known to be missing.
+        limits: limits of an archive.
+        max_archive: size in bytes of the largest archive that is downloaded.
     """
 
     images: Path
@@ -64,7 +64,7 @@ class ImageOptions:
 
 @dataclass(slots=True)
 class ArticleOutcome:
-    """What became of one article: images that are new, bytes read for them, archives opened, images still missing."""
+    """Counts of one article: new images, bytes read, archives opened, and the missing images."""
 
     num_taken: int = 0
     num_bytes: int = 0
@@ -73,7 +73,7 @@ class ArticleOutcome:
 
 
 def urls_of(article: Article, options: ImageOptions) -> list[str]:
-    """Return where an article is looked for, in order; the folders of single figures come first."""
+    """Return the URLs that an article is searched at, in order; folders of single figures come first."""
     if options.archive_bases is None:
         archives = [article.url]
     else:
@@ -87,13 +87,13 @@ def _figure_folders(article: Article, options: ImageOptions) -> list[str]:
 
 
 class ArticleJob:
-    """The work on one article.
+    """Download of one article.
 
     Args:
         article: the article.
-        figures: those of its figures that are wanted now.
-        client: asks servers.
-        options: where from and where to.
+        figures: figures to download.
+        client: HTTP client.
+        options: sources and targets.
     """
 
     def __init__(self, article: Article, figures: Sequence[Figure], client: Client, options: ImageOptions) -> None:
@@ -105,7 +105,7 @@ class ArticleJob:
         self._problems: dict[str, dict[str, str]] = {figure.pair_id: {} for figure in figures}
 
     def run(self) -> ArticleOutcome:
-        """Ask the sources in turn until all figures are there.
+        """Try the sources in order until all figures are downloaded.
 
         Raises:
             OSError: an image cannot be written.
@@ -124,7 +124,7 @@ class ArticleJob:
         return self.outcome
 
     def _ask(self, reader: Callable[[str, list[str]], Iterator[Taken]], url: str) -> None:
-        """Take what one source has."""
+        """Download the figures that one source has."""
         by_member: dict[str, list[Figure]] = {}
         for figure in self._left.values():
             by_member.setdefault(figure.member, []).append(figure)
@@ -137,7 +137,7 @@ class ArticleJob:
                 self._problems[pair_id].setdefault(error.reason, str(error))
 
     def _settle(self, figure: Figure, taken: Taken, url: str) -> None:
-        """Keep a figure, or note why that is not possible."""
+        """Write a figure, or record why it cannot be used."""
         reason, detail = taken.reason, f"{shown(url)}: {REASONS[taken.reason].text}" if taken.reason else ""
         if not reason:
             try:
@@ -152,13 +152,13 @@ class ArticleJob:
         del self._left[figure.pair_id]
 
     def _write(self, figure: Figure, data: bytes) -> None:
-        """Write an image in a folder that the next run empties, and move it into place."""
+        """Write an image to the subfolder of incomplete ones, then rename it."""
         temporary = self.options.images / PARTIAL / figure.file_name
         temporary.write_bytes(data)
         os.replace(temporary, self.options.images / figure.file_name)
 
     def _archive(self, url: str, members: list[str]) -> Iterator[Taken]:
-        """Yield the members from one archive, and in the end a reason for those that it does not hold."""
+        """Yield the members from one archive, then a reason for each member that it does not contain."""
         left = set(members)
         for taken in self._members(url, members):
             left.discard(taken.name)
@@ -175,7 +175,7 @@ class ArticleJob:
             try:
                 yield from self._from_file(kept, members)
             except ArchiveError:
-                kept.unlink(missing_ok=True)  # a damaged one is not worth keeping
+                kept.unlink(missing_ok=True)  # a damaged archive is not stored
                 raise
         else:
             remote = RemoteFile(self.client, url, max_bytes=self.options.max_archive)
@@ -194,7 +194,7 @@ class ArticleJob:
                 self._count(source.num_read)
 
     def _named(self, taken: Iterator[Taken], url: str) -> Iterator[Taken]:
-        """Yield what an archive gives; an error names the archive."""
+        """Yield the figures of an archive; errors name the archive."""
         try:
             yield from taken
         except ArchiveError as error:
@@ -205,7 +205,7 @@ class ArticleJob:
         self.outcome.num_bytes += num_bytes
 
     def _single_figures(self, url: str, members: list[str]) -> Iterator[Taken]:
-        """Yield the members, each from a file of its own below `url`."""
+        """Yield the members, each from its own file under `url`."""
         for member in members:
             name = member.rsplit("/", 1)[-1]
             if stem(name) == name:
@@ -213,7 +213,7 @@ class ArticleJob:
             try:
                 yield Taken(member, self._single(join(url, name)))
             except DownloadError as error:
-                if error.reason in TRANSIENT:  # the server's trouble, not this figure's
+                if error.reason in TRANSIENT:  # a failure of the server, not of this figure
                     raise
                 yield Taken(member, reason=error.reason)
 
@@ -237,10 +237,10 @@ class ArticleJob:
 
 
 class _FileSource:
-    """A file's bytes, in pieces.
+    """Bytes of a local archive in pieces.
 
-    Raises (also from `read`):
-        DownloadError: there is no such file, or it cannot be read.
+    Raises:
+        DownloadError: the file is missing or cannot be read (also raised by `read`).
     """
 
     def __init__(self, path: Path) -> None:

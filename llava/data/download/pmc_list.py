@@ -1,10 +1,10 @@
-"""Lists of figures in PMC articles to articles with the figures wanted from each.
+"""Reader of lists of figures, grouped by PMC article.
 
     llava_med_image_urls.jsonl   pmc_tar_url, image_file_path, pair_id  --+
                                                                           +--> Article(url, figures), each once
     ..._fig_captions.json        {domain: [{pair_id, graphic_ref}]}     --+
 
-The second kind names figures as well, so the 50 test images, which are not in the published list, come the same way.
+Caption files are accepted too, because the published list lacks the 50 images of the chat evaluation.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from llava.utils.jsonl import UNREADABLE, open_unzipped
 from llava.utils.lookup import require
 
 ARCHIVE_HOSTS = ("ftp.ncbi.nlm.nih.gov",)
-"""Hosts that a list may name without the user's permission."""
+"""Hosts that a list may name without `--allow-host`."""
 
 ARCHIVE_BASE = "https://ftp.ncbi.nlm.nih.gov/pub/pmc/"
 PACKAGES = "oa_package/"
-"""Where the archives are below a base, in the original's and in every mirror's layout."""
+"""Folder of the archives under a base, on the original server and on every mirror."""
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+\-]{0,199}")
 
 
 class Figure(NamedTuple):
-    """One wanted image: it becomes `pair_id`.jpg from the archive's file `member`; `place` is its row in the lists."""
+    """Wanted image: member `member` of the archive becomes `pair_id`.jpg; `place` is its row index in the lists."""
 
     pair_id: str
     member: str
@@ -48,25 +48,25 @@ class Figure(NamedTuple):
 
 @dataclass(slots=True)
 class Article:
-    """One archive, and what is wanted from it."""
+    """Archive of one article with the figures wanted from it."""
 
     url: str
     figures: list[Figure] = field(default_factory=list)
 
     @property
     def package(self) -> str:
-        """The archive's path below a base (`oa_package/aa/bb/PMC1.tar.gz`)."""
+        """Path of the archive under a base (`oa_package/aa/bb/PMC1.tar.gz`)."""
         _, found, tail = self.url.partition(f"/{PACKAGES}")
         return PACKAGES + tail if found else self.file_name
 
     @property
     def file_name(self) -> str:
-        """The archive's own name (`PMC1.tar.gz`)."""
+        """File name of the archive (`PMC1.tar.gz`)."""
         return self.url.rstrip("/").rsplit("/", 1)[-1]
 
 
 class BadListRow(NamedTuple):
-    """A row that cannot be used."""
+    """Invalid row of a list."""
 
     place: int
     pair_id: str
@@ -75,12 +75,12 @@ class BadListRow(NamedTuple):
 
 @dataclass(slots=True)
 class FigureList:
-    """What the lists ask for.
+    """Content of lists of figures.
 
     Attributes:
         articles: each archive once, in order of appearance.
-        bad: rows that cannot be used.
-        num_repeated: rows that ask for what another row asks for already.
+        bad: invalid rows.
+        num_repeated: number of rows that repeat an earlier one.
     """
 
     articles: list[Article] = field(default_factory=list)
@@ -89,7 +89,7 @@ class FigureList:
 
     @property
     def num_figures(self) -> int:
-        """How many images are wanted."""
+        """Number of wanted images."""
         return sum(len(article.figures) for article in self.articles)
 
 
@@ -100,16 +100,16 @@ def read_lists(
     max_images: int | None = None,
     allowed_hosts: Collection[str] = (),
 ) -> FigureList:
-    """Return the articles that the lists name.
+    """Return the articles that lists name.
 
     Args:
         paths: lists of either kind, plain or gzipped.
         only: pair ids to keep; None keeps all.
-        max_images: keep the first so many images.
-        allowed_hosts: hosts that may be asked besides `ARCHIVE_HOSTS`; a list comes from strangers.
+        max_images: keep only the first images.
+        allowed_hosts: hosts that the untrusted lists may name in addition to `ARCHIVE_HOSTS`.
 
     Raises:
-        DataError: a list cannot be read at all, or holds no row.
+        DataError: a list cannot be read, or has no rows.
     """
     found = FigureList()
     articles: dict[str, Article] = {}
@@ -125,10 +125,10 @@ def read_lists(
         if only is not None and figure.pair_id not in only:
             continue
         article = articles.get(url)
-        url = url if article is None else article.url  # one text in memory, not one a row
+        url = url if article is None else article.url  # share one string between all rows of an archive
         known = members.setdefault(figure.pair_id, (url, figure.member))
         if known != (url, figure.member):
-            found.bad.append(BadListRow(place, figure.pair_id, f"{where}: another row gives this id to another figure"))
+            found.bad.append(BadListRow(place, figure.pair_id, f"{where}: pair_id is also the id of another figure"))
         elif article is not None and any(other.pair_id == figure.pair_id for other in article.figures):
             found.num_repeated += 1
         elif max_images is None or len(members) <= max_images:
@@ -140,12 +140,12 @@ def read_lists(
             break
     if place < 0:
         names = ", ".join(map(str, paths))
-        raise DataError(f"{names}: no row; expected rows with pmc_tar_url, image_file_path, pair_id")
+        raise DataError(f"{names}: no rows; expected rows with pmc_tar_url, image_file_path, pair_id")
     return found
 
 
 def _id_of(row: Any) -> str:
-    """The id of a row that may be anything; empty where there is none."""
+    """Return the id of any JSON value; empty if it has none."""
     pair_id = row.get("pair_id") if isinstance(row, dict) else None
     return pair_id if isinstance(pair_id, str) else ""
 
@@ -163,7 +163,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                     if line.strip():
                         yield f"{path}, line {number}", _json(line)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; `sh download_data.sh` fetches the published list") from None
+        raise DataError(f"{path}: file not found; `sh download_data.sh` downloads the published list") from None
     except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
@@ -176,7 +176,7 @@ def _json(line: bytes) -> Any:
 
 
 def _is_captions(line: bytes) -> bool:
-    """Whether a file's first line begins one object with a list for each domain."""
+    """Return whether a file's first line begins an object with one list per domain."""
     row = _json(line)
     if isinstance(row, dict):
         return "pair_id" not in row and any(isinstance(value, list) for value in row.values())
@@ -184,7 +184,7 @@ def _is_captions(line: bytes) -> bool:
 
 
 def _caption_rows(path: Path, stream: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the figures of a caption file in the form of the list's rows; one domain is in memory at a time."""
+    """Yield the figures of a caption file as rows of a list; one domain is in memory at a time."""
     ijson = require("ijson", "data")
     try:
         for domain, captions in ijson.kvitems(stream, ""):
@@ -208,10 +208,10 @@ def _list_row(caption: Any) -> Any:
 
 
 def _figure(row: Any, place: int, hosts: Collection[str]) -> tuple[str, Figure]:
-    """Return archive and figure of a row.
+    """Return the archive URL and the figure of a row.
 
     Raises:
-        DataError: a field is missing, or not what it must be to be used safely.
+        DataError: a field is missing, invalid or unsafe.
     """
     if not isinstance(row, dict):
         raise DataError(f"expected a JSON object, got {describe(row)}")
@@ -220,10 +220,12 @@ def _figure(row: Any, place: int, hosts: Collection[str]) -> tuple[str, Figure]:
             raise DataError(f"field {key!r} must be text, got {describe(row.get(key))}")
     pair_id, member, url = row["pair_id"], plain_name(row["image_file_path"]), row["pmc_tar_url"]
     if not _FILE_NAME.fullmatch(pair_id):
-        raise DataError("field 'pair_id' becomes a file name: letters, digits, '_', '.', '+', '-', at most 200")
+        raise DataError(
+            "field 'pair_id' must be usable as a file name: at most 200 letters, digits, '_', '.', '+' or '-'"
+        )
     if member is None:
         raise DataError("field 'image_file_path' must be a relative path without '..'")
-    if url.startswith("ftp://"):  # the same server, by a protocol that mirrors and proxies do not speak
+    if url.startswith("ftp://"):  # mirrors and proxies do not support ftp; the server has the same files under https
         url = "https://" + url.removeprefix("ftp://")
     return _checked(url, hosts), Figure(pair_id, member, place)
 
@@ -234,7 +236,7 @@ def _checked(url: str, hosts: Collection[str]) -> str:
     except DownloadError as error:
         raise DataError(f"field 'pmc_tar_url': {error}") from error
     if host not in hosts:
-        raise DataError(f"field 'pmc_tar_url': host {host} is not known; --allow-host {host} lets it be asked")
+        raise DataError(f"field 'pmc_tar_url': host {host} is not allowed; pass --allow-host {host} to allow it")
     if not _FILE_NAME.fullmatch(Article(url).file_name) or plain_name(Article(url).package) is None:
-        raise DataError(f"field 'pmc_tar_url': {shown(url)} does not end in the name of an archive")
+        raise DataError(f"field 'pmc_tar_url': {shown(url)} does not end with the name of an archive")
     return url

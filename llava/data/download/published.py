@@ -1,4 +1,4 @@
-"""`sh download_data.sh` and `llava data download`: the published data files, checked, and then their images.
+"""Command `llava data download` (`sh download_data.sh`): the published data files, verified, and their images.
 
 published_files.json: name, size, sha256 --fetch_file, from the first base that has it--> data/NAME
                                          --download_images--> data/images/
@@ -29,26 +29,31 @@ from llava.utils.log import progress_bar
 logger = logging.getLogger(__name__)
 
 TABLE = Path(__file__).with_name("published_files.json")
+"""Default table of the published files."""
+
 BASE_VARIABLE = "LLAVA_DATA_BASE"
+"""Environment variable with mirrors of the data files."""
+
 FOLDERS = ("alignment", "instruct", "eval", "pmc_articles", "images")
 IMAGE_LISTS = ("llava_med_image_urls.jsonl", "eval/llava_med_eval_qa50_fig_captions.json")
-"""Files that name images; the published list lacks the 50 of the chat evaluation, which the captions name."""
+"""Files that name images; the captions name the 50 images of the chat evaluation, which the list lacks."""
 
 FORWARDED = ("rate", "max_attempts", "first_wait", "max_wait", "stall_seconds", "min_speed", "user_agent")
+"""Network options that are passed on to download_images.py."""
 
 EPILOG = """
 examples:
   sh download_data.sh                                     everything, as published
-  sh download_data.sh --only instruct                     these files, and images only where they list some
-  sh download_data.sh --mirror-dir /mnt/mirror            from a folder, without a network
-  sh download_data.sh -- --only data/instruct/llava_med_instruct_10k.json     words behind -- go to download_images.py
-exit status: 0 all files are there and checked; 1 some are not; 2 cannot start
+  sh download_data.sh --only instruct                     these files, and the images that they list
+  sh download_data.sh --mirror-dir /mnt/mirror            from a folder, without network access
+  sh download_data.sh -- --only data/instruct/llava_med_instruct_10k.json     flags after -- go to download_images.py
+exit status: 0 all files are present and verified; 1 some are not; 2 cannot start
 """
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedFile:
-    """One file of the table: its name below a base and below the data folder, and what it must be."""
+    """File of the table: its path under a base and under the data folder, expected content, description."""
 
     name: str
     expected: Expected
@@ -57,17 +62,17 @@ class PublishedFile:
 
 @dataclass(frozen=True, slots=True)
 class PublishedTable:
-    """The published files and where they were published."""
+    """Published files and the bases they were published under."""
 
     bases: tuple[str, ...]
     files: tuple[PublishedFile, ...]
 
 
 def read_table(path: Path = TABLE) -> PublishedTable:
-    """Return the table of a file.
+    """Return the table of published files in a JSON file.
 
     Raises:
-        ConfigError: it is not such a table.
+        ConfigError: the file is not such a table.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -85,7 +90,7 @@ def _file(row: dict[str, Any]) -> PublishedFile:
     if plain_name(name) != name:
         raise ValueError(f"{name!r} is not a relative path without '..'")
     if not isinstance(size, int | None) or not isinstance(digest, str | None):
-        raise ValueError(f"{name}: size must be a number, sha256 text (or null where it is not known)")
+        raise ValueError(f"{name}: size must be a number and sha256 text, or null if unknown")
     return PublishedFile(name, Expected(size, digest, max_bytes=size), str(row.get("what", "")))
 
 
@@ -93,30 +98,30 @@ def make_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
         prog="download_data.sh",
-        description="Fetch the published data files, check size and sha256, then fetch their images; continues where "
-        "an earlier run stopped, and goes on when a file cannot be had.",
+        description="Download the published data files, verify size and sha256, then download their images. A failed "
+        "file does not stop the others; rerun the same command to resume.",
         epilog=EPILOG,
         formatter_class=ExampleFormatter,
     )
     add = parser.add_argument
-    add("--data-dir", default="data", help="folder that the files go to")
+    add("--data-dir", default="data", help="folder of the files")
     add(
         "--base",
         nargs="+",
         metavar="BASE",
-        help=f"mirrors, asked in this order (or {BASE_VARIABLE}); no other is asked",
+        help=f"mirrors, tried in this order instead of the published bases (or {BASE_VARIABLE})",
     )
     add("--mirror-dir", help="folder of a mirror, for files and archives; the same as --base FOLDER --pmc-base FOLDER")
     add(
         "--only",
         nargs="+",
         metavar="WORD",
-        help="only files whose name contains one of these words, and the images that those list",
+        help="only files whose name contains one of these words, and the images that they list",
     )
     add("--table", default=str(TABLE), help="another table of files")
-    parser.add_switch("--list", help="print the table and stop")
-    parser.add_switch("--check", help="check the files that are there and fetch nothing")
-    parser.add_switch("--images", default=True, help="then fetch the images (about 69 GB)")
+    parser.add_switch("--list", help="print the table and exit")
+    parser.add_switch("--check", help="verify the existing files and download nothing")
+    parser.add_switch("--images", default=True, help="also download the images (about 69 GB)")
     add_network_options(parser)
     return parser
 
@@ -125,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        SystemExit: with status 1 when a file or an image is missing.
+        SystemExit: with status 1 if a file or an image is missing.
     """
     log.setup()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -134,14 +139,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         status = download_data(args, words[split + 1 :])
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command continues\n")
+        sys.stderr.write("stopped; rerun the same command to resume\n")
         status = 130
     if status:
         raise SystemExit(status)
 
 
 def download_data(args: argparse.Namespace, image_words: Sequence[str]) -> int:
-    """Do what the flags say and return the exit status; `image_words` are further flags of download_images.py."""
+    """Run the download that the flags describe and return the exit status.
+
+    Args:
+        args: parsed flags.
+        image_words: further flags of download_images.py.
+    """
     table = read_table(Path(args.table))
     files = chosen(table.files, args.only)
     data = Path(args.data_dir)
@@ -158,20 +168,22 @@ def download_data(args: argparse.Namespace, image_words: Sequence[str]) -> int:
 
 
 def chosen(files: Sequence[PublishedFile], words: Sequence[str] | None) -> list[PublishedFile]:
-    """Return the files whose name contains one of the words; all without words.
+    """Return the files whose name contains one of the words; all files without words.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no file matches.
     """
     found = [file for file in files if words is None or any(word in file.name for word in words)]
     if not found:
         names = ", ".join(file.name for file in files)
-        raise ConfigError(f"--only {' '.join(words or ())}: no file's name contains that; there are {names}")
+        raise ConfigError(f"--only {' '.join(words or ())} matches no file; known files: {names}")
     return found
 
 
-def download(files: Sequence[PublishedFile], table: PublishedTable, data: Path, args: argparse.Namespace) -> dict[str, str]:
-    """Fetch what is not there, say what became of it, and return what is wrong with each file that is not there now."""
+def download(
+    files: Sequence[PublishedFile], table: PublishedTable, data: Path, args: argparse.Namespace
+) -> dict[str, str]:
+    """Download the missing files, print a report, and return the problems of files that are still missing."""
     named = bases_from(args.base, BASE_VARIABLE)
     if args.mirror_dir is not None:
         named.insert(0, check_base(args.mirror_dir))
@@ -190,7 +202,7 @@ def download(files: Sequence[PublishedFile], table: PublishedTable, data: Path, 
         raise DataError(f"{error.filename or data} cannot be written: {error.strerror or error}") from error
     sys.stdout.write(report(files, problems))
     if problems:
-        sys.stdout.write("the same command continues; --base ADDRESS or --mirror-dir FOLDER asks in another place\n")
+        sys.stdout.write("rerun the same command to resume; --base URL or --mirror-dir FOLDER selects another source\n")
     return problems
 
 
@@ -206,7 +218,7 @@ def _fetch_all(
             continue
         if problem != "missing":
             aside = _free_name(target)
-            logger.warning("%s: %s; it is kept as %s and fetched again", target, problem, aside.name)
+            logger.warning("%s: %s; it is renamed to %s and downloaded again", target, problem, aside.name)
             target.replace(aside)
         try:
             urls = [join(base, file.name) for base in bases]
@@ -218,22 +230,26 @@ def _fetch_all(
 
 
 def _free_name(target: Path) -> Path:
-    """Return a name beside a file that nobody has: what an earlier run kept is not replaced."""
+    """Return an unused name beside a file; files that earlier runs renamed are not replaced."""
     first = target.with_name(f"{target.name}.unchecked")
     others = (target.with_name(f"{first.name}-{number}") for number in itertools.count(2))
     return next(name for name in itertools.chain([first], others) if not name.exists())
 
 
 def fetch_images(files: Sequence[PublishedFile], data: Path, args: argparse.Namespace, words: Sequence[str]) -> int:
-    """Fetch the images that these files list; `words` are further flags of download_images.py. Returns the status.
+    """Download the images that files list and return the exit status, which is 0 if no list is present.
 
-    Files that list no images are no failure; a list that could not be had is counted as a file.
+    Args:
+        files: selected files; the lists among them are used.
+        data: folder of the files.
+        args: flags of this command.
+        words: further flags of download_images.py.
     """
     from llava.data.download import pmc
 
     lists = [str(data / file.name) for file in files if file.name in IMAGE_LISTS and (data / file.name).is_file()]
     if not lists:
-        sys.stdout.write(f"images: none fetched, as there is none of their lists ({', '.join(IMAGE_LISTS)})\n")
+        sys.stdout.write(f"images: none downloaded; no list of images is selected ({', '.join(IMAGE_LISTS)})\n")
         return 0
     flags = ["--input-path", *lists, "--images-output-path", str(data / "images")]
     flags += ["--pmc-output-path", str(data / "pmc_articles")]
@@ -244,26 +260,26 @@ def fetch_images(files: Sequence[PublishedFile], data: Path, args: argparse.Name
 
 
 def listing(table: PublishedTable, files: Sequence[PublishedFile]) -> str:
-    """Return the table for people."""
+    """Return the table as text."""
     lines = [f"bases: {' '.join(table.bases)}"]
     for file in files:
-        digest = file.expected.sha256 or "no sha256 known: size only"
+        digest = file.expected.sha256 or "sha256 unknown: size only"
         size = "unknown size" if file.expected.size is None else f"{file.expected.size:,}"
         lines.append(f"{file.name}\n    {size:>13}  {digest}\n    {file.what}")
     return "\n".join(lines) + "\n"
 
 
 def report(files: Sequence[PublishedFile], problems: dict[str, str]) -> str:
-    """Return one line a file, and a last one that counts."""
+    """Return one line per file, and a last line with the counts."""
     lines = []
     for file in files:
         if file.name in problems:
             lines.append(f"FAILED  {file.name}: {problems[file.name]}")
         elif file.expected.sha256 is None:
             lines.append(
-                f"ok      {file.name} (no sha256 is known: {'size' if file.expected.size else 'nothing'} checked)"
+                f"ok      {file.name} (sha256 unknown: {'only the size is' if file.expected.size else 'not'} verified)"
             )
         else:
             lines.append(f"ok      {file.name}")
-    lines.append(f"{len(files) - len(problems)} of {len(files)} files are there and checked")
+    lines.append(f"{len(files) - len(problems)} of {len(files)} files are present and verified")
     return "\n".join(lines) + "\n"

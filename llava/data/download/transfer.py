@@ -1,10 +1,9 @@
-"""A remote file as a stream that heals: when the connection breaks, it goes on from the byte where it stopped.
+"""Remote file as a resumable stream: after a broken connection it continues at the current offset.
 
-    read() <-- bytes <-- connection --broken--> wait --> Range: bytes=OFFSET- --206--> goes on
-                                                         (server sends all again, 200 --> the known part is compared)
+    read() <-- bytes <-- connection --broken--> wait --> Range: bytes=OFFSET- --206--> continue
+                                                         (200, the whole file again --> the known part is compared)
 
-The same reader serves a file that is kept (it starts behind what is on the disk already) and an archive that is only
-looked through.
+The same reader serves files that are stored (starting after the bytes on disk) and archives that are only scanned.
 """
 
 from __future__ import annotations
@@ -23,32 +22,32 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 PROGRESS = 1 << 20
-"""Bytes after which earlier failures are forgotten: a long file over a bad line is not given up while it advances."""
+"""Bytes after which the count of failures restarts, so that a long file over a bad connection can finish."""
 
 POINTER = b"version https://git-lfs.github.com/spec/"
-"""How a Git LFS pointer begins: what a repository holds in the place of a large file."""
+"""Beginning of a Git LFS pointer, which replaces a large file in a repository."""
 
-POINTER_HINT = "; it is a Git LFS pointer, not the file: the mirror was cloned without its large files"
+POINTER_HINT = "; the file is a Git LFS pointer, the mirror was cloned without its large files"
 
 _RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 _NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 class RemoteFile:
-    """The bytes of a remote file from `offset` on.
+    """Bytes of a remote file from `start` on.
 
     Args:
-        client: asks the server.
-        url: http(s) url.
-        start: first byte to deliver.
-        digest: sha256 of the bytes before `start`; it goes on to take in what is delivered.
-        size: size of the whole file, if known; any other is an error before the first byte is fetched.
-        max_bytes: largest file that is accepted.
+        client: HTTP client.
+        url: an http(s) URL.
+        start: offset of the first byte to return.
+        digest: sha256 of the bytes before `start`; it is updated with the returned bytes.
+        size: size of the whole file, if known; another size on the server is an error before any byte is read.
+        max_bytes: size of the largest accepted file.
 
     Attributes:
-        offset: position of the next byte.
+        offset: offset of the next byte.
         size: size of the whole file; None while unknown.
-        num_fetched: bytes that came over the line.
+        num_fetched: number of received bytes.
     """
 
     def __init__(
@@ -76,10 +75,10 @@ class RemoteFile:
         self._failed_at = start
 
     def read(self) -> bytes:
-        """Return the next bytes, as many as have come; empty at the end of the file.
+        """Return the next chunk; empty at the end of the file.
 
         Raises:
-            DownloadError: the file cannot be had, or changed while it was fetched.
+            DownloadError: the download failed, or the file changed during it.
         """
         while not self._ended:
             try:
@@ -93,7 +92,7 @@ class RemoteFile:
         return b""
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         if self._chunks is not None:
             getattr(self._chunks, "close", lambda: None)()
             self._chunks = None
@@ -103,7 +102,7 @@ class RemoteFile:
             yield chunk
 
     def _next_chunk(self) -> bytes:
-        """Return some bytes, or none at the end, which `_ended` then says."""
+        """Return the next chunk; at the end, set `_ended` and return no bytes."""
         if self._chunks is None:
             if self.size is not None and self.offset == self.size and self.offset > 0:
                 self._ended = True
@@ -114,9 +113,7 @@ class RemoteFile:
         chunk = next(self._chunks, b"")
         if not chunk:
             if self.size is not None and self.offset < self.size:
-                raise DownloadError(
-                    f"{shown(self.url)}: ended at byte {self.offset} of {self.size}", reason="cut_off"
-                )
+                raise DownloadError(f"{shown(self.url)}: ended at byte {self.offset} of {self.size}", reason="cut_off")
             self._ended = True
         return chunk
 
@@ -139,7 +136,7 @@ class RemoteFile:
         self._failures = 1 if self.offset - self._failed_at >= PROGRESS else self._failures + 1
         self._failed_at = self.offset
         if self._failures >= self._client.options.max_attempts:
-            raise DownloadError(f"{error} (asked {self._failures} times)", reason=error.reason) from error
+            raise DownloadError(f"{error} ({self._failures} attempts)", reason=error.reason) from error
         options = self._client.options
         self._client.wait(backoff(self._failures, first=options.first_wait, most=options.max_wait))
 
@@ -156,23 +153,23 @@ class RemoteFile:
             answer.close()
             return iter(())
         chunks = self._client.chunks(answer)
-        return chunks if first == self.offset else self._behind_known_part(chunks)
+        return chunks if first == self.offset else self._after_known_part(chunks)
 
     def _extent(self, answer: Answer) -> tuple[int | None, int]:
-        """Return the size of the whole file, if it is told, and the position of the answer's first byte."""
+        """Return the size of the whole file, None if not stated, and the offset of the response's first byte."""
         if answer.status == 200:
             length = answer.header("Content-Length")
             return (int(length) if length is not None and _NUMBER.fullmatch(length) else None), 0
-        told = (answer.header("Content-Range") or "").strip()
+        stated = (answer.header("Content-Range") or "").strip()
         if answer.status == 416:
-            total = told.removeprefix("bytes */")
+            total = stated.removeprefix("bytes */")
             self._ended = total == str(self.offset) and self.offset > 0
             if not self._ended:
-                raise self._changed(f"the server has {total or 'no'} bytes, {self.offset} are here")
+                raise self._changed(f"the server has {total or 'no'} bytes, {self.offset} were received")
             return self.offset, self.offset
-        match = _RANGE.fullmatch(told)
+        match = _RANGE.fullmatch(stated)
         if match is None or int(match[1]) != self.offset:
-            raise self._changed(f"asked for bytes from {self.offset} on, got {told!r}")
+            raise self._changed(f"requested bytes from {self.offset} on, got {stated!r}")
         return (None if match[2] == "*" else int(match[2])), self.offset
 
     def _check_size(self, total: int | None, answer: Answer) -> None:
@@ -186,21 +183,19 @@ class RemoteFile:
                 reason="wrong_size",
             )
         if self._max_bytes is not None and total > self._max_bytes:
-            raise DownloadError(
-                f"{shown(self.url)}: {total} bytes, the limit is {self._max_bytes}", reason="too_large"
-            )
+            raise DownloadError(f"{shown(self.url)}: {total} bytes, the limit is {self._max_bytes}", reason="too_large")
         self.size = total
 
     def _pointer(self, total: int, answer: Answer) -> str:
-        """Say so if a small wrong file is a Git LFS pointer."""
+        """Return the hint for a Git LFS pointer; empty for other files."""
         if answer.status == 200 and total < 1024:
             body = b"".join(self._client.chunks(answer))
             if body.startswith(POINTER):
                 return POINTER_HINT
         return ""
 
-    def _behind_known_part(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        """Yield what follows the known part from a server that sends the whole file again, if it is the same file."""
+    def _after_known_part(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield the bytes after the known part of a file that is sent whole again; the known part is verified."""
         left, seen = self.offset, hashlib.sha256()
         for chunk in chunks:
             self.num_fetched += min(left, len(chunk))
@@ -208,11 +203,11 @@ class RemoteFile:
             rest, left = chunk[left:], max(0, left - len(chunk))
             if left == 0:
                 if seen.digest() != self.digest.digest():
-                    raise self._changed("its first part is another one than before")
+                    raise self._changed("its beginning differs from the received one")
                 if rest:
                     yield rest
                 break
         yield from chunks
 
     def _changed(self, what: str) -> DownloadError:
-        return DownloadError(f"{shown(self.url)} changed while it was fetched: {what}", reason="wrong_content")
+        return DownloadError(f"{shown(self.url)} changed during the download: {what}", reason="wrong_content")

@@ -1,10 +1,10 @@
-"""Which urls may be fetched, and how mirrors are put together.
+"""Policy of URLs that may be requested, and composition of URLs from mirrors.
 
-    base (URL, file: URL or folder) + relative path --join--> url --check, also after every redirect--> request
+    base (URL, file: URL or folder) + relative path --join--> URL --check, also after every redirect--> request
 
-What the user typed is trusted, wherever it leads: a mirror in the hospital's own network is the usual case. What a
-server or a data file says is not: it must be http(s), must not step down from https to http, and must not lead to a
-private address (a redirect to 169.254.169.254 asks a cloud machine for its keys).
+URLs given by the user are trusted, including those of a hospital's own network. URLs from a server or a data file are
+not: they must be http(s), must not redirect from https to http, and must not lead to a private IP address (a redirect
+to 169.254.169.254 would read the credentials of a cloud machine).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ Origin = tuple[str, int]
 
 
 def split_bases(text: str) -> list[str]:
-    """Return the bases of an environment variable: separated by white space or commas, in order of preference."""
+    """Return the bases of an environment variable, separated by whitespace or commas, in order of preference."""
     return [word for word in re.split(r"[\s,]+", text) if word]
 
 
 def check_base(base: str) -> str:
-    """Return a base as the user gave it.
+    """Return a base unchanged after checking it.
 
     Raises:
-        ConfigError: it is neither an http(s) url, a file: url nor an existing folder.
+        ConfigError: it is neither an http(s) URL, a file: URL nor an existing folder.
     """
     scheme = urlsplit(base).scheme if "://" in base or base.startswith("file:") else ""
     if scheme in WEB:
@@ -45,7 +45,7 @@ def check_base(base: str) -> str:
     if scheme not in ("", "file"):
         raise ConfigError(f"base {shown(base)!r}: expected http://, https://, file:// or a folder, got {scheme}://")
     if not local_path(base).is_dir():
-        raise ConfigError(f"base {base!r} is not a folder; give the folder of the mirror, or an http(s) url")
+        raise ConfigError(f"base {base!r} is not a folder; pass the folder of a mirror, or an http(s) URL")
     return base
 
 
@@ -53,56 +53,56 @@ def _origin_or_error(url: str) -> Origin:
     try:
         return origin(url)
     except DownloadError as error:
-        raise ConfigError(f"base {shown(url)!r} cannot be used: {error}") from error
+        raise ConfigError(f"base {shown(url)!r} is invalid: {error}") from error
 
 
 def is_local(url: str) -> bool:
-    """Whether an url is a path of this machine."""
+    """Return whether a URL is a local path or a file: URL."""
     return "://" not in url or url.startswith("file:")
 
 
 def local_path(url: str) -> Path:
-    """Return the path of a local url."""
+    """Return the path of a local URL."""
     return Path(unquote(urlsplit(url).path)) if url.startswith("file:") else Path(url)
 
 
 def join(base: str, path: str) -> str:
-    """Return the url of relative `path` under `base`."""
+    """Return the URL of relative `path` under `base`."""
     if is_local(base) and not base.startswith("file:"):
         return str(Path(base) / path)
     return base.rstrip("/") + "/" + quote(path)
 
 
 def shown(url: str) -> str:
-    """Return an url for messages: without the password or the query it may carry."""
+    """Return a URL for messages, without password and query."""
     return re.sub(r"//[^/@\s]*@", "//", url).split("?", 1)[0]
 
 
 def origin(url: str) -> Origin:
-    """Return host and port of an http(s) url.
+    """Return host and port of an http(s) URL.
 
     Raises:
         DownloadError: it is not http(s), or has no host.
     """
     try:
-        if _ODD.search(url):  # what other programs may take for the end of the host's name
+        if _ODD.search(url):  # other programs may read such a character as the end of the host name
             raise ValueError("odd characters")
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise DownloadError(f"not an url: {shown(url)!r}", reason="unsafe_address") from error
+        raise DownloadError(f"{shown(url)!r} is not a URL", reason="unsafe_address") from error
     if parts.scheme not in WEB or not host:
-        raise DownloadError(f"{shown(url)!r} is not an http(s) url", reason="unsafe_address")
+        raise DownloadError(f"{shown(url)!r} is not an http(s) URL", reason="unsafe_address")
     return host.lower(), port or _PORTS[parts.scheme]
 
 
 class UrlPolicy:
-    """What may be asked.
+    """Policy of URLs that may be requested.
 
     Args:
-        bases: urls the user gave; their hosts (with that port) are trusted even when they are private.
-        proxies: whether the environment names proxies; behind one, names are resolved there, so only urls
-            written as numbers can be judged here.
+        bases: URLs given by the user; their hosts (with that port) are trusted even if they are private.
+        proxies: whether a proxy is used; a proxy resolves host names itself, so only numeric hosts can be checked.
+            None: as the environment says.
     """
 
     def __init__(self, bases: Iterable[str] = (), *, proxies: bool | None = None) -> None:
@@ -111,23 +111,23 @@ class UrlPolicy:
         self._proxies = any(known.get(scheme) for scheme in ("http", "https", "all")) if proxies is None else proxies
 
     def trusts(self, url: str) -> bool:
-        """Whether the user named this host and port."""
+        """Return whether the user named this host and port."""
         return origin(url) in self._trusted
 
     def check(self, url: str, *, before: str | None = None) -> None:
-        """Make sure that `url` may be fetched.
+        """Check that `url` may be requested.
 
         Args:
-            url: what will be asked.
-            before: the url that redirected here.
+            url: the URL.
+            before: the URL that redirected to it.
 
         Raises:
-            DownloadError: it may not (`unsafe_address`), or its host is unknown (`unreachable`).
+            DownloadError: it may not be requested (`unsafe_address`), or its host is unknown (`unreachable`).
         """
         host, port = origin(url)
         if before is not None and before.startswith("https:") and not url.startswith("https:"):
             raise DownloadError(
-                f"{shown(before)} redirects from https to {shown(url)}; that is not followed",
+                f"{shown(before)} redirects from https to {shown(url)}, which is not allowed",
                 reason="unsafe_address",
             )
         if (host, port) in self._trusted:
@@ -136,7 +136,12 @@ class UrlPolicy:
             check_ip(number, url)
 
     def check_peer(self, url: str, number: str) -> None:
-        """Make sure that the machine which answered is one that `check` would allow: names may change in between."""
+        """Check the IP address of the server that responded.
+
+        Raises:
+            DownloadError: it is not public, and the user did not name the host.
+        """
+        # A host name may resolve to another address between `check` and the connection.
         if not self._behind_proxy(origin(url)[0]) and not self.trusts(url):
             check_ip(number, url)
 
@@ -153,12 +158,12 @@ class UrlPolicy:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise DownloadError(f"the name of {host} cannot be resolved ({error})", reason="unreachable") from error
+            raise DownloadError(f"host {host} cannot be resolved ({error})", reason="unreachable") from error
         return [str(entry[4][0]) for entry in found]
 
 
 def check_ip(number: str, url: str) -> None:
-    """Make sure that an IP url is a public one.
+    """Check that an IP address is public.
 
     Raises:
         DownloadError: it is private, local, multicast or reserved.
@@ -167,6 +172,6 @@ def check_ip(number: str, url: str) -> None:
     inner = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None) or found
     if not inner.is_global or inner.is_multicast:
         raise DownloadError(
-            f"{shown(url)} leads to the private address {inner}; if that is your own server, give it as the base",
+            f"{shown(url)} leads to the private IP address {inner}; if that is your own server, pass it as a base",
             reason="unsafe_address",
         )
