@@ -129,7 +129,7 @@ class ApiSettings:
             values.setdefault(name, found[0] if found else fallback)
         if key_variable is not None:
             if not known.get(key_variable):
-                raise ConfigError(f"environment variable {key_variable}, named by --api-key-env, is not set; set it")
+                raise ConfigError(f"environment variable {key_variable}, named by --api-key-env, is not set")
             values["api_key"] = known[key_variable]
         return cls(api_type=api_type, **{**values, "api_key": values["api_key"].strip()})
 

@@ -1,10 +1,10 @@
-"""What a run may cost: tokens estimated before, counted after, and ceilings that hold in between.
+"""Budget of a run in tokens and money: estimated before a request, counted after it.
 
-    messages  --estimate-->  reserve()  --request-->  settle(counted)        refused when a ceiling would be passed
+    messages  --estimate-->  reserve()  --request-->  settle(counted)        refused if a limit would be exceeded
 
-Rule of the estimate: four tokens a message, and one for every four bytes of its UTF-8 text. English medical prose has
-about that; other scripts and long numbers have more. As soon as the endpoint has counted something, estimates are
-scaled by what it counted over what was estimated.
+The estimate is four tokens per message plus one per four bytes of its UTF-8 text, which fits English medical prose;
+other scripts and long numbers need more. Once the endpoint has counted tokens, estimates are scaled by the ratio of
+counted to estimated tokens.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def estimate_tokens(messages: Iterable[Mapping[str, str]]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Money for a million tokens, in any currency, as the endpoint's owner states it; None is unknown."""
+    """Prices of a million tokens, in any currency; None if unknown."""
 
     prompt: float | None = None
     answer: float | None = None
 
     def cost(self, num_prompt: float, num_answer: float) -> float | None:
-        """Return what so many tokens cost; None when a price is unknown."""
+        """Return the cost of a number of tokens; None if a price is unknown."""
         if self.prompt is None or self.answer is None:
             return None
         return (num_prompt * self.prompt + num_answer * self.answer) / 1e6
@@ -39,13 +39,13 @@ class Prices:
 
 @dataclass(slots=True)
 class Budget:
-    """Tokens spent and reserved, against ceilings.
+    """Spent and reserved tokens with their limits.
 
     Attributes:
-        prices: for ceilings in money.
-        max_answer_tokens: limit of each answer; so much is reserved for it.
-        max_total_tokens: ceiling of prompt and answer tokens together; None is none.
-        max_cost: ceiling in money; None is none.
+        prices: prices, needed for a limit of the cost.
+        max_answer_tokens: limit of each answer; a reservation includes this number of tokens.
+        max_total_tokens: limit of prompt and answer tokens together; None: no limit.
+        max_cost: limit of the cost; None: no limit.
         num_prompt: tokens spent on prompts.
         num_answer: tokens spent on answers.
     """
@@ -62,25 +62,28 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.max_cost is not None and self.prices.cost(0, 0) is None:
-            raise ConfigError("--max-cost needs --price-prompt and --price-answer: what a million tokens cost you")
+            raise ConfigError("--max-cost requires --price-prompt and --price-answer, the prices of a million tokens")
         values = (self.prices.prompt, self.prices.answer, self.max_cost, self.max_total_tokens)
         if self.max_answer_tokens < 1 or any(value is not None and value < 0 for value in values):
-            raise ConfigError("prices and ceilings must not be negative, and an answer needs at least one token")
+            raise ConfigError(
+                "--price-prompt, --price-answer, --max-cost and --max-total-tokens must not be negative, and "
+                "--max-answer-tokens must be at least 1"
+            )
 
     @property
     def scale(self) -> float:
-        """Counted over estimated tokens of the prompts so far; 1 before any was counted."""
+        """Ratio of counted to estimated prompt tokens so far; 1 before the first count."""
         return self._counted / self._estimated if self._estimated else 1.0
 
     def spend(self, num_prompt: int, num_answer: int) -> None:
-        """Count tokens that were spent, also by earlier runs."""
+        """Add spent tokens, including those of earlier runs."""
         self.num_prompt += num_prompt
         self.num_answer += num_answer
 
     def reserve(self, key: str, estimate: int) -> bool:
-        """Reserve a request's tokens; False when a ceiling would be passed, with nothing reserved.
+        """Reserve the tokens of a request; False, without a reservation, if a limit would be exceeded.
 
-        The reserved answer is the longest possible one, so that no ceiling is passed by answers.
+        The reservation includes an answer of maximum length, so answers cannot exceed a limit.
         """
         prompt = self.num_prompt + self.scale * (sum(self._reserved.values()) + estimate)
         answer = self.num_answer + self.max_answer_tokens * (len(self._reserved) + 1)
@@ -93,13 +96,13 @@ class Budget:
         return True
 
     def settle(self, key: str, num_prompt: int | None, num_answer: int | None, *, answer: str) -> tuple[int, int]:
-        """Count an answer's tokens in the place of its reservation, and return them.
+        """Replace a reservation by the tokens of the answer, and return them.
 
         Args:
-            key: of the reservation.
-            num_prompt: as the endpoint counted; None when it does not count, and the estimate stands.
-            num_answer: likewise; None is estimated from `answer`.
-            answer: the text.
+            key: key of the reservation.
+            num_prompt: prompt tokens as counted by the endpoint; None to use the estimate.
+            num_answer: answer tokens as counted by the endpoint; None to estimate them from `answer`.
+            answer: text of the answer.
         """
         estimate = self._reserved[key]
         if num_prompt is not None:
@@ -111,6 +114,6 @@ class Budget:
         return prompt, tokens
 
     def release(self, key: str, num_prompt: int, num_answer: int) -> None:
-        """Give back a reservation; so much was spent on it."""
+        """Remove a reservation and add the tokens that were spent on it."""
         del self._reserved[key]
         self.spend(num_prompt, num_answer)

@@ -1,11 +1,11 @@
-"""What becomes of an answer that betrays its origin: a text about the picture, where there should be the picture.
+"""Cleaning of generated answers that refer to the caption or the article instead of the image.
 
     answer --R1--> dropped | --R2--> cut at the front | --R3--> cut inside | --R4--> dropped | --R5--> kept
 
-The phrases are those of LLaVA-Med 1.0, given as the small grammars that make them. Mode `legacy` applies them as the
-original did; mode `fixed` keeps what the original spoils: capitals (MRI, not mri), a leading yes or no, the beginnings
-of sentences, and answers that the original drops because a harmless word holds a forbidden one (a patient who feels
-sorry, access to a vein, "a fuller description of").
+The phrases are those of LLaVA-Med 1.0, written as small grammars. Mode `legacy` applies them as the original does. Mode
+`fixed` keeps what the original damages: capitals (MRI, not mri), a leading yes or no, the beginnings of sentences, and
+answers that the original drops because a harmless phrase contains a forbidden one (a patient who feels sorry, access to
+a vein, "a fuller description of").
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from dataclasses import dataclass
 from llava.utils.lookup import lookup
 
 RULES: dict[str, str] = {
-    "R1 dropped": "says that the image or its text is not there",
-    "R2 cut": "began with a reference to the text, which was cut off",
-    "R2 dropped": "began so, and still speaks of the text",
-    "R3 cut": "had a reference to the text inside, which was cut out",
-    "R3 dropped": "had one, and still speaks of the text",
-    "R4 dropped": "speaks of a caption or a description",
-    "R5 kept": "has nothing of that",
-    "empty dropped": "has nothing left (fixed mode)",
+    "R1 dropped": "says that the image or its text is not available",
+    "R2 cut": "began with a reference to the text, which was removed",
+    "R2 dropped": "began with such a reference, and still mentions the text",
+    "R3 cut": "contained a reference to the text, which was removed",
+    "R3 dropped": "contained such a reference, and still mentions the text",
+    "R4 dropped": "mentions a caption or a description",
+    "R5 kept": "mentions none of these",
+    "empty dropped": "is empty after the removal (fixed mode)",
 }
-"""Outcomes that are counted, and what they say of an answer."""
+"""Outcomes that are counted, with their meanings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
-    """An answer after the rules: its text (None: the pair is dropped), the outcome, and the phrase that decided it."""
+    """Result of the rules: the text (None: the pair is dropped), the outcome, and the phrase that decided it."""
 
     text: str | None
     outcome: str
@@ -39,7 +39,7 @@ class Cleaned:
 
 
 def _each(before: str, middles: str, after: str = "") -> list[str]:
-    """Return `before + middle + after` for every middle of a text that separates them by bars."""
+    """Return `before + middle + after` for each of the middles, which are separated by bars."""
     return [before + middle + after for middle in middles.split("|")]
 
 
@@ -65,7 +65,7 @@ REFUSALS: tuple[str, ...] = (
     "image itself is not available",
     "image is not available",
 )
-"""R1: an answer with one of these, in small letters, is dropped."""
+"""R1: an answer that contains one of these in lower case is dropped."""
 
 
 def _prefixes() -> list[str]:
@@ -144,17 +144,17 @@ def _infixes() -> list[str]:
 
 
 PREFIXES: tuple[str, ...] = tuple(sorted(_prefixes(), key=len, reverse=True))
-"""R2: beginnings that are cut off, in small letters, the longest first."""
+"""R2: beginnings that are removed, in lower case, longest first."""
 
 INFIXES: tuple[str, ...] = tuple(sorted(_infixes(), key=len, reverse=True))
-"""R3: parts that are cut out, the longest first; capitals count."""
+"""R3: parts that are removed, case-sensitive, longest first."""
 
 FORBIDDEN = ("description", "caption")
-"""R2, R3, R4: an answer that holds one of these in the end is dropped."""
+"""R2, R3, R4: an answer that contains one of these after the removal is dropped."""
 
 
 def clean_legacy(answer: str) -> Cleaned:
-    """Apply the rules as LLaVA-Med 1.0 did (llava-med.md 4.4)."""
+    """Apply the rules as LLaVA-Med 1.0 does."""
     lower = answer.lower()
     for phrase in REFUSALS:
         if phrase in lower:
@@ -220,7 +220,7 @@ def clean_fixed(answer: str) -> Cleaned:
         if found := pattern.search(answer):
             return Cleaned(None, "R1 dropped", found[0].lower())
     lower = answer.lower()
-    if len(lower) == len(answer):  # some letters have small forms of another length: places would not agree
+    if len(lower) == len(answer):  # lower case may change the length, and with it the offsets
         for phrase in PREFIXES:
             if lower.startswith(phrase):
                 return _cut_front(answer, phrase)
@@ -238,7 +238,7 @@ def clean_fixed(answer: str) -> Cleaned:
 
 
 def _cut_front(answer: str, phrase: str) -> Cleaned:
-    """Cut a beginning off; a yes or no before it stays."""
+    """Remove a beginning but keep a yes or no before it."""
     kept = _POLARITY.match(phrase)
     rest = answer[len(phrase) :].strip()
     if not any(letter.isalnum() for letter in rest):
@@ -248,7 +248,7 @@ def _cut_front(answer: str, phrase: str) -> Cleaned:
 
 
 def _cut_inside(text: str, phrase: str) -> str:
-    """Cut a part out wherever it stands; what then begins a sentence gets its capital."""
+    """Remove all occurrences of a part; a word that then begins a sentence is capitalized."""
     first, *others = text.split(phrase)
     joined = first
     for other in others:
@@ -260,13 +260,13 @@ def _cut_inside(text: str, phrase: str) -> str:
 
 
 def _capital(text: str) -> str:
-    """Return text whose first letter is a capital, spaces before it left alone."""
+    """Return a text with its first letter capitalized; leading spaces are kept."""
     bare = text.lstrip(" ")
     return text[: len(text) - len(bare)] + bare[:1].upper() + bare[1:]
 
 
 def _joint(before: str, gap: str, after: str) -> str:
-    """Return what follows a cut, with one comma and one space at the joint where there were two."""
+    """Return the text after a removed part, without a second comma or space at the joint."""
     if before.endswith(",") and after.startswith(","):
         return after[1:]
     return gap + after.lstrip(" ") if gap else after
@@ -280,8 +280,9 @@ def _fixed_forbidden(text: str) -> str:
 
 
 MODES: dict[str, Callable[[str], Cleaned]] = {"legacy": clean_legacy, "fixed": clean_fixed}
+"""Cleaning functions by mode."""
 
 
 def clean(answer: str, mode: str) -> Cleaned:
     """Apply the rules of a mode in `MODES` to one answer."""
-    return lookup(MODES, mode, "mode of cleaning")(answer)
+    return lookup(MODES, mode, "cleaning mode")(answer)

@@ -1,9 +1,9 @@
-"""Dialogues about figures, written by a language model from captions; LLaVA-Med's instruction data.
+"""Generation of dialogues about figures from captions with a language model; LLaVA-Med's instruction data.
 
-    captions --messages_for--> requests, some at once --> answers.jsonl, answers.failed.jsonl, row by row
-                               ^ ceiling of tokens and money
+    captions --messages_for--> concurrent requests --> answers.jsonl, answers.failed.jsonl, row by row
+                               ^ limits of tokens and cost
 
-The same line again continues: rows that are answered are never asked for twice.
+Rerunning the same command resumes; no request is sent for answered rows.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """How to ask.
+class GenerateOptions:
+    """Options of generation.
 
     Attributes:
-        use_inline_mentions: tell the sentences that refer to the figure, too.
-        temperature: None leaves it to the endpoint.
-        max_failures_in_a_row: so many, and the run stops: the endpoint is probably down.
+        use_inline_mentions: include the sentences that mention the figure in the prompt.
+        temperature: sampling temperature; None for the endpoint's default.
+        max_failures_in_a_row: consecutive failures after which the run stops, since the endpoint is probably down.
     """
 
     use_inline_mentions: bool = False
@@ -49,8 +49,8 @@ class Options:
 
 
 @dataclass(slots=True)
-class Outcome:
-    """What a run came to: rows it answered, rows that failed, and why it stopped early, if it did."""
+class GenerationOutcome:
+    """Counts of a run, and the reason if it stopped early."""
 
     num_answered: int = 0
     num_failed: int = 0
@@ -60,7 +60,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What the rows that are left will take: tokens of prompts, of answers as expected, of answers at most."""
+    """Estimated tokens of pending rows: prompts, expected answers, and answers of maximum length."""
 
     num_prompt: int
     num_answer: int
@@ -68,15 +68,15 @@ class Forecast:
 
 
 def pending(rows: Sequence[Row], results: Results, *, retry_failed: bool) -> list[Row]:
-    """Return the rows that are to be asked for: not answered, and not failed unless `retry_failed`."""
+    """Return the rows that are not answered; without `retry_failed`, also without failed ones."""
     left = [row for row in rows if row["pair_id"] not in results.answered]
     return left if retry_failed else [row for row in left if row["pair_id"] not in results.failed]
 
 
-def forecast(rows: Sequence[Row], options: Options, budget: Budget, results: Results) -> Forecast:
-    """Estimate what `rows` will take.
+def forecast(rows: Sequence[Row], options: GenerateOptions, budget: Budget, results: Results) -> Forecast:
+    """Return the estimated tokens of `rows`.
 
-    An answer is expected to be as long as those that are there, or else as the worked examples.
+    The expected length of an answer is the mean of the existing answers, or of the few-shot examples.
     """
     counted = [line.num_answer for line in results.answered.values() if line.num_answer]
     examples = [
@@ -89,22 +89,25 @@ def forecast(rows: Sequence[Row], options: Options, budget: Budget, results: Res
 
 
 class Generation:
-    """One run over rows that are to be asked for.
+    """Run that generates the dialogues of rows.
 
     Args:
-        client: who is asked.
-        results: where it is written.
-        budget: of tokens and money.
-        options: how to ask.
+        client: client of the endpoint.
+        results: files of the results.
+        budget: limits of tokens and cost.
+        options: options of generation.
     """
 
-    def __init__(self, client: ChatClient, results: Results, *, budget: Budget, options: Options) -> None:
+    def __init__(self, client: ChatClient, results: Results, *, budget: Budget, options: GenerateOptions) -> None:
         self._client, self._results, self._budget, self._options = client, results, budget, options
-        self._outcome = Outcome()
+        self._outcome = GenerationOutcome()
         self._failures_in_a_row = 0
 
-    def run(self, rows: Sequence[Row]) -> Outcome:
-        """Ask for all rows, or until a ceiling, a fatal failure or too many failures; what is under way is awaited."""
+    def run(self, rows: Sequence[Row]) -> GenerationOutcome:
+        """Generate all rows, or stop at a limit, a fatal failure or too many failures; return the outcome.
+
+        Requests in flight are finished before the run stops.
+        """
         left = deque(rows)
         options = {"temperature": self._options.temperature, "max_tokens": self._budget.max_answer_tokens}
         bar = progress_bar(len(rows), title="dialogues", unit="row")
@@ -113,14 +116,14 @@ class Generation:
                 blocked = not self._submit(left, requests)
                 if not requests.num_running:
                     if blocked and left and not self._outcome.stopped:
-                        self._outcome.stopped = "the next request could pass the ceiling of tokens or cost"
+                        self._outcome.stopped = "the next request could exceed the limit of tokens or cost"
                     return self._outcome
                 row, found = requests.next()
                 self._take(row, found)
                 bar.update()
 
     def _submit(self, left: deque[Row], requests: Requests) -> bool:
-        """Start as many requests as may run; False when the budget refuses one."""
+        """Start as many requests as may run; return False if the budget refuses one."""
         while left and not self._outcome.stopped and requests.num_running < self._client.max_concurrency:
             messages = messages_for(left[0], use_inline_mentions=self._options.use_inline_mentions)
             if not self._budget.reserve(left[0]["pair_id"], estimate_tokens(messages)):
@@ -129,7 +132,7 @@ class Generation:
         return True
 
     def _take(self, row: Row, found: Reply | ApiFailure) -> None:
-        """Write one outcome down."""
+        """Write the outcome of one row."""
         key = row["pair_id"]
         if isinstance(found, Reply):
             self._budget.spend(*found.wasted_tokens)
@@ -139,7 +142,7 @@ class Generation:
             self._failures_in_a_row = 0
             return
         self._budget.release(key, found.num_prompt_tokens, found.num_answer_tokens)
-        if found.fatal:  # says nothing about the row, which stays to be asked for
+        if found.fatal:  # not a failure of the row, which stays pending
             self._outcome.fatal = found
             self._outcome.stopped = str(found)
             return
@@ -154,10 +157,10 @@ EPILOG = """
 example:
   export OPENAI_API_KEY=...  OPENAI_MODEL=...
   python llava/instruct/instruct_generate.py \\
-      --input_path data/instruct/llava_med_instruct_fig_captions.json \\
-      --output_path data/instruct/llava_med_instruct_60k_inline_mentions_gen.jsonl \\
-      --max-size 60000 --use_inline_mentions True --dry_run
-exit status: 0 every row is answered; 1 some are not (see NAME.failed.jsonl, or the ceiling); 2 cannot start or go on
+      --input-path data/instruct/llava_med_instruct_fig_captions.json \\
+      --output-path data/instruct/llava_med_instruct_60k_inline_mentions_gen.jsonl \\
+      --max-size 60000 --use-inline-mentions True --dry-run
+exit status: 0 all rows are answered; 1 some are not (see NAME.failed.jsonl, or the limits); 2 cannot start or continue
 """
 
 
@@ -165,34 +168,34 @@ def make_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
         prog="instruct_generate.py",
-        description="Let a language model write dialogues about figures from captions; continues where it stopped.",
+        description="Generate dialogues about figures from captions with a language model; rerun to resume.",
         epilog=EPILOG,
         formatter_class=ExampleFormatter,
     )
     add = parser.add_argument
     add("--input_path", default="data/instruct/llava_med_instruct_fig_captions.json", help="captions, by domain")
-    add("--output_path", required=True, help="answers, one JSON object a line; failed rows go to NAME.failed.jsonl")
-    parser.add_switch("--use_inline_mentions", help="tell the model the sentences that refer to the figure, too")
-    add("--max_size", type=int, default=60000, help="take the first so many rows, one of each domain in turn")
-    add("--batch_size", type=int, default=8, help="requests under way at once")
-    parser.add_switch("--retry_failed", help="ask again for rows that failed in an earlier run")
-    parser.add_switch("--skip_bad", help="leave caption rows out that cannot be used")
-    add("--max_failures", type=int, default=20, help="stop after so many failures in a row")
-    add("--temperature", type=temperature, default=0.0, help="of the answers; 'default' leaves it to the endpoint")
-    budget = parser.add_argument_group("budget", "ceilings hold over all runs into one output file")
-    parser.add_switch("--dry-run", help="say what it would take, and ask nobody")
+    add("--output_path", required=True, help="answers as JSON lines; failed rows go to NAME.failed.jsonl")
+    parser.add_switch("--use_inline_mentions", help="include the sentences that mention the figure in the prompt")
+    add("--max_size", type=int, default=60000, help="use only the first N rows, which alternate between the domains")
+    add("--batch_size", type=int, default=8, help="requests in flight at once")
+    parser.add_switch("--retry_failed", help="retry rows that failed in an earlier run")
+    parser.add_switch("--skip_bad", help="leave out invalid caption rows")
+    add("--max_failures", type=int, default=20, help="stop after this number of consecutive failures")
+    add("--temperature", type=parse_temperature, default=0.0, help="of the answers; 'default': the endpoint's own")
+    budget = parser.add_argument_group("budget", "limits apply to all runs with the same output file together")
+    parser.add_switch("--dry-run", help="print the estimate and send no request")
     budget.add_argument("--show-prompts", type=int, default=0, metavar="N", help="with --dry-run: the first N requests")
-    budget.add_argument("--max-answer-tokens", type=int, default=1024, help="limit of one answer")
-    budget.add_argument("--max-total-tokens", type=int, help="ceiling of all tokens, prompts and answers")
-    budget.add_argument("--max-cost", type=float, help="ceiling in money; needs both prices")
+    budget.add_argument("--max-answer-tokens", type=int, default=1024, help="limit of one answer in tokens")
+    budget.add_argument("--max-total-tokens", type=int, help="limit of all tokens, prompts and answers")
+    budget.add_argument("--max-cost", type=float, help="limit of the cost; requires both prices")
     budget.add_argument("--price-prompt", type=float, help="price of a million prompt tokens, in any currency")
     budget.add_argument("--price-answer", type=float, help="price of a million answer tokens")
     add_api_flags(parser)
     return parser
 
 
-def temperature(word: str) -> float | None:
-    """Read --temperature."""
+def parse_temperature(word: str) -> float | None:
+    """Return the value of `--temperature`; None for `default`."""
     return None if word == "default" else float(word)
 
 
@@ -205,9 +208,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget = Budget(
         Prices(args.price_prompt, args.price_answer), args.max_answer_tokens, args.max_total_tokens, args.max_cost
     )
-    options = Options(args.use_inline_mentions, args.temperature, args.max_failures)
+    options = GenerateOptions(args.use_inline_mentions, args.temperature, args.max_failures)
     client = None
-    if not args.dry_run:  # what is wrong with the settings is said before files are read
+    if not args.dry_run:  # invalid settings are reported before files are read
         client = ChatClient(settings_of(args), max_concurrency=args.batch_size, max_retries=args.max_retries)
     rows = read_captions(args.input_path, max_size=args.max_size, skip_bad=args.skip_bad)
     output = Path(args.output_path)
@@ -231,29 +234,31 @@ def main(argv: Sequence[str] | None = None) -> None:
             results.settle(order)
     sys.stdout.write(_end(rows, results, outcome, budget=budget))
     if outcome.fatal is not None:
-        raise GenerationError(f"{outcome.stopped}; what was answered is kept, the same command goes on")
+        raise GenerationError(f"{outcome.stopped}; finished answers are kept. Fix the error and rerun to resume")
     if any(row["pair_id"] not in results.answered for row in rows):
         raise SystemExit(1)
 
 
-def _plan(rows: list[CaptionRow], left: list[CaptionRow], results: Results, *, options: Options, budget: Budget) -> str:
-    """Say what is there and what the rest is expected to take."""
+def _plan(
+    rows: list[CaptionRow], left: list[CaptionRow], results: Results, *, options: GenerateOptions, budget: Budget
+) -> str:
+    """Return the text about existing rows and the estimate of pending ones."""
     asked = {row["pair_id"] for row in rows}
     answered, failed = (len(asked & found.keys()) for found in (results.answered, results.failed))
     seen = forecast(left, options, budget, results)
     expected = budget.prices.cost(seen.num_prompt, seen.num_answer)
     at_most = budget.prices.cost(seen.num_prompt, seen.num_answer_at_most)
     lines = [
-        f"rows      {len(rows)} asked for: {answered} answered, {failed} failed before, {len(left)} to ask now",
+        f"rows      {len(rows)} selected: {answered} answered, {failed} failed before, {len(left)} pending",
         f"estimate  {seen.num_prompt:,} prompt tokens, {seen.num_answer:,} answer tokens "
         f"(at most {seen.num_answer_at_most:,}), without retries",
     ]
     if expected is not None and at_most is not None:
-        lines.append(f"cost      {expected:.2f} expected, {at_most:.2f} at most, at the prices given")
+        lines.append(f"cost      {expected:.2f} expected, {at_most:.2f} at most, at the given prices")
     return "\n".join(lines) + "\n"
 
 
-def _prompts(rows: list[CaptionRow], options: Options) -> str:
+def _prompts(rows: list[CaptionRow], options: GenerateOptions) -> str:
     """Return requests as text."""
     parts = []
     for row in rows:
@@ -263,22 +268,22 @@ def _prompts(rows: list[CaptionRow], options: Options) -> str:
     return "".join(part + "\n" for part in parts)
 
 
-def _end(rows: list[CaptionRow], results: Results, outcome: Outcome, *, budget: Budget) -> str:
-    """Say what a run came to."""
+def _end(rows: list[CaptionRow], results: Results, outcome: GenerationOutcome, *, budget: Budget) -> str:
+    """Return the text about the outcome of a run."""
     num_open = sum(row["pair_id"] not in results.answered and row["pair_id"] not in results.failed for row in rows)
     spent = budget.prices.cost(budget.num_prompt, budget.num_answer)
     lines = [
-        f"now       {outcome.num_answered} answered, {outcome.num_failed} failed, {num_open} not asked",
+        f"now       {outcome.num_answered} answered, {outcome.num_failed} failed, {num_open} pending",
         f"spent     {budget.num_prompt:,} prompt tokens, {budget.num_answer:,} answer tokens, all runs together"
-        + (f"; {spent:.4f} at the prices given" if spent is not None else ""),
+        + (f"; {spent:.4f} at the given prices" if spent is not None else ""),
     ]
     if outcome.num_answered:
-        lines.append(f"estimate  the endpoint counted {budget.scale:.2f} times the prompt tokens that were estimated")
+        lines.append(f"estimate  the endpoint counted {budget.scale:.2f} times the estimated prompt tokens")
     if outcome.stopped:
         lines.append(f"stopped   {outcome.stopped}")
     if results.failed:
         reasons = [line.reason for line in results.failed.values()]
         counts = ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted(set(reasons)))
-        lines.append(f"failed    {counts}: {results.failed_path} (--retry-failed asks again)")
+        lines.append(f"failed    {counts}: {results.failed_path} (--retry-failed retries them)")
     lines.append(f"answers   {len(results.answered)} in {results.path}")
     return "\n".join(lines) + "\n"

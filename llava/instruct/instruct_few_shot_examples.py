@@ -1,7 +1,7 @@
-"""Eight worked examples that show a model what to write: a caption with its context, and the dialogue wanted for it.
+"""Eight few-shot examples for a language model: a caption with its context, and the dialogue to write.
 
-Every figure, caption, sentence and dialogue here was invented for this project. No example describes a real patient,
-a real picture or a published article, and the identifiers belong to nothing.
+All figures, captions, sentences and dialogues were invented for this project. No example describes a real patient, a
+real image or a published article, and the identifiers are not those of real articles.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
-"""Kinds of pictures, in the published order."""
+"""Image modalities, in the published order."""
 
 
 def _example(number: int, domain: str, caption: str, context: list[str], *turns: tuple[str, str]) -> dict[str, Any]:
-    """Return a row in the layout of the caption files, with the dialogue wanted for it."""
+    """Return a row in the layout of the caption files, with the dialogue to write."""
     pmid, fig_id = f"9999000{number}", f"F{number}"
     conversations = [
         {"from": speaker, "value": text} for turn in turns for speaker, text in zip(("human", "gpt"), turn, strict=True)

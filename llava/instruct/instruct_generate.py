@@ -1,9 +1,9 @@
-"""Let a language model write dialogues about figures from their captions.
+"""Generate dialogues about figures from their captions with a language model.
 
 python llava/instruct/instruct_generate.py \\
-    --input_path data/instruct/llava_med_instruct_fig_captions.json \\
-    --output_path data/instruct/llava_med_instruct_60k_inline_mentions_gen.jsonl \\
-    --max-size 60000 --use_inline_mentions True
+    --input-path data/instruct/llava_med_instruct_fig_captions.json \\
+    --output-path data/instruct/llava_med_instruct_60k_inline_mentions_gen.jsonl \\
+    --max-size 60000 --use-inline-mentions True
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Make training data of generated dialogues: turns, image place holder, and no word about captions.
+"""Convert generated dialogues to training data: turns, image placeholder, no mention of captions.
 
 python llava/instruct/instruct_postprocess.py \\
-    --input_path data/instruct/llava_med_instruct_60k_inline_mentions_gen.jsonl \\
-    --output_path data/instruct/llava_med_instruct_60k_inline_mentions_post.json
+    --input-path data/instruct/llava_med_instruct_60k_inline_mentions_gen.jsonl \\
+    --output-path data/instruct/llava_med_instruct_60k_inline_mentions_post.json
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Generated dialogues to training rows.
+"""Conversion of generated dialogues to training rows.
 
     row with `result`  --parse_dialogue-->  pairs  --clean each answer-->  pairs left  --image-->  training row
 
-Every rule counts what it did; a row without a usable pair is left out and counted, never an error.
+The outcomes of all rules are counted. A row without a usable pair is left out and counted; it is not an error.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from llava.utils.log import progress
 EPILOG = """
 example:
   python llava/instruct/instruct_postprocess.py \\
-      --input_path data/instruct/llava_med_instruct_60k_inline_mentions_gen.jsonl \\
-      --output_path data/instruct/llava_med_instruct_60k_inline_mentions_post.json
+      --input-path data/instruct/llava_med_instruct_60k_inline_mentions_gen.jsonl \\
+      --output-path data/instruct/llava_med_instruct_60k_inline_mentions_post.json
 """
 
 Pair = tuple[str, str]
@@ -37,26 +37,26 @@ ROW_OUTCOMES: dict[str, str] = {
     "kept": "training rows",
     "no answer": "have no text in `result`",
     "no dialogue": f"have no part with exactly one {USER!r} and one {ASSISTANT!r}",
-    "all dropped": "had pairs, and no rule left any",
+    "all dropped": "had pairs, but the rules dropped all of them",
 }
-"""What becomes of rows."""
+"""Outcomes of rows, with their meanings."""
 
 PAIR_OUTCOMES: dict[str, str] = {
     **RULES,
-    "malformed": f"parts behind a {USER!r} without exactly one {ASSISTANT!r}, skipped",
+    "malformed": f"parts after a {USER!r} without exactly one {ASSISTANT!r}, skipped",
     "empty question": "have no question (fixed mode)",
 }
-"""What becomes of pairs of a question and an answer."""
+"""Outcomes of pairs of a question and an answer, with their meanings."""
 
 
 @dataclass(slots=True)
-class Counts:
-    """How often each outcome came up.
+class CleaningCounts:
+    """Counts of all outcomes.
 
     Attributes:
-        rows: by key of `ROW_OUTCOMES`.
-        pairs: by key of `PAIR_OUTCOMES`.
-        phrases: by outcome and the phrase that decided it.
+        rows: counts by key of `ROW_OUTCOMES`.
+        pairs: counts by key of `PAIR_OUTCOMES`.
+        phrases: counts by outcome and the phrase that decided it.
     """
 
     rows: Counter[str] = field(default_factory=Counter)
@@ -64,13 +64,13 @@ class Counts:
     phrases: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def text(self) -> str:
-        """Return both tables, outcomes that never came up included."""
+        """Return both tables as text, including outcomes with count 0."""
         lines = [f"rows   {self.rows[name]:>8}  {name:<15} {what}" for name, what in ROW_OUTCOMES.items()]
         lines += [f"pairs  {self.pairs[name]:>8}  {name:<15} {what}" for name, what in PAIR_OUTCOMES.items()]
         return "\n".join(lines) + "\n"
 
     def report(self) -> dict[str, Any]:
-        """Return everything for a JSON file."""
+        """Return all counts as JSON values."""
         phrases = [
             {"outcome": outcome, "phrase": phrase, "count": count}
             for (outcome, phrase), count in sorted(self.phrases.items(), key=lambda item: (-item[1], item[0]))
@@ -86,19 +86,19 @@ _BOLD = re.compile(r"^[ \t]*\*{1,2}(User|Assistant)(?::\*{1,2}|\*{1,2}:)", re.MU
 
 
 def tidy(text: str) -> str:
-    """Return a dialogue without place holders of the model's own, and with speakers that are not bold."""
+    """Return a dialogue without placeholders written by the model and without bold speaker names."""
     return _BOLD.sub(r"\1:", text.replace(IMAGE_TOKEN, ""))
 
 
 def _writable(text: str) -> str:
-    """Return text with halves of surrogate pairs, which no file can hold, replaced."""
+    """Return a text with lone surrogates, which cannot be encoded, replaced."""
     return text.encode("utf-8", "replace").decode()
 
 
 def parse_dialogue(text: str) -> tuple[list[Pair], int]:
-    """Return the pairs of question and answer, and the number of parts that are no pair.
+    """Return the pairs of question and answer, and the number of malformed parts.
 
-    A part is what lies behind one `User:` and before the next; it is a pair when it holds exactly one `Assistant:`.
+    A part is the text between two `User:` marks; it is a pair if it contains exactly one `Assistant:`.
     """
     parts = [part.split(ASSISTANT) for part in text.split(USER)[1:]]
     pairs = [(part[0].strip(), part[1].strip()) for part in parts if len(part) == 2]
@@ -106,27 +106,27 @@ def parse_dialogue(text: str) -> tuple[list[Pair], int]:
 
 
 def image_first(identity: str, seed: int) -> bool:
-    """Toss a fair coin for a row: by its id and a seed, so that no other row has a say in it."""
+    """Return a fair random choice that depends only on the id of the row and the seed."""
     return hashlib.sha256(f"{seed}\0{identity}".encode()).digest()[0] < 128
 
 
 def with_image(question: str, *, first: bool) -> str:
-    """Return a question with the place holder of the image on a line of its own, before or after it."""
+    """Return a question with the image placeholder on its own line, before or after the text."""
     return f"{IMAGE_TOKEN}\n{question}" if first else f"{question}\n{IMAGE_TOKEN}"
 
 
-def training_row(row: Mapping[str, Any], *, mode: str, seed: int, counts: Counts) -> dict[str, Any] | None:
-    """Return the training row of a generated one; None when nothing of it can be used.
+def training_row(row: Mapping[str, Any], *, mode: str, seed: int, counts: CleaningCounts) -> dict[str, Any] | None:
+    """Return the training row of a generated row; None if it has no usable pair.
 
-    In mode `legacy` the image stands with the first question that was written, even if that pair is dropped, and the
-    row then has none. In mode `fixed` it stands with the first question that is left; the text is made `tidy` before.
+    In mode `fixed`, `tidy` is applied first and the placeholder is put into the first question that is kept. In mode
+    `legacy` it is put into the first question of the dialogue, and is lost if that pair is dropped.
 
     Raises:
         DataError: the row has no `pair_id`.
     """
     identity, text = row.get("pair_id"), row.get("result")
     if not isinstance(identity, str) or not identity or _writable(identity) != identity:
-        raise DataError("field 'pair_id' must be a text that is not empty")
+        raise DataError("field 'pair_id' must be non-empty text")
     if not isinstance(text, str) or not text.strip():
         counts.rows["no answer"] += 1
         return None
@@ -151,7 +151,7 @@ def training_row(row: Mapping[str, Any], *, mode: str, seed: int, counts: Counts
     return {"id": identity, "image": f"{identity}.jpg", "domain": row.get("domain", {}), "conversations": turns}
 
 
-def _cleaned(pairs: Iterable[Pair], mode: str, counts: Counts) -> Iterator[Pair]:
+def _cleaned(pairs: Iterable[Pair], mode: str, counts: CleaningCounts) -> Iterator[Pair]:
     for question, answer in pairs:
         if not question and mode != "legacy":
             counts.pairs["empty question"] += 1
@@ -166,20 +166,20 @@ def _cleaned(pairs: Iterable[Pair], mode: str, counts: Counts) -> Iterator[Pair]
 
 def postprocess(
     rows: Iterable[Mapping[str, Any]], *, mode: str = "fixed", seed: int = 0, name: str = "rows"
-) -> tuple[list[dict[str, Any]], Counts]:
-    """Return the training rows of generated ones, in their order, and what was counted.
+) -> tuple[list[dict[str, Any]], CleaningCounts]:
+    """Return the training rows of generated rows, in their order, and the counts.
 
     Args:
-        rows: caption rows with `result` (llava-med.md 3.10).
+        rows: caption rows with `result`, as written by instruct_generate.py.
         mode: key of `llava.instruct.cleaning.MODES`.
-        seed: decides for each row whether the image stands before or after the first question.
-        name: of the file, for messages.
+        seed: seed of the choice whether the placeholder precedes or follows the first question.
+        name: name of the file in messages.
 
     Raises:
-        DataError: a row has no `pair_id`; names its number.
-        ConfigError: unknown mode.
+        DataError: a row has no `pair_id`; the message names the row.
+        ConfigError: the mode is unknown.
     """
-    counts = Counts()
+    counts = CleaningCounts()
     found: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
         try:
@@ -195,15 +195,15 @@ def make_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
         prog="instruct_postprocess.py",
-        description="Make training data of generated dialogues; says what every rule did.",
+        description="Convert generated dialogues to training data and print the counts of all rules.",
         epilog=EPILOG,
         formatter_class=ExampleFormatter,
     )
     parser.add_argument("--input_path", required=True, help="generated rows, JSON lines or a JSON array")
     parser.add_argument("--output_path", required=True, help="training rows, a JSON array")
-    parser.add_argument("--seed", type=int, default=0, help="decides where the image stands in the first question")
-    parser.add_switch("--legacy_rules", help="clean as LLaVA-Med 1.0 did, with its defects")
-    parser.add_argument("--report_path", help="also write what every rule and phrase did, as JSON")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the placeholder's position in the first question")
+    parser.add_switch("--legacy_rules", help="clean as LLaVA-Med 1.0 does, with its defects")
+    parser.add_argument("--report_path", help="write the counts of all rules and phrases to this JSON file")
     return parser
 
 
@@ -218,6 +218,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.report_path:
         write_json(args.report_path, counts.report())
     if not found:
-        raise DataError(f"{args.input_path}: no row is left; nothing was written to {args.output_path}")
+        raise DataError(f"{args.input_path}: no row is left after cleaning; {args.output_path} was not written")
     write_json(args.output_path, found)
     sys.stdout.write(f"wrote  {len(found):>8}  rows to {args.output_path}\n")

@@ -1,9 +1,9 @@
-"""What a language model is asked for: a dialogue about a picture that it knows from text only.
+"""Prompts for the generation of dialogues about figures that the language model knows from text only.
 
     caption row  --context_text-->  text
-    system text + eight worked examples + the row's text  --messages_for-->  one conversation of the protocol
+    system text + eight few-shot examples + the row's text  --messages_for-->  one conversation of the protocol
 
-Layout of both texts: LLaVA-Med 1.0. Its wording is not used; `SYSTEM_TEXT` and the examples were written here.
+The layout of both texts is that of LLaVA-Med 1.0; `SYSTEM_TEXT` and the examples were written for this project.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llava.samples import describe
 from llava.utils.jsonl import read_records, read_text
 
 USER, ASSISTANT = "User:", "Assistant:"
-"""How the speakers are marked in a written dialogue."""
+"""Marks of the speakers in a dialogue."""
 
 SYSTEM_TEXT = """\
 You are a careful assistant with knowledge of biology and medicine. You are given the caption of a figure from a \
@@ -42,13 +42,14 @@ answers.
 - Let the Assistant answer in plain, complete sentences and with caution. It gives no medical advice; where a \
 decision is needed, it refers to a professional.
 - Begin every question with "User:" and every answer with "Assistant:", and separate them by an empty line."""
+"""System message. The generated data depend on this text and on the examples."""
 
 
 def mentions_of(row: Mapping[str, Any]) -> list[str]:
-    """Return the sentences of the article that refer to the figure, from a list of texts or of objects with `tokens`.
+    """Return the sentences that mention the figure, which are stored as texts or as objects with `tokens`.
 
     Raises:
-        DataError: the field is something else.
+        DataError: `in_text_mention` is not a list of these.
     """
     raw = row.get("in_text_mention")
     if raw is None:
@@ -57,30 +58,30 @@ def mentions_of(row: Mapping[str, Any]) -> list[str]:
         raise DataError(f"field 'in_text_mention' must be a list or null, got {describe(raw)}")
     mentions = [item.get("tokens") if isinstance(item, Mapping) else item for item in raw]
     if not all(isinstance(mention, str) for mention in mentions):
-        raise DataError("field 'in_text_mention' must hold texts, or objects whose field 'tokens' is a text")
+        raise DataError("field 'in_text_mention' must contain texts, or objects whose field 'tokens' is text")
     return [mention for mention in mentions if isinstance(mention, str)]
 
 
 def context_text(row: Mapping[str, Any], *, use_inline_mentions: bool) -> str:
-    """Return what the model is told of a figure.
+    """Return the description of a figure for the model.
 
     Args:
-        row: a caption row (llava-med.md 3.3).
-        use_inline_mentions: also tell the sentences that refer to it.
+        row: a caption row with `fig_caption`, `fig_label` and `in_text_mention`.
+        use_inline_mentions: include the sentences that mention the figure.
 
     Raises:
         DataError: the row has no caption, or a field of the wrong type.
     """
     caption, label = row.get("fig_caption"), row.get("fig_label")
     if not isinstance(caption, str):
-        raise DataError(f"field 'fig_caption' must be a text, got {describe(caption)}")
+        raise DataError(f"field 'fig_caption' must be text, got {describe(caption)}")
     text = f"Figure Caption:\n{label}: {caption}" if label else f"Figure Caption:\n{caption}"
     mentions = mentions_of(row) if use_inline_mentions else []
     return text + ("\n\nFigure Context:" + "".join(f"\n\t- {mention}" for mention in mentions) if mentions else "")
 
 
 def dialogue_text(turns: Sequence[Mapping[str, str]]) -> str:
-    """Return turns (`from`, `value`) as the written dialogue that the model is to produce."""
+    """Return turns (`from`, `value`) as a dialogue in the format that the model has to write."""
     return "\n\n".join(f"{USER if turn['from'] == 'human' else ASSISTANT} {turn['value']}" for turn in turns)
 
 
@@ -108,12 +109,12 @@ def read_captions(path: str | Path, *, max_size: int | None = None, skip_bad: bo
     """Return the caption rows of a file, each `pair_id` once.
 
     Args:
-        path: the file, told apart by its content.
-        max_size: the first so many.
-        skip_bad: leave rows out that cannot be used, with one message, instead of raising.
+        path: JSON array, JSON lines, or an object with one list per domain; the content decides.
+        max_size: maximum number of rows.
+        skip_bad: leave out invalid rows with one warning, instead of raising an error.
 
     Raises:
-        DataError: the file cannot be read, or a row cannot be used; names file, domain and row.
+        DataError: the file cannot be read, or a row is invalid; the message names file, domain and row.
     """
     rows: dict[str, CaptionRow] = {}
     num_bad = num_repeated = 0
@@ -124,35 +125,39 @@ def read_captions(path: str | Path, *, max_size: int | None = None, skip_bad: bo
             identity = _check(row)
         except DataError as error:
             if not skip_bad:
-                raise DataError(f"{path}, {where}: {error}; --skip-bad leaves such rows out") from None
+                raise DataError(f"{path}, {where}: {error}; pass --skip-bad to leave out such rows") from None
             num_bad += 1
             continue
         num_repeated += identity in rows
         rows.setdefault(identity, row)
     if num_bad or num_repeated:
-        logger.warning("%s: left out %d rows that cannot be used and %d repeated ones", path, num_bad, num_repeated)
+        logger.warning("%s: left out %d invalid and %d repeated rows", path, num_bad, num_repeated)
     if not rows:
-        raise DataError(f"{path}: no caption row can be used")
+        raise DataError(f"{path}: the file has no valid caption row")
     return list(rows.values())
 
 
 def _check(row: Any) -> str:
-    """Return the row's id; raise what is wrong with it."""
+    """Return the id of a row after checking the row.
+
+    Raises:
+        DataError: the row is invalid.
+    """
     if not isinstance(row, Mapping):
         raise DataError(f"a row must be a JSON object, got {type(row).__name__}")
     identity = row.get("pair_id")
     if not isinstance(identity, str) or not identity:
-        raise DataError("field 'pair_id' must be a text that is not empty")
+        raise DataError("field 'pair_id' must be non-empty text")
     context_text(row, use_inline_mentions=True)
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):
-        raise DataError("the row holds half a surrogate pair, or is nested too deeply, and cannot be written") from None
+        raise DataError("the row contains a lone surrogate or is nested too deeply, and cannot be written") from None
     return identity
 
 
 def _placed_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield every row with its place in words."""
+    """Yield every row with its location for messages."""
     text = read_text(path)
     domains = _domains(text, path)
     if domains is None:
@@ -165,16 +170,16 @@ def _placed_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def _domains(text: str, path: str | Path) -> Iterable[tuple[str, list[Any]]] | None:
-    """Return the lists of a JSON object of lists; None when the text is something else."""
+    """Return the lists of a JSON object of lists; None if the text is not such an object."""
     if not text.lstrip().startswith("{"):
         return None
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
-        return None  # one object a line; the reader of lines says what is wrong with it otherwise
+        return None  # JSON lines, or an error that the reader of lines reports
     if "pair_id" in value:
         return None
     wrong = [name for name, rows in value.items() if not isinstance(rows, list)]
     if wrong:
-        raise DataError(f"{path}: expected an object of lists, one for each domain; {wrong[0]!r} is not a list")
+        raise DataError(f"{path}: {wrong[0]!r} is not a list; expected an object with one list per domain")
     return list(value.items())

@@ -1,9 +1,9 @@
-"""The two files of a generation run: answers, and rows that failed.
+"""Files of a generation run: answers, and failed rows.
 
     append_answer / append_failure (in order of arrival)   ...   settle: both files in the order of the captions
 
-A line is written as soon as its answer is there, so a killed run loses what was under way and nothing else. In the end
-the files are put into the order of the captions, so that a run in one go and a resumed one leave the same files.
+A row is written when its answer arrives, so a killed run loses only the requests in flight. At the end the files are
+sorted in the order of the captions, so an uninterrupted and a resumed run write equal files.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from llava.utils.jsonl import append, drop_torn_line, write_atomic
 Row = Mapping[str, Any]
 
 WASTED = "wasted"
-"""Field with the tokens of attempts that could not be used; part of what was spent."""
+"""Field with the tokens of unusable attempts, which count as spent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Where one row lies in its file, and what is counted of it.
+    """Position of one row in its file, and its counts.
 
     Attributes:
-        start: first byte.
-        length: in bytes.
-        spent: tokens of prompts and answers, failed attempts included.
+        start: offset of the first byte.
+        length: length in bytes.
+        spent: tokens of prompts and answers, including failed attempts.
         num_answer: tokens of the answer alone.
-        reason: of a failure.
+        reason: reason of a failure.
     """
 
     start: int
@@ -47,13 +47,13 @@ class Line:
 
 
 class Results:
-    """The files `NAME.jsonl` and `NAME.failed.jsonl`, and what is in them.
+    """Files `NAME.jsonl` and `NAME.failed.jsonl` with an index of their rows.
 
     Args:
         path: the file of answers.
 
     Raises:
-        DataError: a line of either file is not a row of it; names file and line.
+        DataError: a line of either file is not a row of this command; the message names file and line.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -64,21 +64,21 @@ class Results:
         self.failed = _without(_lines(self.failed_path, _read_failure), self.answered)
 
     def repair(self) -> None:
-        """Remove last lines that a killed process left half written, before more are appended."""
+        """Remove incomplete last lines, left by a killed process, before rows are appended."""
         for file in (self.path, self.failed_path):
             drop_torn_line(file)
 
     def append_answer(
         self, row: Row, answer: str, *, model: str, tokens: tuple[int, int], wasted: tuple[int, int] = (0, 0)
     ) -> None:
-        """Write one answered row: the caption row, `result`, and who wrote it for how many tokens.
+        """Append one answered row: the caption row, `result`, and `generation` with model and tokens.
 
         Args:
             row: the caption row.
             answer: the text.
-            model: as the endpoint names it.
-            tokens: of prompt and answer.
-            wasted: those of attempts that could not be used.
+            model: name of the model as the endpoint states it.
+            tokens: tokens of prompt and answer.
+            wasted: tokens of unusable attempts.
         """
         note: dict[str, Any] = {"model": model, **_counts(tokens)}
         lost = self._lost(row, wasted)
@@ -87,26 +87,26 @@ class Results:
         )
 
     def append_failure(self, row: Row, failure: ApiFailure) -> None:
-        """Write one row that failed: the caption row and `failure`."""
+        """Append one failed row: the caption row and `failure`."""
         lost = self._lost(row, (failure.num_prompt_tokens, failure.num_answer_tokens))
         note = {"reason": failure.reason, "detail": failure.detail, "attempts": failure.num_attempts}
         append(self.failed_path, {**row, "failure": {**note, WASTED: _counts(lost)}})
 
     def _lost(self, row: Row, tokens: tuple[int, int]) -> tuple[int, int]:
-        """Return these tokens and those of an earlier failure, whose line will go."""
+        """Return these tokens plus those of an earlier failure, whose line will be removed."""
         earlier = self.failed.get(row["pair_id"])
         return tokens if earlier is None else (tokens[0] + earlier.spent[0], tokens[1] + earlier.spent[1])
 
     def spent(self) -> tuple[int, int]:
-        """Return the tokens of prompts and answers that both files account for."""
+        """Return the tokens of prompts and answers in both files."""
         lines = [*self.answered.values(), *self.failed.values()]
         return sum(line.spent[0] for line in lines), sum(line.spent[1] for line in lines)
 
     def settle(self, order: Mapping[str, int]) -> None:
-        """Put both files into an order, each row once; a row that was answered in the end is no failure any more.
+        """Sort both files, each id once, and remove answered rows from the failed ones.
 
         Args:
-            order: place of each id; others come after, as they lie.
+            order: position of each id; other ids follow in the order of the file.
         """
         answered = _lines(self.path, _read_answer)
         failed = _without(_lines(self.failed_path, _read_failure), answered)
@@ -127,14 +127,14 @@ def _counts(tokens: tuple[int, int]) -> dict[str, int]:
 
 
 def _tokens(note: object) -> tuple[int, int]:
-    """Return what `_counts` wrote; 0 for what is not a number."""
+    """Return the counts that `_counts` wrote; 0 for values that are not numbers."""
     values = [note.get(name) if isinstance(note, dict) else 0 for name in ("prompt_tokens", "answer_tokens")]
     prompt, answer = (value if isinstance(value, int) else 0 for value in values)
     return prompt, answer
 
 
 def _lines(path: Path, read: Callable[[dict[str, Any], int, int], Line | None]) -> dict[str, Line]:
-    """Return the last line of each id; only places are kept, not the texts. A torn end of the file is no line."""
+    """Return the last line of each id, without its text; an incomplete last line is ignored."""
     found: dict[str, Line] = {}
     if not path.exists():
         return found
@@ -148,9 +148,7 @@ def _lines(path: Path, read: Callable[[dict[str, Any], int, int], Line | None]) 
                 if line is not None and isinstance(key, str):
                     found[key] = line
                 elif raw.strip():
-                    raise DataError(
-                        f"{path}, line {number}: not a row that this command writes; choose another --output-path"
-                    )
+                    raise DataError(f"{path}, line {number}: not a row of this command; choose another --output-path")
             start += len(raw)
     return found
 
@@ -181,7 +179,7 @@ def _read_failure(row: dict[str, Any], start: int, length: int) -> Line | None:
 
 
 def _rewrite(path: Path, lines: list[Line]) -> None:
-    """Make a file of these of its lines, in this order, atomically and without holding them all."""
+    """Rewrite a file atomically with these of its lines in this order, reading one line at a time."""
     if not path.exists():
         return
     if not lines:
