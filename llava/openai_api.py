@@ -105,7 +105,7 @@ class ApiSettings:
 
     @classmethod
     def from_env(cls, *, environ: Mapping[str, str] | None = None, **given: Any) -> ApiSettings:
-        """Return the settings: values in `given`, else the environment, else the names at the top of this file.
+        """Return the settings from `given`, else the environment, else the names at the top of this file.
 
         Args:
             environ: environment variables; None for those of the process.

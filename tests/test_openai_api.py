@@ -1,4 +1,4 @@
-"""The client of chat endpoints, against a local one that misbehaves."""
+"""Client of chat endpoints against a faulty local endpoint."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_one_answer_with_its_tokens(endpoint: FakeEndpoint) -> None:
     assert call.body == {"model": MODEL, "messages": ASK, "temperature": 0.0, "max_tokens": 9}
 
 
-def test_complete_in_a_loop_of_ones_own(endpoint: FakeEndpoint) -> None:
+def test_complete_in_an_own_event_loop(endpoint: FakeEndpoint) -> None:
     client = client_of(endpoint)
 
     async def both() -> list[str]:
@@ -83,7 +83,7 @@ def test_map_keeps_order_and_bounds_requests(endpoint: FakeEndpoint) -> None:
     assert 1 < endpoint.most_at_once <= 4
 
 
-def test_failures_are_values_in_their_place(endpoint: FakeEndpoint) -> None:
+def test_failures_are_values_in_order(endpoint: FakeEndpoint) -> None:
     endpoint.answer = lambda messages: Fault(400) if messages[-1]["content"] == "1" else "good"
     found = list(client_of(endpoint).map([[{"role": "user", "content": str(number)}] for number in range(3)]))
     assert found[0] == found[2] == "good"
@@ -114,7 +114,7 @@ def test_leaving_early_stops_the_requests(endpoint: FakeEndpoint) -> None:
         (Fault(text=" \n"), "empty"),
     ],
 )
-def test_what_may_pass_is_tried_again(endpoint: FakeEndpoint, fault: Fault, reason: str) -> None:
+def test_transient_failures_are_retried(endpoint: FakeEndpoint, fault: Fault, reason: str) -> None:
     timeout = 0.3 if fault.stall else 60.0
     endpoint.faults = [fault, fault]
     assert isinstance(one(client_of(endpoint, timeout=timeout, max_retries=30)), Reply)
@@ -140,7 +140,7 @@ def test_what_may_pass_is_tried_again(endpoint: FakeEndpoint, fault: Fault, reas
         (Fault(302, headers=(("Location", "http://127.0.0.1:9/"),)), "refused", False),
     ],
 )
-def test_what_will_not_pass_is_not(endpoint: FakeEndpoint, fault: Fault, reason: str, fatal: bool) -> None:
+def test_other_failures_are_not_retried(endpoint: FakeEndpoint, fault: Fault, reason: str, fatal: bool) -> None:
     endpoint.faults = [fault]
     failure = one(client_of(endpoint))
     assert isinstance(failure, ApiFailure)
@@ -148,7 +148,7 @@ def test_what_will_not_pass_is_not(endpoint: FakeEndpoint, fault: Fault, reason:
     assert len(endpoint.calls) == 1
 
 
-def test_an_answer_cut_short_may_be_accepted_and_is_paid_for(endpoint: FakeEndpoint) -> None:
+def test_truncated_answer_may_be_accepted_and_is_counted(endpoint: FakeEndpoint) -> None:
     endpoint.faults = [Fault(finish_reason="length")] * 2
     reply = one(client_of(endpoint), accept_cut_short=True)
     assert isinstance(reply, Reply) and reply.finish_reason == "length"
@@ -157,14 +157,14 @@ def test_an_answer_cut_short_may_be_accepted_and_is_paid_for(endpoint: FakeEndpo
     assert (failure.num_prompt_tokens, failure.num_answer_tokens) == (2, 4)
 
 
-def test_nobody_is_there() -> None:
+def test_unreachable_endpoint() -> None:
     with serve(echo) as gone:
         pass
     failure = one(client_of(gone, max_retries=1))
     assert isinstance(failure, ApiFailure) and (failure.reason, failure.num_attempts) == ("unreachable", 2)
 
 
-def test_retry_after_makes_everybody_wait(endpoint: FakeEndpoint) -> None:
+def test_retry_after_pauses_all_requests(endpoint: FakeEndpoint) -> None:
     endpoint.faults = [Fault(429, headers=(("Retry-After", "0.5"),))]
     client = client_of(endpoint)
     client.max_concurrency = 1
@@ -174,7 +174,7 @@ def test_retry_after_makes_everybody_wait(endpoint: FakeEndpoint) -> None:
 
 
 @pytest.mark.parametrize("kind", ["requests", "tokens"])
-def test_a_used_up_allowance_is_waited_for(endpoint: FakeEndpoint, kind: str) -> None:
+def test_exhausted_rate_limit_is_waited_for(endpoint: FakeEndpoint, kind: str) -> None:
     headers = ((f"x-ratelimit-remaining-{kind}", "0"), (f"x-ratelimit-reset-{kind}", "400ms"))
     endpoint.faults = [Fault(headers=headers)]
     client = client_of(endpoint)
@@ -183,7 +183,7 @@ def test_a_used_up_allowance_is_waited_for(endpoint: FakeEndpoint, kind: str) ->
     assert endpoint.calls[1].time - endpoint.calls[0].time >= 0.39
 
 
-def test_newer_models_know_the_limit_by_another_name(endpoint: FakeEndpoint) -> None:
+def test_newer_models_use_another_name_of_the_limit(endpoint: FakeEndpoint) -> None:
     endpoint.faults = [Fault(400, code="unsupported_parameter", param="max_tokens")]
     client = client_of(endpoint)
     assert isinstance(one(client, max_tokens=7, temperature=None), Reply)
@@ -203,7 +203,7 @@ def test_azure(endpoint: FakeEndpoint) -> None:
     assert call.headers["api-key"] == KEY
 
 
-def test_azure_without_a_key_says_what_to_set(endpoint: FakeEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_azure_without_a_key_names_the_variables(endpoint: FakeEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AZURE_OPENAI_API_KEY", "AZURE_OPENAI_AD_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     client = client_of(endpoint, api_type="azure", api_key="", api_base=endpoint.root, api_version="v")
@@ -222,7 +222,7 @@ def test_after_a_fatal_failure_nothing_is_sent(endpoint: FakeEndpoint) -> None:
     assert len(endpoint.calls) <= 4
 
 
-def test_half_a_surrogate_pair_becomes_writable(endpoint: FakeEndpoint) -> None:
+def test_lone_surrogate_becomes_writable(endpoint: FakeEndpoint) -> None:
     endpoint.answer = lambda messages: "a \ud800 b"
     reply = one(client_of(endpoint))
     assert isinstance(reply, Reply) and reply.text == "a ? b"
@@ -257,7 +257,7 @@ openai.api_base = 'https://example-endpoint.openai.azure.com/'
 openai.api_version = "2023-03-15-preview"
 DEPLOYMENT_ID="deployment-name"
 """
-"""The lines that the README of LLaVA-Med shows, with a key."""
+"""Lines of LLaVA-Med's README, with a key."""
 
 
 def test_the_published_lines_can_be_put_into_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ def test_the_environment_of_todays_client() -> None:
         ({"deployment": "m", "api_key_env": "ABSENT"}, "ABSENT"),
     ],
 )
-def test_settings_that_cannot_be_used(given: dict[str, object], word: str) -> None:
+def test_invalid_settings(given: dict[str, object], word: str) -> None:
     with pytest.raises(ConfigError, match=word) as raised:
         ApiSettings.from_env(environ={}, **given)
     assert "cret" not in str(raised.value) and "pass@" not in str(raised.value)

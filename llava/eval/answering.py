@@ -1,4 +1,4 @@
-"""Answering commands: chat questions, medical VQA questions, and the latter with one process per chunk.
+"""Answering commands: chat questions, medical VQA questions, and the latter in one process per chunk.
 
 model_vqa, model_vqa_med       questions --answer--> answers file
 run_med_datasets_eval_batch    the same in chunks: a queue of processes over the devices, joined in order

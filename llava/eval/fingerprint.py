@@ -84,7 +84,7 @@ def checkpoint_hash(*names: str) -> str:
 
 
 def weights_hash(folder: str | Path) -> str | None:
-    """Return the hash of a checkpoint's weight files, cached per process until size or time of a file changes."""
+    """Return the hash of a checkpoint's weight files, cached until the size or time of a file changes."""
     place = Path(folder).resolve()
     files = sorted(place.glob("*")) if place.is_dir() else [place]
     states = [(file.name, file.stat()) for file in files if file.is_file()]
@@ -183,7 +183,7 @@ def _place(name: str) -> Path | None:
 
 
 def _content(place: Path) -> Any:
-    """Return hashes of a file, or of a folder's weights and configuration, subfolders (a tower's) included."""
+    """Return hashes of a file, or of the weights and configuration of a folder and its subfolders."""
     if place.is_file():
         return weights_hash(place)
     inside = sorted(folder for folder in place.iterdir() if folder.is_dir() and (folder / CONFIG_FILE).is_file())
@@ -199,7 +199,7 @@ def _content(place: Path) -> Any:
 
 
 def _parts(folder: Path) -> list[str]:
-    """Return local paths that a checkpoint folder builds on: an adapter's or projector's base, vision towers."""
+    """Return the local paths that a checkpoint folder builds on: base models and vision towers."""
     config, adapter = read_json(folder / CONFIG_FILE), read_json(folder / ADAPTER_CONFIG_FILE)
     names = [config.get(key) for key in TOWER_KEYS]
     if adapter or any((folder / name).is_file() for name in PROJECTOR_FILES):

@@ -42,7 +42,7 @@ class Score:
 
     @staticmethod
     def of(values: ArrayLike, groups: Sequence[Sequence[str]] | None = None) -> Score:
-        """Return a score; with the group names of each item in `groups`, its mean is the mean of the group means."""
+        """Return a score; with group names per item in `groups`, its mean is the mean of group means."""
         array = np.asarray(values, dtype=np.float64)
         if groups is None:
             return Score(array)
@@ -55,7 +55,7 @@ class Score:
         return float(self.means(np.ones((1, len(self.values))), np.arange(len(self.values)))[0])
 
     def means(self, weights: NDArray[np.float64], cluster_of: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Return the percentage in each of R resamples, [R]; NaN where the score applies to no item of a resample.
+        """Return the percentage in each of R resamples, [R]; NaN where the score applies to no item.
 
         Args:
             weights: number of draws of each of C clusters, [R, C].

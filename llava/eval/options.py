@@ -70,7 +70,7 @@ def _is_ours(model: str) -> bool:
 
 
 def template_of(args: Namespace) -> str | None:
-    """Return the name of the conversation template; None if neither an option nor the checkpoint names one."""
+    """Return the name of the conversation template, from the options or the checkpoint; None if unnamed."""
     if args.conv_mode:
         return str(args.conv_mode)
     path = Path(args.model) / PROCESSOR_FILE

@@ -31,7 +31,7 @@ RULES: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
-    """Result of the rules: the text (None: the pair is dropped), the outcome, and the phrase that decided it."""
+    """Result of the rules: the text (None: pair dropped), the outcome, and the deciding phrase."""
 
     text: str | None
     outcome: str

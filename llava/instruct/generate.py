@@ -1,4 +1,4 @@
-"""Generation of dialogues about figures from captions with a language model; LLaVA-Med's instruction data.
+"""Generation of dialogues about figures from captions with a language model, as in LLaVA-Med.
 
     captions --messages_for--> concurrent requests --> answers.jsonl, answers.failed.jsonl, row by row
                                ^ limits of tokens and cost

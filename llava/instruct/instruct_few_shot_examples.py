@@ -229,4 +229,4 @@ FEW_SHOT_EXAMPLES: list[dict[str, Any]] = [
         ),
     ),
 ]
-"""Two chest films, a CT, two gross specimens, two microscope slides and an MR image."""
+"""Two chest radiographs, a CT, two gross specimens, two microscope slides and an MR image."""

@@ -52,7 +52,7 @@ _EMPHASIS = str.maketrans("", "", "*`#\"'")
 
 
 def parse_literal(reply: str) -> Scores | Unreadable:
-    """Return two numbers as the published scripts read them; replies that stop those scripts are unreadable.
+    """Return two numbers as the published scripts read them; other replies are unreadable.
 
     Numbers of any size are accepted, infinite ones are not.
     """

@@ -1,4 +1,4 @@
-"""Fingerprints of answer files: the settings they cover, and the answers that the commands refuse to reuse."""
+"""Fingerprints of answer files: the settings they cover, and the refusal of other settings."""
 
 from __future__ import annotations
 

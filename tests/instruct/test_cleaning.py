@@ -1,4 +1,4 @@
-"""Every rule of cleaning, as the original applied it and without its defects."""
+"""All cleaning rules, as the original applies them and without its defects."""
 
 from __future__ import annotations
 

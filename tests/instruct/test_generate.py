@@ -1,4 +1,4 @@
-"""Generating dialogues against a local endpoint that misbehaves: kills, ceilings, failures, what is said."""
+"""Generation of dialogues against a faulty local endpoint: kills, limits, failures, output."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SECRET = "Zyxxword"  # stands for a patient's text
 
 
 def answer(messages: list[Message]) -> str:
-    """Replay: one question always gets one answer."""
+    """Return the same answer for the same question."""
     digest = hashlib.sha256(messages[-1]["content"].encode()).hexdigest()
     return f"User: What is {digest[:8]}?\n\nAssistant: A drawing.\n\nUser: More?\n\nAssistant: Based on the image, no."
 
 
 def late(messages: list[Message]) -> str:
-    """The same, out of order."""
+    """Return the same answer after a random delay."""
     time.sleep(random.uniform(0, 0.05))
     return answer(messages)
 
@@ -64,7 +64,7 @@ def captions(tmp_path: Path) -> Path:
 
 
 def run(captions: Path, output: Path, *more: str) -> int:
-    """Run the command here; return its exit status."""
+    """Run the command in this process; return its exit status."""
     try:
         instruct_generate.main(["--input_path", str(captions), "--output_path", str(output), *more])
     except SystemExit as error:
@@ -111,14 +111,16 @@ def test_max_size_counts_exactly(endpoint: FakeEndpoint, captions: Path, tmp_pat
 def test_the_switch_of_mentions_is_a_switch(
     endpoint: FakeEndpoint, tmp_path: Path, words: list[str], used: bool
 ) -> None:
-    """The original took any word for a yes."""
+    """The original treats any value as true."""
     row = {"pair_id": "1_F1", "fig_label": "", "fig_caption": "Plain.", "in_text_mention": [{"tokens": "There ."}]}
     (tmp_path / "c.json").write_text(json.dumps([row]))
     assert run(tmp_path / "c.json", tmp_path / "gen.jsonl", "--use_inline_mentions", *words) == 0
     assert ("There ." in endpoint.calls[0].question) is used
 
 
-def test_printed_line_killed_at_a_random_row_and_resumed(endpoint: FakeEndpoint, shared: Path, tmp_path: Path) -> None:
+def test_printed_command_killed_at_a_random_row_and_resumed(
+    endpoint: FakeEndpoint, shared: Path, tmp_path: Path
+) -> None:
     captions = shared / CAPTIONS
     whole, pieces = tmp_path / "whole.jsonl", tmp_path / "pieces.jsonl"
     broken = hashlib.sha256(b"").hexdigest()
@@ -153,8 +155,8 @@ def test_printed_line_killed_at_a_random_row_and_resumed(endpoint: FakeEndpoint,
     assert failed[0] == failed[1] and failed[0].count(b"\n") == 50 - len(ids(whole)) > 0
     asked = Counter(call.question for call in endpoint.calls)
     assert len(asked) == 50
-    assert sum(asked.values()) - 50 <= 8, "only what was under way when it was killed may be asked twice"
-    assert f"50 asked for: {num_before} answered" in done.stdout
+    assert sum(asked.values()) - 50 <= 8, "only requests in flight at the kill may be sent twice"
+    assert f"50 selected: {num_before} answered" in done.stdout
     post = tmp_path / "post.json"
     line = [sys.executable, "llava/instruct/instruct_postprocess.py", "--input_path", str(pieces), "--output_path"]
     done = subprocess.run([*line, str(post)], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -164,7 +166,7 @@ def test_printed_line_killed_at_a_random_row_and_resumed(endpoint: FakeEndpoint,
     assert all(len(row["conversations"]) == 4 and "<image>" in row["conversations"][0]["value"] for row in rows)
 
 
-def test_failed_rows_are_data_and_are_asked_again_on_request(
+def test_failed_rows_are_data_and_are_retried_on_request(
     endpoint: FakeEndpoint, captions: Path, tmp_path: Path
 ) -> None:
     output, failed = tmp_path / "gen.jsonl", tmp_path / "gen.failed.jsonl"
@@ -189,7 +191,7 @@ def test_failed_rows_are_data_and_are_asked_again_on_request(
     assert sum("wasted" in row["generation"] for row in read_records(output)) == 1
 
 
-def test_rate_limits_and_errors_that_pass_leave_no_trace(
+def test_rate_limits_and_transient_errors_leave_no_trace(
     endpoint: FakeEndpoint, captions: Path, tmp_path: Path
 ) -> None:
     assert run(captions, tmp_path / "calm.jsonl") == 0
@@ -223,17 +225,17 @@ def test_an_endpoint_that_is_down_stops_the_run(
     assert run(captions, tmp_path / "gen.jsonl", *more) == 1
     assert len(endpoint.calls) == 6
     shown = capsys.readouterr().out
-    assert "3 rows failed in a row, the last with unavailable after 2 attempts" in shown and "6 not asked" in shown
+    assert "3 rows failed in a row, the last with unavailable after 2 attempts" in shown and "6 pending" in shown
 
 
-def test_ceilings_hold_over_several_runs(endpoint: FakeEndpoint, captions: Path, tmp_path: Path) -> None:
+def test_limits_hold_over_several_runs(endpoint: FakeEndpoint, captions: Path, tmp_path: Path) -> None:
     output = tmp_path / "gen.jsonl"
     assert run(captions, output, "--max_size", "1") == 0
     one = next(read_records(output))["generation"]
     each = one["prompt_tokens"] + one["answer_tokens"]
     ceiling = each * 4 + 300
     common = ["--max_answer_tokens", "200", "--batch_size", "8"]
-    for _ in range(2):  # once it is reached, another run asks nothing
+    for _ in range(2):  # once the limit is reached, another run sends nothing
         assert run(captions, output, *common, "--max_total_tokens", str(ceiling)) == 1
         spent = sum(
             row["generation"]["prompt_tokens"] + row["generation"]["answer_tokens"] for row in read_records(output)
@@ -252,7 +254,7 @@ def test_budget_reserves_the_longest_answer() -> None:
     assert budget.reserve("a", 50) and budget.reserve("b", 50) and not budget.reserve("c", 50)
     assert budget.settle("a", 100, 10, answer="") == (100, 10)
     assert budget.scale == 2.0
-    assert not budget.reserve("c", 50), "110 spent, 100 + 100 under way, 100 + 100 more"
+    assert not budget.reserve("c", 50), "110 spent, 100 + 100 reserved, 100 + 100 more"
     budget.release("b", 0, 0)
     assert budget.reserve("c", 50)
     assert budget.settle("c", None, None, answer="x" * 8) == (50, 6)
@@ -262,11 +264,11 @@ def test_budget_reserves_the_longest_answer() -> None:
         Budget(Prices(-1.0, 1.0), 10)
 
 
-def test_the_rule_of_the_estimate() -> None:
+def test_estimate_of_tokens() -> None:
     assert estimate_tokens([{"content": ""}, {"content": "abcde"}, {"content": "éé"}]) == 4 + 6 + 5
 
 
-def test_dry_run_asks_nobody_and_needs_no_key(
+def test_dry_run_sends_no_request_and_needs_no_key(
     captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -282,7 +284,7 @@ def test_dry_run_asks_nobody_and_needs_no_key(
     assert [path.name for path in tmp_path.iterdir()] == ["captions.json"]
 
 
-def test_neither_key_nor_caption_is_said(endpoint: FakeEndpoint, captions: Path, tmp_path: Path) -> None:
+def test_neither_key_nor_caption_is_printed(endpoint: FakeEndpoint, captions: Path, tmp_path: Path) -> None:
     """Errors of this endpoint quote the whole request, as some servers do."""
     endpoint.answer = lambda messages: Fault(400 if "row 1" in messages[-1]["content"] else 500, code="bad")
     line = [sys.executable, "-m", "llava.instruct.instruct_generate", "--input_path", str(captions)]
@@ -301,7 +303,7 @@ def test_neither_key_nor_caption_is_said(endpoint: FakeEndpoint, captions: Path,
     assert KEY not in (tmp_path / "gen.failed.jsonl").read_text()
 
 
-def test_files_of_others_are_not_appended_to(endpoint: FakeEndpoint, captions: Path, tmp_path: Path) -> None:
+def test_other_files_are_not_appended_to(endpoint: FakeEndpoint, captions: Path, tmp_path: Path) -> None:
     for content in ('{"id": 1}\n', "text\nmore\n", "[1]\n"):
         (tmp_path / "gen.jsonl").write_text(content)
         with pytest.raises(DataError, match="line 1"):
@@ -310,9 +312,7 @@ def test_files_of_others_are_not_appended_to(endpoint: FakeEndpoint, captions: P
     assert not endpoint.calls
 
 
-def test_rows_of_another_list_stay_behind_those_of_this_one(
-    endpoint: FakeEndpoint, captions: Path, tmp_path: Path
-) -> None:
+def test_rows_of_another_list_follow_those_of_this_one(endpoint: FakeEndpoint, captions: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text(json.dumps([{"pair_id": "92000009_F1", "fig_caption": "Other."}]))
     assert run(other, tmp_path / "gen.jsonl") == 0

@@ -1,4 +1,4 @@
-"""Generated dialogues to training rows."""
+"""Conversion of generated dialogues to training rows."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_what_is_written_is_read_back(pairs: list[tuple[str, str]]) -> None:
 PIECES = st.sampled_from(["User:", "Assistant:", "\n\n", "<image>", "According to the caption, ", "a", " ", "User"])
 
 
-ANYTHING = st.characters(codec=None)  # halves of surrogate pairs, too
+ANYTHING = st.characters(codec=None)  # includes lone surrogates
 
 
 @settings(deadline=None)
@@ -94,7 +94,7 @@ def test_the_row_as_published() -> None:
     assert counts.pairs == {"R5 kept": 1, "R2 cut": 1, "malformed": 0}
 
 
-def test_the_image_survives_its_question() -> None:
+def test_placeholder_survives_a_dropped_question() -> None:
     text = dialogue(("What?", "Sorry, no image is here."), ("Where?", "On the left."))
     for legacy, questions in ((True, ["Where?"]), (False, ["<image>\nWhere?", "Where?\n<image>"])):
         (row,), _ = postprocess([generated(text)], mode="legacy" if legacy else "fixed")
@@ -102,7 +102,7 @@ def test_the_image_survives_its_question() -> None:
         assert row["conversations"][0]["value"] in questions
 
 
-def test_the_coin_is_fair_seeded_and_each_rows_own() -> None:
+def test_placeholder_position_is_fair_seeded_and_independent_per_row() -> None:
     tosses = [image_first(str(number), 0) for number in range(2000)]
     assert 900 < sum(tosses) < 1100
     assert tosses != [image_first(str(number), 1) for number in range(2000)]
@@ -112,13 +112,13 @@ def test_the_coin_is_fair_seeded_and_each_rows_own() -> None:
 
 
 @pytest.mark.parametrize("text", ["**User:** a\n\n**Assistant:** b", "*User*: a\n **Assistant**: b<image>"])
-def test_bold_speakers_and_place_holders_of_the_model(text: str) -> None:
+def test_bold_speakers_and_placeholders_of_the_model(text: str) -> None:
     (row,), _ = postprocess([generated(text)])
     values = [turn["value"] for turn in row["conversations"]]
     assert values[0] in ("<image>\na", "a\n<image>") and values[1:] == ["b"]
 
 
-def test_rows_without_use_are_counted() -> None:
+def test_unusable_rows_are_counted() -> None:
     texts = [None, " ", "no marks", dialogue(("a", "I'm sorry.")), dialogue(("", "b")), dialogue(("a", "b"))]
     rows, counts = postprocess([generated(text, str(number)) for number, text in enumerate(texts)])
     assert [row["id"] for row in rows] == ["5"]
@@ -150,7 +150,7 @@ def test_the_command_reads_lines_and_arrays(tmp_path: Path, capsys: pytest.Captu
     assert report["rows"]["kept"] == 3 and report["pairs"]["R5 kept"] == 3
 
 
-def test_the_command_says_which_phrase_decided(tmp_path: Path) -> None:
+def test_the_report_names_the_deciding_phrase(tmp_path: Path) -> None:
     rows = [generated(dialogue(("q", "Based on the caption, an MRI."), ("q", "So sorry.")))]
     report = tmp_path / "report.json"
     found = run(tmp_path, rows, "--legacy_rules", "--report_path", str(report))

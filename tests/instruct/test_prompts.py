@@ -1,4 +1,4 @@
-"""What a language model is asked for."""
+"""Prompts for the generation of dialogues."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def test_layout_of_the_context() -> None:
 @pytest.mark.parametrize(
     "changes", [{"fig_caption": None}, {"in_text_mention": "text"}, {"in_text_mention": [{"entities": []}]}]
 )
-def test_rows_that_cannot_be_told(changes: dict[str, Any]) -> None:
+def test_invalid_rows_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="field"):
         context_text(row(**changes), use_inline_mentions=True)
 
 
-def test_a_request_is_the_rules_eight_examples_and_the_question() -> None:
+def test_request_has_the_rules_eight_examples_and_the_question() -> None:
     messages = messages_for(row(), use_inline_mentions=True)
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 8, "user"]
     assert messages[0]["content"] == SYSTEM_TEXT
@@ -66,7 +66,7 @@ def test_the_examples_have_the_published_structure() -> None:
 
 
 def test_the_examples_follow_their_own_rules() -> None:
-    """What they show must come through the rules untouched, and must not quote numbers of the caption."""
+    """The cleaning rules do not change the examples, and the examples do not quote numbers of the caption."""
     for example in FEW_SHOT_EXAMPLES:
         text = dialogue_text(example["conversations"])
         pairs, num_malformed = parse_dialogue(text)
@@ -95,7 +95,7 @@ def test_lists_and_lines_keep_their_order(tmp_path: Path) -> None:
     assert read_captions(tmp_path / "one") == rows[:1]
 
 
-def test_rows_that_cannot_be_used_are_named_without_their_text(tmp_path: Path) -> None:
+def test_invalid_rows_are_named_without_their_text(tmp_path: Path) -> None:
     file = tmp_path / "captions.json"
     file.write_text(json.dumps({"mri": [row(1), row(2, fig_caption=["secret"]), {"fig_caption": "secret"}, 3]}))
     with pytest.raises(DataError, match="'mri', row 1: field 'fig_caption'") as raised:
@@ -106,7 +106,7 @@ def test_rows_that_cannot_be_used_are_named_without_their_text(tmp_path: Path) -
     with pytest.raises(DataError, match="'mri' is not a list"):
         read_captions(file)
     file.write_text("{}")
-    with pytest.raises(DataError, match="no caption row"):
+    with pytest.raises(DataError, match="no valid caption row"):
         read_captions(file)
 
 

@@ -1,4 +1,4 @@
-"""The two files of a generation run, whatever is in them."""
+"""Files of a generation run with any content."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVENTS = st.lists(st.tuples(st.sampled_from(sorted(ORDER)), st.booleans(), st.sa
 
 @settings(deadline=None)
 @given(EVENTS)
-def test_settling_orders_both_files_and_keeps_the_last_word(folder: Path, events: list[tuple[str, bool, str]]) -> None:
+def test_settling_sorts_both_files_and_keeps_the_last_answer(folder: Path, events: list[tuple[str, bool, str]]) -> None:
     path = folder / "gen.jsonl"
     for file in (path, folder / "gen.failed.jsonl"):
         file.unlink(missing_ok=True)
@@ -112,7 +112,7 @@ def test_any_captions_are_read_or_refused(folder: Path, content: bytes) -> None:
             assert json.dumps(rows, ensure_ascii=False).encode()
 
 
-def test_a_torn_line_is_dropped_before_more_is_written(tmp_path: Path) -> None:
+def test_incomplete_line_is_dropped_before_rows_are_appended(tmp_path: Path) -> None:
     path = tmp_path / "gen.jsonl"
     results = Results(path)
     results.append_answer({"pair_id": "1"}, "x", model="m", tokens=(1, 1))

@@ -1,4 +1,4 @@
-"""Streaming reader of the listed files of an untrusted .tar.gz; nothing is written and no link is followed.
+"""Streaming reader of listed files in an untrusted .tar.gz; it writes no file and follows no link.
 
     stream --gunzip, bounded--> 512-byte blocks --headers--> members --listed ones--> their bytes
 
@@ -285,7 +285,7 @@ def pax_records(content: bytes) -> dict[str, str]:
 
 
 def plain_name(name: str) -> str | None:
-    """Return a relative name in its shortest form; None if it is absolute, empty or contains `..` or odd characters."""
+    """Return a relative name in its shortest form; None if it is absolute, empty or unsafe (`..`)."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or any(sign in name for sign in "\0\\"):
         return None

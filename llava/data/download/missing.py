@@ -129,7 +129,7 @@ def available_path(path: Path) -> Path:
 
 
 def write_available(path: Path, image_folder: Path) -> Filtered:
-    """Write the rows whose images are all in `image_folder`, and rows without images, to a file beside `path`.
+    """Write the rows of a data file that have no missing images to a file beside it.
 
     Raises:
         DataError: the file or the images field of a row is invalid; no file is written.

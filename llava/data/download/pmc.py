@@ -129,7 +129,7 @@ class _Run:
         self.summary.num_archives += outcome.num_archives
 
     def _outcomes(self, pool: ThreadPoolExecutor) -> Iterator[tuple[int, ArticleOutcome]]:
-        """Yield numbers of existing images with outcomes, in order of completion; the queue of articles is bounded."""
+        """Yield numbers of existing images with outcomes, in order of completion; the queue is bounded."""
         running: set[Future[ArticleOutcome]] = set()
         for article in self.wanted.articles:
             figures, known = self._still_wanted(article)

@@ -1,4 +1,4 @@
-"""Figures of one article from the first source that has them; every image is decoded before it is kept.
+"""Figures of one article from the first source that has them, each decoded before it is kept.
 
 urls_of --> single figures | archive (streamed up to the last listed figure) | local archive
                     |--Taken--> decodes? --> images/.partial/... --> images/PAIR_ID.jpg

@@ -34,7 +34,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+\-]{0,199}")
 
 
 class Figure(NamedTuple):
-    """Wanted image: member `member` of the archive becomes `pair_id`.jpg; `place` is its row index in the lists."""
+    """Wanted image: `member` of the archive becomes `pair_id`.jpg; `place` is its row in the lists."""
 
     pair_id: str
     member: str

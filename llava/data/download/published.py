@@ -1,4 +1,4 @@
-"""Command `llava data download` (`sh download_data.sh`): the published data files, verified, and their images.
+"""Command `llava data download` (`sh download_data.sh`): the published data files and their images.
 
 published_files.json: name, size, sha256 --fetch_file, from the first base that has it--> data/NAME
                                          --download_images--> data/images/

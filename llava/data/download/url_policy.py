@@ -28,7 +28,7 @@ Origin = tuple[str, int]
 
 
 def split_bases(text: str) -> list[str]:
-    """Return the bases of an environment variable, separated by whitespace or commas, in order of preference."""
+    """Return the bases of an environment variable, which whitespace or commas separate."""
     return [word for word in re.split(r"[\s,]+", text) if word]
 
 

@@ -130,7 +130,7 @@ def _check(row: Record) -> None:
 
 
 def _in_order(answers: Sequence[Record], num_questions: int, source: str) -> list[Mapping[str, Any]]:
-    """Return the answers in the order of the file, after checking that their number is that of the questions."""
+    """Return the answers in the order of the file, after checking their number."""
     paired: list[Mapping[str, Any]] = []
     for index, (answer, _) in enumerate(zip_longest(answers, range(num_questions))):
         if answer is None or index >= num_questions:

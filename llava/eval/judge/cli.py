@@ -178,7 +178,7 @@ def _report(rated: Sequence[Rated], args: Namespace) -> dict[str, Any]:
 
 
 def _print(name: str, report: Mapping[str, Any]) -> None:
-    """Print the published table, the table with intervals, the failures, and the agreement of the two orders."""
+    """Print the published table, the table with intervals, the failures, and the agreement of orders."""
     out = sys.stdout
     out.write(f"\n{name}\n{summary.published_table(report)}\n\n{summary.interval_table(report)}\n")
     out.write("intervals: 95 %, resampled by image; the published relative score is the mean of ratios\n")

@@ -1,4 +1,4 @@
-"""HTML page of judged answers: the tables, and cases with question, both answers, scores and the judge's reply.
+"""HTML page of judged answers: tables, and cases with both answers, scores and the judge's reply.
 
 The page makes no requests. It contains texts and images of the data, so the rules of the data apply to it.
 """

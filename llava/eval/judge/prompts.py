@@ -1,4 +1,4 @@
-"""Messages to the judge: a system message, and one with context, question, two answers and the instruction.
+"""Messages to the judge: a system message, and one with context, question, answers, instruction.
 
 Case --context, layout--> [{"role": "system", ...}, {"role": "user", ...}]
                                 |

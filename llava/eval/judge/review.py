@@ -1,4 +1,4 @@
-"""Judging of cases: optionally in both orders; unreadable replies are retried, failures are kept as data.
+"""Judging of cases, optionally in both orders, with retries of unreadable replies.
 
 Case --orders--> messages --Judge--> reply --parse--> scores of reference and answer
                     ^                  |

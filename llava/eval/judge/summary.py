@@ -1,4 +1,4 @@
-"""Summary of judged questions by type, by domain and overall: the published table, and one with intervals.
+"""Summary of judged questions by type, by domain and overall, as published and with intervals.
 
     gpt4_score            mean score of the reference answers
     pred_score            mean score of the answers under test
@@ -41,7 +41,7 @@ Figures = NDArray[np.float64]
 
 
 def groups_of(rated: Sequence[Rated], *, domains: DomainRule = "first") -> dict[str, NDArray[np.bool_]]:
-    """Return the members of each group, [n]: types, domains, overall; published names come first, in their order."""
+    """Return the members of each group, [n]: types, domains, overall; published names are first."""
     kinds = [(one.type,) if one.type else () for one in rated]
     fields = [one.domains[:1] if domains == "first" else one.domains for one in rated]
     groups = {}
@@ -140,7 +140,7 @@ def published_table(summary: Mapping[str, Any]) -> str:
 
 
 def interval_table(summary: Mapping[str, Any]) -> str:
-    """Return a table with one row per group: scored and asked questions, both relative figures with intervals."""
+    """Return a table with one row per group: numbers of questions, mean scores, relative figures."""
     rows: list[list[Cell]] = []
     for name, group in summary["groups"].items():
         cells: list[Cell] = [name, group["data_size"], group["asked"]]
@@ -154,7 +154,7 @@ def interval_table(summary: Mapping[str, Any]) -> str:
 
 
 def review_text(name: str, rated: Sequence[Rated], *, minus_one_counts: bool = False) -> str:
-    """Return the text that LLaVA's own summary of a review file prints: mean scores and their ratio by category.
+    """Return the text of LLaVA's own summary of a review file: mean scores and ratios by category.
 
     Args:
         name: name of the review in the heading.
@@ -202,7 +202,7 @@ def pearson(pairs: Pairs) -> float:
 
 
 def spearman(pairs: Pairs) -> float:
-    """Return the rank correlation, with mean ranks for ties; NaN if a judge gives the same score to all items."""
+    """Return the rank correlation, with mean ranks for ties; NaN if a judge gives all items one score."""
     return pearson(np.stack([_ranks(pairs[:, 0]), _ranks(pairs[:, 1])], axis=1))
 
 
@@ -301,7 +301,7 @@ def of_judges(first: Sequence[Rated], second: Sequence[Rated], **options: Any) -
 
 
 def of_orders(rated: Sequence[Rated], **options: Any) -> dict[str, Any] | None:
-    """Return the agreement of a judge with itself in both orders of the answers; None if only one was judged.
+    """Return the agreement of a judge with itself in both orders; None if only one was judged.
 
     `first place` is the gain in score of the first position, the mean over both answers.
     """

@@ -1,4 +1,4 @@
-"""Scoring commands of LLaVA-Med: one answer file (`run_eval`), or all under a folder (`run_eval_batch`)."""
+"""Scoring commands of LLaVA-Med: one answer file (`run_eval`), or a folder (`run_eval_batch`)."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def dataset_of(pred: Path, kind: TestType) -> str:
 
 
 def find_truth(pred: Path, dataset: str, kind: TestType, *, gt_root: Path | None, top: Path) -> Path:
-    """Return the ground truth of an answer file: under `gt_root`, else in the folders from the file up to `top`.
+    """Return the ground truth of an answer file: under `gt_root`, else in its folders up to `top`.
 
     Raises:
         DataError: the file is not found; the message names the searched paths.

@@ -1,4 +1,4 @@
-"""Controls of the scores: the same questions on a gray image, and the most frequent answers as a baseline.
+"""Controls of the scores: the questions on a gray image, and the most frequent answers as a baseline.
 
     score  -  score on the blank image  =  gain from the image
 

@@ -117,7 +117,7 @@ def question_types(value: Any) -> tuple[str, ...]:
 
 
 def read_candidates(path: str | Path) -> list[str]:
-    """Return candidate answers: the list under key "0" of a JSON object, or the open answers of training rows.
+    """Return candidate answers: the list under key "0" of an object, or the open answers of rows.
 
     Raises:
         DataError: the file has neither format.

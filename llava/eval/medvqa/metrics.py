@@ -1,4 +1,4 @@
-"""Medical VQA scores with one value per item: the published scores with their known defects, and strict scores.
+"""Medical VQA scores, one value per item: published scores with their defects, and strict scores.
 
 A published figure is the mean of these values over the open or the closed questions. The published scores are for
 comparison with tables in the literature, whose "Open" is `recall` and whose "Closed" is the `yes/no accuracy` of
@@ -170,7 +170,7 @@ class Candidates:
         self.words = [frozenset(text.split()) for text in self.normalized]
 
     def hit(self, pair: NormalizedPair, defects: frozenset[str]) -> float:
-        """Return 1 if the candidate that the answer covers best (the first of equals) is the reference, else 0."""
+        """Return 1 if the candidate that the answer covers best, the first of equals, is the reference."""
         said = pair.prediction_words.keys()
         shares = [len(words & said) / len(words) if words else 0.0 for words in self.words]
         best = max(range(len(shares)), key=shares.__getitem__, default=None)
@@ -185,7 +185,7 @@ def is_unparsable(item: Item) -> bool:
 
 
 def closed_hit(item: Item) -> float:
-    """Return 1 if the decision (yes/no) or the answer (other closed questions) equals the reference, else 0."""
+    """Return 1 if the decision (yes/no) or else the answer equals the reference, otherwise 0."""
     reference = _clean(item.reference)
     if reference in DECISIONS:
         return float(decision(item.prediction) == reference)

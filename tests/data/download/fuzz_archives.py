@@ -1,9 +1,9 @@
-"""Coverage-guided fuzzing of the archive reader, for as long as one likes:
+"""Coverage-guided fuzzing of the archive reader.
 
 python -m tests.data.download.fuzz_archives -max_total_time=300 [FOLDER OF FINDINGS]
 
-The bytes are taken as an unzipped archive (its first byte says in which of three ways), so that the search gets behind
-gzip's checksum. Only named errors may come; no figure may exceed its limit, no name may be one that was not asked for.
+The input is an unzipped archive, whose first byte selects one of three forms, because gzip's checksum would stop the
+search. Only errors with a reason may be raised, no figure may exceed its limit, and only listed names may be yielded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LIMITS = Limits(
 
 
 class Pieces:
-    """Gives bytes in pieces of 700."""
+    """Source of bytes in pieces of 700."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._place = data, 0
@@ -41,7 +41,7 @@ class Pieces:
 
 
 def with_checksums(data: bytes) -> bytes:
-    """Put a fitting checksum into every block, so that any block may pass as a header."""
+    """Write a valid checksum into every block, which makes any block a header."""
     blocks = bytearray(data)
     for start in range(0, len(blocks) - 511, 512):
         blocks[start + 148 : start + 156] = b" " * 8
@@ -50,7 +50,7 @@ def with_checksums(data: bytes) -> bytes:
 
 
 def one_input(data: bytes) -> None:
-    """Read one input in the way its first byte says."""
+    """Read one input in the form that its first byte selects."""
     way, rest = data[:1], data[1:]
     unzipped = rest if way < b"\x80" else with_checksums(rest)
     packed = rest if way < b"\x40" else gzip.compress(unzipped, 0)
@@ -66,7 +66,7 @@ def one_input(data: bytes) -> None:
 
 
 def main() -> None:
-    """Start from archives of every form."""
+    """Fuzz, starting from archives of every format."""
     members = [plain("P/a.jpg", b"a" * 600), plain("P/" + "n" * 150, b"x"), special("P/c", tarfile.SYMTYPE, "/etc")]
     with tempfile.TemporaryDirectory() as folder:
         for number, form in enumerate((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):

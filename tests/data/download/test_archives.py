@@ -1,4 +1,4 @@
-"""Archives from strangers: what is listed comes out as it went in; everything else is refused by name."""
+"""Untrusted archives: listed files are read unchanged; all other content is refused with a reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL = Limits(
 
 
 class Bytes:
-    """Gives an archive's bytes in pieces of odd sizes."""
+    """Source of an archive's bytes in pieces of any size."""
 
     def __init__(self, data: bytes, step: int = 1000) -> None:
         self.stream, self.step = io.BytesIO(data), step
@@ -43,7 +43,7 @@ def got(data: bytes, names: list[str], limits: Limits = SMALL, step: int = 1000)
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("step", [1, 77, 100_000])
-def test_listed_files_come_out_as_they_went_in(form: int, step: int) -> None:
+def test_listed_files_are_read_unchanged(form: int, step: int) -> None:
     found = got(tar_gz(MEMBERS, form), NAMES, step=step)
     assert {name: taken.data for name, taken in found.items()} == {NAMES[0]: b"first", NAMES[1]: b"second" * 400}
 
@@ -57,19 +57,19 @@ def test_long_and_foreign_names(form: int) -> None:
     )
 
 
-def test_reading_stops_behind_the_last_listed_file() -> None:
-    source = Bytes(tar_gz([*MEMBERS, plain("PMC1/film", random.Random(0).randbytes(900_000))]))
+def test_reading_stops_after_the_last_listed_file() -> None:
+    source = Bytes(tar_gz([*MEMBERS, plain("PMC1/rest", random.Random(0).randbytes(900_000))]))
     assert len(list(take(source, NAMES, SMALL))) == 2
     assert source.stream.tell() < 20_000
 
 
-def test_another_ending_stands_in_the_best_one_first() -> None:
+def test_another_extension_is_a_substitute_best_first() -> None:
     members = [plain("P/a.gif", b"thumb"), plain("P/a.tif", b"best"), plain("P/b.JPEG", b"b"), plain("P/c.gif", b"c")]
     found = got(tar_gz(members), ["P/a.jpg", "P/b.jpg", "P/c", "P/d.jpg"])
     assert {name: taken.data for name, taken in found.items()} == {"P/a.jpg": b"best", "P/b.jpg": b"b", "P/c": b"c"}
 
 
-def test_the_listed_name_is_preferred_wherever_it_stands() -> None:
+def test_the_listed_name_is_preferred_at_any_position() -> None:
     members = [plain("P/a.png", b"other"), plain("./P/a.jpg", b"listed"), plain("P/a.jpeg", b"other")]
     assert got(tar_gz(members), ["P/a.jpg"])["P/a.jpg"].data == b"listed"
 
@@ -82,11 +82,11 @@ def test_links_and_devices_are_not_followed(kind: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../up.jpg", "a/../../up.jpg", "a\\b.jpg", "", ".", "a\0b"])
-def test_names_that_lead_elsewhere_are_no_names(name: str) -> None:
+def test_unsafe_names_are_refused(name: str) -> None:
     assert plain_name(name) is None
 
 
-def test_a_large_figure_is_left_out_the_others_are_not() -> None:
+def test_only_a_large_figure_is_left_out() -> None:
     data = tar_gz([plain(NAMES[0], bytes(10_001)), MEMBERS[2]])
     found = got(data, NAMES)
     assert found[NAMES[0]].reason == "too_large" and found[NAMES[1]].data
@@ -103,7 +103,7 @@ def broken_header() -> bytes:
 
 
 def stated_size(size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """An archive whose first header states any size, with a checksum that fits."""
+    """Return an archive whose first header states any size, with a valid checksum."""
     block = bytearray(tar([plain("x", b"")])[:512])
     block[124:136], block[156:157] = size.ljust(12, b"\0"), kind
     block[148:156] = b" " * 8
@@ -135,14 +135,14 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_broken_is_named(name: str) -> None:
+def test_broken_archives_have_a_reason(name: str) -> None:
     data, reason = BROKEN[name]
     with pytest.raises(ArchiveError) as caught:
         got(data, ["P/nothing.jpg"])
     assert caught.value.reason == reason and reason in REASONS
 
 
-def test_figures_before_the_damage_are_whole() -> None:
+def test_figures_before_the_damage_are_complete() -> None:
     data = tar_gz(MEMBERS)
     found = []
     with pytest.raises(ArchiveError):
@@ -159,13 +159,13 @@ def test_the_library_reads_the_same_members() -> None:
 
 
 @pytest.mark.parametrize("content", [b"x", b"99 path=a\n", b"0 path=a\n", b"10 path=ab", b"-8 path=a\n"])
-def test_attributes_that_do_not_fit(content: bytes) -> None:
+def test_invalid_attributes(content: bytes) -> None:
     with pytest.raises(ArchiveError):
         pax_records(content)
 
 
 def read_all(data: bytes) -> None:
-    """Read an archive as the downloader does; only named errors may come."""
+    """Read an archive as the downloader does; only errors with a reason may be raised."""
     try:
         for taken in take(Bytes(data), NAMES, SMALL):
             assert taken.name in NAMES and len(taken.data) <= SMALL.max_figure
@@ -200,7 +200,7 @@ def test_damaged_archives(edits: list[tuple[int, int]], inside: bool, cut: int, 
 
 
 def test_a_long_run_of_random_headers() -> None:
-    """Headers with a fitting checksum, so that the fuzz gets behind it: any type, any size, any name."""
+    """Headers with a valid checksum and any type, size and name."""
     draw = random.Random(5)
     for _ in range(300):
         blocks = b""
@@ -214,7 +214,7 @@ def test_a_long_run_of_random_headers() -> None:
 
 
 def test_the_fuzzing_program_runs() -> None:
-    """The coverage-guided search, for a moment; what it finds in hours would be a new case above."""
+    """Run the coverage-guided search briefly."""
     pytest.importorskip("atheris")
     line = [sys.executable, "-m", "tests.data.download.fuzz_archives", "-runs=300"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)

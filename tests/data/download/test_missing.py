@@ -1,4 +1,4 @@
-"""Data files without the rows whose images are missing: what is kept, and in which form."""
+"""Data files without the rows whose images are missing: kept rows and format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = [{"id": "0", "image": "0.png"}, {"id": "1", "image": "gone.png"}, {"id": 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz", "rows"])
 @pytest.mark.parametrize("form", ["array", "lines"])
-def test_the_form_is_that_of_the_content_whatever_the_name(tmp_path: Path, name: str, form: str) -> None:
+def test_format_is_that_of_the_content_not_of_the_name(tmp_path: Path, name: str, form: str) -> None:
     tiny_image(0).save(tmp_path / "0.png")
     text = json.dumps(ROWS) if form == "array" else "".join(json.dumps(row) + "\n" for row in ROWS)
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())

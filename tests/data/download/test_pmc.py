@@ -1,4 +1,4 @@
-"""Figures of articles from a mirror that fails in every way, in one process and in one that is killed."""
+"""Download of figures from a faulty mirror, in one process and in killed processes."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def server() -> Iterator[FileServer]:
 
 
 def offer(server: FileServer, *numbers: int) -> list[dict[str, str]]:
-    """Put articles on the server and return the list's rows of them."""
+    """Put articles on the server and return their rows of the list."""
     for number in numbers:
         server.files[f"/{package(number)}"] = article(number)
     return [row for number in numbers for row in rows(number)]
 
 
 def flags(folder: Path, *bases: str) -> list[str]:
-    """The flags of a run in `folder` against mirrors."""
+    """Return the flags of a run in `folder` against mirrors."""
     paths = ["--input_path", str(folder / "list.jsonl"), "--images_output_path", str(folder / "images")]
     return [*paths, "--pmc_output_path", str(folder / "pmc"), "--pmc-base", *bases, *QUICK]
 
@@ -58,13 +58,13 @@ def run(words: list[str]) -> int:
 
 
 def missing(folder: Path) -> dict[str, str]:
-    """The reason of each image that is missing."""
+    """Return the reason of each missing image."""
     lines = (folder / "missing.jsonl").read_text().splitlines()
     return {row["pair_id"]: row["reason"] for row in map(json.loads, lines)}
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
-    """Every file of the folder of images."""
+def image_files(folder: Path) -> dict[str, bytes]:
+    """Return all files in the folder of images."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted((folder / "images").rglob("*"))}
 
 
@@ -74,26 +74,26 @@ def test_each_article_is_fetched_once_and_only_listed_figures_stay(server: FileS
     write_list(tmp_path / "list.jsonl", [row for row in wanted if row["pair_id"] != "2_F1"] * 2)
     assert run(flags(tmp_path, server.address)) == 0
     expected = {f"images/{n}_F{f}.jpg": jpeg(n * 100 + f) for n in (1, 2) for f in range(3) if (n, f) != (2, 1)}
-    assert pictures(tmp_path) == dict(sorted(expected.items()))
+    assert image_files(tmp_path) == dict(sorted(expected.items()))
     assert sorted(request.path for request in server.log) == [f"/{package(1)}", f"/{package(2)}"]
     assert missing(tmp_path) == {} and not (tmp_path / "pmc").exists()
 
 
-def test_a_second_run_asks_for_nothing(server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_run_sends_no_request(server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_list(tmp_path / "list.jsonl", [*offer(server, 1), *rows(9)])
     assert run(flags(tmp_path, server.address)) == 0
     before, listed = len(server.log), (tmp_path / "missing.jsonl").read_bytes()
     assert run(flags(tmp_path, server.address)) == 0
     assert len(server.log) == before and (tmp_path / "missing.jsonl").read_bytes() == listed
-    assert "images: 3 of 6 are there (0 new)" in capsys.readouterr().out
+    assert "images: 3 of 6 present (0 new)" in capsys.readouterr().out
     run([*flags(tmp_path, server.address), "--retry-missing"])
-    assert len(server.log) == before + 1, "asked again only on request"
+    assert len(server.log) == before + 1, "retried only on request"
     run(flags(tmp_path, server.address, server.address + "/second"))
-    assert server.asked(f"/second/{package(9)}") == 1, "a mirror that was not asked before is"
+    assert server.asked(f"/second/{package(9)}") == 1, "a new mirror is tried"
 
 
 def break_articles(server: FileServer) -> list[dict[str, str]]:
-    """Articles 1 to 9, of which only the first and the last are as they should be."""
+    """Offer articles 1 to 9, of which only the first and the last are intact."""
     wanted = offer(server, *range(1, 10))
     data = server.files[f"/{package(2)}"]
     server.files[f"/{package(2)}"] = data[:-200] + bytes(200)
@@ -113,8 +113,8 @@ REASONS_OF = {
 }  # fmt: skip
 
 
-def test_runs_with_lists_of_their_own_take_turns_in_one_folder(server: FileServer, tmp_path: Path) -> None:
-    """The second run would remove what the first is writing."""
+def test_runs_with_separate_lists_take_turns_in_one_folder(server: FileServer, tmp_path: Path) -> None:
+    """The second run would otherwise remove the incomplete images of the first."""
     write_list(tmp_path / "list.jsonl", offer(server, 1))
     writing = tmp_path / "images" / ".partial" / "2_F0.jpg"
     writing.parent.mkdir(parents=True)
@@ -126,12 +126,12 @@ def test_runs_with_lists_of_their_own_take_turns_in_one_folder(server: FileServe
             time.sleep(0.3)
             assert writing.exists() and not running.done()
         assert running.result(timeout=60) == 0
-    assert set(pictures(tmp_path)) == {f"images/1_F{figure}.jpg" for figure in range(3)}
+    assert set(image_files(tmp_path)) == {f"images/1_F{figure}.jpg" for figure in range(3)}
 
 
-def test_what_could_not_be_used_in_the_end_is_refused_at_the_start(server: FileServer, tmp_path: Path) -> None:
+def test_invalid_flags_are_refused_at_the_start(server: FileServer, tmp_path: Path) -> None:
     write_list(tmp_path / "list.jsonl", offer(server, 1))
-    with pytest.raises(ConfigError, match=r"--filter-json .*no such file"):
+    with pytest.raises(ConfigError, match=r"--filter-json .* is not a file"):
         run([*flags(tmp_path, server.address), "--filter-json", str(tmp_path / "none.json")])
     for flag in ("--rate", "--stall-seconds", "--max-wait"):
         with pytest.raises(ConfigError, match="finite"):
@@ -139,7 +139,7 @@ def test_what_could_not_be_used_in_the_end_is_refused_at_the_start(server: FileS
     assert not (tmp_path / "images").exists()
 
 
-def test_every_failure_is_listed_and_the_rest_arrives(
+def test_every_failure_is_listed_and_the_rest_is_downloaded(
     server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = {**rows(1)[0], "pair_id": "odd_1", "image_file_path": "../../x.jpg"}
@@ -148,7 +148,7 @@ def test_every_failure_is_listed_and_the_rest_arrives(
     assert run(flags(tmp_path, server.address)) == 1
     found = missing(tmp_path)
     assert {pair_id: found[pair_id] for pair_id in REASONS_OF} == REASONS_OF
-    names = set(pictures(tmp_path))
+    names = set(image_files(tmp_path))
     assert names >= {f"images/{n}_F{f}.jpg" for n in (1, 9) for f in range(3)}
     assert {f"images/{row['pair_id']}.jpg" for row in wanted} - names == {f"images/{pair_id}.jpg" for pair_id in found}
     assert {path.name for path in tmp_path.iterdir()} <= {
@@ -157,11 +157,11 @@ def test_every_failure_is_listed_and_the_rest_arrives(
     out = capsys.readouterr().out
     assert "missing:" in out and "stalled" in out
     summary = json.loads((tmp_path / "missing.summary.json").read_text())
-    assert summary["num_archives"] == 7, "nine articles, one is gone and one never answers"
+    assert summary["num_archives"] == 7, "nine articles, one is gone and one is unavailable"
     assert summary["num_there"] + summary["num_taken"] + sum(summary["missing"].values()) == summary["num_wanted"]
 
 
-def test_what_passes_is_asked_again(server: FileServer, tmp_path: Path) -> None:
+def test_transient_failures_are_retried(server: FileServer, tmp_path: Path) -> None:
     write_list(tmp_path / "list.jsonl", break_articles(server))
     run(flags(tmp_path, server.address))
     server.faults.clear()
@@ -187,16 +187,16 @@ def test_mirrors_complete_each_other(server: FileServer, tmp_path: Path) -> None
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(article(number)[:size])
     words = [*flags(tmp_path, server.address), "--mirror-dir", str(tmp_path / "mirror")]
-    assert run(words) == 0 and len(pictures(tmp_path)) == 9
+    assert run(words) == 0 and len(image_files(tmp_path)) == 9
     assert server.asked(f"/{package(1)}") == 0 and server.asked(f"/{package(3)}") == 1
 
 
-def test_single_figures_come_first_and_archives_fill_the_gaps(server: FileServer, tmp_path: Path) -> None:
+def test_single_figures_are_tried_first_and_archives_fill_the_gaps(server: FileServer, tmp_path: Path) -> None:
     write_list(tmp_path / "list.jsonl", offer(server, 1))
     for figure in range(2):
         server.files[f"/one/PMC1.1/J-1-g{figure:03}.jpg"] = jpeg(100 + figure)
     words = [*flags(tmp_path, server.address), "--figure-base", f"{server.address}/one"]
-    assert run(words) == 0 and len(pictures(tmp_path)) == 3
+    assert run(words) == 0 and len(image_files(tmp_path)) == 3
     assert server.asked(f"/{package(1)}") == 1
 
 
@@ -210,8 +210,8 @@ def test_kept_archives_are_used_and_never_deleted(server: FileServer, tmp_path: 
     assert (tmp_path / "pmc" / "PMC2.tar.gz").read_bytes() == article(2)
 
 
-def test_no_more_connections_than_asked_for(server: FileServer, tmp_path: Path) -> None:
-    """The server needs a moment to notice that a client is done, so it may see each of the two twice."""
+def test_number_of_connections_is_limited(server: FileServer, tmp_path: Path) -> None:
+    """The server notices the end of a client late, so it may count each of the two twice."""
     wanted = offer(server, *range(1, 13))
     write_list(tmp_path / "list.jsonl", [{**row, "image_file_path": "PMC/none.jpg"} for row in wanted])
     for number in range(1, 13):
@@ -222,7 +222,7 @@ def test_no_more_connections_than_asked_for(server: FileServer, tmp_path: Path) 
 
 
 def test_only_and_filter(server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only what a data file shows is fetched, and the copy without missing images keeps the other rows as they were."""
+    """Only images of the data file are downloaded, and the filtered copy keeps the other rows unchanged."""
     write_list(tmp_path / "list.jsonl", [*offer(server, 1, 2), *rows(9)])
     data = [{"id": "é", "image": "1_F0.jpg", "conversatons": []}, {"id": 2, "image": "9_F0.jpg"}, {"id": 3, "n": None}]
     data.append({"id": 4, "image": ["1_F0.jpg", "9_F1.jpg"]})
@@ -230,19 +230,19 @@ def test_only_and_filter(server: FileServer, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, data)))
     files = [str(tmp_path / "train.json"), str(tmp_path / "train.jsonl")]
     assert run([*flags(tmp_path, server.address), "--only", *files, "--filter-json", *files]) == 0
-    assert list(pictures(tmp_path)) == ["images/1_F0.jpg"] and server.asked(f"/{package(2)}") == 0
+    assert list(image_files(tmp_path)) == ["images/1_F0.jpg"] and server.asked(f"/{package(2)}") == 0
     assert json.loads((tmp_path / "train.available.json").read_text()) == [data[0], data[2]]
     lines = (tmp_path / "train.available.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [data[0], data[2]]
-    assert "2 rows with their images, 2 without left out" in capsys.readouterr().out
+    assert "2 rows kept, 2 rows with missing images left out" in capsys.readouterr().out
 
 
 def test_captions_name_the_test_images(shared: Path) -> None:
-    """The 50 images of the chat evaluation, which the published list lacks, are found from their captions."""
+    """The captions name the 50 images of the chat evaluation, which the published list lacks."""
     path = shared / "oracles" / "llava-med-eval" / "llava_med_eval_qa50_fig_captions.json"
     found = read_lists([path])
     assert found.num_figures == 50 and not found.bad
-    assert found.articles[0].address.startswith("https://ftp.ncbi.nlm.nih.gov/pub/pmc/oa_package/")
+    assert found.articles[0].url.startswith("https://ftp.ncbi.nlm.nih.gov/pub/pmc/oa_package/")
     asked = shared / "oracles" / "llava-med-eval" / "llava_med_eval_qa50_qa.jsonl"
     names = {json.loads(line)["image"] for line in asked.read_text().splitlines()}
     assert names == {figure.file_name for article in found.articles for figure in article.figures}
@@ -257,7 +257,7 @@ BAD: list[Any] = [
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
-def test_rows_that_cannot_be_used_are_listed(tmp_path: Path, bad: Any) -> None:
+def test_invalid_rows_are_listed(tmp_path: Path, bad: Any) -> None:
     row = {**rows(1)[0], **bad} if isinstance(bad, dict) and bad else bad
     write_list(tmp_path / "list.jsonl", [row, rows(2)[0]])
     found = read_lists([tmp_path / "list.jsonl"])
@@ -275,13 +275,13 @@ def test_lists_zipped_repeated_limited_and_in_conflict(tmp_path: Path) -> None:
     assert read_lists([tmp_path / "a.gz", tmp_path / "b.jsonl"], max_images=2).num_figures == 2
     ftp = {**rows(4)[0], "pmc_tar_url": rows(4)[0]["pmc_tar_url"].replace("https", "ftp")}
     found = read_lists([write_list(tmp_path / "c.jsonl", [ftp])])
-    assert found.articles[0].address == rows(4)[0]["pmc_tar_url"]
-    with pytest.raises(DataError, match="no row"):
+    assert found.articles[0].url == rows(4)[0]["pmc_tar_url"]
+    with pytest.raises(DataError, match="no rows"):
         read_lists([write_list(tmp_path / "d.jsonl", [])])
 
 
 def test_hosts_of_the_list_need_permission(server: FileServer, tmp_path: Path) -> None:
-    """Without it nothing is asked; with it a private address still is not, because the list is not the user."""
+    """Other hosts are not contacted without a flag, and private addresses not even with it."""
     offer(server, 1)
     write_list(tmp_path / "list.jsonl", rows(1, base=server.address))
     words = [word for word in flags(tmp_path) if word != "--pmc-base"]
@@ -303,13 +303,13 @@ def test_another_file_is_not_overwritten(server: FileServer, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("word", ["ftp://mirror", "/no/such/folder", "http://"])
-def test_bases_that_cannot_be_used(tmp_path: Path, word: str) -> None:
+def test_invalid_bases(tmp_path: Path, word: str) -> None:
     with pytest.raises(ConfigError):
         run(flags(tmp_path, word))
 
 
 def test_a_killed_run_is_continued_to_the_same_files(server: FileServer, tmp_path: Path) -> None:
-    """Killed twice in the middle of archives, then run to the end: the same files as one run that is left alone."""
+    """A run killed twice inside archives and then resumed writes the same files as an uninterrupted run."""
     for name in ("killed", "whole"):
         (tmp_path / name).mkdir()
         write_list(tmp_path / name / "list.jsonl", [*offer(server, *range(1, 9)), *rows(99)])
@@ -331,7 +331,7 @@ def test_a_killed_run_is_continued_to_the_same_files(server: FileServer, tmp_pat
     server.faults.clear()
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert pictures(tmp_path / "killed") == pictures(tmp_path / "whole")
+    assert image_files(tmp_path / "killed") == image_files(tmp_path / "whole")
     listed = [(tmp_path / name / "missing.jsonl").read_bytes() for name in ("killed", "whole")]
     assert listed[0] == listed[1]
 
@@ -344,7 +344,7 @@ EDITS = st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_si
 def test_damaged_archives_never_write_elsewhere(
     tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int]], inside: bool
 ) -> None:
-    """Whatever an archive holds: the images are whole ones, and the folder around them is as it was."""
+    """With any archive, images are complete, and no other file is written."""
     import gzip
 
     folder = tmp_path_factory.mktemp("fuzz")
@@ -363,4 +363,4 @@ def test_damaged_archives_never_write_elsewhere(
     locks = {".missing.jsonl.lock", ".images.lock"}
     allowed = {"list.jsonl", "missing.jsonl", "missing.summary.json", f"mirror/{package(1)}"} | locks
     assert here - allowed <= {f"images/1_F{figure}.jpg" for figure in range(3)}
-    assert len(pictures(folder)) + len(missing(folder)) == 3
+    assert len(image_files(folder)) + len(missing(folder)) == 3

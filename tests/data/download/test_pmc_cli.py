@@ -1,4 +1,4 @@
-"""`sh download_data.sh` as it is typed: mirrors, failures, exit status, killed and continued."""
+"""`sh download_data.sh` in a shell: mirrors, failures, exit status, kills and resuming."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = ["alignment/a.json", "instruct/b.json", "eval/c.jsonl", "llava_med_image
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[FileServer]:
-    """A mirror of four files, the last of which lists the figures of two articles, and a table of them."""
+    """Serve four files, the last of which lists the figures of two articles, and write their table."""
     with serve() as state:
         contents = [random.Random(number).randbytes(40_000) for number in range(3)]
         contents.append("".join(json.dumps(row) + "\n" for number in (1, 2) for row in rows(number)).encode())
@@ -42,7 +42,7 @@ def server(tmp_path: Path) -> Iterator[FileServer]:
 
 
 def line(folder: Path, *words: str) -> list[str]:
-    """A command line that works in `folder`."""
+    """Return a command line that works in `folder`."""
     table = ["--table", str(folder / "table.json"), "--data-dir", str(folder / "data")]
     return ["sh", "download_data.sh", *table, *QUICK, *words]
 
@@ -54,7 +54,7 @@ def sh(words: list[str], **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every data file and image."""
+    """Return all data files and images."""
     found = (path for path in sorted((folder / "data").rglob("*")) if path.is_file())
     return {
         str(path.relative_to(folder / "data")): path.read_bytes()
@@ -66,7 +66,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_files_and_images_from_a_mirror(server: FileServer, tmp_path: Path) -> None:
     done = sh(line(tmp_path, "--", "--pmc-base", server.address), LLAVA_DATA_BASE=server.address)
     assert done.returncode == 0, done.stderr
-    assert "4 of 4 files are there and checked" in done.stdout and "6 of 6 are there" in done.stdout
+    assert "4 of 4 files are present and verified" in done.stdout and "6 of 6 present" in done.stdout
     names = {f"images/{number}_F{figure}.jpg" for number in (1, 2) for figure in range(3)}
     assert set(content(tmp_path)) == {*NAMES, *names, "missing.jsonl"}
     assert all(content(tmp_path)[name] == server.files[f"/{name}"] for name in NAMES)
@@ -75,10 +75,10 @@ def test_files_and_images_from_a_mirror(server: FileServer, tmp_path: Path) -> N
     }  # fmt: skip
     before = len(server.log)
     assert sh(line(tmp_path, "--base", server.address, "--", "--pmc-base", server.address)).returncode == 0
-    assert len(server.log) == before, "a second run asks for nothing"
+    assert len(server.log) == before, "a second run sends no request"
 
 
-def test_it_goes_on_when_files_fail_and_says_so(server: FileServer, tmp_path: Path) -> None:
+def test_failed_files_are_reported_and_do_not_stop_the_others(server: FileServer, tmp_path: Path) -> None:
     del server.files["/alignment/a.json"]
     server.files["/instruct/b.json"] = b"\0" * 40_000
     server.faults["/eval/c.jsonl"] = [Fault(cut_after=1000)]
@@ -86,13 +86,13 @@ def test_it_goes_on_when_files_fail_and_says_so(server: FileServer, tmp_path: Pa
     assert done.returncode == 1
     assert "FAILED  alignment/a.json: not_found" in done.stdout
     assert "FAILED  instruct/b.json: wrong_content" in done.stdout and "sha256" in done.stdout
-    assert "2 of 4 files are there and checked\nthe same command continues; --base" in done.stdout
+    assert "2 of 4 files are present and verified\nrerun the same command to resume; --base" in done.stdout
     assert set(content(tmp_path)) == set(NAMES[2:])
     assert "Traceback" not in done.stderr
 
 
 def test_a_folder_as_mirror_needs_no_network(server: FileServer, tmp_path: Path) -> None:
-    """File and article alike; a proxy that does not exist shows that nobody is asked."""
+    """Files and articles are read from the folder; with a dead proxy, any request would fail."""
     for path, data in server.files.items():
         target = tmp_path / "mirror" / path.lstrip("/")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -105,21 +105,21 @@ def test_a_folder_as_mirror_needs_no_network(server: FileServer, tmp_path: Path)
     assert checked.returncode == 1 and "FAILED  eval/c.jsonl: 5 bytes, expected 40000" in checked.stdout
     again = sh(line(tmp_path, "--base", f"file://{tmp_path}/mirror", "--images", "False"))
     assert again.returncode == 0
-    assert (tmp_path / "data" / "eval" / "c.jsonl.unchecked").read_bytes() == b"short", "nothing of the user's is lost"
+    assert (tmp_path / "data" / "eval" / "c.jsonl.unchecked").read_bytes() == b"short", "files of the user are kept"
 
 
 def test_only_some_files_fetch_the_images_that_those_list(server: FileServer, tmp_path: Path) -> None:
     done = sh(line(tmp_path, "--base", server.address, "--only", "instruct"))
-    assert done.returncode == 0 and "1 of 1 files are there and checked" in done.stdout, done.stdout + done.stderr
-    assert "images: none fetched, as there is none of their lists" in done.stdout
+    assert done.returncode == 0 and "1 of 1 files are present and verified" in done.stdout, done.stdout + done.stderr
+    assert "images: none downloaded; no list of images is selected" in done.stdout
     done = sh(line(tmp_path, "--base", server.address, "--only", "urls", "--", "--pmc-base", server.address))
-    assert done.returncode == 0 and "6 of 6 are there" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "6 of 6 present" in done.stdout, done.stdout + done.stderr
     asked = len(server.log)
     assert sh(line(tmp_path, "--base", server.address, "--only", "instruct")).returncode == 0
-    assert len(server.log) == asked, "a list that lies there from another run is not asked for"
+    assert len(server.log) == asked, "a list of another run is not used"
 
 
-def test_files_that_were_kept_aside_are_not_replaced(server: FileServer, tmp_path: Path) -> None:
+def test_renamed_files_are_not_replaced(server: FileServer, tmp_path: Path) -> None:
     words = line(tmp_path, "--base", server.address, "--only", "instruct", "--images", "False")
     target = tmp_path / "data" / "instruct" / "b.json"
     target.parent.mkdir(parents=True)
@@ -130,8 +130,8 @@ def test_files_that_were_kept_aside_are_not_replaced(server: FileServer, tmp_pat
     assert kept == {"b.json.unchecked": "first", "b.json.unchecked-2": "second", "b.json.unchecked-3": "third"}
 
 
-def test_killed_and_continued(server: FileServer, tmp_path: Path) -> None:
-    """Killed in the middle of a file and in the middle of an article: the next run fetches only the rest."""
+def test_killed_and_resumed(server: FileServer, tmp_path: Path) -> None:
+    """After a kill inside a file and inside an article, the next run downloads only the rest."""
     words = line(tmp_path, "--base", server.address, "--", "--pmc-base", server.address, "--cpus", "1")
     images, part = tmp_path / "data" / "images", tmp_path / "data" / "instruct" / "b.json.part"
     ready = [lambda: part.exists() and part.stat().st_size > 4000, lambda: len(list(images.glob("*.jpg"))) > 1]
@@ -145,7 +145,7 @@ def test_killed_and_continued(server: FileServer, tmp_path: Path) -> None:
             run.send_signal(signal.SIGKILL)
         assert run.returncode == -signal.SIGKILL, "it ended before it was killed"
         server.faults.clear()
-    assert any(request.path == "/instruct/b.json" and request.range for request in server.log), "not continued"
+    assert any(request.path == "/instruct/b.json" and request.range for request in server.log), "not resumed"
     done = sh(words)
     assert done.returncode == 0, done.stderr
     assert server.asked("/alignment/a.json") == 1 and server.asked(f"/{package(1)}") <= 2
@@ -156,7 +156,7 @@ def test_killed_and_continued(server: FileServer, tmp_path: Path) -> None:
     assert content(tmp_path) == content(whole)
 
 
-def test_what_cannot_start_says_why(tmp_path: Path) -> None:
+def test_invalid_flags_have_a_message(tmp_path: Path) -> None:
     for words in (["--base", "/no/such/mirror"], ["--only", "nothing"], ["--table", "README.md"]):
         done = sh(["sh", "download_data.sh", "--data-dir", str(tmp_path), *words])
         assert done.returncode == 2 and "llava: error:" in done.stderr and "Traceback" not in done.stderr
@@ -177,7 +177,7 @@ def test_help_and_table_load_neither_torch_nor_transformers() -> None:
         assert done.returncode == 0 and "example" in done.stdout and "exit status" in done.stdout
 
 
-def test_the_table_is_complete_and_true_of_the_released_files(shared: Path) -> None:
+def test_the_table_is_complete_and_matches_the_released_files(shared: Path) -> None:
     table = read_table()
     assert len(table.files) == 9 and len({file.name for file in table.files}) == 9
     assert all(file.expected.size and len(file.expected.sha256 or "") == 64 for file in table.files)
@@ -194,16 +194,16 @@ def test_the_table_is_complete_and_true_of_the_released_files(shared: Path) -> N
     "table",
     ["[]", "{}", '{"files": [{"name": "../x"}]}', '{"files": [{"name": "x", "size": "1"}]}', '{"files": [1]}', "text"],
 )
-def test_tables_that_cannot_be_used(tmp_path: Path, table: str) -> None:
+def test_invalid_tables(tmp_path: Path, table: str) -> None:
     (tmp_path / "table.json").write_text(table)
     with pytest.raises(ConfigError, match="is not a table of files"):
         read_table(tmp_path / "table.json")
     assert TABLE.is_file()
 
 
-def test_without_a_hash_it_is_said_that_only_the_size_was_checked(server: FileServer, tmp_path: Path) -> None:
+def test_report_without_a_hash_names_the_verified_size(server: FileServer, tmp_path: Path) -> None:
     table = json.loads((tmp_path / "table.json").read_text())
     table["files"] = [{**table["files"][0], "sha256": None}]
     (tmp_path / "table.json").write_text(json.dumps(table))
     done = sh(line(tmp_path, "--base", server.address, "--images", "False"))
-    assert done.returncode == 0 and "no sha256 is known: size checked" in done.stdout
+    assert done.returncode == 0 and "sha256 unknown: only the size is verified" in done.stdout

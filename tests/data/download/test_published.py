@@ -1,4 +1,4 @@
-"""One file from a server that fails in every way: what arrives is right, or named wrong, never half."""
+"""Download of one file from a faulty server: the file is complete and right, or the failure has a reason."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ FAULTS: dict[str, list[Fault]] = {
     "ignores ranges and cuts": [Fault(cut_after=100_000), Fault(ignore_range=True, cut_after=120_000)],
     "no length": [Fault(unknown_length=True)],
     "redirect": [Fault(status=302, headers=(("Location", "/a.bin"),))],
-    "labelled as zipped": [Fault(headers=(("Content-Encoding", "gzip"),))],
+    "labeled as zipped": [Fault(headers=(("Content-Encoding", "gzip"),))],
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_arrives_is_whole(server: FileServer, client: Client, tmp_path: Path, name: str) -> None:
+def test_downloaded_file_is_complete(server: FileServer, client: Client, tmp_path: Path, name: str) -> None:
     server.faults["/a.bin"] = list(FAULTS[name])
     fetch_file(client, [f"{server.address}/a.bin"], tmp_path / "a.bin", expected=RIGHT)
     assert (tmp_path / "a.bin").read_bytes() == DATA
@@ -71,7 +71,7 @@ BAD_LUCK = st.one_of(
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(BAD_LUCK, max_size=6), st.integers(0, 20_000), st.booleans())
 def test_any_bad_luck(server: FileServer, faults: list[Fault], left: int, right: bool) -> None:
-    """Faults in any order, a beginning of any length from an earlier run, right or wrong: the file, whole."""
+    """With faults in any order and any part of an earlier run, right or wrong, the file is complete."""
     data = DATA[:20_000]
     server.files["/b.bin"] = data
     server.faults["/b.bin"] = list(faults)
@@ -83,21 +83,21 @@ def test_any_bad_luck(server: FileServer, faults: list[Fault], left: int, right:
         counts: list[int] = []
         try:
             fetch_file(client, [f"{server.address}/b.bin"] * 2, target, expected=expected, on_bytes=counts.append)
-        except DownloadError as error:  # an answer without a length that ends early cannot be told from a short file
+        except DownloadError as error:  # a truncated response without a length looks like a short file
             assert error.reason == "wrong_content" and any(fault.unknown_length for fault in faults)
             assert not target.exists()
         else:
             assert target.read_bytes() == data and sum(counts) == len(data)
 
 
-def test_a_broken_connection_is_continued_not_repeated(server: FileServer, client: Client, tmp_path: Path) -> None:
+def test_broken_connection_is_resumed_not_repeated(server: FileServer, client: Client, tmp_path: Path) -> None:
     server.faults["/a.bin"] = [Fault(cut_after=100_000)]
     fetch_file(client, [f"{server.address}/a.bin"], tmp_path / "a.bin", expected=RIGHT)
     assert [request.range for request in server.log] == ["", "bytes=100000-"]
     assert server.log[1].if_range, "the version of the file was not named"
 
 
-def test_an_earlier_run_is_continued(server: FileServer, client: Client, tmp_path: Path) -> None:
+def test_earlier_run_is_resumed(server: FileServer, client: Client, tmp_path: Path) -> None:
     (tmp_path / "a.bin.part").write_bytes(DATA[:123_456])
     counts: list[int] = []
     fetch_file(client, [f"{server.address}/a.bin"], tmp_path / "a.bin", expected=RIGHT, on_bytes=counts.append)
@@ -107,7 +107,7 @@ def test_an_earlier_run_is_continued(server: FileServer, client: Client, tmp_pat
 
 @pytest.mark.parametrize("left", [b"x" * 1000, DATA[:50_000] + b"x", DATA + b"more", DATA[:-1] + b"x"])
 @pytest.mark.parametrize("ignore_range", [False, True])
-def test_leftovers_of_another_file_are_begun_again(
+def test_part_of_another_file_is_restarted(
     server: FileServer, client: Client, tmp_path: Path, left: bytes, ignore_range: bool
 ) -> None:
     (tmp_path / "a.bin.part").write_bytes(left)
@@ -116,7 +116,7 @@ def test_leftovers_of_another_file_are_begun_again(
     assert (tmp_path / "a.bin").read_bytes() == DATA
 
 
-def test_a_login_page_does_not_cost_what_is_there(server: FileServer, client: Client, tmp_path: Path) -> None:
+def test_login_page_does_not_replace_the_part(server: FileServer, client: Client, tmp_path: Path) -> None:
     (tmp_path / "a.bin.part").write_bytes(DATA[:200_000])
     server.faults["/a.bin"] = [Fault(ignore_range=True, body=b"<html>please log in</html>")]
     with pytest.raises(DownloadError):
@@ -125,7 +125,7 @@ def test_a_login_page_does_not_cost_what_is_there(server: FileServer, client: Cl
     assert (tmp_path / "a.bin").read_bytes() == DATA and server.log[-1].range == "bytes=200000-"
 
 
-def test_a_whole_part_needs_no_server(client: Client, tmp_path: Path) -> None:
+def test_complete_part_needs_no_server(client: Client, tmp_path: Path) -> None:
     (tmp_path / "a.bin.part").write_bytes(DATA)
     fetch_file(client, ["http://127.0.0.1:9/a.bin"], tmp_path / "a.bin", expected=RIGHT)
     assert (tmp_path / "a.bin").read_bytes() == DATA
@@ -155,7 +155,7 @@ WRONG: dict[str, tuple[list[Fault], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_named(server: FileServer, client: Client, tmp_path: Path, name: str) -> None:
+def test_failures_have_a_reason(server: FileServer, client: Client, tmp_path: Path, name: str) -> None:
     faults, reason = WRONG[name]
     server.faults["/a.bin"] = list(faults)
     with pytest.raises(DownloadError) as caught:
@@ -167,33 +167,33 @@ def test_what_is_wrong_is_named(server: FileServer, client: Client, tmp_path: Pa
 def test_no_server_at_all(client: Client, tmp_path: Path) -> None:
     with Client(OPTIONS, bases=["http://127.0.0.1:9"]) as alone, pytest.raises(DownloadError) as caught:
         fetch_file(alone, ["http://127.0.0.1:9/a.bin"], tmp_path / "a.bin", expected=RIGHT)
-    assert caught.value.reason == "unreachable" and "asked 4 times" in str(caught.value)
+    assert caught.value.reason == "unreachable" and "(4 attempts)" in str(caught.value)
 
 
-def test_mirrors_are_asked_in_order(server: FileServer, client: Client, tmp_path: Path) -> None:
+def test_mirrors_are_tried_in_order(server: FileServer, client: Client, tmp_path: Path) -> None:
     mirror = tmp_path / "mirror"
     mirror.mkdir()
     (mirror / "a.bin").write_bytes(DATA[:-1])
     server.files["/bad/a.bin"] = DATA[::-1]
-    addresses = [str(mirror / "a.bin"), f"{server.address}/none/a.bin", f"{server.address}/bad/a.bin"]
+    urls = [str(mirror / "a.bin"), f"{server.address}/none/a.bin", f"{server.address}/bad/a.bin"]
     good = f"{server.address}/a.bin"
-    assert fetch_file(client, [*addresses, good], tmp_path / "a.bin", expected=RIGHT) == good
+    assert fetch_file(client, [*urls, good], tmp_path / "a.bin", expected=RIGHT) == good
     with pytest.raises(DownloadError) as caught:
-        fetch_file(client, addresses, tmp_path / "b.bin", expected=RIGHT)
-    assert caught.value.reason == "wrong_size" and all(address in str(caught.value) for address in addresses)
+        fetch_file(client, urls, tmp_path / "b.bin", expected=RIGHT)
+    assert caught.value.reason == "wrong_size" and all(url in str(caught.value) for url in urls)
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_a_pointer_is_called_by_its_name(server: FileServer, client: Client, tmp_path: Path, local: bool) -> None:
+def test_git_lfs_pointer_is_named(server: FileServer, client: Client, tmp_path: Path, local: bool) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 300000\n"
     (tmp_path / "pointer").write_bytes(pointer)
     server.files["/a.bin"] = pointer
-    address = str(tmp_path / "pointer") if local else f"{server.address}/a.bin"
+    url = str(tmp_path / "pointer") if local else f"{server.address}/a.bin"
     with pytest.raises(DownloadError, match="Git LFS pointer"):
-        fetch_file(client, [address], tmp_path / "a.bin", expected=RIGHT)
+        fetch_file(client, [url], tmp_path / "a.bin", expected=RIGHT)
 
 
-def test_a_file_that_changes_in_between_is_noticed(server: FileServer, client: Client) -> None:
+def test_file_that_changes_during_the_download_is_detected(server: FileServer, client: Client) -> None:
     server.faults["/a.bin"] = [Fault(cut_after=100_000)]
     remote = RemoteFile(client, f"{server.address}/a.bin")
     read = remote.read()
@@ -204,9 +204,9 @@ def test_a_file_that_changes_in_between_is_noticed(server: FileServer, client: C
     assert caught.value.reason == "wrong_content" and DATA.startswith(read)
 
 
-def test_a_wrong_range_is_not_believed(server: FileServer, client: Client) -> None:
+def test_wrong_range_is_refused(server: FileServer, client: Client) -> None:
     server.faults["/a.bin"] = [Fault(cut_after=1000), Fault(content_range="bytes 0-10/300000", always=True)]
-    with pytest.raises(DownloadError, match="asked for bytes from 1000 on"):
+    with pytest.raises(DownloadError, match="requested bytes from 1000 on"):
         list(RemoteFile(client, f"{server.address}/a.bin"))
 
 
@@ -218,8 +218,8 @@ def test_the_largest_size_holds_with_and_without_a_length(server: FileServer, cl
         assert caught.value.reason == "too_large"
 
 
-def test_a_long_file_over_a_bad_line_arrives(server: FileServer, client: Client) -> None:
-    """More failures than attempts, but each connection brings a megabyte."""
+def test_long_file_over_a_bad_connection(server: FileServer, client: Client) -> None:
+    """There are more failures than attempts, but each connection transfers a megabyte."""
     data = random.Random(1).randbytes(9 << 20)
     server.files["/a.bin"] = data
     server.faults["/a.bin"] = [Fault(cut_after=5 << 18)] * 6
@@ -232,17 +232,17 @@ def test_an_empty_file(server: FileServer, client: Client) -> None:
     assert list(RemoteFile(client, f"{server.address}/empty")) == []
 
 
-def test_the_rate_and_the_name(server: FileServer) -> None:
+def test_rate_and_user_agent(server: FileServer) -> None:
     options = NetworkOptions(per_second=5, user_agent="llava test (a@example.org)")
     with Client(options, bases=[server.address]) as client:
         for _ in range(4):
             list(RemoteFile(client, f"{server.address}/a.bin"))
     times = [request.time for request in server.log]
-    assert times[-1] - times[0] > 0.4, "four requests at five a second"
+    assert times[-1] - times[0] > 0.4, "four requests at five per second"
     assert {request.user_agent for request in server.log} == {"llava test (a@example.org)"}
 
 
-def test_a_server_that_asks_for_time_gets_it(server: FileServer) -> None:
+def test_retry_after_is_respected_up_to_the_limit(server: FileServer) -> None:
     server.faults["/a.bin"] = [Fault(status=503, headers=(("Retry-After", "1"),))]
     with Client(NetworkOptions(per_second=0, first_wait=0.01, max_wait=0.4), bases=[server.address]) as client:
         list(RemoteFile(client, f"{server.address}/a.bin"))
@@ -250,7 +250,7 @@ def test_a_server_that_asks_for_time_gets_it(server: FileServer) -> None:
     assert 0.35 < waited < 0.9, "the longest wait is 0.4 s, the server asks for 1 s, the first wait is 0.01 s"
 
 
-def test_a_closed_client_ends_its_readers(server: FileServer) -> None:
+def test_closed_client_ends_its_readers(server: FileServer) -> None:
     server.faults["/a.bin"] = [Fault(status=503, always=True)]
     client = Client(NetworkOptions(first_wait=30), bases=[server.address])
     client.close()

@@ -1,4 +1,4 @@
-"""Which addresses may be asked: what the user typed, and public ones; never what a server or a list points inwards."""
+"""Policy of URLs: those given by the user and public ones are allowed, private ones of servers or lists are not."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ PRIVATE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("address", PRIVATE)
-def test_private_addresses_are_refused_unless_the_user_gave_them(address: str) -> None:
+@pytest.mark.parametrize("url", PRIVATE)
+def test_private_urls_are_refused_unless_the_user_gave_them(url: str) -> None:
     policy = UrlPolicy(["https://mirror.example.org/base"], proxies=False)
     with pytest.raises(DownloadError) as caught:
-        policy.check(address)
+        policy.check(url)
     assert caught.value.reason == "unsafe_address"
-    UrlPolicy([address], proxies=False).check(address + "some/file")
+    UrlPolicy([url], proxies=False).check(url + "some/file")
 
 
 def test_the_port_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,12 +40,12 @@ def test_the_port_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def resolving(monkeypatch: pytest.MonkeyPatch, *numbers: str) -> None:
-    """Let every name lead to these numbers."""
+    """Resolve every host name to these IP addresses."""
     found: list[Any] = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (number, 80)) for number in numbers]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
 
 
-def test_names_are_judged_by_all_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_names_are_checked_by_all_their_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = UrlPolicy(proxies=False)
     resolving(monkeypatch, "8.8.8.8")
     policy.check("https://example.org/x")
@@ -57,8 +57,8 @@ def test_names_are_judged_by_all_their_numbers(monkeypatch: pytest.MonkeyPatch) 
         UrlPolicy(proxies=True).check("https://10.0.0.1/x")
 
 
-def test_who_answers_is_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is public when it is looked up and private when it is called."""
+def test_connected_server_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host name may be public when it is resolved and private when it is connected."""
     with serve() as server, Client(NetworkOptions(per_second=0)) as client:
         server.files["/a"] = b"secret"
         monkeypatch.setattr(UrlPolicy, "_numbers", lambda *args: ["8.8.8.8"])
@@ -67,7 +67,7 @@ def test_who_answers_is_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert caught.value.reason == "unsafe_address"
 
 
-def test_no_step_down_from_https(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_redirect_from_https_to_http(monkeypatch: pytest.MonkeyPatch) -> None:
     resolving(monkeypatch, "8.8.8.8")
     policy = UrlPolicy(proxies=False)
     policy.check("https://example.org/x", before="http://example.org/x")
@@ -75,7 +75,7 @@ def test_no_step_down_from_https(monkeypatch: pytest.MonkeyPatch) -> None:
         policy.check("http://example.org/x", before="https://example.org/x")
 
 
-def test_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise socket.gaierror("unknown")
 
@@ -86,18 +86,18 @@ def test_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "address",
+    "url",
     ["file:///etc/passwd", "ftp://host/x", "http:///x", "http://a:99999/", "http://[::1/", "data:,x", "/etc/passwd",
      "http://base\\@10.0.0.1/", "http://a b/", "http://a\n/", "http://ex\u00e4mple.org/"],
 )  # fmt: skip
-def test_what_is_no_web_address(address: str) -> None:
+def test_invalid_urls(url: str) -> None:
     with pytest.raises(DownloadError) as caught:
-        origin(address)
+        origin(url)
     assert caught.value.reason == "unsafe_address"
 
 
 @given(st.text(max_size=60), st.sampled_from(["", "http://", "https://", "http://[", "file:", "//"]))
-def test_any_text_is_an_address_or_a_named_error(text: str, scheme: str) -> None:
+def test_any_text_is_a_url_or_has_a_reason(text: str, scheme: str) -> None:
     try:
         host, port = origin(scheme + text)
         assert host and 0 <= port < 65536
@@ -140,5 +140,5 @@ def test_retry_after(value: str, low: float, high: float) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "", "soon", "nan", "inf", "1e999", "Wed, 99 Foo 2015"])
-def test_retry_after_that_says_nothing(value: str | None) -> None:
+def test_invalid_retry_after(value: str | None) -> None:
     assert retry_after(value) is None
