@@ -1,4 +1,4 @@
-"""Download of one file from a faulty server: the file is complete and right, or the failure has a reason."""
+"""Download of one file from a faulty server: a complete file, or a failure with a reason."""
 
 from __future__ import annotations
 

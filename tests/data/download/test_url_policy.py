@@ -1,4 +1,4 @@
-"""Policy of URLs: those given by the user and public ones are allowed, private ones of servers or lists are not."""
+"""Policy of URLs: the user's and public ones are allowed, private ones of servers or lists are not."""
 
 from __future__ import annotations
 
