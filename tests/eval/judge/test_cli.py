@@ -283,5 +283,5 @@ def test_reviews_of_llava_are_found_and_summarized(
     assert "GPT-4 vs. model-a\nall 8.000 6.000 75.0\nconv 8.000 6.000 75.0\n" in capsys.readouterr().out
     summarize_gpt_review.main(["--release", "v1.0"])
     assert "all 3.500 2.500 71.4" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="--out needs --scores-file"):
+    with pytest.raises(ConfigError, match="--out requires --scores-file"):
         summarize_gpt_review.main(["--out", "x.json"])
