@@ -1,4 +1,4 @@
-"""What a run writes beside its weights: metrics, the loss curve, the rows it saw."""
+"""Trainer callback for metrics and the loss curve, and the log of trained rows."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss_curve.png"
 SUMMARY_KEY = "train_runtime"
-"""Only the line at the end of a run has it."""
+"""Key that only the last line of a run has."""
 
 
 def peak_memory_gb() -> float:
-    """Largest memory so far in GB: of the GPU where there is one, else of this process."""
+    """Return the peak memory in GB, of the GPU if available, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends every log to `metrics.jsonl` with throughput, sharing and memory; draws the loss curve at the end."""
+    """Callback that appends every log to `metrics.jsonl` and draws the loss curve after training.
+
+    Each line also has throughput, the share of tokens saved by prefix sharing, and peak memory.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS_FILE
@@ -40,7 +43,8 @@ class MetricsCallback(TrainerCallback):
         self._since = time.perf_counter()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Forget lines of steps that are computed again after a resume, so that none is doubled."""
+        """Remove lines of steps after the resumed checkpoint."""
+        # These steps are computed again; without this their lines would be there twice.
         self._since = time.perf_counter()
         done = state.global_step
         if state.is_world_process_zero:
@@ -55,7 +59,7 @@ class MetricsCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Write one line."""
+        """Append one line to `metrics.jsonl`."""
         throughput = self._throughput(args.device)
         if not state.is_world_process_zero or not logs:
             return
@@ -68,7 +72,7 @@ class MetricsCallback(TrainerCallback):
             draw_curve(self.path, self.path.parent / CURVE_FILE)
 
     def _throughput(self, device: torch.device) -> dict[str, float]:
-        """Rates over all ranks; every rank logs at the same time, so that they can add up."""
+        """Return throughput over all ranks; a collective operation, so every rank must log at the same step."""
         if self.trainer is None:
             return {}
         names = self.trainer.source_names
@@ -88,7 +92,7 @@ class MetricsCallback(TrainerCallback):
 
 
 def _loss_by_source(names: Sequence[str], counts: Counts) -> dict[str, float]:
-    """`loss/NAME` of every source that rows came from: the mean over its supervised tokens."""
+    """Return `loss/NAME`, the mean over supervised tokens, of each source with trained rows."""
     if counts.by_source is None:
         return {}
     sums, weights = counts.by_source.tolist()
@@ -97,24 +101,24 @@ def _loss_by_source(names: Sequence[str], counts: Counts) -> dict[str, float]:
 
 
 def row_ids_file(folder: Path, rank: int) -> Path:
-    """Where a rank lists the numbers of the rows of each step (`--log_row_ids`)."""
+    """Return the path where a rank writes the row numbers of each step (`--log-row-ids`)."""
     return folder / f"row_ids-{rank}.jsonl"
 
 
 def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the other lines of a file, if there is one."""
+    """Rewrite a JSON-lines file, if it exists, with only the wanted rows."""
     if path.exists():
         write_records(path, [row for row in _whole_lines(path) if wanted(row)])
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file whose last line may have been cut off by a kill."""
+    """Return the rows of a JSON-lines file whose last line may be incomplete after a kill."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
-            logger.warning("%s: dropped a torn line", path)
+            logger.warning("%s: dropped an incomplete line", path)
     return rows
 
 
@@ -132,10 +136,10 @@ def draw_curve(metrics: Path, target: Path) -> None:
         points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else None)
-    axes.set_xlabel("optimiser step")
+    axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per supervised token")
     axes.grid(alpha=0.3)
-    if axes.lines:  # a run may end before it logs
+    if axes.lines:  # empty if the run ended before its first log
         axes.legend()
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The run folder: what was asked, what was trained, and whether an earlier run can go on."""
+"""Run folder: arguments, provenance, saved weights, and resuming from a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.train.args import LlavaTrainingArguments, Parsed
 from llava.train.trainer import Hooks
+from llava.utils.cli import flag
 from llava.utils.jsonl import write_json
 from llava.utils.provenance import git_commit, weights_sha256
 
@@ -43,10 +44,10 @@ DECISIVE = (
     "data_sha256", "model_sha256", "global_batch", "seed", "image_grouping", "order", "trains", "loss_normalization",
     "options",
 )  # fmt: skip
-"""Facts that a run must share with the one it goes on from; another number of ranks is fine where the order allows."""
+"""Provenance keys that must be equal to resume a run; the number of ranks may differ if the order allows it."""
 
 FREE_MODEL_OPTIONS = frozenset({"model_name_or_path", "lora_weight_path", "mpt_attn_impl"})
-"""Model options that a resumed run may change: the model's own weights are compared by their hash."""
+"""Model options that a resumed run may change; weights are compared by `model_sha256`."""
 
 DECISIVE_DATA_OPTIONS = ("image_aspect_ratio", "image_grid_pinpoints", "image_counts_as_one")
 DECISIVE_TRAINING_OPTIONS = (
@@ -56,8 +57,8 @@ DECISIVE_TRAINING_OPTIONS = (
 )  # fmt: skip
 
 
-def describe(parsed: Parsed, layout: str, grouping: str, order: str, trains: str) -> dict[str, Any]:
-    """Provenance of a run: data, what decides the order of rows, what is trained (projector, adapter, model), code."""
+def run_provenance(parsed: Parsed, layout: str, grouping: str, order: str, trains: str) -> dict[str, Any]:
+    """Return the provenance of a run: data, order of rows, trained part (projector, adapter, model), options, code."""
     model, data, training = parsed
     return {
         "data_path": data.data_path,
@@ -78,27 +79,27 @@ def describe(parsed: Parsed, layout: str, grouping: str, order: str, trains: str
 
 
 def decisive_options(parsed: Parsed) -> dict[str, Any]:
-    """The options that decide what a step computes; of folders only the last part counts, so runs can be moved."""
+    """Return the options that determine what a step computes."""
     model, data, training = parsed
     found = {name: value for name, value in asdict(model).items() if name not in FREE_MODEL_OPTIONS}
     for name in ("vision_tower", "pretrain_mm_mlp_adapter", "system_file", "vision_tower_config"):
         if found.get(name):
-            found[name] = Path(found[name]).name
+            found[name] = Path(found[name]).name  # a run may be moved to another folder
     found |= {name: getattr(data, name) for name in DECISIVE_DATA_OPTIONS}
     found |= {name: getattr(training, name) for name in DECISIVE_TRAINING_OPTIONS}
     return cast(dict[str, Any], json.loads(json.dumps(found, default=str)))
 
 
-def starts_anew(training: LlavaTrainingArguments | Namespace) -> bool:
-    """Checkpoints of an earlier run in this folder do not count."""
+def starts_over(training: LlavaTrainingArguments) -> bool:
+    """Return whether checkpoints of an earlier run in the output folder are ignored."""
     return bool(training.overwrite_output_dir or training.resume_from_checkpoint in ("False", "false", False))
 
 
 def write_start(parsed: Parsed, provenance: dict[str, Any], report: str) -> None:
-    """Write arguments, provenance and the table of trained parameters."""
+    """Write arguments, provenance and the table of trained parameters into the run folder."""
     model, data, training = parsed
     folder = training.run_folder
-    if starts_anew(training):  # else a later resume would go on from the earlier run
+    if starts_over(training):  # otherwise a later resume would continue the earlier run
         for checkpoint in folder.glob("checkpoint-*"):
             if re.fullmatch(r"checkpoint-\d+", checkpoint.name):
                 shutil.rmtree(checkpoint)
@@ -114,13 +115,13 @@ def write_start(parsed: Parsed, provenance: dict[str, Any], report: str) -> None
 
 
 def write_end(folder: Path) -> None:
-    """Add the hash of the written weights to the provenance."""
+    """Add the hash of the saved weights to the provenance."""
     provenance = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
     write_json(folder / PROVENANCE_FILE, {**provenance, "weights_sha256": weights_sha256(folder)})
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest `checkpoint-N` that was written to its end (its state file comes last), or None."""
+    """Return the newest complete `checkpoint-N`, or None."""
     found = [
         (int(match[1]), path)
         for path in (folder.glob("checkpoint-*") if folder.is_dir() else [])
@@ -130,7 +131,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """The state file, which is written last, is there and not torn."""
+    """Return whether the state file, which is written last, exists and is complete."""
     try:
         return bool(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -160,18 +161,21 @@ def _named_checkpoint(training: LlavaTrainingArguments | Namespace) -> Path | No
 
 
 def checkpoint_to_resume(parsed: Parsed, provenance: dict[str, Any]) -> str | None:
-    """The checkpoint this run goes on from.
+    """Return the checkpoint to resume from, or None.
 
     Raises:
-        ConfigError: it was trained from another model, on other data or with other options, so going on would be
-            neither run, and its folder would say what is not true.
+        ConfigError: the checkpoint is incomplete, or its run had another model, other data or other options.
     """
     training = parsed[2]
-    path = None if starts_anew(training) else _named_checkpoint(training)
+    wanted = training.resume_from_checkpoint
+    if starts_over(training):
+        return None
+    explicit = Path(wanted) if isinstance(wanted, str) and wanted.lower() != "true" else None
+    path = explicit or last_checkpoint(training.run_folder)
     if path is None:
         return None
     if not _is_whole(path):
-        raise ConfigError(f"{path} cannot be resumed: it has no whole {STATE_FILE}, so it was not written to its end")
+        raise ConfigError(f"{path} cannot be resumed: {STATE_FILE} is missing or incomplete; choose another checkpoint")
     earlier = path.parent / PROVENANCE_FILE
     if earlier.is_file():
         _refuse_another_run(path, json.loads(earlier.read_text(encoding="utf-8")), provenance)
@@ -182,19 +186,19 @@ def checkpoint_to_resume(parsed: Parsed, provenance: dict[str, Any]) -> str | No
 def _refuse_another_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     def flat(facts: dict[str, Any]) -> dict[str, Any]:
         plain = {name: facts[name] for name in DECISIVE if name in facts and name != "options"}
-        return plain | {f"--{name}": value for name, value in facts.get("options", {}).items()}
+        return plain | {flag(name): value for name, value in facts.get("options", {}).items()}
 
     earlier, current = flat(before), flat(now)
-    for name in earlier:  # models and data come before options, so the cause is named and not what follows from it
+    for name in earlier:  # models and data first: they are the cause when options differ too
         if name in current and earlier[name] != current[name]:
             raise ConfigError(
-                f"{path} cannot be resumed: its run had {name} {earlier[name]!r}, this one {current[name]!r}; "
-                "change it back, choose another --output_dir, or start anew with --overwrite_output_dir"
+                f"{path} cannot be resumed: its run had {name} {earlier[name]!r}, this run has {current[name]!r}; "
+                "change it back, choose another --output-dir, or start over with --overwrite-output-dir"
             )
 
 
 def stopped_early(checkpoint: str | None, patience: int) -> int | None:
-    """The step at which the run of a checkpoint had already used up its patience, or None."""
+    """Return the step at which the run of a checkpoint stopped early, or None."""
     if checkpoint is None or not patience:
         return None
     state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
@@ -213,7 +217,7 @@ SAVERS: dict[Kind, Callable[..., None]] = {
 
 
 def hooks_for(kind: Kind, model: nn.Module, loaded: Loaded) -> Hooks:
-    """Writers and readers for what this run trains."""
+    """Return the save and restore hooks for the trained part."""
 
     def save(path: str, state: dict[str, Tensor] | None) -> None:
         SAVERS[kind](model, loaded.processor, path, state=state, origin=loaded.origin)
@@ -230,10 +234,10 @@ def hooks_for(kind: Kind, model: nn.Module, loaded: Loaded) -> Hooks:
 
 
 def restore_adapter(model: nn.Module, path: Path) -> None:
-    """Copy a saved adapter, and what was saved beside it, into the one that is on the model.
+    """Load a saved adapter, and the weights saved with it, into the adapter of `model`.
 
     Raises:
-        CheckpointError: a file is broken, or does not hold exactly the weights of this adapter.
+        CheckpointError: a file is broken, or its weights are not exactly those of this adapter.
     """
     file = path / ADAPTER_FILE
     weights = read_tensors(file)
@@ -242,14 +246,15 @@ def restore_adapter(model: nn.Module, path: Path) -> None:
         result: Any = set_peft_model_state_dict(model, weights)
     except UNREADABLE as error:
         raise CheckpointError(f"{file}: the adapter does not fit the model: {first_line(error)}") from error
-    # Weights outside the adapter are always missing there; within it none may be, whatever peft made of the names.
+    # Weights outside the adapter are always reported missing; weights of the adapter must not be.
     if wrong := sorted({name for name in result.missing_keys if "lora_" in name} | set(result.unexpected_keys)):
-        raise CheckpointError(f"{file}: peft could not place {len(wrong)} weights of the adapter, such as {wrong[0]}")
+        raise CheckpointError(f"{file}: peft could not load {len(wrong)} weights of the adapter, such as {wrong[0]}")
     load_extra(model, path)
 
 
 def _restore_model(model: nn.Module, path: str) -> None:
-    """Copy the weights of a saved model into the one in memory; names go through transformers' own loading."""
+    """Load the weights of a saved model into `model`."""
+    # transformers maps the names of saved weights to those of the modules.
     dtype = next(model.parameters()).dtype
     saved = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(path, dtype=dtype)
     with torch.no_grad():

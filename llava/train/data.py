@@ -1,4 +1,4 @@
-"""The rows of a run: loaded and checked, or streamed; their order; what is made of their pictures first."""
+"""Training data of a run: opening datasets, samplers, loaders, and precomputed image features."""
 
 from __future__ import annotations
 
@@ -33,42 +33,44 @@ from llava.model.calibration import calibrate
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 
 ENOUGH_ROWS_PER_IMAGE = 1.5
-"""`auto` groups by image where rows outnumber images at least so much."""
+"""Mean number of rows per image from which `--image-grouping auto` groups by image."""
 
 MAX_QUESTIONS_PER_IMAGE = 8
 MIN_IMAGES_PER_STEP = 8
-"""Fewer different images in an optimiser step cost accuracy on small sets (docs/results.md, VQA-RAD)."""
+"""Fewer distinct images in an optimizer step reduce accuracy on small datasets (docs/results.md, VQA-RAD)."""
 
 
 def questions_per_image(args: LlavaTrainingArguments) -> int:
-    """Rows of one image that are drawn together: as asked for, else as many as leave enough images in a step.
+    """Return the number of rows of one image in a group: as set, else as many as leave enough images in a step.
 
     Raises:
-        ConfigError: the number asked for is negative.
+        ConfigError: the number is negative.
     """
     if args.questions_per_image < 0:
-        raise ConfigError(f"--questions_per_image is {args.questions_per_image}; expected 1 or more, or 0 to choose")
+        raise ConfigError(
+            f"--questions-per-image is {args.questions_per_image}; expected at least 1, or 0 for automatic"
+        )
     if args.questions_per_image:
         return args.questions_per_image
     return min(MAX_QUESTIONS_PER_IMAGE, max(1, args.global_batch // MIN_IMAGES_PER_STEP))
 
 
 def make_sampler(dataset: SFTDataset, args: LlavaTrainingArguments, default: str) -> tuple[StepSampler, str]:
-    """The sampler, and a word for it: `on` (grouped by image) or `off`.
+    """Return the sampler and whether it groups by image (`on` or `off`).
 
     Raises:
-        ConfigError: two orders are asked for at once.
+        ConfigError: two orders are requested at once.
     """
     if args.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
         raise ConfigError(
-            f"--train_sampling_strategy {args.train_sampling_strategy} is not known here; "
+            f"--train-sampling-strategy {args.train_sampling_strategy} is not supported; "
             "expected random, sequential or group_by_length"
         )
     args.group_by_length |= args.train_sampling_strategy == "group_by_length"
     by_length = args.group_by_length or args.group_by_modality_length
     wanted = args.image_grouping or ("off" if by_length or args.train_sampling_strategy == "sequential" else default)
     if wanted == "on" and by_length:
-        raise ConfigError("--image_grouping on and grouping by length contradict each other; give one")
+        raise ConfigError("--image-grouping on and grouping by length contradict each other; set one of them")
     if wanted == "auto":
         pays = not by_length and questions_per_image(args) > 1 and _rows_per_image(dataset) >= ENOUGH_ROWS_PER_IMAGE
         wanted = "on" if pays else "off"
@@ -85,7 +87,7 @@ def make_sampler(dataset: SFTDataset, args: LlavaTrainingArguments, default: str
 def _order(
     dataset: SFTDataset, args: LlavaTrainingArguments, rows: Sequence[int], *, grouped: bool, **ranks: int
 ) -> StepSampler:
-    """The order of some rows, which it counts by their place in `rows`."""
+    """Return the sampler of some rows; it yields positions in `rows`."""
     size = args.sequences_per_step
     if grouped:
         groups = dataset.image_groups()
@@ -102,13 +104,13 @@ def _order(
     return RandomSampler(len(rows), size, **ranks)
 
 
-def describe(sampler: StepSampler) -> str:
-    """All that decides which rows a step holds, apart from data, seed and global batch."""
+def order_of(sampler: StepSampler) -> str:
+    """Return a text of all that determines the rows of a step, except data, seed and global batch."""
     if isinstance(sampler, MixtureSampler):
-        inner = describe(sampler.make([0] * sampler.num_rows))
+        inner = order_of(sampler.make([0] * sampler.num_rows))
         return f"{inner}, drawn with weights {', '.join(f'{weight:g}' for weight in sampler.weights)}"
     text = f"{type(sampler).__name__} of {sampler.num_rows} rows"
-    if isinstance(sampler, ImageGroupedSampler):  # its groups are cut where a rank's share ends
+    if isinstance(sampler, ImageGroupedSampler):  # groups do not cross the shards of ranks
         text += f", up to {sampler.questions_per_image} of an image, number of ranks {sampler.world_size}"
     return text
 
@@ -118,33 +120,33 @@ def _rows_per_image(dataset: SFTDataset) -> float:
     return sum(groups.values()) / len(groups) if groups else 0.0
 
 
-NUM_CALIBRATION_PICTURES = 64
+NUM_CALIBRATION_IMAGES = 64
 QUARANTINE_FILES = ("quarantine.jsonl", "quarantine-eval.jsonl")
-"""Where rows that were left out are listed: those of the training data, those held out."""
+"""Files that list skipped rows: of the training data, and of the held-out data."""
 
 RANK_QUARANTINE_FILE = "quarantine-{}.jsonl"
-"""Of a stream, every rank but the first lists its own."""
+"""File of a stream's skipped rows on every rank except the first."""
 
 
 def open_data(
     path: str, image_folder: str | None, data_args: DataArguments, args: LlavaTrainingArguments, loaded: Loaded
 ) -> SFTDataset:
-    """Load rows and make sure, before anything is trained, that each can be.
+    """Load rows into a dataset and check that each can be trained.
 
     Raises:
-        ConfigError: there is no such file, or it describes a stream.
-        DataError: a row cannot be used.
+        ConfigError: the file does not exist, or describes a stream.
+        DataError: a row is unusable.
     """
     if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such file; expected rows in LLaVA format, or a mixture of them")
+        raise ConfigError(f"{path}: no such file; expected rows in LLaVA format, or a mixture")
     mixture = read_mixture(path) if is_mixture(path) else None
     if mixture is not None and mixture.stream:
-        raise ConfigError(f"{path} describes a stream; held-out rows must fit in memory")
+        raise ConfigError(f"{path} describes a stream; expected held-out rows that fit in memory")
     if mixture is not None and path == data_args.eval_data_path:
-        _refuse_folder(path, "--eval_image_folder", data_args.eval_image_folder)
+        _refuse_folder(path, "--eval-image-folder", data_args.eval_image_folder)
     writes = args.should_save and data_args.skip_bad and not args.dry_run
     quarantine = Quarantine(args.run_folder / QUARANTINE_FILES[path == data_args.eval_data_path] if writes else None)
-    folder = image_folder if mixture is None else None  # a mixture's pictures are whole paths
+    folder = image_folder if mixture is None else None  # the image names of a mixture are full paths
     index = ImageIndex.open(folder, dicom=loaded.processor.dicom)
     if mixture is None:
         samples = load_samples(path, skip_bad=data_args.skip_bad, quarantine=quarantine)
@@ -170,15 +172,15 @@ def open_data(
 def open_training_data(
     data_args: DataArguments, args: LlavaTrainingArguments, loaded: Loaded
 ) -> SFTDataset | StreamDataset:
-    """The rows to train on: those of a file or a mixture, or a stream.
+    """Return the training dataset: a map-style one for a file or a mixture, or a stream.
 
     Raises:
-        ConfigError: an option needs all rows at once, or steps that a stream does not end.
+        ConfigError: an option cannot be used with a stream, or a stream has no `--max-steps`.
     """
     path = data_args.data_path
     if not Path(path).is_file() or not is_mixture(path):
         return open_data(path, data_args.image_folder, data_args, args, loaded)
-    _refuse_folder(path, "--image_folder", data_args.image_folder)
+    _refuse_folder(path, "--image-folder", data_args.image_folder)
     mixture = read_mixture(path)
     if mixture.stream:
         return _open_stream(mixture, data_args, args, loaded)
@@ -186,41 +188,41 @@ def open_training_data(
 
 
 def _refuse_folder(path: str, flag: str, folder: str | None) -> None:
-    """Refuse a folder of pictures beside a mixture, which names one for each source.
+    """Reject an image folder with a mixture, which has one for each source.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: `folder` is set.
     """
     if folder is not None:
-        also = "; for a file of held-out rows use --eval_image_folder" if flag == "--image_folder" else ""
-        raise ConfigError(
-            f"{flag} {folder} means nothing beside {path}, which is a mixture: write `images` at its sources{also}"
-        )
+        also = "; for a file of held-out rows use --eval-image-folder" if flag == "--image-folder" else ""
+        raise ConfigError(f"{flag} {folder} has no effect: {path} is a mixture; set `images` in its sources{also}")
 
 
 def _open_stream(
     mixture: Mixture, data_args: DataArguments, args: LlavaTrainingArguments, loaded: Loaded
 ) -> StreamDataset:
     if args.max_steps <= 0:
-        raise ConfigError("a stream has no end: say how many optimiser steps to train with --max_steps")
+        raise ConfigError("a streaming mixture has no length; set --max-steps")
     unusable = {
-        "--dry_run": args.dry_run,
-        "--feature_cache_dir": data_args.feature_cache_dir is not None,
-        "--image_grouping on": args.image_grouping == "on",
-        "--group_by_length": args.group_by_length or args.train_sampling_strategy == "group_by_length",
-        "--group_by_modality_length": args.group_by_modality_length,
+        "--dry-run": args.dry_run,
+        "--feature-cache-dir": data_args.feature_cache_dir is not None,
+        "--image-grouping on": args.image_grouping == "on",
+        "--group-by-length": args.group_by_length or args.train_sampling_strategy == "group_by_length",
+        "--group-by-modality-length": args.group_by_modality_length,
     }
     if given := [name for name, is_given in unusable.items() if is_given]:
-        raise ConfigError(f"{', '.join(given)} need all rows at once, and {data_args.data_path} is a stream of them")
+        raise ConfigError(
+            f"{data_args.data_path} is a stream; omit {', '.join(given)}, which cannot be used with streams"
+        )
     loaded.processor.image_counts_as_one = data_args.image_counts_as_one
     dataset = StreamDataset(stream_sources(mixture), loaded.processor, max_length=args.model_max_length)
     dataset.probe()
-    args.ignore_data_skip = True  # a stream goes on from its own position
+    args.ignore_data_skip = True  # a stream resumes from its saved position
     return dataset
 
 
 def source_names(dataset: SFTDataset | StreamDataset) -> tuple[str, ...]:
-    """Names of the sources of a mixture; none for a single file."""
+    """Return the names of a mixture's sources; empty for a single file."""
     if isinstance(dataset, StreamDataset):
         return tuple(source.name for source in dataset.sources)
     return () if dataset.shares is None else dataset.shares.names
@@ -234,7 +236,7 @@ def make_loader(
     skip_bad: bool,
     grouping: str,
 ) -> tuple[StepLoader | StreamLoader, str, str]:
-    """The loader of whole steps, whether rows are grouped by image, and what decides their order."""
+    """Return the loader of whole steps, whether it groups by image (`on`, `off`), and a text of the order of rows."""
     if isinstance(dataset, StreamDataset):
         stream = StreamLoader(
             dataset,
@@ -245,7 +247,7 @@ def make_loader(
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             seed=args.seed,
-            quarantine=GrowingQuarantine(args.run_folder / _own_list(args.process_index)) if skip_bad else None,
+            quarantine=GrowingQuarantine(args.run_folder / _quarantine_file(args.process_index)) if skip_bad else None,
         )
         return stream, "off", f"stream of {len(dataset.sources)} sources"
     sampler, grouping = make_sampler(dataset, args, grouping)
@@ -257,28 +259,28 @@ def make_loader(
         persistent_workers=args.dataloader_persistent_workers,
         seed=args.seed,
     )
-    return loader, grouping, describe(sampler)
+    return loader, grouping, order_of(sampler)
 
 
-def _own_list(rank: int) -> str:
+def _quarantine_file(rank: int) -> str:
     return RANK_QUARANTINE_FILE.format(rank) if rank else QUARANTINE_FILES[0]
 
 
-def prepare_pictures(
+def prepare_images(
     dataset: SFTDataset | StreamDataset,
     loaded: Loaded,
     model_args: ModelArguments,
     data_args: DataArguments,
     args: LlavaTrainingArguments,
 ) -> None:
-    """What is computed of the pictures before training: a calibrated projector, features of a frozen tower.
+    """Compute what training needs from images: a calibrated projector, cached features of a frozen vision tower.
 
     Raises:
-        ConfigError: it needs all pictures at once, and they are streamed.
+        ConfigError: `--calibrate-mm-projector` with a stream.
     """
     if isinstance(dataset, StreamDataset):
         if model_args.calibrate_mm_projector:
-            raise ConfigError("--calibrate_mm_projector needs pictures at once; not with a stream")
+            raise ConfigError("--calibrate-mm-projector cannot be used with a stream; omit it")
         return
     if model_args.calibrate_mm_projector:
         calibrate_projector(dataset, loaded, args)
@@ -286,33 +288,43 @@ def prepare_pictures(
 
 
 def calibrate_projector(dataset: SFTDataset, loaded: Loaded, args: LlavaTrainingArguments) -> None:
-    """Draw the projector anew, fitted to the first pictures of the data.
+    """Initialize the projector to match the features of the first images.
 
     Raises:
-        ConfigError: no row has a picture.
+        ConfigError: no row has an image, or images have different sizes.
     """
-    keys = dataset.image_keys(NUM_CALIBRATION_PICTURES)
+    keys = dataset.image_keys(NUM_CALIBRATION_IMAGES)
     if not keys:
-        raise ConfigError("--calibrate_mm_projector needs pictures, and no row has one")
+        raise ConfigError("--calibrate-mm-projector needs images, but no row has one; omit it")
     if loaded.processor.image_mode == KEEP:
-        raise ConfigError("--calibrate_mm_projector needs pictures of one size; not with --image_aspect_ratio keep")
-    pictures = [dataset.pixels(key) for key in keys]  # one picture each, or its tiles
-    pixels = torch.cat([picture if picture.dim() == 4 else picture[None] for picture in pictures])
+        raise ConfigError(
+            "--calibrate-mm-projector needs images of one size; it cannot be used with --image-aspect-ratio keep"
+        )
+    inputs = [dataset.pixels(key) for key in keys]  # [3, H, W] each, or tiles [K, 3, H, W]
+    pixels = torch.cat([image if image.dim() == 4 else image[None] for image in inputs])
     calibrate(loaded.model, pixels, seed=args.seed)
 
 
 def use_cache_of_features(
     dataset: SFTDataset, loaded: Loaded, model_args: ModelArguments, data_args: DataArguments
 ) -> None:
-    """Compute the features of a frozen tower once, in the folder that was named, if they fit."""
+    """Cache the features of a frozen vision tower in `--feature-cache-dir`, if they fit.
+
+    Raises:
+        ConfigError: the vision tower is trained, or features have different sizes.
+    """
     folder = data_args.feature_cache_dir
     if folder is None or data_args.feature_cache_gb <= 0:
         return
     if loaded.processor.has_variable_images:
         mode = loaded.processor.image_mode
-        raise ConfigError(f"--feature_cache_dir keeps features of one size; not with --image_aspect_ratio {mode}")
+        raise ConfigError(
+            f"--feature-cache-dir needs features of one size; it cannot be used with --image-aspect-ratio {mode}"
+        )
     if model_args.unfreeze_mm_vision_tower:
-        raise ConfigError("--feature_cache_dir keeps features of a frozen tower; not with --unfreeze_mm_vision_tower")
+        raise ConfigError(
+            "--feature-cache-dir needs a frozen vision tower; it cannot be used with --unfreeze-mm-vision-tower"
+        )
     config = loaded.model.config
     settings = {"layer": config.vision_feature_layer, "select": config.vision_feature_select_strategy}
     cache = feature_cache.build(

@@ -1,4 +1,4 @@
-"""`--dry_run`: look at the data, take 20 real steps, predict the whole; nothing is saved."""
+"""Dry run (`--dry-run`): token counts, memory, a few real steps and a time forecast; nothing is saved."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llava.train.callbacks import peak_memory_gb
 STEPS = 20
 SAMPLE = 200
 BYTES_OF_ADAMW = 8
-"""Two float32 moments a trained parameter."""
+"""Two float32 moments for each trained parameter."""
 
 
 class StepTimer(TrainerCallback):
-    """Seconds of each optimiser step."""
+    """Callback that records the seconds of each optimizer step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -36,14 +36,14 @@ class StepTimer(TrainerCallback):
 
 
 def shorten(args: LlavaTrainingArguments) -> None:
-    """Make a run of `STEPS` steps that writes nothing."""
+    """Limit a run to `STEPS` steps without saving or validation."""
     args.max_steps = STEPS
     args.save_strategy = args.eval_strategy = "no"
     args.load_best_model_at_end = False
 
 
 def token_table(dataset: SFTDataset) -> str:
-    """Lengths and trained tokens of the first rows."""
+    """Return a table of the numbers of tokens in the first rows."""
     encoded = [dataset[row] for row in range(min(SAMPLE, len(dataset)))]
     columns = {
         "tokens": [len(sequence.input_ids) for sequence in encoded],
@@ -58,7 +58,7 @@ def token_table(dataset: SFTDataset) -> str:
 
 
 def memory_table(model: nn.Module) -> str:
-    """What weights, gradients and AdamW's moments need before any activation."""
+    """Return a table of the memory for weights, gradients and AdamW moments, without activations."""
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     rows = {
@@ -70,10 +70,10 @@ def memory_table(model: nn.Module) -> str:
 
 
 def forecast(timer: StepTimer, total_steps: int) -> str:
-    """Predicted time of the whole run; the first steps, which warm up, do not count."""
+    """Return the predicted time of the whole run; the first three steps are warm-up and not counted."""
     steady = timer.seconds[min(3, len(timer.seconds) - 1) :]
     middle = statistics.median(steady)
     return (
         f"{len(timer.seconds)} real steps, median {middle:.2f} s; peak memory {peak_memory_gb():.2f} GB; "
-        f"the run of {total_steps} steps takes about {total_steps * middle / 3600:.2f} hours"
+        f"the run of {total_steps} steps will take about {total_steps * middle / 3600:.2f} hours"
     )

@@ -1,4 +1,4 @@
-"""The seeds' flags in today's words (architecture 3.2). Everything that has no effect is named in ONE warning."""
+"""Translation of old training options; options without effect are listed in one warning."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llava.errors import ConfigError
+from llava.utils.cli import flag
 from llava.utils.jsonl import NOT_JSON
 
 if TYPE_CHECKING:
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 UNSUPPORTED: dict[str, str] = {
-    "label_smoothing_factor": "leave it out: the loss is the plain cross-entropy",
-    "data_seed": "leave it out: --seed decides the order of the rows too",
-    "dataloader_drop_last": "leave it out: every row is trained, in a short last step if need be",
-    "include_num_input_tokens_seen": "leave it out: metrics.jsonl holds the tokens per second",
-    "neftune_noise_alpha": "leave it out: its noise depends on the length of one sequence, and a row here holds many",
-    "use_liger_kernel": "leave it out: its kernels know no model of this family, and only supervised tokens reach the "
-    "language-model head already",
+    "label_smoothing_factor": "omit it: the loss is plain cross-entropy",
+    "data_seed": "omit it: --seed also determines the order of the rows",
+    "dataloader_drop_last": "omit it: every row is trained, if necessary in a smaller last step",
+    "include_num_input_tokens_seen": "omit it: metrics.jsonl holds the tokens per second",
+    "neftune_noise_alpha": "omit it: its noise depends on the sequence length, and a row holds several sequences",
+    "use_liger_kernel": "omit it: it has no kernels for these models, and only supervised tokens reach the "
+    "language-model head",
     "auto_find_batch_size": "",
     "dataloader_in_order": "",
     "dataloader_multiprocessing_context": "",
@@ -41,43 +42,45 @@ UNSUPPORTED: dict[str, str] = {
     "lora_weight_path": "",
     "mpt_attn_impl": "",
 }
-"""Accepted fields that decide nothing here, and what to do instead of those whose loss would be promised or that would
-crash: these are refused. The others are named in one warning."""
+"""Unsupported fields and advice; a field with advice is rejected, the others are listed in one warning."""
+# Rejected are fields that would change the loss or crash.
 
 OFF_WORDS = ("no", "false")
-"""Words, in small letters, that ask a refused field for nothing."""
+"""Lowercase values that leave a rejected field off."""
 
 CONFIG_FILES = ("deepspeed", "fsdp_config")
-"""Fields that hold the name of a JSON file, or JSON itself."""
+"""Fields that hold the path of a JSON file, or JSON text."""
 
 JSON_FIELDS = (*CONFIG_FILES, "accelerator_config", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
-"""Fields that may hold JSON itself."""
+"""Fields that may hold JSON text."""
 
 
 def settle(args: LlavaTrainingArguments) -> None:
     """Translate old fields before transformers checks the new ones.
 
     Raises:
-        ConfigError: two names of one field differ, or a field asks for what is not there.
+        ConfigError: two names of one field have different values, or a value is not supported.
     """
     _refuse_unsupported(args)
     _check_values(args)
     if args.evaluation_strategy is not None:
         if args.eval_strategy not in ("no", args.evaluation_strategy):
             raise ConfigError(
-                f"--evaluation_strategy {args.evaluation_strategy} and --eval_strategy {args.eval_strategy} differ; "
-                "give one"
+                f"--evaluation-strategy {args.evaluation_strategy} and --eval-strategy {args.eval_strategy} differ; "
+                "set one of them"
             )
         args.eval_strategy = args.evaluation_strategy
     if args.warmup_ratio:
         if args.warmup_steps and args.warmup_steps != args.warmup_ratio:
-            raise ConfigError(f"--warmup_ratio {args.warmup_ratio} and --warmup_steps {args.warmup_steps}; give one")
+            raise ConfigError(
+                f"--warmup-ratio {args.warmup_ratio} and --warmup-steps {args.warmup_steps} differ; set one of them"
+            )
         args.warmup_steps = args.warmup_ratio
     if args.vision_tower_lr is not None:
         if args.mm_vision_tower_lr not in (None, args.vision_tower_lr):
             raise ConfigError(
-                f"--vision_tower_lr {args.vision_tower_lr} and --mm_vision_tower_lr {args.mm_vision_tower_lr} differ; "
-                "give one"
+                f"--vision-tower-lr {args.vision_tower_lr} and --mm-vision-tower-lr {args.mm_vision_tower_lr} differ; "
+                "set one of them"
             )
         args.mm_vision_tower_lr = args.vision_tower_lr
     _settle_device(args)
@@ -92,31 +95,31 @@ def _refuse_unsupported(args: LlavaTrainingArguments) -> None:
         value = getattr(args, name)
         is_default = value == getattr(type(args), name)
         if not is_default and str(value).lower() not in OFF_WORDS:
-            raise ConfigError(f"--{name} {value} is not supported; {advice}")
+            raise ConfigError(f"{flag(name)} {value} is not supported; {advice}")
 
 
 def _check_values(args: LlavaTrainingArguments) -> None:
     if args.max_tokens_per_row < 1:
-        raise ConfigError(f"--max_tokens_per_row is {args.max_tokens_per_row}; expected at least 1 (default 8192)")
+        raise ConfigError(f"--max-tokens-per-row is {args.max_tokens_per_row}; expected at least 1 (default 8192)")
     for name in JSON_FIELDS:
         value = getattr(args, name)
         if not isinstance(value, str) or not value:
             continue
         is_json = value.lstrip().startswith("{")
         if name in CONFIG_FILES and not is_json and not Path(value).is_file():
-            raise ConfigError(f"--{name} {value}: no such file; expected a JSON file")
+            raise ConfigError(f"{flag(name)} {value}: no such file; expected a JSON file")
         if is_json or name in CONFIG_FILES:
             _check_json(name, value, value if is_json else None)
 
 
 def _check_json(name: str, value: str, text: str | None) -> None:
-    """Make sure that an option is a JSON object, written on the command line (`text`) or in the file it names."""
+    """Check that an option is a JSON object, given as `text` or in the file that `value` names."""
     try:
         content = json.loads(text if text is not None else Path(value).read_text(encoding="utf-8"))
     except (OSError, *NOT_JSON) as error:
-        raise ConfigError(f"--{name} {value}: not JSON: {error}; expected a JSON object") from error
+        raise ConfigError(f"{flag(name)} {value} is not valid JSON ({error}); expected a JSON object") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--{name} {value}: expected a JSON object, got {type(content).__name__}")
+        raise ConfigError(f"{flag(name)} {value}: expected a JSON object, got {type(content).__name__}")
 
 
 def _settle_device(args: LlavaTrainingArguments) -> None:
@@ -125,7 +128,7 @@ def _settle_device(args: LlavaTrainingArguments) -> None:
         args.use_cpu = True
     is_ampere = has_gpu and torch.cuda.get_device_capability()[0] >= 8
     if args.tf32 and not is_ampere:
-        logger.warning("--tf32 needs an NVIDIA GPU of the Ampere generation or later and is ignored here")
+        logger.warning("--tf32 is ignored: it needs an NVIDIA GPU of the Ampere generation or later")
         args.tf32 = None
 
 
@@ -134,7 +137,7 @@ def _settle_fsdp(args: LlavaTrainingArguments) -> None:
     if not args.fsdp or args.fsdp == "no":
         return
     if args.use_cpu:
-        logger.warning("--fsdp shards on GPUs only; without one this runs as plain data parallel (DDP)")
+        logger.warning("--fsdp is ignored: it needs GPUs; this run uses plain data parallelism (DDP)")
         args.fsdp = None
         args.fsdp_config = None
         return
@@ -150,8 +153,10 @@ def _settle_reports(args: LlavaTrainingArguments) -> None:
     for name in wanted:
         if name in ("none", "all"):
             continue
-        if importlib.util.find_spec(name if name != "tensorboard" else "tensorboard") is None:
-            logger.warning("--report_to %s: the package is not installed; metrics stay in metrics.jsonl", name)
+        if importlib.util.find_spec(name) is None:
+            logger.warning(
+                "--report-to %s is ignored: the package is not installed; metrics are in metrics.jsonl", name
+            )
             continue
         if name == "wandb" and not os.environ.get("WANDB_API_KEY"):
             _keep_wandb_offline()
@@ -160,18 +165,20 @@ def _settle_reports(args: LlavaTrainingArguments) -> None:
 
 
 def _keep_wandb_offline() -> None:
-    """Without a key wandb would ask for one and wait; whoever has set its mode has decided."""
+    """Set wandb to offline mode, unless WANDB_MODE is set."""
+    # Without an API key wandb would ask for one and wait.
     if os.environ.setdefault("WANDB_MODE", "offline") == "offline":
         logger.warning(
-            "--report_to wandb: WANDB_API_KEY is not set, so the run stays in the folder wandb/offline-run-*; upload "
-            "it with `wandb sync`, or set WANDB_API_KEY (or WANDB_MODE=online after `wandb login`)"
+            "--report-to wandb: WANDB_API_KEY is not set, so the run is written to wandb/offline-run-*; upload it with "
+            "`wandb sync`, or set WANDB_API_KEY (or WANDB_MODE=online after `wandb login`)"
         )
 
 
 def use_one_gpu(args: LlavaTrainingArguments) -> None:
-    """One process trains on one GPU; `DataParallel` would tear the flat batch apart."""
+    """Restrict the process to one GPU."""
+    # `DataParallel` would split the flat batch, whose sequences share one row.
     logger.warning(
-        "%d GPUs are visible to one process; it uses the first. To use all: torchrun --nproc_per_node=%d ...",
+        "%d GPUs are visible, but one process uses only the first. To use all, run torchrun --nproc_per_node=%d ...",
         args.n_gpu,
         args.n_gpu,
     )
@@ -181,15 +188,15 @@ def use_one_gpu(args: LlavaTrainingArguments) -> None:
 def warn_without_effect(
     words: Sequence[str], given: Sequence[Mapping[str, Any] | object], defaults: Sequence[object]
 ) -> None:
-    """Name every accepted field that was set and has no effect, in one warning.
+    """List every field that was set and has no effect, in one warning.
 
     Args:
-        words: the command line; transformers changes some fields by itself, and those nobody asked for.
+        words: the command line; fields that only transformers changed are not listed.
         given: the parsed groups.
-        defaults: what the fields of each are when nobody sets them.
+        defaults: the default of each group.
     """
     found = [
-        f"--{name}"
+        flag(name)
         for values, standard in zip(given, defaults, strict=True)
         for name, advice in UNSUPPORTED.items()
         if not advice
@@ -202,6 +209,6 @@ def warn_without_effect(
 
 
 def _is_named(name: str, words: Sequence[str]) -> bool:
-    """A word is the option, its beginning, or its `--no_` form."""
+    """Return whether a word is the option, a prefix of it, or its `--no_` form."""
     options = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
     return any(f"--{form}{name}".startswith(option) for option in options for form in ("", "no_"))

@@ -1,4 +1,4 @@
-"""The model a run starts from: a folder of ours, or a language model and a tower put together."""
+"""Model of a training run: a loaded checkpoint, or a new model from a language model and a vision tower."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from llava.model.checkpoint.load import PART_FLAGS, USED_PARTS, load, read_origi
 from llava.model.checkpoint.load_parts import load_projector
 from llava.model.quantization import Quantization
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
+from llava.utils.cli import flag
 
 logger = logging.getLogger(__name__)
 
 NEW_MODEL_TEMPLATE = "v0"
-"""Template of a new model when `--version` is not given, as in the seeds."""
+"""Template of a new model without `--version`, as in the original trainers."""
 
 NEW_MODEL_IMAGE_MODE = "square"
-"""How a new model makes pictures square when `--image_aspect_ratio` is not given, as in the seeds."""
+"""Image mode of a new model without `--image-aspect-ratio`, as in the original trainers."""
 
 DTYPE = torch.float32
-"""Of all weights at first; bf16 and fp16 runs compute in lower precision through autocast (see also `precision`)."""
+"""Data type of loaded weights; bf16 and fp16 runs use autocast (see `llava.train.precision`)."""
 
 
 def open_model(model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainingArguments) -> Loaded:
-    """Load or build, then take a projector and a template over where asked for.
+    """Load or build the model of a run, with its template, image mode and initial projector.
 
     Raises:
-        ConfigError: a new model lacks its vision tower.
+        ConfigError: a new model has no `--vision-tower`, or options contradict the checkpoint.
         CheckpointError: a part cannot be loaded.
     """
     system = Path(model_args.system_file).read_text(encoding="utf-8").strip() if model_args.system_file else None
@@ -55,10 +56,10 @@ def open_model(model_args: ModelArguments, data_args: DataArguments, args: Llava
 
 
 def holds_tower_and_projector(path: str) -> bool:
-    """Say whether a folder or hub name is more than a language model; whose layout it has does not matter.
+    """Return whether a folder or hub name holds more than a language model, in any checkpoint format.
 
     Raises:
-        CheckpointError: the folder is broken.
+        CheckpointError: the folder cannot be read.
     """
     if is_hub_name(path):
         return bool(hub_config(path).keys() & {"mm_vision_tower", "vision_config"})
@@ -68,14 +69,16 @@ def holds_tower_and_projector(path: str) -> bool:
 
 
 def _continue(model_args: ModelArguments, data_args: DataArguments, system: str | None) -> Loaded:
-    """Load a trained model, whoever wrote it, and take over what is given anew: template, system text, image mode."""
+    """Load a checkpoint of any format, then apply a given template, system prompt and image mode."""
     path = model_args.model_name_or_path
     loaded = load(path, dtype=DTYPE, **asdict(quantization_of(model_args)), **_tower_parts(model_args))
     check_against(loaded, model_args)
     if model_args.version or system:
         name = model_args.version or loaded.processor.template.name
         if loaded.processor.system is not None and system is None and name != loaded.processor.template.name:
-            logger.warning("--version %s: the checkpoint's own system text is replaced by that template's", name)
+            logger.warning(
+                "--version %s: the system prompt of the checkpoint is replaced by that of the template", name
+            )
         loaded.processor.use_template(name, system=system)
         loaded.model.config.template = name
     asked = data_args.image_aspect_ratio, model_args.mm_patch_merge_type, data_args.image_grid_pinpoints
@@ -87,29 +90,30 @@ def _continue(model_args: ModelArguments, data_args: DataArguments, system: str 
 
 
 def _tower_parts(model_args: ModelArguments) -> dict[str, Any]:
-    """The tower that is given, for checkpoints that may need one; published commands give it with every checkpoint."""
+    """Return the vision tower options for checkpoints that may need them."""
+    # Published commands set --vision_tower for every checkpoint.
     path = model_args.model_name_or_path
     names = ("vision_tower", "vision_tower_config", "vision_tower_checkpoint")
     given = {name: value for name in names if (value := getattr(model_args, name)) is not None}
     kind = sniff(local_folder(path) if is_hub_name(path) else path).kind if given else "legacy"
     if "vision_tower" in USED_PARTS.get(kind, PART_FLAGS):
         return given
-    if kind not in OURS:  # of ours, `check_against` knows the tower
-        logger.warning("--%s is ignored: %s holds its tower", ", --".join(given), path)
+    if kind not in OURS:  # for our formats, `check_against` compares the tower
+        logger.warning("%s is ignored: %s holds its vision tower", ", ".join(map(flag, given)), path)
     return {}
 
 
 def check_against(loaded: Loaded, model_args: ModelArguments) -> None:
-    """Say which options describe a new model only: a checkpoint of ours has decided them.
+    """Warn of options that apply to new models only and differ from the loaded checkpoint.
 
     Raises:
-        ConfigError: markers are asked for, and the checkpoint was trained without them.
+        ConfigError: image markers are requested, but the checkpoint was trained without them.
     """
     config = loaded.model.config
     if model_args.mm_use_im_start_end and not config.use_im_start_end:
         raise ConfigError(
-            f"{model_args.model_name_or_path} was trained without marker tokens, so --mm_use_im_start_end cannot be "
-            "kept to; drop it, or train stage 1 with it"
+            f"--mm-use-im-start-end: {model_args.model_name_or_path} was trained without marker tokens; omit the flag, "
+            "or train stage 1 with it"
         )
     earlier = read_origin(model_args.model_name_or_path).get("build", {})
     tower = model_args.vision_tower
@@ -123,16 +127,15 @@ def check_against(loaded: Loaded, model_args: ModelArguments) -> None:
     }
     for name, (given, kept, default) in decided.items():
         if kept is not None and given not in (default, kept):
-            logger.warning("--%s %s is ignored: %s was built with %s", name, given, model_args.model_name_or_path, kept)
+            path = model_args.model_name_or_path
+            logger.warning("%s %s is ignored: %s was built with %s", flag(name), given, path, kept)
 
 
 @contextmanager
 def whole_weights(args: LlavaTrainingArguments) -> Iterator[None]:
-    """Let every rank build the whole model; ZeRO-3 shards it afterwards, when the trainer starts.
-
-    New embedding rows are means of old ones and projectors are drawn from the seed: both need whole weights.
-    """
-    config = getattr(args, "hf_deepspeed_config", None)  # only there with --deepspeed
+    """Context in which every rank builds the whole model; ZeRO-3 shards it when the trainer starts."""
+    # New embeddings are means of old ones, and new projectors depend on the seed: both need whole weights.
+    config = getattr(args, "hf_deepspeed_config", None)  # set only with --deepspeed
     if config is None:
         yield
         return
@@ -146,7 +149,7 @@ def whole_weights(args: LlavaTrainingArguments) -> Iterator[None]:
 
 
 def quantization_of(model_args: ModelArguments) -> Quantization:
-    """How the language model's weights are asked to be kept."""
+    """Return the quantization options of the language model."""
     return Quantization(model_args.bits, model_args.double_quant, model_args.quant_type)
 
 
@@ -155,8 +158,8 @@ def _build(
 ) -> Loaded:
     if model_args.vision_tower is None:
         raise ConfigError(
-            f"{model_args.model_name_or_path} is no folder that this package wrote, so it is taken as a language "
-            "model, and --vision_tower is missing"
+            f"{model_args.model_name_or_path} is not a llava checkpoint, so it is treated as a language model. "
+            "Pass --vision-tower."
         )
     return build(
         model_args.model_name_or_path,

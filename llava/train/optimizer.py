@@ -1,4 +1,4 @@
-"""Optimizer groups: projector, tower and language model, each with and without weight decay."""
+"""Optimizer parameter groups: projector, vision tower, language model, each with and without weight decay."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from llava.train.args import LlavaTrainingArguments
 
 
 def part_of(name: str) -> str:
-    """`projector`, `tower` or `language`, by the name of a parameter."""
+    """Return `projector`, `tower` or `language` for a parameter name."""
     if "multi_modal_projector." in name or name.endswith(NEWLINE):
         return "projector"
     return "tower" if "vision_tower." in name else "language"
 
 
 def parameter_groups(model: nn.Module, decaying: set[str], args: LlavaTrainingArguments) -> list[dict[str, Any]]:
-    """Groups for torch optimizers.
+    """Return parameter groups for a torch optimizer.
 
     Args:
-        model: its parameters that require gradients are trained.
-        decaying: names to which weight decay applies; marker rows are excluded by `is_marker_table`, since decay would
-            move every other row of the table as well.
-        args: learning rates and decay; a part without its own rate takes the general one.
+        model: the model; its parameters that require gradients are included.
+        decaying: names of parameters with weight decay, unless they have `is_marker_table`.
+        args: learning rates and weight decay; a part without its own rate uses `learning_rate`.
     """
     rates = {
         "projector": args.mm_projector_lr or args.learning_rate,
@@ -35,6 +34,7 @@ def parameter_groups(model: nn.Module, decaying: set[str], args: LlavaTrainingAr
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        # In a marker table only the marker rows are trained; decay would change every other row too.
         decays = name in decaying and not getattr(parameter, "is_marker_table", False)
         key = (rates[part_of(name)], args.weight_decay if decays else 0.0)
         groups.setdefault(key, []).append(parameter)

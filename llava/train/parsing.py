@@ -1,4 +1,4 @@
-"""Command line to arguments: old spellings, bare booleans, negative values, prefixes."""
+"""Parsing of the training command line into arguments."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import difflib
 import logging
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, cast
 
 from transformers import HfArgumentParser
 from transformers.trainer_utils import IntervalStrategy
 
 from llava.compat import parse_names
 from llava.errors import ConfigError
-from llava.train import legacy_flags, precision
-from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments, Parsed
+from llava.train import legacy_flags
+from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
+from llava.utils.cli import with_dashes
 
-if TYPE_CHECKING:
-    from llava.train.args import DataArguments, LlavaTrainingArguments
+logger = logging.getLogger(__name__)
 
 
 def settle_compat(data: DataArguments, args: LlavaTrainingArguments) -> None:
-    """Turn the names of `--compat` into the options that they stand for.
+    """Set the options that the names of `--compat` select.
 
     Raises:
-        ConfigError: a name is unknown, or does nothing in training.
+        ConfigError: a name is unknown, or has no effect in training.
     """
     names = parse_names(args.compat, "training")
     if "micro_batch_loss" in names:
@@ -34,19 +34,21 @@ def settle_compat(data: DataArguments, args: LlavaTrainingArguments) -> None:
 
 
 def settle_validation(data: DataArguments, args: LlavaTrainingArguments) -> None:
-    """Validate after every epoch where held-out rows are given, and keep the best checkpoint where that is possible.
+    """Set the defaults of validation: after every epoch, keeping the best checkpoint.
 
     Raises:
-        ConfigError: validation or early stopping is asked for without held-out rows, or saving by a rule of its own.
+        ConfigError: validation or early stopping without held-out rows, or `--save-strategy best`.
     """
     if args.save_strategy == "best":
         raise ConfigError(
-            "--save_strategy best is not supported; expected no, steps or epoch. With --eval_data_path FILE and "
-            "--save_strategy epoch the best checkpoint is kept"
+            "--save-strategy best is not supported; expected no, steps or epoch. To keep the best checkpoint, use "
+            "--eval-data-path FILE and --save-strategy epoch"
         )
     if data.eval_data_path is None:
         if args.eval_strategy != "no" or args.early_stopping_patience:
-            raise ConfigError("--eval_strategy and --early_stopping_patience need held-out rows: --eval_data_path FILE")
+            raise ConfigError(
+                "--eval-strategy and --early-stopping-patience need held-out rows; set --eval-data-path FILE"
+            )
         return
     if args.eval_strategy == "no" and args.evaluation_strategy is None:
         args.eval_strategy = IntervalStrategy.EPOCH
@@ -58,32 +60,32 @@ def settle_validation(data: DataArguments, args: LlavaTrainingArguments) -> None
         args.greater_is_better = False if "loss" in args.metric_for_best_model else args.greater_is_better is not False
     elif args.early_stopping_patience:
         raise ConfigError(
-            "--early_stopping_patience needs --save_strategy and --eval_strategy both epoch, or both steps"
+            "--early-stopping-patience needs --save-strategy and --eval-strategy both epoch, or both steps with "
+            "--save-steps equal to --eval-steps"
         )
     else:
         logger.info(
-            "the best checkpoint is kept only with --save_strategy and --eval_strategy both epoch or both steps"
+            "the best checkpoint is kept only if --save-strategy and --eval-strategy are both epoch, or both steps"
         )
 
 
-logger = logging.getLogger(__name__)
-
+Parsed = tuple[ModelArguments, DataArguments, LlavaTrainingArguments]
 
 EXAMPLE = """example:
-  llava train --model_name_or_path LM --vision_tower TOWER --data_path train.json --image_folder images \\
-      --output_dir runs/first --num_train_epochs 1 --per_device_train_batch_size 16
+  llava train --model-name-or-path LM --vision-tower TOWER --data-path train.json --image-folder images \\
+      --output-dir runs/first --num-train-epochs 1 --per-device-train-batch-size 16
 """
 
 
-def parse(argv: Sequence[str] | None = None, *, bf16: bool | Literal["auto"] = False) -> Parsed:
-    """Read the command line of every training entry.
+def parse(argv: Sequence[str] | None = None) -> Parsed:
+    """Return the arguments of a training command line.
 
     Args:
         argv: command line; that of the process when None.
         bf16: what an absent `--bf16` means.
 
     Raises:
-        ConfigError: an option is unknown, or values contradict each other.
+        ConfigError: an option is unknown, a value is invalid, or values contradict each other.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
@@ -100,8 +102,8 @@ def parse(argv: Sequence[str] | None = None, *, bf16: bool | Literal["auto"] = F
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ConfigError(f"not understood: {' '.join(unknown)}{hint} (--help lists every option)")
+        hint = f"; did you mean {', '.join(with_dashes(near))}?" if near else ""
+        raise ConfigError(f"unknown option: {' '.join(with_dashes(unknown))}{hint} (--help lists every option)")
     model, data, training = cast(Parsed, tuple(groups))
     standard = (ModelArguments(model_name_or_path="x"), DataArguments(data_path="x"), LlavaTrainingArguments)
     legacy_flags.warn_without_effect(words, (model, data, training), standard)
@@ -112,10 +114,10 @@ def parse(argv: Sequence[str] | None = None, *, bf16: bool | Literal["auto"] = F
 
 
 def _dataclasses(parser: HfArgumentParser, words: list[str]) -> tuple[Any, ...]:
-    """The three groups and the words left over; what the library finds wrong is told in one line.
+    """Return the three groups and the unparsed words.
 
     Raises:
-        ConfigError: a value cannot be used.
+        ConfigError: a value is invalid; the message is the first line of the library's error.
     """
     try:
         return parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
@@ -124,11 +126,11 @@ def _dataclasses(parser: HfArgumentParser, words: list[str]) -> tuple[Any, ...]:
     except (ValueError, ImportError, NotImplementedError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         what = lines[0] if lines else type(error).__name__
-        raise ConfigError(f"a training option cannot be used: {what} (--help lists every option)") from error
+        raise ConfigError(f"invalid training option: {what} (--help lists every option)") from error
 
 
 def _underscored(word: str) -> str:
-    """Option names in the one spelling that is registered; values stay as they are."""
+    """Return `word` with its option name in the registered spelling; values are unchanged."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")

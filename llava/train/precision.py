@@ -1,11 +1,10 @@
-"""Precision of a training run: what `--bf16 auto` means, and frozen weights of a bf16 run in bf16.
+"""Frozen weights stored in bf16 during a bf16 run: half the memory, and no cast at every use.
 
     autocast:  float32 weight --cast at every use--> bf16 --\\
-    here:      bf16 weight, cast once ----------------------+--> the same product, bit for bit
+    here:      bf16 weight, cast once ----------------------+--> bitwise equal product
 
-Only what autocast would cast is cast: the matrices of linear and convolution layers. Embeddings, norms, biases and all
-that trains (adapters, projector, opened parts) stay float32, and so does everything that a checkpoint will hold: a
-weight that went through bf16 has lost bits.
+Only weights that autocast would cast are cast: the matrices of linear and convolution layers. Embeddings, norms, biases
+and trained weights stay float32. So do all weights that a checkpoint will contain, since a cast to bf16 loses bits.
 """
 
 from __future__ import annotations
@@ -95,23 +94,21 @@ def _config(model: str) -> Mapping[str, Any]:
 
 
 def holds_frozen_in_bf16(args: LlavaTrainingArguments) -> bool:
-    """Say whether a run keeps frozen weights in bf16: on a GPU with `--bf16`, and unless ranks share weights.
-
-    DeepSpeed casts by its own configuration, and FSDP joins weights of one type only. On the CPU, where memory is no
-    matter and bf16 products may be slow, weights stay as they are.
-    """
+    """Return whether a run stores frozen weights in bf16: on a GPU with `--bf16`, without DeepSpeed or FSDP."""
+    # DeepSpeed casts by its own configuration, and FSDP flattens weights of one data type only. On the CPU memory is
+    # not the limit and bf16 products may be slow.
     return bool(args.bf16 and args.device.type != "cpu" and not args.deepspeed and not args.fsdp)
 
 
 def hold_frozen_in_bf16(network: nn.Module, kind: Kind) -> int:
-    """Cast frozen matrices that no checkpoint of the run will hold; 4-bit layers compute in bf16.
+    """Cast frozen matrices that are not saved to bf16, and let 4-bit layers compute in bf16.
 
     Args:
-        network: the model, or a peft model around it; what trains has been decided.
-        kind: how the run is saved. A whole model is written with its frozen parts, so nothing of it is cast.
+        network: the model, or a peft model around it; `requires_grad` is already set.
+        kind: trained part; a run that saves the whole model also saves its frozen parts, so nothing is cast.
 
     Returns:
-        How many weights were cast.
+        The number of weights that were cast.
     """
     if kind == "model":
         return 0
@@ -124,7 +121,7 @@ def hold_frozen_in_bf16(network: nn.Module, kind: Kind) -> int:
         own = dict(module.named_parameters(recurse=False))
         if isinstance(module, CAST_BY_AUTOCAST) and PROJECTOR_MODULE not in f"{name}.":
             matrices.append(own.pop("weight"))
-        kept |= {id(parameter) for parameter in own.values()}  # also a head that is the embedding table
+        kept |= {id(parameter) for parameter in own.values()}  # includes a head that shares the embedding table
     num_cast = 0
     for weight in matrices:
         if weight.dtype == torch.float32 and not weight.requires_grad and id(weight) not in kept:

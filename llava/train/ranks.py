@@ -1,4 +1,4 @@
-"""When one rank ends with an error, the others say so in one line instead of a traceback of the network."""
+"""Error handling for ranks that fail: the other ranks report it in one line."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch.distributed as dist
 from llava.errors import LlavaError
 
 SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""How gloo, which has no error class of its own, reports a process that is gone."""
+"""Messages of gloo, which has no error class, when a process has ended."""
 
 
 @contextmanager
 def lost_ranks_in_one_line() -> Iterator[None]:
-    """Name another rank's end where the network would.
+    """Turn communication errors into one line that says that another rank has ended.
 
     Raises:
         LlavaError: another rank has ended.
@@ -26,5 +26,5 @@ def lost_ranks_in_one_line() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in SIGNS):
             raise
         raise LlavaError(
-            "another rank of this run has ended, and its own message says why; this one ends too"
+            "another rank of this run has ended, so this rank ends too; see the message of that rank for the reason"
         ) from error

@@ -1,4 +1,4 @@
-"""The readable story of a training run.
+"""Supervised fine-tuning from the command line.
 
 command line -> model and processor -> rows, checked -> loader -> trainer -> weights, metrics, curve
 """
@@ -42,18 +42,15 @@ from llava.utils.jsonl import append
 logger = logging.getLogger(__name__)
 
 
-def run_sft(
-    argv: Sequence[str] | None = None, *, image_grouping: str = "auto", bf16: bool | Literal["auto"] = "auto"
-) -> None:
-    """Train by supervised fine-tuning; every training command ends here.
+def run_sft(argv: Sequence[str] | None = None, *, image_grouping: str = "auto") -> None:
+    """Train by supervised fine-tuning; entry point of every training command.
 
     Args:
-        argv: command line; that of the process when None.
-        image_grouping: what an absent `--image_grouping` means.
-        bf16: what an absent `--bf16` means.
+        argv: command line; None for that of the process.
+        image_grouping: default of `--image-grouping`.
 
     Raises:
-        LlavaError: arguments, data or checkpoints cannot be used; nothing has been written then.
+        LlavaError: arguments, data or checkpoints are unusable; nothing has been written in this case.
     """
     log.setup()
     parsed = parse(argv, bf16=bf16)
@@ -64,26 +61,26 @@ def run_sft(
         network, kind = prepare(loaded, model_args, args)
         layout = layout_of(loaded, args)
     dataset = data.open_training_data(data_args, args, loaded)
-    data.prepare_pictures(dataset, loaded, model_args, data_args, args)
+    data.prepare_images(dataset, loaded, model_args, data_args, args)
     collator = replace(make_collator(dataset, loaded, layout, args), micro_batch=args.micro_batch)
     loader, grouping, drawn = data.make_loader(
         dataset, collator, args, skip_bad=data_args.skip_bad, grouping=image_grouping
     )
-    provenance = checkpointing.describe(parsed, layout, grouping, drawn, kind)
+    provenance = checkpointing.run_provenance(parsed, layout, grouping, drawn, kind)
     resume = checkpointing.checkpoint_to_resume(parsed, provenance)
     if resume and isinstance(loader, StreamLoader):
         loader.restore(Path(resume))
     trainer = make_trainer(parsed, loaded, (network, kind), loader, collator, source_names=data.source_names(dataset))
     if args.dry_run:
-        assert isinstance(dataset, SFTDataset)  # streams were refused
-        rehearse(trainer, dataset, args, steps_per_epoch=len(loader))
+        assert isinstance(dataset, SFTDataset)  # a dry run rejects streams
+        run_dry(trainer, dataset, args, steps_per_epoch=len(loader))
         return
     report = lora.trainable_report(network)
     if args.should_save:
         logger.info("%s, layout %s, image grouping %s\n%s", drawn, layout, grouping, report)
         checkpointing.write_start(parsed, provenance, report)
     if (step := checkpointing.stopped_early(resume, args.early_stopping_patience)) is not None:
-        logger.info("the run had stopped early at step %d; nothing is left to train", step)
+        logger.info("the run stopped early at step %d; nothing is left to train", step)
         args.max_steps = step
     with lost_ranks_in_one_line():
         trainer.train(resume_from_checkpoint=resume)
@@ -94,7 +91,7 @@ def run_sft(
 
 
 def prepare(loaded: Loaded, model_args: ModelArguments, args: LlavaTrainingArguments) -> tuple[nn.Module, Kind]:
-    """Decide what trains; returns the network (a peft model with LoRA) and how it is saved."""
+    """Freeze what is not trained; return the network (a peft model with LoRA) and the trained part."""
     network: nn.Module = loaded.model
     if model_args.lora_enable or model_args.tune_mm_mlp_adapter:
         refuse_own_base(args.run_folder, loaded.origin)
@@ -126,19 +123,20 @@ def prepare(loaded: Loaded, model_args: ModelArguments, args: LlavaTrainingArgum
 
 
 def layout_of(loaded: Loaded, args: LlavaTrainingArguments) -> Layout:
-    """Tree, flat or padded: the first that this kind of language model computes exactly."""
+    """Return the first layout (tree, flat, padded) that this language model computes exactly."""
     found = choose_layout(loaded.model.config)
     return "flat" if found == "tree" and args.prefix_sharing == "off" else found
 
 
 def make_collator(dataset: RowData, loaded: Loaded, layout: Layout, args: LlavaTrainingArguments) -> Collator:
-    """The collator of a data set for this model."""
+    """Return the collator of a dataset for this model."""
     processor = loaded.processor
     return Collator(dataset, processor.image_token_id, processor.pad_token_id, layout, args.max_tokens_per_row)
 
 
 def make_objective(loaded: Loaded, args: LlavaTrainingArguments, *, num_sources: int = 1) -> Objective:
-    """What is minimised; as published, a place holder that is no word of the published vocabulary takes no part."""
+    """Return the objective; with micro-batches it excludes the logit of our image placeholder."""
+    # The vocabulary of the original trainers has no image placeholder.
     processor = loaded.processor
     is_ours = processor.tokenizer.get_vocab().get(IMAGE_TOKEN) == processor.image_token_id
     absent = processor.image_token_id if args.micro_batch and is_ours else None
@@ -154,13 +152,13 @@ def make_trainer(
     *,
     source_names: Sequence[str] = (),
 ) -> LlavaTrainer:
-    """The trainer with its callbacks and, where asked for, validation."""
+    """Return the trainer with its callbacks and, if requested, validation."""
     _, data_args, args = parsed
     network, kind = trained
-    if precision.holds_frozen_in_bf16(args):  # not before: features and a calibrated projector come from full weights
+    if precision.holds_frozen_in_bf16(args):  # now: cached features and the calibrated projector need float32 weights
         num_cast = precision.hold_frozen_in_bf16(network, kind)
         logger.info(
-            "%.1f million frozen weights are held in bf16; what trains or is saved stays float32", num_cast / 1e6
+            "%.1f million frozen weights are stored in bf16; trained and saved weights stay float32", num_cast / 1e6
         )
     hooks = hooks_for(kind, network, loaded)
     if data_args.eval_data_path:
@@ -172,7 +170,7 @@ def make_trainer(
     callbacks: list[TrainerCallback] = [metrics]
     if args.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-        args.restore_callback_states_from_checkpoint = True  # how long it has waited survives a resume
+        args.restore_callback_states_from_checkpoint = True  # keeps its counter over a resume
     trainer = LlavaTrainer(
         network,
         args,
@@ -190,12 +188,12 @@ def make_trainer(
 def make_validation(
     path: str, data_args: DataArguments, args: LlavaTrainingArguments, loaded: Loaded, layout: Layout
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Loss on all held-out rows, and scores of answers to some of them."""
+    """Return a function that computes the loss on all held-out rows and the scores of some answers."""
     folder = data_args.eval_image_folder or data_args.image_folder
     held_out = data.open_data(path, folder, data_args, args, loaded)
     ranks = {"rank": args.process_index, "world_size": args.world_size}
     is_sharded = bool(args.deepspeed or args.fsdp)
-    folder = None if held_out.shares is not None else folder  # pictures of a mixture are whole paths
+    folder = None if held_out.shares is not None else folder  # the image names of a mixture are full paths
     loss = HeldOutLoss(
         make_collator(held_out, loaded, layout, args),
         make_objective(loaded, args),
@@ -205,7 +203,7 @@ def make_validation(
     )
     if is_sharded and args.eval_answers:
         logger.warning(
-            "held-out questions are not answered while weights are sharded over ranks; only their loss counts"
+            "--eval-answers is ignored: weights are sharded over ranks, so validation computes the loss only"
         )
     if is_sharded or not args.eval_answers:
         return loss
@@ -221,9 +219,9 @@ def make_validation(
     return lambda model: {**loss(model), **answers(model)}
 
 
-def rehearse(trainer: LlavaTrainer, dataset: SFTDataset, args: LlavaTrainingArguments, *, steps_per_epoch: int) -> None:
-    """The dry run: tables, a few real steps, a forecast."""
-    asked = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+def run_dry(trainer: LlavaTrainer, dataset: SFTDataset, args: LlavaTrainingArguments, *, steps_per_epoch: int) -> None:
+    """Run a dry run: print token and memory tables, take a few steps, print a time forecast."""
+    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     assert trainer.model is not None
     logger.info("%s\n%s", dry_run.token_table(dataset), dry_run.memory_table(trainer.model))
     timer = dry_run.StepTimer()
@@ -233,4 +231,4 @@ def rehearse(trainer: LlavaTrainer, dataset: SFTDataset, args: LlavaTrainingArgu
     dry_run.shorten(args)
     with torch.random.fork_rng():
         trainer.train()
-    logger.info("%s", dry_run.forecast(timer, asked))
+    logger.info("%s", dry_run.forecast(timer, total_steps))

@@ -1,7 +1,7 @@
-"""Train, attention chosen by transformers where no shared beginnings are at hand.
+"""Training command with the published name `train.py`.
 
 Command:
-    torchrun --nproc_per_node=8 llava/train/train.py --model_name_or_path LM --vision_tower TOWER ...
+    torchrun --nproc_per_node=8 llava/train/train.py --model-name-or-path LM --vision-tower TOWER ...
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from llava.utils.cli import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Rows in their original random order, as the seeds train."""
-    run_sft(argv, image_grouping="off", bf16=False)
+    """Train with rows in random order, as the original trainers do."""
+    run_sft(argv, image_grouping="off")
 
 
 if __name__ == "__main__":

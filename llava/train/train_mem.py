@@ -1,9 +1,9 @@
-"""Train with the memory-saving attention: stage 1, stage 2 and downstream fine-tuning of the seeds.
+"""Training command with the published name `train_mem.py`: stage 1, stage 2 and downstream fine-tuning.
 
 Command:
     torchrun --nnodes=1 --nproc_per_node=8 --master_port=25001 llava/train/train_mem.py \
-        --model_name_or_path LM --data_path rows.json --image_folder images --vision_tower TOWER \
-        --tune_mm_mlp_adapter True --output_dir checkpoints/stage1
+        --model-name-or-path LM --data-path rows.json --image-folder images --vision-tower TOWER \
+        --tune-mm-mlp-adapter True --output-dir checkpoints/stage1
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from llava.utils.cli import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The same as `train.py`: the flat batch attends tree by tree on every device."""
-    run_sft(argv, image_grouping="off", bf16=False)
+    """Train as `train.py` does; attention over the flat batch saves memory in both."""
+    run_sft(argv, image_grouping="off")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""The one trainer: transformers' loop, our rows, any objective.
+"""Trainer for any objective: the loop of transformers with batches that are whole optimizer steps.
 
-    StepLoader -> StepBatch -> row by row: objective(model, row) -> backward -> one optimiser step
+    StepLoader -> StepBatch -> row by row: objective(model, row) -> backward -> one optimizer step
 
-One batch of the loop is a whole optimiser step, so accumulation happens here: the loss of a step is the sum over its
-rows, on all ranks, divided by the global number of supervised tokens. Batch size, accumulation and world size therefore
-never move the loss (tests/invariants).
+Gradients are accumulated here: the loss of a step is the sum over its rows on all ranks, divided by the global number
+of supervised tokens. Batch size, accumulation and world size therefore do not change the loss (tests/invariants).
 """
 
 from __future__ import annotations
@@ -35,42 +34,42 @@ from llava.utils.jsonl import write_json
 logger = logging.getLogger(__name__)
 
 WINDOW_FILE = "loss_window-{}.json"
-"""Beside a checkpoint's random state: what this rank has added up since the last log."""
+"""File in a checkpoint with the losses that a rank has summed since the last log."""
 
 Save = Callable[[str, "dict[str, Tensor] | None"], None]
-"""Writes what is trained into a folder, given gathered weights when they are sharded."""
+"""Function that saves the trained part into a folder, from gathered weights if they are sharded."""
 
 Restore = Callable[[str], None]
-"""Reads it back into the model."""
+"""Function that loads a saved checkpoint into the model."""
 
 
 @dataclass(slots=True)
 class Counts:
-    """What was computed since the last log."""
+    """Numbers of sequences and tokens since the last log."""
 
     sequences: int = 0
     supervised: float = 0.0
     tokens: int = 0
     unshared: int = 0
     skipped: int = 0
-    """Rows of a stream that were left out: since the beginning of the run, not since the last log."""
+    """Skipped rows of a stream, since the start of the run."""
 
     by_source: Tensor | None = None
-    """[2, sources] losses and weights of each source of a mixture, summed over edges."""
+    """[2, sources] sums of losses and of weights over the edges of each source of a mixture."""
 
     def add(self, step: StepBatch) -> None:
-        """Count one step of this rank."""
+        """Add one step of this rank."""
         self.sequences += len(step.sequences)
         self.supervised += step.num_edges
         self.tokens += step.num_tokens
         self.unshared += step.num_unshared_tokens
 
     def add_sources(self, sums: Tensor) -> None:
-        """Add the losses and weights of the sources of one row."""
+        """Add sums of losses and weights by source, [2, sources]."""
         self.by_source = sums.double() if self.by_source is None else self.by_source + sums
 
     def over_ranks(self, device: torch.device, num_sources: int = 0) -> Counts:
-        """Sums over all ranks."""
+        """Return the sums over all ranks."""
         by_source = torch.zeros(2, num_sources) if self.by_source is None else self.by_source.cpu()
         counted = [self.sequences, self.supervised, self.tokens, self.unshared, self.skipped]
         own = torch.tensor(counted, dtype=torch.float64)
@@ -85,7 +84,14 @@ class Counts:
 
 @dataclass(slots=True)
 class Hooks:
-    """How a kind of run (projector, adapter, whole model) is written, read back and validated."""
+    """Functions that save, restore and validate the trained part of a run.
+
+    Attributes:
+        save: saves the trained part (projector, adapter or whole model).
+        restore: loads it back.
+        validate: returns validation metrics; None without held-out rows.
+        on_step: called with each computed step and the number of optimizer steps before it.
+    """
 
     save: Save
     restore: Restore
@@ -105,12 +111,12 @@ class LlavaTrainer(Trainer):
     Args:
         model: the model, or a peft model around it.
         args: training arguments.
-        loader: one `StepBatch` per optimiser step of this rank.
-        collator: lays a step out again when memory runs out, and makes idle rows.
-        objective: what is minimised.
-        hooks: writing, reading and validating.
-        source_names: of the sources of a mixture; the loss of each is logged.
-        keywords: passed on, for example callbacks.
+        loader: yields one `StepBatch` per optimizer step of this rank.
+        collator: lays out a step again after an out-of-memory error, and makes idle rows.
+        objective: computes the loss of a row.
+        hooks: functions that save, restore and validate.
+        source_names: names of the sources of a mixture; the loss of each is logged.
+        keywords: arguments of `Trainer`, for example `callbacks`.
     """
 
     def __init__(
@@ -125,7 +131,7 @@ class LlavaTrainer(Trainer):
         source_names: Sequence[str] = (),
         **keywords: Any,
     ) -> None:
-        # The library asks for a data set before it calls `evaluate`; ours validates through `hooks`.
+        # transformers requires an eval dataset before it calls `evaluate`, which uses `hooks` here.
         held_out = collator.dataset if hooks.validate is not None else None
         super().__init__(model=model, args=args, train_dataset=collator.dataset, eval_dataset=held_out, **keywords)
         self.loader = loader
@@ -137,11 +143,11 @@ class LlavaTrainer(Trainer):
         self._limits = _Limits(collator.max_tokens_per_row)
 
     def get_train_dataloader(self) -> StepLoader | StreamLoader:
-        """Our loader as it is; its sampler knows the ranks."""
+        """Return the loader unwrapped, since its sampler shards rows over ranks."""
         return self.loader
 
     def _get_num_items_in_batch(self, batch_samples: list[StepBatch], device: torch.device) -> Tensor:
-        """Supervised tokens of the optimiser step, over all ranks (at least 1)."""
+        """Return the number of supervised tokens of the optimizer step on all ranks, at least 1."""
         local = torch.tensor(sum(batch.num_supervised for batch in batch_samples), dtype=torch.float64)
         total: Tensor = self.accelerator.reduce(local.to(device, torch.float32), reduction="sum")
         return total.clamp(min=1.0)
@@ -149,10 +155,10 @@ class LlavaTrainer(Trainer):
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run every row of the step forward and backward; only the last one synchronises gradients.
+        """Run forward and backward for every row of the step; only the last row synchronizes gradients.
 
         Returns:
-            This rank's share of the loss times the number of ranks, so that the mean over ranks is the loss.
+            The loss of this rank times the number of ranks; its mean over ranks is the loss of the step.
         """
         assert isinstance(num_items_in_batch, Tensor)
         model.train()
@@ -168,13 +174,13 @@ class LlavaTrainer(Trainer):
             if self.args.world_size > 1 or self._limits.was_halved or not inputs.sequences:
                 raise ConfigError(
                     f"out of memory with rows of at most {self._limits.max_tokens_per_row} tokens; "
-                    "lower --max_tokens_per_row or --per_device_train_batch_size, or use --gradient_checkpointing True"
+                    "lower --max-tokens-per-row or --per-device-train-batch-size, or use --gradient-checkpointing True"
                 ) from error
             ran_out = True
-        if ran_out:  # not inside the handler: its traceback holds every activation of the row that failed
+        if ran_out:  # outside the handler, whose traceback references all activations of the failed row
             self._halve_rows(inputs)
             model.zero_grad()
-            self.counts.by_source = by_source  # the rows before the one that failed are run again
+            self.counts.by_source = by_source  # the rows before the failed one are run again
             return self.training_step(model, self._laid_out_again(inputs), num_items_in_batch)
         self._fill_gradients(model)
         self.counts.add(inputs)
@@ -190,7 +196,7 @@ class LlavaTrainer(Trainer):
         with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
             with self.compute_loss_context_manager():
                 output = self.objective(model, row.to(self.args.device), num_items=num_items)
-                # Gradients are averaged over ranks, while the loss is a global sum over a global count.
+                # Gradients are averaged over ranks, but the loss is a global sum divided by a global count.
                 loss = output.loss * self.args.world_size + (self._anchor(model) if is_last else 0.0)
             self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
         if "by_source" in output.metrics:
@@ -199,14 +205,16 @@ class LlavaTrainer(Trainer):
         return share
 
     def _anchor(self, model: nn.Module) -> Tensor | float:
-        """Zero, connected to every trained weight: DDP waits for each, also in rows without images."""
+        """Return zero, connected to every trained weight."""
+        # DDP waits for the gradient of each weight, also if a row has no images.
         if not isinstance(model, nn.parallel.DistributedDataParallel):
             return 0.0
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return torch.stack([parameter.sum() for parameter in trained]).sum() * 0.0
 
     def _fill_gradients(self, model: nn.Module) -> None:
-        """Give unused trained weights a zero gradient, as several ranks do: momentum must not depend on it."""
+        """Set the gradient of unused trained weights to zero."""
+        # Several ranks do so (see `_anchor`), and without gradients the optimizer would not update momentum.
         if self.args.world_size > 1:
             return
         for parameter in model.parameters():
@@ -215,11 +223,11 @@ class LlavaTrainer(Trainer):
 
     @property
     def is_sharded(self) -> bool:
-        """Ranks share weights or optimizer state, so they must run the same parts of the model."""
+        """Whether weights or optimizer state are sharded, so that all ranks must run the same modules."""
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def _rows(self, batch: StepBatch) -> Iterator[tuple[FlatBatch, bool]]:
-        """The rows of a step, and whether each is the last; every rank has as many as the one with most."""
+        """Yield each row of a step and whether it is the last; all ranks have the same number of rows."""
         rows = matched_rows(batch.rows, self.collator, device=self.args.device, with_images=self.is_sharded)
         for index, row in enumerate(rows):
             yield row, index == len(rows) - 1
@@ -228,14 +236,16 @@ class LlavaTrainer(Trainer):
         largest = max(row.num_tokens for row in batch.rows)
         limit = min(self._limits.max_tokens_per_row or largest, largest) // 2
         self._limits = _Limits(max(1, limit), was_halved=True)
-        logger.warning("out of memory: rows now hold at most %d tokens; the loss stays the same", limit)
+        logger.warning(
+            "out of memory; continuing with rows of at most %d tokens, which does not change the loss", limit
+        )
 
     def _laid_out_again(self, batch: StepBatch) -> StepBatch:
         rows = self.collator.rows(batch.sequences, batch.images, self._limits.max_tokens_per_row)
         return StepBatch(batch.sequences, batch.images, rows, batch.row_ids)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One group per part and decay, each with its learning rate."""
+        """Create the optimizer with one group per part and weight decay, each with its learning rate."""
         if self.optimizer is None:
             network = model if model is not None else self.model
             assert network is not None
@@ -246,7 +256,7 @@ class LlavaTrainer(Trainer):
         return self.optimizer
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Validate on held-out rows, and log."""
+        """Validate on held-out rows and log the metrics."""
         if self.hooks.validate is None:
             return {}
         assert self.model is not None
@@ -256,7 +266,7 @@ class LlavaTrainer(Trainer):
         return metrics
 
     def floating_point_ops(self, inputs: StepBatch) -> int:  # type: ignore[override]
-        """Six operations a parameter and token."""
+        """Return six operations per parameter and token."""
         assert self.model is not None
         return 6 * inputs.num_tokens * sum(p.numel() for p in self.model.parameters())
 
@@ -266,7 +276,8 @@ class LlavaTrainer(Trainer):
             self.hooks.save(output_dir or self.args.output_dir, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Random state, and the losses since the last log: a resume between two logs repeats the second exactly."""
+        """Save the random state and the losses since the last log."""
+        # A run that resumes between two logs then logs the same losses as an uninterrupted one.
         super()._save_rng_state(output_dir)
         since = {
             "sum": self._tr_loss.item(),
@@ -279,7 +290,7 @@ class LlavaTrainer(Trainer):
             self.loader.save(Path(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Counterpart of `_save_rng_state`; another number of ranks begins a new window."""
+        """Restore what `_save_rng_state` saved; with another number of ranks, without the losses."""
         super()._load_rng_state(checkpoint)
         path = Path(checkpoint or "") / WINDOW_FILE.format(self.args.process_index)
         since = json.loads(path.read_text(encoding="utf-8")) if checkpoint and path.is_file() else {}
@@ -300,5 +311,5 @@ class LlavaTrainer(Trainer):
             super()._load_best_model()
             return
         assert self.state.best_model_checkpoint is not None
-        logger.info("keeping the best checkpoint, %s", self.state.best_model_checkpoint)
+        logger.info("loading the best checkpoint, %s", self.state.best_model_checkpoint)
         self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)

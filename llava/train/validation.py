@@ -1,4 +1,4 @@
-"""Validation while training: the loss per supervised token on held-out rows."""
+"""Validation during training: loss per supervised token, and scores of answers, on held-out rows."""
 
 from __future__ import annotations
 
@@ -26,11 +26,9 @@ from llava.train.objectives.base import Objective
 
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Switch every module but the quantized layers to evaluation.
-
-    A 4-bit layer on the CPU that runs once in evaluation mode without gradients loses its gradients for good. All
-    others change, not only dropout layers: attention dropout and stochastic depth ask their own module's mode.
-    """
+    """Context in which all modules except quantized layers are in evaluation mode."""
+    # A 4-bit layer on the CPU that runs in evaluation mode without gradients never computes gradients again.
+    # All other modules are switched, since attention dropout and stochastic depth read the mode of their own module.
     switched = [m for m in model.modules() if m.training and not type(m).__module__.startswith("bitsandbytes")]
     for module in switched:
         module.training = False
@@ -42,15 +40,15 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 
 
 class HeldOutLoss:
-    """Callable that returns `{"eval_loss": ...}`: the objective's mean over all supervised tokens of all ranks.
+    """Callable that returns `{"eval_loss": ...}`, the mean over all supervised tokens of all ranks.
 
     Args:
-        collator: of the held-out data set.
-        objective: what is measured.
+        collator: collator of the held-out dataset.
+        objective: computes the loss of a row.
         batch_size: sequences per forward pass and rank.
-        rank: this process.
+        rank: rank of this process.
         world_size: number of processes; each takes a share of the rows.
-        sharded: ranks share weights, so all run the tower if any does.
+        sharded: whether weights are sharded, so that all ranks must run the vision tower if one does.
     """
 
     def __init__(
@@ -70,7 +68,7 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Run every held-out row once."""
+        """Return the loss; runs every held-out row once."""
         device = next(model.parameters()).device
         one = torch.ones((), device=device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -90,18 +88,22 @@ MAX_SLOTS = 8
 
 
 def reference_of(sample: Sample) -> str:
-    """The row's last answer."""
+    """Return the last answer of a row."""
     return sample.conversation.turns[-1].text
 
 
 def score(reference: str, answer: str, *, closed: bool) -> float:
-    """Closed: 1 if the decision (or else every word) is the reference's; open: share of the reference's words found."""
+    """Return the score of an answer, 0 to 1.
+
+    Closed: 1 if the decision, or without one every word, equals that of the reference. Open: the share of the words of
+    the reference in the answer.
+    """
     wanted = words(reference)
     if closed:
-        right = (
+        is_right = (
             decision(answer) == wanted[0] if wanted[:1] in ([word] for word in DECISIONS) else words(answer) == wanted
         )
-        return float(right)
+        return float(is_right)
     found = set(words(answer))
     return sum(word in found for word in wanted) / max(len(wanted), 1)
 
@@ -110,17 +112,17 @@ class HeldOutAnswers:
     """Callable that returns `eval_closed_accuracy` and `eval_open_recall` over evenly spaced rows.
 
     Args:
-        samples: held-out rows; those that do not end with an answer are left out.
-        processor: of the model.
+        samples: held-out rows; rows that do not end with an answer are skipped.
+        processor: processor of the model.
         image_folder: folder that image names are relative to.
-        num_rows: how many are asked.
-        layout: how prompts are laid out.
+        num_rows: number of questions to answer.
+        layout: layout of prompts.
         max_length: longest prompt in tokens.
-        rank: this process.
-        world_size: number of processes; each asks a share of the questions.
+        rank: rank of this process.
+        world_size: number of processes; each answers a share of the questions.
 
     Raises:
-        DataError: a row's `answer_type` is unknown.
+        DataError: the `answer_type` of a row is unknown.
     """
 
     def __init__(
@@ -145,7 +147,7 @@ class HeldOutAnswers:
         self.max_length = max_length
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Ask, score, and add up over all ranks."""
+        """Return the mean scores over all ranks."""
         engine = LocalEngine(
             model,
             self.processor,

@@ -1,6 +1,6 @@
-"""How sure a score is: intervals from resampling whole clusters.
+"""Bootstrap confidence intervals that resample whole clusters.
 
-Questions about one image are not independent of each other, so the image is what is drawn again, not the question.
+Questions about one image are not independent of each other, so images are resampled instead of questions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from llava.errors import ConfigError
 
 LEVEL = 0.95
-"""The share of resamples inside an interval."""
+"""Share of resamples inside an interval."""
 
 Statistic = Callable[[NDArray[Any]], float]
 
@@ -22,16 +22,19 @@ Statistic = Callable[[NDArray[Any]], float]
 def resamples(
     num_values: int, *, clusters: Sequence[Hashable] | None = None, num_resamples: int = 500, seed: int = 0
 ) -> Iterator[NDArray[np.intp]]:
-    """Yield index arrays, each the values of as many clusters, drawn with replacement, as there are.
+    """Yield arrays of value indices, each from all clusters drawn with replacement.
 
     Args:
-        num_values: how many values there are.
-        clusters: the cluster of each value; None makes every value its own.
-        num_resamples: how many arrays to yield.
-        seed: the same seed gives the same arrays, so that two systems can be compared on the same resamples.
+        num_values: number of values.
+        clusters: cluster of each value; None for one cluster per value.
+        num_resamples: number of arrays.
+        seed: seed of the draws; with one seed, two systems are compared on the same resamples.
+
+    Raises:
+        ConfigError: `clusters` has another length than the values.
     """
     if clusters is not None and len(clusters) != num_values:
-        raise ConfigError(f"one cluster a value is needed: got {len(clusters)} clusters for {num_values} values")
+        raise ConfigError(f"got {len(clusters)} clusters for {num_values} values; expected one cluster per value")
     groups: dict[Hashable, list[int]] = {}
     for index in range(num_values):
         groups.setdefault(index if clusters is None else clusters[index], []).append(index)
@@ -54,15 +57,15 @@ def confidence_interval(
     """Return the percentile bootstrap interval of `statistic(values)`.
 
     Args:
-        values: one value or one row of values an item, [n] or [n, k].
-        statistic: maps a resample of `values` to a number; a resample on which it is not a number is left out.
-        clusters: the cluster (image, patient) of each item; None resamples single items.
-        num_resamples: how many resamples to draw.
-        seed: of the resampling.
-        level: the share of resamples inside the interval.
+        values: one value or one row of values per item, [n] or [n, k].
+        statistic: maps a resample of `values` to a number; resamples with NaN are ignored.
+        clusters: cluster (image, patient) of each item; None resamples single items.
+        num_resamples: number of resamples.
+        seed: seed of the resampling.
+        level: share of resamples inside the interval.
 
     Returns:
-        (low, high); both NaN when there is no value.
+        (low, high); both NaN without values.
     """
     array = np.asarray(values)
     draws = resamples(len(array), clusters=clusters, num_resamples=num_resamples, seed=seed)
@@ -70,7 +73,7 @@ def confidence_interval(
 
 
 def percentiles(statistics: NDArray[np.float64], *, level: float = LEVEL) -> tuple[float, float]:
-    """Return the interval that holds the share `level` of the statistics that are numbers; NaN where none is."""
+    """Return the interval that contains the share `level` of the statistics, ignoring NaN."""
     found = statistics[~np.isnan(statistics)]
     if found.size == 0:
         return float("nan"), float("nan")

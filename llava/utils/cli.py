@@ -1,7 +1,7 @@
-"""Command lines that accept every spelling the seeds printed.
+"""Argument parser that accepts every published spelling of an option, and the runner of command entry points.
 
 `--max-size` and `--max_size` are one option, a prefix of an option is enough (`--base` for `--base-model-path`), and a
-switch may stand alone or carry a word (`--flag`, `--flag True`, `--flag False`).
+switch takes an optional value (`--flag`, `--flag True`, `--flag False`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any, NoReturn
 from llava.errors import LlavaError
 
 TRACEBACK_VARIABLE = "LLAVA_TRACEBACK"
-"""Environment variable; when set, a deliberate error shows its traceback instead of its message only."""
+"""Environment variable that, when set, shows the traceback of expected errors."""
 
 TRUE_WORDS = frozenset({"true", "t", "yes", "y", "on", "1"})
 FALSE_WORDS = frozenset({"false", "f", "no", "n", "off", "0"})
 
 
 def parse_bool(text: str | bool) -> bool:
-    """Read a switch's word.
+    """Return the value of a switch.
 
     Raises:
-        argparse.ArgumentTypeError: the word is neither a yes nor a no (argparse turns this into a usage message).
+        argparse.ArgumentTypeError: the text is neither true nor false; argparse turns this into a usage message.
     """
     if isinstance(text, bool):
         return text
@@ -40,7 +40,7 @@ def parse_bool(text: str | bool) -> bool:
 
 
 def with_dashes(argv: Sequence[str]) -> list[str]:
-    """Rewrite `_` to `-` in option names only: values, and all that follows a bare `--`, stay as they are."""
+    """Replace `_` by `-` in option names; values, and all words after a bare `--`, are unchanged."""
     rewritten: list[str] = []
     for position, word in enumerate(argv):
         if word == "--":
@@ -53,23 +53,27 @@ def with_dashes(argv: Sequence[str]) -> list[str]:
     return rewritten
 
 
+def flag(name: str) -> str:
+    """Return the option of a field as help and messages write it: `--data-path` for `data_path`."""
+    return "--" + name.replace("_", "-")
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Says the default of an option that has one."""
+    """Help formatter that shows the default of each option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class ExampleFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Leaves examples as they are written, besides."""
+    """Help formatter that also keeps the line breaks of descriptions and examples."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that knows each option in one spelling only, the one with dashes.
+    """Argument parser that accepts options with dashes or underscores, and prefixes of both."""
 
-    A second spelling registered as an alias would make every prefix of it ambiguous, so the words of the command line
-    are rewritten instead.
-    """
+    # Options are registered with dashes, and the command line is rewritten. Underscores registered as aliases would
+    # make every prefix ambiguous.
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", True)
@@ -77,33 +81,33 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
-        """Register an option under its name with dashes; its value is still found under underscores."""
+        """Register an option under its name with dashes; its attribute has underscores."""
         return super().add_argument(*with_dashes(names), **kwargs)
 
     def add_switch(self, name: str, default: bool = False, **kwargs: Any) -> argparse.Action:
-        """Register an option that is true when it stands alone and may carry `True` or `False`."""
+        """Register a boolean option that is true without a value and also takes `True` or `False`."""
         return self.add_argument(
             name, type=parse_bool, nargs="?", const=True, default=default, metavar="BOOL", **kwargs
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse `args` (the process's own words by default) after rewriting option names."""
+        """Parse `args`, by default the command line of the process, after rewriting option names."""
         return super().parse_known_args(with_dashes(sys.argv[1:] if args is None else list(args)), namespace)
 
 
 NOISY = "bitsandbytes.backends.cpu.ops"
-"""Warns at every start that it found no kernels of a hub which is never asked."""
+"""Logger that warns at every start that kernels of a hub, which llava never uses, are missing."""
 
 
 CLOSED_PIPE = 141
-"""Exit status when whoever read the output has stopped (`| head`), as shells write it."""
+"""Exit status after the reader of the output has ended (`| head`), as shells report it."""
 
 
 def run_program(program: Callable[[], None]) -> None:
-    """Run an entry; what the user can mend ends with its message and status 2 instead of a traceback.
+    """Run a command; expected errors print their message and exit with status 2.
 
-    That is every deliberate error, and what the system refuses (a file that may not be read, a full disk). Output that
-    nobody reads any more is no error, and ends in silence.
+    Expected errors are every `LlavaError` and every `OSError` (no permission, full disk). If the reader of the output
+    has ended, the command exits silently with status `CLOSED_PIPE`.
     """
     logging.getLogger(NOISY).setLevel(logging.ERROR)
     try:
@@ -112,13 +116,13 @@ def run_program(program: Callable[[], None]) -> None:
         _end(error, str(error))
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _is_output_closed():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush of the interpreter
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at interpreter exit
             raise SystemExit(CLOSED_PIPE) from None
         _end(error, " ".join(str(error).split()) or type(error).__name__)
 
 
 def _run(program: Callable[[], None]) -> None:
-    """Run a program up to its last written word."""
+    """Run a program and flush its output."""
     try:
         program()
     except SystemExit:
@@ -135,10 +139,11 @@ def _end(error: Exception, message: str) -> NoReturn:
 
 
 def _is_output_closed() -> bool:
-    """Whether standard output is a pipe without a reader; a broken pipe may also be one of the program's own."""
+    """Return whether standard output is a pipe without a reader."""
+    # The broken pipe may also be another one, to a subprocess or a server.
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
-    except (OSError, ValueError):  # no file of the system's
+    except (OSError, ValueError):  # standard output has no file descriptor
         return False
     return any(event & select.POLLERR for _, event in poll.poll(0))

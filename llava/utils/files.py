@@ -1,4 +1,4 @@
-"""Files that a command writes, held against those that it reads."""
+"""Checks of output paths, and file locks."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llava.errors import ConfigError
-
-
-def refuse_overwriting(read: Iterable[str | Path | None], written: Mapping[str, str | Path | None]) -> None:
-    """Make sure that no file is written over one that is read, or over another that is written.
-
-    Args:
-        read: files that are read; None are none.
-        written: files that are written, by the flag that names them.
-
-    Raises:
-        ConfigError: one would be: data, or replies that were paid for, would be lost.
-    """
-    taken = {Path(path).resolve() for path in read if path is not None}
-    for flag, path in written.items():
-        if path is None:
-            continue
-        if Path(path).resolve() in taken:
-            raise ConfigError(f"--{flag} {path} would overwrite what is read or written besides; name another file")
-        taken.add(Path(path).resolve())
-
+from llava.utils.cli import flag
 
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def hold(path: str | Path, *, purpose: str) -> Iterator[None]:
-    """Hold the lock file `path` inside the block; it ends with the process, however that ends.
+def refuse_overwriting(read: Iterable[str | Path | None], written: Mapping[str, str | Path | None]) -> None:
+    """Check that no output file overwrites an input file or another output file.
 
     Args:
-        path: an empty file that is made for the purpose and left behind.
-        purpose: what the other process is doing, for the message of the one that waits.
+        read: input files; None is ignored.
+        written: output files by the name of their flag.
+
+    Raises:
+        ConfigError: a file would be overwritten.
+    """
+    taken = {Path(path).resolve() for path in read if path is not None}
+    for name, path in written.items():
+        if path is None:
+            continue
+        if Path(path).resolve() in taken:
+            raise ConfigError(f"{flag(name)} {path} would overwrite an input or another output; choose another file")
+        taken.add(Path(path).resolve())
+
+
+@contextmanager
+def hold(path: str | Path, *, purpose: str) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path` inside the block; the lock ends with the process.
+
+    Args:
+        path: lock file; it is created empty and not removed.
+        purpose: what the holder of the lock does, for the log message of waiting processes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Files of records: a JSON array or one JSON object a line, plain or gzipped, told apart by their content."""
+"""Reading and writing of JSON arrays and JSON lines, plain or gzipped; formats are detected by content."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from llava.errors import DataError
 GZIP_MAGIC = b"\x1f\x8b"
 
 UNREADABLE = (OSError, EOFError, zlib.error)
-"""What reading raises where a file is missing, cut off or damaged."""
+"""Exceptions of reading a missing, truncated or damaged file."""
 
 
 @contextmanager
 def open_unzipped(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading, unzipped if it is gzipped.
+    """Open a file for reading, decompressed if it is gzipped.
 
     Raises:
-        OSError: it cannot be opened; what reading may raise is in `UNREADABLE`.
+        OSError: the file cannot be opened; `UNREADABLE` lists the exceptions of reading.
     """
     with open(path, "rb") as raw:
         if raw.peek(2).startswith(GZIP_MAGIC):
@@ -38,14 +38,14 @@ def open_unzipped(path: str | Path) -> Iterator[IO[bytes]]:
 Record = dict[str, Any]
 
 NOT_JSON = (ValueError, RecursionError)
-"""What decoding raises: numbers of thousands of digits and brackets nested by the thousand have no error of theirs."""
+"""Exceptions of decoding JSON; deep nesting raises RecursionError, and long integers raise ValueError."""
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text of a file, unzipped when its first bytes say that it is gzipped.
+    """Return the text of a file, decompressed if it is gzipped.
 
     Raises:
-        DataError: there is no such file, or it is not UTF-8 text.
+        DataError: the file does not exist, or is not UTF-8 text.
     """
     try:
         with open_unzipped(path) as stream:
@@ -57,10 +57,10 @@ def read_text(path: str | Path) -> str:
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """Yield the records of a JSON array or of a file with one JSON object a line.
+    """Yield the records of a JSON array or of a file with one JSON object per line.
 
     Raises:
-        DataError: the file cannot be read, is not JSON, or a record is not an object; names file and row (or line).
+        DataError: the file cannot be read, is not JSON, or a record is not an object; names file and row or line.
     """
     text = read_text(path)
     if text.lstrip()[:1] == "[":
@@ -88,7 +88,7 @@ def _lines(text: str, path: str | Path) -> Iterator[Record]:
             row = json.loads(line)
         except NOT_JSON as error:
             raise DataError(
-                f"{path}, line {number}: not JSON ({error}); expected a JSON array or one JSON object a line"
+                f"{path}, line {number}: not JSON ({error}); expected a JSON array or one JSON object per line"
             ) from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
@@ -96,7 +96,7 @@ def _lines(text: str, path: str | Path) -> Iterator[Record]:
 
 
 def append(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Add one row as one line; a file whose last line was cut off by a crash gets its line end first."""
+    """Append one row as one line to a file, after ending an incomplete last line."""
     line = json.dumps(row, ensure_ascii=False) + "\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as stream:
@@ -108,9 +108,9 @@ def append(path: str | Path, row: Mapping[str, Any]) -> None:
 
 
 def drop_torn_line(path: str | Path) -> bool:
-    """Remove a last line that a killed process left half written; say whether there was one.
+    """Remove an incomplete last line, left by a killed process; return whether there was one.
 
-    Only from a file of JSON lines: the last line of any other file, named by mistake, is its owner's.
+    Other files than JSON lines, given by mistake, are not changed.
     """
     path = Path(path)
     if not path.exists():
@@ -128,7 +128,7 @@ def drop_torn_line(path: str | Path) -> bool:
 
 
 def _begins_with_object(content: bytes, *, whole: bool) -> bool:
-    """Say whether the first line is a JSON object; if not `whole`, whether it may be the beginning of one."""
+    """Return whether the first line is a JSON object or, if not `whole`, may be the prefix of one."""
     first = content.lstrip().partition(b"\n")[0]
     if not whole or not first.startswith(b"{"):
         return first.startswith(b"{")
@@ -140,14 +140,14 @@ def _begins_with_object(content: bytes, *, whole: bool) -> bool:
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a whole file under a temporary name and move it into place, so that no reader meets half a file."""
+    """Write a file under a temporary name and rename it, so that readers never see a partial file."""
     with open_atomic(path) as stream:
         stream.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextmanager
 def open_atomic(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing under a temporary name; it is moved into place at the end, or removed on an error."""
+    """Open a file for writing under a temporary name; rename it at the end, or remove it after an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -162,14 +162,14 @@ def open_atomic(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def _umask() -> int:
-    """The process's file mode mask, which a temporary file (private by default) has not been given."""
+    """Return the file mode mask of the process, which `mkstemp` does not apply."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def write_records(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, atomically."""
+    """Write one JSON object per line, atomically."""
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

@@ -1,4 +1,4 @@
-"""Log lines and progress bars: on the standard error stream, and on the first process only."""
+"""Logging and progress bars on standard error, from the first rank only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SEEN: set[tuple[str, str]] = set()
 
 
 def rank() -> int:
-    """Return this process's number among those that torchrun started; 0 when it stands alone."""
+    """Return the rank of this process among those that torchrun started; 0 for a single process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def setup(level: int | str = logging.INFO) -> None:
-    """Send the package's messages to the standard error stream; other ranks than the first report errors only."""
+    """Send the log of the package to standard error; ranks other than the first log only errors."""
     logger = logging.getLogger("llava")
     logger.setLevel(level if rank() == 0 else logging.ERROR)
     if not logger.handlers:
@@ -30,17 +30,17 @@ def setup(level: int | str = logging.INFO) -> None:
 
 
 def warn_once(logger: logging.Logger, message: str) -> None:
-    """Warn, unless this logger gave the same warning before."""
+    """Log a warning, unless this logger has logged the same warning before."""
     if (logger.name, message) not in _SEEN:
         _SEEN.add((logger.name, message))
         logger.warning("%s", message)
 
 
 def progress(items: Iterable[T], *, title: str, total: int | None = None, unit: str = "it") -> tqdm[T]:
-    """Return a progress bar around `items`; silent on other ranks than the first."""
+    """Return a progress bar around `items`; silent on ranks other than the first."""
     return tqdm(items, desc=title, total=total, unit=unit, disable=rank() != 0, file=sys.stderr, mininterval=0.5)
 
 
 def progress_bar(total: int, *, title: str, unit: str = "it") -> tqdm[Never]:
-    """Return a progress bar to `update` by hand; silent on other ranks than the first."""
+    """Return a progress bar that the caller updates; silent on ranks other than the first."""
     return tqdm(total=total, desc=title, unit=unit, disable=rank() != 0, file=sys.stderr, mininterval=0.5)

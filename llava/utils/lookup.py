@@ -1,4 +1,4 @@
-"""Choices by name, and optional packages: the two places where an unknown name becomes a helpful error."""
+"""Lookup of named choices and optional packages, with errors that list the options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
     """Return `table[name]`.
 
     Raises:
-        ConfigError: `name` is unknown; the message lists the known names of this `kind`.
+        ConfigError: `name` is unknown; the message lists the known names.
     """
     try:
         return table[name]
@@ -29,11 +29,11 @@ def require(module: str, extra: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
-        MissingDependency: the package is not installed; the message names the extra that brings it.
+        MissingDependency: the package is not installed; the message names the extra that installs it.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependency(
-            f"{module} is needed here but cannot be imported ({error}); install it with: pip install 'llava[{extra}]'"
+            f"{module} is required but cannot be imported ({error}); install it with: pip install 'llava[{extra}]'"
         ) from error

@@ -1,4 +1,4 @@
-"""Where a result comes from: the code, the data, the weights and the command that made it."""
+"""Provenance of a result: code, data, weights and command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def git_commit() -> str | None:
-    """Return the commit of this package's checkout, `+changes` when tracked files differ; None outside a checkout."""
+    """Return the git commit of this package, with `+changes` if tracked files differ; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -35,16 +35,16 @@ def _git(root: Path, *words: str) -> str:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file's bytes, read in pieces."""
+    """Return the SHA-256 of a file, read in chunks."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def weights_sha256(path: str | Path) -> str | None:
-    """Return one hash over the names and bytes of a checkpoint's weight files; None when there are none."""
+    """Return one SHA-256 over the names and bytes of all weight files of a checkpoint; None without such files."""
     path = Path(path)
     if path.is_file():
         return file_sha256(path)
@@ -60,12 +60,12 @@ def weights_sha256(path: str | Path) -> str | None:
 def stamp(
     *, data: Mapping[str, str | Path] | None = None, command: Sequence[str] | None = None, **facts: Any
 ) -> dict[str, Any]:
-    """Return what every result carries.
+    """Return the provenance fields of a result.
 
     Args:
-        data: name and path of the files used; their names and hashes are recorded, not where they lie.
-        command: the words of the command; the process's own by default.
-        facts: whatever else identifies the run (template, seed, metric version).
+        data: names and paths of input files; file names and hashes are recorded, folders are not.
+        command: words of the command; by default those of the process.
+        facts: other fields that identify the run (template, seed, metric version).
     """
     words = sys.argv if command is None else command
     return {

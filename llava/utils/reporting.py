@@ -1,4 +1,4 @@
-"""Pieces of HTML pages that stand alone: nothing comes from elsewhere, every text is escaped, pictures are inside."""
+"""Building blocks of reports: self-contained HTML pages with embedded images, and plain text tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 THUMBNAIL = 224
-"""Longer side of a picture on the page."""
+"""Longer side of an embedded image in pixels."""
 
 OpenImage = Callable[[str], "Image.Image"]
 
@@ -33,7 +33,7 @@ dt{color:#57606a}dd{margin:0;overflow-wrap:anywhere}
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """Return a whole page around pieces of HTML; `title` is escaped here, the pieces are HTML already."""
+    """Return an HTML page; `title` is plain text and is escaped, `parts` are HTML."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>\n'
@@ -43,7 +43,7 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an HTML table; every cell is escaped, all but the first column are set as numbers."""
+    """Return an HTML table; cells are escaped, and all columns but the first are aligned as numbers."""
     head = "".join(f"<th>{escape(header)}</th>" for header in headers)
     body = "".join(
         "<tr>"
@@ -55,19 +55,19 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def thumbnail(name: str, open_image: OpenImage | None) -> str:
-    """Return a small copy of a picture inside the page, or the words that there is none."""
+    """Return an HTML element with a small copy of an image, or with a note if it is missing."""
     if open_image is None:
-        return '<div class="none">no picture</div>'
+        return '<div class="none">no image</div>'
     try:
-        picture = open_image(name).convert("RGB")
+        image = open_image(name).convert("RGB")
     except DataError:
-        return '<div class="none">the picture cannot be read</div>'
-    return f'<img alt="{escape(name)}" src="{picture_data(picture)}">'
+        return '<div class="none">the image cannot be read</div>'
+    return f'<img alt="{escape(name)}" src="{picture_data(image)}">'
 
 
-def picture_data(picture: Image.Image) -> str:
-    """Return a small JPEG copy of a picture as a data address."""
-    small = picture.copy()
+def picture_data(image: Image.Image) -> str:
+    """Return a small JPEG copy of an image as a data URL."""
+    small = image.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=85)
@@ -77,13 +77,13 @@ def picture_data(picture: Image.Image) -> str:
 Cell = str | float | int
 
 HEADER_MARGIN = 2
-"""A column is at least this much wider than its header."""
+"""Minimum difference between the width of a column and of its header."""
 
 
 def simple_table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """Return a table with a rule below its headers; numbers have six significant digits and stand point under point.
+    """Return a text table with a rule below its headers.
 
-    A column of numbers is aligned to the right, any other to the left.
+    Numbers have six significant digits and are aligned at the decimal point; other columns are aligned to the left.
     """
     columns = [_column(header, [row[index] for row in rows]) for index, header in enumerate(headers)]
     lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
@@ -91,7 +91,7 @@ def simple_table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 
 
 def _column(header: str, cells: Sequence[Cell]) -> list[str]:
-    """Return header, rule and cells of one column, all equally wide."""
+    """Return header, rule and cells of one column, padded to one width."""
     numeric = any(not isinstance(cell, str) for cell in cells)
     texts = [cell if isinstance(cell, str) else format(cell, "g") for cell in cells]
     if numeric:
@@ -103,7 +103,7 @@ def _column(header: str, cells: Sequence[Cell]) -> list[str]:
 
 
 def _tail(cell: Cell) -> int:
-    """How many characters a number has after its point (or its exponent mark); -1 when it has neither."""
+    """Return the number of characters after the decimal point or the exponent mark; -1 without either."""
     if isinstance(cell, str):
         return -1
     text = format(cell, "g")

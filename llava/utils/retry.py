@@ -1,4 +1,4 @@
-"""How long to wait for a server: what its headers ask for, and what to do when they say nothing."""
+"""Wait times before retries: from server headers, or exponential backoff."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 
 
 def retry_after(value: str | None) -> float | None:
-    """Return the seconds that a Retry-After header asks for (a number or a date); None when it says nothing usable."""
+    """Return the seconds of a Retry-After header (a number or a date); None if it is missing or invalid."""
     if value is None:
         return None
     try:
@@ -27,7 +27,7 @@ def retry_after(value: str | None) -> float | None:
 
 
 def duration(value: str | None) -> float | None:
-    """Return the seconds of a text such as `6m0s`, `1.5s`, `20ms` or `3`; None when it is none of these."""
+    """Return the seconds of a text such as `6m0s`, `1.5s`, `20ms` or `3`; None if it is invalid."""
     text = (value or "").strip()
     parts = _PART.findall(text)
     if parts and "".join(number + unit for number, unit in parts) == text:
@@ -40,9 +40,10 @@ def duration(value: str | None) -> float | None:
 
 
 def backoff(attempt: int, *, first: float, most: float) -> float:
-    """Return the seconds to wait after failed attempt `attempt` (counted from 1): doubling, with jitter, bounded.
+    """Return the seconds to wait after failed attempt `attempt`, counted from 1.
 
-    The jitter (the upper half is drawn) keeps requests that failed together from coming back together.
+    The wait doubles from `first` up to `most`; jitter draws from its upper half.
     """
+    # Without jitter, requests that failed together would be retried together.
     longest = min(most, first * 2.0 ** min(attempt - 1, 30))
     return random.uniform(longest / 2.0, longest)

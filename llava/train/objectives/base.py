@@ -1,4 +1,4 @@
-"""What is minimised. The trainer never asks which objective it runs."""
+"""Training objectives. The trainer depends only on the `Objective` protocol."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from llava.data.flat_batch import FlatBatch
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveOutput:
-    """Loss of one row (its share of the global loss) and numbers to log, summed over the row."""
+    """Loss of one row (its share of the global loss) and metrics summed over the row."""
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):
-    """Turns a model and one row into this row's share of the loss."""
+    """Function of a model and one row that returns the share of the row in the global loss."""
 
     def __call__(self, model: Callable[..., Any], batch: FlatBatch, *, num_items: Tensor) -> ObjectiveOutput:
-        """Return the loss; `num_items` is the global sum of edge weights of the optimiser step."""
+        """Return the loss; `num_items` is the global sum of edge weights of the optimizer step."""
         ...

@@ -1,4 +1,4 @@
-"""The supervised fine-tuning objective."""
+"""Objective of supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llava.train.objectives.base import Objective, ObjectiveOutput
 
 
 class SFT:
-    """Supervised fine-tuning: mean negative log-likelihood over all supervised tokens of the step, on every rank.
+    """Mean negative log-likelihood over all supervised tokens of the step on all ranks.
 
     Args:
-        without: id of a token that can never follow and whose logit takes no part, or None. The published trainers have
-            no word for an image's place holder; ours has one, and it would take a little of every probability.
-        num_sources: sources of the mixture that rows are from; with several, `by_source` [2, sources] is reported: the
-            negative log-likelihoods and the weights of each one's edges, summed.
+        without: id of a token whose logit is excluded, or None. The original trainers have no vocabulary entry for the
+            image placeholder; ours would receive a small part of every probability.
+        num_sources: number of sources of the mixture; with several, the metric `by_source` [2, sources] holds the sums
+            of negative log-likelihoods and of weights over the edges of each source.
     """
 
     def __init__(self, *, without: int | None = None, num_sources: int = 1) -> None:
@@ -28,7 +28,7 @@ class SFT:
         self.num_sources = num_sources
 
     def __call__(self, model: Callable[..., Any], batch: FlatBatch, *, num_items: Tensor) -> ObjectiveOutput:
-        """Sum over this row's edges, divided by the global number of supervised tokens."""
+        """Return the sum over the edges of this row, divided by the global number of supervised tokens."""
         logits = target_logits(model, batch)
         if self.without is not None:
             absent = torch.tensor(self.without, device=logits.device)
