@@ -1,9 +1,9 @@
-"""The package in a few lines of Python: load a model, ask it, and score answers.
+"""Python API: load a model, chat with it, and score answers.
 
 >>> from llava import api
 >>> assistant = api.load(model_folder)
->>> answer = assistant.chat("What does the picture show?", picture, max_new_tokens=8)
->>> score = assistant.score("Is this a blood smear?", "yes", picture)
+>>> answer = assistant.chat("What does the image show?", image, max_new_tokens=8)
+>>> score = assistant.score("Is this a blood smear?", "yes", image)
 >>> score.num_tokens >= len("yes") and score.logprob < 0
 True
 """
@@ -26,10 +26,10 @@ from llava.model.precision import raise_slow_weights
 from llava.samples import ROLES, Conversation, Turn, describe
 
 Messages: TypeAlias = str | Sequence[Turn | Mapping[str, str]]
-"""A question; or turns, also as `{"role": "user" | "assistant", "content": text}`, a leading `system` one included."""
+"""A question, or turns, also as `{"role": "user" | "assistant", "content": text}`; the first may be `system`."""
 
 Images: TypeAlias = "ImageRef | Sequence[ImageRef]"
-"""A picture, a path or the bytes of a file; or several."""
+"""An image, the path or the bytes of an image file; or several of these."""
 
 __all__ = ["Images", "LlavaPredictor", "Messages", "Score", "load"]
 
@@ -43,18 +43,18 @@ def load(
     bits: int = 16,
     **engine: Any,
 ) -> LlavaPredictor:
-    """Open a model that this package saved.
+    """Load a llava checkpoint for inference.
 
     Args:
         path: folder of a model, an adapter or a projector.
-        base: model that an adapter or projector builds on, instead of the recorded one.
-        device: `cpu`, `cuda`, ...; the accelerator where there is one when None.
-        dtype: of the weights; "auto" keeps the saved one, or takes float32 where a CPU is faster with it.
+        base: base model of an adapter or projector, instead of the recorded one.
+        device: `cpu`, `cuda`, ...; None for the GPU if available, else the CPU.
+        dtype: data type of the weights; "auto" keeps the saved one.
         bits: 16, or 8 or 4 (bitsandbytes).
         engine: options of `LocalEngine`, such as `max_slots`.
 
     Raises:
-        CheckpointError: the folder holds nothing that can be loaded.
+        CheckpointError: the folder is not a checkpoint, or cannot be loaded.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(path, base=base, dtype=dtype, device_map=None if device == "cpu" else device, bits=bits)
@@ -66,22 +66,22 @@ def load(
 
 
 class LlavaPredictor:
-    """A model to talk to.
+    """Loaded model with methods to chat and to score answers.
 
     >>> from llava import api
     >>> assistant = api.load(model_folder, max_slots=4)
-    >>> "".join(assistant.stream("Which organ?", picture, max_new_tokens=8)) == assistant.chat(
-    ...     "Which organ?", picture, max_new_tokens=8
+    >>> "".join(assistant.stream("Which organ?", image, max_new_tokens=8)) == assistant.chat(
+    ...     "Which organ?", image, max_new_tokens=8
     ... )
     True
     >>> questions = ["Which organ?", "Is it healthy?"]
-    >>> answers = assistant.chat_many([(question, picture) for question in questions], max_new_tokens=8)
-    >>> answers[0] == assistant.chat(questions[0], picture, max_new_tokens=8)
+    >>> answers = assistant.chat_many([(question, image) for question in questions], max_new_tokens=8)
+    >>> answers[0] == assistant.chat(questions[0], image, max_new_tokens=8)
     True
     """
 
     def __init__(self, engine: LocalEngine) -> None:
-        """Talk through an engine."""
+        """Use an engine for all requests."""
         self.engine = engine
 
     def chat(self, messages: Messages, images: Images = (), **sampling: Any) -> str:
@@ -89,22 +89,23 @@ class LlavaPredictor:
 
         Args:
             messages: see `Messages`.
-            images: pictures in the order of their `<image>` marks; without marks they stand before the first question.
-            sampling: fields of `Sampling`; the likeliest answer by default.
+            images: images in the order of their `<image>` placeholders; without placeholders they precede the first
+                question.
+            sampling: fields of `Sampling`; greedy decoding by default.
 
         Raises:
-            GenerationError: there is no answer; says why.
-            DataError: the messages cannot be used.
+            GenerationError: no answer could be generated; states the reason.
+            DataError: the messages are invalid.
         """
         [answer] = self.chat_many([(messages, images)], **sampling)
         return answer
 
     def chat_many(self, requests: Sequence[tuple[Messages, Images]], **sampling: Any) -> list[str]:
-        """Return the answers to many conversations, computed together; an image is encoded once for all of them.
+        """Return the answers to many conversations in one batch; an image is encoded once for all of them.
 
         Raises:
-            GenerationError: one has no answer; says which and why.
-            DataError: the messages of one cannot be used.
+            GenerationError: a request has no answer; names the request and the reason.
+            DataError: the messages of a request are invalid.
         """
         prompts = [_prompt(messages, images) for messages, images in requests]
         answers = []
@@ -115,11 +116,11 @@ class LlavaPredictor:
         return answers
 
     def stream(self, messages: Messages, images: Images = (), **sampling: Any) -> Iterator[str]:
-        """Yield the pieces of an answer as they come; joined they are what `chat` returns.
+        """Yield parts of an answer while it is generated; joined, they equal the answer of `chat`.
 
         Raises:
-            GenerationError: there is no answer; says why.
-            DataError: the messages cannot be used.
+            GenerationError: no answer could be generated; states the reason.
+            DataError: the messages are invalid.
         """
         shown = ""
         for text in self.engine.stream(_prompt(messages, images), Sampling(**sampling)):
@@ -127,35 +128,37 @@ class LlavaPredictor:
             shown = text
 
     def score(self, messages: Messages, answer: str, images: Images = ()) -> Score:
-        """Return how likely the model finds an answer to the messages, its end mark included.
+        """Return the log-probability of an answer to the messages, including its end-of-text token.
 
         Raises:
-            DataError: the messages cannot be used.
+            DataError: the messages are invalid.
         """
         prompt = _prompt(messages, images)
-        # Only the answer counts, not what was said before.
+        # Earlier answers do not count.
         turns = [replace(turn, train=False) for turn in prompt.conversation.turns]
         conversation = Conversation((*turns, Turn("gpt", answer)), prompt.conversation.system)
         return self.engine.score([Prompt(conversation, prompt.images)])[0]
 
 
 def _prompt(messages: Messages, images: Images) -> Prompt:
-    """Put messages and images together, with a mark for every image."""
+    """Return the prompt of messages and images, with one placeholder per image."""
     shown: tuple[ImageRef, ...]
     shown = tuple(images) if isinstance(images, list | tuple) else (images,)  # type: ignore[assignment]
     system, turns = _turns(messages)
     if not turns or turns[-1].role != "human":
-        raise DataError("the last message must be a question from the user")
-    num_marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
-    if num_marks == 0 and shown:
+        raise DataError("the last message is not from the user; expected a question")
+    num_placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
+    if num_placeholders == 0 and shown:
         turns[0] = Turn("human", f"{IMAGE_TOKEN}\n" * len(shown) + turns[0].text)
-    elif num_marks != len(shown):
-        raise DataError(f"{num_marks} {IMAGE_TOKEN} marks for {len(shown)} images; write one for each, or none at all")
+    elif num_placeholders != len(shown):
+        raise DataError(
+            f"{num_placeholders} {IMAGE_TOKEN} placeholders for {len(shown)} images; expected one per image, or none"
+        )
     return Prompt(Conversation(tuple(turns), system), shown)
 
 
 def _turns(messages: Messages) -> tuple[str | None, list[Turn]]:
-    """Return system text and turns."""
+    """Return the system prompt and the turns."""
     if isinstance(messages, str):
         return None, [Turn("human", messages)]
     system, turns = None, []
@@ -172,8 +175,10 @@ def _turns(messages: Messages) -> tuple[str | None, list[Turn]]:
         elif role in ROLES:
             turns.append(Turn(ROLES[role], text))
         else:
-            raise DataError(f"message {index}: a system text can only be the first message")
+            raise DataError(f"message {index}: got role 'system'; expected it only in the first message")
     for index, turn in enumerate(turns):
         if turn.role != ("human", "gpt")[index % 2]:
-            raise DataError(f"message {index}: user and assistant must take turns, beginning with the user")
+            raise DataError(
+                f"message {index}: role is {turn.role!r}; expected user and assistant to alternate, user first"
+            )
     return system, turns

@@ -1,15 +1,15 @@
-"""Conversations to text and back: templates are data, and what is trained falls out of rendering.
+"""Conversation templates: rendering of conversations to text, and parsing of generated answers.
 
-    Conversation --render--> segments (text, trained, turn) --join--> what the model reads in training
-    Conversation --prompt--> the same text, opened for the next answer
-    generated text --parse--> the answer
+    Conversation --render--> segments (text, trained, turn) --join--> training text
+    Conversation --prompt--> the same text up to the next answer
+    generated text --parse--> answer
 
-A `Form` says what is written around each turn as a few frames; one function renders every template. The published
-loss mask of a published template is the `trained` flag of its frames: the "v1" family trains answer and end mark; the
-"v0" family also trains the `###` before each turn, the answer's role header and a closing `### `.
+A `Form` holds the text around each turn as frames; one function renders every template. The `trained` flags of the
+frames are the published loss mask of a template: the "v1" family trains answers and end marks; the "v0" family also
+trains the `###` before each turn, the role header of answers and a closing `### `.
 
-Some originals evaluate with another text than they trained on (v0: `S###Human: Q###` against `S\\n\\n### Human: Q\\n`).
-`prompt` always continues the training text; `published_prompt` gives the other one, for comparison with old results.
+Some original code evaluates with another text than in training (v0: `S###Human: Q###` and `S\\n\\n### Human: Q\\n`).
+`prompt` always continues the training text; `published_prompt` returns the other one, to reproduce published results.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from llava.system_prompts import SYSTEMS
 from llava.utils.lookup import lookup
 
 SLOT = "{}"
-"""Where a frame holds the turn's text (replaced literally: braces in the text are safe)."""
+"""Position of the text of a turn in a frame; it is replaced literally, so braces in the text are safe."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of rendered text.
+    """Part of the rendered text.
 
     Attributes:
         text: the characters.
-        trained: whether tokens that start here count in the loss.
-        turn: index of the conversation turn it belongs to, -1 for the system text.
+        trained: whether tokens that start in this part are supervised.
+        turn: index of the turn in the conversation, -1 for the system prompt.
     """
 
     text: str
@@ -43,20 +43,20 @@ class Segment:
 
 
 Frame = tuple[tuple[str, bool], ...]
-"""Parts of one turn as (text, trained); exactly one part holds the `SLOT`."""
+"""Parts of one turn as (text, trained); exactly one part contains `SLOT`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What is written around the system text and the turns.
+    """Text around the system prompt and the turns.
 
     Attributes:
-        system: the system text's surroundings, with a `SLOT`.
+        system: text around the system prompt, with a `SLOT`.
         human: frame of a question.
-        gpt: frame of an answer; the parts before the one with the slot are the answer header that opens a prompt.
-        no_system: written instead of `system` when the system text is empty.
-        first: frame of the first question where it differs (the system text stands inside its brackets).
-        asked: frame of a question that is itself trained (`Turn.train=True`).
+        gpt: frame of an answer; the parts before the slot are the answer header, with which a prompt ends.
+        no_system: text instead of `system` if the system prompt is empty.
+        first: frame of the first question if it differs (the system prompt is inside its brackets).
+        asked: frame of a question that is trained (`Turn.train=True`).
         closing: trained text after the last answer.
     """
 
@@ -71,18 +71,18 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """How conversations are written for one family of models.
+    """Conversation template of one family of models.
 
     Attributes:
         name: key in `TEMPLATES`.
-        system: default system text.
-        form: the training form.
+        system: default system prompt.
+        form: form for training.
         stops: strings that end an answer.
-        published: the form in which the original evaluates, where that is not the training form.
-        preset: turns that the original's evaluation puts in front.
-        image_wrap: written before and after each `<image>`.
-        drops_questions: keep of each question only its images (alignment on captions).
-        echoes: role headers that models of this template repeat in front of an answer.
+        published: form of the original evaluation if it differs from the training form.
+        preset: turns that the original evaluation adds at the start.
+        image_wrap: text before and after each `<image>`.
+        drops_questions: whether questions are reduced to their images (alignment on captions).
+        echoes: role headers that models of this template repeat before an answer.
     """
 
     name: str
@@ -96,11 +96,11 @@ class Template:
     echoes: tuple[str, ...] = ()
 
     def with_system(self, text: str) -> Template:
-        """Return this template with another system text."""
+        """Return this template with another system prompt."""
         return replace(self, system=text)
 
     def render(self, conversation: Conversation) -> tuple[Segment, ...]:
-        """Return the training text as segments; joined they are what the model reads."""
+        """Return the training text as segments."""
         segments = _render(self, self.form, conversation)
         if self.form.closing and conversation.turns and conversation.turns[-1].role == "gpt":
             segments.append(Segment(self.form.closing, True, len(conversation.turns) - 1))
@@ -115,43 +115,41 @@ class Template:
         return tuple(_open(self, self.form, conversation))
 
     def prompt(self, conversation: Conversation) -> str:
-        """Return the training text of a conversation that ends with a question, up to and with the answer header."""
+        """Return the training text of a conversation that ends with a question, including the answer header."""
         return "".join(segment.text for segment in self.open(conversation))
 
     def published_prompt(self, conversation: Conversation) -> str:
-        """Return the prompt as the original's evaluation scripts wrote it, with the preset turns."""
+        """Return the prompt of the original evaluation scripts, with the preset turns."""
         turns = (*self.preset, *conversation.turns)
         opened = _open(self, self.published or self.form, replace(conversation, turns=turns))
         return "".join(segment.text for segment in opened)
 
     def parse(self, text: str) -> str:
-        """Return the answer in generated text: repeated role headers off the front, cut at the first stop string."""
+        """Return the answer in generated text, without repeated role headers, up to the first stop string."""
         start = answer_start(text, self.echoes)
         return text[start : first_stop(text, self.stops, start=start)].strip()
 
 
 def answer_start(text: str, echoes: Sequence[str]) -> int:
-    """Return where the answer in generated text begins: behind white space and repeated role headers."""
-    start = _behind_space(text, 0)
+    """Return the start of the answer in generated text, after white space and repeated role headers."""
+    start = _after_space(text, 0)
     while (echo := next((echo for echo in echoes if text.startswith(echo, start)), None)) is not None:
-        start = _behind_space(text, start + len(echo))
+        start = _after_space(text, start + len(echo))
     return start
 
 
 def first_stop(text: str, stops: Sequence[str], *, start: int) -> int | None:
-    """Return where the first stop string from `start` on begins; None without one."""
+    """Return the position of the first stop string at or after `start`; None without one."""
     return min((place for stop in stops if (place := text.find(stop, start)) >= 0), default=None)
 
 
-def _behind_space(text: str, start: int) -> int:
+def _after_space(text: str, start: int) -> int:
     return len(text) - len(text[start:].lstrip())
 
 
 def _open(template: Template, form: Form, conversation: Conversation) -> list[Segment]:
     if not conversation.turns or conversation.turns[-1].role != "human":
-        raise DataError(
-            "a prompt needs a conversation that ends with a question; drop the last answer or add a question"
-        )
+        raise DataError("the conversation does not end with a question; remove the last answer or add a question")
     segments = _render(template, form, conversation)
     for text, _ in form.gpt:
         if SLOT in text:
@@ -173,20 +171,20 @@ def _render(template: Template, form: Form, conversation: Conversation) -> list[
 
 
 def _render_turn(form: Form, turn: Turn, text: str, index: int, lead: int) -> list[Segment]:
-    """Return the segments of one turn, `Turn.train` applied; its images end at character `lead` of its text."""
+    """Return the segments of one turn with `Turn.train` applied; `lead` is the end of the images in its text."""
     frame = form.gpt if turn.role == "gpt" else (form.first if index == 0 and form.first else form.human)
     if turn.role == "human" and turn.train:
         return _render_asked(form.asked or frame, text, index, lead)
     allowed = turn.train is not False
     if turn.role == "gpt" and "".join(part for part, _ in frame).split(SLOT)[0].endswith("\n"):
-        # Tokenizers merge line ends: the header's would no longer be the token that a prompt ends with.
+        # Tokenizers merge newlines, so that the header would not end with the same token as a prompt.
         text = text.lstrip("\n")
     parts = [Segment(part.replace(SLOT, text), trained and allowed, index) for part, trained in frame]
     return [segment for segment in parts if segment.text]
 
 
 def _lead(text: str, wrap: str) -> int:
-    """Return where the images of a turn end: behind the last one, what wraps it and the line ends that follow."""
+    """Return the end of the images of a turn: after the last image, its wrap and the newlines that follow."""
     if IMAGE_TOKEN not in text:
         return 0
     after = text.rpartition(IMAGE_TOKEN)[2]
@@ -194,14 +192,14 @@ def _lead(text: str, wrap: str) -> int:
 
 
 def _render_asked(frame: Frame, text: str, index: int, lead: int) -> list[Segment]:
-    """Return a trained question: its text is trained from behind its images on, and so is an end mark."""
+    """Return the segments of a trained question: its text after the images and its end mark are trained."""
     segments: list[Segment] = []
     for part, trained in frame:
         if SLOT not in part:
             segments.append(Segment(part, trained, index))
             continue
         before, after = part.split(SLOT)
-        # Without a leading image the space in front of the question belongs to its first token.
+        # Without a leading image the space before the question belongs to its first token.
         space = before[-1:] if not lead and before.endswith(" ") else ""
         segments.append(Segment(before[: len(before) - len(space)] + text[:lead], False, index))
         segments.append(Segment(space + text[lead:], True, index))
@@ -210,7 +208,7 @@ def _render_asked(frame: Frame, text: str, index: int, lead: int) -> list[Segmen
 
 
 def _two(user: str, assistant: str, *, end: str, gap: str = "", asked: str = "") -> Form:
-    """Two separators: `S USER: q ASSISTANT: a</s>`; the answer, its leading space and the end mark are trained."""
+    """Return the form with two separators, `S USER: q ASSISTANT: a</s>`; answer, its space and `end` are trained."""
     human: Frame = ((f"{user}: {SLOT} ", False),)
     gpt: Frame = ((f"{assistant}:", False), (f" {SLOT}{end}", True), (gap, False))
     return Form(
@@ -222,7 +220,8 @@ def _two(user: str, assistant: str, *, end: str, gap: str = "", asked: str = "")
 
 
 def _hashes(human: str, assistant: str) -> Form:
-    """Training form of the single-separator templates: every `###` is trained, so the model learns to stop with it."""
+    """Return the training form of the single-separator templates."""
+    # Every `###` is trained, so that the model learns to stop with it.
     return Form(
         system=f"{SLOT}\n\n",
         human=(("###", True), (f" {human}: {SLOT}\n", False)),
@@ -232,7 +231,7 @@ def _hashes(human: str, assistant: str) -> Form:
 
 
 def _single(human: str, assistant: str) -> Form:
-    """Single separator, as evaluated: `S###Human: q###Assistant: a###`."""
+    """Return the evaluation form with a single separator, `S###Human: q###Assistant: a###`."""
     return Form(
         system=f"{SLOT}###",
         human=((f"{human}: {SLOT}###", False),),
@@ -241,7 +240,7 @@ def _single(human: str, assistant: str) -> Form:
 
 
 def _brackets(start: str) -> Form:
-    """Instruct brackets: `[INST] q [/INST] a </s>`, the system text inside the first pair."""
+    """Return the form with brackets, `[INST] q [/INST] a </s>`; the system prompt is inside the first pair."""
     return Form(
         system=f"[INST] <<SYS>>\n{SLOT}\n<</SYS>>\n\n",
         no_system="[INST] ",
@@ -252,7 +251,7 @@ def _brackets(start: str) -> Form:
 
 
 def _chatml(system: str, gap: str) -> Form:
-    """Marked roles: `<|im_start|>user\\nq<|im_end|>`."""
+    """Return the ChatML form, `<|im_start|>user\\nq<|im_end|>`."""
     return Form(
         system=f"{system}{SLOT}<|im_end|>{gap}",
         human=((f"<|im_start|>user\n{SLOT}<|im_end|>{gap}", False),),
@@ -269,29 +268,29 @@ _MMTAG = ("<Image>", "</Image>")
 def _v0(
     name: str, system: str, *, published: Form | None = None, roles: tuple[str, str] = ("Human", "Assistant")
 ) -> Template:
-    """A template that trains in the `###` form."""
+    """Return a template that trains in the `###` form."""
     echoes = tuple(dict.fromkeys((*_HASH_ECHOES, f"{roles[1]}:")))
     published = published or _single(*roles)
     return Template(name, SYSTEMS[system], _hashes(*roles), stops=("###",), published=published, echoes=echoes)
 
 
 def _v1(name: str, system: str, *, roles: tuple[str, str] = ("USER", "ASSISTANT"), gap: str = "") -> Template:
-    """A template of the Vicuna v1 family; `gap` is written between an end mark and the next question."""
+    """Return a template of the Vicuna v1 family; `gap` separates an end mark from the next question."""
     return Template(name, SYSTEMS[system], _two(*roles, end="</s>", gap=gap), stops=("</s>",))
 
 
 def _marked(name: str, system: str, *, opening: str = "", gap: str = "") -> Template:
-    """A template with `<|im_start|>` and `<|im_end|>` around each turn."""
+    """Return a template with `<|im_start|>` and `<|im_end|>` around each turn."""
     return Template(name, SYSTEMS[system], _chatml(opening, gap), stops=("<|im_end|>",))
 
 
 def _instruct(name: str, system: str, start: str) -> Template:
-    """A template with `[INST]` brackets."""
+    """Return a template with `[INST]` brackets."""
     return Template(name, SYSTEMS.get(system, ""), _brackets(start), stops=("</s>",))
 
 
 def _plain(name: str) -> Template:
-    """Captions alone: image, caption, line end."""
+    """Return a template for captions: image, caption, newline."""
     return Template(name, "", _PLAIN, stops=("\n",), drops_questions=True)
 
 
@@ -341,14 +340,14 @@ _LISTED = (
 )
 
 TEMPLATES: dict[str, Template] = {template.name: template for template in _LISTED}
-"""All templates. `v1` is Vicuna v1, as everywhere but in LLaVA-Med 1.0 (`llava_med_v1.0:v1`); the `llava_med_v1.5:`
-ones write a space after each end mark, as that release's evaluation does; `chatml` suits SmolLM2 and its like."""
+"""Templates by name. `v1` is Vicuna v1, except in LLaVA-Med 1.0 (`llava_med_v1.0:v1`). Templates `llava_med_v1.5:*`
+write a space after each end mark, as in the evaluation of that release. `chatml` is for SmolLM2 and similar models."""
 
 
 def get_template(name: str) -> Template:
     """Return a template by name.
 
     Raises:
-        ConfigError: the name is unknown; the message lists the known ones.
+        ConfigError: the name is unknown; the message lists the known names.
     """
     return lookup(TEMPLATES, name, "template")

@@ -1,37 +1,38 @@
-"""Every exception this package raises on purpose; each is also a built-in, so callers may catch either.
+"""Exceptions of this package; each is also a built-in exception, so callers can catch either.
 
-Messages say what was got, what was expected, and what to change.
+A message names the subject, the fact, the expected value and the fix. `llava.utils.cli.run_program` catches every
+`LlavaError` of a command, prints the message and exits with status 2.
 """
 
 from __future__ import annotations
 
 
 class LlavaError(Exception):
-    """Base class of all deliberate errors."""
+    """Base class of all errors that this package raises."""
 
 
 class ConfigError(LlavaError, ValueError):
-    """A flag, an argument or a configuration value cannot be used."""
+    """Invalid flag, argument or configuration value."""
 
 
 class DataError(LlavaError, ValueError):
-    """A record, an image or a data file cannot be used; the message names file and row."""
+    """Invalid record, image or data file; the message names file and row."""
 
 
 class CheckpointError(LlavaError, RuntimeError):
-    """A checkpoint cannot be read, does not fit, or is not safe to load."""
+    """Checkpoint that cannot be read, does not fit the model, or is not safe to load."""
 
 
 class GenerationError(LlavaError, RuntimeError):
-    """An answer could not be generated."""
+    """Failed generation of an answer."""
 
 
 class MissingDependency(LlavaError, ImportError):
-    """An optional package is needed; the message names the extra that installs it."""
+    """Missing optional package; the message names the extra that installs it."""
 
 
 class DownloadError(LlavaError, OSError):
-    """A file cannot be had from an address.
+    """Failed download of a URL.
 
     Attributes:
         reason: one word for manifests, a key of `llava.data.download.failures.REASONS`.
@@ -43,7 +44,7 @@ class DownloadError(LlavaError, OSError):
 
 
 class ArchiveError(DataError):
-    """An archive cannot be read, or not safely; `reason` is a key of `llava.data.download.failures.REASONS`."""
+    """Archive that cannot be read, or not safely; `reason` is a key of `llava.data.download.failures.REASONS`."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
@@ -51,4 +52,4 @@ class ArchiveError(DataError):
 
 
 class NotAPicture(DataError):
-    """A DICOM file holds something else than a picture: a dose, a plan, a report, a waveform; the message says what."""
+    """DICOM file without an image: a dose, a plan, a report or a waveform; the message names which."""

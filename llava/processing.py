@@ -1,6 +1,6 @@
-"""Everything between raw input and the model: tokenizer, picture preprocessing, template. Saved beside the weights.
+"""Processor of a model: tokenizer, image preprocessing and template, saved in one folder with the weights.
 
-pictures --picture--> [3, H, W], or tiles [K, 3, H, W]     text --data.encode--> ids (a place-holder id per image token)
+image --picture--> [3, H, W], or tiles [K, 3, H, W]     text --data.encode--> ids (one placeholder id per image token)
 """
 
 from __future__ import annotations
@@ -36,32 +36,31 @@ from llava.utils.lookup import lookup
 
 Placement = Literal["front", "as_written"]
 PLACEMENTS: dict[str, Placement] = {"front": "front", "as_written": "as_written"}
-"""`front` moves the images of a turn before its text (LLaVA from 1.0 on); `as_written` leaves them (LLaVA-Med 1.0)."""
+"""`front` moves the images of a turn before its text (LLaVA since 1.0); `as_written` keeps them (LLaVA-Med 1.0)."""
 
 
 class LlavaMedProcessor:
-    """A model's tokenizer, image processor and template, and the settings that must not be chosen twice.
+    """Tokenizer, image processor, template, and the settings that training and inference share.
 
     Args:
-        tokenizer: a fast tokenizer that knows `<image>` (or `<im_patch>`) as a token.
+        tokenizer: a fast tokenizer with the token `<image>` (or `<im_patch>`).
         image_processor: a PIL image processor of transformers; None for text only.
         template: key of `conversation.TEMPLATES`.
-        image_mode: how pictures become the tower's input, see `data.images.fit` and `tiles`.
-        num_image_tokens: tokens of one image (P), or of one tile of it.
+        image_mode: key of `imaging.geometry.MODES`, how images are shaped for the vision tower.
+        num_image_tokens: number of tokens of one image, or of one tile.
         placement: key of `PLACEMENTS`.
         use_im_start_end: write `<im_start>` and `<im_end>` around each image.
         system: replaces the template's system text.
-        strip_around_images: drop white space around image blocks, as the tokenizer of LLaVA-Med 1.0 did.
-        prefix_mark: see `tokenization`; None finds out.
-        add_bos: whether a text begins with the begin-of-text token; None finds out.
-        dicom: how DICOM files are shown, see `DicomPolicy.settings`; None for the default.
-        patch_merge_type: how the tiles of image mode `anyres` are joined, see `image_grids.MERGE_TYPES`.
-        image_grid_pinpoints: sizes that `anyres` chooses from; None takes those of LLaVA 1.6.
-        fast_jpeg: whether large JPEG files are decoded at a smaller scale, see `data.jpeg_scale`.
+        strip_around_images: remove white space around images, as the tokenizer of LLaVA-Med 1.0 did.
+        prefix_mark: see `tokenization`; None to read it from the files of the tokenizer.
+        add_bos: whether a text starts with the begin-of-text token; None to read it from the files of the tokenizer.
+        dicom: rendering of DICOM files, see `DicomPolicy.settings`; None for the default.
+        patch_merge_type: how the tiles of image mode `anyres` are joined, see `imaging.anyres.MERGE_TYPES`.
+        image_grid_pinpoints: image sizes that `anyres` chooses from; None for those of LLaVA 1.6.
+        fast_jpeg: whether large JPEG files are decoded at a smaller scale, see `imaging.jpeg`.
 
     Raises:
-        ConfigError: an unknown name, settings that contradict each other, or the tokenizer has no image place
-            holder.
+        ConfigError: a name is unknown, settings contradict each other, or the tokenizer has no image placeholder.
     """
 
     def __init__(
@@ -84,20 +83,20 @@ class LlavaMedProcessor:
         fast_jpeg: bool = False,
     ) -> None:
         if num_image_tokens < 1:
-            raise ConfigError(f"an image needs at least one token, got num_image_tokens={num_image_tokens}")
+            raise ConfigError(f"num_image_tokens is {num_image_tokens}; expected at least 1")
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.num_image_tokens = num_image_tokens
         self.use_image_mode(image_mode, merge=patch_merge_type, pinpoints=image_grid_pinpoints)
         self.random_padding = False
-        """Move padded pictures by a pixel at random, as LLaVA-Med 1.5 does; never saved."""
+        """Shift padded images by zero or one pixel at random, as LLaVA-Med 1.5 does; never saved."""
         self.use_dicom(DicomPolicy.of(dicom))
         self.use_fast_jpeg(fast_jpeg)
         self.placement = lookup(PLACEMENTS, placement, "image placement")
         self.use_im_start_end = use_im_start_end
         self.strip_around_images = strip_around_images
         self.image_counts_as_one = False
-        """A maximum length counts each image as one token (LLaVA-Rad cut rows before it put images in)."""
+        """Count each image as one token of the maximum length (LLaVA-Rad truncated rows before inserting images)."""
         self.text = TextTokenizer(tokenizer, prefix_mark, add_bos=add_bos)
         self.use_template(template, system=system)
         self.image_token_id = _find_image_token(tokenizer)
@@ -105,9 +104,9 @@ class LlavaMedProcessor:
         self.marker_ids: tuple[int | None, int | None] = markers
 
     def use_template(self, name: str, *, system: str | None = None) -> None:
-        """Write conversations in another template from now on, with its own system text unless one is given.
+        """Switch to another template, with its default system prompt unless one is given.
 
-        Naming the template that is in use changes nothing: a system text of the checkpoint's own stays.
+        The name of the current template changes nothing, and keeps the system prompt of a checkpoint.
         """
         template = get_template(name)
         current: Template | None = getattr(self, "template", None)
@@ -117,15 +116,15 @@ class LlavaMedProcessor:
         self.template: Template = template if system is None else template.with_system(system)
 
     def use_image_mode(self, mode: str, *, merge: str | None = None, pinpoints: Any = None) -> None:
-        """Make pictures square in another way from now on.
+        """Switch to another image mode.
 
         Args:
-            mode: one of `data.images.MODES`.
-            merge: how the tiles of `anyres` are joined; None keeps the way in use.
-            pinpoints: sizes that `anyres` chooses from; None keeps those in use, or takes those of LLaVA 1.6.
+            mode: one of `imaging.geometry.MODES`.
+            merge: how the tiles of `anyres` are joined; None keeps the current value.
+            pinpoints: image sizes that `anyres` chooses from; None keeps the current ones, or those of LLaVA 1.6.
 
         Raises:
-            ConfigError: the mode is unknown, or does not go with the other settings.
+            ConfigError: the mode is unknown, or contradicts other settings.
         """
         if mode not in MODES:
             raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(MODES)}")
@@ -134,52 +133,54 @@ class LlavaMedProcessor:
         pinpoints = pinpoints or (current.pinpoints if current else None)
         self.image_grid = self._grid(mode, merge, pinpoints)
         self.image_mode = mode
-        self.__dict__.pop("image_fingerprint", None)  # it names the mode
+        self.__dict__.pop("image_fingerprint", None)  # depends on the mode
 
     def use_dicom(self, policy: DicomPolicy) -> None:
-        """Show DICOM files in another way from now on."""
+        """Switch to another rendering of DICOM files."""
         self.dicom = policy
-        self.__dict__.pop("image_fingerprint", None)  # it names the policy
+        self.__dict__.pop("image_fingerprint", None)  # depends on the policy
 
     def use_fast_jpeg(self, on: bool | None) -> None:
-        """Decode large JPEG files at a smaller scale from now on, or whole; None changes nothing.
+        """Switch decoding of large JPEG files at a smaller scale on or off; None changes nothing.
 
         Raises:
-            ConfigError: neither of these.
+            ConfigError: the value is not a boolean.
         """
         if on is None:
             return
         if not isinstance(on, bool):
-            raise ConfigError(f"fast_jpeg is true or false, got {on!r}")
+            raise ConfigError(f"fast_jpeg is {on!r}; expected true or false")
         self.fast_jpeg = on
-        self.__dict__.pop("image_fingerprint", None)  # it names the setting
+        self.__dict__.pop("image_fingerprint", None)  # depends on the setting
 
     def _grid(self, mode: str, merge: str, pinpoints: Any) -> ImageGrid:
         if mode not in VARIABLE_MODES:
             return ImageGrid(mode, 0, self.num_image_tokens, merge, tuple((w, h) for w, h in pinpoints or ()))
         if self.image_processor is None:
-            raise ConfigError(f"image mode {mode} needs the sizes of pictures, and this processor is for text only")
+            raise ConfigError(f"image mode {mode} needs a vision tower, but this processor is for text only")
         height, width = self.image_size
         if height != width:
-            raise ConfigError(f"image mode {mode} needs a tower with a square input, this one takes {width} x {height}")
+            raise ConfigError(
+                f"image mode {mode} needs a vision tower with square input; this one has {width} x {height}"
+            )
         found = parse_pinpoints(pinpoints, height) if mode == ANYRES else ()
         return ImageGrid(mode, height, self.num_image_tokens, merge, found)
 
     @property
     def has_variable_images(self) -> bool:
-        """Whether the number of an image's tokens depends on its size."""
+        """Whether the number of tokens of an image depends on its size."""
         return self.image_mode in VARIABLE_MODES
 
     def count_image_tokens(self, num_images: int, sizes: Sequence[Size] | None = None) -> list[int]:
         """Return the number of tokens of each image.
 
         Args:
-            num_images: how many there are.
-            sizes: width and height of each; only needed where `has_variable_images`.
+            num_images: number of images.
+            sizes: width and height of each; required if `has_variable_images`.
 
         Raises:
-            ConfigError: sizes are needed and were not given for each image.
-            DataError: a picture cannot be shown in this image mode.
+            ConfigError: sizes are required but not given for each image.
+            DataError: an image has a shape that the image mode does not support.
         """
         if not self.has_variable_images:
             return [self.num_image_tokens] * num_images
@@ -192,12 +193,13 @@ class LlavaMedProcessor:
 
     @property
     def eos_token_id(self) -> int | None:
-        """Id that ends a generation, if the tokenizer has one."""
+        """Id of the end-of-text token; None if the tokenizer has none."""
         return cast("int | None", self.tokenizer.eos_token_id)
 
     @property
     def pad_token_id(self) -> int:
-        """An id to fill unused places with; they are always masked, so any known one serves."""
+        """Id for padding positions."""
+        # Padding is always masked, so any token of the vocabulary works.
         for name in ("pad_token_id", "unk_token_id", "eos_token_id"):
             if (token := getattr(self.tokenizer, name, None)) is not None:
                 return int(token)
@@ -205,7 +207,7 @@ class LlavaMedProcessor:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: end of text, and the template's stop strings that are one token."""
+        """Ids that end an answer: end of text, and stop strings of the template that are one special token."""
         ids = [] if self.eos_token_id is None else [self.eos_token_id]
         special = {str(token): token_id for token_id, token in self.tokenizer.added_tokens_decoder.items()}
         ids += [special[stop] for stop in self.template.stops if stop in special]
@@ -213,56 +215,58 @@ class LlavaMedProcessor:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the pixels that the model takes."""
+        """Height and width of the input of the vision tower in pixels."""
         return _output_size(self.image_processor)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return pictures of one size as the model's input, `[N, 3, H, W]` float32; see `picture` for other modes.
+        """Return images as input of the vision tower, float32 `[N, 3, H, W]`; see `picture` for variable sizes.
 
         Raises:
-            ConfigError: this is a processor for text only, or pictures become inputs of several sizes.
+            ConfigError: the processor is for text only, or the image mode gives inputs of several sizes.
         """
         if self.image_processor is None:
-            raise ConfigError("this processor has no image processor; load one with a vision tower")
+            raise ConfigError("this processor is for text only; load one with a vision tower")
         if self.has_variable_images:
-            raise ConfigError(f"image mode {self.image_mode} gives each picture an input of its own; use `picture`")
+            raise ConfigError(
+                f"image mode {self.image_mode} gives inputs of several sizes; call `picture` for each image"
+            )
         height, width = self.image_size
         if not images:
             return torch.zeros(0, 3, height, width)
         return torch.stack([self.picture(image) for image in images])
 
     def open(self, ref: str | Path | bytes, root: str | Path | None = None) -> Opened:
-        """Return image `ref` (a name in folder `root`, or the bytes of a file) decoded for `picture`.
+        """Return image `ref` (a name in folder `root`, or the bytes of a file), decoded for `picture`.
 
         Raises:
-            DataError: missing, outside `root`, too large, broken or cut off; the message names the file.
+            DataError: the file is missing, outside `root`, too large, damaged or truncated; the message names it.
             MissingDependency: the decoder of a compressed DICOM file is not installed.
         """
         return decode(ref, root, dicom=self.dicom, scale_of=self._scale_of if self.fast_jpeg else None)
 
     def picture(self, image: Image.Image | Opened) -> Tensor:
-        """Return a picture as the model's input, float32: `[3, H, W]`, or `[K, 3, H, W]` tiles in mode `anyres`.
+        """Return an image as input of the vision tower, float32 `[3, H, W]`, or tiles `[K, 3, H, W]` with `anyres`.
 
         Raises:
-            ConfigError: this is a processor for text only.
-            DataError: the picture cannot be shown in this image mode.
+            ConfigError: the processor is for text only.
+            DataError: the image has a shape that the image mode does not support.
         """
         if self.image_processor is None:
-            raise ConfigError("this processor has no image processor; load one with a vision tower")
+            raise ConfigError("this processor is for text only; load one with a vision tower")
         if not self.has_variable_images and self._path is not None:
-            return self._straight(image, self._path)
+            return self._fast_pixels(image, self._path)
         image = image.image if isinstance(image, Opened) else image
         if not self.has_variable_images:
             return self._processed([self._fit(image)])[0]
-        self.image_grid.count(image.size)  # a shape that cannot be shown is refused
+        self.image_grid.count(image.size)  # raises for unsupported shapes
         if self.image_mode == KEEP:
             return self._processed([self._fit(image)], do_resize=False, do_center_crop=False)[0]
         side = self.image_grid.tile
         columns, rows = self.image_grid.shape(image.size)
         return self._processed(tiles(image, (columns * side, rows * side), side))
 
-    def _straight(self, image: Image.Image | Opened, path: PixelPath) -> Tensor:
-        """Return [3, H, W], the same bits as by way of the image processor where the picture is not scaled."""
+    def _fast_pixels(self, image: Image.Image | Opened, path: PixelPath) -> Tensor:
+        """Return [3, H, W], bitwise equal to the image processor if a JPEG image was not decoded at a smaller scale."""
         if not isinstance(image, Opened):
             image = Opened(image if image.mode == "L" else to_rgb(image), image.size)
         fitted, size, box = fit_opened(image, self.image_mode, size=self.image_size, **self._border())
@@ -272,12 +276,12 @@ class LlavaMedProcessor:
         return fit(image, self.image_mode, size=self.image_size, **self._border())
 
     def _border(self) -> dict[str, Any]:
-        """Colour of the border that mode `pad` adds, and by how much the picture is off its middle."""
+        """Return the border color of mode `pad`, and the shift of the image from the center in pixels."""
         fill = mean_color(getattr(self.image_processor, "image_mean", None) or (0.5, 0.5, 0.5))
         return {"fill": fill, "shift": random.randint(0, 1) if self.random_padding else 0}
 
     def _scale_of(self, size: Size) -> int:
-        """Return the divisor at which a JPEG picture of this width and height is decoded."""
+        """Return the divisor of the scale at which a JPEG image of this width and height is decoded."""
         if self.has_variable_images or self._path is None:
             return 1
         if self.image_mode == "resize":
@@ -295,7 +299,7 @@ class LlavaMedProcessor:
 
     @cached_property
     def image_fingerprint(self) -> str:
-        """Identity of all that happens to a picture: equal fingerprints and equal bytes give equal pixels."""
+        """Hash of all image settings: equal fingerprints and equal file bytes give equal pixels."""
         constants = None if self.image_processor is None else self.image_processor.to_dict()
         parts = [self.image_mode, type(self.image_processor).__name__, constants, self.dicom.settings()]
         parts += [self.image_grid.pinpoints] if self.has_variable_images else []
@@ -308,7 +312,7 @@ class LlavaMedProcessor:
         return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write settings, tokenizer and image processor into folder `path`; each file appears whole or not at all."""
+        """Save settings, tokenizer and image processor into the folder `path`; each file is replaced atomically."""
         target = Path(path)
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".processor-") as folder:
@@ -332,22 +336,20 @@ class LlavaMedProcessor:
             }
             text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
             (Path(folder) / PROCESSOR_FILE).write_text(text, encoding="utf-8")
-            # The settings come last: a folder that has them has everything.
+            # Settings last: a folder with settings is then complete.
             for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == PROCESSOR_FILE):
                 os.replace(file, target / file.name)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> LlavaMedProcessor:
-        """Load what `save_pretrained` wrote.
+        """Load a processor that `save_pretrained` saved.
 
         Raises:
-            CheckpointError: the folder holds no processor, or one that cannot be read.
+            CheckpointError: the folder has no processor, or it cannot be loaded.
         """
         file = Path(path) / PROCESSOR_FILE
         if not file.is_file():
-            raise CheckpointError(
-                f"{path} holds no {PROCESSOR_FILE}; expected a folder written by this package's training"
-            )
+            raise CheckpointError(f"{path} has no {PROCESSOR_FILE}; expected a llava checkpoint")
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -363,11 +365,11 @@ def _find_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
         found = word_id(tokenizer, token)
         if found is not None:
             return found
-    raise ConfigError(f"the tokenizer knows neither {IMAGE_TOKEN} nor {IM_PATCH_TOKEN}; add one as a special token")
+    raise ConfigError(f"the tokenizer has neither {IMAGE_TOKEN} nor {IM_PATCH_TOKEN}; add one as a special token")
 
 
 def _output_size(image_processor: Any) -> tuple[int, int]:
-    """Return height and width of an image processor's output."""
+    """Return height and width of the output of an image processor."""
     crops = getattr(image_processor, "do_center_crop", False)
     size = image_processor.crop_size if crops else image_processor.size
     if isinstance(size, int):

@@ -1,9 +1,9 @@
-"""The records that flow through every part: a `Sample` is one conversation about zero or more images.
+"""Sample, the record that all parts of the package share: one conversation about zero or more images.
 
     row of a JSON file  --from_row-->  Sample  --to_row-->  row of a JSON file
 
-The JSON layout is the one of the LLaVA family: `id`, `image` (one name or a list), `conversations` (a list of
-`{"from": "human" | "gpt", "value": text}`); every other field of a row is kept in `Sample.meta`.
+The JSON format is that of LLaVA: `id`, `image` (one name or a list) and `conversations` (a list of
+`{"from": "human" | "gpt", "value": text}`); all other fields of a row are kept in `Sample.meta`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from llava.errors import DataError
 Role = Literal["human", "gpt"]
 
 ROLES: dict[str, Role] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-"""Names of the two speakers in data files."""
+"""Role by its name in data files."""
 
 CONVERSATION_KEYS = ("conversations", "conversatons")
-"""The second is a misspelling in published alignment and VQA files; it is read, never written."""
+"""Names of the field with the turns; the second is a misspelling in published files, which is read, never written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message; `train` overrides whether the template trains it (None: as the template says)."""
+    """One message; `train` overrides whether the template trains it, None keeps the choice of the template."""
 
     role: Role
     text: str
@@ -35,14 +35,14 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns in order; `system` replaces the template's system text when given."""
+    """Turns in order, and an optional system prompt that replaces the one of the template."""
 
     turns: tuple[Turn, ...]
     system: str | None = None
 
 
 class Origin(NamedTuple):
-    """Where a sample was read, so that a later message can name file and row (rows count from 0)."""
+    """File and row (counted from 0) of a sample, for error messages."""
 
     file: str
     row: int
@@ -53,14 +53,14 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A conversation, the images it shows and the row's other fields.
+    """A conversation, its images and the other fields of its row.
 
     Attributes:
-        id: the row's id as text.
+        id: id of the row as text.
         conversation: the turns.
-        images: paths or names of the images, in order of their place holders.
+        images: paths or names of the images, in the order of their placeholders.
         meta: all other fields of the row.
-        origin: file and row it was read from.
+        origin: file and row that the sample was read from.
     """
 
     id: str
@@ -71,20 +71,21 @@ class Sample:
 
 
 def name_of(sample: Sample) -> str:
-    """How messages call a sample: file and row where they are known, and the id."""
+    """Return the name of a sample in messages: file and row if known, and the id."""
     return f"id {sample.id!r}" if sample.origin is None else f"{sample.origin}, id {sample.id!r}"
 
 
 def describe(value: Any) -> str:
-    """Say what a value is without showing it: rows hold patients' texts, and messages end up in logs."""
+    """Return the type and length of a value, without its content."""
+    # Rows contain texts about patients, and messages appear in logs.
     kind = type(value).__name__
     return f"{kind} of length {len(value)}" if hasattr(value, "__len__") else kind
 
 
 def to_row(sample: Sample) -> dict[str, Any]:
-    """Return the JSON row of a sample; `from_row` reads it back to an equal sample.
+    """Return the JSON row of a sample; `from_row` returns an equal sample for it.
 
-    A number that was the row's id is written as that number again.
+    An id that was a number in the original row is a number again.
     """
     rest = dict(sample.meta)
     raw_id = rest.pop("id", sample.id)
@@ -104,16 +105,16 @@ def to_row(sample: Sample) -> dict[str, Any]:
 def from_row(row: Mapping[str, Any], *, default_id: str | None = None) -> Sample:
     """Return the sample of a JSON row.
 
-    Lenient where published files are: both spellings of `conversations`, numbers as values, `user` and `assistant` as
-    roles, a leading `system` turn (it becomes the conversation's system text), and an answer before the first
-    question, which is left out as the LLaVA trainers do.
+    Accepts all variants of published files: both spellings of `conversations`, numbers as values, `user` and
+    `assistant` as roles, a first turn `system` (the system prompt of the conversation), and an answer before the first
+    question, which is dropped as in the LLaVA trainers.
 
     Args:
         row: the decoded JSON object.
-        default_id: the id of a row that has none; without it such a row is an error.
+        default_id: id of a row without one; if None, such a row is an error.
 
     Raises:
-        DataError: a field is missing or cannot be used; the message names the field.
+        DataError: a field is missing or invalid; the message names the field.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"a row must be a JSON object, got {type(row).__name__}")
@@ -134,16 +135,16 @@ def from_row(row: Mapping[str, Any], *, default_id: str | None = None) -> Sample
 
 
 def num_lost_turns(row: Mapping[str, Any], sample: Sample) -> int:
-    """How many turns of `row` are not in its `sample`: 1 when an answer came before the first question, else 0."""
+    """Return the number of turns of `row` that `sample` lacks: 1 for an answer before the first question, else 0."""
     written = next(row[key] for key in CONVERSATION_KEYS if key in row)
     return len(written) - len(sample.conversation.turns) - (sample.conversation.system is not None)
 
 
 def read_images(value: Any) -> tuple[str, ...]:
-    """Return the image names of a row's field `image`: nothing, one name or a list of names.
+    """Return the image names of the field `image` of a row: none, one name or a list of names.
 
     Raises:
-        DataError: it is something else.
+        DataError: the field has another type.
     """
     if value is None or value == "":
         return ()
@@ -154,7 +155,7 @@ def read_images(value: Any) -> tuple[str, ...]:
 
 
 def _read_turns(raw: Any, key: str) -> tuple[str | None, tuple[Turn, ...]]:
-    """Return the system text, if any, and the turns, which begin with a question and alternate."""
+    """Return the system prompt, if any, and the turns, which start with a question and alternate."""
     if not isinstance(raw, list | tuple):
         raise DataError(f"field {key!r} must be a list of turns, got {type(raw).__name__}")
     raw = list(raw)
@@ -167,11 +168,11 @@ def _read_turns(raw: Any, key: str) -> tuple[str | None, tuple[Turn, ...]]:
     if turns and turns[0].role != "human":
         turns, first = turns[1:], first + 1
     if not turns:
-        raise DataError(f"field {key!r} holds no question; expected turns that begin with one from 'human'")
+        raise DataError(f"field {key!r} has no question; expected turns that start with one from 'human'")
     for index, turn in enumerate(turns):
         if turn.role != ("human", "gpt")[index % 2]:
             raise DataError(
-                f"{key}[{first + index}]: two turns in a row from {turn.role!r}; human and gpt must alternate"
+                f"{key}[{first + index}]: two turns in a row from {turn.role!r}; expected human and gpt to alternate"
             )
     return system, tuple(turns)
 
@@ -197,23 +198,23 @@ def _read_value(raw: Mapping[str, Any], where: str) -> str:
 
 
 def with_places(sample: Sample) -> Conversation:
-    """Return the sample's conversation with exactly one `<image>` per image.
+    """Return the conversation of a sample with exactly one `<image>` per image.
 
-    A row that names images but marks no place gets them in front of its first question, as the LLaVA trainers do.
+    If a row has images but no placeholders, they are added before its first question, as in the LLaVA trainers.
 
     Raises:
-        DataError: the number of place holders differs from the number of images; names the row.
+        DataError: the number of placeholders differs from the number of images; names the row.
     """
     conversation, num_images = sample.conversation, len(sample.images)
-    num_places = sum(turn.text.count(IMAGE_TOKEN) for turn in conversation.turns)
-    if num_places == num_images:
+    num_placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in conversation.turns)
+    if num_placeholders == num_images:
         return conversation
-    if num_places == 0:
+    if num_placeholders == 0:
         first = conversation.turns[0]
         text = f"{IMAGE_TOKEN}\n" * num_images + first.text
         return replace(conversation, turns=(replace(first, text=text), *conversation.turns[1:]))
-    hint = "the row names no image" if num_images == 0 else f"it names {num_images} image(s)"
+    fact = "the row names no image" if num_images == 0 else f"the row names {num_images} image(s)"
     raise DataError(
-        f"{name_of(sample)}: the text has {num_places} place holder(s) {IMAGE_TOKEN} but {hint}; "
-        f"expected one per image, or none to have them put in front"
+        f"{name_of(sample)}: the text has {num_placeholders} placeholder(s) {IMAGE_TOKEN} but {fact}; "
+        "expected one per image, or none"
     )

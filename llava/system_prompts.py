@@ -1,6 +1,6 @@
-"""System texts of the published templates, letter by letter: a checkpoint answers best after the one it was trained on.
+"""System prompts of the published templates, character by character as in the training of the published models.
 
-Some join their sentences without a space; that is how they were published. A test holds each one's length and digest.
+Some join sentences without a space, as published. A test checks the length and hash of each.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SYSTEMS: dict[str, str] = {
         "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
         "something not correct. If you don't know the answer to a question, please don't share false information."
     ),
-    # Our own wording; the published one is given as a file by those who use the published weights.
+    # Not the published wording; pass that as a file (`--system-file`) to use the published weights.
     "self_questioning": _CHAT.format("user")
     + " The assistant can also take the part of a curious virtual user, who asks searching questions about the image.",
     "dolly": (
@@ -53,4 +53,4 @@ SYSTEMS: dict[str, str] = {
     ),
     "smollm2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
 }
-"""The texts by short name. `mpt` and `chatml` begin with their role mark, as published."""
+"""System prompts by short name. `mpt` and `chatml` start with their role token, as published."""

@@ -1,13 +1,13 @@
-"""Text to token ids with character spans, for any fast tokenizer, exactly as the published models were fed.
+"""Tokenization of text with character spans, equal to the tokenization in the training of the published models.
 
-Sentencepiece tokenizers (Llama, Mistral) write a prefix mark `▁` before a text. Those that the published models were
-trained with always wrote it; transformers 5 leaves it out where a text begins with a space, and forgets on saving
-whether it is written before every chunk between special tokens ("legacy") or once per text. So the mark is set here,
-on a copy of the backend, and the choice is saved with the processor.
+Sentencepiece tokenizers (Llama, Mistral) write a prefix mark `▁` before a text. The tokenizers of the published models
+always wrote it. transformers 5 omits it if a text starts with a space, and does not save whether it is written before
+every chunk between special tokens ("legacy") or once per text. Therefore the mark is set here, on a copy of the
+backend, and the choice is saved with the processor.
 
-From a folder with only tokenizer.model, transformers 5 also takes the merges in the order of the vocabulary, where the
-model says by its scores: real Llama and Mistral vocabularies begin with runs of spaces that must merge last. That is
-repaired in the tokenizer itself, so that it is saved right.
+From a folder with only tokenizer.model, transformers 5 orders merges by the vocabulary instead of by the scores of the
+model. Llama and Mistral vocabularies start with runs of spaces, which must merge last. `repair_merges` corrects the
+tokenizer itself, so that it is also saved correctly.
 """
 
 from __future__ import annotations
@@ -24,32 +24,29 @@ from transformers import PreTrainedTokenizerBase
 from llava.errors import ConfigError
 
 PrefixMark = Literal["chunk", "text", "backend"]
-"""Where the prefix mark goes: before every chunk between special tokens (sentencepiece tokenizers until transformers
-4.37 and all with `legacy: true`), once per text (`legacy: false`), or wherever the backend itself puts it (byte-level
-and all other tokenizers)."""
+"""Position of the prefix mark: before every chunk between special tokens (sentencepiece tokenizers until transformers
+4.37 and all with `legacy: true`), once per text (`legacy: false`), or as in the backend (all other tokenizers)."""
 
 MARK = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 class Tokens(NamedTuple):
-    """Ids of a text and for each the `(start, stop)` of the characters it stands for; a prefix mark starts at 0."""
+    """Token ids of a text and the `(start, stop)` characters of each token; a prefix mark starts at 0."""
 
     ids: list[int]
     spans: list[tuple[int, int]]
 
 
 def word_id(tokenizer: Any, word: str) -> int | None:
-    """Id of a word of the vocabulary or of the added words, None where it is neither.
-
-    Asked of the backend, since transformers makes a table of the whole vocabulary for every question.
-    """
+    """Return the id of a token in the vocabulary or the added tokens; None if it is in neither."""
+    # The backend looks up one token; transformers builds a table of the whole vocabulary for every lookup.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     found: int | None = tokenizer.get_vocab().get(word) if backend is None else backend.token_to_id(word)
     return found
 
 
 class TextTokenizer:
-    """Tokenizes pieces of text without adding special tokens; special tokens written in the text are recognised."""
+    """Tokenizer of parts of a text; it adds no special tokens, and encodes those that the text contains."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prefix_mark: PrefixMark | None = None, *, add_bos: bool | None = None
@@ -58,15 +55,15 @@ class TextTokenizer:
 
         Args:
             tokenizer: any fast tokenizer of transformers.
-            prefix_mark: None finds out from the tokenizer's files.
-            add_bos: whether a text begins with the begin-of-text token; None finds out likewise.
+            prefix_mark: position of the prefix mark; None to read it from the files of the tokenizer.
+            add_bos: whether a text starts with the begin-of-text token; None to read it from the files.
 
         Raises:
-            ConfigError: the tokenizer has no fast backend, so tokens cannot be placed in the text.
+            ConfigError: the tokenizer has no fast backend, which is needed for character spans.
         """
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise ConfigError(
-                f"{type(tokenizer).__name__} is not a fast tokenizer, so its tokens cannot be placed in the text; "
+                f"{type(tokenizer).__name__} is not a fast tokenizer, so its tokens have no positions in the text; "
                 "use a folder with tokenizer.json or a sentencepiece tokenizer.model"
             )
         if prefix_mark is not None and prefix_mark not in get_args(PrefixMark):
@@ -76,15 +73,15 @@ class TextTokenizer:
         bos = tokenizer.bos_token_id
         adds = find_add_bos(tokenizer, self.prefix_mark) if add_bos is None else add_bos
         self.bos_ids: tuple[int, ...] = (int(bos),) if adds and bos is not None else ()
-        """What the tokenizer writes before a text: its begin-of-text token, or nothing."""
+        """Begin-of-text token that is written before a text, or empty."""
         if self.prefix_mark != "backend":
             repair_merges(tokenizer)
-        self._made: tuple[int, Tokenizer] | None = None  # made when first used: whoever looks only at ids needs none
+        self._made: tuple[int, Tokenizer] | None = None  # created on first use; not needed for token ids only
 
     def plain_backend(self) -> Tokenizer:
-        """A backend whose own rules write the prefix marks of this tokenizer, for programs that know no others.
+        """Return a backend that writes the prefix marks of this tokenizer by its own rules, for other programs.
 
-        Where the mark is written once per text, it stands before the first chunk only.
+        If the mark is written once per text, it is before the first chunk only.
         """
         backend = self._make_backend()
         if self.prefix_mark == "text":
@@ -94,7 +91,7 @@ class TextTokenizer:
 
     def _make_backend(self) -> Tokenizer:
         backend = Tokenizer.from_str(cast(Any, self.tokenizer).backend_tokenizer.to_str())
-        backend.post_processor = cast(Any, None)  # byte-level ones would trim spaces off the spans
+        backend.post_processor = cast(Any, None)  # those of byte-level tokenizers would remove spaces from the spans
         backend.no_truncation()
         backend.no_padding()
         if self.prefix_mark != "backend":
@@ -108,12 +105,12 @@ class TextTokenizer:
 
     def _backend(self) -> Tokenizer:
         size = len(self.tokenizer)
-        if self._made is None or self._made[0] != size:  # tokens were added since
+        if self._made is None or self._made[0] != size:  # tokens were added after the last call
             self._made = size, self._make_backend()
         return self._made[1]
 
     def __call__(self, text: str) -> Tokens:
-        """Return the tokens of one piece of text, tokenized as if it stood alone."""
+        """Return the tokens of one part of a text, tokenized independently of other parts."""
         if not text:
             return Tokens([], [])
         backend = self._backend()
@@ -123,12 +120,12 @@ class TextTokenizer:
         encoding = backend.encode(MARK + text, add_special_tokens=False)
         ids, spans = encoding.ids, [(max(start - 1, 0), stop - 1) for start, stop in encoding.offsets]
         if len(ids) > 1 and encoding.offsets[0] == (0, 1) and ids[1] in self.tokenizer.added_tokens_decoder:
-            ids, spans = ids[1:], spans[1:]  # no mark before a special token
+            ids, spans = ids[1:], spans[1:]  # a special token has no prefix mark
         return Tokens(ids, spans)
 
 
 def repair_merges(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Put the merges of a tokenizer read from tokenizer.model alone into the model's order; return whether they moved.
+    """Order the merges of a tokenizer loaded from tokenizer.model alone by score; return whether the order changed.
 
     Raises:
         ConfigError: the file is not a sentencepiece model.
@@ -151,7 +148,7 @@ def repair_merges(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _merges_by_score(model: Any) -> list[tuple[str, str]]:
-    """Return all pairs of pieces that make a piece, best score of the result first; among equals long parts first."""
+    """Return all pairs of pieces that form a piece, by the score of the result; ties by the length of the parts."""
     num_pieces = model.get_piece_size()
     special = [model.is_control(i) or model.is_unknown(i) or model.is_byte(i) for i in range(num_pieces)]
     pieces = {model.id_to_piece(i): i for i in range(num_pieces) if not special[i]}
@@ -166,10 +163,10 @@ def _merges_by_score(model: Any) -> list[tuple[str, str]]:
 
 
 def find_prefix_mark(tokenizer: PreTrainedTokenizerBase) -> PrefixMark:
-    """Return where this tokenizer's models expect the prefix mark.
+    """Return the position of the prefix mark that the models of this tokenizer expect.
 
-    A sentencepiece folder decides by the key `legacy` of its tokenizer_config.json; without the key it was made for
-    tokenizers that wrote the mark before every chunk. A tokenizer.json alone decides by its backend.
+    In a sentencepiece folder, the key `legacy` of tokenizer_config.json determines it; without the key, the mark is
+    before every chunk. For a tokenizer.json alone, the backend determines it.
     """
     before = cast(Any, tokenizer).backend_tokenizer.pre_tokenizer
     if not isinstance(before, pre_tokenizers.Metaspace) or before.split or before.prepend_scheme == "never":
@@ -185,10 +182,8 @@ def find_prefix_mark(tokenizer: PreTrainedTokenizerBase) -> PrefixMark:
 
 
 def find_add_bos(tokenizer: PreTrainedTokenizerBase, prefix_mark: PrefixMark) -> bool:
-    """Return whether this tokenizer's models expect begin of text.
-
-    A sentencepiece folder without the key `add_bos_token` means yes; transformers 5 reads it as no.
-    """
+    """Return whether the models of this tokenizer expect the begin-of-text token."""
+    # A sentencepiece folder without the key `add_bos_token` means yes, which transformers 5 reads as no.
     ids = cast(list[int], tokenizer("").input_ids)
     if ids and ids[0] == tokenizer.bos_token_id:
         return True
@@ -200,7 +195,7 @@ def find_add_bos(tokenizer: PreTrainedTokenizerBase, prefix_mark: PrefixMark) ->
 
 
 def _find_file(name: str, file: str) -> Path | None:
-    """Return the path of a tokenizer's file: in a folder, or in the cache of a hub name."""
+    """Return the path of a file of a tokenizer, in a folder or in the hub cache; None if it is missing."""
     if not name:
         return None
     if (Path(name) / file).is_file():

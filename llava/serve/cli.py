@@ -1,9 +1,11 @@
-"""`llava chat`: questions about a picture in the terminal, answers as they are written.
+"""Terminal chat about an image (`llava chat`).
 
-llava chat --model runs/first --image picture.png
-llava chat --model runs/first --image picture.png --question "What is shown?"
+A conversation continues until `/reset` or `/image`.
 
-    typed line --> conversation so far + pictures --engine.stream--> answer --> joins the conversation
+    llava chat --model runs/first --image xray.png
+    llava chat --model runs/first --image xray.png --question "What is shown?"
+
+    typed line --> conversation so far + image --engine.stream--> answer --> appended to the conversation
 """
 
 from __future__ import annotations
@@ -26,16 +28,16 @@ from llava.utils.jsonl import read_text
 
 HELP = """\
 Ask a question and press enter. Commands:
-  /image FILE   show another picture and begin anew
-  /reset        begin anew with the same picture
-  /help         this text
-  /quit         end (so does an empty line or the end of input)
+  /image FILE   load another image and start a new conversation
+  /reset        start a new conversation with the same image
+  /help         show this text
+  /quit         end the chat (as does an empty line or the end of input)
 """
 
 
 @dataclass(slots=True)
 class Chat:
-    """A conversation about at most one picture; the picture's mark is in the first question."""
+    """Conversation about at most one image, whose placeholder is in the first question."""
 
     engine: Engine
     sampling: Sampling
@@ -44,25 +46,25 @@ class Chat:
     turns: list[Turn] = field(default_factory=list)
 
     def show(self, path: str) -> None:
-        """Take another picture and begin anew.
+        """Load another image and start a new conversation.
 
         Raises:
-            DataError: the picture cannot be read.
+            DataError: the image cannot be read.
         """
-        self.image = read_picture(path)
+        self.image = read_image(path)
         self.turns.clear()
 
     def ask(self, question: str, out: TextIO) -> str:
-        """Write the answer to `out` while it grows, and keep question and answer in the conversation.
+        """Write the answer to `out` while it is generated, and append question and answer to the conversation.
 
         Raises:
-            GenerationError: no answer could be generated; the conversation stays as it was.
-            DataError: the question writes an image mark itself.
+            GenerationError: no answer could be generated; the conversation is unchanged.
+            DataError: the question contains an image placeholder.
         """
         if IMAGE_TOKEN in question:
-            raise DataError(f"a question must not contain {IMAGE_TOKEN}; /image FILE shows a picture")
-        mark = f"{IMAGE_TOKEN}\n" if self.image is not None and not self.turns else ""
-        turns = [*self.turns, Turn("human", mark + question)]
+            raise DataError(f"the question contains {IMAGE_TOKEN}; remove it, and use /image FILE to load an image")
+        placeholder = f"{IMAGE_TOKEN}\n" if self.image is not None and not self.turns else ""
+        turns = [*self.turns, Turn("human", placeholder + question)]
         prompt = Prompt(Conversation(tuple(turns), self.system), () if self.image is None else (self.image,))
         answer = written = ""
         for answer in self.engine.stream(prompt, self.sampling):
@@ -75,22 +77,22 @@ class Chat:
         return answer
 
 
-def read_picture(path: str) -> bytes:
-    """Return the bytes of a picture, which the model's processor decodes; it is decoded here once to complain early.
+def read_image(path: str) -> bytes:
+    """Return the bytes of an image file.
 
     Raises:
-        DataError: the picture cannot be read.
+        DataError: the image cannot be read.
     """
     content = read_bytes(path, None)
     try:
-        load_image(content)
+        load_image(content)  # the processor decodes it again; this reports errors before a model is loaded
     except DataError as error:
         raise type(error)(str(error).replace("given as bytes", path, 1)) from error
     return content
 
 
 def talk(chat: Chat, lines: Iterable[str], out: TextIO, *, prompt: str = "> ") -> None:
-    """Answer lines until one is empty, says /quit, or there are no more; errors are shown and the talk goes on."""
+    """Answer lines until an empty line, /quit or the end of input; errors are shown and the chat continues."""
     out.write(prompt)
     out.flush()
     for line in lines:
@@ -113,16 +115,16 @@ def talk(chat: Chat, lines: Iterable[str], out: TextIO, *, prompt: str = "> ") -
 
 
 def make_parser() -> Parser:
-    """Return the options of `llava chat`."""
-    parser = Parser(prog="llava chat", description="Ask a model about a picture, in the terminal.")
+    """Return the argument parser of `llava chat`."""
+    parser = Parser(prog="llava chat", description="Chat with a model about an image in the terminal.")
     add_engine_options(parser)
-    parser.add_argument("--image", "--image-file", help="picture to talk about")
-    parser.add_argument("--question", help="ask this one question, print the answer and end")
-    parser.add_argument("--system", help="file with a system text to use in the place of the template's")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
-    parser.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--image", "--image-file", help="image file")
+    parser.add_argument("--question", help="ask one question, print the answer and exit")
+    parser.add_argument("--system", help="text file that replaces the template's system prompt")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 for greedy decoding")
+    parser.add_argument("--top-p", type=float, default=1.0, help="probability mass for nucleus sampling")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum number of tokens in an answer")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     return parser
 
 
@@ -135,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         top_p=args.top_p,
         seed=args.seed if args.temperature > 0 else None,
     )
-    image = None if args.image is None else read_picture(args.image)
+    image = None if args.image is None else read_image(args.image)
     system = None if args.system is None else read_text(args.system).strip()
     chat = Chat(engine_of(args), sampling, image, system)
     if args.question is not None:

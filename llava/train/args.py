@@ -87,7 +87,7 @@ class ModelArguments:
             )
         if self.calibrate_mm_projector and self.pretrain_mm_mlp_adapter:
             raise ConfigError(
-                "--calibrate-mm-projector initializes a projector and --pretrain-mm-mlp-adapter loads one; set one of them"
+                "--calibrate-mm-projector initializes a projector, --pretrain-mm-mlp-adapter loads one; set one of them"
             )
         if self.tune_mm_mlp_adapter and self.lora_enable:
             raise ConfigError("--tune-mm-mlp-adapter trains only the projector; use --lora-enable in stage 2")
