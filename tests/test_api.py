@@ -1,4 +1,4 @@
-"""The Python interface on a tiny saved model: its documented lines, and messages in every form."""
+"""Python API on a tiny saved model: its documented examples, and all forms of messages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def assistant(folder: Path) -> api.LlavaPredictor:
 
 
 def test_the_documented_lines_run(folder: Path) -> None:
-    names = {"model_folder": folder, "picture": tiny_image(0)}
+    names = {"model_folder": folder, "image": tiny_image(0)}
     found = doctest.testmod(api, extraglobs=names)
     assert found.attempted >= 8 and found.failed == 0
 
@@ -88,7 +88,7 @@ def test_a_score_is_of_the_answer_alone(assistant: api.LlavaPredictor) -> None:
 @pytest.mark.parametrize(
     ("messages", "images", "words"),
     [
-        ("<image> <image>", ["a.png"], "2 <image> marks for 1"),
+        ("<image> <image>", ["a.png"], "2 <image> placeholders for 1"),
         ([{"role": "user"}], [], "message 0"),
         ([{"role": "robot", "content": "a"}], [], r"message 0: expected .* got dict of length 2$"),
         ([Turn("human", "a"), Turn("gpt", "b")], [], "question"),
@@ -104,6 +104,6 @@ def test_messages_that_cannot_be_used(
         assistant.chat(messages, images)
 
 
-def test_a_missing_picture_is_an_error_that_names_the_request(assistant: api.LlavaPredictor) -> None:
+def test_a_missing_image_is_an_error_that_names_the_request(assistant: api.LlavaPredictor) -> None:
     with pytest.raises(GenerationError, match=r"request 1: .*absent\.png"):
         assistant.chat_many([("a?", ()), ("b?", "absent.png")], max_new_tokens=2)

@@ -56,7 +56,7 @@ def text_of(segments: tuple[Segment, ...]) -> str:
 
 
 def bracketed(segments: tuple[Segment, ...]) -> str:
-    """Text with [ ] around its trained stretches."""
+    """Return the text with [ ] around its trained parts."""
     text = "".join(f"\0{segment.text}\1" if segment.trained else segment.text for segment in segments)
     return text.replace("\1\0", "").replace("\0", "[").replace("\1", "]")
 
@@ -185,13 +185,13 @@ def test_plain_keeps_only_the_image() -> None:
 def test_errors() -> None:
     with pytest.raises(ConfigError, match="unknown template 'v9'; known: bair_v1"):
         get_template("v9")
-    with pytest.raises(DataError, match="ends with a question"):
+    with pytest.raises(DataError, match="does not end with a question"):
         get_template("v1").prompt(talk("Q", "A"))
 
 
 @pytest.mark.parametrize("name", ["chatml", "mpt"])
 def test_an_answer_keeps_no_line_end_behind_a_header_that_ends_with_one(name: str) -> None:
-    """Tokenizers merge line ends, and the prompt's last token would not be one of the training sequence."""
+    """Tokenizers merge newlines, so that the last token of a prompt would not be in the training sequence."""
     template = TEMPLATES[name]
     question = Turn("human", "q")
     rendered = ["".join(part.text for part in template.render(Conversation((question, Turn("gpt", answer)))))

@@ -1,4 +1,4 @@
-"""Every image gets its place in the text."""
+"""Placeholders of images in conversations."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_pixels(mode: str) -> None:
     assert reds in {"square": range(4, 6), "pad": range(8, 11), "resize": range(8, 11)}[mode]
 
 
-def test_no_pictures_give_an_empty_batch() -> None:
+def test_no_images_give_an_empty_batch() -> None:
     assert with_images().pixels([]).shape == (0, 3, 28, 28)
 
 
@@ -62,11 +62,11 @@ def test_saved_and_loaded_processor_is_the_same(tmp_path: Path, kind: str) -> No
     assert not list(tmp_path.glob(".processor-*"))
     loaded = LlavaMedProcessor.from_pretrained(tmp_path)
     conversation = talk("What <image> is?", " A lung", "Why?", "So </s> x")
-    picture = Image.new("RGB", (40, 30), "blue")
+    image = Image.new("RGB", (40, 30), "blue")
     assert encode(conversation, loaded, images=["k"], max_length=None) == encode(
         conversation, processor, images=["k"], max_length=None
     )
-    assert torch.equal(loaded.pixels([picture]), processor.pixels([picture]))
+    assert torch.equal(loaded.pixels([image]), processor.pixels([image]))
     assert loaded.image_fingerprint == processor.image_fingerprint
     assert (loaded.template, loaded.text.prefix_mark) == (processor.template, processor.text.prefix_mark)
     again = tmp_path / "again"
@@ -75,7 +75,7 @@ def test_saved_and_loaded_processor_is_the_same(tmp_path: Path, kind: str) -> No
 
 
 def test_begin_of_text_is_saved(tmp_path: Path) -> None:
-    """A sentencepiece folder that says nothing wants it; what transformers saves of it says no."""
+    """A sentencepiece folder without the key means yes; the folder that transformers saves from it says no."""
     tokenizer = byte_level()
     assert not LlavaMedProcessor(tokenizer, None, template="v1", num_image_tokens=1).text.bos_ids
     processor = LlavaMedProcessor(tokenizer, None, template="v1", num_image_tokens=1, add_bos=True)
@@ -121,11 +121,11 @@ def test_errors(tmp_path: Path) -> None:
         make_processor(placement="back")
     with pytest.raises(ConfigError, match="unknown image mode"):
         make_processor(image_mode="round")
-    with pytest.raises(ConfigError, match="at least one token"):
+    with pytest.raises(ConfigError, match="expected at least 1"):
         make_processor(num_image_tokens=0)
-    with pytest.raises(ConfigError, match="knows neither <image> nor <im_patch>"):
+    with pytest.raises(ConfigError, match="has neither <image> nor <im_patch>"):
         LlavaMedProcessor(llama_like(added=()), None, template="v1", num_image_tokens=1)
-    with pytest.raises(ConfigError, match="no image processor"):
+    with pytest.raises(ConfigError, match="for text only"):
         make_processor().pixels([Image.new("RGB", (4, 4))])
     (tmp_path / PROCESSOR_FILE).write_text('{"template": "v1"}')
     with pytest.raises(CheckpointError, match="cannot be loaded"):

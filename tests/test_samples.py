@@ -1,4 +1,4 @@
-"""Samples and the JSON rows they are read from and written to."""
+"""Conversion between samples and JSON rows."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def test_a_system_turn_becomes_the_system_text() -> None:
         ),
         (row(("human", "q"), ("human", "q")), r"conversations\[1\]: two turns in a row from 'human'"),
         (row(("gpt", "a"), ("gpt", "a"), ("human", "q")), r"conversations\[1\]: two turns in a row from 'gpt'"),
-        (row(("gpt", "a")), "holds no question"),
-        (row(), "holds no question"),
+        (row(("gpt", "a")), "has no question"),
+        (row(), "has no question"),
         (row(("human", "q"), image=5), "'image' must be a file name"),
         (row(("human", "q"), image=["a", ""]), "'image' must be"),
         ([1], "must be a JSON object"),

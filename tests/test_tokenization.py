@@ -32,7 +32,7 @@ TEXTS = [
 
 
 def reference(model: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
-    """Ids of the library itself: special tokens split off, every chunk on its own (`legacy`)."""
+    """Ids of the library itself: split at special tokens, one chunk at a time (`legacy`)."""
     ids: list[int] = []
     for chunk in text.replace("<s>", "\0<s>\0").replace("</s>", "\0</s>\0").split("\0"):
         ids += [{"<s>": 1, "</s>": 2}[chunk]] if chunk in ("<s>", "</s>") else model.encode(chunk)
@@ -40,7 +40,7 @@ def reference(model: sentencepiece.SentencePieceProcessor, text: str) -> list[in
 
 
 def mistral_model() -> Path:
-    """A real sentencepiece model of 32,000 pieces that a package ships, where that is installed."""
+    """A sentencepiece model of 32,000 pieces from a package, if it is installed."""
     found = importlib.util.find_spec("mistral_common")
     if found is None or found.origin is None:
         pytest.skip("package mistral_common, which ships a sentencepiece model, is not installed")
@@ -73,7 +73,7 @@ def test_sentencepiece_folder_gives_the_library_s_ids(
 
 
 def test_merges_follow_the_scores_of_a_real_model(tmp_path: Path) -> None:
-    """transformers 5 alone gets runs of spaces wrong; saved and loaded again, the repaired order stays."""
+    """transformers 5 alone tokenizes runs of spaces incorrectly; the repaired order survives saving and loading."""
     model = mistral_model()
     library = sentencepiece.SentencePieceProcessor(model_file=str(model))
     tokenizer = AutoTokenizer.from_pretrained(write_folder(tmp_path, model))

@@ -160,7 +160,7 @@ class LlavaTrainingArguments(TrainingArguments):
     early_stopping_patience: int = option(0, "stop after this many validations without improvement; 0: never")
     eval_answers: int = option(64, "held-out questions to answer and score at each validation; 0: loss only")
     dry_run: bool = option(False, "print token counts and memory, run 20 steps, forecast the hours; writes no model")
-    log_row_ids: bool = option(False, "write the number of every trained row to row_ids-RANK.jsonl")
+    log_row_ids: bool = option(False, "write the number of every trained row to row_ids-RANK.jsonl (row_ids-0.jsonl)")
     evaluation_strategy: str | None = option(None, "alias of --eval-strategy")
     warmup_ratio: float | None = option(None, "alias of --warmup-steps with a value below 1")
     fsdp_transformer_layer_cls_to_wrap: str | None = option(None, "alias of the field with this name in --fsdp-config")

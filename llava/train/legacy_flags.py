@@ -117,7 +117,7 @@ def _check_json(name: str, value: str, text: str | None) -> None:
     try:
         content = json.loads(text if text is not None else Path(value).read_text(encoding="utf-8"))
     except (OSError, *NOT_JSON) as error:
-        raise ConfigError(f"{flag(name)} {value} is not valid JSON ({error}); expected a JSON object") from error
+        raise ConfigError(f"{flag(name)} {value}: not JSON ({error}); expected a JSON object") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{flag(name)} {value}: expected a JSON object, got {type(content).__name__}")
 

@@ -1,4 +1,4 @@
-"""Every fenced command of the documents is one that exists, with options that exist."""
+"""Commands in code blocks of the documents exist, and so do their options."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FENCED = [(path.name, command) for path in DOCUMENTS for command in commands(pat
 
 
 def check_llava(words: list[str]) -> None:
-    """Parse a `llava` line with the command's own parser, where that needs nothing but the words."""
+    """Parse a `llava` line with the parser of its command if that needs no files."""
     name, rest = split(words)
     if words == ["--help"]:
         return
@@ -67,7 +67,7 @@ def check_llava(words: list[str]) -> None:
 
 
 def check(words: list[str]) -> None:
-    """Check one command line: the program exists, and the words mean something to it."""
+    """Check that the program of a command line exists and accepts its words."""
     program, rest = words[0], words[1:]
     if program == "llava":
         check_llava(rest)

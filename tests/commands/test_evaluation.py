@@ -21,7 +21,7 @@ ROWS = [row(index, f"{index % 2}.png", f"Is it number {index}?", "yes" if index 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a saved tiny model and a small data set named vqa_rad."""
+    """A folder with a saved tiny model and a small dataset named vqa_rad."""
     folder = tmp_path_factory.mktemp("evaluation")
     loaded = tiny_llava()
     save_model(loaded.model, loaded.processor, folder / "model")

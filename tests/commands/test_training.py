@@ -1,4 +1,4 @@
-"""The published training commands run as printed; only paths, model, port and the number of processes are changed."""
+"""Published training commands run as printed, except for paths, model, port and number of processes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ VQA = (
 
 
 def run_changed(command: str, **changed: object) -> str:
-    """Run a printed command with the values of some options changed; returns everything it wrote."""
+    """Run a printed command with some values changed; return its output."""
     words = shlex.split(command)
     changed |= {"nproc_per_node": 2, "master_port": free_port()}
     for name, value in changed.items():
@@ -92,13 +92,13 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stage_1(parts: Path) -> tuple[Path, str]:
-    """The output folder of stage 1, and what the command wrote."""
+    """The output folder of stage 1, and the output of the command."""
     return parts / "stage1", run_stage(STAGE_1, parts, parts / "lm", parts / "stage1")
 
 
 @pytest.fixture(scope="module")
 def stage_2(parts: Path, stage_1: tuple[Path, str]) -> tuple[Path, str]:
-    """The output folder of stage 2, which starts from stage 1's."""
+    """The output folder of stage 2, which starts from stage 1."""
     return parts / "stage2", run_stage(STAGE_2, parts, stage_1[0], parts / "stage2")
 
 

@@ -1,4 +1,4 @@
-"""Rates count what every rank computed."""
+"""Throughput counts the sequences and tokens of every rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.ranks import run
 
 
 def add_up() -> tuple[int, float, int, int, list[list[float]]]:
-    """Job: counts that differ by rank, added up."""
+    """Job: return the sums of counts that differ by rank."""
     dist.init_process_group("gloo")
     rank = int(os.environ["RANK"])
     counts = Counts(2 + rank, 10.0 * (rank + 1), 100, 300 + rank)

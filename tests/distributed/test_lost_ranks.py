@@ -1,4 +1,4 @@
-"""A rank that runs out of memory: every rank says one line and ends with an error, and none waits for ever."""
+"""If a rank runs out of memory, every rank prints one line and ends with an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.runs import arguments, train, write_parts
 
 
 class Failing(SFT):
-    """Runs out of memory in the second row of some ranks."""
+    """Objective that runs out of memory in the second row of some ranks."""
 
     ranks: tuple[int, ...]
     num_calls = 0
@@ -33,7 +33,7 @@ class Failing(SFT):
 
 
 def train_out_of_memory(argv: list[str], ranks: tuple[int, ...]) -> tuple[object, str]:
-    """Job: a training program; its exit status, and the last words of its error stream."""
+    """Job: run a training program; return its exit status and the end of its error stream."""
     OBJECTIVES["sft"] = type("Failing", (Failing,), {"ranks": ranks})
     errors = io.StringIO()
     with pytest.raises(SystemExit) as ended, redirect_stderr(errors):

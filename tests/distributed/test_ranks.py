@@ -1,4 +1,4 @@
-"""One rank and two ranks of the same global batch compute the same."""
+"""One rank and two ranks with one global batch give equal results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_two_ranks_equal_one(parts: Path, tmp_path: Path, limit: int) -> None:
 
 
 def test_micro_batches_of_two_ranks_are_those_of_one(parts: Path, tmp_path: Path) -> None:
-    """A mean of the means of micro-batches does not ask which rank computed them; the last step has one row."""
+    """The mean of micro-batch means does not depend on the ranks; the last step has one row."""
     data = write_uneven(tmp_path)
     common = {"data_path": data, "image_folder": tmp_path / "images", "per_device_train_batch_size": 2}
     common |= {"loss_normalization": "micro_batches"}

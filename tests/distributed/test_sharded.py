@@ -1,4 +1,4 @@
-"""Weights sharded over two ranks (torch's fully_shard, DeepSpeed ZeRO-2 and ZeRO-3) train as unsharded ones."""
+"""Training with sharded weights (fully_shard, DeepSpeed ZeRO-2 and ZeRO-3) equals unsharded training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.runs import arguments, losses, saved, train
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILE_SECONDS = 500.0
-"""The first run on a machine compiles for about two minutes on a free processor."""
+"""Seconds; the first run on a machine compiles for about two minutes on an idle CPU."""
 
 
 def options(parts: Path, **changed: object) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What may not change a training run: how a batch is split, and how it is laid out."""
+"""Training results do not depend on how a batch is split and laid out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plain(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same(first: Path, second: Path) -> None:
-    """The losses of all steps, the gradient norms, and where the weights end."""
+    """Return the losses of all steps, the gradient norms, and the final weights."""
     assert len(losses(first)) == 30
     assert losses(second) == pytest.approx(losses(first), rel=5e-4)
     assert losses(second)[:5] == pytest.approx(losses(first)[:5], rel=2e-6)

@@ -1,4 +1,4 @@
-"""Terminal chat on an engine that answers by rule."""
+"""Terminal chat with a rule-based engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llava.serve.cli import Chat, make_parser, talk
 
 
 class Echo:
-    """Answers with the number of turns and images it was given, one letter at a time."""
+    """Engine that answers with the numbers of turns and images, one character at a time."""
 
     def __init__(self) -> None:
         self.prompts: list[Prompt] = []
@@ -32,16 +32,16 @@ class Echo:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
-    path = tmp_path / "picture.png"
+def image_file(tmp_path: Path) -> str:
+    path = tmp_path / "image.png"
     Image.new("RGB", (8, 8), (200, 10, 10)).save(path)
     return str(path)
 
 
-def test_the_picture_is_marked_in_the_first_question_only(picture: str) -> None:
+def test_the_placeholder_is_in_the_first_question_only(image_file: str) -> None:
     engine = Echo()
     chat = Chat(engine, Sampling())
-    chat.show(picture)
+    chat.show(image_file)
     out = io.StringIO()
     assert chat.ask("What is this?", out) == "turns 1, images 1"
     assert chat.ask("And that?", out) == "turns 3, images 1"
@@ -50,17 +50,27 @@ def test_the_picture_is_marked_in_the_first_question_only(picture: str) -> None:
     assert texts == ["<image>\nWhat is this?", "turns 1, images 1", "And that?"]
 
 
-def test_without_a_picture_there_is_no_mark_and_the_system_text_is_passed_on() -> None:
+def test_without_an_image_the_prompt_has_no_placeholder_but_the_system_prompt() -> None:
     engine = Echo()
     assert Chat(engine, Sampling(), system="Be short.").ask("Hello", io.StringIO()) == "turns 1, images 0"
     assert engine.prompts[0].conversation.turns[0].text == "Hello"
     assert engine.prompts[0].conversation.system == "Be short."
 
 
-def test_commands(picture: str) -> None:
+def test_commands(image_file: str) -> None:
     engine = Echo()
     out = io.StringIO()
-    lines = ["one\n", "two\n", "/reset\n", "three\n", f"/image {picture}\n", "four\n", "/what\n", "/quit\n", "never\n"]
+    lines = [
+        "one\n",
+        "two\n",
+        "/reset\n",
+        "three\n",
+        f"/image {image_file}\n",
+        "four\n",
+        "/what\n",
+        "/quit\n",
+        "never\n",
+    ]
     talk(Chat(engine, Sampling()), lines, out)
     sizes = [(len(prompt.conversation.turns), len(prompt.images)) for prompt in engine.prompts]
     assert sizes == [(1, 0), (3, 0), (1, 0), (1, 1)]

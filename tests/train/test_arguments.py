@@ -1,4 +1,4 @@
-"""Options: every published one is there, old names mean what they meant, contradictions are refused."""
+"""Options: published ones exist, old names keep their meaning, contradictions are errors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from llava.errors import ConfigError
 from llava.train import parsing
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 from llava.train.callbacks import row_ids_file
+from llava.utils.cli import flag
 
 OUR_OPTIONS = """
 bits cache_dir calibrate_mm_projector compat data_path dicom_frame dicom_window double_quant dry_run
@@ -30,7 +31,7 @@ overwrite_output_dir prefix_sharing pretrain_mm_mlp_adapter quant_type questions
 tune_mm_mlp_adapter unfreeze_mm_vision_tower version vision_tower vision_tower_checkpoint vision_tower_config
 vision_tower_lr warmup_ratio
 """
-"""Every option of ours; a name that leaves this list breaks somebody's command line."""
+"""Every option of this package; removing a name from this list breaks existing command lines."""
 
 PUBLISHED = """
 --model_name_or_path --version --freeze_backbone --tune_mm_mlp_adapter --vision_tower --mm_vision_select_layer
@@ -44,7 +45,7 @@ PUBLISHED = """
 --logging_steps --fsdp --fsdp_transformer_layer_cls_to_wrap --gradient_checkpointing --dataloader_num_workers
 --report_to --deepspeed --local_rank --overwrite_output_dir --seed --max_steps --run_name
 """
-"""Options of the training commands that the seeds print or describe."""
+"""Options of the training commands that the original trainers print or describe."""
 
 
 def options() -> set[str]:
@@ -105,8 +106,8 @@ def test_flags_that_need_other_machines(tmp_path: Path, caplog: pytest.LogCaptur
     assert training.bf16 and not training.tf32 and not training.fsdp and training.report_to == []
     lines = [record.message for record in caplog.records]
     assert sum("DDP" in line for line in lines) == 1
-    assert sum("--lazy_preprocess, --is_multimodal" in line for line in lines) == 1
-    assert sum("metrics stay in metrics.jsonl" in line for line in lines) == 1
+    assert sum("--lazy-preprocess, --is-multimodal" in line for line in lines) == 1
+    assert sum("metrics are in metrics.jsonl" in line for line in lines) == 1
 
 
 def test_flags_of_the_library_that_do_nothing_are_named_in_one_warning(
@@ -116,7 +117,7 @@ def test_flags_of_the_library_that_do_nothing_are_named_in_one_warning(
     with caplog.at_level(logging.WARNING):
         parse(tmp_path, *words)
     (line,) = [record.message for record in caplog.records if "without effect" in record.message]
-    for name in ("auto_find_batch_size", "pin_memory", "lazy_preprocess"):
+    for name in ("auto-find-batch-size", "pin-memory", "lazy-preprocess"):
         assert name in line
     caplog.clear()
     with caplog.at_level(logging.WARNING):
@@ -124,7 +125,7 @@ def test_flags_of_the_library_that_do_nothing_are_named_in_one_warning(
     assert not [record for record in caplog.records if "without effect" in record.message]
 
 
-def test_the_record_of_rows_is_called_what_it_is() -> None:
+def test_help_names_the_file_of_row_ids() -> None:
     (log_row_ids,) = [part for part in fields(LlavaTrainingArguments) if part.name == "log_row_ids"]
     assert row_ids_file(Path(), 0).name in log_row_ids.metadata["help"]
 
@@ -140,7 +141,7 @@ def test_wandb_without_login_is_offline(
     (line,) = [record.message for record in caplog.records if "wandb" in record.message]
     assert "WANDB_API_KEY is not set" in line and "wandb sync" in line and "\n" not in line
     caplog.clear()
-    monkeypatch.setenv("WANDB_MODE", "online")  # whoever has set it, has decided
+    monkeypatch.setenv("WANDB_MODE", "online")
     parse(tmp_path, "--report_to", "wandb")
     assert os.environ["WANDB_MODE"] == "online" and not caplog.records
 
@@ -149,28 +150,28 @@ def test_wandb_without_login_is_offline(
     ("words", "match"),
     [
         (["--evaluation_strategy", "steps", "--eval_strategy", "epoch"], "differ"),
-        (["--warmup_ratio", "0.1", "--warmup_steps", "10"], "give one"),
+        (["--warmup_ratio", "0.1", "--warmup_steps", "10"], "set one of them"),
         (["--tune_mm_mlp_adapter", "--freeze_mm_mlp_adapter"], "contradict"),
         (["--tune_mm_mlp_adapter", "--lora_enable"], "stage 2"),
-        (["--bits", "4"], "--lora_enable"),
+        (["--bits", "4"], "--lora-enable"),
         (["--prefix_sharing", "maybe"], "expected on or off"),
         (["--image_grouping", "maybe"], "expected on, off or auto"),
-        (["--eval_strategy", "epoch"], "--eval_data_path"),
-        (["--early_stopping_patience", "2"], "--eval_data_path"),
-        (["--label_smoothing_factor", "0.3"], "label_smoothing_factor 0.3 is not supported"),
-        (["--data_seed", "0"], "--data_seed 0 is not supported; .*--seed"),
-        (["--dataloader_drop_last", "True"], "--dataloader_drop_last True is not supported"),
-        (["--include_num_input_tokens_seen", "True"], "--include_num_input_tokens_seen True is not supported"),
-        (["--max_tokens_per_row", "0"], "--max_tokens_per_row is 0; expected at least 1"),
-        (["--system_file", "nope"], "--system_file nope: no such file"),
+        (["--eval_strategy", "epoch"], "--eval-data-path"),
+        (["--early_stopping_patience", "2"], "--eval-data-path"),
+        (["--label_smoothing_factor", "0.3"], "label-smoothing-factor 0.3 is not supported"),
+        (["--data_seed", "0"], "--data-seed 0 is not supported; .*--seed"),
+        (["--dataloader_drop_last", "True"], "--dataloader-drop-last True is not supported"),
+        (["--include_num_input_tokens_seen", "True"], "--include-num-input-tokens-seen True is not supported"),
+        (["--max_tokens_per_row", "0"], "--max-tokens-per-row is 0; expected at least 1"),
+        (["--system_file", "nope"], "--system-file nope: no such file"),
         (["--deepspeed", "nope.json"], "--deepspeed nope.json: no such file"),
-        (["--deepspeed", "{bad"], "--deepspeed {bad: not JSON: .*; expected a JSON object"),
-        (["--lr_scheduler_kwargs", "{bad"], "--lr_scheduler_kwargs {bad: not JSON"),
-        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha 5.0 is not supported; leave it out"),
-        (["--use_liger_kernel", "True"], "--use_liger_kernel True is not supported; leave it out"),
+        (["--deepspeed", "{bad"], r"--deepspeed {bad: not JSON \(.*; expected a JSON object"),
+        (["--lr_scheduler_kwargs", "{bad"], "--lr-scheduler-kwargs {bad: not JSON"),
+        (["--neftune_noise_alpha", "5"], "--neftune-noise-alpha 5.0 is not supported; omit it"),
+        (["--use_liger_kernel", "True"], "--use-liger-kernel True is not supported; omit it"),
         (["--logging_steps", "0"], "requires non-zero --logging_steps"),
         (["--bf16", "--fp16"], "At most one of fp16 and bf16"),
-        (["--save_strategy", "best"], "--save_strategy best is not supported; expected no, steps or epoch"),
+        (["--save_strategy", "best"], "--save-strategy best is not supported; expected no, steps or epoch"),
         (["--early_stopping_patience", "2", "--eval_data_path", "x", "--save_strategy", "no"], "both epoch"),
     ],
 )
@@ -179,20 +180,20 @@ def test_contradictions(tmp_path: Path, words: list[str], match: str) -> None:
         parse(tmp_path, *words)
 
 
-@pytest.mark.parametrize(("content", "match"), [("{bad", "not JSON: "), ("", "not JSON: "), ("[]", "got list")])
+@pytest.mark.parametrize(("content", "match"), [("{bad", "not JSON "), ("", "not JSON "), ("[]", "got list")])
 @pytest.mark.parametrize("name", ["deepspeed", "fsdp_config"])
 def test_broken_configuration_files_are_named(tmp_path: Path, name: str, content: str, match: str) -> None:
     file = tmp_path / "config.json"
     file.write_text(content)
-    with pytest.raises(ConfigError, match=rf"^--{name} {file}: .*{match}") as caught:
+    with pytest.raises(ConfigError, match=rf"^{flag(name)} {file}: .*{match}") as caught:
         parse(tmp_path, f"--{name}", str(file))
     assert "\n" not in str(caught.value)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--model_name_or_path"):
+    with pytest.raises(ConfigError, match="--model-name-or-path"):
         parsing.parse(["--data_path", "x", "--output_dir", str(tmp_path)])
-    with pytest.raises(ConfigError, match="--data_path"):
+    with pytest.raises(ConfigError, match="--data-path"):
         parsing.parse(["--model_name_or_path", "x", "--output_dir", str(tmp_path)])
 
 

@@ -1,4 +1,4 @@
-"""Validation draws no random numbers, and leaves quantized layers as they are."""
+"""Validation draws no random numbers and does not switch quantized layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llava.train.validation import dropout_off
 
 
 class _Functional(nn.Module):
-    """Dropout that asks its module's mode, as attention layers do."""
+    """Dropout that reads the mode of its module, as attention layers do."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return nn.functional.dropout(values, 0.5, training=self.training)

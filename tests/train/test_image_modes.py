@@ -1,4 +1,4 @@
-"""Training on pictures whose number of tokens differs: every kind of run, its checkpoint, answers from it."""
+"""Training on images with variable numbers of tokens: each kind of run, its checkpoint, and answers."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ KEPT = {"image_aspect_ratio": "keep"}
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts whose three pictures have three shapes, and a text-only row."""
+    """Parts with three images of different shapes, and a text-only row."""
     folder = write_parts(tmp_path_factory.mktemp("parts"))
     for number, size in enumerate([(60, 28), (28, 50), (40, 40)]):
         tiny_image(number, 64).resize(size).save(folder / "vqa" / "images" / f"{number}.png")
     rows = json.loads((folder / "vqa" / "train.json").read_text())
     del rows[0]["image"]
-    rows[0]["conversations"][0]["value"] = "Without a picture?"
+    rows[0]["conversations"][0]["value"] = "Without an image?"
     (folder / "vqa" / "train.json").write_text(json.dumps(rows))
     return folder
 
@@ -72,7 +72,7 @@ def test_runs_of_every_kind(parts: Path, tmp_path: Path, options: dict[str, str]
 
 
 def test_the_loss_is_that_of_single_rows(parts: Path, tmp_path: Path) -> None:
-    """One step on all rows: the batch, its layout and its size change nothing."""
+    """For one step on all rows, the layout and the size of the batch do not change the result."""
     base = {**TILES, "max_steps": 1, "per_device_train_batch_size": 12, "learning_rate": 1e-3}
     ways = {"tree": {}, "flat": {"prefix_sharing": "off"}, "short rows": {"max_tokens_per_row": 200}}
     for name, way in ways.items():
@@ -128,11 +128,11 @@ def test_what_does_not_go_together_is_refused(parts: Path, tmp_path: Path, mode:
 
 def test_a_projector_is_calibrated_on_tiles_only(parts: Path, tmp_path: Path) -> None:
     train(arguments(parts, tmp_path / "tiles", **TILES, calibrate_mm_projector=True, max_steps=1))
-    with pytest.raises(ConfigError, match="pictures of one size"):
+    with pytest.raises(ConfigError, match="images of one size"):
         train(arguments(parts, tmp_path / "kept", **KEPT, calibrate_mm_projector=True, max_steps=1))
 
 
-def test_a_picture_that_cannot_be_shown_is_a_bad_row(
+def test_an_image_of_unsupported_shape_is_a_bad_row(
     parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "images").mkdir()
@@ -153,7 +153,7 @@ def test_rows_are_shown_and_questions_answered(parts: Path, tmp_path: Path, caps
     show.main([data, "--row", "1", "--model", str(tmp_path / "run"), "--image_folder", images])
     expected = load(tmp_path / "run").processor.image_grid.count((60, 28))
     assert f"{expected} of images" in capsys.readouterr().out
-    with pytest.raises(DataError, match="--image_folder"):
+    with pytest.raises(DataError, match="--image[-_]folder"):
         show.main([data, "--row", "1", "--model", str(tmp_path / "run")])
-    picture = str(parts / "vqa" / "images" / "1.png")
-    chat(["--model", str(tmp_path / "run"), "--image", picture, "--question", "What?", "--max-new-tokens", "2"])
+    image = str(parts / "vqa" / "images" / "1.png")
+    chat(["--model", str(tmp_path / "run"), "--image", image, "--question", "What?", "--max-new-tokens", "2"])

@@ -1,4 +1,4 @@
-"""The published normalisation: each micro-batch counts the same, and the place holder is no word."""
+"""Published loss normalization: equal weights of micro-batches, and no logit of the image placeholder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_ROWS, SIZE = 7, 3
 
 
 def uneven_step(tiny: Loaded, folder: Path, **settings: object) -> StepBatch:
-    """Seven rows of very different length: two micro-batches of three and one of one."""
+    """Seven rows of very different length: two micro-batches of three rows and one of one row."""
     dataset = SFTDataset(
         load_samples(write_uneven(folder)), tiny.processor, image_folder=folder / "images", max_length=2048
     )
@@ -35,7 +35,7 @@ def uneven_step(tiny: Loaded, folder: Path, **settings: object) -> StepBatch:
 
 
 def mean_of_means(tiny: Loaded, step: StepBatch) -> torch.Tensor:
-    """Row by row through the library's model, without the place holder's logit."""
+    """Row by row through the library's model, without the logit of the placeholder."""
     means = []
     for start in range(0, NUM_ROWS, SIZE):
         total, count = torch.zeros(()), 0
@@ -66,7 +66,7 @@ def test_mean_of_the_means_of_micro_batches(tiny: Loaded, tmp_path: Path, layout
     assert step.num_edges == everything == sum(len(s.labels) - s.labels.count(IGNORE_INDEX) for s in step.sequences)
 
 
-def test_the_place_holder_gets_no_gradient(tiny: Loaded, tmp_path: Path) -> None:
+def test_the_placeholder_gets_no_gradient(tiny: Loaded, tmp_path: Path) -> None:
     step = uneven_step(tiny, tmp_path)
     token = tiny.processor.image_token_id
     for absent, has_gradient in [(token, False), (None, True)]:
@@ -97,7 +97,7 @@ def test_a_runs_loss_differs_only_with_the_switch(tmp_path: Path) -> None:
     assert abs(found["tokens"][0] - found["micro_batches"][0]) > 1e-3
 
 
-def test_only_our_own_place_holder_is_left_out(tiny: Loaded, tmp_path: Path) -> None:
+def test_only_our_placeholder_is_excluded(tiny: Loaded, tmp_path: Path) -> None:
     _, _, args = parse([*arguments(tmp_path, tmp_path), "--loss_normalization", "micro_batches"])
     objective = make_objective(tiny, args)
     assert isinstance(objective, SFT)

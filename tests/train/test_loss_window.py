@@ -1,4 +1,4 @@
-"""A run resumed between two logs repeats the second one exactly."""
+"""A run resumed between two logs repeats the second log exactly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.runs import arguments, losses, train, write_parts
 
 
 def test_resumed_between_two_logs(tmp_path: Path) -> None:
-    """Step 3 is in the mean that step 4 logs, though it was computed before the interruption."""
+    """The mean that step 4 logs includes step 3, which was computed before the interruption."""
     parts, whole = write_parts(tmp_path / "parts"), tmp_path / "whole"
     options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "logging_steps": 2}
     train(arguments(parts, whole, **options))

@@ -1,4 +1,4 @@
-"""Training on mixtures: weights, the loss of each source, and streams that go on after a kill."""
+"""Training on mixtures: weights, loss of each source, and streams that resume after a kill."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def write_shards(source: Path, folder: Path, size: int = 4) -> None:
     for first in range(0, len(rows), size):
         with tarfile.open(folder / f"{first:03d}.tar", "w") as archive:
             for number, row in enumerate(rows[first : first + size], start=first):
-                picture = (source / "images" / row["image"]).read_bytes()
-                for name, content in (("json", json.dumps(row).encode()), ("png", picture)):
+                image = (source / "images" / row["image"]).read_bytes()
+                for name, content in (("json", json.dumps(row).encode()), ("png", image)):
                     member = tarfile.TarInfo(f"{number:06d}.{name}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
@@ -78,7 +78,7 @@ def test_rows_come_by_weight_and_each_source_has_its_loss(parts: Path, tmp_path:
 
 
 def test_losses_of_the_sources_add_up(parts: Path, tmp_path: Path) -> None:
-    """All rows in one step: the mean over both is the loss, weighted with each one's trained tokens."""
+    """With all rows in one step, the loss is the mean over both sources, weighted by their trained tokens."""
     (parts / "equal.yaml").write_text((parts / "mixture.yaml").read_text().replace("0.5", "1").replace("2}", "1}"))
     whole = options(parts, data_path=parts / "equal.yaml", per_device_train_batch_size=24)
     run(1, train, arguments(parts, tmp_path, **whole))
@@ -123,33 +123,31 @@ def test_what_a_stream_cannot_do_is_refused(parts: Path, tmp_path: Path) -> None
         with pytest.raises(ConfigError, match=words):
             train(arguments(parts, tmp_path / "run", **streaming(parts, **changed)))
 
-    refused("--max_steps", max_steps=None)
-    refused("--feature_cache_dir need all rows", feature_cache_dir=tmp_path)
-    refused("--image_grouping on need all rows", image_grouping="on")
-    refused("held-out rows must fit in memory", eval_data_path=parts / "stream.yaml", eval_strategy="epoch")
+    refused("--max-steps", max_steps=None)
+    refused("is a stream; omit --feature-cache-dir", feature_cache_dir=tmp_path)
+    refused("is a stream; omit --image-grouping on", image_grouping="on")
+    refused("held-out rows that fit in memory", eval_data_path=parts / "stream.yaml", eval_strategy="epoch")
     run(1, train, arguments(parts, tmp_path / "run", **streaming(parts, max_steps=2)))
     (kind, text), *_ = start(1, train, arguments(parts, tmp_path / "run", **streaming(parts, dataloader_num_workers=2)))
     assert kind == "error" and "only with the same numbers" in text
 
 
 def test_a_folder_beside_a_mixture_is_refused(parts: Path, tmp_path: Path) -> None:
-    """It would be ignored: each source has its own."""
+    """The folder would be ignored, since each source has its own."""
     beside = {"image_folder": parts / "vqa" / "images"}
     for words in (options(parts, **beside), streaming(parts, **beside)):
-        with pytest.raises(
-            ConfigError, match=r"--image_folder .* means nothing beside .*write `images` at its sources"
-        ):
+        with pytest.raises(ConfigError, match=r"--image-folder .* has no effect: .*set `images` in its sources"):
             train(arguments(parts, tmp_path, **words))
     held_out = {"eval_data_path": parts / "mixture.yaml", "eval_strategy": "steps", "eval_steps": 1}
-    with pytest.raises(ConfigError, match=r"--eval_image_folder .* means nothing beside"):
+    with pytest.raises(ConfigError, match=r"--eval-image-folder .* has no effect: "):
         train(arguments(parts, tmp_path, **held_out, eval_image_folder=parts / "more" / "images"))
 
 
 def test_rows_of_a_stream_read_no_files_without_a_folder(parts: Path, tmp_path: Path) -> None:
     lines = (parts / "vqa" / "train.jsonl").read_text().splitlines()
-    picture = str((parts / "vqa" / "images" / "0.png").resolve())
+    image = str((parts / "vqa" / "images" / "0.png").resolve())
     (parts / "vqa" / "anywhere.jsonl").write_text(
-        "".join(json.dumps({**json.loads(line), "image": picture}) + "\n" for line in lines)
+        "".join(json.dumps({**json.loads(line), "image": image}) + "\n" for line in lines)
     )
     (parts / "anywhere.yaml").write_text("stream: true\nsources: [{name: own, path: vqa/anywhere.jsonl}]\n")
     words = streaming(parts, data_path=parts / "anywhere.yaml", save_strategy="no", max_steps=1)
@@ -180,7 +178,7 @@ def test_held_out_mixture_beside_an_image_folder(parts: Path, tmp_path: Path) ->
 
 
 def test_rows_that_never_can_be_used_end_the_run(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader whose pictures are gone would look for a usable row for ever."""
+    """Without this error, a stream whose images are missing would search for a usable row forever."""
     monkeypatch.setattr(loader, "MAX_BAD_IN_A_ROW", 30)
     rows = [json.loads(line) for line in (parts / "vqa" / "train.jsonl").read_text().splitlines()]
     gone = [{**row, "image": "gone.png"} for row in rows]
@@ -193,7 +191,7 @@ def test_rows_that_never_can_be_used_end_the_run(parts: Path, tmp_path: Path, mo
 
 
 def bad_stream(parts: Path) -> list[dict[str, object]]:
-    """A stream of six rows, two of which cannot be used; returns what the quarantine file says of them."""
+    """Train on a stream of six rows with two unusable ones; return the lines of the quarantine file."""
     lines = (parts / "vqa" / "train.jsonl").read_text().splitlines()
     gone = json.dumps({**json.loads(lines[0]), "id": "7", "image": "gone.png"})
     (parts / "vqa" / "bad.jsonl").write_text(

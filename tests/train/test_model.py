@@ -1,4 +1,4 @@
-"""What a run starts from, and options that a checkpoint has decided."""
+"""Initial model of a run, and options that a checkpoint determines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def refused(parts: Path, tmp_path: Path, error: type[LlavaError], match: str, **
 
 
 def test_what_cannot_start_is_refused(parts: Path, tmp_path: Path) -> None:
-    refused(parts, tmp_path, ConfigError, "--vision_tower is missing", vision_tower=None)
+    refused(parts, tmp_path, ConfigError, "Pass --vision-tower", vision_tower=None)
     refused(parts, tmp_path, ConfigError, "no such file", data_path=tmp_path / "none.json")
     refused(parts, tmp_path, CheckpointError, "no such folder", vision_tower=tmp_path / "none")
     refused(parts, tmp_path, ConfigError, "select_layer is -9", mm_vision_select_layer=-9)
@@ -61,18 +61,18 @@ def test_options_that_a_checkpoint_decided_are_named(
         options = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "cls_patch", "image_size": 56}
         train(arguments(parts, tmp_path, **ours, **options))
     ignored = [record.message.split()[0] for record in caplog.records if "is ignored: " in record.message]
-    assert ignored == ["--vision_tower", "--mm_projector_type", "--mm_vision_select_feature", "--image_size"]
+    assert ignored == ["--vision-tower", "--mm-projector-type", "--mm-vision-select-feature", "--image-size"]
 
 
 def test_a_tower_beside_a_checkpoint_that_holds_its_own(
     parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Published commands always name the tower; of a model of transformers' the one inside is kept."""
+    """Published commands always name a vision tower; a model of transformers keeps its own."""
     export_hf(tiny_llava(), tmp_path / "hf")
     with caplog.at_level(logging.WARNING):
         options = {"model_name_or_path": tmp_path / "hf", "vision_tower": parts / "other_tower"}
         train(arguments(parts, tmp_path / "run", **options))
-    assert any(record.message.startswith("--vision_tower is ignored: ") for record in caplog.records)
+    assert any(record.message.startswith("--vision-tower is ignored: ") for record in caplog.records)
     assert load(tmp_path / "run").model.config.vision_config.model_type == "clip_vision_model"
 
 
@@ -85,12 +85,12 @@ def test_the_image_mode_of_a_checkpoint_stays_unless_another_is_asked_for(
     assert again.processor.image_mode == again.model.config.image_aspect_ratio == (mode or "square")
 
 
-def test_a_new_projector_is_calibrated_on_the_pictures(parts: Path, tmp_path: Path) -> None:
+def test_a_new_projector_is_calibrated_on_the_images(parts: Path, tmp_path: Path) -> None:
     stage1 = {"tune_mm_mlp_adapter": True, "mm_projector_type": "mlp2x_gelu", "learning_rate": 0.0}
     train(arguments(parts, tmp_path, **stage1, calibrate_mm_projector=True))
     loaded = load(tmp_path)
-    pictures = [load_image(path) for path in sorted((parts / "vqa" / "images").iterdir())]
-    outputs = loaded.model.get_image_features(loaded.processor.pixels(pictures), return_dict=True).pooler_output
+    images = [load_image(path) for path in sorted((parts / "vqa" / "images").iterdir())]
+    outputs = loaded.model.get_image_features(loaded.processor.pixels(images), return_dict=True).pooler_output
     found = torch.cat(list(outputs))
     words = loaded.model.get_input_embeddings().weight
     torch.testing.assert_close(found.mean(dim=0), words.mean(dim=0), rtol=0, atol=1e-4)
@@ -125,7 +125,7 @@ def test_rows_are_grouped_by_image_where_it_pays(parts: Path, tmp_path: Path, ca
 
 @pytest.mark.parametrize(("kind", "trained"), [("placeholder", "model"), ("patch_token", "model"), ("lora", "adapter")])
 def test_training_goes_on_from_published_layouts(parts: Path, tmp_path: Path, kind: str, trained: str) -> None:
-    """What the originals released is trained further; the tower and the projector are theirs, not new ones."""
+    """Training continues from published checkpoints with their own vision tower and projector."""
     folder = write_lora(tmp_path) if kind == "lora" else write_legacy(tmp_path, style=kind)
     options = {"lora_enable": True} if trained == "adapter" else {}
     start = load(folder, base=str(tmp_path / "lm") if kind == "lora" else None)

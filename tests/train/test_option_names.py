@@ -1,4 +1,4 @@
-"""Misspelt options name the nearest one; both names of an option mean the same."""
+"""Suggestions for mistyped options, and equal values of an option and its alias."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.runs import arguments
 
 
 def test_unknown_options_name_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--mm_projecter_lr 1 *; did you mean --mm_projector_lr\?"):
+    with pytest.raises(ConfigError, match=r"--mm-projecter-lr 1 *; did you mean --mm-projector-lr\?"):
         parse([*arguments(tmp_path, tmp_path), "--mm_projecter_lr", "1"])
 
 

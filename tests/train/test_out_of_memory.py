@@ -1,4 +1,4 @@
-"""Out of memory: the rows are halved once, the loss stays, and nothing of the failed row is still in memory."""
+"""Out of memory: rows are halved once, the loss is unchanged, and the failed row is freed before the retry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.runs import arguments, losses, metrics, train
 
 
 class Failing(SFT):
-    """Runs out of memory in some of its calls."""
+    """Objective that runs out of memory in some calls."""
 
     fails_at: tuple[int, ...] = (2,)
     calls = 0
@@ -46,7 +46,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> type[Failing]:
 def test_losses_of_the_sources_count_no_row_twice(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: type[Failing]
 ) -> None:
-    """The first row of the step had been added when the second ran out of memory."""
+    """The losses of the first row were already added when the second row ran out of memory."""
     for half in "ab":
         (parts / f"{half}.json").write_text((parts / "vqa" / "train.json").read_text())
     listed = "".join(f"  - {{name: {half}, path: {half}.json, images: vqa/images}}\n" for half in "ab")

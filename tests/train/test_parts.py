@@ -1,4 +1,4 @@
-"""Which weights train, with which learning rate, and how each kind of run is written and read back."""
+"""Trained weights and learning rates, and saving and loading of each kind of run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("tie", [False, True])
 def test_stage_1_moves_projector_and_marker_rows(parts: Path, tied: Path, tmp_path: Path, tie: bool) -> None:
-    """Also with weight decay and momentum, and in both roles of a tied table."""
+    """Other rows keep their values with weight decay, with momentum, and in a tied table."""
     folder = tied if tie else parts
     stage_1 = {"tune_mm_mlp_adapter": True, "mm_use_im_start_end": True, "weight_decay": 0.5, "num_train_epochs": 3}
     train(arguments(folder, tmp_path / "start", **stage_1, learning_rate=0.0))
@@ -119,7 +119,7 @@ def test_adapter_round_trip_and_merge(parts: Path, tmp_path: Path) -> None:
 
 
 def test_chain_of_stages(parts: Path, tmp_path: Path) -> None:
-    """Projector, then an adapter on it, then an adapter on that; each loads, and loses nothing of the earlier ones."""
+    """A projector, an adapter on it, and an adapter on that all load, with the weights of the earlier stages."""
     stage_1 = {"tune_mm_mlp_adapter": True, "mm_use_im_start_end": True, "learning_rate": 1e-2}
     train(arguments(parts, tmp_path / "1", **stage_1))
     adapter = {"lora_enable": True, "lora_r": 2, "vision_tower": None}

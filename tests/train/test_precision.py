@@ -1,4 +1,4 @@
-"""Frozen weights in bf16: the same losses and checkpoints as autocast gives, bit for bit, and less memory."""
+"""Frozen weights in bf16: losses and checkpoints bitwise equal to autocast, and less memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QLoRA on the CPU: quantized weights stay, adapters learn, also after validation."""
+"""QLoRA on the CPU: quantized weights are unchanged, and adapters train, also after validation."""
 
 from __future__ import annotations
 

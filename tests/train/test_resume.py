@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if nothing had happened."""
+"""A killed run resumes with the results of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EVERY_STEP = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, 
 
 @pytest.fixture(scope="module")
 def killed(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a full run that died at step 5 of 6; its newest checkpoint is that of step 4."""
+    """The folder of a run that was killed at step 5 of 6; its last checkpoint is from step 4."""
     folder = tmp_path_factory.mktemp("killed")
     outcome = start(1, train_until_killed, arguments(parts, folder, **EVERY_STEP, **KINDS["model"]), 5)
     assert outcome == [("died", -9)]
@@ -104,7 +104,7 @@ def test_resumed_on_two_ranks(parts: Path, killed: Path, tmp_path: Path) -> None
     assert losses(one) == pytest.approx(losses(two), rel=2e-5)
 
 
-def test_overwriting_starts_anew(parts: Path, killed: Path, tmp_path: Path) -> None:
+def test_overwriting_starts_over(parts: Path, killed: Path, tmp_path: Path) -> None:
     folder = copied(killed, tmp_path / "run")
     run(1, train, arguments(parts, folder, **KINDS["model"], num_train_epochs=1, overwrite_output_dir=True))
     assert steps(folder) == [1, 2, 3]

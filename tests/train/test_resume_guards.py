@@ -1,4 +1,4 @@
-"""Torn checkpoints are passed over; an epoch never goes on in another order of rows."""
+"""Resuming skips incomplete checkpoints, and rejects another order of rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError, ConfigError
-from llava.train.data import describe
+from llava.train.data import order_of
+from llava.utils.cli import flag
 from tests.support.runs import arguments, losses, train
 
 EVERY_STEP = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
@@ -17,14 +18,14 @@ EVERY_STEP = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
 
 @pytest.fixture(scope="module")
 def whole(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of 6 steps with a checkpoint each."""
+    """A finished run of 6 steps with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("whole")
     train(arguments(parts, folder, **EVERY_STEP))
     return folder
 
 
 def interrupted(whole: Path, target: Path, *, after: int) -> Path:
-    """The run as it would be had it died right after checkpoint number `after`."""
+    """Return a copy of the run that ends after checkpoint number `after`."""
     shutil.copytree(whole, target)
     for step in range(after + 1, 7):
         shutil.rmtree(target / f"checkpoint-{step}")
@@ -38,7 +39,7 @@ def test_a_torn_state_is_passed_over(parts: Path, whole: Path, tmp_path: Path) -
     train(arguments(parts, folder, **EVERY_STEP))
     assert losses(folder) == losses(whole)
     state.write_text(state.read_text()[:300])
-    with pytest.raises(ConfigError, match="not written to its end"):
+    with pytest.raises(ConfigError, match="missing or incomplete"):
         train(arguments(parts, folder, **EVERY_STEP, resume_from_checkpoint=state.parent))
 
 
@@ -70,7 +71,7 @@ def test_other_options_are_refused_and_the_folder_keeps_its_own(
     before = (folder / "resolved_arguments.json").read_text()
     if "vision_tower" in changed:
         changed = {"vision_tower": shutil.copytree(parts / "tower", tmp_path / "other_tower")}
-    with pytest.raises(ConfigError, match=rf"its run had --{next(iter(changed))} "):
+    with pytest.raises(ConfigError, match=rf"its run had {flag(next(iter(changed)))} "):
         train(arguments(parts, folder, **{**EVERY_STEP, **changed}))
     assert (folder / "resolved_arguments.json").read_text() == before
 
@@ -115,11 +116,11 @@ def test_another_number_of_questions_per_image_is_refused(parts: Path, tmp_path:
 
 
 def test_grouping_by_image_depends_on_the_number_of_ranks() -> None:
-    """Groups are cut where a rank's share ends, so a resume on other ranks would repeat rows and miss others."""
+    """Groups do not cross the shards of ranks, so that other ranks would repeat rows and skip others."""
     from llava.data.samplers import ImageGroupedSampler, RandomSampler
 
     groups = [group for group, size in enumerate((5, 7, 1, 6, 3, 7, 2)) for _ in range(size)]
     one = ImageGroupedSampler(groups, 8, questions_per_image=8)
     two = ImageGroupedSampler(groups, 4, questions_per_image=8, world_size=2)
-    assert describe(one) != describe(two)
-    assert describe(RandomSampler(31, 8)) == describe(RandomSampler(31, 4, world_size=2))
+    assert order_of(one) != order_of(two)
+    assert order_of(RandomSampler(31, 8)) == order_of(RandomSampler(31, 4, world_size=2))

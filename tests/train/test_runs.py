@@ -1,4 +1,4 @@
-"""Whole training runs on tiny parts: what they learn, save, log, refuse and survive."""
+"""Training runs on tiny parts: losses, saved files, logs, errors and recovery."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_it_learns_eight_rows_by_heart(parts: Path, tmp_path: Path) -> None:
 def test_memory_that_runs_out_once(
     parts: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The step is laid out in smaller rows: one message, the same losses."""
+    """The step is laid out in smaller rows, with one message and the same losses."""
     real = SFT.__call__
     rows = []
 
@@ -87,12 +87,12 @@ def test_memory_that_never_suffices(parts: Path, tmp_path: Path, monkeypatch: py
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(SFT, "__call__", failing)
-    with pytest.raises(LlavaError, match="--max_tokens_per_row"):
+    with pytest.raises(LlavaError, match="--max-tokens-per-row"):
         train(arguments(parts, tmp_path))
 
 
 def test_validation_keeps_the_best_and_stops(parts: Path, tmp_path: Path) -> None:
-    """Held-out rows with answers that training unlearns: the best checkpoint is kept, and training stops early."""
+    """With held-out loss that rises, the best checkpoint is kept and training stops early."""
     rows = json.loads((parts / "vqa" / "train.json").read_text())
     for row in rows:
         row["conversations"][1]["value"] = "zzzzzz"
@@ -143,7 +143,7 @@ def test_bad_rows_stop_before_training_or_are_listed(parts: Path, tmp_path: Path
         rows[5]["image"] = "missing.png"
     else:
         rows[5]["conversations"][1]["value"] = 5.5
-        rows[5]["conversations"][1]["from"] = "nobody"
+        rows[5]["conversations"][1]["from"] = "unknown"
     data = tmp_path / "rows.json"
     data.write_text(json.dumps(rows))
     folder = tmp_path / "run"
@@ -176,7 +176,7 @@ def test_gradient_checkpointing_with_a_frozen_language_model(parts: Path, tmp_pa
 
 
 def test_bf16(parts: Path, plain: Path, tmp_path: Path) -> None:
-    """Weights stay float32; the losses are near those of a float32 run."""
+    """Weights stay float32, and losses are close to those of a float32 run."""
     train(arguments(parts, tmp_path, bf16=True))
     assert losses(tmp_path) == pytest.approx(losses(plain), rel=2e-2)
     assert losses(tmp_path) != losses(plain)

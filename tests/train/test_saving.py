@@ -1,4 +1,4 @@
-"""Reading an adapter back into a run: exactly its weights, or one line that says what is wrong."""
+"""Restoring an adapter in a run: exactly its weights, or a one-line error."""
 
 from __future__ import annotations
 
@@ -82,5 +82,5 @@ def test_weights_that_peft_does_not_place_are_an_error(
     hooks.save(str(tmp_path), None)
     result = SimpleNamespace(missing_keys=["head.weight", "q_proj.lora_A.default.weight"], unexpected_keys=[])
     monkeypatch.setattr(checkpointing, "set_peft_model_state_dict", lambda model, weights: result)
-    with pytest.raises(CheckpointError, match=r"could not place 1 weights of the adapter, such as q_proj.lora_A"):
+    with pytest.raises(CheckpointError, match=r"could not load 1 weights of the adapter, such as q_proj.lora_A"):
         hooks.restore(str(tmp_path))

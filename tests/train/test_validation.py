@@ -1,4 +1,4 @@
-"""Scores of answers to held-out questions while training."""
+"""Scores of answers to held-out questions during training."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_rows_are_spread_over_file_and_ranks(tiny: Loaded, tmp_path: Path) -> No
 
 
 def test_what_was_learned_is_answered(tmp_path: Path) -> None:
-    """Trained on the held-out rows themselves the scores rise to 1; validation does not disturb training."""
+    """Training on the held-out rows raises their scores to 1, and validation does not change training."""
     parts = write_parts(tmp_path / "parts")
     rows = json.loads((parts / "vqa" / "train.json").read_text())
     for row in rows:

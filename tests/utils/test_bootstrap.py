@@ -1,4 +1,4 @@
-"""Intervals: width against theory, clusters, repeatability."""
+"""Bootstrap intervals: width compared with theory, clusters, repeatability."""
 
 from __future__ import annotations
 

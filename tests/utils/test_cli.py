@@ -1,4 +1,4 @@
-"""The command-line rules of `docs/architecture.md`: spellings, prefixes, switches."""
+"""Command-line rules: spellings, prefixes, switches, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages and bars speak once, on the first rank."""
+"""Log messages and progress bars appear once, on the first rank."""
 
 from __future__ import annotations
 

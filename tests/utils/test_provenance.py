@@ -1,4 +1,4 @@
-"""What every result carries."""
+"""Provenance fields of results."""
 
 from __future__ import annotations
 

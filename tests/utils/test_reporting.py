@@ -1,4 +1,4 @@
-"""The layout of the published tables."""
+"""Alignment of text tables."""
 
 from __future__ import annotations
 

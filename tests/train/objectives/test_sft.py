@@ -59,7 +59,7 @@ def test_logprobs_are_float32() -> None:
 
 @pytest.mark.parametrize("layout", ["tree", "flat", "padded"])
 def test_sft_is_the_librarys_loss(tiny: Loaded, tmp_path: Path, layout: str) -> None:
-    """The mean over all trained tokens, as the model computes it from labels one sequence at a time."""
+    """Return the mean over all trained tokens from the model's own loss, one sequence at a time."""
     dataset = SFTDataset(
         load_samples(write_uneven(tmp_path)), tiny.processor, image_folder=tmp_path / "images", max_length=2048
     )
