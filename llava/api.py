@@ -1,7 +1,7 @@
 """Python API: load a model, chat with it, and score answers.
 
 >>> from llava import api
->>> assistant = api.load(model_folder)
+>>> assistant = api.load_predictor(model_folder)
 >>> answer = assistant.chat("What does the image show?", image, max_new_tokens=8)
 >>> score = assistant.score("Is this a blood smear?", "yes", image)
 >>> score.num_tokens >= len("yes") and score.logprob < 0
@@ -31,10 +31,10 @@ Messages: TypeAlias = str | Sequence[Turn | Mapping[str, str]]
 Images: TypeAlias = "ImageRef | Sequence[ImageRef]"
 """An image, the path or the bytes of an image file; or several of these."""
 
-__all__ = ["Images", "LlavaPredictor", "Messages", "Score", "load"]
+__all__ = ["Images", "LlavaPredictor", "Messages", "Score", "load_predictor"]
 
 
-def load(
+def load_predictor(
     path: str | Path,
     *,
     base: str | None = None,
@@ -69,7 +69,7 @@ class LlavaPredictor:
     """Loaded model with methods to chat and to score answers.
 
     >>> from llava import api
-    >>> assistant = api.load(model_folder, max_slots=4)
+    >>> assistant = api.load_predictor(model_folder, max_slots=4)
     >>> "".join(assistant.stream("Which organ?", image, max_new_tokens=8)) == assistant.chat(
     ...     "Which organ?", image, max_new_tokens=8
     ... )

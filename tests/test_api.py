@@ -31,7 +31,7 @@ def folder(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def assistant(folder: Path) -> api.LlavaPredictor:
-    return api.load(folder, device="cpu")
+    return api.load_predictor(folder, device="cpu")
 
 
 def test_the_documented_lines_run(folder: Path) -> None:

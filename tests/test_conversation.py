@@ -97,9 +97,12 @@ LONG_EXEMPLAR = "What are the key differences between renewable and non-renewabl
 
 @pytest.mark.parametrize("oracle", ORACLES)
 def test_published_prompts_of_the_oracles(shared: Path, oracle: str) -> None:
-    """Every template's prompt, but for: `default`, `v0` and Med 1.0's `v1` (a long exemplar that this package leaves
-    out stands in front: the rest is compared), `plain` (the originals raise), and STLLaVA-Med's `mpt` and `v1_sq`
-    (broken roles there; another prompt, compared with the ids instead)."""
+    """Prompts of all templates equal the recorded ones, with exceptions:
+
+    `default`, `v0` and `v1` of LLaVA-Med 1.0 start with a long example that this package omits, so the rest is
+    compared; `plain` raises in the original code; `mpt` and `v1_sq` of STLLaVA-Med have broken roles, so ids are
+    compared instead.
+    """
     prompts = json.loads((shared / "oracles" / oracle / "prompts.json").read_text(encoding="utf-8"))
     second = "Why?" if oracle == "stllava-med" else "Which side?"
     conversation = talk("<image>\nWhat is shown?", "A lung.", second)

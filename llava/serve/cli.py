@@ -91,7 +91,7 @@ def read_image(path: str) -> bytes:
     return content
 
 
-def talk(chat: Chat, lines: Iterable[str], out: TextIO, *, prompt: str = "> ") -> None:
+def chat_loop(chat: Chat, lines: Iterable[str], out: TextIO, *, prompt: str = "> ") -> None:
     """Answer lines until an empty line, /quit or the end of input; errors are shown and the chat continues."""
     out.write(prompt)
     out.flush()
@@ -144,4 +144,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         chat.ask(args.question, sys.stdout)
         return
     sys.stdout.write(f"{Path(args.model).resolve().name}{f' on {args.image}' if args.image else ''}\n{HELP}")
-    talk(chat, sys.stdin, sys.stdout)
+    chat_loop(chat, sys.stdin, sys.stdout)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava.train.trainer import Counts, LlavaTrainer
+from llava.train.trainer import TrainingCounts, LlavaTrainer
 from llava.utils.jsonl import append, read_records, write_atomic, write_records
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class MetricsCallback(TrainerCallback):
         if self.trainer is None:
             return {}
         names = self.trainer.source_names
-        counts, self.trainer.counts = self.trainer.counts.over_ranks(device, len(names)), Counts()
+        counts, self.trainer.counts = self.trainer.counts.over_ranks(device, len(names)), TrainingCounts()
         now = time.perf_counter()
         seconds, self._since = max(now - self._since, 1e-9), now
         if not counts.sequences:
@@ -91,7 +91,7 @@ class MetricsCallback(TrainerCallback):
         }
 
 
-def _loss_by_source(names: Sequence[str], counts: Counts) -> dict[str, float]:
+def _loss_by_source(names: Sequence[str], counts: TrainingCounts) -> dict[str, float]:
     """Return `loss/NAME`, the mean over supervised tokens, of each source with trained rows."""
     if counts.by_source is None:
         return {}

@@ -26,8 +26,9 @@ from llava.model.checkpoint.load_parts import check_adapter_names, load_extra, l
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
-from llava.train.args import LlavaTrainingArguments, Parsed
-from llava.train.trainer import Hooks
+from llava.train.args import LlavaTrainingArguments
+from llava.train.parsing import Parsed
+from llava.train.trainer import TrainerHooks
 from llava.utils.cli import flag
 from llava.utils.jsonl import write_json
 from llava.utils.provenance import git_commit, weights_sha256
@@ -216,7 +217,7 @@ SAVERS: dict[Kind, Callable[..., None]] = {
 }
 
 
-def hooks_for(kind: Kind, model: nn.Module, loaded: Loaded) -> Hooks:
+def hooks_for(kind: Kind, model: nn.Module, loaded: Loaded) -> TrainerHooks:
     """Return the save and restore hooks for the trained part."""
 
     def save(path: str, state: dict[str, Tensor] | None) -> None:
@@ -230,7 +231,7 @@ def hooks_for(kind: Kind, model: nn.Module, loaded: Loaded) -> Hooks:
         else:
             _restore_model(model, path)
 
-    return Hooks(save=save, restore=restore)
+    return TrainerHooks(save=save, restore=restore)
 
 
 def restore_adapter(model: nn.Module, path: Path) -> None:

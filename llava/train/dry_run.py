@@ -13,8 +13,8 @@ from llava.data.dataset import SFTDataset
 from llava.train.args import LlavaTrainingArguments
 from llava.train.callbacks import peak_memory_gb
 
-STEPS = 20
-SAMPLE = 200
+NUM_STEPS = 20
+NUM_SAMPLED_ROWS = 200
 BYTES_OF_ADAMW = 8
 """Two float32 moments for each trained parameter."""
 
@@ -36,15 +36,15 @@ class StepTimer(TrainerCallback):
 
 
 def shorten(args: LlavaTrainingArguments) -> None:
-    """Limit a run to `STEPS` steps without saving or validation."""
-    args.max_steps = STEPS
+    """Limit a run to `NUM_STEPS` steps without saving or validation."""
+    args.max_steps = NUM_STEPS
     args.save_strategy = args.eval_strategy = "no"
     args.load_best_model_at_end = False
 
 
 def token_table(dataset: SFTDataset) -> str:
     """Return a table of the numbers of tokens in the first rows."""
-    encoded = [dataset[row] for row in range(min(SAMPLE, len(dataset)))]
+    encoded = [dataset[row] for row in range(min(NUM_SAMPLED_ROWS, len(dataset)))]
     columns = {
         "tokens": [len(sequence.input_ids) for sequence in encoded],
         "image tokens": [sum(stop - start for start, stop in sequence.image_spans) for sequence in encoded],

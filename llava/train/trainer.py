@@ -44,7 +44,7 @@ Restore = Callable[[str], None]
 
 
 @dataclass(slots=True)
-class Counts:
+class TrainingCounts:
     """Numbers of sequences and tokens since the last log."""
 
     sequences: int = 0
@@ -68,7 +68,7 @@ class Counts:
         """Add sums of losses and weights by source, [2, sources]."""
         self.by_source = sums.double() if self.by_source is None else self.by_source + sums
 
-    def over_ranks(self, device: torch.device, num_sources: int = 0) -> Counts:
+    def over_ranks(self, device: torch.device, num_sources: int = 0) -> TrainingCounts:
         """Return the sums over all ranks."""
         by_source = torch.zeros(2, num_sources) if self.by_source is None else self.by_source.cpu()
         counted = [self.sequences, self.supervised, self.tokens, self.unshared, self.skipped]
@@ -79,11 +79,11 @@ class Counts:
             dist.all_reduce(numbers)
         sequences, supervised, tokens, unshared, skipped, *rest = numbers.tolist()
         sums = torch.tensor(rest, dtype=torch.float64).view(2, num_sources) if num_sources else None
-        return Counts(int(sequences), supervised, int(tokens), int(unshared), int(skipped), sums)
+        return TrainingCounts(int(sequences), supervised, int(tokens), int(unshared), int(skipped), sums)
 
 
 @dataclass(slots=True)
-class Hooks:
+class TrainerHooks:
     """Functions that save, restore and validate the trained part of a run.
 
     Attributes:
@@ -127,7 +127,7 @@ class LlavaTrainer(Trainer):
         loader: StepLoader | StreamLoader,
         collator: Collator,
         objective: Objective,
-        hooks: Hooks,
+        hooks: TrainerHooks,
         source_names: Sequence[str] = (),
         **keywords: Any,
     ) -> None:
@@ -139,7 +139,7 @@ class LlavaTrainer(Trainer):
         self.objective: Objective = objective
         self.hooks = hooks
         self.source_names = tuple(source_names)
-        self.counts = Counts()
+        self.counts = TrainingCounts()
         self._limits = _Limits(collator.max_tokens_per_row)
 
     def get_train_dataloader(self) -> StepLoader | StreamLoader:

@@ -92,7 +92,7 @@ def reference_of(sample: Sample) -> str:
     return sample.conversation.turns[-1].text
 
 
-def score(reference: str, answer: str, *, closed: bool) -> float:
+def answer_score(reference: str, answer: str, *, closed: bool) -> float:
     """Return the score of an answer, 0 to 1.
 
     Closed: 1 if the decision, or without one every word, equals that of the reference. Open: the share of the words of
@@ -158,7 +158,7 @@ class HeldOutAnswers:
         answers = engine.generate([self._prompt(s) for s in self.samples], Sampling(max_new_tokens=MAX_NEW_TOKENS))
         sums = torch.zeros(2, 2, dtype=torch.float64)
         for sample, closed, [completion] in zip(self.samples, self.closed, answers, strict=True):
-            value = score(reference_of(sample), completion.text, closed=closed)
+            value = answer_score(reference_of(sample), completion.text, closed=closed)
             sums[int(closed)] += torch.tensor([value, 1.0], dtype=torch.float64)
         if dist.is_initialized() and dist.get_world_size() > 1:
             sums = sums.to(model.device)

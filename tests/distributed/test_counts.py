@@ -7,7 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from llava.train.trainer import Counts
+from llava.train.trainer import TrainingCounts
 from tests.support.ranks import run
 
 
@@ -15,7 +15,7 @@ def add_up() -> tuple[int, float, int, int, list[list[float]]]:
     """Job: return the sums of counts that differ by rank."""
     dist.init_process_group("gloo")
     rank = int(os.environ["RANK"])
-    counts = Counts(2 + rank, 10.0 * (rank + 1), 100, 300 + rank)
+    counts = TrainingCounts(2 + rank, 10.0 * (rank + 1), 100, 300 + rank)
     if rank == 1:  # the other rank had no row of any source since the last log
         counts.add_sources(torch.tensor([[0.5, 1.5], [2.0, 3.0]]))
     total = counts.over_ranks(torch.device("cpu"), 2)
@@ -28,4 +28,4 @@ def test_counts_of_two_ranks() -> None:
 
 
 def test_counts_of_one_process() -> None:
-    assert Counts(2, 10.0, 100, 300).over_ranks(torch.device("cpu")) == Counts(2, 10.0, 100, 300)
+    assert TrainingCounts(2, 10.0, 100, 300).over_ranks(torch.device("cpu")) == TrainingCounts(2, 10.0, 100, 300)

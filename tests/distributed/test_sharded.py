@@ -51,16 +51,16 @@ def compiled() -> Path:
 def train_zero(argv: list[str], compiled: Path) -> tuple[str, int, str]:
     """Job: a training run; returns what wrapped the model, the stage, and the optimizer."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(compiled)
-    from llava.train import run as story
+    from llava.train import run as training
 
     kept: dict[str, Any] = {}
-    make = story.make_trainer
+    make = training.make_trainer
 
     def keep(*values: Any, **named: Any) -> Any:
         kept["trainer"] = make(*values, **named)
         return kept["trainer"]
 
-    story.make_trainer = keep
+    training.make_trainer = keep
     train(argv)
     engine = kept["trainer"].model_wrapped
     return (

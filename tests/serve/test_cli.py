@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava.errors import DataError, GenerationError
 from llava.generation.protocol import Completion, Prompt, Sampling
-from llava.serve.cli import Chat, make_parser, talk
+from llava.serve.cli import Chat, chat_loop, make_parser
 
 
 class Echo:
@@ -71,7 +71,7 @@ def test_commands(image_file: str) -> None:
         "/quit\n",
         "never\n",
     ]
-    talk(Chat(engine, Sampling()), lines, out)
+    chat_loop(Chat(engine, Sampling()), lines, out)
     sizes = [(len(prompt.conversation.turns), len(prompt.images)) for prompt in engine.prompts]
     assert sizes == [(1, 0), (3, 0), (1, 0), (1, 1)]
     assert "/reset" in out.getvalue()
@@ -81,7 +81,7 @@ def test_errors_are_shown_and_leave_the_conversation_as_it_was() -> None:
     engine = Echo()
     out = io.StringIO()
     chat = Chat(engine, Sampling())
-    talk(chat, ["one", "fail", "/image absent.png", "two", ""], out)
+    chat_loop(chat, ["one", "fail", "/image absent.png", "two", ""], out)
     assert "error: no answer" in out.getvalue() and "absent.png" in out.getvalue()
     assert len(engine.prompts[-1].conversation.turns) == 3
     with pytest.raises(DataError, match="/image FILE"):

@@ -153,7 +153,7 @@ def test_rows_are_shown_and_questions_answered(parts: Path, tmp_path: Path, caps
     show.main([data, "--row", "1", "--model", str(tmp_path / "run"), "--image_folder", images])
     expected = load(tmp_path / "run").processor.image_grid.count((60, 28))
     assert f"{expected} of images" in capsys.readouterr().out
-    with pytest.raises(DataError, match="--image[-_]folder"):
+    with pytest.raises(DataError, match=r"--image[-_]folder"):
         show.main([data, "--row", "1", "--model", str(tmp_path / "run")])
     image = str(parts / "vqa" / "images" / "1.png")
     chat(["--model", str(tmp_path / "run"), "--image", image, "--question", "What?", "--max-new-tokens", "2"])

@@ -10,7 +10,7 @@ import pytest
 from llava.data.records import load_samples
 from llava.errors import DataError
 from llava.model.builder import Loaded
-from llava.train.validation import HeldOutAnswers, score
+from llava.train.validation import HeldOutAnswers, answer_score
 from tests.support.ranks import run
 from tests.support.runs import arguments, losses, train, write_parts
 from tests.support.tiny import write_tiny_vqa
@@ -29,7 +29,7 @@ from tests.support.tiny import write_tiny_vqa
     ],
 )
 def test_scores(reference: str, answer: str, closed: bool, value: float) -> None:
-    assert score(reference, answer, closed=closed) == pytest.approx(value)
+    assert answer_score(reference, answer, closed=closed) == pytest.approx(value)
 
 
 def test_closed_questions(tiny: Loaded, tmp_path: Path) -> None:
