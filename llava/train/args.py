@@ -6,18 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-
 from llava.compat import help_text
 from llava.errors import ConfigError
 from llava.imaging.dicom.policy import DEFAULT, FRAME_HELP, KEPT, WINDOW_HELP
 from llava.imaging.jpeg import HELP as FAST_JPEG_HELP
-from llava.train import legacy_flags
-
-
-def option(default: Any, help_text: str) -> Any:
-    """Return a dataclass field with a default and a help text."""
-    return field(default=default, metadata={"help": help_text})
+from llava.train.legacy_flags import LegacyTrainingArguments, option
 
 
 @dataclass
@@ -129,16 +122,13 @@ class DataArguments:
 
 
 @dataclass
-class LlavaTrainingArguments(TrainingArguments):
+class LlavaTrainingArguments(LegacyTrainingArguments):
     """Options of transformers' `Trainer`, of the original trainers, and of this package."""
 
     optim: str = option("adamw_torch", "optimizer")
     remove_unused_columns: bool = option(False, "kept for published commands")
     model_max_length: int = option(512, "longest sequence in tokens, images included; longer text is truncated")
-    cache_dir: str | None = option(None, "accepted without effect; set HF_HOME instead")
     mm_projector_lr: float | None = option(None, "learning rate of the projector")
-    mm_vision_tower_lr: float | None = option(None, "learning rate of the vision tower")
-    vision_tower_lr: float | None = option(None, "alias of --mm-vision-tower-lr")
     logging_nan_inf_filter: bool = option(False, "replace a non-finite loss in the log by the mean of earlier steps")
     group_by_modality_length: bool = option(False, "rows of one modality and similar length in one optimizer step")
     group_by_length: bool = option(False, "rows of similar length in one optimizer step")
@@ -161,23 +151,18 @@ class LlavaTrainingArguments(TrainingArguments):
     eval_answers: int = option(64, "held-out questions to answer and score at each validation; 0: loss only")
     dry_run: bool = option(False, "print token counts and memory, run 20 steps, forecast the hours; writes no model")
     log_row_ids: bool = option(False, "write the number of every trained row to row_ids-RANK.jsonl (row_ids-0.jsonl)")
-    evaluation_strategy: str | None = option(None, "alias of --eval-strategy")
-    warmup_ratio: float | None = option(None, "alias of --warmup-steps with a value below 1")
-    fsdp_transformer_layer_cls_to_wrap: str | None = option(None, "alias of the field with this name in --fsdp-config")
-    force_fsdp: bool = option(False, "accepted without effect")
     overwrite_output_dir: bool = option(False, "start from the beginning even if a checkpoint could be resumed")
     requested_accumulation: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        legacy_flags.settle(self)
         # One batch of the trainer is a whole optimizer step: LlavaTrainer lays out its rows and accumulates gradients.
         self.requested_accumulation = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1
         # LlavaTrainer connects every trained weight to the loss, so DDP must not search for unused ones.
         self.ddp_find_unused_parameters = False
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        if self.n_gpu > 1:
-            legacy_flags.use_one_gpu(self)
+        super().__post_init__()
+        if self.max_tokens_per_row < 1:
+            raise ConfigError(f"--max-tokens-per-row is {self.max_tokens_per_row}; expected at least 1 (default 8192)")
         if self.image_grouping not in ("", "on", "off", "auto"):
             raise ConfigError(f"--image-grouping is {self.image_grouping!r}; expected on, off or auto")
         if self.loss_normalization not in ("tokens", "micro_batches"):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava.train.trainer import TrainingCounts, LlavaTrainer
+from llava.train.trainer import LlavaTrainer, TrainingCounts
 from llava.utils.jsonl import append, read_records, write_atomic, write_records
 
 logger = logging.getLogger(__name__)

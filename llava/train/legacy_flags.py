@@ -1,4 +1,7 @@
-"""Translation of old training options; options without effect are listed in one warning."""
+"""Old names of training options, as the base class of the training arguments.
+
+Old options are translated before transformers checks the new ones; options without effect are listed in one warning.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,16 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from llava.errors import ConfigError
 from llava.utils.cli import flag
 from llava.utils.jsonl import NOT_JSON
-
-if TYPE_CHECKING:
-    from llava.train.args import LlavaTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +57,40 @@ JSON_FIELDS = (*CONFIG_FILES, "accelerator_config", "gradient_checkpointing_kwar
 """Fields that may hold JSON text."""
 
 
-def settle(args: LlavaTrainingArguments) -> None:
-    """Translate old fields before transformers checks the new ones.
+def option(default: Any, help_text: str) -> Any:
+    """Return a dataclass field with a default and a help text."""
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class LegacyTrainingArguments(TrainingArguments):
+    """Options of transformers' `Trainer` with the old names that published commands use.
 
     Raises:
-        ConfigError: two names of one field have different values, or a value is not supported.
+        ConfigError: two names of one option have different values, or a value is not supported.
     """
-    _refuse_unsupported(args)
-    _check_values(args)
+
+    mm_vision_tower_lr: float | None = option(None, "learning rate of the vision tower")
+    vision_tower_lr: float | None = option(None, "alias of --mm-vision-tower-lr")
+    evaluation_strategy: str | None = option(None, "alias of --eval-strategy")
+    warmup_ratio: float | None = option(None, "alias of --warmup-steps with a value below 1")
+    fsdp_transformer_layer_cls_to_wrap: str | None = option(None, "alias of the field with this name in --fsdp-config")
+    cache_dir: str | None = option(None, "accepted without effect; set HF_HOME instead")
+    force_fsdp: bool = option(False, "accepted without effect")
+
+    def __post_init__(self) -> None:
+        _refuse_unsupported(self)
+        _check_json_fields(self)
+        _apply_aliases(self)
+        _set_device(self)
+        _set_fsdp(self)
+        _set_reports(self)
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.n_gpu > 1:
+            _use_one_gpu(self)
+
+
+def _apply_aliases(args: LegacyTrainingArguments) -> None:
     if args.evaluation_strategy is not None:
         if args.eval_strategy not in ("no", args.evaluation_strategy):
             raise ConfigError(
@@ -83,12 +111,9 @@ def settle(args: LlavaTrainingArguments) -> None:
                 "set one of them"
             )
         args.mm_vision_tower_lr = args.vision_tower_lr
-    _settle_device(args)
-    _settle_fsdp(args)
-    _settle_reports(args)
 
 
-def _refuse_unsupported(args: LlavaTrainingArguments) -> None:
+def _refuse_unsupported(args: LegacyTrainingArguments) -> None:
     for name, advice in UNSUPPORTED.items():
         if not advice:
             continue
@@ -98,9 +123,7 @@ def _refuse_unsupported(args: LlavaTrainingArguments) -> None:
             raise ConfigError(f"{flag(name)} {value} is not supported; {advice}")
 
 
-def _check_values(args: LlavaTrainingArguments) -> None:
-    if args.max_tokens_per_row < 1:
-        raise ConfigError(f"--max-tokens-per-row is {args.max_tokens_per_row}; expected at least 1 (default 8192)")
+def _check_json_fields(args: LegacyTrainingArguments) -> None:
     for name in JSON_FIELDS:
         value = getattr(args, name)
         if not isinstance(value, str) or not value:
@@ -122,7 +145,7 @@ def _check_json(name: str, value: str, text: str | None) -> None:
         raise ConfigError(f"{flag(name)} {value}: expected a JSON object, got {type(content).__name__}")
 
 
-def _settle_device(args: LlavaTrainingArguments) -> None:
+def _set_device(args: LegacyTrainingArguments) -> None:
     has_gpu = torch.cuda.is_available()
     if not has_gpu and not torch.accelerator.is_available():
         args.use_cpu = True
@@ -132,7 +155,7 @@ def _settle_device(args: LlavaTrainingArguments) -> None:
         args.tf32 = None
 
 
-def _settle_fsdp(args: LlavaTrainingArguments) -> None:
+def _set_fsdp(args: LegacyTrainingArguments) -> None:
     wraps = args.fsdp_transformer_layer_cls_to_wrap
     if not args.fsdp or args.fsdp == "no":
         return
@@ -147,7 +170,7 @@ def _settle_fsdp(args: LlavaTrainingArguments) -> None:
         args.fsdp_config = config
 
 
-def _settle_reports(args: LlavaTrainingArguments) -> None:
+def _set_reports(args: LegacyTrainingArguments) -> None:
     wanted = [args.report_to] if isinstance(args.report_to, str) else list(args.report_to or [])
     kept = []
     for name in wanted:
@@ -174,7 +197,7 @@ def _keep_wandb_offline() -> None:
         )
 
 
-def use_one_gpu(args: LlavaTrainingArguments) -> None:
+def _use_one_gpu(args: LegacyTrainingArguments) -> None:
     """Restrict the process to one GPU."""
     # `DataParallel` would split the flat batch, whose sequences share one row.
     logger.warning(
