@@ -29,6 +29,7 @@ from llava.errors import ConfigError
 from llava.train.args import LlavaTrainingArguments
 from llava.train.objectives.base import Objective
 from llava.train.optimizer import parameter_groups
+from llava.train.ranks import check_finite
 from llava.utils.jsonl import write_json
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,15 @@ class TrainerHooks:
 @dataclass(slots=True)
 class _Limits:
     max_tokens_per_row: int | None
-    was_halved: bool = field(default=False)
+    was_halved: bool = False
+
+
+@dataclass(slots=True)
+class _StepResult:
+    """Loss of a step on this rank, and for each row its sums by source, [2, sources]."""
+
+    loss: Tensor
+    by_source: list[Tensor] = field(default_factory=list)
 
 
 class LlavaTrainer(Trainer):
@@ -141,6 +150,7 @@ class LlavaTrainer(Trainer):
         self.source_names = tuple(source_names)
         self.counts = TrainingCounts()
         self._limits = _Limits(collator.max_tokens_per_row)
+        self._step_loss = torch.zeros((), device=args.device)
 
     def get_train_dataloader(self) -> StepLoader | StreamLoader:
         """Return the loader unwrapped, since its sampler shards rows over ranks."""
@@ -162,34 +172,54 @@ class LlavaTrainer(Trainer):
         """
         assert isinstance(num_items_in_batch, Tensor)
         model.train()
-        total = torch.zeros((), device=self.args.device)
-        by_source = self.counts.by_source
         if inputs.sequences and self._limits.max_tokens_per_row != self.collator.max_tokens_per_row:
             inputs = self._laid_out_again(inputs)
-        try:
-            for row, is_last in self._rows(inputs):
-                total += self._row_step(model, row, num_items_in_batch, is_last=is_last)
-            ran_out = False
-        except torch.OutOfMemoryError as error:
-            if self.args.world_size > 1 or self._limits.was_halved or not inputs.sequences:
-                raise ConfigError(
-                    f"out of memory with rows of at most {self._limits.max_tokens_per_row} tokens; "
-                    "lower --max-tokens-per-row or --per-device-train-batch-size, or use --gradient-checkpointing True"
-                ) from error
-            ran_out = True
-        if ran_out:  # outside the handler, whose traceback references all activations of the failed row
-            self._halve_rows(inputs)
-            model.zero_grad()
-            self.counts.by_source = by_source  # the rows before the failed one are run again
-            return self.training_step(model, self._laid_out_again(inputs), num_items_in_batch)
+        result = self._run_rows(model, inputs, num_items_in_batch)
+        if result is None:
+            inputs, result = self._retry_smaller(model, inputs, num_items_in_batch)
         self._fill_gradients(model)
+        self._step_loss = result.loss
+        for sums in result.by_source:
+            self.counts.add_sources(sums)
         self.counts.add(inputs)
         self.counts.skipped = self.loader.num_bad if isinstance(self.loader, StreamLoader) else 0
         if self.hooks.on_step is not None:
             self.hooks.on_step(inputs, self.state.global_step)
-        return total
+        return result.loss
 
-    def _row_step(self, model: nn.Module, row: FlatBatch, num_items: Tensor, *, is_last: bool) -> Tensor:
+    def _run_rows(self, model: nn.Module, batch: StepBatch, num_items: Tensor) -> _StepResult | None:
+        """Run all rows of a step; return None after the first out-of-memory error of the run.
+
+        Raises:
+            ConfigError: out of memory with halved rows, or on one of several ranks.
+        """
+        result = _StepResult(torch.zeros((), device=self.args.device))
+        try:
+            for row, is_last in self._rows(batch):
+                self._run_row(model, row, num_items, result, is_last=is_last)
+        except torch.OutOfMemoryError as error:
+            if self.args.world_size > 1 or self._limits.was_halved or not batch.sequences:
+                raise ConfigError(
+                    f"out of memory with rows of at most {self._limits.max_tokens_per_row} tokens; "
+                    "lower --max-tokens-per-row or --per-device-train-batch-size, or use --gradient-checkpointing True"
+                ) from error
+            return None
+        return result
+
+    def _retry_smaller(self, model: nn.Module, batch: StepBatch, num_items: Tensor) -> tuple[StepBatch, _StepResult]:
+        """Run a step again from its first row, with rows of half the size; return its new layout and its result."""
+        # Called after the handler has ended, since its traceback references all activations of the failed row.
+        self._halve_rows(batch)
+        model.zero_grad()
+        batch = self._laid_out_again(batch)
+        result = self._run_rows(model, batch, num_items)
+        assert result is not None  # halved rows raise instead
+        return batch, result
+
+    def _run_row(
+        self, model: nn.Module, row: FlatBatch, num_items: Tensor, result: _StepResult, *, is_last: bool
+    ) -> None:
+        """Run forward and backward for one row, and add its loss and sums to `result`."""
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self.accelerator.gradient_state._set_sync_gradients(is_last)
         waits = not is_last and not is_deepspeed
@@ -198,11 +228,23 @@ class LlavaTrainer(Trainer):
                 output = self.objective(model, row.to(self.args.device), num_items=num_items)
                 # Gradients are averaged over ranks, but the loss is a global sum divided by a global count.
                 loss = output.loss * self.args.world_size + (self._anchor(model) if is_last else 0.0)
+            result.loss += loss.detach()
+            if is_deepspeed and is_last:  # its `backward` also takes the optimizer step
+                check_finite(result.loss, None, step=self.state.global_step + 1)
             self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
         if "by_source" in output.metrics:
-            self.counts.add_sources(output.metrics["by_source"])
-        share: Tensor = loss.detach()
-        return share
+            result.by_source.append(output.metrics["by_source"])
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the gradient norm; transformers calls this just before the optimizer step.
+
+        Raises:
+            LlavaError: the loss or the gradient norm is not finite on some rank.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        # In fp16 the loss scaler skips steps whose gradients overflow, so that only the loss is checked.
+        check_finite(self._step_loss, None if self.args.fp16 else norm, step=self.state.global_step + 1)
+        return norm
 
     def _anchor(self, model: nn.Module) -> Tensor | float:
         """Return zero, connected to every trained weight."""
