@@ -7,13 +7,15 @@ A subcommand is imported when it runs, so `llava --help` imports neither torch n
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from llava import __version__
+from llava.errors import ConfigError
 from llava.utils.cli import run_program
-from llava.utils.lookup import lookup
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,7 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 
-USAGE = "usage: llava COMMAND [flags]      (flags of a command: llava COMMAND --help)"
+USAGE = "usage: llava COMMAND [flags]      (flags of a command: llava COMMAND --help; version: llava --version)"
 
 
 def overview(commands: Mapping[str, Command] = COMMANDS) -> str:
@@ -175,18 +177,28 @@ def overview(commands: Mapping[str, Command] = COMMANDS) -> str:
     return "\n".join(lines).rstrip()
 
 
-def split(argv: Sequence[str]) -> tuple[str, list[str]]:
+def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
     """Return the name of the command, of one or two words (`data show`), and the remaining arguments."""
     two_words = " ".join(argv[:2])
     return (two_words, list(argv[2:])) if two_words in COMMANDS else (argv[0], list(argv[1:]))
 
 
-def group(name: str) -> dict[str, Command]:
+def commands_of_group(name: str) -> dict[str, Command]:
     """Return the commands of a group (`data`): their first word is `name`, and `name` alone is not a command."""
     return {key: command for key, command in COMMANDS.items() if key.split()[0] == name != key}
 
 
-def run(argv: Sequence[str]) -> None:
+def unknown_command(name: str, members: Mapping[str, Command]) -> ConfigError:
+    """Return the error for an unknown command: the most similar name, or without one the commands of its group."""
+    group, _, word = name.rpartition(" ")
+    known_words = [key.rpartition(" ")[2] for key in members] or [key.partition(" ")[0] for key in COMMANDS]
+    if near := difflib.get_close_matches(word, known_words, n=1):
+        return ConfigError(f"unknown command {name!r}; did you mean {f'{group} {near[0]}'.strip()!r}?")
+    known = f"expected {', '.join(members)}" if members else "`llava --help` lists all commands"
+    return ConfigError(f"unknown command {name!r}; {known}")
+
+
+def run_command(argv: Sequence[str]) -> None:
     """Run one command.
 
     Raises:
@@ -195,12 +207,17 @@ def run(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         sys.stdout.write(overview() + "\n")
         return
-    name, rest = split(argv)
-    members = group(name)
+    if argv[0] == "--version":
+        sys.stdout.write(f"llava {__version__}\n")
+        return
+    name, rest = split_command(argv)
+    members = commands_of_group(name)
     if members and (not rest or rest[0] in ("-h", "--help")):
         sys.stdout.write(overview(members) + "\n")
         return
-    command = lookup(COMMANDS, " ".join([name, *rest[:1]]) if members else name, "command")
+    if name not in COMMANDS:
+        raise unknown_command(" ".join([name, *rest[:1]]) if members else name, members)
+    command = COMMANDS[name]
     if "-h" in rest or "--help" in rest:
         sys.stdout.write(f"llava {name}: {command.summary}\nexample: {command.example}\n\n")
         sys.stdout.flush()
@@ -211,7 +228,7 @@ def run(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the console script; expected errors print their message and exit with status 2."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    run_program(lambda: run(arguments))
+    run_program(lambda: run_command(arguments))
 
 
 if __name__ == "__main__":

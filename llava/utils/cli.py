@@ -134,7 +134,7 @@ def _run(program: Callable[[], None]) -> None:
 def _end(error: Exception, message: str) -> NoReturn:
     if os.environ.get(TRACEBACK_VARIABLE):
         raise error
-    sys.stderr.write(f"llava: error: {message}\n(set {TRACEBACK_VARIABLE}=1 to see where it was raised)\n")
+    sys.stderr.write(f"llava: error: {message}\n")
     raise SystemExit(2) from None
 
 

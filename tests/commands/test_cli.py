@@ -1,4 +1,4 @@
-"""The `llava` command: help without heavy imports, routing, errors."""
+"""The `llava` command: help and version without heavy imports, dispatch, errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llava import cli
+from llava import __version__, cli
 from llava.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys\nfrom llava.cli import main\nmain(['--help'])\n"
+        "import sys\nfrom llava.cli import main\nmain(['--version'])\nmain(['data'])\nmain(['--help'])\n"
         "heavy = {'torch', 'transformers', 'numpy', 'PIL'} & sys.modules.keys()\nassert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -58,18 +58,38 @@ def test_help_of_a_command_shows_its_example(
         assert f"example: {command.example}" in capsys.readouterr().out
 
 
-def test_a_group_lists_its_members(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["data"])
-    assert "data show" in capsys.readouterr().out
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"llava {__version__}\n"
 
 
-@pytest.mark.parametrize("words", [["trian"], ["data", "shwo"]])
-def test_an_unknown_command_names_the_known_ones(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", [["data"], ["data", "--help"], ["checkpoint"], ["instruct", "-h"]])
+def test_a_group_lists_its_members_only(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(words)
+    printed = capsys.readouterr().out
+    shown = {name for name in cli.COMMANDS if f"  {name} " in printed}
+    assert shown == {name for name in cli.COMMANDS if name.startswith(f"{words[0]} ")}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["data", "shwo"], "unknown command 'data shwo'; did you mean 'data show'?"),
+        (["checkpiont", "inspect"], "unknown command 'checkpiont'; did you mean 'checkpoint'?"),
+        (["checkpoint", "xyzzyxyzzy"], "expected checkpoint inspect, checkpoint doctor, "),
+        ([""], "unknown command ''; `llava --help` lists all commands"),
+        (["xyzzy"], "unknown command 'xyzzy'; `llava --help` lists all commands"),
+    ],
+)
+def test_an_unknown_command_names_similar_ones(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert repr(" ".join(words)) in message and "data show" in message and "quickstart" in message
+    assert expected in message and message.count("\n") == 1 and "traceback" not in message.lower()
 
 
 def test_a_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

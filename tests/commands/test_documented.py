@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.cli import COMMANDS, split
+from llava.cli import COMMANDS, split_command
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,8 +28,8 @@ FENCED = [(path.name, command) for path in DOCUMENTS for command in commands(pat
 
 def check_llava(words: list[str]) -> None:
     """Parse a `llava` line with the parser of its command if that needs no files."""
-    name, rest = split(words)
-    if words == ["--help"]:
+    name, rest = split_command(words)
+    if words in (["--help"], ["--version"]):
         return
     assert name in COMMANDS, f"llava {name} does not exist"
     if name == "eval":
