@@ -32,10 +32,10 @@ def test_images_without_a_place_go_in_front_of_the_first_question() -> None:
     ("texts", "images", "message"),
     [
         (("<image>\nq", "a"), (), r"train\.json, row 4, id 'a': the text has 1 .* the row names no image"),
-        (("<image>\nq", "a"), ("x", "y"), r"has 1 .* it names 2 image"),
-        (("<image><image>q", "a"), ("x",), r"has 2 .* it names 1 image"),
+        (("<image>\nq", "a"), ("x", "y"), r"has 1 .* the row names 2 image"),
+        (("<image><image>q", "a"), ("x",), r"has 2 .* the row names 1 image"),
     ],
 )
-def test_another_number_of_places_is_an_error(texts: tuple[str, ...], images: tuple[str, ...], message: str) -> None:
+def test_another_number_of_placeholders_is_an_error(texts: tuple[str, ...], images: tuple[str, ...], message: str) -> None:
     with pytest.raises(DataError, match=message):
         with_places(sample(*texts, images=images))
