@@ -1,4 +1,4 @@
-"""The `llava` command: dispatch to the subcommands for training, evaluation, chat, data and checkpoints.
+"""The `llava` command: subcommands for training, evaluation, chat, data and checkpoints.
 
     llava COMMAND [flags]  --lookup-->  COMMANDS[COMMAND]  --lazy import-->  function(flags)
 
@@ -20,7 +20,7 @@ from llava.utils.cli import run_program
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Subcommand: its function (`module:function`, called with the remaining arguments) and its help texts."""
+    """Subcommand: its function (`module:function`, called with the remaining arguments) and help texts."""
 
     target: str
     summary: str
@@ -184,12 +184,12 @@ def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def commands_of_group(name: str) -> dict[str, Command]:
-    """Return the commands of a group (`data`): their first word is `name`, and `name` alone is not a command."""
+    """Return the commands of a group (`data`), empty if `name` is not a group."""
     return {key: command for key, command in COMMANDS.items() if key.split()[0] == name != key}
 
 
 def unknown_command(name: str, members: Mapping[str, Command]) -> ConfigError:
-    """Return the error for an unknown command: the most similar name, or without one the commands of its group."""
+    """Return the error for an unknown command, with the most similar name or the commands of its group."""
     group, _, word = name.rpartition(" ")
     known_words = [key.rpartition(" ")[2] for key in members] or [key.partition(" ")[0] for key in COMMANDS]
     if near := difflib.get_close_matches(word, known_words, n=1):

@@ -171,7 +171,7 @@ def _render(template: Template, form: Form, conversation: Conversation) -> list[
 
 
 def _render_turn(form: Form, turn: Turn, text: str, index: int, lead: int) -> list[Segment]:
-    """Return the segments of one turn with `Turn.train` applied; `lead` is the end of the images in its text."""
+    """Return the segments of one turn with `Turn.train` applied; `lead` is the end of its images."""
     frame = form.gpt if turn.role == "gpt" else (form.first if index == 0 and form.first else form.human)
     if turn.role == "human" and turn.train:
         return _render_asked(form.asked or frame, text, index, lead)
@@ -208,7 +208,7 @@ def _render_asked(frame: Frame, text: str, index: int, lead: int) -> list[Segmen
 
 
 def _two(user: str, assistant: str, *, end: str, gap: str = "", asked: str = "") -> Form:
-    """Return the form with two separators, `S USER: q ASSISTANT: a</s>`; answer, its space and `end` are trained."""
+    """Return the form with two separators, `S USER: q ASSISTANT: a</s>`; ` a</s>` is trained."""
     human: Frame = ((f"{user}: {SLOT} ", False),)
     gpt: Frame = ((f"{assistant}:", False), (f" {SLOT}{end}", True), (gap, False))
     return Form(
@@ -240,7 +240,7 @@ def _single(human: str, assistant: str) -> Form:
 
 
 def _brackets(start: str) -> Form:
-    """Return the form with brackets, `[INST] q [/INST] a </s>`; the system prompt is inside the first pair."""
+    """Return the form with brackets, `[INST] q [/INST] a </s>`, the system prompt inside the first pair."""
     return Form(
         system=f"[INST] <<SYS>>\n{SLOT}\n<</SYS>>\n\n",
         no_system="[INST] ",

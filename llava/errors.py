@@ -44,7 +44,11 @@ class DownloadError(LlavaError, OSError):
 
 
 class ArchiveError(DataError):
-    """Archive that cannot be read, or not safely; `reason` is a key of `llava.data.download.failures.REASONS`."""
+    """Archive that cannot be read, or not safely.
+
+    Attributes:
+        reason: a key of `llava.data.download.failures.REASONS`.
+    """
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Processor of a model: tokenizer, image preprocessing and template, saved in one folder with the weights.
+"""Processor of a model: tokenizer, image preprocessing and template, saved with the weights.
 
 image --picture--> [3, H, W], or tiles [K, 3, H, W]     text --data.encode--> ids (one placeholder id per image token)
 """
@@ -219,7 +219,7 @@ class LlavaMedProcessor:
         return _output_size(self.image_processor)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return images as input of the vision tower, float32 `[N, 3, H, W]`; see `picture` for variable sizes.
+        """Return images as vision tower input, float32 `[N, 3, H, W]`; see `picture` for variable sizes.
 
         Raises:
             ConfigError: the processor is for text only, or the image mode gives inputs of several sizes.
@@ -245,7 +245,7 @@ class LlavaMedProcessor:
         return decode(ref, root, dicom=self.dicom, scale_of=self._scale_of if self.fast_jpeg else None)
 
     def picture(self, image: Image.Image | Opened) -> Tensor:
-        """Return an image as input of the vision tower, float32 `[3, H, W]`, or tiles `[K, 3, H, W]` with `anyres`.
+        """Return an image as vision tower input, float32 `[3, H, W]`, or tiles `[K, 3, H, W]` with `anyres`.
 
         Raises:
             ConfigError: the processor is for text only.
@@ -266,7 +266,8 @@ class LlavaMedProcessor:
         return self._processed(tiles(image, (columns * side, rows * side), side))
 
     def _fast_pixels(self, image: Image.Image | Opened, path: PixelPath) -> Tensor:
-        """Return [3, H, W], bitwise equal to the image processor if a JPEG image was not decoded at a smaller scale."""
+        """Return [3, H, W] float32 without the image processor."""
+        # Bitwise equal to the image processor, unless a JPEG image was decoded at a smaller scale.
         if not isinstance(image, Opened):
             image = Opened(image if image.mode == "L" else to_rgb(image), image.size)
         fitted, size, box = fit_opened(image, self.image_mode, size=self.image_size, **self._border())
@@ -312,7 +313,7 @@ class LlavaMedProcessor:
         return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Save settings, tokenizer and image processor into the folder `path`; each file is replaced atomically."""
+        """Save settings, tokenizer and image processor into `path`; each file is replaced atomically."""
         target = Path(path)
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".processor-") as folder:

@@ -26,7 +26,7 @@ CONVERSATION_KEYS = ("conversations", "conversatons")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message; `train` overrides whether the template trains it, None keeps the choice of the template."""
+    """One message; `train` overrides whether the template trains it (None: as the template does)."""
 
     role: Role
     text: str
@@ -135,7 +135,7 @@ def from_row(row: Mapping[str, Any], *, default_id: str | None = None) -> Sample
 
 
 def num_lost_turns(row: Mapping[str, Any], sample: Sample) -> int:
-    """Return the number of turns of `row` that `sample` lacks: 1 for an answer before the first question, else 0."""
+    """Return the number of turns of `row` that `sample` lacks (1 for an answer before the first question)."""
     written = next(row[key] for key in CONVERSATION_KEYS if key in row)
     return len(written) - len(sample.conversation.turns) - (sample.conversation.system is not None)
 

@@ -1,4 +1,4 @@
-"""System prompts of the published templates, character by character as in the training of the published models.
+"""System prompts of the published templates, equal character by character.
 
 Some join sentences without a space, as published. A test checks the length and hash of each.
 """

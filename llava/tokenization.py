@@ -1,4 +1,4 @@
-"""Tokenization of text with character spans, equal to the tokenization in the training of the published models.
+"""Tokenization of text with character spans, equal to that of the published models in training.
 
 Sentencepiece tokenizers (Llama, Mistral) write a prefix mark `▁` before a text. The tokenizers of the published models
 always wrote it. transformers 5 omits it if a text starts with a space, and does not save whether it is written before
@@ -79,7 +79,7 @@ class TextTokenizer:
         self._made: tuple[int, Tokenizer] | None = None  # created on first use; not needed for token ids only
 
     def plain_backend(self) -> Tokenizer:
-        """Return a backend that writes the prefix marks of this tokenizer by its own rules, for other programs.
+        """Return a backend that writes the prefix marks of this tokenizer itself, for other programs.
 
         If the mark is written once per text, it is before the first chunk only.
         """
@@ -125,7 +125,7 @@ class TextTokenizer:
 
 
 def repair_merges(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Order the merges of a tokenizer loaded from tokenizer.model alone by score; return whether the order changed.
+    """Order merges by score if only tokenizer.model was loaded; return whether the order changed.
 
     Raises:
         ConfigError: the file is not a sentencepiece model.
@@ -148,7 +148,7 @@ def repair_merges(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _merges_by_score(model: Any) -> list[tuple[str, str]]:
-    """Return all pairs of pieces that form a piece, by the score of the result; ties by the length of the parts."""
+    """Return all pairs of pieces that form a piece, ordered by its score, then by the lengths of the pair."""
     num_pieces = model.get_piece_size()
     special = [model.is_control(i) or model.is_unknown(i) or model.is_byte(i) for i in range(num_pieces)]
     pieces = {model.id_to_piece(i): i for i in range(num_pieces) if not special[i]}

@@ -36,6 +36,8 @@ def test_images_without_a_place_go_in_front_of_the_first_question() -> None:
         (("<image><image>q", "a"), ("x",), r"has 2 .* the row names 1 image"),
     ],
 )
-def test_another_number_of_placeholders_is_an_error(texts: tuple[str, ...], images: tuple[str, ...], message: str) -> None:
+def test_another_number_of_placeholders_is_an_error(
+    texts: tuple[str, ...], images: tuple[str, ...], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         with_places(sample(*texts, images=images))

@@ -92,7 +92,7 @@ def read_image(path: str) -> bytes:
 
 
 def chat_loop(chat: Chat, lines: Iterable[str], out: TextIO, *, prompt: str = "> ") -> None:
-    """Answer lines until an empty line, /quit or the end of input; errors are shown and the chat continues."""
+    """Answer lines until an empty line, /quit or end of input; errors are shown and the chat continues."""
     out.write(prompt)
     out.flush()
     for line in lines:

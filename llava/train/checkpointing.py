@@ -59,7 +59,7 @@ DECISIVE_TRAINING_OPTIONS = (
 
 
 def run_provenance(parsed: Parsed, layout: str, grouping: str, order: str, trains: str) -> dict[str, Any]:
-    """Return the provenance of a run: data, order of rows, trained part (projector, adapter, model), options, code."""
+    """Return the provenance of a run: data, order of rows, trained part, options and code."""
     model, data, training = parsed
     return {
         "data_path": data.data_path,

@@ -41,7 +41,7 @@ MIN_IMAGES_PER_STEP = 8
 
 
 def questions_per_image(args: LlavaTrainingArguments) -> int:
-    """Return the number of rows of one image in a group: as set, else as many as leave enough images in a step.
+    """Return the number of rows per image group: as set, or as many as leave enough images in a step.
 
     Raises:
         ConfigError: the number is negative.
@@ -236,7 +236,7 @@ def make_loader(
     skip_bad: bool,
     grouping: str,
 ) -> tuple[StepLoader | StreamLoader, str, str]:
-    """Return the loader of whole steps, whether it groups by image (`on`, `off`), and a text of the order of rows."""
+    """Return the loader of whole steps, whether it groups by image (`on`, `off`), and its order as text."""
     if isinstance(dataset, StreamDataset):
         stream = StreamLoader(
             dataset,
@@ -273,7 +273,7 @@ def prepare_images(
     data_args: DataArguments,
     args: LlavaTrainingArguments,
 ) -> None:
-    """Compute what training needs from images: a calibrated projector, cached features of a frozen vision tower.
+    """Calibrate the projector and cache the features of a frozen vision tower, if requested.
 
     Raises:
         ConfigError: `--calibrate-mm-projector` with a stream.

@@ -1,4 +1,4 @@
-"""Model of a training run: a loaded checkpoint, or a new model from a language model and a vision tower."""
+"""Model of a training run: a loaded checkpoint, or a new one from language model and vision tower."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizer parameter groups: projector, vision tower, language model, each with and without weight decay."""
+"""Optimizer parameter groups by model part (projector, vision tower, language model) and weight decay."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def _config(model: str) -> Mapping[str, Any]:
 
 
 def holds_frozen_in_bf16(args: LlavaTrainingArguments) -> bool:
-    """Return whether a run stores frozen weights in bf16: on a GPU with `--bf16`, without DeepSpeed or FSDP."""
+    """Return whether frozen weights are stored in bf16: on a GPU with `--bf16`, without DeepSpeed or FSDP."""
     # DeepSpeed casts by its own configuration, and FSDP flattens weights of one data type only. On the CPU memory is
     # not the limit and bf16 products may be slow.
     return bool(args.bf16 and args.device.type != "cpu" and not args.deepspeed and not args.fsdp)

@@ -1,4 +1,4 @@
-"""Training command with the published name `train_mem.py`: stage 1, stage 2 and downstream fine-tuning.
+"""Training command with the published name `train_mem.py`: stage 1, stage 2, downstream fine-tuning.
 
 Command:
     torchrun --nnodes=1 --nproc_per_node=8 --master_port=25001 llava/train/train_mem.py \

@@ -207,7 +207,7 @@ class LlavaTrainer(Trainer):
         return result
 
     def _retry_smaller(self, model: nn.Module, batch: StepBatch, num_items: Tensor) -> tuple[StepBatch, _StepResult]:
-        """Run a step again from its first row, with rows of half the size; return its new layout and its result."""
+        """Run a step again with rows of half the size; return its new layout and its result."""
         # Called after the handler has ended, since its traceback references all activations of the failed row.
         self._halve_rows(batch)
         model.zero_grad()

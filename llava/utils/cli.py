@@ -1,4 +1,4 @@
-"""Argument parser that accepts every published spelling of an option, and the runner of command entry points.
+"""Argument parser that accepts every published spelling of an option, and runner of commands.
 
 `--max-size` and `--max_size` are one option, a prefix of an option is enough (`--base` for `--base-model-path`), and a
 switch takes an optional value (`--flag`, `--flag True`, `--flag False`).

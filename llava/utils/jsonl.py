@@ -1,4 +1,4 @@
-"""Reading and writing of JSON arrays and JSON lines, plain or gzipped; formats are detected by content."""
+"""Reading and writing of JSON arrays and JSON lines, plain or gzipped, detected by content."""
 
 from __future__ import annotations
 

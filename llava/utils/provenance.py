@@ -17,7 +17,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def git_commit() -> str | None:
-    """Return the git commit of this package, with `+changes` if tracked files differ; None outside a checkout."""
+    """Return the git commit of this package, `+changes` if tracked files differ; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -44,7 +44,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def weights_sha256(path: str | Path) -> str | None:
-    """Return one SHA-256 over the names and bytes of all weight files of a checkpoint; None without such files."""
+    """Return one SHA-256 over names and bytes of the weight files of a checkpoint; None without any."""
     path = Path(path)
     if path.is_file():
         return file_sha256(path)
