@@ -126,6 +126,7 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
     """Options of transformers' `Trainer`, of the original trainers, and of this package."""
 
     optim: str = option("adamw_torch", "optimizer")
+    bf16: bool = option(False, "True, False or auto: bfloat16 autocast where it is at least 1.25x faster (measured)")
     remove_unused_columns: bool = option(False, "kept for published commands")
     model_max_length: int = option(512, "longest sequence in tokens, images included; longer text is truncated")
     mm_projector_lr: float | None = option(None, "learning rate of the projector")

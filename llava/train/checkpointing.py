@@ -26,8 +26,7 @@ from llava.model.checkpoint.load_parts import check_adapter_names, load_extra, l
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
-from llava.train.args import LlavaTrainingArguments
-from llava.train.parsing import Parsed
+from llava.train.args import LlavaTrainingArguments, Parsed
 from llava.train.trainer import TrainerHooks
 from llava.utils.cli import flag
 from llava.utils.jsonl import write_json
@@ -91,7 +90,7 @@ def decisive_options(parsed: Parsed) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(json.dumps(found, default=str)))
 
 
-def starts_over(training: LlavaTrainingArguments) -> bool:
+def starts_over(training: LlavaTrainingArguments | Namespace) -> bool:
     """Return whether checkpoints of an earlier run in the output folder are ignored."""
     return bool(training.overwrite_output_dir or training.resume_from_checkpoint in ("False", "false", False))
 
@@ -140,12 +139,12 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def bf16_to_resume(training: Namespace) -> bool | None:
-    """Return whether the run that these options resume trains in bfloat16; None when they resume none.
+    """Return whether the run to resume trains in bfloat16; None when no run is resumed.
 
     Args:
-        training: the options as parsed, before transformers has seen them.
+        training: parsed options, before transformers validates them.
     """
-    checkpoint = None if starts_anew(training) else _named_checkpoint(training)
+    checkpoint = None if starts_over(training) else _named_checkpoint(training)
     if checkpoint is None:
         return None
     path = checkpoint.parent / ARGUMENTS_FILE
@@ -155,7 +154,7 @@ def bf16_to_resume(training: Namespace) -> bool | None:
 
 
 def _named_checkpoint(training: LlavaTrainingArguments | Namespace) -> Path | None:
-    """Return the checkpoint that `--resume_from_checkpoint` names, else the last one of the run folder."""
+    """Return the checkpoint that `--resume-from-checkpoint` names, else the last one of the output folder."""
     wanted = training.resume_from_checkpoint
     explicit = Path(wanted) if isinstance(wanted, str) and wanted.lower() != "true" else None
     return explicit or last_checkpoint(Path(training.output_dir or DEFAULT_OUTPUT))
@@ -168,11 +167,7 @@ def checkpoint_to_resume(parsed: Parsed, provenance: dict[str, Any]) -> str | No
         ConfigError: the checkpoint is incomplete, or its run had another model, other data or other options.
     """
     training = parsed[2]
-    wanted = training.resume_from_checkpoint
-    if starts_over(training):
-        return None
-    explicit = Path(wanted) if isinstance(wanted, str) and wanted.lower() != "true" else None
-    path = explicit or last_checkpoint(training.run_folder)
+    path = None if starts_over(training) else _named_checkpoint(training)
     if path is None:
         return None
     if not _is_whole(path):

@@ -6,15 +6,15 @@ import difflib
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from transformers import HfArgumentParser
 from transformers.trainer_utils import IntervalStrategy
 
 from llava.compat import parse_names
 from llava.errors import ConfigError
-from llava.train import legacy_flags
-from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
+from llava.train import legacy_flags, precision
+from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments, Parsed
 from llava.utils.cli import with_dashes
 
 logger = logging.getLogger(__name__)
@@ -69,20 +69,18 @@ def settle_validation(data: DataArguments, args: LlavaTrainingArguments) -> None
         )
 
 
-Parsed = tuple[ModelArguments, DataArguments, LlavaTrainingArguments]
-
 EXAMPLE = """example:
   llava train --model-name-or-path LM --vision-tower TOWER --data-path train.json --image-folder images \\
       --output-dir runs/first --num-train-epochs 1 --per-device-train-batch-size 16
 """
 
 
-def parse(argv: Sequence[str] | None = None) -> Parsed:
+def parse(argv: Sequence[str] | None = None, *, bf16: bool | Literal["auto"] = False) -> Parsed:
     """Return the arguments of a training command line.
 
     Args:
-        argv: command line; that of the process when None.
-        bf16: what an absent `--bf16` means.
+        argv: command line; None for that of the process.
+        bf16: default of `--bf16`.
 
     Raises:
         ConfigError: an option is unknown, a value is invalid, or values contradict each other.

@@ -1,4 +1,4 @@
-"""Frozen weights stored in bf16 during a bf16 run: half the memory, and no cast at every use.
+"""Precision of a training run: resolution of `--bf16 auto`, and frozen weights stored in bf16.
 
     autocast:  float32 weight --cast at every use--> bf16 --\\
     here:      bf16 weight, cast once ----------------------+--> bitwise equal product
@@ -34,7 +34,7 @@ CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 def accept_auto(parser: ArgumentParser, *, default: bool | Literal["auto"]) -> None:
-    """Let `--bf16` take the word `auto` too, and mean `default` when it is absent."""
+    """Let `--bf16` accept `auto`, and set its default."""
     action = next(action for action in parser._actions if "--bf16" in action.option_strings)
     action.type, action.default, action.metavar = _bool_or_auto, default, "True|False|auto"
 
@@ -49,10 +49,10 @@ def _bool_or_auto(value: str) -> bool | Literal["auto"]:
 
 
 def chosen_bf16(options: Namespace) -> bool:
-    """Return what `--bf16` comes to: as given; for `auto` as the resumed run chose, else as measured on this machine.
+    """Return the value of `--bf16`; `auto` is the choice of the resumed run, else measured on this machine.
 
     Args:
-        options: every training option as parsed.
+        options: all training options as parsed.
     """
     if options.bf16 != "auto":
         return bool(options.bf16)
@@ -67,7 +67,8 @@ def chosen_bf16(options: Namespace) -> bool:
 
 
 def agreed(choice: bool, args: LlavaTrainingArguments) -> bool:
-    """Return the first rank's choice; two ranks may measure on different sides of the limit."""
+    """Return the choice of rank 0 on all ranks."""
+    # Ranks may measure on different sides of the limit.
     if args.world_size == 1:
         return choice
     choices = [choice]
@@ -76,7 +77,7 @@ def agreed(choice: bool, args: LlavaTrainingArguments) -> bool:
 
 
 def warn_of_slow_bf16(model_args: ModelArguments, args: LlavaTrainingArguments) -> None:
-    """Warn once, with the measured factor, when `--bf16` makes a run on a CPU slower."""
+    """Warn once, with the measured factor, if `--bf16` slows down a run on a CPU."""
     if not args.bf16 or args.device.type != "cpu":
         return
     speedup = half_speedup(torch.bfloat16, product_shape(_config(model_args.model_name_or_path)))
@@ -89,7 +90,7 @@ def warn_of_slow_bf16(model_args: ModelArguments, args: LlavaTrainingArguments) 
 
 
 def _config(model: str) -> Mapping[str, Any]:
-    """Return the configuration of a model folder; empty for a hub name, whose files may not be here yet."""
+    """Return the configuration of a model folder; empty for a hub name."""
     return read_json(Path(model) / CONFIG_FILE)
 
 

@@ -42,12 +42,15 @@ from llava.utils.jsonl import append
 logger = logging.getLogger(__name__)
 
 
-def run_sft(argv: Sequence[str] | None = None, *, image_grouping: str = "auto") -> None:
+def run_sft(
+    argv: Sequence[str] | None = None, *, image_grouping: str = "auto", bf16: bool | Literal["auto"] = "auto"
+) -> None:
     """Train by supervised fine-tuning; entry point of every training command.
 
     Args:
         argv: command line; None for that of the process.
         image_grouping: default of `--image-grouping`.
+        bf16: default of `--bf16`.
 
     Raises:
         LlavaError: arguments, data or checkpoints are unusable; nothing has been written in this case.

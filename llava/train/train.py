@@ -14,7 +14,7 @@ from llava.utils.cli import run_program
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train with rows in random order, as the original trainers do."""
-    run_sft(argv, image_grouping="off")
+    run_sft(argv, image_grouping="off", bf16=False)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from llava.utils.cli import run_program
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as `train.py` does; attention over the flat batch saves memory in both."""
-    run_sft(argv, image_grouping="off")
+    run_sft(argv, image_grouping="off", bf16=False)
 
 
 if __name__ == "__main__":
