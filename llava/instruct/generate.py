@@ -181,7 +181,7 @@ def make_parser() -> Parser:
     parser.add_switch("--retry_failed", help="retry rows that failed in an earlier run")
     parser.add_switch("--skip_bad", help="leave out invalid caption rows")
     add("--max_failures", type=int, default=20, help="stop after this number of consecutive failures")
-    add("--temperature", type=parse_temperature, default=0.0, help="of the answers; 'default': the endpoint's own")
+    add("--temperature", type=temperature, default=0.0, help="of the answers; 'default': the endpoint's own")
     budget = parser.add_argument_group("budget", "limits apply to all runs with the same output file together")
     parser.add_switch("--dry-run", help="print the estimate and send no request")
     budget.add_argument("--show-prompts", type=int, default=0, metavar="N", help="with --dry-run: the first N requests")
@@ -194,7 +194,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse_temperature(word: str) -> float | None:
+def temperature(word: str) -> float | None:
     """Return the value of `--temperature`; None for `default`."""
     return None if word == "default" else float(word)
 
