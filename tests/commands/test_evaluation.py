@@ -96,7 +96,7 @@ def test_llava_eval(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words += ["--out", str(folder / "result"), "--max-new-tokens", "4", "--device", "cpu", "--num-resamples", "50"]
     run.main(words)
     printed = capsys.readouterr().out
-    assert "blank image" in printed and "NOT above a grey image" in printed
+    assert "blank image" in printed and "NOT above a gray image" in printed
     results = json.loads((folder / "result" / "results.json").read_text())
     assert results["counts"]["failed"] == 0 and results["blank_counts"]["failed"] == 0
     assert results["provenance"]["template"] and results["provenance"]["weights"]
