@@ -91,7 +91,7 @@ def test_prompt_is_truncated_to_the_training_length(tmp_path: Path) -> None:
     found = engine.reader.read(question(40, tiny_image(0)))
     assert found.encoded.input_ids == whole.input_ids[:LENGTH]
     assert found.encoded.num_cut == len(whole.input_ids) - LENGTH
-    assert len(found.pictures) == 1 and found.encoded.image_spans == whole.image_spans
+    assert len(found.images) == 1 and found.encoded.image_spans == whole.image_spans
     assert len(engine.reader.read(question(40)).encoded.input_ids) > LENGTH, "text alone stays whole"
     assert engine.generate([question(40, tiny_image(0))], Sampling(max_new_tokens=2))[0][0].finish != "error"
     engine.reader.longest = whole.image_spans[0][1] - 1

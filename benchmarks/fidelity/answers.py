@@ -16,37 +16,37 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llava.conversation import Segment
 from llava.data.encode import Encoded, kept_sizes, tokenize_segments
 from llava.generation.engine import LocalEngine
-from llava.generation.prompt_encoder import PromptReader, Reading, cut, sizes_of
+from llava.generation.prompt_encoder import EncodedPrompt, PromptReader, cut_prompt, sizes_of
 from llava.generation.protocol import Completion, Prompt, Sampling
 from llava.model.builder import Loaded
 from llava.samples import Conversation, Turn
 
 MARGIN = 1e-3
-"""Where the two best logits come closer than this, rounding may decide: such a case cannot fail."""
+"""If the two best logits differ by less than this, rounding may decide, so the case cannot fail."""
 
 ANSWERS = "out/answers.jsonl"
-"""Answers to the questions of a file, as text."""
+"""File with the answers to the questions of `QUESTIONS`, as text."""
 
 QUESTIONS = "questions.jsonl"
 
 HALF = "\ufffd"
-"""Stands for bytes that are no character."""
+"""Character written for bytes that do not form a character."""
 
 LONGEST_ANSWER = 128
-"""Tokens that are generated to find out how many a recorded answer has."""
+"""Number of tokens generated to find the token limit of the recorded answers."""
 
 MAX_TOKENS = 4096
 """Recorded prompts may be longer than the small models' context."""
 
 PATCHED = re.compile(r"<im_start>(<im_patch>)+<im_end>")
-"""A picture in the text of a prompt of the first version."""
+"""Image in the text of a prompt of LLaVA-Med 1.0."""
 
 PENALTIES = {"rep": 1.3}
-"""Of the recorded ways that do not say it."""
+"""Repetition penalties of recorded modes that do not state theirs."""
 
 
 def generation(oracle: Oracle) -> Iterator[Line]:
-    """`generate.json`: the new token ids of every case, by way of choosing and by checkpoint."""
+    """Compare the new token ids of every case of `generate.json`, by mode and by checkpoint."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     longest = max((len(_new_ids(case)) for case in oracle.json("generate.json")), default=0)
     for case in oracle.json("generate.json"):
@@ -74,18 +74,18 @@ def generation(oracle: Oracle) -> Iterator[Line]:
 
 
 class RecordedReader(PromptReader):
-    """Reads the text of a recorded prompt as it stands, not as our template would have written it."""
+    """Encoder of the text of a recorded prompt as it is, without our template."""
 
-    def read(self, prompt: Prompt) -> Reading:
-        """Tokens and pictures of a prompt whose only turn is the whole text."""
-        pictures = tuple(self._picture(image) for image in prompt.images)
-        sizes = sizes_of(pictures)
+    def read(self, prompt: Prompt) -> EncodedPrompt:
+        """Return tokens and images of a prompt whose only turn is the whole text."""
+        images = tuple(self._image(image) for image in prompt.images)
+        sizes = sizes_of(images)
         draft = tokenize_segments([Segment(prompt.conversation.turns[0].text, False, 0)], self.processor, sizes)
-        ids, keys = tuple(draft.ids), tuple(picture.key for picture in pictures)
+        ids, keys = tuple(draft.ids), tuple(image.key for image in images)
         nothing = (IGNORE_INDEX,) * len(ids)
         encoded = Encoded(ids, nothing, (0,) * len(ids), tuple(draft.image_spans), keys)
-        encoded = cut(replace(encoded, image_sizes=kept_sizes(self.processor, sizes)), self.longest)
-        return Reading(encoded, pictures[: len(encoded.images)])
+        encoded = cut_prompt(replace(encoded, image_sizes=kept_sizes(self.processor, sizes)), self.longest)
+        return EncodedPrompt(encoded, images[: len(encoded.images)])
 
 
 def _engine(loaded: Loaded, folder: Path, compat: frozenset[str]) -> LocalEngine:
@@ -98,15 +98,15 @@ def _engine(loaded: Loaded, folder: Path, compat: frozenset[str]) -> LocalEngine
 
 
 def _answer(oracle: Oracle, engine: LocalEngine, case: dict[str, Any], longest: int) -> Completion | None:
-    """Our answer to the recorded prompt; None if we read other ids in it."""
+    """Return our answer to the recorded prompt; None if we encode it as other ids."""
     processor = engine.processor
     text = PATCHED.sub(IMAGE_TOKEN, case["prompt"])
-    pictures = tuple(oracle.pictures(case["id"])[: text.count(IMAGE_TOKEN)])
-    prompt = Prompt(Conversation((Turn("human", text),)), pictures)
+    images = tuple(oracle.images(case["id"])[: text.count(IMAGE_TOKEN)])
+    prompt = Prompt(Conversation((Turn("human", text),)), images)
     if "template" in case:
         processor.use_template(fitting(case["template"])[0])
     ours = engine.reader.read(prompt).encoded.input_ids
-    counts = processor.count_image_tokens(len(pictures), [picture.size for picture in pictures])
+    counts = processor.count_image_tokens(len(images), [image.size for image in images])
     theirs = expanded(processor, case["input_ids"], counts)
     if list(ours) != theirs[: len(ours)] or not ("cut_prompt" in oracle.compat or len(ours) == len(theirs)):
         return None
@@ -115,13 +115,13 @@ def _answer(oracle: Oracle, engine: LocalEngine, case: dict[str, Any], longest: 
 
 
 def _holds_prompt(case: dict[str, Any]) -> bool:
-    """Whether the prompt was recorded with the answer, as transformers did before it counted the answer alone."""
+    """Return whether the recorded ids include the prompt, as transformers once returned them."""
     ids, prompt = case.get("output_ids", []), case["input_ids"]
     return bool(ids[: len(prompt)] == prompt)
 
 
 def _sampling(case: dict[str, Any], longest: int) -> Sampling:
-    """The recorded way of choosing; the longest answer of the file tells how long one might be."""
+    """Return the recorded sampling; without a recorded length limit it is the longest answer of the file."""
     mode, options = case.get("mode", "greedy"), case.get("gen_kwargs") or {}
     beams = re.search(r"beam(\d+)", mode)
     return Sampling(
@@ -132,7 +132,7 @@ def _sampling(case: dict[str, Any], longest: int) -> Sampling:
 
 
 def _new_ids(case: dict[str, Any]) -> list[int]:
-    """Recorded ids without the prompt."""
+    """Return the recorded ids without the prompt."""
     if "new_ids" in case:
         return list(case["new_ids"])
     ids, prompt = case["output_ids"], case["input_ids"]
@@ -142,9 +142,9 @@ def _new_ids(case: dict[str, Any]) -> list[int]:
 
 
 def answer_file(oracle: Oracle) -> Iterator[Line]:
-    """`questions.jsonl` and `out/answers.jsonl`: the answers of the original's evaluation program, as text.
+    """Compare our answers to `questions.jsonl` with those of the original's evaluation program as text.
 
-    How many tokens it was allowed is not recorded: it is the number at which most answers are equal.
+    Its token limit is not recorded, so the limit at which most answers are equal is used.
     """
     if not oracle.has(ANSWERS):
         yield Line("answers", None, "FAIL", f"{ANSWERS} is not there")
@@ -163,7 +163,7 @@ def answer_file(oracle: Oracle) -> Iterator[Line]:
     limit = min(range(1, LONGEST_ANSWER + 1), key=lambda limit: len(unequal(limit)))
     wrong = unequal(limit)
     note = f"{len(ours) - len(wrong)} of {len(ours)} equal, cut at {limit} tokens"
-    # Ours drops the bytes of a character that is not whole; the original shows them as one that says so.
+    # Ours drops the bytes of an incomplete character; the original shows them as a replacement character.
     if half := [key for key in recorded if key not in wrong and recorded[key].endswith(HALF)]:
         note += f", {len(half)} half_characters"
         wrong += [] if "half_characters" in oracle.compat else half

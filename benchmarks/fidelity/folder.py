@@ -109,10 +109,10 @@ class Oracle:
         """The conversations, by id."""
         return {row["id"]: row for row in self.json("data.json")}
 
-    def pictures(self, row: str) -> list[Image.Image]:
-        """The pictures of a conversation, in RGB."""
-        images = self.rows[row].get("image") or []
-        names = [images] if isinstance(images, str) else images
+    def images(self, row: str) -> list[Image.Image]:
+        """Return the images of a conversation in RGB."""
+        listed = self.rows[row].get("image") or []
+        names = [listed] if isinstance(listed, str) else listed
         return [Image.open(self.path / "images" / name).convert("RGB") for name in names]
 
     @cached_property

@@ -96,14 +96,14 @@ def batch_rows(oracle: Oracle, loaded: Loaded, key: str, names: list[str]) -> li
     rows = []
     for number, name in enumerate(names):
         ids = arrays[f"{key}/input_ids"][number][mask[number]]
-        pictures = shown(loaded.processor, ids, oracle.pictures(name))
+        pictures = shown(loaded.processor, ids, oracle.images(name))
         counts = loaded.processor.count_image_tokens(len(pictures), [picture.size for picture in pictures])
         marks, lengths = ids == IMAGE_MARK, np.ones(len(ids), dtype=int)
         lengths[marks] = counts[: int(marks.sum())]
         trained = np.repeat(np.where(marks, IGNORE_INDEX, labels[number][mask[number]]), lengths)
         places = np.flatnonzero(spliced[number])
-        images = inputs_of(loaded.processor, pictures)
-        rows.append(Row(expanded(loaded.processor, ids, counts), trained.tolist(), images, places[: len(trained)]))
+        inputs = inputs_of(loaded.processor, pictures)
+        rows.append(Row(expanded(loaded.processor, ids, counts), trained.tolist(), inputs, places[: len(trained)]))
     return rows
 
 
@@ -178,7 +178,7 @@ def _features(oracle: Oracle, loaded: Loaded, key: str, names: list[str]) -> Ite
     if f"{key}/tower_features" not in arrays:
         return
     tower, projected = Differences(), Differences()
-    pictures = [oracle.pictures(name) for name in names]
+    pictures = [oracle.images(name) for name in names]
     recorded = arrays[f"{key}/tower_features"]
     has_dummies = len(recorded) == sum(max(1, len(each)) for each in pictures)
     place = 0

@@ -1,7 +1,7 @@
-"""Beam search for one prompt, step by step as transformers' `generate` does it, and the repetition penalty.
+"""Beam search for one prompt with the steps of transformers' `generate`, and the repetition penalty.
 
 logits [K, V] --log-softmax, penalty--> + score of each beam --best 2K--> ended: kept by score / length
-                                                                      +--> the best K others go on
+                                                                      +--> the best K others continue
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from llava.generation.stopping import AnswerText
 
 @dataclass(frozen=True, slots=True)
 class Beam:
-    """A sequence on its way.
+    """Unfinished sequence of a beam search.
 
     Attributes:
         token_ids: its tokens, without the prompt.
-        score: sum of their (penalised) log-probabilities.
-        logprobs: of each token, not penalised.
+        score: sum of their (penalized) log-probabilities.
+        logprobs: log-probability of each token, without penalty.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -35,7 +35,7 @@ class Beam:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A finished sequence; `value` is its score divided by its length."""
+    """Finished sequence; `value` is its score divided by its length."""
 
     beam: Beam
     value: float
@@ -43,7 +43,7 @@ class Ended:
 
 
 class BeamSearch:
-    """The beams of one prompt."""
+    """State of a beam search for one prompt."""
 
     def __init__(
         self,
@@ -59,12 +59,13 @@ class BeamSearch:
 
         Args:
             num_beams: K.
-            limit: most tokens of an answer.
+            limit: largest number of tokens of an answer.
             has_ended: whether the last of these tokens ends an answer.
-            num_end_tokens: tokens that may end it; so many more candidates are looked at for each beam.
+            num_end_tokens: number of tokens that may end it; each beam keeps this many more candidates.
             repetition_penalty: see `penalized`.
-            num_counted: tokens that the division by the length counts besides the answer's. transformers before 4.36
-                counted the prompt, and not the token that ends an answer: give the prompt's length there.
+            num_counted: tokens that the division by the length counts in addition to those of the answer. To score as
+                transformers before 4.36, which counted the prompt but not the token that ends an answer, pass the
+                length of the prompt.
         """
         self.num_beams = num_beams
         self.limit = limit
@@ -77,13 +78,13 @@ class BeamSearch:
         self.is_over = False
 
     def step(self, logits: Tensor) -> list[int]:
-        """Take the next token of every beam.
+        """Append the next token to every beam.
 
         Args:
-            logits: [B, V] of the running beams: one at first, K from then on.
+            logits: [B, V] of the running beams; B is 1 at first, then K.
 
         Returns:
-            For each beam that now runs, the number of the beam that it continues; its newest token is the last of
+            For each running beam, the index of the beam that it continues; its newest token is the last of
             `running[i].token_ids`.
         """
         log_probs = logits.float().log_softmax(dim=-1)
@@ -109,11 +110,11 @@ class BeamSearch:
         return [parent for parent, _ in going]
 
     def _length(self, beam: Beam, stops: bool) -> int:
-        """What a score is divided by."""
+        """Return the length by which a score is divided."""
         return len(beam.token_ids) + (self.num_counted - stops if self.num_counted else 0)
 
     def _could_improve(self) -> bool:
-        """Whether the best running beam, as long as it is now, is better than the worst of K finished ones."""
+        """Return whether the best running beam, at its present length, beats the worst of K finished ones."""
         if len(self.ended) < self.num_beams:
             return True
         beam = self.running[0]
@@ -121,11 +122,11 @@ class BeamSearch:
 
 
 def penalized(scores: Tensor, token_ids: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Make tokens that a sequence has already used less likely.
+    """Return scores in which tokens that a sequence has already used are less likely.
 
     Args:
         scores: [B, V] logits or log-probabilities.
-        token_ids: of each sequence, the tokens of its answer so far.
+        token_ids: for each sequence, the tokens of its answer so far.
         penalty: divides positive scores and multiplies negative ones; 1 changes nothing.
     """
     if penalty == 1.0 or not any(token_ids):
@@ -139,13 +140,13 @@ def penalized(scores: Tensor, token_ids: Sequence[Sequence[int]], penalty: float
 
 
 def run_beams(search: BeamSearch, runner: Runner, prompt: Encoded, images: Mapping[str, Tensor]) -> None:
-    """Search until it is over.
+    """Run a beam search until it is over.
 
     Args:
         search: a fresh search.
-        runner: without running sequences; it has room for all beams.
-        prompt: what is answered.
-        images: pictures by key, as the processor makes them.
+        runner: a runner without running sequences and with room for all beams.
+        prompt: the encoded prompt.
+        images: pixels by image key, as the processor returns them.
     """
     row, num_running = runner.prefill([prompt] * search.num_beams, images), search.num_beams
     runner.join(row, range(num_running))
@@ -159,7 +160,7 @@ def run_beams(search: BeamSearch, runner: Runner, prompt: Encoded, images: Mappi
 
 
 def answer_of(ended: Ended, text: AnswerText, *, logprobs: bool) -> Completion:
-    """A finished beam as an answer."""
+    """Return a finished beam as a completion."""
     ids = ended.beam.token_ids
     known = ended.beam.logprobs if logprobs else None
     return Completion(text.final(ids), ids, "stop" if ended.has_stopped else "length", None, known)

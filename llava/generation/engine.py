@@ -1,4 +1,4 @@
-"""The engine that runs a model in this process: offline batches, streams and scoring on one flat batch.
+"""Engine that runs a model in this process: offline batches, streams, and scoring on flat batches.
 
 >>> engine = LocalEngine(model, processor)
 >>> [[completion]] = engine.generate([prompt], Sampling(max_new_tokens=8))
@@ -23,31 +23,31 @@ from llava.data.flat_batch import FlatBatch, Layout, flatten, target_logits
 from llava.errors import ConfigError, DataError, GenerationError, LlavaError
 from llava.generation.beam_search import BeamSearch, answer_of, run_beams
 from llava.generation.layout_check import choose_layout
-from llava.generation.prompt_encoder import PromptReader, Reading, image_group
+from llava.generation.prompt_encoder import EncodedPrompt, PromptReader, image_group
 from llava.generation.protocol import Completion, Prompt, Sampling
 from llava.generation.runners import AnsweringMode, PaddedRunner, Runner, SlotRunner
 from llava.generation.sampling import TokenDraw
-from llava.generation.scheduler import Request, Scheduler, Source
+from llava.generation.scheduler import PromptSource, Request, Scheduler
 from llava.generation.stopping import AnswerText, StopRule
 from llava.model.attention import use_tree_attention
 from llava.model.precision import weights_precision
 from llava.processing import LlavaMedProcessor
 
 DEFAULT_CONTEXT = 2048
-"""Context length of a model that does not name one."""
+"""Context length of a model whose configuration does not name one."""
 
 STEPS_AT_A_TIME = 16
-"""Steps of a batch between two chances for other threads."""
+"""Steps of a batch before the lock is released to other threads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How likely a model finds the trained tokens of a conversation (its answers and end marks).
+    """Log-probability of the trained tokens of a conversation (its answers and end tokens).
 
     Attributes:
-        logprob: their natural log-probability.
+        logprob: natural log-probability of all of them.
         turns: the same for each turn that has any, by index of the turn.
-        num_tokens: how many there are.
+        num_tokens: their number.
     """
 
     logprob: float
@@ -56,7 +56,7 @@ class Score:
 
 
 class LocalEngine:
-    """Answers prompts with a model of this process. Threads may share it."""
+    """Engine for a model in this process. Threads may share it."""
 
     def __init__(
         self,
@@ -68,15 +68,15 @@ class LocalEngine:
         max_prefill_tokens: int = 4096,
         layout: Layout | None = None,
     ) -> None:
-        """Get ready; the model keeps its mode (training or evaluation) except while it computes.
+        """Choose the layout and allocate the scheduler; the model changes its mode only while it computes.
 
         Args:
             model: a `LlavaMedForConditionalGeneration`, with or without adapter.
             processor: its processor.
-            max_slots: most sequences that are decoded at a time.
-            max_tokens: most tokens of a prompt with its answer; the model's context length when None.
-            max_prefill_tokens: most tokens that are read at a time (one prompt may be longer).
-            layout: how prompts are laid out; None tries which one this model computes exactly.
+            max_slots: largest number of sequences decoded at a time.
+            max_tokens: largest number of tokens of a prompt with its answer; default: the model's context length.
+            max_prefill_tokens: largest number of tokens prefilled at a time (one prompt may be longer).
+            layout: layout of prompts; None selects the cheapest one that this model computes exactly.
 
         Raises:
             ConfigError: a number is out of range.
@@ -96,12 +96,12 @@ class LocalEngine:
         runner = self._runner(max_slots, text_config)
         self.scheduler = Scheduler(runner, self.reader, max_slots=max_slots, max_prefill_tokens=max_prefill_tokens)
         self.beams_count_prompt = False
-        """Divide the score of a beam by the length of prompt and answer, as transformers before 4.36 did."""
+        """Whether a beam's score is divided by the length of prompt and answer, as by transformers before 4.36."""
         self._lock = threading.RLock()
 
     @property
     def precision(self) -> str:
-        """The precision that answers are computed in, such as `float32`."""
+        """Precision of the weights, such as `float32`."""
         return weights_precision(self.model)
 
     def _runner(self, max_slots: int, text_config: Any) -> Runner:
@@ -121,7 +121,7 @@ class LocalEngine:
         """Answer prompts; see `protocol.Engine`."""
         if sampling.num_beams > 1:
             return [self._beam_answers(prompt, sampling) for prompt in prompts]
-        # Without chance in it, one answer stands for all.
+        # Greedy answers are equal, so one is computed and repeated.
         num_copies = 1 if sampling.temperature == 0.0 else sampling.n
         requests = [self._requests(prompt, sampling, num_copies) for prompt in prompts]
         groups: dict[Any, list[Request]] = {}
@@ -137,21 +137,21 @@ class LocalEngine:
 
         Raises:
             GenerationError: the prompt cannot be answered.
-            ConfigError: more than one answer, or a beam search, is asked for.
+            ConfigError: `sampling` asks for more than one answer or for a beam search.
         """
         if sampling.n != 1 or sampling.num_beams != 1:
             raise ConfigError(
-                f"a stream is one answer that only grows, got n={sampling.n} and num_beams={sampling.num_beams}; "
+                f"a stream needs n=1 and num_beams=1, got n={sampling.n} and num_beams={sampling.num_beams}; "
                 "use generate"
             )
         [request] = self._requests(prompt, sampling, 1)
         return self._stream(request)
 
     def _beam_answers(self, prompt: Prompt, sampling: Sampling) -> list[Completion]:
-        """The best answers of a beam search; it has the model for itself."""
+        """Return the best answers of a beam search, which uses the model alone."""
         try:
             reading = self.reader.read(prompt)
-            images = {picture.key: self.reader.pixels(picture) for picture in reading.pictures}
+            images = {image.key: self.reader.pixels(image) for image in reading.images}
             rule = StopRule.of(self.processor, sampling)
             text = AnswerText(rule, self.processor.decode)
             search = BeamSearch(
@@ -170,16 +170,16 @@ class LocalEngine:
         return [answer_of(ended, text, logprobs=sampling.logprobs) for ended in search.ended[: sampling.n]]
 
     def _num_counted(self, prompt: Encoded) -> int:
-        """Tokens of a prompt, each image one of them, if they count as the length of a beam."""
+        """Return the tokens of a prompt that count as length of a beam, one token per image."""
         if not self.beams_count_prompt:
             return 0
         return len(prompt.input_ids) - sum(stop - start - 1 for start, stop in prompt.image_spans)
 
     def score(self, conversations: Sequence[Prompt]) -> list[Score]:
-        """Return how likely the model finds the answers in conversations.
+        """Return the log-probabilities of the answers in conversations.
 
         Args:
-            conversations: each with its answers in it, and its images.
+            conversations: conversations with their answers, and their images.
 
         Raises:
             DataError: a conversation cannot be read; the message says which.
@@ -187,7 +187,7 @@ class LocalEngine:
         readings = []
         for index, prompt in enumerate(conversations):
             try:
-                readings.append(self.reader.read_answered(prompt))
+                readings.append(self.reader.encode_answered(prompt))
             except DataError as error:
                 raise DataError(f"conversation {index}: {error}") from error
         scores: dict[int, Score] = {}
@@ -197,13 +197,13 @@ class LocalEngine:
         return [scores[index] for index in range(len(readings))]
 
     def _requests(self, prompt: Prompt, sampling: Sampling, num_copies: int) -> list[Request]:
-        source = Source(prompt)
+        source = PromptSource(prompt)
         rule = StopRule.of(self.processor, sampling)
         text = AnswerText(rule, self.processor.decode)
         return [Request(source, sampling, TokenDraw(sampling, index), text) for index in range(num_copies)]
 
     def _run(self, requests: Sequence[Request]) -> None:
-        """Work until these requests are over; if that fails, they are cancelled."""
+        """Step the scheduler until these requests are over; cancel them after an error."""
         left, mode = deque(requests), AnsweringMode(self.model)
         with self._lock:
             self.scheduler.add(requests)
@@ -247,12 +247,12 @@ class LocalEngine:
 
     @contextmanager
     def _answering(self, mode: AnsweringMode | None = None) -> Iterator[None]:
-        """Hold the model in its answering mode; what enters many times makes `mode` once."""
+        """Hold the lock and the model in its answering mode; callers that enter repeatedly pass `mode`."""
         with self._lock, (mode or AnsweringMode(self.model)).entered():
             yield
 
-    def _rows(self, readings: Sequence[Reading]) -> list[list[int]]:
-        """Indices of the conversations of each row; those with the same images stand together."""
+    def _rows(self, readings: Sequence[EncodedPrompt]) -> list[list[int]]:
+        """Return the indices of the conversations of each row; those with the same images are adjacent."""
         order: dict[tuple[str, ...], list[int]] = {}
         for index, reading in enumerate(readings):
             order.setdefault(reading.encoded.images, []).append(index)
@@ -267,11 +267,11 @@ class LocalEngine:
             num_tokens += length
         return rows
 
-    def _score_row(self, readings: Sequence[Reading]) -> list[Score]:
-        images = {picture.key: picture for reading in readings for picture in reading.pictures}
+    def _score_row(self, readings: Sequence[EncodedPrompt]) -> list[Score]:
+        images = {image.key: image for reading in readings for image in reading.images}
         batch = flatten(
             [reading.encoded for reading in readings],
-            {key: self.reader.pixels(picture) for key, picture in images.items()},
+            {key: self.reader.pixels(image) for key, image in images.items()},
             image_token_id=self.processor.image_token_id,
             pad_token_id=self.processor.pad_token_id,
             layout=self.layout,
@@ -287,7 +287,7 @@ def _completion_of(request: Request) -> Completion:
 
 
 def _scores(batch: FlatBatch, logprobs: Tensor) -> list[Score]:
-    """Sum log-probabilities of edges [E] by sequence and turn."""
+    """Return the log-probabilities of edges [E] summed by sequence and turn."""
     turns: list[dict[int, float]] = [{} for _ in range(batch.num_sequences)]
     counts = [0] * batch.num_sequences
     edges = zip(batch.edge_sequence.tolist(), batch.edge_turn.tolist(), logprobs.tolist(), strict=True)

@@ -1,10 +1,10 @@
-"""Text of a growing list of tokens: each call decodes the newest tokens only.
+"""Incremental decoding of a growing list of tokens.
 
     tokens   [ settled ............ | context | new ... ]
     text  =    text before the context + decode(context + new)
 
-Decoders are not local: they join bytes to characters, drop a leading space, or take a space away before a full stop.
-The context absorbs that, and whatever it does not absorb is noticed: everything is then decoded from the start.
+Decoding is not local: bytes join to characters, and spaces are dropped at the start or before punctuation. The context
+absorbs that; when it does not, the text of the context changes, and all tokens are decoded again.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 BROKEN = "\ufffd"
-"""What a tokenizer writes for bytes that are not (yet) a character."""
+"""Character that a tokenizer writes for bytes that do not (yet) form a character."""
 
 CONTEXT = 16
-"""Tokens that are decoded again with the new ones."""
+"""Number of tokens that are decoded again with the new ones."""
 
 
 class GrowingText:
-    """A cache for `decode`: `text(ids)` equals `decode(ids)`, and is cheap when `ids` continues the previous ones."""
+    """Cache for `decode`: `text(ids)` equals `decode(ids)`, cheap when `ids` extends the previous ids."""
 
     __slots__ = ("_before", "_head", "_settled", "decode")
 
@@ -52,9 +52,9 @@ class GrowingText:
         self._before, self._head = "", ""
 
     def _settle(self, ids: list[int], text: str) -> None:
-        """Make the last tokens the new context if, alone, they have the text that they have among all."""
+        """Make the last tokens the new context if decoding them alone gives the end of the whole text."""
         head = self.decode(ids[-CONTEXT:])
-        # A torn character, or bytes that are none together, may still become another text.
+        # An incomplete character may still become another text.
         if head and BROKEN not in head and text.endswith(head):
             self._settled, self._head = ids, head
             self._before = text[: len(text) - len(head)]

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 FIRST_LENGTH = 32
-"""Tokens that a fresh row holds at least."""
+"""Smallest length of a new row in tokens."""
 
 
 class LayerBuffers:
-    """For each layer keys and values [rows, H, length, D]."""
+    """Buffers of keys and values [rows, H, length, D] for each layer."""
 
     def __init__(self, *, max_rows: int, max_length: int) -> None:
-        """Start empty; doubling stops at `max_rows` and `max_length`, what is needed is always made."""
+        """Start empty; growth by doubling stops at `max_rows` and `max_length`, requests do not."""
         self.max_rows = max_rows
         self.max_length = max_length
         self.keys: list[Tensor] = []
@@ -23,46 +23,46 @@ class LayerBuffers:
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers are."""
+        """Device of the buffers."""
         return self.keys[0].device
 
     @property
     def length(self) -> int:
-        """Tokens that a row has room for."""
+        """Capacity of a row in tokens."""
         return self.keys[0].shape[2]
 
     def shape_like(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Take heads, width and kind of number from [1, H, T, D] of each layer."""
+        """Take heads, width and dtype from [1, H, T, D] of each layer."""
         if not self.keys:
             self.keys = [states.new_empty(0, states.shape[1], 0, states.shape[3]) for states in keys]
             self.values = [states.new_empty(0, states.shape[1], 0, states.shape[3]) for states in values]
 
     def reserve(self, num_rows: int, length: int) -> None:
-        """Make room for so many rows of so many tokens; contents are kept."""
+        """Make room for `num_rows` rows of `length` tokens; contents are kept."""
         for kept in (self.keys, self.values):
             for layer, buffer in enumerate(kept):
                 kept[layer] = self._grown(buffer, num_rows, length)
 
     def shrink(self, num_rows: int, max_rows: int) -> None:
-        """Keep the first rows only."""
+        """Keep the first `num_rows` rows only, and grow to at most `max_rows` from now on."""
         self.max_rows = max_rows
         for kept in (self.keys, self.values):
             kept[:] = [buffer[:num_rows].clone() for buffer in kept]
 
     def rearrange(self, parents: Tensor, length: int) -> None:
-        """Row i takes the first tokens of row `parents[i]`."""
+        """Copy the first tokens of row `parents[i]` to row i."""
         for kept in (self.keys, self.values):
             for buffer in kept:
                 buffer[: len(parents), :, :length] = buffer[parents, :, :length]
 
     def views(self, layer: int, rows: slice, length: int) -> tuple[Tensor, Tensor]:
         """Return the first tokens of some rows as views [rows * H, length, D]."""
-        # Rows and heads are neighbors in memory, so they merge without a copy.
+        # Rows and heads are adjacent in memory, so they merge without a copy.
         keys, values = self.keys[layer][rows, :, :length], self.values[layer][rows, :, :length]
         return keys.flatten(0, 1), values.flatten(0, 1)
 
     def put(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write one token of each head [B * H, D] to `places` [B * H], counted over rows, heads and tokens."""
+        """Write one token of each head [B * H, D] at flat indices `places` over rows, heads and tokens."""
         for buffer, states in ((self.keys[layer], keys), (self.values[layer], values)):
             buffer.view(-1, buffer.shape[-1]).index_copy_(0, places, states)
 
@@ -72,10 +72,10 @@ class LayerBuffers:
         """Copy tokens of every layer.
 
         Args:
-            target: row, and first token in it.
+            target: row and its first token to write.
             states: keys and values [1, H, T, D] of each layer.
-            place: first token in the states.
-            length: how many.
+            place: first token of the states to copy.
+            length: number of tokens.
         """
         row, first = target
         for kept, given in zip((self.keys, self.values), states, strict=True):
@@ -95,7 +95,7 @@ class LayerBuffers:
             num_rows = max(num_rows, min(2 * rows, self.max_rows))
         if tokens < length:
             length = max(length, min(max(2 * tokens, FIRST_LENGTH), self.max_length))
-        # Zeros: what is masked must still be finite.
+        # Zeros, because masked values must be finite.
         grown = buffer.new_zeros(max(num_rows, rows), heads, max(length, tokens), width)
         grown[:rows, :, :tokens] = buffer
         return grown

@@ -1,11 +1,11 @@
 """Keys and values of running sequences, and the attention of a decoding step over them.
 
     prefill: one flat row --CapturedRow--> K, V of the row
-    join:    what it shares with others --> a stem [H, P, D], one for all of them;  the rest of its path --> a slot
+    join:    shared part of a path --> a stem [H, P, D], stored once;  the rest of the path --> a slot
     decode:  the new token of each slot attends to its stem and to its slot; a stem is read once for all its sequences
 
-Questions about one image have the image in their stem: it is stored once, and a step reads it once. Slots 0 to B - 1
-are the running ones and stems 0 to S - 1 the used ones, so a step works on views.
+Questions about one image have the image in their stem, which is stored once and read once per step. Slots 0 to B - 1
+are running and stems 0 to S - 1 are in use, so a step works on views.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from transformers import Cache
 from llava.generation.kv_buffers import LayerBuffers
 
 NUM_CHUNKS, MIN_CHUNK = 4, 8
-"""Most stretches of slots that are attended to one by one, so that short slots are not padded to the longest of all."""
+"""Largest number of chunks of slots, each padded to its own longest slot, and smallest number of slots of one."""
 
 MIN_SAVED = 2048
-"""Columns that stretches must save over all slots; below, their operator calls cost more than the padding."""
+"""Columns that chunks must save over all slots; below this, their operator calls cost more than the padding."""
 
 _serial_numbers = itertools.count()
 
 
 class CapturedRow(Cache):
-    """Keeps the keys and values of one forward pass, which attends to nothing but itself."""
+    """Cache that keeps the keys and values of one forward pass without a prefix."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -45,24 +45,24 @@ class CapturedRow(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keep [1, H, T, D] of one layer; layers come in order."""
+        """Keep [1, H, T, D] of one layer; layers arrive in order."""
         self.keys.append(key_states)
         self.values.append(value_states)
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Nothing stands before the row."""
+        """Return 0: the row has no prefix."""
         return 0
 
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """Where a sequence lies in a row: positions of what it shares with others, and of the rest.
+    """Positions of a sequence in a row: those that it shares with others, and the rest.
 
     Attributes:
-        stem: number of the shared part in its row; equal numbers are equal parts.
+        stem: number of the shared part in its row; equal numbers mean equal parts.
         shared: [P] positions of the shared part.
-        rest: [n] positions behind it.
+        rest: [n] positions after it.
     """
 
     stem: int
@@ -72,7 +72,7 @@ class Path:
 
 @dataclass(slots=True)
 class Stem:
-    """What a stem holds, how long it is, and which slots use it."""
+    """Name and length of a stem, and the slots that use it."""
 
     name: tuple[int, int]
     length: int
@@ -80,10 +80,10 @@ class Stem:
 
 
 class SlotCache:
-    """Stems, slots, and the attention over both."""
+    """Keys and values of stems and slots, and the attention over both."""
 
     def __init__(self, *, max_slots: int, max_length: int) -> None:
-        """Start without memory; slots are made as they are needed, up to `max_slots` of `max_length` tokens."""
+        """Start without memory; slots are allocated on demand, up to `max_slots` of `max_length` tokens."""
         self.stem_states = LayerBuffers(max_rows=max_slots, max_length=max_length)
         self.slot_states = LayerBuffers(max_rows=max_slots, max_length=max_length)
         self.stems: list[Stem] = []
@@ -93,11 +93,11 @@ class SlotCache:
 
     @property
     def num_running(self) -> int:
-        """B: sequences that hold a slot."""
+        """Number of sequences that hold a slot (B)."""
         return len(self.lengths)
 
     def join(self, row: CapturedRow, paths: Sequence[Path]) -> None:
-        """Give each sequence of a prefilled row the next free slot."""
+        """Move each sequence of a prefilled row to the next free slot."""
         self.stem_states.shape_like(row.keys, row.values)
         self.slot_states.shape_like(row.keys, row.values)
         longest = max(len(path.rest) for path in paths)
@@ -112,7 +112,7 @@ class SlotCache:
         self._index = None
 
     def leave(self, slot: int) -> None:
-        """Free a slot, and its stem if nobody else uses it; the last running sequence moves into the slot."""
+        """Free a slot, and its stem if no other slot uses it; the last running sequence moves into the slot."""
         stem, last = self.stem_of[slot], self.num_running - 1
         self.stems[stem].slots.remove(slot)
         if slot != last:
@@ -127,18 +127,18 @@ class SlotCache:
         self._index = None
 
     def rearrange(self, parents: Sequence[int]) -> None:
-        """Slot i goes on from what slot `parents[i]` holds; all are on one stem and equally long."""
+        """Copy slot `parents[i]` to slot i; all slots have one stem and the same length."""
         if list(parents) != list(range(len(parents))):
             places = torch.tensor(list(parents), device=self.slot_states.device)
             self.slot_states.rearrange(places, self.lengths[0])
 
     def shrink(self, num_slots: int) -> None:
-        """Give the memory of slots from `num_slots` on back; they must be free."""
+        """Release the memory of slots from `num_slots` on; they must be free."""
         self.stem_states.shrink(max(len(self.stems), 1), num_slots)
         self.slot_states.shrink(num_slots, num_slots)
 
     def begin_step(self) -> Tensor:
-        """[B, 1] position of the next token of each running sequence; makes room for it."""
+        """Make room for the next token of each running sequence; return its position [B, 1]."""
         longest = max(self.lengths)
         self.slot_states.reserve(self.num_running, longest + 1)
         if self._index is None:
@@ -146,7 +146,7 @@ class SlotCache:
         return self._index.positions()
 
     def end_step(self) -> None:
-        """Count the new tokens; until then a step can be repeated."""
+        """Count the new tokens; before this call a step can be repeated."""
         assert self._index is not None
         self.lengths = [length + 1 for length in self.lengths]
         self._index.advance()
@@ -154,13 +154,13 @@ class SlotCache:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
     ) -> Tensor:
-        """Write the new token of each sequence and let it look at its stem and its slot.
+        """Write the new token of each sequence and attend to its stem and its slot.
 
         Args:
-            layer: number of the layer.
+            layer: index of the layer.
             query: [B, Hq, 1, D]; key, value: [B, Hk, 1, D], Hk divides Hq.
             scaling: factor of the scores; 1 / sqrt(D) when None.
-            window: only tokens less than so many positions away are seen.
+            window: only tokens less than this many positions away are visible.
 
         Returns:
             [B, 1, Hq, D].
@@ -202,7 +202,7 @@ class SlotCache:
         return scores
 
     def _stem(self, row: CapturedRow, path: Path) -> int:
-        """The stem of a path, copied from the row unless it is there."""
+        """Return the stem of a path, copied from the row unless it is present."""
         name = (row.serial, path.stem)
         for number, stem in enumerate(self.stems):
             if stem.name == name:
@@ -224,7 +224,7 @@ class SlotCache:
 
 
 class StepIndex:
-    """Who stands where, as tensors; valid until a sequence joins or leaves."""
+    """Index tensors of a decoding step; valid until a sequence joins or leaves."""
 
     def __init__(
         self, stems: Sequence[Stem], stem_of: Sequence[int], lengths: Sequence[int], device: torch.device
@@ -245,16 +245,16 @@ class StepIndex:
         self.stem_lengths = torch.tensor([stems[stem].length for stem in stem_of], device=device)
         self.stem_columns = torch.arange(self.longest_stem, device=device)
         self.masks: dict[int | None, Tensor] = {}
-        # By number of key heads, in which layers may differ:
+        # By number of key heads, because layers may differ in it.
         self._places: dict[int, Tensor] = {}
         self._grouping: dict[int, tuple[Tensor, Tensor]] = {}
 
     def positions(self) -> Tensor:
-        """[B, 1] position of the new token."""
+        """Return the position [B, 1] of the new token."""
         return (self.stem_lengths + self.lengths)[:, None]
 
     def advance(self) -> None:
-        """The new tokens are old ones now."""
+        """Count the new tokens as cached."""
         self.lengths = self.lengths + 1
         self.longest += 1
         self.chunks = [(rows, length + 1) for rows, length in self.chunks]
@@ -262,24 +262,24 @@ class StepIndex:
         self._places.clear()
 
     def _chunks(self, lengths: Sequence[int]) -> list[tuple[slice, int]]:
-        """Divide the slots into a few stretches, each with its longest length: neighbors joined sorted by length."""
+        """Return a few chunks of slots with the length of their longest; sequences joined sorted by length."""
         size = max(MIN_CHUNK, -(-len(lengths) // NUM_CHUNKS))
-        stretches = [slice(first, min(first + size, len(lengths))) for first in range(0, len(lengths), size)]
-        chunks = [(rows, max(lengths[rows]) + 1) for rows in stretches]
+        parts = [slice(first, min(first + size, len(lengths))) for first in range(0, len(lengths), size)]
+        chunks = [(rows, max(lengths[rows]) + 1) for rows in parts]
         num_columns = sum((rows.stop - rows.start) * length for rows, length in chunks)
         if len(lengths) * self.longest - num_columns < MIN_SAVED:
             return [(slice(0, len(lengths)), self.longest)]
         return chunks
 
     def places(self, heads: int, room: int) -> Tensor:
-        """Return where each head's new token goes in a buffer [rows, heads, room, D]: [B * heads]."""
+        """Return the flat index [B * heads] of each head's new token in a buffer [rows, heads, room, D]."""
         if heads not in self._places:
             rows = self.rows[:, None] * heads + torch.arange(heads, device=self.rows.device)
             self._places[heads] = (rows * room + self.lengths[:, None]).flatten()
         return self._places[heads]
 
     def mask(self, window: int | None) -> Tensor:
-        """[B, 1, P + L] to add to the scores: 0 where the new token may look, minus infinity elsewhere."""
+        """Return the additive mask [B, 1, P + L]: 0 where the new token may attend, else minus infinity."""
         if window not in self.masks:
             columns = torch.arange(self.longest, device=self.rows.device)
             on_stem = self.stem_columns < self.stem_lengths[:, None]
@@ -293,19 +293,19 @@ class StepIndex:
         return self.masks[window]
 
     def grouped(self, states: Tensor, heads: int) -> Tensor:
-        """Put sequences of a stem together: [B * H, R, X] as [S * H, G * R, X], G the largest number of them."""
+        """Group the sequences of each stem: [B * H, R, X] to [S * H, G * R, X], G the largest number of them."""
         gathered = states.index_select(0, self._orders(heads)[0])
         return gathered.view(self.num_stems * heads, -1, states.shape[2])
 
     def alone(self, states: Tensor, heads: int) -> Tensor:
-        """Return the inverse of `grouped`: [S * H, G * R, X] as [B * H, R, X]."""
+        """Undo `grouped`: [S * H, G * R, X] to [B * H, R, X]."""
         rows = states.view(self.num_stems * heads * self.group, -1, states.shape[2])
         return rows.index_select(0, self._orders(heads)[1])
 
     def _orders(self, heads: int) -> tuple[Tensor, Tensor]:
         """Return the rows that `grouped` takes [S * H * G] and those that `alone` takes [B * H]."""
         if heads not in self._grouping:
-            # A place without a sequence repeats slot 0; `alone` never looks at it.
+            # A place without a sequence repeats slot 0; `alone` never reads it.
             slots = self.rows.new_zeros(self.num_stems, 1, self.group)
             slots[self.stem_of, 0, self.place] = self.rows
             head = torch.arange(heads, device=self.rows.device)
@@ -315,15 +315,15 @@ class StepIndex:
 
 
 def _of_heads(rows: slice, heads: int) -> slice:
-    """Return rows of sequences as rows of their heads."""
+    """Return the rows of the heads of these sequences."""
     return slice(rows.start * heads, rows.stop * heads)
 
 
 def divided_paths(paths: Sequence[Tensor], segment_ids: Tensor) -> tuple[Path, ...]:
-    """Divide the paths of a row into shared part and rest, where that saves most.
+    """Divide each path of a row into shared part and rest at the node that saves most.
 
     Args:
-        paths: for each sequence the positions of its tokens.
+        paths: for each sequence, the positions of its tokens.
         segment_ids: [T] node of each token.
     """
     nodes, ends = [], []
@@ -334,7 +334,7 @@ def divided_paths(paths: Sequence[Tensor], segment_ids: Tensor) -> tuple[Path, .
     num_users = Counter(itertools.chain.from_iterable(nodes))
     divided = []
     for path, on_path, end in zip(paths, nodes, ends, strict=True):
-        # Tokens that one of n users does not store and read again: (n - 1) / n of the part.
+        # Of a part with n users, each one saves (n - 1) / n of the tokens to store and read.
         saved = [length * (1 - 1 / num_users[node]) for node, length in zip(on_path, end, strict=True)]
         best = saved.index(max(saved))
         divided.append(Path(on_path[best], path[: end[best]], path[end[best] :]))
@@ -342,7 +342,7 @@ def divided_paths(paths: Sequence[Tensor], segment_ids: Tensor) -> tuple[Path, .
 
 
 def _runs(path: Tensor) -> list[tuple[int, int, int]]:
-    """`(index in the path, position in the row, length)` of the stretches in which a path is contiguous."""
+    """Return `(index in the path, position in the row, length)` of the contiguous runs of a path."""
     if not len(path):
         return []
     places = path.numpy()

@@ -1,8 +1,8 @@
-"""Which layout a language model computes exactly: found by trying, not by knowing its name.
+"""Selection of the layout that a language model computes exactly, by trial.
 
 A two-layer random copy of the text config runs three sequences that share a beginning as a tree, flat and padded; the
-first layout whose logits equal the padded ones is used. Models whose positions are not given by `position_ids` (ALiBi),
-and recurrent ones, end at `padded`.
+first layout whose logits equal the padded ones is used. Recurrent models, and models that take no `position_ids`
+(ALiBi), get `padded`.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ logger = logging.getLogger(__name__)
 
 NUM_LAYERS = 2
 TOLERANCE = 1e-4
-"""Largest error of a logit against the largest logit."""
+"""Largest accepted error of a logit, relative to the largest logit."""
 
 CANDIDATES: tuple[Layout, ...] = ("tree", "flat")
 NO_IMAGE = -1
-"""No token is an image place holder in the trial."""
+"""Image token of the trial, which no token equals."""
 
 VOCABULARY = 512
 WINDOW = 24
-"""Sizes of the copy: a small table costs less, and a sliding window must be shorter than the trial to be seen."""
+"""Sizes of the copy: a small vocabulary costs less; a sliding window must be shorter than the trial to matter."""
 
 FAILURES = (ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError)
-"""What a model raises that cannot be built or run this way."""
+"""Errors of a model that cannot be built or run this way."""
 
 
 def choose_layout(config: Any) -> Layout:
-    """The cheapest exact layout for the language model of `config` (or a text config itself)."""
+    """Return the cheapest exact layout for the language model of `config` (or for a text config)."""
     text = copy.deepcopy(config.get_text_config())
     sequences = _trial_sequences()
     try:
         model = _small_copy(text)
         expected = _logits_by_edge(model, sequences, "padded")
     except FAILURES as error:
-        logger.warning("layout padded: a small copy of %s could not be tried (%s)", text.model_type, error)
+        logger.warning("layout padded: the trial of a small copy of %s failed (%s)", text.model_type, error)
         return "padded"
     if not supports_tree_attention(model):
-        logger.warning("layout padded: %s has an attention of its own", text.model_type)
+        logger.warning("layout padded: %s has its own attention implementation", text.model_type)
         return "padded"
     model.set_attn_implementation(TREE_ATTENTION)
     for layout in CANDIDATES:
@@ -66,9 +66,9 @@ def choose_layout(config: Any) -> Layout:
 
 
 def _small_copy(text: Any) -> Any:
-    """Two random layers (or one of each kind), in float32 on the CPU, without touching the random state."""
+    """Return a random float32 copy with two layers (or one of each kind); keep the random state."""
     kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or []))
-    if kinds:  # at least one layer of each kind: windows, recurrence and full attention may alternate
+    if kinds:  # windows, recurrence and full attention may alternate, so one layer of each kind
         text.layer_types = kinds + kinds[-1:] * (NUM_LAYERS - len(kinds))
     text.num_hidden_layers = max(NUM_LAYERS, len(kinds))
     text.vocab_size = VOCABULARY
@@ -77,7 +77,7 @@ def _small_copy(text: Any) -> Any:
     if getattr(text, "sliding_window", None):
         text.sliding_window = WINDOW
     text.dtype = torch.float32
-    text._attn_implementation = None  # the library's choice for this model is the reference
+    text._attn_implementation = None  # the library's default for this model is the reference
     text.quantization_config = None
     del text.quantization_config
     with torch.random.fork_rng(devices=[]):
@@ -86,7 +86,7 @@ def _small_copy(text: Any) -> Any:
 
 
 def _trial_sequences() -> list[Encoded]:
-    """Three branches on one stem, long enough that attention runs in several pieces."""
+    """Return three branches of one stem, long enough for attention in several pieces."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randint(0, VOCABULARY, (40,), generator=generator).tolist()
     sequences = []
@@ -99,6 +99,6 @@ def _trial_sequences() -> list[Encoded]:
 
 @torch.no_grad()
 def _logits_by_edge(model: Any, sequences: list[Encoded], layout: Layout) -> Tensor:
-    """[E, V] logits in an order that does not depend on the layout."""
+    """Return logits [E, V] in an order that does not depend on the layout."""
     batch = flatten(sequences, {}, image_token_id=NO_IMAGE, layout=layout)
     return target_logits(model, batch)[batch.edge_target]

@@ -1,4 +1,4 @@
-"""From a checkpoint's path to an engine that answers.
+"""Loading of a checkpoint as an engine.
 
 path --load--> model + processor --to the device--> LocalEngine
 """
@@ -17,7 +17,7 @@ from llava.model.checkpoint.load import load
 from llava.model.precision import raise_slow_weights
 
 TRAINING_LENGTH = "tokenizer_model_max_length"
-"""Key of published configurations."""
+"""Key of the training length in published configurations."""
 
 
 def open_engine(
@@ -37,21 +37,21 @@ def open_engine(
     """Load a model and return its engine.
 
     Args:
-        path: checkpoint folder of any known layout, or a hub name.
+        path: checkpoint folder in any known format, or a hub name.
         base: base model of an adapter; default: the one it names.
-        dtype: name of the weights' precision; `auto` keeps the checkpoint's, or float32 where a CPU is faster with it.
-        device: cpu, cuda, cuda:0 ...; default: the accelerator when there is one.
+        dtype: precision of the weights by name; `auto`: as saved, or float32 where a CPU is faster with it.
+        device: cpu, cuda, cuda:0 ...; default: the accelerator if present.
         bits: 4 and 8 quantize the weights (bitsandbytes).
         vision_tower: tower of a checkpoint that does not hold or name one.
-        template: name of a template to use instead of the checkpoint's own.
-        compat: what to do as the original projects do where they are wrong, see `llava.compat`.
-        dicom_window: window of DICOM files instead of the checkpoint's own, see `DicomPolicy`.
-        dicom_frame: frame of DICOM files, likewise.
-        fast_jpeg: whether large JPEG files are decoded at a smaller scale, instead of the checkpoint's own setting.
+        template: name of a conversation template that replaces the checkpoint's.
+        compat: names of known defects of the original projects to reproduce, see `llava.compat`.
+        dicom_window: window of DICOM files that replaces the checkpoint's, see `DicomPolicy`.
+        dicom_frame: frame of DICOM files that replaces the checkpoint's.
+        fast_jpeg: whether large JPEG files are decoded at a smaller scale; default: the checkpoint's setting.
 
     Raises:
         CheckpointError: the folder cannot be loaded.
-        ConfigError: the template or a name of `compat` is unknown, or the checkpoint does not say what that needs.
+        ConfigError: the template or a name of `compat` is unknown, or the checkpoint lacks a fact that `compat` needs.
     """
     names = parse_names(compat, "answers")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,14 +73,14 @@ def open_engine(
 
 
 def imitate(engine: LocalEngine, names: Collection[str]) -> None:
-    """Make an engine answer as the original projects do where they are wrong.
+    """Reproduce known defects of the original projects in an engine.
 
     Args:
-        engine: that of a model that was just loaded.
-        names: of `llava.compat`, those for answers.
+        engine: engine of a model that was just loaded.
+        names: names of `llava.compat` that concern answers.
 
     Raises:
-        ConfigError: the checkpoint does not say to what length the original would cut prompts.
+        ConfigError: the checkpoint does not name the length to which the original would cut prompts.
     """
     engine.beams_count_prompt = "beams_count_prompt" in names
     engine.processor.random_padding = "random_padding" in names
@@ -89,7 +89,7 @@ def imitate(engine: LocalEngine, names: Collection[str]) -> None:
         length = (source.get("config") or {}).get(TRAINING_LENGTH)
         if not length:
             raise ConfigError(
-                f"--compat cut_prompt: the checkpoint does not name the length it was trained with ({TRAINING_LENGTH} "
-                "of a published configuration); leave that name out"
+                f"--compat cut_prompt: the checkpoint does not name its training length ({TRAINING_LENGTH} of a "
+                "published configuration); leave that name out"
             )
         engine.reader.longest = int(length)

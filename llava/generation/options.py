@@ -1,4 +1,4 @@
-"""The options that name a model and say how it is loaded, for every command that asks one; and the engine they open.
+"""Command-line options that name a model and how it is loaded, and the engine that they open.
 
 Importing this module does not load torch; opening an engine does.
 """
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 def add_engine_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Register which model answers, on what, and in which precision."""
+    """Add the options for model, device and precision."""
     parser.add_argument(
         "--model", "--model-name", "--model-path", dest="model", required=True, help="checkpoint folder"
     )
     parser.add_argument("--model-base", help="base model of an adapter; default: the one it names")
-    parser.add_argument("--vision-tower", help="tower of a checkpoint in another layout; ours know theirs")
-    parser.add_argument("--conv-mode", help="template to use instead of the checkpoint's own")
+    parser.add_argument("--vision-tower", help="vision tower of a checkpoint in another format; ours name theirs")
+    parser.add_argument("--conv-mode", help="conversation template that replaces the checkpoint's")
     parser.add_argument(
         "--dtype",
         choices=["auto", *DTYPES],
         default="auto",
         help="precision of the weights; auto: as saved, or float32 where a CPU is faster with it",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator when there is one")
+    parser.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator if present")
     parser.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="4 and 8 need bitsandbytes")
     parser.add_argument("--compat", default="none", metavar="LIST", help=help_text("answers"))
     add_dicom_options(parser)

@@ -1,6 +1,6 @@
-"""Prompts to model inputs: tokens, and the pixels of images that are told apart by their content.
+"""Encoding of prompts as model inputs: tokens, and the pixels of images identified by their content.
 
-Prompt --Source--> Encoded + image keys --PromptReader.pixels--> [3, H, W] of each key, decoded once a row
+Prompt --PromptReader--> Encoded + image keys --PromptReader.pixels--> [3, H, W] of each key, decoded once a row
 """
 
 from __future__ import annotations
@@ -22,103 +22,109 @@ from llava.processing import LlavaMedProcessor
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """An image of a prompt: its identity as model input, what it is decoded from, its size where that decides."""
+class PromptImage:
+    """Image of a prompt.
+
+    Attributes:
+        key: identity as model input; images with equal keys are computed once.
+        content: bytes of a file, or a decoded image.
+        size: width and height where the number of tokens depends on them.
+    """
 
     key: str
     content: bytes | Image.Image
     size: Size | None = None
 
     def decode(self, processor: LlavaMedProcessor) -> Image.Image | Opened:
-        """The picture, read as the processor reads files.
+        """Return the image as the processor reads files.
 
         Raises:
-            DataError: the bytes are no picture.
+            DataError: the bytes are not an image.
         """
         return processor.open(self.content) if isinstance(self.content, bytes) else self.content
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """A prompt as the model reads it."""
+class EncodedPrompt:
+    """Tokens of a prompt and the images that they refer to."""
 
     encoded: Encoded
-    pictures: tuple[Picture, ...]
+    images: tuple[PromptImage, ...]
 
 
 class PromptReader:
-    """Reads prompts for one model."""
+    """Encoder of prompts for one model."""
 
     def __init__(self, processor: LlavaMedProcessor, *, max_tokens: int) -> None:
-        """Use the processor's template and preprocessing; prompts of `max_tokens` or more are refused."""
+        """Use the processor's template and preprocessing; refuse prompts of `max_tokens` or more tokens."""
         self.processor = processor
         self.max_tokens = max_tokens
         self.longest: int | None = None
-        """Where a prompt with images is cut, as an original does (`--compat cut_prompt`); None: nowhere."""
+        """Length to which a prompt with images is cut, as an original does (`--compat cut_prompt`); None: no cut."""
 
-    def read(self, prompt: Prompt) -> Reading:
-        """Return tokens and pictures of a prompt, opened for the answer.
+    def read(self, prompt: Prompt) -> EncodedPrompt:
+        """Return tokens and images of a prompt, ready for the answer.
 
         Raises:
-            DataError: an image is missing, marks and images differ in number, or the prompt is too long.
+            DataError: an image is missing, placeholders and images differ in number, or the prompt is too long.
         """
-        pictures = tuple(self._picture(image) for image in prompt.images)
-        keys = [picture.key for picture in pictures]
-        encoded = encode_prompt(prompt.conversation, self.processor, images=keys, sizes=sizes_of(pictures))
-        encoded = cut(encoded, self.longest)
-        pictures = pictures[: len(encoded.images)]
+        images = tuple(self._image(image) for image in prompt.images)
+        keys = [image.key for image in images]
+        encoded = encode_prompt(prompt.conversation, self.processor, images=keys, sizes=sizes_of(images))
+        encoded = cut_prompt(encoded, self.longest)
+        images = images[: len(encoded.images)]
         self._check_length(encoded, self.max_tokens - 1)
-        return Reading(encoded, pictures)
+        return EncodedPrompt(encoded, images)
 
-    def read_answered(self, prompt: Prompt) -> Reading:
-        """Return tokens, labels and pictures of a conversation that holds its answers.
+    def encode_answered(self, prompt: Prompt) -> EncodedPrompt:
+        """Return tokens, labels and images of a conversation that holds its answers.
 
         Raises:
             DataError: as `read`.
         """
-        pictures = tuple(self._picture(image) for image in prompt.images)
-        keys = [picture.key for picture in pictures]
-        sizes = sizes_of(pictures)
+        images = tuple(self._image(image) for image in prompt.images)
+        keys = [image.key for image in images]
+        sizes = sizes_of(images)
         encoded = encode(prompt.conversation, self.processor, images=keys, sizes=sizes, max_length=None)
         self._check_length(encoded, self.max_tokens)
-        return Reading(encoded, pictures)
+        return EncodedPrompt(encoded, images)
 
-    def pixels(self, picture: Picture) -> Tensor:
+    def pixels(self, image: PromptImage) -> Tensor:
         """Return [3, H, W], or tiles [K, 3, H, W]; see `LlavaMedProcessor.picture`.
 
         Raises:
-            DataError: the picture cannot be decoded.
+            DataError: the image cannot be decoded.
         """
-        return self.processor.picture(picture.decode(self.processor))
+        return self.processor.picture(image.decode(self.processor))
 
     def _check_length(self, encoded: Encoded, limit: int) -> None:
         if len(encoded.input_ids) > limit:
             raise DataError(
                 f"the prompt is {len(encoded.input_ids)} tokens long, but at most {limit} fit the model and leave "
-                "room for an answer; shorten the conversation or show fewer images"
+                "room for an answer; shorten the conversation or pass fewer images"
             )
 
-    def _picture(self, image: ImageRef) -> Picture:
-        picture = self._identified(image)
+    def _image(self, reference: ImageRef) -> PromptImage:
+        image = self._identified(reference)
         if not self.processor.has_variable_images:
-            return picture
-        decoded = picture.decode(self.processor)  # kept: the number of tokens depends on its size
-        image = decoded.image if isinstance(decoded, Opened) else decoded
-        return replace(picture, content=image, size=image.size)
+            return image
+        decoded = image.decode(self.processor)  # kept, because the number of tokens depends on its size
+        content = decoded.image if isinstance(decoded, Opened) else decoded
+        return replace(image, content=content, size=content.size)
 
-    def _identified(self, image: ImageRef) -> Picture:
+    def _identified(self, image: ImageRef) -> PromptImage:
         fingerprint = self.processor.image_fingerprint
         if isinstance(image, Image.Image):
-            # Two pictures with equal pixels are one; headers keep them apart from files.
+            # Images with equal pixels are one; the header separates them from files.
             header = f"{image.mode} {image.size}\n".encode()
             palette = bytes(image.getpalette() or ()) if image.mode == "P" else b""
-            return Picture(image_key(header + palette + image.tobytes(), fingerprint), image)
+            return PromptImage(image_key(header + palette + image.tobytes(), fingerprint), image)
         content = image if isinstance(image, bytes) else read_bytes(image, None)
-        return Picture(image_key(content, fingerprint), content)
+        return PromptImage(image_key(content, fingerprint), content)
 
 
-def cut(encoded: Encoded, length: int | None) -> Encoded:
-    """The first tokens of a prompt with images; one without images stays whole, as in the original.
+def cut_prompt(encoded: Encoded, length: int | None) -> Encoded:
+    """Return the first tokens of a prompt with images; one without images stays whole, as in the original.
 
     Raises:
         DataError: the cut goes through an image.
@@ -140,14 +146,14 @@ def cut(encoded: Encoded, length: int | None) -> Encoded:
     )
 
 
-def sizes_of(pictures: Sequence[Picture]) -> list[Size] | None:
-    """Width and height of pictures, where they are known."""
-    sizes = [picture.size for picture in pictures if picture.size is not None]
-    return sizes if len(sizes) == len(pictures) else None
+def sizes_of(images: Sequence[PromptImage]) -> list[Size] | None:
+    """Return width and height of the images; None where they are unknown."""
+    sizes = [image.size for image in images if image.size is not None]
+    return sizes if len(sizes) == len(images) else None
 
 
 def image_group(images: Sequence[ImageRef]) -> Hashable:
-    """Equal for prompts that surely show the same images; found without opening a file."""
+    """Return a key that is equal for prompts with the same image references; opens no file."""
     return tuple(_name(image) for image in images)
 
 

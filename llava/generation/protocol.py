@@ -1,4 +1,7 @@
-"""What every engine understands: prompts in, completions out. Importing this module does not load torch."""
+"""Interface of engines: prompts, sampling parameters and completions.
+
+Importing this module does not load torch.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ImageRef: TypeAlias = "Image.Image | str | Path | bytes"
-"""A picture, the path of an image file, or the bytes of one."""
+"""Image, path of an image file, or bytes of one."""
 
 Finish = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation that ends with a question, and its images in the order of their `<image>` marks."""
+    """Conversation that ends with a question, and its images in the order of their `<image>` placeholders."""
 
     conversation: Conversation
     images: tuple[ImageRef, ...] = ()
@@ -29,20 +32,20 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How answers are chosen; the default takes the likeliest token each time.
+    """Sampling parameters; greedy decoding by default.
 
     Attributes:
-        max_new_tokens: longest answer in tokens.
-        temperature: 0 for the likeliest token, otherwise the divisor of the logits.
+        max_new_tokens: length limit of an answer in tokens.
+        temperature: divisor of the logits; 0 takes the likeliest token.
         top_p: share of the probability that is sampled from, in (0, 1].
         top_k: number of likeliest tokens that are sampled from; 0 for all.
         num_beams: width of a beam search; engines may refuse more than 1.
         repetition_penalty: above 1 makes tokens of the answer so far less likely: their logits are divided by it, or
             multiplied where they are negative.
-        n: answers to each prompt; of a beam search, its best ones.
-        stop: strings that end an answer, besides those of the model's template; they are not part of its text.
-        seed: of sampling; the same seed gives the same answer, whoever else is asked. None draws one.
-        logprobs: report the log-probability of every token of the answer.
+        n: number of answers to each prompt; a beam search returns its best ones.
+        stop: strings that end an answer, in addition to those of the model's template; they are not part of its text.
+        seed: seed of sampling; the same seed gives the same answer in every batch. None draws one.
+        logprobs: whether the log-probability of every token of the answer is reported.
 
     Raises:
         ConfigError: a value is out of range.
@@ -77,21 +80,23 @@ class Sampling:
                 name = rule.split()[0]
                 raise ConfigError(f"{rule}, got {getattr(self, name)!r}")
         if self.num_beams > 1 and self.temperature > 0.0:
-            raise ConfigError(f"a beam search draws no token: num_beams={self.num_beams} needs temperature 0")
+            raise ConfigError(
+                f"a beam search does not sample; num_beams={self.num_beams} needs temperature 0, got {self.temperature}"
+            )
         if 1 < self.num_beams < self.n:
-            raise ConfigError(f"a beam search of num_beams={self.num_beams} gives no more answers, got n={self.n}")
+            raise ConfigError(f"a beam search returns at most num_beams={self.num_beams} answers, got n={self.n}")
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer.
+    """Answer to a prompt.
 
     Attributes:
         text: the answer without stop strings, role headers and surrounding white space.
         token_ids: every generated token, the end token included.
-        finish: `stop` (the model ended, or a stop string came), `length` (out of tokens) or `error`.
-        error: what went wrong, with finish `error` only.
-        logprobs: natural log-probability of each token under the model at temperature 1, when asked for.
+        finish: `stop` (end token or stop string), `length` (token limit) or `error`.
+        error: message, with finish `error` only.
+        logprobs: natural log-probability of each token at temperature 1, if `Sampling.logprobs` is set.
     """
 
     text: str
@@ -102,7 +107,7 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Whatever answers prompts: a model in this process, or a server."""
+    """Anything that answers prompts: a model in this process, or a server."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """Return `sampling.n` completions for each prompt, in the order of the prompts.
@@ -112,7 +117,7 @@ class Engine(Protocol):
         ...
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
-        """Yield the answer so far each time it has grown; the last one is the text of `generate`.
+        """Yield the answer so far each time it has grown; the last value is the text of `generate`.
 
         Closing the iterator cancels the request.
 

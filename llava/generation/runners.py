@@ -1,4 +1,4 @@
-"""How a model computes: prefill, join, decode, leave. One runner for models that take flat rows, one for all others.
+"""Runners: prefill and decoding with a model, on flat rows or, where it needs them, on padded rows.
 
 SlotRunner    one flat tree forward for all waiting prompts; sequences join and leave at any time
 PaddedRunner  left-padded rows and the model's own cache; a batch ends before the next one begins
@@ -23,16 +23,16 @@ from llava.model.quantization import quantized_layers
 
 
 class Prefill(Protocol):
-    """A prefilled row that sequences can still join from."""
+    """Prefilled row whose sequences have not all joined yet."""
 
     @property
     def logits(self) -> Tensor:
-        """[K, V]: what follows each of the K sequences."""
+        """Logits [K, V] of the next token of each of the K sequences."""
         ...
 
 
 class Runner(Protocol):
-    """A model and its running sequences, which are numbered 0 to B - 1."""
+    """Model with its running sequences, which are numbered 0 to B - 1."""
 
     @property
     def is_continuous(self) -> bool:
@@ -40,15 +40,15 @@ class Runner(Protocol):
         ...
 
     def prefill(self, sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> Prefill:
-        """Read sequences; `images` are pictures by key, as the processor makes them."""
+        """Prefill sequences; `images` are pixels by image key, as the processor returns them."""
         ...
 
     def join(self, row: Any, members: Sequence[int]) -> None:
-        """Let these sequences of a prefilled row run; they become the last ones, in this order."""
+        """Start these sequences of a prefilled row; they become the last ones, in this order."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> Tensor:
-        """Append one token to each running sequence and return [B, V]: what follows."""
+        """Append one token to each running sequence and return the logits [B, V] of the next."""
         ...
 
     def leave(self, number: int) -> None:
@@ -56,29 +56,29 @@ class Runner(Protocol):
         ...
 
     def rearrange(self, parents: Sequence[int]) -> None:
-        """Let running sequence i go on from what sequence `parents[i]` holds; all continue one prompt."""
+        """Make running sequence i a continuation of sequence `parents[i]`; all have the same prompt."""
         ...
 
     def shrink(self, num_slots: int) -> None:
-        """Give back the memory of sequences beyond `num_slots`, none of which runs."""
+        """Release the memory of sequences beyond `num_slots`, none of which runs."""
         ...
 
 
 class AnsweringMode:
-    """The mode in which a model answers: no gradients and no dropout.
+    """Mode in which a model answers: no gradients and no dropout.
 
-    A 4-bit layer on the CPU that runs once in evaluation mode without gradients changes its weights to a form that
-    never gives gradients again, so such layers run in training mode, which is the same computation.
+    4-bit layers stay in training mode, which is the same computation: on the CPU, one run in evaluation mode without
+    gradients changes their weights to a form that never gives gradients again.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """List the modules once; a model that gets other modules (an adapter) needs a new object."""
+        """List the modules once; a model whose modules change (an adapter) needs a new object."""
         quantized = {id(layer) for layer in quantized_layers(model)}
         self._modes = [(module, id(module) in quantized) for module in model.modules()]
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Enter the mode; afterwards every module is in the mode in which it was found."""
+        """Enter the mode; restore the mode of every module afterwards."""
         switched = [module for module, training in self._modes if module.training != training]
         for module in switched:
             module.training = not module.training
@@ -92,7 +92,7 @@ class AnsweringMode:
 
 @dataclass(frozen=True, slots=True)
 class FlatRow:
-    """A prefilled flat row: its keys and values, and where each sequence lies in it."""
+    """Prefilled flat row: its logits, keys and values, and the path of each sequence."""
 
     logits: Tensor
     captured: CapturedRow
@@ -100,7 +100,7 @@ class FlatRow:
 
 
 class SlotRunner:
-    """Flat rows and slots; see `kv_slots`."""
+    """Runner on flat rows and slots; see `kv_cache`."""
 
     is_continuous = True
 
@@ -113,14 +113,14 @@ class SlotRunner:
         max_length: int,
         layout: Layout = "tree",
     ) -> None:
-        """Run `model`, whose language model attends tree by tree (`model.attention`)."""
+        """Run `model`, whose language model uses tree attention (`model.attention`)."""
         self.model = model
         self.image_token_id = image_token_id
         self.layout = layout
         self.cache = SlotCache(max_slots=max_slots, max_length=max_length)
 
     def prefill(self, sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> FlatRow:
-        """Read all sequences in one forward pass; common beginnings and images are computed once."""
+        """Prefill all sequences in one forward pass; common prefixes and images are computed once."""
         batch = flatten(sequences, images, image_token_id=self.image_token_id, layout=self.layout)
         captured = CapturedRow()
         places = batch.paths()
@@ -139,12 +139,12 @@ class SlotRunner:
         self.cache.join(row.captured, [row.paths[member] for member in members])
 
     def decode(self, token_ids: Sequence[int]) -> Tensor:
-        """One token for each slot in one forward pass."""
+        """Decode one token for each slot in one forward pass."""
         position_ids = self.cache.begin_step()
         output = self.model(
             input_ids=torch.tensor(token_ids, device=position_ids.device)[:, None],
             position_ids=position_ids,
-            # Taken as it is, so that no mask is built; the slots know who sees what.
+            # Passed through as it is, so no mask is built; the slots mask their own scores.
             attention_mask=torch.empty(1, 1, 0, 0, dtype=torch.bool, device=position_ids.device),
             slots=self.cache,
             use_cache=False,
@@ -158,7 +158,7 @@ class SlotRunner:
         self.cache.leave(number)
 
     def rearrange(self, parents: Sequence[int]) -> None:
-        """Copy what the slots hold."""
+        """Copy the contents of slots."""
         self.cache.rearrange(parents)
 
     def shrink(self, num_slots: int) -> None:
@@ -168,7 +168,7 @@ class SlotRunner:
 
 @dataclass(frozen=True, slots=True)
 class PaddedRow:
-    """A prefilled left-padded batch: logits [K, V], mask [K, T] and the model's own cache."""
+    """Prefilled left-padded batch: logits [K, V], mask [K, T] and the model's own cache."""
 
     logits: Tensor
     mask: Tensor
@@ -176,7 +176,7 @@ class PaddedRow:
 
 
 class PaddedRunner:
-    """The library's way, for models that cannot be given positions: exact, and slower.
+    """Runner on left-padded rows, for models without an exact flat layout: exact, but slower.
 
     A finished sequence keeps its row until the batch ends, because not every cache can drop one.
     """
@@ -184,7 +184,7 @@ class PaddedRunner:
     is_continuous = False
 
     def __init__(self, model: Any, *, pad_token_id: int) -> None:
-        """Run `model`; `pad_token_id` fills rows up, and is always masked."""
+        """Run `model`; `pad_token_id` fills rows and is always masked."""
         self.model = model
         self.pad_token_id = pad_token_id
         language_model = model.get_decoder() if hasattr(model, "get_decoder") else model
@@ -194,7 +194,7 @@ class PaddedRunner:
         self.running: list[int] = []
 
     def prefill(self, sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> PaddedRow:
-        """Read all sequences, each in a row of its own."""
+        """Prefill all sequences, each in its own row."""
         longest = max(len(sequence.input_ids) for sequence in sequences)
         ids = torch.full((len(sequences), longest), self.pad_token_id)
         mask = torch.zeros(len(sequences), longest, dtype=torch.long)
@@ -208,13 +208,13 @@ class PaddedRunner:
         return PaddedRow(output.logits[:, -1], mask, output.past_key_values)
 
     def join(self, row: PaddedRow, members: Sequence[int]) -> None:
-        """Let some rows of a batch run; nothing else may be running."""
+        """Start some rows of a batch; no other sequence may be running."""
         if self.running:
-            raise GenerationError("a padded batch is still running; sequences cannot join it")
+            raise GenerationError("sequences cannot join a padded batch that is running")
         self.row, self.mask, self.running = row, row.mask, list(members)
 
     def decode(self, token_ids: Sequence[int]) -> Tensor:
-        """One token for each running row; the others are fed padding."""
+        """Decode one token for each running row; the other rows get padding."""
         assert self.row is not None
         ids = torch.full((len(self.mask), 1), self.pad_token_id, device=self.mask.device)
         rows = torch.tensor(self.running, device=self.mask.device)
@@ -226,7 +226,7 @@ class PaddedRunner:
         return logits
 
     def leave(self, number: int) -> None:
-        """Stop listening to a row."""
+        """Ignore a row from now on."""
         self.running[number] = self.running[-1]
         self.running.pop()
         if not self.running:
@@ -236,7 +236,7 @@ class PaddedRunner:
         """Copy rows of the model's cache.
 
         Raises:
-            GenerationError: it cannot be rearranged.
+            GenerationError: the cache cannot be rearranged.
         """
         assert self.row is not None
         if list(parents) == self.running:
@@ -247,7 +247,7 @@ class PaddedRunner:
         self.row.cache.reorder_cache(torch.tensor(places, device=self.mask.device))
 
     def shrink(self, num_slots: int) -> None:
-        """Nothing is kept beyond the running batch."""
+        """Do nothing: no memory is kept beyond the running batch."""
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any, **inputs: Any) -> Any:
         if self.takes_positions:
@@ -257,6 +257,6 @@ class PaddedRunner:
         output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs)
         if getattr(output, "past_key_values", None) is None:
             raise GenerationError(
-                f"{type(self.model).__name__} returns no cache; generation needs a model that can continue a text"
+                f"{type(self.model).__name__} returns no cache; generation needs a causal language model with a cache"
             )
         return output

@@ -1,7 +1,7 @@
-"""Choosing the next token of each sequence: greedy, or drawn with a generator of its own.
+"""Choice of the next token of each sequence: greedy, or sampled with its own random generator.
 
-Every request draws from its own random stream, one number a token, so an answer depends on its seed alone: not on who
-else is in the batch, nor on when it joined.
+Every request draws one number per token from its own random stream, so an answer depends on its seed alone, not on
+the rest of the batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llava.generation.protocol import Sampling
 
 
 class TokenDraw:
-    """The sampling settings of one sequence and its random stream."""
+    """Sampling parameters and random stream of one sequence."""
 
     __slots__ = ("generator", "temperature", "top_k", "top_p")
 
@@ -39,12 +39,12 @@ class TokenDraw:
         return self.top_p < 1.0 or self.top_k > 0
 
     def number(self) -> float:
-        """The next number in [0, 1)."""
+        """Return the next number in [0, 1)."""
         return float(torch.rand((), generator=self.generator, dtype=torch.float64))
 
 
 def _generator(seed: int | None, sample_index: int) -> torch.Generator:
-    """A stream for one sample; neighbouring seeds and samples are unrelated."""
+    """Return the generator of one sample; adjacent values give unrelated streams."""
     root = secrets.randbits(63) if seed is None else seed
     digest = hashlib.sha256(f"{root}/{sample_index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -64,7 +64,7 @@ def choose(logits: Tensor, draws: Sequence[TokenDraw]) -> list[int]:
     for row, draw in enumerate(draws):
         rows_by_way[0 if draw.is_greedy else 2 if draw.truncates else 1].append(row)
     ids = [0] * len(draws)
-    # A row's way depends on its own settings only; mixing ways would let a neighbour change its answer.
+    # The way of a row depends on its own settings only, so that other rows do not change its answer.
     for way, rows in zip(ways, rows_by_way, strict=True):
         if rows:
             chosen = way(logits[torch.tensor(rows, device=logits.device)], [draws[row] for row in rows])
@@ -83,7 +83,8 @@ def _column(values: Sequence[float], logits: Tensor) -> Tensor:
 
 
 def _likeliest(logits: Tensor) -> Tensor:
-    """[B] the first of the largest logits of each row; numpy finds it ten times faster on the CPU than torch."""
+    """Return the index [B] of the largest logit of each row, the first of equal ones."""
+    # On the CPU, numpy is ten times faster than torch.
     if logits.device.type == "cpu" and logits.dtype == torch.float32 and not logits.requires_grad:
         return torch.from_numpy(logits.numpy().argmax(axis=-1))
     return logits.argmax(dim=-1)
@@ -108,12 +109,12 @@ def _sample_truncated(logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
 
 
 def _truncated(probabilities: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
-    """Keep the likeliest tokens of each sorted row [B, V]: `top_k` of them, then the fewest that reach `top_p`."""
+    """Zero all of each sorted row [B, V] but the likeliest `top_k`, then the fewest that reach `top_p`."""
     vocabulary = probabilities.shape[1]
     ranks = torch.arange(vocabulary, device=probabilities.device)[None]
     limits = _column([draw.top_k or vocabulary for draw in draws], probabilities)
     kept = torch.where(ranks < limits, probabilities, 0.0)
-    # The share is of what top_k left, as in the usual chain of filters.
+    # The share is taken of what top_k keeps, as in the usual chain of filters.
     before = kept.cumsum(dim=-1) - kept
     wanted = _column([draw.top_p for draw in draws], probabilities) * kept.sum(dim=-1, keepdim=True)
     is_whole = _column([float(draw.top_p >= 1.0) for draw in draws], probabilities) > 0
@@ -121,7 +122,7 @@ def _truncated(probabilities: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
 
 
 def _invert(probabilities: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
-    """[B, 1] index at which each row's cumulative sum passes the next number of its stream times its total."""
+    """Return the index [B, 1] where each row's cumulative share passes its next random number."""
     numbers = torch.tensor([draw.number() for draw in draws], dtype=torch.float64, device=probabilities.device)
     cumulative = probabilities.double().cumsum(dim=-1)
     index = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)

@@ -1,9 +1,9 @@
-"""Who runs when: prompts wait, are read together, take a slot, and leave it as soon as their answer ends.
+"""Continuous batching: prompts are prefilled together and hold a slot until their answer ends.
 
     waiting --prefill (one flat row)--> ready --join (a free slot)--> running --decode ... --> done
 
-A row may hold more prompts than there are free slots, so that the questions about one image are read together; its
-keys and values stay in the row, shared parts once, until the last of them has a slot.
+A row may hold more prompts than free slots, so the questions about one image are prefilled together; its keys and
+values stay in the row, shared parts once, until its last prompt has a slot.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llava.constants import IGNORE_INDEX
 from llava.data.encode import Encoded
 from llava.errors import LlavaError
 from llava.generation.beam_search import penalized
-from llava.generation.prompt_encoder import PromptReader, Reading
+from llava.generation.prompt_encoder import EncodedPrompt, PromptReader
 from llava.generation.protocol import Completion, Finish, Prompt, Sampling
 from llava.generation.runners import Runner
 from llava.generation.sampling import TokenDraw, choose, logprobs_of
@@ -31,18 +31,18 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Source:
-    """A prompt that is read when its turn comes, once for all its samples, and let go when one is done."""
+class PromptSource:
+    """Prompt that is encoded when needed, once for all its samples, and released when one of them ends."""
 
     prompt: Prompt
-    reading: Reading | None = None
+    reading: EncodedPrompt | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One answer on its way."""
+    """Unfinished answer to a prompt."""
 
-    source: Source
+    source: PromptSource
     sampling: Sampling
     draw: TokenDraw
     text: AnswerText
@@ -55,7 +55,7 @@ class Request:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more is to be done for it."""
+        """Whether it is completed or cancelled."""
         return self.completion is not None or self.is_cancelled
 
     @property
@@ -65,7 +65,7 @@ class Request:
         return len(self.encoded.input_ids) + len(self.token_ids)
 
     def append(self, token_id: int) -> bool:
-        """Take the next token; returns whether it was the last one."""
+        """Append the next token; return whether it was the last one."""
         self.token_ids.append(token_id)
         if self.text.has_ended(self.token_ids):
             self._finish("stop")
@@ -74,7 +74,7 @@ class Request:
         return self.completion is not None
 
     def fail(self, reason: str) -> None:
-        """End without an answer."""
+        """Finish with an error."""
         self.source.reading = None
         self.completion = Completion("", tuple(self.token_ids), "error", error=reason)
 
@@ -84,7 +84,7 @@ class Request:
         self.completion = Completion(self.text.final(self.token_ids), tuple(self.token_ids), finish, None, logprobs)
 
     def extended(self) -> Encoded:
-        """The prompt and what was generated so far, for reading it again."""
+        """Return the prompt with the tokens generated so far, for another prefill."""
         assert self.encoded is not None
         if not self.token_ids:
             return self.encoded
@@ -99,7 +99,7 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Ready:
-    """A request that was read and waits for a slot: member number `member` of `row`."""
+    """Prefilled request that waits for a slot: sequence `member` of `row`."""
 
     request: Request
     row: Any
@@ -107,10 +107,10 @@ class Ready:
 
 
 class Scheduler:
-    """Moves requests through a runner; `step` is one forward pass or two."""
+    """Scheduler that moves requests through a runner; `step` takes one or two forward passes."""
 
     def __init__(self, runner: Runner, reader: PromptReader, *, max_slots: int, max_prefill_tokens: int) -> None:
-        """Run at most `max_slots` sequences, reading at most `max_prefill_tokens` tokens at a time."""
+        """Run at most `max_slots` sequences; prefill at most `max_prefill_tokens` tokens at a time."""
         self.runner = runner
         self.reader = reader
         self.max_slots = max_slots
@@ -122,17 +122,17 @@ class Scheduler:
         self.running: list[Request] = []
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Queue requests; those that show the same image should stand together."""
+        """Queue requests; those with the same image should be adjacent."""
         self.waiting.extend(requests)
 
     def cancel(self, request: Request) -> None:
-        """Forget a request, and free its slot."""
+        """Remove a request and free its slot."""
         request.is_cancelled = True
         if request in self.running:
             self._drop(self.running.index(request))
 
     def step(self) -> None:
-        """Read what waits if there is room, let it join, and generate one token for every running sequence."""
+        """Prefill waiting requests if slots are free, start them, and decode one token of each sequence."""
         self._forget_cancelled()
         if self._has_room():
             self._read()
@@ -172,7 +172,7 @@ class Scheduler:
                 self.ready.append(Ready(request, row, member))
 
     def _next_row(self) -> tuple[list[Request], dict[str, Tensor]]:
-        """The requests that are read next, and their pixels; requests that cannot be read end here."""
+        """Return the requests to prefill next and their pixels; fail those that cannot be encoded."""
         members: list[Request] = []
         images: dict[str, Tensor] = {}
         shown: set[tuple[str, ...]] = set()
@@ -182,16 +182,12 @@ class Scheduler:
             request = self.waiting[0]
             try:
                 reading = self._reading(request)
-                pixels = {
-                    picture.key: self.reader.pixels(picture)
-                    for picture in reading.pictures
-                    if picture.key not in images
-                }
+                pixels = {image.key: self.reader.pixels(image) for image in reading.images if image.key not in images}
             except LlavaError as error:
                 self.waiting.popleft().fail(str(error))
                 continue
             keys = reading.encoded.images
-            # About what it adds to the row: what stands behind images that the row has already is new.
+            # Estimate of what it adds to the row: of images that the row holds already, only the text after them.
             cost = request.num_tokens
             if keys in shown:
                 cost -= reading.encoded.image_spans[-1][1]
@@ -203,7 +199,7 @@ class Scheduler:
             num_tokens += cost
         return members, images
 
-    def _reading(self, request: Request) -> Reading:
+    def _reading(self, request: Request) -> EncodedPrompt:
         source = request.source
         if source.reading is None:
             source.reading = self.reader.read(source.prompt)
@@ -214,14 +210,14 @@ class Scheduler:
         return source.reading
 
     def _join(self) -> None:
-        """Give free slots to sequences that were read."""
+        """Move prefilled sequences to free slots."""
         while self.ready and len(self.running) < self.max_slots:
             row = self.ready[0].row
             free = self.max_slots - len(self.running)
             joining = [ready for ready in list(self.ready)[:free] if ready.row is row]
             for _ in joining:
                 self.ready.popleft()
-            # Slots of like length side by side are attended to with less padding.
+            # Adjacent slots of similar length need less padding.
             joining.sort(key=lambda ready: ready.request.num_tokens)
             try:
                 self.runner.join(row, [ready.member for ready in joining])
@@ -242,7 +238,7 @@ class Scheduler:
                 self._drop(number)
 
     def _take(self, requests: list[Request], logits: Tensor) -> list[bool]:
-        """Choose the next token of each request; returns which of them are finished."""
+        """Append the next token of each request; return which of them are finished."""
         token_ids = choose(self._penalized(requests, logits), [request.draw for request in requests])
         if any(request.sampling.logprobs for request in requests):
             for request, logprob in zip(requests, logprobs_of(logits, token_ids), strict=True):
@@ -250,7 +246,7 @@ class Scheduler:
         return [request.append(token_id) for request, token_id in zip(requests, token_ids, strict=True)]
 
     def _penalized(self, requests: list[Request], logits: Tensor) -> Tensor:
-        """Logits with each request's repetition penalty."""
+        """Return the logits with each request's repetition penalty."""
         rows = [row for row, request in enumerate(requests) if request.sampling.repetition_penalty != 1.0]
         if not rows:
             return logits
@@ -272,13 +268,13 @@ class Scheduler:
             self.ready = deque(ready for ready in self.ready if not ready.request.is_cancelled)
 
     def _shrink(self) -> bool:
-        """Out of memory: go on with half the slots; returns False when that was done before."""
+        """Halve the slots after running out of memory; return False if that was done before."""
         if self.has_shrunk:
             return False
         self.has_shrunk = True
         self.max_slots = max(1, self.max_slots // 2)
         self.max_prefill_tokens = max(1, self.max_prefill_tokens // 2)
-        logger.warning("out of memory: going on with at most %d sequences at a time", self.max_slots)
+        logger.warning("out of memory: continuing with at most %d sequences at a time", self.max_slots)
         again = [ready.request for ready in self.ready]
         self.ready.clear()
         while len(self.running) > self.max_slots:
@@ -291,7 +287,7 @@ class Scheduler:
         return True
 
     def _read_less(self, num_members: int, error: BaseException) -> None:
-        """Out of memory while reading: try fewer at a time, then wait for those that run, then give the next one up."""
+        """Reduce a prefill that ran out of memory: fewer prompts, then wait for running ones, then fail one."""
         if num_members > 1:
             self.max_prefill_tokens = max(1, self.max_prefill_tokens // 2)
         elif self.running:
@@ -313,7 +309,7 @@ def _no_memory(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
+    """Return whether an error means that memory ran out, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)

@@ -1,7 +1,7 @@
-"""When an answer ends, and what of it may be shown: end tokens, stop strings across token borders, whole characters.
+"""End of an answer and its text: end tokens, stop strings across token borders, complete characters.
 
-token ids --decode--> raw text --cut at stop strings, headers and white space off--> the answer
-                               --hold back what might still become a stop string--> the answer so far
+token ids --decode--> raw text --cut at stop strings, without headers and white space--> the answer
+                               --without a suffix that may become a stop string--> the answer so far
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from llava.generation.protocol import Sampling
 from llava.processing import LlavaMedProcessor
 
 TOKENS_PER_CHARACTER = 4
-"""A character is spread over at most so many tokens: one for each of its bytes."""
+"""Largest number of tokens of one character: one for each of its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
-    """What ends an answer.
+    """Conditions that end an answer.
 
     Attributes:
         token_ids: tokens that end it.
-        texts: strings that end it wherever they come up in the text.
-        watched: those of `texts` that generation must look for; the others are tokens of their own.
-        echoes: role headers that a model may repeat before its answer; they are no part of it.
+        texts: strings that end it anywhere in the text.
+        watched: those of `texts` that generation must search for; the others are single tokens.
+        echoes: role headers that a model may repeat before its answer; they are not part of it.
     """
 
     token_ids: frozenset[int]
@@ -36,7 +36,7 @@ class StopRule:
 
     @classmethod
     def of(cls, processor: LlavaMedProcessor, sampling: Sampling) -> StopRule:
-        """The rule of a model's template and a request's own stop strings."""
+        """Return the rule for a model's template and a request's stop strings."""
         special = {
             str(token): token_id
             for token_id, token in processor.tokenizer.added_tokens_decoder.items()
@@ -53,19 +53,19 @@ class StopRule:
 
     @property
     def num_tail_tokens(self) -> int:
-        """Tokens at the end of a text that certainly cover a stop string that has just come up."""
+        """Number of tokens at the end of a text that contain a stop string that has just appeared."""
         return TOKENS_PER_CHARACTER * (max(map(len, self.watched), default=0) + 1)
 
     def find(self, text: str) -> int | None:
-        """Where the first stop string of the answer begins; None without one."""
+        """Return where the first stop string of the answer begins; None without one."""
         return first_stop(text, self.texts, start=answer_start(text, self.echoes))
 
     def answer(self, text: str) -> str:
-        """The finished answer in `text`."""
+        """Return the finished answer in `text`."""
         return _trimmed(text[answer_start(text, self.echoes) : self.find(text)])
 
     def answer_so_far(self, text: str) -> str:
-        """What of an unfinished answer is certain: whatever follows, the answer will begin with it."""
+        """Return the part of an unfinished answer that later tokens cannot change."""
         end = self.find(text)
         if end is not None:
             return self.answer(text)
@@ -79,31 +79,31 @@ class StopRule:
 
 
 def _trimmed(text: str) -> str:
-    """Without white space and torn characters at its end."""
+    """Return the text without white space and incomplete characters at its end."""
     while text and (text[-1] == BROKEN or text[-1].isspace()):
         text = text[:-1]
     return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
 
 
 class AnswerText:
-    """Text of one growing answer; decodes only when a stop string may have come up or somebody asks."""
+    """Text of a growing answer; decoded only when a stop string may have appeared or the text is read."""
 
     __slots__ = ("decode", "growing", "rule")
 
     def __init__(self, rule: StopRule, decode: Callable[[Sequence[int]], str]) -> None:
-        """Follow `rule`; `decode` gives the text of token ids."""
+        """Apply `rule`; `decode` returns the text of token ids."""
         self.rule = rule
         self.decode = decode
         self.growing = GrowingText(decode)
 
     def has_ended(self, token_ids: Sequence[int]) -> bool:
-        """Whether the newest token ends the answer."""
+        """Return whether the newest token ends the answer."""
         rule = self.rule
         if token_ids[-1] in rule.token_ids:
             return True
@@ -115,9 +115,9 @@ class AnswerText:
         return rule.find(self.decode(token_ids)) is not None
 
     def final(self, token_ids: Sequence[int]) -> str:
-        """The answer, when no token will follow."""
+        """Return the finished answer."""
         return self.rule.answer(self.decode(token_ids))
 
     def so_far(self, token_ids: Sequence[int]) -> str:
-        """What of the answer is certain while tokens may follow."""
+        """Return the part of the answer that later tokens cannot change."""
         return self.rule.answer_so_far(self.growing.text(token_ids))

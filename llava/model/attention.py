@@ -22,7 +22,7 @@ from llava.constants import TREE_ATTENTION
 from llava.errors import ConfigError
 
 SCORE_KEYWORDS = ("softcap", "s_aux", "position_bias")
-"""Arguments by which transformers changes attention scores beyond scaling and masks; SDPA silently ignores them."""
+"""Arguments by which transformers changes attention scores beyond scaling and masks; SDPA ignores them silently."""
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -133,7 +133,7 @@ def by_pieces(
     plain matrix products (`matmul_attention`).
     """
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # cast once, not once a piece
+    if torch.is_autocast_enabled(kind):  # cast once instead of once per piece
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if kind == "cpu" and query.dtype in HALF_PRECISION and not dropout:
@@ -168,7 +168,7 @@ def by_pieces(
 def by_matmul(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scaling: float | None = None, window: int | None = None
 ) -> Tensor:
-    """`by_pieces` with `matmul_attention`; keys are not repeated."""
+    """Attend as `by_pieces`, but with `matmul_attention`; keys are not repeated."""
     queries, keys, values = (tensor.split(plan.lengths, dim=2) for tensor in (query, key, value))
     outputs = []
     for index, piece in enumerate(plan.pieces):

@@ -1,4 +1,4 @@
-"""Whether half precision is faster than float32 on this device: measured once a process, never guessed from a name.
+"""Speed of half precision relative to float32 on this device, measured once per process.
 
     configuration --product_shape--> shape --time both--> half_speedup --+--> `--bf16 auto` of training
                                                                          +--> `--dtype auto` of evaluation and chat
@@ -24,21 +24,21 @@ from llava.constants import DTYPES
 logger = logging.getLogger(__name__)
 
 MIN_TRAINING_SPEEDUP = 1.25
-"""`--bf16 auto` trains in bfloat16 from here on: autocast's own conversions cost some of what the products gain."""
+"""Smallest speedup with which `--bf16 auto` trains in bfloat16; autocast's conversions cost part of the gain."""
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 DEFAULT_SIZES = (1024, 2816)
-"""Hidden and intermediate size where the configuration is not at hand, such as that of a hub name."""
+"""Hidden and intermediate size if the configuration is unknown, as for a hub name."""
 
 MIN_SIZES, MAX_CPU_SIZES = (256, 512), (576, 1536)
-"""Smaller products measure the call instead of the product; larger ones, on a CPU, would take seconds."""
+"""Bounds of the measured sizes: smaller products measure call overhead; on a CPU, larger ones take seconds."""
 
 CPU_ROWS, GPU_ROWS = 16, 4096
-"""Rows of the measured product; on a GPU enough for the product, not the kernel launch, to be measured."""
+"""Rows of the measured product; on a GPU enough to outweigh the kernel launch."""
 
 MIN_REPEATS, MAX_REPEATS, ENOUGH_SECONDS = 2, 20, 0.05
-"""A product is repeated at least and at most this often, until the repeats took this long together."""
+"""Smallest and largest number of repeats of a product, and the total time after which repeats stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,9 @@ class ProductShape:
 
 
 def product_shape(config: Mapping[str, Any], device_type: str = "cpu") -> ProductShape:
-    """Return the shape of a model's largest repeated product, within `MIN_SIZES` and, on a CPU, `MAX_CPU_SIZES`.
+    """Return the shape of a model's largest repeated product.
+
+    Sizes are at least `MIN_SIZES` and, on a CPU, at most `MAX_CPU_SIZES`.
 
     Args:
         config: a model's configuration as JSON; sizes of its text model count. Missing sizes get `DEFAULT_SIZES`.
@@ -83,7 +85,7 @@ def half_speedup(dtype: torch.dtype, shape: ProductShape, device_type: str = "cp
 @lru_cache(maxsize=64)
 def _measured(dtype: torch.dtype, shape: ProductShape, device_type: str) -> float:
     num_threads = torch.get_num_threads()
-    # On one thread: several would also measure how busy the machine is, and the ratio is that of one core.
+    # One thread, because more would also measure the load of the machine; the ratio is that of one core.
     torch.set_num_threads(1)
     try:
         full = product_seconds(torch.float32, shape, device_type)
@@ -93,7 +95,7 @@ def _measured(dtype: torch.dtype, shape: ProductShape, device_type: str) -> floa
 
 
 def product_seconds(dtype: torch.dtype, shape: ProductShape, device_type: str) -> float:
-    """Return the seconds of one linear layer of this shape: the fastest of a few, after one that is not counted."""
+    """Return the seconds of one linear layer of this shape: the fastest of a few runs after a warm-up."""
     rows = torch.ones(shape.rows, shape.inner, dtype=dtype, device=device_type)
     weight = torch.ones(shape.columns, shape.inner, dtype=dtype, device=device_type)
     times: list[float] = []
@@ -107,14 +109,14 @@ def product_seconds(dtype: torch.dtype, shape: ProductShape, device_type: str) -
 
 
 def trains_faster_in_bf16(config: Mapping[str, Any], device_type: str) -> bool:
-    """Say whether `--bf16 auto` means bfloat16 for a model of this configuration on this device."""
+    """Return whether `--bf16 auto` means bfloat16 for a model of this configuration on this device."""
     return half_speedup(torch.bfloat16, product_shape(config, device_type), device_type) >= MIN_TRAINING_SPEEDUP
 
 
 def raise_slow_weights(model: Any) -> None:
-    """Turn half-precision weights on a CPU into float32 where that computes faster; `--dtype auto` does this.
+    """Convert half-precision weights on a CPU to float32 where that is faster; `--dtype auto` does this.
 
-    Precision is never lowered, and weights stay as they are where twice their memory is not free.
+    Precision is never lowered. Weights stay as they are if the memory for float32 ones is not available.
     """
     found = {weight.dtype for weight in model.parameters()}
     halves = [dtype for dtype in HALF_PRECISION if dtype in found]
@@ -128,18 +130,18 @@ def raise_slow_weights(model: Any) -> None:
     slower = f"{kept} products take {1 / speedup:.1f} times as long as float32 ones on this CPU"
     num_bytes = sum(4 * weight.numel() for weight in model.parameters() if weight.dtype in HALF_PRECISION)
     if num_bytes > psutil.virtual_memory().available:
-        logger.warning("%s, but float32 weights need %.1f GiB, which are not free", slower, num_bytes / 2**30)
+        logger.warning("%s, but float32 weights need %.1f GiB, which are not available", slower, num_bytes / 2**30)
         return
     nn.Module.float(model)
-    logger.info("%s: weights are used in float32 (--dtype %s keeps them)", slower, kept)
+    logger.info("%s: weights are converted to float32 (--dtype %s keeps them)", slower, kept)
 
 
 def weights_precision(model: Any) -> str:
-    """Return the name of the precision that a model's input embeddings are held in, such as `float32`."""
+    """Return the precision of a model's input embeddings by name, such as `float32`."""
     return dtype_name(model.get_input_embeddings().weight.dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a floating-point type as `--dtype` spells it, one of `constants.DTYPES` where listed there."""
+    """Return the name of a dtype as `--dtype` spells it, one of `constants.DTYPES` if listed there."""
     names = {getattr(torch, name): name for name in DTYPES}
     return names.get(dtype, str(dtype).removeprefix("torch."))

@@ -43,7 +43,7 @@ def expected(
     hook = model.model.language_model.register_forward_pre_hook(
         lambda _, __, kwargs: kept.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
-    pixels = [engine.reader.pixels(picture) for picture in reading.pictures]
+    pixels = [engine.reader.pixels(image) for image in reading.images]
     with torch.no_grad():
         model(input_ids=ids, **({"pixel_values": torch.stack(pixels)} if pixels else {}))
         hook.remove()
@@ -97,7 +97,7 @@ def test_beams_that_end_are_those_of_the_library(loaded: Loaded, num_beams: int,
     for prompt in PROMPTS:
         wanted = expected(loaded, engine, prompt, ends=ends, num_beams=num_beams)[0]
         reading = engine.reader.read(prompt)
-        images = {picture.key: engine.reader.pixels(picture) for picture in reading.pictures}
+        images = {image.key: engine.reader.pixels(image) for image in reading.images}
         search = BeamSearch(
             num_beams, limit=NUM_TOKENS, has_ended=lambda ids: ids[-1] in ends, num_end_tokens=len(ends)
         )

@@ -316,10 +316,10 @@ def test_scores_are_those_of_a_forward_pass(loaded: Loaded) -> None:
         engine = engine_of(loaded, **options)
         scores = engine.score(prompts)
         for prompt, score in zip(prompts, scores, strict=True):
-            reading = engine.reader.read_answered(prompt)
+            reading = engine.reader.encode_answered(prompt)
             pixels = (
-                {"pixel_values": torch.stack([engine.reader.pixels(p) for p in reading.pictures])}
-                if reading.pictures
+                {"pixel_values": torch.stack([engine.reader.pixels(image) for image in reading.images])}
+                if reading.images
                 else {}
             )
             with torch.no_grad():

@@ -65,7 +65,7 @@ def test_half_the_slots_give_the_same_answers(
         if found[0].token_ids == wanted[0].token_ids:
             assert found[0].logprobs == pytest.approx(wanted[0].logprobs, abs=1e-4)
     assert [record.message for record in caplog.records if "out of memory" in record.message] == [
-        "out of memory: going on with at most 4 sequences at a time"
+        "out of memory: continuing with at most 4 sequences at a time"
     ]
     assert engine.scheduler.max_slots == 4
 

@@ -118,4 +118,4 @@ def test_weights_that_would_not_fit_stay(
     with caplog.at_level(logging.WARNING):
         raise_slow_weights(tiny.model)
     assert precision.weights_precision(tiny.model) == "bfloat16"
-    assert "3.0 times as long" in caplog.text and "not free" in caplog.text
+    assert "3.0 times as long" in caplog.text and "not available" in caplog.text

@@ -51,7 +51,7 @@ CASES = [(recorded, batch) for recorded in RECORDED for batch in recorded.batche
 
 
 def pictures(oracle: Path, row: str) -> list[Image.Image]:
-    return Oracle(oracle).pictures(row)
+    return Oracle(oracle).images(row)
 
 
 def largest_difference(recorded: Recorded, batch: str, oracle: Path, *, ids_of: str | None = None) -> tuple[float, int]:

@@ -48,8 +48,8 @@ def reference_ids(loaded: Loaded, engine: LocalEngine, prompt: Prompt, num_token
     """Greedy tokens of `transformers`' own generate for one prompt alone."""
     reading = engine.reader.read(prompt)
     ids = torch.tensor([reading.encoded.input_ids])
-    if reading.pictures:
-        options["pixel_values"] = torch.stack([engine.reader.pixels(picture) for picture in reading.pictures])
+    if reading.images:
+        options["pixel_values"] = torch.stack([engine.reader.pixels(image) for image in reading.images])
     output = loaded.model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, **options
     )
@@ -63,7 +63,7 @@ def logits_without_cache(engine: LocalEngine, prompt: Prompt, token_ids: list[in
     reading = engine.reader.read(prompt)
     ids = torch.tensor([[*reading.encoded.input_ids, *token_ids]])
     sizes = list(reading.encoded.image_sizes) if engine.processor.has_variable_images else []
-    images = batch_images([engine.reader.pixels(picture) for picture in reading.pictures], sizes).keywords()
+    images = batch_images([engine.reader.pixels(image) for image in reading.images], sizes).keywords()
     logits = engine.model(input_ids=ids, use_cache=False, **images).logits[0]
     return logits[len(reading.encoded.input_ids) - 1 : -1]
 
