@@ -1,6 +1,6 @@
-"""Forecast of every stage from the measured speed and the amount of work, and the size of run that fits.
+"""Forecast of every stage from measured speed and amount of work, and choice of the size of a run.
 
-operations of a stage / (measured rate x share of it that the stage reaches) + seconds that do not scale
+operations of a stage / (measured rate x share of it that the stage reaches) + constant seconds
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from llava.quickstart.work import LanguageShape, Rows, TowerShape, rows_of
 LORA_RANK = 16
 NUM_CALIBRATION_IMAGES = 64
 SPARE_TOKENS = 4
-"""Tokens that an answer may be longer than the longest reference."""
+"""Number of tokens that an answer may exceed the longest reference answer by."""
 
 FIT_SECONDS = 6 * 60.0
-"""The largest size whose forecast is below this is taken; the smallest, if none is."""
+"""Limit of the forecast: the largest size below it is used, or else the smallest size."""
 
-# Share of the measured rate that the stages reach, and the seconds that each takes whatever the size: measured on two
-# AVX2 cores in float32, by the seconds of whole runs.
+# Share of the measured rate that the stages reach, and the constant seconds of each stage: fitted to the seconds of
+# whole runs on two AVX2 cores in float32.
 ALIGN_SHARE, TUNE_SHARE, PROMPT_SHARE, DECODE_SHARE = 0.6, 0.5, 0.7, 0.2
 DRAWING_SECONDS = 0.012
 FIXED_SECONDS = {"parts": 16.0, "data": 0.5, "before": 8.0, "align": 5.0, "tune": 9.0, "after": 4.0, "page": 2.0}
 
 FORWARD, BACKWARD = 2, 2
-"""Operations a weight and token; gradients of weights, where these train, count as much as the backward pass again."""
+"""Operations per weight and token; gradients of trained weights count as a second backward pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A size of run: how many drawings to train on, in as many steps as every other size."""
+    """Size of a run: the number of training drawings; every size takes the same number of steps."""
 
     name: str
     num_train: int
@@ -41,36 +41,36 @@ class Size:
 
 
 SIZES = (Size("full", 480, 8, 48), Size("medium", 360, 6, 36), Size("small", 240, 4, 24))
-"""From the largest to the smallest. Each has the unseen drawings of the others: the intervals need them."""
+"""Sizes from large to small. The number of test drawings is the same, because the intervals need them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Operations of what the stages do with a language model and a tower."""
+    """Operations of the stages with a language model and a vision tower."""
 
     language: LanguageShape
     tower: TowerShape
 
     def seen(self, images: float) -> float:
-        """Return the operations of the tower."""
+        """Return the operations of the tower on images."""
         return FORWARD * self.tower.weights * (self.tower.tokens + 1) * images
 
     def prompts(self, images: float, text_tokens: float) -> float:
-        """Return the operations of reading questions, those about one image together."""
+        """Return the operations of prefilling questions, those about one image together."""
         return FORWARD * self.language.blocks * (images * self.tower.tokens + text_tokens)
 
     def decoded(self, tokens: float) -> float:
-        """Return the operations of writing answers."""
+        """Return the operations of decoding answers."""
         return FORWARD * (self.language.blocks + self.language.head) * tokens
 
     def trained(self, images: float, text_tokens: float, targets: float, adapters: int = 0) -> float:
         """Return the operations of training on rows, those about one image together.
 
         Args:
-            images: seen by the language model.
-            text_tokens: of all rows.
-            targets: tokens that are predicted.
-            adapters: weights of LoRA.
+            images: number of images in the language model's rows.
+            text_tokens: text tokens of all rows.
+            targets: number of predicted tokens.
+            adapters: number of LoRA weights.
         """
         body = (FORWARD + BACKWARD) * self.language.blocks + (FORWARD + 2 * BACKWARD) * adapters
         head = (FORWARD + BACKWARD) * self.language.head
@@ -83,18 +83,18 @@ def stage_seconds(
     """Return the seconds forecast for each stage.
 
     Args:
-        settings: of the run.
-        machine: what was measured.
+        settings: settings of the run.
+        machine: measured speed.
         language: sizes of the language model.
         tower: sizes of the vision tower.
-        rows: what the run goes through.
+        rows: amount of data of the run.
     """
     costs = Costs(language, tower)
     prompt, decode = machine.rate * PROMPT_SHARE, machine.rate * DECODE_SHARE
     asked = min(settings.num_before, rows.test_questions)
     images_asked, tokens_asked = min(rows.test_images, asked), rows.test_tokens * asked / max(1.0, rows.test_questions)
     before = costs.seen(NUM_CALIBRATION_IMAGES + images_asked) + costs.prompts(images_asked, tokens_asked)
-    # On the gray image all questions share one image.
+    # In the blank-image control all questions share one gray image.
     prompts_after = costs.prompts(rows.test_images, rows.test_tokens) + costs.prompts(1, rows.test_tokens)
     captions = costs.trained(rows.captions, rows.caption_tokens, rows.caption_tokens)
     images_tuned, adapters = rows.train_images * settings.epochs, language.lora(LORA_RANK)
@@ -110,10 +110,12 @@ def stage_seconds(
     return {name: fixed + scaling.get(name, 0.0) for name, fixed in FIXED_SECONDS.items()}
 
 
-def choose(settings: Settings, machine: Machine, language: LanguageShape, tower: TowerShape) -> tuple[Settings, str]:
-    """Return the settings with the largest size that fits, and the reason in a sentence.
+def choose_size(
+    settings: Settings, machine: Machine, language: LanguageShape, tower: TowerShape
+) -> tuple[Settings, str]:
+    """Return the settings with the largest size that fits, and the reason as a sentence.
 
-    What the user has given is never changed: then there is no size to choose.
+    A number or data set that the user has given is never changed.
     """
     if settings.size != AUTO:
         what = "the rows of --data" if settings.data is not None else f"--num-train {settings.num_train}"
@@ -131,7 +133,7 @@ def choose(settings: Settings, machine: Machine, language: LanguageShape, tower:
 
 
 def with_size(settings: Settings, size: Size) -> Settings:
-    """Return the settings at a size."""
+    """Return the settings with the numbers of a size."""
     return replace(
         settings,
         size=size.name,
@@ -146,13 +148,15 @@ def minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min"
 
 
-def table(forecast: Mapping[str, float], measured: Mapping[str, float], titles: Mapping[str, str]) -> list[list[str]]:
-    """Return rows of stage, forecast and measured seconds, and their sum over the stages that have both.
+def time_table(
+    forecast: Mapping[str, float], measured: Mapping[str, float], titles: Mapping[str, str]
+) -> list[list[str]]:
+    """Return rows of stage, forecast and measured seconds, with their sums over the stages that have both.
 
     Args:
-        forecast: seconds by stage; empty when nothing could be forecast.
-        measured: seconds by stage, of those that are done.
-        titles: what the stages are called, in order.
+        forecast: seconds by stage; empty without a forecast.
+        measured: seconds by stage that is done.
+        titles: titles of the stages, in order.
     """
 
     def cell(seconds: Mapping[str, float], name: str) -> str:
@@ -164,6 +168,6 @@ def table(forecast: Mapping[str, float], measured: Mapping[str, float], titles: 
     return [*rows, ["together", *sums]]
 
 
-def as_text(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """Return a table for the terminal."""
+def text_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
+    """Return a table as text for the terminal."""
     return "\n".join(f"  {row[0]:<52}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in (header, *rows))

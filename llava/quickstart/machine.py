@@ -1,4 +1,4 @@
-"""Speed of this machine: threads, and matrix products in the shapes of the language model, timed in a second or two."""
+"""Speed of this machine: threads, and the rate of matrix products in the shapes of the language model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from llava.model.precision import MIN_TRAINING_SPEEDUP, half_speedup, product_shape
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""A user who sets one of these has chosen the number of threads."""
+"""Environment variables by which a user chooses the number of threads."""
 
 CPU_ROWS, GPU_ROWS = 512, 8192
-"""Rows of the float32 products; a step of training has about as many."""
+"""Rows of the float32 products, about as many as in a training step."""
 
 NUM_REPEATS = 5
 SYSTEM = Path("/sys")
@@ -34,8 +34,8 @@ class Machine:
     Attributes:
         device: `cpu` or `cuda`.
         threads: threads of one product.
-        float32: billions of operations a second.
-        bfloat16: the same in bfloat16, estimated from the ratio that decides `--bf16 auto`; 0 where it does not run.
+        float32: billions of operations per second.
+        bfloat16: the same in bfloat16, from the ratio that decides `--bf16 auto`; 0 if unsupported.
     """
 
     device: str
@@ -45,12 +45,12 @@ class Machine:
 
     @property
     def uses_bfloat16(self) -> bool:
-        """Whether bfloat16 is the faster precision by enough."""
+        """Whether bfloat16 is faster by enough to be used."""
         return self.bfloat16 >= MIN_TRAINING_SPEEDUP * self.float32
 
     @property
     def rate(self) -> float:
-        """Operations a second in the precision that is used."""
+        """Operations per second in the precision that is used."""
         return 1e9 * (self.bfloat16 if self.uses_bfloat16 else self.float32)
 
     def __str__(self) -> str:
@@ -58,16 +58,16 @@ class Machine:
         return f"{where}, float32 {self.float32:.0f} GFLOP/s, bfloat16 {self.bfloat16:.0f} GFLOP/s"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields."""
+        """Return the fields as JSON."""
         return asdict(self)
 
 
-def measure(shapes: Sequence[Shape], config: Mapping[str, Any]) -> Machine:
-    """Time matrix products on the device and with the threads that the stages will use.
+def measure_machine(shapes: Sequence[Shape], config: Mapping[str, Any]) -> Machine:
+    """Return the speed of matrix products on the device and with the threads that the stages will use.
 
     Args:
-        shapes: the linear layers of the language model.
-        config: its configuration, as `precision.product_shape` reads it.
+        shapes: shapes of the linear layers of the language model.
+        config: its configuration for `precision.product_shape`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = GPU_ROWS if device == "cuda" else CPU_ROWS
@@ -77,7 +77,8 @@ def measure(shapes: Sequence[Shape], config: Mapping[str, Any]) -> Machine:
 
 
 def _gflops(shapes: Sequence[Shape], device: str, rows: int) -> float:
-    """Return the median rate: a machine that is shared is forecast as it is, not as it could be."""
+    """Return the median rate in billions of operations per second."""
+    # The median instead of the best, because a shared machine will also be shared during the run.
     layers = [
         (torch.ones(rows, inputs, device=device), torch.ones(inputs, outputs, device=device))
         for inputs, outputs in shapes
@@ -91,18 +92,18 @@ def _gflops(shapes: Sequence[Shape], device: str, rows: int) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    # The first round also allocates and chooses kernels.
+    # The first repeat also allocates and selects kernels.
     return operations / statistics.median(times[1:]) / 1e9
 
 
 def use_physical_cores() -> None:
-    """Let torch use one thread for each physical core it may run on, unless the user has chosen a number."""
+    """Set one torch thread for each available physical core, unless the user has chosen a number."""
     if not any(os.environ.get(name) for name in THREAD_VARIABLES):
         torch.set_num_threads(physical_cores())
 
 
 def physical_cores(root: Path = SYSTEM) -> int:
-    """Return the physical cores that this process may use: its affinity, and the quota of its control group."""
+    """Return the number of physical cores that CPU affinity and cgroup quota allow this process."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     siblings = {_read(root / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in allowed}
     quota, _, period = _read(root / "fs/cgroup/cpu.max").partition(" ")

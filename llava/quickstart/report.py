@@ -1,4 +1,4 @@
-"""The page of a quickstart: what was done, the numbers with their controls, three answers, curves, how to chat."""
+"""Result page of a quickstart: accuracy with controls, answers, loss curves, times, chat command."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from llava.utils.reporting import page, table
 
 RUNS = {
     "after": "after training",
-    "after_blank": "after training, grey image",
-    "majority": "commonest training answer of each question type",
+    "after_blank": "after training, gray image",
+    "majority": "most common training answer of each question type",
     "before": "before training",
 }
-"""What the systems that are compared are called; `after` is the one that is judged."""
+"""Titles of the compared runs; `after` is compared with every other run."""
 
 CONTROLS = ("after_blank", "majority")
-"""A model that looks at its pictures beats both by more than chance."""
+"""Controls that a model which uses its images exceeds by more than chance."""
 
 
 def question_type(sample: Sample) -> str:
-    """Return the type of a row's question: the field `question_type`, else `answer_type`, else nothing."""
+    """Return the question type of a row: field `question_type`, else `answer_type`, else empty."""
     return str(sample.meta.get("question_type") or sample.meta.get("answer_type") or "")
 
 
 def majority_items(items: Sequence[Item], samples: Sequence[Sample], train: Sequence[Sample]) -> list[Item]:
-    """Return the items as answered by the commonest training answer of each question's type.
+    """Return the items with the most common training answer of each question's type as prediction.
 
     Args:
         items: the questions, one for each of `samples`.
         samples: their rows.
-        train: the rows that the answers are counted in; a type that is not among them gets their commonest answer.
+        train: the rows in which answers are counted; a type without rows gets the most common answer of all.
     """
     answers = commonest_answers(train, question_type)
     common = commonest_answers(train, lambda _: "everything")["everything"]
@@ -55,18 +55,18 @@ def majority_items(items: Sequence[Item], samples: Sequence[Sample], train: Sequ
     ]
 
 
-def compare(runs: Mapping[str, Sequence[Item]], *, num_resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Return the accuracy of every run with its interval, and of `after` minus every other run.
+def compare_runs(runs: Mapping[str, Sequence[Item]], *, num_resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Return the accuracy of every run and the differences of `after` to them, with intervals.
 
     Args:
-        runs: answers to the same questions by name of `RUNS`; `after` must be among them, and another run may hold
-            answers to some of its questions only, which are then compared with `after` on these.
-        num_resamples: resamples of the pictures.
-        seed: of the resampling.
+        runs: answers to the same questions by name of `RUNS`; `after` is required. A run with answers to some of the
+            questions only is compared with `after` on these.
+        num_resamples: number of resamples of the images.
+        seed: seed of the resampling.
 
     Returns:
-        `accuracy` and `difference` by run, `by_type` (share right by question type and run), `passed`: whether the
-        differences to all `CONTROLS` are above zero by more than their 95 % interval.
+        `accuracy` and `difference` by run, `by_type` (accuracy by question type and run), `passed`: whether the 95 %
+        intervals of the differences to all `CONTROLS` are above zero.
     """
     items = runs["after"]
     draws = Draws([item.image for item in items], num_resamples=num_resamples, seed=seed)
@@ -87,27 +87,27 @@ def compare(runs: Mapping[str, Sequence[Item]], *, num_resamples: int = 1000, se
 
 
 def _right(items: Sequence[Item], answers: Sequence[Item]) -> list[float]:
-    """Return 1 or 0 for each of `items` that was answered, NaN for the others."""
+    """Return 1 (right) or 0 for each of `items` that was answered, NaN for the others."""
     by_id = {answer.question_id: float(is_right(answer)) for answer in answers}
     return [by_id.get(item.question_id, math.nan) for item in items]
 
 
 def _on_the_same(score: Score, other: Score) -> Score:
-    """Return the score on the items that the other one looks at."""
+    """Return the score restricted to the items of the other score."""
     return Score.of(np.where(np.isnan(other.values), math.nan, score.values))
 
 
 def by_type(runs: Mapping[str, Sequence[Item]]) -> dict[str, dict[str, float]]:
-    """Return the percentage of right answers by question type and run; nothing when the data name no types."""
-    table: dict[str, dict[str, float]] = {}
+    """Return the percentage of right answers by question type and run; empty if the data name no types."""
+    shares: dict[str, dict[str, float]] = {}
     for name, answers in runs.items():
         groups: dict[str, list[bool]] = defaultdict(list)
         for item in answers:
             for kind in item.types:
                 groups[kind].append(is_right(item))
         for kind, hits in groups.items():
-            table.setdefault(kind, {})[name] = 100.0 * sum(hits) / len(hits)
-    return table
+            shares.setdefault(kind, {})[name] = 100.0 * sum(hits) / len(hits)
+    return shares
 
 
 NUM_EXAMPLES = 3
@@ -127,23 +127,23 @@ def write_page(
     notice: str,
     chat: str,
 ) -> None:
-    """Write the page.
+    """Write the result page.
 
     Args:
-        path: the page.
-        result: the result of `scoring.compare`.
+        path: HTML file to write.
+        result: the result of `compare_runs`.
         items: the answers after training.
-        blank: the same on a grey image.
-        image_folder: where image names lead.
-        curves: loss curves (PNG) by title; one that is not there is left out.
-        facts: what else to list (parts, data).
-        reason: which size was used, and why.
+        blank: the same with a gray image.
+        image_folder: folder of the image names.
+        curves: loss curves (PNG) by title; absent files are left out.
+        facts: further facts to list (parts, data).
+        reason: chosen size and the reason for it.
         times: stage, forecast and measured seconds.
-        notice: what the data are; shown under the heading and beside the examples.
-        chat: the line that chats with the result.
+        notice: description of the data, shown below the heading and beside the examples.
+        chat: command that chats with the result.
     """
     parts = [f"<h1>Quickstart</h1><p><b>{escape(notice)}</b></p>", f"<p>{escape(verdict(result))}</p>"]
-    parts += ["<h2>Accuracy on unseen pictures</h2>", accuracy_table(result)]
+    parts += ["<h2>Accuracy on unseen images</h2>", accuracy_table(result)]
     if result["by_type"]:
         parts += ["<h2>By question type (% right)</h2>", by_type_table(result)]
     parts.append(f"<h2>Three answers</h2><p><b>{escape(notice)}</b></p>")
@@ -157,28 +157,26 @@ def write_page(
             parts.append(f"<h2>{escape(title)}</h2>{image}")
     parts += ["<h2>Size and time</h2>", f"<p>{escape(reason)}</p>", table(["stage", "forecast", "measured"], times)]
     rows = [[name, str(value)] for name, value in facts.items()]
-    parts += ["<h2>Where this comes from</h2>", table(["what", "value"], rows)]
+    parts += ["<h2>Parts, data and settings</h2>", table(["what", "value"], rows)]
     write_atomic(path, page("Quickstart", parts))
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """Return the claim in one sentence, whichever way it went."""
+    """Return the result in one sentence: whether the model uses its images, and by which numbers."""
     differences = [
         f"{result['difference'][name]['value']:+.1f} points {_interval(result['difference'][name])} over {RUNS[name]!r}"
         for name in CONTROLS
     ]
-    opening = (
-        "The model looks at its pictures" if result["passed"] else "NOT SHOWN that the model looks at its pictures"
-    )
+    opening = "The model looks at its images" if result["passed"] else "NOT SHOWN that the model looks at its images"
     return (
         f"{opening}: {result['accuracy']['after']['value']:.1f} % of {result['num_questions']} questions about "
-        f"{result['num_images']} unseen pictures are right, {' and '.join(differences)} "
-        f"(95 % intervals, resampled by picture)."
+        f"{result['num_images']} unseen images are right, {' and '.join(differences)} "
+        f"(95 % intervals, resampled by image)."
     )
 
 
 def accuracy_table(result: Mapping[str, Any]) -> str:
-    """Return the accuracy of every run and its distance from the trained model, as HTML."""
+    """Return the accuracy of every run and the difference to the trained model, as HTML."""
     rows = []
     for name, title in RUNS.items():
         if name in result["accuracy"]:
@@ -190,14 +188,14 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
 
 
 def by_type_table(result: Mapping[str, Any]) -> str:
-    """Return the share of right answers by question type and run, as HTML."""
+    """Return the percentage of right answers by question type and run, as HTML."""
     names = [name for name in RUNS if name in result["accuracy"]]
     rows = [[kind, *(f"{shares[name]:.0f}" for name in names)] for kind, shares in sorted(result["by_type"].items())]
     return table(["type", *(RUNS[name] for name in names)], rows)
 
 
-def summary(result: Mapping[str, Any]) -> str:
-    """Return the numbers as plain text for the terminal."""
+def summary_text(result: Mapping[str, Any]) -> str:
+    """Return the accuracies as text for the terminal."""
     lines = [verdict(result), ""]
     for name, title in RUNS.items():
         if name in result["accuracy"]:

@@ -1,8 +1,8 @@
-"""`llava quickstart`: run the stages that are not done yet, and say what came out.
+"""Command `llava quickstart`: run the stages that are not done yet and report the results.
 
-    settings, plan --(folder remembers them)--> stage --done-marker--> stage --done-marker--> ... --> page
+    settings, plan --(stored in the folder)--> stage --done-marker--> stage --done-marker--> ... --> page
 
-A marker is written when its stage has ended, so an interrupted run goes on where it stopped.
+A marker is written when its stage has ended, so an interrupted run resumes with the next stage.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import TextIO
 
 from llava.errors import ConfigError
 from llava.quickstart import machine, plan
-from llava.quickstart.forecast import as_text, table
+from llava.quickstart.forecast import text_table, time_table
 from llava.quickstart.plan import SETTINGS, Plan
-from llava.quickstart.settings import Settings, parse
+from llava.quickstart.settings import Settings, parse_settings
 from llava.quickstart.stages import STAGES, Context, Facts
 from llava.utils import log
 from llava.utils.jsonl import read_text, write_json
@@ -29,15 +29,15 @@ Stages = Mapping[str, tuple[str, Callable[[Context], Facts]]]
 
 
 def claim(settings: Settings, *, restart: bool) -> None:
-    """Make the run's folder, or check that it holds the same run.
+    """Create the run's folder, or check that it holds the same run.
 
     Raises:
-        ConfigError: the folder holds a run with other settings, or something else; nothing is deleted then.
+        ConfigError: the folder holds other files or a run with other settings; it stays unchanged.
     """
     path = settings.out / SETTINGS
     ours = path.is_file()
     if settings.out.exists() and not ours and any(settings.out.iterdir()):
-        raise ConfigError(f"{settings.out} holds other files; name a new folder with --out")
+        raise ConfigError(f"{settings.out} holds files that are not a quickstart run; name a new folder with --out")
     if ours and restart:
         shutil.rmtree(settings.out)
         ours = False
@@ -47,15 +47,15 @@ def claim(settings: Settings, *, restart: bool) -> None:
         different = sorted(name for name in wanted.keys() | before.keys() if wanted.get(name) != before.get(name))
         if different:
             raise ConfigError(
-                f"{settings.out} holds a run with other {', '.join(different)}; name another --out, or throw it away "
+                f"{settings.out} holds a run with other {', '.join(different)}; name another --out, or delete that run "
                 f"with --restart"
             )
     settings.out.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
 
 
-def run(settings: Settings, *, stages: Stages = STAGES, out: TextIO | None = None) -> Context:
-    """Run every stage without a marker, in order; return the facts of all."""
+def run_stages(settings: Settings, *, stages: Stages = STAGES, out: TextIO | None = None) -> Context:
+    """Run every stage without a marker, in order; return the facts of all stages."""
     out = out or sys.stdout
     context = Context(settings)
     for number, (name, (title, function)) in enumerate(stages.items(), 1):
@@ -77,17 +77,17 @@ def run(settings: Settings, *, stages: Stages = STAGES, out: TextIO | None = Non
 
 
 def opening(outlook: Plan) -> str:
-    """Return what the terminal shows at the start."""
+    """Return the text for the terminal at the start: machine, size and forecast."""
     titles = {name: title for name, (title, _) in STAGES.items()}
-    rows = [row[:2] for row in table(outlook.seconds, {}, titles)]
-    forecast = as_text(rows, ["", "forecast"]) + "\n\n" if outlook.seconds else ""
+    rows = [row[:2] for row in time_table(outlook.seconds, {}, titles)]
+    forecast = text_table(rows, ["", "forecast"]) + "\n\n" if outlook.seconds else ""
     return f"Machine: {outlook.machine}\n{outlook.reason}\n{forecast}"
 
 
 def conclusion(context: Context, outlook: Plan) -> str:
-    """Return what the terminal shows at the end."""
+    """Return the text for the terminal at the end: results, page, chat command and times."""
     titles = {name: title for name, (title, _) in STAGES.items()}
-    times = as_text(table(outlook.seconds, context.seconds, titles), ["", "forecast", "measured"])
+    times = text_table(time_table(outlook.seconds, context.seconds, titles), ["", "forecast", "measured"])
     final: Facts = context.facts["page"]
     return (
         f"\n{context.notice}\n{final['summary']}\n\npage: {context.path('index.html')}\nchat: {final['chat']}\n"
@@ -97,11 +97,11 @@ def conclusion(context: Context, outlook: Plan) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava quickstart`."""
-    settings, restart = parse(argv)
+    settings, restart = parse_settings(argv)
     log.setup()
     machine.use_physical_cores()
-    settings, outlook = plan.fitted(settings, restart=restart)
+    settings, outlook = plan.planned(settings, restart=restart)
     claim(settings, restart=restart)
     outlook.write(settings.out)
     sys.stdout.write(opening(outlook))
-    sys.stdout.write(conclusion(run(settings), outlook))
+    sys.stdout.write(conclusion(run_stages(settings), outlook))

@@ -1,4 +1,4 @@
-"""What a quickstart is asked to do, and the command line that says it."""
+"""Settings of a quickstart and their command-line options."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from llava.errors import ConfigError, DataError
 from llava.utils.cli import Parser
 
 FEWEST_TEST_DRAWINGS = 50
-"""Fewer unseen drawings would make the intervals too wide to show anything."""
+"""Smallest number of test drawings; with fewer the intervals are too wide."""
 
 AUTO, GIVEN = "auto", "given"
-"""Sizes of a run that is still to be fitted to the machine, and of one whose rows the user has chosen."""
+"""Size of a run that is not yet fitted to the machine, and of one whose rows the user has chosen."""
 
 SIZED = ("size", "num_train", "captions_per_step", "questions_per_step")
-"""Settings that a size decides."""
+"""Settings that a size sets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything that decides the result; the folder `out` remembers it.
+    """Settings that decide the result; the folder `out` stores them.
 
     Attributes:
         out: folder of the run.
-        data: folder in LLaVA format (`train.json`, `test.json`, `images/`, perhaps `captions.json`); None draws one.
+        data: folder in LLaVA format (`train.json`, `test.json`, `images/`, optionally `captions.json`); None draws one.
         lm: path or hub name of a causal language model; None takes SmolLM2-135M from its package.
         vision_tower: path or hub name of a vision encoder; None takes DINOv2-Small from its package.
-        seed: of drawing, initial weights, order and resampling.
+        seed: seed of drawings, initial weights, row order and resampling.
         num_train: drawings to train on.
         num_test: drawings to test on.
         epochs: passes over the questions.
-        image_size: side of a picture in pixels, for the built-in tower only; `(image_size / 14) ** 2` tokens.
+        image_size: side of an image in pixels, for the built-in tower only; `(image_size / 14) ** 2` tokens.
         template: conversation template.
-        size: name of the size that the other numbers come from, `AUTO` or `GIVEN`.
-        captions_per_step: captions of one optimizer step of the alignment.
-        questions_per_step: questions of one optimizer step of the tuning.
-        num_before: questions that are asked before training; they are only a contrast.
+        size: name of the size that sets `SIZED`, or `AUTO` or `GIVEN`.
+        captions_per_step: captions per optimizer step of the alignment.
+        questions_per_step: questions per optimizer step of the tuning.
+        num_before: number of questions asked before training, for comparison only.
     """
 
     out: Path
@@ -63,7 +63,7 @@ class Settings:
         return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
     def check(self) -> None:
-        """Raise an error for what cannot work.
+        """Check the numbers and the data folder.
 
         Raises:
             ConfigError: a number is out of range.
@@ -71,7 +71,7 @@ class Settings:
         """
         if self.data is None and (self.num_train < 1 or self.num_test < FEWEST_TEST_DRAWINGS):
             raise ConfigError(
-                f"expected --num_train of at least 1 and --num_test of at least {FEWEST_TEST_DRAWINGS}, "
+                f"expected --num-train of at least 1 and --num-test of at least {FEWEST_TEST_DRAWINGS}, "
                 f"got {self.num_train} and {self.num_test}"
             )
         if self.epochs <= 0:
@@ -86,29 +86,33 @@ class Settings:
 
 
 def make_parser() -> Parser:
-    """Return the options of `llava quickstart`."""
+    """Return the parser of `llava quickstart`."""
     default = Settings(Path("runs/quickstart"))
     parser = Parser(
         prog="llava quickstart",
         description="Draw a SYNTHETIC blood-smear set (or take --data), align, tune with LoRA, evaluate before and "
-        "after with the blank-image control, and write a page. Started again, it goes on where it stopped.",
+        "after with the blank-image control, and write a page. An interrupted run resumes after its last stage.",
     )
     parser.add_argument("--out", type=Path, default=default.out, help="folder of the run")
     parser.add_argument("--data", type=Path, help="folder in LLaVA format; default: draw one")
     parser.add_argument("--lm", help="path or hub name of a causal language model; default: SmolLM2-135M")
     parser.add_argument("--vision-tower", help="path or hub name of a vision encoder; default: DINOv2-Small")
-    parser.add_argument("--seed", type=int, default=default.seed, help="of everything")
-    parser.add_argument("--num-train", type=int, help="drawings to train on; default: what fits the machine")
+    parser.add_argument(
+        "--seed", type=int, default=default.seed, help="seed of drawings, weights, row order and resampling"
+    )
+    parser.add_argument("--num-train", type=int, help="drawings to train on; default: a number that fits the machine")
     parser.add_argument("--num-test", type=int, default=default.num_test, help="unseen drawings to test on")
     parser.add_argument("--epochs", type=float, default=default.epochs, help="passes over the questions")
-    parser.add_argument("--image-size", type=int, default=default.image_size, help="pixels, for the built-in tower")
+    parser.add_argument(
+        "--image-size", type=int, default=default.image_size, help="side of an image in pixels, for the built-in tower"
+    )
     parser.add_argument("--template", default=default.template, help="conversation template")
-    parser.add_switch("--restart", help="throw away what an earlier run left in --out")
+    parser.add_switch("--restart", help="delete the run in --out and start from the beginning")
     return parser
 
 
-def parse(argv: Sequence[str] | None) -> tuple[Settings, bool]:
-    """Return the checked settings, their size perhaps still `AUTO`, and whether to restart."""
+def parse_settings(argv: Sequence[str] | None) -> tuple[Settings, bool]:
+    """Return the checked settings, whose size may be `AUTO`, and whether to restart."""
     fields = vars(make_parser().parse_args(argv))
     restart = bool(fields.pop("restart"))
     if fields["num_train"] is None:

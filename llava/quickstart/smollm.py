@@ -1,7 +1,7 @@
-"""A GGUF file of a Llama model -> a plain transformers Llama folder (weights in fp32, tokenizer.json).
+"""Conversion of a GGUF file of a Llama model to a transformers folder (fp32 weights, tokenizer.json).
 
-llama.cpp stores the query and key projections with each head's rows re-ordered for its rotary embedding; the order is
-undone here. Quantised tensors are expanded; the metadata gives config and tokenizer.
+llama.cpp reorders the rows of each head of the query and key projections for its rotary embedding; the original order
+is restored here. Quantized tensors are expanded; config and tokenizer are made from the metadata.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ BLOCK_NAMES = {
 OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 CONTROL_TOKEN = 3
-"""Token type of GGUF for special tokens, which text never produces."""
+"""Token type of GGUF for special tokens."""
 
 DIGITS = {"type": "Digits", "individual_digits": True}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 """The two steps of SmolLM's pre-tokenizer (`tokenizer.ggml.pre = smollm`)."""
 
 
-def convert(source: Path, target: Path) -> None:
+def convert_gguf(source: Path, target: Path) -> None:
     """Write the Llama folder of GGUF file `source` into the existing folder `target`.
 
     Raises:
         MissingDependency: package gguf is missing.
-        CheckpointError: the file holds another architecture or an unknown tensor.
+        CheckpointError: the architecture or a tensor is unknown.
     """
     gguf = require("gguf", "quickstart")
     reader = gguf.GGUFReader(str(source))
@@ -73,7 +73,7 @@ def convert(source: Path, target: Path) -> None:
 
 
 def tensor_name(name: str) -> str:
-    """Return transformers' name of a GGUF tensor, e.g. `blk.3.attn_q.weight`.
+    """Return the transformers name of a GGUF tensor such as `blk.3.attn_q.weight`.
 
     Raises:
         CheckpointError: the name is unknown.
@@ -89,11 +89,11 @@ def tensor_name(name: str) -> str:
 
 
 def unpermute(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Undo llama.cpp's row order: per head, rows (pair, half) go back to (half, pair).
+    """Restore the row order of a projection: per head, from llama.cpp's (pair, half) to (half, pair).
 
     Args:
         weight: [num_heads * head size, D].
-        num_heads: heads of this projection.
+        num_heads: number of heads of this projection.
     """
     rows, width = weight.shape
     return weight.reshape(num_heads, rows // num_heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
@@ -123,7 +123,7 @@ def llama_config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
 
 
 def tokenizer_files(fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return `tokenizer.json` and `tokenizer_config.json`: byte-level BPE with the file's special tokens."""
+    """Return the contents of `tokenizer.json` and `tokenizer_config.json` (byte-level BPE)."""
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     special = [index for index, kind in enumerate(fields["tokenizer.ggml.token_type"]) if kind == CONTROL_TOKEN]
     return {

@@ -1,8 +1,8 @@
-"""The stages of a quickstart, in order; each returns facts that later stages and the page read.
+"""Stages of a quickstart, in order; each returns facts that later stages and the page read.
 
     parts -> data -> before -> align -> tune -> after -> page
 
-Every stage may be interrupted: training goes on from its last checkpoint, answering from its last answer.
+Every stage may be interrupted: training resumes from its last checkpoint, answering from its last answer.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from llava.model.checkpoint.load import load
 from llava.model.checkpoint.save import save_model, save_projector
 from llava.model.precision import trains_faster_in_bf16
 from llava.quickstart import plan, pretrained, report
-from llava.quickstart.forecast import LORA_RANK, NUM_CALIBRATION_IMAGES, SPARE_TOKENS, table
+from llava.quickstart.forecast import LORA_RANK, NUM_CALIBRATION_IMAGES, SPARE_TOKENS, time_table
 from llava.quickstart.settings import Settings
-from llava.quickstart.synthetic import NOTICE, pick, write_dataset
+from llava.quickstart.synthetic import NOTICE, pick_rows, write_dataset
 from llava.train.run import run_sft
 from llava.utils.jsonl import read_records, write_json
 
@@ -45,13 +45,13 @@ Facts = dict[str, Any]
 
 @dataclass(slots=True)
 class Context:
-    """The settings and the facts of the stages that are done, by name of the stage."""
+    """Settings of a run and the facts of its finished stages by name."""
 
     settings: Settings
     facts: dict[str, Facts] = field(default_factory=dict)
 
     def path(self, name: str) -> Path:
-        """Return a place in the run's folder."""
+        """Return a path in the run's folder."""
         return self.settings.out / name
 
     @property
@@ -61,17 +61,17 @@ class Context:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Measured seconds of the stages that are done."""
+        """Measured seconds of the finished stages."""
         return {name: float(facts["seconds"]) for name, facts in self.facts.items()}
 
     @property
     def notice(self) -> str:
-        """What the data are, for everybody who sees a picture or a number."""
+        """Description of the data, shown with every image and number."""
         return str(self.facts["data"]["notice"])
 
 
 def parts(context: Context) -> Facts:
-    """Find or convert language model and tower."""
+    """Find or convert language model and vision tower."""
     settings = context.settings
     lm = settings.lm or str(pretrained.language_model())
     tower = settings.vision_tower or str(pretrained.vision_tower(settings.image_size))
@@ -79,7 +79,7 @@ def parts(context: Context) -> Facts:
 
 
 def data(context: Context) -> Facts:
-    """Draw the pictures, or check the folder given."""
+    """Draw the data set, or count the rows of the given folder."""
     settings = context.settings
     if settings.data is None:
         folder, notice = context.path("data"), f"{NOTICE}."
@@ -96,24 +96,24 @@ def data(context: Context) -> Facts:
 
 
 def captions(context: Context, folder: Path) -> Facts:
-    """Return the rows of the alignment stage and their template.
+    """Return the file of the alignment stage and its template.
 
-    Captions where the folder has them; else what the training rows state about their pictures, when that covers at
-    least half of them; else the training rows themselves.
+    The rows are the captions of the folder; without captions, facts that the training rows state about their images, if
+    these cover at least half of the images; else the training rows.
     """
     if (folder / "captions.json").is_file():
         return {"captions": str(folder / "captions.json"), "captions_version": "plain"}
     rows = alignment_rows([folder / "train.json"], folder / "images")
-    pictures = {row.get("image") for row in read_records(folder / "train.json")}
-    if 2 * len({row["image"] for row in rows}) < len(pictures):
+    images = {row.get("image") for row in read_records(folder / "train.json")}
+    if 2 * len({row["image"] for row in rows}) < len(images):
         return {"captions": str(folder / "train.json"), "captions_version": context.settings.template}
     write_json(context.path("captions.json"), rows)
-    # These rows ask for one fact each, so the question must be read; `plain` would drop it.
+    # Each of these rows asks for one fact, so the question must stay; `plain` would drop it.
     return {"captions": str(context.path("captions.json")), "captions_version": context.settings.template}
 
 
 def before(context: Context) -> Facts:
-    """Put the parts together with an untrained projector (random, but of fitting scale); see what they answer."""
+    """Build the model with a random projector of fitting scale, save it, and evaluate it."""
     folder, settings, names = context.path("untrained"), context.settings, context.facts["parts"]
     loaded = build(
         names["lm"],
@@ -122,27 +122,27 @@ def before(context: Context) -> Facts:
         projector_type=PROJECTOR,
         seed=settings.seed,
     )
-    pictures = [load_image(path) for path in training_pictures(context.data)[:NUM_CALIBRATION_IMAGES]]
-    calibrate(loaded.model, loaded.processor.pixels(pictures), seed=settings.seed)
+    images = [load_image(path) for path in training_images(context.data)[:NUM_CALIBRATION_IMAGES]]
+    calibrate(loaded.model, loaded.processor.pixels(images), seed=settings.seed)
     save_projector(loaded.model, loaded.processor, folder, origin=loaded.origin)
     limit = longest_answer(context.data, loaded.processor.tokenizer) + SPARE_TOKENS
     del loaded
-    # A contrast and no proof: few questions are enough, and none on the gray image.
+    # For comparison only, so few questions are enough, without the gray-image control.
     questions = context.path("before.json")
-    write_json(questions, pick(read_records(context.data / "test.json"), settings.num_before, seed=settings.seed))
+    write_json(questions, pick_rows(read_records(context.data / "test.json"), settings.num_before, seed=settings.seed))
     facts = evaluate(context, folder, context.path("eval-before"), questions, limit, "--no-blank-control")
     return {**facts, "max_new_tokens": limit}
 
 
 def longest_answer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the tokens of the longest reference answer, at most what an evaluation allows by default."""
+    """Return the tokens of the longest reference answer, within the default limit of an evaluation."""
     answers = {sample.conversation.turns[1].text for sample in load_samples(folder / "test.json")}
     longest = max(len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers)
     return min(longest, evaluation.MAX_NEW_TOKENS - SPARE_TOKENS)
 
 
-def training_pictures(folder: Path) -> list[Path]:
-    """Return the distinct pictures of the training rows, in order."""
+def training_images(folder: Path) -> list[Path]:
+    """Return the paths of the distinct images of the training rows, in order."""
     names = {
         str(row["image"]): None for row in read_records(folder / "train.json") if isinstance(row.get("image"), str)
     }
@@ -187,13 +187,13 @@ def tune(context: Context) -> Facts:
 
 
 def after(context: Context) -> Facts:
-    """Ask the trained model every question about unseen images, with the image and with a gray one."""
+    """Evaluate the trained model on all questions about unseen images, with the image and a gray one."""
     limit = context.facts["before"]["max_new_tokens"]
     return evaluate(context, context.path("model"), context.path("eval-after"), context.data / "test.json", limit)
 
 
 def page(context: Context) -> Facts:
-    """Compare the runs and write numbers and page."""
+    """Compare the runs; write results and page."""
     folder = context.data
     samples = load_samples(folder / "test.json", image_folder=folder / "images")
     train_samples = load_samples(folder / "train.json", image_folder=folder / "images")
@@ -209,10 +209,10 @@ def page(context: Context) -> Facts:
         "before": answers("eval-before", evaluation.ANSWERS),
     }
     runs["majority"] = report.majority_items(runs["after"], samples, train_samples)
-    result = report.compare({name: runs[name] for name in report.RUNS}, seed=context.settings.seed)
+    result = report.compare_runs({name: runs[name] for name in report.RUNS}, seed=context.settings.seed)
     write_json(context.path("results.json"), result)
     chat = f"llava chat --model {context.path('model')} --image {folder / 'images' / runs['after'][0].image}"
-    outlook = plan.read(context.settings.out)
+    outlook = plan.read_plan(context.settings.out)
     report.write_page(
         context.path("index.html"),
         result=result,
@@ -225,11 +225,11 @@ def page(context: Context) -> Facts:
         },
         facts={**context.facts["parts"], **context.settings.to_json(), "machine": outlook.machine},
         reason=outlook.reason,
-        times=table(outlook.seconds, context.seconds, {name: title for name, (title, _) in STAGES.items()}),
+        times=time_table(outlook.seconds, context.seconds, {name: title for name, (title, _) in STAGES.items()}),
         notice=context.notice,
         chat=chat,
     )
-    return {"summary": report.summary(result), "chat": chat, "passed": result["passed"]}
+    return {"summary": report.summary_text(result), "chat": chat, "passed": result["passed"]}
 
 
 STAGES: dict[str, tuple[str, Callable[[Context], Facts]]] = {
@@ -241,13 +241,13 @@ STAGES: dict[str, tuple[str, Callable[[Context], Facts]]] = {
     "after": ("evaluation after training", after),
     "page": ("numbers and page", page),
 }
-"""Every stage in order: what the terminal calls it, and its function."""
+"""Title and function of every stage, in order."""
 
 
 def train(context: Context, out: Path, **flags: Any) -> Facts:
-    """Run the trainer with what all stages have in common and `flags`."""
+    """Run the trainer with the options common to all stages and `flags`."""
     settings = context.settings
-    words: dict[str, Any] = {
+    options: dict[str, Any] = {
         "model_name_or_path": context.facts["parts"]["lm"],
         "vision_tower": context.facts["parts"]["vision_tower"],
         "image_folder": context.data / "images",
@@ -270,19 +270,19 @@ def train(context: Context, out: Path, **flags: Any) -> Facts:
         "seed": settings.seed,
         **flags,
     }
-    run_sft([word for name, value in words.items() for word in (f"--{name}", str(value))])
+    run_sft([text for name, value in options.items() for text in (f"--{name}", str(value))])
     for checkpoint in out.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return {"folder": str(out)}
 
 
 def evaluate(context: Context, model: Path, out: Path, questions: Path, limit: int, *switches: str) -> Facts:
-    """Answer questions in at most `limit` tokens; return the closed and open scores."""
+    """Answer questions with at most `limit` tokens each; return the closed and open scores."""
     folder = context.data
-    words = ["--model", model, "--data", questions, "--image-folder", folder / "images"]
-    words += ["--train-data", folder / "train.json", "--out", out, "--max-new-tokens", limit]
-    words += ["--dtype", evaluation_dtype(context.facts["parts"]["lm"]), "--note", context.notice]
-    argv = [*map(str, words), *switches]
+    options = ["--model", model, "--data", questions, "--image-folder", folder / "images"]
+    options += ["--train-data", folder / "train.json", "--out", out, "--max-new-tokens", limit]
+    options += ["--dtype", evaluation_dtype(context.facts["parts"]["lm"]), "--note", context.notice]
+    argv = [*map(str, options), *switches]
     args = evaluation.make_parser().parse_args(argv)
     result = evaluation.evaluate(evaluation.plan_of(args, argv), partial(engine_of, args))
     return {"folder": str(out), "scores": result["scores"]}

@@ -1,9 +1,9 @@
-"""What is asked about a SYNTHETIC drawing, and a data folder in LLaVA format made of many of them.
+"""SYNTHETIC blood-smear drawings, questions about them, and a data folder of many in LLaVA format.
 
     DIR/images/*.png   DIR/captions.json (alignment)   DIR/train.json   DIR/test.json (about other drawings)
 
-Within each file and type of question every answer occurs equally often, so a model that does not look at the picture,
-and one that always gives the commonest answer, score what guessing scores.
+Within each file and question type, every answer occurs equally often, so a model that ignores the image, or always
+gives the most common answer, is as accurate as guessing.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from llava.utils import log
 from llava.utils.jsonl import write_json
 
 SIDE = 224
-"""Side of a picture in pixels."""
+"""Side of an image in pixels."""
 
 OVERSAMPLING = 2
-"""Drawn this much larger, then reduced: smooth edges."""
+"""Factor by which images are drawn larger and then reduced, for smooth edges."""
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-STAINS: dict[str, tuple[Colour, Colour]] = {
+STAINS: dict[str, tuple[Color, Color]] = {
     "pink": ((246, 214, 222), (222, 128, 140)),
     "blue": ((206, 220, 242), (190, 122, 150)),
     "yellow": ((246, 238, 200), (216, 136, 116)),
 }
-"""Colour of the background and of the red cells, by name of the stain."""
+"""Colors of the background and of the red cells, by name of the stain."""
 
-WHITE_CELLS: dict[str, tuple[Colour, Colour]] = {
+WHITE_CELLS: dict[str, tuple[Color, Color]] = {
     "neutrophil": ((226, 206, 232), (92, 40, 140)),
     "lymphocyte": ((150, 180, 232), (62, 34, 128)),
     "eosinophil": ((246, 170, 120), (112, 44, 130)),
 }
-"""Colour of the cell body and of the nucleus, by type."""
+"""Colors of the cell body and of the nucleus, by type."""
 
 DENSITIES = {"sparse": (4, 7), "moderate": (12, 16), "crowded": (24, 30)}
-"""Fewest and most red cells, by name of the density."""
+"""Smallest and largest number of red cells, by name of the density."""
 
 NUM_WHITE_WEIGHTS = (0.40, 0.32, 0.14, 0.14)
-"""Chance of 0, 1, 2, 3 white cells."""
+"""Probabilities of 0, 1, 2 and 3 white cells."""
 
 RED_RADIUS, WHITE_RADIUS, PLATELET_RADIUS = 12.0, 27.0, 5.0
-PLATELET_COLOUR: Colour = (120, 60, 160)
-PARASITE_COLOUR: Colour = (50, 10, 90)
+PLATELET_COLOR: Color = (120, 60, 160)
+PARASITE_COLOR: Color = (50, 10, 90)
 CORNERS = ("upper left", "upper right", "lower left", "lower right")
 
 
 class Cell(NamedTuple):
-    """A cell of some kind; centre in pixels of the picture, y downwards."""
+    """Cell of some kind; center and radius in pixels of the image, y downwards."""
 
     kind: str
     x: float
@@ -69,7 +69,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Smear:
-    """The truth of one drawing; `seed` fixes the small details of the picture (outlines, lobes)."""
+    """Ground truth of one drawing; `seed` fixes small details (shades, lobes)."""
 
     seed: int
     stain: str
@@ -82,12 +82,12 @@ class Smear:
 
 
 def corner_of(cell: Cell) -> str:
-    """Return the name of the quarter of the picture that holds the cell's centre."""
+    """Return the name of the quarter of the image that holds the cell's center."""
     return CORNERS[(cell.y >= SIDE / 2) * 2 + (cell.x >= SIDE / 2)]
 
 
 def sample_smear(seed: int) -> Smear:
-    """Draw the truth of one picture at random: stain, density, cells and where they are."""
+    """Return a random ground truth: stain, density, and cells with their positions."""
     rng = random.Random(seed)
     stain, density = rng.choice(list(STAINS)), rng.choice(list(DENSITIES))
     placed: list[Cell] = []
@@ -103,14 +103,14 @@ def sample_smear(seed: int) -> Smear:
 
 
 def _place(rng: random.Random, placed: list[Cell], kinds: list[str], radius: float) -> tuple[Cell, ...]:
-    """Find room for cells one after the other, without overlap where that is possible; adds them to `placed`."""
+    """Return cells at random positions, without overlap if possible; append them to `placed`."""
     cells = []
     for kind in kinds:
         size = radius * rng.uniform(0.9, 1.1)
         best: tuple[float, Cell] | None = None
         for _ in range(60):
             x, y = rng.uniform(size, SIDE - size), rng.uniform(size, SIDE - size)
-            # A white cell in the middle of an edge would be in no quarter for certain.
+            # A white cell across a midline would not be in one quarter.
             if radius == WHITE_RADIUS and (abs(x - SIDE / 2) < size / 2 or abs(y - SIDE / 2) < size / 2):
                 continue
             gap = min((math.hypot(x - o.x, y - o.y) - size - o.radius for o in placed), default=SIDE)
@@ -124,28 +124,28 @@ def _place(rng: random.Random, placed: list[Cell], kinds: list[str], radius: flo
     return tuple(cells)
 
 
-def draw(smear: Smear) -> Image.Image:
-    """Return the picture of a smear, RGB, `SIDE` x `SIDE`; the same smear gives the same pixels."""
+def draw_smear(smear: Smear) -> Image.Image:
+    """Return the image of a smear, RGB, `SIDE` x `SIDE`; the same smear gives the same pixels."""
     rng = random.Random(f"details of {smear.seed}")
-    background, red_colour = STAINS[smear.stain]
-    picture = Image.new("RGB", (SIDE * OVERSAMPLING,) * 2, _shade(rng, background, 6))
-    pen = ImageDraw.Draw(picture)
+    background, red_color = STAINS[smear.stain]
+    image = Image.new("RGB", (SIDE * OVERSAMPLING,) * 2, _shade(rng, background, 6))
+    pen = ImageDraw.Draw(image)
     for index, cell in enumerate(smear.red):
-        colour = _shade(rng, red_colour, 10)
-        _disc(pen, cell, 1.0, colour)
-        _disc(pen, cell, 0.45, _mix(colour, background, 0.45))
+        color = _shade(rng, red_color, 10)
+        _disc(pen, cell, 1.0, color)
+        _disc(pen, cell, 0.45, _mix(color, background, 0.45))
         if index in smear.parasites:
             _parasite(pen, rng, cell)
     for cell in smear.platelets:
-        _disc(pen, cell, 1.0, _shade(rng, PLATELET_COLOUR, 12))
+        _disc(pen, cell, 1.0, _shade(rng, PLATELET_COLOR, 12))
     for cell in smear.white:
         _white_cell(pen, rng, cell)
-    return picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
 def _white_cell(pen: ImageDraw.ImageDraw, rng: random.Random, cell: Cell) -> None:
-    """Body and nucleus: one large nucleus, two lobes with granules, or three lobes, by the cell's type."""
-    body, nucleus = (_shade(rng, colour, 8) for colour in WHITE_CELLS[cell.kind])
+    """Draw body and nucleus of a white cell: one large nucleus, two lobes with granules, or three lobes."""
+    body, nucleus = (_shade(rng, color, 8) for color in WHITE_CELLS[cell.kind])
     _disc(pen, cell, 1.0, body)
     turn = rng.uniform(0, 2 * math.pi)
     if cell.kind == "lymphocyte":
@@ -162,11 +162,11 @@ def _white_cell(pen: ImageDraw.ImageDraw, rng: random.Random, cell: Cell) -> Non
 
 
 def _parasite(pen: ImageDraw.ImageDraw, rng: random.Random, cell: Cell) -> None:
-    """A dark ring with a dot on it, inside a red cell."""
+    """Draw a parasite: a dark ring with a dot inside a red cell."""
     ring = _moved(cell, rng.uniform(0, 2 * math.pi), cell.radius * 0.2)
     box = _box(ring, 0.55)
-    pen.ellipse(box, outline=PARASITE_COLOUR, width=round(2.5 * OVERSAMPLING))
-    _disc(pen, _moved(ring, rng.uniform(0, 2 * math.pi), ring.radius * 0.5), 0.28, PARASITE_COLOUR)
+    pen.ellipse(box, outline=PARASITE_COLOR, width=round(2.5 * OVERSAMPLING))
+    _disc(pen, _moved(ring, rng.uniform(0, 2 * math.pi), ring.radius * 0.5), 0.28, PARASITE_COLOR)
 
 
 def _moved(cell: Cell, angle: float, distance: float) -> Cell:
@@ -179,32 +179,32 @@ def _box(cell: Cell, scale: float) -> tuple[float, float, float, float]:
     return (sides[0] * OVERSAMPLING, sides[1] * OVERSAMPLING, sides[2] * OVERSAMPLING, sides[3] * OVERSAMPLING)
 
 
-def _disc(pen: ImageDraw.ImageDraw, cell: Cell, scale: float, colour: Colour) -> None:
-    pen.ellipse(_box(cell, scale), fill=colour)
+def _disc(pen: ImageDraw.ImageDraw, cell: Cell, scale: float, color: Color) -> None:
+    pen.ellipse(_box(cell, scale), fill=color)
 
 
-def _shade(rng: random.Random, colour: Colour, spread: int) -> Colour:
-    """Return the colour a little lighter or darker."""
+def _shade(rng: random.Random, color: Color, spread: int) -> Color:
+    """Return a slightly lighter or darker color."""
     shift = rng.randint(-spread, spread)
-    red, green, blue = (min(255, max(0, value + shift)) for value in colour)
+    red, green, blue = (min(255, max(0, value + shift)) for value in color)
     return red, green, blue
 
 
-def _mix(first: Colour, second: Colour, share: float) -> Colour:
+def _mix(first: Color, second: Color, share: float) -> Color:
     red, green, blue = (round(a * (1 - share) + b * share) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 
 NOTICE = "SYNTHETIC drawing made by a program; not a photograph, no medical content"
-"""Written into every picture's metadata and every row's field `source`, and shown beside every picture."""
+"""Text in the metadata of every image and in field `source` of every row, shown with every image."""
 
 NUMBERS = ("zero", "one", "two", "three")
 BLOCK = 1_000_000
-"""Distance between the seeds of two data sets: no drawing of one is in another."""
+"""Distance between the drawing seeds of two data sets, so that they share no drawing."""
 
 
-class Question(NamedTuple):
-    """A type of question: its wordings, whether it is answered by yes or no, and its answer (None: not asked)."""
+class SyntheticQuestion(NamedTuple):
+    """Question type: name, open or closed, wordings, and its answer for a smear (None: not asked)."""
 
     name: str
     kind: Literal["OPEN", "CLOSED"]
@@ -217,49 +217,49 @@ def _yes(condition: object) -> str:
 
 
 QUESTIONS = (
-    Question(
+    SyntheticQuestion(
         "white_presence",
         "CLOSED",
         ("Is a white blood cell visible?", "Is there any white blood cell in the picture?"),
         lambda smear: _yes(smear.white),
     ),
-    Question(
+    SyntheticQuestion(
         "platelet_presence",
         "CLOSED",
         ("Are platelets visible?", "Does the picture show platelets?"),
         lambda smear: _yes(smear.platelets),
     ),
-    Question(
+    SyntheticQuestion(
         "parasite_presence",
         "CLOSED",
         ("Do any red cells hold a parasite?", "Is a parasite visible?"),
         lambda smear: _yes(smear.parasites),
     ),
-    Question(
+    SyntheticQuestion(
         "white_count",
         "OPEN",
         ("How many white blood cells are there?", "What is the number of white blood cells?"),
         lambda smear: NUMBERS[len(smear.white)],
     ),
-    Question(
+    SyntheticQuestion(
         "white_type",
         "OPEN",
         ("What type of white blood cell is shown?", "Which white blood cell is this?"),
         lambda smear: smear.white[0].kind if smear.white else None,
     ),
-    Question(
+    SyntheticQuestion(
         "white_place",
         "OPEN",
         ("Where is the white blood cell?", "In which quarter is the white blood cell?"),
         lambda smear: corner_of(smear.white[0]) if len(smear.white) == 1 else None,
     ),
-    Question(
+    SyntheticQuestion(
         "stain",
         "OPEN",
         ("What is the colour of the background?", "Which colour has the background?"),
         lambda smear: smear.stain,
     ),
-    Question(
+    SyntheticQuestion(
         "density",
         "OPEN",
         ("How dense are the red cells?", "What is the density of the red cells?"),
@@ -269,7 +269,7 @@ QUESTIONS = (
 
 
 def caption(smear: Smear) -> str:
-    """Return a short description that holds every fact the questions ask about."""
+    """Return a short description with all facts that the questions ask about."""
     if smear.white:
         kind, number = smear.white[0].kind, len(smear.white)
         place = f" in the {corner_of(smear.white[0])}" if number == 1 else ""
@@ -282,7 +282,7 @@ def caption(smear: Smear) -> str:
 
 
 def balanced(rows: Iterable[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
-    """Keep equally many rows of every answer within each type of question; the order of the rows stays."""
+    """Return rows with equally many of every answer within each question type, in their order."""
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     all_rows = list(rows)
     for index, row in enumerate(all_rows):
@@ -296,7 +296,7 @@ def balanced(rows: Iterable[dict[str, Any]], rng: random.Random) -> list[dict[st
 
 
 def question_rows(smear: Smear, image: str, rng: random.Random) -> list[dict[str, Any]]:
-    """Return one row for every question that can be asked of this drawing, one wording each."""
+    """Return one row with a random wording for every question type that applies to this drawing."""
     rows = []
     for question in QUESTIONS:
         answer = question.answer(smear)
@@ -307,13 +307,13 @@ def question_rows(smear: Smear, image: str, rng: random.Random) -> list[dict[str
     return rows
 
 
-def pick(rows: Iterable[dict[str, Any]], count: int, *, seed: int) -> list[dict[str, Any]]:
-    """Return some questions about as many different images as there are, in their order.
+def pick_rows(rows: Iterable[dict[str, Any]], count: int, *, seed: int) -> list[dict[str, Any]]:
+    """Return some questions about as many different images as possible, in their order.
 
     Args:
         rows: questions in LLaVA format.
-        count: how many to keep; all, when there are fewer.
-        seed: of the choice.
+        count: number of questions to keep; fewer rows are kept entirely.
+        seed: seed of the choice.
     """
     all_rows = list(rows)
     rng = random.Random(seed)
@@ -331,21 +331,21 @@ def _row(identity: str, image: str, question: str, answer: str) -> dict[str, Any
 
 
 def write_dataset(folder: Path, *, num_train: int, num_test: int, seed: int) -> None:
-    """Draw the pictures and write the three record files into `folder`.
+    """Draw the images and write the three record files into `folder`.
 
-    The record files are written last, each under a temporary name first: when `test.json` exists, all is there.
+    The record files are written last, each under a temporary name first, so `test.json` marks a complete folder.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     captions: list[dict[str, Any]] = []
     questions: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     plan = [("train", index) for index in range(num_train)] + [("test", index) for index in range(num_test)]
-    for number, (split, index) in enumerate(log.progress(plan, title="drawing", unit="picture")):
+    for number, (split, index) in enumerate(log.progress(plan, title="drawing", unit="image")):
         smear = sample_smear(seed * BLOCK + number)
         image = f"synthetic-{split}-{index:04d}.png"
         notice = PngInfo()
         notice.add_text("Comment", NOTICE)
-        draw(smear).save(folder / "images" / image, pnginfo=notice)
+        draw_smear(smear).save(folder / "images" / image, pnginfo=notice)
         questions[split] += question_rows(smear, image, rng)
         if split == "train":
             wording = f"{IMAGE_TOKEN}\nDescribe the picture."

@@ -1,8 +1,8 @@
-"""An ONNX graph whose backbone is DINOv2-Small -> a plain transformers `Dinov2Model` folder.
+"""Conversion of an ONNX graph with a DINOv2-Small backbone to a transformers `Dinov2Model` folder.
 
-The exporter kept the names of most parameters (`backbone.*`), transposed the weights of the linear layers and gave
-them numbers for names, and folded the table of positions into two constants. A linear weight is found by the name of
-the node that multiplies with it; the two constants by the nodes of the embedding that read them.
+The exporter kept the names of most parameters (`backbone.*`), transposed and renamed the weights of linear layers, and
+folded the position embeddings into two constants. A linear weight is found by the name of the node that multiplies with
+it, the two constants by the nodes of the embedding that read them.
 """
 
 from __future__ import annotations
@@ -27,22 +27,21 @@ POSITIONS = "embeddings.position_embeddings"
 
 PATCH_SIZE = 14
 NUM_HEADS = 6
-"""Not stored in the graph; DINOv2-Small has heads of width 64."""
+"""Number of heads (of width 64) of DINOv2-Small, which the graph does not store."""
 
 IMAGE_MEAN = [0.485, 0.456, 0.406]
 IMAGE_STD = [0.229, 0.224, 0.225]
 
 
-def convert(source: Path, target: Path, *, image_size: int) -> None:
+def convert_onnx(source: Path, target: Path, *, image_size: int) -> None:
     """Write the `Dinov2Model` folder of ONNX file `source` into the existing folder `target`.
 
-    The table of positions is resampled to `image_size`, so config, table and image processor agree on one size and
-    the number of image tokens can be read off the config.
+    The position embeddings are resampled to `image_size`, so config, weights and image processor agree on one size.
 
     Args:
         source: the ONNX file.
         target: an existing folder.
-        image_size: side of the pictures in pixels, a multiple of 14.
+        image_size: side of the images in pixels, a multiple of 14.
 
     Raises:
         ConfigError: `image_size` is not a multiple of the patch size.
@@ -50,7 +49,7 @@ def convert(source: Path, target: Path, *, image_size: int) -> None:
         CheckpointError: the graph lacks a part of the backbone.
     """
     if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
-        raise ConfigError(f"image_size must be a multiple of {PATCH_SIZE}, got {image_size}")
+        raise ConfigError(f"--image-size must be a multiple of {PATCH_SIZE}, got {image_size}")
     onnx = require("onnx", "quickstart")
     graph = onnx.load(str(source)).graph
     state = backbone_state(graph, onnx.numpy_helper.to_array)
@@ -63,10 +62,10 @@ def convert(source: Path, target: Path, *, image_size: int) -> None:
 
 
 def backbone_state(graph: Any, to_array: Any) -> dict[str, torch.Tensor]:
-    """Return the parameters of the backbone under `Dinov2Model`'s names.
+    """Return the parameters of the backbone by their names in `Dinov2Model`.
 
     Raises:
-        CheckpointError: the nodes that read the position table are missing.
+        CheckpointError: the nodes that read the position embeddings are missing.
     """
     values = {item.name: torch.tensor(to_array(item)) for item in graph.initializer}
     state = {name.removeprefix(PREFIX): value for name, value in values.items() if name.startswith(PREFIX)}
@@ -83,13 +82,13 @@ def backbone_state(graph: Any, to_array: Any) -> dict[str, torch.Tensor]:
     table = [positions[CLASS_POSITION_NODE], positions[PATCH_POSITION_NODE]]
     state[POSITIONS] = torch.cat(table, dim=1).contiguous()
     width = state["embeddings.cls_token"].shape[-1]
-    # Used only by masked pre-training; the graph has no need of it.
+    # Used only by masked pre-training, so the graph lacks it.
     state["embeddings.mask_token"] = torch.zeros(1, width)
     return state
 
 
 def resampled(table: torch.Tensor, side: int) -> torch.Tensor:
-    """Resample a table of positions [1, 1 + P, D] to `side` x `side` patches, as the library would at every forward."""
+    """Return position embeddings [1, 1 + P, D] for `side` x `side` patches, resampled as by the library."""
     old_side = round((table.shape[1] - 1) ** 0.5)
     if old_side == side:
         return table
@@ -99,7 +98,7 @@ def resampled(table: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def image_processor(image_size: int) -> dict[str, Any]:
-    """Return the content of `preprocessor_config.json`: resize, centre crop, ImageNet's constants."""
+    """Return the content of `preprocessor_config.json`: resize, center crop, ImageNet mean and std."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -117,7 +116,7 @@ def image_processor(image_size: int) -> dict[str, Any]:
 
 
 def dinov2_config(state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return the content of `config.json`, read off the shapes."""
+    """Return the content of `config.json` from the shapes of the weights."""
     num_patches = state[POSITIONS].shape[1] - 1
     side = round(num_patches**0.5)
     width = state["embeddings.cls_token"].shape[-1]
@@ -140,10 +139,10 @@ def dinov2_config(state: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def check_complete(folder: Path, source: Path) -> None:
-    """Load the written folder with the library, which must find every parameter in it and no other.
+    """Check that the library finds every parameter in the written folder, and no other.
 
     Raises:
-        CheckpointError: a parameter is missing, superfluous or of another shape.
+        CheckpointError: a parameter is missing, unexpected or of another shape.
     """
     from transformers import Dinov2Model
 

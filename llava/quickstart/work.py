@@ -1,7 +1,7 @@
-"""Amount of work of a quickstart: sizes of the models, rows and tokens of the data.
+"""Amount of work of a quickstart: sizes of the models, and rows and tokens of the data.
 
-parts given or built in --config--> LanguageShape, TowerShape
-drawings asked for, or the rows of --data --counted--> Rows
+given or built-in parts --config--> LanguageShape, TowerShape
+number of drawings, or the rows of --data --counted--> Rows
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from llava.quickstart.settings import Settings
 from llava.samples import Sample
 
 CHARACTERS_PER_TOKEN = 4.0
-"""Of English text; the rows of `--data` are counted before their tokenizer is loaded."""
+"""Characters per token of English text; rows of `--data` are counted before their tokenizer is loaded."""
 
 TEMPLATE_TOKENS = 12
-"""Marks that a conversation template puts around a question and its answer."""
+"""Tokens that a conversation template adds to a question and its answer."""
 
-# Counted with SmolLM2's tokenizer on 480 drawings of seed 0.
+# Counted with the tokenizer of SmolLM2 on 480 drawings of seed 0.
 DRAWING_CAPTION_TOKENS = 22.7
 DRAWING_QUESTIONS = 5.9
 DRAWING_QUESTION_TOKENS = 20.5
@@ -51,21 +51,21 @@ class LanguageShape:
 
     @property
     def config(self) -> dict[str, int]:
-        """The sizes under the names of a model's configuration."""
+        """Sizes by their names in a model's configuration."""
         return {"hidden_size": self.hidden, "intermediate_size": self.intermediate}
 
     @property
     def blocks(self) -> int:
-        """Weights of all blocks."""
+        """Number of weights of all blocks."""
         return self.layers * sum(inputs * outputs for inputs, outputs in self.linear_layers)
 
     @property
     def head(self) -> int:
-        """Weights of the layer that scores words."""
+        """Number of weights of the output layer."""
         return self.hidden * self.vocabulary
 
     def lora(self, rank: int) -> int:
-        """Return the weights of adapters on all linear layers."""
+        """Return the number of LoRA weights on all linear layers."""
         return self.layers * sum(rank * (inputs + outputs) for inputs, outputs in self.linear_layers)
 
 
@@ -79,21 +79,21 @@ class TowerShape:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What the stages go through; the tokens are those of the text.
+    """Rows of the stages and their text tokens.
 
     Attributes:
-        drawings: images to draw.
-        train_images: distinct images of training.
-        captions: rows of the alignment.
-        caption_tokens: of all those rows.
-        questions: rows of the tuning.
-        question_tokens: of all those rows, the answers included.
-        answer_tokens: of their answers alone.
-        test_images: distinct unseen images.
-        test_questions: about them.
-        test_tokens: of all those questions.
-        test_answer_tokens: of all their reference answers.
-        longest_answer: tokens of the longest of these.
+        drawings: number of images to draw.
+        train_images: number of distinct training images.
+        captions: number of rows of the alignment.
+        caption_tokens: tokens of all these rows.
+        questions: number of rows of the tuning.
+        question_tokens: tokens of all these rows, including their answers.
+        answer_tokens: tokens of their answers alone.
+        test_images: number of distinct test images.
+        test_questions: number of questions about them.
+        test_tokens: tokens of all these questions.
+        test_answer_tokens: tokens of all their reference answers.
+        longest_answer: tokens of the longest reference answer.
     """
 
     drawings: int
@@ -111,7 +111,7 @@ class Rows:
 
 
 def drawn(num_train: int, num_test: int) -> Rows:
-    """Return the rows of so many drawings."""
+    """Return the expected rows of a drawn data set."""
     questions, test = num_train * DRAWING_QUESTIONS, num_test * DRAWING_TEST_QUESTIONS
     return Rows(
         drawings=num_train + num_test,
@@ -136,7 +136,7 @@ def rows_in(folder: Path) -> Rows:
         DataError: a file cannot be read.
     """
     train, test = load_samples(folder / "train.json"), load_samples(folder / "test.json")
-    # Without captions the training rows, or facts out of them, are what the projector learns from first.
+    # Without captions, the alignment uses the training rows or facts from them.
     captions = load_samples(folder / "captions.json") if (folder / "captions.json").is_file() else train
     return Rows(
         drawings=0,
@@ -168,7 +168,7 @@ def _answer_tokens(sample: Sample) -> float:
 
 
 def rows_of(settings: Settings) -> Rows:
-    """Return the rows that a run will go through.
+    """Return the rows of a run.
 
     Raises:
         DataError: a file of `--data` cannot be read.
@@ -183,7 +183,7 @@ def rows_of(settings: Settings) -> Rows:
 
 
 def language_shape(lm: str | None) -> LanguageShape | None:
-    """Return the sizes of a language model; None when its configuration cannot be read or lacks them."""
+    """Return the sizes of a language model; None if its configuration cannot be read or lacks them."""
     if lm is None:
         return LanguageShape()
     config = _config(lm)
@@ -199,7 +199,7 @@ def language_shape(lm: str | None) -> LanguageShape | None:
 
 
 def tower_shape(tower: str | None, image_size: int) -> TowerShape | None:
-    """Return the sizes of a vision tower; None when its configuration cannot be read or lacks them."""
+    """Return the sizes of a vision tower; None if its configuration cannot be read or lacks them."""
     if tower is None:
         return TowerShape(tokens=(image_size // PATCH_SIZE) ** 2)
     config = _config(tower)

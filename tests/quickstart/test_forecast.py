@@ -1,4 +1,4 @@
-"""Size and forecast follow the measured speed and the amount of work; a resumed run keeps its size."""
+"""Size and forecast follow measured speed and amount of work; a resumed run keeps its size."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from llava.quickstart import forecast, machine, plan, pretrained, run
-from llava.quickstart.forecast import SIZES, choose, stage_seconds
+from llava.quickstart.forecast import SIZES, choose_size, stage_seconds
 from llava.quickstart.machine import Machine
-from llava.quickstart.settings import AUTO, GIVEN, Settings, parse
+from llava.quickstart.settings import AUTO, GIVEN, Settings, parse_settings
 from llava.quickstart.stages import STAGES
 from llava.quickstart.work import LanguageShape, TowerShape, drawn, language_shape, rows_in, rows_of, tower_shape
 from tests.support.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
@@ -32,8 +32,8 @@ def test_the_faster_precision_decides_the_rate() -> None:
 
 
 def test_a_slow_machine_gets_a_smaller_size_with_a_reason() -> None:
-    large, why_large = choose(UNFITTED, FAST, LanguageShape(), TowerShape())
-    small, why_small = choose(UNFITTED, SLOW, LanguageShape(), TowerShape())
+    large, why_large = choose_size(UNFITTED, FAST, LanguageShape(), TowerShape())
+    small, why_small = choose_size(UNFITTED, SLOW, LanguageShape(), TowerShape())
     assert (large.size, large.num_train) == ("full", 480) and (small.size, small.num_train) == ("small", 240)
     assert "it fits" in why_large and "none fits" in why_small and "medium (360 drawings)" in why_small
     # The proof does not get smaller: as many unseen drawings.
@@ -47,11 +47,11 @@ def test_sizes_have_as_many_steps() -> None:
 
 
 def test_what_the_user_gives_is_never_changed() -> None:
-    parsed, _ = parse(["--num-train", "600"])
-    sized, reason = choose(parsed, SLOW, LanguageShape(), TowerShape())
+    parsed, _ = parse_settings(["--num-train", "600"])
+    sized, reason = choose_size(parsed, SLOW, LanguageShape(), TowerShape())
     assert sized == parsed and sized.num_train == 600 and "--num-train 600" in reason
-    unfitted, _ = parse(["--num-test", "70"])
-    sized, _ = choose(unfitted, SLOW, LanguageShape(), TowerShape())
+    unfitted, _ = parse_settings(["--num-test", "70"])
+    sized, _ = choose_size(unfitted, SLOW, LanguageShape(), TowerShape())
     assert unfitted.size == AUTO and sized.num_test == 70 and sized.num_train == 240
 
 
@@ -87,44 +87,44 @@ def test_models_and_rows_of_the_user_are_counted(tmp_path: Path) -> None:
     assert (rows.drawings, rows.train_images, rows.questions, rows.test_images) == (0, 4, 12, 4)
     assert rows.question_tokens > rows.answer_tokens > 0
     settings = Settings(tmp_path / "o", data=tmp_path / "data", lm=str(tmp_path / "lm"))
-    assert "--data" in choose(settings, SLOW, language, tower)[1]
+    assert "--data" in choose_size(settings, SLOW, language, tower)[1]
 
 
 def test_a_part_that_is_not_here_is_named(tmp_path: Path) -> None:
     settings = replace(UNFITTED, out=tmp_path, lm=str(tmp_path / "absent"))
-    sized, outlook = plan.prepare(settings)
+    sized, outlook = plan.new_plan(settings)
     assert outlook.seconds == {} and "absent" in outlook.reason and sized.size == SIZES[-1].name
     assert "forecast" not in run.opening(replace(outlook, reason=""))
 
 
 def test_parts_in_the_cache_take_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "measure", lambda *_: SLOW)
+    monkeypatch.setattr(machine, "measure_machine", lambda *_: SLOW)
     monkeypatch.setenv(pretrained.CACHE_VARIABLE, str(tmp_path))
-    assert plan.prepare(UNFITTED)[1].seconds["parts"] == forecast.FIXED_SECONDS["parts"] > 0
+    assert plan.new_plan(UNFITTED)[1].seconds["parts"] == forecast.FIXED_SECONDS["parts"] > 0
     for source, name in (
         (pretrained.SMOLLM2, pretrained.LANGUAGE_NAME),
         (pretrained.DINOV2_SMALL, pretrained.tower_name(UNFITTED.image_size)),
     ):
         pretrained.converted_folder(source, name).mkdir()
-    assert plan.prepare(UNFITTED)[1].seconds["parts"] == 0.0
+    assert plan.new_plan(UNFITTED)[1].seconds["parts"] == 0.0
 
 
 def test_a_resumed_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(UNFITTED, out=tmp_path / "run")
-    monkeypatch.setattr(machine, "measure", lambda *_: SLOW)
-    begun, outlook = plan.fitted(settings, restart=False)
+    monkeypatch.setattr(machine, "measure_machine", lambda *_: SLOW)
+    begun, outlook = plan.planned(settings, restart=False)
     run.claim(begun, restart=False)
     outlook.write(begun.out)
-    monkeypatch.setattr(machine, "measure", lambda *_: FAST)
-    resumed, again = plan.fitted(settings, restart=False)
+    monkeypatch.setattr(machine, "measure_machine", lambda *_: FAST)
+    resumed, again = plan.planned(settings, restart=False)
     assert resumed == begun and resumed.size == "small" and again == outlook
     run.claim(resumed, restart=False)
-    restarted, _ = plan.fitted(settings, restart=True)
+    restarted, _ = plan.planned(settings, restart=True)
     assert restarted.size == "full"
 
 
 def test_measured_rates_are_numbers() -> None:
-    measured = machine.measure([(64, 64), (64, 128)], {})
+    measured = machine.measure_machine([(64, 64), (64, 128)], {})
     assert measured.float32 > 0 and measured.threads >= 1 and "GFLOP/s" in str(measured)
 
 
@@ -157,8 +157,8 @@ def test_threads_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table_compares_stages_that_have_both() -> None:
     titles = {"one": "first", "two": "second"}
-    rows = forecast.table({"one": 60.0, "two": 120.0}, {"one": 90.0}, titles)
+    rows = forecast.time_table({"one": 60.0, "two": 120.0}, {"one": 90.0}, titles)
     assert rows == [["first", "60 s", "90 s"], ["second", "120 s", "-"], ["together", "1.0 min", "1.5 min"]]
-    assert forecast.table({"one": 60.0, "two": 120.0}, {}, titles)[-1] == ["together", "3.0 min", "-"]
-    assert forecast.table({}, {"one": 90.0}, titles)[0] == ["first", "-", "90 s"]
-    assert "90 s" in forecast.as_text(rows, ["", "forecast", "measured"])
+    assert forecast.time_table({"one": 60.0, "two": 120.0}, {}, titles)[-1] == ["together", "3.0 min", "-"]
+    assert forecast.time_table({}, {"one": 90.0}, titles)[0] == ["first", "-", "90 s"]
+    assert "90 s" in forecast.text_table(rows, ["", "forecast", "measured"])

@@ -1,4 +1,4 @@
-"""The converted parts themselves: found without importing their packages, converted once, and working."""
+"""Converted parts: found without importing their packages, converted once, and working."""
 
 from __future__ import annotations
 
@@ -51,15 +51,17 @@ def make(text: str, calls: list[str]) -> Callable[[Path, Path], None]:
 
 
 @pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pretrained.Source:
-    """A source whose package is this project's own test runner and whose file is one it surely has."""
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pretrained.PackageSource:
+    """Return a source with pytest as its package and a file that pytest has."""
     monkeypatch.setenv(pretrained.CACHE_VARIABLE, str(tmp_path / "cache"))
     distribution = importlib.metadata.distribution("pytest")
     path = Path(str(distribution.locate_file("pytest/__init__.py")))
-    return pretrained.Source("pytest", distribution.version, "pytest/__init__.py", pretrained.file_sum(path), "a test")
+    return pretrained.PackageSource(
+        "pytest", distribution.version, "pytest/__init__.py", pretrained.file_sum(path), "a test"
+    )
 
 
-def test_a_part_is_converted_once(fake: pretrained.Source) -> None:
+def test_a_part_is_converted_once(fake: pretrained.PackageSource) -> None:
     calls: list[str] = []
     folder = pretrained.converted(fake, "part", make("first", calls))
     assert pretrained.converted(fake, "part", make("second", calls)) == folder
@@ -67,7 +69,7 @@ def test_a_part_is_converted_once(fake: pretrained.Source) -> None:
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_failed_conversion_leaves_nothing(fake: pretrained.Source) -> None:
+def test_a_failed_conversion_leaves_nothing(fake: pretrained.PackageSource) -> None:
     def broken(source: Path, target: Path) -> None:
         (target / "half").write_text("")
         raise CheckpointError("broken")
@@ -77,7 +79,7 @@ def test_a_failed_conversion_leaves_nothing(fake: pretrained.Source) -> None:
     assert not list(pretrained.cache_folder().iterdir())
 
 
-def test_wrong_sum_version_or_package_are_refused(fake: pretrained.Source) -> None:
+def test_wrong_sum_version_or_package_are_refused(fake: pretrained.PackageSource) -> None:
     with pytest.raises(CheckpointError, match="sha256"):
         pretrained.package_file(replace(fake, sha256="0" * 64))
     with pytest.raises(CheckpointError, match=r"expected 0\.0"):

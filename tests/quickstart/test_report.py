@@ -1,4 +1,4 @@
-"""The quickstart's numbers against counts made by hand, and the page that shows them."""
+"""Numbers of a quickstart against hand counts, and its result page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM_IMAGES = 30
 
 
 def items(right: float) -> list[Item]:
-    """Two questions on each picture, one closed and one open; the first share of pictures is answered right."""
+    """Return a closed and an open question per image, answered right for the first `right` of the images."""
     answers = []
     for index in range(NUM_IMAGES):
         hit = index < right * NUM_IMAGES
@@ -40,17 +40,17 @@ def samples(answers: list[Item]) -> list[Sample]:
 def compared(after: float, blank: float) -> dict[str, object]:
     runs = {"after": items(after), "after_blank": items(blank), "before": items(0.0)}
     runs["majority"] = items(0.3)
-    return report.compare(runs)
+    return report.compare_runs(runs)
 
 
 def test_accuracy_counts_open_and_closed_questions() -> None:
-    result = report.compare({"after": items(0.6), "after_blank": items(0.2), "majority": items(0.3)})
+    result = report.compare_runs({"after": items(0.6), "after_blank": items(0.2), "majority": items(0.3)})
     assert result["num_questions"] == 60 and result["num_images"] == 30
     assert result["accuracy"]["after"]["value"] == pytest.approx(60.0)
     assert result["difference"]["after_blank"]["value"] == pytest.approx(40.0)
     assert result["difference"]["majority"]["value"] == pytest.approx(30.0)
     assert result["by_type"]["stain"] == pytest.approx({"after": 60.0, "after_blank": 20.0, "majority": 30.0})
-    # Both questions of a picture are right or wrong together: the interval is that of 30 values, not 60.
+    # Both questions of an image are right or wrong together, so the interval is that of 30 values, not 60.
     low, high = (result["accuracy"]["after"][side] for side in ("low", "high"))
     assert high - low == pytest.approx(2 * 1.96 * 100 * (0.24 / 30) ** 0.5, rel=0.15)
 
@@ -58,11 +58,11 @@ def test_accuracy_counts_open_and_closed_questions() -> None:
 def test_a_run_about_fewer_questions_is_compared_on_these() -> None:
     # The model is right about the first 18 images; before training only the last 15 were asked about, all wrong.
     before = [item for item in items(0.0) if int(item.image.removesuffix(".png")) >= 15]
-    result = report.compare({"after": items(0.6), "after_blank": items(0.2), "before": before})
+    result = report.compare_runs({"after": items(0.6), "after_blank": items(0.2), "before": before})
     assert result["accuracy"]["before"]["num_items"] == 30 and result["num_questions"] == 60
     assert result["accuracy"]["before"]["value"] == 0.0
     assert result["difference"]["before"]["value"] == pytest.approx(20.0)
-    text = report.summary(
+    text = report.summary_text(
         {**result, "difference": {**result["difference"], "majority": result["difference"]["before"]}}
     )
     assert "(30 questions)" in text and text.count("questions)") == 1

@@ -1,4 +1,4 @@
-"""Stages run once, in order, and go on where they stopped; a folder holds one run."""
+"""Stages run once, in order, and resume where they stopped; a folder holds one run."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     calls: list[str] = []
     run.claim(options, restart=False)
     with pytest.raises(RuntimeError, match="stopped"):
-        run.run(options, stages=stages(calls, fail="two"), out=io.StringIO())
+        run.run_stages(options, stages=stages(calls, fail="two"), out=io.StringIO())
     run.claim(options, restart=False)
     out = io.StringIO()
-    context = run.run(options, stages=stages(calls), out=out)
+    context = run.run_stages(options, stages=stages(calls), out=out)
     assert calls == ["one", "two", "two", "three"]
     assert context.facts["three"]["seen"] == ["one", "two"]
     assert "[1/3] title of one: done before" in out.getvalue()
@@ -54,7 +54,7 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_folder_of_something_else_is_never_touched(tmp_path: Path, restart: bool) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="other files"):
+    with pytest.raises(ConfigError, match="files that are not"):
         run.claim(Settings(tmp_path), restart=restart)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
@@ -64,13 +64,16 @@ def test_the_command_line(tmp_path: Path) -> None:
         (tmp_path / name).write_text("[]")
     words = ["--data", str(tmp_path), "--lm", "a", "--vision_tower", "b", "--seed", "3", "--out", "o"]
     with pytest.raises(DataError, match="has no images"):
-        settings.parse(words)
+        settings.parse_settings(words)
     (tmp_path / "images").mkdir()
-    parsed, restart = settings.parse([*words, "--restart"])
+    parsed, restart = settings.parse_settings([*words, "--restart"])
     assert parsed == Settings(Path("o"), tmp_path, "a", "b", 3) and restart
-    assert settings.parse([])[0].size == settings.AUTO and settings.parse(["--num_train", "9"])[0].num_train == 9
+    assert (
+        settings.parse_settings([])[0].size == settings.AUTO
+        and settings.parse_settings(["--num_train", "9"])[0].num_train == 9
+    )
     with pytest.raises(ConfigError, match="at least 50"):
-        settings.parse(["--num_test", "10"])
+        settings.parse_settings(["--num_test", "10"])
 
 
 def test_every_stage_is_there() -> None:

@@ -1,4 +1,4 @@
-"""The GGUF reader: names, row order of queries and keys, and a whole tiny file against the model it was made from."""
+"""GGUF conversion: names, row order of queries and keys, and a tiny file against its original model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BYTES = [chr(code) for code in [*range(33, 127), *range(161, 173), *range(174, 2
 
 
 def permuted(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """llama.cpp's order, written down independently: row (head, half, pair) moves to (head, pair, half)."""
+    """Return llama.cpp's order, written independently: row (head, half, pair) moves to (head, pair, half)."""
     size = weight.shape[0] // num_heads
     order = [
         head * size + half * (size // 2) + pair
@@ -95,7 +95,7 @@ def test_a_converted_file_computes_what_the_model_computed(tmp_path: Path) -> No
     model = tiny_model()
     write_tiny(tmp_path / "tiny.gguf", model)
     (tmp_path / "out").mkdir()
-    smollm.convert(tmp_path / "tiny.gguf", tmp_path / "out")
+    smollm.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_a_converted_file_computes_what_the_model_computed(tmp_path: Path) -> No
 def test_the_tokenizer_merges_and_knows_its_special_tokens(tmp_path: Path) -> None:
     write_tiny(tmp_path / "tiny.gguf", tiny_model())
     (tmp_path / "out").mkdir()
-    smollm.convert(tmp_path / "tiny.gguf", tmp_path / "out")
+    smollm.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     words = vocabulary()
     ids = tokenizer("he the<|im_end|>", add_special_tokens=False).input_ids
@@ -133,4 +133,4 @@ def test_an_unknown_tensor_is_refused(name: str) -> None:
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     write_tiny(tmp_path / "tiny.gguf", tiny_model(), architecture="phi3")
     with pytest.raises(CheckpointError, match="phi3"):
-        smollm.convert(tmp_path / "tiny.gguf", tmp_path)
+        smollm.convert_gguf(tmp_path / "tiny.gguf", tmp_path)

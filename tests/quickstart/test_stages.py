@@ -1,4 +1,4 @@
-"""The whole quickstart with tiny parts: every stage for real, a second start repeats none, the result can chat."""
+"""A whole quickstart with tiny parts: every stage runs, a second start repeats none, the result can chat."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_rows_of_the_alignment_stage(folder: Path, tmp_path: Path) -> None:
     rows = json.loads((folder / "data" / "train.json").read_text())
     copy = tmp_path / "data"
     shutil.copytree(folder / "data", copy)
-    # Rows that say nothing about their pictures: the questions themselves.
+    # Rows that state no facts about their images are used themselves.
     bare = [{key: value for key, value in row.items() if key != "question_type"} for row in rows]
     (copy / "train.json").write_text(json.dumps(bare))
     assert stages.captions(context, copy) == {"captions": str(copy / "train.json"), "captions_version": "chatml"}

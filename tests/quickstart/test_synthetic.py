@@ -1,4 +1,4 @@
-"""Drawings are what their truth says, repeat by seed, and ask balanced questions about unseen pictures."""
+"""Drawings follow their ground truth, repeat by seed, and ask balanced questions about unseen images."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import pytest
 from PIL import Image
 
 from llava.quickstart import synthetic
-from llava.quickstart.synthetic import DENSITIES, SIDE, STAINS, Cell, Smear, corner_of, draw, sample_smear
+from llava.quickstart.synthetic import DENSITIES, SIDE, STAINS, Cell, Smear, corner_of, draw_smear, sample_smear
 from llava.samples import from_row
 
 
 def difference(first: Smear, second: Smear) -> np.ndarray[Any, Any]:
-    """Return where two pictures differ, [H, W] of bool."""
-    pixels = [np.asarray(draw(smear), dtype=int) for smear in (first, second)]
+    """Return where two drawings differ, [H, W] of bool."""
+    pixels = [np.asarray(draw_smear(smear), dtype=int) for smear in (first, second)]
     return np.asarray(np.abs(pixels[0] - pixels[1]).sum(axis=2) > 30)
 
 
-def test_a_seed_gives_the_same_picture() -> None:
-    assert draw(sample_smear(5)).tobytes() == draw(sample_smear(5)).tobytes()
-    assert draw(sample_smear(5)).tobytes() != draw(sample_smear(6)).tobytes()
-    assert draw(sample_smear(5)).size == (SIDE, SIDE)
+def test_a_seed_gives_the_same_image() -> None:
+    assert draw_smear(sample_smear(5)).tobytes() == draw_smear(sample_smear(5)).tobytes()
+    assert draw_smear(sample_smear(5)).tobytes() != draw_smear(sample_smear(6)).tobytes()
+    assert draw_smear(sample_smear(5)).size == (SIDE, SIDE)
 
 
 def test_the_truth_is_within_its_ranges() -> None:
@@ -44,13 +44,13 @@ def test_the_truth_is_within_its_ranges() -> None:
     assert math.isclose(share, 0.5, abs_tol=0.12)
 
 
-def test_a_white_cell_changes_the_picture_in_its_own_quarter_only() -> None:
+def test_a_white_cell_changes_the_image_in_its_own_quarter_only() -> None:
     smear = next(s for s in map(sample_smear, range(100)) if len(s.white) == 1)
     changed = difference(smear, replace(smear, white=()))
     rows, columns = np.nonzero(changed)
-    centre = Cell("any", float(columns.mean()), float(rows.mean()), 1.0)
+    center = Cell("any", float(columns.mean()), float(rows.mean()), 1.0)
     assert changed.sum() > 500
-    assert corner_of(centre) == corner_of(smear.white[0])
+    assert corner_of(center) == corner_of(smear.white[0])
 
 
 def test_parasites_and_platelets_are_drawn() -> None:
@@ -116,7 +116,7 @@ def test_rows_are_llava_rows_marked_synthetic(folder: Path) -> None:
     assert "SYNTHETIC" in Image.open(folder / "images" / first).info["Comment"]
 
 
-def test_test_pictures_are_unseen(folder: Path) -> None:
+def test_test_images_are_unseen(folder: Path) -> None:
     pixels = {
         split: {Image.open(path).tobytes() for path in (folder / "images").glob(f"synthetic-{split}-*.png")}
         for split in ("train", "test")
@@ -133,8 +133,8 @@ def test_the_same_seed_writes_the_same_files(folder: Path, tmp_path: Path) -> No
 
 def test_a_pick_spreads_over_the_images() -> None:
     rows = [{"id": f"{image}-{number}", "image": f"{image}.png"} for image in range(6) for number in range(image + 1)]
-    picked = synthetic.pick(rows, 8, seed=0)
+    picked = synthetic.pick_rows(rows, 8, seed=0)
     assert len(picked) == 8 and [row for row in rows if row in picked] == picked
     assert {row["image"] for row in picked} == {f"{image}.png" for image in range(6)}
-    assert synthetic.pick(rows, 100, seed=0) == rows
-    assert synthetic.pick(rows, 8, seed=0) == picked != synthetic.pick(rows, 8, seed=1)
+    assert synthetic.pick_rows(rows, 100, seed=0) == rows
+    assert synthetic.pick_rows(rows, 8, seed=0) == picked != synthetic.pick_rows(rows, 8, seed=1)

@@ -1,4 +1,4 @@
-"""The ONNX reader, on a hand-made graph; the real file is in test_pretrained.py."""
+"""ONNX conversion of a hand-made graph; the real file is tested in test_pretrained.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tiny_backbone() -> Dinov2Model:
 
 
 def write_graph(path: Path, folder: Path, *, positions: bool = True) -> Dinov2Model:
-    """Write a graph as the exporter leaves it: named vectors, numbered and transposed linear weights."""
+    """Write a graph as the exporter does: named vectors, numbered and transposed linear weights."""
     model = tiny_backbone()
     model.save_pretrained(folder)
     from safetensors.torch import load_file
@@ -63,7 +63,7 @@ def write_graph(path: Path, folder: Path, *, positions: bool = True) -> Dinov2Mo
 def test_a_converted_graph_computes_what_the_model_computed(tmp_path: Path) -> None:
     model = write_graph(tmp_path / "tiny.onnx", tmp_path / "source")
     (tmp_path / "out").mkdir()
-    vit_small.convert(tmp_path / "tiny.onnx", tmp_path / "out", image_size=SIDE * 14)
+    vit_small.convert_onnx(tmp_path / "tiny.onnx", tmp_path / "out", image_size=SIDE * 14)
     pixels = torch.randn(2, 3, SIDE * 14, SIDE * 14)
     with torch.no_grad():
         again = AutoModel.from_pretrained(tmp_path / "out")(pixels).last_hidden_state
@@ -73,7 +73,7 @@ def test_a_converted_graph_computes_what_the_model_computed(tmp_path: Path) -> N
 def test_another_size_computes_what_the_library_interpolates(tmp_path: Path) -> None:
     model = write_graph(tmp_path / "tiny.onnx", tmp_path / "source")
     (tmp_path / "out").mkdir()
-    vit_small.convert(tmp_path / "tiny.onnx", tmp_path / "out", image_size=42)
+    vit_small.convert_onnx(tmp_path / "tiny.onnx", tmp_path / "out", image_size=42)
     small = AutoModel.from_pretrained(tmp_path / "out")
     pixels = torch.randn(1, 3, 42, 42)
     with torch.no_grad():
@@ -86,13 +86,13 @@ def test_another_size_computes_what_the_library_interpolates(tmp_path: Path) -> 
 @pytest.mark.parametrize("size", [0, 100, 7])
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused(tmp_path: Path, size: int) -> None:
     with pytest.raises(ConfigError, match="multiple of 14"):
-        vit_small.convert(tmp_path / "absent.onnx", tmp_path, image_size=size)
+        vit_small.convert_onnx(tmp_path / "absent.onnx", tmp_path, image_size=size)
 
 
 def test_a_graph_without_positions_is_refused(tmp_path: Path) -> None:
     write_graph(tmp_path / "tiny.onnx", tmp_path / "source", positions=False)
     with pytest.raises(CheckpointError, match="no constants"):
-        vit_small.convert(tmp_path / "tiny.onnx", tmp_path, image_size=14)
+        vit_small.convert_onnx(tmp_path / "tiny.onnx", tmp_path, image_size=14)
 
 
 def test_a_missing_parameter_is_refused(tmp_path: Path) -> None:
@@ -104,4 +104,4 @@ def test_a_missing_parameter_is_refused(tmp_path: Path) -> None:
     onnx.save(proto, str(tmp_path / "tiny.onnx"))
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match=r"layernorm\.bias"):
-        vit_small.convert(tmp_path / "tiny.onnx", tmp_path / "out", image_size=14)
+        vit_small.convert_onnx(tmp_path / "tiny.onnx", tmp_path / "out", image_size=14)
