@@ -1,9 +1,9 @@
-"""How far this package is from what the original projects computed: one line per recorded quantity.
+"""Comparison of this package with recorded results of the original projects, one line per quantity.
 
     python -m benchmarks.fidelity --oracles DIR [--compat LIST]
 
-What a folder holds is found by its files: each kind of file has its check. A line says folder, quantity, largest
-difference, `ok`, `FAIL` or `skipped` with the reason. The exit status is 1 if a line fails, or says no reason.
+Each kind of file in a folder has its check. A line states folder, quantity, largest difference, and `ok`, `FAIL` or
+`skipped` with the reason. The exit status is 1 if a line fails, or is skipped without a reason.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ CHECKS: Mapping[str, Check] = {
     "vit_lora_note.json": runs.tower_adapter,
     "expected_metrics.json": runs.scores,
 }
-"""What compares the numbers of a file, by its name."""
+"""Checks of the recorded numbers, by name of their file."""
 
 NOT_BUILT = {
     "dpo.json": "preference training is not built yet",
     "dpo.npz": "preference training is not built yet",
     "dpo_metrics.json": "preference training is not built yet",
 }
-"""Numbers that nothing of this package computes so far."""
+"""Files with numbers that this package does not compute, and the reason."""
 
 INPUTS = ("data.json", "train.json", "pretrain.json", "forward_meta.json")
-"""Files that the checks read beside the numbers they compare; those named in a configuration are found by it."""
+"""Files that the checks read in addition; those named in a configuration are found by it."""
 
 NUMBERS = (".npz", ".json")
 
 
 def checked(folder: Path, compat: frozenset[str]) -> Iterator[Line]:
-    """Compare everything that a folder recorded; names of `compat` may explain a number."""
+    """Compare all recorded numbers of a folder; names of `compat` may explain a number."""
     oracle = Oracle(folder, compat)
     for name in sorted(path.name for path in folder.iterdir() if path.suffix in NUMBERS or path.name in CHECKS):
         if name in CHECKS:
@@ -68,10 +68,10 @@ def checked(folder: Path, compat: frozenset[str]) -> Iterator[Line]:
 
 
 def _safely(check: Check, oracle: Oracle, name: str) -> Iterator[Line]:
-    """The lines of a check; whatever stops it is a failed line."""
+    """Yield the lines of a check, and a failed line for an error that stops it."""
     try:
         yield from check(oracle)
-    except Exception as error:  # a check that breaks must not hide the others
+    except Exception as error:  # an error in one check must not hide the others
         first = (str(error).splitlines() or [""])[0]
         yield Line(name, None, "FAIL", f"{type(error).__name__}: {first}")
 
@@ -80,7 +80,7 @@ def report(root: Path, compat: frozenset[str] = frozenset(COMPAT)) -> int:
     """Print every line of every folder below `root`, or of `root` itself; return the exit status.
 
     Raises:
-        ConfigError: there is nothing to compare.
+        ConfigError: no folder holds recorded numbers.
     """
     folders = [path for path in [root, *sorted(root.iterdir())] if path.is_dir() and _is_oracle(path)]
     if not folders:
@@ -105,13 +105,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = Parser(description="Compare this package with recorded numbers of the original projects.")
     parser.add_argument("--oracles", type=Path, required=True, help="folder of folders of recorded numbers")
-    parser.add_argument("--compat", default="all", help="what may explain a number: names, `all`, `none`, or `list`")
+    parser.add_argument(
+        "--compat", default="all", help="defects that may explain a number: names, `all`, `none`, or `list`"
+    )
     args = parser.parse_args(argv)
     if args.compat == "list":
         say(table())
         return
     if not args.oracles.is_dir():
-        raise ConfigError(f"--oracles {args.oracles} is no folder")
+        raise ConfigError(f"--oracles {args.oracles} is not a folder")
     torch.set_num_threads(1)
     say(machine())
     with quiet():

@@ -1,8 +1,8 @@
-"""Labels of LLaVA-Med 1.0's `###` templates by the original's counting, for replays of its runs.
+"""Labels of the `###` templates by the token counts of LLaVA-Med 1.0, for replays of its runs.
 
-The original tokenizes every turn alone and counts its tokens. Where `###` is one token alone and two in a text, as with
-Llama's tokenizer, the count agrees with the mask that this package trains. With other tokenizers it drifts into the
-text, and the recorded runs were trained on what came out of that.
+The original tokenizes every turn alone and counts its tokens. If `###` is one token alone and two in a text, as with
+Llama's tokenizer, the count agrees with the mask of this package. With other tokenizers it drifts into the text, and
+the recorded runs were trained on the drifted labels.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from llava.processing import LlavaMedProcessor
 from llava.samples import Conversation, with_places
 
 NUM_LEFT_OPEN = 2
-"""Tokens at the start of a question that stay trained: the mark that ends an answer."""
+"""Tokens at the start of a question that stay trained: the separator that ends an answer."""
 
 
 class CountedMaskDataset(SFTDataset):
-    """A data set whose labels are the original's."""
+    """Dataset with the labels of the original."""
 
     def __getitem__(self, row: int) -> Encoded:
         encoded = super().__getitem__(row)
@@ -30,7 +30,7 @@ class CountedMaskDataset(SFTDataset):
 
 
 def counted_labels(encoded: Encoded, conversation: Conversation, processor: LlavaMedProcessor) -> tuple[int, ...]:
-    """Labels of a row: all its tokens but the system text and, by counting, the questions."""
+    """Return the labels of a row: all tokens but the system prompt and, by counting, the questions."""
     template, form = processor.template, processor.template.form
     labels = list(encoded.input_ids)
     cursor = _count(form.system.replace("{}", template.system), processor)
@@ -47,5 +47,5 @@ def counted_labels(encoded: Encoded, conversation: Conversation, processor: Llav
 
 
 def _count(text: str, processor: LlavaMedProcessor) -> int:
-    """Tokens of a text alone, begin of text included."""
+    """Return the number of tokens of a text alone, including the start token."""
     return len(tokenize_segments([Segment(text, False, 0)], processor).ids)

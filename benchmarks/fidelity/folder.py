@@ -1,4 +1,4 @@
-"""A folder of recorded numbers: what lies in it, found by content, and the models it holds."""
+"""Folders of recorded numbers: their files and models, found by content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llava.model.checkpoint.load import load
 Status = Literal["ok", "FAIL", "skipped"]
 
 IMAGE_MARK = -200
-"""The originals' id of an image place holder."""
+"""Token id of an image placeholder in the originals."""
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
@@ -27,13 +27,13 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One compared quantity.
+    """Compared quantity of the report.
 
     Attributes:
-        quantity: what was compared.
-        difference: the largest one; None where nothing could be compared.
+        quantity: name of the quantity.
+        difference: largest difference; None if nothing could be compared.
         status: `ok`, `FAIL` or `skipped`.
-        note: how much was compared, or why it was not.
+        note: number of compared values, or the reason for skipping.
     """
 
     quantity: str
@@ -43,26 +43,26 @@ class Line:
 
 
 def within(quantity: str, difference: float, tolerance: float, note: str = "") -> Line:
-    """A line that is `ok` up to a tolerance (a difference that is not a number fails)."""
+    """Return a line that is `ok` up to a tolerance (a NaN difference fails)."""
     return Line(quantity, difference, "ok" if difference <= tolerance else "FAIL", note)
 
 
 @dataclass
 class Differences:
-    """Keeps the largest difference and how many values were compared."""
+    """Largest difference and number of compared values."""
 
     largest: float = 0.0
     num_compared: int = 0
 
     def add(self, ours: Any, theirs: Any) -> None:
-        """Compare two arrays of one shape.
+        """Compare two arrays of the same shape.
 
         Raises:
             ValueError: their shapes differ.
         """
         mine, recorded = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
         if mine.shape != recorded.shape:
-            raise ValueError(f"ours has shape {mine.shape}, the recorded one {recorded.shape}")
+            raise ValueError(f"our array has shape {mine.shape}, the recorded one {recorded.shape}")
         if mine.size:
             self.largest = float(np.fmax(self.largest, np.abs(mine - recorded).max()))
             if np.isnan(mine).any():
@@ -72,11 +72,11 @@ class Differences:
 
 @dataclass
 class Oracle:
-    """A folder of recorded numbers.
+    """Folder of recorded numbers.
 
     Attributes:
-        path: where it is.
-        compat: what may explain a recorded number, see `llava.compat`.
+        path: path of the folder.
+        compat: names of defects that may explain a recorded number, see `llava.compat`.
     """
 
     path: Path
@@ -84,21 +84,21 @@ class Oracle:
     _json: dict[str, Any] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
-        """Whether a file lies in it."""
+        """Return whether the folder has a file."""
         return (self.path / name).is_file()
 
     def json(self, name: str) -> Any:
-        """A JSON file of it, read once."""
+        """Return the content of a JSON file, which is read once."""
         if name not in self._json:
             self._json[name] = json.loads((self.path / name).read_text(encoding="utf-8"))
         return self._json[name]
 
     def arrays(self, name: str) -> Any:
-        """A file of arrays of it."""
+        """Return the arrays of a file."""
         return np.load(self.path / name)
 
     def is_input(self, name: str) -> bool:
-        """Whether a file is a part of a model, or of an evaluation, that other files here hold the numbers of."""
+        """Return whether a file is an input of a model or an evaluation whose numbers are recorded here."""
         if self.has("expected_metrics.json"):
             return True
         configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in self.models]
@@ -106,7 +106,7 @@ class Oracle:
 
     @cached_property
     def rows(self) -> dict[str, dict[str, Any]]:
-        """The conversations, by id."""
+        """Rows of the conversations, by id."""
         return {row["id"]: row for row in self.json("data.json")}
 
     def images(self, row: str) -> list[Image.Image]:
@@ -122,7 +122,7 @@ class Oracle:
 
     @cached_property
     def models(self) -> list[Path]:
-        """Folders of whole multimodal models that can be talked to: weights and tokenizer beside the configuration."""
+        """Folders of complete multimodal models, with configuration, weights and tokenizer."""
         return [folder for folder in self._folders if _is_multimodal(folder) and _holds(folder, WEIGHTS, TOKENIZERS)]
 
     @cached_property
@@ -142,13 +142,13 @@ class Oracle:
         return sorted(path.parent for path in self.path.glob("**/adapter_config.json") if _is_multimodal(path.parent))
 
     def model(self, name: str | None = None) -> Path:
-        """The model that recorded numbers belong to.
+        """Return the folder of the model of recorded numbers.
 
         Args:
-            name: end of its path, where the numbers name it.
+            name: end of its path, if the numbers name it.
 
         Raises:
-            LookupError: there is not exactly one.
+            LookupError: the number of fitting models is not one.
         """
         fitting = [path for path in self.models if name is None or path.name == Path(name).name]
         if len(fitting) != 1:
@@ -168,7 +168,7 @@ def _is_multimodal(folder: Path) -> bool:
 
 @cache
 def loaded_from(oracle: Path, folder: str, base: str | None = None) -> Loaded:
-    """A checkpoint of an oracle; towers and bases are named relative to the oracle's folder."""
+    """Return a loaded checkpoint of an oracle; tower and base are relative to the oracle's folder."""
     name = json.loads((oracle / folder / "config.json").read_text(encoding="utf-8"))
     parts: dict[str, Any] = {"vision_tower": str(oracle / name["mm_vision_tower"])}
     if name.get("mm_vision_tower_config"):

@@ -1,6 +1,6 @@
-"""Size of the terms that the gradients of linear layers are sums of, which is what their rounding is relative to.
+"""Sizes of the terms of the gradients of linear layers, to which their rounding is relative.
 
-gradient of a weight = sum over positions of (output gradient * input); terms that cancel leave their rounding behind
+gradient of a weight = sum over positions of (output gradient * input); canceling terms leave their rounding
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 @contextmanager
 def gradient_terms(network: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yield a dictionary that a backward pass inside fills: sum of the absolute terms of each gradient, by name.
+    """Yield a dictionary that a backward pass fills with the sum of absolute terms of each gradient.
 
-    Weights and biases of `nn.Linear` are covered; a norm of such a sum is never below the norm of the gradient.
+    The keys are the names of weights and biases of `nn.Linear`. The norm of a sum is at least that of the gradient.
     """
     found: dict[str, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""LLaVA-Med 1.0's language model as it was when a recorded run began: with the words that the run had added.
+"""Language model of LLaVA-Med 1.0 at the start of a recorded run, with the tokens that the run added.
 
 base_llm/ + rows of [PAD], <im_patch>, <im_start>, <im_end> --> a folder for --model_name_or_path
 """
@@ -23,20 +23,20 @@ WEIGHTS_FILE = "pytorch_model.bin"
 
 
 def is_grown(final: Path) -> bool:
-    """Whether the run that saved this folder added words to the vocabulary."""
+    """Return whether the run that saved this folder added tokens to the vocabulary."""
     return (final / ADDED_FILE).is_file()
 
 
 class Start:
-    """Starting tables of a run.
+    """Embedding and output weights at the start of a run.
 
-    New rows start at the mean of the rows before them, but for the patch token's, which were random. Its input row
-    never changes, since features stand in its place, so it is the saved one. Its head row changes in a full training:
-    the saved one is a first guess, and `correct` moves the guess by as much as the run missed the saved row.
+    New rows start at the mean of the rows before them, except those of the patch token, which were random. Its input
+    row never changes, because image features replace it, so it is the saved one. Its output row changes in a full
+    training: the saved row is the first guess, and `correct` moves the guess by the error of the run.
 
     Args:
-        base: the language model without the words.
-        final: what the run saved.
+        base: the language model without the added tokens.
+        final: folder that the run saved.
     """
 
     def __init__(self, base: Path, final: Path) -> None:
@@ -47,7 +47,7 @@ class Start:
         self.head_row = self.saved[HEAD][self.patch].clone()
 
     def write(self, target: Path) -> Path:
-        """Write the folder."""
+        """Write the folder of the language model."""
         weights = read_tensors(self.base / WEIGHTS_FILE)
         weights[INPUT] = self._grown(weights[INPUT], self.saved[INPUT][self.patch])
         weights[HEAD] = self._grown(weights[HEAD], self.head_row)
@@ -72,7 +72,7 @@ class Start:
         return torch.cat([table, mean.expand(len({IM_START_TOKEN, IM_END_TOKEN} & set(self.words)), -1)])
 
     def correct(self, trained: Mapping[str, Tensor]) -> float:
-        """Move the guess; returns by how much at most (0 where the head was not trained)."""
+        """Correct the guess; return the largest change (0 if the head was not trained)."""
         if HEAD not in trained:
             return 0.0
         missed = self.saved[HEAD][self.patch] - trained[HEAD][self.patch]

@@ -1,4 +1,4 @@
-"""Recorded pixels, hidden states of a tower, and values of the cluster projector."""
+"""Checks of recorded pixels, hidden states of a tower, and values of the cluster projector."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from llava.processing import LlavaMedProcessor
 PIXEL_TOLERANCE = 1e-6
 STATE_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 5e-6
-"""Of gradient norms, relative to the norm of their terms' absolute sums.
+"""Tolerance of gradient norms, relative to the norm of the absolute sums of their terms.
 
-Assignments of the cluster projector start out nearly even, so the gradient of the bias before them is a small rest of
-terms that cancel; its rounding is that of the terms and differs between CPUs by 1.1e-5 of what is left. Two runs of
-sums of about 1,500 terms (widths, centers, positions one after the other) differ by 2 * 2^-24 * sqrt(1500) of them.
+Assignments of the cluster projector start nearly even, so the terms of the gradient of the bias before them almost
+cancel; its rounding is that of the terms and differs between CPUs by 1.1e-5 of the remainder. Two runs of sums of about
+1,500 terms (widths, centers and positions in sequence) differ by 2 * 2^-24 * sqrt(1500) of the terms.
 """
 
 MODES = {"none": "square", "": "square", "pad_lo": "pad", "pad_hi": "pad"}
-"""Our image mode for each recorded way that is called otherwise."""
+"""Our image mode for each recorded mode with another name."""
 
 SHIFTED = "pad_hi"
-"""One of two paddings between which an original draws, the one that ours never makes; the other one is `pad_lo`."""
+"""Padding that only an original makes; it draws between this one and `pad_lo`."""
 
-GREY = "_Lmode"
-"""Ends the name of a way in which a grey picture was passed without conversion."""
+GRAY_SUFFIX = "_Lmode"
+"""Suffix of recorded modes in which a gray image was passed without conversion."""
 
 COUNTS = "keep_n_patch_tokens"
-"""Begins the names of recorded numbers of tokens."""
+"""Prefix of the names of recorded numbers of tokens."""
 
 SIZES_IN_README = "grid pinpoints"
-"""What stands before the recorded sizes of tiles, in the description of the folder."""
+"""Text before the recorded tile sizes in the description of the folder."""
 
 
 def preprocessing(oracle: Oracle) -> Iterator[Line]:
-    """`image_preprocess.npz`: arrays `MODE/FILE`, or `FILE` alone."""
+    """Compare `image_preprocess.npz`: arrays `MODE/FILE`, or `FILE` alone."""
     arrays = oracle.arrays("image_preprocess.npz")
     for mode, names in _by_mode(arrays.files).items():
         prefix = f"{mode}/" if mode else ""
@@ -59,27 +59,27 @@ def preprocessing(oracle: Oracle) -> Iterator[Line]:
 
 
 def _by_mode(keys: Iterable[str]) -> dict[str, list[str]]:
-    ways: dict[str, list[str]] = {}
+    modes: dict[str, list[str]] = {}
     for key in keys:
         mode, _, name = key.rpartition("/")
-        ways.setdefault(mode, []).append(name)
-    return ways
+        modes.setdefault(mode, []).append(name)
+    return modes
 
 
 def _pixels(oracle: Oracle, way: str, recorded: dict[str, Any]) -> Line:
-    """Compare the pictures of one way; names of `llava.compat` may explain one that differs."""
+    """Compare the images of one mode; names of `llava.compat` may explain a difference."""
     found, explained = Differences(), Counter[str]()
-    mode = way.removesuffix(GREY)
+    mode = way.removesuffix(GRAY_SUFFIX)
     with image_mode(oracle, MODES.get(mode, mode)) as processor:
         for name, theirs in recorded.items():
-            with Image.open(oracle.path / "images" / name) as picture:
-                ours = processor.picture(picture).numpy()
-                reasons, original = _as_published(processor, picture, way)
+            with Image.open(oracle.path / "images" / name) as image:
+                ours = processor.picture(image).numpy()
+                reasons, original = _as_published(processor, image, way)
             if not _is_near(ours, theirs) and _is_near(original, theirs) and reasons <= oracle.compat:
                 ours = original
                 explained.update(reasons)
             found.add(ours, theirs)
-    note = ", ".join([f"{len(recorded)} pictures", *(f"{count} {reason}" for reason, count in explained.items())])
+    note = ", ".join([f"{len(recorded)} images", *(f"{count} {reason}" for reason, count in explained.items())])
     return within(f"image preprocessing {way}".rstrip(), found.largest, PIXEL_TOLERANCE, note)
 
 
@@ -87,23 +87,23 @@ def _is_near(ours: np.ndarray, theirs: np.ndarray) -> bool:
     return ours.shape == theirs.shape and bool(np.abs(ours - theirs).max() <= PIXEL_TOLERANCE)
 
 
-def _as_published(processor: LlavaMedProcessor, picture: Image.Image, way: str) -> tuple[frozenset[str], np.ndarray]:
-    """What the original of a way makes of a picture, and the names of what is wrong with it."""
+def _as_published(processor: LlavaMedProcessor, image: Image.Image, way: str) -> tuple[frozenset[str], np.ndarray]:
+    """Return the names of the defects of an original mode, and its pixels of an image."""
     reasons, fill = set(), mean_color(processor.image_processor.image_mean)
     if way.startswith(SHIFTED):
         reasons.add("random_padding")
-    if way.endswith(GREY):
+    if way.endswith(GRAY_SUFFIX):
         reasons.add("grey_padding")
         fill = (round(sum(fill) / len(fill)),) * 3
     mode = processor.image_mode if processor.image_mode != "anyres" else "square"
-    shaped = fit(picture, mode, size=processor.image_size, fill=fill, shift="random_padding" in reasons)
+    shaped = fit(image, mode, size=processor.image_size, fill=fill, shift="random_padding" in reasons)
     pixels: np.ndarray = processor.image_processor(images=[shaped], return_tensors="np")["pixel_values"][0]
     return frozenset(reasons), pixels
 
 
 @contextmanager
 def image_mode(oracle: Oracle, mode: str) -> Iterator[LlavaMedProcessor]:
-    """The processor of the folder's first model in some image mode; tiles are those that the folder names."""
+    """Yield the processor of the folder's first model in an image mode, with the folder's tile sizes."""
     processor = _loaded(oracle).processor
     usual = processor.image_mode
     processor.use_image_mode(mode, pinpoints=pinpoints(oracle) if mode == "anyres" else None)
@@ -114,7 +114,7 @@ def image_mode(oracle: Oracle, mode: str) -> Iterator[LlavaMedProcessor]:
 
 
 def pinpoints(oracle: Oracle) -> list[Size] | None:
-    """Sizes that pictures may be tiled to: of a model's configuration, else of the folder's description."""
+    """Return the sizes of tilings: of a model's configuration, else of the folder's description."""
     configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in oracle.models]
     if given := [config["image_grid_pinpoints"] for config in configs if config.get("image_grid_pinpoints")]:
         return list(parse_pinpoints(given[0], 0))
@@ -124,7 +124,7 @@ def pinpoints(oracle: Oracle) -> list[Size] | None:
 
 
 def tile_grids(oracle: Oracle) -> Iterator[Line]:
-    """`anyres.json`: for each picture the size that was chosen for its tiles, and their columns and rows."""
+    """Compare `anyres.json`: for each image the chosen size, and the columns and rows of its tiles."""
     wrong = []
     with image_mode(oracle, "anyres") as processor:
         grid = processor.image_grid
@@ -133,11 +133,11 @@ def tile_grids(oracle: Oracle) -> Iterator[Line]:
             if (list(best_size(size, grid.pinpoints)), list(grid.shape(size))) != (recorded["best"], recorded["grid"]):
                 wrong.append(name)
     num = len(oracle.json("anyres.json"))
-    yield Line("tile grids", float(len(wrong)), "FAIL" if wrong else "ok", ", ".join([f"{num} pictures", *wrong]))
+    yield Line("tile grids", float(len(wrong)), "FAIL" if wrong else "ok", ", ".join([f"{num} images", *wrong]))
 
 
 def kept_shapes(oracle: Oracle) -> Iterator[Line]:
-    """`image_keep_shapes.json`: shape of the pixels, and number of tokens, of each picture in mode `keep`."""
+    """Compare `image_keep_shapes.json`: shape of pixels and number of tokens in mode `keep`."""
     recorded, wrong, shapes = oracle.json("image_keep_shapes.json"), [], 0
     with image_mode(oracle, "keep") as processor:
         for key, shape in recorded.items():
@@ -145,16 +145,16 @@ def kept_shapes(oracle: Oracle) -> Iterator[Line]:
             if mode == COUNTS:
                 continue
             shapes += 1
-            with Image.open(oracle.path / "images" / name) as picture:
-                wrong += [] if list(processor.picture(picture).shape) == shape else [name]
-    note = ", ".join([f"{shapes} pictures", *wrong])
+            with Image.open(oracle.path / "images" / name) as image:
+                wrong += [] if list(processor.picture(image).shape) == shape else [name]
+    note = ", ".join([f"{shapes} images", *wrong])
     yield Line("shapes of mode keep", float(len(wrong)), "FAIL" if wrong else "ok", note)
     if counts := {key.rpartition("/")[2]: num for key, num in recorded.items() if key.startswith(COUNTS)}:
         yield _counts(oracle, counts)
 
 
 def _counts(oracle: Oracle, recorded: dict[str, int]) -> Line:
-    """Compare numbers of tokens in mode `keep`: ours are the patches that the tower sees."""
+    """Compare numbers of tokens in mode `keep`; ours are the patches that the tower gets."""
     found, wrong = Counter[str](), []
     with image_mode(oracle, "keep") as processor:
         for name, theirs in recorded.items():
@@ -171,8 +171,8 @@ def _counts(oracle: Oracle, recorded: dict[str, int]) -> Line:
 
 
 def _size(oracle: Oracle, name: str) -> Size:
-    with Image.open(oracle.path / "images" / name) as picture:
-        return picture.size
+    with Image.open(oracle.path / "images" / name) as image:
+        return image.size
 
 
 def _loaded(oracle: Oracle) -> Any:
@@ -180,13 +180,13 @@ def _loaded(oracle: Oracle) -> Any:
 
 
 def tower(oracle: Oracle) -> Iterator[Line]:
-    """`tower.npz`: all hidden states of each picture, and the patches that the projector gets."""
+    """Compare `tower.npz`: all hidden states of each image, and the patches that the projector gets."""
     arrays, loaded = oracle.arrays("tower.npz"), _loaded(oracle)
     states, selected = Differences(), Differences()
     network = loaded.model.model.vision_tower
     for number, name in enumerate(arrays["names"]):
-        with Image.open(oracle.path / "images" / str(name)) as picture, torch.no_grad():
-            pixels = loaded.processor.pixels([picture])
+        with Image.open(oracle.path / "images" / str(name)) as image, torch.no_grad():
+            pixels = loaded.processor.pixels([image])
             output = network(pixels, output_hidden_states=True)
             states.add(torch.stack(output.hidden_states)[:, 0].numpy(), arrays["hidden_states"][:, number])
             selected.add(loaded.model.tower_features(pixels)[0].numpy(), arrays["selected_patch"][number])
@@ -195,7 +195,7 @@ def tower(oracle: Oracle) -> Iterator[Line]:
 
 
 def cluster_projector(oracle: Oracle) -> Iterator[Line]:
-    """`cluster_projector.npz`: output and gradients of each configuration."""
+    """Compare `cluster_projector.npz`: output and gradients of each configuration."""
     arrays = oracle.arrays("cluster_projector.npz")
     for name in dict.fromkeys(key.split("/", 1)[0] for key in arrays.files):
         vision, text, num_centers, num_iters, *_ = arrays[f"{name}/cfg"].tolist()

@@ -1,7 +1,7 @@
-"""Recorded forward and backward passes: layout after splicing, embeddings, logits, loss, gradients.
+"""Checks of recorded forward and backward passes: layout, embeddings, logits, loss, gradients.
 
-Rows are computed one by one without padding and compared where the original's spliced mask is set, so a batch that it
-padded on the left, or cut after splicing, needs no rule of its own.
+Rows are computed one by one without padding and compared where the original's spliced mask is set, so batches that it
+padded on the left or cut after splicing need no special case.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from llava.processing import LlavaMedProcessor
 LOGIT_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 2e-4
-"""Of gradient norms, relative."""
+"""Relative tolerance of gradient norms."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A recorded row, as our model takes it.
+    """Recorded row as input of our model.
 
     Attributes:
-        ids: with our place holders for images.
-        labels: of `ids`.
-        images: model inputs of its pictures, as keywords of the model.
-        places: where its positions stand in the recorded batch; shorter than `ids` where the original cut.
+        ids: token ids with our placeholders for images.
+        labels: labels of `ids`.
+        images: model inputs of its images, by keyword of the model.
+        places: its positions in the recorded batch; shorter than `ids` if the original cut the row.
     """
 
     ids: list[int]
@@ -48,18 +48,18 @@ class Row:
 
 
 def row_output(loaded: Loaded, ids: list[int], images: dict[str, Tensor]) -> Any:
-    """Output of one unpadded row."""
+    """Return the output of one unpadded row."""
     return loaded.model(input_ids=torch.tensor([ids]), **images)
 
 
 def expanded(processor: LlavaMedProcessor, ids: Any, counts: Sequence[int]) -> list[int]:
-    """Recorded ids with our place holders for each image; `counts` says how many for which."""
+    """Return recorded ids with `counts` of our placeholders for each image."""
     waiting, token = iter(counts), processor.image_token_id
     return [each for i in ids for each in ([token] * next(waiting) if i == IMAGE_MARK else [int(i)])]
 
 
 def row_logits(loaded: Loaded, ids: Any, pixels: Tensor) -> Tensor:
-    """Logits [T, V] of one row of recorded ids with pictures [N, 3, H, W] of one size."""
+    """Return the logits [T, V] of one row of recorded ids with images [N, 3, H, W] of one size."""
     processor = loaded.processor
     images = {"pixel_values": pixels} if len(pixels) and (IMAGE_MARK in ids or processor.image_token_id in ids) else {}
     with torch.no_grad():
@@ -68,27 +68,27 @@ def row_logits(loaded: Loaded, ids: Any, pixels: Tensor) -> Tensor:
     return logits
 
 
-def inputs_of(processor: LlavaMedProcessor, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
-    """Pictures as keywords of the model."""
-    sizes = [picture.size for picture in pictures] if processor.has_variable_images else []
-    return batch_images([processor.picture(picture) for picture in pictures], sizes).keywords()
+def inputs_of(processor: LlavaMedProcessor, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+    """Return images as keywords of the model."""
+    sizes = [image.size for image in images] if processor.has_variable_images else []
+    return batch_images([processor.picture(image) for image in images], sizes).keywords()
 
 
-def shown(processor: LlavaMedProcessor, ids: Any, pictures: list[Image.Image]) -> list[Image.Image]:
-    """The pictures of a row that its ids have a place for; what the original cut off has none."""
+def shown(processor: LlavaMedProcessor, ids: Any, images: list[Image.Image]) -> list[Image.Image]:
+    """Return the images with a placeholder in the ids; the original may have cut others off."""
     marks = sum(i == IMAGE_MARK for i in ids)
-    if marks == 0 and processor.image_token_id in ids:  # patch tokens stand there already
-        return pictures
-    return pictures[:marks]
+    if marks == 0 and processor.image_token_id in ids:  # the ids hold patch tokens already
+        return images
+    return images[:marks]
 
 
 def first_of(arrays: Any, *names: str) -> Any:
-    """The first of these arrays that there is."""
+    """Return the first of these arrays that exists."""
     return arrays[next(name for name in names if name in arrays)]
 
 
 def batch_rows(oracle: Oracle, loaded: Loaded, key: str, names: list[str]) -> list[Row]:
-    """The rows of a recorded batch."""
+    """Return the rows of a recorded batch."""
     arrays = oracle.arrays("forward.npz")
     mask = first_of(arrays, f"{key}/in_attention_mask", f"{key}/attention_mask")
     labels = first_of(arrays, f"{key}/in_labels", f"{key}/labels")
@@ -96,26 +96,26 @@ def batch_rows(oracle: Oracle, loaded: Loaded, key: str, names: list[str]) -> li
     rows = []
     for number, name in enumerate(names):
         ids = arrays[f"{key}/input_ids"][number][mask[number]]
-        pictures = shown(loaded.processor, ids, oracle.images(name))
-        counts = loaded.processor.count_image_tokens(len(pictures), [picture.size for picture in pictures])
+        images = shown(loaded.processor, ids, oracle.images(name))
+        counts = loaded.processor.count_image_tokens(len(images), [image.size for image in images])
         marks, lengths = ids == IMAGE_MARK, np.ones(len(ids), dtype=int)
         lengths[marks] = counts[: int(marks.sum())]
         trained = np.repeat(np.where(marks, IGNORE_INDEX, labels[number][mask[number]]), lengths)
         places = np.flatnonzero(spliced[number])
-        inputs = inputs_of(loaded.processor, pictures)
+        inputs = inputs_of(loaded.processor, images)
         rows.append(Row(expanded(loaded.processor, ids, counts), trained.tolist(), inputs, places[: len(trained)]))
     return rows
 
 
 def loss_of(pairs: list[tuple[Tensor, list[int]]], vocabulary: int) -> Tensor:
-    """Mean loss over the trained tokens of some rows, over the original's vocabulary."""
+    """Return the mean loss over the trained tokens of some rows, within the original's vocabulary."""
     logits = torch.cat([scores[:-1, :vocabulary] for scores, _ in pairs])
     targets = torch.cat([torch.tensor(labels[1:]) for _, labels in pairs])
     return cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
 
 
 def forward(oracle: Oracle) -> Iterator[Line]:
-    """Everything of `forward.npz`, batch by batch."""
+    """Compare `forward.npz` batch by batch."""
     for key, meta in oracle.json("forward_meta.json").items():
         if "ids" not in meta:
             continue
@@ -140,7 +140,7 @@ def _batch(oracle: Oracle, loaded: Loaded, key: str, meta: dict[str, Any]) -> It
         labels = Differences()
         for number, row in enumerate(rows):
             labels.add(row.labels[: len(row.places)], recorded[number][row.places])
-            # What the original cut off, and nothing else, is missing.
+            # Only what the original cut off may be missing.
             ends = len(row.places) == len(row.labels) or len(row.places) == meta.get("tokenizer_model_max_length")
             labels.add(int(ends), 1)
         yield within(f"spliced layout {key}", labels.largest, 0, f"{labels.num_compared} positions")
@@ -157,7 +157,7 @@ def _batch(oracle: Oracle, loaded: Loaded, key: str, meta: dict[str, Any]) -> It
 
 
 def strided(arrays: Any, prefix: str) -> tuple[np.ndarray, int]:
-    """An array that holds every so-many-th position, and how many: the end of its name."""
+    """Return an array of every n-th position, and n, which ends its name."""
     name = next(name for name in arrays if name.startswith(prefix))
     return arrays[name], int(name.removeprefix(prefix))
 
@@ -173,16 +173,16 @@ def _strided(ours: list[Tensor], rows: list[Row], recorded: np.ndarray, stride: 
 
 
 def _features(oracle: Oracle, loaded: Loaded, key: str, names: list[str]) -> Iterator[Line]:
-    """Features of the tower and of the projector, of every picture (text-only rows carry a dummy there)."""
+    """Compare features of tower and projector of every image (text-only rows have a dummy image)."""
     arrays = oracle.arrays("forward.npz")
     if f"{key}/tower_features" not in arrays:
         return
     tower, projected = Differences(), Differences()
-    pictures = [oracle.images(name) for name in names]
+    images = [oracle.images(name) for name in names]
     recorded = arrays[f"{key}/tower_features"]
-    has_dummies = len(recorded) == sum(max(1, len(each)) for each in pictures)
+    has_dummies = len(recorded) == sum(max(1, len(each)) for each in images)
     place = 0
-    for each in pictures:
+    for each in images:
         if each:
             with torch.no_grad():
                 features = loaded.model.tower_features(loaded.processor.pixels(each))
@@ -195,7 +195,7 @@ def _features(oracle: Oracle, loaded: Loaded, key: str, names: list[str]) -> Ite
 
 
 def adapter(oracle: Oracle) -> Iterator[Line]:
-    """`lora_forward.npz`: the batch that `grads.json` names, through base and adapter."""
+    """Compare `lora_forward.npz`: the batch that `grads.json` names, through base and adapter."""
     recorded = oracle.arrays("lora_forward.npz")
     values, stride = strided(recorded, "logits_stride")
     key = _batch_of(oracle, len(values))
@@ -214,7 +214,7 @@ def adapter(oracle: Oracle) -> Iterator[Line]:
 
 
 def _batch_of(oracle: Oracle, num_rows: int) -> str:
-    """The batch whose gradients were recorded too; without them the first with so many rows."""
+    """Return the batch with recorded gradients; without them, the first one with `num_rows` rows."""
     batches = oracle.json("forward_meta.json")
     if oracle.has("grads.json"):
         rows = oracle.json("grads.json")["batch"]
@@ -223,7 +223,7 @@ def _batch_of(oracle: Oracle, num_rows: int) -> str:
 
 
 def gradients(oracle: Oracle) -> Iterator[Line]:
-    """`grads.json`: norm of every parameter's gradient for one batch."""
+    """Compare `grads.json`: norm of every parameter's gradient for one batch."""
     recorded = oracle.json("grads.json")
     batches = oracle.json("forward_meta.json")
     key = next(key for key, meta in batches.items() if meta.get("ids") == recorded["batch"])
@@ -242,7 +242,7 @@ def gradients(oracle: Oracle) -> Iterator[Line]:
         if gradient is None:
             worst = max(worst, float(bool(norm)))
             continue
-        # Our vocabulary is longer by a place holder.
+        # Our vocabulary is longer by the placeholder.
         wide = gradient.shape[0] > vocabulary and old.endswith(("embed_tokens.weight", "lm_head.weight"))
         mine = float((gradient[:vocabulary] if wide else gradient).norm())
         worst, compared = max(worst, abs(mine - norm) / max(norm, 1e-12)), compared + 1

@@ -1,4 +1,4 @@
-"""What the original trainers did to labels where they were wrong, recomputed: it is known then what was recorded."""
+"""Recomputation of known label defects of the original trainers, to explain recorded labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llava.samples import Conversation
 
 
 def counted_v0(ids: Sequence[int], conversation: Conversation, processor: LlavaMedProcessor) -> list[int]:
-    """Labels by the published arithmetic of the `###` form: every turn tokenized alone, its tokens counted.
+    """Return labels by the published arithmetic of the `###` form: tokens of every turn counted alone.
 
     `###` may be fewer tokens in the text than alone; the count then drifts.
     """
@@ -36,34 +36,34 @@ def counted_v0(ids: Sequence[int], conversation: Conversation, processor: LlavaM
 
 
 def _count_alone(text: str, processor: LlavaMedProcessor) -> int:
-    """Number of ids of a text tokenized alone, begin of text included."""
+    """Return the number of ids of a text tokenized alone, including the start token."""
     return len(tokenize_segments([Segment(text, False, 0)], processor).ids)
 
 
 def counted_patches(width: int, height: int, processor: LlavaMedProcessor) -> int:
-    """Tokens of a picture in image mode `keep` as the first version counts them.
+    """Return the number of tokens of an image in mode `keep` as LLaVA-Med 1.0 counts them.
 
-    It takes the side of a patch from the picture's own height, as if that always were as many patches as a tile has.
+    It derives the side of a patch from the height of the image, as if every image were as many patches high as a tile.
     """
     patch = height // processor.image_grid.side
     return (height // patch) * (width // patch)
 
 
 def is_v0(processor: LlavaMedProcessor) -> bool:
-    """Whether the template is of the `###` form."""
+    """Return whether the template has the `###` form."""
     return processor.template.form.closing == "### "
 
 
 def is_shifted(ours: Sequence[int], theirs: Sequence[int]) -> bool:
-    """Whether every trained stretch begins and ends up to one token off: a count that drifts by one a turn."""
-    mine, recorded = _stretches(ours), _stretches(theirs)
+    """Return whether every trained run begins and ends up to one token off (a count that drifts)."""
+    mine, recorded = _trained_runs(ours), _trained_runs(theirs)
     return len(mine) == len(recorded) and all(
         abs(a - b) <= 1 and abs(c - d) <= 1 for (a, c), (b, d) in zip(mine, recorded, strict=True)
     )
 
 
-def _stretches(labels: Sequence[int]) -> list[tuple[int, int]]:
-    """`(first, stop)` of the stretches of trained tokens."""
+def _trained_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Return `(first, stop)` of the runs of trained tokens."""
     trained = [label != IGNORE_INDEX for label in (IGNORE_INDEX, *labels, IGNORE_INDEX)]
     edges = [place for place in range(1, len(trained)) if trained[place] != trained[place - 1]]
     return list(zip(edges[::2], edges[1::2], strict=True))

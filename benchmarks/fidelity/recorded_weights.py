@@ -1,4 +1,4 @@
-"""Weights that the original trainers recorded, under their names: copied into our model, and compared with it."""
+"""Copying of recorded weights of the original trainers into our model, and comparison with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OLD_NAMES = {
     "model.mm_projector.": "model.multi_modal_projector.",
     "model.": "model.language_model.",
 }
-"""Prefixes of the originals' weight names, and ours; the first that fits counts."""
+"""Our prefix of weight names for each prefix of the originals; the first match is used."""
 
 FINAL_FILES = (
     "mm_projector.bin",
@@ -27,11 +27,11 @@ FINAL_FILES = (
     "adapter_model.safetensors",
     "non_lora_trainables.bin",
 )
-"""What the originals saved at the end of a run, of any kind."""
+"""Files that the originals saved at the end of a run."""
 
 
 def current_name(name: str) -> str:
-    """Our name of an original's weight."""
+    """Return our name of an original weight."""
     name = re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", name)
     for old, new in OLD_NAMES.items():
         if name.startswith(old):
@@ -40,7 +40,7 @@ def current_name(name: str) -> str:
 
 
 def put(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights under original names in; each must exist."""
+    """Copy weights with original names into the network; each must exist there."""
     parameters = dict(network.named_parameters())
     with torch.no_grad():
         for name, tensor in weights.items():
@@ -48,17 +48,17 @@ def put(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def differences(trained: Mapping[str, Tensor], final: Path) -> dict[str, float]:
-    """Return the largest difference of each trained weight to the one that the original saved, by original name."""
+    """Return the largest difference of each trained weight to the saved one, by original name."""
     return {old: float((ours - saved).abs().max()) for old, _, ours, saved in _pairs(trained, final)}
 
 
 def shares(trained: Mapping[str, Tensor], final: Path, bounds: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the largest difference of each trained weight in units of its bound, by original name: 1 is the limit.
+    """Return the largest difference of each trained weight in units of its bound, by original name.
 
     Args:
         trained: our last weights, by our name.
         final: folder that the original saved.
-        bounds: of every entry of the trained weights, by our name; an entry that is not bounded must be equal.
+        bounds: bounds of the entries of the trained weights, by our name; entries without a bound must be equal.
     """
     found: dict[str, float] = {}
     for old, name, ours, saved in _pairs(trained, final):
@@ -73,5 +73,5 @@ def _pairs(trained: Mapping[str, Tensor], final: Path) -> Iterator[tuple[str, st
     for file in FINAL_FILES:
         for old, tensor in read_tensors(final / file).items() if (final / file).is_file() else ():
             name = current_name(old)
-            if name in trained:  # rows that only our vocabulary has come last
+            if name in trained:  # rows that only our vocabulary has are last
                 yield old, name, trained[name][: len(tensor)], tensor

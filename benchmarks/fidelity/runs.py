@@ -1,4 +1,4 @@
-"""Recorded training runs, repeated by our trainer, and recorded scores of answer files."""
+"""Checks of recorded training runs, repeated by our trainer, and of recorded scores of answer files."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 from benchmarks.fidelity.folder import Line, Oracle, within
 from benchmarks.fidelity.trajectories import LOSS_TOLERANCE, replay, runs
 from llava.eval import run_eval, run_eval_batch
-from llava.model.checkpoint.formats import sniff
+from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.legacy.lora_files import read_lora
 
 SCORE_TOLERANCE = 1e-5
-"""Relative; the recorded figures have six digits."""
+"""Relative tolerance of scores; the recorded numbers have six digits."""
 
 FEW = "5"
-"""Resamples of the confidence intervals, which are not compared."""
+"""Number of resamples of confidence intervals, which are not compared."""
 
 
 def trajectories(oracle: Oracle) -> Iterator[Line]:
-    """`train_log.json`: loss of every micro-batch and the last weights of each run."""
+    """Compare `train_log.json`: loss of every micro-batch and last weights of each run."""
     for run, reason in runs(oracle.path).items():
         if reason:
             yield Line(f"training {run}", None, "skipped", reason)
@@ -35,7 +35,7 @@ def trajectories(oracle: Oracle) -> Iterator[Line]:
             found = replay(oracle.path, run, Path(scratch), loss_normalization=normalization)
         note = f"{len(found.losses)} micro-batches, losses by {normalization}"
         yield within(f"training losses {run}", found.loss_difference, LOSS_TOLERANCE, note)
-        # In units of what rounding allows each weight over the steps of the run: see `weight_bounds`.
+        # In units of the rounding bound of each weight over the steps of the run, see `weight_bounds`.
         worst, largest = (max(values.values(), default=float("nan")) for values in (found.shares, found.weights))
         note = f"{len(found.weights)} weights, share of each one's bound; largest difference {largest:.1e}"
         yield within(f"trained weights {run}", worst, 1.0, note)
@@ -43,16 +43,16 @@ def trajectories(oracle: Oracle) -> Iterator[Line]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Nothing of a run reaches the table, nor its bars the terminal."""
+    """Suppress the output and progress bars of a run."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 def tower_adapter(oracle: Oracle) -> Iterator[Line]:
-    """`vit_lora_note.json`: the largest weight of the tower's adapter that training could have moved."""
+    """Compare `vit_lora_note.json`: largest trainable weight of the tower's adapter."""
     recorded, adapters = oracle.json("vit_lora_note.json"), []
     for folder in oracle.adapters:
-        if inner := sniff(folder).tower_adapter:
+        if inner := Checkpoint.open(folder).tower_adapter:
             adapters.append(read_lora(inner, tower=True))
     if len(adapters) != 1:
         raise LookupError(f"expected one adapter of a tower, found {len(adapters)}")
@@ -63,13 +63,13 @@ def tower_adapter(oracle: Oracle) -> Iterator[Line]:
 
 
 def scores(oracle: Oracle) -> Iterator[Line]:
-    """`expected_metrics.json`: the figures of each scoring program for the answer file beside it."""
+    """Compare `expected_metrics.json`: results of each scoring program for the answer file beside it."""
     answers = next(path for path in sorted(oracle.path.glob("*.jsonl")) if _answers_all(path, oracle))
     for name, figures in oracle.json("expected_metrics.json").items():
         if name in PROGRAMS:
             with TemporaryDirectory() as scratch:
                 printed = PROGRAMS[name](oracle.path, answers, Path(scratch))
-            # A missing row is not a number, and fails.
+            # A missing row is NaN and fails.
             gaps = {row: abs(printed.get(row, float("nan")) / value - 1) for row, value in figures.items()}
             worst = max(gaps, key=lambda row: (gaps[row] != gaps[row], gaps[row]))
             yield within(f"scores {name}", gaps[worst], SCORE_TOLERANCE, f"{len(figures)} figures, relative")
@@ -85,29 +85,29 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _figures(table: str) -> dict[str, float]:
-    """Read a printed table back."""
+    """Return the numbers of a printed table."""
     below = table.partition("-------------\n")[2].partition("\n\n")[0]
     lines = [line for line in below.splitlines() if not line.startswith("note: ")]
     return {name.strip(): float(value) for name, value in (line.rsplit(None, 1) for line in lines)}
 
 
 def _run_eval(folder: Path, answers: Path, scratch: Path) -> dict[str, float]:
-    words = ["--gt", str(folder / "test.json"), "--candidate", str(folder / "candidate.json")]
+    argv = ["--gt", str(folder / "test.json"), "--candidate", str(folder / "candidate.json")]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        run_eval.main([*words, "--pred", str(answers), "--num-resamples", FEW, "--out", str(scratch / "out.json")])
+        run_eval.main([*argv, "--pred", str(answers), "--num-resamples", FEW, "--out", str(scratch / "out.json")])
     return _figures(printed.getvalue())
 
 
 def _run_eval_batch(folder: Path, answers: Path, scratch: Path) -> dict[str, float]:
     (scratch / "runs" / "vqa_rad").mkdir(parents=True)
     shutil.copy(answers, scratch / "runs" / "vqa_rad" / "x-test-answer-file.jsonl")
-    words = ["--pred_file_parent_path", str(scratch / "runs"), "--target_test_type", "test-answer-file"]
-    words += ["--gt-root", str(folder.resolve()), "--num-resamples", FEW]  # before the folder changes
+    argv = ["--pred-file-parent-path", str(scratch / "runs"), "--target-test-type", "test-answer-file"]
+    argv += ["--gt-root", str(folder.resolve()), "--num-resamples", FEW]  # resolved before the working folder changes
     with contextlib.chdir(scratch), contextlib.redirect_stdout(io.StringIO()):
-        run_eval_batch.main(words)
+        run_eval_batch.main(argv)
     [row] = _rows(scratch / "eval_results_med_datasets.jsonl")
     return _figures(row["results"])
 
 
 PROGRAMS = {"run_eval": _run_eval, "batch": _run_eval_batch}
-"""Who computes the figures under a key of the file."""
+"""Programs that compute the numbers, by key of the file."""

@@ -1,7 +1,7 @@
-"""Pictures as LLaVA-Med 1.0 handed them out in a batch with text-only rows, for replays of its runs.
+"""Images as LLaVA-Med 1.0 assigned them in a batch with text-only rows, for replays of its runs.
 
-Its collator gave every text-only row an empty picture, but its model did not skip that picture at such a row: the next
-row with a place holder got it, and every row after that the picture of an earlier one (specification llava-med 1.2).
+Its collator gave every text-only row an empty image, but its model did not skip that image at such a row: the next row
+with a placeholder got it, and every later row the image of an earlier one.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from llava.data.collator import Collator
 from llava.data.encode import Encoded
 from llava.data.flat_batch import FlatBatch
 
-EMPTY = "empty picture of a text-only row"
+EMPTY = "empty image of a text-only row"
 
 
 class ShiftedImages(Collator):
-    """A collator that repeats the mistake in every micro-batch."""
+    """Collator that reproduces the defect in every micro-batch."""
 
     @classmethod
     def of(cls, collator: Collator) -> ShiftedImages:
-        """The same collator, with the mistake."""
+        """Return the same collator with the defect."""
         return cls(**{field.name: getattr(collator, field.name) for field in fields(collator)})
 
     def rows(
         self, sequences: list[Encoded], images: Mapping[str, Tensor], max_tokens_per_row: int | None
     ) -> list[FlatBatch]:
-        """Lay sequences out after their pictures have moved."""
+        """Return the flat rows of sequences whose images are shifted."""
         size = self.micro_batch or max(1, len(sequences))
         moved: list[Encoded] = []
         for start in range(0, len(sequences), size):
@@ -40,6 +40,6 @@ class ShiftedImages(Collator):
 
 
 def shifted(batch: list[Encoded]) -> list[Encoded]:
-    """The rows of a batch, each with at most one picture: the k-th row with a picture gets that of the k-th row."""
+    """Return a batch in which the k-th row with an image gets the image of the k-th row of all."""
     handed_out = iter([row.images[:1] or (EMPTY,) for row in batch])
     return [replace(row, images=next(handed_out)) if row.images else row for row in batch]

@@ -1,7 +1,6 @@
-"""Recorded prompts, token ids and labels.
+"""Checks of recorded prompts, token ids and labels.
 
-Which of our templates is meant by a name, where several projects use it, is decided by what was recorded: the one whose
-text (or ids) fits best is compared.
+If several projects use a template name, the template of ours whose text (or ids) fits the record best is compared.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from llava.samples import Conversation, Turn, from_row, with_places
 PATCHES = ("<im_patch>", "<im_start>", "<im_end>")
 CHATML = ("<|im_start|>", "<|im_end|>")
 EXEMPLAR = "What are the key differences between renewable and non-renewable energy sources?"
-"""Begins the long exemplar that some of the originals' prompts carry and this package leaves out."""
+"""First sentence of the long exemplar in some original prompts, which this package leaves out."""
 
 NOT_BUILT = {
     "v1_sq": "self-questioning preprocessing is not built yet",
@@ -37,12 +36,12 @@ UNKNOWN = "no template of this package has that name"
 
 
 def fitting(name: str) -> list[str]:
-    """Our templates that a recorded name may stand for."""
+    """Return our templates that a recorded name may mean."""
     return [key for key in TEMPLATES if key == name or key.endswith(f":{name}")]
 
 
 def prompts(oracle: Oracle) -> Iterator[Line]:
-    """`prompts.json`: the text of a fixed exchange in every template, and its ids where they were recorded."""
+    """Compare `prompts.json`: text of a fixed exchange in every template, and recorded ids."""
     compared: Counter[str] = Counter()
     wrong, skipped, with_ids = [], [], []
     spoken = exchange(oracle.json("prompts.json").values())
@@ -80,7 +79,7 @@ def _list(head: str, names: list[str]) -> str:
 
 
 def _with_bare_roles(template: str, recorded: dict[str, Any], spoken: Conversation) -> str:
-    """Our text without the mark before, and the line end behind, each of the recorded roles."""
+    """Return our text without the mark before and the line end after each of the recorded roles."""
     text = TEMPLATES[template].published_prompt(spoken)
     for role in recorded["roles"]:
         text = text.replace(f"{CHATML[0]}{role}\n", role)
@@ -88,7 +87,7 @@ def _with_bare_roles(template: str, recorded: dict[str, Any], spoken: Conversati
 
 
 def exchange(records: Iterable[dict[str, Any]]) -> Conversation:
-    """The conversation that was written in every template, read out of one whose turns are easily told apart.
+    """Return the conversation of all prompts, from a prompt with two separators.
 
     Raises:
         LookupError: no recorded prompt has two separators.
@@ -104,11 +103,11 @@ def exchange(records: Iterable[dict[str, Any]]) -> Conversation:
             turns.append(Turn("human", question))
             turns += [Turn("gpt", answer.removeprefix(" "))] if answer else []
         return Conversation(tuple(turns))
-    raise LookupError("no recorded prompt has two separators, of which the conversation could be read")
+    raise LookupError("no recorded prompt has two separators, which are needed to find its turns")
 
 
 def _without_exemplar(template: str, recorded: dict[str, Any], spoken: Conversation) -> str:
-    """The recorded prompt without the exemplar, its images wrapped as our template does."""
+    """Return the recorded prompt without the exemplar, with images wrapped as in our template."""
     wrap = TEMPLATES[template].image_wrap
     wrapped = recorded["prompt"].replace(IMAGE_TOKEN, IMAGE_TOKEN.join(wrap))
     if EXEMPLAR not in wrapped:
@@ -123,13 +122,13 @@ def _ids_equal(oracle: Oracle, recorded: dict[str, Any]) -> bool:
 
 
 def prompt_ids(text: str, processor: LlavaMedProcessor) -> list[int]:
-    """Ids of a prompt in the originals' notation."""
+    """Return the ids of a prompt in the notation of the originals."""
     ids = tokenize_segments([Segment(text, False, 0)], processor).ids
     return [IMAGE_MARK if token == processor.image_token_id else token for token in ids]
 
 
 def text_processor(folder: Path, template: str, *, added: tuple[str, ...] = (), **settings: Any) -> LlavaMedProcessor:
-    """A processor for text, around the tokenizer of a folder with some tokens added."""
+    """Return a text processor with the tokenizer of a folder and some added tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([*added, *([] if "<im_patch>" in added else [IMAGE_TOKEN])], special_tokens=True)
     return LlavaMedProcessor(tokenizer, None, **{"template": template, "num_image_tokens": 1, **settings})
@@ -137,20 +136,20 @@ def text_processor(folder: Path, template: str, *, added: tuple[str, ...] = (), 
 
 @dataclass(frozen=True)
 class Variant:
-    """One recorded way to preprocess: tokenizer and settings; the template's name; the rows by id."""
+    """Recorded preprocessing: tokenizer and settings, name of the template, and rows by id."""
 
     name: str
     template: str
     rows: dict[str, dict[str, Any]]
 
     @property
-    def words(self) -> str:
-        """Everything that names it."""
+    def label(self) -> str:
+        """Full name of the variant."""
         return f"{self.name}/{self.template}"
 
 
 def variants(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[Variant]:
-    """The recorded ways, however deep they lie."""
+    """Yield the recorded variants at any depth of the tree."""
     first = next(iter(tree.values()))
     if "input_ids" not in first and "error" not in first:
         for name, below in tree.items():
@@ -162,26 +161,26 @@ def variants(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[Varia
 
 @dataclass
 class Tally:
-    """How the rows of one recorded file came out, for ids or labels."""
+    """Counts of the results of the rows of a recorded file, for ids or labels."""
 
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
     def add(self, what: str | None, where: str, allowed: frozenset[str]) -> None:
-        """Count a row that is `equal...`, or explained by a name of `llava.compat`; all others are wrong."""
+        """Count a row as `equal...`, as explained by a name of `llava.compat`, or as wrong."""
         if what is not None and (what.startswith("equal") or what in allowed):
             self.counts[what] += 1
         else:
             self.wrong.append(f"{where} ({what})" if what else where)
 
     def line(self, quantity: str) -> Line:
-        """The line of the report."""
+        """Return the line of the report."""
         note = ", ".join(f"{count} {what}" for what, count in self.counts.items()) + _list("; differ", self.wrong)
         return Line(quantity, float(len(self.wrong)), "FAIL" if self.wrong else "ok", note)
 
 
 def preprocessing(oracle: Oracle) -> Iterator[Line]:
-    """`preprocess.json`: ids and labels of every row under every template and tokenizer."""
+    """Compare `preprocess.json`: ids and labels of every row with every template and tokenizer."""
     ids, labels = Tally(), Tally()
     limits = _limits(oracle, list(variants(oracle.json("preprocess.json"))))
     for variant in variants(oracle.json("preprocess.json")):
@@ -201,22 +200,22 @@ def preprocessing(oracle: Oracle) -> Iterator[Line]:
     yield labels.line("labels")
 
 
-def _limits(oracle: Oracle, ways: Sequence[Variant]) -> dict[bool, int]:
-    """Length of the longest recorded rows, by whether they have images: the originals cut the two kinds elsewhere."""
+def _limits(oracle: Oracle, found_variants: Sequence[Variant]) -> dict[bool, int]:
+    """Return the length of the longest recorded rows with and without images, which are cut differently."""
     found = {True: 0, False: 0}
-    for way in ways:
-        for row, recorded in way.rows.items():
+    for variant in found_variants:
+        for row, recorded in variant.rows.items():
             kind = bool(oracle.rows[row].get("image"))
             found[kind] = max(found[kind], len(recorded.get("input_ids", ())))
     return found
 
 
 def _compare(oracle: Oracle, variant: Variant, template: str, limits: dict[bool, int]) -> tuple[Tally, Tally]:
-    """Rows of one way in one template; a row may end early only where the longest ones end."""
+    """Compare the rows of a variant in a template; a row may end early only where the longest ones end."""
     processor = _processor(oracle, variant, template)
     ids, labels = Tally(), Tally()
     for row, recorded in variant.rows.items():
-        where = f"{variant.words}/{row}"
+        where = f"{variant.label}/{row}"
         if "error" in recorded:
             ids.add("refused_rows", where, oracle.compat)
             continue
@@ -230,7 +229,7 @@ def _compare(oracle: Oracle, variant: Variant, template: str, limits: dict[bool,
         if mine is None or not fits or (len(mine[0]) > length != limits[bool(sample.images)]):
             how = None if mine is None else _other_ids(mine[0], recorded["input_ids"], sample, processor)
             ids.add(how, where, oracle.compat)
-            if how == "spelled_end_marks":  # the counting of labels drifts there, or gives up
+            if how == "spelled_end_marks":  # the original count of labels drifts there or fails
                 labels.add("ignored_rows" if _is_ignored(recorded) else how, where, oracle.compat)
             continue
         ids.add("equal" if len(mine[0]) == length else f"equal, cut there at {length}", where, oracle.compat)
@@ -240,7 +239,7 @@ def _compare(oracle: Oracle, variant: Variant, template: str, limits: dict[bool,
 
 
 def _other_ids(ours: list[int], theirs: list[int], sample: Any, processor: LlavaMedProcessor) -> str | None:
-    """Why recorded ids are others than ours, by the name in `llava.compat`; None where nothing explains it."""
+    """Return the name in `llava.compat` that explains ids different from ours; None without one."""
     mine, recorded = _spelled(ours, processor), _spelled(theirs, processor)
     is_cut = mine.startswith(recorded) and str(processor.tokenizer.eos_token) in recorded and not sample.images
     end = processor.eos_token_id
@@ -258,7 +257,7 @@ def _other_ids(ours: list[int], theirs: list[int], sample: Any, processor: Llava
 def _labels(
     ours: list[int], trained: list[int], recorded: dict[str, Any], source: tuple[Conversation, LlavaMedProcessor]
 ) -> str | None:
-    """How recorded labels come out against ours; None where they cannot be explained."""
+    """Return the result of comparing recorded labels with ours; None if they cannot be explained."""
     theirs = recorded["labels"]
     if trained == theirs:
         return "equal"
@@ -272,12 +271,12 @@ def _labels(
 
 
 def _is_ignored(recorded: dict[str, Any]) -> bool:
-    """Whether the original warned of a row and trained nothing of it."""
+    """Return whether the original warned about a row and trained no token of it."""
     return bool(recorded.get("mismatch_warning")) and set(recorded["labels"]) == {IGNORE_INDEX}
 
 
 def _encoded(sample: Any, processor: LlavaMedProcessor) -> tuple[list[int], list[int]] | None:
-    """Ids in the originals' notation, and labels."""
+    """Return ids in the notation of the originals, and labels."""
     try:
         encoded = encode(with_places(sample), processor, images=["image"] * len(sample.images), max_length=None)
     except DataError:
@@ -287,7 +286,7 @@ def _encoded(sample: Any, processor: LlavaMedProcessor) -> tuple[list[int], list
 
 
 def _spelled(ids: list[int], processor: LlavaMedProcessor) -> str:
-    """Text of ids without white space, special tokens spelled out."""
+    """Return the text of ids without white space, with special tokens as text."""
     pieces = [processor.tokenizer.decode([token]) for token in ids if token >= 0]
     return "".join("".join(pieces).split())
 
@@ -310,12 +309,12 @@ def _processor(oracle: Oracle, variant: Variant, template: str) -> LlavaMedProce
 
 
 def _is_patched(variant: Variant) -> bool:
-    """Whether pictures were written as patch tokens: no place holder is left in the ids."""
+    """Return whether images were written as patch tokens, without a placeholder in the ids."""
     return variant.name.startswith("version=")
 
 
 def _longest_run(ids: list[int]) -> int:
-    """Length of the longest run of one id."""
+    """Return the length of the longest run of one id."""
     longest = length = 1
     for before, token in pairwise(ids):
         length = length + 1 if token == before else 1

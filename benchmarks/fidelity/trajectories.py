@@ -1,4 +1,4 @@
-"""Replay of training runs that the original projects recorded: same starting weights, same rows, our trainer.
+"""Replay of recorded training runs of the original projects with our trainer.
 
 train_log.json (command line, row order), init/, base_llm/ --our trainer--> loss of every micro-batch, last weights
                                                                             | differences
@@ -36,10 +36,10 @@ from llava.train.run import layout_of, make_collator, make_trainer, prepare
 LOG_FILE = "train_log.json"
 
 IMAGE_MARK = -200
-"""The originals' id of an image place holder."""
+"""Token id of an image placeholder in the originals."""
 
 PATHS = ("model_name_or_path", "vision_tower", "vision_tower_config", "vision_tower_checkpoint", "image_folder")
-"""Options of the recorded command lines that name files beside the log."""
+"""Options of recorded command lines that name files beside the log."""
 
 DROPPED = (
     "no_cuda",
@@ -51,33 +51,33 @@ DROPPED = (
     "data_aug",
     "sq_r",
 )
-"""Recorded options that decide nothing here: devices, saving, and what the recorded starting weights replace."""
+"""Recorded options without effect here: devices, saving, and parts that the starting weights replace."""
 
 CUT_BEFORE_IMAGES = ("loader", "sq_r")
-"""Options that only LLaVA-Rad's and STLLaVA-Med's trainers have, which cut rows before images were put in."""
+"""Options of the trainers of LLaVA-Rad and STLLaVA-Med, which cut rows before they insert images."""
 
 MED_1_0_TEMPLATES = {"v0": "default", "v1": "vicuna_v1_1"}
-"""LLaVA-Med 1.0's versions, by the name of the template that each trains."""
+"""Template that LLaVA-Med 1.0 trains, by its `--version`."""
 
 MAX_ATTEMPTS, CLOSE_ENOUGH = 8, 1e-6
-"""For a starting row that has to be found."""
+"""Limits of the search for a random starting row."""
 
 LOSS_TOLERANCE = 1e-5
-"""Of a micro-batch's loss, about 7: 20 units in the last place of float32, of a mean over tokens of one batch."""
+"""Tolerance of a micro-batch loss of about 7: 20 units in the last place of float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A replayed run.
+    """Replayed run.
 
     Attributes:
-        losses: of every micro-batch, ours.
-        recorded: of every micro-batch, the original's.
-        weights: largest difference to the original's last weights, by name.
-        shares: the same in units of what rounding allows each weight, see `weight_bounds`: at most 1.
-        bounds: of every entry of the trained weights, by our name.
+        losses: our losses of the micro-batches.
+        recorded: recorded losses of the micro-batches.
+        weights: largest difference to the recorded last weights, by name.
+        shares: the same in units of the rounding bound of each weight, see `weight_bounds`; at most 1 is expected.
+        bounds: bounds of the entries of the trained weights, by our name.
         trained: our last weights, by our name.
-        head_row: the starting row of the head that had to be found, where one was random.
+        head_row: starting row of the head found by search, if it was random.
     """
 
     losses: list[float]
@@ -90,7 +90,7 @@ class Replay:
 
     @property
     def loss_difference(self) -> float:
-        """Largest difference of a micro-batch's loss."""
+        """Largest difference of a micro-batch loss."""
         return max(abs(ours - theirs) for ours, theirs in zip(self.losses, self.recorded, strict=True))
 
     @property
@@ -100,14 +100,14 @@ class Replay:
 
 
 class RecordedOrder(StepSampler):
-    """The rows of a recorded run, step by step; its epochs are one here.
+    """Sampler of the rows of a recorded run, all epochs as one.
 
     Args:
-        order: row numbers as they were fetched, at least as many as were trained on.
-        num_rows: rows of the data set; no micro-batch holds rows of two epochs.
-        micro_batch: rows of a micro-batch.
-        accumulation: micro-batches of a step.
-        num_steps: steps that were made.
+        order: row numbers in the recorded order, at least as many as were trained on.
+        num_rows: number of rows of the data set; no micro-batch holds rows of two epochs.
+        micro_batch: rows per micro-batch.
+        accumulation: micro-batches per step.
+        num_steps: number of recorded steps.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class RecordedOrder(StepSampler):
 
 
 class Recording:
-    """An objective that also remembers the loss of every row, which is one micro-batch here."""
+    """Objective that also records the loss of every row, which is one micro-batch here."""
 
     def __init__(self, objective: Objective, accumulation: int) -> None:
         self.objective = objective
@@ -136,14 +136,14 @@ class Recording:
         self.losses: list[float] = []
 
     def __call__(self, model: Any, batch: FlatBatch, *, num_items: Tensor) -> ObjectiveOutput:
-        """Compute as the objective does."""
+        """Return the output of the objective and record its loss."""
         output = self.objective(model, batch, num_items=num_items)
         self.losses.append(float(output.loss.detach()) * self.accumulation)
         return output
 
 
 def runs(folder: Path) -> dict[str, str | None]:
-    """The runs that a folder recorded, each with the reason why it cannot be replayed, or None."""
+    """Return the recorded runs of a folder with the reason why each cannot be replayed, or None."""
     logs = json.loads((folder / LOG_FILE).read_text(encoding="utf-8"))
     return {run: _not_built(_options(log["argv"])) for run, log in sorted(logs.items())}
 
@@ -157,13 +157,13 @@ def _not_built(options: Mapping[str, str]) -> str | None:
 
 
 def replay(folder: Path, run: str, scratch: Path, *, loss_normalization: str = "micro_batches") -> Replay:
-    """Train as the recorded run did.
+    """Return the replay of a recorded run.
 
     Args:
-        folder: with `train_log.json` and the files it names.
+        folder: folder with `train_log.json` and the files it names.
         run: key of the log; its starting weights are `init/RUN.bin`.
-        scratch: an empty folder for what the run writes.
-        loss_normalization: `tokens` trains with this package's default instead.
+        scratch: an empty folder for the files of the run.
+        loss_normalization: `micro_batches` as the originals, or `tokens`, the default of this package.
     """
     log = json.loads((folder / LOG_FILE).read_text(encoding="utf-8"))[run]
     options = _options(log["argv"])
@@ -177,7 +177,7 @@ def replay(folder: Path, run: str, scratch: Path, *, loss_normalization: str = "
         options |= {"version": "v1", "system_file": str(scratch / "system.txt")}
     if not grown_vocabulary.is_grown(final):
         return _compared(_run(job), log["micro_losses"], final)
-    # One row of the head was random and is not recorded: it is the one from which the run ends as it was recorded.
+    # One row of the head was random and is not recorded; search the one from which the run ends as recorded.
     start = grown_vocabulary.Start(base, final)
     for attempt in range(MAX_ATTEMPTS):
         options["model_name_or_path"] = str(start.write(scratch / f"lm-{attempt}"))
@@ -185,14 +185,14 @@ def replay(folder: Path, run: str, scratch: Path, *, loss_normalization: str = "
         if start.correct(ended.trained) < CLOSE_ENOUGH:
             break
     head = current_name(grown_vocabulary.HEAD)
-    if head in ended.bounds:  # that row is known as well as it was found
+    if head in ended.bounds:  # the search limits the precision of that row
         ended.bounds[head][start.patch] += CLOSE_ENOUGH
     return replace(_compared(ended, log["micro_losses"], final), head_row=start.head_row)
 
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    """A finished run: losses of the micro-batches, last value of every trained weight and how exact it can be."""
+    """Finished run: losses of the micro-batches, last trained weights and their bounds."""
 
     losses: list[float]
     trained: dict[str, Tensor]
@@ -212,7 +212,7 @@ def _compared(ended: _Ended, recorded: list[float], final: Path) -> Replay:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What a run needs: the log's folder, a scratch folder, options, row order, starting weights, and whose it is."""
+    """Inputs of a run: folders, options, row order, starting weights, and whether it is LLaVA-Med 1.0's."""
 
     folder: Path
     scratch: Path
@@ -223,7 +223,7 @@ class _Job:
 
 
 def _run(job: _Job) -> _Ended:
-    """Train once."""
+    """Train once and return the finished run."""
     parsed = parse(_command_line(job))
     set_seed(parsed[2].seed)
     loaded = open_model(*parsed)
@@ -241,21 +241,21 @@ def _run(job: _Job) -> _Ended:
     )
 
 
-def _options(words: Sequence[str]) -> dict[str, str]:
-    """Pairs of option and value of a recorded command line; an option without one is switched on."""
+def _options(argv: Sequence[str]) -> dict[str, str]:
+    """Return option names and values of a recorded command line; options without a value are on."""
     found: dict[str, str] = {}
     name = ""
-    for word in words:
-        if word.startswith("--"):
-            name = word.removeprefix("--")
+    for text in argv:
+        if text.startswith("--"):
+            name = text.removeprefix("--")
             found[name] = "True"
         else:
-            found[name] = word
+            found[name] = text
     return found
 
 
 def _rows(folder: Path, path: str, scratch: Path) -> Path:
-    """The data file; a path with a remark about images stands for the rows that have one."""
+    """Return the data file; a path with a remark about images means the rows with an image."""
     name, _, remark = path.partition(" ")
     if not remark:
         return folder / name
@@ -280,7 +280,7 @@ def _command_line(job: _Job) -> list[str]:
     }
     if job.med_1_0:
         changed |= {"mm_use_im_patch_token": "True", "version": MED_1_0_TEMPLATES[options["version"]]}
-    return [word for name, value in changed.items() for word in (f"--{name}", value)]
+    return [text for name, value in changed.items() for text in (f"--{name}", value)]
 
 
 def _train(
@@ -310,7 +310,7 @@ def _train(
 
 
 def system_text(ids: Sequence[int], language_model: Path) -> str:
-    """The system text at the start of recorded ids; without self-questioning `v1_sq` is `v1` with another one."""
+    """Return the system prompt at the start of recorded ids, which distinguishes `v1_sq` from `v1`."""
     until_image = list(ids)[1 : list(ids).index(IMAGE_MARK)] if IMAGE_MARK in ids else list(ids)[1:]
     text = str(AutoTokenizer.from_pretrained(language_model).decode(until_image))
     return text.split(" USER:", 1)[0].strip()

@@ -1,10 +1,10 @@
-"""Bounds on the difference of two float32 runs of one AdamW training, weight by weight.
+"""Bounds on the difference of two float32 runs of one AdamW training for each weight.
 
-gradients of every step --> how far rounding may move an update --> sum over the steps = bound of each weight
+gradients of every step --> largest effect of rounding on an update --> sum over the steps = bound of each weight
 
-Two CPUs add the terms of a product in another order, so their gradients differ by rounding. AdamW divides a gradient
-by its own running size: a weight with a large gradient hardly notices, a weight whose gradient nearly cancels can move
-by up to two learning rates a step. One number for all weights is therefore too strict for a few and too loose for most.
+Two CPUs add the terms of a product in different order, so their gradients differ by rounding. AdamW divides a gradient
+by its own running size: a weight with a large gradient hardly changes, a weight whose gradient nearly cancels can move
+by up to two learning rates per step. One bound for all weights is thus too strict for a few and too loose for most.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def gradient_rounding(network: nn.Module, num_tokens: int) -> float:
     backward; the gradient of a weight sums over the tokens. Independent errors add up as the root of their squares.
 
     Args:
-        network: the model that is trained.
-        num_tokens: largest number of tokens of a step.
+        network: the trained model.
+        num_tokens: largest number of tokens per step.
     """
     matrices = [m.weight.flatten(1) for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     return UNIT_ROUNDOFF * math.sqrt(sum(sum(matrix.shape) for matrix in matrices) + num_tokens)
 
 
 def update_limit(betas: tuple[float, float], step: int) -> float:
-    """Return the largest |m| / sqrt(v) that any gradients give at a step (from 1), with corrected moments.
+    """Return the largest |m| / sqrt(v) of any gradients at a step (from 1), with corrected moments.
 
-    By Cauchy and Schwarz: the root of the sum of a^2 / b over the weights a, b that the moments give to each step.
+    By Cauchy-Schwarz: the root of the sum of a^2 / b over the weights a, b of each step in the two moments.
     """
     first, second = betas
     ages = range(step)
@@ -54,7 +54,7 @@ def update_limit(betas: tuple[float, float], step: int) -> float:
 
 @dataclass(slots=True)
 class _Weight:
-    """What has been seen of one parameter: steps, second moment, gradient error, and the bound so far."""
+    """State of one parameter: steps, second moment, gradient error, and the bound so far."""
 
     steps: int
     square: Tensor
@@ -63,15 +63,15 @@ class _Weight:
 
 
 class WeightBounds(TrainerCallback):
-    """Adds up, step by step, by how much each weight may differ between two machines.
+    """Callback that accumulates by how much each weight may differ between two machines.
 
     With corrected moments m, v of our gradients and m', v' of the other run's, whose gradients differ by at most d:
     |m - m'| <= d and |sqrt(v) - sqrt(v')| <= d, both being averages, so the two updates differ by at most
     `lr * (1 + c) * d / (sqrt(v) + eps)`, and never by more than `2 * c * lr`, with c of `update_limit`.
 
     Args:
-        network: the model that is trained.
-        num_tokens: largest number of tokens of a step.
+        network: the trained model.
+        num_tokens: largest number of tokens per step.
     """
 
     def __init__(self, network: nn.Module, num_tokens: int) -> None:
@@ -81,21 +81,21 @@ class WeightBounds(TrainerCallback):
 
     @property
     def bounds(self) -> dict[str, Tensor]:
-        """Bound of each weight that was stepped, float64, by its name."""
+        """Bound of each updated weight in float64, by name."""
         return {name: weight.bound for name, weight in self._weights.items()}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Add the step that is about to be made; gradients are clipped already."""
+        """Add the coming step; gradients are already clipped."""
         stepped = list(_stepped(given["optimizer"]))
-        # A gradient whose terms nearly cancel (a bias before a softmax that hardly depends on it) is as exact as the
-        # terms, which are rounded themselves: not better than the largest gradient's last place.
+        # A gradient whose terms nearly cancel (a bias before a softmax that hardly depends on it) is only as exact as
+        # its rounded terms, so its error is at least the last place of the largest gradient.
         floor = UNIT_ROUNDOFF * max(float(gradient.abs().max()) for _, _, gradient in stepped)
         for group, parameter, gradient in stepped:
             name = self.names[parameter]
             if name not in self._weights:
                 zero = torch.zeros_like(parameter, dtype=torch.float64)
                 self._weights[name] = _Weight(0, zero, zero, zero)
-            # Where no token reaches a row, its gradient is exactly zero.
+            # The gradient of a row that no token uses is exactly zero.
             size = _row_size(gradient.double())
             rounding = torch.where(size > 0, (self.rounding * size).clamp(min=floor), 0.0)
             self._add(self._weights[name], parameter.detach(), gradient.double(), rounding, group)
@@ -105,25 +105,25 @@ class WeightBounds(TrainerCallback):
         weight.steps += 1
         weight.square = beta * weight.square + (1 - beta) * gradient**2
         size = (weight.square / (1 - beta**weight.steps)).sqrt() + group["eps"]
-        # Both runs round (2), and a step's gradient is taken at weights that the steps before it moved apart: their
-        # roundings are carried along, hence the factor of the step number.
+        # Factor 2, because both runs round. Factor of the step number, because a step's gradient is taken at weights
+        # that differ by the roundings of all steps before it.
         weight.error = torch.maximum(weight.error, 2 * weight.steps * rounding)
         limit = update_limit(group["betas"], weight.steps)
         update = rate * ((1 + limit) * weight.error / size).clamp(max=2 * limit)
-        # The weights and the updates are float32 themselves, in both runs.
+        # In both runs, the weights and updates are themselves float32.
         stored = 2 * UNIT_ROUNDOFF * (value.abs().double() + UPDATE_OPERATIONS * limit * rate)
-        # A row without any gradient so far, such as that of a token that never occurs, is not moved at all.
+        # A row without a gradient so far, such as that of a token that never occurs, does not move.
         weight.bound = weight.bound + torch.where(weight.error > 0, update + stored, 0.0)
 
 
 def _row_size(gradient: Tensor) -> Tensor:
-    """The largest entry of each row, which holds one output's gradients; of a vector, of the whole."""
+    """Return the largest entry of each row (gradients of one output), or of the whole vector."""
     rows = tuple(range(1, gradient.dim())) or (0,)
     return gradient.abs().amax(dim=rows, keepdim=True).expand_as(gradient)
 
 
 def _stepped(optimizer: Any) -> Iterator[tuple[dict[str, Any], nn.Parameter, Tensor]]:
-    """Yield group, parameter and gradient of everything that a step changes."""
+    """Yield group, parameter and gradient of every parameter that a step changes."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:

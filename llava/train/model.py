@@ -15,7 +15,7 @@ from llava.errors import ConfigError
 from llava.model.anyres import use_policy
 from llava.model.builder import Loaded, build, portable
 from llava.model.checkpoint.files.shards import find_weights
-from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, ORIGIN_FILE, OURS, PROJECTOR_FILES, sniff
+from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, ORIGIN_FILE, OURS, PROJECTOR_FILES, Checkpoint
 from llava.model.checkpoint.hub import hub_config, is_hub_name, local_folder
 from llava.model.checkpoint.load import PART_FLAGS, USED_PARTS, load, read_origin
 from llava.model.checkpoint.load_parts import load_projector
@@ -65,7 +65,7 @@ def holds_tower_and_projector(path: str) -> bool:
         return bool(hub_config(path).keys() & {"mm_vision_tower", "vision_config"})
     folder = Path(path)
     has_part = any((folder / name).is_file() for name in (ORIGIN_FILE, ADAPTER_CONFIG_FILE, *PROJECTOR_FILES))
-    return has_part or (find_weights(folder) is not None and sniff(folder).kind != "language_model")
+    return has_part or (find_weights(folder) is not None and Checkpoint.open(folder).kind != "language_model")
 
 
 def _continue(model_args: ModelArguments, data_args: DataArguments, system: str | None) -> Loaded:
@@ -95,7 +95,8 @@ def _tower_parts(model_args: ModelArguments) -> dict[str, Any]:
     path = model_args.model_name_or_path
     names = ("vision_tower", "vision_tower_config", "vision_tower_checkpoint")
     given = {name: value for name in names if (value := getattr(model_args, name)) is not None}
-    kind = sniff(local_folder(path) if is_hub_name(path) else path).kind if given else "legacy"
+    folder = local_folder(path) if is_hub_name(path) else path
+    kind = Checkpoint.open(folder).kind if given else "legacy"
     if "vision_tower" in USED_PARTS.get(kind, PART_FLAGS):
         return given
     if kind not in OURS:  # for our formats, `check_against` compares the tower

@@ -314,8 +314,6 @@ def _explain(folder: Path, config: dict[str, Any]) -> str:
     return f"{CONFIG_FILE} without weights (model, adapter or {PROJECTOR_FILES[-1]}); found {found}"
 
 
-sniff = Checkpoint.open
-
 TABLE = "embed_tokens.weight"
 
 
