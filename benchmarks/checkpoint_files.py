@@ -1,4 +1,4 @@
-"""Random checkpoints for the benchmark of reading and writing: a base with its delta, and one model in two layouts."""
+"""Random checkpoints for `checkpoint_io`: a base with its delta, and one model in two formats."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from llava.model.checkpoint.tools import delta
 from llava.model.config import LlavaMedConfig
 from llava.model.modeling import LlavaMedForConditionalGeneration
 
-NUM_NEW_WORDS = 3
+NUM_NEW_TOKENS = 3
 DEVIATION, CHANGE = 0.02, 0.001
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How large the models are, and their shards at most."""
+    """Sizes of the models, and largest size of a shard."""
 
     width: int
     num_layers: int
     max_shard_bytes: int
 
     def language_model(self, num_rows: int) -> LlamaConfig:
-        """Llama's proportions; head and embeddings apart."""
+        """Return a configuration with the proportions of Llama and an untied head."""
         return LlamaConfig(
             vocab_size=num_rows,
             hidden_size=self.width,
@@ -55,7 +55,7 @@ class Sizes:
 FULL = Sizes(width=2048, num_layers=17, max_shard_bytes=500 * 10**6)
 """1.0 billion parameters."""
 QUICK = Sizes(width=1024, num_layers=4, max_shard_bytes=50 * 10**6)
-"""0.12 billion."""
+"""0.12 billion parameters."""
 
 
 def _shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -75,18 +75,18 @@ def _shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def random_half(shape: tuple[int, ...], deviation: float, generator: torch.Generator) -> Tensor:
-    """A float16 tensor of normal values."""
+    """Return a float16 tensor of normally distributed values."""
     return torch.empty(shape).normal_(0.0, deviation, generator=generator).half()
 
 
 def write_pair(folder: Path, sizes: Sizes, *, safe: bool) -> tuple[Path, Path]:
-    """A base, and the delta of a model with three more words to it; returns their folders."""
+    """Write a base and the delta of a model with three more tokens; return their folders."""
     base, target, made = folder / "base", folder / "target", folder / "delta"
     generator = torch.Generator().manual_seed(0)
     with ShardWriter(base, max_shard_bytes=sizes.max_shard_bytes, safe=safe) as writer:
         for name, shape in _shapes(sizes.language_model(common.VOCABULARY)):
             writer.add(name, random_half(shape, DEVIATION, generator))
-    grown = sizes.language_model(common.VOCABULARY + NUM_NEW_WORDS)
+    grown = sizes.language_model(common.VOCABULARY + NUM_NEW_TOKENS)
     with open_tensors(base) as reader, ShardWriter(target, max_shard_bytes=sizes.max_shard_bytes) as writer:
         for name, shape in _shapes(grown):
             tensor = random_half(shape, CHANGE, generator)
@@ -105,7 +105,7 @@ def _write_config(folder: Path, config: LlamaConfig) -> None:
 
 
 def write_models(folder: Path, sizes: Sizes, *, safe: bool) -> tuple[Path, Path]:
-    """One random model in shards of the originals' layout and of transformers' Llava; returns their folders."""
+    """Write a random model in the format of the originals and of transformers; return the folders."""
     loaded = _random_model(sizes)
     legacy, hf = folder / "legacy", folder / "hf"
     export_legacy(loaded, legacy, safe=safe, max_shard_bytes=sizes.max_shard_bytes)

@@ -1,15 +1,14 @@
-"""Reading and writing checkpoints: apply_delta against loading both models, our loading against from_pretrained.
+"""Benchmark of checkpoints: apply_delta against loading both models, loading against from_pretrained.
 
 python -m benchmarks.checkpoint_io [--quick] [--rounds 3] [--folder DIR]
 
 Random models of one billion parameters, float16, in shards of at most 500 MB, as safetensors and as `.bin`. Every run
-is a process of its own; its time and its peak of resident anonymous memory (`RssAnon`, read from outside) begin after
-its imports. Sides take turns, and the files are in the page cache before the first. Results must be equal: of
-apply_delta every bit, of loading the sum of the bits of all weights.
+is a separate process; its time and its peak of resident anonymous memory (`RssAnon`, read from outside) are counted
+after its imports. Sides alternate, with the files in the page cache. Results must be equal: every bit of apply_delta,
+and the sum of the bits of all weights for loading.
 
-Both sides of loading make model, tokenizer and processor, and return while weights still lie in the mapped files. A
-complete load counts (`load_...`): until every weight was read once. Beside it stands the same with the model alone on
-the other side (`load_model_...`), which is no use without its processor.
+Both sides of loading make model, tokenizer and processor, and return while weights are still in mapped files. Ratio
+`load_...` counts until every weight was read once; `load_model_...` leaves out the processor of the other side.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ from llava.utils.cli import Parser
 FORMS = ("safetensors", "bin")
 INTERVAL_S = 0.002
 LOADS_A_ROUND = 3
-"""Loading takes less than a second, and so little is easily disturbed."""
+"""Loads per round, because a load takes less than a second and varies."""
 WANTED = {"delta_memory": 0.35, "delta_time": 1.0, "load": 1.2}
 Measured = dict[str, float]
 
 
 def anonymous_mib(process: int) -> float | None:
-    """Resident anonymous memory of a process in MiB; None when it has ended."""
+    """Return the resident anonymous memory of a process in MiB; None if it has ended."""
     try:
         found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     except (FileNotFoundError, ProcessLookupError):
@@ -52,10 +51,10 @@ def anonymous_mib(process: int) -> float | None:
 
 
 def run_side(name: str, *words: object) -> Measured:
-    """One side in a process of its own: its measurements and its peak of anonymous memory above its imports.
+    """Run one side in a process; return its measurements and its peak memory above its imports.
 
     Raises:
-        RuntimeError: the process failed; with its last words.
+        RuntimeError: the process failed; the message ends with its error output.
     """
     command = [sys.executable, "-m", "benchmarks.checkpoint_sides", name, *map(str, words)]
     with ExitStack() as stack:
@@ -92,7 +91,7 @@ def _watch(process: int, ends: threading.Event) -> float:
 
 
 def warm(*folders: Path) -> None:
-    """Read all files once, so that the first side finds them in the page cache as the others do; write back others."""
+    """Read all files into the page cache, and flush pending writes."""
     for folder in folders:
         for file in folder.iterdir():
             if file.is_file():
@@ -103,7 +102,7 @@ def warm(*folders: Path) -> None:
 
 
 def measure_delta(folder: Path, sizes: Sizes, form: str, rounds: int) -> dict[str, list[Measured]]:
-    """apply_delta and the load-both-models way, in turns."""
+    """Return measurements of apply_delta and of loading both models, alternated."""
     base, delta = write_pair(folder, sizes, safe=form == "safetensors")
     shutil.rmtree(folder / "target")
     taken: dict[str, list[Measured]] = {"delta_ours": [], "delta_both_models": []}
@@ -119,7 +118,7 @@ def measure_delta(folder: Path, sizes: Sizes, form: str, rounds: int) -> dict[st
 
 
 def measure_load(folder: Path, sizes: Sizes, form: str, rounds: int) -> dict[str, list[Measured]]:
-    """Our loading of shards in the originals' layout, and from_pretrained of shards in transformers' own, in turns."""
+    """Return measurements of our loading and of from_pretrained, each of its own format, alternated."""
     legacy, hf = write_models(folder, sizes, safe=form == "safetensors")
     places = {"load_ours": legacy, "load_plain": hf}
     taken: dict[str, list[Measured]] = {side: [] for side in places}
@@ -134,12 +133,12 @@ def measure_load(folder: Path, sizes: Sizes, form: str, rounds: int) -> dict[str
 
 
 def _in_turn(sides: Mapping[str, object], number: int) -> list[str]:
-    """Every second round in the other order."""
+    """Return the sides, in reverse order every second round."""
     return list(sides) if number % 2 == 0 else list(reversed(list(sides)))
 
 
 def assert_equal(one: Path, other: Path) -> None:
-    """Both sides wrote the same model.
+    """Check that both sides wrote the same model.
 
     Raises:
         RuntimeError: a tensor differs.
@@ -153,7 +152,7 @@ def assert_equal(one: Path, other: Path) -> None:
 
 
 def report(form: str, part: str, taken: Mapping[str, Sequence[Measured]], ratios: dict[str, float]) -> None:
-    """A table of medians, and the medians of each round's ratios."""
+    """Print a table of medians, and add the medians of each round's ratios to `ratios`."""
     ours, peer = taken.values()
     columns = ["seconds", "mib"] if part == "delta" else ["loaded", "read", "mib"]
     common.say(f"\n{part}, {form}\n| side | {' | '.join(columns)} |\n| --- |{' --- |' * len(columns)}")
@@ -179,9 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="read and write checkpoints of random models",
         epilog="example: python -m benchmarks.checkpoint_io --folder /large/disk",
     )
-    parser.add_switch("--quick", help="0.12 billion parameters, to see that it runs")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of every side; medians count")
-    parser.add_argument("--folder", type=Path, help="where to put the files (10 GB); a temporary folder by default")
+    parser.add_switch("--quick", help="0.12 billion parameters, as a test")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds; medians are reported")
+    parser.add_argument("--folder", type=Path, help="folder for the files (10 GB); default: a temporary folder")
     args = parser.parse_args(argv)
     sizes = QUICK if args.quick else FULL
     torch.set_num_threads(2)

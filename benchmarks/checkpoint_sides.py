@@ -1,8 +1,8 @@
-"""What the benchmark of reading and writing checkpoints runs, a process a side.
+"""Sides of the benchmark `checkpoint_io`, each run in a process.
 
     python -m benchmarks.checkpoint_sides SIDE WORD...      run by benchmarks.checkpoint_io
 
-Imports first, then `ready`; a line on standard input starts the work; its measurements are one JSON line.
+The process imports, prints `ready`, waits for a line on standard input, and prints its measurements as a JSON line.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from llava.model import apply_delta
 from llava.model.checkpoint import export_hf
 from llava.model.checkpoint.load import load
 
-assert export_hf, "imports count for no side"
+assert export_hf, "imported here, so that no side counts the import"
 BYTES_PER_GB = 10**9
-Words = Sequence[str]
 
 
 def delta_ours(base: str, delta: str, target: str, shard_bytes: str, form: str) -> dict[str, float]:
-    """`python -m llava.model.apply_delta`."""
+    """Run `python -m llava.model.apply_delta`."""
     words = ["--base", base, "--delta", delta, "--target", target]
     words += ["--max-shard-gb", str(int(shard_bytes) / BYTES_PER_GB)]
     apply_delta.main([*words, "--bin"] if form == "bin" else words)
@@ -38,7 +37,7 @@ def delta_ours(base: str, delta: str, target: str, shard_bytes: str, form: str) 
 
 @torch.no_grad()
 def delta_both_models(base: str, delta: str, target: str, shard_bytes: str, form: str) -> dict[str, float]:
-    """As the originals do it: two models, one added to the other in place, and saved."""
+    """Add one loaded model to another in place and save it, as the originals do."""
     old = LlamaForCausalLM.from_pretrained(base, dtype=torch.float16, low_cpu_mem_usage=True)
     new = LlamaForCausalLM.from_pretrained(delta, dtype=torch.float16, low_cpu_mem_usage=True)
     known = old.state_dict()
@@ -53,7 +52,7 @@ def delta_both_models(base: str, delta: str, target: str, shard_bytes: str, form
 
 
 def _save_bin(model: PreTrainedModel, folder: Path, shard_bytes: int) -> None:
-    """What `save_pretrained` wrote before it wrote safetensors only."""
+    """Write `.bin` shards as `save_pretrained` did before it wrote only safetensors."""
     state = model.state_dict()
     pattern = "pytorch_model{suffix}.bin"
     split = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=shard_bytes)
@@ -66,14 +65,14 @@ def _save_bin(model: PreTrainedModel, folder: Path, shard_bytes: int) -> None:
 
 
 def load_ours(folder: str) -> dict[str, float]:
-    """`llava.model.checkpoint.load.load` of a checkpoint in the originals' layout, with its tokenizer and processor."""
+    """Load a checkpoint in the format of the originals with `llava.model.checkpoint.load`."""
     start = time.perf_counter()
     model = load(folder).model
     return _read_all(model, time.perf_counter() - start)
 
 
 def load_plain(folder: str) -> dict[str, float]:
-    """transformers' own classes from its own layout: the model, then the processor, which is timed apart too."""
+    """Load model and processor in the format of transformers; the processor is also timed alone."""
     start = time.perf_counter()
     model = LlavaForConditionalGeneration.from_pretrained(folder)
     middle = time.perf_counter()
@@ -84,10 +83,8 @@ def load_plain(folder: str) -> dict[str, float]:
 
 @torch.no_grad()
 def _read_all(model: PreTrainedModel, seconds: float) -> dict[str, float]:
-    """Weights may still lie in the mapped files: what it takes to read each of them once, and the sum of their bits.
-
-    The place holder's row does not count: the originals' layout has none, it is made anew.
-    """
+    """Return the seconds to read every weight once, and the sum of their bits."""
+    # Weights may still be in mapped files. The row of the placeholder is excluded, because the originals lack it.
     start = time.perf_counter()
     weights = [weight[: common.IMAGE_TOKEN_ID].reshape(-1).view(torch.int64) for weight in model.parameters()]
     total = sum(int(weight.sum()) for weight in weights)
@@ -103,14 +100,14 @@ SIDES: dict[str, Callable[..., dict[str, float]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the side that the first word names."""
-    name, *words = sys.argv[1:] if argv is None else argv
+    """Run the side that the first argument names."""
+    name, *arguments = sys.argv[1:] if argv is None else argv
     torch.set_num_threads(2)
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     _tell("ready")
     sys.stdin.readline()
     start = time.perf_counter()
-    values = SIDES[name](*words)
+    values = SIDES[name](*arguments)
     _tell(json.dumps({"seconds": time.perf_counter() - start, **values}))
 
 

@@ -1,7 +1,7 @@
-"""What the benchmarks share: one model in two classes with equal weights, random questions, alternating clocks.
+"""Shared parts of the benchmarks: one model in two classes, random questions, alternated timing.
 
-Everything is random and made here; nothing is fetched. Times of different programs on a shared machine cannot be
-compared, ratios of alternated runs can: only those are reported.
+All data are random and made here, without downloads. On a shared machine, times of different programs cannot be
+compared, but ratios of alternated runs can, so ratios are reported.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Questions:
 
 
 def config_values() -> dict[str, Any]:
-    """The 24M-parameter model: ViT 6 x 192, Llama 6 x 256, 256 tokens an image."""
+    """Return the configuration of the 24M model: ViT 6 x 192, Llama 6 x 256, 256 tokens per image."""
     vision = CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=768,
@@ -85,7 +85,7 @@ def config_values() -> dict[str, Any]:
 
 
 def our_model(seed: int = 0) -> LlavaMedForConditionalGeneration:
-    """The model of this package, attending tree by tree."""
+    """Return the model of this package with tree attention."""
     torch.manual_seed(seed)
     model = LlavaMedForConditionalGeneration(LlavaMedConfig(projector_type="mlp2x_gelu", **config_values()))
     use_tree_attention(model)
@@ -93,7 +93,7 @@ def our_model(seed: int = 0) -> LlavaMedForConditionalGeneration:
 
 
 def library_model(ours: LlavaMedForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """transformers' own class with the weights of `ours`, on SDPA."""
+    """Return the model class of transformers with the weights of `ours` and SDPA attention."""
     model = LlavaForConditionalGeneration(LlavaConfig(**config_values()))
     state = {}
     for name, weight in ours.state_dict().items():
@@ -107,13 +107,13 @@ def library_model(ours: LlavaMedForConditionalGeneration) -> LlavaForConditional
 def random_questions(
     num_images: int, questions_per_image: int, answer_tokens: Callable[[random.Random, int], int], *, seed: int = 0
 ) -> Questions:
-    """Random images with random texts behind them.
+    """Return random images, each followed by random texts.
 
     Args:
-        num_images: different images.
-        questions_per_image: sequences about each.
-        answer_tokens: given a source of chance and a text length, how many of the text's last tokens are trained.
-        seed: same seed, same questions.
+        num_images: number of distinct images.
+        questions_per_image: number of sequences about each image.
+        answer_tokens: number of trained tokens at the end of a text, given a random generator and the text length.
+        seed: seed of images and texts.
     """
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -130,7 +130,7 @@ def random_questions(
 
 
 def _log_uniform(count: int, draw: random.Random) -> list[int]:
-    """Evenly spaced quantiles of the log-uniform distribution in random order: a small sample with its mean."""
+    """Return evenly spaced quantiles of the log-uniform distribution in random order."""
     shortest, longest = TEXT_TOKENS
     lengths = [round(shortest * (longest / shortest) ** ((index + 0.5) / count)) for index in range(count)]
     draw.shuffle(lengths)
@@ -145,7 +145,7 @@ def _sequence(key: str, text: Sequence[int], num_trained: int) -> Encoded:
 
 
 def padded_inputs(sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a usual collator hands to the library: right-padded rows, one image a row."""
+    """Return the inputs of a usual collator: right-padded rows, one image per row."""
     longest = max(len(sequence.input_ids) for sequence in sequences)
     ids = torch.full((len(sequences), longest), PAD_TOKEN_ID)
     labels = torch.full((len(sequences), longest), IGNORE_INDEX)
@@ -160,10 +160,8 @@ def padded_inputs(sequences: Sequence[Encoded], images: Mapping[str, Tensor]) ->
 
 
 def alternate(sides: Mapping[str, Sequence[Callable[[], None]]]) -> dict[str, float]:
-    """Run the batches of all sides in turn (first batch of each, second of each, ...); seconds each side took.
-
-    All sides have the same number of batches, so a busy moment of the machine meets them all alike.
-    """
+    """Run the batches of all sides in turn (first of each, second of each, ...); return seconds by side."""
+    # All sides have the same number of batches, so other load on the machine affects them equally.
     seconds = dict.fromkeys(sides, 0.0)
     for batches in zip(*sides.values(), strict=True):
         for name, run in zip(sides, batches, strict=True):
@@ -174,13 +172,13 @@ def alternate(sides: Mapping[str, Sequence[Callable[[], None]]]) -> dict[str, fl
 
 
 def median(values: Sequence[float]) -> float:
-    """Median of measured values."""
+    """Return the median of measured values."""
     return statistics.median(values)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave log lines out of a report; afterwards they come again."""
+    """Suppress log lines inside the context."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -196,11 +194,11 @@ def say(text: str) -> None:
 
 SMALL_PRODUCT, LARGE_PRODUCT = ProductShape(16, 576, 1536), ProductShape(512, 1024, 1024)
 SLOW_GFLOPS = 20.0
-"""Below this rate of the small product the large one would take seconds and say the same."""
+"""Rate of the small product below which the large one is skipped, because it would take seconds."""
 
 
 def product_gflops(dtype: torch.dtype) -> float:
-    """Return the rate of matrix products on the CPU with the threads in use, in 10^9 operations a second."""
+    """Return the rate of CPU matrix products with the threads in use, in 10^9 operations per second."""
     best = 0.0
     for shape in (SMALL_PRODUCT, LARGE_PRODUCT):
         operations = 2 * shape.rows * shape.inner * shape.columns
@@ -211,7 +209,7 @@ def product_gflops(dtype: torch.dtype) -> float:
 
 
 def machine() -> str:
-    """Return what kind of machine measures: instruction set, cores, rates of products, versions; never its name."""
+    """Return a description of the machine: instruction set, cores, rates of products, versions."""
     rates = ", ".join(
         f"{name} {product_gflops(dtype):.1f}" for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))
     )
@@ -223,5 +221,5 @@ def machine() -> str:
 
 
 def say_ratios(ratios: Mapping[str, float]) -> None:
-    """The last line of a benchmark, for machines."""
+    """Write the last line of a benchmark, which is machine-readable."""
     say("RATIO " + " ".join(f"{name}={value:.2f}" for name, value in ratios.items()))

@@ -1,17 +1,17 @@
-"""Loading pictures: our loader against the originals' dataset and the `datasets` library, all with one processor.
+"""Benchmark of loading images: our loader, the originals' dataset, and the `datasets` library.
 
 python -m benchmarks.data_loading [--rounds 5] [--workers 0,1,2] [--films DIR] [--quick]
 
     files --each side's loader--> [N, 3, 336, 336]      (batches of 8, `--workers` processes, one thread each)
 
-- originals: open, convert to RGB, pad to a square, image processor, all in `__getitem__`; nothing is remembered.
+- originals: open, convert to RGB, pad to a square, image processor, all in `__getitem__`, without a cache.
 - datasets: the same steps as the transform of a `datasets.Dataset` of file names.
-- ours: `ImageStore`, exact; and for large grey JPEG files with `--fast_jpeg`. Its digests are computed in the time.
+- ours: `ImageStore`, exact; and for large gray JPEG files with `--fast-jpeg`. Computing its digests is counted.
 
-Every side gives the same numbers, bit for bit, but for scaled decoding (the table of differences says how far it is
-off) and deep pictures (Pillow's own conversion of 16 bits is not a picture; the others window it as usual scripts do).
-Neither of the others reads DICOM: they are given the usual few lines of pydicom. Sides take turns at being first, the
-first round is not counted, files are in the system's cache, each round of ours begins with nothing known.
+All sides use one image processor and give the same numbers bit for bit, except for scaled decoding (see the table of
+differences) and 16-bit images (Pillow does not window them, so the other sides do it as usual scripts do).
+The other sides read DICOM with the usual few lines of pydicom. The order of sides alternates, the first round is not
+counted, files are in the page cache, and our cache is empty at the start of each round.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from llava.utils.lookup import require
 
 BATCH_SIZE = 8
 FILL = (122, 116, 104)
-"""CLIP's mean colour in 8 bits, the border of the originals."""
+"""Mean color of CLIP in 8 bits, the border of the originals."""
 
 Batches = Callable[[], Iterator[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of files: how many are made, the bytes of number `n`, whether scaled decoding has an effect."""
+    """Kind of files: their number, the bytes of file `n`, and whether scaled decoding has an effect."""
 
     num: int
     make: Callable[[int], bytes]
@@ -55,7 +55,7 @@ class Kind:
 
 
 def kinds(side: int, num: int) -> dict[str, Kind]:
-    """The kinds of files, films with `side` pixels on a side."""
+    """Return the kinds of files; synthetic X-ray images have `side` x `side` pixels."""
     small = side * 800 // 2048, side * 600 // 2048
     return {
         "grey_jpeg": Kind(num, lambda n: radiographs.as_jpeg(radiographs.film(side, side, n)), is_scaled=True),
@@ -67,12 +67,12 @@ def kinds(side: int, num: int) -> dict[str, Kind]:
 
 
 def image_processor(size: int) -> CLIPImageProcessorPil:
-    """The image processor of every side."""
+    """Return the image processor of every side."""
     return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
 def our_processor(size: int, *, mode: str = "pad", fast: bool = False) -> LlavaMedProcessor:
-    """Our processor around it."""
+    """Return our processor with that image processor."""
     made = make_processor()
     return LlavaMedProcessor(
         made.tokenizer,
@@ -85,7 +85,7 @@ def our_processor(size: int, *, mode: str = "pad", fast: bool = False) -> LlavaM
 
 
 def open_usual(path: Path) -> Image.Image:
-    """Open a picture in RGB as usual scripts do; deep ones and DICOM from their smallest to their largest value."""
+    """Return an image in RGB as usual scripts open it; 16-bit and DICOM images get their full range."""
     if path.suffix == ".dcm":
         import pydicom
 
@@ -101,7 +101,7 @@ def _stretched(values: np.ndarray) -> Image.Image:
 
 
 def expand_to_square(image: Image.Image) -> Image.Image:
-    """Put a picture into the middle of a square of the mean colour."""
+    """Return the image in the center of a square of the mean color."""
     width, height = image.size
     if width == height:
         return image
@@ -112,7 +112,7 @@ def expand_to_square(image: Image.Image) -> Image.Image:
 
 
 class OriginalsData(Dataset[Tensor]):
-    """A picture is opened and prepared whenever its row is asked for."""
+    """Dataset that opens and preprocesses an image for every access."""
 
     def __init__(self, paths: Sequence[Path], processor: Any) -> None:
         self.paths, self.processor = paths, processor
@@ -127,7 +127,7 @@ class OriginalsData(Dataset[Tensor]):
 
 
 class OurData(Dataset[Tensor]):
-    """A row's picture by its key, as the training loader asks for it; the store is new, so no picture is known."""
+    """Dataset that gets images by key from a new, empty store, as the training loader does."""
 
     def __init__(self, paths: Sequence[Path], processor: LlavaMedProcessor) -> None:
         self.names = [path.name for path in paths]
@@ -141,12 +141,12 @@ class OurData(Dataset[Tensor]):
 
 
 def library_data(paths: Sequence[Path], processor: Any) -> Any:
-    """A `datasets.Dataset` of the file names whose transform is the processor."""
+    """Return a `datasets.Dataset` of the file names with the processor as transform."""
     datasets = require("datasets", "data")
 
     def transform(rows: dict[str, list[str]]) -> dict[str, Any]:
-        pictures = [expand_to_square(open_usual(Path(path))) for path in rows["path"]]
-        return {"pixel_values": processor(images=pictures, return_tensors="pt")["pixel_values"]}
+        images = [expand_to_square(open_usual(Path(path))) for path in rows["path"]]
+        return {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}
 
     made = datasets.Dataset.from_dict({"path": [str(path) for path in paths]})
     made.set_transform(transform)
@@ -158,14 +158,14 @@ def _one_thread(_: int) -> None:
 
 
 def batches(data: Any, num_workers: int) -> Iterator[Tensor]:
-    """Load all of a data set in batches."""
+    """Yield a data set in batches."""
     loader: Any = DataLoader(data, batch_size=BATCH_SIZE, num_workers=num_workers, worker_init_fn=_one_thread)
     for batch in loader:
         yield batch["pixel_values"] if isinstance(batch, dict) else batch
 
 
 def sides_of(paths: Sequence[Path], num_workers: int, size: int, *, scaled: bool) -> dict[str, Batches]:
-    """Every way to load the files; the first two are the others."""
+    """Return the sides by name; the first two are not ours."""
     own = image_processor(size)
     exact, fast = our_processor(size), our_processor(size, fast=True)
     sides: dict[str, Batches] = {
@@ -179,18 +179,18 @@ def sides_of(paths: Sequence[Path], num_workers: int, size: int, *, scaled: bool
 
 
 def seconds_of(side: Batches, expected: int) -> float:
-    """Seconds that loading everything takes."""
+    """Return the seconds of loading all files."""
     start = time.perf_counter()
     count = sum(len(batch) for batch in side())
     taken = time.perf_counter() - start
-    assert count == expected, f"{count} pictures were loaded of {expected}"
+    assert count == expected, f"loaded {count} of {expected} images"
     return taken
 
 
 def measure(
     paths: Sequence[Path], num_workers: int, args: argparse.Namespace, *, scaled: bool
 ) -> list[dict[str, float]]:
-    """Seconds of every side in each counted round."""
+    """Return the seconds of every side in each counted round."""
     sides = sides_of(paths, num_workers, args.size, scaled=scaled)
     rounds = []
     for number in range(args.rounds + 1):
@@ -202,26 +202,26 @@ def measure(
 
 
 def check_equal(name: str, paths: Sequence[Path], size: int) -> None:
-    """Make sure that all sides load the same numbers, where they mean the same.
+    """Check that all sides load the same numbers, up to windowing of 16-bit images.
 
     Raises:
-        AssertionError: they do not.
+        AssertionError: two sides differ.
     """
     sides = sides_of(paths, 0, size, scaled=False)
     first, *others = (torch.cat(list(side())) for side in sides.values())
     for other in others:
         if name in ("deep_png", "dicom"):
             levels = (first - other).abs().mean() * 0.27 * 255
-            assert levels < 2, f"{name}: {levels:.2f} grey levels apart; one of the sides shows something else"
+            assert levels < 2, f"{name}: the sides differ by {levels:.2f} gray levels; expected less than 2"
         else:
             assert torch.equal(first, other), f"{name}: the sides load different numbers"
 
 
 def difference(content: bytes, size: int, mode: str) -> tuple[int, float, float, float] | None:
-    """How a scaled picture differs from the whole one after all preprocessing, in grey levels.
+    """Return the difference in gray levels of scaled to exact decoding after preprocessing.
 
     Returns:
-        the divisor, the mean, the 99.9th percentile and the largest difference; None where it is decoded whole.
+        the divisor, and the mean, 99.9th percentile and largest difference; None for an image that is not scaled.
     """
     exact, fast = our_processor(size, mode=mode), our_processor(size, mode=mode, fast=True)
     opened = fast.open(content)
@@ -232,28 +232,29 @@ def difference(content: bytes, size: int, mode: str) -> tuple[int, float, float,
     return opened.scale, float(off.mean()), float(np.percentile(off, 99.9)), float(off.max())
 
 
-def pictures_to_compare(folder: Path | None, side: int) -> Iterator[tuple[str, bytes]]:
-    """Films of several shapes, and the pictures of a folder, enlarged to a film's size if they are smaller."""
+def images_to_compare(folder: Path | None, side: int) -> Iterator[tuple[str, bytes]]:
+    """Yield names and JPEG bytes of synthetic and real images of at least `side` pixels."""
     shapes = [(1, 1), (1.22, 1), (1, 1.22), (0.987, 0.9866), (0.66, 0.83), (1.3125, 1.3125), (1.47, 1.17)]
     for seed, (across, down) in enumerate(shapes):
         width, height = round(side * across), round(side * down)
-        yield f"film {width} x {height}", radiographs.as_jpeg(radiographs.film(width, height, seed))
+        yield f"synthetic {width} x {height}", radiographs.as_jpeg(radiographs.film(width, height, seed))
     for number, path in enumerate(sorted(folder.iterdir()) if folder is not None else []):
         with Image.open(path) as image:
             factor = side / max(image.size)
             size = (round(image.width * factor), round(image.height * factor))
-            picture = image.convert("L").resize(size, Image.Resampling.LANCZOS) if factor > 1 else image.convert("L")
-        yield f"real film {number + 1}", radiographs.as_jpeg(picture)
+            gray = image.convert("L")
+            resized = gray.resize(size, Image.Resampling.LANCZOS) if factor > 1 else gray
+        yield f"real image {number + 1}", radiographs.as_jpeg(resized)
 
 
 def compare(args: argparse.Namespace) -> dict[str, float]:
-    """Print the table of differences; returns the worst of each column."""
-    common.say(f"\nscaled against exact decoding, grey levels after preprocessing to {args.size} pixels")
+    """Print the table of differences; return the worst of each column."""
+    common.say(f"\nscaled against exact decoding, gray levels after preprocessing to {args.size} pixels")
     common.say(
-        "| picture | image mode | scale | mean | 99.9th percentile | largest |\n| --- | --- | --- | --- | --- | --- |"
+        "| image | image mode | scale | mean | 99.9th percentile | largest |\n| --- | --- | --- | --- | --- | --- |"
     )
     worst: dict[str, list[tuple[int, float, float, float]]] = {"pad": [], "square": []}
-    for name, content in pictures_to_compare(args.films, args.side):
+    for name, content in images_to_compare(args.films, args.side):
         for mode, found in worst.items():
             one = difference(content, args.size, mode)
             if one is None:
@@ -268,7 +269,7 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
 
 
 def report(title: str, rounds: Sequence[dict[str, float]], num: int) -> dict[str, float]:
-    """Print pictures a second of each side; returns the ratios (above 1: ours is faster)."""
+    """Print images per second of each side; return the ratios (above 1: ours is faster)."""
     rates = {name: num / common.median([taken[name] for taken in rounds]) for name in rounds[0]}
     common.say(
         f"| {title} | "
@@ -285,15 +286,17 @@ def report(title: str, rounds: Sequence[dict[str, float]], num: int) -> dict[str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make the files, check that the sides agree, run the rounds, print the tables."""
-    parser = Parser(prog="python -m benchmarks.data_loading", description="Loading pictures: ours and others.")
-    parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured")
-    parser.add_argument("--num", type=int, default=16, help="large films a round")
-    parser.add_argument("--side", type=int, default=2048, help="pixels on a side of a film")
-    parser.add_argument("--size", type=int, default=336, help="pixels on a side of the model's input")
-    parser.add_argument("--workers", default="0,1,2", help="numbers of loading processes")
-    parser.add_argument("--films", type=Path, help="folder of real films for the table of differences")
-    parser.add_switch("--quick", help="one small round of everything, to see that it runs")
+    """Make the files, check that the sides agree, run the rounds, and print the tables."""
+    parser = Parser(
+        prog="python -m benchmarks.data_loading", description="Benchmark of loading images: ours and others."
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
+    parser.add_argument("--num", type=int, default=16, help="number of large images per round")
+    parser.add_argument("--side", type=int, default=2048, help="side of a large image in pixels")
+    parser.add_argument("--size", type=int, default=336, help="side of the model input in pixels")
+    parser.add_argument("--workers", default="0,1,2", help="numbers of loader processes")
+    parser.add_argument("--films", type=Path, help="folder of real X-ray images for the table of differences")
+    parser.add_switch("--quick", help="one small round, as a test")
     args = parser.parse_args(argv)
     if args.quick:
         args.rounds, args.num, args.side, args.size, args.workers = 1, 4, 300, 56, "0,1"
@@ -302,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         made = {name: write(kind, Path(folder), name) for name, kind in kinds(args.side, args.num).items()}
-        common.say("pictures a second (medians)\n| files, workers | originals | datasets | ours | ours, scaled |")
+        common.say("images per second (medians)\n| files, workers | originals | datasets | ours | ours, scaled |")
         common.say("| --- | --- | --- | --- | --- |")
         for name, kind in kinds(args.side, args.num).items():
             check_equal(name, made[name][:4], args.size)
@@ -314,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write(kind: Kind, folder: Path, name: str) -> list[Path]:
-    """Write the files of a kind; returns their paths."""
+    """Write the files of a kind; return their paths."""
     suffix = {"dicom": ".dcm"}.get(name, "." + name.rsplit("_", 1)[-1].replace("jpeg", "jpg"))
     place = folder / name
     place.mkdir()

@@ -1,12 +1,12 @@
-"""Answering: our engine against transformers' generate, one question at a time and in left-padded batches.
+"""Benchmark of answering: our engine against transformers' generate, one by one and in batches.
 
-python -m benchmarks.eval_throughput [--rounds 5] [--num_images 16]
+python -m benchmarks.eval_throughput [--rounds 5] [--num-images 16]
 
-Five questions an image, greedy, 16 new tokens, float32. The library's side gets its tokens and pixels ready-made; ours
-starts from text and pictures inside the measured time. The library is given batches of 16 and of 32 (the slots of our
-engine), in the order of the images and sorted by length; the fastest of them counts in every round, and the sides take
-turns at being first. Every side must give the same tokens; a difference is allowed only where the two likeliest tokens
-are less than 1e-3 apart, and is counted.
+Five questions per image, greedy, 16 new tokens, float32. The library's side gets prepared tokens and pixels; ours
+starts from text and images within the measured time. The library answers in left-padded batches of 16 and of 32 (the
+slots of our engine), in the order of the images and sorted by length; the fastest of them counts in every round. The
+order of sides alternates. All sides must give the same tokens; differences are allowed, and counted, only where the
+logits of the two likeliest tokens differ by less than 1e-3.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ EOS_TOKEN_ID = 2
 BATCH_SIZE, LARGE_BATCH_SIZE = 16, 32
 NEAR_TIE = 1e-3
 OVERHEAD = len("<s>[INST] \n [/INST]") - len("<s>") + 1
-"""Tokens that the template puts around a question."""
+"""Tokens that the template adds to a question."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One question, as our engine takes it and as the library does."""
+    """Question as input of our engine and of the library."""
 
     prompt: Prompt
     input_ids: Tensor
@@ -50,7 +50,7 @@ class Asked:
 
 
 def make_processor() -> LlavaMedProcessor:
-    """One token a letter, the benchmark model's place holder, and its 224-pixel preprocessing."""
+    """Return a processor with one token per letter, the placeholder and 224-pixel preprocessing."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
     vocabulary |= {f"<word {index}>": index for index in range(len(vocabulary), common.IMAGE_TOKEN_ID)}
@@ -64,29 +64,31 @@ def make_processor() -> LlavaMedProcessor:
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     size = common.IMAGE_SIZE
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    return LlavaMedProcessor(tokenizer, pictures, template="mistral_instruct", num_image_tokens=common.NUM_IMAGE_TOKENS)
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return LlavaMedProcessor(
+        tokenizer, image_processor, template="mistral_instruct", num_image_tokens=common.NUM_IMAGE_TOKENS
+    )
 
 
 def make_questions(engine: LocalEngine, num_images: int, seed: int) -> list[Asked]:
-    """Random questions, five an image, in the order of their images."""
+    """Return random questions, five per image, in the order of their images."""
     draw, noise = random.Random(seed), np.random.default_rng(seed)
     shortest, longest = common.TEXT_TOKENS
     asked = []
     for _ in range(num_images):
-        picture = Image.fromarray(noise.integers(0, 256, (common.IMAGE_SIZE,) * 2 + (3,), dtype=np.uint8))
-        pixels = engine.processor.pixels([picture])
+        image = Image.fromarray(noise.integers(0, 256, (common.IMAGE_SIZE,) * 2 + (3,), dtype=np.uint8))
+        pixels = engine.processor.pixels([image])
         for _ in range(QUESTIONS_PER_IMAGE):
             length = round(shortest * (longest / shortest) ** draw.random())
             text = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz ", k=max(1, length - OVERHEAD)))
-            prompt = Prompt(Conversation((Turn("human", f"<image>\n{text}"),)), (picture,))
+            prompt = Prompt(Conversation((Turn("human", f"<image>\n{text}"),)), (image,))
             ids = engine.reader.read(prompt).encoded.input_ids
             asked.append(Asked(prompt, torch.tensor([ids]), pixels))
     return asked
 
 
 def left_padded(batch: Sequence[Asked]) -> dict[str, Tensor]:
-    """What a usual evaluation script hands to the library."""
+    """Return the inputs of a usual evaluation script."""
     longest = max(one.input_ids.shape[1] for one in batch)
     ids = torch.full((len(batch), longest), common.PAD_TOKEN_ID)
     mask = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -100,7 +102,7 @@ def left_padded(batch: Sequence[Asked]) -> dict[str, Tensor]:
 def library_answers(
     model: LlavaForConditionalGeneration, asked: Sequence[Asked], order: Sequence[int], batch_size: int
 ) -> list[list[int]]:
-    """Tokens that transformers generates for each question, asked in `order`, up to the end mark."""
+    """Return the tokens of transformers for each question, asked in `order`, up to the end token."""
     answers: list[list[int]] = [[]] * len(asked)
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
@@ -118,7 +120,7 @@ def library_answers(
 
 
 def our_answers(engine: LocalEngine, asked: Sequence[Asked]) -> list[list[int]]:
-    """Tokens that our engine generates for each question."""
+    """Return the tokens of our engine for each question."""
     completions = engine.generate([one.prompt for one in asked], Sampling(max_new_tokens=NUM_NEW_TOKENS))
     return [list(completion.token_ids) for [completion] in completions]
 
@@ -127,28 +129,28 @@ def our_answers(engine: LocalEngine, asked: Sequence[Asked]) -> list[list[int]]:
 def count_differences(
     model: LlavaForConditionalGeneration, asked: Sequence[Asked], ours: list[list[int]], theirs: list[list[int]]
 ) -> int:
-    """How many answers differ after a near tie.
+    """Return the number of answers that differ after a near tie.
 
     Raises:
-        AssertionError: two answers differ where one token is clearly the likeliest, or one ends before the other.
+        AssertionError: two answers differ without a near tie, or one ends before the other.
     """
     num_different = 0
     for one, our, their in zip(asked, ours, theirs, strict=True):
         place = next((i for i, pair in enumerate(zip(our, their, strict=False)) if pair[0] != pair[1]), None)
         if place is None:
-            assert len(our) == len(their), f"equal tokens, but {len(our)} of them against {len(their)}"
+            assert len(our) == len(their), f"equal tokens, but {len(our)} of ours against {len(their)}"
             continue
         num_different += 1
         ids = torch.cat([one.input_ids, torch.tensor([our[:place]], dtype=torch.long)], dim=1)
         logits = model(input_ids=ids, pixel_values=one.pixels, use_cache=False).logits[0, -1]
         best = logits.topk(2).values
         margin = float(best[0] - best[1])
-        assert margin < NEAR_TIE, f"different tokens though the two likeliest are {margin:.2g} apart"
+        assert margin < NEAR_TIE, f"different tokens, although the logits of the two likeliest differ by {margin:.2g}"
     return num_different
 
 
 def timed(run: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
-    """Seconds and result."""
+    """Return seconds and result of a run."""
     start = time.perf_counter()
     result = run()
     return time.perf_counter() - start, result
@@ -157,7 +159,7 @@ def timed(run: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
 def sides_of(
     engine: LocalEngine, library: LlavaForConditionalGeneration, asked: Sequence[Asked]
 ) -> dict[str, Callable[[], list[list[int]]]]:
-    """Every way to answer the questions; the first is ours, the second the loop, the others are padded."""
+    """Return the sides by name: ours, one by one, then padded batches."""
     in_order = list(range(len(asked)))
     by_length = sorted(in_order, key=lambda index: asked[index].input_ids.shape[1])
     return {
@@ -170,11 +172,11 @@ def sides_of(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the rounds and print a table."""
+    """Run the rounds and print the table."""
     parser = Parser(prog="python -m benchmarks.eval_throughput", description="Answering, ours and transformers'.")
-    parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured")
-    parser.add_argument("--num_images", type=int, default=16, help="images in a round, five questions each")
-    parser.add_switch("--quick", help="one round of four images: does it run, are the answers equal")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
+    parser.add_argument("--num-images", type=int, default=16, help="images per round, with five questions each")
+    parser.add_switch("--quick", help="one round of four images, as a test of equal answers")
     args = parser.parse_args(argv)
     num_rounds, num_images = (1, 4) if args.quick else (args.rounds, args.num_images)
     common.say(common.machine())
@@ -202,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def report(rounds: Sequence[dict[str, float]], num_questions: int, num_different: int, num_answers: int) -> None:
     """Print medians over the rounds, and the medians of each round's ratios."""
-    common.say(f"\n{num_questions} questions, {QUESTIONS_PER_IMAGE} an image, {NUM_NEW_TOKENS} tokens each, float32")
+    common.say(f"\n{num_questions} questions, {QUESTIONS_PER_IMAGE} per image, {NUM_NEW_TOKENS} tokens each, float32")
     common.say("| side | median seconds | questions/s | ours is faster by |\n| --- | --- | --- | --- |")
     for name in rounds[0]:
         seconds = common.median([taken[name] for taken in rounds])

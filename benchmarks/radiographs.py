@@ -1,6 +1,6 @@
-"""Pictures for measurements of loading: made from a seed, nobody's; as hard as real ones where resizing is concerned.
+"""Synthetic images for benchmarks of loading, as hard to resize as real X-ray images.
 
-seed, size --film--> grey picture: lungs, ribs, vessels, burned-in text, cables, noise --as_jpeg ...--> bytes of a file
+seed, size --film--> gray image: lungs, ribs, vessels, burned-in text, cables, noise --as_jpeg ...--> bytes of a file
 """
 
 from __future__ import annotations
@@ -17,40 +17,39 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
 
 NOISE = 4.0
-"""Standard deviation of a film's noise in grey levels; with quality 92 it makes files of a real film's size, a quarter
-byte a pixel."""
+"""Standard deviation of noise in gray levels; with quality 92, files have a quarter byte per pixel, as real ones."""
 
 
 def film(width: int, height: int, seed: int) -> Image.Image:
-    """Return a grey picture built like a chest film: smooth shadows, thin structures, sharp letters, noise."""
+    """Return a gray image like a chest X-ray: smooth shadows, thin structures, sharp letters, noise."""
     noise = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     u, v = x / width - 0.5, y / height - 0.5
-    grey = 150 - 220 * (u * u + v * v) + 40 * np.exp(-((u / 0.04) ** 2))
+    gray = 150 - 220 * (u * u + v * v) + 40 * np.exp(-((u / 0.04) ** 2))
     for side in (-0.2, 0.2):
-        grey -= 90 * np.exp(-(((u - side) / 0.13) ** 4 + ((v + 0.02) / 0.3) ** 4))
+        gray -= 90 * np.exp(-(((u - side) / 0.13) ** 4 + ((v + 0.02) / 0.3) ** 4))
     for number in range(10):
         distance = v + 0.4 - 0.08 * number - 0.8 * (np.abs(u) - 0.2) ** 2
-        grey += 14 * np.exp(-((distance / 0.008) ** 2)) * (np.abs(u) < 0.4)
+        gray += 14 * np.exp(-((distance / 0.008) ** 2)) * (np.abs(u) < 0.4)
     coarse = noise.normal(0, 6, (height // 8 + 1, width // 8 + 1)).astype(np.float32)
-    grey += np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-    picture = _levels(grey)
-    _draw(picture, random.Random(seed))
-    return _levels(np.asarray(picture, dtype=np.float32) + noise.normal(0, NOISE, (height, width)))
+    gray += np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    image = _levels(gray)
+    _draw(image, random.Random(seed))
+    return _levels(np.asarray(image, dtype=np.float32) + noise.normal(0, NOISE, (height, width)))
 
 
 def _levels(values: NDArray[np.floating]) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
-def _draw(picture: Image.Image, draw: random.Random) -> None:
-    """Add vessels, a cable, a frame and the letters that a technician leaves on a film."""
-    width, height = picture.size
-    pen = ImageDraw.Draw(picture)
+def _draw(image: Image.Image, draw: random.Random) -> None:
+    """Draw vessels, a cable, a frame and the letters of a technician."""
+    width, height = image.size
+    pen = ImageDraw.Draw(image)
     step = width / 100
     for _ in range(150):
         point, angle = (draw.random() * width, draw.random() * height), draw.random() * math.tau
-        level = int(picture.getpixel((int(point[0]), int(point[1])))) + draw.choice((-25, 25, 40))  # type: ignore[arg-type]
+        level = int(image.getpixel((int(point[0]), int(point[1])))) + draw.choice((-25, 25, 40))  # type: ignore[arg-type]
         points = [point]
         for _ in range(12):
             angle += draw.gauss(0, 0.3)
@@ -63,52 +62,52 @@ def _draw(picture: Image.Image, draw: random.Random) -> None:
 
 
 def figure(width: int, height: int, seed: int) -> Image.Image:
-    """Return a colour picture like a figure of a paper: a stained slide beside a plot."""
+    """Return a color image like a figure of a paper: a stained slide beside a plot."""
     noise = np.random.default_rng(seed)
     cells = noise.normal(0, 1, (height // 12 + 1, width // 12 + 1, 3)).astype(np.float32)
     planes = [Image.fromarray(cells[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(3)]
     values = np.stack([np.asarray(plane) for plane in planes], axis=-1) * 25 + (200, 140, 190)
-    picture = Image.fromarray(np.clip(values + noise.normal(0, 3, values.shape), 0, 255).astype(np.uint8))
-    pen = ImageDraw.Draw(picture)
+    image = Image.fromarray(np.clip(values + noise.normal(0, 3, values.shape), 0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
     pen.rectangle((width * 0.6, 0, width, height), fill="white")
     heights = noise.random(12)
     for number, share in enumerate(heights):
         left = width * (0.63 + 0.03 * number)
         pen.rectangle((left, height * (0.9 - 0.7 * share), left + width * 0.02, height * 0.9), fill=(40, 90, 160))
     pen.text((width * 0.64, height * 0.03), "Figure 1 (b)", fill="black", font=ImageFont.load_default(size=width // 30))
-    return picture
+    return image
 
 
-def as_jpeg(picture: Image.Image, quality: int = 92, **settings: Any) -> bytes:
+def as_jpeg(image: Image.Image, quality: int = 92, **settings: Any) -> bytes:
     """Return a JPEG file."""
-    return _saved(picture, "JPEG", quality=quality, **settings)
+    return _saved(image, "JPEG", quality=quality, **settings)
 
 
-def as_png(picture: Image.Image) -> bytes:
+def as_png(image: Image.Image) -> bytes:
     """Return a PNG file."""
-    return _saved(picture, "PNG")
+    return _saved(image, "PNG")
 
 
-def _saved(picture: Image.Image, kind: str, **settings: Any) -> bytes:
+def _saved(image: Image.Image, kind: str, **settings: Any) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **settings)
+    image.save(file, kind, **settings)
     return file.getvalue()
 
 
-def as_deep(picture: Image.Image, seed: int) -> NDArray[np.uint16]:
-    """Return a film with 12 significant bits, `[H, W]`, as a detector would have given it."""
-    exact = np.asarray(picture, dtype=np.uint16) * 16
+def as_deep(image: Image.Image, seed: int) -> NDArray[np.uint16]:
+    """Return values [H, W] with 12 significant bits, as a detector gives them."""
+    exact = np.asarray(image, dtype=np.uint16) * 16
     return exact + np.random.default_rng(seed).integers(0, 16, exact.shape, dtype=np.uint16)
 
 
-def as_deep_png(picture: Image.Image, seed: int) -> bytes:
+def as_deep_png(image: Image.Image, seed: int) -> bytes:
     """Return a PNG file of 16 bits."""
-    return as_png(Image.fromarray(as_deep(picture, seed)))
+    return as_png(Image.fromarray(as_deep(image, seed)))
 
 
-def as_dicom(picture: Image.Image, seed: int) -> bytes:
-    """Return an uncompressed DICOM file of 16 bits a pixel, of nobody; without a window: all show its whole range."""
-    values = as_deep(picture, seed)
+def as_dicom(image: Image.Image, seed: int) -> bytes:
+    """Return an uncompressed 16-bit DICOM file without patient data and without a window."""
+    values = as_deep(image, seed)
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation

@@ -1,7 +1,7 @@
-"""One optimiser step of each side that the training benchmark compares: ours, transformers', TRL's.
+"""Optimizer steps of the sides of the training benchmark: ours, transformers, TRL.
 
-As in the published recipe the tower is frozen (it runs in every step, none of its features is kept), everything else
-trains.
+As in the published recipe, the tower is frozen and everything else trains. The tower runs in every step, without a
+feature cache.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from llava.train.objectives.sft import SFT
 
 
 class Side(Protocol):
-    """A model with its optimiser."""
+    """Model with its optimizer."""
 
     def step(self, sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> float:
-        """Train on one batch, from its sequences to moved weights; return the summed loss of its trained tokens."""
+        """Train on a batch, from sequences to updated weights; return the summed loss of trained tokens."""
         ...
 
 
 def _optimizer(model: nn.Module) -> torch.optim.AdamW:
-    """The Trainer's default. A rate of 0 keeps weights, hence losses, equal; AdamW works as always."""
+    """Return the default optimizer of the Trainer with rate 0, which keeps weights and losses equal."""
     return torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.0, fused=True)
 
 
@@ -44,19 +44,19 @@ def _with_frozen_tower(model: Any) -> Any:
 
 
 def num_trained(sequences: Sequence[Encoded]) -> int:
-    """Trained tokens of a batch."""
+    """Return the number of trained tokens of a batch."""
     return sum(label != IGNORE_INDEX for sequence in sequences for label in sequence.labels)
 
 
 class Ours:
-    """The flat batch."""
+    """Our side: the flat batch."""
 
     def __init__(self) -> None:
         self.model = _with_frozen_tower(our_model()).train()
         self.optimizer = _optimizer(self.model)
 
     def step(self, sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> float:
-        """Lay out, forward, backward, update."""
+        """Flatten, forward, backward, update."""
         batch = flatten(sequences, images, image_token_id=IMAGE_TOKEN_ID)
         loss = SFT()(self.model, batch, num_items=batch.edge_weight.sum()).loss
         loss.backward()
@@ -66,7 +66,7 @@ class Ours:
 
 
 class Transformers:
-    """`LlavaForConditionalGeneration` on padded rows, with its own loss."""
+    """Side of transformers: `LlavaForConditionalGeneration` on padded rows, with its own loss."""
 
     def __init__(self) -> None:
         self.model = _with_frozen_tower(library_model(our_model())).train()
@@ -82,7 +82,7 @@ class Transformers:
 
 
 class TRL:
-    """`SFTTrainer.training_step` with its fused, chunked loss; its loop, logging and data loading are not counted."""
+    """Side of TRL: `SFTTrainer.training_step` with its fused, chunked loss, without loop and data."""
 
     def __init__(self) -> None:
         tokenizer = PreTrainedTokenizerFast(

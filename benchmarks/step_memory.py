@@ -1,9 +1,9 @@
-"""Peak anonymous memory of one training step of one side, above weights, gradients and optimiser state.
+"""Peak anonymous memory of a training step, above weights, gradients and optimizer state.
 
-    python -m benchmarks.step_memory ours        # prints MiB; run by benchmarks.train_throughput, a process a side
+    python -m benchmarks.step_memory ours        # prints MiB; run by benchmarks.train_throughput in a process per side
 
-The resident anonymous pages of the process are read from another thread while the step runs; the kernels release the
-interpreter, so the reader is never kept waiting for long.
+Another thread reads the resident anonymous memory while the step runs; the kernels release the interpreter lock, so
+its readings are frequent.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ INTERVAL_S = 0.002
 
 
 def anonymous_mib() -> float:
-    """Resident anonymous memory of this process in MiB."""
+    """Return the resident anonymous memory of this process in MiB."""
     found = re.search(r"RssAnon:\s+(\d+) kB", STATUS.read_text())
     if found is None:
-        raise RuntimeError("this system does not report RssAnon; memory can be measured on Linux only")
+        raise RuntimeError("this system does not report RssAnon; memory is measured on Linux only")
     return int(found.group(1)) / 1024
 
 
 class Peak(threading.Thread):
-    """Keeps the largest reading until told to stop."""
+    """Thread that keeps the largest reading until it is stopped."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -43,23 +43,23 @@ class Peak(threading.Thread):
         self._ends = threading.Event()
 
     def run(self) -> None:
-        """Read again and again."""
+        """Read the memory repeatedly."""
         while not self._ends.is_set():
             self.largest = max(self.largest, anonymous_mib())
             time.sleep(INTERVAL_S)
 
     def stop(self) -> float:
-        """End the thread and return its largest reading."""
+        """Stop the thread and return its largest reading."""
         self._ends.set()
         self.join()
         return self.largest
 
 
 def step_memory(name: str, questions: Questions) -> float:
-    """MiB that a step of this side needs on top of what is there between steps with gradients kept."""
+    """Return the MiB of a step of a side above the memory between steps, with gradients kept."""
     side = SIDES[name]()
     first = questions.sequences[0]
-    side.step([first], questions.images)  # libraries allocate their own things once
+    side.step([first], questions.images)  # the first step allocates library buffers
     for parameter in filter(lambda weight: weight.requires_grad, side.model.parameters()):
         parameter.grad = torch.full_like(parameter, 1e-8)
     side.optimizer.step()

@@ -1,11 +1,11 @@
-"""Training speed and memory against transformers' padded batches and TRL's SFTTrainer, as ratios.
+"""Benchmark of training: speed and memory against padded batches of transformers and of TRL.
 
     python -m benchmarks.train_throughput [--quick] [--rounds N] [--batches N] [--threads N]
 
-Every side trains the same 24M-parameter model in fp32 with AdamW on the same sequences, 16 a batch; collating is part
-of every step. Batches of all sides alternate. Peers read the data in random and in length-grouped order; whichever
-is faster counts. Our batches hold all questions of an image (8q) or are in random order (1q). The learning rate is 0,
-so that all sides must get the same loss, which is asserted.
+Every side trains the same 24M-parameter model in fp32 with AdamW on the same sequences, 16 per batch; collating is part
+of every step. Batches of all sides alternate. Peers read the data in random and in length-grouped order; the faster one
+counts. Our batches hold all questions of an image (8q) or are in random order (1q). The learning rate is 0, so the
+losses of all sides must be equal, which is asserted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RELATIVE_LOSS_ERROR = 1e-5
 
 
 class Runs:
-    """Steps of all sides over one workload, their times and losses."""
+    """Steps of all sides on one workload, with their times and losses."""
 
     def __init__(self, name: str, num_batches: int) -> None:
         workload = WORKLOADS[name]
@@ -51,12 +51,12 @@ class Runs:
         self.losses: dict[str, float] = {}
 
     def warm_up(self) -> None:
-        """One small step of each side."""
+        """Run one small step of each side."""
         for side in self.sides.values():
             side.step(self.questions.sequences[:2], self.questions.images)
 
     def round(self, names: Sequence[str]) -> dict[str, float]:
-        """Train on everything once with each of these plans; seconds of each. Equal losses are asserted."""
+        """Train once with each of these plans; assert equal losses and return seconds by plan."""
         self.losses = dict.fromkeys(names, 0.0)
         steps: dict[str, list[Callable[[], None]]] = {
             name: [partial(self._step, name, batch) for batch in self.plans[name][1]] for name in names
@@ -65,7 +65,7 @@ class Runs:
         own = self.losses["ours"]
         for name, loss in self.losses.items():
             if abs(loss - own) > RELATIVE_LOSS_ERROR * abs(own):
-                raise AssertionError(f"loss of {name}: {loss}, of ours: {own}; the sides do not compute the same")
+                raise AssertionError(f"loss of {name} is {loss}, ours is {own}; expected equal losses")
         return seconds
 
     def _step(self, name: str, batch: list[Encoded]) -> None:
@@ -73,7 +73,7 @@ class Runs:
         self.losses[name] += self.sides[side].step(batch, self.questions.images)
 
     def tokens(self, name: str) -> int:
-        """Tokens that a plan makes the model compute, padding included."""
+        """Return the number of tokens that the model computes in a plan, including padding."""
         side, plan = self.plans[name]
         layout: Layout = "tree" if side == "ours" else "padded"
         lay_out = partial(flatten, images=self.questions.images, image_token_id=IMAGE_TOKEN_ID, layout=layout)
@@ -81,7 +81,7 @@ class Runs:
 
 
 def compare(name: str, num_batches: int, num_rounds: int) -> dict[str, float]:
-    """Ratios of one workload; prints its table."""
+    """Print the table of a workload; return its ratios."""
     runs = Runs(name, num_batches)
     runs.warm_up()
     first = runs.round(list(runs.plans))
@@ -102,15 +102,15 @@ def compare(name: str, num_batches: int, num_rounds: int) -> dict[str, float]:
 
 
 def memory_ratio() -> float:
-    """Peak memory of a step of ours over the padded one's, on one batch of the 8-question workload."""
+    """Return the ratio of peak memory of our step to the padded one, on a batch of workload 8q."""
     needed = {}
     for side in ("ours", "transformers"):
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step_memory", side]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"the memory of {side} could not be measured:\n{done.stderr}")
+            raise RuntimeError(f"measuring the memory of {side} failed:\n{done.stderr}")
         needed[side] = float(done.stdout.split()[-1])
-    say("\nPeak anonymous memory of a step (8q, 16 sequences) above weights, gradients and optimiser state")
+    say("\nPeak anonymous memory of a step (8q, 16 sequences) above weights, gradients and optimizer state")
     say("| side | MiB |")
     say("| --- | --- |")
     for side, mib in needed.items():
@@ -121,9 +121,9 @@ def memory_ratio() -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run both workloads and the memory measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one batch, one round: does it run, are the losses equal")
+    parser.add_argument("--quick", action="store_true", help="one batch and one round, as a test of equal losses")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batches", type=int, default=3, help="batches of 16 sequences a round")
+    parser.add_argument("--batches", type=int, default=3, help="batches of 16 sequences per round")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
     num_batches, num_rounds = (1, 1) if args.quick else (args.batches, args.rounds)
