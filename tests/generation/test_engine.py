@@ -1,4 +1,4 @@
-"""The engine against transformers' own generate, against one prompt at a time, and against plain forward passes."""
+"""Engine against transformers' generate, against single prompts, and against plain forward passes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def llama() -> Loaded:
 
 
 def windowed(path: Path, lm: str, **options: object) -> Loaded:
-    """A tiny model whose layers look back eight tokens."""
+    """Return a tiny model with a sliding window of eight tokens."""
     write_tiny_lm(path / "lm", lm, sliding_window=8, seed=5, **options)
     write_tiny_tower(path / "tower")
     loaded = build(str(path / "lm"), str(path / "tower"))
@@ -67,7 +67,7 @@ def assert_like_transformers(loaded: Loaded, engine: LocalEngine) -> None:
 
 
 def first_of(answers: list[list[Completion]]) -> list[Completion]:
-    """The only answer to each prompt."""
+    """Return the only answer to each prompt."""
     return [answer for [answer] in answers]
 
 
@@ -97,15 +97,15 @@ def test_answers_that_part_where_nothing_is_tied_are_unequal(llama: Loaded) -> N
     for sampling in (GREEDY, Sampling(max_new_tokens=24, temperature=1.0, seed=17)):
         answer = one(engine, prompt, sampling)
         other = (answer.token_ids[0] + 5) % 256
-        with pytest.raises(AssertionError, match="no tie"):
+        with pytest.raises(AssertionError, match="not a tie"):
             assert_tie(engine, prompt, [other, *answer.token_ids[1:]], answer.token_ids, sampling)
-        with pytest.raises(AssertionError, match="goes on"):
+        with pytest.raises(AssertionError, match="continues after"):
             assert_tie(engine, prompt, answer.token_ids[:-1], answer.token_ids, sampling)
 
 
 def test_order_and_number_of_slots_do_not_matter(llama: Loaded) -> None:
     prompts = mixed_prompts()
-    # Answers of many lengths, so that slots are left and entered all the time.
+    # Answers of many lengths, so that sequences often join and leave.
     sampling = Sampling(max_new_tokens=40, temperature=1.0, seed=11, stop=("a", "e", "1"))
     expected = first_of(engine_of(llama, max_slots=16).generate(prompts, sampling))
     assert len({len(answer.token_ids) for answer in expected}) > 3
@@ -179,7 +179,7 @@ def test_broken_prompts_fail_alone_and_say_why(llama: Loaded, tmp_path: Path) ->
     good = ask("Fine?", 1)
     text = good.conversation
     torn = tmp_path / "torn.png"
-    torn.write_bytes(b"no picture")
+    torn.write_bytes(b"not an image")
     prompts = [
         Prompt(text, (str(tmp_path / "absent.png"),)),
         good,
@@ -206,7 +206,7 @@ def test_broken_prompts_fail_alone_and_say_why(llama: Loaded, tmp_path: Path) ->
         list(engine.stream(prompts[0], GREEDY))
 
 
-def test_a_picture_is_the_same_from_path_bytes_and_memory(llama: Loaded, tmp_path: Path) -> None:
+def test_an_image_is_the_same_from_path_bytes_and_memory(llama: Loaded, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     tiny_image(4).save(path)
     text = Conversation((Turn("human", "<image>\nSame?"),))
@@ -289,7 +289,7 @@ def test_closing_a_stream_frees_its_slot(llama: Loaded) -> None:
     assert one(engine, ask("Next?"), GREEDY).finish == "length"
 
 
-def test_a_failed_batch_leaves_nothing_behind(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_batch_leaves_no_request(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(llama, max_slots=2)
     decode = engine.scheduler.runner.decode
 
@@ -357,7 +357,7 @@ def test_the_model_keeps_its_mode_and_its_dropout_is_off(llama: Loaded) -> None:
         llama.model.eval()
 
 
-def test_what_is_not_possible_is_refused(llama: Loaded) -> None:
+def test_impossible_settings_are_refused(llama: Loaded) -> None:
     engine = engine_of(llama)
     with pytest.raises(ConfigError, match="num_beams"):
         engine.stream(ask("Beams?"), Sampling(num_beams=4))

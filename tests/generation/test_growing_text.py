@@ -20,7 +20,7 @@ WORDS = ["\u2581", "\u2581\u2581", "\u2581yes", "no", ".", "\u2581n't", "\u2581d
 
 
 def sentencepiece_like() -> Decode:
-    """Words that carry their leading space, single bytes that join to characters, a first space that is dropped."""
+    """Return a decoder of words with leading spaces and single bytes, which drops the first space."""
     pieces = [*WORDS, *(f"<0x{byte:02X}>" for byte in range(256))]
     backend = Tokenizer(BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True))
     backend.add_special_tokens([AddedToken("</s>", special=True)])
@@ -31,7 +31,7 @@ def sentencepiece_like() -> Decode:
 
 
 def cleaned_up() -> Decode:
-    """Spaces before marks go away, as transformers' `clean_up_tokenization_spaces` does it."""
+    """Return a decoder that drops spaces before punctuation, as `clean_up_tokenization_spaces` does."""
     plain = sentencepiece_like()
 
     def decode(ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Attention over stems and slots against plain attention over each whole sequence, whoever joins and leaves."""
+"""Attention over stems and slots against plain attention over each sequence, with joins and leaves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUERY_HEADS, HEADS, WIDTH, LAYERS = 4, 2, 8, 2
 
 
 class Plain:
-    """One sequence, its keys and values [H, n, D] of every layer."""
+    """Sequence with its keys and values [H, n, D] of every layer."""
 
     def __init__(self, row: CapturedRow, path: Path) -> None:
         places = torch.cat([path.shared, path.rest])
@@ -33,7 +33,7 @@ class Plain:
 
 
 def make_row(generator: torch.Generator, draw: random.Random) -> tuple[CapturedRow, tuple[Path, ...]]:
-    """A row of two trees: one chain, and one whose branches share a root."""
+    """Return a row of two trees: a chain, and one whose branches share a root."""
     lengths = [draw.choice([1, 4, 40]), draw.choice([3, 50]), *(draw.choice([1, 6, 33]) for _ in range(3))]
     segment_ids = torch.arange(5).repeat_interleave(torch.tensor(lengths))
     captured = CapturedRow()
@@ -64,7 +64,7 @@ def step(cache: SlotCache, expected: list[Plain], generator: torch.Generator, wi
 def test_a_sequence_sees_exactly_its_own_past(
     seed: int, min_saved: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Without a least saving, seven slots are attended to in up to four stretches.
+    # Without a smallest saving, seven slots are attended to in up to four chunks.
     monkeypatch.setattr(kv_cache, "MIN_SAVED", min_saved)
     monkeypatch.setattr(kv_cache, "MIN_CHUNK", 2)
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -105,11 +105,11 @@ def test_a_step_that_failed_can_be_repeated() -> None:
 
 
 def index_of(lengths: list[int]) -> StepIndex:
-    """Sequences on one stem."""
+    """Return the index of sequences on one stem."""
     return StepIndex([Stem((0, 0), 9, list(range(len(lengths))))], [0] * len(lengths), lengths, torch.device("cpu"))
 
 
-def test_stretches_are_made_where_they_save_padding() -> None:
+def test_chunks_are_made_where_they_save_padding() -> None:
     assert index_of([20] * 32).chunks == [(slice(0, 32), 21)]
     assert index_of([10] * 24 + [60] * 8).chunks == [(slice(0, 32), 61)]
     chunks = index_of([10] * 24 + [300] * 8).chunks
@@ -128,7 +128,7 @@ def test_what_is_shared_is_stored_once() -> None:
 
 
 def test_paths_are_divided_where_it_saves_most() -> None:
-    # Root of 2 under all five, a picture of 10 under three of them, a word of 1 under two of those.
+    # A root of 2 tokens for all five, an image of 10 for three of them, a word of 1 for two of those.
     lengths = [2, 10, 1, 3, 3, 3, 4, 4]
     segment_ids = torch.arange(8).repeat_interleave(torch.tensor(lengths))
     nodes = [(0, 1, 2, 3), (0, 1, 2, 4), (0, 1, 5), (0, 6), (0, 7)]

@@ -1,4 +1,4 @@
-"""The layout of a language model is found by trying it."""
+"""Selection of the layout of a language model by trial."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranges of the sampling settings, and an import that stays light."""
+"""Ranges of the sampling parameters, and imports of the protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The padded way round for models without positions, and 4-bit layers that must still learn afterwards."""
+"""Padded runner for models without positions, and 4-bit layers that train after answering."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GREEDY = Sampling(max_new_tokens=16)
 
 
 def bloom(path: Path) -> Loaded:
-    """A tiny model whose positions are slopes of the attention mask."""
+    """Write and load a tiny model with ALiBi positions."""
     tokenizer = byte_tokenizer()
     config = BloomConfig(
         vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2, eos_token_id=2
@@ -79,7 +79,7 @@ def test_the_modules_are_listed_once_a_run(monkeypatch: pytest.MonkeyPatch) -> N
         assert len(listed) - before == 4  # modules and quantized layers, for a stream and for a batch
 
 
-def test_the_padded_way_gives_what_slots_give() -> None:
+def test_the_padded_runner_answers_as_the_slot_runner() -> None:
     loaded = tiny_llava(seed=3)
     sampling = Sampling(max_new_tokens=20, temperature=1.0, seed=7, n=2, stop=("a", "e"))
     padded, slots = engine_of(loaded, layout="padded", max_slots=4), engine_of(loaded)

@@ -1,4 +1,4 @@
-"""The drawn tokens: their distribution, the filters, and independence of the neighbours."""
+"""Sampled tokens: their distribution, the filters, and independence of other rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def frequencies(num: int = 20_000, **options: float) -> torch.Tensor:
     return torch.bincount(torch.tensor(tokens), minlength=VOCABULARY) / num
 
 
-def test_tokens_come_as_often_as_the_model_says() -> None:
+def test_token_frequencies_are_the_probabilities() -> None:
     assert torch.allclose(frequencies(), LOGITS.softmax(0), atol=0.015)
     assert torch.allclose(frequencies(temperature=0.5), (LOGITS / 0.5).softmax(0), atol=0.015)
 
@@ -56,7 +56,7 @@ ROWS = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(ROWS)
-def test_a_row_does_not_depend_on_its_neighbours(rows: list[tuple[int, float, float, int]]) -> None:
+def test_a_row_does_not_depend_on_other_rows(rows: list[tuple[int, float, float, int]]) -> None:
     def draws() -> list[TokenDraw]:
         return [draw(seed, temperature=t, top_p=p, top_k=k) for seed, t, p, k in rows]
 

@@ -1,4 +1,4 @@
-"""Out of memory: half the slots, once, and the same answers; then an error for whoever cannot run."""
+"""Out of memory: half the slots once with the same answers, then errors for requests that do not fit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def loaded() -> Loaded:
 
 
 def limit(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, name: str, fails: Callable[[int, int], bool]) -> None:
-    """Let a method of the runner run out of memory when `fails(call, sequences)`."""
+    """Make a method of the runner run out of memory when `fails(call, sequences)`."""
     original = getattr(engine.scheduler.runner, name)
     calls = 0
 

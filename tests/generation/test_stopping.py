@@ -1,4 +1,4 @@
-"""Stop strings, role headers and broken characters, on any text and any cutting into tokens."""
+"""Stop strings, role headers and incomplete characters in any text with any tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RULE = StopRule(frozenset({0}), ("###", "\nab"), ("###", "\nab"), ("###", "Assis
 
 
 def of_bytes(token_ids: Sequence[int]) -> str:
-    """Tokens are bytes: token n + 1 is byte n, and token 0 is special."""
+    """Return the text of tokens that are bytes: token n + 1 is byte n, token 0 is special."""
     return bytes(token - 1 for token in token_ids if token).decode(errors="replace")
 
 
@@ -28,7 +28,7 @@ def tokens_of(text: str) -> list[int]:
 
 
 def generated(text: str, rule: StopRule = RULE) -> tuple[str, list[str]]:
-    """Feed a text byte by byte; return the answer and what a stream would show."""
+    """Feed a text byte by byte; return the answer and the texts of a stream."""
     answer, shown, ids = AnswerText(rule, of_bytes), [], []
     for token in tokens_of(text):
         ids.append(token)
@@ -44,7 +44,7 @@ def test_a_stop_string_is_cut_off_wherever_its_tokens_lie() -> None:
     assert generated("a\nac")[0] == "a\nac"
 
 
-def test_repeated_headers_are_no_answer_and_no_stop() -> None:
+def test_repeated_headers_are_neither_answer_nor_stop() -> None:
     for head in ("###Assistant: ", " Assistant:\n### ", "###"):
         answer, shown = generated(f"{head}right.")
         assert answer == "right." and shown[-1] == "right." and "A" not in shown
@@ -87,7 +87,7 @@ def test_the_answer_is_what_the_template_parses(pieces: list[str]) -> None:
     assert rule.answer(text) == template.parse(text)
 
 
-def test_decoding_happens_only_when_somebody_asks() -> None:
+def test_text_is_decoded_only_when_it_is_read() -> None:
     calls: list[int] = []
 
     def counting(token_ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""`auto` precisions follow two measured times, never a name; weights are raised only where that is faster."""
+"""`auto` precisions follow two measured times; weights are raised only where that is faster."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FAST, SLOW = 1.0, 3.0
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    """Measure in every test, and leave nothing measured by it behind."""
+    """Forget measurements before and after every test."""
     precision._measured.cache_clear()
     yield
     precision._measured.cache_clear()
 
 
 def use_times(monkeypatch: pytest.MonkeyPatch, *, full: float, half: float) -> list[torch.dtype]:
-    """Let products take these seconds; returns the types that were measured."""
+    """Set the seconds of products; return the list of measured dtypes."""
     measured: list[torch.dtype] = []
 
     def seconds(dtype: torch.dtype, shape: ProductShape, device_type: str) -> float:

@@ -1,4 +1,4 @@
-"""The comparison with recorded numbers: what it says of the oracles at hand, and that it can say no."""
+"""Comparison with recorded numbers: results for the oracles, and failures after changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llava.samples import Conversation, Turn
 from tests.support.recorded_folder import write_recorded
 
 SLOW = ("train_log.json", "generate.json", "forward.npz", "expected_metrics.json", "lora_forward.npz", "grads.json")
-"""Checks that take seconds; other tests run what they run, `generate.json` below."""
+"""Slow checks that are covered by other tests, `generate.json` below."""
 
 FOLDERS = ("llava-1.2.2", "llava-med-1.0", "llava-med-1.5-mistral", "llava-rad", "stllava-med")
 
@@ -34,7 +34,7 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("calm")
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_recorded_texts_and_pictures(shared: Path, folder: str) -> None:
+def test_recorded_texts_and_images(shared: Path, folder: str) -> None:
     lines = list(__main__.checked(shared / "oracles" / folder, frozenset(COMPAT)))
     assert not [line for line in lines if line.status == "FAIL"]
     assert all(line.note for line in lines if line.status == "skipped")
@@ -123,14 +123,14 @@ def test_names() -> None:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that no original wrote, to be copied before it is changed."""
+    """Return a folder that no original wrote, to be copied before changes."""
     return write_recorded(tmp_path_factory.mktemp("made") / "unseen")
 
 
-def run(folder: Path, *words: str) -> int:
-    """Exit status of the program on a folder."""
+def run(folder: Path, *argv: str) -> int:
+    """Return the exit status of the program on a folder."""
     with pytest.raises(SystemExit) as ended:
-        __main__.main(["--oracles", str(folder), *words])
+        __main__.main(["--oracles", str(folder), *argv])
     return int(ended.value.code or 0)
 
 
@@ -214,7 +214,7 @@ def test_a_row_that_ends_early_is_seen(shared: Path, tmp_path: Path) -> None:
 
 
 def test_a_conversation_is_read_out_of_its_prompts(shared: Path, tmp_path: Path) -> None:
-    """Prompts of another exchange, of three questions, in our own words for them."""
+    """Prompts of another exchange, in our templates, are read correctly."""
     spoken = Conversation((Turn("human", "<image>\nQ one?"), Turn("gpt", "One."), Turn("human", "Q two?")))
     names = {"v1": (["USER", "ASSISTANT"], " ", "</s>"), "mpt": (["user", "assistant"], "<|im_end|>", None)}
     records = {

@@ -1,4 +1,4 @@
-"""The flat batch against transformers' own Llava on padded rows: loss and every gradient, and what it costs."""
+"""Flat batch against transformers' Llava on padded rows: loss, every gradient, and operations."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STEM = [5, 6, "a", 7, 8]
 
 @cache
 def pair(lm: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """A tiny model of ours and the library's with the same weights."""
+    """Return a tiny model of ours and the library's with the same weights."""
     ours = tiny_llava(lm="mistral" if lm == "window" else lm).model
     if lm == "window":
         ours.config.text_config.sliding_window = WINDOW
@@ -61,7 +61,7 @@ def own_loss(model: Any, batch: FlatBatch, num_items: int) -> Tensor:
 def check(
     sequences: list[Encoded], lm: str = "llama", layout: Layout = "tree", dtype: torch.dtype = torch.float32
 ) -> None:
-    """Loss and gradients equal the library's, one padded row a sequence."""
+    """Check that loss and gradients equal the library's on one padded row per sequence."""
     ours, library = pair(lm, dtype)
     count = num_trained(sequences)
     loss = own_loss(ours, flat(sequences, layout), count)
@@ -85,7 +85,7 @@ def check(
 )
 @settings(max_examples=40, deadline=None)
 def test_loss_and_gradients_on_random_trees(chance: random.Random, num_sequences: int, lm: str, layout: Layout) -> None:
-    """In double precision: shrunk examples repeat one token; true query gradients are zero then, rounding is not."""
+    # In double precision, because shrunk examples repeat one token, whose true query gradients are zero but for rounding.
     check(random_sequences(chance, num_sequences), lm, layout, torch.float64)
 
 
@@ -138,7 +138,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 
 def test_a_wrong_tree_would_be_noticed() -> None:
-    """The measure has teeth: the same row with one branch hung one node too low gives another loss."""
+    """The same row with one branch one node too low has another loss."""
     ours, _ = pair("llama")
     batch = flat(CASES["several images"])
     assert len(batch.parents) == 4
@@ -150,7 +150,7 @@ def test_a_wrong_tree_would_be_noticed() -> None:
 
 
 def flops(batch: FlatBatch) -> int:
-    """Operations of one step."""
+    """Return the operations of one step."""
     ours, _ = pair("llama")
     with FlopCounterMode(display=False) as counter:
         target_logits(ours, batch).logsumexp(-1).sum().backward()
@@ -183,6 +183,6 @@ def test_ten_chains_cost_ten_times_one() -> None:
 
 
 def test_eight_questions_cost_less_than_two_alone() -> None:
-    """The image's tokens and the tower are paid once: the padded batch does the work of each question again."""
+    """Tower and image tokens are computed once; the padded batch repeats them for each question."""
     sequences = questions("a", 8, length=1)
     assert flops(flat(sequences)) < 0.35 * flops(flat(sequences, "padded"))

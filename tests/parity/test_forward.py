@@ -1,4 +1,4 @@
-"""Every recorded checkpoint, loaded as it lies there, gives the originals' logits (oracles `*/forward.npz`).
+"""Every recorded checkpoint gives the logits of the originals (oracles `*/forward.npz`).
 
 Rows are compared one by one without padding, at the positions where the original's spliced mask is set: so a batch that
 it padded on the left, or cut after splicing, needs no rule here.
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Recorded:
-    """A checkpoint of an oracle, and where its numbers are."""
+    """Checkpoint of an oracle, and the place of its numbers."""
 
     oracle: str
     folder: str
@@ -50,12 +50,12 @@ ADAPTERS = (
 CASES = [(recorded, batch) for recorded in RECORDED for batch in recorded.batches]
 
 
-def pictures(oracle: Path, row: str) -> list[Image.Image]:
+def images_of(oracle: Path, row: str) -> list[Image.Image]:
     return Oracle(oracle).images(row)
 
 
 def largest_difference(recorded: Recorded, batch: str, oracle: Path, *, ids_of: str | None = None) -> tuple[float, int]:
-    """Between the recorded logits and ours, and at how many positions they were compared."""
+    """Return the largest difference to the recorded logits, and the number of compared positions."""
     loaded = loaded_from(oracle, recorded.folder, recorded.base)
     arrays = np.load(oracle / recorded.arrays)
     inputs = arrays if ids_of is None else np.load(oracle / ids_of)
@@ -67,7 +67,7 @@ def largest_difference(recorded: Recorded, batch: str, oracle: Path, *, ids_of: 
     rows = json.loads((oracle / "forward_meta.json").read_text())[key]["ids"]
     worst, compared = 0.0, 0
     for number, row in enumerate(rows):
-        images = pictures(oracle, row)
+        images = images_of(oracle, row)
         ours = row_logits(loaded, inputs[f"{key}/input_ids"][number][mask_in[number]], loaded.processor.pixels(images))
         places = np.flatnonzero(mask[number])
         kept = [(index, place) for index, place in enumerate(places) if place % stride == 0]
@@ -94,20 +94,20 @@ def test_logits_with_an_adapter(shared: Path, recorded: Recorded) -> None:
     worst = 0.0
     for number, row in enumerate(rows):
         ids = inputs["batch_a/input_ids"][number][inputs["batch_a/in_attention_mask"][number]]
-        ours = row_logits(loaded, ids, loaded.processor.pixels(pictures(oracle, row)))[::7, :-1]
+        ours = row_logits(loaded, ids, loaded.processor.pixels(images_of(oracle, row)))[::7, :-1]
         worst = max(worst, float((ours - expected[number, : len(ours)]).abs().max()))
     assert worst < TOLERANCE
 
 
 @pytest.mark.parametrize("recorded", [RECORDED[3], RECORDED[5]], ids=lambda case: case.folder)
 def test_tower_and_projector(shared: Path, recorded: Recorded) -> None:
-    """Features of the tower and the projector, of every picture (text-only rows carry a dummy there)."""
+    """Features of tower and projector agree for every image (text-only rows have a dummy image)."""
     oracle = shared / "oracles" / recorded.oracle
     loaded = loaded_from(oracle, recorded.folder)
     arrays, rows = np.load(oracle / "forward.npz"), json.loads((oracle / "forward_meta.json").read_text())
     compared = 0
     for number, row in enumerate(rows["batch_a"]["ids"]):
-        if images := pictures(oracle, row):
+        if images := images_of(oracle, row):
             with torch.no_grad():
                 features = loaded.model.tower_features(loaded.processor.pixels(images))
                 output: Any = loaded.model.model.get_image_features(features).pooler_output
@@ -122,7 +122,7 @@ def test_tower_and_projector(shared: Path, recorded: Recorded) -> None:
     [("llava-1.2.2", "out/stage1"), ("llava-rad", "out/stage1"), ("llava-1.2.2", "out/stage1/checkpoint-3")],
 )
 def test_projector_alone(shared: Path, oracle: str, folder: str) -> None:
-    """What was trained alone stands in the model; everything else is the base's."""
+    """The model has the projector that was trained alone; everything else is the base's."""
     path = shared / "oracles" / oracle
     loaded = loaded_from(path, folder, "base_llm")
     saved = torch.load(path / folder / "mm_projector.bin", weights_only=True)

@@ -1,4 +1,4 @@
-"""Four mixed prompts at once answer as each alone does, on every published kind: text only, two images, long, short."""
+"""A batch of four mixed prompts answers as single prompts do, for every published kind of checkpoint."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ LONG = "Lobe axial resonance no radiograph impression cardiac in lower histology
 
 def prompts(folder: Path) -> list[Prompt]:
     def ask(text: str, *images: str) -> Prompt:
-        pictures = tuple(str(folder / "images" / name) for name in images)
-        return Prompt(Conversation((Turn("human", text),)), pictures)
+        paths = tuple(str(folder / "images" / name) for name in images)
+        return Prompt(Conversation((Turn("human", text),)), paths)
 
     return [
         ask("Is there a lesion?"),

@@ -1,4 +1,4 @@
-"""The model against transformers' own Llava with equal weights: logits, loss, gradients, cache, generation."""
+"""Model against transformers' Llava with equal weights: logits, loss, gradients, cache, generation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def library_name(name: str) -> str:
 
 
 def library_model(loaded: Loaded) -> LlavaForConditionalGeneration:
-    """transformers' Llava with the weights of ours."""
+    """Return transformers' Llava with our weights."""
     config = loaded.model.config
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -79,7 +79,7 @@ def test_logits_loss_and_gradients(lm: str, tower: str, tie: bool, feature: str)
 
 
 def wide_batch(loaded: Loaded) -> dict[str, Tensor]:
-    """The batch of the model tests with as many place holders as this model's images have tokens."""
+    """Return the batch of the model tests with one placeholder for each image token of this model."""
     inputs = batch(loaded)
     image = loaded.processor.image_token_id
     num = loaded.processor.num_image_tokens
@@ -139,7 +139,7 @@ def test_cached_features_equal_pixels() -> None:
     assert torch.equal(from_pixels.logits, from_features.logits)
 
 
-def test_a_wrong_number_of_place_holders_is_an_error() -> None:
+def test_a_wrong_number_of_placeholders_is_an_error() -> None:
     loaded = tiny_llava()
     inputs = batch(loaded)
     inputs["input_ids"][0, 2] = 9

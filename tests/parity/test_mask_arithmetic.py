@@ -1,4 +1,4 @@
-"""The published counting of masks (llava-med 2.5) against ours: one to five turns, with and without an image.
+"""Published masks by counting against ours: one to five turns, with and without an image.
 
 The counting is written here from its description: every round is tokenized alone and its tokens are counted.
 """
@@ -19,25 +19,26 @@ WORDS = ("What is seen?", "A lesion of 3 cm.", "Where?", "In the left lung", "Wh
 
 
 def conversation(num_turns: int, *, image: bool) -> Conversation:
-    """So many questions, each with its answer."""
+    """Return a conversation of `num_turns` questions with their answers."""
     texts = [WORDS[number % len(WORDS)] for number in range(2 * num_turns)]
     return talk(f"{IMAGE_TOKEN}\n{texts[0]}" if image else texts[0], *texts[1:])
 
 
 def count(text: str, processor: LlavaMedProcessor) -> int:
-    """Tokens of a text alone, begin of text included where the tokenizer has one."""
+    """Return the number of tokens of a text alone, including a start token."""
     return len(tokenize_segments([Segment(text, False, 0)], processor).ids)
 
 
 def rendered(spoken: Conversation, processor: LlavaMedProcessor) -> tuple[str, list[int], list[int]]:
-    """Text, ids and our labels; an image is one token."""
+    """Return text, ids and our labels; an image is one token."""
     text = "".join(part.text for part in processor.template.render(place_images(spoken, processor)))
     encoded = encode(spoken, processor, images=["key"] * text.count(IMAGE_TOKEN), max_length=None)
     return text, list(encoded.input_ids), list(encoded.labels)
 
 
 def by_rounds(text: str, ids: list[int], processor: LlavaMedProcessor, split: str) -> list[int]:
-    """Two separators and brackets: a round ends with `</s>`, for whose token its own begin of text stands in."""
+    """Return labels for two separators and brackets, counted round by round."""
+    # A round ends with `</s>`; its own start token is counted instead of that token.
     labels, cursor = [IGNORE_INDEX, *ids[1:]], 1
     for part in text.split("</s>"):
         pieces = part.split(split)
@@ -46,7 +47,7 @@ def by_rounds(text: str, ids: list[int], processor: LlavaMedProcessor, split: st
         asked = count(pieces[0] + split, processor) - 2
         labels[cursor : cursor + asked] = [IGNORE_INDEX] * asked
         cursor += count(part, processor)
-    assert cursor == len(ids), "a mismatch, for which the original would ignore the row"
+    assert cursor == len(ids), "the original would ignore the row because of this mismatch"
     return labels
 
 
@@ -63,7 +64,7 @@ def test_rounds(template: str, num_turns: int, image: bool) -> None:
 @pytest.mark.parametrize("image", [False, True])
 @pytest.mark.parametrize("num_turns", range(1, 6))
 def test_chatml(num_turns: int, image: bool) -> None:
-    """The count is one off where an answer begins and where it ends; ours is not (`shifted_labels`)."""
+    """The count is one off at both ends of an answer; ours is not (`shifted_labels`)."""
     processor = make_processor("byte level", template="mpt", num_image_tokens=1)
     text, ids, labels = rendered(conversation(num_turns, image=image), processor)
     end, header = "<|im_end|>", "<|im_end|><|im_start|>assistant\n"
@@ -94,7 +95,7 @@ def test_plain(template: str) -> None:
 @pytest.mark.parametrize("num_turns", range(1, 6))
 @pytest.mark.parametrize("template", ["v0", "bair_v1"])
 def test_one_separator(template: str, num_turns: int, image: bool) -> None:
-    """`###` is one token alone and two in a text, so the begin of text of a turn alone stands in for the second."""
+    # `###` is one token alone and two in a text; the start token of a single turn is counted for the second one.
     processor = make_processor(template=template, num_image_tokens=1)
     spoken = conversation(num_turns, image=image)
     _, ids, labels = rendered(spoken, processor)

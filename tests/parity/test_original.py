@@ -1,4 +1,4 @@
-"""The model against what the original projects computed: logits, loss and gradients of recorded batches.
+"""Model against recorded batches of the original projects: logits, loss and gradients.
 
 Their checkpoints are taken apart by hand here; what is tested is the model around the weights.
 """
@@ -24,7 +24,7 @@ from llava.model.checkpoint.load_parts import load_projector
 from llava.model.lora import freeze_for
 
 IMAGE_MARK = -200
-"""The original's id of an image place holder."""
+"""Token id of an image placeholder in the original."""
 
 NUM_WORDS = 640
 
@@ -36,7 +36,7 @@ PREFIXES = {
 
 
 def current_name(name: str) -> str:
-    """Our name of a weight in an original checkpoint."""
+    """Return our name of a weight in an original checkpoint."""
     for old, new in PREFIXES.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -44,12 +44,12 @@ def current_name(name: str) -> str:
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean loss over the original's vocabulary, which lacks our place holder."""
+    """Return the mean loss over the original's vocabulary, which lacks our placeholder."""
     return cross_entropy(logits[:, :-1, :NUM_WORDS].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 
 
 def original(folder: Path) -> Loaded:
-    """The parts of LLaVA 1.2.2's runs, put together by us."""
+    """Return a model of the parts of LLaVA 1.2.2's runs."""
     loaded = build(
         str(folder / "base_llm"), str(folder / "vision_tower"), projector_type="mlp2x_gelu", image_mode="pad"
     )
@@ -58,7 +58,7 @@ def original(folder: Path) -> Loaded:
 
 
 def take(loaded: Loaded, weights: Mapping[str, Tensor]) -> None:
-    """Copy original weights in; the row of our place holder, which the original does not have, stays."""
+    """Copy original weights into the model; the row of our placeholder stays."""
     state = loaded.model.state_dict()
     taken = set()
     for old, tensor in weights.items():
@@ -69,7 +69,7 @@ def take(loaded: Loaded, weights: Mapping[str, Tensor]) -> None:
 
 
 def recorded(folder: Path, loaded: Loaded, batch: str) -> dict[str, Any]:
-    """A recorded batch, its place holders expanded, its pictures preprocessed by us."""
+    """Return a recorded batch with expanded placeholders and preprocessed images."""
     arrays = np.load(folder / "forward.npz")
     ids, labels = arrays[f"{batch}/input_ids"], arrays[f"{batch}/in_labels"]
     mask = arrays[f"{batch}/in_attention_mask"]
@@ -85,14 +85,14 @@ def recorded(folder: Path, loaded: Loaded, batch: str) -> dict[str, Any]:
     pairs = torch.tensor(padded)
     records = {record["id"]: record for record in json.loads((folder / "data.json").read_text())}
     names = json.loads((folder / "forward_meta.json").read_text())[batch]["ids"]
-    pictures = [
+    images = [
         Image.open(folder / "images" / records[n]["image"]).convert("RGB") for n in names if "image" in records[n]
     ]
     return {
         "input_ids": pairs[..., 0],
         "labels": pairs[..., 1],
         "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
-        "pixel_values": loaded.processor.pixels(pictures),
+        "pixel_values": loaded.processor.pixels(images),
     }
 
 
@@ -141,7 +141,7 @@ def test_gradients_of_llava(shared: Path) -> None:
 
 
 def test_adapter_of_llava(shared: Path) -> None:
-    """The original's LoRA run: its adapter added by the formula, its projector read under the names it has there."""
+    """The original's LoRA run, with its adapter added by the formula, gives the recorded logits."""
     folder = shared / "oracles" / "llava-1.2.2"
     loaded = original(folder)
     load_projector(loaded.model, folder / "out" / "llava-lora" / "non_lora_trainables.bin")
@@ -173,7 +173,7 @@ def test_projector_file_of_llava(shared: Path) -> None:
 
 
 def test_projector_file_of_llava_med(shared: Path) -> None:
-    """Version 1.0 saves the whole input table; its last two rows are the markers, wherever ours stand."""
+    """Version 1.0 saves the whole input table; its last two rows are those of the markers."""
     folder = shared / "oracles" / "llava-med-1.0"
     loaded = build(str(folder / "base_llm"), str(folder / "vision_tower"), use_im_start_end=True)
     before = loaded.model.get_input_embeddings().weight.detach().clone()

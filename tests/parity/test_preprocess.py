@@ -1,6 +1,6 @@
 """Ids and labels against those the original trainers made (oracles `*/preprocess.json`).
 
-What is not compared as it stands, and why:
+What is not compared directly, and why:
 
 - `v0` family, labels: the published mask counts tokens of each turn tokenized alone. `###` is three tokens of the
   oracles' tokenizer, so the count drifts into the text. Ids are compared; the drifting labels are recomputed here by
@@ -267,7 +267,7 @@ def test_ids_of_published_prompts_1_0(shared: Path) -> None:
 
 @pytest.mark.parametrize("template", ["v0", "bair_v1", "v0_mmtag"])
 def test_v0_mask_is_the_published_one(template: str) -> None:
-    """Where `###` is one token alone and two in the text, as in Llama, the published counting gives our mask."""
+    """If `###` is one token alone and two in the text, as in Llama, the published count gives our mask."""
     processor = make_processor(template=template, num_image_tokens=1)
     assert processor.text("### ").ids[:-1] == processor.tokenizer.convert_tokens_to_ids(["▁###"])
     for conversation in (

@@ -1,4 +1,4 @@
-"""Our trainer repeats the originals' recorded training runs: every micro-batch's loss, and the weights at the end."""
+"""Our trainer repeats recorded training runs: the loss of every micro-batch and the last weights."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_recorded_run_is_replayed_or_has_a_reason(shared: Path) -> None:
 
 
 def test_the_default_is_another_training(shared: Path, tmp_path: Path) -> None:
-    """With accumulation a mean over all tokens of a step is not the mean of its micro-batches' means."""
+    """The mean over all tokens of a step is not the mean of the means of its micro-batches."""
     found = replay(shared / "oracles" / "llava-1.2.2", "stage2_full", tmp_path, loss_normalization="tokens")
     assert found.projector_share > 100
 
@@ -82,7 +82,7 @@ def test_labels_by_counting(shared: Path, tmp_path: Path) -> None:
     recorded = json.loads((folder / "preprocess.json").read_text())["version=v0,template=default"]
     for row in json.loads((folder / "data.json").read_text()):
         if row["id"] == "gpt_first":
-            continue  # reading a row leaves an answer before the first question out
+            continue  # `from_row` leaves out an answer before the first question
         sample = from_row(row)
         conversation = with_places(sample)
         encoded = encode(conversation, processor, images=["key"] * len(sample.images), max_length=320)
@@ -91,7 +91,7 @@ def test_labels_by_counting(shared: Path, tmp_path: Path) -> None:
         assert list(counted_labels(encoded, conversation, processor)) == recorded[row["id"]]["labels"], row["id"]
 
 
-def test_pictures_move_up_past_text_only_rows() -> None:
+def test_images_move_up_past_text_only_rows() -> None:
     def row(*images: str) -> Encoded:
         return Encoded(input_ids=(1,), labels=(1,), turns=(0,), images=images)
 

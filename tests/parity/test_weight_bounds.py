@@ -1,4 +1,4 @@
-"""Bounds of trained weights hold for a run of another rounding, and fail a run that trains otherwise."""
+"""Bounds of trained weights hold for a run with other rounding, and fail for another training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNSEEN = NUM_WORDS - 1
 
 
 def start() -> nn.Module:
-    """A float32 network whose weights are the same on every CPU: uniform draws round nowhere."""
+    """Return a float32 network with the same weights on every CPU, because uniform draws do not round."""
     generator = torch.Generator().manual_seed(0)
     network = nn.Sequential(nn.Embedding(NUM_WORDS, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 5))
     for parameter in network.parameters():
@@ -25,7 +25,7 @@ def start() -> nn.Module:
 
 
 def train(network: nn.Module, bounds: WeightBounds | None = None, **options: Any) -> dict[str, Tensor]:
-    """Last weights of a short training; the bounds are told of every step."""
+    """Return the last weights of a short training; `bounds` gets every step."""
     settings: dict[str, Any] = {"lr": 2e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0} | options
     optimizer = torch.optim.AdamW(network.parameters(), **settings)
     generator = torch.Generator().manual_seed(1)
@@ -41,14 +41,14 @@ def train(network: nn.Module, bounds: WeightBounds | None = None, **options: Any
 
 
 def bounded() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Last weights in float32, and their bounds."""
+    """Return the last weights in float32, and their bounds."""
     network = start()
     bounds = WeightBounds(network, NUM_TOKENS)
     return train(network, bounds), bounds.bounds
 
 
 def share(ours: dict[str, Tensor], other: dict[str, Tensor], bounds: dict[str, Tensor]) -> float:
-    """The largest difference in units of its bound."""
+    """Return the largest difference in units of its bound."""
     shares = [((ours[name] - other[name]).abs() / bounds[name]).nan_to_num(0) for name in ours]
     return max(float(each.max()) for each in shares)
 

@@ -1,4 +1,4 @@
-"""Articles as PMC packs them, drawn for tests, and a mirror of them."""
+"""Synthetic archives of articles as PMC packs them, and a mirror of them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from tests.support.tiny import tiny_image
 
 
 def jpeg(seed: int, ending: str = "JPEG") -> bytes:
-    """A small picture's file."""
+    """Return the bytes of a small image file."""
     stream = io.BytesIO()
     tiny_image(seed).save(stream, ending)
     return stream.getvalue()
 
 
 def plain(name: str, data: bytes) -> tuple[tarfile.TarInfo, bytes]:
-    """A plain file of an archive."""
+    """Return a regular member of an archive."""
     entry = tarfile.TarInfo(name)
     entry.size = len(data)
     return entry, data
 
 
 def special(name: str, kind: bytes, target: str = "") -> tuple[tarfile.TarInfo, bytes]:
-    """A link, device or folder of an archive."""
+    """Return a member that is a link, device or folder."""
     entry = tarfile.TarInfo(name)
     entry.type, entry.linkname = kind, target
     return entry, b""
 
 
 def tar(members: list[tuple[tarfile.TarInfo, bytes]], form: int = tarfile.GNU_FORMAT) -> bytes:
-    """An archive, not zipped."""
+    """Return an uncompressed archive."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=form) as archive:
         for entry, data in members:
@@ -42,17 +42,17 @@ def tar(members: list[tuple[tarfile.TarInfo, bytes]], form: int = tarfile.GNU_FO
 
 
 def tar_gz(members: list[tuple[tarfile.TarInfo, bytes]], form: int = tarfile.GNU_FORMAT) -> bytes:
-    """An archive."""
+    """Return a compressed archive."""
     return gzip.compress(tar(members, form), 1, mtime=0)
 
 
 def package(number: int) -> str:
-    """Path of an article's archive in a mirror."""
+    """Return the path of an article's archive in a mirror."""
     return f"oa_package/{number % 256:02x}/0a/PMC{number}.tar.gz"
 
 
 def article(number: int, num_figures: int = 3) -> bytes:
-    """An archive with a text, thumbnails and figures."""
+    """Return an archive with a text, thumbnails and figures."""
     name = f"PMC{number}"
     members = [special(f"{name}/", tarfile.DIRTYPE), plain(f"{name}/text.nxml", b"<article/>" * 500)]
     for figure in range(num_figures):
@@ -62,7 +62,7 @@ def article(number: int, num_figures: int = 3) -> bytes:
 
 
 def rows(number: int, num_figures: int = 3, base: str = "https://ftp.ncbi.nlm.nih.gov/pub/pmc") -> list[dict[str, str]]:
-    """The list's rows of an article."""
+    """Return the rows of an article in the figure list."""
     return [
         {
             "pmc_tar_url": f"{base}/{package(number)}",
@@ -74,6 +74,6 @@ def rows(number: int, num_figures: int = 3, base: str = "https://ftp.ncbi.nlm.ni
 
 
 def write_list(path: Path, content: list[dict[str, str]]) -> Path:
-    """A list of figures."""
+    """Return a figure list."""
     path.write_text("".join(json.dumps(row) + "\n" for row in content))
     return path

@@ -15,7 +15,7 @@ from llava.data.check.rules import RULES
 
 
 def row(number: int, image: str | None = None, **fields: Any) -> dict[str, Any]:
-    """Return a row with a question and an answer of its own; `fields` are added or replace others."""
+    """Return a row with its own question and answer; `fields` are added or replace others."""
     turns = [
         {"from": "human", "value": f"{'<image>' if image else ''}\nIs sign {number} seen here?"},
         {"from": "gpt", "value": f"Sign {number} is."},
@@ -30,7 +30,7 @@ def write_rows(path: Path, rows: Sequence[Any]) -> Path:
 
 
 def smooth(seed: int, side: int = 64) -> Image.Image:
-    """Return a gray image of random soft spots; other seeds look different."""
+    """Return a gray image of random soft spots that depends on the seed."""
     spots = np.random.default_rng(seed).integers(30, 226, (12, 12), dtype=np.uint8)
     return Image.fromarray(spots).resize((side, side), Image.Resampling.BICUBIC)
 

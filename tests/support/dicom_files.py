@@ -1,4 +1,4 @@
-"""Small DICOM files for tests, made of arrays; and the packaged files of pydicom, without asking a network."""
+"""Small DICOM files made from arrays, and the packaged files of pydicom without downloads."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from pydicom.uid import (
 )
 
 SECRET = "Zzyzx^Quentin"
-"""Name of the patient in every file that is made here; no message, log line or row may hold it."""
+"""Patient name in every file made here; no message, log line or row may contain it."""
 
 RAMP = np.arange(-128, 128, dtype=np.int16).reshape(16, 16) * 8
-"""Values of a picture: -1024 to 1016."""
+"""Pixel values from -1024 to 1016."""
 
 CLASSES = {
     "CR": ComputedRadiographyImageStorage,
@@ -39,7 +39,7 @@ Fields = dict[str, Any]
 
 
 def make_dataset(values: NDArray[Any], **fields: Any) -> FileDataset:
-    """A data set of `[H, W]`, `[H, W, 3]` or, with `NumberOfFrames`, one more dimension in front.
+    """Return a data set of `[H, W]`, `[H, W, 3]` or, with `NumberOfFrames`, one more dimension in front.
 
     `fields` are added or replace what is made; a field that is None is taken away.
     """
@@ -81,7 +81,7 @@ def make_dataset(values: NDArray[Any], **fields: Any) -> FileDataset:
 
 
 def to_bytes(dataset: Dataset) -> bytes:
-    """Return the file of a data set."""
+    """Return the bytes of a data set as a file."""
     stream = io.BytesIO()
     dataset.save_as(stream, enforce_file_format=True)
     return stream.getvalue()
@@ -93,7 +93,7 @@ def make(values: NDArray[Any], **fields: Any) -> bytes:
 
 
 def lookup_table(first: int, entries: NDArray[Any], bits: int) -> Dataset:
-    """An item of a Modality LUT or VOI LUT sequence."""
+    """Return an item of a Modality LUT or VOI LUT sequence."""
     item = Dataset()
     item.add_new("LUTDescriptor", "US", [len(entries) % 65536, first, bits])
     item.add_new("LUTData", "OW", entries.astype("<u2").tobytes())
@@ -101,7 +101,7 @@ def lookup_table(first: int, entries: NDArray[Any], bits: int) -> Dataset:
 
 
 def corpus() -> Iterator[tuple[str, Path]]:
-    """Yield `(name, path)` of every packaged file of pydicom and pydicom-data; files of one content once.
+    """Yield `(name, path)` of every packaged file of pydicom and pydicom-data; files with equal content once.
 
     The name tells files of one name apart by their content.
     """

@@ -1,4 +1,4 @@
-"""An engine without a model, and small data, for tests of everything around the engine."""
+"""Engine without a model, and small data, for tests of evaluation and serving."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llava.generation.protocol import Completion, Prompt, Sampling
 
 
 class FakeEngine:
-    """Answers from a table of questions, otherwise with the image it was shown; remembers what it was asked."""
+    """Engine that answers from a table or with the shown image, and records its prompts."""
 
     def __init__(self, answers: Mapping[str, str] | None = None, *, broken: str | None = None, stop_after: int = -1):
         self.answers = dict(answers or {})
@@ -52,7 +52,7 @@ class FakeEngine:
 def row(
     identity: object, image: str, question: str, answer: object, *, kind: str = "CLOSED", types: str = "PRES"
 ) -> dict:
-    """One VQA row as the published files have them."""
+    """Return a VQA row in the published format."""
     return {
         "id": identity,
         "image": image,
@@ -63,7 +63,7 @@ def row(
 
 
 def write_vqa(folder: Path, rows: Sequence[dict]) -> tuple[Path, Path]:
-    """Write rows and a small picture for each image they name; return the file and the image folder."""
+    """Write rows and a small image for each image name; return the file and the image folder."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     for index, name in enumerate(sorted({entry["image"] for entry in rows})):
@@ -74,5 +74,5 @@ def write_vqa(folder: Path, rows: Sequence[dict]) -> tuple[Path, Path]:
 
 
 def rows_of(path: Path) -> list[dict]:
-    """The lines of an answer file."""
+    """Return the rows of an answer file."""
     return [json.loads(line) for line in path.read_text().splitlines()]

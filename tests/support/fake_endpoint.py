@@ -30,18 +30,18 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one request.
+    """Fault in the answer to a request.
 
     Attributes:
-        status: the status; 200 with `body`, `finish_reason` or `stall` for answers that are wrong in themselves.
+        status: HTTP status; 200 with `body`, `finish_reason` or `stall` for defective answers.
         headers: further headers, such as `Retry-After` or `x-ratelimit-remaining-requests`.
         code: `error.code` of the body.
         param: `error.param` of the body.
-        body: these bytes in the place of the answer.
-        finish_reason: in the place of `stop` (`length` is a truncated answer).
-        text: in the place of the answer's text.
+        body: bytes sent instead of the answer.
+        finish_reason: value instead of `stop` (`length` is a truncated answer).
+        text: text instead of that of the answer.
         stall: seconds before anything is sent.
-        cut_after: close the connection after so many bytes of the body, although all were announced.
+        cut_after: bytes of the body after which the connection closes, although all were announced.
     """
 
     status: int = 200
@@ -60,7 +60,7 @@ Answer = Callable[[list[Message]], "str | Fault"]
 
 @dataclass(frozen=True)
 class Call:
-    """One request as it came."""
+    """Received request."""
 
     path: str
     headers: dict[str, str]
@@ -69,13 +69,13 @@ class Call:
 
     @property
     def question(self) -> str:
-        """The last message's text."""
+        """Text of the last message."""
         return str(self.body["messages"][-1]["content"])
 
 
 @dataclass
 class FakeEndpoint(LocalState):
-    """The endpoint's answers, faults and log.
+    """Answers, faults and log of the endpoint.
 
     Attributes:
         answer: from messages to the text, or to a fault.
@@ -96,17 +96,17 @@ class FakeEndpoint(LocalState):
 
     @property
     def root(self) -> str:
-        """The address without `/v1`, as Azure's settings want it."""
+        """URL without `/v1`, as in the settings of Azure."""
         return self.address.removesuffix("/v1")
 
 
 def num_tokens(messages: Sequence[Message]) -> int:
-    """Words of all messages: the fake's count of tokens."""
+    """Return the number of words of all messages, the token count of the fake."""
     return sum(len(str(message["content"]).split()) for message in messages)
 
 
 class Handler(LocalHandler):
-    """Answers one connection."""
+    """Handler of a connection."""
 
     state: FakeEndpoint
 
@@ -148,7 +148,7 @@ class Handler(LocalHandler):
         return azure and "api-version" in parse_qs(parts.query)
 
     def _error(self, fault: Fault, quoted: Mapping[str, Any]) -> None:
-        """Send an error that quotes what it got, as servers do."""
+        """Send an error that quotes the request, as servers do."""
         error = {"message": f"quoted: {json.dumps(quoted)}", "type": "error", "code": fault.code, "param": fault.param}
         self._send(fault, json.dumps({"error": error}).encode() if fault.body is None else fault.body)
 
@@ -190,7 +190,7 @@ def serve(answer: Answer) -> Iterator[FakeEndpoint]:
 
 
 def environment(endpoint: FakeEndpoint, **more: str) -> dict[str, str]:
-    """Return this process's environment with `endpoint` as the only one."""
+    """Return the environment of this process with `endpoint` as the only endpoint."""
     kept = {name: value for name, value in os.environ.items() if "OPENAI" not in name and "PROXY" not in name.upper()}
     return (
         kept

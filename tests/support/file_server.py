@@ -1,4 +1,4 @@
-"""A local file server that misbehaves on demand: what downloads must survive, for tests.
+"""Local file server with faults on demand, for tests of downloads.
 
     server.files["/a.bin"] = bytes        served with Range, ETag and Content-Length
     server.faults["/a.bin"] = [Fault(...), ...]     the first is used up by the first request, and so on
@@ -20,18 +20,18 @@ from tests.support.local_server import LocalHandler, LocalState, running
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one request (or, with `always`, with every one).
+    """Fault in the answer to one request or, with `always`, to every request.
 
     Attributes:
         status: answer with this status and no file.
         headers: further headers.
-        cut_after: close the connection after so many bytes of the body, although all were announced.
-        stall_after: send nothing more after so many bytes, and keep the connection.
+        cut_after: bytes of the body after which the connection closes, although all were announced.
+        stall_after: bytes after which nothing more is sent on the open connection.
         pause: seconds between pieces of `piece` bytes.
         ignore_range: send the whole file with status 200.
         unknown_length: announce no length.
-        body: send this in the place of the file, or of the part asked for.
-        content_range: state this in the place of the true range.
+        body: bytes sent instead of the file or its requested part.
+        content_range: range stated instead of the true one.
     """
 
     status: int = 0
@@ -49,7 +49,7 @@ class Fault:
 
 @dataclass
 class Request:
-    """One request as it came."""
+    """Received request."""
 
     path: str
     range: str
@@ -60,25 +60,25 @@ class Request:
 
 @dataclass
 class FileServer(LocalState):
-    """The server's files, faults and log."""
+    """Files, faults and log of the server."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, list[Fault]] = field(default_factory=dict)
     log: list[Request] = field(default_factory=list)
 
     def asked(self, path: str) -> int:
-        """How often a file was asked for."""
+        """Return how often a file was requested."""
         return sum(request.path == path for request in self.log)
 
     def fault(self, path: str) -> Fault:
-        """Return, and use up, what is to go wrong."""
+        """Return the next fault and remove it."""
         with self.lock:
             faults = self.faults.get(path, [])
             return Fault() if not faults else faults[0] if faults[0].always else faults.pop(0)
 
 
 class Handler(LocalHandler):
-    """Answers one connection."""
+    """Handler of a connection."""
 
     state: FileServer
 

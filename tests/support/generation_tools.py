@@ -1,4 +1,4 @@
-"""Prompts about small images, what transformers alone would answer, and when two answers count as one."""
+"""Prompts about small images, answers of transformers to them, and comparison of answers."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from llava.samples import Conversation, Turn
 from tests.support.tiny import tiny_image
 
 DRAW_MARGIN = 1e-5
-"""Where a drawn number is closer than this to the border between two tokens, rounding may decide: probabilities come
-from float32 logits of size 10, whose rounding is a few times 1e-6."""
+"""Distance of a drawn number to the border between two tokens below which rounding may decide: probabilities are those
+of float32 logits of size 10, whose rounding is a few times 1e-6."""
 
 
 def ask(question: str, *images: int) -> Prompt:
-    """A question about tiny pictures, by number."""
+    """Return a question about tiny images, by number."""
     marks = "<image>\n" * len(images)
     return Prompt(Conversation((Turn("human", marks + question),)), tuple(tiny_image(number) for number in images))
 
 
 def mixed_prompts() -> list[Prompt]:
-    """Shared pictures, two pictures, none, and very different lengths."""
+    """Return prompts with shared images, two images and none, of very different lengths."""
     about = [ask("x" * (7 * number % 31) + f" number {number}?", number % 3) for number in range(6)]
     return [*about, ask("Text only"), ask("Compare them.", 0, 2), ask("y" * 60, 1)]
 
 
 def engine_of(loaded: Loaded, **options: Any) -> LocalEngine:
-    """An engine in the tree layout, which the tiny models compute exactly."""
+    """Return an engine in the tree layout, which the tiny models compute exactly."""
     return LocalEngine(loaded.model, loaded.processor, **{"layout": "tree", **options})
 
 
 def one(engine: LocalEngine, prompt: Prompt, sampling: Sampling) -> Completion:
-    """The answer to a prompt that is alone."""
+    """Return the answer to a single prompt."""
     [[completion]] = engine.generate([prompt], sampling)
     return completion
 
 
 def reference_ids(loaded: Loaded, engine: LocalEngine, prompt: Prompt, num_tokens: int, **options: Any) -> list[int]:
-    """Greedy tokens of `transformers`' own generate for one prompt alone."""
+    """Return the greedy tokens of transformers' `generate` for a single prompt."""
     reading = engine.reader.read(prompt)
     ids = torch.tensor([reading.encoded.input_ids])
     if reading.images:
@@ -59,7 +59,7 @@ def reference_ids(loaded: Loaded, engine: LocalEngine, prompt: Prompt, num_token
 
 @torch.no_grad()
 def logits_without_cache(engine: LocalEngine, prompt: Prompt, token_ids: list[int]) -> torch.Tensor:
-    """[len(token_ids), V]: what predicts each token of an answer, in one plain forward pass."""
+    """Return the logits [len(token_ids), V] that predict each token of an answer, without a cache."""
     reading = engine.reader.read(prompt)
     ids = torch.tensor([[*reading.encoded.input_ids, *token_ids]])
     sizes = list(reading.encoded.image_sizes) if engine.processor.has_variable_images else []
@@ -75,7 +75,7 @@ def assert_same_answers(
     wanted: Sequence[Completion],
     sampling: Sampling,
 ) -> None:
-    """Each two answers are equal, or part at a tie; what follows a tie answers another text and is not compared."""
+    """Check that each two answers are equal or differ after a tie; text after a tie is not compared."""
     for prompt, one_answer, other in zip(prompts, found, wanted, strict=True):
         if one_answer.token_ids == other.token_ids:
             same = [(each.text, each.finish, each.error) for each in (one_answer, other)]
@@ -91,9 +91,9 @@ def assert_tie(
     wanted: Sequence[int],
     sampling: Sampling,
 ) -> None:
-    """Two answers with different tokens part where rounding may decide, by a plain forward pass."""
+    """Check by a plain forward pass that two answers differ first where rounding may decide."""
     place = next((at for at, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), None)
-    assert place is not None, f"one answer goes on where the other ends: {found} {wanted}"
+    assert place is not None, f"one answer continues after the end of the other: {found} {wanted}"
     tokens = sorted((found[place], wanted[place]))
     logits = logits_without_cache(engine, prompt, list(wanted[: place + 1]))[place].double()
     if sampling.temperature == 0.0:
@@ -104,4 +104,4 @@ def assert_tie(
         number = [draw.number() for _ in range(place + 1)][-1]
         borders = (logits / sampling.temperature).softmax(-1).cumsum(-1)[tokens[0] : tokens[1]]
         gap, margin = float((borders - number).abs().max()), DRAW_MARGIN
-    assert gap < margin, f"token {place} is no tie: {found} {wanted}, {gap:.1e} apart"
+    assert gap < margin, f"token {place} is not a tie: {found} {wanted}, {gap:.1e} apart"

@@ -1,4 +1,4 @@
-"""Judges without a model, and small chat evaluations, for the tests of everything around the judge."""
+"""Judges without a model, and small chat evaluations, for tests."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def lines(path: Path) -> list[dict]:
 
 
 class FakeJudge:
-    """Replies by a rule and remembers what it was asked; stops like a killed process after some replies."""
+    """Judge that replies by a rule, records its requests, and stops after some replies."""
 
     def __init__(self, rule: Callable[[Messages], str | None], *, stop_after: int = -1) -> None:
         self.rule = rule
@@ -59,7 +59,7 @@ class FakeJudge:
         self.asked: list[Messages] = []
 
     def __call__(self, requests: Sequence[Messages]) -> Iterator[tuple[int, Reply]]:
-        for place, messages in reversed(list(enumerate(requests))):  # order is not promised
+        for place, messages in reversed(list(enumerate(requests))):  # the order of replies is not guaranteed
             if self.stop_after == 0:
                 raise KeyboardInterrupt
             self.stop_after -= 1

@@ -1,4 +1,4 @@
-"""Tiny checkpoints in the published layouts, put together by hand: their names are written out here, not derived."""
+"""Tiny checkpoints in the published formats, with weight names written out by hand."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def projector_weights(kind: str, prefix: str = "model.mm_projector.") -> dict[st
 
 
 def tower_weights(folder: Path) -> dict[str, Tensor]:
-    """The tower's weights under the names inside a legacy checkpoint."""
+    """Return the weights of the tower by their names in a legacy checkpoint."""
     state = load_file(folder / "model.safetensors")
     plain = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
     return {f"model.vision_tower.vision_tower.vision_model.{name}": tensor for name, tensor in plain.items()}
 
 
 def write_weights(folder: Path, state: dict[str, Tensor], *, safe: bool, num_shards: int) -> None:
-    """Weights in one file, or in shards with their index."""
+    """Write weights to one file, or to shards with an index."""
     stem, suffix = ("model", ".safetensors") if safe else ("pytorch_model", ".bin")
     names = sorted(state)
     places = {}
@@ -83,7 +83,7 @@ def write_weights(folder: Path, state: dict[str, Tensor], *, safe: bool, num_sha
 
 
 def buffers(rope_theta: float, *, tower_inside: bool) -> dict[str, torch.Tensor]:
-    """Tables that old files hold beside their weights."""
+    """Return the buffers that old files hold in addition to weights."""
     frequencies = 1.0 / (rope_theta ** (torch.arange(0, 8, 2).float() / 8))
     state = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": frequencies.clone() for layer in range(2)}
     if tower_inside:
@@ -105,7 +105,7 @@ def write_legacy(
     name: str = "checkpoint",
     **config_changes: Any,
 ) -> Path:
-    """`root/lm`, `root/tower` and a whole legacy checkpoint `root/NAME` around them; returns the last."""
+    """Write `root/lm`, `root/tower` and a legacy checkpoint `root/NAME` of both; return the last."""
     lm_folder = root / "lm" if (root / "lm").is_dir() else write_tiny_lm(root / "lm", lm)
     tower = root / "tower" if (root / "tower").is_dir() else write_tiny_tower(root / "tower")
     state = load_file(lm_folder / "model.safetensors")
@@ -141,7 +141,7 @@ def write_legacy(
 
 
 def write_projector_only(root: Path, *, prefix: str = "model.mm_projector.", **options: Any) -> Path:
-    """A folder with `mm_projector.bin` and config.json alone, as stage 1 leaves it."""
+    """Write a folder with `mm_projector.bin` and config.json only, as stage 1 does."""
     whole = write_legacy(root, tower_inside=False, name="whole", tune_mm_mlp_adapter=True, **options)
     folder = root / "stage1"
     folder.mkdir()
@@ -151,7 +151,7 @@ def write_projector_only(root: Path, *, prefix: str = "model.mm_projector.", **o
 
 
 def write_lora(root: Path, *, tower_adapter: bool = False, safe: bool = True) -> Path:
-    """A LoRA folder: adapter, `non_lora_trainables.bin`, config.json; and where asked for a tower's adapter inside."""
+    """Write a LoRA folder, on request with an adapter of the tower inside."""
     folder = write_projector_only(root).rename(root / "lora")
     (folder / "mm_projector.bin").unlink()
     torch.save(

@@ -1,4 +1,4 @@
-"""What the local servers of the tests share: counting, silence about clients that go away, a free port.
+"""Shared parts of the local test servers: counting, closed connections, a free port.
 
 class Handler(LocalHandler): ...        its `do_GET` or `do_POST` answers inside `self.counted()`
 with running(Handler, state): ...       served at state.address
@@ -17,14 +17,14 @@ from typing import Any
 
 @dataclass(kw_only=True)
 class LocalState:
-    """What every server knows of itself.
+    """State of a server.
 
     Attributes:
-        address: http://127.0.0.1:PORT, and what a server puts behind it.
-        most_at_once: requests that were answered at the same time.
-        num_running: requests that are being answered.
-        stopped: set at the end; whoever waits, waits for it.
-        lock: of everything here.
+        address: http://127.0.0.1:PORT with the path of the server.
+        most_at_once: largest number of requests answered at the same time.
+        num_running: number of requests being answered.
+        stopped: set at the end; delayed answers wait for it.
+        lock: lock of these fields.
     """
 
     address: str = ""
@@ -35,23 +35,23 @@ class LocalState:
 
 
 class LocalHandler(BaseHTTPRequestHandler):
-    """Answers one connection, and says nothing."""
+    """Handler of a connection, without log lines."""
 
     protocol_version = "HTTP/1.1"
     state: Any
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Ignore a log line."""
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Count a request while it is answered; a client that goes away ends the connection."""
+        """Count a request while it is answered; a client that disconnects ends the connection."""
         with self.state.lock:
             self.state.num_running += 1
             self.state.most_at_once = max(self.state.most_at_once, self.state.num_running)
         try:
             yield
-        except OSError:  # the client went away
+        except OSError:  # the client disconnected
             self.close_connection = True
         finally:
             with self.state.lock:
@@ -62,14 +62,14 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Be silent about broken connections; anything else is an error of the server itself."""
+        """Ignore broken connections; other errors are those of the server."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 
 @contextlib.contextmanager
 def running(handler: type[LocalHandler], state: LocalState) -> Iterator[None]:
-    """Serve on a free port, which completes `state.address`."""
+    """Serve on a free port; complete `state.address`."""
     server = _Server(("127.0.0.1", 0), type("BoundHandler", (handler,), {"state": state}))
     state.address = f"http://127.0.0.1:{server.server_address[1]}{state.address}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

@@ -1,4 +1,4 @@
-"""A batch with everything in it, answers of a model, and weights that moved as in a training."""
+"""Batch with images and markers, and weights changed as in a training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.tiny import tiny_image
 
 
 def batch(loaded: Loaded) -> dict[str, Tensor]:
-    """Two rows with an image, words and, where in use, markers."""
+    """Return two rows with an image, text and, if used, markers."""
     image = [loaded.processor.image_token_id] * 4
     start, end = loaded.model.config.marker_token_ids or (9, 9)
     ids = torch.tensor([[1, start, *image, end, 20, 21], [1, 30, start, *image, end, 31]])
@@ -26,7 +26,7 @@ def logits(loaded: Loaded) -> Tensor:
 
 
 def shake(parameters: dict[str, nn.Parameter], seed: int = 5) -> None:
-    """Move weights as a training would."""
+    """Change weights as a training does."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters.values():

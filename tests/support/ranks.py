@@ -1,4 +1,4 @@
-"""Runs a function in fresh processes that meet through gloo, or in one that may be killed.
+"""Runs of a function in new processes connected by gloo, or in one that may be killed.
 
 The processes come from a fork server that has imported the training code once: starting one costs a fraction of a
 second instead of an import, and none of them inherits the state of the test process.
@@ -18,7 +18,7 @@ TIMEOUT = 100.0
 
 
 def free_port() -> int:
-    """A TCP port that nobody uses right now."""
+    """Return an unused TCP port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -45,7 +45,7 @@ def _enter(place: tuple[int, int, int], pipe: Connection, job: Callable[..., Any
 
 
 def start(world_size: int, job: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[tuple[str, Any]]:
-    """Run `job(*args)` on all ranks; the outcome of each is ("result", value), ("error", text) or ("died", code)."""
+    """Run `job(*args)` on all ranks; return ("result", value), ("error", text) or ("died", code) of each."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llava.train.run"])
     port = free_port()
@@ -64,7 +64,7 @@ def start(world_size: int, job: Callable[..., Any], *args: Any, timeout: float =
             process.join(TIMEOUT)
             outcome = ("died", process.exitcode)
         outcomes.append(outcome)
-        if outcome[0] != "result":  # the others would wait for it for ever
+        if outcome[0] != "result":  # the other ranks would wait forever
             for other, _ in started:
                 other.join(3)
                 other.kill()
@@ -74,7 +74,7 @@ def start(world_size: int, job: Callable[..., Any], *args: Any, timeout: float =
 
 
 def run(world_size: int, job: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-    """The values that `job(*args)` returned on each rank; fails with the rank's own error."""
+    """Return the results of `job(*args)` on each rank; raise the error of a failed rank."""
     outcomes = start(world_size, job, *args, timeout=timeout)
     failed = [f"rank {rank} {kind}: {value}" for rank, (kind, value) in enumerate(outcomes) if kind != "result"]
     assert not failed, "\n".join(failed)

@@ -1,4 +1,4 @@
-"""A folder in the format of the recorded oracles, made here: other names, several images in a row, other strides."""
+"""Folder in the format of the recorded oracles with other names, strides and several images per row."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def write_recorded(folder: Path) -> Path:
-    """Model, pictures, conversations, and what the model computes from them by the library's own padded calls."""
+    """Write a model, images, conversations, and results of the library's own padded calls."""
     folder.mkdir()
     checkpoint = write_legacy(folder, name="any-model", image_aspect_ratio="square")
     (folder / "images").mkdir()
@@ -51,11 +51,11 @@ def write_recorded(folder: Path) -> Path:
     np.savez(folder / "forward.npz", **arrays)
     (folder / "forward_meta.json").write_text(json.dumps(meta))
     (folder / "generate.json").write_text(json.dumps([_generated(folder, loaded, row) for row in rows]))
-    pictures = CLIPImageProcessorPil.from_pretrained(folder / "tower")
+    image_processor = CLIPImageProcessorPil.from_pretrained(folder / "tower")
     square = {}
     for name in ("a.png", "b.png", "c.png"):
-        with Image.open(folder / "images" / name) as picture:
-            square[f"square/{name}"] = pictures(picture.convert("RGB"), return_tensors="np")["pixel_values"][0]
+        with Image.open(folder / "images" / name) as image:
+            square[f"square/{name}"] = image_processor(image.convert("RGB"), return_tensors="np")["pixel_values"][0]
     np.savez(folder / "image_preprocess.npz", **square)
     return folder
 
@@ -71,7 +71,7 @@ def _encoded(row: dict[str, Any], loaded: Loaded) -> Encoded:
 
 
 def _collapsed(encoded: Encoded, values: Any, mark: int) -> list[int]:
-    """Values of a row with one entry for each image."""
+    """Return the values of a row with one entry for each image."""
     found, place = [], 0
     for start, stop in encoded.image_spans:
         found += [*values[place:start], mark]
@@ -85,7 +85,7 @@ def _pixels(folder: Path, row: dict[str, Any], loaded: Loaded) -> list[Any]:
 
 
 def _batch(folder: Path, loaded: Loaded, rows: list[tuple[dict[str, Any], Encoded]]) -> tuple[dict[str, Any], float]:
-    """Arrays of one right-padded batch, and its loss."""
+    """Return the arrays of a right-padded batch, and its loss."""
     longest = max(len(encoded.input_ids) for _, encoded in rows)
     short = [(_collapsed(e, e.input_ids, -200), _collapsed(e, e.labels, IGNORE_INDEX)) for _, e in rows]
     width = max(len(ids) for ids, _ in short)
@@ -99,7 +99,7 @@ def _batch(folder: Path, loaded: Loaded, rows: list[tuple[dict[str, Any], Encode
         ids[number, :length], labels[number, :length] = torch.tensor([encoded.input_ids, encoded.labels])
         mask[number, :length] = True
         given[:, number, : len(row_ids)] = [row_ids, row_labels, [1] * len(row_ids)]
-    pixels = torch.stack([picture for row, _ in rows for picture in _pixels(folder, row, loaded)])
+    pixels = torch.stack([image for row, _ in rows for image in _pixels(folder, row, loaded)])
     with torch.no_grad():
         logits = loaded.model(input_ids=ids, attention_mask=mask.long(), pixel_values=pixels).logits[..., :-1]
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
@@ -115,7 +115,7 @@ def _batch(folder: Path, loaded: Loaded, rows: list[tuple[dict[str, Any], Encode
 
 
 def _generated(folder: Path, loaded: Loaded, row: dict[str, Any]) -> dict[str, Any]:
-    """A greedy answer to the first question, by the library's own generation."""
+    """Return the library's greedy answer to the first question."""
     processor = loaded.processor
     text = f"{processor.template.system} USER: {row['conversations'][0]['value']} ASSISTANT:"
     ids = list(processor.text.bos_ids)

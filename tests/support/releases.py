@@ -30,7 +30,7 @@ def image_bytes(value: int = 0) -> bytes:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], *, zipped: bool = False) -> Path:
-    """Write rows as a table, gzipped if asked."""
+    """Write rows as a table, optionally gzipped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = io.StringIO(newline="")
     writer = csv.DictWriter(stream, list(rows[0]))
@@ -76,7 +76,7 @@ def vqa_rad_row(qid: int, phrase: str, question: str, answer: Any, **other: Any)
 
 
 def vqa_rad(folder: Path) -> Path:
-    """Make the public release: 3 training and 2 test questions, one of them put in a fixed form too."""
+    """Make the public release: 3 training and 2 test questions, one of them also in a fixed form."""
     rows = [
         vqa_rad_row(1, "freeform", "Is there a mass? ", "Yes", answer_type="CLOSED "),
         vqa_rad_row(2, "para", "How many nodules?", 3, question_frame="What is the count of nodules?"),

@@ -1,4 +1,4 @@
-"""Short training runs for tests: tiny parts on disk, argument lists, and jobs for `tests.support.ranks`."""
+"""Short training runs: tiny parts on disk, argument lists, and jobs for `tests.support.ranks`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_parts(folder: Path, *, tie: bool = False) -> Path:
 
 
 def write_uneven(folder: Path, num_rows: int = 9, seed: int = 0) -> Path:
-    """Write rows of 1 to 60 answer words, every third without an image; returns the data file."""
+    """Write rows of 1 to 60 answer words, every third without an image; return the data file."""
     draw = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows: Rows = []
@@ -49,7 +49,7 @@ def write_uneven(folder: Path, num_rows: int = 9, seed: int = 0) -> Path:
 
 
 def arguments(parts: Path, output: Path, **changed: object) -> list[str]:
-    """The command line of a short run; an option with None is left out."""
+    """Return the command line of a short run; options with value None are left out."""
     values: dict[str, object] = {
         "model_name_or_path": parts / "lm",
         "vision_tower": parts / "tower",
@@ -64,36 +64,36 @@ def arguments(parts: Path, output: Path, **changed: object) -> list[str]:
         "report_to": "none",
         "model_max_length": 2048,
         "disable_tqdm": True,
-        "bf16": False,  # never by measurement: tests give the same numbers on every CPU
+        "bf16": False,  # not measured, so tests give the same numbers on every CPU
         **changed,
     }
     return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def metrics(output: Path) -> Rows:
-    """Lines of the metrics file."""
+    """Return the lines of the metrics file."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(output: Path, name: str = "loss") -> list[float]:
-    """One number of every step that logged it."""
+    """Return a metric of every step that logged it."""
     return [row[name] for row in metrics(output) if name in row]
 
 
 def steps(output: Path) -> list[int]:
-    """The step of every loss line."""
+    """Return the step of every loss line."""
     return [row["step"] for row in metrics(output) if "loss" in row]
 
 
 def train(argv: list[str]) -> None:
-    """Job: a training run."""
+    """Run a training, as a job."""
     from llava.train.run import run_sft
 
     run_sft(argv, image_grouping="off")
 
 
 def train_until_killed(argv: list[str], step: int) -> None:
-    """Job: a training run that SIGKILL ends right after the metrics line of a step."""
+    """Run a training that SIGKILL ends after the metrics line of a step, as a job."""
     from llava.train.callbacks import MetricsCallback
 
     written = MetricsCallback.on_log
@@ -108,7 +108,7 @@ def train_until_killed(argv: list[str], step: int) -> None:
 
 
 def train_killed_while_saving(argv: list[str], step: int) -> None:
-    """Job: a training run that SIGKILL ends in the middle of writing `checkpoint-<step>`."""
+    """Run a training that SIGKILL ends while it writes `checkpoint-<step>`, as a job."""
     from llava.train import checkpointing
 
     real: Callable[..., None] = checkpointing.SAVERS["model"]
@@ -125,7 +125,7 @@ def train_killed_while_saving(argv: list[str], step: int) -> None:
 
 
 def saved(output: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder's weight files."""
+    """Return every tensor of a folder's weight files."""
     from safetensors.torch import load_file
 
     found: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind, made on the spot, and processors around them. No download."""
+"""Small tokenizers of every kind, and processors with them, without downloads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ MARK = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 def llama_like(*, added: Sequence[str] = (IMAGE_TOKEN,)) -> PreTrainedTokenizerFast:
-    """Sentencepiece style with byte fallback; `###` is one token after a mark and two after a line end, as in Llama."""
+    """Return a sentencepiece-style tokenizer with byte fallback and Llama's two spellings of `###`."""
+    # `###` is one token after a prefix mark and two after a line end.
     merges = [("#", "#"), (MARK, "##"), (MARK + "##", "#"), (MARK, "a"), ("e", "s"), ("A", "S"), ("AS", "S")]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += [MARK, *(chr(code) for code in range(33, 127)), *("".join(pair) for pair in merges)]
@@ -35,7 +36,7 @@ def llama_like(*, added: Sequence[str] = (IMAGE_TOKEN,)) -> PreTrainedTokenizerF
 
 
 def byte_level(*, added: Sequence[str] = (IMAGE_TOKEN,)) -> PreTrainedTokenizerFast:
-    """Byte-level BPE without begin of text, with ChatML marks (the kind of SmolLM2 or GPT-NeoX)."""
+    """Return byte-level BPE without a start token, with ChatML marks, as of SmolLM2 or GPT-NeoX."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("\u0120", "a"), ("e", "s"), ("#", "#"), ("##", "#")]
     pieces = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, *("".join(pair) for pair in merges)]
@@ -58,14 +59,14 @@ KINDS: dict[str, Any] = {
 
 
 def write_processor(path: Path) -> Path:
-    """A folder with a processor for text and pictures, as a model's folder holds it."""
+    """Write a folder with a processor for text and images, as in a model folder."""
     clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     LlavaMedProcessor(llama_like(), clip, template="v1", num_image_tokens=4).save_pretrained(path)
     return path
 
 
 def make_processor(kind: str = "sentencepiece, mark per chunk", **settings: Any) -> LlavaMedProcessor:
-    """A processor for text (no pictures) around one of the tokenizers; three tokens an image unless told otherwise."""
+    """Return a text processor with one of the tokenizers; default: three tokens per image."""
     tokenizer, mark = KINDS[kind]()
     return LlavaMedProcessor(
         tokenizer, None, **{"template": "vicuna_v1", "num_image_tokens": 3, "prefix_mark": mark, **settings}
@@ -73,12 +74,12 @@ def make_processor(kind: str = "sentencepiece, mark per chunk", **settings: Any)
 
 
 def talk(*texts: str, system: str | None = None) -> Conversation:
-    """Questions and answers in turn."""
+    """Return a conversation of alternating questions and answers."""
     return Conversation(tuple(Turn(("human", "gpt")[i % 2], text) for i, text in enumerate(texts)), system)
 
 
 def trained_text(conversation: Conversation, processor: LlavaMedProcessor) -> str:
-    """All characters from the start of each trained token to the start of the next token, joined."""
+    """Return the characters from each trained token to the start of the next token, joined."""
     segments = processor.template.render(place_images(conversation, processor))
     text = "".join(segment.text for segment in segments)
     draft = tokenize_segments(segments, processor)

@@ -1,4 +1,4 @@
-"""Tiny random parts and data for tests: two layers, width 32, byte-level words, 28-pixel images; nothing is fetched."""
+"""Tiny random parts and data: two layers, width 32, byte-level tokens, 28-pixel images, no downloads."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TOWERS: dict[str, tuple[type, dict[str, Any]]] = {
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that knows every byte and begins each text with `<s>`."""
+    """Return a tokenizer that has every byte and starts each text with `<s>`."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -58,7 +58,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_tiny_lm(path: Path, lm: str = "llama", *, tie: bool = False, seed: int = 0, **overrides: Any) -> Path:
-    """A folder for `--model_name_or_path`."""
+    """Write a folder for `--model-name-or-path`."""
     tokenizer = byte_tokenizer()
     config_class, extra = LANGUAGE_MODELS[lm]
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -79,7 +79,7 @@ def write_tiny_lm(path: Path, lm: str = "llama", *, tie: bool = False, seed: int
 
 
 def write_tiny_tower(path: Path, tower: str = "clip", *, image_size: int = 28, seed: int = 1) -> Path:
-    """A folder for `--vision_tower` with patches of 14 pixels."""
+    """Write a folder for `--vision-tower` with patches of 14 pixels."""
     config_class, extra = TOWERS[tower]
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = config_class(image_size=image_size, patch_size=14, initializer_range=0.2, **{**sizes, **extra})
@@ -104,7 +104,7 @@ def tiny_llava(
     lm_sizes: dict[str, int] | None = None,
     **options: Any,
 ) -> Loaded:
-    """A random model of four image tokens.
+    """Return a random model with four image tokens.
 
     `image_size` is the tower's, `build_size` the model's input where it differs; `lm_sizes` change the language model's
     configuration; `options` are those of `build`.
@@ -119,7 +119,7 @@ def tiny_llava(
 
 
 def tiny_image(seed: int, size: int = 28) -> Image.Image:
-    """A picture of random blocks; another seed is another picture."""
+    """Return an image of random blocks that depends on the seed."""
     draw = random.Random(seed)
     small = Image.new("RGB", (4, 4))
     small.putdata([tuple(draw.randrange(256) for _ in range(3)) for _ in range(16)])
@@ -127,7 +127,7 @@ def tiny_image(seed: int, size: int = 28) -> Image.Image:
 
 
 def write_tiny_vqa(path: Path, num_images: int = 3, questions_per_image: int = 4, *, seed: int = 0) -> Path:
-    """A LLaVA-format folder: `train.json` and `images/`; answers have very different lengths."""
+    """Write a LLaVA-format folder, `train.json` and `images/`, with answers of very different lengths."""
     draw = random.Random(seed)
     (path / "images").mkdir(parents=True, exist_ok=True)
     rows = []

@@ -1,4 +1,4 @@
-"""Random sequences that share beginnings, and the library's own answer to them."""
+"""Random sequences with shared prefixes, and the library's results for them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from llava.data.encode import Encoded
 
 NUM_IMAGE_TOKENS = 4
 IMAGE = 261
-"""Id of the place holder in the tiny models: the row after their byte vocabulary."""
+"""Id of the placeholder in the tiny models: the row after their byte vocabulary."""
 
 Part = int | str
-"""A text token, or the key of an image."""
+"""Text token, or the key of an image."""
 
 
 def encoded(parts: Iterable[Part], trained: Iterable[int] = (), *, turn: int = 1) -> Encoded:
-    """A sequence of text tokens and images; `trained` are positions after expansion."""
+    """Return a sequence of text tokens and images; `trained` are positions after expansion."""
     ids: list[int] = []
     spans, keys = [], []
     for part in parts:
@@ -39,7 +39,7 @@ def encoded(parts: Iterable[Part], trained: Iterable[int] = (), *, turn: int = 1
 
 
 def random_sequences(draw: random.Random, num_sequences: int, *, longest: int = 12) -> list[Encoded]:
-    """Sequences that often continue an earlier one; few token ids, so that accidental sharing happens too."""
+    """Return sequences that often continue an earlier one, of few token ids, so that more is shared."""
     written: list[list[Part]] = []
     for _ in range(num_sequences):
         stem: list[Part] = []
@@ -62,13 +62,13 @@ def _with_targets(parts: list[Part], draw: random.Random) -> Encoded:
 
 
 def random_images(image_size: int = 28) -> dict[str, Tensor]:
-    """Pixels of the three images."""
+    """Return the pixels of the three images."""
     generator = torch.Generator().manual_seed(3)
     return {key: torch.randn(3, image_size, image_size, generator=generator) for key in "abc"}
 
 
 def library_twin(ours: Any) -> LlavaForConditionalGeneration:
-    """transformers' own Llava with the weights of a model of ours that has two projector layers."""
+    """Return transformers' Llava with the weights of our model with two projector layers."""
     config = ours.config
     twin = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -87,12 +87,12 @@ def library_twin(ours: Any) -> LlavaForConditionalGeneration:
 
 
 def twin_name(name: str) -> str:
-    """The library's name of a weight of ours."""
+    """Return the library's name of our weight."""
     return name.replace("projector.0.", "projector.linear_1.").replace("projector.2.", "projector.linear_2.")
 
 
 def padded_inputs(sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One right-padded row a sequence, as a usual collator makes them."""
+    """Return one right-padded row per sequence, as a usual collator does."""
     longest = max(len(sequence.input_ids) for sequence in sequences)
 
     def rows(values: Iterable[Sequence[int]], fill: int) -> Tensor:
@@ -108,12 +108,12 @@ def padded_inputs(sequences: Sequence[Encoded], images: Mapping[str, Tensor]) ->
 
 
 def num_trained(sequences: Sequence[Encoded]) -> int:
-    """Trained tokens of all sequences, a shared one counted for each."""
+    """Return the number of trained tokens, counting shared ones for each sequence."""
     return sum(label != IGNORE_INDEX for sequence in sequences for label in sequence.labels)
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    """Gradient of every weight, zero where there is none; they are cleared."""
+    """Return the gradient of every weight, zero if it has none, and clear them."""
     found = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()
     }
@@ -125,7 +125,7 @@ QUERY_OR_KEY = re.compile(r"\.[qk]_proj\.")
 
 
 def assert_same_gradients(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:
-    """Each weight's error is small against its own gradient, or against a ten-thousandth of the largest.
+    """Check that each error is small against its gradient, or 1e-4 of the largest gradient.
 
     A tower's key bias adds the same to all scores of a query, so its true gradient is zero and only rounding is left.
 

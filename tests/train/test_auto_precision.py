@@ -1,4 +1,4 @@
-"""`--bf16 auto`: measured, stored in the run, agreed between ranks; `--bf16 True` where it is slow warns once."""
+"""`--bf16 auto`: measured, stored in the run, agreed between ranks; slow `--bf16 True` warns once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.runs import arguments
 
 
 def use_speedup(monkeypatch: pytest.MonkeyPatch, speedup: float) -> None:
-    """Let bfloat16 be so many times faster than float32."""
+    """Set the speedup of bfloat16 over float32."""
     monkeypatch.setattr(measuring, "_measured", lambda *_: speedup)
 
 
@@ -106,7 +106,7 @@ def test_fast_bf16_does_not_warn(
 
 
 def choose(parts: Path, out: Path) -> tuple[int, bool]:
-    """Return the number of ranks and what this one trains in, though each measured something else."""
+    """Return the number of ranks and the choice of this one, after different measurements."""
     speedup = 3.0 if os.environ["RANK"] == "1" else 0.5
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "_measured", lambda *_: speedup)
