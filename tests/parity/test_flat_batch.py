@@ -85,7 +85,7 @@ def check(
 )
 @settings(max_examples=40, deadline=None)
 def test_loss_and_gradients_on_random_trees(chance: random.Random, num_sequences: int, lm: str, layout: Layout) -> None:
-    # In double precision, because shrunk examples repeat one token, whose true query gradients are zero but for rounding.
+    # In double precision, because shrunk examples repeat one token, whose true query gradients are zero up to rounding.
     check(random_sequences(chance, num_sequences), lm, layout, torch.float64)
 
 
