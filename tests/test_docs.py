@@ -10,8 +10,14 @@ import pytest
 from llava.data.mixture import read_mixture
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "llava").rglob("*.md")),
+]
 
+FENCE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`]+)`")
 PATH = re.compile(r"(?<![\w./-])(?:llava|tests|benchmarks|scripts|docs)/[\w./*-]*")
 LINK = re.compile(r"\]\(([^)#:]*)(#[^)]*)?\)")
@@ -22,9 +28,10 @@ LATER = "**later**"
 
 
 def named_paths(document: Path) -> list[str]:
-    """Return the paths of the repository that a document names in backticks."""
+    """Return the paths of the repository that a document names in backticks or code blocks."""
     lines = [line for line in document.read_text(encoding="utf-8").splitlines() if LATER not in line]
-    codes = CODE.findall("\n".join(lines))
+    text = "\n".join(lines)
+    codes = [*FENCE.findall(text), *CODE.findall(FENCE.sub("", text))]
     return sorted({path.rstrip(".") for code in codes for path in PATH.findall(code)})
 
 
