@@ -1,7 +1,8 @@
-"""Documents: the files and mixtures that they name exist and are valid."""
+"""Documents: the files and names that they mention exist, and their mixtures are valid."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -22,6 +23,7 @@ CODE = re.compile(r"`([^`]+)`")
 PATH = re.compile(r"(?<![\w./-])(?:llava|tests|benchmarks|scripts|docs)/[\w./*-]*")
 LINK = re.compile(r"\]\(([^)#:]*)(#[^)]*)?\)")
 YAML = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 LATER = "**later**"
 """Mark of published commands in docs/commands.md whose files must not exist yet."""
@@ -35,6 +37,13 @@ def named_paths(document: Path) -> list[str]:
     return sorted({path.rstrip(".") for code in codes for path in PATH.findall(code)})
 
 
+def imported_names(document: Path) -> list[tuple[str, str]]:
+    """Return the modules and names that the Python blocks of a document import."""
+    blocks = PYTHON.findall(document.read_text(encoding="utf-8"))
+    nodes = [node for block in blocks for node in ast.parse(block).body if isinstance(node, ast.ImportFrom)]
+    return [(node.module or "", alias.name) for node in nodes for alias in node.names]
+
+
 def anchor_of(heading: str) -> str:
     """Return the anchor that Markdown renderers give a heading."""
     return re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
@@ -46,6 +55,7 @@ LINKS = [
     for document in DOCUMENTS
     for target, anchor in LINK.findall(document.read_text(encoding="utf-8"))
 ]
+IMPORTS = [found for document in DOCUMENTS for found in imported_names(document)]
 MIXTURES = [text for document in DOCUMENTS for text in YAML.findall(document.read_text(encoding="utf-8"))]
 
 
@@ -62,6 +72,12 @@ def test_link_leads_to_a_heading(document: Path, target: str, anchor: str) -> No
     assert page.is_file(), f"{document.name} links to {target}"
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert not anchor or anchor[1:] in map(anchor_of, headings)
+
+
+@pytest.mark.parametrize(("module", "name"), IMPORTS)
+def test_imported_name_exists(module: str, name: str) -> None:
+    file = ROOT / f"{module.replace('.', '/')}.py"
+    assert re.search(rf"^(def|class) {name}\b|^{name}\b.*=", file.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("text", MIXTURES)
