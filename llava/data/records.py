@@ -266,7 +266,7 @@ def _array(lead: str, stream: TextIO) -> Iterator[Any]:
         if text[place : place + 1] == "]":
             rest, at, _ = _skip_blanks(text, place + 1, passed, stream)
             if rest[at:]:
-                yield DataError("unexpected text after the ']' that ends the array; were two files joined?")
+                yield DataError("text follows the ']' that ends the array; were two files concatenated?")
             return
         if not first:
             if text[place : place + 1] != ",":
@@ -312,7 +312,7 @@ def _value(text: str, place: int, passed: int, stream: TextIO) -> tuple[Any, str
             if definite or ended or len(text) - place > MAX_ROW:
                 return DataError(f"not JSON: {error.msg} (character {passed + error.pos} of the file)")
         except NOT_JSON as error:
-            return DataError(f"JSON that cannot be decoded: {type(error).__name__}")
+            return DataError(f"not JSON that can be decoded: {type(error).__name__}")
         more = stream.read(max(PIECE, len(text) - place))  # doubled, which bounds the number of attempts at a long row
         ended = not more
         passed += place
@@ -340,7 +340,7 @@ def _line(line: str) -> Any:
     except json.JSONDecodeError as error:
         return DataError(f"not JSON: {error.msg} (character {error.pos} of the line); {EXPECTED}")
     except NOT_JSON as error:
-        return DataError(f"JSON that cannot be decoded: {type(error).__name__}")
+        return DataError(f"not JSON that can be decoded: {type(error).__name__}")
 
 
 def file_text(rows: Iterable[Any], *, lines: bool = False) -> Iterator[bytes]:
