@@ -144,7 +144,7 @@ class Collator:
             ConfigError: the layout is padded.
         """
         # Ranks that shard weights must all run the vision tower.
-        return row if row.pixel_values is not None else joined(row, self.idle_row())
+        return row if row.pixel_values is not None else joined_rows(row, self.idle_row())
 
 
 def _weighing(rows: Sequence[FlatBatch], weight: float) -> list[FlatBatch]:
@@ -175,7 +175,7 @@ def matched_rows(
     return [collator.idle_row() for _ in range(wanted - len(found))] + found
 
 
-def joined(first: FlatBatch, second: FlatBatch) -> FlatBatch:
+def joined_rows(first: FlatBatch, second: FlatBatch) -> FlatBatch:
     """Return two rows as one; their trees stay independent.
 
     Raises:

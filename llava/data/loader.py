@@ -29,6 +29,8 @@ from llava.errors import ConfigError, DataError
 from llava.samples import Origin
 from llava.utils.jsonl import write_json
 
+logger = logging.getLogger(__name__)
+
 
 class _Numbered(torch.utils.data.Dataset[tuple[int, Encoded]]):
     """Dataset of `(row number, sequence)` pairs."""
@@ -83,8 +85,6 @@ class StepLoader(DataLoader[StepBatch]):
         assert isinstance(sampler, StepSampler)
         sampler.set_epoch(epoch)
 
-
-logger = logging.getLogger(__name__)
 
 MAX_BAD_IN_A_ROW = 1000
 """After this number of consecutive unusable rows training stops: an image folder or a decoder is probably missing."""

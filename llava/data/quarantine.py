@@ -88,7 +88,7 @@ class GrowingQuarantine:
                 append(self.path, asdict(row))
 
 
-def report(bad: Sequence[BadRow], num_rows: int) -> str:
+def bad_rows_message(bad: Sequence[BadRow], num_rows: int) -> str:
     """Return the message that lists the first bad rows and names the flag that skips them."""
     lines = [f"{len(bad)} of {num_rows} rows cannot be used; fix them, or skip them with --skip-bad True:"]
     lines += [f"  {row}" for row in bad[:NUM_SHOWN]]

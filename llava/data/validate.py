@@ -17,7 +17,7 @@ from llava import __version__
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llava.data.encode import Encoded, encode
 from llava.data.image_store import ImageIndex
-from llava.data.quarantine import BadRow, Quarantine, bad_row, report
+from llava.data.quarantine import BadRow, Quarantine, bad_row, bad_rows_message
 from llava.errors import DataError
 from llava.imaging.decode import key_of_digest
 from llava.samples import Conversation, Sample, Turn, with_places
@@ -26,6 +26,8 @@ from llava.utils.log import progress
 
 if TYPE_CHECKING:
     from llava.processing import LlavaMedProcessor
+
+logger = logging.getLogger(__name__)
 
 
 MIN_REMEMBERED = 2000
@@ -139,9 +141,6 @@ def _remember(path: Path, found: RowCheck) -> None:
         )
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True, slots=True)
 class Checked:
     """Result of `check_trainable`.
@@ -201,11 +200,13 @@ def check_trainable(
     bad = [bad_row(samples[place], reason) for place, reason in found.bad.items()]
     good = [sample for place, sample in enumerate(samples) if place not in found.bad]
     if bad and not skip_bad:
-        raise DataError(report(bad, len(samples)))
+        raise DataError(bad_rows_message(bad, len(samples)))
     if quarantine is not None:
         quarantine.add(bad)
     if not good:
-        raise DataError(f"none of the {len(samples)} rows can be used for training; " + report(bad, len(samples)))
+        raise DataError(
+            f"none of the {len(samples)} rows can be used for training; " + bad_rows_message(bad, len(samples))
+        )
     _log(found, quarantine, len(samples), max_length)
     return Checked(good, bad, len(refs), found.num_shortened, found.num_cut_tokens, found.num_trained_tokens)
 

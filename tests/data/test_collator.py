@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from llava.data.collator import Collator, joined
+from llava.data.collator import Collator, joined_rows
 from llava.data.dataset import SFTDataset
 from llava.data.flat_batch import FlatBatch
 from llava.data.loader import StepLoader
@@ -39,7 +39,7 @@ def loss(tiny: Loaded, row: FlatBatch) -> torch.Tensor:
 def test_joined_rows_have_the_sum_of_their_losses(tiny: Loaded, tmp_path: Path) -> None:
     collator = collator_of(tiny, tmp_path)
     (first,), (second,) = rows_of(collator, [0, 2, 4]), rows_of(collator, [5, 1, 1])
-    both = joined(first, second)
+    both = joined_rows(first, second)
     torch.testing.assert_close(loss(tiny, both), loss(tiny, first) + loss(tiny, second))
     assert both.num_sequences == 6 and both.num_tokens == first.num_tokens + second.num_tokens
 

@@ -13,7 +13,7 @@ from PIL import Image
 from llava.data import validate
 from llava.data.encode import encode
 from llava.data.image_store import ImageIndex
-from llava.data.quarantine import BadRow, Quarantine, report
+from llava.data.quarantine import BadRow, Quarantine, bad_rows_message
 from llava.data.validate import Checked, check_trainable
 from llava.errors import DataError
 from llava.imaging import decode
@@ -91,7 +91,7 @@ def test_bad_rows_are_skipped_counted_and_listed(
 
 def test_many_bad_rows_show_the_first_ones() -> None:
     rows = [BadRow("train.json", number, str(number), "is bad") for number in range(12)]
-    message = report(rows, 20)
+    message = bad_rows_message(rows, 20)
     assert message.startswith("12 of 20 rows")
     assert "row 4," in message and "row 5," not in message
     assert message.endswith("... and 7 more")
