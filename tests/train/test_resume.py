@@ -89,8 +89,8 @@ def test_other_data_or_another_batch_are_refused(parts: Path, killed: Path, tmp_
     other.write_text(json.dumps(rows[:-1]))
     before = (folder / "metrics.jsonl").read_bytes()
     assert "data_sha256" in refusal(parts, folder, data_path=other)
-    assert "global_batch 4, this one 2" in refusal(parts, folder, per_device_train_batch_size=2).replace("'", "")
-    assert "trains model, this one adapter" in refusal(parts, folder, lora_enable=True).replace("'", "")
+    assert "global_batch 4, this run has 2" in refusal(parts, folder, per_device_train_batch_size=2).replace("'", "")
+    assert "trains model, this run has adapter" in refusal(parts, folder, lora_enable=True).replace("'", "")
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 

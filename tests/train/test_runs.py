@@ -124,7 +124,7 @@ def test_dry_run_writes_no_model(parts: Path, tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.INFO):
         train(arguments(parts, tmp_path / "run", dry_run=True, num_train_epochs=3, log_row_ids=True))
     written = caplog.text
-    for words in ("trained tokens", "AdamW moments", "20 real steps", "the run of 9 steps takes about"):
+    for words in ("trained tokens", "AdamW moments", "20 real steps", "the run of 9 steps will take about"):
         assert words in written
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
