@@ -9,9 +9,6 @@ Example::
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +31,7 @@ from llava.processing import LlavaMedProcessor
 from llava.samples import Origin, Sample, name_of, with_places
 from llava.utils.cli import Parser
 from llava.utils.jsonl import write_atomic
+from llava.utils.reporting import image_url, render_page
 
 KINDS = ("text", "trained", "image")
 """Kinds of tokens; each may also be cut."""
@@ -131,24 +129,19 @@ def to_terminal(view: RowView, processor: LlavaMedProcessor, *, color: bool) -> 
 
 
 def to_html(view: RowView, processor: LlavaMedProcessor, image_urls: Sequence[str] = ()) -> str:
-    """Return the view as an HTML page; `image_urls` are `data:` or relative URLs of the images."""
-    spans: list[str] = []
-    rows: list[str] = []
-    for stretch in view.stretches:
-        names = " ".join(_names(stretch))
-        tokens = html.escape(_ids(stretch, processor))
-        spans.append(f'<span class="{names}" title="{tokens}">{html.escape(stretch.text)}</span>')
-        place = f"{stretch.start} to {stretch.start + len(stretch.ids)}"
-        turn = "system" if stretch.turn < 0 else str(stretch.turn)
-        rows.append(f'<tr class="{names}"><td>{place}<td>{names}<td>{turn}<td>{tokens}')
-    images = "".join(f'<img src="{html.escape(url)}" alt="image of the row">' for url in image_urls)
-    return _PAGE.format(
-        title=html.escape(view.title),
-        settings=html.escape(view.settings),
-        summary=html.escape(view.summary()),
-        images=images,
-        text="".join(spans),
-        rows="\n".join(rows),
+    """Return the view as an HTML page; `image_urls` are `data:` URLs of the images."""
+    parts = [
+        {
+            "kind": " ".join(_names(stretch)),
+            "text": stretch.text,
+            "range": f"{stretch.start} to {stretch.start + len(stretch.ids)}",
+            "turn": "system" if stretch.turn < 0 else stretch.turn,
+            "tokens": _ids(stretch, processor),
+        }
+        for stretch in view.stretches
+    ]
+    return render_page(
+        "row.html", title=view.title, settings=view.settings, summary=view.summary(), images=image_urls, parts=parts
     )
 
 
@@ -176,14 +169,7 @@ def _image_urls(sample: Sample, folder: str | None, dicom: DicomPolicy) -> list[
     """Return the images of the row as `data:` URLs, scaled down for the page; empty without a folder."""
     if folder is None:
         return []
-    urls = []
-    for ref in sample.images:
-        image = load(ref, folder, dicom=dicom)
-        image.thumbnail((336, 336))
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        urls.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"))
-    return urls
+    return [image_url(load(ref, folder, dicom=dicom), side=336, form="png") for ref in sample.images]
 
 
 def _sizes(sample: Sample, processor: LlavaMedProcessor, folder: str | None) -> list[Size] | None:
@@ -198,30 +184,6 @@ def _sizes(sample: Sample, processor: LlavaMedProcessor, folder: str | None) -> 
         mode = processor.image_mode
         raise DataError(f"image mode {mode} needs the images to count the tokens of the row; set --image-folder")
     return [load(ref, folder, dicom=processor.dicom).size for ref in sample.images]
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #999; padding: 1em }}
-td {{ vertical-align: top; padding: 0 .6em; border-top: 1px solid #ccc; overflow-wrap: anywhere }}
-td:first-child {{ white-space: nowrap }}
-pre .trained, b.trained {{ background: #c9f2c9; font-weight: bold }}
-pre .image, b.image {{ background: #cfe0ff; border-radius: .3em; padding: 0 .3em }}
-.cut {{ text-decoration: line-through; color: #b00 }}
-img {{ max-height: 16em; margin-right: 1em }}
-</style>
-<h1>{title}</h1>
-<p>{settings}<br>{summary}</p>
-<p><b class="trained">trained</b> <b class="image">image</b> <b class="cut">cut by truncation</b></p>
-<p>{images}</p>
-<pre>{text}</pre>
-<table><tr><th>tokens<th>kind<th>turn<th>ids
-{rows}
-</table>
-</html>
-"""
 
 
 def load_processor(model: str, args: Any) -> LlavaMedProcessor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from html import escape
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from llava.eval.medvqa.page import case, choose_examples, is_right
 from llava.imaging.decode import load as load_image
 from llava.samples import Sample
 from llava.utils.jsonl import write_atomic
-from llava.utils.reporting import page, table
+from llava.utils.reporting import data_url, render_page
 
 RUNS = {
     "after": "after training",
@@ -142,23 +141,24 @@ def write_page(
         notice: description of the data, shown below the heading and beside the examples.
         chat: command that chats with the result.
     """
-    parts = [f"<h1>Quickstart</h1><p><b>{escape(notice)}</b></p>", f"<p>{escape(verdict(result))}</p>"]
-    parts += ["<h2>Accuracy on unseen images</h2>", accuracy_table(result)]
-    if result["by_type"]:
-        parts += ["<h2>By question type (% right)</h2>", by_type_table(result)]
-    parts.append(f"<h2>Three answers</h2><p><b>{escape(notice)}</b></p>")
-    for index in choose_examples(items, blank, NUM_EXAMPLES):
-        parts.append(case(items[index], blank[index], lambda name: load_image(name, image_folder)))
-    parts.append(f"<h2>Ask it yourself</h2><pre>{escape(chat)}</pre>")
-    for title, file in curves.items():
-        if file.is_file():
-            data = base64.b64encode(file.read_bytes()).decode("ascii")
-            image = f'<img alt="loss curve" style="max-width:100%" src="data:image/png;base64,{data}">'
-            parts.append(f"<h2>{escape(title)}</h2>{image}")
-    parts += ["<h2>Size and time</h2>", f"<p>{escape(reason)}</p>", table(["stage", "forecast", "measured"], times)]
-    rows = [[name, str(value)] for name, value in facts.items()]
-    parts += ["<h2>Parts, data and settings</h2>", table(["what", "value"], rows)]
-    write_atomic(path, page("Quickstart", parts))
+    shown = choose_examples(items, blank, NUM_EXAMPLES)
+    opener = partial(load_image, root=image_folder)
+    text = render_page(
+        "quickstart.html",
+        title="Quickstart",
+        notice=notice,
+        verdict=verdict(result),
+        accuracy=accuracy_rows(result),
+        runs=[title for name, title in RUNS.items() if name in result["accuracy"]],
+        types=type_rows(result),
+        cases=[case(items[index], blank[index], opener) for index in shown],
+        chat=chat,
+        curves=[(name, data_url(file.read_bytes(), "png")) for name, file in curves.items() if file.is_file()],
+        reason=reason,
+        times=times,
+        provenance=list(facts.items()),
+    )
+    write_atomic(path, text)
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -175,8 +175,8 @@ def verdict(result: Mapping[str, Any]) -> str:
     )
 
 
-def accuracy_table(result: Mapping[str, Any]) -> str:
-    """Return the accuracy of every run and the difference to the trained model, as HTML."""
+def accuracy_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Return the accuracy of every run and the difference to the trained model."""
     rows = []
     for name, title in RUNS.items():
         if name in result["accuracy"]:
@@ -184,14 +184,13 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
             distance = f"{difference['value']:+.1f} {_interval(difference)}" if difference else "-"
             cells = [title, accuracy["num_items"], f"{accuracy['value']:.1f}", _interval(accuracy), distance]
             rows.append([str(cell) for cell in cells])
-    return table(["", "questions", "%", "95 % interval", "after training minus this, same questions"], rows)
+    return rows
 
 
-def by_type_table(result: Mapping[str, Any]) -> str:
-    """Return the percentage of right answers by question type and run, as HTML."""
+def type_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Return the percentage of right answers by question type and run."""
     names = [name for name in RUNS if name in result["accuracy"]]
-    rows = [[kind, *(f"{shares[name]:.0f}" for name in names)] for kind, shares in sorted(result["by_type"].items())]
-    return table(["type", *(RUNS[name] for name in names)], rows)
+    return [[kind, *(f"{shares[name]:.0f}" for name in names)] for kind, shares in sorted(result["by_type"].items())]
 
 
 def summary_text(result: Mapping[str, Any]) -> str:

@@ -1,16 +1,18 @@
-"""Building blocks of reports: self-contained HTML pages with embedded images, and plain text tables."""
+"""Building blocks of reports: HTML pages from templates, embedded images, and plain text tables."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Callable, Sequence
-from html import escape
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from llava.errors import DataError
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from PIL import Image
 
 
@@ -19,59 +21,73 @@ THUMBNAIL = 224
 
 OpenImage = Callable[[str], "Image.Image"]
 
-_STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#1b1f24;background:#fff}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}.note{color:#57606a}svg text{font:12px system-ui,sans-serif}
-table{border-collapse:collapse;margin:.6em 0 1.6em}td,th{padding:.25em .8em;border-bottom:1px solid #d8dee4}
-th{text-align:left}td.n{text-align:right;font-variant-numeric:tabular-nums}
-.case{display:flex;gap:1em;margin:0 0 1.2em;padding-bottom:1.2em;border-bottom:1px solid #d8dee4}
-.case img{max-width:224px;max-height:224px}.case .none{width:224px;color:#57606a}
-.right{color:#116329}.wrong{color:#a40e26}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.2em 1em;margin:0}
-dt{color:#57606a}dd{margin:0;overflow-wrap:anywhere}
-"""
+
+@dataclass(frozen=True, slots=True)
+class Thumbnail:
+    """Small copy of an image as a data URL; without a URL, a note that says why.
+
+    Attributes:
+        name: name of the image in the data.
+        url: data URL; empty without an image.
+        note: text shown instead of the image.
+    """
+
+    name: str
+    url: str = ""
+    note: str = ""
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """Return an HTML page; `title` is plain text and is escaped, `parts` are HTML."""
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>\n'
-        + "\n".join(parts)
-        + "\n</body></html>\n"
+def render_page(template: str, **values: object) -> str:
+    """Return the HTML page of a file in `llava/utils/templates`; all values are escaped.
+
+    Raises:
+        jinja2.UndefinedError: the template uses a value that is not given.
+
+    Example::
+
+        render_page("row.html", title="row 3", settings="...", summary="...", images=[], parts=[])
+    """
+    return _environment().get_template(template).render(values)
+
+
+@cache
+def _environment() -> Environment:
+    # Imported here: commands that write no page do not wait for it.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("llava.utils"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an HTML table; cells are escaped, and all columns but the first are aligned as numbers."""
-    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{'' if column == 0 else ' class=n'}>{escape(cell)}</td>" for column, cell in enumerate(row))
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def thumbnail(name: str, open_image: OpenImage | None) -> str:
-    """Return an HTML element with a small copy of an image, or with a note if it is missing."""
+def thumbnail(name: str, open_image: OpenImage | None) -> Thumbnail:
+    """Return a small JPEG copy of an image, or a note if it is missing or cannot be read."""
     if open_image is None:
-        return '<div class="none">no image</div>'
+        return Thumbnail(name, note="no image")
     try:
         image = open_image(name).convert("RGB")
     except DataError:
-        return '<div class="none">the image cannot be read</div>'
-    return f'<img alt="{escape(name)}" src="{picture_data(image)}">'
+        return Thumbnail(name, note="the image cannot be read")
+    return Thumbnail(name, url=image_url(image))
 
 
-def picture_data(image: Image.Image) -> str:
-    """Return a small JPEG copy of an image as a data URL."""
+def image_url(image: Image.Image, *, side: int = THUMBNAIL, form: str = "jpeg") -> str:
+    """Return a copy of an image of at most `side` pixels as a data URL; `form` is `jpeg` or `png`."""
     small = image.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.thumbnail((side, side))
     buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    small.save(buffer, format=form, quality=85)  # PNG ignores the quality
+    return data_url(buffer.getvalue(), form)
+
+
+def data_url(data: bytes, form: str) -> str:
+    """Return an encoded image as a data URL."""
+    return f"data:image/{form};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 Cell = str | float | int

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from html import escape
 from pathlib import Path
+from typing import Any
 
 from llava.data.check.report import CheckReport, image_data, person_line, token_line
 from llava.data.check.rules import RULES, CheckFinding
 from llava.imaging import decode
 from llava.utils.jsonl import write_atomic
-from llava.utils.reporting import page, table, thumbnail
+from llava.utils.reporting import render_page, thumbnail
 
 MAX_LISTED = 100
 """Findings listed per rule."""
@@ -37,20 +37,23 @@ NAMES = ("the file", "the other file")
 
 def write_page(path: Path, report: CheckReport, *, strict: bool) -> None:
     """Write the HTML report of a check."""
-    file = report.scans[0].path.name
-    parts = [f"<h1>Check of {escape(file)}</h1>", f"<p>{escape(_verdict(report, strict))}</p>", _files(report)]
-    if len(report.scans) > 1:
-        parts.append(f"<p>{escape(person_line(report))}</p>")
-    if report.findings.rules():
-        parts += ["<h2>Findings</h2>", _rules(report)]
-    for rule, number in report.findings.rules():
-        parts += _rule(report, rule, number)
-    parts += _images(report)
-    if report.tokens is not None:
-        parts += [f"<h2>Tokens with {escape(report.tokens.model)}</h2>", f"<p>{escape(token_line(report.tokens))}</p>"]
-    for name, counts in report.scans[0].balance.tables().items():
-        parts += [f"<h2>Rows by {escape(name)}</h2>", _counts(name, counts)]
-    write_atomic(path, page(f"Check of {file}", parts))
+    rules, tokens = report.findings.rules(), report.tokens
+    text = render_page(
+        "check.html",
+        title=f"Check of {report.scans[0].path.name}",
+        verdict=_verdict(report, strict),
+        files=[
+            [scan.path.name, scan.index.num_rows, scan.num_readable, sum(scan.repairs.values())]
+            for scan in report.scans
+        ],
+        persons=person_line(report) if len(report.scans) > 1 else "",
+        overview=[_overview(report, rule, file) for rule, file in rules],
+        rules=[_rule(report, rule, file) for rule, file in rules],
+        images=_images(report),
+        tokens=None if tokens is None else {"model": tokens.model, "line": token_line(tokens)},
+        classes=[(name, _shares(counts)) for name, counts in report.scans[0].balance.tables().items()],
+    )
+    write_atomic(path, text)
 
 
 def _verdict(report: CheckReport, strict: bool) -> str:
@@ -67,79 +70,62 @@ def _verdict(report: CheckReport, strict: bool) -> str:
     )
 
 
-def _files(report: CheckReport) -> str:
-    rows = [
-        [scan.path.name, str(scan.index.num_rows), str(scan.num_readable), str(sum(scan.repairs.values()))]
-        for scan in report.scans
-    ]
-    return table(["file", "rows", "readable", "read leniently"], rows)
+def _overview(report: CheckReport, rule: str, file: int) -> list[str | int]:
+    found, about = report.findings.of(rule, file), RULES[rule]
+    return [about.title, about.level, NAMES[file], found.count, report.num_rows_of(rule, file)]
 
 
-def _rules(report: CheckReport) -> str:
-    rows = []
-    for rule, file in report.findings.rules():
-        found, about = report.findings.of(rule, file), RULES[rule]
-        where = NAMES[file]
-        rows.append([about.title, about.level, where, str(found.count), str(report.num_rows_of(rule, file))])
-    return table(["finding", "level", "in", "findings", "rows"], rows)
-
-
-def _rule(report: CheckReport, rule: str, file: int) -> list[str]:
+def _rule(report: CheckReport, rule: str, file: int) -> dict[str, Any]:
     """Return the section of one rule: hint, images of the first findings, and a list of findings."""
     found, about = report.findings.of(rule, file), RULES[rule]
-    verdict = "wrong" if about.level == "error" else "note"
-    parts = [
-        f'<h2>{escape(about.title)} <span class="{verdict}">{about.level}, {NAMES[file]}</span></h2>',
-        f'<p class="note">{escape(about.hint)}</p>',
-    ]
-    if rule in ILLUSTRATED:
-        parts += [_case(report, finding) for finding in found.listed[:MAX_CASES]]
     listed = found.listed[:MAX_LISTED]
-    if all(finding.message == about.title and not finding.other_rows for finding in listed):
-        rows = [row for finding in listed for row in finding.rows]
-        parts.append(f"<p>rows {_numbers(rows)}</p>")
-    else:
-        cells = [[finding.message, _numbers(finding.rows), _numbers(finding.other_rows)] for finding in listed]
-        parts.append(table(["finding", "rows", "rows of the other file"], cells))
-    if found.count > len(listed):
-        parts.append(f'<p class="note">and {found.count - len(listed)} more; the JSON report has all row numbers</p>')
-    return parts
+    # Findings that only repeat the title are listed as row numbers.
+    only_rows = all(finding.message == about.title and not finding.other_rows for finding in listed)
+    return {
+        "title": about.title,
+        "level": about.level,
+        "file": NAMES[file],
+        "hint": about.hint,
+        "cases": [_case(report, finding) for finding in found.listed[:MAX_CASES]] if rule in ILLUSTRATED else [],
+        "rows": _numbers([row for finding in listed for row in finding.rows]) if only_rows else "",
+        "findings": [[one.message, _numbers(one.rows), _numbers(one.other_rows)] for one in listed],
+        "num_more": found.count - len(listed),
+    }
 
 
 def _numbers(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows))
 
 
-def _case(report: CheckReport, finding: CheckFinding) -> str:
+def _case(report: CheckReport, finding: CheckFinding) -> dict[str, Any]:
     """Return the images of one finding with their names."""
     scan, places = report.image_scan, finding.images[:MAX_SHOWN]
-    shown = [
-        thumbnail(scan.name(place), partial(decode.load, root=scan.root(place)))  # has a root, as it was opened
-        for place in places
-    ]
-    names = ", ".join(map(scan.name, places))
-    words = f"<dl><dt>images</dt><dd>{escape(names)}</dd><dt>finding</dt><dd>{escape(finding.message)}</dd></dl>"
-    return f'<div class="case">{"".join(shown)}{words}</div>'
+    return {
+        "images": [
+            thumbnail(scan.name(place), partial(decode.load, root=scan.root(place)))  # has a root, as it was opened
+            for place in places
+        ],
+        "names": ", ".join(map(scan.name, places)),
+        "message": finding.message,
+    }
 
 
-def _images(report: CheckReport) -> list[str]:
+def _images(report: CheckReport) -> dict[str, Any]:
     data = image_data(report.image_scan)
     if not data["opened"]:
-        return ['<p class="note">The images were not opened.</p>']
-    sides = [[name, *(str(side[key]) for key in side)] for name, side in data["sides"].items()]
-    return [
-        "<h2>Images</h2>",
-        f"<p>{data['named']} named by the rows, {data['decoded']} decoded, {data['num_sizes']} distinct sizes</p>",
-        _counts("stored as", data["forms"]),
-        table(["side", "smallest", "median", "largest"], sides),
-        _counts("most frequent sizes", data["sizes"], total=data["decoded"]),
-    ]
+        return data
+    return {
+        **data,
+        "forms": _shares(data["forms"]),
+        "sides": [[name, *side.values()] for name, side in data["sides"].items()],
+        "sizes": _shares(data["sizes"], total=data["decoded"]),
+    }
 
 
-def _counts(name: str, counts: Mapping[str, int], *, total: int = 0) -> str:
-    """Return a table of counts with their percentage of `total` (0: of their sum)."""
+def _shares(counts: Mapping[str, int], *, total: int = 0) -> list[list[str]]:
+    """Return rows of counts with their percentage of `total` (0: of their sum)."""
     total = total or sum(counts.values()) or 1
     rows = [[word, str(number), f"{100 * number / total:.1f} %"] for word, number in list(counts.items())[:MAX_CLASSES]]
     if len(counts) > MAX_CLASSES:
         rows.append([f"{len(counts) - MAX_CLASSES} more", "", ""])
-    return table([name, "number", "share"], rows)
+    return rows

@@ -6,7 +6,6 @@ The page makes no requests. It contains texts and images of the data, so the rul
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from llava.eval.judge.scores import Rated
 from llava.eval.judge.summary import MEASURES
 from llava.imaging.decode import load
 from llava.utils.jsonl import read_records, write_atomic
-from llava.utils.reporting import page, table, thumbnail
+from llava.utils.reporting import OpenImage, render_page, thumbnail
 
 
 def write_scores_page(
@@ -44,16 +43,18 @@ def write_scores_page(
         return load(name, image_folder)
 
     rows = list(read_records(scores))
-    parts = ["<h1>Judged chat answers</h1>", _groups(report["groups"]), _failures(report["failures"])]
-    for key, heading in (("orders", "The same judge in both orders"), ("agreement", "Two judges")):
-        if report.get(key):
-            parts += [f"<h2>{heading}</h2>", _agreement(report[key])]
-    parts.append("<h2>Examples</h2>")
-    for index in choose(rated, num_examples):
-        parts.append(_case(rows[index], rated[index], None if image_folder is None else open_image))
-    facts = [[name, str(value)] for name, value in report.get("provenance", {}).items()]
-    parts += ["<h2>Provenance</h2>", table(["name", "value"], facts)]
-    write_atomic(path, page("Judged chat answers", parts))
+    headings = {"orders": "The same judge in both orders", "agreement": "Two judges"}
+    opener = None if image_folder is None else open_image
+    text = render_page(
+        "judge.html",
+        title="Judged chat answers",
+        groups=_groups(report["groups"]),
+        failures=list(report["failures"].items()),
+        agreements=[_agreement(heading, report[key]) for key, heading in headings.items() if report.get(key)],
+        cases=[_case(rows[index], rated[index], opener) for index in choose(rated, num_examples)],
+        provenance=list(report.get("provenance", {}).items()),
+    )
+    write_atomic(path, text)
 
 
 def choose(rated: Sequence[Rated], num_examples: int) -> list[int]:
@@ -75,9 +76,7 @@ def choose(rated: Sequence[Rated], num_examples: int) -> list[int]:
     return chosen
 
 
-def _groups(groups: Mapping[str, Mapping[str, Any]]) -> str:
-    headers = ["group", "scored", "asked", "reference", "answer", "mean of ratios, %", "95 % interval"]
-    headers += ["ratio of means, %", "95 % interval"]
+def _groups(groups: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     rows = []
     for name, group in groups.items():
         cells = [name, str(group["data_size"]), str(group["asked"])]
@@ -85,18 +84,10 @@ def _groups(groups: Mapping[str, Mapping[str, Any]]) -> str:
         for key in ("pred_relative_score", "ratio_of_means"):
             cells += [figure(group[key]["value"]), interval(group[key])]
         rows.append(cells)
-    return table(headers, rows)
+    return rows
 
 
-def _failures(failures: Mapping[str, int]) -> str:
-    if not failures:
-        return '<p class="note">Every question has a score.</p>'
-    return table(
-        ["without a score, excluded from all figures", "questions"], [[k, str(v)] for k, v in failures.items()]
-    )
-
-
-def _agreement(report: Mapping[str, Any]) -> str:
+def _agreement(heading: str, report: Mapping[str, Any]) -> dict[str, Any]:
     def cell(estimate: Mapping[str, float | None]) -> str:
         return f"{figure(estimate['value'])} {interval(estimate)}"
 
@@ -104,11 +95,11 @@ def _agreement(report: Mapping[str, Any]) -> str:
     rows.append(["same winner", "", cell(report["winner"]["exact"])])
     if "first place" in report:
         rows.append(["gain of the first place", "", cell(report["first place"])])
-    return table([f"{report['num_questions']} questions", "reference", "answer"], rows)
+    return {"heading": heading, "num_questions": report["num_questions"], "rows": rows}
 
 
-def _case(row: Mapping[str, Any], one: Rated, open_image: Any) -> str:
-    """Return the HTML of one judged answer; all texts of the row are escaped."""
+def _case(row: Mapping[str, Any], one: Rated, open_image: OpenImage | None) -> dict[str, Any]:
+    """Return one judged answer with its image and its texts by name."""
     scores = one.failure if one.scores is None else f"reference {one.scores[0]:g}, answer {one.scores[1]:g}"
     replies = {key: row[key] for key in ("result", "gpt_eval", "result_swapped", "gpt_eval_swapped") if row.get(key)}
     pairs = [
@@ -119,5 +110,4 @@ def _case(row: Mapping[str, Any], one: Rated, open_image: Any) -> str:
         *(("judge" if not key.endswith("swapped") else "judge, swapped", text) for key, text in replies.items()),
         ("id, type, domain", f"{one.id}, {one.type}, {' '.join(one.domains)}"),
     ]
-    facts = "".join(f"<dt>{name}</dt><dd>{escape(str(text))}</dd>" for name, text in pairs if text is not None)
-    return f'<div class="case">{thumbnail(one.image, open_image)}<dl>{facts}</dl></div>'
+    return {"image": thumbnail(one.image, open_image), "facts": [pair for pair in pairs if pair[1] is not None]}

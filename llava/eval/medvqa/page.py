@@ -5,8 +5,7 @@ The page makes no requests. It contains questions, answers and images of the dat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from llava.eval.intervals import figure, interval
 from llava.eval.medvqa.items import Item
 from llava.eval.medvqa.metrics import closed_hit
 from llava.utils.jsonl import write_atomic
-from llava.utils.reporting import OpenImage, page, table, thumbnail
+from llava.utils.reporting import OpenImage, render_page, thumbnail
 
 
 def write_page(
@@ -40,44 +39,25 @@ def write_page(
         num_examples: number of answers to show.
         note: a sentence under the heading, such as a description of the data.
     """
-    parts = [f"<h1>{escape(title)}</h1>"]
-    if note:
-        parts.append(f'<p class="note">{escape(note)}</p>')
-    parts.append(_counts(report["counts"]))
-    parts += [f"<p>{escape(sentence)}</p>" for sentence in report.get("verdicts", ())]
-    for name, scores in report["scores"].items():
-        parts += [f"<h2>{escape(name)}</h2>", score_table(scores)]
-    if report["by_type"]:
-        parts += ["<h2>By question type</h2>", type_plot(report["by_type"]), type_table(report["by_type"])]
-    parts.append("<h2>Examples</h2>")
-    for index in choose_examples(items, blank, num_examples):
-        parts.append(case(items[index], None if blank is None else blank[index], open_image))
-    parts += ["<h2>Provenance</h2>", _facts(report.get("provenance", {}))]
-    write_atomic(path, page(title, parts))
+    counts = ", ".join(f"{name} {number}" for name, number in report["counts"].items())
+    shown = choose_examples(items, blank, num_examples)
+    text = render_page(
+        "evaluation.html",
+        title=title,
+        note=note,
+        counts=counts,
+        verdicts=report.get("verdicts", ()),
+        scores=[(name, score_rows(scores.items())) for name, scores in report["scores"].items()],
+        types=score_rows((_type_name(row), row) for row in report["by_type"]),
+        bars=[bar(row) for row in report["by_type"]],
+        cases=[case(items[index], None if blank is None else blank[index], open_image) for index in shown],
+        provenance=list(report.get("provenance", {}).items()),
+    )
+    write_atomic(path, text)
 
 
-def score_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the HTML table of one set of scores with control and majority."""
-    return _compared([(name, row) for name, row in scores.items()], "score")
-
-
-def type_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the HTML table of scores by question type, with their gain from the image."""
-    return _compared([(f"{row['type']}, {row['score']}", row) for row in rows], "type, score")
-
-
-def _compared(rows: Sequence[tuple[str, Mapping[str, Any]]], first: str) -> str:
-    headers = [
-        first,
-        "n",
-        "%",
-        "95 % interval",
-        "blank image",
-        "from the image",
-        "interval",
-        "majority",
-        "above majority",
-    ]
+def score_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[list[str]]:
+    """Return the cells of named scores: the score, the control, the gain from the image, the majority."""
     cells = []
     for name, row in rows:
         answered, gain, above = row["answered"], row.get("from_picture"), row.get("above_majority")
@@ -94,34 +74,25 @@ def _compared(rows: Sequence[tuple[str, Mapping[str, Any]]], first: str) -> str:
                 f"{figure(above['value'], signed=True)} {interval(above)}" if above else "-",
             ]
         )
-    return table(headers, cells)
+    return cells
 
 
-def type_plot(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return bars by question type as SVG: the score, its interval, and the score on a gray image."""
-    height, left, width = 30, 230, 560
-    bars = []
-    for place, row in enumerate(rows):
-        top = place * height
-        answered = row["answered"]
-        name = escape(f"{row['type']}, {row['score']} (n={answered['num_items']})")
-        bars.append(f'<text x="{left - 8}" y="{top + 18}" text-anchor="end">{name}</text>')
-        bars.append(_bar(left, top + 4, width * _share(answered["value"]), 11, "#0969da"))
-        low, high = (left + width * _share(answered[side]) for side in ("low", "high"))
-        bars.append(f'<path d="M{low:.1f} {top + 9.5}H{high:.1f}" stroke="#1b1f24"/>')
-        if "blank" in row:
-            bars.append(_bar(left, top + 15, width * _share(row["blank"]["value"]), 9, "#8c959f"))
-    legend = '<p class="note">Blue: with the image (line: 95 % interval). Gray: the same questions, gray image.</p>'
-    size = f'width="{left + width + 20}" height="{len(rows) * height + 4}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {size}>{"".join(bars)}</svg>{legend}'
+def bar(row: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the bar of one question type: name, score, interval and score on a gray image, in percent."""
+    answered = row["answered"]
+    return {
+        "name": f"{_type_name(row)} (n={answered['num_items']})",
+        **{side: _percent(answered[side]) for side in ("value", "low", "high")},
+        "blank": _percent(row["blank"]["value"]) if "blank" in row else None,
+    }
 
 
-def _bar(x: float, y: float, width: float, height: float, color: str) -> str:
-    return f'<rect x="{x}" y="{y}" width="{width:.1f}" height="{height}" fill="{color}"/>'
+def _type_name(row: Mapping[str, Any]) -> str:
+    return f"{row['type']}, {row['score']}"
 
 
-def _share(percent: float | None) -> float:
-    return 0.0 if percent is None else min(max(percent / 100.0, 0.0), 1.0)
+def _percent(value: float | None) -> str:
+    return f"{min(max(value or 0.0, 0.0), 100.0):.1f}"
 
 
 def choose_examples(items: Sequence[Item], blank: Sequence[Item] | None, num_examples: int) -> list[int]:
@@ -156,28 +127,14 @@ def is_right(item: Item) -> bool:
     return closed_hit(item) == 1.0
 
 
-def case(item: Item, blank: Item | None, open_image: OpenImage | None) -> str:
-    """Return the HTML of one answer with its image."""
-    verdict = ("right", "right") if is_right(item) else ("wrong", "wrong")
-    answer = "(failed)" if item.failed else item.prediction
-    pairs = [
-        ("question", escape(item.question)),
-        ("reference", escape(item.reference)),
-        ("answer", f'{escape(answer)} <b class="{verdict[0]}">{verdict[1]}</b>'),
-    ]
-    if blank is not None:
-        pairs.append(("on a gray image", escape(blank.prediction)))
-    pairs.append(
-        ("id, type", escape(f"{item.question_id}, {'closed' if item.closed else 'open'} {' '.join(item.types)}"))
-    )
-    facts = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in pairs)
-    return f'<div class="case">{thumbnail(item.image, open_image)}<dl>{facts}</dl></div>'
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-    text = ", ".join(f"{name} {number}" for name, number in counts.items())
-    return f"<p>{escape(text)}</p>"
-
-
-def _facts(provenance: Mapping[str, Any]) -> str:
-    return table(["name", "value"], [[name, str(value)] for name, value in provenance.items()])
+def case(item: Item, blank: Item | None, open_image: OpenImage | None) -> dict[str, Any]:
+    """Return one answer with its image for the macro `answer` of the templates."""
+    return {
+        "image": thumbnail(item.image, open_image),
+        "question": item.question,
+        "reference": item.reference,
+        "answer": "(failed)" if item.failed else item.prediction,
+        "right": is_right(item),
+        "blank": None if blank is None else blank.prediction,
+        "label": f"{item.question_id}, {'closed' if item.closed else 'open'} {' '.join(item.types)}",
+    }

@@ -1,0 +1,156 @@
+"""The five HTML pages, written with markup in every text that comes from data, answers or file names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava.data import show
+from llava.data.check.page import write_page as write_check_page
+from llava.data.check.report import check_file
+from llava.data.check.tokens import TokenBudget
+from llava.eval.judge.page import write_scores_page
+from llava.eval.judge.scores import Rated
+from llava.eval.judge.summary import MEASURES
+from llava.eval.medvqa.items import Item
+from llava.eval.medvqa.page import write_page as write_evaluation_page
+from llava.quickstart.report import write_page as write_quickstart_page
+from tests.support.check_files import row, write_rows
+
+ESTIMATE = {"value": 50.0, "low": 25.0, "high": 75.0, "num_items": 4}
+
+
+class Marks:
+    """Source of distinct hostile texts, so that a test can tell which one a page contains."""
+
+    def __init__(self) -> None:
+        self.used: list[str] = []
+
+    def __call__(self, field: str) -> str:
+        """Return a text that would run a script, load an image or leave an attribute if it were not escaped."""
+        self.used.append(field)
+        return f"""{field}"'><script src="https://evil.example/{field}">&</script><img src=//evil.example>"""
+
+
+def write_images(folder: Path, names: list[str]) -> Path:
+    """Write gray images under the given names."""
+    folder.mkdir()
+    for number, name in enumerate(names):
+        Image.new("L", (30, 20), 20 * number).save(folder / name, format="PNG")
+    return folder
+
+
+def _item(mark: Marks, kind: str, image: str) -> Item:
+    texts = [mark(f"{kind}-{field}") for field in ("id", "question", "reference", "prediction", "type")]
+    return Item(*texts[:4], True, (texts[4],), image)
+
+
+def evaluation_page(folder: Path, mark: Marks) -> Path:
+    """Write the page of `llava eval`."""
+    image = "named<b>image"  # a file name; a slash cannot be part of it
+    images = write_images(folder / "images", [image])
+    scored = {"type": mark("type"), "score": mark("score"), "answered": ESTIMATE, "blank": ESTIMATE}
+    report = {
+        "counts": {mark("count"): 1},
+        "verdicts": [mark("verdict")],
+        "scores": {mark("heading"): {mark("name"): scored}},
+        "by_type": [scored],
+        "provenance": {mark("key"): mark("value")},
+    }
+    write_evaluation_page(
+        folder / "page.html",
+        title=mark("title"),
+        report=report,
+        items=[_item(mark, "answer", image)],
+        blank=[Item("0", "q", "r", mark("blank"), True, (), image)],
+        open_image=lambda name: Image.open(images / name),
+        note=mark("note"),
+    )
+    return folder / "page.html"
+
+
+def judge_page(folder: Path, mark: Marks) -> Path:
+    """Write the page of judged chat answers."""
+    images = write_images(folder / "images", ["named<b>image"])
+    texts = ("question", "ans1", "ans2", "result", "result_swapped")
+    (folder / "scores.jsonl").write_text(json.dumps({key: mark(key) for key in texts}) + "\n")
+    rated = Rated(mark("id"), mark("kind"), (mark("domain"),), "named<b>image", None, mark("failure"))
+    figures = ("gpt4_score", "pred_score", "pred_relative_score", "ratio_of_means")
+    agreement: dict[str, Any] = {side: dict.fromkeys(MEASURES, ESTIMATE) for side in ("reference", "answer")}
+    report = {
+        "groups": {mark("group"): {"data_size": 1, "asked": 1, **dict.fromkeys(figures, ESTIMATE)}},
+        "failures": {mark("reason"): 1},
+        "agreement": {**agreement, "winner": {"exact": ESTIMATE}, "first place": ESTIMATE, "num_questions": 1},
+        "provenance": {mark("key"): mark("value")},
+    }
+    write_scores_page(folder / "page.html", folder / "scores.jsonl", [rated], report, image_folder=images)
+    return folder / "page.html"
+
+
+def check_page(folder: Path, mark: Marks) -> Path:
+    """Write the page of `llava data check`; it shows names of files, images, fields and classes, but no texts."""
+    names = ["a<script>b.png", "c<script>d.png"]
+    images = write_images(folder / "images", names)
+    (images / names[1]).write_bytes((images / names[0]).read_bytes())
+    train = write_rows(
+        folder / "train<script>.json", [row(n, name, modality=mark(f"class-{n}")) for n, name in enumerate(names)]
+    )
+    test = write_rows(folder / "test<script>.json", [row(9, names[0], modality="x")])
+    report = check_file(train, images=images, against=test)
+    report.tokens = TokenBudget(mark("model"), *[1] * 9)
+    write_check_page(folder / "page.html", report, strict=False)
+    return folder / "page.html"
+
+
+def quickstart_page(folder: Path, mark: Marks) -> Path:
+    """Write the page of a quickstart."""
+    images = write_images(folder / "images", ["named<b>image"])
+    runs = ("after", "after_blank", "majority")
+    result = {
+        "num_questions": 4,
+        "num_images": 1,
+        "accuracy": dict.fromkeys(runs, ESTIMATE),
+        "difference": dict.fromkeys(runs[1:], ESTIMATE),
+        "by_type": {mark("type"): dict.fromkeys(runs, 50.0)},
+        "passed": True,
+    }
+    write_quickstart_page(
+        folder / "page.html",
+        result=result,
+        items=[_item(mark, "answer", "named<b>image")],
+        blank=[Item("0", "q", "r", mark("blank"), True, (), "named<b>image")],
+        image_folder=images,
+        curves={mark("curve"): images / "named<b>image"},
+        facts={mark("fact"): mark("value")},
+        reason=mark("reason"),
+        times=[[mark("stage"), mark("forecast"), mark("measured")]],
+        notice=mark("notice"),
+        chat=mark("chat"),
+    )
+    return folder / "page.html"
+
+
+def row_page(folder: Path, mark: Marks) -> Path:
+    """Write the page of `llava data show`."""
+    from tests.support.text_tools import make_processor
+
+    processor = make_processor()
+    ids = processor.tokenizer("<script>").input_ids
+    stretches = (show.Stretch("trained", False, 0, tuple(ids), mark("text"), 1),)
+    view = show.RowView(mark("title"), mark("settings"), stretches)
+    url = "data:image/png;base64,AAAA"
+    (folder / "page.html").write_text(show.to_html(view, processor, [url]), encoding="utf-8")
+    return folder / "page.html"
+
+
+PAGES: dict[str, Callable[[Path, Marks], Path]] = {
+    "evaluation": evaluation_page,
+    "judge": judge_page,
+    "check": check_page,
+    "quickstart": quickstart_page,
+    "row": row_page,
+}

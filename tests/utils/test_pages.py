@@ -1,0 +1,80 @@
+"""Facts that hold for every HTML page: texts are escaped, nothing is requested, one stylesheet."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from llava.utils.reporting import render_page
+from tests.support.pages import PAGES, Marks
+
+TEMPLATES = sorted(file.name for file in files("llava.utils").joinpath("templates").iterdir())
+
+TAGS = "html head meta title style body h1 h2 p b br div span img svg rect line table thead tbody tr th td dl dt dd pre"
+"""Elements of the templates; none of them runs code."""
+
+
+class Elements(HTMLParser):
+    """Elements, attributes and text of a page as a browser sees them."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(params=sorted(PAGES))
+def marks_and_page(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Marks, Path]:
+    marks = Marks()
+    return marks, PAGES[request.param](tmp_path, marks)
+
+
+def test_every_text_is_shown_and_escaped(marks_and_page: tuple[Marks, Path]) -> None:
+    marks, page = marks_and_page
+    elements = Elements(page)
+    assert set(elements.tags) <= set(TAGS.split())
+    missing = [field for field in marks.used if f"""{field}"'><script src="https://evil""" not in elements.text]
+    assert missing == []
+
+
+def test_no_attribute_leads_out_of_the_page(marks_and_page: tuple[Marks, Path]) -> None:
+    elements = Elements(marks_and_page[1])
+    links = [value for name, value in elements.attributes if name in {"src", "href", "srcset", "action", "data"}]
+    assert links and all(re.match(r"data:image/(jpeg|png);base64,[A-Za-z0-9+/=]+$", link) for link in links)
+    assert not [name for name, _ in elements.attributes if name.startswith("on") or name == "style"]
+
+
+def test_the_page_forbids_requests(marks_and_page: tuple[Marks, Path]) -> None:
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert ("content", policy) in Elements(marks_and_page[1]).attributes
+
+
+def test_the_page_has_the_one_stylesheet(marks_and_page: tuple[Marks, Path]) -> None:
+    style = re.findall(r"<style>.*?</style>", marks_and_page[1].read_text(encoding="utf-8"), re.DOTALL)
+    other = render_page("row.html", title="", settings="", summary="", images=[], parts=[])
+    assert len(style) == 1 and style[0] in other
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_names_nothing_outside(name: str) -> None:
+    text = files("llava.utils").joinpath("templates", name).read_text(encoding="utf-8")
+    assert not re.search(r"https?://|@import|url\(|<script|<link|\|\s*safe|autoescape", text)
+
+
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"base.html", "parts.html"}))
+def test_every_page_extends_the_base(name: str) -> None:
+    text = files("llava.utils").joinpath("templates", name).read_text(encoding="utf-8")
+    assert text.startswith('{% extends "base.html" %}\n') and "<style" not in text
