@@ -23,6 +23,9 @@ from tests.support.check_files import row, write_rows
 
 ESTIMATE = {"value": 50.0, "low": 25.0, "high": 75.0, "num_items": 4}
 
+IMAGE = """named"'><script>image"""
+"""File name of an image; a slash cannot be part of it."""
+
 
 class Marks:
     """Source of distinct hostile texts, so that a test can tell which one a page contains."""
@@ -31,9 +34,10 @@ class Marks:
         self.used: list[str] = []
 
     def __call__(self, field: str) -> str:
-        """Return a text that would run a script, load an image or leave an attribute if it were not escaped."""
-        self.used.append(field)
-        return f"""{field}"'><script src="https://evil.example/{field}">&</script><img src=//evil.example>"""
+        """Return a text that would leave an attribute and load a script if it were not escaped."""
+        text = f"""{field}"'><script src=//{field}>&"""  # short, as the page of a check replaces long class names
+        self.used.append(text)
+        return text
 
 
 def write_images(folder: Path, names: list[str]) -> Path:
@@ -51,8 +55,7 @@ def _item(mark: Marks, kind: str, image: str) -> Item:
 
 def evaluation_page(folder: Path, mark: Marks) -> Path:
     """Write the page of `llava eval`."""
-    image = "named<b>image"  # a file name; a slash cannot be part of it
-    images = write_images(folder / "images", [image])
+    images = write_images(folder / "images", [IMAGE])
     scored = {"type": mark("type"), "score": mark("score"), "answered": ESTIMATE, "blank": ESTIMATE}
     report = {
         "counts": {mark("count"): 1},
@@ -65,8 +68,8 @@ def evaluation_page(folder: Path, mark: Marks) -> Path:
         folder / "page.html",
         title=mark("title"),
         report=report,
-        items=[_item(mark, "answer", image)],
-        blank=[Item("0", "q", "r", mark("blank"), True, (), image)],
+        items=[_item(mark, "answer", IMAGE)],
+        blank=[Item("0", "q", "r", mark("blank"), True, (), IMAGE)],
         open_image=lambda name: Image.open(images / name),
         note=mark("note"),
     )
@@ -75,10 +78,10 @@ def evaluation_page(folder: Path, mark: Marks) -> Path:
 
 def judge_page(folder: Path, mark: Marks) -> Path:
     """Write the page of judged chat answers."""
-    images = write_images(folder / "images", ["named<b>image"])
+    images = write_images(folder / "images", [IMAGE])
     texts = ("question", "ans1", "ans2", "result", "result_swapped")
     (folder / "scores.jsonl").write_text(json.dumps({key: mark(key) for key in texts}) + "\n")
-    rated = Rated(mark("id"), mark("kind"), (mark("domain"),), "named<b>image", None, mark("failure"))
+    rated = Rated(mark("id"), mark("kind"), (mark("domain"),), IMAGE, None, mark("failure"))
     figures = ("gpt4_score", "pred_score", "pred_relative_score", "ratio_of_means")
     agreement: dict[str, Any] = {side: dict.fromkeys(MEASURES, ESTIMATE) for side in ("reference", "answer")}
     report = {
@@ -93,7 +96,7 @@ def judge_page(folder: Path, mark: Marks) -> Path:
 
 def check_page(folder: Path, mark: Marks) -> Path:
     """Write the page of `llava data check`; it shows names of files, images, fields and classes, but no texts."""
-    names = ["a<script>b.png", "c<script>d.png"]
+    names = [IMAGE, f"other {IMAGE}"]
     images = write_images(folder / "images", names)
     (images / names[1]).write_bytes((images / names[0]).read_bytes())
     train = write_rows(
@@ -108,7 +111,7 @@ def check_page(folder: Path, mark: Marks) -> Path:
 
 def quickstart_page(folder: Path, mark: Marks) -> Path:
     """Write the page of a quickstart."""
-    images = write_images(folder / "images", ["named<b>image"])
+    images = write_images(folder / "images", [IMAGE])
     runs = ("after", "after_blank", "majority")
     result = {
         "num_questions": 4,
@@ -121,10 +124,10 @@ def quickstart_page(folder: Path, mark: Marks) -> Path:
     write_quickstart_page(
         folder / "page.html",
         result=result,
-        items=[_item(mark, "answer", "named<b>image")],
-        blank=[Item("0", "q", "r", mark("blank"), True, (), "named<b>image")],
+        items=[_item(mark, "answer", IMAGE)],
+        blank=[Item("0", "q", "r", mark("blank"), True, (), IMAGE)],
         image_folder=images,
-        curves={mark("curve"): images / "named<b>image"},
+        curves={mark("curve"): images / IMAGE},
         facts={mark("fact"): mark("value")},
         reason=mark("reason"),
         times=[[mark("stage"), mark("forecast"), mark("measured")]],
