@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from benchmarks import common
 from benchmarks.eval_throughput import make_processor
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.export_hf import export_hf
 from llava.model.checkpoint.files.shard_writer import ShardWriter
 from llava.model.checkpoint.files.shards import open_tensors
@@ -95,7 +95,7 @@ def write_pair(folder: Path, sizes: Sizes, *, safe: bool) -> tuple[Path, Path]:
             writer.add(name, tensor)
     _write_config(base, sizes.language_model(common.VOCABULARY))
     _write_config(target, grown)
-    delta.make(base, target, made, delta.Writing(max_shard_bytes=sizes.max_shard_bytes, safe=safe))
+    delta.write_delta(base, target, made, delta.WriteOptions(max_shard_bytes=sizes.max_shard_bytes, safe=safe))
     return base, made
 
 
@@ -117,7 +117,7 @@ def write_models(folder: Path, sizes: Sizes, *, safe: bool) -> tuple[Path, Path]
     return legacy, hf
 
 
-def _random_model(sizes: Sizes) -> Loaded:
+def _random_model(sizes: Sizes) -> LoadedModel:
     values: dict[str, Any] = common.config_values()
     values["text_config"] = sizes.language_model(common.VOCABULARY)
     vision: CLIPVisionConfig = values["vision_config"]
@@ -129,4 +129,4 @@ def _random_model(sizes: Sizes) -> Loaded:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(random_half(tuple(parameter.shape), DEVIATION, generator))
-    return Loaded(model, make_processor(), 2048)
+    return LoadedModel(model, make_processor(), 2048)

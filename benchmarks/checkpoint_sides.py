@@ -21,7 +21,7 @@ from transformers import AutoProcessor, LlamaForCausalLM, LlavaForConditionalGen
 from benchmarks import common
 from llava.model import apply_delta
 from llava.model.checkpoint import export_hf
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 
 assert export_hf, "imported here, so that no side counts the import"
 BYTES_PER_GB = 10**9
@@ -67,7 +67,7 @@ def _save_bin(model: PreTrainedModel, folder: Path, shard_bytes: int) -> None:
 def load_ours(folder: str) -> dict[str, float]:
     """Load a checkpoint in the format of the originals with `llava.model.checkpoint.load`."""
     start = time.perf_counter()
-    model = load(folder).model
+    model = load_checkpoint(folder).model
     return _read_all(model, time.perf_counter() - start)
 
 

@@ -228,7 +228,7 @@ def difference(content: bytes, size: int, mode: str) -> tuple[int, float, float,
     if opened.scale == 1:
         return None
     deviation = torch.tensor(image_processor(size).image_std)[:, None, None] * 255
-    off = ((fast.picture(opened) - exact.picture(exact.open(content))).abs() * deviation).numpy()
+    off = ((fast.preprocess(opened) - exact.preprocess(exact.open(content))).abs() * deviation).numpy()
     return opened.scale, float(off.mean()), float(np.percentile(off, 99.9)), float(off.max())
 
 

@@ -19,11 +19,11 @@ import torch
 
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError, GenerationError
-from llava.generation.engine import LocalEngine, Score
+from llava.generation.engine import LocalEngine, SequenceScore
 from llava.generation.protocol import ImageRef, Prompt, Sampling
-from llava.model.checkpoint.load import load as load_model
+from llava.model.checkpoint.load import load_checkpoint as load_model
 from llava.model.precision import raise_slow_weights
-from llava.samples import ROLES, Conversation, Turn, describe
+from llava.samples import ROLES, Conversation, Turn, type_and_length
 
 Messages: TypeAlias = str | Sequence[Turn | Mapping[str, str]]
 """A question, or turns, also as `{"role": "user" | "assistant", "content": text}`; the first may be `system`."""
@@ -31,7 +31,7 @@ Messages: TypeAlias = str | Sequence[Turn | Mapping[str, str]]
 Images: TypeAlias = "ImageRef | Sequence[ImageRef]"
 """An image, the path or the bytes of an image file; or several of these."""
 
-__all__ = ["Images", "LlavaPredictor", "Messages", "Score", "load_predictor"]
+__all__ = ["Images", "LlavaPredictor", "Messages", "SequenceScore", "load_predictor"]
 
 
 def load_predictor(
@@ -127,7 +127,7 @@ class LlavaPredictor:
             yield text[len(shown) :]
             shown = text
 
-    def score(self, messages: Messages, answer: str, images: Images = ()) -> Score:
+    def score(self, messages: Messages, answer: str, images: Images = ()) -> SequenceScore:
         """Return the log-probability of an answer to the messages, including its end-of-text token.
 
         Raises:
@@ -169,7 +169,7 @@ def _turns(messages: Messages) -> tuple[str | None, list[Turn]]:
         role, text = message.get("role"), message.get("content")
         if not isinstance(text, str) or (role not in ROLES and role != "system"):
             expected = "'role' (user, assistant or system) and 'content'"
-            raise DataError(f"message {index}: expected {expected}, got {describe(message)}")
+            raise DataError(f"message {index}: expected {expected}, got {type_and_length(message)}")
         if role == "system" and index == 0:
             system = text
         elif role in ROLES:

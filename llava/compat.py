@@ -108,7 +108,7 @@ COMPAT: dict[str, Compat] = {
 """All known defects, by name."""
 
 
-def parse_names(text: str, place: str | None = None) -> frozenset[str]:
+def parse_compat(text: str, place: str | None = None) -> frozenset[str]:
     """Return the names of a list: separated by commas, or `all`, or `none`.
 
     Args:
@@ -132,13 +132,13 @@ def parse_names(text: str, place: str | None = None) -> frozenset[str]:
     return names
 
 
-def help_text(place: str) -> str:
+def compat_help(place: str) -> str:
     """Return the help text of `--compat` for a group of commands."""
     names = ", ".join(name for name, case in COMPAT.items() if place in case.where)
     return f"defects of the original projects to reproduce: {names}, all or none (docs/compatibility.md)"
 
 
-def table() -> str:
+def compat_table() -> str:
     """Return all defects as text, one per line: name, what the original does, its source, switch."""
     return "\n".join(
         f"{name:20} {case.original} [{case.spec}]{f' ({case.switch})' if case.switch else ''}"

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError
 from llava.samples import Conversation, Turn
-from llava.system_prompts import SYSTEMS
+from llava.system_prompts import SYSTEM_PROMPTS
 from llava.utils.lookup import lookup
 
 SLOT = "{}"
@@ -70,7 +70,7 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
-class Template:
+class ConversationTemplate:
     """Conversation template of one family of models.
 
     Attributes:
@@ -95,7 +95,7 @@ class Template:
     drops_questions: bool = False
     echoes: tuple[str, ...] = ()
 
-    def with_system(self, text: str) -> Template:
+    def with_system(self, text: str) -> ConversationTemplate:
         """Return this template with another system prompt."""
         return replace(self, system=text)
 
@@ -147,7 +147,7 @@ def _after_space(text: str, start: int) -> int:
     return len(text) - len(text[start:].lstrip())
 
 
-def _open(template: Template, form: Form, conversation: Conversation) -> list[Segment]:
+def _open(template: ConversationTemplate, form: Form, conversation: Conversation) -> list[Segment]:
     if not conversation.turns or conversation.turns[-1].role != "human":
         raise DataError("the conversation does not end with a question; remove the last answer or add a question")
     segments = _render(template, form, conversation)
@@ -158,7 +158,7 @@ def _open(template: Template, form: Form, conversation: Conversation) -> list[Se
     return [replace(segment, trained=False) for segment in segments]
 
 
-def _render(template: Template, form: Form, conversation: Conversation) -> list[Segment]:
+def _render(template: ConversationTemplate, form: Form, conversation: Conversation) -> list[Segment]:
     system = template.system if conversation.system is None else conversation.system
     opening = form.system.replace(SLOT, system) if system else form.no_system
     segments = [Segment(opening, False, -1)] if opening else []
@@ -267,31 +267,35 @@ _MMTAG = ("<Image>", "</Image>")
 
 def _v0(
     name: str, system: str, *, published: Form | None = None, roles: tuple[str, str] = ("Human", "Assistant")
-) -> Template:
+) -> ConversationTemplate:
     """Return a template that trains in the `###` form."""
     echoes = tuple(dict.fromkeys((*_HASH_ECHOES, f"{roles[1]}:")))
     published = published or _single(*roles)
-    return Template(name, SYSTEMS[system], _hashes(*roles), stops=("###",), published=published, echoes=echoes)
+    return ConversationTemplate(
+        name, SYSTEM_PROMPTS[system], _hashes(*roles), stops=("###",), published=published, echoes=echoes
+    )
 
 
-def _v1(name: str, system: str, *, roles: tuple[str, str] = ("USER", "ASSISTANT"), gap: str = "") -> Template:
+def _v1(
+    name: str, system: str, *, roles: tuple[str, str] = ("USER", "ASSISTANT"), gap: str = ""
+) -> ConversationTemplate:
     """Return a template of the Vicuna v1 family; `gap` separates an end mark from the next question."""
-    return Template(name, SYSTEMS[system], _two(*roles, end="</s>", gap=gap), stops=("</s>",))
+    return ConversationTemplate(name, SYSTEM_PROMPTS[system], _two(*roles, end="</s>", gap=gap), stops=("</s>",))
 
 
-def _marked(name: str, system: str, *, opening: str = "", gap: str = "") -> Template:
+def _marked(name: str, system: str, *, opening: str = "", gap: str = "") -> ConversationTemplate:
     """Return a template with `<|im_start|>` and `<|im_end|>` around each turn."""
-    return Template(name, SYSTEMS[system], _chatml(opening, gap), stops=("<|im_end|>",))
+    return ConversationTemplate(name, SYSTEM_PROMPTS[system], _chatml(opening, gap), stops=("<|im_end|>",))
 
 
-def _instruct(name: str, system: str, start: str) -> Template:
+def _instruct(name: str, system: str, start: str) -> ConversationTemplate:
     """Return a template with `[INST]` brackets."""
-    return Template(name, SYSTEMS.get(system, ""), _brackets(start), stops=("</s>",))
+    return ConversationTemplate(name, SYSTEM_PROMPTS.get(system, ""), _brackets(start), stops=("</s>",))
 
 
-def _plain(name: str) -> Template:
+def _plain(name: str) -> ConversationTemplate:
     """Return a template for captions: image, caption, newline."""
-    return Template(name, "", _PLAIN, stops=("\n",), drops_questions=True)
+    return ConversationTemplate(name, "", _PLAIN, stops=("\n",), drops_questions=True)
 
 
 _LISTED = (
@@ -339,12 +343,12 @@ _LISTED = (
     replace(_v0("stllava_med:v0_mmtag", "mmtag", roles=("Instruction", "Response")), image_wrap=_MMTAG),
 )
 
-TEMPLATES: dict[str, Template] = {template.name: template for template in _LISTED}
+TEMPLATES: dict[str, ConversationTemplate] = {template.name: template for template in _LISTED}
 """Templates by name. `v1` is Vicuna v1, except in LLaVA-Med 1.0 (`llava_med_v1.0:v1`). Templates `llava_med_v1.5:*`
 write a space after each end mark, as in the evaluation of that release. `chatml` is for SmolLM2 and similar models."""
 
 
-def get_template(name: str) -> Template:
+def get_template(name: str) -> ConversationTemplate:
     """Return a template by name.
 
     Raises:

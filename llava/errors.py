@@ -55,5 +55,5 @@ class ArchiveError(DataError):
         self.reason = reason
 
 
-class NotAPicture(DataError):
+class NotAnImageError(DataError):
     """DICOM file without an image: a dose, a plan, a report or a waveform; the message names which."""

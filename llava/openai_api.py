@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from llava.errors import ConfigError
 from llava.openai_transport import FATAL, RETRY_REASONS, ApiError, ApiFailure, Connection, Reply
 from llava.utils.lookup import lookup, require
-from llava.utils.retry import backoff
+from llava.utils.retry import backoff_seconds
 
 __all__ = ["ApiError", "ApiFailure", "ApiSettings", "ChatClient", "Messages", "Reply", "Requests", "add_api_flags"]
 
@@ -256,7 +256,7 @@ class ChatClient:
                 self._fatal = replace(found, fatal=True) if fatal else self._fatal
                 found = replace(found, num_prompt_tokens=prompt_spent, num_answer_tokens=answer_spent)
                 return replace(found, num_attempts=attempt, fatal=fatal)
-            wait = max(found.wait or 0.0, backoff(attempt, first=self.first_wait, most=self.max_wait))
+            wait = max(found.wait or 0.0, backoff_seconds(attempt, first=self.first_wait, most=self.max_wait))
             if found.wait is not None or found.reason == "rate_limited":
                 connection.pause(wait)
             await asyncio.sleep(wait)

@@ -16,7 +16,7 @@ from typing import Any
 
 from llava.errors import ConfigError, GenerationError
 from llava.utils.lookup import require
-from llava.utils.retry import duration, retry_after
+from llava.utils.retry import duration_seconds, retry_after_seconds
 
 REASONS: dict[str, str] = {
     "rate_limited": "the endpoint asked for a longer wait than allowed, or repeatedly",
@@ -259,17 +259,17 @@ class Connection:
 
 def asked_wait(headers: Mapping[str, str]) -> float | None:
     """Return the seconds that a response with an error status asks to wait; None if not stated."""
-    milliseconds = duration(headers.get("retry-after-ms"))
+    milliseconds = duration_seconds(headers.get("retry-after-ms"))
     if milliseconds is not None:
         return milliseconds / 1000.0
-    asked = retry_after(headers.get("retry-after"))
+    asked = retry_after_seconds(headers.get("retry-after"))
     return asked if asked is not None else used_up_wait(headers) or None
 
 
 def used_up_wait(headers: Mapping[str, str]) -> float:
     """Return the seconds until an exhausted rate limit is reset; 0 without an exhausted limit."""
     waits = [
-        duration(headers.get(f"x-ratelimit-reset-{kind}")) or 0.0
+        duration_seconds(headers.get(f"x-ratelimit-reset-{kind}")) or 0.0
         for kind in ("requests", "tokens")
         if (headers.get(f"x-ratelimit-remaining-{kind}") or "").strip() == "0"
     ]

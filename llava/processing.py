@@ -1,6 +1,6 @@
 """Processor of a model: tokenizer, image preprocessing and template, saved with the weights.
 
-image --picture--> [3, H, W], or tiles [K, 3, H, W]     text --data.encode--> ids (one placeholder id per image token)
+image --preprocess--> [3, H, W] or tiles [K, 3, H, W]    text --data.encode--> ids (one placeholder id per image token)
 """
 
 from __future__ import annotations
@@ -21,17 +21,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, PROCESSOR_FILE
-from llava.conversation import Template, get_template
+from llava.conversation import ConversationTemplate, get_template
 from llava.errors import CheckpointError, ConfigError
 from llava.imaging.anyres import ANYRES, KEEP, VARIABLE_MODES, ImageGrid, Size, parse_pinpoints
-from llava.imaging.decode import Opened, decode
+from llava.imaging.decode import DecodedImage, decode_image
 from llava.imaging.dicom.policy import DicomPolicy
-from llava.imaging.geometry import MODES, fit, mean_color, tiles, to_rgb
-from llava.imaging.image_processor import FILE_NAME as IMAGE_PROCESSOR_FILE
-from llava.imaging.image_processor import PixelPath, fit_opened, load_image_processor
-from llava.imaging.jpeg import VERSION as JPEG_SCALE_VERSION
-from llava.imaging.jpeg import choose_scale
-from llava.tokenization import PrefixMark, TextTokenizer, word_id
+from llava.imaging.geometry import IMAGE_MODES, anyres_tiles, fit_image, mean_color, to_rgb
+from llava.imaging.image_processor import IMAGE_PROCESSOR_FILE, FastPreprocessor, fit_decoded, load_image_processor
+from llava.imaging.jpeg import JPEG_SCALE_VERSION, choose_scale
+from llava.tokenization import PrefixMark, TextTokenizer, token_id
 from llava.utils.lookup import lookup
 
 Placement = Literal["front", "as_written"]
@@ -100,7 +98,7 @@ class LlavaMedProcessor:
         self.text = TextTokenizer(tokenizer, prefix_mark, add_bos=add_bos)
         self.use_template(template, system=system)
         self.image_token_id = _find_image_token(tokenizer)
-        markers = (word_id(tokenizer, IM_START_TOKEN), word_id(tokenizer, IM_END_TOKEN))
+        markers = (token_id(tokenizer, IM_START_TOKEN), token_id(tokenizer, IM_END_TOKEN))
         self.marker_ids: tuple[int | None, int | None] = markers
 
     def use_template(self, name: str, *, system: str | None = None) -> None:
@@ -109,11 +107,11 @@ class LlavaMedProcessor:
         The name of the current template changes nothing, and keeps the system prompt of a checkpoint.
         """
         template = get_template(name)
-        current: Template | None = getattr(self, "template", None)
+        current: ConversationTemplate | None = getattr(self, "template", None)
         if system is None and current is not None and current.name == name:
             return
         self.system = system
-        self.template: Template = template if system is None else template.with_system(system)
+        self.template: ConversationTemplate = template if system is None else template.with_system(system)
 
     def use_image_mode(self, mode: str, *, merge: str | None = None, pinpoints: Any = None) -> None:
         """Switch to another image mode.
@@ -126,8 +124,8 @@ class LlavaMedProcessor:
         Raises:
             ConfigError: the mode is unknown, or contradicts other settings.
         """
-        if mode not in MODES:
-            raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(MODES)}")
+        if mode not in IMAGE_MODES:
+            raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(IMAGE_MODES)}")
         current: ImageGrid | None = getattr(self, "image_grid", None)
         merge = merge or (current.merge if current else "flat")
         pinpoints = pinpoints or (current.pinpoints if current else None)
@@ -219,7 +217,7 @@ class LlavaMedProcessor:
         return _output_size(self.image_processor)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return images as vision tower input, float32 `[N, 3, H, W]`; see `picture` for variable sizes.
+        """Return images as vision tower input, float32 `[N, 3, H, W]`; see `preprocess` for variable sizes.
 
         Raises:
             ConfigError: the processor is for text only, or the image mode gives inputs of several sizes.
@@ -228,23 +226,23 @@ class LlavaMedProcessor:
             raise ConfigError("this processor is for text only; load one with a vision tower")
         if self.has_variable_images:
             raise ConfigError(
-                f"image mode {self.image_mode} gives inputs of several sizes; call `picture` for each image"
+                f"image mode {self.image_mode} gives inputs of several sizes; call `preprocess` for each image"
             )
         height, width = self.image_size
         if not images:
             return torch.zeros(0, 3, height, width)
-        return torch.stack([self.picture(image) for image in images])
+        return torch.stack([self.preprocess(image) for image in images])
 
-    def open(self, ref: str | Path | bytes, root: str | Path | None = None) -> Opened:
-        """Return image `ref` (a name in folder `root`, or the bytes of a file), decoded for `picture`.
+    def open(self, ref: str | Path | bytes, root: str | Path | None = None) -> DecodedImage:
+        """Return image `ref` (a name in folder `root`, or the bytes of a file), decoded for `preprocess`.
 
         Raises:
             DataError: the file is missing, outside `root`, too large, damaged or truncated; the message names it.
             MissingDependency: the decoder of a compressed DICOM file is not installed.
         """
-        return decode(ref, root, dicom=self.dicom, scale_of=self._scale_of if self.fast_jpeg else None)
+        return decode_image(ref, root, dicom=self.dicom, scale_of=self._scale_of if self.fast_jpeg else None)
 
-    def picture(self, image: Image.Image | Opened) -> Tensor:
+    def preprocess(self, image: Image.Image | DecodedImage) -> Tensor:
         """Return an image as vision tower input, float32 `[3, H, W]`, or tiles `[K, 3, H, W]` with `anyres`.
 
         Raises:
@@ -255,7 +253,7 @@ class LlavaMedProcessor:
             raise ConfigError("this processor is for text only; load one with a vision tower")
         if not self.has_variable_images and self._path is not None:
             return self._fast_pixels(image, self._path)
-        image = image.image if isinstance(image, Opened) else image
+        image = image.image if isinstance(image, DecodedImage) else image
         if not self.has_variable_images:
             return self._processed([self._fit(image)])[0]
         self.image_grid.count(image.size)  # raises for unsupported shapes
@@ -263,18 +261,18 @@ class LlavaMedProcessor:
             return self._processed([self._fit(image)], do_resize=False, do_center_crop=False)[0]
         side = self.image_grid.tile
         columns, rows = self.image_grid.shape(image.size)
-        return self._processed(tiles(image, (columns * side, rows * side), side))
+        return self._processed(anyres_tiles(image, (columns * side, rows * side), side))
 
-    def _fast_pixels(self, image: Image.Image | Opened, path: PixelPath) -> Tensor:
+    def _fast_pixels(self, image: Image.Image | DecodedImage, path: FastPreprocessor) -> Tensor:
         """Return [3, H, W] float32 without the image processor."""
         # Bitwise equal to the image processor, unless a JPEG image was decoded at a smaller scale.
-        if not isinstance(image, Opened):
-            image = Opened(image if image.mode == "L" else to_rgb(image), image.size)
-        fitted, size, box = fit_opened(image, self.image_mode, size=self.image_size, **self._border())
+        if not isinstance(image, DecodedImage):
+            image = DecodedImage(image if image.mode == "L" else to_rgb(image), image.size)
+        fitted, size, box = fit_decoded(image, self.image_mode, size=self.image_size, **self._border())
         return path.pixels(fitted, size=size, box=box)
 
     def _fit(self, image: Image.Image) -> Image.Image:
-        return fit(image, self.image_mode, size=self.image_size, **self._border())
+        return fit_image(image, self.image_mode, size=self.image_size, **self._border())
 
     def _border(self) -> dict[str, Any]:
         """Return the border color of mode `pad`, and the shift of the image from the center in pixels."""
@@ -292,8 +290,8 @@ class LlavaMedProcessor:
         return choose_scale(whole, self._path.size_after(whole))
 
     @cached_property
-    def _path(self) -> PixelPath | None:
-        return None if self.image_processor is None else PixelPath.of(self.image_processor)
+    def _path(self) -> FastPreprocessor | None:
+        return None if self.image_processor is None else FastPreprocessor.of(self.image_processor)
 
     def _processed(self, images: list[Image.Image], **settings: bool) -> Tensor:
         return cast(Tensor, self.image_processor(images=images, return_tensors="pt", **settings)["pixel_values"])
@@ -363,7 +361,7 @@ class LlavaMedProcessor:
 
 def _find_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     for token in (IMAGE_TOKEN, IM_PATCH_TOKEN):
-        found = word_id(tokenizer, token)
+        found = token_id(tokenizer, token)
         if found is not None:
             return found
     raise ConfigError(f"the tokenizer has neither {IMAGE_TOKEN} nor {IM_PATCH_TOKEN}; add one as a special token")

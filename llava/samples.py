@@ -70,12 +70,12 @@ class Sample:
     origin: Origin | None = field(default=None, compare=False)
 
 
-def name_of(sample: Sample) -> str:
+def sample_label(sample: Sample) -> str:
     """Return the name of a sample in messages: file and row if known, and the id."""
     return f"id {sample.id!r}" if sample.origin is None else f"{sample.origin}, id {sample.id!r}"
 
 
-def describe(value: Any) -> str:
+def type_and_length(value: Any) -> str:
     """Return the type and length of a value, without its content."""
     # Rows contain texts about patients, and messages appear in logs.
     kind = type(value).__name__
@@ -126,12 +126,12 @@ def from_row(row: Mapping[str, Any], *, default_id: str | None = None) -> Sample
     raw_id = row.get("id")
     if raw_id is not None and not isinstance(raw_id, str):
         if isinstance(raw_id, bool) or not isinstance(raw_id, int):
-            raise DataError(f"field 'id' must be text or a whole number, got {describe(raw_id)}")
+            raise DataError(f"field 'id' must be text or a whole number, got {type_and_length(raw_id)}")
         meta["id"] = raw_id
     identity = default_id if raw_id is None else str(raw_id)
     if identity is None:
         raise DataError("field 'id' is missing")
-    return Sample(identity, Conversation(turns, system), read_images(row.get("image")), meta)
+    return Sample(identity, Conversation(turns, system), image_names(row.get("image")), meta)
 
 
 def num_lost_turns(row: Mapping[str, Any], sample: Sample) -> int:
@@ -140,7 +140,7 @@ def num_lost_turns(row: Mapping[str, Any], sample: Sample) -> int:
     return len(written) - len(sample.conversation.turns) - (sample.conversation.system is not None)
 
 
-def read_images(value: Any) -> tuple[str, ...]:
+def image_names(value: Any) -> tuple[str, ...]:
     """Return the image names of the field `image` of a row: none, one name or a list of names.
 
     Raises:
@@ -150,7 +150,7 @@ def read_images(value: Any) -> tuple[str, ...]:
         return ()
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f"field 'image' must be a file name or a list of file names, got {describe(value)}")
+        raise DataError(f"field 'image' must be a file name or a list of file names, got {type_and_length(value)}")
     return tuple(names)
 
 
@@ -183,21 +183,21 @@ def _read_turn(raw: Any, where: str) -> Turn:
     speaker = raw.get("from")
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise DataError(f"{where}.from must be one of {', '.join(ROLES)}, got {describe(speaker)}")
+        raise DataError(f"{where}.from must be one of {', '.join(ROLES)}, got {type_and_length(speaker)}")
     train = raw.get("train")
     if train is not None and not isinstance(train, bool):
-        raise DataError(f"{where}.train must be true or false, got {describe(train)}")
+        raise DataError(f"{where}.train must be true or false, got {type_and_length(train)}")
     return Turn(role, _read_value(raw, where), train)
 
 
 def _read_value(raw: Mapping[str, Any], where: str) -> str:
     value = raw.get("value")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"{where}.value must be text or a number, got {describe(value)}")
+        raise DataError(f"{where}.value must be text or a number, got {type_and_length(value)}")
     return str(value)
 
 
-def with_places(sample: Sample) -> Conversation:
+def with_placeholders(sample: Sample) -> Conversation:
     """Return the conversation of a sample with exactly one `<image>` per image.
 
     If a row has images but no placeholders, they are added before its first question, as in the LLaVA trainers.
@@ -215,6 +215,6 @@ def with_places(sample: Sample) -> Conversation:
         return replace(conversation, turns=(replace(first, text=text), *conversation.turns[1:]))
     fact = "the row names no image" if num_images == 0 else f"the row names {num_images} image(s)"
     raise DataError(
-        f"{name_of(sample)}: the text has {num_placeholders} placeholder(s) {IMAGE_TOKEN} but {fact}; "
+        f"{sample_label(sample)}: the text has {num_placeholders} placeholder(s) {IMAGE_TOKEN} but {fact}; "
         "expected one per image, or none"
     )

@@ -16,7 +16,7 @@ _LLAVA_MED = (
 )
 _IN_DETAIL = "Follow the instructions carefully and explain your answers in detail."
 
-SYSTEMS: dict[str, str] = {
+SYSTEM_PROMPTS: dict[str, str] = {
     "human": _CHAT.format("human"),
     "user": _CHAT.format("user"),
     "bair": "BEGINNING OF CONVERSATION:",

@@ -37,7 +37,7 @@ class Tokens(NamedTuple):
     spans: list[tuple[int, int]]
 
 
-def word_id(tokenizer: Any, word: str) -> int | None:
+def token_id(tokenizer: Any, word: str) -> int | None:
     """Return the id of a token in the vocabulary or the added tokens; None if it is in neither."""
     # The backend looks up one token; transformers builds a table of the whole vocabulary for every lookup.
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.model.builder import Loaded, build
+from llava.model.builder import LoadedModel, build_model
 from tests.support.runs import write_parts, write_uneven
 from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
@@ -25,17 +25,17 @@ def shared() -> Path:
 
 
 @pytest.fixture
-def tiny() -> Loaded:
+def tiny() -> LoadedModel:
     """A fresh tiny random model with its processor."""
     return tiny_llava()
 
 
 @pytest.fixture
-def built(tmp_path: Path) -> Loaded:
+def built(tmp_path: Path) -> LoadedModel:
     """A model whose parts stay on disk (in `parts/`), as adapters and projectors need them; with markers."""
     lm = write_tiny_lm(tmp_path / "parts" / "lm")
     tower = write_tiny_tower(tmp_path / "parts" / "tower")
-    loaded = build(str(lm), str(tower), projector_type="mlp2x_gelu", use_im_start_end=True)
+    loaded = build_model(str(lm), str(tower), projector_type="mlp2x_gelu", use_im_start_end=True)
     loaded.model.eval()
     return loaded
 

@@ -11,19 +11,19 @@ from llava import api
 from llava.errors import DataError, GenerationError
 from llava.generation import engine
 from llava.generation.protocol import Prompt, Sampling
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.save import save_model
 from llava.samples import Conversation, Turn
 from tests.support.tiny import tiny_image, tiny_llava
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
+def loaded() -> LoadedModel:
     return tiny_llava(seed=3)
 
 
 @pytest.fixture(scope="module")
-def folder(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     save_model(loaded.model, loaded.processor, path)
     return path
@@ -40,7 +40,7 @@ def test_the_documented_lines_run(folder: Path) -> None:
     assert found.attempted >= 8 and found.failed == 0
 
 
-def test_the_documented_lines_of_the_engine_run(loaded: Loaded) -> None:
+def test_the_documented_lines_of_the_engine_run(loaded: LoadedModel) -> None:
     prompt = Prompt(Conversation((Turn("human", "Hello"),)))
     names = {"model": loaded.model, "processor": loaded.processor, "prompt": prompt}
     found = doctest.testmod(engine, extraglobs=names)

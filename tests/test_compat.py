@@ -9,15 +9,15 @@ import pytest
 from PIL import Image
 
 from llava import compat
-from llava.compat import COMPAT, PLACES, parse_names
+from llava.compat import COMPAT, PLACES, parse_compat
 from llava.errors import ConfigError, DataError
-from llava.eval.fingerprint import differences, model_settings
+from llava.eval.fingerprint import differing_settings, model_settings
 from llava.eval.options import add_model_options
 from llava.generation.engine import LocalEngine
-from llava.generation.loading import imitate, open_engine
+from llava.generation.loading import imitate_originals, open_engine
 from llava.generation.prompt_encoder import PromptReader
 from llava.generation.protocol import Prompt, Sampling
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.save import save_model
 from llava.samples import Conversation, Turn
 from llava.serve.cli import main as chat
@@ -43,15 +43,17 @@ def test_the_page_holds_the_table() -> None:
 
 
 def test_names_are_refused_where_they_have_no_effect() -> None:
-    assert parse_names("cut_prompt", "answers") == {"cut_prompt"}
-    assert parse_names("all", "training") == {"micro_batch_loss", "cut_before_images"}
-    assert parse_names("all") == set(COMPAT) and not parse_names("none", "answers")
+    assert parse_compat("cut_prompt", "answers") == {"cut_prompt"}
+    assert parse_compat("all", "training") == {"micro_batch_loss", "cut_before_images"}
+    assert parse_compat("all") == set(COMPAT) and not parse_compat("none", "answers")
     with pytest.raises(ConfigError, match="cut_prompt has no effect in the training commands; accepted there: micro"):
-        parse_names("micro_batch_loss,cut_prompt", "training")
+        parse_compat("micro_batch_loss,cut_prompt", "training")
     with pytest.raises(ConfigError, match="unknown name beams; known: beams_count_prompt"):
-        parse_names("beams", "answers")
+        parse_compat("beams", "answers")
     for place in PLACES:
-        assert parse_names("all", place) and all(name in compat.help_text(place) for name in parse_names("all", place))
+        assert parse_compat("all", place) and all(
+            name in compat.compat_help(place) for name in parse_compat("all", place)
+        )
 
 
 def saved(tmp_path: Path) -> str:
@@ -75,7 +77,7 @@ def test_names_are_part_of_the_settings_of_answers(tmp_path: Path) -> None:
     words = ["--model", saved(tmp_path)]
     plain = model_settings(parser.parse_args(words))
     with_name = model_settings(parser.parse_args([*words, "--compat", "random_padding"]))
-    assert differences(plain, with_name) == ["compat"]
+    assert differing_settings(plain, with_name) == ["compat"]
 
 
 def question(num_words: int, *images: Image.Image) -> Prompt:
@@ -100,20 +102,20 @@ def test_prompt_is_truncated_to_the_training_length(tmp_path: Path) -> None:
     assert open_engine(str(folder), device="cpu").reader.longest is None
 
 
-def test_what_the_checkpoint_does_not_say(tiny: Loaded) -> None:
+def test_what_the_checkpoint_does_not_say(tiny: LoadedModel) -> None:
     with pytest.raises(ConfigError, match="tokenizer_model_max_length"):
-        imitate(LocalEngine(tiny.model, tiny.processor), {"cut_prompt"})
+        imitate_originals(LocalEngine(tiny.model, tiny.processor), {"cut_prompt"})
 
 
-def test_padding_is_drawn(tiny: Loaded) -> None:
+def test_padding_is_drawn(tiny: LoadedModel) -> None:
     tiny.processor.use_image_mode("pad")
     image = tiny_image(0).resize((28, 20))
-    plain = {tiny.processor.picture(image).numpy().tobytes() for _ in range(12)}
+    plain = {tiny.processor.preprocess(image).numpy().tobytes() for _ in range(12)}
     assert len(plain) == 1
-    imitate(LocalEngine(tiny.model, tiny.processor), {"random_padding"})
-    drawn = {tiny.processor.picture(image).numpy().tobytes() for _ in range(40)}
+    imitate_originals(LocalEngine(tiny.model, tiny.processor), {"random_padding"})
+    drawn = {tiny.processor.preprocess(image).numpy().tobytes() for _ in range(40)}
     assert len(drawn) == 2 and plain < drawn
-    assert len({tiny.processor.picture(tiny_image(0)).numpy().tobytes() for _ in range(9)}) == 1, "no border, no draw"
+    assert len({tiny.processor.preprocess(tiny_image(0)).numpy().tobytes() for _ in range(9)}) == 1, "no draw"
 
 
 def test_beams_count_the_prompt_where_that_is_asked_for(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.conversation import TEMPLATES, Segment, Template, get_template
+from llava.conversation import TEMPLATES, ConversationTemplate, Segment, get_template
 from llava.errors import ConfigError, DataError
 from llava.samples import Conversation, Turn
-from llava.system_prompts import SYSTEMS
+from llava.system_prompts import SYSTEM_PROMPTS
 from tests.support.text_tools import talk
 
 DIGESTS = {
@@ -63,7 +63,7 @@ def bracketed(segments: tuple[Segment, ...]) -> str:
 
 @pytest.mark.parametrize("name", DIGESTS)
 def test_system_texts_are_the_published_ones(name: str) -> None:
-    text = SYSTEMS[name]
+    text = SYSTEM_PROMPTS[name]
     assert (len(text), hashlib.sha256(text.encode()).hexdigest()[:12]) == DIGESTS[name]
 
 
@@ -133,7 +133,7 @@ def test_v1_sq_prompt(shared: Path) -> None:
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=30).map(str.strip)
 
 
-def clean(template: Template, text: str) -> bool:
+def clean(template: ConversationTemplate, text: str) -> bool:
     return bool(text) and not any(mark in text for mark in ("<image>", *template.stops, *template.echoes))
 
 

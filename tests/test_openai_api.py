@@ -21,7 +21,7 @@ from llava import openai_api
 from llava.errors import ConfigError
 from llava.openai_api import ApiError, ApiFailure, ApiSettings, ChatClient, Reply
 from llava.openai_transport import read_error, read_reply
-from llava.utils.retry import backoff, duration, retry_after
+from llava.utils.retry import backoff_seconds, duration_seconds, retry_after_seconds
 from tests.support.fake_endpoint import KEY, MODEL, FakeEndpoint, Fault, Message, serve
 
 SECRET = "Zyxxword shadow"  # stands for a patient's text
@@ -320,25 +320,25 @@ def test_import_loads_neither_torch_nor_the_client() -> None:
     [("6m0s", 360.0), ("1.5s", 1.5), ("20ms", 0.02), ("1h2m3s", 3723.0), ("3", 3.0), ("", None), ("soon", None)],
 )
 def test_durations(text: str, seconds: float | None) -> None:
-    assert duration(text) == (None if seconds is None else pytest.approx(seconds))
+    assert duration_seconds(text) == (None if seconds is None else pytest.approx(seconds))
 
 
 def test_retry_after_dates() -> None:
-    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-    assert retry_after("nan") is None and retry_after("x") is None and retry_after(None) is None
+    assert retry_after_seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert retry_after_seconds("nan") is None and retry_after_seconds("x") is None and retry_after_seconds(None) is None
 
 
 @settings(deadline=None)
 @given(st.integers(1, 10_000), st.integers(0, 2**32))
 def test_backoff_is_bounded_and_never_zero(attempt: int, seed: int) -> None:
     random.seed(seed)
-    assert 0.5 <= backoff(attempt, first=1.0, most=60.0) <= 60.0
+    assert 0.5 <= backoff_seconds(attempt, first=1.0, most=60.0) <= 60.0
 
 
 @settings(deadline=None)
 @given(st.text(max_size=30))
 def test_any_header_is_a_duration_or_not(text: str) -> None:
-    assert (duration(text) or 0.0) >= 0.0 and (retry_after(text) or 0.0) >= 0.0
+    assert (duration_seconds(text) or 0.0) >= 0.0 and (retry_after_seconds(text) or 0.0) >= 0.0
 
 
 JSON = st.recursive(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llava.errors import DataError
-from llava.samples import Conversation, Origin, Sample, Turn, with_places
+from llava.samples import Conversation, Origin, Sample, Turn, with_placeholders
 
 
 def sample(*texts: str, images: tuple[str, ...] = ()) -> Sample:
@@ -19,11 +19,11 @@ def sample(*texts: str, images: tuple[str, ...] = ()) -> Sample:
 )
 def test_as_many_places_as_images_stay_as_they_are(texts: tuple[str, ...], images: tuple[str, ...]) -> None:
     row = sample(*texts, images=images)
-    assert with_places(row) is row.conversation
+    assert with_placeholders(row) is row.conversation
 
 
 def test_images_without_a_place_go_in_front_of_the_first_question() -> None:
-    placed = with_places(sample("q", "a", "q2", images=("x", "y")))
+    placed = with_placeholders(sample("q", "a", "q2", images=("x", "y")))
     assert [turn.text for turn in placed.turns] == ["<image>\n<image>\nq", "a", "q2"]
     assert placed.system == "system"
 
@@ -40,4 +40,4 @@ def test_another_number_of_placeholders_is_an_error(
     texts: tuple[str, ...], images: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        with_places(sample(*texts, images=images))
+        with_placeholders(sample(*texts, images=images))

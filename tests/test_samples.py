@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava.errors import DataError
-from llava.samples import Conversation, Origin, Sample, Turn, from_row, name_of, num_lost_turns, to_row
+from llava.samples import Conversation, Origin, Sample, Turn, from_row, num_lost_turns, sample_label, to_row
 
 
 def row(*turns: tuple[str, Any], **fields: Any) -> dict[str, Any]:
@@ -140,6 +140,6 @@ def test_the_origin_names_the_row_and_is_no_part_of_equality() -> None:
     sample = from_row(row(("human", "q")))
     placed = Sample(sample.id, sample.conversation, origin=Origin("train.json", 17))
     assert placed == sample
-    assert name_of(placed) == "train.json, row 17, id 'a'"
-    assert name_of(sample) == "id 'a'"
+    assert sample_label(placed) == "train.json, row 17, id 'a'"
+    assert sample_label(sample) == "id 'a'"
     assert pickle.loads(pickle.dumps(placed)).origin == Origin("train.json", 17)

@@ -17,7 +17,7 @@ import torch
 from benchmarks.common import machine, quiet, say
 from benchmarks.fidelity import answers, images, numbers, runs, texts
 from benchmarks.fidelity.folder import Line, Oracle
-from llava.compat import COMPAT, parse_names, table
+from llava.compat import COMPAT, compat_table, parse_compat
 from llava.errors import ConfigError
 from llava.utils.cli import Parser, run_program
 
@@ -110,14 +110,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if args.compat == "list":
-        say(table())
+        say(compat_table())
         return
     if not args.oracles.is_dir():
         raise ConfigError(f"--oracles {args.oracles} is not a folder")
     torch.set_num_threads(1)
     say(machine())
     with quiet():
-        sys.exit(report(args.oracles, parse_names(args.compat)))
+        sys.exit(report(args.oracles, parse_compat(args.compat)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from llava.data.encode import Encoded, kept_sizes, tokenize_segments
 from llava.generation.engine import LocalEngine
 from llava.generation.prompt_encoder import EncodedPrompt, PromptReader, cut_prompt, sizes_of
 from llava.generation.protocol import Completion, Prompt, Sampling
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.samples import Conversation, Turn
 
 MARGIN = 1e-3
@@ -88,7 +88,7 @@ class RecordedReader(PromptReader):
         return EncodedPrompt(encoded, images[: len(encoded.images)])
 
 
-def _engine(loaded: Loaded, folder: Path, compat: frozenset[str]) -> LocalEngine:
+def _engine(loaded: LoadedModel, folder: Path, compat: frozenset[str]) -> LocalEngine:
     engine = LocalEngine(loaded.model, loaded.processor, max_tokens=MAX_TOKENS)
     reader = RecordedReader(loaded.processor, max_tokens=MAX_TOKENS)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

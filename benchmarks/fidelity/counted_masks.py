@@ -14,7 +14,7 @@ from llava.conversation import Segment
 from llava.data.dataset import SFTDataset
 from llava.data.encode import Encoded, place_images, tokenize_segments
 from llava.processing import LlavaMedProcessor
-from llava.samples import Conversation, with_places
+from llava.samples import Conversation, with_placeholders
 
 NUM_LEFT_OPEN = 2
 """Tokens at the start of a question that stay trained: the separator that ends an answer."""
@@ -25,7 +25,7 @@ class CountedMaskDataset(SFTDataset):
 
     def __getitem__(self, row: int) -> Encoded:
         encoded = super().__getitem__(row)
-        labels = counted_labels(encoded, with_places(self.samples[row]), self.processor)
+        labels = counted_labels(encoded, with_placeholders(self.samples[row]), self.processor)
         return replace(encoded, labels=labels)
 
 

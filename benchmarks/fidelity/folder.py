@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from llava.compat import COMPAT
-from llava.model.builder import Loaded
-from llava.model.checkpoint.load import load
+from llava.model.builder import LoadedModel
+from llava.model.checkpoint.load import load_checkpoint
 
 Status = Literal["ok", "FAIL", "skipped"]
 
@@ -167,11 +167,13 @@ def _is_multimodal(folder: Path) -> bool:
 
 
 @cache
-def loaded_from(oracle: Path, folder: str, base: str | None = None) -> Loaded:
+def loaded_from(oracle: Path, folder: str, base: str | None = None) -> LoadedModel:
     """Return a loaded checkpoint of an oracle; tower and base are relative to the oracle's folder."""
     name = json.loads((oracle / folder / "config.json").read_text(encoding="utf-8"))
     parts: dict[str, Any] = {"vision_tower": str(oracle / name["mm_vision_tower"])}
     if name.get("mm_vision_tower_config"):
         parts["vision_tower_config"] = str(oracle / name["mm_vision_tower_config"])
         parts["vision_tower_checkpoint"] = str(oracle / name["mm_vision_tower_checkpoint"])
-    return load(oracle / folder, base=None if base is None else str(oracle / base), dtype=torch.float32, **parts)
+    return load_checkpoint(
+        oracle / folder, base=None if base is None else str(oracle / base), dtype=torch.float32, **parts
+    )

@@ -17,7 +17,7 @@ from benchmarks.fidelity.folder import Differences, Line, Oracle, loaded_from, w
 from benchmarks.fidelity.gradient_terms import gradient_terms
 from benchmarks.fidelity.published import counted_patches
 from llava.imaging.anyres import Size, best_size, keep_size, parse_pinpoints
-from llava.imaging.geometry import fit, mean_color
+from llava.imaging.geometry import fit_image, mean_color
 from llava.model.multimodal_projector import ClusterProjector
 from llava.processing import LlavaMedProcessor
 
@@ -73,7 +73,7 @@ def _pixels(oracle: Oracle, way: str, recorded: dict[str, Any]) -> Line:
     with image_mode(oracle, MODES.get(mode, mode)) as processor:
         for name, theirs in recorded.items():
             with Image.open(oracle.path / "images" / name) as image:
-                ours = processor.picture(image).numpy()
+                ours = processor.preprocess(image).numpy()
                 reasons, original = _as_published(processor, image, way)
             if not _is_near(ours, theirs) and _is_near(original, theirs) and reasons <= oracle.compat:
                 ours = original
@@ -96,7 +96,7 @@ def _as_published(processor: LlavaMedProcessor, image: Image.Image, way: str) ->
         reasons.add("grey_padding")
         fill = (round(sum(fill) / len(fill)),) * 3
     mode = processor.image_mode if processor.image_mode != "anyres" else "square"
-    shaped = fit(image, mode, size=processor.image_size, fill=fill, shift="random_padding" in reasons)
+    shaped = fit_image(image, mode, size=processor.image_size, fill=fill, shift="random_padding" in reasons)
     pixels: np.ndarray = processor.image_processor(images=[shaped], return_tensors="np")["pixel_values"][0]
     return frozenset(reasons), pixels
 
@@ -146,7 +146,7 @@ def kept_shapes(oracle: Oracle) -> Iterator[Line]:
                 continue
             shapes += 1
             with Image.open(oracle.path / "images" / name) as image:
-                wrong += [] if list(processor.picture(image).shape) == shape else [name]
+                wrong += [] if list(processor.preprocess(image).shape) == shape else [name]
     note = ", ".join([f"{shapes} images", *wrong])
     yield Line("shapes of mode keep", float(len(wrong)), "FAIL" if wrong else "ok", note)
     if counts := {key.rpartition("/")[2]: num for key, num in recorded.items() if key.startswith(COUNTS)}:

@@ -20,7 +20,7 @@ from benchmarks.fidelity.folder import IMAGE_MARK, Differences, Line, Oracle, lo
 from benchmarks.fidelity.recorded_weights import current_name
 from llava.constants import IGNORE_INDEX
 from llava.data.flat_batch import batch_images
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.lora import freeze_for
 from llava.processing import LlavaMedProcessor
 
@@ -47,7 +47,7 @@ class Row:
     places: np.ndarray
 
 
-def row_output(loaded: Loaded, ids: list[int], images: dict[str, Tensor]) -> Any:
+def row_output(loaded: LoadedModel, ids: list[int], images: dict[str, Tensor]) -> Any:
     """Return the output of one unpadded row."""
     return loaded.model(input_ids=torch.tensor([ids]), **images)
 
@@ -58,7 +58,7 @@ def expanded(processor: LlavaMedProcessor, ids: Any, counts: Sequence[int]) -> l
     return [each for i in ids for each in ([token] * next(waiting) if i == IMAGE_MARK else [int(i)])]
 
 
-def row_logits(loaded: Loaded, ids: Any, pixels: Tensor) -> Tensor:
+def row_logits(loaded: LoadedModel, ids: Any, pixels: Tensor) -> Tensor:
     """Return the logits [T, V] of one row of recorded ids with images [N, 3, H, W] of one size."""
     processor = loaded.processor
     images = {"pixel_values": pixels} if len(pixels) and (IMAGE_MARK in ids or processor.image_token_id in ids) else {}
@@ -71,7 +71,7 @@ def row_logits(loaded: Loaded, ids: Any, pixels: Tensor) -> Tensor:
 def inputs_of(processor: LlavaMedProcessor, images: Sequence[Image.Image]) -> dict[str, Tensor]:
     """Return images as keywords of the model."""
     sizes = [image.size for image in images] if processor.has_variable_images else []
-    return batch_images([processor.picture(image) for image in images], sizes).keywords()
+    return batch_images([processor.preprocess(image) for image in images], sizes).keywords()
 
 
 def shown(processor: LlavaMedProcessor, ids: Any, images: list[Image.Image]) -> list[Image.Image]:
@@ -87,7 +87,7 @@ def first_of(arrays: Any, *names: str) -> Any:
     return arrays[next(name for name in names if name in arrays)]
 
 
-def batch_rows(oracle: Oracle, loaded: Loaded, key: str, names: list[str]) -> list[Row]:
+def batch_rows(oracle: Oracle, loaded: LoadedModel, key: str, names: list[str]) -> list[Row]:
     """Return the rows of a recorded batch."""
     arrays = oracle.arrays("forward.npz")
     mask = first_of(arrays, f"{key}/in_attention_mask", f"{key}/attention_mask")
@@ -125,7 +125,7 @@ def forward(oracle: Oracle) -> Iterator[Line]:
         yield from _batch(oracle, loaded, key, meta)
 
 
-def _batch(oracle: Oracle, loaded: Loaded, key: str, meta: dict[str, Any]) -> Iterator[Line]:
+def _batch(oracle: Oracle, loaded: LoadedModel, key: str, meta: dict[str, Any]) -> Iterator[Line]:
     arrays = oracle.arrays("forward.npz")
     rows = batch_rows(oracle, loaded, key, meta["ids"])
     embeddings: list[Tensor] = []
@@ -172,7 +172,7 @@ def _strided(ours: list[Tensor], rows: list[Row], recorded: np.ndarray, stride: 
     return found
 
 
-def _features(oracle: Oracle, loaded: Loaded, key: str, names: list[str]) -> Iterator[Line]:
+def _features(oracle: Oracle, loaded: LoadedModel, key: str, names: list[str]) -> Iterator[Line]:
     """Compare features of tower and projector of every image (text-only rows have a dummy image)."""
     arrays = oracle.arrays("forward.npz")
     if f"{key}/tower_features" not in arrays:

@@ -21,7 +21,7 @@ from llava.conversation import TEMPLATES, Segment
 from llava.data.encode import encode, tokenize_segments
 from llava.errors import DataError
 from llava.processing import LlavaMedProcessor
-from llava.samples import Conversation, Turn, from_row, with_places
+from llava.samples import Conversation, Turn, from_row, with_placeholders
 
 PATCHES = ("<im_patch>", "<im_start>", "<im_end>")
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -278,7 +278,7 @@ def _is_ignored(recorded: dict[str, Any]) -> bool:
 def _encoded(sample: Any, processor: LlavaMedProcessor) -> tuple[list[int], list[int]] | None:
     """Return ids in the notation of the originals, and labels."""
     try:
-        encoded = encode(with_places(sample), processor, images=["image"] * len(sample.images), max_length=None)
+        encoded = encode(with_placeholders(sample), processor, images=["image"] * len(sample.images), max_length=None)
     except DataError:
         return None
     placed = processor.image_token_id if processor.num_image_tokens == 1 else None

@@ -25,13 +25,13 @@ from benchmarks.fidelity.weight_bounds import WeightBounds
 from llava.data.flat_batch import FlatBatch
 from llava.data.loader import StepLoader
 from llava.data.samplers import Step, StepSampler
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.load_parts import load_projector, read_tensors
 from llava.train.data import open_data
 from llava.train.model import open_model
 from llava.train.objectives.base import Objective, ObjectiveOutput
-from llava.train.parsing import Parsed, parse
-from llava.train.run import layout_of, make_collator, make_trainer, prepare
+from llava.train.parsing import Parsed, parse_training_args
+from llava.train.run import freeze_and_adapt, layout_of, make_collator, make_trainer
 
 LOG_FILE = "train_log.json"
 
@@ -224,13 +224,13 @@ class _Job:
 
 def _run(job: _Job) -> _Ended:
     """Train once and return the finished run."""
-    parsed = parse(_command_line(job))
+    parsed = parse_training_args(_command_line(job))
     set_seed(parsed[2].seed)
     loaded = open_model(*parsed)
     if job.med_1_0:
         loaded.processor.strip_around_images, loaded.processor.placement = True, "as_written"
     load_projector(loaded.model, job.init)
-    network, kind = prepare(loaded, parsed[0], parsed[2])
+    network, kind = freeze_and_adapt(loaded, parsed[0], parsed[2])
     put(network, {name: tensor for name, tensor in read_tensors(job.init).items() if "lora_" in name})
     args = parsed[2]
     rows = args.per_device_train_batch_size * args.requested_accumulation
@@ -284,7 +284,7 @@ def _command_line(job: _Job) -> list[str]:
 
 
 def _train(
-    parsed: Parsed, loaded: Loaded, trained: tuple[nn.Module, Any], job: _Job, bounds: WeightBounds
+    parsed: Parsed, loaded: LoadedModel, trained: tuple[nn.Module, Any], job: _Job, bounds: WeightBounds
 ) -> list[float]:
     _, data_args, args = parsed
     dataset = open_data(data_args.data_path, data_args.image_folder, data_args, args, loaded)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llava.data.encode import Encoded
-from llava.data.flat_batch import FlatBatch, Layout, flatten, join, layout_rows
+from llava.data.flat_batch import FlatBatch, Layout, flatten, join_images, layout_rows
 from llava.errors import ConfigError
 from llava.samples import Sample
 
@@ -204,7 +204,7 @@ def joined_rows(first: FlatBatch, second: FlatBatch) -> FlatBatch:
         first,
         **tensors,
         tree_lengths=first.tree_lengths + second.tree_lengths,
-        **join(first.images, second.images)._asdict(),
+        **join_images(first.images, second.images)._asdict(),
         num_sequences=first.num_sequences + second.num_sequences,
         num_unshared_tokens=first.num_unshared_tokens + second.num_unshared_tokens,
         path_positions=first.path_positions + tuple(path + first.num_tokens for path in second.path_positions),

@@ -24,7 +24,7 @@ from llava.data.records import read_default
 from llava.data.streaming import MixtureStream, StreamedRow, StreamSource, image_folder_of
 from llava.errors import DataError
 from llava.imaging import decode
-from llava.samples import Origin, Sample, name_of, with_places
+from llava.samples import Origin, Sample, sample_label, with_placeholders
 from llava.utils.log import warn_once
 
 if TYPE_CHECKING:
@@ -77,13 +77,13 @@ class SFTDataset(Dataset[Encoded]):
 
     def __getitem__(self, row: int) -> Encoded:
         sample = self.samples[row]
-        conversation = with_places(sample)
+        conversation = with_placeholders(sample)
         try:
             keys = [self.store.key(ref) for ref in sample.images]
             sizes = self.store.sizes(sample.images)
             encoded = encode(conversation, self.processor, images=keys, sizes=sizes, max_length=self.max_length)
         except DataError as error:
-            raise DataError(f"{name_of(sample)}: {error}") from error
+            raise DataError(f"{sample_label(sample)}: {error}") from error
         if encoded.num_cut:
             self.shortened[row] = encoded.num_cut
             warn_once(logger, f"rows longer than {self.max_length} tokens are shortened (images are never cut)")
@@ -209,7 +209,7 @@ class StreamDataset:
         try:
             sample, _ = read_default(dict(found.row.value), str(found.number))
             contents = found.row.images or tuple(
-                decode.read_bytes(ref, image_folder_of(source.name, source.images)) for ref in sample.images
+                decode.read_image_bytes(ref, image_folder_of(source.name, source.images)) for ref in sample.images
             )
         except DataError as error:
             raise DataError(f"{origin}: {error}") from error
@@ -226,7 +226,7 @@ class StreamDataset:
         sample, contents = self.sample(found)
         origin = sample.origin
         try:
-            conversation = with_places(replace(sample, origin=None))
+            conversation = with_placeholders(replace(sample, origin=None))
             keys, sizes = [], []
             for content in contents:
                 keys.append(decode.image_key(content, self.processor.image_fingerprint))
@@ -243,7 +243,7 @@ class StreamDataset:
         """Decode an image and keep its pixels; return its width and height."""
         image = self.processor.open(content)
         if key not in self._pixels:
-            self._pixels[key] = self.processor.picture(image)
+            self._pixels[key] = self.processor.preprocess(image)
         self._pixels.move_to_end(key)
         while len(self._pixels) > self.capacity:
             self._pixels.popitem(last=False)

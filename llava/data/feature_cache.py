@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from llava.errors import ConfigError, DataError
-from llava.utils.files import hold
+from llava.utils.files import hold_lock
 from llava.utils.jsonl import write_json
 from llava.utils.log import progress_bar
 
@@ -102,7 +102,7 @@ class FeatureCache:
         return {**self.__dict__, "_map": None}
 
 
-def build(
+def build_feature_cache(
     root: str | Path,
     keys: Sequence[str],
     *,
@@ -137,7 +137,7 @@ def build(
     if not keys:
         raise ConfigError("no row has an image, so no tower features can be cached; turn the feature cache off")
     folder = _folder_of(root, tower, dtype)
-    with hold(folder / "lock", purpose="tower features"):
+    with hold_lock(folder / "lock", purpose="tower features"):
         known = set(_read_keys(folder)) if (folder / "header.json").is_file() else set()
         missing = [key for key in dict.fromkeys(keys) if key not in known]
         if missing:

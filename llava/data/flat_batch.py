@@ -58,7 +58,7 @@ def batch_images(images: Sequence[Tensor], sizes: Sequence[Size] = ()) -> ImageB
     return ImageBatch(torch.stack(_to_one_shape(images)), known)
 
 
-def join(first: ImageBatch, second: ImageBatch) -> ImageBatch:
+def join_images(first: ImageBatch, second: ImageBatch) -> ImageBatch:
     """Return the images of two batches, those of `first` first."""
     if first.pixel_values is None or second.pixel_values is None:
         return second if first.pixel_values is None else first
@@ -206,7 +206,7 @@ Place = tuple[Encoded, int]
 """An image in a batch: a sequence, and the index of one of its images."""
 
 
-def places_of(sequences: Sequence[Encoded]) -> list[Place]:
+def image_places(sequences: Sequence[Encoded]) -> list[Place]:
     """Return all images of sequences that share nothing."""
     return [(sequence, number) for sequence in sequences for number in range(len(sequence.images))]
 
@@ -303,7 +303,7 @@ def _padded(sequences: Sequence[Encoded], images: Mapping[str, Tensor], pad_toke
         tree_lengths=(longest,) * num_rows,
         segment_ids=torch.arange(num_rows).repeat_interleave(longest),
         parents=torch.full((num_rows,), -1),
-        **shown_images(places_of(sequences), images)._asdict(),
+        **shown_images(image_places(sequences), images)._asdict(),
         num_sequences=num_rows,
         num_unshared_tokens=sum(len(sequence.input_ids) for sequence in sequences),
         layout="padded",

@@ -36,12 +36,12 @@ def written_name(value: Any) -> str:
     return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
-def names_someone(name: str) -> bool:
+def is_known_name(name: str) -> bool:
     """Return whether a text from `written_name` is a name, not a mark for a missing one."""
     return name.lower() not in NO_NAMES
 
 
-class Groups:
+class UnionFind:
     """Union-find: disjoint groups of keys, joined step by step."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Groups:
         return key
 
 
-def majority(values: Iterable[Hashable]) -> Hashable:
+def most_frequent(values: Iterable[Hashable]) -> Hashable:
     """Return the most frequent value; ties are broken by the smallest text."""
     counts: dict[Hashable, int] = {}
     for value in values:

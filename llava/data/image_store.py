@@ -25,10 +25,10 @@ from llava.data.encode import Encoded
 from llava.errors import DataError
 from llava.imaging import decode as image_files
 from llava.imaging.anyres import Size
-from llava.imaging.dicom.policy import DEFAULT, VERSION, DicomPolicy
-from llava.utils.files import hold
+from llava.imaging.dicom.policy import DEFAULT_POLICY, DICOM_VERSION, DicomPolicy
+from llava.utils.files import hold_lock
 from llava.utils.jsonl import write_atomic
-from llava.utils.log import progress
+from llava.utils.log import with_progress
 
 if TYPE_CHECKING:
     from llava.data.feature_cache import FeatureCache
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = f"4, Pillow {PIL.__version__}, DICOM {VERSION}"
+INDEX_VERSION = f"4, Pillow {PIL.__version__}, DICOM {DICOM_VERSION}"
 """Version that a stored index must have to be used: another Pillow, or other rules, may decode other files."""
 
 
@@ -70,7 +70,7 @@ class ImageIndex:
     """
 
     def __init__(
-        self, root: str | Path | None, path: str | Path | None = None, *, dicom: DicomPolicy = DEFAULT
+        self, root: str | Path | None, path: str | Path | None = None, *, dicom: DicomPolicy = DEFAULT_POLICY
     ) -> None:
         self.root = None if root is None else Path(root)
         self.path = None if path is None else Path(path)
@@ -82,7 +82,7 @@ class ImageIndex:
         self._read()
 
     @classmethod
-    def open(cls, root: str | Path | None, *, dicom: DicomPolicy = DEFAULT) -> ImageIndex:
+    def open(cls, root: str | Path | None, *, dicom: DicomPolicy = DEFAULT_POLICY) -> ImageIndex:
         """Return the index of a folder that is stored in the user's cache."""
         name = hashlib.sha256(str(Path(root or ".").resolve()).encode()).hexdigest()[:16]
         return cls(root, cache_folder() / "images" / f"{name}.json", dicom=dicom)
@@ -132,7 +132,7 @@ class ImageIndex:
             pool = stack.enter_context(ThreadPoolExecutor(num_threads))
             states = pool.map(lambda ref: self._look(ref, decode=True), refs)
             try:
-                found = list(progress(states, title="checking images", total=len(refs), unit="image"))
+                found = list(with_progress(states, title="checking images", total=len(refs), unit="image"))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # an interrupted check stops without finishing its queue
                 self.save()
@@ -141,7 +141,7 @@ class ImageIndex:
     def _wait_for_turn(self, stack: ExitStack, path: Path) -> None:
         """Wait for other processes that check this folder, and read their results."""
         try:
-            stack.enter_context(hold(path.with_suffix(".lock"), purpose="checking images"))
+            stack.enter_context(hold_lock(path.with_suffix(".lock"), purpose="checking images"))
         except OSError:
             return  # the cache folder is not writable, which `save` reports
         self._read()
@@ -173,7 +173,7 @@ class ImageIndex:
     def _look(self, ref: str, *, decode: bool) -> FileState:
         """Return the state of a file, from the index if its times and size are unchanged."""
         try:
-            stat = image_files.resolve(ref, self.root).stat()
+            stat = image_files.resolve_image_path(ref, self.root).stat()
         except OSError as error:
             return self._remember(ref, FileState(0, 0, 0, "", False, f"image {ref} cannot be read: {error.strerror}"))
         except DataError as error:
@@ -183,13 +183,13 @@ class ImageIndex:
         if known is not None and current and (known.decoded or known.error or not decode):
             return self._remember(ref, known)
         try:
-            data = image_files.read_bytes(ref, self.root)
+            data = image_files.read_image_bytes(ref, self.root)
         except DataError as problem:  # may be fixed without a change of the file (permissions), so it is not stored
             return self._remember(ref, FileState(0, 0, 0, "", False, str(problem)))
         digest, reason, dimensions = image_files.content_digest(data), "", (0, 0)
         if decode:
             try:
-                dimensions = image_files.decode(data, dicom=self.dicom).size
+                dimensions = image_files.decode_image(data, dicom=self.dicom).size
             except DataError as problem:
                 reason = str(problem).replace("given as bytes", ref)
         times = (stat.st_mtime_ns, stat.st_ctime_ns)
@@ -255,7 +255,7 @@ class ImageStore:
         """
         if key not in self._refs:
             raise DataError(f"image key {key!r} is unknown; it belongs to another dataset or image folder")
-        return self.processor.picture(self.processor.open(self._refs[key], self.index.root))
+        return self.processor.preprocess(self.processor.open(self._refs[key], self.index.root))
 
     def pixels(self, key: str) -> Tensor:
         """Return the preprocessed image of a key as `decode` does, from memory if it was used recently."""

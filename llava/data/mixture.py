@@ -32,8 +32,8 @@ from llava.data.quarantine import BadRow, Quarantine, bad_row
 from llava.data.records import load_samples
 from llava.data.streaming import StreamSource, image_folder_of
 from llava.errors import ConfigError, DataError
-from llava.imaging.decode import resolve
-from llava.samples import Sample, describe, name_of, to_row
+from llava.imaging.decode import resolve_image_path
+from llava.samples import Sample, sample_label, to_row, type_and_length
 from llava.utils.cli import Parser
 from llava.utils.files import refuse_overwriting
 from llava.utils.jsonl import read_text, write_json
@@ -109,7 +109,7 @@ def read_mixture(path: str | Path) -> Mixture:
         )
     stream = content.get("stream", False)
     if not isinstance(stream, bool):
-        raise ConfigError(f"{path}: `stream` must be true or false, got {describe(stream)}")
+        raise ConfigError(f"{path}: `stream` must be true or false, got {type_and_length(stream)}")
     folder = Path(path).parent
     sources = [_source(entry, folder, f"{path}, source {number}") for number, entry in enumerate(entries)]
     for kind, values in (("name", [source.name for source in sources]), ("path", [source.path for source in sources])):
@@ -138,7 +138,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _source(entry: Any, folder: Path, place: str) -> MixtureSource:
     if not isinstance(entry, dict):
-        raise ConfigError(f"{place}: expected fields {', '.join(FIELDS)}, got {describe(entry)}")
+        raise ConfigError(f"{place}: expected fields {', '.join(FIELDS)}, got {type_and_length(entry)}")
     if unknown := [name for name in entry if name not in FIELDS]:
         raise ConfigError(f"{place}: unknown field {unknown[0]!r}; known: {', '.join(FIELDS)}")
     for name in ("name", "path"):
@@ -146,7 +146,7 @@ def _source(entry: Any, folder: Path, place: str) -> MixtureSource:
             raise ConfigError(f"{place}: field {name!r} must be text that is not empty")
     for name in ("images", "licence"):
         if not isinstance(entry.get(name, ""), str):
-            raise ConfigError(f"{place}: field {name!r} must be text, got {describe(entry[name])}")
+            raise ConfigError(f"{place}: field {name!r} must be text, got {type_and_length(entry[name])}")
     weight = entry.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MAX_WEIGHT:
         raise ConfigError(f"{place}: field 'weight' must be a number above 0 and at most {MAX_WEIGHT:g}")
@@ -188,9 +188,11 @@ def load_mixture(
 def _with_image_paths(sample: Sample, source: MixtureSource) -> Sample:
     meta: dict[str, Any] = {"source": source.name, **({"licence": source.license} if source.license else {})}
     try:
-        images = tuple(str(resolve(ref, image_folder_of(source.name, source.images))) for ref in sample.images)
+        images = tuple(
+            str(resolve_image_path(ref, image_folder_of(source.name, source.images))) for ref in sample.images
+        )
     except DataError as error:
-        raise DataError(f"{name_of(sample)}: {error}") from error
+        raise DataError(f"{sample_label(sample)}: {error}") from error
     return replace(sample, images=images, meta={**meta, **sample.meta})
 
 
@@ -269,7 +271,9 @@ def with_relative_images(sample: Sample, folder: Path) -> Sample:
     """
     outside = [image for image in sample.images if not Path(image).is_relative_to(folder)]
     if outside:
-        raise DataError(f"{name_of(sample)}: image {outside[0]} is outside {folder}; set --root to a folder above it")
+        raise DataError(
+            f"{sample_label(sample)}: image {outside[0]} is outside {folder}; set --root to a folder above it"
+        )
     return replace(sample, images=tuple(Path(image).relative_to(folder).as_posix() for image in sample.images))
 
 

@@ -61,7 +61,7 @@ class Forest:
     paths: tuple[tuple[Node, ...], ...]
 
 
-def identities(sequences: Sequence[Encoded]) -> list[Identities]:
+def token_identities(sequences: Sequence[Encoded]) -> list[Identities]:
     """Return one number per token, equal exactly where sharing is allowed: its id, or -1 - image index."""
     numbers: dict[str, int] = {}
     result = []
@@ -151,7 +151,7 @@ def build_forest(sequences: Sequence[Encoded], *, share: bool = True) -> Forest:
     if not share:
         alone = [Node(0, len(sequence.input_ids), -1, [index]) for index, sequence in enumerate(sequences)]
         return _number(alone, len(sequences))
-    values = identities(sequences)
+    values = token_identities(sequences)
     lengths = [len(value) for value in values]
     # Big-endian bytes sort sequences with a common prefix next to each other, the shorter one first.
     order = sorted(range(len(values)), key=lambda index: values[index].astype(">i8").tobytes())

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llava.samples import Sample, name_of
-from llava.utils.jsonl import append, drop_torn_line, read_records, write_records
+from llava.samples import Sample, sample_label
+from llava.utils.jsonl import append_record, drop_incomplete_line, read_records, write_records
 
 NUM_SHOWN = 5
 """Number of bad rows that an error message lists."""
@@ -76,7 +76,7 @@ class GrowingQuarantine:
         Raises:
             DataError: the file is not a quarantine list.
         """
-        drop_torn_line(self.path)
+        drop_incomplete_line(self.path)
         if self.path.exists():
             self._known = {(row.get("file", ""), row.get("row", -1)) for row in read_records(self.path)}
 
@@ -85,7 +85,7 @@ class GrowingQuarantine:
         for row in rows:
             if (row.file, row.row) not in self._known:
                 self._known.add((row.file, row.row))
-                append(self.path, asdict(row))
+                append_record(self.path, asdict(row))
 
 
 def bad_rows_message(bad: Sequence[BadRow], num_rows: int) -> str:
@@ -101,4 +101,4 @@ def bad_row(sample: Sample, reason: str) -> BadRow:
     """Return the quarantine line of a sample."""
     file, row = ("", -1) if sample.origin is None else sample.origin
     # The entry has separate fields for file and row, so the reason does not repeat them.
-    return BadRow(file, row, sample.id, reason.removeprefix(f"{name_of(sample)}: "))
+    return BadRow(file, row, sample.id, reason.removeprefix(f"{sample_label(sample)}: "))

@@ -19,9 +19,9 @@ from typing import Any, Literal, TextIO
 
 from llava.data.quarantine import BadRow, Quarantine
 from llava.errors import DataError
-from llava.imaging.decode import resolve
+from llava.imaging.decode import resolve_image_path
 from llava.samples import CONVERSATION_KEYS, Origin, Sample, from_row, num_lost_turns
-from llava.utils.jsonl import NOT_JSON, UNREADABLE, open_unzipped, read_text
+from llava.utils.jsonl import JSON_ERRORS, READ_ERRORS, open_decompressed, read_text
 from llava.utils.lookup import lookup
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def _array_rows(text: str, start: int, path: str | Path) -> Iterator[tuple[int, 
     while text[place : place + 1] != "]":
         try:
             value, place = decode(text, place)
-        except NOT_JSON as error:
+        except JSON_ERRORS as error:
             raise DataError(f"{path}, row {row}: not JSON: {error}") from error
         yield row, value
         row += 1
@@ -127,7 +127,7 @@ def _line_rows(text: str) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield row, json.loads(line)
-        except NOT_JSON as error:
+        except JSON_ERRORS as error:
             yield row, DataError(f"not JSON: {error}; {EXPECTED}")
         row += 1
 
@@ -173,7 +173,7 @@ def read_default(row: dict[str, Any], default_id: str) -> tuple[Sample, int]:
 
 def _check_files(sample: Sample, image_folder: str | Path) -> None:
     for ref in sample.images:
-        path = resolve(ref, image_folder)
+        path = resolve_image_path(ref, image_folder)
         if not path.is_file():
             raise DataError(f"image {path} does not exist")
 
@@ -223,7 +223,7 @@ def stream_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
             for value in rows:
                 yield row, value
                 row += 1
-        except UNREADABLE as error:
+        except READ_ERRORS as error:
             yield row, DataError(f"the file cannot be read from about here on ({error})")
 
 
@@ -236,14 +236,14 @@ def form_of(path: str | Path) -> JsonForm:
     with _open(path) as stream:
         try:
             return _begin(stream)[1]
-        except UNREADABLE:
+        except READ_ERRORS:
             return "lines"
 
 
 @contextmanager
 def _open(path: str | Path) -> Iterator[TextIO]:
     try:
-        with open_unzipped(path) as stream:
+        with open_decompressed(path) as stream:
             yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     except OSError as error:
         raise DataError(f"{path} cannot be opened: {error.strerror or error}") from None
@@ -311,7 +311,7 @@ def _value(text: str, place: int, passed: int, stream: TextIO) -> tuple[Any, str
             definite = error.pos + EDGE < len(text) and not error.msg.startswith("Unterminated string")
             if definite or ended or len(text) - place > MAX_ROW:
                 return DataError(f"not JSON: {error.msg} (character {passed + error.pos} of the file)")
-        except NOT_JSON as error:
+        except JSON_ERRORS as error:
             return DataError(f"not JSON that can be decoded: {type(error).__name__}")
         more = stream.read(max(PIECE, len(text) - place))  # doubled, which bounds the number of attempts at a long row
         ended = not more
@@ -339,7 +339,7 @@ def _line(line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         return DataError(f"not JSON: {error.msg} (character {error.pos} of the line); {EXPECTED}")
-    except NOT_JSON as error:
+    except JSON_ERRORS as error:
         return DataError(f"not JSON that can be decoded: {type(error).__name__}")
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from llava.errors import DataError
-from llava.imaging.decode import stored_as
-from llava.utils.jsonl import NOT_JSON, UNREADABLE, open_unzipped
+from llava.imaging.decode import stored_format
+from llava.utils.jsonl import JSON_ERRORS, READ_ERRORS, open_decompressed
 from llava.utils.lookup import require
 
 MAX_ROW_BYTES = 512 * 1024 * 1024
@@ -43,7 +43,7 @@ def tar_rows(shard: Path, start: int) -> Iterator[NumberedRow]:
     Raises:
         ValueError, OSError, tarfile.TarError: the shard is truncated or damaged.
     """
-    with open_unzipped(shard) as stream, tarfile.open(fileobj=stream, mode="r|", tarinfo=_WholeHeaders) as archive:
+    with open_decompressed(shard) as stream, tarfile.open(fileobj=stream, mode="r|", tarinfo=_WholeHeaders) as archive:
         for number, (key, members) in enumerate(_members_by_key(archive, start)):
             if number >= start:
                 yield number, members if isinstance(members, DataError) else _tar_row(key, members)
@@ -119,7 +119,7 @@ def _tar_row(key: str, members: Members) -> StreamRow | DataError:
 
 
 def _is_image(extension: str, content: bytes) -> bool:
-    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS or stored_as(content) != "unknown"
+    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS or stored_format(content) != "unknown"
 
 
 def _image_order(extension: str) -> tuple[int, str]:
@@ -149,7 +149,7 @@ def row_of(text: bytes, images: tuple[bytes, ...] = ()) -> StreamRow | DataError
     """Return the row of a JSON text, or the error of the text."""
     try:
         value = json.loads(text)
-    except NOT_JSON as error:
+    except JSON_ERRORS as error:
         return DataError(f"not JSON: {error}; expected one JSON object")
     if not isinstance(value, dict):
         return DataError(f"a row must be a JSON object, got {type(value).__name__}")
@@ -163,7 +163,7 @@ TAR_MAGIC, TAR_MAGIC_OFFSET = b"ustar", 257
 MAX_LINE_BYTES = 64 * 1024 * 1024
 """Largest size of a line; a file without line ends is not JSON lines."""
 
-READ_ERRORS = (*UNREADABLE, ValueError, tarfile.TarError, lzma.LZMAError)
+SHARD_READ_ERRORS = (*READ_ERRORS, ValueError, tarfile.TarError, lzma.LZMAError)
 """Errors that readers raise for truncated or damaged files."""
 
 
@@ -174,7 +174,7 @@ def rows_in(shard: str | Path, start: int = 0) -> Iterator[NumberedRow]:
         DataError: the shard is missing, of another format, or damaged so that further rows cannot be separated.
     """
     try:
-        with open_unzipped(shard) as stream:
+        with open_decompressed(shard) as stream:
             head = stream.read(512)
         read = _reader_of(shard, head)
         yield from read(Path(shard), start)
@@ -182,7 +182,7 @@ def rows_in(shard: str | Path, start: int = 0) -> Iterator[NumberedRow]:
         raise
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise DataError(f"{shard} cannot be read: {error.strerror or error}") from error
-    except READ_ERRORS as error:
+    except SHARD_READ_ERRORS as error:
         raise DataError(f"{shard} is damaged or truncated ({type(error).__name__}: {error})") from error
 
 
@@ -201,7 +201,7 @@ def _reader_of(shard: str | Path, head: bytes) -> Callable[[Path, int], Iterator
 
 
 def _lines(shard: Path, start: int) -> Iterator[NumberedRow]:
-    with open_unzipped(shard) as stream:
+    with open_decompressed(shard) as stream:
         number = 0
         for line in _text_lines(stream, shard):
             if line.removeprefix(BOM).strip():

@@ -25,10 +25,10 @@ from llava.data.mixture import is_mixture
 from llava.data.records import LOADERS, rows_of
 from llava.errors import CheckpointError, ConfigError, DataError
 from llava.imaging.anyres import Size
-from llava.imaging.decode import load
+from llava.imaging.decode import load_image
 from llava.imaging.dicom.policy import DicomPolicy
 from llava.processing import LlavaMedProcessor
-from llava.samples import Origin, Sample, name_of, with_places
+from llava.samples import Origin, Sample, sample_label, with_placeholders
 from llava.utils.cli import Parser
 from llava.utils.jsonl import write_atomic
 from llava.utils.reporting import image_url, render_page
@@ -95,7 +95,7 @@ def make_view(
     Raises:
         DataError: the sample cannot be encoded.
     """
-    segments = processor.template.render(place_images(with_places(sample), processor))
+    segments = processor.template.render(place_images(with_placeholders(sample), processor))
     draft = tokenize_segments(segments, processor, sizes)
     text = "".join(segment.text for segment in segments)
     kept = set(kept_tokens(draft, max_length))
@@ -114,7 +114,7 @@ def make_view(
         stretches.append(Stretch(kind, cut, group[0], ids, shown, draft.turns[group[0]]))
     limit = "no limit" if max_length is None else f"at most {max_length} tokens"
     settings = f"template {processor.template.name}, images {processor.placement}, {limit}"
-    return RowView(name_of(sample), settings, tuple(stretches))
+    return RowView(sample_label(sample), settings, tuple(stretches))
 
 
 def to_terminal(view: RowView, processor: LlavaMedProcessor, *, color: bool) -> str:
@@ -169,7 +169,7 @@ def _image_urls(sample: Sample, folder: str | None, dicom: DicomPolicy) -> list[
     """Return the images of the row as `data:` URLs, scaled down for the page; empty without a folder."""
     if folder is None:
         return []
-    return [image_url(load(ref, folder, dicom=dicom), side=336, form="png") for ref in sample.images]
+    return [image_url(load_image(ref, folder, dicom=dicom), side=336, form="png") for ref in sample.images]
 
 
 def _sizes(sample: Sample, processor: LlavaMedProcessor, folder: str | None) -> list[Size] | None:
@@ -183,7 +183,7 @@ def _sizes(sample: Sample, processor: LlavaMedProcessor, folder: str | None) -> 
     if folder is None:
         mode = processor.image_mode
         raise DataError(f"image mode {mode} needs the images to count the tokens of the row; set --image-folder")
-    return [load(ref, folder, dicom=processor.dicom).size for ref in sample.images]
+    return [load_image(ref, folder, dicom=processor.dicom).size for ref in sample.images]
 
 
 def load_processor(model: str, args: Any) -> LlavaMedProcessor:
@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sizes = _sizes(sample, processor, args.image_folder)
         view = make_view(sample, processor, max_length=args.max_length, sizes=sizes)
     except DataError as error:
-        raise error if name_of(sample) in str(error) else DataError(f"{name_of(sample)}: {error}") from error
+        raise error if sample_label(sample) in str(error) else DataError(f"{sample_label(sample)}: {error}") from error
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     sys.stdout.write(to_terminal(view, processor, color=color))
     if args.html:

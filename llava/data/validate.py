@@ -20,9 +20,9 @@ from llava.data.image_store import ImageIndex
 from llava.data.quarantine import BadRow, Quarantine, bad_row, bad_rows_message
 from llava.errors import DataError
 from llava.imaging.decode import key_of_digest
-from llava.samples import Conversation, Sample, Turn, with_places
+from llava.samples import Conversation, Sample, Turn, with_placeholders
 from llava.utils.jsonl import write_json
-from llava.utils.log import progress
+from llava.utils.log import with_progress
 
 if TYPE_CHECKING:
     from llava.processing import LlavaMedProcessor
@@ -71,7 +71,7 @@ def check_rows(
         if (known := _remembered(path)) is not None:
             return known
     found = RowCheck()
-    for place, sample in enumerate(progress(samples, title="checking rows", unit="row")):
+    for place, sample in enumerate(with_progress(samples, title="checking rows", unit="row")):
         try:
             encoded = _encode(sample, processor, index, max_length)
         except DataError as error:
@@ -93,7 +93,7 @@ def _encode(sample: Sample, processor: LlavaMedProcessor, index: ImageIndex, max
     """
     keys = [key_of_digest(index.digest(ref), processor.image_fingerprint) for ref in sample.images]
     sizes = [index.dimensions(ref) for ref in sample.images] if processor.has_variable_images else None
-    encoded = encode(with_places(sample), processor, images=keys, sizes=sizes, max_length=max_length)
+    encoded = encode(with_placeholders(sample), processor, images=keys, sizes=sizes, max_length=max_length)
     if not _num_trained(encoded):
         cut = f" after {encoded.num_cut} tokens were cut to fit {max_length}" if encoded.num_cut else ""
         raise DataError(f"no token is left to train{cut}; expected at least one answer that is not empty")

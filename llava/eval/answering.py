@@ -53,7 +53,7 @@ def make_parser(prog: str, description: str) -> Parser:
 
 def run_answering(args: Namespace, form: PromptForm) -> AnswerSummary:
     """Answer one chunk of a question file; the model is loaded only if questions are pending."""
-    log.setup()
+    log.setup_logging()
     warn_no_effect(args)
     options = AnswerOptions(
         image_folder=args.image_folder,
@@ -109,7 +109,7 @@ def run_batch(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("run_med_datasets_eval_batch.py", "Answer medical VQA questions, one process per chunk.")
     parser.add_argument("--devices", help="device numbers, e.g. 0,1,2 (default: all); chunks wait for a free device")
     args = parser.parse_args(words)
-    log.setup()
+    log.setup_logging()
     if args.num_chunks < 1:
         raise ConfigError(f"--num-chunks must be at least 1, got {args.num_chunks}")
     parts = [chunk_path(args.answers_file, index) for index in range(args.num_chunks)]
@@ -128,7 +128,7 @@ def run_batch(argv: Sequence[str] | None = None) -> None:
             free.put(device)
 
     with ThreadPoolExecutor(len(devices)) as pool:
-        codes = list(log.progress(pool.map(answer, range(len(parts))), title="chunks", total=len(parts)))
+        codes = list(log.with_progress(pool.map(answer, range(len(parts))), title="chunks", total=len(parts)))
     failed = [str(index) for index, code in enumerate(codes) if code]
     if failed:
         raise GenerationError(

@@ -16,7 +16,7 @@ from llava.utils.cli import run_program
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    cli.score(argv)
+    cli.score_main(argv)
 
 
 if __name__ == "__main__":

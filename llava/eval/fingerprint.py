@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llava.compat import parse_names
+from llava.compat import parse_compat
 from llava.constants import PROCESSOR_FILE
 from llava.errors import DataError
 from llava.eval.options import template_of
@@ -41,7 +41,7 @@ BASE_KEYS = ("base_model_name_or_path", "_name_or_path")
 """Keys of a configuration that name the base of an adapter or projector."""
 
 
-def digest(value: Any) -> str:
+def json_sha256(value: Any) -> str:
     """Return the SHA-256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -53,10 +53,10 @@ def model_settings(args: Namespace) -> dict[str, Any]:
     return {
         "weights": checkpoint_hash(args.model, *given),
         "template": template_of(args),
-        "system text": None if system is None else digest(system),
+        "system text": None if system is None else json_sha256(system),
         "dtype": args.dtype,
         "bits": args.bits,
-        "compat": sorted(parse_names(args.compat, "answers")) or None,
+        "compat": sorted(parse_compat(args.compat, "answers")) or None,
         "dicom window": args.dicom_window,
         "dicom frame": args.dicom_frame,
         **({} if args.fast_jpeg is None else {"fast jpeg": args.fast_jpeg}),
@@ -80,7 +80,7 @@ def checkpoint_hash(*names: str) -> str:
         seen[name] = name if place is None else _content(place)
         if place is not None and place.is_dir():
             waiting += _parts(place)
-    return digest(sorted(map(digest, seen.values())))
+    return json_sha256(sorted(map(json_sha256, seen.values())))
 
 
 def weights_hash(folder: str | Path) -> str | None:
@@ -101,10 +101,10 @@ def folder_name(path: str | Path | None) -> str | None:
     if path is None:
         return None
     place = Path(path).resolve()
-    return f"{place.name} {digest(str(place))[:16]}"
+    return f"{place.name} {json_sha256(str(place))[:16]}"
 
 
-def sidecar(answers: str | Path) -> Path:
+def sidecar_path(answers: str | Path) -> Path:
     """Return the path of the settings file of an answer file."""
     path = Path(answers)
     return path.with_name(f"{path.name}.settings.json")
@@ -119,13 +119,13 @@ def write_settings(answers: str | Path, settings: Mapping[str, Any], *, precisio
         precisions: precisions that the answers were computed in. They are recorded but not compared, since
             `--dtype auto` may choose differently on another machine.
     """
-    content = {"fingerprint": digest(settings), "settings": dict(settings), "precisions": sorted(precisions)}
-    write_json(sidecar(answers), content)
+    content = {"fingerprint": json_sha256(settings), "settings": dict(settings), "precisions": sorted(precisions)}
+    write_json(sidecar_path(answers), content)
 
 
 def read_precisions(answers: str | Path) -> list[str]:
     """Return the precisions of an answer file; several after a resume on another machine."""
-    path = sidecar(answers)
+    path = sidecar_path(answers)
     return list(json.loads(read_text(path)).get("precisions", ())) if path.is_file() else []
 
 
@@ -135,7 +135,7 @@ def read_settings(answers: str | Path) -> dict[str, Any]:
     Raises:
         DataError: the settings file cannot be read.
     """
-    path, answers = sidecar(answers), Path(answers)
+    path, answers = sidecar_path(answers), Path(answers)
     return _read(path) if path.is_file() and answers.is_file() and answers.stat().st_size else {}
 
 
@@ -145,23 +145,23 @@ def check_settings(answers: str | Path, settings: Mapping[str, Any]) -> None:
     Raises:
         DataError: a setting differs, or the settings file is missing.
     """
-    path = sidecar(answers)
+    path = sidecar_path(answers)
     fix = "name another file or folder, or start over with --resume False"
     if not path.is_file():
         raise DataError(f"{answers} holds answers, but its settings file {path.name} is missing; {fix}")
-    different = differences(_read(path), settings)
+    different = differing_settings(_read(path), settings)
     if different:
         raise DataError(f"{answers} holds answers with other {', '.join(different)}; {fix}")
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differing_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the names of the settings that differ; nested values are named like `sampling.temperature`."""
     names = []
     for name in dict.fromkeys((*now, *before)):
         old, new = before.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            names += [f"{name}.{inner}" for inner in differences(old, new)]
-        elif digest(old) != digest(new):
+            names += [f"{name}.{inner}" for inner in differing_settings(old, new)]
+        elif json_sha256(old) != json_sha256(new):
             names.append(name)
     return names
 

@@ -31,14 +31,14 @@ from llava.eval.questions import (
     question_of,
 )
 from llava.generation.protocol import Completion, Engine, Prompt, Sampling
-from llava.imaging.decode import resolve
+from llava.imaging.decode import resolve_image_path
 from llava.samples import Sample
 from llava.utils import jsonl, log
 
 T = TypeVar("T")
 
 
-def chunk(items: Sequence[T], num_chunks: int, index: int) -> list[T]:
+def chunk_of(items: Sequence[T], num_chunks: int, index: int) -> list[T]:
     """Return chunk `index` of `num_chunks` consecutive chunks of ceil(n / num_chunks) items each.
 
     The last chunks may be short or empty (9 items in 8 chunks fill five of them); joined in order, the chunks are
@@ -126,7 +126,7 @@ class AnswerRun:
         self.options = options
         self.out = Path(out)
         self.num_chunks = num_chunks
-        self.questions = chunk(asked, num_chunks, chunk_idx)
+        self.questions = chunk_of(asked, num_chunks, chunk_idx)
         self.rows: dict[str, dict[str, Any]] = self._resumed() if resume else {}
         self.num_resumed = len(self.rows)
         self.blank = Image.new("RGB", (BLANK_SIZE,) * 2, GRAY) if options.blank_images else None
@@ -183,7 +183,7 @@ class AnswerRun:
         """Return the answered rows of an earlier run, after checking that they belong to this run."""
         if not self.out.exists():
             return {}
-        jsonl.drop_torn_line(self.out)
+        jsonl.drop_incomplete_line(self.out)
         known = {asked.id: asked for asked in self.questions}
         kept = {}
         for index, row in enumerate(jsonl.read_records(self.out)):
@@ -210,7 +210,7 @@ class AnswerRun:
             "answer prompter": options.answer_prompter,
             "blank images": options.blank_images,
             "image folder": None if options.blank_images else fingerprint.folder_name(options.image_folder),
-            "questions": fingerprint.digest(asked),
+            "questions": fingerprint.json_sha256(asked),
             "num chunks": self.num_chunks,
         }
 
@@ -272,7 +272,7 @@ class AnswerRun:
         text = "" if completion.finish == "error" else completion.text.strip()
         row = answer_row(asked, text, model_id=self.options.model_id, metadata=metadata)
         self.rows[asked.id] = row
-        jsonl.append(self.out, row)
+        jsonl.append_record(self.out, row)
 
     def _prompt(self, asked: Question) -> Prompt:
         """Return the prompt of a question.
@@ -282,7 +282,7 @@ class AnswerRun:
         """
         if self.blank is not None:
             return Prompt(asked.conversation, (self.blank,) * len(asked.images))
-        paths = [resolve(name, self.options.image_folder) for name in asked.images]
+        paths = [resolve_image_path(name, self.options.image_folder) for name in asked.images]
         for path in paths:
             if not path.is_file():
                 raise DataError(f"image {path.name!r} is not in the image folder")

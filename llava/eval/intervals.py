@@ -14,21 +14,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llava.errors import ConfigError
-from llava.utils.bootstrap import percentiles, resamples
+from llava.utils.bootstrap import iter_resamples, percentile_interval
 
 
-def figure(value: float | None, *, signed: bool = False) -> str:
+def percent_text(value: float | None, *, signed: bool = False) -> str:
     """Return a percentage with two decimals; `-` for None."""
     return "-" if value is None else format(value, "+.2f" if signed else ".2f")
 
 
-def interval(estimate: Mapping[str, Any]) -> str:
+def interval_text(estimate: Mapping[str, Any]) -> str:
     """Return an interval as `[low, high]`."""
-    return f"[{figure(estimate['low'])}, {figure(estimate['high'])}]"
+    return f"[{percent_text(estimate['low'])}, {percent_text(estimate['high'])}]"
 
 
 @dataclass(frozen=True)
-class Score:
+class ItemScores:
     """Score with one value per item, [n]; NaN where the score does not apply to the item.
 
     Attributes:
@@ -41,14 +41,14 @@ class Score:
     members: NDArray[np.bool_] | None = None
 
     @staticmethod
-    def of(values: ArrayLike, groups: Sequence[Sequence[str]] | None = None) -> Score:
+    def of(values: ArrayLike, groups: Sequence[Sequence[str]] | None = None) -> ItemScores:
         """Return a score; with group names per item in `groups`, its mean is the mean of group means."""
         array = np.asarray(values, dtype=np.float64)
         if groups is None:
-            return Score(array)
+            return ItemScores(array)
         names = sorted({name for item in groups for name in item})
         members = np.array([[name in item for item in groups] for name in names], dtype=bool)
-        return Score(array, members.reshape(len(names), len(array)))
+        return ItemScores(array, members.reshape(len(names), len(array)))
 
     def mean(self) -> float:
         """Return the percentage over all items; NaN without items."""
@@ -109,29 +109,29 @@ class Draws:
         place = {name: index for index, name in enumerate(first_of)}
         self.cluster_of = np.array([place[name] for name in clusters], dtype=np.intp)
         firsts = np.array(list(first_of.values()), dtype=np.intp)
-        drawn = resamples(len(clusters), clusters=clusters, num_resamples=num_resamples, seed=seed)
+        drawn = iter_resamples(len(clusters), clusters=clusters, num_resamples=num_resamples, seed=seed)
         counts = [np.bincount(indices, minlength=len(clusters))[firsts] for indices in drawn]
         self.weights = np.array(counts, dtype=np.float64).reshape(len(counts), len(first_of))
 
-    def estimate(self, score: Score) -> Estimate:
+    def estimate(self, score: ItemScores) -> Estimate:
         """Return the percentage of a score with its interval."""
         self._check(score)
         return self._of(score.mean(), self._means(score), score.num_items)
 
-    def difference(self, score: Score, other: Score) -> Estimate:
+    def difference(self, score: ItemScores, other: ItemScores) -> Estimate:
         """Return `score - other` with the interval of the difference; both scores cover the same items."""
         self._check(score)
         self._check(other)
         differences = self._means(score) - self._means(other)
         return self._of(score.mean() - other.mean(), differences, score.num_items)
 
-    def _means(self, score: Score) -> NDArray[np.float64]:
+    def _means(self, score: ItemScores) -> NDArray[np.float64]:
         return score.means(self.weights, self.cluster_of)
 
-    def _check(self, score: Score) -> None:
+    def _check(self, score: ItemScores) -> None:
         if len(score.values) != self.num_items:
             raise ConfigError(f"expected one value for each of {self.num_items} items, got {len(score.values)}")
 
     @staticmethod
     def _of(value: float, drawn: NDArray[np.float64], num_items: int) -> Estimate:
-        return Estimate(value, *percentiles(drawn), num_items)
+        return Estimate(value, *percentile_interval(drawn), num_items)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError
-from llava.samples import Conversation, Sample, Turn, describe
+from llava.samples import Conversation, Sample, Turn, type_and_length
 from llava.scoring.decisions import is_closed
 
 MAX_NAMED_IDS = 10
@@ -37,7 +37,7 @@ def match_answers(
         if "question_id" not in row or "text" not in row:
             raise DataError(f"{source}, row {index}: expected question_id and text, found {', '.join(row)}")
         if isinstance(row["text"], bool) or not isinstance(row["text"], str | int | float):
-            got = describe(row["text"])
+            got = type_and_length(row["text"])
             raise DataError(
                 f"{source}, row {index}: field 'text' must be text or a number, got {got}; rerun the answering command"
             )

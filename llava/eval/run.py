@@ -23,21 +23,21 @@ from llava.eval import fingerprint
 from llava.eval import options as model_options
 from llava.eval.inference import AnswerOptions, AnswerRun
 from llava.eval.intervals import Draws
-from llava.eval.medvqa.controls import majority, verdicts
-from llava.eval.medvqa.items import Item, check_reference, join, open_answers
+from llava.eval.medvqa.controls import control_verdicts, majority_answers
+from llava.eval.medvqa.items import ScoredItem, check_reference, join_answers, open_answers
 from llava.eval.medvqa.metrics import PUBLISHED, strict_scores
 from llava.eval.medvqa.page import write_page
 from llava.eval.medvqa.report import full_report, report_table, type_table
 from llava.eval.questions import GRAY, YES_NO_OPTIONS
 from llava.generation.options import engine_of
 from llava.generation.protocol import Engine
-from llava.imaging.decode import load as load_image
-from llava.imaging.dicom.policy import DEFAULT, DicomPolicy
+from llava.imaging.decode import load_image
+from llava.imaging.dicom.policy import DEFAULT_POLICY, DicomPolicy
 from llava.samples import Sample
 from llava.utils import log
 from llava.utils.cli import Parser, run_program
 from llava.utils.jsonl import read_records, write_json
-from llava.utils.provenance import stamp
+from llava.utils.provenance import provenance_fields
 
 MAX_NEW_TOKENS = 128
 ANSWERS, BLANK_ANSWERS, RESULTS, PAGE = ("answers.jsonl", "answers-blank.jsonl", "results.json", "report.html")
@@ -80,16 +80,16 @@ class EvaluationPlan:
     facts: Mapping[str, Any] | None = None
     title: str = "Evaluation"
     note: str = ""
-    dicom: DicomPolicy = DEFAULT
+    dicom: DicomPolicy = DEFAULT_POLICY
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava eval`."""
     args = make_parser().parse_args(argv)
-    log.setup()
+    log.setup_logging()
     model_options.warn_no_effect(args)
     plan = plan_of(args, list(sys.argv[1:] if argv is None else argv))
-    report = evaluate(plan, lambda: engine_of(args))
+    report = evaluate_model(plan, lambda: engine_of(args))
     print_report(report)
     if args.compare:
         print_comparison(plan.samples, plan.out, Path(args.compare), num_resamples=args.num_resamples, seed=args.seed)
@@ -138,7 +138,7 @@ def plan_of(args: Namespace, words: Sequence[str]) -> EvaluationPlan:
         settings=fingerprint.model_settings(args),
     )
     files = {"questions": args.data} | ({"train": args.train_data} if args.train_data else {})
-    facts = stamp(
+    facts = provenance_fields(
         data=files,
         command=["llava", "eval", *words],
         template=model_options.template_of(args),
@@ -166,7 +166,7 @@ def plan_of(args: Namespace, words: Sequence[str]) -> EvaluationPlan:
     )
 
 
-def evaluate(plan: EvaluationPlan, open_engine: Callable[[], Engine]) -> dict[str, Any]:
+def evaluate_model(plan: EvaluationPlan, open_engine: Callable[[], Engine]) -> dict[str, Any]:
     """Answer, score and write the result; the engine is opened only if questions are pending.
 
     Returns:
@@ -190,17 +190,22 @@ def evaluate(plan: EvaluationPlan, open_engine: Callable[[], Engine]) -> dict[st
     report = full_report(
         items,
         blank=blank,
-        baseline=majority(plan.train_samples or plan.samples, source="test answers" if own else "training answers"),
+        baseline=majority_answers(
+            plan.train_samples or plan.samples, source="test answers" if own else "training answers"
+        ),
         candidates=None if plan.train_samples is None else open_answers(plan.train_samples),
         defects=plan.defects,
         num_resamples=plan.num_resamples,
         seed=plan.seed,
     )
-    report["verdicts"] = verdicts(report["scores"]["strict"])
+    report["verdicts"] = control_verdicts(report["scores"]["strict"])
     report["control_image"] = {"color": GRAY} if blank is not None else None
     report["options_suffix"] = YES_NO_OPTIONS if plan.options.choices else None
     precisions = sorted({name for summary in summaries for name in summary.precisions})
-    report["provenance"] = {**(plan.facts or stamp(seed=plan.seed)), "precision": ", ".join(precisions) or None}
+    report["provenance"] = {
+        **(plan.facts or provenance_fields(seed=plan.seed)),
+        "precision": ", ".join(precisions) or None,
+    }
     write_json(plan.out / RESULTS, report)
     write_page(
         plan.out / PAGE,
@@ -252,8 +257,8 @@ def print_comparison(
     return result
 
 
-def _items(samples: Sequence[Sample], answers: Path) -> list[Item]:
-    return join(samples, read_records(answers), source=str(answers))
+def _items(samples: Sequence[Sample], answers: Path) -> list[ScoredItem]:
+    return join_answers(samples, read_records(answers), source=str(answers))
 
 
 if __name__ == "__main__":

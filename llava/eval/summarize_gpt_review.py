@@ -13,7 +13,7 @@ from llava.utils.cli import run_program
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    cli.summarize(argv)
+    cli.summarize_main(argv)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class BeamSearch:
             `running[i].token_ids`.
         """
         log_probs = logits.float().log_softmax(dim=-1)
-        scores = penalized(log_probs, [beam.token_ids for beam in self.running], self.repetition_penalty)
+        scores = penalize_repeats(log_probs, [beam.token_ids for beam in self.running], self.repetition_penalty)
         totals = (scores + scores.new_tensor([beam.score for beam in self.running])[:, None]).flatten()
         best = totals.topk(min(self.num_candidates, len(totals)))
         going: list[tuple[int, Beam]] = []
@@ -121,7 +121,7 @@ class BeamSearch:
         return beam.score / max(self._length(beam, stops=False), 1) > self.ended[-1].value
 
 
-def penalized(scores: Tensor, token_ids: Sequence[Sequence[int]], penalty: float) -> Tensor:
+def penalize_repeats(scores: Tensor, token_ids: Sequence[Sequence[int]], penalty: float) -> Tensor:
     """Return scores in which tokens that a sequence has already used are less likely.
 
     Args:

@@ -41,7 +41,7 @@ STEPS_AT_A_TIME = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class SequenceScore:
     """Log-probability of the trained tokens of a conversation (its answers and end tokens).
 
     Attributes:
@@ -175,7 +175,7 @@ class LocalEngine:
             return 0
         return len(prompt.input_ids) - sum(stop - start - 1 for start, stop in prompt.image_spans)
 
-    def score(self, conversations: Sequence[Prompt]) -> list[Score]:
+    def score(self, conversations: Sequence[Prompt]) -> list[SequenceScore]:
         """Return the log-probabilities of the answers in conversations.
 
         Args:
@@ -190,7 +190,7 @@ class LocalEngine:
                 readings.append(self.reader.encode_answered(prompt))
             except DataError as error:
                 raise DataError(f"conversation {index}: {error}") from error
-        scores: dict[int, Score] = {}
+        scores: dict[int, SequenceScore] = {}
         with self._answering():
             for members in self._rows(readings):
                 scores.update(zip(members, self._score_row([readings[i] for i in members]), strict=True))
@@ -267,7 +267,7 @@ class LocalEngine:
             num_tokens += length
         return rows
 
-    def _score_row(self, readings: Sequence[EncodedPrompt]) -> list[Score]:
+    def _score_row(self, readings: Sequence[EncodedPrompt]) -> list[SequenceScore]:
         images = {image.key: image for reading in readings for image in reading.images}
         batch = flatten(
             [reading.encoded for reading in readings],
@@ -286,7 +286,7 @@ def _completion_of(request: Request) -> Completion:
     return request.completion
 
 
-def _scores(batch: FlatBatch, logprobs: Tensor) -> list[Score]:
+def _scores(batch: FlatBatch, logprobs: Tensor) -> list[SequenceScore]:
     """Return the log-probabilities of edges [E] summed by sequence and turn."""
     turns: list[dict[int, float]] = [{} for _ in range(batch.num_sequences)]
     counts = [0] * batch.num_sequences
@@ -294,4 +294,4 @@ def _scores(batch: FlatBatch, logprobs: Tensor) -> list[Score]:
     for sequence, turn, logprob in edges:
         turns[sequence][turn] = turns[sequence].get(turn, 0.0) + logprob
         counts[sequence] += 1
-    return [Score(sum(by_turn.values()), by_turn, count) for by_turn, count in zip(turns, counts, strict=True)]
+    return [SequenceScore(sum(by_turn.values()), by_turn, count) for by_turn, count in zip(turns, counts, strict=True)]

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from llava.compat import parse_names
+from llava.compat import parse_compat
 from llava.errors import ConfigError
 from llava.generation.engine import LocalEngine
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.precision import raise_slow_weights
 
 TRAINING_LENGTH = "tokenizer_model_max_length"
@@ -53,12 +53,12 @@ def open_engine(
         CheckpointError: the folder cannot be loaded.
         ConfigError: the template or a name of `compat` is unknown, or the checkpoint lacks a fact that `compat` needs.
     """
-    names = parse_names(compat, "answers")
+    names = parse_compat(compat, "answers")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     given: dict[str, Any] = {"vision_tower": vision_tower} if vision_tower else {}
     device_map = None if device == "cpu" else device
-    loaded = load(path, base=base, dtype=precision, device_map=device_map, bits=bits, **given)
+    loaded = load_checkpoint(path, base=base, dtype=precision, device_map=device_map, bits=bits, **given)
     if bits == 16:
         torch.nn.Module.to(loaded.model, device)
         if dtype == "auto":
@@ -68,11 +68,11 @@ def open_engine(
     loaded.processor.use_dicom(loaded.processor.dicom.changed(dicom_window, dicom_frame))
     loaded.processor.use_fast_jpeg(fast_jpeg)
     engine = LocalEngine(loaded.model, loaded.processor)
-    imitate(engine, names)
+    imitate_originals(engine, names)
     return engine
 
 
-def imitate(engine: LocalEngine, names: Collection[str]) -> None:
+def imitate_originals(engine: LocalEngine, names: Collection[str]) -> None:
     """Reproduce known defects of the original projects in an engine.
 
     Args:

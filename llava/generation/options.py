@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from llava.compat import help_text
+from llava.compat import compat_help
 from llava.constants import DTYPES
 from llava.imaging.dicom.policy import add_dicom_options
 from llava.imaging.jpeg import add_fast_jpeg_option
@@ -33,7 +33,7 @@ def add_engine_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator if present")
     parser.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="4 and 8 need bitsandbytes")
-    parser.add_argument("--compat", default="none", metavar="LIST", help=help_text("answers"))
+    parser.add_argument("--compat", default="none", metavar="LIST", help=compat_help("answers"))
     add_dicom_options(parser)
     add_fast_jpeg_option(parser)
 

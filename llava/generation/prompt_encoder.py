@@ -17,7 +17,7 @@ from llava.data.encode import Encoded, encode, encode_prompt
 from llava.errors import DataError
 from llava.generation.protocol import ImageRef, Prompt
 from llava.imaging.anyres import Size
-from llava.imaging.decode import Opened, image_key, read_bytes
+from llava.imaging.decode import DecodedImage, image_key, read_image_bytes
 from llava.processing import LlavaMedProcessor
 
 
@@ -35,7 +35,7 @@ class PromptImage:
     content: bytes | Image.Image
     size: Size | None = None
 
-    def decode(self, processor: LlavaMedProcessor) -> Image.Image | Opened:
+    def decode(self, processor: LlavaMedProcessor) -> Image.Image | DecodedImage:
         """Return the image as the processor reads files.
 
         Raises:
@@ -90,12 +90,12 @@ class PromptReader:
         return EncodedPrompt(encoded, images)
 
     def pixels(self, image: PromptImage) -> Tensor:
-        """Return [3, H, W], or tiles [K, 3, H, W]; see `LlavaMedProcessor.picture`.
+        """Return [3, H, W], or tiles [K, 3, H, W]; see `LlavaMedProcessor.preprocess`.
 
         Raises:
             DataError: the image cannot be decoded.
         """
-        return self.processor.picture(image.decode(self.processor))
+        return self.processor.preprocess(image.decode(self.processor))
 
     def _check_length(self, encoded: Encoded, limit: int) -> None:
         if len(encoded.input_ids) > limit:
@@ -109,7 +109,7 @@ class PromptReader:
         if not self.processor.has_variable_images:
             return image
         decoded = image.decode(self.processor)  # kept, because the number of tokens depends on its size
-        content = decoded.image if isinstance(decoded, Opened) else decoded
+        content = decoded.image if isinstance(decoded, DecodedImage) else decoded
         return replace(image, content=content, size=content.size)
 
     def _identified(self, image: ImageRef) -> PromptImage:
@@ -119,7 +119,7 @@ class PromptReader:
             header = f"{image.mode} {image.size}\n".encode()
             palette = bytes(image.getpalette() or ()) if image.mode == "P" else b""
             return PromptImage(image_key(header + palette + image.tobytes(), fingerprint), image)
-        content = image if isinstance(image, bytes) else read_bytes(image, None)
+        content = image if isinstance(image, bytes) else read_image_bytes(image, None)
         return PromptImage(image_key(content, fingerprint), content)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.data.encode import Encoded
-from llava.data.flat_batch import Layout, flatten, places_of, shown_images
+from llava.data.flat_batch import Layout, flatten, image_places, shown_images
 from llava.errors import GenerationError
 from llava.generation.kv_cache import CapturedRow, Path, SlotCache, divided_paths
 from llava.model.quantization import quantized_layers
@@ -201,7 +201,7 @@ class PaddedRunner:
         for index, sequence in enumerate(sequences):
             ids[index, longest - len(sequence.input_ids) :] = torch.tensor(sequence.input_ids)
             mask[index, longest - len(sequence.input_ids) :] = 1
-        shown = shown_images(places_of(sequences), images).keywords()
+        shown = shown_images(image_places(sequences), images).keywords()
         pixels = {name: tensor.to(self.model.device) for name, tensor in shown.items()}
         mask = mask.to(self.model.device)
         output = self._forward(ids.to(self.model.device), mask, None, **pixels)

@@ -50,7 +50,7 @@ def _generator(seed: int | None, sample_index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def choose(logits: Tensor, draws: Sequence[TokenDraw]) -> list[int]:
+def choose_tokens(logits: Tensor, draws: Sequence[TokenDraw]) -> list[int]:
     """Return the next token of each sequence.
 
     Args:

@@ -20,11 +20,11 @@ from torch import Tensor
 from llava.constants import IGNORE_INDEX
 from llava.data.encode import Encoded
 from llava.errors import LlavaError
-from llava.generation.beam_search import penalized
+from llava.generation.beam_search import penalize_repeats
 from llava.generation.prompt_encoder import EncodedPrompt, PromptReader
 from llava.generation.protocol import Completion, Finish, Prompt, Sampling
 from llava.generation.runners import Runner
-from llava.generation.sampling import TokenDraw, choose, logprobs_of
+from llava.generation.sampling import TokenDraw, choose_tokens, logprobs_of
 from llava.generation.stopping import AnswerText
 
 logger = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ class Scheduler:
 
     def _take(self, requests: list[Request], logits: Tensor) -> list[bool]:
         """Append the next token of each request; return which of them are finished."""
-        token_ids = choose(self._penalized(requests, logits), [request.draw for request in requests])
+        token_ids = choose_tokens(self._penalized(requests, logits), [request.draw for request in requests])
         if any(request.sampling.logprobs for request in requests):
             for request, logprob in zip(requests, logprobs_of(logits, token_ids), strict=True):
                 request.logprobs.append(logprob)
@@ -253,7 +253,7 @@ class Scheduler:
         changed = logits.clone()
         for row in rows:
             penalty = requests[row].sampling.repetition_penalty
-            changed[row : row + 1] = penalized(logits[row : row + 1], [requests[row].token_ids], penalty)
+            changed[row : row + 1] = penalize_repeats(logits[row : row + 1], [requests[row].token_ids], penalty)
         return changed
 
     def _drop(self, number: int) -> None:

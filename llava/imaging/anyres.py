@@ -126,7 +126,7 @@ class ImageGrid:
         columns, rows = self.shape(size)
         if self.merge != "spatial_unpad":
             return (columns * rows + 1) * self.num_tokens
-        left, top, right, bottom = unpadded(size, (columns * self.side, rows * self.side))
+        left, top, right, bottom = unpadded_patches(size, (columns * self.side, rows * self.side))
         return self.num_tokens + (right - left + 1) * (bottom - top)
 
 
@@ -160,7 +160,7 @@ def fit_centered(size: Size, target: Size) -> tuple[Size, Size]:
     return scaled, ((target[0] - scaled[0]) // 2, (target[1] - scaled[1]) // 2)
 
 
-def unpadded(size: Size, patches: Size) -> tuple[int, int, int, int]:
+def unpadded_patches(size: Size, patches: Size) -> tuple[int, int, int, int]:
     """Return left, top, right and bottom (exclusive) of the patches that show more than the border.
 
     Args:

@@ -31,17 +31,17 @@ from PIL import Image, UnidentifiedImageError
 
 from llava.errors import DataError
 from llava.imaging.anyres import Size
-from llava.imaging.dicom.policy import DEFAULT, DicomPolicy
+from llava.imaging.dicom.policy import DEFAULT_POLICY, DicomPolicy
 from llava.imaging.dicom.sniff import is_dicom, may_be_bare
 from llava.imaging.geometry import to_gray_or_rgb, to_rgb
-from llava.imaging.jpeg import can_shrink, shrink
+from llava.imaging.jpeg import can_shrink, shrink_on_decode
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class DecodedImage:
     """Decoded image with its orientation applied.
 
     Attributes:
@@ -64,7 +64,7 @@ MAX_PIXELS = 89_478_485
 """Largest number of pixels (width x height) that is decoded: the limit of Pillow, a quarter GiB of RGB."""
 
 
-def resolve(ref: str | Path, root: str | Path | None) -> Path:
+def resolve_image_path(ref: str | Path, root: str | Path | None) -> Path:
     """Return the path of image `ref` in folder `root`; symbolic links are resolved before the check.
 
     Args:
@@ -106,20 +106,22 @@ def _real_folder(root: str) -> Path:
     return Path(os.path.realpath(root))
 
 
-def read_bytes(ref: str | Path, root: str | Path | None) -> bytes:
+def read_image_bytes(ref: str | Path, root: str | Path | None) -> bytes:
     """Return the bytes of image `ref` in folder `root`.
 
     Raises:
         DataError: the file is missing, not readable or outside `root`.
     """
-    path = resolve(ref, root)
+    path = resolve_image_path(ref, root)
     try:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"image {path} cannot be read: {error.strerror or error}") from error
 
 
-def load(ref: str | Path | bytes, root: str | Path | None = None, *, dicom: DicomPolicy = DEFAULT) -> Image.Image:
+def load_image(
+    ref: str | Path | bytes, root: str | Path | None = None, *, dicom: DicomPolicy = DEFAULT_POLICY
+) -> Image.Image:
     """Return image `ref` (a name in folder `root`, or the bytes of a file) as an RGB image.
 
     Example::
@@ -135,16 +137,16 @@ def load(ref: str | Path | bytes, root: str | Path | None = None, *, dicom: Dico
         DataError: the file is missing, outside `root`, too large, damaged or truncated; the message names the file.
         MissingDependency: the decoder of a compressed DICOM file is not installed.
     """
-    return to_rgb(decode(ref, root, dicom=dicom).image)
+    return to_rgb(decode_image(ref, root, dicom=dicom).image)
 
 
-def decode(
+def decode_image(
     ref: str | Path | bytes,
     root: str | Path | None = None,
     *,
-    dicom: DicomPolicy = DEFAULT,
+    dicom: DicomPolicy = DEFAULT_POLICY,
     scale_of: Callable[[Size], int] | None = None,
-) -> Opened:
+) -> DecodedImage:
     """Return image `ref` as `load` does, but with gray as one channel and optionally at a smaller scale.
 
     Args:
@@ -156,17 +158,17 @@ def decode(
     Raises:
         DataError, MissingDependency: as `load`.
     """
-    data, name = (ref, "given as bytes") if isinstance(ref, bytes) else (read_bytes(ref, root), str(ref))
+    data, name = (ref, "given as bytes") if isinstance(ref, bytes) else (read_image_bytes(ref, root), str(ref))
     if is_dicom(data):
         return _load_dicom(data, name, dicom)
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(image, name)
             size = image.size
-            scale = shrink(image, scale_of(size)) if scale_of is not None and can_shrink(image) else 1
+            scale = shrink_on_decode(image, scale_of(size)) if scale_of is not None and can_shrink(image) else 1
             image.load()
             shown = _upright(image, to_gray_or_rgb(image))
-            return Opened(shown, shown.size if scale == 1 else size, scale)
+            return DecodedImage(shown, shown.size if scale == 1 else size, scale)
     except DataError:
         raise
     except UnidentifiedImageError as error:
@@ -177,14 +179,14 @@ def decode(
         raise DataError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from error
 
 
-def _load_dicom(data: bytes, name: str, policy: DicomPolicy) -> Opened:
+def _load_dicom(data: bytes, name: str, policy: DicomPolicy) -> DecodedImage:
     from llava.imaging.dicom.render import render_frame  # pydicom is slow to import, and few images need it
 
     image = render_frame(data, policy, name=name, max_pixels=MAX_PIXELS)
-    return Opened(image, image.size)
+    return DecodedImage(image, image.size)
 
 
-def stored_as(data: bytes) -> str:
+def stored_format(data: bytes) -> str:
     """Return format and color mode of an image file as stored: `JPEG L`, `PNG I;16`, `DICOM`, `unknown`.
 
     Only the header is read; the file may still not decode.

@@ -11,7 +11,7 @@ from llava.errors import ConfigError, DataError
 from llava.imaging.anyres import Size, fit_centered, keep_size
 from llava.imaging.grayscale import levels_of
 
-MODES = ("square", "pad", "resize", "keep", "anyres")
+IMAGE_MODES = ("square", "pad", "resize", "keep", "anyres")
 """Image modes: see `fit`, and `tiles` for `anyres`."""
 
 _RASTER_MODES = ("RGB", "L", "1", "CMYK", "YCbCr", "LAB", "HSV")
@@ -57,7 +57,7 @@ def mean_color(image_mean: Sequence[float]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def fit(
+def fit_image(
     image: Image.Image, mode: str, *, size: int | tuple[int, int], fill: Sequence[int], shift: int = 0
 ) -> Image.Image:
     """Return the image in the shape of an image mode, before the image processor is applied.
@@ -86,10 +86,10 @@ def fit(
         return image.resize(keep_size(image.size), Image.Resampling.BICUBIC)
     if mode == "anyres":
         raise ConfigError("image mode anyres splits an image into tiles; use `tiles`")
-    raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(MODES)}")
+    raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(IMAGE_MODES)}")
 
 
-def tiles(image: Image.Image, whole: Size, side: int) -> list[Image.Image]:
+def anyres_tiles(image: Image.Image, whole: Size, side: int) -> list[Image.Image]:
     """Return an image as the tiles of image mode `anyres`, each `side` x `side` pixels.
 
     Args:

@@ -41,7 +41,7 @@ class LookupTable:
         return found
 
 
-def rescale(stored: Values, slope: float | None, intercept: float | None) -> Values:
+def rescale_values(stored: Values, slope: float | None, intercept: float | None) -> Values:
     """Return `slope * stored + intercept` (C.11.1.1.2); a missing slope is 1, a missing intercept 0."""
     return stored * (1.0 if slope is None else slope) + (0.0 if intercept is None else intercept)
 
@@ -72,7 +72,7 @@ FUNCTIONS: dict[str, Callable[[Values, float, float], Values]] = {
 """Functions by the VOI LUT Function of a file; the default is LINEAR."""
 
 
-def windowed(values: Values, center: float, width: float, function: str = "") -> Values:
+def window_values(values: Values, center: float, width: float, function: str = "") -> Values:
     """Return values windowed to 0 to 1 with one of `FUNCTIONS`.
 
     Raises:
@@ -85,12 +85,12 @@ def windowed(values: Values, center: float, width: float, function: str = "") ->
     return (linear_exact if chosen is linear and width < 1 else chosen)(values, center, width)
 
 
-def spread(values: Values, low: float, high: float) -> Values:
+def stretch_values(values: Values, low: float, high: float) -> Values:
     """Return values scaled linearly to 0 to 1 from `low` to `high`; all 0 if these are equal."""
     return np.clip((values - low) / (high - low), 0.0, 1.0) if high > low else np.zeros_like(values)
 
 
-def limits(
+def percentile_limits(
     values: Values, is_padding: NDArray[np.bool_] | None, percentiles: tuple[float, float]
 ) -> tuple[float, float]:
     """Return the lower and upper percentile of the values that are not padding (all if only padding).

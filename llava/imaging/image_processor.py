@@ -25,14 +25,14 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import SizeDict
 
 from llava.imaging.anyres import Size
-from llava.imaging.decode import Box, Opened
-from llava.imaging.geometry import fit, to_rgb
+from llava.imaging.decode import Box, DecodedImage
+from llava.imaging.geometry import fit_image, to_rgb
 
 _STEPS = ("__call__", "preprocess", "_preprocess", "process_image", "convert_to_rgb", "resize", "rescale", "normalize")
 """Methods that must be those of transformers; `center_crop` is called, so it may be overridden."""
 
 
-class PixelPath:
+class FastPreprocessor:
     """Preprocessing steps of one image processor; created with `of`."""
 
     def __init__(self, processor: Any) -> None:
@@ -44,7 +44,7 @@ class PixelPath:
         """[3, 256] normalized value of each level of each channel."""
 
     @classmethod
-    def of(cls, processor: Any) -> PixelPath | None:
+    def of(cls, processor: Any) -> FastPreprocessor | None:
         """Return the steps of a processor, or None for a processor with custom steps."""
         plain = all(getattr(type(processor), step, None) is getattr(PilBackend, step) for step in _STEPS)
         if not plain or getattr(processor, "do_pad", None) or not isinstance(processor.resample, int):
@@ -92,8 +92,8 @@ def _given(size: Any) -> set[str]:
     return {name for name, value in dict(size).items() if value is not None}
 
 
-def fit_opened(
-    opened: Opened, mode: str, *, size: tuple[int, int], fill: Sequence[int], shift: int = 0
+def fit_decoded(
+    opened: DecodedImage, mode: str, *, size: tuple[int, int], fill: Sequence[int], shift: int = 0
 ) -> tuple[Image.Image, Size, Box]:
     """Return an image that may be gray or scaled as `fit` does for `square`, `pad` and `resize`.
 
@@ -112,11 +112,11 @@ def fit_opened(
         return image, opened.size, opened.box
     if opened.scale > 1:
         return _pad_scaled(opened, (int(fill[0]), int(fill[1]), int(fill[2])), shift)
-    image = fit(image, mode, size=size, fill=fill, shift=shift)
+    image = fit_image(image, mode, size=size, fill=fill, shift=shift)
     return image, image.size, (0.0, 0.0, *image.size)
 
 
-def _pad_scaled(opened: Opened, fill: tuple[int, int, int], shift: int) -> tuple[Image.Image, Size, Box]:
+def _pad_scaled(opened: DecodedImage, fill: tuple[int, int, int], shift: int) -> tuple[Image.Image, Size, Box]:
     """Return an image padded to a square at its scale, the unscaled size of the square, and its box."""
     (width, height), scale = opened.size, opened.scale
     side = max(width, height)
@@ -136,7 +136,7 @@ def _pad_scaled(opened: Opened, fill: tuple[int, int, int], shift: int) -> tuple
     return square, (side, side), box
 
 
-FILE_NAME = "preprocessor_config.json"
+IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 """File with the settings of an image processor, in the folder of a tower and of a model."""
 
 
@@ -164,7 +164,7 @@ def load_image_processor(path: str | Path) -> Any:
     Raises:
         OSError, ValueError: the processor cannot be read; callers add where it was expected.
     """
-    file = Path(path) / FILE_NAME
+    file = Path(path) / IMAGE_PROCESSOR_FILE
     own = None
     if file.is_file():
         settings = json.loads(file.read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ from llava.utils.cli import parse_bool
 if TYPE_CHECKING:
     from PIL import Image
 
-VERSION = 1
+JPEG_SCALE_VERSION = 1
 """Version of the rules here. Versions may give different pixels, so it is part of the image fingerprint."""
 
 MARGINS = {8: 2.5, 4: 2.0, 2: 2.0}
@@ -32,7 +32,7 @@ levels."""
 EVEN_SAMPLINGS = (0, 2)
 """Pillow's codes for 4:4:4 and 4:2:0: chroma at full resolution, or halved in both directions."""
 
-HELP = (
+FAST_JPEG_HELP = (
     "decode JPEG images at least four times as large as the model needs at 1/2, 1/4 or 1/8: faster, with pixels that "
     "differ by a few gray levels; no effect with image modes keep and anyres; default: that of the checkpoint"
 )
@@ -47,7 +47,7 @@ def add_fast_jpeg_option(parser: argparse.ArgumentParser | argparse._ArgumentGro
         const=True,
         default=None,
         metavar="BOOL",
-        help=HELP.replace("%", "%%"),
+        help=FAST_JPEG_HELP.replace("%", "%%"),
     )
 
 
@@ -75,7 +75,7 @@ def can_shrink(image: Image.Image) -> bool:
         return True
 
 
-def shrink(image: Image.Image, scale: int) -> int:
+def shrink_on_decode(image: Image.Image, scale: int) -> int:
     """Set an opened image to be decoded at `1 / scale`; return the divisor that the decoder uses."""
     width, height = image.size
     if scale == 1:

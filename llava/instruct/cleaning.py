@@ -283,6 +283,6 @@ MODES: dict[str, Callable[[str], Cleaned]] = {"legacy": clean_legacy, "fixed": c
 """Cleaning functions by mode."""
 
 
-def clean(answer: str, mode: str) -> Cleaned:
+def clean_answer(answer: str, mode: str) -> Cleaned:
     """Apply the rules of a mode in `MODES` to one answer."""
     return lookup(MODES, mode, "cleaning mode")(answer)

@@ -23,7 +23,7 @@ from llava.instruct.results import Results
 from llava.openai_api import ApiFailure, ChatClient, Reply, Requests, add_api_flags, settings_of
 from llava.utils import log
 from llava.utils.cli import ExampleFormatter, Parser
-from llava.utils.files import hold
+from llava.utils.files import hold_lock
 from llava.utils.log import progress_bar
 
 Row = dict[str, Any]
@@ -201,7 +201,7 @@ def temperature(word: str) -> float | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    log.setup()
+    log.setup_logging()
     args = make_parser().parse_args(argv)
     if args.max_size < 1:
         raise ConfigError(f"--max-size must be at least 1, got {args.max_size}")
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(_plan(rows, left, results, options=options, budget=budget))
         sys.stdout.write(_prompts(left[: args.show_prompts], options))
         return
-    with hold(output.with_name(f".{output.name}.lock"), purpose="writing dialogues into the same file"):
+    with hold_lock(output.with_name(f".{output.name}.lock"), purpose="writing dialogues into the same file"):
         results = Results(output)
         budget.spend(*results.spent())
         left = pending(rows, results, retry_failed=args.retry_failed)

@@ -17,12 +17,12 @@ from typing import Any
 
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError
-from llava.instruct.cleaning import RULES, clean
+from llava.instruct.cleaning import RULES, clean_answer
 from llava.instruct.prompts import ASSISTANT, USER
 from llava.utils.cli import ExampleFormatter, Parser
 from llava.utils.files import refuse_overwriting
 from llava.utils.jsonl import read_records, write_json
-from llava.utils.log import progress
+from llava.utils.log import with_progress
 
 EPILOG = """
 example:
@@ -156,7 +156,7 @@ def _cleaned(pairs: Iterable[Pair], mode: str, counts: CleaningCounts) -> Iterat
         if not question and mode != "legacy":
             counts.pairs["empty question"] += 1
             continue
-        found = clean(answer, mode)
+        found = clean_answer(answer, mode)
         counts.pairs[found.outcome] += 1
         if found.phrase:
             counts.phrases[found.outcome, found.phrase] += 1
@@ -164,7 +164,7 @@ def _cleaned(pairs: Iterable[Pair], mode: str, counts: CleaningCounts) -> Iterat
             yield question, found.text
 
 
-def postprocess(
+def training_rows(
     rows: Iterable[Mapping[str, Any]], *, mode: str = "fixed", seed: int = 0, name: str = "rows"
 ) -> tuple[list[dict[str, Any]], CleaningCounts]:
     """Return the training rows of generated rows, in their order, and the counts.
@@ -211,9 +211,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = make_parser().parse_args(argv)
     refuse_overwriting([args.input_path], {"output-path": args.output_path, "report-path": args.report_path})
-    rows = progress(read_records(args.input_path), title="dialogues", unit="row")
+    rows = with_progress(read_records(args.input_path), title="dialogues", unit="row")
     mode = "legacy" if args.legacy_rules else "fixed"
-    found, counts = postprocess(rows, mode=mode, seed=args.seed, name=args.input_path)
+    found, counts = training_rows(rows, mode=mode, seed=args.seed, name=args.input_path)
     sys.stdout.write(counts.text())
     if args.report_path:
         write_json(args.report_path, counts.report())

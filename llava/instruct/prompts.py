@@ -17,7 +17,7 @@ from typing import Any
 
 from llava.errors import DataError
 from llava.instruct.instruct_few_shot_examples import FEW_SHOT_EXAMPLES
-from llava.samples import describe
+from llava.samples import type_and_length
 from llava.utils.jsonl import read_records, read_text
 
 USER, ASSISTANT = "User:", "Assistant:"
@@ -55,7 +55,7 @@ def mentions_of(row: Mapping[str, Any]) -> list[str]:
     if raw is None:
         return []
     if not isinstance(raw, list):
-        raise DataError(f"field 'in_text_mention' must be a list or null, got {describe(raw)}")
+        raise DataError(f"field 'in_text_mention' must be a list or null, got {type_and_length(raw)}")
     mentions = [item.get("tokens") if isinstance(item, Mapping) else item for item in raw]
     if not all(isinstance(mention, str) for mention in mentions):
         raise DataError("field 'in_text_mention' must contain texts, or objects whose field 'tokens' is text")
@@ -74,7 +74,7 @@ def context_text(row: Mapping[str, Any], *, use_inline_mentions: bool) -> str:
     """
     caption, label = row.get("fig_caption"), row.get("fig_label")
     if not isinstance(caption, str):
-        raise DataError(f"field 'fig_caption' must be text, got {describe(caption)}")
+        raise DataError(f"field 'fig_caption' must be text, got {type_and_length(caption)}")
     text = f"Figure Caption:\n{label}: {caption}" if label else f"Figure Caption:\n{caption}"
     mentions = mentions_of(row) if use_inline_mentions else []
     return text + ("\n\nFigure Context:" + "".join(f"\n\t- {mention}" for mention in mentions) if mentions else "")

@@ -19,7 +19,7 @@ from typing import Any
 
 from llava.errors import DataError
 from llava.openai_transport import ApiFailure
-from llava.utils.jsonl import append, drop_torn_line, write_atomic
+from llava.utils.jsonl import append_record, drop_incomplete_line, write_atomic
 
 Row = Mapping[str, Any]
 
@@ -66,7 +66,7 @@ class Results:
     def repair(self) -> None:
         """Remove incomplete last lines, left by a killed process, before rows are appended."""
         for file in (self.path, self.failed_path):
-            drop_torn_line(file)
+            drop_incomplete_line(file)
 
     def append_answer(
         self, row: Row, answer: str, *, model: str, tokens: tuple[int, int], wasted: tuple[int, int] = (0, 0)
@@ -82,7 +82,7 @@ class Results:
         """
         note: dict[str, Any] = {"model": model, **_counts(tokens)}
         lost = self._lost(row, wasted)
-        append(
+        append_record(
             self.path, {**row, "result": answer, "generation": note | ({WASTED: _counts(lost)} if any(lost) else {})}
         )
 
@@ -90,7 +90,7 @@ class Results:
         """Append one failed row: the caption row and `failure`."""
         lost = self._lost(row, (failure.num_prompt_tokens, failure.num_answer_tokens))
         note = {"reason": failure.reason, "detail": failure.detail, "attempts": failure.num_attempts}
-        append(self.failed_path, {**row, "failure": {**note, WASTED: _counts(lost)}})
+        append_record(self.failed_path, {**row, "failure": {**note, WASTED: _counts(lost)}})
 
     def _lost(self, row: Row, tokens: tuple[int, int]) -> tuple[int, int]:
         """Return these tokens plus those of an earlier failure, whose line will be removed."""

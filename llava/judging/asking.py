@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llava.judging.store import Ask, Messages, NoReply, Reply
+from llava.judging.store import Ask, JudgeReply, Messages, NoReply
 from llava.openai_api import ApiError, ApiFailure, ApiSettings, ChatClient, Requests
 from llava.openai_transport import Reply as ApiReply
 
@@ -39,7 +39,7 @@ def ask_endpoint(
     """
     client = ChatClient(settings, max_concurrency=max_concurrency, max_retries=max_retries)
 
-    def ask(requests: Sequence[Messages]) -> Iterator[tuple[int, Reply]]:
+    def ask(requests: Sequence[Messages]) -> Iterator[tuple[int, JudgeReply]]:
         if not requests:
             return
         next_one = 0

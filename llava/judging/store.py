@@ -31,13 +31,13 @@ class NoReply:
     reason: str
 
 
-Reply = str | NoReply
+JudgeReply = str | NoReply
 
-Ask = Callable[[Sequence[Messages]], Iterator[tuple[int, Reply]]]
+Ask = Callable[[Sequence[Messages]], Iterator[tuple[int, JudgeReply]]]
 """Sends requests to a judge; yields the index of each request and its reply, in order of arrival."""
 
 
-def reply_not_stored(requests: Sequence[Messages]) -> Iterator[tuple[int, Reply]]:
+def reply_not_stored(requests: Sequence[Messages]) -> Iterator[tuple[int, JudgeReply]]:
     """Yield `NoReply` for every request: the `Ask` of a judge that only replays its store."""
     return ((place, NoReply("not in the store")) for place in range(len(requests)))
 
@@ -49,7 +49,7 @@ class Store:
         self.path = None if path is None else Path(path)
         self.replies: dict[str, str] = {}
         if self.path is not None and self.path.exists():
-            jsonl.drop_torn_line(self.path)
+            jsonl.drop_incomplete_line(self.path)
             for index, row in enumerate(jsonl.read_records(self.path)):
                 key, reply = row.get("key"), row.get("reply")
                 if not isinstance(key, str) or not isinstance(reply, str):
@@ -63,7 +63,7 @@ class Store:
         """Store a reply; it is on disk when this returns."""
         self.replies[key] = reply
         if self.path is not None:
-            jsonl.append(self.path, {"key": key, "judge": judge, "reply": reply})
+            jsonl.append_record(self.path, {"key": key, "judge": judge, "reply": reply})
 
 
 class Judge:
@@ -92,7 +92,7 @@ class Judge:
         """Return whether the reply to messages is in the store."""
         return self.key(messages) in self.store.replies
 
-    def replies(self, requests: Sequence[Messages]) -> Iterator[tuple[int, Reply]]:
+    def replies(self, requests: Sequence[Messages]) -> Iterator[tuple[int, JudgeReply]]:
         """Yield the index of each request and its reply, stored replies first; equal requests are sent once."""
         places: dict[str, list[int]] = {}
         for place, messages in enumerate(requests):

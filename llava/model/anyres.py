@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import ConfigError
-from llava.imaging.anyres import ImageGrid, Size, keep_size, unpadded
+from llava.imaging.anyres import ImageGrid, Size, keep_size, unpadded_patches
 from llava.model.config import LlavaMedConfig
 from llava.processing import LlavaMedProcessor
 
@@ -55,7 +55,7 @@ def _merged(tiles: Tensor, size: Size, grid: ImageGrid, newline: Tensor | None) 
     # [rows, columns, side, side, D] -> the patches in the image's raster order: [rows * side, columns * side, D]
     whole = tiles[1:].view(rows, columns, side, side, width).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     if grid.merge == "spatial_unpad":
-        left, top, right, bottom = unpadded(size, (columns * side, rows * side))
+        left, top, right, bottom = unpadded_patches(size, (columns * side, rows * side))
         whole = whole[top:bottom, left:right]
         assert newline is not None
         ends = newline.to(whole.dtype).expand(len(whole), 1, width)

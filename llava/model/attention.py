@@ -30,7 +30,7 @@ MATMUL_PAIRS = 1 << 18
 """Query-key pairs up to which `matmul_attention` may hold a piece's score matrix; larger pieces need SDPA's memory."""
 
 
-class Piece(Protocol):
+class RowPiece(Protocol):
     """Run of tokens of a row, with the indices of the pieces above it in its tree."""
 
     @property
@@ -43,14 +43,14 @@ class Piece(Protocol):
     def length(self) -> int: ...
 
 
-class Plan(Protocol):
+class RowPlan(Protocol):
     """Layout of a row and its masks, as `data.attention_plan.AttentionPlan` gives them."""
 
     @property
     def lengths(self) -> list[int]: ...
 
     @property
-    def pieces(self) -> Sequence[Piece]: ...
+    def pieces(self) -> Sequence[RowPiece]: ...
 
     def mask(self, index: int, window: int | None = None) -> Tensor | None: ...
 
@@ -59,7 +59,7 @@ class Plan(Protocol):
     def block_mask(self, window: int | None = None) -> BlockMask: ...
 
 
-class Slots(Protocol):
+class KeyValueSlots(Protocol):
     """Cached keys and values of sequences being generated, as `generation.kv_cache.SlotCache` holds them."""
 
     def attend(
@@ -77,8 +77,8 @@ def tree_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    tree_plan: Plan | None = None,
-    slots: Slots | None = None,
+    tree_plan: RowPlan | None = None,
+    slots: KeyValueSlots | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Attend inside each tree of a row.
@@ -114,14 +114,14 @@ def tree_attention(
         mask = tree_plan.block_mask(sliding_window)
         output = _compiled_flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2).contiguous(), None
-    return by_pieces(query, key, value, tree_plan, dropout=dropout, scaling=scaling, window=sliding_window), None
+    return attend_by_pieces(query, key, value, tree_plan, dropout=dropout, scaling=scaling, window=sliding_window), None
 
 
-def by_pieces(
+def attend_by_pieces(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    plan: Plan,
+    plan: RowPlan,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -139,7 +139,7 @@ def by_pieces(
     if kind == "cpu" and query.dtype in HALF_PRECISION and not dropout:
         largest = max(piece.length * (piece.num_above + piece.length) for piece in plan.pieces)
         if largest <= MATMUL_PAIRS:
-            return by_matmul(query, key, value, plan, scaling=scaling, window=window)
+            return attend_by_matmul(query, key, value, plan, scaling=scaling, window=window)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -165,10 +165,10 @@ def by_pieces(
     return torch.cat(outputs, dim=1)
 
 
-def by_matmul(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scaling: float | None = None, window: int | None = None
+def attend_by_matmul(
+    query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, *, scaling: float | None = None, window: int | None = None
 ) -> Tensor:
-    """Attend as `by_pieces`, but with `matmul_attention`; keys are not repeated."""
+    """Attend as `attend_by_pieces`, but with `matmul_attention`; keys are not repeated."""
     queries, keys, values = (tensor.split(plan.lengths, dim=2) for tensor in (query, key, value))
     outputs = []
     for index, piece in enumerate(plan.pieces):

@@ -115,7 +115,7 @@ class BuildOptions:
 
 
 @dataclass(slots=True)
-class Loaded:
+class LoadedModel:
     """Model ready for use, its processor, and the origin of its parts (`base` path or build options)."""
 
     model: LlavaMedForConditionalGeneration
@@ -124,14 +124,14 @@ class Loaded:
     origin: dict[str, Any] = field(default_factory=dict)
 
 
-def build(
+def build_model(
     lm: str,
     vision_tower: str,
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     device_map: Any = None,
     **options: Any,
-) -> Loaded:
+) -> LoadedModel:
     """Build a model from a language model and a vision tower, with a new projector.
 
     Args:
@@ -149,7 +149,7 @@ def build(
 
         loaded = build("lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336", projector_type="mlp2x_gelu")
     """
-    wanted = portable_tower(BuildOptions(lm=portable(lm), vision_tower=vision_tower, **options))
+    wanted = portable_tower(BuildOptions(lm=portable_path(lm), vision_tower=vision_tower, **options))
     text_config = _text_config(wanted.lm)
     if dtype == "auto":
         saved = getattr(text_config, "dtype", None)
@@ -170,7 +170,7 @@ def build(
         processor = _processor(wanted, tokenizer, image_processor, num_image_tokens=config.image_seq_length)
         write_policy(config, processor.image_grid)
         model = _assemble(config, language_model, tower, seed=wanted.seed, dtype=dtype)
-    return finish(model, processor, {"build": asdict(wanted)})
+    return finish_model(model, processor, {"build": asdict(wanted)})
 
 
 def _processor(
@@ -190,7 +190,7 @@ def _processor(
     )
 
 
-def portable(path: str) -> str:
+def portable_path(path: str) -> str:
     """Return a folder's absolute path, which saved records can use anywhere, or a hub name unchanged.
 
     Raises:
@@ -220,16 +220,18 @@ def portable_tower(options: BuildOptions) -> BuildOptions:
         )
     if tower.startswith(HUB_PREFIX):
         return options
-    return replace(options, vision_tower=portable(tower.removeprefix(FOLDER_PREFIX)))
+    return replace(options, vision_tower=portable_path(tower.removeprefix(FOLDER_PREFIX)))
 
 
-def finish(model: LlavaMedForConditionalGeneration, processor: LlavaMedProcessor, origin: dict[str, Any]) -> Loaded:
+def finish_model(
+    model: LlavaMedForConditionalGeneration, processor: LlavaMedProcessor, origin: dict[str, Any]
+) -> LoadedModel:
     """Set tree attention and generation ids of a model, and return it with its context length."""
     use_tree_attention(model)
     generation = model.generation_config
     generation.pad_token_id, generation.eos_token_id = processor.pad_token_id, processor.eos_token_id
     context_len = int(getattr(model.config.text_config, "max_position_embeddings", 2048))
-    return Loaded(model, processor, context_len, origin)
+    return LoadedModel(model, processor, context_len, origin)
 
 
 def _text_config(lm: str) -> Any:
@@ -258,7 +260,7 @@ def _tokenizer(lm: str) -> Any:
 
 
 @contextmanager
-def whole(weight: Tensor) -> Iterator[None]:
+def gathered_weight(weight: Tensor) -> Iterator[None]:
     """Gather a weight that ZeRO-3 shards over ranks for the length of the block; every rank may write it."""
     if not hasattr(weight, "ds_id"):
         yield
@@ -288,7 +290,7 @@ def add_tokens(tokenizer: Any, language_model: PreTrainedModel, options: BuildOp
     for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
         for values in (cast(Any, layer).weight, getattr(layer, "bias", None)):
             if values is not None:
-                with torch.no_grad(), whole(values):
+                with torch.no_grad(), gathered_weight(values):
                     values[new_rows] = values[:first_new].mean(dim=0, dtype=torch.float32).to(values.dtype)
 
 

@@ -21,7 +21,7 @@ BATCH_SIZE = 16
 
 
 @torch.no_grad()
-def calibrate(model: LlavaMedForConditionalGeneration, pixels: Tensor, *, seed: int) -> None:
+def calibrate_projector(model: LlavaMedForConditionalGeneration, pixels: Tensor, *, seed: int) -> None:
     """Reinitialize a model's projector, fitted to images and word embeddings.
 
     Args:

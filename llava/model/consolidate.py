@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava.model.checkpoint.tools.cli import consolidate
+from llava.model.checkpoint.tools.cli import consolidate_main
 from llava.utils.cli import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    consolidate(argv)
+    consolidate_main(argv)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from llava.errors import ConfigError
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.weight_names import NEWLINE
 
 PARTS = {"multi_modal_projector": "projector", NEWLINE: "projector", "vision_tower": "vision tower", "lora_": "adapter"}
@@ -38,7 +38,7 @@ def language_linear_layers(model: nn.Module) -> str:
 
 
 def add_lora(
-    loaded: Loaded,
+    loaded: LoadedModel,
     *,
     r: int = 64,
     alpha: int = 16,

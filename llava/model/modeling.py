@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from llava.imaging.anyres import KEEP, Size
 from llava.model.anyres import grid_of, merge_tiles, needs_newline, new_newline, project_kept
 from llava.model.config import LlavaMedConfig
-from llava.model.multimodal_encoder.towers import num_extra_tokens, side
+from llava.model.multimodal_encoder.towers import num_extra_tokens, square_side
 from llava.model.multimodal_projector import build_projector
 from llava.model.quantization import quantized_layers
 
@@ -55,7 +55,9 @@ class LlavaMedModel(LlavaModel):
         pixels = pixel_values.to(parameter.device, parameter.dtype)
         config: Any = self.config.vision_config
         # DINOv2 always interpolates its position table to the input; the others only on request.
-        is_other_size = {*pixels.shape[-2:]} != {side(config.image_size)} and not config.model_type.startswith("dinov2")
+        is_other_size = {*pixels.shape[-2:]} != {square_side(config.image_size)} and not config.model_type.startswith(
+            "dinov2"
+        )
         stretch = {"interpolate_pos_encoding": True} if is_other_size else {}
         with torch.no_grad() if frozen else nullcontext():
             states = tower(pixels, output_hidden_states=True, return_dict=True, **stretch).hidden_states

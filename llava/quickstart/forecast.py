@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llava.quickstart.machine import Machine
-from llava.quickstart.settings import AUTO, Settings
+from llava.quickstart.settings import AUTO, QuickstartSettings
 from llava.quickstart.work import LanguageShape, Rows, TowerShape, rows_of
 
 LORA_RANK = 16
@@ -78,7 +78,7 @@ class Costs:
 
 
 def stage_seconds(
-    settings: Settings, machine: Machine, language: LanguageShape, tower: TowerShape, rows: Rows
+    settings: QuickstartSettings, machine: Machine, language: LanguageShape, tower: TowerShape, rows: Rows
 ) -> dict[str, float]:
     """Return the seconds forecast for each stage.
 
@@ -111,8 +111,8 @@ def stage_seconds(
 
 
 def choose_size(
-    settings: Settings, machine: Machine, language: LanguageShape, tower: TowerShape
-) -> tuple[Settings, str]:
+    settings: QuickstartSettings, machine: Machine, language: LanguageShape, tower: TowerShape
+) -> tuple[QuickstartSettings, str]:
     """Return the settings with the largest size that fits, and the reason as a sentence.
 
     A number or data set that the user has given is never changed.
@@ -132,7 +132,7 @@ def choose_size(
     return sized, f"{reason} (forecast: {', '.join(tried)})."
 
 
-def with_size(settings: Settings, size: Size) -> Settings:
+def with_size(settings: QuickstartSettings, size: Size) -> QuickstartSettings:
     """Return the settings with the numbers of a size."""
     return replace(
         settings,

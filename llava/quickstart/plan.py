@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llava.quickstart import machine, pretrained
 from llava.quickstart.forecast import SIZES, choose_size, stage_seconds, with_size
-from llava.quickstart.settings import AUTO, SIZED, Settings
+from llava.quickstart.settings import AUTO, SIZED, QuickstartSettings
 from llava.quickstart.work import LanguageShape, language_shape, rows_of, tower_shape
 from llava.utils.jsonl import read_text, write_json
 
@@ -42,7 +42,7 @@ def read_plan(out: Path) -> Plan:
     return Plan(**json.loads(read_text(out / PLAN)))
 
 
-def new_plan(settings: Settings) -> tuple[Settings, Plan]:
+def new_plan(settings: QuickstartSettings) -> tuple[QuickstartSettings, Plan]:
     """Measure the machine; return the settings with a fitting size, and the plan."""
     language, tower = language_shape(settings.lm), tower_shape(settings.vision_tower, settings.image_size)
     shape = language or LanguageShape()
@@ -59,7 +59,7 @@ def new_plan(settings: Settings) -> tuple[Settings, Plan]:
     return sized, Plan(str(measured), reason, seconds)
 
 
-def resumed_plan(settings: Settings) -> tuple[Settings, Plan] | None:
+def resumed_plan(settings: QuickstartSettings) -> tuple[QuickstartSettings, Plan] | None:
     """Return the settings and the plan of the run in the folder; None without a run.
 
     The run keeps its size on any machine.
@@ -72,6 +72,6 @@ def resumed_plan(settings: Settings) -> tuple[Settings, Plan] | None:
     return settings, read_plan(settings.out)
 
 
-def planned(settings: Settings, *, restart: bool) -> tuple[Settings, Plan]:
+def planned(settings: QuickstartSettings, *, restart: bool) -> tuple[QuickstartSettings, Plan]:
     """Return the settings and the plan of this run: those of the run in the folder, or new ones."""
     return (None if restart else resumed_plan(settings)) or new_plan(settings)

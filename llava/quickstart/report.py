@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from llava.eval.intervals import Draws, Score
-from llava.eval.medvqa.controls import commonest_answers
-from llava.eval.medvqa.items import Item
-from llava.eval.medvqa.page import case, choose_examples, is_right
-from llava.imaging.decode import load as load_image
+from llava.eval.intervals import Draws, ItemScores
+from llava.eval.medvqa.controls import most_common_answers
+from llava.eval.medvqa.items import ScoredItem
+from llava.eval.medvqa.page import case_html, choose_examples, is_right
+from llava.imaging.decode import load_image
 from llava.samples import Sample
 from llava.utils.jsonl import write_atomic
 from llava.utils.reporting import data_url, render_page
@@ -38,7 +38,7 @@ def question_type(sample: Sample) -> str:
     return str(sample.meta.get("question_type") or sample.meta.get("answer_type") or "")
 
 
-def majority_items(items: Sequence[Item], samples: Sequence[Sample], train: Sequence[Sample]) -> list[Item]:
+def majority_items(items: Sequence[ScoredItem], samples: Sequence[Sample], train: Sequence[Sample]) -> list[ScoredItem]:
     """Return the items with the most common training answer of each question's type as prediction.
 
     Args:
@@ -46,15 +46,17 @@ def majority_items(items: Sequence[Item], samples: Sequence[Sample], train: Sequ
         samples: their rows.
         train: the rows in which answers are counted; a type without rows gets the most common answer of all.
     """
-    answers = commonest_answers(train, question_type)
-    common = commonest_answers(train, lambda _: "everything")["everything"]
+    answers = most_common_answers(train, question_type)
+    common = most_common_answers(train, lambda _: "everything")["everything"]
     return [
         replace(item, prediction=answers.get(question_type(sample), common), failed=False)
         for item, sample in zip(items, samples, strict=True)
     ]
 
 
-def compare_runs(runs: Mapping[str, Sequence[Item]], *, num_resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+def compare_runs(
+    runs: Mapping[str, Sequence[ScoredItem]], *, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
     """Return the accuracy of every run and the differences of `after` to them, with intervals.
 
     Args:
@@ -69,7 +71,7 @@ def compare_runs(runs: Mapping[str, Sequence[Item]], *, num_resamples: int = 100
     """
     items = runs["after"]
     draws = Draws([item.image for item in items], num_resamples=num_resamples, seed=seed)
-    scores = {name: Score.of(_right(items, answers)) for name, answers in runs.items()}
+    scores = {name: ItemScores.of(_right(items, answers)) for name, answers in runs.items()}
     differences = {
         name: draws.difference(_on_the_same(scores["after"], score), score).to_json()
         for name, score in scores.items()
@@ -85,18 +87,18 @@ def compare_runs(runs: Mapping[str, Sequence[Item]], *, num_resamples: int = 100
     }
 
 
-def _right(items: Sequence[Item], answers: Sequence[Item]) -> list[float]:
+def _right(items: Sequence[ScoredItem], answers: Sequence[ScoredItem]) -> list[float]:
     """Return 1 (right) or 0 for each of `items` that was answered, NaN for the others."""
     by_id = {answer.question_id: float(is_right(answer)) for answer in answers}
     return [by_id.get(item.question_id, math.nan) for item in items]
 
 
-def _on_the_same(score: Score, other: Score) -> Score:
+def _on_the_same(score: ItemScores, other: ItemScores) -> ItemScores:
     """Return the score restricted to the items of the other score."""
-    return Score.of(np.where(np.isnan(other.values), math.nan, score.values))
+    return ItemScores.of(np.where(np.isnan(other.values), math.nan, score.values))
 
 
-def by_type(runs: Mapping[str, Sequence[Item]]) -> dict[str, dict[str, float]]:
+def by_type(runs: Mapping[str, Sequence[ScoredItem]]) -> dict[str, dict[str, float]]:
     """Return the percentage of right answers by question type and run; empty if the data name no types."""
     shares: dict[str, dict[str, float]] = {}
     for name, answers in runs.items():
@@ -116,8 +118,8 @@ def write_page(
     path: Path,
     *,
     result: Mapping[str, Any],
-    items: Sequence[Item],
-    blank: Sequence[Item],
+    items: Sequence[ScoredItem],
+    blank: Sequence[ScoredItem],
     image_folder: Path,
     curves: Mapping[str, Path],
     facts: Mapping[str, Any],
@@ -147,11 +149,11 @@ def write_page(
         "quickstart.html",
         title="Quickstart",
         notice=notice,
-        verdict=verdict(result),
+        verdict=verdict_text(result),
         accuracy=accuracy_rows(result),
         runs=[title for name, title in RUNS.items() if name in result["accuracy"]],
         types=type_rows(result),
-        cases=[case(items[index], blank[index], opener) for index in shown],
+        cases=[case_html(items[index], blank[index], opener) for index in shown],
         chat=chat,
         curves=[(name, data_url(file.read_bytes(), "png")) for name, file in curves.items() if file.is_file()],
         reason=reason,
@@ -161,7 +163,7 @@ def write_page(
     write_atomic(path, text)
 
 
-def verdict(result: Mapping[str, Any]) -> str:
+def verdict_text(result: Mapping[str, Any]) -> str:
     """Return the result in one sentence: whether the model uses its images, and by which numbers."""
     differences = [
         f"{result['difference'][name]['value']:+.1f} points {_interval(result['difference'][name])} over {RUNS[name]!r}"
@@ -195,7 +197,7 @@ def type_rows(result: Mapping[str, Any]) -> list[list[str]]:
 
 def summary_text(result: Mapping[str, Any]) -> str:
     """Return the accuracies as text for the terminal."""
-    lines = [verdict(result), ""]
+    lines = [verdict_text(result), ""]
     for name, title in RUNS.items():
         if name in result["accuracy"]:
             accuracy = result["accuracy"][name]

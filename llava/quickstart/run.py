@@ -18,7 +18,7 @@ from llava.errors import ConfigError
 from llava.quickstart import machine, plan
 from llava.quickstart.forecast import text_table, time_table
 from llava.quickstart.plan import SETTINGS, Plan
-from llava.quickstart.settings import Settings, parse_settings
+from llava.quickstart.settings import QuickstartSettings, parse_settings
 from llava.quickstart.stages import STAGES, Context, Facts
 from llava.utils import log
 from llava.utils.jsonl import read_text, write_json
@@ -28,7 +28,7 @@ MARKERS = "stages"
 Stages = Mapping[str, tuple[str, Callable[[Context], Facts]]]
 
 
-def claim(settings: Settings, *, restart: bool) -> None:
+def claim_folder(settings: QuickstartSettings, *, restart: bool) -> None:
     """Create the run's folder, or check that it holds the same run.
 
     Raises:
@@ -54,7 +54,7 @@ def claim(settings: Settings, *, restart: bool) -> None:
     write_json(path, wanted)
 
 
-def run_stages(settings: Settings, *, stages: Stages = STAGES, out: TextIO | None = None) -> Context:
+def run_stages(settings: QuickstartSettings, *, stages: Stages = STAGES, out: TextIO | None = None) -> Context:
     """Run every stage without a marker, in order; return the facts of all stages."""
     out = out or sys.stdout
     context = Context(settings)
@@ -98,10 +98,10 @@ def conclusion(context: Context, outlook: Plan) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava quickstart`."""
     settings, restart = parse_settings(argv)
-    log.setup()
+    log.setup_logging()
     machine.use_physical_cores()
     settings, outlook = plan.planned(settings, restart=restart)
-    claim(settings, restart=restart)
+    claim_folder(settings, restart=restart)
     outlook.write(settings.out)
     sys.stdout.write(opening(outlook))
     sys.stdout.write(conclusion(run_stages(settings), outlook))

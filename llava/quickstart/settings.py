@@ -21,7 +21,7 @@ SIZED = ("size", "num_train", "captions_per_step", "questions_per_step")
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class QuickstartSettings:
     """Settings that decide the result; the folder `out` stores them.
 
     Attributes:
@@ -87,7 +87,7 @@ class Settings:
 
 def make_parser() -> Parser:
     """Return the parser of `llava quickstart`."""
-    default = Settings(Path("runs/quickstart"))
+    default = QuickstartSettings(Path("runs/quickstart"))
     parser = Parser(
         prog="llava quickstart",
         description="Draw a SYNTHETIC blood-smear set (or take --data), align, tune with LoRA, evaluate before and "
@@ -111,13 +111,13 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse_settings(argv: Sequence[str] | None) -> tuple[Settings, bool]:
+def parse_settings(argv: Sequence[str] | None) -> tuple[QuickstartSettings, bool]:
     """Return the checked settings, whose size may be `AUTO`, and whether to restart."""
     fields = vars(make_parser().parse_args(argv))
     restart = bool(fields.pop("restart"))
     if fields["num_train"] is None:
         del fields["num_train"]
         fields["size"] = AUTO if fields["data"] is None else GIVEN
-    settings = Settings(**fields)
+    settings = QuickstartSettings(**fields)
     settings.check()
     return settings, restart

@@ -62,9 +62,9 @@ def convert_gguf(source: Path, target: Path) -> None:
         weight = torch.from_numpy(values)
         name = tensor_name(tensor.name)
         if name.endswith("q_proj.weight"):
-            weight = unpermute(weight, num_heads)
+            weight = unpermute_rows(weight, num_heads)
         elif name.endswith("k_proj.weight"):
-            weight = unpermute(weight, num_key_heads)
+            weight = unpermute_rows(weight, num_key_heads)
         state[name] = weight.contiguous()
     config = llama_config(fields, tied="lm_head.weight" not in state)
     save_file(state, target / "model.safetensors", metadata={"format": "pt"})
@@ -88,7 +88,7 @@ def tensor_name(name: str) -> str:
     )
 
 
-def unpermute(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+def unpermute_rows(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Restore the row order of a projection: per head, from llama.cpp's (pair, half) to (half, pair).
 
     Args:

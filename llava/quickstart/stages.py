@@ -20,18 +20,18 @@ from transformers import PreTrainedTokenizerBase
 from llava.data.converters.alignment import alignment_rows
 from llava.data.records import load_samples
 from llava.eval import run as evaluation
-from llava.eval.medvqa.items import Item, join
+from llava.eval.medvqa.items import ScoredItem, join_answers
 from llava.generation.options import engine_of
-from llava.imaging.decode import load as load_image
-from llava.model.builder import build
-from llava.model.calibration import calibrate
+from llava.imaging.decode import load_image
+from llava.model.builder import build_model
+from llava.model.calibration import calibrate_projector
 from llava.model.checkpoint.formats import CONFIG_FILE, read_json
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_model, save_projector
 from llava.model.precision import trains_faster_in_bf16
 from llava.quickstart import plan, pretrained, report
 from llava.quickstart.forecast import LORA_RANK, NUM_CALIBRATION_IMAGES, SPARE_TOKENS, time_table
-from llava.quickstart.settings import Settings
+from llava.quickstart.settings import QuickstartSettings
 from llava.quickstart.synthetic import NOTICE, pick_rows, write_dataset
 from llava.train.run import run_sft
 from llava.utils.jsonl import read_records, write_json
@@ -47,7 +47,7 @@ Facts = dict[str, Any]
 class Context:
     """Settings of a run and the facts of its finished stages by name."""
 
-    settings: Settings
+    settings: QuickstartSettings
     facts: dict[str, Facts] = field(default_factory=dict)
 
     def path(self, name: str) -> Path:
@@ -89,13 +89,13 @@ def data(context: Context) -> Facts:
     return {
         "folder": str(folder),
         "notice": notice,
-        **captions(context, folder),
+        **caption_rows(context, folder),
         "num_train_questions": sum(1 for _ in read_records(folder / "train.json")),
         "num_test_questions": sum(1 for _ in read_records(folder / "test.json")),
     }
 
 
-def captions(context: Context, folder: Path) -> Facts:
+def caption_rows(context: Context, folder: Path) -> Facts:
     """Return the file of the alignment stage and its template.
 
     The rows are the captions of the folder; without captions, facts that the training rows state about their images, if
@@ -115,7 +115,7 @@ def captions(context: Context, folder: Path) -> Facts:
 def before(context: Context) -> Facts:
     """Build the model with a random projector of fitting scale, save it, and evaluate it."""
     folder, settings, names = context.path("untrained"), context.settings, context.facts["parts"]
-    loaded = build(
+    loaded = build_model(
         names["lm"],
         names["vision_tower"],
         template=settings.template,
@@ -123,7 +123,7 @@ def before(context: Context) -> Facts:
         seed=settings.seed,
     )
     images = [load_image(path) for path in training_images(context.data)[:NUM_CALIBRATION_IMAGES]]
-    calibrate(loaded.model, loaded.processor.pixels(images), seed=settings.seed)
+    calibrate_projector(loaded.model, loaded.processor.pixels(images), seed=settings.seed)
     save_projector(loaded.model, loaded.processor, folder, origin=loaded.origin)
     limit = longest_answer(context.data, loaded.processor.tokenizer) + SPARE_TOKENS
     del loaded
@@ -181,7 +181,7 @@ def tune(context: Context) -> Facts:
         per_device_train_batch_size=context.settings.questions_per_step,
         learning_rate=5e-4,
     )
-    loaded = load(context.path("tune"))
+    loaded = load_checkpoint(context.path("tune"))
     save_model(loaded.model, loaded.processor, context.path("model"), origin=loaded.origin)
     return facts
 
@@ -198,12 +198,12 @@ def page(context: Context) -> Facts:
     samples = load_samples(folder / "test.json", image_folder=folder / "images")
     train_samples = load_samples(folder / "train.json", image_folder=folder / "images")
 
-    def answers(run: str, file: str) -> list[Item]:
+    def answers(run: str, file: str) -> list[ScoredItem]:
         rows = list(read_records(context.path(run) / file))
         asked = {str(row["question_id"]) for row in rows} if run == "eval-before" else None
-        return join([sample for sample in samples if asked is None or sample.id in asked], rows, source=run)
+        return join_answers([sample for sample in samples if asked is None or sample.id in asked], rows, source=run)
 
-    runs: dict[str, list[Item]] = {
+    runs: dict[str, list[ScoredItem]] = {
         "after": answers("eval-after", evaluation.ANSWERS),
         "after_blank": answers("eval-after", evaluation.BLANK_ANSWERS),
         "before": answers("eval-before", evaluation.ANSWERS),
@@ -284,7 +284,7 @@ def evaluate(context: Context, model: Path, out: Path, questions: Path, limit: i
     options += ["--dtype", evaluation_dtype(context.facts["parts"]["lm"]), "--note", context.notice]
     argv = [*map(str, options), *switches]
     args = evaluation.make_parser().parse_args(argv)
-    result = evaluation.evaluate(evaluation.plan_of(args, argv), partial(engine_of, args))
+    result = evaluation.evaluate_model(evaluation.plan_of(args, argv), partial(engine_of, args))
     return {"folder": str(out), "scores": result["scores"]}
 
 

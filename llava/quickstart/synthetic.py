@@ -268,7 +268,7 @@ QUESTIONS = (
 )
 
 
-def caption(smear: Smear) -> str:
+def smear_caption(smear: Smear) -> str:
     """Return a short description with all facts that the questions ask about."""
     if smear.white:
         kind, number = smear.white[0].kind, len(smear.white)
@@ -340,7 +340,7 @@ def write_dataset(folder: Path, *, num_train: int, num_test: int, seed: int) -> 
     captions: list[dict[str, Any]] = []
     questions: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     plan = [("train", index) for index in range(num_train)] + [("test", index) for index in range(num_test)]
-    for number, (split, index) in enumerate(log.progress(plan, title="drawing", unit="image")):
+    for number, (split, index) in enumerate(log.with_progress(plan, title="drawing", unit="image")):
         smear = sample_smear(seed * BLOCK + number)
         image = f"synthetic-{split}-{index:04d}.png"
         notice = PngInfo()
@@ -349,7 +349,7 @@ def write_dataset(folder: Path, *, num_train: int, num_test: int, seed: int) -> 
         questions[split] += question_rows(smear, image, rng)
         if split == "train":
             wording = f"{IMAGE_TOKEN}\nDescribe the picture."
-            captions.append(_row(f"{Path(image).stem}-caption", image, wording, caption(smear)))
+            captions.append(_row(f"{Path(image).stem}-caption", image, wording, smear_caption(smear)))
     write_json(folder / "captions.json", captions)
     write_json(folder / "train.json", balanced(questions["train"], rng))
     write_json(folder / "test.json", balanced(questions["test"], rng))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from llava.data.records import load_samples
-from llava.quickstart.settings import Settings
+from llava.quickstart.settings import QuickstartSettings
 from llava.samples import Sample
 
 CHARACTERS_PER_TOKEN = 4.0
@@ -167,7 +167,7 @@ def _answer_tokens(sample: Sample) -> float:
     return sum(len(turn.text) / CHARACTERS_PER_TOKEN + 1 for turn in sample.conversation.turns[1::2])
 
 
-def rows_of(settings: Settings) -> Rows:
+def rows_of(settings: QuickstartSettings) -> Rows:
     """Return the rows of a run.
 
     Raises:

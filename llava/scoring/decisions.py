@@ -16,14 +16,14 @@ OPEN_TYPES = frozenset({"open", "other", "number"})
 _WORD = re.compile(r"\w+")
 
 
-def words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
     """Return the words of a text in lower case."""
     return _WORD.findall(text.lower())
 
 
-def decision(text: str) -> str | None:
+def first_decision(text: str) -> str | None:
     """Return the first whole word `yes` or `no` of an answer; None if it has neither."""
-    return next((word for word in words(text) if word in DECISIONS), None)
+    return next((word for word in words_of(text) if word in DECISIONS), None)
 
 
 def is_closed(answer_type: Any, reference: str) -> bool:

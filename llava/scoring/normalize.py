@@ -78,7 +78,7 @@ CONTRACTIONS = dict(_contractions())
 """Correct forms of contractions, by the form without an apostrophe."""
 
 
-def normalize(text: str, *, all_periods: bool = False) -> str:
+def normalize_answer(text: str, *, all_periods: bool = False) -> str:
     """Return the form of a text that the medical VQA scores compare.
 
     Args:

@@ -20,8 +20,7 @@ from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError, LlavaError
 from llava.generation.options import add_engine_options, engine_of
 from llava.generation.protocol import Engine, ImageRef, Prompt, Sampling
-from llava.imaging.decode import load as load_image
-from llava.imaging.decode import read_bytes
+from llava.imaging.decode import load_image, read_image_bytes
 from llava.samples import Conversation, Turn
 from llava.utils.cli import Parser
 from llava.utils.jsonl import read_text
@@ -83,7 +82,7 @@ def read_image(path: str) -> bytes:
     Raises:
         DataError: the image cannot be read.
     """
-    content = read_bytes(path, None)
+    content = read_image_bytes(path, None)
     try:
         load_image(content)  # the processor decodes it again; this reports errors before a model is loaded
     except DataError as error:

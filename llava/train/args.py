@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.compat import help_text
+from llava.compat import compat_help
 from llava.errors import ConfigError
-from llava.imaging.dicom.policy import DEFAULT, FRAME_HELP, KEPT, WINDOW_HELP
-from llava.imaging.jpeg import HELP as FAST_JPEG_HELP
+from llava.imaging.dicom.policy import CHECKPOINT_DEFAULT_HELP, DEFAULT_POLICY, DICOM_FRAME_HELP, DICOM_WINDOW_HELP
+from llava.imaging.jpeg import FAST_JPEG_HELP
 from llava.train.legacy_flags import LegacyTrainingArguments, option
 
 
@@ -98,8 +98,8 @@ class DataArguments:
     image_grid_pinpoints: str | None = option(
         None, "image sizes in pixels that anyres chooses from, '[[336, 672], [672, 336]]'; default: those of LLaVA 1.6"
     )
-    dicom_window: str | None = option(None, WINDOW_HELP.replace("%", "%%") + KEPT)
-    dicom_frame: str | None = option(None, FRAME_HELP + KEPT)
+    dicom_window: str | None = option(None, DICOM_WINDOW_HELP.replace("%", "%%") + CHECKPOINT_DEFAULT_HELP)
+    dicom_frame: str | None = option(None, DICOM_FRAME_HELP + CHECKPOINT_DEFAULT_HELP)
     fast_jpeg: bool | None = option(None, FAST_JPEG_HELP)
     eval_data_path: str | None = option(None, "held-out rows for validation during training")
     eval_image_folder: str | None = option(None, "image folder of the held-out rows; default: --image-folder")
@@ -118,7 +118,9 @@ class DataArguments:
             raise ConfigError(
                 "--data-path is missing; expected a file of rows in LLaVA format (JSON array or JSON lines)"
             )
-        DEFAULT.changed(self.dicom_window, self.dicom_frame)  # rejects an invalid value before anything is loaded
+        DEFAULT_POLICY.changed(
+            self.dicom_window, self.dicom_frame
+        )  # rejects an invalid value before anything is loaded
 
 
 @dataclass
@@ -146,7 +148,7 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
         "tokens: mean over all supervised tokens of a step; micro_batches: mean of the means of its micro-batches, "
         "without the logit of the image placeholder, as the original trainers computed it",
     )
-    compat: str = option("none", help_text("training"))
+    compat: str = option("none", compat_help("training"))
     max_tokens_per_row: int = option(8192, "largest number of tokens in one forward pass; does not change the loss")
     early_stopping_patience: int = option(0, "stop after this many validations without improvement; 0: never")
     eval_answers: int = option(64, "held-out questions to answer and score at each validation; 0: loss only")

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava.train.trainer import LlavaTrainer, TrainingCounts
-from llava.utils.jsonl import append, read_records, write_atomic, write_records
+from llava.utils.jsonl import append_record, read_records, write_atomic, write_records
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class MetricsCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         row = {"step": state.global_step, **logs, **throughput, "peak_memory_gb": round(peak_memory_gb(), 3)}
-        append(self.path, row)
+        append_record(self.path, row)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Draw the loss curve."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llava.data.mixture import data_sha256
 from llava.errors import CheckpointError, ConfigError
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.formats import ADAPTER_FILE, PROVENANCE_FILE
 from llava.model.checkpoint.load_parts import check_adapter_names, load_extra, load_projector, read_tensors
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
@@ -38,7 +38,7 @@ ARGUMENTS_FILE = "resolved_arguments.json"
 STATE_FILE = "trainer_state.json"
 
 DEFAULT_OUTPUT = "trainer_output"
-"""Where transformers' `TrainingArguments` write when no folder is named."""
+"""Default output folder of transformers' `TrainingArguments`."""
 
 DECISIVE = (
     "data_sha256", "model_sha256", "global_batch", "seed", "image_grouping", "order", "trains", "loss_normalization",
@@ -212,7 +212,7 @@ SAVERS: dict[Kind, Callable[..., None]] = {
 }
 
 
-def hooks_for(kind: Kind, model: nn.Module, loaded: Loaded) -> TrainerHooks:
+def hooks_for(kind: Kind, model: nn.Module, loaded: LoadedModel) -> TrainerHooks:
     """Return the save and restore hooks for the trained part."""
 
     def save(path: str, state: dict[str, Tensor] | None) -> None:

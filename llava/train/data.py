@@ -28,8 +28,8 @@ from llava.data.samplers import (
 from llava.data.validate import check_trainable
 from llava.errors import ConfigError
 from llava.imaging.anyres import KEEP
-from llava.model.builder import Loaded
-from llava.model.calibration import calibrate
+from llava.model.builder import LoadedModel
+from llava.model.calibration import calibrate_projector
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 
 ENOUGH_ROWS_PER_IMAGE = 1.5
@@ -129,7 +129,7 @@ RANK_QUARANTINE_FILE = "quarantine-{}.jsonl"
 
 
 def open_data(
-    path: str, image_folder: str | None, data_args: DataArguments, args: LlavaTrainingArguments, loaded: Loaded
+    path: str, image_folder: str | None, data_args: DataArguments, args: LlavaTrainingArguments, loaded: LoadedModel
 ) -> SFTDataset:
     """Load rows into a dataset and check that each can be trained.
 
@@ -170,7 +170,7 @@ def open_data(
 
 
 def open_training_data(
-    data_args: DataArguments, args: LlavaTrainingArguments, loaded: Loaded
+    data_args: DataArguments, args: LlavaTrainingArguments, loaded: LoadedModel
 ) -> SFTDataset | StreamDataset:
     """Return the training dataset: a map-style one for a file or a mixture, or a stream.
 
@@ -199,7 +199,7 @@ def _refuse_folder(path: str, flag: str, folder: str | None) -> None:
 
 
 def _open_stream(
-    mixture: Mixture, data_args: DataArguments, args: LlavaTrainingArguments, loaded: Loaded
+    mixture: Mixture, data_args: DataArguments, args: LlavaTrainingArguments, loaded: LoadedModel
 ) -> StreamDataset:
     if args.max_steps <= 0:
         raise ConfigError("a streaming mixture has no length; set --max-steps")
@@ -268,7 +268,7 @@ def _quarantine_file(rank: int) -> str:
 
 def prepare_images(
     dataset: SFTDataset | StreamDataset,
-    loaded: Loaded,
+    loaded: LoadedModel,
     model_args: ModelArguments,
     data_args: DataArguments,
     args: LlavaTrainingArguments,
@@ -283,11 +283,11 @@ def prepare_images(
             raise ConfigError("--calibrate-mm-projector cannot be used with a stream; omit it")
         return
     if model_args.calibrate_mm_projector:
-        calibrate_projector(dataset, loaded, args)
+        fit_new_projector(dataset, loaded, args)
     use_cache_of_features(dataset, loaded, model_args, data_args)
 
 
-def calibrate_projector(dataset: SFTDataset, loaded: Loaded, args: LlavaTrainingArguments) -> None:
+def fit_new_projector(dataset: SFTDataset, loaded: LoadedModel, args: LlavaTrainingArguments) -> None:
     """Initialize the projector to match the features of the first images.
 
     Raises:
@@ -302,11 +302,11 @@ def calibrate_projector(dataset: SFTDataset, loaded: Loaded, args: LlavaTraining
         )
     inputs = [dataset.pixels(key) for key in keys]  # [3, H, W] each, or tiles [K, 3, H, W]
     pixels = torch.cat([image if image.dim() == 4 else image[None] for image in inputs])
-    calibrate(loaded.model, pixels, seed=args.seed)
+    calibrate_projector(loaded.model, pixels, seed=args.seed)
 
 
 def use_cache_of_features(
-    dataset: SFTDataset, loaded: Loaded, model_args: ModelArguments, data_args: DataArguments
+    dataset: SFTDataset, loaded: LoadedModel, model_args: ModelArguments, data_args: DataArguments
 ) -> None:
     """Cache the features of a frozen vision tower in `--feature-cache-dir`, if they fit.
 
@@ -327,7 +327,7 @@ def use_cache_of_features(
         )
     config = loaded.model.config
     settings = {"layer": config.vision_feature_layer, "select": config.vision_feature_select_strategy}
-    cache = feature_cache.build(
+    cache = feature_cache.build_feature_cache(
         folder,
         dataset.image_keys(),
         tower=feature_cache.weights_hash(loaded.model.model.vision_tower.state_dict(), settings),

@@ -35,7 +35,7 @@ class StepTimer(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-def shorten(args: LlavaTrainingArguments) -> None:
+def shorten_run(args: LlavaTrainingArguments) -> None:
     """Limit a run to `NUM_STEPS` steps without saving or validation."""
     args.max_steps = NUM_STEPS
     args.save_strategy = args.eval_strategy = "no"
@@ -69,7 +69,7 @@ def memory_table(model: nn.Module) -> str:
     return "\n".join(f"{name:<18}{size / 1e9:>10.3f} GB" for name, size in rows.items())
 
 
-def forecast(timer: StepTimer, total_steps: int) -> str:
+def time_forecast(timer: StepTimer, total_steps: int) -> str:
     """Return the predicted time of the whole run; the first three steps are warm-up and not counted."""
     steady = timer.seconds[min(3, len(timer.seconds) - 1) :]
     middle = statistics.median(steady)

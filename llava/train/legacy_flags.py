@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from llava.errors import ConfigError
 from llava.utils.cli import flag
-from llava.utils.jsonl import NOT_JSON
+from llava.utils.jsonl import JSON_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def _check_json(name: str, value: str, text: str | None) -> None:
     """Check that an option is a JSON object, given as `text` or in the file that `value` names."""
     try:
         content = json.loads(text if text is not None else Path(value).read_text(encoding="utf-8"))
-    except (OSError, *NOT_JSON) as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise ConfigError(f"{flag(name)} {value}: not JSON ({error}); expected a JSON object") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{flag(name)} {value}: expected a JSON object, got {type(content).__name__}")

@@ -13,11 +13,11 @@ import torch
 
 from llava.errors import ConfigError
 from llava.model.anyres import use_policy
-from llava.model.builder import Loaded, build, portable
+from llava.model.builder import LoadedModel, build_model, portable_path
 from llava.model.checkpoint.files.shards import find_weights
-from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, ORIGIN_FILE, OURS, PROJECTOR_FILES, Checkpoint
+from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, ORIGIN_FILE, OUR_KINDS, PROJECTOR_FILES, Checkpoint
 from llava.model.checkpoint.hub import hub_config, is_hub_name, local_folder
-from llava.model.checkpoint.load import PART_FLAGS, USED_PARTS, load, read_origin
+from llava.model.checkpoint.load import PART_FLAGS, USED_PARTS, load_checkpoint, read_origin
 from llava.model.checkpoint.load_parts import load_projector
 from llava.model.quantization import Quantization
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
@@ -35,7 +35,7 @@ DTYPE = torch.float32
 """Data type of loaded weights; bf16 and fp16 runs use autocast (see `llava.train.precision`)."""
 
 
-def open_model(model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainingArguments) -> Loaded:
+def open_model(model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainingArguments) -> LoadedModel:
     """Load or build the model of a run, with its template, image mode and initial projector.
 
     Raises:
@@ -68,10 +68,10 @@ def holds_tower_and_projector(path: str) -> bool:
     return has_part or (find_weights(folder) is not None and Checkpoint.open(folder).kind != "language_model")
 
 
-def _continue(model_args: ModelArguments, data_args: DataArguments, system: str | None) -> Loaded:
+def _continue(model_args: ModelArguments, data_args: DataArguments, system: str | None) -> LoadedModel:
     """Load a checkpoint of any format, then apply a given template, system prompt and image mode."""
     path = model_args.model_name_or_path
-    loaded = load(path, dtype=DTYPE, **asdict(quantization_of(model_args)), **_tower_parts(model_args))
+    loaded = load_checkpoint(path, dtype=DTYPE, **asdict(quantization_of(model_args)), **_tower_parts(model_args))
     check_against(loaded, model_args)
     if model_args.version or system:
         name = model_args.version or loaded.processor.template.name
@@ -99,12 +99,12 @@ def _tower_parts(model_args: ModelArguments) -> dict[str, Any]:
     kind = Checkpoint.open(folder).kind if given else "legacy"
     if "vision_tower" in USED_PARTS.get(kind, PART_FLAGS):
         return given
-    if kind not in OURS:  # for our formats, `check_against` compares the tower
+    if kind not in OUR_KINDS:  # for our formats, `check_against` compares the tower
         logger.warning("%s is ignored: %s holds its vision tower", ", ".join(map(flag, given)), path)
     return {}
 
 
-def check_against(loaded: Loaded, model_args: ModelArguments) -> None:
+def check_against(loaded: LoadedModel, model_args: ModelArguments) -> None:
     """Warn of options that apply to new models only and differ from the loaded checkpoint.
 
     Raises:
@@ -119,7 +119,7 @@ def check_against(loaded: Loaded, model_args: ModelArguments) -> None:
     earlier = read_origin(model_args.model_name_or_path).get("build", {})
     tower = model_args.vision_tower
     decided = {
-        "vision_tower": (portable(tower) if tower else None, earlier.get("vision_tower"), None),
+        "vision_tower": (portable_path(tower) if tower else None, earlier.get("vision_tower"), None),
         "mm_projector_type": (model_args.mm_projector_type, config.projector_type, "linear"),
         "mm_vision_select_layer": (model_args.mm_vision_select_layer, config.vision_feature_layer, -2),
         "mm_vision_select_feature": (model_args.mm_vision_select_feature, earlier.get("select_feature"), "patch"),
@@ -156,13 +156,13 @@ def quantization_of(model_args: ModelArguments) -> Quantization:
 
 def _build(
     model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainingArguments, system: str | None
-) -> Loaded:
+) -> LoadedModel:
     if model_args.vision_tower is None:
         raise ConfigError(
             f"{model_args.model_name_or_path} is not a llava checkpoint, so it is treated as a language model. "
             "Pass --vision-tower."
         )
-    return build(
+    return build_model(
         model_args.model_name_or_path,
         model_args.vision_tower,
         dtype=DTYPE,

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from transformers import HfArgumentParser
 from transformers.trainer_utils import IntervalStrategy
 
-from llava.compat import parse_names
+from llava.compat import parse_compat
 from llava.errors import ConfigError
 from llava.train import legacy_flags, precision
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments, Parsed
@@ -26,7 +26,7 @@ def settle_compat(data: DataArguments, args: LlavaTrainingArguments) -> None:
     Raises:
         ConfigError: a name is unknown, or has no effect in training.
     """
-    names = parse_names(args.compat, "training")
+    names = parse_compat(args.compat, "training")
     if "micro_batch_loss" in names:
         args.loss_normalization = "micro_batches"
     if "cut_before_images" in names:
@@ -75,7 +75,7 @@ EXAMPLE = """example:
 """
 
 
-def parse(argv: Sequence[str] | None = None, *, bf16: bool | Literal["auto"] = False) -> Parsed:
+def parse_training_args(argv: Sequence[str] | None = None, *, bf16: bool | Literal["auto"] = False) -> Parsed:
     """Return the arguments of a training command line.
 
     Args:

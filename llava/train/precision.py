@@ -84,8 +84,8 @@ def warn_of_slow_bf16(model_args: ModelArguments, args: LlavaTrainingArguments) 
     if speedup < 1.0:
         log.warn_once(
             logger,
-            f"--bf16 True: bfloat16 products take {1 / speedup:.1f} times as long as float32 ones on this CPU; "
-            "use --bf16 auto, which computes in float32 here",
+            f"--bf16 True: bfloat16 products take {1 / speedup:.1f} times as long as float32 products on this CPU; "
+            "use --bf16 auto, which computes in float32 on this machine",
         )
 
 
@@ -94,7 +94,7 @@ def _config(model: str) -> Mapping[str, Any]:
     return read_json(Path(model) / CONFIG_FILE)
 
 
-def holds_frozen_in_bf16(args: LlavaTrainingArguments) -> bool:
+def stores_frozen_in_bf16(args: LlavaTrainingArguments) -> bool:
     """Return whether frozen weights are stored in bf16: on a GPU with `--bf16`, without DeepSpeed or FSDP."""
     # DeepSpeed casts by its own configuration, and FSDP flattens weights of one data type only. On the CPU memory is
     # not the limit and bf16 products may be slow.

@@ -23,8 +23,8 @@ from llava.data.flat_batch import Layout
 from llava.data.loader import StepLoader, StreamLoader
 from llava.generation.layout_check import choose_layout
 from llava.model import lora
-from llava.model.builder import Loaded
-from llava.model.checkpoint.save import refuse_own_base
+from llava.model.builder import LoadedModel
+from llava.model.checkpoint.save import check_not_own_base
 from llava.train import checkpointing, data, dry_run, precision
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments, Parsed
 from llava.train.callbacks import MetricsCallback, row_ids_file
@@ -32,12 +32,12 @@ from llava.train.checkpointing import Kind, hooks_for
 from llava.train.model import open_model, whole_weights
 from llava.train.objectives.base import Objective
 from llava.train.objectives.sft import OBJECTIVES
-from llava.train.parsing import parse
+from llava.train.parsing import parse_training_args
 from llava.train.ranks import lost_ranks_in_one_line
 from llava.train.trainer import LlavaTrainer
 from llava.train.validation import HeldOutAnswers, HeldOutLoss
 from llava.utils import log
-from llava.utils.jsonl import append
+from llava.utils.jsonl import append_record
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,13 @@ def run_sft(
     Raises:
         LlavaError: arguments, data or checkpoints are unusable; nothing has been written in this case.
     """
-    log.setup()
-    parsed = parse(argv, bf16=bf16)
+    log.setup_logging()
+    parsed = parse_training_args(argv, bf16=bf16)
     model_args, data_args, args = parsed
     set_seed(args.seed)
     with whole_weights(args):
         loaded = open_model(model_args, data_args, args)
-        network, kind = prepare(loaded, model_args, args)
+        network, kind = freeze_and_adapt(loaded, model_args, args)
         layout = layout_of(loaded, args)
     dataset = data.open_training_data(data_args, args, loaded)
     data.prepare_images(dataset, loaded, model_args, data_args, args)
@@ -93,11 +93,13 @@ def run_sft(
         checkpointing.write_end(args.run_folder)
 
 
-def prepare(loaded: Loaded, model_args: ModelArguments, args: LlavaTrainingArguments) -> tuple[nn.Module, Kind]:
+def freeze_and_adapt(
+    loaded: LoadedModel, model_args: ModelArguments, args: LlavaTrainingArguments
+) -> tuple[nn.Module, Kind]:
     """Freeze what is not trained; return the network (a peft model with LoRA) and the trained part."""
     network: nn.Module = loaded.model
     if model_args.lora_enable or model_args.tune_mm_mlp_adapter:
-        refuse_own_base(args.run_folder, loaded.origin)
+        check_not_own_base(args.run_folder, loaded.origin)
     if model_args.lora_enable:
         network = lora.add_lora(
             loaded,
@@ -125,19 +127,19 @@ def prepare(loaded: Loaded, model_args: ModelArguments, args: LlavaTrainingArgum
     return network, "adapter" if model_args.lora_enable else "model"
 
 
-def layout_of(loaded: Loaded, args: LlavaTrainingArguments) -> Layout:
+def layout_of(loaded: LoadedModel, args: LlavaTrainingArguments) -> Layout:
     """Return the first layout (tree, flat, padded) that this language model computes exactly."""
     found = choose_layout(loaded.model.config)
     return "flat" if found == "tree" and args.prefix_sharing == "off" else found
 
 
-def make_collator(dataset: RowData, loaded: Loaded, layout: Layout, args: LlavaTrainingArguments) -> Collator:
+def make_collator(dataset: RowData, loaded: LoadedModel, layout: Layout, args: LlavaTrainingArguments) -> Collator:
     """Return the collator of a dataset for this model."""
     processor = loaded.processor
     return Collator(dataset, processor.image_token_id, processor.pad_token_id, layout, args.max_tokens_per_row)
 
 
-def make_objective(loaded: Loaded, args: LlavaTrainingArguments, *, num_sources: int = 1) -> Objective:
+def make_objective(loaded: LoadedModel, args: LlavaTrainingArguments, *, num_sources: int = 1) -> Objective:
     """Return the objective; with micro-batches it excludes the logit of our image placeholder."""
     # The vocabulary of the original trainers has no image placeholder.
     processor = loaded.processor
@@ -148,7 +150,7 @@ def make_objective(loaded: Loaded, args: LlavaTrainingArguments, *, num_sources:
 
 def make_trainer(
     parsed: Parsed,
-    loaded: Loaded,
+    loaded: LoadedModel,
     trained: tuple[nn.Module, Kind],
     loader: StepLoader | StreamLoader,
     collator: Collator,
@@ -158,7 +160,7 @@ def make_trainer(
     """Return the trainer with its callbacks and, if requested, validation."""
     _, data_args, args = parsed
     network, kind = trained
-    if precision.holds_frozen_in_bf16(args):  # now: cached features and the calibrated projector need float32 weights
+    if precision.stores_frozen_in_bf16(args):  # now: cached features and the calibrated projector need float32 weights
         num_cast = precision.hold_frozen_in_bf16(network, kind)
         logger.info(
             "%.1f million frozen weights are stored in bf16; trained and saved weights stay float32", num_cast / 1e6
@@ -168,7 +170,7 @@ def make_trainer(
         hooks.validate = make_validation(data_args.eval_data_path, data_args, args, loaded, collator.layout)
     if args.log_row_ids:
         ids = row_ids_file(args.run_folder, args.process_index)
-        hooks.on_step = lambda step, number: append(ids, {"step": number + 1, "rows": step.row_ids})
+        hooks.on_step = lambda step, number: append_record(ids, {"step": number + 1, "rows": step.row_ids})
     metrics = MetricsCallback(args.run_folder)
     callbacks: list[TrainerCallback] = [metrics]
     if args.early_stopping_patience:
@@ -189,7 +191,7 @@ def make_trainer(
 
 
 def make_validation(
-    path: str, data_args: DataArguments, args: LlavaTrainingArguments, loaded: Loaded, layout: Layout
+    path: str, data_args: DataArguments, args: LlavaTrainingArguments, loaded: LoadedModel, layout: Layout
 ) -> Callable[[nn.Module], dict[str, float]]:
     """Return a function that computes the loss on all held-out rows and the scores of some answers."""
     folder = data_args.eval_image_folder or data_args.image_folder
@@ -231,7 +233,7 @@ def run_dry(trainer: LlavaTrainer, dataset: SFTDataset, args: LlavaTrainingArgum
     trainer.remove_callback(MetricsCallback)
     trainer.hooks.on_step = None
     trainer.add_callback(timer)
-    dry_run.shorten(args)
+    dry_run.shorten_run(args)
     with torch.random.fork_rng():
         trainer.train()
-    logger.info("%s", dry_run.forecast(timer, total_steps))
+    logger.info("%s", dry_run.time_forecast(timer, total_steps))

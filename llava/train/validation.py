@@ -17,10 +17,10 @@ from llava.data.flat_batch import Layout
 from llava.data.samplers import SequentialSampler
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
-from llava.imaging.decode import resolve
+from llava.imaging.decode import resolve_image_path
 from llava.processing import LlavaMedProcessor
-from llava.samples import Sample, with_places
-from llava.scoring.decisions import DECISIONS, decision, is_closed, words
+from llava.samples import Sample, with_placeholders
+from llava.scoring.decisions import DECISIONS, first_decision, is_closed, words_of
 from llava.train.objectives.base import Objective
 
 
@@ -98,13 +98,15 @@ def answer_score(reference: str, answer: str, *, closed: bool) -> float:
     Closed: 1 if the decision, or without one every word, equals that of the reference. Open: the share of the words of
     the reference in the answer.
     """
-    wanted = words(reference)
+    wanted = words_of(reference)
     if closed:
         is_right = (
-            decision(answer) == wanted[0] if wanted[:1] in ([word] for word in DECISIONS) else words(answer) == wanted
+            first_decision(answer) == wanted[0]
+            if wanted[:1] in ([word] for word in DECISIONS)
+            else words_of(answer) == wanted
         )
         return float(is_right)
-    found = set(words(answer))
+    found = set(words_of(answer))
     return sum(word in found for word in wanted) / max(len(wanted), 1)
 
 
@@ -167,6 +169,6 @@ class HeldOutAnswers:
         return {name: float(total / count) for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
 
     def _prompt(self, sample: Sample) -> Prompt:
-        conversation = with_places(sample)
+        conversation = with_placeholders(sample)
         asked = replace(conversation, turns=conversation.turns[:-1])
-        return Prompt(asked, tuple(str(resolve(name, self.image_folder)) for name in sample.images))
+        return Prompt(asked, tuple(str(resolve_image_path(name, self.image_folder)) for name in sample.images))

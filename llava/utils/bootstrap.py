@@ -19,7 +19,7 @@ LEVEL = 0.95
 Statistic = Callable[[NDArray[Any]], float]
 
 
-def resamples(
+def iter_resamples(
     num_values: int, *, clusters: Sequence[Hashable] | None = None, num_resamples: int = 500, seed: int = 0
 ) -> Iterator[NDArray[np.intp]]:
     """Yield arrays of value indices, each from all clusters drawn with replacement.
@@ -68,11 +68,13 @@ def confidence_interval(
         (low, high); both NaN without values.
     """
     array = np.asarray(values)
-    draws = resamples(len(array), clusters=clusters, num_resamples=num_resamples, seed=seed)
-    return percentiles(np.asarray([statistic(array[indices]) for indices in draws], dtype=np.float64), level=level)
+    draws = iter_resamples(len(array), clusters=clusters, num_resamples=num_resamples, seed=seed)
+    return percentile_interval(
+        np.asarray([statistic(array[indices]) for indices in draws], dtype=np.float64), level=level
+    )
 
 
-def percentiles(statistics: NDArray[np.float64], *, level: float = LEVEL) -> tuple[float, float]:
+def percentile_interval(statistics: NDArray[np.float64], *, level: float = LEVEL) -> tuple[float, float]:
     """Return the interval that contains the share `level` of the statistics, ignoring NaN."""
     found = statistics[~np.isnan(statistics)]
     if found.size == 0:

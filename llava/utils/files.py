@@ -34,7 +34,7 @@ def refuse_overwriting(read: Iterable[str | Path | None], written: Mapping[str, 
 
 
 @contextmanager
-def hold(path: str | Path, *, purpose: str) -> Iterator[None]:
+def hold_lock(path: str | Path, *, purpose: str) -> Iterator[None]:
     """Hold an exclusive lock on the file `path` inside the block; the lock ends with the process.
 
     Args:

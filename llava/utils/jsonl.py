@@ -16,12 +16,12 @@ from llava.errors import DataError
 
 GZIP_MAGIC = b"\x1f\x8b"
 
-UNREADABLE = (OSError, EOFError, zlib.error)
+READ_ERRORS = (OSError, EOFError, zlib.error)
 """Exceptions of reading a missing, truncated or damaged file."""
 
 
 @contextmanager
-def open_unzipped(path: str | Path) -> Iterator[IO[bytes]]:
+def open_decompressed(path: str | Path) -> Iterator[IO[bytes]]:
     """Open a file for reading, decompressed if it is gzipped.
 
     Raises:
@@ -37,7 +37,7 @@ def open_unzipped(path: str | Path) -> Iterator[IO[bytes]]:
 
 Record = dict[str, Any]
 
-NOT_JSON = (ValueError, RecursionError)
+JSON_ERRORS = (ValueError, RecursionError)
 """Exceptions of decoding JSON; deep nesting raises RecursionError, and long integers raise ValueError."""
 
 
@@ -48,11 +48,11 @@ def read_text(path: str | Path) -> str:
         DataError: the file does not exist, or is not UTF-8 text.
     """
     try:
-        with open_unzipped(path) as stream:
+        with open_decompressed(path) as stream:
             return stream.read().decode("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (*UNREADABLE, UnicodeDecodeError) as error:
+    except (*READ_ERRORS, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text or gzipped text ({error})") from error
 
 
@@ -72,7 +72,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
 def _array(text: str, path: str | Path) -> Iterator[Record]:
     try:
         rows = json.loads(text)
-    except NOT_JSON as error:
+    except JSON_ERRORS as error:
         raise DataError(f"{path}: not a JSON array: {error}") from error
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -86,7 +86,7 @@ def _lines(text: str, path: str | Path) -> Iterator[Record]:
             continue
         try:
             row = json.loads(line)
-        except NOT_JSON as error:
+        except JSON_ERRORS as error:
             raise DataError(
                 f"{path}, line {number}: not JSON ({error}); expected a JSON array or one JSON object per line"
             ) from error
@@ -95,7 +95,7 @@ def _lines(text: str, path: str | Path) -> Iterator[Record]:
         yield row
 
 
-def append(path: str | Path, row: Mapping[str, Any]) -> None:
+def append_record(path: str | Path, row: Mapping[str, Any]) -> None:
     """Append one row as one line to a file, after ending an incomplete last line."""
     line = json.dumps(row, ensure_ascii=False) + "\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def append(path: str | Path, row: Mapping[str, Any]) -> None:
         stream.write(line.encode("utf-8"))
 
 
-def drop_torn_line(path: str | Path) -> bool:
+def drop_incomplete_line(path: str | Path) -> bool:
     """Remove an incomplete last line, left by a killed process; return whether there was one.
 
     Other files than JSON lines, given by mistake, are not changed.
@@ -134,7 +134,7 @@ def _begins_with_object(content: bytes, *, whole: bool) -> bool:
         return first.startswith(b"{")
     try:
         json.loads(first)
-    except NOT_JSON:
+    except JSON_ERRORS:
         return False
     return True
 

@@ -14,15 +14,15 @@ T = TypeVar("T")
 _SEEN: set[tuple[str, str]] = set()
 
 
-def rank() -> int:
+def process_rank() -> int:
     """Return the rank of this process among those that torchrun started; 0 for a single process."""
     return int(os.environ.get("RANK", "0"))
 
 
-def setup(level: int | str = logging.INFO) -> None:
+def setup_logging(level: int | str = logging.INFO) -> None:
     """Send the log of the package to standard error; ranks other than the first log only errors."""
     logger = logging.getLogger("llava")
-    logger.setLevel(level if rank() == 0 else logging.ERROR)
+    logger.setLevel(level if process_rank() == 0 else logging.ERROR)
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
@@ -36,11 +36,13 @@ def warn_once(logger: logging.Logger, message: str) -> None:
         logger.warning("%s", message)
 
 
-def progress(items: Iterable[T], *, title: str, total: int | None = None, unit: str = "it") -> tqdm[T]:
+def with_progress(items: Iterable[T], *, title: str, total: int | None = None, unit: str = "it") -> tqdm[T]:
     """Return a progress bar around `items`; silent on ranks other than the first."""
-    return tqdm(items, desc=title, total=total, unit=unit, disable=rank() != 0, file=sys.stderr, mininterval=0.5)
+    return tqdm(
+        items, desc=title, total=total, unit=unit, disable=process_rank() != 0, file=sys.stderr, mininterval=0.5
+    )
 
 
 def progress_bar(total: int, *, title: str, unit: str = "it") -> tqdm[Never]:
     """Return a progress bar that the caller updates; silent on ranks other than the first."""
-    return tqdm(total=total, desc=title, unit=unit, disable=rank() != 0, file=sys.stderr, mininterval=0.5)
+    return tqdm(total=total, desc=title, unit=unit, disable=process_rank() != 0, file=sys.stderr, mininterval=0.5)

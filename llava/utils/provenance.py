@@ -57,7 +57,7 @@ def weights_sha256(path: str | Path) -> str | None:
     return digest.hexdigest()
 
 
-def stamp(
+def provenance_fields(
     *, data: Mapping[str, str | Path] | None = None, command: Sequence[str] | None = None, **facts: Any
 ) -> dict[str, Any]:
     """Return the provenance fields of a result.

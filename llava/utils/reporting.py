@@ -65,7 +65,7 @@ def _environment() -> Environment:
     )
 
 
-def thumbnail(name: str, open_image: OpenImage | None) -> Thumbnail:
+def html_thumbnail(name: str, open_image: OpenImage | None) -> Thumbnail:
     """Return a small JPEG copy of an image, or a note if it is missing or cannot be read."""
     if open_image is None:
         return Thumbnail(name, note="no image")
@@ -96,7 +96,7 @@ HEADER_MARGIN = 2
 """Minimum difference between the width of a column and of its header."""
 
 
-def simple_table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+def text_table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """Return a text table with a rule below its headers.
 
     Numbers have six significant digits and are aligned at the decimal point; other columns are aligned to the left.

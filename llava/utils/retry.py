@@ -12,7 +12,7 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 
 
-def retry_after(value: str | None) -> float | None:
+def retry_after_seconds(value: str | None) -> float | None:
     """Return the seconds of a Retry-After header (a number or a date); None if it is missing or invalid."""
     if value is None:
         return None
@@ -26,7 +26,7 @@ def retry_after(value: str | None) -> float | None:
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
-def duration(value: str | None) -> float | None:
+def duration_seconds(value: str | None) -> float | None:
     """Return the seconds of a text such as `6m0s`, `1.5s`, `20ms` or `3`; None if it is invalid."""
     text = (value or "").strip()
     parts = _PART.findall(text)
@@ -39,7 +39,7 @@ def duration(value: str | None) -> float | None:
     return seconds if math.isfinite(seconds) and seconds >= 0.0 else None
 
 
-def backoff(attempt: int, *, first: float, most: float) -> float:
+def backoff_seconds(attempt: int, *, first: float, most: float) -> float:
     """Return the seconds to wait after failed attempt `attempt`, counted from 1.
 
     The wait doubles from `first` up to `most`; jitter draws from its upper half.

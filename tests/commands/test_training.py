@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava.model.builder import build
+from llava.model.builder import build_model
 from tests.support.ranks import free_port
 from tests.support.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
@@ -124,7 +124,9 @@ def test_stage_1_writes_the_projector(stage_1: tuple[Path, str]) -> None:
     new = load_file(folder / "mm_projector.safetensors")
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     assert {"model.mm_projector.weight", "model.mm_projector.bias", "model.embed_tokens.weight"} <= old.keys()
-    fresh = build(**json.loads((folder / "llava_origin.json").read_text())["build"]).model.model.multi_modal_projector
+    fresh = build_model(
+        **json.loads((folder / "llava_origin.json").read_text())["build"]
+    ).model.model.multi_modal_projector
     assert not torch.equal(fresh.weight, new["model.mm_projector.weight"])
     assert len(losses(folder)) == 2
     assert not list(folder.glob("model*.safetensors"))

@@ -12,16 +12,16 @@ from llava.data.flat_batch import FlatBatch
 from llava.data.loader import StepLoader
 from llava.data.records import load_samples
 from llava.errors import ConfigError
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.train import data
 from llava.train.objectives.sft import SFT
-from llava.train.parsing import parse
+from llava.train.parsing import parse_training_args
 from tests.support.runs import arguments, write_uneven
 
 ONE = torch.ones(())
 
 
-def collator_of(tiny: Loaded, folder: Path, **options: object) -> Collator:
+def collator_of(tiny: LoadedModel, folder: Path, **options: object) -> Collator:
     samples = load_samples(write_uneven(folder))
     dataset = SFTDataset(samples, tiny.processor, image_folder=folder / "images", max_length=2048)
     return Collator(dataset, tiny.processor.image_token_id, tiny.processor.pad_token_id, **options)  # type: ignore[arg-type]
@@ -31,12 +31,12 @@ def rows_of(collator: Collator, numbers: list[int]) -> list[FlatBatch]:
     return collator([(number, collator.dataset[number]) for number in numbers]).rows
 
 
-def loss(tiny: Loaded, row: FlatBatch) -> torch.Tensor:
+def loss(tiny: LoadedModel, row: FlatBatch) -> torch.Tensor:
     return SFT()(tiny.model, row, num_items=ONE).loss
 
 
 @torch.no_grad()
-def test_joined_rows_have_the_sum_of_their_losses(tiny: Loaded, tmp_path: Path) -> None:
+def test_joined_rows_have_the_sum_of_their_losses(tiny: LoadedModel, tmp_path: Path) -> None:
     collator = collator_of(tiny, tmp_path)
     (first,), (second,) = rows_of(collator, [0, 2, 4]), rows_of(collator, [5, 1, 1])
     both = joined_rows(first, second)
@@ -45,7 +45,7 @@ def test_joined_rows_have_the_sum_of_their_losses(tiny: Loaded, tmp_path: Path) 
 
 
 @torch.no_grad()
-def test_an_idle_row_adds_nothing_and_brings_an_image(tiny: Loaded, tmp_path: Path) -> None:
+def test_an_idle_row_adds_nothing_and_brings_an_image(tiny: LoadedModel, tmp_path: Path) -> None:
     collator = collator_of(tiny, tmp_path)
     assert collator.has_both_kinds
     (text_only,) = rows_of(collator, [2, 5])
@@ -56,7 +56,7 @@ def test_an_idle_row_adds_nothing_and_brings_an_image(tiny: Loaded, tmp_path: Pa
     assert loss(tiny, collator.idle_row()) == 0
 
 
-def test_rows_hold_at_most_so_many_tokens(tiny: Loaded, tmp_path: Path) -> None:
+def test_rows_hold_at_most_so_many_tokens(tiny: LoadedModel, tmp_path: Path) -> None:
     wide = rows_of(collator_of(tiny, tmp_path), list(range(9)))
     narrow = rows_of(collator_of(tiny, tmp_path, max_tokens_per_row=200), list(range(9)))
     assert len(wide) == 1 < len(narrow)
@@ -65,7 +65,7 @@ def test_rows_hold_at_most_so_many_tokens(tiny: Loaded, tmp_path: Path) -> None:
         torch.testing.assert_close(sum(loss(tiny, row) for row in narrow), loss(tiny, wide[0]))
 
 
-def test_padded_rows_are_not_joined(tiny: Loaded, tmp_path: Path) -> None:
+def test_padded_rows_are_not_joined(tiny: LoadedModel, tmp_path: Path) -> None:
     collator = collator_of(tiny, tmp_path, layout="padded")
     (row,) = rows_of(collator, [2])
     try:
@@ -76,13 +76,13 @@ def test_padded_rows_are_not_joined(tiny: Loaded, tmp_path: Path) -> None:
         raise AssertionError("padded rows were joined")
 
 
-def test_loading_processes_work_ahead_and_live_on(tiny: Loaded, tmp_path: Path) -> None:
+def test_loading_processes_work_ahead_and_live_on(tiny: LoadedModel, tmp_path: Path) -> None:
     collator = collator_of(tiny, tmp_path)
     words = {"per_device_train_batch_size": 2, "dataloader_persistent_workers": True}
     ahead = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3}
     loaders = []
     for options in ({}, ahead):  # without processes there are none to keep
-        args = parse(arguments(tmp_path, tmp_path, **words, **options))[2]
+        args = parse_training_args(arguments(tmp_path, tmp_path, **words, **options))[2]
         loader, *_ = data.make_loader(collator.dataset, collator, args, skip_bad=False, grouping="off")  # type: ignore[arg-type]
         assert isinstance(loader, StepLoader)
         loaders.append(loader)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llava.data.dataset import SFTDataset
-from llava.data.feature_cache import build, weights_hash
+from llava.data.feature_cache import build_feature_cache, weights_hash
 from llava.data.flat_batch import flatten, target_logits
 from llava.data.image_store import ImageIndex
 from llava.data.records import load_samples
@@ -26,7 +26,7 @@ def test_cached_features_change_no_prediction(tiny: Any, tmp_path: Path) -> None
     assert (len(checked.samples), checked.num_images) == (12, 4)
     data = SFTDataset(checked.samples, tiny.processor, image_folder=folder / "images", index=index)
     tower = weights_hash(tiny.model.model.vision_tower.state_dict(), {"layer": -2})
-    cache = build(
+    cache = build_feature_cache(
         tmp_path / "cache", data.image_keys(), tower=tower, pixels=data.pixels, features=tiny.model.tower_features
     )
     assert len(cache) == 4

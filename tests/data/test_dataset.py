@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from llava.data.dataset import SFTDataset
-from llava.data.feature_cache import build
+from llava.data.feature_cache import build_feature_cache
 from llava.data.samplers import ImageGroupedSampler
 from llava.errors import DataError
 from llava.samples import Conversation, Origin, Sample, Turn
@@ -109,7 +109,7 @@ def test_cached_features_come_instead_of_pixels(tiny: Any, folder: Path, tmp_pat
     def features(pixels: torch.Tensor) -> torch.Tensor:
         return pixels.flatten(2).mean(dim=2, keepdim=True)
 
-    cache = build(tmp_path / "c", data.image_keys(), tower="t", pixels=data.pixels, features=features)
+    cache = build_feature_cache(tmp_path / "c", data.image_keys(), tower="t", pixels=data.pixels, features=features)
     sequence = data[0]
     pixels = data.images_for([sequence])[sequence.images[0]]
     data.use_features(cache)

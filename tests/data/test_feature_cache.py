@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llava.data import feature_cache
-from llava.data.feature_cache import FeatureCache, build, weights_hash
+from llava.data.feature_cache import FeatureCache, build_feature_cache, weights_hash
 from llava.errors import ConfigError, DataError
 
 PATCHES, WIDTH = 4, 6
@@ -46,7 +46,7 @@ def expected(key: str, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_cached_features_are_the_computed_ones(tmp_path: Path, dtype: torch.dtype) -> None:
-    cache = build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower(dtype), batch_size=3)
+    cache = build_feature_cache(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower(dtype), batch_size=3)
     assert len(cache) == len(KEYS)
     assert cache.num_bytes == 10 * PATCHES * WIDTH * dtype.itemsize
     for key in reversed(KEYS):
@@ -56,26 +56,28 @@ def test_cached_features_are_the_computed_ones(tmp_path: Path, dtype: torch.dtyp
 
 
 def test_what_is_returned_may_be_changed(tmp_path: Path) -> None:
-    cache = build(tmp_path, KEYS[:2], tower="t", pixels=pixels_of, features=Tower())
+    cache = build_feature_cache(tmp_path, KEYS[:2], tower="t", pixels=pixels_of, features=Tower())
     cache.get(KEYS[1]).zero_()
     assert torch.equal(cache.get(KEYS[1]), expected(KEYS[1]))
 
 
 def test_a_second_build_computes_only_what_is_missing(tmp_path: Path) -> None:
     tower = Tower()
-    build(tmp_path, KEYS[:4] + KEYS[:2], tower="t", pixels=pixels_of, features=tower)
+    build_feature_cache(tmp_path, KEYS[:4] + KEYS[:2], tower="t", pixels=pixels_of, features=tower)
     assert tower.num == 4
-    cache = build(tmp_path, KEYS[2:7], tower="t", pixels=pixels_of, features=tower)
+    cache = build_feature_cache(tmp_path, KEYS[2:7], tower="t", pixels=pixels_of, features=tower)
     assert (tower.num, len(cache)) == (7, 7)
     assert all(torch.equal(cache.get(key), expected(key)) for key in KEYS[:7])
-    build(tmp_path, KEYS[:7], tower="t", pixels=pixels_of, features=tower)
+    build_feature_cache(tmp_path, KEYS[:7], tower="t", pixels=pixels_of, features=tower)
     assert tower.num == 7
 
 
 def test_towers_and_storage_types_do_not_mix(tmp_path: Path) -> None:
-    first = build(tmp_path, KEYS[:2], tower="a" * 64, pixels=pixels_of, features=Tower())
-    other = build(tmp_path, KEYS[:1], tower="b" * 64, pixels=pixels_of, features=Tower())
-    half = build(tmp_path, KEYS[:3], tower="a" * 64, pixels=pixels_of, features=Tower(), dtype=torch.float16)
+    first = build_feature_cache(tmp_path, KEYS[:2], tower="a" * 64, pixels=pixels_of, features=Tower())
+    other = build_feature_cache(tmp_path, KEYS[:1], tower="b" * 64, pixels=pixels_of, features=Tower())
+    half = build_feature_cache(
+        tmp_path, KEYS[:3], tower="a" * 64, pixels=pixels_of, features=Tower(), dtype=torch.float16
+    )
     assert len({first.folder, other.folder, half.folder}) == 3
     assert half.get(KEYS[2]).dtype == torch.float16
     with pytest.raises(DataError, match="is not in feature cache"):
@@ -85,14 +87,14 @@ def test_towers_and_storage_types_do_not_mix(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tail", ["", "00000", "\n"])
 def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, tail: str) -> None:
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower(stop_after=6), batch_size=2)
+        build_feature_cache(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower(stop_after=6), batch_size=2)
     folder = tmp_path / "tower-t"
     with (folder / "keys.txt").open("a") as lines:
         lines.write(tail.removesuffix("\n"))
     with (folder / "features.bin").open("ab") as data:
         data.write(b"half a row")
     tower = Tower()
-    cache = build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=tower, batch_size=3)
+    cache = build_feature_cache(tmp_path, KEYS, tower="t", pixels=pixels_of, features=tower, batch_size=3)
     assert tower.num == 4
     assert all(torch.equal(cache.get(key), expected(key)) for key in KEYS)
     assert len((folder / "keys.txt").read_text().splitlines()) == 10
@@ -102,17 +104,19 @@ def test_too_large_is_refused_with_the_needed_size_before_anything_is_written(tm
     limit = 9.5 * PATCHES * WIDTH * 4 / 1e9
     tower = Tower()
     with pytest.raises(ConfigError, match=r"10 images need 0\.00 GB.*--feature-cache-gb"):
-        build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=tower, limit_gb=limit, batch_size=1)
+        build_feature_cache(tmp_path, KEYS, tower="t", pixels=pixels_of, features=tower, limit_gb=limit, batch_size=1)
     assert tower.num == 1
     assert not (tmp_path / "tower-t" / "features.bin").exists()
-    assert len(build(tmp_path, KEYS[:9], tower="t", pixels=pixels_of, features=tower, limit_gb=limit)) == 9
+    assert (
+        len(build_feature_cache(tmp_path, KEYS[:9], tower="t", pixels=pixels_of, features=tower, limit_gb=limit)) == 9
+    )
     with pytest.raises(ConfigError, match="10 images need"):
-        build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=tower, limit_gb=limit)
+        build_feature_cache(tmp_path, KEYS, tower="t", pixels=pixels_of, features=tower, limit_gb=limit)
 
 
 def test_rows_without_images_need_no_cache(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no row has an image"):
-        build(tmp_path, [], tower="t", pixels=pixels_of, features=Tower())
+        build_feature_cache(tmp_path, [], tower="t", pixels=pixels_of, features=Tower())
     assert not list(tmp_path.iterdir())
 
 
@@ -120,7 +124,7 @@ def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     usage = type("Usage", (), {"free": 10})()
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ConfigError, match="are free"):
-        build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower())
+        build_feature_cache(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower())
 
 
 def test_an_image_that_fails_fails_the_build(tmp_path: Path) -> None:
@@ -130,12 +134,12 @@ def test_an_image_that_fails_fails_the_build(tmp_path: Path) -> None:
         return pixels_of(key)
 
     with pytest.raises(DataError, match="seven"):
-        build(tmp_path, KEYS, tower="t", pixels=broken, features=Tower(), batch_size=2)
+        build_feature_cache(tmp_path, KEYS, tower="t", pixels=broken, features=Tower(), batch_size=2)
     assert len(FeatureCache(tmp_path / "tower-t")) == 6
 
 
 def test_damage_is_noticed(tmp_path: Path) -> None:
-    cache = build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower())
+    cache = build_feature_cache(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower())
     (cache.folder / "features.bin").write_bytes(b"short")
     with pytest.raises(DataError, match="damaged"):
         FeatureCache(cache.folder)
@@ -145,13 +149,13 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
 
 
 def test_features_of_another_shape_are_refused(tmp_path: Path) -> None:
-    build(tmp_path, KEYS[:1], tower="t", pixels=pixels_of, features=Tower())
+    build_feature_cache(tmp_path, KEYS[:1], tower="t", pixels=pixels_of, features=Tower())
     with pytest.raises(DataError, match="holds other features"):
-        build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower(torch.float16))
+        build_feature_cache(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower(torch.float16))
 
 
 def test_pickled_and_removed(tmp_path: Path) -> None:
-    cache = build(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower())
+    cache = build_feature_cache(tmp_path, KEYS, tower="t", pixels=pixels_of, features=Tower())
     cache.get(KEYS[0])
     blob = pickle.dumps(cache)
     assert len(blob) < 2000
@@ -167,7 +171,7 @@ def slow_build(root: str, counts: str) -> None:
         time.sleep(0.02)
         return tower(images)
 
-    cache = build(root, KEYS, tower="t", pixels=pixels_of, features=features, batch_size=1, num_threads=1)
+    cache = build_feature_cache(root, KEYS, tower="t", pixels=pixels_of, features=features, batch_size=1, num_threads=1)
     assert all(torch.equal(cache.get(key), expected(key)) for key in KEYS)
     with open(counts, "a") as lines:
         lines.write(json.dumps(tower.num) + "\n")

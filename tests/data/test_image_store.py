@@ -17,25 +17,25 @@ from torch import Tensor
 
 from llava.data import image_store
 from llava.data.encode import Encoded
-from llava.data.feature_cache import build
+from llava.data.feature_cache import build_feature_cache
 from llava.data.image_store import ImageIndex, ImageStore, cache_folder
 from llava.errors import DataError
 from llava.imaging import decode
-from llava.imaging.dicom.policy import DEFAULT
+from llava.imaging.dicom.policy import DEFAULT_POLICY
 
 
 class Processor:
     """Processor whose pixels are the mean color; it counts its images."""
 
     image_fingerprint = "test"
-    dicom = DEFAULT
+    dicom = DEFAULT_POLICY
     has_variable_images = False
 
     def __init__(self) -> None:
         self.num = 0
 
     def open(self, ref: str, root: Path | None) -> Image.Image:
-        return decode.load(ref, root)
+        return decode.load_image(ref, root)
 
     def picture(self, image: Image.Image) -> Tensor:
         self.num += 1
@@ -61,13 +61,13 @@ def folder(tmp_path: Path) -> Path:
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
-    original = decode.read_bytes
+    original = decode.read_image_bytes
 
     def read(ref: Any, root: Any) -> bytes:
         seen.append(str(ref))
         return original(ref, root)
 
-    monkeypatch.setattr(decode, "read_bytes", read)
+    monkeypatch.setattr(decode, "read_image_bytes", read)
     return seen
 
 
@@ -115,7 +115,7 @@ def test_cached_features_replace_pixels_for_all_or_none(folder: Path, tmp_path: 
     def features(pixels: Tensor) -> Tensor:
         return pixels.view(-1, 1, 3) + 0.5
 
-    store.features = build(tmp_path, keys[:2], tower="t", pixels=store.decode, features=features)
+    store.features = build_feature_cache(tmp_path, keys[:2], tower="t", pixels=store.decode, features=features)
     num = processor.num
     found = store.images_for([encoded(*keys[:2])])
     assert [tensor.shape for tensor in found.values()] == [(1, 3), (1, 3)]
@@ -175,7 +175,7 @@ def test_a_file_that_could_not_be_read_is_tried_again(
         raise DataError(f"image {ref} cannot be read: Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(decode, "read_bytes", refuse)
+        patch.setattr(decode, "read_image_bytes", refuse)
         assert list(ImageIndex(folder, tmp_path / "index.json").verify(["0.png"])) == ["0.png"]
     assert ImageIndex(folder, tmp_path / "index.json").verify(["0.png"]) == {}
 
@@ -217,7 +217,7 @@ def test_each_folder_has_its_index_in_the_cache(folder: Path, tmp_path: Path, mo
 
 def verify_in_turn(root: str, index: str, counts: str) -> None:
     num = 0
-    original = decode.read_bytes
+    original = decode.read_image_bytes
 
     def read(ref: Any, folder: Any) -> bytes:
         nonlocal num
@@ -225,7 +225,7 @@ def verify_in_turn(root: str, index: str, counts: str) -> None:
         time.sleep(0.02)
         return original(ref, folder)
 
-    decode.read_bytes = read
+    decode.read_image_bytes = read
     assert ImageIndex(root, index).verify([f"{number}.png" for number in range(6)], num_threads=1) == {}
     with open(counts, "a") as lines:
         lines.write(f"{num}\n")
@@ -246,7 +246,7 @@ def test_processes_that_start_together_decode_each_image_once(folder: Path, tmp_
 def test_what_was_checked_before_an_interruption_is_kept(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = decode.read_bytes
+    original = decode.read_image_bytes
 
     def read(ref: Any, root: Any) -> bytes:
         if ref == "4.png":
@@ -254,10 +254,10 @@ def test_what_was_checked_before_an_interruption_is_kept(
         return original(ref, root)
 
     refs = [f"{number}.png" for number in range(6)]
-    monkeypatch.setattr(decode, "read_bytes", read)
+    monkeypatch.setattr(decode, "read_image_bytes", read)
     with pytest.raises(KeyboardInterrupt):
         ImageIndex(folder, tmp_path / "index.json").verify(refs, num_threads=1)
-    monkeypatch.setattr(decode, "read_bytes", original)
+    monkeypatch.setattr(decode, "read_image_bytes", original)
     reads = count_reads(monkeypatch)
     assert ImageIndex(folder, tmp_path / "index.json").verify(refs) == {}
     assert "4.png" in reads and "0.png" not in reads

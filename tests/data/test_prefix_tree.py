@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llava.data import prefix_tree
 from llava.data.encode import Encoded
-from llava.data.prefix_tree import Forest, build_forest, identities
+from llava.data.prefix_tree import Forest, build_forest, token_identities
 from tests.support.trees import encoded, random_sequences
 
 
@@ -29,7 +29,9 @@ def read_back(forest: Forest, sequences: list[Encoded], index: int) -> list[int]
 
 def num_distinct_prefixes(sequences: list[Encoded]) -> int:
     """Return the number of nodes of a trie with one token per node."""
-    return len({tuple(values[:length]) for values in identities(sequences) for length in range(1, len(values) + 1)})
+    return len(
+        {tuple(values[:length]) for values in token_identities(sequences) for length in range(1, len(values) + 1)}
+    )
 
 
 @given(chance=st.randoms(use_true_random=False), num_sequences=st.integers(1, 12), share=st.booleans())

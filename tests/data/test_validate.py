@@ -122,7 +122,7 @@ def test_a_second_run_decodes_nothing(tiny: Any, folder: Path, tmp_path: Path, m
     rows = [*GOOD, *BAD.values()]
     first = check_trainable(rows, folder, tiny.processor, skip_bad=True)
     assert len(first.bad) == len(BAD)
-    monkeypatch.setattr(decode, "read_bytes", lambda ref, root: pytest.fail(f"read {ref} again"))
+    monkeypatch.setattr(decode, "read_image_bytes", lambda ref, root: pytest.fail(f"read {ref} again"))
     monkeypatch.setattr(validate, "_encode", lambda *_: pytest.fail("encoded again"))
     assert check_trainable(rows, folder, tiny.processor, skip_bad=True) == first
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from llava.train.trainer import TrainingCounts
-from tests.support.ranks import run
+from tests.support.ranks import run_ranks
 
 
 def add_up() -> tuple[int, float, int, int, list[list[float]]]:
@@ -24,7 +24,7 @@ def add_up() -> tuple[int, float, int, int, list[list[float]]]:
 
 
 def test_counts_of_two_ranks() -> None:
-    assert run(2, add_up) == [(5, 30.0, 200, 601, [[0.5, 1.5], [2.0, 3.0]])] * 2
+    assert run_ranks(2, add_up) == [(5, 30.0, 200, 601, [[0.5, 1.5], [2.0, 3.0]])] * 2
 
 
 def test_counts_of_one_process() -> None:

@@ -15,7 +15,7 @@ from llava.errors import LlavaError
 from llava.train.objectives.sft import OBJECTIVES, SFT
 from llava.train.ranks import lost_ranks_in_one_line
 from llava.utils.cli import run_program
-from tests.support.ranks import run
+from tests.support.ranks import run_ranks
 from tests.support.runs import arguments, train, write_parts
 
 
@@ -44,7 +44,7 @@ def train_out_of_memory(argv: list[str], ranks: tuple[int, ...]) -> tuple[object
 @pytest.mark.parametrize("failing", [(0, 1), (1,)], ids=["both", "one"])
 def test_every_rank_ends_with_one_line(tmp_path: Path, failing: tuple[int, ...]) -> None:
     argv = arguments(write_parts(tmp_path / "parts"), tmp_path / "run", per_device_train_batch_size=2)
-    for rank, (status, text) in enumerate(run(2, train_out_of_memory, argv, failing)):
+    for rank, (status, text) in enumerate(run_ranks(2, train_out_of_memory, argv, failing)):
         (line,) = text.splitlines()
         expected = "lower --max-tokens-per-row" if rank in failing else "another rank of this run has ended"
         assert status == 2 and expected in line

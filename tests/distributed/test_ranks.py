@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.ranks import run
+from tests.support.ranks import run_ranks
 from tests.support.runs import arguments, losses, saved, train, write_uneven
 
 
@@ -26,8 +26,8 @@ def test_two_ranks_equal_one(parts: Path, tmp_path: Path, limit: int) -> None:
     common |= {"max_tokens_per_row": limit}
     one = tmp_path / "one"
     two = tmp_path / "two"
-    run(1, train, arguments(parts, one, per_device_train_batch_size=4, **common))
-    run(2, train, arguments(parts, two, per_device_train_batch_size=2, **common))
+    run_ranks(1, train, arguments(parts, one, per_device_train_batch_size=4, **common))
+    run_ranks(2, train, arguments(parts, two, per_device_train_batch_size=2, **common))
     assert losses(one) == pytest.approx(losses(two), rel=2e-5) and len(losses(one)) == 6
     assert losses(one, "grad_norm") == pytest.approx(losses(two, "grad_norm"), rel=2e-4)
     first, second = saved(one), saved(two)
@@ -42,8 +42,8 @@ def test_micro_batches_of_two_ranks_are_those_of_one(parts: Path, tmp_path: Path
     data = write_uneven(tmp_path)
     common = {"data_path": data, "image_folder": tmp_path / "images", "per_device_train_batch_size": 2}
     common |= {"loss_normalization": "micro_batches"}
-    run(1, train, arguments(parts, tmp_path / "one", gradient_accumulation_steps=2, **common))
-    run(2, train, arguments(parts, tmp_path / "two", **common))
+    run_ranks(1, train, arguments(parts, tmp_path / "one", gradient_accumulation_steps=2, **common))
+    run_ranks(2, train, arguments(parts, tmp_path / "two", **common))
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=2e-5)
     assert len(losses(tmp_path / "one")) == 3
     second = saved(tmp_path / "two")

@@ -13,12 +13,12 @@ from llava.data.collator import Collator, matched_rows
 from llava.data.dataset import SFTDataset
 from llava.data.records import load_samples
 from llava.data.samplers import SequentialSampler
-from llava.model.builder import build
-from llava.model.checkpoint.load import load
+from llava.model.builder import build_model
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_model
 from llava.model.lora import freeze_for
 from llava.train.objectives.sft import SFT
-from tests.support.ranks import run
+from tests.support.ranks import run_ranks
 from tests.support.runs import arguments, losses, saved, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ def options(parts: Path, **changed: object) -> dict[str, Any]:
 def plain(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run on two ranks without sharding."""
     folder = tmp_path_factory.mktemp("plain")
-    run(2, train, arguments(parts, folder, **options(parts)))
+    run_ranks(2, train, arguments(parts, folder, **options(parts)))
     return folder
 
 
@@ -75,14 +75,14 @@ def train_zero(argv: list[str], compiled: Path) -> tuple[str, int, str]:
 def test_zero_equals_plain(parts: Path, plain: Path, compiled: Path, tmp_path: Path, stage: int) -> None:
     config = ROOT / "scripts" / f"zero{stage}.json"
     argv = arguments(parts, tmp_path, **options(parts, deepspeed=config, max_tokens_per_row=60))
-    found = run(2, train_zero, argv, compiled, timeout=COMPILE_SECONDS)
+    found = run_ranks(2, train_zero, argv, compiled, timeout=COMPILE_SECONDS)
     assert all(name == "deepspeed.runtime.engine.DeepSpeedEngine" and at == stage for name, at, _ in found), found
     assert losses(tmp_path) == pytest.approx(losses(plain), rel=1e-4)
     first, second = saved(plain), saved(tmp_path)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], atol=3e-4, rtol=1e-3, msg=name)
-    load(tmp_path)
+    load_checkpoint(tmp_path)
 
 
 def train_by_hand(parts: Path, folder: Path, sharded: bool) -> list[float]:
@@ -93,7 +93,7 @@ def train_by_hand(parts: Path, folder: Path, sharded: bool) -> list[float]:
     from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo")
-    loaded = build(str(parts / "lm"), str(parts / "tower"))
+    loaded = build_model(str(parts / "lm"), str(parts / "tower"))
     freeze_for(loaded.model)
     model: Any = loaded.model
     network: Any = model
@@ -128,12 +128,12 @@ def train_by_hand(parts: Path, folder: Path, sharded: bool) -> list[float]:
 
 
 def test_fully_shard_equals_ddp(parts: Path, tmp_path: Path) -> None:
-    plain, other = run(2, train_by_hand, parts, tmp_path / "ddp", False)
+    plain, other = run_ranks(2, train_by_hand, parts, tmp_path / "ddp", False)
     assert plain == other and len(plain) == 3
-    sharded, _ = run(2, train_by_hand, parts, tmp_path / "sharded", True)
+    sharded, _ = run_ranks(2, train_by_hand, parts, tmp_path / "sharded", True)
     assert sharded == pytest.approx(plain, rel=1e-5)
     first, second = saved(tmp_path / "ddp"), saved(tmp_path / "sharded")
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], atol=1e-4, rtol=1e-3, msg=name)
-    load(tmp_path / "sharded")
+    load_checkpoint(tmp_path / "sharded")

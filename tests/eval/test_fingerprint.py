@@ -89,7 +89,7 @@ def test_system_text_and_image_of_a_question(words: list[str], tmp_path: Path) -
 
 
 def test_answers_without_settings_are_refused_and_paths_are_not_stored(words: list[str], tmp_path: Path) -> None:
-    path = fingerprint.sidecar(tmp_path / "answers.jsonl")
+    path = fingerprint.sidecar_path(tmp_path / "answers.jsonl")
     assert str(tmp_path) not in path.read_text() and len(json.loads(path.read_text())["fingerprint"]) == 64
     path.unlink()
     with pytest.raises(DataError, match=r"settings file answers\.jsonl\.settings\.json is missing; .* --resume False"):

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from llava.errors import ConfigError
-from llava.eval.intervals import Draws, Score
+from llava.eval.intervals import Draws, ItemScores
 from llava.utils.bootstrap import confidence_interval
 
 
 def test_mean_leaves_out_what_is_not_asked() -> None:
-    score = Score.of([1.0, math.nan, 0.0, 1.0])
+    score = ItemScores.of([1.0, math.nan, 0.0, 1.0])
     assert score.mean() == pytest.approx(200 / 3)
     assert score.num_items == 3
-    assert math.isnan(Score.of([math.nan]).mean())
-    assert math.isnan(Score.of([], []).mean())
+    assert math.isnan(ItemScores.of([math.nan]).mean())
+    assert math.isnan(ItemScores.of([], []).mean())
 
 
 def test_intervals_are_those_of_the_plain_bootstrap() -> None:
@@ -31,7 +31,7 @@ def test_intervals_are_those_of_the_plain_bootstrap() -> None:
         return 100 * float(np.nanmean(part))
 
     expected = confidence_interval(values, plain, clusters=clusters, num_resamples=60, seed=3)
-    estimate = draws.estimate(Score.of(values))
+    estimate = draws.estimate(ItemScores.of(values))
     assert (estimate.low, estimate.high) == pytest.approx(expected)
 
     def by_group(part: np.ndarray) -> float:
@@ -40,7 +40,7 @@ def test_intervals_are_those_of_the_plain_bootstrap() -> None:
         return 100 * float(np.nanmean(means))
 
     expected = confidence_interval(np.arange(90), by_group, clusters=clusters, num_resamples=60, seed=3)
-    estimate = draws.estimate(Score.of(values, groups))
+    estimate = draws.estimate(ItemScores.of(values, groups))
     assert (estimate.low, estimate.high) == pytest.approx(expected)
 
 
@@ -50,18 +50,18 @@ def test_difference_is_paired() -> None:
     better = base.copy()
     better[np.flatnonzero(base == 0)[:6]] = 1.0
     draws = Draws(list(range(300)), num_resamples=400)
-    estimate = draws.difference(Score.of(better), Score.of(base))
+    estimate = draws.difference(ItemScores.of(better), ItemScores.of(base))
     assert estimate.value == pytest.approx(2.0)
     assert 0.0 < estimate.low < 2.0 < estimate.high < 5.0
-    alone = draws.estimate(Score.of(better))
+    alone = draws.estimate(ItemScores.of(better))
     assert alone.high - alone.low > 2 * (estimate.high - estimate.low)
 
 
 def test_no_figure_is_null_in_json() -> None:
-    estimate = Draws(["a", "b"]).estimate(Score.of([math.nan, math.nan]))
+    estimate = Draws(["a", "b"]).estimate(ItemScores.of([math.nan, math.nan]))
     assert estimate.to_json() == {"value": None, "low": None, "high": None, "num_items": 0}
 
 
 def test_sizes_are_checked() -> None:
     with pytest.raises(ConfigError, match="each of 2 items, got 3"):
-        Draws(["a", "b"]).estimate(Score.of([1.0, 0.0, 1.0]))
+        Draws(["a", "b"]).estimate(ItemScores.of([1.0, 0.0, 1.0]))

@@ -43,7 +43,7 @@ def good_engine() -> FakeEngine:
 
 def test_result_and_page(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
-    report = run.evaluate(plan, good_engine)
+    report = run.evaluate_model(plan, good_engine)
     assert json.loads((plan.out / run.RESULTS).read_text()) == json.loads(json.dumps(report))
     strict = report["scores"]["strict"]
     assert strict["closed accuracy"]["answered"]["value"] == 100.0
@@ -62,7 +62,7 @@ def test_result_and_page(tmp_path: Path) -> None:
 def test_training_rows_give_majority_and_candidates(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
     train = [sample for sample in plan.samples if sample.id in {"1", "3", "o2"}]
-    report = run.evaluate(replace(plan, train_samples=train, blank_control=False), good_engine)
+    report = run.evaluate_model(replace(plan, train_samples=train, blank_control=False), good_engine)
     assert report["majority"] == {"source": "training answers", "closed": "yes", "open": "saw 2png"}
     assert report["scores"]["strict"]["closed accuracy"]["majority"] == 50.0
     assert "open accuracy" in report["scores"]["legacy run_eval"]
@@ -73,7 +73,7 @@ def test_training_rows_give_majority_and_candidates(tmp_path: Path) -> None:
 
 def test_everything_is_printed(tmp_path: Path) -> None:
     out = io.StringIO()
-    run.print_report(run.evaluate(make_plan(tmp_path), good_engine), out=out)
+    run.print_report(run.evaluate_model(make_plan(tmp_path), good_engine), out=out)
     text = out.getvalue()
     for words in (
         "blank image",
@@ -87,32 +87,32 @@ def test_everything_is_printed(tmp_path: Path) -> None:
 
 def test_second_run_opens_no_engine_and_other_settings_are_refused(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
-    first = run.evaluate(plan, good_engine)
+    first = run.evaluate_model(plan, good_engine)
 
     def refuse() -> FakeEngine:
         raise CheckpointError("no engine is needed")
 
-    assert run.evaluate(plan, refuse)["scores"] == first["scores"]
+    assert run.evaluate_model(plan, refuse)["scores"] == first["scores"]
     other = replace(plan, options=replace(plan.options, settings={"weights": "abc"}))
     with pytest.raises(DataError, match="holds answers with other weights"):
-        run.evaluate(other, good_engine)
+        run.evaluate_model(other, good_engine)
     with pytest.raises(DataError, match="has another text"):
-        run.evaluate(replace(plan, options=replace(plan.options, choices=True)), good_engine)
-    run.evaluate(replace(other, resume=False), good_engine)
+        run.evaluate_model(replace(plan, options=replace(plan.options, choices=True)), good_engine)
+    run.evaluate_model(replace(other, resume=False), good_engine)
     with pytest.raises(CheckpointError):
-        run.evaluate(replace(plan, out=tmp_path / "elsewhere"), refuse)
+        run.evaluate_model(replace(plan, out=tmp_path / "elsewhere"), refuse)
 
 
 def test_failed_answers_are_counted_and_shown(tmp_path: Path) -> None:
-    report = run.evaluate(make_plan(tmp_path), lambda: FakeEngine(broken="What 3"))
+    report = run.evaluate_model(make_plan(tmp_path), lambda: FakeEngine(broken="What 3"))
     assert report["counts"]["failed"] == 1 and report["blank_counts"]["failed"] == 1
     assert "(failed)" in (tmp_path / "out" / run.PAGE).read_text()
 
 
 def test_comparison_of_two_folders(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
-    run.evaluate(plan, good_engine)
-    run.evaluate(replace(plan, out=tmp_path / "other"), FakeEngine)
+    run.evaluate_model(plan, good_engine)
+    run.evaluate_model(replace(plan, out=tmp_path / "other"), FakeEngine)
     out = io.StringIO()
     result = run.print_comparison(plan.samples, plan.out, tmp_path / "other", num_resamples=50, seed=0, out=out)
     assert result["closed accuracy"]["value"] == 100.0
@@ -125,7 +125,7 @@ def test_rows_without_reference_are_refused(tmp_path: Path) -> None:
     first = plan.samples[0]
     question_only = replace(first, conversation=replace(first.conversation, turns=first.conversation.turns[:1]))
     with pytest.raises(DataError, match="expected a question and its answer"):
-        run.evaluate(replace(plan, samples=[question_only]), FakeEngine)
+        run.evaluate_model(replace(plan, samples=[question_only]), FakeEngine)
 
 
 def test_unknown_answer_types_are_found_before_anything_is_answered(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_unknown_answer_types_are_found_before_anything_is_answered(tmp_path: Pa
 
     for changes in ({"samples": [*plan.samples[:3], bad]}, {"train_samples": [bad]}):
         with pytest.raises(DataError, match=r"test\.json, row 3, id '3': answer_type 'CLOZE' is unknown"):
-            run.evaluate(replace(plan, **changes), refuse)
+            run.evaluate_model(replace(plan, **changes), refuse)
     assert not plan.out.exists()
 
 

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from llava.errors import ConfigError
-from llava.generation.beam_search import BeamSearch, penalized, run_beams
+from llava.generation.beam_search import BeamSearch, penalize_repeats, run_beams
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
 from llava.generation.runners import PaddedRunner
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.samples import Conversation, Turn
 from tests.support.tiny import tiny_image, tiny_llava
 
@@ -22,7 +22,7 @@ NUM_TOKENS = 12
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
-def loaded(request: pytest.FixtureRequest) -> Loaded:
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
     return tiny_llava(lm=request.param)
 
 
@@ -34,7 +34,7 @@ PROMPTS = [ask("Is it?"), ask("<image>\nWhere?", tiny_image(3)), ask("<image>\nH
 
 
 def expected(
-    loaded: Loaded, engine: LocalEngine, prompt: Prompt, *, ends: tuple[int, ...] = (), **options: Any
+    loaded: LoadedModel, engine: LocalEngine, prompt: Prompt, *, ends: tuple[int, ...] = (), **options: Any
 ) -> list[list[int]]:
     """Tokens that the library generates from the embeddings of a prompt, as the published models did."""
     reading = engine.reader.read(prompt)
@@ -68,7 +68,7 @@ def trimmed(ids: list[int], ends: tuple[int, ...]) -> tuple[int, ...]:
 @pytest.mark.parametrize("num_beams", [2, 3, 5])
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
 @pytest.mark.parametrize("layout", ["tree", "padded"])
-def test_beams_are_those_of_the_library(loaded: Loaded, num_beams: int, penalty: float, layout: Any) -> None:
+def test_beams_are_those_of_the_library(loaded: LoadedModel, num_beams: int, penalty: float, layout: Any) -> None:
     reference = LocalEngine(loaded.model, loaded.processor, layout="padded")
     wanted = [
         expected(loaded, reference, prompt, num_beams=num_beams, num_return_sequences=2, repetition_penalty=penalty)
@@ -85,7 +85,7 @@ def test_beams_are_those_of_the_library(loaded: Loaded, num_beams: int, penalty:
 
 @pytest.mark.parametrize("places", [(1,), (4,), (8, 10), (2, 5, 9)])
 @pytest.mark.parametrize("num_beams", [2, 4])
-def test_beams_that_end_are_those_of_the_library(loaded: Loaded, num_beams: int, places: tuple[int, ...]) -> None:
+def test_beams_that_end_are_those_of_the_library(loaded: LoadedModel, num_beams: int, places: tuple[int, ...]) -> None:
     """Where tokens of good beams end an answer, beams end early, late, and several at once."""
     engine = LocalEngine(loaded.model, loaded.processor, layout="padded")
     free = [
@@ -108,7 +108,7 @@ def test_beams_that_end_are_those_of_the_library(loaded: Loaded, num_beams: int,
     assert min(lengths) < NUM_TOKENS
 
 
-def test_a_repetition_penalty_is_the_librarys(loaded: Loaded) -> None:
+def test_a_repetition_penalty_is_the_librarys(loaded: LoadedModel) -> None:
     engine = LocalEngine(loaded.model, loaded.processor)
     wanted = [expected(loaded, engine, prompt, repetition_penalty=1.5)[0] for prompt in PROMPTS]
     plain = engine.generate(PROMPTS, Sampling(max_new_tokens=NUM_TOKENS))
@@ -120,8 +120,8 @@ def test_a_repetition_penalty_is_the_librarys(loaded: Loaded) -> None:
 
 def test_penalty_by_hand() -> None:
     scores = torch.tensor([[2.0, -2.0, 1.0], [2.0, -2.0, 1.0]])
-    assert penalized(scores, [[0, 1, 0], []], 2.0).tolist() == [[1.0, -4.0, 1.0], [2.0, -2.0, 1.0]]
-    assert penalized(scores, [[0], [1]], 1.0) is scores
+    assert penalize_repeats(scores, [[0, 1, 0], []], 2.0).tolist() == [[1.0, -4.0, 1.0], [2.0, -2.0, 1.0]]
+    assert penalize_repeats(scores, [[0], [1]], 1.0) is scores
 
 
 def logits_of(*rows: list[float]) -> Tensor:
@@ -149,7 +149,7 @@ def test_what_counts_as_length_decides(num_counted: int, best: tuple[int, ...]) 
     assert search.ended[0].beam.token_ids == best
 
 
-def test_log_probabilities_and_end_of_a_beam(loaded: Loaded) -> None:
+def test_log_probabilities_and_end_of_a_beam(loaded: LoadedModel) -> None:
     engine = LocalEngine(loaded.model, loaded.processor)
     sampling = Sampling(max_new_tokens=4, num_beams=3, repetition_penalty=1.3, logprobs=True)
     [[answer]] = engine.generate(PROMPTS[1:2], sampling)
@@ -158,7 +158,7 @@ def test_log_probabilities_and_end_of_a_beam(loaded: Loaded) -> None:
     assert all(value < 0 for value in answer.logprobs)
 
 
-def test_what_a_search_cannot_do(loaded: Loaded) -> None:
+def test_what_a_search_cannot_do(loaded: LoadedModel) -> None:
     with pytest.raises(ConfigError, match="temperature"):
         Sampling(num_beams=2, temperature=0.5)
     with pytest.raises(ConfigError, match="n=3"):

@@ -13,7 +13,7 @@ import torch
 from llava.errors import ConfigError, DataError, GenerationError
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Completion, Prompt, Sampling
-from llava.model.builder import Loaded, build
+from llava.model.builder import LoadedModel, build_model
 from llava.samples import Conversation, Turn
 from tests.support.generation_tools import (
     ask,
@@ -31,33 +31,33 @@ GREEDY = Sampling(max_new_tokens=24)
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral", "qwen2"])
-def loaded(request: pytest.FixtureRequest) -> Loaded:
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
     return tiny_llava(lm=request.param, seed=3)
 
 
 @pytest.fixture(scope="module")
-def llama() -> Loaded:
+def llama() -> LoadedModel:
     return tiny_llava(seed=3)
 
 
-def windowed(path: Path, lm: str, **options: object) -> Loaded:
+def windowed(path: Path, lm: str, **options: object) -> LoadedModel:
     """Return a tiny model with a sliding window of eight tokens."""
     write_tiny_lm(path / "lm", lm, sliding_window=8, seed=5, **options)
     write_tiny_tower(path / "tower")
-    loaded = build(str(path / "lm"), str(path / "tower"))
+    loaded = build_model(str(path / "lm"), str(path / "tower"))
     loaded.model.eval()
     return loaded
 
 
 @pytest.fixture(scope="module", params=["all layers", "some layers"])
-def sliding(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def sliding(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     path = tmp_path_factory.mktemp("sliding")
     if request.param == "all layers":
         return windowed(path, "mistral")
     return windowed(path, "qwen2", use_sliding_window=True, max_window_layers=1)
 
 
-def assert_like_transformers(loaded: Loaded, engine: LocalEngine) -> None:
+def assert_like_transformers(loaded: LoadedModel, engine: LocalEngine) -> None:
     prompts = mixed_prompts()
     answers = engine.generate(prompts, GREEDY)
     for prompt, [answer] in zip(prompts, answers, strict=True):
@@ -71,28 +71,28 @@ def first_of(answers: list[list[Completion]]) -> list[Completion]:
     return [answer for [answer] in answers]
 
 
-def test_a_batch_gives_the_tokens_of_transformers_generate(loaded: Loaded) -> None:
+def test_a_batch_gives_the_tokens_of_transformers_generate(loaded: LoadedModel) -> None:
     assert_like_transformers(loaded, engine_of(loaded, max_slots=4))
 
 
-def test_sliding_windows_count_positions_not_places(sliding: Loaded) -> None:
+def test_sliding_windows_count_positions_not_places(sliding: LoadedModel) -> None:
     assert_like_transformers(sliding, LocalEngine(sliding.model, sliding.processor, max_slots=4))
 
 
-def test_the_layout_without_sharing_gives_the_same(llama: Loaded) -> None:
+def test_the_layout_without_sharing_gives_the_same(llama: LoadedModel) -> None:
     tree, flat = engine_of(llama), engine_of(llama, layout="flat")
     found, wanted = (first_of(engine.generate(mixed_prompts(), GREEDY)) for engine in (tree, flat))
     assert_same_answers(tree, mixed_prompts(), found, wanted, GREEDY)
 
 
-def test_a_batch_answers_as_one_prompt_alone_does(loaded: Loaded) -> None:
+def test_a_batch_answers_as_one_prompt_alone_does(loaded: LoadedModel) -> None:
     engine = engine_of(loaded, max_slots=3)
     prompts = mixed_prompts()
     alone = [one(engine, prompt, GREEDY) for prompt in prompts]
     assert_same_answers(engine, prompts, first_of(engine.generate(prompts, GREEDY)), alone, GREEDY)
 
 
-def test_answers_that_part_where_nothing_is_tied_are_unequal(llama: Loaded) -> None:
+def test_answers_that_part_where_nothing_is_tied_are_unequal(llama: LoadedModel) -> None:
     engine, prompt = engine_of(llama), ask("When?", 0)
     for sampling in (GREEDY, Sampling(max_new_tokens=24, temperature=1.0, seed=17)):
         answer = one(engine, prompt, sampling)
@@ -103,7 +103,7 @@ def test_answers_that_part_where_nothing_is_tied_are_unequal(llama: Loaded) -> N
             assert_tie(engine, prompt, answer.token_ids[:-1], answer.token_ids, sampling)
 
 
-def test_order_and_number_of_slots_do_not_matter(llama: Loaded) -> None:
+def test_order_and_number_of_slots_do_not_matter(llama: LoadedModel) -> None:
     prompts = mixed_prompts()
     # Answers of many lengths, so that sequences often join and leave.
     sampling = Sampling(max_new_tokens=40, temperature=1.0, seed=11, stop=("a", "e", "1"))
@@ -117,7 +117,7 @@ def test_order_and_number_of_slots_do_not_matter(llama: Loaded) -> None:
         assert_same_answers(engine, ordered, answers, [expected[index] for index in order], sampling)
 
 
-def test_the_image_of_many_questions_is_encoded_once(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_of_many_questions_is_encoded_once(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     original = llama.model.model.get_image_features
 
@@ -131,7 +131,7 @@ def test_the_image_of_many_questions_is_encoded_once(llama: Loaded, monkeypatch:
     assert sum(seen) == 2
 
 
-def test_a_seed_repeats_and_another_differs(llama: Loaded) -> None:
+def test_a_seed_repeats_and_another_differs(llama: LoadedModel) -> None:
     engine = engine_of(llama)
     drawn = {
         seed: one(engine, ask("Draw.", 1), Sampling(max_new_tokens=12, temperature=1.0, seed=seed)) for seed in (1, 2)
@@ -142,13 +142,13 @@ def test_a_seed_repeats_and_another_differs(llama: Loaded) -> None:
     assert drawn[1] != drawn[2]
 
 
-def test_without_a_seed_answers_differ(llama: Loaded) -> None:
+def test_without_a_seed_answers_differ(llama: LoadedModel) -> None:
     engine = engine_of(llama)
     sampling = Sampling(max_new_tokens=16, temperature=1.0)
     assert one(engine, ask("Draw."), sampling) != one(engine, ask("Draw."), sampling)
 
 
-def test_samples_share_the_prompt_and_differ(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_share_the_prompt_and_differ(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(llama, max_slots=3)
     lengths: list[int] = []
     prefill = engine.scheduler.runner.prefill
@@ -162,7 +162,7 @@ def test_samples_share_the_prompt_and_differ(llama: Loaded, monkeypatch: pytest.
     assert len(same) == 3 and len(set(same)) == 1
 
 
-def test_logprobs_are_those_of_a_forward_pass(loaded: Loaded) -> None:
+def test_logprobs_are_those_of_a_forward_pass(loaded: LoadedModel) -> None:
     engine = engine_of(loaded)
     prompts = mixed_prompts()
     for sampling in (Sampling(max_new_tokens=10, logprobs=True), Sampling(10, 0.7, seed=4, top_k=20, logprobs=True)):
@@ -174,7 +174,7 @@ def test_logprobs_are_those_of_a_forward_pass(loaded: Loaded) -> None:
     assert one(engine, prompts[0], GREEDY).logprobs is None
 
 
-def test_broken_prompts_fail_alone_and_say_why(llama: Loaded, tmp_path: Path) -> None:
+def test_broken_prompts_fail_alone_and_say_why(llama: LoadedModel, tmp_path: Path) -> None:
     engine = engine_of(llama, max_tokens=250)
     good = ask("Fine?", 1)
     text = good.conversation
@@ -206,7 +206,7 @@ def test_broken_prompts_fail_alone_and_say_why(llama: Loaded, tmp_path: Path) ->
         list(engine.stream(prompts[0], GREEDY))
 
 
-def test_an_image_is_the_same_from_path_bytes_and_memory(llama: Loaded, tmp_path: Path) -> None:
+def test_an_image_is_the_same_from_path_bytes_and_memory(llama: LoadedModel, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     tiny_image(4).save(path)
     text = Conversation((Turn("human", "<image>\nSame?"),))
@@ -218,14 +218,14 @@ def test_an_image_is_the_same_from_path_bytes_and_memory(llama: Loaded, tmp_path
     assert answers[:1] != engine_of(llama).generate([Prompt(text, (tiny_image(5),))], GREEDY)[0]
 
 
-def test_the_context_ends_an_answer(llama: Loaded) -> None:
+def test_the_context_ends_an_answer(llama: LoadedModel) -> None:
     engine = engine_of(llama)
     length = len(engine.reader.read(ask("Short?")).encoded.input_ids)
     answer = one(engine_of(llama, max_tokens=length + 5), ask("Short?"), Sampling(max_new_tokens=50))
     assert answer.finish == "length" and len(answer.token_ids) == 5
 
 
-def test_end_token_stops(llama: Loaded) -> None:
+def test_end_token_stops(llama: LoadedModel) -> None:
     engine = engine_of(llama)
     free = one(engine, ask("When?", 0), GREEDY)
     end = free.token_ids[4]
@@ -238,7 +238,7 @@ def test_end_token_stops(llama: Loaded) -> None:
     assert stopped.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
 
 
-def test_stop_strings_across_token_borders(llama: Loaded) -> None:
+def test_stop_strings_across_token_borders(llama: LoadedModel) -> None:
     engine = engine_of(llama)
     free = one(engine, ask("Write!", 2), Sampling(max_new_tokens=40, temperature=1.0, seed=5))
     raw = llama.processor.decode(free.token_ids)
@@ -251,7 +251,7 @@ def test_stop_strings_across_token_borders(llama: Loaded) -> None:
     assert stop in llama.processor.decode(cut.token_ids) and stop not in llama.processor.decode(cut.token_ids[:-1])
 
 
-def test_a_stream_grows_to_the_answer(llama: Loaded) -> None:
+def test_a_stream_grows_to_the_answer(llama: LoadedModel) -> None:
     engine = engine_of(llama)
     for seed in range(6):
         sampling = Sampling(max_new_tokens=40, temperature=1.0, seed=seed, stop=("ab", "1"))
@@ -262,7 +262,7 @@ def test_a_stream_grows_to_the_answer(llama: Loaded) -> None:
     assert len(texts) > 3
 
 
-def test_streams_and_batches_may_interleave(llama: Loaded) -> None:
+def test_streams_and_batches_may_interleave(llama: LoadedModel) -> None:
     engine = engine_of(llama, max_slots=2)
     # With this seed no number is closer than 1e-4 to the border between two tokens: streams are compared as text.
     sampling = Sampling(max_new_tokens=24, temperature=1.0, seed=17)
@@ -279,7 +279,7 @@ def test_streams_and_batches_may_interleave(llama: Loaded) -> None:
     assert_same_answers(engine, [ask("Third.", 0), ask("Fourth.")], first_of(batch), alone[2:], sampling)
 
 
-def test_closing_a_stream_frees_its_slot(llama: Loaded) -> None:
+def test_closing_a_stream_frees_its_slot(llama: LoadedModel) -> None:
     engine = engine_of(llama, max_slots=1)
     stream = engine.stream(ask("Long.", 0), Sampling(max_new_tokens=1000, temperature=1.0, seed=3))
     next(stream)
@@ -289,7 +289,7 @@ def test_closing_a_stream_frees_its_slot(llama: Loaded) -> None:
     assert one(engine, ask("Next?"), GREEDY).finish == "length"
 
 
-def test_a_failed_batch_leaves_no_request(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_batch_leaves_no_request(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(llama, max_slots=2)
     decode = engine.scheduler.runner.decode
 
@@ -304,7 +304,7 @@ def test_a_failed_batch_leaves_no_request(llama: Loaded, monkeypatch: pytest.Mon
     assert not engine.scheduler.waiting and not engine.scheduler.ready and not engine.scheduler.running
 
 
-def test_scores_are_those_of_a_forward_pass(loaded: Loaded) -> None:
+def test_scores_are_those_of_a_forward_pass(loaded: LoadedModel) -> None:
     turns = (Turn("human", "<image>\nOne?"), Turn("gpt", "yes"), Turn("human", "Two?"), Turn("gpt", "no, none"))
     prompts = [
         Prompt(Conversation(turns), (tiny_image(0),)),
@@ -339,7 +339,7 @@ def test_scores_are_those_of_a_forward_pass(loaded: Loaded) -> None:
         engine.score([prompts[0], Prompt(prompts[0].conversation)])
 
 
-def test_the_model_keeps_its_mode_and_its_dropout_is_off(llama: Loaded) -> None:
+def test_the_model_keeps_its_mode_and_its_dropout_is_off(llama: LoadedModel) -> None:
     engine = engine_of(llama)
     expected = one(engine, ask("Mode?", 0), GREEDY)
     llama.model.train()
@@ -357,7 +357,7 @@ def test_the_model_keeps_its_mode_and_its_dropout_is_off(llama: Loaded) -> None:
         llama.model.eval()
 
 
-def test_impossible_settings_are_refused(llama: Loaded) -> None:
+def test_impossible_settings_are_refused(llama: LoadedModel) -> None:
     engine = engine_of(llama)
     with pytest.raises(ConfigError, match="num_beams"):
         engine.stream(ask("Beams?"), Sampling(num_beams=4))

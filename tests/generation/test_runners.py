@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
 from llava.generation.runners import AnsweringMode
-from llava.model.builder import Loaded, build
+from llava.model.builder import LoadedModel, build_model
 from llava.model.lora import add_lora
 from llava.samples import Conversation, Turn
 from tests.support.generation_tools import ask, engine_of, mixed_prompts, one, reference_ids
@@ -21,7 +21,7 @@ from tests.support.tiny import byte_tokenizer, tiny_llava, write_tiny_lm, write_
 GREEDY = Sampling(max_new_tokens=16)
 
 
-def bloom(path: Path) -> Loaded:
+def bloom(path: Path) -> LoadedModel:
     """Write and load a tiny model with ALiBi positions."""
     tokenizer = byte_tokenizer()
     config = BloomConfig(
@@ -31,17 +31,17 @@ def bloom(path: Path) -> Loaded:
         torch.manual_seed(3)
         AutoModelForCausalLM.from_config(config).save_pretrained(path / "lm")
     tokenizer.save_pretrained(path / "lm")
-    loaded = build(str(path / "lm"), str(write_tiny_tower(path / "tower")))
+    loaded = build_model(str(path / "lm"), str(write_tiny_tower(path / "tower")))
     loaded.model.eval()
     return loaded
 
 
 @pytest.fixture(scope="module")
-def alibi(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def alibi(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return bloom(tmp_path_factory.mktemp("bloom"))
 
 
-def test_a_model_without_positions_falls_back_and_is_exact(alibi: Loaded) -> None:
+def test_a_model_without_positions_falls_back_and_is_exact(alibi: LoadedModel) -> None:
     engine = LocalEngine(alibi.model, alibi.processor, max_slots=4)
     assert engine.layout == "padded"
     prompts = mixed_prompts()
@@ -94,7 +94,7 @@ def test_the_padded_runner_answers_as_the_slot_runner() -> None:
 def test_adapters_learn_after_answering_in_four_bits(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     write_tiny_lm(tmp_path / "lm", hidden_size=64, intermediate_size=128)
-    loaded = build(str(tmp_path / "lm"), str(write_tiny_tower(tmp_path / "tower")), bits=4)
+    loaded = build_model(str(tmp_path / "lm"), str(write_tiny_tower(tmp_path / "tower")), bits=4)
     model = add_lora(loaded, r=2, alpha=4, dropout=0.0, bias="none")
     ids = torch.arange(5, 25)[None]
 
@@ -104,7 +104,7 @@ def test_adapters_learn_after_answering_in_four_bits(tmp_path: Path) -> None:
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and "lora_B" in name}
 
     model.eval()
-    engine = engine_of(Loaded(model, loaded.processor, loaded.context_len))
+    engine = engine_of(LoadedModel(model, loaded.processor, loaded.context_len))
     one(engine, ask("Quantized?", 0), GREEDY)
     list(engine.stream(ask("Quantized?", 0), GREEDY))
     conversation = Conversation((Turn("human", "a"), Turn("gpt", "b")))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.generation.protocol import Sampling
-from llava.generation.sampling import TokenDraw, choose, logprobs_of
+from llava.generation.sampling import TokenDraw, choose_tokens, logprobs_of
 
 VOCABULARY = 11
 LOGITS = torch.linspace(-2.0, 2.0, VOCABULARY).flip(0)[
@@ -21,7 +21,7 @@ def draw(seed: int, **options: float) -> TokenDraw:
 
 def frequencies(num: int = 20_000, **options: float) -> torch.Tensor:
     one = draw(0, **options)
-    tokens = choose(LOGITS.expand(num, -1), [one] * num)
+    tokens = choose_tokens(LOGITS.expand(num, -1), [one] * num)
     return torch.bincount(torch.tensor(tokens), minlength=VOCABULARY) / num
 
 
@@ -63,8 +63,8 @@ def test_a_row_does_not_depend_on_other_rows(rows: list[tuple[int, float, float,
     logits = torch.randn(len(rows), 300, generator=torch.Generator().manual_seed(len(rows)))
     together, alone = draws(), draws()
     for _ in range(3):
-        expected = [choose(logits[i : i + 1], [one])[0] for i, one in enumerate(alone)]
-        assert choose(logits, together) == expected
+        expected = [choose_tokens(logits[i : i + 1], [one])[0] for i, one in enumerate(alone)]
+        assert choose_tokens(logits, together) == expected
     for i, (_, temperature, _, _) in enumerate(rows):
         if temperature == 0.0:
             assert expected[i] == logits[i].argmax()
@@ -88,5 +88,5 @@ def test_the_likeliest_token_is_the_first_of_equals_in_every_precision() -> None
     greedy = TokenDraw(Sampling())
     logits = torch.tensor([[0.0, 3.0, 3.0, -1.0], [float("-inf"), -2.0, -5.0, -2.0]])
     for precision in (torch.float32, torch.bfloat16, torch.float64):
-        assert choose(logits.to(precision), [greedy, greedy]) == [1, 1]
-    assert choose(logits[:, ::2], [greedy, greedy]) == [1, 1]
+        assert choose_tokens(logits.to(precision), [greedy, greedy]) == [1, 1]
+    assert choose_tokens(logits[:, ::2], [greedy, greedy]) == [1, 1]

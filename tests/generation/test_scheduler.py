@@ -12,7 +12,7 @@ import torch
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Sampling
 from llava.generation.scheduler import is_out_of_memory
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from tests.support.generation_tools import ask, assert_same_answers, engine_of, mixed_prompts, one
 from tests.support.tiny import tiny_llava
 
@@ -20,7 +20,7 @@ SAMPLING = Sampling(max_new_tokens=16, temperature=1.0, seed=2, logprobs=True)
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
+def loaded() -> LoadedModel:
     return tiny_llava(seed=3)
 
 
@@ -49,7 +49,7 @@ def limit(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, name: str, fails
     ],
 )
 def test_half_the_slots_give_the_same_answers(
-    loaded: Loaded,
+    loaded: LoadedModel,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     name: str,
@@ -70,7 +70,9 @@ def test_half_the_slots_give_the_same_answers(
     assert engine.scheduler.max_slots == 4
 
 
-def test_what_never_fits_is_an_error_and_the_rest_is_answered(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_never_fits_is_an_error_and_the_rest_is_answered(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = engine_of(loaded, max_slots=4, max_prefill_tokens=100)
     original = engine.scheduler.runner.prefill
 
@@ -88,7 +90,7 @@ def test_what_never_fits_is_an_error_and_the_rest_is_answered(loaded: Loaded, mo
     assert_same_answers(engine, prompts[2:], answers[2:], [alone], SAMPLING)
 
 
-def test_decoding_that_never_fits_ends_in_errors(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_that_never_fits_ends_in_errors(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(loaded, max_slots=4)
     limit(engine, monkeypatch, "decode", lambda call, num: True)
     answers = engine.generate(mixed_prompts(), SAMPLING)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llava.conversation import TEMPLATES
 from llava.generation.protocol import Sampling
 from llava.generation.stopping import AnswerText, StopRule
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from tests.support.tiny import tiny_llava
 
 RULE = StopRule(frozenset({0}), ("###", "\nab"), ("###", "\nab"), ("###", "Assistant:", "Human:"))
@@ -99,7 +99,7 @@ def test_text_is_decoded_only_when_it_is_read() -> None:
     assert not AnswerText(RULE, counting).has_ended(tokens_of("a" * 500)) and max(calls) < 30
 
 
-def special_ids(loaded: Loaded, *texts: str) -> set[int]:
+def special_ids(loaded: LoadedModel, *texts: str) -> set[int]:
     return {loaded.processor.tokenizer.convert_tokens_to_ids(text) for text in texts}
 
 

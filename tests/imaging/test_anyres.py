@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava.errors import ConfigError, DataError
-from llava.imaging.anyres import MERGE_TYPES, ImageGrid, best_size, fit_centered, keep_size, parse_pinpoints, unpadded
+from llava.imaging.anyres import (
+    MERGE_TYPES,
+    ImageGrid,
+    best_size,
+    fit_centered,
+    keep_size,
+    parse_pinpoints,
+    unpadded_patches,
+)
 
 PINPOINTS = ((112, 56), (56, 112), (112, 112), (168, 56), (56, 168))
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
@@ -42,7 +50,7 @@ def test_tokens_of_an_image() -> None:
     # 80 x 56 fills 2 x 1 tiles of 4 x 4 patches but for two columns: 8 patches wide at 80 / 112 of the height ...
     assert grid("flat").count((80, 56)) == grid("spatial").count((80, 56)) == 3 * 16
     # ... 80 pixels at 4 rows for 56 are 5.7 patches, so one of the two border columns goes at each side.
-    assert unpadded((80, 56), (8, 4)) == (1, 0, 7, 4)
+    assert unpadded_patches((80, 56), (8, 4)) == (1, 0, 7, 4)
     assert grid("spatial_unpad").count((80, 56)) == 16 + 4 * (6 + 1)
     assert grid(mode="square").count((80, 56)) == grid(mode="pad").count((1, 900)) == 16
     assert grid(mode="keep").count((80, 56)) == (320 // 14) * (224 // 14)
@@ -86,7 +94,7 @@ def test_every_image_lies_inside_its_tiles(size: tuple[int, int]) -> None:
     assert left >= 0 and top >= 0 and left + width <= whole[0] and top + height <= whole[1]
     assert width == whole[0] or height == whole[1]
     columns, rows = grid().shape(size)
-    x0, y0, x1, y1 = unpadded(size, (columns * 4, rows * 4))
+    x0, y0, x1, y1 = unpadded_patches(size, (columns * 4, rows * 4))
     assert 0 <= x0 <= x1 <= columns * 4 and 0 <= y0 <= y1 <= rows * 4
     assert x0 == columns * 4 - x1 and y0 == rows * 4 - y1
     for merge in MERGE_TYPES:

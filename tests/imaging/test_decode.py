@@ -12,7 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava.errors import ConfigError, DataError
 from llava.imaging import decode
-from llava.imaging.geometry import fit, mean_color, to_rgb
+from llava.imaging.geometry import fit_image, mean_color, to_rgb
 
 WIDTH, HEIGHT = 9, 6
 
@@ -34,7 +34,7 @@ def gradient(mode: str) -> Image.Image:
 def test_every_mode_becomes_rgb_as_pillow_converts_it(tmp_path: Path, mode: str, suffix: str) -> None:
     path = tmp_path / f"x.{suffix}"
     gradient(mode).save(path)
-    loaded = decode.load(path.name, tmp_path)
+    loaded = decode.load_image(path.name, tmp_path)
     assert (loaded.mode, loaded.size) == ("RGB", (WIDTH, HEIGHT))
     with Image.open(path) as stored:
         assert loaded.tobytes() == stored.convert("RGB").tobytes()
@@ -51,7 +51,7 @@ def test_sixteen_bits_are_windowed_from_smallest_to_largest(tmp_path: Path, suff
     values = np.array([[1000, 1000 + 51 * 200], [1000 + 255 * 200, 1000 + 128 * 200]], dtype=np.uint16)
     path = tmp_path / f"x.{suffix}"
     Image.fromarray(values).save(path)
-    loaded = np.asarray(decode.load(path.name, tmp_path))
+    loaded = np.asarray(decode.load_image(path.name, tmp_path))
     assert loaded.shape == (2, 2, 3)
     assert loaded[..., 0].tolist() == loaded[..., 2].tolist() == [[0, 51], [255, 128]]
 
@@ -79,14 +79,14 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
     gradient("RGB").save(path, exif=exif)
     with Image.open(path) as stored:
         expected = ImageOps.exif_transpose(stored)
-        loaded = decode.load(path.name, tmp_path)
+        loaded = decode.load_image(path.name, tmp_path)
         assert loaded.size == expected.size == ((WIDTH, HEIGHT) if orientation < 5 else (HEIGHT, WIDTH))
         assert loaded.tobytes() == expected.tobytes()
 
 
 def test_first_frame_of_several(tmp_path: Path) -> None:
     gradient("L").save(tmp_path / "x.tif", save_all=True, append_images=[Image.new("L", (WIDTH, HEIGHT))])
-    assert decode.load("x.tif", tmp_path).tobytes() == gradient("L").convert("RGB").tobytes()
+    assert decode.load_image("x.tif", tmp_path).tobytes() == gradient("L").convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize("ref", ["../secret.png", "a/../../secret.png", "link.png"])
@@ -98,18 +98,18 @@ def test_names_that_lead_outside_the_folder_are_refused(tmp_path: Path, ref: str
     with pytest.raises(
         DataError, match="outside the image folder.*" + ("cp -rL" if ref == "link.png" else "move or copy")
     ):
-        decode.load(ref, root)
+        decode.load_image(ref, root)
     with pytest.raises(DataError, match="outside the image folder"):
-        decode.load(tmp_path / "secret.png", root)
+        decode.load_image(tmp_path / "secret.png", root)
 
 
 def test_a_linked_folder_and_paths_inside_it_are_fine(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     gradient("RGB").save(tmp_path / "real" / "x.png")
     (tmp_path / "images").symlink_to(tmp_path / "real")
-    assert decode.load("x.png", tmp_path / "images").size == (WIDTH, HEIGHT)
-    assert decode.load("sub/../x.png", tmp_path / "images").size == (WIDTH, HEIGHT)
-    assert decode.load(tmp_path / "real" / "x.png").size == (WIDTH, HEIGHT)
+    assert decode.load_image("x.png", tmp_path / "images").size == (WIDTH, HEIGHT)
+    assert decode.load_image("sub/../x.png", tmp_path / "images").size == (WIDTH, HEIGHT)
+    assert decode.load_image(tmp_path / "real" / "x.png").size == (WIDTH, HEIGHT)
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "missing"])
@@ -120,7 +120,7 @@ def test_a_broken_file_is_named(tmp_path: Path, damage: str) -> None:
     if damage in content:
         (tmp_path / "scan.jpg").write_bytes(content[damage])
     with pytest.raises(DataError, match=r"scan\.jpg"):
-        decode.load("scan.jpg", tmp_path)
+        decode.load_image("scan.jpg", tmp_path)
 
 
 def test_too_large_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,11 +128,11 @@ def test_too_large_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(decode, "MAX_PIXELS", WIDTH * HEIGHT - 1)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(DataError, match=r"9 x 6 pixels, more than the limit of 53"):
-        decode.load("x.png", tmp_path)
+        decode.load_image("x.png", tmp_path)
 
 
 def test_pad_centers_with_the_offset_rounded_down() -> None:
-    image = fit(gradient("RGB"), "pad", size=4, fill=(122, 116, 104))
+    image = fit_image(gradient("RGB"), "pad", size=4, fill=(122, 116, 104))
     assert image.size == (WIDTH, WIDTH)
     top = (WIDTH - HEIGHT) // 2
     rows = np.asarray(image)
@@ -143,15 +143,15 @@ def test_pad_centers_with_the_offset_rounded_down() -> None:
 
 
 def test_resize_squashes_and_square_leaves_the_shape() -> None:
-    assert fit(gradient("L"), "resize", size=4, fill=(0, 0, 0)).size == (4, 4)
-    assert fit(gradient("L"), "resize", size=(2, 5), fill=(0, 0, 0)).size == (5, 2)
-    square = fit(gradient("L"), "square", size=4, fill=(0, 0, 0))
+    assert fit_image(gradient("L"), "resize", size=4, fill=(0, 0, 0)).size == (4, 4)
+    assert fit_image(gradient("L"), "resize", size=(2, 5), fill=(0, 0, 0)).size == (5, 2)
+    square = fit_image(gradient("L"), "square", size=4, fill=(0, 0, 0))
     assert (square.mode, square.size) == ("RGB", (WIDTH, HEIGHT))
 
 
 def test_an_unknown_mode_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="'crop'; known: square, pad, resize"):
-        fit(gradient("RGB"), "crop", size=4, fill=(0, 0, 0))
+        fit_image(gradient("RGB"), "crop", size=4, fill=(0, 0, 0))
 
 
 @pytest.mark.parametrize("oracle", ["llava-1.2.2", "llava-med-1.0"])
@@ -165,8 +165,8 @@ def test_preprocessing_equals_the_published_code_bit_for_bit(shared: Path, oracl
     names = [name for name in expected.files if name.startswith(f"{mode}/")]
     assert len(names) == 5
     for name in names:
-        image = decode.load(name.removeprefix(f"{mode}/"), folder / "images")
-        image = fit(image, mode, size=56, fill=fill)
+        image = decode.load_image(name.removeprefix(f"{mode}/"), folder / "images")
+        image = fit_image(image, mode, size=56, fill=fill)
         pixels = processor(image, return_tensors="np")["pixel_values"][0]
         np.testing.assert_array_equal(pixels, expected[name])
 
@@ -181,13 +181,13 @@ def test_the_key_depends_on_bytes_and_preprocessing_only() -> None:
 @pytest.mark.parametrize("inside", [True, False])
 def test_names_that_no_file_can_have_are_named_errors(tmp_path: Path, ref: str, inside: bool) -> None:
     with pytest.raises(DataError, match="has an invalid name"):
-        decode.load(ref, tmp_path if inside else None)
+        decode.load_image(ref, tmp_path if inside else None)
 
 
 def test_the_stored_form_is_read_from_the_header(tmp_path: Path) -> None:
     for mode, suffix, expected in [("L", "jpg", "JPEG L"), ("I;16", "png", "PNG I;16"), ("P", "gif", "GIF P")]:
         path = tmp_path / f"a.{suffix}"
         Image.new(mode, (4, 4)).save(path)
-        assert decode.stored_as(path.read_bytes()) == expected
-    assert decode.stored_as(b"\0" * 128 + b"DICM") == "DICOM"
-    assert decode.stored_as(b"no image") == "unknown"
+        assert decode.stored_format(path.read_bytes()) == expected
+    assert decode.stored_format(b"\0" * 128 + b"DICM") == "DICOM"
+    assert decode.stored_format(b"no image") == "unknown"

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil
 
-from llava.imaging.decode import Opened
-from llava.imaging.geometry import fit, mean_color, to_rgb
-from llava.imaging.image_processor import OpenClipImageProcessorPil, PixelPath
+from llava.imaging.decode import DecodedImage
+from llava.imaging.geometry import fit_image, mean_color, to_rgb
+from llava.imaging.image_processor import FastPreprocessor, OpenClipImageProcessorPil
 from llava.processing import LlavaMedProcessor
 from tests.support.text_tools import llama_like
 
@@ -53,13 +53,13 @@ def random_image(mode: str, size: tuple[int, int], seed: int) -> Image.Image:
 def test_same_bits_as_the_image_processor(kind: str, side: int, mode: str, image: Image.Image) -> None:
     own = KINDS[kind](side)
     processor = LlavaMedProcessor(TOKENIZER, own, template="v1", image_mode=mode, num_image_tokens=4)
-    assert PixelPath.of(own) is not None
+    assert FastPreprocessor.of(own) is not None
     fill = mean_color(own.image_mean)
-    fitted = fit(image, mode, size=processor.image_size, fill=fill)
+    fitted = fit_image(image, mode, size=processor.image_size, fill=fill)
     expected = own(images=[fitted], return_tensors="pt")["pixel_values"]
     assert torch.equal(processor.pixels([image]), expected)
-    assert processor.picture(image).dtype == torch.float32
-    assert torch.equal(processor.picture(Opened(to_rgb(image), image.size)), expected[0])
+    assert processor.preprocess(image).dtype == torch.float32
+    assert torch.equal(processor.preprocess(DecodedImage(to_rgb(image), image.size)), expected[0])
 
 
 class Inverted(CLIPImageProcessorPil):
@@ -71,11 +71,11 @@ class Inverted(CLIPImageProcessorPil):
 
 def test_others_keep_their_own_way() -> None:
     own = Inverted(size={"shortest_edge": 20}, crop_size={"height": 20, "width": 20})
-    assert PixelPath.of(own) is None
-    assert PixelPath.of(CLIPImageProcessorPil(size={"shortest_edge": 9, "longest_edge": 12})) is None
+    assert FastPreprocessor.of(own) is None
+    assert FastPreprocessor.of(CLIPImageProcessorPil(size={"shortest_edge": 9, "longest_edge": 12})) is None
     processor = LlavaMedProcessor(TOKENIZER, own, template="v1", num_image_tokens=4)
     image = random_image("L", (40, 30), 0)
     plain = LlavaMedProcessor(TOKENIZER, KINDS["clip"](20), template="v1", num_image_tokens=4)
-    assert torch.equal(processor.picture(image), -plain.picture(image))
+    assert torch.equal(processor.preprocess(image), -plain.preprocess(image))
     processor.use_fast_jpeg(True)
     assert processor._scale_of((9000, 9000)) == 1

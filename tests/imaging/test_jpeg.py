@@ -46,7 +46,7 @@ def levels(processor: LlavaMedProcessor, content: bytes) -> np.ndarray:
     """Return the input of the model as gray levels."""
     own: Any = processor.image_processor
     mean, std = (torch.tensor(values)[:, None, None] for values in (own.image_mean, own.image_std))
-    return ((processor.picture(processor.open(content)) * std + mean) * 255).numpy()
+    return ((processor.preprocess(processor.open(content)) * std + mean) * 255).numpy()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -86,7 +86,7 @@ def test_off_unless_asked_for() -> None:
     content = as_jpeg(smooth(449, 613))
     assert not make(fast=False).fast_jpeg
     assert make(fast=False).open(content).scale == 1
-    assert decode.decode(content).image.size == decode.load(content).size == (449, 613)
+    assert decode.decode_image(content).image.size == decode.load_image(content).size == (449, 613)
 
 
 def turned(orientation: int) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def test_decoded_whole(kind: str) -> None:
     content = contents()[kind]
     fast, whole = make("pad", fast=True), make("pad", fast=False)
     assert fast.open(content).scale == 1
-    assert torch.equal(fast.picture(fast.open(content)), whole.picture(whole.open(content)))
+    assert torch.equal(fast.preprocess(fast.open(content)), whole.preprocess(whole.open(content)))
 
 
 def test_upright_exif_and_progressive_files_are_scaled() -> None:

@@ -7,7 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.errors import ConfigError
-from llava.instruct.cleaning import INFIXES, MODES, PREFIXES, REFUSALS, RULES, Cleaned, clean, clean_fixed, clean_legacy
+from llava.instruct.cleaning import (
+    INFIXES,
+    MODES,
+    PREFIXES,
+    REFUSALS,
+    RULES,
+    Cleaned,
+    clean_answer,
+    clean_fixed,
+    clean_legacy,
+)
 
 
 def test_as_many_phrases_as_published() -> None:
@@ -99,7 +109,7 @@ def test_as_many_phrases_as_published() -> None:
 )
 def test_rules(answer: str, legacy: tuple[str | None, str], fixed: tuple[str | None, str]) -> None:
     for mode, expected in (("legacy", legacy), ("fixed", fixed)):
-        found = clean(answer, mode)
+        found = clean_answer(answer, mode)
         assert (found.text, found.outcome) == expected
 
 
@@ -133,7 +143,7 @@ def test_every_part(phrase: str) -> None:
 
 def test_unknown_mode() -> None:
     with pytest.raises(ConfigError, match="known: fixed, legacy"):
-        clean("x", "both")
+        clean_answer("x", "both")
 
 
 FRAGMENTS = st.sampled_from(
@@ -144,7 +154,7 @@ FRAGMENTS = st.sampled_from(
 @settings(deadline=None)
 @given(st.lists(FRAGMENTS | st.text(max_size=8), max_size=6).map("".join), st.sampled_from(sorted(MODES)))
 def test_any_answer(answer: str, mode: str) -> None:
-    found = clean(answer, mode)
+    found = clean_answer(answer, mode)
     assert found.outcome in RULES
     assert (found.text is None) is found.outcome.endswith("dropped")
     if mode == "legacy" and found.text is not None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llava.errors import ConfigError, DataError
 from llava.instruct import instruct_postprocess
-from llava.instruct.postprocess import PAIR_OUTCOMES, image_first, parse_dialogue, postprocess
+from llava.instruct.postprocess import PAIR_OUTCOMES, image_first, parse_dialogue, training_rows
 from llava.instruct.prompts import dialogue_text
 from llava.samples import from_row
 from llava.utils.jsonl import write_records
@@ -62,7 +62,7 @@ ANYTHING = st.characters(codec=None)  # includes lone surrogates
 @settings(deadline=None)
 @given(st.lists(PIECES | st.text(ANYTHING, max_size=5), max_size=12).map("".join), st.booleans(), st.integers(0, 9))
 def test_any_text_gives_rows_that_can_be_read_or_none(text: str, legacy: bool, seed: int) -> None:
-    rows, counts = postprocess([generated(text)], mode="legacy" if legacy else "fixed", seed=seed)
+    rows, counts = training_rows([generated(text)], mode="legacy" if legacy else "fixed", seed=seed)
     assert counts.rows.total() == 1 and counts.rows["kept"] == len(rows)
     num_parts = text.replace("" if legacy else "<image>", "").count("User:")
     assert counts.rows["no answer"] or counts.pairs.total() == num_parts
@@ -77,7 +77,7 @@ def test_any_text_gives_rows_that_can_be_read_or_none(text: str, legacy: bool, s
 
 def test_the_row_as_published() -> None:
     text = dialogue(("What is it?", "A rim."), ("More?", "Yes, based on the description, MRI."))
-    (row,), counts = postprocess([generated(text)])
+    (row,), counts = training_rows([generated(text)])
     first = "<image>\nWhat is it?" if image_first("91_F1", 0) else "What is it?\n<image>"
     assert list(row) == ["id", "image", "domain", "conversations"]
     assert row == {
@@ -97,7 +97,7 @@ def test_the_row_as_published() -> None:
 def test_placeholder_survives_a_dropped_question() -> None:
     text = dialogue(("What?", "Sorry, no image is here."), ("Where?", "On the left."))
     for legacy, questions in ((True, ["Where?"]), (False, ["<image>\nWhere?", "Where?\n<image>"])):
-        (row,), _ = postprocess([generated(text)], mode="legacy" if legacy else "fixed")
+        (row,), _ = training_rows([generated(text)], mode="legacy" if legacy else "fixed")
         assert row["image"] and len(row["conversations"]) == 2
         assert row["conversations"][0]["value"] in questions
 
@@ -107,25 +107,25 @@ def test_placeholder_position_is_fair_seeded_and_independent_per_row() -> None:
     assert 900 < sum(tosses) < 1100
     assert tosses != [image_first(str(number), 1) for number in range(2000)]
     rows = [generated(dialogue(("q", "answer")), str(number)) for number in range(20)]
-    everything, _ = postprocess(rows, seed=3)
-    assert postprocess(rows[7:8], seed=3)[0] == everything[7:8]
+    everything, _ = training_rows(rows, seed=3)
+    assert training_rows(rows[7:8], seed=3)[0] == everything[7:8]
 
 
 @pytest.mark.parametrize("text", ["**User:** a\n\n**Assistant:** b", "*User*: a\n **Assistant**: b<image>"])
 def test_bold_speakers_and_placeholders_of_the_model(text: str) -> None:
-    (row,), _ = postprocess([generated(text)])
+    (row,), _ = training_rows([generated(text)])
     values = [turn["value"] for turn in row["conversations"]]
     assert values[0] in ("<image>\na", "a\n<image>") and values[1:] == ["b"]
 
 
 def test_unusable_rows_are_counted() -> None:
     texts = [None, " ", "no marks", dialogue(("a", "I'm sorry.")), dialogue(("", "b")), dialogue(("a", "b"))]
-    rows, counts = postprocess([generated(text, str(number)) for number, text in enumerate(texts)])
+    rows, counts = training_rows([generated(text, str(number)) for number, text in enumerate(texts)])
     assert [row["id"] for row in rows] == ["5"]
     assert counts.rows == {"no answer": 2, "no dialogue": 1, "all dropped": 2, "kept": 1}
     assert counts.pairs["empty question"] == counts.pairs["R1 dropped"] == 1
     with pytest.raises(DataError, match="rows, row 1: field 'pair_id'"):
-        postprocess([generated("x"), {"result": "x"}])
+        training_rows([generated("x"), {"result": "x"}])
 
 
 def run(tmp_path: Path, rows: Sequence[dict[str, Any]], *more: str) -> list[dict[str, Any]]:

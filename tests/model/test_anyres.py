@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from llava.data.encode import Encoded, encode
-from llava.data.flat_batch import ImageBatch, Layout, batch_images, flatten, join, target_logits
+from llava.data.flat_batch import ImageBatch, Layout, batch_images, flatten, join_images, target_logits
 from llava.errors import ConfigError
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
 from llava.imaging.anyres import MERGE_TYPES, ImageGrid
 from llava.model.anyres import merge_tiles
-from llava.model.builder import Loaded, build
-from llava.model.checkpoint.export_hf import obstacles
-from llava.model.checkpoint.load import load
+from llava.model.builder import LoadedModel, build_model
+from llava.model.checkpoint.export_hf import hf_obstacles
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.lora import add_lora
 from llava.samples import Conversation, Turn
@@ -36,11 +36,11 @@ def numbered_image(number: int) -> Image.Image:
     return tiny_image(number, 64).resize(SIZES[number % len(SIZES)])
 
 
-def tiled(merge: str = "spatial_unpad", **options: Any) -> Loaded:
+def tiled(merge: str = "spatial_unpad", **options: Any) -> LoadedModel:
     return tiny_llava(image_mode="anyres", patch_merge_type=merge, image_grid_pinpoints=PINPOINTS, **options)
 
 
-def kept(**options: Any) -> Loaded:
+def kept(**options: Any) -> LoadedModel:
     return tiny_llava(image_mode="keep", **options)
 
 
@@ -85,17 +85,17 @@ def test_tiles_of_other_images_are_rejected() -> None:
         merge_tiles(torch.zeros(2, 4, 6), [(40, 20)], grid, None)
 
 
-def sequence(loaded: Loaded, *numbers: int, text: str = "What is it?") -> tuple[Encoded, dict[str, Tensor]]:
+def sequence(loaded: LoadedModel, *numbers: int, text: str = "What is it?") -> tuple[Encoded, dict[str, Tensor]]:
     """Return a conversation about some images, and their model inputs."""
     images = {str(number): numbered_image(number) for number in numbers}
     marks = "<image>\n" * len(numbers)
     conversation = Conversation((Turn("human", marks + text), Turn("gpt", f"it is {len(text)}")))
     sizes = [each.size for each in images.values()]
     encoded = encode(conversation, loaded.processor, images=list(images), sizes=sizes, max_length=None)
-    return encoded, {key: loaded.processor.picture(each) for key, each in images.items()}
+    return encoded, {key: loaded.processor.preprocess(each) for key, each in images.items()}
 
 
-def together(loaded: Loaded, rows: list[tuple[Encoded, dict[str, Tensor]]], layout: Layout) -> list[Tensor]:
+def together(loaded: LoadedModel, rows: list[tuple[Encoded, dict[str, Tensor]]], layout: Layout) -> list[Tensor]:
     images = {key: tensor for _, found in rows for key, tensor in found.items()}
     encoded = [each for each, _ in rows]
     batch = flatten(encoded, images, image_token_id=loaded.processor.image_token_id, layout=layout)
@@ -165,8 +165,8 @@ def parts(tmp_path: Path) -> tuple[str, str]:
     return str(write_tiny_lm(tmp_path / "lm")), str(write_tiny_tower(tmp_path / "tower"))
 
 
-def built(tmp_path: Path, **options: Any) -> Loaded:
-    loaded = build(
+def built(tmp_path: Path, **options: Any) -> LoadedModel:
+    loaded = build_model(
         *parts(tmp_path),
         image_mode="anyres",
         patch_merge_type="spatial_unpad",
@@ -191,7 +191,7 @@ def test_saved_and_loaded(tmp_path: Path, kind: str) -> None:
         save_projector(loaded.model, loaded.processor, target, origin=loaded.origin)
     else:
         save_adapter(add_lora(loaded, r=2), loaded.processor, target, origin=loaded.origin)
-    again = load(target)
+    again = load_checkpoint(target)
     assert again.processor.image_grid == loaded.processor.image_grid
     assert again.model.config.patch_merge_type == "spatial_unpad"
     assert again.model.config.image_grid_pinpoints == PINPOINTS
@@ -200,7 +200,7 @@ def test_saved_and_loaded(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("mode", ["flat", "spatial_unpad", "keep"])
 def test_what_transformers_llava_cannot_do_is_not_exported(mode: str) -> None:
-    found = " ".join(obstacles(LOADED[mode]()))
+    found = " ".join(hf_obstacles(LOADED[mode]()))
     assert "image mode" in found
     assert ("spatial_unpad" in found) == (mode == "spatial_unpad")
 
@@ -208,8 +208,8 @@ def test_what_transformers_llava_cannot_do_is_not_exported(mode: str) -> None:
 def test_batches_of_images_are_joined() -> None:
     small, large = torch.ones(3, 2, 5), torch.ones(3, 4, 3)
     assert batch_images([]) == ImageBatch(None, None) and not batch_images([]).keywords()
-    both = join(batch_images([small], [(1, 2)]), batch_images([large], [(3, 4)]))
+    both = join_images(batch_images([small], [(1, 2)]), batch_images([large], [(3, 4)]))
     assert both.pixel_values.shape == (2, 3, 4, 5) and both.image_sizes.tolist() == [[1, 2], [3, 4]]
     assert float(both.pixel_values.sum()) == 30 + 36
-    tiles = join(batch_images([torch.ones(3, 3, 2, 2)], [(1, 2)]), batch_images([]))
+    tiles = join_images(batch_images([torch.ones(3, 3, 2, 2)], [(1, 2)]), batch_images([]))
     assert tiles.pixel_values.shape == (3, 3, 2, 2)

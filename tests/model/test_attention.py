@@ -20,8 +20,8 @@ from llava.constants import TREE_ATTENTION
 from llava.data.attention_plan import attention_plan
 from llava.data.flat_batch import FlatBatch, flatten, target_logits
 from llava.errors import ConfigError
-from llava.model.attention import by_matmul, by_pieces, tree_attention, use_tree_attention
-from llava.model.builder import Loaded
+from llava.model.attention import attend_by_matmul, attend_by_pieces, tree_attention, use_tree_attention
+from llava.model.builder import LoadedModel
 from llava.model.config import LlavaMedConfig
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from tests.support.trees import IMAGE, encoded, random_images, random_sequences
@@ -60,7 +60,7 @@ def test_pieces_equal_the_dense_mask(chance: random.Random, window: int | None, 
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gradients = torch.autograd.grad((expected * weights).sum(), states)
     with_sdpa, _ = tree_attention(layer(), *states, None, scaling=0.3, sliding_window=window, tree_plan=plan)
-    for found in (with_sdpa, by_matmul(*states, plan, scaling=0.3, window=window)):
+    for found in (with_sdpa, attend_by_matmul(*states, plan, scaling=0.3, window=window)):
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), states), gradients)
 
@@ -72,9 +72,9 @@ def test_half_precision_on_a_cpu_uses_matrix_products(autocast: bool) -> None:
     states = [state.detach().to(torch.float32) for state in random_states(batch.num_tokens, 4, 2, seed=0)]
     half = [state.bfloat16() for state in states]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = by_pieces(*(states if autocast else half), plan)
-    assert torch.equal(found, by_matmul(*half, plan))
-    torch.testing.assert_close(found.float(), by_pieces(*states, plan), rtol=0.05, atol=0.05)
+        found = attend_by_pieces(*(states if autocast else half), plan)
+    assert torch.equal(found, attend_by_matmul(*half, plan))
+    torch.testing.assert_close(found.float(), attend_by_pieces(*states, plan), rtol=0.05, atol=0.05)
 
 
 @given(chance=st.randoms(use_true_random=False), window=st.sampled_from([None, 9]))
@@ -86,7 +86,7 @@ def test_the_block_mask_of_cuda_gives_the_same(chance: random.Random, window: in
     plan = attention_plan(batch.segment_ids, batch.parents, batch.position_ids[0])
     query, key, value = (state.float() for state in random_states(batch.num_tokens, 2, 2, seed=0))
     flexed = flex_attention(query, key, value, block_mask=plan.block_mask(window))
-    torch.testing.assert_close(flexed.transpose(1, 2), by_pieces(query, key, value, plan, window=window))
+    torch.testing.assert_close(flexed.transpose(1, 2), attend_by_pieces(query, key, value, plan, window=window))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -115,7 +115,7 @@ def test_a_language_model_with_an_attention_of_its_own_keeps_it() -> None:
     assert model.get_decoder().config._attn_implementation == "eager"
 
 
-def test_the_tower_does_not_attend_in_trees(tiny: Loaded) -> None:
+def test_the_tower_does_not_attend_in_trees(tiny: LoadedModel) -> None:
     assert tiny.model.get_decoder().config._attn_implementation == TREE_ATTENTION
     assert tiny.model.model.vision_tower.config._attn_implementation == "sdpa"
 
@@ -134,7 +134,7 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-def test_no_mask_over_the_row_is_made(tiny: Loaded) -> None:
+def test_no_mask_over_the_row_is_made(tiny: LoadedModel) -> None:
     sequences = [
         encoded([5 + chain, *([7] * 50), 8 + branch, 9], trained=[52]) for chain in range(30) for branch in range(2)
     ]

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, TREE_ATTENTION
 from llava.errors import CheckpointError, ConfigError
-from llava.model.builder import Loaded, build
-from llava.model.checkpoint.load import load
+from llava.model.builder import LoadedModel, build_model
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_model
 from tests.support.tiny import LANGUAGE_MODELS, SPECIAL, byte_tokenizer, write_tiny_lm, write_tiny_tower
 
@@ -23,7 +23,7 @@ def parts(folder: Path, lm: str = "llama", **overrides: object) -> tuple[str, st
     return str(write_tiny_lm(folder / "lm", lm, **overrides)), str(write_tiny_tower(folder / "tower"))
 
 
-def text_logits(loaded: Loaded, ids: torch.Tensor) -> torch.Tensor:
+def text_logits(loaded: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return loaded.model(input_ids=ids).logits
 
@@ -35,7 +35,7 @@ def test_text_logits_are_the_language_models_own(tmp_path: Path, lm: str, tie: b
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(lm_path)(ids).logits
-    loaded = build(lm_path, tower_path)
+    loaded = build_model(lm_path, tower_path)
     torch.testing.assert_close(text_logits(loaded, ids)[..., :NUM_WORDS], expected, rtol=0, atol=1e-6)
     tables = (loaded.model.get_input_embeddings().weight, loaded.model.get_output_embeddings().weight)
     assert (tables[0] is tables[1]) == tie == loaded.model.config.tie_word_embeddings
@@ -44,7 +44,7 @@ def test_text_logits_are_the_language_models_own(tmp_path: Path, lm: str, tie: b
 def test_placeholder_is_one_row_the_mean_of_the_others(tmp_path: Path) -> None:
     lm_path, tower_path = parts(tmp_path)
     old = AutoModelForCausalLM.from_pretrained(lm_path)
-    loaded = build(lm_path, tower_path)
+    loaded = build_model(lm_path, tower_path)
     config = loaded.model.config
     assert loaded.processor.image_token_id == config.image_token_id == NUM_WORDS
     assert loaded.processor.tokenizer.convert_ids_to_tokens(NUM_WORDS) == IMAGE_TOKEN
@@ -58,7 +58,7 @@ def test_placeholder_is_one_row_the_mean_of_the_others(tmp_path: Path) -> None:
 
 
 def test_tokens_are_added_in_the_original_order(tmp_path: Path) -> None:
-    loaded = build(*parts(tmp_path), use_im_patch_token=True, use_im_start_end=True)
+    loaded = build_model(*parts(tmp_path), use_im_patch_token=True, use_im_start_end=True)
     vocabulary = loaded.processor.tokenizer.get_vocab()
     order = [vocabulary[token] for token in (IM_PATCH_TOKEN, IM_START_TOKEN, IM_END_TOKEN, IMAGE_TOKEN)]
     assert order == [NUM_WORDS, NUM_WORDS + 1, NUM_WORDS + 2, NUM_WORDS + 3]
@@ -70,7 +70,7 @@ def test_a_larger_table_is_never_shrunk(tmp_path: Path) -> None:
     old = AutoModelForCausalLM.from_pretrained(lm_path)
     old.resize_token_embeddings(NUM_WORDS + 27, mean_resizing=False)
     old.save_pretrained(lm_path)
-    loaded = build(lm_path, tower_path)
+    loaded = build_model(lm_path, tower_path)
     table = loaded.model.get_input_embeddings().weight
     assert table.shape[0] == NUM_WORDS + 27 == loaded.model.config.text_config.vocab_size
     torch.testing.assert_close(table[NUM_WORDS], table[:NUM_WORDS].mean(dim=0))
@@ -79,12 +79,12 @@ def test_a_larger_table_is_never_shrunk(tmp_path: Path) -> None:
 
 def test_a_known_placeholder_keeps_its_row(tmp_path: Path) -> None:
     lm_path, tower_path = parts(tmp_path)
-    first = build(lm_path, tower_path)
+    first = build_model(lm_path, tower_path)
     lm = AutoModelForCausalLM.from_pretrained(lm_path)
     lm.resize_token_embeddings(NUM_WORDS + 1, mean_resizing=False)
     lm.save_pretrained(lm_path)
     first.processor.tokenizer.save_pretrained(lm_path)
-    again = build(lm_path, tower_path)
+    again = build_model(lm_path, tower_path)
     assert torch.equal(again.model.get_input_embeddings().weight, lm.get_input_embeddings().weight)
 
 
@@ -93,7 +93,7 @@ def test_equal_seeds_build_equal_weights(tmp_path: Path) -> None:
     tower_path = str(write_tiny_tower(tmp_path / "vit", "vit"))
     # A pooler that the checkpoint lacks is initialized randomly; it must not change the hash of the tower either.
     state = torch.get_rng_state()
-    first, second, other = (build(lm_path, tower_path, seed=seed).model.state_dict() for seed in (3, 3, 4))
+    first, second, other = (build_model(lm_path, tower_path, seed=seed).model.state_dict() for seed in (3, 3, 4))
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert {name for name in first if not torch.equal(first[name], other[name])} == {
@@ -101,7 +101,7 @@ def test_equal_seeds_build_equal_weights(tmp_path: Path) -> None:
     } | {name for name in first if "multi_modal_projector.bias" in name}
 
 
-def test_what_every_loaded_model_has(tiny: Loaded) -> None:
+def test_what_every_loaded_model_has(tiny: LoadedModel) -> None:
     config = tiny.model.config
     assert config.image_seq_length == 4
     assert config.text_config._attn_implementation == TREE_ATTENTION
@@ -116,7 +116,7 @@ def test_what_every_loaded_model_has(tiny: Loaded) -> None:
 def test_dtype_auto_is_the_saved_one(tmp_path: Path) -> None:
     lm_path, tower_path = parts(tmp_path)
     AutoModelForCausalLM.from_pretrained(lm_path, dtype=torch.bfloat16).save_pretrained(lm_path)
-    loaded = build(lm_path, tower_path, dtype="auto")
+    loaded = build_model(lm_path, tower_path, dtype="auto")
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
 
 
@@ -133,12 +133,12 @@ def test_a_head_with_bias_and_other_names(tmp_path: Path) -> None:
     for name, lm in (("phi", phi.eval()), ("gpt2", gpt2.eval())):
         lm.save_pretrained(tmp_path / name)
         byte_tokenizer().save_pretrained(tmp_path / name)
-        loaded = build(str(tmp_path / name), tower)
+        loaded = build_model(str(tmp_path / name), tower)
         with torch.no_grad():
             expected = lm(ids).logits
         torch.testing.assert_close(text_logits(loaded, ids)[..., :NUM_WORDS], expected, rtol=0, atol=1e-6)
         save_model(loaded.model, loaded.processor, tmp_path / f"{name}-saved")
-        again = load(tmp_path / f"{name}-saved")
+        again = load_checkpoint(tmp_path / f"{name}-saved")
         assert torch.equal(text_logits(again, ids), text_logits(loaded, ids))
 
 
@@ -153,23 +153,23 @@ def test_a_head_with_bias_and_other_names(tmp_path: Path) -> None:
 )
 def test_wrong_options_are_rejected_before_anything_is_read(options: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build(**{"lm": "nowhere", "vision_tower": "nowhere", **options})
+        build_model(**{"lm": "nowhere", "vision_tower": "nowhere", **options})
 
 
 def test_parts_that_do_not_fit_are_named(tmp_path: Path) -> None:
     lm_path, tower_path = parts(tmp_path)
-    loaded = build(lm_path, tower_path)
+    loaded = build_model(lm_path, tower_path)
     save_model(loaded.model, loaded.processor, tmp_path / "model")
     with pytest.raises(CheckpointError, match="already a vision-language model"):
-        build(str(tmp_path / "model"), tower_path)
+        build_model(str(tmp_path / "model"), tower_path)
     with pytest.raises(CheckpointError, match="no such folder; expected a model folder or a hub name"):
-        build(str(tmp_path / "nowhere"), tower_path)
+        build_model(str(tmp_path / "nowhere"), tower_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"language model .*empty cannot be loaded"):
-        build(str(tmp_path / "empty"), tower_path)
+        build_model(str(tmp_path / "empty"), tower_path)
     wide = str(write_tiny_lm(tmp_path / "wide", hidden_size=64))
     with pytest.raises(ConfigError, match="needs equal widths, got tower 32 and language model 64"):
-        build(wide, tower_path, projector_type="identity")
+        build_model(wide, tower_path, projector_type="identity")
 
 
 def test_a_head_that_changes_logits_is_rejected(tmp_path: Path) -> None:
@@ -178,4 +178,4 @@ def test_a_head_that_changes_logits_is_rejected(tmp_path: Path) -> None:
     config.final_logit_softcapping = 30.0
     config.save_pretrained(lm_path)
     with pytest.raises(CheckpointError, match="final_logit_softcapping"):
-        build(lm_path, tower_path)
+        build_model(lm_path, tower_path)

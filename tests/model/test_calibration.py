@@ -39,7 +39,7 @@ def test_a_model_gets_the_same_projector_from_the_same_seed() -> None:
     for seed in (0, 0, 1):
         loaded = tiny_llava()
         before = torch.random.get_rng_state()
-        calibration.calibrate(loaded.model, pixels, seed=seed)
+        calibration.calibrate_projector(loaded.model, pixels, seed=seed)
         assert torch.equal(before, torch.random.get_rng_state())
         weights.append(loaded.model.model.multi_modal_projector[0].weight)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.fidelity.gradient_terms import gradient_terms
 from benchmarks.fidelity.images import GRADIENT_TOLERANCE, PIXEL_TOLERANCE
 from llava.errors import ConfigError
-from llava.model.builder import build
+from llava.model.builder import build_model
 from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.legacy.config import projector_settings
 from llava.model.checkpoint.load_parts import load_projector
@@ -211,8 +211,8 @@ def test_the_model_remembers_type_and_settings(tmp_path: Path) -> None:
 
 def test_projector_files_hold_the_published_names(tmp_path: Path) -> None:
     lm, tower = write_tiny_lm(tmp_path / "lm"), write_tiny_tower(tmp_path / "tower")
-    one = build(str(lm), str(tower), projector_type="cluster", seed=1)
-    other = build(str(lm), str(tower), projector_type="cluster", seed=2)
+    one = build_model(str(lm), str(tower), projector_type="cluster", seed=1)
+    other = build_model(str(lm), str(tower), projector_type="cluster", seed=2)
     assert set(projector_state(one.model)) == {f"model.mm_projector.{name}" for name in PUBLISHED_NAMES}
     save_projector(one.model, one.processor, tmp_path / "out")
     load_projector(other.model, tmp_path / "out" / "mm_projector.bin")

@@ -13,10 +13,10 @@ import pytest
 
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
-from llava.model.builder import Loaded, build
+from llava.model.builder import LoadedModel, build_model
 from llava.model.checkpoint.export_hf import export_hf
 from llava.model.checkpoint.formats import KINDS, Checkpoint
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.lora import add_lora, freeze_for
 from llava.samples import Conversation, Turn
@@ -28,46 +28,46 @@ SAMPLING = Sampling(max_new_tokens=8)
 LONG = "The left lobe is larger than the right one and shows no lesion at all. "
 
 
-def legacy(**options: Any) -> Callable[[Path], Loaded]:
-    return lambda root: load(write_legacy(root, **options))
+def legacy(**options: Any) -> Callable[[Path], LoadedModel]:
+    return lambda root: load_checkpoint(write_legacy(root, **options))
 
 
-def parts_of_others(write: Callable[..., Path], **options: Any) -> Callable[[Path], Loaded]:
-    return lambda root: load(write(root, **options), base=str(root / "lm"))
+def parts_of_others(write: Callable[..., Path], **options: Any) -> Callable[[Path], LoadedModel]:
+    return lambda root: load_checkpoint(write(root, **options), base=str(root / "lm"))
 
 
-def ours(root: Path) -> Loaded:
+def ours(root: Path) -> LoadedModel:
     lm, tower = write_tiny_lm(root / "lm"), write_tiny_tower(root / "tower")
-    return build(str(lm), str(tower), projector_type="mlp2x_gelu", use_im_start_end=True)
+    return build_model(str(lm), str(tower), projector_type="mlp2x_gelu", use_im_start_end=True)
 
 
-def model(root: Path) -> Loaded:
+def model(root: Path) -> LoadedModel:
     loaded = ours(root)
     save_model(loaded.model, loaded.processor, root / "out", origin=loaded.origin)
-    return load(root / "out")
+    return load_checkpoint(root / "out")
 
 
-def projector(root: Path) -> Loaded:
+def projector(root: Path) -> LoadedModel:
     loaded = ours(root)
     save_projector(loaded.model, loaded.processor, root / "out", origin=loaded.origin)
-    return load(root / "out")
+    return load_checkpoint(root / "out")
 
 
-def adapter(root: Path, *, merge: bool) -> Loaded:
+def adapter(root: Path, *, merge: bool) -> LoadedModel:
     loaded = ours(root)
     network = add_lora(loaded, r=4, alpha=8)
     freeze_for(network, has_adapter=True)
     shake(trained(network))
     save_adapter(network, loaded.processor, root / "out", origin=loaded.origin)
-    return load(root / "out", merge=merge)
+    return load_checkpoint(root / "out", merge=merge)
 
 
-def hf_llava(root: Path) -> Loaded:
-    export_hf(load(write_legacy(root)), root / "out")
-    return load(root / "out")
+def hf_llava(root: Path) -> LoadedModel:
+    export_hf(load_checkpoint(write_legacy(root)), root / "out")
+    return load_checkpoint(root / "out")
 
 
-MAKERS: dict[str, Callable[[Path], Loaded]] = {
+MAKERS: dict[str, Callable[[Path], LoadedModel]] = {
     "legacy, mlp, tower inside": legacy(),
     "legacy, bin shards, linear, tower beside": legacy(
         projector="linear", tower_inside=False, safe=False, num_shards=3

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llava.errors import ConfigError
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.lora import add_lora, freeze_for, train_marker_rows, trainable_report
 from llava.train.args import LlavaTrainingArguments
 from llava.train.optimizer import parameter_groups
@@ -36,7 +36,7 @@ def trained_parts(model: nn.Module) -> set[str]:
         ({"train_tower": True, "freeze_backbone": True, "freeze_projector": True}, {"tower"}),
     ],
 )
-def test_stages(tiny: Loaded, flags: dict[str, bool], expected: set[str]) -> None:
+def test_stages(tiny: LoadedModel, flags: dict[str, bool], expected: set[str]) -> None:
     freeze_for(tiny.model, **flags)
     assert trained_parts(tiny.model) == expected
     # Unfrozen parameters get gradients, frozen ones do not.
@@ -48,7 +48,7 @@ def test_stages(tiny: Loaded, flags: dict[str, bool], expected: set[str]) -> Non
     assert all(after_layer.search(name) for name in opened - moved)
 
 
-def test_stages_with_an_adapter(tiny: Loaded) -> None:
+def test_stages_with_an_adapter(tiny: LoadedModel) -> None:
     network = add_lora(tiny, r=4, alpha=8)
     freeze_for(network, has_adapter=True)
     assert trained_parts(network) == {"projector", "adapter"}
@@ -65,7 +65,7 @@ def test_biases_that_the_adapter_unfreezes_still_train() -> None:
     assert all("language_model" in name for name in opened if "multi_modal_projector" not in name)
 
 
-def test_nothing_to_train_is_an_error(tiny: Loaded) -> None:
+def test_nothing_to_train_is_an_error(tiny: LoadedModel) -> None:
     with pytest.raises(ConfigError, match="nothing would train"):
         freeze_for(tiny.model, projector_only=True, freeze_projector=True)
 
@@ -88,13 +88,13 @@ def test_adapter_sits_on_every_linear_layer_of_the_language_model_only(lm: str) 
     assert len(adapted) == 2 * 7
 
 
-def test_other_targets(tiny: Loaded) -> None:
+def test_other_targets(tiny: LoadedModel) -> None:
     network = add_lora(tiny, r=2, target=r".*language_model\.layers\.1\..*q_proj")
     assert sum(".lora_A" in name for name, _ in network.named_parameters()) == 1
 
 
 @pytest.mark.parametrize(("settings", "message"), [({"target": "no_such_layer"}, "cannot be added"), ({"r": 0}, "r=0")])
-def test_settings_that_peft_rejects(tiny: Loaded, settings: dict[str, Any], message: str) -> None:
+def test_settings_that_peft_rejects(tiny: LoadedModel, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         add_lora(tiny, **settings)
 
@@ -141,7 +141,7 @@ def test_tied_marker_rows_get_the_gradient_of_both_roles() -> None:
 
 
 @pytest.mark.parametrize("rows", [[], [100_000]])
-def test_marker_rows_must_exist(tiny: Loaded, rows: list[int]) -> None:
+def test_marker_rows_must_exist(tiny: LoadedModel, rows: list[int]) -> None:
     with pytest.raises(ConfigError, match="not in the vocabulary of 262 tokens"):
         train_marker_rows(tiny.model, rows)
 

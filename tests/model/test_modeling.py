@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.save import save_model
 from llava.model.config import LlavaMedConfig
 from llava.model.lora import freeze_for
@@ -17,7 +17,7 @@ from tests.support.model_tools import batch, logits
 from tests.support.tiny import tiny_llava
 
 
-def test_frozen_towers_keep_no_graph(tiny: Loaded) -> None:
+def test_frozen_towers_keep_no_graph(tiny: LoadedModel) -> None:
     pixels = batch(tiny)["pixel_values"]
     freeze_for(tiny.model, train_tower=True)
     assert tiny.model.tower_features(pixels).requires_grad
@@ -54,7 +54,7 @@ def test_several_layers_of_the_tower() -> None:
     assert torch.equal(loaded.model.tower_features(pixels), torch.cat(single, dim=-1))
 
 
-def test_gradient_checkpointing_changes_nothing(tiny: Loaded) -> None:
+def test_gradient_checkpointing_changes_nothing(tiny: LoadedModel) -> None:
     freeze_for(tiny.model)
     inputs = batch(tiny)
     tiny.model.train()
@@ -68,7 +68,7 @@ def test_gradient_checkpointing_changes_nothing(tiny: Loaded) -> None:
             torch.testing.assert_close(parameter.grad, expected[name])
 
 
-def test_auto_classes_know_the_family(tmp_path: Path, tiny: Loaded) -> None:
+def test_auto_classes_know_the_family(tmp_path: Path, tiny: LoadedModel) -> None:
     save_model(tiny.model, tiny.processor, tmp_path)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), LlavaMedConfig)
     for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llava.model import precision
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.precision import ProductShape, half_speedup, product_shape, raise_slow_weights
 
 FAST, SLOW = 1.0, 3.0
@@ -86,7 +86,7 @@ def test_an_unknown_device_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_slow_half_precision_weights_are_raised(
-    tiny: Loaded, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    tiny: LoadedModel, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_times(monkeypatch, full=FAST, half=SLOW)
     torch.nn.Module.to(tiny.model, dtype)
@@ -96,21 +96,21 @@ def test_slow_half_precision_weights_are_raised(
     assert all(torch.equal(weight, expected[name]) for name, weight in tiny.model.named_parameters())
 
 
-def test_fast_half_precision_weights_stay(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_half_precision_weights_stay(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     use_times(monkeypatch, full=SLOW, half=FAST)
     torch.nn.Module.to(tiny.model, torch.bfloat16)
     raise_slow_weights(tiny.model)
     assert precision.weights_precision(tiny.model) == "bfloat16"
 
 
-def test_float32_weights_are_never_lowered(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_weights_are_never_lowered(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = use_times(monkeypatch, full=SLOW, half=FAST)
     raise_slow_weights(tiny.model)
     assert precision.weights_precision(tiny.model) == "float32" and measured == []
 
 
 def test_weights_that_would_not_fit_stay(
-    tiny: Loaded, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     use_times(monkeypatch, full=FAST, half=SLOW)
     torch.nn.Module.to(tiny.model, torch.bfloat16)

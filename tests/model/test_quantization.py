@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from llava.errors import ConfigError
-from llava.model.builder import build
+from llava.model.builder import build_model
 from llava.model.checkpoint.export_hf import export_hf
 from llava.model.checkpoint.legacy.export import export_legacy
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
-from llava.model.checkpoint.tools.convert import convert
+from llava.model.checkpoint.tools.convert import convert_checkpoint
 from llava.model.lora import add_lora, freeze_for, trainable_report
 from llava.model.quantization import Quantization, quantized_layers
 from tests.support.model_tools import batch, logits, shake, trained
@@ -116,7 +116,7 @@ def saved(tmp_path: Path) -> tuple[Path, torch.Tensor]:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_saved_models_are_quantized_while_loading(saved: tuple[Path, torch.Tensor], bits: int) -> None:
     folder, exact = saved
-    loaded = load(folder, bits=bits)
+    loaded = load_checkpoint(folder, bits=bits)
     names = {name for name, module in loaded.model.named_modules() if module in set(quantized_layers(loaded.model))}
     assert len(names) == 2 * 7
     assert all(name.startswith("model.language_model.layers.") for name in names)
@@ -126,17 +126,17 @@ def test_saved_models_are_quantized_while_loading(saved: tuple[Path, torch.Tenso
 @needs_bitsandbytes
 def test_adapter_of_a_quantized_model(saved: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     """An adapter trained and loaded on 4 bits has the same logits, and close ones on full precision."""
-    quantized = load(saved[0], bits=4)
+    quantized = load_checkpoint(saved[0], bits=4)
     network = add_lora(quantized, r=4)
     freeze_for(network, has_adapter=True)
     shake(trained(network))
     network.eval()
     save_adapter(network, quantized.processor, tmp_path / "adapter", origin=quantized.origin)
     expected = logits(quantized)
-    again = load(tmp_path / "adapter", bits=4, merge=False)
+    again = load_checkpoint(tmp_path / "adapter", bits=4, merge=False)
     again.model.eval()
     torch.testing.assert_close(logits(again), expected)
-    full = logits(load(tmp_path / "adapter"))
+    full = logits(load_checkpoint(tmp_path / "adapter"))
     assert (full - expected).abs().mean() < 0.5 * (saved[1] - expected).abs().mean()
 
 
@@ -167,11 +167,11 @@ def test_checkpoints_of_other_formats_are_quantized_while_loading(
     other_formats: tuple[Path, torch.Tensor], form: str, bits: int
 ) -> None:
     folder, exact = other_formats
-    loaded = load(folder / form, bits=bits)
+    loaded = load_checkpoint(folder / form, bits=bits)
     names = quantized_names(loaded)
     assert len(names) == 2 * 7
     assert all(name.startswith("model.language_model.layers.") for name in names)
-    plain = load(folder / form)
+    plain = load_checkpoint(folder / form)
     for name, weight in plain.model.named_parameters():  # everything that is not quantized is bitwise equal
         if name.rsplit(".", 1)[0] not in names:
             assert torch.equal(loaded.model.get_parameter(name), weight), name
@@ -184,11 +184,11 @@ def test_adapters_and_projectors_of_other_formats_on_a_quantized_model(tmp_path:
     """Legacy adapters stay adapters there: they cannot be merged into quantized weights."""
     write_tiny_lm(tmp_path / "parts" / "lm", **WIDE)
     write_tiny_tower(tmp_path / "parts" / "tower")
-    loaded = build(str(tmp_path / "parts" / "lm"), str(tmp_path / "parts" / "tower"), projector_type="mlp2x_gelu")
+    loaded = build_model(str(tmp_path / "parts" / "lm"), str(tmp_path / "parts" / "tower"), projector_type="mlp2x_gelu")
     save_projector(loaded.model, loaded.processor, tmp_path / "projector", origin=loaded.origin)
-    convert(tmp_path / "projector", tmp_path / "legacy projector", "legacy")
+    convert_checkpoint(tmp_path / "projector", tmp_path / "legacy projector", "legacy")
     base = str(tmp_path / "parts" / "lm")
-    alone = load(tmp_path / "legacy projector", base=base, template="vicuna_v1", bits=bits)
+    alone = load_checkpoint(tmp_path / "legacy projector", base=base, template="vicuna_v1", bits=bits)
     assert len(quantized_names(alone)) == 2 * 7
     before = logits(loaded)
     assert close(alone, before)
@@ -197,8 +197,8 @@ def test_adapters_and_projectors_of_other_formats_on_a_quantized_model(tmp_path:
     shake(trained(network))
     network.eval()
     save_adapter(network, loaded.processor, tmp_path / "adapter", origin=loaded.origin)
-    convert(tmp_path / "adapter", tmp_path / "legacy adapter", "legacy")
-    adapted = load(tmp_path / "legacy adapter", base=base, bits=bits)
+    convert_checkpoint(tmp_path / "adapter", tmp_path / "legacy adapter", "legacy")
+    adapted = load_checkpoint(tmp_path / "legacy adapter", base=base, bits=bits)
     assert any("lora_A" in name for name, _ in adapted.model.named_parameters())
     adapted.model.eval()
     full = logits(loaded)

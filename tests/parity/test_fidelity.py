@@ -14,7 +14,7 @@ import pytest
 from benchmarks.fidelity import __main__, texts
 from benchmarks.fidelity.folder import Differences, Line, Oracle, within
 from benchmarks.fidelity.published import is_shifted
-from llava.compat import COMPAT, parse_names, table
+from llava.compat import COMPAT, compat_table, parse_compat
 from llava.conversation import TEMPLATES
 from llava.errors import ConfigError
 from llava.samples import Conversation, Turn
@@ -113,11 +113,11 @@ def test_shifted_labels() -> None:
 
 
 def test_names() -> None:
-    assert parse_names("all") == frozenset(COMPAT) and parse_names("none") == frozenset()
-    assert parse_names("cut_prompt, ignored_rows") == {"cut_prompt", "ignored_rows"}
+    assert parse_compat("all") == frozenset(COMPAT) and parse_compat("none") == frozenset()
+    assert parse_compat("cut_prompt, ignored_rows") == {"cut_prompt", "ignored_rows"}
     with pytest.raises(ConfigError, match="nonsense"):
-        parse_names("cut_prompt,nonsense")
-    assert len(table().splitlines()) == len(COMPAT)
+        parse_compat("cut_prompt,nonsense")
+    assert len(compat_table().splitlines()) == len(COMPAT)
     assert all(case.original and case.spec for case in COMPAT.values())
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks.fidelity.folder import Oracle, loaded_from
 from benchmarks.fidelity.numbers import row_logits
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 
 TOLERANCE = 1e-4
 
@@ -137,7 +137,7 @@ def test_both_adapters_of_stllava(shared: Path) -> None:
     path = shared / "oracles" / "stllava-med"
     merged = loaded_from(path, "out/llava-lora", "base_llm")
     parts = {"vision_tower": str(path / "vision_tower"), "base": str(path / "base_llm")}
-    kept = load(path / "out" / "llava-lora", merge=False, dtype=torch.float32, **parts)
+    kept = load_checkpoint(path / "out" / "llava-lora", merge=False, dtype=torch.float32, **parts)
     ids, pixels = np.arange(3, 40), torch.zeros(0, 3, 56, 56)
     torch.testing.assert_close(row_logits(kept, ids, pixels), row_logits(merged, ids, pixels), rtol=0, atol=TOLERANCE)
     assert any(".vision_tower." in name and "lora_A" in name for name, _ in kept.model.named_parameters())

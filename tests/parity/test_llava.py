@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.lora import freeze_for
 from tests.support.model_tools import batch
 from tests.support.tiny import LANGUAGE_MODELS, tiny_llava
@@ -26,7 +26,7 @@ def library_name(name: str) -> str:
     return name
 
 
-def library_model(loaded: Loaded) -> LlavaForConditionalGeneration:
+def library_model(loaded: LoadedModel) -> LlavaForConditionalGeneration:
     """Return transformers' Llava with our weights."""
     config = loaded.model.config
     model = LlavaForConditionalGeneration(
@@ -78,7 +78,7 @@ def test_logits_loss_and_gradients(lm: str, tower: str, tie: bool, feature: str)
     assert compared > 40
 
 
-def wide_batch(loaded: Loaded) -> dict[str, Tensor]:
+def wide_batch(loaded: LoadedModel) -> dict[str, Tensor]:
     """Return the batch of the model tests with one placeholder for each image token of this model."""
     inputs = batch(loaded)
     image = loaded.processor.image_token_id

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from llava.constants import IGNORE_INDEX
-from llava.model.builder import Loaded, build
+from llava.model.builder import LoadedModel, build_model
 from llava.model.checkpoint.load_parts import load_projector
 from llava.model.lora import freeze_for
 
@@ -48,16 +48,16 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits[:, :-1, :NUM_WORDS].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 
 
-def original(folder: Path) -> Loaded:
+def original(folder: Path) -> LoadedModel:
     """Return a model of the parts of LLaVA 1.2.2's runs."""
-    loaded = build(
+    loaded = build_model(
         str(folder / "base_llm"), str(folder / "vision_tower"), projector_type="mlp2x_gelu", image_mode="pad"
     )
     loaded.model.eval()
     return loaded
 
 
-def take(loaded: Loaded, weights: Mapping[str, Tensor]) -> None:
+def take(loaded: LoadedModel, weights: Mapping[str, Tensor]) -> None:
     """Copy original weights into the model; the row of our placeholder stays."""
     state = loaded.model.state_dict()
     taken = set()
@@ -68,7 +68,7 @@ def take(loaded: Loaded, weights: Mapping[str, Tensor]) -> None:
     assert taken == set(state)
 
 
-def recorded(folder: Path, loaded: Loaded, batch: str) -> dict[str, Any]:
+def recorded(folder: Path, loaded: LoadedModel, batch: str) -> dict[str, Any]:
     """Return a recorded batch with expanded placeholders and preprocessed images."""
     arrays = np.load(folder / "forward.npz")
     ids, labels = arrays[f"{batch}/input_ids"], arrays[f"{batch}/in_labels"]
@@ -175,7 +175,7 @@ def test_projector_file_of_llava(shared: Path) -> None:
 def test_projector_file_of_llava_med(shared: Path) -> None:
     """Version 1.0 saves the whole input table; its last two rows are those of the markers."""
     folder = shared / "oracles" / "llava-med-1.0"
-    loaded = build(str(folder / "base_llm"), str(folder / "vision_tower"), use_im_start_end=True)
+    loaded = build_model(str(folder / "base_llm"), str(folder / "vision_tower"), use_im_start_end=True)
     before = loaded.model.get_input_embeddings().weight.detach().clone()
     load_projector(loaded.model, folder / "out" / "stage1" / "mm_projector.bin")
     table = torch.load(folder / "out" / "stage1" / "mm_projector.bin", weights_only=True)["model.embed_tokens.weight"]

@@ -6,28 +6,28 @@ from pathlib import Path
 
 import torch
 
-from llava.model.builder import Loaded
-from llava.model.checkpoint.load import load
+from llava.model.builder import LoadedModel
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_adapter, save_model
 from llava.model.lora import add_lora, freeze_for
 from tests.support.model_tools import logits, shake, trained
 from tests.support.tiny import tiny_llava
 
 
-def adapted(loaded: Loaded) -> torch.nn.Module:
+def adapted(loaded: LoadedModel) -> torch.nn.Module:
     network = add_lora(loaded, r=4, alpha=12)
     freeze_for(network, has_adapter=True)
     shake(trained(network))
     return network.eval()
 
 
-def test_merged_weights_are_the_formula(tmp_path: Path, built: Loaded) -> None:
+def test_merged_weights_are_the_formula(tmp_path: Path, built: LoadedModel) -> None:
     before = {name: tensor.clone() for name, tensor in built.model.state_dict().items()}
     network = adapted(built)
     parts = {name.removeprefix("base_model.model."): p.detach() for name, p in network.named_parameters()}
     projector = {name: tensor for name, tensor in parts.items() if "multi_modal_projector" in name}
     save_adapter(network, built.processor, tmp_path, origin=built.origin)
-    merged = load(tmp_path).model.state_dict()
+    merged = load_checkpoint(tmp_path).model.state_dict()
     assert merged.keys() == before.keys()
     num_adapted = 0
     for name, weight in before.items():
@@ -41,14 +41,14 @@ def test_merged_weights_are_the_formula(tmp_path: Path, built: Loaded) -> None:
     assert num_adapted == 2 * 7
 
 
-def test_our_merge_is_pefts(tmp_path: Path, built: Loaded) -> None:
+def test_our_merge_is_pefts(tmp_path: Path, built: LoadedModel) -> None:
     network = adapted(built)
     save_adapter(network, built.processor, tmp_path / "adapter", origin=built.origin)
     theirs = network.merge_and_unload().state_dict()
-    ours = load(tmp_path / "adapter")
+    ours = load_checkpoint(tmp_path / "adapter")
     assert all(torch.equal(ours.model.state_dict()[name], tensor) for name, tensor in theirs.items())
     save_model(ours.model, ours.processor, tmp_path / "merged")
-    assert torch.equal(logits(load(tmp_path / "merged")), logits(ours))
+    assert torch.equal(logits(load_checkpoint(tmp_path / "merged")), logits(ours))
 
 
 def test_a_fresh_adapter_changes_nothing() -> None:

@@ -14,9 +14,9 @@ from benchmarks.fidelity.recorded_weights import current_name
 from benchmarks.fidelity.shifted_images import EMPTY, shifted
 from benchmarks.fidelity.trajectories import LOG_FILE, LOSS_TOLERANCE, replay, runs, system_text
 from llava.data.encode import Encoded, encode
-from llava.model.builder import build
+from llava.model.builder import build_model
 from llava.model.checkpoint.load_parts import read_tensors
-from llava.samples import from_row, with_places
+from llava.samples import from_row, with_placeholders
 
 RUNS = [
     ("llava-1.2.2", "stage1_projector"),
@@ -76,7 +76,7 @@ def test_labels_by_counting(shared: Path, tmp_path: Path) -> None:
     folder = shared / "oracles" / "llava-med-1.0"
     lm = Start(folder / "base_llm", folder / "out" / "stage2_v0").write(tmp_path / "lm")
     options = {"use_im_start_end": True, "use_im_patch_token": True, "placement": "as_written"}
-    processor = build(str(lm), str(folder / "vision_tower"), template="default", **options).processor
+    processor = build_model(str(lm), str(folder / "vision_tower"), template="default", **options).processor
     processor.strip_around_images = True
     patch = processor.tokenizer.convert_tokens_to_ids("<im_patch>")
     recorded = json.loads((folder / "preprocess.json").read_text())["version=v0,template=default"]
@@ -84,7 +84,7 @@ def test_labels_by_counting(shared: Path, tmp_path: Path) -> None:
         if row["id"] == "gpt_first":
             continue  # `from_row` leaves out an answer before the first question
         sample = from_row(row)
-        conversation = with_places(sample)
+        conversation = with_placeholders(sample)
         encoded = encode(conversation, processor, images=["key"] * len(sample.images), max_length=320)
         ids = [patch if token == processor.image_token_id else token for token in encoded.input_ids]
         assert ids == recorded[row["id"]]["input_ids"], row["id"]

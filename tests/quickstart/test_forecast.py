@@ -10,16 +10,16 @@ import pytest
 from llava.quickstart import forecast, machine, plan, pretrained, run
 from llava.quickstart.forecast import SIZES, choose_size, stage_seconds
 from llava.quickstart.machine import Machine
-from llava.quickstart.settings import AUTO, GIVEN, Settings, parse_settings
+from llava.quickstart.settings import AUTO, GIVEN, QuickstartSettings, parse_settings
 from llava.quickstart.stages import STAGES
 from llava.quickstart.work import LanguageShape, TowerShape, drawn, language_shape, rows_in, rows_of, tower_shape
 from tests.support.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
 FAST, SLOW = Machine("cpu", 2, 300.0, 2000.0), Machine("cpu", 2, 20.0, 2.0)
-UNFITTED = Settings(Path("o"), size=AUTO)
+UNFITTED = QuickstartSettings(Path("o"), size=AUTO)
 
 
-def total(settings: Settings, speed: Machine, **shapes: LanguageShape | TowerShape) -> float:
+def total(settings: QuickstartSettings, speed: Machine, **shapes: LanguageShape | TowerShape) -> float:
     language, tower = shapes.get("language", LanguageShape()), shapes.get("tower", TowerShape())
     assert isinstance(language, LanguageShape) and isinstance(tower, TowerShape)
     return sum(stage_seconds(settings, speed, language, tower, rows_of(settings)).values())
@@ -86,7 +86,7 @@ def test_models_and_rows_of_the_user_are_counted(tmp_path: Path) -> None:
     rows = rows_in(tmp_path / "data")
     assert (rows.drawings, rows.train_images, rows.questions, rows.test_images) == (0, 4, 12, 4)
     assert rows.question_tokens > rows.answer_tokens > 0
-    settings = Settings(tmp_path / "o", data=tmp_path / "data", lm=str(tmp_path / "lm"))
+    settings = QuickstartSettings(tmp_path / "o", data=tmp_path / "data", lm=str(tmp_path / "lm"))
     assert "--data" in choose_size(settings, SLOW, language, tower)[1]
 
 
@@ -113,12 +113,12 @@ def test_a_resumed_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.Monkey
     settings = replace(UNFITTED, out=tmp_path / "run")
     monkeypatch.setattr(machine, "measure_machine", lambda *_: SLOW)
     begun, outlook = plan.planned(settings, restart=False)
-    run.claim(begun, restart=False)
+    run.claim_folder(begun, restart=False)
     outlook.write(begun.out)
     monkeypatch.setattr(machine, "measure_machine", lambda *_: FAST)
     resumed, again = plan.planned(settings, restart=False)
     assert resumed == begun and resumed.size == "small" and again == outlook
-    run.claim(resumed, restart=False)
+    run.claim_folder(resumed, restart=False)
     restarted, _ = plan.planned(settings, restart=True)
     assert restarted.size == "full"
 

@@ -8,24 +8,28 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava.eval.medvqa.items import Item
+from llava.eval.medvqa.items import ScoredItem
 from llava.quickstart import report
 from llava.samples import Conversation, Sample, Turn
 
 NUM_IMAGES = 30
 
 
-def items(right: float) -> list[Item]:
+def items(right: float) -> list[ScoredItem]:
     """Return a closed and an open question per image, answered right for the first `right` of the images."""
     answers = []
     for index in range(NUM_IMAGES):
         hit = index < right * NUM_IMAGES
-        answers.append(Item(f"{index}a", "Is it?", "yes", "Yes." if hit else "no", True, ("presence",), f"{index}.png"))
-        answers.append(Item(f"{index}b", "What?", "blue", "blue" if hit else "pink", False, ("stain",), f"{index}.png"))
+        answers.append(
+            ScoredItem(f"{index}a", "Is it?", "yes", "Yes." if hit else "no", True, ("presence",), f"{index}.png")
+        )
+        answers.append(
+            ScoredItem(f"{index}b", "What?", "blue", "blue" if hit else "pink", False, ("stain",), f"{index}.png")
+        )
     return answers
 
 
-def samples(answers: list[Item]) -> list[Sample]:
+def samples(answers: list[ScoredItem]) -> list[Sample]:
     return [
         Sample(
             item.question_id,
@@ -72,7 +76,7 @@ def test_a_run_about_fewer_questions_is_compared_on_these() -> None:
 def test_the_claim_needs_both_controls(after: float, blank: float, passed: bool) -> None:
     result = compared(after, blank)
     assert result["passed"] is passed
-    assert ("NOT SHOWN" in report.verdict(result)) is not passed
+    assert ("NOT SHOWN" in report.verdict_text(result)) is not passed
 
 
 def test_the_majority_is_counted_in_the_training_rows_by_type() -> None:

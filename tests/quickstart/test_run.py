@@ -10,7 +10,7 @@ import pytest
 
 from llava.errors import ConfigError, DataError
 from llava.quickstart import run, settings
-from llava.quickstart.settings import Settings
+from llava.quickstart.settings import QuickstartSettings
 from llava.quickstart.stages import STAGES, Context, Facts
 
 
@@ -28,12 +28,12 @@ def stages(calls: list[str], fail: str = "") -> run.Stages:
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    options = Settings(tmp_path / "run")
+    options = QuickstartSettings(tmp_path / "run")
     calls: list[str] = []
-    run.claim(options, restart=False)
+    run.claim_folder(options, restart=False)
     with pytest.raises(RuntimeError, match="stopped"):
         run.run_stages(options, stages=stages(calls, fail="two"), out=io.StringIO())
-    run.claim(options, restart=False)
+    run.claim_folder(options, restart=False)
     out = io.StringIO()
     context = run.run_stages(options, stages=stages(calls), out=out)
     assert calls == ["one", "two", "two", "three"]
@@ -43,11 +43,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
-    run.claim(Settings(tmp_path / "run"), restart=False)
+    run.claim_folder(QuickstartSettings(tmp_path / "run"), restart=False)
     with pytest.raises(ConfigError, match="other seed"):
-        run.claim(Settings(tmp_path / "run", seed=1), restart=False)
+        run.claim_folder(QuickstartSettings(tmp_path / "run", seed=1), restart=False)
     (tmp_path / "run" / "left").write_text("")
-    run.claim(Settings(tmp_path / "run", seed=1), restart=True)
+    run.claim_folder(QuickstartSettings(tmp_path / "run", seed=1), restart=True)
     assert not (tmp_path / "run" / "left").exists()
 
 
@@ -55,7 +55,7 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_never_touched(tmp_path: Path, restart: bool) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="files that are not"):
-        run.claim(Settings(tmp_path), restart=restart)
+        run.claim_folder(QuickstartSettings(tmp_path), restart=restart)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
@@ -67,7 +67,7 @@ def test_the_command_line(tmp_path: Path) -> None:
         settings.parse_settings(words)
     (tmp_path / "images").mkdir()
     parsed, restart = settings.parse_settings([*words, "--restart"])
-    assert parsed == Settings(Path("o"), tmp_path, "a", "b", 3) and restart
+    assert parsed == QuickstartSettings(Path("o"), tmp_path, "a", "b", 3) and restart
     assert (
         settings.parse_settings([])[0].size == settings.AUTO
         and settings.parse_settings(["--num_train", "9"])[0].num_train == 9

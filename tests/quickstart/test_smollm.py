@@ -120,7 +120,7 @@ def test_the_tokenizer_merges_and_knows_its_special_tokens(tmp_path: Path) -> No
 
 def test_unpermute_undoes_the_order() -> None:
     weight = torch.arange(16 * 3).reshape(16, 3)
-    assert torch.equal(smollm.unpermute(permuted(weight, 2), 2), weight)
+    assert torch.equal(smollm.unpermute_rows(permuted(weight, 2), 2), weight)
     assert not torch.equal(permuted(weight, 2), weight)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from llava.quickstart import run, stages
 from llava.quickstart.forecast import SPARE_TOKENS
-from llava.quickstart.settings import Settings
+from llava.quickstart.settings import QuickstartSettings
 from llava.serve import cli
 from tests.support.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
@@ -64,20 +64,20 @@ def test_every_stage_with_tiny_parts(folder: Path, capsys: pytest.CaptureFixture
 
 
 def test_rows_of_the_alignment_stage(folder: Path, tmp_path: Path) -> None:
-    context = stages.Context(Settings(tmp_path, folder / "data"))
+    context = stages.Context(QuickstartSettings(tmp_path, folder / "data"))
     rows = json.loads((folder / "data" / "train.json").read_text())
     copy = tmp_path / "data"
     shutil.copytree(folder / "data", copy)
     # Rows that state no facts about their images are used themselves.
     bare = [{key: value for key, value in row.items() if key != "question_type"} for row in rows]
     (copy / "train.json").write_text(json.dumps(bare))
-    assert stages.captions(context, copy) == {"captions": str(copy / "train.json"), "captions_version": "chatml"}
+    assert stages.caption_rows(context, copy) == {"captions": str(copy / "train.json"), "captions_version": "chatml"}
     # Rows that name the organ: captions made of it.
     (copy / "train.json").write_text(json.dumps([{**row, "image_organ": "CHEST"} for row in bare]))
-    facts = stages.captions(context, copy)
+    facts = stages.caption_rows(context, copy)
     made = json.loads(Path(facts["captions"]).read_text())
     assert facts["captions_version"] == "chatml" and len({row["image"] for row in made}) == 4
     assert all((copy / "images" / row["image"]).is_file() for row in made)
     # Captions of the folder's own.
     (copy / "captions.json").write_text("[]")
-    assert stages.captions(context, copy) == {"captions": str(copy / "captions.json"), "captions_version": "plain"}
+    assert stages.caption_rows(context, copy) == {"captions": str(copy / "captions.json"), "captions_version": "plain"}

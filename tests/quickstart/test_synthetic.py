@@ -74,7 +74,7 @@ def test_answers_follow_the_truth() -> None:
         "stain": "blue",
         "density": "sparse",
     }
-    text = synthetic.caption(smear)
+    text = synthetic.smear_caption(smear)
     assert text.startswith("Synthetic") and "one lymphocyte in the lower left" in text and "no platelets" in text
     without = replace(smear, white=())
     asked = {row["question_type"] for row in synthetic.question_rows(without, "a.png", random.Random(0))}

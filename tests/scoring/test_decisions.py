@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llava.errors import DataError
-from llava.scoring.decisions import decision, is_closed
+from llava.scoring.decisions import first_decision, is_closed
 
 
 def test_kinds_of_answers() -> None:
@@ -29,4 +29,4 @@ def test_kinds_of_answers() -> None:
     ],
 )
 def test_first_whole_word_decides(text: str, expected: str | None) -> None:
-    assert decision(text) == expected
+    assert first_decision(text) == expected

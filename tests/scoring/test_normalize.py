@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.scoring.normalize import CONTRACTIONS, normalize
+from llava.scoring.normalize import CONTRACTIONS, normalize_answer
 
 VECTORS = {
     "Yes.": "yes",
@@ -33,13 +33,13 @@ VECTORS = {
 
 @pytest.mark.parametrize(("text", "expected"), VECTORS.items())
 def test_vectors(text: str, expected: str) -> None:
-    assert normalize(text) == expected
+    assert normalize_answer(text) == expected
 
 
 def test_only_the_first_32_periods_are_deleted_unless_switched() -> None:
     text = "x. " * 40
-    assert normalize(text).count(".") == 8
-    assert "." not in normalize(text, all_periods=True)
+    assert normalize_answer(text).count(".") == 8
+    assert "." not in normalize_answer(text, all_periods=True)
 
 
 def test_contractions_differ_by_apostrophes_only() -> None:
@@ -52,6 +52,6 @@ def test_contractions_differ_by_apostrophes_only() -> None:
 
 @given(st.text(alphabet="abc 12.,-?!()'ntTheAn", max_size=40))
 def test_no_mark_and_no_outer_space_is_left(text: str) -> None:
-    result = normalize(text)
+    result = normalize_answer(text)
     assert result == " ".join(result.split())
     assert not set(result) & set("-?!(),")

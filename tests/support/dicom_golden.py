@@ -19,7 +19,7 @@ from pydicom import uid
 
 from llava.errors import DataError
 from llava.imaging import decode
-from llava.imaging.dicom.header import read
+from llava.imaging.dicom.header import read_header
 from tests.support.dicom_files import corpus
 
 GOLDEN = Path(__file__).with_name("dicom_golden.json")
@@ -40,10 +40,10 @@ def describe(path: Path) -> dict[str, Any]:
     """Return size with hash or block means of a file's image, or the kind and end of its error."""
     data = path.read_bytes()
     try:
-        image = decode.load(data)
+        image = decode.load_image(data)
     except DataError as error:
         return {"error": type(error).__name__, "says": str(error).removeprefix("image given as bytes ")}
-    syntax = read(data, (), name=path.name, pixels=False).file_meta.TransferSyntaxUID
+    syntax = read_header(data, (), name=path.name, pixels=False).file_meta.TransferSyntaxUID
     found: dict[str, Any] = {"size": list(image.size)}
     if syntax in LOSSY:
         return {**found, "blocks": blocks(image)}
@@ -55,7 +55,7 @@ def sheet() -> Image.Image:
     shown = []
     for name, path in corpus():
         try:
-            image = decode.load(path.read_bytes())
+            image = decode.load_image(path.read_bytes())
         except DataError:
             continue
         factor = (TILE - 4) / max(image.size)

@@ -12,7 +12,7 @@ from llava.data.flat_batch import batch_images
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Completion, Prompt, Sampling
 from llava.generation.sampling import TokenDraw
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.samples import Conversation, Turn
 from tests.support.tiny import tiny_image
 
@@ -33,7 +33,7 @@ def mixed_prompts() -> list[Prompt]:
     return [*about, ask("Text only"), ask("Compare them.", 0, 2), ask("y" * 60, 1)]
 
 
-def engine_of(loaded: Loaded, **options: Any) -> LocalEngine:
+def engine_of(loaded: LoadedModel, **options: Any) -> LocalEngine:
     """Return an engine in the tree layout, which the tiny models compute exactly."""
     return LocalEngine(loaded.model, loaded.processor, **{"layout": "tree", **options})
 
@@ -44,7 +44,9 @@ def one(engine: LocalEngine, prompt: Prompt, sampling: Sampling) -> Completion:
     return completion
 
 
-def reference_ids(loaded: Loaded, engine: LocalEngine, prompt: Prompt, num_tokens: int, **options: Any) -> list[int]:
+def reference_ids(
+    loaded: LoadedModel, engine: LocalEngine, prompt: Prompt, num_tokens: int, **options: Any
+) -> list[int]:
     """Return the greedy tokens of transformers' `generate` for a single prompt."""
     reading = engine.reader.read(prompt)
     ids = torch.tensor([reading.encoded.input_ids])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.judging.store import Messages, NoReply, Reply
+from llava.judging.store import JudgeReply, Messages, NoReply
 
 DOMAINS = ("chest_xray", "mri", "ct_scan", "histology", "gross")
 
@@ -58,7 +58,7 @@ class FakeJudge:
         self.stop_after = stop_after
         self.asked: list[Messages] = []
 
-    def __call__(self, requests: Sequence[Messages]) -> Iterator[tuple[int, Reply]]:
+    def __call__(self, requests: Sequence[Messages]) -> Iterator[tuple[int, JudgeReply]]:
         for place, messages in reversed(list(enumerate(requests))):  # the order of replies is not guaranteed
             if self.stop_after == 0:
                 raise KeyboardInterrupt

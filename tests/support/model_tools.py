@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from tests.support.tiny import tiny_image
 
 
-def batch(loaded: Loaded) -> dict[str, Tensor]:
+def batch(loaded: LoadedModel) -> dict[str, Tensor]:
     """Return two rows with an image, text and, if used, markers."""
     image = [loaded.processor.image_token_id] * 4
     start, end = loaded.model.config.marker_token_ids or (9, 9)
@@ -18,7 +18,7 @@ def batch(loaded: Loaded) -> dict[str, Tensor]:
     return {"input_ids": ids, "pixel_values": pixels, "labels": ids.clone()}
 
 
-def logits(loaded: Loaded) -> Tensor:
+def logits(loaded: LoadedModel) -> Tensor:
     inputs = {name: tensor for name, tensor in batch(loaded).items() if name != "labels"}
     with torch.no_grad():
         result: Tensor = loaded.model(**inputs).logits

@@ -16,7 +16,7 @@ from llava.data.check.tokens import TokenBudget
 from llava.eval.judge.page import write_scores_page
 from llava.eval.judge.scores import Rated
 from llava.eval.judge.summary import MEASURES
-from llava.eval.medvqa.items import Item
+from llava.eval.medvqa.items import ScoredItem
 from llava.eval.medvqa.page import write_page as write_evaluation_page
 from llava.quickstart.report import write_page as write_quickstart_page
 from tests.support.check_files import row, write_rows
@@ -48,9 +48,9 @@ def write_images(folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def _item(mark: Marks, kind: str, image: str) -> Item:
+def _item(mark: Marks, kind: str, image: str) -> ScoredItem:
     texts = [mark(f"{kind}-{field}") for field in ("id", "question", "reference", "prediction", "type")]
-    return Item(*texts[:4], True, (texts[4],), image)
+    return ScoredItem(*texts[:4], True, (texts[4],), image)
 
 
 def evaluation_page(folder: Path, mark: Marks) -> Path:
@@ -69,7 +69,7 @@ def evaluation_page(folder: Path, mark: Marks) -> Path:
         title=mark("title"),
         report=report,
         items=[_item(mark, "answer", IMAGE)],
-        blank=[Item("0", "q", "r", mark("blank"), True, (), IMAGE)],
+        blank=[ScoredItem("0", "q", "r", mark("blank"), True, (), IMAGE)],
         open_image=lambda name: Image.open(images / name),
         note=mark("note"),
     )
@@ -125,7 +125,7 @@ def quickstart_page(folder: Path, mark: Marks) -> Path:
         folder / "page.html",
         result=result,
         items=[_item(mark, "answer", IMAGE)],
-        blank=[Item("0", "q", "r", mark("blank"), True, (), IMAGE)],
+        blank=[ScoredItem("0", "q", "r", mark("blank"), True, (), IMAGE)],
         image_folder=images,
         curves={mark("curve"): images / IMAGE},
         facts={mark("fact"): mark("value")},

@@ -73,7 +73,7 @@ def start(world_size: int, job: Callable[..., Any], *args: Any, timeout: float =
     return outcomes
 
 
-def run(world_size: int, job: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+def run_ranks(world_size: int, job: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
     """Return the results of `job(*args)` on each rank; raise the error of a failed rank."""
     outcomes = start(world_size, job, *args, timeout=timeout)
     failed = [f"rank {rank} {kind}: {value}" for rank, (kind, value) in enumerate(outcomes) if kind != "result"]

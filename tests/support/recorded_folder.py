@@ -14,9 +14,9 @@ from transformers import CLIPImageProcessorPil
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llava.data.encode import Encoded, encode
-from llava.model.builder import Loaded
-from llava.model.checkpoint.load import load
-from llava.samples import from_row, with_places
+from llava.model.builder import LoadedModel
+from llava.model.checkpoint.load import load_checkpoint
+from llava.samples import from_row, with_placeholders
 from tests.support.legacy_folders import write_legacy
 from tests.support.tiny import tiny_image
 
@@ -40,7 +40,7 @@ def write_recorded(folder: Path) -> Path:
         tiny_image(number, 64).resize(size).save(folder / "images" / name)
     rows = [_row(row) for row in ROWS]
     (folder / "data.json").write_text(json.dumps(rows))
-    loaded = load(checkpoint)
+    loaded = load_checkpoint(checkpoint)
     encoded = [_encoded(row, loaded) for row in rows]
     arrays: dict[str, Any] = {}
     meta = {}
@@ -65,9 +65,9 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in row.items() if key != "turns"}, "conversations": turns}
 
 
-def _encoded(row: dict[str, Any], loaded: Loaded) -> Encoded:
+def _encoded(row: dict[str, Any], loaded: LoadedModel) -> Encoded:
     sample = from_row(row)
-    return encode(with_places(sample), loaded.processor, images=sample.images, max_length=None)
+    return encode(with_placeholders(sample), loaded.processor, images=sample.images, max_length=None)
 
 
 def _collapsed(encoded: Encoded, values: Any, mark: int) -> list[int]:
@@ -79,12 +79,14 @@ def _collapsed(encoded: Encoded, values: Any, mark: int) -> list[int]:
     return [*found, *values[place:]]
 
 
-def _pixels(folder: Path, row: dict[str, Any], loaded: Loaded) -> list[Any]:
+def _pixels(folder: Path, row: dict[str, Any], loaded: LoadedModel) -> list[Any]:
     names = [row["image"]] if isinstance(row.get("image"), str) else row.get("image", [])
-    return [loaded.processor.picture(Image.open(folder / "images" / name).convert("RGB")) for name in names]
+    return [loaded.processor.preprocess(Image.open(folder / "images" / name).convert("RGB")) for name in names]
 
 
-def _batch(folder: Path, loaded: Loaded, rows: list[tuple[dict[str, Any], Encoded]]) -> tuple[dict[str, Any], float]:
+def _batch(
+    folder: Path, loaded: LoadedModel, rows: list[tuple[dict[str, Any], Encoded]]
+) -> tuple[dict[str, Any], float]:
     """Return the arrays of a right-padded batch, and its loss."""
     longest = max(len(encoded.input_ids) for _, encoded in rows)
     short = [(_collapsed(e, e.input_ids, -200), _collapsed(e, e.labels, IGNORE_INDEX)) for _, e in rows]
@@ -114,7 +116,7 @@ def _batch(folder: Path, loaded: Loaded, rows: list[tuple[dict[str, Any], Encode
     return arrays, float(loss)
 
 
-def _generated(folder: Path, loaded: Loaded, row: dict[str, Any]) -> dict[str, Any]:
+def _generated(folder: Path, loaded: LoadedModel, row: dict[str, Any]) -> dict[str, Any]:
     """Return the library's greedy answer to the first question."""
     processor = loaded.processor
     text = f"{processor.template.system} USER: {row['conversations'][0]['value']} ASSISTANT:"

@@ -26,7 +26,7 @@ from transformers import (
     ViTConfig,
 )
 
-from llava.model.builder import Loaded, build
+from llava.model.builder import LoadedModel, build_model
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
@@ -103,7 +103,7 @@ def tiny_llava(
     seed: int = 0,
     lm_sizes: dict[str, int] | None = None,
     **options: Any,
-) -> Loaded:
+) -> LoadedModel:
     """Return a random model with four image tokens.
 
     `image_size` is the tower's, `build_size` the model's input where it differs; `lm_sizes` change the language model's
@@ -113,7 +113,7 @@ def tiny_llava(
         lm_path = write_tiny_lm(Path(folder) / "lm", lm, tie=tie, seed=seed, **(lm_sizes or {}))
         tower_path = write_tiny_tower(Path(folder) / "tower", tower, image_size=image_size, seed=seed + 1)
         options = {"projector_type": projector, "template": template, "image_size": build_size, "seed": seed, **options}
-        loaded = build(str(lm_path), str(tower_path), **options)
+        loaded = build_model(str(lm_path), str(tower_path), **options)
     loaded.model.eval()
     return loaded
 

@@ -55,7 +55,7 @@ def options() -> set[str]:
 
 def parse(tmp_path: Path, *words: str) -> Any:
     needed = ["--model_name_or_path", "lm", "--vision_tower", "tower", "--data_path", "rows.json"]
-    return parsing.parse([*needed, "--output_dir", str(tmp_path), *words])
+    return parsing.parse_training_args([*needed, "--output_dir", str(tmp_path), *words])
 
 
 def test_own_options() -> None:
@@ -192,9 +192,9 @@ def test_broken_configuration_files_are_named(tmp_path: Path, name: str, content
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--model-name-or-path"):
-        parsing.parse(["--data_path", "x", "--output_dir", str(tmp_path)])
+        parsing.parse_training_args(["--data_path", "x", "--output_dir", str(tmp_path)])
     with pytest.raises(ConfigError, match="--data-path"):
-        parsing.parse(["--model_name_or_path", "x", "--output_dir", str(tmp_path)])
+        parsing.parse_training_args(["--model_name_or_path", "x", "--output_dir", str(tmp_path)])
 
 
 def test_held_out_rows_are_used_every_epoch_by_default(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def use_speedup(monkeypatch: pytest.MonkeyPatch, speedup: float) -> None:
 
 def parse(parts: Path, out: Path, **changed: object) -> bool:
     words = arguments(parts, out, **{"bf16": None, **changed})
-    return bool(parsing.parse(words, bf16="auto")[2].bf16)
+    return bool(parsing.parse_training_args(words, bf16="auto")[2].bf16)
 
 
 @pytest.mark.parametrize(("speedup", "expected"), [(3.0, True), (1.2, False), (0.03, False)])
@@ -51,8 +51,8 @@ def test_published_commands_without_the_flag_compute_in_float32(
 ) -> None:
     use_speedup(monkeypatch, 3.0)
     words = arguments(parts, tmp_path, bf16=None)
-    assert not parsing.parse(words)[2].bf16
-    assert parsing.parse([*words, "--bf16"])[2].bf16
+    assert not parsing.parse_training_args(words)[2].bf16
+    assert parsing.parse_training_args([*words, "--bf16"])[2].bf16
 
 
 def test_fp16_rules_auto_out(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,4 +115,4 @@ def choose(parts: Path, out: Path) -> tuple[int, bool]:
 
 
 def test_ranks_agree(parts: Path, tmp_path: Path) -> None:
-    assert ranks.run(2, choose, parts, tmp_path) == [(2, False), (2, False)]
+    assert ranks.run_ranks(2, choose, parts, tmp_path) == [(2, False), (2, False)]

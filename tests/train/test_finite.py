@@ -14,7 +14,7 @@ from llava.errors import LlavaError
 from llava.train.objectives.base import ObjectiveOutput
 from llava.train.objectives.sft import OBJECTIVES, SFT
 from llava.train.ranks import check_finite
-from tests.support.ranks import run
+from tests.support.ranks import run_ranks
 from tests.support.runs import arguments, train, write_parts
 
 STEP = 2
@@ -65,7 +65,7 @@ def test_one_rank_stops(parts: Path, tmp_path: Path, name: str, value: str, max_
 
 def test_two_ranks_stop_with_the_message_of_one(tmp_path: Path) -> None:
     argv = arguments(write_parts(tmp_path / "parts"), tmp_path / "run", per_device_train_batch_size=2)
-    first, second = run(2, stopped, argv, "loss", 1)
+    first, second = run_ranks(2, stopped, argv, "loss", 1)
     assert first == second
     message, is_finite, num_calls = first
     assert message.startswith(f"step {STEP}, rank 1: the loss is inf")

@@ -14,8 +14,8 @@ from llava.data import show
 from llava.errors import ConfigError, DataError
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
-from llava.imaging.decode import load as load_image
-from llava.model.checkpoint.load import load
+from llava.imaging.decode import load_image
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_model
 from llava.samples import Conversation, Turn
 from llava.serve.cli import main as chat
@@ -61,7 +61,7 @@ def test_runs_of_every_kind(parts: Path, tmp_path: Path, options: dict[str, str]
     train(arguments(parts, tmp_path / "run", **run))
     found = losses(tmp_path / "run")
     assert found[-1] < found[0]
-    loaded = load(tmp_path / "run")
+    loaded = load_checkpoint(tmp_path / "run")
     assert loaded.processor.image_mode == loaded.model.config.image_aspect_ratio == options["image_aspect_ratio"]
     if options is TILES:
         newline = loaded.model.model.image_newline
@@ -96,10 +96,10 @@ def test_a_run_is_resumed_exactly(parts: Path, tmp_path: Path) -> None:
 
 def test_stage_two_starts_from_the_row_end_of_stage_one(parts: Path, tmp_path: Path) -> None:
     train(arguments(parts, tmp_path / "one", **TILES, tune_mm_mlp_adapter=True))
-    learned = load(tmp_path / "one").model.model.image_newline
+    learned = load_checkpoint(tmp_path / "one").model.model.image_newline
     frozen = {"freeze_mm_mlp_adapter": True, "pretrain_mm_mlp_adapter": tmp_path / "one"}
     train(arguments(parts, tmp_path / "two", **TILES, **frozen))
-    assert torch.equal(load(tmp_path / "two").model.model.image_newline, learned)
+    assert torch.equal(load_checkpoint(tmp_path / "two").model.model.image_newline, learned)
     with pytest.raises(Exception, match=r"image_newline .* does not fit"):
         train(arguments(parts, tmp_path / "three", **KEPT, **frozen))
 
@@ -109,7 +109,7 @@ def test_a_checkpoint_is_trained_on_in_another_mode(parts: Path, tmp_path: Path)
     save_model(loaded.model, loaded.processor, tmp_path / "ours", origin=loaded.origin)
     ours = {"model_name_or_path": tmp_path / "ours", "vision_tower": None}
     train(arguments(parts, tmp_path / "run", **ours, **TILES))
-    again = load(tmp_path / "run")
+    again = load_checkpoint(tmp_path / "run")
     assert again.processor.image_grid.merge == "spatial_unpad" and again.model.model.image_newline is not None
 
 
@@ -151,7 +151,7 @@ def test_rows_are_shown_and_questions_answered(parts: Path, tmp_path: Path, caps
     train(arguments(parts, tmp_path / "run", **TILES, max_steps=1))
     data, images = str(parts / "vqa" / "train.json"), str(parts / "vqa" / "images")
     show.main([data, "--row", "1", "--model", str(tmp_path / "run"), "--image_folder", images])
-    expected = load(tmp_path / "run").processor.image_grid.count((60, 28))
+    expected = load_checkpoint(tmp_path / "run").processor.image_grid.count((60, 28))
     assert f"{expected} of images" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"--image[-_]folder"):
         show.main([data, "--row", "1", "--model", str(tmp_path / "run")])

@@ -14,16 +14,16 @@ from llava.data.collator import Collator, StepBatch
 from llava.data.dataset import SFTDataset
 from llava.data.records import load_samples
 from llava.errors import ConfigError
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.train.objectives.sft import SFT
-from llava.train.parsing import parse
+from llava.train.parsing import parse_training_args
 from llava.train.run import make_objective, run_sft
 from tests.support.runs import arguments, losses, write_parts, write_uneven
 
 NUM_ROWS, SIZE = 7, 3
 
 
-def uneven_step(tiny: Loaded, folder: Path, **settings: object) -> StepBatch:
+def uneven_step(tiny: LoadedModel, folder: Path, **settings: object) -> StepBatch:
     """Seven rows of very different length: two micro-batches of three rows and one of one row."""
     dataset = SFTDataset(
         load_samples(write_uneven(folder)), tiny.processor, image_folder=folder / "images", max_length=2048
@@ -34,7 +34,7 @@ def uneven_step(tiny: Loaded, folder: Path, **settings: object) -> StepBatch:
     return collator([(row, dataset[row]) for row in range(NUM_ROWS)])
 
 
-def mean_of_means(tiny: Loaded, step: StepBatch) -> torch.Tensor:
+def mean_of_means(tiny: LoadedModel, step: StepBatch) -> torch.Tensor:
     """Row by row through the library's model, without the logit of the placeholder."""
     means = []
     for start in range(0, NUM_ROWS, SIZE):
@@ -53,7 +53,7 @@ def mean_of_means(tiny: Loaded, step: StepBatch) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", ["tree", "flat", "padded"])
 @pytest.mark.parametrize("limit", [None, 64])
-def test_mean_of_the_means_of_micro_batches(tiny: Loaded, tmp_path: Path, layout: str, limit: int | None) -> None:
+def test_mean_of_the_means_of_micro_batches(tiny: LoadedModel, tmp_path: Path, layout: str, limit: int | None) -> None:
     step = uneven_step(tiny, tmp_path, layout=layout, max_tokens_per_row=limit)
     assert len(step.rows) == 3 if limit is None else len(step.rows) > 3
     assert step.num_supervised == pytest.approx(1.0)
@@ -66,7 +66,7 @@ def test_mean_of_the_means_of_micro_batches(tiny: Loaded, tmp_path: Path, layout
     assert step.num_edges == everything == sum(len(s.labels) - s.labels.count(IGNORE_INDEX) for s in step.sequences)
 
 
-def test_the_placeholder_gets_no_gradient(tiny: Loaded, tmp_path: Path) -> None:
+def test_the_placeholder_gets_no_gradient(tiny: LoadedModel, tmp_path: Path) -> None:
     step = uneven_step(tiny, tmp_path)
     token = tiny.processor.image_token_id
     for absent, has_gradient in [(token, False), (None, True)]:
@@ -97,8 +97,8 @@ def test_a_runs_loss_differs_only_with_the_switch(tmp_path: Path) -> None:
     assert abs(found["tokens"][0] - found["micro_batches"][0]) > 1e-3
 
 
-def test_only_our_placeholder_is_excluded(tiny: Loaded, tmp_path: Path) -> None:
-    _, _, args = parse([*arguments(tmp_path, tmp_path), "--loss_normalization", "micro_batches"])
+def test_only_our_placeholder_is_excluded(tiny: LoadedModel, tmp_path: Path) -> None:
+    _, _, args = parse_training_args([*arguments(tmp_path, tmp_path), "--loss_normalization", "micro_batches"])
     objective = make_objective(tiny, args)
     assert isinstance(objective, SFT)
     assert objective.without == tiny.processor.image_token_id
@@ -110,4 +110,4 @@ def test_only_our_placeholder_is_excluded(tiny: Loaded, tmp_path: Path) -> None:
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected tokens or micro_batches"):
-        parse([*arguments(tmp_path, tmp_path), "--loss_normalization", "rows"])
+        parse_training_args([*arguments(tmp_path, tmp_path), "--loss_normalization", "rows"])

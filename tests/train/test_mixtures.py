@@ -13,8 +13,8 @@ import torch
 
 from llava.data import loader
 from llava.errors import ConfigError, DataError
-from llava.model.checkpoint.load import load
-from tests.support.ranks import run, start
+from llava.model.checkpoint.load import load_checkpoint
+from tests.support.ranks import run_ranks, start
 from tests.support.runs import arguments, losses, metrics, steps, train, train_until_killed, write_parts
 from tests.support.tiny import write_tiny_vqa
 
@@ -67,7 +67,7 @@ def streaming(parts: Path, **changed: object) -> dict[str, object]:
 
 
 def test_rows_come_by_weight_and_each_source_has_its_loss(parts: Path, tmp_path: Path) -> None:
-    run(1, train, arguments(parts, tmp_path, **options(parts)))
+    run_ranks(1, train, arguments(parts, tmp_path, **options(parts)))
     drawn = [
         row for line in (tmp_path / "row_ids-0.jsonl").read_text().splitlines() for row in json.loads(line)["rows"]
     ]
@@ -81,15 +81,15 @@ def test_losses_of_the_sources_add_up(parts: Path, tmp_path: Path) -> None:
     """With all rows in one step, the loss is the mean over both sources, weighted by their trained tokens."""
     (parts / "equal.yaml").write_text((parts / "mixture.yaml").read_text().replace("0.5", "1").replace("2}", "1}"))
     whole = options(parts, data_path=parts / "equal.yaml", per_device_train_batch_size=24)
-    run(1, train, arguments(parts, tmp_path, **whole))
+    run_ranks(1, train, arguments(parts, tmp_path, **whole))
     [line] = [line for line in metrics(tmp_path) if "loss" in line]
     assert line["loss"] == pytest.approx((line["loss/first"] + line["loss/second"]) / 2, rel=1e-4)
 
 
 def test_two_ranks_see_the_same_mixture(parts: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    run(1, train, arguments(parts, one, **options(parts, image_grouping="off")))
-    run(2, train, arguments(parts, two, **options(parts, image_grouping="off", per_device_train_batch_size=2)))
+    run_ranks(1, train, arguments(parts, one, **options(parts, image_grouping="off")))
+    run_ranks(2, train, arguments(parts, two, **options(parts, image_grouping="off", per_device_train_batch_size=2)))
     assert losses(one) == pytest.approx(losses(two), rel=2e-5)
     first, second = (
         [{name: value for name, value in line.items() if name.startswith("loss/")} for line in metrics(folder)]
@@ -102,11 +102,11 @@ def test_two_ranks_see_the_same_mixture(parts: Path, tmp_path: Path) -> None:
 def test_a_killed_stream_goes_on_exactly(parts: Path, tmp_path: Path, num_workers: int) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     words = streaming(parts, dataloader_num_workers=num_workers)
-    run(1, train, arguments(parts, whole, **words))
+    run_ranks(1, train, arguments(parts, whole, **words))
     assert start(1, train_until_killed, arguments(parts, killed, **words), 5) == [("died", -9)]
-    run(1, train, arguments(parts, killed, **words))
+    run_ranks(1, train, arguments(parts, killed, **words))
     assert steps(killed) == list(range(1, NUM_STEPS + 1)) and losses(whole) == losses(killed)
-    first, second = load(whole).model.state_dict(), load(killed).model.state_dict()
+    first, second = load_checkpoint(whole).model.state_dict(), load_checkpoint(killed).model.state_dict()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert any("loss/lines" in line for line in metrics(whole)) and any(
         "loss/shards" in line for line in metrics(whole)
@@ -114,7 +114,7 @@ def test_a_killed_stream_goes_on_exactly(parts: Path, tmp_path: Path, num_worker
 
 
 def test_ranks_of_a_stream_share_its_rows(parts: Path, tmp_path: Path) -> None:
-    run(2, train, arguments(parts, tmp_path, **streaming(parts, save_strategy="no", max_steps=2)))
+    run_ranks(2, train, arguments(parts, tmp_path, **streaming(parts, save_strategy="no", max_steps=2)))
     assert steps(tmp_path) == [1, 2]
 
 
@@ -127,7 +127,7 @@ def test_what_a_stream_cannot_do_is_refused(parts: Path, tmp_path: Path) -> None
     refused("is a stream; omit --feature-cache-dir", feature_cache_dir=tmp_path)
     refused("is a stream; omit --image-grouping on", image_grouping="on")
     refused("held-out rows that fit in memory", eval_data_path=parts / "stream.yaml", eval_strategy="epoch")
-    run(1, train, arguments(parts, tmp_path / "run", **streaming(parts, max_steps=2)))
+    run_ranks(1, train, arguments(parts, tmp_path / "run", **streaming(parts, max_steps=2)))
     (kind, text), *_ = start(1, train, arguments(parts, tmp_path / "run", **streaming(parts, dataloader_num_workers=2)))
     assert kind == "error" and "only with the same numbers" in text
 
@@ -239,6 +239,6 @@ def test_the_list_of_bad_rows_survives_a_kill(parts: Path, tmp_path: Path) -> No
 def test_ranks_of_a_stream_count_and_list_bad_rows_together(parts: Path, tmp_path: Path) -> None:
     bad = bad_stream(parts)
     words = streaming(parts, data_path=parts / "bad.yaml", save_strategy="no", skip_bad=True, max_steps=2)
-    run(2, train, arguments(parts, tmp_path, **words))
+    run_ranks(2, train, arguments(parts, tmp_path, **words))
     assert listed(tmp_path / "quarantine.jsonl", tmp_path / "quarantine-1.jsonl") == bad
     assert [line["skipped_rows"] for line in metrics(tmp_path) if "loss" in line][-1] >= 2

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from llava.errors import CheckpointError, ConfigError, LlavaError
-from llava.imaging.decode import load as load_image
+from llava.imaging.decode import load_image
 from llava.model.checkpoint.export_hf import export_hf
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_model
 from llava.train.run import run_sft
 from tests.support.legacy_folders import write_legacy, write_lora
@@ -73,7 +73,7 @@ def test_a_tower_beside_a_checkpoint_that_holds_its_own(
         options = {"model_name_or_path": tmp_path / "hf", "vision_tower": parts / "other_tower"}
         train(arguments(parts, tmp_path / "run", **options))
     assert any(record.message.startswith("--vision-tower is ignored: ") for record in caplog.records)
-    assert load(tmp_path / "run").model.config.vision_config.model_type == "clip_vision_model"
+    assert load_checkpoint(tmp_path / "run").model.config.vision_config.model_type == "clip_vision_model"
 
 
 @pytest.mark.parametrize("mode", [None, "pad"])
@@ -81,14 +81,14 @@ def test_the_image_mode_of_a_checkpoint_stays_unless_another_is_asked_for(
     parts: Path, tmp_path: Path, mode: str | None
 ) -> None:
     train(arguments(parts, tmp_path, model_name_or_path=parts / "ours", vision_tower=None, image_aspect_ratio=mode))
-    again = load(tmp_path)
+    again = load_checkpoint(tmp_path)
     assert again.processor.image_mode == again.model.config.image_aspect_ratio == (mode or "square")
 
 
 def test_a_new_projector_is_calibrated_on_the_images(parts: Path, tmp_path: Path) -> None:
     stage1 = {"tune_mm_mlp_adapter": True, "mm_projector_type": "mlp2x_gelu", "learning_rate": 0.0}
     train(arguments(parts, tmp_path, **stage1, calibrate_mm_projector=True))
-    loaded = load(tmp_path)
+    loaded = load_checkpoint(tmp_path)
     images = [load_image(path) for path in sorted((parts / "vqa" / "images").iterdir())]
     outputs = loaded.model.get_image_features(loaded.processor.pixels(images), return_dict=True).pooler_output
     found = torch.cat(list(outputs))
@@ -105,7 +105,7 @@ def test_template_and_system_text_are_replaced_and_saved(parts: Path, tmp_path: 
     text.write_text("You read images.\n")
     options = {"model_name_or_path": parts / "ours", "version": "v1", "system_file": text, "vision_tower": None}
     train(arguments(parts, tmp_path / "run", **options))
-    processor = load(tmp_path / "run").processor
+    processor = load_checkpoint(tmp_path / "run").processor
     assert processor.template.name == "v1" and processor.template.system == "You read images."
 
 
@@ -128,7 +128,7 @@ def test_training_goes_on_from_published_layouts(parts: Path, tmp_path: Path, ki
     """Training continues from published checkpoints with their own vision tower and projector."""
     folder = write_lora(tmp_path) if kind == "lora" else write_legacy(tmp_path, style=kind)
     options = {"lora_enable": True} if trained == "adapter" else {}
-    start = load(folder, base=str(tmp_path / "lm") if kind == "lora" else None)
+    start = load_checkpoint(folder, base=str(tmp_path / "lm") if kind == "lora" else None)
     if kind == "lora":
         (folder / "adapter_config.json").write_text(
             json.dumps(
@@ -137,7 +137,7 @@ def test_training_goes_on_from_published_layouts(parts: Path, tmp_path: Path, ki
             )
         )
     train(arguments(parts, tmp_path / "run", model_name_or_path=folder, vision_tower=None, learning_rate=0, **options))
-    end = load(tmp_path / "run")
+    end = load_checkpoint(tmp_path / "run")
     assert end.processor.template.name == start.processor.template.name
     weights = end.model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in start.model.state_dict().items())

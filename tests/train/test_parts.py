@@ -14,8 +14,8 @@ from llava.data.collator import Collator
 from llava.data.dataset import SFTDataset
 from llava.data.records import load_samples
 from llava.model import lora
-from llava.model.builder import Loaded
-from llava.model.checkpoint.load import load
+from llava.model.builder import LoadedModel
+from llava.model.checkpoint.load import load_checkpoint
 from llava.train.args import LlavaTrainingArguments
 from llava.train.objectives.sft import SFT
 from llava.train.optimizer import parameter_groups, part_of
@@ -35,7 +35,7 @@ def test_stage_1_moves_projector_and_marker_rows(parts: Path, tied: Path, tmp_pa
     stage_1 = {"tune_mm_mlp_adapter": True, "mm_use_im_start_end": True, "weight_decay": 0.5, "num_train_epochs": 3}
     train(arguments(folder, tmp_path / "start", **stage_1, learning_rate=0.0))
     train(arguments(folder, tmp_path / "end", **stage_1, learning_rate=1e-2))
-    before, after = load(tmp_path / "start"), load(tmp_path / "end")
+    before, after = load_checkpoint(tmp_path / "start"), load_checkpoint(tmp_path / "end")
     markers = before.model.config.marker_token_ids
     assert len(markers) == 2
     old = dict(before.model.named_parameters())
@@ -60,7 +60,7 @@ def groups_of(network: nn.Module, **options: Any) -> dict[str, tuple[float, floa
     return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
 
 
-def test_every_part_has_its_learning_rate(tiny: Loaded) -> None:
+def test_every_part_has_its_learning_rate(tiny: LoadedModel) -> None:
     lora.freeze_for(tiny.model, train_tower=True)
     found = groups_of(tiny.model, mm_projector_lr=2e-3, mm_vision_tower_lr=3e-3)
     rates = {"projector": 2e-3, "tower": 3e-3, "language": 1e-3}
@@ -70,7 +70,7 @@ def test_every_part_has_its_learning_rate(tiny: Loaded) -> None:
         assert decay == (0.0 if name.endswith("bias") or "norm" in name else 0.1)
 
 
-def test_frozen_parts_are_in_no_group(tiny: Loaded) -> None:
+def test_frozen_parts_are_in_no_group(tiny: LoadedModel) -> None:
     lora.freeze_for(tiny.model)
     assert {part_of(name) for name in groups_of(tiny.model)} == {"projector", "language"}
     lora.freeze_for(tiny.model, projector_only=True)
@@ -85,7 +85,7 @@ def test_the_marker_table_never_decays() -> None:
     assert [decay for name, (_, decay) in found.items() if "embed_tokens" in name] == [0.0]
 
 
-def answer_losses(loaded: Loaded, parts: Path) -> torch.Tensor:
+def answer_losses(loaded: LoadedModel, parts: Path) -> torch.Tensor:
     """Loss of each row under a model."""
     samples = load_samples(parts / "vqa" / "train.json")
     dataset = SFTDataset(samples, loaded.processor, image_folder=parts / "vqa" / "images", max_length=2048)
@@ -98,18 +98,18 @@ def answer_losses(loaded: Loaded, parts: Path) -> torch.Tensor:
 
 def test_full_round_trip(parts: Path, tmp_path: Path) -> None:
     train(arguments(parts, tmp_path / "run", save_strategy="steps", save_steps=3))
-    loaded = load(tmp_path / "run")
+    loaded = load_checkpoint(tmp_path / "run")
     state, written = loaded.model.state_dict(), saved(tmp_path / "run")
     assert all(any(torch.equal(tensor, other) for other in state.values()) for tensor in written.values())
-    checkpoint = load(tmp_path / "run" / "checkpoint-3").model.state_dict()
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint-3").model.state_dict()
     assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in state.items())
     assert loaded.model.config.text_config.use_cache
 
 
 def test_adapter_round_trip_and_merge(parts: Path, tmp_path: Path) -> None:
     train(arguments(parts, tmp_path, lora_enable=True, lora_r=4, num_train_epochs=2))
-    apart, merged = load(tmp_path, merge=False), load(tmp_path)
-    by_peft = load(tmp_path, merge=False)
+    apart, merged = load_checkpoint(tmp_path, merge=False), load_checkpoint(tmp_path)
+    by_peft = load_checkpoint(tmp_path, merge=False)
     by_peft.model = by_peft.model.merge_and_unload()
     first, second = merged.model.state_dict(), by_peft.model.state_dict()
     assert first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
@@ -125,7 +125,7 @@ def test_chain_of_stages(parts: Path, tmp_path: Path) -> None:
     adapter = {"lora_enable": True, "lora_r": 2, "vision_tower": None}
     train(arguments(parts, tmp_path / "2", **adapter, model_name_or_path=tmp_path / "1", freeze_mm_mlp_adapter=True))
     train(arguments(parts, tmp_path / "3", **adapter, model_name_or_path=tmp_path / "2", num_train_epochs=2))
-    first, second, third = (load(tmp_path / name) for name in "123")
+    first, second, third = (load_checkpoint(tmp_path / name) for name in "123")
     projector = "model.multi_modal_projector.weight"
     assert torch.equal(first.model.state_dict()[projector], second.model.state_dict()[projector])
     rows = first.model.get_input_embeddings().weight[first.model.config.marker_token_ids]
@@ -142,7 +142,9 @@ def test_a_projector_file_is_taken_over(parts: Path, tmp_path: Path) -> None:
     file = tmp_path / "1" / "mm_projector.bin"
     train(arguments(parts, tmp_path / "2", pretrain_mm_mlp_adapter=file, freeze_mm_mlp_adapter=True))
     projector = torch.load(file, weights_only=True)["model.mm_projector.weight"]
-    assert torch.equal(load(tmp_path / "2").model.state_dict()["model.multi_modal_projector.weight"], projector)
+    assert torch.equal(
+        load_checkpoint(tmp_path / "2").model.state_dict()["model.multi_modal_projector.weight"], projector
+    )
 
 
 def test_an_unfrozen_tower_trains(parts: Path, tmp_path: Path) -> None:
@@ -159,4 +161,4 @@ def test_origin_says_what_a_projector_builds_on(parts: Path, tmp_path: Path) -> 
     train(arguments(parts, tmp_path, tune_mm_mlp_adapter=True, version="vicuna_v1"))
     origin = json.loads((tmp_path / "llava_origin.json").read_text())
     assert origin["kind"] == "projector" and origin["build"]["lm"] == str((parts / "lm").resolve())
-    assert load(tmp_path).processor.template.name == "vicuna_v1"
+    assert load_checkpoint(tmp_path).processor.template.name == "vicuna_v1"

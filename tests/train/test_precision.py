@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.lora import add_lora, freeze_for
 from llava.model.quantization import quantized_layers
 from llava.train import precision
@@ -53,7 +53,7 @@ def test_a_run_computes_and_saves_what_autocast_gives(
     if words.pop("eval", False):
         words |= {"eval_data_path": parts / "vqa" / "train.json", "eval_answers": 3}
     train(arguments(parts, tmp_path / "autocast", **words))
-    monkeypatch.setattr(precision, "holds_frozen_in_bf16", lambda args: True)
+    monkeypatch.setattr(precision, "stores_frozen_in_bf16", lambda args: True)
     cast_weights: list[int] = []
     monkeypatch.setattr(precision, "hold_frozen_in_bf16", lambda *given: cast_weights.append(held(*given)) or 0)
     train(arguments(parts, tmp_path / "held", **words))
@@ -70,7 +70,7 @@ def test_a_run_computes_and_saves_what_autocast_gives(
         )
 
 
-def test_what_is_cast(tiny: Loaded) -> None:
+def test_what_is_cast(tiny: LoadedModel) -> None:
     network = add_lora(tiny, r=4, alpha=8)
     freeze_for(network, has_adapter=True)
     num_cast = held(network, "adapter")
@@ -93,7 +93,7 @@ def test_a_head_that_is_the_embedding_table_stays() -> None:
     assert tied.model.lm_head.weight is tied.model.get_input_embeddings().weight
 
 
-def test_a_whole_model_is_saved_as_it_was(tiny: Loaded) -> None:
+def test_a_whole_model_is_saved_as_it_was(tiny: LoadedModel) -> None:
     freeze_for(tiny.model, freeze_backbone=True)
     assert held(tiny.model, "model") == 0 and set(dtypes(tiny.model).values()) == {torch.float32}
 
@@ -110,7 +110,7 @@ def test_a_whole_model_is_saved_as_it_was(tiny: Loaded) -> None:
 )
 def test_where_it_is_done(bf16: bool, device: str, deepspeed: Any, fsdp: Any, expected: bool) -> None:
     args = SimpleNamespace(bf16=bf16, device=torch.device(device), deepspeed=deepspeed, fsdp=fsdp)
-    assert precision.holds_frozen_in_bf16(cast(Any, args)) is expected
+    assert precision.stores_frozen_in_bf16(cast(Any, args)) is expected
 
 
 def test_four_bit_layers_compute_in_bf16(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_four_bit_layers_compute_in_bf16(parts: Path, tmp_path: Path, monkeypatc
     write_tiny_lm(tmp_path / "lm", hidden_size=64, intermediate_size=128)
     words = {**LORA, "bits": 4, "bf16": True, "lora_dropout": 0.0, "model_name_or_path": tmp_path / "lm"}
     train(arguments(parts, tmp_path / "autocast", **words))
-    monkeypatch.setattr(precision, "holds_frozen_in_bf16", lambda args: True)
+    monkeypatch.setattr(precision, "stores_frozen_in_bf16", lambda args: True)
     networks: list[Any] = []
     monkeypatch.setattr(precision, "hold_frozen_in_bf16", lambda *given: networks.append(given[0]) or held(*given))
     train(arguments(parts, tmp_path / "held", **words))

@@ -9,10 +9,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.quantization import quantized_layers
 from llava.train.model import open_model
-from llava.train.parsing import parse
+from llava.train.parsing import parse_training_args
 from tests.support.runs import arguments, losses, train
 from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
@@ -37,7 +37,7 @@ def test_adapters_learn_before_and_after_validation(parts: Path, tmp_path: Path)
     assert len(found) == 12 and len(checked) == 4
     assert all(later < earlier for earlier, later in pairwise(checked))
     assert all(norm > 0 for norm in losses(tmp_path, "grad_norm"))
-    loaded = load(tmp_path, bits=4, merge=False)
+    loaded = load_checkpoint(tmp_path, bits=4, merge=False)
     adapters = {name: tensor for name, tensor in loaded.model.state_dict().items() if "lora_B" in name}
     assert adapters and all(tensor.any() for tensor in adapters.values())
 
@@ -52,7 +52,7 @@ def test_a_quantized_model_is_put_together(parts: Path) -> None:
 
 def test_the_form_of_quantization_is_the_one_asked_for(parts: Path, tmp_path: Path) -> None:
     options = {"bits": 4, "lora_enable": True, "lora_r": 4, "max_steps": 1, "quant_type": "fp4", "double_quant": False}
-    parsed = parse(arguments(parts, tmp_path, **options))
+    parsed = parse_training_args(arguments(parts, tmp_path, **options))
     loaded = open_model(*parsed)
     states = [cast(Any, layer).weight.quant_state for layer in quantized_layers(loaded.model)]
     assert states and all(state.quant_type == "fp4" and not state.nested for state in states)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.ranks import run, start
+from tests.support.ranks import run_ranks, start
 from tests.support.runs import (
     arguments,
     losses,
@@ -43,10 +43,10 @@ def killed(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_and_resumed_equals_uninterrupted(parts: Path, tmp_path: Path, kind: str) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options = {**EVERY_STEP, **KINDS[kind]}
-    run(1, train, arguments(parts, whole, **options))
+    run_ranks(1, train, arguments(parts, whole, **options))
     assert start(1, train_until_killed, arguments(parts, broken, **options), 3) == [("died", -9)]
     assert steps(broken) == [1, 2, 3]
-    run(1, train, arguments(parts, broken, **options))
+    run_ranks(1, train, arguments(parts, broken, **options))
     assert steps(whole) == steps(broken) == [1, 2, 3, 4, 5, 6]
     assert losses(whole) == losses(broken)
     assert losses(whole, "grad_norm") == losses(broken, "grad_norm")
@@ -56,10 +56,10 @@ def test_killed_and_resumed_equals_uninterrupted(parts: Path, tmp_path: Path, ki
 
 def test_a_half_written_checkpoint_is_passed_over(parts: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(1, train, arguments(parts, whole, **EVERY_STEP))
+    run_ranks(1, train, arguments(parts, whole, **EVERY_STEP))
     assert start(1, train_killed_while_saving, arguments(parts, broken, **EVERY_STEP), 4) == [("died", -9)]
     assert (broken / "checkpoint-4").is_dir() and not (broken / "checkpoint-4" / "trainer_state.json").exists()
-    run(1, train, arguments(parts, broken, **EVERY_STEP))
+    run_ranks(1, train, arguments(parts, broken, **EVERY_STEP))
     assert losses(whole) == losses(broken) and steps(broken) == [1, 2, 3, 4, 5, 6]
     assert all(torch.equal(tensor, saved(broken)[name]) for name, tensor in saved(whole).items())
 
@@ -72,7 +72,7 @@ def test_a_torn_metrics_line_is_dropped(parts: Path, killed: Path, tmp_path: Pat
     folder = copied(killed, tmp_path / "run")
     with open(folder / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 5, "lo')
-    run(1, train, arguments(parts, folder, **EVERY_STEP, **KINDS["model"]))
+    run_ranks(1, train, arguments(parts, folder, **EVERY_STEP, **KINDS["model"]))
     assert steps(folder) == [1, 2, 3, 4, 5, 6]
 
 
@@ -98,25 +98,25 @@ def test_resumed_on_two_ranks(parts: Path, killed: Path, tmp_path: Path) -> None
     """The same global batch on another number of ranks draws the same rows."""
     one, two = copied(killed, tmp_path / "one"), copied(killed, tmp_path / "two")
     options = {**EVERY_STEP, **KINDS["model"]}
-    run(1, train, arguments(parts, one, **options))
-    run(2, train, arguments(parts, two, **{**options, "per_device_train_batch_size": 2}))
+    run_ranks(1, train, arguments(parts, one, **options))
+    run_ranks(2, train, arguments(parts, two, **{**options, "per_device_train_batch_size": 2}))
     assert steps(two) == [1, 2, 3, 4, 5, 6]
     assert losses(one) == pytest.approx(losses(two), rel=2e-5)
 
 
 def test_overwriting_starts_over(parts: Path, killed: Path, tmp_path: Path) -> None:
     folder = copied(killed, tmp_path / "run")
-    run(1, train, arguments(parts, folder, **KINDS["model"], num_train_epochs=1, overwrite_output_dir=True))
+    run_ranks(1, train, arguments(parts, folder, **KINDS["model"], num_train_epochs=1, overwrite_output_dir=True))
     assert steps(folder) == [1, 2, 3]
     assert not list(folder.glob("checkpoint-*"))
 
 
 def test_a_finished_run_does_nothing_again(parts: Path, tmp_path: Path) -> None:
     options = {**EVERY_STEP, "log_row_ids": True, "save_steps": 3}
-    run(1, train, arguments(parts, tmp_path, **options))
+    run_ranks(1, train, arguments(parts, tmp_path, **options))
     before = {name: (tmp_path / name).read_text() for name in ("row_ids-0.jsonl",)}
     weights = saved(tmp_path)
-    run(1, train, arguments(parts, tmp_path, **options))
+    run_ranks(1, train, arguments(parts, tmp_path, **options))
     assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
     assert sum("train_runtime" in row for row in metrics(tmp_path)) == 1
     assert before == {name: (tmp_path / name).read_text() for name in before}
@@ -126,7 +126,7 @@ def test_a_finished_run_does_nothing_again(parts: Path, tmp_path: Path) -> None:
 def test_row_ids_of_a_resumed_run_are_not_doubled(parts: Path, tmp_path: Path) -> None:
     options = {**EVERY_STEP, "log_row_ids": True}
     assert start(1, train_until_killed, arguments(parts, tmp_path, **options), 5) == [("died", -9)]
-    run(1, train, arguments(parts, tmp_path, **options))
+    run_ranks(1, train, arguments(parts, tmp_path, **options))
     rows = [json.loads(line) for line in (tmp_path / "row_ids-0.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert sorted(number for row in rows for number in row["rows"]) == sorted(list(range(12)) * 2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llava.errors import LlavaError
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.train.callbacks import draw_curve
 from llava.train.objectives.sft import SFT
 from tests.support.runs import arguments, losses, metrics, saved, steps, train
@@ -194,4 +194,4 @@ def test_text_only_rows(parts: Path, tmp_path: Path) -> None:
     data.write_text(json.dumps(rows))
     train(arguments(parts, tmp_path / "run", data_path=data, image_folder=None))
     assert len(losses(tmp_path / "run")) == 1
-    assert load(tmp_path / "run").processor.template.name == "v0"
+    assert load_checkpoint(tmp_path / "run").processor.template.name == "v0"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.formats import ADAPTER_FILE
 from llava.model.lora import add_lora, freeze_for
 from llava.train import checkpointing
@@ -22,7 +22,7 @@ State = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def network(tiny: Loaded) -> Any:
+def network(tiny: LoadedModel) -> Any:
     network = add_lora(tiny, r=4, alpha=8)
     freeze_for(network, has_adapter=True)
     shake(trained(network))
@@ -33,7 +33,7 @@ def values(network: Any) -> State:
     return {name: weight.detach().clone() for name, weight in trained(network).items()}
 
 
-def test_an_adapter_comes_back(tmp_path: Path, tiny: Loaded, network: Any) -> None:
+def test_an_adapter_comes_back(tmp_path: Path, tiny: LoadedModel, network: Any) -> None:
     hooks = checkpointing.hooks_for("adapter", network, tiny)
     hooks.save(str(tmp_path), None)
     saved = values(network)
@@ -61,7 +61,7 @@ def cut(state: State) -> State:
     [(lose, "only in one of the two"), (add, "only in one of the two"), (cut, "does not fit the model: ")],
 )
 def test_another_adapter_is_refused_in_one_line(
-    tmp_path: Path, tiny: Loaded, network: Any, change: Callable[[State], State], message: str
+    tmp_path: Path, tiny: LoadedModel, network: Any, change: Callable[[State], State], message: str
 ) -> None:
     hooks = checkpointing.hooks_for("adapter", network, tiny)
     hooks.save(str(tmp_path), None)
@@ -76,7 +76,7 @@ def test_another_adapter_is_refused_in_one_line(
 
 
 def test_weights_that_peft_does_not_place_are_an_error(
-    tmp_path: Path, tiny: Loaded, network: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: LoadedModel, network: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hooks = checkpointing.hooks_for("adapter", network, tiny)
     hooks.save(str(tmp_path), None)

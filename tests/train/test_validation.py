@@ -9,9 +9,9 @@ import pytest
 
 from llava.data.records import load_samples
 from llava.errors import DataError
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.train.validation import HeldOutAnswers, answer_score
-from tests.support.ranks import run
+from tests.support.ranks import run_ranks
 from tests.support.runs import arguments, losses, train, write_parts
 from tests.support.tiny import write_tiny_vqa
 
@@ -32,7 +32,7 @@ def test_scores(reference: str, answer: str, closed: bool, value: float) -> None
     assert answer_score(reference, answer, closed=closed) == pytest.approx(value)
 
 
-def test_closed_questions(tiny: Loaded, tmp_path: Path) -> None:
+def test_closed_questions(tiny: LoadedModel, tmp_path: Path) -> None:
     rows = json.loads((write_tiny_vqa(tmp_path) / "train.json").read_text())
 
     def closed(**changes: object) -> list[bool]:
@@ -45,7 +45,7 @@ def test_closed_questions(tiny: Loaded, tmp_path: Path) -> None:
         closed(answer_type="maybe")
 
 
-def test_rows_are_spread_over_file_and_ranks(tiny: Loaded, tmp_path: Path) -> None:
+def test_rows_are_spread_over_file_and_ranks(tiny: LoadedModel, tmp_path: Path) -> None:
     samples = load_samples(write_tiny_vqa(tmp_path) / "train.json")
 
     def asked(num_rows: int, **ranks: int) -> list[str]:
@@ -77,7 +77,7 @@ def test_what_was_learned_is_answered(tmp_path: Path) -> None:
 def test_two_ranks_score_as_one(tmp_path: Path) -> None:
     parts = write_parts(tmp_path / "parts")
     held_out = {"eval_data_path": parts / "vqa" / "train.json", "eval_answers": 5}
-    run(1, train, arguments(parts, tmp_path / "one", **held_out))
-    run(2, train, arguments(parts, tmp_path / "two", **held_out, per_device_train_batch_size=2))
+    run_ranks(1, train, arguments(parts, tmp_path / "one", **held_out))
+    run_ranks(2, train, arguments(parts, tmp_path / "two", **held_out, per_device_train_batch_size=2))
     for name in ("eval_loss", "eval_closed_accuracy", "eval_open_recall"):
         assert losses(tmp_path / "one", name) == pytest.approx(losses(tmp_path / "two", name), rel=1e-5)

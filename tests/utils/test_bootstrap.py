@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llava.errors import ConfigError
-from llava.utils.bootstrap import confidence_interval, resamples
+from llava.utils.bootstrap import confidence_interval, iter_resamples
 
 
 def mean(values: np.ndarray) -> float:
@@ -32,8 +32,8 @@ def test_clusters_of_equal_values_widen_the_interval_by_the_root_of_their_size()
 
 def test_resamples_keep_clusters_whole_and_repeat() -> None:
     clusters = ["a", "b", "a", "c", "b", "a"]
-    first = list(resamples(6, clusters=clusters, num_resamples=20, seed=4))
-    again = list(resamples(6, clusters=clusters, num_resamples=20, seed=4))
+    first = list(iter_resamples(6, clusters=clusters, num_resamples=20, seed=4))
+    again = list(iter_resamples(6, clusters=clusters, num_resamples=20, seed=4))
     assert all(np.array_equal(x, y) for x, y in zip(first, again, strict=True))
     for indices in first:
         counts = np.bincount(indices, minlength=6)

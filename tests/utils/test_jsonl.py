@@ -46,16 +46,16 @@ def test_errors_name_file_and_line(tmp_path: Path) -> None:
 def test_append(tmp_path: Path) -> None:
     path = tmp_path / "new" / "answers.jsonl"
     for row in ROWS:
-        jsonl.append(path, row)
+        jsonl.append_record(path, row)
     assert list(jsonl.read_records(path)) == ROWS
 
 
 def test_torn_line_is_dropped_and_the_file_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text('{"id": 1}\n{"id": 2, "te')
-    assert jsonl.drop_torn_line(path)
-    assert not jsonl.drop_torn_line(path)
-    jsonl.append(path, {"id": 3})
+    assert jsonl.drop_incomplete_line(path)
+    assert not jsonl.drop_incomplete_line(path)
+    jsonl.append_record(path, {"id": 3})
     assert [row["id"] for row in jsonl.read_records(path)] == [1, 3]
 
 
@@ -63,14 +63,14 @@ def test_torn_line_is_dropped_and_the_file_goes_on(tmp_path: Path) -> None:
 def test_other_files_keep_their_last_line(tmp_path: Path, content: str) -> None:
     path = tmp_path / "named by mistake.json"
     path.write_text(content)
-    assert not jsonl.drop_torn_line(path) and path.read_text() == content
+    assert not jsonl.drop_incomplete_line(path) and path.read_text() == content
 
 
 def test_append_after_a_complete_line_without_its_end(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text('{"id": 1}')
-    assert not jsonl.drop_torn_line(path)
-    jsonl.append(path, {"id": 2})
+    assert not jsonl.drop_incomplete_line(path)
+    jsonl.append_record(path, {"id": 2})
     assert [row["id"] for row in jsonl.read_records(path)] == [1, 2]
 
 

@@ -20,6 +20,6 @@ def test_warn_once(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(("rank", "silent"), [("0", False), ("1", True)])
 def test_progress_is_for_the_first_rank(monkeypatch: pytest.MonkeyPatch, rank: str, silent: bool) -> None:
     monkeypatch.setenv("RANK", rank)
-    bar = log.progress(range(3), title="three")
+    bar = log.with_progress(range(3), title="three")
     assert bar.disable is silent
     assert list(bar) == [0, 1, 2]

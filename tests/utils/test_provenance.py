@@ -28,7 +28,7 @@ def test_weights_hash_follows_the_weights_only(tmp_path: Path) -> None:
 def test_stamp(tmp_path: Path) -> None:
     path = tmp_path / "test.json"
     path.write_text("[]")
-    result = provenance.stamp(data={"questions": path}, command=["llava", "eval", "--out", "a b"], seed=3)
+    result = provenance.provenance_fields(data={"questions": path}, command=["llava", "eval", "--out", "a b"], seed=3)
     assert result["command"] == "llava eval --out 'a b'"
     assert result["data"] == {"questions": {"file": "test.json", "sha256": hashlib.sha256(b"[]").hexdigest()}}
     assert result["seed"] == 3

@@ -10,7 +10,7 @@ from jinja2 import UndefinedError
 from PIL import Image
 
 from llava.errors import DataError
-from llava.utils.reporting import THUMBNAIL, OpenImage, Thumbnail, image_url, render_page, simple_table, thumbnail
+from llava.utils.reporting import THUMBNAIL, OpenImage, Thumbnail, html_thumbnail, image_url, render_page, text_table
 
 ROW = {"title": "row 3", "settings": "s", "summary": "n tokens", "images": [], "parts": []}
 
@@ -45,7 +45,7 @@ def open_image(name: str) -> Image.Image:
 
 
 def test_images_are_small() -> None:
-    shown = thumbnail("a", open_image)
+    shown = html_thumbnail("a", open_image)
     assert shown.name == "a" and not shown.note and len(shown.url) < 5000
     assert shown.url.startswith("data:image/jpeg;base64,")
 
@@ -55,7 +55,7 @@ def test_images_are_small() -> None:
     [("a", None, "no image"), ("broken", open_image, "the image cannot be read")],
 )
 def test_missing_and_broken_images_have_a_note(name: str, opener: OpenImage | None, note: str) -> None:
-    assert thumbnail(name, opener) == Thumbnail(name, note=note)
+    assert html_thumbnail(name, opener) == Thumbnail(name, note=note)
 
 
 @pytest.mark.parametrize(("side", "size"), [(THUMBNAIL, (224, 112)), (336, (336, 168)), (2000, (1000, 500))])
@@ -67,7 +67,7 @@ def test_images_fit_the_longer_side(side: int, size: tuple[int, int]) -> None:
 
 def test_numbers_stand_point_under_point() -> None:
     rows = [["exact match score", 0.995452], ["bleu_score", 6.093724e-155], ["yes/no accuracy", 29.18454935]]
-    assert simple_table(["Metric", "Performance"], rows).splitlines() == [
+    assert text_table(["Metric", "Performance"], rows).splitlines() == [
         "Metric               Performance",
         "-----------------  -------------",
         "exact match score   0.995452",
@@ -77,10 +77,10 @@ def test_numbers_stand_point_under_point() -> None:
 
 
 def test_texts_stand_left() -> None:
-    assert simple_table(["a", "b"], [["x", "1"], ["long text", "2"]]).splitlines() == [
+    assert text_table(["a", "b"], [["x", "1"], ["long text", "2"]]).splitlines() == [
         "a          b",
         "---------  ---",
         "x          1",
         "long text  2",
     ]
-    assert simple_table(["a"], []).splitlines() == ["a", "---"]
+    assert text_table(["a"], []).splitlines() == ["a", "---"]

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: status 1 for errors, with --strict also for warnings.
     """
     args = make_parser().parse_args(argv)
-    log.setup()
+    log.setup_logging()
     _check_options(args)
     report = check_file(
         args.file,

@@ -26,7 +26,7 @@ from PIL import Image
 from llava.data.check.row_index import NameStore, RowIndex, as_array, digest_bytes, uint32_array, uint64_array
 from llava.errors import DataError, MissingDependency
 from llava.imaging import decode
-from llava.utils.log import progress
+from llava.utils.log import with_progress
 
 SIDE = 32
 """Side length of the small gray copy that is hashed, in pixels."""
@@ -63,7 +63,7 @@ def perceptual_hash(gray: NDArray[np.uint8]) -> int:
     return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
 
 
-def correlation(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
+def pixel_correlation(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
     """Return the Pearson correlation of two gray images of one shape; 1 for equal constant images."""
     one, other = first.astype(np.float64), second.astype(np.float64)
     one, other = one - one.mean(), other - other.mean()
@@ -102,11 +102,11 @@ class InspectedImage(NamedTuple):
 def inspect_image(name: str, root: Path) -> InspectedImage:
     """Read, decode and hash the image `name` in folder `root`."""
     try:
-        data = decode.read_bytes(name, root)
+        data = decode.read_image_bytes(name, root)
     except DataError as error:
         return InspectedImage("image-missing", str(error))
     try:
-        image = decode.load(data)
+        image = decode.load_image(data)
     except (DataError, MissingDependency) as error:
         return InspectedImage("image-broken", _MEMORY_ADDRESS.sub("", str(error)).replace("given as bytes", name))
     width, height = image.size
@@ -117,7 +117,7 @@ def inspect_image(name: str, root: Path) -> InspectedImage:
         hash=perceptual_hash(small),
         width=width,
         height=height,
-        kind=decode.stored_as(data),
+        kind=decode.stored_format(data),
         small=small.tobytes(),
     )
 
@@ -188,7 +188,7 @@ class ImageScan:
         pool = ThreadPoolExecutor(num_threads)
         try:
             results = in_order(pool, lambda item: _inspect_if(*item), wanted, ahead=64 * num_threads)
-            for place, seen in enumerate(progress(results, title="images", total=len(self), unit="image")):
+            for place, seen in enumerate(with_progress(results, title="images", total=len(self), unit="image")):
                 self._keep(place, seen)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

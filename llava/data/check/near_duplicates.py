@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.data.check.images import ImageScan, correlation, small_gray
+from llava.data.check.images import ImageScan, pixel_correlation, small_gray
 from llava.data.check.row_index import as_array
 from llava.data.check.rules import AGAINST, FILE, CheckFindings
 from llava.imaging import decode
@@ -179,14 +179,14 @@ class _Confirmation:
         self.num_opened = 0
 
     def _open(self, place: int) -> NDArray[np.uint8]:
-        return small_gray(decode.load(self._image_scan.name(place), self._image_scan.root(place)), CONFIRM_SIDE)
+        return small_gray(decode.load_image(self._image_scan.name(place), self._image_scan.root(place)), CONFIRM_SIDE)
 
     def __call__(self, first: int, second: int) -> bool:
         """Return whether two images are near-duplicates."""
-        if correlation(self._image_scan.small(first), self._image_scan.small(second)) < MIN_SMALL_CORRELATION:
+        if pixel_correlation(self._image_scan.small(first), self._image_scan.small(second)) < MIN_SMALL_CORRELATION:
             return False
         self.num_opened += 1
-        return correlation(self._gray(first), self._gray(second)) >= MIN_CORRELATION
+        return pixel_correlation(self._gray(first), self._gray(second)) >= MIN_CORRELATION
 
 
 def _all_of(group: NDArray[np.int64], pixels: NDArray[Any], order: NDArray[np.intp]) -> NDArray[np.intp]:

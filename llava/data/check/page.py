@@ -15,7 +15,7 @@ from llava.data.check.report import CheckReport, image_data, person_line, token_
 from llava.data.check.rules import RULES, CheckFinding
 from llava.imaging import decode
 from llava.utils.jsonl import write_atomic
-from llava.utils.reporting import render_page, thumbnail
+from llava.utils.reporting import html_thumbnail, render_page
 
 MAX_LISTED = 100
 """Findings listed per rule."""
@@ -102,7 +102,9 @@ def _case(report: CheckReport, finding: CheckFinding) -> dict[str, Any]:
     scan, places = report.image_scan, finding.images[:MAX_SHOWN]
     return {
         "images": [
-            thumbnail(scan.name(place), partial(decode.load, root=scan.root(place)))  # has a root, as it was opened
+            html_thumbnail(
+                scan.name(place), partial(decode.load_image, root=scan.root(place))
+            )  # has a root, as it was opened
             for place in places
         ],
         "names": ", ".join(map(scan.name, places)),

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from llava.constants import IMAGE_TOKEN
 from llava.data.check.rows import RowView
-from llava.data.groups import field_key, names_someone, written_name
-from llava.scoring.decisions import words
+from llava.data.groups import field_key, is_known_name, written_name
+from llava.scoring.decisions import words_of
 
 NOTHING = 0
 """Digest of a missing value; no text has this digest."""
@@ -39,7 +39,7 @@ def digest(text: str) -> int:
 
 def question_digest(text: str) -> int:
     """Return a digest of the lower-case words of a question without placeholders; 0 without words."""
-    found = words(text.replace(IMAGE_TOKEN, " "))
+    found = words_of(text.replace(IMAGE_TOKEN, " "))
     return digest(" ".join(found)) if found else NOTHING
 
 
@@ -146,7 +146,7 @@ class RowIndex:
         """Add the patients and studies in the fields of a row."""
         for name, part in value.items():
             group = self.groups.get(field_key(name))
-            if group is not None and names_someone(person := written_name(part)):
+            if group is not None and is_known_name(person := written_name(part)):
                 group.add(digest(person), row)
 
 

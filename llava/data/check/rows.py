@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from llava.data.records import read_default
 from llava.errors import DataError
-from llava.samples import CONVERSATION_KEYS, Sample, from_row, name_of, read_images, with_places
+from llava.samples import CONVERSATION_KEYS, Sample, from_row, image_names, sample_label, with_placeholders
 from llava.scoring.decisions import is_closed
 
 _ANY_TURN = [{"from": "human", "value": "?"}]
@@ -70,7 +70,7 @@ def view_row(value: Any, row: int) -> RowView:
 
 def _images(value: Mapping[str, Any]) -> tuple[str, ...]:
     try:
-        return read_images(value.get("image"))
+        return image_names(value.get("image"))
     except DataError:
         return ()
 
@@ -87,7 +87,7 @@ def _field_problems(value: Mapping[str, Any]) -> tuple[Problem, ...]:
     name = value.get("id", value.get("question_id"))
     return (
         *_attempt("id", lambda: from_row({"id": name, "conversations": _ANY_TURN}, default_id="?")),
-        *_attempt("image-field", lambda: read_images(value.get("image"))),
+        *_attempt("image-field", lambda: image_names(value.get("image"))),
     )
 
 
@@ -115,9 +115,9 @@ def _is_unicode(value: Any) -> bool:
 def _sample_problems(sample: Sample, *, is_question: bool) -> Iterator[Problem]:
     """Yield the problems of a row that can be read."""
     try:
-        with_places(sample)
+        with_placeholders(sample)
     except DataError as error:
-        yield Problem("places", str(error).removeprefix(f"{name_of(sample)}: "))
+        yield Problem("places", str(error).removeprefix(f"{sample_label(sample)}: "))
     turns = sample.conversation.turns
     answers = [turn for turn in turns if turn.role == "gpt"]
     if not answers and not is_question:

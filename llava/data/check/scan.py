@@ -19,8 +19,8 @@ from llava.data.groups import field_key
 from llava.data.records import stream_rows
 from llava.errors import DataError
 from llava.samples import Sample
-from llava.scoring.decisions import decision, is_closed
-from llava.utils.log import progress
+from llava.scoring.decisions import first_decision, is_closed
+from llava.utils.log import with_progress
 
 CLASS_FIELDS = (
     "answer_type",
@@ -76,7 +76,7 @@ class ClassBalance:
         self.images[len(sample.images)] += 1
         answer = next((turn.text for turn in turns if turn.role == "gpt"), None)
         if answer is not None and len(turns) == 2 and _closed(sample, answer):
-            self._count("closed answers", decision(answer) or "neither yes nor no")
+            self._count("closed answers", first_decision(answer) or "neither yes nor no")
 
     def _count(self, name: str, word: str) -> None:
         counter = self.counts.setdefault(name, Counter())
@@ -142,7 +142,7 @@ def scan_file(path: Path, index: RowIndex, file: int, findings: CheckFindings) -
         DataError: the file cannot be opened.
     """
     scan = FileScan(path, index)
-    for row, value in progress(stream_rows(path), title=f"rows of {path.name}", unit="row"):
+    for row, value in with_progress(stream_rows(path), title=f"rows of {path.name}", unit="row"):
         seen = view_row(value, row)
         for problem in seen.problems:
             findings.add(problem.rule, file, [row], problem.message)

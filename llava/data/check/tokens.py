@@ -21,8 +21,8 @@ from llava.data.check.rules import FILE, CheckFindings
 from llava.data.records import stream_rows
 from llava.errors import ConfigError, DataError
 from llava.imaging.anyres import Size
-from llava.samples import Sample, with_places
-from llava.utils.log import progress
+from llava.samples import Sample, with_placeholders
+from llava.utils.log import with_progress
 
 if TYPE_CHECKING:
     from llava.data.encode import Encoded
@@ -83,7 +83,7 @@ def count_tokens(
     if processor.has_variable_images and not image_scan.opened:
         raise ConfigError(f"--model {model}: the number of tokens depends on the size of each image; pass --images DIR")
     lengths, rows, num_without = array("I"), array("I"), 0
-    for row, sample, sizes in progress(_samples(path, image_scan), title="tokens", unit="row"):
+    for row, sample, sizes in with_progress(_samples(path, image_scan), title="tokens", unit="row"):
         try:
             length = _length(sample, processor, sizes)
         except DataError as error:
@@ -133,7 +133,7 @@ def _encoded(sample: Sample, processor: LlavaMedProcessor, sizes: list[Size], li
 
     keys = [str(place) for place in range(len(sample.images))]
     variable = sizes if processor.has_variable_images else None
-    return encode(with_places(sample), processor, images=keys, sizes=variable, max_length=limit)
+    return encode(with_placeholders(sample), processor, images=keys, sizes=variable, max_length=limit)
 
 
 def _length(sample: Sample, processor: LlavaMedProcessor, sizes: list[Size]) -> int:

@@ -26,7 +26,7 @@ from llava.errors import ConfigError, DataError
 from llava.imaging.decode import content_digest
 from llava.utils import log
 from llava.utils.cli import Parser
-from llava.utils.provenance import stamp
+from llava.utils.provenance import provenance_fields
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def run_converter(converter: Converter, argv: Sequence[str] | None = None) -> No
 
 def run_with_args(converter: Converter, args: argparse.Namespace) -> None:
     """Run a dataset command with parsed options; see `run_converter`."""
-    log.setup()
+    log.setup_logging()
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit must be at least 1, got {args.limit}")
     expected = _expected(args.expect)
@@ -151,7 +151,7 @@ def run_with_args(converter: Converter, args: argparse.Namespace) -> None:
     sources = Sources(args.paths, out / UNPACKED)
     with ConverterOutput(out, images=args.images, limit=args.limit, skip_bad=args.skip_bad) as output:
         job = Job(sources, args, output.is_full, converter.card)
-        for event in log.progress(converter.read_events(job), title=f"reading {converter.card.name}", unit="row"):
+        for event in log.with_progress(converter.read_events(job), title=f"reading {converter.card.name}", unit="row"):
             output.add(event)
         remove_splits(out, {*SPLITS} - {split for split, count in output.counts.items() if count.ids})
         manifest = output.finish(_facts(converter.card, job, settings, output))
@@ -217,7 +217,7 @@ def _begin(out: Path) -> None:
 
 
 def _facts(card: DatasetCard, job: Job, settings: Mapping[str, Any], output: ConverterOutput) -> dict[str, Any]:
-    own = stamp(data=job.inputs, command=["llava", "data", str(settings["reader"])])
+    own = provenance_fields(data=job.inputs, command=["llava", "data", str(settings["reader"])])
     whole = job.args.limit is None
     return {
         "dataset": card.name,

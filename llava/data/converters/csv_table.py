@@ -22,7 +22,7 @@ from llava.data.converters.sources import is_file
 from llava.data.converters.tables import (
     Row,
     answer_cell,
-    cell,
+    cell_text,
     column_names,
     read_table,
     require_columns,
@@ -30,7 +30,7 @@ from llava.data.converters.tables import (
 )
 from llava.data.quarantine import BadRow
 from llava.errors import ConfigError, DataError
-from llava.samples import Origin, describe
+from llava.samples import Origin, type_and_length
 from llava.utils.cli import Parser
 
 FIELDS = {
@@ -85,18 +85,18 @@ def _event(job: Job, origin: Origin, row: Row | DataError) -> Event:
     args = job.args
     if isinstance(row, DataError):
         return BadRow(*origin, "", str(row))
-    identity = cell(row, args.id_column) or f"{Path(origin.file).stem}_{origin.row}"
+    identity = cell_text(row, args.id_column) or f"{Path(origin.file).stem}_{origin.row}"
     try:
         _no_booleans(row, args)
         split = _split(row, args)
         answer = answer_cell(row, args.answer_column)
-        fields = {name: cell(row, getattr(args, flag)) for name, flag in FIELDS.items()}
+        fields = {name: cell_text(row, getattr(args, flag)) for name, flag in FIELDS.items()}
         fields["answer_type"] = kind_of_answer(fields["answer_type"], answer)
         kept = {name: to_json_value(row.get(name)) for name in args.keep}
         image, name = _image(args, row)
     except DataError as error:
         return BadRow(*origin, identity, str(error))
-    asked = cell(row, args.question_column) if args.question_column else args.question
+    asked = cell_text(row, args.question_column) if args.question_column else args.question
     meta = {**fields, **kept, "source": job.card.name, "license": job.card.license}
     return ConvertedItem(identity, split, asked, answer, image, name, meta, origin)
 
@@ -104,10 +104,10 @@ def _event(job: Job, origin: Origin, row: Row | DataError) -> Event:
 def _split(row: Row, args: Any) -> str:
     if not args.split_column:
         return "train"
-    word = cell(row, args.split_column).lower()
+    word = cell_text(row, args.split_column).lower()
     if word not in SPLIT_WORDS:
         known = ", ".join(sorted(SPLIT_WORDS))
-        raise DataError(f"column {args.split_column!r} holds {describe(word)}; expected a split, one of {known}")
+        raise DataError(f"column {args.split_column!r} holds {type_and_length(word)}; expected a split, one of {known}")
     return SPLIT_WORDS[word]
 
 

@@ -25,7 +25,7 @@ from llava.data.converters.dataset_cards import IU_XRAY
 from llava.data.converters.items import SPLITS, ConvertedItem, Event, Excluded
 from llava.data.converters.radiology_reports import TARGETS, VIEWS, is_frontal, report_question
 from llava.data.converters.split import parse_fractions, split_of
-from llava.data.converters.tables import cell, read_table
+from llava.data.converters.tables import cell_text, read_table
 from llava.data.quarantine import BadRow
 from llava.errors import ConfigError, DataError
 from llava.samples import Origin
@@ -187,9 +187,9 @@ def _from_tables(job: Job) -> Iterator[Study | BadRow]:
         if isinstance(row, DataError):
             yield BadRow(*origin, "", str(row))
             continue
-        texts = {name: " ".join(cell(row, name).split()) for name in SECTIONS}
-        problems = tuple(part.strip() for part in cell(row, "Problems").split(";") if part.strip())
-        uid = cell(row, "uid")
+        texts = {name: " ".join(cell_text(row, name).split()) for name in SECTIONS}
+        problems = tuple(part.strip() for part in cell_text(row, "Problems").split(";") if part.strip())
+        uid = cell_text(row, "uid")
         yield Study(uid, texts, tuple(images.get(uid, [])), origin, problems)
 
 
@@ -203,7 +203,7 @@ def _projections(job: Job, path: Path) -> dict[str, list[tuple[str, str]]]:
     for origin, row in read_table(path, columns=("uid", "filename", "projection")):
         if isinstance(row, DataError):
             raise DataError(f"{origin}: {row}")
-        images.setdefault(cell(row, "uid"), []).append((cell(row, "filename"), cell(row, "projection")))
+        images.setdefault(cell_text(row, "uid"), []).append((cell_text(row, "filename"), cell_text(row, "projection")))
     return images
 
 

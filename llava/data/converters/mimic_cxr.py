@@ -33,12 +33,12 @@ from llava.data.converters.radiology_reports import (
     parse_report,
     report_question,
 )
-from llava.data.converters.tables import Row, cell, column_names, read_table
+from llava.data.converters.tables import Row, cell_text, column_names, read_table
 from llava.data.quarantine import BadRow
 from llava.errors import DataError
 from llava.samples import Origin
 from llava.utils.cli import Parser
-from llava.utils.log import progress
+from llava.utils.log import with_progress
 from llava.utils.lookup import lookup
 
 FILES = {
@@ -161,7 +161,7 @@ def _turn(row: Row, speaker: str) -> Any:
 
 
 def _frontal_only(row: Row) -> None:
-    if cell(row, "view") not in FRONTAL:
+    if cell_text(row, "view") not in FRONTAL:
         raise LeftOut("not a frontal view (AP or PA)")
 
 
@@ -233,9 +233,9 @@ def read_events(job: Job) -> Iterator[Event]:
 
 
 def _events(job: Job, origin: Origin, row: Row, known: StudyTables) -> Iterator[Event]:
-    dicom, study, subject = cell(row, "dicom_id"), cell(row, "study_id"), cell(row, "subject_id")
+    dicom, study, subject = cell_text(row, "dicom_id"), cell_text(row, "study_id"), cell_text(row, "subject_id")
     identity = f"{subject}_{study}_{dicom}"
-    split = SPLIT_WORDS.get(cell(row, "split").lower())
+    split = SPLIT_WORDS.get(cell_text(row, "split").lower())
     if split is None:
         yield BadRow(*origin, identity, "column 'split' must be train, validate or test")
         return
@@ -281,11 +281,11 @@ def _views(job: Job, path: Path) -> dict[str, ViewInfo]:
     shared: dict[ViewInfo, ViewInfo] = {}  # one object per distinct view: the table has 377,110 rows
     views: dict[str, ViewInfo] = {}
     rows = read_table(path, columns=("dicom_id", "ViewPosition"))
-    for origin, row in progress(rows, title="reading views", unit="row"):
+    for origin, row in with_progress(rows, title="reading views", unit="row"):
         if isinstance(row, DataError):
             raise DataError(f"{origin}: {row}")
-        view = ViewInfo(cell(row, "ViewPosition"), cell(row, orientation))
-        views[cell(row, "dicom_id")] = shared.setdefault(view, view)
+        view = ViewInfo(cell_text(row, "ViewPosition"), cell_text(row, orientation))
+        views[cell_text(row, "dicom_id")] = shared.setdefault(view, view)
     return views
 
 
@@ -299,9 +299,9 @@ def _labels(job: Job) -> dict[str, dict[str, float]]:
     for origin, row in read_table(path, columns=("subject_id", "study_id")):
         if isinstance(row, DataError):
             raise DataError(f"{origin}: {row}")
-        given = {name: cell(row, name) for name in row if name not in ("subject_id", "study_id")}
+        given = {name: cell_text(row, name) for name in row if name not in ("subject_id", "study_id")}
         try:
-            labels[cell(row, "study_id")] = {name: float(value) for name, value in given.items() if value}
+            labels[cell_text(row, "study_id")] = {name: float(value) for name, value in given.items() if value}
         except ValueError:
             raise DataError(f"{origin}: a label is not a number; expected 1, 0, -1 or blank") from None
     return labels

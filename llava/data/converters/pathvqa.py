@@ -20,7 +20,7 @@ from llava.data.converters.base import Converter, Job, run_converter
 from llava.data.converters.dataset_cards import PATHVQA
 from llava.data.converters.items import ConvertedItem, Event, kind_of_answer
 from llava.data.converters.output import name_of_bytes
-from llava.data.converters.tables import Row, answer_cell, cell, read_table
+from llava.data.converters.tables import Row, answer_cell, cell_text, read_table
 from llava.data.quarantine import BadRow
 from llava.errors import DataError
 from llava.samples import Origin
@@ -100,10 +100,10 @@ def _from_parquet(job: Job, origin: Origin, row: Row | DataError, part: _Part) -
 def _from_json(job: Job, origin: Origin, row: Row | DataError, split: str) -> Event:
     if isinstance(row, DataError):
         return BadRow(*origin, "", str(row))
-    own = next((cell(row, name) for name in OWN_IDS if cell(row, name)), f"{split}_{origin.row}")
+    own = next((cell_text(row, name) for name in OWN_IDS if cell_text(row, name)), f"{split}_{origin.row}")
     part = _Part(f"pathvqa_{own}", split)
     try:
-        image = _image_path(job, cell(row, "image"), split)
+        image = _image_path(job, cell_text(row, "image"), split)
     except DataError as error:
         return BadRow(*origin, part.id, str(error))
     return _item(job, origin, row, part._replace(image=image, name=image.name))
@@ -121,14 +121,14 @@ def _image_path(job: Job, name: str, split: str) -> Path:
 
 
 def _item(job: Job, origin: Origin, row: Row, part: _Part) -> Event:
-    question, answer = cell(row, "question"), answer_cell(row, "answer")
+    question, answer = cell_text(row, "question"), answer_cell(row, "answer")
     try:
-        kind = kind_of_answer(cell(row, "answer_type"), answer)
+        kind = kind_of_answer(cell_text(row, "answer_type"), answer)
     except DataError as error:
         return BadRow(*origin, part.id, str(error))
     meta = {
         "answer_type": kind,
-        "question_type": cell(row, "question_type") or question_type(question, kind),
+        "question_type": cell_text(row, "question_type") or question_type(question, kind),
         "modality": "Pathology",
         "official_split": part.split,
         "source": job.card.name,

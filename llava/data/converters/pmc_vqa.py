@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from llava.data.converters.base import Converter, Job, run_converter
 from llava.data.converters.dataset_cards import PMC_VQA
 from llava.data.converters.items import ConvertedItem, Event
-from llava.data.converters.tables import Row, answer_cell, cell, read_table
+from llava.data.converters.tables import Row, answer_cell, cell_text, read_table
 from llava.data.quarantine import BadRow
 from llava.errors import ConfigError, DataError
 from llava.samples import Origin
@@ -71,14 +71,14 @@ def _event(job: Job, origin: Origin, row: Row | DataError, split: str) -> Event:
     identity = f"pmcvqa{release}_{split}_{origin.row}"
     if isinstance(row, DataError):
         return BadRow(*origin, identity, str(row))
-    name = cell(row, "Figure_path")
+    name = cell_text(row, "Figure_path")
     try:
         choices = {letter: _choice(answer_cell(row, f"Choice {letter}"), letter) for letter in LETTERS}
         letter = _letter(row, choices)
         image = job.sources.image(name, *IMAGE_FOLDERS[release])
     except DataError as error:
         return BadRow(*origin, identity, str(error))
-    question = cell(row, "Question")
+    question = cell_text(row, "Question")
     if job.args.choices:
         question += "".join(f"\n{name}: {text}" for name, text in choices.items())
     meta = {
@@ -89,7 +89,7 @@ def _event(job: Job, origin: Origin, row: Row | DataError, split: str) -> Event:
         "license": job.card.license,
         "choices": list(choices.values()),
         "answer_label": letter,
-        "caption": cell(row, "Caption") if job.args.captions else "",
+        "caption": cell_text(row, "Caption") if job.args.captions else "",
     }
     answer = f"{letter}: {choices[letter]}" if job.args.choices else choices[letter]
     return ConvertedItem(identity, split, question, answer, image, name, meta, origin)
@@ -107,7 +107,7 @@ def _letter(row: Row, choices: dict[str, str]) -> str:
         DataError: the row marks no choice, or that choice is empty.
     """
     answer = answer_cell(row, "Answer")
-    label = (cell(row, "Answer_label") or (answer if answer.upper() in LETTERS else "")).upper()
+    label = (cell_text(row, "Answer_label") or (answer if answer.upper() in LETTERS else "")).upper()
     if label not in LETTERS:
         wanted = {_choice(answer, letter).lower() for letter in LETTERS}
         label = next((letter for letter, text in choices.items() if text and text.lower() in wanted), "")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from llava.data.converters.base import Converter, Job, run_converter
 from llava.data.converters.dataset_cards import SLAKE
 from llava.data.converters.items import ConvertedItem, Event, Excluded, kind_of_answer
-from llava.data.converters.tables import Row, answer_cell, cell, read_table
+from llava.data.converters.tables import Row, answer_cell, cell_text, read_table
 from llava.data.quarantine import BadRow
 from llava.errors import DataError
 from llava.samples import Origin
@@ -36,31 +36,31 @@ def read_events(job: Job) -> Iterator[Event]:
                 break
             if isinstance(row, DataError):
                 yield BadRow(*origin, "", str(row))
-            elif job.args.lang not in ("all", cell(row, "q_lang")):
+            elif job.args.lang not in ("all", cell_text(row, "q_lang")):
                 yield Excluded(split, "another language")
             else:
                 yield _event(job, origin, row, split)
 
 
 def _event(job: Job, origin: Origin, row: Row, split: str) -> Event:
-    identity = f"slake_{cell(row, 'qid') or f'{split}{origin.row}'}"
-    answer, name = answer_cell(row, "answer"), cell(row, "img_name")
+    identity = f"slake_{cell_text(row, 'qid') or f'{split}{origin.row}'}"
+    answer, name = answer_cell(row, "answer"), cell_text(row, "img_name")
     try:
         meta = {
-            "answer_type": kind_of_answer(cell(row, "answer_type"), answer),
-            "question_type": cell(row, "content_type"),
-            "image_organ": cell(row, "location"),
-            "modality": cell(row, "modality"),
+            "answer_type": kind_of_answer(cell_text(row, "answer_type"), answer),
+            "question_type": cell_text(row, "content_type"),
+            "image_organ": cell_text(row, "location"),
+            "modality": cell_text(row, "modality"),
             "official_split": split,
             "source": job.card.name,
             "license": job.card.license,
-            "base_type": cell(row, "base_type"),
-            "q_lang": cell(row, "q_lang"),
+            "base_type": cell_text(row, "base_type"),
+            "q_lang": cell_text(row, "q_lang"),
         }
         image = job.sources.image(name, "imgs")
     except DataError as error:
         return BadRow(*origin, identity, str(error))
-    return ConvertedItem(identity, split, cell(row, "question"), answer, image, name, meta, origin)
+    return ConvertedItem(identity, split, cell_text(row, "question"), answer, image, name, meta, origin)
 
 
 def add_options(parser: Parser) -> None:

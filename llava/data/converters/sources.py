@@ -19,12 +19,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO
 
-from llava.data.download.archives import Archive, Limits, plain_name
+from llava.data.download.archives import Archive, ArchiveLimits, plain_name
 from llava.errors import ArchiveError, ConfigError, DataError
 from llava.utils.jsonl import write_atomic
-from llava.utils.log import progress
+from llava.utils.log import with_progress
 
-LIMITS = Limits(max_members=2_000_000, max_figure=1 << 30, max_unpacked=2 << 40)
+LIMITS = ArchiveLimits(max_members=2_000_000, max_figure=1 << 30, max_unpacked=2 << 40)
 """Limits for an archive of a whole dataset; the largest supported dataset has 377,110 images."""
 
 FINISHED = ".unpacked"
@@ -44,7 +44,7 @@ def is_archive(path: str | Path) -> bool:
     return head.startswith((b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b"))
 
 
-def unpack(archive: Path, folder: Path, limits: Limits = LIMITS) -> Path:
+def unpack_archive(archive: Path, folder: Path, limits: ArchiveLimits = LIMITS) -> Path:
     """Unpack an archive into `folder`, unless an earlier run did so, and return `folder`.
 
     Raises:
@@ -80,12 +80,12 @@ def _target(name: str, folder: Path) -> Path:
     return folder / plain
 
 
-def _unzip(archive: Path, folder: Path, limits: Limits) -> None:
+def _unzip(archive: Path, folder: Path, limits: ArchiveLimits) -> None:
     try:
         with zipfile.ZipFile(archive) as file:
             members = [member for member in file.infolist() if not member.is_dir()]
             _check_sizes(members, archive.stat().st_size, limits)
-            for member in progress(members, title=f"unpacking {archive.name}", unit="file"):
+            for member in with_progress(members, title=f"unpacking {archive.name}", unit="file"):
                 target = _target(member.filename, folder)
                 mode = member.external_attr >> 16
                 if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
@@ -98,7 +98,7 @@ def _unzip(archive: Path, folder: Path, limits: Limits) -> None:
         raise ArchiveError(f"cannot be unpacked ({type(error).__name__}: {error})", reason="corrupted") from error
 
 
-def _check_sizes(members: list[zipfile.ZipInfo], packed: int, limits: Limits) -> None:
+def _check_sizes(members: list[zipfile.ZipInfo], packed: int, limits: ArchiveLimits) -> None:
     total = sum(member.file_size for member in members)
     largest = max((member.file_size for member in members), default=0)
     bomb = total > limits.max_unpacked or (total > limits.ratio_from and total > limits.max_ratio * packed)
@@ -134,10 +134,10 @@ class _File:
         return self._stream.read(PIECE)
 
 
-def _untar(archive: Path, folder: Path, limits: Limits) -> None:
+def _untar(archive: Path, folder: Path, limits: ArchiveLimits) -> None:
     with open(archive, "rb") as stream:
         members = Archive(_File(stream), limits)
-        for member in progress(members, title=f"unpacking {archive.name}", unit="file"):
+        for member in with_progress(members, title=f"unpacking {archive.name}", unit="file"):
             if member.plain:
                 _write(iter([members.data()]), _target(member.name, folder))
 
@@ -196,7 +196,7 @@ class Sources:
             elif not path.is_file():
                 raise ConfigError(f"{path}: no such file or folder; pass the downloaded files")
             elif is_archive(path) and not _is_table(path):
-                self.roots.append(unpack(path, work / f"{number}-{path.name}"))
+                self.roots.append(unpack_archive(path, work / f"{number}-{path.name}"))
             else:
                 self.files.append(path)
 

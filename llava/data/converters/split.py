@@ -24,15 +24,15 @@ from typing import Any
 
 from llava.data.converters.output import MANIFEST, read_manifest, remove_splits, split_hash
 from llava.data.converters.tables import json_rows, to_json_value
-from llava.data.groups import Groups, majority, names_someone, written_name
+from llava.data.groups import UnionFind, is_known_name, most_frequent, written_name
 from llava.data.records import file_text
 from llava.errors import ConfigError, DataError
-from llava.imaging.decode import content_digest, read_bytes
-from llava.samples import read_images
+from llava.imaging.decode import content_digest, read_image_bytes
+from llava.samples import image_names
 from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.jsonl import open_atomic, write_json
-from llava.utils.provenance import stamp
+from llava.utils.provenance import provenance_fields
 
 
 def unit_hash(group: str, *, seed: int) -> float:
@@ -114,7 +114,7 @@ def split_rows(rows: Sequence[Mapping[str, Any]], options: SplitOptions, *, name
         ConfigError: a split with a fraction above 0 would be empty.
     """
     keys = _keys(rows, options, name)
-    groups = Groups()
+    groups = UnionFind()
     for row_keys in keys:
         groups.join(row_keys)
     names = [groups.group(row_keys[0]) for row_keys in keys]
@@ -144,10 +144,10 @@ def _keys(rows: Sequence[Mapping[str, Any]], options: SplitOptions, name: str) -
         found: list[str] = []
         if "patient" in options.by:
             patient = written_name(row.get(options.key))
-            found += [f"patient {patient}"] if patient and names_someone(patient) else []
+            found += [f"patient {patient}"] if patient and is_known_name(patient) else []
         if "image" in options.by:
             try:
-                names = read_images(row.get("image"))
+                names = image_names(row.get("image"))
                 found += [f"image {_identity(ref, options.image_folder, digests)}" for ref in names]
             except DataError as error:
                 raise DataError(f"{name}, row {number}: {error}") from error
@@ -169,7 +169,7 @@ def _identity(ref: str, folder: str | None, digests: dict[str, str]) -> str:
     if folder is None:
         return ref
     if ref not in digests:
-        digests[ref] = content_digest(read_bytes(ref, folder))
+        digests[ref] = content_digest(read_image_bytes(ref, folder))
     return digests[ref]
 
 
@@ -185,7 +185,7 @@ def _stratified(
         values.setdefault(group, []).append(str(value))
     strata: dict[str, list[str]] = {}
     for group, group_values in values.items():
-        strata.setdefault(str(majority(group_values)), []).append(group)
+        strata.setdefault(str(most_frequent(group_values)), []).append(group)
     assigned: dict[str, str] = {}
     for groups in strata.values():
         ordered = sorted(groups, key=lambda group: (unit_hash(group, seed=options.seed), group))
@@ -206,7 +206,7 @@ def read_rows(paths: Sequence[str]) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     for path in paths:
-        for number, row in log.progress(json_rows(path), title=f"reading {Path(path).name}", unit="row"):
+        for number, row in log.with_progress(json_rows(path), title=f"reading {Path(path).name}", unit="row"):
             if isinstance(row, DataError):
                 raise DataError(f"{path}, row {number}: {row}")
             rows.append(row)
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ConfigError: the options are inconsistent, or files would be replaced.
         DataError: a row cannot be used.
     """
-    log.setup()
+    log.setup_logging()
     args = make_parser().parse_args(argv)
     fractions = parse_fractions(args.fractions)
     out = Path(args.out)
@@ -284,7 +284,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "fractions": fractions,
         "seed": args.seed,
         "stratify": args.stratify,
-        "made_by": stamp(data={Path(path).name: path for path in args.files}, command=["llava", "data", "split"]),
+        "made_by": provenance_fields(
+            data={Path(path).name: path for path in args.files}, command=["llava", "data", "split"]
+        ),
     }
     remove_splits(out, _old_splits(out) - set(places))
     sys.stdout.write(write_splits(out, rows, places, facts))

@@ -22,7 +22,7 @@ from typing import Any
 from llava.data.records import rows_of
 from llava.errors import DataError
 from llava.samples import Origin
-from llava.utils.jsonl import UNREADABLE, open_unzipped
+from llava.utils.jsonl import READ_ERRORS, open_decompressed
 from llava.utils.lookup import require
 
 Row = dict[str, Any]
@@ -49,9 +49,9 @@ def table_kind(path: str | Path) -> str:
         DataError: the file cannot be opened or unzipped.
     """
     try:
-        with open_unzipped(path) as stream:
+        with open_decompressed(path) as stream:
             head = stream.read(4096)
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise DataError(f"{path}: cannot be opened or unzipped ({error})") from error
     if head.startswith(b"PAR1"):
         return "parquet"
@@ -99,7 +99,7 @@ def column_names(path: str | Path, *, delimiter: str | None = None) -> list[str]
         return _header(stream, path, delimiter)[0]
 
 
-def cell(row: Row, column: str | None) -> str:
+def cell_text(row: Row, column: str | None) -> str:
     """Return a cell as stripped text; empty if it is missing, NaN, or a word for that (`NULL`)."""
     value = row.get(column) if column else None
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -162,7 +162,7 @@ def _text(path: str | Path) -> Iterator[io.TextIOWrapper]:
     Raises:
         DataError: the encoding is not UTF-8; the message says how to convert it.
     """
-    with open_unzipped(path) as stream:
+    with open_decompressed(path) as stream:
         head = stream.read(256)
         stream.seek(0)
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
@@ -181,7 +181,7 @@ def _header(stream: io.TextIOWrapper, path: str | Path, delimiter: str | None) -
         names = next(csv.reader([first], delimiter=separator, strict=True), [])
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: the header cannot be read ({error}); {NOT_UTF8}") from error
-    except (csv.Error, *UNREADABLE) as error:
+    except (csv.Error, *READ_ERRORS) as error:
         raise DataError(f"{path}: the header cannot be read ({error})") from error
     names = [name.strip() for name in names]
     repeated = sorted({name for name in names if names.count(name) > 1 and name})
@@ -220,7 +220,7 @@ def _text_rows(
                 continue
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}, row {row}: the rest cannot be read ({error}); {NOT_UTF8}") from error
-            except UNREADABLE as error:
+            except READ_ERRORS as error:
                 raise DataError(f"{path}, row {row}: the rest cannot be read ({error})") from error
             if not cells:
                 continue

@@ -19,7 +19,7 @@ from typing import Any
 from llava.data.converters.base import Converter, Job, run_converter
 from llava.data.converters.dataset_cards import VQA_RAD
 from llava.data.converters.items import ConvertedItem, Event, kind_of_answer
-from llava.data.converters.tables import answer_cell, cell, read_table
+from llava.data.converters.tables import answer_cell, cell_text, read_table
 from llava.data.quarantine import BadRow
 from llava.errors import DataError
 from llava.samples import Origin
@@ -56,10 +56,10 @@ def _public(job: Job, path: Path) -> Iterator[Event]:
         if isinstance(row, DataError):
             yield BadRow(*origin, "", str(row))
             continue
-        test = cell(row, "phrase_type").startswith(TEST_MARK)
+        test = cell_text(row, "phrase_type").startswith(TEST_MARK)
         yield _event(job, origin, row, "test" if test else "train")
         asked.add(_key(row, "question"))
-        if job.args.framed and not test and cell(row, "question_frame"):
+        if job.args.framed and not test and cell_text(row, "question_frame"):
             framed.setdefault(_key(row, "question_frame"), (origin, row))
     for key, (origin, row) in framed.items():
         if key not in asked:
@@ -67,36 +67,36 @@ def _public(job: Job, path: Path) -> Iterator[Event]:
                 **row,
                 "question": row["question_frame"],
                 "phrase_type": "frame",
-                "qid": f"{cell(row, 'qid')}_frame",
+                "qid": f"{cell_text(row, 'qid')}_frame",
             }
             yield _event(job, origin, changed, "train")
 
 
 def _key(row: dict[str, Any], column: str) -> tuple[str, str, str]:
-    return cell(row, "image_name"), cell(row, column).lower(), answer_cell(row, "answer").lower()
+    return cell_text(row, "image_name"), cell_text(row, column).lower(), answer_cell(row, "answer").lower()
 
 
 def _event(job: Job, origin: Origin, row: dict[str, Any] | DataError, split: str) -> Event:
     if isinstance(row, DataError):
         return BadRow(*origin, "", str(row))
-    identity = f"vqarad_{cell(row, 'qid') or f'{split}{origin.row}'}"
-    answer, name = answer_cell(row, "answer"), cell(row, "image_name")
+    identity = f"vqarad_{cell_text(row, 'qid') or f'{split}{origin.row}'}"
+    answer, name = answer_cell(row, "answer"), cell_text(row, "image_name")
     try:
         meta = {
-            "answer_type": kind_of_answer(cell(row, "answer_type"), answer),
-            "question_type": cell(row, "question_type"),
-            "image_organ": cell(row, "image_organ"),
-            "phrase_type": cell(row, "phrase_type").removeprefix(TEST_MARK),
+            "answer_type": kind_of_answer(cell_text(row, "answer_type"), answer),
+            "question_type": cell_text(row, "question_type"),
+            "image_organ": cell_text(row, "image_organ"),
+            "phrase_type": cell_text(row, "phrase_type").removeprefix(TEST_MARK),
             "official_split": split,
             "source": job.card.name,
             "license": job.card.license,
-            "linked_id": cell(row, "qid_linked_id"),
-            "case": cell(row, "image_case_url"),
+            "linked_id": cell_text(row, "qid_linked_id"),
+            "case": cell_text(row, "image_case_url"),
         }
         image = job.sources.image(name, *IMAGE_FOLDERS)
     except DataError as error:
         return BadRow(*origin, identity, str(error))
-    return ConvertedItem(identity, split, cell(row, "question"), answer, image, name, meta, origin)
+    return ConvertedItem(identity, split, cell_text(row, "question"), answer, image, name, meta, origin)
 
 
 def add_options(parser: Parser) -> None:

@@ -30,15 +30,15 @@ from llava.data.dicom.deid_profile import clean_dataset, fields_of
 from llava.data.dicom.pseudonyms import key_of, read_salt
 from llava.data.dicom.studies import IDENTITY_TAGS, NotDicom, RepeatedInstance, field_text, files_of
 from llava.errors import ConfigError, DataError, LlavaError
-from llava.imaging.decode import load, read_bytes
-from llava.imaging.dicom.header import check_inflated, fill_syntax, quiet, silence, word
+from llava.imaging.decode import load_image, read_image_bytes
+from llava.imaging.dicom.header import check_inflated, code_value, fill_syntax, silence, suppress_pydicom_output
 from llava.imaging.dicom.policy import DicomPolicy
 from llava.imaging.dicom.sniff import is_dicom, may_be_bare
-from llava.imaging.dicom.sop_classes import check_picture
+from llava.imaging.dicom.sop_classes import check_image_object
 from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.jsonl import write_atomic, write_json
-from llava.utils.log import progress
+from llava.utils.log import with_progress
 
 OFTEN_WRITTEN_ON = frozenset({"DOC", "ES", "GM", "IVUS", "OP", "OT", "SC", "SM", "US", "XC"})
 """Modalities whose images often contain burned-in names, dates and numbers."""
@@ -98,18 +98,18 @@ def inspect_dataset(dataset: Dataset, image: Image.Image | None) -> DeidFindings
 def find_suspicions(dataset: Dataset, image: Image.Image | None) -> list[str]:
     """Return the reasons to suspect that the image itself identifies the patient."""
     found = []
-    burned_in = word(dataset, "BurnedInAnnotation")
+    burned_in = code_value(dataset, "BurnedInAnnotation")
     if burned_in == "YES":
         found.append("the header states that the image contains burned-in text")
-    if word(dataset, "RecognizableVisualFeatures") == "YES":
+    if code_value(dataset, "RecognizableVisualFeatures") == "YES":
         found.append("the header states that a person is recognizable")
     if burned_in != "NO":
-        if word(dataset, "Modality") in OFTEN_WRITTEN_ON:
+        if code_value(dataset, "Modality") in OFTEN_WRITTEN_ON:
             found.append("images of this modality often contain text, and the header does not exclude it")
         with silence:
             image_type = str(dataset.get("ImageType", ""))
-        is_capture = word(dataset, "SOPClassUID") == SecondaryCaptureImageStorage or "SCREEN" in image_type
-        if is_capture or word(dataset, "ConversionType"):
+        is_capture = code_value(dataset, "SOPClassUID") == SecondaryCaptureImageStorage or "SCREEN" in image_type
+        if is_capture or code_value(dataset, "ConversionType"):
             found.append("a scan or a screen capture, and the header does not exclude text")
     if image is not None and max_strokes(image) >= MIN_STROKES:
         found.append("adjacent bright strokes, as in text")
@@ -159,11 +159,11 @@ def read_dataset(data: bytes, name: str) -> pydicom.FileDataset:
     if not is_dicom(data) and not may_be_bare(data):
         raise NotDicom(f"image {name} is not a DICOM file")
     stream = io.BytesIO(data)
-    with quiet(f"image {name} cannot be read"):
+    with suppress_pydicom_output(f"image {name} cannot be read"):
         check_inflated(stream, name)
         dataset = pydicom.dcmread(stream, force=True)
         fill_syntax(dataset)
-    check_picture(dataset)
+    check_image_object(dataset)
     return dataset
 
 
@@ -173,7 +173,7 @@ def clean_copy(dataset: pydicom.FileDataset, salt: bytes) -> tuple[str, bytes]:
     Raises:
         DataError: the dataset cannot be written.
     """
-    with quiet("cannot be written as a clean copy"):
+    with suppress_pydicom_output("cannot be written as a clean copy"):
         copy = clean_dataset(dataset, salt)
         copy.file_meta = FileMetaDataset()
         copy.file_meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
@@ -200,16 +200,16 @@ def process_file(path: str, args: Namespace, salt: bytes, *, written: Collection
     Raises:
         DataError: the file cannot be used, or its copy would look different or replace that of another file.
     """
-    data = read_bytes(path, args.folder)
+    data = read_image_bytes(path, args.folder)
     try:
         dataset = read_dataset(data, path)
-        image = load(data, dicom=WHOLE_RANGE)
-        with quiet("cannot be inspected"):
+        image = load_image(data, dicom=WHOLE_RANGE)
+        with suppress_pydicom_output("cannot be inspected"):
             findings = inspect_dataset(dataset, image)
         if args.out is None or (findings.suspicions and args.burned_in == "hold"):
             return findings, ""
         name, content = clean_copy(dataset, salt)
-        if load(content).tobytes() != load(data).tobytes():
+        if load_image(content).tobytes() != load_image(data).tobytes():
             raise DataError("would look different as a clean copy, so no copy is written")
         if name in written:
             raise RepeatedInstance("repeats an instance in this folder; only the first file is copied")
@@ -243,7 +243,7 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava data deid`."""
     args = make_parser().parse_args(argv)
-    log.setup()
+    log.setup_logging()
     if args.out is not None and args.salt_file is None:
         raise ConfigError("--out requires --salt-file; without a secret the new identifiers could be reversed")
     if args.out is not None and args.out.resolve().is_relative_to(args.folder.resolve()):
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     salt = b"" if args.salt_file is None else read_salt(args.salt_file)
     report: dict[str, dict[str, Any]] = {}
     written: set[str] = set()
-    for path in progress(files_of(args.folder), title="inspecting", unit="file"):
+    for path in with_progress(files_of(args.folder), title="inspecting", unit="file"):
         try:
             findings, name = process_file(path, args, salt, written=written)
             written |= {name} - {""}

@@ -19,22 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import IMAGE_TOKEN
-from llava.data.converters.tables import cell, read_table
+from llava.data.converters.tables import cell_text, read_table
 from llava.data.dicom.pseudonyms import read_salt
 from llava.data.dicom.studies import JOIN_TAGS, Instance, NotDicom, RepeatedInstance, files_of, scan_instances
 from llava.data.quarantine import BadRow, Quarantine
-from llava.errors import ConfigError, DataError, NotAPicture
-from llava.imaging.decode import load
-from llava.imaging.dicom.policy import DEFAULT, DicomPolicy, add_dicom_options
+from llava.errors import ConfigError, DataError, NotAnImageError
+from llava.imaging.decode import load_image
+from llava.imaging.dicom.policy import DEFAULT_POLICY, DicomPolicy, add_dicom_options
 from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.jsonl import write_atomic, write_json
-from llava.utils.log import progress
+from llava.utils.log import with_progress
 
 logger = logging.getLogger(__name__)
 
 LEFT_OUT: dict[type[DataError], str] = {
-    NotAPicture: "DICOM files without an image",
+    NotAnImageError: "DICOM files without an image",
     NotDicom: "files of other formats",
     RepeatedInstance: "repeated",
 }
@@ -64,7 +64,10 @@ def read_texts(table: str | Path, key_column: str, text_columns: Sequence[str]) 
     for origin, row in read_table(table, columns=(key_column, *text_columns)):
         if isinstance(row, DataError):
             raise row
-        key, text = cell(row, key_column), "\n".join(filter(None, (cell(row, column) for column in text_columns)))
+        key, text = (
+            cell_text(row, key_column),
+            "\n".join(filter(None, (cell_text(row, column) for column in text_columns))),
+        )
         if key and text and texts.setdefault(key, text) != text:
             raise DataError(f"{origin}: column {key_column!r} repeats a key of an earlier row with a different text")
     return texts
@@ -124,7 +127,7 @@ class ImageExporter:
         Raises:
             DataError: the image does not decode, or has no instance identifier to name its PNG file.
         """
-        image = load(instance.path, self.folder, dicom=self.policy)
+        image = load_image(instance.path, self.folder, dicom=self.policy)
         if self.png is None:
             return instance.path
         if "instance" not in instance.keys:
@@ -148,7 +151,7 @@ def build_rows(args: Namespace, *, salt: bytes) -> tuple[list[dict[str, Any]], l
     counts: Counter[str] = Counter()
     instances = []
     found = scan_instances(args.folder, paths := files_of(args.folder), salt=salt, join=join)
-    for path, outcome in progress(found, title="reading headers", total=len(paths), unit="file"):
+    for path, outcome in with_progress(found, title="reading headers", total=len(paths), unit="file"):
         if isinstance(outcome, DataError):
             left_out.append(BadRow(path, -1, "", str(outcome)))
             counts[_kind(outcome)] += 1
@@ -159,9 +162,9 @@ def build_rows(args: Namespace, *, salt: bytes) -> tuple[list[dict[str, Any]], l
         counts["keys of the table without an image"] = _num_unused(texts, instances, args)
     chosen = middle_instances(instances) if args.per == "series" else instances
     counts["not the middle of their series"] = len(instances) - len(chosen)
-    exporter = ImageExporter(args.folder, args.png, DEFAULT.changed(args.dicom_window, args.dicom_frame))
+    exporter = ImageExporter(args.folder, args.png, DEFAULT_POLICY.changed(args.dicom_window, args.dicom_frame))
     rows = []
-    for instance in progress(chosen, title="decoding", unit="image"):
+    for instance in with_progress(chosen, title="decoding", unit="image"):
         text = texts.get(instance.join, "")
         row = row_of(instance, instance.path, per=args.per, text=text, question=args.question, facts=args.facts)
         if row is None:
@@ -227,7 +230,7 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava data dicom`."""
     args = make_parser().parse_args(argv)
-    log.setup()
+    log.setup_logging()
     if bool(args.table) != bool(args.key_column and args.text_column):
         raise ConfigError("--table, --key-column and --text-column belong together; pass all three or none")
     if args.salt_file is None:

@@ -18,9 +18,16 @@ from pydicom.dataset import Dataset
 from llava.data.converters.alignment import ImageFacts
 from llava.data.dicom.pseudonyms import key_of
 from llava.errors import DataError
-from llava.imaging.dicom.header import items, numbers, quiet, read, whole, word
+from llava.imaging.dicom.header import (
+    code_value,
+    integer_value,
+    number_values,
+    read_header,
+    sequence_items,
+    suppress_pydicom_output,
+)
 from llava.imaging.dicom.sniff import is_dicom, may_be_bare
-from llava.imaging.dicom.sop_classes import check_picture
+from llava.imaging.dicom.sop_classes import check_image_object
 
 FACT_TAGS = ("Modality", "BodyPartExamined", "ViewPosition", "ImageOrientationPatient", "Laterality", "ImageLaterality")
 """Fields for the facts about an image; the orientation may also be in functional groups."""
@@ -144,23 +151,25 @@ SIDES = {"L": "left", "R": "right", "B": "both"}
 
 def facts_of(dataset: Dataset) -> ImageFacts:
     """Return modality, organ and plane or view, if the header states them in a known word."""
-    view = VIEWS.get(_letters(word(dataset, "ViewPosition")))
-    part = BODY_PARTS.get(_letters(word(dataset, "BodyPartExamined")))
-    return ImageFacts(organ=part, modality=MODALITIES.get(word(dataset, "Modality")), plane=view or plane_of(dataset))
+    view = VIEWS.get(_letters(code_value(dataset, "ViewPosition")))
+    part = BODY_PARTS.get(_letters(code_value(dataset, "BodyPartExamined")))
+    return ImageFacts(
+        organ=part, modality=MODALITIES.get(code_value(dataset, "Modality")), plane=view or plane_of(dataset)
+    )
 
 
 def side_of(dataset: Dataset) -> str | None:
     """Return left, right or both, if the header states it for the image or the body part."""
-    return SIDES.get(word(dataset, "ImageLaterality") or word(dataset, "Laterality"))
+    return SIDES.get(code_value(dataset, "ImageLaterality") or code_value(dataset, "Laterality"))
 
 
 def plane_of(dataset: Dataset) -> str | None:
     """Return the plane of a slice from the directions of rows and columns; None if oblique or not stated."""
-    sides = numbers(dataset, "ImageOrientationPatient")
+    sides = number_values(dataset, "ImageOrientationPatient")
     if not sides:
-        for groups in items(dataset, "SharedFunctionalGroupsSequence")[:1]:
-            for item in items(groups, "PlaneOrientationSequence")[:1]:
-                sides = numbers(item, "ImageOrientationPatient")
+        for groups in sequence_items(dataset, "SharedFunctionalGroupsSequence")[:1]:
+            for item in sequence_items(groups, "PlaneOrientationSequence")[:1]:
+                sides = number_values(item, "ImageOrientationPatient")
     if len(sides) != 6:
         return None
     normal = np.abs(np.cross(sides[:3], sides[3:]))
@@ -272,16 +281,16 @@ def _instance(folder: Path, path: str, salt: bytes, join: str) -> Instance:
             stream.seek(0)
             if not is_dicom(head) and not may_be_bare(head):
                 raise NotDicom(f"image {path} is not a DICOM file")
-            dataset = read(stream, tags, name=path, pixels=False)
-            check_picture(dataset)
+            dataset = read_header(stream, tags, name=path, pixels=False)
+            check_image_object(dataset)
             keys = {kind: field_text(dataset, tag) for kind, tag in IDENTITY_TAGS.items()}
             return Instance(
                 path=path,
                 keys={kind: key_of(kind, value, salt) for kind, value in keys.items() if value},
                 facts=facts_of(dataset),
                 side=side_of(dataset),
-                number=whole(dataset, "InstanceNumber", default=0),
-                num_frames=whole(dataset, "NumberOfFrames", default=1),
+                number=integer_value(dataset, "InstanceNumber", default=0),
+                num_frames=integer_value(dataset, "NumberOfFrames", default=1),
                 join=path if join == "path" else field_text(dataset, JOIN_TAGS[join]),
             )
     except OSError as error:
@@ -292,6 +301,6 @@ def _instance(folder: Path, path: str, salt: bytes, join: str) -> Instance:
 
 def field_text(dataset: Dataset, keyword: str) -> str:
     """Return a field as text without padding, to be hashed or compared only."""
-    with quiet(f"has a field {keyword} that cannot be parsed"):
+    with suppress_pydicom_output(f"has a field {keyword} that cannot be parsed"):
         value = dataset.get(keyword)
         return "" if value is None else str(value).strip(" \0")

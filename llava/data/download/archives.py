@@ -39,7 +39,7 @@ class ArchiveSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ArchiveLimits:
     """Limits of an archive.
 
     Attributes:
@@ -67,7 +67,7 @@ class Unpacked:
     The methods raise `ArchiveError` for data that is not gzipped, damaged, truncated or beyond the limits.
     """
 
-    def __init__(self, source: ArchiveSource, limits: Limits) -> None:
+    def __init__(self, source: ArchiveSource, limits: ArchiveLimits) -> None:
         self._source = source
         self._limits = limits
         self._zip = zlib.decompressobj(wbits=31)
@@ -157,8 +157,8 @@ class Archive:
         limits: limits of the archive.
     """
 
-    def __init__(self, source: ArchiveSource, limits: Limits | None = None) -> None:
-        self.limits = limits or Limits()
+    def __init__(self, source: ArchiveSource, limits: ArchiveLimits | None = None) -> None:
+        self.limits = limits or ArchiveLimits()
         self._bytes = Unpacked(source, self.limits)
         self._left = 0
         self._padding = 0
@@ -300,13 +300,13 @@ class Taken(NamedTuple):
     reason: str = ""
 
 
-def stem(name: str) -> str:
+def image_stem(name: str) -> str:
     """Return a name without its image extension, if it has one."""
     base, dot, ending = name.rpartition(".")
     return base if dot and f".{ending.lower()}" in IMAGE_ENDINGS else name
 
 
-def take(source: ArchiveSource, names: Collection[str], limits: Limits | None = None) -> Iterator[Taken]:
+def iter_members(source: ArchiveSource, names: Collection[str], limits: ArchiveLimits | None = None) -> Iterator[Taken]:
     """Yield the listed files of an archive in order of the archive; reading stops after the last one.
 
     A name matches the member of that name or, at the end of the archive, the best one that differs only in the image
@@ -325,7 +325,7 @@ def take(source: ArchiveSource, names: Collection[str], limits: Limits | None = 
     held: dict[str, tuple[int, bytes]] = {}
     by_stem: dict[str, list[str]] = {}
     for name in names:
-        by_stem.setdefault(stem(name), []).append(name)
+        by_stem.setdefault(image_stem(name), []).append(name)
     for member in archive:
         name = plain_name(member.name) or ""
         if name in wanted:
@@ -333,11 +333,11 @@ def take(source: ArchiveSource, names: Collection[str], limits: Limits | None = 
             yield _taken(archive, member, name)
             if not wanted:
                 return
-        elif member.plain and any(other in wanted for other in by_stem.get(stem(name), ())):
+        elif member.plain and any(other in wanted for other in by_stem.get(image_stem(name), ())):
             _hold(archive, member, name, held)
     for name in sorted(wanted):
-        if stem(name) in held:
-            yield Taken(name, held[stem(name)][1])
+        if image_stem(name) in held:
+            yield Taken(name, held[image_stem(name)][1])
 
 
 def _taken(archive: Archive, member: Member, name: str) -> Taken:
@@ -350,10 +350,10 @@ def _taken(archive: Archive, member: Member, name: str) -> Taken:
 
 def _hold(archive: Archive, member: Member, name: str, held: dict[str, tuple[int, bytes]]) -> None:
     """Keep a substitute in memory if it is better than the one known and within the limits."""
-    ending = name[len(stem(name)) :].lower()
+    ending = name[len(image_stem(name)) :].lower()
     rank = IMAGE_ENDINGS.index(ending) if ending in IMAGE_ENDINGS else len(IMAGE_ENDINGS)
-    known = held.get(stem(name))
+    known = held.get(image_stem(name))
     used = sum(len(data) for _, data in held.values())
     room = min(archive.limits.max_held - used, archive.limits.max_figure)
     if (known is None or rank < known[0]) and member.size <= room:
-        held[stem(name)] = (rank, archive.data())
+        held[image_stem(name)] = (rank, archive.data())

@@ -21,10 +21,10 @@ from urllib.parse import urljoin, urlsplit
 import httpx2
 
 import llava
-from llava.data.download.url_policy import UrlPolicy, check_base, origin, shown, split_bases
+from llava.data.download.url_policy import UrlPolicy, check_base, redacted_url, split_bases, url_origin
 from llava.errors import ConfigError, DownloadError
 from llava.utils.cli import Parser
-from llava.utils.retry import retry_after
+from llava.utils.retry import retry_after_seconds
 
 
 class HostRateLimiter:
@@ -194,13 +194,13 @@ class Client:
                 return self._accepted(answer)
             answer.close()
             before, url = url, _target(url, answer.header("Location"))
-        raise DownloadError(f"{shown(url)}: more than {self.options.max_redirects} redirects", reason="refused")
+        raise DownloadError(f"{redacted_url(url)}: more than {self.options.max_redirects} redirects", reason="refused")
 
     def _ask(self, url: str, headers: dict[str, str], before: str | None) -> Answer:
         if self.stopped.is_set():
             raise DownloadError("stopped", reason="cut_off")
         self.policy.check(url, before=before)
-        self._turns.wait(origin(url)[0])
+        self._turns.wait(url_origin(url)[0])
         try:
             request = self._http.build_request("GET", url, headers=headers)
             response = self._http.send(request, stream=True)
@@ -225,9 +225,11 @@ class Client:
         if answer.status in (200, 206, 416):
             return answer
         answer.close()
-        message = f"{shown(answer.url)}: the server returned {answer.status} {answer.response.reason_phrase}".rstrip()
+        message = (
+            f"{redacted_url(answer.url)}: the server returned {answer.status} {answer.response.reason_phrase}".rstrip()
+        )
         if answer.status in RETRY_STATUSES:
-            seconds = retry_after(answer.header("Retry-After"))
+            seconds = retry_after_seconds(answer.header("Retry-After"))
             if seconds is not None:
                 self._turns.pause(urlsplit(answer.url).hostname or "", min(seconds, self.options.max_wait))
             raise DownloadError(message, reason="unavailable")
@@ -254,7 +256,7 @@ class Client:
                 if waited >= self.options.stall_seconds:
                     if num_bytes < self.options.min_speed * waited:
                         speed = f"only {num_bytes} bytes in {waited:.0f} s"
-                        raise DownloadError(f"{shown(answer.url)}: {speed}", reason="stalled")
+                        raise DownloadError(f"{redacted_url(answer.url)}: {speed}", reason="stalled")
                     waited, num_bytes = 0.0, 0
                 yield piece
         except (httpx2.HTTPError, httpx2.StreamError, RuntimeError) as error:
@@ -268,7 +270,7 @@ def _target(url: str, location: str | None) -> str:
     try:
         return urljoin(url, location or "")
     except ValueError as error:
-        raise DownloadError(f"{shown(url)} redirects to an invalid URL", reason="unsafe_address") from error
+        raise DownloadError(f"{redacted_url(url)} redirects to an invalid URL", reason="unsafe_address") from error
 
 
 def named_error(error: Exception, url: str) -> DownloadError:
@@ -281,7 +283,7 @@ def named_error(error: Exception, url: str) -> DownloadError:
         reason = "unsafe_address"
     else:
         reason = "cut_off"
-    return DownloadError(f"{shown(url)}: {type(error).__name__} {error}".rstrip(), reason=reason)
+    return DownloadError(f"{redacted_url(url)}: {type(error).__name__} {error}".rstrip(), reason=reason)
 
 
 DEFAULTS = NetworkOptions()

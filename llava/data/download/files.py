@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from llava.data.download.client import Client
 from llava.data.download.failures import most_telling
 from llava.data.download.transfer import POINTER, POINTER_HINT, RemoteFile
-from llava.data.download.url_policy import is_local, local_path, shown
+from llava.data.download.url_policy import is_local, local_path, redacted_url
 from llava.errors import DataError, DownloadError
 
 if TYPE_CHECKING:
@@ -144,7 +144,9 @@ def _fetch_from(client: Client, url: str, target: Path, expected: Expected, on_b
         on_bytes(-size)
         part.unlink(missing_ok=True)
         if start == 0 or attempt == 2:  # the part of an earlier run is not the cause
-            raise DownloadError(f"{shown(url)}: {problem.removeprefix(shown(url) + ': ')}", reason="wrong_content")
+            raise DownloadError(
+                f"{redacted_url(url)}: {problem.removeprefix(redacted_url(url) + ': ')}", reason="wrong_content"
+            )
         logger.warning("%s: the part left by an earlier run is wrong (%s); restarting", target.name, problem)
 
 

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 from llava.data.download.failures import REASONS
 from llava.data.download.pmc_list import BadListRow, Figure
-from llava.data.download.url_policy import shown
+from llava.data.download.url_policy import redacted_url
 from llava.data.records import file_text, form_of, rows_of
 from llava.errors import DataError
-from llava.imaging.decode import resolve
-from llava.samples import read_images
-from llava.utils.jsonl import append, drop_torn_line, open_atomic, read_records, write_records
+from llava.imaging.decode import resolve_image_path
+from llava.samples import image_names
+from llava.utils.jsonl import append_record, drop_incomplete_line, open_atomic, read_records, write_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,9 @@ class Missing:
     @classmethod
     def of(cls, figure: Figure, archive: str, reason: str, detail: str, tried: Sequence[str]) -> Missing:
         """Return the entry of a figure that no source has."""
-        places = tuple(map(shown, tried))
+        places = tuple(map(redacted_url, tried))
         return cls(
-            figure.pair_id, figure.file_name, shown(archive), figure.member, reason, detail, places, figure.place
+            figure.pair_id, figure.file_name, redacted_url(archive), figure.member, reason, detail, places, figure.place
         )
 
     @classmethod
@@ -64,7 +64,7 @@ class Missing:
     def settles(self, figure: Figure, tried: Collection[str]) -> bool:
         """Return whether a retry of the figure with the URLs `tried` would give the same result."""
         reason = REASONS.get(self.reason)
-        asked = set(map(shown, tried))
+        asked = set(map(redacted_url, tried))
         return reason is not None and reason.lasting and self.member == figure.member and asked <= set(self.tried)
 
 
@@ -82,7 +82,7 @@ class MissingList:
         self.path = path
         self._before: dict[str, Missing] = {}
         self._rows: list[Missing] = []
-        drop_torn_line(path)
+        drop_incomplete_line(path)
         for row in read_records(path) if path.exists() else ():
             try:
                 before = Missing(**{**row, "tried": tuple(row["tried"])})
@@ -104,7 +104,7 @@ class MissingList:
         for row in rows:
             self._rows.append(row)
             if self._before.get(row.pair_id) != row:
-                append(self.path, asdict(row))
+                append_record(self.path, asdict(row))
 
     def finish(self) -> dict[str, int]:
         """Rewrite the file in the order of the lists and return the number of missing images by reason."""
@@ -156,7 +156,7 @@ def write_available(path: Path, image_folder: Path) -> Filtered:
 
 def pair_ids(paths: Collection[str | Path]) -> set[str]:
     """Return the ids (file names without extension) of all images that the rows of data files name."""
-    return {Path(name).stem for path in paths for row in _rows(Path(path)) for name in read_images(row.get("image"))}
+    return {Path(name).stem for path in paths for row in _rows(Path(path)) for name in image_names(row.get("image"))}
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -166,18 +166,18 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: a row must be a JSON object, got {type(row).__name__}")
         try:
-            read_images(row.get("image"))
+            image_names(row.get("image"))
         except DataError as error:
             raise DataError(f"{path}, row {number}: {error}") from error
         yield row
 
 
 def _complete(row: dict[str, Any], image_folder: Path) -> bool:
-    return all(_is_file(name, image_folder) for name in read_images(row.get("image")))
+    return all(_is_file(name, image_folder) for name in image_names(row.get("image")))
 
 
 def _is_file(name: str, image_folder: Path) -> bool:
     try:
-        return resolve(name, image_folder).is_file()
+        return resolve_image_path(name, image_folder).is_file()
     except DataError:  # a path outside the folder
         return False

@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from llava.data.download.archives import Limits
+from llava.data.download.archives import ArchiveLimits
 from llava.data.download.client import Client, add_network_options, bases_from, network_options
 from llava.data.download.failures import REASONS
 from llava.data.download.missing import Filtered, Missing, MissingList, pair_ids, write_available
@@ -25,7 +25,7 @@ from llava.data.download.url_policy import check_base
 from llava.errors import ConfigError, DataError, DownloadError
 from llava.utils import log
 from llava.utils.cli import ExampleFormatter, Parser
-from llava.utils.files import hold
+from llava.utils.files import hold_lock
 from llava.utils.jsonl import write_json
 from llava.utils.log import progress_bar
 
@@ -75,8 +75,8 @@ def fetch(wanted: FigureList, client: Client, options: ImageOptions) -> Download
         options.images.mkdir(parents=True, exist_ok=True)
         folder = options.images.resolve()
         with (  # two locks: runs may share the folder of images but not the list of missing ones, and vice versa
-            hold(options.missing.with_name(f".{options.missing.name}.lock"), purpose="downloading images"),
-            hold(folder.with_name(f".{folder.name}.lock"), purpose="downloading images"),
+            hold_lock(options.missing.with_name(f".{options.missing.name}.lock"), purpose="downloading images"),
+            hold_lock(folder.with_name(f".{folder.name}.lock"), purpose="downloading images"),
         ):
             shutil.rmtree(partial, ignore_errors=True)  # incomplete images of a killed run
             partial.mkdir()
@@ -224,7 +224,7 @@ def make_parser() -> Parser:
         "--allow-host", nargs="+", default=[], metavar="HOST", help="further hosts that the lists may name"
     )
     limits = parser.add_argument_group("limits of an archive")
-    standard = Limits()
+    standard = ArchiveLimits()
     limits.add_argument("--max-members", type=int, default=standard.max_members, help="number of files and folders")
     limits.add_argument("--max-unpacked", type=int, default=standard.max_unpacked, help="unpacked size in bytes")
     limits.add_argument("--max-ratio", type=float, default=standard.max_ratio, help="ratio of unpacked to packed bytes")
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with status 1 if images are missing, see `--strict`.
     """
-    log.setup()
+    log.setup_logging()
     args = make_parser().parse_args(argv)
     try:
         status = download_images(args)
@@ -302,7 +302,7 @@ def image_options(args: argparse.Namespace) -> tuple[ImageOptions, list[str]]:
         keep=not args.remove_pmc,
         num_threads=(os.cpu_count() or 1) if args.cpus == -1 else args.cpus,
         retry_missing=args.retry_missing,
-        limits=Limits(max_members=args.max_members, max_unpacked=args.max_unpacked, max_ratio=args.max_ratio),
+        limits=ArchiveLimits(max_members=args.max_members, max_unpacked=args.max_unpacked, max_ratio=args.max_ratio),
     )
     return options, archives + figures
 

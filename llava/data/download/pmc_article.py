@@ -13,14 +13,14 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava.data.download.archives import IMAGE_ENDINGS, Limits, Taken, stem, take
+from llava.data.download.archives import IMAGE_ENDINGS, ArchiveLimits, Taken, image_stem, iter_members
 from llava.data.download.client import TRANSIENT, Client
 from llava.data.download.failures import REASONS, most_telling
 from llava.data.download.files import Expected, fetch_file
 from llava.data.download.missing import Missing
 from llava.data.download.pmc_list import Article, Figure
 from llava.data.download.transfer import RemoteFile
-from llava.data.download.url_policy import is_local, join, local_path, shown
+from llava.data.download.url_policy import is_local, join_url, local_path, redacted_url
 from llava.errors import ArchiveError, DataError, DownloadError
 from llava.imaging import decode
 
@@ -58,7 +58,7 @@ class ImageOptions:
     keep: bool = False
     num_threads: int = 4
     retry_missing: bool = False
-    limits: Limits = field(default_factory=Limits)
+    limits: ArchiveLimits = field(default_factory=ArchiveLimits)
     max_archive: int = 16 << 30
 
 
@@ -77,13 +77,13 @@ def urls_of(article: Article, options: ImageOptions) -> list[str]:
     if options.archive_bases is None:
         archives = [article.url]
     else:
-        archives = [join(base, article.package) for base in options.archive_bases]
+        archives = [join_url(base, article.package) for base in options.archive_bases]
     return [*_figure_folders(article, options), *archives]
 
 
 def _figure_folders(article: Article, options: ImageOptions) -> list[str]:
     name = article.file_name.removesuffix(".tar.gz")
-    return [join(base, name + FIRST_VERSION) for base in options.figure_bases]
+    return [join_url(base, name + FIRST_VERSION) for base in options.figure_bases]
 
 
 class ArticleJob:
@@ -138,12 +138,12 @@ class ArticleJob:
 
     def _settle(self, figure: Figure, taken: Taken, url: str) -> None:
         """Write a figure, or record why it cannot be used."""
-        reason, detail = taken.reason, f"{shown(url)}: {REASONS[taken.reason].text}" if taken.reason else ""
+        reason, detail = taken.reason, f"{redacted_url(url)}: {REASONS[taken.reason].text}" if taken.reason else ""
         if not reason:
             try:
-                decode.load(taken.data)
+                decode.load_image(taken.data)
             except DataError as error:
-                reason, detail = "broken_image", f"{shown(url)}: {error}"
+                reason, detail = "broken_image", f"{redacted_url(url)}: {error}"
         if reason:
             self._problems[figure.pair_id].setdefault(reason, detail)
             return
@@ -180,7 +180,7 @@ class ArticleJob:
         else:
             remote = RemoteFile(self.client, url, max_bytes=self.options.max_archive)
             try:
-                yield from self._named(take(remote, members, self.options.limits), url)
+                yield from self._named(iter_members(remote, members, self.options.limits), url)
             finally:
                 self._count(remote.num_fetched)
                 remote.close()
@@ -189,7 +189,7 @@ class ArticleJob:
         source = _FileSource(path)
         with closing(source):
             try:
-                yield from self._named(take(source, members, self.options.limits), str(path))
+                yield from self._named(iter_members(source, members, self.options.limits), str(path))
             finally:
                 self._count(source.num_read)
 
@@ -198,7 +198,7 @@ class ArticleJob:
         try:
             yield from taken
         except ArchiveError as error:
-            raise ArchiveError(f"{shown(url)}: {error}", reason=error.reason) from error
+            raise ArchiveError(f"{redacted_url(url)}: {error}", reason=error.reason) from error
 
     def _count(self, num_bytes: int) -> None:
         self.outcome.num_archives += num_bytes > 0
@@ -208,10 +208,10 @@ class ArticleJob:
         """Yield the members, each from its own file under `url`."""
         for member in members:
             name = member.rsplit("/", 1)[-1]
-            if stem(name) == name:
+            if image_stem(name) == name:
                 name += IMAGE_ENDINGS[0]
             try:
-                yield Taken(member, self._single(join(url, name)))
+                yield Taken(member, self._single(join_url(url, name)))
             except DownloadError as error:
                 if error.reason in TRANSIENT:  # a failure of the server, not of this figure
                     raise

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.data.download.archives import plain_name
-from llava.data.download.url_policy import origin, shown
+from llava.data.download.url_policy import redacted_url, url_origin
 from llava.errors import DataError, DownloadError
-from llava.samples import describe
-from llava.utils.jsonl import UNREADABLE, open_unzipped
+from llava.samples import type_and_length
+from llava.utils.jsonl import READ_ERRORS, open_decompressed
 from llava.utils.lookup import require
 
 ARCHIVE_HOSTS = ("ftp.ncbi.nlm.nih.gov",)
@@ -153,7 +153,7 @@ def _id_of(row: Any) -> str:
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield `(where, row)`; a line that is not JSON yields its text as the row."""
     try:
-        with open_unzipped(path) as stream:
+        with open_decompressed(path) as stream:
             first = stream.readline()
             stream.seek(0)
             if _is_captions(first):
@@ -164,7 +164,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                         yield f"{path}, line {number}", _json(line)
     except FileNotFoundError:
         raise DataError(f"{path}: file not found; `sh download_data.sh` downloads the published list") from None
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 
@@ -214,10 +214,10 @@ def _figure(row: Any, place: int, hosts: Collection[str]) -> tuple[str, Figure]:
         DataError: a field is missing, invalid or unsafe.
     """
     if not isinstance(row, dict):
-        raise DataError(f"expected a JSON object, got {describe(row)}")
+        raise DataError(f"expected a JSON object, got {type_and_length(row)}")
     for key in ("pmc_tar_url", "image_file_path", "pair_id"):
         if not isinstance(row.get(key), str) or not row[key]:
-            raise DataError(f"field {key!r} must be text, got {describe(row.get(key))}")
+            raise DataError(f"field {key!r} must be text, got {type_and_length(row.get(key))}")
     pair_id, member, url = row["pair_id"], plain_name(row["image_file_path"]), row["pmc_tar_url"]
     if not _FILE_NAME.fullmatch(pair_id):
         raise DataError(
@@ -232,11 +232,11 @@ def _figure(row: Any, place: int, hosts: Collection[str]) -> tuple[str, Figure]:
 
 def _checked(url: str, hosts: Collection[str]) -> str:
     try:
-        host, _ = origin(url)
+        host, _ = url_origin(url)
     except DownloadError as error:
         raise DataError(f"field 'pmc_tar_url': {error}") from error
     if host not in hosts:
         raise DataError(f"field 'pmc_tar_url': host {host} is not allowed; pass --allow-host {host} to allow it")
     if not _FILE_NAME.fullmatch(Article(url).file_name) or plain_name(Article(url).package) is None:
-        raise DataError(f"field 'pmc_tar_url': {shown(url)} does not end with the name of an archive")
+        raise DataError(f"field 'pmc_tar_url': {redacted_url(url)} does not end with the name of an archive")
     return url

@@ -19,11 +19,11 @@ from typing import Any
 from llava.data.download.archives import plain_name
 from llava.data.download.client import Client, add_network_options, bases_from, network_options
 from llava.data.download.files import Expected, fetch_file, file_problem
-from llava.data.download.url_policy import check_base, join, shown
+from llava.data.download.url_policy import check_base, join_url, redacted_url
 from llava.errors import ConfigError, DataError, DownloadError
 from llava.utils import log
 from llava.utils.cli import ExampleFormatter, Parser
-from llava.utils.files import hold
+from llava.utils.files import hold_lock
 from llava.utils.log import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with status 1 if a file or an image is missing.
     """
-    log.setup()
+    log.setup_logging()
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
     args = make_parser().parse_args(words[:split])
@@ -192,7 +192,7 @@ def download(
         for folder in FOLDERS:
             (data / folder).mkdir(parents=True, exist_ok=True)
         with (
-            hold(data / ".download.lock", purpose="downloading data files"),
+            hold_lock(data / ".download.lock", purpose="downloading data files"),
             progress_bar(sum(file.expected.size or 0 for file in files), title="data files", unit="B") as bar,
             Client(network_options(args), bases=named) as client,
         ):
@@ -221,9 +221,9 @@ def _fetch_all(
             logger.warning("%s: %s; it is renamed to %s and downloaded again", target, problem, aside.name)
             target.replace(aside)
         try:
-            urls = [join(base, file.name) for base in bases]
+            urls = [join_url(base, file.name) for base in bases]
             source = fetch_file(client, urls, target, expected=file.expected, on_bytes=on_bytes)
-            logger.info("%s: from %s", file.name, shown(source))
+            logger.info("%s: from %s", file.name, redacted_url(source))
         except DownloadError as error:
             problems[file.name] = f"{error.reason}: {error}"
     return problems

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llava.data.download.client import TRANSIENT, Answer, Client
-from llava.data.download.url_policy import shown
+from llava.data.download.url_policy import redacted_url
 from llava.errors import DownloadError
-from llava.utils.retry import backoff
+from llava.utils.retry import backoff_seconds
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -113,7 +113,9 @@ class RemoteFile:
         chunk = next(self._chunks, b"")
         if not chunk:
             if self.size is not None and self.offset < self.size:
-                raise DownloadError(f"{shown(self.url)}: ended at byte {self.offset} of {self.size}", reason="cut_off")
+                raise DownloadError(
+                    f"{redacted_url(self.url)}: ended at byte {self.offset} of {self.size}", reason="cut_off"
+                )
             self._ended = True
         return chunk
 
@@ -124,7 +126,7 @@ class RemoteFile:
         if limit is not None and self.offset > limit:
             self.close()
             raise DownloadError(
-                f"{shown(self.url)}: more than {limit} bytes",
+                f"{redacted_url(self.url)}: more than {limit} bytes",
                 reason="wrong_content" if self.size is not None else "too_large",
             )
         self.digest.update(chunk)
@@ -138,7 +140,7 @@ class RemoteFile:
         if self._failures >= self._client.options.max_attempts:
             raise DownloadError(f"{error} ({self._failures} attempts)", reason=error.reason) from error
         options = self._client.options
-        self._client.wait(backoff(self._failures, first=options.first_wait, most=options.max_wait))
+        self._client.wait(backoff_seconds(self._failures, first=options.first_wait, most=options.max_wait))
 
     def _connect(self) -> Iterator[bytes]:
         answer = self._client.open(self.url, start=self.offset, etag=self._etag)
@@ -179,11 +181,13 @@ class RemoteFile:
             if self._announced is None:
                 raise self._changed(f"it had {self.size} bytes and now has {total}")
             raise DownloadError(
-                f"{shown(self.url)}: {total} bytes, expected {self.size}{self._pointer(total, answer)}",
+                f"{redacted_url(self.url)}: {total} bytes, expected {self.size}{self._pointer(total, answer)}",
                 reason="wrong_size",
             )
         if self._max_bytes is not None and total > self._max_bytes:
-            raise DownloadError(f"{shown(self.url)}: {total} bytes, the limit is {self._max_bytes}", reason="too_large")
+            raise DownloadError(
+                f"{redacted_url(self.url)}: {total} bytes, the limit is {self._max_bytes}", reason="too_large"
+            )
         self.size = total
 
     def _pointer(self, total: int, answer: Answer) -> str:
@@ -210,4 +214,4 @@ class RemoteFile:
         yield from chunks
 
     def _changed(self, what: str) -> DownloadError:
-        return DownloadError(f"{shown(self.url)} changed during the download: {what}", reason="wrong_content")
+        return DownloadError(f"{redacted_url(self.url)} changed during the download: {what}", reason="wrong_content")

@@ -43,7 +43,9 @@ def check_base(base: str) -> str:
         _origin_or_error(base)
         return base
     if scheme not in ("", "file"):
-        raise ConfigError(f"base {shown(base)!r}: expected http://, https://, file:// or a folder, got {scheme}://")
+        raise ConfigError(
+            f"base {redacted_url(base)!r}: expected http://, https://, file:// or a folder, got {scheme}://"
+        )
     if not local_path(base).is_dir():
         raise ConfigError(f"base {base!r} is not a folder; pass the folder of a mirror, or an http(s) URL")
     return base
@@ -51,9 +53,9 @@ def check_base(base: str) -> str:
 
 def _origin_or_error(url: str) -> Origin:
     try:
-        return origin(url)
+        return url_origin(url)
     except DownloadError as error:
-        raise ConfigError(f"base {shown(url)!r} is invalid: {error}") from error
+        raise ConfigError(f"base {redacted_url(url)!r} is invalid: {error}") from error
 
 
 def is_local(url: str) -> bool:
@@ -66,19 +68,19 @@ def local_path(url: str) -> Path:
     return Path(unquote(urlsplit(url).path)) if url.startswith("file:") else Path(url)
 
 
-def join(base: str, path: str) -> str:
+def join_url(base: str, path: str) -> str:
     """Return the URL of relative `path` under `base`."""
     if is_local(base) and not base.startswith("file:"):
         return str(Path(base) / path)
     return base.rstrip("/") + "/" + quote(path)
 
 
-def shown(url: str) -> str:
+def redacted_url(url: str) -> str:
     """Return a URL for messages, without password and query."""
     return re.sub(r"//[^/@\s]*@", "//", url).split("?", 1)[0]
 
 
-def origin(url: str) -> Origin:
+def url_origin(url: str) -> Origin:
     """Return host and port of an http(s) URL.
 
     Raises:
@@ -90,9 +92,9 @@ def origin(url: str) -> Origin:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise DownloadError(f"{shown(url)!r} is not a URL", reason="unsafe_address") from error
+        raise DownloadError(f"{redacted_url(url)!r} is not a URL", reason="unsafe_address") from error
     if parts.scheme not in WEB or not host:
-        raise DownloadError(f"{shown(url)!r} is not an http(s) URL", reason="unsafe_address")
+        raise DownloadError(f"{redacted_url(url)!r} is not an http(s) URL", reason="unsafe_address")
     return host.lower(), port or _PORTS[parts.scheme]
 
 
@@ -106,13 +108,13 @@ class UrlPolicy:
     """
 
     def __init__(self, bases: Iterable[str] = (), *, proxies: bool | None = None) -> None:
-        self._trusted = {origin(base) for base in bases if not is_local(base)}
+        self._trusted = {url_origin(base) for base in bases if not is_local(base)}
         known = urllib.request.getproxies()
         self._proxies = any(known.get(scheme) for scheme in ("http", "https", "all")) if proxies is None else proxies
 
     def trusts(self, url: str) -> bool:
         """Return whether the user named this host and port."""
-        return origin(url) in self._trusted
+        return url_origin(url) in self._trusted
 
     def check(self, url: str, *, before: str | None = None) -> None:
         """Check that `url` may be requested.
@@ -124,10 +126,10 @@ class UrlPolicy:
         Raises:
             DownloadError: it may not be requested (`unsafe_address`), or its host is unknown (`unreachable`).
         """
-        host, port = origin(url)
+        host, port = url_origin(url)
         if before is not None and before.startswith("https:") and not url.startswith("https:"):
             raise DownloadError(
-                f"{shown(before)} redirects from https to {shown(url)}, which is not allowed",
+                f"{redacted_url(before)} redirects from https to {redacted_url(url)}, which is not allowed",
                 reason="unsafe_address",
             )
         if (host, port) in self._trusted:
@@ -142,7 +144,7 @@ class UrlPolicy:
             DownloadError: it is not public, and the user did not name the host.
         """
         # A host name may resolve to another address between `check` and the connection.
-        if not self._behind_proxy(origin(url)[0]) and not self.trusts(url):
+        if not self._behind_proxy(url_origin(url)[0]) and not self.trusts(url):
             check_ip(number, url)
 
     def _behind_proxy(self, host: str) -> bool:
@@ -172,6 +174,7 @@ def check_ip(number: str, url: str) -> None:
     inner = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None) or found
     if not inner.is_global or inner.is_multicast:
         raise DownloadError(
-            f"{shown(url)} leads to the private IP address {inner}; if that is your own server, pass it as a base",
+            f"{redacted_url(url)} leads to the private IP address {inner}; if that is your own server, pass it as a "
+            "base",
             reason="unsafe_address",
         )

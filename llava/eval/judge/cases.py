@@ -18,7 +18,7 @@ from typing import Any
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError
 from llava.eval.questions import check_unique, match_answers
-from llava.samples import describe
+from llava.samples import type_and_length
 from llava.utils.jsonl import Record, read_records
 
 DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
@@ -75,7 +75,7 @@ def domains_of(row: Mapping[str, Any]) -> tuple[str, ...]:
     """
     domain = row.get("domain") or {}
     if not isinstance(domain, Mapping):
-        raise DataError(f"field 'domain' must be an object of true and false, got {describe(domain)}")
+        raise DataError(f"field 'domain' must be an object of true and false, got {type_and_length(domain)}")
     return tuple(name for name in (*DOMAINS, *(key for key in domain if key not in DOMAINS)) if domain.get(name))
 
 
@@ -122,10 +122,10 @@ def _check(row: Record) -> None:
         raise DataError(f"field {missing[0]!r} is missing; expected {', '.join(NEEDED)}, found {', '.join(row)}")
     for name in ("text", "gpt4_answer", "fig_caption"):
         if not isinstance(row[name], str):
-            raise DataError(f"field {name!r} must be text, got {describe(row[name])}")
+            raise DataError(f"field {name!r} must be text, got {type_and_length(row[name])}")
     mentions = row.get("in_text_mention")
     if mentions is not None and not isinstance(mentions, list):
-        raise DataError(f"field 'in_text_mention' must be a list or null, got {describe(mentions)}")
+        raise DataError(f"field 'in_text_mention' must be a list or null, got {type_and_length(mentions)}")
     domains_of(row)
 
 
@@ -136,7 +136,9 @@ def _in_order(answers: Sequence[Record], num_questions: int, source: str) -> lis
         if answer is None or index >= num_questions:
             raise DataError(f"{source}: {len(answers)} answers for {num_questions} questions cannot be paired by order")
         if not isinstance(answer.get("text"), str):
-            raise DataError(f"{source}, row {index}: field 'text' must be text, got {describe(answer.get('text'))}")
+            raise DataError(
+                f"{source}, row {index}: field 'text' must be text, got {type_and_length(answer.get('text'))}"
+            )
         paired.append(answer)
     return paired
 
@@ -147,14 +149,14 @@ def _case(row: Record, answer: Mapping[str, Any], defects: frozenset[str]) -> Ca
     return Case(
         id=str(row["question_id"]),
         row=row,
-        question=asked(row["text"], defects),
+        question=judge_question(row["text"], defects),
         reference=row["gpt4_answer"],
         answer=str(answer["text"]),
         failed=failed,
     )
 
 
-def asked(text: str, defects: frozenset[str] = frozenset()) -> str:
+def judge_question(text: str, defects: frozenset[str] = frozenset()) -> str:
     """Return a question as the judge reads it: without its image placeholder, unless a defect is selected."""
     if "cut_question" in defects:
         return text[:-CUT]

@@ -17,7 +17,15 @@ from llava.errors import ConfigError
 from llava.eval.judge import summary
 from llava.eval.judge.cases import Case, read_cases
 from llava.eval.judge.prompts import TEMPLATES
-from llava.eval.judge.review import DEFECTS, RELEASES, JudgeSettings, chosen_defects, num_to_ask, review, score_row
+from llava.eval.judge.review import (
+    DEFECTS,
+    RELEASES,
+    JudgeSettings,
+    chosen_defects,
+    num_to_ask,
+    review_cases,
+    score_row,
+)
 from llava.eval.judge.scores import Rated, read_rated
 from llava.judging.asking import ask_endpoint
 from llava.judging.parsing import parser_of
@@ -27,7 +35,7 @@ from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.files import refuse_overwriting
 from llava.utils.jsonl import read_text, write_json, write_records
-from llava.utils.provenance import stamp
+from llava.utils.provenance import provenance_fields
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +98,14 @@ def _temperature(text: str) -> float | None:
     return None if text.lower() == "none" else float(text)
 
 
-def score(argv: Sequence[str] | None = None) -> None:
+def score_main(argv: Sequence[str] | None = None) -> None:
     """Judge an answer file; a repeated run sends only the requests whose replies are not in the store.
 
     Raises:
         SystemExit: with status 1 if no question has a score.
     """
     args = _score_parser().parse_args(argv)
-    log.setup()
+    log.setup_logging()
     read = [args.question_file, args.answers_file]
     refuse_overwriting(read, {"scores-file": args.scores_file, "store": _store_file(args), "out": args.out})
     settings = JudgeSettings(
@@ -112,7 +120,7 @@ def score(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         sys.stdout.write(_plan(cases, judge, settings))
         return
-    judgments = review(cases, judge, settings)
+    judgments = review_cases(cases, judge, settings)
     logger.info("%d requests to %s; all other replies were in the store", judge.num_asked, judge.name)
     write_records(args.scores_file, [score_row(judgment, settings) for judgment in judgments])
     command = ["eval_multimodal_chat_gpt_score.py", *(sys.argv[1:] if argv is None else argv)]
@@ -154,7 +162,7 @@ def _plan(cases: Sequence[Case], judge: Judge, settings: JudgeSettings) -> str:
 
 
 def _provenance(args: Namespace, judge: Judge, settings: JudgeSettings, command: Sequence[str]) -> dict[str, Any]:
-    return stamp(
+    return provenance_fields(
         data={"questions": args.question_file, "answers": args.answers_file, "scores": args.scores_file},
         command=command,
         judge={"model": judge.name, **judge.sampling},
@@ -194,7 +202,7 @@ def _print(name: str, report: Mapping[str, Any]) -> None:
         out.write(f"{summary.agreement_table(orders)}\n")
 
 
-def summarize(argv: Sequence[str] | None = None) -> None:
+def summarize_main(argv: Sequence[str] | None = None) -> None:
     """Summarize files of scores; without `--scores-file`, the review files of LLaVA in `--review-dir`."""
     parser = Parser(
         prog="summarize_gpt_review.py",
@@ -212,7 +220,7 @@ def summarize(argv: Sequence[str] | None = None) -> None:
     _add_published_options(parser)
     _add_summary_options(parser)
     args = parser.parse_args(argv)
-    log.setup()
+    log.setup_logging()
     defects = chosen_defects(args.release, args.with_defect, args.fix)
     read = [path for path in (args.scores_file, args.against) if path is not None]
     refuse_overwriting(read, {"out": args.out, "html": args.html})
@@ -275,7 +283,7 @@ def _summary_provenance(args: Namespace, defects: frozenset[str], command: Seque
     import json
 
     data = {"scores": args.scores_file} | ({} if args.against is None else {"against": args.against})
-    facts = stamp(data=data, command=command, seed=args.seed, defects=sorted(defects))
+    facts = provenance_fields(data=data, command=command, seed=args.seed, defects=sorted(defects))
     for name, path in data.items():
         beside = _provenance_file(path)
         if beside.is_file():

@@ -11,12 +11,12 @@ from typing import Any
 
 from PIL import Image
 
-from llava.eval.intervals import figure, interval
+from llava.eval.intervals import interval_text, percent_text
 from llava.eval.judge.scores import Rated
 from llava.eval.judge.summary import MEASURES
-from llava.imaging.decode import load
+from llava.imaging.decode import load_image
 from llava.utils.jsonl import read_records, write_atomic
-from llava.utils.reporting import OpenImage, render_page, thumbnail
+from llava.utils.reporting import OpenImage, html_thumbnail, render_page
 
 
 def write_scores_page(
@@ -40,7 +40,7 @@ def write_scores_page(
     """
 
     def open_image(name: str) -> Image.Image:
-        return load(name, image_folder)
+        return load_image(name, image_folder)
 
     rows = list(read_records(scores))
     headings = {"orders": "The same judge in both orders", "agreement": "Two judges"}
@@ -51,13 +51,13 @@ def write_scores_page(
         groups=_groups(report["groups"]),
         failures=list(report["failures"].items()),
         agreements=[_agreement(heading, report[key]) for key, heading in headings.items() if report.get(key)],
-        cases=[_case(rows[index], rated[index], opener) for index in choose(rated, num_examples)],
+        cases=[_case(rows[index], rated[index], opener) for index in choose_examples(rated, num_examples)],
         provenance=list(report.get("provenance", {}).items()),
     )
     write_atomic(path, text)
 
 
-def choose(rated: Sequence[Rated], num_examples: int) -> list[int]:
+def choose_examples(rated: Sequence[Rated], num_examples: int) -> list[int]:
     """Return indices of examples, in turn: without a score, lowest, highest and middle relative score."""
     failed = [index for index, one in enumerate(rated) if one.scores is None]
     order = sorted((one.scores[1] / one.scores[0], index) for index, one in enumerate(rated) if one.scores is not None)
@@ -80,16 +80,16 @@ def _groups(groups: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     rows = []
     for name, group in groups.items():
         cells = [name, str(group["data_size"]), str(group["asked"])]
-        cells += [figure(group[key]["value"]) for key in ("gpt4_score", "pred_score")]
+        cells += [percent_text(group[key]["value"]) for key in ("gpt4_score", "pred_score")]
         for key in ("pred_relative_score", "ratio_of_means"):
-            cells += [figure(group[key]["value"]), interval(group[key])]
+            cells += [percent_text(group[key]["value"]), interval_text(group[key])]
         rows.append(cells)
     return rows
 
 
 def _agreement(heading: str, report: Mapping[str, Any]) -> dict[str, Any]:
     def cell(estimate: Mapping[str, float | None]) -> str:
-        return f"{figure(estimate['value'])} {interval(estimate)}"
+        return f"{percent_text(estimate['value'])} {interval_text(estimate)}"
 
     rows = [[name, cell(report["reference"][name]), cell(report["answer"][name])] for name in MEASURES]
     rows.append(["same winner", "", cell(report["winner"]["exact"])])
@@ -110,4 +110,4 @@ def _case(row: Mapping[str, Any], one: Rated, open_image: OpenImage | None) -> d
         *(("judge" if not key.endswith("swapped") else "judge, swapped", text) for key, text in replies.items()),
         ("id, type, domain", f"{one.id}, {one.type}, {' '.join(one.domains)}"),
     ]
-    return {"image": thumbnail(one.image, open_image), "facts": [pair for pair in pairs if pair[1] is not None]}
+    return {"image": html_thumbnail(one.image, open_image), "facts": [pair for pair in pairs if pair[1] is not None]}

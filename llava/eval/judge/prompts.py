@@ -74,7 +74,7 @@ def messages_of(case: Case, order: str, *, template: JudgeTemplate, defects: fro
     """
     first, second = (case.reference, case.answer) if order == "12" else (case.answer, case.reference)
     text = (
-        f"[Context]\n{context(case.row, defects)}\n\n"
+        f"[Context]\n{figure_context(case.row, defects)}\n\n"
         f"[Question]\n{case.question}\n\n"
         f"[Assistant 1]\n{first}\n\n[End of Assistant 1]\n\n"
         f"[Assistant 2]\n{second}\n\n[End of Assistant 2]\n\n"
@@ -83,7 +83,7 @@ def messages_of(case: Case, order: str, *, template: JudgeTemplate, defects: fro
     return ({"role": "system", "content": template.system}, {"role": "user", "content": text})
 
 
-def context(row: Any, defects: frozenset[str] = frozenset()) -> str:
+def figure_context(row: Any, defects: frozenset[str] = frozenset()) -> str:
     """Return the caption of the figure that a question is about, and the sentences that mention it."""
     label = row.get("fig_label")
     caption = row["fig_caption"] if label in (None, "") else f"{label}: {row['fig_caption']}"
@@ -98,7 +98,7 @@ def _sentences(mentions: Sequence[Any] | None) -> list[str]:
     return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
 
 
-def again(messages: Messages, reply: str, template: JudgeTemplate) -> Messages:
+def messages_after_unreadable(messages: Messages, reply: str, template: JudgeTemplate) -> Messages:
     """Return the messages to a judge after a reply without readable scores."""
     said = {"role": "assistant", "content": reply or "(no text)"}
     return (*messages, said, {"role": "user", "content": template.reminder})

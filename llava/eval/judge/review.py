@@ -16,9 +16,9 @@ from typing import Any
 from llava.compat import parse_defects
 from llava.errors import ConfigError
 from llava.eval.judge.cases import Case
-from llava.eval.judge.prompts import ORDERS, TEMPLATES, again, messages_of
+from llava.eval.judge.prompts import ORDERS, TEMPLATES, messages_after_unreadable, messages_of
 from llava.judging.parsing import PARSERS, Scores, Unreadable, parser_of
-from llava.judging.store import Judge, Messages, Reply
+from llava.judging.store import Judge, JudgeReply, Messages
 from llava.utils import log
 from llava.utils.lookup import lookup
 
@@ -144,7 +144,7 @@ class _Pending:
         )
         self.opinion = Opinion(order, reason="not asked")
 
-    def take(self, reply: Reply, settings: JudgeSettings) -> None:
+    def take(self, reply: JudgeReply, settings: JudgeSettings) -> None:
         """Store the scores of a reply; if it has none, extend the messages by the reply and a reminder."""
         order, number = self.opinion.order, self.opinion.num_replies
         if not isinstance(reply, str):
@@ -158,7 +158,7 @@ class _Pending:
             scores, reason = None, "reference scored 0"
         self.opinion = Opinion(order, scores, reason, reply, number + 1)
         if scores is None:
-            self.messages = again(self.messages, reply, TEMPLATES[settings.template])
+            self.messages = messages_after_unreadable(self.messages, reply, TEMPLATES[settings.template])
 
     @property
     def unreadable(self) -> bool:
@@ -166,7 +166,7 @@ class _Pending:
         return self.opinion.scores is None and self.opinion.reply is not None
 
 
-def review(cases: Sequence[Case], judge: Judge, settings: JudgeSettings) -> list[Judgment]:
+def review_cases(cases: Sequence[Case], judge: Judge, settings: JudgeSettings) -> list[Judgment]:
     """Return the judgments of cases, in their order.
 
     Every reply is stored before the next is read, so a killed run resumes without repeated requests.

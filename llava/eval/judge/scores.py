@@ -18,7 +18,7 @@ from llava.eval.judge.cases import domains_of, image_of
 from llava.eval.judge.review import REPLY_KEYS
 from llava.eval.questions import check_unique
 from llava.judging.parsing import PARSERS, Scores, Unreadable
-from llava.samples import describe
+from llava.samples import type_and_length
 from llava.utils.jsonl import Record, read_records
 from llava.utils.lookup import lookup
 
@@ -118,14 +118,14 @@ def _parsed(row: Record, parser: str) -> tuple[Scores | None, str]:
     if reply is None:
         return None, "no reply"
     if not isinstance(reply, str):
-        raise DataError(f"field {key!r} must be text, got {describe(reply)}")
+        raise DataError(f"field {key!r} must be text, got {type_and_length(reply)}")
     read = PARSERS[parser](reply)
     return (None, read.reason) if isinstance(read, Unreadable) else (read, "")
 
 
 def _orders(value: Any) -> dict[str, Scores | None]:
     if not isinstance(value, dict) or not all(isinstance(order, dict) for order in value.values()):
-        raise DataError(f"field 'judgement.orders' must be an object of objects, got {describe(value)}")
+        raise DataError(f"field 'judgement.orders' must be an object of objects, got {type_and_length(value)}")
     return {name: _pair(order.get("scores")) for name, order in value.items()}
 
 
@@ -134,5 +134,5 @@ def _pair(value: Any) -> Scores | None:
         return None
     good = isinstance(value, list) and len(value) == 2
     if not good or not all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in value):
-        raise DataError(f"scores must be two numbers, got {describe(value)}")
+        raise DataError(f"scores must be two numbers, got {type_and_length(value)}")
     return float(value[0]), float(value[1])

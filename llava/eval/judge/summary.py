@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava.errors import DataError
-from llava.eval.intervals import Draws, figure, interval
+from llava.eval.intervals import Draws, interval_text, percent_text
 from llava.eval.judge.cases import DOMAINS
 from llava.eval.judge.scores import Rated
-from llava.utils.bootstrap import LEVEL, confidence_interval, percentiles
-from llava.utils.reporting import Cell, simple_table
+from llava.utils.bootstrap import LEVEL, confidence_interval, percentile_interval
+from llava.utils.reporting import Cell, text_table
 
 SUMMARY_VERSION = "1"
 """Version of the figures; incremented whenever a figure of the same scores changes."""
@@ -113,7 +113,7 @@ def quotient(top: Figures, bottom: Figures, draws: Draws) -> dict[str, float | N
     num_clusters = draws.weights.shape[1]
     tops, bottoms = (draws.weights @ np.bincount(draws.cluster_of, part, num_clusters) for part in (top, bottom))
     drawn = tops[bottoms > 0] / bottoms[bottoms > 0]
-    low, high = percentiles(drawn) if drawn.size else (None, None)
+    low, high = percentile_interval(drawn) if drawn.size else (None, None)
     return {"value": float(top.sum() / bottom.sum()), "low": low, "high": high}
 
 
@@ -136,7 +136,7 @@ def published_table(summary: Mapping[str, Any]) -> str:
             value = group[name] if name == "data_size" else group[name]["value"]
             cells.append("-" if value is None else value)
         rows.append(cells)
-    return simple_table(["", *groups], rows)
+    return text_table(["", *groups], rows)
 
 
 def interval_table(summary: Mapping[str, Any]) -> str:
@@ -145,12 +145,12 @@ def interval_table(summary: Mapping[str, Any]) -> str:
     for name, group in summary["groups"].items():
         cells: list[Cell] = [name, group["data_size"], group["asked"]]
         for key in ("gpt4_score", "pred_score"):
-            cells.append(figure(group[key]["value"]))
+            cells.append(percent_text(group[key]["value"]))
         for key in ("pred_relative_score", "ratio_of_means"):
-            cells.append(f"{figure(group[key]['value'])} {interval(group[key])}")
+            cells.append(f"{percent_text(group[key]['value'])} {interval_text(group[key])}")
         rows.append(cells)
     headers = ["group", "scored", "asked", "reference", "answer", "mean of ratios, %", "ratio of means, %"]
-    return simple_table(headers, rows)
+    return text_table(headers, rows)
 
 
 def review_text(name: str, rated: Sequence[Rated], *, minus_one_counts: bool = False) -> str:
@@ -194,16 +194,16 @@ def mean_difference(pairs: Pairs) -> float:
     return float(np.mean(pairs[:, 0] - pairs[:, 1]))
 
 
-def pearson(pairs: Pairs) -> float:
+def pearson_correlation(pairs: Pairs) -> float:
     """Return the linear correlation; NaN if a judge gives the same score to all items."""
     first, second = (pairs - pairs.mean(axis=0)).T
     size = math.sqrt(float(first @ first) * float(second @ second))
     return float(first @ second) / size if size > 1e-12 else math.nan
 
 
-def spearman(pairs: Pairs) -> float:
+def spearman_correlation(pairs: Pairs) -> float:
     """Return the rank correlation, with mean ranks for ties; NaN if a judge gives all items one score."""
-    return pearson(np.stack([_ranks(pairs[:, 0]), _ranks(pairs[:, 1])], axis=1))
+    return pearson_correlation(np.stack([_ranks(pairs[:, 0]), _ranks(pairs[:, 1])], axis=1))
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -213,7 +213,7 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return means[place]
 
 
-def kappa(pairs: Pairs) -> float:
+def weighted_kappa(pairs: Pairs) -> float:
     """Return the quadratic weighted kappa; NaN if both judges give one and the same score to all items."""
     first, second = pairs.T
     by_chance = first.var() + second.var() + (first.mean() - second.mean()) ** 2
@@ -223,9 +223,9 @@ def kappa(pairs: Pairs) -> float:
 MEASURES: dict[str, Callable[[Pairs], float]] = {
     "exact": exact,
     "within one": within_one,
-    "Pearson": pearson,
-    "Spearman": spearman,
-    "weighted kappa": kappa,
+    "Pearson": pearson_correlation,
+    "Spearman": spearman_correlation,
+    "weighted kappa": weighted_kappa,
     "mean difference": mean_difference,
 }
 """Measures of agreement by name."""
@@ -339,7 +339,7 @@ def agreement_table(report: Mapping[str, Any]) -> str:
     rows.append(["same winner", "", _cell(report["winner"]["exact"])])
     if "first place" in report:
         rows.append(["gain of the first place", "", _cell(report["first place"])])
-    return simple_table(["measure", "reference", "answer"], rows)
+    return text_table(["measure", "reference", "answer"], rows)
 
 
 def _cell(estimate: Mapping[str, float | None]) -> str:

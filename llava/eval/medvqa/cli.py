@@ -19,7 +19,7 @@ from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.jsonl import read_records, write_json, write_records
 from llava.utils.lookup import lookup
-from llava.utils.provenance import stamp
+from llava.utils.provenance import provenance_fields
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +81,12 @@ def run_eval(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
     _add_score_options(parser)
     args, unknown = parser.parse_known_args(argv)
-    log.setup()
+    log.setup_logging()
     if unknown:
         logger.warning("arguments without effect: %s", " ".join(unknown))
     samples = medvqa_items.read_truth(args.gt)
     answers = list(read_records(args.pred))
-    items = medvqa_items.join(samples, answers, source=args.pred.name)
+    items = medvqa_items.join_answers(samples, answers, source=args.pred.name)
     candidates = None if args.candidate is None else medvqa_items.read_candidates(args.candidate)
     defects = _defects(args)
     columns = legacy_scores(items, program="run_eval", candidates=candidates, defects=defects)
@@ -104,12 +104,12 @@ def run_eval(argv: Sequence[str] | None = None) -> None:
     print_strict(report)
     if args.out is not None:
         data = {"ground_truth": args.gt, "answers": args.pred}
-        report["provenance"] = stamp(data=data, command=_command("run_eval.py", argv), seed=args.seed)
+        report["provenance"] = provenance_fields(data=data, command=_command("run_eval.py", argv), seed=args.seed)
         write_json(args.out, report)
 
 
 def print_legacy(
-    title: str, table: str, items: Sequence[medvqa_items.Item], *, swapped: bool, out: TextIO | None = None
+    title: str, table: str, items: Sequence[medvqa_items.ScoredItem], *, swapped: bool, out: TextIO | None = None
 ) -> None:
     """Print the published output: title, counts (open and closed exchanged if `swapped`), table."""
     out = out or sys.stdout
@@ -145,7 +145,7 @@ def run_eval_batch(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results-file", type=Path, help="default: the published name, in the current folder")
     _add_score_options(parser)
     args, unknown = parser.parse_known_args(argv)
-    log.setup()
+    log.setup_logging()
     if unknown:
         logger.warning("arguments without effect: %s", " ".join(unknown))
     kind = lookup(TEST_TYPES, args.target_test_type, "test type")
@@ -174,14 +174,14 @@ def _score_files(args: Namespace, kind: TestType, command: Sequence[str]) -> Ite
 
 
 def _score_file(pred: Path, dataset: str, truth: Path, args: Namespace, command: Sequence[str]) -> dict[str, Any]:
-    items = medvqa_items.join(medvqa_items.read_truth(truth), read_records(pred), source=pred.name)
+    items = medvqa_items.join_answers(medvqa_items.read_truth(truth), read_records(pred), source=pred.name)
     program: Program = "run_eval_batch"
     defects = _defects(args)
     table = legacy_table(legacy_scores(items, program=program, defects=defects))
     print_legacy(f"{dataset}: {pred.name}", table, items, swapped=False)
     report = full_report(items, defects=defects, num_resamples=args.num_resamples, seed=args.seed)
     print_strict(report)
-    provenance = stamp(data={"ground_truth": truth, "answers": pred}, command=command, seed=args.seed)
+    provenance = provenance_fields(data={"ground_truth": truth, "answers": pred}, command=command, seed=args.seed)
     return {"dataset": dataset, "pred_file": str(pred), "results": table, "report": report, "provenance": provenance}
 
 

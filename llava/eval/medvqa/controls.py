@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from llava.errors import DataError
-from llava.eval.intervals import Draws, Score
-from llava.eval.medvqa.items import Item
+from llava.eval.intervals import Draws, ItemScores
+from llava.eval.medvqa.items import ScoredItem
 from llava.eval.medvqa.metrics import strict_scores
 from llava.samples import Sample
 from llava.scoring.decisions import is_closed
-from llava.scoring.normalize import normalize
+from llava.scoring.normalize import normalize_answer
 
 Kind = TypeVar("Kind")
 
@@ -36,22 +36,22 @@ class Majority:
     source: str
 
 
-def majority(samples: Iterable[Sample], *, source: str) -> Majority:
+def majority_answers(samples: Iterable[Sample], *, source: str) -> Majority:
     """Return the most frequent normalized answers; the first seen wins a tie.
 
     Args:
         samples: rows with answers: of the training set, or of the test set (which gives an upper bound).
         source: name of these rows in the results.
     """
-    best = commonest_answers(samples, lambda row: is_closed(row.meta.get("answer_type"), answer_of(row)))
+    best = most_common_answers(samples, lambda row: is_closed(row.meta.get("answer_type"), answer_of(row)))
     return Majority(best.get(True), best.get(False), source)
 
 
-def commonest_answers(samples: Iterable[Sample], kind_of: Callable[[Sample], Kind]) -> dict[Kind, str]:
+def most_common_answers(samples: Iterable[Sample], kind_of: Callable[[Sample], Kind]) -> dict[Kind, str]:
     """Return the most frequent normalized answer of every kind of row; the first seen wins a tie."""
     counts: dict[Kind, Counter[str]] = defaultdict(Counter)
     for sample in samples:
-        counts[kind_of(sample)][normalize(answer_of(sample))] += 1
+        counts[kind_of(sample)][normalize_answer(answer_of(sample))] += 1
     return {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
 
 
@@ -60,12 +60,12 @@ def answer_of(sample: Sample) -> str:
     return sample.conversation.turns[1].text
 
 
-def majority_items(items: Sequence[Item], answers: Majority) -> list[Item]:
+def majority_items(items: Sequence[ScoredItem], answers: Majority) -> list[ScoredItem]:
     """Return the items with the majority answers as predictions."""
     return [replace(item, prediction=(answers.closed if item.closed else answers.open) or "") for item in items]
 
 
-def check_same_questions(items: Sequence[Item], other: Sequence[Item], *, what: str) -> None:
+def check_same_questions(items: Sequence[ScoredItem], other: Sequence[ScoredItem], *, what: str) -> None:
     """Check that two lists of items are about the same questions.
 
     Raises:
@@ -76,7 +76,7 @@ def check_same_questions(items: Sequence[Item], other: Sequence[Item], *, what: 
 
 
 def by_type(
-    items: Sequence[Item], blank: Sequence[Item] | None, *, num_resamples: int, seed: int
+    items: Sequence[ScoredItem], blank: Sequence[ScoredItem] | None, *, num_resamples: int, seed: int
 ) -> list[dict[str, Any]]:
     """Return, for every question type and score, the score and its gain from the image.
 
@@ -104,7 +104,7 @@ def by_type(
     return rows
 
 
-def _compared(draws: Draws, score: Score, blank: Score | None) -> dict[str, Any]:
+def _compared(draws: Draws, score: ItemScores, blank: ItemScores | None) -> dict[str, Any]:
     """Return the estimates of a score, of its control, and of their difference."""
     row: dict[str, Any] = {"answered": draws.estimate(score).to_json()}
     if blank is not None:
@@ -113,7 +113,7 @@ def _compared(draws: Draws, score: Score, blank: Score | None) -> dict[str, Any]
     return row
 
 
-def verdicts(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def control_verdicts(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return one sentence per control and score: whether the interval of their difference is above zero.
 
     Args:
@@ -132,7 +132,11 @@ def verdicts(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def compare_sets(
-    scores: dict[str, Score], draws: Draws, *, blank: dict[str, Score] | None, baseline: dict[str, Score] | None
+    scores: dict[str, ItemScores],
+    draws: Draws,
+    *,
+    blank: dict[str, ItemScores] | None,
+    baseline: dict[str, ItemScores] | None,
 ) -> dict[str, dict[str, Any]]:
     """Return all scores with their intervals, controls and majority baselines."""
     result = {}

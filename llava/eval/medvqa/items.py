@@ -15,13 +15,13 @@ from typing import Any
 
 from llava.errors import DataError
 from llava.eval.questions import check_unique, match_answers
-from llava.samples import Sample, from_row, name_of
+from llava.samples import Sample, from_row, sample_label
 from llava.scoring.decisions import is_closed
 from llava.utils.jsonl import read_records, read_text
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class ScoredItem:
     """Question with its reference and the answer to score, both as written.
 
     Attributes:
@@ -72,14 +72,16 @@ def check_reference(sample: Sample) -> None:
     """
     turns = sample.conversation.turns
     if len(turns) < 2:
-        raise DataError(f"{name_of(sample)}: expected a question and its answer, got {len(turns)} turns")
+        raise DataError(f"{sample_label(sample)}: expected a question and its answer, got {len(turns)} turns")
     try:
         is_closed(sample.meta.get("answer_type"), turns[1].text)
     except DataError as error:
-        raise DataError(f"{name_of(sample)}: {error}") from error
+        raise DataError(f"{sample_label(sample)}: {error}") from error
 
 
-def join(samples: Sequence[Sample], answers: Iterable[Mapping[str, Any]], *, source: str = "answers") -> list[Item]:
+def join_answers(
+    samples: Sequence[Sample], answers: Iterable[Mapping[str, Any]], *, source: str = "answers"
+) -> list[ScoredItem]:
     """Join questions and answer rows by id, in any order; ids may be numbers or text.
 
     Args:
@@ -95,11 +97,11 @@ def join(samples: Sequence[Sample], answers: Iterable[Mapping[str, Any]], *, sou
     return [make_item(sample, row) for sample, row in zip(samples, rows, strict=True)]
 
 
-def make_item(sample: Sample, answer: Mapping[str, Any]) -> Item:
+def make_item(sample: Sample, answer: Mapping[str, Any]) -> ScoredItem:
     """Return the item of one question and one answer row."""
     question, reference = sample.conversation.turns[0].text, sample.conversation.turns[1].text
     metadata = answer.get("metadata") or {}
-    return Item(
+    return ScoredItem(
         question_id=sample.id,
         question=question.replace("<image>", "").strip(),
         reference=reference,

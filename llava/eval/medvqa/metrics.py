@@ -16,10 +16,10 @@ from typing import Literal
 
 from llava.compat import DEFECTS
 from llava.errors import ConfigError, MissingDependency
-from llava.eval.intervals import Score
-from llava.eval.medvqa.items import Item
-from llava.scoring.decisions import DECISIONS, decision
-from llava.scoring.normalize import normalize
+from llava.eval.intervals import ItemScores
+from llava.eval.medvqa.items import ScoredItem
+from llava.scoring.decisions import DECISIONS, first_decision
+from llava.scoring.normalize import normalize_answer
 from llava.scoring.overlap import token_overlap
 from llava.utils.lookup import require
 
@@ -52,7 +52,7 @@ class NormalizedPair:
 
 
 def legacy_scores(
-    items: Sequence[Item],
+    items: Sequence[ScoredItem],
     *,
     program: Program,
     candidates: Sequence[str] | None = None,
@@ -75,8 +75,8 @@ def legacy_scores(
     all_periods = "period_limit" not in defects
     pairs = [
         NormalizedPair(
-            normalize(item.reference, all_periods=all_periods),
-            normalize(item.prediction, all_periods=all_periods),
+            normalize_answer(item.reference, all_periods=all_periods),
+            normalize_answer(item.prediction, all_periods=all_periods),
             item.closed,
         )
         for item in items
@@ -166,7 +166,7 @@ class Candidates:
     """Open answers of the training set; an answer selects the candidate whose words it covers best."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self.normalized = [normalize(text) for text in texts]
+        self.normalized = [normalize_answer(text) for text in texts]
         self.words = [frozenset(text.split()) for text in self.normalized]
 
     def hit(self, pair: NormalizedPair, defects: frozenset[str]) -> float:
@@ -179,20 +179,20 @@ class Candidates:
         return float(self.normalized[best] == pair.reference)
 
 
-def is_unparsable(item: Item) -> bool:
+def is_unparsable(item: ScoredItem) -> bool:
     """Return whether the answer to a yes/no question has no decision."""
-    return item.closed and _clean(item.reference) in DECISIONS and decision(item.prediction) is None
+    return item.closed and _clean(item.reference) in DECISIONS and first_decision(item.prediction) is None
 
 
-def closed_hit(item: Item) -> float:
+def closed_hit(item: ScoredItem) -> float:
     """Return 1 if the decision (yes/no) or else the answer equals the reference, otherwise 0."""
     reference = _clean(item.reference)
     if reference in DECISIONS:
-        return float(decision(item.prediction) == reference)
+        return float(first_decision(item.prediction) == reference)
     return float(_clean(item.prediction) == reference)
 
 
-def strict_scores(items: Sequence[Item]) -> dict[str, Score]:
+def strict_scores(items: Sequence[ScoredItem]) -> dict[str, ItemScores]:
     """Return all strict scores of the items; with question types, also the means over types."""
     closed = [closed_hit(item) if item.closed else math.nan for item in items]
     exact = [math.nan if item.closed else float(_clean(item.prediction) == _clean(item.reference)) for item in items]
@@ -202,20 +202,20 @@ def strict_scores(items: Sequence[Item]) -> dict[str, Score]:
     ]
     f1, _, recall = zip(*overlaps, strict=True) if overlaps else ((), (), ())
     scores = {
-        "closed accuracy": Score.of(closed),
-        "open exact match": Score.of(exact),
-        "open f1": Score.of(f1),
-        "open recall": Score.of(recall),
+        "closed accuracy": ItemScores.of(closed),
+        "open exact match": ItemScores.of(exact),
+        "open f1": ItemScores.of(f1),
+        "open recall": ItemScores.of(recall),
     }
     types = [item.types for item in items]
     if any(types):
-        scores["closed accuracy, mean over types"] = Score.of(closed, types)
-        scores["open recall, mean over types"] = Score.of(recall, types)
+        scores["closed accuracy, mean over types"] = ItemScores.of(closed, types)
+        scores["open recall, mean over types"] = ItemScores.of(recall, types)
     return scores
 
 
 def _clean(text: str) -> str:
-    return normalize(text, all_periods=True)
+    return normalize_answer(text, all_periods=True)
 
 
 def _words(text: str) -> Counter[str]:

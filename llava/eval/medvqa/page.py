@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.eval.intervals import figure, interval
-from llava.eval.medvqa.items import Item
+from llava.eval.intervals import interval_text, percent_text
+from llava.eval.medvqa.items import ScoredItem
 from llava.eval.medvqa.metrics import closed_hit
 from llava.utils.jsonl import write_atomic
-from llava.utils.reporting import OpenImage, render_page, thumbnail
+from llava.utils.reporting import OpenImage, html_thumbnail, render_page
 
 
 def write_page(
@@ -21,8 +21,8 @@ def write_page(
     *,
     title: str,
     report: Mapping[str, Any],
-    items: Sequence[Item],
-    blank: Sequence[Item] | None = None,
+    items: Sequence[ScoredItem],
+    blank: Sequence[ScoredItem] | None = None,
     open_image: OpenImage | None = None,
     num_examples: int = 12,
     note: str = "",
@@ -50,7 +50,7 @@ def write_page(
         scores=[(name, score_rows(scores.items())) for name, scores in report["scores"].items()],
         types=score_rows((_type_name(row), row) for row in report["by_type"]),
         bars=[bar(row) for row in report["by_type"]],
-        cases=[case(items[index], None if blank is None else blank[index], open_image) for index in shown],
+        cases=[case_html(items[index], None if blank is None else blank[index], open_image) for index in shown],
         provenance=list(report.get("provenance", {}).items()),
     )
     write_atomic(path, text)
@@ -65,13 +65,13 @@ def score_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[list[str]]
             [
                 name,
                 str(answered["num_items"]),
-                figure(answered["value"]),
-                interval(answered),
-                figure(row["blank"]["value"]) if "blank" in row else "not run",
-                figure(gain["value"], signed=True) if gain else "-",
-                interval(gain) if gain else "-",
-                figure(row.get("majority")),
-                f"{figure(above['value'], signed=True)} {interval(above)}" if above else "-",
+                percent_text(answered["value"]),
+                interval_text(answered),
+                percent_text(row["blank"]["value"]) if "blank" in row else "not run",
+                percent_text(gain["value"], signed=True) if gain else "-",
+                interval_text(gain) if gain else "-",
+                percent_text(row.get("majority")),
+                f"{percent_text(above['value'], signed=True)} {interval_text(above)}" if above else "-",
             ]
         )
     return cells
@@ -95,7 +95,7 @@ def _percent(value: float | None) -> str:
     return f"{min(max(value or 0.0, 0.0), 100.0):.1f}"
 
 
-def choose_examples(items: Sequence[Item], blank: Sequence[Item] | None, num_examples: int) -> list[int]:
+def choose_examples(items: Sequence[ScoredItem], blank: Sequence[ScoredItem] | None, num_examples: int) -> list[int]:
     """Return indices of examples, in turn: failed, right only with the image, wrong, and right answers.
 
     Images repeat only when all images of a group have been shown.
@@ -122,15 +122,15 @@ def choose_examples(items: Sequence[Item], blank: Sequence[Item] | None, num_exa
     return chosen
 
 
-def is_right(item: Item) -> bool:
+def is_right(item: ScoredItem) -> bool:
     """Return whether an answer is right by the strict rules (open answers by equality)."""
     return closed_hit(item) == 1.0
 
 
-def case(item: Item, blank: Item | None, open_image: OpenImage | None) -> dict[str, Any]:
+def case_html(item: ScoredItem, blank: ScoredItem | None, open_image: OpenImage | None) -> dict[str, Any]:
     """Return one answer with its image for the macro `answer` of the templates."""
     return {
-        "image": thumbnail(item.image, open_image),
+        "image": html_thumbnail(item.image, open_image),
         "question": item.question,
         "reference": item.reference,
         "answer": "(failed)" if item.failed else item.prediction,

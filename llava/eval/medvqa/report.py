@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
-from llava.eval.intervals import Draws, Score, figure, interval
+from llava.eval.intervals import Draws, ItemScores, interval_text, percent_text
 from llava.eval.medvqa.controls import Majority, by_type, check_same_questions, compare_sets, majority_items
-from llava.eval.medvqa.items import Item
+from llava.eval.medvqa.items import ScoredItem
 from llava.eval.medvqa.metrics import METRIC_VERSION, PUBLISHED, Program, is_unparsable, legacy_scores, strict_scores
 from llava.utils.bootstrap import LEVEL
-from llava.utils.reporting import Cell, simple_table
+from llava.utils.reporting import Cell, text_table
 
 HEADERS = ("Metric", "Performance")
 
@@ -23,20 +23,20 @@ NOT_SCORED = {
 
 
 def score_sets(
-    items: Sequence[Item], *, candidates: Sequence[str] | None = None, defects: frozenset[str] = PUBLISHED
-) -> dict[str, dict[str, Score]]:
+    items: Sequence[ScoredItem], *, candidates: Sequence[str] | None = None, defects: frozenset[str] = PUBLISHED
+) -> dict[str, dict[str, ItemScores]]:
     """Return all sets of scores of the items: `strict`, then the published scores by program."""
     sets = {"strict": strict_scores(items)}
     for program in get_args(Program):
         columns = legacy_scores(items, program=program, candidates=candidates, defects=defects)
-        sets[f"legacy {program}"] = {name: Score.of(values) for name, values in columns.items()}
+        sets[f"legacy {program}"] = {name: ItemScores.of(values) for name, values in columns.items()}
     return sets
 
 
 def full_report(
-    items: Sequence[Item],
+    items: Sequence[ScoredItem],
     *,
-    blank: Sequence[Item] | None = None,
+    blank: Sequence[ScoredItem] | None = None,
     baseline: Majority | None = None,
     candidates: Sequence[str] | None = None,
     defects: frozenset[str] = PUBLISHED,
@@ -80,7 +80,7 @@ def full_report(
     }
 
 
-def counts(items: Sequence[Item]) -> dict[str, int]:
+def counts(items: Sequence[ScoredItem]) -> dict[str, int]:
     """Return the numbers of questions, images, failures and answers without a decision."""
     return {
         "questions": len(items),
@@ -95,7 +95,7 @@ def counts(items: Sequence[Item]) -> dict[str, int]:
 def legacy_table(columns: Mapping[str, Sequence[float]], *, names: Sequence[str] | None = None) -> str:
     """Return the two-column table that the published scripts print, values in percent."""
     shown = columns if names is None else [name for name in names if name in columns]
-    return simple_table(HEADERS, [[name, Score.of(columns[name]).mean()] for name in shown])
+    return text_table(HEADERS, [[name, ItemScores.of(columns[name]).mean()] for name in shown])
 
 
 def report_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
@@ -105,7 +105,7 @@ def report_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     headers = ["Metric", "n", "%", "95% interval"]
     headers += ["blank image", "from the image"] if with_blank else []
     headers += ["majority", "above majority"] if with_majority else []
-    return simple_table(headers, [_report_row(name, row, with_blank, with_majority) for name, row in scores.items()])
+    return text_table(headers, [_report_row(name, row, with_blank, with_majority) for name, row in scores.items()])
 
 
 def type_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -113,16 +113,19 @@ def type_table(rows: Sequence[Mapping[str, Any]]) -> str:
     with_blank = any("blank" in row for row in rows)
     headers = ["Type, score", "n", "%", "95% interval"] + (["blank image", "from the image"] if with_blank else [])
     cells = [_report_row(f"{row['type']}, {row['score']}", row, with_blank, False) for row in rows]
-    return simple_table(headers, cells)
+    return text_table(headers, cells)
 
 
 def _report_row(name: str, row: Mapping[str, Any], with_blank: bool, with_majority: bool) -> list[Cell]:
     answered = row["answered"]
-    cells: list[Cell] = [name, answered["num_items"], figure(answered["value"]), interval(answered)]
+    cells: list[Cell] = [name, answered["num_items"], percent_text(answered["value"]), interval_text(answered)]
     if with_blank:
         gain = row["from_picture"]
-        cells += [figure(row["blank"]["value"]), f"{figure(gain['value'], signed=True)} {interval(gain)}"]
+        cells += [
+            percent_text(row["blank"]["value"]),
+            f"{percent_text(gain['value'], signed=True)} {interval_text(gain)}",
+        ]
     if with_majority:
         above = row["above_majority"]
-        cells += [figure(row["majority"]), f"{figure(above['value'], signed=True)} {interval(above)}"]
+        cells += [percent_text(row["majority"]), f"{percent_text(above['value'], signed=True)} {interval_text(above)}"]
     return cells

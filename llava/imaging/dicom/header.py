@@ -86,7 +86,7 @@ silence = _Silence()
 
 
 @contextmanager
-def quiet(problem: str) -> Iterator[None]:
+def suppress_pydicom_output(problem: str) -> Iterator[None]:
     """Run pydicom without output; turn its exceptions into a `DataError` that does not quote values.
 
     Args:
@@ -107,7 +107,7 @@ def quiet(problem: str) -> Iterator[None]:
         ) from None
 
 
-def read(source: bytes | BinaryIO, tags: Sequence[str], *, name: str, pixels: bool) -> FileDataset:
+def read_header(source: bytes | BinaryIO, tags: Sequence[str], *, name: str, pixels: bool) -> FileDataset:
     """Return the fields `tags` of a DICOM file, and its pixels if requested; no other field is kept.
 
     Args:
@@ -121,7 +121,7 @@ def read(source: bytes | BinaryIO, tags: Sequence[str], *, name: str, pixels: bo
     """
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     wanted = [*tags, *PIXEL_TAGS] if pixels else list(tags)
-    with quiet(f"image {name} cannot be read"):
+    with suppress_pydicom_output(f"image {name} cannot be read"):
         check_inflated(stream, name)
         dataset = pydicom.dcmread(stream, force=True, specific_tags=list(wanted), stop_before_pixels=not pixels)
         fill_syntax(dataset)
@@ -157,14 +157,14 @@ def fill_syntax(dataset: FileDataset) -> None:
     dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if is_implicit else plain
 
 
-def word(dataset: Dataset, keyword: str) -> str:
+def code_value(dataset: Dataset, keyword: str) -> str:
     """Return a code such as `MONOCHROME2` in capitals, the first of several; empty if the field is absent."""
     value = _value(dataset, keyword)
     value = value[0] if isinstance(value, Sequence) and not isinstance(value, str) and value else value
     return value.strip(" \0").upper() if isinstance(value, str) else ""
 
 
-def numbers(dataset: Dataset, keyword: str) -> list[float]:
+def number_values(dataset: Dataset, keyword: str) -> list[float]:
     """Return the finite numbers of a field; an empty list if it is absent or empty.
 
     Raises:
@@ -183,23 +183,23 @@ def numbers(dataset: Dataset, keyword: str) -> list[float]:
     return found
 
 
-def number(dataset: Dataset, keyword: str) -> float | None:
+def number_value(dataset: Dataset, keyword: str) -> float | None:
     """Return the first number of a field, or None if it is absent or empty.
 
     Raises:
         DataError: the value is not a finite number.
     """
-    found = numbers(dataset, keyword)
+    found = number_values(dataset, keyword)
     return found[0] if found else None
 
 
-def whole(dataset: Dataset, keyword: str, *, default: int | None = None) -> int:
+def integer_value(dataset: Dataset, keyword: str, *, default: int | None = None) -> int:
     """Return the integer of a field, or `default` if the field is absent.
 
     Raises:
         DataError: the field is absent and has no default, or its value is not an integer.
     """
-    found = number(dataset, keyword)
+    found = number_value(dataset, keyword)
     if found is None:
         if default is None:
             raise DataError(f"lacks field {keyword}; expected an integer")
@@ -209,7 +209,7 @@ def whole(dataset: Dataset, keyword: str, *, default: int | None = None) -> int:
     return int(found)
 
 
-def items(dataset: Dataset, keyword: str) -> list[Dataset]:
+def sequence_items(dataset: Dataset, keyword: str) -> list[Dataset]:
     """Return the items of a sequence; an empty list if it is absent.
 
     Raises:
@@ -226,5 +226,5 @@ def items(dataset: Dataset, keyword: str) -> list[Dataset]:
 
 def _value(dataset: Dataset, keyword: str) -> Any:
     """Return the value of a field."""
-    with quiet(f"has a field {keyword} that cannot be parsed"):  # pydicom converts values on access
+    with suppress_pydicom_output(f"has a field {keyword} that cannot be parsed"):  # pydicom converts values on access
         return dataset.get(keyword)

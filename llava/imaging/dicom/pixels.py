@@ -21,7 +21,7 @@ from pydicom.pixels.utils import as_pixel_options
 from pydicom.uid import UID
 
 from llava.errors import DataError, MissingDependency
-from llava.imaging.dicom.header import PIXEL_TAGS, number, quiet, whole, word
+from llava.imaging.dicom.header import PIXEL_TAGS, code_value, integer_value, number_value, suppress_pydicom_output
 
 _JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7})
 """Start-of-frame markers of JPEG and JPEG-LS."""
@@ -146,25 +146,25 @@ class PixelFormat:
             DataError: a field is missing or invalid, or a frame has more than `max_pixels`.
         """
         keyword = next((key for key in PIXEL_TAGS if key in dataset), "")
-        height, width = whole(dataset, "Rows"), whole(dataset, "Columns")
+        height, width = integer_value(dataset, "Rows"), integer_value(dataset, "Columns")
         if height * width > max_pixels:
             raise DataError(f"has {width} x {height} pixels, more than the limit of {max_pixels}; scale it down first")
         if height < 1 or width < 1:
             raise DataError(f"is empty ({width} x {height} pixels)")
         if not keyword:
             raise DataError(f"states {width} x {height} pixels but has no pixel data; is the file truncated?")
-        num_frames = whole(dataset, "NumberOfFrames", default=1) or 1
+        num_frames = integer_value(dataset, "NumberOfFrames", default=1) or 1
         if not 1 <= num_frames <= MAX_FRAMES:
             raise DataError(f"states {num_frames} frames; expected 1 to {MAX_FRAMES}")
-        allocated = whole(dataset, "BitsAllocated", default={"FloatPixelData": 32}.get(keyword, 64))
-        bits = whole(dataset, "BitsStored", default=allocated)
+        allocated = integer_value(dataset, "BitsAllocated", default={"FloatPixelData": 32}.get(keyword, 64))
+        bits = integer_value(dataset, "BitsStored", default=allocated)
         if allocated not in (1, 8, 16, 32, 64) or not 1 <= bits <= allocated:
             raise DataError(f"states {bits} bits stored in {allocated}; expected up to 1, 8, 16 or 32")
-        samples = whole(dataset, "SamplesPerPixel", default=1)
+        samples = integer_value(dataset, "SamplesPerPixel", default=1)
         if samples not in (1, 3):
             raise DataError(f"states {samples} values per pixel; expected 1 (gray, palette) or 3 (color)")
-        color = word(dataset, "PhotometricInterpretation") or ("MONOCHROME2" if samples == 1 else "RGB")
-        signed = whole(dataset, "PixelRepresentation", default=0) == 1
+        color = code_value(dataset, "PhotometricInterpretation") or ("MONOCHROME2" if samples == 1 else "RGB")
+        signed = integer_value(dataset, "PixelRepresentation", default=0) == 1
         return cls(height, width, num_frames, samples, color, bits, allocated, signed, keyword)
 
 
@@ -175,7 +175,7 @@ def frame_values(dataset: FileDataset, pixel_format: PixelFormat, index: int) ->
         DataError: the frame is damaged, truncated, or in a compression that is not decoded.
         MissingDependency: the decoder is not installed; the message names the package and the extra.
     """
-    with quiet("has a header that cannot be parsed"):
+    with suppress_pydicom_output("has a header that cannot be parsed"):
         syntax = UID(dataset.file_meta.TransferSyntaxUID)
     if syntax.name == str(syntax):
         raise DataError("is stored in a transfer syntax that the standard does not define")
@@ -203,7 +203,7 @@ def _decode(
 ) -> tuple[Stored, str]:
     for plugin in plugins:
         try:
-            with quiet("cannot be decoded"):
+            with suppress_pydicom_output("cannot be decoded"):
                 options = as_pixel_options(dataset)
                 values, properties = decoder.as_array(dataset, index=index, decoding_plugin=plugin, **options)
                 break
@@ -222,7 +222,7 @@ def _decode(
 
 def _check_extent(dataset: FileDataset, pixel_format: PixelFormat, index: int) -> None:
     """Raise `DataError` if the size stated by the compressed frame differs from the header."""
-    with quiet("cannot be decoded"):
+    with suppress_pydicom_output("cannot be decoded"):
         frame = get_frame(dataset.PixelData, index, number_of_frames=pixel_format.num_frames, **_offsets(dataset))
     found = extent_of(frame)
     if found is None:  # run-length encoded frames do not state a size; the header limits their output
@@ -252,7 +252,7 @@ def _check_length(dataset: FileDataset, pixel_format: PixelFormat) -> None:
     values = pixel_format.height * pixel_format.width * pixel_format.num_frames
     values = values * 2 if pixel_format.color == "YBR_FULL_422" else values * pixel_format.samples
     expected = -(-values * pixel_format.bits_allocated // 8)
-    with quiet("cannot be read"):
+    with suppress_pydicom_output("cannot be read"):
         found = len(dataset[pixel_format.keyword].value or b"")
     if found < expected:
         raise DataError(f"is truncated: it has {found} bytes of pixels, but its header states {expected}")
@@ -260,10 +260,10 @@ def _check_length(dataset: FileDataset, pixel_format: PixelFormat) -> None:
 
 def padding_of(dataset: FileDataset, stored: Stored, pixel_format: PixelFormat) -> NDArray[np.bool_] | None:
     """Return the mask of padding pixels; None if the file does not state a padding value."""
-    value = number(dataset, "PixelPaddingValue")
+    value = number_value(dataset, "PixelPaddingValue")
     if value is None:
         return None
-    end = number(dataset, "PixelPaddingRangeLimit")
+    end = number_value(dataset, "PixelPaddingRangeLimit")
     bounds = [_signed(bound, pixel_format) for bound in (value, value if end is None else end)]
     found: NDArray[np.bool_] = (stored >= min(bounds)) & (stored <= max(bounds))
     return found

@@ -13,7 +13,7 @@ from typing import Any
 
 from llava.errors import ConfigError
 
-VERSION = 1
+DICOM_VERSION = 1
 """Version of the rules in `llava/imaging/dicom`. Versions may give different pixels, so it is part of the image
 fingerprint."""
 
@@ -28,12 +28,12 @@ PRESETS: dict[str, tuple[float, float]] = {
 }
 """Center and width in Hounsfield units; used for CT only, other images use the window of their file."""
 
-WINDOW_HELP = (
+DICOM_WINDOW_HELP = (
     "window of gray DICOM images: file (first window of the file), full (smallest to largest value), "
     f"percentile:LOW,HIGH, CENTER,WIDTH, or for CT a preset: {', '.join(PRESETS)}"
 )
-FRAME_HELP = "frame of a DICOM file with several frames: first, middle, or a number from 0"
-KEPT = "; default: that of the checkpoint"
+DICOM_FRAME_HELP = "frame of a DICOM file with several frames: first, middle, or a number from 0"
+CHECKPOINT_DEFAULT_HELP = "; default: that of the checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class DicomPolicy:
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that are saved with the processor and hashed into the image fingerprint."""
-        return {"version": VERSION, "window": self.window, "frame": self.frame}
+        return {"version": DICOM_VERSION, "window": self.window, "frame": self.frame}
 
     @classmethod
     def of(cls, settings: Mapping[str, Any] | None) -> DicomPolicy:
@@ -94,8 +94,10 @@ class DicomPolicy:
         if settings is None:
             return cls()
         rest = dict(settings)
-        if (version := rest.pop("version", VERSION)) != VERSION:
-            raise ConfigError(f"the DICOM policy has version {version!r}; this package supports version {VERSION}")
+        if (version := rest.pop("version", DICOM_VERSION)) != DICOM_VERSION:
+            raise ConfigError(
+                f"the DICOM policy has version {version!r}; this package supports version {DICOM_VERSION}"
+            )
         try:
             return cls(**rest)
         except TypeError:
@@ -107,7 +109,7 @@ class DicomPolicy:
         return DicomPolicy(self.window if window is None else window, self.frame if frame is None else frame)
 
 
-DEFAULT = DicomPolicy()
+DEFAULT_POLICY = DicomPolicy()
 
 
 def _pair(text: str) -> tuple[float, float] | None:
@@ -120,7 +122,9 @@ def _pair(text: str) -> tuple[float, float] | None:
     return pair if comma and all(map(math.isfinite, pair)) else None
 
 
-def add_dicom_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, suffix: str = KEPT) -> None:
+def add_dicom_options(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, suffix: str = CHECKPOINT_DEFAULT_HELP
+) -> None:
     """Register `--dicom-window` and `--dicom-frame`; `suffix` describes their default."""
-    parser.add_argument("--dicom-window", help=WINDOW_HELP.replace("%", "%%") + suffix)
-    parser.add_argument("--dicom-frame", help=FRAME_HELP + suffix)
+    parser.add_argument("--dicom-window", help=DICOM_WINDOW_HELP.replace("%", "%%") + suffix)
+    parser.add_argument("--dicom-frame", help=DICOM_FRAME_HELP + suffix)

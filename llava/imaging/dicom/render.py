@@ -22,12 +22,20 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.pixels.processing import apply_color_lut
 
-from llava.errors import DataError, MissingDependency, NotAPicture
+from llava.errors import DataError, MissingDependency, NotAnImageError
 from llava.imaging import grayscale
-from llava.imaging.dicom.header import IMAGE_TAGS, items, number, numbers, quiet, read, word
+from llava.imaging.dicom.header import (
+    IMAGE_TAGS,
+    code_value,
+    number_value,
+    number_values,
+    read_header,
+    sequence_items,
+    suppress_pydicom_output,
+)
 from llava.imaging.dicom.pixels import PixelFormat, Stored, frame_values, padding_of
 from llava.imaging.dicom.policy import PRESETS, DicomPolicy
-from llava.imaging.dicom.sop_classes import check_picture
+from llava.imaging.dicom.sop_classes import check_image_object
 from llava.imaging.grayscale import LookupTable, Values, levels_of
 
 SQUARE_ENOUGH = 0.01
@@ -49,13 +57,13 @@ def render_frame(data: bytes, policy: DicomPolicy, *, name: str, max_pixels: int
         max_pixels: largest number of pixels of a frame.
 
     Raises:
-        NotAPicture: the file holds another object, such as a dose, a report or a waveform; the message says which.
+        NotAnImageError: the file holds another object, such as a dose, a report or a waveform; the message says which.
         DataError: the file is damaged, truncated, too large, or in a form that is not decoded.
         MissingDependency: the decoder of its compression is not installed.
     """
-    dataset = read(data, IMAGE_TAGS, name=name, pixels=True)
+    dataset = read_header(data, IMAGE_TAGS, name=name, pixels=True)
     try:
-        check_picture(dataset)
+        check_image_object(dataset)
         pixel_format = PixelFormat.of(dataset, max_pixels=max_pixels)
         index = policy.frame_of(pixel_format.num_frames)
         if index is None:
@@ -73,22 +81,22 @@ def render_frame(data: bytes, policy: DicomPolicy, *, name: str, max_pixels: int
         return _with_square_pixels(Image.fromarray(shown), dataset, index, max_pixels)
     except MissingDependency:
         raise
-    except NotAPicture as error:
-        raise NotAPicture(f"image {name} {error}") from None
+    except NotAnImageError as error:
+        raise NotAnImageError(f"image {name} {error}") from None
     except DataError as error:
         raise DataError(f"image {name} {error}") from None
 
 
 def _groups(dataset: FileDataset, index: int) -> list[Dataset]:
     """Return the functional groups of a frame, then the shared ones."""
-    per_frame = items(dataset, "PerFrameFunctionalGroupsSequence")
-    return [*per_frame[index : index + 1], *items(dataset, "SharedFunctionalGroupsSequence")[:1]]
+    per_frame = sequence_items(dataset, "PerFrameFunctionalGroupsSequence")
+    return [*per_frame[index : index + 1], *sequence_items(dataset, "SharedFunctionalGroupsSequence")[:1]]
 
 
 def _dataset_with(dataset: FileDataset, index: int, group: str, keyword: str) -> Dataset:
     """Return the data set with `keyword` for a frame: an item of functional group `group`, or the file."""
     for groups in _groups(dataset, index):
-        for item in items(groups, group):
+        for item in sequence_items(groups, group):
             if keyword in item:
                 return item
     return dataset
@@ -117,25 +125,27 @@ def _gray_levels(
 ) -> _Pixels:
     """Return stored monochrome values, of any shape, as gray levels."""
     values = stored.astype(np.float64)
-    lut = next(iter(items(dataset, "ModalityLUTSequence")), None)
+    lut = next(iter(sequence_items(dataset, "ModalityLUTSequence")), None)
     if lut is not None:
         modality = _table(dataset, lut, is_signed=pixel_format.is_signed)
         values = modality(values)
         stored_range = (0.0, float(2**modality.bits - 1))
     else:
         place = _dataset_with(dataset, index, "PixelValueTransformationSequence", "RescaleSlope")
-        slope, intercept = number(place, "RescaleSlope"), number(place, "RescaleIntercept")
-        values = grayscale.rescale(values, slope, intercept)
+        slope, intercept = number_value(place, "RescaleSlope"), number_value(place, "RescaleIntercept")
+        values = grayscale.rescale_values(values, slope, intercept)
         low = -(2 ** (pixel_format.bits - 1)) if pixel_format.is_signed else 0
-        ends = grayscale.rescale(np.array([low, low + 2**pixel_format.bits - 1], dtype=np.float64), slope, intercept)
+        ends = grayscale.rescale_values(
+            np.array([low, low + 2**pixel_format.bits - 1], dtype=np.float64), slope, intercept
+        )
         stored_range = (float(ends.min()), float(ends.max()))
     if not np.isfinite(values).all():
         raise DataError("holds values that are not finite")
     shares = _window(dataset, values, padding, index, policy)
     if shares is None:
         whole_range = pixel_format.bits <= 8 and not pixel_format.is_float
-        low_high = stored_range if whole_range else grayscale.limits(values, padding, (0.0, 100.0))
-        shares = grayscale.spread(values, *low_high)
+        low_high = stored_range if whole_range else grayscale.percentile_limits(values, padding, (0.0, 100.0))
+        shares = grayscale.stretch_values(values, *low_high)
     return grayscale.to_gray(shares, inverted=pixel_format.color == "MONOCHROME1")
 
 
@@ -144,25 +154,27 @@ def _window(
 ) -> Values | None:
     """Return values windowed to 0 to 1, or None where neither the policy nor the file gives a window."""
     if policy.window == "full" or policy.percentiles is not None:
-        return grayscale.spread(values, *grayscale.limits(values, padding, policy.percentiles or (0.0, 100.0)))
+        return grayscale.stretch_values(
+            values, *grayscale.percentile_limits(values, padding, policy.percentiles or (0.0, 100.0))
+        )
     if policy.fixed is not None:
-        return grayscale.windowed(values, *policy.fixed)
-    if policy.window in PRESETS and word(dataset, "Modality") == "CT":
-        return grayscale.windowed(values, *PRESETS[policy.window])
-    lut = next(iter(items(dataset, "VOILUTSequence")), None)
+        return grayscale.window_values(values, *policy.fixed)
+    if policy.window in PRESETS and code_value(dataset, "Modality") == "CT":
+        return grayscale.window_values(values, *PRESETS[policy.window])
+    lut = next(iter(sequence_items(dataset, "VOILUTSequence")), None)
     if lut is not None:
         voi = _table(dataset, lut, is_signed=bool((values < 0).any()))
         return np.clip(voi(values) / (2.0**voi.bits - 1.0), 0.0, 1.0)
     place = _dataset_with(dataset, index, "FrameVOILUTSequence", "WindowCenter")
-    center, width = number(place, "WindowCenter"), number(place, "WindowWidth")
+    center, width = number_value(place, "WindowCenter"), number_value(place, "WindowWidth")
     if center is None or width is None or width <= 0:
         return None
-    return grayscale.windowed(values, center, width, word(place, "VOILUTFunction"))
+    return grayscale.window_values(values, center, width, code_value(place, "VOILUTFunction"))
 
 
 def _table(dataset: FileDataset, item: Dataset, *, is_signed: bool) -> LookupTable:
     """Return the lookup table of a sequence item."""
-    length, first, bits = (*numbers(item, "LUTDescriptor"), 0, 0, 0)[:3]
+    length, first, bits = (*number_values(item, "LUTDescriptor"), 0, 0, 0)[:3]
     if not 1 <= bits <= 16:
         raise DataError("has a lookup table with an invalid number of bits; expected 1 to 16")
     if first >= 32768 and is_signed:
@@ -173,7 +185,7 @@ def _table(dataset: FileDataset, item: Dataset, *, is_signed: bool) -> LookupTab
 def _entries(dataset: FileDataset, place: Dataset, keyword: str, length: int) -> Values:
     """Return the entries `[N]` of a table in either packing; a `length` of 0 means 65536."""
     num_entries = length % 65536 or 65536
-    with quiet("has a lookup table that cannot be read"):
+    with suppress_pydicom_output("has a lookup table that cannot be read"):
         raw = place[keyword].value
         if isinstance(raw, bytes):
             order = "<" if dataset.original_encoding[1] else ">"
@@ -188,12 +200,12 @@ def _entries(dataset: FileDataset, place: Dataset, keyword: str, length: int) ->
 def _from_palette(dataset: FileDataset, stored: Stored) -> _Pixels:
     """Return a palette frame as `[H, W, 3]`."""
     if "SegmentedRedPaletteColorLookupTableData" in dataset:
-        with quiet("has a palette that cannot be applied"):
+        with suppress_pydicom_output("has a palette that cannot be applied"):
             colors = np.asarray(apply_color_lut(stored, dataset))
             return (colors if colors.dtype == np.uint8 else colors >> 8).astype(np.uint8)
     tables = []
     for color in ("Red", "Green", "Blue"):
-        length, first, bits = (*numbers(dataset, f"{color}PaletteColorLookupTableDescriptor"), 0, 0, 0)[:3]
+        length, first, bits = (*number_values(dataset, f"{color}PaletteColorLookupTableDescriptor"), 0, 0, 0)[:3]
         entries = _entries(dataset, dataset, f"{color}PaletteColorLookupTableData", int(length))
         tables.append(LookupTable(int(first), entries, int(bits)))
     # Some writers state 16 bits and store 8 in the low bytes: no entry of any color reaches 256.
@@ -235,7 +247,7 @@ def _aspect(dataset: FileDataset, index: int) -> float:
         (dataset, "ImagerPixelSpacing"),
         (dataset, "NominalScannedPixelSpacing"),
     ):
-        sides = numbers(place, keyword)
+        sides = number_values(place, keyword)
         if len(sides) >= 2 and sides[0] > 0 and sides[1] > 0:
             return sides[0] / sides[1]
     return 1.0

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pydicom.dataset import FileDataset
 from pydicom.uid import UID
 
-from llava.errors import DataError, NotAPicture
-from llava.imaging.dicom.header import quiet, word
+from llava.errors import DataError, NotAnImageError
+from llava.imaging.dicom.header import code_value, suppress_pydicom_output
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 
@@ -70,32 +70,32 @@ def class_of(dataset: FileDataset) -> UID:
     Raises:
         DataError: the header is damaged.
     """
-    with quiet("has a header that cannot be parsed"):
+    with suppress_pydicom_output("has a header that cannot be parsed"):
         meta = dataset.file_meta.get("MediaStorageSOPClassUID", "")
-        return UID(word(dataset, "SOPClassUID") or (meta if isinstance(meta, str) else ""))
+        return UID(code_value(dataset, "SOPClassUID") or (meta if isinstance(meta, str) else ""))
 
 
-def check_picture(dataset: FileDataset) -> None:
+def check_image_object(dataset: FileDataset) -> None:
     """Raise for an object that is not an image; the messages continue after the name of the file.
 
     Args:
         dataset: data set with at least class, modality and size.
 
     Raises:
-        NotAPicture: the object is not an image; the message says what it is.
+        NotAnImageError: the object is not an image; the message says what it is.
         DataError: the file ends before its first complete field.
     """
     uid = class_of(dataset)
     kind = None if uid in IMAGE_CLASSES else next(filter(None, map(NON_IMAGE_CLASSES.get, _families(uid))), None)
     if kind is None and not is_known(uid):
-        kind = NON_IMAGE_MODALITIES.get(word(dataset, "Modality"))
+        kind = NON_IMAGE_MODALITIES.get(code_value(dataset, "Modality"))
     if kind is not None:
         called = f" ({uid.name})" if is_known(uid) else ""
-        raise NotAPicture(f"is not an image: it is {kind}{called}; exclude the file")
+        raise NotAnImageError(f"is not an image: it is {kind}{called}; exclude the file")
     if not len(dataset):  # pydicom returns an empty data set for a file that ends inside a field
         raise DataError("has no fields that describe an image; is the file truncated?")
     if "Rows" not in dataset and "Columns" not in dataset:
-        raise NotAPicture(f"is not an image: it is {object_name(dataset)} without pixels; exclude the file")
+        raise NotAnImageError(f"is not an image: it is {object_name(dataset)} without pixels; exclude the file")
 
 
 def _families(uid: UID) -> list[str]:

@@ -21,7 +21,7 @@ from llava.model.config import LlavaMedConfig
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, UNUSED_PARTS, first_line
 from llava.model.quantization import Quantization
-from llava.tokenization import word_id
+from llava.tokenization import token_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ def check_report(report: Mapping[str, Any], name: str) -> None:
 
 def marker_rows(tokenizer: Any) -> list[int]:
     """Return the ids of the two markers around an image if the vocabulary has both, else an empty list."""
-    rows = [word_id(tokenizer, word) for word in (IM_START_TOKEN, IM_END_TOKEN)]
+    rows = [token_id(tokenizer, word) for word in (IM_START_TOKEN, IM_END_TOKEN)]
     return [row for row in rows if row is not None] if None not in rows else []
 
 

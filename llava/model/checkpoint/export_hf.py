@@ -18,17 +18,17 @@ from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llava.constants import IMAGE_TOKEN
-from llava.conversation import SLOT, Form, Template
+from llava.conversation import SLOT, ConversationTemplate, Form
 from llava.errors import CheckpointError
 from llava.imaging.image_processor import OpenClipImageProcessorPil
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from llava.model.checkpoint.folder import SOURCE_FOLDER, copy_source, name_known_class
 from llava.model.checkpoint.load_hf import SOURCE_KEY
 from llava.model.checkpoint.model_card import write_card
 from llava.model.checkpoint.weight_names import HEAD, LANGUAGE_MODEL, PROJECTOR, TOWER
 from llava.model.config import LlavaMedConfig
-from llava.model.multimodal_encoder.towers import input_size, num_extra_tokens, side
+from llava.model.multimodal_encoder.towers import input_size, num_extra_tokens, square_side
 from llava.processing import LlavaMedProcessor
 from llava.utils.jsonl import write_json
 
@@ -37,7 +37,7 @@ NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Towers whose published names contain `vision_model.`."""
 
 
-def obstacles(loaded: Loaded) -> list[str]:
+def hf_obstacles(loaded: LoadedModel) -> list[str]:
     """Return why transformers' Llava cannot represent a model; empty if it can."""
     config: Any = loaded.model.config
     vision: Any = config.vision_config
@@ -49,7 +49,9 @@ def obstacles(loaded: Loaded) -> list[str]:
         found.append("a bias in the language model's head")
     if config.vision_feature_select_strategy == "default" and num_extra_tokens(vision) > 1:
         found.append("register tokens in the tower; it drops the first token only")
-    if not vision.model_type.startswith("dinov2") and input_size(processor.image_processor) != side(vision.image_size):
+    if not vision.model_type.startswith("dinov2") and input_size(processor.image_processor) != square_side(
+        vision.image_size
+    ):
         found.append("another input size than the tower's own")
     if config.patch_merge_type == "spatial_unpad":
         found.append("a trained token at the end of each row of patches (mm_patch_merge_type spatial_unpad)")
@@ -76,7 +78,7 @@ def hf_name(name: str, vision_type: str) -> str:
 
 
 def export_hf(
-    loaded: Loaded,
+    loaded: LoadedModel,
     path: str | Path,
     *,
     source_folder: str | Path | None = None,
@@ -93,7 +95,7 @@ def export_hf(
     Raises:
         CheckpointError: transformers' Llava cannot represent the model; the message lists all reasons.
     """
-    if found := obstacles(loaded):
+    if found := hf_obstacles(loaded):
         raise CheckpointError(
             f"transformers' Llava cannot represent this model: {'; '.join(found)}. Nothing was written; "
             "serve it with this package, or export with --to legacy"
@@ -111,14 +113,14 @@ def export_hf(
         copy_source(Path(source_folder), target / SOURCE_FOLDER, (config.source or {}).get("config") or {})
 
 
-def _weights(loaded: Loaded) -> Iterator[tuple[str, Tensor]]:
+def _weights(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
     config: Any = loaded.model.config
     for name, tensor in loaded.model.state_dict().items():
         if not (name.startswith(HEAD) and config.tie_word_embeddings):
             yield hf_name(name, config.vision_config.model_type), tensor
 
 
-def _config(loaded: Loaded) -> dict[str, Any]:
+def _config(loaded: LoadedModel) -> dict[str, Any]:
     config: Any = loaded.model.config
     processor = loaded.processor
     hf = LlavaConfig(
@@ -158,7 +160,7 @@ def _extra(config: LlavaMedConfig) -> int:
     return num_extra_tokens(config.vision_config)
 
 
-def _write_processor(loaded: Loaded, target: Path) -> None:
+def _write_processor(loaded: LoadedModel, target: Path) -> None:
     processor = loaded.processor
     config: Any = loaded.model.config
     own = processor.image_processor
@@ -179,7 +181,7 @@ def _write_processor(loaded: Loaded, target: Path) -> None:
     combined: Any = LlavaProcessor(
         image_processor,
         plain_tokenizer(processor),
-        patch_size=side(vision.patch_size),
+        patch_size=square_side(vision.patch_size),
         vision_feature_select_strategy=_strategy(config),
         chat_template=chat_template(processor),
         image_token=processor.tokenizer.convert_ids_to_tokens(processor.image_token_id),
@@ -254,7 +256,7 @@ def _header(form: Form) -> Iterator[str]:
         yield part
 
 
-def _content(template: Template, processor: LlavaMedProcessor) -> str:
+def _content(template: ConversationTemplate, processor: LlavaMedProcessor) -> str:
     """Return code that sets `content` to a message's images and text as our processor joins them."""
     token = processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
     markers = ("<im_start>", "<im_end>") if processor.use_im_start_end else ("", "")

@@ -29,7 +29,7 @@ from llava.model.checkpoint.weight_names import (
     TOWER_ROOT,
     projector_suffix,
     projector_type_of,
-    renamed,
+    renamed_prefix,
     without_peft,
 )
 
@@ -76,7 +76,7 @@ KINDS: dict[Kind, str] = {
     "vision_tower": "a vision tower",
     "language_model": "a plain language model",
 }
-OURS: tuple[Kind, ...] = ("model", "adapter", "projector")
+OUR_KINDS: tuple[Kind, ...] = ("model", "adapter", "projector")
 assert set(KINDS) == set(get_args(Kind))
 
 Style = Literal["patch_token", "placeholder"]
@@ -322,12 +322,12 @@ def our_name(checkpoint: Checkpoint, name: str) -> str | None:
     if checkpoint.kind in ("model", "vision_tower"):
         return name
     if checkpoint.kind == "hf_llava":
-        return renamed(name, HF_PREFIXES)
+        return renamed_prefix(name, HF_PREFIXES)
     if "lora_" in name:
         return _in_adapter(checkpoint, name)
     if suffix := projector_suffix(name):
         return PROJECTOR + suffix
-    if checkpoint.kind in OURS:
+    if checkpoint.kind in OUR_KINDS:
         return EMBEDDINGS if name == f"model.{TABLE}" else name.removeprefix(PEFT_PREFIX)
     return _in_legacy(checkpoint, name)
 
@@ -338,7 +338,7 @@ def _in_adapter(checkpoint: Checkpoint, name: str) -> str | None:
         return name
     if name.startswith(TOWER_ROOT):
         return PEFT_PREFIX + TOWER + name.removeprefix(TOWER_ROOT)
-    legacy = renamed(without_peft(name), LEGACY_PREFIXES)
+    legacy = renamed_prefix(without_peft(name), LEGACY_PREFIXES)
     return None if legacy is None else PEFT_PREFIX + legacy
 
 
@@ -347,5 +347,5 @@ def _in_legacy(checkpoint: Checkpoint, name: str) -> str | None:
         if name.endswith(TABLE):
             return EMBEDDINGS
         return f"model.{NEWLINE}" if name.endswith(NEWLINE) else None
-    legacy = renamed(without_peft(name), LEGACY_PREFIXES)
+    legacy = renamed_prefix(without_peft(name), LEGACY_PREFIXES)
     return f"{legacy} (as transformers' class splits it)" if name.startswith(TIMM_TOWER) else legacy

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from llava.errors import CheckpointError
-from llava.model.builder import portable
+from llava.model.builder import portable_path
 from llava.model.checkpoint.files.shards import INDEX_SUFFIX, SAFE_FILE
 from llava.model.checkpoint.formats import CONFIG_FILE, read_json
 from llava.model.multimodal_encoder.towers import first_line
@@ -33,7 +33,7 @@ def local_folder(name: str | Path) -> Path:
     Raises:
         CheckpointError: neither exists.
     """
-    path = portable(str(name))
+    path = portable_path(str(name))
     if Path(path).is_dir():
         return Path(path)
     try:

@@ -17,9 +17,9 @@ import torch
 
 from llava.errors import CheckpointError, ConfigError
 from llava.model.anyres import use_policy
-from llava.model.builder import Loaded, build, finish, portable
+from llava.model.builder import LoadedModel, build_model, finish_model, portable_path
 from llava.model.checkpoint.assemble import LoadOptions, check_report, quiet_transformers
-from llava.model.checkpoint.formats import KINDS, ORIGIN_FILE, OUR_TYPE, OURS, Checkpoint, Kind, read_json
+from llava.model.checkpoint.formats import KINDS, ORIGIN_FILE, OUR_KINDS, OUR_TYPE, Checkpoint, Kind, read_json
 from llava.model.checkpoint.hub import is_hub_name, local_folder
 from llava.model.checkpoint.legacy.load import load_legacy
 from llava.model.checkpoint.load_hf import load_hf
@@ -53,7 +53,7 @@ def read_origin(path: str | Path) -> dict[str, Any]:
     return read_json(Path(path) / ORIGIN_FILE)
 
 
-def load(
+def load_checkpoint(
     path: str | Path,
     *,
     base: str | None = None,
@@ -64,7 +64,7 @@ def load(
     quant_type: str = "nf4",
     merge: bool = True,
     **foreign: Any,
-) -> Loaded:
+) -> LoadedModel:
     """Load a checkpoint of this package, of the legacy formats, or of transformers' Llava.
 
     Args:
@@ -90,7 +90,7 @@ def load(
     path = local_folder(path) if is_hub_name(path) else path
     checkpoint, quantization = Checkpoint.open(path), Quantization(bits, double_quant, quant_type)
     check_parts(checkpoint, {"base": base, **foreign})
-    if checkpoint.kind in OURS:
+    if checkpoint.kind in OUR_KINDS:
         loaded = _load_ours(
             checkpoint, base, dtype=dtype, device_map=device_map, quantization=quantization, merge=merge
         )
@@ -125,7 +125,7 @@ def check_parts(checkpoint: Checkpoint, given: Mapping[str, Any]) -> None:
 
 def _load_ours(
     checkpoint: Checkpoint, base: str | None, *, dtype: Dtype, device_map: Any, quantization: Quantization, merge: bool
-) -> Loaded:
+) -> LoadedModel:
     """Load a model, an adapter or a projector of this package."""
     path, kind = checkpoint.path, checkpoint.kind
     if kind == "model":
@@ -148,11 +148,11 @@ def _load_ours(
         return loaded
     adapted = load_adapter(loaded.model, path)
     loaded.model = cast(Any, adapted.merge_and_unload() if merge else adapted)
-    loaded.origin = {"base": portable(str(path))}  # another adapter on top builds on this one, not on its base
+    loaded.origin = {"base": portable_path(str(path))}  # another adapter on top builds on this one, not on its base
     return loaded
 
 
-def _load_other(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
+def _load_other(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
     """Load a checkpoint of another format.
 
     Raises:
@@ -170,7 +170,7 @@ def _load_other(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     )
 
 
-def _load_model(path: str | Path, dtype: Dtype, device_map: Any, quantization: Quantization) -> Loaded:
+def _load_model(path: str | Path, dtype: Dtype, device_map: Any, quantization: Quantization) -> LoadedModel:
     processor = LlavaMedProcessor.from_pretrained(path)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
     try:
@@ -186,23 +186,25 @@ def _load_model(path: str | Path, dtype: Dtype, device_map: Any, quantization: Q
     except UNREADABLE as error:
         raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
     check_report(report, str(path))
-    return finish(model.train(False), processor, {"base": portable(str(path))})
+    return finish_model(model.train(False), processor, {"base": portable_path(str(path))})
 
 
 def _load_converted(
     checkpoint: Checkpoint, source: dict[str, Any], processor: LlavaMedProcessor, options: LoadOptions
-) -> Loaded:
+) -> LoadedModel:
     """Load a projector that was converted from a legacy one, on a base loaded by that format's rules."""
     parts = dict(read_origin(checkpoint.path).get("load") or {})
     parts["base"] = options.base or parts.get("base")
     legacy = replace(checkpoint, kind="legacy_projector", config=source["config"])
     loaded = load_legacy(legacy, replace(options, **parts))
     loaded.processor = processor
-    loaded.origin = {"base": portable(str(checkpoint.path))}
+    loaded.origin = {"base": portable_path(str(checkpoint.path))}
     return loaded
 
 
-def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any, quantization: Quantization) -> Loaded:
+def _load_base(
+    path: str | Path, base: str | None, dtype: Dtype, device_map: Any, quantization: Quantization
+) -> LoadedModel:
     """Load the parts that an adapter or projector builds on: those given, or those recorded with it."""
     origin = read_origin(path)
     options = origin.get("build")
@@ -216,9 +218,9 @@ def _load_base(path: str | Path, base: str | None, dtype: Dtype, device_map: Any
         folder = local_folder(base) if is_hub_name(base) else base
         used = USED_PARTS.get(Checkpoint.open(folder).kind, tuple(PART_FLAGS))
         parts = {name: value for name, value in origin.get("load", {}).items() if name in used}
-        return load(folder, dtype=dtype, device_map=device_map, **asdict(quantization), **parts)
+        return load_checkpoint(folder, dtype=dtype, device_map=device_map, **asdict(quantization), **parts)
     try:
-        loaded = build(dtype=dtype, device_map=device_map, **{**options, **asdict(quantization)})
+        loaded = build_model(dtype=dtype, device_map=device_map, **{**options, **asdict(quantization)})
     except TypeError as error:
         raise CheckpointError(
             f"{Path(path) / ORIGIN_FILE} holds options that this version does not know: {error}"

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaConfig
 
 from llava.errors import CheckpointError
-from llava.model.builder import Loaded, finish, portable
+from llava.model.builder import LoadedModel, finish_model, portable_path
 from llava.model.checkpoint.assemble import LoadOptions, grow_tables, model_from_state
 from llava.model.checkpoint.files.shards import TensorReader
 from llava.model.checkpoint.formats import CONFIG_FILE, Checkpoint, read_json
-from llava.model.checkpoint.weight_names import HF_PREFIXES, is_buffer, renamed
+from llava.model.checkpoint.weight_names import HF_PREFIXES, is_buffer, renamed_prefix
 from llava.model.config import LlavaMedConfig
 from llava.model.multimodal_encoder.towers import (
     DEFAULT_PROCESSORS,
@@ -53,7 +53,7 @@ IMAGE_SETTINGS = (
 """Settings of transformers' CLIP and Llava processors that ours supports."""
 
 
-def load_hf(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
+def load_hf(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
     """Load a folder of transformers' LlavaForConditionalGeneration.
 
     Raises:
@@ -86,7 +86,7 @@ def load_hf(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     )
     grow_tables(state, len(tokenizer), checkpoint.tensors)
     model = model_from_state(_ours(config, processor, kept), state, options, name=str(checkpoint.path))
-    return finish(model, processor, {"base": portable(str(checkpoint.folder)), "load": options.parts})
+    return finish_model(model, processor, {"base": portable_path(str(checkpoint.folder)), "load": options.parts})
 
 
 def _config(checkpoint: Checkpoint) -> LlavaConfig:
@@ -112,7 +112,7 @@ def _state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     for name, tensor in TensorReader(checkpoint.tensors):
         if is_buffer(name):
             continue
-        ours = renamed(name, HF_PREFIXES)
+        ours = renamed_prefix(name, HF_PREFIXES)
         if ours is None:
             raise CheckpointError(f"{checkpoint.path}: tensor {name} belongs to no part of the model")
         state[ours] = tensor

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llava.errors import CheckpointError
-from llava.model.builder import whole
+from llava.model.builder import gathered_weight
 from llava.model.checkpoint.formats import (
     ADAPTER_FILE,
     ADAPTER_FILES,
@@ -117,7 +117,7 @@ def _current_name(name: str) -> str:
 
 
 def _set(parameter: Tensor, values: Tensor) -> None:
-    with torch.no_grad(), whole(parameter):
+    with torch.no_grad(), gathered_weight(parameter):
         parameter.copy_(values)
 
 
@@ -138,7 +138,7 @@ def load_marker_rows(model: nn.Module, weights: Mapping[str, Tensor], file: Path
     width = getattr(table, "ds_shape", table.shape)[-1]
     if rows.dim() != 2 or rows.shape[1] != width or rows.shape[0] < len(markers):
         raise CheckpointError(f"{file}: embedding rows are {tuple(rows.shape)}, expected {len(markers)} of {width}")
-    with torch.no_grad(), whole(table):
+    with torch.no_grad(), gathered_weight(table):
         table[markers] = rows[-len(markers) :].to(table.device, table.dtype)
 
 

@@ -100,7 +100,7 @@ def drop_older(folder: Path, kind: str, new: Collection[str] = ()) -> None:
             file.unlink()
 
 
-def refuse_own_base(folder: str | Path, origin: Mapping[str, Any] | None) -> None:
+def check_not_own_base(folder: str | Path, origin: Mapping[str, Any] | None) -> None:
     """Check that an adapter or a projector is not written over the model it builds on.
 
     Raises:
@@ -181,7 +181,7 @@ def save_projector(
 ) -> None:
     """Write `mm_projector.bin` (legacy names) and `.safetensors`, the configuration and the processor."""
     target = Path(path)
-    refuse_own_base(target, origin)
+    check_not_own_base(target, origin)
     with new_files(target) as folder:
         weights = projector_state(model, state)
         torch.save(weights, folder / PROJECTOR_FILE)
@@ -205,7 +205,7 @@ def save_adapter(
     may come from an earlier stage, while loading assembles the base from its original parts.
     """
     target = Path(path)
-    refuse_own_base(target, origin)
+    check_not_own_base(target, origin)
     with new_files(target) as folder:
         model.save_pretrained(
             folder, state_dict=dict(state) if state is not None else None, save_embedding_layers=False

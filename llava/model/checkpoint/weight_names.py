@@ -72,7 +72,7 @@ def is_buffer(name: str) -> bool:
     return any(pattern.fullmatch(name) for pattern in BUFFERS.values())
 
 
-def renamed(name: str, prefixes: Mapping[str, str]) -> str | None:
+def renamed_prefix(name: str, prefixes: Mapping[str, str]) -> str | None:
     """Return a name with its prefix replaced by the first entry that matches, or None."""
     return next((new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old)), None)
 

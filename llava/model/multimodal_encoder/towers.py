@@ -151,7 +151,7 @@ def tower_image_processor(
         processor = _own_processor(path) or _default_processor(vision_config)
     if image_size is not None:
         _resize(processor, image_size)
-    size, patch = input_size(processor), side(vision_config.patch_size)
+    size, patch = input_size(processor), square_side(vision_config.patch_size)
     if size % patch:
         raise ConfigError(f"image size {size} is not a multiple of the tower's patch size {patch}; change --image-size")
     return processor
@@ -170,7 +170,7 @@ def _own_processor(path: str) -> Any | None:
 def _default_processor(vision_config: Any) -> Any:
     processor_class, settings = DEFAULT_PROCESSORS.get(vision_config.model_type, DEFAULT_PROCESSORS["vit"])
     processor = processor_class(**settings)
-    _resize(processor, side(vision_config.image_size))
+    _resize(processor, square_side(vision_config.image_size))
     return processor
 
 
@@ -191,11 +191,11 @@ def input_size(image_processor: Any) -> int:
     return int(size["height"] if "height" in size else size["shortest_edge"])
 
 
-def side(size: Any) -> int:
+def square_side(size: Any) -> int:
     """Return one side of a square size, which configurations write as a number or as a pair."""
     return int(size if isinstance(size, int) else size[0])
 
 
 def num_patches(image_processor: Any, vision_config: Any) -> int:
     """Return the number of patch tokens of one image."""
-    return (input_size(image_processor) // side(vision_config.patch_size)) ** 2
+    return (input_size(image_processor) // square_side(vision_config.patch_size)) ** 2

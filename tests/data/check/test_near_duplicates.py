@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
 from llava.data.check import near_duplicates
-from llava.data.check.images import _COSINES, correlation, perceptual_hash, small_gray
+from llava.data.check.images import _COSINES, perceptual_hash, pixel_correlation, small_gray
 from llava.data.check.near_duplicates import MAX_DISTANCE, ClosePairs, band_masks
 from llava.data.check.report import check_file, report_summary
 from llava.data.check.rules import FILE
@@ -61,10 +61,10 @@ def test_half_of_the_bits_are_set() -> None:
 
 def test_correlation() -> None:
     image = np.asarray(smooth(0))
-    assert correlation(image, image) == pytest.approx(1.0)
-    assert correlation(image, 255 - image) == pytest.approx(-1.0)
+    assert pixel_correlation(image, image) == pytest.approx(1.0)
+    assert pixel_correlation(image, 255 - image) == pytest.approx(-1.0)
     flat, other = np.full((4, 4), 7, np.uint8), np.full((4, 4), 8, np.uint8)
-    assert correlation(flat, flat) == 1.0 and correlation(flat, other) == 0.0
+    assert pixel_correlation(flat, flat) == 1.0 and pixel_correlation(flat, other) == 0.0
 
 
 def test_bands_cover_every_bit_once() -> None:

@@ -13,7 +13,7 @@ from llava.data.check.rows import view_row
 from llava.data.check.rules import RULES
 from llava.data.records import read_default
 from llava.errors import DataError
-from llava.samples import with_places
+from llava.samples import with_placeholders
 from tests.support.check_files import check_rows, row
 
 TURNS = row(0)["conversations"]
@@ -103,7 +103,7 @@ def test_errors_are_exactly_what_training_refuses(value: Any) -> None:
     try:
         if not isinstance(value, dict):
             raise DataError("no object")
-        with_places(read_default(value, "3")[0])
+        with_placeholders(read_default(value, "3")[0])
     except DataError:
         assert errors or refused
     else:

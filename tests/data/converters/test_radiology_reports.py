@@ -13,7 +13,7 @@ import pytest
 
 from llava.data.converters import iu_xray, mimic_cxr
 from llava.errors import ConfigError, DataError
-from llava.imaging.decode import load
+from llava.imaging.decode import load_image
 from tests.support import releases
 from tests.support.releases import image_bytes, iu_xml, rows_in, write_csv, write_image
 
@@ -56,7 +56,7 @@ def test_iu_xray_from_the_archives(tmp_path: Path) -> None:
     assert sorted(row["study"] for row in rows) == sorted(f"CXR{n}" for n in range(1, 81, 2))
     assert rows[0]["conversations"][0]["value"] == f"{ASKED} given the following indication: Cough & fever."
     assert rows[0]["license"] == "terms" and rows[0]["problems"] == ["normal"]
-    assert load(rows[0]["image"], out / "images").size == (8, 8)
+    assert load_image(rows[0]["image"], out / "images").size == (8, 8)
     assert excluded(out) == {"report without findings": 40}
     assert {path.stem for path in out.glob("*.json")} == {"train", "val", "test", "manifest"}
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava.data.converters.tables import answer_cell, cell, column_names, read_table, table_kind, to_json_value
+from llava.data.converters.tables import answer_cell, cell_text, column_names, read_table, table_kind, to_json_value
 from llava.errors import DataError
 
 IN_ONE_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
@@ -125,11 +125,11 @@ def test_semicolons_where_they_are_meant(tmp_path: Path) -> None:
     ],
 )
 def test_cells(value: Any, text: str) -> None:
-    assert cell({"a": value}, "a") == text
+    assert cell_text({"a": value}, "a") == text
 
 
 def test_a_missing_cell_is_empty() -> None:
-    assert cell({}, "a") == ""
+    assert cell_text({}, "a") == ""
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from llava.data.converters import pathvqa, pmc_vqa, slake
 from llava.errors import ConfigError, DataError
-from llava.imaging.decode import load
+from llava.imaging.decode import load_image
 from tests.support import releases
 from tests.support.releases import image_bytes, pmc_vqa_row, rows_in, write_csv, write_image, write_rows
 
@@ -29,7 +29,7 @@ def test_slake_by_language(tmp_path: Path, lang: str, num_rows: int) -> None:
     for split in ("train", "val", "test"):
         rows = rows_in(out / f"{split}.json")
         assert len(rows) == num_rows
-        load(rows[0]["image"], out / "images")
+        load_image(rows[0]["image"], out / "images")
     row = rows_in(out / "val.json")[0]
     assert row["image"] == "xmlab1/source.jpg" and row["official_split"] == "val"
     wanted = ("image_organ", "modality", "question_type", "base_type")
@@ -47,7 +47,7 @@ def test_slake_with_its_images_in_an_archive(tmp_path: Path) -> None:
             file.write(path, path.relative_to(raw))
             path.unlink()
     slake.main([str(raw), str(archive), "--out", str(tmp_path / "out")])
-    assert load("xmlab2/source.jpg", tmp_path / "out" / "images").size == (8, 8)
+    assert load_image("xmlab2/source.jpg", tmp_path / "out" / "images").size == (8, 8)
     assert not (tmp_path / "out" / ".unpacked_archives").exists()
 
 
@@ -81,7 +81,7 @@ def test_pathvqa_from_parquet(tmp_path: Path) -> None:
     ]
     assert rows[0]["image"] == rows[1]["image"] != rows[2]["image"]
     assert len(list((out / "images").iterdir())) == 2  # equal images are one file, in all splits
-    assert load(rows[2]["image"], out / "images").getpixel((0, 0)) == (2, 2, 2)
+    assert load_image(rows[2]["image"], out / "images").getpixel((0, 0)) == (2, 2, 2)
 
 
 def test_pathvqa_from_json(tmp_path: Path) -> None:

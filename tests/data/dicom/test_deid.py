@@ -114,7 +114,7 @@ def test_text_in_packaged_files() -> None:
     found = {}
     for _, path in corpus():
         if path.name in WITH_TEXT + NOT_WITH_TEXT:
-            found[path.name] = max_strokes(decode.load(path.read_bytes(), dicom=deid.WHOLE_RANGE)) >= MIN_STROKES
+            found[path.name] = max_strokes(decode.load_image(path.read_bytes(), dicom=deid.WHOLE_RANGE)) >= MIN_STROKES
     assert len(found) >= 3
     assert found == {name: name in WITH_TEXT for name in found}
 
@@ -144,7 +144,7 @@ def test_the_image_is_unchanged(name: str) -> None:
     data = path.read_bytes()
     original = deid.read_dataset(data, name)
     copy, content = copy_of(data)
-    assert decode.load(content).tobytes() == decode.load(data).tobytes()
+    assert decode.load_image(content).tobytes() == decode.load_image(data).tobytes()
     assert copy.PixelData == original.PixelData
     for element in original.iterall():
         if element.VR in ("PN", "LO") and isinstance(element.value, str) and len(element.value) > 6:

@@ -17,13 +17,13 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["llava.data.download.archives", "tarfile"]):
-    from llava.data.download.archives import Archive, Limits, pax_records, take
+    from llava.data.download.archives import Archive, ArchiveLimits, iter_members, pax_records
     from llava.data.download.failures import REASONS
     from llava.errors import ArchiveError
     from tests.support.archive_files import plain, special, tar, tar_gz
 
 NAMES = ["P/a.jpg", "P/b.png", "P/c"]
-LIMITS = Limits(
+LIMITS = ArchiveLimits(
     max_members=50, max_figure=4096, max_held=4096, max_unpacked=1 << 18, ratio_from=1 << 14, max_header=2048
 )
 
@@ -55,7 +55,7 @@ def one_input(data: bytes) -> None:
     unzipped = rest if way < b"\x80" else with_checksums(rest)
     packed = rest if way < b"\x40" else gzip.compress(unzipped, 0)
     try:
-        for taken in take(Pieces(packed), NAMES, LIMITS):
+        for taken in iter_members(Pieces(packed), NAMES, LIMITS):
             assert taken.name in NAMES and len(taken.data) <= LIMITS.max_figure
             assert not taken.reason or taken.reason in REASONS
         for member in Archive(Pieces(packed), LIMITS):

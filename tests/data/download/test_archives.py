@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.data.download.archives import Archive, Limits, Taken, pax_records, plain_name, take
+from llava.data.download.archives import Archive, ArchiveLimits, Taken, iter_members, pax_records, plain_name
 from llava.data.download.failures import REASONS
 from llava.errors import ArchiveError
 from tests.support.archive_files import article, plain, special, tar, tar_gz
@@ -22,7 +22,7 @@ from tests.support.archive_files import article, plain, special, tar, tar_gz
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = ["PMC1/J-1-g000.jpg", "PMC1/J-1-g001.jpg"]
 MEMBERS = [plain("PMC1/a.txt", b"words" * 999), plain(NAMES[0], b"first"), plain(NAMES[1], b"second" * 400)]
-SMALL = Limits(
+SMALL = ArchiveLimits(
     max_members=50, max_figure=10_000, max_held=10_000, max_unpacked=1 << 20, ratio_from=1 << 16, max_header=2048
 )
 
@@ -37,8 +37,8 @@ class Bytes:
         return self.stream.read(self.step)
 
 
-def got(data: bytes, names: list[str], limits: Limits = SMALL, step: int = 1000) -> dict[str, Taken]:
-    return {taken.name: taken for taken in take(Bytes(data, step), names, limits)}
+def got(data: bytes, names: list[str], limits: ArchiveLimits = SMALL, step: int = 1000) -> dict[str, Taken]:
+    return {taken.name: taken for taken in iter_members(Bytes(data, step), names, limits)}
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -59,7 +59,7 @@ def test_long_and_foreign_names(form: int) -> None:
 
 def test_reading_stops_after_the_last_listed_file() -> None:
     source = Bytes(tar_gz([*MEMBERS, plain("PMC1/rest", random.Random(0).randbytes(900_000))]))
-    assert len(list(take(source, NAMES, SMALL))) == 2
+    assert len(list(iter_members(source, NAMES, SMALL))) == 2
     assert source.stream.tell() < 20_000
 
 
@@ -146,7 +146,7 @@ def test_figures_before_the_damage_are_complete() -> None:
     data = tar_gz(MEMBERS)
     found = []
     with pytest.raises(ArchiveError):
-        for taken in take(Bytes(data[:-6]), [NAMES[0], "P/none.jpg"], SMALL):
+        for taken in iter_members(Bytes(data[:-6]), [NAMES[0], "P/none.jpg"], SMALL):
             found.append(taken)
     assert found == [Taken(NAMES[0], b"first")]
 
@@ -167,7 +167,7 @@ def test_invalid_attributes(content: bytes) -> None:
 def read_all(data: bytes) -> None:
     """Read an archive as the downloader does; only errors with a reason may be raised."""
     try:
-        for taken in take(Bytes(data), NAMES, SMALL):
+        for taken in iter_members(Bytes(data), NAMES, SMALL):
             assert taken.name in NAMES and len(taken.data) <= SMALL.max_figure
             assert not taken.reason or taken.reason in REASONS
     except ArchiveError as error:

@@ -25,7 +25,7 @@ from llava.data.download.pmc import fetch
 from llava.data.download.pmc_article import ImageOptions
 from llava.data.download.pmc_list import read_lists
 from llava.errors import ConfigError, DataError
-from llava.utils.files import hold
+from llava.utils.files import hold_lock
 from tests.support.archive_files import article, jpeg, package, plain, rows, special, tar_gz, write_list
 from tests.support.file_server import Fault, FileServer, serve
 
@@ -121,7 +121,7 @@ def test_runs_with_separate_lists_take_turns_in_one_folder(server: FileServer, t
     writing.write_bytes(b"half")
     other = [*flags(tmp_path, server.address), "--missing", str(tmp_path / "other.jsonl")]
     with ThreadPoolExecutor(1) as pool:
-        with hold(tmp_path / ".images.lock", purpose="a test"):
+        with hold_lock(tmp_path / ".images.lock", purpose="a test"):
             running = pool.submit(run, other)
             time.sleep(0.3)
             assert writing.exists() and not running.done()

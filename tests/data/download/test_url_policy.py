@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from llava.data.download.client import Client, NetworkOptions
 from llava.data.download.transfer import RemoteFile
-from llava.data.download.url_policy import UrlPolicy, check_base, join, origin, shown, split_bases
+from llava.data.download.url_policy import UrlPolicy, check_base, join_url, redacted_url, split_bases, url_origin
 from llava.errors import ConfigError, DownloadError
-from llava.utils.retry import retry_after
+from llava.utils.retry import retry_after_seconds
 from tests.support.file_server import Fault, serve
 
 PRIVATE = [
@@ -92,14 +92,14 @@ def test_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:
 )  # fmt: skip
 def test_invalid_urls(url: str) -> None:
     with pytest.raises(DownloadError) as caught:
-        origin(url)
+        url_origin(url)
     assert caught.value.reason == "unsafe_address"
 
 
 @given(st.text(max_size=60), st.sampled_from(["", "http://", "https://", "http://[", "file:", "//"]))
 def test_any_text_is_a_url_or_has_a_reason(text: str, scheme: str) -> None:
     try:
-        host, port = origin(scheme + text)
+        host, port = url_origin(scheme + text)
         assert host and 0 <= port < 65536
     except DownloadError as error:
         assert error.reason == "unsafe_address"
@@ -117,14 +117,14 @@ def test_a_server_may_redirect_to_anything(text: str) -> None:
 
 
 def test_passwords_stay_out_of_messages() -> None:
-    assert shown("https://user:secret@host/file?token=secret") == "https://host/file"
+    assert redacted_url("https://user:secret@host/file?token=secret") == "https://host/file"
 
 
 def test_bases() -> None:
     assert split_bases(" http://a, /b\nfile:///c ") == ["http://a", "/b", "file:///c"]
-    assert join("http://a/", "x/y z.gz") == "http://a/x/y%20z.gz"
-    assert join("/b", "x/y z.gz") == "/b/x/y z.gz"
-    assert join("file:///b%20c/", "y z") == "file:///b%20c/y%20z"
+    assert join_url("http://a/", "x/y z.gz") == "http://a/x/y%20z.gz"
+    assert join_url("/b", "x/y z.gz") == "/b/x/y z.gz"
+    assert join_url("file:///b%20c/", "y z") == "file:///b%20c/y%20z"
     for base in ("ftp://host", "http://", "s3://bucket", "/no/such/folder"):
         with pytest.raises(ConfigError):
             check_base(base)
@@ -136,9 +136,9 @@ def test_bases() -> None:
      ("Wed, 21 Oct 2099 07:28:00 GMT", 1e9, 1e10)],
 )  # fmt: skip
 def test_retry_after(value: str, low: float, high: float) -> None:
-    assert low <= (retry_after(value) or 0.0) <= high
+    assert low <= (retry_after_seconds(value) or 0.0) <= high
 
 
 @pytest.mark.parametrize("value", [None, "", "soon", "nan", "inf", "1e999", "Wed, 99 Foo 2015"])
 def test_invalid_retry_after(value: str | None) -> None:
-    assert retry_after(value) is None
+    assert retry_after_seconds(value) is None

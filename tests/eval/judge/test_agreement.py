@@ -35,14 +35,14 @@ def test_measures_against_references(values: list[tuple[int, int]]) -> None:
     pairs = np.array(values, dtype=np.float64)
     constant = len(set(pairs[:, 0])) == 1 or len(set(pairs[:, 1])) == 1
     if constant:
-        assert math.isnan(summary.pearson(pairs)) and math.isnan(summary.spearman(pairs))
+        assert math.isnan(summary.pearson_correlation(pairs)) and math.isnan(summary.spearman_correlation(pairs))
     else:
-        assert summary.pearson(pairs) == pytest.approx(stats.pearsonr(*pairs.T).statistic, abs=1e-9)
-        assert summary.spearman(pairs) == pytest.approx(stats.spearmanr(*pairs.T).statistic, abs=1e-9)
+        assert summary.pearson_correlation(pairs) == pytest.approx(stats.pearsonr(*pairs.T).statistic, abs=1e-9)
+        assert summary.spearman_correlation(pairs) == pytest.approx(stats.spearmanr(*pairs.T).statistic, abs=1e-9)
     if len(set(pairs.flatten())) > 1:
-        assert summary.kappa(pairs) == pytest.approx(kappa_from_table(pairs), abs=1e-9)
+        assert summary.weighted_kappa(pairs) == pytest.approx(kappa_from_table(pairs), abs=1e-9)
     else:
-        assert math.isnan(summary.kappa(pairs))
+        assert math.isnan(summary.weighted_kappa(pairs))
 
 
 def one(number: int, first: tuple[float, float] | None, second: tuple[float, float] | None = None) -> Rated:

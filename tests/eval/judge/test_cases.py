@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.errors import ConfigError, DataError
-from llava.eval.judge.cases import asked, domains_of, image_of, read_cases
-from llava.eval.judge.prompts import TEMPLATES, again, context, messages_of
+from llava.eval.judge.cases import domains_of, image_of, judge_question, read_cases
+from llava.eval.judge.prompts import TEMPLATES, figure_context, messages_after_unreadable, messages_of
 from llava.eval.judge.review import DEFECTS, RELEASES, chosen_defects
 from tests.support.judges import answer, question, write_lines
 
@@ -67,9 +67,9 @@ def test_failed_answers_are_known_unless_as_published(tmp_path: Path) -> None:
 
 
 def test_question_as_the_judge_reads_it() -> None:
-    assert asked("<image>\nWhat is it?") == "What is it?" == asked("What is it?\n<image>")
-    assert asked("What is it?\n<image>", frozenset({"tag_in_question"})) == "What is it?\n<image>"
-    assert asked("What is it?", frozenset({"cut_question"})) == "Wha"
+    assert judge_question("<image>\nWhat is it?") == "What is it?" == judge_question("What is it?\n<image>")
+    assert judge_question("What is it?\n<image>", frozenset({"tag_in_question"})) == "What is it?\n<image>"
+    assert judge_question("What is it?", frozenset({"cut_question"})) == "Wha"
 
 
 def test_domains_and_clusters() -> None:
@@ -91,19 +91,19 @@ def test_messages_have_the_published_layout(tmp_path: Path) -> None:
     )
     swapped = messages_of(case, "21", template=TEMPLATE)[1]["content"]
     assert "[Assistant 1]\nAnswer 3." in swapped and "[Assistant 2]\nReference 3." in swapped
-    *before, said, reminder = again((system, user), "", TEMPLATE)
+    *before, said, reminder = messages_after_unreadable((system, user), "", TEMPLATE)
     assert before == [system, user]
     assert said["role"] == "assistant" and reminder["content"] == TEMPLATE.reminder
 
 
 def test_mentions_of_every_form() -> None:
     row = question(0, in_text_mention=["One  two", {"tokens": "three ."}, ""])
-    assert context(row).endswith("Figure Context:\n\t- One two\n\t- three .")
+    assert figure_context(row).endswith("Figure Context:\n\t- One two\n\t- three .")
     none = question(0, in_text_mention=None, fig_label=None)
-    assert context(none) == "Figure Caption:\nDrawing 0.\n\nFigure Context:\n\t- none"
+    assert figure_context(none) == "Figure Caption:\nDrawing 0.\n\nFigure Context:\n\t- none"
     as_published = frozenset({"python_mentions"})
-    assert context(none, as_published).endswith("\t- None")
-    assert context(question(0), as_published).endswith("\t- [{'tokens': 'Object 0 is drawn .', 'entities': []}]")
+    assert figure_context(none, as_published).endswith("\t- None")
+    assert figure_context(question(0), as_published).endswith("\t- [{'tokens': 'Object 0 is drawn .', 'entities': []}]")
 
 
 def test_releases_are_sets_of_defects() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava.errors import ConfigError
 from llava.eval import answering, eval_multimodal_chat_gpt_score, model_vqa, summarize_gpt_review
-from llava.eval.judge.page import choose
+from llava.eval.judge.page import choose_examples
 from llava.eval.judge.prompts import TEMPLATES
 from llava.eval.judge.scores import Rated
 from llava.openai_api import ApiError
@@ -205,7 +205,11 @@ def test_page_shows_examples_of_every_kind() -> None:
         return Rated(str(number), "", (), "x", scores)
 
     rows = [rated(0, (8, 8)), rated(1, (8, 2)), rated(2, None), rated(3, (8, 9)), rated(4, (8, 5))]
-    assert choose(rows, 4) == [2, 1, 3, 0] and sorted(choose(rows, 99)) == [0, 1, 2, 3, 4] and choose([], 3) == []
+    assert (
+        choose_examples(rows, 4) == [2, 1, 3, 0]
+        and sorted(choose_examples(rows, 99)) == [0, 1, 2, 3, 4]
+        and choose_examples([], 3) == []
+    )
 
 
 def test_dry_run_and_offline_send_no_request(

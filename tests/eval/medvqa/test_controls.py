@@ -5,22 +5,22 @@ from __future__ import annotations
 import pytest
 
 from llava.errors import DataError
-from llava.eval.medvqa.controls import by_type, majority, majority_items, verdicts
-from llava.eval.medvqa.items import Item
+from llava.eval.medvqa.controls import by_type, control_verdicts, majority_answers, majority_items
+from llava.eval.medvqa.items import ScoredItem
 from llava.eval.medvqa.report import full_report
 from llava.samples import from_row
 from tests.support.eval_fakes import row
 
 
-def make_items(looks: bool) -> tuple[list[Item], list[Item]]:
+def make_items(looks: bool) -> tuple[list[ScoredItem], list[ScoredItem]]:
     """Return sixty questions on thirty images; half the references are no, the answer of the blank run."""
     items, blank = [], []
     for index in range(60):
         reference = "yes" if index % 2 else "no"
         types = ("PRES",) if index % 4 < 2 else ("POS", "ABN")
         said = reference if looks else "no"
-        items.append(Item(str(index), "?", reference, said, True, types, f"{index // 2}.png"))
-        blank.append(Item(str(index), "?", reference, "no", True, types, f"{index // 2}.png"))
+        items.append(ScoredItem(str(index), "?", reference, said, True, types, f"{index // 2}.png"))
+        blank.append(ScoredItem(str(index), "?", reference, "no", True, types, f"{index // 2}.png"))
     return items, blank
 
 
@@ -33,7 +33,7 @@ def test_gain_from_the_image(looks: bool, value: float, gain: float) -> None:
     assert row_["blank"]["value"] == 50.0
     assert row_["from_picture"]["value"] == gain
     assert (row_["from_picture"]["low"] > 0) is looks
-    (sentence,) = verdicts(report["scores"]["strict"])
+    (sentence,) = control_verdicts(report["scores"]["strict"])
     assert ("NOT above a gray image" in sentence) is not looks
     types = {entry["type"]: entry for entry in report["by_type"]}
     assert set(types) == {"PRES", "POS", "ABN"}
@@ -56,7 +56,7 @@ def test_majority() -> None:
         row(3, "a", "?", "yes"),
         row(4, "a", "?", "The lung", kind="OPEN"),
     ]
-    answers = majority(map(from_row, rows), source="training answers")
+    answers = majority_answers(map(from_row, rows), source="training answers")
     assert (answers.closed, answers.open, answers.source) == ("no", "lung", "training answers")
     items, _ = make_items(True)
     assert {item.prediction for item in majority_items(items, answers)} == {"no"}
@@ -64,6 +64,6 @@ def test_majority() -> None:
     strict = report["scores"]["strict"]
     assert strict["closed accuracy"]["majority"] == 50.0
     assert strict["closed accuracy"]["above_majority"]["value"] == 50.0
-    (sentence,) = verdicts(strict)
+    (sentence,) = control_verdicts(strict)
     assert sentence.startswith("closed accuracy is above the majority answer: +50.00 points [")
-    assert majority([], source="x").closed is None
+    assert majority_answers([], source="x").closed is None

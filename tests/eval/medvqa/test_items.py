@@ -34,7 +34,7 @@ def truth(tmp_path: Path) -> list:
 
 
 def test_join_by_id_not_by_order(truth: list) -> None:
-    joined = items.join(truth, answers("9", 8, 7))
+    joined = items.join_answers(truth, answers("9", 8, 7))
     assert [(item.question_id, item.prediction) for item in joined] == [
         ("7", "answer 7"),
         ("8", "answer 8"),
@@ -47,11 +47,11 @@ def test_join_by_id_not_by_order(truth: list) -> None:
 
 def test_missing_and_extra_ids_are_named(truth: list) -> None:
     with pytest.raises(DataError, match=r"1 ids \(9\) without an answer, 1 ids \(10\) answered"):
-        items.join(truth, answers(7, 8, 10))
+        items.join_answers(truth, answers(7, 8, 10))
     with pytest.raises(DataError, match=r"more than once|unique"):
-        items.join(truth, answers(7, 7, 8, 9))
+        items.join_answers(truth, answers(7, 7, 8, 9))
     with pytest.raises(DataError, match="row 0: expected question_id and text"):
-        items.join(truth, [{"id": 1}])
+        items.join_answers(truth, [{"id": 1}])
 
 
 @pytest.mark.parametrize("text", [None, True, ["yes"]])
@@ -59,9 +59,9 @@ def test_answer_that_is_not_text_is_refused(truth: list, text: object) -> None:
     rows = answers(7, 8, 9)
     rows[1]["text"] = text
     with pytest.raises(DataError, match=r"^out\.jsonl, row 1: field 'text' must be text or a number, got \w+"):
-        items.join(truth, rows, source="out.jsonl")
+        items.join_answers(truth, rows, source="out.jsonl")
     rows[1]["text"] = 3
-    assert items.join(truth, rows)[1].prediction == "3"
+    assert items.join_answers(truth, rows)[1].prediction == "3"
 
 
 def test_rows_without_ids_are_named_by_their_number(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_rows_without_ids_are_named_by_their_number(tmp_path: Path) -> None:
     path = write(tmp_path / "test.json", rows)
     samples = items.read_truth(path)
     assert [sample.id for sample in samples] == [sample.id for sample in load_samples(path)] == ["0", "x", "2"]
-    assert items.join(samples, answers("0", "x", "2"))[2].prediction == "answer 2"
+    assert items.join_answers(samples, answers("0", "x", "2"))[2].prediction == "answer 2"
 
 
 def test_bad_truth_names_file_and_row(tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ import pytest
 
 from llava.compat import DEFECTS, parse_defects
 from llava.errors import ConfigError
-from llava.eval.medvqa.items import Item
+from llava.eval.medvqa.items import ScoredItem
 from llava.eval.medvqa.metrics import PUBLISHED, legacy_scores
 
 CANDIDATES = ["left lung", "right lung", "brain", "3"]
 
 
-def item(prediction: str, reference: str, *, closed: bool = False) -> Item:
-    return Item("1", "?", reference, prediction, closed, image="a.png")
+def item(prediction: str, reference: str, *, closed: bool = False) -> ScoredItem:
+    return ScoredItem("1", "?", reference, prediction, closed, image="a.png")
 
 
 def scores(prediction: str, reference: str, *, closed: bool = False, fix: str | None = None, **options) -> dict:

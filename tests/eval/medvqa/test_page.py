@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava.eval.medvqa import page
-from llava.eval.medvqa.items import Item
+from llava.eval.medvqa.items import ScoredItem
 
 
-def make(identity: str, prediction: str, *, failed: bool = False) -> Item:
-    return Item(identity, "Is it <b>?", "yes", prediction, True, ("A&B",), f"{identity}.png", failed)
+def make(identity: str, prediction: str, *, failed: bool = False) -> ScoredItem:
+    return ScoredItem(identity, "Is it <b>?", "yes", prediction, True, ("A&B",), f"{identity}.png", failed)
 
 
 def test_examples_take_turns() -> None:

@@ -6,12 +6,12 @@ import math
 
 import pytest
 
-from llava.eval.medvqa.items import Item
+from llava.eval.medvqa.items import ScoredItem
 from llava.eval.medvqa.metrics import closed_hit, is_unparsable, strict_scores
 
 
-def make(prediction: str, reference: str, *, closed: bool, types: tuple[str, ...] = ()) -> Item:
-    return Item("1", "?", reference, prediction, closed, types, "a.png")
+def make(prediction: str, reference: str, *, closed: bool, types: tuple[str, ...] = ()) -> ScoredItem:
+    return ScoredItem("1", "?", reference, prediction, closed, types, "a.png")
 
 
 def test_closed_hits() -> None:

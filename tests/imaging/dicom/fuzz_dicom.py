@@ -29,7 +29,7 @@ MAX_PIXELS = 1 << 20
 def test_one_input(data: bytes) -> None:
     """Decode one file; every exception but an error of this package is a finding."""
     try:
-        decode.load(data)
+        decode.load_image(data)
         image = render.render_frame(data, render.DicomPolicy(), name="fuzzed", max_pixels=MAX_PIXELS)
         assert image.mode in ("L", "RGB")
     except LlavaError:

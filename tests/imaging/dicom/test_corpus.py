@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydicom import uid
 
-from llava.errors import DataError, LlavaError, NotAPicture
+from llava.errors import DataError, LlavaError, NotAnImageError
 from llava.imaging import decode
 from tests.support.dicom_files import corpus
 from tests.support.dicom_golden import GOLDEN, describe
@@ -73,7 +73,9 @@ def test_golden(name: str) -> None:
 
 @pytest.mark.parametrize(("plain", "compressed"), SAME)
 def test_one_image_whatever_its_form(plain: str, compressed: str) -> None:
-    first, second = (np.asarray(decode.load(path_of(name).read_bytes()), dtype=int) for name in (plain, compressed))
+    first, second = (
+        np.asarray(decode.load_image(path_of(name).read_bytes()), dtype=int) for name in (plain, compressed)
+    )
     assert first.std() > 1
     assert np.abs(first - second).max() == 0
 
@@ -91,8 +93,8 @@ def test_one_image_whatever_its_form(plain: str, compressed: str) -> None:
     ],
 )
 def test_what_is_no_image_is_named(name: str, kind: str) -> None:
-    with pytest.raises(NotAPicture, match="is not an image") as caught:
-        decode.load(path_of(name).read_bytes())
+    with pytest.raises(NotAnImageError, match="is not an image") as caught:
+        decode.load_image(path_of(name).read_bytes())
     assert kind in str(caught.value)
 
 
@@ -155,7 +157,7 @@ def plain_files() -> list[str]:
 @pytest.mark.parametrize("name", plain_files())
 def test_formulas_by_hand(name: str) -> None:
     path = FILES[name]
-    found = np.asarray(decode.load(path.read_bytes()), dtype=float)
+    found = np.asarray(decode.load_image(path.read_bytes()), dtype=float)
     # One may round a value at x.5 either way; nothing else may differ.
     assert np.abs(found - by_hand(pydicom.dcmread(path, force=True))).max() <= 0.5 + 1e-6
 
@@ -173,7 +175,7 @@ def test_no_network_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    assert isinstance(decode.load(path_of("CT_small.dcm").read_bytes()), Image.Image)
+    assert isinstance(decode.load_image(path_of("CT_small.dcm").read_bytes()), Image.Image)
 
 
 def test_cut_off_anywhere_is_a_named_error() -> None:
@@ -182,7 +184,7 @@ def test_cut_off_anywhere_is_a_named_error() -> None:
     kinds = set()
     for end in range(0, len(data), 61):
         try:
-            decode.load(data[:end])
+            decode.load_image(data[:end])
         except LlavaError as error:
             kinds.add(type(error))
     assert DataError in kinds

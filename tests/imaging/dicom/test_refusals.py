@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydicom import uid
 
-from llava.errors import DataError, LlavaError, MissingDependency, NotAPicture
+from llava.errors import DataError, LlavaError, MissingDependency, NotAnImageError
 from llava.imaging import decode
 from llava.imaging.dicom import header, pixels
 from llava.imaging.dicom.pixels import Extent, extent_of
@@ -45,18 +45,18 @@ def test_limits_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
             else:
                 setattr(dataset, name, value)
         with pytest.raises(DataError, match=message):
-            decode.load(to_bytes(dataset))
+            decode.load_image(to_bytes(dataset))
     monkeypatch.setattr(decode, "MAX_PIXELS", 100)
     with pytest.raises(DataError, match="square pixels, more than"):
-        decode.load(make(np.zeros((5, 4), np.uint8), PixelAspectRatio=[10, 1]))
+        decode.load_image(make(np.zeros((5, 4), np.uint8), PixelAspectRatio=[10, 1]))
 
 
 def test_a_deflated_bomb_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make(np.zeros((1000, 1000), np.uint8), TransferSyntaxUID=uid.DeflatedExplicitVRLittleEndian)
-    assert len(data) < 5000 and decode.load(data).size == (1000, 1000)
+    assert len(data) < 5000 and decode.load_image(data).size == (1000, 1000)
     monkeypatch.setattr(header, "MAX_INFLATED", 100_000)
     with pytest.raises(DataError, match="decompresses to more than"):
-        decode.load(data)
+        decode.load_image(data)
 
 
 def test_compressed_data_that_state_another_size_are_not_decoded() -> None:
@@ -64,7 +64,7 @@ def test_compressed_data_that_state_another_size_are_not_decoded() -> None:
     place = data.index(b"\xff\x4f\xff\x51") + 8
     bomb = data[:place] + (60000).to_bytes(4, "big") * 2 + data[place + 8 :]
     with pytest.raises(DataError, match="compressed image of 60000 x 60000"):
-        decode.load(bomb)
+        decode.load_image(bomb)
     stream = io.BytesIO()
     Image.new("L", (30, 20)).save(stream, format="JPEG")
     assert extent_of(stream.getvalue()) == Extent(20, 30, 1, 8)
@@ -75,7 +75,7 @@ def test_a_missing_decoder_names_its_package(monkeypatch: pytest.MonkeyPatch) ->
     data = next(path for _, path in corpus() if path.name == "MR_small_jpeg_ls_lossless.dcm").read_bytes()
     monkeypatch.setitem(pixels.DECODERS, uid.JPEGLSLossless, ("pylibjpeg",))
     with pytest.raises(MissingDependency, match=r"pip install 'llava\[data\]'"):
-        decode.load(data)
+        decode.load_image(data)
 
 
 def test_licenses_of_decoders() -> None:
@@ -89,15 +89,15 @@ def test_videos_are_named() -> None:
     dataset["PixelData"].is_undefined_length = True
     dataset.PixelData = pydicom.encaps.encapsulate([b"\0\0\0\1" * 4])
     with pytest.raises(DataError, match="MPEG-4"):
-        decode.load(to_bytes(dataset))
+        decode.load_image(to_bytes(dataset))
 
 
 def test_a_modality_says_what_a_file_without_a_class_is() -> None:
     dataset = make_dataset(np.zeros((4, 4), np.uint8))
     dataset.Modality = "RTDOSE"
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = "1.2.3.999"
-    with pytest.raises(NotAPicture, match="a radiotherapy dose") as caught:
-        decode.load(to_bytes(dataset))
+    with pytest.raises(NotAnImageError, match="a radiotherapy dose") as caught:
+        decode.load_image(to_bytes(dataset))
     assert "1.2.3.999" not in str(caught.value)
 
 
@@ -127,7 +127,7 @@ def test_errors_and_logs_have_no_patient_data(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                decode.load(broken)
+                decode.load_image(broken)
             except LlavaError as error:
                 messages += [str(error), repr(error.__cause__), str(error.__suppress_context__)]
         messages += [str(warning.message) for warning in caught] + [caplog.text]
@@ -138,9 +138,9 @@ def test_errors_and_logs_have_no_patient_data(
 
 def test_silence_ends_with_the_reading() -> None:
     before, level = list(warnings.filters), logging.getLogger("pydicom").level
-    decode.load(make(RAMP))
+    decode.load_image(make(RAMP))
     with pytest.raises(DataError):
-        decode.load(make(RAMP)[:-9])
+        decode.load_image(make(RAMP)[:-9])
     assert list(warnings.filters) == before and logging.getLogger("pydicom").level == level
 
 
@@ -165,7 +165,7 @@ def test_changed_bytes_never_crash(data: st.DataObject) -> None:
         if not content:
             break
     try:
-        assert decode.load(bytes(content)).mode == "RGB"
+        assert decode.load_image(bytes(content)).mode == "RGB"
     except LlavaError as error:
         assert str(error)
 
@@ -174,7 +174,7 @@ def test_a_head_of_unknown_types_is_a_named_error() -> None:
     data = make(np.zeros((4, 4), np.uint8))
     place = data.index(b"\x02\x00\x02\x00UI") + 4
     with pytest.raises(DataError, match="given as bytes has a header that cannot be parsed"):
-        decode.load(data[:place] + b"U." + data[place + 2 :])
+        decode.load_image(data[:place] + b"U." + data[place + 2 :])
 
 
 @pytest.mark.slow

@@ -17,14 +17,14 @@ from pydicom.dataset import Dataset
 from llava.errors import CheckpointError, ConfigError, DataError
 from llava.imaging import decode
 from llava.imaging.dicom.policy import PRESETS, DicomPolicy
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.processing import LlavaMedProcessor
 from tests.support.dicom_files import RAMP, lookup_table, make, make_dataset, to_bytes
 
 
 def gray(data: bytes, window: str = "file", frame: str = "first") -> NDArray[Any]:
     """Return the red channel of the image of a file, as integers."""
-    image = decode.load(data, dicom=DicomPolicy(window, frame))
+    image = decode.load_image(data, dicom=DicomPolicy(window, frame))
     assert image.mode == "RGB"
     return np.asarray(image)[:, :, 0].astype(int)
 
@@ -140,25 +140,25 @@ def test_a_palette_of_eight_bits_in_sixteen() -> None:
         for color, entries in {"Red": [0, 10, 20, 255], "Green": [9, 9, 9, 9], "Blue": [255, 0, 0, 1]}.items():
             tables[f"{color}PaletteColorLookupTableDescriptor"] = [4, 0, 16]
             tables[f"{color}PaletteColorLookupTableData"] = (np.array(entries, "<u2") * scale).tobytes()
-        image = decode.load(make(values, PhotometricInterpretation="PALETTE COLOR", **tables))
+        image = decode.load_image(make(values, PhotometricInterpretation="PALETTE COLOR", **tables))
         assert np.asarray(image).reshape(-1, 3).tolist() == [[0, 9, 255], [10, 9, 0], [20, 9, 0], [255, 9, 1]]
 
 
 def test_colors() -> None:
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, (6, 4, 3), dtype=np.uint8)
-    assert np.array_equal(np.asarray(decode.load(make(values))), values)
+    assert np.array_equal(np.asarray(decode.load_image(make(values))), values)
     planes = make_dataset(values, PlanarConfiguration=1)
     planes.PixelData = values.transpose(2, 0, 1).tobytes()
-    assert np.array_equal(np.asarray(decode.load(to_bytes(planes))), values)
+    assert np.array_equal(np.asarray(decode.load_image(to_bytes(planes))), values)
     deep = rng.integers(0, 4096, (6, 4, 3)).astype(np.uint16)
-    assert np.array_equal(np.asarray(decode.load(make(deep, BitsStored=12))), np.rint(deep / 4095 * 255))
-    full = np.asarray(decode.load(make(values, PhotometricInterpretation="YBR_FULL")), dtype=float)
+    assert np.array_equal(np.asarray(decode.load_image(make(deep, BitsStored=12))), np.rint(deep / 4095 * 255))
+    full = np.asarray(decode.load_image(make(values, PhotometricInterpretation="YBR_FULL")), dtype=float)
     y, blue, red = (values[:, :, channel].astype(float) for channel in range(3))
     expected = np.stack([y + 1.402 * (red - 128), y - 0.344136 * (blue - 128) - 0.714136 * (red - 128)], axis=-1)
     assert np.abs(full[:, :, :2] - np.clip(expected, 0, 255)).max() <= 1
     with pytest.raises(DataError, match="in an unknown color space"):
-        decode.load(make(values, PhotometricInterpretation="CMYK"))
+        decode.load_image(make(values, PhotometricInterpretation="CMYK"))
 
 
 def test_frames() -> None:
@@ -197,18 +197,18 @@ def test_windows_of_single_frames() -> None:
     ],
 )
 def test_pixels_become_square(field: str, value: list[float], size: tuple[int, int]) -> None:
-    assert decode.load(make(np.zeros((30, 30), np.uint8), **{field: value})).size == size
+    assert decode.load_image(make(np.zeros((30, 30), np.uint8), **{field: value})).size == size
 
 
 def test_content_decides_and_never_the_name(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(make(np.full((4, 4), 77, np.uint8)))
-    assert decode.load("x.png", tmp_path).getpixel((0, 0)) == (77, 77, 77)
+    assert decode.load_image("x.png", tmp_path).getpixel((0, 0)) == (77, 77, 77)
     Image.new("RGB", (3, 3), (1, 2, 3)).save(tmp_path / "y.png")
     (tmp_path / "y.png").rename(tmp_path / "y.dcm")
-    assert decode.load("y.dcm", tmp_path).getpixel((0, 0)) == (1, 2, 3)
+    assert decode.load_image("y.dcm", tmp_path).getpixel((0, 0)) == (1, 2, 3)
     with pytest.raises(DataError, match=r"y\.txt cannot be decoded"):
         (tmp_path / "y.txt").write_text("DICM!" * 40)
-        decode.load("y.txt", tmp_path)
+        decode.load_image("y.txt", tmp_path)
 
 
 def test_bare_data_sets_are_read() -> None:
@@ -234,7 +234,7 @@ def test_unknown_frames(frame: str) -> None:
         DicomPolicy(frame=frame)
 
 
-def test_the_policy_is_kept_with_the_processor(tiny: Loaded, tmp_path: Path) -> None:
+def test_the_policy_is_kept_with_the_processor(tiny: LoadedModel, tmp_path: Path) -> None:
     processor = tiny.processor
     default = processor.image_fingerprint
     processor.use_dicom(DicomPolicy("lung", "middle"))

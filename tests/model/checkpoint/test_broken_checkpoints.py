@@ -14,8 +14,8 @@ import torch
 from llava import cli
 from llava.errors import LlavaError
 from llava.model.checkpoint.assemble import LoadOptions
-from llava.model.checkpoint.load import load
-from llava.model.checkpoint.tools.convert import convert
+from llava.model.checkpoint.load import load_checkpoint
+from llava.model.checkpoint.tools.convert import convert_checkpoint
 from tests.support.legacy_folders import write_legacy, write_lora, write_projector_only, write_weights
 from tests.support.tiny import write_tiny_lm
 
@@ -77,11 +77,11 @@ def assert_rejected(source: Path, work: Path, message: str, **options: Any) -> N
     """Check that loading, converting and exporting all fail with one line, and leave nothing."""
     before = sorted(str(file) for file in work.rglob("*"))
     with pytest.raises(LlavaError, match=message) as caught:
-        load(source, **options)
+        load_checkpoint(source, **options)
     assert "\n" not in str(caught.value)
     for to in ("ours", "legacy", "hf"):
         with pytest.raises(LlavaError, match=message) as caught:
-            convert(source, work / "out", to, LoadOptions(**options))
+            convert_checkpoint(source, work / "out", to, LoadOptions(**options))
         assert "\n" not in str(caught.value)
     assert sorted(str(file) for file in work.rglob("*")) == before
 
@@ -173,7 +173,7 @@ def test_a_full_folder_is_not_written_into(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(LlavaError, match="not empty"):
-        convert(folder, tmp_path / "full", "ours")
+        convert_checkpoint(folder, tmp_path / "full", "ours")
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["notes.txt"]
 
 
@@ -189,7 +189,7 @@ def test_a_training_checkpoint_with_its_state_inside(tmp_path: Path) -> None:
     folder = write_legacy(tmp_path, safe=False)
     state = torch.load(folder / "pytorch_model.bin")
     torch.save({"state_dict": state, "epoch": 3}, folder / "pytorch_model.bin")
-    expected = {name: tensor.clone() for name, tensor in load(folder).model.state_dict().items()}
+    expected = {name: tensor.clone() for name, tensor in load_checkpoint(folder).model.state_dict().items()}
     write_weights(folder, state, safe=False, num_shards=1)
-    plain = load(folder).model.state_dict()
+    plain = load_checkpoint(folder).model.state_dict()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in expected.items())

@@ -18,7 +18,7 @@ from llava.model.checkpoint.folder import write_json
 from llava.model.checkpoint.formats import read_json
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.checkpoint.tools import delta
-from llava.model.checkpoint.tools.cli import apply_delta, consolidate, make_delta, merge_lora_weights
+from llava.model.checkpoint.tools.cli import apply_delta, consolidate_main, make_delta, merge_lora_weights
 from llava.model.lora import add_lora
 from tests.model.checkpoint.test_broken_checkpoints import VICTIM, Attack, assert_rejected, cut, drop_shard
 from tests.support.legacy_folders import write_legacy, write_lora
@@ -83,9 +83,9 @@ def test_our_parts_without_their_base(tmp_path: Path) -> None:
 
 
 def cli_load(folder: Path) -> None:
-    from llava.model.checkpoint.load import load
+    from llava.model.checkpoint.load import load_checkpoint
 
-    load(folder)
+    load_checkpoint(folder)
 
 
 @pytest.fixture
@@ -98,8 +98,8 @@ def pair(tmp_path: Path) -> Path:
             for key, tensor in state.items():
                 writer.add(key, tensor)
         write_json(tmp_path / name / "config.json", read_json(lm / "config.json"))
-    writing = delta.Writing(torch.float32, 20_000, safe=False)
-    delta.make(tmp_path / "base", tmp_path / "target", tmp_path / "delta", writing)
+    writing = delta.WriteOptions(torch.float32, 20_000, safe=False)
+    delta.write_delta(tmp_path / "base", tmp_path / "target", tmp_path / "delta", writing)
     return tmp_path
 
 
@@ -114,7 +114,7 @@ def pair(tmp_path: Path) -> Path:
         (apply_delta, ["--base", "base", "--delta", "delta", "--target", "out"], "delta"),
         (make_delta, ["--base", "base", "--target", "target", "--delta", "out"], "base"),
         (make_delta, ["--base", "base", "--target", "target", "--delta", "out"], "target"),
-        (consolidate, ["--src", "target", "--dst", "out"], "target"),
+        (consolidate_main, ["--src", "target", "--dst", "out"], "target"),
     ],
 )
 def test_delta_tools(  # noqa: PLR0917

@@ -15,13 +15,13 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from llava.conversation import TEMPLATES
 from llava.data.encode import encode_prompt
 from llava.errors import CheckpointError
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.assemble import LoadOptions
-from llava.model.checkpoint.export_hf import export_hf, obstacles
+from llava.model.checkpoint.export_hf import export_hf, hf_obstacles
 from llava.model.checkpoint.formats import Checkpoint
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_adapter, save_model
-from llava.model.checkpoint.tools.convert import convert
+from llava.model.checkpoint.tools.convert import convert_checkpoint
 from llava.model.lora import add_lora, freeze_for
 from llava.samples import Conversation, Turn
 from tests.support.legacy_folders import write_lora
@@ -51,7 +51,7 @@ def library_inputs(folder: Path, image: Image.Image) -> dict[str, torch.Tensor]:
     return dict(processor(images=[image], text=text, return_tensors="pt"))
 
 
-def check(loaded: Loaded, folder: Path, image: Image.Image) -> None:
+def check(loaded: LoadedModel, folder: Path, image: Image.Image) -> None:
     """Compare ids, pixels and logits of the export with ours."""
     inputs = library_inputs(folder, image)
     ids = encode_prompt(talk(), loaded.processor, images=["image"]).input_ids
@@ -98,11 +98,11 @@ def test_every_template(tmp_path: Path, template: str) -> None:
 def test_recorded_checkpoints(shared: Path, tmp_path: Path, oracle: str, folder: str) -> None:
     """Sentencepiece tokenizers give the same prefix marks and the same mark after an image."""
     root = shared / "oracles" / oracle
-    loaded = load(root / folder, vision_tower=str(root / "vision_tower"))
+    loaded = load_checkpoint(root / folder, vision_tower=str(root / "vision_tower"))
     export_hf(loaded, tmp_path)
     with Image.open(root / "images" / "im1.png") as image:
         check(loaded, tmp_path, image.convert("RGB"))
-    again = load(tmp_path)
+    again = load_checkpoint(tmp_path)
     before = loaded.model.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in again.model.state_dict().items())
     text = " two  spaces </s>and <unk>\nmore"
@@ -122,20 +122,20 @@ def test_recorded_checkpoints(shared: Path, tmp_path: Path, oracle: str, folder:
 )
 def test_errors_name_the_reason_and_nothing_is_written(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
     loaded = tiny_llava(**options)
-    assert obstacles(loaded)
+    assert hf_obstacles(loaded)
     with pytest.raises(CheckpointError, match=reason) as caught:
         export_hf(loaded, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_our_adapter_for_plain_peft(tmp_path: Path, built: Loaded) -> None:
+def test_our_adapter_for_plain_peft(tmp_path: Path, built: LoadedModel) -> None:
     network = add_lora(built, r=4, alpha=8)
     freeze_for(network, has_adapter=True)
     shake(trained(network))
     network.eval()
     save_adapter(network, built.processor, tmp_path / "ours", origin=built.origin)
-    convert(tmp_path / "ours", tmp_path / "out", "peft")
+    convert_checkpoint(tmp_path / "ours", tmp_path / "out", "peft")
     base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out" / "base")
     inputs = {name: tensor for name, tensor in batch(built).items() if name != "labels"}
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_our_adapter_for_plain_peft(tmp_path: Path, built: Loaded) -> None:
         adapted = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter")).eval()(**inputs).logits
     torch.testing.assert_close(adapted, logits(built), rtol=0, atol=1e-5)
     assert (adapted - plain).abs().max() > 0.01
-    convert(tmp_path / "ours", tmp_path / "merged", "hf")
+    convert_checkpoint(tmp_path / "ours", tmp_path / "merged", "hf")
     merged = LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         torch.testing.assert_close(merged(**inputs).logits, logits(built), rtol=0, atol=1e-5)
@@ -152,8 +152,8 @@ def test_our_adapter_for_plain_peft(tmp_path: Path, built: Loaded) -> None:
 def test_legacy_adapter_for_plain_peft(tmp_path: Path) -> None:
     source = write_lora(tmp_path)
     options = LoadOptions(base=str(tmp_path / "lm"))
-    convert(source, tmp_path / "out", "peft", options)
-    loaded = load(source, base=str(tmp_path / "lm"), merge=False)
+    convert_checkpoint(source, tmp_path / "out", "peft", options)
+    loaded = load_checkpoint(source, base=str(tmp_path / "lm"), merge=False)
     base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out" / "base")
     inputs = {name: tensor for name, tensor in batch(loaded).items() if name != "labels"}
     with torch.no_grad():
@@ -171,26 +171,28 @@ SWITCHED_OFF = [
 
 
 @pytest.mark.parametrize("changes", SWITCHED_OFF)
-def test_preprocessing_that_is_switched_off_stays_off(tmp_path: Path, tiny: Loaded, changes: dict[str, Any]) -> None:
+def test_preprocessing_that_is_switched_off_stays_off(
+    tmp_path: Path, tiny: LoadedModel, changes: dict[str, Any]
+) -> None:
     export_hf(tiny, tmp_path / "hf")
     for name in ("preprocessor_config.json", "processor_config.json"):
         content = json.loads((tmp_path / "hf" / name).read_text())
         (content if name.startswith("pre") else content["image_processor"]).update(changes)
         (tmp_path / "hf" / name).write_text(json.dumps(content))
-    loaded = load(tmp_path / "hf")
+    loaded = load_checkpoint(tmp_path / "hf")
     check(loaded, tmp_path / "hf", tiny_image(3, 40))
     export_hf(loaded, tmp_path / "again")
     check(loaded, tmp_path / "again", tiny_image(3, 40))
 
 
-def test_images_that_would_keep_their_sizes_are_rejected(tmp_path: Path, tiny: Loaded) -> None:
+def test_images_that_would_keep_their_sizes_are_rejected(tmp_path: Path, tiny: LoadedModel) -> None:
     export_hf(tiny, tmp_path)
     for file in (tmp_path / "processor_config.json", tmp_path / "preprocessor_config.json"):
         off = '"do_resize": false, "do_center_crop": false,'
         text = file.read_text().replace('"do_resize": true,', off).replace('"do_center_crop": true,', "")
         file.write_text(text)
     with pytest.raises(CheckpointError, match="do_resize and do_center_crop are both false"):
-        load(tmp_path)
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -203,20 +205,20 @@ def test_images_that_would_keep_their_sizes_are_rejected(tmp_path: Path, tiny: L
     ],
 )
 def test_an_unknown_chat_template_is_guessed_with_a_warning(
-    tmp_path: Path, tiny: Loaded, caplog: pytest.LogCaptureFixture, chat_template: str, name: str
+    tmp_path: Path, tiny: LoadedModel, caplog: pytest.LogCaptureFixture, chat_template: str, name: str
 ) -> None:
     export_hf(tiny, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["llava_source"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "chat_template.jinja").write_text(chat_template)
-    assert load(tmp_path).processor.template.name == name
+    assert load_checkpoint(tmp_path).processor.template.name == name
     assert caplog.text.count("using template vicuna_v1. To use another one, pass --template") == (
         chat_template == "Q: A:"
     )
 
 
-def test_folders_that_transformers_saved(tmp_path: Path, tiny: Loaded) -> None:
+def test_folders_that_transformers_saved(tmp_path: Path, tiny: LoadedModel) -> None:
     """Folders of transformers 5 have its own names and none of our extra keys."""
     export_hf(tiny, tmp_path / "export")
     library = LlavaForConditionalGeneration.from_pretrained(tmp_path / "export")
@@ -224,8 +226,8 @@ def test_folders_that_transformers_saved(tmp_path: Path, tiny: Loaded) -> None:
     library.save_pretrained(tmp_path / "saved")
     AutoProcessor.from_pretrained(tmp_path / "export").save_pretrained(tmp_path / "saved")
     assert Checkpoint.open(tmp_path / "saved").kind == "hf_llava"
-    again = load(tmp_path / "saved")
+    again = load_checkpoint(tmp_path / "saved")
     assert torch.equal(logits(again), logits(tiny))
     assert again.processor.template.name == "vicuna_v1"
     save_model(again.model, again.processor, tmp_path / "ours")
-    assert torch.equal(logits(load(tmp_path / "ours")), logits(tiny))
+    assert torch.equal(logits(load_checkpoint(tmp_path / "ours")), logits(tiny))

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, constants
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint.hub import DUPLICATE_FILES, _not_needed, is_hub_name
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from tests.support.legacy_folders import write_legacy
 from tests.support.runs import arguments, train, write_parts
 
@@ -32,7 +32,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_name_loads_as_its_folder_does(cached: Path) -> None:
-    by_name, by_path = load("clinic/model").model.state_dict(), load(cached).model.state_dict()
+    by_name, by_path = load_checkpoint("clinic/model").model.state_dict(), load_checkpoint(cached).model.state_dict()
     assert by_name.keys() == by_path.keys()
     assert all(torch.equal(tensor, by_name[name]) for name, tensor in by_path.items())
 
@@ -40,12 +40,12 @@ def test_a_name_loads_as_its_folder_does(cached: Path) -> None:
 def test_training_continues_from_a_name(cached: Path, tmp_path: Path) -> None:
     parts = write_parts(tmp_path / "parts")
     train(arguments(parts, tmp_path / "run", model_name_or_path="clinic/model", vision_tower=None, max_steps=1))
-    assert load(tmp_path / "run").model.config.projector_type == "mlp2x_gelu"
+    assert load_checkpoint(tmp_path / "run").model.config.projector_type == "mlp2x_gelu"
 
 
 def test_a_missing_repository_is_one_line(cached: Path) -> None:
     with pytest.raises(CheckpointError, match="clinic/other is not a folder, and cannot be downloaded") as caught:
-        load("clinic/other")
+        load_checkpoint("clinic/other")
     assert "\n" not in str(caught.value)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint.legacy_keys import check_values, unknown_keys
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.tools.inspection import inspect_checkpoint
 from tests.support.legacy_folders import write_legacy
 
@@ -41,7 +41,7 @@ def test_values_of_published_files_are_valid() -> None:
     check_values({**values, "num_key_value_heads": None, "max_sequence_length": None}, Path("config.json"))
 
 
-@pytest.mark.parametrize("read", [load, inspect_checkpoint])
+@pytest.mark.parametrize("read", [load_checkpoint, inspect_checkpoint])
 def test_everything_that_opens_a_checkpoint_stops(tmp_path: Path, read: Any) -> None:
     folder = write_legacy(tmp_path, mm_use_im_start_end="false")
     with pytest.raises(CheckpointError, match=r"config\.json: mm_use_im_start_end is 'false'; expected true or false"):

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from llava.model.checkpoint.assemble import LoadOptions
 from llava.model.checkpoint.formats import Checkpoint
-from llava.model.checkpoint.load import load
-from llava.model.checkpoint.tools.convert import convert
+from llava.model.checkpoint.load import load_checkpoint
+from llava.model.checkpoint.tools.convert import convert_checkpoint
 from llava.model.checkpoint.tools.merge_lora import merge_lora
 from llava.model.checkpoint.weight_names import EMBEDDINGS
-from llava.tokenization import word_id
+from llava.tokenization import token_id
 from tests.support.legacy_folders import projector_weights, random_tensor, write_legacy, write_projector_only
 
 ROWS = random_tensor((2, 32), 4)
@@ -42,15 +42,15 @@ def pad_base(folder: Path, num_rows: int) -> None:
 def test_two_rows_are_those_of_the_tokens(tmp_path: Path, num_free_rows: int, has_patch_token: bool) -> None:
     folder = write_two_rows(tmp_path, mm_use_im_patch_token=has_patch_token)
     pad_base(tmp_path / "lm", num_free_rows)
-    loaded = load(folder, base=str(tmp_path / "lm"))
+    loaded = load_checkpoint(folder, base=str(tmp_path / "lm"))
     first = 261 + has_patch_token
-    ids = [word_id(loaded.processor.tokenizer, word) for word in ("<im_start>", "<im_end>")]
+    ids = [token_id(loaded.processor.tokenizer, word) for word in ("<im_start>", "<im_end>")]
     assert ids == loaded.model.config.marker_token_ids == [first, first + 1]
     assert torch.equal(loaded.model.state_dict()[EMBEDDINGS][first : first + 2], ROWS)
-    convert(folder, tmp_path / "ours", "ours", LoadOptions(base=str(tmp_path / "lm")))
+    convert_checkpoint(folder, tmp_path / "ours", "ours", LoadOptions(base=str(tmp_path / "lm")))
     merge_lora(folder, str(tmp_path / "lm"), tmp_path / "merged")
     for path in ("ours", "merged"):
-        again = load(tmp_path / path, vision_tower=str(tmp_path / "tower") if path == "merged" else None)
+        again = load_checkpoint(tmp_path / path, vision_tower=str(tmp_path / "tower") if path == "merged" else None)
         assert torch.equal(again.model.state_dict()[EMBEDDINGS], loaded.model.state_dict()[EMBEDDINGS]), path
 
 
@@ -61,7 +61,7 @@ def test_a_base_that_has_the_markers_keeps_its_size(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text((base / "config.json").read_text())
     torch.save({**projector_weights("linear"), TABLES[0]: ROWS}, folder / "mm_projector.bin")
-    table = load(folder, base=str(base)).model.state_dict()[EMBEDDINGS]
+    table = load_checkpoint(folder, base=str(base)).model.state_dict()[EMBEDDINGS]
     assert table.shape == (264, 32)
     assert torch.equal(table[262:], ROWS)
 
@@ -70,11 +70,11 @@ def test_without_the_key_the_vocabulary_has_the_patch_token(tmp_path: Path) -> N
     """An absent `mm_use_im_patch_token` means true, in every style."""
     folder = write_legacy(tmp_path)
     config = Checkpoint.open(folder).config
-    assert word_id(load(folder).processor.tokenizer, "<im_patch>") is None
+    assert token_id(load_checkpoint(folder).processor.tokenizer, "<im_patch>") is None
     (folder / "config.json").write_text(
         json.dumps({key: value for key, value in config.items() if key != "mm_use_im_patch_token"})
     )
-    loaded = load(folder)
+    loaded = load_checkpoint(folder)
     assert loaded.model.state_dict()[EMBEDDINGS].shape == (263, 32)
-    words = [word_id(loaded.processor.tokenizer, word) for word in ("<im_patch>", "<image>")]
+    words = [token_id(loaded.processor.tokenizer, word) for word in ("<im_patch>", "<image>")]
     assert words == [261, 262]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.model_card import MARK, NOT_STATED, license_of, model_parts, public_command, public_name
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.lora import add_lora
 
 
-def test_parts_and_their_licenses(tmp_path: Path, built: Loaded) -> None:
+def test_parts_and_their_licenses(tmp_path: Path, built: LoadedModel) -> None:
     folder = tmp_path / "parts"
     (folder / "lm" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     (folder / "tower" / "LICENSE").write_text("MIT License\n\nCopyright\n")
@@ -30,7 +30,7 @@ def test_parts_and_their_licenses(tmp_path: Path, built: Loaded) -> None:
     assert "license: apache-2.0" in second
 
 
-def test_data_hashes_of_the_run_and_of_its_checkpoints(tmp_path: Path, built: Loaded) -> None:
+def test_data_hashes_of_the_run_and_of_its_checkpoints(tmp_path: Path, built: LoadedModel) -> None:
     run = tmp_path / "run"
     run.mkdir()
     facts = {"data_path": "x/train.json", "data_sha256": "d" * 64, "model_sha256": "m" * 64, "seed": 7, "command": "go"}
@@ -76,7 +76,7 @@ def test_bases_that_name_each_other(tmp_path: Path) -> None:
     assert found == ["a", "b", "a"]
 
 
-def test_a_card_of_the_users_own_is_kept(tmp_path: Path, built: Loaded) -> None:
+def test_a_card_of_the_users_own_is_kept(tmp_path: Path, built: LoadedModel) -> None:
     network = add_lora(built, r=2)
     save_adapter(network, built.processor, tmp_path / "adapter", origin=built.origin)
     card = tmp_path / "adapter" / "README.md"

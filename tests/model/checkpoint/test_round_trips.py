@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from llava.errors import ConfigError
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.assemble import LoadOptions
-from llava.model.checkpoint.export_hf import obstacles
+from llava.model.checkpoint.export_hf import hf_obstacles
 from llava.model.checkpoint.files.shards import list_tensors, open_tensors
 from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.legacy.export import export_legacy
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
-from llava.model.checkpoint.tools.convert import convert
+from llava.model.checkpoint.tools.convert import convert_checkpoint
 from llava.model.checkpoint.tools.inspection import inspect_checkpoint
 from llava.model.lora import add_lora, freeze_for
 from tests.support.legacy_folders import OPTIONAL_KEYS, write_legacy, write_lora, write_projector_only
@@ -90,15 +90,15 @@ def assert_same_files(before: Path, after: Path) -> None:
 
 def round_trip(source: Path, work: Path, options: LoadOptions) -> str:
     """Convert to ours and back, and through transformers' format if it can hold the model; return the path taken."""
-    convert(source, work / "ours", "ours", options)
-    convert(work / "ours", work / "legacy", "legacy")
+    convert_checkpoint(source, work / "ours", "ours", options)
+    convert_checkpoint(work / "ours", work / "legacy", "legacy")
     assert_same_files(source, work / "legacy")
     checkpoint = Checkpoint.open(source)
-    if checkpoint.kind != "legacy" or obstacles(load(work / "ours")):
+    if checkpoint.kind != "legacy" or hf_obstacles(load_checkpoint(work / "ours")):
         return "ours"
-    convert(work / "ours", work / "hf", "hf")
-    convert(work / "hf", work / "ours again", "ours")
-    convert(work / "ours again", work / "legacy again", "legacy")
+    convert_checkpoint(work / "ours", work / "hf", "hf")
+    convert_checkpoint(work / "hf", work / "ours again", "ours")
+    convert_checkpoint(work / "ours again", work / "legacy again", "legacy")
     assert_same_files(source, work / "legacy again")
     return "ours, hf"
 
@@ -160,31 +160,33 @@ def test_recorded(shared: Path, tmp_path: Path, oracle: str, folder: str) -> Non
 def test_adapters(tmp_path: Path, safe: bool) -> None:
     source = write_lora(tmp_path, tower_adapter=True, safe=safe)
     options = LoadOptions(base=str(tmp_path / "lm"))
-    convert(source, tmp_path / "ours", "ours", options)
-    convert(tmp_path / "ours", tmp_path / "legacy", "legacy")
+    convert_checkpoint(source, tmp_path / "ours", "ours", options)
+    convert_checkpoint(tmp_path / "ours", tmp_path / "legacy", "legacy")
     assert_same_files(source, tmp_path / "legacy")
-    before = load(source, base=str(tmp_path / "lm"), merge=False)
-    after = load(tmp_path / "ours", merge=False)
+    before = load_checkpoint(source, base=str(tmp_path / "lm"), merge=False)
+    after = load_checkpoint(tmp_path / "ours", merge=False)
     assert torch.equal(logits(before), logits(after))
 
 
 @pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector.", "base_model.model.model.mm_projector."])
 def test_projectors_of_every_generation(tmp_path: Path, prefix: str) -> None:
     source = write_projector_only(tmp_path, prefix=prefix)
-    convert(source, tmp_path / "ours", "ours", LoadOptions(base=str(tmp_path / "lm")))
-    convert(tmp_path / "ours", tmp_path / "legacy", "legacy")
+    convert_checkpoint(source, tmp_path / "ours", "ours", LoadOptions(base=str(tmp_path / "lm")))
+    convert_checkpoint(tmp_path / "ours", tmp_path / "legacy", "legacy")
     assert_same_files(source, tmp_path / "legacy")
-    assert torch.equal(logits(load(tmp_path / "ours")), logits(load(source, base=str(tmp_path / "lm"))))
+    assert torch.equal(
+        logits(load_checkpoint(tmp_path / "ours")), logits(load_checkpoint(source, base=str(tmp_path / "lm")))
+    )
 
 
 @pytest.mark.parametrize("lm", ["llama", "mistral"])
 def test_models_made_here_become_legacy(tmp_path: Path, lm: str) -> None:
     loaded = tiny_llava(lm=lm, image_mode="pad")
     save_model(loaded.model, loaded.processor, tmp_path / "ours", origin=loaded.origin)
-    convert(tmp_path / "ours", tmp_path / "legacy", "legacy")
+    convert_checkpoint(tmp_path / "ours", tmp_path / "legacy", "legacy")
     checkpoint = Checkpoint.open(tmp_path / "legacy")
     assert (checkpoint.kind, checkpoint.style, checkpoint.text_type) == ("legacy", "placeholder", lm)
-    again = load(tmp_path / "legacy")
+    again = load_checkpoint(tmp_path / "legacy")
     state, before = again.model.state_dict(), loaded.model.state_dict()
     for name, tensor in before.items():
         rows = slice(-1) if name.endswith(("embed_tokens.weight", "lm_head.weight")) else slice(None)
@@ -195,36 +197,38 @@ def test_models_made_here_become_legacy(tmp_path: Path, lm: str) -> None:
 def test_a_legacy_export_does_not_need_the_folders_it_was_built_from(tmp_path: Path) -> None:
     loaded = tiny_llava()  # its parts are gone by now
     export_legacy(loaded, tmp_path / "legacy")
-    torch.testing.assert_close(logits(load(tmp_path / "legacy")), logits(loaded), rtol=0, atol=0)
+    torch.testing.assert_close(logits(load_checkpoint(tmp_path / "legacy")), logits(loaded), rtol=0, atol=0)
 
 
-def test_adapters_and_projectors_made_here_become_legacy(tmp_path: Path, built: Loaded) -> None:
+def test_adapters_and_projectors_made_here_become_legacy(tmp_path: Path, built: LoadedModel) -> None:
     save_projector(built.model, built.processor, tmp_path / "projector", origin=built.origin)
-    convert(tmp_path / "projector", tmp_path / "legacy projector", "legacy")
+    convert_checkpoint(tmp_path / "projector", tmp_path / "legacy projector", "legacy")
     base = str(tmp_path / "parts" / "lm")
-    again = load(tmp_path / "legacy projector", base=base, template="vicuna_v1")
+    again = load_checkpoint(tmp_path / "legacy projector", base=base, template="vicuna_v1")
     torch.testing.assert_close(logits(again), logits(built), rtol=0, atol=1e-6)
     network = add_lora(built, r=4, alpha=8)
     freeze_for(network, has_adapter=True)
     shake(trained(network))
     network.eval()
     save_adapter(network, built.processor, tmp_path / "adapter", origin=built.origin)
-    convert(tmp_path / "adapter", tmp_path / "legacy adapter", "legacy")
+    convert_checkpoint(tmp_path / "adapter", tmp_path / "legacy adapter", "legacy")
     assert Checkpoint.open(tmp_path / "legacy adapter").kind == "legacy_adapter"
-    again = load(tmp_path / "legacy adapter", base=base, merge=False)
+    again = load_checkpoint(tmp_path / "legacy adapter", base=base, merge=False)
     torch.testing.assert_close(logits(again), logits(built), rtol=0, atol=1e-5)
 
 
-def test_options_that_a_rewritten_part_does_not_take_are_rejected(tmp_path: Path, built: Loaded) -> None:
+def test_options_that_a_rewritten_part_does_not_take_are_rejected(tmp_path: Path, built: LoadedModel) -> None:
     half = LoadOptions(dtype=torch.float16)
     stage1 = write_projector_only(tmp_path)
     with pytest.raises(ConfigError, match=r"omit --dtype, or .* --to model"):
-        convert(stage1, tmp_path / "out", "ours", LoadOptions(base=str(tmp_path / "lm"), dtype=torch.float16))
+        convert_checkpoint(
+            stage1, tmp_path / "out", "ours", LoadOptions(base=str(tmp_path / "lm"), dtype=torch.float16)
+        )
     save_projector(built.model, built.processor, tmp_path / "projector", origin=built.origin)
     with pytest.raises(ConfigError, match="omit --dtype"):
-        convert(tmp_path / "projector", tmp_path / "out", "legacy", half)
+        convert_checkpoint(tmp_path / "projector", tmp_path / "out", "legacy", half)
     with pytest.raises(ConfigError, match="--model-base, --template would change nothing"):
-        convert(tmp_path / "projector", tmp_path / "out", "legacy", LoadOptions(base="x", template="plain"))
+        convert_checkpoint(tmp_path / "projector", tmp_path / "out", "legacy", LoadOptions(base="x", template="plain"))
     assert not (tmp_path / "out").exists()
 
 
@@ -235,11 +239,11 @@ def test_a_projector_whose_file_names_no_language_model_becomes_a_whole_legacy_c
     kept = {key: value for key, value in config.items() if key.startswith(("mm_", "tune_", "image_"))}
     (stage1 / "config.json").write_text(json.dumps({**kept, "a_key_of_tomorrow": 1}))
     base = LoadOptions(base=str(tmp_path / "lm"))
-    convert(stage1, tmp_path / "legacy", "legacy", base)
+    convert_checkpoint(stage1, tmp_path / "legacy", "legacy", base)
     written = json.loads((tmp_path / "legacy" / "config.json").read_text())
     assert {key: written[key] for key in ("hidden_size", "num_hidden_layers")} == {
         key: config[key] for key in ("hidden_size", "num_hidden_layers")
     }
     assert (written["model_type"], written["a_key_of_tomorrow"]) == ("llava_llama", 1)
-    again = load(tmp_path / "legacy")
-    torch.testing.assert_close(logits(again), logits(load(stage1, base=base.base, template="vicuna_v1")))
+    again = load_checkpoint(tmp_path / "legacy")
+    torch.testing.assert_close(logits(again), logits(load_checkpoint(stage1, base=base.base, template="vicuna_v1")))

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llava.errors import CheckpointError
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.formats import Checkpoint
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.load_parts import load_projector
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.lora import add_lora
@@ -35,12 +35,12 @@ def test_large_models_are_sharded_and_old_shards_do_not_stay(tmp_path: Path, mon
         save_model(loaded.model, loaded.processor, tmp_path)
     assert (tmp_path / "model.safetensors.index.json").is_file()
     assert not (tmp_path / "model.safetensors").exists()
-    assert torch.equal(logits(load(tmp_path)), logits(loaded))
+    assert torch.equal(logits(load_checkpoint(tmp_path)), logits(loaded))
     save_model(loaded.model, loaded.processor, tmp_path)
     assert [file.name for file in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
 
 
-def test_use_cache_is_on_in_what_is_saved(tmp_path: Path, tiny: Loaded) -> None:
+def test_use_cache_is_on_in_what_is_saved(tmp_path: Path, tiny: LoadedModel) -> None:
     tiny.model.config.use_cache = tiny.model.config.text_config.use_cache = False
     save_model(tiny.model, tiny.processor, tmp_path)
     assert tiny.model.config.text_config.use_cache is False
@@ -50,7 +50,7 @@ def test_use_cache_is_on_in_what_is_saved(tmp_path: Path, tiny: Loaded) -> None:
 
 
 def test_an_interrupted_save_leaves_the_old_model(
-    tmp_path: Path, tiny: Loaded, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model(tiny.model, tiny.processor, tmp_path)
     expected = logits(tiny)
@@ -63,7 +63,7 @@ def test_an_interrupted_save_leaves_the_old_model(
     monkeypatch.setattr(type(tiny.model), "save_pretrained", half)
     with pytest.raises(KeyboardInterrupt):
         save_model(tiny.model, tiny.processor, tmp_path)
-    assert torch.equal(logits(load(tmp_path)), expected)
+    assert torch.equal(logits(load_checkpoint(tmp_path)), expected)
     assert not list(tmp_path.glob(".saving-*"))
 
 
@@ -76,7 +76,9 @@ def test_an_interrupted_save_leaves_the_old_model(
         ("multi_modal_projector.", ("linear_1", "linear_2")),
     ],
 )
-def test_published_names_of_the_projector(tmp_path: Path, tiny: Loaded, prefix: str, layers: tuple[str, str]) -> None:
+def test_published_names_of_the_projector(
+    tmp_path: Path, tiny: LoadedModel, prefix: str, layers: tuple[str, str]
+) -> None:
     weights = {name: tensor + 1 for name, tensor in tiny.model.model.multi_modal_projector.state_dict().items()}
     names = dict(zip(("0", "2"), layers, strict=True))
     torch.save({f"{prefix}{names[name[0]]}{name[1:]}": tensor for name, tensor in weights.items()}, tmp_path / "x.bin")
@@ -120,7 +122,7 @@ class Evil:
         return (Path.touch, (Path("hacked"),))  # type: ignore[return-value]
 
 
-def test_pickles_are_not_executed(tmp_path: Path, tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickles_are_not_executed(tmp_path: Path, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"model.mm_projector.weight": Evil()}, tmp_path / "mm_projector.bin")
     with pytest.raises(CheckpointError, match="more than tensors"):
@@ -131,7 +133,7 @@ def test_pickles_are_not_executed(tmp_path: Path, tiny: Loaded, monkeypatch: pyt
         load_projector(tiny.model, tmp_path / "list.bin")
 
 
-def test_saved_weights_open_without_this_package(tmp_path: Path, built: Loaded) -> None:
+def test_saved_weights_open_without_this_package(tmp_path: Path, built: LoadedModel) -> None:
     """The language model's weights keep transformers' names, which other tools read."""
     save_model(built.model, built.processor, tmp_path / "model")
     names = set(load_file(tmp_path / "model" / "model.safetensors"))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint.formats import Checkpoint
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.vision_tower import PUBLISHED_TOWERS, find_tower
 from llava.model.multimodal_encoder.towers import input_size
 from tests.support.legacy_folders import write_legacy
@@ -32,27 +32,27 @@ def test_a_published_tower_inside_needs_no_download(tmp_path: Path) -> None:
 
 def test_a_tower_inside_is_used_and_not_the_one_it_names(tmp_path: Path) -> None:
     folder = write_legacy(tmp_path)
-    expected = logits(load(folder))
+    expected = logits(load_checkpoint(folder))
     other = write_tiny_tower(tmp_path / "other", seed=99)
-    assert logits(load(folder, vision_tower=str(other))).equal(expected)
+    assert logits(load_checkpoint(folder, vision_tower=str(other))).equal(expected)
     (tmp_path / "b").mkdir()
     beside = write_legacy(tmp_path / "b", tower_inside=False)
-    assert logits(load(beside)).equal(expected)
-    assert not logits(load(beside, vision_tower=str(other))).equal(expected)
+    assert logits(load_checkpoint(beside)).equal(expected)
+    assert not logits(load_checkpoint(beside, vision_tower=str(other))).equal(expected)
 
 
 def test_relative_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_legacy(tmp_path, tower_inside=False, mm_vision_tower="tower")
     with pytest.raises(CheckpointError, match="--vision-tower"):
-        load(folder)
+        load_checkpoint(folder)
     monkeypatch.chdir(tmp_path)
-    expected = logits(load(folder))
+    expected = logits(load_checkpoint(folder))
     monkeypatch.chdir("/")
     (tmp_path / "tower").rename(folder / "tower")
-    assert logits(load(folder)).equal(expected)
+    assert logits(load_checkpoint(folder)).equal(expected)
 
 
 def test_no_tower_named(tmp_path: Path) -> None:
     folder = write_legacy(tmp_path, tower_inside=False, mm_vision_tower=None)
     with pytest.raises(CheckpointError, match="names no vision tower"):
-        load(folder)
+        load_checkpoint(folder)

@@ -18,8 +18,8 @@ from transformers import AutoModel
 
 from llava.errors import CheckpointError, ConfigError
 from llava.imaging.image_processor import OpenClipImageProcessorPil, load_image_processor
-from llava.model.builder import build
-from llava.model.checkpoint.load import load
+from llava.model.builder import build_model
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_model
 from llava.model.multimodal_encoder.open_clip_encoder import convert, loading, trunks
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import (
@@ -211,7 +211,7 @@ def test_the_center_crop_is_that_of_open_clip() -> None:
 def test_a_model_around_the_tower_is_saved_and_found_again(tmp_path: Path) -> None:
     given = write_tower(tmp_path / "tower", "scaled")
     lm = write_tiny_lm(tmp_path / "lm")
-    loaded = build(
+    loaded = build_model(
         str(lm), "my_tower", vision_tower_config=given["config_file"], vision_tower_checkpoint=given["checkpoint"]
     )
     image = tiny_image(0, 41).resize((41, 28))
@@ -220,7 +220,7 @@ def test_a_model_around_the_tower_is_saved_and_found_again(tmp_path: Path) -> No
     states = timm_states(timm_weights(SMALL["scaled"]), SMALL["scaled"], pixels)
     torch.testing.assert_close(features, states[-2][:, 1:], rtol=0, atol=1e-5)
     save_model(loaded.model, loaded.processor, tmp_path / "saved", origin=loaded.origin)
-    again = load(tmp_path / "saved")
+    again = load_checkpoint(tmp_path / "saved")
     assert type(again.processor.image_processor) is OpenClipImageProcessorPil
     assert torch.equal(again.processor.pixels([image]), pixels)
     assert torch.equal(again.model.tower_features(pixels), features)

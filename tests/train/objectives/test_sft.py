@@ -13,7 +13,7 @@ from llava.constants import IGNORE_INDEX
 from llava.data.collator import Collator
 from llava.data.dataset import SFTDataset
 from llava.data.records import load_samples
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.train.losses import edge_sum, edge_sums, token_logprobs
 from llava.train.objectives.sft import OBJECTIVES, SFT
 from tests.support.runs import write_uneven
@@ -58,7 +58,7 @@ def test_logprobs_are_float32() -> None:
 
 
 @pytest.mark.parametrize("layout", ["tree", "flat", "padded"])
-def test_sft_is_the_librarys_loss(tiny: Loaded, tmp_path: Path, layout: str) -> None:
+def test_sft_is_the_librarys_loss(tiny: LoadedModel, tmp_path: Path, layout: str) -> None:
     """Return the mean over all trained tokens from the model's own loss, one sequence at a time."""
     dataset = SFTDataset(
         load_samples(write_uneven(tmp_path)), tiny.processor, image_folder=tmp_path / "images", max_length=2048

@@ -21,7 +21,7 @@ SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 MLP = re.compile(r"mlp(\d+)x_gelu")
 
 
-def refusals(checkpoint: Checkpoint) -> Iterator[str]:
+def legacy_refusals(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield the reasons why a legacy checkpoint cannot be read."""
     config = checkpoint.config
     if checkpoint.text_type not in TEXT_TYPES:

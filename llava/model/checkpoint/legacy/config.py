@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from llava.errors import CheckpointError
 from llava.imaging.anyres import parse_pinpoints
 from llava.model.checkpoint.formats import Checkpoint
-from llava.model.checkpoint.legacy.checks import SELECT_STRATEGIES, refusals
+from llava.model.checkpoint.legacy.checks import SELECT_STRATEGIES, legacy_refusals
 from llava.model.checkpoint.legacy_keys import (
     ARCHITECTURES,
     FOREIGN_KEYS,
@@ -47,7 +47,7 @@ def check_supported(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it would not; the message has the first reason.
     """
-    for reason in refusals(checkpoint):
+    for reason in legacy_refusals(checkpoint):
         raise CheckpointError(f"{checkpoint.path}: {reason}")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.assemble import mean_rows
 from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter, flat_bytes
 from llava.model.checkpoint.folder import TOKENIZER_CONFIG_FILE, TOKENIZERS_CLASS, copy_source, name_known_class
@@ -38,7 +38,7 @@ from llava.model.checkpoint.weight_names import (
 from llava.model.config import LlavaMedConfig
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import TRUNK_PREFIX, to_open_clip
 from llava.processing import LlavaMedProcessor
-from llava.tokenization import word_id
+from llava.tokenization import token_id
 from llava.utils.jsonl import write_json
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def _rotary(config: LlavaMedConfig, buffers: dict[str, str]) -> Iterator[tuple[s
 
 
 def export_legacy(
-    loaded: Loaded,
+    loaded: LoadedModel,
     path: str | Path,
     *,
     source_folder: str | Path | None = None,
@@ -214,7 +214,7 @@ def keep_template(folder: Path, processor: LlavaMedProcessor) -> None:
     Settings that the format cannot hold at all are named in a warning.
     """
     checkpoint = Checkpoint.open(folder)
-    words = [word for word in [PAD_TOKEN] if word_id(processor.tokenizer, word) is not None]
+    words = [word for word in [PAD_TOKEN] if token_id(processor.tokenizer, word) is not None]
     if checkpoint.template(words) != processor.template.name:
         write_json(folder / CONFIG_FILE, {**checkpoint.config, TEMPLATE_KEY: processor.template.name})
     lost = [] if processor.system is None else ["a system text of its own"]
@@ -224,7 +224,7 @@ def keep_template(folder: Path, processor: LlavaMedProcessor) -> None:
         logger.warning("%s: the legacy format cannot hold %s", folder, " and ".join(lost))
 
 
-def _write_tower_settings(loaded: Loaded, folder: Path) -> None:
+def _write_tower_settings(loaded: LoadedModel, folder: Path) -> None:
     """Write configuration and preprocessing of a tower whose weights are inside the checkpoint."""
     folder.mkdir(exist_ok=True)
     vision: Any = loaded.model.config.vision_config

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.model.builder import Loaded, portable
+from llava.model.builder import LoadedModel, portable_path
 from llava.model.checkpoint.assemble import LoadOptions
 from llava.model.checkpoint.files.shards import open_tensors
 from llava.model.checkpoint.folder import SOURCE_FOLDER, copy_source
@@ -59,7 +59,7 @@ from llava.utils.jsonl import write_json
 TOWER_ADAPTER_FOLDER = "Vit-lora"
 
 
-def convert_adapter(checkpoint: Checkpoint, options: LoadOptions, path: Path) -> Loaded:
+def convert_adapter(checkpoint: Checkpoint, options: LoadOptions, path: Path) -> LoadedModel:
     """Write a legacy adapter as one of ours.
 
     Raises:
@@ -111,13 +111,13 @@ def _file(folder: Path) -> Path:
     return file
 
 
-def _origin(checkpoint: Checkpoint, options: LoadOptions, loaded: Loaded) -> dict[str, Any]:
+def _origin(checkpoint: Checkpoint, options: LoadOptions, loaded: LoadedModel) -> dict[str, Any]:
     """Return how our loader assembles the base: from its parts, or from a legacy model."""
     checkpoint, base = with_base(checkpoint, options)
     assert base is not None  # adapters and projectors always have one
     if base.kind != "language_model":
         parts = {name: value for name, value in options.parts.items() if name not in ("base", "tower_adapter")}
-        return {"base": portable(str(base.folder)), "load": parts}
+        return {"base": portable_path(str(base.folder)), "load": parts}
     config, processor = cast(LlavaMedConfig, loaded.model.config), loaded.processor
     tower = {
         name: options.parts.get(name) or checkpoint.config.get(f"mm_{name}")
@@ -125,7 +125,7 @@ def _origin(checkpoint: Checkpoint, options: LoadOptions, loaded: Loaded) -> dic
     }
     return {
         "build": {
-            "lm": portable(str(base.folder)),
+            "lm": portable_path(str(base.folder)),
             **{name: _found(checkpoint, value) for name, value in tower.items() if value},
             "projector_type": config.projector_type,
             "projector_kwargs": config.projector_kwargs,
@@ -150,7 +150,7 @@ def _found(checkpoint: Checkpoint, name: str) -> str:
     return name
 
 
-def convert_projector(checkpoint: Checkpoint, options: LoadOptions, path: Path) -> Loaded:
+def convert_projector(checkpoint: Checkpoint, options: LoadOptions, path: Path) -> LoadedModel:
     """Write a legacy projector as one of ours, with the same tensors and the same base.
 
     Raises:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from llava.errors import CheckpointError
 from llava.model.anyres import write_policy
-from llava.model.builder import Loaded, finish, portable
+from llava.model.builder import LoadedModel, finish_model, portable_path
 from llava.model.checkpoint.assemble import LoadOptions, grow_tables, marker_rows, model_from_state, take_rows
 from llava.model.checkpoint.files.shards import TensorReader, open_tensors
 from llava.model.checkpoint.formats import EXTRA_FILE, KINDS, PAD_TOKEN, Checkpoint
@@ -51,13 +51,13 @@ from llava.model.checkpoint.weight_names import (
     TOWER,
     is_buffer,
     projector_suffix,
-    renamed,
+    renamed_prefix,
 )
 from llava.model.config import LlavaMedConfig
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import to_transformers
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line, num_extra_tokens, num_patches
 from llava.processing import LlavaMedProcessor
-from llava.tokenization import word_id
+from llava.tokenization import token_id
 
 EMPTY_TOKENS = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 """Special tokens that early conversions of LLaMA left empty."""
@@ -76,7 +76,7 @@ def load_tokenizer(folder: Path) -> Any:
     except UNREADABLE as error:
         raise CheckpointError(f"{folder} holds no usable tokenizer: {first_line(error)}") from error
     for name, token in EMPTY_TOKENS.items():
-        if not getattr(tokenizer, name, None) and word_id(tokenizer, token) is not None:
+        if not getattr(tokenizer, name, None) and token_id(tokenizer, token) is not None:
             setattr(tokenizer, name, token)
             logger.info("%s: %s was empty, set to %s", folder, name, token)
     return tokenizer
@@ -97,7 +97,7 @@ def make_processor(
         tokenizer,
         image_processor,
         template=template
-        or checkpoint.template([word for word in [PAD_TOKEN] if word_id(tokenizer, word) is not None]),
+        or checkpoint.template([word for word in [PAD_TOKEN] if token_id(tokenizer, word) is not None]),
         image_mode=image_mode(checkpoint.config),
         patch_merge_type=merge_type(checkpoint.config),
         image_grid_pinpoints=checkpoint.config.get("image_grid_pinpoints"),
@@ -123,7 +123,7 @@ class GatheredWeights:
     num_rows: int
 
 
-def load_legacy(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
+def load_legacy(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
     """Load a checkpoint of a legacy format.
 
     Raises:
@@ -151,7 +151,7 @@ def load_legacy(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     if merge and gathered.adapters:
         gathered.state.update(merged_weights(gathered.state, gathered.adapters))
     model = model_from_state(config, gathered.state, options, name=str(checkpoint.path))
-    loaded = finish(model, processor, {"base": portable(str(checkpoint.folder)), "load": options.parts})
+    loaded = finish_model(model, processor, {"base": portable_path(str(checkpoint.folder)), "load": options.parts})
     loaded.context_len = int(checkpoint.config.get("max_sequence_length") or loaded.context_len)
     if gathered.adapters and not merge:
         loaded.model = cast(Any, attach_adapters(model, gathered.adapters))
@@ -245,7 +245,7 @@ def _take(state: dict[str, Tensor], buffers: dict[str, str], checkpoint: Checkpo
             kind = next(kind for kind, pattern in BUFFERS.items() if pattern.fullmatch(name))
             buffers[kind] = str(tensor.dtype).removeprefix("torch.")
             continue
-        ours = renamed(name, LEGACY_PREFIXES)
+        ours = renamed_prefix(name, LEGACY_PREFIXES)
         if ours is None:
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {name} belongs to no part of the model; see `llava checkpoint inspect`"

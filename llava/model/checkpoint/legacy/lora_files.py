@@ -17,7 +17,14 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shards import TensorReader, open_tensors
 from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, ADAPTER_FILES, first_file, read_json
-from llava.model.checkpoint.weight_names import LEGACY_PREFIXES, PEFT_PREFIX, TOWER, TOWER_ROOT, renamed, without_peft
+from llava.model.checkpoint.weight_names import (
+    LEGACY_PREFIXES,
+    PEFT_PREFIX,
+    TOWER,
+    TOWER_ROOT,
+    renamed_prefix,
+    without_peft,
+)
 
 PARTS = (".lora_A.", ".lora_B.")
 
@@ -169,7 +176,7 @@ def _layer(name: str, *, tower: bool) -> str | None:
     layer = name.split(part, maxsplit=1)[0]
     if tower and layer.startswith(TOWER_ROOT):
         return TOWER + layer.removeprefix(TOWER_ROOT)
-    return renamed(without_peft(layer), LEGACY_PREFIXES)
+    return renamed_prefix(without_peft(layer), LEGACY_PREFIXES)
 
 
 def merged_weights(state: Mapping[str, Tensor], adapters: list[LegacyLora]) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from llava.model.checkpoint.tools import delta
 from llava.model.checkpoint.weight_names import is_buffer, projector_suffix
 from llava.utils.cli import Parser
 from llava.utils.jsonl import write_json
-from llava.utils.log import progress
+from llava.utils.log import with_progress
 
 GIGABYTE = 10**9
 
@@ -46,8 +46,8 @@ def _shard_bytes(args: Namespace) -> int:
     return int(args.max_shard_gb * GIGABYTE)
 
 
-def _writing(args: Namespace) -> delta.Writing:
-    return delta.Writing(delta.DTYPES[args.dtype], _shard_bytes(args), safe=not args.bin)
+def _writing(args: Namespace) -> delta.WriteOptions:
+    return delta.WriteOptions(delta.DTYPES[args.dtype], _shard_bytes(args), safe=not args.bin)
 
 
 def apply_delta(argv: Sequence[str] | None = None) -> None:
@@ -59,7 +59,7 @@ def apply_delta(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--delta-path", type=Path, required=True, help="folder of the delta")
     parser.add_switch("--verify", help="compare the result with the checksum in the delta")
     args = parser.parse_args(argv)
-    found = delta.apply(
+    found = delta.write_target(
         args.base_model_path, args.delta_path, args.target_model_path, _writing(args), verify=args.verify
     )
     if found == "unknown base":
@@ -76,7 +76,7 @@ def make_delta(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--delta-path", type=Path, required=True, help="new folder")
     parser.add_argument("--hub-repo-id", help="hub repository to which the delta is also uploaded")
     args = parser.parse_args(argv)
-    record = delta.make(args.base_model_path, args.target_model_path, args.delta_path, _writing(args))
+    record = delta.write_delta(args.base_model_path, args.target_model_path, args.delta_path, _writing(args))
     sys.stdout.write(f"{args.delta_path}: target - base, {args.dtype}, result sha256 {record['result_sha256']}\n")
     if args.hub_repo_id:
         _upload(args.delta_path, args.hub_repo_id)
@@ -94,7 +94,7 @@ def _upload(folder: Path, repo_id: str) -> None:
         raise CheckpointError(f"{folder} was written, but not uploaded to {repo_id}: {' '.join(reason)}") from error
 
 
-def consolidate(argv: Sequence[str] | None = None) -> None:
+def consolidate_main(argv: Sequence[str] | None = None) -> None:
     """Run `python -m llava.model.consolidate`."""
     about = "Rewrite a checkpoint with one dtype and even shards, without rotary tables and training state."
     parser = _delta_parser("consolidate", about, "--src checkpoint-1000 --dst llava-7b")
@@ -105,7 +105,7 @@ def consolidate(argv: Sequence[str] | None = None) -> None:
     with open_tensors(args.src) as source, new_folder(args.dst) as folder:
         names = [name for name in source.names if not is_buffer(name)]
         with delta.shard_writer(folder, writing) as writer:
-            for name in progress(names, title="consolidate", unit="tensor"):
+            for name in with_progress(names, title="consolidate", unit="tensor"):
                 writer.add(name, delta.in_dtype(source.read(name), writing.dtype))
         copy_companions(args.src, folder, dtype=writing.dtype)
         _upgrade(folder, names)

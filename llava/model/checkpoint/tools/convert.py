@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from llava.errors import CheckpointError, ConfigError, LlavaError
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.assemble import LoadOptions
 from llava.model.checkpoint.export_hf import export_hf
 from llava.model.checkpoint.folder import keep_source, source_of
@@ -34,7 +34,7 @@ from llava.model.checkpoint.legacy.export_parts import (
     export_legacy_adapter,
     export_legacy_projector,
 )
-from llava.model.checkpoint.load import PART_FLAGS, load
+from llava.model.checkpoint.load import PART_FLAGS, load_checkpoint
 from llava.model.checkpoint.save import new_files, save_model
 from llava.model.multimodal_encoder.towers import first_line
 from llava.utils.cli import Parser
@@ -48,10 +48,10 @@ DTYPES: dict[str, Any] = {
 }
 
 
-def open_source(checkpoint: Checkpoint, options: LoadOptions, *, merge: bool = True) -> Loaded:
+def open_source(checkpoint: Checkpoint, options: LoadOptions, *, merge: bool = True) -> LoadedModel:
     """Load the source with the parts that were given."""
     parts: dict[str, Any] = {name: value for name, value in options.parts.items() if name != "base"}
-    loaded = load(checkpoint.path, base=options.base, dtype=options.dtype, merge=merge, **parts)
+    loaded = load_checkpoint(checkpoint.path, base=options.base, dtype=options.dtype, merge=merge, **parts)
     if checkpoint.kind.startswith("legacy") and merge and not (checkpoint.tower_adapter or options.tower_adapter):
         remember_tower(loaded.model)
     return loaded
@@ -130,7 +130,7 @@ def to_peft(checkpoint: Checkpoint, options: LoadOptions, path: Path) -> None:
         for name, tensor in adapted.state_dict().items()
         if "lora_" in name
     }
-    base = Loaded(cast(Any, adapted.unload()), loaded.processor, loaded.context_len, loaded.origin)
+    base = LoadedModel(cast(Any, adapted.unload()), loaded.processor, loaded.context_len, loaded.origin)
     export_hf(base, path / "base")
     with new_files(path / "adapter") as folder:
         config.save_pretrained(folder)
@@ -147,7 +147,9 @@ WRITERS: dict[str, Callable[[Checkpoint, LoadOptions, Path], None]] = {
 EXPORTS = ("hf", "legacy", "peft")
 
 
-def convert(source: str | Path, target: str | Path, to: str, options: LoadOptions | None = None) -> Checkpoint:
+def convert_checkpoint(
+    source: str | Path, target: str | Path, to: str, options: LoadOptions | None = None
+) -> Checkpoint:
     """Write a checkpoint in another format and return what was written.
 
     Args:
@@ -221,7 +223,7 @@ def _run(argv: Sequence[str] | None, command: str, choices: Sequence[str], defau
     parser.add_argument("--to", default=default, choices=list(choices), help="format to write")
     add_part_options(parser)
     args = parser.parse_args(argv)
-    written = convert(args.source, args.target, args.to, part_options(args))
+    written = convert_checkpoint(args.source, args.target, args.to, part_options(args))
     sys.stdout.write(f"{args.target}: {KINDS[written.kind]}, {len(written.tensors) + len(written.extra)} tensors\n")
 
 

@@ -30,9 +30,9 @@ from llava.model.checkpoint.weight_names import (
     LANGUAGE_MODEL,
     LEGACY_PREFIXES,
     is_buffer,
-    renamed,
+    renamed_prefix,
 )
-from llava.utils.log import progress
+from llava.utils.log import with_progress
 
 HEAD_WEIGHT = HEAD + "weight"
 GROWN = (EMBEDDINGS, HEAD_WEIGHT)
@@ -51,7 +51,7 @@ def common_names(names: Iterable[str]) -> dict[str, str]:
     """Return the names of a checkpoint's tensors by our names, without computed tables."""
     kept = [name for name in names if not is_buffer(name)]
     prefixes = HF_PREFIXES if any("language_model." in name for name in kept) else LEGACY_PREFIXES
-    return {renamed(name, prefixes) or name: name for name in kept}
+    return {renamed_prefix(name, prefixes) or name: name for name in kept}
 
 
 def partners(own: Mapping[str, TensorEntry], base: Mapping[str, TensorEntry], what: str) -> dict[str, str | None]:
@@ -119,7 +119,7 @@ Arithmetic = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Writing:
+class WriteOptions:
     """Format of the new folder.
 
     Attributes:
@@ -196,7 +196,7 @@ class Checksum:
         return self._digest.hexdigest()
 
 
-def make(base: Path, target: Path, delta: Path, writing: Writing | None = None) -> dict[str, Any]:
+def write_delta(base: Path, target: Path, delta: Path, writing: WriteOptions | None = None) -> dict[str, Any]:
     """Write `target - base` with the target's configuration and tokenizer.
 
     Returns:
@@ -205,12 +205,12 @@ def make(base: Path, target: Path, delta: Path, writing: Writing | None = None) 
     Raises:
         CheckpointError: a folder cannot be read, they do not fit, or `delta` holds files.
     """
-    writing = writing or Writing()
+    writing = writing or WriteOptions()
     checksum = Checksum()
     with open_tensors(base) as old, open_tensors(target) as new, new_folder(delta) as folder:
         pairs = partners(new.entries, old.entries, str(target))
         with shard_writer(folder, writing) as writer:
-            for name, partner in progress(pairs.items(), title="delta", unit="tensor", total=len(pairs)):
+            for name, partner in with_progress(pairs.items(), title="delta", unit="tensor", total=len(pairs)):
                 known = None if partner is None else old.read(partner)
                 difference = combine(new.read(name), known, torch.sub, writing.dtype)
                 writer.add(name, difference)
@@ -225,8 +225,8 @@ def make(base: Path, target: Path, delta: Path, writing: Writing | None = None) 
     return record
 
 
-def apply(
-    base: Path, delta: Path, target: Path, writing: Writing | None = None, *, verify: bool = False
+def write_target(
+    base: Path, delta: Path, target: Path, writing: WriteOptions | None = None, *, verify: bool = False
 ) -> Literal["verified", "not verified", "unknown base"]:
     """Write `base + delta` with the delta's configuration and tokenizer.
 
@@ -243,14 +243,14 @@ def apply(
     Raises:
         CheckpointError: a folder cannot be read, they do not fit, or `target` holds files; nothing is written then.
     """
-    writing = writing or Writing()
+    writing = writing or WriteOptions()
     record = read_record(delta)
     checksum = Checksum() if verify else None
     with open_tensors(base) as old, open_tensors(delta) as new, new_folder(target) as folder:
         pairs = partners(new.entries, old.entries, str(delta))
         _check_base(base, old, record)
         with shard_writer(folder, writing) as writer:
-            for name, partner in progress(pairs.items(), title="target", unit="tensor", total=len(pairs)):
+            for name, partner in with_progress(pairs.items(), title="target", unit="tensor", total=len(pairs)):
                 known = None if partner is None else old.read(partner)
                 result = combine(new.read(name), known, torch.add, writing.dtype)
                 writer.add(name, result)
@@ -283,7 +283,7 @@ def _check_base(path: Path, base: TensorReader, record: Mapping[str, Any]) -> No
         )
 
 
-def _check_result(checksum: Checksum, record: Mapping[str, Any], writing: Writing) -> None:
+def _check_result(checksum: Checksum, record: Mapping[str, Any], writing: WriteOptions) -> None:
     if "result_sha256" not in record:
         raise CheckpointError("the delta records no checksum of its result, so it cannot be verified; omit --verify")
     kept = record.get("dtype")
@@ -295,6 +295,6 @@ def _check_result(checksum: Checksum, record: Mapping[str, Any], writing: Writin
         )
 
 
-def shard_writer(folder: Path, writing: Writing) -> ShardWriter:
+def shard_writer(folder: Path, writing: WriteOptions) -> ShardWriter:
     """Return the shard writer of a new folder."""
     return ShardWriter(folder, max_shard_bytes=writing.max_shard_bytes, safe=writing.safe)

@@ -13,7 +13,7 @@ from pathlib import Path
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shards import TensorReader
 from llava.model.checkpoint.formats import KINDS, Checkpoint, our_name
-from llava.model.checkpoint.legacy.checks import refusals
+from llava.model.checkpoint.legacy.checks import legacy_refusals
 from llava.model.checkpoint.legacy_keys import unknown_keys
 from llava.model.checkpoint.tools.inspection import PROBLEMS, Inspection, added_tokens, inspect_checkpoint
 from llava.model.checkpoint.weight_names import EMBEDDINGS, PROJECTOR
@@ -28,7 +28,7 @@ class DoctorFinding:
     text: str
 
 
-def diagnose(inspection: Inspection) -> Iterator[DoctorFinding]:
+def find_problems(inspection: Inspection) -> Iterator[DoctorFinding]:
     """Yield the findings from names, shapes and settings."""
     checkpoint = inspection.checkpoint
     for status in PROBLEMS:
@@ -44,7 +44,7 @@ def diagnose(inspection: Inspection) -> Iterator[DoctorFinding]:
 
 def _legacy_findings(checkpoint: Checkpoint) -> Iterator[DoctorFinding]:
     config = checkpoint.config
-    yield from (DoctorFinding("error", reason) for reason in refusals(checkpoint))
+    yield from (DoctorFinding("error", reason) for reason in legacy_refusals(checkpoint))
     yield from _projector_findings(checkpoint)
     yield from _token_findings(checkpoint)
     if checkpoint.has_tower:
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_switch("--weights", help="read every value too")
     args = parser.parse_args(argv)
     inspection = inspect_checkpoint(args.path)
-    found = [*diagnose(inspection), *(check_weights(inspection.checkpoint) if args.weights else ())]
+    found = [*find_problems(inspection), *(check_weights(inspection.checkpoint) if args.weights else ())]
     sys.stdout.write(f"{args.path}: {KINDS[inspection.checkpoint.kind]}\n")
     for finding in found:
         sys.stdout.write(f"{finding.level}: {finding.text}\n")

@@ -17,7 +17,7 @@ from typing import Any
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shards import TensorEntry
-from llava.model.checkpoint.formats import KINDS, OURS, PAD_TOKEN, Checkpoint, our_name, read_json
+from llava.model.checkpoint.formats import KINDS, OUR_KINDS, PAD_TOKEN, Checkpoint, our_name, read_json
 from llava.model.checkpoint.legacy_keys import merge_type, unknown_keys
 from llava.model.checkpoint.weight_names import EMBEDDINGS, HEAD, NEWLINE, PROJECTOR, is_buffer
 from llava.utils.cli import Parser
@@ -257,7 +257,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "size": f"{len(entries)} tensors, {sum(entry.num_bytes for entry in entries):,} bytes, "
         + ", ".join(f"{count} {dtype}" for dtype, count in dtypes.items()),
     }
-    if checkpoint.kind in OURS:
+    if checkpoint.kind in OUR_KINDS:
         facts.update(_facts_of_ours(checkpoint))
     elif checkpoint.kind.startswith(("legacy", "hf")):
         facts.update(_facts_of_others(checkpoint))

@@ -33,7 +33,7 @@ from llava.model.checkpoint.legacy.load import (
 )
 from llava.model.checkpoint.legacy.lora_files import LegacyLora, check_copies, merged_weights, read_lora, with_update
 from llava.model.checkpoint.legacy_keys import ARCHITECTURES
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_model
 from llava.model.checkpoint.tools.delta import FLOATING
 from llava.model.checkpoint.vision_tower import find_tower
@@ -46,12 +46,12 @@ from llava.model.checkpoint.weight_names import (
     TOWER,
     is_buffer,
     projector_suffix,
-    renamed,
+    renamed_prefix,
 )
 from llava.model.multimodal_encoder.open_clip_encoder.loading import is_open_clip
 from llava.model.multimodal_encoder.towers import load_tower, tower_image_processor
 from llava.utils.jsonl import write_json
-from llava.utils.log import progress
+from llava.utils.log import with_progress
 
 NEWLINE_NAME = f"model.{NEWLINE}"
 TABLES = (EMBEDDINGS, HEAD + "weight")
@@ -80,7 +80,7 @@ class MergedModel:
     @property
     def tower_layers(self) -> list[str]:
         """Adapted layers of a tower that is not inside the base."""
-        inside = {renamed(name, LEGACY_PREFIXES) for name in self.base.tensors}
+        inside = {renamed_prefix(name, LEGACY_PREFIXES) for name in self.base.tensors}
         return [layer for layer in self.updates if layer.startswith(TOWER) and f"{layer}.weight" not in inside]
 
     def tensors(self, reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
@@ -90,7 +90,7 @@ class MergedModel:
                 continue
             if name == NEWLINE_NAME and self.newline is not None:
                 continue
-            ours = renamed(name, LEGACY_PREFIXES) or name
+            ours = renamed_prefix(name, LEGACY_PREFIXES) or name
             tensor = self.tables[ours] if ours in self.tables else reader.read(name)
             layer = ours.removesuffix(".weight")
             yield name, with_update(self.updates[layer], layer, tensor) if layer in self.updates else tensor
@@ -129,7 +129,7 @@ def merge_lora(
         _merge_tower_alone(checkpoint, base, Path(target))
     elif checkpoint.kind in ("adapter", "projector"):
         parts: dict[str, Any] = {name: value for name, value in wanted.parts.items() if name != "base"}
-        loaded = load(path, base=base, **parts)
+        loaded = load_checkpoint(path, base=base, **parts)
         with new_folder(Path(target)) as folder:
             save_model(loaded.model, loaded.processor, folder, origin=loaded.origin)
     elif checkpoint.kind in ("legacy_adapter", "legacy_projector") or (
@@ -190,17 +190,17 @@ def _take_trained(merge: MergedModel) -> None:
 
 def _tables(base: Checkpoint) -> dict[str, Tensor]:
     with open_tensors(base.path) as reader:
-        named = ((renamed(name, LEGACY_PREFIXES), name) for name in reader.names)
+        named = ((renamed_prefix(name, LEGACY_PREFIXES), name) for name in reader.names)
         return {ours: reader.read(name) for ours, name in named if ours in TABLES}
 
 
 def _check_layers(merge: MergedModel) -> None:
     """Check before writing that every adapted layer is in the base, in its size."""
-    shapes = {renamed(name, LEGACY_PREFIXES): entry.shape for name, entry in merge.base.tensors.items()}
+    shapes = {renamed_prefix(name, LEGACY_PREFIXES): entry.shape for name, entry in merge.base.tensors.items()}
     if EMBEDDINGS not in shapes:
         raise CheckpointError(f"{merge.base.path} has no language model; expected model.embed_tokens.weight")
     external = set(merge.tower_layers)
-    dtypes = {renamed(name, LEGACY_PREFIXES): entry.dtype for name, entry in merge.base.tensors.items()}
+    dtypes = {renamed_prefix(name, LEGACY_PREFIXES): entry.dtype for name, entry in merge.base.tensors.items()}
     for layer, adapter in merge.updates.items():
         pair, entries = adapter.pairs[layer], adapter.reader.entries
         wanted = (entries[pair.up].shape[0], entries[pair.down].shape[1])
@@ -225,9 +225,9 @@ def _merge_legacy(
         dtype = torch.float16
         with ShardWriter(folder, max_shard_bytes=max_shard_bytes) as writer:
             total = len(reader.names) + len(merge.projector)
-            for name, tensor in progress(merge.tensors(reader), title="merge", total=total, unit="tensor"):
+            for name, tensor in with_progress(merge.tensors(reader), title="merge", total=total, unit="tensor"):
                 writer.add(name, tensor)
-                if renamed(name, LEGACY_PREFIXES) == EMBEDDINGS:
+                if renamed_prefix(name, LEGACY_PREFIXES) == EMBEDDINGS:
                     dtype, settings["vocab_size"] = tensor.dtype, tensor.shape[0]
         copy_companions(checkpoint.folder, folder, dtype=dtype)
         if not checkpoint.has_tokenizer:

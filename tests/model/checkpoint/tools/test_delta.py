@@ -16,10 +16,10 @@ from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shard_writer import ShardWriter
 from llava.model.checkpoint.files.shards import open_tensors
 from llava.model.checkpoint.tools import delta
-from llava.model.checkpoint.tools.delta import Writing
+from llava.model.checkpoint.tools.delta import WriteOptions
 
 WIDTH = 8
-FULL = Writing(torch.float32)
+FULL = WriteOptions(torch.float32)
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 State = dict[str, Tensor]
 
@@ -62,13 +62,13 @@ def test_applying_gives_the_target(tmp_path: Path, base_rows: int, target_rows: 
     base = write(tmp_path / "base", language_model(base_rows, 0), safe=False, max_shard_bytes=600)
     wanted = {**language_model(target_rows, 1), **projector(kind), "model.image_newline": torch.ones(WIDTH)}
     target = write(tmp_path / "target", wanted, max_shard_bytes=600)
-    made = delta.make(base, target, tmp_path / "delta", FULL)
+    made = delta.write_delta(base, target, tmp_path / "delta", FULL)
     stored = read(tmp_path / "delta")
     for name in TABLES:
         assert torch.equal(stored[name][base_rows:], wanted[name][base_rows:])
         assert torch.equal(stored[name][:base_rows], wanted[name][:base_rows] - language_model(base_rows, 0)[name])
     assert all(torch.equal(stored[name], wanted[name]) for name in projector(kind))
-    assert delta.apply(base, tmp_path / "delta", tmp_path / "again", FULL, verify=True) == "verified"
+    assert delta.write_target(base, tmp_path / "delta", tmp_path / "again", FULL, verify=True) == "verified"
     again = read(tmp_path / "again")
     assert again.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -86,9 +86,9 @@ def test_vocabularies_of_the_published_models(tmp_path: Path, base_rows: int, ta
     base = write(tmp_path / "base", language_model(base_rows, 0), safe=kind == "linear")
     wanted = {**language_model(target_rows, 1), **projector(kind)}
     target = write(tmp_path / "target", wanted, safe=kind != "linear", max_shard_bytes=10**6)
-    delta.make(base, target, tmp_path / "delta", FULL)
-    full = Writing(torch.float32, 10**6, safe=kind == "linear")
-    assert delta.apply(base, tmp_path / "delta", tmp_path / "again", full, verify=True) == "verified"
+    delta.write_delta(base, target, tmp_path / "delta", FULL)
+    full = WriteOptions(torch.float32, 10**6, safe=kind == "linear")
+    assert delta.write_target(base, tmp_path / "delta", tmp_path / "again", full, verify=True) == "verified"
     again = read(tmp_path / "again")
     assert again.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -99,8 +99,8 @@ def test_vocabularies_of_the_published_models(tmp_path: Path, base_rows: int, ta
 def test_half_precision_is_the_published_arithmetic(tmp_path: Path) -> None:
     base = write(tmp_path / "base", language_model(30, 0))
     target = write(tmp_path / "target", language_model(33, 1))
-    delta.make(base, target, tmp_path / "delta")
-    delta.apply(base, tmp_path / "delta", tmp_path / "again", Writing(safe=False), verify=True)
+    delta.write_delta(base, target, tmp_path / "delta")
+    delta.write_target(base, tmp_path / "delta", tmp_path / "again", WriteOptions(safe=False), verify=True)
     again, wanted = read(tmp_path / "again"), read(target)
     for name, tensor in wanted.items():
         assert again[name].dtype == torch.float16
@@ -113,7 +113,7 @@ def test_rotary_tables_are_left_out(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     base = write(tmp_path / "base", {**language_model(30, 0), name: torch.ones(4)})
     old = {**language_model(30, 1), name: torch.zeros(4)}
-    delta.apply(base, write(tmp_path / "delta", old), tmp_path / "again", FULL)
+    delta.write_target(base, write(tmp_path / "delta", old), tmp_path / "again", FULL)
     assert name not in read(tmp_path / "again")
 
 
@@ -134,36 +134,36 @@ def test_a_mismatch_is_rejected_and_nothing_is_left(tmp_path: Path, state: State
     base = write(tmp_path / "base", language_model(30, 0))
     given = write(tmp_path / "delta", state)
     with pytest.raises(CheckpointError, match=message):
-        delta.apply(base, given, tmp_path / "again", FULL)
+        delta.write_target(base, given, tmp_path / "again", FULL)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta"]
 
 
 def test_another_base_of_the_same_shape_is_rejected(tmp_path: Path) -> None:
     base, other = (write(tmp_path / str(seed), language_model(30, seed)) for seed in (0, 5))
-    delta.make(base, write(tmp_path / "target", language_model(30, 1)), tmp_path / "delta", FULL)
+    delta.write_delta(base, write(tmp_path / "target", language_model(30, 1)), tmp_path / "delta", FULL)
     with pytest.raises(CheckpointError, match="not the model that this delta was made from"):
-        delta.apply(other, tmp_path / "delta", tmp_path / "again", FULL)
+        delta.write_target(other, tmp_path / "delta", tmp_path / "again", FULL)
     half = write(tmp_path / "half", {name: tensor.half().float() for name, tensor in language_model(30, 0).items()})
-    assert delta.apply(half, tmp_path / "delta", tmp_path / "again", FULL) == "not verified"
+    assert delta.write_target(half, tmp_path / "delta", tmp_path / "again", FULL) == "not verified"
 
 
 def test_a_damaged_delta_is_found(tmp_path: Path) -> None:
     base = write(tmp_path / "base", language_model(30, 0))
-    delta.make(base, write(tmp_path / "target", language_model(30, 1)), tmp_path / "delta", FULL)
+    delta.write_delta(base, write(tmp_path / "target", language_model(30, 1)), tmp_path / "delta", FULL)
     state = read(tmp_path / "delta")
     state["lm_head.weight"][3, 3] += 1
     save_file(state, tmp_path / "delta" / "model.safetensors")
     with pytest.raises(CheckpointError, match="differs from the one the delta was made for"):
-        delta.apply(base, tmp_path / "delta", tmp_path / "again", FULL, verify=True)
+        delta.write_target(base, tmp_path / "delta", tmp_path / "again", FULL, verify=True)
     with pytest.raises(CheckpointError, match="--dtype float32"):
-        delta.apply(base, tmp_path / "delta", tmp_path / "again", verify=True)
+        delta.write_target(base, tmp_path / "delta", tmp_path / "again", verify=True)
     assert not (tmp_path / "again").exists()
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     base = write(tmp_path / "base", language_model(30, 0))
     with pytest.raises(CheckpointError, match="exists already"):
-        delta.make(base, base, write(tmp_path / "full", language_model(30, 1)), FULL)
+        delta.write_delta(base, base, write(tmp_path / "full", language_model(30, 1)), FULL)
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:

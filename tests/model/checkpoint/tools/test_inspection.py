@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from llava import cli
 from llava.errors import CheckpointError
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.assemble import LoadOptions
 from llava.model.checkpoint.formats import Checkpoint
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_model
-from llava.model.checkpoint.tools.convert import convert
-from llava.model.checkpoint.tools.doctor import DoctorFinding, check_weights, diagnose
+from llava.model.checkpoint.tools.convert import convert_checkpoint
+from llava.model.checkpoint.tools.doctor import DoctorFinding, check_weights, find_problems
 from llava.model.checkpoint.tools.inspection import inspect_checkpoint, inspection_text
 from tests.support.legacy_folders import (
     OPTIONAL_KEYS,
@@ -40,7 +40,7 @@ def statuses(path: Path) -> Counter[str]:
 
 
 def findings(path: Path) -> list[DoctorFinding]:
-    return list(diagnose(inspect_checkpoint(path)))
+    return list(find_problems(inspect_checkpoint(path)))
 
 
 def errors(path: Path) -> str:
@@ -71,7 +71,7 @@ def test_weights_are_not_read(tmp_path: Path) -> None:
     assert inspection_text(inspect_checkpoint(folder)) == before
 
 
-def test_recognized_by_content_in_any_folder(tmp_path: Path, tiny: Loaded) -> None:
+def test_recognized_by_content_in_any_folder(tmp_path: Path, tiny: LoadedModel) -> None:
     root = tmp_path / "llava-lora-mpt-projector"
     root.mkdir()
     kinds = {"legacy": write_legacy(root), "language_model": root / "lm", "vision_tower": root / "tower"}
@@ -82,7 +82,7 @@ def test_recognized_by_content_in_any_folder(tmp_path: Path, tiny: Loaded) -> No
     kinds["tower_adapter"] = kinds["legacy_adapter"] / "any-name"
     save_model(tiny.model, tiny.processor, tmp_path / "model")
     kinds["model"] = tmp_path / "model"
-    convert(tmp_path / "model", tmp_path / "hf", "hf")
+    convert_checkpoint(tmp_path / "model", tmp_path / "hf", "hf")
     kinds["hf_llava"] = tmp_path / "hf"
     for number, (kind, folder) in enumerate(kinds.items()):
         moved = tmp_path / f"folder {number}"
@@ -121,7 +121,7 @@ def test_rows_that_loading_adds_are_new(tmp_path: Path) -> None:
     tables = ["model.language_model.embed_tokens.weight", "lm_head.weight"]
     expected = [(table + word, (32,)) for table in tables for word in words]
     assert new == [*expected, ("lm_head.weight (further rows)", (3, 32))]
-    state = load(folder).model.state_dict()
+    state = load_checkpoint(folder).model.state_dict()
     assert [state[table].shape[0] for table in tables] == [265, 265]
 
 
@@ -168,7 +168,7 @@ def test_the_doctor_reads_settings(tmp_path: Path, options: dict[str, Any], erro
     assert errors(folder).count(error) == 1
     if "mm_hidden_size" not in options:  # the original code reads it; here the tower's width counts
         with pytest.raises(CheckpointError):
-            load(folder)
+            load_checkpoint(folder)
 
 
 def test_the_doctor_knows_the_layers_of_published_towers(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_the_doctor_knows_the_layers_of_published_towers(tmp_path: Path) -> None
 def test_a_given_tower_with_too_few_layers(tmp_path: Path) -> None:
     folder = write_legacy(tmp_path, tower_inside=False, mm_vision_tower="somebody/tower", mm_vision_select_layer=-7)
     with pytest.raises(CheckpointError, match="mm_vision_select_layer is -7; the tower has 3 layers"):
-        load(folder, vision_tower=str(tmp_path / "tower"))
+        load_checkpoint(folder, vision_tower=str(tmp_path / "tower"))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_an_mlp_that_lost_a_layer_is_not_a_smaller_mlp(tmp_path: Path) -> None:
     message = "mm_projector_type is 'mlp2x_gelu', but the weights are those of 'mlp1x_gelu'; some are missing"
     assert message in errors(folder)
     with pytest.raises(CheckpointError, match=message):
-        load(folder)
+        load_checkpoint(folder)
 
 
 def test_notes_of_the_doctor(tmp_path: Path) -> None:
@@ -231,12 +231,12 @@ def test_the_doctor_reads_weights_on_request(tmp_path: Path, capsys: pytest.Capt
 
 def test_diff_compares_across_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_legacy(tmp_path, safe=False)
-    convert(folder, tmp_path / "again", "legacy")
+    convert_checkpoint(folder, tmp_path / "again", "legacy")
     cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "again")])
     out = capsys.readouterr().out
     assert out.strip().endswith("tensors are equal")
     assert len(out.splitlines()) == 1
-    convert(folder, tmp_path / "ours", "ours")
+    convert_checkpoint(folder, tmp_path / "ours", "ours")
     with pytest.raises(SystemExit) as stop:
         cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "ours")])
     assert stop.value.code == 1
@@ -259,7 +259,7 @@ def test_diff_pairs_projectors_and_adapters_across_formats(
     if not is_lora:
         weights = {**projector_weights("mlp2x_gelu"), "model.image_newline": torch.ones(32)}
         torch.save(weights, folder / "mm_projector.bin")
-    convert(folder, tmp_path / "ours", "ours", LoadOptions(base=str(tmp_path / "lm")))
+    convert_checkpoint(folder, tmp_path / "ours", "ours", LoadOptions(base=str(tmp_path / "lm")))
     cli.main(["checkpoint", "diff", str(folder), str(tmp_path / "ours")])
     count = 14 if is_lora else 5
     assert capsys.readouterr().out.splitlines()[-1] == f"{count} of {count} tensors are equal"
@@ -273,7 +273,7 @@ def test_diff_splits_a_tower_under_timms_names(
     files = {name: str(root / config[f"mm_{name}"]) for name in ("vision_tower_config", "vision_tower_checkpoint")}
     options = LoadOptions(vision_tower=str(root / config["mm_vision_tower"]), **files)
     assert Checkpoint.open(root / "out" / "stage2").has_timm_tower
-    convert(root / "out" / "stage2", tmp_path / "ours", "ours", options)
+    convert_checkpoint(root / "out" / "stage2", tmp_path / "ours", "ours", options)
     with pytest.raises(SystemExit):
         cli.main(["checkpoint", "diff", str(root / "out" / "stage2"), str(tmp_path / "ours")])
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("config.json:")]
@@ -304,10 +304,10 @@ def test_one_file_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["model", "hf"])
 @pytest.mark.parametrize("drop", ["embed_tokens.weight", "layers.1.mlp.up_proj.weight", "projector", "lm_head.weight"])
 def test_the_doctor_reports_missing_weights_of_other_formats(tmp_path: Path, to: str, drop: str) -> None:
-    convert(write_legacy(tmp_path), tmp_path / "other", to)
+    convert_checkpoint(write_legacy(tmp_path), tmp_path / "other", to)
     assert not statuses(tmp_path / "other")["missing"]
     file = tmp_path / "other" / "model.safetensors"
     state = {name: tensor for name, tensor in load_file(file).items() if drop not in name}
     save_file(state, file, metadata={"format": "pt"})
-    found = list(diagnose(inspect_checkpoint(tmp_path / "other")))
+    found = list(find_problems(inspect_checkpoint(tmp_path / "other")))
     assert any(finding.level == "error" and "missing" in finding.text for finding in found)

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError
-from llava.model.builder import Loaded
+from llava.model.builder import LoadedModel
 from llava.model.checkpoint.assemble import LoadOptions
 from llava.model.checkpoint.formats import Checkpoint
-from llava.model.checkpoint.load import load
+from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_adapter
 from llava.model.checkpoint.tools.merge_lora import merge_lora
 from llava.model.lora import add_lora
@@ -31,7 +31,7 @@ from tests.support.model_tools import shake, trained
 SCRIPT = Path(__file__).resolve().parents[4] / "scripts" / "merge_lora_weights.py"
 
 
-def assert_same(one: Loaded, other: Loaded) -> None:
+def assert_same(one: LoadedModel, other: LoadedModel) -> None:
     first, second = one.model.state_dict(), other.model.state_dict()
     assert first.keys() == second.keys()
     different = [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
@@ -54,7 +54,7 @@ def test_the_printed_command(tmp_path: Path) -> None:
     kept = {key: value for key, value in Checkpoint.open(lora).config.items() if key.startswith("mm_")}
     assert kept and kept.items() <= checkpoint.config.items()
     assert checkpoint.config["architectures"] == ["LlavaLlamaForCausalLM"]
-    assert_same(load(target), load(lora, base=str(tmp_path / "lm")))
+    assert_same(load_checkpoint(target), load_checkpoint(lora, base=str(tmp_path / "lm")))
 
 
 def test_a_wrong_base_is_rejected_in_one_line_and_nothing_is_left(tmp_path: Path) -> None:
@@ -73,8 +73,8 @@ def test_an_adapter_of_the_tower_gives_a_separate_tower(tmp_path: Path, include_
     lora = write_lora(tmp_path, tower_adapter=True)
     base = str(tmp_path / "lm")
     merge_lora(lora, base, tmp_path / "merged", include_tower=include_tower)
-    wanted = load(lora, base=base)
-    assert_same(load(tmp_path / "merged"), wanted)
+    wanted = load_checkpoint(lora, base=base)
+    assert_same(load_checkpoint(tmp_path / "merged"), wanted)
     changed = load_file(tmp_path / "merged" / "vision_tower" / "model.safetensors")
     assert changed.keys() == load_file(tmp_path / "tower" / "model.safetensors").keys()
     projector = torch.load(tmp_path / "merged" / "mm_projector.bin", weights_only=True)
@@ -87,10 +87,10 @@ def test_an_adapter_of_the_tower_gives_a_separate_tower(tmp_path: Path, include_
 def test_a_self_contained_folder_needs_nothing_else(tmp_path: Path) -> None:
     lora = write_lora(tmp_path)
     merge_lora(lora, str(tmp_path / "lm"), tmp_path / "merged", include_tower=True)
-    wanted = load(lora, base=str(tmp_path / "lm"))
+    wanted = load_checkpoint(lora, base=str(tmp_path / "lm"))
     (tmp_path / "tower").rename(tmp_path / "gone")
     moved = (tmp_path / "merged").rename(tmp_path / "elsewhere")
-    assert_same(load(moved), wanted)
+    assert_same(load_checkpoint(moved), wanted)
 
 
 def test_a_whole_model_takes_a_tower_adapter(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_whole_model_takes_a_tower_adapter(tmp_path: Path) -> None:
     whole = write_legacy(tmp_path, tower_inside=True, num_shards=2, name="inside", old_buffers=True)
     adapter = str(lora / "any-name")
     merge_lora(whole, None, tmp_path / "merged", options=LoadOptions(tower_adapter=adapter))
-    assert_same(load(tmp_path / "merged"), load(whole, tower_adapter=adapter))
+    assert_same(load_checkpoint(tmp_path / "merged"), load_checkpoint(whole, tower_adapter=adapter))
     assert not any("inv_freq" in name for name in Checkpoint.open(tmp_path / "merged").tensors)
     with pytest.raises(CheckpointError, match="no adapter to merge"):
         merge_lora(whole, None, tmp_path / "second")
@@ -110,20 +110,20 @@ def test_a_projector_alone_with_its_embedding_rows(tmp_path: Path, rows: int) ->
     weights = {**projector_weights("mlp2x_gelu"), "model.embed_tokens.weight": random_tensor((rows, 32), 1)}
     torch.save(weights, folder / "mm_projector.bin")
     merge_lora(folder, str(tmp_path / "lm"), tmp_path / "merged")
-    merged = load(tmp_path / "merged", vision_tower=str(tmp_path / "tower"))
-    wanted = load(folder, base=str(tmp_path / "lm"))
+    merged = load_checkpoint(tmp_path / "merged", vision_tower=str(tmp_path / "tower"))
+    wanted = load_checkpoint(folder, base=str(tmp_path / "lm"))
     assert_same(merged, wanted)
     count = Checkpoint.open(tmp_path / "merged").tensors["model.embed_tokens.weight"].shape[0]
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == count
 
 
-def test_our_own_adapter_becomes_our_model(tmp_path: Path, built: Loaded) -> None:
+def test_our_own_adapter_becomes_our_model(tmp_path: Path, built: LoadedModel) -> None:
     adapted = add_lora(built, r=4, alpha=8)
     shake(trained(adapted))
     save_adapter(adapted, built.processor, tmp_path / "adapter", origin=built.origin)
     merge_lora(tmp_path / "adapter", None, tmp_path / "merged")
     assert Checkpoint.open(tmp_path / "merged").kind == "model"
-    assert_same(load(tmp_path / "merged"), load(tmp_path / "adapter"))
+    assert_same(load_checkpoint(tmp_path / "merged"), load_checkpoint(tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,9 @@ def test_recorded_adapters(shared: Path, tmp_path: Path, monkeypatch: pytest.Mon
     oracle = shared.resolve() / "oracles" / name.split("/", maxsplit=1)[0]
     monkeypatch.chdir(oracle)
     merge_lora(oracle.parent / name, str(oracle / "base_llm"), tmp_path / "merged", include_tower=True)
-    wanted = load(oracle.parent / name, base=str(oracle / "base_llm"))
+    wanted = load_checkpoint(oracle.parent / name, base=str(oracle / "base_llm"))
     monkeypatch.chdir(tmp_path)
-    assert_same(load(tmp_path / "merged"), wanted)
+    assert_same(load_checkpoint(tmp_path / "merged"), wanted)
 
 
 def test_a_trained_newline_embedding_is_merged_too(tmp_path: Path) -> None:
@@ -146,9 +146,9 @@ def test_a_trained_newline_embedding_is_merged_too(tmp_path: Path) -> None:
     weights = {**projector_weights("mlp2x_gelu"), "model.image_newline": random_tensor((32,), 8)}
     torch.save(weights, folder / "mm_projector.bin")
     merge_lora(folder, str(tmp_path / "lm"), tmp_path / "merged")
-    merged = load(tmp_path / "merged")
+    merged = load_checkpoint(tmp_path / "merged")
     assert torch.equal(merged.model.state_dict()["model.image_newline"], weights["model.image_newline"])
-    assert_same(merged, load(folder, base=str(tmp_path / "lm")))
+    assert_same(merged, load_checkpoint(folder, base=str(tmp_path / "lm")))
 
 
 @pytest.mark.parametrize(
