@@ -196,7 +196,7 @@ def test_broken_prompts_fail_alone_and_say_why(llama: LoadedModel, tmp_path: Pat
         0: "absent.png",
         2: "decoded",
         3: "decoded",
-        4: "place holders",
+        4: "placeholders",
         5: "tokens long",
         6: "question",
     }.items():

@@ -80,7 +80,7 @@ def test_a_resume_keeps_what_the_run_chose(
     assert parse(parts, tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-1") is True
     assert parse(parts, tmp_path, overwrite_output_dir=True) is False
     assert parse(parts, tmp_path / "other") is False
-    with pytest.raises(ConfigError, match=r"--bf16 True, this one False"):
+    with pytest.raises(ConfigError, match=r"--bf16 True, this run has False"):
         run_sft(arguments(parts, tmp_path, **{**changed, "bf16": False, "max_steps": 2}))
 
 
