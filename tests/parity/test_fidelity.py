@@ -136,7 +136,8 @@ def run(folder: Path, *argv: str) -> int:
 
 def test_the_program_on_an_unseen_folder(recorded: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(recorded) == 0
-    lines = capfd.readouterr().out.splitlines()
+    first, *lines = capfd.readouterr().out.splitlines()
+    assert first.startswith("machine: ")
     assert all(line.startswith("unseen ") and "ok" in line.split() for line in lines[:-1]), lines
     expected = ("spliced layout some", "logits others", "loss some", "generated ids greedy", "preprocessing square")
     assert all(any(quantity in line for line in lines) for quantity in expected)
