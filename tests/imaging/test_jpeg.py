@@ -145,7 +145,7 @@ def test_kept_with_the_processor_and_named_by_the_fingerprint(tmp_path: Path) ->
     assert again.fast_jpeg
     again.use_fast_jpeg(False)
     assert again.image_fingerprint == whole.image_fingerprint
-    with pytest.raises(ConfigError, match="true or false, got 'yes'"):
+    with pytest.raises(ConfigError, match="fast_jpeg is 'yes'; expected true or false"):
         again.use_fast_jpeg("yes")  # type: ignore[arg-type]
 
 

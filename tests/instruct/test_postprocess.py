@@ -166,7 +166,7 @@ def test_answers_that_were_paid_for_are_not_overwritten(tmp_path: Path) -> None:
     before = (tmp_path / "gen.jsonl").read_bytes()
     words = ["--input_path", str(tmp_path / "gen.jsonl"), "--output_path"]
     for more in ([words[1]], [str(tmp_path / "post.json"), "--report_path", words[1]]):
-        with pytest.raises(ConfigError, match="would overwrite what is read"):
+        with pytest.raises(ConfigError, match="would overwrite an input or another output"):
             instruct_postprocess.main([*words, *more])
     assert (tmp_path / "gen.jsonl").read_bytes() == before and not (tmp_path / "post.json").exists()
 

@@ -99,7 +99,7 @@ def test_a_missing_file_ends_with_status_two(tmp_path: Path, capsys: pytest.Capt
 
 def test_no_output_replaces_the_input_or_another_output(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.json", [row(0)])
-    with pytest.raises(ConfigError, match="name another file"):
+    with pytest.raises(ConfigError, match="choose another file"):
         main([str(path), "--fix", str(path)])
     before = path.read_bytes()
     for flag in ("--json", "--html"):

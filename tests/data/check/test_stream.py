@@ -111,8 +111,8 @@ def test_a_damaged_file_keeps_the_rows_before_the_damage(data: st.DataObject) ->
     [
         (b'[{"a": 1}, {"a": ', 1, "not JSON"),
         (b'[{"a": 1} {"a": 2}]', 1, "expected ','"),
-        (b'[{"a": 1}', 1, "cut off"),
-        (b'[{"a": 1}] x', 1, "follows"),
+        (b'[{"a": 1}', 1, "is the file truncated?"),
+        (b'[{"a": 1}] x', 1, "text follows the ']'"),
         (b"[" * 100_000, 0, "not JSON"),
         (b"[" + b"1" * 5000 + b"]", 0, "not JSON"),
         (b'{"a": 1}\n{"a": \n{"a": 3}', 2, "not JSON"),

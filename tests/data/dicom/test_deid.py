@@ -173,7 +173,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog:
     assert {path for path, entry in found.items() if entry.get("copy")} == {"quiet"}
     assert found["quiet"]["fields"]["PatientName"] == "replaced" and not found["quiet"]["suspicions"]
     assert "modality" in found["us"]["suspicions"][0] and "strokes" in found["written"]["suspicions"][0]
-    assert "cut off" in found["cut"]["left_out"] and "not a DICOM" in found["notes.txt"]["left_out"]
+    assert "is truncated" in found["cut"]["left_out"] and "not a DICOM" in found["notes.txt"]["left_out"]
     printed = capsys.readouterr()
     for text in (report.read_text(), printed.out, printed.err, caplog.text):
         assert SECRET[:5] not in text and "4711" not in text
