@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from llava.constants import IGNORE_INDEX
 from llava.data.encode import Encoded, encode
 from llava.data.image_store import ImageIndex, ImageStore
-from llava.data.mixture import Shares
+from llava.data.mixture import Shares, meta_with_source
 from llava.data.records import read_default
 from llava.data.streaming import MixtureStream, StreamedRow, StreamSource, image_folder_of
 from llava.errors import DataError
@@ -213,9 +213,10 @@ class StreamDataset:
             )
         except DataError as error:
             raise DataError(f"{origin}: {error}") from error
-        named = {"source": source.name, **({"licence": source.license} if source.license else {})}
         refs = sample.images or tuple(f"image {number}" for number in range(len(contents)))
-        return replace(sample, images=refs, meta={**named, **sample.meta}, origin=origin), contents
+        return replace(
+            sample, images=refs, meta=meta_with_source(sample.meta, source.name, source.license), origin=origin
+        ), contents
 
     def encode(self, found: StreamedRow) -> Encoded:
         """Return the sequence of a row; its images are decoded and kept for `images_for`.

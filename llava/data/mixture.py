@@ -7,9 +7,9 @@
         images: vqa-rad/images           folder of its images, relative to this file. Without it rows must not name
                                          image files; `/` lets rows name any file of the machine
         weight: 2                        passes over its rows in one epoch; 1 by default, fractions draw a part
-        licence: CC0-1.0                 stored in every row, as is the name
+        license: CC0-1.0                 stored in every row, as is the name
 
-mixture.yaml --read_mixture--> Mixture --load_mixture--> Samples with `source` and `licence`, complete image paths
+mixture.yaml --read_mixture--> Mixture --load_mixture--> Samples with `source` and `license`, complete image paths
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import escape, glob
 from pathlib import Path
@@ -42,7 +42,10 @@ from llava.utils.provenance import file_sha256
 logger = logging.getLogger(__name__)
 
 MAX_WEIGHT = 1000.0
-FIELDS = ("name", "path", "images", "weight", "licence")
+FIELDS = ("name", "path", "images", "weight", "license")
+
+OLD_LICENSE = "licence"
+"""Spelling of `license` in mixtures and rows of earlier versions, which is read as well."""
 FIRST_KEYS = tuple(quote + name + quote + b":" for name in (b"sources", b"stream") for quote in (b"", b"'", b'"'))
 
 
@@ -55,7 +58,7 @@ class MixtureSource:
         path: path of the file.
         images: folder that image names are relative to; None if rows must not name image files.
         weight: passes over its rows in one epoch.
-        license: `licence` of rows that do not name one.
+        license: license of rows that do not name one.
         pattern: glob pattern of the shards of a stream, as written in the mixture, below the folder of the mixture.
     """
 
@@ -139,12 +142,16 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _source(entry: Any, folder: Path, place: str) -> MixtureSource:
     if not isinstance(entry, dict):
         raise ConfigError(f"{place}: expected fields {', '.join(FIELDS)}, got {type_and_length(entry)}")
+    if OLD_LICENSE in entry:
+        if "license" in entry:
+            raise ConfigError(f"{place}: 'license' and {OLD_LICENSE!r} are the same field; remove {OLD_LICENSE!r}")
+        entry = {("license" if name == OLD_LICENSE else name): value for name, value in entry.items()}
     if unknown := [name for name in entry if name not in FIELDS]:
         raise ConfigError(f"{place}: unknown field {unknown[0]!r}; known: {', '.join(FIELDS)}")
     for name in ("name", "path"):
         if not isinstance(entry.get(name), str) or not entry[name]:
             raise ConfigError(f"{place}: field {name!r} must be text that is not empty")
-    for name in ("images", "licence"):
+    for name in ("images", "license"):
         if not isinstance(entry.get(name, ""), str):
             raise ConfigError(f"{place}: field {name!r} must be text, got {type_and_length(entry[name])}")
     weight = entry.get("weight", 1.0)
@@ -153,7 +160,7 @@ def _source(entry: Any, folder: Path, place: str) -> MixtureSource:
     images = folder / entry["images"] if entry.get("images") else None
     pattern = os.path.join(escape(str(folder)), entry["path"])
     return MixtureSource(
-        entry["name"], folder / entry["path"], images, float(weight), entry.get("licence", ""), pattern
+        entry["name"], folder / entry["path"], images, float(weight), entry.get("license", ""), pattern
     )
 
 
@@ -162,7 +169,7 @@ def load_mixture(
 ) -> list[Sample]:
     """Return the samples of all sources in order, each row once.
 
-    Images become complete paths, checked to be inside the folder of their source; `source` and `licence` are added to
+    Images become complete paths, checked to be inside the folder of their source; `source` and `license` are added to
     `meta`.
 
     Raises:
@@ -185,15 +192,28 @@ def load_mixture(
     return found
 
 
+def meta_with_source(meta: Mapping[str, Any], name: str, license_name: str) -> dict[str, Any]:
+    """Return the fields of a row with `source` and `license`; those of the row itself take precedence.
+
+    Args:
+        meta: fields of the row; `OLD_LICENSE` is read as `license`.
+        name: name of the source.
+        license_name: license of the source, or "".
+    """
+    fields = {name: value for name, value in meta.items() if name != OLD_LICENSE}
+    if OLD_LICENSE in meta:
+        fields.setdefault("license", meta[OLD_LICENSE])
+    return {"source": name, **({"license": license_name} if license_name else {}), **fields}
+
+
 def _with_image_paths(sample: Sample, source: MixtureSource) -> Sample:
-    meta: dict[str, Any] = {"source": source.name, **({"licence": source.license} if source.license else {})}
     try:
         images = tuple(
             str(resolve_image_path(ref, image_folder_of(source.name, source.images))) for ref in sample.images
         )
     except DataError as error:
         raise DataError(f"{sample_label(sample)}: {error}") from error
-    return replace(sample, images=images, meta={**meta, **sample.meta})
+    return replace(sample, images=images, meta=meta_with_source(sample.meta, source.name, source.license))
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +313,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = (args.root or args.mixture.parent).resolve()
     samples = [with_relative_images(sample, folder) for sample in load_mixture(mixture.sources)]
     write_json(args.out, [to_row(sample) for sample in samples])
-    counts = Counter((str(sample.meta["source"]), str(sample.meta.get("licence", UNKNOWN))) for sample in samples)
-    lines = [f"{count:>8}  {name}  (licence: {license_name})" for (name, license_name), count in counts.items()]
+    counts = Counter((str(sample.meta["source"]), str(sample.meta.get("license", UNKNOWN))) for sample in samples)
+    lines = [f"{count:>8}  {name}  (license: {license_name})" for (name, license_name), count in counts.items()]
     sys.stdout.write("\n".join([*lines, f"{len(samples)} rows -> {args.out}"]) + "\n")

@@ -37,7 +37,7 @@ class Processor:
     def open(self, ref: str, root: Path | None) -> Image.Image:
         return decode.load_image(ref, root)
 
-    def picture(self, image: Image.Image) -> Tensor:
+    def preprocess(self, image: Image.Image) -> Tensor:
         self.num += 1
         return torch.tensor(np.asarray(image).mean(axis=(0, 1)), dtype=torch.float32).view(3, 1, 1)
 

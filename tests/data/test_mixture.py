@@ -19,7 +19,7 @@ from tests.support.tiny import write_tiny_vqa
 TWO = """\
 # two hospitals
 sources:
-  - {name: first, path: a/train.json, images: a/images, weight: 2, licence: CC0-1.0}
+  - {name: first, path: a/train.json, images: a/images, weight: 2, license: CC0-1.0}
   - name: second
     path: b/train.json
     images: b/images
@@ -39,17 +39,17 @@ def test_rows_keep_source_license_and_images(folder: Path) -> None:
     samples = load_mixture(sources)
     assert [source.weight for source in sources] == [2.0, 1.0] and len(samples) == 24
     assert [sample.meta["source"] for sample in samples] == ["first"] * 12 + ["second"] * 12
-    assert samples[0].meta["licence"] == "CC0-1.0" and "licence" not in samples[-1].meta
+    assert samples[0].meta["license"] == "CC0-1.0" and "license" not in samples[-1].meta
     assert all(Path(image).is_file() for sample in samples for image in sample.images)
     assert Shares.of(samples, sources).of_row == (0,) * 12 + (1,) * 12
 
 
 def test_what_a_row_says_itself_stays(folder: Path) -> None:
     rows = json.loads((folder / "a" / "train.json").read_text())
-    rows[0] |= {"source": "ward 7", "licence": "internal"}
+    rows[0] |= {"source": "ward 7", "license": "internal"}
     (folder / "a" / "train.json").write_text(json.dumps(rows))
     samples = load_mixture(read_mixture(folder / "mixture.yaml").sources)
-    assert (samples[0].meta["source"], samples[0].meta["licence"]) == ("ward 7", "internal")
+    assert (samples[0].meta["source"], samples[0].meta["license"]) == ("ward 7", "internal")
     assert Shares.of(samples, read_mixture(folder / "mixture.yaml").sources).of_row[0] == 0
 
 
@@ -192,8 +192,37 @@ def test_written_out_as_one_file(folder: Path, capsys: pytest.CaptureFixture[str
     main([str(folder / "mixture.yaml"), "--out", str(folder / "all.json")])
     rows = load_samples(folder / "all.json", image_folder=folder)
     assert len(rows) == 24 and rows[0].images[0].startswith("a/images/")
-    assert (rows[0].meta["source"], rows[0].meta["licence"]) == ("first", "CC0-1.0")
-    assert "12  first  (licence: CC0-1.0)" in capsys.readouterr().out
+    assert (rows[0].meta["source"], rows[0].meta["license"]) == ("first", "CC0-1.0")
+    assert "12  first  (license: CC0-1.0)" in capsys.readouterr().out
     with pytest.raises(DataError, match="set --root to a folder above it"):
         main([str(folder / "mixture.yaml"), "--out", str(folder / "x.json"), "--root", str(folder / "a")])
     assert not (folder / "x.json").exists()
+
+
+def write_rows(folder: Path, **fields: str) -> None:
+    path = folder / "a" / "train.json"
+    first, *others = json.loads(path.read_text())
+    path.write_text(json.dumps([{**first, **fields}, *others]))
+
+
+def test_the_earlier_spelling_of_license_is_read(folder: Path) -> None:
+    path = folder / "mixture.yaml"
+    path.write_text(TWO.replace("license:", "licence:"))
+    write_rows(folder, licence="internal")
+    samples = load_mixture(read_mixture(path).sources)
+    assert [sample.meta["license"] for sample in samples[:2]] == ["internal", "CC0-1.0"]
+    assert all("licence" not in sample.meta for sample in samples)
+
+
+def test_both_spellings_of_license_are_refused(folder: Path) -> None:
+    path = folder / "mixture.yaml"
+    path.write_text(TWO.replace("license: CC0-1.0", "license: CC0-1.0, licence: MIT"))
+    with pytest.raises(ConfigError, match="'license' and 'licence' are the same field"):
+        read_mixture(path)
+
+
+def test_mix_reports_the_license_that_a_row_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(folder, license="CC BY 4.0")
+    main([str(folder / "mixture.yaml"), "--out", str(folder / "all.json")])
+    printed = capsys.readouterr().out
+    assert "1  first  (license: CC BY 4.0)" in printed and "11  first  (license: CC0-1.0)" in printed
