@@ -21,7 +21,7 @@ from llava.data.records import load_samples
 from llava.errors import ConfigError
 from llava.eval import fingerprint
 from llava.eval import options as model_options
-from llava.eval.inference import AnswerOptions, AnswerRun
+from llava.eval.inference import AnswerOptions, AnswerRun, AnswerSummary
 from llava.eval.intervals import Draws
 from llava.eval.medvqa.controls import control_verdicts, majority_answers
 from llava.eval.medvqa.items import ScoredItem, check_reference, join_answers, open_answers
@@ -201,11 +201,7 @@ def evaluate_model(plan: EvaluationPlan, open_engine: Callable[[], Engine]) -> d
     report["verdicts"] = control_verdicts(report["scores"]["strict"])
     report["control_image"] = {"color": GRAY} if blank is not None else None
     report["options_suffix"] = YES_NO_OPTIONS if plan.options.choices else None
-    precisions = sorted({name for summary in summaries for name in summary.precisions})
-    report["provenance"] = {
-        **(plan.facts or provenance_fields(seed=plan.seed)),
-        "precision": ", ".join(precisions) or None,
-    }
+    report["provenance"] = _provenance(plan, summaries)
     write_json(plan.out / RESULTS, report)
     write_page(
         plan.out / PAGE,
@@ -218,6 +214,12 @@ def evaluate_model(plan: EvaluationPlan, open_engine: Callable[[], Engine]) -> d
         note=plan.note,
     )
     return report
+
+
+def _provenance(plan: EvaluationPlan, summaries: Sequence[AnswerSummary]) -> dict[str, Any]:
+    """Return the facts of the plan with the precisions that the answers were computed in."""
+    precisions = sorted({name for summary in summaries for name in summary.precisions})
+    return {**(plan.facts or provenance_fields(seed=plan.seed)), "precision": ", ".join(precisions) or None}
 
 
 def print_report(report: Mapping[str, Any], *, out: TextIO | None = None) -> None:

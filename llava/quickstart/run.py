@@ -15,9 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 from llava.errors import ConfigError
-from llava.quickstart import machine, plan
-from llava.quickstart.forecast import text_table, time_table
-from llava.quickstart.plan import SETTINGS, Plan
+from llava.quickstart import forecast, machine
+from llava.quickstart.forecast import SETTINGS, Plan, text_table, time_table
 from llava.quickstart.settings import QuickstartSettings, parse_settings
 from llava.quickstart.stages import STAGES, Context, Facts
 from llava.utils import log
@@ -80,8 +79,8 @@ def opening(outlook: Plan) -> str:
     """Return the text for the terminal at the start: machine, size and forecast."""
     titles = {name: title for name, (title, _) in STAGES.items()}
     rows = [row[:2] for row in time_table(outlook.seconds, {}, titles)]
-    forecast = text_table(rows, ["", "forecast"]) + "\n\n" if outlook.seconds else ""
-    return f"Machine: {outlook.machine}\n{outlook.reason}\n{forecast}"
+    stages = text_table(rows, ["", "forecast"]) + "\n\n" if outlook.seconds else ""
+    return f"Machine: {outlook.machine}\n{outlook.reason}\n{stages}"
 
 
 def conclusion(context: Context, outlook: Plan) -> str:
@@ -100,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, restart = parse_settings(argv)
     log.setup_logging()
     machine.use_physical_cores()
-    settings, outlook = plan.planned(settings, restart=restart)
+    settings, outlook = forecast.planned(settings, restart=restart)
     claim_folder(settings, restart=restart)
     outlook.write(settings.out)
     sys.stdout.write(opening(outlook))

@@ -29,7 +29,7 @@ from llava.model.checkpoint.formats import CONFIG_FILE, read_json
 from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_model, save_projector
 from llava.model.precision import trains_faster_in_bf16
-from llava.quickstart import plan, pretrained, report
+from llava.quickstart import forecast, pretrained, report
 from llava.quickstart.forecast import LORA_RANK, NUM_CALIBRATION_IMAGES, SPARE_TOKENS, time_table
 from llava.quickstart.settings import QuickstartSettings
 from llava.quickstart.synthetic import NOTICE, pick_rows, write_dataset
@@ -212,7 +212,7 @@ def page(context: Context) -> Facts:
     result = report.compare_runs({name: runs[name] for name in report.RUNS}, seed=context.settings.seed)
     write_json(context.path("results.json"), result)
     chat = f"llava chat --model {context.path('model')} --image {folder / 'images' / runs['after'][0].image}"
-    outlook = plan.read_plan(context.settings.out)
+    outlook = forecast.read_plan(context.settings.out)
     report.write_page(
         context.path("index.html"),
         result=result,

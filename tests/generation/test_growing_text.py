@@ -11,8 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 
 from llava.conversation import TEMPLATES
-from llava.generation.growing_text import CONTEXT, GrowingText
-from llava.generation.stopping import AnswerText, StopRule
+from llava.generation.stopping import CONTEXT, AnswerText, GrowingText, StopRule
 from tests.support.tiny import byte_tokenizer
 
 Decode = Callable[[Sequence[int]], str]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.quickstart import forecast, machine, plan, pretrained, run
+from llava.quickstart import forecast, machine, pretrained, run
 from llava.quickstart.forecast import SIZES, choose_size, stage_seconds
 from llava.quickstart.machine import Machine
 from llava.quickstart.settings import AUTO, GIVEN, QuickstartSettings, parse_settings
@@ -92,7 +92,7 @@ def test_models_and_rows_of_the_user_are_counted(tmp_path: Path) -> None:
 
 def test_a_part_that_is_not_here_is_named(tmp_path: Path) -> None:
     settings = replace(UNFITTED, out=tmp_path, lm=str(tmp_path / "absent"))
-    sized, outlook = plan.new_plan(settings)
+    sized, outlook = forecast.new_plan(settings)
     assert outlook.seconds == {} and "absent" in outlook.reason and sized.size == SIZES[-1].name
     assert "forecast" not in run.opening(replace(outlook, reason=""))
 
@@ -100,26 +100,26 @@ def test_a_part_that_is_not_here_is_named(tmp_path: Path) -> None:
 def test_parts_in_the_cache_take_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "measure_machine", lambda *_: SLOW)
     monkeypatch.setenv(pretrained.CACHE_VARIABLE, str(tmp_path))
-    assert plan.new_plan(UNFITTED)[1].seconds["parts"] == forecast.FIXED_SECONDS["parts"] > 0
+    assert forecast.new_plan(UNFITTED)[1].seconds["parts"] == forecast.FIXED_SECONDS["parts"] > 0
     for source, name in (
         (pretrained.SMOLLM2, pretrained.LANGUAGE_NAME),
         (pretrained.DINOV2_SMALL, pretrained.tower_name(UNFITTED.image_size)),
     ):
         pretrained.converted_folder(source, name).mkdir()
-    assert plan.new_plan(UNFITTED)[1].seconds["parts"] == 0.0
+    assert forecast.new_plan(UNFITTED)[1].seconds["parts"] == 0.0
 
 
 def test_a_resumed_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(UNFITTED, out=tmp_path / "run")
     monkeypatch.setattr(machine, "measure_machine", lambda *_: SLOW)
-    begun, outlook = plan.planned(settings, restart=False)
+    begun, outlook = forecast.planned(settings, restart=False)
     run.claim_folder(begun, restart=False)
     outlook.write(begun.out)
     monkeypatch.setattr(machine, "measure_machine", lambda *_: FAST)
-    resumed, again = plan.planned(settings, restart=False)
+    resumed, again = forecast.planned(settings, restart=False)
     assert resumed == begun and resumed.size == "small" and again == outlook
     run.claim_folder(resumed, restart=False)
-    restarted, _ = plan.planned(settings, restart=True)
+    restarted, _ = forecast.planned(settings, restart=True)
     assert restarted.size == "full"
 
 
