@@ -93,8 +93,6 @@ class LlavaMedProcessor:
         self.placement = lookup(PLACEMENTS, placement, "image placement")
         self.use_im_start_end = use_im_start_end
         self.strip_around_images = strip_around_images
-        self.image_counts_as_one = False
-        """Count each image as one token of the maximum length (LLaVA-Rad truncated rows before inserting images)."""
         self.text = TextTokenizer(tokenizer, prefix_mark, add_bos=add_bos)
         self.use_template(template, system=system)
         self.image_token_id = _find_image_token(tokenizer)

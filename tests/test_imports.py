@@ -185,6 +185,57 @@ def test_no_import_cycle_two_levels_deep() -> None:
     assert not (found := cycle(graph)), " -> ".join(found)
 
 
+ARGUMENT_CLASSES = {
+    "ModelArguments",
+    "DataArguments",
+    "LegacyTrainingArguments",
+    "LlavaTrainingArguments",
+    "Parsed",
+}
+ARGUMENT_NAMES = {"args", "model_args", "data_args", "training", "parsed", "processor", "hooks"}
+"""Names of arguments, processors and hooks in `llava/train`."""
+
+
+def identifiers(path: Path) -> set[str]:
+    """Return the names that a file imports, defines or reads."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+    return found
+
+
+def changed_attributes(source: str) -> list[str]:
+    """Return the assignments in a source text to attributes of arguments, processors and hooks."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", None)
+            if owner in ARGUMENT_NAMES:
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_only_the_entry_of_training_uses_the_argument_classes() -> None:
+    users = {path.relative_to(PACKAGE).as_posix() for path in modules() if identifiers(path) & ARGUMENT_CLASSES}
+    assert users == {"train/run.py", "train/parsing.py", "train/args.py", "train/legacy_flags.py"}
+
+
+def test_a_changed_attribute_is_found() -> None:
+    assert changed_attributes("args.a = 1\nself.hooks.b |= 2\nself.args, other.c = args.d, 3") == [
+        "args.a",
+        "self.hooks.b",
+    ]
+
+
+def test_arguments_processors_and_hooks_are_complete_at_construction() -> None:
+    translating = PACKAGE / "train" / "legacy_flags.py"  # called by `__post_init__`
+    for path in (PACKAGE / "train").rglob("*.py"):
+        if path != translating:
+            assert not changed_attributes(path.read_text(encoding="utf-8")), path
+
+
 def test_no_star_imports() -> None:
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -225,14 +225,14 @@ class _Job:
 def _run(job: _Job) -> _Ended:
     """Train once and return the finished run."""
     parsed = parse_training_args(_command_line(job))
-    set_seed(parsed[2].seed)
-    loaded = open_model(*parsed)
+    set_seed(parsed.training.seed)
+    args = parsed.training
+    loaded = open_model(parsed.model_spec())
     if job.med_1_0:
         loaded.processor.strip_around_images, loaded.processor.placement = True, "as_written"
     load_projector(loaded.model, job.init)
-    network, kind = freeze_and_adapt(loaded, parsed[0], parsed[2])
+    network, kind = freeze_and_adapt(loaded, parsed.model, args)
     put(network, {name: tensor for name, tensor in read_tensors(job.init).items() if "lora_" in name})
-    args = parsed[2]
     rows = args.per_device_train_batch_size * args.requested_accumulation
     bounds = WeightBounds(network, rows * args.model_max_length)
     losses = _train(parsed, loaded, (network, kind), job, bounds)
@@ -286,11 +286,16 @@ def _command_line(job: _Job) -> list[str]:
 def _train(
     parsed: Parsed, loaded: LoadedModel, trained: tuple[nn.Module, Any], job: _Job, bounds: WeightBounds
 ) -> list[float]:
-    _, data_args, args = parsed
-    dataset = open_data(data_args.data_path, data_args.image_folder, data_args, args, loaded)
+    args, spec = parsed.training, parsed.training_rows()
+    dataset = open_data(spec, loaded.processor)
     if job.med_1_0 and loaded.processor.template.form.closing:
-        limit, images = args.model_max_length, data_args.image_folder
-        dataset = CountedMaskDataset(dataset.samples, loaded.processor, image_folder=images, max_length=limit)
+        dataset = CountedMaskDataset(
+            dataset.samples,
+            loaded.processor,
+            image_folder=spec.image_folder,
+            max_length=spec.max_length,
+            image_counts_as_one=spec.image_counts_as_one,
+        )
     sampler = RecordedOrder(
         job.order,
         len(dataset),

@@ -45,6 +45,7 @@ class SFTDataset(Dataset[Encoded]):
         processor: turns conversations into tokens and images into pixels.
         image_folder: folder that image names are relative to.
         max_length: longest sequence in tokens, images included; None for no limit.
+        image_counts_as_one: count each image as one token of `max_length`, see `encode`.
         feature_cache: tower features that `images_for` returns instead of pixels.
         index: index of the image files; None reads each file once more to compute its digest.
         capacity: number of decoded images kept in memory.
@@ -57,6 +58,7 @@ class SFTDataset(Dataset[Encoded]):
         *,
         image_folder: str | Path | None = None,
         max_length: int | None = None,
+        image_counts_as_one: bool = False,
         feature_cache: FeatureCache | None = None,
         index: ImageIndex | None = None,
         capacity: int = 64,
@@ -64,6 +66,7 @@ class SFTDataset(Dataset[Encoded]):
         self.samples: Sequence[Sample] = samples
         self.processor = processor
         self.max_length = max_length
+        self.image_counts_as_one = image_counts_as_one
         self.shares: Shares | None = None
         """For a mixture: the source of each row, and how often the rows of each are drawn."""
         self.shortened: dict[int, int] = {}
@@ -81,7 +84,14 @@ class SFTDataset(Dataset[Encoded]):
         try:
             keys = [self.store.key(ref) for ref in sample.images]
             sizes = self.store.sizes(sample.images)
-            encoded = encode(conversation, self.processor, images=keys, sizes=sizes, max_length=self.max_length)
+            encoded = encode(
+                conversation,
+                self.processor,
+                images=keys,
+                sizes=sizes,
+                max_length=self.max_length,
+                image_counts_as_one=self.image_counts_as_one,
+            )
         except DataError as error:
             raise DataError(f"{sample_label(sample)}: {error}") from error
         if encoded.num_cut:
@@ -148,6 +158,7 @@ class StreamDataset:
         sources: sources of the stream.
         processor: turns conversations into tokens and images into pixels.
         max_length: longest sequence in tokens, images included; None for no limit.
+        image_counts_as_one: count each image as one token of `max_length`, see `encode`.
         capacity: number of images kept in memory; those of one step must fit.
     """
 
@@ -157,11 +168,13 @@ class StreamDataset:
         processor: LlavaMedProcessor,
         *,
         max_length: int | None = None,
+        image_counts_as_one: bool = False,
         capacity: int = 512,
     ) -> None:
         self.sources = tuple(sources)
         self.processor = processor
         self.max_length = max_length
+        self.image_counts_as_one = image_counts_as_one
         self.capacity = capacity
         self._pixels: OrderedDict[str, Tensor] = OrderedDict()
         self._probes: list[StreamedRow] = []
@@ -233,7 +246,14 @@ class StreamDataset:
                 keys.append(decode.image_key(content, self.processor.image_fingerprint))
                 sizes.append(self._keep(keys[-1], content))
             shown = sizes if self.processor.has_variable_images else None
-            encoded = encode(conversation, self.processor, images=keys, sizes=shown, max_length=self.max_length)
+            encoded = encode(
+                conversation,
+                self.processor,
+                images=keys,
+                sizes=shown,
+                max_length=self.max_length,
+                image_counts_as_one=self.image_counts_as_one,
+            )
         except DataError as error:
             raise DataError(f"{origin}: {error}") from error
         if all(label == IGNORE_INDEX for label in encoded.labels):

@@ -83,6 +83,7 @@ def encode(
     images: Sequence[str] = (),
     sizes: Sequence[Size] | None = None,
     max_length: int | None,
+    image_counts_as_one: bool = False,
 ) -> Encoded:
     """Return the training sequence of a conversation.
 
@@ -97,6 +98,7 @@ def encode(
         images: key of each image, in order.
         sizes: width and height of each image; needed only where `processor.has_variable_images`.
         max_length: largest number of tokens, images included; text is cut at the end, images never. None: no limit.
+        image_counts_as_one: count each image as one token of `max_length`, as LLaVA-Rad truncated its rows.
 
     Raises:
         DataError: placeholders and images differ in number, or the images alone do not fit.
@@ -104,7 +106,7 @@ def encode(
     segments = processor.template.render(place_images(conversation, processor))
     draft = tokenize_segments(segments, processor, sizes)
     _check_images(draft, processor, images)
-    if max_length is not None and processor.image_counts_as_one:
+    if max_length is not None and image_counts_as_one:
         max_length += sum(stop - start - 1 for start, stop in draft.image_spans)
     return _finish(draft, images, max_length, kept_sizes(processor, sizes))
 

@@ -54,8 +54,21 @@ class RowCheck:
     num_trained_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    """Longest sequence, and whether each image counts as one token of it; arguments of `encode`."""
+
+    max_length: int | None
+    image_counts_as_one: bool
+
+
 def check_rows(
-    samples: Sequence[Sample], processor: LlavaMedProcessor, index: ImageIndex, *, max_length: int | None
+    samples: Sequence[Sample],
+    processor: LlavaMedProcessor,
+    index: ImageIndex,
+    *,
+    max_length: int | None,
+    image_counts_as_one: bool = False,
 ) -> RowCheck:
     """Return unusable rows with reasons, and token counts; results of an equal call are reused.
 
@@ -64,16 +77,18 @@ def check_rows(
         processor: turns conversations into tokens.
         index: index of the image files, after `ImageIndex.verify`.
         max_length: longest sequence in tokens; None for no limit.
+        image_counts_as_one: count each image as one token of `max_length`, see `encode`.
     """
+    limit = _Limit(max_length, image_counts_as_one)
     path: Path | None = None
     if index.path is not None and len(samples) >= MIN_REMEMBERED:
-        path = index.path.with_name(f"rows-{_fingerprint(samples, processor, index, max_length)[:32]}.json")
+        path = index.path.with_name(f"rows-{_fingerprint(samples, processor, index, limit)[:32]}.json")
         if (known := _remembered(path)) is not None:
             return known
     found = RowCheck()
     for place, sample in enumerate(with_progress(samples, title="checking rows", unit="row")):
         try:
-            encoded = _encode(sample, processor, index, max_length)
+            encoded = _encode(sample, processor, index, limit)
         except DataError as error:
             found.bad[place] = str(error)
             continue
@@ -85,7 +100,7 @@ def check_rows(
     return found
 
 
-def _encode(sample: Sample, processor: LlavaMedProcessor, index: ImageIndex, max_length: int | None) -> Encoded:
+def _encode(sample: Sample, processor: LlavaMedProcessor, index: ImageIndex, limit: _Limit) -> Encoded:
     """Return the tokens of a row.
 
     Raises:
@@ -93,9 +108,9 @@ def _encode(sample: Sample, processor: LlavaMedProcessor, index: ImageIndex, max
     """
     keys = [key_of_digest(index.digest(ref), processor.image_fingerprint) for ref in sample.images]
     sizes = [index.dimensions(ref) for ref in sample.images] if processor.has_variable_images else None
-    encoded = encode(with_placeholders(sample), processor, images=keys, sizes=sizes, max_length=max_length)
+    encoded = encode(with_placeholders(sample), processor, images=keys, sizes=sizes, **asdict(limit))
     if not _num_trained(encoded):
-        cut = f" after {encoded.num_cut} tokens were cut to fit {max_length}" if encoded.num_cut else ""
+        cut = f" after {encoded.num_cut} tokens were cut to fit {limit.max_length}" if encoded.num_cut else ""
         raise DataError(f"no token is left to train{cut}; expected at least one answer that is not empty")
     return encoded
 
@@ -104,16 +119,14 @@ def _num_trained(encoded: Encoded) -> int:
     return len(encoded.labels) - encoded.labels.count(IGNORE_INDEX)
 
 
-def _fingerprint(
-    samples: Sequence[Sample], processor: LlavaMedProcessor, index: ImageIndex, max_length: int | None
-) -> str:
+def _fingerprint(samples: Sequence[Sample], processor: LlavaMedProcessor, index: ImageIndex, limit: _Limit) -> str:
     """Return a hash of the rows, the state of their images, and how the processor turns text into tokens."""
     # Encoding a probe conversation covers all settings of the processor without listing them here.
     turns = (Turn("human", f"{IMAGE_TOKEN} q "), Turn("gpt", "a"), Turn("human", f"q {IMAGE_TOKEN}"), Turn("gpt", " a"))
     probe = encode(Conversation(turns), processor, images=("x", "y"), sizes=PROBE_SIZES, max_length=None)
     backend = cast(Any, processor.tokenizer).backend_tokenizer.to_str()
-    images = [processor.image_fingerprint, asdict(processor.image_grid), processor.image_counts_as_one]
-    settings = [__version__, images, max_length, asdict(probe)]
+    images = [processor.image_fingerprint, asdict(processor.image_grid), limit.image_counts_as_one]
+    settings = [__version__, images, limit.max_length, asdict(probe)]
     digest = hashlib.sha256(json.dumps(settings).encode() + backend.encode())
     for sample in samples:
         state = [index.digest_or_error(ref) for ref in sample.images]
@@ -168,6 +181,7 @@ def check_trainable(
     processor: LlavaMedProcessor,
     *,
     max_length: int | None = None,
+    image_counts_as_one: bool = False,
     skip_bad: bool = False,
     quarantine: Quarantine | None = None,
     index: ImageIndex | None = None,
@@ -184,6 +198,7 @@ def check_trainable(
         image_folder: folder that image names are relative to.
         processor: turns conversations into tokens.
         max_length: longest sequence in tokens, images included; None for no limit.
+        image_counts_as_one: count each image as one token of `max_length`, see `encode`.
         skip_bad: skip bad rows instead of raising.
         quarantine: list that skipped rows are added to.
         index: index of the image files; None uses that of `image_folder` in the user's cache.
@@ -196,7 +211,7 @@ def check_trainable(
         index = ImageIndex.open(image_folder, dicom=processor.dicom)
     refs = list(dict.fromkeys(ref for sample in samples for ref in sample.images))
     index.verify(refs, num_threads=num_threads)
-    found = check_rows(samples, processor, index, max_length=max_length)
+    found = check_rows(samples, processor, index, max_length=max_length, image_counts_as_one=image_counts_as_one)
     bad = [bad_row(samples[place], reason) for place, reason in found.bad.items()]
     good = [sample for place, sample in enumerate(samples) if place not in found.bad]
     if bad and not skip_bad:

@@ -1,19 +1,24 @@
-"""Options of the training commands, as three dataclasses; old option names are fields too."""
+"""Options of the training commands, as three dataclasses; old option names are fields too.
+
+Arguments are complete at construction. Only the entry of training uses them; other modules take the specs of `specs`.
+"""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from llava.compat import compat_help
 from llava.errors import ConfigError
 from llava.imaging.dicom.policy import CHECKPOINT_DEFAULT_HELP, DEFAULT_POLICY, DICOM_FRAME_HELP, DICOM_WINDOW_HELP
 from llava.imaging.jpeg import FAST_JPEG_HELP
 from llava.train.legacy_flags import LegacyTrainingArguments, option
+from llava.train.specs import OptimizerSpec, OrderSpec, ResumeSpec, WorkerSpec
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelArguments:
     """Options for the model and for which of its parts are trained."""
 
@@ -86,7 +91,7 @@ class ModelArguments:
             raise ConfigError("--tune-mm-mlp-adapter trains only the projector; use --lora-enable in stage 2")
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataArguments:
     """Options for the training data and the images."""
 
@@ -163,6 +168,9 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
         self.gradient_accumulation_steps = 1
         # LlavaTrainer connects every trained weight to the loss, so DDP must not search for unused ones.
         self.ddp_find_unused_parameters = False
+        self.group_by_length |= self.train_sampling_strategy == "group_by_length"
+        if self.early_stopping_patience:
+            self.restore_callback_states_from_checkpoint = True  # keeps the counter of the callback over a resume
         super().__post_init__()
         if self.max_tokens_per_row < 1:
             raise ConfigError(f"--max-tokens-per-row is {self.max_tokens_per_row}; expected at least 1 (default 8192)")
@@ -172,6 +180,14 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
             raise ConfigError(f"--loss-normalization is {self.loss_normalization!r}; expected tokens or micro_batches")
         if self.prefix_sharing not in ("on", "off"):
             raise ConfigError(f"--prefix-sharing is {self.prefix_sharing!r}; expected on or off")
+
+    def changed(self, **values: Any) -> Self:
+        """Return a copy with other values, which are not checked."""
+        # `dataclasses.replace` would run `__post_init__` on values that it has already translated.
+        copied = copy.copy(self)
+        for name, value in values.items():
+            setattr(copied, name, value)
+        return copied
 
     @property
     def sequences_per_step(self) -> int:
@@ -194,5 +210,43 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
         assert self.output_dir is not None
         return Path(self.output_dir)
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of this process and number of processes."""
+        return {"rank": int(self.process_index), "world_size": int(self.world_size)}
 
-Parsed = tuple[ModelArguments, DataArguments, LlavaTrainingArguments]
+    @property
+    def is_sharded(self) -> bool:
+        """Whether DeepSpeed or FSDP shards weights or optimizer state."""
+        return bool(self.deepspeed or self.fsdp)
+
+    def optimizer_spec(self) -> OptimizerSpec:
+        """Return learning rates and weight decay; a part without its own rate uses `learning_rate`."""
+        rate = self.learning_rate
+        return OptimizerSpec(
+            rate, self.mm_projector_lr or rate, self.mm_vision_tower_lr or rate, weight_decay=self.weight_decay
+        )
+
+    def order_spec(self, default_grouping: str) -> OrderSpec:
+        """Return the order of the rows; `default_grouping` is the default of `--image-grouping`."""
+        return OrderSpec(
+            image_grouping=self.image_grouping,
+            default_grouping=default_grouping,
+            questions_per_image=self.questions_per_image,
+            strategy=self.train_sampling_strategy,
+            by_length=self.group_by_length,
+            by_modality_length=self.group_by_modality_length,
+            sequences_per_step=self.sequences_per_step,
+            seed=self.seed,
+            **self.ranks,
+        )
+
+    def worker_spec(self) -> WorkerSpec:
+        """Return the worker processes of the loader."""
+        return WorkerSpec(
+            self.dataloader_num_workers, self.dataloader_prefetch_factor, self.dataloader_persistent_workers
+        )
+
+    def resume_spec(self) -> ResumeSpec:
+        """Return where the checkpoint to resume from is."""
+        return ResumeSpec(self.run_folder, self.resume_from_checkpoint, self.overwrite_output_dir)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava.train.trainer import LlavaTrainer, TrainingCounts
+from llava.train.trainer import TrainingCounts
 from llava.utils.jsonl import append_record, read_records, write_atomic, write_records
 
 logger = logging.getLogger(__name__)
@@ -35,11 +35,17 @@ class MetricsCallback(TrainerCallback):
     """Callback that appends every log to `metrics.jsonl` and draws the loss curve after training.
 
     Each line also has throughput, the share of tokens saved by prefix sharing, and peak memory.
+
+    Args:
+        folder: folder of the run.
+        counts: counts of the trainer, cleared at every log.
+        source_names: names of the sources of a mixture.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, counts: TrainingCounts, source_names: Sequence[str] = ()) -> None:
         self.path = folder / METRICS_FILE
-        self.trainer: LlavaTrainer | None = None
+        self.counts = counts
+        self.source_names = tuple(source_names)
         self._since = time.perf_counter()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -73,10 +79,8 @@ class MetricsCallback(TrainerCallback):
 
     def _throughput(self, device: torch.device) -> dict[str, float]:
         """Return throughput over all ranks; a collective operation, so every rank must log at the same step."""
-        if self.trainer is None:
-            return {}
-        names = self.trainer.source_names
-        counts, self.trainer.counts = self.trainer.counts.over_ranks(device, len(names)), TrainingCounts()
+        counts = self.counts.over_ranks(device, len(self.source_names))
+        self.counts.clear()
         now = time.perf_counter()
         seconds, self._since = max(now - self._since, 1e-9), now
         if not counts.sequences:
@@ -87,7 +91,7 @@ class MetricsCallback(TrainerCallback):
             "tokens_per_second": round(counts.tokens / seconds, 1),
             "shared_tokens": round(1 - counts.tokens / max(counts.unshared, 1), 4),
             **({"skipped_rows": counts.skipped} if counts.skipped else {}),
-            **_loss_by_source(names, counts),
+            **_loss_by_source(self.source_names, counts),
         }
 
 

@@ -8,9 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,8 +24,8 @@ from llava.model.checkpoint.load_parts import check_adapter_names, load_extra, l
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
-from llava.train.args import LlavaTrainingArguments, Parsed
-from llava.train.trainer import TrainerHooks
+from llava.train.specs import ProvenanceSpec, ResumeSpec
+from llava.train.trainer import TrainerHooks, Validate, WatchStep
 from llava.utils.cli import flag
 from llava.utils.jsonl import write_json
 from llava.utils.provenance import git_commit, weights_sha256
@@ -46,70 +44,43 @@ DECISIVE = (
 )  # fmt: skip
 """Provenance keys that must be equal to resume a run; the number of ranks may differ if the order allows it."""
 
-FREE_MODEL_OPTIONS = frozenset({"model_name_or_path", "lora_weight_path", "mpt_attn_impl"})
-"""Model options that a resumed run may change; weights are compared by `model_sha256`."""
 
-DECISIVE_DATA_OPTIONS = ("image_aspect_ratio", "image_grid_pinpoints", "image_counts_as_one")
-DECISIVE_TRAINING_OPTIONS = (
-    "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "vision_tower_lr", "weight_decay", "lr_scheduler_type",
-    "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "model_max_length",
-    "bf16", "fp16",
-)  # fmt: skip
-
-
-def run_provenance(parsed: Parsed, layout: str, grouping: str, order: str, trains: str) -> dict[str, Any]:
+def run_provenance(spec: ProvenanceSpec, *, layout: str, grouping: str, order: str, trains: str) -> dict[str, Any]:
     """Return the provenance of a run: data, order of rows, trained part, options and code."""
-    model, data, training = parsed
     return {
-        "data_path": data.data_path,
-        "data_sha256": data_sha256(data.data_path),
-        "model": model.model_name_or_path,
-        "global_batch": training.global_batch,
-        "seed": training.seed,
+        "data_path": spec.data_path,
+        "data_sha256": data_sha256(spec.data_path),
+        "model": spec.model,
+        "global_batch": spec.global_batch,
+        "seed": spec.seed,
         "image_grouping": grouping,
         "order": order,
         "trains": trains,
-        "loss_normalization": training.loss_normalization,
-        "precision": "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
-        "model_sha256": weights_sha256(model.model_name_or_path),
-        "options": decisive_options(parsed),
+        "loss_normalization": spec.loss_normalization,
+        "precision": spec.precision,
+        "model_sha256": weights_sha256(spec.model),
+        "options": spec.options,
         "layout": layout,
         "git_commit": git_commit(),
     }
 
 
-def decisive_options(parsed: Parsed) -> dict[str, Any]:
-    """Return the options that determine what a step computes."""
-    model, data, training = parsed
-    found = {name: value for name, value in asdict(model).items() if name not in FREE_MODEL_OPTIONS}
-    for name in ("vision_tower", "pretrain_mm_mlp_adapter", "system_file", "vision_tower_config"):
-        if found.get(name):
-            found[name] = Path(found[name]).name  # a run may be moved to another folder
-    found |= {name: getattr(data, name) for name in DECISIVE_DATA_OPTIONS}
-    found |= {name: getattr(training, name) for name in DECISIVE_TRAINING_OPTIONS}
-    return cast(dict[str, Any], json.loads(json.dumps(found, default=str)))
-
-
-def starts_over(training: LlavaTrainingArguments | Namespace) -> bool:
-    """Return whether checkpoints of an earlier run in the output folder are ignored."""
-    return bool(training.overwrite_output_dir or training.resume_from_checkpoint in ("False", "false", False))
-
-
-def write_start(parsed: Parsed, provenance: dict[str, Any], report: str) -> None:
+def write_start(
+    resume: ResumeSpec,
+    facts: ProvenanceSpec,
+    *,
+    arguments: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    report: str,
+) -> None:
     """Write arguments, provenance and the table of trained parameters into the run folder."""
-    model, data, training = parsed
-    folder = training.run_folder
-    if starts_over(training):  # otherwise a later resume would continue the earlier run
+    folder = resume.folder
+    if resume.starts_over:  # otherwise a later resume would continue the earlier run
         for checkpoint in folder.glob("checkpoint-*"):
             if re.fullmatch(r"checkpoint-\d+", checkpoint.name):
                 shutil.rmtree(checkpoint)
-    arguments = {
-        "model": asdict(model),
-        "data": asdict(data),
-        "training": {**cast(Any, training).to_dict(), "gradient_accumulation_steps": training.requested_accumulation},
-    }
-    write_json(folder / ARGUMENTS_FILE, json.loads(json.dumps(arguments, default=str)))
-    held_out = {"eval_data_sha256": data_sha256(data.eval_data_path)} if data.eval_data_path else {}
+    write_json(folder / ARGUMENTS_FILE, arguments)
+    held_out = {"eval_data_sha256": data_sha256(facts.eval_data_path)} if facts.eval_data_path else {}
     write_json(folder / PROVENANCE_FILE, {**provenance, **held_out, "command": shlex.join(sys.argv)})
     (folder / "trainable_parameters.txt").write_text(report, encoding="utf-8")
 
@@ -138,13 +109,9 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def bf16_to_resume(training: Namespace) -> bool | None:
-    """Return whether the run to resume trains in bfloat16; None when no run is resumed.
-
-    Args:
-        training: parsed options, before transformers validates them.
-    """
-    checkpoint = None if starts_over(training) else _named_checkpoint(training)
+def bf16_to_resume(resume: ResumeSpec) -> bool | None:
+    """Return whether the run to resume trains in bfloat16; None when no run is resumed."""
+    checkpoint = None if resume.starts_over else _named_checkpoint(resume)
     if checkpoint is None:
         return None
     path = checkpoint.parent / ARGUMENTS_FILE
@@ -153,21 +120,20 @@ def bf16_to_resume(training: Namespace) -> bool | None:
     return chosen if isinstance(chosen, bool) else None
 
 
-def _named_checkpoint(training: LlavaTrainingArguments | Namespace) -> Path | None:
+def _named_checkpoint(resume: ResumeSpec) -> Path | None:
     """Return the checkpoint that `--resume-from-checkpoint` names, else the last one of the output folder."""
-    wanted = training.resume_from_checkpoint
+    wanted = resume.checkpoint
     explicit = Path(wanted) if isinstance(wanted, str) and wanted.lower() != "true" else None
-    return explicit or last_checkpoint(Path(training.output_dir or DEFAULT_OUTPUT))
+    return explicit or last_checkpoint(resume.folder)
 
 
-def checkpoint_to_resume(parsed: Parsed, provenance: dict[str, Any]) -> str | None:
+def checkpoint_to_resume(resume: ResumeSpec, provenance: Mapping[str, Any]) -> str | None:
     """Return the checkpoint to resume from, or None.
 
     Raises:
         ConfigError: the checkpoint is incomplete, or its run had another model, other data or other options.
     """
-    training = parsed[2]
-    path = None if starts_over(training) else _named_checkpoint(training)
+    path = None if resume.starts_over else _named_checkpoint(resume)
     if path is None:
         return None
     if not _is_whole(path):
@@ -179,8 +145,8 @@ def checkpoint_to_resume(parsed: Parsed, provenance: dict[str, Any]) -> str | No
     return str(path)
 
 
-def _refuse_another_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    def flat(facts: dict[str, Any]) -> dict[str, Any]:
+def _refuse_another_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    def flat(facts: Mapping[str, Any]) -> dict[str, Any]:
         plain = {name: facts[name] for name in DECISIVE if name in facts and name != "options"}
         return plain | {flag(name): value for name, value in facts.get("options", {}).items()}
 
@@ -212,8 +178,15 @@ SAVERS: dict[Kind, Callable[..., None]] = {
 }
 
 
-def hooks_for(kind: Kind, model: nn.Module, loaded: LoadedModel) -> TrainerHooks:
-    """Return the save and restore hooks for the trained part."""
+def hooks_for(
+    kind: Kind,
+    model: nn.Module,
+    loaded: LoadedModel,
+    *,
+    validate: Validate | None = None,
+    on_step: WatchStep | None = None,
+) -> TrainerHooks:
+    """Return the hooks for the trained part; `validate` and `on_step` are those of `TrainerHooks`."""
 
     def save(path: str, state: dict[str, Tensor] | None) -> None:
         SAVERS[kind](model, loaded.processor, path, state=state, origin=loaded.origin)
@@ -226,7 +199,7 @@ def hooks_for(kind: Kind, model: nn.Module, loaded: LoadedModel) -> TrainerHooks
         else:
             _restore_model(model, path)
 
-    return TrainerHooks(save=save, restore=restore)
+    return TrainerHooks(save=save, restore=restore, validate=validate, on_step=on_step)
 
 
 def restore_adapter(model: nn.Module, path: Path) -> None:

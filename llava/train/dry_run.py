@@ -10,11 +10,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava.data.dataset import SFTDataset
-from llava.train.args import LlavaTrainingArguments
 from llava.train.callbacks import peak_memory_gb
 
 NUM_STEPS = 20
 NUM_SAMPLED_ROWS = 200
+SHORTENED = {"max_steps": NUM_STEPS, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
+"""Training options of a dry run: a few steps without saving or validation."""
+
 BYTES_OF_ADAMW = 8
 """Two float32 moments for each trained parameter."""
 
@@ -33,13 +35,6 @@ class StepTimer(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop the clock."""
         self.seconds.append(time.perf_counter() - self._start)
-
-
-def shorten_run(args: LlavaTrainingArguments) -> None:
-    """Limit a run to `NUM_STEPS` steps without saving or validation."""
-    args.max_steps = NUM_STEPS
-    args.save_strategy = args.eval_strategy = "no"
-    args.load_best_model_at_end = False
 
 
 def token_table(dataset: SFTDataset) -> str:

@@ -19,8 +19,7 @@ from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, ORIGIN_FILE, OUR
 from llava.model.checkpoint.hub import hub_config, is_hub_name, local_folder
 from llava.model.checkpoint.load import PART_FLAGS, USED_PARTS, load_checkpoint, read_origin
 from llava.model.checkpoint.load_parts import load_projector
-from llava.model.quantization import Quantization
-from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
+from llava.train.specs import ModelSpec
 from llava.utils.cli import flag
 
 logger = logging.getLogger(__name__)
@@ -35,23 +34,20 @@ DTYPE = torch.float32
 """Data type of loaded weights; bf16 and fp16 runs use autocast (see `llava.train.precision`)."""
 
 
-def open_model(model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainingArguments) -> LoadedModel:
+def open_model(spec: ModelSpec) -> LoadedModel:
     """Load or build the model of a run, with its template, image mode and initial projector.
 
     Raises:
         ConfigError: a new model has no `--vision-tower`, or options contradict the checkpoint.
         CheckpointError: a part cannot be loaded.
     """
-    system = Path(model_args.system_file).read_text(encoding="utf-8").strip() if model_args.system_file else None
-    if holds_tower_and_projector(model_args.model_name_or_path):
-        loaded = _continue(model_args, data_args, system)
-    else:
-        loaded = _build(model_args, data_args, args, system)
+    system = Path(spec.system_file).read_text(encoding="utf-8").strip() if spec.system_file else None
+    loaded = _continue(spec, system) if holds_tower_and_projector(spec.path) else _build(spec, system)
     processor = loaded.processor
-    processor.use_dicom(processor.dicom.changed(data_args.dicom_window, data_args.dicom_frame))
-    processor.use_fast_jpeg(data_args.fast_jpeg)
-    if model_args.pretrain_mm_mlp_adapter:
-        load_projector(loaded.model, model_args.pretrain_mm_mlp_adapter)
+    processor.use_dicom(processor.dicom.changed(spec.dicom_window, spec.dicom_frame))
+    processor.use_fast_jpeg(spec.fast_jpeg)
+    if spec.projector_weights:
+        load_projector(loaded.model, spec.projector_weights)
     return loaded
 
 
@@ -68,33 +64,31 @@ def holds_tower_and_projector(path: str) -> bool:
     return has_part or (find_weights(folder) is not None and Checkpoint.open(folder).kind != "language_model")
 
 
-def _continue(model_args: ModelArguments, data_args: DataArguments, system: str | None) -> LoadedModel:
+def _continue(spec: ModelSpec, system: str | None) -> LoadedModel:
     """Load a checkpoint of any format, then apply a given template, system prompt and image mode."""
-    path = model_args.model_name_or_path
-    loaded = load_checkpoint(path, dtype=DTYPE, **asdict(quantization_of(model_args)), **_tower_parts(model_args))
-    check_against(loaded, model_args)
-    if model_args.version or system:
-        name = model_args.version or loaded.processor.template.name
+    loaded = load_checkpoint(spec.path, dtype=DTYPE, **asdict(spec.quantization), **_tower_parts(spec))
+    check_against(loaded, spec)
+    if spec.template or system:
+        name = spec.template or loaded.processor.template.name
         if loaded.processor.system is not None and system is None and name != loaded.processor.template.name:
             logger.warning(
                 "--version %s: the system prompt of the checkpoint is replaced by that of the template", name
             )
         loaded.processor.use_template(name, system=system)
         loaded.model.config.template = name
-    asked = data_args.image_aspect_ratio, model_args.mm_patch_merge_type, data_args.image_grid_pinpoints
-    if any(asked):
-        mode, merge, pinpoints = asked
-        loaded.processor.use_image_mode(mode or loaded.processor.image_mode, merge=merge, pinpoints=pinpoints)
+    if spec.image_mode or spec.patch_merge_type or spec.image_grid_pinpoints:
+        mode = spec.image_mode or loaded.processor.image_mode
+        loaded.processor.use_image_mode(mode, merge=spec.patch_merge_type, pinpoints=spec.image_grid_pinpoints)
         use_policy(loaded.model, loaded.processor)
     return loaded
 
 
-def _tower_parts(model_args: ModelArguments) -> dict[str, Any]:
+def _tower_parts(spec: ModelSpec) -> dict[str, Any]:
     """Return the vision tower options for checkpoints that may need them."""
     # Published commands set --vision_tower for every checkpoint.
-    path = model_args.model_name_or_path
+    path = spec.path
     names = ("vision_tower", "vision_tower_config", "vision_tower_checkpoint")
-    given = {name: value for name in names if (value := getattr(model_args, name)) is not None}
+    given = {name: value for name in names if (value := getattr(spec, name)) is not None}
     folder = local_folder(path) if is_hub_name(path) else path
     kind = Checkpoint.open(folder).kind if given else "legacy"
     if "vision_tower" in USED_PARTS.get(kind, PART_FLAGS):
@@ -104,39 +98,41 @@ def _tower_parts(model_args: ModelArguments) -> dict[str, Any]:
     return {}
 
 
-def check_against(loaded: LoadedModel, model_args: ModelArguments) -> None:
+def check_against(loaded: LoadedModel, spec: ModelSpec) -> None:
     """Warn of options that apply to new models only and differ from the loaded checkpoint.
 
     Raises:
         ConfigError: image markers are requested, but the checkpoint was trained without them.
     """
     config = loaded.model.config
-    if model_args.mm_use_im_start_end and not config.use_im_start_end:
+    if spec.use_im_start_end and not config.use_im_start_end:
         raise ConfigError(
-            f"--mm-use-im-start-end: {model_args.model_name_or_path} was trained without marker tokens; omit the flag, "
+            f"--mm-use-im-start-end: {spec.path} was trained without marker tokens; omit the flag, "
             "or train stage 1 with it"
         )
-    earlier = read_origin(model_args.model_name_or_path).get("build", {})
-    tower = model_args.vision_tower
+    earlier = read_origin(spec.path).get("build", {})
+    tower = spec.vision_tower
     decided = {
         "vision_tower": (portable_path(tower) if tower else None, earlier.get("vision_tower"), None),
-        "mm_projector_type": (model_args.mm_projector_type, config.projector_type, "linear"),
-        "mm_vision_select_layer": (model_args.mm_vision_select_layer, config.vision_feature_layer, -2),
-        "mm_vision_select_feature": (model_args.mm_vision_select_feature, earlier.get("select_feature"), "patch"),
-        "mm_use_im_patch_token": (model_args.mm_use_im_patch_token, earlier.get("use_im_patch_token"), False),
-        "image_size": (model_args.image_size, loaded.processor.image_size[0], None),
+        "mm_projector_type": (spec.projector_type, config.projector_type, "linear"),
+        "mm_vision_select_layer": (spec.select_layer, config.vision_feature_layer, -2),
+        "mm_vision_select_feature": (spec.select_feature, earlier.get("select_feature"), "patch"),
+        "mm_use_im_patch_token": (spec.use_im_patch_token, earlier.get("use_im_patch_token"), False),
+        "image_size": (spec.image_size, loaded.processor.image_size[0], None),
     }
     for name, (given, kept, default) in decided.items():
         if kept is not None and given not in (default, kept):
-            path = model_args.model_name_or_path
-            logger.warning("%s %s is ignored: %s was built with %s", flag(name), given, path, kept)
+            logger.warning("%s %s is ignored: %s was built with %s", flag(name), given, spec.path, kept)
 
 
 @contextmanager
-def whole_weights(args: LlavaTrainingArguments) -> Iterator[None]:
-    """Context in which every rank builds the whole model; ZeRO-3 shards it when the trainer starts."""
+def whole_weights(config: Any) -> Iterator[None]:
+    """Context in which every rank builds the whole model; ZeRO-3 shards it when the trainer starts.
+
+    Args:
+        config: transformers' DeepSpeed configuration; None without DeepSpeed.
+    """
     # New embeddings are means of old ones, and new projectors depend on the seed: both need whole weights.
-    config = getattr(args, "hf_deepspeed_config", None)  # set only with --deepspeed
     if config is None:
         yield
         return
@@ -149,37 +145,29 @@ def whole_weights(args: LlavaTrainingArguments) -> Iterator[None]:
         set_hf_deepspeed_config(config)
 
 
-def quantization_of(model_args: ModelArguments) -> Quantization:
-    """Return the quantization options of the language model."""
-    return Quantization(model_args.bits, model_args.double_quant, model_args.quant_type)
-
-
-def _build(
-    model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainingArguments, system: str | None
-) -> LoadedModel:
-    if model_args.vision_tower is None:
+def _build(spec: ModelSpec, system: str | None) -> LoadedModel:
+    if spec.vision_tower is None:
         raise ConfigError(
-            f"{model_args.model_name_or_path} is not a llava checkpoint, so it is treated as a language model. "
-            "Pass --vision-tower."
+            f"{spec.path} is not a llava checkpoint, so it is treated as a language model. Pass --vision-tower."
         )
     return build_model(
-        model_args.model_name_or_path,
-        model_args.vision_tower,
+        spec.path,
+        spec.vision_tower,
         dtype=DTYPE,
-        vision_tower_config=model_args.vision_tower_config,
-        vision_tower_checkpoint=model_args.vision_tower_checkpoint,
-        projector_type=model_args.mm_projector_type,
-        projector_kwargs=model_args.projector_kwargs,
-        select_layer=model_args.mm_vision_select_layer,
-        select_feature=model_args.mm_vision_select_feature,
-        use_im_start_end=model_args.mm_use_im_start_end,
-        use_im_patch_token=model_args.mm_use_im_patch_token,
-        template=model_args.version or NEW_MODEL_TEMPLATE,
-        image_mode=data_args.image_aspect_ratio or NEW_MODEL_IMAGE_MODE,
-        patch_merge_type=model_args.mm_patch_merge_type or "flat",
-        image_grid_pinpoints=data_args.image_grid_pinpoints,
+        vision_tower_config=spec.vision_tower_config,
+        vision_tower_checkpoint=spec.vision_tower_checkpoint,
+        projector_type=spec.projector_type,
+        projector_kwargs=spec.projector_kwargs,
+        select_layer=spec.select_layer,
+        select_feature=spec.select_feature,
+        use_im_start_end=spec.use_im_start_end,
+        use_im_patch_token=spec.use_im_patch_token,
+        template=spec.template or NEW_MODEL_TEMPLATE,
+        image_mode=spec.image_mode or NEW_MODEL_IMAGE_MODE,
+        patch_merge_type=spec.patch_merge_type or "flat",
+        image_grid_pinpoints=spec.image_grid_pinpoints,
         system=system,
-        image_size=model_args.image_size,
-        **asdict(quantization_of(model_args)),
-        seed=args.seed,
+        image_size=spec.image_size,
+        **asdict(spec.quantization),
+        seed=spec.seed,
     )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from llava.model.checkpoint.weight_names import NEWLINE
-from llava.train.args import LlavaTrainingArguments
+from llava.train.specs import OptimizerSpec
 
 
 def part_of(name: str) -> str:
@@ -17,25 +17,21 @@ def part_of(name: str) -> str:
     return "tower" if "vision_tower." in name else "language"
 
 
-def parameter_groups(model: nn.Module, decaying: set[str], args: LlavaTrainingArguments) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, decaying: set[str], spec: OptimizerSpec) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer.
 
     Args:
         model: the model; its parameters that require gradients are included.
         decaying: names of parameters with weight decay, unless they have `is_marker_table`.
-        args: learning rates and weight decay; a part without its own rate uses `learning_rate`.
+        spec: learning rates of the parts, and weight decay.
     """
-    rates = {
-        "projector": args.mm_projector_lr or args.learning_rate,
-        "tower": args.mm_vision_tower_lr or args.learning_rate,
-        "language": args.learning_rate,
-    }
+    rates = {"projector": spec.projector, "tower": spec.tower, "language": spec.language}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         # In a marker table only the marker rows are trained; decay would change every other row too.
         decays = name in decaying and not getattr(parameter, "is_marker_table", False)
-        key = (rates[part_of(name)], args.weight_decay if decays else 0.0)
+        key = (rates[part_of(name)], spec.weight_decay if decays else 0.0)
         groups.setdefault(key, []).append(parameter)
     return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]

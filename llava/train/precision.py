@@ -10,7 +10,7 @@ and trained weights stay float32. So do all weights that a checkpoint will conta
 from __future__ import annotations
 
 import logging
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,8 +24,8 @@ from llava.model.checkpoint.formats import CONFIG_FILE, read_json
 from llava.model.checkpoint.weight_names import PROJECTOR_MODULE
 from llava.model.precision import half_speedup, product_shape, trains_faster_in_bf16
 from llava.model.quantization import quantized_layers
-from llava.train.args import LlavaTrainingArguments, ModelArguments
 from llava.train.checkpointing import Kind, bf16_to_resume
+from llava.train.specs import ResumeSpec
 from llava.utils import log
 
 logger = logging.getLogger(__name__)
@@ -48,39 +48,43 @@ def _bool_or_auto(value: str) -> bool | Literal["auto"]:
         raise ArgumentTypeError(f"expected True, False or auto, got {value!r}") from error
 
 
-def chosen_bf16(options: Namespace) -> bool:
+def chosen_bf16(bf16: bool | Literal["auto"], *, model: str, fp16: bool, use_cpu: bool, resume: ResumeSpec) -> bool:
     """Return the value of `--bf16`; `auto` is the choice of the resumed run, else measured on this machine.
 
     Args:
-        options: all training options as parsed.
+        bf16: `--bf16` as parsed.
+        model: model folder or hub name.
+        fp16: whether the run computes in float16, so that nothing is measured.
+        use_cpu: whether accelerators are ignored.
+        resume: where the checkpoint to resume from is.
     """
-    if options.bf16 != "auto":
-        return bool(options.bf16)
-    earlier = bf16_to_resume(options)
-    if options.fp16 or earlier is not None:
+    if bf16 != "auto":
+        return bool(bf16)
+    earlier = bf16_to_resume(resume)
+    if fp16 or earlier is not None:
         return bool(earlier)
-    accelerator = None if options.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
     device_type = "cpu" if accelerator is None else accelerator.type
-    choice = trains_faster_in_bf16(_config(options.model_name_or_path), device_type)
+    choice = trains_faster_in_bf16(_config(model), device_type)
     logger.info("--bf16 auto: this run computes in %s, as measured on this machine", ("float32", "bfloat16")[choice])
     return choice
 
 
-def agreed(choice: bool, args: LlavaTrainingArguments) -> bool:
+def agreed(choice: bool, *, world_size: int) -> bool:
     """Return the choice of rank 0 on all ranks."""
     # Ranks may measure on different sides of the limit.
-    if args.world_size == 1:
+    if world_size == 1:
         return choice
     choices = [choice]
     broadcast_object_list(choices)
     return choices[0]
 
 
-def warn_of_slow_bf16(model_args: ModelArguments, args: LlavaTrainingArguments) -> None:
+def warn_of_slow_bf16(model: str, *, bf16: bool, device_type: str) -> None:
     """Warn once, with the measured factor, if `--bf16` slows down a run on a CPU."""
-    if not args.bf16 or args.device.type != "cpu":
+    if not bf16 or device_type != "cpu":
         return
-    speedup = half_speedup(torch.bfloat16, product_shape(_config(model_args.model_name_or_path)))
+    speedup = half_speedup(torch.bfloat16, product_shape(_config(model)))
     if speedup < 1.0:
         log.warn_once(
             logger,
@@ -94,11 +98,11 @@ def _config(model: str) -> Mapping[str, Any]:
     return read_json(Path(model) / CONFIG_FILE)
 
 
-def stores_frozen_in_bf16(args: LlavaTrainingArguments) -> bool:
+def stores_frozen_in_bf16(*, bf16: bool, device_type: str, sharded: bool) -> bool:
     """Return whether frozen weights are stored in bf16: on a GPU with `--bf16`, without DeepSpeed or FSDP."""
     # DeepSpeed casts by its own configuration, and FSDP flattens weights of one data type only. On the CPU memory is
     # not the limit and bf16 products may be slow.
-    return bool(args.bf16 and args.device.type != "cpu" and not args.deepspeed and not args.fsdp)
+    return bf16 and device_type != "cpu" and not sharded
 
 
 def hold_frozen_in_bf16(network: nn.Module, kind: Kind) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from llava.constants import IMAGE_TOKEN
 from llava.data.collator import Collator, RowData
-from llava.data.dataset import SFTDataset
+from llava.data.dataset import SFTDataset, StreamDataset
 from llava.data.flat_batch import Layout
 from llava.data.loader import StepLoader, StreamLoader
 from llava.generation.layout_check import choose_layout
@@ -26,15 +26,15 @@ from llava.model import lora
 from llava.model.builder import LoadedModel
 from llava.model.checkpoint.save import check_not_own_base
 from llava.train import checkpointing, data, dry_run, precision
-from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments, Parsed
+from llava.train.args import LlavaTrainingArguments, ModelArguments
 from llava.train.callbacks import MetricsCallback, row_ids_file
 from llava.train.checkpointing import Kind, hooks_for
 from llava.train.model import open_model, whole_weights
 from llava.train.objectives.base import Objective
 from llava.train.objectives.sft import OBJECTIVES
-from llava.train.parsing import parse_training_args
+from llava.train.parsing import Parsed, parse_training_args
 from llava.train.ranks import lost_ranks_in_one_line
-from llava.train.trainer import LlavaTrainer
+from llava.train.trainer import LlavaTrainer, TrainingCounts, Validate, WatchStep
 from llava.train.validation import HeldOutAnswers, HeldOutLoss
 from llava.utils import log
 from llava.utils.jsonl import append_record
@@ -57,34 +57,45 @@ def run_sft(
     """
     log.setup_logging()
     parsed = parse_training_args(argv, bf16=bf16)
-    model_args, data_args, args = parsed
+    args = parsed.training
     set_seed(args.seed)
-    with whole_weights(args):
-        loaded = open_model(model_args, data_args, args)
-        network, kind = freeze_and_adapt(loaded, model_args, args)
+    with whole_weights(getattr(args, "hf_deepspeed_config", None)):  # set only with --deepspeed
+        loaded = open_model(parsed.model_spec())
+        network, kind = freeze_and_adapt(loaded, parsed.model, args)
         layout = layout_of(loaded, args)
-    dataset = data.open_training_data(data_args, args, loaded)
-    data.prepare_images(dataset, loaded, model_args, data_args, args)
+    stream = parsed.stream_spec()
+    dataset = data.open_training_data(parsed.training_rows(), loaded.processor, stream=stream)
+    if isinstance(dataset, StreamDataset):  # it resumes from its saved position
+        parsed = parsed._replace(training=args.changed(ignore_data_skip=True))
+    data.prepare_images(dataset, loaded, parsed.image_spec())
     collator = replace(make_collator(dataset, loaded, layout, args), micro_batch=args.micro_batch)
-    loader, grouping, drawn = data.make_loader(
-        dataset, collator, args, skip_bad=data_args.skip_bad, grouping=image_grouping
-    )
-    provenance = checkpointing.run_provenance(parsed, layout, grouping, drawn, kind)
-    resume = checkpointing.checkpoint_to_resume(parsed, provenance)
+    order, workers = args.order_spec(image_grouping), args.worker_spec()
+    loader, grouping, drawn = data.make_loader(dataset, collator, order, workers, quarantine=stream.quarantine)
+    facts = parsed.provenance_spec()
+    provenance = checkpointing.run_provenance(facts, layout=layout, grouping=grouping, order=drawn, trains=kind)
+    resume = checkpointing.checkpoint_to_resume(args.resume_spec(), provenance)
     if resume and isinstance(loader, StreamLoader):
         loader.restore(Path(resume))
-    trainer = make_trainer(parsed, loaded, (network, kind), loader, collator, source_names=data.source_names(dataset))
+    names = data.source_names(dataset)
     if args.dry_run:
-        assert isinstance(dataset, SFTDataset)  # a dry run rejects streams
-        run_dry(trainer, dataset, args, steps_per_epoch=len(loader))
+        run_dry(parsed, loaded, (network, kind), loader, collator, source_names=names)
         return
+    last_step = checkpointing.stopped_early(resume, args.early_stopping_patience)
+    ending = parsed if last_step is None else parsed._replace(training=parsed.training.changed(max_steps=last_step))
+    trainer = make_trainer(ending, loaded, (network, kind), loader, collator, source_names=names)
     report = lora.trainable_report(network)
     if args.should_save:
         logger.info("%s, layout %s, image grouping %s\n%s", drawn, layout, grouping, report)
-        checkpointing.write_start(parsed, provenance, report)
-    if (step := checkpointing.stopped_early(resume, args.early_stopping_patience)) is not None:
-        logger.info("the run stopped early at step %d; nothing is left to train", step)
-        args.max_steps = step
+        checkpointing.write_start(
+            args.resume_spec(), facts, arguments=parsed.resolved(), provenance=provenance, report=report
+        )
+    if last_step is not None:
+        logger.info("the run stopped early at step %d; nothing is left to train", last_step)
+    train_and_save(trainer, args, resume)
+
+
+def train_and_save(trainer: LlavaTrainer, args: LlavaTrainingArguments, resume: str | None) -> None:
+    """Train from the start or from checkpoint `resume`, save the weights, and add their hash to the provenance."""
     with lost_ranks_in_one_line():
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
@@ -157,83 +168,97 @@ def make_trainer(
     *,
     source_names: Sequence[str] = (),
 ) -> LlavaTrainer:
-    """Return the trainer with its callbacks and, if requested, validation."""
-    _, data_args, args = parsed
+    """Return the trainer with its callbacks and, if requested, validation; a dry run writes no metrics."""
+    args = parsed.training
     network, kind = trained
-    if precision.stores_frozen_in_bf16(args):  # now: cached features and the calibrated projector need float32 weights
+    # Here and not earlier: cached features and the calibrated projector need float32 weights.
+    if precision.stores_frozen_in_bf16(bf16=args.bf16, device_type=args.device.type, sharded=args.is_sharded):
         num_cast = precision.hold_frozen_in_bf16(network, kind)
         logger.info(
             "%.1f million frozen weights are stored in bf16; trained and saved weights stay float32", num_cast / 1e6
         )
-    hooks = hooks_for(kind, network, loaded)
-    if data_args.eval_data_path:
-        hooks.validate = make_validation(data_args.eval_data_path, data_args, args, loaded, collator.layout)
-    if args.log_row_ids:
-        ids = row_ids_file(args.run_folder, args.process_index)
-        hooks.on_step = lambda step, number: append_record(ids, {"step": number + 1, "rows": step.row_ids})
-    metrics = MetricsCallback(args.run_folder)
-    callbacks: list[TrainerCallback] = [metrics]
-    if args.early_stopping_patience:
+    counts = TrainingCounts()
+    callbacks: list[TrainerCallback] = [] if args.dry_run else [MetricsCallback(args.run_folder, counts, source_names)]
+    if args.early_stopping_patience and not args.dry_run:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-        args.restore_callback_states_from_checkpoint = True  # keeps its counter over a resume
-    trainer = LlavaTrainer(
+    return LlavaTrainer(
         network,
         args,
         loader=loader,
         collator=collator,
         objective=make_objective(loaded, args, num_sources=max(1, len(source_names))),
-        hooks=hooks,
+        rates=args.optimizer_spec(),
+        hooks=hooks_for(
+            kind,
+            network,
+            loaded,
+            validate=make_validation(parsed, loaded, collator.layout),
+            on_step=None if args.dry_run or not args.log_row_ids else log_of_rows(args),
+        ),
+        counts=counts,
         source_names=source_names,
         callbacks=callbacks,
     )
-    metrics.trainer = trainer
-    return trainer
 
 
-def make_validation(
-    path: str, data_args: DataArguments, args: LlavaTrainingArguments, loaded: LoadedModel, layout: Layout
-) -> Callable[[nn.Module], dict[str, float]]:
-    """Return a function that computes the loss on all held-out rows and the scores of some answers."""
-    folder = data_args.eval_image_folder or data_args.image_folder
-    held_out = data.open_data(path, folder, data_args, args, loaded)
-    ranks = {"rank": args.process_index, "world_size": args.world_size}
-    is_sharded = bool(args.deepspeed or args.fsdp)
-    folder = None if held_out.shares is not None else folder  # the image names of a mixture are full paths
+def log_of_rows(args: LlavaTrainingArguments) -> WatchStep:
+    """Return a function that writes the row numbers of a step (`--log-row-ids`)."""
+    path = row_ids_file(args.run_folder, args.process_index)
+    return lambda step, number: append_record(path, {"step": number + 1, "rows": step.row_ids})
+
+
+def make_validation(parsed: Parsed, loaded: LoadedModel, layout: Layout) -> Validate | None:
+    """Return a function that computes the loss on all held-out rows and the scores of some answers.
+
+    Without held-out rows it is None.
+    """
+    args, spec = parsed.training, parsed.held_out_rows()
+    if spec is None:
+        return None
+    held_out = data.open_data(spec, loaded.processor)
     loss = HeldOutLoss(
         make_collator(held_out, loaded, layout, args),
         make_objective(loaded, args),
         batch_size=args.per_device_eval_batch_size,
-        sharded=is_sharded,
-        **ranks,
+        sharded=args.is_sharded,
+        **args.ranks,
     )
-    if is_sharded and args.eval_answers:
+    if args.is_sharded and args.eval_answers:
         logger.warning(
             "--eval-answers is ignored: weights are sharded over ranks, so validation computes the loss only"
         )
-    if is_sharded or not args.eval_answers:
+    if args.is_sharded or not args.eval_answers:
         return loss
     answers = HeldOutAnswers(
         held_out.samples,
         loaded.processor,
-        image_folder=folder,
+        image_folder=None if held_out.shares is not None else spec.image_folder,  # those of a mixture are full paths
         num_rows=args.eval_answers,
         layout=layout,
         max_length=args.model_max_length,
-        **ranks,
+        **args.ranks,
     )
     return lambda model: {**loss(model), **answers(model)}
 
 
-def run_dry(trainer: LlavaTrainer, dataset: SFTDataset, args: LlavaTrainingArguments, *, steps_per_epoch: int) -> None:
+def run_dry(
+    parsed: Parsed,
+    loaded: LoadedModel,
+    trained: tuple[nn.Module, Kind],
+    loader: StepLoader | StreamLoader,
+    collator: Collator,
+    *,
+    source_names: Sequence[str],
+) -> None:
     """Run a dry run: print token and memory tables, take a few steps, print a time forecast."""
-    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    assert trainer.model is not None
-    logger.info("%s\n%s", dry_run.token_table(dataset), dry_run.memory_table(trainer.model))
+    dataset, args = collator.dataset, parsed.training
+    assert isinstance(dataset, SFTDataset)  # a dry run rejects streams
+    short = parsed._replace(training=args.changed(**dry_run.SHORTENED))
+    trainer = make_trainer(short, loaded, trained, loader, collator, source_names=source_names)
+    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(loader))
+    logger.info("%s\n%s", dry_run.token_table(dataset), dry_run.memory_table(trained[0]))
     timer = dry_run.StepTimer()
-    trainer.remove_callback(MetricsCallback)
-    trainer.hooks.on_step = None
     trainer.add_callback(timer)
-    dry_run.shorten_run(args)
     with torch.random.fork_rng():
         trainer.train()
     logger.info("%s", dry_run.time_forecast(timer, total_steps))

@@ -20,16 +20,16 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from llava.data.collator import Collator, StepBatch, matched_rows
 from llava.data.flat_batch import FlatBatch
 from llava.data.loader import StepLoader, StreamLoader
 from llava.errors import ConfigError
-from llava.train.args import LlavaTrainingArguments
 from llava.train.objectives.base import Objective
 from llava.train.optimizer import parameter_groups
 from llava.train.ranks import check_finite
+from llava.train.specs import OptimizerSpec
 from llava.utils.jsonl import write_json
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,12 @@ Save = Callable[[str, "dict[str, Tensor] | None"], None]
 
 Restore = Callable[[str], None]
 """Function that loads a saved checkpoint into the model."""
+
+Validate = Callable[[nn.Module], dict[str, float]]
+"""Function that returns validation metrics of the model."""
+
+WatchStep = Callable[[StepBatch, int], None]
+"""Function called with each computed step and the number of optimizer steps before it."""
 
 
 @dataclass(slots=True)
@@ -69,6 +75,11 @@ class TrainingCounts:
         """Add sums of losses and weights by source, [2, sources]."""
         self.by_source = sums.double() if self.by_source is None else self.by_source + sums
 
+    def clear(self) -> None:
+        """Set all counts to zero."""
+        self.sequences, self.supervised, self.tokens, self.unshared, self.skipped = 0, 0.0, 0, 0, 0
+        self.by_source = None
+
     def over_ranks(self, device: torch.device, num_sources: int = 0) -> TrainingCounts:
         """Return the sums over all ranks."""
         by_source = torch.zeros(2, num_sources) if self.by_source is None else self.by_source.cpu()
@@ -83,7 +94,7 @@ class TrainingCounts:
         return TrainingCounts(int(sequences), supervised, int(tokens), int(unshared), int(skipped), sums)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class TrainerHooks:
     """Functions that save, restore and validate the trained part of a run.
 
@@ -96,8 +107,8 @@ class TrainerHooks:
 
     save: Save
     restore: Restore
-    validate: Callable[[nn.Module], dict[str, float]] | None = None
-    on_step: Callable[[StepBatch, int], None] | None = None
+    validate: Validate | None = None
+    on_step: WatchStep | None = None
 
 
 @dataclass(slots=True)
@@ -119,11 +130,13 @@ class LlavaTrainer(Trainer):
 
     Args:
         model: the model, or a peft model around it.
-        args: training arguments.
+        args: arguments of transformers' Trainer.
         loader: yields one `StepBatch` per optimizer step of this rank.
         collator: lays out a step again after an out-of-memory error, and makes idle rows.
         objective: computes the loss of a row.
+        rates: learning rates and weight decay.
         hooks: functions that save, restore and validate.
+        counts: counts since the last log, which a callback reads and clears; None for new ones.
         source_names: names of the sources of a mixture; the loss of each is logged.
         keywords: arguments of `Trainer`, for example `callbacks`.
     """
@@ -131,12 +144,14 @@ class LlavaTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module,
-        args: LlavaTrainingArguments,
+        args: TrainingArguments,
         *,
         loader: StepLoader | StreamLoader,
         collator: Collator,
         objective: Objective,
+        rates: OptimizerSpec,
         hooks: TrainerHooks,
+        counts: TrainingCounts | None = None,
         source_names: Sequence[str] = (),
         **keywords: Any,
     ) -> None:
@@ -146,9 +161,10 @@ class LlavaTrainer(Trainer):
         self.loader = loader
         self.collator = collator
         self.objective: Objective = objective
+        self.rates = rates
         self.hooks = hooks
         self.source_names = tuple(source_names)
-        self.counts = TrainingCounts()
+        self.counts = TrainingCounts() if counts is None else counts
         self._limits = _Limits(collator.max_tokens_per_row)
         self._step_loss = torch.zeros((), device=args.device)
 
@@ -291,10 +307,9 @@ class LlavaTrainer(Trainer):
         if self.optimizer is None:
             network = model if model is not None else self.model
             assert network is not None
-            assert isinstance(self.args, LlavaTrainingArguments)
             decaying = set(self.get_decay_parameter_names(network))
             optimizer_class, keywords = self.get_optimizer_cls_and_kwargs(self.args, None)
-            self.optimizer = optimizer_class(parameter_groups(network, decaying, self.args), **keywords)
+            self.optimizer = optimizer_class(parameter_groups(network, decaying, self.rates), **keywords)
         return self.optimizer
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

@@ -82,8 +82,9 @@ def test_loading_processes_work_ahead_and_live_on(tiny: LoadedModel, tmp_path: P
     ahead = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3}
     loaders = []
     for options in ({}, ahead):  # without processes there are none to keep
-        args = parse_training_args(arguments(tmp_path, tmp_path, **words, **options))[2]
-        loader, *_ = data.make_loader(collator.dataset, collator, args, skip_bad=False, grouping="off")  # type: ignore[arg-type]
+        args = parse_training_args(arguments(tmp_path, tmp_path, **words, **options)).training
+        order, workers = args.order_spec("off"), args.worker_spec()
+        loader, *_ = data.make_loader(collator.dataset, collator, order, workers)  # type: ignore[arg-type]
         assert isinstance(loader, StepLoader)
         loaders.append(loader)
     plain, loader = loaders

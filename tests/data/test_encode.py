@@ -122,11 +122,10 @@ def test_an_image_may_count_as_one_token() -> None:
     conversation = talk("<image>\nA long question", "A long answer")
     full = encode(conversation, processor, images=["k"], max_length=None)
     limit = len(full.input_ids) - 6
-    processor.image_counts_as_one = True
-    cut = encode(conversation, processor, images=["k"], max_length=limit)
+    cut = encode(conversation, processor, images=["k"], max_length=limit, image_counts_as_one=True)
     assert len(cut.input_ids) == limit + 3
     assert cut.num_cut == 3
-    text_only = encode(talk("A long question", "A long answer"), processor, max_length=10)
+    text_only = encode(talk("A long question", "A long answer"), processor, max_length=10, image_counts_as_one=True)
     assert len(text_only.input_ids) == 10
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from llava.errors import ConfigError
 from llava.model.builder import LoadedModel
 from llava.model.lora import add_lora, freeze_for, train_marker_rows, trainable_report
-from llava.train.args import LlavaTrainingArguments
 from llava.train.optimizer import parameter_groups
+from llava.train.specs import OptimizerSpec
 from tests.support.model_tools import batch
 from tests.support.tiny import tiny_llava
 
@@ -106,9 +106,9 @@ def test_only_the_marker_rows_move(tie: bool) -> None:
     freeze_for(model, projector_only=True)
     train_marker_rows(model, markers)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    args = LlavaTrainingArguments(output_dir="unused", use_cpu=True, weight_decay=0.5, learning_rate=0.01)
+    spec = OptimizerSpec(0.01, 0.01, 0.01, weight_decay=0.5)
     decaying = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(parameter_groups(model, decaying, args), lr=args.learning_rate)
+    optimizer = torch.optim.AdamW(parameter_groups(model, decaying, spec), lr=0.01)
     for _ in range(3):
         optimizer.zero_grad()
         model(**batch(loaded)).loss.backward()

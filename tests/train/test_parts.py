@@ -56,7 +56,7 @@ def groups_of(network: nn.Module, **options: Any) -> dict[str, tuple[float, floa
     args = LlavaTrainingArguments(output_dir="unused", learning_rate=1e-3, weight_decay=0.1, **options)
     decaying = {name for name, _ in network.named_parameters() if not name.endswith("bias") and "norm" not in name}
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    groups = parameter_groups(network, decaying, args)
+    groups = parameter_groups(network, decaying, args.optimizer_spec())
     return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,6 +12,7 @@ from llava.model.builder import LoadedModel
 from llava.model.lora import add_lora, freeze_for
 from llava.model.quantization import quantized_layers
 from llava.train import precision
+from llava.train.args import LlavaTrainingArguments
 from tests.support.runs import arguments, losses, saved, train, write_parts
 from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
@@ -53,7 +53,7 @@ def test_a_run_computes_and_saves_what_autocast_gives(
     if words.pop("eval", False):
         words |= {"eval_data_path": parts / "vqa" / "train.json", "eval_answers": 3}
     train(arguments(parts, tmp_path / "autocast", **words))
-    monkeypatch.setattr(precision, "stores_frozen_in_bf16", lambda args: True)
+    monkeypatch.setattr(precision, "stores_frozen_in_bf16", lambda **given: True)
     cast_weights: list[int] = []
     monkeypatch.setattr(precision, "hold_frozen_in_bf16", lambda *given: cast_weights.append(held(*given)) or 0)
     train(arguments(parts, tmp_path / "held", **words))
@@ -109,8 +109,9 @@ def test_a_whole_model_is_saved_as_it_was(tiny: LoadedModel) -> None:
     ],
 )
 def test_where_it_is_done(bf16: bool, device: str, deepspeed: Any, fsdp: Any, expected: bool) -> None:
-    args = SimpleNamespace(bf16=bf16, device=torch.device(device), deepspeed=deepspeed, fsdp=fsdp)
-    assert precision.stores_frozen_in_bf16(cast(Any, args)) is expected
+    args = LlavaTrainingArguments(output_dir="unused").changed(deepspeed=deepspeed, fsdp=fsdp)
+    found = precision.stores_frozen_in_bf16(bf16=bf16, device_type=device, sharded=args.is_sharded)
+    assert found is expected
 
 
 def test_four_bit_layers_compute_in_bf16(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +119,7 @@ def test_four_bit_layers_compute_in_bf16(parts: Path, tmp_path: Path, monkeypatc
     write_tiny_lm(tmp_path / "lm", hidden_size=64, intermediate_size=128)
     words = {**LORA, "bits": 4, "bf16": True, "lora_dropout": 0.0, "model_name_or_path": tmp_path / "lm"}
     train(arguments(parts, tmp_path / "autocast", **words))
-    monkeypatch.setattr(precision, "stores_frozen_in_bf16", lambda args: True)
+    monkeypatch.setattr(precision, "stores_frozen_in_bf16", lambda **given: True)
     networks: list[Any] = []
     monkeypatch.setattr(precision, "hold_frozen_in_bf16", lambda *given: networks.append(given[0]) or held(*given))
     train(arguments(parts, tmp_path / "held", **words))

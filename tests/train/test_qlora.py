@@ -53,6 +53,6 @@ def test_a_quantized_model_is_put_together(parts: Path) -> None:
 def test_the_form_of_quantization_is_the_one_asked_for(parts: Path, tmp_path: Path) -> None:
     options = {"bits": 4, "lora_enable": True, "lora_r": 4, "max_steps": 1, "quant_type": "fp4", "double_quant": False}
     parsed = parse_training_args(arguments(parts, tmp_path, **options))
-    loaded = open_model(*parsed)
+    loaded = open_model(parsed.model_spec())
     states = [cast(Any, layer).weight.quant_state for layer in quantized_layers(loaded.model)]
     assert states and all(state.quant_type == "fp4" and not state.nested for state in states)

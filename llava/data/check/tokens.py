@@ -138,9 +138,7 @@ def _encoded(sample: Sample, processor: LlavaMedProcessor, sizes: list[Size], li
 
 def _length(sample: Sample, processor: LlavaMedProcessor, sizes: list[Size]) -> int:
     """Return the smallest maximum length that does not truncate a row."""
-    encoded = _encoded(sample, processor, sizes, None)
-    free = sum(stop - start - 1 for start, stop in encoded.image_spans) if processor.image_counts_as_one else 0
-    return len(encoded.input_ids) - free
+    return len(_encoded(sample, processor, sizes, None).input_ids)
 
 
 def _keeps_answer(sample: Sample, processor: LlavaMedProcessor, sizes: list[Size], limit: int) -> bool:
