@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +220,34 @@ def test_compatibility_names_are_options(tmp_path: Path) -> None:
     for wrong in ("nonsense", "cut_prompt"):
         with pytest.raises(ConfigError, match=wrong):
             parse(tmp_path, "--compat", wrong)
+
+
+def test_a_changed_copy_leaves_the_arguments_as_they_are(tmp_path: Path) -> None:
+    parsed = parse(tmp_path, "--gradient_accumulation_steps", "4")
+    copied = parsed.training.changed(max_steps=7)
+    assert (copied.max_steps, parsed.training.max_steps) == (7, -1)
+    assert copied.sequences_per_step == parsed.training.sequences_per_step
+
+
+@pytest.mark.parametrize("group", ["model", "data"])
+def test_model_and_data_arguments_are_frozen(tmp_path: Path, group: str) -> None:
+    arguments = getattr(parse(tmp_path), group)
+    with pytest.raises(FrozenInstanceError):
+        setattr(arguments, fields(arguments)[0].name, "x")
+
+
+def test_grouping_by_length_has_two_names(tmp_path: Path) -> None:
+    specs = [
+        parse(tmp_path, *words).training.order_spec("auto")
+        for words in (["--train_sampling_strategy", "group_by_length"], ["--group_by_length", "True"], [])
+    ]
+    assert [spec.by_length for spec in specs] == [True, True, False]
+
+
+def test_held_out_rows_use_the_training_folder_by_default(tmp_path: Path) -> None:
+    words = ("--image_folder", "images", "--eval_data_path", "held_out.json", "--skip_bad", "True")
+    rows = parse(tmp_path, *words).held_out_rows()
+    assert rows is not None
+    assert (rows.image_folder, rows.explicit_folder) == ("images", None)
+    assert rows.quarantine == tmp_path / "quarantine-eval.jsonl"
+    assert parse(tmp_path).held_out_rows() is None

@@ -129,6 +129,13 @@ def test_dry_run_writes_no_model(parts: Path, tmp_path: Path, caplog: pytest.Log
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
+def test_dry_run_ignores_early_stopping(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"eval_data_path": parts / "vqa" / "train.json", "eval_answers": 0, "save_strategy": "epoch"}
+    with caplog.at_level(logging.INFO):
+        train(arguments(parts, tmp_path / "run", dry_run=True, early_stopping_patience=1, **options))
+    assert "20 real steps" in caplog.text
+
+
 def test_cached_features_train_alike(parts: Path, plain: Path, tmp_path: Path) -> None:
     cached = arguments(parts, tmp_path / "run", feature_cache_dir=tmp_path / "cache")
     train(cached)
