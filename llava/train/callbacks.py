@@ -39,7 +39,7 @@ class MetricsCallback(TrainerCallback):
     Args:
         folder: folder of the run.
         counts: counts of the trainer, cleared at every log.
-        source_names: names of the sources of a mixture.
+        source_names: names of the sources of a mixture; the loss of each is logged.
     """
 
     def __init__(self, folder: Path, counts: TrainingCounts, source_names: Sequence[str] = ()) -> None:

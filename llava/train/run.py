@@ -196,7 +196,6 @@ def make_trainer(
             on_step=None if args.dry_run or not args.log_row_ids else log_of_rows(args),
         ),
         counts=counts,
-        source_names=source_names,
         callbacks=callbacks,
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,6 @@ class LlavaTrainer(Trainer):
         rates: learning rates and weight decay.
         hooks: functions that save, restore and validate.
         counts: counts since the last log, which a callback reads and clears; None for new ones.
-        source_names: names of the sources of a mixture; the loss of each is logged.
         keywords: arguments of `Trainer`, for example `callbacks`.
     """
 
@@ -152,7 +151,6 @@ class LlavaTrainer(Trainer):
         rates: OptimizerSpec,
         hooks: TrainerHooks,
         counts: TrainingCounts | None = None,
-        source_names: Sequence[str] = (),
         **keywords: Any,
     ) -> None:
         # transformers requires an eval dataset before it calls `evaluate`, which uses `hooks` here.
@@ -163,7 +161,6 @@ class LlavaTrainer(Trainer):
         self.objective: Objective = objective
         self.rates = rates
         self.hooks = hooks
-        self.source_names = tuple(source_names)
         self.counts = TrainingCounts() if counts is None else counts
         self._limits = _Limits(collator.max_tokens_per_row)
         self._step_loss = torch.zeros((), device=args.device)
