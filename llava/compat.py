@@ -1,16 +1,15 @@
 """Known defects of the original projects, by the names that `--compat` takes.
 
-By default this package has none of them. `benchmarks.fidelity --compat LIST` selects the defects that may explain a
-recorded number; those with a switch can be reproduced by the package itself. See docs/compatibility.md.
+By default only the published scores have defects, without which they cannot be compared with published tables.
+`benchmarks.fidelity --compat LIST` selects the defects that may explain a recorded number. See docs/compatibility.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llava.errors import ConfigError
-from llava.utils.lookup import lookup
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,160 +18,160 @@ class Compat:
 
     Attributes:
         original: what the original does.
+        where: commands whose `--compat` accepts the name, key of `PLACES`; empty: only the comparison with recorded
+            numbers knows it.
         spec: the original, or the kind of record, that shows the defect.
-        switch: flag that reproduces the defect; empty if only the comparison with recorded numbers knows it.
-        where: groups of commands whose `--compat` accepts the name, keys of `PLACES`.
+        switch: flag other than `--compat` that reproduces the defect.
     """
 
     original: str
-    spec: str
+    where: str = ""
+    spec: str = "LLaVA-Med"
     switch: str = ""
-    where: tuple[str, ...] = ()
 
 
 PLACES = {
-    "training": "the training commands",
-    "answers": "the commands that ask a model (chat, evaluation)",
+    "training": ("the training commands", "none"),
+    "answers": ("the commands that ask a model (chat, evaluation)", "none"),
+    "scores": ("the commands that compute published scores", "published"),
+    "judge": ("the commands of the chat evaluation", "none"),
 }
-"""Groups of commands that accept names; the comparison with recorded numbers accepts all names."""
+"""Groups of commands that accept names, each with its default; comparison with recorded numbers accepts all names."""
 
 
 COMPAT: dict[str, Compat] = {
     "micro_batch_loss": Compat(
         "the loss of a step is the mean of its micro-batches' means, regardless of their numbers of trained tokens",
+        "training",
         "recorded runs",
         "--loss-normalization micro_batches",
-        ("training",),
     ),
     "cut_before_images": Compat(
         "a row is truncated to the maximum length before images are inserted: each image counts as one token",
-        "LLaVA-Med",
-        "--image-counts-as-one",
-        ("training",),
+        "training",
+        switch="--image-counts-as-one",
     ),
     "beams_count_prompt": Compat(
         "the score of a beam is divided by the length of prompt and answer (transformers before 4.36)",
+        "answers",
         "recorded generations",
-        "--compat beams_count_prompt",
-        ("answers",),
     ),
     "cut_prompt": Compat(
-        "a prompt with images is truncated to the training length in generation, and its question is lost",
-        "LLaVA-Med",
-        "--compat cut_prompt",
-        ("answers",),
+        "a prompt with images is truncated to the training length in generation, and its question is lost", "answers"
     ),
     "counted_labels": Compat(
-        "the mask of the ### templates counts the tokens of each turn tokenized alone; the count drifts into the text",
-        "LLaVA-Med",
+        "the mask of the ### templates counts the tokens of each turn tokenized alone; the count drifts into the text"
     ),
     "shifted_labels": Compat(
-        "ChatML turns are counted one token off: the line end before an answer is trained, its end token is not",
-        "LLaVA-Med",
+        "ChatML turns are counted one token off: the line end before an answer is trained, its end token is not"
     ),
-    "ignored_rows": Compat(
-        "a row whose counted tokens differ from its tokens is ignored as a whole, with a warning", "LLaVA-Med"
-    ),
-    "refused_rows": Compat("the plain template raises for rows other than one question with one answer", "LLaVA-Med"),
-    "dropped_markers": Compat("the plain template drops the markers around an image", "LLaVA-Med"),
+    "ignored_rows": Compat("a row whose counted tokens differ from its tokens is ignored as a whole, with a warning"),
+    "refused_rows": Compat("the plain template raises for rows other than one question with one answer"),
+    "dropped_markers": Compat("the plain template drops the markers around an image"),
     "first_answer": Compat(
-        "the ### templates keep an answer that precedes the first question, under the question's role",
-        "LLaVA-Med",
+        "the ### templates keep an answer that precedes the first question, under the question's role"
     ),
     "spelled_end_marks": Compat(
         "an end token inside a text is tokenized as characters (the slow tokenizer of transformers 4.31)",
-        "recorded rows",
+        spec="recorded rows",
     ),
     "random_padding": Compat(
-        "the offset of a padded image is drawn from two adjacent integers, in generation too",
-        "LLaVA-Med",
-        "--compat random_padding",
-        ("answers",),
+        "the offset of a padded image is drawn from two adjacent integers, in generation too", "answers"
     ),
     "grey_padding": Compat(
-        "a gray image is padded with the mean of the three color channels, before it is converted to RGB", "LLaVA-Med"
+        "a gray image is padded with the mean of the three color channels, before it is converted to RGB"
     ),
     "counted_patches": Compat(
         "in image mode keep the side of a patch is taken from the image's height: the number of tokens differs from "
-        "that of the tower's patches",
-        "LLaVA-Med",
+        "that of the tower's patches"
     ),
     "half_characters": Compat(
         "an answer that is truncated inside a character of several tokens ends with a replacement character",
-        "recorded answers",
+        spec="recorded answers",
     ),
     "bare_roles": Compat(
-        "the ChatML template of STLLaVA-Med writes its roles without their markers and line ends", "STLLaVA-Med"
+        "the ChatML template of STLLaVA-Med writes its roles without their markers and line ends", spec="STLLaVA-Med"
     ),
+    "precision_as_exact_match": Compat("'exact match' is the share of the answer's words in the reference", "scores"),
+    "prediction_counts": Compat("F1 counts a shared word as often as the answer repeats it", "scores"),
+    "single_order_bleu": Compat("bleu_score_2 and _3 use n-grams of one length, not of all lengths up to it", "scores"),
+    "unsmoothed_bleu": Compat("BLEU of an answer without a common 4-gram is about 1e-155 or less, not small", "scores"),
+    "period_limit": Compat("at most 32 periods are deleted, since a flag is passed as a count", "scores"),
+    "first_candidate": Compat("run_eval: an answer that shares no word with any candidate selects the first", "scores"),
+    "substring_open": Compat("run_eval_batch: an open answer is right if it contains the reference", "scores"),
+    "substring_closed": Compat("a closed answer is right if it contains the reference ('normal' has 'no')", "scores"),
+    "yes_no_only": Compat("run_eval: a closed reference other than yes and no is rarely counted as right", "scores"),
+    "swapped_counts": Compat("run_eval prints the number of closed questions as num_open and the reverse", "scores"),
+    "dropped_closed_misses": Compat("misses on closed questions are not counted (PathVQA scripts)", "scores"),
+    "joined_by_order": Compat("questions and answers are paired by position in the files; ids are ignored", "judge"),
+    "cut_question": Compat("the judge sees the question without its last 8 characters, whatever they are", "judge"),
+    "tag_in_question": Compat("the judge sees the image placeholder of the question", "judge"),
+    "python_mentions": Compat("the judge sees mentions as the repr of a Python list, None without any", "judge"),
+    "literal_scores": Compat("a reply counts if its first line is two numbers of any size, one space apart", "judge"),
+    "minus_one_counts": Compat("an unreadable review counts as scores of -1 and -1 in the means", "judge"),
+    "judged_failures": Compat("an answer whose generation failed is judged as an empty answer", "judge"),
 }
 """All known defects, by name."""
 
 
-def parse_compat(text: str, place: str | None = None) -> frozenset[str]:
-    """Return the names of a list: separated by commas, or `all`, or `none`.
+def _names(*places: str) -> frozenset[str]:
+    return frozenset(name for name, case in COMPAT.items() if not places or case.where in places)
+
+
+SETS = {
+    "published": _names("scores") - {"dropped_closed_misses"},
+    "v1.0": _names("judge") - {"tag_in_question"},
+    "v1.5": _names("judge") - {"cut_question", "minus_one_counts"},
+}
+"""Defects of run_eval and run_eval_batch, and of the releases of the chat evaluation."""
+
+
+def parse_compat(text: str, *places: str) -> frozenset[str]:
+    """Return the names that a list selects.
 
     Args:
-        text: the list.
-        place: key of `PLACES` whose names are accepted; None for all names.
+        text: names and sets of names (`all`, `none`, `published`, `v1.0`, `v1.5`), separated by commas. `-` before one
+            excludes it, wherever it stands. A place of which the list adds no name keeps its default, except with
+            `all` and `none`.
+        places: keys of `PLACES` whose names are accepted; without any, all names are.
 
     Raises:
-        ConfigError: a name is unknown, or has no effect in `place`.
+        ConfigError: a name is unknown, or has no effect in `places`.
     """
-    known = [name for name, case in COMPAT.items() if place is None or place in case.where]
-    if text in ("all", "none"):
-        return frozenset(known) if text == "all" else frozenset()
-    names = frozenset(name.strip() for name in text.split(",") if name.strip())
-    choice = f"{', '.join(known)}, all, none"
-    if unknown := sorted(names - set(COMPAT)):
+    known, sets = _accepted(places)
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    named = {word.removeprefix("-") for word in words} - sets.keys()
+    choice = f"{', '.join(known)}, {', '.join(sets)}"
+    if unknown := sorted(named - COMPAT.keys()):
         raise ConfigError(f"--compat: unknown name {', '.join(unknown)}; known: {choice}")
-    if elsewhere := sorted(names - set(known)):
-        raise ConfigError(
-            f"--compat: {', '.join(elsewhere)} has no effect in {PLACES[str(place)]}; accepted there: {choice}"
-        )
-    return names
+    if elsewhere := sorted(named.difference(known)):
+        where = " and ".join(PLACES[place][0] for place in places)
+        raise ConfigError(f"--compat: {', '.join(elsewhere)} has no effect in {where}; accepted there: {choice}")
+    added = {name for word in words for name in sets.get(word, (word,)) if not word.startswith("-")}
+    for place in () if {"all", "none"} & set(words) else places:
+        added |= frozenset() if added & _names(place) else sets[PLACES[place][1]]
+    return frozenset(added.difference(*(sets.get(word[1:], {word[1:]}) for word in words if word.startswith("-"))))
 
 
-def compat_help(place: str) -> str:
-    """Return the help text of `--compat` for a group of commands."""
-    names = ", ".join(name for name, case in COMPAT.items() if place in case.where)
-    return f"defects of the original projects to reproduce: {names}, all or none (docs/compatibility.md)"
+def _accepted(places: tuple[str, ...]) -> tuple[list[str], dict[str, frozenset[str]]]:
+    """Return the names and the sets of names that a list for `places` accepts; without places, all."""
+    names = _names(*places)
+    sets = {title: members for title, members in SETS.items() if members <= names}
+    return [name for name in COMPAT if name in names], {**sets, "all": names, "none": frozenset()}
+
+
+def with_aliases(compat: str, *, added: Iterable[str] = (), fixed: Iterable[str] = ()) -> str:
+    """Return the list of `--compat` with the names of its aliases: `--with-defect`, `--release`, and `--fix`."""
+    return ",".join([compat, *added, *(f"-{name}" for name in fixed)])
+
+
+def compat_help(*places: str) -> str:
+    """Return the help text of `--compat` for groups of commands."""
+    known, sets = _accepted(places)
+    effects = "; ".join(f"{name}: {COMPAT[name].original}" for name in known)
+    return f"defects to reproduce, separated by commas; {', '.join(sets)}; -NAME excludes one. {effects}"
 
 
 def compat_table() -> str:
     """Return all defects as text, one per line: name, what the original does, its source, switch."""
-    return "\n".join(
-        f"{name:20} {case.original} [{case.spec}]{f' ({case.switch})' if case.switch else ''}"
-        for name, case in COMPAT.items()
-    )
-
-
-DEFECTS: dict[str, str] = {
-    "precision_as_exact_match": "'exact match' is the share of the answer's words found in the reference",
-    "prediction_counts": "F1 counts a shared word as often as the answer repeats it",
-    "single_order_bleu": "bleu_score_2 and _3 use n-grams of one length only, not of all lengths up to it",
-    "unsmoothed_bleu": "BLEU of an answer without a common 4-gram is about 1e-155 or less, not small",
-    "period_limit": "at most 32 periods are deleted, since a flag is passed as a count",
-    "first_candidate": "run_eval: an answer that shares no word with any candidate selects the first",
-    "substring_open": "run_eval_batch: an open answer is right if it contains the reference as a substring",
-    "substring_closed": "a closed answer is right if it contains the reference as a substring ('normal' has 'no')",
-    "yes_no_only": "run_eval: a closed reference other than yes and no is hardly ever counted as right",
-    "swapped_counts": "run_eval prints the number of closed questions as num_open and the reverse",
-    "dropped_closed_misses": "misses on closed questions are not counted (PathVQA scripts)",
-}
-"""Known defects of the published scores, and their effects."""
-
-
-def parse_defects(names: Sequence[str], table: Mapping[str, str] = DEFECTS) -> frozenset[str]:
-    """Return the selected names of `table`; `all` selects every name, `none` no name.
-
-    Raises:
-        ConfigError: a name is unknown.
-    """
-    chosen: set[str] = set()
-    for name in names:
-        if name == "all":
-            chosen |= table.keys()
-        elif name != "none":
-            lookup(table, name, "defect")
-            chosen.add(name)
-    return frozenset(chosen)
+    return "\n".join(f"{name:24} {case.original} [{case.spec}] {case.switch}".rstrip() for name, case in COMPAT.items())

@@ -35,11 +35,14 @@ PAGE = ROOT / "docs" / "compatibility.md"
 
 def test_the_page_holds_the_table() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    words = {"training": "`llava train`", "answers": "`llava chat`, `llava eval`"}
-    assert rows == [
-        (name, case.original, case.spec, ", ".join(words[place] for place in case.where) or "comparison only")
-        for name, case in COMPAT.items()
-    ]
+    words = {
+        "": "comparison only",
+        "training": "`llava train`",
+        "answers": "`llava chat`, `llava eval`",
+        "scores": "`run_eval`, `run_eval_batch`, `llava eval`",
+        "judge": "`eval_multimodal_chat_gpt_score`, `summarize_gpt_review`",
+    }
+    assert rows == [(name, case.original, case.spec, words[case.where]) for name, case in COMPAT.items()]
 
 
 def test_names_are_refused_where_they_have_no_effect() -> None:
@@ -54,6 +57,29 @@ def test_names_are_refused_where_they_have_no_effect() -> None:
         assert parse_compat("all", place) and all(
             name in compat.compat_help(place) for name in parse_compat("all", place)
         )
+
+
+PUBLISHED = parse_compat("published", "scores")
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", PUBLISHED),
+        ("none", frozenset()),
+        ("cut_prompt", PUBLISHED | {"cut_prompt"}),
+        ("cut_prompt, none", {"cut_prompt"}),
+        ("-yes_no_only", PUBLISHED - {"yes_no_only"}),
+        (
+            "-yes_no_only,published,cut_prompt,dropped_closed_misses",
+            parse_compat("all", "scores") - {"yes_no_only"} | {"cut_prompt"},
+        ),
+        ("swapped_counts", {"swapped_counts"}),
+        ("all,-published", parse_compat("all", "answers") | {"dropped_closed_misses"}),
+    ],
+)
+def test_places_without_a_name_keep_their_default(text: str, names: frozenset[str]) -> None:
+    assert parse_compat(text, "answers", "scores") == names
 
 
 def saved(tmp_path: Path) -> str:

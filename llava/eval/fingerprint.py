@@ -18,10 +18,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llava.compat import parse_compat
 from llava.constants import PROCESSOR_FILE
 from llava.errors import DataError
 from llava.eval.options import template_of
+from llava.generation.options import answer_defects
 from llava.model.checkpoint.formats import (
     ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
@@ -56,7 +56,7 @@ def model_settings(args: Namespace) -> dict[str, Any]:
         "system text": None if system is None else json_sha256(system),
         "dtype": args.dtype,
         "bits": args.bits,
-        "compat": sorted(parse_compat(args.compat, "answers")) or None,
+        "compat": sorted(answer_defects(args)) or None,
         "dicom window": args.dicom_window,
         "dicom frame": args.dicom_frame,
         **({} if args.fast_jpeg is None else {"fast jpeg": args.fast_jpeg}),

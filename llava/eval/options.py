@@ -24,10 +24,10 @@ NO_EFFECT = ("mm_projector", "vision_tower")
 """Options of published commands that name parts which the checkpoint now stores itself."""
 
 
-def add_model_options(parser: Parser) -> None:
-    """Add the options that select the model and its sampling."""
+def add_model_options(parser: Parser, *, compat: tuple[str, ...] = ("answers",)) -> None:
+    """Add the options that select the model and its sampling; `--compat` accepts the names of `compat`."""
     model = parser.add_argument_group("model")
-    add_engine_options(model)
+    add_engine_options(model, compat=compat)
     model.add_argument("--mm-projector", help="no effect: the checkpoint contains its projector")
     choice = parser.add_argument_group("sampling")
     choice.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy decoding")

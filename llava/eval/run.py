@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from llava.compat import parse_defects
+from llava.compat import parse_compat, with_aliases
 from llava.data.records import load_samples
 from llava.errors import ConfigError
 from llava.eval import fingerprint
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_parser() -> Parser:
     """Return the parser of `llava eval`."""
     parser = Parser(prog="llava eval", description="Answer and score questions about images.")
-    model_options.add_model_options(parser)
+    model_options.add_model_options(parser, compat=("answers", "scores"))
     data = parser.add_argument_group("data")
     data.add_argument("--data", "--question-file", dest="data", required=True, help="questions with answers")
     data.add_argument("--image-folder", required=True, help="folder of the images")
@@ -111,7 +111,7 @@ def make_parser() -> Parser:
     how.add_argument("--batch-size", type=int, default=64, help="questions passed to the engine at once")
     how.add_argument("--num-resamples", type=int, default=500, help="resamples of the intervals")
     how.add_argument("--num-examples", type=int, default=12, help="answers on the page")
-    how.add_argument("--fix", nargs="+", default=[], help="defects of the published scores to fix, or all")
+    how.add_argument("--fix", nargs="+", default=[], metavar="NAME", help="alias of --compat published,-NAME")
     how.add_argument("--note", default="", help="a sentence on the page, such as a description of the data")
     parser.add_switch("--no-blank-control", help="skip the blank-image control")
     parser.add_switch("--resume", default=True, help="keep answers of an interrupted run in the same folder")
@@ -155,7 +155,7 @@ def plan_of(args: Namespace, words: Sequence[str]) -> EvaluationPlan:
         blank_control=not args.no_blank_control,
         batch_size=args.batch_size,
         resume=args.resume,
-        defects=PUBLISHED - parse_defects(args.fix),
+        defects=_score_defects(args),
         num_resamples=args.num_resamples,
         seed=args.seed,
         num_examples=args.num_examples,
@@ -164,6 +164,12 @@ def plan_of(args: Namespace, words: Sequence[str]) -> EvaluationPlan:
         note=args.note,
         dicom=model_options.dicom_policy_of(args),
     )
+
+
+def _score_defects(args: Namespace) -> frozenset[str]:
+    """Return the defects of the published scores that `--compat` and `--fix` leave."""
+    fixed = parse_compat(with_aliases("none", added=args.fix), "scores")  # with --fix all, answers keep their defects
+    return (parse_compat(args.compat, *args.compat_places) & parse_compat("all", "scores")) - fixed
 
 
 def evaluate_model(plan: EvaluationPlan, open_engine: Callable[[], Engine]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from llava.compat import compat_help
+from llava.compat import PLACES, compat_help, parse_compat
 from llava.constants import DTYPES
 from llava.imaging.dicom.policy import add_dicom_options
 from llava.imaging.jpeg import add_fast_jpeg_option
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from llava.generation.engine import LocalEngine
 
 
-def add_engine_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add the options for model, device and precision."""
+def add_engine_options(parser: argparse._ActionsContainer, *, compat: tuple[str, ...] = ("answers",)) -> None:
+    """Add the options for model, device and precision; `--compat` accepts the names of `compat`."""
     parser.add_argument(
         "--model", "--model-name", "--model-path", dest="model", required=True, help="checkpoint folder"
     )
@@ -33,9 +33,15 @@ def add_engine_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:0 ...; default: the accelerator if present")
     parser.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="4 and 8 need bitsandbytes")
-    parser.add_argument("--compat", default="none", metavar="LIST", help=compat_help("answers"))
+    parser.add_argument("--compat", default=PLACES[compat[-1]][1], metavar="LIST", help=compat_help(*compat))
+    parser.set_defaults(compat_places=compat)
     add_dicom_options(parser)
     add_fast_jpeg_option(parser)
+
+
+def answer_defects(args: argparse.Namespace) -> frozenset[str]:
+    """Return the names of `--compat` that concern answers."""
+    return parse_compat(args.compat, *args.compat_places) & parse_compat("all", "answers")
 
 
 def engine_of(args: argparse.Namespace) -> LocalEngine:
@@ -55,7 +61,7 @@ def engine_of(args: argparse.Namespace) -> LocalEngine:
         bits=args.bits,
         vision_tower=args.vision_tower,
         template=args.conv_mode,
-        compat=args.compat,
+        compat=",".join(answer_defects(args)),
         dicom_window=args.dicom_window,
         dicom_frame=args.dicom_frame,
         fast_jpeg=args.fast_jpeg,

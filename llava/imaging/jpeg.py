@@ -38,7 +38,7 @@ FAST_JPEG_HELP = (
 )
 
 
-def add_fast_jpeg_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+def add_fast_jpeg_option(parser: argparse._ActionsContainer) -> None:
     """Register `--fast-jpeg`: true, false, or None for the setting of the checkpoint."""
     parser.add_argument(
         "--fast-jpeg",

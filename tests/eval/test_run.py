@@ -141,6 +141,26 @@ def test_unknown_answer_types_are_found_before_anything_is_answered(tmp_path: Pa
     assert not plan.out.exists()
 
 
+@pytest.mark.parametrize(
+    ("alias", "compat", "left"),
+    [
+        ([], "published", 10),
+        (["--fix", "all"], "none", 0),
+        (["--fix", "yes_no_only", "period_limit"], "published,-yes_no_only,-period_limit", 8),
+        (["--compat", "cut_prompt", "--fix", "all"], "cut_prompt,none", 0),
+    ],
+)
+def test_aliases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, alias: list[str], compat: str, left: int) -> None:
+    plan = make_plan(tmp_path)
+    monkeypatch.setattr(run, "engine_of", lambda args: good_engine())
+    words = ["--model", "model", "--data", str(tmp_path / "test.json"), "--image-folder", str(tmp_path / "images")]
+    found = []
+    for given in (alias, ["--compat", compat]):  # the second run scores the answers of the first
+        run.main([*words, "--out", str(plan.out), "--num-resamples", "5", *given])
+        found.append({**json.loads((plan.out / run.RESULTS).read_text()), "provenance": None})
+    assert found[0] == found[1] and len(found[0]["defects"]) == left
+
+
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan = make_plan(tmp_path)
     model = tmp_path / "model"

@@ -92,7 +92,7 @@ def read_cases(questions: str | Path, answers: str | Path, *, defects: frozenset
     Args:
         questions: chat questions of LLaVA-Med, rows with the fields of `NEEDED`.
         answers: answer rows of `llava/eval/model_vqa.py`, with `question_id` and `text`.
-        defects: published defects to reproduce (keys of `review.DEFECTS`).
+        defects: published defects to reproduce (names in `llava.compat`).
 
     Raises:
         DataError: a row lacks a field, an id occurs twice, or the files hold different questions; the message names

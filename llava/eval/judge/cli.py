@@ -13,16 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.compat import compat_help, with_aliases
 from llava.errors import ConfigError
 from llava.eval.judge import summary
 from llava.eval.judge.cases import Case, read_cases
 from llava.eval.judge.prompts import TEMPLATES
 from llava.eval.judge.review import (
-    DEFECTS,
-    RELEASES,
+    REPLY_KEYS,
     JudgeSettings,
     chosen_defects,
     num_to_ask,
+    release_of,
     review_cases,
     score_row,
 )
@@ -47,12 +48,14 @@ REVIEWS = "gpt4_text*.jsonl"
 
 
 def _add_published_options(parser: Parser) -> None:
-    known = "; ".join(f"{name}: {effect}" for name, effect in DEFECTS.items())
-    parser.add_argument(
-        "--release", choices=list(RELEASES), default="none", help="reproduce all defects of a published release"
-    )
-    parser.add_argument("--with-defect", nargs="+", default=[], metavar="DEFECT", help=f"also reproduce: {known}")
-    parser.add_argument("--fix", nargs="+", default=[], metavar="DEFECT", help="defects of --release to fix, or all")
+    parser.add_argument("--compat", default="none", metavar="LIST", help=compat_help("judge"))
+    parser.add_argument("--release", choices=list(REPLY_KEYS), default="none", help="alias of --compat RELEASE")
+    for name, text in (("--with-defect", "RELEASE,NAME"), ("--fix", "RELEASE,-NAME")):
+        parser.add_argument(name, nargs="+", default=[], metavar="NAME", help=f"alias of --compat {text}")
+
+
+def _compat_of(args: Namespace) -> str:
+    return with_aliases(args.compat, added=[args.release, *args.with_defect], fixed=args.fix)
 
 
 def _add_summary_options(parser: Parser) -> None:
@@ -112,8 +115,8 @@ def score_main(argv: Sequence[str] | None = None) -> None:
         template=args.template,
         swap=args.swap_order,
         num_rounds=args.num_rounds,
-        defects=chosen_defects(args.release, args.with_defect, args.fix),
-        release=args.release,
+        defects=chosen_defects(_compat_of(args)),
+        release=release_of(_compat_of(args)),
     )
     cases = read_cases(args.question_file, args.answers_file, defects=settings.defects)
     judge = _judge(args)
@@ -221,7 +224,7 @@ def summarize_main(argv: Sequence[str] | None = None) -> None:
     _add_summary_options(parser)
     args = parser.parse_args(argv)
     log.setup_logging()
-    defects = chosen_defects(args.release, args.with_defect, args.fix)
+    defects = chosen_defects(_compat_of(args))
     read = [path for path in (args.scores_file, args.against) if path is not None]
     refuse_overwriting(read, {"out": args.out, "html": args.html})
     if args.scores_file is None:

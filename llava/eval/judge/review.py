@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava.compat import parse_defects
+from llava.compat import parse_compat
 from llava.errors import ConfigError
 from llava.eval.judge.cases import Case
 from llava.eval.judge.prompts import ORDERS, TEMPLATES, messages_after_unreadable, messages_of
@@ -22,39 +22,26 @@ from llava.judging.store import Judge, JudgeReply, Messages
 from llava.utils import log
 from llava.utils.lookup import lookup
 
-DEFECTS: dict[str, str] = {
-    "joined_by_order": "questions and answers are paired by their position in the files; ids are ignored",
-    "cut_question": "the judge sees the question without its last 8 characters, whatever they are",
-    "tag_in_question": "the judge sees the image placeholder of the question",
-    "python_mentions": "the judge sees the mentions as the repr of a Python list, None without mentions",
-    "literal_scores": "a reply counts if its first line is two numbers of any size, separated by one space",
-    "minus_one_counts": "an unreadable review counts as scores of -1 and -1 in the means",
-    "judged_failures": "an answer whose generation failed is judged as an empty answer",
-}
-"""Defects of the published scripts, and their effects."""
-
-RELEASES: dict[str, frozenset[str]] = {
-    "none": frozenset(),
-    "v1.0": frozenset(DEFECTS) - {"tag_in_question"},
-    "v1.5": frozenset(DEFECTS) - {"cut_question", "minus_one_counts"},
-}
-"""Defects of each published release."""
-
 REPLY_KEYS = {"none": "result", "v1.0": "result", "v1.5": "gpt_eval"}
 """Key of the judge's reply in a row of scores, by release."""
 
 
-def chosen_defects(release: str, added: list[str], fixed: list[str]) -> frozenset[str]:
-    """Return the defects of a release, with some added and some fixed.
+def chosen_defects(compat: str) -> frozenset[str]:
+    """Return the defects that a list of `--compat` selects.
 
     Raises:
         ConfigError: a name is unknown, or two of the defects contradict each other.
     """
-    chosen = lookup(RELEASES, release, "release") | parse_defects(added, DEFECTS)
-    chosen -= parse_defects(fixed, DEFECTS)
+    chosen = parse_compat(compat, "judge")
     if {"cut_question", "tag_in_question"} <= chosen:
-        raise ConfigError("cut_question and tag_in_question contradict each other; disable one of them with --fix")
+        raise ConfigError("--compat: cut_question and tag_in_question contradict each other; exclude one of them")
     return chosen
+
+
+def release_of(compat: str) -> str:
+    """Return the release that a list of `--compat` names last; `none` if it names no release."""
+    words = [word.strip() for word in compat.split(",")]
+    return next((word for word in reversed(words) if word in REPLY_KEYS and word != "none"), "none")
 
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from llava.compat import DEFECTS, parse_defects
+from llava.compat import compat_help, parse_compat, with_aliases
 from llava.errors import ConfigError, DataError, LlavaError
 from llava.eval.medvqa import items as medvqa_items
-from llava.eval.medvqa.metrics import METRIC_VERSION, PUBLISHED, Program, legacy_scores
+from llava.eval.medvqa.metrics import METRIC_VERSION, Program, legacy_scores
 from llava.eval.medvqa.report import NOT_SCORED, full_report, legacy_table, report_table
 from llava.utils import log
 from llava.utils.cli import Parser
@@ -58,15 +58,15 @@ TEST_TYPES: dict[str, TestType] = {
 
 
 def _add_score_options(parser: Parser) -> None:
-    known = "; ".join(f"{name}: {effect}" for name, effect in DEFECTS.items())
-    parser.add_argument("--fix", nargs="+", default=[], metavar="DEFECT", help=f"defects to fix, or all: {known}")
-    parser.add_argument("--with-defect", nargs="+", default=[], metavar="DEFECT", help="further defects to reproduce")
+    parser.add_argument("--compat", default="published", metavar="LIST", help=compat_help("scores"))
+    for name, text in (("--fix", "published,-NAME"), ("--with-defect", "published,NAME")):
+        parser.add_argument(name, nargs="+", default=[], metavar="NAME", help=f"alias of --compat {text}")
     parser.add_argument("--num-resamples", type=int, default=500, help="resamples of the intervals; 0: no intervals")
     parser.add_argument("--seed", type=int, default=0, help="seed of the resampling")
 
 
 def _defects(args: Namespace) -> frozenset[str]:
-    return (PUBLISHED | parse_defects(args.with_defect)) - parse_defects(args.fix)
+    return parse_compat(with_aliases(args.compat, added=args.with_defect, fixed=args.fix), "scores")
 
 
 def run_eval(argv: Sequence[str] | None = None) -> None:
@@ -75,7 +75,7 @@ def run_eval(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gt", required=True, type=Path, help="questions with references (test.json)")
     parser.add_argument("--pred", required=True, type=Path, help="answer file")
     parser.add_argument(
-        "--candidate", type=Path, help='{"0": [answers]} or train.json; without it, open accuracy is left out'
+        "--candidate", "--c", type=Path, help='{"0": [answers]} or train.json; without it, open accuracy is left out'
     )
     parser.add_argument("--dataset", choices=["pvqa"], help="print the rows of the PathVQA variant")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")

@@ -2,7 +2,7 @@
 
 A published figure is the mean of these values over the open or the closed questions. The published scores are for
 comparison with tables in the literature, whose "Open" is `recall` and whose "Closed" is the `yes/no accuracy` of
-`run_eval_batch`; `strict_scores` has none of the defects of `llava.compat.DEFECTS`.
+`run_eval_batch`; `strict_scores` has none of these defects.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from llava.compat import DEFECTS
-from llava.errors import ConfigError, MissingDependency
+from llava.compat import parse_compat
+from llava.errors import MissingDependency
 from llava.eval.intervals import ItemScores
 from llava.eval.medvqa.items import ScoredItem
 from llava.scoring.decisions import DECISIONS, first_decision
@@ -28,7 +28,7 @@ Program = Literal["run_eval", "run_eval_batch"]
 METRIC_VERSION = "1"
 """Version of the scores; incremented whenever a figure of the same answers changes."""
 
-PUBLISHED = frozenset(DEFECTS) - {"dropped_closed_misses"}
+PUBLISHED = parse_compat("published", "scores")
 """Defects of run_eval and run_eval_batch; only the PathVQA scripts also drop misses."""
 
 NAN = math.nan
@@ -64,14 +64,12 @@ def legacy_scores(
         items: questions with answers.
         program: program whose formulas are used; the two differ in open and closed accuracy.
         candidates: open answers of the training set for run_eval's open accuracy; None leaves that score out.
-        defects: names in `DEFECTS` to reproduce.
+        defects: names in `llava.compat` to reproduce.
 
     Returns:
         n values per score; NaN where the score does not apply to the item. BLEU is left out without nltk.
     """
-    unknown = defects - DEFECTS.keys()
-    if unknown:
-        raise ConfigError(f"unknown defects {', '.join(sorted(unknown))}; known: {', '.join(DEFECTS)}")
+    parse_compat(",".join(defects), "scores")
     all_periods = "period_limit" not in defects
     pairs = [
         NormalizedPair(

@@ -122,9 +122,7 @@ def _pair(text: str) -> tuple[float, float] | None:
     return pair if comma and all(map(math.isfinite, pair)) else None
 
 
-def add_dicom_options(
-    parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, suffix: str = CHECKPOINT_DEFAULT_HELP
-) -> None:
+def add_dicom_options(parser: argparse._ActionsContainer, *, suffix: str = CHECKPOINT_DEFAULT_HELP) -> None:
     """Register `--dicom-window` and `--dicom-frame`; `suffix` describes their default."""
     parser.add_argument("--dicom-window", help=DICOM_WINDOW_HELP.replace("%", "%%") + suffix)
     parser.add_argument("--dicom-frame", help=DICOM_FRAME_HELP + suffix)

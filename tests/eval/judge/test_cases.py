@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava.compat import parse_compat
 from llava.errors import ConfigError, DataError
 from llava.eval.judge.cases import domains_of, image_of, judge_question, read_cases
 from llava.eval.judge.prompts import TEMPLATES, figure_context, messages_after_unreadable, messages_of
-from llava.eval.judge.review import DEFECTS, RELEASES, chosen_defects
+from llava.eval.judge.review import chosen_defects, release_of
 from tests.support.judges import answer, question, write_lines
 
 TEMPLATE = TEMPLATES["chat-v1"]
@@ -107,15 +108,22 @@ def test_mentions_of_every_form() -> None:
 
 
 def test_releases_are_sets_of_defects() -> None:
-    assert chosen_defects("none", [], []) == frozenset()
-    assert chosen_defects("v1.0", [], ["joined_by_order"]) == RELEASES["v1.0"] - {"joined_by_order"}
-    assert "tag_in_question" in chosen_defects("v1.5", [], [])
-    assert chosen_defects("v1.0", [], ["all"]) == frozenset()
+    assert chosen_defects("none") == frozenset() == chosen_defects("v1.0,-all")
+    assert chosen_defects("v1.0,-joined_by_order") == chosen_defects("v1.0") - {"joined_by_order"}
+    assert "tag_in_question" in chosen_defects("v1.5")
     with pytest.raises(ConfigError, match="contradict"):
-        chosen_defects("v1.5", ["cut_question"], [])
-    with pytest.raises(ConfigError, match="unknown defect"):
-        chosen_defects("none", ["nonsense"], [])
-    assert RELEASES["v1.0"] | RELEASES["v1.5"] == DEFECTS.keys()
+        chosen_defects("v1.5,cut_question")
+    with pytest.raises(ConfigError, match="unknown name nonsense; known: joined_by_order"):
+        chosen_defects("nonsense")
+    assert chosen_defects("v1.0") | chosen_defects("v1.5") == parse_compat("all", "judge")
+
+
+@pytest.mark.parametrize(
+    ("compat", "release"),
+    [("none", "none"), ("v1.5,none", "v1.5"), ("joined_by_order, v1.0", "v1.0"), ("-v1.5,cut_question", "none")],
+)
+def test_release_of_a_list(compat: str, release: str) -> None:
+    assert release_of(compat) == release
 
 
 def test_the_real_questions(shared: Path) -> None:
@@ -132,7 +140,7 @@ def test_the_real_questions(shared: Path) -> None:
     texts = [messages_of(case, "12", template=TEMPLATE)[1]["content"] for case in cases]
     assert not any("<image>" in text for text in texts)
     assert sum("Figure Context:\n\t- none\n" in text for text in texts) == 14
-    first = read_cases(questions, answers, defects=RELEASES["v1.0"])
+    first = read_cases(questions, answers, defects=chosen_defects("v1.0"))
     assert [case.question for case in first] == [case.question for case in cases]
 
 
@@ -154,9 +162,9 @@ def test_any_rows_become_messages_or_are_refused(asked_row: dict, answer_row: di
         questions = write_lines(Path(folder) / "q.jsonl", [{**question(0), **asked_row}])
         answers = write_lines(Path(folder) / "a.jsonl", [{**answer(0), **answer_row}])
         try:
-            cases = read_cases(questions, answers, defects=RELEASES[release])
+            cases = read_cases(questions, answers, defects=chosen_defects(release))
         except DataError:
             return
     for case in cases:
-        messages = messages_of(case, "21", template=TEMPLATE, defects=RELEASES[release])
+        messages = messages_of(case, "21", template=TEMPLATE, defects=chosen_defects(release))
         assert all(isinstance(message["content"], str) for message in messages) and case.image

@@ -126,6 +126,42 @@ def test_v15_flags_swap_and_report(
     assert report["provenance"]["orders"] == ["12", "21"]
 
 
+ALIASES = [
+    (["--release", "v1.0"], "v1.0"),
+    (["--release", "v1.5", "--fix", "joined_by_order", "minus_one_counts"], "v1.5,-joined_by_order,-minus_one_counts"),
+    (["--release", "v1.5", "--fix", "all"], "v1.5,-all"),
+    (["--with-defect", "python_mentions", "cut_question"], "python_mentions,cut_question"),
+    (["--release", "none"], "none"),
+]
+"""Options of releases, and the list of `--compat` that gives the same scores."""
+
+
+@pytest.mark.parametrize(("alias", "compat"), ALIASES)
+def test_aliases(
+    files: list[str],
+    endpoint: FakeEndpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    alias: list[str],
+    compat: str,
+) -> None:
+    found = []
+    for words in (alias, ["--compat", compat]):
+        eval_multimodal_chat_gpt_score.main([*files, "--num-resamples", "5", *words])
+        summarize_gpt_review.main([*files[-2:], "--num-resamples", "5", *words])
+        facts = json.loads((tmp_path / "s.jsonl.provenance.json").read_text())
+        found.append((capsys.readouterr().out, lines(tmp_path / "s.jsonl"), facts["release"], facts["defects"]))
+    assert found[0] == found[1]
+    assert len(endpoint.calls) == 6, "the second run takes every reply from the store"
+
+
+@pytest.mark.parametrize("option", ["--compat", "--fix", "--with-defect"])
+def test_unknown_names_are_refused(files: list[str], option: str) -> None:
+    with pytest.raises(ConfigError, match="unknown name nonsense; known: joined_by_order"):
+        eval_multimodal_chat_gpt_score.main([*files, option, "nonsense"])
+
+
 def test_killed_process_resumes(files: list[str], tmp_path: Path) -> None:
     with serve(replayed) as state:
         state.pause = 0.15

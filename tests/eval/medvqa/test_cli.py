@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llava.compat import parse_compat
 from llava.errors import ConfigError, DataError
 from llava.eval import run_eval, run_eval_batch
 from tests.support.eval_fakes import row, rows_of, write_vqa
@@ -101,6 +102,62 @@ def test_small_files_repair_and_variant(tmp_path: Path, capsys: pytest.CaptureFi
     second = capsys.readouterr().out
     assert "num_open 1 || num_close 1" in second
     assert list(figures(second)) == ["exact match score", "f1 score", "precision", "recall", "yes/no accuracy"]
+
+
+ALIASES = [
+    ([], "published"),
+    (["--fix", "all"], "none"),
+    (["--fix", "yes_no_only", "period_limit"], "published,-yes_no_only,-period_limit"),
+    (["--with-defect", "dropped_closed_misses"], "published,dropped_closed_misses"),
+    (["--with-defect", "all", "--fix", "swapped_counts"], "all,-swapped_counts"),
+    (["--with-defect", "none", "--fix", "none"], "published"),
+]
+"""Published options, and the list of `--compat` that gives the same figures."""
+
+
+@pytest.mark.parametrize(("alias", "compat"), ALIASES)
+def test_aliases_of_run_eval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], *, alias: list[str], compat: str
+) -> None:
+    truth, pred = small_run(tmp_path)
+    found = []
+    for words in (alias, ["--compat", compat]):
+        out = ["--num-resamples", "5", "--out", str(tmp_path / "out.json")]
+        run_eval.main(["--gt", str(truth), "--pred", str(pred), *out, *words])
+        report = json.loads((tmp_path / "out.json").read_text())
+        found.append((capsys.readouterr().out, {**report, "provenance": None}))
+    assert found[0] == found[1]
+    assert found[0][1]["defects"] == sorted(parse_compat(compat, "scores"))
+
+
+@pytest.mark.parametrize(("alias", "compat"), ALIASES)
+def test_aliases_of_run_eval_batch(tmp_path: Path, *, alias: list[str], compat: str) -> None:
+    truth, pred = small_run(tmp_path)
+    pred.rename(tmp_path / "vqa_rad-test-answer-file.jsonl")
+    found = []
+    for words in (alias, ["--compat", compat]):
+        out = ["--num-resamples", "5", "--results-file", str(tmp_path / "out.jsonl"), "--gt-root", str(truth.parent)]
+        run_eval_batch.main(["--pred-file-parent-path", str(tmp_path), *out, *words])
+        found.append([{**result, "provenance": None} for result in rows_of(tmp_path / "out.jsonl")])
+    assert found[0] == found[1]
+    assert found[0][0]["report"]["defects"] == sorted(parse_compat(compat, "scores"))
+
+
+@pytest.mark.parametrize("option", ["--compat", "--fix", "--with-defect"])
+def test_unknown_names_are_refused(tmp_path: Path, option: str) -> None:
+    truth, pred = small_run(tmp_path)
+    with pytest.raises(ConfigError, match="unknown name nonsense; known: precision_as_exact_match"):
+        run_eval.main(["--gt", str(truth), "--pred", str(pred), option, "nonsense"])
+    with pytest.raises(ConfigError, match="cut_prompt has no effect in the commands that compute published scores"):
+        run_eval.main(["--gt", str(truth), "--pred", str(pred), option, "cut_prompt"])
+
+
+def test_shortest_prefix_of_the_candidates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth, pred = small_run(tmp_path)
+    (tmp_path / "candidates.json").write_text('{"0": ["lung"]}')
+    words = ["--gt", str(truth), "--pred", str(pred), "--num-resamples", "5"]
+    run_eval.main([*words, "--c", str(tmp_path / "candidates.json")])
+    assert figures(capsys.readouterr().out)["open accuracy"] == 100.0
 
 
 def test_wrong_ids_end_the_command(tmp_path: Path) -> None:

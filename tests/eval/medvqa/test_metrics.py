@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from llava.compat import DEFECTS, parse_defects
+from llava.compat import parse_compat
 from llava.errors import ConfigError
 from llava.eval.medvqa.items import ScoredItem
 from llava.eval.medvqa.metrics import PUBLISHED, legacy_scores
@@ -101,10 +101,10 @@ def test_dropped_misses_only_on_request() -> None:
 
 def test_unknown_defects_are_named() -> None:
     with pytest.raises(ConfigError, match="substring_closed"):
-        parse_defects(["substring_close"])
+        parse_compat("substring_close", "scores")
     with pytest.raises(ConfigError, match="nonsense"):
         legacy_scores([], program="run_eval", defects=frozenset({"nonsense"}))
-    assert parse_defects(["all"]) == frozenset(DEFECTS)
+    assert parse_compat("all", "scores") == PUBLISHED | {"dropped_closed_misses"}
 
 
 def test_recall_of_closed_questions_is_of_the_batch_program() -> None:
