@@ -49,7 +49,7 @@ def load_predictor(
         path: folder of a model, an adapter or a projector.
         base: base model of an adapter or projector, instead of the recorded one.
         device: `cpu`, `cuda`, ...; None for the GPU if available, else the CPU.
-        dtype: data type of the weights; "auto" keeps the saved one.
+        dtype: data type of the weights; "auto" keeps the saved one, or uses float32 where a CPU is faster with it.
         bits: 16, or 8 or 4 (bitsandbytes).
         engine: options of `LocalEngine`, such as `max_slots`.
 

@@ -275,3 +275,12 @@ def test_light_modules_load_neither_torch_nor_transformers() -> None:
 def test_no_file_has_more_than_400_lines() -> None:
     for path in modules():
         assert path.read_text(encoding="utf-8").count("\n") <= 400, f"{path.relative_to(ROOT)} is too long"
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in modules():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module_name(path))
+    assert not {name: found for name, found in places.items() if len(found) > 1}

@@ -91,7 +91,8 @@ class Replay:
     @property
     def loss_difference(self) -> float:
         """Largest difference of a micro-batch loss."""
-        return max(abs(ours - theirs) for ours, theirs in zip(self.losses, self.recorded, strict=True))
+        # torch's maximum, because Python's skips NaN.
+        return float((torch.tensor(self.losses) - torch.tensor(self.recorded)).abs().max())
 
     @property
     def projector_share(self) -> float:

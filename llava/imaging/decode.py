@@ -126,7 +126,7 @@ def load_image(
 
     Example::
 
-        image = load("1.png", "images")
+        image = load_image("1.png", "images")
 
     Args:
         ref: name or bytes.
@@ -147,7 +147,7 @@ def decode_image(
     dicom: DicomPolicy = DEFAULT_POLICY,
     scale_of: Callable[[Size], int] | None = None,
 ) -> DecodedImage:
-    """Return image `ref` as `load` does, but with gray as one channel and optionally at a smaller scale.
+    """Return image `ref` as `load_image` does, but with gray as one channel and optionally at a smaller scale.
 
     Args:
         ref: name or bytes.

@@ -95,7 +95,7 @@ def _given(size: Any) -> set[str]:
 def fit_decoded(
     opened: DecodedImage, mode: str, *, size: tuple[int, int], fill: Sequence[int], shift: int = 0
 ) -> tuple[Image.Image, Size, Box]:
-    """Return an image that may be gray or scaled as `fit` does for `square`, `pad` and `resize`.
+    """Return an image that may be gray or scaled as `fit_image` does for `square`, `pad` and `resize`.
 
     A scaled image keeps the geometry of the original: where its sides or its border are not a whole number of pixels
     at its scale, the box states where it begins and ends.

@@ -30,7 +30,7 @@ MATMUL_PAIRS = 1 << 18
 """Query-key pairs up to which `matmul_attention` may hold a piece's score matrix; larger pieces need SDPA's memory."""
 
 
-class RowPiece(Protocol):
+class PlannedPiece(Protocol):
     """Run of tokens of a row, with the indices of the pieces above it in its tree."""
 
     @property
@@ -50,7 +50,7 @@ class RowPlan(Protocol):
     def lengths(self) -> list[int]: ...
 
     @property
-    def pieces(self) -> Sequence[RowPiece]: ...
+    def pieces(self) -> Sequence[PlannedPiece]: ...
 
     def mask(self, index: int, window: int | None = None) -> Tensor | None: ...
 

@@ -147,7 +147,7 @@ def build_model(
 
     Example::
 
-        loaded = build("lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336", projector_type="mlp2x_gelu")
+        loaded = build_model("lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336", projector_type="mlp2x_gelu")
     """
     wanted = portable_tower(BuildOptions(lm=portable_path(lm), vision_tower=vision_tower, **options))
     text_config = _text_config(wanted.lm)

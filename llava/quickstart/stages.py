@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from llava.data.converters.alignment import alignment_rows
 from llava.data.records import load_samples
 from llava.eval import run as evaluation
-from llava.eval.medvqa.items import ScoredItem, join_answers
+from llava.eval.medvqa.items import ScoredItem, check_reference, join_answers
 from llava.generation.options import engine_of
 from llava.imaging.decode import load_image
 from llava.model.builder import build_model
@@ -75,7 +75,7 @@ def parts(context: Context) -> Facts:
     settings = context.settings
     lm = settings.lm or str(pretrained.language_model())
     tower = settings.vision_tower or str(pretrained.vision_tower(settings.image_size))
-    return {"lm": lm, "vision_tower": tower}
+    return {"lm": lm, "vision_tower": tower, "dtype": evaluation_dtype(lm)}
 
 
 def data(context: Context) -> Facts:
@@ -86,6 +86,8 @@ def data(context: Context) -> Facts:
         write_dataset(folder, num_train=settings.num_train, num_test=settings.num_test, seed=settings.seed)
     else:
         folder, notice = settings.data, f"Data: {settings.data}"
+    for sample in load_samples(folder / "test.json"):
+        check_reference(sample)
     return {
         "folder": str(folder),
         "notice": notice,
@@ -136,7 +138,7 @@ def before(context: Context) -> Facts:
 
 def longest_answer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the tokens of the longest reference answer, within the default limit of an evaluation."""
-    answers = {sample.conversation.turns[1].text for sample in load_samples(folder / "test.json")}
+    answers = {sample.conversation.turns[1].text for sample in load_samples(folder / "test.json")}  # checked by `data`
     longest = max(len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers)
     return min(longest, evaluation.MAX_NEW_TOKENS - SPARE_TOKENS)
 
@@ -253,7 +255,7 @@ def train(context: Context, out: Path, **flags: Any) -> Facts:
         "image_folder": context.data / "images",
         "mm_projector_type": PROJECTOR,
         "mm_vision_select_layer": -2,
-        "bf16": "auto",
+        "bf16": precision_of(context) == "bfloat16",
         "output_dir": out,
         "lr_scheduler_type": "cosine",
         "warmup_ratio": 0.05,
@@ -281,11 +283,18 @@ def evaluate(context: Context, model: Path, out: Path, questions: Path, limit: i
     folder = context.data
     options = ["--model", model, "--data", questions, "--image-folder", folder / "images"]
     options += ["--train-data", folder / "train.json", "--out", out, "--max-new-tokens", limit]
-    options += ["--dtype", evaluation_dtype(context.facts["parts"]["lm"]), "--note", context.notice]
+    options += ["--dtype", precision_of(context), "--note", context.notice]
     argv = [*map(str, options), *switches]
     args = evaluation.make_parser().parse_args(argv)
     result = evaluation.evaluate_model(evaluation.plan_of(args, argv), partial(engine_of, args))
     return {"folder": str(out), "scores": result["scores"]}
+
+
+def precision_of(context: Context) -> str:
+    """Return the precision of training and evaluation, which the first stage has measured."""
+    # Stored, so that a run that is resumed on another machine does not mix precisions; earlier versions did not.
+    facts = context.facts["parts"]
+    return str(facts.get("dtype") or evaluation_dtype(facts["lm"]))
 
 
 def evaluation_dtype(language_model: str) -> str:

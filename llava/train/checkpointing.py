@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llava.data.mixture import data_sha256
 from llava.errors import CheckpointError, ConfigError
 from llava.model.builder import LoadedModel
-from llava.model.checkpoint.formats import ADAPTER_FILE, PROVENANCE_FILE
+from llava.model.checkpoint.formats import ADAPTER_FILE, PROVENANCE_FILE, read_json
 from llava.model.checkpoint.load_parts import check_adapter_names, load_extra, load_projector, read_tensors
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.modeling import LlavaMedForConditionalGeneration
@@ -114,9 +114,8 @@ def bf16_to_resume(resume: ResumeSpec) -> bool | None:
     checkpoint = None if resume.starts_over else _named_checkpoint(resume)
     if checkpoint is None:
         return None
-    path = checkpoint.parent / ARGUMENTS_FILE
-    arguments = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    chosen = arguments.get("training", {}).get("bf16")
+    training = read_json(checkpoint.parent / ARGUMENTS_FILE).get("training")
+    chosen = training.get("bf16") if isinstance(training, dict) else None
     return chosen if isinstance(chosen, bool) else None
 
 

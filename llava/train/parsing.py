@@ -235,6 +235,15 @@ EXAMPLE = """example:
 """
 
 
+def _show_dashes(parser: HfArgumentParser) -> None:
+    """Show options with dashes in the help; words have underscores when they are parsed."""
+    for action in parser._actions:
+        for name in action.option_strings:
+            if "-" in name[2:]:  # with two spellings, a prefix of an option would be ambiguous
+                parser._option_string_actions.pop(name, None)
+        action.option_strings = list(dict.fromkeys(with_dashes(action.option_strings)))
+
+
 def parse_training_args(argv: Sequence[str] | None = None, *, bf16: bool | Literal["auto"] = False) -> Parsed:
     """Return the arguments of a training command line.
 
@@ -253,12 +262,14 @@ def parse_training_args(argv: Sequence[str] | None = None, *, bf16: bool | Liter
     )
     precision.accept_auto(parser, default=bf16)
     words = [_underscored(word) for word in words]
-    choice = _chosen_bf16(parser.parse_known_args(words)[0])
+    _show_dashes(parser)
+    options = parser.parse_known_args(words)[0]
+    choice = _chosen_bf16(options)
     parsed, unknown = _arguments(parser, [*words, "--bf16", str(choice)])
     if (agreed := precision.agreed(choice, world_size=parsed.training.world_size)) != choice:
         parsed, unknown = _arguments(parser, [*words, "--bf16", str(agreed)])
     if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
+        known = list(parser._option_string_actions)
         near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
         hint = f"; did you mean {', '.join(with_dashes(near))}?" if near else ""
         raise ConfigError(f"unknown option: {' '.join(with_dashes(unknown))}{hint} (--help lists every option)")
@@ -266,7 +277,12 @@ def parse_training_args(argv: Sequence[str] | None = None, *, bf16: bool | Liter
     legacy_flags.warn_without_effect(words, parsed, standard)
     parsed = with_validation(with_compat(parsed))
     training = parsed.training
-    precision.warn_of_slow_bf16(parsed.model.model_name_or_path, bf16=training.bf16, device_type=training.device.type)
+    precision.warn_of_slow_bf16(
+        parsed.model.model_name_or_path,
+        bf16=training.bf16,
+        device_type=training.device.type,
+        resumed=options.bf16 == "auto",  # a choice of bfloat16 that is slow here was made elsewhere
+    )
     return parsed
 
 

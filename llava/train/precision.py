@@ -80,17 +80,27 @@ def agreed(choice: bool, *, world_size: int) -> bool:
     return choices[0]
 
 
-def warn_of_slow_bf16(model: str, *, bf16: bool, device_type: str) -> None:
-    """Warn once, with the measured factor, if `--bf16` slows down a run on a CPU."""
+def warn_of_slow_bf16(model: str, *, bf16: bool, device_type: str, resumed: bool) -> None:
+    """Warn once, with the measured factor, if bfloat16 slows down a run on a CPU.
+
+    Args:
+        model: model folder or hub name.
+        bf16: whether the run computes in bfloat16.
+        device_type: device of the run.
+        resumed: whether that is the choice of the run to resume.
+    """
     if not bf16 or device_type != "cpu":
         return
     speedup = half_speedup(torch.bfloat16, product_shape(_config(model)))
-    if speedup < 1.0:
+    if speedup >= 1.0:
+        return
+    slower = f"bfloat16 products take {1 / speedup:.1f} times as long as float32 products on this CPU"
+    if resumed:
         log.warn_once(
-            logger,
-            f"--bf16 True: bfloat16 products take {1 / speedup:.1f} times as long as float32 products on this CPU; "
-            "use --bf16 auto, which computes in float32 on this machine",
+            logger, f"the run to resume computes in bfloat16: {slower}; to change it, use --overwrite-output-dir"
         )
+    else:
+        log.warn_once(logger, f"--bf16 True: {slower}; use --bf16 auto, which computes in float32 on this machine")
 
 
 def _config(model: str) -> Mapping[str, Any]:

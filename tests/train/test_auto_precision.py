@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.errors import ConfigError
+from llava.errors import CheckpointError, ConfigError
 from llava.model import precision as measuring
 from llava.train import parsing
 from llava.train.run import run_sft
@@ -116,3 +116,29 @@ def choose(parts: Path, out: Path) -> tuple[int, bool]:
 
 def test_ranks_agree(parts: Path, tmp_path: Path) -> None:
     assert ranks.run_ranks(2, choose, parts, tmp_path) == [(2, False), (2, False)]
+
+
+def test_a_resumed_bf16_run_that_is_slow_here_is_named_as_such(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log, "_SEEN", set())
+    changed = {"bf16": "auto", "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    use_speedup(monkeypatch, 3.0)
+    run_sft(arguments(parts, tmp_path, **changed))
+    use_speedup(monkeypatch, 0.5)
+    with caplog.at_level(logging.WARNING):
+        assert parse(parts, tmp_path) is True
+    assert "the run to resume computes in bfloat16" in caplog.text and "--bf16 True" not in caplog.text
+
+
+@pytest.mark.parametrize("content", ['{"training": {"bf16": tr', "[]", '{"training": []}'])
+def test_damaged_arguments_of_an_earlier_run_are_no_traceback(parts: Path, tmp_path: Path, content: str) -> None:
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 1}')
+    (tmp_path / "resolved_arguments.json").write_text(content)
+    if content.startswith("{") and content.endswith("}"):
+        assert parse(parts, tmp_path) is False
+        return
+    with pytest.raises(CheckpointError, match=r"resolved_arguments\.json"):
+        parse(parts, tmp_path)

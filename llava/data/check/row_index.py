@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava.constants import IMAGE_TOKEN
-from llava.data.check.rows import RowView
+from llava.data.check.rows import CheckedRow
 from llava.data.groups import field_key, is_known_name, written_name
 from llava.scoring.decisions import words_of
 
@@ -122,7 +122,7 @@ class RowIndex:
         self.questions = KeyedDigests()
         self.groups: dict[str, KeyedDigests] = {field_key(name): KeyedDigests() for name in group_fields}
 
-    def add(self, row: int, seen: RowView) -> None:
+    def add(self, row: int, seen: CheckedRow) -> None:
         """Add a row."""
         self.num_rows = row + 1
         images, sample = seen.images, seen.sample

@@ -27,7 +27,7 @@ class Problem(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class RowView:
+class CheckedRow:
     """Result of the check of one row.
 
     Attributes:
@@ -47,25 +47,25 @@ class RowView:
     repairs: tuple[str, ...] = ()
 
 
-def view_row(value: Any, row: int) -> RowView:
+def view_row(value: Any, row: int) -> CheckedRow:
     """Return the check of a decoded row, or of the `DataError` that replaces an unreadable one."""
     if isinstance(value, DataError):
-        return RowView(None, (Problem("unreadable", str(value)),))
+        return CheckedRow(None, (Problem("unreadable", str(value)),))
     if not isinstance(value, dict):
-        return RowView(None, (Problem("row-type", f"a row must be a JSON object, got {type(value).__name__}"),))
+        return CheckedRow(None, (Problem("row-type", f"a row must be a JSON object, got {type(value).__name__}"),))
     if not _is_unicode(value):
-        return RowView(None, (Problem("text"),))
+        return CheckedRow(None, (Problem("text"),))
     key = next((key for key in CONVERSATION_KEYS if key in value), None)
     if value[key] in (None, []) if key else "text" not in value:
         problems = (Problem("no-conversation"), *_field_problems(value))
-        return RowView(None, problems, _images(value))
+        return CheckedRow(None, problems, _images(value))
     try:
         sample, num_lost = read_default(value, str(row))
     except DataError as error:
-        return RowView(None, _unreadable_problems(value, str(error)), _images(value))
+        return CheckedRow(None, _unreadable_problems(value, str(error)), _images(value))
     problems = tuple(_sample_problems(sample, is_question=key is None))
     has_id = value.get("id", value.get("question_id") if key is None else None) is not None
-    return RowView(sample, problems, sample.images, key is None, has_id, tuple(_repairs(value, key, num_lost)))
+    return CheckedRow(sample, problems, sample.images, key is None, has_id, tuple(_repairs(value, key, num_lost)))
 
 
 def _images(value: Mapping[str, Any]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from llava.data.check.identifiers import identifier_rules
 from llava.data.check.row_index import RowIndex
-from llava.data.check.rows import RowView, view_row
+from llava.data.check.rows import CheckedRow, view_row
 from llava.data.check.rules import CheckFindings
 from llava.data.groups import field_key
 from llava.data.records import stream_rows
@@ -158,7 +158,7 @@ def scan_file(path: Path, index: RowIndex, file: int, findings: CheckFindings) -
     return scan
 
 
-def _texts(value: Mapping[str, Any], seen: RowView, index: RowIndex) -> Iterator[str]:
+def _texts(value: Mapping[str, Any], seen: CheckedRow, index: RowIndex) -> Iterator[str]:
     """Yield the texts of a row: its turns and its text fields, except ids of patients and studies."""
     if seen.sample is not None:
         for turn in seen.sample.conversation.turns:

@@ -84,7 +84,7 @@ def load_checkpoint(
 
     Example::
 
-        loaded = load("checkpoints/llava-med-v1.5")
+        loaded = load_checkpoint("checkpoints/llava-med-v1.5")
         model, processor = loaded.model, loaded.processor
     """
     path = local_folder(path) if is_hub_name(path) else path

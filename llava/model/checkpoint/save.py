@@ -127,7 +127,7 @@ def save_model(
         processor: saved with the weights.
         path: folder; older weights in it, of any kind, are replaced, other files stay.
         state: gathered weights, when the model's own are sharded over ranks.
-        origin: origin of the parts, see `Loaded`.
+        origin: origin of the parts, see `LoadedModel`.
     """
     target = Path(path)
     with new_files(target) as folder:

@@ -42,7 +42,7 @@ def text_config(checkpoint: Checkpoint) -> Any:
 
 
 def check_supported(checkpoint: Checkpoint) -> None:
-    """Check that a checkpoint would load into the model that was trained, see `refusals`.
+    """Check that a checkpoint would load into the model that was trained, see `legacy_refusals`.
 
     Raises:
         CheckpointError: it would not; the message has the first reason.

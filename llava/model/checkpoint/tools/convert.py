@@ -164,7 +164,7 @@ def convert_checkpoint(
 
     Example::
 
-        convert("llava-v1.5-7b", "ours", "ours", LoadOptions(vision_tower="openai/clip-vit-large-patch14-336"))
+        convert_checkpoint("llava-v1.5-7b", "ours", "ours", LoadOptions(vision_tower="openai/clip-vit-large-patch14-336"))
     """
     writer = lookup(WRITERS, to, "format")
     path = Path(target)

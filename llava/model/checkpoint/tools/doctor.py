@@ -78,7 +78,7 @@ def _legacy_findings(checkpoint: Checkpoint) -> Iterator[DoctorFinding]:
 def _projector_findings(checkpoint: Checkpoint) -> Iterator[DoctorFinding]:
     try:
         by_weights = checkpoint.projector_type
-    except CheckpointError:  # `refusals` reports it
+    except CheckpointError:  # `legacy_refusals` reports it
         return
     written = checkpoint.config.get("mm_projector_type")
     if written and by_weights and written != by_weights:
