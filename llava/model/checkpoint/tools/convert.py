@@ -164,7 +164,8 @@ def convert_checkpoint(
 
     Example::
 
-        convert_checkpoint("llava-v1.5-7b", "ours", "ours", LoadOptions(vision_tower="openai/clip-vit-large-patch14-336"))
+        tower = "openai/clip-vit-large-patch14-336"
+        convert_checkpoint("llava-v1.5-7b", "ours", "ours", LoadOptions(vision_tower=tower))
     """
     writer = lookup(WRITERS, to, "format")
     path = Path(target)
