@@ -15,7 +15,7 @@ else
     echo "download_data.sh: no Python found; run: bash scripts/setup.sh" >&2
     exit 2
 fi
-needed='import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("httpx2", "ijson", "tqdm", "PIL", "numpy"))))'
+needed='import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("httpx2", "tqdm", "PIL", "numpy"))))'
 if ! "$python" -c "$needed" 2>/dev/null; then
     echo "download_data.sh: $python lacks packages of this project; run: bash scripts/setup.sh" >&2
     exit 2

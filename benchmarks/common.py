@@ -53,27 +53,35 @@ class Questions:
     images: dict[str, Tensor]
 
 
-def config_values() -> dict[str, Any]:
-    """Return the configuration of the 24M model: ViT 6 x 192, Llama 6 x 256, 256 tokens per image."""
-    vision = CLIPVisionConfig(
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=3,
-        image_size=IMAGE_SIZE,
-        patch_size=14,
-    )
+SHAPES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    "tiny": (
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    ),
+    "24m": (
+        {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3},
+        {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4},
+    ),
+    "7b": (
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+        {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    ),
+}
+"""Sizes of tower (CLIP) and language model (Llama) by name."""
+
+
+def config_values(shape: str = "24m") -> dict[str, Any]:
+    """Return the configuration of a model with 256 tokens per image: tiny, 24M or 7B parameters."""
+    tower_sizes, text_sizes = SHAPES[shape]
+    vision = CLIPVisionConfig(image_size=IMAGE_SIZE, patch_size=14, **tower_sizes)
     text = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=6,
-        num_attention_heads=4,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         bos_token_id=BOS_TOKEN_ID,
         eos_token_id=2,
         pad_token_id=PAD_TOKEN_ID,
+        **text_sizes,
     )
     return {
         "vision_config": vision,
@@ -84,17 +92,17 @@ def config_values() -> dict[str, Any]:
     }
 
 
-def our_model(seed: int = 0) -> LlavaMedForConditionalGeneration:
+def our_model(seed: int = 0, shape: str = "24m") -> LlavaMedForConditionalGeneration:
     """Return the model of this package with tree attention."""
     torch.manual_seed(seed)
-    model = LlavaMedForConditionalGeneration(LlavaMedConfig(projector_type="mlp2x_gelu", **config_values()))
+    model = LlavaMedForConditionalGeneration(LlavaMedConfig(projector_type="mlp2x_gelu", **config_values(shape)))
     use_tree_attention(model)
     return model
 
 
-def library_model(ours: LlavaMedForConditionalGeneration) -> LlavaForConditionalGeneration:
+def library_model(ours: LlavaMedForConditionalGeneration, shape: str = "24m") -> LlavaForConditionalGeneration:
     """Return the model class of transformers with the weights of `ours` and SDPA attention."""
-    model = LlavaForConditionalGeneration(LlavaConfig(**config_values()))
+    model = LlavaForConditionalGeneration(LlavaConfig(**config_values(shape)))
     state = {}
     for name, weight in ours.state_dict().items():
         for pattern, replacement in _TO_LIBRARY.items():

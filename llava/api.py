@@ -20,9 +20,8 @@ import torch
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError, GenerationError
 from llava.generation.engine import LocalEngine, SequenceScore
+from llava.generation.loading import load_for_inference
 from llava.generation.protocol import ImageRef, Prompt, Sampling
-from llava.model.checkpoint.load import load_checkpoint as load_model
-from llava.model.precision import raise_slow_weights
 from llava.samples import ROLES, Conversation, Turn, type_and_length
 
 Messages: TypeAlias = str | Sequence[Turn | Mapping[str, str]]
@@ -54,14 +53,9 @@ def load_predictor(
         engine: options of `LocalEngine`, such as `max_slots`.
 
     Raises:
-        CheckpointError: the folder is not a checkpoint, or cannot be loaded.
+        CheckpointError: the folder is not a checkpoint, cannot be loaded, or holds weights that are not finite.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(path, base=base, dtype=dtype, device_map=None if device == "cpu" else device, bits=bits)
-    if bits == 16:
-        torch.nn.Module.to(loaded.model, device)
-        if dtype == "auto":
-            raise_slow_weights(loaded.model)
+    loaded = load_for_inference(path, base=base, dtype=dtype, device=device, bits=bits)
     return LlavaPredictor(LocalEngine(loaded.model, loaded.processor, **engine))
 
 

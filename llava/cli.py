@@ -8,28 +8,37 @@ A subcommand is imported when it runs, so `llava --help` imports neither torch n
 from __future__ import annotations
 
 import difflib
-import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llava import __version__
 from llava.errors import ConfigError
-from llava.utils.cli import run_program
+from llava.utils.cli import run_program, run_target
+from llava.utils.plugins import FLAG, given_plugins, load_plugins, without_plugins
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Subcommand: its function (`module:function`, called with the remaining arguments) and help texts."""
+    """Subcommand.
+
+    Attributes:
+        target: its function, `module:function`, called with the remaining arguments.
+        summary: a line of the help.
+        example: a command line.
+        passes_name: whether the last word of its name is the first of these arguments.
+    """
 
     target: str
     summary: str
     example: str
+    passes_name: bool = False
 
 
 COMMANDS: dict[str, Command] = {
     "train": Command(
-        "llava.train.run:run_sft",
+        "llava.train.command:main",
         "train a model: alignment, instruction tuning, downstream fine-tuning; full, LoRA or QLoRA",
         "llava train --model-name-or-path LM --vision-tower TOWER --data-path train.json --image-folder images "
         "--output-dir runs/first",
@@ -44,15 +53,35 @@ COMMANDS: dict[str, Command] = {
         "chat with a trained model about an image in the terminal",
         "llava chat --model runs/first --image xray.png",
     ),
+    "findings": Command(
+        "llava.serve.findings:main",
+        "write the findings of chest X-rays, with rule labels on request; research use, not for diagnosis",
+        "llava findings xray.dcm other.png --model runs/rad --labels",
+    ),
+    "ask": Command(
+        "llava.instruct.ask:main",
+        "let a model ask questions about images, in a template in which it learned to (v1_sq, chatml_sq)",
+        "llava ask --model runs/stage1 --images images --out questions.jsonl",
+    ),
+    "serve": Command(
+        "llava.serve.run:main",
+        "serve a model: OpenAI-compatible API, protocol of the original workers, web page",
+        "llava serve --model-path runs/first --port 8000",
+    ),
     "data show": Command(
-        "llava.data.show:main",
+        "llava.data.show_command:main",
         "show one row as the model receives it: text, trained tokens, image positions, ids, truncation",
         "llava data show train.json --row 3 --model runs/first",
+    ),
+    "data dialogues": Command(
+        "llava.data.dialogues:main",
+        "join rows with one question about an image to dialogues of several turns, for --sq-r",
+        "llava data dialogues train.json --turns 5 --seed 0 --out dialogues.json",
     ),
     "data align": Command(
         "llava.data.converters.alignment:main",
         "write alignment captions from the question-answer rows of each image",
-        "llava data align train.json --root data --out align.json",
+        "llava data align train.json --image-folder images --out align.json",
     ),
     "data dicom": Command(
         "llava.data.dicom.rows:main",
@@ -109,6 +138,11 @@ COMMANDS: dict[str, Command] = {
         "convert a table (CSV, TSV, JSON, JSON lines, Parquet) to rows, by column names",
         "llava data csv cases.csv --image-column file --answer-column report --image-root scans --out data/cases",
     ),
+    "data cells": Command(
+        "llava.data.cells:main",
+        "cut a window around every labeled cell of smears: one cell per row, split by smear",
+        "llava data cells train.json --image-folder images --out cells --fractions train=0.8,test=0.2",
+    ),
     "data split": Command(
         "llava.data.converters.split:main",
         "split rows into train, val and test by patient or by image",
@@ -134,6 +168,66 @@ COMMANDS: dict[str, Command] = {
         "check a data file and its images, and its overlap with a test file; exit 1 on errors",
         "llava data check train.json --images images --against test.json --html check.html --fix clean.json",
     ),
+    "reports label": Command(
+        "llava.eval.reports.label:main",
+        "label chest X-ray reports with 14 findings by rules, with the evidence of each label",
+        "llava reports label predictions.jsonl --out labels.jsonl",
+    ),
+    "reports score": Command(
+        "llava.eval.reports.cli:score_main",
+        "score predicted reports against their references: labels, RadGraph, BLEU, ROUGE, with intervals and a page",
+        "llava reports score predictions.jsonl --output-dir scores",
+    ),
+    "reports compare": Command(
+        "llava.eval.reports.compare_cli:compare_main",
+        "compare predicted reports of several systems: paired intervals and p-values by patient",
+        "llava reports compare ours.jsonl theirs.jsonl --out comparison",
+    ),
+    "reports judge": Command(
+        "llava.eval.chexprompt:judge_main",
+        "count errors of predicted reports with a language model, in six categories and two severities",
+        "llava reports judge predictions.jsonl --output-dir ratings --engine NAME",
+    ),
+    "rules check": Command(
+        "llava.symbolic.commands:check_main",
+        "check a rule file: valid paths, phrases, and the assignments of a table; exit 1 on errors",
+        "llava rules check rules.yaml --table rows.json",
+    ),
+    "rules lint": Command(
+        "llava.symbolic.lint:main",
+        "compare what policies that ignore the image earn with a half-right one; exit 1 if one earns more",
+        "llava rules lint bone-marrow-aspirate --table rows.json",
+    ),
+    "rules new": Command(
+        "llava.symbolic.new_rules:main",
+        "write a rule file by answering questions in the terminal",
+        "llava rules new lesions.yaml",
+    ),
+    "rules show": Command(
+        "llava.symbolic.show:main",
+        "show a rule file, as text or as a page: hierarchy, valid paths, phrases, an example dialogue, rewards",
+        "llava rules show bone-marrow-aspirate --html rules.html",
+    ),
+    "rules priors": Command(
+        "llava.symbolic.commands:priors_main",
+        "count the true values of a training table, for the balance of the reward",
+        "llava rules priors bone-marrow-aspirate --table rows.json --out priors.json",
+    ),
+    "rules dialogues": Command(
+        "llava.symbolic.dialogues:main",
+        "write dialogues for the rows of a table, in several orders of questions, with hints and confirmations",
+        "llava rules dialogues bone-marrow-aspirate --table rows.json --out dialogues.json --seed 1",
+    ),
+    "rules rollouts": Command(
+        "llava.train.rollout.page:main",
+        "show what a run of reinforcement learning sampled: best, worst and contradictory dialogues of its steps",
+        "llava rules rollouts runs/grpo --html",
+    ),
+    "rules score": Command(
+        "llava.symbolic.commands:score_main",
+        "score conversations with a rule file: values, reward by turn, broken constraints",
+        "llava rules score rules.yaml --conversations answers.jsonl --out scores.jsonl",
+    ),
     "checkpoint inspect": Command(
         "llava.model.checkpoint.tools.inspection:main",
         "list the contents of a checkpoint of any format, tensor by tensor; reads no weights",
@@ -145,12 +239,12 @@ COMMANDS: dict[str, Command] = {
         "llava checkpoint doctor checkpoints/llava-med --weights",
     ),
     "checkpoint convert": Command(
-        "llava.model.checkpoint.tools.convert:convert_main",
+        "llava.model.checkpoint.tools.convert_command:convert_main",
         "convert a checkpoint between the formats of llava, the original code and transformers",
         "llava checkpoint convert checkpoints/llava-med runs/llava-med",
     ),
     "checkpoint export": Command(
-        "llava.model.checkpoint.tools.convert:export_main",
+        "llava.model.checkpoint.tools.convert_command:export_main",
         "export a checkpoint for transformers and vLLM (hf, peft) or for the original code (legacy)",
         "llava checkpoint export runs/first runs/first-hf --to hf",
     ),
@@ -159,14 +253,45 @@ COMMANDS: dict[str, Command] = {
         "compare two checkpoints of any formats, tensor by tensor",
         "llava checkpoint diff runs/first runs/second",
     ),
+    "preferences answer": Command(
+        "llava.instruct.preferences.answer:main",
+        "sample answers of a model to questions about images, several to each; resumes after a stop",
+        "llava preferences answer questions.jsonl --model runs/stage1 --image-folder images --out answers.jsonl",
+    ),
+    "preferences judge": Command(
+        "llava.instruct.preferences.judge:main",
+        "judge which answer is preferred: by references, by the use of the image, by majority, or by a language model",
+        "llava preferences judge answers.jsonl --by reference --out judgments.jsonl",
+    ),
+    "preferences pairs": Command(
+        "llava.instruct.preferences.pairs:main",
+        "turn judgments into preference pairs of any layout, with lengths and the agreement with references",
+        "llava preferences pairs judgments.jsonl --out pairs.json",
+    ),
+    "preferences convert": Command(
+        "llava.data.convert_preferences:main",
+        "convert preference pairs between the layouts of STLLaVA-Med, its judge, TRL, LLaMA-Factory and ms-swift",
+        "llava preferences convert pairs.json trl.jsonl --to trl",
+    ),
+    "preferences score": Command(
+        "llava.train.score_command:main",
+        "write the log-probabilities of pairs under a model, for `llava train --objective dpo --ref-logprobs`",
+        "llava preferences score --out reference.jsonl --model-name-or-path MODEL --data-path pairs.json",
+    ),
+    "env": Command(
+        "llava.utils.environment:main",
+        "print versions, devices and memory of this machine, for bug reports",
+        "llava env --json",
+    ),
     "quickstart": Command(
-        "llava.quickstart.run:main",
+        "llava.quickstart.command:main",
         "create a small model from scratch: draw data, align, tune, evaluate, write a report",
         "llava quickstart --out runs/quickstart",
     ),
 }
 
-USAGE = "usage: llava COMMAND [flags]      (flags of a command: llava COMMAND --help; version: llava --version)"
+USAGE = """usage: llava COMMAND [flags]      (flags of a command: llava COMMAND --help; version: llava --version)
+completion in the shell: eval "$(register-python-argcomplete llava)\""""
 
 
 def overview(commands: Mapping[str, Command] = COMMANDS) -> str:
@@ -198,6 +323,21 @@ def unknown_command(name: str, members: Mapping[str, Command]) -> ConfigError:
     return ConfigError(f"unknown command {name!r}; {known}")
 
 
+def with_plugin_commands(argv: Sequence[str]) -> list[str]:
+    """Return a command line with its plug-ins at the end; they are loaded where they may add its command.
+
+    Raises:
+        ConfigError: a plug-in cannot be loaded.
+    """
+    plugins = given_plugins(argv)
+    if not plugins or split_command(argv)[0] in COMMANDS:
+        return list(argv)
+    words = without_plugins(argv)
+    if not words or split_command(words)[0] not in COMMANDS:
+        load_plugins(plugins)
+    return [*words, *(f"{FLAG}={plugin}" for plugin in plugins)]
+
+
 def run_command(argv: Sequence[str]) -> None:
     """Run one command.
 
@@ -210,6 +350,7 @@ def run_command(argv: Sequence[str]) -> None:
     if argv[0] == "--version":
         sys.stdout.write(f"llava {__version__}\n")
         return
+    argv = with_plugin_commands(argv)
     name, rest = split_command(argv)
     members = commands_of_group(name)
     if members and (not rest or rest[0] in ("-h", "--help")):
@@ -221,15 +362,18 @@ def run_command(argv: Sequence[str]) -> None:
     if "-h" in rest or "--help" in rest:
         sys.stdout.write(f"llava {name}: {command.summary}\nexample: {command.example}\n\n")
         sys.stdout.flush()
-    module, function = command.target.split(":")
-    getattr(importlib.import_module(module), function)(rest)
+    run_target(command.target, [name.split()[-1], *rest] if command.passes_name else rest)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the console script; expected errors print their message and exit with status 2."""
+    if "_ARGCOMPLETE" in os.environ:
+        from llava.completion import complete
+
+        complete({name: command.target for name, command in COMMANDS.items()})
     arguments = sys.argv[1:] if argv is None else list(argv)
     run_program(lambda: run_command(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    run_target("llava.cli:main", None)  # of the module of this name, to which plug-ins add commands

@@ -35,6 +35,7 @@ PLACES = {
     "answers": ("the commands that ask a model (chat, evaluation)", "none"),
     "scores": ("the commands that compute published scores", "published"),
     "judge": ("the commands of the chat evaluation", "none"),
+    "preferences": ("`llava preferences judge`", "none"),
 }
 """Groups of commands that accept names, each with its default; comparison with recorded numbers accepts all names."""
 
@@ -51,6 +52,39 @@ COMPAT: dict[str, Compat] = {
         "training",
         switch="--image-counts-as-one",
     ),
+    "empty_answers": Compat(
+        "an answer without text is trained, so that the model learns to answer nothing: the ### and plain templates "
+        "train all that surrounds an answer",
+        "training",
+        switch="--train-empty-answers",
+    ),
+    "frozen_vit_lora": Compat(
+        "the adapter of the vision tower gets no gradient, and blocks above the selected layer have one too",
+        "training",
+        "STLLaVA-Med",
+    ),
+    "shared_sq_draws": Compat(
+        "which questions are asked is drawn from Python's global stream, in the order in which rows are read",
+        "training",
+        "STLLaVA-Med",
+    ),
+    "policy_reference_inputs": Compat(
+        "the reference of preference training sees the embeddings of the policy, so it drifts with the projector",
+        "training",
+        "STLLaVA-Med",
+    ),
+    "policy_dropout": Compat(
+        "the policy is trained on pairs with dropout, which the reference does not have",
+        "training",
+        "STLLaVA-Med",
+        "--disable-dropout False",
+    ),
+    "drllava": Compat(
+        "PPO: the score is at the last padded position, the KL penalty of a token is at least 0, and padding is part "
+        "of every mean",
+        "training",
+        spec="Dr-LLaVA",
+    ),
     "beams_count_prompt": Compat(
         "the score of a beam is divided by the length of prompt and answer (transformers before 4.36)",
         "answers",
@@ -60,20 +94,46 @@ COMPAT: dict[str, Compat] = {
         "a prompt with images is truncated to the training length in generation, and its question is lost", "answers"
     ),
     "counted_labels": Compat(
-        "the mask of the ### templates counts the tokens of each turn tokenized alone; the count drifts into the text"
+        "the mask counts the tokens of each turn tokenized alone, as with ###; the count drifts into the text"
     ),
     "shifted_labels": Compat(
         "ChatML turns are counted one token off: the line end before an answer is trained, its end token is not"
     ),
     "ignored_rows": Compat("a row whose counted tokens differ from its tokens is ignored as a whole, with a warning"),
-    "refused_rows": Compat("the plain template raises for rows other than one question with one answer"),
+    "refused_rows": Compat(
+        "the plain template raises for rows other than one question with an image and one answer, most others for "
+        "turns that do not alternate"
+    ),
     "dropped_markers": Compat("the plain template drops the markers around an image"),
-    "first_answer": Compat(
-        "the ### templates keep an answer that precedes the first question, under the question's role"
+    "first_answer": Compat("the ### templates and v1_sq keep an answer that precedes the first question"),
+    "image_request": Compat(
+        "the template plain_qav appends a request to imagine the image, and the image again; neither is trained",
+        spec="STLLaVA-Med",
+    ),
+    "collapsed_images": Compat(
+        "several images of one turn become one: a single placeholder at its front replaces all of the turn",
+        spec="recorded rows",
+    ),
+    "shifted_images": Compat(
+        "the image of a row after a text-only row of its batch becomes zeros, or the image of an earlier row",
+        spec="LLaVA-Med 1.0",
+    ),
+    "open_answers": Compat(
+        "a turn without text is written as its role alone: an empty answer leaves the prompt open, without an end mark",
+        spec="recorded rows",
+    ),
+    "trained_headers": Compat("the ### templates end a row without an answer with ### too, and train that header"),
+    "stripped_marks": Compat(
+        "white space beside a ChatML mark is dropped (the slow tokenizer of transformers 4.31)", spec="recorded rows"
     ),
     "spelled_end_marks": Compat(
         "an end token inside a text is tokenized as characters (the slow tokenizer of transformers 4.31)",
         spec="recorded rows",
+    ),
+    "unpadded_images": Compat(
+        "images are cropped instead of padded when questions are asked and answered, unlike in training",
+        "answers",
+        "STLLaVA-Med",
     ),
     "random_padding": Compat(
         "the offset of a padded image is drawn from two adjacent integers, in generation too", "answers"
@@ -110,6 +170,16 @@ COMPAT: dict[str, Compat] = {
     "literal_scores": Compat("a reply counts if its first line is two numbers of any size, one space apart", "judge"),
     "minus_one_counts": Compat("an unreadable review counts as scores of -1 and -1 in the means", "judge"),
     "judged_failures": Compat("an answer whose generation failed is judged as an empty answer", "judge"),
+    "second_wins_ties": Compat(
+        "of two answers with equal scores the second is preferred; use it with --both-orders False",
+        "preferences",
+        "STLLaVA-Med",
+    ),
+    "first_line_scores": Compat(
+        "a reply counts if its first line, with commas as spaces, is two numbers of any size, one space apart",
+        "preferences",
+        "STLLaVA-Med",
+    ),
 }
 """All known defects, by name."""
 

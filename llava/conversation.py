@@ -1,7 +1,7 @@
 """Conversation templates: rendering of conversations to text, and parsing of generated answers.
 
     Conversation --render--> segments (text, trained, turn) --join--> training text
-    Conversation --prompt--> the same text up to the next answer
+    Conversation --prompt--> the same text up to the next answer, or up to the next question of a template that asks
     generated text --parse--> answer
 
 A `Form` holds the text around each turn as frames; one function renders every template. The `trained` flags of the
@@ -14,64 +14,34 @@ Some original code evaluates with another text than in training (v0: `S###Human:
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from llava.chat_template import Segment, answer_start, first_stop
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError
 from llava.samples import Conversation, Turn
 from llava.system_prompts import SYSTEM_PROMPTS
+from llava.template_forms import (
+    PLAIN,
+    SLOT,
+    Form,
+    Frame,
+    brackets,
+    chatml,
+    hashes,
+    place_of,
+    single_separator,
+    two_separators,
+)
 from llava.utils.lookup import lookup
-
-SLOT = "{}"
-"""Position of the text of a turn in a frame; it is replaced literally, so braces in the text are safe."""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Part of the rendered text.
-
-    Attributes:
-        text: the characters.
-        trained: whether tokens that start in this part are supervised.
-        turn: index of the turn in the conversation, -1 for the system prompt.
-    """
-
-    text: str
-    trained: bool
-    turn: int
-
-
-Frame = tuple[tuple[str, bool], ...]
-"""Parts of one turn as (text, trained); exactly one part contains `SLOT`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """Text around the system prompt and the turns.
-
-    Attributes:
-        system: text around the system prompt, with a `SLOT`.
-        human: frame of a question.
-        gpt: frame of an answer; the parts before the slot are the answer header, with which a prompt ends.
-        no_system: text instead of `system` if the system prompt is empty.
-        first: frame of the first question if it differs (the system prompt is inside its brackets).
-        asked: frame of a question that is trained (`Turn.train=True`).
-        closing: trained text after the last answer.
-    """
-
-    system: str
-    human: Frame
-    gpt: Frame
-    no_system: str = ""
-    first: Frame | None = None
-    asked: Frame | None = None
-    closing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ConversationTemplate:
-    """Conversation template of one family of models.
+    """Conversation template of one family of models; a `ChatTemplate`.
 
     Attributes:
         name: key in `TEMPLATES`.
@@ -82,6 +52,8 @@ class ConversationTemplate:
         preset: turns that the original evaluation adds at the start.
         image_wrap: text before and after each `<image>`.
         drops_questions: whether questions are reduced to their images (alignment on captions).
+        trains_empty: whether answers without text are trained (`--compat empty_answers`): their end marks, and in the
+            "v0" family their headers.
         echoes: role headers that models of this template repeat before an answer.
     """
 
@@ -93,6 +65,7 @@ class ConversationTemplate:
     preset: tuple[Turn, ...] = ()
     image_wrap: tuple[str, str] = ("", "")
     drops_questions: bool = False
+    trains_empty: bool = False
     echoes: tuple[str, ...] = ()
 
     def with_system(self, text: str) -> ConversationTemplate:
@@ -103,19 +76,49 @@ class ConversationTemplate:
         """Return the training text as segments."""
         segments = _render(self, self.form, conversation)
         if self.form.closing and conversation.turns and conversation.turns[-1].role == "gpt":
-            segments.append(Segment(self.form.closing, True, len(conversation.turns) - 1))
+            trained = self.trains(conversation.turns[-1])
+            segments.append(Segment(self.form.closing, trained, len(conversation.turns) - 1))
         return tuple(segments)
+
+    def trains(self, turn: Turn) -> bool:
+        """Return whether an answer, with its header and end mark, may be trained."""
+        return self.trains_empty or not turn.is_empty if turn.train is None else turn.train
+
+    def header(self) -> str:
+        """Return the text between a question and its answer, with which a prompt ends."""
+        return self.form.header(self.form.gpt)
+
+    def end_mark(self) -> str:
+        """Return the trained text after an answer."""
+        return "".join(text for text, trained in self.form.after(self.form.gpt) if trained)
+
+    def asked_header(self) -> str | None:
+        """Return the text before a question that the model asks; None if it cannot ask."""
+        return None if self.form.asked is None else self.form.header(self.form.asked)
 
     def open(self, conversation: Conversation) -> tuple[Segment, ...]:
         """Return the segments of `prompt`; none is trained.
 
         Raises:
-            DataError: the conversation does not end with a question.
+            DataError: the conversation has no turn, or ends with an answer and the template cannot ask.
         """
         return tuple(_open(self, self.form, conversation))
 
+    def continuation(self, question: Turn, *, index: int, ended: bool = True) -> tuple[Segment, ...]:
+        """Return the text from the end of an answer through the next question to `header`; see `ChatTemplate`."""
+        after = [text for text, trained in self.form.after(self.form.gpt) if not (trained and ended)]
+        asked = [part.replace(SLOT, self.shown(question)) for part, _ in self.form.human]
+        parts = [(index - 1, after), (index, asked), (index + 1, [self.header()])]
+        return tuple(Segment(text, False, turn) for turn, texts in parts for text in texts if text)
+
+    def shown(self, turn: Turn) -> str:
+        """Return the text of a turn, its images wrapped."""
+        if turn.role == "human" and self.drops_questions:
+            return IMAGE_TOKEN * turn.text.count(IMAGE_TOKEN)
+        return turn.text.replace(IMAGE_TOKEN, IMAGE_TOKEN.join(self.image_wrap))
+
     def prompt(self, conversation: Conversation) -> str:
-        """Return the training text of a conversation that ends with a question, including the answer header."""
+        """Return the training text of a conversation up to the header of what follows: an answer, or a question."""
         return "".join(segment.text for segment in self.open(conversation))
 
     def published_prompt(self, conversation: Conversation) -> str:
@@ -130,32 +133,14 @@ class ConversationTemplate:
         return text[start : first_stop(text, self.stops, start=start)].strip()
 
 
-def answer_start(text: str, echoes: Sequence[str]) -> int:
-    """Return the start of the answer in generated text, after white space and repeated role headers."""
-    start = _after_space(text, 0)
-    while (echo := next((echo for echo in echoes if text.startswith(echo, start)), None)) is not None:
-        start = _after_space(text, start + len(echo))
-    return start
-
-
-def first_stop(text: str, stops: Sequence[str], *, start: int) -> int | None:
-    """Return the position of the first stop string at or after `start`; None without one."""
-    return min((place for stop in stops if (place := text.find(stop, start)) >= 0), default=None)
-
-
-def _after_space(text: str, start: int) -> int:
-    return len(text) - len(text[start:].lstrip())
-
-
 def _open(template: ConversationTemplate, form: Form, conversation: Conversation) -> list[Segment]:
-    if not conversation.turns or conversation.turns[-1].role != "human":
-        raise DataError("the conversation does not end with a question; remove the last answer or add a question")
-    segments = _render(template, form, conversation)
-    for text, _ in form.gpt:
-        if SLOT in text:
-            break
-        segments.append(Segment(text, False, len(conversation.turns)))
-    return [replace(segment, trained=False) for segment in segments]
+    asks = bool(conversation.turns) and conversation.turns[-1].role == "gpt"
+    frame = form.asked if asks else form.gpt
+    if not conversation.turns or frame is None:
+        hint = f" (template {template.name} cannot ask one itself; {', '.join(asking_templates())} can)" if asks else ""
+        raise DataError("the conversation does not end with a question; remove the last answer or add one" + hint)
+    segments = [*_render(template, form, conversation), Segment(form.header(frame), False, len(conversation.turns))]
+    return [replace(segment, trained=False) for segment in segments if segment.text]
 
 
 def _render(template: ConversationTemplate, form: Form, conversation: Conversation) -> list[Segment]:
@@ -163,27 +148,47 @@ def _render(template: ConversationTemplate, form: Form, conversation: Conversati
     opening = form.system.replace(SLOT, system) if system else form.no_system
     segments = [Segment(opening, False, -1)] if opening else []
     for index, turn in enumerate(conversation.turns):
-        text = turn.text.replace(IMAGE_TOKEN, IMAGE_TOKEN.join(template.image_wrap))
-        if turn.role == "human" and template.drops_questions:
-            text = IMAGE_TOKEN * turn.text.count(IMAGE_TOKEN)
-        segments.extend(_render_turn(form, turn, text, index, _lead(text, template.image_wrap[1])))
+        text = template.shown(turn)
+        frame = form.gpt if turn.role == "gpt" else (form.first if index == 0 and form.first else form.human)
+        if turn.role == "human" and not _ends_trained(template, conversation.turns, index):
+            frame = _unmarked(frame)
+        lead = lead_of_images(text, template.image_wrap[1])
+        if turn.role == "human" and turn.train:
+            text = text if lead or form.asked is None else _after_header(form.asked, text)
+            segments.extend(_render_asked(form.asked or frame, text, index, lead))
+        else:
+            allowed = template.trains(turn) if turn.role == "gpt" else turn.train is not False
+            segments.extend(_render_turn(frame, turn, text, index, allowed=allowed))
     return segments
 
 
-def _render_turn(form: Form, turn: Turn, text: str, index: int, lead: int) -> list[Segment]:
-    """Return the segments of one turn with `Turn.train` applied; `lead` is the end of its images."""
-    frame = form.gpt if turn.role == "gpt" else (form.first if index == 0 and form.first else form.human)
-    if turn.role == "human" and turn.train:
-        return _render_asked(form.asked or frame, text, index, lead)
-    allowed = turn.train is not False
-    if turn.role == "gpt" and "".join(part for part, _ in frame).split(SLOT)[0].endswith("\n"):
-        # Tokenizers merge newlines, so that the header would not end with the same token as a prompt.
-        text = text.lstrip("\n")
+def _ends_trained(template: ConversationTemplate, turns: Sequence[Turn], index: int) -> bool:
+    """Return whether the mark before a question is trained: as the answer that it ends, the first as any answer."""
+    answers = [turn for turn in turns if turn.role == "gpt"] if index == 0 else [turns[index - 1]]
+    return not answers or any(map(template.trains, answers))
+
+
+def _unmarked(frame: Frame) -> Frame:
+    """Return a frame whose parts before the text are not trained."""
+    return tuple((part, trained and number >= place_of(frame)) for number, (part, trained) in enumerate(frame))
+
+
+def _render_turn(frame: Frame, turn: Turn, text: str, index: int, *, allowed: bool) -> list[Segment]:
+    """Return the segments of a question that is not trained, or of an answer; `allowed`: trained as in the frame."""
+    if turn.role == "gpt":
+        text = _after_header(frame, text)
     parts = [Segment(part.replace(SLOT, text), trained and allowed, index) for part, trained in frame]
     return [segment for segment in parts if segment.text]
 
 
-def _lead(text: str, wrap: str) -> int:
+def _after_header(frame: Frame, text: str) -> str:
+    """Return the text of a turn that the model writes, without line ends that would merge with those of its header."""
+    # Tokenizers merge newlines, so that the header would not end with the same token as a prompt.
+    ends_line = "".join(part for part, _ in frame).split(SLOT)[0].endswith("\n")
+    return text.lstrip("\n") if ends_line else text
+
+
+def lead_of_images(text: str, wrap: str = "") -> int:
     """Return the end of the images of a turn: after the last image, its wrap and the newlines that follow."""
     if IMAGE_TOKEN not in text:
         return 0
@@ -207,59 +212,6 @@ def _render_asked(frame: Frame, text: str, index: int, lead: int) -> list[Segmen
     return [segment for segment in segments if segment.text]
 
 
-def _two(user: str, assistant: str, *, end: str, gap: str = "", asked: str = "") -> Form:
-    """Return the form with two separators, `S USER: q ASSISTANT: a</s>`; ` a</s>` is trained."""
-    human: Frame = ((f"{user}: {SLOT} ", False),)
-    gpt: Frame = ((f"{assistant}:", False), (f" {SLOT}{end}", True), (gap, False))
-    return Form(
-        system=f"{SLOT} ",
-        human=human,
-        gpt=gpt,
-        asked=((f"{asked}: {SLOT}", False), (end, True), (" ", False)) if asked else None,
-    )
-
-
-def _hashes(human: str, assistant: str) -> Form:
-    """Return the training form of the single-separator templates."""
-    # Every `###` is trained, so that the model learns to stop with it.
-    return Form(
-        system=f"{SLOT}\n\n",
-        human=(("###", True), (f" {human}: {SLOT}\n", False)),
-        gpt=((f"### {assistant}:", True), (f" {SLOT}\n", True)),
-        closing="### ",
-    )
-
-
-def _single(human: str, assistant: str) -> Form:
-    """Return the evaluation form with a single separator, `S###Human: q###Assistant: a###`."""
-    return Form(
-        system=f"{SLOT}###",
-        human=((f"{human}: {SLOT}###", False),),
-        gpt=((f"{assistant}:", False), (f" {SLOT}###", True)),
-    )
-
-
-def _brackets(start: str) -> Form:
-    """Return the form with brackets, `[INST] q [/INST] a </s>`, the system prompt inside the first pair."""
-    return Form(
-        system=f"[INST] <<SYS>>\n{SLOT}\n<</SYS>>\n\n",
-        no_system="[INST] ",
-        first=((f"{SLOT} [/INST]", False),),
-        human=((f"{start}[INST] {SLOT} [/INST]", False),),
-        gpt=((f" {SLOT} </s>", True),),
-    )
-
-
-def _chatml(system: str, gap: str) -> Form:
-    """Return the ChatML form, `<|im_start|>user\\nq<|im_end|>`."""
-    return Form(
-        system=f"{system}{SLOT}<|im_end|>{gap}",
-        human=((f"<|im_start|>user\n{SLOT}<|im_end|>{gap}", False),),
-        gpt=(("<|im_start|>assistant\n", False), (f"{SLOT}<|im_end|>", True), (gap, False)),
-    )
-
-
-_PLAIN = Form(system=SLOT, human=((SLOT, False),), gpt=((f"{SLOT}\n", True),))
 _GREETING = (Turn("human", "Hi!"), Turn("gpt", "Hi there!  How can I help you today?\n"))
 _HASH_ECHOES = ("###", "Assistant:", "Response:", "Human:")
 _MMTAG = ("<Image>", "</Image>")
@@ -270,9 +222,9 @@ def _v0(
 ) -> ConversationTemplate:
     """Return a template that trains in the `###` form."""
     echoes = tuple(dict.fromkeys((*_HASH_ECHOES, f"{roles[1]}:")))
-    published = published or _single(*roles)
+    published = published or single_separator(*roles)
     return ConversationTemplate(
-        name, SYSTEM_PROMPTS[system], _hashes(*roles), stops=("###",), published=published, echoes=echoes
+        name, SYSTEM_PROMPTS[system], hashes(*roles), stops=("###",), published=published, echoes=echoes
     )
 
 
@@ -280,22 +232,24 @@ def _v1(
     name: str, system: str, *, roles: tuple[str, str] = ("USER", "ASSISTANT"), gap: str = ""
 ) -> ConversationTemplate:
     """Return a template of the Vicuna v1 family; `gap` separates an end mark from the next question."""
-    return ConversationTemplate(name, SYSTEM_PROMPTS[system], _two(*roles, end="</s>", gap=gap), stops=("</s>",))
+    return ConversationTemplate(
+        name, SYSTEM_PROMPTS[system], two_separators(*roles, end="</s>", gap=gap), stops=("</s>",)
+    )
 
 
-def _marked(name: str, system: str, *, opening: str = "", gap: str = "") -> ConversationTemplate:
+def _marked(name: str, system: str, *, opening: str = "", gap: str = "", asked: str = "") -> ConversationTemplate:
     """Return a template with `<|im_start|>` and `<|im_end|>` around each turn."""
-    return ConversationTemplate(name, SYSTEM_PROMPTS[system], _chatml(opening, gap), stops=("<|im_end|>",))
+    return ConversationTemplate(name, SYSTEM_PROMPTS[system], chatml(opening, gap, asked), stops=("<|im_end|>",))
 
 
 def _instruct(name: str, system: str, start: str) -> ConversationTemplate:
     """Return a template with `[INST]` brackets."""
-    return ConversationTemplate(name, SYSTEM_PROMPTS.get(system, ""), _brackets(start), stops=("</s>",))
+    return ConversationTemplate(name, SYSTEM_PROMPTS.get(system, ""), brackets(start), stops=("</s>",))
 
 
 def _plain(name: str) -> ConversationTemplate:
     """Return a template for captions: image, caption, newline."""
-    return ConversationTemplate(name, "", _PLAIN, stops=("\n",), drops_questions=True)
+    return ConversationTemplate(name, "", PLAIN, stops=("\n",), drops_questions=True)
 
 
 _LISTED = (
@@ -309,7 +263,7 @@ _LISTED = (
     ),
     replace(_v0("multimodal", "med_multimodal"), preset=_GREETING),
     replace(_v0("v0_mmtag", "mmtag"), image_wrap=_MMTAG),
-    _v0("bair_v1", "bair", roles=("USER", "GPT"), published=_two("USER", "GPT", end="</s>")),
+    _v0("bair_v1", "bair", roles=("USER", "GPT"), published=two_separators("USER", "GPT", end="</s>")),
     _v0("llava_med_v1.0:v1", "human"),
     _v1("v1", "user"),
     _v1("vicuna_v1", "user"),
@@ -323,7 +277,7 @@ _LISTED = (
     replace(_v1("llava_med_v1.5:v1_mmtag", "mmtag", gap=" "), image_wrap=_MMTAG),
     replace(
         _v1("v1_sq", "self_questioning"),
-        form=_two("USER", "ASSISTANT", end="</s>", asked="VUSER"),
+        form=two_separators("USER", "ASSISTANT", end="</s>", asked="VUSER"),
     ),
     _instruct("llama_2", "llama_2", "<s>"),
     _instruct("llava_llama_2", "llava_llama_2", "<s>"),
@@ -334,24 +288,44 @@ _LISTED = (
     _marked("chatml_direct", "chatml"),
     _marked("mistral_direct", "chatml"),
     _marked("chatml", "smollm2", opening="<|im_start|>system\n", gap="\n"),
+    _marked("chatml_sq", "smollm2", opening="<|im_start|>system\n", gap="\n", asked="vuser"),
     _v0(
         "dolly",
         "dolly",
         roles=("### Instruction", "### Response"),
-        published=_two("### Instruction", "### Response", end="### End"),
+        published=two_separators("### Instruction", "### Response", end="### End"),
     ),
     replace(_v0("stllava_med:v0_mmtag", "mmtag", roles=("Instruction", "Response")), image_wrap=_MMTAG),
 )
 
 TEMPLATES: dict[str, ConversationTemplate] = {template.name: template for template in _LISTED}
 """Templates by name. `v1` is Vicuna v1, except in LLaVA-Med 1.0 (`llava_med_v1.0:v1`). Templates `llava_med_v1.5:*`
-write a space after each end mark, as in the evaluation of that release. `chatml` is for SmolLM2 and similar models."""
+write a space after each end mark, as in the evaluation of that release. `chatml` is for SmolLM2 and similar models.
+`v1_sq` and `chatml_sq` ask questions too."""
+
+
+def asking_templates() -> list[str]:
+    """Return the names of the templates in which a model asks questions."""
+    return [name for name, template in TEMPLATES.items() if template.form.asked is not None]
 
 
 def get_template(name: str) -> ConversationTemplate:
     """Return a template by name.
 
+    >>> from llava.samples import Conversation, Turn
+    >>> template = get_template("vicuna_v1")
+    >>> segments = template.render(Conversation((Turn("human", "Which organ?"), Turn("gpt", "Lung."))))
+    >>> "".join(segment.text for segment in segments if segment.trained)
+    ' Lung.</s>'
+
     Raises:
         ConfigError: the name is unknown; the message lists the known names.
     """
     return lookup(TEMPLATES, name, "template")
+
+
+def __getattr__(name: str) -> Any:
+    """Return `conv_templates` or `SeparatorStyle` of published snippets, from the module above this one."""
+    if name in ("conv_templates", "SeparatorStyle"):
+        return getattr(importlib.import_module("llava.published_chat"), name)
+    raise AttributeError(f"module 'llava.conversation' has no attribute {name!r}")

@@ -19,6 +19,22 @@ class DataError(LlavaError, ValueError):
     """Invalid record, image or data file; the message names file and row."""
 
 
+class BrokenFileError(DataError):
+    """Data file whose further rows cannot be read: a broken array, text after it, or a damaged gzip file."""
+
+
+class NotUnicodeError(DataError):
+    """Row with text that is not Unicode, such as half of a surrogate pair."""
+
+
+class PromptTooLongError(DataError):
+    """Prompt that does not fit the context of the model."""
+
+
+class EmptyAnswerError(DataError):
+    """Training row with empty answers only; it is left out, not refused."""
+
+
 class CheckpointError(LlavaError, RuntimeError):
     """Checkpoint that cannot be read, does not fit the model, or is not safe to load."""
 
@@ -35,7 +51,7 @@ class DownloadError(LlavaError, OSError):
     """Failed download of a URL.
 
     Attributes:
-        reason: one word for manifests, a key of `llava.data.download.failures.REASONS`.
+        reason: one word for manifests, a key of `llava.data.download.transfer.REASONS`.
     """
 
     def __init__(self, message: str, *, reason: str) -> None:
@@ -47,7 +63,7 @@ class ArchiveError(DataError):
     """Archive that cannot be read, or not safely.
 
     Attributes:
-        reason: a key of `llava.data.download.failures.REASONS`.
+        reason: a key of `llava.data.download.transfer.REASONS`.
     """
 
     def __init__(self, message: str, *, reason: str) -> None:

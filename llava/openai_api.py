@@ -203,6 +203,7 @@ class ChatClient:
         temperature: float | None = 0.0,
         max_tokens: int | None = None,
         accept_cut_short: bool = False,
+        sampling: Mapping[str, Any] | None = None,
     ) -> Reply:
         """Return the answer to one conversation.
 
@@ -211,12 +212,17 @@ class ChatClient:
             temperature: sampling temperature; None for the endpoint's default, which some models require.
             max_tokens: limit of the answer in tokens.
             accept_cut_short: accept an answer that reached the limit.
+            sampling: other sampling parameters of the protocol, such as `top_p`.
 
         Raises:
             ApiError: no usable answer after all retries.
         """
         outcome = await self.outcome(
-            messages, temperature=temperature, max_tokens=max_tokens, accept_cut_short=accept_cut_short
+            messages,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            accept_cut_short=accept_cut_short,
+            sampling=sampling,
         )
         if isinstance(outcome, ApiFailure):
             raise ApiError(outcome)
@@ -229,6 +235,7 @@ class ChatClient:
         temperature: float | None = 0.0,
         max_tokens: int | None = None,
         accept_cut_short: bool = False,
+        sampling: Mapping[str, Any] | None = None,
     ) -> Reply | ApiFailure:
         """Return the answer or the failure of one conversation; arguments are those of `ask`."""
         connection = self._connection()
@@ -236,7 +243,7 @@ class ChatClient:
         attempt = 1
         while self._fatal is None:
             body: dict[str, Any] = {"model": self.settings.deployment, "messages": list(messages)}
-            body |= {} if temperature is None else {"temperature": temperature}
+            body |= dict(sampling or {}) | ({} if temperature is None else {"temperature": temperature})
             limit_name = self._limit_name
             body |= {} if max_tokens is None else {limit_name: max_tokens}
             async with connection.slots:

@@ -206,6 +206,8 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._not_before = 0.0
         common: dict[str, Any] = {
+            # Retries are ours: the library's own repeat requests of an exhausted quota, do not repeat one whose answer
+            # is empty or broken, wait at most 8 s without a header, and pause one request only (openai 3.52, tested).
             "max_retries": 0,
             "timeout": timeout,
             # A redirect could send the key to another host.

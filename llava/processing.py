@@ -5,12 +5,14 @@ image --preprocess--> [3, H, W] or tiles [K, 3, H, W]    text --data.encode--> i
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,16 +23,25 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, PROCESSOR_FILE
-from llava.conversation import ConversationTemplate, get_template
 from llava.errors import CheckpointError, ConfigError
 from llava.imaging.anyres import ANYRES, KEEP, VARIABLE_MODES, ImageGrid, Size, parse_pinpoints
-from llava.imaging.decode import DecodedImage, decode_image
+from llava.imaging.decode import DECODE_VERSION, DecodedImage, decode_image
 from llava.imaging.dicom.policy import DicomPolicy
 from llava.imaging.geometry import IMAGE_MODES, anyres_tiles, fit_image, mean_color, to_rgb
-from llava.imaging.image_processor import IMAGE_PROCESSOR_FILE, FastPreprocessor, fit_decoded, load_image_processor
+from llava.imaging.image_processor import (
+    IMAGE_PROCESSOR_FILE,
+    FastPreprocessor,
+    check_resized,
+    fit_decoded,
+    load_image_processor,
+    output_size,
+)
 from llava.imaging.jpeg import JPEG_SCALE_VERSION, choose_scale
+from llava.jinja_template import JinjaTemplate, Template, find_template
 from llava.tokenization import PrefixMark, TextTokenizer, token_id
+from llava.utils.jsonl import write_json
 from llava.utils.lookup import lookup
+from llava.utils.plugins import check_plugin_record, plugin_record
 
 Placement = Literal["front", "as_written"]
 PLACEMENTS: dict[str, Placement] = {"front": "front", "as_written": "as_written"}
@@ -43,7 +54,7 @@ class LlavaMedProcessor:
     Args:
         tokenizer: a fast tokenizer with the token `<image>` (or `<im_patch>`).
         image_processor: a PIL image processor of transformers; None for text only.
-        template: key of `conversation.TEMPLATES`.
+        template: key of `TEMPLATES` or `FAMILIES`, or `auto` for the chat template of the tokenizer.
         image_mode: key of `imaging.geometry.MODES`, how images are shaped for the vision tower.
         num_image_tokens: number of tokens of one image, or of one tile.
         placement: key of `PLACEMENTS`.
@@ -56,6 +67,10 @@ class LlavaMedProcessor:
         patch_merge_type: how the tiles of image mode `anyres` are joined, see `imaging.anyres.MERGE_TYPES`.
         image_grid_pinpoints: image sizes that `anyres` chooses from; None for those of LLaVA 1.6.
         fast_jpeg: whether large JPEG files are decoded at a smaller scale, see `imaging.jpeg`.
+        random_padding: shift padded images by zero or one pixel at random, as LLaVA-Med 1.5 does; never saved.
+        trains_empty: train answers without text, see `ConversationTemplate`; never saved.
+
+    Settings are not changed after construction; `changed` returns a processor with others.
 
     Raises:
         ConfigError: a name is unknown, settings contradict each other, or the tokenizer has no image placeholder.
@@ -79,75 +94,88 @@ class LlavaMedProcessor:
         patch_merge_type: str = "flat",
         image_grid_pinpoints: Any = None,
         fast_jpeg: bool = False,
+        random_padding: bool = False,
+        trains_empty: bool = False,
     ) -> None:
         if num_image_tokens < 1:
             raise ConfigError(f"num_image_tokens is {num_image_tokens}; expected at least 1")
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.num_image_tokens = num_image_tokens
-        self.use_image_mode(image_mode, merge=patch_merge_type, pinpoints=image_grid_pinpoints)
-        self.random_padding = False
-        """Shift padded images by zero or one pixel at random, as LLaVA-Med 1.5 does; never saved."""
-        self.use_dicom(DicomPolicy.of(dicom))
-        self.use_fast_jpeg(fast_jpeg)
+        self._set_image_mode(image_mode, patch_merge_type, image_grid_pinpoints)
+        self.random_padding = random_padding
+        self.dicom = DicomPolicy.of(dicom)
+        self.fast_jpeg = _switch("fast_jpeg", fast_jpeg)
         self.placement = lookup(PLACEMENTS, placement, "image placement")
         self.use_im_start_end = use_im_start_end
         self.strip_around_images = strip_around_images
-        self.text = TextTokenizer(tokenizer, prefix_mark, add_bos=add_bos)
-        self.use_template(template, system=system)
+        self._published_text = TextTokenizer(tokenizer, prefix_mark, add_bos=add_bos)
+        self.trains_empty = trains_empty
+        self._set_template(template, system)
         self.image_token_id = _find_image_token(tokenizer)
         markers = (token_id(tokenizer, IM_START_TOKEN), token_id(tokenizer, IM_END_TOKEN))
         self.marker_ids: tuple[int | None, int | None] = markers
 
-    def use_template(self, name: str, *, system: str | None = None) -> None:
-        """Switch to another template, with its default system prompt unless one is given.
-
-        The name of the current template changes nothing, and keeps the system prompt of a checkpoint.
-        """
-        template = get_template(name)
-        current: ConversationTemplate | None = getattr(self, "template", None)
-        if system is None and current is not None and current.name == name:
-            return
-        self.system = system
-        self.template: ConversationTemplate = template if system is None else template.with_system(system)
-
-    def use_image_mode(self, mode: str, *, merge: str | None = None, pinpoints: Any = None) -> None:
-        """Switch to another image mode.
+    def changed(
+        self,
+        *,
+        template: str | None = None,
+        system: str | None = None,
+        image_mode: str | None = None,
+        patch_merge_type: str | None = None,
+        image_grid_pinpoints: Any = None,
+        placement: str | None = None,
+        strip_around_images: bool | None = None,
+        dicom: DicomPolicy | None = None,
+        fast_jpeg: bool | None = None,
+        random_padding: bool | None = None,
+        trains_empty: bool | None = None,
+    ) -> LlavaMedProcessor:
+        """Return a processor with other settings; tokenizer and image processor are shared.
 
         Args:
-            mode: one of `imaging.geometry.MODES`.
-            merge: how the tiles of `anyres` are joined; None keeps the current value.
-            pinpoints: image sizes that `anyres` chooses from; None keeps the current ones, or those of LLaVA 1.6.
+            template: as for the class, with its default system prompt unless `system` is given. The name of the current
+                template changes nothing, and keeps the system prompt of a checkpoint.
+            dicom: rendering of DICOM files.
+
+        The others are those of the class; None keeps the current setting.
 
         Raises:
-            ConfigError: the mode is unknown, or contradicts other settings.
+            ConfigError: a setting is unknown, or contradicts others.
         """
+        made = copy.copy(self)
+        made.__dict__.pop("image_fingerprint", None)  # depends on the settings
+        made.trains_empty = self.trains_empty if trains_empty is None else trains_empty
+        made.template = replace(self.template, trains_empty=made.trains_empty)
+        if template is not None or system is not None:
+            name = self.template.name if template is None else template
+            keeps = system is None and name == self.template.name
+            made._set_template(name, self.system if keeps else system)
+        if (image_mode, patch_merge_type, image_grid_pinpoints) != (None, None, None):
+            grid = self.image_grid
+            made._set_image_mode(
+                image_mode or self.image_mode, patch_merge_type or grid.merge, image_grid_pinpoints or grid.pinpoints
+            )
+        made.placement = self.placement if placement is None else lookup(PLACEMENTS, placement, "image placement")
+        made.strip_around_images = self.strip_around_images if strip_around_images is None else strip_around_images
+        made.dicom = self.dicom if dicom is None else dicom
+        made.fast_jpeg = self.fast_jpeg if fast_jpeg is None else _switch("fast_jpeg", fast_jpeg)
+        made.random_padding = self.random_padding if random_padding is None else random_padding
+        return made
+
+    def _set_template(self, name: str, system: str | None) -> None:
+        template: Any = replace(find_template(self.tokenizer, name), trains_empty=self.trains_empty)
+        self.system = system
+        self.template: Template = template if system is None else template.with_system(system)
+        # A chat template writes its begin-of-text token itself, and is tokenized as transformers does.
+        is_chat = isinstance(self.template, JinjaTemplate)
+        self.text = TextTokenizer(self.tokenizer, "backend", add_bos=False) if is_chat else self._published_text
+
+    def _set_image_mode(self, mode: str, merge: str, pinpoints: Any) -> None:
         if mode not in IMAGE_MODES:
             raise ConfigError(f"unknown image mode {mode!r}; known: {', '.join(IMAGE_MODES)}")
-        current: ImageGrid | None = getattr(self, "image_grid", None)
-        merge = merge or (current.merge if current else "flat")
-        pinpoints = pinpoints or (current.pinpoints if current else None)
-        self.image_grid = self._grid(mode, merge, pinpoints)
         self.image_mode = mode
-        self.__dict__.pop("image_fingerprint", None)  # depends on the mode
-
-    def use_dicom(self, policy: DicomPolicy) -> None:
-        """Switch to another rendering of DICOM files."""
-        self.dicom = policy
-        self.__dict__.pop("image_fingerprint", None)  # depends on the policy
-
-    def use_fast_jpeg(self, on: bool | None) -> None:
-        """Switch decoding of large JPEG files at a smaller scale on or off; None changes nothing.
-
-        Raises:
-            ConfigError: the value is not a boolean.
-        """
-        if on is None:
-            return
-        if not isinstance(on, bool):
-            raise ConfigError(f"fast_jpeg is {on!r}; expected true or false")
-        self.fast_jpeg = on
-        self.__dict__.pop("image_fingerprint", None)  # depends on the setting
+        self.image_grid: ImageGrid = self._grid(mode, merge, pinpoints)
 
     def _grid(self, mode: str, merge: str, pinpoints: Any) -> ImageGrid:
         if mode not in VARIABLE_MODES:
@@ -212,7 +240,7 @@ class LlavaMedProcessor:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the input of the vision tower in pixels."""
-        return _output_size(self.image_processor)
+        return output_size(self.image_processor)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Return images as vision tower input, float32 `[N, 3, H, W]`; see `preprocess` for variable sizes.
@@ -253,7 +281,9 @@ class LlavaMedProcessor:
             return self._fast_pixels(image, self._path)
         image = image.image if isinstance(image, DecodedImage) else image
         if not self.has_variable_images:
-            return self._processed([self._fit(image)])[0]
+            fitted = self._fit(image)
+            check_resized(self.image_processor, fitted.size)
+            return self._processed([fitted])[0]
         self.image_grid.count(image.size)  # raises for unsupported shapes
         if self.image_mode == KEEP:
             return self._processed([self._fit(image)], do_resize=False, do_center_crop=False)[0]
@@ -266,7 +296,7 @@ class LlavaMedProcessor:
         # Bitwise equal to the image processor, unless a JPEG image was decoded at a smaller scale.
         if not isinstance(image, DecodedImage):
             image = DecodedImage(image if image.mode == "L" else to_rgb(image), image.size)
-        fitted, size, box = fit_decoded(image, self.image_mode, size=self.image_size, **self._border())
+        fitted, size, box = fit_decoded(image, self.image_mode, size=self.image_size, **self._border(), path=path)
         return path.pixels(fitted, size=size, box=box)
 
     def _fit(self, image: Image.Image) -> Image.Image:
@@ -298,11 +328,10 @@ class LlavaMedProcessor:
     def image_fingerprint(self) -> str:
         """Hash of all image settings: equal fingerprints and equal file bytes give equal pixels."""
         constants = None if self.image_processor is None else self.image_processor.to_dict()
-        parts = [self.image_mode, type(self.image_processor).__name__, constants, self.dicom.settings()]
+        parts = [DECODE_VERSION, self.image_mode, type(self.image_processor).__name__, constants, self.dicom.settings()]
         parts += [self.image_grid.pinpoints] if self.has_variable_images else []
         parts += [f"JPEG scaled, version {JPEG_SCALE_VERSION}"] if self.fast_jpeg else []
-        text = json.dumps(parts, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids without special tokens."""
@@ -324,15 +353,15 @@ class LlavaMedProcessor:
                 "placement": self.placement,
                 "use_im_start_end": self.use_im_start_end,
                 "strip_around_images": self.strip_around_images,
-                "prefix_mark": self.text.prefix_mark,
-                "add_bos": bool(self.text.bos_ids),
+                "prefix_mark": self._published_text.prefix_mark,
+                "add_bos": bool(self._published_text.bos_ids),
                 "dicom": self.dicom.settings(),
                 "patch_merge_type": self.image_grid.merge,
                 "image_grid_pinpoints": [list(size) for size in self.image_grid.pinpoints] or None,
                 "fast_jpeg": self.fast_jpeg,
+                **plugin_record(template=self.template.name),
             }
-            text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-            (Path(folder) / PROCESSOR_FILE).write_text(text, encoding="utf-8")
+            write_json(Path(folder) / PROCESSOR_FILE, settings)
             # Settings last: a folder with settings is then complete.
             for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == PROCESSOR_FILE):
                 os.replace(file, target / file.name)
@@ -349,6 +378,7 @@ class LlavaMedProcessor:
             raise CheckpointError(f"{path} has no {PROCESSOR_FILE}; expected a llava checkpoint")
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
+            check_plugin_record(settings, subject=f"{path}: its template")
             tokenizer = AutoTokenizer.from_pretrained(path)
             has_images = (Path(path) / IMAGE_PROCESSOR_FILE).is_file()
             image_processor = load_image_processor(path) if has_images else None
@@ -359,17 +389,12 @@ class LlavaMedProcessor:
 
 def _find_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     for token in (IMAGE_TOKEN, IM_PATCH_TOKEN):
-        found = token_id(tokenizer, token)
-        if found is not None:
+        if (found := token_id(tokenizer, token)) is not None:
             return found
     raise ConfigError(f"the tokenizer has neither {IMAGE_TOKEN} nor {IM_PATCH_TOKEN}; add one as a special token")
 
 
-def _output_size(image_processor: Any) -> tuple[int, int]:
-    """Return height and width of the output of an image processor."""
-    crops = getattr(image_processor, "do_center_crop", False)
-    size = image_processor.crop_size if crops else image_processor.size
-    if isinstance(size, int):
-        return size, size
-    shortest = size.get("shortest_edge")
-    return (shortest, shortest) if shortest else (size["height"], size["width"])
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; expected true or false")
+    return value

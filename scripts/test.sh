@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
 # Format, lint, types, tests. Every part runs even when an earlier one failed; the status is non-zero if any failed.
-#   bash scripts/test.sh [pytest arguments, e.g. tests/data -k encode]
+#   bash scripts/test.sh [--all] [pytest arguments, e.g. tests/data -k encode]
+# --all also runs the tests marked `extended`, which take a minute or more each.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh dev,quickstart || exit 1
+marks="not slow and not extended"
+if [ "${1:-}" = "--all" ]; then
+    marks="not slow"
+    shift
+fi
+bash scripts/setup.sh dev,quickstart,rad || exit 1
 
 bin="${PWD}/.venv/bin"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -18,10 +24,12 @@ part() { # $1: name; the rest: the command
 
 part "ruff-check" "${bin}/ruff" check .
 part "ruff-format" "${bin}/ruff" format --check .
-part "mypy" "${bin}/mypy" --strict llava
+part "mypy" "${bin}/mypy" --strict llava scripts/*.py
 [ -z "${failed}" ] || echo "== failed before the tests:${failed}"
-# Two workers, whole files each: fixtures of a module are built once. Tests that start torchrun set their own threads.
-part "pytest" "${bin}/python" -m pytest -n "${LLAVA_TEST_WORKERS:-2}" --dist loadfile --durations=15 -m "not slow" "$@" 2>&1
+# Two workers, whole files each: fixtures of a module are built once. Files come in the order of their names, so the
+# slow ones of `tests/commands` first: the last ones are short, and no worker waits long for the other one.
+# Tests that start torchrun set their own threads.
+part "pytest" "${bin}/python" -m pytest -n "${LLAVA_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=40 -m "${marks}" "$@" 2>&1
 # DeepSpeed compiles its parts the first time on a machine; these come last and alone.
 [ $# -gt 0 ] || part "pytest-slow" "${bin}/python" -m pytest -m slow 2>&1
 

@@ -9,8 +9,8 @@ data="${1:?usage: vqa_rad.sh DATA_ROOT OUT}"
 out="${2:?usage: vqa_rad.sh DATA_ROOT OUT}"
 bash "${root}/scripts/setup.sh" quickstart
 bin="${root}/.venv/bin"
-lm="${LM:-$("${bin}/python" -c 'from llava.quickstart import pretrained; print(pretrained.language_model())')}"
-tower="${TOWER:-$("${bin}/python" -c 'from llava.quickstart import pretrained; print(pretrained.vision_tower(168))')}"
+lm="${LM:-$("${bin}/python" -c 'from llava.model.packaged import pretrained; print(pretrained.language_model())')}"
+tower="${TOWER:-$("${bin}/python" -c 'from llava.model.packaged import pretrained; print(pretrained.vision_tower(168))')}"
 mkdir -p "${out}"
 
 common=(--model_name_or_path "${lm}" --vision_tower "${tower}" --version chatml --image_aspect_ratio pad

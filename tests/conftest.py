@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Before torch is imported: recorded values and bit equality hold on a CPU, and forked ranks cannot use CUDA. Commands
+# that the tests start inherit it. `benchmarks.gpu_throughput` checks a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from llava.model.builder import LoadedModel, build_model
+from llava.utils.plugins import unload_plugins
 from tests.support.runs import write_parts, write_uneven
 from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
 ROOT = Path(__file__).resolve().parent.parent
+
+settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+settings.load_profile("tests")
+
+
+def pytest_collection() -> None:
+    """Collect no garbage while tests are imported, which leaves none."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of garbage collections, of which every training asks for several."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +69,20 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_parts(tmp_path_factory.mktemp("parts"))
     write_uneven(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Path:
+    """Where DeepSpeed keeps its compiled part: in this checkout; another one's needs other files."""
+    folder = ROOT / "build" / "torch_extensions"
+    for lock in folder.rglob("lock"):  # left by a run that was killed; it would be waited for without end
+        lock.unlink()
+    return folder
+
+
+@pytest.fixture
+def no_plugins() -> Iterator[None]:
+    """Begin without plug-ins, and leave none to other tests."""
+    unload_plugins()
+    yield
+    unload_plugins()

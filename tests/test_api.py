@@ -1,15 +1,13 @@
-"""Python API on a tiny saved model: its documented examples, and all forms of messages."""
+"""Python API on a tiny saved model: all forms of messages."""
 
 from __future__ import annotations
 
-import doctest
 from pathlib import Path
 
 import pytest
 
 from llava import api
 from llava.errors import DataError, GenerationError
-from llava.generation import engine
 from llava.generation.protocol import Prompt, Sampling
 from llava.model.builder import LoadedModel
 from llava.model.checkpoint.save import save_model
@@ -32,19 +30,6 @@ def folder(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def assistant(folder: Path) -> api.LlavaPredictor:
     return api.load_predictor(folder, device="cpu")
-
-
-def test_the_documented_lines_run(folder: Path) -> None:
-    names = {"model_folder": folder, "image": tiny_image(0)}
-    found = doctest.testmod(api, extraglobs=names)
-    assert found.attempted >= 8 and found.failed == 0
-
-
-def test_the_documented_lines_of_the_engine_run(loaded: LoadedModel) -> None:
-    prompt = Prompt(Conversation((Turn("human", "Hello"),)))
-    names = {"model": loaded.model, "processor": loaded.processor, "prompt": prompt}
-    found = doctest.testmod(engine, extraglobs=names)
-    assert found.attempted >= 3 and found.failed == 0
 
 
 def test_every_form_of_messages_says_the_same(assistant: api.LlavaPredictor, tmp_path: Path) -> None:

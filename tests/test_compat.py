@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -11,10 +12,9 @@ from PIL import Image
 from llava import compat
 from llava.compat import COMPAT, PLACES, parse_compat
 from llava.errors import ConfigError, DataError
-from llava.eval.fingerprint import differing_settings, model_settings
 from llava.eval.options import add_model_options
-from llava.generation.engine import LocalEngine
-from llava.generation.loading import imitate_originals, open_engine
+from llava.generation.fingerprint import differing_settings, model_settings
+from llava.generation.loading import imitating_reader, open_engine
 from llava.generation.prompt_encoder import PromptReader
 from llava.generation.protocol import Prompt, Sampling
 from llava.model.builder import LoadedModel
@@ -41,13 +41,16 @@ def test_the_page_holds_the_table() -> None:
         "answers": "`llava chat`, `llava eval`",
         "scores": "`run_eval`, `run_eval_batch`, `llava eval`",
         "judge": "`eval_multimodal_chat_gpt_score`, `summarize_gpt_review`",
+        "preferences": "`llava preferences judge`",
     }
     assert rows == [(name, case.original, case.spec, words[case.where]) for name, case in COMPAT.items()]
 
 
 def test_names_are_refused_where_they_have_no_effect() -> None:
     assert parse_compat("cut_prompt", "answers") == {"cut_prompt"}
-    assert parse_compat("all", "training") == {"micro_batch_loss", "cut_before_images"}
+    training = {"micro_batch_loss", "cut_before_images", "empty_answers", "frozen_vit_lora", "shared_sq_draws"}
+    training |= {"policy_reference_inputs", "policy_dropout", "drllava"}
+    assert parse_compat("all", "training") == training
     assert parse_compat("all") == set(COMPAT) and not parse_compat("none", "answers")
     with pytest.raises(ConfigError, match="cut_prompt has no effect in the training commands; accepted there: micro"):
         parse_compat("micro_batch_loss,cut_prompt", "training")
@@ -82,8 +85,8 @@ def test_places_without_a_name_keep_their_default(text: str, names: frozenset[st
     assert parse_compat(text, "answers", "scores") == names
 
 
-def saved(tmp_path: Path) -> str:
-    loaded = tiny_llava()
+def saved(tmp_path: Path, **options: Any) -> str:
+    loaded = tiny_llava(**options)
     save_model(loaded.model, loaded.processor, tmp_path / "model", origin=loaded.origin)
     return str(tmp_path / "model")
 
@@ -122,26 +125,27 @@ def test_prompt_is_truncated_to_the_training_length(tmp_path: Path) -> None:
     assert len(found.images) == 1 and found.encoded.image_spans == whole.image_spans
     assert len(engine.reader.read(question(40)).encoded.input_ids) > LENGTH, "text alone stays whole"
     assert engine.generate([question(40, tiny_image(0))], Sampling(max_new_tokens=2))[0][0].finish != "error"
-    engine.reader.longest = whole.image_spans[0][1] - 1
+    inside = PromptReader(engine.processor, max_tokens=2000, longest=whole.image_spans[0][1] - 1)
     with pytest.raises(DataError, match="ends inside an image"):
-        engine.reader.read(question(40, tiny_image(0)))
+        inside.read(question(40, tiny_image(0)))
     assert open_engine(str(folder), device="cpu").reader.longest is None
 
 
 def test_what_the_checkpoint_does_not_say(tiny: LoadedModel) -> None:
     with pytest.raises(ConfigError, match="tokenizer_model_max_length"):
-        imitate_originals(LocalEngine(tiny.model, tiny.processor), {"cut_prompt"})
+        imitating_reader(tiny.model, tiny.processor, {"cut_prompt"})
 
 
-def test_padding_is_drawn(tiny: LoadedModel) -> None:
-    tiny.processor.use_image_mode("pad")
+def test_padding_is_drawn(tmp_path: Path) -> None:
+    folder = saved(tmp_path, image_mode="pad")
+    processor = open_engine(folder, device="cpu").processor
     image = tiny_image(0).resize((28, 20))
-    plain = {tiny.processor.preprocess(image).numpy().tobytes() for _ in range(12)}
+    plain = {processor.preprocess(image).numpy().tobytes() for _ in range(12)}
     assert len(plain) == 1
-    imitate_originals(LocalEngine(tiny.model, tiny.processor), {"random_padding"})
-    drawn = {tiny.processor.preprocess(image).numpy().tobytes() for _ in range(40)}
+    processor = open_engine(folder, device="cpu", compat="random_padding").processor
+    drawn = {processor.preprocess(image).numpy().tobytes() for _ in range(40)}
     assert len(drawn) == 2 and plain < drawn
-    assert len({tiny.processor.preprocess(tiny_image(0)).numpy().tobytes() for _ in range(9)}) == 1, "no draw"
+    assert len({processor.preprocess(tiny_image(0)).numpy().tobytes() for _ in range(9)}) == 1, "no draw"
 
 
 def test_beams_count_the_prompt_where_that_is_asked_for(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.conversation import TEMPLATES, ConversationTemplate, Segment, get_template
+from llava.chat_template import Segment
+from llava.conversation import TEMPLATES, ConversationTemplate, get_template
 from llava.errors import ConfigError, DataError
 from llava.samples import Conversation, Turn
 from llava.system_prompts import SYSTEM_PROMPTS
@@ -46,6 +47,8 @@ TRAINED = {
     "mistral_instruct": "[INST] Q1 [/INST][ A1 </s>][INST] Q2 [/INST][ A2 </s>]",
     "mpt": "{S}<|im_end|><|im_start|>user\nQ1<|im_end|><|im_start|>assistant\n[A1<|im_end|>]"
     "<|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n[A2<|im_end|>]",
+    "chatml_sq": "<|im_start|>system\n{S}<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n"
+    "[A1<|im_end|>]\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n[A2<|im_end|>]\n",
     "chatml": "<|im_start|>system\n{S}<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n[A1<|im_end|>]"
     "\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n[A2<|im_end|>]\n",
 }
@@ -200,3 +203,52 @@ def test_an_answer_keeps_no_line_end_behind_a_header_that_ends_with_one(name: st
     rendered = ["".join(part.text for part in template.render(Conversation((question, Turn("gpt", answer)))))
                 for answer in ("\n\nYes.\n", "Yes.\n")]  # fmt: skip
     assert rendered[0] == rendered[1] and rendered[0].startswith(template.prompt(Conversation((question,))))
+
+
+ASKING = {
+    "v1_sq": "{S} USER: Q1 ASSISTANT:[ A1</s>]VUSER:[ Q2</s>] ASSISTANT:[ A2</s>]",
+    "chatml_sq": "<|im_start|>system\n{S}<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n"
+    "[A1<|im_end|>]\n<|im_start|>vuser\n[Q2<|im_end|>]\n<|im_start|>assistant\n[A2<|im_end|>]\n",
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_an_asked_question_and_its_end_mark_are_trained(name: str) -> None:
+    template = get_template(name)
+    turns = talk("Q1", "A1", "Q2", "A2").turns
+    asked = Conversation((*turns[:2], Turn("human", "\n" * (name == "chatml_sq") + "Q2", train=True), turns[3]))
+    assert bracketed(template.render(asked)) == ASKING[name].replace("{S}", template.system)
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_after_an_answer_a_prompt_ends_where_an_asked_question_starts(name: str) -> None:
+    template = get_template(name)
+    expected = ASKING[name].replace("{S}", template.system)
+    opened = template.open(talk("Q1", "A1"))
+    before = expected[: expected.replace("[ Q2", "[Q2").index("[Q2")]
+    assert text_of(opened) == before.replace("[", "").replace("]", "")
+    assert opened[-1].text == template.asked_header() and opened[-1].turn == 2
+    assert not any(segment.trained for segment in opened)
+
+
+def test_a_template_that_cannot_ask_says_which_can() -> None:
+    with pytest.raises(DataError, match=r"template v1 cannot ask one itself; v1_sq, chatml_sq can"):
+        get_template("v1").open(talk("Q1", "A1"))
+    with pytest.raises(DataError, match="does not end with a question"):
+        get_template("v1_sq").open(Conversation(()))
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_a_continuation_is_the_text_from_an_answer_to_the_next_header(name: str, ended: bool) -> None:
+    template = get_template(name)
+    question = Turn("human", "{Q2}\n<image>")
+    whole = template.open(Conversation((*talk("Q1", "A1").turns, question)))
+    added = template.continuation(question, index=2, ended=ended)
+    assert text_of(whole).endswith(text_of(added)) and not any(segment.trained for segment in added)
+    before = text_of(whole)[: -len(text_of(added)) or None]
+    answer = before.removeprefix(template.prompt(talk("Q1")))
+    assert answer.strip() == ("A1" + template.end_mark() * ended).strip()
+    assert [s.turn for s in added] == [s.turn for s in whole][-len(added) :]
+    if template.header():
+        assert added[-1].text == template.header()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -21,6 +22,7 @@ from llava import openai_api
 from llava.errors import ConfigError
 from llava.openai_api import ApiError, ApiFailure, ApiSettings, ChatClient, Reply
 from llava.openai_transport import read_error, read_reply
+from llava.utils.lookup import require
 from llava.utils.retry import backoff_seconds, duration_seconds, retry_after_seconds
 from tests.support.fake_endpoint import KEY, MODEL, FakeEndpoint, Fault, Message, serve
 
@@ -171,6 +173,31 @@ def test_retry_after_pauses_all_requests(endpoint: FakeEndpoint) -> None:
     assert list(client.map([ASK] * 3)) == [f"answer to {SECRET}"] * 3
     times = [call.time for call in endpoint.calls]
     assert times[1] - times[0] >= 0.49 and len(times) == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "theirs", "ours"),
+    [
+        (Fault(429, code="insufficient_quota"), 3, 1),
+        (Fault(text=" "), 1, 3),
+        (Fault(body=b"[1]"), 1, 3),
+        (Fault(503), 3, 3),
+        (Fault(400), 1, 1),
+    ],
+)
+def test_retries_differ_from_those_of_the_library(
+    fault: Fault, theirs: int, ours: int, endpoint: FakeEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason for retries of our own; if both numbers become equal, the library's can be used."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    library = require("openai", "openai")
+    endpoint.faults = [fault] * 9
+    with contextlib.suppress(library.OpenAIError):
+        client = library.OpenAI(api_key=KEY, base_url=endpoint.address, max_retries=2)
+        client.chat.completions.create(model=MODEL, messages=ASK)
+    assert len(endpoint.calls) == theirs
+    assert isinstance(one(client_of(endpoint)), ApiFailure)
+    assert len(endpoint.calls) - theirs == ours
 
 
 @pytest.mark.parametrize("kind", ["requests", "tokens"])

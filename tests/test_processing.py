@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers import CLIPImageProcessorPil
 from llava.constants import PROCESSOR_FILE
 from llava.data.encode import encode
 from llava.errors import CheckpointError, ConfigError
+from llava.imaging.dicom.policy import DicomPolicy
+from llava.model.builder import LoadedModel
 from llava.processing import LlavaMedProcessor
 from tests.support.text_tools import KINDS, byte_level, llama_like, make_processor, talk
 
@@ -98,8 +101,8 @@ def test_special_ids() -> None:
 def test_template_can_be_replaced() -> None:
     processor = make_processor(system="S")
     assert processor.template.prompt(talk("Q")).startswith("S USER")
-    processor.use_template("mistral_instruct")
-    assert processor.template.prompt(talk("Q")) == "[INST] Q [/INST]"
+    other = processor.changed(template="mistral_instruct")
+    assert other.template.prompt(talk("Q")) == "[INST] Q [/INST]"
 
 
 def test_decode_leaves_special_tokens_out() -> None:
@@ -135,10 +138,44 @@ def test_errors(tmp_path: Path) -> None:
 def test_naming_the_template_in_use_keeps_the_system_text() -> None:
     processor = make_processor(system="S")
     name = processor.template.name
-    processor.use_template(name)
-    assert processor.system == processor.template.system == "S"
-    processor.use_template(name, system="T")
-    assert processor.template.system == "T"
+    same = processor.changed(template=name)
+    assert same.system == same.template.system == "S"
+    assert processor.changed(template=name, system="T").template.system == "T"
     other = "plain" if name != "plain" else "v1"
-    processor.use_template(other)
-    assert processor.system is None
+    assert processor.changed(template=other).system is None
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "template": {"template": "mistral_instruct"},
+    "system": {"system": "Another."},
+    "image mode": {"image_mode": "pad"},
+    "placement": {"placement": "as_written"},
+    "stripping": {"strip_around_images": True},
+    "DICOM": {"dicom": DicomPolicy("lung", "middle")},
+    "JPEG": {"fast_jpeg": True},
+    "padding": {"random_padding": True},
+}
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+def test_a_changed_processor_leaves_the_first_as_it_was(tiny: LoadedModel, setting: str) -> None:
+    processor = tiny.processor
+    names = ("template", "system", "image_mode", "image_grid", "placement", "strip_around_images", "dicom", "fast_jpeg")
+    names = (*names, "random_padding", "image_fingerprint", "tokenizer", "image_processor")
+    before = {name: getattr(processor, name) for name in names}
+    made = processor.changed(**CHANGES[setting])
+    assert {name: getattr(processor, name) for name in names} == before
+    assert {name: getattr(made, name) for name in names} != before
+    assert {name: getattr(processor.changed(), name) for name in names} == before
+
+
+def test_changes_are_checked(tiny: LoadedModel) -> None:
+    for change, message in (
+        ({"template": "none"}, "none"),
+        ({"image_mode": "round"}, "unknown image mode 'round'"),
+        ({"placement": "back"}, "unknown image placement 'back'"),
+        ({"fast_jpeg": "yes"}, "fast_jpeg is 'yes'; expected true or false"),
+        ({"image_mode": "anyres", "image_grid_pinpoints": [[30, 30]]}, "a multiple of 28"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tiny.processor.changed(**change)  # type: ignore[arg-type]

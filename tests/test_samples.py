@@ -75,7 +75,7 @@ def test_a_system_turn_becomes_the_system_text() -> None:
         (row(("human", "q"), ("gpt", True)), r"conversations\[1\].value"),
         (
             row(("doctor", "q")),
-            r"conversations\[0\].from must be one of human, user, gpt, assistant, got str of length 6",
+            r"conversations\[0\].from must be one of human, user, gpt, assistant, vuser, got str of length 6",
         ),
         (row(("human", "q"), ("human", "q")), r"conversations\[1\]: two turns in a row from 'human'"),
         (row(("gpt", "a"), ("gpt", "a"), ("human", "q")), r"conversations\[1\]: two turns in a row from 'gpt'"),
@@ -112,10 +112,11 @@ def test_messages_do_not_repeat_what_a_row_holds(raw: Any, message: str) -> None
     assert "Jane" not in str(caught.value)
 
 
+NAMED = ("id", "image", "images", "img", "figure", "picture", "conversations", "conversatons")
 texts = st.text(max_size=20)
 turns = st.lists(st.tuples(texts, st.sampled_from([None, True, False])), min_size=1, max_size=5)
 metas = st.dictionaries(
-    st.text(min_size=1, max_size=8).filter(lambda name: name not in ("id", "image", "conversations", "conversatons")),
+    st.text(min_size=1, max_size=8).filter(lambda name: name not in NAMED),
     st.none() | st.integers() | texts | st.lists(st.integers(), max_size=3),
     max_size=3,
 )
@@ -143,3 +144,61 @@ def test_the_origin_names_the_row_and_is_no_part_of_equality() -> None:
     assert sample_label(placed) == "train.json, row 17, id 'a'"
     assert sample_label(sample) == "id 'a'"
     assert pickle.loads(pickle.dumps(placed)).origin == Origin("train.json", 17)
+
+
+IMAGES_ELSEWHERE = [
+    ({"images": ["a.png"]}, ("a.png",)),
+    ({"images": "a.png"}, ("a.png",)),
+    ({"image": None, "images": ["a.png", "b.png"]}, ("a.png", "b.png")),
+    ({"image": "", "images": ["a.png"]}, ("a.png",)),
+    ({"image": "a.png", "images": ["a.png"]}, ("a.png",)),
+    ({"image": "a.png", "images": [{"bytes": None}]}, ("a.png",)),
+    ({"image": "a.png", "images": [], "figure": "Figure 2"}, ("a.png",)),
+    ({"images": [], "img": None, "figure": ""}, ()),
+    ({"figure_number": "3", "caption": "Figure 3", "figure": 3}, ()),
+    ({"id": "a.png", "source": "see a.png", "files": ["a.png", 3], "url": "http://a/b.html", "tags": []}, ()),
+    ({"image": "a.png", "photo": "b.png"}, ("a.png",)),
+]
+
+
+@pytest.mark.parametrize(("fields", "images"), IMAGES_ELSEWHERE)
+def test_images_means_the_same_as_image(fields: dict[str, Any], images: tuple[str, ...]) -> None:
+    sample = from_row(row(("human", "q"), ("gpt", "a"), **fields))
+    assert sample.images == images
+    assert from_row(to_row(sample)) == sample
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {name: "a.png"}
+        for name in ("img", "image_path", "figure", "Image", "IMAGES", "image-path", "imgPath", "pictures")
+    ]
+    + [{"photo": "a/b.JPG"}, {"xray": ["a.dcm", "b.dcm"]}, {"path": "scan.tiff"}, {"filename": "\u80ba.webp"}]
+    + [{"img": ["a.png", "b.png"]}, {"figure": {"path": "a.png"}}, {"image": [], "image_file": "a.png"}]
+    + [{"images": 3}, {"images": [{"path": "a.png"}]}, {"images": ["a.png", None]}],
+)
+def test_an_image_in_a_field_that_is_not_read_is_an_error(fields: dict[str, Any]) -> None:
+    field = next(name for name in fields if name != "image")
+    with pytest.raises(DataError, match=f"^field '{field}'"):
+        from_row(row(("human", "q"), ("gpt", "a"), **fields))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<img>a.png</img>\nq", "<img src='a.png'> q", "q <IMG>", "<|image|>q", "<image 1> q", "<image_0>", "<Image>\nq"],
+)
+def test_an_image_mark_of_another_project_is_an_error_without_images(text: str) -> None:
+    with pytest.raises(DataError, match="question 1 has an image mark that is not read"):
+        from_row(row(("human", "q"), ("gpt", "a"), ("human", text)))
+    assert from_row(row(("human", text), image="a.png")).images == ("a.png",)
+
+
+@pytest.mark.parametrize("text", ["<imaging> q", "a < b and img > c", "<b>q</b>", "image>", "what is an <html> tag?"])
+def test_other_angle_brackets_are_text(text: str) -> None:
+    assert from_row(row(("human", text))).images == ()
+
+
+def test_two_fields_with_different_images_are_an_error() -> None:
+    with pytest.raises(DataError, match="'image' and 'images' name different images"):
+        from_row(row(("human", "q"), image="a.png", images=["a.png", "b.png"]))

@@ -3,7 +3,8 @@
     python -m benchmarks.fidelity --oracles DIR [--compat LIST]
 
 Each kind of file in a folder has its check. A line states folder, quantity, largest difference, and `ok`, `FAIL` or
-`skipped` with the reason. The exit status is 1 if a line fails, or is skipped without a reason.
+`skipped` with the reason. The exit status is 1 if a line fails, or is skipped without a reason. Of known folders, each
+file must give as many values as were recorded (`floors`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import machine, quiet, say
-from benchmarks.fidelity import answers, images, numbers, runs, texts
-from benchmarks.fidelity.folder import Line, Oracle
+from benchmarks.fidelity import answers, floors, forward, images, numbers, preferences, prompts, runs, texts
+from benchmarks.fidelity.folder import Line, MissingWeightsError, Oracle
 from llava.compat import COMPAT, compat_table, parse_compat
 from llava.errors import ConfigError
 from llava.utils.cli import Parser, run_program
@@ -24,10 +25,10 @@ from llava.utils.cli import Parser, run_program
 Check = Callable[[Oracle], Iterator[Line]]
 
 CHECKS: Mapping[str, Check] = {
-    "forward.npz": numbers.forward,
+    "forward.npz": forward.forward,
     "lora_forward.npz": numbers.adapter,
     "grads.json": numbers.gradients,
-    "prompts.json": texts.prompts,
+    "prompts.json": prompts.prompts,
     "preprocess.json": texts.preprocessing,
     "image_preprocess.npz": images.preprocessing,
     "anyres.json": images.tile_grids,
@@ -36,18 +37,14 @@ CHECKS: Mapping[str, Check] = {
     "questions.jsonl": answers.answer_file,
     "tower.npz": images.tower,
     "cluster_projector.npz": images.cluster_projector,
+    "dpo.json": preferences.rows,
+    "dpo.npz": preferences.log_probabilities,
+    "dpo_metrics.json": preferences.step,
     "train_log.json": runs.trajectories,
     "vit_lora_note.json": runs.tower_adapter,
     "expected_metrics.json": runs.scores,
 }
 """Checks of the recorded numbers, by name of their file."""
-
-NOT_BUILT = {
-    "dpo.json": "preference training is not built yet",
-    "dpo.npz": "preference training is not built yet",
-    "dpo_metrics.json": "preference training is not built yet",
-}
-"""Files with numbers that this package does not compute, and the reason."""
 
 INPUTS = ("data.json", "train.json", "pretrain.json", "forward_meta.json")
 """Files that the checks read in addition; those named in a configuration are found by it."""
@@ -58,19 +55,24 @@ NUMBERS = (".npz", ".json")
 def checked(folder: Path, compat: frozenset[str]) -> Iterator[Line]:
     """Compare all recorded numbers of a folder; names of `compat` may explain a number."""
     oracle = Oracle(folder, compat)
+    compared: dict[str, list[Line]] = {}
     for name in sorted(path.name for path in folder.iterdir() if path.suffix in NUMBERS or path.name in CHECKS):
         if name in CHECKS:
-            yield from _safely(CHECKS[name], oracle, name)
-        elif name in NOT_BUILT:
-            yield Line(name, None, "skipped", NOT_BUILT[name])
+            compared[name] = []
+            for line in safely(CHECKS[name], oracle, name):
+                compared[name].append(line)
+                yield line
         elif name not in INPUTS and not oracle.is_input(name):
             yield Line(name, None, "skipped")
+    yield from floors.missing(floors.known(oracle), compared)
 
 
-def _safely(check: Check, oracle: Oracle, name: str) -> Iterator[Line]:
-    """Yield the lines of a check, and a failed line for an error that stops it."""
+def safely(check: Check, oracle: Oracle, name: str) -> Iterator[Line]:
+    """Yield the lines of a check, and a failed or skipped line for an error that stops it."""
     try:
         yield from check(oracle)
+    except MissingWeightsError as error:
+        yield Line(name, None, "skipped", str(error), lacks_weights=True)
     except Exception as error:  # an error in one check must not hide the others
         first = (str(error).splitlines() or [""])[0]
         yield Line(name, None, "FAIL", f"{type(error).__name__}: {first}")
@@ -98,7 +100,7 @@ def report(root: Path, compat: frozenset[str] = frozenset(COMPAT)) -> int:
 
 
 def _is_oracle(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (*CHECKS, *NOT_BUILT))
+    return any((folder / name).is_file() for name in CHECKS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

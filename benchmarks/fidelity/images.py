@@ -6,16 +6,16 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.fidelity.folder import Differences, Line, Oracle, loaded_from, within
+from benchmarks.fidelity.folder import Differences, Line, Oracle, mismatches, within
 from benchmarks.fidelity.gradient_terms import gradient_terms
 from benchmarks.fidelity.published import counted_patches
+from benchmarks.fidelity.ties import closest
 from llava.imaging.anyres import Size, best_size, keep_size, parse_pinpoints
 from llava.imaging.geometry import fit_image, mean_color
 from llava.model.multimodal_projector import ClusterProjector
@@ -50,7 +50,7 @@ SIZES_IN_README = "grid pinpoints"
 def preprocessing(oracle: Oracle) -> Iterator[Line]:
     """Compare `image_preprocess.npz`: arrays `MODE/FILE`, or `FILE` alone."""
     arrays = oracle.arrays("image_preprocess.npz")
-    for mode, names in _by_mode(arrays.files).items():
+    for mode, names in _by_mode(arrays).items():
         prefix = f"{mode}/" if mode else ""
         if mode == COUNTS:
             yield _counts(oracle, {name: int(arrays[prefix + name]) for name in names})
@@ -70,17 +70,18 @@ def _pixels(oracle: Oracle, way: str, recorded: dict[str, Any]) -> Line:
     """Compare the images of one mode; names of `llava.compat` may explain a difference."""
     found, explained = Differences(), Counter[str]()
     mode = way.removesuffix(GRAY_SUFFIX)
-    with image_mode(oracle, MODES.get(mode, mode)) as processor:
-        for name, theirs in recorded.items():
-            with Image.open(oracle.path / "images" / name) as image:
-                ours = processor.preprocess(image).numpy()
-                reasons, original = _as_published(processor, image, way)
-            if not _is_near(ours, theirs) and _is_near(original, theirs) and reasons <= oracle.compat:
-                ours = original
-                explained.update(reasons)
-            found.add(ours, theirs)
+    processor = processor_in(oracle, MODES.get(mode, mode))
+    for name, theirs in recorded.items():
+        with Image.open(oracle.path / "images" / name) as image:
+            ours = processor.preprocess(image).numpy()
+            reasons, original = _as_published(processor, image, way)
+        if not _is_near(ours, theirs) and _is_near(original, theirs) and reasons <= oracle.compat:
+            ours = original
+            explained.update(reasons)
+        found.add(ours, theirs)
     note = ", ".join([f"{len(recorded)} images", *(f"{count} {reason}" for reason, count in explained.items())])
-    return within(f"image preprocessing {way}".rstrip(), found.largest, PIXEL_TOLERANCE, note)
+    name = f"image preprocessing {way}".rstrip()
+    return within(name, found.largest, PIXEL_TOLERANCE, note, count=found.num_compared)
 
 
 def _is_near(ours: np.ndarray, theirs: np.ndarray) -> bool:
@@ -101,16 +102,10 @@ def _as_published(processor: LlavaMedProcessor, image: Image.Image, way: str) ->
     return frozenset(reasons), pixels
 
 
-@contextmanager
-def image_mode(oracle: Oracle, mode: str) -> Iterator[LlavaMedProcessor]:
-    """Yield the processor of the folder's first model in an image mode, with the folder's tile sizes."""
-    processor = _loaded(oracle).processor
-    usual = processor.image_mode
-    processor.use_image_mode(mode, pinpoints=pinpoints(oracle) if mode == "anyres" else None)
-    try:
-        yield processor
-    finally:
-        processor.use_image_mode(usual)
+def processor_in(oracle: Oracle, mode: str) -> LlavaMedProcessor:
+    """Return the processor of the folder's first model in an image mode, with the folder's tile sizes."""
+    sizes = pinpoints(oracle) if mode == "anyres" else None
+    return _loaded(oracle).processor.changed(image_mode=mode, image_grid_pinpoints=sizes)
 
 
 def pinpoints(oracle: Oracle) -> list[Size] | None:
@@ -126,29 +121,28 @@ def pinpoints(oracle: Oracle) -> list[Size] | None:
 def tile_grids(oracle: Oracle) -> Iterator[Line]:
     """Compare `anyres.json`: for each image the chosen size, and the columns and rows of its tiles."""
     wrong = []
-    with image_mode(oracle, "anyres") as processor:
-        grid = processor.image_grid
-        for name, recorded in oracle.json("anyres.json").items():
-            size = _size(oracle, name)
-            if (list(best_size(size, grid.pinpoints)), list(grid.shape(size))) != (recorded["best"], recorded["grid"]):
-                wrong.append(name)
+    processor = processor_in(oracle, "anyres")
+    grid = processor.image_grid
+    for name, recorded in oracle.json("anyres.json").items():
+        size = _size(oracle, name)
+        if (list(best_size(size, grid.pinpoints)), list(grid.shape(size))) != (recorded["best"], recorded["grid"]):
+            wrong.append(name)
     num = len(oracle.json("anyres.json"))
-    yield Line("tile grids", float(len(wrong)), "FAIL" if wrong else "ok", ", ".join([f"{num} images", *wrong]))
+    yield mismatches("tile grids", wrong, f"{num} images", count=num)
 
 
 def kept_shapes(oracle: Oracle) -> Iterator[Line]:
     """Compare `image_keep_shapes.json`: shape of pixels and number of tokens in mode `keep`."""
     recorded, wrong, shapes = oracle.json("image_keep_shapes.json"), [], 0
-    with image_mode(oracle, "keep") as processor:
-        for key, shape in recorded.items():
-            mode, _, name = key.rpartition("/")
-            if mode == COUNTS:
-                continue
-            shapes += 1
-            with Image.open(oracle.path / "images" / name) as image:
-                wrong += [] if list(processor.preprocess(image).shape) == shape else [name]
-    note = ", ".join([f"{shapes} images", *wrong])
-    yield Line("shapes of mode keep", float(len(wrong)), "FAIL" if wrong else "ok", note)
+    processor = processor_in(oracle, "keep")
+    for key, shape in recorded.items():
+        mode, _, name = key.rpartition("/")
+        if mode == COUNTS:
+            continue
+        shapes += 1
+        with Image.open(oracle.path / "images" / name) as image:
+            wrong += [] if list(processor.preprocess(image).shape) == shape else [name]
+    yield mismatches("shapes of mode keep", wrong, f"{shapes} images", count=shapes)
     if counts := {key.rpartition("/")[2]: num for key, num in recorded.items() if key.startswith(COUNTS)}:
         yield _counts(oracle, counts)
 
@@ -156,18 +150,18 @@ def kept_shapes(oracle: Oracle) -> Iterator[Line]:
 def _counts(oracle: Oracle, recorded: dict[str, int]) -> Line:
     """Compare numbers of tokens in mode `keep`; ours are the patches that the tower gets."""
     found, wrong = Counter[str](), []
-    with image_mode(oracle, "keep") as processor:
-        for name, theirs in recorded.items():
-            size = _size(oracle, name)
-            width, height = keep_size(size)
-            if processor.image_grid.count(size) == theirs:
-                found["equal"] += 1
-            elif "counted_patches" in oracle.compat and counted_patches(width, height, processor) == theirs:
-                found["counted_patches"] += 1
-            else:
-                wrong.append(name)
-    note = ", ".join([*(f"{count} {what}" for what, count in found.items()), *wrong])
-    return Line("tokens in mode keep", float(len(wrong)), "FAIL" if wrong else "ok", note)
+    processor = processor_in(oracle, "keep")
+    for name, theirs in recorded.items():
+        size = _size(oracle, name)
+        width, height = keep_size(size)
+        if processor.image_grid.count(size) == theirs:
+            found["equal"] += 1
+        elif "counted_patches" in oracle.compat and counted_patches(width, height, processor) == theirs:
+            found["counted_patches"] += 1
+        else:
+            wrong.append(name)
+    note = ", ".join(f"{count} {what}" for what, count in found.items())
+    return mismatches("tokens in mode keep", wrong, note, count=len(recorded))
 
 
 def _size(oracle: Oracle, name: str) -> Size:
@@ -176,7 +170,7 @@ def _size(oracle: Oracle, name: str) -> Size:
 
 
 def _loaded(oracle: Oracle) -> Any:
-    return loaded_from(oracle.path, str(oracle.models[0].relative_to(oracle.path)))
+    return oracle.loaded(oracle.with_weights[0])
 
 
 def tower(oracle: Oracle) -> Iterator[Line]:
@@ -190,32 +184,39 @@ def tower(oracle: Oracle) -> Iterator[Line]:
             output = network(pixels, output_hidden_states=True)
             states.add(torch.stack(output.hidden_states)[:, 0].numpy(), arrays["hidden_states"][:, number])
             selected.add(loaded.model.tower_features(pixels)[0].numpy(), arrays["selected_patch"][number])
-    yield within("tower hidden states", states.largest, STATE_TOLERANCE, f"{states.num_compared} values")
-    yield within("tower features", selected.largest, STATE_TOLERANCE, f"{selected.num_compared} values")
+    yield states.line("tower hidden states", STATE_TOLERANCE)
+    yield selected.line("tower features", STATE_TOLERANCE)
 
 
 def cluster_projector(oracle: Oracle) -> Iterator[Line]:
     """Compare `cluster_projector.npz`: output and gradients of each configuration."""
     arrays = oracle.arrays("cluster_projector.npz")
-    for name in dict.fromkeys(key.split("/", 1)[0] for key in arrays.files):
-        vision, text, num_centers, num_iters, *_ = arrays[f"{name}/cfg"].tolist()
+    for name in dict.fromkeys(key.split("/", 1)[0] for key in arrays):
+        vision, text, num_centers, num_iters, *sizes = arrays[f"{name}/cfg"].tolist()
+        given = arrays[f"{name}/x"]
+        if sizes and sizes != [given.shape[1], given.shape[0]]:
+            raise ValueError(f"{name}: the input has shape {given.shape}, the recorded tokens and rows are {sizes}")
         projector = ClusterProjector(vision, text, num_centers=num_centers, num_iters=num_iters)
         prefix = f"{name}/w/"
-        weights = {key.removeprefix(prefix): arrays[key] for key in arrays.files if key.startswith(prefix)}
+        weights = {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)}
         projector.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
+        projector = closest(projector, torch.from_numpy(given), torch.from_numpy(arrays[f"{name}/out"]))
         values, norms = Differences(), Differences()
         with gradient_terms(projector) as terms:
-            output = projector(torch.from_numpy(arrays[f"{name}/x"]))
+            output = projector(torch.from_numpy(given))
             (output**2).sum().backward()
         values.add(output.detach().numpy(), arrays[f"{name}/out"])
+        largest = max(float(p.grad.norm()) for p in projector.parameters() if p.grad is not None)
         for key, parameter in projector.named_parameters():
-            if f"{name}/grad_none/{key}" in arrays.files:
-                norms.add(int(parameter.grad is None), 1)
+            if f"{name}/grad_none/{key}" in arrays:
+                norms.add(int(parameter.grad is None), arrays[f"{name}/grad_none/{key}"])
                 continue
             recorded = float(arrays[f"{name}/grad_norm/{key}"])
             mine = np.nan if parameter.grad is None else float(parameter.grad.norm())
+            # A single center gets all weight whatever its similarity, so gradients before it are exactly zero.
             size = float(terms[key].norm()) if key in terms else recorded
+            size = size or largest
             norms.add(mine / size, recorded / size)
-        yield within(f"cluster projector {name}", values.largest, PIXEL_TOLERANCE, f"{values.num_compared} values")
-        note = f"{norms.num_compared} norms, relative to their terms"
-        yield within(f"cluster projector gradients {name}", norms.largest, GRADIENT_TOLERANCE, note)
+        yield values.line(f"cluster projector {name}", PIXEL_TOLERANCE)
+        what = "norms, relative to their terms"
+        yield norms.line(f"cluster projector gradients {name}", GRADIENT_TOLERANCE, what)

@@ -1,4 +1,4 @@
-"""Checks of recorded forward and backward passes: layout, embeddings, logits, loss, gradients.
+"""Rows of recorded batches as input of our model, and the checks of recorded adapters and gradients.
 
 Rows are computed one by one without padding and compared where the original's spliced mask is set, so batches that it
 padded on the left or cut after splicing need no special case.
@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.fidelity.folder import IMAGE_MARK, Differences, Line, Oracle, loaded_from, within
+from benchmarks.fidelity.folder import IMAGE_MARK, MAX_LISTED, Differences, Line, Oracle, within
+from benchmarks.fidelity.original_rows import turns_of
 from benchmarks.fidelity.recorded_weights import current_name
-from llava.constants import IGNORE_INDEX
-from llava.data.flat_batch import batch_images
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
+from llava.data.image_batch import batch_images
 from llava.model.builder import LoadedModel
 from llava.model.lora import freeze_for
 from llava.processing import LlavaMedProcessor
@@ -28,6 +29,9 @@ LOGIT_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 2e-4
 """Relative tolerance of gradient norms."""
+
+TINY = 1e-12
+"""Norm that is recorded where rounding alone is left."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,14 @@ class Row:
         labels: labels of `ids`.
         images: model inputs of its images, by keyword of the model.
         places: its positions in the recorded batch; shorter than `ids` if the original cut the row.
+        pictured: its images.
     """
 
     ids: list[int]
     labels: list[int]
     images: dict[str, Tensor]
     places: np.ndarray
+    pictured: list[Image.Image]
 
 
 def row_output(loaded: LoadedModel, ids: list[int], images: dict[str, Tensor]) -> Any:
@@ -87,24 +93,52 @@ def first_of(arrays: Any, *names: str) -> Any:
     return arrays[next(name for name in names if name in arrays)]
 
 
-def batch_rows(oracle: Oracle, loaded: LoadedModel, key: str, names: list[str]) -> list[Row]:
-    """Return the rows of a recorded batch."""
+def batch_rows(oracle: Oracle, loaded: LoadedModel, key: str, names: Sequence[str]) -> list[Row]:
+    """Return the rows of a recorded batch.
+
+    Raises:
+        LookupError: a row of the batch is none of the folder.
+    """
     arrays = oracle.arrays("forward.npz")
     mask = first_of(arrays, f"{key}/in_attention_mask", f"{key}/attention_mask")
     labels = first_of(arrays, f"{key}/in_labels", f"{key}/labels")
     spliced = first_of(arrays, f"{key}/spliced_mask", f"{key}/in_attention_mask", f"{key}/attention_mask")
     rows = []
-    for number, name in enumerate(names):
+    for number, name in enumerate(row_names(names, len(mask))):
         ids = arrays[f"{key}/input_ids"][number][mask[number]]
-        images = shown(loaded.processor, ids, oracle.images(name))
-        counts = loaded.processor.count_image_tokens(len(images), [image.size for image in images])
+        pictured = shown(loaded.processor, ids, oracle.images_of(_source(oracle, loaded.processor, name, ids)))
+        counts = loaded.processor.count_image_tokens(len(pictured), [image.size for image in pictured])
         marks, lengths = ids == IMAGE_MARK, np.ones(len(ids), dtype=int)
         lengths[marks] = counts[: int(marks.sum())]
         trained = np.repeat(np.where(marks, IGNORE_INDEX, labels[number][mask[number]]), lengths)
-        places = np.flatnonzero(spliced[number])
-        inputs = inputs_of(loaded.processor, images)
-        rows.append(Row(expanded(loaded.processor, ids, counts), trained.tolist(), inputs, places[: len(trained)]))
+        places = np.flatnonzero(spliced[number])[: len(trained)]
+        inputs = inputs_of(loaded.processor, pictured)
+        rows.append(Row(expanded(loaded.processor, ids, counts), trained.tolist(), inputs, places, pictured))
     return rows
+
+
+def row_names(names: Sequence[str], num_rows: int) -> list[str | None]:
+    """Return one name for each row of a batch; None where the record names fewer rows than it holds."""
+    listed: list[str | None] = [names] if isinstance(names, str) else [str(name) for name in names]
+    return (listed + [None] * num_rows)[: max(num_rows, len(listed))]
+
+
+def _source(oracle: Oracle, processor: LlavaMedProcessor, name: str | None, ids: Any) -> dict[str, Any]:
+    """Return the row of `data.json` of recorded ids; of several with that name, the one with that text."""
+    rows = oracle.json("data.json")
+    named = [row for row in rows if name is None or str(row["id"]) == name]
+    if len(named) == 1:
+        return dict(named[0])
+    text = _letters(processor.decode([int(token) for token in ids if token >= 0]))
+    fitting = [row for row in named if all(_letters(turn.text) in text for turn in turns_of(row)[-2:])]
+    if not fitting:
+        raise LookupError(f"no row of data.json has the ids of the batch's row {name or 'without a name'}")
+    return dict(max(fitting, key=lambda row: sum(len(turn.text) for turn in turns_of(row))))
+
+
+def _letters(text: str) -> str:
+    """Return the text without white space and image placeholders."""
+    return "".join(text.replace(IMAGE_TOKEN, "").split())
 
 
 def loss_of(pairs: list[tuple[Tensor, list[int]]], vocabulary: int) -> Tensor:
@@ -114,84 +148,28 @@ def loss_of(pairs: list[tuple[Tensor, list[int]]], vocabulary: int) -> Tensor:
     return cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
 
 
-def forward(oracle: Oracle) -> Iterator[Line]:
-    """Compare `forward.npz` batch by batch."""
-    for key, meta in oracle.json("forward_meta.json").items():
-        if "ids" not in meta:
-            continue
-        prefix, _, _ = key.rpartition("/")
-        folder = oracle.model(prefix or None)
-        loaded = loaded_from(oracle.path, str(folder.relative_to(oracle.path)))
-        yield from _batch(oracle, loaded, key, meta)
-
-
-def _batch(oracle: Oracle, loaded: LoadedModel, key: str, meta: dict[str, Any]) -> Iterator[Line]:
-    arrays = oracle.arrays("forward.npz")
-    rows = batch_rows(oracle, loaded, key, meta["ids"])
-    embeddings: list[Tensor] = []
-    hook = loaded.model.model.language_model.register_forward_pre_hook(
-        lambda _, __, kwargs: embeddings.append(kwargs["inputs_embeds"][0]), with_kwargs=True
-    )
-    with torch.no_grad():
-        outputs = [row_output(loaded, row.ids, row.images).logits[0] for row in rows]
-    hook.remove()
-    if f"{key}/spliced_labels" in arrays:
-        recorded = arrays[f"{key}/spliced_labels"]
-        labels = Differences()
-        for number, row in enumerate(rows):
-            labels.add(row.labels[: len(row.places)], recorded[number][row.places])
-            # Only what the original cut off may be missing.
-            ends = len(row.places) == len(row.labels) or len(row.places) == meta.get("tokenizer_model_max_length")
-            labels.add(int(ends), 1)
-        yield within(f"spliced layout {key}", labels.largest, 0, f"{labels.num_compared} positions")
-    if any(name.startswith(f"{key}/spliced_embeds_stride") for name in arrays):
-        found = _strided(embeddings, rows, *strided(arrays, f"{key}/spliced_embeds_stride"))
-        yield within(f"spliced embeddings {key}", found.largest, LOGIT_TOLERANCE, f"{found.num_compared} values")
-    recorded, stride = strided(arrays, f"{key}/logits_stride")
-    found = _strided(outputs, rows, recorded, stride)
-    yield within(f"logits {key}", found.largest, LOGIT_TOLERANCE, f"{found.num_compared} values")
-    pairs = [(out[: len(row.places)], row.labels[: len(row.places)]) for out, row in zip(outputs, rows, strict=True)]
-    difference = abs(float(loss_of(pairs, recorded.shape[-1])) - meta["loss"])
-    yield within(f"loss {key}", difference, LOSS_TOLERANCE)
-    yield from _features(oracle, loaded, key, meta["ids"])
-
-
 def strided(arrays: Any, prefix: str) -> tuple[np.ndarray, int]:
-    """Return an array of every n-th position, and n, which ends its name."""
-    name = next(name for name in arrays if name.startswith(prefix))
+    """Return an array of every n-th position, and n, which ends its name.
+
+    Raises:
+        LookupError: no array has that name.
+    """
+    name = next((name for name in arrays if name.startswith(prefix)), None)
+    if name is None:
+        raise LookupError(f"no array {prefix}N is recorded")
     return arrays[name], int(name.removeprefix(prefix))
 
 
-def _strided(ours: list[Tensor], rows: list[Row], recorded: np.ndarray, stride: int) -> Differences:
+def at_stride(ours: list[Tensor], rows: list[Row], recorded: np.ndarray, stride: int) -> Differences:
     """Compare at every `stride`-th position of the recorded batch."""
     found = Differences()
     for number, (values, row) in enumerate(zip(ours, rows, strict=True)):
         kept = [(index, place // stride) for index, place in enumerate(row.places) if place % stride == 0]
         mine = values[[index for index, _ in kept], : recorded.shape[-1]]
         found.add(mine.numpy(), recorded[number][[place for _, place in kept]])
+    if len(recorded) != len(rows):
+        raise ValueError(f"{len(recorded)} rows are recorded for a batch of {len(rows)}")
     return found
-
-
-def _features(oracle: Oracle, loaded: LoadedModel, key: str, names: list[str]) -> Iterator[Line]:
-    """Compare features of tower and projector of every image (text-only rows have a dummy image)."""
-    arrays = oracle.arrays("forward.npz")
-    if f"{key}/tower_features" not in arrays:
-        return
-    tower, projected = Differences(), Differences()
-    images = [oracle.images(name) for name in names]
-    recorded = arrays[f"{key}/tower_features"]
-    has_dummies = len(recorded) == sum(max(1, len(each)) for each in images)
-    place = 0
-    for each in images:
-        if each:
-            with torch.no_grad():
-                features = loaded.model.tower_features(loaded.processor.pixels(each))
-                output: Any = loaded.model.model.get_image_features(features).pooler_output
-            tower.add(features.numpy(), recorded[place : place + len(each)])
-            projected.add(torch.stack(list(output)).numpy(), arrays[f"{key}/projected"][place : place + len(each)])
-        place += len(each) or int(has_dummies)
-    yield within(f"tower features {key}", tower.largest, LOGIT_TOLERANCE, f"{tower.num_compared} values")
-    yield within(f"projected features {key}", projected.largest, LOGIT_TOLERANCE, f"{projected.num_compared} values")
 
 
 def adapter(oracle: Oracle) -> Iterator[Line]:
@@ -200,14 +178,12 @@ def adapter(oracle: Oracle) -> Iterator[Line]:
     values, stride = strided(recorded, "logits_stride")
     key = _batch_of(oracle, len(values))
     for folder in oracle.adapters:
-        base = oracle.language_models[0]
-        names = [str(path.relative_to(oracle.path)) for path in (folder, base)]
-        loaded = loaded_from(oracle.path, *names)
+        loaded = oracle.loaded(folder, oracle.language_models[0])
         rows = batch_rows(oracle, loaded, key, oracle.json("forward_meta.json")[key]["ids"])
         with torch.no_grad():
             outputs = [row_output(loaded, row.ids, row.images).logits[0] for row in rows]
-        found = _strided(outputs, rows, values, stride)
-        yield within(f"adapter logits {key}", found.largest, LOGIT_TOLERANCE, f"{found.num_compared} values")
+        found = at_stride(outputs, rows, values, stride)
+        yield found.line(f"adapter logits {key}", LOGIT_TOLERANCE)
         pairs = [(output, row.labels) for output, row in zip(outputs, rows, strict=True)]
         loss = float(loss_of(pairs, values.shape[-1]))
         yield within(f"adapter loss {key}", abs(loss - float(recorded["loss"])), LOSS_TOLERANCE)
@@ -223,30 +199,39 @@ def _batch_of(oracle: Oracle, num_rows: int) -> str:
 
 
 def gradients(oracle: Oracle) -> Iterator[Line]:
-    """Compare `grads.json`: norm of every parameter's gradient for one batch."""
+    """Compare `grads.json`: loss, and norm of every parameter's gradient, for one batch."""
     recorded = oracle.json("grads.json")
     batches = oracle.json("forward_meta.json")
     key = next(key for key, meta in batches.items() if meta.get("ids") == recorded["batch"])
-    folder = str(oracle.model().relative_to(oracle.path))
-    loaded = loaded_from(oracle.path, folder)
     vocabulary = strided(oracle.arrays("forward.npz"), f"{key}/logits_stride")[0].shape[-1]
+    loss, ours = _gradients(oracle, key, vocabulary)
+    if "loss" in recorded:
+        yield within(f"gradients loss {key}", abs(loss - recorded["loss"]), LOSS_TOLERANCE)
+    theirs = {current_name(old): norm for old, norm in recorded["grad_norms"].items()}
+    found = Differences()
+    for name, norm in theirs.items():
+        mine = ours.get(name, 0.0)  # a parameter without a gradient has none in the record either
+        found.add(mine / max(norm, TINY), norm / max(norm, TINY))
+    note = f"{found.num_compared} of {len(ours)} norms, relative"
+    lacking = sorted(ours.keys() - theirs.keys())
+    note += f"; not recorded: {', '.join(lacking[:MAX_LISTED])}" if lacking else ""
+    worst = float("nan") if lacking else found.largest
+    yield within(f"gradients {key}", worst, GRADIENT_TOLERANCE, note, count=found.num_compared)
+
+
+def _gradients(oracle: Oracle, key: str, vocabulary: int) -> tuple[float, dict[str, float]]:
+    """Return loss and gradient norms of our model for a batch, without the rows that only our vocabulary has."""
+    loaded = oracle.loaded(oracle.model())
     freeze_for(loaded.model)
-    rows = batch_rows(oracle, loaded, key, recorded["batch"])
+    rows = batch_rows(oracle, loaded, key, oracle.json("grads.json")["batch"])
     pairs = [(row_output(loaded, row.ids, row.images).logits[0], row.labels) for row in rows]
     loss = loss_of(pairs, vocabulary)
     loss.backward()
-    found = {name: parameter.grad for name, parameter in loaded.model.named_parameters()}
-    worst, compared = 0.0, 0
-    for old, norm in recorded["grad_norms"].items():
-        gradient = found.get(current_name(old))
-        if gradient is None:
-            worst = max(worst, float(bool(norm)))
-            continue
-        # Our vocabulary is longer by the placeholder.
-        wide = gradient.shape[0] > vocabulary and old.endswith(("embed_tokens.weight", "lm_head.weight"))
-        mine = float((gradient[:vocabulary] if wide else gradient).norm())
-        worst, compared = max(worst, abs(mine - norm) / max(norm, 1e-12)), compared + 1
+    norms = {}
+    for name, parameter in loaded.model.named_parameters():
+        if parameter.grad is not None:
+            wide = parameter.shape[0] > vocabulary and name.endswith(("embed_tokens.weight", "lm_head.weight"))
+            norms[name] = float((parameter.grad[:vocabulary] if wide else parameter.grad).norm())
     loaded.model.zero_grad(set_to_none=True)
     loaded.model.requires_grad_(False)
-    note = f"{compared} of {len(recorded['grad_norms'])} norms, relative"
-    yield within(f"gradients {key}", worst if compared else float("nan"), GRADIENT_TOLERANCE, note)
+    return float(loss.detach()), norms

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llava.model.checkpoint.load_parts import read_tensors
 
 OLD_NAMES = {
+    "base_model.model.model.vision_tower.vision_tower.vision_model.": "base_model.model.model.vision_tower.",
     "base_model.model.model.layers.": "base_model.model.model.language_model.layers.",
     "base_model.model.model.mm_projector.": "base_model.model.model.multi_modal_projector.",
     "model.mm_projector.": "model.multi_modal_projector.",

@@ -1,13 +1,13 @@
-"""Collator: the sequences of one optimizer step on one rank, laid out as rows for the model.
+"""Collator: the units of one optimizer step on one rank, laid out as rows for the model.
 
-    StepSampler -> row numbers -> Encoded... + images -> rows (FlatBatch) -> StepBatch
+    StepSampler -> row numbers -> units of Encoded + images -> rows (FlatBatch) -> StepBatch
 
 The loader is not passed to accelerate: its samplers know their rank, and its steps have unequal sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,27 +15,58 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llava.data.encode import Encoded
-from llava.data.flat_batch import FlatBatch, Layout, flatten, join_images, layout_rows
+from llava.data.encode import Encoded, Unit, as_unit
+from llava.data.flat_batch import FlatBatch, Layout, flatten, layout_rows
+from llava.data.image_batch import join_images
 from llava.errors import ConfigError
 from llava.samples import Sample
+
+NumberedRow = tuple[int, Encoded | Unit | None]
+"""Number of a data row and what it holds, which is None for a row that another rank of the step trains on."""
+
+Complete = Callable[[Sequence[Unit], Sequence[Unit]], list[Unit]]
+"""Function of the units of this rank and those of the ranks after it, in a circle, that returns this rank's, completed
+with what depends on the step."""
+
+
+class _LaterUnits(Sequence[Unit]):
+    """Units of other ranks, which are encoded when they are read."""
+
+    def __init__(self, dataset: RowData, numbers: Sequence[int]) -> None:
+        self._dataset = dataset
+        self._numbers = numbers
+        self._read: dict[int, Unit] = {}
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, place: Any) -> Any:
+        number = self._numbers[place]
+        if number not in self._read:
+            self._read[number] = as_unit(self._dataset[number])
+        return self._read[number]
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """Sequences of one optimizer step on one rank, laid out as rows.
+    """Units of one optimizer step on one rank, laid out as rows.
 
     Attributes:
-        sequences: kept so that a smaller layout can be built after running out of memory; empty in some last steps.
+        units: kept so that a smaller layout can be built after running out of memory; empty in some last steps.
         images: pixels or tower features by image key.
         rows: inputs of the forward passes, in order.
         row_ids: numbers of the data rows, for logging.
     """
 
-    sequences: list[Encoded]
+    units: list[Unit]
     images: Mapping[str, Tensor]
     rows: list[FlatBatch]
     row_ids: list[int]
+
+    @property
+    def sequences(self) -> list[Encoded]:
+        """Return the sequences of all units, in order."""
+        return [sequence for unit in self.units for sequence in unit]
 
     @property
     def num_supervised(self) -> float:
@@ -59,21 +90,23 @@ class StepBatch:
 
 
 class RowData(Protocol):
-    """Dataset as the collator sees it: sequences by row, their images, and some samples."""
+    """Dataset as the collator sees it: a sequence or a unit by row, their images, and some samples."""
 
     @property
     def samples(self) -> Sequence[Sample]: ...
 
-    def __getitem__(self, row: int) -> Encoded: ...
+    def __getitem__(self, row: int) -> Encoded | Unit: ...
 
     def __len__(self) -> int: ...
 
     def images_for(self, sequences: Iterable[Encoded]) -> Mapping[str, Tensor]: ...
 
+    def label_rows(self, rows: Sequence[int]) -> str: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Picklable callable that lays out the sequences of a step in as few rows as possible.
+    """Picklable callable that lays out the units of a step in as few rows as possible.
 
     Attributes:
         dataset: source of sequences and images.
@@ -81,8 +114,10 @@ class Collator:
         pad_token_id: id that fills padded rows.
         layout: see `Layout`.
         max_tokens_per_row: limit of a row; None for one row per step.
-        micro_batch: sequences per micro-batch. Each micro-batch is laid out separately, and its edges are weighted so
+        micro_batch: units per micro-batch. Each micro-batch is laid out separately, and its edges are weighted so
             that all micro-batches count the same, however many tokens they train. None: every token counts the same.
+        alone_above: length in tokens above which a sequence is laid out alone, see `layout_rows`.
+        complete: adds to the units what depends on the step, for example mismatched answers; None adds nothing.
     """
 
     dataset: RowData
@@ -91,20 +126,27 @@ class Collator:
     layout: Layout = "tree"
     max_tokens_per_row: int | None = None
     micro_batch: int | None = None
+    alone_above: int | None = None
+    complete: Complete | None = None
 
-    def __call__(self, numbered: list[tuple[int, Encoded]]) -> StepBatch:
-        """Return the step of the numbered sequences."""
-        sequences = [encoded for _, encoded in numbered]
-        images = self.dataset.images_for(sequences)
-        rows = self.rows(sequences, images, self.max_tokens_per_row)
-        return StepBatch(sequences, images, rows, [number for number, _ in numbered])
+    def __call__(self, numbered: list[NumberedRow]) -> StepBatch:
+        """Return the step of the numbered data rows."""
+        own = [number for number, row in numbered if row is not None]
+        others = [number for number, row in numbered if row is None]
+        units = self._completed([as_unit(row) for _, row in numbered if row is not None], others)
+        images = self.dataset.images_for([sequence for unit in units for sequence in unit])
+        rows = self.rows(units, images, self.max_tokens_per_row)
+        return StepBatch(units, images, rows, own)
+
+    def _completed(self, units: list[Unit], others: Sequence[int] = ()) -> list[Unit]:
+        return units if self.complete is None else self.complete(units, _LaterUnits(self.dataset, others))
 
     def rows(
-        self, sequences: list[Encoded], images: Mapping[str, Tensor], max_tokens_per_row: int | None
+        self, units: Sequence[Unit], images: Mapping[str, Tensor], max_tokens_per_row: int | None
     ) -> list[FlatBatch]:
-        """Return sequences laid out as rows; an empty step has no row."""
-        size = self.micro_batch or max(1, len(sequences))
-        parts = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+        """Return units laid out as rows; an empty step has no row."""
+        size = self.micro_batch or max(1, len(units))
+        parts = [units[start : start + size] for start in range(0, len(units), size)]
         laid_out = [
             layout_rows(
                 part,
@@ -113,6 +155,7 @@ class Collator:
                 pad_token_id=self.pad_token_id,
                 layout=self.layout,
                 max_tokens_per_row=max_tokens_per_row,
+                alone_above=self.alone_above,
             )
             for part in parts
         ]
@@ -127,15 +170,20 @@ class Collator:
         return len(kinds) == 2
 
     def idle_row(self) -> FlatBatch:
-        """Return a row of zero weight, which a rank without sequences runs so that collective calls match."""
+        """Return a row of zero weight, which a rank without units runs so that collective calls match."""
         samples = self.dataset.samples
         number = next((number for number, sample in enumerate(samples) if sample.images), 0)
-        encoded = self.dataset[number]
-        images = self.dataset.images_for([encoded])
+        [unit] = self._completed([as_unit(self.dataset[number])])
+        images = self.dataset.images_for(unit)
         row = flatten(
-            [encoded], images, image_token_id=self.image_token_id, pad_token_id=self.pad_token_id, layout=self.layout
+            unit, images, image_token_id=self.image_token_id, pad_token_id=self.pad_token_id, layout=self.layout
         )
-        return replace(row, edge_weight=torch.zeros_like(row.edge_weight), num_unshared_tokens=row.num_tokens)
+        return replace(
+            row,
+            edge_weight=torch.zeros_like(row.edge_weight),
+            sequence_unit=torch.full_like(row.sequence_unit, -1),
+            num_unshared_tokens=row.num_tokens,
+        )
 
     def with_image(self, row: FlatBatch) -> FlatBatch:
         """Return the row, joined with an idle one if it has no image.
@@ -195,7 +243,9 @@ def joined_rows(first: FlatBatch, second: FlatBatch) -> FlatBatch:
     }
     shifted = {name: getattr(second, name) + shift for name, shift in shifts.items()}
     shifted["parents"] = torch.where(second.parents < 0, second.parents, shifted["parents"])
-    plain = ("input_ids", "position_ids", "target_ids", "edge_turn", "edge_source", "edge_weight")
+    units = second.sequence_unit
+    shifted["sequence_unit"] = torch.where(units < 0, units, units + first.num_units)
+    plain = ("input_ids", "position_ids", "target_ids", "edge_turn", "edge_source", "edge_weight", "sequence_place")
     shifted |= {name: getattr(second, name) for name in plain}
     tensors: dict[str, Any] = {
         name: torch.cat([getattr(first, name), tensor], dim=-1) for name, tensor in shifted.items()
@@ -203,9 +253,16 @@ def joined_rows(first: FlatBatch, second: FlatBatch) -> FlatBatch:
     return replace(
         first,
         **tensors,
+        edge_values=_joined_columns(first.edge_values, second.edge_values, len(second.edge_weight)),
+        sequence_values=_joined_columns(first.sequence_values, second.sequence_values, second.num_sequences),
         tree_lengths=first.tree_lengths + second.tree_lengths,
         **join_images(first.images, second.images)._asdict(),
         num_sequences=first.num_sequences + second.num_sequences,
         num_unshared_tokens=first.num_unshared_tokens + second.num_unshared_tokens,
         path_positions=first.path_positions + tuple(path + first.num_tokens for path in second.path_positions),
     )
+
+
+def _joined_columns(first: Mapping[str, Tensor], second: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    """Return the columns of `first`, continued by those of `second`, or by zeros where it has none."""
+    return {name: torch.cat([column, second.get(name, column.new_zeros(length))]) for name, column in first.items()}

@@ -5,26 +5,27 @@ Sample --encode--> Encoded, whose images are keys --images_for--> pixels or towe
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self, TypedDict, TypeVar, Unpack
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from llava.constants import IGNORE_INDEX
-from llava.data.encode import Encoded, encode
+from llava.data.encode import Encoded, encode, num_learned
 from llava.data.image_store import ImageIndex, ImageStore
 from llava.data.mixture import Shares, meta_with_source
 from llava.data.records import read_default
+from llava.data.self_questioning import QuestionDraws
 from llava.data.streaming import MixtureStream, StreamedRow, StreamSource, image_folder_of
-from llava.errors import DataError
+from llava.errors import DataError, EmptyAnswerError
 from llava.imaging import decode
-from llava.samples import Origin, Sample, sample_label, with_placeholders
+from llava.samples import Conversation, Origin, Sample, rows_label, sample_label, with_placeholders
 from llava.utils.log import warn_once
 
 if TYPE_CHECKING:
@@ -35,13 +36,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class SFTDataset(Dataset[Encoded]):
-    """Map-style dataset: `dataset[i]` is the `Encoded` of row i, whose images are keys for `images_for`.
+Row_co = TypeVar("Row_co", covariant=True)
+
+
+class RowSettings(TypedDict, total=False):
+    """Keyword arguments of `RowDataset`."""
+
+    image_folder: str | Path | None
+    max_length: int | None
+    image_counts_as_one: bool
+    feature_cache: FeatureCache | None
+    index: ImageIndex | None
+    capacity: int
+
+
+class RowDataset(Dataset[Row_co]):
+    """Map-style dataset of rows with images: what samplers, feature caches and the collator ask of it.
 
     Images are read and rows tokenized on access only, and the dataset can be pickled to worker processes.
 
     Args:
-        samples: rows of the dataset.
+        samples: one sample of each row.
         processor: turns conversations into tokens and images into pixels.
         image_folder: folder that image names are relative to.
         max_length: longest sequence in tokens, images included; None for no limit.
@@ -49,7 +64,13 @@ class SFTDataset(Dataset[Encoded]):
         feature_cache: tower features that `images_for` returns instead of pixels.
         index: index of the image files; None reads each file once more to compute its digest.
         capacity: number of decoded images kept in memory.
+
+    Attributes:
+        store: images of the rows by key.
+        shares: for a mixture, the source of each row, and how often the rows of each are drawn.
     """
+
+    shares: Shares | None = None
 
     def __init__(
         self,
@@ -63,41 +84,39 @@ class SFTDataset(Dataset[Encoded]):
         index: ImageIndex | None = None,
         capacity: int = 64,
     ) -> None:
-        self.samples: Sequence[Sample] = samples
+        self.samples = samples
         self.processor = processor
         self.max_length = max_length
         self.image_counts_as_one = image_counts_as_one
-        self.shares: Shares | None = None
-        """For a mixture: the source of each row, and how often the rows of each are drawn."""
-        self.shortened: dict[int, int] = {}
-        """Number of tokens cut from each row, for the rows that this process has encoded so far."""
         self.store = ImageStore(
             ImageIndex(image_folder) if index is None else index, processor, features=feature_cache, capacity=capacity
+        )
+
+    def in_epoch(self, row: int, epoch: int) -> Row_co:
+        """Return a row as it is trained in an epoch; most rows are the same in every epoch."""
+        return self[row]
+
+    def encode(self, conversation: Conversation, images: Sequence[str]) -> Encoded:
+        """Return the sequence of a conversation about images of the rows.
+
+        Raises:
+            DataError: an image cannot be read, or the conversation cannot be encoded.
+        """
+        return encode(
+            conversation,
+            self.processor,
+            images=[self.store.key(ref) for ref in images],
+            sizes=self.store.sizes(images),
+            max_length=self.max_length,
+            image_counts_as_one=self.image_counts_as_one,
         )
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, row: int) -> Encoded:
-        sample = self.samples[row]
-        conversation = with_placeholders(sample)
-        try:
-            keys = [self.store.key(ref) for ref in sample.images]
-            sizes = self.store.sizes(sample.images)
-            encoded = encode(
-                conversation,
-                self.processor,
-                images=keys,
-                sizes=sizes,
-                max_length=self.max_length,
-                image_counts_as_one=self.image_counts_as_one,
-            )
-        except DataError as error:
-            raise DataError(f"{sample_label(sample)}: {error}") from error
-        if encoded.num_cut:
-            self.shortened[row] = encoded.num_cut
-            warn_once(logger, f"rows longer than {self.max_length} tokens are shortened (images are never cut)")
-        return encoded if self.shares is None else replace(encoded, source=self.shares.of_row[row])
+    def label_rows(self, rows: Sequence[int]) -> str:
+        """Return file, row numbers and ids of rows, for messages."""
+        return rows_label([self.samples[row] for row in rows])
 
     def lengths(self) -> list[int]:
         """Return an approximate length of every row: the words of its turns plus the tokens of its images.
@@ -134,9 +153,11 @@ class SFTDataset(Dataset[Encoded]):
         """Return the preprocessed image of an image key: [3, H, W], or tiles [K, 3, H, W]."""
         return self.store.decode(key)
 
-    def use_features(self, feature_cache: FeatureCache | None) -> None:
-        """Make `images_for` return these tower features instead of pixels; None returns to pixels."""
-        self.store.features = feature_cache
+    def with_features(self, feature_cache: FeatureCache | None) -> Self:
+        """Return a dataset of the same rows whose `images_for` gives these tower features, or pixels with None."""
+        made = copy.copy(self)
+        made.store = self.store.with_features(feature_cache)
+        return made
 
     def images_for(self, sequences: Iterable[Encoded]) -> dict[str, Tensor]:
         """Return the model input of each distinct image of the sequences, by key: pixels or features [P, Dv].
@@ -145,6 +166,55 @@ class SFTDataset(Dataset[Encoded]):
             DataError: an image does not decode, or belongs to another dataset.
         """
         return self.store.images_for(sequences)
+
+
+class SFTDataset(RowDataset[Encoded]):
+    """Map-style dataset: `dataset[i]` is the `Encoded` of row i, whose images are keys for `images_for`.
+
+    Args:
+        samples: rows of the dataset.
+        processor: turns conversations into tokens and images into pixels.
+        shares: for a mixture, the source of each row, and how often the rows of each are drawn.
+        asking: which later questions are trained; None for none but those that the rows name.
+        settings: see `RowDataset`.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        processor: LlavaMedProcessor,
+        *,
+        shares: Shares | None = None,
+        asking: QuestionDraws | None = None,
+        **settings: Unpack[RowSettings],
+    ) -> None:
+        super().__init__(samples, processor, **settings)
+        self.shares = shares
+        self.asking = asking
+        self.shortened: dict[int, int] = {}
+        """Number of tokens cut from each row, for the rows that this process has encoded so far."""
+
+    def __getitem__(self, row: int) -> Encoded:
+        return self._encoded(row, 0)
+
+    def in_epoch(self, row: int, epoch: int) -> Encoded:
+        """Return a row with the questions that are drawn in an epoch."""
+        return self[row] if self.asking is None else self._encoded(row, epoch)
+
+    def _encoded(self, row: int, epoch: int) -> Encoded:
+        sample = self.samples[row]
+        conversation = with_placeholders(sample)
+        if self.asking is not None:
+            has_image = bool(sample.images)
+            conversation = self.asking.apply(conversation, has_image=has_image, place=f"{epoch}/{row}")
+        try:
+            encoded = self.encode(conversation, sample.images)
+        except DataError as error:
+            raise DataError(f"{sample_label(sample)}: {error}") from error
+        if encoded.num_cut:
+            self.shortened[row] = encoded.num_cut
+            warn_once(logger, f"rows longer than {self.max_length} tokens are shortened (images are never cut)")
+        return encoded if self.shares is None else replace(encoded, source=self.shares.of_row[row])
 
 
 NUM_PROBED = 200
@@ -160,6 +230,7 @@ class StreamDataset:
         max_length: longest sequence in tokens, images included; None for no limit.
         image_counts_as_one: count each image as one token of `max_length`, see `encode`.
         capacity: number of images kept in memory; those of one step must fit.
+        asking: which later questions are trained; None for none but those that the rows name.
     """
 
     def __init__(
@@ -170,12 +241,14 @@ class StreamDataset:
         max_length: int | None = None,
         image_counts_as_one: bool = False,
         capacity: int = 512,
+        asking: QuestionDraws | None = None,
     ) -> None:
         self.sources = tuple(sources)
         self.processor = processor
         self.max_length = max_length
         self.image_counts_as_one = image_counts_as_one
         self.capacity = capacity
+        self.asking = asking
         self._pixels: OrderedDict[str, Tensor] = OrderedDict()
         self._probes: list[StreamedRow] = []
 
@@ -206,6 +279,10 @@ class StreamDataset:
     def __getitem__(self, number: int) -> Encoded:
         return self.encode(self._probes[number])
 
+    def label_rows(self, rows: Sequence[int]) -> str:
+        """Return numbers of streamed rows, for messages; each reader counts what it has read."""
+        return f"rows {', '.join(map(str, rows))} of what its readers have read" if rows else ""
+
     def __len__(self) -> int:
         return len(self._probes)
 
@@ -220,27 +297,31 @@ class StreamDataset:
         if isinstance(found.row, DataError):
             raise DataError(f"{origin}: {found.row}")
         try:
-            sample, _ = read_default(dict(found.row.value), str(found.number))
+            inside = [f"image {number}" for number in range(len(found.row.images))]
+            value = {**found.row.value, "image": inside} if inside else dict(found.row.value)
+            sample, _ = read_default(value, str(found.number))
             contents = found.row.images or tuple(
                 decode.read_image_bytes(ref, image_folder_of(source.name, source.images)) for ref in sample.images
             )
         except DataError as error:
             raise DataError(f"{origin}: {error}") from error
-        refs = sample.images or tuple(f"image {number}" for number in range(len(contents)))
-        return replace(
-            sample, images=refs, meta=meta_with_source(sample.meta, source.name, source.license), origin=origin
-        ), contents
+        meta = meta_with_source(sample.meta, source.name, source.license)
+        return replace(sample, meta=meta, origin=origin), contents
 
     def encode(self, found: StreamedRow) -> Encoded:
         """Return the sequence of a row; its images are decoded and kept for `images_for`.
 
         Raises:
+            EmptyAnswerError: the row has empty answers only, which are not trained.
             DataError: the row cannot be used or has no trained token; the message names shard and row.
         """
         sample, contents = self.sample(found)
         origin = sample.origin
         try:
             conversation = with_placeholders(replace(sample, origin=None))
+            if self.asking is not None:
+                place = f"{found.turn}/{found.source}/{found.shard.name}/{found.number}"
+                conversation = self.asking.apply(conversation, has_image=bool(contents), place=place)
             keys, sizes = [], []
             for content in contents:
                 keys.append(decode.image_key(content, self.processor.image_fingerprint))
@@ -256,8 +337,13 @@ class StreamDataset:
             )
         except DataError as error:
             raise DataError(f"{origin}: {error}") from error
-        if all(label == IGNORE_INDEX for label in encoded.labels):
-            raise DataError(f"{origin}: no token is trained (the answer is empty or was cut completely)")
+        if not num_learned(encoded, conversation):
+            if conversation.has_only_empty_answers and not self.processor.template.trains_empty:
+                raise EmptyAnswerError(
+                    f"{origin}: the answers are empty; expected at least one with text (--compat empty_answers trains "
+                    "empty ones)"
+                )
+            raise DataError(f"{origin}: no token is trained (no answer, or it was cut completely)")
         return replace(encoded, source=found.source)
 
     def _keep(self, key: str, content: bytes) -> tuple[int, int]:

@@ -10,13 +10,13 @@ lies in a trained segment; token counts are not used, and no text is tokenized t
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
+from llava.chat_template import Segment
 from llava.constants import IGNORE_INDEX, IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
-from llava.conversation import Segment
-from llava.errors import DataError
+from llava.errors import ConfigError, DataError
 from llava.imaging.anyres import Size
 from llava.processing import LlavaMedProcessor
 from llava.samples import Conversation, Turn
@@ -35,6 +35,9 @@ class Encoded:
         num_cut: number of tokens that truncation removed.
         image_sizes: width and height of each image where the number of tokens depends on them; else empty.
         source: number of the mixture source that the row is from.
+        weight: weight of the sequence; a preference loss multiplies the loss of a pair by that of its chosen side.
+        numbers: named numbers of the sequence, for example the log-probability under a reference model.
+        columns: named numbers of its tokens, [T] each, for example advantages; those of trained tokens are used.
     """
 
     input_ids: tuple[int, ...]
@@ -45,6 +48,20 @@ class Encoded:
     num_cut: int = 0
     image_sizes: tuple[Size, ...] = ()
     source: int = 0
+    weight: float = 1.0
+    numbers: Mapping[str, float] = field(default_factory=dict, hash=False)
+    columns: Mapping[str, Sequence[float]] = field(default_factory=dict, hash=False)
+
+
+Unit = tuple[Encoded, ...]
+"""Sequences that belong together: one for fine-tuning, two for a preference pair, G samples of one prompt.
+
+A unit is never split over rows, and batch sizes count units."""
+
+
+def as_unit(row: Encoded | Unit) -> Unit:
+    """Return a data row as a unit; one sequence is a unit of its own."""
+    return (row,) if isinstance(row, Encoded) else row
 
 
 @dataclass(slots=True)
@@ -87,10 +104,12 @@ def encode(
 ) -> Encoded:
     """Return the training sequence of a conversation.
 
-    Example::
-
-        turns = (Turn("human", "<image>\nWhat is shown?"), Turn("gpt", "A chest X-ray."))
-        encoded = encode(Conversation(turns), processor, images=[store.key("1.png")], max_length=2048)
+    >>> from llava.samples import Turn
+    >>> turns = (Turn("human", "<image>\\nWhat is shown?"), Turn("gpt", "A lung."))
+    >>> encoded = encode(Conversation(turns), processor, images=["1.png"], max_length=2048)
+    >>> trained = [label for label in encoded.labels if label != IGNORE_INDEX]
+    >>> processor.tokenizer.decode(trained)
+    ' A lung.</s>'
 
     Args:
         conversation: the turns, with one `<image>` per image.
@@ -111,6 +130,16 @@ def encode(
     return _finish(draft, images, max_length, kept_sizes(processor, sizes))
 
 
+def num_learned(encoded: Encoded, conversation: Conversation) -> int:
+    """Return the number of trained tokens of answers and trained questions; 0 if the row teaches nothing.
+
+    The `###` of the "v0" family before a question is trained too, but does not count.
+    """
+    taught = {index for index, turn in enumerate(conversation.turns) if turn.role == "gpt" or turn.train}
+    pairs = zip(encoded.labels, encoded.turns, strict=True)
+    return sum(label != IGNORE_INDEX and turn in taught for label, turn in pairs)
+
+
 def kept_sizes(processor: LlavaMedProcessor, sizes: Sequence[Size] | None) -> tuple[Size, ...]:
     """Return the image sizes that `Encoded` stores: none where all images have the same number of tokens."""
     return tuple(sizes) if processor.has_variable_images and sizes is not None else ()
@@ -123,13 +152,30 @@ def encode_prompt(
     images: Sequence[str] = (),
     sizes: Sequence[Size] | None = None,
 ) -> Encoded:
-    """Return the prompt of a conversation that ends with a question; no token is trained.
+    """Return the prompt of a conversation; no token is trained.
+
+    The model continues it with an answer, or, after an answer, with a question of its own.
 
     Raises:
-        DataError: it does not end with a question, or placeholders and images differ in number.
+        DataError: it ends with an answer and the template cannot ask, or placeholders and images differ in number.
     """
     segments = processor.template.open(place_images(conversation, processor))
     draft = tokenize_segments(segments, processor, sizes)
+    _check_images(draft, processor, images)
+    return _finish(draft, images, None, kept_sizes(processor, sizes))
+
+
+def encode_rendered(
+    text: str, processor: LlavaMedProcessor, *, images: Sequence[str] = (), sizes: Sequence[Size] | None = None
+) -> Encoded:
+    """Return the prompt in a text that is used as it is: the tokens of the conversation that was rendered to it.
+
+    Raises:
+        DataError: it is empty, or placeholders and images differ in number.
+    """
+    draft = tokenize_segments([Segment(text, False, 0)], processor, sizes)
+    if not draft.ids:
+        raise DataError("the prompt is empty; expected text")
     _check_images(draft, processor, images)
     return _finish(draft, images, None, kept_sizes(processor, sizes))
 
@@ -267,3 +313,49 @@ def _finish(draft: Draft, images: Sequence[str], max_length: int | None, sizes: 
         num_cut=len(draft.ids) - len(keep),
         image_sizes=sizes,
     )
+
+
+def continuation(encoded: Encoded, question: str, processor: LlavaMedProcessor) -> tuple[int, ...]:
+    """Return the template's ids from the end of an answer to the header of the next one.
+
+    Tokens that a model wrote are kept as they are: nothing before the question is tokenized again.
+
+    Args:
+        encoded: a conversation that ends with an answer; the ids begin with its end token if the answer has none.
+        question: the next question, without an image.
+        processor: processor of the model.
+
+    Raises:
+        ConfigError: answers of this template do not end with a token of their own.
+        DataError: the question has an image, or contains a special token that ends answers.
+    """
+    ids = tuple(token for token, _ in follow_up(question, processor))
+    return ids[1:] if encoded.input_ids and encoded.input_ids[-1] in processor.stop_token_ids else ids
+
+
+def follow_up(question: str, processor: LlavaMedProcessor) -> tuple[tuple[int, int], ...]:
+    """Return end token, question and answer header as `(id, turn)`; turn 0 is the answer before, 2 the next one.
+
+    Raises:
+        ConfigError, DataError: as `continuation`.
+    """
+    if IMAGE_TOKEN in question:
+        raise DataError(f"a follow-up question contains {IMAGE_TOKEN}; show all images with the first question")
+    template = processor.template
+    # Before and after a special token, text is tokenized independently, so any answer serves to find what follows it.
+    turns = (Turn("human", "x"), Turn("gpt", "x"), Turn("human", question))
+    encoded = encode_prompt(Conversation(turns), processor)
+    ends = [
+        place
+        for place, (token, turn) in enumerate(zip(encoded.input_ids, encoded.turns, strict=True))
+        if turn >= 1 and token in processor.stop_token_ids
+    ]
+    if not any(encoded.turns[place] == 1 for place in ends):
+        raise ConfigError(
+            f"template {template.name!r} ends an answer with the text {template.stops[0]!r}, not with a token of its "
+            "own, so generated tokens cannot be continued; use a template such as vicuna_v1 or chatml"
+        )
+    if any(token in processor.stop_token_ids for token in processor.text(question).ids):
+        raise DataError("a follow-up question contains a token that ends answers; remove it")
+    start = next(place for place in ends if encoded.turns[place] == 1)
+    return tuple(zip(encoded.input_ids[start:], (turn - 1 for turn in encoded.turns[start:]), strict=True))

@@ -12,7 +12,6 @@ order). A row is written and synced before its key: a build that was killed resu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -32,6 +31,7 @@ from llava.errors import ConfigError, DataError
 from llava.utils.files import hold_lock
 from llava.utils.jsonl import write_json
 from llava.utils.log import progress_bar
+from llava.utils.provenance import TensorHash, tensor_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -167,12 +167,10 @@ def weights_hash(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
         weights: state dict of the tower.
         settings: JSON values, for example the selected layer and feature.
     """
-    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True, default=str).encode())
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
+    found = TensorHash(json.dumps(dict(settings), sort_keys=True, default=str))
+    for name, tensor in sorted(weights.items()):
+        found.add(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n", tensor)
+    return found.value()
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +219,7 @@ def _append(folder: Path, row: int, keys: Sequence[str], found: Tensor) -> None:
     path.touch()
     with path.open("r+b") as stream:
         stream.seek(row * _row_bytes(found.shape[1:], found.dtype))
-        stream.write(_bytes(found))
+        stream.write(tensor_bytes(found))
         stream.flush()
         os.fsync(stream.fileno())
     with (folder / "keys.txt").open("a", encoding="ascii") as lines:
@@ -272,9 +270,3 @@ def _row_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor of any dtype, without a copy."""
-    raw: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
-    return raw

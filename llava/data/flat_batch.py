@@ -9,70 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from llava.constants import IGNORE_INDEX
 from llava.data import prefix_tree
 from llava.data.attention_plan import attention_plan
-from llava.data.encode import Encoded
+from llava.data.encode import Encoded, Unit, as_unit
+from llava.data.image_batch import ImageBatch, Place, image_places, shown_images
 from llava.errors import DataError
-from llava.imaging.anyres import Size
-
-
-class ImageBatch(NamedTuple):
-    """Images of a batch.
-
-    Attributes:
-        pixel_values: pixels, tiles or tower features; None without images.
-        image_sizes: [N, 2] int64 width and height of the images, where their inputs have no common shape; else None.
-    """
-
-    pixel_values: Tensor | None
-    image_sizes: Tensor | None
-
-    def keywords(self) -> dict[str, Tensor]:
-        """Return keyword arguments for the model; None values are left out."""
-        named = {"pixel_values": self.pixel_values, "image_sizes": self.image_sizes}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-
-def batch_images(images: Sequence[Tensor], sizes: Sequence[Size] = ()) -> ImageBatch:
-    """Return images as one batch.
-
-    Args:
-        images: model input of each image.
-        sizes: width and height of each image; empty where all inputs have one shape.
-    """
-    if not images:
-        return ImageBatch(None, None)
-    if not sizes:
-        return ImageBatch(torch.stack(list(images)), None)
-    known = torch.tensor(sizes, dtype=torch.int64)
-    if images[0].dim() == 4:
-        return ImageBatch(torch.cat(list(images)), known)
-    return ImageBatch(torch.stack(_to_one_shape(images)), known)
-
-
-def join_images(first: ImageBatch, second: ImageBatch) -> ImageBatch:
-    """Return the images of two batches, those of `first` first."""
-    if first.pixel_values is None or second.pixel_values is None:
-        return second if first.pixel_values is None else first
-    pixels = torch.cat(_to_one_shape([first.pixel_values, second.pixel_values]))
-    if first.image_sizes is None or second.image_sizes is None:
-        return ImageBatch(pixels, None)
-    return ImageBatch(pixels, torch.cat([first.image_sizes, second.image_sizes]))
-
-
-def _to_one_shape(images: Sequence[Tensor]) -> list[Tensor]:
-    """Return images [..., h, w] zero-padded at the right and the bottom to a common height and width."""
-    height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
-    return [pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
-
 
 Layout = Literal["tree", "flat", "padded"]
 """`tree` shares prefixes, `flat` only removes padding, `padded` is the usual [B, T] batch of transformers."""
@@ -86,7 +34,7 @@ class CausalModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FlatBatch:
-    """One row of T tokens (`padded`: B rows), S nodes, M supervised targets, E edges, N images.
+    """One row of T tokens (`padded`: B rows), K sequences, S nodes, M supervised targets, E edges, N images.
 
     Attributes:
         input_ids: [1, T] token ids.
@@ -98,7 +46,11 @@ class FlatBatch:
         target_ids: [M] token id of each target.
         edge_target, edge_sequence, edge_turn: [E] target of each edge, and the sequence (and its turn) that trains it.
         edge_source: [E] mixture source of the sequence.
-        edge_weight: [E] float32, 1 for supervised fine-tuning.
+        edge_weight: [E] float32 weight of each edge in the loss of its sequence, never negative; 0 in an idle row.
+        edge_values: named [E] float32 columns of the sequences, see `Encoded.columns`.
+        sequence_unit: [K] unit of each sequence, numbered from 0; -1 in an idle row, which counts for nothing.
+        sequence_place: [K] place of each sequence in its unit: 0 for the chosen side of a pair, 1 for the rejected.
+        sequence_values: named [K] float64 numbers of the sequences: `weight`, and see `Encoded.numbers`.
         pixel_values: [N, 3, H, W] pixels or [N, P, Dv] tower features in the order of their placeholders, or None;
             tiles or padded images where `image_sizes` is given, see `batch_images`.
         num_sequences: number of sequences in the row.
@@ -121,6 +73,10 @@ class FlatBatch:
     edge_turn: Tensor
     edge_source: Tensor
     edge_weight: Tensor
+    edge_values: Mapping[str, Tensor]
+    sequence_unit: Tensor
+    sequence_place: Tensor
+    sequence_values: Mapping[str, Tensor]
     pixel_values: Tensor | None
     num_sequences: int
     num_unshared_tokens: int
@@ -138,6 +94,11 @@ class FlatBatch:
     def num_tokens(self) -> int:
         """Return the number of tokens that the model computes."""
         return self.input_ids.numel()
+
+    @property
+    def num_units(self) -> int:
+        """Return the number of units; an idle row has none."""
+        return int(self.sequence_unit.max()) + 1
 
     def paths(self) -> tuple[Tensor, ...]:
         """Return, for each sequence, the positions of its tokens in the row."""
@@ -162,6 +123,8 @@ class FlatBatch:
         """Return the batch with every tensor on `device`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)}
+        for name in ("edge_values", "sequence_values"):
+            moved[name] = {key: tensor.to(device) for key, tensor in values[name].items()}
         return replace(self, **moved)
 
 
@@ -170,7 +133,8 @@ def target_logits(model: CausalModel, batch: FlatBatch) -> Tensor:
     logits: Tensor = model(**batch.model_inputs()).logits
     if batch.layout == "padded":
         return logits.flatten(0, 1)[batch.predictor]
-    return logits[0]
+    # The backward pass of an index would copy the gradient to a tensor of zeros.
+    return logits.squeeze(0)
 
 
 def _trained_positions(sequence: Encoded, index: int) -> np.ndarray:
@@ -181,7 +145,7 @@ def _trained_positions(sequence: Encoded, index: int) -> np.ndarray:
     return trained
 
 
-def _edges(sequences: Sequence[Encoded], places: Sequence[np.ndarray]) -> dict[str, Tensor]:
+def _edges(sequences: Sequence[Encoded], places: Sequence[np.ndarray]) -> dict[str, Any]:
     """Return targets and edges for the row positions of each sequence; a shared token is one target."""
     wanted = [_trained_positions(sequence, index) for index, sequence in enumerate(sequences)]
     occupied = np.concatenate([place[at] for place, at in zip(places, wanted, strict=True)])
@@ -199,22 +163,39 @@ def _edges(sequences: Sequence[Encoded], places: Sequence[np.ndarray]) -> dict[s
         "edge_source": np.asarray([s.source for s in sequences])[owner],
     }
     tensors = {name: torch.from_numpy(np.ascontiguousarray(v, dtype=np.int64)) for name, v in as_long.items()}
-    return {**tensors, "edge_weight": torch.ones(len(owner), dtype=torch.float32)}
+    pairs = list(zip(sequences, wanted, strict=True))
+    values = {
+        name: torch.from_numpy(np.concatenate([np.asarray(s.columns[name], np.float32)[at] for s, at in pairs]))
+        for name in _common_names([sequence.columns for sequence in sequences], "columns")
+    }
+    return {**tensors, "edge_weight": torch.ones(len(owner), dtype=torch.float32), "edge_values": values}
 
 
-Place = tuple[Encoded, int]
-"""An image in a batch: a sequence, and the index of one of its images."""
+def _common_names(named: Sequence[Mapping[str, object]], what: str) -> list[str]:
+    """Return the names that all sequences of a row have.
+
+    Raises:
+        DataError: some have other names.
+    """
+    for index, found in enumerate(named):
+        if found.keys() != named[0].keys():
+            raise DataError(f"sequence {index} has {what} {sorted(found)}, but sequence 0 has {sorted(named[0])}")
+    return sorted(named[0])
 
 
-def image_places(sequences: Sequence[Encoded]) -> list[Place]:
-    """Return all images of sequences that share nothing."""
-    return [(sequence, number) for sequence in sequences for number in range(len(sequence.images))]
-
-
-def shown_images(places: Sequence[Place], images: Mapping[str, Tensor]) -> ImageBatch:
-    """Return the model inputs of the placed images as one batch, in order."""
-    inputs = [images[sequence.images[number]] for sequence, number in places]
-    return batch_images(inputs, [s.image_sizes[number] for s, number in places if s.image_sizes])
+def _sequence_values(sequences: Sequence[Encoded], unit_sizes: Sequence[int] | None) -> dict[str, Any]:
+    """Return the unit of each sequence, its place in the unit, and the named numbers."""
+    sizes = [1] * len(sequences) if unit_sizes is None else list(unit_sizes)
+    if sum(sizes) != len(sequences) or min(sizes) < 1:
+        raise DataError(f"units of {sizes} sequences do not add up to the {len(sequences)} sequences of the row")
+    names = _common_names([sequence.numbers for sequence in sequences], "numbers")
+    values = {name: [sequence.numbers[name] for sequence in sequences] for name in names}
+    values["weight"] = [sequence.weight for sequence in sequences]
+    return {
+        "sequence_unit": torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)),
+        "sequence_place": torch.cat([torch.arange(size) for size in sizes]),
+        "sequence_values": {name: torch.tensor(column, dtype=torch.float64) for name, column in values.items()},
+    }
 
 
 def _places(nodes: Sequence[prefix_tree.Node], sequences: Sequence[Encoded]) -> list[Place]:
@@ -234,6 +215,7 @@ def flatten(
     image_token_id: int,
     pad_token_id: int = 0,
     layout: Layout = "tree",
+    unit_sizes: Sequence[int] | None = None,
 ) -> FlatBatch:
     """Return sequences laid out as one batch.
 
@@ -248,6 +230,7 @@ def flatten(
         image_token_id: id of the image placeholder tokens; text tokens must not have it.
         pad_token_id: id that fills padded rows.
         layout: see `Layout`.
+        unit_sizes: number of sequences of each unit, in order; None where each sequence is a unit.
 
     Raises:
         DataError: a sequence is empty, holds stray image placeholders, or its first token is trained.
@@ -255,7 +238,7 @@ def flatten(
     for index, sequence in enumerate(sequences):
         _check(sequence, index, image_token_id)
     if layout == "padded":
-        return _padded(sequences, images, pad_token_id)
+        return _padded(sequences, images, pad_token_id, unit_sizes)
     forest = prefix_tree.build_forest(sequences, share=layout == "tree")
     runs = [np.arange(node.offset, node.offset + node.length) for node in forest.nodes]
     places = [np.concatenate([runs[node.index] for node in path]) for path in forest.paths]
@@ -272,6 +255,7 @@ def flatten(
         num_unshared_tokens=sum(len(sequence.input_ids) for sequence in sequences),
         layout=layout,
         path_positions=tuple(torch.from_numpy(place) for place in places),
+        **_sequence_values(sequences, unit_sizes),
         **_edges(sequences, places),
     )
 
@@ -288,7 +272,9 @@ def _check(sequence: Encoded, index: int, image_token_id: int) -> None:
         )
 
 
-def _padded(sequences: Sequence[Encoded], images: Mapping[str, Tensor], pad_token_id: int) -> FlatBatch:
+def _padded(
+    sequences: Sequence[Encoded], images: Mapping[str, Tensor], pad_token_id: int, unit_sizes: Sequence[int] | None
+) -> FlatBatch:
     """Return the usual batch of transformers: one right-padded row per sequence."""
     num_rows, longest = len(sequences), max(len(sequence.input_ids) for sequence in sequences)
     ids = np.full((num_rows, longest), pad_token_id, dtype=np.int64)
@@ -309,36 +295,43 @@ def _padded(sequences: Sequence[Encoded], images: Mapping[str, Tensor], pad_toke
         layout="padded",
         path_positions=tuple(torch.from_numpy(place) for place in places),
         attention_mask=torch.from_numpy(mask),
+        **_sequence_values(sequences, unit_sizes),
         **_edges(sequences, places),
     )
 
 
 def layout_rows(
-    sequences: Sequence[Encoded],
+    units: Sequence[Encoded | Unit],
     images: Mapping[str, Tensor],
     *,
     image_token_id: int,
     pad_token_id: int = 0,
     max_tokens_per_row: int | None = None,
     layout: Layout = "tree",
+    alone_above: int | None = None,
 ) -> list[FlatBatch]:
-    """Return sequences laid out in as few rows as possible.
+    """Return units laid out in as few rows as possible.
 
-    A sequence is never split, and sequences that share images stay together.
+    A unit is never split, and units that begin with the same images stay together, unless one is computed alone.
 
     Args:
-        sequences: at least one.
+        units: at least one; a single sequence is a unit of its own.
         images: model inputs by image key.
         image_token_id: id of the image placeholder tokens.
         pad_token_id: id that fills padded rows.
-        max_tokens_per_row: limit of a row, counted without sharing inside an image group; a longer sequence gets a
-            row of its own. None for one row.
+        max_tokens_per_row: limit of a row, counted without sharing between groups of other images; a longer unit gets
+            a row of its own. None for one row.
         layout: see `Layout`.
+        alone_above: length in tokens above which a sequence gets a row of its own, see `model.rope`.
     """
-    groups: dict[object, list[Encoded]] = {}
-    for index, sequence in enumerate(sequences):
-        groups.setdefault(sequence.images or index, []).append(sequence)
-    rows: list[list[Encoded]] = [[]]
+    long: list[list[Unit]] = []
+    groups: dict[object, list[Unit]] = {}
+    for index, unit in enumerate(map(as_unit, units)):
+        if alone_above is not None and max(len(sequence.input_ids) for sequence in unit) > alone_above:
+            long.append([unit])
+        else:
+            groups.setdefault(unit[0].images or index, []).append(unit)
+    rows: list[list[Unit]] = [[]]
     used = 0
     for group in groups.values():
         for part in _parts(group, max_tokens_per_row, layout):
@@ -350,18 +343,28 @@ def layout_rows(
             rows[-1].extend(part)
             used = together
     return [
-        flatten(row, images, image_token_id=image_token_id, pad_token_id=pad_token_id, layout=layout) for row in rows
+        flatten(
+            [sequence for unit in row for sequence in unit],
+            images,
+            image_token_id=image_token_id,
+            pad_token_id=pad_token_id,
+            layout=layout,
+            unit_sizes=[len(unit) for unit in row],
+        )
+        for row in [*rows, *long]
+        if row
     ]
 
 
-def _row_size(sequences: Sequence[Encoded], layout: Layout) -> int:
+def _row_size(units: Sequence[Unit], layout: Layout) -> int:
+    sequences = [sequence for unit in units for sequence in unit]
     if layout == "padded":
         return len(sequences) * max(len(sequence.input_ids) for sequence in sequences)
     return sum(prefix_tree.build_forest(sequences, share=layout == "tree").tree_lengths)
 
 
-def _parts(group: Sequence[Encoded], limit: int | None, layout: Layout) -> list[list[Encoded]]:
-    """Return a group halved until each part fits the limit or is one sequence."""
+def _parts(group: Sequence[Unit], limit: int | None, layout: Layout) -> list[list[Unit]]:
+    """Return a group halved until each part fits the limit or is one unit."""
     if limit is None or len(group) == 1 or _row_size(group, layout) <= limit:
         return [list(group)]
     middle = len(group) // 2

@@ -1,10 +1,14 @@
-"""Groups of rows by patient or study: the fields that name them, their values, and a union-find."""
+"""Groups of rows by patient, study or image: the fields that name them, their values, and a union-find."""
 
 from __future__ import annotations
 
 import math
+import posixpath
+import re
+import unicodedata
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 GROUP_FIELDS = (
     "patient",
@@ -39,6 +43,24 @@ def written_name(value: Any) -> str:
 def is_known_name(name: str) -> bool:
     """Return whether a text from `written_name` is a name, not a mark for a missing one."""
     return name.lower() not in NO_NAMES
+
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/]*)(.*)", re.DOTALL)
+
+
+def image_name_key(name: str) -> str:
+    """Return a text that is equal for two spellings of one image name: `0.png`, `./0.png` and `a//../0.png`.
+
+    Names are compared as paths, without files: `.`, `..`, repeated slashes, backslashes, Unicode forms, and the parts
+    of URLs that name no other file. Links are not followed; compare the bytes of the files for that.
+    """
+    text = unicodedata.normalize("NFC", name)
+    scheme, host = "", ""
+    if url := _URL.fullmatch(text):
+        scheme, host = url[1].lower(), url[2].lower()
+        text = unquote(url[3].partition("#")[0]) or "/"
+    path = posixpath.normpath(re.sub(r"[\\/]+", "/", text))
+    return path if scheme in ("", "file") else f"{scheme}://{host}{path}"
 
 
 class UnionFind:

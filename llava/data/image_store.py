@@ -7,6 +7,7 @@ Images are compared by key, never by name: two names with the same bytes are one
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -22,12 +23,12 @@ import PIL
 from torch import Tensor
 
 from llava.data.encode import Encoded
+from llava.data.image_negatives import damaged, split_key
 from llava.errors import DataError
 from llava.imaging import decode as image_files
 from llava.imaging.anyres import Size
 from llava.imaging.dicom.policy import DEFAULT_POLICY, DICOM_VERSION, DicomPolicy
-from llava.utils.files import hold_lock
-from llava.utils.jsonl import write_atomic
+from llava.utils.files import cache_folder, hold_lock, write_cache
 from llava.utils.log import with_progress
 
 if TYPE_CHECKING:
@@ -36,13 +37,33 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = f"4, Pillow {PIL.__version__}, DICOM {DICOM_VERSION}"
+INDEX_VERSION = f"5, Pillow {PIL.__version__}, DICOM {DICOM_VERSION}"
 """Version that a stored index must have to be used: another Pillow, or other rules, may decode other files."""
 
 
-def cache_folder() -> Path:
-    """Return the folder of files that can be recomputed: `$LLAVA_CACHE` or `~/.cache/llava`."""
-    return Path(os.environ.get("LLAVA_CACHE") or Path.home() / ".cache" / "llava")
+CHECKED_AGAIN = "images and rows will be checked again in the next run"
+"""What is lost without the index and the results of row checks, which are in one folder."""
+
+
+def hide_names(text: str, names: Iterable[str]) -> str:
+    """Return a message in which every name is replaced by a mark; `show_names` restores it."""
+    for name, mark in _marks(names):
+        text = text.replace(name, mark)
+    return text
+
+
+def show_names(text: str, names: Iterable[str]) -> str:
+    """Return the message that `hide_names` changed."""
+    for name, mark in reversed(_marks(names)):
+        text = text.replace(mark, name)
+    return text
+
+
+def _marks(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Return names, also as messages quote them, with a private character for each; longer names first."""
+    written = {form for name in names if name for form in (name, repr(name)[1:-1])}
+    ordered = sorted(written, key=lambda form: (-len(form), form))
+    return [(form, chr(0xE000 + place)) for place, form in enumerate(ordered)]
 
 
 class FileState(NamedTuple):
@@ -76,7 +97,8 @@ class ImageIndex:
         self.path = None if path is None else Path(path)
         self.dicom = dicom
         self.version = f"{INDEX_VERSION}, frame {dicom.frame}"
-        self._files: dict[str, FileState] = {}
+        self._files: dict[str, FileState] = {}  # by name
+        self._stored: dict[str, FileState] = {}  # of earlier runs, by hash of the name
         self._seen: set[str] = set()
         self._changed = False
         self._read()
@@ -150,14 +172,15 @@ class ImageIndex:
         """Write the index to `path`, if set; a failure is logged only."""
         if self.path is None or not self._changed:
             return
-        content = {"version": self.version, "root": str(self.root), "files": self._files.copy()}
-        try:
-            write_atomic(self.path, json.dumps(content))
+        # Names of files may name a patient: the cache holds hashes of them, and messages without them.
+        files = {
+            self._name_hash(ref): state._replace(error=hide_names(state.error, [ref]))
+            for ref, state in self._files.copy().items()
+            if state.digest
+        }
+        content = {"version": self.version, "files": {**self._stored, **files}}
+        if write_cache(self.path, json.dumps(content), lost=CHECKED_AGAIN):
             self._changed = False
-        except OSError as error:
-            logger.warning(
-                "image index %s cannot be written (%s); images will be checked again in the next run", self.path, error
-            )
 
     def _read(self) -> None:
         if self.path is None or not self.path.is_file():
@@ -165,8 +188,7 @@ class ImageIndex:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["version"] == self.version:
-                own = {ref: self._files[ref] for ref in self._seen}
-                self._files = {ref: FileState(*state) for ref, state in content["files"].items()} | own
+                self._stored = {name: FileState(*state) for name, state in content["files"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("image index %s cannot be read (%s); all images are checked again", self.path, error)
 
@@ -178,7 +200,7 @@ class ImageIndex:
             return self._remember(ref, FileState(0, 0, 0, "", False, f"image {ref} cannot be read: {error.strerror}"))
         except DataError as error:
             return self._remember(ref, FileState(0, 0, 0, "", False, str(error)))
-        known = self._files.get(ref)
+        known = self._known(ref)
         current = known is not None and known[:3] == (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size)
         if known is not None and current and (known.decoded or known.error or not decode):
             return self._remember(ref, known)
@@ -196,8 +218,18 @@ class ImageIndex:
         decoded = decode and not reason
         return self._remember(ref, FileState(*times, stat.st_size, digest, decoded, reason, *dimensions))
 
+    def _name_hash(self, ref: str) -> str:
+        folder = "" if self.path is None else self.path.stem
+        return hashlib.sha256(f"{folder}\0{ref}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    def _known(self, ref: str) -> FileState | None:
+        known = self._files.get(ref)
+        if known is None and (stored := self._stored.get(self._name_hash(ref))) is not None:
+            known = stored._replace(error=show_names(stored.error, [ref]))
+        return known
+
     def _remember(self, ref: str, state: FileState) -> FileState:
-        self._changed |= self._files.get(ref) != state
+        self._changed |= bool(state.digest) and self._known(ref) != state
         self._files[ref] = state
         self._seen.add(ref)
         return state
@@ -229,6 +261,12 @@ class ImageStore:
         self._refs: dict[str, str] = {}
         self._recent: OrderedDict[str, Tensor] = OrderedDict()
 
+    def with_features(self, features: FeatureCache | None) -> ImageStore:
+        """Return a store of the same images that gives these tower features, or pixels with None."""
+        made = copy.copy(self)
+        made.features = features
+        return made
+
     def key(self, ref: str) -> str:
         """Return the key of image `ref`.
 
@@ -253,9 +291,11 @@ class ImageStore:
         Raises:
             DataError: the key is unknown, or the file does not decode.
         """
-        if key not in self._refs:
+        whole, damage = split_key(key)
+        if whole not in self._refs:
             raise DataError(f"image key {key!r} is unknown; it belongs to another dataset or image folder")
-        return self.processor.preprocess(self.processor.open(self._refs[key], self.index.root))
+        image = self.processor.open(self._refs[whole], self.index.root)
+        return self.processor.preprocess(image if damage is None else damaged(image.image, *damage))
 
     def pixels(self, key: str) -> Tensor:
         """Return the preprocessed image of a key as `decode` does, from memory if it was used recently."""

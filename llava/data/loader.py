@@ -9,31 +9,98 @@ of every worker and saves them with a checkpoint, from which a resumed run resto
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from llava.data.collator import Collator, RowData, StepBatch
-from llava.data.dataset import StreamDataset
-from llava.data.encode import Encoded
+from llava.data.collator import Collator, NumberedRow, RowData, StepBatch
+from llava.data.dataset import RowDataset, StreamDataset
 from llava.data.quarantine import NUM_SHOWN, BadRow, GrowingQuarantine
 from llava.data.samplers import StepSampler
 from llava.data.streaming import WINDOW, MixturePosition, MixtureStream, StreamedRow
-from llava.errors import ConfigError, DataError
+from llava.errors import ConfigError, DataError, EmptyAnswerError
 from llava.samples import Origin
 from llava.utils.jsonl import write_json
 
 logger = logging.getLogger(__name__)
 
 
-class _Numbered(torch.utils.data.Dataset[tuple[int, Encoded]]):
-    """Dataset of `(row number, sequence)` pairs."""
+class Loader(Protocol):
+    """Source of optimizer steps, as the trainer sees it.
+
+    Attributes:
+        resumes_itself: whether `restore` continues after the last trained step; otherwise the trainer skips the steps
+            that were trained before.
+        num_bad: number of unusable rows that were skipped so far.
+    """
+
+    resumes_itself: bool
+    num_bad: int
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield one `StepBatch` per optimizer step of this rank."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of steps of an epoch; raises TypeError where it is not known."""
+        ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next pass."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the position after the last yielded step into a checkpoint folder."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Continue from the position in a checkpoint folder."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Row of a step, with the epoch, which workers do not know otherwise, and whether this rank trains on it."""
+
+    row: int
+    epoch: int
+    is_own: bool = True
+
+
+class _InEpoch(torch.utils.data.Sampler[list[_Place]]):
+    """Sampler of the places of a step: rows of this rank, then (`whole`) those of the ranks after it, in a circle."""
+
+    def __init__(self, sampler: StepSampler, *, whole: bool) -> None:
+        self.sampler = sampler
+        self.whole = whole
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[_Place]]:
+        epoch, rank = self.sampler.epoch, self.sampler.rank
+        for step in self.sampler.whole_steps():
+            own = [_Place(row, epoch) for row in step[rank]]
+            others = itertools.chain(*step[rank + 1 :], *step[:rank]) if self.whole else ()
+            yield own + [_Place(row, epoch, is_own=False) for row in others]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next pass; after a resume within an epoch the trainer knows this sampler only."""
+        self.sampler.set_epoch(epoch)
+
+
+class _Numbered(torch.utils.data.Dataset["NumberedRow"]):
+    """Dataset of `(row number, data row)` pairs, by place; rows of other ranks are not read."""
 
     def __init__(self, dataset: RowData) -> None:
         self.dataset = dataset
@@ -41,8 +108,29 @@ class _Numbered(torch.utils.data.Dataset[tuple[int, Encoded]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, row: int) -> tuple[int, Encoded]:
-        return row, self.dataset[row]
+    def __getitem__(self, place: _Place) -> NumberedRow:
+        if not place.is_own:
+            return place.row, None
+        if isinstance(self.dataset, RowDataset):
+            return place.row, self.dataset.in_epoch(place.row, place.epoch)
+        return place.row, self.dataset[place.row]
+
+
+def outlive_signals(worker: int) -> None:
+    """Let a worker process end by its parent only, and not by a signal that the whole job receives."""
+    # Otherwise SIGTERM would end the workers of a run that is about to save a checkpoint, and Ctrl-C print a traceback
+    # for each of them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_by_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_by_parent(parent: int) -> None:
+    """End this process at a SIGTERM of its parent, which waits for it; ignore those of others."""
+    while True:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+        if sender == parent or os.getppid() != parent:
+            os._exit(0)
 
 
 class StepLoader(DataLoader[StepBatch]):
@@ -56,6 +144,9 @@ class StepLoader(DataLoader[StepBatch]):
         persistent_workers: keep the workers between epochs.
         seed: seed of the workers.
     """
+
+    resumes_itself = False
+    num_bad = 0
 
     def __init__(
         self,
@@ -71,19 +162,26 @@ class StepLoader(DataLoader[StepBatch]):
         generator.manual_seed(seed)
         super().__init__(
             _Numbered(collator.dataset),  # type: ignore[arg-type]
-            batch_sampler=sampler,
+            batch_sampler=_InEpoch(sampler, whole=collator.complete is not None),
             collate_fn=collator,
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
             persistent_workers=persistent_workers and num_workers > 0,
+            worker_init_fn=outlive_signals,
             generator=generator,  # separate, so that loading does not change the model's random state
         )
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next pass; called by the trainer."""
-        sampler = self.batch_sampler
-        assert isinstance(sampler, StepSampler)
-        sampler.set_epoch(epoch)
+        steps = self.batch_sampler
+        assert isinstance(steps, _InEpoch)
+        steps.set_epoch(epoch)
+
+    def save(self, folder: Path) -> None:
+        """Do nothing: seed, epoch and number of steps determine the position."""
+
+    def restore(self, folder: Path) -> None:
+        """Do nothing: the trainer skips the steps that were trained before."""
 
 
 MAX_BAD_IN_A_ROW = 1000
@@ -145,14 +243,14 @@ class _Steps(IterableDataset["StreamedStep | DataError"]):
             seed=self.seed,
             window=WINDOW,
         )
-        numbered: list[tuple[int, Encoded]] = []
+        numbered: list[NumberedRow] = []
         bad: list[BadRow] = []
         in_a_row = 0
         for row, position in stream.rows(self.starts[worker] if self.starts else None):
             try:
                 numbered.append((sum(position.counts) - 1, self.dataset.encode(row)))
             except DataError as error:
-                if not self.skip_bad:
+                if not self.skip_bad and not isinstance(error, EmptyAnswerError):
                     raise
                 bad.append(_bad_row(row, error))
                 in_a_row += 1
@@ -186,8 +284,11 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
         num_workers: number of reading processes of this rank; 0 reads in this process.
         prefetch_factor: number of steps that each worker prepares ahead; None uses the default of torch.
         seed: seed of the row order.
-        quarantine: list of unusable rows, which are then skipped; None raises at the first one.
+        quarantine: list of unusable rows, which are then skipped; None raises at the first one. Rows with empty answers
+            only are skipped in either case.
     """
+
+    resumes_itself = True
 
     def __init__(
         self,
@@ -211,7 +312,13 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
         """Number of rows skipped so far, counting repeated reads."""
         self._quarantine = quarantine
         self._is_resumed = False
-        super().__init__(self.steps, batch_size=None, num_workers=num_workers, prefetch_factor=prefetch_factor)
+        super().__init__(
+            self.steps,
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+            worker_init_fn=outlive_signals,
+        )
 
     def __iter__(self) -> Any:
         """Yield steps; workers alternate, starting with the one that is next."""
@@ -229,13 +336,13 @@ class StreamLoader(DataLoader["StreamedStep | DataError"]):
 
     def _record_bad(self, rows: Sequence[BadRow]) -> None:
         """Count and list skipped rows, and log the first ones of a run."""
-        if self._quarantine is None:
-            return
-        self._quarantine.add(rows)
+        if self._quarantine is not None:
+            self._quarantine.add(rows)
         for row in rows[: max(0, NUM_SHOWN - self.num_bad)]:
             logger.warning("skipped: %s", row)
         if self.num_bad <= NUM_SHOWN < self.num_bad + len(rows):
-            logger.warning("further skipped rows are not logged; see %s", self._quarantine.path)
+            where = "" if self._quarantine is None else f"; see {self._quarantine.path}"
+            logger.warning("further skipped rows are not logged%s", where)
         self.num_bad += len(rows)
 
     def set_epoch(self, epoch: int) -> None:

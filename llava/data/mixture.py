@@ -18,7 +18,6 @@ import codecs
 import hashlib
 import logging
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,12 +35,17 @@ from llava.imaging.decode import resolve_image_path
 from llava.samples import Sample, sample_label, to_row, type_and_length
 from llava.utils.cli import Parser
 from llava.utils.files import refuse_overwriting
-from llava.utils.jsonl import read_text, write_json
+from llava.utils.jsonl import READ_ERRORS, open_decompressed, read_text, write_json
 from llava.utils.provenance import file_sha256
+from llava.utils.terminal import write_out
 
 logger = logging.getLogger(__name__)
 
 MAX_WEIGHT = 1000.0
+MAX_BYTES = 1 << 18
+"""Largest size of a mixture file: more than a thousand sources."""
+MAX_MERGED = 100
+"""Largest number of keys that the merge key `<<` of YAML may add to one mapping."""
 FIELDS = ("name", "path", "images", "weight", "license")
 
 OLD_LICENSE = "licence"
@@ -85,10 +89,10 @@ def is_mixture(path: str | Path) -> bool:
         DataError: the file does not exist or cannot be read.
     """
     try:
-        with open(path, "rb") as stream:
+        with open_decompressed(path) as stream:
             start = stream.read(4096)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except READ_ERRORS as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     text = start.removeprefix(codecs.BOM_UTF8)
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith((b"#", b"%", b"---"))]
     return bool(lines) and lines[0].startswith(FIRST_KEYS)
@@ -99,10 +103,15 @@ def read_mixture(path: str | Path) -> Mixture:
 
     Raises:
         ConfigError: the file is not a mixture; the message names the entry and its field.
+        DataError: the file cannot be read, or has more than `MAX_BYTES` bytes.
     """
     try:
-        content = yaml.load(read_text(path), Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+        content = yaml.load(read_text(path, max_bytes=MAX_BYTES), Loader=_UniqueKeyLoader)
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply; expected a list of sources with one field a line") from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:  # the last ones: of tags
+        if isinstance(error, DataError):
+            raise
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     entries = content.get("sources") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or not set(content) <= {"sources", "stream"}:
@@ -115,9 +124,9 @@ def read_mixture(path: str | Path) -> Mixture:
         raise ConfigError(f"{path}: `stream` must be true or false, got {type_and_length(stream)}")
     folder = Path(path).parent
     sources = [_source(entry, folder, f"{path}, source {number}") for number, entry in enumerate(entries)]
-    for kind, values in (("name", [source.name for source in sources]), ("path", [source.path for source in sources])):
-        duplicates = sorted({str(value) for value in values if values.count(value) > 1})  # type: ignore[arg-type]
-        if duplicates:
+    paths = [os.path.abspath(source.path) for source in sources]  # so that two spellings of a path are one
+    for kind, values in (("name", [source.name for source in sources]), ("path", paths)):
+        if duplicates := sorted(value for value, count in Counter(values).items() if count > 1):
             raise ConfigError(
                 f"{path}: duplicate {kind} {duplicates[0]}. To sample a source more often, raise its weight."
             )
@@ -133,10 +142,21 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         Raises:
             yaml.YAMLError: a key is duplicate or not hashable.
         """
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if duplicates := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if duplicates := [key for key, count in counts.items() if count > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"key {duplicates[0]!r} is duplicate", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Insert the keys that `<<` merges.
+
+        Raises:
+            yaml.YAMLError: there are too many.
+        """
+        num_own = len(node.value)
+        super().flatten_mapping(node)
+        if len(node.value) > num_own + MAX_MERGED:  # merges of merges grow exponentially
+            raise yaml.constructor.ConstructorError(None, None, f"`<<` merges over {MAX_MERGED} keys", node.start_mark)
 
 
 def _source(entry: Any, folder: Path, place: str) -> MixtureSource:
@@ -240,7 +260,8 @@ class Shares:
         numbers = {str(source.path): number for number, source in enumerate(sources)}
         of_row = tuple(numbers[sample.origin.file] for sample in samples if sample.origin is not None)
         # Without samples the weight of a source would silently have no effect.
-        if empty := [source for number, source in enumerate(sources) if number not in set(of_row)]:
+        seen = set(of_row)
+        if empty := [source for number, source in enumerate(sources) if number not in seen]:
             raise DataError(
                 f"source {empty[0].name}: none of the rows in {empty[0].path} can be used; fix them, or remove the "
                 "source from the mixture"
@@ -315,4 +336,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(args.out, [to_row(sample) for sample in samples])
     counts = Counter((str(sample.meta["source"]), str(sample.meta.get("license", UNKNOWN))) for sample in samples)
     lines = [f"{count:>8}  {name}  (license: {license_name})" for (name, license_name), count in counts.items()]
-    sys.stdout.write("\n".join([*lines, f"{len(samples)} rows -> {args.out}"]) + "\n")
+    write_out("\n".join([*lines, f"{len(samples)} rows -> {args.out}"]) + "\n")

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llava.samples import Sample, sample_label
-from llava.utils.jsonl import append_record, drop_incomplete_line, read_records, write_records
+from llava.samples import Preference, Sample, sample_label
+from llava.utils.json_rows import read_records
+from llava.utils.jsonl import append_record, drop_incomplete_line, records_text, write_atomic, write_records
 
 NUM_SHOWN = 5
 """Number of bad rows that an error message lists."""
@@ -48,10 +49,13 @@ class Quarantine:
         return len(self.rows)
 
     def add(self, rows: Sequence[BadRow]) -> None:
-        """Add rows and rewrite the file; without rows an empty file is written."""
+        """Add rows and rewrite the file, unless it lists them already; without rows an empty file is written."""
         self.rows += rows
-        if self.path is not None:
-            write_records(self.path, (asdict(row) for row in self.rows))
+        if self.path is None:
+            return
+        text = records_text(asdict(row) for row in self.rows)
+        if not self.path.is_file() or self.path.read_bytes() != text.encode():
+            write_atomic(self.path, text)
 
 
 class GrowingQuarantine:
@@ -97,7 +101,7 @@ def bad_rows_message(bad: Sequence[BadRow], num_rows: int) -> str:
     return "\n".join(lines)
 
 
-def bad_row(sample: Sample, reason: str) -> BadRow:
+def bad_row(sample: Sample | Preference, reason: str) -> BadRow:
     """Return the quarantine line of a sample."""
     file, row = ("", -1) if sample.origin is None else sample.origin
     # The entry has separate fields for file and row, so the reason does not repeat them.

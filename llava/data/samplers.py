@@ -77,9 +77,14 @@ class StepSampler(Sampler[list[int]], ABC):
         return math.ceil(self.num_rows / (self.sequences_per_step * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
+        for step in self.whole_steps():
+            yield step[self.rank]
+
+    def whole_steps(self) -> Iterator[Step]:
+        """Yield the rows of all ranks for each step that is not yet done."""
         for number, step in enumerate(self.plan(epoch_generator(self.seed, self.epoch))):
             if number >= self.start_step:
-                yield step[self.rank]
+                yield step
 
     def _permutation(self, size: int, generator: torch.Generator) -> list[int]:
         order: list[int] = torch.randperm(size, generator=generator).tolist()

@@ -12,8 +12,6 @@ earlier lines and tar members are skipped without parsing.
 
 from __future__ import annotations
 
-import glob
-import json
 import lzma
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, cast
 
-from llava.errors import DataError
+from llava.errors import BrokenFileError, DataError
 from llava.imaging.decode import stored_format
-from llava.utils.jsonl import JSON_ERRORS, READ_ERRORS, open_decompressed
+from llava.samples import IMAGE_KEYS
+from llava.utils.json_rows import decode_row, iter_rows
+from llava.utils.jsonl import READ_ERRORS, open_decompressed
 from llava.utils.lookup import require
 
 MAX_ROW_BYTES = 512 * 1024 * 1024
@@ -147,21 +147,32 @@ class StreamRow:
 
 def row_of(text: bytes, images: tuple[bytes, ...] = ()) -> StreamRow | DataError:
     """Return the row of a JSON text, or the error of the text."""
-    try:
-        value = json.loads(text)
-    except JSON_ERRORS as error:
-        return DataError(f"not JSON: {error}; expected one JSON object")
+    return _row(decode_row(text.decode("utf-8-sig", "surrogateescape")), images)
+
+
+def _row(value: Any, images: tuple[bytes, ...] = ()) -> StreamRow | DataError:
+    if isinstance(value, DataError):
+        return value
     if not isinstance(value, dict):
         return DataError(f"a row must be a JSON object, got {type(value).__name__}")
-    return StreamRow({name: part for name, part in value.items() if not (images and name == "image")}, images)
+    return _without_names(value, images)
+
+
+def _without_names(value: Mapping[str, Any], images: tuple[bytes, ...]) -> StreamRow:
+    """Return a row; names of images are left out where the shard holds the images themselves."""
+    return StreamRow({name: part for name, part in value.items() if not (images and name in IMAGE_KEYS)}, images)
 
 
 PARQUET_MAGIC = b"PAR1"
+
+BATCH_ROWS = 64
+"""Rows per batch; each may contain an image."""
+
+PARQUET_ERRORS = (OSError, ValueError, NotImplementedError)
+"""Exceptions of pyarrow, whose own ones are also built-in ones."""
+
 BOM = b"\xef\xbb\xbf"
 TAR_MAGIC, TAR_MAGIC_OFFSET = b"ustar", 257
-
-MAX_LINE_BYTES = 64 * 1024 * 1024
-"""Largest size of a line; a file without line ends is not JSON lines."""
 
 SHARD_READ_ERRORS = (*READ_ERRORS, ValueError, tarfile.TarError, lzma.LZMAError)
 """Errors that readers raise for truncated or damaged files."""
@@ -201,27 +212,57 @@ def _reader_of(shard: str | Path, head: bytes) -> Callable[[Path, int], Iterator
 
 
 def _lines(shard: Path, start: int) -> Iterator[NumberedRow]:
-    with open_decompressed(shard) as stream:
-        number = 0
-        for line in _text_lines(stream, shard):
-            if line.removeprefix(BOM).strip():
-                if number >= start:
-                    yield number, row_of(line)
-                number += 1
+    for number, value in iter_rows(shard, start=start, lines=True):
+        if isinstance(value, BrokenFileError):
+            raise DataError(f"{shard} is damaged or truncated (row {number}: {value})") from value
+        yield number, _row(value)
 
 
-def _text_lines(stream: Any, shard: Path) -> Iterator[bytes]:
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        if len(line) > MAX_LINE_BYTES:
-            raise DataError(f"{shard}: a line has more than {MAX_LINE_BYTES} bytes; expected one JSON object per line")
-        yield line
+def open_parquet(path: str | Path) -> Any:
+    """Return an open `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+        DataError: the file cannot be read.
+        MissingDependency: pyarrow is not installed.
+    """
+    module = require("pyarrow.parquet", "data")
+    try:
+        return module.ParquetFile(path)
+    except PARQUET_ERRORS as error:
+        raise DataError(f"{path}: not a readable Parquet file; it is damaged or truncated ({error})") from error
+
+
+def parquet_columns(path: str | Path) -> list[str]:
+    """Return the column names of a file; errors are those of `open_parquet`."""
+    with open_parquet(path) as file:
+        return list(file.schema_arrow.names)
+
+
+def parquet_rows(path: str | Path, *, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the cells by column of every row from row `start` on; groups before it are not read.
+
+    Raises:
+        DataError: the file is damaged; names file and row.
+        MissingDependency: pyarrow is not installed.
+    """
+    with open_parquet(path) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        first = row = 0
+        while first < len(sizes) and row + sizes[first] <= start:
+            row += sizes[first]
+            first += 1
+        try:
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=range(first, len(sizes))):
+                for cells in batch.to_pylist():
+                    if row >= start:
+                        yield row, cells
+                    row += 1
+        except PARQUET_ERRORS as error:
+            raise DataError(f"{path}, row {row}: the rest cannot be read ({error})") from error
 
 
 def _parquet(shard: Path, start: int) -> Iterator[NumberedRow]:
-    datasets = require("datasets", "data")
-    name = glob.escape(str(shard))  # the library treats it as a pattern
-    table = datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
-    for number, row in enumerate(table.decode(False).skip(start), start=start):  # images stay bytes
+    for number, row in parquet_rows(shard, start=start):
         yield number, _parquet_row(row)
 
 
@@ -236,4 +277,4 @@ def _parquet_row(row: dict[str, Any]) -> StreamRow | DataError:
             images += [part["bytes"] for part in cells]
         elif cell is not None:
             value[name] = cell
-    return StreamRow(value, tuple(images))
+    return _without_names(value, tuple(images))

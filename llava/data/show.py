@@ -1,16 +1,13 @@
 """Show one row of a data file as the model sees it: text, trained tokens, images and truncation.
 
-    row --render, tokenize--> tokens --stretches of one kind--> terminal text, or an HTML page
-
-Example::
-
-    llava data show FILE --row N --model M
+row --render, tokenize--> tokens --stretches of one kind--> terminal text, or an HTML page
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -21,17 +18,18 @@ from transformers import AutoTokenizer
 
 from llava.constants import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, PROCESSOR_FILE
 from llava.data.encode import kept_tokens, place_images, tokenize_segments
-from llava.data.mixture import is_mixture
-from llava.data.records import LOADERS, rows_of
-from llava.errors import CheckpointError, ConfigError, DataError
+from llava.data.records import read_default, sample_of
+from llava.data.self_questioning import QuestionDraws
+from llava.errors import CheckpointError, DataError
 from llava.imaging.anyres import Size
 from llava.imaging.decode import load_image
 from llava.imaging.dicom.policy import DicomPolicy
 from llava.processing import LlavaMedProcessor
 from llava.samples import Origin, Sample, sample_label, with_placeholders
-from llava.utils.cli import Parser
+from llava.utils.json_rows import read_rows
 from llava.utils.jsonl import write_atomic
 from llava.utils.reporting import image_url, render_page
+from llava.utils.terminal import visible, visible_lines, write_out
 
 KINDS = ("text", "trained", "image")
 """Kinds of tokens; each may also be cut."""
@@ -120,8 +118,9 @@ def make_view(
 def to_terminal(view: RowView, processor: LlavaMedProcessor, *, color: bool) -> str:
     """Return the view as text; without `color`, marks surround the parts that would be colored."""
     legend = [_paint(name, name, color=color) for name in ("trained", "image", "cut")]
-    lines = [view.title, view.settings, view.summary(), "marked: " + ", ".join(legend), ""]
-    lines += ["".join(_paint(stretch.text, *_names(stretch), color=color) for stretch in view.stretches), ""]
+    lines = [visible(view.title), view.settings, view.summary(), "marked: " + ", ".join(legend), ""]
+    shown = (_paint(visible_lines(stretch.text), *_names(stretch), color=color) for stretch in view.stretches)
+    lines += ["".join(shown), ""]
     for stretch in view.stretches:
         names = " ".join(_names(stretch)) + (f" turn {stretch.turn}" if stretch.turn >= 0 else " system")
         lines.append(f"{stretch.start:>6}..{stretch.start + len(stretch.ids):<6}{names}: {_ids(stretch, processor)}")
@@ -162,7 +161,7 @@ def _ids(stretch: Stretch, processor: LlavaMedProcessor) -> str:
     if stretch.kind == "image":
         return f"{stretch.ids[0]} x {len(stretch.ids)}"
     tokens = processor.tokenizer.convert_ids_to_tokens(list(stretch.ids))
-    return " ".join(f"{token}={index}" for token, index in zip(tokens, stretch.ids, strict=True))
+    return " ".join(f"{visible(str(token))}={index}" for token, index in zip(tokens, stretch.ids, strict=True))
 
 
 def _image_urls(sample: Sample, folder: str | None, dicom: DicomPolicy) -> list[str]:
@@ -212,53 +211,39 @@ def load_processor(model: str, args: Any) -> LlavaMedProcessor:
 
 
 def load_row(file: str, number: int) -> Sample:
-    """Return one row of a data file; errors in other rows are ignored.
+    """Return one row of a data file; other rows may be unusable, but not the file.
 
     Raises:
-        DataError: the file does not have this row, or the row cannot be used.
+        DataError: the file is broken or does not have this row, or the row cannot be used.
     """
-    num_rows = 0
-    for row, value in rows_of(file):
+    num_rows, found = 0, None
+    for row, value in read_rows(file):
         num_rows += 1
-        if row != number:
-            continue
-        origin = Origin(file, row)
-        try:
-            if isinstance(value, DataError):
-                raise value
-            if not isinstance(value, dict):
-                raise DataError(f"a row must be a JSON object, got {type(value).__name__}")
-            sample, _ = LOADERS["default"](value, str(row))
-        except DataError as error:
-            raise DataError(f"{origin}: {error}") from error
-        return replace(sample, origin=origin)
-    raise DataError(f"{file} has {num_rows} rows, so --row must be from 0 to {num_rows - 1}, got {number}")
+        found = value if row == number else found
+    if not 0 <= number < num_rows:
+        raise DataError(f"{file} has {num_rows} rows, so --row must be from 0 to {num_rows - 1}, got {number}")
+    try:
+        return sample_of(found, Origin(file, number), read_default)[0]
+    except DataError as error:
+        raise DataError(f"{file}, row {number}: {error}") from error
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Show one row of a data file."""
-    parser = Parser(prog="llava data show", description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else None)
-    parser.add_argument("file", help="data file: JSON or JSON lines")
-    parser.add_argument("--row", type=int, default=0, help="number of the row, from 0")
-    parser.add_argument("--model", required=True, help="trained model, or a language model's folder or hub name")
-    parser.add_argument("--html", help="also write an HTML page to this file")
-    parser.add_argument("--image_folder", help="folder of the images of the row, which the page shows")
-    parser.add_argument("--max_length", type=int, help="truncate as training with this --model-max-length does")
-    parser.add_argument("--version", default="vicuna_v1", help="template, for a model without a processor")
-    parser.add_argument(
-        "--num_image_tokens", type=int, default=256, help="tokens per image, for a model without a processor"
-    )
-    parser.add_switch(
-        "--mm_use_im_start_end", help="put start and end tokens around images, for a model without a processor"
-    )
-    args = parser.parse_args(argv)
-    if is_mixture(args.file):
-        raise ConfigError(
-            f"{args.file} is a mixture, expected a data file; pass the file of one source, or the output of "
-            "`llava data mix`"
-        )
+def show(args: Namespace) -> None:
+    """Print a row of a data file, and write its page if the options name one.
+
+    Args:
+        args: options of `llava.data.show_command`.
+
+    Raises:
+        LlavaError: the file, the row or the model cannot be used.
+    """
     processor = load_processor(args.model, args)
     sample = load_row(args.file, args.row)
+    draws = None if args.sq_r is None else QuestionDraws(args.sq_r, seed=args.seed).fitting(processor.template)
+    if draws is not None:
+        place, has_image = f"{args.epoch}/{args.row}", bool(sample.images)
+        conversation = draws.apply(sample.conversation, has_image=has_image, place=place)
+        sample = replace(sample, conversation=conversation)
     try:
         sizes = _sizes(sample, processor, args.image_folder)
         view = make_view(sample, processor, max_length=args.max_length, sizes=sizes)
@@ -268,4 +253,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.stdout.write(to_terminal(view, processor, color=color))
     if args.html:
         write_atomic(args.html, to_html(view, processor, _image_urls(sample, args.image_folder, processor.dicom)))
-        sys.stdout.write(f"page: {args.html}\n")
+        write_out(f"page: {args.html}\n")

@@ -61,12 +61,13 @@ def image_folder_of(source: str, images: Path | None) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class StreamedRow:
-    """Row with its source, shard and number; `row` is the error of a row that cannot be used."""
+    """Row with its source, shard, number and pass; `row` is the error of a row that cannot be used."""
 
     source: int
     shard: Path
     number: int
     row: StreamRow | DataError
+    turn: int = 0
 
 
 @dataclass(slots=True)
@@ -149,7 +150,7 @@ class _SourceStream:
                 if len(held) == self.window:
                     return held, (turn, shard, number)
                 if self.by_shard or number % self.count == self.index:
-                    held.append(StreamedRow(self.number, order[shard], number, found))
+                    held.append(StreamedRow(self.number, order[shard], number, found, turn))
             shard, row = shard + 1, 0
         return held, (turn + 1, 0, 0)
 

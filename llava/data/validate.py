@@ -9,19 +9,19 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llava import __version__
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
-from llava.data.encode import Encoded, encode
-from llava.data.image_store import ImageIndex
+from llava.data.encode import Encoded, encode, num_learned
+from llava.data.image_store import CHECKED_AGAIN, ImageIndex, hide_names, show_names
 from llava.data.quarantine import BadRow, Quarantine, bad_row, bad_rows_message
 from llava.errors import DataError
 from llava.imaging.decode import key_of_digest
-from llava.samples import Conversation, Sample, Turn, with_placeholders
-from llava.utils.jsonl import write_json
+from llava.samples import Conversation, Sample, Turn, sample_label, with_placeholders
+from llava.utils.files import write_cache
 from llava.utils.log import with_progress
 
 if TYPE_CHECKING:
@@ -43,12 +43,16 @@ class RowCheck:
 
     Attributes:
         bad: index of each unusable row in the list, and the reason.
+        left_out: index of each row that teaches nothing, since its answers are empty.
+        num_empty: number of empty answers in the usable rows, which are not trained.
         num_shortened: number of rows that truncation shortened.
         num_cut_tokens: number of tokens that truncation removed.
         num_trained_tokens: number of trained tokens.
     """
 
     bad: dict[int, str] = field(default_factory=dict)
+    left_out: list[int] = field(default_factory=list)
+    num_empty: int = 0
     num_shortened: int = 0
     num_cut_tokens: int = 0
     num_trained_tokens: int = 0
@@ -84,7 +88,8 @@ def check_rows(
     if index.path is not None and len(samples) >= MIN_REMEMBERED:
         path = index.path.with_name(f"rows-{_fingerprint(samples, processor, index, limit)[:32]}.json")
         if (known := _remembered(path)) is not None:
-            return known
+            shown = {place: show_names(why, _names(samples[place], index)) for place, why in known.bad.items()}
+            return replace(known, bad=shown)
     found = RowCheck()
     for place, sample in enumerate(with_progress(samples, title="checking rows", unit="row")):
         try:
@@ -92,27 +97,45 @@ def check_rows(
         except DataError as error:
             found.bad[place] = str(error)
             continue
+        conversation = sample.conversation
+        if not num_learned(encoded, conversation):
+            if conversation.has_only_empty_answers and not processor.template.trains_empty:
+                found.left_out.append(place)
+            else:
+                found.bad[place] = _no_token(encoded, limit)
+            continue
+        found.num_empty += 0 if processor.template.trains_empty else conversation.num_empty_answers
         found.num_shortened += encoded.num_cut > 0
         found.num_cut_tokens += encoded.num_cut
         found.num_trained_tokens += _num_trained(encoded)
     if path is not None:
-        _remember(path, found)
+        hidden = {place: hide_names(why, _names(samples[place], index)) for place, why in found.bad.items()}
+        write_cache(path, json.dumps(asdict(replace(found, bad=hidden))), lost=CHECKED_AGAIN)
     return found
+
+
+def _names(sample: Sample, index: ImageIndex) -> list[str]:
+    """Return the names that a message about a row may contain, which must not be in the cache."""
+    root = "" if index.root is None else str(index.root)
+    file = "" if sample.origin is None else sample.origin.file
+    return [*sample.images, sample.id, file, root, str(Path(root).resolve())]
 
 
 def _encode(sample: Sample, processor: LlavaMedProcessor, index: ImageIndex, limit: _Limit) -> Encoded:
     """Return the tokens of a row.
 
     Raises:
-        DataError: the row cannot be used for training.
+        DataError: the row cannot be encoded.
     """
     keys = [key_of_digest(index.digest(ref), processor.image_fingerprint) for ref in sample.images]
     sizes = [index.dimensions(ref) for ref in sample.images] if processor.has_variable_images else None
-    encoded = encode(with_placeholders(sample), processor, images=keys, sizes=sizes, **asdict(limit))
-    if not _num_trained(encoded):
-        cut = f" after {encoded.num_cut} tokens were cut to fit {limit.max_length}" if encoded.num_cut else ""
-        raise DataError(f"no token is left to train{cut}; expected at least one answer that is not empty")
-    return encoded
+    return encode(with_placeholders(sample), processor, images=keys, sizes=sizes, **asdict(limit))
+
+
+def _no_token(encoded: Encoded, limit: _Limit) -> str:
+    """Return the reason why a row without a token to learn is unusable."""
+    cut = f" after {encoded.num_cut} tokens were cut to fit {limit.max_length}" if encoded.num_cut else ""
+    return f"no token is left to train{cut}; expected at least one answer that is not empty"
 
 
 def _num_trained(encoded: Encoded) -> int:
@@ -122,8 +145,9 @@ def _num_trained(encoded: Encoded) -> int:
 def _fingerprint(samples: Sequence[Sample], processor: LlavaMedProcessor, index: ImageIndex, limit: _Limit) -> str:
     """Return a hash of the rows, the state of their images, and how the processor turns text into tokens."""
     # Encoding a probe conversation covers all settings of the processor without listing them here.
-    turns = (Turn("human", f"{IMAGE_TOKEN} q "), Turn("gpt", "a"), Turn("human", f"q {IMAGE_TOKEN}"), Turn("gpt", " a"))
-    probe = encode(Conversation(turns), processor, images=("x", "y"), sizes=PROBE_SIZES, max_length=None)
+    texts = (f"{IMAGE_TOKEN} q ", "a", f"q {IMAGE_TOKEN}", " a", "q", "")
+    turns = (Turn("gpt" if number % 2 else "human", text) for number, text in enumerate(texts))
+    probe = encode(Conversation(tuple(turns)), processor, images=("x", "y"), sizes=PROBE_SIZES, max_length=None)
     backend = cast(Any, processor.tokenizer).backend_tokenizer.to_str()
     images = [processor.image_fingerprint, asdict(processor.image_grid), limit.image_counts_as_one]
     settings = [__version__, images, limit.max_length, asdict(probe)]
@@ -145,15 +169,6 @@ def _remembered(path: Path) -> RowCheck | None:
         return None
 
 
-def _remember(path: Path, found: RowCheck) -> None:
-    try:
-        write_json(path, asdict(found))
-    except OSError as error:
-        logger.warning(
-            "check results %s cannot be written (%s); rows will be checked again in the next run", path, error
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class Checked:
     """Result of `check_trainable`.
@@ -161,6 +176,8 @@ class Checked:
     Attributes:
         samples: usable rows, in order.
         bad: skipped rows.
+        num_left_out: number of rows that are left out, since their answers are empty.
+        num_empty: number of empty answers in the usable rows, which are not trained.
         num_images: number of distinct image files that the rows name.
         num_shortened: number of usable rows that truncation shortened.
         num_cut_tokens: number of tokens that truncation removed from them.
@@ -169,6 +186,8 @@ class Checked:
 
     samples: list[Sample]
     bad: list[BadRow]
+    num_left_out: int
+    num_empty: int
     num_images: int
     num_shortened: int
     num_cut_tokens: int
@@ -190,7 +209,8 @@ def check_trainable(
     """Return the rows that can be used for training; raise for the others, or skip them.
 
     A row is usable if all its images exist and decode, its text has one placeholder per image (or none, then they are
-    put in front), and at least one token is left to train after truncation. Image files are decoded once, by several
+    put in front), and at least one token is left to train after truncation. Rows without other than empty answers are
+    left out and counted, unless the template trains empty answers. Image files are decoded once, by several
     threads; a later run with the same `index` compares only their times and sizes.
 
     Args:
@@ -213,20 +233,52 @@ def check_trainable(
     index.verify(refs, num_threads=num_threads)
     found = check_rows(samples, processor, index, max_length=max_length, image_counts_as_one=image_counts_as_one)
     bad = [bad_row(samples[place], reason) for place, reason in found.bad.items()]
-    good = [sample for place, sample in enumerate(samples) if place not in found.bad]
+    unused = found.bad.keys() | set(found.left_out)
+    good = [sample for place, sample in enumerate(samples) if place not in unused]
     if bad and not skip_bad:
         raise DataError(bad_rows_message(bad, len(samples)))
     if quarantine is not None:
         quarantine.add(bad)
     if not good:
-        raise DataError(
-            f"none of the {len(samples)} rows can be used for training; " + bad_rows_message(bad, len(samples))
+        raise DataError(f"none of the {len(samples)} rows can be used for training; {_why(samples, found, bad)}")
+    _log(found, quarantine, samples, max_length)
+    return Checked(
+        good,
+        bad,
+        num_left_out=len(found.left_out),
+        num_empty=found.num_empty,
+        num_images=len(refs),
+        num_shortened=found.num_shortened,
+        num_cut_tokens=found.num_cut_tokens,
+        num_trained_tokens=found.num_trained_tokens,
+    )
+
+
+def _why(samples: Sequence[Sample], found: RowCheck, bad: Sequence[BadRow]) -> str:
+    """Return why no row is usable."""
+    reasons = []
+    if found.left_out:
+        first = sample_label(samples[found.left_out[0]])
+        reasons.append(
+            f"{len(found.left_out)} have empty answers only (the first: {first}); expected at least one answer with "
+            "text (--compat empty_answers trains empty ones)"
         )
-    _log(found, quarantine, len(samples), max_length)
-    return Checked(good, bad, len(refs), found.num_shortened, found.num_cut_tokens, found.num_trained_tokens)
+    if bad:
+        reasons.append(bad_rows_message(bad, len(samples)))
+    return "; ".join(reasons)
 
 
-def _log(found: RowCheck, quarantine: Quarantine | None, num_rows: int, max_length: int | None) -> None:
+def _log(found: RowCheck, quarantine: Quarantine | None, samples: Sequence[Sample], max_length: int | None) -> None:
+    num_rows = len(samples)
+    if found.left_out:
+        logger.warning(
+            "%d of %d rows are left out, since their answers are empty (the first: %s)",
+            len(found.left_out),
+            num_rows,
+            sample_label(samples[found.left_out[0]]),
+        )
+    if found.num_empty:
+        logger.warning("%d empty answers in the other rows are not trained", found.num_empty)
     if found.bad:
         where = "" if quarantine is None or quarantine.path is None else f", listed in {quarantine.path}"
         logger.warning("skipped %d of %d rows that cannot be used%s", len(found.bad), num_rows, where)

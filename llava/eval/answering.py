@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import get_args
 
 from llava.errors import ConfigError, GenerationError
-from llava.eval.fingerprint import model_settings, read_settings
 from llava.eval.inference import AnswerOptions, AnswerRun, AnswerSummary
-from llava.eval.options import add_model_options, model_id_of, sampling_of, warn_no_effect
+from llava.eval.options import add_model_options, connect_model, model_id_of, sampling_of, warn_no_effect
 from llava.eval.questions import PromptForm
+from llava.generation.fingerprint import join_settings, model_settings, read_settings
 from llava.generation.options import engine_of
 from llava.utils import log
 from llava.utils.cli import Parser
-from llava.utils.jsonl import read_records, write_records
+from llava.utils.files import exclusive_file
+from llava.utils.json_rows import read_records
+from llava.utils.jsonl import write_records
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def make_parser(prog: str, description: str) -> Parser:
 def run_answering(args: Namespace, form: PromptForm) -> AnswerSummary:
     """Answer one chunk of a question file; the model is loaded only if questions are pending."""
     log.setup_logging()
+    connect_model(args)
     warn_no_effect(args)
     options = AnswerOptions(
         image_folder=args.image_folder,
@@ -65,16 +68,17 @@ def run_answering(args: Namespace, form: PromptForm) -> AnswerSummary:
         blank_images=args.blank_images,
         settings=model_settings(args),
     )
-    run = AnswerRun(
-        args.question_file,
-        args.answers_file,
-        num_chunks=args.num_chunks,
-        chunk_idx=args.chunk_idx,
-        resume=args.resume,
-        options=options,
-    )
-    engine = engine_of(args) if run.pending else None
-    summary = run.finish(engine, batch_size=args.batch_size)
+    with exclusive_file(args.answers_file, option="--answers-file"):
+        run = AnswerRun(
+            args.question_file,
+            args.answers_file,
+            num_chunks=args.num_chunks,
+            chunk_idx=args.chunk_idx,
+            resume=args.resume,
+            options=options,
+        )
+        engine = engine_of(args) if run.pending else None
+        summary = run.finish(engine, batch_size=args.batch_size)
     logger.info("%d answers (%d kept) in %.1f s", summary.num_questions, summary.num_resumed, summary.seconds)
     return summary
 
@@ -136,6 +140,7 @@ def run_batch(argv: Sequence[str] | None = None) -> None:
             f"Fix the errors above and rerun the same command to resume, or start over with --resume False"
         )
     write_records(args.answers_file, [row for part in parts for row in read_records(part)])
+    join_settings(args.answers_file, parts)
 
 
 def chunk_path(answers_file: str | Path, index: int) -> Path:
@@ -188,7 +193,7 @@ def _devices(args: Namespace) -> list[str]:
     """Return the devices that chunks may use; one empty name without an accelerator (chunks run in turn)."""
     if args.devices:
         return [part.strip() for part in args.devices.split(",") if part.strip()]
-    if args.device == "cpu":
+    if args.device == "cpu" or args.engine:
         return [""]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

@@ -13,47 +13,26 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-from PIL import Image
+from typing import Any
 
 from llava.data.records import load_samples
 from llava.errors import ConfigError, DataError, LlavaError
-from llava.eval import fingerprint
+from llava.eval.control_images import control_image
 from llava.eval.questions import (
-    BLANK_SIZE,
     FOLLOW_UP_JOINT,
-    GRAY,
     PromptForm,
     Question,
-    answer_row,
     follow_up,
     question_of,
 )
+from llava.eval.row_forms import AnswerRows, RowForm
+from llava.generation import fingerprint
 from llava.generation.protocol import Completion, Engine, Prompt, Sampling
 from llava.imaging.decode import resolve_image_path
 from llava.samples import Sample
 from llava.utils import jsonl, log
-
-T = TypeVar("T")
-
-
-def chunk_of(items: Sequence[T], num_chunks: int, index: int) -> list[T]:
-    """Return chunk `index` of `num_chunks` consecutive chunks of ceil(n / num_chunks) items each.
-
-    The last chunks may be short or empty (9 items in 8 chunks fill five of them); joined in order, the chunks are
-    `items`.
-
-    Raises:
-        ConfigError: `num_chunks` is below 1, or `index` is out of range.
-    """
-    if num_chunks < 1:
-        raise ConfigError(f"--num-chunks must be at least 1, got {num_chunks}")
-    if not 0 <= index < num_chunks:
-        raise ConfigError(f"--chunk-idx must be between 0 and {num_chunks - 1}, got {index}")
-    size = -(-len(items) // num_chunks)
-    return list(items[index * size : (index + 1) * size])
-
+from llava.utils.cli import chunk_of
+from llava.utils.json_rows import read_records
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +51,7 @@ class AnswerSummary:
         num_failed: number of rows that hold an error instead of an answer.
         seconds: duration of this run.
         precisions: precisions that the answers were computed in, as far as the engines know.
+        num_truncated: number of answers of this run that reached the token limit.
     """
 
     path: Path
@@ -80,6 +60,7 @@ class AnswerSummary:
     num_failed: int
     seconds: float
     precisions: tuple[str, ...] = ()
+    num_truncated: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +74,9 @@ class AnswerOptions:
         form: how the answer rows repeat the question.
         choices: append the two options to closed yes/no questions.
         answer_prompter: ask for a short answer after the long one, and write both.
-        blank_images: replace every image by a gray square.
+        blank_images: replace every image by a gray square; the same as control `blank`.
+        control: name in `control_images.CONTROLS` of the images that are shown; empty for the questions' own.
+        by_length: ask short questions first, instead of those about one image together.
         settings: other settings that answers depend on: weights, template, precision (`fingerprint.model_settings`).
     """
 
@@ -104,6 +87,8 @@ class AnswerOptions:
     choices: bool = False
     answer_prompter: bool = False
     blank_images: bool = False
+    control: str = ""
+    by_length: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -119,17 +104,35 @@ class AnswerRun:
         chunk_idx: int = 0,
         resume: bool = True,
         options: AnswerOptions,
+        row_form: RowForm | None = None,
     ) -> None:
+        """Read the questions and the answers that the file already has.
+
+        Args:
+            questions: question file, or its samples.
+            out: answer file.
+            num_chunks: number of chunks that the questions are divided into.
+            chunk_idx: index of the chunk to answer.
+            resume: keep the answers of an earlier run.
+            options: options of answering.
+            row_form: form of the rows; default: the published six keys.
+
+        Raises:
+            DataError: the questions cannot be used, or the file holds answers of another run.
+        """
         samples = load_samples(questions) if isinstance(questions, str | Path) else questions
         asked = [question_of(sample, form=options.form, options=options.choices) for sample in samples]
         _check_unique(asked)
         self.options = options
+        self.control = "blank" if options.blank_images else options.control
+        self.form = row_form or AnswerRows(options.model_id, {"image": self.control} if self.control else {})
+        self.shown = control_image(self.control)
         self.out = Path(out)
         self.num_chunks = num_chunks
         self.questions = chunk_of(asked, num_chunks, chunk_idx)
         self.rows: dict[str, dict[str, Any]] = self._resumed() if resume else {}
         self.num_resumed = len(self.rows)
-        self.blank = Image.new("RGB", (BLANK_SIZE,) * 2, GRAY) if options.blank_images else None
+        self.num_truncated = 0
         if not resume or not self.out.exists():
             jsonl.write_records(self.out, [])
         self.precisions = set(fingerprint.read_precisions(self.out)) if self.rows else set()
@@ -137,11 +140,13 @@ class AnswerRun:
 
     @property
     def pending(self) -> list[Question]:
-        """Questions without an answer, grouped by image."""
+        """Questions without an answer, grouped by image, or by length with `by_length`."""
+        left = [asked for asked in self.questions if asked.id not in self.rows]
+        if self.options.by_length:
+            return sorted(left, key=lambda asked: len(asked.prompt))
         groups: dict[tuple[str, ...], list[Question]] = {}
-        for asked in self.questions:
-            if asked.id not in self.rows:
-                groups.setdefault(asked.images, []).append(asked)
+        for asked in left:
+            groups.setdefault(asked.images, []).append(asked)
         return [asked for group in groups.values() for asked in group]
 
     def finish(self, engine: Engine | None, *, batch_size: int = 64) -> AnswerSummary:
@@ -158,7 +163,7 @@ class AnswerRun:
             raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
         start = time.monotonic()
         pending = self.pending
-        title = "blank image" if self.options.blank_images else "answering"
+        title = f"{self.control} image" if self.control else "answering"
         if pending and engine is None:
             raise ConfigError(f"{len(pending)} questions are pending, but engine is None; pass an engine")
         if engine is not None and pending:
@@ -173,11 +178,18 @@ class AnswerRun:
                     bar.update(len(batch))
         rows = [self.rows[asked.id] for asked in self.questions]
         jsonl.write_records(self.out, rows)
-        num_failed = sum("error" in row["metadata"] for row in rows)
+        num_failed = sum(self.form.error_of(row) is not None for row in rows)
         if num_failed:
-            logger.warning("%d of %d answers failed; metadata.error of each row has the reason", num_failed, len(rows))
-        seconds = time.monotonic() - start
-        return AnswerSummary(self.out, len(rows), self.num_resumed, num_failed, seconds, tuple(sorted(self.precisions)))
+            logger.warning("%d of %d answers failed; the error of each row has the reason", num_failed, len(rows))
+        return AnswerSummary(
+            self.out,
+            len(rows),
+            self.num_resumed,
+            num_failed,
+            time.monotonic() - start,
+            tuple(sorted(self.precisions)),
+            self.num_truncated,
+        )
 
     def _resumed(self) -> dict[str, dict[str, Any]]:
         """Return the answered rows of an earlier run, after checking that they belong to this run."""
@@ -186,15 +198,19 @@ class AnswerRun:
         jsonl.drop_incomplete_line(self.out)
         known = {asked.id: asked for asked in self.questions}
         kept = {}
-        for index, row in enumerate(jsonl.read_records(self.out)):
-            problem = self._other_run(known, row)
+        for index, row in enumerate(read_records(self.out)):
+            identity = self.form.id_of(row)
+            if identity in known:
+                problem = self.form.difference(known[identity], row)
+            else:
+                problem = f"question {identity!r} is not a question of this run"
             if problem:
                 raise DataError(
                     f"{self.out}, row {index}: {problem}; the row belongs to another run. Name another file, or start "
                     f"over with --resume False"
                 )
-            if "error" not in row["metadata"] and isinstance(row.get("text"), str):
-                kept[str(row["question_id"])] = row
+            if self.form.error_of(row) is None:
+                kept[identity] = row
         if kept:
             fingerprint.check_settings(self.out, self._settings())
         return kept
@@ -208,28 +224,12 @@ class AnswerRun:
             "sampling": asdict(options.sampling),
             "choices": options.choices,
             "answer prompter": options.answer_prompter,
-            "blank images": options.blank_images,
-            "image folder": None if options.blank_images else fingerprint.folder_name(options.image_folder),
+            "blank images": self.control == "blank",
+            **({"control": self.control} if self.control not in ("", "blank") else {}),
+            "image folder": None if self.shown is not None else fingerprint.folder_name(options.image_folder),
             "questions": fingerprint.json_sha256(asked),
             "num chunks": self.num_chunks,
         }
-
-    def _other_run(self, known: dict[str, Question], row: dict[str, Any]) -> str | None:
-        """Return why a row does not belong to this run; None if it does."""
-        asked = known.get(str(row.get("question_id")))
-        if asked is None:
-            return f"question {row.get('question_id')!r} is not a question of this run"
-        if row.get("prompt") != asked.prompt:
-            return f"the question with id {asked.id!r} has another text"
-        if row.get("model_id") != self.options.model_id:
-            return f"answered by {row.get('model_id')!r}, expected {self.options.model_id!r}"
-        metadata = row.get("metadata")
-        if not isinstance(metadata, dict) or metadata.get("image") != self._metadata().get("image"):
-            return "answered with another image (blank or not)"
-        return None
-
-    def _metadata(self) -> dict[str, Any]:
-        return {"image": "blank"} if self.options.blank_images else {}
 
     def _answer(self, engine: Engine, batch: Sequence[Question]) -> None:
         """Answer a batch of questions and append the rows to the file."""
@@ -264,13 +264,8 @@ class AnswerRun:
         return completions
 
     def _write(self, asked: Question, completion: Completion) -> None:
-        metadata = self._metadata()
-        if completion.finish == "error":
-            metadata["error"] = completion.error or "the engine gave no reason"
-        elif completion.finish == "length":
-            metadata["finish"] = "length"
-        text = "" if completion.finish == "error" else completion.text.strip()
-        row = answer_row(asked, text, model_id=self.options.model_id, metadata=metadata)
+        self.num_truncated += completion.finish == "length"
+        row = self.form.row(asked, completion)
         self.rows[asked.id] = row
         jsonl.append_record(self.out, row)
 
@@ -280,8 +275,8 @@ class AnswerRun:
         Raises:
             DataError: an image is missing or outside the image folder.
         """
-        if self.blank is not None:
-            return Prompt(asked.conversation, (self.blank,) * len(asked.images))
+        if self.shown is not None:
+            return Prompt(asked.conversation, (self.shown,) * len(asked.images))
         paths = [resolve_image_path(name, self.options.image_folder) for name in asked.images]
         for path in paths:
             if not path.is_file():

@@ -6,7 +6,7 @@ Resampling is by image, not by item; two scores are compared on the same resampl
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llava.errors import ConfigError
-from llava.utils.bootstrap import iter_resamples, percentile_interval
+from llava.utils.bootstrap import iter_draws, percentile_interval
 
 
 def percent_text(value: float | None, *, signed: bool = False) -> str:
@@ -99,24 +99,45 @@ class Estimate:
 
 
 class Draws:
-    """Resamples of one set of items, drawn once and shared by all scores of it."""
+    """Resamples of one set of items, drawn once and shared by all scores of it.
+
+    >>> draws = Draws(["1.png", "1.png", "2.png", "3.png"])
+    >>> found = draws.estimate(ItemScores.of([1, 1, 0, 1]))
+    >>> found.value, found.low <= found.value <= found.high
+    (75.0, True)
+
+    Args:
+        clusters: image of each item; items of one image are drawn together.
+        num_resamples: number of resamples.
+        seed: seed of the draws.
+    """
 
     def __init__(self, clusters: Sequence[Hashable], *, num_resamples: int = 500, seed: int = 0) -> None:
         self.num_items = len(clusters)
-        first_of: dict[Hashable, int] = {}
-        for index, name in enumerate(clusters):
-            first_of.setdefault(name, index)
-        place = {name: index for index, name in enumerate(first_of)}
+        place = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
         self.cluster_of = np.array([place[name] for name in clusters], dtype=np.intp)
-        firsts = np.array(list(first_of.values()), dtype=np.intp)
-        drawn = iter_resamples(len(clusters), clusters=clusters, num_resamples=num_resamples, seed=seed)
-        counts = [np.bincount(indices, minlength=len(clusters))[firsts] for indices in drawn]
-        self.weights = np.array(counts, dtype=np.float64).reshape(len(counts), len(first_of))
+        drawn = iter_draws(len(place), num_resamples=num_resamples, seed=seed)
+        counts = [np.bincount(chosen, minlength=len(place)) for chosen in drawn]
+        self.weights = np.array(counts, dtype=np.float64).reshape(len(counts), len(place))
 
     def estimate(self, score: ItemScores) -> Estimate:
         """Return the percentage of a score with its interval."""
         self._check(score)
         return self._of(score.mean(), self._means(score), score.num_items)
+
+    def estimate_sums(
+        self, stats: NDArray[np.float64], combine: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    ) -> Estimate:
+        """Return a figure that is a function of sums over the items, such as an F1, with its interval.
+
+        Args:
+            stats: statistics of each item, [n, k].
+            combine: maps sums [..., k] to values [...].
+        """
+        clusters = np.zeros((self.weights.shape[1], stats.shape[1]))
+        np.add.at(clusters, self.cluster_of, stats)
+        drawn = combine(self.weights @ clusters)
+        return self._of(float(combine(stats.sum(axis=0))), drawn, len(stats))
 
     def difference(self, score: ItemScores, other: ItemScores) -> Estimate:
         """Return `score - other` with the interval of the difference; both scores cover the same items."""

@@ -5,18 +5,22 @@ Importing this module does not load torch.
 
 from __future__ import annotations
 
-import json
 import logging
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from llava.constants import PROCESSOR_FILE
-from llava.generation.options import add_engine_options
+from llava.errors import ConfigError
+from llava.generation import fingerprint
+from llava.generation.options import add_engine_options, connect, served_by, template_of
 from llava.generation.protocol import Sampling
 from llava.imaging.dicom.policy import DicomPolicy
 from llava.model.checkpoint.formats import CONFIG_FILE, OUR_TYPE, read_json
 from llava.utils.cli import Parser
-from llava.utils.jsonl import read_text
+from llava.utils.provenance import provenance_fields
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +29,9 @@ NO_EFFECT = ("mm_projector", "vision_tower")
 
 
 def add_model_options(parser: Parser, *, compat: tuple[str, ...] = ("answers",)) -> None:
-    """Add the options that select the model and its sampling; `--compat` accepts the names of `compat`."""
+    """Add the options that select model or server and sampling; `--compat` accepts the names of `compat`."""
     model = parser.add_argument_group("model")
-    add_engine_options(model, compat=compat)
+    add_engine_options(model, compat=compat, remote=True)
     model.add_argument("--mm-projector", help="no effect: the checkpoint contains its projector")
     choice = parser.add_argument_group("sampling")
     choice.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy decoding")
@@ -38,6 +42,18 @@ def add_model_options(parser: Parser, *, compat: tuple[str, ...] = ("answers",))
     )
     choice.add_argument("--max-new-tokens", type=int, default=None, help="limit of an answer in tokens")
     choice.add_argument("--seed", type=int, default=0, help="seed of sampling and of the intervals' resampling")
+
+
+def connect_model(args: Namespace) -> None:
+    """Look up the model of the server that `--engine` names; every evaluation calls this before it reads `args.model`.
+
+    Raises:
+        ConfigError: an option does not suit a server.
+        GenerationError: the server cannot be reached.
+    """
+    connect(args)
+    if served_by(args) is not None and args.num_beams != 1:
+        raise ConfigError(f"--num-beams {args.num_beams}: servers offer no beam search; expected 1 with --engine")
 
 
 def sampling_of(args: Namespace, *, max_new_tokens: int) -> Sampling:
@@ -53,7 +69,9 @@ def sampling_of(args: Namespace, *, max_new_tokens: int) -> Sampling:
 
 
 def model_id_of(args: Namespace) -> str:
-    """Return the name of the model in answer rows: the last component of its path."""
+    """Return the name of the model in answer rows: the last component of its path, or its name on a server."""
+    if (served := served_by(args)) is not None:
+        return served.shown_name
     return Path(args.model).resolve().name if Path(args.model).exists() else str(args.model)
 
 
@@ -69,14 +87,6 @@ def _is_ours(model: str) -> bool:
     return read_json(Path(model) / CONFIG_FILE).get("model_type") == OUR_TYPE
 
 
-def template_of(args: Namespace) -> str | None:
-    """Return the name of the conversation template, from the options or the checkpoint; None if unnamed."""
-    if args.conv_mode:
-        return str(args.conv_mode)
-    path = Path(args.model) / PROCESSOR_FILE
-    return json.loads(read_text(path)).get("template") if path.is_file() else None
-
-
 def dicom_policy_of(args: Namespace) -> DicomPolicy:
     """Return the DICOM policy of the options; what they leave open is the checkpoint's.
 
@@ -85,3 +95,19 @@ def dicom_policy_of(args: Namespace) -> DicomPolicy:
     """
     kept = read_json(Path(args.model) / PROCESSOR_FILE).get("dicom")
     return DicomPolicy.of(kept).changed(args.dicom_window, args.dicom_frame)
+
+
+def facts_of(
+    args: Namespace, words: Sequence[str], sampling: Sampling, data: Mapping[str, str | Path]
+) -> dict[str, Any]:
+    """Return the provenance of a run of `llava eval` with the options `words` on the files of `data`, by role."""
+    served = served_by(args)
+    return provenance_fields(
+        data=data,
+        command=["llava", "eval", *words],
+        template=template_of(args),
+        weights=fingerprint.weights_hash(args.model) if served is None else served.weights,
+        seed=args.seed,
+        sampling=asdict(sampling),
+        limit=args.limit,
+    )

@@ -7,8 +7,9 @@ Sample --question_of--> Question --prompt--> engine
 
 from __future__ import annotations
 
+import hashlib
+import json
 import string
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError
-from llava.samples import Conversation, Sample, Turn, type_and_length
+from llava.samples import Conversation, Sample, Turn, sample_label, type_and_length, with_placeholders
 from llava.scoring.decisions import is_closed
 
 MAX_NAMED_IDS = 10
@@ -79,10 +80,6 @@ FOLLOW_UP = "ANSWER:"
 FOLLOW_UP_JOINT = "\n The answer is "
 """Second question of `--answer-prompter`, and the text that joins its answer to the first."""
 
-GRAY = (127, 127, 127)
-BLANK_SIZE = 336
-"""Color and side of the blank-image control: one gray square for all questions."""
-
 _ID_ALPHABET = "".join(sorted(set(string.ascii_letters + string.digits) - set("0O1Il")))
 _ID_LENGTH = 22
 
@@ -110,7 +107,7 @@ class Question:
 
 
 def question_of(sample: Sample, *, form: PromptForm = "tagged", options: bool = False) -> Question:
-    """Return the first question of a sample; later turns are ignored.
+    """Return the first question of a sample with its images; later turns and their images are ignored.
 
     Args:
         sample: a row of any question file.
@@ -118,26 +115,25 @@ def question_of(sample: Sample, *, form: PromptForm = "tagged", options: bool = 
         options: append the two options to closed yes/no questions (of rows that contain their answer).
 
     Raises:
-        DataError: the number of placeholders in the question differs from the number of images.
+        DataError: the number of placeholders in the row differs from the number of images; names the row.
     """
     turns = sample.conversation.turns
-    text = turns[0].text
-    plain = text.replace(IMAGE_TOKEN, "").strip()
-    suffix = YES_NO_OPTIONS if options and _is_yes_no(sample) else ""
-    num_placeholders = text.count(IMAGE_TOKEN)
-    if num_placeholders == 0 and sample.images:
-        asked = "".join(f"{IMAGE_TOKEN}\n" for _ in sample.images) + text + suffix
-    elif num_placeholders == len(sample.images):
-        asked = text.replace(plain, plain + suffix, 1) if plain and plain in text else text + suffix
-    else:
+    text, num_placeholders = turns[0].text, sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
+    if num_placeholders not in (0, len(sample.images)):
         raise DataError(
-            f"id {sample.id!r}: {num_placeholders} {IMAGE_TOKEN} placeholders for {len(sample.images)} images; "
+            f"{sample_label(sample)}: {num_placeholders} {IMAGE_TOKEN} placeholders for {len(sample.images)} images; "
             f"write none, or one per image"
         )
-    tag = f"\n{IMAGE_TOKEN}" if sample.images else ""
+    shown = with_placeholders(sample).turns[0].text
+    images = sample.images[: shown.count(IMAGE_TOKEN)]
+    plain = text.replace(IMAGE_TOKEN, "").strip()
+    suffix = YES_NO_OPTIONS if options and _is_yes_no(sample) else ""
+    in_front = IMAGE_TOKEN not in text or not plain or plain not in text  # then the suffix is the end of the question
+    asked = shown + suffix if in_front else text.replace(plain, plain + suffix, 1)
+    tag = f"\n{IMAGE_TOKEN}" if images else ""
     prompts = {"raw": text + suffix, "tagged": plain + suffix + tag, "plain": plain + suffix}
     conversation = Conversation((Turn("human", asked),), sample.conversation.system)
-    return Question(sample.meta.get("id", sample.id), conversation, sample.images, prompts[form])
+    return Question(sample.meta.get("id", sample.id), conversation, images, prompts[form])
 
 
 def _is_yes_no(sample: Sample) -> bool:
@@ -154,21 +150,20 @@ def follow_up(conversation: Conversation, reasoning: str) -> Conversation:
 
 
 def answer_row(question: Question, text: str, *, model_id: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row of an answer, with the six keys of the published files in their order."""
-    return {
-        "question_id": question.raw_id,
-        "prompt": question.prompt,
-        "text": text,
-        "answer_id": short_id(),
-        "model_id": model_id,
-        "metadata": dict(metadata),
-    }
+    """Return the row of an answer, with the six keys of the published files in their order.
+
+    `answer_id` is derived from the other five values, so equal evaluations write equal files.
+    """
+    first = {"question_id": question.raw_id, "prompt": question.prompt, "text": text}
+    last = {"model_id": model_id, "metadata": dict(metadata)}
+    return {**first, "answer_id": derived_id(first | last), **last}
 
 
-def short_id() -> str:
-    """Return a random identifier of 22 letters and digits without look-alikes (0O1Il)."""
-    number, letters = uuid.uuid4().int, []
+def derived_id(content: Mapping[str, Any]) -> str:
+    """Return an identifier of JSON values: 22 letters and digits without look-alikes (0O1Il)."""
+    written = json.dumps(content, sort_keys=True).encode()
+    number, letters = int.from_bytes(hashlib.sha256(written).digest()), []
     for _ in range(_ID_LENGTH):
         number, digit = divmod(number, len(_ID_ALPHABET))
         letters.append(_ID_ALPHABET[digit])
-    return "".join(reversed(letters))
+    return "".join(letters)

@@ -15,6 +15,7 @@ from torch import Tensor
 from llava.data.encode import Encoded
 from llava.generation.protocol import Completion
 from llava.generation.runners import Runner
+from llava.generation.sampling import without
 from llava.generation.stopping import AnswerText
 
 
@@ -54,6 +55,7 @@ class BeamSearch:
         num_end_tokens: int = 1,
         repetition_penalty: float = 1.0,
         num_counted: int = 0,
+        never: Sequence[int] = (),
     ) -> None:
         """Start with one empty beam.
 
@@ -66,6 +68,7 @@ class BeamSearch:
             num_counted: tokens that the division by the length counts in addition to those of the answer. To score as
                 transformers before 4.36, which counted the prompt but not the token that ends an answer, pass the
                 length of the prompt.
+            never: ids that no beam may contain.
         """
         self.num_beams = num_beams
         self.limit = limit
@@ -73,6 +76,7 @@ class BeamSearch:
         self.num_candidates = max(2, 1 + num_end_tokens) * num_beams
         self.repetition_penalty = repetition_penalty
         self.num_counted = num_counted
+        self.never = tuple(never)
         self.running = [Beam()]
         self.ended: list[Ended] = []
         self.is_over = False
@@ -89,6 +93,7 @@ class BeamSearch:
         """
         log_probs = logits.float().log_softmax(dim=-1)
         scores = penalize_repeats(log_probs, [beam.token_ids for beam in self.running], self.repetition_penalty)
+        scores = without(scores, self.never)
         totals = (scores + scores.new_tensor([beam.score for beam in self.running])[:, None]).flatten()
         best = totals.topk(min(self.num_candidates, len(totals)))
         going: list[tuple[int, Beam]] = []

@@ -8,36 +8,56 @@ True
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import psutil
+import torch
 from torch import Tensor
 
 from llava.constants import TREE_ATTENTION
-from llava.data.encode import Encoded
+from llava.data.encode import Encoded, follow_up
 from llava.data.flat_batch import FlatBatch, Layout, flatten, target_logits
 from llava.errors import ConfigError, DataError, GenerationError, LlavaError
 from llava.generation.beam_search import BeamSearch, answer_of, run_beams
+from llava.generation.chunked_prefill import ChunkedScheduler
+from llava.generation.driver import Driver
+from llava.generation.episode import Episode, check_dialogue
+from llava.generation.failures import MEGABYTE
+from llava.generation.handle import Handle
+from llava.generation.held import check_history
 from llava.generation.layout_check import choose_layout
+from llava.generation.prefix_cache import PrefixCache
 from llava.generation.prompt_encoder import EncodedPrompt, PromptReader, image_group
-from llava.generation.protocol import Completion, Prompt, Sampling
-from llava.generation.runners import AnsweringMode, PaddedRunner, Runner, SlotRunner
+from llava.generation.protocol import (
+    Completion,
+    Dialogue,
+    History,
+    Prompt,
+    Sampling,
+    Script,
+    num_distinct,
+    repeated,
+    sampling_of_each,
+)
+from llava.generation.request import PromptSource, Request
+from llava.generation.runners import PaddedRunner, Runner, SlotRunner
 from llava.generation.sampling import TokenDraw
-from llava.generation.scheduler import PromptSource, Request, Scheduler
+from llava.generation.scheduler import Scheduler
 from llava.generation.stopping import AnswerText, StopRule
 from llava.model.attention import use_tree_attention
 from llava.model.precision import weights_precision
+from llava.model.rope import shared_context
 from llava.processing import LlavaMedProcessor
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT = 2048
 """Context length of a model whose configuration does not name one."""
-
-STEPS_AT_A_TIME = 16
-"""Steps of a batch before the lock is released to other threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +75,19 @@ class SequenceScore:
     num_tokens: int
 
 
+def context_length(model: Any) -> int:
+    """Return the largest number of tokens that a model was made for."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT)
+
+
+def quarter_of_free_memory(model: Any) -> int:
+    """Return a quarter of the bytes that are free now on the device of a model."""
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+        return int(free) // 4
+    return int(psutil.virtual_memory().available) // 4
+
+
 class LocalEngine:
     """Engine for a model in this process. Threads may share it."""
 
@@ -67,6 +100,12 @@ class LocalEngine:
         max_tokens: int | None = None,
         max_prefill_tokens: int = 4096,
         layout: Layout | None = None,
+        reader: PromptReader | None = None,
+        beams_count_prompt: bool = False,
+        prefill_chunk: int | None = None,
+        prefix_cache_mb: int = 0,
+        share_prefix_cache: bool = False,
+        kv_cache_mb: int | None = None,
     ) -> None:
         """Choose the layout and allocate the scheduler; the model changes its mode only while it computes.
 
@@ -77,34 +116,73 @@ class LocalEngine:
             max_tokens: largest number of tokens of a prompt with its answer; default: the model's context length.
             max_prefill_tokens: largest number of tokens prefilled at a time (one prompt may be longer).
             layout: layout of prompts; None selects the cheapest one that this model computes exactly.
+            reader: encoder of prompts, instead of a `PromptReader` for `max_tokens`.
+            beams_count_prompt: divide a beam's score by the length of prompt and answer, as transformers before 4.36.
+            prefill_chunk: read prompts in pieces of this many tokens between decoding steps, as a server should; None
+                reads many prompts at a time, which is faster for batches.
+            prefix_cache_mb: megabytes of keys and values that are kept of prompts and answers for prompts that begin
+                in the same way; needs `prefill_chunk`.
+            share_prefix_cache: let callers with different keys use what is kept of each other's prompts.
+            kv_cache_mb: megabytes of keys and values that running sequences may need; None: with `prefill_chunk`, a
+                quarter of the memory that is free now, else no limit.
 
         Raises:
             ConfigError: a number is out of range.
         """
+        if (prefill_chunk is not None and prefill_chunk < 1) or prefix_cache_mb < 0 or (kv_cache_mb or 1) < 1:
+            raise ConfigError(
+                f"prefill_chunk={prefill_chunk} and kv_cache_mb={kv_cache_mb} must be at least 1, "
+                f"prefix_cache_mb={prefix_cache_mb} at least 0"
+            )
+        if prefix_cache_mb and prefill_chunk is None:
+            raise ConfigError(f"prefix_cache_mb={prefix_cache_mb} needs prefill_chunk, such as 512")
         if max_slots < 1 or max_prefill_tokens < 1 or (max_tokens is not None and max_tokens < 2):
             raise ConfigError(
                 f"max_slots={max_slots} and max_prefill_tokens={max_prefill_tokens} must be at least 1, "
                 f"max_tokens={max_tokens} at least 2"
             )
         text_config = model.config.get_text_config()
-        context = int(getattr(text_config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
         self.model = model
         self.processor = processor
-        self.layout = choose_layout(model.config) if layout is None else layout
+        self.layout = choose_layout(model.config, decodes=True) if layout is None else layout
         self.max_prefill_tokens = max_prefill_tokens
-        self.reader = PromptReader(processor, max_tokens=context if max_tokens is None else max_tokens)
-        runner = self._runner(max_slots, text_config)
-        self.scheduler = Scheduler(runner, self.reader, max_slots=max_slots, max_prefill_tokens=max_prefill_tokens)
-        self.beams_count_prompt = False
-        """Whether a beam's score is divided by the length of prompt and answer, as by transformers before 4.36."""
-        self._lock = threading.RLock()
+        self.reader = reader or PromptReader(processor, max_tokens=max_tokens or context_length(model))
+        max_kv_bytes = None if kv_cache_mb is None else kv_cache_mb * MEGABYTE
+        if max_kv_bytes is None and prefill_chunk is not None:
+            max_kv_bytes = quarter_of_free_memory(model)
+        runner = self._runner(max_slots, text_config, max_kv_bytes)
+        self.context = shared_context(model.config)
+        self.share_prefix_cache = share_prefix_cache
+        self.scheduler = self._scheduler(
+            runner,
+            self.reader,
+            settings=(prefill_chunk, prefix_cache_mb),
+            max_slots=max_slots,
+            max_prefill_tokens=max_prefill_tokens,
+            context=self.context,
+            never=(processor.image_token_id,),
+            max_kv_bytes=max_kv_bytes,
+        )
+        self.beams_count_prompt = beams_count_prompt
+        # Weak, so that the memory of an engine is free as soon as its last user drops it.
+        self.driver = Driver(self.scheduler, model, partial(_submit_to, weakref.ref(self)))
 
     @property
     def precision(self) -> str:
         """Precision of the weights, such as `float32`."""
         return weights_precision(self.model)
 
-    def _runner(self, max_slots: int, text_config: Any) -> Runner:
+    def _scheduler(self, runner: Runner, *args: Any, settings: tuple[int | None, int], **options: Any) -> Scheduler:
+        chunk, megabytes = settings
+        if chunk is None:
+            return Scheduler(runner, *args, **options)
+        # Elsewhere sequences depend on each other, or keys cannot be read one piece after another.
+        if not isinstance(runner, SlotRunner) or self.layout != "tree" or self.context is not None:
+            logger.warning("this model reads whole prompts and keeps none of them: its layout is %s", self.layout)
+            return Scheduler(runner, *args, **options)
+        return ChunkedScheduler(runner, *args, cache=PrefixCache(megabytes * MEGABYTE), chunk=chunk, **options)
+
+    def _runner(self, max_slots: int, text_config: Any, max_bytes: int | None = None) -> Runner:
         if self.layout == "padded":
             return PaddedRunner(self.model, pad_token_id=self.processor.pad_token_id)
         if text_config._attn_implementation != TREE_ATTENTION:
@@ -114,23 +192,41 @@ class LocalEngine:
             image_token_id=self.processor.image_token_id,
             max_slots=max_slots,
             max_length=self.reader.max_tokens,
+            max_bytes=float("inf") if max_bytes is None else max_bytes,
             layout=self.layout,
         )
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling]) -> list[list[Completion]]:
         """Answer prompts; see `protocol.Engine`."""
-        if sampling.num_beams > 1:
-            return [self._beam_answers(prompt, sampling) for prompt in prompts]
-        # Greedy answers are equal, so one is computed and repeated.
-        num_copies = 1 if sampling.temperature == 0.0 else sampling.n
-        requests = [self._requests(prompt, sampling, num_copies) for prompt in prompts]
+        each = sampling_of_each(prompts, sampling)
+        requests = [
+            self._requests(PromptSource(prompt), own) if own.num_beams == 1 else []
+            for prompt, own in zip(prompts, each, strict=True)
+        ]
+        self._run_by_image(prompts, requests)
+        return [
+            repeated([_completion_of(request) for request in copies], own.n)
+            if copies
+            else self._beam_answers(prompt, own)
+            for prompt, own, copies in zip(prompts, each, requests, strict=True)
+        ]
+
+    def converse(self, scripts: Sequence[Script], sampling: Sampling | Sequence[Sampling]) -> list[list[Dialogue]]:
+        """Hold dialogues; see `protocol.Engine`."""
+        each = sampling_of_each(scripts, sampling)
+        episodes = [self._episodes(script, own) for script, own in zip(scripts, each, strict=True)]
+        self._run_by_image(scripts, episodes)
+        return [
+            repeated([episode.dialogue() for episode in copies], own.n)
+            for own, copies in zip(each, episodes, strict=True)
+        ]
+
+    def _run_by_image(self, prompts: Sequence[Prompt | Script], requests: Sequence[Sequence[Request]]) -> None:
+        """Answer the requests of each prompt; those about the same images are adjacent."""
         groups: dict[Any, list[Request]] = {}
         for prompt, copies in zip(prompts, requests, strict=True):
             groups.setdefault(image_group(prompt.images), []).extend(copies)
-        queue = [request for group in groups.values() for request in group]
-        self._run(queue)
-        completions = [[_completion_of(request) for request in copies] for copies in requests]
-        return [copies * (sampling.n // num_copies) for copies in completions]
+        self.driver.run([request for group in groups.values() for request in group])
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
         """Yield the answer so far whenever it has grown; see `protocol.Engine`.
@@ -144,8 +240,13 @@ class LocalEngine:
                 f"a stream needs n=1 and num_beams=1, got n={sampling.n} and num_beams={sampling.num_beams}; "
                 "use generate"
             )
-        [request] = self._requests(prompt, sampling, 1)
-        return self._stream(request)
+        return self._stream(prompt, sampling)
+
+    def submit(
+        self, prompt: Prompt, sampling: Sampling, *, key: str = "", notify: Callable[[], None] | None = None
+    ) -> Handle:
+        """Queue a prompt for the driver; see `Driver.submit`."""
+        return self.driver.submit(prompt, sampling, key=key, notify=notify)
 
     def _beam_answers(self, prompt: Prompt, sampling: Sampling) -> list[Completion]:
         """Return the best answers of a beam search, which uses the model alone."""
@@ -161,10 +262,10 @@ class LocalEngine:
                 num_end_tokens=len(rule.token_ids),
                 repetition_penalty=sampling.repetition_penalty,
                 num_counted=self._num_counted(reading.encoded),
+                never=self.scheduler.never,
             )
-            with self._answering():
-                runner = self._runner(sampling.num_beams, self.model.config.get_text_config())
-                run_beams(search, runner, reading.encoded, images)
+            runner = self._runner(sampling.num_beams, self.model.config.get_text_config())
+            self.driver.call(lambda: run_beams(search, runner, reading.encoded, images))
         except LlavaError as error:
             return [Completion("", (), "error", error=str(error))] * sampling.n
         return [answer_of(ended, text, logprobs=sampling.logprobs) for ended in search.ended[: sampling.n]]
@@ -191,65 +292,55 @@ class LocalEngine:
             except DataError as error:
                 raise DataError(f"conversation {index}: {error}") from error
         scores: dict[int, SequenceScore] = {}
-        with self._answering():
-            for members in self._rows(readings):
-                scores.update(zip(members, self._score_row([readings[i] for i in members]), strict=True))
+        for members in self._rows(readings):
+            row = [readings[index] for index in members]
+            scores.update(zip(members, self.driver.call(partial(self._score_row, row)), strict=True))
         return [scores[index] for index in range(len(readings))]
 
-    def _requests(self, prompt: Prompt, sampling: Sampling, num_copies: int) -> list[Request]:
-        source = PromptSource(prompt)
-        rule = StopRule.of(self.processor, sampling)
-        text = AnswerText(rule, self.processor.decode)
-        return [Request(source, sampling, TokenDraw(sampling, index), text) for index in range(num_copies)]
+    def _submitted(self, prompt: Prompt, sampling: Sampling, key: str) -> list[Request]:
+        """Read a prompt with its images and return its requests."""
+        if prompt.history is not None:
+            check_dialogue(sampling)
+            check_history(prompt.history, self.model, never=self.scheduler.never, max_tokens=self.reader.max_tokens)
+        ends = StopRule.of(self.processor, sampling).token_ids
+        reading, pixels = self.reader.read_whole(prompt, ends=ends)
+        requests = self._requests(PromptSource(Prompt(prompt.conversation), reading, pixels), sampling, prompt.history)
+        for request in requests:
+            request.tree = "" if self.share_prefix_cache else key
+        return requests
 
-    def _run(self, requests: Sequence[Request]) -> None:
-        """Step the scheduler until these requests are over; cancel them after an error."""
-        left, mode = deque(requests), AnsweringMode(self.model)
-        with self._lock:
-            self.scheduler.add(requests)
-        try:
-            while left:
-                with self._answering(mode):
-                    for _ in range(STEPS_AT_A_TIME):
-                        while left and left[0].is_over:
-                            left.popleft()
-                        if not left:
-                            break
-                        self.scheduler.step()
-        finally:
-            self._cancel(left)
+    def _requests(self, source: PromptSource, sampling: Sampling, held: History | None = None) -> list[Request]:
+        source.num_users, before = num_distinct(sampling), held or History()
+        text = AnswerText(StopRule.of(self.processor, sampling), self.processor.decode)
+        draws = (TokenDraw(sampling, before.sample + i, num_drawn=before.num_tokens) for i in range(source.num_users))
+        return [Request(source, sampling, draw, text, is_dialogue=held is not None) for draw in draws]
 
-    def _stream(self, request: Request) -> Iterator[str]:
-        shown, mode = "", AnsweringMode(self.model)
-        with self._lock:
-            self.scheduler.add([request])
+    def _episodes(self, script: Script, sampling: Sampling) -> list[Episode]:
+        check_dialogue(sampling)
+        sampling = sampling if script.seed is None else replace(sampling, seed=script.seed)
+        # All questions are tokenized before the first answer.
+        follow_ups = tuple(follow_up(question, self.processor) for question in script.follow_ups)
+        max_tokens = self.reader.max_tokens
+        source = PromptSource(Prompt(script.conversation, script.images), num_users=num_distinct(sampling))
+        text = AnswerText(StopRule.of(self.processor, sampling), self.processor.decode)
+        return [
+            Episode(source, sampling, TokenDraw(sampling, index), text, follow_ups=follow_ups, max_tokens=max_tokens)
+            for index in range(source.num_users)
+        ]
+
+    def _stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
+        handle, shown = self.driver.submit(prompt, sampling), ""
         try:
-            while request.completion is None:
-                with self._answering(mode):
-                    if request.completion is None:
-                        self.scheduler.step()
-                text = request.text.so_far(request.token_ids) if request.completion is None else ""
-                if len(text) > len(shown) and text.startswith(shown):
-                    shown = text
+            for event in handle:
+                if event.error is not None:
+                    raise GenerationError(event.error)
+                if event.answer != shown:
+                    shown = event.answer
                     yield shown
-            if request.completion.error is not None:
-                raise GenerationError(request.completion.error)
-            if request.completion.text != shown:
-                yield request.completion.text
         finally:
-            self._cancel([request])
-
-    def _cancel(self, requests: Sequence[Request] | deque[Request]) -> None:
-        with self._lock:
-            for request in requests:
-                if not request.is_over:
-                    self.scheduler.cancel(request)
-
-    @contextmanager
-    def _answering(self, mode: AnsweringMode | None = None) -> Iterator[None]:
-        """Hold the lock and the model in its answering mode; callers that enter repeatedly pass `mode`."""
-        with self._lock, (mode or AnsweringMode(self.model)).entered():
-            yield
+            if not handle.is_over:
+                handle.cancel()
+                self.driver.cancel(handle.requests)
 
     def _rows(self, readings: Sequence[EncodedPrompt]) -> list[list[int]]:
         """Return the indices of the conversations of each row; those with the same images are adjacent."""
@@ -260,11 +351,12 @@ class LocalEngine:
         num_tokens = 0
         for index in (index for group in order.values() for index in group):
             length = len(readings[index].encoded.input_ids)
-            if not rows or num_tokens + length > self.max_prefill_tokens:
+            is_alone = self.context is not None and length > self.context.length
+            if not rows or is_alone or num_tokens + length > self.max_prefill_tokens:
                 rows.append([])
                 num_tokens = 0
             rows[-1].append(index)
-            num_tokens += length
+            num_tokens = self.max_prefill_tokens if is_alone else num_tokens + length
         return rows
 
     def _score_row(self, readings: Sequence[EncodedPrompt]) -> list[SequenceScore]:
@@ -279,6 +371,13 @@ class LocalEngine:
         logits = target_logits(self.model, batch).float()
         logprobs = logits.gather(1, batch.target_ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
         return _scores(batch, logprobs.double()[batch.edge_target].cpu())
+
+
+def _submit_to(engine: weakref.ref[LocalEngine], *prompt: Any) -> list[Request]:
+    found = engine()
+    if found is None:
+        raise GenerationError("the engine was dropped before it read this prompt")
+    return found._submitted(*prompt)
 
 
 def _completion_of(request: Request) -> Completion:

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llava.generation.prefix_cache import KeyValues
+
 FIRST_LENGTH = 32
 """Smallest length of a new row in tokens."""
+
+EXCESS, KEPT_BYTES = 4, 1 << 26
+"""Buffers this many times larger than needed are cut, if they are larger than this many bytes."""
+
+
+def bytes_per_token(model: Any) -> int:
+    """Return the bytes of the keys and values of one token, from the configuration of a language model."""
+    text = model.config.get_text_config()
+    num_heads = getattr(text, "num_attention_heads", 1)
+    width = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    heads = getattr(text, "num_key_value_heads", None) or num_heads
+    return 2 * int(text.num_hidden_layers * heads * width * model.dtype.itemsize)
 
 
 class LayerBuffers:
     """Buffers of keys and values [rows, H, length, D] for each layer."""
 
-    def __init__(self, *, max_rows: int, max_length: int) -> None:
-        """Start empty; growth by doubling stops at `max_rows` and `max_length`, requests do not."""
+    def __init__(self, *, max_rows: int, max_length: int, max_bytes: float = float("inf")) -> None:
+        """Start empty; growth by doubling stops at `max_rows`, `max_length` and `max_bytes`, requests do not."""
         self.max_rows = max_rows
+        self.max_bytes = max_bytes
         self.max_length = max_length
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -31,6 +47,25 @@ class LayerBuffers:
         """Capacity of a row in tokens."""
         return self.keys[0].shape[2]
 
+    @property
+    def num_bytes(self) -> int:
+        """Size in memory."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in (*self.keys, *self.values))
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token in all layers; 0 before `shape_like`."""
+        sizes = (buffer.shape[1] * buffer.shape[3] * buffer.element_size() for buffer in (*self.keys, *self.values))
+        return sum(sizes)
+
+    def tokens(self, row: int, start: int, stop: int) -> KeyValues:
+        """Return some tokens of a row as views."""
+        rows = slice(row, row + 1)
+        return KeyValues(
+            [buffer[rows, :, start:stop] for buffer in self.keys],
+            [buffer[rows, :, start:stop] for buffer in self.values],
+        )
+
     def shape_like(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Take heads, width and dtype from [1, H, T, D] of each layer."""
         if not self.keys:
@@ -38,10 +73,29 @@ class LayerBuffers:
             self.values = [states.new_empty(0, states.shape[1], 0, states.shape[3]) for states in values]
 
     def reserve(self, num_rows: int, length: int) -> None:
-        """Make room for `num_rows` rows of `length` tokens; contents are kept."""
+        """Make room for `num_rows` rows of `length` tokens, which must hold all that is kept.
+
+        Growth doubles rows and tokens, unless that exceeds `max_bytes`; far more than what is needed is released.
+        """
+        rows, _, tokens, _ = self.keys[0].shape
+        needed = num_rows * length * self.bytes_per_token
+        if rows >= num_rows and tokens >= length and not self._is_excessive(rows * tokens, num_rows * length):
+            return
+        more_rows = rows if rows >= num_rows else max(num_rows, min(2 * rows, self.max_rows))
+        more_tokens = tokens if tokens >= length else max(length, min(max(2 * tokens, FIRST_LENGTH), self.max_length))
+        size = more_rows * more_tokens * self.bytes_per_token
+        if size > max(needed, self.max_bytes) or self._is_excessive(more_rows * more_tokens, num_rows * length):
+            more_rows, more_tokens = num_rows, length
+        self.fit(more_rows, more_tokens)
+
+    def fit(self, num_rows: int, length: int) -> None:
+        """Release all memory but `num_rows` rows of `length` tokens."""
         for kept in (self.keys, self.values):
             for layer, buffer in enumerate(kept):
-                kept[layer] = self._grown(buffer, num_rows, length)
+                kept[layer] = _resized(buffer, num_rows, length)
+
+    def _is_excessive(self, num_tokens: int, needed: int) -> bool:
+        return num_tokens > EXCESS * needed and num_tokens * self.bytes_per_token > KEPT_BYTES
 
     def shrink(self, num_rows: int, max_rows: int) -> None:
         """Keep the first `num_rows` rows only, and grow to at most `max_rows` from now on."""
@@ -56,10 +110,16 @@ class LayerBuffers:
                 buffer[: len(parents), :, :length] = buffer[parents, :, :length]
 
     def views(self, layer: int, rows: slice, length: int) -> tuple[Tensor, Tensor]:
-        """Return the first tokens of some rows as views [rows * H, length, D]."""
-        # Rows and heads are adjacent in memory, so they merge without a copy.
-        keys, values = self.keys[layer][rows, :, :length], self.values[layer][rows, :, :length]
-        return keys.flatten(0, 1), values.flatten(0, 1)
+        """Return the first tokens of some rows as views: keys [rows * H, D, length], values [rows * H, length, D]."""
+        # Rows and heads are adjacent in memory. One call each instead of slices, a merge and a transposition.
+        keys, values = self.keys[layer], self.values[layer]
+        _, heads, room, width = keys.shape
+        of_values = values.shape[-1]
+        start, num = rows.start * heads * room, (rows.stop - rows.start) * heads
+        return (
+            keys.as_strided((num, width, length), (room * width, 1, width), start * width),
+            values.as_strided((num, length, of_values), (room * of_values, of_values, 1), start * of_values),
+        )
 
     def put(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write one token of each head [B * H, D] at flat indices `places` over rows, heads and tokens."""
@@ -87,15 +147,13 @@ class LayerBuffers:
         for buffer in (*self.keys, *self.values):
             buffer[target, :, :length] = buffer[source, :, :length]
 
-    def _grown(self, buffer: Tensor, num_rows: int, length: int) -> Tensor:
-        rows, heads, tokens, width = buffer.shape
-        if rows >= num_rows and tokens >= length:
-            return buffer
-        if rows < num_rows:
-            num_rows = max(num_rows, min(2 * rows, self.max_rows))
-        if tokens < length:
-            length = max(length, min(max(2 * tokens, FIRST_LENGTH), self.max_length))
-        # Zeros, because masked values must be finite.
-        grown = buffer.new_zeros(max(num_rows, rows), heads, max(length, tokens), width)
-        grown[:rows, :, :tokens] = buffer
-        return grown
+
+def _resized(buffer: Tensor, num_rows: int, length: int) -> Tensor:
+    rows, heads, tokens, width = buffer.shape
+    if (rows, tokens) == (num_rows, length):
+        return buffer
+    # Zeros, because masked values must be finite.
+    resized = buffer.new_zeros(num_rows, heads, length, width)
+    rows, tokens = min(rows, num_rows), min(tokens, length)
+    resized[:rows, :, :tokens] = buffer[:rows, :, :tokens]
+    return resized

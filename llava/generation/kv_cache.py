@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,12 +23,9 @@ from torch import Tensor
 from transformers import Cache
 
 from llava.generation.kv_buffers import LayerBuffers
-
-NUM_CHUNKS, MIN_CHUNK = 4, 8
-"""Largest number of chunks of slots, each padded to its own longest slot, and smallest number of slots of one."""
-
-MIN_SAVED = 2048
-"""Columns that chunks must save over all slots; below this, their operator calls cost more than the padding."""
+from llava.generation.prefix_cache import KeyValues, joined, parts_between
+from llava.generation.slot_attention import attend
+from llava.generation.step_index import Stem, StepIndex
 
 _serial_numbers = itertools.count()
 
@@ -70,26 +67,52 @@ class Path:
     rest: Tensor
 
 
-@dataclass(slots=True)
-class Stem:
-    """Name and length of a stem, and the slots that use it."""
-
-    name: tuple[int, int]
-    length: int
-    slots: list[int]
-
-
 class SlotCache:
     """Keys and values of stems and slots, and the attention over both."""
 
-    def __init__(self, *, max_slots: int, max_length: int) -> None:
-        """Start without memory; slots are allocated on demand, up to `max_slots` of `max_length` tokens."""
+    def __init__(self, *, max_slots: int, max_length: int, max_bytes: float = float("inf")) -> None:
+        """Start without memory; slots are allocated on demand, up to `max_slots` of `max_length` tokens.
+
+        Near `max_bytes` no memory is allocated in advance; more is used only if the sequences themselves need more.
+        """
+        self.max_bytes = max_bytes
         self.stem_states = LayerBuffers(max_rows=max_slots, max_length=max_length)
         self.slot_states = LayerBuffers(max_rows=max_slots, max_length=max_length)
         self.stems: list[Stem] = []
         self.stem_of: list[int] = []
         self.lengths: list[int] = []
+        self._slot_size = 0, 0
         self._index: StepIndex | None = None
+
+    def emptied(self) -> SlotCache:
+        """Return a cache with the same limits and without contents."""
+        states = self.slot_states
+        return SlotCache(max_slots=states.max_rows, max_length=states.max_length, max_bytes=self.max_bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of stems and slots."""
+        return self.stem_states.num_bytes + self.slot_states.num_bytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token; 0 before the first sequence joins."""
+        return self.slot_states.bytes_per_token
+
+    def num_tokens(self, slot: int) -> int:
+        """Return the number of tokens of a running sequence."""
+        return self.stems[self.stem_of[slot]].length + self.lengths[slot]
+
+    def copy(self, slot: int, start: int, stop: int) -> KeyValues:
+        """Return a copy of the keys and values of some tokens of a running sequence."""
+        stem = self.stem_of[slot]
+        length = self.stems[stem].length
+        parts = []
+        if start < length:
+            parts.append(self.stem_states.tokens(stem, start, min(stop, length)))
+        if stop > length:
+            parts.append(self.slot_states.tokens(slot, max(start - length, 0), stop - length))
+        return joined(parts)
 
     @property
     def num_running(self) -> int:
@@ -100,8 +123,8 @@ class SlotCache:
         """Move each sequence of a prefilled row to the next free slot."""
         self.stem_states.shape_like(row.keys, row.values)
         self.slot_states.shape_like(row.keys, row.values)
-        longest = max(len(path.rest) for path in paths)
-        self.slot_states.reserve(self.num_running + len(paths), longest + 1)
+        longest = max([*(len(path.rest) for path in paths), *self.lengths])
+        self._reserve_slots(self.num_running + len(paths), longest + 1)
         for path in paths:
             slot, stem = self.num_running, self._stem(row, path)
             for first, place, length in _runs(path.rest):
@@ -110,6 +133,56 @@ class SlotCache:
             self.stem_of.append(stem)
             self.lengths.append(len(path.rest))
         self._index = None
+
+    def join_parts(self, name: Hashable, stem_length: int, parts: Sequence[KeyValues], num: int) -> None:
+        """Copy one sequence to the next `num` free slots: its first tokens to a stem of this name, unless present."""
+        for states in (self.stem_states, self.slot_states):
+            states.shape_like(parts[0].keys, parts[0].values)
+        rest = parts_between(parts, stem_length, sum(part.length for part in parts))
+        length = sum(part.length for part in rest)
+        self._reserve_slots(self.num_running + num, max([length, *self.lengths]) + 1)
+        stem = next((number for number, stem in enumerate(self.stems) if stem.name == name), None)
+        if stem is None:
+            stem = len(self.stems)
+            self._reserve_stems(stem + 1, stem_length)
+            self._write(self.stem_states, stem, parts_between(parts, 0, stem_length))
+            self.stems.append(Stem(name, stem_length, []))
+        for _ in range(num):
+            slot = self.num_running
+            self._write(self.slot_states, slot, rest)
+            self.stems[stem].slots.append(slot)
+            self.stem_of.append(stem)
+            self.lengths.append(length)
+        self._index = None
+
+    def _reserve_slots(self, num: int, length: int) -> None:
+        self._slot_size = num, length
+        if num * length * self.bytes_per_token + self.stem_states.num_bytes > self.max_bytes:
+            self.stem_states.fit(len(self.stems), max((stem.length for stem in self.stems), default=0))
+        self.slot_states.max_bytes = self.max_bytes - self.stem_states.num_bytes
+        self.slot_states.reserve(num, length)
+
+    def _reserve_stems(self, num: int, length: int) -> None:
+        longest = max([length, *(stem.length for stem in self.stems)])
+        if num * longest * self.bytes_per_token + self.slot_states.num_bytes > self.max_bytes:
+            self.slot_states.fit(*self._slot_size)
+        self.stem_states.max_bytes = self.max_bytes - self.slot_states.num_bytes
+        self.stem_states.reserve(num, longest)
+
+    def limit(self, max_bytes: float) -> None:
+        """Use at most `max_bytes` beyond what running sequences need, from now on."""
+        self.max_bytes = max_bytes
+        if self.num_running and self.num_bytes > max_bytes:
+            self._slot_size = self.num_running, max(self.lengths) + 1
+            self.slot_states.fit(*self._slot_size)
+            self.stem_states.fit(len(self.stems), max(stem.length for stem in self.stems))
+
+    @staticmethod
+    def _write(states: LayerBuffers, row: int, parts: Sequence[KeyValues]) -> None:
+        first = 0
+        for part in parts:
+            states.write((row, first), (part.keys, part.values), 0, part.length)
+            first += part.length
 
     def leave(self, slot: int) -> None:
         """Free a slot, and its stem if no other slot uses it; the last running sequence moves into the slot."""
@@ -140,7 +213,7 @@ class SlotCache:
     def begin_step(self) -> Tensor:
         """Make room for the next token of each running sequence; return its position [B, 1]."""
         longest = max(self.lengths)
-        self.slot_states.reserve(self.num_running, longest + 1)
+        self._reserve_slots(self.num_running, longest + 1)
         if self._index is None:
             self._index = StepIndex(self.stems, self.stem_of, self.lengths, self.slot_states.device)
         return self._index.positions()
@@ -150,6 +223,18 @@ class SlotCache:
         assert self._index is not None
         self.lengths = [length + 1 for length in self.lengths]
         self._index.advance()
+
+    def begin_extension(self, slots: Sequence[int], num_tokens: Sequence[int]) -> list[SlotExtension]:
+        """Make room for new tokens of some slots, which a pass with `ExtensionAttention` writes."""
+        longest = max(self.lengths[slot] + num for slot, num in zip(slots, num_tokens, strict=True))
+        self._reserve_slots(self.num_running, max([longest, *self.lengths]) + 1)
+        return [SlotExtension(self, slot, num) for slot, num in zip(slots, num_tokens, strict=True)]
+
+    def end_extension(self, extensions: Sequence[SlotExtension]) -> None:
+        """Count the new tokens; before this call the pass can be repeated."""
+        for extension in extensions:
+            self.lengths[extension.slot] += extension.length
+        self._index = None
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
@@ -165,41 +250,23 @@ class SlotCache:
         Returns:
             [B, 1, Hq, D].
         """
-        assert self._index is not None
-        index = self._index
         batch, heads, _, width = query.shape
-        key_heads = key.shape[1]
-        places = index.places(key_heads, self.slot_states.length)
-        self.slot_states.put(layer, places, key.reshape(-1, width), value.reshape(-1, value.shape[-1]))
-        stem_keys, stem_values = self.stem_states.views(layer, slice(len(self.stems)), index.longest_stem)
         scale = width**-0.5 if scaling is None else scaling
         # Query heads that share a key head are rows of one matrix product: [B * Hk, R, D].
-        queries = (query * scale).reshape(batch * key_heads, -1, width)
-        on_stem = index.alone(torch.bmm(index.grouped(queries, key_heads), stem_keys.mT), key_heads)
-        scores = torch.cat([on_stem, self._own_scores(layer, queries, key_heads)], dim=-1)
-        masked = scores.float().view(batch, heads, -1) + index.mask(window)
-        weights = masked.softmax(dim=-1).to(value.dtype).view(scores.shape)
-        to_stem = index.grouped(weights[..., : index.longest_stem], key_heads)
-        output = index.alone(torch.bmm(to_stem, stem_values), key_heads)
-        for rows, length in index.chunks:
-            _, values = self.slot_states.views(layer, rows, length)
-            own = _of_heads(rows, key_heads)
-            output[own].baddbmm_(weights[own, :, index.longest_stem : index.longest_stem + length], values)
-        return output.view(batch, 1, heads, -1)
+        queries = (query * scale).reshape(batch * key.shape[1], -1, width)
+        keys, values = key.reshape(-1, width), value.reshape(-1, value.shape[-1])
+        return self.attend_heads(layer, queries, keys, values, window).view(batch, 1, heads, -1)
 
-    def _own_scores(self, layer: int, queries: Tensor, key_heads: int) -> Tensor:
-        """Return the scores [B * Hk, R, L] of queries [B * Hk, R, D] against the tokens of their slots."""
+    def attend_heads(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        """Attend as `attend`, with scaled queries [B * Hk, R, D] and new keys and values [B * Hk, D].
+
+        Returns:
+            [B * Hk, R, D].
+        """
         assert self._index is not None
-        parts = [
-            torch.bmm(queries[_of_heads(rows, key_heads)], self.slot_states.views(layer, rows, length)[0].mT)
-            for rows, length in self._index.chunks
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        scores = queries.new_zeros(*queries.shape[:2], self._index.longest)
-        for (rows, length), part in zip(self._index.chunks, parts, strict=True):
-            scores[_of_heads(rows, key_heads), :, :length] = part
-        return scores
+        places = self._index.places(self.slot_states.keys[layer].shape[1], self.slot_states.length)
+        self.slot_states.put(layer, places, keys, values)
+        return attend(self._index, self.stem_states, self.slot_states, layer, queries, window=window)
 
     def _stem(self, row: CapturedRow, path: Path) -> int:
         """Return the stem of a path, copied from the row unless it is present."""
@@ -208,7 +275,7 @@ class SlotCache:
             if stem.name == name:
                 return number
         number = len(self.stems)
-        self.stem_states.reserve(number + 1, len(path.shared))
+        self._reserve_stems(number + 1, len(path.shared))
         for first, place, length in _runs(path.shared):
             self.stem_states.write((number, first), (row.keys, row.values), place, length)
         self.stems.append(Stem(name, len(path.shared), []))
@@ -223,100 +290,34 @@ class SlotCache:
                 self.stem_of[slot] = number
 
 
-class StepIndex:
-    """Index tensors of a decoding step; valid until a sequence joins or leaves."""
+class SlotExtension:
+    """New tokens of a slot; see `extension.Segment`."""
 
-    def __init__(
-        self, stems: Sequence[Stem], stem_of: Sequence[int], lengths: Sequence[int], device: torch.device
-    ) -> None:
-        self.num_stems = len(stems)
-        self.group = max(len(stem.slots) for stem in stems)
-        self.longest_stem = max(stem.length for stem in stems)
-        self.longest = max(lengths) + 1
-        self.chunks = self._chunks(lengths)
-        place = [0] * len(stem_of)
-        for stem in stems:
-            for number, slot in enumerate(stem.slots):
-                place[slot] = number
-        self.rows = torch.arange(len(stem_of), device=device)
-        self.lengths = torch.tensor(lengths, device=device)
-        self.stem_of = torch.tensor(stem_of, device=device)
-        self.place = torch.tensor(place, device=device)
-        self.stem_lengths = torch.tensor([stems[stem].length for stem in stem_of], device=device)
-        self.stem_columns = torch.arange(self.longest_stem, device=device)
-        self.masks: dict[int | None, Tensor] = {}
-        # By number of key heads, because layers may differ in it.
-        self._places: dict[int, Tensor] = {}
-        self._grouping: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, cache: SlotCache, slot: int, length: int) -> None:
+        stem = cache.stems[cache.stem_of[slot]]
+        self.cache = cache
+        self.slot = slot
+        self.length = length
+        self._stem = cache.stem_of[slot], stem.length
+        self._own = cache.lengths[slot]
 
-    def positions(self) -> Tensor:
-        """Return the position [B, 1] of the new token."""
-        return (self.stem_lengths + self.lengths)[:, None]
+    @property
+    def start(self) -> int:
+        """Number of tokens before the new ones."""
+        return self._stem[1] + self._own
 
-    def advance(self) -> None:
-        """Count the new tokens as cached."""
-        self.lengths = self.lengths + 1
-        self.longest += 1
-        self.chunks = [(rows, length + 1) for rows, length in self.chunks]
-        self.masks.clear()
-        self._places.clear()
-
-    def _chunks(self, lengths: Sequence[int]) -> list[tuple[slice, int]]:
-        """Return a few chunks of slots with the length of their longest; sequences joined sorted by length."""
-        size = max(MIN_CHUNK, -(-len(lengths) // NUM_CHUNKS))
-        parts = [slice(first, min(first + size, len(lengths))) for first in range(0, len(lengths), size)]
-        chunks = [(rows, max(lengths[rows]) + 1) for rows in parts]
-        num_columns = sum((rows.stop - rows.start) * length for rows, length in chunks)
-        if len(lengths) * self.longest - num_columns < MIN_SAVED:
-            return [(slice(0, len(lengths)), self.longest)]
-        return chunks
-
-    def places(self, heads: int, room: int) -> Tensor:
-        """Return the flat index [B * heads] of each head's new token in a buffer [rows, heads, room, D]."""
-        if heads not in self._places:
-            rows = self.rows[:, None] * heads + torch.arange(heads, device=self.rows.device)
-            self._places[heads] = (rows * room + self.lengths[:, None]).flatten()
-        return self._places[heads]
-
-    def mask(self, window: int | None) -> Tensor:
-        """Return the additive mask [B, 1, P + L]: 0 where the new token may attend, else minus infinity."""
-        if window not in self.masks:
-            columns = torch.arange(self.longest, device=self.rows.device)
-            on_stem = self.stem_columns < self.stem_lengths[:, None]
-            on_own = columns <= self.lengths[:, None]
-            if window is not None:
-                first = self.positions() - window
-                on_stem = on_stem & (self.stem_columns > first)
-                on_own = on_own & (columns + self.stem_lengths[:, None] > first)
-            allowed = torch.cat([on_stem, on_own], dim=1)
-            self.masks[window] = torch.where(allowed, 0.0, float("-inf"))[:, None]
-        return self.masks[window]
-
-    def grouped(self, states: Tensor, heads: int) -> Tensor:
-        """Group the sequences of each stem: [B * H, R, X] to [S * H, G * R, X], G the largest number of them."""
-        gathered = states.index_select(0, self._orders(heads)[0])
-        return gathered.view(self.num_stems * heads, -1, states.shape[2])
-
-    def alone(self, states: Tensor, heads: int) -> Tensor:
-        """Undo `grouped`: [S * H, G * R, X] to [B * H, R, X]."""
-        rows = states.view(self.num_stems * heads * self.group, -1, states.shape[2])
-        return rows.index_select(0, self._orders(heads)[1])
-
-    def _orders(self, heads: int) -> tuple[Tensor, Tensor]:
-        """Return the rows that `grouped` takes [S * H * G] and those that `alone` takes [B * H]."""
-        if heads not in self._grouping:
-            # A place without a sequence repeats slot 0; `alone` never reads it.
-            slots = self.rows.new_zeros(self.num_stems, 1, self.group)
-            slots[self.stem_of, 0, self.place] = self.rows
-            head = torch.arange(heads, device=self.rows.device)
-            places = (self.stem_of[:, None] * heads + head) * self.group + self.place[:, None]
-            self._grouping[heads] = (slots * heads + head[:, None]).flatten(), places.flatten()
-        return self._grouping[heads]
-
-
-def _of_heads(rows: slice, heads: int) -> slice:
-    """Return the rows of the heads of these sequences."""
-    return slice(rows.start * heads, rows.stop * heads)
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [H, n, D] behind the tokens of the slot; return keys and values [H, start + n, D] of the sequence."""
+        number, length = self._stem
+        states = self.cache.slot_states, self.cache.stem_states
+        both = []
+        for slots, stems, new in zip(
+            (states[0].keys, states[0].values), (states[1].keys, states[1].values), (key, value), strict=True
+        ):
+            row = slots[layer][self.slot]
+            row[:, self._own : self._own + self.length] = new
+            both.append(torch.cat([stems[layer][number, :, :length], row[:, : self._own + self.length]], dim=1))
+        return both[0], both[1]
 
 
 def divided_paths(paths: Sequence[Tensor], segment_ids: Tensor) -> tuple[Path, ...]:

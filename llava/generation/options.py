@@ -6,25 +6,49 @@ Importing this module does not load torch; opening an engine does.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llava.compat import PLACES, compat_help, parse_compat
-from llava.constants import DTYPES
+from llava.constants import DTYPES, PROCESSOR_FILE
+from llava.errors import ConfigError
 from llava.imaging.dicom.policy import add_dicom_options
 from llava.imaging.jpeg import add_fast_jpeg_option
+from llava.utils.jsonl import read_object
+from llava.utils.plugins import add_plugin_option
 
 if TYPE_CHECKING:
     from llava.generation.engine import LocalEngine
+    from llava.generation.protocol import Engine
+    from llava.generation.remote_facts import ServerFacts
 
 
-def add_engine_options(parser: argparse._ActionsContainer, *, compat: tuple[str, ...] = ("answers",)) -> None:
-    """Add the options for model, device and precision; `--compat` accepts the names of `compat`."""
-    parser.add_argument(
-        "--model", "--model-name", "--model-path", dest="model", required=True, help="checkpoint folder"
-    )
+def add_engine_options(
+    parser: argparse._ActionsContainer,
+    *,
+    compat: tuple[str, ...] = ("answers",),
+    names: tuple[str, ...] = ("--model", "--model-name", "--model-path"),
+    remote: bool = False,
+) -> None:
+    """Add the options for model, device and precision; `--compat` accepts the names of `compat`.
+
+    Args:
+        parser: parser of the command.
+        compat: places of defects that `--compat` accepts.
+        names: names of the option for the checkpoint.
+        remote: whether `--engine` may name a server; the command then calls `connect`.
+    """
+    more = "; with --engine: its name there" if remote else ""
+    parser.add_argument(*names, dest="model", required=not remote, help=f"checkpoint folder{more}")
+    if remote:
+        parser.add_argument("--engine", metavar="URL", help="server that answers, such as http://localhost:8000/v1")
     parser.add_argument("--model-base", help="base model of an adapter; default: the one it names")
     parser.add_argument("--vision-tower", help="vision tower of a checkpoint in another format; ours name theirs")
+    parser.add_argument(
+        "--lora-pretrain", help="LoRA adapter of the vision tower (Vit-lora) of a checkpoint in another format"
+    )
     parser.add_argument("--conv-mode", help="conversation template that replaces the checkpoint's")
+    add_plugin_option(parser)
     parser.add_argument(
         "--dtype",
         choices=["auto", *DTYPES],
@@ -39,13 +63,72 @@ def add_engine_options(parser: argparse._ActionsContainer, *, compat: tuple[str,
     add_fast_jpeg_option(parser)
 
 
+def connect(args: argparse.Namespace) -> None:
+    """Look up the model that the server of `--engine` serves, before anything else is done; none without the option.
+
+    Sets `args.remote` to its facts and `args.model` to its name.
+
+    Raises:
+        ConfigError: neither a checkpoint nor a server is named, an option does not suit a server, or it does not serve
+            the model.
+        GenerationError: the server cannot be reached.
+    """
+    if args.engine is None:
+        if args.model is None:
+            raise ConfigError("--model is missing; name a checkpoint folder, or a server with --engine URL")
+        return
+    from llava.generation.remote import RemoteEngine
+
+    given = [name for name, default in LOADED.items() if getattr(args, name, default) != default]
+    given += ["compat"] if answer_defects(args) else []
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{names}: the server of --engine has loaded its model; set this there and remove it here")
+    args.remote = RemoteEngine(args.engine, args.model).facts
+    args.model = args.remote.name
+
+
+LOADED: dict[str, Any] = {
+    "model_base": None,
+    "vision_tower": None,
+    "lora_pretrain": None,
+    "conv_mode": None,
+    "dtype": "auto",
+    "device": None,
+    "bits": 16,
+    "fast_jpeg": None,
+    "num_gpus": 1,
+}
+"""Options that say how a model is loaded, with their defaults; a server has loaded its own."""
+
+
+def served_by(args: argparse.Namespace) -> ServerFacts | None:
+    """Return what the server of `--engine` says about its model; None without one."""
+    found: ServerFacts | None = getattr(args, "remote", None)
+    return found
+
+
+def template_of(args: argparse.Namespace) -> str | None:
+    """Return the name of the conversation template, from the options or the checkpoint; None if unnamed."""
+    if (served := served_by(args)) is not None:
+        return served.template
+    if args.conv_mode:
+        return str(args.conv_mode)
+    path = Path(args.model) / PROCESSOR_FILE
+    return read_object(path).get("template") if path.is_file() else None
+
+
 def answer_defects(args: argparse.Namespace) -> frozenset[str]:
     """Return the names of `--compat` that concern answers."""
     return parse_compat(args.compat, *args.compat_places) & parse_compat("all", "answers")
 
 
-def engine_of(args: argparse.Namespace) -> LocalEngine:
+def local_engine_of(args: argparse.Namespace, **engine: Any) -> LocalEngine:
     """Load the model that the options name and return its engine.
+
+    Args:
+        args: parsed options.
+        engine: other arguments of `open_engine`, such as `max_slots`.
 
     Raises:
         CheckpointError: the folder cannot be loaded.
@@ -60,9 +143,30 @@ def engine_of(args: argparse.Namespace) -> LocalEngine:
         device=args.device,
         bits=args.bits,
         vision_tower=args.vision_tower,
+        tower_adapter=args.lora_pretrain,
         template=args.conv_mode,
         compat=",".join(answer_defects(args)),
         dicom_window=args.dicom_window,
         dicom_frame=args.dicom_frame,
         fast_jpeg=args.fast_jpeg,
+        weights=getattr(args, "weights", "stored"),
+        **engine,
     )
+
+
+def engine_of(args: argparse.Namespace, **engine: Any) -> Engine:
+    """Return the engine that the options name: that of the server of `--engine`, after `connect`, or a local one.
+
+    Args:
+        args: options.
+        engine: arguments of `local_engine_of`.
+
+    Raises:
+        LlavaError: as `local_engine_of`.
+    """
+    served = served_by(args)
+    if served is None:
+        return local_engine_of(args, **engine)
+    from llava.generation.remote import RemoteEngine
+
+    return RemoteEngine(args.engine, facts=served, dicom_window=args.dicom_window, dicom_frame=args.dicom_frame)

@@ -6,19 +6,23 @@ Prompt --PromptReader--> Encoded + image keys --PromptReader.pixels--> [3, H, W]
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
-from llava.data.encode import Encoded, encode, encode_prompt
-from llava.errors import DataError
+from llava.data.encode import Encoded, encode, encode_prompt, encode_rendered
+from llava.errors import DataError, NotUnicodeError, PromptTooLongError
+from llava.generation.held import encode_held
 from llava.generation.protocol import ImageRef, Prompt
 from llava.imaging.anyres import Size
 from llava.imaging.decode import DecodedImage, image_key, read_image_bytes
 from llava.processing import LlavaMedProcessor
+
+CHARACTERS_PER_TOKEN = 16
+"""Characters for each token of the context beyond which a submitted prompt is refused unread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +59,17 @@ class EncodedPrompt:
 class PromptReader:
     """Encoder of prompts for one model."""
 
-    def __init__(self, processor: LlavaMedProcessor, *, max_tokens: int) -> None:
-        """Use the processor's template and preprocessing; refuse prompts of `max_tokens` or more tokens."""
+    def __init__(self, processor: LlavaMedProcessor, *, max_tokens: int, longest: int | None = None) -> None:
+        """Use the processor's template and preprocessing; refuse prompts of `max_tokens` or more tokens.
+
+        Args:
+            processor: processor of the model.
+            max_tokens: largest number of tokens of a prompt with its answer.
+            longest: length to which a prompt with images is cut, as an original does (`--compat cut_prompt`).
+        """
         self.processor = processor
         self.max_tokens = max_tokens
-        self.longest: int | None = None
-        """Length to which a prompt with images is cut, as an original does (`--compat cut_prompt`); None: no cut."""
+        self.longest = longest
 
     def read(self, prompt: Prompt) -> EncodedPrompt:
         """Return tokens and images of a prompt, ready for the answer.
@@ -68,13 +77,51 @@ class PromptReader:
         Raises:
             DataError: an image is missing, placeholders and images differ in number, or the prompt is too long.
         """
-        images = tuple(self._image(image) for image in prompt.images)
+        return self._read(prompt, [self._image(image) for image in prompt.images])
+
+    def read_whole(self, prompt: Prompt, *, ends: Collection[int] = ()) -> tuple[EncodedPrompt, dict[str, Tensor]]:
+        """Return what `read` does, and the pixels of each image by key; the images themselves are not kept.
+
+        Images are decoded one after another, so that no two of them are in memory at a time.
+
+        Args:
+            prompt: the prompt.
+            ends: ids of tokens that end answers, for a prompt with a history.
+
+        Raises:
+            DataError: as `read`, or an image cannot be decoded.
+        """
+        limit = CHARACTERS_PER_TOKEN * self.max_tokens
+        num_characters = sum(map(len, named_texts(prompt).values()))
+        if num_characters > limit:
+            raise PromptTooLongError(
+                f"the prompt has {num_characters} characters, but at most {limit} are read for a context of "
+                f"{self.max_tokens} tokens; shorten the conversation"
+            )
+        images: list[PromptImage] = []
+        pixels: dict[str, Tensor] = {}
+        for reference in prompt.images:
+            image = self._identified(reference)
+            decoded = image.decode(self.processor)
+            size = _content(decoded).size if self.processor.has_variable_images else None
+            if image.key not in pixels:
+                pixels[image.key] = self.processor.preprocess(decoded)
+            images.append(PromptImage(image.key, b"", size))
+        return self._read(prompt, images, ends), pixels
+
+    def _read(self, prompt: Prompt, images: Sequence[PromptImage], ends: Collection[int] = ()) -> EncodedPrompt:
+        check_unicode(prompt)
         keys = [image.key for image in images]
-        encoded = encode_prompt(prompt.conversation, self.processor, images=keys, sizes=sizes_of(images))
+        sizes = sizes_of(images)
+        if prompt.history is not None and prompt.history.answers:
+            encoded = encode_held(prompt, self.processor, images=keys, sizes=sizes, ends=ends)
+        elif prompt.rendered is None:
+            encoded = encode_prompt(prompt.conversation, self.processor, images=keys, sizes=sizes)
+        else:
+            encoded = encode_rendered(prompt.rendered, self.processor, images=keys, sizes=sizes)
         encoded = cut_prompt(encoded, self.longest)
-        images = images[: len(encoded.images)]
         self._check_length(encoded, self.max_tokens - 1)
-        return EncodedPrompt(encoded, images)
+        return EncodedPrompt(encoded, tuple(images[: len(encoded.images)]))
 
     def encode_answered(self, prompt: Prompt) -> EncodedPrompt:
         """Return tokens, labels and images of a conversation that holds its answers.
@@ -85,7 +132,13 @@ class PromptReader:
         images = tuple(self._image(image) for image in prompt.images)
         keys = [image.key for image in images]
         sizes = sizes_of(images)
-        encoded = encode(prompt.conversation, self.processor, images=keys, sizes=sizes, max_length=None)
+        # An answer without text is scored by its end mark, although training leaves it out.
+        turns = tuple(
+            replace(turn, train=True) if turn.role == "gpt" and turn.train is None else turn
+            for turn in prompt.conversation.turns
+        )
+        conversation = replace(prompt.conversation, turns=turns)
+        encoded = encode(conversation, self.processor, images=keys, sizes=sizes, max_length=None)
         self._check_length(encoded, self.max_tokens)
         return EncodedPrompt(encoded, images)
 
@@ -99,7 +152,7 @@ class PromptReader:
 
     def _check_length(self, encoded: Encoded, limit: int) -> None:
         if len(encoded.input_ids) > limit:
-            raise DataError(
+            raise PromptTooLongError(
                 f"the prompt is {len(encoded.input_ids)} tokens long, but at most {limit} fit the model and leave "
                 "room for an answer; shorten the conversation or pass fewer images"
             )
@@ -109,7 +162,7 @@ class PromptReader:
         if not self.processor.has_variable_images:
             return image
         decoded = image.decode(self.processor)  # kept, because the number of tokens depends on its size
-        content = decoded.image if isinstance(decoded, DecodedImage) else decoded
+        content = _content(decoded)
         return replace(image, content=content, size=content.size)
 
     def _identified(self, image: ImageRef) -> PromptImage:
@@ -121,6 +174,32 @@ class PromptReader:
             return PromptImage(image_key(header + palette + image.tobytes(), fingerprint), image)
         content = image if isinstance(image, bytes) else read_image_bytes(image, None)
         return PromptImage(image_key(content, fingerprint), content)
+
+
+def _content(decoded: Image.Image | DecodedImage) -> Image.Image:
+    return decoded.image if isinstance(decoded, DecodedImage) else decoded
+
+
+def check_unicode(prompt: Prompt) -> None:
+    """Refuse text that is not Unicode, which tokenizers do not accept.
+
+    Raises:
+        NotUnicodeError: names the turn and the character.
+    """
+    for name, text in named_texts(prompt).items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise NotUnicodeError(
+                f"{name} is not Unicode: character {error.start} is half of a surrogate pair; remove it"
+            ) from None
+
+
+def named_texts(prompt: Prompt) -> dict[str, str]:
+    """Return the texts of a prompt with names for messages."""
+    turns = {f"turn {index}": turn.text for index, turn in enumerate(prompt.conversation.turns)}
+    system, rendered = prompt.conversation.system or "", prompt.rendered or ""
+    return {"the system text": system, **turns, "the prompt": rendered}
 
 
 def cut_prompt(encoded: Encoded, length: int | None) -> Encoded:

@@ -7,7 +7,7 @@ PaddedRunner  left-padded rows and the model's own cache; a batch ends before th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,9 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from llava.data.encode import Encoded
-from llava.data.flat_batch import Layout, flatten, image_places, shown_images
+from llava.data.flat_batch import Layout, flatten
+from llava.data.image_batch import image_places, shown_images
 from llava.errors import GenerationError
+from llava.generation.decode_step import DecodeStep, can_decode
+from llava.generation.extension import Extension, ExtensionAttention
+from llava.generation.kv_buffers import bytes_per_token
 from llava.generation.kv_cache import CapturedRow, Path, SlotCache, divided_paths
+from llava.generation.prefix_cache import KeyValues
 from llava.model.quantization import quantized_layers
 
 
@@ -51,6 +56,10 @@ class Runner(Protocol):
         """Append one token to each running sequence and return the logits [B, V] of the next."""
         ...
 
+    def extend(self, numbers: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Append several tokens to some running sequences and return the logits [len(numbers), V] of the next."""
+        ...
+
     def leave(self, number: int) -> None:
         """End a running sequence; the last one takes its number."""
         ...
@@ -61,6 +70,19 @@ class Runner(Protocol):
 
     def shrink(self, num_slots: int) -> None:
         """Release the memory of sequences beyond `num_slots`, none of which runs."""
+        ...
+
+    def reset(self) -> None:
+        """Forget all sequences and release their memory."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and values of running sequences."""
+        ...
+
+    def bytes_for(self, sequences: Sequence[tuple[Encoded, int]]) -> int:
+        """Return the bytes of keys and values that sequences need, each with a number of tokens to come."""
         ...
 
 
@@ -99,6 +121,15 @@ class FlatRow:
     paths: tuple[Path, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class KnownRow:
+    """Prompt whose keys and values are known: its consecutive parts, and name and length of its stem."""
+
+    name: Hashable
+    stem_length: int
+    parts: Sequence[KeyValues]
+
+
 class SlotRunner:
     """Runner on flat rows and slots; see `kv_cache`."""
 
@@ -111,13 +142,17 @@ class SlotRunner:
         image_token_id: int,
         max_slots: int,
         max_length: int,
+        max_bytes: float = float("inf"),
         layout: Layout = "tree",
     ) -> None:
         """Run `model`, whose language model uses tree attention (`model.attention`)."""
         self.model = model
         self.image_token_id = image_token_id
         self.layout = layout
-        self.cache = SlotCache(max_slots=max_slots, max_length=max_length)
+        self.cache = SlotCache(max_slots=max_slots, max_length=max_length, max_bytes=max_bytes)
+        self.num_read = 0
+        """Tokens that the model computed, in all passes."""
+        self.step: DecodeStep | None = None
 
     def prefill(self, sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> FlatRow:
         """Prefill all sequences in one forward pass; common prefixes and images are computed once."""
@@ -126,6 +161,7 @@ class SlotRunner:
         places = batch.paths()
         paths = divided_paths(places, batch.segment_ids)
         batch = batch.to(self.model.device)
+        self.num_read += batch.num_tokens
         inputs = {
             **batch.model_inputs(),
             "logits_to_keep": torch.stack([place[-1] for place in places]).to(self.model.device),
@@ -134,12 +170,49 @@ class SlotRunner:
         }
         return FlatRow(self.model(**inputs).logits[0], captured, paths)
 
-    def join(self, row: FlatRow, members: Sequence[int]) -> None:
+    def embed(self, encoded: Encoded, start: int, new_images: Sequence[int], pixels: Mapping[str, Tensor]) -> Tensor:
+        """Return the embeddings [1, T - start, d] of a prompt from token `start` on.
+
+        Args:
+            encoded: the prompt.
+            start: first token, not inside an image.
+            new_images: numbers of the images from there on.
+            pixels: their pixels by image key.
+        """
+        device = self.model.device
+        embeds: Tensor = self.model.get_input_embeddings()(torch.tensor(encoded.input_ids[start:], device=device))
+        if not new_images:
+            return embeds[None]
+        shown = shown_images([(encoded, number) for number in new_images], pixels).keywords()
+        found = self.model.get_image_features(**{name: tensor.to(device) for name, tensor in shown.items()})
+        embeds = embeds.clone()
+        for number, features in zip(new_images, found.pooler_output, strict=True):
+            first, stop = encoded.image_spans[number]
+            embeds[first - start : stop - start] = features.to(embeds.device, embeds.dtype)
+        return embeds[None]
+
+    def read(self, extensions: Sequence[Extension], embeds: Sequence[Tensor]) -> Tensor:
+        """Read embedded tokens [1, n, d] of sequences without a slot; return the logits [K, V] after each."""
+        return self._forward_extensions(extensions, inputs_embeds=torch.cat(list(embeds), dim=1))
+
+    def join(self, row: FlatRow | KnownRow, members: Sequence[int]) -> None:
         """Copy the keys and values of these sequences into slots."""
-        self.cache.join(row.captured, [row.paths[member] for member in members])
+        self._before_first()
+        if isinstance(row, KnownRow):
+            self.cache.join_parts(row.name, row.stem_length, row.parts, len(members))
+        else:
+            self.cache.join(row.captured, [row.paths[member] for member in members])
+
+    def _before_first(self) -> None:
+        """Choose how the next sequences are decoded; the modules of the model may change while none runs."""
+        if not self.cache.num_running:
+            self.step = DecodeStep(self.model) if can_decode(self.model) else None
 
     def decode(self, token_ids: Sequence[int]) -> Tensor:
         """Decode one token for each slot in one forward pass."""
+        if self.step is not None:
+            self.num_read += len(token_ids)
+            return self.step.logits(token_ids, self.cache)
         position_ids = self.cache.begin_step()
         output = self.model(
             input_ids=torch.tensor(token_ids, device=position_ids.device)[:, None],
@@ -150,7 +223,32 @@ class SlotRunner:
             use_cache=False,
         )
         self.cache.end_step()
+        self.num_read += len(token_ids)
         logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def extend(self, numbers: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Read more tokens of some slots in one forward pass, on top of the keys and values that they hold."""
+        extensions = self.cache.begin_extension(numbers, [len(ids) for ids in token_ids])
+        ids = torch.tensor([token for ids in token_ids for token in ids], device=self.model.device)
+        logits = self._forward_extensions(extensions, input_ids=ids[None])
+        self.cache.end_extension(extensions)
+        return logits
+
+    def _forward_extensions(self, extensions: Sequence[Extension], **tokens: Tensor) -> Tensor:
+        """Run new tokens of several sequences and return the logits after the last of each."""
+        attention = ExtensionAttention(extensions)
+        device = self.model.device
+        output = self.model(
+            **tokens,
+            position_ids=attention.positions().to(device)[None],
+            attention_mask=torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device),
+            slots=attention,
+            use_cache=False,
+            logits_to_keep=attention.last_places().to(device),
+        )
+        self.num_read += sum(extension.length for extension in extensions)
+        logits: Tensor = output.logits[0]
         return logits
 
     def leave(self, number: int) -> None:
@@ -164,6 +262,27 @@ class SlotRunner:
     def shrink(self, num_slots: int) -> None:
         """Drop free slots."""
         self.cache.shrink(num_slots)
+
+    def reset(self) -> None:
+        """Start with an empty cache."""
+        self.cache = self.cache.emptied()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of stems and slots."""
+        return self.cache.num_bytes
+
+    def bytes_for(self, sequences: Sequence[tuple[Encoded, int]]) -> int:
+        """Return the most bytes that stems and slots need, which are rectangles, for sequences with tokens to come."""
+        prompts = [len(encoded.input_ids) for encoded, _ in sequences]
+        totals = [length + num for length, (_, num) in zip(prompts, sequences, strict=True)]
+        # A prompt may be divided between stem and slot at any token.
+        return len(sequences) * (max(prompts) + max(totals) + 1) * self.token_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        return self.cache.bytes_per_token or bytes_per_token(self.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +344,10 @@ class PaddedRunner:
         logits: Tensor = output.logits[rows, -1]
         return logits
 
+    def extend(self, numbers: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Refuse: rows of different lengths cannot share the model's own cache; the scheduler reads them again."""
+        raise GenerationError("sequences of a padded batch cannot be extended")
+
     def leave(self, number: int) -> None:
         """Ignore a row from now on."""
         self.running[number] = self.running[-1]
@@ -248,6 +371,20 @@ class PaddedRunner:
 
     def shrink(self, num_slots: int) -> None:
         """Do nothing: no memory is kept beyond the running batch."""
+
+    def reset(self) -> None:
+        """Drop the running batch."""
+        self.row, self.running = None, []
+
+    @property
+    def num_bytes(self) -> int:
+        """0: the cache of a model does not tell."""
+        return 0
+
+    def bytes_for(self, sequences: Sequence[tuple[Encoded, int]]) -> int:
+        """Return the bytes of padded rows."""
+        longest = max(len(encoded.input_ids) + num for encoded, num in sequences)
+        return len(sequences) * longest * bytes_per_token(self.model)
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any, **inputs: Any) -> Any:
         if self.takes_positions:

@@ -10,116 +10,84 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from llava.constants import IGNORE_INDEX
-from llava.data.encode import Encoded
-from llava.errors import LlavaError
-from llava.generation.beam_search import penalize_repeats
+from llava.errors import GenerationError
+from llava.generation.failures import beyond_limit, is_lost, is_out_of_memory, named, no_memory, refusal
 from llava.generation.prompt_encoder import EncodedPrompt, PromptReader
-from llava.generation.protocol import Completion, Finish, Prompt, Sampling
+from llava.generation.request import Ready, Request
 from llava.generation.runners import Runner
-from llava.generation.sampling import TokenDraw, choose_tokens, logprobs_of
-from llava.generation.stopping import AnswerText
+from llava.generation.token_choice import chosen_tokens
+from llava.model.rope import SharedContext
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class PromptSource:
-    """Prompt that is encoded when needed, once for all its samples, and released when one of them ends."""
-
-    prompt: Prompt
-    reading: EncodedPrompt | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """Unfinished answer to a prompt."""
-
-    source: PromptSource
-    sampling: Sampling
-    draw: TokenDraw
-    text: AnswerText
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    encoded: Encoded | None = None
-    limit: int = 0
-    completion: Completion | None = None
-    is_cancelled: bool = False
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it is completed or cancelled."""
-        return self.completion is not None or self.is_cancelled
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the prompt and the answer so far."""
-        assert self.encoded is not None
-        return len(self.encoded.input_ids) + len(self.token_ids)
-
-    def append(self, token_id: int) -> bool:
-        """Append the next token; return whether it was the last one."""
-        self.token_ids.append(token_id)
-        if self.text.has_ended(self.token_ids):
-            self._finish("stop")
-        elif len(self.token_ids) >= self.limit:
-            self._finish("length")
-        return self.completion is not None
-
-    def fail(self, reason: str) -> None:
-        """Finish with an error."""
-        self.source.reading = None
-        self.completion = Completion("", tuple(self.token_ids), "error", error=reason)
-
-    def _finish(self, finish: Finish) -> None:
-        self.source.reading = None
-        logprobs = tuple(self.logprobs) if self.sampling.logprobs else None
-        self.completion = Completion(self.text.final(self.token_ids), tuple(self.token_ids), finish, None, logprobs)
-
-    def extended(self) -> Encoded:
-        """Return the prompt with the tokens generated so far, for another prefill."""
-        assert self.encoded is not None
-        if not self.token_ids:
-            return self.encoded
-        num, ids = len(self.token_ids), tuple(self.token_ids)
-        return replace(
-            self.encoded,
-            input_ids=self.encoded.input_ids + ids,
-            labels=self.encoded.labels + (IGNORE_INDEX,) * num,
-            turns=self.encoded.turns + (-1,) * num,
-        )
-
-
-@dataclass(slots=True, eq=False)
-class Ready:
-    """Prefilled request that waits for a slot: sequence `member` of `row`."""
-
-    request: Request
-    row: Any
-    member: int
 
 
 class Scheduler:
     """Scheduler that moves requests through a runner; `step` takes one or two forward passes."""
 
-    def __init__(self, runner: Runner, reader: PromptReader, *, max_slots: int, max_prefill_tokens: int) -> None:
-        """Run at most `max_slots` sequences; prefill at most `max_prefill_tokens` tokens at a time."""
+    def __init__(
+        self,
+        runner: Runner,
+        reader: PromptReader,
+        *,
+        max_slots: int,
+        max_prefill_tokens: int,
+        context: SharedContext | None = None,
+        never: Sequence[int] = (),
+        max_kv_bytes: int | None = None,
+    ) -> None:
+        """Create an empty scheduler.
+
+        Args:
+            runner: runs the model.
+            reader: encodes prompts.
+            max_slots: largest number of running sequences.
+            max_prefill_tokens: largest number of tokens prefilled at a time.
+            context: length up to which sequences may run together; a request that may exceed it runs alone.
+            never: ids that are never chosen: the image placeholder, which is no token of a text.
+            max_kv_bytes: bytes of keys and values that running sequences may need at their longest; None: no limit.
+        """
         self.runner = runner
         self.reader = reader
         self.max_slots = max_slots
         self.max_prefill_tokens = max_prefill_tokens
+        self.context = context
+        self.never = tuple(never)
+        self.max_kv_bytes = max_kv_bytes
         self.has_shrunk = False
         self.is_full = False
         self.waiting: deque[Request] = deque()
         self.ready: deque[Ready] = deque()
         self.running: list[Request] = []
+        self.changed: list[Request] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.waiting or self.ready or self.running)
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of the keys and values of sequences that are read or running."""
+        return self.runner.num_bytes
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """Bytes of kept keys and values."""
+        return 0
+
+    def held(self) -> list[Request]:
+        """Return the requests that are ready or running."""
+        return [*self.running, *(ready.request for ready in self.ready)]
+
+    def release_idle(self) -> None:
+        """Return the memory of slots while none is used."""
+        if not self.has_work:
+            self.runner.reset()
 
     def add(self, requests: Iterable[Request]) -> None:
         """Queue requests; those with the same image should be adjacent."""
@@ -127,15 +95,29 @@ class Scheduler:
 
     def cancel(self, request: Request) -> None:
         """Remove a request and free its slot."""
-        request.is_cancelled = True
+        request.cancel()
         if request in self.running:
             self._drop(self.running.index(request))
 
+    def fail_all(self, reason: str, cause: Exception) -> None:
+        """End every request with an error and forget all keys and values, which may be incomplete."""
+        held = [*self.running, *(ready.request for ready in self.ready), *self.waiting]
+        self.running, self.ready, self.waiting = [], deque(), deque()
+        self.runner.reset()
+        for request in held:
+            self._fail(request, reason, cause)
+
     def step(self) -> None:
-        """Prefill waiting requests if slots are free, start them, and decode one token of each sequence."""
+        """Prefill waiting requests if slots are free, start them, and decode one token of each sequence.
+
+        A request that cannot be read or prefilled ends with an error; the others do not notice. `changed` lists the
+        requests that got a token or ended; the caller of `step` reads and clears it.
+
+        Raises:
+            Exception: the model failed in a way that concerns all requests; see `fail_all`.
+        """
         self._forget_cancelled()
-        if self._has_room():
-            self._read()
+        self._read_prompts()
         try:
             self._join()
             self._decode()
@@ -145,12 +127,40 @@ class Scheduler:
             if not self._shrink():
                 self._give_up_running(error)
 
+    def _read_prompts(self) -> None:
+        if self._has_room():
+            self._read()
+
+    def _has_memory_for(self, request: Request, members: Sequence[Request] = ()) -> bool:
+        """Return whether a waiting request that was read fits beside those that are held; fail it if it never does."""
+        if self.max_kv_bytes is None:
+            return True
+        beside = [*self.held(), *members]
+        if self._kv_bytes([*beside, request]) <= self.max_kv_bytes:
+            return True
+        if not beside:
+            reason = beyond_limit(self._kv_bytes([request]), self.max_kv_bytes)
+            self.waiting.remove(request)
+            self._fail(request, reason, GenerationError(reason))
+        return False
+
+    def _kv_bytes(self, requests: Sequence[Request]) -> int:
+        """Return the bytes of keys and values that requests need at their longest."""
+        return self.runner.bytes_for([(request.encoded, request.limit) for request in requests if request.encoded])
+
     def _has_room(self) -> bool:
         if not self.running:
             self.is_full = False
         elif not self.runner.is_continuous or self.is_full:
             return False
-        return not self.ready and len(self.running) < self.max_slots
+        return not self.ready and len(self.running) < self.max_slots and not any(map(self._is_alone, self.running))
+
+    def _is_alone(self, request: Request) -> bool:
+        """Return whether an encoded request may become so long that it would change others that run with it."""
+        if self.context is None:
+            return False
+        assert request.encoded is not None
+        return len(request.encoded.input_ids) + request.limit > self.context.length
 
     def _read(self) -> None:
         """Prefill the next row and take the first token of each of its answers."""
@@ -159,17 +169,38 @@ class Scheduler:
             return
         try:
             row = self.runner.prefill([request.extended() for request in members], images)
-        except BaseException as error:
-            self.waiting.extendleft(reversed(members))
-            if not is_out_of_memory(error):
-                raise
-            if not self._shrink():
-                self._read_less(len(members), error)
+        except Exception as error:
+            self._put_back(members, error)
             return
+        except BaseException:
+            self.waiting.extendleft(reversed(members))
+            raise
+        for request in members:
+            request.pending = ()  # what a dialogue had still to read is part of its prompt now
         finished = self._take(members, row.logits)
         for member, request in enumerate(members):
             if not finished[member]:
                 self.ready.append(Ready(request, row, member))
+
+    def _put_back(self, members: list[Request], error: Exception) -> None:
+        """Queue the requests of a failed prefill again: with less memory, or each of them alone."""
+        if is_lost(error):
+            self.waiting.extendleft(reversed(members))
+            raise error
+        if not is_out_of_memory(error) and len(members) == 1:
+            logger.error("the model failed on a prompt", exc_info=error)
+            self._fail(members[0], f"the model failed on this prompt: {named(error)}", error)
+            return
+        self.waiting.extendleft(reversed(members))
+        if not is_out_of_memory(error):
+            for request in members:
+                request.is_suspect = True
+        elif not self._shrink():
+            self._read_less(len(members), error)
+
+    def _fail(self, request: Request, reason: str, cause: Exception | None = None) -> None:
+        request.fail(reason, cause)
+        self.changed.append(request)
 
     def _next_row(self) -> tuple[list[Request], dict[str, Tensor]]:
         """Return the requests to prefill next and their pixels; fail those that cannot be encoded."""
@@ -182,9 +213,17 @@ class Scheduler:
             request = self.waiting[0]
             try:
                 reading = self._reading(request)
-                pixels = {image.key: self.reader.pixels(image) for image in reading.images if image.key not in images}
-            except LlavaError as error:
-                self.waiting.popleft().fail(str(error))
+                if members and request.is_suspect:
+                    break
+                if (members or self.running) and self._is_alone(request):
+                    break
+                if not self._has_memory_for(request, members):
+                    if request.completion is None:
+                        break
+                    continue
+                pixels = self._pixels(request, reading, images)
+            except Exception as error:
+                self._fail(self.waiting.popleft(), refusal(error), error)
                 continue
             keys = reading.encoded.images
             # Estimate of what it adds to the row: of images that the row holds already, only the text after them.
@@ -197,7 +236,14 @@ class Scheduler:
             images.update(pixels)
             shown.update([keys] if keys else [])
             num_tokens += cost
+            if request.is_suspect or self._is_alone(request):
+                break
         return members, images
+
+    def _pixels(self, request: Request, reading: EncodedPrompt, known: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if request.source.pixels is not None:
+            return request.source.pixels
+        return {image.key: self.reader.pixels(image) for image in reading.images if image.key not in known}
 
     def _reading(self, request: Request) -> EncodedPrompt:
         source = request.source
@@ -229,7 +275,12 @@ class Scheduler:
                 return
 
     def _decode(self) -> None:
+        self._extend()
         if not self.running:
+            return
+        if self._has_switched(self.running[0]):
+            self.waiting.appendleft(self.running[0])
+            self._drop(0)
             return
         logits = self.runner.decode([request.token_ids[-1] for request in self.running])
         finished = self._take(self.running, logits)
@@ -237,24 +288,47 @@ class Scheduler:
             if finished[number]:
                 self._drop(number)
 
+    def _extend(self) -> None:
+        """Let running dialogues read their next question and take the first token of its answer."""
+        while numbers := [number for number, request in enumerate(self.running) if request.pending]:
+            if not self.runner.is_continuous or any(self._is_alone(self.running[number]) for number in numbers):
+                self._read_again(numbers)
+                continue
+            members = [self.running[number] for number in numbers]
+            logits = self.runner.extend(numbers, [request.pending for request in members])
+            for request in members:
+                request.pending = ()
+            finished = self._take(members, logits)
+            for number, is_over in reversed(list(zip(numbers, finished, strict=True))):
+                if is_over:
+                    self._drop(number)
+
+    def _read_again(self, numbers: Sequence[int]) -> None:
+        """Queue running requests for another prefill."""
+        for number in reversed(numbers):
+            request = self.running[number]
+            request.pending = ()
+            self.waiting.appendleft(request)
+            self._drop(number)
+
+    def _has_switched(self, request: Request) -> bool:
+        """Return whether the next token needs other keys than those cached; the request is then prefilled again."""
+        context = self.context
+        return context is not None and context.switches and request.num_tokens == context.length + 1
+
     def _take(self, requests: list[Request], logits: Tensor) -> list[bool]:
         """Append the next token of each request; return which of them are finished."""
-        token_ids = choose_tokens(self._penalized(requests, logits), [request.draw for request in requests])
-        if any(request.sampling.logprobs for request in requests):
-            for request, logprob in zip(requests, logprobs_of(logits, token_ids), strict=True):
-                request.logprobs.append(logprob)
-        return [request.append(token_id) for request, token_id in zip(requests, token_ids, strict=True)]
+        token_ids = chosen_tokens(requests, logits, never=self.never)
+        self.changed.extend(requests)
+        return [self._append(request, token_id) for request, token_id in zip(requests, token_ids, strict=True)]
 
-    def _penalized(self, requests: list[Request], logits: Tensor) -> Tensor:
-        """Return the logits with each request's repetition penalty."""
-        rows = [row for row, request in enumerate(requests) if request.sampling.repetition_penalty != 1.0]
-        if not rows:
-            return logits
-        changed = logits.clone()
-        for row in rows:
-            penalty = requests[row].sampling.repetition_penalty
-            changed[row : row + 1] = penalize_repeats(logits[row : row + 1], [requests[row].token_ids], penalty)
-        return changed
+    def _append(self, request: Request, token_id: int) -> bool:
+        """Append a token; return whether the request is over."""
+        try:
+            return request.append(token_id)
+        except Exception as error:  # its text cannot be decoded
+            request.fail(refusal(error), error)
+            return True
 
     def _drop(self, number: int) -> None:
         self.runner.leave(number)
@@ -293,24 +367,11 @@ class Scheduler:
         elif self.running:
             self.is_full = True
         else:
-            self.waiting.popleft().fail(_no_memory(error))
+            self._fail(self.waiting.popleft(), no_memory(error))
 
     def _give_up_running(self, error: BaseException) -> None:
         for request in (*(ready.request for ready in self.ready), *self.running):
-            request.fail(_no_memory(error))
+            self._fail(request, no_memory(error))
         self.ready.clear()
         while self.running:
             self._drop(len(self.running) - 1)
-
-
-def _no_memory(error: BaseException) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"out of memory ({reason}); use fewer slots, a shorter prompt or a smaller max_new_tokens"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out, on any device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-from llava.conversation import answer_start, first_stop
+from llava.chat_template import answer_start, first_stop
 from llava.generation.protocol import Sampling
 from llava.processing import LlavaMedProcessor
+from llava.tokenization import token_id
 
 TOKENS_PER_CHARACTER = 4
 """Largest number of tokens of one character: one for each of its bytes."""
@@ -81,12 +84,14 @@ class StopRule:
         texts: strings that end it anywhere in the text.
         watched: those of `texts` that generation must search for; the others are single tokens.
         echoes: role headers that a model may repeat before its answer; they are not part of it.
+        byte_ids: tokens of single bytes, whose texts depend on the bytes after them.
     """
 
     token_ids: frozenset[int]
     texts: tuple[str, ...]
     watched: tuple[str, ...]
     echoes: tuple[str, ...] = ()
+    byte_ids: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, processor: LlavaMedProcessor, sampling: Sampling) -> StopRule:
@@ -103,6 +108,7 @@ class StopRule:
             texts,
             tuple(text for text in texts if text not in special),
             processor.template.echoes,
+            byte_token_ids(processor.tokenizer),
         )
 
     @property
@@ -174,4 +180,15 @@ class AnswerText:
 
     def so_far(self, token_ids: Sequence[int]) -> str:
         """Return the part of the answer that later tokens cannot change."""
-        return self.rule.answer_so_far(self.growing.text(token_ids))
+        end = len(token_ids)
+        # A run of bytes that is not valid as a whole becomes another text, in front of its last byte too.
+        while end and token_ids[end - 1] in self.rule.byte_ids:
+            end -= 1
+        return self.rule.answer_so_far(self.growing.text(token_ids[:end]))
+
+
+@lru_cache(maxsize=8)
+def byte_token_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of the tokens `<0x00>` to `<0xFF>` of a sentencepiece vocabulary; empty for others."""
+    found = (token_id(tokenizer, f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(number for number in found if number is not None)

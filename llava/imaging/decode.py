@@ -6,22 +6,24 @@
 Policies, identical for training, evaluation and serving:
 
 - Color: all images become RGB. Transparency is dropped, not composited, as in the published models.
-- Depth: images of more than 8 bits (16-bit and 32-bit integers, floating point) are windowed linearly from their
-  smallest to their largest value onto 0 to 255; an image of a single value becomes black.
+- Depth: images of more than 8 bits (16-bit and 32-bit integers, floating point, 16-bit color) are windowed linearly
+  from their smallest to their largest value, of all channels together, onto 0 to 255; an image of a single value
+  becomes black. White-is-zero images are inverted. See `llava/imaging/depth.py`.
 - Orientation: an EXIF orientation is applied, so the model sees what a viewer shows. Images without one (nearly all
   medical files) are unaffected.
 - Several frames: the first one is used.
 - DICOM files, detected by content: see `llava/imaging/dicom/render.py`; a `DicomPolicy` selects window and frame.
-- Size: images of more than `MAX_PIXELS` are rejected before decoding.
+- Size: images of more than `MAX_PIXELS` are rejected before decoding. Files must be regular, of at most `MAX_BYTES`.
 - Scale: images are decoded at full size, unless `decode` is asked to scale large JPEG files, see
   `llava/imaging/jpeg.py`.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import io
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,13 +33,11 @@ from PIL import Image, UnidentifiedImageError
 
 from llava.errors import DataError
 from llava.imaging.anyres import Size
+from llava.imaging.depth import TIFF_STARTS, load_pixels, open_stored
 from llava.imaging.dicom.policy import DEFAULT_POLICY, DicomPolicy
 from llava.imaging.dicom.sniff import is_dicom, may_be_bare
-from llava.imaging.geometry import to_gray_or_rgb, to_rgb
+from llava.imaging.geometry import MAX_PIXELS, Box, to_rgb
 from llava.imaging.jpeg import can_shrink, shrink_on_decode
-
-Box = tuple[float, float, float, float]
-"""Left, top, right, bottom in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,11 @@ class DecodedImage:
         return (0.0, 0.0, self.size[0] / self.scale, self.size[1] / self.scale)
 
 
-MAX_PIXELS = 89_478_485
-"""Largest number of pixels (width x height) that is decoded: the limit of Pillow, a quarter GiB of RGB."""
+DECODE_VERSION = 2
+"""Version of the rules of decoding. Versions may give different pixels, so it is part of the image fingerprint."""
+
+MAX_BYTES = 1 << 31
+"""Largest file that is read, 2 GiB."""
 
 
 def resolve_image_path(ref: str | Path, root: str | Path | None) -> Path:
@@ -106,17 +109,40 @@ def _real_folder(root: str) -> Path:
     return Path(os.path.realpath(root))
 
 
+class IrregularFile(DataError):
+    """Error: an image is a named pipe, a socket, a device or a folder."""
+
+
 def read_image_bytes(ref: str | Path, root: str | Path | None) -> bytes:
     """Return the bytes of image `ref` in folder `root`.
 
     Raises:
-        DataError: the file is missing, not readable or outside `root`.
+        IrregularFile: the file is not a regular file.
+        DataError: the file is missing, not readable, too large or outside `root`.
     """
     path = resolve_image_path(ref, root)
     try:
-        return path.read_bytes()
+        with open(path, "rb", opener=_open_without_waiting) as stream:
+            state = os.fstat(stream.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                kind = "a named pipe" if stat.S_ISFIFO(state.st_mode) else "a device"
+                raise IrregularFile(f"image {path} is {kind}; expected a regular file")
+            if state.st_size > MAX_BYTES:
+                raise DataError(f"image {path} has {state.st_size} bytes, more than the limit of {MAX_BYTES}")
+            return stream.read()
     except OSError as error:
+        if error.errno in _IRREGULAR:
+            raise IrregularFile(f"image {path} is {_IRREGULAR[error.errno]}; expected a regular file") from error
         raise DataError(f"image {path} cannot be read: {error.strerror or error}") from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # Opening a named pipe would wait for a writer; O_NONBLOCK does not, and has no effect on regular files.
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+_IRREGULAR = {errno.EISDIR: "a folder", errno.ENXIO: "a socket or a device"}
+"""Errors of opening files that cannot be read at all."""
 
 
 def load_image(
@@ -162,19 +188,22 @@ def decode_image(
     if is_dicom(data):
         return _load_dicom(data, name, dicom)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        image, inverted = open_stored(data)
+        with image:
             _check_size(image, name)
             size = image.size
             scale = shrink_on_decode(image, scale_of(size)) if scale_of is not None and can_shrink(image) else 1
-            image.load()
-            shown = _upright(image, to_gray_or_rgb(image))
+            shown = _upright(image, load_pixels(image, data, inverted=inverted))
             return DecodedImage(shown, shown.size if scale == 1 else size, scale)
-    except DataError:
-        raise
+    except DataError as error:
+        raise error if str(error).startswith("image ") else DataError(f"image {name}: {error}") from None
     except UnidentifiedImageError as error:
         if may_be_bare(data):
             return _load_dicom(data, name, dicom)
-        raise DataError(f"image {name} cannot be decoded: its format is unknown") from error
+        kind = "its format is unknown"
+        if data.startswith(TIFF_STARTS):
+            kind = "its kind of TIFF (bits, byte order, colors) is not supported; convert it to PNG"
+        raise DataError(f"image {name} cannot be decoded: {kind}") from error
     except Exception as error:  # decoders raise exceptions of any type: struct.error, IndexError, ...
         raise DataError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from error
 
@@ -194,7 +223,7 @@ def stored_format(data: bytes) -> str:
     if is_dicom(data):
         return "DICOM"
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_stored(data)[0] as image:
             return f"{image.format} {image.mode}"
     except Exception:  # decoders raise exceptions of any type
         return "DICOM" if may_be_bare(data) else "unknown"

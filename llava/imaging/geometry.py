@@ -11,8 +11,17 @@ from llava.errors import ConfigError, DataError
 from llava.imaging.anyres import Size, fit_centered, keep_size
 from llava.imaging.grayscale import levels_of
 
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
+
 IMAGE_MODES = ("square", "pad", "resize", "keep", "anyres")
 """Image modes: see `fit`, and `tiles` for `anyres`."""
+
+MAX_PIXELS = 89_478_485
+"""Largest number of pixels (width x height) that is decoded or made: the limit of Pillow, a quarter GiB of RGB."""
+
+MAX_GROWTH, SMALL = 16, 1 << 24
+"""Intermediate images of more than `SMALL` pixels must not be larger than their source by more than this factor."""
 
 _RASTER_MODES = ("RGB", "L", "1", "CMYK", "YCbCr", "LAB", "HSV")
 
@@ -32,15 +41,19 @@ def to_gray_or_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGB", "L"):
         return image
     if image.mode.startswith(("I", "F")):
-        return _window(np.asarray(image))
+        return windowed_levels(np.asarray(image))
     if image.mode in _RASTER_MODES:
         return image.convert("RGB")
     # Palettes and alpha: conversion through RGBA keeps the stored colors of transparent pixels.
     return image.convert("RGBA").convert("RGB")
 
 
-def _window(values: np.ndarray) -> Image.Image:
-    """Return `[height, width]` values as 8-bit gray, linear from the smallest to the largest."""
+def windowed_levels(values: np.ndarray) -> Image.Image:
+    """Return `[H, W]` or `[H, W, 3]` values as an 8-bit image, linear from the smallest to the largest of all.
+
+    Raises:
+        DataError: a value is not finite.
+    """
     found = levels_of(values)
     exact = (values if found is None else found.values).astype(np.float64)
     low, high = float(exact.min()), float(exact.max())
@@ -49,6 +62,40 @@ def _window(values: np.ndarray) -> Image.Image:
     scale = 255.0 / (high - low) if high > low else 0.0
     gray = np.rint((exact - low) * scale).astype(np.uint8)
     return Image.fromarray(gray if found is None else np.take(gray, found.places, mode="clip"))
+
+
+def is_wasteful(made: Size, given: Size) -> bool:
+    """Return whether an intermediate image is out of proportion to its source, as thin images make it."""
+    num_made, num_given = made[0] * made[1], given[0] * given[1]
+    return num_made > MAX_PIXELS or num_made > max(SMALL, MAX_GROWTH * num_given)
+
+
+def check_made(made: Size, given: Size) -> None:
+    """Raise `DataError` if an image of size `given` would have to be made into one of more than `MAX_PIXELS`."""
+    if made[0] * made[1] > MAX_PIXELS:
+        raise DataError(
+            f"an image of {given[0]} x {given[1]} pixels would be made into {made[0]} x {made[1]}, more than the limit "
+            f"of {MAX_PIXELS} pixels; cut it, or use image mode resize"
+        )
+
+
+def resize_image(image: Image.Image, size: Size, resample: int, box: Box | None = None) -> Image.Image:
+    """Return the image, or a box of it, resized as Pillow does, without intermediate images that are out of proportion.
+
+    Args:
+        image: any image that Pillow resizes.
+        size: width and height of the result.
+        resample: filter of Pillow.
+        box: left, top, right, bottom of the part to resize; default: all of it.
+    """
+    check_made(size, image.size)
+    left, top, right, bottom = box or (0.0, 0.0, *image.size)
+    # Pillow resizes rows first, to an intermediate image of all source rows. For a thin upright image the other order
+    # is bounded; rounding in between may then differ by two gray levels.
+    if is_wasteful((size[0], round(bottom - top)), image.size):
+        image = image.resize((image.width, size[1]), resample, box=(0.0, top, image.width, bottom))
+        top, bottom = 0.0, float(image.height)
+    return image.resize(size, resample, box=(left, top, right, bottom))
 
 
 def mean_color(image_mean: Sequence[float]) -> tuple[int, int, int]:
@@ -73,6 +120,7 @@ def fit_image(
 
     Raises:
         ConfigError: the mode is unknown, or it is `anyres`, for which use `tiles`.
+        DataError: the result would have more than `MAX_PIXELS`.
     """
     image = to_rgb(image)
     if mode == "square":
@@ -81,7 +129,7 @@ def fit_image(
         return _pad(image, (int(fill[0]), int(fill[1]), int(fill[2])), shift)
     if mode == "resize":
         height, width = (size, size) if isinstance(size, int) else size
-        return image.resize((width, height), Image.Resampling.BICUBIC)
+        return resize_image(image, (width, height), Image.Resampling.BICUBIC)
     if mode == "keep":
         return image.resize(keep_size(image.size), Image.Resampling.BICUBIC)
     if mode == "anyres":
@@ -123,6 +171,7 @@ def _pad(image: Image.Image, fill: tuple[int, int, int], shift: int) -> Image.Im
     side = max(width, height)
     if width == height:
         return image
+    check_made((side, side), image.size)
     square = Image.new("RGB", (side, side), fill)
     along = (width < height, height < width)  # only the short side has a border to move in
     square.paste(image, ((side - width) // 2 + shift * along[0], (side - height) // 2 + shift * along[1]))

@@ -25,8 +25,8 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import SizeDict
 
 from llava.imaging.anyres import Size
-from llava.imaging.decode import Box, DecodedImage
-from llava.imaging.geometry import fit_image, to_rgb
+from llava.imaging.decode import DecodedImage
+from llava.imaging.geometry import Box, check_made, fit_image, is_wasteful, resize_image, to_rgb
 
 _STEPS = ("__call__", "preprocess", "_preprocess", "process_image", "convert_to_rgb", "resize", "rescale", "normalize")
 """Methods that must be those of transformers; `center_crop` is called, so it may be overridden."""
@@ -73,9 +73,13 @@ class FastPreprocessor:
             image: mode L or RGB.
             size: original width and height of an image that was decoded at a smaller scale.
             box: part of `image` that shows the image; default: all of it.
+
+        Raises:
+            DataError: the image is so thin that the resized image would have more than `MAX_PIXELS`.
         """
         if self.processor.do_resize:
-            image = image.resize(self.size_after(size or image.size), self.processor.resample, box=box)
+            made, box = self._kept_part(self.size_after(size or image.size), box or (0.0, 0.0, *image.size), image.size)
+            image = resize_image(image, made, self.processor.resample, box)
         values = np.asarray(image)
         values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
         if getattr(self.processor, "do_center_crop", False):
@@ -86,6 +90,36 @@ class FastPreprocessor:
             np.take(table, values[channel % len(values)], out=found[channel], mode="clip")
         return torch.from_numpy(found)
 
+    def _kept_part(self, made: Size, box: Box, given: Size) -> tuple[Size, Box]:
+        """Return the part of a resized image that the center crop keeps, if the whole would be out of proportion.
+
+        Args:
+            made: size of the whole resized image.
+            box: part of the image that is resized.
+            given: size of the image.
+
+        Returns:
+            Size of the part, and its box in the image; resized, it has the same pixels as in the whole.
+        """
+        if not is_wasteful(made, given) or not getattr(self.processor, "do_center_crop", False):
+            return made, box
+        crop = self.processor.crop_size
+        left, top, right, bottom = box
+        # Even numbers on both sides: halves are then rounded as in the whole, by any rule.
+        cut_x, cut_y = (max(0, made[0] - crop["width"]) // 4 * 2, max(0, made[1] - crop["height"]) // 4 * 2)
+        step_x, step_y = (right - left) / made[0], (bottom - top) / made[1]
+        part = (left + cut_x * step_x, top + cut_y * step_y, right - cut_x * step_x, bottom - cut_y * step_y)
+        return (made[0] - 2 * cut_x, made[1] - 2 * cut_y), part
+
+
+def check_resized(processor: Any, given: Size) -> None:
+    """Raise `DataError` for an image that an image processor of transformers would resize out of proportion."""
+    shortest = dict(processor.size).get("shortest_edge") if processor.do_resize else None
+    if shortest:
+        longest = int(shortest * max(given) / max(1, min(given)))
+        made = (shortest, longest) if given[0] <= given[1] else (longest, shortest)
+        check_made(made, given)
+
 
 def _given(size: Any) -> set[str]:
     """Return the names of the fields of a size that are set."""
@@ -93,23 +127,43 @@ def _given(size: Any) -> set[str]:
 
 
 def fit_decoded(
-    opened: DecodedImage, mode: str, *, size: tuple[int, int], fill: Sequence[int], shift: int = 0
+    opened: DecodedImage,
+    mode: str,
+    *,
+    size: tuple[int, int],
+    fill: Sequence[int],
+    shift: int = 0,
+    path: FastPreprocessor | None = None,
 ) -> tuple[Image.Image, Size, Box]:
     """Return an image that may be gray or scaled as `fit_image` does for `square`, `pad` and `resize`.
 
     A scaled image keeps the geometry of the original: where its sides or its border are not a whole number of pixels
     at its scale, the box states where it begins and ends.
 
+    Args:
+        opened: decoded image.
+        mode: `square`, `pad` or `resize`.
+        size: height and width of the model's input.
+        fill: red, green, blue of the border that `pad` adds.
+        shift: offset from the center that `pad` adds.
+        path: what resizes the result; with it, thin images are resized along their length before they are padded.
+
     Returns:
         An image of mode L or RGB, its unscaled width and height, and the box of it to use.
+
+    Raises:
+        DataError: the image is so thin that the result would have more than `MAX_PIXELS`.
     """
     image = opened.image
     if mode == "resize":
         height, width = size
-        image = image.resize((width, height), Image.Resampling.BICUBIC, box=opened.box)
+        image = resize_image(image, (width, height), Image.Resampling.BICUBIC, opened.box)
         return image, image.size, (0.0, 0.0, width, height)
     if mode == "square" or opened.size[0] == opened.size[1]:
         return image, opened.size, opened.box
+    square = (max(opened.size),) * 2
+    if path is not None and is_wasteful(square, opened.size):
+        return _pad_thin(opened, (int(fill[0]), int(fill[1]), int(fill[2])), shift, path)
     if opened.scale > 1:
         return _pad_scaled(opened, (int(fill[0]), int(fill[1]), int(fill[2])), shift)
     image = fit_image(image, mode, size=size, fill=fill, shift=shift)
@@ -134,6 +188,24 @@ def _pad_scaled(opened: DecodedImage, fill: tuple[int, int, int], shift: int) ->
     square = Image.new("RGB", (math.ceil(box[2]), math.ceil(box[3])), fill)
     square.paste(image, corner, mask)
     return square, (side, side), box
+
+
+def _pad_thin(
+    opened: DecodedImage, fill: tuple[int, int, int], shift: int, path: FastPreprocessor
+) -> tuple[Image.Image, Size, Box]:
+    """Return a thin image, resized along its length to the model's input, with its border; see `fit_decoded`."""
+    width, height = opened.size
+    side = max(width, height)
+    wanted = path.size_after((side, side)) if path.processor.do_resize else (side, side)
+    is_wide = width > height
+    made = (wanted[0], side) if is_wide else (side, wanted[1])
+    check_made(made, opened.size)
+    thin = (wanted[0], height) if is_wide else (width, wanted[1])
+    image = resize_image(to_rgb(opened.image), thin, path.processor.resample, opened.box)
+    canvas = Image.new("RGB", made, fill)
+    border = (side - min(width, height)) // 2 + shift
+    canvas.paste(image, (0, border) if is_wide else (border, 0))
+    return canvas, (side, side), (0.0, 0.0, *made)
 
 
 IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
@@ -172,3 +244,32 @@ def load_image_processor(path: str | Path) -> Any:
     if own is not None:
         return own.from_pretrained(path)
     return cast(Any, AutoImageProcessor).from_pretrained(path, backend="pil")
+
+
+def output_size(image_processor: Any) -> tuple[int, int]:
+    """Return height and width of the output of an image processor."""
+    crops = getattr(image_processor, "do_center_crop", False)
+    size = image_processor.crop_size if crops else image_processor.size
+    if isinstance(size, int):
+        return size, size
+    shortest = size.get("shortest_edge")
+    return (shortest, shortest) if shortest else (size["height"], size["width"])
+
+
+def cut_share(processor: Any, size: Size) -> float:
+    """Return the share of an image that the center crop of a model's processor cuts, from 0 to 1.
+
+    Args:
+        processor: a `LlavaMedProcessor`; only image mode `square` crops.
+        size: width and height of the image.
+    """
+    image_processor = processor.image_processor
+    crops = processor.image_mode == "square" and getattr(image_processor, "do_center_crop", False)
+    shortest = dict(image_processor.size).get("shortest_edge") if crops and image_processor.do_resize else None
+    if not crops or min(size) < 1:
+        return 0.0
+    scale = shortest / min(size) if shortest else 1.0
+    width, height = size[0] * scale, size[1] * scale
+    crop = image_processor.crop_size
+    kept = min(width, crop["width"]) * min(height, crop["height"])
+    return float(1.0 - kept / (width * height))

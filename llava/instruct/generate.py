@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import ConfigError, GenerationError
-from llava.instruct.budget import Budget, Prices, estimate_tokens
 from llava.instruct.instruct_few_shot_examples import FEW_SHOT_EXAMPLES
 from llava.instruct.prompts import CaptionRow, dialogue_text, messages_for, read_captions
 from llava.instruct.results import Results
 from llava.openai_api import ApiFailure, ChatClient, Reply, Requests, add_api_flags, settings_of
 from llava.utils import log
+from llava.utils.budget import Budget, Prices, estimate_tokens
 from llava.utils.cli import ExampleFormatter, Parser
 from llava.utils.files import hold_lock
 from llava.utils.log import progress_bar
+from llava.utils.terminal import write_out
 
 Row = dict[str, Any]
 
@@ -217,14 +218,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if client is None:
         results = Results(output)
         left = pending(rows, results, retry_failed=args.retry_failed)
-        sys.stdout.write(_plan(rows, left, results, options=options, budget=budget))
-        sys.stdout.write(_prompts(left[: args.show_prompts], options))
+        write_out(_plan(rows, left, results, options=options, budget=budget))
+        write_out(_prompts(left[: args.show_prompts], options))
         return
     with hold_lock(output.with_name(f".{output.name}.lock"), purpose="writing dialogues into the same file"):
         results = Results(output)
         budget.spend(*results.spent())
         left = pending(rows, results, retry_failed=args.retry_failed)
-        sys.stdout.write(_plan(rows, left, results, options=options, budget=budget))
+        write_out(_plan(rows, left, results, options=options, budget=budget))
         sys.stdout.flush()
         order = {row["pair_id"]: place for place, row in enumerate(rows)}
         results.repair()
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             outcome = Generation(client, results, budget=budget, options=options).run(left)
         finally:
             results.settle(order)
-    sys.stdout.write(_end(rows, results, outcome, budget=budget))
+    write_out(_end(rows, results, outcome, budget=budget))
     if outcome.fatal is not None:
         raise GenerationError(f"{outcome.stopped}; finished answers are kept. Fix the error and rerun to resume")
     if any(row["pair_id"] not in results.answered for row in rows):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +20,10 @@ from llava.instruct.cleaning import RULES, clean_answer
 from llava.instruct.prompts import ASSISTANT, USER
 from llava.utils.cli import ExampleFormatter, Parser
 from llava.utils.files import refuse_overwriting
-from llava.utils.jsonl import read_records, write_json
+from llava.utils.json_rows import read_records
+from llava.utils.jsonl import write_json
 from llava.utils.log import with_progress
+from llava.utils.terminal import write_out
 
 EPILOG = """
 example:
@@ -214,10 +215,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = with_progress(read_records(args.input_path), title="dialogues", unit="row")
     mode = "legacy" if args.legacy_rules else "fixed"
     found, counts = training_rows(rows, mode=mode, seed=args.seed, name=args.input_path)
-    sys.stdout.write(counts.text())
+    write_out(counts.text())
     if args.report_path:
         write_json(args.report_path, counts.report())
     if not found:
         raise DataError(f"{args.input_path}: no row is left after cleaning; {args.output_path} was not written")
     write_json(args.output_path, found)
-    sys.stdout.write(f"wrote  {len(found):>8}  rows to {args.output_path}\n")
+    write_out(f"wrote  {len(found):>8}  rows to {args.output_path}\n")

@@ -18,7 +18,8 @@ from typing import Any
 from llava.errors import DataError
 from llava.instruct.instruct_few_shot_examples import FEW_SHOT_EXAMPLES
 from llava.samples import type_and_length
-from llava.utils.jsonl import read_records, read_text
+from llava.utils.json_rows import read_records
+from llava.utils.jsonl import read_text
 
 USER, ASSISTANT = "User:", "Assistant:"
 """Marks of the speakers in a dialogue."""

@@ -1,8 +1,9 @@
 """Parsing of a judge's reply: two scores, or the reason why it has none.
 
-`literal` accepts what the published scripts accept: a first line of two numbers separated by one space. `strict` is
-lenient about form (labels, tables, emphasis, "8/10", reasoning before the answer) and strict about content: exactly two
-scores that are on the scale and clearly belong to the two answers. Counts ("3 mistakes") are not scores.
+`literal` accepts what the published scripts accept: a first line of two numbers separated by one space.
+`first_line` is the same after commas have become spaces, as STLLaVA-Med reads its judge. `strict` is lenient
+about form (labels, tables, emphasis, "8/10", reasoning before the answer) and strict about content:
+exactly two scores that are on the scale and clearly belong to the two answers. Counts ("3 mistakes") are not scores.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ _PAIR = re.compile(
     re.IGNORECASE,
 )
 _WORDS = r"(?:(?:overall|score|rating|gets|is)[^\w.]{1,5}){0,3}"
-_AFTER = "points?|pts|and|while|whereas|but|because|since|for|as|with|vs|due|the|this|it|its|assistant"
+_AFTER = "points?|pts|and|while|whereas|but|because|since|for|as|with|vs|due|the|this|it|its|assistant|answer"
 """Words that may follow a score; any other word after a number makes it a count ("3 mistakes")."""
 
 _NO_COUNT = rf"(?![\d%]|\.\d|-\d| ?[/%])(?! ?(?!(?:{_AFTER})\b)[^\W\d_])"
 _LABELED = re.compile(
-    rf"assistant[ _-]?([12])[^\w.]{{0,20}}{_WORDS}(?<!-)(-?\d+(?:\.\d+)?)"
+    rf"(?:assistant|answer)[ _-]?([12])[^\w.]{{0,20}}{_WORDS}(?<!-)(-?\d+(?:\.\d+)?)"
     rf"(?: ?/ ?10(?:\.0+)?(?![\d/]|\.\d)|(?: out of 10(?:\.0+)?)?{_NO_COUNT})",
     re.IGNORECASE,
 )
@@ -68,9 +69,14 @@ def parse_literal(reply: str) -> Scores | Unreadable:
     return first, second
 
 
+def parse_first_line(reply: str) -> Scores | Unreadable:
+    """Return two numbers as STLLaVA-Med reads them: `8, 9` has three parts and is unreadable, `8,9` is not."""
+    return parse_literal(reply.split("\n", maxsplit=1)[0].replace(",", " "))
+
+
 def parse_strict(reply: str) -> Scores | Unreadable:
     """Return the two scores of a reply in any common form."""
-    text = _said(reply)
+    text = without_reasoning(reply)
     if text is None:
         return Unreadable("unfinished reasoning")
     lines = [" ".join(line.translate(_EMPHASIS).split()) for line in text.splitlines()]
@@ -83,7 +89,7 @@ def parse_strict(reply: str) -> Scores | Unreadable:
     return _labeled("\n".join(lines))
 
 
-def _said(reply: str) -> str | None:
+def without_reasoning(reply: str) -> str | None:
     """Return a reply without the text between reasoning tags; None if the reasoning does not end."""
     # A closing tag without an opening one ends reasoning too, since some servers omit the opening tag.
     kept, start, inside = "", 0, False
@@ -116,7 +122,11 @@ def _on_scale(first: float, second: float) -> Scores | Unreadable:
     return first, second
 
 
-PARSERS: dict[str, Callable[[str], Scores | Unreadable]] = {"literal": parse_literal, "strict": parse_strict}
+PARSERS: dict[str, Callable[[str], Scores | Unreadable]] = {
+    "literal": parse_literal,
+    "first_line": parse_first_line,
+    "strict": parse_strict,
+}
 """Parsers by name."""
 
 

@@ -4,7 +4,8 @@
                                             |  missing: request
                                             +------ reply, appended at once
 
-One JSON object per line: `key`, `judge`, `reply`. The messages are not stored, only their hash.
+One JSON object per line: `key`, `judge`, `reply`; with a budget `prompt_tokens` and `answer_tokens`. The messages are
+not stored, only their hash.
 """
 
 from __future__ import annotations
@@ -18,23 +19,41 @@ from typing import Any
 
 from llava.errors import DataError
 from llava.utils import jsonl
+from llava.utils.json_rows import read_records
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class NoReply:
-    """Missing reply of a judge; `reason` names the kind of failure without text of the data."""
+    """Missing reply of a judge.
+
+    Attributes:
+        reason: kind of failure, without text of the data.
+        tokens: tokens of prompts and answers that were spent on it.
+    """
 
     reason: str
+    tokens: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class CountedReply:
+    """Reply of a judge, with the tokens of prompts and answers that were spent on it."""
+
+    text: str
+    tokens: tuple[int, int]
 
 
 JudgeReply = str | NoReply
 
-Ask = Callable[[Sequence[Messages]], Iterator[tuple[int, JudgeReply]]]
-"""Sends requests to a judge; yields the index of each request and its reply, in order of arrival."""
+Ask = Callable[[Sequence[Messages]], Iterator[tuple[int, JudgeReply | CountedReply]]]
+"""Sends requests to a judge; yields the index of each request and its reply, in order of arrival.
+
+Requests that a limit of tokens or cost forbids are left out.
+"""
 
 
 def reply_not_stored(requests: Sequence[Messages]) -> Iterator[tuple[int, JudgeReply]]:
@@ -48,9 +67,11 @@ class Store:
     def __init__(self, path: str | Path | None) -> None:
         self.path = None if path is None else Path(path)
         self.replies: dict[str, str] = {}
+        self.judges: set[str] = set()
+        self.spent = (0, 0)
         if self.path is not None and self.path.exists():
             jsonl.drop_incomplete_line(self.path)
-            for index, row in enumerate(jsonl.read_records(self.path)):
+            for index, row in enumerate(read_records(self.path)):
                 key, reply = row.get("key"), row.get("reply")
                 if not isinstance(key, str) or not isinstance(reply, str):
                     raise DataError(
@@ -58,12 +79,28 @@ class Store:
                         f"replies, name another one with --store"
                     )
                 self.replies[key] = reply
+                self.judges.add(str(row.get("judge")))
+                self._add(row.get("prompt_tokens"), row.get("answer_tokens"))
 
-    def put(self, key: str, judge: str, reply: str) -> None:
-        """Store a reply; it is on disk when this returns."""
+    def _add(self, *tokens: Any) -> None:
+        prompt, answer = (number if isinstance(number, int) else 0 for number in tokens)
+        self.spent = (self.spent[0] + prompt, self.spent[1] + answer)
+
+    def put(self, key: str, judge: str, reply: str, *, tokens: tuple[int, int] | None = None) -> None:
+        """Store a reply, with the tokens spent on it if they are counted; it is on disk when this returns."""
         self.replies[key] = reply
+        row: dict[str, Any] = {"key": key, "judge": judge, "reply": reply}
+        if tokens is not None:
+            self._add(*tokens)
+            row |= {"prompt_tokens": tokens[0], "answer_tokens": tokens[1]}
         if self.path is not None:
-            jsonl.append_record(self.path, {"key": key, "judge": judge, "reply": reply})
+            jsonl.append_record(self.path, row)
+
+    def settle(self) -> None:
+        """Sort the lines of the file by key, so that it does not depend on the order of arrival."""
+        if self.path is not None and self.path.exists():
+            rows = sorted(read_records(self.path), key=lambda row: str(row["key"]))
+            jsonl.write_records(self.path, rows)
 
 
 class Judge:
@@ -104,7 +141,9 @@ class Judge:
         keys = list(places)
         for number, reply in self._ask([requests[places[key][0]] for key in keys]):
             self.num_asked += 1
-            if isinstance(reply, str):
-                self.store.put(keys[number], self.name, reply)
+            text = reply.text if isinstance(reply, CountedReply) else reply
+            if isinstance(text, str):
+                counted = reply.tokens if isinstance(reply, CountedReply) else None
+                self.store.put(keys[number], self.name, text, tokens=counted)
             for place in places[keys[number]]:
-                yield place, reply
+                yield place, text

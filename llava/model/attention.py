@@ -30,6 +30,10 @@ MATMUL_PAIRS = 1 << 18
 """Query-key pairs up to which `matmul_attention` may hold a piece's score matrix; larger pieces need SDPA's memory."""
 
 
+FLEX_MIN_WIDTH = 16
+"""Smallest width of a head that FlexAttention's kernels compute; they end in an error below it."""
+
+
 class PlannedPiece(Protocol):
     """Run of tokens of a row, with the indices of the pieces above it in its tree."""
 
@@ -110,7 +114,7 @@ def tree_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
         )
         return output, None
-    if query.is_cuda and not dropout:
+    if flex_computes(query.device.type, width=query.shape[-1], dropout=dropout):
         mask = tree_plan.block_mask(sliding_window)
         output = _compiled_flex()(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2).contiguous(), None
@@ -204,6 +208,11 @@ def _joined(parts: Sequence[Tensor], members: Sequence[int]) -> Tensor:
     return parts[members[0]] if len(members) == 1 else torch.cat([parts[index] for index in members], dim=2)
 
 
+def flex_computes(device_type: str, *, width: int, dropout: float) -> bool:
+    """Return whether a row is computed by FlexAttention: on a GPU, without dropout, for heads of at least 16 values."""
+    return device_type == "cuda" and not dropout and width >= FLEX_MIN_WIDTH
+
+
 @functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
     """Compile FlexAttention once for rows of any length; uncompiled it would fill a [T, T] matrix."""
@@ -230,6 +239,19 @@ def use_tree_attention(model: PreTrainedModel) -> None:
     if supports_tree_attention(model.get_decoder()):
         implementations["text_config"] = TREE_ATTENTION
     model.set_attn_implementation(implementations)
+
+
+def use_library_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the language model to an attention of transformers, for padded batches.
+
+    Raises:
+        ConfigError: the language model does not have it, or the machine cannot compute it.
+    """
+    try:
+        model.set_attn_implementation({"text_config": name})
+    except (ValueError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"attention {name!r} cannot be used: {reason}") from error
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention)

@@ -5,6 +5,8 @@ language model + tower --(placeholder and marker tokens, fresh projector)--> Lla
 
 from __future__ import annotations
 
+import importlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -13,15 +15,16 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
-from llava.conversation import get_template
 from llava.errors import CheckpointError, ConfigError
+from llava.jinja_template import AUTO, check_name, choose_template
 from llava.model.anyres import fresh_newline, needs_newline, write_policy
 from llava.model.attention import use_tree_attention
 from llava.model.config import LlavaMedConfig
+from llava.model.language_models import language_config, language_trunk
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.open_clip_encoder.loading import (
     FOLDER_PREFIX,
@@ -40,14 +43,14 @@ from llava.model.multimodal_encoder.towers import (
 )
 from llava.model.multimodal_projector import build_projector, check_projector_type
 from llava.model.quantization import Quantization
+from llava.model.rope import forget_lengths
 from llava.processing import LlavaMedProcessor
 from llava.utils.lookup import require
 
+logger = logging.getLogger(__name__)
+
 SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 """transformers' name for each value of `mm_vision_select_feature` in the original trainers."""
-
-HEAD_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
-"""Configuration keys of language models that change the logits after the head; ours is a plain linear layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,8 @@ class BuildOptions:
         select_feature: `patch` or `cls_patch`.
         use_im_start_end: write marker tokens around each image.
         use_im_patch_token: add the (unused) patch token, as old vocabularies have it.
-        template: conversation template.
+        template: conversation template; `auto` for that of the language model.
+        chat_template: text of a chat template that replaces that of the tokenizer, for `auto`.
         image_mode: how images become the tower's input.
         patch_merge_type: how the tiles of mode `anyres` are joined, see `imaging.anyres.MERGE_TYPES`.
         image_grid_pinpoints: [width, height] that `anyres` chooses from; None for those of LLaVA 1.6.
@@ -87,6 +91,7 @@ class BuildOptions:
     use_im_start_end: bool = False
     use_im_patch_token: bool = False
     template: str = "vicuna_v1"
+    chat_template: str | None = None
     image_mode: str = "square"
     patch_merge_type: str = "flat"
     image_grid_pinpoints: Any = None
@@ -106,7 +111,7 @@ class BuildOptions:
             known = ", ".join(SELECT_STRATEGIES)
             raise ConfigError(f"unknown select_feature {self.select_feature!r}; known: {known}")
         check_projector_type(self.projector_type)
-        get_template(self.template)
+        check_name(self.template)
 
     @property
     def tower_files(self) -> dict[str, str | None]:
@@ -145,12 +150,12 @@ def build_model(
         ConfigError: an option is unknown or does not fit the parts.
         CheckpointError: a part cannot be loaded, or its type does not fit.
 
-    Example::
-
-        loaded = build_model("lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336", projector_type="mlp2x_gelu")
+    >>> loaded = build_model(lm_folder, tower_folder, projector_type="mlp2x_gelu", template="vicuna_v1")
+    >>> loaded.processor.template.name
+    'vicuna_v1'
     """
     wanted = portable_tower(BuildOptions(lm=portable_path(lm), vision_tower=vision_tower, **options))
-    text_config = _text_config(wanted.lm)
+    text_config = language_config(wanted.lm)
     if dtype == "auto":
         saved = getattr(text_config, "dtype", None)
         dtype = saved if isinstance(saved, torch.dtype) else torch.float32
@@ -160,8 +165,10 @@ def build_model(
         quantization = Quantization(wanted.bits, wanted.double_quant, wanted.quant_type).config(dtype)
         keywords = {"quantization_config": quantization, "device_map": device_map}
         language_model = load_part(AutoModelForCausalLM, wanted.lm, dtype, **keywords)
+        language_trunk(language_model, wanted.lm)  # before the tower is read
         tower = load_tower(wanted.vision_tower, dtype, **wanted.tower_files)
         tokenizer = _tokenizer(wanted.lm)
+        wanted = with_template(wanted, tokenizer)
         image_processor = tower_image_processor(
             wanted.vision_tower, tower.config, wanted.image_size, **wanted.tower_files
         )
@@ -171,6 +178,20 @@ def build_model(
         write_policy(config, processor.image_grid)
         model = _assemble(config, language_model, tower, seed=wanted.seed, dtype=dtype)
     return finish_model(model, processor, {"build": asdict(wanted)})
+
+
+def with_template(options: BuildOptions, tokenizer: Any) -> BuildOptions:
+    """Return the options with the template that `auto` chooses; a tokenizer without chat template may receive one."""
+    if options.template != AUTO:
+        return options
+    if options.chat_template is None:
+        name, text = choose_template(tokenizer)
+        if text is not None or name != AUTO:
+            logger.info("%s has no chat template; using %s", options.lm, "plain roles" if text else f"template {name}")
+        options = replace(options, template=name, chat_template=text)
+    if options.chat_template is not None:
+        tokenizer.chat_template = options.chat_template
+    return options
 
 
 def _processor(
@@ -232,24 +253,6 @@ def finish_model(
     generation.pad_token_id, generation.eos_token_id = processor.pad_token_id, processor.eos_token_id
     context_len = int(getattr(model.config.text_config, "max_position_embeddings", 2048))
     return LoadedModel(model, processor, context_len, origin)
-
-
-def _text_config(lm: str) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(lm)
-    except UNREADABLE as error:
-        raise CheckpointError(f"language model {lm} cannot be loaded: {first_line(error)}") from error
-    if hasattr(config, "vision_config"):
-        raise CheckpointError(
-            f"{lm} is already a vision-language model ({config.model_type}); expected a plain causal language model"
-        )
-    extras = [name for name in HEAD_EXTRAS if getattr(config, name, None) not in (None, 1, 1.0)]
-    if extras:
-        raise CheckpointError(
-            f"{lm} ({config.model_type}) changes its logits after the head ({extras[0]}), which is not supported; "
-            "use a language model with a plain head (Llama, Mistral, Qwen2, Phi, GPT-2, ...)"
-        )
-    return config
 
 
 def _tokenizer(lm: str) -> Any:
@@ -338,7 +341,8 @@ def _assemble(
     if needs_newline(config):
         model.model.image_newline = fresh_newline(table, dtype)
     model.model.vision_tower = cast(Any, tower).to(table.device)
-    model.model.language_model = language_model.base_model
+    model.model.language_model = cast(Any, language_trunk(language_model, "the language model"))
+    forget_lengths(model.model.language_model)
     model.lm_head = language_model.get_output_embeddings()
     # One configuration object, so that an attribute set on the model's configuration reaches the part.
     model.model.language_model.config = model.config.text_config
@@ -348,3 +352,11 @@ def _assemble(
         if hasattr(language_model, name):
             setattr(model, name, getattr(language_model, name))
     return model
+
+
+def load_pretrained_model(*args: Any, **options: Any) -> Any:
+    """Return tokenizer, model, image processor and context length, as published snippets expect.
+
+    The function is `llava.generation.published.load_pretrained_model`, looked up here because it is above this module.
+    """
+    return importlib.import_module("llava.generation.published").load_pretrained_model(*args, **options)

@@ -16,7 +16,7 @@ class LlavaMedConfig(LlavaConfig):
     incompatible format.
 
     Attributes:
-        projector_type: `linear`, `mlpKx_gelu`, `cluster` or `identity`.
+        projector_type: `linear`, `mlpKx_gelu`, `cluster`, `identity`, or the type of a plug-in.
         projector_kwargs: further settings of the projector, for types that have any.
         use_im_start_end: marker tokens surround each image.
         marker_token_ids: ids of the two markers, if they are used.
@@ -26,6 +26,7 @@ class LlavaMedConfig(LlavaConfig):
         template: conversation template the model was trained with.
         placement: position of the images in a turn.
         head_bias: the language-model head has a bias (Phi and a few others).
+        plugins: names of the plug-ins that the projector or the template comes from; they are never loaded from here.
         source: format that the model was converted from: its config.json and the settings that ours does not hold.
     """
 
@@ -41,6 +42,7 @@ class LlavaMedConfig(LlavaConfig):
     template: str = "vicuna_v1"
     placement: str = "front"
     head_bias: bool = False
+    plugins: list[str] | None = None
     source: dict[str, Any] | None = None
 
 

@@ -4,37 +4,79 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from llava.errors import ConfigError
 from llava.model.builder import LoadedModel
 from llava.model.checkpoint.weight_names import NEWLINE
+from llava.model.tower_lora import TowerLora, set_tower_dropout, start_tower_lora, tower_linear_layers
 
-PARTS = {"multi_modal_projector": "projector", NEWLINE: "projector", "vision_tower": "vision tower", "lora_": "adapter"}
+PARTS = {
+    "multi_modal_projector": "projector",
+    NEWLINE: "projector",
+    "vision_tower": "vision tower",
+    "lora_": "adapter",
+}
+"""Title of the part that a parameter belongs to, by a fragment of its name; adapters of the tower have their own."""
+
+LANGUAGE = "language_model."
+
+UNCALLED = frozenset({"out_proj", "dt_proj"})
+"""Layers of state-space mixers whose weights kernels read without calling them: an adapter would not be trained, and
+would change the model when it is merged."""
 
 
-def language_linear_layers(model: nn.Module) -> str:
-    """Return a regular expression for the linear layers inside the language model.
+def language_linear_layers(model: nn.Module) -> str | list[str]:
+    """Return a regular expression for the linear layers inside the language model, or their names.
 
     Head, projector and tower are left out, as in the original trainers. A pattern instead of a list of names keeps the
     adapter's configuration short and valid for every depth.
 
     Raises:
-        ConfigError: the language model has no linear layer (GPT-2 has transposed ones).
+        ConfigError: the language model has no linear layer.
     """
-    kinds = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "language_model." in name
-    } - {"lm_head"}
-    if not kinds:
+    names = [name for name, _ in model.named_modules() if LANGUAGE in name]
+    wanted = {name for name in names if _takes_adapter(model, name)}
+    if not wanted:
         raise ConfigError("the language model has no linear layers for LoRA; train all of it (--lora-enable False)")
-    return rf"(?:.*\.)?language_model\..*\.(?:{'|'.join(map(re.escape, sorted(kinds)))})"
+    # The last part of a name is enough for most models; others use one name for a layer and for something else.
+    for num_parts in (1, 2, 3):
+        ends = {".".join(_inside(name).split(".")[-num_parts:]) for name in wanted}
+        between = r".*\." if num_parts == 1 else r"(?:.*\.)?"
+        pattern = rf"(?:.*\.)?language_model\.{between}(?:{'|'.join(map(re.escape, sorted(ends)))})"
+        if {name for name in names if re.fullmatch(pattern, name)} == wanted:
+            return pattern
+    return sorted(wanted)
+
+
+def _inside(name: str) -> str:
+    """Return a module's name inside the language model."""
+    return name.split(LANGUAGE, 1)[1]
+
+
+def _takes_adapter(model: nn.Module, name: str) -> bool:
+    """Return whether a module is a linear layer of the language model that peft can adapt."""
+    module, last = model.get_submodule(name), name.rsplit(".", 1)[-1]
+    if not isinstance(module, nn.Linear | Conv1D) or last == "lm_head":
+        return False
+    if last in UNCALLED and hasattr(model.get_submodule(name.rpartition(".")[0]), "A_log"):
+        return False
+    return _returns_one_tensor(module)
+
+
+def _returns_one_tensor(module: nn.Module) -> bool:
+    """Return whether a layer computes one tensor; a router that is a linear layer returns scores too."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward) or "transformers" not in type(module).__module__:
+        return True  # quantized layers are other libraries'
+    weight: Any = module.weight
+    with torch.no_grad():
+        return isinstance(module(weight.new_zeros(1, weight.shape[1])), Tensor)
 
 
 def add_lora(
@@ -45,8 +87,12 @@ def add_lora(
     dropout: float = 0.05,
     bias: str = "none",
     target: str | None = None,
+    targets: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    language: bool = True,
+    tower: TowerLora | None = None,
 ) -> PeftModel:
-    """Add one LoRA adapter to the language model; peft freezes the rest, and `freeze_for` unfreezes parts.
+    """Add one LoRA adapter to language model, tower or both; peft freezes the rest, and `freeze_for` unfreezes parts.
 
     Args:
         loaded: the model.
@@ -55,22 +101,88 @@ def add_lora(
         dropout: dropout of the adapter's input.
         bias: which biases train: `none`, `all` or `lora_only`.
         target: regular expression for other layers than `language_linear_layers`.
+        targets: names of layers, or one regular expression, that choose among `language_linear_layers`.
+        options: other settings of peft's `LoraConfig`: `use_rslora`, `use_dora`, `init_lora_weights`,
+            `modules_to_save`.
+        language: whether the language model is adapted; the settings above are those of its adapter.
+        tower: adapter of the vision tower, with a rank, scale and dropout of its own; None for none.
 
     Raises:
         ConfigError: no layer matches, or peft rejects a setting.
+        CheckpointError: the tower's adapter cannot start from its weights.
     """
+    patterns = [target or target_pattern(loaded.model, targets)] if language else []
+    own: dict[str, Any] = dict(options or {}) if language else {}
+    check_saved_modules(loaded.model, own.get("modules_to_save"))
+    if tower is not None:
+        layers = tower_linear_layers(loaded.model, all_blocks=tower.frozen)
+        patterns.append(layers)
+        own |= {"rank_pattern": {layers: tower.r}, "alpha_pattern": {layers: tower.alpha}}
     try:
         config = LoraConfig(
             r=r,
             lora_alpha=alpha,
             lora_dropout=dropout,
             bias=cast(Any, bias),
-            target_modules=target or language_linear_layers(loaded.model),
+            target_modules=patterns[0] if len(patterns) == 1 else "|".join(f"(?:{pattern})" for pattern in patterns),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in loaded.model.modules()),
             task_type="CAUSAL_LM",
+            **own,
         )
-        return cast(PeftModel, get_peft_model(cast(Any, loaded.model), config))
+        network = cast(PeftModel, get_peft_model(cast(Any, loaded.model), config))
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(f"LoRA with r={r}, bias={bias!r} cannot be added: {error}") from error
+    if tower is not None:
+        set_tower_dropout(network, tower.dropout)
+        start_tower_lora(network, tower)
+    return network
+
+
+def target_pattern(model: nn.Module, targets: Sequence[str] | None) -> str:
+    """Return a regular expression for the layers that names, or one regular expression, choose.
+
+    Raises:
+        ConfigError: a name fits no linear layer of the language model; the message lists those that do.
+    """
+    whole = _as_pattern(language_linear_layers(model))
+    if not targets or list(targets) == ["all-linear"]:
+        return whole
+    layers = [name for name, _ in model.named_modules() if re.fullmatch(whole, name)]
+    known = sorted({name.rpartition(".")[2] for name in layers})
+    patterns = [rf"(?:.*\.)?{re.escape(target)}" if re.fullmatch(r"[\w.]+", target) else target for target in targets]
+    for target, pattern in zip(targets, patterns, strict=True):
+        try:
+            found = any(re.fullmatch(pattern, name) for name in layers)
+        except re.error as error:
+            raise ConfigError(f"--lora-target-modules {target}: not a regular expression ({error})") from None
+        if not found:
+            raise ConfigError(
+                f"--lora-target-modules {target}: no linear layer of the language model has this name; expected one or "
+                f"more of {', '.join(known)}, or a regular expression for whole names such as {layers[0]}"
+            )
+    chosen = "|".join(f"(?:{pattern})" for pattern in patterns)
+    return f"(?={whole}$)(?:{chosen})"
+
+
+def check_saved_modules(model: nn.Module, names: Sequence[str] | None) -> None:
+    """Check that modules which train in full exist outside projector and tower.
+
+    Raises:
+        ConfigError: a name fits no module, or one that other options train.
+    """
+    for name in names or ():
+        found = [path for path, _ in model.named_modules() if path.endswith(name)]
+        if not found:
+            raise ConfigError(f"--modules-to-save {name}: no such module; expected names such as embed_tokens, lm_head")
+        if any("multi_modal_projector" in path or "vision_tower" in path for path in found):
+            raise ConfigError(
+                f"--modules-to-save {name} is in the projector or the tower; the projector trains anyway, and "
+                "--unfreeze-mm-vision-tower trains the tower"
+            )
+
+
+def _as_pattern(layers: str | list[str]) -> str:
+    return layers if isinstance(layers, str) else "|".join(map(re.escape, layers))
 
 
 def freeze_for(
@@ -81,8 +193,9 @@ def freeze_for(
     freeze_projector: bool = False,
     train_tower: bool = False,
     has_adapter: bool = False,
+    freeze_tower_adapter: bool = False,
 ) -> None:
-    """Set which parameters train.
+    """Set which parameters train; an adapter does, wherever it is.
 
     Args:
         model: the model, or a peft model around it.
@@ -91,6 +204,7 @@ def freeze_for(
         freeze_projector: the projector does not train.
         train_tower: the vision tower trains too.
         has_adapter: language weights train through the adapter only, and biases where `add_lora` unfroze them.
+        freeze_tower_adapter: the adapter of the vision tower does not train.
 
     Raises:
         ConfigError: no parameter would train.
@@ -98,7 +212,9 @@ def freeze_for(
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
-        if "multi_modal_projector." in name or name.endswith(NEWLINE):
+        if "lora_" in name:
+            parameter.requires_grad_(not (freeze_tower_adapter and "vision_tower." in name))
+        elif "multi_modal_projector." in name or name.endswith(NEWLINE):
             parameter.requires_grad_(not freeze_projector)
         elif "vision_tower." in name:
             parameter.requires_grad_(train_tower and not projector_only)
@@ -148,6 +264,7 @@ def trainable_report(model: nn.Module) -> str:
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for name, parameter in model.named_parameters():
         part = next((title for key, title in PARTS.items() if key in name), "language model")
+        part = "tower adapter" if part == "vision tower" and "lora_" in name else part
         counts[part][0] += 1
         counts[part][1] += _size(parameter)
         counts[part][2] += _num_trained(parameter)

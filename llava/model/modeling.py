@@ -28,6 +28,7 @@ from llava.model.config import LlavaMedConfig
 from llava.model.multimodal_encoder.towers import num_extra_tokens, square_side
 from llava.model.multimodal_projector import build_projector
 from llava.model.quantization import quantized_layers
+from llava.model.rope import forget_lengths
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -45,6 +46,7 @@ class LlavaMedModel(LlavaModel):
         self.multi_modal_projector: nn.Module = build_projector(config)  # type: ignore[assignment]
         text: Any = config.text_config
         self.image_newline = nn.Parameter(new_newline(text.hidden_size)) if needs_newline(config) else None
+        forget_lengths(cast(nn.Module, self.language_model))
         self.post_init()  # type: ignore[no-untyped-call]
 
     def tower_features(self, pixel_values: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ class LlavaMedModel(LlavaModel):
 
         Args:
             pixel_values: pixels [N, 3, H, W], or cached tower features [N, P, Dv]; with `image_sizes`, tiles or padded
-                images, see `data.flat_batch.ImageBatch`.
+                images, see `data.image_batch.ImageBatch`.
             image_sizes: [N, 2] width and height of the images, where their inputs have no common shape.
 
         Returns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -14,7 +13,9 @@ from transformers.activations import QuickGELUActivation
 
 from llava.errors import ConfigError
 from llava.model.config import LlavaMedConfig
+from llava.model.projector_types import MLP, PROJECTOR_TYPES, differing_weights, find_type, known_types
 from llava.utils.lookup import lookup
+from llava.utils.plugins import failure_text
 
 NORM_AXES = {"position": 1, "channel": 2}
 """Axis over which the soft assignment normalizes the keys [B, P, Dv]; the published weights need `position`."""
@@ -86,11 +87,27 @@ class ClusterProjector(nn.Module):
             centers = scores.softmax(dim=1).to(values.dtype) @ values
         return centers
 
+    def owners(self, similarity: Tensor) -> Tensor:
+        """Return the center that each patch joins, [B, P], for similarities [B, N, P]."""
+        return self.first_equal(similarity.shape[2], similarity.device)[similarity.argmax(dim=1)]
+
+    def first_equal(self, num_patches: int, device: torch.device) -> Tensor:
+        """Return for each center the first one that began with the same window of patches, [N]."""
+        # With more centers than patches these are equal but for rounding, which depends on the processor and must not
+        # decide which patches share a center.
+        centers = torch.arange(self.num_centers, device=device)
+        starts = centers * num_patches // self.num_centers
+        stops = ((centers + 1) * num_patches + self.num_centers - 1) // self.num_centers
+        is_first = torch.ones_like(centers, dtype=torch.bool)
+        is_first[1:] = (starts[1:] != starts[:-1]) | (stops[1:] != stops[:-1])
+        return torch.where(is_first, centers, 0).cummax(dim=0).values
+
     def _gather(self, features: Tensor, values: Tensor, centers: Tensor) -> Tensor:
         """Return for each patch its similarity times the mean of its center's patches, [B, P, Dv]."""
         cosine = _unit(centers, axis=2) @ _unit(features, axis=2).transpose(1, 2)
-        similarity, owner = torch.sigmoid(self.sim_beta.float() + self.sim_alpha.float() * cosine).max(dim=1)
-        weight = similarity.to(values.dtype)[..., None]
+        similarity = torch.sigmoid(self.sim_beta.float() + self.sim_alpha.float() * cosine)
+        owner = self.owners(similarity)
+        weight = similarity.gather(1, owner[:, None])[:, 0].to(values.dtype)[..., None]
         # One-hot products instead of a scatter: exact, and the same on every run on a GPU.
         member = F.one_hot(owner, self.num_centers).to(values.dtype)
         total = member.transpose(1, 2) @ (weight * values) + self._pool(values)
@@ -132,7 +149,9 @@ def linear(config: LlavaMedConfig) -> nn.Module:
 
 def mlp_gelu(config: LlavaMedConfig) -> nn.Module:
     """Return the projector `mlpKx_gelu`: K linear layers with GELU between them (LLaVA 1.5)."""
-    depth = int(re.sub(r"\D", "", config.projector_type))
+    match = MLP.fullmatch(config.projector_type)
+    assert match is not None
+    depth = int(match[1])
     vision, text = _widths(config)
     widths = [vision] + [text] * depth
     layers: list[nn.Module] = []
@@ -176,10 +195,38 @@ def check_projector_type(projector_type: str) -> Callable[[LlavaMedConfig], nn.M
     Raises:
         ConfigError: the type is unknown.
     """
-    name = re.sub(r"^mlp[1-9]\d*x_gelu$", "mlpKx_gelu", projector_type)
-    if name == "mlpKx_gelu" == projector_type:
+    if projector_type == "mlpKx_gelu":
         raise ConfigError("projector type 'mlpKx_gelu' needs its number of layers, for example mlp2x_gelu")
-    return lookup(PROJECTORS, name, "projector type")
+    kind = find_type(projector_type)
+    if kind is None:
+        raise ConfigError(f"unknown projector type {projector_type!r}; known: {known_types()}")
+    return PROJECTORS["mlpKx_gelu" if MLP.fullmatch(kind.name) else kind.name] if kind.build is None else plugged
+
+
+def plugged(config: LlavaMedConfig) -> nn.Module:
+    """Return the projector of a plug-in.
+
+    Raises:
+        ConfigError: it is not a module, or its weights are not the declared ones.
+    """
+    kind, (vision, text) = PROJECTOR_TYPES[config.projector_type], _widths(config)
+    assert kind.build is not None
+    try:
+        module = kind.build(vision, text)
+    except Exception as error:  # of a plug-in; LLAVA_TRACEBACK shows where
+        raise ConfigError(f"projector {kind.name!r} cannot be built: {failure_text(error)}") from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"projector {kind.name!r} is built as {type(module).__name__}; expected a torch module")
+    got = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if differs := differing_weights(kind, got, vision, text):
+        some = ", ".join(f"{name} {got.get(name, 'absent')}" for name in differs[:3])
+        raise ConfigError(f"projector {kind.name!r} has other weights than it declares: {some}; correct its shapes")
+    if buffers := sorted(got.keys() - dict(module.named_parameters()).keys()):
+        raise ConfigError(
+            f"projector {kind.name!r} saves {buffers[0]}, which is no weight of its own; register it with "
+            "persistent=False, or do not share it"
+        )
+    return module
 
 
 def build_projector(config: LlavaMedConfig) -> nn.Module:

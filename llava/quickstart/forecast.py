@@ -1,37 +1,41 @@
 """Forecast of every stage from measured speed and amount of work, and the plan of a run that follows from it.
 
-operations of a stage / (measured rate x share of it that the stage reaches) + constant seconds
+operations of a stage x (1 / (measured rate x reached share of it) + seconds beside matrix products) + constant seconds
 settings --measure, forecast--> settings of a fitting size + Plan --plan.json--> terminal, page
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from llava.quickstart import machine, pretrained
+from llava.errors import ConfigError, DataError
+from llava.model.packaged import pretrained
+from llava.quickstart import machine
 from llava.quickstart.machine import Machine
-from llava.quickstart.settings import AUTO, SIZED, QuickstartSettings
+from llava.quickstart.settings import AUTO, SIZED, QuickstartSettings, stored_settings
 from llava.quickstart.work import LanguageShape, Rows, TowerShape, language_shape, rows_of, tower_shape
-from llava.utils.jsonl import read_text, write_json
+from llava.utils.jsonl import read_object, write_json
 
-SETTINGS, PLAN = "settings.json", "plan.json"
+PLAN = "plan.json"
 
 LORA_RANK = 16
 NUM_CALIBRATION_IMAGES = 64
 SPARE_TOKENS = 4
 """Number of tokens that an answer may exceed the longest reference answer by."""
 
-FIT_SECONDS = 6 * 60.0
-"""Limit of the forecast: the largest size below it is used, or else the smallest size."""
+LIMITS = (6 * 60.0, 11 * 60.0)
+"""Limits of the forecast: the largest size below the first is used, else below the second, else the smallest size."""
 
-# Share of the measured rate that the stages reach, and the constant seconds of each stage: fitted to the seconds of
-# whole runs on two AVX2 cores in float32.
-ALIGN_SHARE, TUNE_SHARE, PROMPT_SHARE, DECODE_SHARE = 0.6, 0.5, 0.7, 0.2
+# Share of the measured rate that the stages reach, seconds of other work per 10^9 operations, and constant seconds of
+# each stage: fitted to whole runs on two cores, of 480 drawings in bf16 at 843 GFLOP/s and of 180 in float32 at 127.
+# Products of a stage are larger than the measured ones, so a share may exceed 1.
+ALIGN, TUNE, ANSWER = (0.74, 0.00255), (1.31, 0.00528), (1.5, 0.0015)
+"""Fits of training a projector, of training all else, and of answering: share of the rate, seconds of other work."""
+
 DRAWING_SECONDS = 0.012
-FIXED_SECONDS = {"parts": 16.0, "data": 0.5, "before": 8.0, "align": 5.0, "tune": 9.0, "after": 4.0, "page": 2.0}
+FIXED_SECONDS = {"parts": 7.0, "data": 0.5, "before": 6.0, "align": 5.0, "tune": 9.0, "after": 6.0, "page": 1.0}
 
 FORWARD, BACKWARD = 2, 2
 """Operations per weight and token; gradients of trained weights count as a second backward pass."""
@@ -47,8 +51,13 @@ class Size:
     questions_per_step: int
 
 
-SIZES = (Size("full", 480, 8, 48), Size("medium", 360, 6, 36), Size("small", 240, 4, 24))
-"""Sizes from large to small. The number of test drawings is the same, because the intervals need them."""
+SIZES = (
+    Size("full", 480, 8, 48),
+    Size("medium", 360, 6, 36),
+    Size("small", 240, 4, 24),
+)
+"""Sizes from large to small. The number of test drawings is the same, because the intervals need them; 180 drawings to
+train on do not show that the images are used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,18 @@ class Costs:
         return body * (images * self.tower.tokens + text_tokens) + head * targets
 
 
+def fitted_seconds(operations: float, rate: float, fit: tuple[float, float]) -> float:
+    """Return the seconds of operations in a stage.
+
+    Args:
+        operations: operations of matrix products.
+        rate: measured operations per second.
+        fit: `ALIGN`, `TUNE` or `ANSWER`.
+    """
+    share, other = fit
+    return operations / (rate * share) + operations * other / 1e9
+
+
 def stage_seconds(
     settings: QuickstartSettings, machine: Machine, language: LanguageShape, tower: TowerShape, rows: Rows
 ) -> dict[str, float]:
@@ -97,22 +118,23 @@ def stage_seconds(
         rows: amount of data of the run.
     """
     costs = Costs(language, tower)
-    prompt, decode = machine.rate * PROMPT_SHARE, machine.rate * DECODE_SHARE
+
     asked = min(settings.num_before, rows.test_questions)
     images_asked, tokens_asked = min(rows.test_images, asked), rows.test_tokens * asked / max(1.0, rows.test_questions)
     before = costs.seen(NUM_CALIBRATION_IMAGES + images_asked) + costs.prompts(images_asked, tokens_asked)
+    before += costs.decoded(asked * (rows.longest_answer + SPARE_TOKENS))
     # In the blank-image control all questions share one gray image.
     prompts_after = costs.prompts(rows.test_images, rows.test_tokens) + costs.prompts(1, rows.test_tokens)
-    captions = costs.trained(rows.captions, rows.caption_tokens, rows.caption_tokens)
+    after = costs.seen(rows.test_images) + prompts_after + 2 * costs.decoded(rows.test_answer_tokens)
+    captions = costs.trained(rows.captions, rows.caption_tokens, rows.caption_tokens) + costs.seen(rows.train_images)
     images_tuned, adapters = rows.train_images * settings.epochs, language.lora(LORA_RANK)
-    questions = costs.trained(images_tuned, rows.question_tokens, rows.answer_tokens, adapters)
+    tuned = costs.trained(images_tuned, rows.question_tokens, rows.answer_tokens, adapters)
     scaling = {
         "data": rows.drawings * DRAWING_SECONDS,
-        "before": before / prompt + costs.decoded(asked * (rows.longest_answer + SPARE_TOKENS)) / decode,
-        "align": captions / (machine.rate * ALIGN_SHARE) + costs.seen(rows.train_images) / prompt,
-        "tune": questions / (machine.rate * TUNE_SHARE),
-        "after": (costs.seen(rows.test_images) + prompts_after) / prompt
-        + 2 * costs.decoded(rows.test_answer_tokens) / decode,
+        "before": fitted_seconds(before, machine.rate, ANSWER),
+        "align": fitted_seconds(captions, machine.rate, ALIGN),
+        "tune": fitted_seconds(tuned, machine.rate, TUNE),
+        "after": fitted_seconds(after, machine.rate, ANSWER),
     }
     return {name: fixed + scaling.get(name, 0.0) for name, fixed in FIXED_SECONDS.items()}
 
@@ -127,16 +149,21 @@ def choose_size(
     if settings.size != AUTO:
         what = "the rows of --data" if settings.data is not None else f"--num-train {settings.num_train}"
         return settings, f"Size as given: {what}."
-    tried: list[str] = []
-    for size in SIZES:
-        sized = with_size(settings, size)
-        total = sum(stage_seconds(sized, machine, language, tower, rows_of(sized)).values())
-        tried.append(f"{size.name} ({size.num_train} drawings) {minutes(total)}")
-        if total <= FIT_SECONDS or size is SIZES[-1]:
-            break
-    fits = "it fits into" if total <= FIT_SECONDS else "the smallest; none fits into"
-    reason = f"Size {size.name}, {size.num_train} drawings to train on: {fits} {minutes(FIT_SECONDS)}"
-    return sized, f"{reason} (forecast: {', '.join(tried)})."
+    forecasts = [
+        sum(stage_seconds(sized, machine, language, tower, rows_of(sized)).values())
+        for sized in (with_size(settings, size) for size in SIZES)
+    ]
+    tried = [
+        f"{size.name} ({size.num_train} drawings) {minutes(total)}"
+        for size, total in zip(SIZES, forecasts, strict=True)
+    ]
+    fitting = [
+        (size, limit) for limit in LIMITS for size, total in zip(SIZES, forecasts, strict=True) if total <= limit
+    ]
+    size, limit = fitting[0] if fitting else (SIZES[-1], LIMITS[-1])
+    fits = "it fits into" if fitting else "the smallest; none fits into"
+    reason = f"Size {size.name}, {size.num_train} drawings to train on: {fits} {minutes(limit)}"
+    return with_size(settings, size), f"{reason} (forecast: {', '.join(tried)})."
 
 
 def with_size(settings: QuickstartSettings, size: Size) -> QuickstartSettings:
@@ -200,8 +227,17 @@ class Plan:
 
 
 def read_plan(out: Path) -> Plan:
-    """Return the plan of a run's folder."""
-    return Plan(**json.loads(read_text(out / PLAN)))
+    """Return the plan of a run's folder.
+
+    Raises:
+        ConfigError: the file is not a plan.
+    """
+    try:
+        return Plan(**read_object(out / PLAN))
+    except (TypeError, DataError) as error:
+        raise ConfigError(
+            f"{out / PLAN} is not the plan of a quickstart run ({error}); name another folder with --out"
+        ) from error
 
 
 def new_plan(settings: QuickstartSettings) -> tuple[QuickstartSettings, Plan]:
@@ -221,19 +257,16 @@ def new_plan(settings: QuickstartSettings) -> tuple[QuickstartSettings, Plan]:
     return sized, Plan(str(measured), reason, seconds)
 
 
-def resumed_plan(settings: QuickstartSettings) -> tuple[QuickstartSettings, Plan] | None:
-    """Return the settings and the plan of the run in the folder; None without a run.
-
-    The run keeps its size on any machine.
-    """
-    if not all((settings.out / name).is_file() for name in (SETTINGS, PLAN)):
-        return None
-    before = json.loads(read_text(settings.out / SETTINGS))
-    if settings.size == AUTO:
-        settings = replace(settings, **{name: before[name] for name in SIZED if name in before})
-    return settings, read_plan(settings.out)
-
-
 def planned(settings: QuickstartSettings, *, restart: bool) -> tuple[QuickstartSettings, Plan]:
-    """Return the settings and the plan of this run: those of the run in the folder, or new ones."""
-    return (None if restart else resumed_plan(settings)) or new_plan(settings)
+    """Return the settings and the plan of this run: those of the run in the folder, or new ones.
+
+    A run in the folder keeps its size on any machine, also if its number of drawings is given.
+    """
+    before = None if restart else stored_settings(settings.out)
+    if before is None:
+        return new_plan(settings)
+    if settings.size == AUTO or settings.num_train == before["num_train"]:
+        settings = replace(settings, **{name: before[name] for name in SIZED if name in before})
+    if not (settings.out / PLAN).is_file():
+        return new_plan(settings)
+    return settings, read_plan(settings.out)

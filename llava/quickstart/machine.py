@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llava.model.precision import MIN_TRAINING_SPEEDUP, half_speedup, product_shape
+from llava.model.precision import MIN_TRAINING_SPEEDUP, training_speedup
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables by which a user chooses the number of threads."""
@@ -71,7 +71,7 @@ def measure_machine(shapes: Sequence[Shape], config: Mapping[str, Any]) -> Machi
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = GPU_ROWS if device == "cuda" else CPU_ROWS
     float32 = _gflops(shapes, device, rows)
-    speedup = half_speedup(torch.bfloat16, product_shape(config, device), device)
+    speedup = training_speedup(config, device)
     return Machine(device, torch.get_num_threads(), float32, float32 * speedup)
 
 

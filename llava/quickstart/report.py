@@ -70,7 +70,7 @@ def compare_runs(
         intervals of the differences to all `CONTROLS` are above zero.
     """
     items = runs["after"]
-    draws = Draws([item.image for item in items], num_resamples=num_resamples, seed=seed)
+    draws = Draws([item.cluster for item in items], num_resamples=num_resamples, seed=seed)
     scores = {name: ItemScores.of(_right(items, answers)) for name, answers in runs.items()}
     differences = {
         name: draws.difference(_on_the_same(scores["after"], score), score).to_json()
@@ -79,7 +79,7 @@ def compare_runs(
     }
     return {
         "num_questions": len(items),
-        "num_images": len({item.image for item in items}),
+        "num_images": len({item.cluster for item in items}),
         "accuracy": {name: draws.estimate(score).to_json() for name, score in scores.items()},
         "difference": differences,
         "by_type": by_type(runs),
@@ -190,9 +190,12 @@ def accuracy_rows(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def type_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Return the percentage of right answers by question type and run."""
+    """Return the percentage of right answers by question type and run, `-` where a run had no question of a type."""
     names = [name for name in RUNS if name in result["accuracy"]]
-    return [[kind, *(f"{shares[name]:.0f}" for name in names)] for kind, shares in sorted(result["by_type"].items())]
+    return [
+        [kind, *(f"{shares[name]:.0f}" if name in shares else "-" for name in names)]
+        for kind, shares in sorted(result["by_type"].items())
+    ]
 
 
 def summary_text(result: Mapping[str, Any]) -> str:

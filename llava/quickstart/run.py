@@ -1,4 +1,4 @@
-"""Command `llava quickstart`: run the stages that are not done yet and report the results.
+"""Stages of the quickstart that are not done yet, and the report of the results.
 
     settings, plan --(stored in the folder)--> stage --done-marker--> stage --done-marker--> ... --> page
 
@@ -7,20 +7,20 @@ A marker is written when its stage has ended, so an interrupted run resumes with
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from llava.errors import ConfigError
 from llava.quickstart import forecast, machine
-from llava.quickstart.forecast import SETTINGS, Plan, text_table, time_table
-from llava.quickstart.settings import QuickstartSettings, parse_settings
+from llava.quickstart.forecast import Plan, text_table, time_table
+from llava.quickstart.settings import SETTINGS, QuickstartSettings, stored_settings
 from llava.quickstart.stages import STAGES, Context, Facts
-from llava.utils import log
-from llava.utils.jsonl import read_text, write_json
+from llava.utils.files import CLAIM_FILE, exclusive_folder
+from llava.utils.jsonl import read_object, write_json
+from llava.utils.terminal import write_out
 
 MARKERS = "stages"
 
@@ -33,16 +33,17 @@ def claim_folder(settings: QuickstartSettings, *, restart: bool) -> None:
     Raises:
         ConfigError: the folder holds other files or a run with other settings; it stays unchanged.
     """
-    path = settings.out / SETTINGS
-    ours = path.is_file()
-    if settings.out.exists() and not ours and any(settings.out.iterdir()):
+    before = stored_settings(settings.out)
+    present = settings.out.iterdir() if settings.out.exists() else ()
+    others = [file for file in present if file.name not in (CLAIM_FILE, f".{SETTINGS}.tmp")]
+    if others and before is None:
         raise ConfigError(f"{settings.out} holds files that are not a quickstart run; name a new folder with --out")
-    if ours and restart:
-        shutil.rmtree(settings.out)
-        ours = False
+    if before is not None and restart:
+        for file in others:
+            shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+        before = None
     wanted = settings.to_json()
-    if ours:
-        before = json.loads(read_text(path))
+    if before is not None:
         different = sorted(name for name in wanted.keys() | before.keys() if wanted.get(name) != before.get(name))
         if different:
             raise ConfigError(
@@ -50,7 +51,7 @@ def claim_folder(settings: QuickstartSettings, *, restart: bool) -> None:
                 f"with --restart"
             )
     settings.out.mkdir(parents=True, exist_ok=True)
-    write_json(path, wanted)
+    write_json(settings.out / SETTINGS, wanted)
 
 
 def run_stages(settings: QuickstartSettings, *, stages: Stages = STAGES, out: TextIO | None = None) -> Context:
@@ -61,7 +62,7 @@ def run_stages(settings: QuickstartSettings, *, stages: Stages = STAGES, out: Te
         marker = settings.out / MARKERS / f"{name}.json"
         heading = f"[{number}/{len(stages)}] {title}"
         if marker.is_file():
-            context.facts[name] = json.loads(read_text(marker))
+            context.facts[name] = read_object(marker)
             out.write(f"{heading}: done before\n")
             continue
         out.write(f"{heading}\n")
@@ -94,13 +95,16 @@ def conclusion(context: Context, outlook: Plan) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `llava quickstart`."""
-    settings, restart = parse_settings(argv)
-    log.setup_logging()
+def run(settings: QuickstartSettings, *, restart: bool) -> None:
+    """Run a quickstart, or what is left of it, and print forecast, facts and next commands.
+
+    Raises:
+        ConfigError: the folder of the run holds other files, or is in use.
+    """
     machine.use_physical_cores()
-    settings, outlook = forecast.planned(settings, restart=restart)
-    claim_folder(settings, restart=restart)
-    outlook.write(settings.out)
-    sys.stdout.write(opening(outlook))
-    sys.stdout.write(conclusion(run_stages(settings), outlook))
+    with exclusive_folder(settings.out, option="--out"):
+        settings, outlook = forecast.planned(settings, restart=restart)
+        claim_folder(settings, restart=restart)
+        outlook.write(settings.out)
+        write_out(opening(outlook))
+        write_out(conclusion(run_stages(settings), outlook))

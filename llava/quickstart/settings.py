@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from llava.errors import ConfigError, DataError
 from llava.utils.cli import Parser
+from llava.utils.jsonl import read_object
+
+SETTINGS = "settings.json"
+"""File in the run's folder with its settings."""
 
 FEWEST_TEST_DRAWINGS = 50
 """Smallest number of test drawings; with fewer the intervals are too wide."""
@@ -83,6 +87,19 @@ class QuickstartSettings:
                     f"{self.data} has no {', '.join(missing)}; expected a folder in LLaVA format with train.json, "
                     f"test.json and images/ (captions.json is optional)"
                 )
+
+
+def stored_settings(out: Path) -> dict[str, Any] | None:
+    """Return the settings of the run in a folder; None without a run, also if another program wrote such a file."""
+    try:
+        found = read_object(out / SETTINGS)
+    except DataError:
+        return None
+    known = {field.name: getattr(QuickstartSettings(out), field.name) for field in fields(QuickstartSettings)}
+    if not {"seed", "num_train", "num_test"} <= found.keys() <= known.keys():
+        return None
+    is_ours = all(isinstance(found[name], type(known[name])) for name in SIZED if name in found)
+    return found if is_ours else None
 
 
 def make_parser() -> Parser:

@@ -21,6 +21,7 @@ from llava.data.converters.alignment import alignment_rows
 from llava.data.records import load_samples
 from llava.eval import run as evaluation
 from llava.eval.medvqa.items import ScoredItem, check_reference, join_answers
+from llava.eval.printing import ANSWERS
 from llava.generation.options import engine_of
 from llava.imaging.decode import load_image
 from llava.model.builder import build_model
@@ -28,13 +29,15 @@ from llava.model.calibration import calibrate_projector
 from llava.model.checkpoint.formats import CONFIG_FILE, read_json
 from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_model, save_projector
+from llava.model.packaged import pretrained
 from llava.model.precision import trains_faster_in_bf16
-from llava.quickstart import forecast, pretrained, report
+from llava.quickstart import forecast, report
 from llava.quickstart.forecast import LORA_RANK, NUM_CALIBRATION_IMAGES, SPARE_TOKENS, time_table
 from llava.quickstart.settings import QuickstartSettings
 from llava.quickstart.synthetic import NOTICE, pick_rows, write_dataset
 from llava.train.run import run_sft
-from llava.utils.jsonl import read_records, write_json
+from llava.utils.json_rows import read_records
+from llava.utils.jsonl import write_json
 
 PROJECTOR = "mlp2x_gelu"
 QUESTIONS_PER_IMAGE = 8
@@ -206,9 +209,9 @@ def page(context: Context) -> Facts:
         return join_answers([sample for sample in samples if asked is None or sample.id in asked], rows, source=run)
 
     runs: dict[str, list[ScoredItem]] = {
-        "after": answers("eval-after", evaluation.ANSWERS),
+        "after": answers("eval-after", ANSWERS),
         "after_blank": answers("eval-after", evaluation.BLANK_ANSWERS),
-        "before": answers("eval-before", evaluation.ANSWERS),
+        "before": answers("eval-before", ANSWERS),
     }
     runs["majority"] = report.majority_items(runs["after"], samples, train_samples)
     result = report.compare_runs({name: runs[name] for name in report.RUNS}, seed=context.settings.seed)

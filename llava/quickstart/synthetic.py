@@ -1,6 +1,7 @@
 """SYNTHETIC blood-smear drawings, questions about them, and a data folder of many in LLaVA format.
 
     DIR/images/*.png   DIR/captions.json (alignment)   DIR/train.json   DIR/test.json (about other drawings)
+    DIR/smears-train.json   DIR/smears-test.json (tables of the truth, for the rule set `drawn-smears`)
 
 Within each file and question type, every answer occurs equally often, so a model that ignores the image, or always
 gives the most common answer, is as accurate as guessing.
@@ -281,6 +282,21 @@ def smear_caption(smear: Smear) -> str:
     return f"Synthetic smear, {smear.stain} background, {smear.density} red cells, {white}, {platelets}, {parasites}."
 
 
+def truth_row(smear: Smear, image: str) -> dict[str, Any]:
+    """Return the truth of a drawing as the row of a table."""
+    return {
+        "id": Path(image).stem,
+        "image": image,
+        "stain": smear.stain,
+        "density": smear.density,
+        "num_white": len(smear.white),
+        "white_type": smear.white[0].kind if smear.white else "none",
+        "platelets": bool(smear.platelets),
+        "parasites": bool(smear.parasites),
+        "source": NOTICE,
+    }
+
+
 def balanced(rows: Iterable[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
     """Return rows with equally many of every answer within each question type, in their order."""
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -331,7 +347,7 @@ def _row(identity: str, image: str, question: str, answer: str) -> dict[str, Any
 
 
 def write_dataset(folder: Path, *, num_train: int, num_test: int, seed: int) -> None:
-    """Draw the images and write the three record files into `folder`.
+    """Draw the images and write the record files and tables into `folder`.
 
     The record files are written last, each under a temporary name first, so `test.json` marks a complete folder.
     """
@@ -339,6 +355,7 @@ def write_dataset(folder: Path, *, num_train: int, num_test: int, seed: int) -> 
     rng = random.Random(seed)
     captions: list[dict[str, Any]] = []
     questions: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    truths: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     plan = [("train", index) for index in range(num_train)] + [("test", index) for index in range(num_test)]
     for number, (split, index) in enumerate(log.with_progress(plan, title="drawing", unit="image")):
         smear = sample_smear(seed * BLOCK + number)
@@ -347,9 +364,12 @@ def write_dataset(folder: Path, *, num_train: int, num_test: int, seed: int) -> 
         notice.add_text("Comment", NOTICE)
         draw_smear(smear).save(folder / "images" / image, pnginfo=notice)
         questions[split] += question_rows(smear, image, rng)
+        truths[split].append(truth_row(smear, image))
         if split == "train":
             wording = f"{IMAGE_TOKEN}\nDescribe the picture."
             captions.append(_row(f"{Path(image).stem}-caption", image, wording, smear_caption(smear)))
+    for split, rows in truths.items():
+        write_json(folder / f"smears-{split}.json", rows)
     write_json(folder / "captions.json", captions)
     write_json(folder / "train.json", balanced(questions["train"], rng))
     write_json(folder / "test.json", balanced(questions["test"], rng))

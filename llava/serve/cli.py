@@ -4,6 +4,8 @@ A conversation continues until `/reset` or `/image`.
 
     llava chat --model runs/first --image xray.png
     llava chat --model runs/first --image xray.png --question "What is shown?"
+    llava chat --engine http://localhost:8000/v1 --image xray.png
+    python -m llava.serve.cli --model-path runs/first --image-file xray.png
 
     typed line --> conversation so far + image --engine.stream--> answer --> appended to the conversation
 """
@@ -18,12 +20,15 @@ from typing import TextIO
 
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError, LlavaError
-from llava.generation.options import add_engine_options, engine_of
+from llava.generation.options import add_engine_options, connect, engine_of
 from llava.generation.protocol import Engine, ImageRef, Prompt, Sampling
 from llava.imaging.decode import load_image, read_image_bytes
 from llava.samples import Conversation, Turn
-from llava.utils.cli import Parser
+from llava.serve.options import add_loading_names
+from llava.utils.cli import Parser, run_program
+from llava.utils.config_file import with_config
 from llava.utils.jsonl import read_text
+from llava.utils.terminal import visible_message, write_out
 
 HELP = """\
 Ask a question and press enter. Commands:
@@ -68,7 +73,7 @@ class Chat:
         answer = written = ""
         for answer in self.engine.stream(prompt, self.sampling):
             if answer.startswith(written):
-                out.write(answer[len(written) :])
+                write_out(answer[len(written) :], out)
                 out.flush()
                 written = answer
         out.write("\n")
@@ -108,7 +113,7 @@ def chat_loop(chat: Chat, lines: Iterable[str], out: TextIO, *, prompt: str = ">
             else:
                 chat.ask(line.strip(), out)
         except LlavaError as error:
-            out.write(f"error: {error}\n")
+            out.write(f"error: {visible_message(str(error))}\n")
         out.write(prompt)
         out.flush()
 
@@ -116,7 +121,10 @@ def chat_loop(chat: Chat, lines: Iterable[str], out: TextIO, *, prompt: str = ">
 def make_parser() -> Parser:
     """Return the argument parser of `llava chat`."""
     parser = Parser(prog="llava chat", description="Chat with a model about an image in the terminal.")
-    add_engine_options(parser)
+    add_engine_options(parser, remote=True)
+    add_loading_names(parser)
+    parser.add_argument("--conv-template", dest="conv_mode", help="as --conv-mode")
+    parser.add_switch("--debug", help="without effect")
     parser.add_argument("--image", "--image-file", help="image file")
     parser.add_argument("--question", help="ask one question, print the answer and exit")
     parser.add_argument("--system", help="text file that replaces the template's system prompt")
@@ -129,7 +137,9 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava chat`."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(with_config(parser, argv))
+    connect(args)
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -138,9 +148,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     image = None if args.image is None else read_image(args.image)
     system = None if args.system is None else read_text(args.system).strip()
-    chat = Chat(engine_of(args), sampling, image, system)
+    # As a server does, so that later turns compute only their own tokens and answers are the same.
+    engine = engine_of(args, num_gpus=args.num_gpus, prefill_chunk=512, prefix_cache_mb=512)
+    chat = Chat(engine, sampling, image, system)
     if args.question is not None:
         chat.ask(args.question, sys.stdout)
         return
-    sys.stdout.write(f"{Path(args.model).resolve().name}{f' on {args.image}' if args.image else ''}\n{HELP}")
+    write_out(f"{Path(args.model).resolve().name}{f' on {args.image}' if args.image else ''}\n{HELP}")
     chat_loop(chat, sys.stdin, sys.stdout)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -14,8 +14,18 @@ from llava.compat import compat_help
 from llava.errors import ConfigError
 from llava.imaging.dicom.policy import CHECKPOINT_DEFAULT_HELP, DEFAULT_POLICY, DICOM_FRAME_HELP, DICOM_WINDOW_HELP
 from llava.imaging.jpeg import FAST_JPEG_HELP
+from llava.train.attention_choice import FLASH, TREE, check_attention
 from llava.train.legacy_flags import LegacyTrainingArguments, option
 from llava.train.specs import OptimizerSpec, OrderSpec, ResumeSpec, WorkerSpec
+from llava.utils.cli import flag
+from llava.utils.plugins import PLUGIN_HELP
+
+LORA_STARTS = ("true", "gaussian", "orthogonal", "false")
+"""Values of `--init-lora-weights`."""
+
+RATES = ("learning_rate", "mm_projector_lr", "mm_vision_tower_lr")
+MAX_RATE = 1e30
+"""Options with a learning rate, and the largest one: optimizers convert rates to float32."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,9 @@ class ModelArguments:
 
     model_name_or_path: str = option("", "language model (with --vision-tower), or a llava checkpoint")
     version: str | None = option(
-        None, "conversation template; default: the template of the checkpoint, or v0 for a new model"
+        None,
+        "conversation template: auto (that of the language model), FILE.jinja or a name; default: the template of the "
+        "checkpoint, or v0 for a new model",
     )
     system_file: str | None = option(None, "text file that replaces the template's system prompt; saved with the model")
     vision_tower: str | None = option(None, "vision tower: folder, hub name, or hf-hub:OWNER/MODEL (open_clip)")
@@ -32,7 +44,9 @@ class ModelArguments:
     vision_tower_checkpoint: str | None = option(None, "open_clip weights of the vision tower")
     mm_vision_select_layer: int = option(-2, "hidden state of the vision tower that the projector receives")
     mm_vision_select_feature: str = option("patch", "patch, or cls_patch to keep the class token")
-    mm_projector_type: str = option("linear", "linear, mlpKx_gelu, cluster or identity")
+    mm_projector_type: str | None = option(
+        None, "linear, mlpKx_gelu, cluster, identity, or a type of a plug-in; default: linear"
+    )
     mm_cluster_num_centers: int = option(256, "prototypes of the cluster projector")
     mm_cluster_iters: int = option(2, "iterations of soft assignment of the cluster projector")
     mm_use_im_start_end: bool = option(False, "write marker tokens around each image")
@@ -41,8 +55,8 @@ class ModelArguments:
         None,
         "flat, spatial or spatial_unpad: how anyres tiles are joined; default: the value of the checkpoint, or flat",
     )
-    calibrate_mm_projector: bool = option(
-        False, "initialize a new projector to match the scale of image features and word embeddings"
+    calibrate_mm_projector: bool | None = option(
+        None, "initialize a new projector to match the scale of image features and word embeddings"
     )
     pretrain_mm_mlp_adapter: str | None = option(None, "projector file or folder to initialize from")
     tune_mm_mlp_adapter: bool = option(
@@ -59,11 +73,30 @@ class ModelArguments:
     lora_alpha: int = option(16, "scale of the LoRA adapter")
     lora_dropout: float = option(0.05, "dropout of the LoRA adapter")
     lora_bias: str = option("none", "biases to train: none, all or lora_only")
+    lora_target_modules: list[str] | None = option(  # noqa: RUF009 -- a field
+        None, "layers of the language model to adapt: names such as q_proj v_proj, or a regular expression"
+    )
+    use_rslora: bool = option(False, "scale the LoRA adapter by alpha / sqrt(r) instead of alpha / r")
+    use_dora: bool = option(False, "DoRA: also train the length of every adapted weight row")
+    init_lora_weights: str = option("true", "start of the LoRA adapter: true, gaussian, orthogonal or false")
+    modules_to_save: list[str] | None = option(  # noqa: RUF009 -- a field
+        None, "modules to train in full beside the LoRA adapter, and to save with it: embed_tokens, lm_head"
+    )
     lora_weight_path: str = option("", "accepted without effect")
+    vit_lora_enable: bool = option(False, "train a LoRA adapter on the vision tower, below the selected layer")
+    lora_r_vit: int = option(64, "rank of the vision tower's LoRA adapter")
+    lora_alpha_vit: int = option(32, "scale of the vision tower's LoRA adapter")
+    lora_dropout_vit: float | None = option(
+        None, "dropout of the vision tower's LoRA adapter; default: 0.2, in preference training 0.1"
+    )
+    pretrain_lora: str | None = option(
+        None, "LoRA adapter of a vision tower to start from (with --vit-lora-enable): a file, or its folder"
+    )
     bits: int = option(16, "4 or 8 quantizes the language model (with --lora-enable)")
     double_quant: bool = option(True, "quantize the quantization constants as well")
     quant_type: str = option("nf4", "4-bit data type: nf4 or fp4")
     mpt_attn_impl: str | None = option(None, "accepted without effect")
+    plugin: list[str] | None = option(None, PLUGIN_HELP)  # noqa: RUF009 -- a field
 
     @property
     def projector_kwargs(self) -> dict[str, Any] | None:
@@ -77,6 +110,11 @@ class ModelArguments:
             raise ConfigError("--model-name-or-path is missing; expected a language model or a llava checkpoint")
         if self.system_file is not None and not Path(self.system_file).is_file():
             raise ConfigError(f"--system-file {self.system_file}: no such file; expected a text file")
+        if self.init_lora_weights.lower() not in LORA_STARTS:
+            raise ConfigError(
+                f"--init-lora-weights is {self.init_lora_weights!r}; expected {', '.join(LORA_STARTS[:-1])} or "
+                f"{LORA_STARTS[-1]} (pissa, olora and others change the base, which an adapter's folder does not hold)"
+            )
         if self.bits != 16 and not self.lora_enable:
             raise ConfigError(f"--bits {self.bits}: quantized weights cannot be trained; add --lora-enable True")
         if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
@@ -87,6 +125,18 @@ class ModelArguments:
             raise ConfigError(
                 "--calibrate-mm-projector initializes a projector, --pretrain-mm-mlp-adapter loads one; set one of them"
             )
+        if self.vit_lora_enable and self.unfreeze_mm_vision_tower:
+            raise ConfigError(
+                "--vit-lora-enable trains an adapter of the vision tower, --unfreeze-mm-vision-tower the tower itself; "
+                "set one of them"
+            )
+        if self.pretrain_lora and not self.vit_lora_enable:
+            raise ConfigError(
+                f"--pretrain-lora {self.pretrain_lora} needs --vit-lora-enable True; to use the adapter unchanged, "
+                "merge it into the tower (llava checkpoint merge-lora) and pass that folder as --vision-tower"
+            )
+        if self.lora_dropout_vit is not None and not 0.0 <= self.lora_dropout_vit < 1.0:
+            raise ConfigError(f"--lora-dropout-vit is {self.lora_dropout_vit}; expected a number from 0 to below 1")
         if self.tune_mm_mlp_adapter and self.lora_enable:
             raise ConfigError("--tune-mm-mlp-adapter trains only the projector; use --lora-enable in stage 2")
 
@@ -107,13 +157,31 @@ class DataArguments:
     dicom_frame: str | None = option(None, DICOM_FRAME_HELP + CHECKPOINT_DEFAULT_HELP)
     fast_jpeg: bool | None = option(None, FAST_JPEG_HELP)
     eval_data_path: str | None = option(None, "held-out rows for validation during training")
+    eval_vqa_path: str | None = option(
+        None, "questions to answer at each validation: closed accuracy, open recall and length; preference training too"
+    )
     eval_image_folder: str | None = option(None, "image folder of the held-out rows; default: --image-folder")
+    loader: str = option(
+        "default",
+        "layout of the rows: default, or a selection of LLaVA-Rad's annotation files (mimic_train_findings, "
+        "mimic_test_findings, mimic_cxr_all_frontal_findings, mimic_cxr_all_views_findings)",
+    )
     skip_bad: bool = option(False, "skip unusable rows and list them in quarantine.jsonl instead of stopping")
     feature_cache_dir: str | None = option(None, "folder that caches the features of a frozen vision tower")
     feature_cache_gb: float = option(4.0, "largest size of --feature-cache-dir in GB; 0 disables the cache")
     image_counts_as_one: bool = option(
         False,
         "count an image as one token of --model-max-length, as LLaVA-Rad truncated its rows; default: all its tokens",
+    )
+    train_empty_answers: bool = option(
+        False,
+        "train answers without text, so that the model learns to answer nothing; default: they are not trained, and "
+        "rows without another answer are left out",
+    )
+    sq_r: float | None = option(
+        None,
+        "share of the later questions about an image that are trained, drawn again in every epoch, with a template "
+        "that asks (v1_sq, chatml_sq); default: 0.3",
     )
     lazy_preprocess: bool = option(False, "accepted without effect: rows are always read lazily")
     is_multimodal: bool = option(False, "accepted without effect: each row states its images")
@@ -123,6 +191,8 @@ class DataArguments:
             raise ConfigError(
                 "--data-path is missing; expected a file of rows in LLaVA format (JSON array or JSON lines)"
             )
+        if self.sq_r is not None and not 0.0 <= self.sq_r <= 1.0:
+            raise ConfigError(f"--sq-r is {self.sq_r}; expected a share from 0 to 1")
         DEFAULT_POLICY.changed(
             self.dicom_window, self.dicom_frame
         )  # rejects an invalid value before anything is loaded
@@ -147,6 +217,11 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
         0,
         "rows of one image in a group when grouping by image; 0: up to 8, with at least 8 images in a step",
     )
+    attn_implementation: str = option(
+        TREE,
+        "attention of the language model: tree (computes shared prefixes once), or transformers' own sdpa, eager or "
+        "flash_attention_2 (a padded row for every sequence)",
+    )
     prefix_sharing: str = option("on", "on, or off to compute every row separately (independent dropout)")
     loss_normalization: str = option(
         "tokens",
@@ -158,9 +233,18 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
     early_stopping_patience: int = option(0, "stop after this many validations without improvement; 0: never")
     eval_answers: int = option(64, "held-out questions to answer and score at each validation; 0: loss only")
     dry_run: bool = option(False, "print token counts and memory, run 20 steps, forecast the hours; writes no model")
+    log_lines: int = option(0, "log about this many times in the run, with --logging-steps chosen for it; 0: off")
     log_row_ids: bool = option(False, "write the number of every trained row to row_ids-RANK.jsonl (row_ids-0.jsonl)")
     overwrite_output_dir: bool = option(False, "start from the beginning even if a checkpoint could be resumed")
+    trust_checkpoint: bool = option(
+        False,
+        "resume with --deepspeed or --fsdp from a checkpoint that was not written here; loading it can run code in it",
+    )
+    save_on_signal: bool = option(
+        False, "on SIGTERM, save a checkpoint at the end of the step and stop with status 143; rerun to resume"
+    )
     requested_accumulation: int = field(default=0, init=False)
+    calibrates_by_default: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         # One batch of the trainer is a whole optimizer step: LlavaTrainer lays out its rows and accumulates gradients.
@@ -172,12 +256,21 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
         if self.early_stopping_patience:
             self.restore_callback_states_from_checkpoint = True  # keeps the counter of the callback over a resume
         super().__post_init__()
+        for name in RATES:
+            rate = getattr(self, name)
+            if rate is not None and not 0.0 <= rate <= MAX_RATE:  # also rejects NaN
+                raise ConfigError(f"{flag(name)} is {rate}; expected a number from 0 to {MAX_RATE:g}")
         if self.max_tokens_per_row < 1:
             raise ConfigError(f"--max-tokens-per-row is {self.max_tokens_per_row}; expected at least 1 (default 8192)")
+        if self.save_on_signal and self.save_only_model:
+            raise ConfigError("--save-on-signal saves a checkpoint to resume from; remove --save-only-model")
         if self.image_grouping not in ("", "on", "off", "auto"):
             raise ConfigError(f"--image-grouping is {self.image_grouping!r}; expected on, off or auto")
         if self.loss_normalization not in ("tokens", "micro_batches"):
             raise ConfigError(f"--loss-normalization is {self.loss_normalization!r}; expected tokens or micro_batches")
+        check_attention(self.attn_implementation)
+        if self.attn_implementation == FLASH and not (self.bf16 or self.fp16):
+            raise ConfigError(f"--attn-implementation {FLASH} computes in half precision; add --bf16 True")
         if self.prefix_sharing not in ("on", "off"):
             raise ConfigError(f"--prefix-sharing is {self.prefix_sharing!r}; expected on or off")
 
@@ -223,9 +316,11 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
     def optimizer_spec(self) -> OptimizerSpec:
         """Return learning rates and weight decay; a part without its own rate uses `learning_rate`."""
         rate = self.learning_rate
-        return OptimizerSpec(
-            rate, self.mm_projector_lr or rate, self.mm_vision_tower_lr or rate, weight_decay=self.weight_decay
+        projector, tower = (
+            rate if own is None else own  # 0 is a rate
+            for own in (self.mm_projector_lr, self.mm_vision_tower_lr)
         )
+        return OptimizerSpec(rate, projector, tower, weight_decay=self.weight_decay)
 
     def order_spec(self, default_grouping: str) -> OrderSpec:
         """Return the order of the rows; `default_grouping` is the default of `--image-grouping`."""

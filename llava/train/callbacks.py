@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -13,13 +13,19 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava.train.trainer import TrainingCounts
-from llava.utils.jsonl import append_record, read_records, write_atomic, write_records
+from llava.errors import DataError
+from llava.train.counts import TrainingCounts
+from llava.train.run_page import SECONDS_BETWEEN, write_run_page
+from llava.utils.json_rows import iter_rows, read_records
+from llava.utils.jsonl import append_record, write_atomic, write_records
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss_curve.png"
+SHOWN = {"loss": "loss", "learning_rate": "rate", "grad_norm": "gradient"}
+"""Values of a log that the screen shows, and their names there."""
+
 SUMMARY_KEY = "train_runtime"
 """Key that only the last line of a run has."""
 
@@ -32,27 +38,38 @@ def peak_memory_gb() -> float:
 
 
 class MetricsCallback(TrainerCallback):
-    """Callback that appends every log to `metrics.jsonl` and draws the loss curve after training.
+    """Callback that appends every log to `metrics.jsonl`, rewrites the page of the run, and at last draws the curve.
 
     Each line also has throughput, the share of tokens saved by prefix sharing, and peak memory.
 
     Args:
         folder: folder of the run.
         counts: counts of the trainer, cleared at every log.
-        source_names: names of the sources of a mixture; the loss of each is logged.
+        metric_names: names of the metrics of the objective, whose means are logged.
+        before_write: called before a line is written; raises if the folder was removed.
     """
 
-    def __init__(self, folder: Path, counts: TrainingCounts, source_names: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        counts: TrainingCounts,
+        metric_names: Sequence[str] = (),
+        *,
+        before_write: Callable[[], None] | None = None,
+    ) -> None:
         self.path = folder / METRICS_FILE
         self.counts = counts
-        self.source_names = tuple(source_names)
+        self.metric_names = tuple(metric_names)
+        self.before_write = before_write
         self._since = time.perf_counter()
+        self._first_step = 0
+        self._page_time = -math.inf
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Remove lines of steps after the resumed checkpoint."""
         # These steps are computed again; without this their lines would be there twice.
         self._since = time.perf_counter()
-        done = state.global_step
+        done = self._first_step = state.global_step
         if state.is_world_process_zero:
             _keep(self.path, lambda row: row["step"] <= done and SUMMARY_KEY not in row)
         _keep(row_ids_file(self.path.parent, args.process_index), lambda row: row["step"] <= done)
@@ -69,39 +86,117 @@ class MetricsCallback(TrainerCallback):
         throughput = self._throughput(args.device)
         if not state.is_world_process_zero or not logs:
             return
+        if self.before_write is not None:
+            self.before_write()
+        if state.global_step == self._first_step:  # resumed at its last step: no loss to average
+            logs = {name: value for name, value in logs.items() if name != "train_loss"}
         row = {"step": state.global_step, **logs, **throughput, "peak_memory_gb": round(peak_memory_gb(), 3)}
         append_record(self.path, row)
+        if time.monotonic() - self._page_time >= SECONDS_BETWEEN:
+            self._write_page(state, is_over=False)
+
+    def _write_page(self, state: TrainerState, *, is_over: bool) -> None:
+        self._page_time = time.monotonic()
+        rows = list(read_records(self.path))
+        write_run_page(self.path.parent, rows, num_steps=state.max_steps, is_over=is_over)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Draw the loss curve."""
+        """Draw the loss curve and the last version of the page."""
         if state.is_world_process_zero and self.path.exists():
             draw_curve(self.path, self.path.parent / CURVE_FILE)
+            self._write_page(state, is_over=True)
 
     def _throughput(self, device: torch.device) -> dict[str, float]:
         """Return throughput over all ranks; a collective operation, so every rank must log at the same step."""
-        counts = self.counts.over_ranks(device, len(self.source_names))
+        counts = self.counts.over_ranks(device, self.metric_names)
         self.counts.clear()
         now = time.perf_counter()
         seconds, self._since = max(now - self._since, 1e-9), now
-        if not counts.sequences:
+        if not counts.units:
             return {}
         return {
-            "samples_per_second": round(counts.sequences / seconds, 3),
+            "samples_per_second": round(counts.units / seconds, 3),
             "supervised_tokens_per_second": round(counts.supervised / seconds, 2),
             "tokens_per_second": round(counts.tokens / seconds, 1),
             "shared_tokens": round(1 - counts.tokens / max(counts.unshared, 1), 4),
             **({"skipped_rows": counts.skipped} if counts.skipped else {}),
-            **_loss_by_source(self.source_names, counts),
+            **counts.means(),
         }
 
 
-def _loss_by_source(names: Sequence[str], counts: TrainingCounts) -> dict[str, float]:
-    """Return `loss/NAME`, the mean over supervised tokens, of each source with trained rows."""
-    if counts.by_source is None:
-        return {}
-    sums, weights = counts.by_source.tolist()
-    found = zip(names, sums, weights, strict=True)
-    return {f"loss/{name}": round(total / weight, 6) for name, total, weight in found if weight}
+class ChosenCallback(TrainerCallback):
+    """Callback that warns when chosen answers become less likely over a whole log window of preference training.
+
+    Preference losses only see differences, so they may make both answers less likely. Log-ratios are compared, since
+    windows hold other pairs.
+
+    Args:
+        counts: counts of the trainer since the last log; this callback comes before the one that clears them.
+    """
+
+    RATIO = "logratio/chosen"
+
+    def __init__(self, counts: TrainingCounts) -> None:
+        self.counts = counts
+        self._last = 0.0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Compare the window with the one before."""
+        now = self.counts.means().get(self.RATIO)
+        if now is None:
+            return
+        if now < min(self._last, 0.0) and state.is_world_process_zero:
+            logger.warning(
+                "step %d: chosen answers are becoming less likely (log-ratio per token %.4g, before %.4g); add the "
+                "loss sft, or raise --beta",
+                state.global_step,
+                now,
+                self._last,
+            )
+        self._last = now
+
+
+class ScreenCallback(TrainerCallback):
+    """Callback that logs one line for every log of the trainer: step, loss, rate, gradient norm, time left."""
+
+    def __init__(self) -> None:
+        self._start, self._first_step = time.perf_counter(), 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        self._start, self._first_step = time.perf_counter(), state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Log a line."""
+        if not state.is_world_process_zero or not logs or SUMMARY_KEY in logs:
+            return
+        shown = {SHOWN[name]: value for name, value in logs.items() if name in SHOWN}
+        shown |= {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items() if isinstance(value, int | float))
+        title = "validation" if any(name.startswith("eval_") for name in logs) else "step"
+        logger.info("%s %d/%d  %s%s", title, state.global_step, state.max_steps, values, self._left(state))
+
+    def _left(self, state: TrainerState) -> str:
+        """Return the time left at the speed of this run; empty at its end."""
+        done, left = state.global_step - self._first_step, state.max_steps - state.global_step
+        if done < 1 or left < 1:
+            return ""
+        seconds = round((time.perf_counter() - self._start) / done * left)
+        return f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
 
 def row_ids_file(folder: Path, rank: int) -> Path:
@@ -112,28 +207,22 @@ def row_ids_file(folder: Path, rank: int) -> Path:
 def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite a JSON-lines file, if it exists, with only the wanted rows."""
     if path.exists():
-        write_records(path, [row for row in _whole_lines(path) if wanted(row)])
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSON-lines file whose last line may be incomplete after a kill."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
+        rows = [row for _, row in iter_rows(path)]
+        if any(isinstance(row, DataError) for row in rows):  # the last line may be incomplete after a kill
             logger.warning("%s: dropped an incomplete line", path)
-    return rows
+        write_records(path, [row for row in rows if isinstance(row, dict) and wanted(row)])
 
 
 def draw_curve(metrics: Path, target: Path) -> None:
-    """Plot training and validation loss over steps."""
+    """Plot training and validation loss over steps; without a loss, no file is written."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = list(read_records(metrics))
+    if not any(name in row for row in rows for name in ("loss", "eval_loss")):
+        return
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     for name, label in (("loss", "training"), ("eval_loss", "validation")):
@@ -141,10 +230,9 @@ def draw_curve(metrics: Path, target: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else None)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss per supervised token")
+    axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
-    if axes.lines:  # empty if the run ended before its first log
-        axes.legend()
+    axes.legend()
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
     write_atomic(target, buffer.getvalue())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,31 +16,34 @@ import torch
 from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 
+from llava.constants import ARGUMENTS_FILE
 from llava.data.mixture import data_sha256
 from llava.errors import CheckpointError, ConfigError
 from llava.model.builder import LoadedModel
+from llava.model.checkpoint.finite import check_finite
 from llava.model.checkpoint.formats import ADAPTER_FILE, PROVENANCE_FILE, read_json
 from llava.model.checkpoint.load_parts import check_adapter_names, load_extra, load_projector, read_tensors
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
+from llava.model.torch_files.archive import check_torch_weights
+from llava.model.value_head import restore_value, save_value
 from llava.train.specs import ProvenanceSpec, ResumeSpec
-from llava.train.trainer import TrainerHooks, Validate, WatchStep
+from llava.train.state_files import HOW_ON, STATE_FILE, check_state_files, checkpoints_of, drop_incomplete, is_whole
+from llava.train.trainer import TrainerHooks
 from llava.utils.cli import flag
 from llava.utils.jsonl import write_json
+from llava.utils.plugins import loaded_plugins
 from llava.utils.provenance import git_commit, weights_sha256
 
 logger = logging.getLogger(__name__)
-
-ARGUMENTS_FILE = "resolved_arguments.json"
-STATE_FILE = "trainer_state.json"
 
 DEFAULT_OUTPUT = "trainer_output"
 """Default output folder of transformers' `TrainingArguments`."""
 
 DECISIVE = (
     "data_sha256", "model_sha256", "global_batch", "seed", "image_grouping", "order", "trains", "loss_normalization",
-    "options",
+    "options", "plugins",
 )  # fmt: skip
 """Provenance keys that must be equal to resume a run; the number of ranks may differ if the order allows it."""
 
@@ -61,6 +64,7 @@ def run_provenance(spec: ProvenanceSpec, *, layout: str, grouping: str, order: s
         "model_sha256": weights_sha256(spec.model),
         "options": spec.options,
         "layout": layout,
+        "plugins": loaded_plugins(),
         "git_commit": git_commit(),
     }
 
@@ -76,9 +80,9 @@ def write_start(
     """Write arguments, provenance and the table of trained parameters into the run folder."""
     folder = resume.folder
     if resume.starts_over:  # otherwise a later resume would continue the earlier run
-        for checkpoint in folder.glob("checkpoint-*"):
-            if re.fullmatch(r"checkpoint-\d+", checkpoint.name):
-                shutil.rmtree(checkpoint)
+        for checkpoint in checkpoints_of(folder).values():
+            shutil.rmtree(checkpoint)
+    drop_incomplete(folder)
     write_json(folder / ARGUMENTS_FILE, arguments)
     held_out = {"eval_data_sha256": data_sha256(facts.eval_data_path)} if facts.eval_data_path else {}
     write_json(folder / PROVENANCE_FILE, {**provenance, **held_out, "command": shlex.join(sys.argv)})
@@ -93,37 +97,31 @@ def write_end(folder: Path) -> None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete `checkpoint-N`, or None."""
-    found = [
-        (int(match[1]), path)
-        for path in (folder.glob("checkpoint-*") if folder.is_dir() else [])
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and _is_whole(path)
-    ]
-    return max(found)[1] if found else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Return whether the state file, which is written last, exists and is complete."""
-    try:
-        return bool(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return False
+    found = {step: path for step, path in checkpoints_of(folder).items() if is_whole(path)}
+    return found[max(found)] if found else None
 
 
 def bf16_to_resume(resume: ResumeSpec) -> bool | None:
-    """Return whether the run to resume trains in bfloat16; None when no run is resumed."""
-    checkpoint = None if resume.starts_over else _named_checkpoint(resume)
-    if checkpoint is None:
+    """Return whether the run to resume, or the finished one, trains in bfloat16; None without one."""
+    if resume.starts_over:
         return None
-    training = read_json(checkpoint.parent / ARGUMENTS_FILE).get("training")
+    checkpoint = _named_checkpoint(resume)
+    folder = resume.folder if checkpoint is None else checkpoint.parent
+    if checkpoint is None and "weights_sha256" not in read_json(folder / PROVENANCE_FILE):
+        return None
+    training = read_json(folder / ARGUMENTS_FILE).get("training")
     chosen = training.get("bf16") if isinstance(training, dict) else None
     return chosen if isinstance(chosen, bool) else None
 
 
 def _named_checkpoint(resume: ResumeSpec) -> Path | None:
     """Return the checkpoint that `--resume-from-checkpoint` names, else the last one of the output folder."""
+    return _explicit_checkpoint(resume) or last_checkpoint(resume.folder)
+
+
+def _explicit_checkpoint(resume: ResumeSpec) -> Path | None:
     wanted = resume.checkpoint
-    explicit = Path(wanted) if isinstance(wanted, str) and wanted.lower() != "true" else None
-    return explicit or last_checkpoint(resume.folder)
+    return Path(wanted) if isinstance(wanted, str) and wanted.lower() != "true" else None
 
 
 def checkpoint_to_resume(resume: ResumeSpec, provenance: Mapping[str, Any]) -> str | None:
@@ -131,41 +129,72 @@ def checkpoint_to_resume(resume: ResumeSpec, provenance: Mapping[str, Any]) -> s
 
     Raises:
         ConfigError: the checkpoint is incomplete, or its run had another model, other data or other options.
+        CheckpointError: a file of it is broken.
     """
     path = None if resume.starts_over else _named_checkpoint(resume)
     if path is None:
         return None
-    if not _is_whole(path):
+    if not is_whole(path):
         raise ConfigError(f"{path} cannot be resumed: {STATE_FILE} is missing or incomplete; choose another checkpoint")
     earlier = path.parent / PROVENANCE_FILE
     if earlier.is_file():
         _refuse_another_run(path, json.loads(earlier.read_text(encoding="utf-8")), provenance)
+    check_state_files(path)
     logger.info("resuming from %s", path)
     return str(path)
 
 
 def _refuse_another_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if (found := _difference(before, now)) is not None:
+        name, earlier, current = found
+        raise ConfigError(
+            f"{path} cannot be resumed: its run had {name} {earlier!r}, this run has {current!r}; "
+            "change it back, choose another --output-dir, or start over with --overwrite-output-dir"
+        )
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first decisive fact that differs, with both values; None if two runs compute the same."""
+
     def flat(facts: Mapping[str, Any]) -> dict[str, Any]:
         plain = {name: facts[name] for name in DECISIVE if name in facts and name != "options"}
         return plain | {flag(name): value for name, value in facts.get("options", {}).items()}
 
     earlier, current = flat(before), flat(now)
-    for name in earlier:  # models and data first: they are the cause when options differ too
-        if name in current and earlier[name] != current[name]:
-            raise ConfigError(
-                f"{path} cannot be resumed: its run had {name} {earlier[name]!r}, this run has {current[name]!r}; "
-                "change it back, choose another --output-dir, or start over with --overwrite-output-dir"
-            )
+    # Models and data first: they are the cause when options differ too.
+    differing = (name for name in earlier if name in current and earlier[name] != current[name])
+    return next(((name, earlier[name], current[name]) for name in differing), None)
 
 
 def stopped_early(checkpoint: str | None, patience: int) -> int | None:
     """Return the step at which the run of a checkpoint stopped early, or None."""
     if checkpoint is None or not patience:
         return None
-    state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
+    state = read_json(Path(checkpoint) / STATE_FILE)
     callback = (state.get("stateful_callbacks") or {}).get("EarlyStoppingCallback") or {}
     waited = (callback.get("attributes") or {}).get("early_stopping_patience_counter", 0)
     return int(state["global_step"]) if waited >= patience else None
+
+
+def finished_step(resume: ResumeSpec, provenance: Mapping[str, Any], *, total_steps: int, patience: int) -> int | None:
+    """Return the last step of the run in the output folder if this run would train no step and save nothing else.
+
+    Args:
+        resume: output folder, and where to resume from.
+        provenance: provenance of this run.
+        total_steps: number of optimizer steps that it would train from the start.
+        patience: its `--early-stopping-patience`.
+    """
+    folder = resume.folder
+    earlier, step = read_json(folder / PROVENANCE_FILE), read_json(folder / STATE_FILE).get("global_step")
+    if resume.starts_over or not isinstance(step, int) or _difference(earlier, provenance) is not None:
+        return None
+    explicit = _explicit_checkpoint(resume)
+    if explicit is not None and explicit.parent.resolve() == folder.resolve():  # an earlier one trains its steps again
+        step = read_json(explicit / STATE_FILE).get("global_step", 0)
+    is_over = step >= total_steps or stopped_early(str(folder), patience) is not None
+    # The hash is written last, and again only if the weights were not changed since.
+    return step if is_over and earlier.get("weights_sha256") == weights_sha256(folder) is not None else None
 
 
 Kind = Literal["projector", "adapter", "model"]
@@ -181,11 +210,9 @@ def hooks_for(
     kind: Kind,
     model: nn.Module,
     loaded: LoadedModel,
-    *,
-    validate: Validate | None = None,
-    on_step: WatchStep | None = None,
+    **others: Any,
 ) -> TrainerHooks:
-    """Return the hooks for the trained part; `validate` and `on_step` are those of `TrainerHooks`."""
+    """Return the hooks for the trained part; `others` are further fields of `TrainerHooks`."""
 
     def save(path: str, state: dict[str, Tensor] | None) -> None:
         SAVERS[kind](model, loaded.processor, path, state=state, origin=loaded.origin)
@@ -197,8 +224,23 @@ def hooks_for(
             restore_adapter(model, Path(path))
         else:
             _restore_model(model, path)
+        check_finite(model.named_parameters(), path)
 
-    return TrainerHooks(save=save, restore=restore, validate=validate, on_step=on_step)
+    return TrainerHooks(save=save, restore=restore, **others)
+
+
+def with_value(hooks: TrainerHooks, weights: Mapping[str, Tensor]) -> TrainerHooks:
+    """Return hooks that save and restore the weights of a value model, by name, beside the trained part."""
+
+    def save(path: str, state: dict[str, Tensor] | None) -> None:
+        hooks.save(path, state)
+        save_value(weights, path)
+
+    def restore(path: str) -> None:
+        hooks.restore(path)
+        restore_value(weights, path)
+
+    return replace(hooks, save=save, restore=restore)
 
 
 def restore_adapter(model: nn.Module, path: Path) -> None:
@@ -224,6 +266,10 @@ def _restore_model(model: nn.Module, path: str) -> None:
     """Load the weights of a saved model into `model`."""
     # transformers maps the names of saved weights to those of the modules.
     dtype = next(model.parameters()).dtype
-    saved = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(path, dtype=dtype)
-    with torch.no_grad():
-        model.load_state_dict(saved.state_dict())
+    check_torch_weights(Path(path))
+    try:
+        saved = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(path, dtype=dtype)
+        with torch.no_grad():
+            model.load_state_dict(saved.state_dict())
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path}: the weights cannot be restored: {first_line(error)}; {HOW_ON}") from error

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from llava.data import feature_cache
 from llava.data.collator import Collator
-from llava.data.dataset import SFTDataset, StreamDataset
+from llava.data.dataset import RowDataset, SFTDataset, StreamDataset
 from llava.data.image_store import ImageIndex
-from llava.data.loader import StepLoader, StreamLoader
+from llava.data.loader import Loader, StepLoader, StreamLoader
 from llava.data.mixture import Mixture, Shares, is_mixture, load_mixture, read_mixture, stream_sources
 from llava.data.quarantine import GrowingQuarantine, Quarantine
 from llava.data.records import load_samples
@@ -32,7 +34,11 @@ from llava.imaging.anyres import KEEP
 from llava.model.builder import LoadedModel
 from llava.model.calibration import calibrate_projector
 from llava.processing import LlavaMedProcessor
+from llava.train.optimizer import part_of
+from llava.train.pair_data import open_pairs
 from llava.train.specs import ImageSpec, OrderSpec, RowsSpec, StreamSpec, WorkerSpec
+
+logger = logging.getLogger(__name__)
 
 ENOUGH_ROWS_PER_IMAGE = 1.5
 """Mean number of rows per image from which `--image-grouping auto` groups by image."""
@@ -57,7 +63,7 @@ def questions_per_image(spec: OrderSpec) -> int:
     return min(MAX_QUESTIONS_PER_IMAGE, max(1, spec.global_batch // MIN_IMAGES_PER_STEP))
 
 
-def make_sampler(dataset: SFTDataset, spec: OrderSpec) -> tuple[StepSampler, str]:
+def make_sampler(dataset: Rows, spec: OrderSpec) -> tuple[StepSampler, str]:
     """Return the sampler and whether it groups by image (`on` or `off`).
 
     Raises:
@@ -86,7 +92,7 @@ def make_sampler(dataset: SFTDataset, spec: OrderSpec) -> tuple[StepSampler, str
     return MixtureSampler(dataset.shares, spec.sequences_per_step, make=make, **ranks), wanted
 
 
-def _order(dataset: SFTDataset, spec: OrderSpec, rows: Sequence[int], *, grouped: bool, **ranks: int) -> StepSampler:
+def _order(dataset: Rows, spec: OrderSpec, rows: Sequence[int], *, grouped: bool, **ranks: int) -> StepSampler:
     """Return the sampler of some rows; it yields positions in `rows`."""
     size = spec.sequences_per_step
     if grouped:
@@ -115,12 +121,20 @@ def order_of(sampler: StepSampler) -> str:
     return text
 
 
-def _rows_per_image(dataset: SFTDataset) -> float:
+def _rows_per_image(dataset: Rows) -> float:
     groups = Counter(group for group in dataset.image_groups() if group is not None)
     return sum(groups.values()) / len(groups) if groups else 0.0
 
 
 NUM_CALIBRATION_IMAGES = 64
+
+Rows = RowDataset[Any]
+"""Map-style dataset of fine-tuning rows or of preference pairs."""
+
+
+def open_rows(spec: RowsSpec, processor: LlavaMedProcessor) -> Rows:
+    """Load rows, or preference pairs, into a dataset and check that each can be trained; raises as `open_data`."""
+    return open_pairs(spec, processor) if spec.pairs else open_data(spec, processor)
 
 
 def open_data(spec: RowsSpec, processor: LlavaMedProcessor) -> SFTDataset:
@@ -138,37 +152,46 @@ def open_data(spec: RowsSpec, processor: LlavaMedProcessor) -> SFTDataset:
         raise ConfigError(f"{path} describes a stream; expected held-out rows that fit in memory")
     if mixture is not None:
         _refuse_folder(spec)
-    quarantine = Quarantine(spec.quarantine)
+        _refuse_loader(spec)
+    quarantine = Quarantine()
     folder = spec.image_folder if mixture is None else None  # the image names of a mixture are full paths
     index = ImageIndex.open(folder, dicom=processor.dicom)
     if mixture is None:
-        samples = load_samples(path, skip_bad=spec.skip_bad, quarantine=quarantine)
+        samples = load_samples(path, skip_bad=spec.skip_bad, quarantine=quarantine, loader=spec.loader)
     else:
         samples = load_mixture(mixture.sources, skip_bad=spec.skip_bad, quarantine=quarantine)
+    quarantine.path = spec.quarantine  # written once, by the check of all rows
     limit: dict[str, Any] = {"max_length": spec.max_length, "image_counts_as_one": spec.image_counts_as_one}
     checked = check_trainable(
         samples, folder, processor, **limit, skip_bad=spec.skip_bad, quarantine=quarantine, index=index
     )
-    dataset = SFTDataset(checked.samples, processor, **limit, image_folder=folder, index=index)
-    if mixture is not None:
-        dataset.shares = Shares.of(checked.samples, mixture.sources)
-    return dataset
+    shares = None if mixture is None else Shares.of(checked.samples, mixture.sources)
+    asking = None if spec.asking is None else spec.asking.fitting(processor.template)
+    return SFTDataset(
+        checked.samples, processor, shares=shares, asking=asking, image_folder=folder, index=index, **limit
+    )
 
 
-def open_training_data(
-    spec: RowsSpec, processor: LlavaMedProcessor, *, stream: StreamSpec
-) -> SFTDataset | StreamDataset:
+def open_training_data(spec: RowsSpec, processor: LlavaMedProcessor, *, stream: StreamSpec) -> Rows | StreamDataset:
     """Return the training dataset: a map-style one for a file or a mixture, or a stream.
 
     Raises:
         ConfigError: an option cannot be used with a stream, or a stream has no `--max-steps`.
     """
     path = spec.path
-    if not Path(path).is_file() or not is_mixture(path):
-        return open_data(spec, processor)
+    if spec.pairs or not Path(path).is_file() or not is_mixture(path):
+        return open_rows(spec, processor)
     _refuse_folder(spec)
+    _refuse_loader(spec)
     mixture = read_mixture(path)
     return _open_stream(mixture, spec, processor, stream) if mixture.stream else open_data(spec, processor)
+
+
+def _refuse_loader(spec: RowsSpec) -> None:
+    if spec.loader != "default":
+        raise ConfigError(
+            f"--loader {spec.loader} reads one file of rows; {spec.path} is a mixture. Use --loader default"
+        )
 
 
 def _refuse_folder(spec: RowsSpec) -> None:
@@ -195,12 +218,13 @@ def _open_stream(mixture: Mixture, spec: RowsSpec, processor: LlavaMedProcessor,
         processor,
         max_length=spec.max_length,
         image_counts_as_one=spec.image_counts_as_one,
+        asking=None if spec.asking is None else spec.asking.fitting(processor.template),
     )
     dataset.probe()
     return dataset
 
 
-def source_names(dataset: SFTDataset | StreamDataset) -> tuple[str, ...]:
+def source_names(dataset: Rows | StreamDataset) -> tuple[str, ...]:
     """Return the names of a mixture's sources; empty for a single file."""
     if isinstance(dataset, StreamDataset):
         return tuple(source.name for source in dataset.sources)
@@ -208,13 +232,13 @@ def source_names(dataset: SFTDataset | StreamDataset) -> tuple[str, ...]:
 
 
 def make_loader(
-    dataset: SFTDataset | StreamDataset,
+    dataset: Rows | StreamDataset,
     collator: Collator,
     order: OrderSpec,
     workers: WorkerSpec,
     *,
     quarantine: Path | None = None,
-) -> tuple[StepLoader | StreamLoader, str, str]:
+) -> tuple[Loader, str, str]:
     """Return the loader of whole steps, whether it groups by image (`on`, `off`), and its order as text.
 
     Args:
@@ -249,22 +273,37 @@ def make_loader(
     return loader, grouping, order_of(sampler)
 
 
-def prepare_images(dataset: SFTDataset | StreamDataset, loaded: LoadedModel, spec: ImageSpec) -> None:
-    """Calibrate the projector and cache the features of a frozen vision tower, if requested.
+def warn_without_images(dataset: Rows | StreamDataset, network: nn.Module) -> None:
+    """Warn if only parts that read images are trained, and no row has one."""
+    trained = {part_of(name) for name, weight in network.named_parameters() if weight.requires_grad}
+    if "language" not in trained and not any(sample.images for sample in dataset.samples):
+        logger.warning("no row has an image, and only parts for images are trained: their weights do not change")
+
+
+def prepare_images(dataset: Rows | StreamDataset, loaded: LoadedModel, spec: ImageSpec) -> Rows | StreamDataset:
+    """Calibrate the projector and return the dataset with cached features of a frozen tower, if requested.
 
     Raises:
         ConfigError: `--calibrate-mm-projector` with a stream.
     """
+    calibrates = spec.calibrates and not (spec.may_skip and _calibrates_not(dataset, loaded))
     if isinstance(dataset, StreamDataset):
-        if spec.calibrates:
+        if calibrates:
             raise ConfigError("--calibrate-mm-projector cannot be used with a stream; omit it")
-        return
-    if spec.calibrates:
+        return dataset
+    if calibrates:
         fit_new_projector(dataset, loaded, seed=spec.seed)
-    use_cache_of_features(dataset, loaded, spec)
+    return with_cached_features(dataset, loaded, spec)
 
 
-def fit_new_projector(dataset: SFTDataset, loaded: LoadedModel, *, seed: int) -> None:
+def _calibrates_not(dataset: Rows | StreamDataset, loaded: LoadedModel) -> bool:
+    """Return whether rows do not allow to calibrate a projector: a stream, no images, or images of several sizes."""
+    if isinstance(dataset, StreamDataset) or loaded.processor.image_mode == KEEP:
+        return True
+    return not any(sample.images for sample in dataset.samples)
+
+
+def fit_new_projector(dataset: Rows, loaded: LoadedModel, *, seed: int) -> None:
     """Initialize the projector to match the features of the first images.
 
     Raises:
@@ -282,15 +321,15 @@ def fit_new_projector(dataset: SFTDataset, loaded: LoadedModel, *, seed: int) ->
     calibrate_projector(loaded.model, pixels, seed=seed)
 
 
-def use_cache_of_features(dataset: SFTDataset, loaded: LoadedModel, spec: ImageSpec) -> None:
-    """Cache the features of a frozen vision tower in `--feature-cache-dir`, if they fit.
+def with_cached_features(dataset: Rows, loaded: LoadedModel, spec: ImageSpec) -> Rows:
+    """Return the dataset with the features of a frozen vision tower from `--feature-cache-dir`, if they fit.
 
     Raises:
         ConfigError: the vision tower is trained, or features have different sizes.
     """
     folder = spec.cache_folder
     if folder is None or spec.cache_gb <= 0:
-        return
+        return dataset
     if loaded.processor.has_variable_images:
         mode = loaded.processor.image_mode
         raise ConfigError(
@@ -298,7 +337,8 @@ def use_cache_of_features(dataset: SFTDataset, loaded: LoadedModel, spec: ImageS
         )
     if spec.trains_tower:
         raise ConfigError(
-            "--feature-cache-dir needs a frozen vision tower; it cannot be used with --unfreeze-mm-vision-tower"
+            "--feature-cache-dir needs a frozen vision tower; it cannot be used with --unfreeze-mm-vision-tower or "
+            "--vit-lora-enable"
         )
     config = loaded.model.config
     settings = {"layer": config.vision_feature_layer, "select": config.vision_feature_select_strategy}
@@ -310,4 +350,4 @@ def use_cache_of_features(dataset: SFTDataset, loaded: LoadedModel, spec: ImageS
         features=loaded.model.tower_features,
         limit_gb=spec.cache_gb,
     )
-    dataset.use_features(cache)
+    return dataset.with_features(cache)

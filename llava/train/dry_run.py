@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llava.data.dataset import SFTDataset
+from llava.data.dataset import RowDataset
+from llava.data.encode import as_unit
 from llava.train.callbacks import peak_memory_gb
 
 NUM_STEPS = 20
@@ -37,16 +38,17 @@ class StepTimer(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-def token_table(dataset: SFTDataset) -> str:
+def token_table(dataset: RowDataset[Any]) -> str:
     """Return a table of the numbers of tokens in the first rows."""
-    encoded = [dataset[row] for row in range(min(NUM_SAMPLED_ROWS, len(dataset)))]
+    num_rows = min(NUM_SAMPLED_ROWS, len(dataset))
+    encoded = [sequence for row in range(num_rows) for sequence in as_unit(dataset[row])]
     columns = {
         "tokens": [len(sequence.input_ids) for sequence in encoded],
         "image tokens": [sum(stop - start for start, stop in sequence.image_spans) for sequence in encoded],
         "trained tokens": [sum(label >= 0 for label in sequence.labels) for sequence in encoded],
         "cut tokens": [sequence.num_cut for sequence in encoded],
     }
-    lines = [f"{f'first {len(encoded)} rows':<18}{'smallest':>10}{'median':>10}{'largest':>10}"]
+    lines = [f"{f'first {num_rows} rows':<18}{'smallest':>10}{'median':>10}{'largest':>10}"]
     for name, values in columns.items():
         lines.append(f"{name:<18}{min(values):>10}{statistics.median(values):>10.0f}{max(values):>10}")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from transformers import TrainingArguments
 
 from llava.errors import ConfigError
+from llava.train.early_checks import check_launched
 from llava.utils.cli import flag
 from llava.utils.jsonl import JSON_ERRORS
 
@@ -43,6 +45,11 @@ UNSUPPORTED: dict[str, str] = {
     "is_multimodal": "",
     "lora_weight_path": "",
     "mpt_attn_impl": "",
+    "data_aug": "omit it: the original passes it to the loader of the tower, where it means a device; images of "
+    "medicine must not be mirrored or inverted",
+    "num_latents": "",
+    "qav_loss": "",
+    "loss_alpha": "",
 }
 """Unsupported fields and advice; a field with advice is rejected, the others are listed in one warning."""
 # Rejected are fields that would change the loss or crash.
@@ -77,10 +84,16 @@ class LegacyTrainingArguments(TrainingArguments):
     fsdp_transformer_layer_cls_to_wrap: str | None = option(None, "alias of the field with this name in --fsdp-config")
     cache_dir: str | None = option(None, "accepted without effect; set HF_HOME instead")
     force_fsdp: bool = option(False, "accepted without effect")
+    data_aug: bool = option(False, "only False is accepted")
+    num_latents: int = option(256, "accepted without effect")
+    qav_loss: bool = option(False, "accepted without effect")
+    loss_alpha: float = option(0.5, "accepted without effect")
 
     def __post_init__(self) -> None:
         _refuse_unsupported(self)
         _check_json_fields(self)
+        if self.deepspeed:
+            check_launched("--deepspeed")
         _apply_aliases(self)
         _set_device(self)
         _set_fsdp(self)
@@ -171,7 +184,8 @@ def _set_fsdp(args: LegacyTrainingArguments) -> None:
 
 
 def _set_reports(args: LegacyTrainingArguments) -> None:
-    wanted = [args.report_to] if isinstance(args.report_to, str) else list(args.report_to or [])
+    given = [args.report_to] if isinstance(args.report_to, str) else list(args.report_to or [])
+    wanted = dict.fromkeys(name for text in given for name in re.findall(r"[\w-]+", text))
     kept = []
     for name in wanted:
         if name in ("none", "all"):
@@ -225,13 +239,13 @@ def warn_without_effect(
         if not advice
         and hasattr(values, name)
         and getattr(values, name) != getattr(standard, name, None)
-        and _is_named(name, words)
+        and is_named(name, words)
     ]
     if found:
         logger.warning("accepted without effect: %s", ", ".join(found))
 
 
-def _is_named(name: str, words: Sequence[str]) -> bool:
+def is_named(name: str, words: Sequence[str]) -> bool:
     """Return whether a word is the option, a prefix of it, or its `--no_` form."""
     options = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
     return any(f"--{form}{name}".startswith(option) for option in options for form in ("", "no_"))

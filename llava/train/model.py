@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava.errors import ConfigError
+from llava.jinja_template import AUTO, read_template
 from llava.model.anyres import use_policy
 from llava.model.builder import LoadedModel, build_model, portable_path
 from llava.model.checkpoint.files.shards import find_weights
+from llava.model.checkpoint.finite import check_finite
 from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, ORIGIN_FILE, OUR_KINDS, PROJECTOR_FILES, Checkpoint
-from llava.model.checkpoint.hub import hub_config, is_hub_name, local_folder
-from llava.model.checkpoint.load import PART_FLAGS, USED_PARTS, load_checkpoint, read_origin
+from llava.model.checkpoint.hub import hub_config, is_hub_name
+from llava.model.checkpoint.load import PART_FLAGS, USED_PARTS, load_checkpoint, open_checkpoint, read_origin
 from llava.model.checkpoint.load_parts import load_projector
 from llava.train.specs import ModelSpec
 from llava.utils.cli import flag
@@ -39,62 +41,87 @@ def open_model(spec: ModelSpec) -> LoadedModel:
 
     Raises:
         ConfigError: a new model has no `--vision-tower`, or options contradict the checkpoint.
-        CheckpointError: a part cannot be loaded.
+        CheckpointError: a part cannot be loaded, or a weight is not finite.
     """
     system = Path(spec.system_file).read_text(encoding="utf-8").strip() if spec.system_file else None
-    loaded = _continue(spec, system) if holds_tower_and_projector(spec.path) else _build(spec, system)
-    processor = loaded.processor
-    processor.use_dicom(processor.dicom.changed(spec.dicom_window, spec.dicom_frame))
-    processor.use_fast_jpeg(spec.fast_jpeg)
+    checkpoint = find_checkpoint(spec.path)
+    loaded = _build(spec, system) if checkpoint is None else _continue(checkpoint, spec, system)
+    processor = loaded.processor.changed(
+        dicom=loaded.processor.dicom.changed(spec.dicom_window, spec.dicom_frame),
+        fast_jpeg=spec.fast_jpeg,
+        trains_empty=spec.trains_empty,
+    )
     if spec.projector_weights:
         load_projector(loaded.model, spec.projector_weights)
-    return loaded
+    check_finite(loaded.model.named_parameters(), spec.path)
+    return replace(loaded, processor=processor)
 
 
-def holds_tower_and_projector(path: str) -> bool:
-    """Return whether a folder or hub name holds more than a language model, in any checkpoint format.
+def find_checkpoint(path: str) -> Checkpoint | None:
+    """Open a folder or hub name that holds more than a language model, in any format; None for all others.
 
     Raises:
         CheckpointError: the folder cannot be read.
     """
     if is_hub_name(path):
-        return bool(hub_config(path).keys() & {"mm_vision_tower", "vision_config"})
+        holds_more = bool(hub_config(path).keys() & {"mm_vision_tower", "vision_config"})
+        return open_checkpoint(path) if holds_more else None
     folder = Path(path)
     has_part = any((folder / name).is_file() for name in (ORIGIN_FILE, ADAPTER_CONFIG_FILE, *PROJECTOR_FILES))
-    return has_part or (find_weights(folder) is not None and Checkpoint.open(folder).kind != "language_model")
+    if not has_part and find_weights(folder) is None:
+        return None
+    checkpoint = Checkpoint.open(folder)
+    return checkpoint if has_part or checkpoint.kind != "language_model" else None
 
 
-def _continue(spec: ModelSpec, system: str | None) -> LoadedModel:
+def _continue(checkpoint: Checkpoint, spec: ModelSpec, system: str | None) -> LoadedModel:
     """Load a checkpoint of any format, then apply a given template, system prompt and image mode."""
-    loaded = load_checkpoint(spec.path, dtype=DTYPE, **asdict(spec.quantization), **_tower_parts(spec))
+    parts = _tower_parts(checkpoint, spec)
+    loaded = load_checkpoint(checkpoint, dtype=DTYPE, **asdict(spec.quantization), **parts)
     check_against(loaded, spec)
-    if spec.template or system:
-        name = spec.template or loaded.processor.template.name
-        if loaded.processor.system is not None and system is None and name != loaded.processor.template.name:
+    processor = loaded.processor
+    name, text = template_of(spec)
+    name = processor.template.name if name == AUTO and text is None else name
+    if text is not None:
+        processor.tokenizer.chat_template = text
+    if name or system:
+        name = name or processor.template.name
+        if processor.system is not None and system is None and name != processor.template.name:
             logger.warning(
                 "--version %s: the system prompt of the checkpoint is replaced by that of the template", name
             )
-        loaded.processor.use_template(name, system=system)
+        processor = processor.changed(template=name, system=system)
         loaded.model.config.template = name
     if spec.image_mode or spec.patch_merge_type or spec.image_grid_pinpoints:
-        mode = spec.image_mode or loaded.processor.image_mode
-        loaded.processor.use_image_mode(mode, merge=spec.patch_merge_type, pinpoints=spec.image_grid_pinpoints)
-        use_policy(loaded.model, loaded.processor)
-    return loaded
+        processor = processor.changed(
+            image_mode=spec.image_mode or processor.image_mode,
+            patch_merge_type=spec.patch_merge_type,
+            image_grid_pinpoints=spec.image_grid_pinpoints,
+        )
+        use_policy(loaded.model, processor)
+    return replace(loaded, processor=processor)
 
 
-def _tower_parts(spec: ModelSpec) -> dict[str, Any]:
+def template_of(spec: ModelSpec) -> tuple[str | None, str | None]:
+    """Return the name of the template, and for `--version FILE.jinja` its text, which the tokenizer then holds.
+
+    Raises:
+        ConfigError: the file does not exist.
+    """
+    if spec.template is not None and spec.template.endswith(".jinja"):
+        return AUTO, read_template(spec.template)
+    return spec.template, None
+
+
+def _tower_parts(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
     """Return the vision tower options for checkpoints that may need them."""
     # Published commands set --vision_tower for every checkpoint.
-    path = spec.path
     names = ("vision_tower", "vision_tower_config", "vision_tower_checkpoint")
     given = {name: value for name in names if (value := getattr(spec, name)) is not None}
-    folder = local_folder(path) if is_hub_name(path) else path
-    kind = Checkpoint.open(folder).kind if given else "legacy"
-    if "vision_tower" in USED_PARTS.get(kind, PART_FLAGS):
+    if not given or "vision_tower" in USED_PARTS.get(checkpoint.kind, PART_FLAGS):
         return given
-    if kind not in OUR_KINDS:  # for our formats, `check_against` compares the tower
-        logger.warning("%s is ignored: %s holds its vision tower", ", ".join(map(flag, given)), path)
+    if checkpoint.kind not in OUR_KINDS:  # for our formats, `check_against` compares the tower
+        logger.warning("%s is ignored: %s holds its vision tower", ", ".join(map(flag, given)), spec.path)
     return {}
 
 
@@ -150,6 +177,7 @@ def _build(spec: ModelSpec, system: str | None) -> LoadedModel:
         raise ConfigError(
             f"{spec.path} is not a llava checkpoint, so it is treated as a language model. Pass --vision-tower."
         )
+    name, text = template_of(spec)
     return build_model(
         spec.path,
         spec.vision_tower,
@@ -162,7 +190,8 @@ def _build(spec: ModelSpec, system: str | None) -> LoadedModel:
         select_feature=spec.select_feature,
         use_im_start_end=spec.use_im_start_end,
         use_im_patch_token=spec.use_im_patch_token,
-        template=spec.template or NEW_MODEL_TEMPLATE,
+        template=name or NEW_MODEL_TEMPLATE,
+        chat_template=text,
         image_mode=spec.image_mode or NEW_MODEL_IMAGE_MODE,
         patch_merge_type=spec.patch_merge_type or "flat",
         image_grid_pinpoints=spec.image_grid_pinpoints,

@@ -22,7 +22,7 @@ from transformers.hf_argparser import string_to_bool
 
 from llava.model.checkpoint.formats import CONFIG_FILE, read_json
 from llava.model.checkpoint.weight_names import PROJECTOR_MODULE
-from llava.model.precision import half_speedup, product_shape, trains_faster_in_bf16
+from llava.model.precision import training_speedup, trains_faster_in_bf16
 from llava.model.quantization import quantized_layers
 from llava.train.checkpointing import Kind, bf16_to_resume
 from llava.train.specs import ResumeSpec
@@ -63,11 +63,27 @@ def chosen_bf16(bf16: bool | Literal["auto"], *, model: str, fp16: bool, use_cpu
     earlier = bf16_to_resume(resume)
     if fp16 or earlier is not None:
         return bool(earlier)
-    accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
-    device_type = "cpu" if accelerator is None else accelerator.type
-    choice = trains_faster_in_bf16(_config(model), device_type)
+    choice = trains_faster_in_bf16(_config(model), device_of(use_cpu=use_cpu))
     logger.info("--bf16 auto: this run computes in %s, as measured on this machine", ("float32", "bfloat16")[choice])
     return choice
+
+
+def device_of(*, use_cpu: bool) -> str:
+    """Return the type of the device of a run, such as `cpu`."""
+    accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def computes_fp16(*, fp16: bool, use_cpu: bool) -> bool:
+    """Return whether a run computes in float16; warn where it was requested, but the run is on a CPU."""
+    on_cpu = fp16 and device_of(use_cpu=use_cpu) == "cpu"
+    if on_cpu:
+        log.warn_once(
+            logger,
+            "--fp16 True is ignored: float16 needs an accelerator, so this run computes in float32 on the CPU, and its "
+            "provenance says so; --bf16 auto uses bfloat16 where the CPU is faster with it",
+        )
+    return fp16 and not on_cpu
 
 
 def agreed(choice: bool, *, world_size: int) -> bool:
@@ -91,7 +107,7 @@ def warn_of_slow_bf16(model: str, *, bf16: bool, device_type: str, resumed: bool
     """
     if not bf16 or device_type != "cpu":
         return
-    speedup = half_speedup(torch.bfloat16, product_shape(_config(model)))
+    speedup = training_speedup(_config(model), device_type)
     if speedup >= 1.0:
         return
     slower = f"bfloat16 products take {1 / speedup:.1f} times as long as float32 products on this CPU"

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava.data.image_negatives import ImageNegative
+from llava.data.self_questioning import QuestionDraws
 from llava.model.quantization import Quantization
+from llava.model.tower_lora import TowerLora
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ class ModelSpec:
         patch_merge_type: how the tiles of `anyres` are joined.
         image_grid_pinpoints: image sizes that `anyres` chooses from.
         image_size: side of the input image in pixels.
+        trains_empty: train answers without text.
         dicom_window: window of DICOM files.
         dicom_frame: frame of DICOM files.
         fast_jpeg: decode large JPEG files at a smaller scale.
@@ -59,11 +63,35 @@ class ModelSpec:
     patch_merge_type: str | None
     image_grid_pinpoints: str | None
     image_size: int | None
+    trains_empty: bool
     dicom_window: str | None
     dicom_frame: str | None
     fast_jpeg: bool | None
     quantization: Quantization
     seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartsSpec:
+    """Parts of the model that train.
+
+    Attributes:
+        lora: settings of the language model's adapter, see `llava.model.lora.add_lora`; None without one.
+        tower_lora: settings of the vision tower's adapter; None without one.
+        projector_only: train the projector and marker rows only, beside an adapter.
+        freeze_backbone: the language model's weights do not train.
+        freeze_projector: the projector does not train.
+        train_tower: the vision tower trains as well.
+        checkpoints_activations: activations are computed again in the backward pass.
+    """
+
+    lora: dict[str, Any] | None
+    tower_lora: TowerLora | None
+    projector_only: bool
+    freeze_backbone: bool
+    freeze_projector: bool
+    train_tower: bool
+    checkpoints_activations: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +105,13 @@ class RowsSpec:
         explicit_folder: value of that flag, or None.
         max_length: longest sequence in tokens.
         image_counts_as_one: count each image as one token of `max_length`.
+        loader: layout of the rows, a name in `llava.data.records.LOADERS`.
         skip_bad: skip unusable rows.
         quarantine: file that lists the skipped rows; None writes none.
+        pairs: whether the rows are preference pairs.
+        asking: which later questions are trained; None for none but those that the rows name.
+        negative: damaged images of preference pairs, or None.
+        labeled: whether the file may hold single answers with labels instead of pairs.
     """
 
     path: str
@@ -87,8 +120,13 @@ class RowsSpec:
     explicit_folder: str | None
     max_length: int
     image_counts_as_one: bool = False
+    loader: str = "default"
     skip_bad: bool = False
     quarantine: Path | None = None
+    pairs: bool = False
+    asking: QuestionDraws | None = None
+    negative: ImageNegative | None = None
+    labeled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +193,7 @@ class ImageSpec:
 
     Attributes:
         calibrates: initialize the projector to match the features of the first images.
+        may_skip: leave a projector as it is where the rows do not allow to calibrate it, instead of stopping.
         seed: seed of that projector.
         trains_tower: whether the vision tower is trained, so that its features cannot be cached.
         cache_folder: folder that caches the features of the vision tower; None for no cache.
@@ -166,16 +205,33 @@ class ImageSpec:
     trains_tower: bool
     cache_folder: str | None
     cache_gb: float
+    may_skip: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSpec:
-    """Learning rate of each part, and weight decay."""
+    """Learning rate of each part, and weight decay; `steps_per_rate` optimizer steps in a row have one rate."""
 
     language: float
     projector: float
     tower: float
     weight_decay: float
+    steps_per_rate: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RatingSpec:
+    """Reward model.
+
+    Attributes:
+        centering: weight of the squared sum of both rewards of a pair.
+        prompt_file: text file of a rating question after each conversation, or None.
+        caption_file: JSON file of the captions of each image, for the slot of that question, or None.
+    """
+
+    centering: float
+    prompt_file: str | None
+    caption_file: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
     StepLoader -> StepBatch -> row by row: objective(model, row) -> backward -> one optimizer step
 
-Gradients are accumulated here: the loss of a step is the sum over its rows on all ranks, divided by the global number
-of supervised tokens. Batch size, accumulation and world size therefore do not change the loss (tests/invariants).
+Gradients are accumulated here: the loss of a step is the sum over its rows on all ranks, divided by what the objective
+counts (supervised tokens, pairs). Batch size, accumulation and world size do not change the loss (tests/invariants).
 """
 
 from __future__ import annotations
@@ -11,25 +11,29 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from llava.data.collator import Collator, StepBatch, matched_rows
 from llava.data.flat_batch import FlatBatch
-from llava.data.loader import StepLoader, StreamLoader
-from llava.errors import ConfigError
+from llava.data.loader import Loader
+from llava.errors import ConfigError, LlavaError
+from llava.train.counts import TrainingCounts
 from llava.train.objectives.base import Objective
+from llava.train.objectives.kto import KtoLoss
 from llava.train.optimizer import parameter_groups
-from llava.train.ranks import check_finite
+from llava.train.ranks import check_finite, check_finite_weights
 from llava.train.specs import OptimizerSpec
+from llava.train.state_files import CheckpointTrainer, restoring
 from llava.utils.jsonl import write_json
 
 logger = logging.getLogger(__name__)
@@ -50,50 +54,6 @@ WatchStep = Callable[[StepBatch, int], None]
 """Function called with each computed step and the number of optimizer steps before it."""
 
 
-@dataclass(slots=True)
-class TrainingCounts:
-    """Numbers of sequences and tokens since the last log."""
-
-    sequences: int = 0
-    supervised: float = 0.0
-    tokens: int = 0
-    unshared: int = 0
-    skipped: int = 0
-    """Skipped rows of a stream, since the start of the run."""
-
-    by_source: Tensor | None = None
-    """[2, sources] sums of losses and of weights over the edges of each source of a mixture."""
-
-    def add(self, step: StepBatch) -> None:
-        """Add one step of this rank."""
-        self.sequences += len(step.sequences)
-        self.supervised += step.num_edges
-        self.tokens += step.num_tokens
-        self.unshared += step.num_unshared_tokens
-
-    def add_sources(self, sums: Tensor) -> None:
-        """Add sums of losses and weights by source, [2, sources]."""
-        self.by_source = sums.double() if self.by_source is None else self.by_source + sums
-
-    def clear(self) -> None:
-        """Set all counts to zero."""
-        self.sequences, self.supervised, self.tokens, self.unshared, self.skipped = 0, 0.0, 0, 0, 0
-        self.by_source = None
-
-    def over_ranks(self, device: torch.device, num_sources: int = 0) -> TrainingCounts:
-        """Return the sums over all ranks."""
-        by_source = torch.zeros(2, num_sources) if self.by_source is None else self.by_source.cpu()
-        counted = [self.sequences, self.supervised, self.tokens, self.unshared, self.skipped]
-        own = torch.tensor(counted, dtype=torch.float64)
-        numbers = torch.cat([own, by_source.double().flatten()])
-        if dist.is_initialized():
-            numbers = numbers.to(device)
-            dist.all_reduce(numbers)
-        sequences, supervised, tokens, unshared, skipped, *rest = numbers.tolist()
-        sums = torch.tensor(rest, dtype=torch.float64).view(2, num_sources) if num_sources else None
-        return TrainingCounts(int(sequences), supervised, int(tokens), int(unshared), int(skipped), sums)
-
-
 @dataclass(frozen=True, slots=True)
 class TrainerHooks:
     """Functions that save, restore and validate the trained part of a run.
@@ -103,12 +63,21 @@ class TrainerHooks:
         restore: loads it back.
         validate: returns validation metrics; None without held-out rows.
         on_step: called with each computed step and the number of optimizer steps before it.
+        before_write: called before files are written, on ranks that write; raises if the run folder was removed.
+        may_load: called with a checkpoint before sharded weights are loaded, on every rank; raises if it is not safe.
     """
 
     save: Save
     restore: Restore
     validate: Validate | None = None
     on_step: WatchStep | None = None
+    before_write: Callable[[], None] | None = None
+    may_load: Callable[[str], None] | None = None
+
+
+def _held(rate: Callable[[int], float], every: int, step: int) -> float:
+    """Return a schedule's factor of the learning rate, which changes after `every` steps."""
+    return rate(step // every)
 
 
 @dataclass(slots=True)
@@ -119,13 +88,13 @@ class _Limits:
 
 @dataclass(slots=True)
 class _StepResult:
-    """Loss of a step on this rank, and for each row its sums by source, [2, sources]."""
+    """Loss of a step on this rank, and the metrics of each row."""
 
     loss: Tensor
-    by_source: list[Tensor] = field(default_factory=list)
+    metrics: list[Mapping[str, Tensor]] = field(default_factory=list)
 
 
-class LlavaTrainer(Trainer):
+class LlavaTrainer(CheckpointTrainer):
     """transformers' Trainer with an objective and a loader of whole steps.
 
     Args:
@@ -145,7 +114,7 @@ class LlavaTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         *,
-        loader: StepLoader | StreamLoader,
+        loader: Loader,
         collator: Collator,
         objective: Objective,
         rates: OptimizerSpec,
@@ -164,14 +133,16 @@ class LlavaTrainer(Trainer):
         self.counts = TrainingCounts() if counts is None else counts
         self._limits = _Limits(collator.max_tokens_per_row)
         self._step_loss = torch.zeros((), device=args.device)
+        self._step_rows: list[int] = []
 
-    def get_train_dataloader(self) -> StepLoader | StreamLoader:
-        """Return the loader unwrapped, since its sampler shards rows over ranks."""
+    def get_train_dataloader(self) -> Loader:  # type: ignore[override]
+        """Return the loader unwrapped, since it shards rows over ranks itself."""
         return self.loader
 
     def _get_num_items_in_batch(self, batch_samples: list[StepBatch], device: torch.device) -> Tensor:
-        """Return the number of supervised tokens of the optimizer step on all ranks, at least 1."""
-        local = torch.tensor(sum(batch.num_supervised for batch in batch_samples), dtype=torch.float64)
+        """Return what the loss of the optimizer step is divided by on all ranks, [D], each at least 1."""
+        counts = [self.objective.count(row) for batch in batch_samples for row in batch.rows]
+        local = sum(counts, torch.zeros(len(self.objective.denominators), dtype=torch.float64))
         total: Tensor = self.accelerator.reduce(local.to(device, torch.float32), reduction="sum")
         return total.clamp(min=1.0)
 
@@ -185,20 +156,35 @@ class LlavaTrainer(Trainer):
         """
         assert isinstance(num_items_in_batch, Tensor)
         model.train()
-        if inputs.sequences and self._limits.max_tokens_per_row != self.collator.max_tokens_per_row:
+        self._step_rows = inputs.row_ids
+        if inputs.units and self._limits.max_tokens_per_row != self.collator.max_tokens_per_row:
             inputs = self._laid_out_again(inputs)
+        if isinstance(self.objective, KtoLoss):
+            self.objective.estimate = self._mismatched(self.objective, inputs)
         result = self._run_rows(model, inputs, num_items_in_batch)
         if result is None:
             inputs, result = self._retry_smaller(model, inputs, num_items_in_batch)
+        if isinstance(self.objective, KtoLoss):
+            self.objective.estimate = None  # validation has its own
         self._fill_gradients(model)
         self._step_loss = result.loss
-        for sums in result.by_source:
-            self.counts.add_sources(sums)
+        for metrics in result.metrics:
+            self.counts.add_metrics(metrics)
         self.counts.add(inputs)
-        self.counts.skipped = self.loader.num_bad if isinstance(self.loader, StreamLoader) else 0
+        self.counts.skipped = self.loader.num_bad
         if self.hooks.on_step is not None:
             self.hooks.on_step(inputs, self.state.global_step)
         return result.loss
+
+    def _mismatched(self, objective: KtoLoss, batch: StepBatch) -> Tensor:
+        """Return the estimate of KTO over the step on all ranks, before its losses are computed."""
+        network = self.model_wrapped if self.is_sharded else self.model
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for row, _ in self._rows(batch):
+            with self.compute_loss_context_manager():
+                total += objective.mismatched(cast(nn.Module, network), row.to(self.args.device))
+        total = cast(Tensor, self.accelerator.reduce(total, reduction="sum"))
+        return (total[0] / total[1].clamp(min=1.0)).clamp(min=0.0)
 
     def _run_rows(self, model: nn.Module, batch: StepBatch, num_items: Tensor) -> _StepResult | None:
         """Run all rows of a step; return None after the first out-of-memory error of the run.
@@ -211,7 +197,7 @@ class LlavaTrainer(Trainer):
             for row, is_last in self._rows(batch):
                 self._run_row(model, row, num_items, result, is_last=is_last)
         except torch.OutOfMemoryError as error:
-            if self.args.world_size > 1 or self._limits.was_halved or not batch.sequences:
+            if self.args.world_size > 1 or self._limits.was_halved or not batch.units:
                 raise ConfigError(
                     f"out of memory with rows of at most {self._limits.max_tokens_per_row} tokens; "
                     "lower --max-tokens-per-row or --per-device-train-batch-size, or use --gradient-checkpointing True"
@@ -240,13 +226,12 @@ class LlavaTrainer(Trainer):
             with self.compute_loss_context_manager():
                 output = self.objective(model, row.to(self.args.device), num_items=num_items)
                 # Gradients are averaged over ranks, but the loss is a global sum divided by a global count.
-                loss = output.loss * self.args.world_size + (self._anchor(model) if is_last else 0.0)
+                loss = self._anchored(output.loss * self.args.world_size, model, is_last=is_last)
             result.loss += loss.detach()
             if is_deepspeed and is_last:  # its `backward` also takes the optimizer step
-                check_finite(result.loss, None, step=self.state.global_step + 1)
+                self._check_finite(result.loss, None)
             self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
-        if "by_source" in output.metrics:
-            result.by_source.append(output.metrics["by_source"])
+        result.metrics.append(output.metrics)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the gradient norm; transformers calls this just before the optimizer step.
@@ -255,31 +240,49 @@ class LlavaTrainer(Trainer):
             LlavaError: the loss or the gradient norm is not finite on some rank.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-        # In fp16 the loss scaler skips steps whose gradients overflow, so that only the loss is checked.
-        check_finite(self._step_loss, None if self.args.fp16 else norm, step=self.state.global_step + 1)
+        # In fp16 the loss scaler skips a step whose gradients overflow and lowers its scale; what is not finite at a
+        # scale below 1 never will be.
+        scaler = self.accelerator.scaler
+        skips = self.args.fp16 and (scaler is None or scaler.get_scale() >= 1.0)
+        self._check_finite(self._step_loss, None if skips else norm)
         return norm
 
-    def _anchor(self, model: nn.Module) -> Tensor | float:
-        """Return zero, connected to every trained weight."""
-        # DDP waits for the gradient of each weight, also if a row has no images.
-        if not isinstance(model, nn.parallel.DistributedDataParallel):
-            return 0.0
+    def _check_finite(self, loss: Tensor, norm: Any) -> None:
+        dataset, rows = self.collator.dataset, self._step_rows
+        check_finite(loss, norm, step=self.state.global_step + 1, rows=lambda: dataset.label_rows(rows))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the trained part, for a checkpoint or at the end.
+
+        Raises:
+            LlavaError: a trained weight is not finite on some rank; nothing is written or removed.
+        """
+        check_finite_weights(cast(nn.Module, self.model), f"step {self.state.global_step}")
+        super().save_model(output_dir, _internal_call)
+
+    def _run_epoch(self, *args: Any, **keywords: Any) -> None:
+        """Run an epoch, unless the run was resumed at its last step, after which transformers would train one more."""
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **keywords)  # type: ignore[no-untyped-call]
+
+    def _anchored(self, loss: Tensor, model: nn.Module, *, is_last: bool) -> Tensor:
+        """Return the loss, connected to every trained weight where its own graph does not suffice."""
+        # A row without images does not reach projector and tower. DDP waits for the gradient of each weight.
+        waits = is_last and isinstance(model, nn.parallel.DistributedDataParallel)
+        if loss.requires_grad and not waits:
+            return loss
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.stack([parameter.sum() for parameter in trained]).sum() * 0.0
+        return loss + torch.stack([parameter.sum() for parameter in trained]).sum() * 0.0
 
     def _fill_gradients(self, model: nn.Module) -> None:
         """Set the gradient of unused trained weights to zero."""
-        # Several ranks do so (see `_anchor`), and without gradients the optimizer would not update momentum.
+        # Several ranks do so (see `_anchored`), and without gradients the optimizer would not update momentum.
         if self.args.world_size > 1:
             return
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether weights or optimizer state are sharded, so that all ranks must run the same modules."""
-        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def _rows(self, batch: StepBatch) -> Iterator[tuple[FlatBatch, bool]]:
         """Yield each row of a step and whether it is the last; all ranks have the same number of rows."""
@@ -296,8 +299,8 @@ class LlavaTrainer(Trainer):
         )
 
     def _laid_out_again(self, batch: StepBatch) -> StepBatch:
-        rows = self.collator.rows(batch.sequences, batch.images, self._limits.max_tokens_per_row)
-        return StepBatch(batch.sequences, batch.images, rows, batch.row_ids)
+        rows = self.collator.rows(batch.units, batch.images, self._limits.max_tokens_per_row)
+        return StepBatch(batch.units, batch.images, rows, batch.row_ids)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer with one group per part and weight decay, each with its learning rate."""
@@ -309,12 +312,25 @@ class LlavaTrainer(Trainer):
             self.optimizer = optimizer_class(parameter_groups(network, decaying, self.rates), **keywords)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the schedule of learning rates, in which `steps_per_rate` optimizer steps count as one."""
+        every = self.rates.steps_per_rate
+        scheduler: Any = super().create_scheduler(math.ceil(num_training_steps / every), optimizer)
+        if every > 1 and hasattr(scheduler, "lr_lambdas"):
+            scheduler.lr_lambdas = [partial(_held, rate, every) for rate in scheduler.lr_lambdas]
+        return scheduler
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validate on held-out rows and log the metrics."""
         if self.hooks.validate is None:
             return {}
         assert self.model is not None
         metrics = self.hooks.validate(self.model_wrapped if self.is_sharded else self.model)
+        if not math.isfinite(loss := metrics.get("eval_loss", 0.0)):  # equal on all ranks
+            raise LlavaError(
+                f"step {self.state.global_step}: the validation loss is {loss}; expected a finite value. Saved "
+                "checkpoints are kept. Lower --learning-rate, or check the rows of --eval-data-path"
+            )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -327,6 +343,8 @@ class LlavaTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             assert self.args.output_dir is not None
+            if self.hooks.before_write is not None:
+                self.hooks.before_write()
             self.hooks.save(output_dir or self.args.output_dir, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -337,22 +355,21 @@ class LlavaTrainer(Trainer):
             "sum": self._tr_loss.item(),
             "last_logged": self._globalstep_last_logged,
             "ranks": self.args.world_size,
-            "by_source": None if self.counts.by_source is None else self.counts.by_source.tolist(),
+            "metrics": {name: pair.tolist() for name, pair in self.counts.metrics.items()},
         }
         write_json(Path(output_dir) / WINDOW_FILE.format(self.args.process_index), since)
-        if isinstance(self.loader, StreamLoader):
-            self.loader.save(Path(output_dir))
+        self.loader.save(Path(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore what `_save_rng_state` saved; with another number of ranks, without the losses."""
         super()._load_rng_state(checkpoint)
         path = Path(checkpoint or "") / WINDOW_FILE.format(self.args.process_index)
-        since = json.loads(path.read_text(encoding="utf-8")) if checkpoint and path.is_file() else {}
-        if since.get("ranks") == self.args.world_size:
-            self._tr_loss += since["sum"]
-            self._globalstep_last_logged = since["last_logged"]
-            if since.get("by_source") is not None:
-                self.counts.add_sources(torch.tensor(since["by_source"], dtype=torch.float64, device=self.args.device))
+        with restoring(checkpoint, "the losses since the last log", [path.name]):
+            since = json.loads(path.read_text(encoding="utf-8")) if checkpoint and path.is_file() else {}
+            if since.get("ranks") == self.args.world_size:
+                self._tr_loss += since["sum"]
+                self._globalstep_last_logged = since["last_logged"]
+                self.counts.add_metrics({name: torch.tensor(pair) for name, pair in since.get("metrics", {}).items()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -362,6 +379,8 @@ class LlavaTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         if self.is_sharded:
+            if self.hooks.may_load:
+                self.hooks.may_load(str(self.state.best_model_checkpoint))
             super()._load_best_model()
             return
         assert self.state.best_model_checkpoint is not None

@@ -39,10 +39,15 @@ def iter_resamples(
     for index in range(num_values):
         groups.setdefault(index if clusters is None else clusters[index], []).append(index)
     members = [np.asarray(group, dtype=np.intp) for group in groups.values()]
-    generator = np.random.default_rng(seed)
-    for _ in range(num_resamples if members else 0):
-        drawn = generator.integers(len(members), size=len(members))
+    for drawn in iter_draws(len(members), num_resamples=num_resamples, seed=seed):
         yield np.concatenate([members[index] for index in drawn])
+
+
+def iter_draws(num_clusters: int, *, num_resamples: int = 500, seed: int = 0) -> Iterator[NDArray[np.intp]]:
+    """Yield arrays of cluster numbers, each drawn with replacement; none without clusters."""
+    generator = np.random.default_rng(seed)
+    for _ in range(num_resamples if num_clusters else 0):
+        yield generator.integers(num_clusters, size=num_clusters)
 
 
 def confidence_interval(

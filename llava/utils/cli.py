@@ -7,14 +7,24 @@ switch takes an optional value (`--flag`, `--flag True`, `--flag False`).
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
+import importlib
 import logging
 import os
+import re
 import select
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
-from llava.errors import LlavaError
+from llava.errors import ConfigError, LlavaError
+from llava.utils.faults import fault_line
+from llava.utils.plugins import FLAG, given_plugins, load_plugins
+from llava.utils.terminal import visible_lines, visible_message
+
+T = TypeVar("T")
 
 TRACEBACK_VARIABLE = "LLAVA_TRACEBACK"
 """Environment variable that, when set, shows the traceback of expected errors."""
@@ -39,6 +49,16 @@ def parse_bool(text: str | bool) -> bool:
     raise argparse.ArgumentTypeError(f"got {text!r}, expected true or false")
 
 
+def is_server_url(text: str) -> bool:
+    """Return whether text is the http(s) URL of a server, without user, password, query or fragment."""
+    try:
+        parts = urlsplit(text)
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is no number, or the host no address
+        return False
+    return is_valid and text.isprintable() and not any(mark in text for mark in "@?# ")
+
+
 def with_dashes(argv: Sequence[str]) -> list[str]:
     """Replace `_` by `-` in option names; values, and all words after a bare `--`, are unchanged."""
     rewritten: list[str] = []
@@ -56,6 +76,71 @@ def with_dashes(argv: Sequence[str]) -> list[str]:
 def flag(name: str) -> str:
     """Return the option of a field as help and messages write it: `--data-path` for `data_path`."""
     return "--" + name.replace("_", "-")
+
+
+def prefix_of(word: str, options: Iterable[str]) -> str | None:
+    """Return the one option that a word is a prefix of; None if it is an option itself, or of none or several."""
+    name = word.partition("=")[0]
+    known = list(options)
+    if not name.startswith("--") or name == "--" or name in known:
+        return None
+    found = [option for option in known if option.startswith(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def prefix_notices(words: Sequence[str], options: Iterable[str]) -> list[str]:
+    """Return a notice for each option of a command line that was given by a prefix."""
+    known = list(options)
+    given = words[: words.index("--")] if "--" in words else words
+    pairs = dict.fromkeys((word.partition("=")[0], option) for word in given if (option := prefix_of(word, known)))
+    return [f"{flag_name(short)} taken as {flag_name(option)}" for short, option in pairs]
+
+
+def flag_name(word: str) -> str:
+    """Return an option in the spelling of messages, with dashes."""
+    return with_dashes([word])[0]
+
+
+def near_options(words: Sequence[str], options: Iterable[str]) -> str:
+    """Return the hint for unknown options: the most similar known ones, or nothing."""
+    known = list(options)
+    near = [match for word in words for match in difflib.get_close_matches(word.partition("=")[0], known, n=1)]
+    return f"; did you mean {', '.join(map(flag_name, dict.fromkeys(near)))}?" if near else ""
+
+
+def one_line(message: str) -> str:
+    """Return an error message of argparse in the words of this package: `--seed: got 'x', expected a whole number`."""
+    text = re.sub(r"^argument (\S+?)(?:/\S+)*: ", lambda found: f"{flag_name(found[1])}: ", " ".join(message.split()))
+    for kind, expected in (("int", "a whole number"), ("float", "a number")):
+        text = re.sub(rf"invalid {kind} value: ('.*')$", rf"got \1, expected {expected}", text)
+    if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", text):
+        known = [word.strip().strip("'\"") for word in choice[2].split(",")]
+        hint = near_options([choice[1]], known)
+        text = text[: choice.start()] + f"got {choice[1]!r}, expected one of {', '.join(known)}{hint}"
+    return text
+
+
+def run_target(target: str, argv: Sequence[str] | None) -> None:
+    """Import a function that is named as text (`module:function`), and call it with a command line."""
+    module, function = target.split(":")
+    getattr(importlib.import_module(module), function)(argv)
+
+
+def chunk_of(items: Sequence[T], num_chunks: int, index: int) -> list[T]:
+    """Return chunk `index` of `num_chunks` consecutive chunks of ceil(n / num_chunks) items each.
+
+    The last chunks may be short or empty (9 items in 8 chunks fill five of them); joined in order, the chunks are
+    `items`.
+
+    Raises:
+        ConfigError: `num_chunks` is below 1, or `index` is out of range.
+    """
+    if num_chunks < 1:
+        raise ConfigError(f"--num-chunks must be at least 1, got {num_chunks}")
+    if not 0 <= index < num_chunks:
+        raise ConfigError(f"--chunk-idx must be between 0 and {num_chunks - 1}, got {index}")
+    size = -(-len(items) // num_chunks)
+    return list(items[index * size : (index + 1) * size])
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -84,6 +169,9 @@ class Parser(argparse.ArgumentParser):
         """Register an option under its name with dashes; its attribute has underscores."""
         return super().add_argument(*with_dashes(names), **kwargs)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(visible_lines(message), file)
+
     def add_switch(self, name: str, default: bool = False, **kwargs: Any) -> argparse.Action:
         """Register a boolean option that is true without a value and also takes `True` or `False`."""
         return self.add_argument(
@@ -91,8 +179,29 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse `args`, by default the command line of the process, after rewriting option names."""
-        return super().parse_known_args(with_dashes(sys.argv[1:] if args is None else list(args)), namespace)
+        """Parse `args`, by default the command line of the process, after rewriting option names.
+
+        Raises:
+            ConfigError: a plug-in cannot be loaded.
+        """
+        words = with_dashes(sys.argv[1:] if args is None else list(args))
+        if FLAG in self._option_string_actions:  # before the other options, which may name what plug-ins add
+            load_plugins(given_plugins(words))
+        found = super().parse_known_args(words, namespace)
+        for notice in prefix_notices(words, self._option_string_actions) if self.allow_abbrev else ():
+            sys.stderr.write(f"{visible_message(notice)}\n")
+        return found
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse `args` and refuse unknown options, with the most similar known ones."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unknown: {' '.join(unknown)}{near_options(unknown, self._option_string_actions)}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Write the error of a command line in one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {visible_message(one_line(message))} ({self.prog} --help lists all)\n")
 
 
 NOISY = "bitsandbytes.backends.cpu.ops"
@@ -102,23 +211,32 @@ NOISY = "bitsandbytes.backends.cpu.ops"
 CLOSED_PIPE = 141
 """Exit status after the reader of the output has ended (`| head`), as shells report it."""
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells report it."""
+
 
 def run_program(program: Callable[[], None]) -> None:
     """Run a command; expected errors print their message and exit with status 2.
 
-    Expected errors are every `LlavaError` and every `OSError` (no permission, full disk). If the reader of the output
-    has ended, the command exits silently with status `CLOSED_PIPE`.
+    Expected errors are every `LlavaError` and faults of the machine: every `OSError` (no permission, full disk), and
+    a full disk as other libraries report it. After Ctrl-C the status is `INTERRUPTED`. If the reader of the output has
+    ended, the command exits silently with status `CLOSED_PIPE`.
     """
     logging.getLogger(NOISY).setLevel(logging.ERROR)
     try:
         _run(program)
     except LlavaError as error:
         _end(error, str(error))
-    except OSError as error:
+    except KeyboardInterrupt as error:
+        _end(error, "interrupted; rerun the same command to continue", status=INTERRUPTED)
+    except Exception as error:
         if isinstance(error, BrokenPipeError) and _is_output_closed():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at interpreter exit
+            _drop_output()
             raise SystemExit(CLOSED_PIPE) from None
-        _end(error, " ".join(str(error).split()) or type(error).__name__)
+        line = fault_line(error)
+        if line is None:
+            raise
+        _end(error, line)
 
 
 def _run(program: Callable[[], None]) -> None:
@@ -129,13 +247,34 @@ def _run(program: Callable[[], None]) -> None:
         sys.stdout.flush()
         raise
     sys.stdout.flush()
+    _leave_process_group()
 
 
-def _end(error: Exception, message: str) -> NoReturn:
+def _leave_process_group() -> None:
+    """Destroy the default process group of `torch.distributed`, if the command joined one."""
+    # Its threads may still release tensors, for which they need the interpreter; if that has begun to end, the process
+    # aborts ("terminate called without an active exception") after all work is done.
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _end(error: BaseException, message: str, *, status: int = 2) -> NoReturn:
     if os.environ.get(TRACEBACK_VARIABLE):
         raise error
-    sys.stderr.write(f"llava: error: {message}\n")
-    raise SystemExit(2) from None
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):  # the output is what cannot be written, and would fail again at interpreter exit
+        _drop_output()
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"llava: error: {visible_message(message)}\n")
+    raise SystemExit(status) from None
+
+
+def _drop_output() -> None:
+    """Let nothing be written to standard output any more."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_output_closed() -> bool:

@@ -10,8 +10,18 @@ from typing import Never, TypeVar
 
 from tqdm import tqdm
 
+from llava.utils.terminal import visible, visible_message
+
 T = TypeVar("T")
 _SEEN: set[tuple[str, str]] = set()
+
+
+class VisibleFormatter(logging.Formatter):
+    """Log formatter that writes control characters of names and texts as visible escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return visible_message(super().format(record))
 
 
 def process_rank() -> int:
@@ -25,7 +35,7 @@ def setup_logging(level: int | str = logging.INFO) -> None:
     logger.setLevel(level if process_rank() == 0 else logging.ERROR)
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
 
 
@@ -39,10 +49,17 @@ def warn_once(logger: logging.Logger, message: str) -> None:
 def with_progress(items: Iterable[T], *, title: str, total: int | None = None, unit: str = "it") -> tqdm[T]:
     """Return a progress bar around `items`; silent on ranks other than the first."""
     return tqdm(
-        items, desc=title, total=total, unit=unit, disable=process_rank() != 0, file=sys.stderr, mininterval=0.5
+        items,
+        desc=visible(title),
+        total=total,
+        unit=unit,
+        disable=process_rank() != 0,
+        file=sys.stderr,
+        mininterval=0.5,
     )
 
 
 def progress_bar(total: int, *, title: str, unit: str = "it") -> tqdm[Never]:
     """Return a progress bar that the caller updates; silent on ranks other than the first."""
-    return tqdm(total=total, desc=title, unit=unit, disable=process_rank() != 0, file=sys.stderr, mininterval=0.5)
+    off = process_rank() != 0
+    return tqdm(total=total, desc=visible(title), unit=unit, disable=off, file=sys.stderr, mininterval=0.5)

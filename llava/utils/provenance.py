@@ -1,4 +1,4 @@
-"""Provenance of a result: code, data, weights and command."""
+"""Provenance of a result: code, data, weights and command; all hashes of files and weights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import llava
+from llava.utils.plugins import loaded_plugins
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -36,11 +40,32 @@ def _git(root: Path, *words: str) -> str:
 
 def file_sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file, read in chunks."""
-    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes without a copy (except for one that is not contiguous or not on the CPU)."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return cast(memoryview, cast(Any, flat.view(torch.uint8).numpy()).data) if flat.numel() else memoryview(b"")
+
+
+class TensorHash:
+    """Running SHA-256 over tensors: a text about each and its bytes, in the order they are added."""
+
+    def __init__(self, start: str = "") -> None:
+        self._digest = hashlib.sha256(start.encode())
+
+    def add(self, text: str, tensor: Tensor) -> None:
+        """Add one tensor; the text names it, and its type and shape where these matter."""
+        self._digest.update(text.encode())
+        self._digest.update(tensor_bytes(tensor))
+
+    def value(self) -> str:
+        """Return the hexadecimal digest."""
+        return self._digest.hexdigest()
 
 
 def weights_sha256(path: str | Path) -> str | None:
@@ -73,6 +98,7 @@ def provenance_fields(
         "git_commit": git_commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(words),
+        **({"plugins": loaded} if (loaded := loaded_plugins()) else {}),
         "data": {name: {"file": Path(path).name, "sha256": file_sha256(path)} for name, path in (data or {}).items()},
         **facts,
     }

@@ -7,9 +7,11 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from llava.errors import DataError
+from llava.utils.terminal import visible_lines
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -62,18 +64,28 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_shown,
     )
 
 
+def _shown(value: object) -> object:
+    """Return a text with visible control characters, which could reorder a page; anything else unchanged."""
+    return visible_lines(value) if type(value) is str else value  # not markup, a subclass
+
+
 def html_thumbnail(name: str, open_image: OpenImage | None) -> Thumbnail:
-    """Return a small JPEG copy of an image, or a note if it is missing or cannot be read."""
+    """Return a small JPEG copy of an image, or a note if it is missing or cannot be read.
+
+    The name on the page is without folders, which often name a patient.
+    """
+    shown = PurePath(name).name
     if open_image is None:
-        return Thumbnail(name, note="no image")
+        return Thumbnail(shown, note="no image")
     try:
         image = open_image(name).convert("RGB")
     except DataError:
-        return Thumbnail(name, note="the image cannot be read")
-    return Thumbnail(name, url=image_url(image))
+        return Thumbnail(shown, note="the image cannot be read")
+    return Thumbnail(shown, url=image_url(image))
 
 
 def image_url(image: Image.Image, *, side: int = THUMBNAIL, form: str = "jpeg") -> str:

@@ -28,6 +28,21 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         assert command.example in done.stdout
 
 
+def test_help_of_no_command_imports_torch() -> None:
+    code = (
+        "import sys\nfrom llava import cli\n"
+        "for name in cli.COMMANDS:\n"
+        "    try:\n        cli.main([*name.split(), '--help'])\n"
+        "    except SystemExit as end:\n        assert end.code == 0, name\n"
+        "    heavy = {'torch', 'transformers', 'fastapi', 'gradio'} & sys.modules.keys()\n"
+        "    assert not heavy, (name, heavy)\n"
+        "import time\nassert time.process_time() < 10, time.process_time()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") >= len(cli.COMMANDS)
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_leads_to_a_function(name: str) -> None:
     module, function = cli.COMMANDS[name].target.split(":")

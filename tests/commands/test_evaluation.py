@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import model_vqa, run
+from llava.eval import model_vqa, model_vqa_med, run, run_med_datasets_eval_batch
 from llava.model.checkpoint.save import save_model
+from llava.quickstart.synthetic import sample_smear, truth_row
 from tests.support.eval_fakes import row, rows_of, write_vqa
 from tests.support.tiny import tiny_llava
 
@@ -55,10 +56,11 @@ def run_script(*words: str, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
-def test_answers_in_chunks_are_the_answers_of_one_process(folder: Path) -> None:
+def test_answers_in_chunks_are_the_answers_of_one_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     batch = words_for(folder, "test-answer-file.jsonl")
-    run_script("llava/eval/run_med_datasets_eval_batch.py", "--num-chunks", "2", *batch)
-    run_script("llava/eval/model_vqa_med.py", *words_for(folder, "single.jsonl"))
+    run_med_datasets_eval_batch.main(["--num-chunks", "2", *batch])  # each chunk is a process of `model_vqa_med`
+    model_vqa_med.main(words_for(folder, "single.jsonl"))
     joined, single = (rows_of(folder / "vqa_rad" / name) for name in ("test-answer-file.jsonl", "single.jsonl"))
     assert [answer["question_id"] for answer in joined] == [0, 1, 2, 3, 4]
     assert [answer["text"] for answer in joined] == [answer["text"] for answer in single]
@@ -102,3 +104,21 @@ def test_llava_eval(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results["provenance"]["template"] and results["provenance"]["weights"]
     page = (folder / "result" / "report.html").read_text()
     assert page.count("data:image/jpeg") == 5
+
+
+def test_conversations_with_rules(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smears = [(sample_smear(seed), f"{seed}.png") for seed in range(2)]
+    table = folder / "smears.json"
+    table.write_text(json.dumps([truth_row(smear, image) for smear, image in smears]))
+    words = ["--model", str(folder / "model"), "--rules", "drawn-smears", "--data", str(table), "--device", "cpu"]
+    words += ["--image-folder", str(folder / "vqa_rad" / "images"), "--max-new-tokens", "4", "--num-resamples", "20"]
+    words += ["--styles", "standard,diagnosis_first", "--hints", "disagree"]
+    run.main([*words, "--out", str(folder / "rules")])
+    run.main([*words, "--out", str(folder / "again"), "--compare", str(folder / "rules")])
+    shown = capsys.readouterr().out
+    assert "6 conversations (2 with wrong hints) about 2 images" in shown and "this run minus rules" in shown
+    held = rows_of(folder / "rules" / "dialogues.jsonl")
+    assert held == rows_of(folder / "again" / "dialogues.jsonl") and all("error" not in row for row in held)
+    assert [len(row["answers"]) for row in held] == [4] * 6 and {row["image"] for row in held} == {"0.png", "1.png"}
+    report = json.loads((folder / "rules" / "results.json").read_text())
+    assert report["scores"]["A_Q"]["answered"]["num_items"] == 16 and "blank" in report["scores"]["A_Q"]

@@ -35,8 +35,8 @@ def test_cached_features_change_no_prediction(tiny: Any, tmp_path: Path) -> None
         sequences = [data[row] for row in rows]
         found = []
         for features in (None, cache):
-            data.use_features(features)
-            batch = flatten(sequences, data.images_for(sequences), image_token_id=tiny.processor.image_token_id)
+            images = data.with_features(features).images_for(sequences)
+            batch = flatten(sequences, images, image_token_id=tiny.processor.image_token_id)
             assert batch.pixel_values is not None
             assert batch.pixel_values.shape[0] == 2
             with torch.no_grad():

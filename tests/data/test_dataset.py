@@ -112,10 +112,10 @@ def test_cached_features_come_instead_of_pixels(tiny: Any, folder: Path, tmp_pat
     cache = build_feature_cache(tmp_path / "c", data.image_keys(), tower="t", pixels=data.pixels, features=features)
     sequence = data[0]
     pixels = data.images_for([sequence])[sequence.images[0]]
-    data.use_features(cache)
-    assert torch.equal(data.images_for([sequence])[sequence.images[0]], features(pixels[None])[0])
-    data.use_features(None)
-    assert torch.equal(data.images_for([sequence])[sequence.images[0]], pixels)
+    cached = data.with_features(cache)
+    assert torch.equal(cached.images_for([sequence])[sequence.images[0]], features(pixels[None])[0])
+    for plain in (data, cached.with_features(None)):
+        assert torch.equal(plain.images_for([sequence])[sequence.images[0]], pixels)
 
 
 def test_pickled_and_read_by_worker_processes(tiny: Any, folder: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from llava.constants import IGNORE_INDEX, IM_END_TOKEN, IM_START_TOKEN
 from llava.conversation import TEMPLATES
-from llava.data.encode import encode, encode_prompt
+from llava.data.encode import encode, encode_prompt, encode_rendered
 from llava.errors import DataError
 from llava.processing import LlavaMedProcessor
 from llava.samples import Conversation, Turn
@@ -20,8 +21,7 @@ _MADE: dict[str, LlavaMedProcessor] = {}
 def processor_of(kind: str, template: str) -> LlavaMedProcessor:
     if kind not in _MADE:
         _MADE[kind] = make_processor(kind)
-    _MADE[kind].use_template(template)
-    return _MADE[kind]
+    return _MADE[kind].changed(template=template)
 
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="▁"), min_size=1, max_size=20)
@@ -154,6 +154,39 @@ def test_prompt_tokens_begin_the_training_sequence(kind: str, template: str) -> 
     assert full.image_spans == prompt.image_spans
     rest = full.labels[len(prompt.input_ids) :]
     assert rest[0] != IGNORE_INDEX  # the first thing to be generated is the first that was trained
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", ["v1_sq", "chatml_sq"])
+def test_a_prompt_after_an_answer_begins_the_sequence_of_an_asked_question(kind: str, template: str) -> None:
+    processor = processor_of(kind, template)
+    turns = talk("<image>\nQ", "A", "Why ≥ 2?", "So.").turns
+    asked = Conversation((*turns[:2], replace(turns[2], train=True), turns[3]))
+    prompt = encode_prompt(Conversation(turns[:2]), processor, images=["k"])
+    full = encode(asked, processor, images=["k"], max_length=None)
+    place = len(prompt.input_ids)
+    assert full.input_ids[:place] == prompt.input_ids and set(prompt.labels) == {IGNORE_INDEX}
+    assert full.labels[place - 1] == IGNORE_INDEX != full.labels[place]
+    question = [label for label, turn in zip(full.labels, full.turns, strict=True) if turn == 2 and label >= 0]
+    assert processor.tokenizer.decode(question).strip() == "Why ≥ 2?" + processor.template.end_mark()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", ["v1", "mistral_instruct", "llava_med_v1.0:v1"])
+def test_a_rendered_prompt_has_the_tokens_of_its_conversation(kind: str, template: str) -> None:
+    processor = processor_of(kind, template)
+    turns = [Turn("human", "<image>\nWhat is this?"), Turn("gpt", "A scan."), Turn("human", "Of what?")]
+    conversation = Conversation(tuple(turns))
+    text = processor.template.prompt(conversation)
+    expected = encode_prompt(conversation, processor, images=["a"])
+    found = encode_rendered(text, processor, images=["a"])
+    assert (found.input_ids, found.image_spans, found.images) == (
+        expected.input_ids,
+        expected.image_spans,
+        expected.images,
+    )
+    with pytest.raises(DataError, match="1 <image> placeholders but 2 images"):
+        encode_rendered(text, processor, images=["a", "b"])
 
 
 def test_images_are_placed_in_front_or_left() -> None:

@@ -141,3 +141,15 @@ def test_questions_about_an_image_stay_together() -> None:
     first, second = rows(mixed, 14)
     assert (first.num_tokens, second.num_tokens) == (4 + 9, 4 + 9)
     assert first.pixel_values is not None and len(first.pixel_values) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_row_may_be_exactly_as_long_as_the_limit(layout: Layout) -> None:
+    two = [encoded([5, 6, 7]), encoded([8, 9, 5])]
+    assert [row.num_sequences for row in rows(two, 6, layout)] == [2]
+    assert [row.num_sequences for row in rows(two, 5, layout)] == [1, 1]
+    shared = [encoded(["a", 5, 6]), encoded(["a", 5, 7])]
+    [whole] = rows(shared, sum(len(sequence.input_ids) for sequence in shared), layout)
+    assert whole.num_sequences == 2
+    assert [row.num_sequences for row in rows(shared, whole.num_tokens, layout)] == [2]
+    assert [row.num_sequences for row in rows(shared, whole.num_tokens - 1, layout)] == [1, 1]

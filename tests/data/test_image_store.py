@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -12,16 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
 from llava.data import image_store
 from llava.data.encode import Encoded
 from llava.data.feature_cache import build_feature_cache
-from llava.data.image_store import ImageIndex, ImageStore, cache_folder
+from llava.data.image_store import ImageIndex, ImageStore, hide_names, show_names
 from llava.errors import DataError
 from llava.imaging import decode
 from llava.imaging.dicom.policy import DEFAULT_POLICY
+from llava.utils.files import cache_folder
 
 
 class Processor:
@@ -192,7 +196,31 @@ def test_a_damaged_index_is_made_again(folder: Path, tmp_path: Path, content: st
     path = tmp_path / "index.json"
     path.write_text(content.replace("VERSION", f'"{image_store.INDEX_VERSION}"'))
     assert ImageIndex(folder, path).verify(["0.png"]) == {}
-    assert '"0.png"' in path.read_text()
+    assert len(json.loads(path.read_text())["files"]) == 1
+
+
+@pytest.mark.parametrize("name", ["Jane Roe.png", "roe/0.png", "r\u00f6.png", 'a"b.png', "x\n.png"])
+def test_the_stored_index_names_neither_files_nor_folders(folder: Path, tmp_path: Path, name: str) -> None:
+    paint(folder / name, 9)
+    broken = f"{name}.broken.png"
+    (folder / broken).write_text("broken")
+    path = tmp_path / "index.json"
+    bad = ImageIndex(folder, path).verify([name, broken, "gone.png"])
+    stored = path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    for text in (name, broken, folder.name, "Roe", "roe", "gone", json.dumps(name)[1:-1]):
+        assert text not in stored
+    assert ImageIndex(folder, path).verify([name, broken, "gone.png"]) == bad
+    assert name in bad[broken] or repr(name)[1:-1] in bad[broken]
+
+
+@given(st.text(max_size=30), st.lists(st.text(max_size=6), max_size=4))
+def test_names_of_a_message_are_hidden_and_restored(text: str, names: list[str]) -> None:
+    assume(not any("\ue000" <= letter <= "\uf8ff" for letter in text + "".join(names)))
+    message = text.join(names)
+    hidden = hide_names(message, names)
+    assert show_names(hidden, names) == message
+    assert not [name for name in names if name and name in hidden]
 
 
 def test_an_index_that_cannot_be_written_costs_a_warning(

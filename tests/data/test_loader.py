@@ -1,13 +1,18 @@
-"""Loader of streamed steps: errors of its reading processes."""
+"""Loaders: errors of their reading processes, and which signals end these."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
-from llava.data.loader import StreamLoader
+from llava.data.loader import StreamLoader, outlive_signals
 from llava.data.streaming import StreamedRow, StreamSource
 from llava.errors import DataError
 
@@ -31,3 +36,40 @@ def test_errors_of_reading_processes_are_one_line(tmp_path: Path, num_workers: i
     with pytest.raises(DataError) as raised:
         next(iter(loader))
     assert str(raised.value) == "row 0: no token is trained"
+
+
+@pytest.mark.parametrize("sent", ["TERM", "INT"])
+def test_a_worker_outlives_a_signal_to_the_job(sent: str) -> None:
+    loader = DataLoader(list(range(100)), num_workers=1, worker_init_fn=outlive_signals)  # type: ignore[arg-type]
+    numbers = iter(loader)
+    next(numbers)
+    (worker,) = numbers._workers  # type: ignore[attr-defined]
+    subprocess.run(["kill", f"-{sent}", str(worker.pid)], check=True)
+    assert len(list(numbers)) == 99
+
+
+def test_a_worker_ends_by_its_parent() -> None:
+    loader = DataLoader(list(range(100)), num_workers=1, worker_init_fn=outlive_signals)  # type: ignore[arg-type]
+    numbers = iter(loader)
+    next(numbers)
+    (worker,) = numbers._workers  # type: ignore[attr-defined]
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(20)
+    assert worker.exitcode == 0
+
+
+CRASH = """
+from torch.utils.data import DataLoader
+from llava.data.loader import outlive_signals
+numbers = iter(DataLoader(list(range(100)), num_workers=2, worker_init_fn=outlive_signals))
+next(numbers)
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    "end", ["raise ValueError", "raise SystemExit(3)", "import os; os.kill(os.getpid(), 9)", "pass"]
+)
+def test_a_process_with_workers_ends(end: str) -> None:
+    done = subprocess.run([sys.executable, "-c", CRASH.format(end=end)], timeout=90, check=False, capture_output=True)
+    assert done.returncode == {"r": 1, "i": -9, "p": 0}[end[0]] or (end.endswith("(3)") and done.returncode == 3)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,8 @@ def test_images_outside_their_folder_are_refused(folder: Path) -> None:
         ("sources: [{name: x, path: y, images: 3}]", "'images' must be text"),
         ("sources: [{name: x, path: y}, {name: x, path: z}]", "duplicate name x"),
         ("sources: [{name: x, path: y}, {name: z, path: y}]", "duplicate path"),
+        ("sources: [{name: x, path: y}, {name: z, path: ./y}]", "duplicate path"),
+        ("sources: [{name: x, path: a/y}, {name: z, path: b/..//a/y}]", "duplicate path"),
         ("sources: [{name: x, path: y}]\nmore: 1", "a key `sources`"),
         ("stream: 3\nsources: [{name: x, path: y}]", "`stream` must be true or false"),
         ("sources: [", "is not YAML"),
@@ -226,3 +230,37 @@ def test_mix_reports_the_license_that_a_row_names(folder: Path, capsys: pytest.C
     main([str(folder / "mixture.yaml"), "--out", str(folder / "all.json")])
     printed = capsys.readouterr().out
     assert "1  first  (license: CC BY 4.0)" in printed and "11  first  (license: CC0-1.0)" in printed
+
+
+LARGE = {
+    "5,000 brackets": "sources: " + "[" * 5000,
+    "5,000 pairs of brackets": "sources: " + "[" * 5000 + "]" * 5000,
+    "5,000 braces": "sources: " + "{a: " * 5000,
+    "5,000 dashes": "sources:\n" + "- " * 5000,
+    "30,000 keys": "sources: []\n" + "".join(f"k{number}: 0\n" for number in range(30_000)),
+    "20,000 keys of a source": "sources:\n- {" + ", ".join(f"k{number}: 0" for number in range(20_000)) + "}",
+    "300,000 characters": "sources:\n- name: " + "x" * 300_000,
+    "merges of merges": "sources:\n- &a0 {k: 1}\n"
+    + "".join(f"- &a{number} {{<<: [{', '.join([f'*a{number - 1}'] * 9)}]}}\n" for number in range(1, 40)),
+    "a date that is none": "sources: 2024-13-45",
+    "a number that is none": "sources: !!int ''",
+    "a truth value that is none": "sources: !!bool x",
+}
+"""Mixture files that need much time or have no error of the library."""
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_hostile_mixtures_are_refused_in_one_line_and_linear_time(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "mix.yaml"
+    path.write_text(LARGE[case])
+    start = time.process_time()
+    with pytest.raises((ConfigError, DataError), match=r"mix\.yaml") as caught:
+        read_mixture(path)
+    assert time.process_time() - start < 8.0
+    assert "\n" not in str(caught.value)
+
+
+def test_a_named_pipe_is_no_mixture_and_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe cannot be read: it is a pipe or a device"):
+        is_mixture(tmp_path / "pipe")

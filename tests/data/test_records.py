@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from llava.data.quarantine import Quarantine
-from llava.data.records import load_samples, rows_of
+from llava.data.records import load_samples
 from llava.errors import ConfigError, DataError
+from llava.utils.json_rows import read_rows
 
 
 def vqa(number: int, **fields: Any) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def test_the_format_is_told_by_content(tmp_path: Path, form: str, zipped: bool) 
 def test_rows_are_decoded_one_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "cut.json"
     path.write_text(json.dumps(ROWS)[:-30])
-    rows = rows_of(path)
+    rows = read_rows(path)
     assert next(rows) == (0, ROWS[0])
     assert next(rows) == (1, ROWS[1])
     with pytest.raises(DataError, match=r"cut\.json, row 2: not JSON"):
@@ -74,7 +75,7 @@ def test_a_file_without_usable_rows_is_an_error(tmp_path: Path, text: str, messa
 def test_a_missing_file_and_an_unknown_loader(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         load_samples(tmp_path / "none.json")
-    with pytest.raises(ConfigError, match="unknown loader 'mimic'; known: default"):
+    with pytest.raises(ConfigError, match="unknown loader 'mimic'; known: chexpert_plus_findings, default"):
         load_samples(tmp_path / "none.json", loader="mimic")
 
 
@@ -162,3 +163,11 @@ def test_what_the_decoder_has_no_error_of_its_own_for_is_a_named_error(tmp_path:
     path.write_text(content)
     with pytest.raises(DataError, match=r"rows\.json"):
         load_samples(path)
+
+
+def test_a_folder_is_no_image(tmp_path: Path) -> None:
+    (tmp_path / "images" / "1.png").mkdir(parents=True)
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([vqa(1)]))
+    with pytest.raises(DataError, match=r"image .*1\.png does not exist"):
+        load_samples(file, image_folder=tmp_path / "images")

@@ -125,6 +125,10 @@ def test_a_second_run_decodes_nothing(tiny: Any, folder: Path, tmp_path: Path, m
     monkeypatch.setattr(decode, "read_image_bytes", lambda ref, root: pytest.fail(f"read {ref} again"))
     monkeypatch.setattr(validate, "_encode", lambda *_: pytest.fail("encoded again"))
     assert check_trainable(rows, folder, tiny.processor, skip_bad=True) == first
+    for file in (tmp_path / "cache" / "images").glob("*.json"):
+        assert file.stat().st_mode & 0o777 == 0o600
+        names = [name for sample in rows for name in sample.images]
+        assert not [name for name in (*names, str(folder)) if name in file.read_text()]
 
 
 def test_rows_are_checked_again_when_anything_changed(

@@ -39,15 +39,6 @@ def plain(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Path:
-    """Where DeepSpeed keeps its compiled part: in this checkout; another one's needs other files."""
-    folder = ROOT / "build" / "torch_extensions"
-    for lock in folder.rglob("lock"):  # left by a run that was killed; it would be waited for without end
-        lock.unlink()
-    return folder
-
-
 def train_zero(argv: list[str], compiled: Path) -> tuple[str, int, str]:
     """Job: a training run; returns what wrapped the model, the stage, and the optimizer."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(compiled)

@@ -9,6 +9,7 @@ import pytest
 
 from llava.errors import ConfigError, GenerationError
 from llava.eval import answering, model_vqa, model_vqa_med, run_med_datasets_eval_batch
+from llava.generation.fingerprint import read_precisions, read_settings
 from tests.support.eval_fakes import FakeEngine, row, rows_of, write_vqa
 
 
@@ -116,6 +117,29 @@ def test_another_number_of_chunks_is_refused_with_the_fix(
     with pytest.raises(ConfigError, match="resume with --num-chunks 3"):
         batch(2)
     assert batch(3) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("num_chunks", "precisions"), [
+    (1, ["float32"]), (2, ["bfloat16", "float32"]), (2, ["float32"]), (3, ["float16", "float32"]), (5, ["bfloat16"]),
+])  # fmt: skip
+def test_the_joined_file_has_the_settings_and_precisions_of_its_chunks(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_chunks: int, precisions: list[str]
+) -> None:
+    def in_process(words: list[str], num_chunks: int, index: int, out: Path, device: str) -> int:
+        engine = FakeEngine()
+        engine.precision = precisions[index % len(precisions)]  # type: ignore[attr-defined]
+        monkeypatch.setattr(answering, "engine_of", lambda args: engine)
+        own = ["--num-chunks", str(num_chunks), "--chunk-idx", str(index), "--answers-file", str(out)]
+        model_vqa_med.main([*answering._without_devices(words), *own])
+        return 0
+
+    monkeypatch.setattr(answering, "_run_chunk", in_process)
+    run_med_datasets_eval_batch.main([*words, "--num-chunks", str(num_chunks), "--devices", "0"])
+    joined = tmp_path / "an answers.jsonl"
+    assert read_precisions(joined) == precisions
+    parts = [read_settings(answering.chunk_path(joined, index)) for index in range(num_chunks)]
+    settings = read_settings(joined)
+    assert {name for name in settings if settings[name] != parts[0][name]} == {"questions"}
 
 
 def test_real_processes_fail_with_their_own_message(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:

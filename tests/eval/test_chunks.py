@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava.errors import ConfigError
-from llava.eval.inference import chunk_of
+from llava.utils.cli import chunk_of
 
 
 @given(st.integers(0, 50), st.integers(1, 12))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -60,6 +61,15 @@ def test_difference_is_paired() -> None:
 def test_no_figure_is_null_in_json() -> None:
     estimate = Draws(["a", "b"]).estimate(ItemScores.of([math.nan, math.nan]))
     assert estimate.to_json() == {"value": None, "low": None, "high": None, "num_items": 0}
+
+
+@pytest.mark.parametrize("groups", [None, [("x",), ("y",), ("y",)]])
+def test_resamples_without_items_are_left_out_silently(groups: list[tuple[str, ...]] | None) -> None:
+    draws = Draws(["a", "b", "b"], num_resamples=60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimate = draws.estimate(ItemScores.of([1.0, math.nan, math.nan], groups))
+    assert (estimate.value, estimate.low, estimate.high, estimate.num_items) == (100.0, 100.0, 100.0, 1)
 
 
 def test_sizes_are_checked() -> None:

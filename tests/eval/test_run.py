@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava.data.records import load_samples
-from llava.errors import CheckpointError, DataError
+from llava.errors import CheckpointError, ConfigError, DataError
 from llava.eval import run
 from llava.eval.inference import AnswerOptions
 from tests.support.eval_fakes import FakeEngine, row, rows_of, write_vqa
@@ -178,3 +178,68 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert provenance["command"].startswith("llava eval --model")
     assert provenance["limit"] == 8 and provenance["sampling"]["temperature"] == 0.0
     assert {answer["model_id"] for answer in rows_of(plan.out / run.ANSWERS)} == {"model"}
+
+
+def test_controls_and_a_table_by_a_field(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, controls=("shuffle", "noise"), by="question_type")
+    out = io.StringIO()
+    report = run.evaluate_model(plan, good_engine)
+    run.print_report(report, out=out)
+    assert {path.name for path in plan.out.glob("answers*.jsonl")} == {
+        *("answers.jsonl", "answers-blank.jsonl", "answers-shuffle.jsonl", "answers-noise.jsonl")
+    }
+    shuffle, noise = report["controls"]["shuffle"], report["controls"]["noise"]
+    assert shuffle["open recall"]["control"]["value"] < shuffle["open recall"]["answered"]["value"] == 100.0
+    assert noise["closed accuracy"]["difference"]["value"] == 50.0  # the fake engine says no to a made image
+    images = [row["metadata"]["image"] for row in rows_of(plan.out / "answers-shuffle.jsonl")]
+    assert set(images) == {"shuffle"}
+    assert report["by"]["field"] == "question_type"
+    assert {(row["value"], row["answered"]["num_items"]) for row in report["by"]["rows"]} >= {("POS", 10)}
+    for words in ("control shuffle", "control noise", "by question_type"):
+        assert words in out.getvalue()
+    again = run.evaluate_model(plan, lambda: pytest.fail("the engine was opened"))
+    assert again["controls"] == report["controls"]
+
+
+def test_a_field_that_no_row_has(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--by scanner: no row has this field; the rows have answer_type"):
+        run.evaluate_model(make_plan(tmp_path, by="scanner"), good_engine)
+
+
+def test_tasks_are_listed_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    run.main(["--tasks", "list"])
+    assert "vqa-rad" in capsys.readouterr().out
+
+
+def test_tasks_share_one_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engines: list[FakeEngine] = []
+    monkeypatch.setattr(run, "engine_of", lambda args: engines.append(good_engine()) or engines[-1])
+    (tmp_path / "tasks").mkdir()
+    for name in ("first", "second"):
+        make_plan(tmp_path / name)
+        text = f"name: {name}\nrows: {name}/test.json\nimages: {name}/images\nmetrics: [open recall]\n"
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(text)
+    (tmp_path / "model").mkdir()
+    words = ["--model", str(tmp_path / "model"), "--tasks", "first,second", "--tasks-dir", str(tmp_path / "tasks")]
+    words += [
+        "--data-root",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--controls",
+        "none",
+        "--num-resamples",
+        "9",
+    ]
+    run.main(words)
+    assert len(engines) == 1
+    for name in ("first", "second"):
+        report = json.loads((tmp_path / "out" / name / run.RESULTS).read_text())
+        assert report["task"] == name and report["metrics"] == ["open recall"]
+        assert len(report["provenance"]["split_sha256"]) == 64 and report["control_image"] is None
+    shown = capsys.readouterr().out
+    assert "open recall" in shown and "open exact match" not in shown.partition("legacy")[0]
+    with pytest.raises(DataError, match=r"task slake: .*slake/test\.json does not exist; name the folder with"):
+        run.main([*words[:2], "--tasks", "slake", "--out", str(tmp_path / "out")])

@@ -24,6 +24,7 @@ from tests.support.generation_tools import (
     mixed_prompts,
     one,
     reference_ids,
+    slow_down,
 )
 from tests.support.tiny import tiny_image, tiny_llava, write_tiny_lm, write_tiny_tower
 
@@ -106,7 +107,7 @@ def test_answers_that_part_where_nothing_is_tied_are_unequal(llama: LoadedModel)
 def test_order_and_number_of_slots_do_not_matter(llama: LoadedModel) -> None:
     prompts = mixed_prompts()
     # Answers of many lengths, so that sequences often join and leave.
-    sampling = Sampling(max_new_tokens=40, temperature=1.0, seed=11, stop=("a", "e", "1"))
+    sampling = Sampling(max_new_tokens=40, temperature=1.0, seed=11, stop=(*"aeiou", *"123"))
     expected = first_of(engine_of(llama, max_slots=16).generate(prompts, sampling))
     assert len({len(answer.token_ids) for answer in expected}) > 3
     for max_slots, max_prefill_tokens in ((1, 4096), (2, 1), (3, 60), (5, 4096)):
@@ -225,6 +226,14 @@ def test_the_context_ends_an_answer(llama: LoadedModel) -> None:
     assert answer.finish == "length" and len(answer.token_ids) == 5
 
 
+def test_a_prompt_must_leave_room_for_one_token(llama: LoadedModel) -> None:
+    length = len(engine_of(llama).reader.read(ask("Short?")).encoded.input_ids)
+    [[refused]] = engine_of(llama, max_tokens=length).generate([ask("Short?")], GREEDY)
+    assert refused.finish == "error" and f"at most {length - 1} fit" in str(refused.error)
+    [[answer]] = engine_of(llama, max_tokens=length + 1).generate([ask("Short?")], GREEDY)
+    assert answer.finish == "length" and len(answer.token_ids) == 1
+
+
 def test_end_token_stops(llama: LoadedModel) -> None:
     engine = engine_of(llama)
     free = one(engine, ask("When?", 0), GREEDY)
@@ -251,13 +260,14 @@ def test_stop_strings_across_token_borders(llama: LoadedModel) -> None:
     assert stop in llama.processor.decode(cut.token_ids) and stop not in llama.processor.decode(cut.token_ids[:-1])
 
 
-def test_a_stream_grows_to_the_answer(llama: LoadedModel) -> None:
+def test_a_stream_grows_to_the_answer(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(llama)
+    slow_down(engine, monkeypatch)  # a reader that gets no time on a busy machine sees fewer, longer pieces
     for seed in range(6):
         sampling = Sampling(max_new_tokens=40, temperature=1.0, seed=seed, stop=("ab", "1"))
         texts = list(engine.stream(ask("Go on.", 1), sampling))
         assert all(after.startswith(before) and after != before for before, after in pairwise(texts))
-        assert texts[-1] == one(engine, ask("Go on.", 1), sampling).text
+        assert "".join(texts[-1:]) == one(engine, ask("Go on.", 1), sampling).text
         assert not any(text.endswith("\ufffd") for text in texts)
     assert len(texts) > 3
 
@@ -347,10 +357,11 @@ def test_the_model_keeps_its_mode_and_its_dropout_is_off(llama: LoadedModel) -> 
     before = [module.training for module in llama.model.modules()]
     try:
         assert one(engine, ask("Mode?", 0), GREEDY) == expected
+        for _ in engine.stream(ask("Mode?", 0), GREEDY):
+            assert torch.is_grad_enabled()
+        assert [module.training for module in llama.model.modules()] == before
         stream = engine.stream(ask("Mode?", 0), GREEDY)
         next(stream)
-        assert [module.training for module in llama.model.modules()] == before
-        assert torch.is_grad_enabled()
         stream.close()
         assert [module.training for module in llama.model.modules()] == before
     finally:
@@ -366,3 +377,32 @@ def test_impossible_settings_are_refused(llama: LoadedModel) -> None:
     with pytest.raises(ConfigError, match="max_slots"):
         engine_of(llama, max_slots=0)
     assert engine.generate([], GREEDY) == [] and engine.score([]) == []
+
+
+def test_each_prompt_may_have_its_own_sampling(llama: LoadedModel) -> None:
+    engine = engine_of(llama)
+    prompts = [ask("One?", 0), ask("Two?", 1), ask("Three?", 0)]
+    each = [Sampling(max_new_tokens=5), Sampling(9, temperature=1.0, seed=4, n=2), Sampling(4, num_beams=2)]
+    found = engine.generate(prompts, each)
+    assert [len(answers) for answers in found] == [1, 2, 1]
+    for prompt, sampling, answers in zip(prompts, each, found, strict=True):
+        [alone] = engine.generate([prompt], sampling)
+        assert_same_answers(engine, [prompt] * len(answers), answers, alone, sampling)
+    with pytest.raises(ConfigError, match="2 sampling settings for 3 prompts"):
+        engine.generate(prompts, each[:2])
+
+
+def test_the_placeholder_is_never_part_of_an_answer(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(llama)
+    token = engine.processor.image_token_id
+    original = llama.model.lm_head.forward
+
+    def favoring(states: torch.Tensor) -> torch.Tensor:
+        logits = original(states)
+        logits[..., token] = 1e3
+        return logits
+
+    monkeypatch.setattr(llama.model.lm_head, "forward", favoring)
+    for sampling in (Sampling(6), Sampling(6, temperature=1.0, seed=1, n=4), Sampling(4, num_beams=2)):
+        for answer in engine.generate([ask("Draw.", 0)], sampling)[0]:
+            assert token not in answer.token_ids

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.generation import kv_cache
-from llava.generation.kv_cache import CapturedRow, Path, SlotCache, Stem, StepIndex, divided_paths
+from llava.generation import step_index
+from llava.generation.kv_cache import CapturedRow, Path, SlotCache, divided_paths
+from llava.generation.step_index import Stem, StepIndex
 
 QUERY_HEADS, HEADS, WIDTH, LAYERS = 4, 2, 8, 2
 
@@ -59,14 +60,14 @@ def step(cache: SlotCache, expected: list[Plain], generator: torch.Generator, wi
 
 
 @pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("min_saved", [0, kv_cache.MIN_SAVED])
+@pytest.mark.parametrize("min_saved", [0, step_index.MIN_SAVED])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_sequence_sees_exactly_its_own_past(
     seed: int, min_saved: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without a smallest saving, seven slots are attended to in up to four chunks.
-    monkeypatch.setattr(kv_cache, "MIN_SAVED", min_saved)
-    monkeypatch.setattr(kv_cache, "MIN_CHUNK", 2)
+    monkeypatch.setattr(step_index, "MIN_SAVED", min_saved)
+    monkeypatch.setattr(step_index, "MIN_CHUNK", 2)
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     cache = SlotCache(max_slots=7, max_length=300)
     expected: list[Plain] = []

@@ -13,6 +13,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GptOssConfig,
+    JetMoeConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -60,6 +61,29 @@ def test_models_with_given_positions_share(name: str, caplog: pytest.LogCaptureF
 def test_others_are_padded_and_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert choose_layout(INEXACT[name]) == "padded"
     assert INEXACT[name].model_type in caplog.text and "padded" in caplog.text
+
+
+@pytest.mark.parametrize("lm", ["llama", "mistral with a window", "gpt2, learned positions"])
+def test_models_that_decode_in_slots_share(lm: str) -> None:
+    assert choose_layout(EXACT[lm], decodes=True) == "tree"
+
+
+def test_a_model_that_attends_to_other_keys_than_it_caches_is_padded_for_answers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = JetMoeConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=8,
+        intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=300,
+    )
+    assert choose_layout(config) == "tree"
+    assert choose_layout(config, decodes=True) == "padded"
+    assert "jetmoe attends to other keys than it caches" in caplog.text
 
 
 def test_a_model_that_shares_wrongly_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

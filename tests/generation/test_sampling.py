@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava.generation import sampling
 from llava.generation.protocol import Sampling
 from llava.generation.sampling import TokenDraw, choose_tokens, logprobs_of
 
@@ -43,6 +45,27 @@ def test_top_p_keeps_the_fewest_that_reach_the_share() -> None:
     assert 1 < kept.sum() < VOCABULARY
     assert torch.allclose(frequencies(top_p=0.7), expected / expected.sum(), atol=0.015)
     assert torch.equal(frequencies(100, top_p=1e-6), torch.nn.functional.one_hot(LOGITS.argmax(), VOCABULARY).float())
+
+
+@pytest.mark.parametrize(("top_p", "num_kept"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4), (0.99, 4)])
+def test_a_share_that_is_reached_exactly_needs_no_further_token(top_p: float, num_kept: int) -> None:
+    rows = torch.tensor([0.0, 0.0, 0.0, 0.0]).expand(400, -1)  # four shares of exactly a quarter
+    assert set(choose_tokens(rows, [draw(0, top_p=top_p)] * 400)) == set(range(num_kept))
+
+
+class HighestNumber(TokenDraw):
+    """Draw of 1, as rounding may make the largest number below it."""
+
+    def number(self) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_the_highest_number_draws_a_token_that_is_possible(options: dict) -> None:
+    rows = torch.randn(200, 50, generator=torch.Generator().manual_seed(1))
+    rows[:, 40:] = -torch.inf
+    highest = HighestNumber(Sampling(seed=0, temperature=1.0, **options))
+    assert all(token < 40 for token in choose_tokens(rows, [highest] * 200))
 
 
 ROWS = st.lists(
@@ -90,3 +113,33 @@ def test_the_likeliest_token_is_the_first_of_equals_in_every_precision() -> None
     for precision in (torch.float32, torch.bfloat16, torch.float64):
         assert choose_tokens(logits.to(precision), [greedy, greedy]) == [1, 1]
     assert choose_tokens(logits[:, ::2], [greedy, greedy]) == [1, 1]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=3)])
+def test_some_ids_are_never_chosen(sampling: Sampling) -> None:
+    logits = torch.randn(64, 9, generator=torch.Generator().manual_seed(0))
+    logits[:, 4] = 30.0
+    draws = [TokenDraw(sampling, index) for index in range(64)]
+    assert set(choose_tokens(logits, draws)) == {4}
+    chosen = choose_tokens(logits, draws, never=(4, 99))
+    assert 4 not in chosen and len(set(chosen)) > 2
+    assert logits[:, 4].eq(30.0).all()
+
+
+def test_logprobs_may_be_those_of_the_distribution_that_is_sampled_from() -> None:
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    found = logprobs_of(logits, [1, 2, 3], [0, 2], temperatures=[0.5, 2.0], never=(4,))
+    kept = [0, 1, 2, 3, 5, 6, 7, 8]
+    wanted = [(logits[0, kept] / 0.5).log_softmax(-1)[1], (logits[2, kept] / 2.0).log_softmax(-1)[3]]
+    assert found == pytest.approx([float(value) for value in wanted], abs=1e-6)
+
+
+@pytest.mark.parametrize("levels", [7, 1000])
+def test_only_the_likeliest_are_sorted_as_all_are(levels: int) -> None:
+    """With few levels the smallest value that is kept has ties, which are decided by index."""
+    torch.manual_seed(levels)
+    values = torch.randint(0, levels, (3, 50)).float()
+    found = sampling._sorted(values, [4, 9, 2])
+    expected = values.sort(dim=-1, descending=True, stable=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours[:, :9], theirs[:, :9])

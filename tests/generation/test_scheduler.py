@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llava.generation.engine import LocalEngine
+from llava.generation.failures import is_out_of_memory
 from llava.generation.protocol import Sampling
-from llava.generation.scheduler import is_out_of_memory
 from llava.model.builder import LoadedModel
 from tests.support.generation_tools import ask, assert_same_answers, engine_of, mixed_prompts, one
 from tests.support.tiny import tiny_llava
@@ -84,7 +84,7 @@ def test_what_never_fits_is_an_error_and_the_rest_is_answered(
     monkeypatch.setattr(engine.scheduler.runner, "prefill", prefill)
     prompts = [ask("a?", 0), ask("b" * 200, 1), ask("c?", 0)]
     answers = [answer for [answer] in engine.generate(prompts, SAMPLING)]
-    assert [answer.finish for answer in answers] == ["length", "error", "stop"]
+    assert [answer.error is None for answer in answers] == [True, False, True]
     assert "out of memory" in str(answers[1].error)
     alone = one(engine_of(loaded), prompts[2], SAMPLING)
     assert_same_answers(engine, prompts[2:], answers[2:], [alone], SAMPLING)

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.conversation import TEMPLATES
 from llava.generation.protocol import Sampling
-from llava.generation.stopping import AnswerText, StopRule
+from llava.generation.stopping import AnswerText, StopRule, byte_token_ids
 from llava.model.builder import LoadedModel
+from llava.tokenization import token_id
+from tests.support.text_tools import llama_like
 from tests.support.tiny import tiny_llava
 
 RULE = StopRule(frozenset({0}), ("###", "\nab"), ("###", "\nab"), ("###", "Assistant:", "Human:"))
@@ -62,6 +65,13 @@ def test_a_character_is_shown_whole() -> None:
     assert AnswerText(RULE, of_bytes).final(torn) == "x"
 
 
+@pytest.mark.parametrize("stop", ["#é", "é€", "\n😀", "。。", "ab。", "###é"])
+def test_a_stop_string_of_several_bytes_a_character_is_never_shown(stop: str) -> None:
+    rule = StopRule(frozenset(), (stop,), (stop,), ())
+    answer, shown = generated(f"x{stop}y", rule)
+    assert answer == "x" and set(shown) == {"x"}
+
+
 PIECES = st.lists(
     st.sampled_from(["#", "##", "###", "\n", "ab", "a", " ", "Assistant:", "Ass", "Human:", "é", "😀", "\ufffd", "x"]),
     max_size=8,
@@ -87,6 +97,16 @@ def test_the_answer_is_what_the_template_parses(pieces: list[str]) -> None:
     assert rule.answer(text) == template.parse(text)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(["<0x04>", "<0xE2>", "<0x82>", "<0xAC>", "<0x0A>", "a", "####"]), max_size=12))
+def test_a_stream_of_byte_tokens_only_grows(pieces: list[str]) -> None:
+    tokenizer = llama_like()
+    ids = [token_id(tokenizer, piece) or 0 for piece in pieces]
+    answer = AnswerText(StopRule(frozenset(), (), (), (), byte_token_ids(tokenizer)), tokenizer.decode)
+    shown = [answer.so_far(ids[:end]) for end in range(1, len(ids) + 1)]
+    assert all(later.startswith(text) for text, later in pairwise([*shown, answer.final(ids)]))
+
+
 def test_text_is_decoded_only_when_it_is_read() -> None:
     calls: list[int] = []
 
@@ -108,5 +128,5 @@ def test_stop_strings_that_are_tokens_need_no_text() -> None:
     rule = StopRule.of(loaded.processor, Sampling(stop=("<|im_start|>", "End")))
     assert rule.token_ids == special_ids(loaded, "</s>", "<|im_end|>", "<|im_start|>")
     assert rule.watched == ("End",) and set(rule.texts) == {"<|im_end|>", "<|im_start|>", "End"}
-    loaded.processor.use_template("v0")
+    loaded = replace(loaded, processor=loaded.processor.changed(template="v0"))
     assert StopRule.of(loaded.processor, Sampling()).watched == ("###",)

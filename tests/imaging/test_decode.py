@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,3 +195,40 @@ def test_the_stored_form_is_read_from_the_header(tmp_path: Path) -> None:
         assert decode.stored_format(path.read_bytes()) == expected
     assert decode.stored_format(b"\0" * 128 + b"DICM") == "DICOM"
     assert decode.stored_format(b"no image") == "unknown"
+
+
+@pytest.fixture(params=["fifo", "folder", "socket", "device", "linked fifo", "linked device"])
+def special(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Return the path of a file that is not a regular one; reading from most of them would wait for ever."""
+    path = tmp_path / "x.png"
+    target = tmp_path / "target" if request.param.startswith("linked") else path
+    if "fifo" in request.param:
+        os.mkfifo(target)
+    elif request.param == "folder":
+        target.mkdir()
+    elif request.param == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(target))
+    else:
+        target = Path("/dev/zero")
+    if target != path:
+        path.symlink_to(target)
+    return target if request.param == "device" else path
+
+
+@pytest.mark.parametrize("reader", [decode.read_image_bytes, decode.load_image, decode.decode_image])
+def test_only_regular_files_are_read(special: Path, reader: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match="expected a regular file") as caught:
+        reader(special, None)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_any_size_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "x.png").open("wb") as stream:
+        stream.truncate(1 << 42)  # a sparse file, which takes no space
+    with pytest.raises(DataError, match="4398046511104 bytes, more than the limit"):
+        decode.load_image("x.png", tmp_path)
+    gradient("RGB").save(tmp_path / "y.png")
+    monkeypatch.setattr(decode, "MAX_BYTES", 10)
+    with pytest.raises(DataError, match="more than the limit of 10"):
+        decode.load_image("y.png", tmp_path)

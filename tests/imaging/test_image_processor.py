@@ -77,5 +77,4 @@ def test_others_keep_their_own_way() -> None:
     image = random_image("L", (40, 30), 0)
     plain = LlavaMedProcessor(TOKENIZER, KINDS["clip"](20), template="v1", num_image_tokens=4)
     assert torch.equal(processor.preprocess(image), -plain.preprocess(image))
-    processor.use_fast_jpeg(True)
-    assert processor._scale_of((9000, 9000)) == 1
+    assert processor.changed(fast_jpeg=True)._scale_of((9000, 9000)) == 1

@@ -141,12 +141,10 @@ def test_kept_with_the_processor_and_named_by_the_fingerprint(tmp_path: Path) ->
     fast.save_pretrained(tmp_path)
     again = LlavaMedProcessor.from_pretrained(tmp_path)
     assert again.fast_jpeg and again.image_fingerprint == fast.image_fingerprint
-    again.use_fast_jpeg(None)
-    assert again.fast_jpeg
-    again.use_fast_jpeg(False)
-    assert again.image_fingerprint == whole.image_fingerprint
+    assert again.changed(fast_jpeg=None).fast_jpeg
+    assert again.changed(fast_jpeg=False).image_fingerprint == whole.image_fingerprint
     with pytest.raises(ConfigError, match="fast_jpeg is 'yes'; expected true or false"):
-        again.use_fast_jpeg("yes")  # type: ignore[arg-type]
+        again.changed(fast_jpeg="yes")  # type: ignore[arg-type]
 
 
 def test_keys_never_mix(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ import pytest
 from llava import openai_api
 from llava.errors import ConfigError, DataError, GenerationError
 from llava.instruct import instruct_generate
-from llava.instruct.budget import Budget, Prices, estimate_tokens
 from llava.instruct.prompts import messages_for
-from llava.utils.jsonl import read_records
+from llava.utils.budget import Budget, Prices, estimate_tokens
+from llava.utils.json_rows import read_records
 from tests.support.fake_endpoint import KEY, FakeEndpoint, Fault, Message, environment, serve
 
 ROOT = Path(__file__).resolve().parents[2]

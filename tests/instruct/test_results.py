@@ -15,7 +15,7 @@ from llava.errors import DataError
 from llava.instruct.prompts import read_captions
 from llava.instruct.results import Results
 from llava.openai_transport import ApiFailure
-from llava.utils.jsonl import read_records
+from llava.utils.json_rows import read_records
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from llava.data.encode import Encoded, encode
-from llava.data.flat_batch import ImageBatch, Layout, batch_images, flatten, join_images, target_logits
+from llava.data.flat_batch import Layout, flatten, target_logits
+from llava.data.image_batch import ImageBatch, batch_images, join_images
 from llava.errors import ConfigError
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling

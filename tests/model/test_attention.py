@@ -20,7 +20,13 @@ from llava.constants import TREE_ATTENTION
 from llava.data.attention_plan import attention_plan
 from llava.data.flat_batch import FlatBatch, flatten, target_logits
 from llava.errors import ConfigError
-from llava.model.attention import attend_by_matmul, attend_by_pieces, tree_attention, use_tree_attention
+from llava.model.attention import (
+    attend_by_matmul,
+    attend_by_pieces,
+    flex_computes,
+    tree_attention,
+    use_tree_attention,
+)
 from llava.model.builder import LoadedModel
 from llava.model.config import LlavaMedConfig
 from llava.model.modeling import LlavaMedForConditionalGeneration
@@ -144,3 +150,11 @@ def test_no_mask_over_the_row_is_made(tiny: LoadedModel) -> None:
         target_logits(tiny.model, batch)
     assert largest.numel < batch.num_tokens**2 // 4
     assert largest.numel <= max(batch.num_tokens * 64, len(batch.predictor) * 262)
+
+
+@pytest.mark.parametrize(
+    ("device", "width", "dropout", "expected"),
+    [("cuda", 16, 0.0, True), ("cuda", 8, 0.0, False), ("cuda", 128, 0.1, False), ("cpu", 128, 0.0, False)],
+)
+def test_where_flex_attention_is_used(device: str, width: int, dropout: float, expected: bool) -> None:
+    assert flex_computes(device, width=width, dropout=dropout) is expected

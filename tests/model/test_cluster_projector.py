@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.fidelity.gradient_terms import gradient_terms
 from benchmarks.fidelity.images import GRADIENT_TOLERANCE, PIXEL_TOLERANCE
+from benchmarks.fidelity.ties import SwappedProjector, closest
 from llava.errors import ConfigError
 from llava.model.builder import build_model
 from llava.model.checkpoint.formats import Checkpoint
@@ -109,10 +110,12 @@ def test_values_and_gradients_of_the_original(shared: Path, name: str) -> None:
     }
     assert set(weights) == set(PUBLISHED_NAMES)
     projector.load_state_dict(weights)
+    features, recorded_out = (torch.from_numpy(arrays[f"{name}/{key}"]) for key in ("x", "out"))
+    projector = closest(projector, features, recorded_out)
     with gradient_terms(projector) as terms:
-        out = projector(torch.from_numpy(arrays[f"{name}/x"]))
+        out = projector(features)
         (out**2).sum().backward()
-    torch.testing.assert_close(out, torch.from_numpy(arrays[f"{name}/out"]), rtol=0, atol=PIXEL_TOLERANCE)
+    torch.testing.assert_close(out, recorded_out, rtol=0, atol=PIXEL_TOLERANCE)
     for key, parameter in projector.named_parameters():
         if f"{name}/grad_none/{key}" in arrays.files:
             assert parameter.grad is None
@@ -134,6 +137,31 @@ def test_terms_of_a_gradient_are_summed_without_their_signs() -> None:
     terms.clear()
     layer(inputs).sum().backward()
     assert not terms  # outside nothing is collected
+
+
+def test_equal_centers_are_one() -> None:
+    """Rounding may make any of equal centers the most similar one; patches join the first of them."""
+    projector = random_projector(2, num_centers=8)
+    assert projector.first_equal(4, torch.device("cpu")).tolist() == [0, 0, 2, 2, 4, 4, 6, 6]
+    assert projector.first_equal(8, torch.device("cpu")).tolist() == list(range(8))
+    assert projector.first_equal(20, torch.device("cpu")).tolist() == list(range(8))
+    similarity = torch.full((1, 8, 2), 0.5)
+    similarity[0, 3, 0] = similarity[0, 2, 1] = 0.6
+    assert projector.owners(torch.cat([similarity] * 2, dim=2)).tolist() == [[2, 2, 2, 2]]
+
+
+def test_a_swapped_tie_is_found() -> None:
+    projector = random_projector(3, num_centers=2)
+    features = torch.randn(1, 7, 6)
+    with torch.no_grad():
+        projector.sim_alpha.fill_(0.0)  # every similarity is equal, so every patch is tied
+        first = projector(features)
+        swapped = SwappedProjector(6, 8, num_centers=2)
+        swapped.load_state_dict(projector.state_dict())
+        swapped.swapped = ((0, 3), (0, 5))
+        recorded = swapped(features)
+        assert not torch.allclose(first, recorded, atol=1e-3)
+        torch.testing.assert_close(closest(projector, features, recorded)(features), recorded)
 
 
 def test_images_are_independent() -> None:

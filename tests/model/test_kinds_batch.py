@@ -18,6 +18,7 @@ from llava.model.checkpoint.export_hf import export_hf
 from llava.model.checkpoint.formats import KINDS, Checkpoint
 from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
+from llava.model.checkpoint.tools.convert import convert_checkpoint
 from llava.model.lora import add_lora, freeze_for
 from llava.samples import Conversation, Turn
 from tests.support.legacy_folders import write_legacy, write_lora, write_projector_only
@@ -67,6 +68,16 @@ def hf_llava(root: Path) -> LoadedModel:
     return load_checkpoint(root / "out")
 
 
+def hf_adapter(root: Path) -> LoadedModel:
+    loaded = ours(root)
+    network = add_lora(loaded, r=4, alpha=8)
+    freeze_for(network, has_adapter=True)
+    shake(trained(network))
+    save_adapter(network, loaded.processor, root / "lora", origin=loaded.origin)
+    convert_checkpoint(root / "lora", root / "peft", "peft")
+    return load_checkpoint(root / "peft" / "adapter")
+
+
 MAKERS: dict[str, Callable[[Path], LoadedModel]] = {
     "legacy, mlp, tower inside": legacy(),
     "legacy, bin shards, linear, tower beside": legacy(
@@ -86,6 +97,7 @@ MAKERS: dict[str, Callable[[Path], LoadedModel]] = {
     "adapter": lambda root: adapter(root, merge=True),
     "adapter, not merged": lambda root: adapter(root, merge=False),
     "hf_llava": hf_llava,
+    "hf_adapter": hf_adapter,
 }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from llava.errors import ConfigError
 from llava.model.builder import LoadedModel
-from llava.model.lora import add_lora, freeze_for, train_marker_rows, trainable_report
+from llava.model.lora import add_lora, freeze_for, language_linear_layers, train_marker_rows, trainable_report
 from llava.train.optimizer import parameter_groups
 from llava.train.specs import OptimizerSpec
 from tests.support.model_tools import batch
@@ -86,6 +86,16 @@ def test_adapter_sits_on_every_linear_layer_of_the_language_model_only(lm: str) 
     }
     assert adapted == expected
     assert len(adapted) == 2 * 7
+
+
+def test_a_head_inside_the_language_model_has_no_adapter() -> None:
+    layer = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("q_proj", "v_proj")})
+    inside = nn.ModuleDict({"layers": nn.ModuleList([layer]), "lm_head": nn.Linear(2, 2)})
+    network = nn.ModuleDict({"language_model": inside, "lm_head": nn.Linear(2, 2)})
+    pattern = language_linear_layers(network)
+    assert isinstance(pattern, str)
+    found = {name for name, _ in network.named_modules() if re.fullmatch(pattern, name)}
+    assert found == {f"language_model.layers.0.{name}" for name in ("q_proj", "v_proj")}
 
 
 def test_other_targets(tiny: LoadedModel) -> None:

@@ -29,7 +29,7 @@ def use_times(monkeypatch: pytest.MonkeyPatch, *, full: float, half: float) -> l
     """Set the seconds of products; return the list of measured dtypes."""
     measured: list[torch.dtype] = []
 
-    def seconds(dtype: torch.dtype, shape: ProductShape, device_type: str) -> float:
+    def seconds(dtype: torch.dtype, shape: ProductShape, device_type: str, *, backward: bool) -> float:
         measured.append(dtype)
         return full if dtype == torch.float32 else half
 
@@ -56,10 +56,56 @@ def test_a_process_measures_a_shape_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(measured) == 4
 
 
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [([9, 5, 3, 4], 3), ([1, 5, 3, 4], 3), ([1, 2, 8, 9], 2), ([9, 8, 7, 6], 6)]
+)
+def test_the_fastest_run_counts_but_the_first(
+    seconds: list[float], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = iter([tick for number, taken in enumerate(seconds) for tick in (100.0 * number, 100.0 * number + taken)])
+    monkeypatch.setattr(precision, "MIN_REPEATS", len(seconds))
+    monkeypatch.setattr(precision, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert precision.product_seconds(torch.float32, ProductShape(1, 1, 1), "cpu") == expected
+
+
 def test_measuring_keeps_the_number_of_threads() -> None:
     before = torch.get_num_threads()
     assert half_speedup(torch.bfloat16, ProductShape(2, 16, 16)) > 0
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"hidden_size": 300, "intermediate_size": 600}, (128, 300, 600)),
+        ({"text_config": {"hidden_size": 400, "intermediate_size": 900}}, (128, 400, 900)),
+        ({"hidden_size": 4096, "intermediate_size": 11008}, (128, 576, 1536)),
+        ({"hidden_size": 32, "intermediate_size": 64}, (128, 256, 512)),
+        ({}, (128, 576, 1536)),
+    ],
+)
+def test_training_is_decided_by_forward_and_backward_of_many_rows(
+    config: dict[str, Any], expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[ProductShape, bool]] = []
+
+    def seconds(dtype: torch.dtype, shape: ProductShape, device_type: str, *, backward: bool) -> float:
+        asked.append((shape, backward))
+        return SLOW if backward == (dtype == torch.float32) else FAST
+
+    monkeypatch.setattr(precision, "product_seconds", seconds)
+    assert precision.trains_faster_in_bf16(config, "cpu")
+    assert asked == [(ProductShape(*expected), True)] * 2
+    assert half_speedup(torch.bfloat16, product_shape(config)) < 1.0, "decoding is decided by a few rows forward"
+    assert asked[2:] == [(ProductShape(16, *expected[1:]), False)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_takes_longer_than_forward_alone(dtype: torch.dtype) -> None:
+    shape = ProductShape(128, 256, 512)
+    assert precision.product_seconds(dtype, shape, "cpu", backward=True) > precision.product_seconds(
+        dtype, shape, "cpu"
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.fidelity import __main__, texts
+from benchmarks.fidelity import __main__, floors, prompts
 from benchmarks.fidelity.folder import Differences, Line, Oracle, within
-from benchmarks.fidelity.published import is_shifted
 from llava.compat import COMPAT, compat_table, parse_compat
 from llava.conversation import TEMPLATES
 from llava.errors import ConfigError
@@ -36,7 +35,8 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_recorded_texts_and_images(shared: Path, folder: str) -> None:
     lines = list(__main__.checked(shared / "oracles" / folder, frozenset(COMPAT)))
-    assert not [line for line in lines if line.status == "FAIL"]
+    left_out = [f"recorded numbers of {name}" for name in floors.RECORDINGS[folder].floors if name in SLOW]
+    assert [line.quantity for line in lines if line.status == "FAIL"] == left_out
     assert all(line.note for line in lines if line.status == "skipped")
     assert sum(line.status == "ok" for line in lines) >= 2
 
@@ -77,7 +77,9 @@ def test_a_changed_label_and_a_changed_prompt_are_seen(shared: Path, tmp_path: P
     assert lines["prompts"].status == "FAIL" and "v1" in lines["prompts"].note
 
 
-def test_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    skipped = [Line("numbers", None, "skipped", "for a reason")]
+    monkeypatch.setattr(__main__, "CHECKS", {**__main__.CHECKS, "dpo.npz": lambda _: iter(skipped)})
     folder = tmp_path / "some"
     folder.mkdir()
     (folder / "dpo.npz").write_bytes(b"")
@@ -99,17 +101,26 @@ def test_differences() -> None:
     found.add([1.0, 2.0], np.array([1.0, 2.5]))
     found.add([], [])
     assert (found.largest, found.num_compared) == (0.5, 2)
-    assert within("q", found.largest, 0.5) == Line("q", 0.5, "ok")
+    assert within("q", found.largest, 0.5, count=2) == Line("q", 0.5, "ok", count=2)
+    assert found.line("q", 0.4) == Line("q", 0.5, "FAIL", "2 values", count=2)
     with pytest.raises(ValueError, match="shape"):
         found.add([1.0], [1.0, 2.0])
-    found.add([float("nan")], [1.0])
-    assert within("q", found.largest, 9.0).status == "FAIL"
 
 
-def test_shifted_labels() -> None:
-    assert is_shifted([-100, 5, 6, -100], [5, 5, -100, -100])
-    assert not is_shifted([-100, 5, 6, -100], [-100, -100, -100, -100])
-    assert not is_shifted([-100, 5, 6, 7, -100], [-100, -100, -100, 7, -100])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("side", [0, 1])
+def test_values_that_are_not_finite_fail_on_either_side(bad: float, side: int) -> None:
+    """A later difference does not hide them, and infinity on both sides is no agreement."""
+    for pair in ([[bad, 1.0], [1.0, 1.0]][:: 1 - 2 * side], [[bad, 1.0], [bad, 1.0]]):
+        found = Differences()
+        found.add(*pair)
+        found.add([1.0], [1.0])
+        assert found.line("q", 9.0).status == "FAIL"
+
+
+def test_a_comparison_of_nothing_fails() -> None:
+    assert Differences().line("q", 1.0).status == "FAIL"
+    assert within("q", 0.0, 1.0, count=0).status == "FAIL"
 
 
 def test_names() -> None:
@@ -163,6 +174,7 @@ TAMPERED: dict[str, tuple[str, Callable[[Path], None]]] = {
     "a label": ("spliced layout", lambda f: change_array(f / "forward.npz", "others/spliced_labels", (0, 160), 1)),
     "a loss": ("loss others", lambda f: change_json(f / "forward_meta.json", lambda m: m["others"].update(loss=9.0))),
     "an id": ("generated ids", lambda f: change_json(f / "generate.json", lambda c: c[0]["new_ids"].reverse())),
+    "a margin": ("margins", lambda f: change_json(f / "generate.json", lambda c: c[1].update(min_top2_margin=1.0))),
     "a prompt": ("generated ids", lambda f: change_json(f / "generate.json", lambda c: c[2]["input_ids"].pop())),
     "a pixel": ("preprocessing", lambda f: change_array(f / "image_preprocess.npz", "square/b.png", (0, 3, 4), 1e-4)),
 }
@@ -224,7 +236,8 @@ def test_a_conversation_is_read_out_of_its_prompts(shared: Path, tmp_path: Path)
     }
     folder = copy_of(shared, tmp_path / "x", "base_llm", "data.json")
     (folder / "prompts.json").write_text(json.dumps(records))
-    [line] = __main__.checked(folder, frozenset())
-    assert (line.status, line.note) == ("ok", "2 equal")
+    texts, settings = __main__.checked(folder, frozenset())
+    assert (texts.status, texts.note) == ("ok", "2 equal")
+    assert (settings.status, settings.count) == ("ok", 6)
     with pytest.raises(LookupError, match="two separators"):
-        texts.exchange([records["mpt"]])
+        prompts.exchange([records["mpt"]])

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.fidelity.published import counted_v0, is_shifted
+from benchmarks.fidelity.published import COUNTINGS, counted_chatml, counted_rounds, counted_v0
+from llava.chat_template import Segment
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
-from llava.conversation import Segment
 from llava.data.encode import encode, place_images, tokenize_segments
 from llava.processing import LlavaMedProcessor
 from llava.samples import Conversation
@@ -59,28 +59,26 @@ def test_rounds(template: str, num_turns: int, image: bool) -> None:
     text, ids, labels = rendered(conversation(num_turns, image=image), processor)
     split = "[/INST] " if "llama_2" in template else " ASSISTANT: "
     assert labels == by_rounds(text, ids, processor, split)
+    counted = counted_rounds(ids, text, lambda part: count(part, processor), split, later=0)
+    assert (counted.labels, counted.stop) == (labels, len(ids))
 
 
 @pytest.mark.parametrize("image", [False, True])
 @pytest.mark.parametrize("num_turns", range(1, 6))
 def test_chatml(num_turns: int, image: bool) -> None:
-    """The count is one off at both ends of an answer; ours is not (`shifted_labels`)."""
+    """Older releases count as we mask; LLaVA 1.2 counts one token too few in each round, and ignores the row."""
     processor = make_processor("byte level", template="mpt", num_image_tokens=1)
     text, ids, labels = rendered(conversation(num_turns, image=image), processor)
-    end, header = "<|im_end|>", "<|im_end|><|im_start|>assistant\n"
-    parts = text.split(end)
-    rounds = [end.join(parts[:3]), *(end.join(parts[at : at + 2]) for at in range(3, len(parts), 2))]
-    published, cursor = list(ids), 0
-    for part in rounds:
-        pieces = part.split(header)
-        if len(pieces) != 2:
-            break
-        asked = count(pieces[0] + header, processor) - 1
-        published[cursor : cursor + asked] = [IGNORE_INDEX] * asked
-        cursor += count(part, processor) + 1  # the end mark that closes the round
-        published[cursor - 1] = IGNORE_INDEX
-    published[cursor:] = [IGNORE_INDEX] * (len(published) - cursor)
-    assert is_shifted(labels, published) and labels != published
+    older, newer = (
+        counted_chatml(ids, text, lambda part: count(part, processor), counting, legacy=False) for counting in COUNTINGS
+    )
+    assert (older.labels, older.stop) == (labels, len(ids))
+    assert newer.stop == len(ids) - num_turns and newer.is_mismatch(len(ids), None, recorded=True)
+    assert newer.is_mismatch(len(ids), 10_000, recorded=False) and not newer.is_mismatch(len(ids), 10, recorded=True)
+    trained = [label != IGNORE_INDEX for label in labels]
+    off_by_one = [label != IGNORE_INDEX for label in newer.labels]
+    first, last = trained.index(True), len(trained) - 1 - trained[::-1].index(True)
+    assert off_by_one.index(True) == first - 1 and not off_by_one[last]
 
 
 @pytest.mark.parametrize("template", ["plain", "v0_plain"])

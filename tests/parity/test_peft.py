@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
 
 from llava.model.builder import LoadedModel
 from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_adapter, save_model
 from llava.model.lora import add_lora, freeze_for
+from tests.support.legacy_folders import write_lora
 from tests.support.model_tools import logits, shake, trained
-from tests.support.tiny import tiny_llava
+from tests.support.tiny import tiny_llava, write_tiny_lm
 
 
 def adapted(loaded: LoadedModel) -> torch.nn.Module:
@@ -56,3 +60,18 @@ def test_a_fresh_adapter_changes_nothing() -> None:
     expected = logits(loaded)
     add_lora(loaded).eval()
     assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.parametrize(("settings", "scale"), [({}, 8 / 4), ({"use_rslora": True}, 8 / 2)])
+def test_the_scale_of_a_legacy_adapter(tmp_path: Path, settings: dict[str, bool], scale: float) -> None:
+    """Rank-stabilized LoRA divides alpha by the root of the rank."""
+    write_tiny_lm(tmp_path / "lm", "llama")
+    folder = write_lora(tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+    before = load_file(tmp_path / "lm" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    after = load_checkpoint(folder, base=str(tmp_path / "lm")).model.model.language_model.layers[0].self_attn.q_proj
+    parts = load_file(folder / "adapter_model.safetensors")
+    place = "base_model.model.model.layers.0.self_attn.q_proj"
+    update = parts[f"{place}.lora_B.weight"] @ parts[f"{place}.lora_A.weight"]
+    torch.testing.assert_close(after.weight, before + scale * update, rtol=0, atol=1e-6)

@@ -20,7 +20,7 @@ What is not compared directly, and why:
 from __future__ import annotations
 
 import json
-from itertools import combinations
+import random
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ import pytest
 
 from benchmarks.fidelity.published import counted_v0
 from benchmarks.fidelity.texts import text_processor as oracle_processor
+from llava.chat_template import Segment
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
-from llava.conversation import Segment, get_template
+from llava.conversation import get_template
 from llava.data.encode import encode, tokenize_segments
+from llava.data.self_questioning import with_questions
 from llava.processing import LlavaMedProcessor
-from llava.samples import Conversation, Sample, Turn, from_row
+from llava.samples import Conversation, Sample, from_row
 from tests.support.text_tools import make_processor, talk, trained_text
 
 CHATML = ("mpt", "chatml_direct", "mistral_direct")
@@ -192,18 +194,11 @@ def test_stllava_med_trained_questions(shared: Path, rate: str) -> None:
     samples = read_samples(folder)
     for row, expected in load_json(folder / "preprocess.json")[f"v1_sq@sq_r={rate}"].items():
         sample = samples[row]
-        later = [i for i, turn in enumerate(sample.conversation.turns) if turn.role == "human" and i > 0]
         if row == "gpt_first":
             continue
-        numbers = {"0.0": [0], "0.5": range(len(later) + 1), "1.0": [len(later) if sample.images else 0]}[rate]
-        choices = [set(choice) for number in numbers for choice in combinations(later, number)]
-        ours = [ids_and_labels(ask(sample.conversation, choice), processor) for choice in choices]
-        assert (expected["input_ids"], expected["labels"]) in ours, row
-
-
-def ask(conversation: Conversation, trained: set[int]) -> Conversation:
-    turns = [Turn(turn.role, turn.text, True if i in trained else None) for i, turn in enumerate(conversation.turns)]
-    return Conversation(tuple(turns))
+        draw = random.Random(expected["seed"]).random  # the original draws from Python's stream, seeded for each row
+        asked = with_questions(sample.conversation, rate=float(rate), draw=draw, has_image=bool(sample.images))
+        assert ids_and_labels(asked, processor) == (expected["input_ids"], expected["labels"]), row
 
 
 MED_CASES = {

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from llava.quickstart import forecast, machine, pretrained, run
-from llava.quickstart.forecast import SIZES, choose_size, stage_seconds
+from llava.errors import ConfigError
+from llava.model.packaged import pretrained
+from llava.quickstart import forecast, machine, run
+from llava.quickstart.forecast import SIZES, Size, choose_size, stage_seconds, with_size
 from llava.quickstart.machine import Machine
 from llava.quickstart.settings import AUTO, GIVEN, QuickstartSettings, parse_settings
 from llava.quickstart.stages import STAGES
 from llava.quickstart.work import LanguageShape, TowerShape, drawn, language_shape, rows_in, rows_of, tower_shape
+from llava.utils.files import CACHE_VARIABLE
 from tests.support.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
 FAST, SLOW = Machine("cpu", 2, 300.0, 2000.0), Machine("cpu", 2, 20.0, 2.0)
@@ -38,6 +41,8 @@ def test_a_slow_machine_gets_a_smaller_size_with_a_reason() -> None:
     assert "it fits" in why_large and "none fits" in why_small and "medium (360 drawings)" in why_small
     # The proof does not get smaller: as many unseen drawings.
     assert large.num_test == small.num_test >= 50
+    middle, why_middle = choose_size(UNFITTED, Machine("cpu", 2, 150.0, 2.0), LanguageShape(), TowerShape())
+    assert middle.size == "medium" and "it fits into 11.0 min" in why_middle
     assert total(small, SLOW) < total(replace(small, size=GIVEN, num_train=480), SLOW)
 
 
@@ -58,10 +63,13 @@ def test_what_the_user_gives_is_never_changed() -> None:
 def test_the_forecast_scales_with_speed_and_work() -> None:
     settings = replace(UNFITTED, size=GIVEN)
     first = stage_seconds(settings, SLOW, LanguageShape(), TowerShape(), rows_of(settings))
-    fixed = forecast.FIXED_SECONDS
-    faster = stage_seconds(settings, replace(SLOW, float32=40.0), LanguageShape(), TowerShape(), rows_of(settings))
-    for name in ("before", "align", "tune", "after"):
-        assert faster[name] - fixed[name] == pytest.approx((first[name] - fixed[name]) / 2)
+    faster, fastest = (
+        stage_seconds(settings, replace(SLOW, float32=rate), LanguageShape(), TowerShape(), rows_of(settings))
+        for rate in (40.0, 80.0)
+    )
+    for name in ("before", "align", "tune", "after"):  # only the seconds of matrix products shrink
+        assert first[name] - faster[name] == pytest.approx(2 * (faster[name] - fastest[name]))
+        assert fastest[name] > forecast.FIXED_SECONDS[name]
     assert list(first) == list(STAGES) and faster["data"] == first["data"]
     assert total(settings, SLOW, language=replace(LanguageShape(), layers=60)) > 1.8 * total(settings, SLOW)
     assert total(settings, SLOW, tower=TowerShape(tokens=256)) > 1.5 * total(settings, SLOW)
@@ -99,7 +107,7 @@ def test_a_part_that_is_not_here_is_named(tmp_path: Path) -> None:
 
 def test_parts_in_the_cache_take_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "measure_machine", lambda *_: SLOW)
-    monkeypatch.setenv(pretrained.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     assert forecast.new_plan(UNFITTED)[1].seconds["parts"] == forecast.FIXED_SECONDS["parts"] > 0
     for source, name in (
         (pretrained.SMOLLM2, pretrained.LANGUAGE_NAME),
@@ -121,6 +129,26 @@ def test_a_resumed_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.Monkey
     run.claim_folder(resumed, restart=False)
     restarted, _ = forecast.planned(settings, restart=True)
     assert restarted.size == "full"
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
+@pytest.mark.parametrize("with_plan", [True, False])
+def test_a_given_number_that_equals_that_of_the_run_resumes_it(
+    tmp_path: Path, size: Size, with_plan: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = with_size(replace(UNFITTED, out=tmp_path / "run"), size)
+    monkeypatch.setattr(machine, "measure_machine", lambda *_: FAST)
+    run.claim_folder(begun, restart=False)
+    if with_plan:
+        forecast.new_plan(begun)[1].write(begun.out)
+    given = QuickstartSettings(tmp_path / "run", num_train=size.num_train)
+    assert given.size == GIVEN
+    resumed, _ = forecast.planned(given, restart=False)
+    assert resumed == begun
+    run.claim_folder(resumed, restart=False)
+    other, _ = forecast.planned(replace(given, num_train=size.num_train + 1), restart=False)
+    with pytest.raises(ConfigError, match=r"other .*num_train"):
+        run.claim_folder(other, restart=False)
 
 
 def test_measured_rates_are_numbers() -> None:

@@ -72,6 +72,12 @@ def test_a_run_about_fewer_questions_is_compared_on_these() -> None:
     assert "(30 questions)" in text and text.count("questions)") == 1
 
 
+def test_a_type_that_a_run_was_not_asked_about() -> None:
+    before = [item for item in items(0.0) if item.types == ("stain",)]
+    result = report.compare_runs({"after": items(0.6), "after_blank": items(0.2), "before": before})
+    assert report.type_rows(result) == [["presence", "60", "20", "-"], ["stain", "60", "20", "0"]]
+
+
 @pytest.mark.parametrize(("after", "blank", "passed"), [(0.9, 0.3, True), (0.9, 0.85, False), (0.35, 0.0, False)])
 def test_the_claim_needs_both_controls(after: float, blank: float, passed: bool) -> None:
     result = compared(after, blank)

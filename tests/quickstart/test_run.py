@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava.errors import ConfigError, DataError
-from llava.quickstart import run, settings
+from llava.quickstart import command, run, settings
+from llava.quickstart.machine import Machine
 from llava.quickstart.settings import QuickstartSettings
 from llava.quickstart.stages import STAGES, Context, Facts
 
@@ -57,6 +58,38 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path: Path, restart: bo
     with pytest.raises(ConfigError, match="files that are not"):
         run.claim_folder(QuickstartSettings(tmp_path), restart=restart)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+FOREIGN = [
+    "{}",
+    "[1, 2]",
+    "7",
+    "not JSON",
+    '{"theme": "dark"}',
+    '{"seed": 1, "num_train": 2, "num_test": 3, "other": 4}',
+]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("text", FOREIGN)
+def test_settings_of_another_program_are_never_touched(
+    tmp_path: Path, text: str, restart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava.quickstart.machine.measure_machine", lambda *_: Machine("cpu", 1, 10.0, 10.0))
+    for name in ("settings.json", "plan.json"):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match="holds files that are not a quickstart run"):
+        command.main(["--out", str(tmp_path), *(["--restart"] if restart else [])])
+    files = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert files == {"settings.json": text, "plan.json": text}
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "[1]", "7", "not JSON", '{"machine": "x", "reason": "y"}'])
+def test_a_plan_of_another_program_is_one_line(tmp_path: Path, text: str) -> None:
+    run.claim_folder(QuickstartSettings(tmp_path / "run"), restart=False)
+    (tmp_path / "run" / "plan.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"plan\.json is not the plan of a quickstart run"):
+        command.main(["--out", str(tmp_path / "run"), "--num-train", "480"])
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.quickstart import run, stages
+from llava.quickstart import command, stages
 from llava.quickstart.forecast import SPARE_TOKENS
 from llava.quickstart.settings import QuickstartSettings
 from llava.serve import cli
@@ -40,7 +40,7 @@ def arguments(folder: Path) -> list[str]:
 
 
 def test_every_stage_with_tiny_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run.main(arguments(folder))
+    command.main(arguments(folder))
     first = capsys.readouterr().out
     out = folder / "o"
     assert "page:" in first and "llava chat --model" in first and "done before" not in first
@@ -54,7 +54,7 @@ def test_every_stage_with_tiny_parts(folder: Path, capsys: pytest.CaptureFixture
     assert text.count('class="case"') == 3 and text.count("data:image/png") == 2
     assert not list(out.glob("*/checkpoint-*"))
 
-    run.main(arguments(folder))
+    command.main(arguments(folder))
     second = capsys.readouterr().out
     assert second.count("done before") == len(stages.STAGES)
 

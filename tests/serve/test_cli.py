@@ -93,6 +93,16 @@ def test_both_spellings_of_the_options() -> None:
     assert (args.model, args.image, args.max_new_tokens) == ("m", "i", 7)
 
 
+def test_options_of_the_original_command() -> None:
+    words = (
+        "--model-path m --model-base b --image-file i --device cpu --conv-mode v1 --temperature 0.2 --load-8bit --debug"
+    )
+    args = make_parser().parse_args(words.split())
+    assert (args.model, args.model_base, args.conv_mode, args.bits) == ("m", "b", "v1", 8)
+    old = make_parser().parse_args(["--model-name", "m", "--num-gpus", "1", "--conv-template", "v1"])
+    assert (old.model, old.conv_mode, old.bits, old.num_gpus) == ("m", "v1", 16, 1)
+
+
 @pytest.mark.parametrize("name", ["foo", "nn"])
 def test_an_unknown_precision_is_a_usage_error(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.fidelity.answers import MARGIN
-from llava.data.flat_batch import batch_images
+from llava.data.image_batch import batch_images
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Completion, Prompt, Sampling
 from llava.generation.sampling import TokenDraw
@@ -107,3 +110,14 @@ def assert_tie(
         borders = (logits / sampling.temperature).softmax(-1).cumsum(-1)[tokens[0] : tokens[1]]
         gap, margin = float((borders - number).abs().max()), DRAW_MARGIN
     assert gap < margin, f"token {place} is not a tie: {found} {wanted}, {gap:.1e} apart"
+
+
+def slow_down(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.005) -> None:
+    """Let every decoding step take some time, in which other threads run."""
+    decode = engine.scheduler.runner.decode
+
+    def slow(token_ids: Sequence[int]) -> Tensor:
+        time.sleep(seconds)
+        return decode(token_ids)
+
+    monkeypatch.setattr(engine.scheduler.runner, "decode", slow)

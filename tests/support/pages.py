@@ -1,4 +1,4 @@
-"""The five HTML pages, written with markup in every text that comes from data, answers or file names."""
+"""The HTML pages, written with markup in every text that comes from data, answers or file names."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from llava.data import show
 from llava.data.check.page import write_page as write_check_page
 from llava.data.check.report import check_file
 from llava.data.check.tokens import TokenBudget
+from llava.data.check.vocabulary import MIN_ROWS
 from llava.eval.judge.page import write_scores_page
 from llava.eval.judge.scores import Rated
 from llava.eval.judge.summary import MEASURES
 from llava.eval.medvqa.items import ScoredItem
 from llava.eval.medvqa.page import write_page as write_evaluation_page
 from llava.quickstart.report import write_page as write_quickstart_page
+from llava.symbolic.rules import load_rules
+from llava.symbolic.show import write_page as write_rules_page
+from llava.train.rollout.page import write_page as write_rollouts_page
 from tests.support.check_files import row, write_rows
 
 ESTIMATE = {"value": 50.0, "low": 25.0, "high": 75.0, "num_items": 4}
@@ -99,9 +103,9 @@ def check_page(folder: Path, mark: Marks) -> Path:
     names = [IMAGE, f"other {IMAGE}"]
     images = write_images(folder / "images", names)
     (images / names[1]).write_bytes((images / names[0]).read_bytes())
-    train = write_rows(
-        folder / "train<script>.json", [row(n, name, modality=mark(f"class-{n}")) for n, name in enumerate(names)]
-    )
+    classes = [mark(f"class-{n}") for n in range(len(names))]
+    rows = [row(n, name, modality=classes[n]) for n, name in enumerate(names) for _ in range(MIN_ROWS)]
+    train = write_rows(folder / "train<script>.json", rows)
     test = write_rows(folder / "test<script>.json", [row(9, names[0], modality="x")])
     report = check_file(train, images=images, against=test)
     report.tokens = TokenBudget(mark("model"), *[1] * 9)
@@ -150,10 +154,65 @@ def row_page(folder: Path, mark: Marks) -> Path:
     return folder / "page.html"
 
 
+def rules_page(folder: Path, mark: Marks) -> Path:
+    """Write the page of `llava rules show`."""
+    values = [mark("value"), "b"]
+    said = {values[0]: {"train": [mark("answer")], "test": ["x"]}, "b": {"train": ["b"], "test": ["is b"]}}
+    nodes = [{"id": id, "values": values, "extract": [{"value": "b", "any": ["b"]}]} for id in ("first", "second")]
+    phrases = {
+        "provenance": {"model": "m", "prompt_sha256": "0", "date": "d"},
+        "questions": {
+            id: {"train": [mark(f"question-{id}")], "test": [mark(f"test-{id}")]} for id in ("first", "second")
+        },
+        "answers": {"first": said, "second": said},
+    }
+    (folder / "phrases.yaml").write_text(json.dumps(phrases))
+    rules = {
+        "schema": "llava.rules/v1",
+        "id": "rules",
+        "version": mark("version"),
+        "specialty": mark("specialty"),
+        "nodes": nodes,
+        "profiles": {mark("profile"): {"first": values[0], "second": "b"}, "B": {"first": "b", "second": values[0]}},
+        "dialogue": {"phrases": "phrases.yaml"},
+    }
+    (folder / "rules.yaml").write_text(json.dumps(rules))
+    write_rules_page(load_rules(folder / "rules.yaml"), folder / "page.html")
+    return folder / "page.html"
+
+
+def rollouts_page(folder: Path, mark: Marks) -> Path:
+    """Write the page of `llava rules rollouts`."""
+    node = mark("node")
+    row = {
+        "step": 1,
+        "case": mark("case"),
+        "image": IMAGE,
+        "group": 0,
+        "sample": 0,
+        "style": mark("style"),
+        "asked": [node],
+        "truth": {node: mark("truth")},
+        "answers": [mark("answer")],
+        "values": [mark("value")],
+        "finishes": ["length"],
+        "turns": [0.5],
+        "total": 0.5,
+        "raw": 0.5,
+        "violations": [mark("rule")],
+        "dropped": True,
+    }
+    images = write_images(folder / "images", [IMAGE])
+    write_rollouts_page(folder / "page.html", [row], image_folder=str(images))
+    return folder / "page.html"
+
+
 PAGES: dict[str, Callable[[Path, Marks], Path]] = {
     "evaluation": evaluation_page,
     "judge": judge_page,
     "check": check_page,
     "quickstart": quickstart_page,
     "row": row_page,
+    "rules": rules_page,
+    "rollouts": rollouts_page,
 }

@@ -6,6 +6,7 @@ second instead of an import, and none of them inherits the state of the test pro
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -25,6 +26,7 @@ def free_port() -> int:
 
 
 def _enter(place: tuple[int, int, int], pipe: Connection, job: Callable[..., Any], args: Any) -> None:
+    gc.freeze()  # what the fork server imported
     rank, world_size, port = place
     import torch
 

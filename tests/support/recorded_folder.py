@@ -128,6 +128,15 @@ def _generated(folder: Path, loaded: LoadedModel, row: dict[str, Any]) -> dict[s
     pixels = _pixels(folder, row, loaded)
     images = {"pixel_values": torch.stack(pixels)} if pixels else {}
     with torch.no_grad():
-        out = loaded.model.generate(input_ids=torch.tensor([ids]), do_sample=False, max_new_tokens=NUM_NEW, **images)
-    new = out[0, len(ids) :].tolist()
-    return {"id": row["id"], "prompt": text, "input_ids": given, "new_ids": new, "min_top2_margin": 1.0}
+        out = loaded.model.generate(
+            input_ids=torch.tensor([ids]),
+            do_sample=False,
+            max_new_tokens=NUM_NEW,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **images,
+        )
+    new = out.sequences[0, len(ids) :].tolist()
+    # The last row of the vocabulary is our placeholder, which an original lacks.
+    margins = [float(best[0] - best[1]) for best in (scores[0, :-1].topk(2).values for scores in out.logits)]
+    return {"id": row["id"], "prompt": text, "input_ids": given, "new_ids": new, "min_top2_margin": min(margins)}

@@ -92,6 +92,16 @@ def train(argv: list[str]) -> None:
     run_sft(argv, image_grouping="off")
 
 
+def train_published(argv: list[str], log: Path) -> None:
+    """Run `train_mem.py` with both output streams at the end of a file, as a job."""
+    from llava.train.train_mem import main
+
+    with log.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    main(argv)
+
+
 def train_until_killed(argv: list[str], step: int) -> None:
     """Run a training that SIGKILL ends after the metrics line of a step, as a job."""
     from llava.train.callbacks import MetricsCallback

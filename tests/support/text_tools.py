@@ -58,10 +58,10 @@ KINDS: dict[str, Any] = {
 }
 
 
-def write_processor(path: Path) -> Path:
+def write_processor(path: Path, template: str = "v1") -> Path:
     """Write a folder with a processor for text and images, as in a model folder."""
     clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    LlavaMedProcessor(llama_like(), clip, template="v1", num_image_tokens=4).save_pretrained(path)
+    LlavaMedProcessor(llama_like(), clip, template=template, num_image_tokens=4).save_pretrained(path)
     return path
 
 

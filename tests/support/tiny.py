@@ -62,9 +62,9 @@ def write_tiny_lm(path: Path, lm: str = "llama", *, tie: bool = False, seed: int
     tokenizer = byte_tokenizer()
     config_class, extra = LANGUAGE_MODELS[lm]
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes["max_position_embeddings"] = 2048
     config = config_class(
         vocab_size=len(tokenizer),
-        max_position_embeddings=2048,
         tie_word_embeddings=tie,
         bos_token_id=1,
         eos_token_id=2,
@@ -101,7 +101,7 @@ def tiny_llava(
     build_size: int | None = None,
     tie: bool = False,
     seed: int = 0,
-    lm_sizes: dict[str, int] | None = None,
+    lm_sizes: dict[str, Any] | None = None,
     **options: Any,
 ) -> LoadedModel:
     """Return a random model with four image tokens.

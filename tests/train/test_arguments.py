@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from dataclasses import FrozenInstanceError, fields
@@ -15,6 +16,7 @@ from llava.errors import ConfigError
 from llava.train import parsing
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 from llava.train.callbacks import row_ids_file
+from llava.train.preference_args import PreferenceArguments
 from llava.utils.cli import flag
 
 OUR_OPTIONS = """
@@ -23,13 +25,19 @@ early_stopping_patience eval_answers fast_jpeg
 eval_data_path eval_image_folder evaluation_strategy feature_cache_dir feature_cache_gb force_fsdp freeze_backbone
 freeze_mm_mlp_adapter fsdp_transformer_layer_cls_to_wrap group_by_length group_by_modality_length image_aspect_ratio
 image_counts_as_one image_folder image_grid_pinpoints image_grouping image_size is_multimodal lazy_preprocess
-log_row_ids lora_alpha
-lora_bias lora_dropout lora_enable lora_r lora_weight_path loss_normalization max_tokens_per_row mm_cluster_iters
+loader log_lines log_row_ids lora_target_modules use_rslora use_dora init_lora_weights modules_to_save lora_alpha
+lora_bias lora_dropout lora_dropout_vit
+lora_enable lora_r lora_weight_path loss_normalization max_tokens_per_row mm_cluster_iters
 mm_cluster_num_centers mm_patch_merge_type mm_projector_lr mm_projector_type mm_use_im_patch_token mm_use_im_start_end
 mm_vision_select_feature mm_vision_select_layer mm_vision_tower_lr model_max_length model_name_or_path mpt_attn_impl
-overwrite_output_dir prefix_sharing pretrain_mm_mlp_adapter quant_type questions_per_image skip_bad system_file
-tune_mm_mlp_adapter unfreeze_mm_vision_tower version vision_tower vision_tower_checkpoint vision_tower_config
-vision_tower_lr warmup_ratio
+overwrite_output_dir prefix_sharing pretrain_mm_mlp_adapter quant_type questions_per_image save_on_signal skip_bad
+system_file
+train_empty_answers trust_checkpoint tune_mm_mlp_adapter unfreeze_mm_vision_tower version vision_tower
+vision_tower_checkpoint vision_tower_config vision_tower_lr warmup_ratio
+anchor_delta attn_implementation beta data_aug disable_dropout eval_vqa_path
+image_negative kto_weights label_smoothing lora_alpha_vit lora_r_vit loss_alpha num_latents objective
+orpo_lambda pref_loss pref_loss_weights pretrain_lora qav_loss ref_logprobs ref_mode simpo_gamma sq_r vit_lora_enable
+image_to_caption_file plugin reward_centering
 """
 """Every option of this package; removing a name from this list breaks existing command lines."""
 
@@ -43,7 +51,8 @@ PUBLISHED = """
 --per_device_train_batch_size --per_device_eval_batch_size --gradient_accumulation_steps --evaluation_strategy
 --save_strategy --save_steps --save_total_limit --learning_rate --weight_decay --warmup_ratio --lr_scheduler_type
 --logging_steps --fsdp --fsdp_transformer_layer_cls_to_wrap --gradient_checkpointing --dataloader_num_workers
---report_to --deepspeed --local_rank --overwrite_output_dir --seed --max_steps --run_name
+--report_to --deepspeed --local_rank --overwrite_output_dir --seed --max_steps --run_name --vision_tower_lr --data_aug
+--vit_lora_enable --lora_r_vit --lora_alpha_vit --num_latents --pretrain_lora --sq_r --qav_loss --loss_alpha
 """
 """Options of the training commands that the original trainers print or describe."""
 
@@ -60,7 +69,8 @@ def parse(tmp_path: Path, *words: str) -> Any:
 
 def test_own_options() -> None:
     library = {field.name for field in fields(TrainingArguments)}
-    ours = {f.name for part in (ModelArguments, DataArguments, LlavaTrainingArguments) for f in fields(part) if f.init}
+    parts = (ModelArguments, DataArguments, LlavaTrainingArguments, PreferenceArguments)
+    ours = {f.name for part in parts for f in fields(part) if f.init}
     missing = set(OUR_OPTIONS.split()) - ours
     assert not missing
     assert not ours - library - set(OUR_OPTIONS.split())
@@ -68,7 +78,7 @@ def test_own_options() -> None:
 
 def test_published_options() -> None:
     assert not set(PUBLISHED.split()) - options() - {"--local_rank", "--local-rank"}
-    assert all(help_of(part) for part in (ModelArguments, DataArguments))
+    assert all(help_of(part) for part in (ModelArguments, DataArguments, PreferenceArguments))
 
 
 def help_of(part: Any) -> bool:
@@ -164,6 +174,7 @@ def test_wandb_without_login_is_offline(
         (["--include_num_input_tokens_seen", "True"], "--include-num-input-tokens-seen True is not supported"),
         (["--max_tokens_per_row", "0"], "--max-tokens-per-row is 0; expected at least 1"),
         (["--system_file", "nope"], "--system-file nope: no such file"),
+        (["--system_file", "."], "--system-file .: no such file"),
         (["--deepspeed", "nope.json"], "--deepspeed nope.json: no such file"),
         (["--deepspeed", "{bad"], r"--deepspeed {bad: not JSON \(.*; expected a JSON object"),
         (["--lr_scheduler_kwargs", "{bad"], "--lr-scheduler-kwargs {bad: not JSON"),
@@ -211,11 +222,11 @@ def test_unknown_options_end_the_program(tmp_path: Path) -> None:
 
 
 def test_compatibility_names_are_options(tmp_path: Path) -> None:
-    _, data, training = parse(tmp_path)
+    _, data, training, *_ = parse(tmp_path)
     assert (training.loss_normalization, data.image_counts_as_one) == ("tokens", False)
-    _, data, training = parse(tmp_path, "--compat", "micro_batch_loss")
+    _, data, training, *_ = parse(tmp_path, "--compat", "micro_batch_loss")
     assert (training.loss_normalization, data.image_counts_as_one) == ("micro_batches", False)
-    _, data, training = parse(tmp_path, "--compat", "all")
+    _, data, training, *_ = parse(tmp_path, "--compat", "all")
     assert (training.loss_normalization, data.image_counts_as_one) == ("micro_batches", True)
     for wrong in ("nonsense", "cut_prompt"):
         with pytest.raises(ConfigError, match=wrong):
@@ -251,3 +262,28 @@ def test_held_out_rows_use_the_training_folder_by_default(tmp_path: Path) -> Non
     assert (rows.image_folder, rows.explicit_folder) == ("images", None)
     assert rows.quarantine == tmp_path / "quarantine-eval.jsonl"
     assert parse(tmp_path).held_out_rows() is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--report_to", "tensorboard", "wandb"],
+        ["--report-to", "tensorboard,wandb"],
+        ["--report_to=tensorboard", "--report_to", "wandb"],
+        ["--report_to", "['tensorboard', 'wandb']"],
+        ["--report_to", "tensorboard", "none", "wandb", "wandb"],
+    ],
+)
+def test_several_reports_in_every_form(tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert parse(tmp_path, *words)[2].report_to == ["tensorboard", "wandb"]
+
+
+def test_deepspeed_without_a_launcher_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "zero2.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"--deepspeed needs a launcher; add --nproc N") as caught:
+        parse(tmp_path, "--deepspeed", str(tmp_path / "zero2.json"))
+    assert "\n" not in str(caught.value)

@@ -60,10 +60,9 @@ def test_fp16_rules_auto_out(parts: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert parse(parts, tmp_path, fp16=True) is False
 
 
-def test_another_word_is_refused(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
+def test_another_word_is_refused(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--bf16: expected True, False or auto, got 'automatic'"):
         parse(parts, tmp_path, bf16="automatic")
-    assert "expected True, False or auto, got 'automatic'" in capsys.readouterr().err
 
 
 def test_a_resume_keeps_what_the_run_chose(
@@ -142,3 +141,35 @@ def test_damaged_arguments_of_an_earlier_run_are_no_traceback(parts: Path, tmp_p
         return
     with pytest.raises(CheckpointError, match=r"resolved_arguments\.json"):
         parse(parts, tmp_path)
+
+
+HALF: list[dict[str, object]] = [
+    {"fp16": True},
+    {"fp16": True, "use_cpu": True},
+    {"fp16": True, "bf16": "auto"},
+    {"fp16": True, "bf16": False},
+    {"fp16": "true", "lora_enable": True, "lora_r": 2},
+]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="float16 is computed on an accelerator")
+@pytest.mark.parametrize("given", HALF, ids=str)
+def test_fp16_on_a_cpu_is_recorded_as_what_is_computed(
+    parts: Path, tmp_path: Path, given: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    log._SEEN.clear()
+    words = {"bf16": None, "max_steps": 1, **given}
+    run_sft(arguments(parts, tmp_path, **words))
+    assert [line for line in caplog.messages if "--fp16 True is ignored" in line] == [
+        "--fp16 True is ignored: float16 needs an accelerator, so this run computes in float32 on the CPU, and its "
+        "provenance says so; --bf16 auto uses bfloat16 where the CPU is faster with it"
+    ]
+    stored = json.loads((tmp_path / "resolved_arguments.json").read_text())["training"]
+    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    assert stored["fp16"] is False and stored["bf16"] is False
+    assert provenance["precision"] == "float32" and provenance["options"]["fp16"] is False
+
+
+def test_two_half_precisions_are_refused(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="At most one of fp16 and bf16"):
+        parsing.parse_training_args(arguments(parts, tmp_path, fp16=True, bf16=True))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.data import show
+from llava.data import show_command
 from llava.errors import ConfigError, DataError
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
@@ -150,10 +150,10 @@ def test_an_image_of_unsupported_shape_is_a_bad_row(
 def test_rows_are_shown_and_questions_answered(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(arguments(parts, tmp_path / "run", **TILES, max_steps=1))
     data, images = str(parts / "vqa" / "train.json"), str(parts / "vqa" / "images")
-    show.main([data, "--row", "1", "--model", str(tmp_path / "run"), "--image_folder", images])
+    show_command.main([data, "--row", "1", "--model", str(tmp_path / "run"), "--image_folder", images])
     expected = load_checkpoint(tmp_path / "run").processor.image_grid.count((60, 28))
     assert f"{expected} of images" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"--image[-_]folder"):
-        show.main([data, "--row", "1", "--model", str(tmp_path / "run")])
+        show_command.main([data, "--row", "1", "--model", str(tmp_path / "run")])
     image = str(parts / "vqa" / "images" / "1.png")
     chat(["--model", str(tmp_path / "run"), "--image", image, "--question", "What?", "--max-new-tokens", "2"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from llava.model.builder import LoadedModel
 from llava.train.objectives.sft import SFT
 from llava.train.parsing import parse_training_args
 from llava.train.run import make_objective, run_sft
+from llava.train.trainer import LlavaTrainer
 from tests.support.runs import arguments, losses, write_parts, write_uneven
 
 NUM_ROWS, SIZE = 7, 3
@@ -98,7 +100,7 @@ def test_a_runs_loss_differs_only_with_the_switch(tmp_path: Path) -> None:
 
 
 def test_only_our_placeholder_is_excluded(tiny: LoadedModel, tmp_path: Path) -> None:
-    _, _, args = parse_training_args([*arguments(tmp_path, tmp_path), "--loss_normalization", "micro_batches"])
+    args = parse_training_args([*arguments(tmp_path, tmp_path), "--loss_normalization", "micro_batches"]).training
     objective = make_objective(tiny, args)
     assert isinstance(objective, SFT)
     assert objective.without == tiny.processor.image_token_id
@@ -111,3 +113,13 @@ def test_only_our_placeholder_is_excluded(tiny: LoadedModel, tmp_path: Path) -> 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected tokens or micro_batches"):
         parse_training_args([*arguments(tmp_path, tmp_path), "--loss_normalization", "rows"])
+
+
+@pytest.mark.parametrize(("trained", "expected"), [([], 1.0), ([2.0, 1.0], 3.0), ([0.25], 1.0)])
+def test_a_step_counts_at_least_one_supervised_token(trained: list[float], expected: float) -> None:
+    """Without a trained token the loss is 0, not 0 / 0."""
+    objective = SimpleNamespace(denominators=("tokens",), count=lambda row: torch.tensor([row], dtype=torch.float64))
+    one_rank = SimpleNamespace(objective=objective, accelerator=SimpleNamespace(reduce=lambda count, reduction: count))
+    batches = [SimpleNamespace(rows=trained)]
+    count = LlavaTrainer._get_num_items_in_batch(one_rank, batches, torch.device("cpu"))  # type: ignore[arg-type]
+    assert count.tolist() == [expected]

@@ -39,6 +39,7 @@ def refused(parts: Path, tmp_path: Path, error: type[LlavaError], match: str, **
 def test_what_cannot_start_is_refused(parts: Path, tmp_path: Path) -> None:
     refused(parts, tmp_path, ConfigError, "Pass --vision-tower", vision_tower=None)
     refused(parts, tmp_path, ConfigError, "no such file", data_path=tmp_path / "none.json")
+    refused(parts, tmp_path, ConfigError, "no such file", data_path=tmp_path)
     refused(parts, tmp_path, CheckpointError, "no such folder", vision_tower=tmp_path / "none")
     refused(parts, tmp_path, ConfigError, "select_layer is -9", mm_vision_select_layer=-9)
     refused(parts, tmp_path, CheckpointError, "projector", pretrain_mm_mlp_adapter=parts / "lm")

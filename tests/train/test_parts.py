@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,23 @@ def test_stage_1_moves_projector_and_marker_rows(parts: Path, tied: Path, tmp_pa
     assert torch.equal(*tables) is tie
 
 
+def test_steps_without_an_image_move_the_projector_by_its_momentum(parts: Path, tmp_path: Path) -> None:
+    """One process does what several do, whose gradients are zero then and not absent."""
+    rows = json.loads((parts / "uneven.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps([rows[0], rows[2], rows[5]]))
+    options = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1, "save_strategy": "steps"}
+    options |= {"save_steps": 1, "lr_scheduler_type": "constant", "weight_decay": 0.0}
+    options |= {"data_path": tmp_path / "rows.json", "image_folder": parts / "images"}
+    train(arguments(parts, tmp_path / "run", **options))
+    steps = [saved(tmp_path / "run" / f"checkpoint-{step}") for step in (1, 2, 3)]
+    moved = [
+        [not torch.equal(after[name], before[name]) for name in before if "multi_modal_projector" in name]
+        for before, after in pairwise(steps)
+    ]
+    assert ["image" in rows[number] for number in (0, 2, 5)] == [True, False, False]
+    assert moved == [[True, True]] * 2  # weight and bias
+
+
 def groups_of(network: nn.Module, **options: Any) -> dict[str, tuple[float, float]]:
     """Learning rate and decay of every trained parameter."""
     args = LlavaTrainingArguments(output_dir="unused", learning_rate=1e-3, weight_decay=0.1, **options)
@@ -68,6 +86,32 @@ def test_every_part_has_its_learning_rate(tiny: LoadedModel) -> None:
     for name, (rate, decay) in found.items():
         assert rate == rates[part_of(name)]
         assert decay == (0.0 if name.endswith("bias") or "norm" in name else 0.1)
+
+
+@pytest.mark.parametrize("given", [
+    {"mm_projector_lr": 0.0},
+    {"mm_vision_tower_lr": 0.0},
+    {"vision_tower_lr": 0.0},
+    {"mm_projector_lr": 0.0, "mm_vision_tower_lr": 0.0},
+    {"mm_projector_lr": 0.0, "vision_tower_lr": 2e-3},
+])  # fmt: skip
+def test_a_learning_rate_of_zero_is_zero(tiny: LoadedModel, given: dict[str, float]) -> None:
+    lora.freeze_for(tiny.model, train_tower=True)
+    tower = given.get("vision_tower_lr", given.get("mm_vision_tower_lr", 1e-3))
+    rates = {"projector": given.get("mm_projector_lr", 1e-3), "tower": tower, "language": 1e-3}
+    assert all(rate == rates[part_of(name)] for name, (rate, _) in groups_of(tiny.model, **given).items())
+
+
+def test_a_projector_with_rate_zero_keeps_its_weights(parts: Path, tmp_path: Path) -> None:
+    for name, rate in (("zero", "0"), ("start", "0.0"), ("default", None)):
+        words = {"mm_projector_lr": rate, "max_steps": 2 if name != "start" else 1, "weight_decay": 0.1}
+        train(arguments(parts, tmp_path / name, **words))
+    zero, start, default = (
+        {key: tensor for key, tensor in saved(tmp_path / name).items() if "projector" in key}
+        for name in ("zero", "start", "default")
+    )
+    assert zero and all(torch.equal(zero[key], start[key]) for key in zero)
+    assert not all(torch.equal(zero[key], default[key]) for key in zero)
 
 
 def test_frozen_parts_are_in_no_group(tiny: LoadedModel) -> None:

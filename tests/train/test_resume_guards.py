@@ -25,8 +25,10 @@ def whole(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def interrupted(whole: Path, target: Path, *, after: int) -> Path:
-    """Return a copy of the run that ends after checkpoint number `after`."""
+    """Return a copy of the run that ends after checkpoint number `after`, without the files of its end."""
     shutil.copytree(whole, target)
+    (target / "trainer_state.json").unlink()
+    (target / "model.safetensors").unlink()
     for step in range(after + 1, 7):
         shutil.rmtree(target / f"checkpoint-{step}")
     return target
@@ -124,3 +126,9 @@ def test_grouping_by_image_depends_on_the_number_of_ranks() -> None:
     two = ImageGroupedSampler(groups, 4, questions_per_image=8, world_size=2)
     assert order_of(one) != order_of(two)
     assert order_of(RandomSampler(31, 8)) == order_of(RandomSampler(31, 4, world_size=2))
+
+
+def test_another_seed_is_refused(parts: Path, whole: Path, tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run", after=3)
+    with pytest.raises(ConfigError, match=r"cannot be resumed.*seed"):
+        train(arguments(parts, folder, **{**EVERY_STEP, "seed": 7}))

@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from llava.data.collator import Collator
+from llava.data.dataset import SFTDataset
 from llava.data.records import load_samples
 from llava.errors import DataError
 from llava.model.builder import LoadedModel
-from llava.train.validation import HeldOutAnswers, answer_score
+from llava.train.objectives.sft import SFT
+from llava.train.validation import HeldOutAnswers, HeldOutLoss, answer_score
 from tests.support.ranks import run_ranks
 from tests.support.runs import arguments, losses, train, write_parts
 from tests.support.tiny import write_tiny_vqa
@@ -43,6 +47,19 @@ def test_closed_questions(tiny: LoadedModel, tmp_path: Path) -> None:
     assert closed() == [False, True] * 6 and closed(answer_type=None) == [False, True] * 6
     with pytest.raises(DataError, match="'maybe' is unknown"):
         closed(answer_type="maybe")
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens(tiny: LoadedModel, tmp_path: Path) -> None:
+    folder, processor, objective = write_tiny_vqa(tmp_path), tiny.processor, SFT()
+    samples = load_samples(folder / "train.json")
+    dataset = SFTDataset(samples, processor, image_folder=folder / "images", max_length=2048)
+    collator = Collator(dataset, processor.image_token_id, processor.pad_token_id)
+    batches = [collator([(row, dataset[row])]).rows[0] for row in range(len(samples))]
+    with torch.no_grad():
+        total = sum(float(objective(tiny.model, batch, num_items=torch.ones(1)).loss) for batch in batches)
+    count = sum(float(objective.count(batch).sum()) for batch in batches)
+    found = [HeldOutLoss(collator, objective, batch_size=size)(tiny.model)["eval_loss"] for size in (1, 4, 12)]
+    assert count > len(batches) and found == pytest.approx([total / count] * 3, rel=1e-5)
 
 
 def test_rows_are_spread_over_file_and_ranks(tiny: LoadedModel, tmp_path: Path) -> None:

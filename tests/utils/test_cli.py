@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from llava.utils.cli import Parser, parse_bool, run_program
 
@@ -135,3 +136,11 @@ def test_what_the_system_refuses_is_one_line(
 def broken_connection() -> None:
     """A pipe that is not standard output."""
     raise BrokenPipeError
+
+
+def test_process_group_is_destroyed_at_the_end(tmp_path: Path) -> None:
+    def join() -> None:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+
+    run_program(join)
+    assert not dist.is_initialized()

@@ -6,7 +6,11 @@ import hashlib
 import re
 from pathlib import Path
 
+import pytest
+import torch
+
 from llava.utils import provenance
+from llava.utils.provenance import TensorHash
 
 
 def test_file_hash_is_sha256(tmp_path: Path) -> None:
@@ -38,3 +42,13 @@ def test_stamp(tmp_path: Path) -> None:
 def test_commit_is_a_hash_where_there_is_a_checkout() -> None:
     commit = provenance.git_commit()
     assert commit is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", commit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.uint8])
+def test_a_tensor_hash_is_that_of_texts_and_bytes_in_order(dtype: torch.dtype) -> None:
+    tensor = torch.arange(6).view(2, 3).to(dtype)
+    found = TensorHash("start")
+    found.add("a", tensor.t())
+    found.add("b", tensor[:0])
+    whole = b"starta" + bytes(tensor.t().contiguous().view(torch.uint8).flatten().tolist()) + b"b"
+    assert found.value() == hashlib.sha256(whole).hexdigest()

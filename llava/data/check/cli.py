@@ -8,7 +8,6 @@ findings name rows, rules and image files.
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,15 @@ from llava.data.check.row_index import as_array
 from llava.data.check.rows import view_row
 from llava.data.check.rules import FILE, RULES
 from llava.data.groups import GROUP_FIELDS
-from llava.data.records import file_text, form_of, stream_rows
 from llava.errors import ConfigError, DataError
 from llava.samples import to_row
 from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.files import refuse_overwriting
-from llava.utils.jsonl import open_atomic, write_json
+from llava.utils.json_rows import form_of, iter_rows
+from llava.utils.jsonl import file_text, open_atomic, write_json
+from llava.utils.plugins import add_plugin_option
+from llava.utils.terminal import write_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def write_fixed(report: CheckReport, path: Path) -> FixResult:
 def _kept(source: Path, dropped: np.ndarray[Any, np.dtype[np.bool_]]) -> Iterator[Any]:
     """Yield the remaining rows in normalized form."""
     row = -1
-    for row, value in stream_rows(source):
+    for row, value in iter_rows(source):
         if row < len(dropped) and not dropped[row]:
             yield _cleaned(value, row)
     if row + 1 != len(dropped):
@@ -77,9 +78,10 @@ def _dropped(report: CheckReport) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def _cleaned(value: Any, row: int) -> Any:
-    """Return a row in normalized form; rows of question files are returned unchanged."""
+    """Return a row in normalized form; those of other kinds are returned unchanged."""
     seen = view_row(value, row)
-    return value if seen.sample is None or seen.is_question else to_row(seen.sample)
+    is_other = seen.is_question or seen.pair is not None or seen.is_good is not None
+    return value if seen.sample is None or is_other else to_row(seen.sample)
 
 
 def make_parser() -> Parser:
@@ -107,6 +109,7 @@ def make_parser() -> Parser:
     parser.add_switch(
         "--mm_use_im_start_end", help="add start and end tokens around images, if --model does not define it"
     )
+    add_plugin_option(parser)
     return parser
 
 
@@ -166,18 +169,16 @@ def _count_tokens(args: Namespace, report: CheckReport) -> None:
 
 def _write(args: Namespace, report: CheckReport) -> None:
     """Write the summary and the requested files."""
-    sys.stdout.write(report_summary(report, strict=args.strict))
+    write_out(report_summary(report, strict=args.strict))
     if args.json:
         write_json(args.json, report_data(report, strict=args.strict))
-        sys.stdout.write(f"report: {args.json}\n")
+        write_out(f"report: {args.json}\n")
     if args.html:
         from llava.data.check.page import write_page
 
         write_page(args.html, report, strict=args.strict)
-        sys.stdout.write(f"page: {args.html}\n")
+        write_out(f"page: {args.html}\n")
     if args.fix:
         fixed = write_fixed(report, args.fix)
         rules = ", ".join(f"{rule} {count}" for rule, count in fixed.by_rule.items())
-        sys.stdout.write(
-            f"copy: {fixed.path}, {fixed.num_kept} rows; dropped {fixed.num_dropped} ({rules or 'none'})\n"
-        )
+        write_out(f"copy: {fixed.path}, {fixed.num_kept} rows; dropped {fixed.num_dropped} ({rules or 'none'})\n")

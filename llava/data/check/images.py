@@ -103,6 +103,8 @@ def inspect_image(name: str, root: Path) -> InspectedImage:
     """Read, decode and hash the image `name` in folder `root`."""
     try:
         data = decode.read_image_bytes(name, root)
+    except decode.IrregularFile as error:
+        return InspectedImage("image-broken", str(error))
     except DataError as error:
         return InspectedImage("image-missing", str(error))
     try:

@@ -15,12 +15,14 @@ import numpy as np
 from llava.data.check.images import ImageScan
 from llava.data.check.near_duplicates import find_near_duplicates
 from llava.data.check.overlap import find_leaks, find_repeated_rows, find_same_images, num_persons
+from llava.data.check.pairs import label_lines, pair_lines
 from llava.data.check.row_index import NameStore, RowIndex, as_array
 from llava.data.check.rules import AGAINST, FILE, NOT_TRAINABLE, RULES, CheckFinding, CheckFindings, RuleFindings
 from llava.data.check.scan import FileScan, scan_file
 from llava.data.check.tokens import TokenBudget
 from llava.data.groups import GROUP_FIELDS
 from llava.errors import DataError
+from llava.utils.terminal import visible
 
 
 @dataclass(slots=True)
@@ -91,7 +93,8 @@ def check_file(
     scans = []
     for file, part in enumerate([path] if against is None else [path, against]):
         root_number = int(file == AGAINST and _differ(roots[FILE], roots[AGAINST]))
-        index = RowIndex(group_fields, names, root=root_number, compares=against is not None)
+        opens = images is not None
+        index = RowIndex(group_fields, names, root=root_number, compares=against is not None, opens=opens)
         scans.append(scan_file(part, index, file, findings))
         find_repeated_rows(index, file, findings)
     image_scan = ImageScan([scan.index for scan in scans], names, roots)
@@ -148,6 +151,8 @@ def _file_data(scan: FileScan) -> dict[str, Any]:
         "questions_per_row": {str(number): count for number, count in sorted(scan.balance.turns.items())},
         "images_per_row": {str(number): count for number, count in sorted(scan.balance.images.items())},
         "classes": scan.balance.tables(),
+        "preferences": scan.lengths.table(),
+        "labels": scan.labels.table(),
     }
 
 
@@ -215,7 +220,7 @@ def report_summary(report: CheckReport, *, strict: bool) -> str:
             lines += _rule_lines(report, rule, file)
     status = report.exit_status(strict=strict)
     lines.append(f"result: {'errors' if report.findings.count('error') else 'no errors'}, exit status {status}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(visible, lines)) + "\n"
 
 
 def _facts(report: CheckReport) -> Iterator[str]:
@@ -225,6 +230,12 @@ def _facts(report: CheckReport) -> Iterator[str]:
     yield _images(report)
     if len(report.scans) > 1:
         yield person_line(report)
+    lengths = report.scans[FILE].lengths.table()
+    if lengths is not None:
+        yield from pair_lines(lengths)
+    labels = report.scans[FILE].labels.table()
+    if labels is not None:
+        yield from label_lines(labels)
     classes = report.scans[FILE].balance.tables()
     if classes:
         yield "classes: " + "; ".join(f"{name} {_shares(counts)}" for name, counts in list(classes.items())[:4])
@@ -294,8 +305,9 @@ def _rule_lines(report: CheckReport, rule: str, file: int) -> list[str]:
         names = [report.image_scan.name(finding.images[0]) for finding in found.listed[:MAX_NAMES] if finding.images]
         shown.append(f"          {', '.join(dict.fromkeys(names))}{', ...' if found.count > len(names) else ''}")
     message = "" if first.images or first.message == RULES[rule].title else f": {first.message}"
-    shown.append(f"          first: {rows}{others}{message}")
-    return [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in shown]
+    if first.rows:
+        shown.append(f"          first: {rows}{others}{message}")
+    return [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in map(visible, shown)]
 
 
 def _shared(found: RuleFindings, rule: str) -> str:

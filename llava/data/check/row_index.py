@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from llava.constants import IMAGE_TOKEN
 from llava.data.check.rows import CheckedRow
-from llava.data.groups import field_key, is_known_name, written_name
+from llava.data.groups import field_key, image_name_key, is_known_name, written_name
 from llava.scoring.decisions import words_of
 
 NOTHING = 0
@@ -101,6 +101,7 @@ class RowIndex:
         group_fields: fields with patient or study ids.
         names: receives the image names.
         root: number of the image folder; the same name in another folder is another image.
+        opens: whether images will be opened and compared by content; otherwise their names are compared as paths.
         compares: whether the file is compared with another one; questions and groups are kept only then.
 
     Attributes:
@@ -112,9 +113,12 @@ class RowIndex:
         groups: digests of the values, by field.
     """
 
-    def __init__(self, group_fields: Sequence[str], names: NameStore, *, root: int, compares: bool) -> None:
+    def __init__(
+        self, group_fields: Sequence[str], names: NameStore, *, root: int, compares: bool, opens: bool = False
+    ) -> None:
         self.names = names
         self.root = root
+        self.opens = opens
         self.compares = compares
         self.num_rows = 0
         self.contents, self.ids = uint64_array(), uint64_array()
@@ -126,15 +130,18 @@ class RowIndex:
         """Add a row."""
         self.num_rows = row + 1
         images, sample = seen.images, seen.sample
-        for name in images:
-            self.refs.add(digest(f"{self.root}\0{name}"), row)
+        keys = list(map(image_name_key, images))
+        for name, key in zip(images, keys, strict=True):
+            self.refs.add(digest(f"{self.root}\0{name if self.opens else key}"), row)
             self.places.append(self.names.add(name))
         if sample is None:
             self.contents.append(NOTHING)
             self.ids.append(NOTHING)
             return
-        turns = "\0".join(f"{turn.role} {turn.text.strip()}" for turn in sample.conversation.turns)
-        self.contents.append(digest("\0".join([str(len(images)), *images, turns])))
+        turns = "\0".join(
+            f"{turn.role} {turn.text.strip()}" for side in seen.sides() for turn in side.conversation.turns
+        )
+        self.contents.append(digest("\0".join([str(len(keys)), *keys, turns])))
         self.ids.append(digest(sample.id) if seen.has_id else NOTHING)
         if not self.compares:
             return

@@ -35,6 +35,15 @@ RULES: dict[str, CheckRule] = {
     "unreadable": CheckRule(
         "error", "row cannot be read", "correct the JSON; an array ends at its first broken row", drops=True
     ),
+    "no-rows": CheckRule(
+        "error", "file has no rows", "an export that was stopped leaves an empty file; export it again"
+    ),
+    "wrapped": CheckRule(
+        "error",
+        "rows are inside a field of an object",
+        "write the list itself as the file, or one row per line",
+        drops=True,
+    ),
     "row-type": CheckRule(
         "error", "row is not a JSON object", "write an object with id, image and conversations", drops=True
     ),
@@ -50,6 +59,18 @@ RULES: dict[str, CheckRule] = {
         "error",
         "conversation cannot be read",
         'write a list of {"from": "human" or "gpt", "value": text} that alternates and starts with human',
+        drops=True,
+    ),
+    "pair": CheckRule(
+        "error",
+        "preference pair cannot be used",
+        "both sides need the same questions and images, and answers that differ",
+        drops=True,
+    ),
+    "label": CheckRule(
+        "error",
+        "labeled answer cannot be used",
+        "write true or false, and a conversation that ends with an answer",
         drops=True,
     ),
     "places": CheckRule(
@@ -75,9 +96,18 @@ RULES: dict[str, CheckRule] = {
     "leak-pair": CheckRule(
         "error", "same question about the same image in both files", "keep the row in one file only", drops=True
     ),
+    "nothing-trained": CheckRule("error", "only empty answers, so no row to train on", "add rows with an answer"),
     "no-conversation": CheckRule("warning", "not trainable: no conversation", "complete or remove the row", drops=True),
     "no-answer": CheckRule("warning", "not trainable: no answer", "complete or remove the row", drops=True),
-    "empty-text": CheckRule("warning", "empty question or answer", "complete or remove the row"),
+    "only-empty-answers": CheckRule(
+        "warning", "not trainable: no answer with text", "complete or remove the row", drops=True
+    ),
+    "empty-answer": CheckRule(
+        "warning",
+        "empty answer, which is not trained",
+        "complete it; llava train --compat empty_answers trains it as it is",
+    ),
+    "empty-text": CheckRule("warning", "empty question", "complete or remove the row"),
     "answer-type": CheckRule(
         "warning", "answer_type is unknown", "evaluation requires OPEN, CLOSED, yes/no, other or number"
     ),
@@ -100,7 +130,7 @@ RULES: dict[str, CheckRule] = {
     "identifier-name": CheckRule("warning", "text that looks like a name", "remove it"),
 }
 
-NOT_TRAINABLE = ("no-conversation", "no-answer")
+NOT_TRAINABLE = ("no-conversation", "no-answer", "only-empty-answers")
 """Rules for rows without anything to train on."""
 
 

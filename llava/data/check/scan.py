@@ -1,6 +1,6 @@
 """Single pass over the rows of a file that collects problems, digests and class counts.
 
-stream_rows --view_row--> problems -> CheckFindings,  digests -> RowIndex,  classes -> ClassBalance
+iter_rows --view_row--> problems -> CheckFindings,  digests -> RowIndex,  classes -> ClassBalance
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.check.identifiers import identifier_rules
+from llava.data.check.pairs import LabelLengths, PairLengths
 from llava.data.check.row_index import RowIndex
 from llava.data.check.rows import CheckedRow, view_row
-from llava.data.check.rules import CheckFindings
+from llava.data.check.rules import FILE, NOT_TRAINABLE, RULES, CheckFindings
+from llava.data.check.vocabulary import LONG, MAX_CHARACTERS, OTHER, shown_counts
 from llava.data.groups import field_key
-from llava.data.records import stream_rows
 from llava.errors import DataError
 from llava.samples import Sample
 from llava.scoring.decisions import first_decision, is_closed
+from llava.utils.json_rows import iter_rows
 from llava.utils.log import with_progress
 
 CLASS_FIELDS = (
@@ -43,12 +45,6 @@ CLASS_FIELDS = (
 MAX_CLASSES = 200
 """Classes counted per field."""
 
-MAX_CHARACTERS = 40
-"""Maximum length of a class name; longer values are texts, which the report must not show."""
-
-OTHER = "(other)"
-"""Name for classes beyond `MAX_CLASSES` and for those that look like identifiers."""
-
 
 class ClassBalance:
     """Counts of rows by class; its size does not depend on the number of rows.
@@ -67,7 +63,7 @@ class ClassBalance:
     def add(self, value: Mapping[str, Any], sample: Sample | None) -> None:
         """Count one row: its fields and, if it can be read, its conversation."""
         for name in CLASS_FIELDS:
-            for word in _classes(value.get(name)):
+            for word in dict.fromkeys(_classes(value.get(name))):  # each once per row
                 self._count(name, word)
         if sample is None:
             return
@@ -85,8 +81,8 @@ class ClassBalance:
         counter[word] += 1
 
     def tables(self) -> dict[str, dict[str, int]]:
-        """Return the counts by field and class, the most frequent first."""
-        return {name: dict(counter.most_common()) for name, counter in self.counts.items()}
+        """Return the counts by field and class, the most frequent first; rare and unknown classes as one."""
+        return {name: shown_counts(name, counter) for name, counter in self.counts.items()}
 
 
 def _closed(sample: Sample, answer: str) -> bool:
@@ -107,7 +103,7 @@ def _classes(value: Any) -> list[str]:
 
 def _short(value: Any) -> str:
     word = str(value).strip()
-    return word if len(word) <= MAX_CHARACTERS else "(long text)"
+    return word if len(word) <= MAX_CHARACTERS else LONG
 
 
 _NO_TEXT = frozenset({"id", "questionid", "image", "conversations", "conversatons", "url", "doi", "pairid", "pmid"})
@@ -125,6 +121,9 @@ class FileScan:
         repairs: number of rows by deviation from the format that was accepted.
         num_questions: number of rows of a question file, which need no answer.
         num_readable: number of rows that are samples.
+        num_trainable: number of rows that training would read and learn from.
+        lengths: lengths of the answers of preference pairs.
+        labels: lengths of single answers with a label.
     """
 
     path: Path
@@ -133,6 +132,9 @@ class FileScan:
     repairs: Counter[str] = field(default_factory=Counter)
     num_questions: int = 0
     num_readable: int = 0
+    num_trainable: int = 0
+    lengths: PairLengths = field(default_factory=PairLengths)
+    labels: LabelLengths = field(default_factory=LabelLengths)
 
 
 def scan_file(path: Path, index: RowIndex, file: int, findings: CheckFindings) -> FileScan:
@@ -142,7 +144,7 @@ def scan_file(path: Path, index: RowIndex, file: int, findings: CheckFindings) -
         DataError: the file cannot be opened.
     """
     scan = FileScan(path, index)
-    for row, value in with_progress(stream_rows(path), title=f"rows of {path.name}", unit="row"):
+    for row, value in with_progress(iter_rows(path), title=f"rows of {path.name}", unit="row"):
         seen = view_row(value, row)
         for problem in seen.problems:
             findings.add(problem.rule, file, [row], problem.message)
@@ -150,18 +152,30 @@ def scan_file(path: Path, index: RowIndex, file: int, findings: CheckFindings) -
         scan.repairs.update(seen.repairs)
         scan.num_readable += seen.sample is not None
         scan.num_questions += seen.is_question
+        if seen.pair is not None:
+            scan.lengths.add(seen.pair)
+        if seen.is_good is not None and seen.sample is not None:
+            scan.labels.add(seen.sample.conversation, is_good=seen.is_good)
+        scan.num_trainable += seen.sample is not None and not any(
+            RULES[problem.rule].level == "error" or problem.rule in NOT_TRAINABLE for problem in seen.problems
+        )
         if isinstance(value, dict):
             index.add_groups(row, value)
             scan.balance.add(value, seen.sample)
             for rule in identifier_rules(_texts(value, seen, index)):
                 findings.add(rule, file, [row])
+    if not index.num_rows:
+        findings.add("no-rows", file, [])
+    num_empty = findings.of("only-empty-answers", file).count
+    if file == FILE and num_empty and not scan.num_trainable and not findings.rules("error"):
+        findings.add("nothing-trained", file, [0])
     return scan
 
 
 def _texts(value: Mapping[str, Any], seen: CheckedRow, index: RowIndex) -> Iterator[str]:
     """Yield the texts of a row: its turns and its text fields, except ids of patients and studies."""
-    if seen.sample is not None:
-        for turn in seen.sample.conversation.turns:
+    for side in seen.sides():
+        for turn in side.conversation.turns:
             yield turn.text
     for name, part in value.items():
         if field_key(name) in _NO_TEXT or field_key(name) in index.groups:

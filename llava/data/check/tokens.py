@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llava.constants import IGNORE_INDEX
 from llava.data.check.images import ImageScan
 from llava.data.check.row_index import as_array
 from llava.data.check.rows import view_row
-from llava.data.check.rules import FILE, CheckFindings
-from llava.data.records import stream_rows
+from llava.data.check.rules import FILE, NOT_TRAINABLE, CheckFindings
 from llava.errors import ConfigError, DataError
 from llava.imaging.anyres import Size
 from llava.samples import Sample, with_placeholders
+from llava.utils.json_rows import iter_rows
 from llava.utils.log import with_progress
 
 if TYPE_CHECKING:
@@ -83,15 +82,15 @@ def count_tokens(
     if processor.has_variable_images and not image_scan.opened:
         raise ConfigError(f"--model {model}: the number of tokens depends on the size of each image; pass --images DIR")
     lengths, rows, num_without = array("I"), array("I"), 0
-    for row, sample, sizes in with_progress(_samples(path, image_scan), title="tokens", unit="row"):
+    for row, sides, sizes in with_progress(_samples(path, image_scan), title="tokens", unit="row"):
         try:
-            length = _length(sample, processor, sizes)
+            length = max(_length(side, processor, sizes) for side in sides)
         except DataError as error:
             findings.add("tokens", FILE, [row], str(error))
             continue
         lengths.append(length)
         rows.append(row)
-        num_without += length > limit and not _keeps_answer(sample, processor, sizes, limit)
+        num_without += length > limit and not all(_keeps_answer(side, processor, sizes, limit) for side in sides)
     counted = as_array(lengths)
     if not len(counted):
         return TokenBudget(model, 0, limit, 0, 0, 0, -1, 0, STEP, STEP)
@@ -114,18 +113,18 @@ def _rounded(length: int) -> int:
     return -(-length // STEP) * STEP
 
 
-def _samples(path: Path, image_scan: ImageScan) -> Iterator[tuple[int, Sample, list[Size]]]:
-    """Yield number, sample and image sizes of every row that can be trained on."""
+def _samples(path: Path, image_scan: ImageScan) -> Iterator[tuple[int, tuple[Sample, ...], list[Size]]]:
+    """Yield number, sample (or both sides of a pair) and image sizes of every row that can be trained on."""
     refs, passed = image_scan.of_ref[FILE], 0
-    for row, value in stream_rows(path):
+    for row, value in iter_rows(path):
         seen = view_row(value, row)
         places = refs[passed : passed + len(seen.images)]
         passed += len(seen.images)
-        bad = any(problem.rule in ("places", "no-answer") for problem in seen.problems)
+        bad = any(problem.rule in ("places", *NOT_TRAINABLE) for problem in seen.problems)
         if seen.sample is None or bad or any(image_scan.is_bad(place) for place in places):
             continue
         sizes = [(image_scan.widths[place], image_scan.heights[place]) for place in places] if image_scan.opened else []
-        yield row, seen.sample, sizes
+        yield row, seen.sides(), sizes
 
 
 def _encoded(sample: Sample, processor: LlavaMedProcessor, sizes: list[Size], limit: int | None) -> Encoded:
@@ -142,8 +141,10 @@ def _length(sample: Sample, processor: LlavaMedProcessor, sizes: list[Size]) -> 
 
 
 def _keeps_answer(sample: Sample, processor: LlavaMedProcessor, sizes: list[Size], limit: int) -> bool:
+    from llava.data.encode import num_learned
+
     try:
-        labels = _encoded(sample, processor, sizes, limit).labels
+        encoded = _encoded(sample, processor, sizes, limit)
     except DataError:  # the images alone do not fit
         return False
-    return len(labels) > labels.count(IGNORE_INDEX)
+    return num_learned(encoded, sample.conversation) > 0

@@ -5,25 +5,32 @@
 A small VQA dataset has no captions, but its training rows name the organ, and their answers name modality, plane and
 findings. Pass training rows only, never test rows.
 
+Rows of `llava data dicom` state modality, body part and view in fields; an answer to a question about findings states
+them.
+
 Command:
+    llava data align TRAIN.json [MORE.json ...] --image-folder IMAGES --out align.json
     llava data align TRAIN.json [MORE.json ...] --root DATA_DIR --out align.json
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llava.constants import IMAGE_TOKEN
+from llava.data.groups import image_name_key
 from llava.errors import DataError
-from llava.samples import from_row
+from llava.samples import CONVERSATION_KEYS, from_row
 from llava.utils.cli import Parser
-from llava.utils.jsonl import read_records, write_json
+from llava.utils.json_rows import read_records
+from llava.utils.jsonl import write_json
+from llava.utils.terminal import write_out
 
-INSTRUCTION = "Describe the image: modality, plane, organ and findings."
 FACT_QUESTIONS = {
     "organ": "Which part of the body is shown?",
     "modality": "What is the imaging modality?",
@@ -48,6 +55,7 @@ PLANES = {
 }
 FINDING_TYPES = frozenset({"PRES", "ABN", "POS"})
 MAX_FINDINGS = 4
+_ASKS_FINDINGS = re.compile(r"\b(findings|impression|report)\b", re.IGNORECASE)
 _NOT_A_FINDING = re.compile(r"^(yes|no|none|normal|not seen|\d+)\b", re.IGNORECASE)
 
 
@@ -68,10 +76,16 @@ class ImageFacts:
         second = f"Findings: {'; '.join(self.findings[:MAX_FINDINGS])}." if self.findings else ""
         return " ".join(part for part in (first[:1].upper() + first[1:], second) if part)
 
+    def instruction(self) -> str:
+        """Return the request that the caption answers; it asks for nothing that the caption lacks."""
+        known = [name for name in ("modality", "plane", "organ", "findings") if getattr(self, name)]
+        listed = ", ".join(known[:-1]) + (" and " if len(known) > 1 else "") + "".join(known[-1:])
+        return f"Describe the image: {listed}."
+
     def turns(self) -> list[tuple[str, str]]:
         """Return question and answer pairs for the caption and for every known fact."""
         known = [(question, getattr(self, name)) for name, question in FACT_QUESTIONS.items()]
-        return [(question, answer) for question, answer in [(INSTRUCTION, self.caption()), *known] if answer]
+        return [(question, answer) for question, answer in [(self.instruction(), self.caption()), *known] if answer]
 
 
 def _match(table: dict[str, str], text: str) -> str | None:
@@ -93,15 +107,30 @@ def _read_question(facts: ImageFacts, types: set[str], question: str, answer: st
         facts.findings.append(answer)
 
 
+def _read_report(facts: ImageFacts, texts: Sequence[str]) -> None:
+    """Add the answers to questions that ask for findings, an impression or a report."""
+    for question, answer in zip(texts[::2], texts[1::2], strict=False):
+        text = " ".join(answer.split()).rstrip(". ")
+        if _ASKS_FINDINGS.search(question) and text and not _NOT_A_FINDING.match(text) and text not in facts.findings:
+            facts.findings.append(text)
+
+
 def facts_by_image(rows: Iterable[Mapping[str, Any]]) -> dict[str, ImageFacts]:
-    """Return facts by image name, in order of first appearance; a row may lack a conversation."""
+    """Return facts by image name, in order and spelling of first appearance; a row may lack a conversation."""
     found: dict[str, ImageFacts] = {}
+    spelled: dict[str, str] = {}
     for row in rows:
         if not isinstance(row.get("image"), str):
             continue
-        facts = found.setdefault(row["image"], ImageFacts())
+        name = spelled.setdefault(image_name_key(row["image"]), row["image"])
+        facts = found.setdefault(name, ImageFacts())
         facts.organ = facts.organ or ORGANS.get(str(row.get("image_organ", "")).lower())
-        if row.get("view") and not facts.plane:  # only case records of chest radiographs have a projection
+        if "modality" in row or "body_part" in row:  # rows of `llava data dicom`
+            facts.modality, facts.organ, facts.plane = (
+                known or row.get(name)
+                for known, name in ((facts.modality, "modality"), (facts.organ, "body_part"), (facts.plane, "view"))
+            )
+        elif row.get("view") and not facts.plane:  # only case records of chest radiographs have a projection
             facts.plane, facts.modality, facts.organ = _match(PLANES, str(row["view"])), "X-ray", "chest"
         if row.get("findings"):
             facts.findings.append(str(row["findings"]).rstrip(". "))
@@ -109,41 +138,79 @@ def facts_by_image(rows: Iterable[Mapping[str, Any]]) -> dict[str, ImageFacts]:
             types = {part.strip().upper() for part in str(row["question_type"]).split(",")}
             question, answer, *_ = (turn.text for turn in from_row(row).conversation.turns)
             _read_question(facts, types, question.replace(IMAGE_TOKEN, " ").strip(), answer.strip())
+        elif any(key in row for key in CONVERSATION_KEYS):
+            _read_report(facts, [turn.text for turn in from_row(row).conversation.turns])
     return found
 
 
-def alignment_rows(files: Sequence[Path], root: Path) -> list[dict[str, object]]:
+def alignment_rows(
+    files: Sequence[Path], root: Path | None = None, counts: Counter[str] | None = None
+) -> list[dict[str, object]]:
     """Return a caption row and one row per fact for every image.
 
-    `image` is relative to `root`; the images are in `images/` next to each file.
+    Args:
+        files: training files.
+        root: folder that the image names shall be relative to; the images are in `images/` next to each file. None
+            keeps the names as they are.
+        counts: counts of images, and of those that no row states anything about.
 
     Raises:
         DataError: a file is not inside `root`, so its images have no path relative to `root`.
     """
     rows: list[dict[str, object]] = []
     for file in files:
-        folder = (file.parent / "images").resolve()
-        if not folder.is_relative_to(root.resolve()):
-            raise DataError(f"{file} lies outside {root}. Set --root to a folder that contains every file.")
-        prefix = folder.relative_to(root.resolve())
+        prefix = Path() if root is None else _folder_below(root, file)
         for image, facts in facts_by_image(read_records(file)).items():
-            for question, answer in facts.turns():
-                turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-                rows.append({"id": f"align_{len(rows)}", "image": str(prefix / image), "conversations": turns})
+            turns = facts.turns()
+            if counts is not None:
+                counts.update(images=1, silent=not turns)
+            for question, answer in turns:
+                written = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+                rows.append({"id": f"align_{len(rows)}", "image": str(prefix / image), "conversations": written})
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run `llava data align`."""
-    parser = Parser(prog="llava data align", description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument(
-        "files", nargs="+", type=Path, help="training files in LLaVA format, each next to its images/ folder"
+def _folder_below(root: Path, file: Path) -> Path:
+    folder = (file.parent / "images").resolve()
+    if not folder.is_relative_to(root.resolve()):
+        raise DataError(
+            f"{file} lies outside {root}. Set --root to a folder that contains every file, or pass --image-folder "
+            "instead, the folder that the image names are relative to."
+        )
+    return folder.relative_to(root.resolve())
+
+
+def make_parser() -> Parser:
+    """Return the parser of `llava data align`."""
+    parser = Parser(prog="llava data align", description="Write alignment captions from what rows state about images.")
+    parser.add_argument("files", nargs="+", type=Path, help="training files in LLaVA format")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--image-folder", type=Path, help="folder that the image names of all files are relative to; they are kept"
     )
-    parser.add_argument(
-        "--root", type=Path, required=True, help="folder that contains every file: the --image-folder of the training"
-    )
+    where.add_argument(
+        "--root", type=Path, help="folder that contains every file, each next to its images/ folder; image names are "
+        "written relative to it"
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="alignment file to write")
-    args = parser.parse_args(argv)
-    rows = alignment_rows(args.files, args.root)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `llava data align`.
+
+    Raises:
+        DataError: no row states anything about its image.
+    """
+    args = make_parser().parse_args(argv)
+    counts: Counter[str] = Counter()
+    rows = alignment_rows(args.files, args.root, counts)
+    if not rows:
+        raise DataError(
+            f"{counts['images']} images, and no row states modality, plane, organ or findings. Expected rows with "
+            "question_type (VQA-RAD), the fields modality, body_part or view (llava data dicom), or an answer to a "
+            "question that asks for findings, an impression or a report"
+        )
     write_json(args.out, rows)
-    print(f"{len(rows)} rows -> {args.out}")  # noqa: T201 - command output
+    silent = f"; {counts['silent']} of {counts['images']} images left out: no row states a fact about them"
+    write_out(f"{len(rows)} rows -> {args.out}{silent if counts['silent'] else ''}\n")

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from llava.imaging.decode import content_digest
 from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.provenance import provenance_fields
+from llava.utils.terminal import write_out
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def run_with_args(converter: Converter, args: argparse.Namespace) -> None:
     old = _finished(out, settings, overwrite=args.overwrite)
     if old is not None:
         _compare(old, expected)
-        sys.stdout.write(
+        write_out(
             f"{out} is already complete with the same settings. Pass --overwrite to rewrite it, for example if the "
             f"downloaded files changed.\n{manifest_summary(old)}"
         )
@@ -159,7 +159,7 @@ def run_with_args(converter: Converter, args: argparse.Namespace) -> None:
     (out / UNFINISHED).unlink(missing_ok=True)
     for line in manifest["differs"]:
         logger.warning("%s", line)
-    sys.stdout.write(manifest_summary(manifest))
+    write_out(manifest_summary(manifest))
     _compare(manifest, expected)
 
 

@@ -5,7 +5,8 @@
         + indiana_projections.csv (uid, filename, projection) + images_normalized/
 
 The dataset has no official split: a hash of the report number assigns each report to one split. The XML reports do not
-state which image is frontal; add indiana_projections.csv to them, or use --views all.
+state which image is frontal; add indiana_projections.csv to them, pass a table of the images' DICOM headers with
+--header-table (columns imageid and View Position; the package torchxrayvision has one), or use --views all.
 
 Command:
     llava data iu-xray NLMCXR_reports.tgz NLMCXR_png.tgz --views all --out data/iu-xray
@@ -14,7 +15,7 @@ Command:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser
@@ -23,10 +24,10 @@ from xml.parsers import expat
 from llava.data.converters.base import Converter, Job, run_converter
 from llava.data.converters.dataset_cards import IU_XRAY
 from llava.data.converters.items import SPLITS, ConvertedItem, Event, Excluded
-from llava.data.converters.radiology_reports import TARGETS, VIEWS, is_frontal, report_question
 from llava.data.converters.split import parse_fractions, split_of
 from llava.data.converters.tables import cell_text, read_table
 from llava.data.quarantine import BadRow
+from llava.data.report_rows import TARGETS, VIEWS, is_frontal, report_question
 from llava.errors import ConfigError, DataError
 from llava.samples import Origin
 from llava.utils.cli import Parser
@@ -181,8 +182,19 @@ def _events(job: Job, study: Study, split: str) -> Iterator[Event]:
 
 
 def _from_tables(job: Job) -> Iterator[Study | BadRow]:
-    path = job.require_file(REPORTS)
-    images = _projections(job, job.require_file(PROJECTIONS))
+    return table_studies(job.require_file(REPORTS), read_projections(job.require_file(PROJECTIONS)))
+
+
+def table_studies(path: str | Path, images: Mapping[str, Sequence[tuple[str, str]]]) -> Iterator[Study | BadRow]:
+    """Yield the studies of the table of reports.
+
+    Args:
+        path: indiana_reports.csv.
+        images: file name and projection of the images of each report, see `read_projections`.
+
+    Raises:
+        DataError: the table cannot be read or lacks a column.
+    """
     for origin, row in read_table(path, columns=("uid", *SECTIONS)):
         if isinstance(row, DataError):
             yield BadRow(*origin, "", str(row))
@@ -193,7 +205,7 @@ def _from_tables(job: Job) -> Iterator[Study | BadRow]:
         yield Study(uid, texts, tuple(images.get(uid, [])), origin, problems)
 
 
-def _projections(job: Job, path: Path) -> dict[str, list[tuple[str, str]]]:
+def read_projections(path: str | Path) -> dict[str, list[tuple[str, str]]]:
     """Return pairs of file name and projection of the images of each report.
 
     Raises:
@@ -207,28 +219,55 @@ def _projections(job: Job, path: Path) -> dict[str, list[tuple[str, str]]]:
     return images
 
 
+def image_views(images: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, str]:
+    """Return the projection of each image by the plain part of its name."""
+    return {_plain(name): view for pairs in images.values() for name, view in pairs}
+
+
+def header_views(path: str | Path) -> dict[str, str]:
+    """Return the view position of each image by the plain part of its name, from a table of DICOM headers.
+
+    Raises:
+        DataError: the table cannot be read or lacks a column.
+    """
+    views: dict[str, str] = {}
+    for origin, row in read_table(path, columns=("imageid", "View Position")):
+        if isinstance(row, DataError):
+            raise DataError(f"{origin}: {row}")
+        views[_plain(cell_text(row, "imageid"))] = cell_text(row, "View Position")
+    return views
+
+
 def _from_xml(job: Job) -> Iterator[Study | BadRow]:
     files = job.sources.matching("*.xml")
     if not files:
         raise DataError(job.missing(f"{REPORTS} and no XML report"))
     views: dict[str, str] = {}
     if job.sources.file(PROJECTIONS) is not None:
-        found = _projections(job, job.require_file(PROJECTIONS))
-        views = {_plain(name): view for images in found.values() for name, view in images}
+        views = image_views(read_projections(job.require_file(PROJECTIONS)))
+    elif job.args.header_table is not None:
+        views = header_views(job.args.header_table)
+        job.inputs[Path(job.args.header_table).name] = Path(job.args.header_table)
+        job.facts["views"] = "View Position of the DICOM headers; images without one count as not frontal"
     elif job.args.views == "frontal":
         raise ConfigError(
-            f"--views frontal: the XML reports do not state which image is frontal. Add {PROJECTIONS} or pass "
-            "--views all"
+            f"--views frontal: the XML reports do not state which image is frontal. Add {PROJECTIONS}, pass a table of "
+            "DICOM headers with --header-table, or pass --views all"
         )
     job.facts["reports"] = len(files)
     for path in sorted(files, key=lambda path: (len(path.stem), path.stem)):
         try:
-            yield _study(path, views)
+            yield read_study(path, views)
         except DataError as error:
             yield BadRow(str(path), 0, path.stem, str(error))
 
 
-def _study(path: Path, views: dict[str, str]) -> Study:
+def read_study(path: Path, views: Mapping[str, str]) -> Study:
+    """Return the study of an XML report; `views` has the projection of images by the plain part of their names.
+
+    Raises:
+        DataError: see `read_xml`.
+    """
     root = read_xml(path)
     texts: dict[str, str] = {}
     for section in root.iter("AbstractText"):
@@ -258,6 +297,9 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--views", choices=VIEWS, default="frontal", help="views to include")
     parser.add_argument(
         "--fractions", default="train=0.7,val=0.1,test=0.2", help="fraction of the reports in each split"
+    )
+    parser.add_argument(
+        "--header-table", metavar="FILE", help="table of DICOM headers that states the view of each image"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the assignment of reports to splits")
 

@@ -15,26 +15,31 @@ Command:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from llava.constants import IMAGE_TOKEN
 from llava.data.converters.base import Converter, Job, run_converter
 from llava.data.converters.dataset_cards import ANNOTATIONS, MIMIC_CXR
 from llava.data.converters.items import SPLIT_WORDS, ConvertedItem, Event, Excluded
-from llava.data.converters.radiology_reports import (
-    FRONTAL,
-    TARGETS,
-    VIEWS,
-    RadiologyReport,
-    first_text,
-    is_frontal,
-    parse_report,
-    report_question,
-)
+from llava.data.converters.radiology_reports import RadiologyReport, parse_report
 from llava.data.converters.tables import Row, cell_text, column_names, read_table
 from llava.data.quarantine import BadRow
+from llava.data.report_rows import (
+    PREFIX,
+    RULE_BASED,
+    TARGETS,
+    VIEWS,
+    LeftOut,
+    QuestionRule,
+    as_written,
+    by_reason,
+    by_view,
+    findings_of,
+    first_text,
+    is_frontal,
+    report_question,
+)
 from llava.errors import DataError
 from llava.samples import Origin
 from llava.utils.cli import Parser
@@ -45,50 +50,6 @@ FILES = {
     split: f"chat_{word}_MIMIC_CXR_all_gpt4extract_rulebased_v1.json"
     for split, word in {"train": "train", "val": "dev", "test": "test"}.items()
 }
-RULE_BASED = "rule-based"
-PREFIX = "mimic/"
-VIEW_QUESTION = "Given the chest X-ray image from {view} view, describe the findings in the image: "
-
-
-class LeftOut(Exception):
-    """Raised by a rule that excludes a row; the message is the cause for the manifest."""
-
-
-QuestionRule = Callable[[Row, str], str]
-"""Function from row and split to the question; raises `LeftOut`."""
-
-
-def findings_of(row: Row) -> str:
-    """Return the findings, which are the answer of the conversation.
-
-    Raises:
-        LeftOut: the row has none.
-    """
-    text = _turn(row, "gpt")
-    if not isinstance(text, str):
-        raise LeftOut("no findings")
-    return text
-
-
-def by_reason(row: Row, split: str) -> str:
-    """Return a question with the reason, for frontal views; test rows must be extracted by rules."""
-    _frontal_only(row)
-    if split == "test" and row.get("generate_method") != RULE_BASED:
-        raise LeftOut("test row not extracted by rules")
-    return report_question("findings", first_text([row.get("reason")]))
-
-
-def as_written(row: Row, split: str) -> str:
-    """Return the question of the file, for frontal views."""
-    _frontal_only(row)
-    return str(_turn(row, "human") or "").replace(IMAGE_TOKEN, "").strip()
-
-
-def by_view(row: Row, split: str) -> str:
-    """Return a question that names the view, for all views."""
-    view = row.get("view")
-    return VIEW_QUESTION.format(view=view if isinstance(view, str) else "Unknown")
-
 
 LOADERS: dict[str, QuestionRule] = {
     "mimic_findings": by_reason,
@@ -151,18 +112,6 @@ def _event(job: Job, rule: QuestionRule, origin: Origin, row: Row | DataError, s
         "license": ANNOTATIONS.license,
     }
     return ConvertedItem(identity, split, asked, answer.strip(), image, name, meta, origin)
-
-
-def _turn(row: Row, speaker: str) -> Any:
-    """Return the first value of a speaker, of any type; None without a turn of that speaker."""
-    turns = row.get("conversations")
-    turns = turns if isinstance(turns, list) else []
-    return next((turn.get("value") for turn in turns if isinstance(turn, dict) and turn.get("from") == speaker), None)
-
-
-def _frontal_only(row: Row) -> None:
-    if cell_text(row, "view") not in FRONTAL:
-        raise LeftOut("not a frontal view (AP or PA)")
 
 
 def _annotated_labels(row: Row) -> dict[str, float]:

@@ -24,7 +24,7 @@ from llava.data.download.archives import plain_name
 from llava.data.quarantine import BadRow, Quarantine
 from llava.errors import ConfigError, DataError
 from llava.imaging.decode import content_digest
-from llava.utils.jsonl import write_json
+from llava.utils.jsonl import read_object, write_json
 from llava.utils.log import warn_once
 
 logger = logging.getLogger(__name__)
@@ -285,9 +285,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); remove it to rewrite the folder") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a manifest of llava data; choose another folder")
-    return content
+        return read_object(path)
+    except DataError as error:
+        raise ConfigError(f"{error}; remove the manifest to rewrite the folder, or choose another one") from error

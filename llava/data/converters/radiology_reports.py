@@ -18,7 +18,6 @@ A report without a findings header has no findings.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -161,34 +160,3 @@ def _kind(name: str, *, inside: str) -> str | None:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-TARGETS = ("findings", "impression")
-
-WITH_REASON = {
-    "findings": "Provide a description of the findings in the radiology image given the following indication: {reason}",
-    "impression": "Provide the impression of the radiology image given the following indication: {reason}",
-}
-WITHOUT_REASON = {
-    "findings": "Provide a description of the findings in the radiology image.",
-    "impression": "Provide the impression of the radiology image.",
-}
-
-FRONTAL = frozenset({"AP", "PA"})
-VIEWS = ("frontal", "all")
-
-
-def report_question(target: str, reason: str | None) -> str:
-    """Return the question for `findings` or `impression`, with the reason unless it is blank."""
-    text = (reason or "").replace("\r\n", " ").replace("\r", " ").replace("\n", " ")
-    return WITH_REASON[target].format(reason=text) if text.strip() else WITHOUT_REASON[target]
-
-
-def is_frontal(view: str) -> bool:
-    """Return whether a projection is frontal: AP or PA in MIMIC-CXR, Frontal in the Indiana tables."""
-    return view.strip().upper() in FRONTAL or view.strip().lower() == "frontal"
-
-
-def first_text(values: Iterable[object]) -> str:
-    """Return the first value that is a string and not blank; empty without one."""
-    return next((value.strip() for value in values if isinstance(value, str) and value.strip()), "")

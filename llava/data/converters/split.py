@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +23,15 @@ from typing import Any
 
 from llava.data.converters.output import MANIFEST, read_manifest, remove_splits, split_hash
 from llava.data.converters.tables import json_rows, to_json_value
-from llava.data.groups import UnionFind, is_known_name, most_frequent, written_name
-from llava.data.records import file_text
+from llava.data.groups import UnionFind, image_name_key, is_known_name, most_frequent, written_name
 from llava.errors import ConfigError, DataError
 from llava.imaging.decode import content_digest, read_image_bytes
-from llava.samples import image_names
+from llava.samples import row_images
 from llava.utils import log
 from llava.utils.cli import Parser
-from llava.utils.jsonl import open_atomic, write_json
+from llava.utils.jsonl import file_text, open_atomic, write_json
 from llava.utils.provenance import provenance_fields
+from llava.utils.terminal import write_out
 
 
 def unit_hash(group: str, *, seed: int) -> float:
@@ -95,7 +94,8 @@ class SplitOptions:
         seed: seed of the hash.
         key: field with the patient id.
         stratify: field whose values are distributed evenly; None for none.
-        image_folder: folder of the images, which are then compared by their bytes; None compares their names.
+        image_folder: folder of the images, which are then compared by their bytes; None compares their names
+            as paths.
     """
 
     by: tuple[str, ...]
@@ -147,8 +147,8 @@ def _keys(rows: Sequence[Mapping[str, Any]], options: SplitOptions, name: str) -
             found += [f"patient {patient}"] if patient and is_known_name(patient) else []
         if "image" in options.by:
             try:
-                names = image_names(row.get("image"))
-                found += [f"image {_identity(ref, options.image_folder, digests)}" for ref in names]
+                names = row_images(row)
+                found += [f"image {key}" for ref in names for key in _identities(ref, options.image_folder, digests)]
             except DataError as error:
                 raise DataError(f"{name}, row {number}: {error}") from error
         if not all(any(key.startswith(f"{way} ") for key in found) for way in options.by):
@@ -164,13 +164,14 @@ def _keys(rows: Sequence[Mapping[str, Any]], options: SplitOptions, name: str) -
     return keys
 
 
-def _identity(ref: str, folder: str | None, digests: dict[str, str]) -> str:
-    """Return the digest of an image if its folder is known, else its name."""
+def _identities(ref: str, folder: str | None, known: dict[str, str]) -> tuple[str, ...]:
+    """Return the digest of an image if its folder is known, else its name and the first spelling of the same path."""
     if folder is None:
-        return ref
-    if ref not in digests:
-        digests[ref] = content_digest(read_image_bytes(ref, folder))
-    return digests[ref]
+        # A group is named after its smallest spelling, so that names of one spelling keep the split they have.
+        return ref, known.setdefault(image_name_key(ref), ref)
+    if ref not in known:
+        known[ref] = content_digest(read_image_bytes(ref, folder))
+    return (known[ref],)
 
 
 def _stratified(
@@ -289,4 +290,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
     }
     remove_splits(out, _old_splits(out) - set(places))
-    sys.stdout.write(write_splits(out, rows, places, facts))
+    write_out(write_splits(out, rows, places, facts))

@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava.data.records import rows_of
+from llava.data.shards import PARQUET_MAGIC, parquet_columns, parquet_rows
 from llava.errors import DataError
 from llava.samples import Origin
+from llava.utils.json_rows import read_rows
 from llava.utils.jsonl import READ_ERRORS, open_decompressed
-from llava.utils.lookup import require
 
 Row = dict[str, Any]
 
@@ -38,9 +38,6 @@ COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9-]{0,40}")
 
 NOT_UTF8 = "expected UTF-8. In Excel, save the table as 'CSV UTF-8', or run: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
 
-BATCH_ROWS = 64
-"""Parquet rows per batch; each may contain an image."""
-
 
 def table_kind(path: str | Path) -> str:
     """Return the format of a file: csv, json (an array or lines) or parquet.
@@ -53,7 +50,7 @@ def table_kind(path: str | Path) -> str:
             head = stream.read(4096)
     except READ_ERRORS as error:
         raise DataError(f"{path}: cannot be opened or unzipped ({error})") from error
-    if head.startswith(b"PAR1"):
+    if head.startswith(PARQUET_MAGIC):
         return "parquet"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     return "json" if text[:1] in (b"[", b"{") else "csv"
@@ -73,10 +70,12 @@ def read_table(
         DataError: the file cannot be read or lacks a column; the message names the file and its columns.
     """
     kind = table_kind(path)
-    if kind == "json":
-        rows = json_rows(path, columns)
+    rows: Iterator[tuple[int, Row | DataError]]
+    if kind == "parquet":
+        require_columns(columns, parquet_columns(path), path)
+        rows = parquet_rows(path)
     else:
-        rows = _parquet_rows(path, columns) if kind == "parquet" else _text_rows(path, columns, delimiter)
+        rows = json_rows(path, columns) if kind == "json" else _text_rows(path, columns, delimiter)
     for number, row in rows:
         yield Origin(str(path), number), row
 
@@ -89,7 +88,7 @@ def column_names(path: str | Path, *, delimiter: str | None = None) -> list[str]
     """
     kind = table_kind(path)
     if kind == "parquet":
-        return list(_parquet(path).schema_arrow.names)
+        return parquet_columns(path)
     if kind == "json":
         first = next((row for _, row in json_rows(path) if isinstance(row, dict)), None)
         if first is None:
@@ -240,7 +239,7 @@ def json_rows(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[i
     Raises:
         DataError: the file cannot be read, or is a broken array.
     """
-    for row, value in rows_of(path):
+    for row, value in read_rows(path):
         if isinstance(value, DataError):
             yield row, value
         elif not isinstance(value, dict):
@@ -249,24 +248,3 @@ def json_rows(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[i
             yield row, DataError(f"no field {', '.join(map(repr, missing))}; it has {', '.join(map(repr, value))}")
         else:
             yield row, value
-
-
-def _parquet(path: str | Path) -> Any:
-    module = require("pyarrow.parquet", "data")
-    try:
-        return module.ParquetFile(path)
-    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are built-in ones
-        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
-
-
-def _parquet_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, Row | DataError]]:
-    file = _parquet(path)
-    require_columns(columns, file.schema_arrow.names, path)
-    row = 0
-    try:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS):
-            for values in batch.to_pylist():
-                yield row, values
-                row += 1
-    except (OSError, ValueError, NotImplementedError) as error:
-        raise DataError(f"{path}, row {row}: the rest cannot be read ({error})") from error

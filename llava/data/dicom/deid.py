@@ -1,7 +1,7 @@
 """`llava data deid DIR`: report identifying content of DICOM files and write de-identified copies.
 
-    files --inspect_dataset--> report.json (names of fields, private fields, text in images)
-          --clean_dataset, --out--> PATIENT/STUDY/INSTANCE.dcm named by keys: same pixels, new identifiers
+    files --inspect_dataset--> report.json (names of fields, private fields, content of the pixel field, text in images)
+          --clean_dataset, clean_pixels, --out--> PATIENT/STUDY/INSTANCE.dcm named by keys: same image, new identifiers
 
 A copy keeps only what `deid_profile` lists. Files whose image may contain burned-in text are held back by default. Of
 files that repeat an instance the first is copied, as in `llava data dicom`. Neither output nor report shows a value of
@@ -11,11 +11,10 @@ a field.
 from __future__ import annotations
 
 import io
-import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,31 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import SecondaryCaptureImageStorage
 
-from llava.data.dicom.deid_profile import clean_dataset, fields_of
+from llava.data.dicom.clean_pixels import (
+    CleanPixels,
+    check_copy,
+    check_unused_bits,
+    clean_pixel_field,
+    put_pixels,
+    trim_tables,
+)
+from llava.data.dicom.clean_streams import PixelsHeldBack
+from llava.data.dicom.deid_profile import clean_dataset, fields_of, removed_texts
 from llava.data.dicom.pseudonyms import key_of, read_salt
 from llava.data.dicom.studies import IDENTITY_TAGS, NotDicom, RepeatedInstance, field_text, files_of
 from llava.errors import ConfigError, DataError, LlavaError
 from llava.imaging.decode import load_image, read_image_bytes
 from llava.imaging.dicom.header import check_inflated, code_value, fill_syntax, silence, suppress_pydicom_output
 from llava.imaging.dicom.policy import DicomPolicy
+from llava.imaging.dicom.render import render_frames
 from llava.imaging.dicom.sniff import is_dicom, may_be_bare
 from llava.imaging.dicom.sop_classes import check_image_object
+from llava.imaging.geometry import MAX_PIXELS
 from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.jsonl import write_atomic, write_json
 from llava.utils.log import with_progress
+from llava.utils.terminal import write_out
 
 OFTEN_WRITTEN_ON = frozenset({"DOC", "ES", "GM", "IVUS", "OP", "OT", "SC", "SM", "US", "XC"})
 """Modalities whose images often contain burned-in names, dates and numbers."""
@@ -64,35 +75,44 @@ class DeidFindings:
         fields: name of a field to its treatment (removed, emptied, replaced).
         num_private: number of private fields, including those in sequences.
         suspicions: reasons to suspect burned-in text or a recognizable person.
+        in_pixels: other content of the pixel field and of lookup tables to its number of occurrences; removed.
     """
 
     fields: dict[str, str]
     num_private: int
     suspicions: tuple[str, ...]
+    in_pixels: dict[str, int] = field(default_factory=dict)
 
 
-def inspect_dataset(dataset: Dataset, image: Image.Image | None) -> DeidFindings:
+def inspect_dataset(
+    dataset: Dataset, image: Image.Image | None, *, later: Iterable[Image.Image] = (), is_item: bool = False
+) -> DeidFindings:
     """Return the fields that a clean copy changes, and suspicions about the image.
 
     Args:
         dataset: all fields of a file.
         image: the image with its full range of values; None for items of sequences.
+        later: its other frames.
+        is_item: whether the fields are those of an item of a sequence.
     """
     fields: dict[str, str] = {}
     num_private = 0
     with silence:
-        for tag, element, fate in fields_of(dataset):
+        for tag, element, fate in fields_of(dataset, is_item=is_item):
             if tag.is_private:
                 num_private += 1
             elif element is None or fate != "kept":
                 fields[(element is not None and element.keyword) or str(tag)] = fate
             elif element.VR == "SQ":
-                inner = [inspect_dataset(item, None) for item in element.value]
+                inner = [inspect_dataset(item, None, is_item=True) for item in element.value]
                 num_private += sum(found.num_private for found in inner)
                 fields.update(
                     {f"{element.keyword}.{name}": each for found in inner for name, each in found.fields.items()}
                 )
-    return DeidFindings(fields, num_private, tuple(find_suspicions(dataset, image)))
+    suspicions = find_suspicions(dataset, image)
+    if (number := next((n for n, frame in enumerate(later, 1) if max_strokes(frame) >= MIN_STROKES), None)) is not None:
+        suspicions.append(f"adjacent bright strokes, as in text, in frame {number}")
+    return DeidFindings(fields, num_private, tuple(suspicions))
 
 
 def find_suspicions(dataset: Dataset, image: Image.Image | None) -> list[str]:
@@ -167,14 +187,22 @@ def read_dataset(data: bytes, name: str) -> pydicom.FileDataset:
     return dataset
 
 
-def clean_copy(dataset: pydicom.FileDataset, salt: bytes) -> tuple[str, bytes]:
+def clean_copy(dataset: pydicom.FileDataset, salt: bytes, cleaned: CleanPixels | None = None) -> tuple[str, bytes]:
     """Return path (made of keys) and content of a clean copy.
+
+    Args:
+        dataset: all fields of a file.
+        salt: salt of the new identifiers.
+        cleaned: its cleaned pixel field, which then also counts what lookup tables hold; default: cleaned here.
 
     Raises:
         DataError: the dataset cannot be written.
     """
+    cleaned = cleaned or clean_pixel_field(dataset)
     with suppress_pydicom_output("cannot be written as a clean copy"):
         copy = clean_dataset(dataset, salt)
+        put_pixels(copy, dataset, cleaned)
+        trim_tables(copy, cleaned.found)
         copy.file_meta = FileMetaDataset()
         copy.file_meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
         copy.file_meta.MediaStorageSOPClassUID = copy.SOPClassUID
@@ -185,7 +213,7 @@ def clean_copy(dataset: pydicom.FileDataset, salt: bytes) -> tuple[str, bytes]:
     return f"{'/'.join(parts)}.dcm", stream.getvalue()
 
 
-def process_file(path: str, args: Namespace, salt: bytes, *, written: Collection[str]) -> tuple[DeidFindings, str]:
+def process_file(path: str, args: Namespace, salt: bytes, *, written: Collection[str]) -> tuple[DeidFindings, str, str]:
     """Inspect one file and, with --out, write its clean copy.
 
     Args:
@@ -195,29 +223,52 @@ def process_file(path: str, args: Namespace, salt: bytes, *, written: Collection
         written: paths of the copies that this run has already written.
 
     Returns:
-        The findings, and the path of the copy, which is empty without one.
+        The findings, the path of the copy, which is empty without one, and the reason why the file is held back.
 
     Raises:
-        DataError: the file cannot be used, or its copy would look different or replace that of another file.
+        DataError: the file cannot be used, or its copy would replace that of another file.
     """
     data = read_image_bytes(path, args.folder)
     try:
         dataset = read_dataset(data, path)
-        image = load_image(data, dicom=WHOLE_RANGE)
+        frames = render_frames(data, WHOLE_RANGE, name=path, max_pixels=MAX_PIXELS)
         with suppress_pydicom_output("cannot be inspected"):
-            findings = inspect_dataset(dataset, image)
-        if args.out is None or (findings.suspicions and args.burned_in == "hold"):
-            return findings, ""
-        name, content = clean_copy(dataset, salt)
-        if load_image(content).tobytes() != load_image(data).tobytes():
-            raise DataError("would look different as a clean copy, so no copy is written")
+            findings = inspect_dataset(dataset, next(frames), later=frames)
+        name, content, reason = _checked_copy(data, dataset, findings, salt)
+        if args.out is None:
+            return findings, "", ""
+        if reason or (findings.suspicions and args.burned_in == "hold"):
+            return findings, "", reason or HELD_BACK
         if name in written:
             raise RepeatedInstance("repeats an instance in this folder; only the first file is copied")
         write_atomic(args.out / name, content)
-        return findings, name
+        if (args.out / name).read_bytes() != content:
+            raise DataError(f"has a clean copy {name} that reads back differently; check the disk, remove the copy")
+        return findings, name, ""
     except DataError as error:
         text = str(error).removeprefix("image given as bytes ").removeprefix(f"image {path} ")
         raise type(error)(f"image {path} {text}") from None
+
+
+def _checked_copy(
+    data: bytes, dataset: pydicom.FileDataset, findings: DeidFindings, salt: bytes
+) -> tuple[str, bytes, str]:
+    """Return path and content of a copy that was parsed again and compared, or the reason to hold the file back.
+
+    Also adds to `findings` what the pixel field holds.
+    """
+    try:
+        cleaned = clean_pixel_field(dataset)
+        findings.in_pixels.update(cleaned.found)
+        check_unused_bits(dataset, cleaned.pixel_format)
+        name, content = clean_copy(dataset, salt, cleaned)
+        findings.in_pixels.update(cleaned.found)
+        check_copy(dataset, read_dataset(content, name), cleaned, removed_texts(dataset))
+        if load_image(content).tobytes() != load_image(data).tobytes():
+            raise PixelsHeldBack("would look different as a clean copy")
+    except PixelsHeldBack as error:
+        return "", b"", f"the file {error}"
+    return name, content, ""
 
 
 def make_parser() -> Parser:
@@ -253,31 +304,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     written: set[str] = set()
     for path in with_progress(files_of(args.folder), title="inspecting", unit="file"):
         try:
-            findings, name = process_file(path, args, salt, written=written)
+            findings, name, reason = process_file(path, args, salt, written=written)
             written |= {name} - {""}
             report[path] = {**asdict(findings), "copy": name or None}
-            if args.out is not None and not name:
-                report[path]["left_out"] = HELD_BACK
+            if reason:
+                report[path]["left_out"] = reason
         except LlavaError as error:
             report[path] = {"left_out": str(error)}
     if args.report is not None:
         write_json(args.report, report)
-    sys.stdout.write(_summary(report, copying=args.out is not None))
+    write_out(_summary(report, copying=args.out is not None))
 
 
 def _summary(report: Mapping[str, Mapping[str, Any]], *, copying: bool) -> str:
     read = [entry for entry in report.values() if "fields" in entry]
     fates = Counter((name, fate) for entry in read for name, fate in entry["fields"].items())
     reasons = Counter(reason for entry in read for reason in entry["suspicions"])
+    in_pixels = Counter(name for entry in read for name in entry["in_pixels"])
     lines = [f"{len(read)} of {len(report)} files are readable images"]
     lines += [f"  {count:>8} {fate:<9}{name}" for (name, fate), count in sorted(fates.items())]
     lines += [f"  {sum(entry['num_private'] for entry in read):>8} private fields (removed)"]
+    lines += [f"{sum(bool(entry['in_pixels']) for entry in read)} files hold more than pixels in the pixel field"]
+    lines += [f"  {count:>8} removed  {name}" for name, count in sorted(in_pixels.items())]
     lines += [f"{sum(bool(entry['suspicions']) for entry in read)} files may contain burned-in text"]
     lines += [f"  {count:>8} {reason}" for reason, count in sorted(reasons.items())]
     if copying:
-        held = sum(entry.get("left_out") == HELD_BACK for entry in read)
+        held = Counter(entry["left_out"] for entry in read if "left_out" in entry)
         lines += [f"{sum(bool(entry.get('copy')) for entry in read)} clean copies written"]
-        lines += [f"  {held:>8} files held back: {HELD_BACK}"] if held else []
+        lines += [f"  {count:>8} files held back: {reason}" for reason, count in sorted(held.items())]
     if num_others := len(report) - len(read):
         lines += [f"{num_others} files left out: not DICOM, not an image, damaged or repeated (see --report)"]
     return "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 from pydicom.dataelem import DataElement
@@ -22,7 +23,7 @@ from pydicom.uid import UID
 
 from llava.data.dicom.pseudonyms import key_of, new_uid
 from llava.data.dicom.studies import BODY_PARTS
-from llava.imaging.dicom.header import silence
+from llava.imaging.dicom.header import PIXEL_TAGS, silence
 from llava.imaging.dicom.sop_classes import is_known
 
 KEPT_GROUPS = frozenset({0x0008, 0x0018, 0x0020, 0x0022, 0x0028, 0x0048, 0x0054, 0x5200, 0x7FE0})
@@ -92,6 +93,9 @@ ACTIONS: dict[str, str] = {
 PS3.15; K replaced by the key of the patient; W kept if the value is in a list of words.
 """
 
+_TEXT_TYPES = frozenset({"AE", "DA", "DT", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UT"})
+_BREAKS = re.compile(r"[\^=\\\s,;]+")
+
 _CODE = re.compile(r"[A-Z0-9_ ]{0,16}")
 METHOD = "llava: PS3.15 basic profile, kept-fields list"
 
@@ -134,21 +138,47 @@ def _fate_by_name(element: DataElement) -> str:
     return "kept" if set(element.VR.split(" or ")) & KEPT_TYPES else "removed"
 
 
-def fields_of(dataset: Dataset) -> Iterator[tuple[BaseTag, DataElement | None, str]]:
-    """Yield tag, field and treatment of every field; an unreadable field is None and removed."""
+def fields_of(dataset: Dataset, *, is_item: bool = False) -> Iterator[tuple[BaseTag, DataElement | None, str]]:
+    """Yield tag, field and treatment of every field; an unreadable field is None and removed.
+
+    Args:
+        dataset: a file, or an item of a sequence.
+        is_item: whether it is an item, whose pixels (icons, references) are removed.
+    """
     for tag in list(dataset.keys()):
         try:
             element = dataset[tag]
-            fate = _fate_of(element)
+            fate = "removed" if is_item and element.keyword in PIXEL_TAGS else _fate_of(element)
         except Exception:  # pydicom raises errors of any type for damaged values; such a field must not stay
             yield tag, None, "removed"
         else:
             yield tag, element, fate
 
 
-def _add_cleaned(found: Dataset, dataset: Dataset, salt: bytes, patient: str) -> None:
+def removed_texts(dataset: Dataset) -> frozenset[str]:
+    """Return texts and parts of texts in fields that are not kept, which no bytes of a clean copy may contain.
+
+    Short texts and those of few or consecutive characters (`000000`, `123456`) are left out: pixels can equal them.
+    """
+    found: set[str] = set()
+    with silence:
+        for _, element, fate in fields_of(dataset):
+            if element is not None and element.VR == "SQ":
+                found.update(*map(removed_texts, element.value))
+            elif element is not None and fate != "kept" and element.VR in _TEXT_TYPES:
+                for value in element.value if element.VM > 1 else [element.value]:
+                    found |= {str(value), *_BREAKS.split(str(value))}
+    return frozenset(text for text in found if len(text) >= 6 and len(set(text)) >= 4 and not _is_ramp(text))
+
+
+def _is_ramp(text: str) -> bool:
+    """Return whether all characters follow each other at one distance."""
+    return len({ord(after) - ord(before) for before, after in pairwise(text)}) == 1
+
+
+def _add_cleaned(found: Dataset, dataset: Dataset, salt: bytes, patient: str, *, is_item: bool = False) -> None:
     """Add the kept, emptied and replaced fields of a dataset to `found`."""
-    for _, element, fate in fields_of(dataset):
+    for _, element, fate in fields_of(dataset, is_item=is_item):
         if element is not None and fate != "removed":
             found.add(_cleaned(element, salt, patient))
 
@@ -178,7 +208,7 @@ def _is_harmless(element: DataElement) -> bool:
 
 def _clean_item(item: Dataset, salt: bytes) -> Dataset:
     found = Dataset()
-    _add_cleaned(found, item, salt, "")
+    _add_cleaned(found, item, salt, "", is_item=True)
     return found
 
 

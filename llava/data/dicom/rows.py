@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import logging
-import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import IMAGE_TOKEN
+from llava.data.check.vocabulary import shown_counts
 from llava.data.converters.tables import cell_text, read_table
 from llava.data.dicom.pseudonyms import read_salt
 from llava.data.dicom.studies import JOIN_TAGS, Instance, NotDicom, RepeatedInstance, files_of, scan_instances
@@ -30,6 +30,7 @@ from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.jsonl import write_atomic, write_json
 from llava.utils.log import with_progress
+from llava.utils.terminal import write_out
 
 logger = logging.getLogger(__name__)
 
@@ -243,12 +244,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not rows:
         raise DataError(f"{args.folder}: no image gives a row; {listed} lists the reason for each file")
     write_json(args.out, rows)
-    sys.stdout.write(_summary(rows, counts))
-    sys.stdout.write(f"{len(rows)} rows -> {args.out}; {len(left_out)} files left out -> {listed}\n")
+    write_out(_summary(rows, counts))
+    write_out(f"{len(rows)} rows -> {args.out}; {len(left_out)} files left out -> {listed}\n")
 
 
 def _summary(rows: Iterable[Mapping[str, Any]], counts: Mapping[str, int]) -> str:
     modalities = Counter(str(row.get("modality", "not stated")) for row in rows)
     lines = [f"  {count:>8} {name}" for name, count in counts.items() if count]
-    lines += [f"  {count:>8} rows of modality {name}" for name, count in sorted(modalities.items())]
+    lines += [
+        f"  {count:>8} rows of modality {name}" for name, count in sorted(shown_counts("modality", modalities).items())
+    ]
     return "\n".join(lines) + "\n"

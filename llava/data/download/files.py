@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.data.download.client import Client
-from llava.data.download.failures import most_telling
-from llava.data.download.transfer import POINTER, POINTER_HINT, RemoteFile
+from llava.data.download.transfer import POINTER, POINTER_HINT, RemoteFile, most_telling
 from llava.data.download.url_policy import is_local, local_path, redacted_url
 from llava.errors import DataError, DownloadError
 

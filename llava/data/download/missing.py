@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.data.download.failures import REASONS
 from llava.data.download.pmc_list import BadListRow, Figure
+from llava.data.download.transfer import REASONS
 from llava.data.download.url_policy import redacted_url
-from llava.data.records import file_text, form_of, rows_of
 from llava.errors import DataError
 from llava.imaging.decode import resolve_image_path
-from llava.samples import image_names
-from llava.utils.jsonl import append_record, drop_incomplete_line, open_atomic, read_records, write_records
+from llava.samples import row_images
+from llava.utils.json_rows import form_of, read_records, read_rows
+from llava.utils.jsonl import append_record, drop_incomplete_line, file_text, open_atomic, write_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,24 +156,24 @@ def write_available(path: Path, image_folder: Path) -> Filtered:
 
 def pair_ids(paths: Collection[str | Path]) -> set[str]:
     """Return the ids (file names without extension) of all images that the rows of data files name."""
-    return {Path(name).stem for path in paths for row in _rows(Path(path)) for name in image_names(row.get("image"))}
+    return {Path(name).stem for path in paths for row in _rows(Path(path)) for name in row_images(row)}
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for number, row in rows_of(path):
+    for number, row in read_rows(path):
         if isinstance(row, DataError):
             raise DataError(f"{path}, row {number}: {row}")
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: a row must be a JSON object, got {type(row).__name__}")
         try:
-            image_names(row.get("image"))
+            row_images(row)
         except DataError as error:
             raise DataError(f"{path}, row {number}: {error}") from error
         yield row
 
 
 def _complete(row: dict[str, Any], image_folder: Path) -> bool:
-    return all(_is_file(name, image_folder) for name in image_names(row.get("image")))
+    return all(_is_file(name, image_folder) for name in row_images(row))
 
 
 def _is_file(name: str, image_folder: Path) -> bool:

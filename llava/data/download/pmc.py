@@ -17,10 +17,10 @@ from pathlib import Path
 
 from llava.data.download.archives import ArchiveLimits
 from llava.data.download.client import Client, add_network_options, bases_from, network_options
-from llava.data.download.failures import REASONS
 from llava.data.download.missing import Filtered, Missing, MissingList, pair_ids, write_available
 from llava.data.download.pmc_article import PARTIAL, ArticleJob, ArticleOutcome, ImageOptions, urls_of
 from llava.data.download.pmc_list import Article, Figure, FigureList, read_lists
+from llava.data.download.transfer import REASONS
 from llava.data.download.url_policy import check_base
 from llava.errors import ConfigError, DataError, DownloadError
 from llava.utils import log
@@ -28,6 +28,7 @@ from llava.utils.cli import ExampleFormatter, Parser
 from llava.utils.files import hold_lock
 from llava.utils.jsonl import write_json
 from llava.utils.log import progress_bar
+from llava.utils.terminal import write_out
 
 WINDOW = 4
 """Articles per thread that are queued ahead of time."""
@@ -256,15 +257,13 @@ def download_images(args: argparse.Namespace) -> int:
         raise ConfigError(f"--filter-json {gone[0]} is not a file")
     only = None if args.only is None else pair_ids(args.only)
     wanted = read_lists(args.input_path, only=only, max_images=args.max_images, allowed_hosts=args.allow_host)
-    sys.stdout.write(
-        f"{wanted.num_figures} images of {len(wanted.articles)} articles are wanted{_hours(wanted, args.rate)}\n"
-    )
+    write_out(f"{wanted.num_figures} images of {len(wanted.articles)} articles are wanted{_hours(wanted, args.rate)}\n")
     sys.stdout.flush()
     start = time.monotonic()
     with Client(network_options(args), bases=bases, num_connections=options.num_threads) as client:
         summary = fetch(wanted, client, options)
     filtered = [write_available(Path(path), options.images) for path in args.filter_json]
-    sys.stdout.write(report(summary, filtered, options.missing, time.monotonic() - start))
+    write_out(report(summary, filtered, options.missing, time.monotonic() - start))
     write_json(options.missing.with_suffix(".summary.json"), asdict(summary))
     return int(summary.num_missing > 0 if args.strict else summary.num_unexpected > 0)
 

@@ -15,11 +15,10 @@ from pathlib import Path
 
 from llava.data.download.archives import IMAGE_ENDINGS, ArchiveLimits, Taken, image_stem, iter_members
 from llava.data.download.client import TRANSIENT, Client
-from llava.data.download.failures import REASONS, most_telling
 from llava.data.download.files import Expected, fetch_file
 from llava.data.download.missing import Missing
 from llava.data.download.pmc_list import Article, Figure
-from llava.data.download.transfer import RemoteFile
+from llava.data.download.transfer import REASONS, RemoteFile, most_telling
 from llava.data.download.url_policy import is_local, join_url, local_path, redacted_url
 from llava.errors import ArchiveError, DataError, DownloadError
 from llava.imaging import decode

@@ -9,7 +9,6 @@ Caption files are accepted too, because the published list lacks the 50 images o
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,10 @@ from typing import Any, NamedTuple
 
 from llava.data.download.archives import plain_name
 from llava.data.download.url_policy import redacted_url, url_origin
-from llava.errors import DataError, DownloadError
+from llava.errors import BrokenFileError, DataError, DownloadError
 from llava.samples import type_and_length
+from llava.utils.json_rows import MAX_ROW, decode_row, iter_lists, iter_rows
 from llava.utils.jsonl import READ_ERRORS, open_decompressed
-from llava.utils.lookup import require
 
 ARCHIVE_HOSTS = ("ftp.ncbi.nlm.nih.gov",)
 """Hosts that a list may name without `--allow-host`."""
@@ -154,47 +153,31 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield `(where, row)`; a line that is not JSON yields its text as the row."""
     try:
         with open_decompressed(path) as stream:
-            first = stream.readline()
-            stream.seek(0)
-            if _is_captions(first):
-                yield from _caption_rows(path, stream)
-            else:
-                for number, line in enumerate(stream, start=1):
-                    if line.strip():
-                        yield f"{path}, line {number}", _json(line)
+            first = stream.readline(MAX_ROW)
+        if _is_captions(first):
+            for domain, index, caption in iter_lists(path):
+                yield f"{path}, {domain} {index}", _list_row(caption)
+            return
+        for number, row in iter_rows(path, lines=True):
+            if isinstance(row, BrokenFileError):
+                raise BrokenFileError(f"{path}, row {number}: {row}") from row
+            yield f"{path}, row {number}", "not JSON" if isinstance(row, DataError) else row
     except FileNotFoundError:
         raise DataError(f"{path}: file not found; `sh download_data.sh` downloads the published list") from None
     except READ_ERRORS as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 
-def _json(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return "not JSON"
-
-
 def _is_captions(line: bytes) -> bool:
     """Return whether a file's first line begins an object with one list per domain."""
-    row = _json(line)
+    row = decode_row(line.decode("utf-8-sig", "surrogateescape"))
     if isinstance(row, dict):
         return "pair_id" not in row and any(isinstance(value, list) for value in row.values())
     return line.lstrip().startswith(b"{")
 
 
-def _caption_rows(path: Path, stream: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the figures of a caption file as rows of a list; one domain is in memory at a time."""
-    ijson = require("ijson", "data")
-    try:
-        for domain, captions in ijson.kvitems(stream, ""):
-            for index, caption in enumerate(captions if isinstance(captions, list) else ()):
-                yield f"{path}, {domain} {index}", _list_row(caption)
-    except ijson.JSONError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-
-
 def _list_row(caption: Any) -> Any:
+    """Return a figure of a caption file as a row of a list."""
     reference = caption.get("graphic_ref") if isinstance(caption, dict) else None
     parts = reference.split("/") if isinstance(reference, str) else []
     if len(parts) < 4:

@@ -25,6 +25,7 @@ from llava.utils import log
 from llava.utils.cli import ExampleFormatter, Parser
 from llava.utils.files import hold_lock
 from llava.utils.log import progress_bar
+from llava.utils.terminal import write_out
 
 logger = logging.getLogger(__name__)
 
@@ -156,11 +157,11 @@ def download_data(args: argparse.Namespace, image_words: Sequence[str]) -> int:
     files = chosen(table.files, args.only)
     data = Path(args.data_dir)
     if args.list:
-        sys.stdout.write(listing(table, files))
+        write_out(listing(table, files))
         return 0
     if args.check:
         problems = {file.name: problem for file in files if (problem := file_problem(data / file.name, file.expected))}
-        sys.stdout.write(report(files, problems))
+        write_out(report(files, problems))
         return int(bool(problems))
     problems = download(files, table, data, args)
     status = fetch_images(files, data, args, image_words) if args.images else 0
@@ -200,9 +201,9 @@ def download(
             problems = _fetch_all(files, bases, data, client, bar.update)
     except OSError as error:
         raise DataError(f"{error.filename or data} cannot be written: {error.strerror or error}") from error
-    sys.stdout.write(report(files, problems))
+    write_out(report(files, problems))
     if problems:
-        sys.stdout.write("rerun the same command to resume; --base URL or --mirror-dir FOLDER selects another source\n")
+        write_out("rerun the same command to resume; --base URL or --mirror-dir FOLDER selects another source\n")
     return problems
 
 
@@ -249,7 +250,7 @@ def fetch_images(files: Sequence[PublishedFile], data: Path, args: argparse.Name
 
     lists = [str(data / file.name) for file in files if file.name in IMAGE_LISTS and (data / file.name).is_file()]
     if not lists:
-        sys.stdout.write(f"images: none downloaded; no list of images is selected ({', '.join(IMAGE_LISTS)})\n")
+        write_out(f"images: none downloaded; no list of images is selected ({', '.join(IMAGE_LISTS)})\n")
         return 0
     flags = ["--input-path", *lists, "--images-output-path", str(data / "images")]
     flags += ["--pmc-output-path", str(data / "pmc_articles")]

@@ -19,7 +19,7 @@ from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError
 from llava.eval.questions import check_unique, match_answers
 from llava.samples import type_and_length
-from llava.utils.jsonl import Record, read_records
+from llava.utils.json_rows import Record, read_records
 
 DOMAINS = ("chest_xray", "mri", "histology", "gross", "ct_scan")
 """Domains in the order of LLaVA-Med; the first true one is the domain of a question."""

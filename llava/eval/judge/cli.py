@@ -35,8 +35,9 @@ from llava.openai_api import add_api_flags, settings_of
 from llava.utils import log
 from llava.utils.cli import Parser
 from llava.utils.files import refuse_overwriting
-from llava.utils.jsonl import read_text, write_json, write_records
+from llava.utils.jsonl import read_object, write_json, write_records
 from llava.utils.provenance import provenance_fields
+from llava.utils.terminal import write_out
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def score_main(argv: Sequence[str] | None = None) -> None:
     cases = read_cases(args.question_file, args.answers_file, defects=settings.defects)
     judge = _judge(args)
     if args.dry_run:
-        sys.stdout.write(_plan(cases, judge, settings))
+        write_out(_plan(cases, judge, settings))
         return
     judgments = review_cases(cases, judge, settings)
     logger.info("%d requests to %s; all other replies were in the store", judge.num_asked, judge.name)
@@ -191,18 +192,18 @@ def _report(rated: Sequence[Rated], args: Namespace) -> dict[str, Any]:
 def _print(name: str, report: Mapping[str, Any]) -> None:
     """Print the published table, the table with intervals, the failures, and the agreement of orders."""
     out = sys.stdout
-    out.write(f"\n{name}\n{summary.published_table(report)}\n\n{summary.interval_table(report)}\n")
-    out.write("intervals: 95 %, resampled by image; the published relative score is the mean of ratios\n")
+    write_out(f"\n{name}\n{summary.published_table(report)}\n\n{summary.interval_table(report)}\n", out)
+    write_out("intervals: 95 %, resampled by image; the published relative score is the mean of ratios\n", out)
     if report["failures"]:
         text = ", ".join(f"{reason}: {count}" for reason, count in report["failures"].items())
-        out.write(f"without a score, excluded from all figures: {text}\n")
+        write_out(f"without a score, excluded from all figures: {text}\n", out)
     if report["mean_words"] is not None:
         words = report["mean_words"]
-        out.write(f"mean words: reference {words['reference']:.1f}, answer {words['answer']:.1f}\n")
+        write_out(f"mean words: reference {words['reference']:.1f}, answer {words['answer']:.1f}\n", out)
     if report["orders"] is not None:
         orders = report["orders"]
-        out.write(f"\nthe same judge in both orders, {orders['num_questions']} questions\n")
-        out.write(f"{summary.agreement_table(orders)}\n")
+        write_out(f"\nthe same judge in both orders, {orders['num_questions']} questions\n", out)
+        write_out(f"{summary.agreement_table(orders)}\n", out)
 
 
 def summarize_main(argv: Sequence[str] | None = None) -> None:
@@ -265,8 +266,8 @@ def _print_file(path: Path, rated: Sequence[Rated], args: Namespace, defects: fr
     report = _report(rated, args)
     if any(one.review for one in rated):
         name = path.stem.removeprefix("gpt4_text").lstrip("_-") or path.stem
-        sys.stdout.write(summary.review_text(name, rated, minus_one_counts="minus_one_counts" in defects) + "\n")
-        sys.stdout.write("mean scores by category, then the ratio of means in %\n")
+        write_out(summary.review_text(name, rated, minus_one_counts="minus_one_counts" in defects) + "\n")
+        write_out("mean scores by category, then the ratio of means in %\n")
     else:
         _print(path.name, report)
     return report
@@ -276,19 +277,18 @@ def _agreement(rated: Sequence[Rated], args: Namespace, parser: str) -> dict[str
     """Print and return the agreement with a second judge."""
     other = read_rated(args.against, parser=parser)
     report = summary.of_judges(rated, other, num_resamples=args.num_resamples, seed=args.seed)
-    sys.stdout.write(f"\n{args.scores_file.name} against {args.against.name}, {report['num_questions']} questions\n")
-    sys.stdout.write(f"{summary.agreement_table(report)}\n")
+    write_out(f"\n{args.scores_file.name} against {args.against.name}, {report['num_questions']} questions\n")
+    write_out(f"{summary.agreement_table(report)}\n")
     return report
 
 
 def _summary_provenance(args: Namespace, defects: frozenset[str], command: Sequence[str]) -> dict[str, Any]:
     """Return the provenance of a summary, including the provenance files of the judged scores."""
-    import json
 
     data = {"scores": args.scores_file} | ({} if args.against is None else {"against": args.against})
     facts = provenance_fields(data=data, command=command, seed=args.seed, defects=sorted(defects))
     for name, path in data.items():
         beside = _provenance_file(path)
         if beside.is_file():
-            facts[f"judging of {name}"] = json.loads(read_text(beside))
+            facts[f"judging of {name}"] = read_object(beside)
     return facts

@@ -15,7 +15,8 @@ from llava.eval.intervals import interval_text, percent_text
 from llava.eval.judge.scores import Rated
 from llava.eval.judge.summary import MEASURES
 from llava.imaging.decode import load_image
-from llava.utils.jsonl import read_records, write_atomic
+from llava.utils.json_rows import read_records
+from llava.utils.jsonl import write_atomic
 from llava.utils.reporting import OpenImage, html_thumbnail, render_page
 
 

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.eval.judge.cases import Case
+from llava.judging.orders import ORDERS
 from llava.judging.store import Messages
-
-ORDERS = ("12", "21")
-"""Order of the two answers: reference first, or answer under test first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +66,11 @@ def messages_of(case: Case, order: str, *, template: JudgeTemplate, defects: fro
 
     Args:
         case: question and answers.
-        order: one of `ORDERS`.
+        order: one of `llava.judging.orders.ORDERS`.
         template: texts that instruct the judge.
         defects: published defects to reproduce.
     """
-    first, second = (case.reference, case.answer) if order == "12" else (case.answer, case.reference)
+    first, second = (case.reference, case.answer) if order == ORDERS[0] else (case.answer, case.reference)
     text = (
         f"[Context]\n{figure_context(case.row, defects)}\n\n"
         f"[Question]\n{case.question}\n\n"

@@ -1,8 +1,6 @@
-"""Judging of cases, optionally in both orders, with retries of unreadable replies.
+"""Judging of cases, optionally in both orders, with retries of unreadable replies (`llava.judging.orders`).
 
-Case --orders--> messages --Judge--> reply --parse--> scores of reference and answer
-                    ^                  |
-                    +---- reminder ----+  at most `num_rounds` times
+Case --messages_of--> messages in each order --Judge--> scores of reference and answer --> Judgment
 """
 
 from __future__ import annotations
@@ -11,19 +9,24 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llava.compat import parse_compat
 from llava.errors import ConfigError
 from llava.eval.judge.cases import Case
-from llava.eval.judge.prompts import ORDERS, TEMPLATES, messages_after_unreadable, messages_of
-from llava.judging.parsing import PARSERS, Scores, Unreadable, parser_of
-from llava.judging.store import Judge, JudgeReply, Messages
-from llava.utils import log
+from llava.eval.judge.prompts import TEMPLATES, messages_after_unreadable, messages_of
+from llava.judging.orders import ORDERS, AskSettings, MessagesOf, Opinion, ask_in_orders, requests_of
+from llava.judging.parsing import PARSERS, Scores, parser_of
+from llava.judging.store import Judge
 from llava.utils.lookup import lookup
 
 REPLY_KEYS = {"none": "result", "v1.0": "result", "v1.5": "gpt_eval"}
 """Key of the judge's reply in a row of scores, by release."""
+
+
+CONTRADICTING = frozenset({"cut_question", "tag_in_question"})
+"""Defects of different releases that exclude each other; `all` selects the first one unless it names the other."""
 
 
 def chosen_defects(compat: str) -> frozenset[str]:
@@ -33,9 +36,13 @@ def chosen_defects(compat: str) -> frozenset[str]:
         ConfigError: a name is unknown, or two of the defects contradict each other.
     """
     chosen = parse_compat(compat, "judge")
-    if {"cut_question", "tag_in_question"} <= chosen:
+    if not chosen >= CONTRADICTING:
+        return chosen
+    words = {word.strip() for word in compat.split(",")}
+    named = words & CONTRADICTING
+    if "all" not in words or words & {"v1.0", "v1.5"} or named == CONTRADICTING:
         raise ConfigError("--compat: cut_question and tag_in_question contradict each other; exclude one of them")
-    return chosen
+    return chosen - CONTRADICTING | (named or {"cut_question"})
 
 
 def release_of(compat: str) -> str:
@@ -77,25 +84,24 @@ class JudgeSettings:
     def orders(self) -> tuple[str, ...]:
         return ORDERS if self.swap else ORDERS[:1]
 
+    def comparison(self, case: Case) -> MessagesOf:
+        """Return the messages of a case, by order."""
+        return partial(messages_of, case, template=TEMPLATES[self.template], defects=self.defects)
 
-@dataclass(frozen=True, slots=True)
-class Opinion:
-    """Scores of a case by a judge in one order.
+    def asking(self) -> AskSettings:
+        """Return how the judge is asked."""
+        return AskSettings(
+            partial(messages_after_unreadable, template=TEMPLATES[self.template]),
+            orders=self.orders,
+            num_rounds=self.num_rounds,
+            parse=PARSERS[parser_of(self.defects)],
+            refuse=_without_ratio,
+        )
 
-    Attributes:
-        order: one of `ORDERS`.
-        scores: scores of the reference and of the answer under test, in this sequence for every order; None without
-            scores.
-        reason: why there are no scores.
-        reply: the judge's last reply; None without a reply.
-        num_replies: number of replies received.
-    """
 
-    order: str
-    scores: Scores | None = None
-    reason: str = ""
-    reply: str | None = None
-    num_replies: int = 0
+def _without_ratio(scores: Scores) -> str:
+    """Return why scores cannot be used: the relative score divides by the reference's."""
+    return "reference scored 0" if scores[0] == 0.0 else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,55 +128,14 @@ class Judgment:
         return sum(pair[0] for pair in known) / len(known), sum(pair[1] for pair in known) / len(known)
 
 
-class _Pending:
-    """State of one case in one order until its opinion is final."""
-
-    def __init__(self, case: Case, order: str, settings: JudgeSettings) -> None:
-        self.messages: Messages = messages_of(
-            case, order, template=TEMPLATES[settings.template], defects=settings.defects
-        )
-        self.opinion = Opinion(order, reason="not asked")
-
-    def take(self, reply: JudgeReply, settings: JudgeSettings) -> None:
-        """Store the scores of a reply; if it has none, extend the messages by the reply and a reminder."""
-        order, number = self.opinion.order, self.opinion.num_replies
-        if not isinstance(reply, str):
-            self.opinion = Opinion(order, reason=f"no reply: {reply.reason}", num_replies=number)
-            return
-        read = PARSERS[parser_of(settings.defects)](reply)
-        scores, reason = (None, read.reason) if isinstance(read, Unreadable) else (read, "")
-        if scores is not None and order == "21":
-            scores = scores[1], scores[0]
-        if scores is not None and scores[0] == 0.0:  # the relative score divides by the reference's
-            scores, reason = None, "reference scored 0"
-        self.opinion = Opinion(order, scores, reason, reply, number + 1)
-        if scores is None:
-            self.messages = messages_after_unreadable(self.messages, reply, TEMPLATES[settings.template])
-
-    @property
-    def unreadable(self) -> bool:
-        """Whether the judge replied without scores."""
-        return self.opinion.scores is None and self.opinion.reply is not None
-
-
 def review_cases(cases: Sequence[Case], judge: Judge, settings: JudgeSettings) -> list[Judgment]:
     """Return the judgments of cases, in their order.
 
     Every reply is stored before the next is read, so a killed run resumes without repeated requests.
     """
-    pending = [[_Pending(case, order, settings) for order in settings.orders] for case in cases if not case.failed]
-    left = [one for orders in pending for one in orders]
-    for number in range(settings.num_rounds):
-        if not left:
-            break
-        title = "judging" if number == 0 else f"retry {number}"
-        with log.progress_bar(len(left), title=title, unit="reply") as bar:
-            for place, reply in judge.replies([one.messages for one in left]):
-                left[place].take(reply, settings)
-                bar.update()
-        left = [one for one in left if one.unreadable]
-    done = iter(pending)
-    judgments = [Judgment(case, () if case.failed else tuple(one.opinion for one in next(done))) for case in cases]
+    asked = [case for case in cases if not case.failed]
+    done = iter(ask_in_orders([settings.comparison(case) for case in asked], judge, settings.asking()))
+    judgments = [Judgment(case, () if case.failed else next(done)) for case in cases]
     failures = Counter(judgment.failure for judgment in judgments if judgment.failure)
     if failures:
         text = ", ".join(f"{reason}: {count}" for reason, count in failures.most_common())
@@ -180,13 +145,8 @@ def review_cases(cases: Sequence[Case], judge: Judge, settings: JudgeSettings) -
 
 def num_to_ask(cases: Sequence[Case], judge: Judge, settings: JudgeSettings) -> tuple[int, int]:
     """Return the number of first requests that are not in the store, and their length in characters."""
-    requests = {
-        judge.key(one.messages): one.messages
-        for case in cases
-        if not case.failed
-        for one in (_Pending(case, order, settings) for order in settings.orders)
-        if not judge.knows(one.messages)
-    }
+    comparisons = [settings.comparison(case) for case in cases if not case.failed]
+    requests = requests_of(comparisons, judge, settings.orders)
     return len(requests), sum(len(message["content"]) for one in requests.values() for message in one)
 
 
@@ -211,13 +171,6 @@ def score_row(judgment: Judgment, settings: JudgeSettings) -> dict[str, Any]:
     row["judgement"] = {
         "scores": None if judgment.scores is None else list(judgment.scores),
         "failure": judgment.failure,
-        "orders": {
-            opinion.order: {
-                "scores": None if opinion.scores is None else list(opinion.scores),
-                "failure": opinion.reason,
-                "num_replies": opinion.num_replies,
-            }
-            for opinion in judgment.opinions
-        },
+        "orders": {opinion.order: opinion.record() for opinion in judgment.opinions},
     }
     return row

@@ -19,7 +19,7 @@ from llava.eval.judge.review import REPLY_KEYS
 from llava.eval.questions import check_unique
 from llava.judging.parsing import PARSERS, Scores, Unreadable
 from llava.samples import type_and_length
-from llava.utils.jsonl import Record, read_records
+from llava.utils.json_rows import Record, read_records
 from llava.utils.lookup import lookup
 
 FAILED_TUPLE = (-1.0, -1.0)

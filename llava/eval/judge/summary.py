@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from llava.data.groups import image_name_key
 from llava.errors import DataError
 from llava.eval.intervals import Draws, interval_text, percent_text
 from llava.eval.judge.cases import DOMAINS
@@ -70,7 +71,7 @@ def score_summary(
     """
     reference = np.array([math.nan if one.scores is None else one.scores[0] for one in rated])
     answer = np.array([math.nan if one.scores is None else one.scores[1] for one in rated])
-    draws = Draws([one.image for one in rated], num_resamples=num_resamples, seed=seed)
+    draws = Draws([image_name_key(one.image) for one in rated], num_resamples=num_resamples, seed=seed)
     return {
         "summary_version": SUMMARY_VERSION,
         "domains": domains,
@@ -291,7 +292,7 @@ def of_judges(first: Sequence[Rated], second: Sequence[Rated], **options: Any) -
     """
     if {one.id for one in first} != {one.id for one in second}:
         raise DataError("the two files of scores hold different questions; compare judgments of one answer file")
-    images = {one.id: one.image for one in first}
+    images = {one.id: image_name_key(one.image) for one in first}
     report = agreement(_scored(first), _scored(second), images, **options)
     report["unscored"] = {
         "first": sum(one.scores is None for one in first),
@@ -312,7 +313,7 @@ def of_orders(rated: Sequence[Rated], **options: Any) -> dict[str, Any] | None:
     }
     if not both:
         return None
-    images = {one.id: one.image for one in rated}
+    images = {one.id: image_name_key(one.image) for one in rated}
     straight = {identity: pair[0] for identity, pair in both.items() if pair[0] is not None}
     swapped = {identity: pair[1] for identity, pair in both.items() if pair[1] is not None}
     report = agreement(straight, swapped, images, **options)

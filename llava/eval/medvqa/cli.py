@@ -17,9 +17,11 @@ from llava.eval.medvqa.metrics import METRIC_VERSION, Program, legacy_scores
 from llava.eval.medvqa.report import NOT_SCORED, full_report, legacy_table, report_table
 from llava.utils import log
 from llava.utils.cli import Parser
-from llava.utils.jsonl import read_records, write_json, write_records
+from llava.utils.json_rows import read_records
+from llava.utils.jsonl import write_json, write_records
 from llava.utils.lookup import lookup
 from llava.utils.provenance import provenance_fields
+from llava.utils.terminal import write_out
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ def run_eval(argv: Sequence[str] | None = None) -> None:
         swapped="swapped_counts" in defects,
     )
     for name in NOT_SCORED.keys() - columns.keys():
-        sys.stdout.write(f"note: {NOT_SCORED[name]}\n")
+        write_out(f"note: {NOT_SCORED[name]}\n")
     report = full_report(
         items, candidates=candidates, defects=defects, num_resamples=args.num_resamples, seed=args.seed
     )
@@ -115,20 +117,21 @@ def print_legacy(
     out = out or sys.stdout
     num_open = sum(not item.closed for item in items)
     first, second = (len(items) - num_open, num_open) if swapped else (num_open, len(items) - num_open)
-    out.write(f"\n========\n {title}\n")
-    out.write(f"num_gt_ids: {len(items)} || num_pred_ids: {len(items)}\n")
-    out.write(f"num_open {first} || num_close {second}\n")
-    out.write(f"{table}\n")
+    write_out(f"\n========\n {title}\n", out)
+    write_out(f"num_gt_ids: {len(items)} || num_pred_ids: {len(items)}\n", out)
+    write_out(f"num_open {first} || num_close {second}\n", out)
+    write_out(f"{table}\n", out)
 
 
 def print_strict(report: dict[str, Any], *, out: TextIO | None = None) -> None:
     """Print the counts of a report and the strict scores with their intervals."""
     out = out or sys.stdout
     count = report["counts"]
-    out.write(
+    write_out(
         f"\nstrict scores, metric version {METRIC_VERSION}; {count['questions']} questions on {count['images']} images "
         f"({count['open']} open, {count['closed']} closed), {count['unparsable']} yes/no answers without a decision, "
-        f"{count['failed']} failed\n{report_table(report['scores']['strict'])}\n"
+        f"{count['failed']} failed\n{report_table(report['scores']['strict'])}\n",
+        out,
     )
 
 
@@ -170,7 +173,7 @@ def _score_files(args: Namespace, kind: TestType, command: Sequence[str]) -> Ite
             truth = find_truth(pred, dataset, kind, gt_root=args.gt_root, top=args.pred_file_parent_path)
             yield _score_file(pred, dataset, truth, args, command)
         except LlavaError as error:
-            sys.stdout.write(f">>>Skip {pred}: {error}\n")
+            write_out(f">>>Skip {pred}: {error}\n")
 
 
 def _score_file(pred: Path, dataset: str, truth: Path, args: Namespace, command: Sequence[str]) -> dict[str, Any]:

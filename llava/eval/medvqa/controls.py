@@ -18,8 +18,9 @@ from llava.eval.intervals import Draws, ItemScores
 from llava.eval.medvqa.items import ScoredItem
 from llava.eval.medvqa.metrics import strict_scores
 from llava.samples import Sample
+from llava.scoring.choices import choices_of
 from llava.scoring.decisions import is_closed
-from llava.scoring.normalize import normalize_answer
+from llava.scoring.strict import strict_form
 
 Kind = TypeVar("Kind")
 
@@ -48,11 +49,20 @@ def majority_answers(samples: Iterable[Sample], *, source: str) -> Majority:
 
 
 def most_common_answers(samples: Iterable[Sample], kind_of: Callable[[Sample], Kind]) -> dict[Kind, str]:
-    """Return the most frequent normalized answer of every kind of row; the first seen wins a tie."""
+    """Return the most frequent answer of every kind of row: its strict form, or the letter of an option.
+
+    The first seen wins a tie.
+    """
     counts: dict[Kind, Counter[str]] = defaultdict(Counter)
     for sample in samples:
-        counts[kind_of(sample)][normalize_answer(answer_of(sample))] += 1
+        counts[kind_of(sample)][_counted_answer(sample)] += 1
     return {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
+
+
+def _counted_answer(sample: Sample) -> str:
+    answer = answer_of(sample)
+    label = choices_of(sample.meta)[1] if is_closed(sample.meta.get("answer_type"), answer) else ""
+    return label or strict_form(answer)
 
 
 def answer_of(sample: Sample) -> str:
@@ -62,7 +72,8 @@ def answer_of(sample: Sample) -> str:
 
 def majority_items(items: Sequence[ScoredItem], answers: Majority) -> list[ScoredItem]:
     """Return the items with the majority answers as predictions."""
-    return [replace(item, prediction=(answers.closed if item.closed else answers.open) or "") for item in items]
+    said = {True: answers.closed or "", False: answers.open or ""}
+    return [replace(item, prediction=said[item.closed], failed=False) for item in items]
 
 
 def check_same_questions(items: Sequence[ScoredItem], other: Sequence[ScoredItem], *, what: str) -> None:
@@ -95,7 +106,7 @@ def by_type(
     for name in sorted({name for item in items for name in item.types}):
         chosen = [index for index, item in enumerate(items) if name in item.types]
         part = [items[index] for index in chosen]
-        draws = Draws([item.image for item in part], num_resamples=num_resamples, seed=seed)
+        draws = Draws([item.cluster for item in part], num_resamples=num_resamples, seed=seed)
         scores = strict_scores(part)
         blank_scores = strict_scores([blank[index] for index in chosen]) if blank is not None else {}
         for title in BY_TYPE_SCORES:

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava.data.groups import image_name_key
 from llava.errors import DataError
 from llava.eval.questions import check_unique, match_answers
 from llava.samples import Sample, from_row, sample_label
+from llava.scoring.choices import choices_of
 from llava.scoring.decisions import is_closed
-from llava.utils.jsonl import read_records, read_text
+from llava.utils.json_rows import read_records
+from llava.utils.jsonl import JSON_ERRORS, read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,10 @@ class ScoredItem:
         prediction: the model's answer; empty if its generation failed.
         closed: whether the answer is one of few (yes or no, left or right).
         types: the question's types; empty if the row names none.
-        image: name of the image, the cluster of the intervals.
+        image: name of the image.
         failed: whether the generation of the answer failed.
+        choices: texts of the options of a multiple-choice question, in the order of their letters.
+        answer_label: letter of the right option; empty without `choices`.
     """
 
     question_id: str
@@ -43,6 +48,13 @@ class ScoredItem:
     types: tuple[str, ...] = ()
     image: str = ""
     failed: bool = False
+    choices: tuple[str, ...] = ()
+    answer_label: str = ""
+
+    @property
+    def cluster(self) -> str:
+        """Cluster of the intervals: the name of the image, compared as a path."""
+        return image_name_key(self.image)
 
 
 def read_truth(path: str | Path) -> list[Sample]:
@@ -101,15 +113,19 @@ def make_item(sample: Sample, answer: Mapping[str, Any]) -> ScoredItem:
     """Return the item of one question and one answer row."""
     question, reference = sample.conversation.turns[0].text, sample.conversation.turns[1].text
     metadata = answer.get("metadata") or {}
+    closed = is_closed(sample.meta.get("answer_type"), reference)
+    choices, label = choices_of(sample.meta) if closed else ((), "")
     return ScoredItem(
         question_id=sample.id,
         question=question.replace("<image>", "").strip(),
         reference=reference,
         prediction=str(answer["text"]),
-        closed=is_closed(sample.meta.get("answer_type"), reference),
+        closed=closed,
         types=question_types(sample.meta.get("question_type")),
         image=sample.images[0] if sample.images else sample.id,
         failed="error" in metadata,
+        choices=choices,
+        answer_label=label,
     )
 
 
@@ -126,7 +142,7 @@ def read_candidates(path: str | Path) -> list[str]:
     """
     try:
         whole = json.loads(read_text(path))
-    except json.JSONDecodeError:
+    except JSON_ERRORS:
         whole = None  # JSON lines: training rows
     if isinstance(whole, dict):
         if isinstance(whole.get("0"), list):

@@ -19,13 +19,15 @@ from llava.errors import MissingDependency
 from llava.eval.intervals import ItemScores
 from llava.eval.medvqa.items import ScoredItem
 from llava.scoring.decisions import DECISIONS, first_decision
+from llava.scoring.metrics import METRICS, STRICT_NAMES, metrics_named
 from llava.scoring.normalize import normalize_answer
 from llava.scoring.overlap import token_overlap
+from llava.scoring.strict import strict_form
 from llava.utils.lookup import require
 
 Program = Literal["run_eval", "run_eval_batch"]
 
-METRIC_VERSION = "1"
+METRIC_VERSION = "2"
 """Version of the scores; incremented whenever a figure of the same answers changes."""
 
 PUBLISHED = parse_compat("published", "scores")
@@ -179,42 +181,22 @@ class Candidates:
 
 def is_unparsable(item: ScoredItem) -> bool:
     """Return whether the answer to a yes/no question has no decision."""
-    return item.closed and _clean(item.reference) in DECISIONS and first_decision(item.prediction) is None
+    return item.closed and strict_form(item.reference) in DECISIONS and first_decision(item.prediction) is None
 
 
-def closed_hit(item: ScoredItem) -> float:
-    """Return 1 if the decision (yes/no) or else the answer equals the reference, otherwise 0."""
-    reference = _clean(item.reference)
-    if reference in DECISIONS:
-        return float(first_decision(item.prediction) == reference)
-    return float(_clean(item.prediction) == reference)
+def strict_scores(items: Sequence[ScoredItem], metrics: Sequence[str] = ()) -> dict[str, ItemScores]:
+    """Return all strict scores of the items; with question types, also the means over types.
 
-
-def strict_scores(items: Sequence[ScoredItem]) -> dict[str, ItemScores]:
-    """Return all strict scores of the items; with question types, also the means over types."""
-    closed = [closed_hit(item) if item.closed else math.nan for item in items]
-    exact = [math.nan if item.closed else float(_clean(item.prediction) == _clean(item.reference)) for item in items]
-    overlaps = [
-        (math.nan,) * 3 if item.closed else token_overlap(_words(item.reference), _words(item.prediction))
-        for item in items
-    ]
-    f1, _, recall = zip(*overlaps, strict=True) if overlaps else ((), (), ())
-    scores = {
-        "closed accuracy": ItemScores.of(closed),
-        "open exact match": ItemScores.of(exact),
-        "open f1": ItemScores.of(f1),
-        "open recall": ItemScores.of(recall),
-    }
+    Args:
+        items: the answered questions.
+        metrics: names of further metrics in `METRICS`, by their titles in the result.
+    """
+    values = {name: METRICS[name].values(items) for name in STRICT_NAMES}
+    scores = {name: ItemScores.of(found) for name, found in values.items()}
+    for metric in metrics_named([name for name in metrics if name not in STRICT_NAMES], place="metrics"):
+        scores[metric.title] = ItemScores.of(metric.shares(items))
     types = [item.types for item in items]
     if any(types):
-        scores["closed accuracy, mean over types"] = ItemScores.of(closed, types)
-        scores["open recall, mean over types"] = ItemScores.of(recall, types)
+        scores["closed accuracy, mean over types"] = ItemScores.of(values["closed accuracy"], types)
+        scores["open recall, mean over types"] = ItemScores.of(values["open recall"], types)
     return scores
-
-
-def _clean(text: str) -> str:
-    return normalize_answer(text, all_periods=True)
-
-
-def _words(text: str) -> Counter[str]:
-    return Counter(_clean(text).split())

@@ -5,15 +5,35 @@ The page makes no requests. It contains questions, answers and images of the dat
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava.eval.intervals import interval_text, percent_text
+from llava.eval.medvqa import tables
 from llava.eval.medvqa.items import ScoredItem
-from llava.eval.medvqa.metrics import closed_hit
+from llava.scoring.metrics import closed_hit
+from llava.scoring.strict import strict_form
 from llava.utils.jsonl import write_atomic
 from llava.utils.reporting import OpenImage, html_thumbnail, render_page
+
+LEGACY = "legacy"
+"""Begin of the names of the published sets of scores."""
+
+RIGHT, WRONG, CHANGED = "right", "wrong", "changed by the gray image"
+NUM_FILTERS = 14
+"""Number of filters that the stylesheet has rules for."""
+
+TERMS = (
+    ("n", "number of questions that the score applies to"),
+    ("95 % interval", "resampled by image: questions about one image are drawn together"),
+    ("blank image", "the same score when every image is replaced by a gray square"),
+    ("from the image", "score minus that on the gray image, on the same questions; near 0: the image is not used"),
+    ("majority", "the score of always giving the most frequent answer"),
+    ("changed by the gray image", "the answer on the gray image has other words"),
+)
+"""Legend of the page."""
 
 
 def write_page(
@@ -26,6 +46,7 @@ def write_page(
     open_image: OpenImage | None = None,
     num_examples: int = 12,
     note: str = "",
+    other: tuple[str, Sequence[ScoredItem]] | None = None,
 ) -> None:
     """Write the page of one evaluation.
 
@@ -38,19 +59,41 @@ def write_page(
         open_image: returns the image of a name; with None, the page shows no images.
         num_examples: number of answers to show.
         note: a sentence under the heading, such as a description of the data.
+        other: name and answers of another run on the same questions, shown beside these.
     """
     counts = ", ".join(f"{name} {number}" for name, number in report["counts"].items())
     shown = choose_examples(items, blank, num_examples)
+    kinds = _kinds([items[index] for index in shown], blank is not None)
+    cases = [
+        case_html(
+            items[index],
+            None if blank is None else blank[index],
+            open_image,
+            kinds,
+            None if other is None else (other[0], other[1][index]),
+        )
+        for index in shown
+    ]
+    sets = [(name, score_rows(scores.items())) for name, scores in report["scores"].items()]
+    by = report.get("by")
     text = render_page(
         "evaluation.html",
         title=title,
         note=note,
         counts=counts,
         verdicts=report.get("verdicts", ()),
-        scores=[(name, score_rows(scores.items())) for name, scores in report["scores"].items()],
+        scores=[one for one in sets if not one[0].startswith(LEGACY)],
+        legacy=[one for one in sets if one[0].startswith(LEGACY)],
+        terms=TERMS,
+        controls=[(name, tables.control_rows(table)) for name, table in report.get("controls", {}).items()],
+        by={"field": by["field"], "rows": tables.field_rows(by["rows"])} if by else None,
         types=score_rows((_type_name(row), row) for row in report["by_type"]),
         bars=[bar(row) for row in report["by_type"]],
-        cases=[case_html(items[index], None if blank is None else blank[index], open_image) for index in shown],
+        parts=[
+            {"id": f"f{number}", "name": name, "count": sum(f"f{number}" in one["classes"].split() for one in cases)}
+            for number, name in enumerate(kinds)
+        ],
+        cases=cases,
         provenance=list(report.get("provenance", {}).items()),
     )
     write_atomic(path, text)
@@ -127,14 +170,37 @@ def is_right(item: ScoredItem) -> bool:
     return closed_hit(item) == 1.0
 
 
-def case_html(item: ScoredItem, blank: ScoredItem | None, open_image: OpenImage | None) -> dict[str, Any]:
-    """Return one answer with its image for the macro `answer` of the templates."""
+def _kinds(items: Sequence[ScoredItem], has_blank: bool) -> list[str]:
+    """Return the names of the filters, for each of which the stylesheet has a rule."""
+    types = Counter(name for item in items for name in item.types)
+    first = [RIGHT, WRONG, *([CHANGED] if has_blank else [])]
+    return [*first, *(name for name, _ in types.most_common(NUM_FILTERS - len(first)))]
+
+
+def case_html(
+    item: ScoredItem,
+    blank: ScoredItem | None,
+    open_image: OpenImage | None,
+    kinds: Sequence[str] = (),
+    other: tuple[str, ScoredItem] | None = None,
+) -> dict[str, Any]:
+    """Return one answer with its image for the macro `answer` of the templates; `kinds` are the filters of the page."""
+    own = {RIGHT if is_right(item) else WRONG, *item.types}
+    if blank is not None and strict_form(blank.prediction) != strict_form(item.prediction):
+        own.add(CHANGED)
+    theirs = None if other is None else {"name": other[0], "answer": _shown(other[1]), "right": is_right(other[1])}
     return {
+        "classes": " ".join(f"f{number}" for number, name in enumerate(kinds) if name in own),
+        "other": theirs,
         "image": html_thumbnail(item.image, open_image),
         "question": item.question,
         "reference": item.reference,
-        "answer": "(failed)" if item.failed else item.prediction,
+        "answer": _shown(item),
         "right": is_right(item),
         "blank": None if blank is None else blank.prediction,
         "label": f"{item.question_id}, {'closed' if item.closed else 'open'} {' '.join(item.types)}",
     }
+
+
+def _shown(item: ScoredItem) -> str:
+    return "(failed)" if item.failed else item.prediction

@@ -23,10 +23,14 @@ NOT_SCORED = {
 
 
 def score_sets(
-    items: Sequence[ScoredItem], *, candidates: Sequence[str] | None = None, defects: frozenset[str] = PUBLISHED
+    items: Sequence[ScoredItem],
+    *,
+    candidates: Sequence[str] | None = None,
+    defects: frozenset[str] = PUBLISHED,
+    metrics: Sequence[str] = (),
 ) -> dict[str, dict[str, ItemScores]]:
-    """Return all sets of scores of the items: `strict`, then the published scores by program."""
-    sets = {"strict": strict_scores(items)}
+    """Return all sets of scores of the items: `strict` with further `metrics`, then the published scores by program."""
+    sets = {"strict": strict_scores(items, metrics)}
     for program in get_args(Program):
         columns = legacy_scores(items, program=program, candidates=candidates, defects=defects)
         sets[f"legacy {program}"] = {name: ItemScores.of(values) for name, values in columns.items()}
@@ -40,6 +44,7 @@ def full_report(
     baseline: Majority | None = None,
     candidates: Sequence[str] | None = None,
     defects: frozenset[str] = PUBLISHED,
+    metrics: Sequence[str] = (),
     num_resamples: int = 500,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -51,13 +56,14 @@ def full_report(
         baseline: the most frequent answers, scored like a model.
         candidates: open answers of the training set, for run_eval's open accuracy.
         defects: known defects of the published scores to reproduce.
+        metrics: names of further metrics beside the strict scores.
         num_resamples: number of resamples of the intervals.
         seed: seed of the resampling.
     """
     if blank is not None:
         check_same_questions(items, blank, what="the blank-image control")
-    draws = Draws([item.image for item in items], num_resamples=num_resamples, seed=seed)
-    options: dict[str, Any] = {"candidates": candidates, "defects": defects}
+    draws = Draws([item.cluster for item in items], num_resamples=num_resamples, seed=seed)
+    options: dict[str, Any] = {"candidates": candidates, "defects": defects, "metrics": metrics}
     blank_sets = None if blank is None else score_sets(blank, **options)
     baseline_sets = None if baseline is None else score_sets(majority_items(items, baseline), **options)
     return {
@@ -86,7 +92,7 @@ def counts(items: Sequence[ScoredItem]) -> dict[str, int]:
         "questions": len(items),
         "open": sum(not item.closed for item in items),
         "closed": sum(item.closed for item in items),
-        "images": len({item.image for item in items}),
+        "images": len({item.cluster for item in items}),
         "failed": sum(item.failed for item in items),
         "unparsable": sum(is_unparsable(item) for item in items),
     }

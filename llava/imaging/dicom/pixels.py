@@ -7,7 +7,6 @@ The decoders are fixed so that all machines with the extra `data` get the same p
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,61 +21,7 @@ from pydicom.uid import UID
 
 from llava.errors import DataError, MissingDependency
 from llava.imaging.dicom.header import PIXEL_TAGS, code_value, integer_value, number_value, suppress_pydicom_output
-
-_JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7})
-"""Start-of-frame markers of JPEG and JPEG-LS."""
-
-_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})
-"""Markers without a length."""
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Size of one compressed frame: pixels, samples per pixel, and bits per sample."""
-
-    height: int
-    width: int
-    samples: int
-    bits: int
-
-
-def extent_of(frame: bytes) -> Extent | None:
-    """Return the size that a JPEG, JPEG-LS or JPEG 2000 frame states, or None if it does not state one."""
-    jpeg2000 = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # a JP2 box may precede it
-    if jpeg2000 >= 0:
-        return _jpeg2000(frame, jpeg2000 + 4)
-    return _jpeg(frame) if frame[:2] == b"\xff\xd8" else None
-
-
-def _jpeg2000(frame: bytes, start: int) -> Extent | None:
-    """Return the size in the SIZ segment whose length field is at `start`."""
-    if len(frame) < start + 39:
-        return None
-    x_end, y_end, x_start, y_start = struct.unpack(">4I", frame[start + 4 : start + 20])
-    (samples,) = struct.unpack(">H", frame[start + 36 : start + 38])
-    return Extent(y_end - y_start, x_end - x_start, samples, (frame[start + 38] & 0x7F) + 1)
-
-
-def _jpeg(frame: bytes) -> Extent | None:
-    """Return the size in the first start-of-frame segment."""
-    place = 2
-    while place + 4 <= len(frame):
-        if frame[place] != 0xFF:
-            return None
-        marker = frame[place + 1]
-        if marker == 0xFF:  # fill byte
-            place += 1
-        elif marker in _ALONE:
-            place += 2
-        elif marker in _JPEG_FRAMES:
-            if place + 10 > len(frame):
-                return None
-            bits, height, width, samples = struct.unpack(">BHHB", frame[place + 4 : place + 10])
-            return Extent(height, width, samples, bits)
-        else:
-            place += 2 + int(struct.unpack(">H", frame[place + 2 : place + 4])[0])
-    return None
-
+from llava.imaging.dicom.streams import extent_of
 
 MAX_FRAMES = 1 << 20
 """A larger number of frames is treated as an error in the file."""
@@ -96,6 +41,9 @@ DECODERS: dict[str, tuple[str, ...]] = {
     uid.RLELossless: ("pydicom",),
 }
 """Decoder plugins of pydicom for each compression, in the order in which they are tried."""
+
+UNMASKED = frozenset({uid.JPEGLSLossless, uid.JPEG2000Lossless, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL})
+"""Lossless compressions for which pydicom does not clear the bits above the stored ones, which may hold an overlay."""
 
 PACKAGES = {
     "gdcm": "python-gdcm",
@@ -121,6 +69,7 @@ class PixelFormat:
         bits_allocated: stored bits of a value.
         is_signed: whether values may be negative.
         keyword: field that holds the pixels; the two floating-point fields do not state bits.
+        shift: unused bits below the significant ones; not 0 only for left-justified values.
     """
 
     height: int
@@ -132,6 +81,7 @@ class PixelFormat:
     bits_allocated: int
     is_signed: bool
     keyword: str
+    shift: int = 0
 
     @property
     def is_float(self) -> bool:
@@ -156,16 +106,83 @@ class PixelFormat:
         num_frames = integer_value(dataset, "NumberOfFrames", default=1) or 1
         if not 1 <= num_frames <= MAX_FRAMES:
             raise DataError(f"states {num_frames} frames; expected 1 to {MAX_FRAMES}")
-        allocated = integer_value(dataset, "BitsAllocated", default={"FloatPixelData": 32}.get(keyword, 64))
+        color = code_value(dataset, "PhotometricInterpretation")
+        samples = integer_value(dataset, "SamplesPerPixel", default=3 if color.startswith(("RGB", "YBR")) else 1)
+        if samples not in (1, 3):
+            raise DataError(f"states {samples} values per pixel; expected 1 (gray, palette) or 3 (color)")
+        color = color or _default_color(dataset, samples)
+        values = height * width * num_frames * (2 if color == "YBR_FULL_422" else samples)
+        allocated = _bits_allocated(dataset, keyword, values)
         bits = integer_value(dataset, "BitsStored", default=allocated)
         if allocated not in (1, 8, 16, 32, 64) or not 1 <= bits <= allocated:
             raise DataError(f"states {bits} bits stored in {allocated}; expected up to 1, 8, 16 or 32")
-        samples = integer_value(dataset, "SamplesPerPixel", default=1)
-        if samples not in (1, 3):
-            raise DataError(f"states {samples} values per pixel; expected 1 (gray, palette) or 3 (color)")
-        color = code_value(dataset, "PhotometricInterpretation") or ("MONOCHROME2" if samples == 1 else "RGB")
         signed = integer_value(dataset, "PixelRepresentation", default=0) == 1
-        return cls(height, width, num_frames, samples, color, bits, allocated, signed, keyword)
+        shift = _bit_shift(dataset, bits, allocated) if keyword == "PixelData" else 0
+        return cls(height, width, num_frames, samples, color, bits, allocated, signed, keyword, shift)
+
+    def missing_options(self, dataset: FileDataset) -> dict[str, Any]:
+        """Return values for the decoder options of fields that the file lacks."""
+        known = {
+            "SamplesPerPixel": ("samples_per_pixel", self.samples),
+            "PhotometricInterpretation": ("photometric_interpretation", self.color),
+            "PlanarConfiguration": ("planar_configuration", 0),
+            "BitsAllocated": ("bits_allocated", self.bits_allocated),
+            "BitsStored": ("bits_stored", self.bits),
+            "PixelRepresentation": ("pixel_representation", 0),
+        }
+        return dict(option for keyword, option in known.items() if dataset.get(keyword) in (None, ""))
+
+
+def is_compressed(dataset: FileDataset) -> bool:
+    """Return whether the pixels are stored in compressed frames."""
+    return bool(dataset.file_meta.TransferSyntaxUID in DECODERS)
+
+
+def _default_color(dataset: FileDataset, samples: int) -> str:
+    """Return the color of a file that does not state it, where only one is sensible.
+
+    Raises:
+        DataError: the field is needed.
+    """
+    if samples == 1 and "RedPaletteColorLookupTableDescriptor" not in dataset:
+        return "MONOCHROME2"
+    if samples == 3 and not is_compressed(dataset):
+        return "RGB"
+    raise DataError("lacks field PhotometricInterpretation, and its pixels may have several meanings")
+
+
+def _bits_allocated(dataset: FileDataset, keyword: str, num_values: int) -> int:
+    """Return the stored bits of a value; for a file that does not state them, those that its length gives.
+
+    Raises:
+        DataError: the field is missing, and the length of the pixel data fits no number of bits.
+    """
+    if dataset.get("BitsAllocated") is not None:
+        return integer_value(dataset, "BitsAllocated")
+    if keyword != "PixelData":
+        return 32 if keyword == "FloatPixelData" else 64
+    with suppress_pydicom_output("cannot be read"):
+        raw = dataset.PixelData or b""
+    if is_compressed(dataset):
+        bits = integer_value(dataset, "BitsStored")
+        return next(allocated for allocated in (8, 16, 32, 64) if bits <= allocated or allocated == 64)
+    for allocated in (8, 16, 32):
+        expected = num_values * allocated // 8
+        if len(raw) in (expected, expected + expected % 2):
+            return allocated
+    raise DataError(f"lacks field BitsAllocated, and {len(raw)} bytes of pixels fit no number of bits")
+
+
+def _bit_shift(dataset: FileDataset, bits: int, allocated: int) -> int:
+    """Return the number of unused bits below the stored bits, from HighBit.
+
+    Raises:
+        DataError: the stored bits do not fit.
+    """
+    high = integer_value(dataset, "HighBit", default=bits - 1)
+    if not bits - 1 <= high < allocated:
+        raise DataError(f"states HighBit {high} with {bits} bits stored in {allocated}; expected {bits - 1}")
+    return high - bits + 1
 
 
 def frame_values(dataset: FileDataset, pixel_format: PixelFormat, index: int) -> tuple[Stored, str]:
@@ -184,8 +201,10 @@ def frame_values(dataset: FileDataset, pixel_format: PixelFormat, index: int) ->
     except NotImplementedError:
         raise DataError(f"is stored as {syntax.name}, which is not supported; convert it to frames first") from None
     plugins = DECODERS.get(syntax, ())
+    shift, stream_bits = pixel_format.shift, 0
     if plugins:
-        _check_extent(dataset, pixel_format, index)
+        stream_bits = _check_extent(dataset, pixel_format, index)
+        shift = shift if stream_bits > pixel_format.bits else 0  # a stream of fewer bits has no room for a shift
         plugins = tuple(name for name in plugins if name in decoder.available_plugins)
         if not plugins:
             names = " or ".join(PACKAGES[name] for name in DECODERS[syntax])
@@ -195,16 +214,46 @@ def frame_values(dataset: FileDataset, pixel_format: PixelFormat, index: int) ->
             )
     else:
         _check_length(dataset, pixel_format)
-    return _decode(decoder, dataset, index, plugins or ("",), pixel_format)
+    if not shift:
+        values, color = _decode(decoder, dataset, index, plugins or ("",), pixel_format)
+        if syntax in UNMASKED and stream_bits > pixel_format.bits:
+            spare = values.dtype.itemsize * 8 - pixel_format.bits
+            values = values << spare >> spare
+        return values, color
+    if pixel_format.color.startswith("YBR"):
+        raise DataError(f"states HighBit {shift + pixel_format.bits - 1} with {pixel_format.bits} bits stored as YBR")
+    whole = {"bits_stored": pixel_format.bits_allocated, "pixel_representation": 0}
+    values, color = _decode(decoder, dataset, index, plugins or ("",), pixel_format, **whole)
+    return _shifted(values, pixel_format), color
+
+
+def unmasked_values(dataset: FileDataset, pixel_format: PixelFormat, index: int) -> Stored:
+    """Return one frame with all allocated bits, unsigned, of a file that `frame_values` decodes."""
+    decoder = get_decoder(UID(dataset.file_meta.TransferSyntaxUID))
+    plugins = tuple(name for name in DECODERS[decoder.UID] if name in decoder.available_plugins)
+    whole = {"bits_stored": pixel_format.bits_allocated, "pixel_representation": 0}
+    return _decode(decoder, dataset, index, plugins, pixel_format, **whole)[0]
+
+
+def _shifted(values: Stored, pixel_format: PixelFormat) -> Stored:
+    """Return left-justified values, all allocated bits of each, as those that are stored."""
+    spare = values.dtype.itemsize * 8 - pixel_format.bits
+    upper = values << (spare - pixel_format.shift)  # bits above the stored ones are lost
+    return (upper.view(f"i{upper.dtype.itemsize}") if pixel_format.is_signed else upper) >> spare
 
 
 def _decode(
-    decoder: Decoder, dataset: FileDataset, index: int, plugins: tuple[str, ...], pixel_format: PixelFormat
+    decoder: Decoder,
+    dataset: FileDataset,
+    index: int,
+    plugins: tuple[str, ...],
+    pixel_format: PixelFormat,
+    **changed: Any,
 ) -> tuple[Stored, str]:
     for plugin in plugins:
         try:
             with suppress_pydicom_output("cannot be decoded"):
-                options = as_pixel_options(dataset)
+                options = as_pixel_options(dataset, **{**pixel_format.missing_options(dataset), **changed})
                 values, properties = decoder.as_array(dataset, index=index, decoding_plugin=plugin, **options)
                 break
         except DataError:
@@ -220,14 +269,18 @@ def _decode(
     return values, str(properties["photometric_interpretation"])
 
 
-def _check_extent(dataset: FileDataset, pixel_format: PixelFormat, index: int) -> None:
-    """Raise `DataError` if the size stated by the compressed frame differs from the header."""
+def _check_extent(dataset: FileDataset, pixel_format: PixelFormat, index: int) -> int:
+    """Return the bits of a value in a compressed frame.
+
+    Raises:
+        DataError: the size stated by the frame differs from the header, or the frame is not one that is decoded.
+    """
     with suppress_pydicom_output("cannot be decoded"):
         frame = get_frame(dataset.PixelData, index, number_of_frames=pixel_format.num_frames, **_offsets(dataset))
     found = extent_of(frame)
     if found is None:  # run-length encoded frames do not state a size; the header limits their output
         if dataset.file_meta.TransferSyntaxUID == uid.RLELossless:
-            return
+            return pixel_format.bits_allocated
         raise DataError("cannot be decoded: the compressed image has an invalid start; is the file truncated?")
     if (found.height, found.width, found.samples) != (pixel_format.height, pixel_format.width, pixel_format.samples):
         raise DataError(
@@ -239,6 +292,7 @@ def _check_extent(dataset: FileDataset, pixel_format: PixelFormat, index: int) -
             f"is stored as lossy JPEG of {found.bits} bits, for which no decoder has a free license; convert the file "
             "to JPEG 2000 or to an uncompressed form first"
         )
+    return found.bits
 
 
 def _offsets(dataset: FileDataset) -> dict[str, Any]:

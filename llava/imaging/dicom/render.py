@@ -16,11 +16,13 @@ Rules in addition to the two choices of `DicomPolicy`:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataset import Dataset, FileDataset
-from pydicom.pixels.processing import apply_color_lut
+from pydicom.pixels.processing import apply_color_lut, apply_rescale
 
 from llava.errors import DataError, MissingDependency, NotAnImageError
 from llava.imaging import grayscale
@@ -61,6 +63,17 @@ def render_frame(data: bytes, policy: DicomPolicy, *, name: str, max_pixels: int
         DataError: the file is damaged, truncated, too large, or in a form that is not decoded.
         MissingDependency: the decoder of its compression is not installed.
     """
+    return next(_rendered(data, policy, name, max_pixels, all_frames=False))
+
+
+def render_frames(data: bytes, policy: DicomPolicy, *, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """Yield all frames of a DICOM file as images; arguments and errors are those of `render_frame`."""
+    return _rendered(data, policy, name, max_pixels, all_frames=True)
+
+
+def _rendered(
+    data: bytes, policy: DicomPolicy, name: str, max_pixels: int, *, all_frames: bool
+) -> Iterator[Image.Image]:
     dataset = read_header(data, IMAGE_TAGS, name=name, pixels=True)
     try:
         check_image_object(dataset)
@@ -71,20 +84,28 @@ def render_frame(data: bytes, policy: DicomPolicy, *, name: str, max_pixels: int
                 f"has {pixel_format.num_frames} frames, counted from 0; frame {policy.frame} of --dicom-frame does not "
                 "exist"
             )
-        stored, color = frame_values(dataset, pixel_format, index)
-        if color.startswith("MONOCHROME"):
-            shown: _Pixels = _gray(dataset, stored, pixel_format, index, policy)
-        elif color == "PALETTE COLOR":
-            shown = _from_palette(dataset, stored)
-        else:
-            shown = _from_color(stored, color, pixel_format)
-        return _with_square_pixels(Image.fromarray(shown), dataset, index, max_pixels)
+        for number in range(pixel_format.num_frames) if all_frames else [index]:
+            yield _image_of(dataset, pixel_format, number, policy, max_pixels)
     except MissingDependency:
         raise
     except NotAnImageError as error:
         raise NotAnImageError(f"image {name} {error}") from None
     except DataError as error:
         raise DataError(f"image {name} {error}") from None
+
+
+def _image_of(
+    dataset: FileDataset, pixel_format: PixelFormat, index: int, policy: DicomPolicy, max_pixels: int
+) -> Image.Image:
+    """Return one frame as an image."""
+    stored, color = frame_values(dataset, pixel_format, index)
+    if color.startswith("MONOCHROME"):
+        shown: _Pixels = _gray(dataset, stored, pixel_format, index, policy)
+    elif color == "PALETTE COLOR":
+        shown = _from_palette(dataset, stored, pixel_format)
+    else:
+        shown = _from_color(stored, color, pixel_format)
+    return _with_square_pixels(Image.fromarray(shown), dataset, index, max_pixels)
 
 
 def _groups(dataset: FileDataset, index: int) -> list[Dataset]:
@@ -124,35 +145,58 @@ def _gray_levels(
     padding: NDArray[np.bool_] | None,
 ) -> _Pixels:
     """Return stored monochrome values, of any shape, as gray levels."""
-    values = stored.astype(np.float64)
-    lut = next(iter(sequence_items(dataset, "ModalityLUTSequence")), None)
-    if lut is not None:
-        modality = _table(dataset, lut, is_signed=pixel_format.is_signed)
-        values = modality(values)
-        stored_range = (0.0, float(2**modality.bits - 1))
-    else:
-        place = _dataset_with(dataset, index, "PixelValueTransformationSequence", "RescaleSlope")
-        slope, intercept = number_value(place, "RescaleSlope"), number_value(place, "RescaleIntercept")
-        values = grayscale.rescale_values(values, slope, intercept)
-        low = -(2 ** (pixel_format.bits - 1)) if pixel_format.is_signed else 0
-        ends = grayscale.rescale_values(
-            np.array([low, low + 2**pixel_format.bits - 1], dtype=np.float64), slope, intercept
-        )
-        stored_range = (float(ends.min()), float(ends.max()))
+    values, possible = _physical_values(dataset, stored.astype(np.float64), pixel_format, index)
     if not np.isfinite(values).all():
         raise DataError("holds values that are not finite")
-    shares = _window(dataset, values, padding, index, policy)
+    shares = _window(dataset, values, padding, index, policy, possible=possible)
     if shares is None:
         whole_range = pixel_format.bits <= 8 and not pixel_format.is_float
-        low_high = stored_range if whole_range else grayscale.percentile_limits(values, padding, (0.0, 100.0))
+        low_high = possible if whole_range else grayscale.percentile_limits(values, padding, (0.0, 100.0))
         shares = grayscale.stretch_values(values, *low_high)
     return grayscale.to_gray(shares, inverted=pixel_format.color == "MONOCHROME1")
 
 
+def _physical_values(
+    dataset: FileDataset, values: Values, pixel_format: PixelFormat, index: int
+) -> tuple[Values, tuple[float, float]]:
+    """Return stored values after the Modality LUT or rescaling, and the range that these can have at all."""
+    low = -(2.0 ** (pixel_format.bits - 1)) if pixel_format.is_signed else 0.0
+    ends = np.array([low, low + 2.0**pixel_format.bits - 1])
+    if pixel_format.is_float:
+        ends = np.array([-np.inf, np.inf])
+    lut = next(iter(sequence_items(dataset, "ModalityLUTSequence")), None)
+    if lut is not None:
+        modality = _table(dataset, lut, low=float(ends[0]), high=float(ends[1]))
+        return modality(values), (0.0, float(2**modality.bits - 1))
+    place = _dataset_with(dataset, index, "PixelValueTransformationSequence", "RescaleSlope")
+    slope, intercept = number_value(place, "RescaleSlope"), number_value(place, "RescaleIntercept")
+    # pydicom rescales only if both fields are there; a missing slope is 1, a missing intercept 0.
+    both = Dataset()
+    both.add_new("RescaleSlope", "FD", 1.0 if slope is None else slope)
+    both.add_new("RescaleIntercept", "FD", intercept or 0.0)
+    ends = apply_rescale(ends, both)
+    return apply_rescale(values, both), (float(ends.min()), float(ends.max()))
+
+
 def _window(
-    dataset: FileDataset, values: Values, padding: NDArray[np.bool_] | None, index: int, policy: DicomPolicy
+    dataset: FileDataset,
+    values: Values,
+    padding: NDArray[np.bool_] | None,
+    index: int,
+    policy: DicomPolicy,
+    *,
+    possible: tuple[float, float],
 ) -> Values | None:
-    """Return values windowed to 0 to 1, or None where neither the policy nor the file gives a window."""
+    """Return values windowed to 0 to 1, or None where neither the policy nor the file gives a window.
+
+    Args:
+        dataset: fields of the file.
+        values: values after the Modality LUT or rescaling.
+        padding: mask of padding.
+        index: number of the frame.
+        policy: window.
+        possible: smallest and largest value that the file can have.
+    """
     if policy.window == "full" or policy.percentiles is not None:
         return grayscale.stretch_values(
             values, *grayscale.percentile_limits(values, padding, policy.percentiles or (0.0, 100.0))
@@ -163,7 +207,7 @@ def _window(
         return grayscale.window_values(values, *PRESETS[policy.window])
     lut = next(iter(sequence_items(dataset, "VOILUTSequence")), None)
     if lut is not None:
-        voi = _table(dataset, lut, is_signed=bool((values < 0).any()))
+        voi = _table(dataset, lut, low=possible[0], high=possible[1])
         return np.clip(voi(values) / (2.0**voi.bits - 1.0), 0.0, 1.0)
     place = _dataset_with(dataset, index, "FrameVOILUTSequence", "WindowCenter")
     center, width = number_value(place, "WindowCenter"), number_value(place, "WindowWidth")
@@ -172,14 +216,23 @@ def _window(
     return grayscale.window_values(values, center, width, code_value(place, "VOILUTFunction"))
 
 
-def _table(dataset: FileDataset, item: Dataset, *, is_signed: bool) -> LookupTable:
-    """Return the lookup table of a sequence item."""
+def _table(dataset: FileDataset, item: Dataset, *, low: float, high: float) -> LookupTable:
+    """Return the lookup table of a sequence item, for values that can be `low` to `high`."""
     length, first, bits = (*number_values(item, "LUTDescriptor"), 0, 0, 0)[:3]
     if not 1 <= bits <= 16:
         raise DataError("has a lookup table with an invalid number of bits; expected 1 to 16")
-    if first >= 32768 and is_signed:
-        first -= 65536
-    return LookupTable(int(first), _entries(dataset, item, "LUTData", int(length)), int(bits))
+    entries = _entries(dataset, item, "LUTData", int(length))
+    return LookupTable(_first_value(int(first), low, high), entries, int(bits))
+
+
+def _first_value(first: int, low: float, high: float) -> int:
+    """Return the first value of a table, which files may store with the wrong signedness (64512 for -1024).
+
+    The values that are possible decide, never those of one image: all images of a series must look alike.
+    """
+    if first >= 32768 and low < 0:
+        return first - 65536
+    return first + 65536 if first < 0 <= low and first + 65536 <= high else first
 
 
 def _entries(dataset: FileDataset, place: Dataset, keyword: str, length: int) -> Values:
@@ -197,7 +250,7 @@ def _entries(dataset: FileDataset, place: Dataset, keyword: str, length: int) ->
     return found[:num_entries].astype(np.float64)
 
 
-def _from_palette(dataset: FileDataset, stored: Stored) -> _Pixels:
+def _from_palette(dataset: FileDataset, stored: Stored, pixel_format: PixelFormat) -> _Pixels:
     """Return a palette frame as `[H, W, 3]`."""
     if "SegmentedRedPaletteColorLookupTableData" in dataset:
         with suppress_pydicom_output("has a palette that cannot be applied"):
@@ -207,7 +260,9 @@ def _from_palette(dataset: FileDataset, stored: Stored) -> _Pixels:
     for color in ("Red", "Green", "Blue"):
         length, first, bits = (*number_values(dataset, f"{color}PaletteColorLookupTableDescriptor"), 0, 0, 0)[:3]
         entries = _entries(dataset, dataset, f"{color}PaletteColorLookupTableData", int(length))
-        tables.append(LookupTable(int(first), entries, int(bits)))
+        low = -(2.0 ** (pixel_format.bits - 1)) if pixel_format.is_signed else 0.0
+        first = _first_value(int(first), low, low + 2.0**pixel_format.bits - 1)
+        tables.append(LookupTable(first, entries, int(bits)))
     # Some writers state 16 bits and store 8 in the low bytes: no entry of any color reaches 256.
     is_narrow = max(float(table.entries.max()) for table in tables) < 256
     values = stored.astype(np.float64)

@@ -6,33 +6,39 @@ represent is rejected, so an export always has the same logits.
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+import torch.nn.functional as F
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+from transformers.activations import ACT2FN
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llava.constants import IMAGE_TOKEN
-from llava.conversation import SLOT, ConversationTemplate, Form
 from llava.errors import CheckpointError
 from llava.imaging.image_processor import OpenClipImageProcessorPil
+from llava.jinja_template import JinjaTemplate
 from llava.model.builder import LoadedModel
 from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from llava.model.checkpoint.folder import SOURCE_FOLDER, copy_source, name_known_class
-from llava.model.checkpoint.load_hf import SOURCE_KEY
 from llava.model.checkpoint.model_card import write_card
-from llava.model.checkpoint.weight_names import HEAD, LANGUAGE_MODEL, PROJECTOR, TOWER
+from llava.model.checkpoint.plugged import SOURCE_KEY, plugins_of
+from llava.model.checkpoint.weight_names import HEAD, LANGUAGE_MODEL, PROJECTOR, TOWER, renamed_prefix
 from llava.model.config import LlavaMedConfig
 from llava.model.multimodal_encoder.towers import input_size, num_extra_tokens, square_side
+from llava.model.projector_types import TransformersForm, find_type
 from llava.processing import LlavaMedProcessor
+from llava.template_forms import SLOT, Form
+from llava.utils.folders import final_path
 from llava.utils.jsonl import write_json
 
-LINEAR = {"0.": "linear_1.", "2.": "linear_2."}
 NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Towers whose published names contain `vision_model.`."""
 
@@ -43,8 +49,10 @@ def hf_obstacles(loaded: LoadedModel) -> list[str]:
     vision: Any = config.vision_config
     processor = loaded.processor
     found = []
-    if config.projector_type != "mlp2x_gelu":
-        found.append(f"projector {config.projector_type!r}; it has only mlp2x_gelu")
+    if transformers_form(config) is None:
+        found.append(f"projector {config.projector_type!r}; it has two linear layers around an activation, or one")
+    else:
+        found += projector_obstacles(config.projector_type, loaded.model.model.multi_modal_projector)
     if config.head_bias:
         found.append("a bias in the language model's head")
     if config.vision_feature_select_strategy == "default" and num_extra_tokens(vision) > 1:
@@ -64,11 +72,42 @@ def hf_obstacles(loaded: LoadedModel) -> list[str]:
     return found
 
 
-def hf_name(name: str, vision_type: str) -> str:
+@torch.no_grad()
+def projector_obstacles(name: str, projector: nn.Module) -> list[str]:
+    """Return why the projector of a plug-in is not what its form for transformers says; empty if it is."""
+    kind = find_type(name)
+    if kind is None or kind.build is None or kind.transformers is None:
+        return []
+    form = kind.transformers
+    if form.activation not in ACT2FN:
+        return [f"projector {name!r} with the activation {form.activation!r}, which transformers does not have"]
+    weights = {key: tensor.float().cpu() for key, tensor in projector.state_dict().items()}
+    first = weights[f"{form.first}weight"], weights[f"{form.first}bias"]
+    features = torch.randn(1, 4, first[0].shape[1], generator=torch.Generator().manual_seed(0))
+    expected = F.linear(features, *first)
+    if form.second is not None:
+        expected = F.linear(
+            ACT2FN[form.activation](expected), weights[f"{form.second}weight"], weights[f"{form.second}bias"]
+        )
+    found = copy.deepcopy(projector).float().cpu().eval()(features)
+    # Rounding of float32 sums in another order.
+    if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
+        return []
+    return [f"projector {name!r}, which computes something else than its form for transformers says"]
+
+
+def transformers_form(config: LlavaMedConfig) -> TransformersForm | None:
+    """Return how transformers' Llava holds the projector, or None if it cannot."""
+    kind = find_type(config.projector_type)
+    return None if kind is None else kind.transformers
+
+
+def hf_name(name: str, vision_type: str, form: TransformersForm) -> str:
     """Return the published name of one of our weights."""
     if name.startswith(PROJECTOR):
-        suffix = name.removeprefix(PROJECTOR)
-        return "multi_modal_projector." + LINEAR[suffix[:2]] + suffix[2:]
+        # A linear projector is the first of two layers, of which the second changes nothing.
+        renamed = renamed_prefix(name.removeprefix(PROJECTOR), form.names())
+        return f"multi_modal_projector.{renamed}"
     if name.startswith(TOWER):
         nested = "vision_model." if vision_type in NESTED_TOWERS else ""
         return f"vision_tower.{nested}{name.removeprefix(TOWER).removeprefix('vision_model.')}"
@@ -107,7 +146,7 @@ def export_hf(
     write_json(target / "config.json", _config(loaded))
     loaded.model.generation_config.save_pretrained(target)
     _write_processor(loaded, target)
-    write_card(target, target, "model", loaded.model.config, loaded.origin)
+    write_card(final_path(target), target, "hf", loaded.model.config, loaded.origin)
     if source_folder is not None:
         config: Any = loaded.model.config
         copy_source(Path(source_folder), target / SOURCE_FOLDER, (config.source or {}).get("config") or {})
@@ -115,20 +154,29 @@ def export_hf(
 
 def _weights(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
     config: Any = loaded.model.config
+    form = transformers_form(config)
+    assert form is not None  # `hf_obstacles` found none
     for name, tensor in loaded.model.state_dict().items():
         if not (name.startswith(HEAD) and config.tie_word_embeddings):
-            yield hf_name(name, config.vision_config.model_type), tensor
+            yield hf_name(name, config.vision_config.model_type, form), tensor
+    if form.second is None:
+        width = loaded.model.state_dict()[f"{PROJECTOR}{form.first}bias"]
+        yield "multi_modal_projector.linear_2.weight", torch.eye(len(width), dtype=width.dtype, device=width.device)
+        yield "multi_modal_projector.linear_2.bias", torch.zeros_like(width)
 
 
 def _config(loaded: LoadedModel) -> dict[str, Any]:
     config: Any = loaded.model.config
     processor = loaded.processor
+    form = transformers_form(config)
+    assert form is not None
     hf = LlavaConfig(
         vision_config=json.loads(config.vision_config.to_json_string(use_diff=False)),
         text_config=json.loads(config.text_config.to_json_string(use_diff=False)),
         image_token_index=config.image_token_id,
         image_seq_length=config.image_seq_length,
         vision_feature_layer=config.vision_feature_layer,
+        projector_hidden_act=form.activation,
         vision_feature_select_strategy=cast(Any, _strategy(config)),
         tie_word_embeddings=config.tie_word_embeddings,
     )
@@ -148,6 +196,8 @@ def _config(loaded: LoadedModel) -> dict[str, Any]:
         "fast_jpeg": processor.fast_jpeg,
         "source": config.source,
     }
+    if names := plugins_of(config):
+        written[SOURCE_KEY] |= {"projector": config.projector_type, "plugins": names}
     return written
 
 
@@ -217,7 +267,10 @@ def plain_tokenizer(processor: LlavaMedProcessor) -> PreTrainedTokenizerFast:
 
 def chat_template(processor: LlavaMedProcessor) -> str:
     """Return the conversation template as a transformers chat template, with images in front of each turn."""
-    template, form = processor.template, processor.template.form
+    template = processor.template
+    if isinstance(template, JinjaTemplate):
+        return _flat_messages(processor) + template.source
+    form = template.form
     body = "".join(_literal(part, "content") for part, _ in form.human)
     first = "".join(_literal(part, "content") for part, _ in form.first) if form.first else body
     answer = "".join(_literal(part, "content") for part, _ in form.gpt)
@@ -231,7 +284,7 @@ def chat_template(processor: LlavaMedProcessor) -> str:
         f"{{%- if opening -%}}{_literal(form.system, 'opening')}"
         f"{{%- else -%}}{_literal(form.no_system, 'opening')}{{%- endif -%}}"
         "{%- for message in messages -%}"
-        f"{_content(template, processor)}"
+        f"{_content(processor)}"
         "{%- if message['role'] == 'assistant' -%}"
         + answer
         + "{%- elif loop.first -%}"
@@ -240,6 +293,21 @@ def chat_template(processor: LlavaMedProcessor) -> str:
         + body
         + "{%- endif -%}{%- endfor -%}"
         "{%- if add_generation_prompt -%}" + header + "{%- endif -%}"
+    )
+
+
+def _flat_messages(processor: LlavaMedProcessor) -> str:
+    """Return code that turns the content of all messages into text, for a template that takes text only."""
+    system = processor.template.system
+    opening = f"[{{'role': 'system', 'content': {json.dumps(system)}}}]" if system else "[]"
+    return (
+        "{%- set flat = namespace(messages=[]) -%}"
+        "{%- if not messages or messages[0]['role'] != 'system' -%}"
+        f"{{%- set flat.messages = {opening} -%}}{{%- endif -%}}"
+        "{%- for message in messages -%}"
+        f"{_content(processor)}"
+        "{%- set flat.messages = flat.messages + [dict(message, content=content)] -%}"
+        "{%- endfor -%}{%- set messages = flat.messages -%}"
     )
 
 
@@ -256,11 +324,12 @@ def _header(form: Form) -> Iterator[str]:
         yield part
 
 
-def _content(template: ConversationTemplate, processor: LlavaMedProcessor) -> str:
+def _content(processor: LlavaMedProcessor) -> str:
     """Return code that sets `content` to a message's images and text as our processor joins them."""
     token = processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
     markers = ("<im_start>", "<im_end>") if processor.use_im_start_end else ("", "")
-    image = IMAGE_TOKEN.join(template.image_wrap).replace(IMAGE_TOKEN, markers[0] + str(token) + markers[1])
+    wrap = ("", "") if isinstance(processor.template, JinjaTemplate) else processor.template.image_wrap
+    image = IMAGE_TOKEN.join(wrap).replace(IMAGE_TOKEN, markers[0] + str(token) + markers[1])
     return (
         "{%- if message['content'] is string -%}{%- set content = message['content'] -%}{%- else -%}"
         "{%- set num_images = message['content'] | selectattr('type', 'equalto', 'image') | list | length -%}"

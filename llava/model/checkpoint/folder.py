@@ -1,18 +1,14 @@
-"""Atomically created model folders, and the small files that accompany the weights."""
+"""The small files that accompany the weights of a model folder."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from llava.errors import CheckpointError, LlavaError
 from llava.model.checkpoint.formats import CONFIG_FILE, Checkpoint, read_json
 from llava.model.checkpoint.legacy_keys import TOWER_KEYS
 from llava.utils.jsonl import write_json
@@ -113,58 +109,6 @@ NOT_COPIED = ("trainer_state.json", "adapter_config.json", "training_args.json",
 """File names that are not copied: they describe a training run, an adapter or a delta."""
 
 DTYPE_KEYS = ("torch_dtype", "dtype")
-
-TERMINATED = 143
-"""Exit status of a program that SIGTERM ended, as shells report it."""
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `path` if the block succeeds, and removed if it fails.
-
-    Raises:
-        CheckpointError: `path` exists and is not an empty folder, or cannot be written (a full disk).
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path} exists already; nothing is overwritten, so name a new folder")
-    missing = [parent for parent in path.parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        private = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:200]}-"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be created: {error.strerror}") from error
-    try:
-        with _terminable():
-            temporary = private / path.name  # has the final name, which model cards contain
-            temporary.mkdir()
-            yield temporary
-            os.replace(temporary, path)
-            private.rmdir()
-    except BaseException as error:
-        shutil.rmtree(private, ignore_errors=True)
-        for parent in missing:
-            parent.rmdir()
-        if isinstance(error, OSError) and not isinstance(error, LlavaError):
-            raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
-        raise
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM (the end of a batch job) into an exception, so that the temporary folder is removed."""
-
-    def stop(number: int, frame: Any) -> NoReturn:
-        raise SystemExit(TERMINATED)
-
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:

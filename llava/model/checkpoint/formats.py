@@ -6,7 +6,7 @@ folder --config.json, adapter_config.json, headers of the weight files--> Checkp
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -18,6 +18,7 @@ from llava.model.checkpoint.legacy_keys import TEMPLATE_KEY, check_values
 from llava.model.checkpoint.weight_names import (
     EMBEDDINGS,
     HF_PREFIXES,
+    HF_ROOTS,
     LANGUAGE_MODEL,
     LEGACY_PREFIXES,
     LEGACY_TOWER,
@@ -60,6 +61,7 @@ Kind = Literal[
     "legacy_adapter",
     "legacy_projector",
     "hf_llava",
+    "hf_adapter",
     "tower_adapter",
     "vision_tower",
     "language_model",
@@ -72,6 +74,7 @@ KINDS: dict[Kind, str] = {
     "legacy_adapter": "a LoRA adapter in one of these formats (adapter and non_lora_trainables.bin)",
     "legacy_projector": "a projector alone in one of these formats (mm_projector.bin)",
     "hf_llava": "a model of transformers' LlavaForConditionalGeneration",
+    "hf_adapter": "an adapter of transformers' Llava, as peft writes it",
     "tower_adapter": "a LoRA adapter of a vision tower (STLLaVA-Med's Vit-lora)",
     "vision_tower": "a vision tower",
     "language_model": "a plain language model",
@@ -101,7 +104,7 @@ class Checkpoint:
         adapter: adapter_config.json, empty if it has none.
         tensors: tensors of the main weight file (or files).
         extra: tensors of `non_lora_trainables.bin`.
-        tower_adapter: folder of a tower's LoRA adapter inside this one.
+        tower: a tower's LoRA adapter inside this folder.
     """
 
     path: Path
@@ -110,7 +113,7 @@ class Checkpoint:
     adapter: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
     extra: dict[str, TensorEntry] = field(default_factory=dict)
-    tower_adapter: Path | None = None
+    tower: Checkpoint | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -140,6 +143,11 @@ class Checkpoint:
     def folder(self) -> Path:
         """The folder that contains the weights."""
         return self.path.parent if self.path.is_file() else self.path
+
+    @property
+    def tower_adapter(self) -> Path | None:
+        """The folder of a tower's LoRA adapter inside this one."""
+        return None if self.tower is None else self.tower.path
 
     @property
     def style(self) -> Style:
@@ -176,9 +184,9 @@ class Checkpoint:
         Raises:
             CheckpointError: no known projector has these weights.
         """
-        if names := self.projector_names:
-            return projector_type_of(names)
         given = self.config.get("mm_projector_type")
+        if names := self.projector_names:
+            return projector_type_of(names, str(given))
         return str(given) if given else None
 
     @property
@@ -283,12 +291,46 @@ def _adapter_file(folder: Path) -> Path:
 
 def _open_adapter(folder: Path, config: dict[str, Any], adapter: dict[str, Any]) -> Checkpoint:
     tensors = list_tensors(_adapter_file(folder))
-    if tensors and all("vision" in name for name in tensors):
-        return Checkpoint(folder, "tower_adapter", config, adapter, tensors)
     extra = list_tensors(folder / EXTRA_FILE) if (folder / EXTRA_FILE).is_file() else {}
-    inner = (child for child in sorted(folder.iterdir()) if (child / ADAPTER_CONFIG_FILE).is_file())
-    towers = (child for child in inner if all("vision" in name for name in list_tensors(_adapter_file(child))))
-    return Checkpoint(folder, "legacy_adapter", config, adapter, tensors, extra, next(towers, None))
+    if not extra and is_hf_adapter(tensors, adapter):
+        return Checkpoint(folder, "hf_adapter", config, adapter, tensors)
+    if _is_of_tower(tensors):
+        return Checkpoint(folder, "tower_adapter", config, adapter, tensors)
+    return Checkpoint(folder, "legacy_adapter", config, adapter, tensors, extra, _inner_tower_adapter(folder))
+
+
+def is_hf_adapter(names: Collection[str], adapter: Mapping[str, Any]) -> bool:
+    """Return whether an adapter's tensors have the names of transformers' Llava, by any of its versions.
+
+    Args:
+        names: names in the file.
+        adapter: adapter_config.json, which may name the class of the base.
+    """
+    bare = [name.removeprefix(PEFT_PREFIX).removeprefix("model.") for name in names]
+    if any(name.startswith(HF_ROOTS) for name in bare):
+        return True
+    if not bare or not all(name.startswith("vision_tower.") for name in bare):
+        return False
+    # Legacy adapters of a tower have these names too, but not with `model.` before them.
+    base_class = str((adapter.get("auto_mapping") or {}).get("base_model_class"))
+    nested = any(name.startswith("vision_tower.vision_tower.") for name in bare)
+    return not nested and (base_class.startswith("Llava") or all(f"{PEFT_PREFIX}model." in name for name in names))
+
+
+def _is_of_tower(names: Collection[str]) -> bool:
+    return bool(names) and all("vision" in name for name in names)
+
+
+def _inner_tower_adapter(folder: Path) -> Checkpoint | None:
+    """Return the first adapter of a vision tower in a subfolder."""
+    for child in sorted(folder.iterdir()):
+        if (child / ADAPTER_CONFIG_FILE).is_file():
+            tensors = list_tensors(_adapter_file(child))
+            if _is_of_tower(tensors):
+                return Checkpoint(
+                    child, "tower_adapter", _read_config(child), read_json(child / ADAPTER_CONFIG_FILE), tensors
+                )
+    return None
 
 
 def _kind_of_weights(config: dict[str, Any], tensors: dict[str, TensorEntry]) -> Kind:
@@ -321,8 +363,9 @@ def our_name(checkpoint: Checkpoint, name: str) -> str | None:
     """Return our name of a tensor (in an adapter, with peft's prefix), or None if it belongs to no part."""
     if checkpoint.kind in ("model", "vision_tower"):
         return name
-    if checkpoint.kind == "hf_llava":
-        return renamed_prefix(name, HF_PREFIXES)
+    if checkpoint.kind in ("hf_llava", "hf_adapter"):
+        ours = renamed_prefix(name.removeprefix(PEFT_PREFIX), HF_PREFIXES)
+        return PEFT_PREFIX + ours if ours and checkpoint.kind == "hf_adapter" else ours
     if "lora_" in name:
         return _in_adapter(checkpoint, name)
     if suffix := projector_suffix(name):

@@ -17,6 +17,9 @@ ARCHITECTURES = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCa
 TEMPLATE_KEY = "llava_template"
 """Our own key: the conversation template, if a checkpoint's content does not imply it; other code ignores it."""
 
+PLUGINS_KEY = "llava_plugins"
+"""Our own key: names of the plug-ins that added its projector or template; other code ignores it."""
+
 TOWER_KEYS = ("mm_vision_tower", "mm_vision_tower_config", "mm_vision_tower_checkpoint")
 """Keys that name the vision tower: a hub name, or a folder or file, which may be inside the checkpoint."""
 
@@ -40,6 +43,7 @@ USED_KEYS = frozenset(
         "tokenizer_model_max_length",
         "tokenizer_padding_side",
         TEMPLATE_KEY,
+        PLUGINS_KEY,
     }
 )
 """Keys that change how a checkpoint is loaded."""

@@ -3,7 +3,7 @@
 model        config.json (llava_med) + model*.safetensors
 adapter      adapter_config.json + adapter_model.safetensors, on the parts that llava_origin.json names
 projector    mm_projector.safetensors or .bin, on the same
-others       the legacy formats (`legacy.load`) and transformers' Llava (`load_hf`)
+others       the legacy formats (`legacy.load`), transformers' Llava (`load_hf`), its adapters (`load_hf_adapter`)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 
@@ -22,14 +22,24 @@ from llava.model.checkpoint.assemble import LoadOptions, check_report, quiet_tra
 from llava.model.checkpoint.formats import KINDS, ORIGIN_FILE, OUR_KINDS, OUR_TYPE, Checkpoint, Kind, read_json
 from llava.model.checkpoint.hub import is_hub_name, local_folder
 from llava.model.checkpoint.legacy.load import load_legacy
+from llava.model.checkpoint.legacy.parts import named_base
 from llava.model.checkpoint.load_hf import load_hf
+from llava.model.checkpoint.load_hf_adapter import attach_hf_adapter, check_hf_adapter, merge_hf_adapter
 from llava.model.checkpoint.load_parts import load_adapter, load_projector
+from llava.model.checkpoint.plugged import check_plugins
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 from llava.model.quantization import Quantization
+from llava.model.torch_files.archive import check_torch_weights
 from llava.processing import LlavaMedProcessor
 
 Dtype = torch.dtype | Literal["auto"]
+
+CheckpointSource: TypeAlias = str | Path | Checkpoint
+"""A checkpoint's folder, weight file or hub name; or the checkpoint, already open."""
+
+HF_ADAPTER_BASES: tuple[Kind, ...] = ("hf_llava", "model")
+"""What an adapter of transformers' Llava is loaded on: that model, or one of this package with the same layers."""
 
 PART_FLAGS = {
     "base": "--model-base",
@@ -44,6 +54,7 @@ USED_PARTS: dict[Kind, tuple[str, ...]] = {
     "hf_llava": ("template",),
     "adapter": ("base", "template"),
     "projector": ("base", "template"),
+    "hf_adapter": ("base", "template"),
 }
 """Options that apply to a checkpoint that holds or names its other parts itself; the other kinds take all of them."""
 
@@ -53,8 +64,19 @@ def read_origin(path: str | Path) -> dict[str, Any]:
     return read_json(Path(path) / ORIGIN_FILE)
 
 
+def open_checkpoint(source: CheckpointSource) -> Checkpoint:
+    """Open a folder, a weight file or a hub name; what is open already is returned unchanged.
+
+    Raises:
+        CheckpointError: it is in no known format, or cannot be downloaded.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    return Checkpoint.open(local_folder(source) if is_hub_name(source) else source)
+
+
 def load_checkpoint(
-    path: str | Path,
+    path: CheckpointSource,
     *,
     base: str | None = None,
     dtype: Dtype = "auto",
@@ -68,7 +90,7 @@ def load_checkpoint(
     """Load a checkpoint of this package, of the legacy formats, or of transformers' Llava.
 
     Args:
-        path: folder (or hub name) of a model, an adapter or a projector.
+        path: folder (or hub name) of a model, an adapter or a projector; or the same, opened by `open_checkpoint`.
         base: what an adapter or projector builds on, instead of the recorded parts: a model of this package, or a plain
             language model (the recorded tower stays).
         dtype: dtype of the weights; "auto" keeps the saved one.
@@ -82,26 +104,48 @@ def load_checkpoint(
         CheckpointError: the folder holds nothing loadable, a part is missing, or weights do not fit.
         ConfigError: an option does not apply to this kind of checkpoint, see `USED_PARTS`.
 
-    Example::
-
-        loaded = load_checkpoint("checkpoints/llava-med-v1.5")
-        model, processor = loaded.model, loaded.processor
+    >>> loaded = load_checkpoint(model_folder)
+    >>> loaded.processor.num_image_tokens
+    4
     """
-    path = local_folder(path) if is_hub_name(path) else path
-    checkpoint, quantization = Checkpoint.open(path), Quantization(bits, double_quant, quant_type)
+    checkpoint, quantization = open_checkpoint(path), Quantization(bits, double_quant, quant_type)
     check_parts(checkpoint, {"base": base, **foreign})
-    if checkpoint.kind in OUR_KINDS:
-        loaded = _load_ours(
-            checkpoint, base, dtype=dtype, device_map=device_map, quantization=quantization, merge=merge
-        )
-        if template := foreign.get("template"):
-            loaded.processor.use_template(template)
-            loaded.model.config.template = template
-        return loaded
-    options = LoadOptions(
-        base=base, dtype=dtype, device_map=device_map, quantization=quantization, merge=merge, **foreign
+    return _load(
+        checkpoint,
+        LoadOptions(base=base, dtype=dtype, device_map=device_map, quantization=quantization, merge=merge, **foreign),
     )
-    return _load_other(checkpoint, options)
+
+
+def _load(checkpoint: Checkpoint, options: LoadOptions, above: tuple[Path, ...] = ()) -> LoadedModel:
+    """Load an opened checkpoint.
+
+    Args:
+        checkpoint: the checkpoint.
+        options: its other parts, and settings.
+        above: folders of the adapters and projectors that build on it.
+
+    Raises:
+        CheckpointError: it is only a part of a model, or cannot be loaded.
+    """
+    check_plugins(checkpoint)
+    if checkpoint.kind in OUR_KINDS:
+        loaded = _load_ours(checkpoint, options, above)
+        if options.template:
+            loaded.model.config.template = options.template
+            return replace(loaded, processor=loaded.processor.changed(template=options.template))
+        return loaded
+    if checkpoint.kind in ("legacy", "legacy_adapter", "legacy_projector"):
+        return load_legacy(checkpoint, options)
+    if checkpoint.kind == "hf_llava":
+        return load_hf(checkpoint, options)
+    if checkpoint.kind == "hf_adapter":
+        return _load_hf_adapter(checkpoint, options)
+    what = f"{checkpoint.path} is {KINDS[checkpoint.kind]} (type {checkpoint.config.get('model_type')!r})"
+    if checkpoint.kind == "tower_adapter":
+        raise CheckpointError(f"{what}; load the model it belongs to and pass this folder with --lora-pretrain")
+    raise CheckpointError(
+        f"{what}, only a part of a model; train a model with it: --model-name-or-path and --vision-tower"
+    )
 
 
 def check_parts(checkpoint: Checkpoint, given: Mapping[str, Any]) -> None:
@@ -123,63 +167,57 @@ def check_parts(checkpoint: Checkpoint, given: Mapping[str, Any]) -> None:
         )
 
 
-def _load_ours(
-    checkpoint: Checkpoint, base: str | None, *, dtype: Dtype, device_map: Any, quantization: Quantization, merge: bool
-) -> LoadedModel:
+def _load_ours(checkpoint: Checkpoint, options: LoadOptions, above: tuple[Path, ...]) -> LoadedModel:
     """Load a model, an adapter or a projector of this package."""
     path, kind = checkpoint.path, checkpoint.kind
     if kind == "model":
-        return _load_model(path, dtype, device_map, quantization)
+        return _load_model(path, options)
     processor = LlavaMedProcessor.from_pretrained(path)
     source = checkpoint.config.get("source") or {}
     if kind == "projector" and source.get("kind") == "legacy_projector":
-        return _load_converted(
-            checkpoint,
-            source,
-            processor,
-            LoadOptions(base=base, dtype=dtype, device_map=device_map, quantization=quantization),
-        )
-    loaded = _load_base(path, base, dtype, device_map, quantization)
-    loaded.processor = processor
+        return _load_converted(checkpoint, source, processor, options)
+    loaded = replace(_load_base(checkpoint, options, above), processor=processor)
     loaded.model.config.template = processor.template.name
     use_policy(loaded.model, processor)
     if kind == "projector":
         load_projector(loaded.model, path)
         return loaded
     adapted = load_adapter(loaded.model, path)
-    loaded.model = cast(Any, adapted.merge_and_unload() if merge else adapted)
-    loaded.origin = {"base": portable_path(str(path))}  # another adapter on top builds on this one, not on its base
-    return loaded
+    model = cast(Any, adapted.merge_and_unload() if options.merge else adapted)
+    # Another adapter on top builds on this one, not on its base.
+    return replace(loaded, model=model, origin={"base": portable_path(str(path))})
 
 
-def _load_other(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
-    """Load a checkpoint of another format.
+def _load_hf_adapter(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
+    """Load an adapter of transformers' Llava, on that model or on its conversion to this package's format.
 
     Raises:
-        CheckpointError: it is only a part of a model.
+        CheckpointError: the base is missing or another kind, or the adapter does not fit it.
     """
-    if checkpoint.kind in ("legacy", "legacy_adapter", "legacy_projector"):
-        return load_legacy(checkpoint, options)
-    if checkpoint.kind == "hf_llava":
-        return load_hf(checkpoint, options)
-    what = f"{checkpoint.path} is {KINDS[checkpoint.kind]} (type {checkpoint.config.get('model_type')!r})"
-    if checkpoint.kind == "tower_adapter":
-        raise CheckpointError(f"{what}; load the model it belongs to and pass this folder with --lora-pretrain")
-    raise CheckpointError(
-        f"{what}, only a part of a model; train a model with it: --model-name-or-path and --vision-tower"
-    )
+    check_hf_adapter(checkpoint)
+    base = Checkpoint.open(named_base(checkpoint, options, "the transformers' Llava it was trained on"))
+    if base.kind not in HF_ADAPTER_BASES:
+        raise CheckpointError(
+            f"{base.path} is {KINDS[base.kind]}; {checkpoint.path} needs the transformers' Llava it was trained on"
+        )
+    loaded = _load(base, replace(options, base=None))
+    adapted = attach_hf_adapter(loaded.model, checkpoint)
+    merge = options.merge and options.quantization.bits == 16
+    model = merge_hf_adapter(adapted, checkpoint) if merge else cast(Any, adapted)
+    return replace(loaded, model=model, origin={"base": portable_path(str(checkpoint.path))})
 
 
-def _load_model(path: str | Path, dtype: Dtype, device_map: Any, quantization: Quantization) -> LoadedModel:
+def _load_model(path: Path, options: LoadOptions) -> LoadedModel:
     processor = LlavaMedProcessor.from_pretrained(path)
-    compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    compute = options.dtype if isinstance(options.dtype, torch.dtype) else torch.float32
+    check_torch_weights(path)
     try:
         with quiet_transformers():
             model, report = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(
                 path,
-                dtype=dtype,
-                device_map=device_map,
-                quantization_config=quantization.config(compute),
+                dtype=options.dtype,
+                device_map=options.device_map,
+                quantization_config=options.quantization.config(compute),
                 ignore_mismatched_sizes=True,  # they are rejected below, by name
                 output_loading_info=True,
             )
@@ -197,55 +235,46 @@ def _load_converted(
     parts["base"] = options.base or parts.get("base")
     legacy = replace(checkpoint, kind="legacy_projector", config=source["config"])
     loaded = load_legacy(legacy, replace(options, **parts))
-    loaded.processor = processor
-    loaded.origin = {"base": portable_path(str(checkpoint.path))}
-    return loaded
+    return replace(loaded, processor=processor, origin={"base": portable_path(str(checkpoint.path))})
 
 
-def _load_base(
-    path: str | Path, base: str | None, dtype: Dtype, device_map: Any, quantization: Quantization
-) -> LoadedModel:
+def _load_base(checkpoint: Checkpoint, options: LoadOptions, above: tuple[Path, ...]) -> LoadedModel:
     """Load the parts that an adapter or projector builds on: those given, or those recorded with it."""
-    origin = read_origin(path)
-    options = origin.get("build")
-    if base is not None and options is not None and not _is_ours(base):
-        options = {**options, "lm": base}
-    elif base is not None or options is None:
+    path, base, origin = checkpoint.path, options.base, read_origin(checkpoint.path)
+    build = origin.get("build")
+    if base is not None and build is not None and not _is_ours(base):
+        build = {**build, "lm": base}
+    elif base is not None or build is None:
         base = base or origin.get("base")
         if base is None:
             raise CheckpointError(f"{path} builds on another model but does not name it; pass it with --model-base")
-        _check_bases(Path(path), Path(base))
-        folder = local_folder(base) if is_hub_name(base) else base
-        used = USED_PARTS.get(Checkpoint.open(folder).kind, tuple(PART_FLAGS))
+        above = (*above, path.resolve())
+        _check_not_above(Path(base), above)
+        below = open_checkpoint(base)
+        used = USED_PARTS.get(below.kind, tuple(PART_FLAGS))
         parts = {name: value for name, value in origin.get("load", {}).items() if name in used}
-        return load_checkpoint(folder, dtype=dtype, device_map=device_map, **asdict(quantization), **parts)
+        settings = LoadOptions(dtype=options.dtype, device_map=options.device_map, quantization=options.quantization)
+        return _load(below, replace(settings, **parts), above)
+    how: dict[str, Any] = {"dtype": options.dtype, "device_map": options.device_map, **asdict(options.quantization)}
     try:
-        loaded = build_model(dtype=dtype, device_map=device_map, **{**options, **asdict(quantization)})
+        loaded = build_model(**{**build, **how})
     except TypeError as error:
-        raise CheckpointError(
-            f"{Path(path) / ORIGIN_FILE} holds options that this version does not know: {error}"
-        ) from error
+        raise CheckpointError(f"{path / ORIGIN_FILE} holds options that this version does not know: {error}") from error
     loaded.model.train(False)
     return loaded
 
 
-def _check_bases(path: Path, base: Path) -> None:
-    """Check that the chain of bases ends at a model.
+def _check_not_above(base: Path, above: tuple[Path, ...]) -> None:
+    """Check that a chain of bases ends at a model.
 
     Raises:
         CheckpointError: a part builds on itself, directly or through others.
     """
-    seen = [path.resolve()]
-    place: Path | None = base
-    while place is not None and place.is_dir():
-        if place.resolve() in seen:
-            chain = " -> ".join(map(str, [*seen, place.resolve()]))
-            raise CheckpointError(
-                f"{path} names itself as its base ({chain}); pass the model it was trained on with --model-base"
-            )
-        seen.append(place.resolve())
-        named = read_origin(place).get("base") if Checkpoint.open(place).kind in ("adapter", "projector") else None
-        place = None if named is None else Path(named)
+    if base.is_dir() and base.resolve() in above:
+        chain = " -> ".join(map(str, [*above, base.resolve()]))
+        raise CheckpointError(
+            f"{above[0]} names itself as its base ({chain}); pass the model it was trained on with --model-base"
+        )
 
 
 def _is_ours(base: str) -> bool:

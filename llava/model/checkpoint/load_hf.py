@@ -18,7 +18,8 @@ from llava.model.builder import LoadedModel, finish_model, portable_path
 from llava.model.checkpoint.assemble import LoadOptions, grow_tables, model_from_state
 from llava.model.checkpoint.files.shards import TensorReader
 from llava.model.checkpoint.formats import CONFIG_FILE, Checkpoint, read_json
-from llava.model.checkpoint.weight_names import HF_PREFIXES, is_buffer, renamed_prefix
+from llava.model.checkpoint.plugged import SOURCE_KEY
+from llava.model.checkpoint.weight_names import HF_PREFIXES, PROJECTOR, is_buffer, renamed_prefix
 from llava.model.config import LlavaMedConfig
 from llava.model.multimodal_encoder.towers import (
     DEFAULT_PROCESSORS,
@@ -28,12 +29,10 @@ from llava.model.multimodal_encoder.towers import (
     num_patches,
     tower_image_processor,
 )
+from llava.model.projector_types import ProjectorType, find_type
 from llava.processing import LlavaMedProcessor
 
 logger = logging.getLogger(__name__)
-
-SOURCE_KEY = "llava_source"
-"""Key of an exported config.json for settings that transformers' Llava does not have."""
 
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -60,8 +59,9 @@ def load_hf(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
         CheckpointError: it has parts that ours lacks, or weights do not fit.
     """
     config = _config(checkpoint)
-    state = _state(checkpoint)
     kept = dict(getattr(config, SOURCE_KEY, None) or {})
+    kind = _projector_of(checkpoint, config, kept)
+    state = _with_projector(_state(checkpoint), kind)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
         image_processor, mode = _image_processor(checkpoint.folder, config.vision_config)
@@ -85,7 +85,7 @@ def load_hf(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
         fast_jpeg=bool(kept.get("fast_jpeg")),
     )
     grow_tables(state, len(tokenizer), checkpoint.tensors)
-    model = model_from_state(_ours(config, processor, kept), state, options, name=str(checkpoint.path))
+    model = model_from_state(_ours(config, processor, kept, kind.name), state, options, name=str(checkpoint.path))
     return finish_model(model, processor, {"base": portable_path(str(checkpoint.folder)), "load": options.parts})
 
 
@@ -99,12 +99,48 @@ def _config(checkpoint: Checkpoint) -> LlavaConfig:
         config = LlavaConfig.from_pretrained(checkpoint.folder)
     except UNREADABLE as error:
         raise CheckpointError(f"{checkpoint.path}/{CONFIG_FILE}: {first_line(error)}") from error
-    if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
-        raise CheckpointError(
-            f"{checkpoint.path} has a projector with {config.projector_hidden_act}, bias "
-            f"{config.multimodal_projector_bias}; expected two layers with bias and GELU between them"
-        )
     return config
+
+
+def _projector_of(checkpoint: Checkpoint, config: LlavaConfig, kept: dict[str, Any]) -> ProjectorType:
+    """Return the type of the projector: the recorded one of a plug-in, or else by its activation.
+
+    Raises:
+        CheckpointError: there is none with this activation, or the layers have no bias.
+    """
+    act = config.projector_hidden_act
+    for name in (str(kept.get("projector")), "linear", "mlp2x_gelu"):
+        kind = find_type(name)
+        if (
+            config.multimodal_projector_bias
+            and kind is not None
+            and kind.transformers is not None
+            and kind.transformers.activation == act
+        ):
+            return kind
+    raise CheckpointError(
+        f"{checkpoint.path} has a projector with {act}, bias {config.multimodal_projector_bias}; expected two layers "
+        "with bias, and GELU or nothing between them"
+    )
+
+
+def _with_projector(state: dict[str, Tensor], kind: ProjectorType) -> dict[str, Tensor]:
+    """Return the weights with the projector's layers `0.` and `2.` under the names of its type."""
+    form = kind.transformers
+    assert form is not None
+    if form.second is None:
+        _merge_linear(state)
+    names = {PROJECTOR + ("0." if form.second is not None else ""): PROJECTOR + form.first}
+    names |= {PROJECTOR + "2.": PROJECTOR + form.second} if form.second is not None else {}
+    return {renamed_prefix(name, names) or name: tensor for name, tensor in state.items()}
+
+
+def _merge_linear(state: dict[str, Tensor]) -> None:
+    """Replace two linear layers without activation by their product, which is exact for an identity."""
+    first, second = (state.pop(f"{PROJECTOR}{number}.weight") for number in (0, 2))
+    bias, last = (state.pop(f"{PROJECTOR}{number}.bias") for number in (0, 2))
+    merged = {"weight": second.float() @ first.float(), "bias": second.float() @ bias.float() + last.float()}
+    state |= {PROJECTOR + name: tensor.to(first.dtype) for name, tensor in merged.items()}
 
 
 def _state(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -165,7 +201,7 @@ def _template(checkpoint: Checkpoint, config: LlavaConfig) -> str:
     return guess
 
 
-def _ours(config: LlavaConfig, processor: LlavaMedProcessor, kept: dict[str, Any]) -> LlavaMedConfig:
+def _ours(config: LlavaConfig, processor: LlavaMedProcessor, kept: dict[str, Any], projector: str) -> LlavaMedConfig:
     markers = [word for word in processor.marker_ids if word is not None]
     # Through JSON, because transformers' configuration objects must not be shared between models.
     text, vision = (json.loads(part.to_json_string(use_diff=False)) for part in _parts(config))
@@ -176,7 +212,7 @@ def _ours(config: LlavaConfig, processor: LlavaMedProcessor, kept: dict[str, Any
         image_seq_length=processor.num_image_tokens,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         vision_feature_layer=config.vision_feature_layer,
-        projector_type="mlp2x_gelu",
+        projector_type=projector,
         use_im_start_end=processor.use_im_start_end,
         marker_token_ids=markers if processor.use_im_start_end else None,
         image_aspect_ratio=processor.image_mode,

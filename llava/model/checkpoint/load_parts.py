@@ -28,6 +28,7 @@ from llava.model.checkpoint.formats import (
 )
 from llava.model.checkpoint.weight_names import MARKER_KEY, NEWLINE, PROJECTOR_MODULE
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
+from llava.model.torch_files.loading import load_torch_file
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -39,13 +40,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a .bin or .safetensors file with weights")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
+        content = load_file(path) if path.suffix == ".safetensors" else load_torch_file(path)
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
-    except Exception as error:  # torch.load raises pickle.UnpicklingError and others for foreign content
-        raise CheckpointError(f"{path} holds more than tensors and was not loaded: {type(error).__name__}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} holds no table of tensors; expected a state dictionary")
     return content

@@ -29,8 +29,10 @@ from llava.model.checkpoint.formats import (
     PROJECTOR_SAFE_FILE,
 )
 from llava.model.checkpoint.model_card import write_card
+from llava.model.checkpoint.plugged import record_plugins
 from llava.model.checkpoint.weight_names import LEGACY_PROJECTOR_PREFIX, MARKER_KEY, NEWLINE, PROJECTOR_MODULE
 from llava.processing import LlavaMedProcessor
+from llava.utils.jsonl import follow_umask
 
 EMBEDDING_KEY = "model.embed_tokens.weight"
 FILES_OF_KIND = {
@@ -52,6 +54,7 @@ def new_files(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as name:
         folder = Path(name)
         yield folder
+        follow_umask(folder)
         for file in sorted(folder.iterdir(), key=lambda file: file.name == ORIGIN_FILE):
             os.replace(file, path / file.name)
 
@@ -74,6 +77,7 @@ def _cache_on(model: nn.Module) -> Iterator[None]:
 
 def write_common(folder: Path, model: nn.Module, origin: Mapping[str, Any] | None, kind: str) -> None:
     """Write the model's configuration, its card and its origin into a folder of `new_files`."""
+    record_plugins(cast(Any, model).config)
     with _cache_on(model):
         cast(Any, model).config.save_pretrained(folder)
     write_card(folder.parent, folder, kind, cast(Any, model).config, origin or {})
@@ -191,6 +195,11 @@ def save_projector(
     processor.save_pretrained(target)
 
 
+def _is_peft(name: str) -> bool:
+    """Return whether peft's own file holds a weight: adapters, and modules that train in full beside them."""
+    return "lora_" in name or ".modules_to_save." in name
+
+
 def save_adapter(
     model: Any,
     processor: LlavaMedProcessor,
@@ -212,7 +221,7 @@ def save_adapter(
         )
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
         weights = dict(state if state is not None else model.state_dict())
-        parameters = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+        parameters = {name: p for name, p in model.named_parameters() if not _is_peft(name)}
         kept = {name for name, p in parameters.items() if p.requires_grad or PROJECTOR_MODULE in name}
         kept |= {name for name in parameters if name.endswith(NEWLINE)}
         extra = {name: _copy(weights[name]) for name in sorted(kept)}

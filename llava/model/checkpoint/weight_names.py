@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from llava.errors import CheckpointError
+from llava.model.projector_types import known_types, type_of
 
 LANGUAGE_MODEL = "model.language_model."
 PROJECTOR = "model.multi_modal_projector."
@@ -56,6 +57,9 @@ HF_PREFIXES = {
     "model.multi_modal_projector.linear_2.": PROJECTOR + "2.",
     HEAD: HEAD,
 }
+HF_ROOTS = ("language_model.", "multi_modal_projector.")
+"""Beginnings of names, after `model.` where it is there, that only transformers' Llava uses; towers are named alike."""
+
 BUFFERS = {
     "rotary": re.compile(r"(.*\.)?rotary_emb\.inv_freq"),
     "position_ids": re.compile(r"(.*\.)?position_ids"),
@@ -95,23 +99,14 @@ def projector_suffix(name: str) -> str | None:
     return None
 
 
-def projector_type_of(suffixes: Collection[str]) -> str:
-    """Return the type of a projector by its weights' own names.
+def projector_type_of(suffixes: Collection[str], named: str | None = None) -> str:
+    """Return the type of a projector by its weights' own names; `named` is the type that the configuration names.
 
     Raises:
         CheckpointError: no known projector has these weights.
     """
-    names = set(suffixes)
-    if not names:
-        return "identity"
-    if names == {"weight", "bias"}:
-        return "linear"
-    if "sim_alpha" in names:
-        return "cluster"
-    layers = sorted({int(name.split(".")[0]) for name in names if re.fullmatch(r"\d+\.(weight|bias)", name)})
-    expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    if names == expected and layers == list(range(0, 2 * len(layers), 2)):
-        return f"mlp{len(layers)}x_gelu"
-    raise CheckpointError(
-        f"no known projector has the weights {', '.join(sorted(names)[:6])}; known: linear, mlp, cluster"
-    )
+    found = type_of(suffixes, named)
+    if found is None:
+        some = ", ".join(sorted(suffixes)[:6])
+        raise CheckpointError(f"no known projector has the weights {some}; known: {known_types()}")
+    return found

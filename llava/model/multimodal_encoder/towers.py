@@ -5,6 +5,7 @@ pixels [N, 3, H, W] --encoder--> hidden states [N, extra + P, Dv]    extra: clas
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,8 @@ from llava.errors import CheckpointError, ConfigError
 from llava.imaging.image_processor import load_image_processor
 from llava.model.multimodal_encoder.open_clip_encoder.loading import find_files, is_open_clip, load_trunk
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import open_clip_image_processor
+from llava.model.torch_files.archive import check_torch_weights
+from llava.model.torch_files.loading import MORE_THAN_TENSORS
 
 CLASS_TOKEN_TOWERS = frozenset({"clip_vision_model", "dinov2", "dinov2_with_registers", "vit"})
 """Towers whose first token is a class token; others (SigLIP) have patch tokens only."""
@@ -35,7 +38,10 @@ UNUSED_PARTS = ("pooler", "head.", "post_layernorm", "visual_projection", "posit
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError)
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError, StrictDataclassError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 """Exceptions of transformers for folders that are absent, incomplete or broken."""
 
 IMAGENET = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
@@ -102,6 +108,7 @@ def load_part(
     Raises:
         CheckpointError: the part cannot be loaded, or weights are missing or of another shape.
     """
+    check_torch_weights(Path(path))
     try:
         model, report = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **keywords)
     except UNREADABLE as error:
@@ -119,6 +126,8 @@ def load_part(
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, for one-line messages."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's message advises to run the code in the file
+        return MORE_THAN_TENSORS
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,15 +13,42 @@ from llava.data.flat_batch import FlatBatch
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveOutput:
-    """Loss of one row (its share of the global loss) and metrics summed over the row."""
+    """Loss and metrics of one row.
+
+    Attributes:
+        loss: share of the row in the loss of the step; has a graph.
+        metrics: [2] sum and count of each named metric; the trainer adds them over rows and ranks and logs their means.
+        sums: [D] detached sums that were divided by the D denominators.
+    """
 
     loss: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    sums: Tensor | None = None
+
+
+def divided(sums: Tensor, num_items: Tensor, metrics: Mapping[str, Tensor] | None = None) -> ObjectiveOutput:
+    """Return the output of a row whose loss is the sum of `sums` [D] divided by `num_items` [D]."""
+    return ObjectiveOutput((sums / num_items).sum(), metrics or {}, sums.detach())
 
 
 class Objective(Protocol):
-    """Function of a model and one row that returns the share of the row in the global loss."""
+    """Function of a model and one row that returns the share of the row in the global loss.
+
+    Attributes:
+        denominators: names of what the sums of a step are divided by, for example `("tokens",)` or `("pairs",)`.
+        metric_names: names of all metrics that it returns, in the order of their reduction over ranks.
+    """
+
+    @property
+    def denominators(self) -> tuple[str, ...]: ...
+
+    @property
+    def metric_names(self) -> tuple[str, ...]: ...
+
+    def count(self, batch: FlatBatch) -> Tensor:
+        """Return the share [D] float64 of a row in each denominator, which is summed over the step and all ranks."""
+        ...
 
     def __call__(self, model: Callable[..., Any], batch: FlatBatch, *, num_items: Tensor) -> ObjectiveOutput:
-        """Return the loss; `num_items` is the global sum of edge weights of the optimizer step."""
+        """Return the loss; `num_items` [D] holds the denominators of the optimizer step."""
         ...

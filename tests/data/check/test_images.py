@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,19 @@ def test_missing_broken_and_truncated_images(tmp_path: Path) -> None:
     assert report.exit_status(strict=False) == 1
 
 
+def test_files_that_are_not_regular_are_broken_and_never_waited_for(tmp_path: Path) -> None:
+    images = folder(tmp_path)
+    os.mkfifo(images / "pipe.png")
+    (images / "folder.png").mkdir()
+    (images / "link.png").symlink_to(images / "pipe.png")
+    names = ["pipe.png", "folder.png", "link.png"]
+    report = check_file(
+        write_rows(tmp_path / "rows.json", [row(n, name) for n, name in enumerate(names)]), images=images
+    )
+    assert rules_of(report)["image-broken"] == [0, 1, 2] and "image-missing" not in rules_of(report)
+    assert all("expected a regular file" in entry["message"] for entry in listed(report, "image-broken"))
+
+
 def test_without_a_folder_no_image_is_opened(tmp_path: Path) -> None:
     report = check_file(write_rows(tmp_path / "rows.json", [row(0, "absent.png")]))
     assert rules_of(report) == {} and not report.image_scan.opened
@@ -67,7 +81,8 @@ def test_sizes_and_forms_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_file_without_rows(tmp_path: Path) -> None:
-    assert check_rows(tmp_path, [], images=folder(tmp_path), against=write_rows(tmp_path / "test.json", [])) == {}
+    found = check_rows(tmp_path, [], images=folder(tmp_path), against=write_rows(tmp_path / "test.json", []))
+    assert found == {"no-rows": []}
 
 
 def compare(tmp_path: Path, rows: list[Any], others: list[Any], **options: Any) -> CheckReport:
@@ -177,6 +192,20 @@ def test_unopened_images_are_compared_by_name(tmp_path: Path) -> None:
     report = compare(tmp_path, [row(0, "a.png"), row(1, "b.png")], [row(2, "a.png"), row(1, "c.png")])
     assert rules_of(report) == {"leak-name": [0], "leak-question": [1]}
     assert report.exit_status(strict=False) == 0 and report.exit_status(strict=True) == 1
+
+
+@pytest.mark.parametrize("other", ["./a.png", "x/../a.png", ".//a.png", "x\\..\\a.png", "./././a.png"])
+def test_unopened_images_are_compared_as_paths(tmp_path: Path, other: str) -> None:
+    report = compare(tmp_path, [row(0, "a.png"), row(1, "b.png")], [row(2, other), row(0, other)])
+    assert rules_of(report) == {"leak-name": [0], "leak-pair": [0]}
+    assert "repeated-row" in check_rows(tmp_path, [row(0, "a.png"), row(0, other)])
+
+
+def test_opened_images_with_two_spellings_are_compared_by_content(tmp_path: Path) -> None:
+    images = folder(tmp_path)
+    smooth(0).save(images / "a.png")
+    report = compare(tmp_path, [row(0, "a.png")], [row(1, "./a.png")], images=images)
+    assert "leak-bytes" in rules_of(report)
 
 
 def test_broken_images_leak_nothing(tmp_path: Path) -> None:

@@ -164,6 +164,34 @@ def test_different_noise_on_one_image_is_not_a_near_duplicate(tmp_path: Path) ->
     assert check_rows(tmp_path, [row(0, "0.png"), row(1, "1.png")], images=folder) == {}
 
 
+@pytest.mark.parametrize(("noise", "correlation", "is_reported"), [(6.0, 0.993, True), (9.0, 0.984, False)])
+def test_near_duplicates_correlate_at_least_to_99_percent(
+    tmp_path: Path, noise: float, correlation: float, is_reported: bool
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    ground = np.asarray(smooth(3, 256)).astype(float)
+    for number in range(2):
+        grain = number * np.random.default_rng(0).normal(scale=noise, size=ground.shape)
+        Image.fromarray(np.clip(ground + grain, 0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+    both = [np.asarray(Image.open(folder / f"{number}.png")) for number in range(2)]
+    assert pixel_correlation(*both) == pytest.approx(correlation, abs=1e-3)
+    found = check_rows(tmp_path, [row(0, "0.png"), row(1, "1.png")], images=folder)
+    assert ("near-duplicate" in found) is is_reported
+
+
+def test_a_smooth_change_that_the_small_copies_show_is_still_compared(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    ground, other = (np.asarray(smooth(seed, 256)).astype(float) for seed in (3, 8))
+    for number in range(2):
+        changed = ground + 0.08 * number * (other - other.mean())
+        Image.fromarray(np.clip(changed, 0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+    both = [Image.open(folder / f"{number}.png") for number in range(2)]
+    assert 0.992 < pixel_correlation(*map(small_gray, both)) < 0.9985
+    assert "near-duplicate" in check_rows(tmp_path, [row(0, "0.png"), row(1, "1.png")], images=folder)
+
+
 def test_the_number_of_compared_pairs_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "images")
     monkeypatch.setattr(near_duplicates, "MAX_CONFIRMED", 0)

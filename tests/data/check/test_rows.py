@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava.data.check.report import check_file, report_summary
 from llava.data.check.rows import view_row
 from llava.data.check.rules import RULES
-from llava.data.records import read_default
+from llava.data.records import load_samples, read_default
 from llava.errors import DataError
 from llava.samples import with_placeholders
-from tests.support.check_files import check_rows, row
+from llava.utils.json_rows import decode_row
+from tests.support.check_files import check_rows, row, rules_of, write_rows
 
 TURNS = row(0)["conversations"]
 HUMAN, GPT = TURNS
@@ -54,7 +58,8 @@ HUMAN, GPT = TURNS
     ],
 )
 def test_problems_of_a_row(value: Any, rules: list[str]) -> None:
-    assert [problem.rule for problem in view_row(value, 0).problems] == rules
+    found = value if isinstance(value, DataError) else decode_row(json.dumps(value))
+    assert [problem.rule for problem in view_row(found, 0).problems] == rules
 
 
 def test_no_message_shows_text_of_a_row() -> None:
@@ -120,3 +125,60 @@ def test_rows_without_an_id_do_not_repeat_the_ids_of_others(tmp_path: Path) -> N
     nameless = row(7)
     del nameless["id"]
     assert check_rows(tmp_path, [row(0, id="1"), nameless]) == {}
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        {"data": [row(0), row(1)]},
+        {"version": 2, "rows": [row(0)]},
+        {"train": [row(0)], "test": []},
+        {"data": {"train": [row(0)], "val": [row(1)]}},
+        {"0": row(0), "1": row(1)},
+        {"data": {"a": row(0)}},
+        {"row": {"id": 1, "conversatons": row(0)["conversations"]}},
+    ],
+)
+def test_rows_inside_an_object_are_an_error(tmp_path: Path, wrapped: dict[str, Any]) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(wrapped))
+    report = check_file(tmp_path / "rows.json")
+    assert rules_of(report)["wrapped"] == [0] and report.exit_status(strict=False) == 1
+    with pytest.raises(DataError, match="no conversation"):
+        read_default(wrapped, "0")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n \n", b"[]", b" [ ] ", b"\xef\xbb\xbf", gzip.compress(b"", mtime=0), gzip.compress(b"[]", mtime=0)],
+)
+def test_a_file_without_rows_is_an_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(content)
+    report = check_file(path)
+    assert rules_of(report) == {"no-rows": []} and report.exit_status(strict=False) == 1
+    assert "[no-rows]" in report_summary(report, strict=False)
+    with pytest.raises(DataError, match="empty"):
+        load_samples(path)
+    other = check_file(write_rows(tmp_path / "good.json", [row(0)]), against=path)
+    assert other.exit_status(strict=False) == 1
+
+
+@pytest.mark.parametrize(
+    "system", ["<image> Be brief.", "<image>", "Look at <image>", "a\n<image>\nb", "<image><image>"]
+)
+@pytest.mark.parametrize("image", [None, "a.png"])
+def test_a_placeholder_in_the_system_prompt_is_an_error(system: str, image: str | None) -> None:
+    turns = [{"from": "system", "value": system}, *row(0, image)["conversations"]]
+    assert [problem.rule for problem in view_row(row(0, image, conversations=turns), 0).problems] == ["places"]
+
+
+@pytest.mark.parametrize("name", ["img", "image_path", "figure", "Images"])
+def test_images_in_fields_that_are_not_read_are_errors(name: str) -> None:
+    assert [problem.rule for problem in view_row(row(0, **{name: "a.png"}), 0).problems] == ["image-field"]
+    seen = view_row(row(0, conversations=[{"from": "human", "value": "<img>a.png</img> ?"}, GPT]), 0)
+    assert [problem.rule for problem in seen.problems] == ["conversation"]
+
+
+def test_images_under_images_are_images() -> None:
+    seen = view_row(row(0, images=["a.png"]), 0)
+    assert seen.problems == () and seen.images == ("a.png",)

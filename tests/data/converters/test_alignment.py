@@ -69,3 +69,33 @@ def test_a_file_outside_the_root_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text("[]")
     with pytest.raises(DataError, match="lies outside"):
         alignment.alignment_rows([tmp_path / "train.json"], tmp_path / "elsewhere")
+
+
+def report(image: str, question: str, answer: str, **fields: Any) -> dict[str, Any]:
+    return {key: value for key, value in row(image, "", question, answer, **fields).items() if key != "question_type"}
+
+
+def test_dicom_rows_state_facts_in_fields_and_findings_in_an_answer() -> None:
+    given = report("a.dcm", "Describe the findings of this image.", "Fracture.", modality="CT", body_part="knee")
+    facts = alignment.facts_by_image([given])["a.dcm"]
+    assert facts.turns()[0] == (
+        "Describe the image: modality, organ and findings.",
+        "CT of the knee. Findings: Fracture.",
+    )
+
+
+def test_nothing_is_asked_for_that_the_caption_lacks() -> None:
+    facts = alignment.facts_by_image([report("a.dcm", "Who?", "me", modality="CT", view="axial")])["a.dcm"]
+    assert facts.turns()[0] == ("Describe the image: modality and plane.", "Axial CT.")
+
+
+def test_image_names_are_kept_and_silent_images_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [report("deep/a.dcm", "Which findings?", "Edema.", modality="CT"), report("b.dcm", "Who?", "me")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = [str(tmp_path / "rows.json"), "--image-folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    alignment.main(words)
+    assert {row["image"] for row in json.loads((tmp_path / "out.json").read_text())} == {"deep/a.dcm"}
+    assert "1 of 2 images left out" in capsys.readouterr().out
+    (tmp_path / "rows.json").write_text(json.dumps(rows[1:]))
+    with pytest.raises(DataError, match="1 images, and no row states modality"):
+        alignment.main(words)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.converters.radiology_reports import KINDS, parse_report, report_question
+from llava.data.converters.radiology_reports import KINDS, parse_report
+from llava.data.report_rows import report_question
 from tests.support.releases import report
 
 

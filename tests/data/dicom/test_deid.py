@@ -136,6 +136,10 @@ IMAGE_FILES = [
 ]
 
 
+CLEANED = {"emri_small_jpeg_2k_lossless.dcm", "mlut_18.dcm"}
+"""Files with comments in their frames, and with the sign of only some values in the unused bits: both are removed."""
+
+
 @pytest.mark.parametrize("name", IMAGE_FILES)
 def test_the_image_is_unchanged(name: str) -> None:
     path = next((path for _, path in corpus() if path.name == name), None)
@@ -145,7 +149,8 @@ def test_the_image_is_unchanged(name: str) -> None:
     original = deid.read_dataset(data, name)
     copy, content = copy_of(data)
     assert decode.load_image(content).tobytes() == decode.load_image(data).tobytes()
-    assert copy.PixelData == original.PixelData
+    if name not in CLEANED:
+        assert copy.PixelData == original.PixelData
     for element in original.iterall():
         if element.VR in ("PN", "LO") and isinstance(element.value, str) and len(element.value) > 6:
             assert element.value.encode("utf-8", "replace") not in content, element.keyword

@@ -18,7 +18,7 @@ import atheris
 
 with atheris.instrument_imports(include=["llava.data.download.archives", "tarfile"]):
     from llava.data.download.archives import Archive, ArchiveLimits, iter_members, pax_records
-    from llava.data.download.failures import REASONS
+    from llava.data.download.transfer import REASONS
     from llava.errors import ArchiveError
     from tests.support.archive_files import plain, special, tar, tar_gz
 

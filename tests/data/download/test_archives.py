@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.data.download.archives import Archive, ArchiveLimits, Taken, iter_members, pax_records, plain_name
-from llava.data.download.failures import REASONS
+from llava.data.download.transfer import REASONS
 from llava.errors import ArchiveError
 from tests.support.archive_files import article, plain, special, tar, tar_gz
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava.data.download.missing import write_available
-from llava.utils.jsonl import read_records
+from llava.utils.json_rows import read_records
 from tests.support.tiny import tiny_image
 
 ROWS = [{"id": "0", "image": "0.png"}, {"id": "1", "image": "gone.png"}, {"id": "2"}]

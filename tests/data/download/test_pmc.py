@@ -261,7 +261,7 @@ def test_invalid_rows_are_listed(tmp_path: Path, bad: Any) -> None:
     row = {**rows(1)[0], **bad} if isinstance(bad, dict) and bad else bad
     write_list(tmp_path / "list.jsonl", [row, rows(2)[0]])
     found = read_lists([tmp_path / "list.jsonl"])
-    assert found.num_figures == 1 and len(found.bad) == 1 and "line 1" in found.bad[0].detail
+    assert found.num_figures == 1 and len(found.bad) == 1 and "row 0" in found.bad[0].detail
 
 
 def test_lists_zipped_repeated_limited_and_in_conflict(tmp_path: Path) -> None:

@@ -119,6 +119,29 @@ def test_releases_are_sets_of_defects() -> None:
 
 
 @pytest.mark.parametrize(
+    ("compat", "left_out"),
+    [
+        ("all", {"tag_in_question"}),
+        ("all,none", {"tag_in_question"}),
+        ("all,-joined_by_order", {"tag_in_question", "joined_by_order"}),
+        ("all,-cut_question", {"cut_question"}),
+        ("all,tag_in_question", {"cut_question"}),
+        ("all, cut_question", {"tag_in_question"}),
+    ],
+)
+def test_all_leaves_out_what_contradicts(compat: str, left_out: set[str]) -> None:
+    assert chosen_defects(compat) == parse_compat("all", "judge") - left_out
+
+
+@pytest.mark.parametrize(
+    "compat", ["v1.0,v1.5", "all,v1.5", "v1.0,tag_in_question", "all,cut_question,tag_in_question"]
+)
+def test_what_contradicts_by_name_is_refused(compat: str) -> None:
+    with pytest.raises(ConfigError, match="cut_question and tag_in_question contradict each other"):
+        chosen_defects(compat)
+
+
+@pytest.mark.parametrize(
     ("compat", "release"),
     [("none", "none"), ("v1.5,none", "v1.5"), ("joined_by_order, v1.0", "v1.0"), ("-v1.5,cut_question", "none")],
 )

@@ -67,3 +67,21 @@ def test_majority() -> None:
     (sentence,) = control_verdicts(strict)
     assert sentence.startswith("closed accuracy is above the majority answer: +50.00 points [")
     assert majority_answers([], source="x").closed is None
+
+
+@pytest.mark.parametrize(("low", "verdict"), [(-2.0, "NOT above"), (0.0, "NOT above"), (0.5, "above")])
+@pytest.mark.parametrize(("key", "control"), [("from_picture", "a gray image"), ("above_majority", "the majority")])
+def test_the_interval_decides_the_verdict(key: str, control: str, low: float, verdict: str) -> None:
+    """A gain of 5 points is not enough if its interval contains zero."""
+    scores = {"closed accuracy": {key: {"value": 5.0, "low": low, "high": 12.0}}, "open recall": {}}
+    (sentence,) = control_verdicts(scores)
+    assert sentence.startswith(f"closed accuracy is {verdict} {control}")
+
+
+def test_questions_of_one_image_are_drawn_together_by_type() -> None:
+    """All ten questions of one image are right, all ten of the other wrong: an image decides the whole score."""
+    items = [
+        ScoredItem(str(n), "?", "yes", "yes" if n < 10 else "no", True, ("PRES",), f"{n // 10}.png") for n in range(20)
+    ]
+    (of_type,) = by_type(items, None, num_resamples=200, seed=0)
+    assert (of_type["answered"]["low"], of_type["answered"]["high"]) == (0.0, 100.0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llava.eval.medvqa import page
 from llava.eval.medvqa.items import ScoredItem
+from tests.support.browser import look_at
 
 
 def make(identity: str, prediction: str, *, failed: bool = False) -> ScoredItem:
@@ -58,3 +59,23 @@ def test_page_is_written_whole(tmp_path: Path) -> None:
     text = path.read_text()
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
     assert "A &lt; B" in text and "synthetic &amp; drawn" in text and "&lt;x&gt;" in text
+
+
+def test_filters_and_another_run(tmp_path: Path) -> None:
+    items = [make("0", "yes"), make("1", "no"), make("2", "yes")]
+    blank = [make("0", "yes"), make("1", "no"), make("2", "no")]
+    other = ("first", [make("0", "no"), make("1", "yes"), make("2", "", failed=True)])
+    report = {"counts": {}, "by_type": [], "verdicts": ["V"], "scores": {"strict": {}, "legacy run_eval": {}}}
+    page.write_page(tmp_path / "page.html", title="T", report=report, items=items, blank=blank, other=other)
+    text = (tmp_path / "page.html").read_text()
+    labels = re.findall(r'<label for="f\d+">(.*?)</label>', text)
+    assert labels == ["right (2)", "wrong (1)", "changed by the gray image (1)", "A&amp;B (3)"]
+    assert "answer of first</dt><dd>(failed)" in text and text.count("answer of first") == 3
+    assert text.index("<b>V</b>") < text.index("<h2>strict</h2>") < text.index("<summary>Published scores")
+    script = """
+      page.querySelector("label[for=f2]").click();
+      const shown = [...page.querySelectorAll(".case")].filter(one => one.offsetHeight > 0);
+      return shown.map(one => one.querySelector("dl").lastElementChild.textContent);
+    """
+    for found in look_at(tmp_path, [tmp_path / "page.html"], widths=(390, 1280), script=script):
+        assert found["value"] == ["2, closed A&B"] and found["sizes"][0] <= found["sizes"][1]

@@ -21,7 +21,7 @@ from pydicom import uid
 from llava.errors import DataError, LlavaError, MissingDependency, NotAnImageError
 from llava.imaging import decode
 from llava.imaging.dicom import header, pixels
-from llava.imaging.dicom.pixels import Extent, extent_of
+from llava.imaging.dicom.streams import Extent, extent_of
 from tests.support.dicom_files import RAMP, SECRET, corpus, make, make_dataset, to_bytes
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -115,9 +115,23 @@ def test_eight_bits_without_a_window_are_not_stretched() -> None:
     assert gray(make(np.full((4, 4), 100, np.uint8))).max() == 100
 
 
-def test_bits_of_overlays_in_unused_bits_are_not_shown() -> None:
-    values = np.arange(16, dtype=np.uint16).reshape(4, 4)
-    assert np.array_equal(gray(make(values | 0xF000, BitsStored=12)), gray(make(values, BitsStored=12)))
+CODECS = {
+    uid.ExplicitVRLittleEndian: "",
+    uid.RLELossless: "pydicom",
+    uid.JPEGLSLossless: "pyjpegls",
+    uid.JPEG2000Lossless: "pylibjpeg",
+}
+
+
+@pytest.mark.parametrize("syntax", CODECS)
+@pytest.mark.parametrize("overlay", [0x1000, 0x8000, 0xF000])
+def test_bits_of_overlays_in_unused_bits_are_not_shown(syntax: str, overlay: int) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (40, 40)).astype(np.uint16)
+    dataset = make_dataset(values | np.where(values % 3 == 0, overlay, 0).astype(np.uint16))
+    if CODECS[syntax]:
+        dataset.compress(syntax, encoding_plugin=CODECS[syntax], generate_instance_uid=False)
+    dataset.BitsStored, dataset.HighBit = 12, 11
+    assert np.array_equal(gray(to_bytes(dataset)), gray(make(values, BitsStored=12)))
 
 
 def test_lookup_tables() -> None:
@@ -235,16 +249,14 @@ def test_unknown_frames(frame: str) -> None:
 
 
 def test_the_policy_is_kept_with_the_processor(tiny: LoadedModel, tmp_path: Path) -> None:
-    processor = tiny.processor
-    default = processor.image_fingerprint
-    processor.use_dicom(DicomPolicy("lung", "middle"))
-    assert processor.image_fingerprint != default
+    processor = tiny.processor.changed(dicom=DicomPolicy("lung", "middle"))
+    assert processor.image_fingerprint != tiny.processor.image_fingerprint
     processor.save_pretrained(tmp_path)
     again = LlavaMedProcessor.from_pretrained(tmp_path)
     assert again.dicom == DicomPolicy("lung", "middle")
     assert again.image_fingerprint == processor.image_fingerprint
-    again.use_dicom(again.dicom.changed(None, "first"))
-    assert again.dicom == DicomPolicy("lung", "first") and again.image_fingerprint != processor.image_fingerprint
+    first = again.changed(dicom=again.dicom.changed(None, "first"))
+    assert first.dicom == DicomPolicy("lung", "first") and first.image_fingerprint != processor.image_fingerprint
     file = tmp_path / "llava_processor.json"
     file.write_text(file.read_text().replace('"version": 1', '"version": 99'))
     with pytest.raises(CheckpointError, match="version 99"):

@@ -111,10 +111,31 @@ def test_recorded_checkpoints(shared: Path, tmp_path: Path, oracle: str, folder:
     assert again.processor.image_mode == loaded.processor.image_mode == "pad"
 
 
+def test_a_linear_projector_is_exported_with_a_second_layer_that_changes_nothing(tmp_path: Path) -> None:
+    loaded = tiny_llava(projector="linear", image_mode="pad")
+    export_hf(loaded, tmp_path)
+    check(loaded, tmp_path, tiny_image(3, 40))
+    features = torch.randn(2, 4, 32)
+    library = LlavaForConditionalGeneration.from_pretrained(tmp_path).model.multi_modal_projector
+    assert torch.equal(library(features), loaded.model.model.multi_modal_projector(features))
+    again = load_checkpoint(tmp_path)
+    assert again.model.config.projector_type == "linear"
+    ours, theirs = (model.model.state_dict() for model in (loaded, again))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("family", ["qwen2.5", "llama3"])
+def test_a_chat_template_is_exported(tmp_path: Path, family: str, system: str | None) -> None:
+    loaded = tiny_llava(template=family, image_mode="pad", system=system)
+    export_hf(loaded, tmp_path)
+    check(loaded, tmp_path, tiny_image(3, 40))
+    assert load_checkpoint(tmp_path).processor.template.name == family
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"projector": "linear"}, "linear"),
         ({"projector": "cluster"}, "cluster"),
         ({"build_size": 56}, "input size"),
         ({"projector": "identity", "build_size": 56}, "identity.*input size"),

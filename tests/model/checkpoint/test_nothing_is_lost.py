@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint.assemble import LoadOptions
-from llava.model.checkpoint.folder import new_folder
 from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_model
 from llava.model.checkpoint.tools.convert import WRITERS, convert_checkpoint, to_model
 from llava.model.checkpoint.tools.merge_lora import merge_lora
+from llava.utils.folders import new_folder
 from tests.support.legacy_folders import write_legacy, write_lora
 
 LAYER = "model.vision_tower.encoder.layers.0.mlp.fc1"

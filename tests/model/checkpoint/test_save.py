@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,15 @@ def test_nothing_is_written_over_its_base(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="builds on"):
         save_projector(loaded.model, loaded.processor, tmp_path, origin={"base": str(tmp_path)})
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_the_modes_of_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    loaded = tiny_llava()
+    before = os.umask(umask)
+    try:
+        save_model(loaded.model, loaded.processor, tmp_path / "model", origin=loaded.origin)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()}
+    assert "model.safetensors" in modes and set(modes.values()) == {0o666 & ~umask}

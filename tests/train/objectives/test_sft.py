@@ -14,6 +14,7 @@ from llava.data.collator import Collator
 from llava.data.dataset import SFTDataset
 from llava.data.records import load_samples
 from llava.model.builder import LoadedModel
+from llava.samples import Conversation, Sample, Turn
 from llava.train.losses import edge_sum, edge_sums, token_logprobs
 from llava.train.objectives.sft import OBJECTIVES, SFT
 from tests.support.runs import write_uneven
@@ -82,3 +83,17 @@ def test_sft_is_the_librarys_loss(tiny: LoadedModel, tmp_path: Path, layout: str
 
 def test_objectives_have_names() -> None:
     assert isinstance(OBJECTIVES["sft"](), SFT)
+
+
+def test_questions_and_answers_have_losses_of_their_own(tiny: LoadedModel, tmp_path: Path) -> None:
+    turns = (Turn("human", "Q1"), Turn("gpt", "A1"), Turn("human", "Q2 ?", train=True), Turn("gpt", "A2 and more"))
+    processor = tiny.processor.changed(template="v1_sq")
+    dataset = SFTDataset([Sample("0", Conversation(turns))], processor, image_folder=tmp_path)
+    row = Collator(dataset, processor.image_token_id, processor.pad_token_id)([(0, dataset[0])]).rows[0]
+    objective = SFT(asks=True)
+    assert objective.metric_names == ("question_loss", "answer_loss")
+    output = objective(tiny.model, row, num_items=torch.tensor([1.0]))
+    question, answer = (output.metrics[name] for name in objective.metric_names)
+    assert question[1] == len(processor.text(" Q2 ?</s>").ids)
+    assert answer[1] == sum(len(processor.text(f" {turns[i].text}</s>").ids) for i in (1, 3))
+    torch.testing.assert_close(question[0] + answer[0], output.loss.detach())

@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint.files.torch_zip import ITEM_SIZES, read_bin_header
+from llava.model.checkpoint.files.torch_zip import read_bin_header
+from llava.model.torch_files.pickle_program import ITEM_SIZES, MAX_DIMENSIONS, MAX_SIZE, checked_name, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,22 +144,41 @@ def _list_safetensors(file: Path) -> dict[str, TensorEntry]:
             (header_bytes,) = struct.unpack("<Q", stream.read(8))
             if header_bytes > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"a header of {header_bytes} bytes in a file of {size}")
-            header = json.loads(stream.read(header_bytes))
+            header = json.loads(stream.read(header_bytes), object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         entries = {}
         end = 0
         for name, described in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = described["data_offsets"]
             dtype, shape = SAFE_DTYPES[described["dtype"]], tuple(described["shape"])
+            if len(shape) > MAX_DIMENSIONS or not all(_is_size(number) for number in (start, stop, *shape)):
+                raise ValueError(f"{shown(name)} of shape {shown(shape)}; expected whole numbers from 0")
             entries[name] = TensorEntry(name, shape, dtype, file, stop - start, 8 + header_bytes + start)
             if start != end or stop - start != math.prod(shape) * ITEM_SIZES[dtype]:
-                raise ValueError(f"{name} {shape} at bytes {start} to {stop}")
+                raise ValueError(f"{shown(name)} {shown(shape)} at bytes {start} to {stop}")
             end = stop
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"{file} is not a complete safetensors file: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise CheckpointError(f"{file} is not a complete safetensors file: {shown(error)}") from error
     if 8 + header_bytes + end != size:
         raise CheckpointError(f"{file} is truncated: {size} bytes, expected {8 + header_bytes + end} by its header")
     return entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        ValueError: a key is there twice, too long, or half of a surrogate pair.
+    """
+    for name, _ in pairs:
+        checked_name(name)
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name twice in its header")
+    return found
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and 0 <= number <= MAX_SIZE
 
 
 class TensorReader:
@@ -212,18 +232,17 @@ class TensorReader:
 
 def _open(file: Path) -> Any:
     """Return a table of tensors (`.bin`) or an open safetensors file."""
-    import torch
     from safetensors import SafetensorError, safe_open
 
-    try:
-        if file.suffix == ".safetensors":
-            return safe_open(str(file), framework="pt")
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    from llava.model.torch_files.loading import load_torch_file
+
+    if file.suffix != ".safetensors":
+        content = load_torch_file(file, mmap=True)
         return content.get("state_dict", content) if isinstance(content, dict) else content
-    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # torch.load raises pickle.UnpicklingError for content that it does not accept
-        raise CheckpointError(f"{file} holds more than tensors and was not loaded: {type(error).__name__}") from error
 
 
 def open_tensors(folder: str | Path) -> TensorReader:

@@ -17,10 +17,12 @@ from llava.model.checkpoint.legacy_keys import (
     ARCHITECTURES,
     FOREIGN_KEYS,
     KEPT_KEYS,
+    PLUGINS_KEY,
     TEMPLATE_KEY,
     TEXT_TYPES,
     USED_KEYS,
 )
+from llava.model.checkpoint.plugged import plugins_of
 from llava.model.config import LlavaMedConfig
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 
@@ -124,6 +126,9 @@ def legacy_config(config: LlavaMedConfig, *, whole: bool) -> dict[str, Any]:
             written[key] = value
     if config.image_grid_pinpoints and not same_pinpoints(written, config.image_grid_pinpoints):
         written["image_grid_pinpoints"] = config.image_grid_pinpoints
+    written.pop(PLUGINS_KEY, None)
+    if names := plugins_of(config):
+        written[PLUGINS_KEY] = names
     return written | _projector_keys(config.projector_kwargs or {})
 
 

@@ -6,7 +6,6 @@ is written if the original file had it. A model that never was legacy becomes a 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.model.builder import LoadedModel
 from llava.model.checkpoint.assemble import mean_rows
-from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter, flat_bytes
+from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from llava.model.checkpoint.folder import TOKENIZER_CONFIG_FILE, TOKENIZERS_CLASS, copy_source, name_known_class
 from llava.model.checkpoint.formats import CONFIG_FILE, PAD_TOKEN, Checkpoint, read_json
 from llava.model.checkpoint.legacy.config import legacy_config, rows_to_keep
@@ -39,7 +38,9 @@ from llava.model.config import LlavaMedConfig
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import TRUNK_PREFIX, to_open_clip
 from llava.processing import LlavaMedProcessor
 from llava.tokenization import token_id
+from llava.utils.folders import final_path
 from llava.utils.jsonl import write_json
+from llava.utils.provenance import TensorHash
 
 logger = logging.getLogger(__name__)
 
@@ -108,12 +109,11 @@ def remember_tower(model: Any) -> None:
 
 def tower_digest(model: Any) -> str:
     """Return the SHA-256 of a tower's weights: names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
+    found = TensorHash()
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(TOWER):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(flat_bytes(tensor))
-    return digest.hexdigest()
+            found.add(f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor)
+    return found.value()
 
 
 def table_rows(model: Any) -> int:
@@ -198,22 +198,23 @@ def export_legacy(
         for name, tensor in legacy_state(loaded.model, num_rows):
             writer.add(name, tensor)
     write_json(target / CONFIG_FILE, written)
-    write_card(target, target, "model", config, loaded.origin)
+    write_card(final_path(target), target, "legacy", config, loaded.origin)
     if written["mm_vision_tower"] == TOWER_FOLDER and not source:
         _write_tower_settings(loaded, target / TOWER_FOLDER)
     if source_folder is not None:
         copy_source(Path(source_folder), target, written)
-    if num_rows != source.get("num_rows") or not Checkpoint.open(target).has_tokenizer:
+    checkpoint = Checkpoint.open(target)
+    if num_rows != source.get("num_rows") or not checkpoint.has_tokenizer:
         _write_tokenizer(loaded.processor.tokenizer, target, source.get("num_rows"))
-    keep_template(target, loaded.processor)
+    keep_template(checkpoint, loaded.processor)
 
 
-def keep_template(folder: Path, processor: LlavaMedProcessor) -> None:
+def keep_template(checkpoint: Checkpoint, processor: LlavaMedProcessor) -> None:
     """Write the template's name into config.json if a legacy checkpoint's content would imply another one.
 
     Settings that the format cannot hold at all are named in a warning.
     """
-    checkpoint = Checkpoint.open(folder)
+    folder = checkpoint.folder
     words = [word for word in [PAD_TOKEN] if token_id(processor.tokenizer, word) is not None]
     if checkpoint.template(words) != processor.template.name:
         write_json(folder / CONFIG_FILE, {**checkpoint.config, TEMPLATE_KEY: processor.template.name})
@@ -221,7 +222,7 @@ def keep_template(folder: Path, processor: LlavaMedProcessor) -> None:
     if processor.placement != ("as_written" if checkpoint.style == "patch_token" else "front"):
         lost.append(f"images placed {processor.placement}")
     if lost:
-        logger.warning("%s: the legacy format cannot hold %s", folder, " and ".join(lost))
+        logger.warning("%s: the legacy format cannot hold %s", final_path(folder), " and ".join(lost))
 
 
 def _write_tower_settings(loaded: LoadedModel, folder: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.model.builder import LoadedModel, portable_path
 from llava.model.checkpoint.assemble import LoadOptions
-from llava.model.checkpoint.files.shards import open_tensors
+from llava.model.checkpoint.files.shards import TensorReader
 from llava.model.checkpoint.folder import SOURCE_FOLDER, copy_source
 from llava.model.checkpoint.formats import (
     ADAPTER_CONFIG_FILE,
@@ -37,8 +37,9 @@ from llava.model.checkpoint.formats import (
 from llava.model.checkpoint.hub import local_folder
 from llava.model.checkpoint.legacy.config import legacy_config, rows_to_keep
 from llava.model.checkpoint.legacy.export import keep_template
-from llava.model.checkpoint.legacy.load import load_legacy, with_base
-from llava.model.checkpoint.legacy.lora_files import LegacyLora, peft_parts, read_lora
+from llava.model.checkpoint.legacy.load import load_legacy
+from llava.model.checkpoint.legacy.lora_files import LegacyLora, peft_parts
+from llava.model.checkpoint.legacy.parts import LegacyParts, open_parts
 from llava.model.checkpoint.save import new_files, write_common
 from llava.model.checkpoint.weight_names import (
     LANGUAGE_MODEL,
@@ -65,23 +66,17 @@ def convert_adapter(checkpoint: Checkpoint, options: LoadOptions, path: Path) ->
     Raises:
         CheckpointError: its base or tower is missing, or it does not fit them.
     """
-    loaded = load_legacy(checkpoint, replace(options, merge=False))
-    adapters = [read_lora(checkpoint.folder)]
-    folder = options.tower_adapter or checkpoint.tower_adapter
-    if folder is not None:
-        adapters.append(read_lora(Path(folder), tower=True))
-    config, state = peft_parts(adapters)
+    parts = open_parts(checkpoint, options)
+    loaded = load_legacy(checkpoint, replace(options, merge=False), parts)
+    config, state = peft_parts(parts.adapters)
     config.inference_mode = True
-    extra = {
-        PEFT_PREFIX + _current_extra(name): tensor.clone()
-        for name, tensor in open_tensors(checkpoint.folder / EXTRA_FILE)
-    }
-    loaded.model.config.source["adapters"] = _remember(adapters)
+    extra = {PEFT_PREFIX + _current_extra(name): tensor.clone() for name, tensor in TensorReader(checkpoint.extra)}
+    loaded.model.config.source["adapters"] = _remember(parts.adapters)
     with new_files(path) as temporary:
         cast(Any, config).save_pretrained(temporary)
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / ADAPTER_FILE)
         torch.save(extra, temporary / EXTRA_FILE)
-        write_common(temporary, loaded.model, _origin(checkpoint, options, loaded), "adapter")
+        write_common(temporary, loaded.model, _origin(parts, options, loaded), "adapter")
     loaded.processor.save_pretrained(path)
     return loaded
 
@@ -111,9 +106,9 @@ def _file(folder: Path) -> Path:
     return file
 
 
-def _origin(checkpoint: Checkpoint, options: LoadOptions, loaded: LoadedModel) -> dict[str, Any]:
+def _origin(opened: LegacyParts, options: LoadOptions, loaded: LoadedModel) -> dict[str, Any]:
     """Return how our loader assembles the base: from its parts, or from a legacy model."""
-    checkpoint, base = with_base(checkpoint, options)
+    checkpoint, base = opened.checkpoint, opened.base
     assert base is not None  # adapters and projectors always have one
     if base.kind != "language_model":
         parts = {name: value for name, value in options.parts.items() if name not in ("base", "tower_adapter")}
@@ -156,9 +151,9 @@ def convert_projector(checkpoint: Checkpoint, options: LoadOptions, path: Path) 
     Raises:
         CheckpointError: its base or tower is missing, or it does not fit them.
     """
-    loaded = load_legacy(checkpoint, options)
-    _, base = with_base(checkpoint, options)
-    weights = {name: tensor.clone() for name, tensor in open_tensors(next(iter(checkpoint.tensors.values())).file)}
+    opened = open_parts(checkpoint, options)
+    loaded, base = load_legacy(checkpoint, options, opened), opened.base
+    weights = {name: tensor.clone() for name, tensor in TensorReader(checkpoint.tensors)}
     parts = {name: _found(checkpoint, value) for name, value in options.parts.items()}
     if base is not None:
         parts["base"] = str(local_folder(str(base.folder)).resolve())
@@ -173,31 +168,38 @@ def convert_projector(checkpoint: Checkpoint, options: LoadOptions, path: Path) 
     return loaded
 
 
-def export_legacy_adapter(folder: Path, path: Path) -> None:
+def export_legacy_adapter(checkpoint: Checkpoint, path: Path) -> None:
     """Write one of our adapters in the legacy format.
 
     Raises:
         CheckpointError: it adapts parts that the format cannot hold.
     """
-    config = LlavaMedConfig.from_pretrained(folder)
+    config = LlavaMedConfig.from_pretrained(checkpoint.folder)
     kept: dict[str, Any] = (config.source or {}).get("adapters") or {}
-    ours = read_json(folder / ADAPTER_CONFIG_FILE)
-    language, tower = _split(dict(open_tensors(_file(folder))))
+    ours = checkpoint.adapter
+    language, tower = _split(dict(TensorReader(checkpoint.tensors)))
+    if not language:
+        raise CheckpointError(
+            f"{checkpoint.path} adapts the vision tower only, which the legacy format cannot hold; merge it first "
+            "(llava checkpoint merge-lora)"
+        )
     if kept.get("copies"):
         root = TOWER_ROOT.removeprefix(PEFT_PREFIX)
         copies = {name.replace(root, LEGACY_TOWER + "vision_model."): tensor for name, tensor in tower.items()}
         language.update(copies)
     extra = {
-        _legacy_extra(name): tensor.clone() for name, tensor in open_tensors(folder / EXTRA_FILE) if name != MARKER_KEY
+        _legacy_extra(name): tensor.clone() for name, tensor in TensorReader(checkpoint.extra) if name != MARKER_KEY
     }
     with new_files(path) as temporary:
-        _write_adapter(temporary, language, kept.get("main") or _main_config(ours), safe=kept.get("safe", True))
+        _write_adapter(
+            temporary, language, kept.get("main") or _main_config(ours, language), safe=kept.get("safe", True)
+        )
         torch.save(extra, temporary / EXTRA_FILE)
     if tower:
         with new_files(path / TOWER_ADAPTER_FOLDER) as temporary:
-            settings = kept.get("tower") or _tower_config(ours)
+            settings = kept.get("tower") or _tower_config(ours, tower)
             _write_adapter(temporary, tower, settings, safe=bool(kept.get("tower_safe")))
-    _write_rest(config, folder, path)
+    _write_rest(config, checkpoint.folder, path)
 
 
 def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -230,43 +232,34 @@ def _write_adapter(folder: Path, state: dict[str, Tensor], config: dict[str, Any
         torch.save(state, folder / ADAPTER_FILES[1])
 
 
-def _main_config(ours: dict[str, Any]) -> dict[str, Any]:
-    """Return our adapter's settings with the last part of each target's name, as the original code does."""
-    targets = ours.get("target_modules")
-    names = {name.rsplit(".", 1)[-1] for name in targets} if isinstance(targets, list) else _alternatives(str(targets))
+def _main_config(ours: dict[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return our adapter's settings with the last part of each adapted layer's name, as the original code does."""
+    names = {name.split(".lora_", 1)[0].rsplit(".", 1)[-1] for name in state}
     left_out: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "auto_mapping": None}
     return {**ours, **left_out, "target_modules": sorted(names)}
 
 
-def _alternatives(pattern: str) -> set[str]:
-    """Return the layer names that our own target pattern ends with: `...(?:k_proj|q_proj)`."""
-    return set(pattern.rsplit("(?:", 1)[-1].rstrip(")").split("|"))
-
-
-def _tower_config(ours: dict[str, Any]) -> dict[str, Any]:
-    ranks = {name: r for name, r in (ours.get("rank_pattern") or {}).items() if name.startswith(TOWER)}
-    alphas = ours.get("alpha_pattern") or {}
-    first = next(iter(ranks), "")
-    names = {name.rsplit(".", 1)[-1] for name in ranks}
-    return {
-        **_main_config(ours),
-        **{"r": ranks.get(first, ours["r"]), "lora_alpha": alphas.get(first, ours["lora_alpha"])},
-        **{"target_modules": sorted(names), "task_type": None},
+def _tower_config(ours: dict[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the settings of the tower's part of our adapter, whose rank and scale have patterns."""
+    own = {
+        key: next((value for name, value in (ours.get(patterns) or {}).items() if "vision_tower" in name), ours[key])
+        for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
     }
+    return {**_main_config(ours, state), **own, "task_type": None}
 
 
-def export_legacy_projector(folder: Path, path: Path) -> None:
+def export_legacy_projector(checkpoint: Checkpoint, path: Path) -> None:
     """Write one of our projectors in the legacy format."""
-    config = LlavaMedConfig.from_pretrained(folder)
+    config = LlavaMedConfig.from_pretrained(checkpoint.folder)
     num_rows = max(rows_to_keep(config), *(row + 1 for row in config.marker_token_ids or [0]))
     weights = {
         name: (tensor[:num_rows] if name.endswith("embed_tokens.weight") else tensor).clone()
-        for name, tensor in open_tensors(folder / PROJECTOR_FILE)
+        for name, tensor in TensorReader(checkpoint.tensors)
         if name != MARKER_KEY
     }
     with new_files(path) as temporary:
         torch.save(weights, temporary / PROJECTOR_FILE)
-    _write_rest(config, folder, path)
+    _write_rest(config, checkpoint.folder, path)
 
 
 def _write_rest(config: LlavaMedConfig, folder: Path, path: Path) -> None:
@@ -280,4 +273,4 @@ def _write_rest(config: LlavaMedConfig, folder: Path, path: Path) -> None:
         written["_name_or_path"] = build["lm"]
     write_json(path / CONFIG_FILE, written)
     copy_source(folder / SOURCE_FOLDER, path, written)
-    keep_template(path, LlavaMedProcessor.from_pretrained(folder))
+    keep_template(Checkpoint.open(path), LlavaMedProcessor.from_pretrained(folder))

@@ -20,9 +20,8 @@ from llava.errors import CheckpointError
 from llava.model.anyres import write_policy
 from llava.model.builder import LoadedModel, finish_model, portable_path
 from llava.model.checkpoint.assemble import LoadOptions, grow_tables, marker_rows, model_from_state, take_rows
-from llava.model.checkpoint.files.shards import TensorReader, open_tensors
-from llava.model.checkpoint.formats import EXTRA_FILE, KINDS, PAD_TOKEN, Checkpoint
-from llava.model.checkpoint.hub import local_folder
+from llava.model.checkpoint.files.shards import TensorReader
+from llava.model.checkpoint.formats import EXTRA_FILE, PAD_TOKEN, Checkpoint
 from llava.model.checkpoint.legacy.checks import SELECT_STRATEGIES, layer_refusals
 from llava.model.checkpoint.legacy.config import (
     check_supported,
@@ -32,13 +31,8 @@ from llava.model.checkpoint.legacy.config import (
     select_layer,
     text_config,
 )
-from llava.model.checkpoint.legacy.lora_files import (
-    LegacyLora,
-    attach_adapters,
-    check_copies,
-    merged_weights,
-    read_lora,
-)
+from llava.model.checkpoint.legacy.lora_files import attach_adapters, merged_weights
+from llava.model.checkpoint.legacy.parts import LegacyParts, open_parts
 from llava.model.checkpoint.legacy_keys import merge_type, unknown_keys
 from llava.model.checkpoint.vision_tower import TowerSource, find_tower
 from llava.model.checkpoint.weight_names import (
@@ -116,21 +110,25 @@ class GatheredWeights:
     """Weights under our names, and their origin."""
 
     state: dict[str, Tensor]
-    adapters: list[LegacyLora]
     tower: TowerSource
     vision_config: Any
     buffers: dict[str, str]
     num_rows: int
 
 
-def load_legacy(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
+def load_legacy(checkpoint: Checkpoint, options: LoadOptions, parts: LegacyParts | None = None) -> LoadedModel:
     """Load a checkpoint of a legacy format.
+
+    Args:
+        checkpoint: the checkpoint.
+        options: parts that were given.
+        parts: see `open_parts`; None opens them.
 
     Raises:
         CheckpointError: a part is missing (names the flag that gives it), or weights do not fit.
     """
-    written = checkpoint.config
-    checkpoint, base = with_base(checkpoint, options)
+    parts = open_parts(checkpoint, options) if parts is None else parts
+    checkpoint, base = parts.checkpoint, parts.base
     check_supported(checkpoint)
     text = text_config(checkpoint)
     if unknown := unknown_keys(checkpoint.config):
@@ -146,43 +144,16 @@ def load_legacy(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
     grow_tables(gathered.state, len(tokenizer), checkpoint.tensors if checkpoint.kind == "legacy" else None)
     config = make_config(checkpoint, text, gathered, processor)
     write_policy(config, processor.image_grid)
-    config.source = {**source_of(checkpoint, gathered), "config": written}
+    config.source = {**source_of(checkpoint, gathered), "config": parts.written}
     merge = options.merge and options.quantization.bits == 16
-    if merge and gathered.adapters:
-        gathered.state.update(merged_weights(gathered.state, gathered.adapters))
+    if merge and parts.adapters:
+        gathered.state.update(merged_weights(gathered.state, parts.adapters))
     model = model_from_state(config, gathered.state, options, name=str(checkpoint.path))
     loaded = finish_model(model, processor, {"base": portable_path(str(checkpoint.folder)), "load": options.parts})
     loaded.context_len = int(checkpoint.config.get("max_sequence_length") or loaded.context_len)
-    if gathered.adapters and not merge:
-        loaded.model = cast(Any, attach_adapters(model, gathered.adapters))
+    if parts.adapters and not merge:
+        loaded.model = cast(Any, attach_adapters(model, parts.adapters))
     return loaded
-
-
-def with_base(checkpoint: Checkpoint, options: LoadOptions) -> tuple[Checkpoint, Checkpoint | None]:
-    """Return the checkpoint, with missing settings taken from its base, and the base itself.
-
-    Raises:
-        CheckpointError: a base is needed and not given, or its kind does not fit.
-    """
-    if checkpoint.kind == "legacy":
-        base = Checkpoint.open(local_folder(options.base)) if options.base else None
-        return checkpoint, base
-    named = options.base or checkpoint.adapter.get("base_model_name_or_path") or checkpoint.config.get("_name_or_path")
-    given = bool(options.base)
-    if named is None or not (given or Path(named).is_dir() or (checkpoint.folder / named).is_dir()):
-        words = f" (it names {named!r}, which is not a folder here)" if named else ""
-        raise CheckpointError(
-            f"{checkpoint.path} is {KINDS[checkpoint.kind]}, which needs the language model it was trained on{words}; "
-            "pass it with --model-base"
-        )
-    folder = local_folder(named) if given or Path(named).is_dir() else checkpoint.folder / named
-    base = Checkpoint.open(folder)
-    if base.kind not in ("language_model", "legacy"):
-        raise CheckpointError(
-            f"{folder} is {KINDS[base.kind]}; {checkpoint.path} needs the plain language model it was trained on"
-        )
-    is_whole = "hidden_size" in checkpoint.config
-    return (checkpoint if is_whole else replace(checkpoint, config={**base.config, **checkpoint.config})), base
 
 
 def tokenizer_folder(checkpoint: Checkpoint, base: Checkpoint | None) -> Path:
@@ -200,7 +171,7 @@ def tokenizer_folder(checkpoint: Checkpoint, base: Checkpoint | None) -> Path:
 def gather_weights(
     checkpoint: Checkpoint, base: Checkpoint | None, options: LoadOptions, markers: Sequence[int]
 ) -> GatheredWeights:
-    """Collect all weights under our names, memory-mapped from the files, with adapters apart.
+    """Collect all weights under our names, memory-mapped from the files, without adapters.
 
     Args:
         checkpoint: the checkpoint.
@@ -215,26 +186,18 @@ def gather_weights(
     buffers: dict[str, str] = {}
     if checkpoint.kind != "legacy" and base is not None:
         _take(state, buffers, base)
-    adapters: list[LegacyLora] = []
     if checkpoint.kind == "legacy":
         _take(state, buffers, checkpoint)
     elif checkpoint.kind == "legacy_adapter":
-        adapters.append(read_lora(checkpoint.folder))
         if not checkpoint.extra:
             raise CheckpointError(f"{checkpoint.path} has no {EXTRA_FILE}, which holds its projector")
-        _take_projector(state, open_tensors(checkpoint.folder / EXTRA_FILE), checkpoint, markers)
+        _take_projector(state, TensorReader(checkpoint.extra), checkpoint, markers)
     else:
-        file = checkpoint.path if checkpoint.path.is_file() else next(iter(checkpoint.tensors.values())).file
-        _take_projector(state, open_tensors(file), checkpoint, markers)
+        _take_projector(state, TensorReader(checkpoint.tensors), checkpoint, markers)
     if EMBEDDINGS not in state:
         raise CheckpointError(f"{checkpoint.path} has no language model; expected model.embed_tokens.weight")
     tower, vision_config = _take_tower(state, checkpoint, options)
-    folder = options.tower_adapter or checkpoint.tower_adapter
-    if folder is not None:
-        adapters.append(read_lora(tower_adapter_folder(Path(folder)), tower=True))
-    elif adapters:
-        check_copies(adapters[0])
-    return GatheredWeights(state, adapters, tower, vision_config, buffers, state[EMBEDDINGS].shape[0])
+    return GatheredWeights(state, tower, vision_config, buffers, state[EMBEDDINGS].shape[0])
 
 
 def _take(state: dict[str, Tensor], buffers: dict[str, str], checkpoint: Checkpoint) -> None:
@@ -312,20 +275,6 @@ def _take_tower(state: dict[str, Tensor], checkpoint: Checkpoint, options: LoadO
     state.update({TOWER + name: tensor for name, tensor in tower.state_dict().items() if not is_buffer(name)})
     logger.info("%s: vision tower from %s", checkpoint.path, source.checkpoint or source.name)
     return source, tower.config
-
-
-def tower_adapter_folder(folder: Path) -> Path:
-    """Return the folder itself, or the one inside that holds a tower's adapter.
-
-    Raises:
-        CheckpointError: neither holds one.
-    """
-    checkpoint = Checkpoint.open(folder)
-    if checkpoint.kind == "tower_adapter":
-        return folder
-    if checkpoint.tower_adapter is not None:
-        return checkpoint.tower_adapter
-    raise CheckpointError(f"{folder} is {KINDS[checkpoint.kind]}; expected the folder of a vision tower's adapter")
 
 
 def make_config(checkpoint: Checkpoint, text: Any, gathered: GatheredWeights, processor: Any) -> LlavaMedConfig:

@@ -15,8 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from torch import Tensor
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint.files.shards import TensorReader, open_tensors
-from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, ADAPTER_FILES, first_file, read_json
+from llava.model.checkpoint.files.shards import TensorReader
+from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, Checkpoint
+from llava.model.checkpoint.peft_files import strange_settings
 from llava.model.checkpoint.weight_names import (
     LEGACY_PREFIXES,
     PEFT_PREFIX,
@@ -33,9 +34,6 @@ UNSUPPORTED = (
     *("rank_pattern", "alpha_pattern", "layers_pattern", "trainable_token_indices", "target_parameters"),
 )
 """Settings of adapter_config.json under which W + (alpha / r) * B @ A is not all that was trained."""
-
-OTHER_BASES = ("pissa", "olora", "corda", "loftq")
-"""Values of `init_lora_weights` that also change the base: such an adapter was not trained on its published weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +75,19 @@ class LegacyLora:
         return self.scale * (self.reader.read(pair.up).float() @ self.reader.read(pair.down).float())
 
 
-def read_lora(folder: Path, *, tower: bool = False) -> LegacyLora:
-    """Open an adapter.
+def read_lora(checkpoint: Checkpoint, *, tower: bool = False) -> LegacyLora:
+    """Return the adapter in an opened folder.
 
     Args:
-        folder: folder with adapter_config.json and the weights.
+        checkpoint: folder with adapter_config.json and the weights.
         tower: it is a vision tower's own adapter.
 
     Raises:
-        CheckpointError: files are missing, or it is of a type that the legacy trainers never wrote.
+        CheckpointError: it is of a type that the legacy trainers never wrote.
     """
-    config = read_json(folder / ADAPTER_CONFIG_FILE)
-    file = first_file(folder, ADAPTER_FILES)
-    if not config or file is None:
-        raise CheckpointError(
-            f"{folder} is not an adapter; expected {ADAPTER_CONFIG_FILE} and {' or '.join(ADAPTER_FILES)}"
-        )
+    folder, config, reader = checkpoint.folder, checkpoint.adapter, TensorReader(checkpoint.tensors)
+    file = next((entry.file for entry in checkpoint.tensors.values()), folder)
     _check_settings(config, folder / ADAPTER_CONFIG_FILE)
-    reader = open_tensors(file)
     pairs: dict[str, dict[str, str]] = {}
     dropped: list[str] = []
     for name in reader.names:
@@ -118,13 +111,7 @@ def _check_settings(config: Mapping[str, Any], file: Path) -> None:
     Raises:
         CheckpointError: it is not; names the setting.
     """
-    strange = [f"{key} {str(config[key])[:60]}" for key in UNSUPPORTED if config.get(key)]
-    if config.get("peft_type") != "LORA":
-        strange.append(f"peft_type {config.get('peft_type')!r}")
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(OTHER_BASES):
-        strange.append(f"init_lora_weights {start!r}, which changes the base too")
-    if strange:
+    if strange := strange_settings(config, UNSUPPORTED):
         raise CheckpointError(
             f"{file}: {', '.join(strange)}; expected a plain LoRA adapter, W + (alpha / r) * B @ A. Merge it with "
             "peft's merge_and_unload, and pass the whole model"

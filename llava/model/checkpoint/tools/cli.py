@@ -9,14 +9,17 @@ from pathlib import Path
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shards import open_tensors
-from llava.model.checkpoint.folder import copy_companions, new_folder
+from llava.model.checkpoint.folder import copy_companions
 from llava.model.checkpoint.formats import CONFIG_FILE, read_json
 from llava.model.checkpoint.legacy_keys import ARCHITECTURES
 from llava.model.checkpoint.tools import delta
 from llava.model.checkpoint.weight_names import is_buffer, projector_suffix
 from llava.utils.cli import Parser
+from llava.utils.folders import new_folder
 from llava.utils.jsonl import write_json
 from llava.utils.log import with_progress
+from llava.utils.plugins import add_plugin_option
+from llava.utils.terminal import write_out
 
 GIGABYTE = 10**9
 
@@ -64,7 +67,7 @@ def apply_delta(argv: Sequence[str] | None = None) -> None:
     )
     if found == "unknown base":
         sys.stderr.write("the delta does not name its base; shapes fit, but the base was not checked further\n")
-    sys.stdout.write(f"{args.target_model_path}: base + delta, {args.dtype}, {found}\n")
+    write_out(f"{args.target_model_path}: base + delta, {args.dtype}, {found}\n")
 
 
 def make_delta(argv: Sequence[str] | None = None) -> None:
@@ -77,7 +80,7 @@ def make_delta(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--hub-repo-id", help="hub repository to which the delta is also uploaded")
     args = parser.parse_args(argv)
     record = delta.write_delta(args.base_model_path, args.target_model_path, args.delta_path, _writing(args))
-    sys.stdout.write(f"{args.delta_path}: target - base, {args.dtype}, result sha256 {record['result_sha256']}\n")
+    write_out(f"{args.delta_path}: target - base, {args.dtype}, result sha256 {record['result_sha256']}\n")
     if args.hub_repo_id:
         _upload(args.delta_path, args.hub_repo_id)
 
@@ -109,7 +112,7 @@ def consolidate_main(argv: Sequence[str] | None = None) -> None:
                 writer.add(name, delta.in_dtype(source.read(name), writing.dtype))
         copy_companions(args.src, folder, dtype=writing.dtype)
         _upgrade(folder, names)
-    sys.stdout.write(f"{args.dst}: {len(names)} tensors, {args.dtype}\n")
+    write_out(f"{args.dst}: {len(names)} tensors, {args.dtype}\n")
 
 
 def _upgrade(folder: Path, names: Sequence[str]) -> None:
@@ -131,6 +134,7 @@ def merge_lora_weights(argv: Sequence[str] | None = None) -> None:
     parser.add_switch("--include-vision-tower", help="put the vision tower and mm_projector.bin into the folder too")
     parser.add_argument("--vision-tower", help="folder or hub name, instead of the one that the adapter names")
     parser.add_argument("--lora-pretrain", help="the tower's own adapter, if it is not inside the folder")
+    add_plugin_option(parser)
     args = parser.parse_args(argv)
     from llava.model.checkpoint.assemble import LoadOptions
     from llava.model.checkpoint.tools.merge_lora import merge_lora
@@ -143,4 +147,4 @@ def merge_lora_weights(argv: Sequence[str] | None = None) -> None:
         include_tower=args.include_vision_tower,
         max_shard_bytes=_shard_bytes(args),
     )
-    sys.stdout.write(f"{args.save_model_path}: {args.model_path} merged\n")
+    write_out(f"{args.save_model_path}: {args.model_path} merged\n")

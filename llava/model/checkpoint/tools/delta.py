@@ -8,12 +8,11 @@ Everything that headers show is checked before the first tensor is read; a folde
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from llava.model.checkpoint.files.shards import TensorEntry, TensorReader, open_tensors
-from llava.model.checkpoint.folder import copy_companions, new_folder
+from llava.model.checkpoint.folder import copy_companions
 from llava.model.checkpoint.formats import read_json
 from llava.model.checkpoint.weight_names import (
     EMBEDDINGS,
@@ -32,7 +31,9 @@ from llava.model.checkpoint.weight_names import (
     is_buffer,
     renamed_prefix,
 )
+from llava.utils.folders import new_folder
 from llava.utils.log import with_progress
+from llava.utils.provenance import TensorHash
 
 HEAD_WEIGHT = HEAD + "weight"
 GROWN = (EMBEDDINGS, HEAD_WEIGHT)
@@ -135,15 +136,13 @@ class WriteOptions:
 
 def fingerprint(base: TensorReader) -> str:
     """Return a hash of a base: of its vectors (norms) and the first rows of one matrix, in float16."""
-    digest = hashlib.sha256()
+    found = TensorHash()
     matrix = next((name for name in sorted(base.names) if name.endswith("q_proj.weight")), None)
     for name in sorted(base.names):
         if is_buffer(name) or not (len(base.entries[name].shape) == 1 or name == matrix):
             continue
-        values = base.read(name)
-        digest.update(name.encode())
-        digest.update(values[:16].to(torch.float16).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        found.add(name, base.read(name)[:16].to(torch.float16))
+    return found.value()
 
 
 def combine(changed: Tensor, base: Tensor | None, arithmetic: Arithmetic, dtype: torch.dtype) -> Tensor:
@@ -180,22 +179,6 @@ def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-class Checksum:
-    """SHA-256 over names and bytes of tensors, in the order they are added."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor."""
-        self._digest.update(name.encode())
-        self._digest.update(cast(Any, tensor.contiguous().view(-1).view(torch.uint8).numpy()))
-
-    def value(self) -> str:
-        """Return the hexadecimal digest."""
-        return self._digest.hexdigest()
-
-
 def write_delta(base: Path, target: Path, delta: Path, writing: WriteOptions | None = None) -> dict[str, Any]:
     """Write `target - base` with the target's configuration and tokenizer.
 
@@ -206,7 +189,7 @@ def write_delta(base: Path, target: Path, delta: Path, writing: WriteOptions | N
         CheckpointError: a folder cannot be read, they do not fit, or `delta` holds files.
     """
     writing = writing or WriteOptions()
-    checksum = Checksum()
+    checksum = TensorHash()
     with open_tensors(base) as old, open_tensors(target) as new, new_folder(delta) as folder:
         pairs = partners(new.entries, old.entries, str(target))
         with shard_writer(folder, writing) as writer:
@@ -245,7 +228,7 @@ def write_target(
     """
     writing = writing or WriteOptions()
     record = read_record(delta)
-    checksum = Checksum() if verify else None
+    checksum = TensorHash() if verify else None
     with open_tensors(base) as old, open_tensors(delta) as new, new_folder(target) as folder:
         pairs = partners(new.entries, old.entries, str(delta))
         _check_base(base, old, record)
@@ -283,7 +266,7 @@ def _check_base(path: Path, base: TensorReader, record: Mapping[str, Any]) -> No
         )
 
 
-def _check_result(checksum: Checksum, record: Mapping[str, Any], writing: WriteOptions) -> None:
+def _check_result(checksum: TensorHash, record: Mapping[str, Any], writing: WriteOptions) -> None:
     if "result_sha256" not in record:
         raise CheckpointError("the delta records no checksum of its result, so it cannot be verified; omit --verify")
     kept = record.get("dtype")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from llava.model.checkpoint.files.shards import TensorReader
 from llava.model.checkpoint.formats import Checkpoint, our_name
 from llava.model.checkpoint.weight_names import TIMM_TOWER, TOWER, is_buffer
 from llava.utils.cli import Parser
+from llava.utils.terminal import visible, write_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +37,7 @@ class CheckpointWeights:
     def __init__(self, checkpoint: Checkpoint) -> None:
         entries = {**checkpoint.extra, **checkpoint.tensors}
         self._files = {our_name(checkpoint, name) or name: name for name in entries if not is_buffer(name)}
-        if checkpoint.tower_adapter is not None:
-            tower = Checkpoint.open(checkpoint.tower_adapter)
+        if (tower := checkpoint.tower) is not None:
             entries |= tower.tensors
             self._files |= {our_name(tower, name) or name: name for name in tower.tensors}
         self._reader = TensorReader(entries)
@@ -109,8 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ours, theirs = CheckpointWeights(first), CheckpointWeights(second)
     tensors = list(differences(ours, theirs))
     for difference in (*tensors, *_settings(first.config, second.config)):
-        sys.stdout.write(f"{difference.name}: {difference.how}\n")
+        write_out(visible(f"{difference.name}: {difference.how}") + "\n")
     total = len(ours.names | theirs.names)
-    sys.stdout.write(f"{total - len(tensors)} of {total} tensors are equal\n")
+    write_out(f"{total - len(tensors)} of {total} tensors are equal\n")
     if tensors:
         raise SystemExit(1)

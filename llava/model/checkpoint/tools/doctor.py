@@ -5,19 +5,22 @@ Names, shapes and settings are checked without torch; `--weights` also reads eve
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint.files.shards import TensorReader
 from llava.model.checkpoint.formats import KINDS, Checkpoint, our_name
 from llava.model.checkpoint.legacy.checks import legacy_refusals
 from llava.model.checkpoint.legacy_keys import unknown_keys
+from llava.model.checkpoint.peft_files import hf_adapter_refusals
+from llava.model.checkpoint.plugged import absent_plugins, absent_text
+from llava.model.checkpoint.tools.adapter_notes import adapter_notes, base_problems
 from llava.model.checkpoint.tools.inspection import PROBLEMS, Inspection, added_tokens, inspect_checkpoint
 from llava.model.checkpoint.weight_names import EMBEDDINGS, PROJECTOR
 from llava.utils.cli import Parser
+from llava.utils.plugins import add_plugin_option
+from llava.utils.terminal import visible, write_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,9 @@ class DoctorFinding:
 def find_problems(inspection: Inspection) -> Iterator[DoctorFinding]:
     """Yield the findings from names, shapes and settings."""
     checkpoint = inspection.checkpoint
+    missing = absent_plugins(checkpoint)
+    if missing:
+        yield DoctorFinding("error", absent_text(missing))
     for status in PROBLEMS:
         rows = [row for row in inspection.rows if row.status == status]
         if rows:
@@ -40,6 +46,17 @@ def find_problems(inspection: Inspection) -> Iterator[DoctorFinding]:
         yield DoctorFinding("note", f"this is {KINDS[checkpoint.kind]}, only a part of a model")
     if checkpoint.kind.startswith("legacy"):
         yield from _legacy_findings(checkpoint)
+    if checkpoint.kind == "hf_adapter":
+        yield from _hf_adapter_findings(checkpoint)
+
+
+def _hf_adapter_findings(checkpoint: Checkpoint) -> Iterator[DoctorFinding]:
+    yield from (DoctorFinding("error", reason) for reason in hf_adapter_refusals(checkpoint))
+    yield from (DoctorFinding("error", reason) for reason in base_problems(checkpoint))
+    yield from (DoctorFinding("note", text) for text in adapter_notes(checkpoint))
+    base = checkpoint.adapter.get("base_model_name_or_path")
+    place = "pass it with --model-base" if base is None or not Path(base).is_dir() else "which is a folder here"
+    yield DoctorFinding("note", f"builds on the transformers' Llava {base!r}; {place}")
 
 
 def _legacy_findings(checkpoint: Checkpoint) -> Iterator[DoctorFinding]:
@@ -113,11 +130,10 @@ def _token_findings(checkpoint: Checkpoint) -> Iterator[DoctorFinding]:
 
 def check_weights(checkpoint: Checkpoint) -> Iterator[DoctorFinding]:
     """Read every tensor, and yield findings for values that are not finite and for tensors of zeros."""
-    import torch
+    from llava.model.checkpoint.finite import is_finite, stored_tensors
 
-    reader = TensorReader({**checkpoint.extra, **checkpoint.tensors})
-    for name, tensor in reader:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    for name, tensor in stored_tensors(checkpoint):
+        if tensor.is_floating_point() and not is_finite(tensor):
             yield DoctorFinding("error", f"{name} holds values that are not finite")
         elif tensor.numel() and not bool(tensor.any()) and not name.endswith((".bias", "lora_B.weight", "sim_beta")):
             yield DoctorFinding("note", f"{name} is all zeros")
@@ -128,12 +144,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="llava checkpoint doctor", description="check a checkpoint for errors; status 1 if it has any")
     parser.add_argument("path", help="checkpoint folder or weight file")
     parser.add_switch("--weights", help="read every value too")
+    add_plugin_option(parser)
     args = parser.parse_args(argv)
     inspection = inspect_checkpoint(args.path)
     found = [*find_problems(inspection), *(check_weights(inspection.checkpoint) if args.weights else ())]
-    sys.stdout.write(f"{args.path}: {KINDS[inspection.checkpoint.kind]}\n")
-    for finding in found:
-        sys.stdout.write(f"{finding.level}: {finding.text}\n")
+    lines = [f"{args.path}: {KINDS[inspection.checkpoint.kind]}", *(f"{one.level}: {one.text}" for one in found)]
+    write_out("".join(f"{visible(line)}\n" for line in lines))
     if any(finding.level == "error" for finding in found):
         raise SystemExit(1)
-    sys.stdout.write("nothing keeps it from loading\n")
+    write_out("nothing keeps it from loading\n")

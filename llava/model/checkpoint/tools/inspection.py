@@ -6,8 +6,6 @@ Checkpoint.open(path) --names, shapes, settings--> Inspection --> text or JSON
 from __future__ import annotations
 
 import json
-import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +18,10 @@ from llava.model.checkpoint.files.shards import TensorEntry
 from llava.model.checkpoint.formats import KINDS, OUR_KINDS, PAD_TOKEN, Checkpoint, our_name, read_json
 from llava.model.checkpoint.legacy_keys import merge_type, unknown_keys
 from llava.model.checkpoint.weight_names import EMBEDDINGS, HEAD, NEWLINE, PROJECTOR, is_buffer
+from llava.model.projector_types import declared_shapes, find_type
 from llava.utils.cli import Parser
+from llava.utils.plugins import add_plugin_option
+from llava.utils.terminal import visible, write_out
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
 DEFAULTS: dict[str, dict[str, int]] = {
@@ -87,29 +88,16 @@ def _expected_projector(checkpoint: Checkpoint, width: int) -> Iterator[tuple[st
     """Yield the weights of the projector type that the weights show, or else the settings."""
     config = checkpoint.config
     if checkpoint.kind == "legacy":
-        vision, written = config.get("mm_hidden_size") or -1, str(config.get("mm_projector_type") or "linear")
+        vision, written = config.get("mm_hidden_size") or None, str(config.get("mm_projector_type") or "linear")
     else:
-        vision, written = -1, str(config.get("projector_type") or "mlp2x_gelu")
+        vision, written = None, str(config.get("projector_type") or "mlp2x_gelu")
     try:
         kind = written if checkpoint.kind != "legacy" else checkpoint.projector_type or written
     except CheckpointError:
         kind = written
-    if kind == "linear":
-        yield f"{PROJECTOR}weight", (width, vision)
-        yield f"{PROJECTOR}bias", (width,)
-    elif match := re.fullmatch(r"mlp(\d+)x_gelu", kind):
-        for layer in range(int(match[1])):
-            yield f"{PROJECTOR}{2 * layer}.weight", (width, width if layer else vision)
-            yield f"{PROJECTOR}{2 * layer}.bias", (width,)
-    elif kind == "cluster":
-        for name in ("sim_alpha", "sim_beta"):
-            yield PROJECTOR + name, (1, 1, 1)
-        for name in ("c", "v", "f"):
-            yield f"{PROJECTOR}{name}.weight", (vision, vision)
-            yield f"{PROJECTOR}{name}.bias", (vision,)
-        for name, shape in (("ln_1", (vision,)), ("mlp.0", (width, vision)), ("mlp.2", (width, width))):
-            yield f"{PROJECTOR}{name}.weight", shape
-            yield f"{PROJECTOR}{name}.bias", shape[:1]
+    declared = find_type(kind)
+    for name, shape in declared_shapes(declared, vision, width).items() if declared is not None else ():
+        yield PROJECTOR + name, shape
 
 
 STATUSES = {
@@ -285,6 +273,9 @@ def _facts_of_others(checkpoint: Checkpoint) -> dict[str, Any]:
         projector = checkpoint.projector_type or "none here"
     except CheckpointError as error:
         projector = str(error)
+    if checkpoint.kind == "hf_adapter":
+        base = checkpoint.adapter.get("base_model_name_or_path")
+        return {"base": base, "r": checkpoint.adapter.get("r"), "lora_alpha": checkpoint.adapter.get("lora_alpha")}
     facts: dict[str, Any] = {"language model": checkpoint.text_type, "projector": projector}
     if checkpoint.kind == "hf_llava":
         return facts
@@ -319,7 +310,7 @@ def inspection_text(inspection: Inspection, *, tensors: bool = True) -> str:
             shape = "x".join(map(str, row.shape)) or "scalar"
             target = "" if row.ours == row.name else f"  -> {row.ours}" if row.name else row.ours
             lines.append(f"{row.status:<12}{row.name:<{width}}  {row.dtype:<9}{shape}{target}")
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    return "\n".join(visible(line.rstrip()) for line in lines) + "\n"
 
 
 def inspection_json(inspection: Inspection) -> str:
@@ -330,7 +321,7 @@ def inspection_json(inspection: Inspection) -> str:
     ]
     facts = {**inspection.facts, "kind": inspection.checkpoint.kind}
     content = {**facts, "counts": inspection.counts, "tensors": rows}
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(content, indent=2).replace("\x7f", "\\u007f") + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -339,8 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("path", help="checkpoint folder or weight file")
     parser.add_switch("--json", help="JSON instead of text")
     parser.add_switch("--summary", help="omit the list of tensors")
+    add_plugin_option(parser)
     args = parser.parse_args(argv)
     inspection = inspect_checkpoint(args.path)
-    sys.stdout.write(
-        inspection_json(inspection) if args.json else inspection_text(inspection, tensors=not args.summary)
-    )
+    write_out(inspection_json(inspection) if args.json else inspection_text(inspection, tensors=not args.summary))

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,20 +20,19 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.model.checkpoint.assemble import LoadOptions, marker_rows, take_rows
 from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
-from llava.model.checkpoint.files.shards import TensorReader, open_tensors
-from llava.model.checkpoint.folder import copy_companions, copy_small_files, new_folder
+from llava.model.checkpoint.files.shards import TensorReader
+from llava.model.checkpoint.folder import copy_companions, copy_small_files
 from llava.model.checkpoint.formats import CONFIG_FILE, EXTRA_FILE, KINDS, PROJECTOR_FILE, Checkpoint
 from llava.model.checkpoint.legacy.export import TOWER_FOLDER
 from llava.model.checkpoint.legacy.load import (
     add_tokens,
     load_tokenizer,
     tokenizer_folder,
-    tower_adapter_folder,
-    with_base,
 )
-from llava.model.checkpoint.legacy.lora_files import LegacyLora, check_copies, merged_weights, read_lora, with_update
+from llava.model.checkpoint.legacy.lora_files import LegacyLora, merged_weights, read_lora, with_update
+from llava.model.checkpoint.legacy.parts import open_parts
 from llava.model.checkpoint.legacy_keys import ARCHITECTURES
-from llava.model.checkpoint.load import load_checkpoint
+from llava.model.checkpoint.load import load_checkpoint, open_checkpoint
 from llava.model.checkpoint.save import save_model
 from llava.model.checkpoint.tools.delta import FLOATING
 from llava.model.checkpoint.vision_tower import find_tower
@@ -50,6 +49,7 @@ from llava.model.checkpoint.weight_names import (
 )
 from llava.model.multimodal_encoder.open_clip_encoder.loading import is_open_clip
 from llava.model.multimodal_encoder.towers import load_tower, tower_image_processor
+from llava.utils.folders import new_folder
 from llava.utils.jsonl import write_json
 from llava.utils.log import with_progress
 
@@ -123,13 +123,13 @@ def merge_lora(
     Raises:
         CheckpointError: nothing can be merged, or a part is missing or does not fit; nothing is written.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_checkpoint(path)
     wanted = replace(options or LoadOptions(), base=base)
     if checkpoint.kind == "tower_adapter":
         _merge_tower_alone(checkpoint, base, Path(target))
-    elif checkpoint.kind in ("adapter", "projector"):
+    elif checkpoint.kind in ("adapter", "projector", "hf_adapter"):
         parts: dict[str, Any] = {name: value for name, value in wanted.parts.items() if name != "base"}
-        loaded = load_checkpoint(path, base=base, **parts)
+        loaded = load_checkpoint(checkpoint, base=base, **parts)
         with new_folder(Path(target)) as folder:
             save_model(loaded.model, loaded.processor, folder, origin=loaded.origin)
     elif checkpoint.kind in ("legacy_adapter", "legacy_projector") or (
@@ -149,15 +149,11 @@ def open_merge(checkpoint: Checkpoint, options: LoadOptions) -> MergedModel:
     Raises:
         CheckpointError: a part is missing, or does not fit.
     """
-    checkpoint, found = with_base(checkpoint, options)
-    merge = MergedModel(checkpoint, checkpoint if checkpoint.kind == "legacy" or found is None else found)
-    adapters = [read_lora(checkpoint.folder)] if checkpoint.kind == "legacy_adapter" else []
-    folder = options.tower_adapter or checkpoint.tower_adapter
-    if folder is not None:
-        adapters.append(read_lora(tower_adapter_folder(Path(folder)), tower=True))
-    elif adapters:
-        check_copies(adapters[0])
-    merge.updates = {layer: adapter for adapter in adapters for layer in adapter.pairs}
+    parts = open_parts(checkpoint, options)
+    checkpoint = parts.checkpoint
+    is_whole = checkpoint.kind == "legacy" or parts.base is None
+    merge = MergedModel(checkpoint, checkpoint if is_whole else cast(Checkpoint, parts.base))
+    merge.updates = {layer: adapter for adapter in parts.adapters for layer in adapter.pairs}
     if checkpoint.kind != "legacy":
         _take_trained(merge)
     _check_layers(merge)
@@ -170,7 +166,7 @@ def _take_trained(merge: MergedModel) -> None:
     if checkpoint.kind == "legacy_adapter" and not checkpoint.extra:
         raise CheckpointError(f"{checkpoint.path} has no {EXTRA_FILE}, which holds its projector")
     entries = checkpoint.extra if checkpoint.kind == "legacy_adapter" else checkpoint.tensors
-    with open_tensors(next(iter(entries.values())).file) as reader:
+    with TensorReader(entries) as reader:
         for name, tensor in reader:
             suffix = projector_suffix(name)
             if suffix is not None:
@@ -189,7 +185,7 @@ def _take_trained(merge: MergedModel) -> None:
 
 
 def _tables(base: Checkpoint) -> dict[str, Tensor]:
-    with open_tensors(base.path) as reader:
+    with TensorReader(base.tensors) as reader:
         named = ((renamed_prefix(name, LEGACY_PREFIXES), name) for name in reader.names)
         return {ours: reader.read(name) for ours, name in named if ours in TABLES}
 
@@ -220,7 +216,7 @@ def _merge_legacy(
     merge: MergedModel, options: LoadOptions, target: Path, include_tower: bool, max_shard_bytes: int
 ) -> None:
     checkpoint, base = merge.checkpoint, merge.base
-    with new_folder(target) as folder, open_tensors(base.path) as reader:
+    with new_folder(target) as folder, TensorReader(base.tensors) as reader:
         settings: dict[str, Any] = {}
         dtype = torch.float16
         with ShardWriter(folder, max_shard_bytes=max_shard_bytes) as writer:
@@ -297,5 +293,5 @@ def _merge_tower_alone(checkpoint: Checkpoint, base: str | None, target: Path) -
         )
     tower = load_tower(base, torch.float32)
     with new_folder(target) as folder:
-        adapter = read_lora(checkpoint.folder, tower=True)
+        adapter = read_lora(checkpoint, tower=True)
         _write_tower(tower, [adapter], tower_image_processor(base, tower.config, None), folder)

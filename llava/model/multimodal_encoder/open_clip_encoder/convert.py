@@ -7,8 +7,6 @@ Command:
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 from llava.model.multimodal_encoder.open_clip_encoder.loading import OpenClipFiles, find_files, load_trunk
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import open_clip_image_processor
 from llava.utils.cli import Parser, run_program
+from llava.utils.folders import new_folder
 from llava.utils.lookup import lookup
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -27,21 +26,17 @@ def convert_trunk(files: OpenClipFiles, target: str | Path, *, dtype: torch.dtyp
 
     Args:
         files: files of the open_clip tower.
-        target: folder to write; each file is moved into place when complete, the configuration last.
+        target: new folder, which appears when it is complete.
         dtype: dtype of the weights.
 
     Raises:
-        CheckpointError: the files do not hold a known trunk; nothing is written then.
+        CheckpointError: the files do not hold a known trunk, or `target` holds files; nothing is written then.
     """
     trunk = load_trunk(files, dtype)
     processor = open_clip_image_processor(files.model_config, files.preprocess)
-    folder = Path(target)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".converting-") as name:
-        trunk.save_pretrained(name)
-        processor.save_pretrained(name)
-        for file in sorted(Path(name).iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, folder / file.name)
+    with new_folder(Path(target)) as folder:
+        trunk.save_pretrained(folder)
+        processor.save_pretrained(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

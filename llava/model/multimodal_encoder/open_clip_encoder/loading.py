@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, ViTModel
 
 from llava.errors import CheckpointError, ConfigError
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import TRUNK_PREFIX, to_transformers, trunk_config
+from llava.model.torch_files.loading import load_torch_file
 
 HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
 HUB_CONFIG = "open_clip_config.json"
@@ -215,26 +215,18 @@ def read_trunk(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is broken, holds more than tensors and plain values, or has no trunk.
     """
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return _trunk({name: file.get_tensor(name) for name in file.keys() if TRUNK_PREFIX in name}, path)  # noqa: SIM118
+    if path.suffix != ".safetensors":
         return _trunk(_read_pickle(path), path)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _trunk({name: file.get_tensor(name) for name in file.keys() if TRUNK_PREFIX in name}, path)  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
         problem = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"{path} cannot be read: {problem[0]}") from error
 
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"  # files of torch before 1.6 cannot be mapped into memory
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors and plain values and was not loaded; "
-            "if you trust the file, save its state dictionary alone"
-        ) from error
+    content = load_torch_file(path, mmap=True)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):

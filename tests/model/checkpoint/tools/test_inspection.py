@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -69,6 +70,27 @@ def test_weights_are_not_read(tmp_path: Path) -> None:
     content[-4000:] = b"\xff" * 4000
     file.write_bytes(content)
     assert inspection_text(inspect_checkpoint(folder)) == before
+
+
+@pytest.mark.parametrize("escape", ["\x1b]0;title\x07", "\x1b[2J", "\x9b31m", "\u202eorder", "back\x08\n\x7f"])
+def test_control_characters_of_tensor_names_are_visible_escapes(
+    tmp_path: Path, escape: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_legacy(tmp_path, safe=False)
+    plain = tmp_path / "plain"
+    shutil.copytree(folder, plain)
+    change(folder, add={f"model.{escape}.weight": torch.ones(2)})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, f"mm_{escape}": escape, "mm_vision_tower": escape}))
+    names = [row.name for row in inspect_checkpoint(folder).rows]
+    assert f"model.{escape}.weight" in names
+    for words in (["inspect", folder], ["doctor", folder], ["diff", folder, plain], ["inspect", folder, "--json"]):
+        with contextlib.suppress(SystemExit):
+            cli.main(["checkpoint", *map(str, words)])
+        shown = capsys.readouterr()
+        for text in (shown.out, shown.err):
+            assert not set(escape) & set(text) & set("\x1b\x07\x08\x7f\x9b\u202e")
+    assert f"model.{escape}.weight" in [row["name"] for row in json.loads(shown.out)["tensors"]]
 
 
 def test_recognized_by_content_in_any_folder(tmp_path: Path, tiny: LoadedModel) -> None:

@@ -1,0 +1,293 @@
+"""Scheduler that reads prompts in pieces between decoding steps, on top of what is known of them.
+
+    waiting --match--> job: known beginning + embeddings of the rest --at most `chunk` tokens a step--> ready
+                       images of the rest pass the tower once           prompt and, later, answer --> PrefixCache
+
+A prompt that shares its unknown beginning with one that is being read waits for it, so an image is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+from llava.data.encode import Encoded
+from llava.generation.extension import PartsExtension
+from llava.generation.failures import no_memory, refusal
+from llava.generation.prefix_cache import (
+    Identity,
+    KeyValues,
+    Match,
+    PrefixCache,
+    identities_of,
+    joined,
+    num_common,
+    parts_between,
+)
+from llava.generation.request import Ready, Request
+from llava.generation.runners import KnownRow, SlotRunner
+from llava.generation.scheduler import Scheduler
+
+LOOKAHEAD = 64
+"""Waiting prompts that may overtake one that waits for a prompt that is being read."""
+
+MIN_CHUNK = 16
+"""Tokens that are read at a time when memory is short."""
+
+MIN_SHARED = 16
+"""Unknown tokens, or else one image, that two prompts must share for one of them to wait."""
+
+
+@dataclass(slots=True, eq=False)
+class PrefillJob:
+    """Prompt that is being read, for all its samples.
+
+    Attributes:
+        members: its requests.
+        encoded: the prompt, with the answer so far if it is read again.
+        identities: what its tokens are.
+        tree: name of its tree in the cache.
+        match: its known beginning.
+        parts: keys and values of the tokens that are known or read.
+        embeds: [1, T, d] embeddings of the tokens after the known ones.
+        num_read: tokens that are known or read.
+    """
+
+    members: list[Request]
+    encoded: Encoded
+    identities: tuple[Identity, ...]
+    tree: str
+    match: Match
+    parts: list[KeyValues]
+    embeds: Tensor
+    num_read: int
+
+    @property
+    def num_left(self) -> int:
+        """Tokens to read."""
+        return len(self.identities) - self.num_read
+
+    def piece(self, num: int) -> tuple[PartsExtension, Tensor]:
+        """Return the next tokens to read and their embeddings."""
+        first = self.num_read - self.match.length
+        return PartsExtension(self.parts, self.num_read, num), self.embeds[:, first : first + num]
+
+    def copy(self, start: int, stop: int) -> KeyValues:
+        """Return a copy of the keys and values of some tokens."""
+        return joined(parts_between(self.parts, start, stop))
+
+    def row(self) -> KnownRow:
+        """Return the prompt as a row whose members join slots."""
+        # The images, or all of it for several samples, are stored once for all sequences that share them. A stem has at
+        # least one token.
+        length = len(self.identities) if len(self.members) > 1 else max(last_image(self.encoded), 1)
+        return KnownRow((self.tree, self.identities[:length]), length, self.parts)
+
+
+def last_image(encoded: Encoded) -> int:
+    """Return the number of tokens up to the end of the last image; 0 without one."""
+    return encoded.image_spans[-1][1] if encoded.image_spans else 0
+
+
+class ChunkedScheduler(Scheduler):
+    """Scheduler with a prefix cache, for a `SlotRunner` whose sequences do not change each other."""
+
+    runner: SlotRunner
+
+    def __init__(self, runner: SlotRunner, *args: Any, cache: PrefixCache, chunk: int, **options: Any) -> None:
+        """Create an empty scheduler.
+
+        Args:
+            runner: runs the model.
+            args: see `Scheduler`.
+            cache: what is known of earlier prompts and answers.
+            chunk: largest number of tokens that are read between two decoding steps.
+            options: see `Scheduler`.
+        """
+        super().__init__(runner, *args, **options)
+        self.cache = cache
+        self.chunk = chunk
+        self.jobs: list[PrefillJob] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.jobs) or super().has_work
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """Bytes of kept keys and values."""
+        return self.cache.num_bytes
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of the keys and values of sequences that are read or running."""
+        num_read = sum(job.num_read - job.match.length for job in self.jobs)
+        return super().kv_cache_bytes + num_read * self.runner.token_bytes
+
+    def held(self) -> list[Request]:
+        """Return the requests that are read, ready or running."""
+        return [*super().held(), *(request for job in self.jobs for request in job.members)]
+
+    def fail_all(self, reason: str, cause: Exception) -> None:
+        """End every request with an error and forget all keys and values, which may be incomplete."""
+        members = self._stop_jobs()
+        self.cache.clear()
+        super().fail_all(reason, cause)
+        for request in members:
+            self._fail(request, reason, cause)
+
+    def _read_prompts(self) -> None:
+        """Start to read waiting prompts, and read the next piece of those that were started."""
+        self._start_jobs()
+        if not self.jobs:
+            return
+        if self.max_kv_bytes is not None:
+            self.runner.cache.limit(self.max_kv_bytes - self._unjoined_bytes())
+        pieces, room = [], self.chunk
+        for job in self.jobs:
+            if room:
+                pieces.append((job, *job.piece(min(room, job.num_left))))
+                room -= pieces[-1][1].length
+        try:
+            logits = self.runner.read([extension for _, extension, _ in pieces], [embeds for *_, embeds in pieces])
+        except Exception as error:
+            self._put_back(self._stop_jobs(), error)
+            return
+        for row, (job, extension, _) in enumerate(pieces):
+            job.parts.append(extension.states())
+            job.num_read += extension.length
+            if not job.num_left:
+                self._finish(job, logits[row : row + 1])
+
+    def _start_jobs(self) -> None:
+        self.is_full = self.is_full and bool(self.running)
+        if self.is_full:
+            return
+        for request in list(islice(self.waiting, LOOKAHEAD)):
+            if len(self.held()) >= self.max_slots or any(job.members[0].is_suspect for job in self.jobs):
+                return
+            if sum(job.num_left for job in self.jobs) >= self.chunk:
+                return
+            if request.is_over or request not in self.waiting:  # it failed, or was started with another sample
+                continue
+            if request.is_suspect and self.jobs:
+                return
+            try:
+                self._reading(request)
+            except Exception as error:
+                self.waiting.remove(request)
+                self._fail(request, refusal(error), error)
+                continue
+            encoded = request.extended()
+            identities = identities_of(encoded)
+            match = self.cache.match(request.tree, encoded, identities)
+            if self._is_read_soon(request.tree, encoded, identities, match.length):
+                self.cache.release(match)
+            elif not self._has_memory_for(request):
+                self.cache.release(match)
+                return
+            else:
+                self._start(self._samples(request), encoded, identities, match)
+                if self.running and match.length < last_image(encoded):
+                    return  # the images of one prompt pass the tower between two steps
+
+    def _is_read_soon(self, tree: str, encoded: Encoded, identities: Sequence[Identity], known: int) -> bool:
+        """Return whether a job is reading tokens that this prompt begins with too."""
+        if not self.cache.max_bytes:
+            return False
+        images = [stop for start, stop in encoded.image_spans if start >= known]
+        wanted = min([known + MIN_SHARED, *images])
+        return any(job.tree == tree and num_common(job.identities, identities) >= wanted for job in self.jobs)
+
+    def _samples(self, request: Request) -> list[Request]:
+        """Take a request and those that sample the same prompt from the queue."""
+        encoded, members = request.extended(), [request]
+        for other in self.waiting:
+            if other is not request and other.source is request.source and not request.is_suspect:
+                self._reading(other)
+                if other.extended() is encoded:
+                    members.append(other)
+        for member in members:
+            self.waiting.remove(member)
+        return members
+
+    def _start(self, members: list[Request], encoded: Encoded, identities: tuple[Identity, ...], match: Match) -> None:
+        try:
+            reading = self._reading(members[0])
+            new = [number for number, (start, _) in enumerate(encoded.image_spans) if start >= match.length]
+            pixels = self._pixels(members[0], reading, {}) if new else {}
+            embeds = self.runner.embed(encoded, match.length, new, pixels)
+        except Exception as error:
+            self.cache.release(match)
+            self._put_back(members, error)
+            return
+        for request in members:
+            request.pending = ()
+            request.num_cached = match.length
+        parts = list(match.parts)
+        self.jobs.append(PrefillJob(members, encoded, identities, members[0].tree, match, parts, embeds, match.length))
+
+    def _finish(self, job: PrefillJob, logits: Tensor) -> None:
+        """Keep a prompt that was read and take the first token of each of its answers."""
+        self.jobs.remove(job)
+        self.cache.insert(job.tree, job.encoded, job.identities, job.copy)
+        self.cache.release(job.match)
+        row = job.row()
+        finished = self._take(job.members, logits.expand(len(job.members), -1))
+        for request, is_over in zip(job.members, finished, strict=True):
+            if not is_over:
+                self.ready.append(Ready(request, row, 0))
+
+    def _drop(self, number: int) -> None:
+        request = self.running[number]
+        if self.cache.max_bytes and (request.completion is None or request.completion.error is None):
+            encoded = request.extended()
+            known = identities_of(encoded)[: self.runner.cache.num_tokens(number)]
+            self.cache.insert(request.tree, encoded, known, lambda *ends: self.runner.cache.copy(number, *ends))
+        super()._drop(number)
+
+    def _forget_cancelled(self) -> None:
+        super()._forget_cancelled()
+        for job in list(self.jobs):
+            job.members = [request for request in job.members if not request.is_cancelled]
+            if not job.members:
+                self.jobs.remove(job)
+                self.cache.release(job.match)
+
+    def _kv_bytes(self, requests: Sequence[Request]) -> int:
+        # Until a prompt has joined, its keys and values are outside the slots.
+        pairs = [(request.encoded, request.limit) for request in requests if request.encoded is not None]
+        stems = {encoded.images: last_image(encoded) for encoded, _ in pairs}
+        rests = [len(encoded.input_ids) - stems[encoded.images] + limit for encoded, limit in pairs]
+        # Stems and slots are rectangles; the last request is not among the jobs yet.
+        num_tokens = len(rests) * (max(rests) + 1) + len(stems) * max(1, *stems.values()) + len(pairs[-1][0].input_ids)
+        return num_tokens * self.runner.token_bytes + self._unjoined_bytes()
+
+    def _unjoined_bytes(self) -> int:
+        return self.runner.token_bytes * sum(len(job.identities) - job.match.length for job in self.jobs)
+
+    def _read_less(self, num_members: int, error: BaseException) -> None:
+        """Read smaller pieces, then wait for running ones, then fail one."""
+        if self.chunk > MIN_CHUNK:
+            self.chunk //= 2
+        elif self.running:
+            self.is_full = True
+        else:
+            self._fail(self.waiting.popleft(), no_memory(error))
+
+    def _shrink(self) -> bool:
+        self.cache.clear()
+        self.waiting.extendleft(reversed(self._stop_jobs()))
+        return super()._shrink()
+
+    def _stop_jobs(self) -> list[Request]:
+        """Forget what is being read; return the requests."""
+        jobs, self.jobs = self.jobs, []
+        for job in jobs:
+            self.cache.release(job.match)
+        return [request for job in jobs for request in job.members]

@@ -1,0 +1,60 @@
+"""Size of a compressed image, read from its own header without decoding it."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+_JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7})
+"""Start-of-frame markers of JPEG and JPEG-LS."""
+
+_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})
+"""Markers without a length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Size of one compressed frame: pixels, samples per pixel, and bits per sample."""
+
+    height: int
+    width: int
+    samples: int
+    bits: int
+
+
+def extent_of(frame: bytes) -> Extent | None:
+    """Return the size that a JPEG, JPEG-LS or JPEG 2000 frame states, or None if it does not state one."""
+    jpeg2000 = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # a JP2 box may precede it
+    if jpeg2000 >= 0:
+        return _jpeg2000(frame, jpeg2000 + 4)
+    return _jpeg(frame) if frame[:2] == b"\xff\xd8" else None
+
+
+def _jpeg2000(frame: bytes, start: int) -> Extent | None:
+    """Return the size in the SIZ segment whose length field is at `start`."""
+    if len(frame) < start + 39:
+        return None
+    x_end, y_end, x_start, y_start = struct.unpack(">4I", frame[start + 4 : start + 20])
+    (samples,) = struct.unpack(">H", frame[start + 36 : start + 38])
+    return Extent(y_end - y_start, x_end - x_start, samples, (frame[start + 38] & 0x7F) + 1)
+
+
+def _jpeg(frame: bytes) -> Extent | None:
+    """Return the size in the first start-of-frame segment."""
+    place = 2
+    while place + 4 <= len(frame):
+        if frame[place] != 0xFF:
+            return None
+        marker = frame[place + 1]
+        if marker == 0xFF:  # fill byte
+            place += 1
+        elif marker in _ALONE:
+            place += 2
+        elif marker in _JPEG_FRAMES:
+            if place + 10 > len(frame):
+                return None
+            bits, height, width, samples = struct.unpack(">BHHB", frame[place + 4 : place + 10])
+            return Extent(height, width, samples, bits)
+        else:
+            place += 2 + int(struct.unpack(">H", frame[place + 2 : place + 4])[0])
+    return None

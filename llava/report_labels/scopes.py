@@ -1,0 +1,197 @@
+"""Sentences of a report, and the reach of cues within a sentence.
+
+    text --split_sentences--> sentence --Scopes--> assess(start, end) = value of a mention and the deciding words
+
+A cue before a mention reaches it unless a stop (`but`, `with`, `there is`, a new clause) is between them; a cue after
+it reaches back within the clause, and through a list.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llava.report_labels.cues import CUE_PATTERN, NOT_STOPS, STOPS
+from llava.report_labels.findings import NEGATIVE, POSITIVE, UNCERTAIN
+
+_END = re.compile(
+    r"(?<!\b[ap])(?<!\bvs)(?<!\bdr)(?<!\bapprox)[.!?;]+(?=\s|$|[a-z]{2})(?<!\bvs\.)|\n\s*\n",
+    re.IGNORECASE,
+)
+_STARTS = (
+    r"(?:There|The|No|Heart|Lungs?|Mediastin\w+|Cardi\w+|Pulmonary|Bony|Osseous|Normal|Mild|Stable|Bilateral|"
+    r"Visuali[sz]ed|Negative|Clear|Left|Right|Small|Aorta|Trachea|Pleura\w*)"
+)
+_NEW = re.compile(rf"\b[a-z]+ (?={_STARTS} [a-z])")
+_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+
+_CLAUSE = re.compile(  # a new clause with its own verb; predicates of a list ("A, B or C is seen") are none
+    r"(?:,|\band)\s+(?:the\s+|a\s+|an\s+)?(?!no\b|without\b|or\b|and\b)\w+(?:\s+(?!or\b|and\b)\w+){0,3}?\s+"
+    r"(?:is|are|was|were|has|have|appears?|remains?|shows?|demonstrates?)\s+"
+    r"(?!(?:not\s+)?(?:seen|identified|noted|present|visuali|appreciat|demonstrat|evident|detect|observed|found|visible))"
+)
+_ITEM = re.compile(  # an item that is stated, after a list that is denied
+    r",\s*(?:and\s+)?(?:a\s+)?(?:stable|unchanged|persistent|mild\w*|moderate\w*|minimal\w*|small|chronic|old|healed|"
+    r"calcified|scattered|degenerative|low|tortuous|again|interval|improv\w+|increas\w+|decreas\w+|residual|possible|"
+    r"probable|questionable)\b(?![^.]*\b(?:or|nor)\b)"
+    r"|\band\s+(?:a\s+)?(?:stable|unchanged|persistent|mild\w*|small|minimal\w*|possible|probable)\b(?![^.]*\bor\b)"
+)
+_LIST = re.compile(r"[^,]*(?:,[^,]*)*,?\s*\b(?:or|and|nor)\b[^,]*")
+_JOINED = re.compile(r"^[^,;:]{0,40}?(?:\band/or\b|\bor\b|\bversus\b|\bvs\b\.?)[^,;:]{0,40}$")
+_VERB = re.compile(r"\b(?:is|are|was|were|has|have|may|could|might|appears?|represents?|with|without|no|which)\b")
+_VERSUS_AFTER = re.compile(r"^(?P<between>[^,;:.]{0,40}?)\b(?:versus|vs)\b")
+_COLON = re.compile(r":\s|\(")
+_AND = re.compile(r"\band\b(?!/or)")
+_VERSUS_BEFORE = re.compile(r"\b(?:versus|vs)\b\W+(?:\w+\W+){0,3}$")
+_TERMS = (
+    r"(?:scar\w*|thickening|granuloma\w*|artifact\w*|shadows?|overlap\w*|crowding|summation|confluence|vessels?|nipples?|"
+    r"fat|process|etiology|pericardial effusions?)\b"
+)
+_TERM_AFTER = re.compile(rf"^(?P<between>[\s/-]*(?:[\w-]+\s+){{0,3}}?)(?:and/or|or)\s+(?:[\w-]+\s+){{0,3}}?{_TERMS}")
+_TERM_BEFORE = re.compile(rf"\b{_TERMS}\s+(?:and/or|or|versus|vs)\s+(?:[\w-]+\s+){{0,3}}?$")
+"""Other things that a mention is an alternative to."""
+
+NEAR = 45
+"""Characters that a single adjective of uncertainty reaches."""
+
+
+def split_sentences(text: str) -> Iterator[tuple[int, int]]:
+    """Yield start and end of the sentences of a text, also where a period or a space is missing."""
+    start = 0
+    cuts = sorted({match.end() for match in _END.finditer(text)} | {match.end() for match in _NEW.finditer(text)})
+    for end in [*cuts, len(text)]:
+        if text[start:end].strip():
+            yield start, end
+        start = end
+
+
+def lower_case(text: str) -> str:
+    """Return a text in lower case with `<BR>` as spaces; every character keeps its place."""
+    lower = text.lower()
+    if len(lower) != len(text):  # a few capitals have longer lower case forms
+        lower = "".join(low if len(low := char.lower()) == 1 else char for char in text)
+    return _BREAK.sub(lambda match: " " * len(match.group()), lower)
+
+
+@dataclass(frozen=True, slots=True)
+class Cue:
+    """Cue in a sentence: its kind (a key of `CUES`) and place."""
+
+    kind: str
+    start: int
+    end: int
+    text: str
+
+
+class Scopes:
+    """Cues and stops of one sentence in lower case."""
+
+    def __init__(self, sentence: str) -> None:
+        self.sentence = sentence
+        self.cues = [
+            Cue(str(match.lastgroup), match.start(), match.end(), match.group())
+            for match in CUE_PATTERN.finditer(sentence)
+        ]
+        blocked = NOT_STOPS.spans(sentence)
+        words = [first for first, _ in STOPS.spans(sentence) if not any(low <= first < high for low, high in blocked)]
+        colons = [match.start() for match in _COLON.finditer(sentence)]
+        self.stops = sorted(words + colons)
+        self.clauses = sorted(m.start() for pattern in (_CLAUSE, _ITEM) for m in pattern.finditer(sentence))
+
+    def assess(self, start: int, end: int, mentions: list[tuple[int, int]]) -> tuple[int, str]:
+        """Return the value of the mention at `start` to `end`, and the words that decide; empty for a plain mention.
+
+        Args:
+            start: first character of the mention.
+            end: character after it.
+            mentions: places of all mentions of the sentence, for lists and alternatives.
+        """
+        doubt = self._doubt(start, end, mentions)
+        if doubt is not None and ("exclude" in doubt or "ruled out" in doubt):
+            return UNCERTAIN, doubt
+        denied = self._denied(start, end)
+        if denied is not None:
+            return NEGATIVE, denied
+        if doubt is not None:
+            return UNCERTAIN, doubt
+        return POSITIVE, ""
+
+    def _denied(self, start: int, end: int) -> str | None:
+        for cue in self.cues:
+            if cue.kind == "denied_before" and cue.end <= start and not self._stopped(cue.end, start, clauses=True):
+                if cue.text == "not" and self._doubted_between(cue.end, start):
+                    continue
+                return cue.text
+            if cue.text in ("resolved", "removed") and cue.end <= start and self._is_near(cue.end, start):
+                return cue.text
+            if cue.kind == "denied_after" and cue.start < start and end <= cue.end:  # "is not engorged"
+                return cue.text
+            if cue.kind == "denied_after" and cue.start >= end and self._reaches_back(end, cue.start):
+                return cue.text
+        return None
+
+    def _doubt(self, start: int, end: int, mentions: list[tuple[int, int]]) -> str | None:
+        found = None
+        for cue in self.cues:
+            before, after = cue.end <= start, cue.start >= end
+            if (
+                (before and cue.kind == "uncertain_before" and not self._stopped(cue.end, start))
+                or (before and cue.kind == "uncertain_near" and self._is_near(cue.end, start))
+                or (after and cue.kind == "uncertain_after" and self._reaches_back(end, cue.start))
+            ):
+                found = cue.text
+        return found or self._alternative(start, end, mentions)
+
+    def _is_near(self, end: int, start: int) -> bool:
+        between = self.sentence[end:start]
+        return len(between) <= NEAR and "," not in between and _VERB.search(between) is None
+
+    def _doubted_between(self, end: int, start: int) -> bool:
+        return any(cue.kind.startswith("uncertain") and end <= cue.start < start for cue in self.cues)
+
+    def _stopped(self, end: int, start: int, *, clauses: bool = False) -> bool:
+        """Return whether a stop is between a cue that ends at `end` and a mention."""
+        if any(end <= stop < start for stop in self.stops):
+            return True
+        if any(end <= clause < start for clause in self.clauses):
+            return True
+        if clauses:  # a denial does not reach through a statement of doubt, nor doubt through a denial
+            return False
+        return any(cue.kind == "denied_before" and end <= cue.start < start for cue in self.cues)
+
+    def _reaches_back(self, end: int, start: int) -> bool:
+        """Return whether a cue at `start` reaches back to a mention that ends at `end`."""
+        between = self.sentence[end:start]
+        if any(end <= stop < start for stop in self.stops):
+            return False
+        if any(cue.kind in ("denied_before", "uncertain_before") and end <= cue.start < start for cue in self.cues):
+            return False
+        return "," not in between or _LIST.fullmatch(between) is not None
+
+    def _alternative(self, start: int, end: int, mentions: list[tuple[int, int]]) -> str | None:
+        """Return the word that makes a mention one of two alternatives."""
+        unchanged = any(
+            cue.kind == "none" and cue.end <= start and not self._stopped(cue.end, start) for cue in self.cues
+        )
+        for other_start, other_end in [] if unchanged else mentions:  # "no change in A or B" states both
+            first, last = (end, other_start) if other_start >= end else (other_end, start)
+            is_other = other_end <= start or other_start >= end
+            if is_other and self._is_plain(first, last, mentions) and _JOINED.match(self.sentence[first:last]):
+                return "or"
+        after = self.sentence[end:]
+        for pattern, word in ((_VERSUS_AFTER, "versus"), (_TERM_AFTER, "or")):
+            match = pattern.match(after)
+            if match and self._is_plain(end, end + match.end("between"), mentions):
+                return word
+        before = self.sentence[:start]
+        if _VERSUS_BEFORE.search(before):
+            return "versus"
+        return "or" if _TERM_BEFORE.search(before) else None
+
+    def _is_plain(self, start: int, end: int, mentions: list[tuple[int, int]]) -> bool:
+        """Return whether neither a verb nor another mention nor the word `and` is between two places."""
+        between = self.sentence[start:end]
+        if _VERB.search(between) or _AND.search(between):
+            return False
+        return not any(start <= first < end for first, _ in mentions)

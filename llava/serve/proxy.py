@@ -1,0 +1,190 @@
+"""Forwarding of requests from a controller to its workers, with another try where nothing was sent yet.
+
+request --Registry.choose--> worker --first piece--> client
+              ^---- lost, draining or full ----'
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llava.serve.failures import RequestError
+from llava.serve.gate import AUDITED_HEADER, RequestRecord, record_of, unless_left
+from llava.serve.registry import Registry
+from llava.serve.streams import PieceStream
+
+logger = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 1.5
+"""Time to reach a worker; a lost one is reported within 2 s."""
+
+PASSED_ON = ("authorization", "content-type")
+"""Headers of a client that a worker gets."""
+
+BUSY = {"draining", "queue_full"}
+"""Codes after which another worker is asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAnswer:
+    """Answer of a worker whose first piece has arrived."""
+
+    worker: str
+    response: httpx2.Response
+    first: bytes
+    pieces: Any
+
+    @property
+    def code(self) -> str:
+        """Code of the error in the first piece; "ok" without one."""
+        return code_of(self.first)
+
+
+def code_of(piece: bytes) -> str:
+    """Return the code of an error in a piece of either protocol; "ok" without one."""
+    if b'"error' not in piece:
+        return "ok"
+    try:
+        found = json.loads(piece.strip(b"\0\n").removeprefix(b"data: "))
+    except ValueError:
+        return "ok"
+    if not isinstance(found, dict):
+        return "ok"
+    error = found.get("error")
+    code = error.get("code") if isinstance(error, dict) else found.get("detail") if found.get("error_code") else None
+    return code if isinstance(code, str) else "ok"
+
+
+class Forwarder:
+    """Forwarder of requests for answers."""
+
+    def __init__(
+        self, registry: Registry, http: httpx2.AsyncClient, headers_of: Callable[[str], dict[str, str]]
+    ) -> None:
+        """Forward to the workers of `registry`; `headers_of` returns the controller's own headers for a worker."""
+        self.registry = registry
+        self.http = http
+        self.headers_of = headers_of
+
+    async def forward(self, request: Request, body: bytes, model: str, affinity: str | None) -> Response:
+        """Return the answer of a worker for `model`.
+
+        Raises:
+            RequestError: no worker serves the model, or all of them were lost.
+        """
+        tried: set[str] = set()
+        refused: WorkerAnswer | None = None
+        while name := self.registry.choose(model, excluded=tried, affinity=affinity):
+            tried.add(name)
+            try:
+                answer = await unless_left(request, self._ask(name, request, body))
+            except httpx2.HTTPError:
+                self.drop(name)
+                continue
+            except BaseException:
+                self.registry.finish(name)
+                raise
+            if answer.code in BUSY:
+                await self._close(answer)
+                refused = answer
+                continue
+            return self._passed_on(request, answer)
+        if refused is not None:
+            record_of(request).code = refused.code
+            record_of(request).is_audited = AUDITED_HEADER in refused.response.headers
+            return Response(refused.first, refused.response.status_code, headers=_headers(refused.response))
+        if tried:
+            raise worker_lost()
+        raise no_worker()
+
+    def drop(self, name: str) -> None:
+        """Forget a worker that cannot be reached."""
+        if self.registry.remove(name):
+            logger.warning("worker %s cannot be reached and is dropped", name)
+
+    async def _ask(self, name: str, request: Request, body: bytes) -> WorkerAnswer:
+        """Return the answer of a worker once its first piece is here."""
+        headers = {key: request.headers[key] for key in PASSED_ON if key in request.headers}
+        headers["x-request-id"] = record_of(request).request_id
+        headers |= self.headers_of(name)
+        timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)
+        asked = self.http.build_request(
+            "POST", name.rstrip("/") + request.url.path, content=body, headers=headers, timeout=timeout
+        )
+        response = await self.http.send(asked, stream=True)
+        try:
+            if not _is_stream(response):
+                return WorkerAnswer(name, response, await response.aread(), None)
+            pieces = response.aiter_bytes()
+            return WorkerAnswer(name, response, await anext(pieces, b""), pieces)
+        except BaseException:
+            await response.aclose()
+            raise
+
+    def _passed_on(self, request: Request, answer: WorkerAnswer) -> Response:
+        record, response = record_of(request), answer.response
+        record.code = answer.code
+        record.is_audited = AUDITED_HEADER in response.headers
+        record.first_token = time.monotonic()
+        if answer.pieces is None:
+            self.registry.finish(answer.worker)
+            return Response(answer.first, response.status_code, headers=_headers(response))
+        on_error = RequestError.frame if record.protocol == "llava" else error_piece
+        stream = PieceStream(
+            answer.first,
+            self._pieces(answer, record),
+            media_type=response.headers["content-type"],
+            on_error=on_error,
+            close=lambda: self._close(answer),
+        )
+        stream.status_code = response.status_code
+        stream.headers.update(_headers(response))
+        return stream
+
+    async def _pieces(self, answer: WorkerAnswer, record: RequestRecord) -> AsyncGenerator[bytes, None]:
+        try:
+            async for piece in answer.pieces:
+                if (code := code_of(piece)) != "ok":
+                    record.code = code
+                yield piece
+        except httpx2.HTTPError:
+            self.drop(answer.worker)
+            record.is_audited = False
+            raise worker_lost() from None
+
+    async def _close(self, answer: WorkerAnswer) -> None:
+        self.registry.finish(answer.worker)
+        await answer.response.aclose()
+
+
+def error_piece(error: RequestError) -> bytes:
+    """Return the last piece of a stream of the OpenAI protocol that failed."""
+    return b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+
+
+def worker_lost() -> RequestError:
+    """Return the error of a request whose worker was lost."""
+    return RequestError("worker_lost", "the worker was lost before the answer was complete", retry_after=1)
+
+
+def no_worker() -> RequestError:
+    """Return the error of a request that no worker can answer now."""
+    return RequestError("no_worker", "no worker serves this model now; see GET /v1/models", retry_after=1)
+
+
+def _is_stream(response: httpx2.Response) -> bool:
+    return response.headers.get("content-type", "").startswith(("text/event-stream", "application/octet-stream"))
+
+
+def _headers(response: httpx2.Response) -> dict[str, str]:
+    names = ("content-type", "retry-after", "www-authenticate", "cache-control", "x-accel-buffering")
+    return {name: response.headers[name] for name in names if name in response.headers}

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# LLaVA-Med, stage 3: fine-tuning on the questions of VQA-RAD, from stage 2, with the published values.
+#   MODEL=checkpoints/llava-med-7b-instruct DATA=data/vqa_rad/train.json IMAGES=data/vqa_rad/images \
+#       bash scripts/llava_med/finetune_vqa_rad.sh [more options of training]
+# EPOCHS=3 is the published command; the tables of the paper are of 9 and 15 epochs.
+# Environment: scripts/llava_med/common.sh. OUT defaults to MODEL/eval/fine_tuned/vqa_rad.
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+
+check_paths
+tune "${MODEL}/eval/fine_tuned/vqa_rad" 3 "$@"

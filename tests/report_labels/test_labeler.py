@@ -1,0 +1,238 @@
+"""Rule labels: mentions, denials, doubts, and the sizes of heart and mediastinum."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava.report_labels.findings import FINDINGS, Label
+from llava.report_labels.labeler import label_report
+
+EC, CM, LO, LL = "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion"
+PNX, PE, PO, SD, NF = "Pneumothorax", "Pleural Effusion", "Pleural Other", "Support Devices", "No Finding"
+
+
+def stated(text: str) -> dict[str, Label]:
+    """Return the findings that a text mentions, without `No Finding`."""
+    labels = label_report(text).labels
+    return {name: value for name, value in labels.items() if value is not None and name != NF}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Trace left effusion, improved.", {PE: 1}),
+        ("An old healed rib fracture is noted.", {"Fracture": 1}),
+        ("Mild stable cardiomegaly.", {CM: 1}),
+        ("Bibasilar subsegmental atelectasis.", {"Atelectasis": 1}),
+        ("Collapse of the right lower lobe.", {"Atelectasis": 1}),
+        ("Dense left lower lobe consolidation.", {"Consolidation": 1}),
+        ("Right lower lobe pneumonia.", {"Pneumonia": 1}),
+        ("A 9 mm noncalcified nodule projects over the left apex.", {LL: 1}),
+        ("Cavitary lesion in the right apex.", {LL: 1}),
+        ("Coarse interstitial markings.", {LO: 1}),
+        ("Stable prominence of the pulmonary interstitium.", {LO: 1}),
+        ("Reticular pattern at the bases.", {LO: 1}),
+        ("Biapical scarring.", {LO: 1}),
+        ("Bilateral apical pleural thickening.", {PO: 1}),
+        ("Congestive heart failure.", {"Edema": 1}),
+        ("Pulmonary vascular congestion.", {"Edema": -1}),
+        ("Indistinct central pulmonary vessels.", {"Edema": -1}),
+        ("Large left hydropneumothorax.", {PNX: 1, PE: 1}),
+        ("A right subclavian port and a tracheostomy tube are in place.", {SD: 1}),
+        ("Interstitial opacity consistent with edema.", {LO: 1, "Edema": 1}),
+        ("Atelectasis/airspace disease at both bases.", {LO: 1, "Atelectasis": 1}),
+    ],
+)
+def test_stated(text: str, expected: dict[str, Label]) -> None:
+    assert stated(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("No consolidation, effusion or pneumothorax.", {"Consolidation": 0, PE: 0, PNX: 0}),
+        ("No large effusion.", {PE: 0}),
+        ("Lungs are clear of airspace disease, nodules, or effusion.", {LO: 0, LL: 0, PE: 0}),
+        ("Negative for pneumothorax or pleural effusion.", {PNX: 0, PE: 0}),
+        ("The effusion has resolved.", {PE: 0}),
+        ("Interval resolution of left effusion.", {PE: 0}),
+        ("Resolved interstitial edema.", {"Edema": 0}),
+        ("The right chest tube has been removed.", {SD: 0}),
+        ("Interval removal of the endotracheal tube.", {SD: 0}),
+        ("The pneumothorax is no longer seen.", {PNX: 0}),
+        ("Pneumothorax and effusion are not identified.", {PNX: 0, PE: 0}),
+        ("No airspace opacity to suggest pneumonia.", {LO: 0, "Pneumonia": 0}),
+        ("No suspicious mass.", {LL: 0}),
+        ("Pulmonary vasculature is not engorged.", {"Edema": 0}),
+        ("No large effusion no pneumothorax.", {PE: 0, PNX: 0}),
+        ("Lungs clear without effusion. Fracture: none.", {PE: 0, "Fracture": 0}),
+        ("No definite effusion, no edema.", {PE: 0, "Edema": 0}),
+    ],
+)
+def test_denied(text: str, expected: dict[str, Label]) -> None:
+    assert stated(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Opacity which may represent atelectasis.", {LO: 1, "Atelectasis": -1}),
+        ("Opacity, possibly pneumonia.", {LO: 1, "Pneumonia": -1}),
+        ("Probable small effusion.", {PE: -1}),
+        ("Findings concerning for pneumonia.", {"Pneumonia": -1}),
+        ("Opacity suspicious for pneumonia.", {LO: 1, "Pneumonia": -1}),
+        ("A small pneumothorax is not excluded.", {PNX: -1}),
+        ("Cannot exclude pneumonia.", {"Pneumonia": -1}),
+        ("Pneumonia cannot be entirely excluded.", {"Pneumonia": -1}),
+        ("Atelectasis or pneumonia in the left base.", {"Atelectasis": -1, "Pneumonia": -1}),
+        ("Atelectasis versus consolidation.", {"Atelectasis": -1, "Consolidation": -1}),
+        ("Scarring and/or atelectasis.", {LO: -1, "Atelectasis": -1}),
+        ("Streaky opacities, atelectasis vs. scarring.", {LO: 1, "Atelectasis": -1}),
+        ("Opacity in the right middle lobe or lingula.", {LO: 1}),
+        ("Small effusion, possible underlying pneumonia.", {PE: 1, "Pneumonia": -1}),
+        ("The opacity is likely atelectasis.", {LO: 1, "Atelectasis": -1}),
+        ("Pneumonia is likely.", {"Pneumonia": -1}),
+        ("Pneumonia is less likely.", {"Pneumonia": -1}),
+        ("Opacities are favored to represent atelectasis.", {LO: 1, "Atelectasis": -1}),
+        ("There is suspected lower lobe opacity.", {LO: -1}),
+        ("There is a questionable nodule.", {LL: -1}),
+        ("Cardiomegaly and/or pericardial effusion.", {CM: -1}),
+        ("Nodule, probably in the middle lobe given the opacification on the lateral view.", {LL: 1, LO: 1}),
+    ],
+)
+def test_uncertain(text: str, expected: dict[str, Label]) -> None:
+    assert stated(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The heart is normal in size.", {CM: 0}),
+        ("Heart size at the upper limits of normal.", {CM: 0}),
+        ("The cardiac silhouette is enlarged.", {CM: 1}),
+        ("Stable enlargement of the heart.", {CM: 1}),
+        ("Borderline heart size.", {CM: -1}),
+        ("Heart size is unchanged.", {CM: -1}),
+        ("The heart is not enlarged.", {CM: 0}),
+        ("Heart size is upper normal or mildly enlarged.", {CM: -1}),
+        ("Cardiomediastinal silhouette is normal.", {EC: 0}),
+        ("Cardio mediastinal silhouette is stable and within normal limits.", {EC: 0}),
+        ("Stable cardiomediastinal silhouette.", {EC: -1}),
+        ("Widened mediastinum.", {EC: 1}),
+        ("No mediastinal widening.", {EC: 0}),
+        ("Heart and mediastinum are unremarkable.", {CM: 0, EC: 0}),
+        ("Heart size normal, stable mediastinal contours.", {CM: 0, EC: -1}),
+        ("Heart size is enlarged, pulmonary vascularity within normal limits.", {CM: 1}),
+        ("Normal heart size and mediastinal contours.", {CM: 0, EC: 0}),
+        ("Views show an unchanged cardiomediastinal silhouette.", {EC: -1}),
+        ("Heart is normal, the aorta is enlarged.", {CM: 0}),
+        ("Calcified mediastinal lymph nodes.", {}),
+        ("Cardiac and mediastinal contours are normal.", {CM: 0, EC: 0}),
+        ("Opacity behind the heart is unchanged.", {LO: 1}),
+        ("Enlargement of the cardiac silhouette, mediastinal contours appear similar to prior.", {CM: 1, EC: -1}),
+        ("Normal heart size, mediastinal contours, and lungs.", {CM: 0, EC: 0}),
+        ("Intact leads in the right heart.", {SD: 1}),
+        ("Projection of the cardiac silhouette, suggesting left atrial enlargement.", {}),
+        ("Stable position of the cardiac XXXX and leads.", {SD: 1}),
+    ],
+)
+def test_heart_and_mediastinum(text: str, expected: dict[str, Label]) -> None:
+    assert stated(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Kerley B-lines are present.", {}),
+        ("One sternotomy wire is fractured.", {}),
+        ("A thyroid mass displaces the trachea.", {}),
+        ("No change in pneumothorax.", {PNX: 1}),
+        ("No interval change in the small effusion or pneumothorax.", {PE: 1, PNX: 1}),
+        ("Calcified nodule in the right base.", {}),
+        ("The nodule is unchanged and appears calcified.", {}),
+        ("Non-calcified nodule in the right base.", {LL: 1}),
+        ("No non-calcified nodules.", {LL: 0}),
+        ("Nodular prominence of the hilum.", {}),
+        ("The interstitium is not clear, making the vasculature indistinct.", {"Edema": -1}),
+        ("Small pericardial effusion.", {}),
+        ("Degenerative end plate changes.", {}),
+        ("Midline trachea.", {}),
+        ("Mass effect on the trachea.", {}),
+        ("Cystic fibrosis.", {}),
+        ("Pneumomediastinum.", {}),
+        ("Limits are normal.There is no effusion.Heart size is normal.", {PE: 0, CM: 0}),
+        ("The effusion<BR>has resolved.", {PE: 0}),
+        ("No XXXX pneumothorax.", {PNX: 0}),
+        ("Cardiomegaly without edema.", {CM: 1, "Edema": 0}),
+        ("No effusion, but there is a small pneumothorax.", {PE: 0, PNX: 1}),
+        ("No pneumothorax with a small left effusion.", {PNX: 0, PE: 1}),
+        ("There is no edema and the heart is enlarged.", {"Edema": 0, CM: 1}),
+        ("No pneumothorax. Nodule measures 1.2 cm.", {PNX: 0, LL: 1}),
+    ],
+)
+def test_traps(text: str, expected: dict[str, Label]) -> None:
+    assert stated(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The lungs are clear. Heart size is normal.", 1),
+        ("Low lung volumes. No effusion.", 1),
+        ("A right PICC is in place. No pneumothorax.", 1),
+        ("Clear lungs. Degenerative changes of the spine.", None),
+        ("Clear lungs. Calcified granuloma.", None),
+        ("Clear lungs without hyperinflation.", 1),
+        ("Small effusion.", None),
+        ("Possible pneumonia.", None),
+        ("", None),
+    ],
+)
+def test_no_finding(text: str, expected: Label) -> None:
+    assert label_report(text).labels[NF] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("No effusion. Small effusion.", 1),
+        ("No effusion on the right. Possible left effusion.", -1),
+        ("Possible left effusion. Small right effusion.", 1),
+    ],
+)
+def test_strongest_mention_wins(text: str, expected: Label) -> None:
+    assert label_report(text).labels[PE] == expected
+
+
+def test_evidence_names_the_place_in_the_text() -> None:
+    text = "Heart size is normal. No Pleural Effusion.  Possible pneumonia."
+    evidence = {part.finding: part for part in label_report(text).evidence}
+    effusion, pneumonia = evidence[PE], evidence["Pneumonia"]
+    assert (text[effusion.start : effusion.end], effusion.value, effusion.cue) == ("Effusion", 0, "no")
+    assert (text[pneumonia.start : pneumonia.end], pneumonia.value, pneumonia.cue) == ("pneumonia", -1, "possible")
+    assert (evidence[CM].value, evidence[CM].cue) == (0, "normal")
+
+
+@given(st.text(max_size=300))
+def test_any_text_has_labels_and_places_within_it(text: str) -> None:
+    found = label_report(text)
+    assert list(found.labels) == list(FINDINGS)
+    assert set(found.labels.values()) <= {1, 0, -1, None}
+    assert all(0 <= part.start < part.end <= len(text) for part in found.evidence)
+
+
+WORDS = (
+    "no without possible may represent small left effusion pneumothorax heart size is normal enlarged . , or and but "
+    "opacity atelectasis versus resolved not excluded İ <BR> XXXX"
+)
+
+
+@given(st.lists(st.sampled_from(WORDS.split()), max_size=25))
+def test_evidence_explains_the_labels(words: list[str]) -> None:
+    found = label_report(" ".join(words))
+    for name in FINDINGS[:-1]:
+        values = {part.value for part in found.evidence if part.finding == name}
+        expected = next((value for value in (1, -1, 0) if value in values), None)
+        assert found.labels[name] == expected

@@ -1,0 +1,248 @@
+"""A controller in front of scripted workers: old routes, both protocols passed on, lost workers, who may register."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx2
+import pytest
+
+from llava.serve.controller_app import Controller, affinity_of, make_controller_app
+from llava.serve.failures import RequestError
+from llava.serve.gate import GateSettings
+from llava.serve.heartbeat import Heart
+from llava.serve.proxy import code_of, error_piece
+from llava.serve.registry import Registry
+from tests.serve.test_worker import CHAT, GENERATE, HELLO, OLD, data_of, frames_of, until
+from tests.support.served import MODEL, ScriptedEngine, scripted_app, scripted_service, served
+
+CLUSTER = "0123456789abcdef"
+
+
+@contextmanager
+def controller(*engines: Any, gate: GateSettings | None = None) -> Iterator[tuple[httpx2.Client, Controller]]:
+    """Run a controller with a worker for each engine."""
+    made = Controller(Registry(time.monotonic), gate or GateSettings())
+    with ExitStack() as stack:
+        url = stack.enter_context(served(make_controller_app(made), made.watch))
+        client = stack.enter_context(httpx2.Client(base_url=url, timeout=20, trust_env=False))
+        for engine in engines:
+            worker = stack.enter_context(served(scripted_app(engine, gate=GateSettings(marks_audited=True))))
+            assert (
+                client.post("/register_worker", json={"worker_name": worker, "check_heart_beat": False}).json() is None
+            )
+        yield client, made
+
+
+def lost_url() -> str:
+    """Return the URL of a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def register(client: httpx2.Client, name: str, *models: str) -> httpx2.Response:
+    status = {"model_names": list(models), "speed": 1, "queue_length": 0}
+    body = {"worker_name": name, "check_heart_beat": True, "worker_status": status}
+    return client.post("/register_worker", json=body)
+
+
+def test_old_routes() -> None:
+    with controller(ScriptedEngine()) as (client, made):
+        [worker] = made.registry.names
+        assert client.post("/list_models").json() == {"models": [MODEL]}
+        assert client.post("/get_worker_address", json={"model": MODEL}).json() == {"address": worker}
+        assert client.post("/get_worker_address", json={"model": "none"}).json() == {"address": ""}
+        assert client.post("/worker_get_status").json() == {"model_names": [MODEL], "speed": 1, "queue_length": 1}
+        beat = {"worker_name": worker, "queue_length": 5}
+        assert client.post("/receive_heart_beat", json=beat).json() == {"exist": True}
+        assert client.post("/receive_heart_beat", json={**beat, "worker_name": "x"}).json() == {"exist": False}
+        assert client.post("/refresh_all_workers").json() is None
+        assert client.post("/worker_get_status").json()["queue_length"] == 0
+        assert client.post("/unregister_worker", json={"worker_name": worker}).json() is None
+        assert client.post("/list_models").json() == {"models": []}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/register_worker", b"{"),
+        ("/register_worker", b"{}"),
+        ("/register_worker", b'{"worker_name": "localhost:1"}'),
+        ("/register_worker", b'{"worker_name": "http://localhost:1", "check_heart_beat": 1}'),
+        ("/register_worker", b'{"worker_name": "http://localhost:1", "worker_status": {"model_names": 1}}'),
+        ("/unregister_worker", b"[]"),
+        ("/get_worker_address", b"{}"),
+        ("/receive_heart_beat", b'{"worker_name": "a", "queue_length": "1"}'),
+        ("/receive_heart_beat", b'{"worker_name": "a"}'),
+    ],
+)
+def test_malformed_bodies_of_old_routes(path: str, body: bytes) -> None:
+    with controller() as (client, _):
+        response = client.post(path, content=body)
+        assert response.status_code == 400 and response.json()["error"]["code"] in ("invalid_json", "invalid_value")
+
+
+def test_both_protocols_are_passed_on() -> None:
+    with controller(ScriptedEngine()) as (client, made):
+        whole = client.post(CHAT, json=HELLO, headers={"x-request-id": "one"})
+        assert whole.json()["choices"][0]["message"]["content"] == "Hello world"
+        assert whole.headers["x-request-id"] == "one" and "x-llava-audited" not in whole.headers
+        streamed = client.post(CHAT, json={**HELLO, "stream": True})
+        assert streamed.headers["content-type"].startswith("text/event-stream")
+        assert data_of(streamed.text)[-1] == "[DONE]"
+        assert frames_of(client.post(GENERATE, json=OLD).content)[-1]["text"] == OLD["prompt"] + "Hello world"
+        assert client.post(CHAT, json={**HELLO, "foo": 1}).json()["error"]["code"] == "unknown_parameter"
+        [entry] = client.get("/v1/models").json()["data"]
+        assert entry["max_model_len"] == 100 and client.get(f"/v1/models/{MODEL}").json() == entry
+        assert made.registry.status().queue_length == 0 and made.admission.num_requests == 0
+
+
+def test_models_without_a_worker() -> None:
+    with controller() as (client, _):
+        response = client.post(CHAT, json=HELLO)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "no_worker")
+        assert client.get("/ready").status_code == 503 and client.get("/health").status_code == 200
+        [frame] = frames_of(client.post(GENERATE, json=OLD).content)
+        assert (frame["error_code"], frame["detail"]) == (2, "no_worker")
+        register(client, lost_url(), "other")
+        response = client.post(CHAT, json=HELLO)
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+        assert frames_of(client.post(GENERATE, json=OLD).content)[0]["error_code"] == 2
+
+
+def test_a_lost_worker_is_dropped_and_another_one_answers() -> None:
+    with controller(ScriptedEngine()) as (client, made):
+        made.registry.beat(made.registry.names[0], 5)
+        register(client, lost_url(), MODEL)
+        assert client.post(CHAT, json=HELLO).status_code == 200
+        assert len(made.registry.names) == 1
+
+
+def test_the_last_worker_is_lost() -> None:
+    for path, body in ((CHAT, HELLO), (GENERATE, OLD)):
+        with controller() as (client, made):
+            register(client, lost_url(), MODEL)
+            before = time.monotonic()
+            response = client.post(path, json=body)
+            assert time.monotonic() - before < 2
+            if path == CHAT:
+                assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_lost")
+            else:
+                [frame] = frames_of(response.content)
+                assert (frame["error_code"], frame["detail"]) == (3, "worker_lost")
+            assert made.registry.names == []
+
+
+def _dying_worker(head: bytes) -> Iterator[str]:
+    """Answer one request with the beginning of a stream, then close the connection."""
+    import threading
+
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        connection, _ = listener.accept()
+        connection.recv(1 << 16)
+        connection.sendall(head)
+        connection.close()
+
+    threading.Thread(target=answer, daemon=True).start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener.close()
+
+
+@pytest.mark.parametrize("path", [CHAT, GENERATE])
+def test_a_worker_lost_in_the_middle_of_a_stream(path: str) -> None:
+    kind = b"text/event-stream" if path == CHAT else b"application/octet-stream"
+    piece = b'data: {"choices": []}\n\n' if path == CHAT else b'{"text": "a", "error_code": 0}\0'
+    chunk = f"{len(piece):x}".encode() + b"\r\n" + piece + b"\r\n"
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: " + kind + b"\r\ntransfer-encoding: chunked\r\n\r\n" + chunk
+    for url in _dying_worker(head):
+        with controller() as (client, made):
+            register(client, url, MODEL)
+            response = client.post(path, json={**HELLO, "stream": True} if path == CHAT else OLD)
+            if path == CHAT:
+                first, error = data_of(response.text)
+                assert first == {"choices": []} and error["error"]["code"] == "worker_lost"
+            else:
+                first, error = frames_of(response.content)
+                assert first["text"] == "a" and (error["error_code"], error["detail"]) == (3, "worker_lost")
+            assert made.registry.names == []
+
+
+def test_a_client_that_leaves_the_controller_frees_the_slot_of_the_worker() -> None:
+    engine = ScriptedEngine(["a", "b"])
+    engine.pause_after = 1
+    with controller(engine) as (client, made):
+        with client.stream("POST", CHAT, json={**HELLO, "stream": True}) as response:
+            next(response.iter_bytes())
+        assert until(lambda: engine.handles[0].is_cancelled, 1.0)
+        assert until(lambda: made.admission.num_requests == 0 and made.registry.status().queue_length == 0, 1.0)
+
+
+def test_only_this_machine_and_the_cluster_register_workers() -> None:
+    with controller(gate=GateSettings(cluster_key=CLUSTER)) as (client, made):
+        assert register(client, "http://10.0.0.1:1", MODEL).status_code == 401
+        assert register(client, "http://worker.example:1", MODEL).status_code == 401
+        client.headers["x-llava-cluster"] = "wrong-key-wrong-key"
+        assert register(client, "http://10.0.0.1:1", MODEL).status_code == 401
+        client.headers["x-llava-cluster"] = CLUSTER
+        assert register(client, "http://10.0.0.1:1", MODEL).status_code == 200
+        assert made.registry.names == ["http://10.0.0.1:1"]
+
+
+@pytest.mark.parametrize("path", ["/register_worker", "/unregister_worker", "/receive_heart_beat"])
+def test_other_machines_need_the_cluster_key(path: str) -> None:
+    import asyncio
+
+    async def status(headers: dict[str, str]) -> int:
+        app = make_controller_app(Controller(Registry(time.monotonic), GateSettings(cluster_key=CLUSTER)))
+        transport = httpx2.ASGITransport(app=app, client=("10.1.2.3", 5))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            body = {"worker_name": "http://localhost:1", "queue_length": 0, "worker_status": {"model_names": ["m"]}}
+            return (await client.post(path, json=body, headers=headers)).status_code
+
+    assert asyncio.run(status({})) == 401
+    assert asyncio.run(status({"x-llava-cluster": CLUSTER})) == 200
+
+
+def test_a_worker_registers_beats_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava.serve.heartbeat.BEAT_SECONDS", 0.05)
+    service = scripted_service(ScriptedEngine())
+    with controller() as (client, made):
+        heart = Heart(str(client.base_url).rstrip("/"), "http://127.0.0.1:9", service.status)
+        with served(scripted_app(ScriptedEngine()), heart.beat):
+            assert until(lambda: made.registry.names == ["http://127.0.0.1:9"])
+            made.registry.remove("http://127.0.0.1:9")
+            assert until(lambda: made.registry.names == ["http://127.0.0.1:9"])
+
+
+def test_codes_of_pieces() -> None:
+    error = RequestError("worker_lost", "gone")
+    assert code_of(error_piece(error)) == code_of(error.frame()) == "worker_lost"
+    assert code_of(json.dumps(error.body()).encode()) == "worker_lost"
+    for piece in (b"", b": wait\n\n", b'{"text": "\\"error_code\\": 1", "error_code": 0}\0', b'{"error', b'["error"]'):
+        assert code_of(piece) == "ok"
+
+
+def test_requests_about_one_image_have_one_key() -> None:
+    def chat(url: str) -> dict[str, Any]:
+        part = {"type": "image_url", "image_url": {"url": url}}
+        return {"messages": [{"role": "user", "content": [{"type": "text", "text": url * 2}, part]}]}
+
+    assert affinity_of(chat("data:a")) == affinity_of(chat("data:a")) != affinity_of(chat("data:b"))
+    assert affinity_of({"images": ["data:a"]}) == affinity_of(chat("data:a"))
+    for without in ({}, {"messages": 5}, {"messages": [5, {"content": "a"}]}, {"images": [5]}):
+        assert affinity_of(without) is None
+
+
+def test_the_cluster_key_goes_to_workers_that_have_shown_it_only() -> None:
+    made = Controller(Registry(time.monotonic), GateSettings(cluster_key=CLUSTER))
+    made.cluster_members.add("http://10.0.0.1:1")
+    assert made.forwarder.headers_of("http://10.0.0.1:1") == {"x-llava-cluster": CLUSTER}
+    assert made.forwarder.headers_of("http://127.0.0.1:1") == {}

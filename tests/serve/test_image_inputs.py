@@ -1,0 +1,169 @@
+"""Images of requests: kinds, limits, and what is never opened."""
+
+from __future__ import annotations
+
+import base64
+import io
+import socket
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava.errors import ConfigError
+from llava.imaging.decode import decode_image
+from llava.imaging.dicom.policy import DicomPolicy
+from llava.serve.failures import RequestError
+from llava.serve.image_inputs import ImageLimits, read_image, read_images
+from llava.serve.messages import ImageInput
+from tests.support import file_server
+from tests.support.dicom_files import make, make_dataset, to_bytes
+
+
+def encoded(data: bytes, head: str = "data:image/png;base64,") -> str:
+    return head + base64.b64encode(data).decode()
+
+
+def image_bytes(form: str, size: tuple[int, int] = (6, 4)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, (200, 10, 10)).save(stream, form)
+    return stream.getvalue()
+
+
+def huge_png() -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def code_of(url: str, limits: ImageLimits | None = None, *, is_bare: bool = False, **fields: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        read_image(ImageInput(url, **fields), limits or ImageLimits(), is_bare=is_bare)
+    assert url[30:60] not in str(caught.value) or len(url) < 60
+    return caught.value.code
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_kinds_are_known_by_content_whatever_the_uri_says(form: str) -> None:
+    data = image_bytes(form)
+    assert read_image(ImageInput(encoded(data, "data:application/dicom;base64,")), ImageLimits()) == data
+    assert read_image(ImageInput(encoded(data, "DATA:;BASE64,")), ImageLimits()) == data
+    trailing = data + b"more after the end"
+    assert read_image(ImageInput(encoded(trailing)), ImageLimits()) == trailing
+
+
+def test_base64_of_the_old_protocol_may_have_no_head() -> None:
+    data = image_bytes("PNG")
+    for url in (encoded(data), encoded(data, "")):
+        assert read_image(ImageInput(url), ImageLimits(), is_bare=True) == data
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("data:image/png;base64,%%%%", "bad_base64"),
+        ("data:image/png;base64,AAA", "bad_base64"),
+        ("data:image/png,AAAA", "bad_base64"),
+        (encoded(b""), "bad_image"),
+        (encoded(b"no image at all"), "bad_image"),
+        (encoded(image_bytes("GIF")), "bad_image"),
+        (encoded(image_bytes("BMP")), "bad_image"),
+        (encoded(image_bytes("PNG")[:20]), "bad_image"),
+        (encoded(huge_png()), "image_too_large"),
+        ("", "image_url_not_allowed"),
+        ("/etc/passwd", "image_url_not_allowed"),
+        ("file:///etc/passwd", "image_url_not_allowed"),
+        ("http://127.0.0.1:1/a.png", "image_url_not_allowed"),
+        ("https://example.org/a.png", "image_url_not_allowed"),
+        ("ftp://example.org/a.png", "image_url_not_allowed"),
+    ],
+)
+def test_refused_images(url: str, code: str) -> None:
+    assert code_of(url) == code
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "http://127.0.0.1/a.png", "%%%", "data:image/png,AAAA"])
+def test_the_old_protocol_takes_base64_only(url: str) -> None:
+    assert code_of(url, ImageLimits(url_prefixes=("http://127.0.0.1/",)), is_bare=True) == "bad_base64"
+
+
+def test_too_many_images_are_refused_before_they_are_read() -> None:
+    with pytest.raises(RequestError) as caught:
+        read_images([ImageInput("%%")] * 3, ImageLimits(max_images=2))
+    assert caught.value.code == "too_many_images"
+
+
+def test_the_limit_of_pixels_is_checked_on_the_header() -> None:
+    assert code_of(encoded(image_bytes("PNG", (20, 20))), ImageLimits(max_pixels=399)) == "image_too_large"
+    assert read_image(ImageInput(encoded(image_bytes("PNG", (20, 20)))), ImageLimits(max_pixels=400))
+    large = make_dataset(np.zeros((4, 4), np.uint16))
+    large.Rows = large.Columns = 50_000
+    assert code_of(encoded(to_bytes(large))) == "image_too_large"
+
+
+def test_a_window_of_its_own_gives_the_pixels_of_that_window() -> None:
+    data = make(np.arange(64, dtype=np.uint16).reshape(8, 8), WindowCenter=32, WindowWidth=64)
+    found = read_image(ImageInput(encoded(data), window="20,10"), ImageLimits())
+    expected = decode_image(data, dicom=DicomPolicy(window="20,10")).image
+    assert found.startswith(b"\x89PNG") and np.array_equal(np.asarray(decode_image(found).image), np.asarray(expected))
+    assert read_image(ImageInput(encoded(data)), ImageLimits()) == data
+
+
+def test_a_frame_that_does_not_exist_is_an_invalid_value() -> None:
+    data = make(np.zeros((2, 8, 8), np.uint16), NumberOfFrames=2)
+    assert code_of(encoded(data), frame="5") == "invalid_value"
+
+
+def test_files_of_the_image_folder_only(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "images", tmp_path / "secret.png"
+    folder.mkdir()
+    for path in (folder / "a b.png", outside):
+        path.write_bytes(image_bytes("PNG"))
+    (folder / "link.png").symlink_to(outside)
+    limits = ImageLimits(folder=folder)
+    assert read_image(ImageInput(f"file://{folder}/a%20b.png"), limits) == outside.read_bytes()
+    for name in (f"{outside}", f"{folder}/../secret.png", f"{folder}/link.png"):
+        assert code_of(f"file://{name}", limits) == "image_url_not_allowed"
+    assert code_of(f"file://host{folder}/a.png", limits) == "image_url_not_allowed"
+    assert code_of(f"file://{folder}/none.png", limits) == "bad_image"
+
+
+def test_only_urls_under_a_prefix_are_fetched_and_no_redirect_is_followed() -> None:
+    data = image_bytes("PNG")
+    with file_server.serve() as server:
+        server.files.update({"/open/a.png": data, "/open/moved.png": data, "/b.png": data})
+        server.faults["/open/moved.png"] = [file_server.Fault(302, headers=(("Location", "/b.png"),))]
+        limits = ImageLimits(url_prefixes=(f"{server.address}/open/",))
+        assert read_image(ImageInput(f"{server.address}/open/a.png"), limits) == data
+        assert code_of(f"{server.address}/open/none.png", limits) == "bad_image"
+        assert code_of(f"{server.address}/open/moved.png", limits) == "bad_image"
+        for path in ("/b.png", "/open/../b.png", "/open/%2e%2e/b.png", "/open/%252e%252e/b.png", "/openly.png"):
+            assert code_of(server.address + path, limits) == "image_url_not_allowed"
+        host = server.address.removeprefix("http://")
+        assert code_of(f"http://user@{host}/open/a.png", limits) == "image_url_not_allowed"
+        assert code_of(f"{server.address}/open/a.png", ImageLimits(max_bytes=10, url_prefixes=limits.url_prefixes))
+        assert [request.path for request in server.log].count("/b.png") == 0
+
+
+def test_a_refused_url_opens_no_connection() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        assert code_of(f"http://127.0.0.1:{listener.getsockname()[1]}/a.png") == "image_url_not_allowed"
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+@pytest.mark.parametrize(
+    "prefix", ["ftp://a/", "https://a.org", "https://user@a.org/", "https://a.org/?q=1", "a.org/x"]
+)
+def test_wrong_prefixes(prefix: str) -> None:
+    with pytest.raises(ConfigError, match="--allow-image-url"):
+        ImageLimits(url_prefixes=(prefix,))

@@ -1,0 +1,95 @@
+"""The page in Chromium: upload, growing answer, stop, vote, clear, recovery, narrow window, no outside URL."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from llava.serve.admission import Admission
+from llava.serve.page import PageServer
+from llava.serve.page_chat import phantom_png
+from llava.serve.page_run import make_page_app, private_folder
+from tests.serve.test_controller import controller
+from tests.serve.test_worker import until
+from tests.support.chromium import BrowserPage, browser
+from tests.support.served import MODEL, ScriptedEngine, scripted_app, served
+
+FIELD = "#llava-question textarea"
+ANSWERS = "[...document.querySelectorAll('[data-testid=bot]')].map(x => x.innerText).join('|')"
+
+
+def ask(page: BrowserPage, text: str) -> None:
+    page.type(FIELD, text)
+    assert page.until(f"document.querySelector('{FIELD}').value == {text!r}")
+    # The page ignores Enter until the event of the last answer has ended, shortly after its text is complete.
+    for _ in range(10):
+        page.press("Enter")
+        if page.until(f"document.querySelector('{FIELD}').value == ''", 3.0):
+            return
+    raise AssertionError("the page does not take the question")
+
+
+def grown_lengths(page: BrowserPage, end: str) -> set[int]:
+    """Return the lengths of the answers that are shown until they contain `end`."""
+    lengths, limit = set(), time.monotonic() + 30
+    shown = ""
+    while end not in shown and time.monotonic() < limit:
+        shown = page.value(ANSWERS)
+        lengths.add(len(shown))
+    assert end in shown
+    return lengths - {0}
+
+
+def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("llava.serve.page.POLL_SECONDS", 0.5)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    engine = ScriptedEngine([f"word{number} " for number in range(12)])
+    engine.pace = 0.05
+    image = tmp_path / "phantom.png"
+    image.write_bytes(phantom_png())
+    with private_folder() as uploads, controller() as (client, _), browser(tmp_path) as page:
+        server = PageServer(str(client.base_url).rstrip("/"), Admission(max_running=9))
+        with served(make_page_app(server, frozenset())) as url:
+            page.open(url)
+            assert page.until("document.querySelector('#llava-status')?.innerText.includes('No worker')")
+            with served(scripted_app(engine, context=4096)) as worker:
+                body = {"worker_name": worker, "check_heart_beat": False}
+                assert client.post("/register_worker", json=body).status_code == 200
+                assert page.until(f"[...document.querySelectorAll('input')].some(x => x.value == '{MODEL}')")
+                page.choose_file("#llava-question input[type=file]", image)
+                assert page.until("!!document.querySelector('.llava-frame img')")
+                assert [path for path in uploads.rglob("*") if path.is_file()] == []
+                ask(page, "What is shown?")
+                assert len(grown_lengths(page, "tokens of answer")) >= 3
+                assert len(engine.prompts[-1][0].images) == 1
+                engine.pause_after = 2
+                ask(page, "And where?")
+                assert until(lambda: len(engine.handles) == 2 and not engine.hold.is_set(), 30.0)
+                page.press("Escape")
+                assert until(lambda: engine.handles[-1].is_cancelled, 10.0)
+                grown_lengths(page, "stopped")
+                engine.pause_after = 0
+                engine.hold.set()
+                page.click("Regenerate")
+                assert page.until(
+                    f"!({ANSWERS}).includes('stopped') && ({ANSWERS}).split('tokens of answer').length == 3"
+                )
+                off = "[...document.querySelectorAll('button')].filter(b => /vote|Flag/.test(b.innerText))"
+                assert page.until(f"{off}.every(b => !b.disabled)")
+                page.click("Upvote")
+                assert page.until(f"{off}.every(b => b.disabled)") and until(
+                    lambda: server.num_votes == {"upvote": 1}, 30.0
+                )
+                page.click("Clear")
+                assert page.until(f"{ANSWERS} == '' && !document.querySelector('.llava-frame')")
+                page.resize(390, 844)
+                assert page.until("document.documentElement.scrollWidth <= 390")
+                unnamed = "[...document.querySelectorAll('button')].filter(b => !(b.innerText.trim() || b.ariaLabel))"
+                assert page.value(f"{unnamed}.length") == 0
+                page.save_screenshot(tmp_path / "narrow.png")
+            assert page.requests == {url} and page.errors == []

@@ -1,0 +1,162 @@
+"""`llava serve`: command lines of its processes, restarts, and one run on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from llava.errors import ConfigError
+from llava.serve.model_worker import make_parser as worker_parser
+from llava.serve.run import make_parser, services_of
+from llava.serve.supervisor import Service, Supervisor
+from tests.serve.test_worker import frames_of, until
+
+
+def free_ports(number: int) -> list[int]:
+    """Return free ports."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [made.getsockname()[1] for made in sockets]
+    for made in sockets:
+        made.close()
+    return ports
+
+
+def serve_words(model: Path, *words: str) -> list[str]:
+    api, worker = free_ports(2)
+    return ["--model-path", str(model), "--port", str(api), "--worker-port", str(worker), "--no-page", *words]
+
+
+def test_the_children_get_the_options(tmp_path: Path) -> None:
+    more = [
+        "--load-8bit",
+        "--conv-mode",
+        "v1",
+        "--max_images",
+        "3",
+        "--prefix_cache_mb",
+        "7",
+        "--public-host",
+        "a",
+        "--public-host",
+        "b",
+    ]
+    args = make_parser().parse_args(serve_words(tmp_path, *more, "--cors-origin", "https://c", "--log-content"))
+    controller, worker = services_of(args)
+    assert "--public-host=a" in controller.words and "--cors-origin=https://c" in controller.words
+    found = worker_parser().parse_args(list(worker.words))
+    assert (found.model, found.bits, found.conv_mode, found.max_images) == (str(tmp_path), 8, "v1", 3)
+    assert (found.prefix_cache_mb, found.prefill_chunk, found.share_prefix_cache) == (7, 512, False)
+    assert (found.public_host, found.log_content, found.max_running) == (["a", "b"], True, 32)
+    assert found.controller_address == controller.url and found.worker_address == worker.url
+
+
+def test_wrong_starts_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        services_of(make_parser().parse_args(serve_words(tmp_path / "none")))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(ConfigError, match="in use"):
+            services_of(make_parser().parse_args(["--model-path", str(tmp_path), "--port", port, "--no-page"]))
+    with pytest.raises(ConfigError, match="must differ"):
+        services_of(make_parser().parse_args(serve_words(tmp_path, "--worker-port", "9", "--port", "9")))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--host 0.0.0.0 --controller http://localhost:10000 --port 40000 --worker http://localhost:40000 "
+        "--model-path ./checkpoints/LLaVA-Med-7B --multi-modal --num-gpus 2",
+        "--controller_address http://a:1 --worker_address http://b:2 --model_path m --limit_model_concurrency 5 "
+        "--stream_interval 2 --no_register --model_base base --device cpu --load_4bit --use_flash_attn --model_name n",
+    ],
+)
+def test_published_options_of_the_worker(words: str) -> None:
+    args = worker_parser().parse_args(words.split())
+    assert args.worker_address in ("http://localhost:40000", "http://b:2") and args.max_running in (32, 5)
+
+
+def test_a_process_that_dies_is_started_again_and_later_each_time(tmp_path: Path) -> None:
+    service = Service("a", "nothing", [], "http://127.0.0.1:9", "/ready")
+    waits = []
+    for _ in range(7):
+        service.started = time.monotonic()
+        service.note_death(1)
+        assert service.restart_at is not None
+        waits.append(round(service.restart_at - time.monotonic()))
+    assert waits == [1, 2, 4, 8, 16, 30, 30]
+    service.started = time.monotonic() - 100
+    service.note_death(1)
+    assert service.restart_at is not None and round(service.restart_at - time.monotonic()) == 1
+
+
+def test_a_usage_error_of_a_child_ends_all_with_2() -> None:
+    failing = Service("a", "llava.serve.audit", ["--none"], "http://127.0.0.1:9", "/ready")
+    assert Supervisor([failing], "ready").run() == 2
+    assert failing.process is not None and failing.process.poll() == 2
+
+
+@pytest.fixture
+def tiny_options(shared: Path) -> list[str]:
+    """Options of a tiny model of the oracles."""
+    folder = shared / "oracles" / "llava-med-1.5-mistral"
+    model, tower = folder / "llava-med-mistral-tiny", folder / "vision_tower"
+    return ["--model-path", str(model.resolve()), "--vision-tower", str(tower.resolve())]
+
+
+def test_llava_serve_answers_in_both_protocols_and_leaves_nothing(tiny_options: list[str]) -> None:
+    api, worker = free_ports(2)
+    words = ["serve", *tiny_options, "--port", str(api), "--worker-port", str(worker), "--no-page"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llava.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"ready api=http://127.0.0.1:{api}/v1\n"
+        with httpx2.Client(base_url=f"http://127.0.0.1:{api}", timeout=60, trust_env=False) as client:
+            [model] = client.get("/v1/models").json()["data"]
+            assert model["id"] == "llava-med-mistral-tiny" and model["max_model_len"] == 1024
+            question = {"role": "user", "content": "What is shown?"}
+            body: dict[str, Any] = {"model": model["id"], "messages": [question], "max_tokens": 6}
+            answer = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+            again = client.post("/v1/chat/completions", json={**body, "logprobs": True, "top_logprobs": 2}).json()
+            assert again["choices"][0]["message"]["content"] == answer
+            assert [len(token["top_logprobs"]) for token in again["choices"][0]["logprobs"]["content"]] == [2] * 6
+            usage = again["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
+            prompt = "[INST] What is shown? [/INST]"
+            old = {"model": model["id"], "prompt": prompt, "temperature": 0, "max_new_tokens": 6}
+            frames = frames_of(client.post("/worker_generate_stream", json=old).content)
+            assert frames[-1]["text"] == prompt + answer and frames[-1]["error_code"] == 0
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=40)
+        assert (process.returncode, out) == (0, ""), err
+        assert '"What is shown' not in err and json.dumps(answer) not in err
+        assert until(lambda: not _group_lives(process.pid), 2.0)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,152 @@
+"""A page in headless Chromium, driven over the DevTools pipe; nothing more than the browser is needed.
+
+with browser(folder) as page:
+    page.open(url)
+    page.until("!!document.querySelector('img')")
+    page.requests                     origins that the page asked
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, "")}
+
+
+class BrowserPage:
+    """One page of a browser."""
+
+    def __init__(self, reader: int, writer: int) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.session = ""
+        self.number = 0
+        self.rest = b""
+        self.requests: set[str] = set()
+        self.errors: list[str] = []
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Runtime", "DOM"):
+            self.send(f"{domain}.enable")
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        """Run a command and return its result."""
+        self.number += 1
+        message: dict[str, Any] = {"id": self.number, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.writer, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                result: dict[str, Any] = answer["result"]
+                return result
+
+    def _receive(self) -> dict[str, Any]:
+        limit = time.monotonic() + 60
+        while b"\0" not in self.rest:
+            ready, _, _ = select.select([self.reader], [], [], max(0.0, limit - time.monotonic()))
+            assert ready, "Chromium does not answer"
+            self.rest += os.read(self.reader, 1 << 16)
+        line, _, self.rest = self.rest.partition(b"\0")
+        found: dict[str, Any] = json.loads(line)
+        if found.get("method") == "Network.requestWillBeSent":
+            parts = urlsplit(found["params"]["request"]["url"])
+            if parts.scheme not in ("data", "blob"):
+                self.requests.add(f"{parts.scheme}://{parts.netloc}")
+        elif found.get("method") == "Runtime.exceptionThrown":
+            self.errors.append(str(found["params"]["exceptionDetails"])[:300])
+        return found
+
+    def open(self, url: str, *, width: int = 1280, height: int = 900) -> None:
+        """Open a URL in a window of this size."""
+        self.resize(width, height)
+        self.send("Page.navigate", url=url)
+
+    def resize(self, width: int, height: int) -> None:
+        """Change the size of the window."""
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def value(self, script: str) -> Any:
+        """Return the value of a script."""
+        found = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def until(self, script: str, seconds: float = 30.0) -> bool:
+        """Wait until a script returns true."""
+        limit = time.monotonic() + seconds
+        while not self.value(script):
+            if time.monotonic() > limit:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def click(self, label: str) -> None:
+        """Click the last button with this text."""
+        name = json.dumps(label)
+        self.value(f"[...document.querySelectorAll('button')].filter(b => b.innerText.trim() == {name}).at(-1).click()")
+
+    def type(self, selector: str, text: str) -> None:
+        """Focus a field and type into it."""
+        self.value(f"document.querySelector({json.dumps(selector)}).focus()")
+        self.send("Input.insertText", text=text)
+
+    def press(self, key: str) -> None:
+        """Press a key."""
+        code, text = KEYS[key]
+        for kind in ("keyDown", "keyUp"):
+            more = {"text": text} if text and kind == "keyDown" else {}
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
+
+    def choose_file(self, selector: str, path: Path) -> None:
+        """Give a file to a field."""
+        root = self.send("DOM.getDocument", depth=-1)["root"]["nodeId"]
+        node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.send("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+
+    def save_screenshot(self, path: Path) -> None:
+        """Write what is shown to a PNG file."""
+        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot")["data"]))
+
+
+@contextlib.contextmanager
+def browser(folder: Path) -> Iterator[BrowserPage]:
+    """Start Chromium with its profile in `folder`; tests are skipped where it is not installed."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("Chromium is not installed")
+    to_browser, writer = os.pipe()
+    reader, from_browser = os.pipe()
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"]
+    # The browser reads commands from descriptor 3 and answers on 4.
+    words = ["bash", "-c", f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}', program, *options]
+    process = subprocess.Popen(
+        [*words, f"--user-data-dir={folder / 'profile'}"],
+        pass_fds=(to_browser, from_browser),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(to_browser)
+    os.close(from_browser)
+    try:
+        yield BrowserPage(reader, writer)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
+        os.close(writer)

@@ -1,0 +1,65 @@
+"""`scripts/dr_llava_small.sh` with tiny parts: every arm trains, is evaluated and has a line in the table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from llava.errors import LlavaError
+from tests.support.tiny import write_tiny_lm, write_tiny_tower
+
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "dr_llava_small.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("dr_llava_small", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_two_arms(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, tower = write_tiny_lm(tmp_path / "lm"), write_tiny_tower(tmp_path / "tower")
+    monkeypatch.setattr(script, "ANSWER_TOKENS", 2)
+    monkeypatch.setattr(script, "PROBED", 1)
+    words = ["--lm", lm, "--vision-tower", tower, "--out", tmp_path / "out", "--num-train", 9, "--num-test", 1,
+             "--arms", "sft,shuffled", "--minutes", 0.001]  # fmt: skip
+    script.main(list(map(str, words)))
+    table = (tmp_path / "out" / "drawn-0" / "results.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| sft", "| shuffled"]
+    assert table[0].startswith("| arm | A_Q | A_C | A_D | contradictory |")
+
+
+def test_a_real_set_is_shortened_the_same_way_each_time(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "blood-bccd"
+    folder.mkdir()
+    types = [["neutrophil"], ["eosinophil"], ["lymphocyte"], ["monocyte"]] * 3
+    rows = [{"id": str(n), "image": f"{n}.png", "wbc_types": found, "n_wbc": 1} for n, found in enumerate(types)]
+    for name in ("train", "test"):
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    words = ["--data", "bccd", "--data-root", str(tmp_path), "--num-train", "5", "--minutes", "2"]
+    args = script.make_parser().parse_args(words)
+    found = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        tables = script.data_of(args, out)
+        found.append(json.loads(tables["train"].read_text()))
+    assert len(found[0]) == 5 and found[0] == found[1] and all(row in rows for row in found[0])
+    assert script.data_of(script.make_parser().parse_args(words[:4]), tmp_path / "c")["train"] == folder / "train.json"
+    forecast = script.forecast(args, tmp_path / "b", tables, ["sft", "grpo"])
+    assert "training of 1 arms" in forecast and "evaluation of 2 arms" in forecast and "GFLOP/s" in forecast
+
+
+def test_unknown_arms_and_missing_data_are_refused(script: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(LlavaError, match="--arms: unknown dpo"):
+        script.main(["--arms", "sft,dpo", "--out", str(tmp_path)])
+    with pytest.raises(LlavaError, match="--data bccd needs --data-root"):
+        script.main(["--data", "bccd", "--out", str(tmp_path)])
