@@ -29,9 +29,10 @@ LIMITS = (6 * 60.0, 11 * 60.0)
 """Limits of the forecast: the largest size below the first is used, else below the second, else the smallest size."""
 
 # Share of the measured rate that the stages reach, seconds of other work per 10^9 operations, and constant seconds of
-# each stage: fitted to whole runs on two cores, of 480 drawings in bf16 at 843 GFLOP/s and of 180 in float32 at 127.
+# each stage: fitted to whole runs on two cores, of 480 drawings in bf16 at 843 GFLOP/s, of 240 in bf16 at 353 and of
+# 180 in float32 at 127.
 # Products of a stage are larger than the measured ones, so a share may exceed 1.
-ALIGN, TUNE, ANSWER = (0.74, 0.00255), (1.31, 0.00528), (1.5, 0.0015)
+ALIGN, TUNE, ANSWER = (0.74, 0.0031), (1.31, 0.0060), (1.5, 0.0030)
 """Fits of training a projector, of training all else, and of answering: share of the rate, seconds of other work."""
 
 DRAWING_SECONDS = 0.012

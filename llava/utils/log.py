@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Never, TypeVar
 
@@ -37,6 +38,8 @@ def setup_logging(level: int | str = logging.INFO) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
+    # peft asks for a property that transformers renames; users can do nothing about it.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def warn_once(logger: logging.Logger, message: str) -> None:
