@@ -21,7 +21,13 @@ CUES: dict[str, tuple[Entry, ...]] = {
     "none": (
         *entries(
             rf"(?:no|without|not)(?: \w+){{0,3}} {_CHANGE}(?: in| of| from)?",
-            r"no comparison\w*|no (?:prior|previous|further)|not (?:well|optimally|fully|completely|adequately) \w+",
+            r"no comparison\w*|no (?:prior|previous|further)|"
+            r"not (?:well|optimally|fully|completely|adequately|easily|readily) \w+",
+        ),
+        Entry(
+            r"(?:(?:has|have|had) )?(?:near(?:ly)?|almost|partial(?:ly)?|mostly|largely|incomplete(?:ly)?)(?: \w+)? "
+            r"(?:resolved|cleared|disappeared|(?:resolution|clearing)(?: of)?)",
+            "something is left",
         ),
         Entry(rf"no longer {_CHANGE}", _GENERAL),
         Entry(r"not clear(?=,| that| whether)", "says that something cannot be judged"),
@@ -33,7 +39,7 @@ CUES: dict[str, tuple[Entry, ...]] = {
     ),
     "uncertain_before": (
         *entries(
-            r"may|might|could",
+            rf"(?:may|might|could)(?! (?:also |again )?be (?:\w+ )?{_SEEN})",
             r"possibly|probably|perhaps",
             r"(?:suspicious|concerning|worrisome|suggestive) (?:for|of)",
             r"(?:cannot|can ?not|not)(?: be)?(?: \w+){0,2} exclude",
@@ -45,7 +51,8 @@ CUES: dict[str, tuple[Entry, ...]] = {
         Entry(r"(?:concern|suspicion|suspect\w*|worry) (?:for|of)|concern\w* about", _GENERAL),
         Entry(r"evaluat\w+ (?:for|of)|correlate for|rule out|exclude", _GENERAL),
         Entry(r"(?:difficult|hard|impossible|unable) to (?:\w+ )?(?:exclude|rule out)", _GENERAL),
-        Entry(r"differential(?: \w+)? includes?|versus|vs", _GENERAL),
+        Entry(r"differential(?: \w+){0,2} (?:includes?|is|are|considerations?)|versus|vs", _GENERAL),
+        Entry(r"possibility of|consideration (?:of|to|for)", _GENERAL),
     ),
     "uncertain_near": (
         *entries(r"possible|probable|questionable|potential"),
@@ -59,6 +66,10 @@ CUES: dict[str, tuple[Entry, ...]] = {
             r"(?:is|are) (?:possible|probable|suspected|questioned|questionable|(?:less )?likely|considered|favored)"
             r"(?= ?(?:[.,;:)]|$|(?:in|at|on|given|with|but|based|and|or|by|though|although|as well)\b))",
             "as a predicate; before a noun, as in `is likely edema`, it is a cue of that noun",
+        ),
+        Entry(
+            rf"(?:may|might|could) (?:also |again )?be (?:\w+ )?{_SEEN}|(?:may|might|could) (?:co)?exist",
+            "with the finding before it",
         ),
         Entry(r"(?:is|are|remains?) (?:a )?(?:consideration|possibility|not unlikely)", _GENERAL),
         Entry(r"(?:cannot|can ?not) be ruled out|difficult to exclude|versus|vs", _GENERAL),
@@ -103,7 +114,7 @@ STOPS = Finder(
             r"which|that (?:is|are|may|could)",
             r"other than|aside from|apart from|status post",
         ),
-        Entry(r"resulting in|despite|in addition|since|given", _GENERAL),
+        Entry(r"resulting in|despite|in addition|since|given|after|following", _GENERAL),
     )
 )
 """Words at which the reach of a cue ends."""
@@ -120,12 +131,17 @@ HEART = Finder(
             r"cardiac (?:and |/ ?)?(?:size|silhouettes?|contours?|shadow|enlargement|xxxx)?",
         ),
         Entry(r"cardio ?pericardial silhouettes?", "another name of the silhouette of the heart"),
+        Entry(r"cardio ?thoracic (?:ratio|index)", "the measure of its size"),
+        Entry(r"cardiac(?=, (?:mediastinal|hilar|aortic))", "the first of several contours"),
     )
 )
 MEDIASTINUM = Finder(
-    entries(
-        r"(?:para|cardio ?)?mediastin(?:um|al)(?: and hilar| and cardiac)?"
-        r"(?: silhouettes?| contours?| size| width| shadow| structures?| borders?)?"
+    (
+        *entries(
+            r"(?:para|cardio ?|cardia )?mediastin(?:um|al)(?: and hilar| and cardiac)?"
+            r"(?: silhouettes?| contours?| size| width| shadow| structures?| borders?)?"
+        ),
+        Entry(r"cardio ?thymic silhouettes?", "its name in children"),
     )
 )
 NOT_HEART = Finder(

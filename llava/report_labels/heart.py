@@ -19,7 +19,7 @@ from llava.report_labels.scopes import Scopes
 _ORGANS = {"Cardiomegaly": (HEART, NOT_HEART), "Enlarged Cardiomediastinum": (MEDIASTINUM, NOT_MEDIASTINUM)}
 _MODIFIERS = re.compile(
     r"(?:[\s-]*\b(?!is\b|are\b|with\b|and\b|but\b|appears?\b|in\b|for\b)[\w-]+){0,3}[\s-]*"
-    r"(?:and (?:size|contours?|shape|configuration|appearance)\s+)?(?:of the |of |in the )?\s*"
+    r"(?:size and |and (?:size|contours?|shape|configuration|appearance)\s+)?(?:of the |of |in the )?\s*"
 )
 _SEPARATOR = re.compile(r",|;|:|\b(?:and|with|but|shows?|demonstrates?|reveals?)\b")
 _VERB = re.compile(r"\b(?:is|are|was|were|appears?|remains?|demonstrates?|shows?|measures?|has|have)\b")

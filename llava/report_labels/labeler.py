@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 
+from llava.report_labels.cues import STATE_PATTERN
 from llava.report_labels.findings import (
     FINDINGS,
     NEGATIVE,
@@ -24,15 +25,17 @@ from llava.report_labels.findings import (
 )
 from llava.report_labels.heart import heart_values
 from llava.report_labels.mentions import MENTION_FINDERS, NOT_FINDERS, OTHER_FINDER, SOFT_FINDERS
-from llava.report_labels.scopes import Scopes, lower_case, split_sentences
+from llava.report_labels.scopes import Scopes, condition_spans, findings_parts, lower_case, split_sentences
 
 OTHER = "Other"
 """Evidence of an abnormality that none of the 14 findings covers."""
 
-RULES_VERSION = "2"
+RULES_VERSION = "3"
 """Version of tables and rules, for results."""
 
 _RANK = {POSITIVE: 3, UNCERTAIN: 2, NEGATIVE: 1}
+_STABLE_RANK = 0
+"""Rank of a heart or mediastinum that is only stable: whatever else the report says of it decides."""
 
 
 def label_report(text: str) -> ReportLabels:
@@ -43,27 +46,34 @@ def label_report(text: str) -> ReportLabels:
     (1, 0, None)
     """
     evidence: list[Evidence] = []
-    for start, end in split_sentences(text):
-        for finding, value, first, last, cue in _sentence_evidence(lower_case(text[start:end])):
-            evidence.append(Evidence(finding, value, start + first, start + last, cue))
-    labels: dict[str, Label] = dict.fromkeys(FINDINGS)
-    is_abnormal = False
+    for offset, stop in findings_parts(text):
+        for start, end in split_sentences(text[offset:stop]):
+            place = offset + start
+            for finding, value, first, last, cue in _sentence_evidence(lower_case(text[place : offset + end])):
+                evidence.append(Evidence(finding, value, place + first, place + last, cue))
+    decided: dict[str, Evidence] = {}
     for part in evidence:
-        is_abnormal = is_abnormal or (part.finding != SUPPORT_DEVICES and part.value != NEGATIVE)
-        if part.finding == OTHER:
-            continue
-        known = labels[part.finding]
-        if known is None or _RANK[part.value] > _RANK[known]:
-            labels[part.finding] = part.value
+        known = decided.get(part.finding)
+        if known is None or _rank(part) > _rank(known):
+            decided[part.finding] = part
+    labels: dict[str, Label] = {name: decided[name].value if name in decided else None for name in FINDINGS}
+    is_abnormal = any(part.value != NEGATIVE for name, part in decided.items() if name != SUPPORT_DEVICES)
     if not is_abnormal and any(char.isalpha() for char in text):
         labels[NO_FINDING] = POSITIVE
     return ReportLabels(labels, tuple(part for part in evidence if part.finding != OTHER))
 
 
+def _rank(part: Evidence) -> int:
+    state = STATE_PATTERN.fullmatch(part.cue) if part.value == UNCERTAIN else None
+    return _STABLE_RANK if state is not None and state.lastgroup == "stable" else _RANK[part.value]
+
+
 @lru_cache(maxsize=1 << 14)
 def _sentence_evidence(sentence: str) -> tuple[tuple[str, int, int, int, str], ...]:
     """Return finding, value, start, end and cue of each mention in a sentence in lower case."""
-    mentions, others = list(_mentions(sentence)), OTHER_FINDER.spans(sentence)
+    conditions = condition_spans(sentence)
+    mentions = [part for part in _mentions(sentence) if not _is_within(part[1:3], conditions)]
+    others = [span for span in OTHER_FINDER.spans(sentence) if not _is_within(span, conditions)]
     places = [(start, end) for _, start, end, _ in mentions]
     scopes = Scopes(sentence)
     found = []
@@ -77,6 +87,10 @@ def _sentence_evidence(sentence: str) -> tuple[tuple[str, int, int, int, str], .
         value, cue = scopes.assess(start, end, [])
         found.append((OTHER, value, start, end, cue))
     return tuple(sorted(found, key=lambda part: part[2]))
+
+
+def _is_within(span: tuple[int, int], places: Iterable[tuple[int, int]]) -> bool:
+    return any(low <= span[0] and span[1] <= high for low, high in places)
 
 
 def _mentions(sentence: str) -> Iterable[tuple[str, int, int, bool]]:

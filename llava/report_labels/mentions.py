@@ -24,9 +24,15 @@ MENTIONS: dict[str, tuple[Entry, ...]] = {
             r"scar(?:s|ring)?",
         ),
         Entry(r"reticul\w+", "listed by the published rules"),
+        Entry(
+            r"interstiti\w+ (?:is|are|appears?|remains?)(?: \w+){0,2} "
+            r"(?:prominent|thickened|increased|accentuated|coarse\w*)",
+            "the markings without their name",
+        ),
+        Entry(r"air ?space (?:changes?|shadow\w*)", "other names of airspace disease"),
         Entry(r"interstitial densit(?:y|ies)", "another word for the markings"),
         Entry(r"(?:hazy|streaky|patchy|airspace|basilar|bibasilar|retrocardiac) densit(?:y|ies)", "said of opacities"),
-        Entry(r"haziness|ground glass\w*|opaque", "other words for an opacity"),
+        Entry(r"haziness|ground glass\w*|ggos?|opaque|white ?out", "other words for an opacity"),
         Entry(r"lungs? scarred|scarred lungs?", "another form of scarring"),
     ),
     "Lung Lesion": (
@@ -34,6 +40,7 @@ MENTIONS: dict[str, tuple[Entry, ...]] = {
         Entry(r"mass ?like", "a form of mass"),
         Entry(r"cavit(?:y|ies|ations?)", "a form of cavitary lesion"),
         Entry(r"(?:lung|pulmonary|focal|suspicious|parenchymal) lesions?", "a lesion of the lung in chest reports"),
+        Entry(r"lesions? in the (?:\w+ ){0,3}(?:lobes?|lungs?)", "another order of words"),
         Entry(r"tumou?rs?|neoplas\w+|carcinoma", "names of what a lesion is"),
     ),
     "Edema": (
@@ -51,13 +58,14 @@ MENTIONS: dict[str, tuple[Entry, ...]] = {
         *entries(r"pneumothora\w+"),
         Entry(r"(?:hydro|hemo)pneumothora\w+", "air with fluid"),
         Entry(r"pneumothroax|pneumothorx|ptx", "common misspellings and the abbreviation"),
+        Entry(r"pleural air(?: collections?)?", "the same in other words"),
     ),
     "Pleural Effusion": (
         *entries(r"effusions?", r"pleural fluid(?: collections?)?"),
         Entry(r"pleural (?:and|or) pericardial effusions?", "the second of the two is blocked"),
         Entry(r"(?:hydro|hemo|haemo)(?:pneumo)?thora\w+", "fluid in the pleural space"),
         Entry(r"fluid (?:in|within|along|tracking into) the (?:\w+ ){0,2}(?:fissures?|pleural spaces?)", _GENERAL),
-        Entry(r"loculated (?:\w+ )?fluid", _GENERAL),
+        Entry(r"(?:loculated|localized) (?:\w+ )?fluid", _GENERAL),
     ),
     "Pleural Other": (
         *entries(
@@ -86,13 +94,13 @@ MENTIONS: dict[str, tuple[Entry, ...]] = {
             r"tracheostomy",
             r"valves?",
             r"devices?",
-            r"stimulators?",
+            r"\w*stimulators?",
         ),
         Entry(r"pacers?|electrodes?|lead", "parts of pacemakers"),
         Entry(r"drains?", "listed by the published rules"),
-        Entry(r"hardware|screws?|plates?|rods?|fixation", "listed by the published rules"),
+        Entry(r"hardware|screws?|plates?|rods?|fixation|orif|anchors?", "listed by the published rules"),
         Entry(r"(?:naso|oro)gastric|endotracheal|swan ganz|dobhoff|ett|ngt|ogt|balloon pump|cannulas?", _GENERAL),
-        Entry(r"shunts?|filters?|loop recorder|embolization coils?|lvad|impella", _GENERAL),
+        Entry(r"shunts?|filters?|loop recorder|coils?|occluders?|gastrostomy|lvad|impella", _GENERAL),
     ),
 }
 """Words that mention a finding; of the heart and the mediastinum only those that name the abnormality."""
@@ -103,10 +111,10 @@ SOFT_MENTIONS: dict[str, tuple[Entry, ...]] = {
             r"congest(?:ion|ed)",
             r"engorge(?:d|ment)",
             r"indistinct(?:ness)?(?: central| pulmonary)*(?: vascul\w+| vessels?| margins?| margination)?",
-            r"(?:prominen(?:t|ce)|increased)(?: of)?(?: the)?(?: \w+){0,2} vascul(?:ar|ature|arity|ar markings)",
+            r"(?:prominen(?:t|ce)|increased)(?: of)?(?: the)?(?: \w+){0,2} vascul\w+",
             r"(?:vascul\w+|vessels|vascular markings) prominence",
-            r"(?:vascularity|vasculature|vascular markings|vessels) (?:is|are|appears?|remains?)(?: \w+){0,2} "
-            r"(?:prominent|indistinct|increased|accentuated)",
+            r"(?:vascul\w+|vascular markings|vessels) (?:is|are|appears?|remains?)(?: \w+){0,2} "
+            r"(?:prominent|indistinct|increased|accentuated|enlarged)",
         ),
         Entry(r"cephali[sz]ation|vascular redistribution|venous hypertension", _GENERAL),
     ),
@@ -123,7 +131,8 @@ NOT_MENTIONS: dict[str, tuple[Entry, ...]] = {
     "Lung Lesion": (
         *entries(
             r"(?<!non.)calcifi\w+(?:[\s,/]+(?!and |or |with |no |is |are )\w+){0,5}?[\s,/]+(?:nodul\w+|mass\w*)",
-            r"nodul\w+(?:[\s,]+(?!and |or )\w+){0,16}[\s,]+granulom\w+",
+            r"nodul\w+(?:[\s,]+(?!and |or |may |might |could |possibl|probabl)\w+){0,16}[\s,]+granulom\w+",
+            r"nodul\w+(?:[\s,]+\w+){0,6} suggests? a (?:previous|prior) granulom\w+",
             r"(?:thyroid|breast|mediastinal|soft tissue|bon[ey]|osseous|osteolytic|lytic|sclerotic|rib|renal|hepatic|"
             r"abdominal|paratracheal|paraspinal|substernal|chest wall) (?:mass(?:es)?|nodules?|lesions?)",
         ),
@@ -139,7 +148,12 @@ NOT_MENTIONS: dict[str, tuple[Entry, ...]] = {
         Entry(r"nodular(?: pleural)? scar\w*", "a form of scarring"),
     ),
     "Edema": (
-        Entry(r"(?:soft tissue|subcutaneous|bowel wall|cutaneous) edema", "not in the lung"),
+        Entry(
+            r"(?:soft tissue|subcutaneous|bowel wall|cutaneous|laryngeal|cerebral|brain|leg|pedal|ankle|peripheral) "
+            r"edema",
+            "not in the lung",
+        ),
+        Entry(r"vascular calcif\w+", "of arteries"),
         Entry(r"nasal congestion", "not in the lung"),
         Entry(r"indistinct(?:ness)?(?: \w+){0,4} (?:diaphragm\w*|heart border|costophrenic)", "said of borders"),
         Entry(r"(?:prominen(?:t|ce)|increased)(?: of)?(?: the)?(?: \w+){0,2} vascular pedicle", "mediastinum"),
@@ -206,7 +220,8 @@ OTHER_ABNORMALITIES: tuple[Entry, ...] = (
         r"thickening|fibro\w+|bronchiect\w+|bronchitis|cuffing|chronic (?:lung|interstitial|parenchymal)\w*",
         r"dislocat\w+|sublux\w+|sclero\w+|lytic|erosi\w+",
         r"volume loss|pneumoperitoneum|pneumomediastinum|free air|subcutaneous (?:air|emphysema|gas)|lucenc\w+",
-        r"prominen\w+|enlarge\w+|dilat\w+|fullness|widen\w+|shift|abnormal",
+        r"prominen\w+|enlarge\w+|dilat\w+|fullness|widen\w+|shift\w*|abnormal",
+        r"narrow\w*|deviat\w+|retract\w+|capping|vertebroplast\w+|air fluid level\w*",
         r"densit(?:y|ies)|irregularit\w+",
         r"fusion|foreign bod(?:y|ies)|bullets?|prosthe\w+|stents?",
         r"mass(?:es)?|nodul\w+|lesions?|kerley|[ab] lines?|pericardial effusions?",
@@ -214,6 +229,11 @@ OTHER_ABNORMALITIES: tuple[Entry, ...] = (
         r"post ?(?:surgical|operative)|lobectomy|mastectomy|resection|vertebroplasty|senescent",
     ),
     Entry(r"pneumatocele\w*|gallstones?|distended|distention|obstruction|anomal\w+|shrapnel", "abnormal by themselves"),
+    Entry(
+        r"\w*listhesis|retropulsion|syndesmophyt\w+|osteodystroph\w+|myeloma|enchondroma|infarct\w*|amputat\w+|goiter|"
+        r"loss of (?:\w+ ){0,3}(?:height|definition|disc)|cortical defects?|deep sulcus|broken|disrupted|malignan\w+",
+        "abnormal by themselves",
+    ),
 )
 """Words of abnormalities that none of the 13 findings covers."""
 

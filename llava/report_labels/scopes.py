@@ -31,16 +31,26 @@ _CLAUSE = re.compile(  # a new clause with its own verb; predicates of a list ("
     r"(?:is|are|was|were|has|have|appears?|remains?|shows?|demonstrates?)\s+"
     r"(?!(?:not\s+)?(?:seen|identified|noted|present|visuali|appreciat|demonstrat|evident|detect|observed|found|visible))"
 )
+_COMMA = r"(?<!\bstable)(?<!\bsmall)(?<!\bmild)(?<!\bminimal)(?<!\bchronic)(?<!\bold)(?<!\bnew),"
+"""Comma, but not one between adjectives as in `a small, stable effusion`."""
+
 _ITEM = re.compile(  # an item that is stated, after a list that is denied
-    r",\s*(?:and\s+)?(?:a\s+)?(?:stable|unchanged|persistent|mild\w*|moderate\w*|minimal\w*|small|chronic|old|healed|"
+    rf"{_COMMA}\s*(?:and\s+)?(?:a\s+)?(?:stable|unchanged|persistent|mild\w*|moderate\w*|minimal\w*|small|chronic|old|healed|"
     r"calcified|scattered|degenerative|low|tortuous|again|interval|improv\w+|increas\w+|decreas\w+|residual|possible|"
-    r"probable|questionable)\b(?![^.]*\b(?:or|nor)\b)"
-    r"|\band\s+(?:a\s+)?(?:stable|unchanged|persistent|mild\w*|small|minimal\w*|possible|probable)\b(?![^.]*\bor\b)"
+    r"probable|questionable|irregular|coarse\w*|prominent)\b(?![^.]*\b(?:or|nor)\b)"
+    r"|\band\s+(?:a\s+)?(?:possible|probable)\b(?![^.]*\bor\b)"
+)
+_AND_ITEM = re.compile(  # the same after `and`; a doubt reaches through it: `likely atelectasis and small effusion`
+    r"\band\s+(?:a\s+)?(?:stable|unchanged|persistent|mild\w*|small|minimal\w*)\b(?![^.]*\bor\b)"
 )
 _LIST = re.compile(r"[^,]*(?:,[^,]*)*,?\s*\b(?:or|and|nor)\b[^,]*")
 _JOINED = re.compile(r"^[^,;:]{0,40}?(?:\band/or\b|\bor\b|\bversus\b|\bvs\b\.?)[^,;:]{0,40}$")
 _VERB = re.compile(r"\b(?:is|are|was|were|has|have|may|could|might|appears?|represents?|with|without|no|which)\b")
 _VERSUS_AFTER = re.compile(r"^(?P<between>[^,;:.]{0,40}?)\b(?:versus|vs)\b")
+_OTHER_SUBJECT = re.compile(r"\band\s+(?:the|a|an)\b")
+_SINGULAR = re.compile(r"(?:is|was|has)\b")
+"""A verb of the last of two things only: `an opacity is present and the heart border is not seen`."""
+
 _COLON = re.compile(r":\s|\(")
 _AND = re.compile(r"\band\b(?!/or)")
 _VERSUS_BEFORE = re.compile(r"\b(?:versus|vs)\b\W+(?:\w+\W+){0,3}$")
@@ -48,12 +58,37 @@ _TERMS = (
     r"(?:scar\w*|thickening|granuloma\w*|artifact\w*|shadows?|overlap\w*|crowding|summation|confluence|vessels?|nipples?|"
     r"fat|process|etiology|pericardial effusions?)\b"
 )
-_TERM_AFTER = re.compile(rf"^(?P<between>[\s/-]*(?:[\w-]+\s+){{0,3}}?)(?:and/or|or)\s+(?:[\w-]+\s+){{0,3}}?{_TERMS}")
+_TERM_AFTER = re.compile(
+    rf"^(?P<between>[\s/-]*(?:[\w-]+\s+){{0,3}}?)(?:and/or|or),?\s+(?:less\s+\w+,?\s+)?(?:[\w-]+\s+){{0,3}}?{_TERMS}"
+)
 _TERM_BEFORE = re.compile(rf"\b{_TERMS}\s+(?:and/or|or|versus|vs)\s+(?:[\w-]+\s+){{0,3}}?$")
 """Other things that a mention is an alternative to."""
 
-NEAR = 45
+NEAR = 64
 """Characters that a single adjective of uncertainty reaches."""
+
+
+_BEFORE_FINDINGS = re.compile(  # headers of what was known before the image was read, up to the findings
+    r"(?:^|(?<=[.\n]))\s*(?:indications?|clinical (?:history|information|indication)|history|"
+    r"reason for (?:the )?(?:exam\w*|study)|technique|comparison|examination|exam|procedure)\s*:"
+    r"(?:(?!\b(?:findings?|impression|conclusion|report)\s*:).)*(?=\b(?:findings?|impression|conclusion|report)\s*:)",
+    re.IGNORECASE | re.DOTALL,
+)
+_CONDITION = re.compile(r"\bif\b[^,;]*?(?=[,;]|\bconsider|\brecommend|\bthen\b|$)")
+
+
+def findings_parts(text: str) -> Iterator[tuple[int, int]]:
+    """Yield start and end of the parts of a report without indication, history, technique and comparison."""
+    start = 0
+    for match in _BEFORE_FINDINGS.finditer(text):
+        yield start, match.start()
+        start = match.end()
+    yield start, len(text)
+
+
+def condition_spans(sentence: str) -> list[tuple[int, int]]:
+    """Return the places of conditions (`if there is concern for fracture`), which state nothing."""
+    return [match.span() for match in _CONDITION.finditer(sentence)] if "if " in sentence else []
 
 
 def split_sentences(text: str) -> Iterator[tuple[int, int]]:
@@ -84,6 +119,18 @@ class Cue:
     text: str
 
 
+def _direction(cue: Cue, mentions: list[tuple[int, int]]) -> str:
+    """Return the kind of a cue; some point to the other side where theirs has no mention.
+
+    `An effusion would be difficult to exclude`, `at the base may be seen an opacity`.
+    """
+    if cue.kind == "uncertain_before" and cue.text.endswith(("exclude", "rule out")):
+        return cue.kind if any(start >= cue.end for start, _ in mentions) else "uncertain_after"
+    if cue.kind == "uncertain_after" and cue.text.startswith(("may", "might", "could")):
+        return cue.kind if any(end <= cue.start for _, end in mentions) else "uncertain_before"
+    return cue.kind
+
+
 class Scopes:
     """Cues and stops of one sentence in lower case."""
 
@@ -98,6 +145,7 @@ class Scopes:
         colons = [match.start() for match in _COLON.finditer(sentence)]
         self.stops = sorted(words + colons)
         self.clauses = sorted(m.start() for pattern in (_CLAUSE, _ITEM) for m in pattern.finditer(sentence))
+        self.items = [match.start() for match in _AND_ITEM.finditer(sentence)]
 
     def assess(self, start: int, end: int, mentions: list[tuple[int, int]]) -> tuple[int, str]:
         """Return the value of the mention at `start` to `end`, and the words that decide; empty for a plain mention.
@@ -134,18 +182,19 @@ class Scopes:
     def _doubt(self, start: int, end: int, mentions: list[tuple[int, int]]) -> str | None:
         found = None
         for cue in self.cues:
+            kind = _direction(cue, mentions)
             before, after = cue.end <= start, cue.start >= end
             if (
-                (before and cue.kind == "uncertain_before" and not self._stopped(cue.end, start))
-                or (before and cue.kind == "uncertain_near" and self._is_near(cue.end, start))
-                or (after and cue.kind == "uncertain_after" and self._reaches_back(end, cue.start))
+                (before and kind == "uncertain_before" and not self._stopped(cue.end, start))
+                or (before and kind == "uncertain_near" and self._is_near(cue.end, start))
+                or (after and kind == "uncertain_after" and self._reaches_back(end, cue.start))
             ):
                 found = cue.text
         return found or self._alternative(start, end, mentions)
 
     def _is_near(self, end: int, start: int) -> bool:
         between = self.sentence[end:start]
-        return len(between) <= NEAR and "," not in between and _VERB.search(between) is None
+        return len(between) <= NEAR and re.search(_COMMA, between) is None and _VERB.search(between) is None
 
     def _doubted_between(self, end: int, start: int) -> bool:
         return any(cue.kind.startswith("uncertain") and end <= cue.start < start for cue in self.cues)
@@ -156,9 +205,9 @@ class Scopes:
             return True
         if any(end <= clause < start for clause in self.clauses):
             return True
-        if clauses:  # a denial does not reach through a statement of doubt, nor doubt through a denial
-            return False
-        return any(cue.kind == "denied_before" and end <= cue.start < start for cue in self.cues)
+        if clauses:  # a denial does not reach through a doubt, nor a doubt through a denial or "no change in"
+            return any(end <= item < start for item in self.items)
+        return any(cue.kind in ("denied_before", "none") and end <= cue.start < start for cue in self.cues)
 
     def _reaches_back(self, end: int, start: int) -> bool:
         """Return whether a cue at `start` reaches back to a mention that ends at `end`."""
@@ -166,6 +215,8 @@ class Scopes:
         if any(end <= stop < start for stop in self.stops):
             return False
         if any(cue.kind in ("denied_before", "uncertain_before") and end <= cue.start < start for cue in self.cues):
+            return False
+        if _OTHER_SUBJECT.search(between) and _SINGULAR.match(self.sentence, start):
             return False
         return "," not in between or _LIST.fullmatch(between) is not None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from llava.eval import model_vqa, model_vqa_med, run, run_med_datasets_eval_batc
 from llava.model.checkpoint.save import save_model
 from llava.quickstart.synthetic import sample_smear, truth_row
 from tests.support.eval_fakes import row, rows_of, write_vqa
+from tests.support.processes import run_command
 from tests.support.tiny import tiny_llava
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,9 +49,7 @@ def words_for(folder: Path, out: str) -> list[str]:
 
 def run_script(*words: str, cwd: Path = ROOT) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
+    done = run_command([sys.executable, *words], cwd=cwd, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

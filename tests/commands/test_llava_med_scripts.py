@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.support.processes import run_command
 from tests.support.runs import losses, write_parts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,20 +30,12 @@ KEPT = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") i
 KEPT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def start(script: str, *words: object, cwd: Path, **environment: object) -> subprocess.Popen[str]:
-    """Start a script; the environment has only what a test gives, and what the machine needs."""
-    command = ["bash", str(ROOT / "scripts" / "llava_med" / script), *map(str, words)]
-    given = {name: str(value) for name, value in environment.items() if value is not None}
-    return subprocess.Popen(
-        command, cwd=cwd, env=KEPT | given, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
 def run(script: str, *words: object, cwd: Path, **environment: object) -> tuple[int, str]:
-    """Return the status and the output of a script."""
-    with start(script, *words, cwd=cwd, **environment) as process:
-        output = process.communicate(timeout=300)[0]
-    return process.returncode, output
+    """Return the status and the output of a script; its environment has only what is given and the machine needs."""
+    given = {name: str(value) for name, value in environment.items() if value is not None}
+    command = ["bash", ROOT / "scripts" / "llava_med" / script, *words]
+    done = run_command(command, cwd=cwd, env=KEPT | given, timeout=300, joined=True)
+    return done.returncode, done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +145,8 @@ def test_two_nodes_compute_the_losses_of_one_machine(tmp_path: Path) -> None:
     status, output = run("finetune_vqa_rad.sh", *words, cwd=tmp_path, NPROC=2, OUT=tmp_path / "one", **given)
     assert status == 0, output[-2000:]
     nodes = {"NNODES": 2, "NPROC": 1, "MASTER_ADDR": "127.0.0.1", "OUT": tmp_path / "two"}
-    started = [
-        start("finetune_vqa_rad.sh", *words, cwd=tmp_path, NODE_RANK=rank, **nodes, **given) for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs[0][-2000:]
+    with ThreadPoolExecutor() as pool:
+        node = partial(run, "finetune_vqa_rad.sh", *words, cwd=tmp_path, **nodes, **given)
+        done = [pool.submit(node, NODE_RANK=rank) for rank in range(2)]
+    assert [one.result()[0] for one in done] == [0, 0], done[0].result()[1][-2000:]
     assert losses(tmp_path / "two") == losses(tmp_path / "one")

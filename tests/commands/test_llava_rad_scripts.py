@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from llava.eval.model_mimic_cxr import main as predict
+from tests.support.processes import have_ended, run_command, started
 from tests.support.tiny import tiny_image, write_tiny_lm, write_tiny_tower
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,10 +31,10 @@ def run(script: str, *words: object, cwd: Path, **environment: object) -> subpro
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
     kept |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
     given = {name: str(value) for name, value in environment.items() if value is not None}
-    command = ["bash", str(ROOT / "scripts" / script), *map(str, words)]
+    command = ["bash", ROOT / "scripts" / script, *words]
     removed = {name for name, value in environment.items() if value is None}
     env = {name: value for name, value in {**kept, **given}.items() if name not in removed}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=900)
+    return run_command(command, cwd=cwd, env=env, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -296,13 +297,14 @@ def _killed_evaluation(rad: dict[str, Path], folder: Path, model: Path) -> bytes
     given = {"query_file": rad["data"], "image_folder": rad["images"], "PYTHON": sys.executable, "NUM_CHUNKS": 2}
     words = (rad["lm"], model, "scores", "tiny", "--max_new_tokens", 6, "--batch_size", 1)
     env = {**os.environ, **{key: str(value) for key, value in given.items()}, "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(["bash", str(ROOT / "scripts" / "eval.sh"), *map(str, words)], cwd=folder, env=env)
     part, deadline = folder / "scores" / "test_0.jsonl", time.monotonic() + 200
-    while not (part.is_file() and part.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    time.sleep(0.5)  # its processes end with it
+    command, mark = ["bash", ROOT / "scripts" / "eval.sh", *words], str(folder)
+    with started(command, cwd=folder, env=env, mark=mark) as process:
+        while not (part.is_file() and part.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert have_ended(mark, seconds=10), "its processes did not end with it"
     done = run("eval.sh", *words, cwd=folder, **given)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Total reports: 10" in done.stdout and (folder / "scores" / "eval" / "metrics.json").is_file()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.processes import run_command
 from tests.support.ranks import free_port
 from tests.support.runs import arguments, losses, write_parts
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(words: list[str]) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=400)
+    done = run_command(words, cwd=ROOT, env=environment, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.support.pairs import write_pairs
+from tests.support.processes import run_command
 from tests.support.runs import metrics, write_parts
 
 SMALLER = (
@@ -30,7 +30,7 @@ def test_the_published_command_trains_pairs(tmp_path: Path) -> None:
     words += [*SMALLER.split(), "--dataloader_num_workers", "0", "--model_max_length", "512"]
     environment = {**os.environ, "LAUNCH": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = ["bash", str(ROOT / "scripts" / "dpo_finetune.sh"), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=280)
+    done = run_command(command, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     found = metrics(out)
     assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and len(found) >= 2

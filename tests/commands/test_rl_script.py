@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 from tests.conftest import ROOT
+from tests.support.processes import run_command
 from tests.support.rollouts import rollouts, write_toy
 from tests.support.runs import metrics
 
@@ -26,7 +26,7 @@ def test_the_published_command_rolls_out_and_learns(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{bin_folder}:{environment['PATH']}"
     command = ["bash", str(ROOT / "scripts" / "train_rl_model.sh"), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=280)
+    done = run_command(command, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr.count("without effect, since the reward is symbolic") == 1
     rows = rollouts(out)

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from llava.cli import COMMANDS, split_command
 from llava.instruct.preferences import judge
 from llava.train.parsing import parse_training_args
 from tests.support.pairs import write_pairs
+from tests.support.processes import run_command
 from tests.support.runs import losses, write_parts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ def run(script: str, *words: object, **environment: object) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     env |= {name: str(value) for name, value in environment.items()}
     command = ["bash", str(ROOT / "scripts" / script), *map(str, words)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=900)
+    done = run_command(command, env=env, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava.model.builder import build_model
+from tests.support.processes import run_command
 from tests.support.ranks import free_port, run_ranks
 from tests.support.runs import train_published
 from tests.support.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
@@ -77,7 +77,7 @@ def run_changed(command: str, log: Path | None, **changed: object) -> str:
         return log.read_text()
     words[0] = str(Path(sys.executable).with_name("torchrun"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    done = run_command(words, cwd=ROOT, env=environment, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 

@@ -23,6 +23,7 @@ from llava.instruct.prompts import messages_for
 from llava.utils.budget import Budget, Prices, estimate_tokens
 from llava.utils.json_rows import read_records
 from tests.support.fake_endpoint import KEY, FakeEndpoint, Fault, Message, environment, serve
+from tests.support.processes import run_command, started
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTIONS = "oracles/llava-med-eval/llava_med_eval_qa50_fig_captions.json"
@@ -138,17 +139,16 @@ def test_printed_command_killed_at_a_random_row_and_resumed(
     line = [sys.executable, "llava/instruct/instruct_generate.py", "--input_path", str(captions), "--output_path"]
     line += [str(pieces), "--max-size", "60000", "--use_inline_mentions", "True"]
     stop_at = random.randrange(1, 40)
-    process = subprocess.Popen(line, cwd=ROOT, env=environment(endpoint), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not pieces.exists() or pieces.read_bytes().count(b"\n") < stop_at:
-        assert process.poll() is None and time.monotonic() < deadline, f"ended before row {stop_at}"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with started(line, cwd=ROOT, env=environment(endpoint), stderr=subprocess.DEVNULL) as process:
+        while not pieces.exists() or pieces.read_bytes().count(b"\n") < stop_at:
+            assert process.poll() is None and time.monotonic() < deadline, f"ended before row {stop_at}"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
     num_before = pieces.read_bytes().count(b"\n")
     with pieces.open("ab") as stream:  # as a kill in the middle of a line leaves it
         stream.write(b'{"pair_id": "3457')
-    done = subprocess.run(line, cwd=ROOT, env=environment(endpoint), capture_output=True, text=True, check=False)
+    done = run_command(line, cwd=ROOT, env=environment(endpoint), timeout=120)
     assert done.returncode == 1, done.stderr
     assert pieces.read_bytes() == whole.read_bytes()
     failed = [path.with_name(f"{path.stem}.failed.jsonl").read_bytes() for path in (pieces, whole)]

@@ -43,6 +43,18 @@ def stated(text: str) -> dict[str, Label]:
         ("A right subclavian port and a tracheostomy tube are in place.", {SD: 1}),
         ("Interstitial opacity consistent with edema.", {LO: 1, "Edema": 1}),
         ("Atelectasis/airspace disease at both bases.", {LO: 1, "Atelectasis": 1}),
+        ("The pulmonary interstitium is prominent.", {LO: 1}),
+        ("New air-space shadowing in the left lower zone.", {LO: 1}),
+        ("Peripheral GGOs in both lungs.", {LO: 1}),
+        ("White-out of the left hemithorax.", {LO: 1}),
+        ("A cystic lesion in the right upper lobe.", {LL: 1}),
+        ("A large pleural air collection is present on the right.", {PNX: 1}),
+        ("A neurostimulator overlies the thoracic spine.", {SD: 1}),
+        ("The opacity has nearly resolved.", {LO: 1}),
+        ("Near-complete resolution of the left effusion.", {PE: 1}),
+        ("Unchanged, suggesting no progression of the retrohilar nodule.", {LL: 1}),
+        ("Hazy opacity is present and the right heart border is not visualized.", {LO: 1}),
+        ("Small nodule in the left upper lung, possibly a granuloma.", {LL: 1}),
     ],
 )
 def test_stated(text: str, expected: dict[str, Label]) -> None:
@@ -69,6 +81,15 @@ def test_stated(text: str, expected: dict[str, Label]) -> None:
         ("No large effusion no pneumothorax.", {PE: 0, PNX: 0}),
         ("Lungs clear without effusion. Fracture: none.", {PE: 0, "Fracture": 0}),
         ("No definite effusion, no edema.", {PE: 0, "Edema": 0}),
+        ("No pneumothorax after line placement.", {PNX: 0, SD: 1}),
+        ("Pneumothorax is not seen, and neither is effusion.", {PNX: 0, PE: 0}),
+        ("The effusion and the pneumothorax are not seen.", {PE: 0, PNX: 0}),
+        ("There is atelectasis rather than consolidation.", {"Atelectasis": 1, "Consolidation": 0}),
+        ("Atelectasis, unlikely to represent pneumonia.", {"Atelectasis": 1, "Pneumonia": 0}),
+        ("No pleural air collection.", {PNX: 0}),
+        ("Resolution of the right effusion with persistent left effusion.", {PE: 1}),
+        ("No effusion is evident, although the costophrenic angle is excluded.", {PE: 0}),
+        ("The right chest tube has been removed, and there is a small right pneumothorax.", {SD: 0, PNX: 1}),
     ],
 )
 def test_denied(text: str, expected: dict[str, Label]) -> None:
@@ -99,6 +120,20 @@ def test_denied(text: str, expected: dict[str, Label]) -> None:
         ("There is suspected lower lobe opacity.", {LO: -1}),
         ("There is a questionable nodule.", {LL: -1}),
         ("Cardiomegaly and/or pericardial effusion.", {CM: -1}),
+        ("Cardiomegaly or, less likely, pericardial effusion.", {CM: -1}),
+        ("A small effusion may be present.", {PE: -1}),
+        ("An opacity could be seen at the left base.", {LO: -1}),
+        ("At the left base may be seen an opacity.", {LO: -1}),
+        ("A small effusion would be difficult to exclude.", {PE: -1}),
+        ("Small, possible effusion.", {PE: -1}),
+        ("Possible small, loculated effusion.", {PE: -1}),
+        ("There may be stable, mild enlargement of the cardiac silhouette.", {CM: -1}),
+        ("Opacity likely due to atelectasis and small effusion.", {LO: 1, "Atelectasis": -1, PE: -1}),
+        ("The possibility of atypical infection should be considered.", {"Pneumonia": -1}),
+        ("The differential diagnosis is pneumonia.", {"Pneumonia": -1}),
+        ("Pleural densities may represent localized fluid.", {PE: -1}),
+        ("No large effusion, although a small effusion cannot be excluded.", {PE: -1}),
+        ("No displaced fractures, however nondisplaced fractures cannot be excluded.", {"Fracture": -1}),
         ("Nodule, probably in the middle lobe given the opacification on the lateral view.", {LL: 1, LO: 1}),
     ],
 )
@@ -136,6 +171,15 @@ def test_uncertain(text: str, expected: dict[str, Label]) -> None:
         ("Intact leads in the right heart.", {SD: 1}),
         ("Projection of the cardiac silhouette, suggesting left atrial enlargement.", {}),
         ("Stable position of the cardiac XXXX and leads.", {SD: 1}),
+        ("Normal size and mediastinal contours.", {EC: 0}),
+        ("Heart and mediastinum are stable with normal size heart.", {CM: 0, EC: -1}),
+        ("Heart size is stable. The heart is normal.", {CM: 0}),
+        ("Heart size is borderline. The heart is normal.", {CM: -1}),
+        ("Heart size is unchanged. The heart is enlarged.", {CM: 1}),
+        ("Cardiac, mediastinal and hilar contours are normal.", {CM: 0, EC: 0}),
+        ("Increased cardiothoracic ratio.", {CM: 1}),
+        ("The cardiothymic silhouette is within normal limits.", {EC: 0}),
+        ("Normal appearance of the cardia mediastinal silhouette.", {EC: 0}),
     ],
 )
 def test_heart_and_mediastinum(text: str, expected: dict[str, Label]) -> None:
@@ -170,6 +214,16 @@ def test_heart_and_mediastinum(text: str, expected: dict[str, Label]) -> None:
         ("No pneumothorax with a small left effusion.", {PNX: 0, PE: 1}),
         ("There is no edema and the heart is enlarged.", {"Edema": 0, CM: 1}),
         ("No pneumothorax. Nodule measures 1.2 cm.", {PNX: 0, LL: 1}),
+        ("If there is concern for fracture, consider a rib series.", {}),
+        ("Dense nodule and hilar calcifications suggest a previous granulomatous process.", {}),
+        ("No laryngeal edema.", {}),
+        ("Increased vascular calcifications.", {}),
+        ("INDICATION: Rule out pneumonia. COMPARISON: None. FINDINGS: No effusion.", {PE: 0}),
+        (
+            "HISTORY: Cough, possible pneumonia\nFINDINGS: No consolidation.\nIMPRESSION: Edema.",
+            {"Consolidation": 0, "Edema": 1},
+        ),
+        ("Comparison: Chest CT. There is a small effusion.", {PE: 1}),
     ],
 )
 def test_traps(text: str, expected: dict[str, Label]) -> None:
@@ -187,6 +241,11 @@ def test_traps(text: str, expected: dict[str, Label]) -> None:
         ("Clear lungs without hyperinflation.", 1),
         ("Small effusion.", None),
         ("Possible pneumonia.", None),
+        ("Clear lungs. Heart size is stable. The heart is normal.", 1),
+        ("Clear lungs. Heart size is stable.", None),
+        ("Clear lungs. Mild rightward deviation of the trachea.", None),
+        ("Clear lungs. Minimal retrolisthesis.", None),
+        ("Clear lungs. The trachea is not deviated.", 1),
         ("", None),
     ],
 )
@@ -204,6 +263,12 @@ def test_no_finding(text: str, expected: Label) -> None:
 )
 def test_strongest_mention_wins(text: str, expected: Label) -> None:
     assert label_report(text).labels[PE] == expected
+
+
+def test_places_after_a_part_that_is_left_out() -> None:
+    text = "Indication: possible edema. Findings: Small effusion."
+    [part] = label_report(text).evidence
+    assert (part.finding, text[part.start : part.end]) == (PE, "effusion")
 
 
 def test_evidence_names_the_place_in_the_text() -> None:

@@ -6,11 +6,12 @@ import html
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.processes import run_command
 
 PROBE = """<html><body><script>
 const found = [];
@@ -56,7 +57,9 @@ def look_at(
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--hide-scrollbars"]
     options += ["--window-size=1400,900"] + ["--blink-settings=preferredColorScheme=0"] * dark
     options += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000", "--dump-dom", probe.as_uri()]
-    shown = subprocess.run([program, *options], capture_output=True, text=True, timeout=120, check=True).stdout
+    done = run_command([program, *options], timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    shown = done.stdout
     title = re.search(r"<title>(.*?)</title>", shown, re.DOTALL)
     assert title is not None, shown[:500]
     found: list[dict[str, Any]] = json.loads(html.unescape(title.group(1)))

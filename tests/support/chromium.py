@@ -23,6 +23,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.support.processes import started
+
 KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, "")}
 
 
@@ -135,18 +137,13 @@ def browser(folder: Path) -> Iterator[BrowserPage]:
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"]
     # The browser reads commands from descriptor 3 and answers on 4.
     words = ["bash", "-c", f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}', program, *options]
-    process = subprocess.Popen(
-        [*words, f"--user-data-dir={folder / 'profile'}"],
-        pass_fds=(to_browser, from_browser),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    os.close(to_browser)
-    os.close(from_browser)
+    words += [f"--user-data-dir={folder / 'profile'}"]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     try:
-        yield BrowserPage(reader, writer)
+        with started(words, pass_fds=(to_browser, from_browser), **silent):
+            os.close(to_browser)
+            os.close(from_browser)
+            yield BrowserPage(reader, writer)
     finally:
-        process.kill()
-        process.wait()
         os.close(reader)
         os.close(writer)

@@ -28,6 +28,7 @@ from llava.errors import ConfigError, DataError
 from llava.utils.files import hold_lock
 from tests.support.archive_files import article, jpeg, package, plain, rows, special, tar_gz, write_list
 from tests.support.file_server import Fault, FileServer, serve
+from tests.support.processes import run_command, started
 
 ROOT = Path(__file__).resolve().parents[3]
 QUICK = ["--rate", "0", "--first-wait", "0.01", "--max-wait", "0.05", "--stall-seconds", "0.3", "--max-attempts", "3"]
@@ -319,9 +320,7 @@ def test_a_killed_run_is_continued_to_the_same_files(server: FileServer, tmp_pat
     for round_ in (1, 2):
         for number in range(1, 9):
             server.faults[f"/{package(number)}"] = [Fault(pause=0.05, piece=700)]
-        with subprocess.Popen(
-            line, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as run_:
+        with started(line, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run_:
             deadline = time.monotonic() + 60
             while len(list((tmp_path / "killed").glob("images/*.jpg"))) < 5 * round_ and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -329,7 +328,7 @@ def test_a_killed_run_is_continued_to_the_same_files(server: FileServer, tmp_pat
         assert run_.returncode == -signal.SIGKILL
     (tmp_path / "killed" / "images" / ".partial" / "half").write_bytes(b"half")
     server.faults.clear()
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = run_command(line, cwd=ROOT, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert image_files(tmp_path / "killed") == image_files(tmp_path / "whole")
     listed = [(tmp_path / name / "missing.jsonl").read_bytes() for name in ("killed", "whole")]

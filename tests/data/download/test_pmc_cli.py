@@ -19,6 +19,7 @@ from llava.data.download.published import TABLE, read_table
 from llava.errors import ConfigError
 from tests.support.archive_files import article, package, rows
 from tests.support.file_server import Fault, FileServer, serve
+from tests.support.processes import run_command, started
 
 ROOT = Path(__file__).resolve().parents[3]
 QUICK = ["--rate", "0", "--first-wait", "0.01", "--max-wait", "0.05", "--stall-seconds", "0.5", "--max-attempts", "2"]
@@ -50,7 +51,7 @@ def line(folder: Path, *words: str) -> list[str]:
 def sh(words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command line at the root of the repository."""
     settings = {**os.environ, **environment}
-    return subprocess.run(words, cwd=ROOT, env=settings, capture_output=True, text=True, check=False, timeout=120)
+    return run_command(words, cwd=ROOT, env=settings, timeout=120)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -138,7 +139,7 @@ def test_killed_and_resumed(server: FileServer, tmp_path: Path) -> None:
     slow = {"/instruct/b.json": 2000, f"/{package(1)}": 700}
     for number, (path, piece) in enumerate(slow.items()):
         server.faults[path] = [Fault(pause=0.05, piece=piece)]
-        with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        with started(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
             deadline = time.monotonic() + 60
             while not ready[number]() and time.monotonic() < deadline:
                 time.sleep(0.01)

@@ -23,6 +23,7 @@ from llava.openai_api import ApiError
 from tests.support.eval_fakes import FakeEngine
 from tests.support.fake_endpoint import KEY, MODEL, FakeEndpoint, Fault, environment, serve
 from tests.support.judges import answer, lines, question, write_lines
+from tests.support.processes import run_command, started
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = "llava/eval/eval_multimodal_chat_gpt_score.py"
@@ -166,17 +167,16 @@ def test_killed_process_resumes(files: list[str], tmp_path: Path) -> None:
     with serve(replayed) as state:
         state.pause = 0.15
         words = [sys.executable, SCRIPT, *files, "--max-concurrency", "1", "--num-resamples", "5"]
-        process = subprocess.Popen(words, cwd=ROOT, env=environment(state), stderr=subprocess.DEVNULL)
         store = tmp_path / "s.jsonl.replies.jsonl"
         stop = time.monotonic() + 60
-        while time.monotonic() < stop and not (store.exists() and store.read_bytes().count(b"\n") >= 2):
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        with started(words, cwd=ROOT, env=environment(state), stderr=subprocess.DEVNULL) as process:
+            while time.monotonic() < stop and not (store.exists() and store.read_bytes().count(b"\n") >= 2):
+                time.sleep(0.02)
+            process.send_signal(signal.SIGKILL)
         kept = store.read_bytes().count(b"\n")
         assert 2 <= kept < 6 and not (tmp_path / "s.jsonl").exists()
         state.pause, before = 0.0, len(state.calls)
-        done = subprocess.run(words, cwd=ROOT, env=environment(state), capture_output=True, text=True, check=False)
+        done = run_command(words, cwd=ROOT, env=environment(state), timeout=120)
         assert done.returncode == 0, done.stderr
         assert len(state.calls) - before == 6 - kept
     assert all(row["judgement"]["scores"] for row in lines(tmp_path / "s.jsonl"))
