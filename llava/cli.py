@@ -48,6 +48,11 @@ COMMANDS: dict[str, Command] = {
         "answer and score questions about images, with confidence intervals and the blank-image control",
         "llava eval --model runs/first --data test.json --image-folder images --out runs/first/eval",
     ),
+    "compare": Command(
+        "llava.train.compare:main",
+        "compare training runs: curves, settings that differ, scores; as text, page or JSON",
+        "llava compare runs/first runs/second --html compare.html",
+    ),
     "chat": Command(
         "llava.serve.cli:main",
         "chat with a trained model about an image in the terminal",
@@ -359,7 +364,7 @@ def run_command(argv: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise unknown_command(" ".join([name, *rest[:1]]) if members else name, members)
     command = COMMANDS[name]
-    if "-h" in rest or "--help" in rest:
+    if any(word.partition("=")[0] in ("-h", "--help", "--help-all") for word in rest):
         sys.stdout.write(f"llava {name}: {command.summary}\nexample: {command.example}\n\n")
         sys.stdout.flush()
     run_target(command.target, [name.split()[-1], *rest] if command.passes_name else rest)

@@ -20,7 +20,7 @@ def help_of(name: str) -> str:
 
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        run_target(COMMANDS[name].target, ["--help"])
+        run_target(COMMANDS[name].target, ["--help", *([] if name == "train" else ["all"])])
     return text.getvalue().strip()
 
 

@@ -28,6 +28,16 @@ NO_EFFECT = ("mm_projector", "vision_tower")
 """Options of published commands that name parts which the checkpoint now stores itself."""
 
 
+FIRST_HELP = {
+    "model and data": ("--model", "--data", "--image-folder", "--out", "--train-data", "--limit"),
+    "tasks and metrics": ("--tasks", "--data-root", "--metrics", "--rules"),
+    "controls and comparisons": ("--controls", "--by", "--compare"),
+    "answers": ("--max-new-tokens", "--temperature", "--batch-size", "--num-examples"),
+    "machine": ("--device", "--dtype", "--engine"),
+}
+"""Options that `llava eval --help` shows; `--help all` shows every one."""
+
+
 def add_model_options(parser: Parser, *, compat: tuple[str, ...] = ("answers",)) -> None:
     """Add the options that select model or server and sampling; `--compat` accepts the names of `compat`."""
     model = parser.add_argument_group("model")

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from llava.eval.intervals import Draws
 from llava.eval.medvqa.items import ScoredItem, join_answers
-from llava.eval.medvqa.metrics import strict_scores
 from llava.eval.medvqa.report import report_table, type_table
 from llava.eval.medvqa.tables import tables_text
 from llava.samples import Sample
@@ -48,19 +46,10 @@ def print_report(report: Mapping[str, Any], *, out: TextIO | None = None) -> Non
     write_out(tables_text(report), out)
 
 
-def print_comparison(
-    samples: Sequence[Sample], here: Path, other: Path, *, num_resamples: int, seed: int, out: TextIO | None = None
-) -> dict[str, Any]:
-    """Print and return the paired difference between two result folders on the same questions."""
+def print_comparison(comparison: Mapping[str, Any], *, out: TextIO | None = None) -> None:
+    """Print the paired differences to another run on the same questions."""
     out = out or sys.stdout
-    folder = other if other.is_dir() else other.parent
-    mine, theirs = (read_items(samples, place / ANSWERS) for place in (here, folder))
-    draws = Draws([item.cluster for item in mine], num_resamples=num_resamples, seed=seed)
-    scores, others = strict_scores(mine), strict_scores(theirs)
-    result: dict[str, Any] = {}
-    write_out(f"\nthis run minus {folder.name} (same questions, paired)\n", out)
-    for name, score in scores.items():
-        estimate = draws.difference(score, others[name])
-        result[name] = estimate.to_json()
-        write_out(f"  {name:<34}{estimate.value:+8.2f}  [{estimate.low:+.2f}, {estimate.high:+.2f}]\n", out)
-    return result
+    write_out(f"\nthis run minus {comparison['name']} (same questions, paired)\n", out)
+    for name, row in comparison["scores"].items():
+        found = row["difference"]
+        write_out(f"  {name:<34}{found['value']:+8.2f}  [{found['low']:+.2f}, {found['high']:+.2f}]\n", out)

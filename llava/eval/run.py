@@ -53,6 +53,7 @@ from llava.utils.terminal import write_out
 
 MAX_NEW_TOKENS = 128
 NUM_RESAMPLES = 500
+NUM_EXAMPLES = 500
 BLANK_ANSWERS, RESULTS, PAGE = ("answers-blank.jsonl", "results.json", "report.html")
 RESOLVED = "resolved.yaml"
 
@@ -105,7 +106,7 @@ class EvaluationPlan:
     defects: frozenset[str] = PUBLISHED
     num_resamples: int = 500
     seed: int = 0
-    num_examples: int = 12
+    num_examples: int = NUM_EXAMPLES
     facts: Mapping[str, Any] | None = None
     title: str = "Evaluation"
     note: str = ""
@@ -153,7 +154,7 @@ def _evaluate(args: Namespace, plan: EvaluationPlan, open_engine: Callable[[], E
         report = evaluate_model(plan, open_engine)
     print_report(report)
     if plan.compare is not None:
-        print_comparison(plan.samples, plan.out, plan.compare, num_resamples=plan.num_resamples, seed=args.seed)
+        print_comparison(report["comparison"])
     write_out(f"\nresults: {plan.out / RESULTS}\npage: {plan.out / PAGE}\n")
 
 
@@ -224,7 +225,7 @@ def make_parser(*, with_data: bool = True) -> Parser:
     how = parser.add_argument_group("evaluation")
     how.add_argument("--batch-size", type=int, default=64, help="questions passed to the engine at once")
     how.add_argument("--num-resamples", type=int, help=f"resamples of the intervals; default: {NUM_RESAMPLES}")
-    how.add_argument("--num-examples", type=int, default=12, help="answers on the page")
+    how.add_argument("--num-examples", type=int, default=NUM_EXAMPLES, help="largest number of answers on the page")
     how.add_argument("--fix", nargs="+", default=[], metavar="NAME", help="alias of --compat published,-NAME")
     how.add_argument("--note", default="", help="a sentence on the page, such as a description of the data")
     how.add_argument(
@@ -235,6 +236,7 @@ def make_parser(*, with_data: bool = True) -> Parser:
     parser.add_switch("--resume", default=True, help="keep answers of an interrupted run in the same folder")
     parser.add_switch("--with-options", help="append the two options to closed yes/no questions")
     add_rules_options(parser)
+    parser.show_first(model_options.FIRST_HELP)
     return parser
 
 
@@ -300,6 +302,7 @@ def evaluate_model(plan: EvaluationPlan, open_engine: Callable[[], Engine]) -> d
     """
     for sample in (*plan.samples, *(plan.train_samples or ())):
         check_reference(sample)
+    other = _other_run(plan)
     runs = _runs(plan)
     engine = open_engine() if any(run.pending for run in runs) else None
     summaries = [run.finish(engine, batch_size=plan.batch_size) for run in runs]
@@ -320,7 +323,7 @@ def evaluate_model(plan: EvaluationPlan, open_engine: Callable[[], Engine]) -> d
     )
     report["verdicts"] = control_verdicts(report["scores"]["strict"])
     report["control_image"] = {"color": GRAY} if blank is not None else None
-    report |= _more_tables(plan, items, controls)
+    report |= _more_tables(plan, items, controls, other)
     report["options_suffix"] = YES_NO_OPTIONS if plan.options.choices else None
     report["provenance"] = _provenance(plan, summaries)
     write_json(plan.out / RESULTS, report)
@@ -333,16 +336,22 @@ def evaluate_model(plan: EvaluationPlan, open_engine: Callable[[], Engine]) -> d
         open_image=lambda name: load_image(name, plan.options.image_folder, dicom=plan.dicom),
         num_examples=plan.num_examples,
         note=plan.note,
-        other=_other_run(plan),
+        other=other,
     )
     return report
 
 
 def _other_run(plan: EvaluationPlan) -> tuple[str, list[ScoredItem]] | None:
-    """Return the name and the answers of the run that the page compares with."""
+    """Return the name and the answers of the run that this one is compared with.
+
+    Raises:
+        ConfigError: the folder has no answers.
+    """
     if plan.compare is None:
         return None
     folder = plan.compare if plan.compare.is_dir() else plan.compare.parent
+    if not (folder / ANSWERS).is_file():
+        raise ConfigError(f"--compare {plan.compare}: no {ANSWERS} there; expected the output folder of `llava eval`")
     return folder.name, read_items(plan.samples, folder / ANSWERS)
 
 
@@ -357,19 +366,24 @@ def _runs(plan: EvaluationPlan) -> list[AnswerRun]:
 
 
 def _more_tables(
-    plan: EvaluationPlan, items: Sequence[ScoredItem], controls: Sequence[Sequence[ScoredItem]]
+    plan: EvaluationPlan,
+    items: Sequence[ScoredItem],
+    controls: Sequence[Sequence[ScoredItem]],
+    other: tuple[str, list[ScoredItem]] | None,
 ) -> dict[str, Any]:
-    """Return the tables of other controls and by a field, and what the plan says about itself."""
+    """Return the tables of other controls, by a field, and beside another run, and what the plan says about itself."""
     named = dict(zip(plan.controls, controls, strict=True))
+    options: dict[str, Any] = {"metrics": plan.metrics, "num_resamples": plan.num_resamples, "seed": plan.seed}
     rows = None
     if plan.by is not None:
         rows = field_table(plan.samples, items, plan.by, num_resamples=plan.num_resamples, seed=plan.seed)
     return {
         "task": plan.task,
         "metrics": [METRICS[name].title for name in plan.metrics] or None,
-        "controls": control_tables(
-            items, named, metrics=plan.metrics, num_resamples=plan.num_resamples, seed=plan.seed
-        ),
+        "controls": control_tables(items, named, **options),
+        "comparison": None
+        if other is None
+        else {"name": other[0], "scores": control_tables(items, dict([other]), **options)[other[0]]},
         "by": None if rows is None else {"field": plan.by, "rows": rows},
     }
 

@@ -18,8 +18,11 @@ from llava.eval.medvqa.items import ScoredItem
 from llava.eval.medvqa.page import case_html, choose_examples, is_right
 from llava.imaging.decode import load_image
 from llava.samples import Sample
+from llava.train.curves import curve, series
+from llava.utils.charts import LineChart
+from llava.utils.json_rows import read_records
 from llava.utils.jsonl import write_atomic
-from llava.utils.reporting import data_url, render_page
+from llava.utils.reporting import fact_lines, render_page
 
 RUNS = {
     "after": "after training",
@@ -136,7 +139,7 @@ def write_page(
         items: the answers after training.
         blank: the same with a gray image.
         image_folder: folder of the image names.
-        curves: loss curves (PNG) by title; absent files are left out.
+        curves: metrics files of the trained stages by title; absent files are left out.
         facts: further facts to list (parts, data).
         reason: chosen size and the reason for it.
         times: stage, forecast and measured seconds.
@@ -155,12 +158,18 @@ def write_page(
         types=type_rows(result),
         cases=[case_html(items[index], blank[index], opener) for index in shown],
         chat=chat,
-        curves=[(name, data_url(file.read_bytes(), "png")) for name, file in curves.items() if file.is_file()],
+        curves=[one for name, file in curves.items() if (one := _loss_chart(name, file)) is not None],
         reason=reason,
         times=times,
-        provenance=list(facts.items()),
+        provenance=fact_lines(facts),
     )
     write_atomic(path, text)
+
+
+def _loss_chart(title: str, metrics: Path) -> LineChart | None:
+    """Return the chart of the loss in a metrics file; None without a file or with a single value."""
+    values = series(list(read_records(metrics))).get("loss") if metrics.is_file() else None
+    return None if values is None else replace(curve("loss", values), name=title)
 
 
 def verdict_text(result: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ from llava.quickstart import forecast, report
 from llava.quickstart.forecast import LORA_RANK, NUM_CALIBRATION_IMAGES, SPARE_TOKENS, time_table
 from llava.quickstart.settings import QuickstartSettings
 from llava.quickstart.synthetic import NOTICE, pick_rows, write_dataset
+from llava.train.callbacks import METRICS_FILE
 from llava.train.run import run_sft
 from llava.utils.json_rows import read_records
 from llava.utils.jsonl import write_json
@@ -225,8 +226,8 @@ def page(context: Context) -> Facts:
         blank=runs["after_blank"],
         image_folder=folder / "images",
         curves={
-            "Loss: alignment": context.path("align") / "loss_curve.png",
-            "Loss: instruction tuning": context.path("tune") / "loss_curve.png",
+            "Loss: alignment": context.path("align") / METRICS_FILE,
+            "Loss: instruction tuning": context.path("tune") / METRICS_FILE,
         },
         facts={**context.facts["parts"], **context.settings.to_json(), "machine": outlook.machine},
         reason=outlook.reason,

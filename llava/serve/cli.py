@@ -118,6 +118,21 @@ def chat_loop(chat: Chat, lines: Iterable[str], out: TextIO, *, prompt: str = ">
         out.flush()
 
 
+FIRST_HELP = {
+    "model": ("--model", "--engine", "--device", "--dtype", "--weights"),
+    "chat": ("--image", "--question", "--system", "--max-new-tokens", "--temperature"),
+}
+"""Options that `llava chat --help` shows."""
+
+MORE_HELP = {
+    "model": ("--model-base", "--vision-tower", "--lora-pretrain", "--conv-mode", "--conv-template", "--plugin",
+              "--bits", "--load-8bit", "--load-4bit", "--num-gpus", "--compat"),
+    "chat": ("--top-p", "--seed", "--debug"),
+    "images": ("--dicom-window", "--dicom-frame", "--fast-jpeg"),
+}  # fmt: skip
+"""Options that `llava chat --help all` shows too, by the same topics."""
+
+
 def make_parser() -> Parser:
     """Return the argument parser of `llava chat`."""
     parser = Parser(prog="llava chat", description="Chat with a model about an image in the terminal.")
@@ -132,6 +147,7 @@ def make_parser() -> Parser:
     parser.add_argument("--top-p", type=float, default=1.0, help="probability mass for nucleus sampling")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum number of tokens in an answer")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
+    parser.show_first(FIRST_HELP, MORE_HELP)
     return parser
 
 

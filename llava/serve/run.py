@@ -23,6 +23,25 @@ from llava.utils.log import setup_logging
 
 LOOPBACK = "127.0.0.1"
 
+FIRST_HELP = {
+    "model": ("--model-path", "--model-name", "--device", "--dtype", "--weights", "--num-gpus"),
+    "addresses": ("--host", "--port", "--page-port", "--no-page"),
+    "access": ("--public-host", "--api-keys", "--allow-image-url", "--image-folder"),
+    "limits": ("--max-running", "--max-waiting", "--request-timeout", "--max-body-mb"),
+    "records": ("--audit-file", "--log-content", "--log-conversations"),
+}
+"""Options that `llava serve --help` shows."""
+
+MORE_HELP = {
+    "model": ("--model-base", "--vision-tower", "--lora-pretrain", "--conv-mode", "--plugin", "--bits", "--load-8bit",
+              "--load-4bit", "--compat"),
+    "images": ("--dicom-window", "--dicom-frame", "--fast-jpeg", "--max-images", "--max-pixels"),
+    "addresses": ("--worker-port",),
+    "access": ("--cluster-key", "--cors-origin"),
+    "limits": ("--kv-cache-mb", "--prefix-cache-mb", "--prefill-chunk", "--share-prefix-cache", "--drain-seconds"),
+}  # fmt: skip
+"""Options that `llava serve --help all` shows too, by the same topics."""
+
 
 def make_parser() -> Parser:
     """Return the argument parser of `llava serve`."""
@@ -36,6 +55,7 @@ def make_parser() -> Parser:
     add_model_options(parser)
     add_queue_options(parser)
     add_guard_options(parser)
+    parser.show_first(FIRST_HELP, MORE_HELP)
     return parser
 
 

@@ -22,6 +22,7 @@ from llava.train.option_table import ALIASES, LAUNCHER, make_parser, read_table
 from llava.train.rollout_names import translated
 from llava.utils.cli import near_options, prefix_notices, prefix_of, with_dashes
 from llava.utils.config_file import expand
+from llava.utils.help_groups import asks_for_all
 from llava.utils.log import process_rank
 from llava.utils.plugins import load_plugins
 from llava.utils.terminal import visible_message
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if wants_help(words):
-        sys.stdout.write(help_text(full="all" in words or "--help=all" in words))
+        sys.stdout.write(help_text(full=asks_for_all(with_dashes(words))))
         return
     words, options = checked_words(words)
     if "nproc" in options and "RANK" not in os.environ:
@@ -75,7 +76,7 @@ def with_packaged_parts(words: Sequence[str], options: dict[str, Any]) -> list[s
 
 def wants_help(words: Sequence[str]) -> bool:
     """Return whether a command line asks for help: `-h`, `--help`, `--help all`."""
-    return any(word in ("-h", "--help", "--help=all") for word in words)
+    return asks_for_all(with_dashes(words)) or any(word in ("-h", "--help") for word in words)
 
 
 def checked_words(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

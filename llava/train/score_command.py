@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import ConfigError
-from llava.train.command import wants_help
+from llava.train.command import expanded, wants_help
 from llava.utils import log
 
 HELP = """usage: llava preferences score --out FILE --model-name-or-path MODEL --data-path PAIRS [--OPTION VALUE ...]
@@ -43,4 +43,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     from llava.train.parsing import parse_training_args
     from llava.train.score_preferences import score
 
-    score(parse_training_args([*rest, "--objective", "dpo"], bf16="auto"), own.out)
+    score(parse_training_args([*expanded(rest), "--objective", "dpo"], bf16="auto"), own.out)

@@ -16,11 +16,20 @@ import re
 import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 from urllib.parse import urlsplit
 
 from llava.errors import ConfigError, LlavaError
 from llava.utils.faults import fault_line
+from llava.utils.help_groups import (
+    COLUMN,
+    HelpGroups,
+    asks_for_all,
+    brief_usage,
+    grouped_help,
+    help_width,
+    with_others,
+)
 from llava.utils.plugins import FLAG, given_plugins, load_plugins
 from llava.utils.terminal import visible_lines, visible_message
 
@@ -144,10 +153,28 @@ def chunk_of(items: Sequence[T], num_chunks: int, index: int) -> list[T]:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help formatter that shows the default of each option that has one."""
+    """Help formatter as wide as the terminal, with short names of values and the defaults that say something."""
+
+    first_names = False
+    """Whether only the first name of an option is shown."""
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog, **{"max_help_position": COLUMN, "width": help_width(), **kwargs})
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        is_silent = action.default is None or action.default is False or action.default in ("", [], ())
+        return action.help if is_silent else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kinds = {int: "N", float: "X"}
+        return kinds.get(cast(type, action.type)) or action.dest.rpartition("_")[2].upper()
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = action.option_strings[:1] if self.first_names else action.option_strings
+        value = self._format_args(action, self._get_default_metavar_for_optional(action)) if action.nargs != 0 else ""
+        return f"{', '.join(names)} {value}".strip()
 
 
 class ExampleFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -161,6 +188,8 @@ class Parser(argparse.ArgumentParser):
     # make every prefix ambiguous.
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._first: HelpGroups = {}
+        self._more: HelpGroups = {}
         kwargs.setdefault("allow_abbrev", True)
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, **kwargs)
@@ -168,6 +197,34 @@ class Parser(argparse.ArgumentParser):
     def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
         """Register an option under its name with dashes; its attribute has underscores."""
         return super().add_argument(*with_dashes(names), **kwargs)
+
+    def show_first(self, first: HelpGroups, more: HelpGroups | None = None) -> None:
+        """Let `--help` show these options by topic, and `--help all` every option.
+
+        Args:
+            first: options of the short help.
+            more: further options of `--help all` by topic; the topics of `first` may come again. None keeps the
+                argument groups of the parser.
+        """
+        self._first, self._more = first, more or {}
+
+    def format_help(self) -> str:
+        """Return the help: the short one of `show_first`, or that with every option."""
+        if not self._first:
+            return self._whole_help()
+        return grouped_help(self, self._first, note=f"every option: {self.prog} --help all", first_names=True)
+
+    def _whole_help(self) -> str:
+        """Return the help with every option."""
+        if self._more:
+            titles = dict.fromkeys([*self._first, *self._more])
+            both = {title: [*self._first.get(title, ()), *self._more.get(title, ())] for title in titles}
+            return grouped_help(self, with_others(self, both))
+        usage, self.usage = self.usage, self.usage or brief_usage(self)
+        try:
+            return super().format_help()
+        finally:
+            self.usage = usage
 
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(visible_lines(message), file)
@@ -185,6 +242,9 @@ class Parser(argparse.ArgumentParser):
             ConfigError: a plug-in cannot be loaded.
         """
         words = with_dashes(sys.argv[1:] if args is None else list(args))
+        if "--help" in self._option_string_actions and asks_for_all(words):
+            self._print_message(self._whole_help(), sys.stdout)
+            self.exit()
         if FLAG in self._option_string_actions:  # before the other options, which may name what plug-ins add
             load_plugins(given_plugins(words))
         found = super().parse_known_args(words, namespace)
@@ -201,7 +261,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Write the error of a command line in one line and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {visible_message(one_line(message))} ({self.prog} --help lists all)\n")
+        wanted = "--help all" if self._first else "--help"
+        self.exit(2, f"{self.prog}: error: {visible_message(one_line(message))} ({self.prog} {wanted} lists all)\n")
 
 
 NOISY = "bitsandbytes.backends.cpu.ops"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava.errors import DataError
 from llava.utils.terminal import visible_lines
@@ -71,6 +71,35 @@ def _environment() -> Environment:
 def _shown(value: object) -> object:
     """Return a text with visible control characters, which could reorder a page; anything else unchanged."""
     return visible_lines(value) if type(value) is str else value  # not markup, a subclass
+
+
+def fact_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return names and texts of facts such as provenance; tables within tables become lines of their own.
+
+    >>> fact_lines({"seed": 0, "data": {"train": {"file": "t.json", "rows": 3}}, "git_commit": None})
+    [('seed', '0'), ('data, train', 'file t.json, rows 3'), ('git commit', '-')]
+    """
+    lines: list[tuple[str, str]] = []
+    for name, value in facts.items():
+        title = name.replace("_", " ")
+        if isinstance(value, Mapping) and any(isinstance(part, Mapping) for part in value.values()):
+            lines += [(f"{title}, {inner}", text) for inner, text in fact_lines(value)]
+        else:
+            lines.append((title, _fact_text(value)))
+    return lines
+
+
+def _fact_text(value: object) -> str:
+    """Return a value in words, without the marks of Python or JSON."""
+    if value is None or value in ({}, [], ()):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{str(name).replace('_', ' ')} {_fact_text(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_fact_text, value))
+    return str(value)
 
 
 def html_thumbnail(name: str, open_image: OpenImage | None) -> Thumbnail:

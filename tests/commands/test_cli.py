@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import subprocess
 import sys
 import types
@@ -73,6 +75,50 @@ def test_help_of_a_command_shows_its_example(
         assert f"example: {command.example}" in capsys.readouterr().out
 
 
+def help_of(name: str, *words: str) -> list[str]:
+    """Return the lines that a command prints for `--help` and further words."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit) as end:
+        cli.main([*name.split(), "--help", *words])
+    assert end.value.code == 0
+    return text.getvalue().splitlines()
+
+
+SHORT = {"eval": 50, "serve": 50, "chat": 35}
+"""Commands whose help shows first what a beginner needs, and the largest number of its lines."""
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_help_is_short_and_help_all_is_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    module = importlib.import_module(cli.COMMANDS[name].target.split(":")[0])
+    names = {one.option_strings[0] for one in module.make_parser()._actions if one.option_strings} - {"-h"}
+    shown, whole = help_of(name), help_of(name, "all")
+    assert len(shown) <= SHORT[name] and shown[-1] == f"every option: llava {name} --help all"
+    assert max(map(len, [*shown, *whole])) <= 120 and shown[1].startswith("example: llava ")
+    assert {line.split()[0].rstrip(",") for line in whole if line.startswith("  --")} >= names
+    assert "other options:" not in whole
+    assert help_of(name, "all") == whole
+
+
+@pytest.mark.parametrize("word", ["--help=all", "--help-all"])
+def test_other_spellings_of_help_all(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, option in (("eval", "--num-beams"), ("train", "--vision-tower-lr"), ("data check", "--max-listed")):
+        with contextlib.suppress(SystemExit):
+            cli.main([*name.split(), word])
+        shown = capsys.readouterr().out
+        assert option in shown and f"example: {cli.COMMANDS[name].example}" in shown
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_no_help_is_long(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    with contextlib.suppress(SystemExit):
+        cli.main([*name.split(), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 120 and any(line.startswith("example: ") for line in lines)
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["--version"])
     assert capsys.readouterr().out == f"llava {__version__}\n"
@@ -82,7 +128,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_group_lists_its_members_only(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(words)
     printed = capsys.readouterr().out
-    shown = {name for name in cli.COMMANDS if f"  {name} " in printed}
+    shown = {name for name in cli.COMMANDS if f"\n  {name} " in printed}
     assert shown == {name for name in cli.COMMANDS if name.startswith(f"{words[0]} ")}
 
 

@@ -55,7 +55,7 @@ def test_result_and_page(tmp_path: Path) -> None:
     assert {"git_commit", "command", "time", "llava_version"} <= report["provenance"].keys()
     page = (plan.out / run.PAGE).read_text()
     assert EVIL not in page and "&lt;script&gt;" in page
-    assert page.count("data:image/jpeg;base64,") == 12
+    assert page.count("data:image/jpeg;base64,") == 25
     assert "http" not in page.replace("http-equiv", "")
 
 
@@ -113,11 +113,18 @@ def test_comparison_of_two_folders(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
     run.evaluate_model(plan, good_engine)
     run.evaluate_model(replace(plan, out=tmp_path / "other"), FakeEngine)
+    report = run.evaluate_model(replace(plan, compare=tmp_path / "other"), good_engine)
     out = io.StringIO()
-    result = run.print_comparison(plan.samples, plan.out, tmp_path / "other", num_resamples=50, seed=0, out=out)
-    assert result["closed accuracy"]["value"] == 100.0
-    assert result["open recall"]["value"] == 0.0
-    assert "this run minus other" in out.getvalue()
+    run.print_comparison(report["comparison"], out=out)
+    scores = report["comparison"]["scores"]
+    assert scores["closed accuracy"]["difference"]["value"] == 100.0
+    assert scores["open recall"]["difference"]["value"] == 0.0
+    assert "this run minus other" in out.getvalue() and "+100.00  [+100.00, +100.00]" in out.getvalue()
+    page = (plan.out / run.PAGE).read_text()
+    assert "<h2>Beside other</h2>" in page and "+100.00 [100.00, 100.00]" in page
+    with pytest.raises(ConfigError, match=r"--compare .*none: no answers\.jsonl there"):
+        run.evaluate_model(replace(plan, out=tmp_path / "new", compare=tmp_path / "none"), FakeEngine)
+    assert not (tmp_path / "new").exists()
 
 
 def test_rows_without_reference_are_refused(tmp_path: Path) -> None:

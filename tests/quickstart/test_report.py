@@ -97,7 +97,8 @@ def test_the_majority_is_counted_in_the_training_rows_by_type() -> None:
 def test_the_page_names_the_data_and_shows_three_answers(tmp_path: Path) -> None:
     for index in range(NUM_IMAGES):
         Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
-    Image.new("RGB", (4, 4)).save(tmp_path / "loss.png")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n')
+    (tmp_path / "short.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     path = tmp_path / "index.html"
     report.write_page(
         path,
@@ -105,7 +106,11 @@ def test_the_page_names_the_data_and_shows_three_answers(tmp_path: Path) -> None
         items=items(0.9),
         blank=items(0.3),
         image_folder=tmp_path,
-        curves={"Loss: tuning": tmp_path / "loss.png", "Loss: absent": tmp_path / "absent.png"},
+        curves={
+            "Loss: tuning": tmp_path / "metrics.jsonl",
+            "Loss: short": tmp_path / "short.jsonl",
+            "Loss: absent": tmp_path / "absent.jsonl",
+        },
         facts={"seed": 0},
         reason="Size small.",
         times=[["tuning", "60 s", "70 s"]],
@@ -115,6 +120,7 @@ def test_the_page_names_the_data_and_shows_three_answers(tmp_path: Path) -> None
     text = path.read_text()
     assert text.count('class="case"') == 3 and text.count("data:image/jpeg") == 3
     assert "Size small." in text and "70 s" in text
-    assert "Loss: tuning" in text and "Loss: absent" not in text
+    assert "<h3>Loss: tuning</h3>" in text and "lowest 1.5 at step 2" in text and text.count("<polyline") == 1
+    assert "Loss: short" not in text and "Loss: absent" not in text
     assert text.count("SYNTHETIC drawings") >= 2
     assert "llava chat --model m --image i.png" in text and "90.0" in text

@@ -83,6 +83,11 @@ class BrowserPage:
         """Change the size of the window."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
+    def prefer_dark(self, dark: bool) -> None:
+        """Let pages see that the user prefers dark or light colors."""
+        feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.send("Emulation.setEmulatedMedia", features=[feature])
+
     def value(self, script: str) -> Any:
         """Return the value of a script."""
         found = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)

@@ -19,10 +19,18 @@ from llava.eval.judge.scores import Rated
 from llava.eval.judge.summary import MEASURES
 from llava.eval.medvqa.items import ScoredItem
 from llava.eval.medvqa.page import write_page as write_evaluation_page
+from llava.imaging.dicom.policy import DicomPolicy
 from llava.quickstart.report import write_page as write_quickstart_page
+from llava.samples import Conversation, Origin, Sample, Turn
 from llava.symbolic.rules import load_rules
 from llava.symbolic.show import write_page as write_rules_page
+from llava.train.compare import comparison, read_run
+from llava.train.compare import write_page as write_compare_page
+from llava.train.held_out_page import write_cases
 from llava.train.rollout.page import write_page as write_rollouts_page
+from llava.train.run_page import write_run_page
+from llava.utils.json_rows import read_records
+from llava.utils.jsonl import write_json, write_records
 from tests.support.check_files import row, write_rows
 
 ESTIMATE = {"value": 50.0, "low": 25.0, "high": 75.0, "num_items": 4}
@@ -125,13 +133,14 @@ def quickstart_page(folder: Path, mark: Marks) -> Path:
         "by_type": {mark("type"): dict.fromkeys(runs, 50.0)},
         "passed": True,
     }
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     write_quickstart_page(
         folder / "page.html",
         result=result,
         items=[_item(mark, "answer", IMAGE)],
         blank=[ScoredItem("0", "q", "r", mark("blank"), True, (), IMAGE)],
         image_folder=images,
-        curves={mark("curve"): images / IMAGE},
+        curves={mark("curve"): folder / "metrics.jsonl"},
         facts={mark("fact"): mark("value")},
         reason=mark("reason"),
         times=[[mark("stage"), mark("forecast"), mark("measured")]],
@@ -207,11 +216,47 @@ def rollouts_page(folder: Path, mark: Marks) -> Path:
     return folder / "page.html"
 
 
+def _run_folder(folder: Path, mark: Marks, *, rate: float) -> Path:
+    """Write the folder of a training run with a curve, a held-out answer and an evaluation."""
+    (folder / "eval").mkdir(parents=True)
+    rows = [{"step": step, "loss": 4 / step, mark("curve"): rate * step} for step in (1, 2, 3)]
+    write_records(folder / "metrics.jsonl", [*rows, {"step": 3, "eval_loss": 1.5}])
+    write_json(
+        folder / "resolved_arguments.json", {"training": {"learning_rate": rate, "data_path": mark(f"data-{rate}")}}
+    )
+    score = {"answered": ESTIMATE, "blank": ESTIMATE}
+    asked = {"data": {"questions": {"file": mark("file"), "sha256": "0" * 64}}}
+    report = {"scores": {"strict": {mark("score"): score}}, "provenance": asked}
+    write_json(folder / "eval" / "results.json", report)
+    return folder
+
+
+def run_page(folder: Path, mark: Marks) -> Path:
+    """Write the page of a training run."""
+    images = write_images(folder / "images", [IMAGE])
+    run = _run_folder(folder / "run", mark, rate=1.0)
+    mark.used = [text for text in mark.used if text.startswith("curve")]
+    turns = (Turn("human", f"<image>{mark('question')}"), Turn("gpt", mark("reference")))
+    sample = Sample("0", Conversation(turns), (IMAGE,), origin=Origin("rows.json", 4))
+    write_cases(run, [sample], [mark("answer")], [0.0], image_folder=images, dicom=DicomPolicy())
+    write_run_page(run, list(read_records(run / "metrics.jsonl")), num_steps=3, is_over=True)
+    return run / "report.html"
+
+
+def compare_page(folder: Path, mark: Marks) -> Path:
+    """Write the page of `llava compare`."""
+    runs = [read_run(_run_folder(folder / f"run-{n}", mark, rate=float(n)), mark(f"name-{n}")) for n in (1, 2)]
+    write_compare_page(folder / "page.html", runs, comparison(runs))
+    return folder / "page.html"
+
+
 PAGES: dict[str, Callable[[Path, Marks], Path]] = {
     "evaluation": evaluation_page,
     "judge": judge_page,
     "check": check_page,
     "quickstart": quickstart_page,
+    "run": run_page,
+    "compare": compare_page,
     "row": row_page,
     "rules": rules_page,
     "rollouts": rollouts_page,

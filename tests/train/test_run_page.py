@@ -6,8 +6,9 @@ from pathlib import Path
 
 from llava.imaging.dicom.policy import DicomPolicy
 from llava.samples import Conversation, Origin, Sample, Turn
+from llava.train.curves import curve, series
 from llava.train.held_out_page import write_cases
-from llava.train.run_page import MAX_POINTS, chart, series, write_run_page
+from llava.train.run_page import write_run_page
 from tests.support.browser import look_at
 from tests.support.tiny import tiny_image
 
@@ -23,21 +24,17 @@ def test_numbers_that_are_logged_twice_are_series() -> None:
     assert series([]) == {}
 
 
-def test_points_of_a_chart() -> None:
-    found = chart("loss", [(10, 4.0), (20, 2.0), (30, 3.0)])
-    assert found.points == "0.0,5.0 300.0,145.0 600.0,75.0"
-    assert (found.first, found.last, found.low, found.high) == ("10", "30", "2", "4")
-    assert found.best == "lowest 2 at step 20"
-    assert chart("eval_open_recall", [(1, 0.5), (2, 0.5)]).best == "highest 0.5 at step 1"
-    many = chart("loss", [(step, float(step)) for step in range(5000)])
-    assert MAX_POINTS / 2 < len(many.points.split()) <= MAX_POINTS + 1 and many.last == "4999"
+def test_the_curve_of_a_series_names_its_best_value() -> None:
+    assert curve("loss", [(10, 4.0), (20, 2.0), (30, 3.0)]).note == "lowest 2 at step 20"
+    assert curve("eval_open_recall", [(1, 0.5), (2, 0.5)]).note == "highest 0.5 at step 1"
+    assert curve("eval_open_recall", [(1, 0.5), (2, 0.5)]).name == "held-out open recall"
 
 
 def test_the_page_reloads_until_the_run_is_over(tmp_path: Path) -> None:
     write_run_page(tmp_path, ROWS, num_steps=20, is_over=False)
     text = (tmp_path / "report.html").read_text()
     assert '<meta http-equiv="refresh" content="10">' in text and "training: step 5 of 20" in text
-    assert text.count("<polyline") == 2 and "25.0 %" in text
+    assert text.count("<polyline") == 2 and "25.0 %" in text and "<h3>learning rate</h3>" in text
     write_run_page(tmp_path, ROWS[:1], num_steps=1, is_over=True)
     text = (tmp_path / "report.html").read_text()
     assert "refresh" not in text and "finished: step 1 of 1" in text and "Curves appear after two logs" in text

@@ -144,3 +144,29 @@ def test_process_group_is_destroyed_at_the_end(tmp_path: Path) -> None:
 
     run_program(join)
     assert not dist.is_initialized()
+
+
+def test_help_by_topic_and_every_option_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="x", description="Do it.")
+    parser.add_argument("file", help="what to read")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to")
+    parser.add_argument("--count", type=int, default=3, help="how many")
+    parser.add_argument("--rare", help="100 %% rare")
+    parser.add_argument("--odd", help="odd")
+    parser.show_first({"first": ("--out", "--count")}, {"first": ("--rare",)})
+    shown = parser.format_help()
+    assert shown.startswith("usage: x file --out DIR [--OPTION ...]\n\nDo it.\n")
+    assert "\nfirst:\n  --out DIR" in shown and "how many (default: 3)" in shown and "--rare" not in shown
+    assert shown.endswith("every option: x --help all\n")
+    for words in (["--help", "all"], ["-h", "all"], ["--help=all"], ["--help_all"]):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args(words)
+        whole = capsys.readouterr().out
+        assert end.value.code == 0 and "100 % rare" in whole and "other options:\n" in whole
+    with pytest.raises(SystemExit):
+        parser.parse_args(["f", "--out", "x", "--cuont", "3"])
+    assert "(x --help all lists all)" in capsys.readouterr().err
+
+
+def test_usage_is_one_line() -> None:
+    assert make_parser().format_help().startswith("usage: x [--OPTION ...]\n")

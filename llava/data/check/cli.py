@@ -86,7 +86,10 @@ def _cleaned(value: Any, row: int) -> Any:
 
 def make_parser() -> Parser:
     """Return the parser of `llava data check`."""
-    parser = Parser(prog="llava data check", description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser = Parser(
+        prog="llava data check",
+        description="Find rows and images that cannot be trained on, and leaks into a test set.",
+    )
     parser.add_argument("file", type=Path, help="data file: JSON array or JSON lines, plain or gzipped")
     parser.add_argument("--images", type=Path, help="image folder; without it no image is opened")
     parser.add_argument(

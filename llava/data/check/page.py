@@ -6,14 +6,18 @@ protected like the data.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from llava.data.check.report import CheckReport, image_data, person_line, token_line
-from llava.data.check.rules import RULES, CheckFinding
+from llava.data.check.row_index import as_array
+from llava.data.check.rules import FILE, RULES, CheckFinding
 from llava.imaging import decode
+from llava.utils.histograms import histogram
 from llava.utils.jsonl import write_atomic
 from llava.utils.reporting import html_thumbnail, render_page
 
@@ -34,6 +38,9 @@ ILLUSTRATED = ("leak-bytes", "leak-pixels", "near-duplicate", "same-picture")
 
 NAMES = ("the file", "the other file")
 
+TOKENS = "tokens per row"
+COLUMNS = ("finding", "rows", "rows of the other file")
+
 
 def write_page(path: Path, report: CheckReport, *, strict: bool) -> None:
     """Write the HTML report of a check."""
@@ -49,6 +56,7 @@ def write_page(path: Path, report: CheckReport, *, strict: bool) -> None:
         persons=person_line(report) if len(report.scans) > 1 else "",
         overview=[_overview(report, rule, file) for rule, file in rules],
         rules=[_rule(report, rule, file) for rule, file in rules],
+        plots=_plots(report),
         images=_images(report),
         tokens=None if tokens is None else {"model": tokens.model, "line": token_line(tokens)},
         classes=[(name, _shares(counts)) for name, counts in report.scans[0].balance.tables().items()],
@@ -79,8 +87,11 @@ def _rule(report: CheckReport, rule: str, file: int) -> dict[str, Any]:
     """Return the section of one rule: hint, images of the first findings, and a list of findings."""
     found, about = report.findings.of(rule, file), RULES[rule]
     listed = found.listed[:MAX_LISTED]
-    # Findings that only repeat the title are listed as row numbers.
-    only_rows = all(finding.message == about.title and not finding.other_rows for finding in listed)
+    # Messages that only repeat the title, and files without a row, are left out.
+    only_title = all(finding.message == about.title for finding in listed)
+    has_others = any(finding.other_rows for finding in listed)
+    only_rows = only_title and not has_others
+    kept = [not only_title, True, has_others]
     return {
         "title": about.title,
         "level": about.level,
@@ -88,7 +99,10 @@ def _rule(report: CheckReport, rule: str, file: int) -> dict[str, Any]:
         "hint": about.hint,
         "cases": [_case(report, finding) for finding in found.listed[:MAX_CASES]] if rule in ILLUSTRATED else [],
         "rows": _numbers([row for finding in listed for row in finding.rows]) if only_rows else "",
-        "findings": [[one.message, _numbers(one.rows), _numbers(one.other_rows)] for one in listed],
+        "headers": list(compress(COLUMNS, kept)),
+        "findings": [
+            list(compress((one.message, _numbers(one.rows), _numbers(one.other_rows)), kept)) for one in listed
+        ],
         "num_more": found.count - len(listed),
     }
 
@@ -110,6 +124,37 @@ def _case(report: CheckReport, finding: CheckFinding) -> dict[str, Any]:
         "names": ", ".join(map(scan.name, places)),
         "message": finding.message,
     }
+
+
+def _plots(report: CheckReport) -> dict[str, Any]:
+    """Return the histograms, and in words what has the same value everywhere."""
+    scan, tokens = report.scans[FILE], report.tokens
+    plots: list[tuple[str, Mapping[int, int], str]] = [
+        ("questions per row", scan.balance.turns, "rows"),
+        ("images per row", scan.balance.images, "rows"),
+        *((f"words per {name}", counts, f"{name}s") for name, counts in scan.texts.words.items()),
+        *((f"image {name} in pixels", counts, "images") for name, counts in _sides(report)),
+    ]
+    if tokens is not None:
+        plots.append((TOKENS, tokens.lengths, "rows"))
+    shown = (
+        histogram(name, counts, unit=unit, limit=tokens.limit if tokens and name == TOKENS else None)
+        for name, counts, unit in plots
+    )
+    return {
+        "shown": [plot for plot in shown if plot is not None],
+        "constant": [f"{name} {value}" for name, counts, _ in plots if len(counts) == 1 for value in counts],
+    }
+
+
+def _sides(report: CheckReport) -> list[tuple[str, Counter[int]]]:
+    """Return the number of images by width and by height; nothing if they were not opened."""
+    scan = report.image_scan
+    if not scan.opened:
+        return []
+    good = scan.good()
+    sides = (("width", scan.widths), ("height", scan.heights))
+    return [(name, Counter(as_array(values)[good].tolist())) for name, values in sides]
 
 
 def _images(report: CheckReport) -> dict[str, Any]:

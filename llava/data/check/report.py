@@ -136,9 +136,14 @@ def report_data(report: CheckReport, *, strict: bool) -> dict[str, Any]:
         "persons": report.num_persons(),
         "pictures": image_data(report.image_scan),
         "pairs_not_compared": report.num_uncompared,
-        "tokens": None if report.tokens is None else asdict(report.tokens),
+        "tokens": None if report.tokens is None else _token_data(report.tokens),
         "rules": [_rule_data(report, rule, file, names[file]) for rule, file in report.findings.rules()],
     }
+
+
+def _token_data(tokens: TokenBudget) -> dict[str, Any]:
+    """Return the figures without the counts of all lengths, which only the page shows."""
+    return {name: value for name, value in asdict(tokens).items() if name != "lengths"}
 
 
 def _file_data(scan: FileScan) -> dict[str, Any]:
@@ -150,6 +155,7 @@ def _file_data(scan: FileScan) -> dict[str, Any]:
         "read_leniently": dict(scan.repairs.most_common()),
         "questions_per_row": {str(number): count for number, count in sorted(scan.balance.turns.items())},
         "images_per_row": {str(number): count for number, count in sorted(scan.balance.images.items())},
+        "words": scan.texts.table(),
         "classes": scan.balance.tables(),
         "preferences": scan.lengths.table(),
         "labels": scan.labels.table(),

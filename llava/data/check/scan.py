@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.data.check.identifiers import identifier_rules
+from llava.data.check.lengths import TextLengths
 from llava.data.check.pairs import LabelLengths, PairLengths
 from llava.data.check.row_index import RowIndex
 from llava.data.check.rows import CheckedRow, view_row
 from llava.data.check.rules import FILE, NOT_TRAINABLE, RULES, CheckFindings
 from llava.data.check.vocabulary import LONG, MAX_CHARACTERS, OTHER, shown_counts
 from llava.data.groups import field_key
+from llava.data.identifiers import identifier_rules
 from llava.errors import DataError
 from llava.samples import Sample
 from llava.scoring.decisions import first_decision, is_closed
@@ -124,6 +125,7 @@ class FileScan:
         num_trainable: number of rows that training would read and learn from.
         lengths: lengths of the answers of preference pairs.
         labels: lengths of single answers with a label.
+        texts: words of questions and answers.
     """
 
     path: Path
@@ -135,6 +137,7 @@ class FileScan:
     num_trainable: int = 0
     lengths: PairLengths = field(default_factory=PairLengths)
     labels: LabelLengths = field(default_factory=LabelLengths)
+    texts: TextLengths = field(default_factory=TextLengths)
 
 
 def scan_file(path: Path, index: RowIndex, file: int, findings: CheckFindings) -> FileScan:
@@ -152,6 +155,8 @@ def scan_file(path: Path, index: RowIndex, file: int, findings: CheckFindings) -
         scan.repairs.update(seen.repairs)
         scan.num_readable += seen.sample is not None
         scan.num_questions += seen.is_question
+        if seen.sample is not None:
+            scan.texts.add(seen.sample.conversation)
         if seen.pair is not None:
             scan.lengths.add(seen.pair)
         if seen.is_good is not None and seen.sample is not None:

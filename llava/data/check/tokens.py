@@ -6,8 +6,9 @@ row --data.encode--> its length --all rows--> number of truncated rows, longest 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ class TokenBudget:
         median: median length.
         suggested: smallest multiple of 64 that fits every row.
         suggested_most: smallest multiple of 64 that fits 99.9 % of the rows.
+        lengths: number of rows by length.
     """
 
     model: str
@@ -61,6 +63,7 @@ class TokenBudget:
     median: int
     suggested: int
     suggested_most: int
+    lengths: dict[int, int] = field(default_factory=dict)
 
 
 def count_tokens(
@@ -106,6 +109,7 @@ def count_tokens(
         median=int(np.median(counted)),
         suggested=_rounded(int(counted.max())),
         suggested_most=_rounded(most),
+        lengths=dict(Counter(lengths)),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llava.data.converters.base import Converter, Job, add_output_options, run_w
 from llava.data.converters.dataset_cards import DatasetCard
 from llava.data.converters.items import SPLIT_WORDS, ConvertedItem, Event, kind_of_answer
 from llava.data.converters.output import name_of_bytes
+from llava.data.converters.persons import PersonColumns
 from llava.data.converters.sources import is_file
 from llava.data.converters.tables import (
     Row,
@@ -28,6 +30,7 @@ from llava.data.converters.tables import (
     require_columns,
     to_json_value,
 )
+from llava.data.pseudonyms import key_of, read_salt
 from llava.data.quarantine import BadRow
 from llava.errors import ConfigError, DataError
 from llava.samples import Origin, type_and_length
@@ -44,19 +47,24 @@ FIELDS = {
 }
 """Field of the row to the option that names its column."""
 
+PERSON_FIELDS = ("patient", "study")
+"""Fields that identify a person."""
+
 TABLE = DatasetCard("table", "a table of your own", "not stated", "Pass the table; the images are in --image-root.")
 
 
-def read_events(job: Job) -> Iterator[Event]:
-    """Yield a question for each row of the tables."""
+def read_events(job: Job, *, salt: bytes | None = None) -> Iterator[Event]:
+    """Yield a question for each row of the tables; with a salt, columns of persons are written as keys."""
     args = job.args
     if not job.sources.files:
         raise ConfigError("no table given; pass the table file as argument and the image folder as --image-root")
+    columns = {getattr(args, FIELDS[kind]): kind for kind in PERSON_FIELDS if getattr(args, FIELDS[kind])}
+    persons = PersonColumns(columns, salt)
     for path in job.sources.files:
         job.inputs[path.name] = path
         require_columns([*_text_columns(args), *args.keep], column_names(path, delimiter=args.delimiter), path)
         for origin, row in read_table(path, columns=_required(args), delimiter=args.delimiter):
-            yield _event(job, origin, row)
+            yield _event(job, origin, row, persons)
 
 
 def _required(args: Any) -> list[str]:
@@ -81,24 +89,38 @@ def _no_booleans(row: Row, args: Any) -> None:
             raise DataError(f"column {column!r} holds a boolean; expected text. Write yes or no instead")
 
 
-def _event(job: Job, origin: Origin, row: Row | DataError) -> Event:
+def _event(job: Job, origin: Origin, row: Row | DataError, persons: PersonColumns) -> Event:
     args = job.args
     if isinstance(row, DataError):
         return BadRow(*origin, "", str(row))
-    identity = cell_text(row, args.id_column) or f"{Path(origin.file).stem}_{origin.row}"
+    place = f"{Path(origin.file).stem}_{origin.row}"
+    identity = persons.written(args.id_column, cell_text(row, args.id_column)) if args.id_column else ""
     try:
         _no_booleans(row, args)
         split = _split(row, args)
         answer = answer_cell(row, args.answer_column)
-        fields = {name: cell_text(row, getattr(args, flag)) for name, flag in FIELDS.items()}
+        columns = {name: getattr(args, flag) for name, flag in FIELDS.items()}
+        fields = {name: cell_text(row, column) for name, column in columns.items()}
+        named = [fields[name] for name in PERSON_FIELDS]
+        fields |= {name: persons.written(columns[name], fields[name]) for name in PERSON_FIELDS if columns[name]}
         fields["answer_type"] = kind_of_answer(fields["answer_type"], answer)
-        kept = {name: to_json_value(row.get(name)) for name in args.keep}
+        kept = {name: _kept(row, name, persons) for name in args.keep}
         image, name = _image(args, row)
     except DataError as error:
-        return BadRow(*origin, identity, str(error))
+        return BadRow(*origin, identity or place, str(error))
+    persons.check_image_name(name, named)
     asked = cell_text(row, args.question_column) if args.question_column else args.question
     meta = {**fields, **kept, "source": job.card.name, "license": job.card.license}
-    return ConvertedItem(identity, split, asked, answer, image, name, meta, origin)
+    return ConvertedItem(identity or place, split, asked, answer, image, name, meta, origin)
+
+
+def _kept(row: Row, column: str, persons: PersonColumns) -> Any:
+    """Return the value of a column of `--keep`, as a key if it identifies persons."""
+    value, text = to_json_value(row.get(column)), cell_text(row, column)
+    if not isinstance(value, str) and not persons.is_person(column):
+        return value
+    written = persons.written(column, text)
+    return value if written == text else written
 
 
 def _split(row: Row, args: Any) -> str:
@@ -164,6 +186,9 @@ def make_parser() -> Parser:
     for name, flag in FIELDS.items():
         parser.add_argument(f"--{flag}", help=f"column for the field {name}")
     parser.add_argument("--keep", nargs="*", default=[], help="further columns to keep under their own names")
+    parser.add_argument(
+        "--salt_file", help="file with the secret of keys for columns that name persons; created if missing"
+    )
     parser.add_argument("--delimiter", help="cell delimiter; default: tab or comma, from the header")
     parser.add_argument("--source", default=TABLE.name, help="value of the field source of every row")
     parser.add_argument("--license", default=TABLE.license, help="value of the field license of every row")
@@ -182,5 +207,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--delimiter must be one character, got {args.delimiter!r}")
     if taken := sorted({"id", "image", "conversations"}.intersection(args.keep)):
         raise ConfigError(f"--keep {', '.join(taken)}: every row has a field of that name; rename the column")
+    salt = None if args.salt_file is None else read_salt(args.salt_file)
+    # The manifest compares settings and is shared with the data, so it has a key of the salt in place of its path.
+    if salt is None:
+        del args.salt_file
+    else:
+        args.salt_file = key_of("salt", "", salt)
     card = replace(TABLE, name=args.source, license=args.license)
-    run_with_args(Converter("csv", card, read_events), args)
+    run_with_args(Converter("csv", card, partial(read_events, salt=salt)), args)

@@ -35,8 +35,8 @@ from llava.data.dicom.clean_pixels import (
 )
 from llava.data.dicom.clean_streams import PixelsHeldBack
 from llava.data.dicom.deid_profile import clean_dataset, fields_of, removed_texts
-from llava.data.dicom.pseudonyms import key_of, read_salt
 from llava.data.dicom.studies import IDENTITY_TAGS, NotDicom, RepeatedInstance, field_text, files_of
+from llava.data.pseudonyms import key_of, read_salt
 from llava.errors import ConfigError, DataError, LlavaError
 from llava.imaging.decode import load_image, read_image_bytes
 from llava.imaging.dicom.header import check_inflated, code_value, fill_syntax, silence, suppress_pydicom_output

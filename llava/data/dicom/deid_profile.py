@@ -21,8 +21,8 @@ from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag
 from pydicom.uid import UID
 
-from llava.data.dicom.pseudonyms import key_of, new_uid
 from llava.data.dicom.studies import BODY_PARTS
+from llava.data.pseudonyms import key_of, new_uid
 from llava.imaging.dicom.header import PIXEL_TAGS, silence
 from llava.imaging.dicom.sop_classes import is_known
 

@@ -20,8 +20,8 @@ from typing import Any
 from llava.constants import IMAGE_TOKEN
 from llava.data.check.vocabulary import shown_counts
 from llava.data.converters.tables import cell_text, read_table
-from llava.data.dicom.pseudonyms import read_salt
 from llava.data.dicom.studies import JOIN_TAGS, Instance, NotDicom, RepeatedInstance, files_of, scan_instances
+from llava.data.pseudonyms import read_salt
 from llava.data.quarantine import BadRow, Quarantine
 from llava.errors import ConfigError, DataError, NotAnImageError
 from llava.imaging.decode import load_image
@@ -55,40 +55,67 @@ def middle_instances(instances: Sequence[Instance]) -> list[Instance]:
     return sorted(chosen, key=lambda instance: order[instance.path])
 
 
-def read_texts(table: str | Path, key_column: str, text_columns: Sequence[str]) -> dict[str, str]:
-    """Return the texts of a table by key; the texts of several columns are joined by line ends.
+def read_turns(
+    table: str | Path,
+    key_column: str,
+    text_columns: Sequence[str],
+    *,
+    question: str,
+    question_column: str | None = None,
+) -> dict[str, list[tuple[str, str]]]:
+    """Return the questions and answers of a table by key; the texts of several columns are joined by line ends.
+
+    With `question_column`, every row of the table is a question of its own, in the order of the table; without it, a
+    key has one answer, to `question`.
 
     Raises:
-        DataError: the table cannot be read, or repeats a key; the message has the row number but no content.
+        DataError: the table cannot be read, a key has two answers to one question, or an answer has no question; the
+            message has the row number but no content.
     """
-    texts: dict[str, str] = {}
-    for origin, row in read_table(table, columns=(key_column, *text_columns)):
+    texts: dict[str, dict[str, str]] = {}
+    columns = (key_column, *text_columns, *([question_column] if question_column else []))
+    for origin, row in read_table(table, columns=columns):
         if isinstance(row, DataError):
             raise row
-        key, text = (
-            cell_text(row, key_column),
-            "\n".join(filter(None, (cell_text(row, column) for column in text_columns))),
-        )
-        if key and text and texts.setdefault(key, text) != text:
-            raise DataError(f"{origin}: column {key_column!r} repeats a key of an earlier row with a different text")
-    return texts
+        key = cell_text(row, key_column)
+        text = "\n".join(filter(None, (cell_text(row, column) for column in text_columns)))
+        if not key or not text:
+            continue
+        asked = cell_text(row, question_column) if question_column else question
+        if not asked:
+            raise DataError(f"{origin}: column {question_column!r} is empty; expected the question of the answer")
+        if texts.setdefault(key, {}).setdefault(asked, text) != text:
+            more = "" if question_column else "; if every row is a question of its own, pass --question-column"
+            raise DataError(
+                f"{origin}: column {key_column!r} repeats a key of an earlier row with a different text{more}"
+            )
+    return {key: list(turns.items()) for key, turns in texts.items()}
 
 
-def row_of(instance: Instance, image: str, *, per: str, text: str, question: str, facts: bool) -> dict[str, Any] | None:
-    """Return the row of an instance, or None if it has neither a text nor facts.
+def rows_of(
+    instance: Instance, *, per: str, turns: Sequence[tuple[str, str]], facts: bool, apart: bool = False
+) -> list[dict[str, Any]]:
+    """Return the rows of an instance; none if it has neither texts nor facts.
 
     Args:
         instance: the instance.
-        image: image name in the row.
         per: `instance` or `series`: kind of the key that becomes the id.
-        text: answer from a table; empty for none.
-        question: question for that answer.
+        turns: questions and answers from a table.
         facts: whether to add questions about modality, body part and view.
+        apart: write every question of the table as a row of its own, and the facts as another one.
     """
-    turns = [(question, text)] if text else []
-    turns += instance.facts.turns() if facts else []
-    if not turns:
-        return None
+    identity = instance.keys.get(per, instance.path)
+    stated = instance.facts.turns() if facts else []
+    if not apart:
+        parts = [(identity, [*turns, *stated])]
+    else:  # `llava eval` asks the first question of a row, so that questions in later turns would never be scored
+        parts = [(f"{identity}-{number}", [turn]) for number, turn in enumerate(turns)]
+        parts.append((identity, stated))
+    return [_row(instance, name, part) for name, part in parts if part]
+
+
+def _row(instance: Instance, identity: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return a row with these questions and answers; its image is the path of the instance."""
     written = []
     for number, (asked, answer) in enumerate(turns):
         prefix = f"{IMAGE_TOKEN}\n" if number == 0 else ""
@@ -103,9 +130,8 @@ def row_of(instance: Instance, image: str, *, per: str, text: str, question: str
         "study": instance.keys.get("study"),
         "series": instance.keys.get("series"),
     }
-    identity = instance.keys.get(per, instance.path)
     known = {name: value for name, value in stated.items() if value is not None}
-    return {"id": identity, "image": image, **known, "conversations": written}
+    return {"id": identity, "image": instance.path, **known, "conversations": written}
 
 
 class ImageExporter:
@@ -147,7 +173,7 @@ def build_rows(args: Namespace, *, salt: bytes) -> tuple[list[dict[str, Any]], l
         DataError: the folder or the table cannot be used.
     """
     join = args.key if args.table else "path"
-    texts = read_texts(args.table, args.key_column, args.text_column) if args.table else {}
+    texts = _table_turns(args) if args.table else {}
     left_out: list[BadRow] = []
     counts: Counter[str] = Counter()
     instances = []
@@ -164,25 +190,32 @@ def build_rows(args: Namespace, *, salt: bytes) -> tuple[list[dict[str, Any]], l
     chosen = middle_instances(instances) if args.per == "series" else instances
     counts["not the middle of their series"] = len(instances) - len(chosen)
     exporter = ImageExporter(args.folder, args.png, DEFAULT_POLICY.changed(args.dicom_window, args.dicom_frame))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for instance in with_progress(chosen, title="decoding", unit="image"):
-        text = texts.get(instance.join, "")
-        row = row_of(instance, instance.path, per=args.per, text=text, question=args.question, facts=args.facts)
-        if row is None:
+        turns = texts.get(instance.join, [])
+        found_rows = rows_of(instance, per=args.per, turns=turns, facts=args.facts, apart=bool(args.question_column))
+        if not found_rows:
             counts["without text and facts"] += 1
             continue
         try:
-            row["image"] = exporter.name_of(instance) if args.check or args.png else instance.path
+            image = exporter.name_of(instance) if args.check or args.png else instance.path
         except DataError as error:
-            left_out.append(BadRow(instance.path, -1, str(row["id"]), str(error)))
+            left_out.append(BadRow(instance.path, -1, instance.keys.get(args.per, instance.path), str(error)))
             counts["broken"] += 1
             continue
-        rows.append(row)
-        counts["with a text"] += bool(text)
+        rows += [{**row, "image": image} for row in found_rows]
+        counts["with a text"] += bool(turns)
+        counts["questions of the table"] += len(turns) if args.question_column else 0
     return rows, left_out, counts
 
 
-def _num_unused(texts: Mapping[str, str], instances: Iterable[Instance], args: Namespace) -> int:
+def _table_turns(args: Namespace) -> dict[str, list[tuple[str, str]]]:
+    return read_turns(
+        args.table, args.key_column, args.text_column, question=args.question, question_column=args.question_column
+    )
+
+
+def _num_unused(texts: Mapping[str, object], instances: Iterable[Instance], args: Namespace) -> int:
     """Return the number of texts of a table that belong to no image.
 
     Raises:
@@ -223,7 +256,10 @@ def make_parser() -> Parser:
     )
     table.add_argument("--key-column", help="column with the path, identifier or number")
     table.add_argument("--text-column", nargs="+", default=[], help="columns of the answer")
-    table.add_argument("--question", default=QUESTION, help="question for that answer")
+    table.add_argument("--question", default=QUESTION, help="question for that answer, without --question-column")
+    table.add_argument(
+        "--question-column", help="column of the question: each row of the table is one, and becomes a row of its own"
+    )
     add_dicom_options(parser, suffix="; with --png")
     return parser
 
@@ -234,6 +270,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.setup_logging()
     if bool(args.table) != bool(args.key_column and args.text_column):
         raise ConfigError("--table, --key-column and --text-column belong together; pass all three or none")
+    if args.question_column and not args.table:
+        raise ConfigError("--question-column names a column of --table; pass the table, or omit it")
     if args.salt_file is None:
         logger.warning(
             "keys are plain hashes, which can be reversed by enumerating all numbers; pass --salt-file for safe keys"

@@ -16,7 +16,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from llava.data.converters.alignment import ImageFacts
-from llava.data.dicom.pseudonyms import key_of
+from llava.data.pseudonyms import key_of
 from llava.errors import DataError
 from llava.imaging.dicom.header import (
     code_value,

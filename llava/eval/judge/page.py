@@ -17,7 +17,7 @@ from llava.eval.judge.summary import MEASURES
 from llava.imaging.decode import load_image
 from llava.utils.json_rows import read_records
 from llava.utils.jsonl import write_atomic
-from llava.utils.reporting import OpenImage, html_thumbnail, render_page
+from llava.utils.reporting import OpenImage, fact_lines, html_thumbnail, render_page
 
 
 def write_scores_page(
@@ -53,7 +53,7 @@ def write_scores_page(
         failures=list(report["failures"].items()),
         agreements=[_agreement(heading, report[key]) for key, heading in headings.items() if report.get(key)],
         cases=[_case(rows[index], rated[index], opener) for index in choose_examples(rated, num_examples)],
-        provenance=list(report.get("provenance", {}).items()),
+        provenance=fact_lines(report.get("provenance", {})),
     )
     write_atomic(path, text)
 

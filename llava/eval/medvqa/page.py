@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llava.eval.medvqa.items import ScoredItem
 from llava.scoring.metrics import closed_hit
 from llava.scoring.strict import strict_form
 from llava.utils.jsonl import write_atomic
-from llava.utils.reporting import OpenImage, html_thumbnail, render_page
+from llava.utils.reporting import OpenImage, fact_lines, html_thumbnail, render_page
 
 LEGACY = "legacy"
 """Begin of the names of the published sets of scores."""
@@ -25,12 +26,18 @@ RIGHT, WRONG, CHANGED = "right", "wrong", "changed by the gray image"
 NUM_FILTERS = 14
 """Number of filters that the stylesheet has rules for."""
 
+COLUMNS = ("n", "%", "95 % interval", "blank image", "from the image", "interval", "majority", "above majority")
+NOT_RUN = "not run"
+
 TERMS = (
     ("n", "number of questions that the score applies to"),
     ("95 % interval", "resampled by image: questions about one image are drawn together"),
     ("blank image", "the same score when every image is replaced by a gray square"),
     ("from the image", "score minus that on the gray image, on the same questions; near 0: the image is not used"),
     ("majority", "the score of always giving the most frequent answer"),
+    ("above majority", "score minus that of the most frequent answer, with its interval"),
+    ("minus control, difference", "on the same questions, which are resampled together"),
+    ("right, wrong", "by the strict rules; an open answer is right if it equals the reference"),
     ("changed by the gray image", "the answer on the gray image has other words"),
 )
 """Legend of the page."""
@@ -44,7 +51,7 @@ def write_page(
     items: Sequence[ScoredItem],
     blank: Sequence[ScoredItem] | None = None,
     open_image: OpenImage | None = None,
-    num_examples: int = 12,
+    num_examples: int = 500,
     note: str = "",
     other: tuple[str, Sequence[ScoredItem]] | None = None,
 ) -> None:
@@ -74,29 +81,40 @@ def write_page(
         )
         for index in shown
     ]
-    sets = [(name, score_rows(scores.items())) for name, scores in report["scores"].items()]
+    sets = [(name, score_table(scores.items())) for name, scores in report["scores"].items()]
     by = report.get("by")
     text = render_page(
         "evaluation.html",
         title=title,
         note=note,
         counts=counts,
+        has_control=blank is not None,
         verdicts=report.get("verdicts", ()),
         scores=[one for one in sets if not one[0].startswith(LEGACY)],
         legacy=[one for one in sets if one[0].startswith(LEGACY)],
         terms=TERMS,
         controls=[(name, tables.control_rows(table)) for name, table in report.get("controls", {}).items()],
+        comparison=_comparison(report.get("comparison")),
         by={"field": by["field"], "rows": tables.field_rows(by["rows"])} if by else None,
-        types=score_rows((_type_name(row), row) for row in report["by_type"]),
+        types=score_table((_type_name(row), row) for row in report["by_type"]),
         bars=[bar(row) for row in report["by_type"]],
         parts=[
             {"id": f"f{number}", "name": name, "count": sum(f"f{number}" in one["classes"].split() for one in cases)}
             for number, name in enumerate(kinds)
         ],
         cases=cases,
-        provenance=list(report.get("provenance", {}).items()),
+        num_left=len(items) - len(cases),
+        provenance=fact_lines(report.get("provenance", {})),
     )
     write_atomic(path, text)
+
+
+def score_table(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, list[Any]]:
+    """Return the columns of named scores and their cells, without the columns that say nothing."""
+    cells = score_rows(rows)
+    used = [name for place, name in enumerate(COLUMNS, 1) if any(row[place] not in ("-", NOT_RUN) for row in cells)]
+    kept = [True, *(name in used for name in COLUMNS)]
+    return {"columns": used, "cells": [list(compress(row, kept)) for row in cells]}
 
 
 def score_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[list[str]]:
@@ -110,7 +128,7 @@ def score_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[list[str]]
                 str(answered["num_items"]),
                 percent_text(answered["value"]),
                 interval_text(answered),
-                percent_text(row["blank"]["value"]) if "blank" in row else "not run",
+                percent_text(row["blank"]["value"]) if "blank" in row else NOT_RUN,
                 percent_text(gain["value"], signed=True) if gain else "-",
                 interval_text(gain) if gain else "-",
                 percent_text(row.get("majority")),
@@ -118,6 +136,13 @@ def score_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[list[str]]
             ]
         )
     return cells
+
+
+def _comparison(comparison: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the other run's name and the rows of both: n, this run, the other one, the paired difference."""
+    if comparison is None:
+        return None
+    return {"name": comparison["name"], "rows": tables.control_rows(comparison["scores"])}
 
 
 def bar(row: Mapping[str, Any]) -> dict[str, str | None]:

@@ -19,7 +19,7 @@ from llava.imaging.decode import load_image
 from llava.report_labels.findings import FINDINGS, NO_FINDING, UNCERTAIN, Evidence, Label, ReportLabels
 from llava.report_labels.labeler import label_report
 from llava.utils.jsonl import write_atomic
-from llava.utils.reporting import OpenImage, html_thumbnail, render_page
+from llava.utils.reporting import OpenImage, fact_lines, html_thumbnail, render_page
 
 NOTE = "The page contains reports; the rules of their data apply to it. Research use, not for diagnosis."
 
@@ -58,7 +58,7 @@ def write_reports_page(
         skipped=[f"{name}: {x['reason']}" for name, x in scores.scorers.items() if x["status"] == "skipped"],
         findings=[{"id": _id(name), "name": name, "count": count} for name, count in counts.items() if count],
         cases=cases,
-        provenance=list(provenance.items()),
+        provenance=fact_lines(provenance),
     )
     write_atomic(path, text)
 

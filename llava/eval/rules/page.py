@@ -13,7 +13,7 @@ from llava.constants import IMAGE_TOKEN
 from llava.eval.rules.report import facts_of, node_table, score_table, style_table
 from llava.eval.rules.scores import HeldDialogue
 from llava.utils.jsonl import write_atomic
-from llava.utils.reporting import OpenImage, html_thumbnail, render_page
+from llava.utils.reporting import OpenImage, fact_lines, html_thumbnail, render_page
 
 
 def write_page(
@@ -37,7 +37,7 @@ def write_page(
         nodes=node_table(report),
         facts=facts_of(report),
         cases=[case_html(dialogue, open_image) for dialogue in choose_examples(held, num_examples)],
-        provenance=list(report.get("provenance", {}).items()),
+        provenance=fact_lines(report.get("provenance", {})),
     )
     write_atomic(path, text)
 

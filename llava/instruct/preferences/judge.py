@@ -35,6 +35,7 @@ from llava.openai_api import add_api_flags, settings_of
 from llava.utils import log
 from llava.utils.budget import Budget, Prices
 from llava.utils.cli import Parser
+from llava.utils.config_file import config_of, read_config, with_config
 from llava.utils.files import exclusive_file, refuse_overwriting
 from llava.utils.jsonl import write_json
 from llava.utils.terminal import write_out
@@ -130,7 +131,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--by")
-    args = make_parser(first.parse_known_args(words)[0].by).parse_args(words)
+    path, _ = config_of(words)
+    by = first.parse_known_args(words)[0].by or (read_config(path).get("--by") if path else None)
+    parser = make_parser(by)
+    args = parser.parse_args(with_config(parser, words))
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {args.batch_size}")
     outputs = {"out": args.out, "report": args.report, "store": _store_file(args)}

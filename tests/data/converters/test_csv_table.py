@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from llava.data.converters.csv_table import main
+from llava.data.pseudonyms import key_of, read_salt
 from llava.data.records import load_samples
 from llava.errors import ConfigError, DataError
-from tests.support.releases import image_bytes, rows_in, write_csv, write_image
+from tests.support.releases import image_bytes, rows_in, write_csv, write_image, write_rows
 
 
 def table(folder: Path, **changes: Any) -> list[str]:
@@ -140,3 +141,79 @@ def test_a_table_that_contains_its_images(tmp_path: Path) -> None:
     found = rows_in(tmp_path / "out" / "train.json")
     assert found[0]["image"] == found[2]["image"] != found[1]["image"] and "x" not in found[0]
     assert (tmp_path / "out/images" / found[1]["image"]).read_bytes() == image_bytes(2)
+
+
+def test_columns_of_persons_become_keys(tmp_path: Path) -> None:
+    """The keys are those of DICOM rows with the same salt."""
+    salt = tmp_path / "salt"
+    more = ["--patient_column", "who", "--id_column", "MRN", "--keep", "age", "Patient_ID", "--salt-file", str(salt)]
+    words = table(tmp_path)
+    [first, second] = rows_in(write_rows(tmp_path / "cases.json", people()))
+    main([str(tmp_path / "cases.json"), *words[1:], *more])
+    rows = rows_in(tmp_path / "out" / "train.json")
+    secret = read_salt(salt)
+    assert [row["patient"] for row in rows] == [key_of("patient", who, secret) for who in (first["who"], second["who"])]
+    assert rows[0]["id"] == key_of("patient", "4711", secret) and rows[0]["Patient_ID"] == rows[0]["id"]
+    assert [row["age"] for row in rows] == [40, 50]
+    written = "".join(path.read_text() for path in (tmp_path / "out").glob("*.json"))
+    assert not [text for text in ("Zyx", "4711", "4712", str(salt)) if text in written]
+    assert salt.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_folder_remembers_the_salt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*table(tmp_path), "--patient_column", "who"]
+    main([*words, "--salt-file", str(tmp_path / "salt")])
+    (tmp_path / "salt").rename(tmp_path / "moved")
+    main([*words, "--salt-file", str(tmp_path / "moved")])
+    assert "is already complete with the same settings" in capsys.readouterr().out
+    for other in ([], ["--salt-file", str(tmp_path / "new")]):
+        with pytest.raises(ConfigError, match="was written with another salt_file"):
+            main([*words, *other])
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--patient_column", "who"], "column 'who' is written in clear; --salt-file FILE writes keys"),
+        (["--id_column", "MRN"], "column 'MRN' is written in clear"),
+        (["--keep", "Patient_ID"], "column 'Patient_ID' is written in clear"),
+        (["--keep", "seen", "--salt-file", "SALT"], "column 'seen' is kept in clear; a value looks like an identifier"),
+        (["--patient_column", "file", "--image-prefix", "case-"], "names of images contain values"),
+    ],
+)  # fmt: skip
+def test_what_stays_in_clear_is_reported(
+    tmp_path: Path, more: list[str], expected: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava.utils.log._SEEN", set())
+    words = table(tmp_path)
+    write_image(tmp_path / "scans" / "case-Zyx01.png")
+    rows = people()
+    if "--image-prefix" in more:
+        rows = [{**rows[0], "file": "Zyx01"}]
+    write_rows(tmp_path / "cases.json", rows)
+    main([str(tmp_path / "cases.json"), *words[1:], *(word.replace("SALT", str(tmp_path / "salt")) for word in more)])
+    assert sum(expected in message for message in caplog.messages) == 1
+    assert "Zyx" not in caplog.text
+
+
+def test_nothing_is_said_about_other_columns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava.utils.log._SEEN", set())
+    main([*table(tmp_path), "--patient_column", "who", "--keep", "age", "--salt-file", str(tmp_path / "salt")])
+    assert "in clear" not in caplog.text
+
+
+def people() -> list[dict[str, Any]]:
+    """Return rows of a table with columns that identify persons."""
+    first = {
+        "file": "a",
+        "q": "Normal?",
+        "a": "yes",
+        "who": "Zyx Quentin",
+        "MRN": 4711,
+        "Patient_ID": "4711",
+        "age": 40,
+    }
+    second = {"who": "Zyx Other", "file": "b", "MRN": 4712, "Patient_ID": "4712", "age": 50, "seen": "on 03.04.2021"}
+    return [{**first, "seen": "no"}, {**first, **second}]

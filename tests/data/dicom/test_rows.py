@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from llava.data.dicom import rows as dicom_rows
-from llava.data.dicom.pseudonyms import key_of, new_uid, read_salt
+from llava.data.pseudonyms import key_of, new_uid, read_salt
 from llava.errors import ConfigError, DataError
 from llava.train.run import run_sft
 from tests.support.dicom_files import SECRET, corpus, make
@@ -140,14 +140,49 @@ def test_texts_without_an_image_are_reported(tmp_path: Path, capsys: pytest.Capt
     assert SECRET not in str(caught.value) and not out.exists()
 
 
-def test_a_table_that_contradicts_itself(tmp_path: Path) -> None:
+def test_every_question_of_a_table_is_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, table = write_study(tmp_path / "in"), tmp_path / "questions.csv"
+    table.write_text(
+        "number,q,a\n1.2.2,Is there a mass?,no\nA77,x,y\n1.2.2,Which organ?,lung\n"
+        "1.2.2,Is there a mass?,no\n1.4.1,Who?,\n"
+    )
+    words = ["--table", str(table), "--key", "instance", "--key-column", "number", "--text-column", "a"]
+    rows = run(folder, tmp_path / "rows.json", *words, "--question-column", "q", "--salt-file", str(tmp_path / "salt"))
+    asked = [row for row in rows if row["image"] == "a/slice2"]
+    texts = [[turn["value"] for turn in row["conversations"]] for row in asked]
+    assert texts[:2] == [["<image>\nIs there a mass?", "no"], ["<image>\nWhich organ?", "lung"]]
+    assert len(texts) == 3 and texts[2][0].startswith("<image>\n") and "modality" in texts[2][0]
+    assert len({row["id"] for row in rows}) == len(rows) == 7
+    assert [row["id"] for row in asked[:2]] == [f"{asked[2]['id']}-{number}" for number in (0, 1)]
+    printed = capsys.readouterr().out
+    assert "2 questions of the table" in printed and "1 with a text" in printed
+    rows = run(folder, tmp_path / "bare.json", *words, "--question-column", "q", "--facts", "False")
+    assert [row["image"] for row in rows] == ["a/slice2"] * 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "more", "reason"),
+    [
+        (f"7,a,{SECRET}\n7,b,another\n", [], "row 1: .*repeats a key .*pass --question-column"),
+        (f"7,a,{SECRET}\n7,a,another\n", ["--question-column", "q"], "row 1: .*repeats a key of an earlier row"),
+        (f"7,,{SECRET}\n", ["--question-column", "q"], "row 0: column 'q' is empty; expected the question"),
+        ("7,a,b\n", ["--question-column", "asked"], "no column 'asked'"),
+    ],
+)
+def test_a_table_that_contradicts_itself(tmp_path: Path, lines: str, more: list[str], reason: str) -> None:
     table = tmp_path / "reports.csv"
-    table.write_text(f"number,text\n7,{SECRET}\n7,another\n")
-    with pytest.raises(DataError, match="repeats a key") as caught:
-        dicom_rows.read_texts(table, "number", ["text"])
+    table.write_text(f"number,q,text\n{lines}")
+    words = ["--table", str(table), "--key-column", "number", "--text-column", "text", *more]
+    with pytest.raises(DataError, match=reason) as caught:
+        dicom_rows.main([str(tmp_path), "--out", str(tmp_path / "rows.json"), *words])
     assert SECRET not in str(caught.value)
-    with pytest.raises(ConfigError, match="belong together"):
-        dicom_rows.main([str(tmp_path), "--out", str(tmp_path / "rows.json"), "--table", str(table)])
+
+
+@pytest.mark.parametrize(("words", "reason"), [(["--table", "t.csv"], "belong together"),
+                                              (["--question-column", "q"], "names a column of --table")])  # fmt: skip
+def test_options_of_a_table_belong_together(tmp_path: Path, words: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        dicom_rows.main([str(tmp_path), "--out", str(tmp_path / "rows.json"), *words])
 
 
 def test_png_files_follow_the_options(tmp_path: Path) -> None:

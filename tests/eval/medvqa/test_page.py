@@ -6,9 +6,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image
+
 from llava.eval.medvqa import page
 from llava.eval.medvqa.items import ScoredItem
 from tests.support.browser import look_at
+from tests.support.chromium import browser
 
 
 def make(identity: str, prediction: str, *, failed: bool = False) -> ScoredItem:
@@ -79,3 +82,36 @@ def test_filters_and_another_run(tmp_path: Path) -> None:
     """
     for found in look_at(tmp_path, [tmp_path / "page.html"], widths=(390, 1280), script=script):
         assert found["value"] == ["2, closed A&B"] and found["sizes"][0] <= found["sizes"][1]
+
+
+def test_a_thousand_answers_are_filtered_at_once(tmp_path: Path) -> None:
+    num, words = 1000, ("yes", "no")
+    items = [
+        replace(make(str(n), words[n % 2]), question=f"Question {n}? " * 5, types=(f"T{n % 9}",)) for n in range(num)
+    ]
+    blank = [replace(item, prediction=words[n % 3 == 0]) for n, item in enumerate(items)]
+    image = Image.new("RGB", (64, 48), (90, 40, 120))
+    report = {"counts": {}, "scores": {}, "by_type": []}
+    path = tmp_path / "page.html"
+    page.write_page(
+        path, title="T", report=report, items=items, blank=blank, open_image=lambda _: image, num_examples=num
+    )
+    script = """(async () => {
+      const seconds = [], frame = () => new Promise(done => requestAnimationFrame(() => setTimeout(done)));
+      for (const label of document.querySelectorAll(".filters label")) {
+        const start = performance.now();
+        label.click();
+        document.body.offsetHeight;
+        seconds.push(performance.now() - start);
+        await frame();
+      }
+      const shown = [...document.querySelectorAll(".case")].filter(one => one.offsetHeight > 0);
+      return {slowest: Math.max(...seconds), shown: shown.length, labels: seconds.length};
+    })()"""
+    with browser(tmp_path) as chromium:
+        chromium.open(path.as_uri(), width=390)
+        assert chromium.until("document.readyState == 'complete' && !!document.querySelector('.case')")
+        found = [chromium.value(script) for _ in range(3)]
+    assert [one["labels"] for one in found] == [13] * 3 and found[0]["shown"] == num // 9
+    # The fastest of three: other programs on the machine may stop a browser for longer than this.
+    assert min(one["slowest"] for one in found) < 100

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llava.data.check.identifiers import identifier_rules
 from llava.data.check.page import write_page
 from llava.data.check.report import check_file, report_data, report_summary
+from llava.data.identifiers import identifier_rules
 from tests.support.check_files import row, write_rows
 
 
