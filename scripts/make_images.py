@@ -176,8 +176,8 @@ def architecture_svg(document: str) -> str:
     return svg(y + 8, body)
 
 
-def page_png(page: Path, *, height: int = 1000) -> bytes:
-    """Return the top of a page in Chromium, as a PNG file of 128 colors.
+def page_png(page: Path, *, height: int = 1780) -> bytes:
+    """Return the top of a page in Chromium, as a PNG file of 256 colors.
 
     Raises:
         SystemExit: Chromium is not installed.
@@ -190,7 +190,7 @@ def page_png(page: Path, *, height: int = 1000) -> bytes:
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--screenshot={file}"]
         words = [program, *options, f"--window-size=1280,{height}", f"--user-data-dir={folder}/profile", page.as_uri()]
         subprocess.run(words, check=True, capture_output=True, timeout=300)
-        shot = Image.open(file).convert("RGB").quantize(128)
+        shot = Image.open(file).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     shot.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the page of all options is what the commands print."""
+"""Hooks of mkdocs: the page of options is what the commands print; the images of the repository are on the site."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "<!-- options -->"
@@ -34,8 +37,18 @@ def options_page() -> str:
     )
 
 
+def on_files(files: Files, config: Any) -> Files:
+    """Add the images of the repository to the site."""
+    from mkdocs.structure.files import File
+
+    for image in sorted((ROOT / "images").iterdir()):
+        files.append(File(f"images/{image.name}", str(ROOT), config.site_dir, config.use_directory_urls))
+    return files
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill the page of options."""
+    """Fill the page of options; images are one folder less far away than in the repository."""
+    markdown = markdown.replace("](../images/", "](images/")
     if MARK not in markdown:
         return markdown
     sys.path.insert(0, str(ROOT))

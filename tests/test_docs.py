@@ -70,8 +70,9 @@ def test_named_path_exists(document: str, path: str) -> None:
 def test_link_leads_to_a_heading(document: Path, target: str, anchor: str) -> None:
     page = document.parent / target if target else document
     assert page.is_file(), f"{document.name} links to {target}"
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    assert not anchor or anchor[1:] in map(anchor_of, headings)
+    if anchor:
+        headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor[1:] in map(anchor_of, headings)
 
 
 @pytest.mark.parametrize(("module", "name"), IMPORTS)

@@ -46,3 +46,10 @@ def test_the_page_of_options_has_every_command(site: Path) -> None:
 
 def test_no_page_loads_from_another_server(site: Path) -> None:
     assert [page for page in site.rglob("*.html") if LOADED.search(page.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize("page", ["evaluation", "architecture", "performance"])
+def test_images_of_the_repository_are_on_the_site(site: Path, page: str) -> None:
+    text = (site / f"{page}.html").read_text(encoding="utf-8")
+    [image] = re.findall(r'<img alt="[^"]+" src="(images/[^"]+)"', text)
+    assert (site / image).read_bytes() == (ROOT / image).read_bytes()
