@@ -4,7 +4,8 @@ python llava/eval/chexprompt.py --rating_name first --output_dir ratings --input
 
     rows --judge_messages--> Judge (stored replies, endpoint) --parse_rating--> rating | reason --> rows, summary
 
-Every reply is stored before the next is requested; a killed run resumes, and a second run sends no requests.
+Every reply is stored before the next is requested; a killed run resumes, and a second run sends no requests. Filtered
+and empty replies are stored too, under texts that stand for them; requests that failed otherwise are sent again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from llava.eval.reports.error_replies import Rating, Unread, parse_rating
 from llava.eval.reports.rows import read_pairs
 from llava.eval.reports.score import CLUSTERS, finite, patients
 from llava.judging.asking import ask_endpoint
-from llava.judging.store import Ask, CountedReply, Judge, JudgeReply, Messages, Store, reply_not_stored
+from llava.judging.store import Ask, CountedReply, Judge, JudgeReply, Messages, NoReply, Store, reply_not_stored
 from llava.openai_api import ApiSettings, add_api_flags, settings_of
 from llava.utils import log
 from llava.utils.cli import Parser, parse_bool, run_program
@@ -34,6 +35,9 @@ from llava.utils.provenance import provenance_fields
 from llava.utils.reporting import text_table
 
 MINUTE = 60.0
+
+FINAL_FAILURES = {"filtered": "[content_filter]", "empty": ""}
+"""Texts that stand for replies without text which another request would not change."""
 
 
 def paced(ask: Ask, per_minute: int, *, sleep: Callable[[float], None] = time.sleep) -> Ask:
@@ -47,6 +51,17 @@ def paced(ask: Ask, per_minute: int, *, sleep: Callable[[float], None] = time.sl
                 yield start + place, reply
             if start + step < len(requests):
                 sleep(max(0.0, MINUTE - (time.monotonic() - began)))
+
+    return run
+
+
+def with_final_failures(ask: Ask) -> Ask:
+    """Return an `Ask` that yields filtered and empty replies as texts, so that they are stored like all others."""
+
+    def run(requests: Sequence[Messages]) -> Iterator[tuple[int, JudgeReply | CountedReply]]:
+        for place, reply in ask(requests):
+            kind = reply.reason.partition(",")[0] if isinstance(reply, NoReply) else ""
+            yield place, FINAL_FAILURES.get(kind, reply)
 
     return run
 
@@ -68,7 +83,7 @@ def rate_pairs(
             for place, reply in judge.replies([messages[row] for row in left]):
                 row = left[place]
                 found[row] = _read(reply)
-                if found[row][0] is None and isinstance(reply, str):
+                if found[row][0] is None and isinstance(reply, str) and reply not in FINAL_FAILURES.values():
                     messages[row] = messages_after_unread(messages[row], reply)
                     again.append(row)
                 bar.update()
@@ -128,7 +143,8 @@ class ReportEvaluator:
         if ask is None:
             settings = ApiSettings.from_env(deployment=engine)
             ask = ask_endpoint(settings, sampling=sampling, max_concurrency=8 if use_async else 1)
-        self.judge = Judge(engine, paced(ask, requests_per_minute), Store(store), sampling=sampling)
+        ask = with_final_failures(paced(ask, requests_per_minute))
+        self.judge = Judge(engine, ask, Store(store), sampling=sampling)
         self.num_rounds = 1 + max_retries
 
     def evaluate(self, references: str | Sequence[str], candidates: str | Sequence[str]) -> list[Rating]:
@@ -243,7 +259,8 @@ def _judge(args: Namespace, replies: Path) -> Judge:
     settings = settings_of(args)
     at_once = 8 if args.use_async else 1
     ask = ask_endpoint(settings, sampling=sampling, max_concurrency=at_once, max_retries=args.max_retries)
-    return Judge(settings.deployment, paced(ask, args.max_request_per_min), Store(replies), sampling=sampling)
+    ask = with_final_failures(paced(ask, args.max_request_per_min))
+    return Judge(settings.deployment, ask, Store(replies), sampling=sampling)
 
 
 def _sampling(judge: Judge) -> dict[str, Any]:

@@ -64,25 +64,34 @@ _TERM_AFTER = re.compile(
 _TERM_BEFORE = re.compile(rf"\b{_TERMS}\s+(?:and/or|or|versus|vs)\s+(?:[\w-]+\s+){{0,3}}?$")
 """Other things that a mention is an alternative to."""
 
+MAX_SENTENCE = 600
+"""Characters of a sentence; the longest of the Indiana University reports has 254."""
+
+MAX_JOINED = 100
+"""Characters between two alternatives; more than `_JOINED` matches."""
+
 NEAR = 64
 """Characters that a single adjective of uncertainty reaches."""
 
 
-_BEFORE_FINDINGS = re.compile(  # headers of what was known before the image was read, up to the findings
-    r"(?:^|(?<=[.\n]))\s*(?:indications?|clinical (?:history|information|indication)|history|"
-    r"reason for (?:the )?(?:exam\w*|study)|technique|comparison|examination|exam|procedure)\s*:"
-    r"(?:(?!\b(?:findings?|impression|conclusion|report)\s*:).)*(?=\b(?:findings?|impression|conclusion|report)\s*:)",
-    re.IGNORECASE | re.DOTALL,
+_SECTION = re.compile(  # headers of what was known before the image was read, and of what was seen
+    r"(?:^|(?<=[.\n]))[ \t]{0,9}(?P<earlier>indications?|clinical (?:history|information|indication)|history|"
+    r"reason for (?:the )?(?:exam\w*|study)|technique|comparison|examination|exam|procedure)[ \t]?:|"
+    r"\b(?P<seen>findings?|impression|conclusion|report)[ \t]?:",
+    re.IGNORECASE,
 )
 _CONDITION = re.compile(r"\bif\b[^,;]*?(?=[,;]|\bconsider|\brecommend|\bthen\b|$)")
 
 
 def findings_parts(text: str) -> Iterator[tuple[int, int]]:
     """Yield start and end of the parts of a report without indication, history, technique and comparison."""
-    start = 0
-    for match in _BEFORE_FINDINGS.finditer(text):
-        yield start, match.start()
-        start = match.end()
+    start, left_out = 0, None
+    for match in _SECTION.finditer(text):
+        if match["seen"] is None:
+            left_out = match.start() if left_out is None else left_out
+        elif left_out is not None:  # without such a header, nothing is left out
+            yield start, left_out
+            start, left_out = match.start("seen"), None
     yield start, len(text)
 
 
@@ -92,10 +101,18 @@ def condition_spans(sentence: str) -> list[tuple[int, int]]:
 
 
 def split_sentences(text: str) -> Iterator[tuple[int, int]]:
-    """Yield start and end of the sentences of a text, also where a period or a space is missing."""
+    """Yield start and end of the sentences of a text, also where a period or a space is missing.
+
+    A sentence of more than `MAX_SENTENCE` characters is cut, since the time of the rules grows with its square.
+    """
     start = 0
     cuts = sorted({match.end() for match in _END.finditer(text)} | {match.end() for match in _NEW.finditer(text)})
     for end in [*cuts, len(text)]:
+        while end - start > MAX_SENTENCE:
+            cut = text.rfind(" ", start + 1, start + MAX_SENTENCE)
+            cut = start + MAX_SENTENCE if cut < 0 else cut
+            yield start, cut
+            start = cut
         if text[start:end].strip():
             yield start, end
         start = end
@@ -227,8 +244,8 @@ class Scopes:
         )
         for other_start, other_end in [] if unchanged else mentions:  # "no change in A or B" states both
             first, last = (end, other_start) if other_start >= end else (other_end, start)
-            is_other = other_end <= start or other_start >= end
-            if is_other and self._is_plain(first, last, mentions) and _JOINED.match(self.sentence[first:last]):
+            is_near = first <= last <= first + MAX_JOINED
+            if is_near and self._is_plain(first, last, mentions) and _JOINED.match(self.sentence[first:last]):
                 return "or"
         after = self.sentence[end:]
         for pattern, word in ((_VERSUS_AFTER, "versus"), (_TERM_AFTER, "or")):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llava.report_labels.findings import FINDINGS, Label
 from llava.report_labels.labeler import label_report
+from llava.report_labels.scopes import MAX_SENTENCE, split_sentences
 
 EC, CM, LO, LL = "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion"
 PNX, PE, PO, SD, NF = "Pneumothorax", "Pleural Effusion", "Pleural Other", "Support Devices", "No Finding"
@@ -263,6 +267,24 @@ def test_no_finding(text: str, expected: Label) -> None:
 )
 def test_strongest_mention_wins(text: str, expected: Label) -> None:
     assert label_report(text).labels[PE] == expected
+
+
+@given(st.text(alphabet="ab .,\n", max_size=3 * MAX_SENTENCE))
+def test_sentences_are_the_whole_text_in_short_parts(text: str) -> None:
+    parts = list(split_sentences(text))
+    assert all(0 < end - start <= MAX_SENTENCE for start, end in parts)
+    assert "".join("".join(text[start:end] for start, end in parts).split()) == "".join(text.split())
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(parts))
+
+
+@pytest.mark.parametrize(
+    "words", ["no effusion ", "may represent effusion or ", "nodule ", "effusion, ", "\nIndication: ", "\n", "x", "("]
+)
+def test_endless_texts_need_little_time(words: str) -> None:
+    text = (words * 100_000)[:100_000] + ". Small effusion."
+    started = time.process_time()
+    assert label_report(text).labels[PE] == 1
+    assert time.process_time() - started < 20  # 0.3 s; before sentences were cut, some took minutes
 
 
 def test_places_after_a_part_that_is_left_out() -> None:

@@ -19,8 +19,10 @@ from llava.utils.cli import Parser
 from llava.utils.files import refuse_overwriting
 from llava.utils.jsonl import write_atomic, write_records
 
+ReportId = str | int
 
-def label_rows(path: str | Path, *, text_key: str | None = None) -> Iterable[tuple[str, ReportLabels]]:
+
+def label_rows(path: str | Path, *, text_key: str | None = None) -> Iterable[tuple[ReportId, ReportLabels]]:
     """Yield id and labels of each report of a file; a report without id has its row number as id.
 
     Args:
@@ -33,10 +35,17 @@ def label_rows(path: str | Path, *, text_key: str | None = None) -> Iterable[tup
     keys = TEXT_KEYS if text_key is None else (text_key,)
     with input_file(path) as file:
         for origin, row in read_rows(file):
-            yield identity(row.get("id")) or str(origin.row), label_report(report_text(row, keys, origin))
+            yield _report_id(row.get("id"), origin.row), label_report(report_text(row, keys, origin))
 
 
-def labels_csv(rows: Iterable[tuple[str, ReportLabels]]) -> str:
+def _report_id(given: Any, row: int) -> ReportId:
+    """Return the id of a row as it is given, so that results can be joined with it; its number if it has none."""
+    if isinstance(given, int) and not isinstance(given, bool):
+        return given
+    return identity(given) or row
+
+
+def labels_csv(rows: Iterable[tuple[ReportId, ReportLabels]]) -> str:
     """Return a table with a column per finding in the convention of CheXpert: 1.0, 0.0, -1.0 or empty."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -69,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.stdout.write(f"Total reports: {len(rows)}\npositive rule labels: {counts or 'none'}\n")
 
 
-def _json_row(name: str, found: ReportLabels) -> dict[str, Any]:
+def _json_row(name: ReportId, found: ReportLabels) -> dict[str, Any]:
     return {"id": name, **found.to_json()}
 
 
-def _num_positive(rows: Sequence[tuple[str, ReportLabels]]) -> list[tuple[str, int]]:
+def _num_positive(rows: Sequence[tuple[ReportId, ReportLabels]]) -> list[tuple[str, int]]:
     counts = [(finding, sum(found.labels[finding] == 1 for _, found in rows)) for finding in FINDINGS]
     return [(finding, number) for finding, number in counts if number]

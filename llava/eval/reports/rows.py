@@ -116,10 +116,12 @@ def report_text(row: Row, keys: Sequence[str], origin: Origin) -> str:
     if key is None:
         raise DataError(f"{origin}: no field {expected}; it has {_names(row)}. Every row needs one, possibly empty")
     value = row[key]
-    if isinstance(value, str):
+    if isinstance(value, str) and value.strip().lower() != "nan":
         return value
     if value is None or (isinstance(value, float) and math.isnan(value)):
         kind = "null" if value is None else "NaN"
+    elif isinstance(value, str):
+        kind = "the text 'nan', which tables have for a missing value"
     else:
         kind = type(value).__name__
     raise DataError(f"{origin}: field {key!r} is {kind}; expected text (an empty report is an empty text)")

@@ -82,29 +82,30 @@ def test_accepted_forms(name: str) -> None:
     assert parse_rating(READABLE[name]) == EXPECTED
 
 
-@pytest.mark.parametrize(
-    ("reply", "reason"),
-    [
-        ("", "empty"),
-        (" \n", "empty"),
-        ("I'm sorry, but I can't assist with that request.", "refused"),
-        ("As an AI model I do not read radiographs.", "refused"),
-        ("The response was filtered due to the content management policy.", "filtered"),
-        (STANDARD[:-30], "cut short"),
-        (SIGNIFICANT_HEADER + pairs(FIRST), "cut short"),
-        (SIGNIFICANT_HEADER + pairs(FIRST)[:20], "cut short"),
-        (SIGNIFICANT_HEADER, "cut short"),
-        ("<think>the candidate", "cut short"),
-        (READABLE["JSON by name"].removeprefix("```json\n")[:80], "cut short"),
-        ("The candidate has two errors.", "malformed"),
-        (lines(pairs(FIRST).replace("(F, 3)", "(A, 3)"), pairs(SECOND)), "malformed"),
-        (lines(pairs(FIRST).replace("3", "-3"), pairs(SECOND)), "malformed"),
-        (lines(pairs(FIRST).replace("3", "2.5"), pairs(SECOND)), "malformed"),
-        (lines(pairs(FIRST).replace(", (F, 3)", ""), pairs(SECOND)), "malformed"),
-        (lines("[1, 0, 2, 0, 0, 3]", "[0, 1, 0, 0, 0, 0]"), "malformed"),
-        (json.dumps({"clinically_significant": {"A": 1}, "clinically_insignificant": {"A": 1}}), "malformed"),
-    ],
-)
+UNREADABLE = [
+    ("", "empty"),
+    (" \n", "empty"),
+    ("I'm sorry, but I can't assist with that request.", "refused"),
+    ("As an AI model I do not read radiographs.", "refused"),
+    ("The response was filtered due to the content management policy.", "filtered"),
+    (STANDARD[:-30], "cut short"),
+    (SIGNIFICANT_HEADER + pairs(FIRST), "cut short"),
+    (SIGNIFICANT_HEADER + pairs(FIRST)[:20], "cut short"),
+    (SIGNIFICANT_HEADER, "cut short"),
+    ("<think>the candidate", "cut short"),
+    (READABLE["JSON by name"].removeprefix("```json\n")[:80], "cut short"),
+    ("The candidate has two errors.", "malformed"),
+    (lines(pairs(FIRST).replace("(F, 3)", "(A, 3)"), pairs(SECOND)), "malformed"),
+    (lines(pairs(FIRST).replace("3", "-3"), pairs(SECOND)), "malformed"),
+    (lines(pairs(FIRST).replace("3", "2.5"), pairs(SECOND)), "malformed"),
+    (lines(pairs(FIRST).replace(", (F, 3)", ""), pairs(SECOND)), "malformed"),
+    (lines("[1, 0, 2, 0, 0, 3]", "[0, 1, 0, 0, 0, 0]"), "malformed"),
+    (json.dumps({"clinically_significant": {"A": 1}, "clinically_insignificant": {"A": 1}}), "malformed"),
+]
+"""Replies without a rating, and why."""
+
+
+@pytest.mark.parametrize(("reply", "reason"), UNREADABLE)
 def test_replies_without_a_rating(reply: str, reason: str) -> None:
     read = parse_rating(reply)
     assert isinstance(read, Unread)

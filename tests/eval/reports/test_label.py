@@ -26,7 +26,7 @@ def test_labels_and_evidence(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     main([str(file), "--out", str(tmp_path / "out.jsonl")])
     first, second = read_records(tmp_path / "out.jsonl")
     assert list(first) == ["id", "labels", "evidence"]
-    assert (first["id"], second["id"]) == ("a", "1")
+    assert (first["id"], second["id"]) == ("a", 1)
     assert list(first["labels"]) == list(FINDINGS)
     assert first["labels"]["Pleural Effusion"] == 1
     assert first["evidence"] == [{"finding": "Pleural Effusion", "value": 1, "start": 6, "end": 14, "cue": ""}]
@@ -39,7 +39,7 @@ def test_fields_with_the_text(tmp_path: Path, key: str) -> None:
     file = write_rows(tmp_path / "in.jsonl", {"id": 7, key: "Small effusion."})
     main([str(file), "--out", str(tmp_path / "out.jsonl")])
     row = next(read_records(tmp_path / "out.jsonl"))
-    assert (row["id"], row["labels"]["Pleural Effusion"]) == ("7", 1)
+    assert (row["id"], row["labels"]["Pleural Effusion"]) == (7, 1)
 
 
 def test_chosen_field(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pydicom.data
 import pytest
 from PIL import Image
 
@@ -14,17 +15,24 @@ from llava.eval.reports.page import finding_letters, marked_parts
 from llava.report_labels.findings import FINDINGS
 from llava.report_labels.labeler import label_report
 from tests.support.browser import look_at
+from tests.support.chromium import browser
 
 ROWS = [
     {"id": "good", "image": "a.png", "prediction": "Small effusion.", "reference": "Small effusion."},
-    {"id": "bad", "prediction": "Pneumothorax. <b>No edema</b>.", "reference": "Small effusion. Possible edema."},
+    {
+        "id": "bad",
+        "image": "b.dcm",
+        "prediction": "Pneumothorax. <b>No edema</b>.",
+        "reference": "Small effusion. Possible edema.",
+    },
 ]
 
 
 @pytest.fixture
 def page(tmp_path: Path) -> str:
-    """The page of two reports, one with an image."""
+    """The page of two reports, one with a PNG and one with a DICOM image."""
     Image.new("L", (30, 40), 90).save(tmp_path / "a.png")
+    (tmp_path / "b.dcm").write_bytes(Path(str(pydicom.data.get_testdata_file("CT_small.dcm"))).read_bytes())
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     score_main([str(tmp_path / "in.jsonl"), "--output-dir", str(tmp_path / "out"), "--image-folder", str(tmp_path)])
     return (tmp_path / "out" / "report.html").read_text()
@@ -61,8 +69,8 @@ def test_filter_by_finding(page: str) -> None:
         assert f"#f{row}:checked ~ .cases .case:not(.f{row})" in page
 
 
-def test_image_is_embedded(page: str) -> None:
-    assert page.count("data:image/jpeg;base64,") == 1
+def test_images_are_embedded(page: str) -> None:
+    assert page.count("data:image/jpeg;base64,") == 2
 
 
 @pytest.mark.parametrize(
@@ -102,3 +110,33 @@ def test_in_a_browser(page: str, tmp_path: Path) -> None:
         value = found["value"]
         assert value["all"] == 2 and [name.split(",")[0] for name in value["shown"]] == ["bad"]
         assert len(set(value["colors"])) == 4 and value["letters"] == ["A", "F", "M", "U"]
+
+
+SHOWN = """[...document.querySelectorAll(".case")].filter(one => one.offsetHeight > 0)
+  .map(one => one.querySelector("dd").textContent.split(",")[0])"""
+
+
+def test_no_request_leaves_the_page(page: str, tmp_path: Path) -> None:
+    file = tmp_path / "out" / "report.html"
+    leaking = tmp_path / "leaking.html"
+    without_policy = re.sub(r"<meta[^>]*Content-Security-Policy[^>]*>", "", page)
+    leaking.write_text(without_policy.replace("</body>", '<img src="http://127.0.0.1:9/x.png"></body>'))
+    with browser(tmp_path) as shown:
+        for width in (390, 1280):
+            shown.open(file.as_uri(), width=width)
+            assert shown.until("document.readyState == 'complete' && !!document.querySelector('.case')")
+            assert shown.value(SHOWN) == ["bad", "good"]
+            assert shown.value("document.documentElement.scrollWidth") <= width
+            sizes = shown.value(
+                "[...document.querySelectorAll('.case img')].map(i => [i.naturalWidth, i.naturalHeight])"
+            )
+            assert len(sizes) == 2 and all(min(size) > 0 for size in sizes)
+            for finding, expected in (("Pneumothorax", ["bad"]), ("Pleural Effusion", ["bad", "good"])):
+                shown.value(f"document.querySelector('label[for=f{FINDINGS.index(finding)}]').click()")
+                assert shown.value(SHOWN) == expected
+        assert shown.requests == {"file://"} and shown.errors == []
+        shown.open(leaking.as_uri())
+        assert shown.until("document.images.length == 3")
+        assert (
+            shown.until("document.images[2].complete") and "http://127.0.0.1:9" in shown.requests
+        )  # such a request is noticed

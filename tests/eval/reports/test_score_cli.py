@@ -194,6 +194,7 @@ BAD_FILES = [
         "row 1: field 'prediction' is null",
     ),
     ('{"prediction": NaN, "reference": "b"}\n', "row 0: field 'prediction' is NaN"),
+    ('{"prediction": "nan", "reference": "b"}\n', "row 0: field 'prediction' is the text 'nan'"),
     ('{"prediction": "a", "reference": 3}\n', "row 0: field 'reference' is int"),
     ('[{"prediction": "a", "reference": ["b"]}]', "row 0: field 'reference' is list"),
     ("", "no rows"),
