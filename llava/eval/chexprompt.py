@@ -27,7 +27,7 @@ from llava.judging.asking import ask_endpoint
 from llava.judging.store import Ask, CountedReply, Judge, JudgeReply, Messages, NoReply, Store, reply_not_stored
 from llava.openai_api import ApiSettings, add_api_flags, settings_of
 from llava.utils import log
-from llava.utils.cli import Parser, parse_bool, run_program
+from llava.utils.cli import Parser, run_program
 from llava.utils.files import refuse_overwriting
 from llava.utils.json_rows import read_records
 from llava.utils.jsonl import write_json, write_records
@@ -184,12 +184,12 @@ def _parser(prog: str) -> Parser:
     parser.add_argument("--rating-name", default="ratings", help="name of the files in --output-dir")
     parser.add_argument("--output-dir", required=True, type=Path, help="folder of ratings, replies and summary")
     judge = parser.add_argument_group("judge")
-    judge.add_argument("--engine", default="", help="name of the model or deployment; the same as --model")
+    judge.add_argument("--engine", help="name of the model or deployment; the same as --model")
     judge.add_argument("--temperature", type=_number_or_none, default=0.4, help="none: the endpoint's own")
     judge.add_argument("--max-tokens", type=int, default=128, help="limit of a reply; models that reason need 1024")
     judge.add_argument("--top-p", type=_number_or_none, default=0.95, help="none: the endpoint's own")
     judge.add_argument("--max-request-per-min", type=int, default=30, help="limit of requests; 0: none")
-    judge.add_argument("--use-async", type=parse_bool, nargs="?", const=True, default=True, metavar="BOOL")
+    parser.add_switch("--use-async", default=True, help="send several requests at once")
     judge.add_argument("--num-rounds", type=int, default=2, help="maximum number of replies until one is readable")
     judge.add_argument("--store", type=Path, help="file of replies; default: RATING_NAME.replies.jsonl")
     parser.add_switch("--offline", help="send no request; use only the replies in the store")
@@ -252,7 +252,7 @@ def _judge(args: Namespace, replies: Path) -> Judge:
         raise ConfigError(f"--engine {args.engine} and --model {args.model} name two judges; pass one")
     if args.max_request_per_min < 0 or args.num_rounds < 1:
         raise ConfigError("--max-request-per-min must be at least 0 and --num-rounds at least 1")
-    args.model = args.model or args.engine
+    args.model = args.model or args.engine or ""
     sampling = sampling_of(args.temperature, args.max_tokens, args.top_p)
     if args.offline:
         return Judge(args.model or settings_of(args).deployment, reply_not_stored, Store(replies), sampling=sampling)

@@ -31,7 +31,7 @@ _CLAUSE = re.compile(  # a new clause with its own verb; predicates of a list ("
     r"(?:is|are|was|were|has|have|appears?|remains?|shows?|demonstrates?)\s+"
     r"(?!(?:not\s+)?(?:seen|identified|noted|present|visuali|appreciat|demonstrat|evident|detect|observed|found|visible))"
 )
-_COMMA = r"(?<!\bstable)(?<!\bsmall)(?<!\bmild)(?<!\bminimal)(?<!\bchronic)(?<!\bold)(?<!\bnew),"
+_COMMA = r",(?<!\bstable,)(?<!\bsmall,)(?<!\bmild,)(?<!\bminimal,)(?<!\bchronic,)(?<!\bold,)(?<!\bnew,)"
 """Comma, but not one between adjectives as in `a small, stable effusion`."""
 
 _ITEM = re.compile(  # an item that is stated, after a list that is denied
@@ -86,7 +86,7 @@ _CONDITION = re.compile(r"\bif\b[^,;]*?(?=[,;]|\bconsider|\brecommend|\bthen\b|$
 def findings_parts(text: str) -> Iterator[tuple[int, int]]:
     """Yield start and end of the parts of a report without indication, history, technique and comparison."""
     start, left_out = 0, None
-    for match in _SECTION.finditer(text):
+    for match in _SECTION.finditer(text) if ":" in text else ():
         if match["seen"] is None:
             left_out = match.start() if left_out is None else left_out
         elif left_out is not None:  # without such a header, nothing is left out

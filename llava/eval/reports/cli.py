@@ -58,7 +58,7 @@ def _parser(prog: str) -> Parser:
         "file", metavar="FILE", help="prediction and reference per row: JSON lines, JSON array or CSV; - for stdin"
     )
     parser.add_argument(
-        "--labels", nargs="+", default=[], metavar="FILE", help="given labels of both sides, or two CheXpert tables"
+        "--labels", nargs="+", metavar="FILE", help="given labels of both sides, or two CheXpert tables"
     )
     parser.add_argument("--radgraph-annotations", type=Path, metavar="FILE", help="given graphs of both sides")
     parser.add_argument("--extra-scores", type=Path, metavar="FILE", help="per-report values of other tools")
@@ -79,7 +79,7 @@ def score_main(argv: Sequence[str] | None = None, *, prog: str = "llava reports 
     args = _parser(prog).parse_args(argv)
     log.setup_logging()
     check_options(args)
-    inputs = inputs_of(args, read_pairs(args.file), args.file, args.labels, args.radgraph_annotations)
+    inputs = inputs_of(args, read_pairs(args.file), args.file, args.labels or [], args.radgraph_annotations)
     extra = []
     if args.extra_scores is not None:
         extra = read_extra_scores(args.extra_scores, num_reports=len(inputs.pairs), reports=inputs.file)

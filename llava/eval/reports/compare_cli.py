@@ -35,7 +35,7 @@ def _parser() -> Parser:
         ("radgraph-annotations", "graphs"),
         ("extra-scores", "other scores"),
     ):
-        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="FILE", help=f"{text}, one file per FILE")
+        parser.add_argument(f"--{name}", nargs="+", metavar="FILE", help=f"{text}, one file per FILE")
     add_input_options(parser)
     return parser
 
@@ -80,7 +80,7 @@ def _given(args: Namespace) -> list[tuple[str | None, Path | None, str | None]]:
         raise ConfigError(f"expected at least two prediction files, got {num}")
     columns: list[list[str | None]] = []
     for name in ("labels", "radgraph_annotations", "extra_scores"):
-        values = getattr(args, name)
+        values = getattr(args, name) or []
         if values and len(values) != num:
             raise ConfigError(
                 f"--{name.replace('_', '-')}: got {len(values)} files for {num} prediction files; expected {num}"
