@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava.cli import COMMANDS, split_command
+from llava.completion import options_of
 from llava.utils.cli import with_dashes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +71,9 @@ def check_llava(words: list[str]) -> None:
 
         known = {row.name for row in read_table()} | {"--help"}
         assert {word for word in with_dashes(rest) if word.startswith("--")} <= known
+    elif known := options_of(name, COMMANDS[name].target).keys() | {"--help"}:
+        given = {word.partition("=")[0] for word in with_dashes(rest) if word.startswith("--")}
+        assert len(known) == 1 or given <= known, given - known
 
 
 def check(words: list[str]) -> None:
@@ -102,6 +106,15 @@ def test_the_two_commands_are_in_the_readme() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_examples_of_the_llava_command(name: str) -> None:
     check(shlex.split(COMMANDS[name].example))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_table_has_every_command(name: str) -> None:
+    """A row names it, or names it after the first of its group (`llava rules new`, `check`)."""
+    group, _, word = name.rpartition(" ")
+    rows = [row[0] for row in table_rows()]
+    grouped = [row for row in rows if f"`llava {group} " in row and f"`{word}`" in row] if group else []
+    assert grouped or [row for row in rows if f"llava {name} " in f"{row.replace('`', ' ')} "]
 
 
 def table_rows() -> list[list[str]]:

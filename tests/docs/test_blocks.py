@@ -40,6 +40,11 @@ def place(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         (folder / "data" / recipe).mkdir()
         for name in ("train.json", "test.json", "images"):
             (folder / "data" / recipe / name).symlink_to(folder / name)
+    drawn = folder / "runs" / "quickstart" / "data"
+    drawn.mkdir(parents=True)
+    (folder / "images" / "synthetic-test-0000.png").write_bytes((folder / "image.png").read_bytes())
+    for name in ("train.json", "test.json", "images"):
+        (drawn / name).symlink_to(folder / name)
     monkeypatch.chdir(folder)
     yield folder
     plugins.unload_plugins()
