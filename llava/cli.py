@@ -37,6 +37,11 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "quickstart": Command(
+        "llava.quickstart.command:main",
+        "create a small model from scratch: draw data, align, tune, evaluate, write a report",
+        "llava quickstart --out runs/quickstart",
+    ),
     "train": Command(
         "llava.train.command:main",
         "train a model: alignment, instruction tuning, downstream fine-tuning; full, LoRA or QLoRA",
@@ -288,22 +293,33 @@ COMMANDS: dict[str, Command] = {
         "print versions, devices and memory of this machine, for bug reports",
         "llava env --json",
     ),
-    "quickstart": Command(
-        "llava.quickstart.command:main",
-        "create a small model from scratch: draw data, align, tune, evaluate, write a report",
-        "llava quickstart --out runs/quickstart",
-    ),
 }
 
-USAGE = """usage: llava COMMAND [flags]      (flags of a command: llava COMMAND --help; version: llava --version)
+USAGE = """usage: llava COMMAND [--OPTION ...]      (options: llava COMMAND --help; version: llava --version)
 completion in the shell: eval "$(register-python-argcomplete llava)\""""
 
 
+TOPICS = {
+    "": "Models",
+    "data": "Rows and images",
+    "checkpoint": "Checkpoints",
+    "instruct": "Dialogues written by a language model",
+    "preferences": "Preferences",
+    "reports": "Reports of chest X-rays",
+    "rules": "Clinical rules",
+}
+"""First word of the commands of a topic, empty for commands of one word, and its heading in the help."""
+
+
 def overview(commands: Mapping[str, Command] = COMMANDS) -> str:
-    """Return the text of `llava --help`: each command with its summary and an example."""
+    """Return the text of `llava --help`: each command by topic, with its summary and an example."""
     lines = [USAGE, ""]
+    by_topic: dict[str, list[str]] = {topic: [] for topic in TOPICS}
     for name, command in commands.items():
-        lines += [f"  {name:<22}{command.summary}", f"{'':24}{command.example}", ""]
+        topic = name.partition(" ")[0] if " " in name else ""
+        by_topic.setdefault(topic, []).extend([f"  {name:<22}{command.summary}", f"{'':24}{command.example}", ""])
+    for topic, members in by_topic.items():
+        lines += [f"{TOPICS.get(topic, topic)}:", *members] if members else []
     return "\n".join(lines).rstrip()
 
 
