@@ -234,7 +234,8 @@ def judge_main(argv: Sequence[str] | None = None, *, prog: str = "llava reports 
     command = [prog, *(sys.argv[1:] if argv is None else argv)]
     summary["provenance"] = provenance_fields(data={"reports": file}, command=command, cluster=args.cluster)
     write_json(base.with_name(f"{base.name}.summary.json"), finite(summary))
-    sys.stdout.write(_text(summary) + f"{judge.num_asked} requests sent; all other replies were in the store\n")
+    num_sent = 0 if args.offline else judge.num_asked
+    sys.stdout.write(_text(summary) + f"{num_sent} requests sent; all other replies were in the store\n")
     if not summary["num_read"]:
         sys.exit("no report has a rating; the reasons are listed above")
 
@@ -297,7 +298,8 @@ def _text(summary: Mapping[str, Any]) -> str:
         [name, f"{cell['value']:.3f}", f"{cell['ci_l']:.3f} to {cell['ci_h']:.3f}"]
         for name, cell in summary["metrics"].items()
     ]
-    parts.append(text_table(["figure", "mean", "95 % interval"], rows))
+    if rows:
+        parts.append(text_table(["figure", "mean", "95 % interval"], rows))
     if "agreement" in summary:
         agreement = summary["agreement"]
         names = [name for name in agreement if name not in ("num_reports", "unread")]

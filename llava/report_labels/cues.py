@@ -71,6 +71,7 @@ CUES: dict[str, tuple[Entry, ...]] = {
             rf"(?:may|might|could) (?:also |again )?be (?:\w+ )?{_SEEN}|(?:may|might|could) (?:co)?exist",
             "with the finding before it",
         ),
+        Entry(r"should (?:also )?be (?:considered|excluded)", _GENERAL),
         Entry(r"(?:is|are|remains?) (?:a )?(?:consideration|possibility|not unlikely)", _GENERAL),
         Entry(r"(?:cannot|can ?not) be ruled out|difficult to exclude|versus|vs", _GENERAL),
     ),

@@ -154,7 +154,8 @@ def test_offline_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ]
     with pytest.raises(SystemExit):
         judge_main(words)
-    assert "not in the store 2" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "not in the store 2" in shown and "0 requests sent" in shown and "figure" not in shown
 
 
 def test_agreement_with_another_judge(tmp_path: Path) -> None:

@@ -55,7 +55,10 @@ def _parser(prog: str) -> Parser:
         epilog=f"example: {prog} predictions.jsonl --output-dir scores",
     )
     parser.add_argument(
-        "file", metavar="FILE", help="prediction and reference per row: JSON lines, JSON array or CSV; - for stdin"
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="prediction and reference per row: JSON lines, JSON array or CSV; - for stdin",
     )
     parser.add_argument(
         "--labels", nargs="+", metavar="FILE", help="given labels of both sides, or two CheXpert tables"
@@ -76,10 +79,10 @@ def _parser(prog: str) -> Parser:
 
 def score_main(argv: Sequence[str] | None = None, *, prog: str = "llava reports score") -> None:
     """Score a file of reports, print the tables and write the result files."""
-    args = _parser(prog).parse_args(argv)
+    args = _parse(prog, argv)
     log.setup_logging()
     check_options(args)
-    inputs = inputs_of(args, read_pairs(args.file), args.file, args.labels or [], args.radgraph_annotations)
+    inputs = inputs_of(args, read_pairs(args.file), args.file, args.labels, args.radgraph_annotations)
     extra = []
     if args.extra_scores is not None:
         extra = read_extra_scores(args.extra_scores, num_reports=len(inputs.pairs), reports=inputs.file)
@@ -99,6 +102,18 @@ def score_main(argv: Sequence[str] | None = None, *, prog: str = "llava reports 
     sys.stdout.write(console_text(scores))
     if args.wandb:
         _log_wandb(args.run_name, scores, facts)
+
+
+def _parse(prog: str, argv: Sequence[str] | None) -> Namespace:
+    """Return the options; FILE may also stand directly after the files of `--labels`."""
+    parser = _parser(prog)
+    args = parser.parse_args(argv)
+    args.labels = args.labels or []
+    if args.file is None and len(args.labels) > 1:
+        *args.labels, args.file = args.labels
+    if args.file is None:
+        parser.error("expected FILE, the predictions and references")
+    return args
 
 
 def check_options(args: Namespace) -> None:

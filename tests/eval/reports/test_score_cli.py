@@ -101,6 +101,20 @@ def test_given_labels(reports: Path, tmp_path: Path) -> None:
     assert content["breakdown"]["n"]["Edema"]["support"] == 4.0
 
 
+def test_the_file_may_follow_the_labels(reports: Path, tmp_path: Path) -> None:
+    labels = labels_file(tmp_path / "labels.jsonl")
+    score_main(["--labels", str(labels), str(reports), "--output-dir", str(tmp_path / "out")])
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert content["num_reports"] == 4 and content["metrics"]["Micro-F1-14"]["source"] == "given (labels.jsonl)"
+
+
+@pytest.mark.parametrize("words", [[], ["--labels", "labels.jsonl"], ["--scorers", "rules"]])
+def test_no_file_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        score_main(words)
+    assert stopped.value.code == 2 and "expected FILE" in capsys.readouterr().err
+
+
 def test_chexpert_tables(reports: Path, tmp_path: Path) -> None:
     for name, values in (("one", "1.0,\n-1.0,\n,\n0.0,\n"), ("other", "1.0,\n1.0,\n,\n0.0,\n")):
         (tmp_path / f"{name}.csv").write_text(f"Edema,Airspace Opacity\n{values}")
