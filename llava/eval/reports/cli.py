@@ -107,7 +107,7 @@ def score_main(argv: Sequence[str] | None = None, *, prog: str = "llava reports 
 def _parse(prog: str, argv: Sequence[str] | None) -> Namespace:
     """Return the options; FILE may also stand directly after the files of `--labels`."""
     parser = _parser(prog)
-    args = parser.parse_args(argv)
+    args: Namespace = parser.parse_args(argv)
     args.labels = args.labels or []
     if args.file is None and len(args.labels) > 1:
         *args.labels, args.file = args.labels
