@@ -130,12 +130,13 @@ def stage_seconds(
     captions = costs.trained(rows.captions, rows.caption_tokens, rows.caption_tokens) + costs.seen(rows.train_images)
     images_tuned, adapters = rows.train_images * settings.epochs, language.lora(LORA_RANK)
     tuned = costs.trained(images_tuned, rows.question_tokens, rows.answer_tokens, adapters)
+    answering = 1e9 * machine.float32  # the precision of the saved models
     scaling = {
         "data": rows.drawings * DRAWING_SECONDS,
-        "before": fitted_seconds(before, machine.rate, ANSWER),
+        "before": fitted_seconds(before, answering, ANSWER),
         "align": fitted_seconds(captions, machine.rate, ALIGN),
         "tune": fitted_seconds(tuned, machine.rate, TUNE),
-        "after": fitted_seconds(after, machine.rate, ANSWER),
+        "after": fitted_seconds(after, answering, ANSWER),
     }
     return {name: fixed + scaling.get(name, 0.0) for name, fixed in FIXED_SECONDS.items()}
 
