@@ -20,6 +20,7 @@ from llava.eval.reports.scorers import DEFAULT_SCORERS, SCORERS, ScoreInputs, sc
 from llava.generation.fingerprint import read_settings, sidecar_path
 from llava.utils import log
 from llava.utils.cli import Parser
+from llava.utils.lookup import require
 from llava.utils.provenance import provenance_fields
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def score_main(argv: Sequence[str] | None = None, *, prog: str = "llava reports 
     args = _parse(prog, argv)
     log.setup_logging()
     check_options(args)
+    wandb = require("wandb", "train") if args.wandb else None
     inputs = inputs_of(args, read_pairs(args.file), args.file, args.labels, args.radgraph_annotations)
     extra = []
     if args.extra_scores is not None:
@@ -100,8 +102,8 @@ def score_main(argv: Sequence[str] | None = None, *, prog: str = "llava reports 
     if args.page:
         _write_page(args, inputs, scores, facts)
     sys.stdout.write(console_text(scores))
-    if args.wandb:
-        _log_wandb(args.run_name, scores, facts)
+    if wandb is not None:
+        _log_wandb(wandb, args.run_name, scores, facts)
 
 
 def _parse(prog: str, argv: Sequence[str] | None) -> Namespace:
@@ -193,10 +195,7 @@ def _write_page(args: Namespace, inputs: ScoreInputs, scores: ReportScores, fact
     )
 
 
-def _log_wandb(run_name: str, scores: ReportScores, facts: Mapping[str, Any]) -> None:
-    from llava.utils.lookup import require
-
-    wandb = require("wandb", "train")
+def _log_wandb(wandb: Any, run_name: str, scores: ReportScores, facts: Mapping[str, Any]) -> None:
     run = wandb.init(name=run_name, config={"provenance": dict(facts)})
     content = metrics_json(scores, facts)["metrics"]
     run.log(

@@ -75,11 +75,9 @@ def console_text(scores: ReportScores) -> str:
         for mode, words in MODES.items():
             parts += ["", f"Findings, {words} ({tables['source']})", _breakdown_table(tables[mode])]
     if "four_way" in scores.extras:
-        parts += [
-            "",
-            f"Four-way F1 ({scores.extras['four_way']['source']})",
-            _four_way(scores.extras["four_way"]["table"]),
-        ]
+        four_way = scores.extras["four_way"]
+        shown = ["Four-way F1: no labels"] if four_way is None else [f"Four-way F1 ({four_way['source']})"]
+        parts += ["", *shown, *([] if four_way is None else [_four_way(four_way["table"])])]
     parts += ["", _strata_table(scores), "", _facts_text(scores.extras["texts"])]
     return "\n".join(parts) + "\n"
 

@@ -92,8 +92,8 @@ def score_reports(
     if labels is not None:
         tables = {mark: breakdown(labels, with_uncertain=mark == "p") for mark in ("p", "n")}
         extras["breakdown"] = {"source": labels.source, **tables}
-        if four_way:
-            extras["four_way"] = {"source": labels.source, "table": four_way_table(labels)}
+    if four_way:
+        extras["four_way"] = None if labels is None else {"source": labels.source, "table": four_way_table(labels)}
     return ReportScores(
         len(inputs.pairs), metrics, _status(scored), labels, extras, _per_report(inputs, scored, extra), intervals
     )

@@ -7,7 +7,9 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -155,6 +157,44 @@ def test_four_way_table_is_printed(reports: Path, tmp_path: Path, capsys: pytest
     content = score(reports, "--report_chexbert_f1", "--labels", str(labels_file(tmp_path / "labels.jsonl")))
     assert content["four_way"]["table"]["Edema"]["positive"] == 1.0
     assert "Four-way F1" in capsys.readouterr().out
+
+
+def test_four_way_table_without_labels(reports: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score(reports, "--report_chexbert_f1", "--scorers", "ROUGE-L")["four_way"] is None
+    assert "Four-way F1: no labels" in capsys.readouterr().out
+
+
+class FakeTracker(ModuleType):
+    """Module with the calls of wandb that the command makes."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.logged: list[Any] = []
+
+    def init(self, **settings: Any) -> FakeTracker:
+        self.logged.append(settings["name"])
+        return self
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        self.logged.append(dict(values))
+
+    def finish(self) -> None:
+        self.logged.append("end")
+
+
+def test_figures_are_logged_under_the_published_keys(reports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = FakeTracker()
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    figures = score(reports, "--wandb", "--scorers", "ROUGE-L", "--run_name", "mine")["metrics"]["ROUGE-L"]
+    expected = {f"ROUGE-L-{row}": figures[row] for row in ("median", "ci_l", "ci_h")}
+    assert tracker.logged == ["mine", expected, "end"]
+
+
+def test_a_missing_tracker_is_named_before_anything_is_scored(reports: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(LlavaError, match="wandb is required"):
+        score(reports, "--wandb")
+    assert not (reports.parent / "out").exists()
 
 
 def test_every_scorer_is_known_by_its_status(reports: Path) -> None:
