@@ -147,3 +147,13 @@ def test_no_file_holds_the_reference_of_kto(tmp_path: Path) -> None:
     words = ["--out", str(tmp_path / "x.jsonl"), *arguments(tmp_path, tmp_path), "--pref_loss", "kto"]
     with pytest.raises(ConfigError, match="no file can hold them"):
         score_main(words)
+
+
+def test_scoring_takes_a_configuration_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("pref_loss: kto\n")
+    words = ["run.yaml", "--out", str(tmp_path / "x.jsonl"), *arguments(tmp_path, tmp_path)]
+    with pytest.raises(ConfigError, match="no file can hold them"):
+        score_main([str(tmp_path / words[0]), *words[1:]])
+    (tmp_path / "run.yaml").write_text("pref_los: kto\n")
+    with pytest.raises(ConfigError, match="unknown option pref_los; did you mean --pref-loss"):
+        score_main([str(tmp_path / words[0]), *words[1:]])

@@ -71,6 +71,18 @@ def file(tmp_path: Path) -> Path:
     return write_answers(tmp_path, [answered(n, reference="clear lung") for n in range(4)])
 
 
+def test_a_configuration_file_names_the_judge_and_its_options(
+    endpoint: FakeEndpoint, file: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "judge.yaml"
+    config.write_text("by: endpoint\nboth_orders: false\nmin_margin: 2\nmax_tokens: 7\n")
+    judge.main([str(config), str(file), "--out", str(tmp_path / "judged.jsonl"), "--min-margin", "1"])
+    assert len(endpoint.calls) == 4 and {call.body["max_tokens"] for call in endpoint.calls} == {7}
+    config.write_text("by: reference\nmin_margins: 2\n")
+    with pytest.raises(ConfigError, match="unknown option min_margins; did you mean --min-margin"):
+        judge.main([str(config), str(file), "--out", str(tmp_path / "other.jsonl")])
+
+
 def test_both_orders_are_asked_and_everything_stays_in_the_row(endpoint: FakeEndpoint, file: Path) -> None:
     path = run(file)
     assert outcomes(path) == [(0, 1, "")] * 4 and len(endpoint.calls) == 8
