@@ -151,9 +151,9 @@ def forecast(args: Namespace, out: Path, tables: dict[str, Path], arms: Sequence
     written = costs.decoded(asked * num_turns * ANSWER_TOKENS / 2)
     trained = [arm for arm in arms if arm != "sft"]
     minutes = {
-        "start (tuning)": fitted_seconds(tune, speed.rate, TUNE) / 60,
+        "start (tuning)": fitted_seconds(tune, speed, TUNE) / 60,
         f"training of {len(trained)} arms": args.minutes * len(trained),
-        f"evaluation of {len(arms)} arms": fitted_seconds(read + written, speed.rate, ANSWER) / 60 * len(arms),
+        f"evaluation of {len(arms)} arms": fitted_seconds(read + written, speed, ANSWER) / 60 * len(arms),
     }
     rows = [[name, f"{value:.1f}"] for name, value in minutes.items()]
     note = "alignment of drawn images and the timed steps of the arms come on top"

@@ -123,9 +123,9 @@ def forecast(args: Namespace, files: Files, language: LanguageShape, speed: mach
     seen = costs.seen(len(files.train) + len(files.test))
     written = costs.decoded((len(files.test) + 1) * MAX_NEW_TOKENS)
     return {
-        "warm-up": fitted_seconds(warm, speed.rate, TUNE),
-        "X-rays": fitted_seconds(tune, speed.rate, TUNE) + fitted_seconds(seen, speed.rate, ANSWER),
-        "findings": fitted_seconds(written, speed.rate, ANSWER),
+        "warm-up": fitted_seconds(warm, speed, TUNE),
+        "X-rays": fitted_seconds(tune, speed, TUNE) + fitted_seconds(seen, speed, ANSWER),
+        "findings": fitted_seconds(written, speed, ANSWER),
         "constant": LOADING_SECONDS,
     }
 

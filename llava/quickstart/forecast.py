@@ -28,13 +28,27 @@ SPARE_TOKENS = 4
 LIMITS = (6 * 60.0, 11 * 60.0)
 """Limits of the forecast: the largest size below the first is used, else below the second, else the smallest size."""
 
-# Share of the measured rate that the stages reach, seconds of other work per 10^9 operations, and constant seconds of
-# each stage: fitted to whole runs on two cores, of 480 drawings in bf16 at 843 GFLOP/s, of 240 in bf16 at 353 and of
-# 180 in float32 at 127.
-# Products of a stage are larger than the measured ones, so a share may exceed 1.
-ALIGN, TUNE, ANSWER = (0.74, 0.0031), (1.31, 0.0060), (1.5, 0.0030)
-"""Fits of training a projector, of training all else, and of answering: share of the rate, seconds of other work."""
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Speed of a kind of work relative to matrix products.
+
+    Attributes:
+        share: reached share of the measured rate.
+        other: seconds of other work per 10^9 operations, on a CPU.
+        float32: whether it computes in float32 also where bfloat16 is faster.
+    """
+
+    share: float
+    other: float
+    float32: bool = False
+
+
+# Fits of training a projector, of training all else, and of answering, and constant seconds of each stage: fitted to
+# whole runs on two cores, of 480 drawings in bf16 at 843 GFLOP/s, of 240 in bf16 at 353 and of 180 in float32 at 127.
+# Products of a stage are larger than the measured ones, so a share may exceed 1. Nothing was fitted on a GPU, whose
+# other work is short beside that of a CPU.
+ALIGN, TUNE, ANSWER = Fit(0.74, 0.0031), Fit(1.31, 0.0060), Fit(1.5, 0.0030, float32=True)
 DRAWING_SECONDS = 0.012
 FIXED_SECONDS = {"parts": 7.0, "data": 0.5, "before": 6.0, "align": 5.0, "tune": 9.0, "after": 6.0, "page": 1.0}
 
@@ -94,16 +108,11 @@ class Costs:
         return body * (images * self.tower.tokens + text_tokens) + head * targets
 
 
-def fitted_seconds(operations: float, rate: float, fit: tuple[float, float]) -> float:
-    """Return the seconds of operations in a stage.
-
-    Args:
-        operations: operations of matrix products.
-        rate: measured operations per second.
-        fit: `ALIGN`, `TUNE` or `ANSWER`.
-    """
-    share, other = fit
-    return operations / (rate * share) + operations * other / 1e9
+def fitted_seconds(operations: float, machine: Machine, fit: Fit) -> float:
+    """Return the seconds of operations of matrix products, and of the work that comes with them."""
+    rate = 1e9 * machine.float32 if fit.float32 else machine.rate
+    other = 0.0 if machine.device == "cuda" else fit.other
+    return operations / (rate * fit.share) + operations * other / 1e9
 
 
 def stage_seconds(
@@ -130,13 +139,12 @@ def stage_seconds(
     captions = costs.trained(rows.captions, rows.caption_tokens, rows.caption_tokens) + costs.seen(rows.train_images)
     images_tuned, adapters = rows.train_images * settings.epochs, language.lora(LORA_RANK)
     tuned = costs.trained(images_tuned, rows.question_tokens, rows.answer_tokens, adapters)
-    answering = 1e9 * machine.float32  # the precision of the saved models
     scaling = {
         "data": rows.drawings * DRAWING_SECONDS,
-        "before": fitted_seconds(before, answering, ANSWER),
-        "align": fitted_seconds(captions, machine.rate, ALIGN),
-        "tune": fitted_seconds(tuned, machine.rate, TUNE),
-        "after": fitted_seconds(after, answering, ANSWER),
+        "before": fitted_seconds(before, machine, ANSWER),
+        "align": fitted_seconds(captions, machine, ALIGN),
+        "tune": fitted_seconds(tuned, machine, TUNE),
+        "after": fitted_seconds(after, machine, ANSWER),
     }
     return {name: fixed + scaling.get(name, 0.0) for name, fixed in FIXED_SECONDS.items()}
 

@@ -65,6 +65,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         finalize=_shown,
+        auto_reload=False,  # a template that is updated under a running training need not fit the code in memory
     )
 
 
