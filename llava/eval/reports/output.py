@@ -78,7 +78,7 @@ def console_text(scores: ReportScores) -> str:
         four_way = scores.extras["four_way"]
         shown = ["Four-way F1: no labels"] if four_way is None else [f"Four-way F1 ({four_way['source']})"]
         parts += ["", *shown, *([] if four_way is None else [_four_way(four_way["table"])])]
-    parts += ["", _strata_table(scores), "", _facts_text(scores.extras["texts"])]
+    parts += ["", _strata_table(scores), "", facts_text(scores.extras["texts"])]
     return "\n".join(parts) + "\n"
 
 
@@ -122,7 +122,8 @@ def _strata_table(scores: ReportScores) -> str:
     return text_table(["metric by reference", *counts], rows)
 
 
-def _facts_text(facts: Mapping[str, Any]) -> str:
+def facts_text(facts: Mapping[str, Any]) -> str:
+    """Return the facts about the texts in two lines."""
     ratio = "-" if facts["length_ratio"] is None else f"{facts['length_ratio']:.2f}"
     prior = facts["prior_words"]
     return (

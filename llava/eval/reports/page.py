@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import DataError, MissingDependency
+from llava.eval.reports.output import facts_text
 from llava.eval.reports.rows import ReportPair
 from llava.eval.reports.score import ReportScores
 from llava.eval.reports.scorers import ScoreInputs
@@ -22,6 +23,9 @@ from llava.utils.jsonl import write_atomic
 from llava.utils.reporting import OpenImage, fact_lines, html_thumbnail, render_page
 
 NOTE = "The page contains reports; the rules of their data apply to it. Research use, not for diagnosis."
+
+HEADERS = ("metric", "value", "95 % interval", "by patient", "commonest sentence")
+"""First columns of the figures; those of reports without and with findings and the source follow."""
 
 AGREEMENT, FALSE, MISSING, DOUBT = "A", "F", "M", "U"
 
@@ -54,7 +58,11 @@ def write_reports_page(
         "reports.html",
         title=f"Report scores: {scores.num_reports} reports",
         note=NOTE,
+        headers=[*HEADERS, *(f"{name} ({x['num_reports']})" for name, x in scores.extras["strata"].items()), "source"],
         metrics=[_metric_row(name, scores) for name in scores.metrics],
+        texts=facts_text(scores.extras["texts"]).splitlines(),
+        breakdown=_breakdown_rows(scores),
+        breakdown_source=scores.extras.get("breakdown", {}).get("source", ""),
         skipped=[f"{name}: {x['reason']}" for name, x in scores.scorers.items() if x["status"] == "skipped"],
         findings=[{"id": _id(name), "name": name, "count": count} for name, count in counts.items() if count],
         cases=cases,
@@ -79,7 +87,17 @@ def _metric_row(name: str, scores: ReportScores) -> list[str]:
         f"[{_number(facts['ci_l'])}, {_number(facts['ci_h'])}]",
         "-" if clustered is None else f"[{_number(clustered['ci_l'])}, {_number(clustered['ci_h'])}]",
         _number(scores.extras["baseline"]["metrics"].get(name)),
+        *(_number(part["metrics"][name]) for part in scores.extras["strata"].values()),
         facts["source"],
+    ]
+
+
+def _breakdown_rows(scores: ReportScores) -> list[list[str]]:
+    """Return precision, recall, F1 and support of each finding; none without labels."""
+    rows = scores.extras.get("breakdown", {}).get("n", {})
+    return [
+        [name, *(_number(row[key]) for key in ("precision", "recall", "f1-score")), f"{row['support']:.0f}"]
+        for name, row in rows.items()
     ]
 
 

@@ -51,6 +51,15 @@ def test_evidence_has_color_and_letter(page: str) -> None:
         assert word in page
 
 
+def test_what_is_always_shown(page: str) -> None:
+    for column in ("commonest sentence", "normal (0)", "abnormal (2)", "precision", "recall", "references"):
+        assert f">{column}</th>" in page, column
+    row = re.search(r"<tr>\s*<td[^>]*>Pleural Effusion</td>(.*?)</tr>", page, re.DOTALL)
+    assert row is not None and re.findall(r">([^<]+)</td>", row[1]) == ["1.000", "0.500", "0.667", "2"]
+    assert "distinct predictions 100.0%" in page and "swapped sides in 0 reports" in page
+    assert page.index("uncertain as negative") < page.index("Reports, worst first")
+
+
 def test_text_is_escaped(page: str) -> None:
     assert "&lt;b&gt;No " in page
     assert "<b>No " not in page
