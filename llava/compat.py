@@ -114,6 +114,10 @@ COMPAT: dict[str, Compat] = {
         "several images of one turn become one: a single placeholder at its front replaces all of the turn",
         spec="recorded rows",
     ),
+    "trained_image_lead": Compat(
+        "of a later question that the model asks, what stands before its text is trained too: placeholder and line end",
+        spec="STLLaVA-Med",
+    ),
     "shifted_images": Compat(
         "the image of a row after a text-only row of its batch becomes zeros, or the image of an earlier row",
         spec="LLaVA-Med 1.0",

@@ -19,7 +19,7 @@ train_stage() { # $1: entry; $2: name of the rows in the usage; the options of t
     [ -z "${tower}" ] || parts+=(--vision_tower "${tower}")
     [ -z "${projector}" ] || parts+=(--pretrain_mm_mlp_adapter "${projector}")
     [ -z "${ZERO:-}" ] || parts+=(--deepspeed "${ZERO}")
-    read -ra launch <<<"${LAUNCH:-torchrun --nproc_per_node=${NPROC:-1}}"
+    read -ra launch <<<"${LAUNCH:-torchrun --standalone --nproc_per_node=${NPROC:-1}}"
     "${launch[@]}" "${root}/llava/train/${entry}" \
         --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --model_name_or_path "${model}" \
         --data_path "${rows}" --image_folder "${images}" ${parts[@]+"${parts[@]}"} --mm_projector_type cluster \

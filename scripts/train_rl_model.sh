@@ -3,14 +3,15 @@
 #   bash scripts/train_rl_model.sh MODEL RULES ROWS.json IMAGE_FOLDER OUT [more options]
 # MODEL is the fine-tuned model, RULES a rule file or the name of a shipped rule set (bone-marrow-aspirate), ROWS.json a
 # table with labels, or dialogues of `llava rules dialogues`. Options that follow replace those here.
-# NPROC is the number of processes (default 1; published: 4).
+# torchrun starts NPROC processes (default 1; published: 4); LAUNCH replaces it, for example on several machines.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 usage="usage: train_rl_model.sh MODEL RULES ROWS.json IMAGE_FOLDER OUT [more options]"
 model="${1:?${usage}}" rules="${2:?${usage}}" rows="${3:?${usage}}" images="${4:?${usage}}" out="${5:?${usage}}"
 shift 5
 
-torchrun --nproc_per_node="${NPROC:-1}" "${root}/llava/train/train_rl.py" \
+read -ra launch <<<"${LAUNCH:-torchrun --standalone --nproc_per_node=${NPROC:-1}}"
+"${launch[@]}" "${root}/llava/train/train_rl.py" \
   --objective ppo --rules "${rules}" --preset drllava-2024-11 --compat drllava \
   --base_model_name "${model}" --policy_model_name_or_path "${model}" \
   --dataset_path "${rows}" --train_splits train --image_folder "${images}" --output_dir "${out}" \

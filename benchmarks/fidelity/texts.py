@@ -24,7 +24,7 @@ from benchmarks.fidelity.published import CHATML_END, COUNTINGS, Counted, is_v0
 from llava.chat_template import Segment
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llava.conversation import TEMPLATES
-from llava.data.encode import encode, tokenize_segments
+from llava.data.encode import Encoded, encode, tokenize_segments
 from llava.errors import DataError
 from llava.processing import LlavaMedProcessor
 from llava.samples import from_row, with_placeholders
@@ -303,7 +303,9 @@ def _labels(
         return ()
     if is_ignored or reading.names:
         return ("ignored_rows",) if is_ignored else reading.names
-    return ("shifted_labels",) if CHATML_END in processor.template.stops else ("counted_labels",)
+    if CHATML_END in processor.template.stops:
+        return ("shifted_labels",)
+    return ("trained_image_lead",) if _trains_leads(row, processor, theirs) else ("counted_labels",)
 
 
 def _pad_id(processor: LlavaMedProcessor) -> int | None:
@@ -314,12 +316,33 @@ def _pad_id(processor: LlavaMedProcessor) -> int | None:
 
 def _trained(row: dict[str, Any], processor: LlavaMedProcessor) -> list[int]:
     """Return our labels of a row; none if we refuse it."""
+    encoded = _encoded(row, processor)
+    return [] if encoded is None else list(encoded.labels)
+
+
+def _encoded(row: dict[str, Any], processor: LlavaMedProcessor) -> Encoded | None:
     try:
         sample = from_row(row)
         images = ["image"] * len(sample.images)
-        return list(encode(with_placeholders(sample), processor, images=images, max_length=None).labels)
+        return encode(with_placeholders(sample), processor, images=images, max_length=None)
     except DataError:
-        return []
+        return None
+
+
+def _trains_leads(row: dict[str, Any], processor: LlavaMedProcessor, theirs: Sequence[int]) -> bool:
+    """Return whether labels differ from ours only before the text of asked questions, where their images stand."""
+    encoded = _encoded(row, processor)
+    if encoded is None:
+        return False
+    first: dict[int, int] = {}
+    for place, (label, turn) in enumerate(zip(encoded.labels, encoded.turns, strict=True)):
+        if label != IGNORE_INDEX:
+            first.setdefault(turn, place)
+    shown = {encoded.turns[start] for start, _ in encoded.image_spans}
+    return all(
+        own == other or (turn in shown and place < first.get(turn, 0))
+        for place, (own, other, turn) in enumerate(zip(encoded.labels, theirs, encoded.turns, strict=False))
+    )
 
 
 def _processor(oracle: Oracle, variant: Variant, template: str) -> LlavaMedProcessor:

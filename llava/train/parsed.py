@@ -279,7 +279,7 @@ def check_pairs(parsed: Parsed) -> None:
     """Check that the other options fit preference training, and name those of pairs without effect in fine-tuning.
 
     Raises:
-        ConfigError: the loss of micro-batches, or an adapter that is not all that trains as `--ref-mode adapter_off`.
+        ConfigError: the loss of micro-batches, or parts that train beside `--ref-mode adapter_off`.
     """
     if names := parsed.preference.without_effect():
         logger.warning("accepted without effect: %s; they need --objective dpo", ", ".join(names))
@@ -302,16 +302,26 @@ def check_pairs(parsed: Parsed) -> None:
             f"--image-negative {spec.image_negative} makes images whose features are not cached; omit "
             "--feature-cache-dir"
         )
-    if spec.ref_mode != "adapter_off":
-        return
-    wanted = {"--lora-enable True": model.lora_enable, "--freeze-mm-mlp-adapter True": model.freeze_mm_mlp_adapter,
-              "--lora-bias none": model.lora_bias == "none",
-              "--unfreeze-mm-vision-tower False": not model.unfreeze_mm_vision_tower,
-              "no --deepspeed or --fsdp": not args.is_sharded}  # fmt: skip
+    if spec.ref_mode == "adapter_off":
+        _check_adapter_off(model, is_sharded=args.is_sharded)
+
+
+def _check_adapter_off(model: ModelArguments, *, is_sharded: bool) -> None:
+    """Check that the policy as it starts can be had from the policy: no adapter, and a copy of small trained parts.
+
+    Raises:
+        ConfigError: whole parts train, or the adapter does not start as nothing.
+    """
+    has_small_parts = model.lora_enable or model.tune_mm_mlp_adapter or model.freeze_backbone
+    wanted = {"--lora-enable True": has_small_parts,
+              "--unfreeze-mm-vision-tower False": model.tune_mm_mlp_adapter or not model.unfreeze_mm_vision_tower,
+              "no --pretrain-lora": model.pretrain_lora is None,
+              "no --init-lora-weights false": model.init_lora_weights.lower() != "false",
+              "no --deepspeed or --fsdp": not is_sharded}  # fmt: skip
     if missing := [name for name, is_given in wanted.items() if not is_given]:
         raise ConfigError(
-            "--ref-mode adapter_off needs a run that trains nothing but the adapter: "
-            f"{', '.join(missing)}; or use --ref-mode cached"
+            "--ref-mode adapter_off switches a new adapter off and copies what else trains, which must be small: "
+            f"expected {', '.join(missing)}; or use --ref-mode cached"
         )
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -112,12 +115,52 @@ def reference_function(network: nn.Module, mode: str, device: torch.device) -> R
         return lambda batch: sequence_logprobs(frozen, batch)
     if mode != "adapter_off":
         return None
+    start = beside_adapter(network, device)
 
-    def without_adapter(batch: FlatBatch) -> Tensor:
-        with torch.no_grad(), cast(Any, network).disable_adapter(), dropout_off(network):
+    def as_it_started(batch: FlatBatch) -> Tensor:
+        with torch.no_grad(), adapter_off(network), holding(start), dropout_off(network):
             return sequence_logprobs(network, batch)
 
-    return without_adapter
+    return as_it_started
+
+
+def beside_adapter(network: nn.Module, device: torch.device) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the trained weights that switching the adapter off leaves as they are, each with a frozen copy."""
+    return [
+        (parameter, parameter.detach().clone().to(device))
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad and "lora_" not in name and ".modules_to_save." not in name
+    ]
+
+
+@contextmanager
+def holding(weights: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Context in which parameters hold other values."""
+    own = [parameter.data for parameter, _ in weights]
+    for parameter, values in weights:
+        parameter.data = values
+    try:
+        yield
+    finally:
+        for (parameter, _), values in zip(weights, own, strict=True):
+            parameter.data = values
+
+
+@contextmanager
+def adapter_off(network: nn.Module) -> Iterator[None]:
+    """Context in which a network computes without its adapter, if it has one."""
+    if not isinstance(network, PeftModel):
+        yield
+        return
+    trained = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")  # biases have a copy
+            with network.disable_adapter():
+                yield
+    finally:
+        for parameter, is_trained in trained:  # peft makes every adapter train when it is switched on again
+            parameter.requires_grad_(is_trained)
 
 
 def share_inputs(frozen: nn.Module, network: nn.Module) -> None:

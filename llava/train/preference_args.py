@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -11,6 +12,7 @@ from llava.errors import ConfigError
 from llava.train.legacy_flags import option
 from llava.train.objectives.pairs import PairLossSpec
 from llava.train.objectives.sft import OBJECTIVES
+from llava.train.preference_losses import WITHOUT_REFERENCE
 from llava.train.rollout_args import ALGORITHMS
 from llava.utils.cli import flag
 from llava.utils.provenance import file_sha256
@@ -25,6 +27,11 @@ REF_MODES = ("cached", "adapter_off", "copy", "none")
 
 POLICY_INPUTS = "policy_inputs"
 """Mode of `--compat policy_reference_inputs`: a copy that sees the embeddings of the policy, as published."""
+
+
+def default_beta(names: Sequence[str]) -> float:
+    """Return the default of `--beta`: that of SimPO where no other of the losses has one."""
+    return 2.0 if "simpo" in names and set(names) <= WITHOUT_REFERENCE else 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +74,7 @@ class PreferenceArguments:
         "mdpo, sft; or kto alone, of pairs or of single answers with a label",
     )
     pref_loss_weights: list[float] | None = option(None, "weight of each loss; default: 1")  # noqa: RUF009
-    beta: float | None = option(None, "strength of the reference; default: 0.1, or 2.0 for simpo alone")
+    beta: float | None = option(None, "strength of the reference; default: 0.1, or 2.0 for simpo, also with orpo and sft")
     simpo_gamma: float = option(1.0, "margin that simpo asks for")
     orpo_lambda: float = option(0.1, "weight of the odds term of orpo")
     label_smoothing: float = option(0.0, "share of pairs whose sides are assumed to be swapped, below 0.5")
@@ -153,7 +160,7 @@ class PreferenceArguments:
         return PairLossSpec(
             names=names,
             weights=tuple(self.pref_loss_weights or ()),
-            beta=self.beta if self.beta is not None else 2.0 if names == ("simpo",) else 0.1,
+            beta=self.beta if self.beta is not None else default_beta(names),
             label_smoothing=self.label_smoothing,
             simpo_gamma=self.simpo_gamma,
             orpo_lambda=self.orpo_lambda,

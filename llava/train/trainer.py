@@ -28,8 +28,7 @@ from llava.data.flat_batch import FlatBatch
 from llava.data.loader import Loader
 from llava.errors import ConfigError, LlavaError
 from llava.train.counts import TrainingCounts
-from llava.train.objectives.base import Objective
-from llava.train.objectives.kto import KtoLoss
+from llava.train.objectives.base import Objective, StepObjective
 from llava.train.optimizer import parameter_groups
 from llava.train.ranks import check_finite, check_finite_weights
 from llava.train.specs import OptimizerSpec
@@ -159,13 +158,13 @@ class LlavaTrainer(CheckpointTrainer):
         self._step_rows = inputs.row_ids
         if inputs.units and self._limits.max_tokens_per_row != self.collator.max_tokens_per_row:
             inputs = self._laid_out_again(inputs)
-        if isinstance(self.objective, KtoLoss):
-            self.objective.estimate = self._mismatched(self.objective, inputs)
+        if isinstance(self.objective, StepObjective):
+            self.objective.begin_step(self._step_sums(self.objective, inputs))
         result = self._run_rows(model, inputs, num_items_in_batch)
         if result is None:
             inputs, result = self._retry_smaller(model, inputs, num_items_in_batch)
-        if isinstance(self.objective, KtoLoss):
-            self.objective.estimate = None  # validation has its own
+        if isinstance(self.objective, StepObjective):
+            self.objective.begin_step(None)  # validation has no step
         self._fill_gradients(model)
         self._step_loss = result.loss
         for metrics in result.metrics:
@@ -176,15 +175,15 @@ class LlavaTrainer(CheckpointTrainer):
             self.hooks.on_step(inputs, self.state.global_step)
         return result.loss
 
-    def _mismatched(self, objective: KtoLoss, batch: StepBatch) -> Tensor:
-        """Return the estimate of KTO over the step on all ranks, before its losses are computed."""
+    def _step_sums(self, objective: StepObjective, batch: StepBatch) -> Tensor:
+        """Return the sums of an objective over the step on all ranks, before its losses are computed."""
         network = self.model_wrapped if self.is_sharded else self.model
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        shares = []
         for row, _ in self._rows(batch):
             with self.compute_loss_context_manager():
-                total += objective.mismatched(cast(nn.Module, network), row.to(self.args.device))
-        total = cast(Tensor, self.accelerator.reduce(total, reduction="sum"))
-        return (total[0] / total[1].clamp(min=1.0)).clamp(min=0.0)
+                shares.append(objective.step_share(cast(nn.Module, network), row.to(self.args.device)))
+        total: Tensor = self.accelerator.reduce(torch.stack(shares).sum(0), reduction="sum")
+        return total
 
     def _run_rows(self, model: nn.Module, batch: StepBatch, num_items: Tensor) -> _StepResult | None:
         """Run all rows of a step; return None after the first out-of-memory error of the run.

@@ -235,3 +235,47 @@ def test_a_missing_weight_file_is_a_reason_to_skip(shared: Path, tmp_path: Path)
     missing = "out/stage2 holds no weights (expected mm_projector.bin or model.safetensors); init holds no weights "
     missing += "(expected stage2_full.bin)"
     assert reasons == {"stage1_projector": "", "stage2_full": missing, "stage2_lora": ""}
+
+
+def asked(ids: Ids, system: str, *turns: str) -> dict[str, Any]:
+    """Return the record of the template that asks, all of whose later questions are asked."""
+    text = f"{system} "
+    for number, turn in enumerate(turns):
+        role = ("USER" if number == 0 else "VUSER") if number % 2 == 0 else "ASSISTANT"
+        end = "</s>" if number % 2 else f"{'</s>' if number else ''} "
+        text += f"{role}: {turn}{end}"
+    labels, cursor = ids(text), 1
+    labels[0] = IGNORED
+    for part in text.split("</s>"):
+        pieces = part.split(" ASSISTANT: ")
+        if not part:
+            break
+        before = pieces[0] + " ASSISTANT: " if len(pieces) == 2 else "VUSER: "
+        labels = masked(labels, [(cursor, cursor + len(ids(before)) - 2)])
+        cursor += len(ids(part))
+    assert cursor == len(labels), "the original would ignore the row because of this mismatch"
+    return recorded(ids(text), labels) | {"seed": 0}
+
+
+def test_the_trained_lead_of_an_image_is_explained_by_name(shared: Path, tmp_path: Path) -> None:
+    """Of a question that is asked after the first round the original masks the header, and no image before the text."""
+    prompts = (shared / "oracles" / "stllava-med" / "prompts.json").read_text()
+    system = json.loads(prompts)["v1_sq"]["prompt"].partition(" USER: ")[0]
+    texts = (f"<image>\n{QUESTION}", ANSWER, f"<image>\n{QUESTION}", ANSWER)
+    record = asked(ids_of(shared), system, *texts)
+    rows = [{"id": "odd", "image": ["im0.png", "im1.png"], "conversations": turns(*texts)}]
+    folder = tmp_path / "x"
+
+    def labels_line(record: dict[str, Any], names: frozenset[str]) -> Line:
+        lines = check(shared, folder, rows, {"sp_legacy": {"v1_sq@sq_r=1.0": {"odd": record}}}, names)
+        return next(line for line in lines if line.quantity == "labels")
+
+    check(shared, folder, rows, {"sp_legacy": {"v1_sq@sq_r=1.0": {"odd": record}}}, frozenset())
+    (folder / "prompts.json").write_text(prompts)
+    place = record["input_ids"].index(-200, record["input_ids"].index(-200) + 1)
+    assert record["labels"][place] == -200, "the lead is trained in the record"
+    line = labels_line(record, frozenset(COMPAT))
+    assert (line.status, line.note) == ("ok", "1 trained_image_lead")
+    assert labels_line(record, frozenset(COMPAT) - {"trained_image_lead"}).status == "FAIL"
+    without = [IGNORED if at == place else label for at, label in enumerate(record["labels"])]
+    assert labels_line(record | {"labels": without}, frozenset(COMPAT)).status == "FAIL"

@@ -38,7 +38,8 @@ def test_defaults(tmp_path: Path) -> None:
     ("words", "beta", "mode"),
     [
         (["--pref_loss", "simpo"], 2.0, "none"),
-        (["--pref_loss", "simpo", "sft"], 0.1, "none"),
+        (["--pref_loss", "simpo", "sft"], 2.0, "none"),
+        (["--pref_loss", "simpo", "sigmoid"], 0.1, "cached"),
         (["--pref-loss", "simpo", "--beta", "2.5"], 2.5, "none"),
         (["--pref_loss", "ipo", "--beta", "0.3"], 0.3, "cached"),
     ],
@@ -82,8 +83,7 @@ def test_several_losses(tmp_path: Path, words: str) -> None:
         ("--ref_mode frozen", "expected cached, adapter_off, copy or none"),
         ("--ref_mode none", "compares with a reference"),
         ("--ref_mode copy --ref_logprobs x", "only with --ref-mode cached"),
-        ("--ref_mode adapter_off", "nothing but the adapter: --lora-enable True, --freeze-mm-mlp-adapter True"),
-        ("--ref_mode adapter_off --lora_enable True", "adapter: --freeze-mm-mlp-adapter True"),
+        ("--ref_mode adapter_off", "expected --lora-enable True; or use --ref-mode cached"),
         ("--loss_normalization micro_batches", "cannot be used with --objective dpo"),
         ("--objective other", "expected one of sft, dpo, grpo"),
         ("--data_aug True", "--data-aug True is not supported"),
@@ -95,8 +95,8 @@ def test_what_is_refused(tmp_path: Path, words: str, match: str) -> None:
         parse(tmp_path, *words.split())
 
 
-def test_adapter_off_with_nothing_else_to_train(tmp_path: Path) -> None:
-    words = ["--ref_mode", "adapter_off", "--lora_enable", "True", "--freeze_mm_mlp_adapter", "True"]
+def test_adapter_off_with_an_adapter_and_the_projector(tmp_path: Path) -> None:
+    words = ["--ref_mode", "adapter_off", "--lora_enable", "True"]
     assert spec_of(tmp_path, *words).ref_mode == "adapter_off"
 
 

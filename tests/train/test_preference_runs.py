@@ -14,8 +14,8 @@ from llava.errors import LlavaError
 from llava.train.callbacks import ChosenCallback
 from llava.train.counts import TrainingCounts
 from tests.support.pairs import pair_arguments, write_pairs
-from tests.support.ranks import run_ranks, start
-from tests.support.runs import losses, metrics, saved, train, train_until_killed, write_parts
+from tests.support.ranks import run_ranks
+from tests.support.runs import losses, metrics, train, write_parts
 
 KINDS: dict[str, dict[str, object]] = {
     "adapter": {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.5},
@@ -51,16 +51,6 @@ def test_the_first_loss_is_log_2(parts: Path, tmp_path: Path, kind: str, world_s
     assert len(list(tmp_path.glob("reference-*.jsonl"))) == world_size
 
 
-@pytest.mark.parametrize("mode", ["copy", "adapter_off"])
-def test_references_of_every_step_give_the_losses_of_the_cached_one(parts: Path, tmp_path: Path, mode: str) -> None:
-    options = {**KINDS["adapter"], "freeze_mm_mlp_adapter": True, "max_steps": 3}
-    for name in ("cached", mode):
-        train(pair_arguments(parts, tmp_path / name, **options, ref_mode=name))
-    assert losses(tmp_path / mode) == pytest.approx(losses(tmp_path / "cached"), abs=1e-5)
-    assert losses(tmp_path / mode)[-1] != pytest.approx(math.log(2), abs=1e-4)
-    assert not lines(tmp_path / mode)
-
-
 def test_a_run_raises_the_margin_and_keeps_its_reference(parts: Path, tmp_path: Path) -> None:
     """Twenty steps do not change the reference, which a second run over it reads instead of computing it again."""
     data = write_pairs(tmp_path / "eight", 8)
@@ -85,18 +75,6 @@ def test_batch_and_accumulation_count_pairs(parts: Path, tmp_path: Path) -> None
     assert losses(tmp_path / "eight") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     for name in ("rewards/margins", "logps/chosen", "grad_norm"):
         assert losses(tmp_path / "eight", name) == pytest.approx(losses(tmp_path / "one", name), rel=2e-4, abs=1e-5)
-
-
-@pytest.mark.parametrize("mode", ["cached", "copy"])
-def test_killed_and_resumed_equals_uninterrupted(parts: Path, tmp_path: Path, mode: str) -> None:
-    options = {**KINDS["adapter"], "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "ref_mode": mode}
-    train(pair_arguments(parts, tmp_path / "whole", **options))
-    broken = pair_arguments(parts, tmp_path / "broken", **options)
-    assert start(1, train_until_killed, broken, 3) == [("died", -9)]
-    train(broken)
-    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-    whole = saved(tmp_path / "whole")
-    assert all(tensor.equal(whole[name]) for name, tensor in saved(tmp_path / "broken").items())
 
 
 @pytest.mark.parametrize("kind", ["crop", "blank", "swap"])

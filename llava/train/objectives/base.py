@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -51,4 +51,17 @@ class Objective(Protocol):
 
     def __call__(self, model: Callable[..., Any], batch: FlatBatch, *, num_items: Tensor) -> ObjectiveOutput:
         """Return the loss; `num_items` [D] holds the denominators of the optimizer step."""
+        ...
+
+
+@runtime_checkable
+class StepObjective(Protocol):
+    """Objective whose losses depend on sums over all rows of a step, which are added up before the first loss."""
+
+    def step_share(self, model: Callable[..., Any], batch: FlatBatch) -> Tensor:
+        """Return the share [K] float64 of a row in the sums, without gradient."""
+        ...
+
+    def begin_step(self, sums: Tensor | None) -> None:
+        """Take the sums [K] of the step over all ranks; None after the step, for rows outside of one."""
         ...

@@ -48,17 +48,21 @@ class KtoLoss:
         return _is_answer(batch).sum().double()[None].cpu()
 
     @torch.no_grad()
-    def mismatched(self, model: Callable[..., Any], batch: FlatBatch) -> Tensor:
+    def step_share(self, model: Callable[..., Any], batch: FlatBatch) -> Tensor:
         """Return the sum of the log-ratios of the mismatched answers of a row and their number, [2] float64."""
         found = _is_kind(batch, MISMATCHED)
         ratios = sequence_logprobs(model, batch) - self.reference(batch)
         return torch.stack([ratios[found].sum(), found.sum().double()])
 
+    def begin_step(self, sums: Tensor | None) -> None:
+        """Estimate the divergence from the sum of the log-ratios of a step and their number; None for no step."""
+        self.estimate = None if sums is None else (sums[0] / sums[1].clamp(min=1.0)).clamp(min=0.0)
+
     def __call__(self, model: Callable[..., Any], batch: FlatBatch, *, num_items: Tensor) -> ObjectiveOutput:
         """Return the losses of the answers of this row, divided by the number of answers of the step."""
-        logps = sequence_logprobs(model, batch)
-        with torch.no_grad():
+        with torch.no_grad():  # first, since the reference may exchange weights that the graph of the policy holds
             reference = self.reference(batch).detach()
+        logps = sequence_logprobs(model, batch)
         found = _is_answer(batch)
         ratios = (logps - reference).detach()
         strange = ratios[_is_kind(batch, MISMATCHED)]

@@ -203,9 +203,12 @@ def open_networks(parsed: Parsed, spec: RolloutSpec) -> _Networks:
 
 
 def _is_adapter_only(parts: PartsSpec) -> bool:
-    """Return whether nothing but adapters trains, so that the policy without them is the policy as it started."""
-    language = parts.lora["bias"] == "none" if parts.lora is not None else parts.freeze_backbone
-    return language and parts.freeze_projector and not parts.train_tower
+    """Return whether nothing but new adapters trains, so that the policy without them is the policy as it started."""
+    own, tower = parts.lora, parts.tower_lora
+    language = parts.freeze_backbone if own is None else own["bias"] == "none"
+    is_random = own is not None and own["options"]["init_lora_weights"] is False
+    is_new = not (is_random or (tower is not None and tower.weights is not None))
+    return language and is_new and parts.freeze_projector and not parts.train_tower
 
 
 ADAPTER_OFF = "the policy without its adapter"
@@ -221,7 +224,8 @@ def _reference(policy: nn.Module, spec: RolloutSpec, *, is_adapter: bool) -> tup
         return None, ADAPTER_OFF
     if spec.ref_mode == "adapter_off":
         raise ConfigError(
-            "--ref-mode adapter_off needs --lora-enable True and --lora-bias none; or use --ref-mode copy"
+            "--ref-mode adapter_off needs --lora-enable True and --lora-bias none, without --init-lora-weights false and "
+            "--pretrain-lora; or use --ref-mode copy"
         )
     return shared_copy(policy), "a frozen copy of the policy as it starts"
 

@@ -38,8 +38,8 @@ def test_the_loss_of_a_step_does_not_depend_on_its_rows(tiny: LoadedModel, tmp_p
     assert len(parts) == 4 and objective.count(whole).item() == 8 == sum(objective.count(row).item() for row in parts)
 
     objective = KtoLoss(lambda batch: sequence_logprobs(tiny.model, batch) * 0.9, beta=0.3, weights=(1.0, 2.0))
-    sums = objective.mismatched(tiny.model, whole)
-    split = sum(objective.mismatched(tiny.model, row) for row in parts)
+    sums = objective.step_share(tiny.model, whole)
+    split = sum(objective.step_share(tiny.model, row) for row in parts)
     assert sums[1] == 8 and torch.allclose(sums, torch.as_tensor(split), atol=1e-3)
     objective.estimate = torch.tensor(0.25)
     items = torch.tensor([8.0])
