@@ -74,7 +74,7 @@ class PreferenceArguments:
         "mdpo, sft; or kto alone, of pairs or of single answers with a label",
     )
     pref_loss_weights: list[float] | None = option(None, "weight of each loss; default: 1")  # noqa: RUF009
-    beta: float | None = option(None, "strength of the reference; default: 0.1, or 2.0 for simpo, also with orpo and sft")
+    beta: float | None = option(None, "strength of the reference; default: 0.1, or 2.0 for simpo, with sft too")
     simpo_gamma: float = option(1.0, "margin that simpo asks for")
     orpo_lambda: float = option(0.1, "weight of the odds term of orpo")
     label_smoothing: float = option(0.0, "share of pairs whose sides are assumed to be swapped, below 0.5")

@@ -54,7 +54,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         run(parts, tmp_path / str(processes), "--max_steps", "2", "--warmup_steps", "0", processes=processes)
     one, two = (rollouts(tmp_path / str(processes)) for processes in (1, 2))
     names = ("step", "case", "group", "sample", "seed", "asked", "answers", "raw", "total")
-    assert len(one) == 8 and [[row[name] for name in names] for row in one] == [[row[name] for name in names] for row in two]
+    assert len(one) == 8 and [[row[name] for name in names] for row in one] == [
+        [row[name] for name in names] for row in two
+    ]
     for ours, theirs in zip(one, two, strict=True):
         assert ours["advantages"] == pytest.approx(theirs["advantages"], abs=1e-3)
     for name in ("loss", "grad_norm", "kl", "entropy"):

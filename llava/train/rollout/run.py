@@ -224,8 +224,8 @@ def _reference(policy: nn.Module, spec: RolloutSpec, *, is_adapter: bool) -> tup
         return None, ADAPTER_OFF
     if spec.ref_mode == "adapter_off":
         raise ConfigError(
-            "--ref-mode adapter_off needs --lora-enable True and --lora-bias none, without --init-lora-weights false and "
-            "--pretrain-lora; or use --ref-mode copy"
+            "--ref-mode adapter_off needs --lora-enable True, --lora-bias none and a new adapter (no --pretrain-lora, "
+            "no --init-lora-weights false); or use --ref-mode copy"
         )
     return shared_copy(policy), "a frozen copy of the policy as it starts"
 
