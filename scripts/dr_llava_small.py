@@ -40,7 +40,9 @@ from llava.utils.terminal import write_out
 
 RULES = {"drawn": "drawn-smears", "bccd": "smear-differential", "cells": "red-cell-morphology"}
 ARMS = ("sft", "more_sft", "grpo", "ppo", "shuffled")
-TEMPLATE = "vicuna_v1"
+TEMPLATE = "chatml"
+"""Template whose end mark is a token of the packaged language model, so that its dialogues can be continued."""
+
 ANSWER_TOKENS = 24
 """Longest answer; the wordings of the shipped rule sets are shorter."""
 

@@ -353,7 +353,8 @@ def follow_up(question: str, processor: LlavaMedProcessor) -> tuple[tuple[int, i
     if not any(encoded.turns[place] == 1 for place in ends):
         raise ConfigError(
             f"template {template.name!r} ends an answer with the text {template.stops[0]!r}, not with a token of its "
-            "own, so generated tokens cannot be continued; use a template such as vicuna_v1 or chatml"
+            "own, so generated tokens cannot be continued; use a template whose end mark is a token of this tokenizer, "
+            "such as chatml (<|im_end|>) or vicuna_v1 (</s>)"
         )
     if any(token in processor.stop_token_ids for token in processor.text(question).ids):
         raise DataError("a follow-up question contains a token that ends answers; remove it")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llava.data.collator import Collator, StepBatch
 from llava.data.dataset import RowDataset
-from llava.data.encode import Encoded, Unit, encode
+from llava.data.encode import Encoded, Unit, encode, follow_up
 from llava.data.image_store import ImageIndex
 from llava.errors import CheckpointError, ConfigError, DataError
 from llava.processing import LlavaMedProcessor
@@ -48,12 +48,14 @@ class RolloutDataset(RowDataset[Encoded]):
         image_folder: folder that image names are relative to.
 
     Raises:
+        ConfigError: answers of the processor's template do not end with a token, so dialogues cannot be continued.
         DataError: an image is missing or does not decode; the message names the row.
     """
 
     def __init__(
         self, cases: Sequence[RolloutCase], rules: RuleSet, processor: LlavaMedProcessor, *, image_folder: str | None
     ) -> None:
+        follow_up("x", processor)  # before minutes of preparation, not at the first rollout
         self.cases = cases
         index = ImageIndex.open(image_folder, dicom=processor.dicom)
         broken = index.verify(list(dict.fromkeys(case.image for case in cases)))

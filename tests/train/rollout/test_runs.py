@@ -145,6 +145,7 @@ def test_a_finished_run_changes_nothing_and_other_rules_are_refused(
     ({"ref_mode": "none", "kl_coef": 0.1}, "--ref-mode none: --kl-coef 0.1 needs a reference"),
     ({"ref_mode": "adapter_off", "lora_enable": False}, "--ref-mode adapter_off needs --lora-enable True"),
     ({"image_folder": "/nowhere"}, "row 0: .*0.png"),
+    ({"version": "v0"}, r"template 'v0' ends an answer with the text .* cannot be continued; .* \(</s>\)"),
 ])  # fmt: skip
 def test_what_a_run_refuses(parts: Path, tmp_path: Path, changed: dict, message: str) -> None:
     with pytest.raises(LlavaError, match=message):

@@ -9,7 +9,9 @@ from types import ModuleType
 
 import pytest
 
+from llava.data.encode import follow_up
 from llava.errors import LlavaError
+from tests.support.text_tools import make_processor
 from tests.support.tiny import write_tiny_lm, write_tiny_tower
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "dr_llava_small.py"
@@ -24,10 +26,20 @@ def script() -> ModuleType:
     return module
 
 
+def test_dialogues_of_the_packaged_model_can_be_continued(script: ModuleType) -> None:
+    """An answer ends with one token in the template of the script; the tokenizer has the marks of SmolLM2."""
+    processor = make_processor("byte level", template=script.TEMPLATE, num_image_tokens=1)
+    ids = [token for token, _ in follow_up("Where?", processor)]
+    text = processor.tokenizer.decode(ids)
+    assert text == "<|im_end|>\n<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n"
+    assert ids[0] in processor.stop_token_ids
+
+
 @pytest.mark.slow
 def test_two_arms(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, tower = write_tiny_lm(tmp_path / "lm"), write_tiny_tower(tmp_path / "tower")
     monkeypatch.setattr(script, "ANSWER_TOKENS", 2)
+    monkeypatch.setattr(script, "TEMPLATE", "vicuna_v1")  # the tiny tokenizer has its end mark
     monkeypatch.setattr(script, "PROBED", 1)
     words = ["--lm", lm, "--vision-tower", tower, "--out", tmp_path / "out", "--num-train", 9, "--num-test", 1,
              "--arms", "sft,shuffled", "--minutes", 0.001]  # fmt: skip
