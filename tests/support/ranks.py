@@ -27,6 +27,8 @@ def free_port() -> int:
 
 def _enter(place: tuple[int, int, int], pipe: Connection, job: Callable[..., Any], args: Any) -> None:
     gc.freeze()  # what the fork server imported
+    # As in a process of a launcher: loaders would otherwise start a fork server, whose import takes a minute.
+    multiprocessing.set_start_method("fork", force=True)
     rank, world_size, port = place
     import torch
 

@@ -107,10 +107,11 @@ def test_kto_of_pairs_and_of_single_answers(parts: Path, tmp_path: Path, single:
     assert not lines(tmp_path / "run")
 
 
-@pytest.mark.parametrize("loss", ["kto", "mdpo"])
-def test_two_ranks_equal_one(parts: Path, tmp_path: Path, loss: str) -> None:
+@pytest.mark.parametrize(("loss", "workers"), [("kto", 0), ("kto", 1), ("mdpo", 0)])
+def test_two_ranks_equal_one(parts: Path, tmp_path: Path, loss: str, workers: int) -> None:
     """The estimate of KTO is over the step on all ranks, and mismatched answers may be those of the other rank."""
     options: dict[str, object] = {**KINDS["adapter"], "pref_loss": loss, "max_steps": 3, "learning_rate": 1e-2}
+    options |= {"dataloader_num_workers": workers}
     options |= {"image_negative": "noise"} if loss == "mdpo" else {}
     for size in (1, 2):
         argv = pair_arguments(parts, tmp_path / str(size), **options, per_device_train_batch_size=2 // size)
