@@ -27,7 +27,6 @@ from llava.model.checkpoint.save import save_model
 from llava.model.packaged import pretrained
 from llava.quickstart import machine
 from llava.quickstart.forecast import ANSWER, TUNE, Costs, fitted_seconds
-from llava.quickstart.stages import evaluation_dtype
 from llava.quickstart.synthetic import write_dataset
 from llava.quickstart.work import CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS, language_shape, tower_shape
 from llava.symbolic.dialogues import main as write_dialogues
@@ -76,6 +75,7 @@ def make_parser() -> Parser:
     parser.add_argument("--num-test", type=int, default=400, help="test images")
     parser.add_argument("--rollout-batch-size", type=int, default=64, help="dialogues of a rollout, 8 for each image")
     parser.add_argument("--image-size", type=int, default=112, help="side of the model's input image")
+    parser.add_argument("--dtype", default="auto", help="precision of the evaluations, as of `llava eval`")
     parser.add_argument("--lm", help="language model; default: the packaged one")
     parser.add_argument("--vision-tower", help="vision tower; default: the packaged one")
     return parser
@@ -275,19 +275,11 @@ def score(args: Namespace, out: Path, arm: str, model: Path, tables: dict[str, P
     started = time.time()
     words = ["--model", model, "--rules", RULES[args.data], "--data", tables["test"], "--out", folder]
     words += ["--image-folder", tables["images"], "--limit", args.num_test, "--max-new-tokens", ANSWER_TOKENS]
-    words += ["--dtype", precision_of(args, out)]
+    words += ["--dtype", args.dtype]
     if arm != "sft" and (out / "eval-sft" / "results.json").is_file():
         words += ["--compare", out / "eval-sft"]
     evaluate(list(map(str, words)))
     write_out(f"{arm}: evaluated in {time.time() - started:.0f} s\n")
-
-
-def precision_of(args: Namespace, out: Path) -> str:
-    """Return the precision of all evaluations: that of training, measured once, so that a run does not mix two."""
-    path = out / "precision.json"
-    if not path.is_file():
-        write_json(path, {"dtype": evaluation_dtype(args.lm or str(pretrained.language_model()))})
-    return str(read_object(path)["dtype"])
 
 
 def results_of(out: Path, arms: Sequence[str]) -> str:
