@@ -16,6 +16,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from llava.model.builder import LoadedModel, build_model
 from llava.utils.plugins import unload_plugins
+from tests.support.fast_python import fast_python
 from tests.support.runs import write_parts, write_uneven
 from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
@@ -86,3 +87,10 @@ def no_plugins() -> Iterator[None]:
     unload_plugins()
     yield
     unload_plugins()
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A `python` for scripts and launchers that starts in a fraction of a second, see `tests.support.fast_python`."""
+    with fast_python(tmp_path_factory.mktemp("bin") / "bin") as program:
+        yield program

@@ -89,7 +89,6 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
     assert all(any(name.startswith(f"llava/{kind}") for name in names) for kind in kinds)
 
 
-@pytest.mark.slow
 def test_commands_run_without_the_repository(installed: Path, tmp_path: Path) -> None:
     parts = write_parts(tmp_path / "parts")
     rows = ["--data", str(parts / "vqa" / "train.json"), "--image-folder", str(parts / "vqa" / "images")]

@@ -206,15 +206,20 @@ class RecordedReader(PromptReader):
     """Encoder of the text of a recorded prompt as it is, without our template."""
 
     def read(self, prompt: Prompt) -> EncodedPrompt:
-        """Return tokens and images of a prompt whose only turn is the whole text."""
+        """Return tokens and images of a prompt whose only turn is the whole text, up to the longest input."""
+        whole = self.uncut(prompt)
+        encoded = cut_prompt(whole.encoded, self.longest)
+        return EncodedPrompt(encoded, whole.images[: len(encoded.images)])
+
+    def uncut(self, prompt: Prompt) -> EncodedPrompt:
+        """Return all tokens and images of a prompt whose only turn is the whole text."""
         images = tuple(self._image(image) for image in prompt.images)
         sizes = sizes_of(images)
         draft = tokenize_segments([Segment(prompt.conversation.turns[0].text, False, 0)], self.processor, sizes)
         ids, keys = tuple(draft.ids), tuple(image.key for image in images)
         nothing = (IGNORE_INDEX,) * len(ids)
         encoded = Encoded(ids, nothing, (0,) * len(ids), tuple(draft.image_spans), keys)
-        encoded = cut_prompt(replace(encoded, image_sizes=kept_sizes(self.processor, sizes)), self.longest)
-        return EncodedPrompt(encoded, images[: len(encoded.images)])
+        return EncodedPrompt(replace(encoded, image_sizes=kept_sizes(self.processor, sizes)), images)
 
 
 def _engine(
@@ -235,14 +240,12 @@ def _answer(
     text = PATCHED.sub(IMAGE_TOKEN, case["prompt"])
     images = tuple(oracle.images(case["id"])[: text.count(IMAGE_TOKEN)])
     prompt = Prompt(Conversation((Turn("human", text),)), images)
-    read = engine.reader.read(prompt)
-    ours = list(read.encoded.input_ids)
+    assert isinstance(engine.reader, RecordedReader)
+    ours = list(engine.reader.uncut(prompt).encoded.input_ids)
     counts = processor.count_image_tokens(len(images), [image.size for image in images])
-    theirs = expanded(processor, case["input_ids"], counts)
-    is_cut = len(ours) < len(theirs) and len(ours) == engine.reader.longest
-    if ours != theirs[: len(ours)] or not (is_cut or len(ours) == len(theirs)):
+    if ours != expanded(processor, case["input_ids"], counts):
         return None, None
-    return engine.generate([prompt], _sampling(case, longest))[0][0], read
+    return engine.generate([prompt], _sampling(case, longest))[0][0], engine.reader.read(prompt)
 
 
 def _holds_prompt(case: dict[str, Any]) -> bool:
@@ -252,13 +255,21 @@ def _holds_prompt(case: dict[str, Any]) -> bool:
 
 
 def _sampling(case: dict[str, Any], longest: int) -> Sampling:
-    """Return the recorded sampling; without a recorded length limit it is the longest answer of the file."""
+    """Return the recorded sampling; without a recorded length limit it is the longest answer of the file.
+
+    Raises:
+        ValueError: the recorded mode is unknown, or contradicts the recorded options.
+    """
     mode, options = case.get("mode", "greedy"), case.get("gen_kwargs") or {}
-    beams = re.search(r"beam(\d+)", mode)
+    beams = re.fullmatch(r"beam(\d+)", mode)
+    if beams is None and mode not in ("greedy", *PENALTIES):
+        raise ValueError(f"the recorded mode {mode!r} is unknown; known are greedy, beam<N>, {', '.join(PENALTIES)}")
+    num_beams = int(beams[1]) if beams else 1
+    penalty = options.get("repetition_penalty", PENALTIES.get(mode, 1.0))
+    if options.get("num_beams", num_beams) != num_beams or (penalty != 1.0) != (mode in PENALTIES):
+        raise ValueError(f"the recorded mode {mode!r} contradicts the recorded options {options}")
     return Sampling(
-        max_new_tokens=options.get("max_new_tokens", longest),
-        num_beams=options.get("num_beams", int(beams[1]) if beams else 1),
-        repetition_penalty=options.get("repetition_penalty", PENALTIES.get(mode, 1.0)),
+        max_new_tokens=options.get("max_new_tokens", longest), num_beams=num_beams, repetition_penalty=penalty
     )
 
 

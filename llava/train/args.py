@@ -344,4 +344,5 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
 
     def resume_spec(self) -> ResumeSpec:
         """Return where the checkpoint to resume from is."""
-        return ResumeSpec(self.run_folder, self.resume_from_checkpoint, self.overwrite_output_dir)
+        needs_mark = self.is_sharded and not self.trust_checkpoint
+        return ResumeSpec(self.run_folder, self.resume_from_checkpoint, self.overwrite_output_dir, needs_mark)

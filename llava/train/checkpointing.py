@@ -31,6 +31,7 @@ from llava.model.value_head import restore_value, save_value
 from llava.train.specs import ProvenanceSpec, ResumeSpec
 from llava.train.state_files import HOW_ON, STATE_FILE, check_state_files, checkpoints_of, drop_incomplete, is_whole
 from llava.train.trainer import TrainerHooks
+from llava.train.trust import has_mark
 from llava.utils.cli import flag
 from llava.utils.jsonl import write_json
 from llava.utils.plugins import loaded_plugins
@@ -95,10 +96,14 @@ def write_end(folder: Path) -> None:
     write_json(folder / PROVENANCE_FILE, {**provenance, "weights_sha256": weights_sha256(folder)})
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete `checkpoint-N`, or None."""
+def last_checkpoint(folder: Path, *, needs_mark: bool = False) -> Path | None:
+    """Return the newest complete `checkpoint-N`, or None.
+
+    With `needs_mark` those without a mark come last: a sharded run that was killed while saving leaves one.
+    """
     found = {step: path for step, path in checkpoints_of(folder).items() if is_whole(path)}
-    return found[max(found)] if found else None
+    marked = [step for step, path in found.items() if needs_mark and has_mark(path)]
+    return found[max(marked or found)] if found else None
 
 
 def bf16_to_resume(resume: ResumeSpec) -> bool | None:
@@ -116,7 +121,7 @@ def bf16_to_resume(resume: ResumeSpec) -> bool | None:
 
 def _named_checkpoint(resume: ResumeSpec) -> Path | None:
     """Return the checkpoint that `--resume-from-checkpoint` names, else the last one of the output folder."""
-    return _explicit_checkpoint(resume) or last_checkpoint(resume.folder)
+    return _explicit_checkpoint(resume) or last_checkpoint(resume.folder, needs_mark=resume.needs_mark)
 
 
 def _explicit_checkpoint(resume: ResumeSpec) -> Path | None:
@@ -140,6 +145,8 @@ def checkpoint_to_resume(resume: ResumeSpec, provenance: Mapping[str, Any]) -> s
     if earlier.is_file():
         _refuse_another_run(path, json.loads(earlier.read_text(encoding="utf-8")), provenance)
     check_state_files(path)
+    if (newer := last_checkpoint(resume.folder)) not in (None, path) and _explicit_checkpoint(resume) is None:
+        logger.warning("%s is passed over: it has no mark, as after a kill while it was written", newer)
     logger.info("resuming from %s", path)
     return str(path)
 

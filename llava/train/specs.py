@@ -242,11 +242,13 @@ class ResumeSpec:
         folder: output folder.
         checkpoint: value of `--resume-from-checkpoint`: a folder, or a word for on or off.
         overwrites: start from the beginning even if a checkpoint could be resumed.
+        needs_mark: the loaders unpickle, so an unmarked checkpoint after a marked one is passed over.
     """
 
     folder: Path
     checkpoint: str | bool | None
     overwrites: bool
+    needs_mark: bool = False
 
     @property
     def starts_over(self) -> bool:

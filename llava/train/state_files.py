@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerState
+from transformers.trainer_utils import rotate_checkpoints
 
 from llava.errors import CheckpointError, LlavaError
 from llava.model.checkpoint.formats import read_json
@@ -133,14 +134,33 @@ class CheckpointTrainer(Trainer):
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint; mark one that sharded loaders will read."""
-        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with whole_or_removed(checkpoint) if self.args.should_save else nullcontext():
-            super()._save_checkpoint(model, trial)
+        """Save a checkpoint in place of an earlier one of this step; mark one that sharded loaders will read."""
+        args: Any = self.args
+        folder = Path(self._get_output_dir(trial))
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        if args.should_save and checkpoint.is_dir():  # else a kill would leave a mixture that looks complete
+            shutil.rmtree(checkpoint)
+        self.accelerator.wait_for_everyone()
         if self.is_sharded:
-            self.accelerator.wait_for_everyone()
-            if self.args.local_process_index == 0:
-                write_mark(checkpoint)
+            self.args = args.changed(save_total_limit=None)
+        try:
+            with whole_or_removed(checkpoint) if args.should_save else nullcontext():
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args = args
+        if self.is_sharded:
+            self._mark(checkpoint)
+
+    def _mark(self, checkpoint: Path) -> None:
+        """Mark a checkpoint that all ranks have written, then remove the earlier ones that are too many."""
+        # In this order a kill at any moment leaves a marked checkpoint.
+        self.accelerator.wait_for_everyone()
+        if self.args.local_process_index == 0:
+            write_mark(checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
+            rotate_checkpoints(str(checkpoint.parent), limit, best, use_mtime=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with restoring(checkpoint, "the optimizer state", OPTIMIZER_FILES):

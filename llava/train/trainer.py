@@ -358,6 +358,7 @@ class LlavaTrainer(CheckpointTrainer):
         }
         write_json(Path(output_dir) / WINDOW_FILE.format(self.args.process_index), since)
         self.loader.save(Path(output_dir))
+        self.accelerator.wait_for_everyone()  # the state file comes next, and says that every rank has written
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore what `_save_rng_state` saved; with another number of ranks, without the losses."""

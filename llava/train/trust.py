@@ -136,6 +136,11 @@ def write_mark(checkpoint: Path) -> None:
         logger.warning("%s gets no mark (%s), so resuming it needs %s", checkpoint, error, TRUST_FLAG)
 
 
+def has_mark(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has a mark, of any key; it is written after all other files."""
+    return any(checkpoint.glob(MARK_PATTERN))
+
+
 def check_mark(checkpoint: Path) -> None:
     """Check that this user wrote a checkpoint on this machine, and that no file has changed since.
 

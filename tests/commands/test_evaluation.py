@@ -47,15 +47,18 @@ def words_for(folder: Path, out: str) -> list[str]:
     ]
 
 
-def run_script(*words: str, cwd: Path = ROOT) -> str:
+def run_script(python: Path, *words: str, cwd: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = run_command([sys.executable, *words], cwd=cwd, env=environment, timeout=120)
+    done = run_command([python, *words], cwd=cwd, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_answers_in_chunks_are_the_answers_of_one_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_in_chunks_are_the_answers_of_one_process(
+    folder: Path, python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "executable", str(python))
     batch = words_for(folder, "test-answer-file.jsonl")
     run_med_datasets_eval_batch.main(["--num-chunks", "2", *batch])  # each chunk is a process of `model_vqa_med`
     model_vqa_med.main(words_for(folder, "single.jsonl"))
@@ -64,11 +67,11 @@ def test_answers_in_chunks_are_the_answers_of_one_process(folder: Path, monkeypa
     assert [answer["text"] for answer in joined] == [answer["text"] for answer in single]
     assert all(answer["metadata"].get("error") is None for answer in single)
     printed = run_script(
-        "-m", "llava.eval.run_eval", "--gt", "vqa_rad/test.json", "--pred", "vqa_rad/single.jsonl", cwd=folder
+        python, "-m", "llava.eval.run_eval", "--gt", "vqa_rad/test.json", "--pred", "vqa_rad/single.jsonl", cwd=folder
     )
     assert "yes/no accuracy" in printed and "========\n vqa_rad" in printed
     script = str(ROOT / "llava" / "eval" / "run_eval_batch.py")
-    run_script(script, "--pred_file_parent_path", ".", "--target_test_type", "test-answer-file", cwd=folder)
+    run_script(python, script, "--pred_file_parent_path", ".", "--target_test_type", "test-answer-file", cwd=folder)
     assert rows_of(folder / "eval_results_med_datasets.jsonl")[0]["dataset"] == "vqa_rad"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -132,14 +131,13 @@ def test_answers_are_scored(files: dict[str, Path], tmp_path: Path) -> None:
     assert scored[0].endswith("llava/eval/run_eval.py") and value(scored, "--pred") == answers
 
 
-@pytest.mark.slow
-def test_two_nodes_compute_the_losses_of_one_machine(tmp_path: Path) -> None:
+def test_two_nodes_compute_the_losses_of_one_machine(tmp_path: Path, python: Path) -> None:
     parts = write_parts(tmp_path / "parts")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = {"MODEL": parts / "lm", "VISION_TOWER": parts / "tower", "DATA": parts / "vqa" / "train.json",
-             "IMAGES": parts / "vqa" / "images", "PYTHON": sys.executable, "BATCH": 2, "ACCUMULATION": 1, "EPOCHS": 1,
+             "IMAGES": parts / "vqa" / "images", "PYTHON": python, "BATCH": 2, "ACCUMULATION": 1, "EPOCHS": 1,
              "MASTER_PORT": port}  # fmt: skip
     words = ["--save_strategy", "no", "--bf16", "False", "--tf32", "False", "--gradient_checkpointing", "False"]
     status, output = run("finetune_vqa_rad.sh", *words, cwd=tmp_path, NPROC=2, OUT=tmp_path / "one", **given)

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from llava.eval.model_mimic_cxr import main as predict
+from tests.support.fast_python import WITHOUT_BUILD
 from tests.support.processes import have_ended, run_command, started
 from tests.support.tiny import tiny_image, write_tiny_lm, write_tiny_tower
 
@@ -247,12 +247,11 @@ def test_a_failed_chunk_ends_the_evaluation(rad: dict[str, Path], tmp_path: Path
     assert not any("run.py" in " ".join(words) for words in recorded(tmp_path / "record"))
 
 
-@pytest.mark.slow
-def test_the_whole_chain_on_tiny_parts(rad: dict[str, Path], compiled: Path, tmp_path: Path) -> None:
+def test_the_whole_chain_on_tiny_parts(rad: dict[str, Path], python: Path, tmp_path: Path) -> None:
     common = {"image_folder": rad["images"], "model_base": rad["lm"], "vision_tower": rad["tower"]}
-    common |= {"PYTHON": sys.executable, "data_path": rad["data"]}
+    common |= {"PYTHON": python, "data_path": rad["data"]}
     small = ["--bf16", "False", "--report_to", "none", "--dataloader_num_workers", "0", "--disable_tqdm", "True"]
-    two = {"NPROC": 2, "ZERO": ROOT / "scripts" / "zero2.json", "TORCH_EXTENSIONS_DIR": compiled}
+    two = {"NPROC": 2, "ZERO": ROOT / "scripts" / "zero2.json", WITHOUT_BUILD: 1}
     done = run("pretrain.sh", "out", 1, 2, 1, *small, cwd=tmp_path, RUN_NAME="stage1", **common, **two)
     assert done.returncode == 0, done.stderr[-3000:]
     projector = tmp_path / "out" / "stage1" / "mm_projector.bin"
@@ -266,7 +265,7 @@ def test_the_whole_chain_on_tiny_parts(rad: dict[str, Path], compiled: Path, tmp
     words = ["--model_path", model, "--model_base", rad["lm"], "--conv_mode", "v1", "--max_new_tokens", 6]
     words += ["--query_file", rad["data"], "--image_folder", rad["images"], "--loader", "mimic_test_findings"]
     predict([str(word) for word in [*words, "--prediction_file", tmp_path / "whole.jsonl", "--device", "cpu"]])
-    assert _killed_evaluation(rad, tmp_path, model) == (tmp_path / "whole.jsonl").read_bytes()
+    assert _killed_evaluation(rad, tmp_path, model, python) == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def _check_saved(rad: dict[str, Path], model: Path, folder: Path) -> None:
@@ -292,16 +291,16 @@ def _check_saved(rad: dict[str, Path], model: Path, folder: Path) -> None:
     assert sum("lora_" in name for name, _ in plain.named_parameters()) == 2 * 2 * 7
 
 
-def _killed_evaluation(rad: dict[str, Path], folder: Path, model: Path) -> bytes:
+def _killed_evaluation(rad: dict[str, Path], folder: Path, model: Path, python: Path) -> bytes:
     """Return the joined predictions of an evaluation in two chunks that was killed and started again."""
-    given = {"query_file": rad["data"], "image_folder": rad["images"], "PYTHON": sys.executable, "NUM_CHUNKS": 2}
+    given = {"query_file": rad["data"], "image_folder": rad["images"], "PYTHON": python, "NUM_CHUNKS": 2}
     words = (rad["lm"], model, "scores", "tiny", "--max_new_tokens", 6, "--batch_size", 1)
     env = {**os.environ, **{key: str(value) for key, value in given.items()}, "CUDA_VISIBLE_DEVICES": ""}
     part, deadline = folder / "scores" / "test_0.jsonl", time.monotonic() + 200
     command, mark = ["bash", ROOT / "scripts" / "eval.sh", *words], str(folder)
     with started(command, cwd=folder, env=env, mark=mark) as process:
-        while not (part.is_file() and part.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        while not (part.is_file() and part.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert have_ended(mark, seconds=10), "its processes did not end with it"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,13 @@ SMALLER = (
 """Options of a machine without GPU; all others are the script's."""
 
 
-def test_the_published_command_trains_pairs(tmp_path: Path) -> None:
+def test_the_published_command_trains_pairs(tmp_path: Path, python: Path) -> None:
     parts = write_parts(tmp_path / "parts")
     pairs = write_pairs(tmp_path / "pairs", 8)
     out = tmp_path / "out"
     words = [parts / "lm", parts / "tower", "", pairs, pairs.parent / "images", out]
     words += [*SMALLER.split(), "--dataloader_num_workers", "0", "--model_max_length", "512"]
-    environment = {**os.environ, "LAUNCH": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "LAUNCH": str(python), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = ["bash", str(ROOT / "scripts" / "dpo_finetune.sh"), *map(str, words)]
     done = run_command(command, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -21,22 +21,21 @@ SMALLER = (
 """Options of a laptop and tiny parts; all others are the script's."""
 
 
-def run(parts: Path, out: Path, *more: str, processes: int = 1) -> str:
+def run(python: Path, parts: Path, out: Path, *more: str, processes: int = 1) -> str:
     """Run the script; return its messages."""
     words = [parts / "lm", parts / "rules.yaml", parts / "table.json", parts / "images", out, *SMALLER.split(), *more]
     words += ["--vision_tower", parts / "tower"]
-    bin_folder = ROOT / ".venv" / "bin"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"PATH": f"{bin_folder}:{environment['PATH']}", "NPROC": str(processes)}
+    environment |= {"PATH": f"{python.parent}:{environment['PATH']}", "NPROC": str(processes)}
     command = ["bash", str(ROOT / "scripts" / "train_rl_model.sh"), *map(str, words)]
     done = run_command(command, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stderr
 
 
-def test_the_published_command_rolls_out_and_learns(tmp_path: Path) -> None:
+def test_the_published_command_rolls_out_and_learns(tmp_path: Path, python: Path) -> None:
     parts, out = write_toy(tmp_path), tmp_path / "out"
-    messages = run(parts, out)
+    messages = run(python, parts, out)
     assert messages.count("without effect, since the reward is symbolic") == 1
     rows = rollouts(out)
     assert len(rows) == 4 and {row["step"] for row in rows} == {1}
@@ -46,12 +45,11 @@ def test_the_published_command_rolls_out_and_learns(tmp_path: Path) -> None:
     assert (out / "value_model.safetensors").is_file() or (out / "value").is_dir()
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+def test_two_processes_equal_one(tmp_path: Path, python: Path) -> None:
     """Both ask the same cases, draw the same answers and learn the same; statistics are over all processes."""
     parts = write_toy(tmp_path)
     for processes in (1, 2):
-        run(parts, tmp_path / str(processes), "--max_steps", "2", "--warmup_steps", "0", processes=processes)
+        run(python, parts, tmp_path / str(processes), "--max_steps", "2", "--warmup_steps", "0", processes=processes)
     one, two = (rollouts(tmp_path / str(processes)) for processes in (1, 2))
     names = ("step", "case", "group", "sample", "seed", "asked", "answers", "raw", "total")
     assert len(one) == 8 and [[row[name] for name in names] for row in one] == [

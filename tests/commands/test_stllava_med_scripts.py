@@ -128,15 +128,14 @@ SMALLER = (
 """Options of a machine without GPU and of tiny parts; all others are those of the scripts."""
 
 
-@pytest.mark.slow
-def test_both_stages_on_two_processes_equal_one(tmp_path: Path) -> None:
+def test_both_stages_on_two_processes_equal_one(tmp_path: Path, python: Path) -> None:
     """Stage 1 gives an adapter, on which stage 2 stands; two processes take the steps of one with twice the batch."""
     parts = write_parts(tmp_path / "parts")
     pairs = write_pairs(tmp_path / "pairs", 8)
     vqa = parts / "vqa"
     for world_size in (1, 2):
         out = tmp_path / str(world_size)
-        launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node={world_size}"
+        launch = f"{python} -m torch.distributed.run --standalone --nproc_per_node={world_size}"
         environment: dict[str, Any] = {"LAUNCH": launch, "PYTHONPATH": ROOT}
         smaller = [*SMALLER.split(), 2 // world_size]
         first = [parts / "lm", parts / "tower", "", vqa / "train.json", vqa / "images", out / "sft", *smaller]

@@ -34,9 +34,6 @@ SOURCES: Mapping[str, Sequence[str]] = {
 INPUTS = {
     "seed": "seed of draws, which the compared rows follow",
     "stop": "string at which the original stopped; the recorded ids end there",
-    "gen_kwargs": "options of the original's generation, which our generation follows",
-    "num_beams": "option of the original's generation, which our generation follows",
-    "repetition_penalty": "option of the original's generation, which our generation follows",
     "argv": "options of the recorded run, which our run follows",
     "order": "rows of the recorded run, which our run follows",
     "tokenizer_model_max_length": "setting of the original, which shows only where it cut a row",
@@ -49,6 +46,17 @@ INPUTS = {
     "w": "weights of the projector",
 }
 """Recorded entries that are inputs of our side or of no calculation, by name."""
+
+OPTIONAL = {
+    "template": "decides only where our answer may end; the whole prompt is recorded as text and as ids",
+    "gen_kwargs": "the mode states beams and penalty too, and has to agree",
+    "num_beams": "the mode states it too, and has to agree",
+    "repetition_penalty": "the mode states it too, and has to agree",
+}
+"""Recorded entries that may be absent: their removal leaves the same run; other values of them are noticed."""
+
+DEFAULTS = {"mode": "greedy"}
+"""Values of recorded entries that are the same as none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +170,7 @@ def _of_json(oracle: Oracle, name: str) -> Iterator[Corruption]:
             continue
         level = f"member at depth {len(path)}" if isinstance(value, dict) else field
         where = "/".join(map(str, path))
-        if path:
+        if path and path[-1] not in OPTIONAL and (path[-1], value) not in DEFAULTS.items():
             yield Corruption(name, f"{level} removed", where, lambda content, path=path: _edited(content, path, None))
         for what, change in _value_changes(value):
             if change(value) == value:

@@ -177,7 +177,6 @@ def test_a_head_of_unknown_types_is_a_named_error() -> None:
         decode.load_image(data[:place] + b"U." + data[place + 2 :])
 
 
-@pytest.mark.slow
 def test_a_short_guided_fuzz(tmp_path: Path) -> None:
     """Fuzz a few hundred inputs; see `tests/imaging/dicom/fuzz_dicom.py` for longer runs."""
     pytest.importorskip("atheris", reason="atheris is not installed (extra dev, Linux only)")

@@ -35,7 +35,6 @@ def test_dialogues_of_the_packaged_model_can_be_continued(script: ModuleType) ->
     assert ids[0] in processor.stop_token_ids
 
 
-@pytest.mark.slow
 def test_two_arms(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, tower = write_tiny_lm(tmp_path / "lm"), write_tiny_tower(tmp_path / "tower")
     monkeypatch.setattr(script, "ANSWER_TOKENS", 2)
