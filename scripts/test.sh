@@ -4,9 +4,9 @@
 # --all also runs the tests marked `extended`, which take a minute or more each.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-marks="not slow and not extended"
+marks="not extended"
 if [ "${1:-}" = "--all" ]; then
-    marks="not slow"
+    marks=""
     shift
 fi
 bash scripts/setup.sh dev,quickstart,rad || exit 1
@@ -24,13 +24,11 @@ part() { # $1: name; the rest: the command
 
 part "ruff-check" "${bin}/ruff" check .
 part "ruff-format" "${bin}/ruff" format --check .
-part "mypy" "${bin}/mypy" --strict llava scripts/*.py
+part "mypy" "${bin}/mypy" --num-workers 2 --strict llava scripts/*.py
 [ -z "${failed}" ] || echo "== failed before the tests:${failed}"
 # Two workers, whole files each: fixtures of a module are built once. Files come in the order of their names, so the
 # slow ones of `tests/commands` first: the last ones are short, and no worker waits long for the other one.
 # Tests that start torchrun set their own threads.
 part "pytest" "${bin}/python" -m pytest -n "${LLAVA_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=40 -m "${marks}" "$@" 2>&1
-# DeepSpeed compiles its parts the first time on a machine; these come last and alone.
-[ $# -gt 0 ] || part "pytest-slow" "${bin}/python" -m pytest -m slow 2>&1
 
 [ -z "${failed}" ]

@@ -72,15 +72,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Path:
-    """Where DeepSpeed keeps its compiled part: in this checkout; another one's needs other files."""
-    folder = ROOT / "build" / "torch_extensions"
-    for lock in folder.rglob("lock"):  # left by a run that was killed; it would be waited for without end
-        lock.unlink()
-    return folder
-
-
 @pytest.fixture
 def no_plugins() -> Iterator[None]:
     """Begin without plug-ins, and leave none to other tests."""

@@ -31,7 +31,11 @@ KINDS = {
 """Kinds of sharding, and the class that wraps the model."""
 
 SAVED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
-LAYERS = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+LAYERS = {
+    "version": 2,
+    "state_dict_type": "SHARDED_STATE_DICT",
+    "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+}
 
 
 def words(parts: Path, folder: Path, kind: str) -> list[str]:
@@ -169,7 +173,7 @@ def test_a_run_that_was_killed_between_files_equals_the_uninterrupted_one(
     folder = tmp_path / "run"
     outcomes = start(2, run, words(parts, folder, kind), kind, key, at, timeout=SECONDS)
     assert ("died", -9) in outcomes
-    assert (folder / "checkpoint-2").is_dir() and (folder / "checkpoint-4").is_dir()
+    assert (folder / "checkpoint-2").is_dir()
     assert (folder / "checkpoint-4" / "trainer_state.json").is_file() == (at == "mark")
     run_ranks(2, run, words(parts, folder, kind), kind, key, timeout=SECONDS)
     assert losses(folder) == losses(expected) and steps(folder) == [1, 2, 3, 4]
