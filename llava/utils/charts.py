@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ Points = Sequence[tuple[int, float]]
 WIDTH, HEIGHT = 400, 180
 """Size of a chart in its own units, about that in pixels, so that its text is as large as the page's notes."""
 
-LEFT, RIGHT, TOP, BASE = 46, 394, 8, 156
+LEFT, RIGHT, TOP, BASE = 56, 394, 8, 156
 """Sides of the area of the lines; the marks of both axes are outside of it."""
 
 MARGIN = 5
@@ -60,7 +61,12 @@ def line_chart(name: str, lines: Sequence[Points], *, note: str = "") -> LineCha
         return f"{across:.1f},{TOP + MARGIN + (1 - (value - low) / height) * area:.1f}"
 
     drawn = tuple(" ".join(place(*point) for point in points) for points in kept)
-    return LineChart(name, drawn, f"{start:,}", f"{start + span:,}", f"{low:.3g}", f"{high:.3g}", note)
+    return LineChart(name, drawn, f"{start:,}", f"{start + span:,}", _mark(low), _mark(high), note)
+
+
+def _mark(value: float) -> str:
+    """Return a value as the axis shows it: three digits, exponents without leading zeros."""
+    return re.sub(r"e([-+])0", r"e\1", f"{value:.3g}").replace("e+", "e")
 
 
 def _thinned(points: Points) -> list[tuple[int, float]]:

@@ -219,7 +219,10 @@ def rollouts_page(folder: Path, mark: Marks) -> Path:
 def _run_folder(folder: Path, mark: Marks, *, rate: float) -> Path:
     """Write the folder of a training run with a curve, a held-out answer and an evaluation."""
     (folder / "eval").mkdir(parents=True)
-    rows = [{"step": step, "loss": 4 / step, mark("curve"): rate * step} for step in (1, 2, 3)]
+    rows = [
+        {"step": step, "loss": 4 / step, "learning_rate": -8.331e-7 * step, mark("curve"): rate * step}
+        for step in (1, 2, 3)
+    ]
     write_records(folder / "metrics.jsonl", [*rows, {"step": 3, "eval_loss": 1.5}])
     write_json(
         folder / "resolved_arguments.json", {"training": {"learning_rate": rate, "data_path": mark(f"data-{rate}")}}

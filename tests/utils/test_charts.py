@@ -30,6 +30,11 @@ def test_constant_values_and_a_single_point_are_drawn() -> None:
     assert places(line_chart("rate", [[(7, 0.5)]]).lines[0]) == [(LEFT, BASE - MARGIN)]
 
 
+def test_marks_of_an_axis_are_short() -> None:
+    found = line_chart("rate", [[(1, -8.331e-7), (2, 1.5e12)]])
+    assert (found.low, found.high) == ("-8.33e-7", "1.5e12")
+
+
 def test_long_series_are_thinned_and_end_at_their_end() -> None:
     found = line_chart("loss", [[(step, float(step)) for step in range(5000)]])
     points = places(found.lines[0])

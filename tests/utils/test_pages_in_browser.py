@@ -19,7 +19,12 @@ HIDDEN = """(() => {
     && one.getBoundingClientRect().right > document.documentElement.clientWidth + 1;
   const isFaint = one => one.textContent.trim() && one.checkVisibility && !one.closest("details")
     && !one.checkVisibility({opacityProperty: true, visibilityProperty: true});
-  return [...document.querySelectorAll("dd, td, p")].filter(one => isCut(one) || isFaint(one))
+  const isOutside = one => {
+    const text = one.getBoundingClientRect(), all = one.closest("svg").getBoundingClientRect();
+    return text.left < all.left - 1 || text.right > all.right + 1;
+  };
+  return [...[...document.querySelectorAll("dd, td, p")].filter(one => isCut(one) || isFaint(one)),
+    ...[...document.querySelectorAll(".curves text, .plots text")].filter(isOutside)]
     .map(one => one.textContent.slice(0, 40));
 })()"""
 
