@@ -16,6 +16,7 @@ import pytest
 from llava.cli import COMMANDS, split_command
 from llava.instruct.preferences import judge
 from llava.train.parsing import parse_training_args
+from tests.support.fast_python import WITHOUT_BUILD
 from tests.support.pairs import write_pairs
 from tests.support.processes import run_command
 from tests.support.runs import losses, write_parts
@@ -128,21 +129,34 @@ SMALLER = (
 """Options of a machine without GPU and of tiny parts; all others are those of the scripts."""
 
 
-def test_both_stages_on_two_processes_equal_one(tmp_path: Path, python: Path) -> None:
-    """Stage 1 gives an adapter, on which stage 2 stands; two processes take the steps of one with twice the batch."""
-    parts = write_parts(tmp_path / "parts")
-    pairs = write_pairs(tmp_path / "pairs", 8)
-    vqa = parts / "vqa"
-    for world_size in (1, 2):
-        out = tmp_path / str(world_size)
-        launch = f"{python} -m torch.distributed.run --standalone --nproc_per_node={world_size}"
-        environment: dict[str, Any] = {"LAUNCH": launch, "PYTHONPATH": ROOT}
-        smaller = [*SMALLER.split(), 2 // world_size]
-        first = [parts / "lm", parts / "tower", "", vqa / "train.json", vqa / "images", out / "sft", *smaller]
-        run("sqllava_med.sh", *first, **environment)
-        second = [out / "sft", "", "", pairs, pairs.parent / "images", out / "dpo", *smaller]
-        run("dpo_finetune.sh", *second, "--learning_rate", 1e-3, "--warmup_ratio", 0, **environment)
+def both_stages(folder: Path, out: Path, python: Path, world_size: int, **environment: object) -> None:
+    """Run both scripts on tiny parts; stage 1 gives an adapter, on which stage 2 stands."""
+    parts, pairs = folder / "parts", folder / "pairs" / "pairs.json"
+    launch = f"{python} -m torch.distributed.run --standalone --nproc_per_node={world_size}"
+    given: dict[str, Any] = {"LAUNCH": launch, "PYTHONPATH": ROOT, **environment}
+    smaller = [*SMALLER.split(), 2 // world_size]
+    rows = [parts / "vqa" / "train.json", parts / "vqa" / "images"]
+    run("sqllava_med.sh", parts / "lm", parts / "tower", "", *rows, out / "sft", *smaller, **given)
+    second = [out / "sft", "", "", pairs, pairs.parent / "images", out / "dpo", *smaller]
+    run("dpo_finetune.sh", *second, "--learning_rate", 1e-3, "--warmup_ratio", 0, **given)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Path:
+    """Parts, pairs, and both stages by one process (`one`)."""
+    folder = tmp_path_factory.mktemp("stages")
+    write_parts(folder / "parts")
+    write_pairs(folder / "pairs", 8)
+    both_stages(folder, folder / "one", python, 1)
+    return folder
+
+
+@pytest.mark.parametrize("zero", ["", "zero3.json"])
+def test_both_stages_on_two_processes_equal_one(one_process: Path, python: Path, tmp_path: Path, zero: str) -> None:
+    """Two processes take the steps of one with twice the batch, also with weights sharded over them."""
+    sharded = {"ZERO": ROOT / "scripts" / zero, WITHOUT_BUILD: 1} if zero else {}
+    both_stages(one_process, tmp_path, python, 2, **sharded)
     for stage in ("sft", "dpo"):
-        one, two = (losses(tmp_path / str(world_size) / stage) for world_size in (1, 2))
+        one, two = (losses(folder / stage) for folder in (one_process / "one", tmp_path))
         assert len(one) == 2 and two == pytest.approx(one, rel=1e-3), stage
     assert one[0] == pytest.approx(math.log(2), abs=1e-4) and one[1] != pytest.approx(one[0], abs=1e-5)

@@ -19,6 +19,7 @@ from llava.model.checkpoint.save import save_model
 from llava.model.lora import freeze_for
 from llava.train.objectives.sft import SFT
 from tests.support.fast_python import without_build
+from tests.support.pairs import pair_arguments, write_pairs
 from tests.support.ranks import run_ranks
 from tests.support.runs import arguments, losses, saved, train
 
@@ -90,6 +91,27 @@ def test_zero_equals_plain(parts: Path, plain: Path, tmp_path: Path, stage: int,
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], atol=3e-4, rtol=1e-3, msg=name)
     load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["cached", "copy", "none"])
+def test_pairs_under_zero_3_equal_one_process(parts: Path, tmp_path: Path, mode: str) -> None:
+    """The reference is computed, or copied, before the weights are sharded; it is no shard of the policy."""
+    write_pairs(parts / "pairs")
+    adapters = {"lora_enable": True, "lora_r": 4, "vit_lora_enable": True, "lora_r_vit": 2, "lora_dropout_vit": 0}
+    given = {**adapters, "ref_mode": mode, "max_steps": 3, "pref_loss": "simpo" if mode == "none" else "sigmoid"}
+    train(pair_arguments(parts, tmp_path / "one", **given, per_device_train_batch_size=4))
+    config = ROOT / "scripts" / "zero3.json"
+    argv = pair_arguments(parts, tmp_path / "two", **given, per_device_train_batch_size=2, deepspeed=config)
+    found = run_ranks(2, train_zero, argv, None)
+    assert [stage for _, stage, _ in found] == [3, 3]
+    names = ["loss", "rewards/margins", "logps/chosen"]
+    for name in names:
+        one, two = (losses(tmp_path / which, name) for which in ("one", "two"))
+        assert len(one) == 3 and two == pytest.approx(one, rel=1e-3, abs=1e-4), name
+    first, second = saved(tmp_path / "one"), saved(tmp_path / "two")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():  # Adam divides even the smallest gradient by its size
+        torch.testing.assert_close(tensor, second[name], atol=5e-4, rtol=1e-3, msg=name)
 
 
 def train_by_hand(parts: Path, folder: Path, sharded: bool) -> list[float]:
