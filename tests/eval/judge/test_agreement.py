@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from llava.errors import DataError
 from llava.eval.judge import summary
@@ -31,7 +32,6 @@ def kappa_from_table(pairs: np.ndarray) -> float:
 @given(st.lists(st.tuples(scores, scores), min_size=2, max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_measures_against_references(values: list[tuple[int, int]]) -> None:
-    stats = pytest.importorskip("scipy.stats")
     pairs = np.array(values, dtype=np.float64)
     constant = len(set(pairs[:, 0])) == 1 or len(set(pairs[:, 1])) == 1
     if constant:

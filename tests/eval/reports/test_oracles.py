@@ -1,9 +1,12 @@
-"""Figures on real pairs equal those of rouge-score, scikit-learn and scipy, where the extra `oracles` is installed."""
+"""Figures on real pairs equal those of rouge-score, scikit-learn and scipy."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from scipy import stats
+from sklearn.metrics import f1_score
 
 from llava.eval.reports.figures import Resampler
 from llava.eval.reports.label_scores import LabelPair, is_positive, label_array, label_figures
@@ -24,7 +27,7 @@ def labels() -> LabelPair:
 
 @pytest.mark.parametrize(("name", "key"), [("ROUGE-L", "rougeL"), ("ROUGE-2", "rouge2")])
 def test_rouge(name: str, key: str) -> None:
-    oracle = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer([key], use_stemmer=False)
+    oracle = RougeScorer([key], use_stemmer=False)
     predictions, references = real_pairs(NUM_PAIRS)
     expected = [oracle.score(one, other)[key].fmeasure for one, other in zip(references, predictions, strict=True)]
     [figure] = rouge_figures([name], predictions, references)
@@ -33,7 +36,6 @@ def test_rouge(name: str, key: str) -> None:
 
 
 def test_label_figures(labels: LabelPair) -> None:
-    f1_score = pytest.importorskip("sklearn.metrics").f1_score
     five = [FINDINGS.index(name) for name in FIVE_FINDINGS]
     values = {figure.name: figure.value() for figure in label_figures(labels)}
     for mark in ("", "+"):
@@ -48,7 +50,6 @@ def test_label_figures(labels: LabelPair) -> None:
 
 
 def test_interval_of_a_label_figure(labels: LabelPair) -> None:
-    stats = pytest.importorskip("scipy.stats")
     figure = label_figures(labels)[0]
 
     def statistic(indices: np.ndarray) -> float:
