@@ -35,7 +35,8 @@ def test_log_probabilities_are_the_recorded_ones(shared: Path, layout: Layout) -
     found = sequence_logprobs(loaded.model, batch, without=token).view(-1, 2)
     recorded = np.load(folder / "dpo.npz")
     for side, name in enumerate(("policy_chosen_logps", "policy_rejected_logps")):
-        torch.testing.assert_close(found[:, side].float(), torch.from_numpy(recorded[name]), rtol=0, atol=3e-4)
+        # The recorded sums are float32 numbers up to 512, which are 3.05e-5 apart: two steps.
+        torch.testing.assert_close(found[:, side].float(), torch.from_numpy(recorded[name]), rtol=0, atol=6.2e-5)
 
 
 @torch.no_grad()
