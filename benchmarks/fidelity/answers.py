@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.fidelity.folder import IMAGE_MARK, Differences, Line, Oracle, mismatches
+from benchmarks.fidelity.folder import IMAGE_MARK, MAX_LISTED, Differences, Line, Oracle, mismatches
 from benchmarks.fidelity.numbers import expanded, inputs_of, row_output
 from benchmarks.fidelity.original_rows import sentencepiece_of
 from benchmarks.fidelity.texts import templates_of
@@ -49,6 +49,9 @@ MAX_TOKENS = 4096
 
 PATCHED = re.compile(r"<im_start>(<im_patch>)+<im_end>")
 """Image in the text of a prompt of LLaVA-Med 1.0."""
+
+SETTINGS = ("mode", "template", "gen_kwargs")
+"""Recorded settings of a case that have a default."""
 
 PENALTIES = {"rep": 1.3}
 """Repetition penalties of recorded modes that do not state theirs."""
@@ -88,6 +91,7 @@ class Run:
 
 def generation(oracle: Oracle) -> Iterator[Line]:
     """Compare the new token ids and margins of every case of `generate.json`, by mode and by checkpoint."""
+    _check_settings(oracle.json("generate.json"))
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     longest = max((len(_new_ids(case)) for case in oracle.json("generate.json")), default=0)
     for case in oracle.json("generate.json"):
@@ -109,6 +113,18 @@ def generation(oracle: Oracle) -> Iterator[Line]:
         if any("text" in case for case in cases):
             yield _texts(oracle, checkpoint, name, cases)
         yield from _margins(name, runs)
+
+
+def _check_settings(cases: Sequence[dict[str, Any]]) -> None:
+    """Check that cases state the same settings: the default of one that a single case lacks may give the same answer.
+
+    Raises:
+        ValueError: some cases state a setting and some do not.
+    """
+    for name in SETTINGS:
+        lacking = [str(number) for number, case in enumerate(cases) if name not in case]
+        if 0 < len(lacking) < len(cases):
+            raise ValueError(f"{name} is stated by other cases but not by {', '.join(lacking[:MAX_LISTED])}")
 
 
 def _runs(oracle: Oracle, checkpoint: str, cases: Sequence[dict[str, Any]], longest: int) -> list[Run]:

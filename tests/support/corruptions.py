@@ -34,6 +34,7 @@ SOURCES: Mapping[str, Sequence[str]] = {
 INPUTS = {
     "seed": "seed of draws, which the compared rows follow",
     "stop": "string at which the original stopped; the recorded ids end there",
+    "repetition_penalty": "option that our generation follows; it shows only where a token repeats",
     "argv": "options of the recorded run, which our run follows",
     "order": "rows of the recorded run, which our run follows",
     "tokenizer_model_max_length": "setting of the original, which shows only where it cut a row",
@@ -48,15 +49,12 @@ INPUTS = {
 """Recorded entries that are inputs of our side or of no calculation, by name."""
 
 OPTIONAL = {
-    "template": "decides only where our answer may end; the whole prompt is recorded as text and as ids",
-    "gen_kwargs": "the mode states beams and penalty too, and has to agree",
     "num_beams": "the mode states it too, and has to agree",
-    "repetition_penalty": "the mode states it too, and has to agree",
 }
 """Recorded entries that may be absent: their removal leaves the same run; other values of them are noticed."""
 
-DEFAULTS = {"mode": "greedy"}
-"""Values of recorded entries that are the same as none."""
+BOUNDED = {"min_top2_margin": "of a beam search it is also over dropped beams, so our first margin only bounds it"}
+"""Recorded values of a beam search that are compared with a bound, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,15 +162,17 @@ def _without(content: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _of_json(oracle: Oracle, name: str) -> Iterator[Corruption]:
     """Yield changes of every leaf of a JSON content, and removals of every member."""
-    for path, value in _walk(_content(oracle, name)):
+    whole = _content(oracle, name)
+    for path, value in _walk(whole):
         field = _field(path, name)
         if any(step in INPUTS for step in path):
             continue
         level = f"member at depth {len(path)}" if isinstance(value, dict) else field
         where = "/".join(map(str, path))
-        if path and path[-1] not in OPTIONAL and (path[-1], value) not in DEFAULTS.items():
+        if path and path[-1] not in OPTIONAL:
             yield Corruption(name, f"{level} removed", where, lambda content, path=path: _edited(content, path, None))
-        for what, change in _value_changes(value):
+        is_bounded = path and path[-1] in BOUNDED and "beam" in whole[path[0]].get("mode", "")
+        for what, change in _beyond_bounds() if is_bounded else _value_changes(value):
             if change(value) == value:
                 continue
             yield Corruption(
@@ -217,6 +217,12 @@ def _value_changes(value: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:
         yield "shortened", lambda old: old[:-1]
     elif isinstance(value, dict) and "input_ids" in value:
         yield "turned into an error", lambda _: {"error": "AssertionError"}
+
+
+def _beyond_bounds() -> Iterator[tuple[str, Callable[[Any], Any]]]:
+    yield "above its bound", lambda old: old + 100.0
+    yield "negative", lambda old: -old
+    yield "NaN", lambda _: float("nan")
 
 
 def _edited(content: Any, path: Sequence[Any], change: Callable[[Any], Any] | None) -> Any:
