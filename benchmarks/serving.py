@@ -1,11 +1,12 @@
 """Serving compared with `transformers serve` and with a worker that answers one request at a time.
 
 python -m benchmarks.serving                        all parts
-python -m benchmarks.serving --only distinct_8 one  some parts
+python -m benchmarks.serving --only distinct_8,one  some parts
 python -m benchmarks.serving --quick                a tiny model, one round: a check that everything runs
 
-All servers run at the same time on the 24M model of `benchmarks.common` and are asked in turn over sockets; answers of
-32 tokens are streamed. The faster peer counts. The last line gives the ratios.
+Servers run at the same time on the 24M model of `benchmarks.common` and are asked in turn over sockets; answers of 32
+tokens are streamed. A server is started when a part first needs it. The faster peer counts. Every part prints its
+ratios when it ends; one that fails leaves those of the others, and the exit status is 1. The last line has all ratios.
 """
 
 from __future__ import annotations
@@ -14,29 +15,16 @@ import argparse
 import itertools
 import random
 import statistics
-import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks import common, decode_step
-from benchmarks.serving_engine import engine_seconds
-from benchmarks.serving_sides import (
-    NUM_NEW_TOKENS,
-    Body,
-    Process,
-    Reply,
-    asked,
-    free_port,
-    originals_worker,
-    our_controller,
-    our_worker,
-    question,
-    save_folders,
-    transformers_server,
-)
+from benchmarks.serving_engine import EngineProcess
+from benchmarks.serving_memory import images, memory
+from benchmarks.serving_sides import NUM_NEW_TOKENS, Body, Reply, Servers, asked, question
 
 LARGEST_DIFFERENT = 0.05
 """Share of answers that may differ from the peers': tokens after a near tie, see `eval_throughput`."""
@@ -48,10 +36,7 @@ QUESTIONS_PER_IMAGE = 8
 class Bench:
     """Servers, and settings of a run."""
 
-    ours: Process
-    through: Process
-    peers: dict[str, Process]
-    folder: Path
+    servers: Servers
     rounds: int
     is_quick: bool
     seeds: itertools.count[int]
@@ -68,9 +53,11 @@ class Bench:
 
 def compare(bench: Bench, make: Callable[[], tuple[list[Body], list[float]]], name: str) -> tuple[float, float]:
     """Ask all sides the same in turn; return our rate and our p95 to the first token relative to the faster peer's."""
-    sides = {"ours": bench.ours, **bench.peers}
+    peers = bench.servers.peers
+    sides = {"ours": bench.servers.ours, **peers}
     rates, firsts = [], []
     taken: dict[str, list[float]] = {side: [] for side in sides}
+    waited: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(bench.rounds):
         bodies, delays = make()
         replies: dict[str, list[Reply]] = {}
@@ -79,11 +66,16 @@ def compare(bench: Bench, make: Callable[[], tuple[list[Body], list[float]]], na
             replies[side], seconds[side] = asked(process, bodies, delays)
             taken[side].append(seconds[side])
         check_equal(replies)
-        rates.append(min(seconds[peer] for peer in bench.peers) / seconds["ours"])
+        rates.append(min(seconds[peer] for peer in peers) / seconds["ours"])
         first = {side: p95([reply.first for reply in found]) for side, found in replies.items()}
-        firsts.append(first["ours"] / min(first[peer] for peer in bench.peers))
-    shown = ", ".join(f"{side} {len(bodies) / common.median(times):.2f}" for side, times in taken.items())
-    common.say(f"{name}: requests/s: {shown}")
+        for side, value in first.items():
+            waited[side].append(value)
+        firsts.append(first["ours"] / min(first[peer] for peer in peers))
+    shown = ", ".join(
+        f"{side} {len(bodies) / common.median(times):.2f} ({common.median(waited[side]):.2f})"
+        for side, times in taken.items()
+    )
+    common.say(f"{name}: requests/s (p95 of seconds to the first token): {shown}")
     return common.median(rates), common.median(firsts)
 
 
@@ -133,47 +125,58 @@ def shared(num: int) -> Callable[[Bench], dict[str, float]]:
 
 def one(bench: Bench) -> dict[str, float]:
     """Ask one request after another."""
-    sides = {"ours": bench.ours, **bench.peers}
-    ratios = []
+    peers = bench.servers.peers
+    sides = {"ours": bench.servers.ours, **peers}
+    taken: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(2 if bench.is_quick else 5 * bench.rounds):
         bodies = bench.messages(1)
-        seconds = {side: asked(process, bodies)[1] for side, process in sides.items()}
-        ratios.append(min(seconds[peer] for peer in bench.peers) / seconds["ours"])
+        replies: dict[str, list[Reply]] = {}
+        for side, process in sides.items():
+            replies[side], seconds = asked(process, bodies)
+            taken[side].append(seconds)
+        check_equal(replies)
+    common.say("one: seconds: " + ", ".join(f"{side} {common.median(times):.3f}" for side, times in taken.items()))
+    ratios = [min(others) / ours for ours, *others in zip(*taken.values(), strict=True)]
     return {"one": common.median(ratios)}
 
 
 def turns(bench: Bench) -> dict[str, float]:
     """Compare the first token of later turns, and of another question after a pause, with that of turn 1."""
-    later, again = [], []
+    ours, later, again = bench.servers.ours, [], []
+
+    def ask(messages: list[Body]) -> Reply:
+        return asked(ours, [{"messages": messages, "stream_options": {"include_usage": True}}])[0][0]
+
     for _ in range(bench.rounds):
         image = bench.fresh()
         messages = [question(image, bench.fresh())]
-        usage = {"stream_options": {"include_usage": True}}
-        [reply], _ = asked(bench.ours, [{"messages": messages, **usage}])
-        first, length = reply.first, 0
+        first = reply = ask(messages)
         for _ in range(3):
             messages = [*messages, {"role": "assistant", "content": reply.text}, question(None, bench.fresh())]
-            [reply], _ = asked(bench.ours, [{"messages": messages, **usage}])
-            later.append(reply.first / first)
-            length = reply.cached
+            reply = ask(messages)
+            later.append(reply.first / first.first)
+        length = f"{reply.cached} of {reply.prompt}"
         time.sleep(2 if bench.is_quick else 30)
-        [reply], _ = asked(bench.ours, [{"messages": [question(image, bench.fresh())], **usage}])
-        again.append(reply.first / first)
-        common.say(f"turns: {length} tokens of turn 4 and {reply.cached} of the later question were not computed again")
+        reply = ask([question(image, bench.fresh())])
+        again.append(reply.first / first.first)
+        kept = f"{length} tokens of turn 4 and {reply.cached} of {reply.prompt} of the later question were kept"
+        common.say(f"turns: {1e3 * first.first:.0f} ms to the first token of turn 1; {kept}")
     return {"turn2": common.median(later), "later_question": common.median(again)}
 
 
 def gap(bench: Bench) -> dict[str, float]:
     """Compare the gaps of a running stream while eight new images come in with its own median."""
-    ratios = []
+    ours, ratios, num = bench.servers.ours, [], 8
     for _ in range(bench.rounds):
-        long = {"messages": [question(bench.fresh(), bench.fresh())], "max_tokens": 300}
-        alone = gaps(asked(bench.ours, [long])[0][0])
-        bodies = [{"messages": [question(bench.fresh(), bench.fresh())], "max_tokens": 300}, *bench.messages(8)]
-        seconds = sum(alone)
-        disturbed = gaps(asked(bench.ours, bodies, [0.0, *(0.1 + seconds * number / 20 for number in range(8))])[0][0])
-        p99 = sorted(disturbed)[round(0.99 * (len(disturbed) - 1))]
-        ratios.append(p99 / statistics.median(alone))
+        [alone, busy] = ([{**one, "max_tokens": 300}] for one in bench.messages(2))
+        undisturbed = gaps(asked(ours, alone)[0][0])
+        delays = [0.0, *(0.1 + sum(undisturbed) * number / 20 for number in range(num))]
+        disturbed = sorted(gaps(asked(ours, [*busy, *bench.messages(num)], delays)[0][0]))
+        p50, p99 = statistics.median(undisturbed), disturbed[round(0.99 * (len(disturbed) - 1))]
+        ratios.append(p99 / p50)
+        common.say(
+            f"gap: {1e3 * p50:.1f} ms alone; p99 {1e3 * p99:.1f} ms with others, largest {1e3 * disturbed[-1]:.1f}"
+        )
     return {"gap": common.median(ratios)}
 
 
@@ -186,38 +189,20 @@ def http(bench: Bench) -> dict[str, float]:
     """Compare the rate of 32 clients with that of the engine alone, and with that through a controller."""
     num = 8 if bench.is_quick else 32
     through, inside = [], []
-    for _ in range(bench.rounds):
-        _, seconds = asked(bench.ours, bench.messages(num))
-        _, behind = asked(bench.through, bench.messages(num))
-        through.append(seconds / behind)
-        inside.append(engine_seconds(bench.folder, [bench.messages(num)], NUM_NEW_TOKENS)[0] / seconds)
+    ours, controller = bench.servers.ours, bench.servers.through
+    with EngineProcess(bench.servers.folders[0], NUM_NEW_TOKENS) as engine:
+        for _ in range(bench.rounds):
+            bodies = bench.messages(num)
+            _, seconds = asked(ours, bodies)
+            alone = engine.seconds(bodies)
+            _, behind = asked(controller, bench.messages(num))
+            through.append(seconds / behind)
+            inside.append(min(alone.values()) / seconds)
+            shown = ", ".join(f"{name} {value:.2f}" for name, value in alone.items())
+            common.say(
+                f"http: {num} answers: {seconds:.2f} s, through the controller {behind:.2f}; engine alone: {shown}"
+            )
     return {"http": common.median(inside), "controller": common.median(through)}
-
-
-def memory(bench: Bench) -> dict[str, float]:
-    """Compare the worker's anonymous memory after many mixed requests with that after a tenth of them."""
-    total, size = (200, 20) if bench.is_quick else (2000, 50)
-    early, peaks = 0, {"llava_kv_cache_bytes": 0.0, "llava_prefix_cache_bytes": 0.0}
-    for done in range(0, total, size):
-        draw = random.Random(done)
-        bodies = [
-            {
-                "messages": [question(bench.fresh() if draw.random() < 0.5 else None, draw.randrange(99))],
-                "max_tokens": 3,
-            }
-            for _ in range(size)
-        ]
-        asked(bench.ours, bodies)
-        for name, peak in peaks.items():
-            peaks[name] = max(peak, bench.ours.metric(name))
-        if done + size == total // 10:
-            early = bench.ours.anonymous_bytes()
-    late = bench.ours.anonymous_bytes()
-    found = ", ".join(f"{name} at most {value / 2**20:.0f} MiB" for name, value in peaks.items())
-    common.say(
-        f"memory: {early / 2**20:.0f} MiB after {total // 10} requests, {late / 2**20:.0f} after {total}; {found}"
-    )
-    return {"memory": late / early}
 
 
 SERVED: dict[str, Callable[[Bench], dict[str, float]]] = {
@@ -229,45 +214,70 @@ SERVED: dict[str, Callable[[Bench], dict[str, float]]] = {
     "turns": turns,
     "gap": gap,
     "http": http,
+    "images": images,
     "memory": memory,
 }
 """Parts that ask servers; `decode` is the only one that does not."""
 
-WITH_PEERS = ("one", "distinct_8", "distinct_32", "shared_8", "shared_32")
+
+def parts_of(words: Sequence[str]) -> list[str]:
+    """Return the names of parts in words that may hold several, joined by commas.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such part.
+    """
+    names = [name for word in words for name in word.split(",") if name]
+    for name in names:
+        if name not in (*SERVED, "decode"):
+            raise argparse.ArgumentTypeError(f"unknown part {name}; known: {', '.join((*SERVED, 'decode'))}")
+    return names
 
 
-def main() -> None:
-    """Run the parts and print their ratios."""
+def measured(names: Sequence[str], bench: Bench) -> tuple[dict[str, float], list[str]]:
+    """Run parts; return the ratios, and the names of those that failed."""
+    ratios: dict[str, float] = {}
+    failed = []
+    for name in names:
+        start = time.monotonic()
+        try:
+            found = decode_step.ratios(bench.rounds) if name == "decode" else SERVED[name](bench)
+        except Exception as error:
+            traceback.print_exc()
+            common.say(f"{name}: FAILED: {error}")
+            failed.append(name)
+            continue
+        common.say(f"{name}: {time.monotonic() - start:.0f} s")
+        common.say_ratios(found)
+        ratios |= found
+    return ratios, failed
+
+
+def main() -> int:
+    """Run the parts and print their ratios; return the exit status."""
     parser = argparse.ArgumentParser(description="Serving compared with peers.")
-    parser.add_argument("--only", nargs="+", choices=[*SERVED, "decode"], default=[*SERVED, "decode"], help="parts")
+    known = ["decode", *SERVED]
+    parser.add_argument("--only", nargs="+", default=known, metavar="PART", help=f"parts: {', '.join(known)}")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each part")
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round, fewer requests")
     args = parser.parse_args()
-    rounds = 1 if args.quick else args.rounds
+    try:
+        names = parts_of(args.only)
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
     common.say(common.machine())
-    ratios = decode_step.ratios(rounds) if "decode" in args.only else {}
-    parts = [name for name in SERVED if name in args.only]
-    if parts:
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            ours, export = save_folders(Path(folder), "tiny" if args.quick else "24m")
-            port = free_port()
-            through = our_controller(port)
-            through.model = ours.name
-            worker = our_worker(ours, "--controller-address", through.url)
-            peers: dict[str, Process] = {}
-            if set(parts) & set(WITH_PEERS):
-                peers = {"transformers": transformers_server(export), "one at a time": originals_worker(export)}
-            for process in (through, worker, *peers.values()):  # started already, so that they load at the same time
-                stack.enter_context(process)
-            bench = Bench(worker, through, peers, ours, rounds, args.quick, itertools.count())
-            for side in (worker, *peers.values()):
-                asked(side, bench.messages(1))  # first requests load code
-            for name in parts:
-                found = SERVED[name](bench)
-                common.say_ratios(found)
-                ratios |= found
+    with ExitStack() as stack:
+        bench = Bench(
+            Servers("tiny" if args.quick else "24m", stack),
+            1 if args.quick else args.rounds,
+            args.quick,
+            itertools.count(),
+        )
+        ratios, failed = measured(names, bench)
     common.say_ratios(ratios)
+    if failed:
+        common.say(f"FAILED {' '.join(failed)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

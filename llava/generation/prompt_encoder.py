@@ -98,16 +98,22 @@ class PromptReader:
                 f"the prompt has {num_characters} characters, but at most {limit} are read for a context of "
                 f"{self.max_tokens} tokens; shorten the conversation"
             )
-        images: list[PromptImage] = []
-        pixels: dict[str, Tensor] = {}
-        for reference in prompt.images:
-            image = self._identified(reference)
-            decoded = image.decode(self.processor)
-            size = _content(decoded).size if self.processor.has_variable_images else None
-            if image.key not in pixels:
-                pixels[image.key] = self.processor.preprocess(decoded)
-            images.append(PromptImage(image.key, b"", size))
-        return self._read(prompt, images, ends), pixels
+        identified = [self._identified(reference) for reference in prompt.images]
+        images = [replace(image, content=b"") for image in identified]
+        # A prompt that is too long is refused before its images are decoded, unless their sizes decide its length.
+        reading = None if self.processor.has_variable_images else self._read(prompt, images, ends)
+        made: dict[str, tuple[Tensor, Size]] = {}
+        for image in identified:
+            if image.key not in made:
+                made[image.key] = self._made(image)
+        if reading is None:
+            reading = self._read(prompt, [replace(image, size=made[image.key][1]) for image in images], ends)
+        return reading, {key: pixels for key, (pixels, _) in made.items()}
+
+    def _made(self, image: PromptImage) -> tuple[Tensor, Size]:
+        """Return pixels and size of an image, which is not kept: a caller's name would hold it during the next one."""
+        decoded = image.decode(self.processor)
+        return self.processor.preprocess(decoded), _content(decoded).size
 
     def _read(self, prompt: Prompt, images: Sequence[PromptImage], ends: Collection[int] = ()) -> EncodedPrompt:
         check_unicode(prompt)

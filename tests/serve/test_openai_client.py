@@ -232,3 +232,24 @@ def test_examples_of_the_document(worker: Worker, capsys: pytest.CaptureFixture[
     for block in blocks:
         exec(compile(block, "serving.md", "exec"), dict(names))
     assert "CompletionUsage" in capsys.readouterr().out
+
+
+def test_bad_requests_do_not_disturb_fifty_good_ones(worker: Worker) -> None:
+    url, model = f"{worker.url}/v1/chat/completions", worker.model
+    surrogate = b'{"role": "user", "content": "\\ud800"}'
+    endless = json.dumps({"role": "user", "content": "a" * 10_000_000}).encode()
+
+    async def ask() -> tuple[list[httpx2.Response], list[httpx2.Response]]:
+        async with httpx2.AsyncClient(timeout=120, trust_env=False) as http:
+            good = [{"role": "user", "content": f"Question {number}"} for number in range(50)]
+            bodies = [{"model": model, "messages": [message], "max_tokens": 12} for message in good]
+            wrong = [b'{"model": "%s", "messages": [%s]}' % (model.encode(), bad) for bad in (surrogate, endless)]
+            asked = (*(http.post(url, json=body) for body in bodies), *(http.post(url, content=body) for body in wrong))
+            found = await asyncio.gather(*asked)
+            return found[:50], found[50:]
+
+    answers, refusals = asyncio.run(ask())
+    assert [answer.status_code for answer in answers] == [200] * 50
+    assert {answer.json()["choices"][0]["finish_reason"] for answer in answers} <= {"stop", "length"}
+    codes = [response.json()["error"]["code"] for response in refusals]
+    assert codes == ["invalid_content", "context_length_exceeded"]

@@ -33,6 +33,10 @@ def ask(page: BrowserPage, text: str) -> None:
     raise AssertionError("the page does not take the question")
 
 
+def has_model(page: BrowserPage) -> bool:
+    return page.until(f"[...document.querySelectorAll('input')].some(x => x.value == '{MODEL}')")
+
+
 def grown_lengths(page: BrowserPage, end: str) -> set[int]:
     """Return the lengths of the answers that are shown until they contain `end`."""
     lengths, limit = set(), time.monotonic() + 30
@@ -60,7 +64,7 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             with served(scripted_app(engine, context=4096)) as worker:
                 body = {"worker_name": worker, "check_heart_beat": False}
                 assert client.post("/register_worker", json=body).status_code == 200
-                assert page.until(f"[...document.querySelectorAll('input')].some(x => x.value == '{MODEL}')")
+                assert has_model(page)
                 page.choose_file("#llava-question input[type=file]", image)
                 assert page.until("!!document.querySelector('.llava-frame img')")
                 assert [path for path in uploads.rglob("*") if path.is_file()] == []
@@ -93,3 +97,48 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 assert page.value(f"{unnamed}.length") == 0
                 page.save_screenshot(tmp_path / "narrow.png")
             assert page.requests == {url} and page.errors == []
+
+
+def test_two_sessions_never_see_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("llava.serve.page.POLL_SECONDS", 0.5)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    engine = ScriptedEngine([f"word{number} " for number in range(30)])
+    engine.pace = 0.1
+    image = tmp_path / "phantom.png"
+    image.write_bytes(phantom_png())
+    everything = "document.body.innerText + [...document.querySelectorAll('img')].map(x => x.src).join()"
+    with private_folder(), controller() as (client, _), browser(tmp_path) as first:
+        server = PageServer(str(client.base_url).rstrip("/"), Admission(max_running=9))
+        with served(make_page_app(server, frozenset())) as url:
+            second = first.stranger()
+            for page in (first, second):
+                page.open(url)
+                assert page.until("document.querySelector('#llava-status')?.innerText.includes('No worker')")
+            with served(scripted_app(engine, context=4096)) as worker:
+                body = {"worker_name": worker, "check_heart_beat": False}
+                assert client.post("/register_worker", json=body).status_code == 200
+                assert has_model(first) and has_model(second)
+                first.choose_file("#llava-question input[type=file]", image)
+                assert first.until("!!document.querySelector('.llava-frame img')")
+                ask(first, "Alpha of the first patient")
+                assert until(lambda: len(engine.handles) == 1, 30.0)
+                ask(second, "Beta of the second patient")
+                assert until(lambda: len(engine.handles) == 2, 30.0)
+                # Both answers run; the first is stopped, and the second must not notice.
+                first.press("Escape")
+                assert until(lambda: engine.handles[0].is_cancelled, 10.0)
+                grown_lengths(first, "stopped")
+                grown_lengths(second, "word29")
+                assert not engine.handles[1].is_cancelled
+                (mine, _), (theirs, _) = engine.prompts
+                assert len(mine.images) == 1 and len(theirs.images) == 0
+                assert len(theirs.conversation.turns) == 1 and "Alpha" not in theirs.conversation.turns[0].text
+                shown, other = first.value(everything), second.value(everything)
+                assert "Alpha" in shown and "Beta" not in shown and "Beta" in other and "Alpha" not in other
+                assert "stopped" not in other and not second.value("!!document.querySelector('.llava-frame img')")
+                first.click("Clear")
+                assert first.until(f"{ANSWERS} == ''") and "word29" in second.value(ANSWERS)
+                first.save_screenshot(tmp_path / "first.png")
+                second.save_screenshot(tmp_path / "second.png")
+            assert first.errors == second.errors == []

@@ -20,15 +20,7 @@ from llava.serve.model_worker import make_parser as worker_parser
 from llava.serve.run import make_parser, services_of
 from llava.serve.supervisor import Service, Supervisor
 from tests.serve.test_worker import frames_of, until
-
-
-def free_ports(number: int) -> list[int]:
-    """Return free ports."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [made.getsockname()[1] for made in sockets]
-    for made in sockets:
-        made.close()
-    return ports
+from tests.support.ports import free_ports
 
 
 def serve_words(model: Path, *words: str) -> list[str]:
@@ -103,14 +95,6 @@ def test_a_usage_error_of_a_child_ends_all_with_2() -> None:
     failing = Service("a", "llava.serve.audit", ["--none"], "http://127.0.0.1:9", "/ready")
     assert Supervisor([failing], "ready").run() == 2
     assert failing.process is not None and failing.process.poll() == 2
-
-
-@pytest.fixture
-def tiny_options(shared: Path) -> list[str]:
-    """Options of a tiny model of the oracles."""
-    folder = shared / "oracles" / "llava-med-1.5-mistral"
-    model, tower = folder / "llava-med-mistral-tiny", folder / "vision_tower"
-    return ["--model-path", str(model.resolve()), "--vision-tower", str(tower.resolve())]
 
 
 def test_llava_serve_answers_in_both_protocols_and_leaves_nothing(tiny_options: list[str]) -> None:

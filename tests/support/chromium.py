@@ -4,6 +4,7 @@ with browser(folder) as page:
     page.open(url)
     page.until("!!document.querySelector('img')")
     page.requests                     origins that the page asked
+    page.stranger()                   a page of somebody else, without its cookies
 """
 
 from __future__ import annotations
@@ -28,28 +29,22 @@ from tests.support.processes import started
 KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, "")}
 
 
-class BrowserPage:
-    """One page of a browser."""
+class DevTools:
+    """Connection to a browser, for all of its pages."""
 
     def __init__(self, reader: int, writer: int) -> None:
         self.reader = reader
         self.writer = writer
-        self.session = ""
         self.number = 0
         self.rest = b""
-        self.requests: set[str] = set()
-        self.errors: list[str] = []
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Network", "Runtime", "DOM"):
-            self.send(f"{domain}.enable")
+        self.pages: dict[str, BrowserPage] = {}
 
-    def send(self, method: str, **params: Any) -> dict[str, Any]:
+    def send(self, method: str, params: dict[str, Any], session: str = "") -> dict[str, Any]:
         """Run a command and return its result."""
         self.number += 1
         message: dict[str, Any] = {"id": self.number, "method": method, "params": params}
-        if self.session:
-            message["sessionId"] = self.session
+        if session:
+            message["sessionId"] = session
         os.write(self.writer, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._receive()
@@ -66,13 +61,41 @@ class BrowserPage:
             self.rest += os.read(self.reader, 1 << 16)
         line, _, self.rest = self.rest.partition(b"\0")
         found: dict[str, Any] = json.loads(line)
-        if found.get("method") == "Network.requestWillBeSent":
-            parts = urlsplit(found["params"]["request"]["url"])
+        page = self.pages.get(found.get("sessionId", ""))
+        if page is not None:
+            page.note(found)
+        return found
+
+
+class BrowserPage:
+    """One page of a browser."""
+
+    def __init__(self, tools: DevTools, **context: str) -> None:
+        self.tools = tools
+        self.requests: set[str] = set()
+        self.errors: list[str] = []
+        target = tools.send("Target.createTarget", {"url": "about:blank", **context})["targetId"]
+        self.session = tools.send("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
+        tools.pages[self.session] = self
+        for domain in ("Page", "Network", "Runtime", "DOM"):
+            self.send(f"{domain}.enable")
+
+    def stranger(self) -> BrowserPage:
+        """Return a page that shares neither cookies nor storage with this one."""
+        return BrowserPage(self.tools, **self.tools.send("Target.createBrowserContext", {}))
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        """Run a command of this page and return its result."""
+        return self.tools.send(method, params, self.session)
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Keep what an event tells of requests and errors."""
+        if event.get("method") == "Network.requestWillBeSent":
+            parts = urlsplit(event["params"]["request"]["url"])
             if parts.scheme not in ("data", "blob"):
                 self.requests.add(f"{parts.scheme}://{parts.netloc}")
-        elif found.get("method") == "Runtime.exceptionThrown":
-            self.errors.append(str(found["params"]["exceptionDetails"])[:300])
-        return found
+        elif event.get("method") == "Runtime.exceptionThrown":
+            self.errors.append(str(event["params"]["exceptionDetails"])[:300])
 
     def open(self, url: str, *, width: int = 1280, height: int = 900) -> None:
         """Open a URL in a window of this size."""
@@ -148,7 +171,7 @@ def browser(folder: Path) -> Iterator[BrowserPage]:
         with started(words, pass_fds=(to_browser, from_browser), **silent):
             os.close(to_browser)
             os.close(from_browser)
-            yield BrowserPage(reader, writer)
+            yield BrowserPage(DevTools(reader, writer))
     finally:
         os.close(reader)
         os.close(writer)
