@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 NUM_IMAGES, SIDE = 16, 9000
 SAMPLE_SECONDS = 0.01
+SHOWN_BEFORE = 1 << 29
+"""Seed of the first of a few images that many requests have."""
+
 LIMITS = {"llava_kv_cache_bytes": KV_CACHE_MB << 20, "llava_prefix_cache_bytes": PREFIX_CACHE_MB << 20}
 
 
@@ -56,7 +59,7 @@ def memory(bench: Bench) -> dict[str, float]:
 def _mixed(bench: Bench, draw: random.Random) -> Body:
     """Return a request with a new image, one that was shown before, or none, and an answer of a few tokens."""
     shown = draw.random()
-    image = bench.fresh() if shown < 0.4 else -1 - draw.randrange(8) if shown < 0.7 else None
+    image = bench.fresh() if shown < 0.4 else SHOWN_BEFORE + draw.randrange(8) if shown < 0.7 else None
     return {"messages": [question(image, draw.randrange(10**6))], "max_tokens": draw.choice((1, 3, 12))}
 
 

@@ -28,7 +28,7 @@ class OneAtATime:
 
     def inputs(self, body: dict[str, Any]) -> Any:
         """Return the model's inputs for the messages of a chat completion."""
-        images, messages = [], []
+        messages = []
         for message in body["messages"]:
             parts = message["content"]
             if isinstance(parts, str):
@@ -37,14 +37,14 @@ class OneAtATime:
             for part in parts:
                 if part["type"] == "image_url":
                     data = base64.b64decode(part["image_url"]["url"].split(",", 1)[1])
-                    images.append(Image.open(io.BytesIO(data)).convert("RGB"))
-                    found.append({"type": "image"})
+                    found.append({"type": "image", "image": Image.open(io.BytesIO(data)).convert("RGB")})
                 else:
                     found.append(part)
             messages.append({"role": message["role"], "content": found})
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        # The template writes the start token itself.
-        return self.processor(text=text, images=images or None, return_tensors="pt", add_special_tokens=False)
+        # One call for text and images, which alone knows whether the template writes the start token.
+        return self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
 
     def pieces(self, body: dict[str, Any]) -> Any:
         """Yield the text of the answer."""

@@ -92,10 +92,14 @@ def test_other_answers_of_a_peer_are_an_error() -> None:
 
 def test_the_peer_answers_as_our_engine(tmp_path: Path) -> None:
     ours, export = save_folders(tmp_path, "tiny")
-    body = {"messages": [question(1, 2)], "max_tokens": 8}
-    text = "".join(OneAtATime(str(export)).pieces(body))
-    [[answer]] = open_engine(ours, device="cpu").generate([prompt_of(body)], Sampling(max_new_tokens=8))
-    assert text.strip() == answer.text.strip() and answer.finish == "length"
+    peer, engine = OneAtATime(str(export)), open_engine(ours, device="cpu")
+    for seed in range(4):
+        body = {"messages": [question(seed, seed)], "max_tokens": 16}
+        prompt = prompt_of(body)
+        assert tuple(peer.inputs(body)["input_ids"][0].tolist()) == engine.reader.read(prompt).encoded.input_ids
+        text = "".join(peer.pieces(body))
+        [[answer]] = engine.generate([prompt], Sampling(max_new_tokens=16))
+        assert text == answer.text and text.isascii() and text.isalpha() and answer.finish == "length"
 
 
 def test_the_decoding_part_measures_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
