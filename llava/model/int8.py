@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import ConfigError
+from llava.model.precision import CPU_ROWS, MAX_CPU_SIZES, ProductShape, half_speedup
 
 LARGEST = 127
 """Largest magnitude of a stored weight."""
 
 PACKED_ROWS = 8
 """Rows up to which the kernel for few rows is used; for more it is slower than a product of expanded weights."""
+
+BLOCK_WEIGHTS = 1 << 19
+"""Weights that are expanded at a time: a block that stays in the processor's cache is not written to memory."""
 
 
 class Int8Linear(nn.Module):
@@ -45,8 +49,22 @@ class Int8Linear(nn.Module):
         if rows.shape[0] <= PACKED_ROWS:
             found = torch._weight_int8pack_mm(rows, self.weight, self.scales)
         else:
-            found = torch.mm(rows.float(), self.weight.float().t()).mul_(self.scales.float()).to(torch.bfloat16)
+            found = self._expanded_product(rows)
         return found if self.bias is None else found.add_(self.bias)
+
+    def _expanded_product(self, rows: Tensor) -> Tensor:
+        """Return the product from weights that are expanded block by block; bfloat16 holds integers to 127 exactly."""
+        dtype = expanded_dtype()
+        rows = rows.to(dtype)
+        blocks = self.weight.split(max(1, BLOCK_WEIGHTS // self.in_features))
+        found = torch.cat([torch.mm(rows, block.to(dtype).t()) for block in blocks], dim=1)
+        return found.mul_(self.scales.to(dtype)).to(torch.bfloat16)
+
+
+def expanded_dtype() -> torch.dtype:
+    """Return the dtype of products of many rows: bfloat16 where the processor is faster with it, else float32."""
+    shape = ProductShape(CPU_ROWS, *MAX_CPU_SIZES)
+    return torch.bfloat16 if half_speedup(torch.bfloat16, shape) > 1 else torch.float32
 
 
 def precision_of(model: Any) -> str:

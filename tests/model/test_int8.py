@@ -10,14 +10,20 @@ import torch
 from torch import nn
 
 from llava.errors import ConfigError
-from llava.model.int8 import PACKED_ROWS, Int8Linear, precision_of, quantize_text_layers
+from llava.model.int8 import PACKED_ROWS, Int8Linear, expanded_dtype, precision_of, quantize_text_layers
 from llava.model.lora import add_lora
 from tests.support.tiny import tiny_llava
 
 
 @pytest.mark.parametrize("num", [1, PACKED_ROWS, PACKED_ROWS + 1, 40])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_are_those_of_the_rounded_weight(num: int, bias: bool) -> None:
+@pytest.mark.parametrize("speedup", [0.5, 2.0])
+@pytest.mark.parametrize("block", [1 << 19, 96 * 10 + 5])
+def test_products_are_those_of_the_rounded_weight(
+    num: int, bias: bool, speedup: float, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava.model.int8.half_speedup", lambda *_: speedup)
+    monkeypatch.setattr("llava.model.int8.BLOCK_WEIGHTS", block)
     torch.manual_seed(0)
     linear = nn.Linear(96, 64, bias=bias)
     layer = Int8Linear(linear)
@@ -29,7 +35,16 @@ def test_products_are_those_of_the_rounded_weight(num: int, bias: bool) -> None:
     with torch.no_grad():
         found = layer(states)
     assert found.shape == (1, num, 64) and found.dtype == states.dtype
-    assert float((found - wanted).abs().max()) < 2**-8 * float(wanted.abs().max())
+    # Products are rounded to bfloat16; before they are scaled too, if they are computed in it.
+    assert float((found - wanted).abs().max()) < 2**-7 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize(("speedup", "dtype"), [(0.03, torch.float32), (2.0, torch.bfloat16)])
+def test_many_rows_are_computed_in_what_the_processor_is_fast_in(
+    speedup: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava.model.int8.half_speedup", lambda *_: speedup)
+    assert expanded_dtype() == dtype
 
 
 def test_only_text_layers_and_head_are_quantized() -> None:
