@@ -22,6 +22,7 @@ from llava.serve.failures import RequestError, internal_error
 from llava.serve.gate import RequestRecord
 from llava.serve.image_inputs import ImageLimits, read_images, refused_image
 from llava.serve.messages import ImageInput, SamplingFields
+from llava.serve.wake_ups import WakeUps
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class AnswerService:
         self.logs_content = logs_content
         self._reserved = special_pattern(model.special_tokens)
         self._readers = asyncio.Semaphore(2)
+        self._wake_ups = WakeUps()
 
     def status(self) -> dict[str, Any]:
         """Return the status that controllers ask for."""
@@ -170,7 +172,7 @@ class AnswerService:
         news, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def notify() -> None:
-            loop.call_soon_threadsafe(news.set)
+            self._wake_ups.set(loop, news)
 
         handle = self._submit(prompt, sampling, record.key_id, notify)
         try:
@@ -180,7 +182,8 @@ class AnswerService:
                 if left <= 0:
                     raise timed_out()
                 try:
-                    await asyncio.wait_for(news.wait(), min(beat, left))
+                    async with asyncio.timeout(min(beat, left)):  # without a task for each token, unlike `wait_for`
+                        await news.wait()
                 except TimeoutError:
                     yield None
                     continue
