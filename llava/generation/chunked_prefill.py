@@ -4,10 +4,13 @@
                        images of the rest pass the tower once           prompt and, later, answer --> PrefixCache
 
 A prompt that shares its unknown beginning with one that is being read waits for it, so an image is computed once.
+While more answers run than prompts are new, a step on a CPU computes an image or reads a piece that takes not much
+longer than a decoding step (`pace`).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +21,7 @@ from torch import Tensor
 from llava.data.encode import Encoded
 from llava.generation.extension import PartsExtension
 from llava.generation.failures import no_memory, refusal
+from llava.generation.pace import Pace
 from llava.generation.prefix_cache import (
     Identity,
     KeyValues,
@@ -112,6 +116,8 @@ class ChunkedScheduler(Scheduler):
         self.cache = cache
         self.chunk = chunk
         self.jobs: list[PrefillJob] = []
+        self.pace = Pace()
+        self._has_embedded = False
 
     @property
     def has_work(self) -> bool:
@@ -143,26 +149,41 @@ class ChunkedScheduler(Scheduler):
 
     def _read_prompts(self) -> None:
         """Start to read waiting prompts, and read the next piece of those that were started."""
+        is_paced, self._has_embedded = self._is_paced(), False
         self._start_jobs()
-        if not self.jobs:
+        if not self.jobs or (is_paced and self._has_embedded):
             return
         if self.max_kv_bytes is not None:
             self.runner.cache.limit(self.max_kv_bytes - self._unjoined_bytes())
-        pieces, room = [], self.chunk
+        pieces, room = [], self.pace.num_tokens(self.chunk) if is_paced else self.chunk
         for job in self.jobs:
             if room:
                 pieces.append((job, *job.piece(min(room, job.num_left))))
                 room -= pieces[-1][1].length
+        start = time.perf_counter()
         try:
             logits = self.runner.read([extension for _, extension, _ in pieces], [embeds for *_, embeds in pieces])
         except Exception as error:
             self._put_back(self._stop_jobs(), error)
             return
+        self.pace.note_piece(sum(extension.length for _, extension, _ in pieces), time.perf_counter() - start)
         for row, (job, extension, _) in enumerate(pieces):
             job.parts.append(extension.states())
             job.num_read += extension.length
             if not job.num_left:
                 self._finish(job, logits[row : row + 1])
+
+    def _is_paced(self) -> bool:
+        """Return whether running answers would wait too long for the whole next piece."""
+        # With more new prompts than answers, it is the prompts that wait. GPUs read a piece in the time of a step.
+        is_on_cpu: bool = self.runner.model.device.type == "cpu"
+        return is_on_cpu and len(self.running) > len(self.waiting) + len(self.jobs)
+
+    def _decode(self) -> None:
+        start, is_running = time.perf_counter(), bool(self.running)
+        super()._decode()
+        if is_running:
+            self.pace.note_step(time.perf_counter() - start)
 
     def _start_jobs(self) -> None:
         self.is_full = self.is_full and bool(self.running)
@@ -222,6 +243,7 @@ class ChunkedScheduler(Scheduler):
             new = [number for number, (start, _) in enumerate(encoded.image_spans) if start >= match.length]
             pixels = self._pixels(members[0], reading, {}) if new else {}
             embeds = self.runner.embed(encoded, match.length, new, pixels)
+            self._has_embedded = self._has_embedded or bool(new)
         except Exception as error:
             self.cache.release(match)
             self._put_back(members, error)
