@@ -40,7 +40,7 @@ def is_idle(server: ServerProcess) -> bool:
 
 async def killed_meanwhile(made: Cluster, crowd: Crowd, num: int) -> None:
     """Let a crowd ask; kill a worker after a quarter of its answers, and the controller after a half."""
-    asking = asyncio.create_task(crowd.come(num, seconds=num / 50, seed=2))
+    asking = asyncio.create_task(crowd.come(num, seconds=num / 20, seed=2))
     before = len(crowd.ends)
     for share, kill in ((0.25, made.workers[1].kill), (0.5, made.controller.kill)):
         while len(crowd.ends) - before < share * num and not asking.done():
@@ -63,7 +63,7 @@ def test_every_request_ends_while_processes_are_killed(running: Cluster, shared:
     assert len(crowd.ends) == 20 + num
     assert until(lambda: is_idle(left) and is_idle(running.controller), 2.0), left.metrics()
     counts = crowd.counts
-    assert counts["answer"] >= num / 4 and counts["left"] >= num / 10, counts
+    assert counts["answer"] >= num / 8 and counts["left"] >= num / 10, counts
     assert counts.keys() <= {"answer", "left", "queue_full", "no_worker", "worker_lost"}, counts
     # The worker that lives comes back to the controller that was started again.
     assert until(lambda: running.controller.metrics()["llava_workers"] == 1, 20.0)

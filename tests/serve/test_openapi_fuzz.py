@@ -37,8 +37,7 @@ def controller_url() -> Iterator[str]:
 def check(response: Any) -> None:
     """Check that an answer is no fault of the server, and that an error has a known code."""
     assert response.status_code < 500, response.text
-    kind = response.headers.get("content-type", "")
-    if response.status_code >= 400 and kind.startswith("application/json"):
+    if response.status_code >= 400 and "application/json" in response.headers.get("content-type", []):
         error = response.json()["error"]
         assert CODES[error["code"]][0] == response.status_code and error["message"]
 
@@ -52,7 +51,7 @@ def test_generated_requests_are_never_faults_of_the_server(serve: Any) -> None:
         num_routes = 0
         for found in schema.get_all_operations():
             operation = found.ok()
-            for mode in modes:
+            for mode in modes if operation.body else modes[:1]:  # no path is wrong
                 ask(operation, mode)
             num_routes += 1
         assert num_routes >= 8
