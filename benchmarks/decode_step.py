@@ -1,7 +1,7 @@
 """Decoding step of a model of the size of SmolLM2-135M: operator calls, and time relative to its matrix products.
 
 `ratios` measures one thread's processor time, the least of many steps: `step_1` is the step over its bare products in
-float32, `int8_1` and `int8_4` the step with weights of 8 bits over that in float32, for one and four sequences.
+float32, `int8_N` the step with weights of 8 bits over that in float32, for N sequences.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from llava.model.modeling import LlavaMedForConditionalGeneration
 
 NUM_LAYERS, VOCABULARY, PROMPT = 30, 49_152, 64
 ANSWER = 32
+NUMS = (1, 4, 8, 32)
+"""Numbers of sequences."""
 
 
 def make_model() -> Any:
@@ -108,14 +110,14 @@ def ratios(rounds: int) -> dict[str, float]:
         runner.decode(tokens)
     calls = sum(event.count for event in profiled.key_averages()) / NUM_LAYERS
     plain: dict[int, dict[str, float]] = {}
-    for num in (1, 4):
+    for num in NUMS:
         runner, tokens = running(model, num)
         step = lambda runner=runner, tokens=tokens: runner.decode(tokens)  # noqa: E731
         plain[num] = least_seconds({"step": step, "bare": bare_products(model, num)}, num_steps)
     expected = answers(model, 4)
     quantize_text_layers(model)
     packed = {}
-    for num in (1, 4):
+    for num in NUMS:
         runner, tokens = running(model, num)
         packed[num] = least_seconds({"step": lambda: runner.decode(tokens)}, num_steps)["step"]  # noqa: B023
     pairs = [pair for one, two in zip(expected, answers(model, 4), strict=True) for pair in zip(one, two, strict=True)]
@@ -130,6 +132,5 @@ def ratios(rounds: int) -> dict[str, float]:
     return {
         "step_calls": calls,
         "step_1": plain[1]["step"] / plain[1]["bare"],
-        "int8_1": packed[1] / plain[1]["step"],
-        "int8_4": packed[4] / plain[4]["step"],
+        **{f"int8_{num}": packed[num] / plain[num]["step"] for num in NUMS},
     }
