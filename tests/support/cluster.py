@@ -7,7 +7,6 @@ with cluster(folder, model_words, num_workers=2) as made:
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 import httpx2
 
 from tests.support.ports import free_ports
+from tests.support.processes import started
 
 READY_SECONDS = 180.0
 """Time in which a process must answer; the imports alone take long on a busy machine."""
@@ -36,7 +36,7 @@ class ServerProcess:
 
     url: str
     log: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[str]
     killed: float | None = None
 
     def kill(self) -> None:
@@ -134,16 +134,8 @@ class Cluster:
         environment = {**os.environ, **settings, "TMPDIR": str(self.temporary)}
         log = self.folder / f"{module}-{port}-{len(self.controllers)}.log"
         with log.open("wb") as opened:
-            process = subprocess.Popen(command, env=environment, stdout=opened, stderr=opened)
-        made = ServerProcess(f"http://127.0.0.1:{port}", log, process)
-        self.stack.callback(_end, made)
-        return made
-
-
-def _end(server: ServerProcess) -> None:
-    if server.process.poll() is None:
-        server.process.send_signal(signal.SIGKILL)
-        server.process.wait()
+            process = self.stack.enter_context(started(command, env=environment, stdout=opened, stderr=opened))
+        return ServerProcess(f"http://127.0.0.1:{port}", log, process)
 
 
 @contextmanager
