@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llava.errors import CheckpointError
+from llava.train.checkpointing import last_checkpoint
 from llava.train.trust import check_mark, key_file, make_key, write_mark
 
 FILES = {
@@ -201,3 +202,32 @@ def test_a_planted_call_is_refused_before_it_is_loaded(checkpoint: Path, tmp_pat
     torch.save(Planted(str(tmp_path / "ran")), target)
     assert "mp_rank_00_model_states.pt" in refusal(checkpoint)
     assert not (tmp_path / "ran").exists()
+
+
+WRITTEN: dict[str, tuple[dict[int, str], bool, int | None]] = {
+    "killed before its mark": ({2: "ours", 4: "whole"}, True, 2),
+    "two that lack their mark": ({2: "ours", 4: "whole", 6: "whole"}, True, 2),
+    "killed before its state": ({2: "ours", 4: "torn"}, True, 2),
+    "a mark of another machine is refused later": ({2: "ours", 4: "theirs"}, True, 4),
+    "without any mark the newest is refused later": ({2: "whole", 4: "whole"}, True, 4),
+    "all are marked": ({2: "ours", 4: "ours", 10: "ours"}, True, 10),
+    "not sharded, or trusted": ({2: "ours", 4: "whole"}, False, 4),
+    "nothing is complete": ({2: "torn"}, True, None),
+}
+"""Checkpoints by step, whether marks are needed, and the step that is resumed."""
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_checkpoint_that_was_being_written_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    kinds, needs_mark, expected = WRITTEN[name]
+    for step, kind in kinds.items():
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text('{"glo' if kind == "torn" else json.dumps({"global_step": step}))
+        monkeypatch.setenv("LLAVA_KEY_FILE", str(tmp_path / f"{kind}.key"))
+        if kind in ("ours", "theirs"):
+            write_mark(folder)
+    found = last_checkpoint(tmp_path, needs_mark=needs_mark)
+    assert found == (None if expected is None else tmp_path / f"checkpoint-{expected}")
