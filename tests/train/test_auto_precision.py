@@ -131,7 +131,10 @@ def test_a_resumed_bf16_run_that_is_slow_here_is_named_as_such(
 
 
 @pytest.mark.parametrize("content", ['{"training": {"bf16": tr', "[]", '{"training": []}'])
-def test_damaged_arguments_of_an_earlier_run_are_no_traceback(parts: Path, tmp_path: Path, content: str) -> None:
+def test_damaged_arguments_of_an_earlier_run_are_no_traceback(
+    parts: Path, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_speedup(monkeypatch, 0.5)
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text('{"global_step": 1}')
