@@ -79,7 +79,7 @@ def parts(context: Context) -> Facts:
     settings = context.settings
     lm = settings.lm or str(pretrained.language_model())
     tower = settings.vision_tower or str(pretrained.vision_tower(settings.image_size))
-    return {"lm": lm, "vision_tower": tower, "dtype": training_dtype(lm)}
+    return {"lm": lm, "vision_tower": tower, "training_dtype": training_dtype(lm)}
 
 
 def data(context: Context) -> Facts:
@@ -300,7 +300,7 @@ def precision_of(context: Context) -> str:
     """Return the precision of training, which the first stage has measured."""
     # Stored, so that a run that is resumed on another machine does not mix precisions; earlier versions did not.
     facts = context.facts["parts"]
-    return str(facts.get("dtype") or training_dtype(facts["lm"]))
+    return str(facts.get("training_dtype") or training_dtype(facts["lm"]))
 
 
 def training_dtype(language_model: str) -> str:

@@ -13,10 +13,10 @@ from llava.quickstart.stages import Context
 
 
 def test_the_stored_precision_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = Context(QuickstartSettings(tmp_path), {"parts": {"lm": "lm", "dtype": "bfloat16"}})
+    context = Context(QuickstartSettings(tmp_path), {"parts": {"lm": "lm", "training_dtype": "bfloat16"}})
     monkeypatch.setattr(stages, "trains_faster_in_bf16", lambda *_: False)
     assert stages.precision_of(context) == "bfloat16"
-    del context.facts["parts"]["dtype"]  # a run of an earlier version
+    del context.facts["parts"]["training_dtype"]  # a run of an earlier version
     assert stages.precision_of(context) == "float32"
 
 
