@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
-from typing import Never, TypeVar
+from typing import Any, Never, TypeVar
 
 from tqdm import tqdm
 
@@ -15,6 +15,19 @@ from llava.utils.terminal import visible, visible_message
 
 T = TypeVar("T")
 _SEEN: set[tuple[str, str]] = set()
+
+
+class StandardErrorHandler(logging.StreamHandler[Any]):
+    """Log handler that writes to what `sys.stderr` is when a line is written, also after it was replaced or closed."""
+
+    @property
+    def stream(self) -> Any:
+        """Standard error."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: Any) -> None:
+        """Ignore the stream that the base class stores."""
 
 
 class VisibleFormatter(logging.Formatter):
@@ -35,7 +48,7 @@ def setup_logging(level: int | str = logging.INFO) -> None:
     logger = logging.getLogger("llava")
     logger.setLevel(level if process_rank() == 0 else logging.ERROR)
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = StandardErrorHandler()
         handler.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
     # peft asks for a property that transformers renames; users can do nothing about it.

@@ -63,7 +63,8 @@ def test_every_request_ends_while_processes_are_killed(running: Cluster, shared:
     assert len(crowd.ends) == 20 + num
     assert until(lambda: is_idle(left) and is_idle(running.controller), 2.0), left.metrics()
     counts = crowd.counts
-    assert counts["answer"] >= num / 8 and counts["left"] >= num / 10, counts
+    # Four clients in a hurry come before the first kill; later ones may be refused sooner, while no worker is known.
+    assert counts["answer"] >= num / 8 and counts["left"] >= 2, counts
     assert counts.keys() <= {"answer", "left", "queue_full", "no_worker", "worker_lost"}, counts
     # The worker that lives comes back to the controller that was started again.
     assert until(lambda: running.controller.metrics()["llava_workers"] == 1, 20.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 
 import pytest
@@ -23,3 +24,17 @@ def test_progress_is_for_the_first_rank(monkeypatch: pytest.MonkeyPatch, rank: s
     bar = log.with_progress(range(3), title="three")
     assert bar.disable is silent
     assert list(bar) == [0, 1, 2]
+
+
+def test_the_log_follows_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first stream may be closed when a later line is written, as between two tests or in a notebook."""
+    logger = logging.getLogger("llava")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    first, second = io.StringIO(), io.StringIO()
+    for stream, line in ((first, "one"), (second, "two")):
+        monkeypatch.setattr("sys.stderr", stream)
+        log.setup_logging()
+        logger.info(line)
+    assert first.getvalue().endswith("INFO one\n") and second.getvalue().endswith("INFO two\n")
+    assert len(logger.handlers) == 1
