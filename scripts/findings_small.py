@@ -162,7 +162,7 @@ def train(args: Namespace, out: Path, **changed: Any) -> Path:
     from llava.train.run import run_sft
 
     values = {
-        "version": "v1",
+        "version": "auto",
         "image_aspect_ratio": "pad",
         "mm_projector_type": "mlp2x_gelu",
         "model_max_length": 1024,
