@@ -146,7 +146,7 @@ COMMANDS: dict[str, Command] = {
     "data csv": Command(
         "llava.data.converters.csv_table:main",
         "convert a table (CSV, TSV, JSON, JSON lines, Parquet) to rows, by column names",
-        "llava data csv cases.csv --image-column file --answer-column report --image-root scans --out data/cases",
+        "llava data csv cases.csv --image-column file --answer-column report --patient-column patient --out data/cases",
     ),
     "data cells": Command(
         "llava.data.cells:main",

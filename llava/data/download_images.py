@@ -16,7 +16,7 @@ from llava.utils.cli import run_program
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    pmc.main(argv)
+    pmc.main(argv, prog="download_images.py")
 
 
 if __name__ == "__main__":

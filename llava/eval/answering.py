@@ -19,7 +19,15 @@ from typing import get_args
 
 from llava.errors import ConfigError, GenerationError
 from llava.eval.inference import AnswerOptions, AnswerRun, AnswerSummary
-from llava.eval.options import add_model_options, connect_model, model_id_of, sampling_of, warn_no_effect
+from llava.eval.options import (
+    FIRST_MODEL_HELP,
+    MORE_MODEL_OPTIONS,
+    add_model_options,
+    connect_model,
+    model_id_of,
+    sampling_of,
+    warn_no_effect,
+)
 from llava.eval.questions import PromptForm
 from llava.generation.fingerprint import join_settings, model_settings, read_settings
 from llava.generation.options import engine_of
@@ -35,9 +43,16 @@ MAX_NEW_TOKENS = 1024
 """Default limit of an answer in the published commands."""
 
 
+EXAMPLE = (
+    "example: python llava/eval/{prog} --model-name runs/first --question-file test.json --image-folder images "
+    "--answers-file answers.jsonl"
+)
+"""Last line of the help of an answering command."""
+
+
 def make_parser(prog: str, description: str) -> Parser:
     """Return a parser with the options that the answering commands share."""
-    parser = Parser(prog=prog, description=description)
+    parser = Parser(prog=prog, description=description, epilog=EXAMPLE.format(prog=prog))
     add_model_options(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--question-file", required=True, help="JSON array or JSON lines, VQA rows or chat questions")
@@ -50,6 +65,9 @@ def make_parser(prog: str, description: str) -> Parser:
     parser.add_switch("--blank-images", help="replace every image by a gray square")
     parser.add_switch("--with-options", help="append the two options to closed yes/no questions")
     parser.add_switch("--answer-prompter", help="ask for a short answer after the long one")
+    parser.show_first(
+        {"files": ("--question-file", "--image-folder", "--answers-file"), **FIRST_MODEL_HELP}, MORE_MODEL_OPTIONS
+    )
     return parser
 
 

@@ -177,7 +177,8 @@ def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         description="Count errors of predicted findings with a language model, in six categories and two severities.",
-        epilog=f"example: {prog} --rating-name first --output-dir ratings --input-fpath reports.jsonl --engine NAME",
+        epilog="example: python llava/eval/chexprompt.py --rating-name first --output-dir ratings "
+        "--input-fpath reports.jsonl --engine NAME",
     )
     parser.add_argument("file", nargs="?", metavar="FILE", help="rows with id, reference, candidate (or prediction)")
     parser.add_argument("--input-fpath", metavar="FILE", help="the same as FILE")

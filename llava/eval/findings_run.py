@@ -19,7 +19,15 @@ from typing import Any
 from llava.data.records import LOADERS, load_samples
 from llava.errors import ConfigError, DataError, GenerationError
 from llava.eval.inference import AnswerOptions, AnswerRun, AnswerSummary
-from llava.eval.options import add_model_options, connect_model, model_id_of, sampling_of, warn_no_effect
+from llava.eval.options import (
+    FIRST_MODEL_HELP,
+    MORE_MODEL_OPTIONS,
+    add_model_options,
+    connect_model,
+    model_id_of,
+    sampling_of,
+    warn_no_effect,
+)
 from llava.eval.row_forms import FindingsRows
 from llava.generation.fingerprint import differing_settings, join_settings, model_settings, read_settings
 from llava.generation.options import engine_of
@@ -42,7 +50,12 @@ MAX_NAMED = 10
 
 def make_parser() -> Parser:
     """Return the parser of the published command, with its underscores or dashes."""
-    parser = Parser(prog="model_mimic_cxr", description="Write the findings of chest X-rays, one row per image.")
+    parser = Parser(
+        prog="model_mimic_cxr.py",
+        description="Write the findings of chest X-rays, one row per image.",
+        epilog="example: python -m llava.eval.model_mimic_cxr --model-path runs/rad --query-file test.json "
+        "--image-folder images --prediction-file findings.jsonl",
+    )
     add_model_options(parser)
     parser.add_switch("--load-8bit", help="the same as --bits 8")
     parser.add_switch("--load-4bit", help="the same as --bits 4")
@@ -58,6 +71,10 @@ def make_parser() -> Parser:
     parser.add_switch("--group-by-length", help="short prompts first; batches need no equal lengths here")
     parser.add_switch("--resume", default=True, help="keep the predictions that the file already holds")
     parser.add_switch("--blank-images", help="replace every image by a gray square")
+    parser.show_first(
+        {"files": ("--query-file", "--image-folder", "--prediction-file", "--loader", "--limit"), **FIRST_MODEL_HELP},
+        MORE_MODEL_OPTIONS,
+    )
     return parser
 
 

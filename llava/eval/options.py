@@ -15,7 +15,15 @@ from typing import Any
 from llava.constants import PROCESSOR_FILE
 from llava.errors import ConfigError
 from llava.generation import fingerprint
-from llava.generation.options import add_engine_options, connect, served_by, template_of
+from llava.generation.options import (
+    IMAGE_HELP,
+    MODEL_HELP,
+    MORE_MODEL_HELP,
+    add_engine_options,
+    connect,
+    served_by,
+    template_of,
+)
 from llava.generation.protocol import Sampling
 from llava.imaging.dicom.policy import DicomPolicy
 from llava.model.checkpoint.formats import CONFIG_FILE, OUR_TYPE, read_json
@@ -36,6 +44,17 @@ FIRST_HELP = {
     "machine": ("--device", "--dtype", "--engine"),
 }
 """Options that `llava eval --help` shows; `--help all` shows every one."""
+
+
+FIRST_MODEL_HELP = {"model": ("--engine", *MODEL_HELP), "sampling": ("--max-new-tokens", "--temperature")}
+"""Options of `add_model_options` that the short help of a published command shows."""
+
+MORE_MODEL_OPTIONS = {
+    "model": (*MORE_MODEL_HELP, "--mm-projector"),
+    "sampling": ("--top-p", "--num-beams", "--repetition-penalty", "--seed"),
+    "image files": IMAGE_HELP,
+}
+"""Its options that only `--help all` shows."""
 
 
 def add_model_options(parser: Parser, *, compat: tuple[str, ...] = ("answers",)) -> None:

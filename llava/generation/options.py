@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from llava.generation.remote_facts import ServerFacts
 
 
+MODEL_HELP = ("--model", "--device", "--dtype")
+MORE_MODEL_HELP = (
+    "--model-base", "--vision-tower", "--lora-pretrain", "--conv-mode", "--plugin", "--bits", "--compat",
+)  # fmt: skip
+IMAGE_HELP = ("--dicom-window", "--dicom-frame", "--fast-jpeg")
+"""Options of `add_engine_options` by topic, for `Parser.show_first`; only `--help all` shows the last two."""
+
+
 def add_engine_options(
     parser: argparse._ActionsContainer,
     *,

@@ -26,9 +26,10 @@ from llava.constants import IMAGE_TOKEN
 from llava.data.records import load_samples
 from llava.errors import ConfigError, DataError
 from llava.generation import fingerprint
-from llava.generation.options import add_engine_options, local_engine_of
+from llava.generation.options import IMAGE_HELP, MODEL_HELP, MORE_MODEL_HELP, add_engine_options, local_engine_of
 from llava.generation.protocol import Completion, Engine, Prompt, Sampling
 from llava.imaging.decode import resolve_image_path
+from llava.instruct.preferences import sampling_options
 from llava.instruct.preferences.answer import seed_of
 from llava.instruct.preferences.rows import KeyedFile
 from llava.instruct.preferences.sampling_options import add_sampling_options, sampling_of
@@ -242,12 +243,22 @@ def _summary(rows: Sequence[Any], num_kept: int, out: Path) -> str:
     )
 
 
+FIRST_HELP = {
+    "images": ("--images", "--rows", "--image-folder", "--out"),
+    **sampling_options.FIRST_HELP,
+    "sampling": ("--n-shot", *sampling_options.FIRST_HELP["sampling"]),
+}
+"""Options that `llava ask --help` shows."""
+
+MORE_HELP = {"description": ("--request", "--max-description-tokens"), **sampling_options.MORE_HELP}
+"""Options that `llava ask --help all` shows too."""
+
+
 def make_parser() -> Parser:
     """Return the parser of `llava ask`."""
     parser = Parser(
         prog="llava ask",
         description="Let a model ask questions about images; rerun to resume.",
-        epilog="example: llava ask --model runs/stage1 --images images --out questions.jsonl",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", help="folder of images, with its subfolders")
@@ -267,6 +278,7 @@ def make_parser() -> Parser:
         max_new_tokens=300,
         batch_size=8,
     )
+    parser.show_first(FIRST_HELP, MORE_HELP)
     return parser
 
 
@@ -296,7 +308,12 @@ def published_main(argv: Sequence[str] | None = None) -> None:
         LlavaError: as `main`.
     """
     log.setup_logging()
-    parser = Parser(prog="visual_sq.py", description="Let a model ask questions about the images of a folder.")
+    parser = Parser(
+        prog="visual_sq.py",
+        description="Let a model ask questions about the images of a folder.",
+        epilog="example: python llava/eval/visual_sq.py --model-path runs/stage1 --image-folder images "
+        "--answers-file questions.jsonl",
+    )
     parser.add_argument("--image-folder", required=True, help="folder of images, with its subfolders")
     parser.add_argument("--answers-file", dest="out", type=Path, required=True, help="questions as JSON lines")
     parser.add_argument("--num-chunks", type=int, default=1, help="number of chunks that the images are divided into")
@@ -311,6 +328,10 @@ def published_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pt", help="no effect, as in the original")
     parser.set_defaults(resume=True, retry_failed=False, batch_size=8)
     add_engine_options(parser)
+    parser.show_first(
+        {"files": ("--image-folder", "--answers-file"), "sampling": ("--n-shot", "--seed"), "model": MODEL_HELP},
+        {"files": ("--num-chunks", "--chunk-idx"), "model": MORE_MODEL_HELP, "image files": IMAGE_HELP},
+    )
     args = parser.parse_args(argv)
     sampled = {"temperature": args.temperature, "top_p": args.top_p or 1.0} if args.do_sample else {}
     describing = Sampling(max_new_tokens=1024, num_beams=1 if args.do_sample else args.num_beams, **sampled)

@@ -165,10 +165,10 @@ exit status: 0 all rows are answered; 1 some are not (see NAME.failed.jsonl, or 
 """
 
 
-def make_parser() -> Parser:
-    """Return the parser."""
+def make_parser(prog: str = "llava instruct generate") -> Parser:
+    """Return the parser; the published script has the name `instruct_generate.py`."""
     parser = Parser(
-        prog="instruct_generate.py",
+        prog=prog,
         description="Generate dialogues about figures from captions with a language model; rerun to resume.",
         epilog=EPILOG,
         formatter_class=ExampleFormatter,
@@ -200,10 +200,10 @@ def temperature(word: str) -> float | None:
     return None if word == "default" else float(word)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
+def main(argv: Sequence[str] | None = None, *, prog: str = "llava instruct generate") -> None:
+    """Run the command, under the name `prog`."""
     log.setup_logging()
-    args = make_parser().parse_args(argv)
+    args = make_parser(prog).parse_args(argv)
     if args.max_size < 1:
         raise ConfigError(f"--max-size must be at least 1, got {args.max_size}")
     budget = Budget(

@@ -16,7 +16,7 @@ from llava.utils.cli import run_program
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    generate.main(argv)
+    generate.main(argv, prog="instruct_generate.py")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from llava.utils.cli import run_program
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    postprocess.main(argv)
+    postprocess.main(argv, prog="instruct_postprocess.py")
 
 
 if __name__ == "__main__":

@@ -192,10 +192,10 @@ def training_rows(
     return found, counts
 
 
-def make_parser() -> Parser:
-    """Return the parser."""
+def make_parser(prog: str = "llava instruct postprocess") -> Parser:
+    """Return the parser; the published script has the name `instruct_postprocess.py`."""
     parser = Parser(
-        prog="instruct_postprocess.py",
+        prog=prog,
         description="Convert generated dialogues to training data and print the counts of all rules.",
         epilog=EPILOG,
         formatter_class=ExampleFormatter,
@@ -208,9 +208,9 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    args = make_parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, *, prog: str = "llava instruct postprocess") -> None:
+    """Run the command, under the name `prog`."""
+    args = make_parser(prog).parse_args(argv)
     refuse_overwriting([args.input_path], {"output-path": args.output_path, "report-path": args.report_path})
     rows = with_progress(read_records(args.input_path), title="dialogues", unit="row")
     mode = "legacy" if args.legacy_rules else "fixed"

@@ -122,7 +122,11 @@ def _previous_of(line: bytes) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the chain of an audit file."""
-    parser = Parser(prog="python -m llava.serve.audit", description="Check the chain of an audit file.")
+    parser = Parser(
+        prog="python -m llava.serve.audit",
+        description="Check the chain of an audit file.",
+        epilog="example: python -m llava.serve.audit requests.jsonl",
+    )
     parser.add_argument("file", type=Path, help="file of --audit-file")
     path = parser.parse_args(argv).file
     try:

@@ -20,7 +20,7 @@ from typing import TextIO
 
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError, LlavaError
-from llava.generation.options import add_engine_options, connect, engine_of
+from llava.generation.options import IMAGE_HELP, MORE_MODEL_HELP, add_engine_options, connect, engine_of
 from llava.generation.protocol import Engine, ImageRef, Prompt, Sampling
 from llava.imaging.decode import load_image, read_image_bytes
 from llava.samples import Conversation, Turn
@@ -125,11 +125,10 @@ FIRST_HELP = {
 """Options that `llava chat --help` shows."""
 
 MORE_HELP = {
-    "model": ("--model-base", "--vision-tower", "--lora-pretrain", "--conv-mode", "--conv-template", "--plugin",
-              "--bits", "--load-8bit", "--load-4bit", "--num-gpus", "--compat"),
+    "model": (*MORE_MODEL_HELP, "--conv-template", "--load-8bit", "--load-4bit", "--num-gpus"),
     "chat": ("--top-p", "--seed", "--debug"),
-    "images": ("--dicom-window", "--dicom-frame", "--fast-jpeg"),
-}  # fmt: skip
+    "images": IMAGE_HELP,
+}
 """Options that `llava chat --help all` shows too, by the same topics."""
 
 

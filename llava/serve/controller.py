@@ -18,7 +18,11 @@ from llava.utils.lookup import require
 
 def make_parser() -> Parser:
     """Return the argument parser of the controller."""
-    parser = Parser(prog="python -m llava.serve.controller", description="Pass requests on to workers.")
+    parser = Parser(
+        prog="python -m llava.serve.controller",
+        description="Pass requests on to workers.",
+        epilog="example: python -m llava.serve.controller --host 0.0.0.0 --port 10000",
+    )
     parser.add_argument("--host", default="localhost", help="name or address to listen on")
     parser.add_argument("--port", type=int, default=21001, help="port to listen on")
     parser.add_argument(

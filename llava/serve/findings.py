@@ -21,7 +21,7 @@ from llava.constants import IMAGE_TOKEN
 from llava.conversation import ConversationTemplate, get_template
 from llava.data.report_rows import is_frontal, report_question
 from llava.errors import DataError, GenerationError
-from llava.generation.options import add_engine_options, local_engine_of
+from llava.generation.options import IMAGE_HELP, MODEL_HELP, MORE_MODEL_HELP, add_engine_options, local_engine_of
 from llava.generation.protocol import Completion, Prompt, Sampling
 from llava.imaging.decode import load_image, read_image_bytes, stored_format
 from llava.report_labels.labeler import label_report
@@ -144,19 +144,26 @@ def findings_text(row: dict[str, Any], *, is_named: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
+FIRST_HELP = {"model": MODEL_HELP, "findings": ("--reason", "--labels", "--json", "--max-new-tokens")}
+"""Options that `llava findings --help` shows."""
+
+MORE_HELP = {"model": MORE_MODEL_HELP, "images": IMAGE_HELP}
+"""Options that `llava findings --help all` shows too."""
+
+
 def make_parser() -> Parser:
     """Return the argument parser of `llava findings`."""
     parser = Parser(
         prog="llava findings",
         description=f"Write the findings of chest X-rays ({NOTICE}).",
-        epilog="example: llava findings xray.dcm --model runs/rad --reason 'cough' --labels",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="PNG, JPEG or DICOM files; 16 bit is rendered")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="PNG, JPEG or DICOM files of 8 to 16 bits")
     add_engine_options(parser)
     parser.add_argument("--reason", help="reason for the examination, which becomes part of the question")
     parser.add_switch("--labels", help="also write the rule labels of the text (14 findings; not CheXbert)")
     parser.add_switch("--json", help="JSON lines: image, findings, num_new_tokens, stop_reason, and labels")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="limit of the findings in tokens")
+    parser.show_first(FIRST_HELP, MORE_HELP)
     return parser
 
 

@@ -13,7 +13,11 @@ from llava.utils.cli import Parser, run_program
 
 def make_parser() -> Parser:
     """Return the argument parser of the page."""
-    parser = Parser(prog="python -m llava.serve.gradio_web_server", description="Web page for chats about images.")
+    parser = Parser(
+        prog="python -m llava.serve.gradio_web_server",
+        description="Web page for chats about images.",
+        epilog="example: python -m llava.serve.gradio_web_server --controller-url http://localhost:10000",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="name or address to listen on")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")
     parser.add_argument("--controller-url", default="http://localhost:21001", help="URL of the controller")

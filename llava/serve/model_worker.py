@@ -20,9 +20,24 @@ def add_model_options(parser: Parser) -> None:
     add_loading_names(parser)
 
 
+FIRST_HELP = {
+    "model": ("--model-path", "--model-name", "--device", "--dtype", "--weights", "--num-gpus"),
+    "addresses": ("--host", "--port", "--worker-address", "--controller-address", "--no-register"),
+    "access": ("--api-keys", "--cluster-key", "--allow-image-url", "--image-folder"),
+    "limits": ("--max-running", "--max-waiting", "--request-timeout"),
+    "records": ("--audit-file", "--log-content"),
+}
+"""Options that the short help shows."""
+
+
 def make_parser() -> Parser:
     """Return the argument parser of the worker."""
-    parser = Parser(prog="python -m llava.serve.model_worker", description="Serve a model.")
+    parser = Parser(
+        prog="python -m llava.serve.model_worker",
+        description="Serve a model.",
+        epilog="example: python -m llava.serve.model_worker --model-path runs/first --port 40000 "
+        "--controller-address http://localhost:10000",
+    )
     parser.add_argument("--host", default="localhost", help="name or address to listen on")
     parser.add_argument("--port", type=int, default=21002, help="port to listen on")
     parser.add_argument("--worker-address", help="URL under which others reach this worker; default: from --port")
@@ -37,6 +52,7 @@ def make_parser() -> Parser:
             parser.add_argument(option, type=int, default=None, help="without effect")
         else:
             parser.add_switch(option, default=False, help="without effect")
+    parser.show_first(FIRST_HELP)
     return parser
 
 

@@ -13,7 +13,12 @@ from llava.utils.cli import Parser, run_program
 
 def make_parser() -> Parser:
     """Return the argument parser of the command."""
-    parser = Parser(prog="python -m llava.serve.register_worker", description="Register a worker with a controller.")
+    parser = Parser(
+        prog="python -m llava.serve.register_worker",
+        description="Register a worker with a controller.",
+        epilog="example: python -m llava.serve.register_worker --controller-address http://localhost:10000 "
+        "--worker-name http://localhost:40000",
+    )
     parser.add_argument("--controller-address", default="http://localhost:21001", help="URL of the controller")
     parser.add_argument("--worker-name", required=True, help="URL of the worker")
     parser.add_switch("--check-heart-beat", help="drop the worker when it sends no heartbeats")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava.errors import ConfigError, MissingDependency
+from llava.generation.options import IMAGE_HELP, MORE_MODEL_HELP
 from llava.serve.model_worker import add_model_options
 from llava.serve.options import add_guard_options, add_queue_options, check_guards, checked_port, url_of
 from llava.serve.supervisor import Service, Supervisor
@@ -33,9 +34,8 @@ FIRST_HELP = {
 """Options that `llava serve --help` shows."""
 
 MORE_HELP = {
-    "model": ("--model-base", "--vision-tower", "--lora-pretrain", "--conv-mode", "--plugin", "--bits", "--load-8bit",
-              "--load-4bit", "--compat"),
-    "images": ("--dicom-window", "--dicom-frame", "--fast-jpeg", "--max-images", "--max-pixels"),
+    "model": (*MORE_MODEL_HELP, "--load-8bit", "--load-4bit"),
+    "images": (*IMAGE_HELP, "--max-images", "--max-pixels"),
     "addresses": ("--worker-port",),
     "access": ("--cluster-key", "--cors-origin"),
     "limits": ("--kv-cache-mb", "--prefix-cache-mb", "--prefill-chunk", "--share-prefix-cache", "--drain-seconds"),

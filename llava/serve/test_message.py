@@ -18,7 +18,11 @@ MESSAGE = "Tell me a story with more than 1000 words."
 
 def make_parser() -> Parser:
     """Return the argument parser of the command."""
-    parser = Parser(prog="python -m llava.serve.test_message", description="Send a test message to a model.")
+    parser = Parser(
+        prog="python -m llava.serve.test_message",
+        description="Send a test message to a model.",
+        epilog="example: python -m llava.serve.test_message --model-name NAME --controller-address http://localhost:10000",
+    )
     parser.add_argument("--controller-address", default="http://localhost:21001", help="URL of the controller")
     parser.add_argument("--worker-address", help="URL of a worker; default: the controller names one")
     parser.add_argument("--model-name", default="facebook/opt-350m", help="name of the model")

@@ -25,11 +25,6 @@ LISTS = (
 )  # fmt: skip
 """Options that take several values and may be repeated."""
 
-EXAMPLE = """example:
-  llava train --model-name-or-path LM --vision-tower TOWER --data-path train.json --image-folder images \\
-      --output-dir runs/first --num-train-epochs 1 --per-device-train-batch-size 16
-"""
-
 
 class TrainingParser(HfArgumentParser):
     """transformers' parser of option classes; a wrong value is a `ConfigError` of one line."""
@@ -56,9 +51,7 @@ def make_parser(*, bf16: bool | Literal["auto"], defaults: Mapping[str, Any] | N
     """
     parser = TrainingParser(
         (ModelArguments, DataArguments, LlavaTrainingArguments, PreferenceArguments, RolloutArguments),  # type: ignore[arg-type]
-        description="Train: stage 1 alignment, stage 2 instruction tuning, downstream fine-tuning, preferences, "
-        "reinforcement learning; LoRA.",
-        epilog=EXAMPLE,
+        add_help=False,  # `llava.train.help` writes it without torch
     )
     precision.accept_auto(parser, default=bf16)
     for action in parser._actions:

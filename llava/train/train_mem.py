@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava.train.run import run_sft
+from llava.train.published import run_published
 from llava.utils.cli import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as `train.py` does; attention over the flat batch saves memory in both."""
-    run_sft(argv, image_grouping="off", bf16=False)
+    run_published(
+        argv, name="train_mem.py", example="--model-name-or-path LM --vision-tower TOWER --data-path train.json"
+    )
 
 
 if __name__ == "__main__":

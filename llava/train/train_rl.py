@@ -7,17 +7,20 @@ Command:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from llava.train.run import run_sft
+from llava.train.published import run_published
 from llava.utils.cli import run_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train by PPO, unless `--objective` names another algorithm."""
-    words = sys.argv[1:] if argv is None else argv
-    run_sft(["--objective", "ppo", *words], image_grouping="off", bf16=False)
+    run_published(
+        argv,
+        name="train_rl.py",
+        example="--model-name-or-path MODEL --rules RULES --data-path rows.json",
+        first=["--objective", "ppo"],
+    )
 
 
 if __name__ == "__main__":

@@ -163,7 +163,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_silent = action.default is None or action.default is False or action.default in ("", [], ())
-        return action.help if is_silent else super()._get_help_string(action)
+        if is_silent or not isinstance(action.default, list | tuple):
+            return action.help if is_silent else super()._get_help_string(action)
+        shown = " ".join(map(str, action.default)).replace("%", "%%")  # as it would be given, not as Python writes it
+        return f"{action.help} (default: {shown})"
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         kinds = {int: "N", float: "X"}
@@ -193,9 +196,16 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", True)
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, **kwargs)
+        self._positionals.title = "arguments"
 
     def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
-        """Register an option under its name with dashes; its attribute has underscores."""
+        """Register an option under its name with dashes; its attribute has underscores.
+
+        Help and errors write an argument without dashes in capitals, one of a list in the singular: `files` as `FILE`.
+        """
+        if names and not names[0].startswith("-"):
+            word = names[0].removesuffix("s") if kwargs.get("nargs") in ("+", "*") else names[0]
+            kwargs.setdefault("metavar", word.upper())
         return super().add_argument(*with_dashes(names), **kwargs)
 
     def show_first(self, first: HelpGroups, more: HelpGroups | None = None) -> None:

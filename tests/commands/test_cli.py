@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
+import os
 import subprocess
 import sys
 import types
@@ -84,7 +86,7 @@ def help_of(name: str, *words: str) -> list[str]:
     return text.getvalue().splitlines()
 
 
-SHORT = {"eval": 50, "serve": 50, "chat": 35}
+SHORT = {"eval": 50, "serve": 50, "chat": 35, "findings": 35, "ask": 35, "preferences answer": 35}
 """Commands whose help shows first what a beginner needs, and the largest number of its lines."""
 
 
@@ -99,6 +101,42 @@ def test_help_is_short_and_help_all_is_whole(name: str, monkeypatch: pytest.Monk
     assert {line.split()[0].rstrip(",") for line in whole if line.startswith("  --")} >= names
     assert "other options:" not in whole
     assert help_of(name, "all") == whole
+
+
+SCRIPTS = {
+    "llava.eval.model_vqa_med": 35, "llava.eval.model_vqa": 35, "llava.eval.run_med_datasets_eval_batch": 35,
+    "llava.eval.run_eval": 35, "llava.eval.run_eval_batch": 35, "llava.eval.eval_multimodal_chat_gpt_score": 60,
+    "llava.eval.summarize_gpt_review": 60, "llava.eval.visual_sq": 35, "llava.eval.model_collectA": 35,
+    "llava.eval.model_mimic_cxr": 35, "llava.eval.rrg_eval.run": 40, "llava.eval.chexprompt": 50,
+    "llava.model.apply_delta": 35, "llava.model.make_delta": 35, "llava.model.consolidate": 35,
+    "llava.model.merge_lora": 35, "llava.serve.controller": 35, "llava.serve.model_worker": 50,
+    "llava.serve.test_message": 35, "llava.serve.register_worker": 35, "llava.serve.gradio_web_server": 35,
+    "llava.serve.audit": 35, "llava.data.download_images": 50, "llava.instruct.instruct_generate": 50,
+    "llava.instruct.instruct_postprocess": 35, "llava.train.train_mem": 115, "llava.train.train": 115,
+    "llava.train.train_mem_dpo": 115, "llava.train.train_dpo": 115, "llava.train.train_rl": 115,
+}  # fmt: skip
+"""Published scripts, and the largest number of lines of their help."""
+
+
+def test_help_of_no_published_script_imports_torch() -> None:
+    code = (
+        "import contextlib, importlib, io, json, sys\n"
+        "for name, limit in json.loads(sys.argv[1]).items():\n"
+        "    text = io.StringIO()\n"
+        "    with contextlib.redirect_stdout(text):\n"
+        "        try:\n            importlib.import_module(name).main(['--help'])\n"
+        "        except SystemExit as end:\n            assert end.code == 0, name\n"
+        "    lines = text.getvalue().splitlines()\n"
+        "    assert lines[0].startswith('usage: ') and len(lines) <= limit, (name, len(lines))\n"
+        "    assert any(line.startswith('example: ') or line == 'example:' for line in lines), name\n"
+        "    assert max(map(len, lines)) <= 130, name\n"
+        "    heavy = {'torch', 'transformers', 'fastapi', 'gradio'} & sys.modules.keys()\n"
+        "    assert not heavy, (name, heavy)\n"
+    )
+    words = [sys.executable, "-c", code, json.dumps(SCRIPTS)]
+    environment = {**os.environ, "COLUMNS": "118"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("word", ["--help=all", "--help-all"])

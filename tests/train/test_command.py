@@ -13,7 +13,7 @@ import pytest
 from llava import cli
 from llava.errors import ConfigError
 from llava.train import command
-from llava.train.help import help_text
+from llava.train.help import BRIEF, WIDTH, help_text
 from llava.train.option_table import GROUPS, TABLE_FILE, read_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +132,21 @@ def test_help_all_names_every_option_once() -> None:
     shown = [text.split()[0] for text in lines if text.startswith("  --")]
     assert sorted(shown) == sorted(row.name for row in read_table())
     assert not any("_" in name for name in shown)
+
+
+def test_no_line_of_the_short_form_is_cut() -> None:
+    lines = [line for line in help_text().splitlines() if line.startswith("  --")]
+    assert max(map(len, lines)) <= WIDTH
+    assert not any(line.endswith("...") or " ... (" in line for line in lines)
+    assert set(BRIEF) <= {row.name for row in read_table() if row.is_listed}
+
+
+def test_a_published_script_shows_its_own_defaults() -> None:
+    shown = help_text("train_mem.py", example="--data-path train.json")
+    assert "usage: train_mem.py [--OPTION VALUE ...]" in shown
+    assert "example: python llava/train/train_mem.py --data-path train.json" in shown
+    assert "(new model: v0)" in shown and "(new model: linear)" in shown
+    assert "--nproc " not in shown and "--nproc " in help_text()
 
 
 def test_the_short_form_has_every_group_but_the_published_names() -> None:

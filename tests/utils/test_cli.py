@@ -146,6 +146,18 @@ def test_process_group_is_destroyed_at_the_end(tmp_path: Path) -> None:
     assert not dist.is_initialized()
 
 
+def test_arguments_are_in_capitals_and_lists_are_shown_as_given(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="x")
+    parser.add_argument("files", nargs="+", help="what to read")
+    parser.add_argument("--fields", nargs="+", default=("patient", "study"), help="names, 100 %% free")
+    shown = parser.format_help()
+    assert shown.startswith("usage: x FILE [FILE ...] [--OPTION ...]\n")
+    assert "arguments:\n  FILE " in shown and "names, 100 % free (default: patient study)" in shown
+    with pytest.raises(SystemExit):
+        parser.parse_args([])
+    assert "required: FILE" in capsys.readouterr().err
+
+
 def test_help_by_topic_and_every_option_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     parser = Parser(prog="x", description="Do it.")
     parser.add_argument("file", help="what to read")
@@ -155,7 +167,7 @@ def test_help_by_topic_and_every_option_on_request(capsys: pytest.CaptureFixture
     parser.add_argument("--odd", help="odd")
     parser.show_first({"first": ("--out", "--count")}, {"first": ("--rare",)})
     shown = parser.format_help()
-    assert shown.startswith("usage: x file --out DIR [--OPTION ...]\n\nDo it.\n")
+    assert shown.startswith("usage: x FILE --out DIR [--OPTION ...]\n\nDo it.\n")
     assert "\nfirst:\n  --out DIR" in shown and "how many (default: 3)" in shown and "--rare" not in shown
     assert shown.endswith("every option: x --help all\n")
     for words in (["--help", "all"], ["-h", "all"], ["--help=all"], ["--help_all"]):

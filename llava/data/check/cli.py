@@ -91,18 +91,25 @@ def make_parser() -> Parser:
         description="Find rows and images that cannot be trained on, and leaks into a test set.",
     )
     parser.add_argument("file", type=Path, help="data file: JSON array or JSON lines, plain or gzipped")
-    parser.add_argument("--images", type=Path, help="image folder; without it no image is opened")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="image folder; without it no image is opened")
     parser.add_argument(
-        "--against", type=Path, help="file to compare with, for example the test set; nothing may be in both"
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="file to compare with, for example the test set; nothing may be in both",
     )
-    parser.add_argument("--against_images", type=Path, help="image folder of the --against file; default: --images")
+    parser.add_argument(
+        "--against_images", type=Path, metavar="DIR", help="image folder of the --against file; default: --images"
+    )
     parser.add_argument("--model", help="trained model or language model whose tokenizer counts tokens")
     parser.add_argument("--max_length", type=int, default=512, help="the --model-max-length to evaluate, in tokens")
     parser.add_argument("--group_fields", nargs="+", default=GROUP_FIELDS, help="fields with patient or study ids")
     parser.add_switch("--strict", help="exit with status 1 also for warnings")
-    parser.add_argument("--json", type=Path, help="write the complete result as JSON to this file")
-    parser.add_argument("--html", type=Path, help="write an HTML report with thumbnails to this file")
-    parser.add_argument("--fix", type=Path, help="write a copy without the rows that violate a rule to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the complete result as JSON to this file")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write an HTML report with thumbnails to this file")
+    parser.add_argument(
+        "--fix", type=Path, metavar="FILE", help="write a copy without the rows that violate a rule to this file"
+    )
     parser.add_argument("--max_listed", type=int, default=1000, help="messages per rule; row numbers are not limited")
     parser.add_argument("--num_threads", type=int, help="threads that open images; default: one per CPU")
     parser.add_argument("--version", default="vicuna_v1", help="conversation template, if --model has none")

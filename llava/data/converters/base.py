@@ -85,14 +85,12 @@ class Converter:
         card: description of the dataset.
         read_events: yields the rows of the dataset.
         add_options: adds the options of this command.
-        example: example command line for the help text.
     """
 
     command: str
     card: DatasetCard
     read_events: Callable[[Job], Iterator[Event]]
     add_options: Callable[[Parser], None] = lambda parser: None
-    example: str = ""
 
 
 def make_parser(converter: Converter) -> Parser:
@@ -102,7 +100,6 @@ def make_parser(converter: Converter) -> Parser:
         prog=f"llava data {converter.command}",
         description=f"Convert {card.name} to train.json, test.json and images/. License: {card.license}. "
         f"Homepage: {card.homepage}. {card.how_to_get}",
-        epilog=f"example: {converter.example}",
     )
     parser.add_argument("paths", nargs="+", help="downloaded folders, archives or files")
     add_output_options(parser)

@@ -167,8 +167,6 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="llava data csv",
         description="Convert tables (CSV, TSV, JSON, JSON lines, Parquet) to {train,val,test}.json and images/.",
-        epilog="example: llava data csv cases.csv --image-column file --answer-column report --image-root scans "
-        '--question "Describe the image." --patient-column patient --out data/cases',
     )
     parser.add_argument("paths", nargs="+", help="tables with the same columns")
     add_output_options(parser)

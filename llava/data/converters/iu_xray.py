@@ -309,7 +309,6 @@ CONVERTER = Converter(
     IU_XRAY,
     read_events,
     add_options,
-    "llava data iu-xray NLMCXR_reports.tgz NLMCXR_png.tgz --views all --out data/iu-xray",
 )
 
 

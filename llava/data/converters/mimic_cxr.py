@@ -275,7 +275,6 @@ CONVERTER = Converter(
     MIMIC_CXR,
     read_events,
     add_options,
-    "llava data mimic-cxr mimic-cxr-jpg mimic-cxr-reports.zip --out data/mimic-cxr --target findings",
 )
 
 

@@ -146,7 +146,9 @@ def question_type(question: str, kind: str) -> str:
 
 
 CONVERTER = Converter(
-    "pathvqa", PATHVQA, read_events, example="llava data pathvqa downloads/path-vqa --out data/pathvqa"
+    "pathvqa",
+    PATHVQA,
+    read_events,
 )
 
 

@@ -129,7 +129,6 @@ CONVERTER = Converter(
     PMC_VQA,
     read_events,
     add_options,
-    "llava data pmc-vqa downloads images_2.zip --out data/pmc-vqa --release 2",
 )
 
 

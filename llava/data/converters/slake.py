@@ -69,7 +69,10 @@ def add_options(parser: Parser) -> None:
 
 
 CONVERTER = Converter(
-    "slake", SLAKE, read_events, add_options, "llava data slake downloads/slake --out data/slake --lang en"
+    "slake",
+    SLAKE,
+    read_events,
+    add_options,
 )
 
 

@@ -244,7 +244,6 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="llava data split",
         description="Split rows into train, val and test so that no two splits share a patient, or an image.",
-        epilog="example: llava data split all.json --by patient --fractions train=0.8,test=0.2 --out data/split",
     )
     parser.add_argument("files", nargs="+", help="files of rows in LLaVA format")
     parser.add_argument("--by", nargs="+", choices=SPLIT_KEYS, required=True, help="what two splits must not share")

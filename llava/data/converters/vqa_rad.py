@@ -105,7 +105,10 @@ def add_options(parser: Parser) -> None:
 
 
 CONVERTER = Converter(
-    "vqa-rad", VQA_RAD, read_events, add_options, "llava data vqa-rad downloads/vqa-rad --out data/vqa-rad"
+    "vqa-rad",
+    VQA_RAD,
+    read_events,
+    add_options,
 )
 
 

@@ -182,10 +182,10 @@ exit status: 0 no image is missing, except those no longer offered; 1 images are
 """
 
 
-def make_parser() -> Parser:
-    """Return the parser."""
+def make_parser(prog: str = "llava data images") -> Parser:
+    """Return the parser; the published script has the name `download_images.py`."""
     parser = Parser(
-        prog="download_images.py",
+        prog=prog,
         description="Download the listed figures of PMC articles; rerun the same command to resume.",
         epilog=EPILOG,
         formatter_class=ExampleFormatter,
@@ -233,14 +233,14 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command.
+def main(argv: Sequence[str] | None = None, *, prog: str = "llava data images") -> None:
+    """Run the command, under the name `prog`.
 
     Raises:
         SystemExit: with status 1 if images are missing, see `--strict`.
     """
     log.setup_logging()
-    args = make_parser().parse_args(argv)
+    args = make_parser(prog).parse_args(argv)
     try:
         status = download_images(args)
     except KeyboardInterrupt:

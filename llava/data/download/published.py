@@ -98,7 +98,7 @@ def _file(row: dict[str, Any]) -> PublishedFile:
 def make_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
-        prog="download_data.sh",
+        prog="llava data download",
         description="Download the published data files, verify size and sha256, then download their images. A failed "
         "file does not stop the others; rerun the same command to resume.",
         epilog=EPILOG,
@@ -119,7 +119,7 @@ def make_parser() -> Parser:
         metavar="WORD",
         help="only files whose name contains one of these words, and the images that they list",
     )
-    add("--table", default=str(TABLE), help="another table of files")
+    add("--table", help="another table of files; default: the published one")
     parser.add_switch("--list", help="print the table and exit")
     parser.add_switch("--check", help="verify the existing files and download nothing")
     parser.add_switch("--images", default=True, help="also download the images (about 69 GB)")
@@ -153,7 +153,7 @@ def download_data(args: argparse.Namespace, image_words: Sequence[str]) -> int:
         args: parsed flags.
         image_words: further flags of download_images.py.
     """
-    table = read_table(Path(args.table))
+    table = read_table(Path(args.table or TABLE))
     files = chosen(table.files, args.only)
     data = Path(args.data_dir)
     if args.list:

@@ -73,7 +73,11 @@ def _defects(args: Namespace) -> frozenset[str]:
 
 def run_eval(argv: Sequence[str] | None = None) -> None:
     """Score one answer file; print the published table, then the strict scores with intervals."""
-    parser = Parser(prog="run_eval.py", description="Score one medical VQA answer file.")
+    parser = Parser(
+        prog="run_eval.py",
+        description="Score one medical VQA answer file.",
+        epilog="example: python llava/eval/run_eval.py --gt vqa_rad/test.json --pred answers.jsonl",
+    )
     parser.add_argument("--gt", required=True, type=Path, help="questions with references (test.json)")
     parser.add_argument("--pred", required=True, type=Path, help="answer file")
     parser.add_argument(
@@ -141,7 +145,11 @@ def run_eval_batch(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with status 1 if no file was scored.
     """
-    parser = Parser(prog="run_eval_batch.py", description="Score all medical VQA answer files under a folder.")
+    parser = Parser(
+        prog="run_eval_batch.py",
+        description="Score all medical VQA answer files under a folder.",
+        epilog="example: python llava/eval/run_eval_batch.py --pred-file-parent-path answers --gt-root data",
+    )
     parser.add_argument("--pred-file-parent-path", required=True, type=Path, help="folder searched for answer files")
     parser.add_argument("--target-test-type", default="test-answer-file", help=f"one of {', '.join(TEST_TYPES)}")
     parser.add_argument("--gt-root", type=Path, help="folder with DATASET/test.json or test.json; searched first")

@@ -53,7 +53,7 @@ def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         description="Score predicted reports against their references.",
-        epilog=f"example: {prog} predictions.jsonl --output-dir scores",
+        epilog="example: python llava/eval/rrg_eval/run.py predictions.jsonl --output-dir scores",
     )
     parser.add_argument(
         "file",

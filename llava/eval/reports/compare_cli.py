@@ -26,7 +26,6 @@ def _parser() -> Parser:
     parser = Parser(
         prog="llava reports compare",
         description="Compare predicted reports of two or more systems on the same references, first minus second.",
-        epilog="example: llava reports compare ours.jsonl theirs.jsonl --out comparison",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="prediction files with the same ids and references")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of compare.json")

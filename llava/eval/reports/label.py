@@ -61,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         prog="llava reports label",
         description="Label chest X-ray reports with 14 findings by rules (rule labels; not CheXbert).",
-        epilog="example: llava reports label predictions.jsonl --out labels.jsonl",
     )
     parser.add_argument("file", metavar="FILE", help="reports: JSON lines, JSON array, CSV or Parquet; - for stdin")
     parser.add_argument("--out", required=True, type=Path, help="JSON lines with labels and evidence, one per report")

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from llava.errors import ConfigError, DataError, LlavaError
 from llava.generation import fingerprint
-from llava.generation.options import add_engine_options, local_engine_of
+from llava.generation.options import IMAGE_HELP, MODEL_HELP, MORE_MODEL_HELP, add_engine_options, local_engine_of
 from llava.generation.protocol import Completion, Engine, Prompt, Sampling
 from llava.imaging.decode import resolve_image_path
+from llava.instruct.preferences import sampling_options
 from llava.instruct.preferences.rows import Asked, KeyedFile, read_questions
 from llava.instruct.preferences.sampling_options import add_sampling_options, sampling_of
 from llava.utils import log
@@ -93,13 +94,22 @@ def answer_row(asked: Asked, answers: Sequence[Completion], facts: dict[str, Any
     return {**asked.fields(), "answers": texts, "finishes": [one.finish for one in answers], **facts}
 
 
+FIRST_HELP = {
+    "files": ("--image-folder", "--out"),
+    **sampling_options.FIRST_HELP,
+    "sampling": ("--n", *sampling_options.FIRST_HELP["sampling"]),
+}
+"""Options that `llava preferences answer --help` shows."""
+
+MORE_HELP = {"files": ("--questions",), **sampling_options.MORE_HELP}
+"""Options that `llava preferences answer --help all` shows too."""
+
+
 def make_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
         prog="llava preferences answer",
         description="Sample answers to questions about images, several to each; rerun to resume.",
-        epilog="example: llava preferences answer questions.jsonl --model runs/stage1 --image-folder images "
-        "--out answers.jsonl",
     )
     parser.add_argument("questions", nargs="?", type=Path, help="rows with conversations, or images with questions")
     parser.add_argument("--questions", "--rows", "--question-file", dest="named", type=Path, help="the same as a flag")
@@ -115,6 +125,7 @@ def make_parser() -> Parser:
         max_new_tokens=1024,
         batch_size=32,
     )
+    parser.show_first(FIRST_HELP, MORE_HELP)
     return parser
 
 
@@ -182,7 +193,12 @@ def published_main(argv: Sequence[str] | None = None) -> None:
         LlavaError: as `main`.
     """
     log.setup_logging()
-    parser = Parser(prog="model_collectA.py", description="Sample two answers to each question that a model asked.")
+    parser = Parser(
+        prog="model_collectA.py",
+        description="Sample two answers to each question that a model asked.",
+        epilog="example: python llava/eval/model_collectA.py --model-path runs/stage1 --image-folder images "
+        "--question-file questions.jsonl --answers-file answers.jsonl",
+    )
     parser.add_argument("--image-folder", required=True, help="folder of the images")
     parser.add_argument("--question-file", type=Path, required=True, help="images with their questions")
     parser.add_argument("--answers-file", dest="out", type=Path, required=True, help="answers as JSON lines")
@@ -195,6 +211,10 @@ def published_main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=float, help="no effect, as in the original")
     parser.set_defaults(resume=True, retry_failed=False, batch_size=32)
     add_engine_options(parser)
+    parser.show_first(
+        {"files": ("--image-folder", "--question-file", "--answers-file"), "model": MODEL_HELP},
+        {"files": ("--num-chunks", "--chunk-idx"), "model": MORE_MODEL_HELP, "image files": IMAGE_HELP},
+    )
     args = parser.parse_args(argv)
     refuse_overwriting([args.question_file], {"answers_file": args.out})
     sampling = Sampling(max_new_tokens=1024, temperature=1.2, top_k=100, top_p=0.95, n=2, seed=args.seed)

@@ -76,7 +76,6 @@ def make_parser(by: str | None) -> Parser:
         prog="llava preferences judge",
         description="Judge which of the answers to each question is preferred; rerun to resume. The options below "
         "`--by` depend on it: `llava preferences judge --by endpoint --help`.",
-        epilog="example: llava preferences judge answers.jsonl --by reference --out judgments.jsonl",
     )
     parser.add_argument("answers", type=Path, help="rows of `llava preferences answer`")
     parser.add_argument("--out", type=Path, required=True, help="judgments as JSON lines, one line a question")

@@ -86,7 +86,6 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="llava preferences pairs",
         description="Turn judgments into preference rows.",
-        epilog="example: llava preferences pairs judgments.jsonl --out pairs.json --to published",
     )
     parser.add_argument("judgments", type=Path, help="rows of `llava preferences judge`")
     parser.add_argument("--out", type=Path, required=True, help="pairs: JSON lines (.jsonl), else a JSON array")

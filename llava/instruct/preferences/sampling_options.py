@@ -6,9 +6,20 @@ from argparse import Namespace
 from pathlib import Path
 
 from llava.errors import ConfigError
-from llava.generation.options import add_engine_options
+from llava.generation.options import IMAGE_HELP, MODEL_HELP, MORE_MODEL_HELP, add_engine_options
 from llava.generation.protocol import Sampling
 from llava.utils.cli import Parser
+
+FIRST_HELP = {"sampling": ("--temperature", "--max-new-tokens", "--seed"), "model": MODEL_HELP}
+"""Options of `add_sampling_options` that the short help shows, by topic."""
+
+MORE_HELP = {
+    "sampling": ("--top-k", "--top-p", "--batch-size"),
+    "model": MORE_MODEL_HELP,
+    "resuming": ("--resume", "--retry-failed"),
+    "image files": IMAGE_HELP,
+}
+"""Its options that only `--help all` shows."""
 
 
 def add_sampling_options(

@@ -1,4 +1,4 @@
-"""Commands of the delta and merge tools."""
+"""Commands of the delta and merge tools; torch is imported after the options are parsed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from llava.constants import DTYPES
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shards import open_tensors
 from llava.model.checkpoint.folder import copy_companions
 from llava.model.checkpoint.formats import CONFIG_FILE, read_json
 from llava.model.checkpoint.legacy_keys import ARCHITECTURES
-from llava.model.checkpoint.tools import delta
 from llava.model.checkpoint.weight_names import is_buffer, projector_suffix
 from llava.utils.cli import Parser
 from llava.utils.folders import new_folder
@@ -20,6 +21,9 @@ from llava.utils.jsonl import write_json
 from llava.utils.log import with_progress
 from llava.utils.plugins import add_plugin_option
 from llava.utils.terminal import write_out
+
+if TYPE_CHECKING:
+    from llava.model.checkpoint.tools.delta import WriteOptions
 
 GIGABYTE = 10**9
 
@@ -31,14 +35,14 @@ UPGRADES = {
 
 
 def _parser(prog: str, about: str, example: str) -> Parser:
-    parser = Parser(prog=prog, description=about, epilog=f"example: {example}")
+    parser = Parser(prog=prog, description=about, epilog=f"example: {prog} {example}")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest shard in gigabytes")
     return parser
 
 
 def _delta_parser(prog: str, about: str, example: str) -> Parser:
     parser = _parser(f"python -m llava.model.{prog}", about, example)
-    parser.add_argument("--dtype", choices=list(delta.DTYPES), default="float16", help="dtype of arithmetic and result")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype of arithmetic and result")
     parser.add_switch("--bin", help="write pytorch_model.bin files instead of safetensors")
     return parser
 
@@ -49,7 +53,9 @@ def _shard_bytes(args: Namespace) -> int:
     return int(args.max_shard_gb * GIGABYTE)
 
 
-def _writing(args: Namespace) -> delta.WriteOptions:
+def _writing(args: Namespace) -> WriteOptions:
+    from llava.model.checkpoint.tools import delta
+
     return delta.WriteOptions(delta.DTYPES[args.dtype], _shard_bytes(args), safe=not args.bin)
 
 
@@ -62,6 +68,8 @@ def apply_delta(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--delta-path", type=Path, required=True, help="folder of the delta")
     parser.add_switch("--verify", help="compare the result with the checksum in the delta")
     args = parser.parse_args(argv)
+    from llava.model.checkpoint.tools import delta
+
     found = delta.write_target(
         args.base_model_path, args.delta_path, args.target_model_path, _writing(args), verify=args.verify
     )
@@ -79,6 +87,8 @@ def make_delta(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--delta-path", type=Path, required=True, help="new folder")
     parser.add_argument("--hub-repo-id", help="hub repository to which the delta is also uploaded")
     args = parser.parse_args(argv)
+    from llava.model.checkpoint.tools import delta
+
     record = delta.write_delta(args.base_model_path, args.target_model_path, args.delta_path, _writing(args))
     write_out(f"{args.delta_path}: target - base, {args.dtype}, result sha256 {record['result_sha256']}\n")
     if args.hub_repo_id:
@@ -104,6 +114,8 @@ def consolidate_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--src", type=Path, required=True, help="folder of a model")
     parser.add_argument("--dst", type=Path, required=True, help="new folder")
     args = parser.parse_args(argv)
+    from llava.model.checkpoint.tools import delta
+
     writing = _writing(args)
     with open_tensors(args.src) as source, new_folder(args.dst) as folder:
         names = [name for name in source.names if not is_buffer(name)]

@@ -51,7 +51,9 @@ def part_options(args: Namespace) -> LoadOptions:
 
 
 def _run(argv: Sequence[str] | None, command: str, choices: Sequence[str], default: str) -> None:
-    parser = Parser(prog=f"llava checkpoint {command}", description=f"{command} a checkpoint to another format")
+    parser = Parser(
+        prog=f"llava checkpoint {command}", description=f"{command.capitalize()} a checkpoint to another format."
+    )
     parser.add_argument("source", help="checkpoint folder or weight file, of any kind that loads")
     parser.add_argument("target", help="new folder")
     parser.add_argument("--to", default=default, choices=list(choices), help="format to write")

@@ -100,9 +100,11 @@ def _short(value: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava checkpoint diff`; the exit status is 1 when tensors differ."""
-    parser = Parser(prog="llava checkpoint diff", description="compare two checkpoints; status 1 if a tensor differs")
-    parser.add_argument("first", type=Path)
-    parser.add_argument("second", type=Path)
+    parser = Parser(
+        prog="llava checkpoint diff", description="Compare two checkpoints; exit status 1 if a tensor differs."
+    )
+    parser.add_argument("first", type=Path, help="checkpoint folder or weight file, of any format")
+    parser.add_argument("second", type=Path, help="the one it is compared with")
     args = parser.parse_args(argv)
     first, second = Checkpoint.open(args.first), Checkpoint.open(args.second)
     ours, theirs = CheckpointWeights(first), CheckpointWeights(second)

@@ -141,9 +141,11 @@ def check_weights(checkpoint: Checkpoint) -> Iterator[DoctorFinding]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava checkpoint doctor`; the exit status is 1 if a finding is an error."""
-    parser = Parser(prog="llava checkpoint doctor", description="check a checkpoint for errors; status 1 if it has any")
+    parser = Parser(
+        prog="llava checkpoint doctor", description="Check a checkpoint for errors; exit status 1 if it has any."
+    )
     parser.add_argument("path", help="checkpoint folder or weight file")
-    parser.add_switch("--weights", help="read every value too")
+    parser.add_switch("--weights", help="also read every weight, for values that are not finite")
     add_plugin_option(parser)
     args = parser.parse_args(argv)
     inspection = inspect_checkpoint(args.path)

@@ -326,9 +326,9 @@ def inspection_json(inspection: Inspection) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava checkpoint inspect`."""
-    parser = Parser(prog="llava checkpoint inspect", description="list a checkpoint's content, tensor by tensor")
+    parser = Parser(prog="llava checkpoint inspect", description="List the content of a checkpoint, tensor by tensor.")
     parser.add_argument("path", help="checkpoint folder or weight file")
-    parser.add_switch("--json", help="JSON instead of text")
+    parser.add_switch("--json", help="write JSON instead of text")
     parser.add_switch("--summary", help="omit the list of tensors")
     add_plugin_option(parser)
     args = parser.parse_args(argv)
