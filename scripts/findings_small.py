@@ -10,10 +10,8 @@ bash scripts/findings_small.sh DATA_ROOT OUT
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
-import tarfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -22,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import BLANK_SIZE, GRAY
-from llava.data.converters.iu_xray import parse_xml
+from llava.data.packaged_reports import packaged_documents, section_texts
 from llava.data.report_rows import report_question
-from llava.errors import ConfigError, DataError, MissingDependency
+from llava.errors import ConfigError, DataError
 from llava.eval.reports.cli import score_main
 from llava.eval.reports.compare_cli import compare_main
 from llava.eval.reports.texts import commonest_sentence
@@ -41,7 +39,6 @@ from llava.utils.terminal import write_out
 Row = dict[str, Any]
 
 IMAGE_SIZE = 168
-ARCHIVE = "data/NLMCXR_reports.tgz"
 MAX_NEW_TOKENS = 96
 LOADING_SECONDS = 60.0
 """Imports, loading, saving and scoring, measured on two AVX2 cores."""
@@ -68,26 +65,13 @@ class Files:
 
 
 def packaged_reports() -> Iterator[Row]:
-    """Yield a text-only row for each report with findings in the package torchxrayvision, read where it lies.
-
-    Raises:
-        MissingDependency: the package is not installed.
-    """
-    spec = importlib.util.find_spec("torchxrayvision")  # found, never imported: it needs torchvision
-    path = None if spec is None or spec.origin is None else Path(spec.origin).parent / ARCHIVE
-    if path is None or not path.is_file():
-        raise MissingDependency("torchxrayvision is not installed; run: bash scripts/setup.sh rad")
-    with tarfile.open(path) as reports:
-        for member in reports:
-            stream = reports.extractfile(member) if member.name.endswith(".xml") else None
-            if stream is None:
-                continue
-            root = parse_xml(stream.read(), member.name)
-            texts = {part.get("Label", ""): "".join(part.itertext()).strip() for part in root.iter("AbstractText")}
-            if answer := " ".join(texts.get("FINDINGS", "").split()):
-                question = report_question("findings", " ".join(texts.get("INDICATION", "").split()))
-                turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-                yield {"id": member.name, "conversations": turns}
+    """Yield a text-only row for each packaged report with findings."""
+    for name, root in packaged_documents():
+        texts = section_texts(root)
+        if answer := texts.get("FINDINGS"):
+            question = report_question("findings", texts.get("INDICATION", ""))
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+            yield {"id": name, "conversations": turns}
 
 
 def xray_rows(path: Path) -> list[Row]:

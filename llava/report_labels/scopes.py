@@ -80,7 +80,9 @@ _SECTION = re.compile(  # headers of what was known before the image was read, a
     r"\b(?P<seen>findings?|impression|conclusion|report)[ \t]?:",
     re.IGNORECASE,
 )
-_CONDITION = re.compile(r"\bif\b[^,;]*?(?=[,;]|\bconsider|\brecommend|\bthen\b|$)")
+_CONDITION = re.compile(
+    r"\bif\b[^,;]*?(?=[,;]|\bconsider|\brecommend|\bthen\b|$)|\b(?:could|may|might|can) (?:obscure|hide|mask)\b[^,;]*"
+)
 
 
 def findings_parts(text: str) -> Iterator[tuple[int, int]]:
@@ -96,8 +98,9 @@ def findings_parts(text: str) -> Iterator[tuple[int, int]]:
 
 
 def condition_spans(sentence: str) -> list[tuple[int, int]]:
-    """Return the places of conditions (`if there is concern for fracture`), which state nothing."""
-    return [match.span() for match in _CONDITION.finditer(sentence)] if "if " in sentence else []
+    """Return the places of what states nothing: conditions (`if there is a mass`), what `could hide a nodule`."""
+    may_match = any(word in sentence for word in ("if ", " obscure", " hide", " mask"))
+    return [match.span() for match in _CONDITION.finditer(sentence)] if may_match else []
 
 
 def split_sentences(text: str) -> Iterator[tuple[int, int]]:
