@@ -63,6 +63,8 @@ class DecodedImage:
 DECODE_VERSION = 2
 """Version of the rules of decoding. Versions may give different pixels, so it is part of the image fingerprint."""
 
+POSTSCRIPT_STARTS = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+
 MAX_BYTES = 1 << 31
 """Largest file that is read, 2 GiB."""
 
@@ -203,6 +205,8 @@ def decode_image(
         kind = "its format is unknown"
         if data.startswith(TIFF_STARTS):
             kind = "its kind of TIFF (bits, byte order, colors) is not supported; convert it to PNG"
+        elif data.startswith(POSTSCRIPT_STARTS):
+            kind = "PostScript is a program, which is not run; convert it to PNG"
         raise DataError(f"image {name} cannot be decoded: {kind}") from error
     except Exception as error:  # decoders raise exceptions of any type: struct.error, IndexError, ...
         raise DataError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from error

@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from llava.errors import DataError
-from llava.imaging.dicom.streams import extent_of
+from llava.imaging.dicom.streams import check_scans, extent_of
 from llava.imaging.geometry import to_gray_or_rgb, windowed_levels
 
 _PHOTOMETRIC, _BITS, _PLANES = 262, 258, 284
@@ -33,21 +34,39 @@ _SWAPPED = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
+NOT_OPENED = ("EPS", "IPTC", "WMF")
+"""Formats for which Pillow runs a program that reads the file (PostScript), asks the system to draw it, or opens a file
+of any format inside it."""
+
 
 def open_stored(data: bytes) -> tuple[ImageFile, bool]:
     """Return the bytes of a file as an opened image, and whether its gray levels must be inverted.
 
     Raises:
-        UnidentifiedImageError: the format is unknown.
+        UnidentifiedImageError: the format is unknown, or one of `NOT_OPENED`.
     """
     try:
-        return Image.open(io.BytesIO(data)), False
+        return _open(data), False
     except UnidentifiedImageError:
         # Pillow knows white-is-zero for some depths and byte orders only; the rest differs in this one number.
         black_is_zero = _as_black_is_zero(data)
         if black_is_zero is None:
             raise
-        return Image.open(io.BytesIO(black_is_zero)), True
+        return _open(black_is_zero), True
+
+
+def _open(data: bytes) -> ImageFile:
+    Image.preinit()
+    try:
+        return Image.open(io.BytesIO(data), formats=_formats())
+    except UnidentifiedImageError:
+        if not Image.init():  # Pillow imports rare formats on demand; it has done so before
+            raise
+        return Image.open(io.BytesIO(data), formats=_formats())
+
+
+def _formats() -> list[str]:
+    return [name for name in Image.ID if name not in NOT_OPENED]
 
 
 def load_pixels(image: ImageFile, data: bytes, *, inverted: bool = False) -> Image.Image:
@@ -59,8 +78,10 @@ def load_pixels(image: ImageFile, data: bytes, *, inverted: bool = False) -> Ima
         inverted: see `open_stored`.
 
     Raises:
-        DataError: the image has color of more than 8 bits in a form that is not supported.
+        DataError: the image has color of more than 8 bits in a form that is not supported, or too many scans.
     """
+    if isinstance(image, JpegImageFile):
+        check_scans(data)
     samples = _deep_samples(image, data)
     if samples is not None:
         return windowed_levels(samples)
@@ -131,7 +152,7 @@ def _ppm_samples(image: PpmImageFile, data: bytes) -> NDArray[np.uint16] | None:
 
 def _second_pass(data: bytes, raw_modes: list[str]) -> NDArray[np.uint8]:
     """Return the bytes that a file gives when its tiles are read in other raw modes."""
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(data) as image:
         _set_raw_modes(image, raw_modes)
         image.load()
         return np.asarray(image)

@@ -5,8 +5,8 @@
     python -m tests.support.kills --kills 0            # full disks only
 
 Not in the default run of the tests: it takes about ten minutes. A full disk is a tmpfs of 20 MB where this user may
-mount one, else a file-size limit. Every line says what was done and what differed; the exit status is the number of
-differences.
+mount one, else a file-size limit. Commands run in forks of a preloaded process, except under such a limit. Every line
+says what was done and what differed; the exit status is the number of differences.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any
 from tests.support.check_files import row, smooth, write_rows
 from tests.support.fake_endpoint import FakeEndpoint, environment
 from tests.support.fake_endpoint import serve as serve_answers
+from tests.support.fast_python import fast_python
 from tests.support.file_server import Fault, FileServer
 from tests.support.file_server import serve as serve_files
 from tests.support.legacy_folders import write_legacy
@@ -44,6 +45,8 @@ FREE_SHARES = (0.05, 0.5, 0.9)
 """Room on the full disk, as shares of what the command writes."""
 
 LIMIT = 240.0
+PYTHON = "KILLS_PYTHON"
+"""Environment variable with the program that runs the commands, see `fast_python`."""
 
 
 @dataclass
@@ -68,9 +71,10 @@ class Scenario:
 
     def start(self, out: Path, *, errors: Any, limit: int | None = None) -> subprocess.Popen[bytes]:
         """Start the command in its own group of processes."""
-        limited = [] if limit is None else ["prlimit", f"--fsize={limit}"]
+        # A fork of another process would not inherit the limit.
+        python = [os.environ[PYTHON]] if limit is None else ["prlimit", f"--fsize={limit}", sys.executable]
         return subprocess.Popen(
-            [*limited, sys.executable, "-m", "llava.cli", *self.words(out)],
+            [*python, "-m", "llava.cli", *self.words(out)],
             cwd=ROOT,
             env={**os.environ, **self.environment},
             stdout=subprocess.DEVNULL,
@@ -273,6 +277,7 @@ def kill_once(scenario: Scenario, out: Path, draw: random.Random) -> tuple[str, 
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         ended = process.wait()
+    time.sleep(0.5)  # the fork ends soon after its client
     if not was_running:  # nothing was killed; some commands refuse a folder that is complete
         return difference(scenario, out, ended, ""), False
     status, text = scenario.finish(out)
@@ -330,7 +335,9 @@ def main() -> int:
         work = Path(name)
         os.environ |= {"LLAVA_CACHE": str(work / "cache"), "LLAVA_KEY_FILE": str(work / "key")}
         os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"}
-        with scenarios(work, args.only) as found:
+        with contextlib.ExitStack() as opened:
+            os.environ[PYTHON] = str(opened.enter_context(fast_python(work / "bin")))
+            found = opened.enter_context(scenarios(work, args.only))
             for key, scenario in found.items():
                 measure(key, scenario, work / f"{key}-whole" / "out")
             for number in range(args.kills):

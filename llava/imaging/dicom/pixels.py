@@ -21,7 +21,7 @@ from pydicom.uid import UID
 
 from llava.errors import DataError, MissingDependency
 from llava.imaging.dicom.header import PIXEL_TAGS, code_value, integer_value, number_value, suppress_pydicom_output
-from llava.imaging.dicom.streams import extent_of
+from llava.imaging.dicom.streams import check_scans, extent_of
 
 MAX_FRAMES = 1 << 20
 """A larger number of frames is treated as an error in the file."""
@@ -287,6 +287,7 @@ def _check_extent(dataset: FileDataset, pixel_format: PixelFormat, index: int) -
             f"holds a compressed image of {found.width} x {found.height} x {found.samples}, but its header states "
             f"{pixel_format.width} x {pixel_format.height} x {pixel_format.samples}"
         )
+    check_scans(frame)
     if dataset.file_meta.TransferSyntaxUID == uid.JPEGExtended12Bit and found.bits != 8:
         raise DataError(
             f"is stored as lossy JPEG of {found.bits} bits, for which no decoder has a free license; convert the file "

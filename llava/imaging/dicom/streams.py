@@ -1,9 +1,14 @@
-"""Size of a compressed image, read from its own header without decoding it."""
+"""Size and number of scans of a compressed image, read from its own bytes without decoding it."""
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+
+from llava.errors import DataError
+
+MAX_SCANS = 100
+"""Scans of a JPEG image, as libtiff limits them; progressive files have about ten."""
 
 _JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7})
 """Start-of-frame markers of JPEG and JPEG-LS."""
@@ -28,6 +33,17 @@ def extent_of(frame: bytes) -> Extent | None:
     if jpeg2000 >= 0:
         return _jpeg2000(frame, jpeg2000 + 4)
     return _jpeg(frame) if frame[:2] == b"\xff\xd8" else None
+
+
+def check_scans(frame: bytes) -> None:
+    """Check the number of scans of a JPEG image.
+
+    Raises:
+        DataError: there are more than `MAX_SCANS`.
+    """
+    # An empty scan takes a few bytes, and the decoder visits the whole image for it. Coded data never hold the marker.
+    if (number := frame.count(b"\xff\xda")) > MAX_SCANS:
+        raise DataError(f"has {number} JPEG scans; expected at most {MAX_SCANS}; save the image again")
 
 
 def _jpeg2000(frame: bytes, start: int) -> Extent | None:
