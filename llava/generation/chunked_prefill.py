@@ -162,16 +162,18 @@ class ChunkedScheduler(Scheduler):
                 room -= pieces[-1][1].length
         start = time.perf_counter()
         try:
-            logits = self.runner.read([extension for _, extension, _ in pieces], [embeds for *_, embeds in pieces])
+            extensions, embeds = [one for _, one, _ in pieces], [one for *_, one in pieces]
+            ending = [row for row, (job, one, _) in enumerate(pieces) if job.num_left == one.length]
+            logits = self.runner.read(extensions, embeds, ending)
         except Exception as error:
             self._put_back(self._stop_jobs(), error)
             return
         self.pace.note_piece(sum(extension.length for _, extension, _ in pieces), time.perf_counter() - start)
-        for row, (job, extension, _) in enumerate(pieces):
+        for job, extension, _ in pieces:
             job.parts.append(extension.states())
             job.num_read += extension.length
-            if not job.num_left:
-                self._finish(job, logits[row : row + 1])
+        for place, row in enumerate(ending):
+            self._finish(pieces[row][0], logits[place : place + 1])
 
     def _is_paced(self) -> bool:
         """Return whether running answers would wait too long for the whole next piece."""

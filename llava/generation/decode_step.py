@@ -1,4 +1,4 @@
-"""Decoding step of a Llama-like language model in few operator calls.
+"""Decoding step of a Llama-like language model in few operator calls; it also reads runs of new tokens.
 
     token ids --embedding--> [B, d] --layers: products, attention over the slots--> norm --head--> logits [B, V]
 
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava.generation.extension import ExtensionAttention
 from llava.generation.kv_cache import SlotCache
+from llava.generation.products import Product, product_of
 from llava.model.int8 import Int8Linear
 
 KNOWN_LAYERS: dict[str, Callable[[Any], int | None]] = {
@@ -31,66 +33,6 @@ finds the window of its attention."""
 
 ATTENTION_PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PRODUCTS = ("gate_proj", "up_proj", "down_proj")
-
-
-class Product:
-    """Product of rows [B, n] with the weight of a linear layer."""
-
-    def __init__(self, layer: Any) -> None:
-        """Use the weight as it is; keep a view of it that needs no call per step."""
-        self.weight = layer.weight.t()
-        self.bias = layer.bias
-        self.width = int(layer.out_features)
-
-    def rows_of(self, rows: Tensor) -> Tensor:
-        """Return rows in the dtype that the other methods take."""
-        return rows
-
-    def of(self, rows: Tensor) -> Tensor:
-        """Return the product [B, m]."""
-        return torch.mm(rows, self.weight) if self.bias is None else torch.addmm(self.bias, rows, self.weight)
-
-    def into(self, rows: Tensor, out: Tensor) -> None:
-        """Write the product to `out` [B, m]."""
-        if self.bias is None:
-            torch.mm(rows, self.weight, out=out)
-        else:
-            torch.addmm(self.bias, rows, self.weight, out=out)
-
-    def added(self, rows: Tensor, to: Tensor) -> Tensor:
-        """Return `to` [B, m] and the product."""
-        found = torch.addmm(to, rows, self.weight)
-        return found if self.bias is None else found.add_(self.bias)
-
-
-class Int8Product(Product):
-    """Product with a weight of 8 bits; rows are cast once for all products that read them."""
-
-    def __init__(self, layer: Int8Linear) -> None:
-        """Use the weight of a layer."""
-        self.layer = layer
-        self.width = layer.out_features
-
-    def rows_of(self, rows: Tensor) -> Tensor:
-        """Return rows in bfloat16."""
-        return rows.to(torch.bfloat16)
-
-    def of(self, rows: Tensor) -> Tensor:
-        """Return the product [B, m] in bfloat16."""
-        return self.layer.product(rows)
-
-    def into(self, rows: Tensor, out: Tensor) -> None:
-        """Write the product to `out` [B, m], in its dtype."""
-        out.copy_(self.layer.product(rows))
-
-    def added(self, rows: Tensor, to: Tensor) -> Tensor:
-        """Return `to` [B, m] and the product, in the dtype of `to`."""
-        return to + self.layer.product(rows)
-
-
-def product_of(layer: Any) -> Product:
-    """Return the product with the weight of a layer."""
-    return Int8Product(layer) if type(layer) is Int8Linear else Product(layer)
 
 
 class Norm:
@@ -175,19 +117,42 @@ class DecodeStep:
     @torch.inference_mode()
     def _logits(self, token_ids: Sequence[int], positions: Tensor, cache: SlotCache) -> Tensor:
         hidden = self.embedding(torch.tensor(token_ids, device=positions.device))
-        buffers = _Buffers(self, hidden, *self.rotary(hidden[:, None], positions))
+        cos, sin = self.rotary(hidden[:, None], positions)
+        states = _SlotStates(self, hidden, cos, sin, cache)
+        return self._after(self._through(hidden, states))
+
+    def read(self, hidden: Tensor, attention: ExtensionAttention, places: Tensor) -> Tensor:
+        """Return the logits [K, V] after some of the new tokens of several sequences.
+
+        Args:
+            hidden: [T, d] embeddings of the new tokens.
+            attention: attends to them and to what their sequences hold.
+            places: [K] tokens whose logits are wanted.
+        """
+        positions = attention.positions().to(hidden.device)[:, None]
+        cos, sin = self.rotary(hidden[:, None], positions)
+        states = _RunStates(self, hidden, cos, sin, attention)
+        found = self._through(hidden, states)
+        return self._after(found[places.to(found.device)])
+
+    def _through(self, hidden: Tensor, states: _States) -> Tensor:
+        """Return rows [B, d] after all layers."""
         for number, layer in enumerate(self.layers):
             normed = layer.query.rows_of(layer.norms[0].of(hidden))
-            attended = buffers.attend(layer, number, normed, cache)
+            attended = states.attend(layer, number, normed)
             hidden = layer.output.added(layer.output.rows_of(attended), hidden)
             normed = layer.gate.rows_of(layer.norms[1].of(hidden))
             gated = layer.activation(layer.gate.of(normed)).mul_(layer.up.of(normed))
             hidden = layer.down.added(gated, hidden)
+        return hidden
+
+    def _after(self, hidden: Tensor) -> Tensor:
+        """Return the logits [B, V] of rows [B, d] after all layers."""
         return self.head.of(self.head.rows_of(self.norm.of(hidden))).to(hidden.dtype)
 
 
-class _Buffers:
-    """Queries, keys and values of a step, with the views that all layers use, and its rotation."""
+class _States:
+    """Queries, keys and values of new tokens, with the views that all layers use, and their rotation."""
 
     def __init__(self, step: DecodeStep, hidden: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Take the rotation `cos`, `sin` [B, 1, D] of the new tokens."""
@@ -197,27 +162,63 @@ class _Buffers:
         self.num_heads = step.num_heads
         self.rows = num * step.num_key_heads
         self.query, self.key = both[:, :queries], both[:, queries:]
-        self.value = hidden.new_empty(num, keys)
-        self.values = self.value.view(-1, width)
         self.both = both.view(num, -1, width)
         self.halves = both.view(num, -1, 2, width // 2)
         self.shape = num, -1, width
-        self.by_head = self.rows, width
-        self.by_group = self.rows, -1, width
         self.flat = num, -1
         # Halves are exchanged, and the first one negated: the sign is that of the sine.
         self.cos, self.sin = cos, torch.cat([-sin[..., : width // 2], sin[..., width // 2 :]], dim=-1)
 
-    def attend(self, layer: DecodedLayer, number: int, normed: Tensor, cache: SlotCache) -> Tensor:
-        """Return the attention [B, Hq * D] of one layer; its keys and values are written to the slots."""
+    def rotated(self, layer: DecodedLayer, normed: Tensor) -> Tensor:
+        """Return the queries and the keys [B, Hq + Hk, D] of a layer."""
         layer.query.into(normed, self.query)
         layer.key.into(normed, self.key)
-        layer.value.into(normed, self.value)
         exchanged = self.halves.flip(2).view(self.shape)
-        rotated = torch.addcmul(self.both * self.cos, exchanged, self.sin)
+        return torch.addcmul(self.both * self.cos, exchanged, self.sin)
+
+    def attend(self, layer: DecodedLayer, number: int, normed: Tensor) -> Tensor:
+        """Return the attention [B, Hq * D] of one layer; its keys and values are kept."""
+        raise NotImplementedError
+
+
+class _SlotStates(_States):
+    """States of one new token for each slot."""
+
+    def __init__(self, step: DecodeStep, hidden: Tensor, cos: Tensor, sin: Tensor, cache: SlotCache) -> None:
+        """Write to the slots of a cache."""
+        super().__init__(step, hidden, cos, sin)
+        self.cache = cache
+        self.value = hidden.new_empty(len(hidden), self.key.shape[1])
+        self.values = self.value.view(-1, step.width)
+        self.by_head = self.rows, step.width
+        self.by_group = self.rows, -1, step.width
+
+    def attend(self, layer: DecodedLayer, number: int, normed: Tensor) -> Tensor:
+        """Return the attention [B, Hq * D] of one layer; its keys and values are written to the slots."""
+        layer.value.into(normed, self.value)
+        rotated = self.rotated(layer, normed)
         queries = (rotated[:, : self.num_heads] * layer.scaling).view(self.by_group)
         keys = rotated[:, self.num_heads :].reshape(self.by_head)
-        return cache.attend_heads(number, queries, keys, self.values, layer.window).view(self.flat)
+        return self.cache.attend_heads(number, queries, keys, self.values, layer.window).view(self.flat)
+
+
+class _RunStates(_States):
+    """States of runs of new tokens of several sequences."""
+
+    def __init__(
+        self, step: DecodeStep, hidden: Tensor, cos: Tensor, sin: Tensor, attention: ExtensionAttention
+    ) -> None:
+        """Attend with `attention`, which keeps keys and values."""
+        super().__init__(step, hidden, cos, sin)
+        self.attention = attention
+
+    def attend(self, layer: DecodedLayer, number: int, normed: Tensor) -> Tensor:
+        """Return the attention [T, Hq * D] of one layer."""
+        rotated = self.rotated(layer, normed).transpose(0, 1)[None]
+        values = layer.value.of(normed).to(rotated.dtype).view(self.shape).transpose(0, 1)[None]
+        queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
+        found = self.attention.attend(number, queries, keys, values, scaling=layer.scaling, window=layer.window)
+        return found.reshape(self.flat)
 
 
 def can_decode(model: Any) -> bool:

@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 import torch
 
 from llava.errors import ConfigError, GenerationError
+from llava.generation.answering_mode import AnsweringMode
 from llava.generation.failures import named, refusal
 from llava.generation.handle import Handle
 from llava.generation.protocol import Prompt, Sampling
 from llava.generation.request import Request
-from llava.generation.runners import AnsweringMode
 from llava.generation.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)

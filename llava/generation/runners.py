@@ -7,13 +7,12 @@ PaddedRunner  left-padded rows and the model's own cache; a batch ends before th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava.data.encode import Encoded
 from llava.data.flat_batch import Layout, flatten
@@ -24,7 +23,6 @@ from llava.generation.extension import Extension, ExtensionAttention
 from llava.generation.kv_buffers import bytes_per_token
 from llava.generation.kv_cache import CapturedRow, Path, SlotCache, divided_paths
 from llava.generation.prefix_cache import KeyValues
-from llava.model.quantization import quantized_layers
 
 
 class Prefill(Protocol):
@@ -84,32 +82,6 @@ class Runner(Protocol):
     def bytes_for(self, sequences: Sequence[tuple[Encoded, int]]) -> int:
         """Return the bytes of keys and values that sequences need, each with a number of tokens to come."""
         ...
-
-
-class AnsweringMode:
-    """Mode in which a model answers: no gradients and no dropout.
-
-    4-bit layers stay in training mode, which is the same computation: on the CPU, one run in evaluation mode without
-    gradients changes their weights to a form that never gives gradients again.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        """List the modules once; a model whose modules change (an adapter) needs a new object."""
-        quantized = {id(layer) for layer in quantized_layers(model)}
-        self._modes = [(module, id(module) in quantized) for module in model.modules()]
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Enter the mode; restore the mode of every module afterwards."""
-        switched = [module for module, training in self._modes if module.training != training]
-        for module in switched:
-            module.training = not module.training
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module in switched:
-                module.training = not module.training
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +151,7 @@ class SlotRunner:
             new_images: numbers of the images from there on.
             pixels: their pixels by image key.
         """
+        self._before_first()
         device = self.model.device
         embeds: Tensor = self.model.get_input_embeddings()(torch.tensor(encoded.input_ids[start:], device=device))
         if not new_images:
@@ -191,20 +164,47 @@ class SlotRunner:
             embeds[first - start : stop - start] = features.to(embeds.device, embeds.dtype)
         return embeds[None]
 
-    def read(self, extensions: Sequence[Extension], embeds: Sequence[Tensor]) -> Tensor:
-        """Read embedded tokens [1, n, d] of sequences without a slot; return the logits [K, V] after each."""
-        return self._forward_extensions(extensions, inputs_embeds=torch.cat(list(embeds), dim=1))
+    def read(
+        self, extensions: Sequence[Extension], embeds: Sequence[Tensor], wanted: Sequence[int] | None = None
+    ) -> Tensor:
+        """Read embedded tokens [1, n, d] of several sequences in one forward pass.
+
+        Args:
+            extensions: where their keys and values are kept.
+            embeds: the tokens of each.
+            wanted: numbers of those sequences whose next token is chosen now; None for all.
+
+        Returns:
+            Logits [K, V] after the last token of each wanted sequence.
+        """
+        attention, states = ExtensionAttention(extensions), torch.cat(list(embeds), dim=1)
+        places = attention.last_places()
+        places = places if wanted is None else places[list(wanted)]
+        self.num_read += states.shape[1]
+        if self.step is not None:
+            return self.step.read(states[0], attention, places)
+        device = self.model.device
+        output = self.model(
+            inputs_embeds=states,
+            position_ids=attention.positions().to(device)[None],
+            attention_mask=torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device),
+            slots=attention,
+            use_cache=False,
+            logits_to_keep=places.to(device),
+        )
+        logits: Tensor = output.logits[0]
+        return logits
 
     def join(self, row: FlatRow | KnownRow, members: Sequence[int]) -> None:
         """Copy the keys and values of these sequences into slots."""
-        self._before_first()
         if isinstance(row, KnownRow):
             self.cache.join_parts(row.name, row.stem_length, row.parts, len(members))
         else:
+            self._before_first()
             self.cache.join(row.captured, [row.paths[member] for member in members])
 
     def _before_first(self) -> None:
-        """Choose how the next sequences are decoded; the modules of the model may change while none runs."""
+        """Choose how the next sequences are read and decoded; the modules of the model may change while none runs."""
         if not self.cache.num_running:
             self.step = DecodeStep(self.model) if can_decode(self.model) else None
 
@@ -230,25 +230,9 @@ class SlotRunner:
     def extend(self, numbers: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Tensor:
         """Read more tokens of some slots in one forward pass, on top of the keys and values that they hold."""
         extensions = self.cache.begin_extension(numbers, [len(ids) for ids in token_ids])
-        ids = torch.tensor([token for ids in token_ids for token in ids], device=self.model.device)
-        logits = self._forward_extensions(extensions, input_ids=ids[None])
+        ids = torch.tensor([token for tokens in token_ids for token in tokens], device=self.model.device)
+        logits = self.read(extensions, [self.model.get_input_embeddings()(ids)[None]])
         self.cache.end_extension(extensions)
-        return logits
-
-    def _forward_extensions(self, extensions: Sequence[Extension], **tokens: Tensor) -> Tensor:
-        """Run new tokens of several sequences and return the logits after the last of each."""
-        attention = ExtensionAttention(extensions)
-        device = self.model.device
-        output = self.model(
-            **tokens,
-            position_ids=attention.positions().to(device)[None],
-            attention_mask=torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device),
-            slots=attention,
-            use_cache=False,
-            logits_to_keep=attention.last_places().to(device),
-        )
-        self.num_read += sum(extension.length for extension in extensions)
-        logits: Tensor = output.logits[0]
         return logits
 
     def leave(self, number: int) -> None:

@@ -12,6 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from llava.data.encode import Encoded
 from llava.generation.decode_step import can_decode
+from llava.generation.extension import PartsExtension
+from llava.generation.products import Product
 from llava.generation.runners import SlotRunner
 from llava.model.int8 import quantize_text_layers
 from llava.model.lora import add_lora
@@ -51,6 +53,41 @@ def test_the_step_equals_the_models_forward(lm: str, sizes: dict[str, Any], num:
     found, wanted = (logits_of(model, num, is_fast=is_fast) for is_fast in (True, False))
     # Rounding of float32 sums of some hundred terms, on logits of the size of `wanted`.
     assert torch.allclose(found, wanted, atol=1e-5 * float(wanted.abs().max()))
+
+
+def read_in_pieces(model: Any, *, is_fast: bool) -> torch.Tensor:
+    """Return the logits [2, V] after two prompts that are read in two passes; the first is longer by a piece."""
+    runner = SlotRunner(model, image_token_id=model.config.image_token_id, max_slots=8, max_length=200)
+    long, short = sequences(2)[1], sequences(1)[0]
+    with torch.no_grad():
+        embeds = [runner.embed(one, 0, [], {}) for one in (long, short)]
+        assert runner.step is not None
+        if not is_fast:
+            runner.step = None
+        first = PartsExtension([], 0, 6)
+        assert len(runner.read([first], [embeds[0][:, :6]], [])) == 0
+        second = [
+            PartsExtension([first.states()], 6, len(long.input_ids) - 6),
+            PartsExtension([], 0, len(short.input_ids)),
+        ]
+        return runner.read(second, [embeds[0][:, 6:], embeds[1]])
+
+
+@pytest.mark.parametrize(("lm", "sizes"), MODELS)
+def test_prompts_that_are_read_equal_the_models_forward(lm: str, sizes: dict[str, Any]) -> None:
+    model = tiny_llava(lm=lm, lm_sizes=sizes).model.eval()
+    found, wanted = (read_in_pieces(model, is_fast=is_fast) for is_fast in (True, False))
+    # As above.
+    assert torch.allclose(found, wanted, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 4, 8, 9])
+@pytest.mark.parametrize(("num_outputs", "has_bias"), [(1 << 14, True), (1 << 11, False)])
+def test_products_of_few_rows(rows: int, num_outputs: int, has_bias: bool) -> None:
+    layer = nn.Linear(256, num_outputs, bias=has_bias).requires_grad_(False)
+    states = torch.randn(rows, 256, generator=torch.Generator().manual_seed(0))
+    # Sums of 256 terms of at most 1/16 each in another order.
+    assert torch.allclose(Product(layer).of(states), layer(states), atol=1e-5)
 
 
 def test_the_step_in_bfloat16() -> None:

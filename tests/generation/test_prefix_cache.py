@@ -170,7 +170,7 @@ def test_a_piece_of_a_long_prompt_is_read_between_two_steps(loaded: LoadedModel)
     engine = caching(loaded, prefill_chunk=16, prefix_cache_mb=0)
     runner, order = engine.scheduler.runner, []
     read, decode = runner.read, runner.decode
-    runner.read = lambda extensions, embeds: order.append(sum(e.length for e in extensions)) or read(extensions, embeds)
+    runner.read = lambda extensions, *rest: order.append(sum(e.length for e in extensions)) or read(extensions, *rest)
     runner.decode = lambda ids: order.append(0) or decode(ids)
     running = engine.submit(ask("x"), Sampling(max_new_tokens=200))
     next(iter(running))
@@ -213,10 +213,10 @@ def test_a_prompt_on_which_the_model_fails_ends_alone(loaded: LoadedModel) -> No
     runner = engine.scheduler.runner
     read, poison = runner.read, length_of(engine, ask("Poisoned prompt!", 1))
 
-    def reading(extensions: Any, embeds: Any) -> torch.Tensor:
+    def reading(extensions: Any, *rest: Any) -> torch.Tensor:
         if any(extension.start + extension.length == poison for extension in extensions):
             raise IndexError("index 7 is out of bounds")
-        return read(extensions, embeds)
+        return read(extensions, *rest)
 
     runner.read = reading
     prompts = [ask(f"Good {number}?", number % 3) for number in range(10)]

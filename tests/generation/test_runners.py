@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig
 
+from llava.generation.answering_mode import AnsweringMode
 from llava.generation.engine import LocalEngine
 from llava.generation.protocol import Prompt, Sampling
-from llava.generation.runners import AnsweringMode
 from llava.model.builder import LoadedModel, build_model
 from llava.model.lora import add_lora
 from llava.samples import Conversation, Turn
