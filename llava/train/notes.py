@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from llava.processing import LlavaMedProcessor
 from llava.tokenization import token_id
+from llava.train.next_commands import next_commands
+from llava.train.run_page import PAGE_FILE
 from llava.train.trainer import LlavaTrainer
 
 logger = logging.getLogger(__name__)
@@ -47,9 +50,7 @@ def log_end(trainer: LlavaTrainer) -> None:
         )
     best = "" if state.best_metric is None else f", best {trainer.args.metric_for_best_model} {state.best_metric:.4g}"
     logger.info("model: %s (%d steps%s)", folder, state.global_step, best)
-    logger.info(
-        "next: llava eval --model %s --data test.json --image-folder images --out %s/eval\n"
-        "llava chat --model %s --image image.png\n"
-        "llava checkpoint export %s %s-hf --to hf",
-        *(folder,) * 5,
-    )
+    if (page := Path(folder) / PAGE_FILE).is_file():
+        logger.info("page: %s", page)
+    if commands := next_commands(Path(folder)):
+        logger.info("next:\n%s", "\n".join(commands))
