@@ -89,6 +89,7 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 assert page.until(f"{off}.every(b => b.disabled)") and until(
                     lambda: server.num_votes == {"upvote": 1}, 30.0
                 )
+                assert page.faint_texts() == []
                 page.click("Clear")
                 assert page.until(f"{ANSWERS} == '' && !document.querySelector('.llava-frame')")
                 page.resize(390, 844)
@@ -96,6 +97,11 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 unnamed = "[...document.querySelectorAll('button')].filter(b => !(b.innerText.trim() || b.ariaLabel))"
                 assert page.value(f"{unnamed}.length") == 0
                 page.save_screenshot(tmp_path / "narrow.png")
+                page.prefer_dark(True)
+                page.open(url, width=390, height=844)
+                assert has_model(page)
+                assert page.value("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+                assert page.faint_texts() == []
             assert page.requests == {url} and page.errors == []
 
 

@@ -29,6 +29,54 @@ from tests.support.processes import started
 KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, "")}
 
 
+MIN_CONTRAST = 4.5
+"""Least contrast of small text to what is behind it, WCAG AA."""
+
+FAINT = """((least) => {
+  document.querySelectorAll("details").forEach(one => one.open = true);
+  const numbers = color => color.match(/[0-9.]+/g).map(Number);
+  const over = (top, below) => {
+    const [r, g, b, a = 1] = top;
+    return [r, g, b].map((value, i) => a * value + (1 - a) * below[i]);
+  };
+  const luminance = color => {
+    const [r, g, b] = color.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const layers = one => {
+    const found = [];
+    for (let at = one; at; at = at.parentElement) found.push(numbers(getComputedStyle(at).backgroundColor));
+    return found;
+  };
+  const shapes = (one, box) => one.ownerSVGElement ? [...one.ownerSVGElement.querySelectorAll("rect")].filter(rect => {
+    const area = rect.getBoundingClientRect(), x = (box.left + box.right) / 2, y = (box.top + box.bottom) / 2;
+    return area.left <= x && x <= area.right && area.top <= y && y <= area.bottom;
+  }).map(rect => getComputedStyle(rect).fill).filter(fill => fill != "none").map(numbers) : [];
+  const faint = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  let seen = 0;
+  while (walk.nextNode()) {
+    const text = walk.currentNode, one = text.parentElement, style = getComputedStyle(one);
+    const range = document.createRange();
+    range.selectNodeContents(text);
+    const box = range.getBoundingClientRect();
+    if (!text.textContent.trim() || !box.width || !box.height || one.closest("script, style, :disabled")
+      || !one.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+    seen += 1;
+    let back = [255, 255, 255];
+    for (const layer of [...layers(one).reverse(), ...shapes(one, box)]) back = over(layer, back);
+    let opacity = 1;
+    for (let at = one; at; at = at.parentElement) opacity *= Number(getComputedStyle(at).opacity);
+    const [r, g, b, a = 1] = numbers(one.ownerSVGElement ? style.fill : style.color);
+    const [dark, light] = [luminance(over([r, g, b, a * opacity], back)), luminance(back)].sort((x, y) => x - y);
+    const contrast = (light + 0.05) / (dark + 0.05);
+    if (contrast < least) faint.push(`${contrast.toFixed(2)} ${one.tagName}.${one.className.baseVal ?? one.className}: `
+      + text.textContent.trim().slice(0, 40));
+  }
+  return seen ? faint : ["no text"];
+})(LEAST)"""
+"""Script that lists the visible texts with less contrast; those of controls that are off do not count."""
+
+
 class DevTools:
     """Connection to a browser, for all of its pages."""
 
@@ -116,6 +164,11 @@ class BrowserPage:
         found = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def faint_texts(self) -> list[str]:
+        """Return the visible texts whose contrast is below `MIN_CONTRAST`, each after its contrast and element."""
+        found: list[str] = self.value(FAINT.replace("LEAST", str(MIN_CONTRAST)))
+        return found
 
     def until(self, script: str, seconds: float = 30.0) -> bool:
         """Wait until a script returns true."""

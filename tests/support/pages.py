@@ -19,6 +19,11 @@ from llava.eval.judge.scores import Rated
 from llava.eval.judge.summary import MEASURES
 from llava.eval.medvqa.items import ScoredItem
 from llava.eval.medvqa.page import write_page as write_evaluation_page
+from llava.eval.reports.cli import score_main
+from llava.eval.rules.cases import RuleDialogue
+from llava.eval.rules.page import write_page as write_rules_evaluation_page
+from llava.eval.rules.report import STYLE_SCORES
+from llava.eval.rules.scores import HeldDialogue
 from llava.imaging.dicom.policy import DicomPolicy
 from llava.quickstart.report import write_page as write_quickstart_page
 from llava.samples import Conversation, Origin, Sample, Turn
@@ -216,6 +221,65 @@ def rollouts_page(folder: Path, mark: Marks) -> Path:
     return folder / "page.html"
 
 
+def reports_page(folder: Path, mark: Marks) -> Path:
+    """Write the page of `llava reports score`."""
+    images = write_images(folder / "images", [IMAGE])
+    findings = ("Small effusion. Possible edema.", "No pneumothorax. Small effusion.")
+    rows = [
+        {
+            "id": mark(f"id-{n}"),
+            "image": IMAGE,
+            "prediction": f"{findings[n]} {mark(f'prediction-{n}')}",
+            "reference": f"{findings[0]} {mark(f'reference-{n}')}",
+        }
+        for n in range(2)
+    ]
+    write_records(folder / "in.jsonl", rows)
+    words = [str(folder / "in.jsonl"), "--output-dir", str(folder), "--image-folder", str(images)]
+    score_main([*words, "--scorers", "ROUGE-L,rules", "--num-resamples", "2"])
+    return folder / "report.html"
+
+
+def rules_evaluation_page(folder: Path, mark: Marks) -> Path:
+    """Write the page of `llava eval --rules`."""
+    images = write_images(folder / "images", [IMAGE])
+    node, style, hint = mark("node"), mark("style"), mark("hint")
+    dialogue = RuleDialogue(
+        id=mark("id"),
+        case="case",
+        image=IMAGE,
+        group="",
+        truth={node: mark("truth")},
+        asked=(node, node),
+        style=style,
+        hint=hint,
+        contexts=("unknown", "unknown"),
+        questions=(mark("question"), "again?"),
+    )
+    answers, values = (mark("answer"), "right"), (mark("value"), dialogue.truth[node])
+    held = HeldDialogue(dialogue, answers, values, (False, False), (mark("rule"),), failed=False, unfinished=0)
+    score = {"answered": ESTIMATE, "blank": ESTIMATE, "difference": ESTIMATE}
+    report = {
+        "counts": {mark("count"): 1},
+        "scores": {mark("score"): score},
+        "styles": {style: dict.fromkeys(STYLE_SCORES, ESTIMATE)},
+        "nodes": {node: {"accuracy": ESTIMATE, "macro_f1": ESTIMATE}},
+        "contradictions": {"per_conversation": ESTIMATE, "by_constraint": {mark("constraint"): 1}},
+        "order_invariance": ESTIMATE,
+        "flips": {hint: ESTIMATE},
+        "provenance": {mark("key"): mark("value")},
+    }
+    write_rules_evaluation_page(
+        folder / "page.html",
+        title=mark("title"),
+        report=report,
+        held=[held],
+        open_image=lambda name: Image.open(images / name),
+        note=mark("note"),
+    )
+    return folder / "page.html"
+
+
 def _run_folder(folder: Path, mark: Marks, *, rate: float) -> Path:
     """Write the folder of a training run with a curve, a held-out answer and an evaluation."""
     (folder / "eval").mkdir(parents=True)
@@ -263,4 +327,6 @@ PAGES: dict[str, Callable[[Path, Marks], Path]] = {
     "row": row_page,
     "rules": rules_page,
     "rollouts": rollouts_page,
+    "reports": reports_page,
+    "rules_evaluation": rules_evaluation_page,
 }

@@ -15,7 +15,7 @@ from tests.support.pages import IMAGE, PAGES, Marks
 TEMPLATES = sorted(file.name for file in files("llava.utils").joinpath("templates").iterdir())
 
 TAGS = "html head meta title style body h1 h2 h3 p b br div span img table thead tbody tr th td dl dt dd pre"
-TAGS += " svg rect line text polyline input label details summary"
+TAGS += " svg rect line text polyline input label details summary b sup"
 """Elements of the templates; none of them runs code."""
 
 
@@ -55,6 +55,10 @@ def test_names_of_images_stay_in_their_attribute(marks_and_page: tuple[Marks, Pa
     names = {value for name, value in elements.attributes if name == "alt"}
     assert bool(names) == ("img" in elements.tags)
     assert names <= {IMAGE, f"other {IMAGE}", "row 4", "image of the row"}
+
+
+def test_every_template_has_a_page() -> None:
+    assert {f"{name}.html" for name in PAGES} == set(TEMPLATES) - {"base.html", "parts.html"}
 
 
 def test_no_attribute_leads_out_of_the_page(marks_and_page: tuple[Marks, Path]) -> None:

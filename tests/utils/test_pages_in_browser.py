@@ -47,6 +47,18 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserPage]:
         yield page
 
 
+def test_faint_texts_are_found(chromium: BrowserPage, tmp_path: Path) -> None:
+    shapes = "<rect width=90 height=40 fill=black></rect><text x=5 y=20 fill=black>on black</text>"
+    texts = f"""<p style='color: #949494'>gray</p><p style='color: #767676'>dark gray</p><svg>{shapes}</svg>
+        <div style='opacity: .4'><p>pale</p></div><p hidden style='color: white'>no</p>
+        <details><p style='color: white'>white</p></details>"""
+    (tmp_path / "page.html").write_text(f"<!doctype html><body style='background: #fff; color: #000'>{texts}")
+    chromium.prefer_dark(False)
+    chromium.open((tmp_path / "page.html").as_uri())
+    assert chromium.until("document.readyState == 'complete' && !!document.querySelector('details')")
+    assert [text.split(": ")[1] for text in chromium.faint_texts()] == ["gray", "on black", "pale", "white"]
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_pages_fit_and_are_readable(
@@ -62,6 +74,7 @@ def test_pages_fit_and_are_readable(
         assert chromium.value(HIDDEN) == [], name
         back = chromium.value("getComputedStyle(document.body).backgroundColor")
         assert (back == "rgb(255, 255, 255)") is not dark, name
+        assert chromium.faint_texts() == [], name
         chromium.resize(width, min(chromium.value("document.documentElement.scrollHeight"), 4000))
         chromium.save_screenshot(folder / f"{name}-{width}-{'dark' if dark else 'light'}.png")
     assert chromium.requests <= {"file://"} and chromium.errors == []
