@@ -42,7 +42,7 @@ def absent_marks(processor: LlavaMedProcessor) -> Sequence[str]:
 
 def log_end(trainer: LlavaTrainer) -> None:
     """Log where the model of a finished run is, its best score, and what to do next."""
-    folder, state = trainer.args.output_dir, trainer.state
+    folder, state = Path(str(trainer.args.output_dir)), trainer.state
     if state.max_steps == 1:
         logger.info(
             "the run took a single optimizer step, so it has one loss and no curve; for more steps lower "
@@ -50,7 +50,7 @@ def log_end(trainer: LlavaTrainer) -> None:
         )
     best = "" if state.best_metric is None else f", best {trainer.args.metric_for_best_model} {state.best_metric:.4g}"
     logger.info("model: %s (%d steps%s)", folder, state.global_step, best)
-    if (page := Path(folder) / PAGE_FILE).is_file():
+    if (page := folder / PAGE_FILE).is_file():
         logger.info("page: %s", page)
-    if commands := next_commands(Path(folder)):
+    if commands := next_commands(folder):
         logger.info("next:\n%s", "\n".join(commands))
