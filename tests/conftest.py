@@ -8,21 +8,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Before torch is imported: recorded values and bit equality hold on a CPU, and forked ranks cannot use CUDA. Commands
 # that the tests start inherit it. `benchmarks.gpu_throughput` checks a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+from llava.model import precision
 from llava.model.builder import LoadedModel, build_model
 from llava.utils.plugins import unload_plugins
 from tests.support.fast_python import fast_python
+from tests.support.process_state import fresh_state
 from tests.support.runs import write_parts, write_uneven
 from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
 
 ROOT = Path(__file__).resolve().parent.parent
 
-settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+# A busy machine is no failure, and the same commit has the same examples every time; `--hypothesis-profile explore`
+# draws others.
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("tests", settings.get_profile("explore"), derandomize=True)
 settings.load_profile("tests")
 
 
@@ -36,6 +41,19 @@ def pytest_collection_finish() -> None:
     gc.enable()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def process_state() -> Iterator[None]:
+    """No test depends on what another one left in the process."""
+    with fresh_state():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def equal_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test in this process depends on how fast this CPU is with half precision."""
+    monkeypatch.setattr(precision, "_measured", lambda *_: 1.0)
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ def kill_after_some(folder: Path, endpoint: FakeEndpoint) -> int:
     store = folder / "out" / "one.replies.jsonl"
     endpoint.pause = 0.1
     with started(words(folder), cwd=ROOT, env=environment(endpoint), stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not (store.is_file() and store.read_bytes().count(b"\n") >= KILLED_AFTER):
             assert process.poll() is None and time.monotonic() < deadline, "it ended before it was killed"
             time.sleep(0.01)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,9 +23,10 @@ from tests.support.generation_tools import (
     logits_without_cache,
     mixed_prompts,
     one,
-    slow_down,
+    wait_for_readers,
 )
 from tests.support.tiny import tiny_llava
+from tests.support.waiting import until
 
 SAMPLING = Sampling(max_new_tokens=24, temperature=1.0, seed=17, logprobs=True)
 ENDLESS = Sampling(max_new_tokens=1500)
@@ -41,13 +40,6 @@ def loaded() -> LoadedModel:
 @pytest.fixture
 def engine(loaded: LoadedModel) -> LocalEngine:
     return engine_of(loaded)
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
-    limit = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.005)
 
 
 def last(events: list[Event]) -> Event:
@@ -87,7 +79,7 @@ def test_several_answers_have_events_of_their_own(engine: LocalEngine, temperatu
 
 
 def test_clients_that_read_see_almost_every_token(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow_down(engine, monkeypatch)  # readers that get no time on a busy machine see fewer, longer pieces
+    wait_for_readers(engine, monkeypatch)  # which may get no time on a busy machine
     num_pieces: list[int] = []
 
     def read(number: int) -> None:
@@ -106,7 +98,7 @@ def test_a_client_that_does_not_read_gets_one_merged_piece(engine: LocalEngine) 
     slow = engine.submit(ask("Slow.", 0), SAMPLING)
     quick = engine.submit(ask("Quick.", 1), SAMPLING)
     list(quick)
-    wait_until(lambda: slow.is_over)
+    assert until(lambda: slow.is_over)
     [event] = slow.take()
     assert event.completion is not None and event.token_ids == event.completion.token_ids
     assert event.text == event.completion.text and slow.take() == []
@@ -115,8 +107,8 @@ def test_a_client_that_does_not_read_gets_one_merged_piece(engine: LocalEngine) 
 def test_news_are_announced_once_until_they_are_taken(engine: LocalEngine) -> None:
     announced = threading.Semaphore(0)
     handle = engine.submit(ask("News?", 0), SAMPLING, notify=announced.release)
-    wait_until(lambda: handle.is_over)
-    assert announced.acquire(timeout=5) and not announced.acquire(blocking=False)
+    assert until(lambda: handle.is_over)
+    assert announced.acquire(timeout=120) and not announced.acquire(blocking=False)
     assert last(handle.take()).finish is not None
 
 
@@ -139,7 +131,7 @@ def test_canceling_frees_the_slot(loaded: LoadedModel, when: str) -> None:
         handle.cancel()
         assert handle.is_over and list(handle) == [] and handle.take() == []
         assert handle.completions()[0].error == "the request was canceled"
-    wait_until(lambda: engine.driver.num_running == 0 and not engine.scheduler.has_work)
+    assert until(lambda: engine.driver.num_running == 0 and not engine.scheduler.has_work)
     assert engine.driver.num_unfinished == 0
     assert one(engine, ask("Next?"), SAMPLING).error is None
 
@@ -147,7 +139,7 @@ def test_canceling_frees_the_slot(loaded: LoadedModel, when: str) -> None:
 def test_the_model_runs_on_while_a_consumer_of_a_stream_pauses(engine: LocalEngine) -> None:
     stream = engine.stream(ask("Pause.", 0), SAMPLING)
     next(stream)
-    wait_until(lambda: engine.driver.num_running == 0)
+    assert until(lambda: engine.driver.num_running == 0)
     assert [*stream][-1] == one(engine, ask("Pause.", 0), SAMPLING).text
 
 
@@ -176,9 +168,8 @@ def test_a_bad_request_ends_alone_and_says_why(engine: LocalEngine) -> None:
     bad = ended(engine, surrogate)
     assert bad.finish == "error" and isinstance(bad.cause, NotUnicodeError)
     assert "turn 0" in str(bad.error) and "character 1" in str(bad.error)
-    started = time.monotonic()
     long = ended(engine, ask("word " * 2_000_000))
-    assert isinstance(long.cause, PromptTooLongError) and time.monotonic() - started < 1
+    assert isinstance(long.cause, PromptTooLongError) and "characters" in str(long.error)  # not a count of tokens
     assert isinstance(ended(engine, ask("x" * 3000)).cause, PromptTooLongError)
     torn = Prompt(Conversation((Turn("human", "<image>\nTorn?"),)), (b"\x89PNG nothing",))
     assert "decoded" in str(ended(engine, torn).error)
@@ -226,7 +217,7 @@ def test_a_failure_of_the_model_ends_all_with_its_reason(engine: LocalEngine, mo
 def test_a_closed_driver_finishes_what_runs_and_takes_no_more(loaded: LoadedModel) -> None:
     engine = engine_of(loaded)
     running = engine.submit(ask("Running.", 0), SAMPLING)
-    assert engine.driver.close("draining", timeout=10)
+    assert engine.driver.close("draining", timeout=120)
     assert running.completions()[0].error is None
     with pytest.raises(GenerationError, match="draining"):
         engine.submit(ask("Late."), SAMPLING)
@@ -238,14 +229,14 @@ def test_closing_with_a_limit_ends_what_still_runs(loaded: LoadedModel) -> None:
     next(iter(endless))
     assert not engine.driver.close("draining", timeout=0)
     assert endless.completions()[0].error == "draining"
-    wait_until(lambda: engine.driver.num_running == 0)
+    assert until(lambda: engine.driver.num_running == 0)
 
 
 def test_the_thread_ends_when_there_is_nothing_to_do(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llava.generation.driver.LINGER", 0.02)
     engine = engine_of(loaded)
     engine.submit(ask("Once."), SAMPLING).completions()
-    wait_until(lambda: engine.driver._thread is None)
+    assert until(lambda: engine.driver._thread is None)
     assert engine.submit(ask("Twice."), SAMPLING).completions()[0].error is None
 
 

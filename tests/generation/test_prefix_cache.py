@@ -186,7 +186,7 @@ def test_images_of_one_prompt_a_step_pass_the_tower_while_others_are_answered(
     loaded: LoadedModel, towers: list[int]
 ) -> None:
     engine = caching(loaded, prefill_chunk=512)
-    running = engine.submit(ask("x"), Sampling(max_new_tokens=300))
+    running = engine.submit(ask("x"), Sampling(max_new_tokens=1500))
     next(iter(running))
     decode, at_step = engine.scheduler.runner.decode, []
     engine.scheduler.runner.decode = lambda ids: at_step.append(len(towers)) or decode(ids)

@@ -111,7 +111,7 @@ def test_long_replies_are_read_in_time() -> None:
     start = time.monotonic()
     for piece in ("assistant 1 - ", "- ", " ", "<think>", "8 ", "assistant 1: score "):
         parse_strict(piece * 5000)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 60  # a tenth of a second, unless an expression takes the square of the length
 
 
 def test_parser_by_defects() -> None:

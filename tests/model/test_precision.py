@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from llava.model import precision
 from llava.model.builder import LoadedModel
@@ -17,12 +17,14 @@ from llava.model.precision import ProductShape, half_speedup, product_shape, rai
 FAST, SLOW = 1.0, 3.0
 
 
+MEASURED = precision._measured
+
+
 @pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    """Forget measurements before and after every test."""
-    precision._measured.cache_clear()
-    yield
-    precision._measured.cache_clear()
+def measured(equal_speeds: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure in every test of this file."""
+    monkeypatch.setattr(precision, "_measured", MEASURED)
+    MEASURED.cache_clear()
 
 
 def use_times(monkeypatch: pytest.MonkeyPatch, *, full: float, half: float) -> list[torch.dtype]:
@@ -101,11 +103,15 @@ def test_training_is_decided_by_forward_and_backward_of_many_rows(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward_takes_longer_than_forward_alone(dtype: torch.dtype) -> None:
-    shape = ProductShape(128, 256, 512)
-    assert precision.product_seconds(dtype, shape, "cpu", backward=True) > precision.product_seconds(
-        dtype, shape, "cpu"
-    )
+def test_the_measured_products_of_training_are_three_and_of_decoding_one(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "MAX_REPEATS", precision.MIN_REPEATS)
+    product = 2 * 128 * 256 * 512
+    for backward, num_products in ((False, 1), (True, 3)):
+        with FlopCounterMode(display=False) as counter:
+            assert precision.product_seconds(dtype, ProductShape(128, 256, 512), "cpu", backward=backward) > 0.0
+        assert counter.get_total_flops() == precision.MIN_REPEATS * num_products * product
 
 
 @pytest.mark.parametrize(

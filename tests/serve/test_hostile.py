@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +19,9 @@ from llava.generation.sampling import TokenDraw
 from llava.serve import answering
 from llava.serve.gate import GateSettings
 from tests.serve.test_controller import controller
-from tests.serve.test_worker import CHAT, GENERATE, HELLO, frames_of, png, until, with_image, worker
+from tests.serve.test_worker import CHAT, GENERATE, HELLO, frames_of, png, with_image, worker
 from tests.support.served import ScriptedEngine
+from tests.support.waiting import until
 
 
 @contextlib.contextmanager
@@ -49,8 +51,8 @@ def test_names_with_unpaired_surrogates_are_refused(body: bytes) -> None:
 
 def test_a_body_without_end_is_given_up() -> None:
     engine = ScriptedEngine()
-    with worker(engine, gate=GateSettings(body_seconds=0.3)) as client, unfinished(client) as made:
-        made.settimeout(30)
+    with worker(engine, gate=GateSettings(body_seconds=1.0)) as client, unfinished(client) as made:
+        made.settimeout(120)
         answer = b""
         while b"timeout" not in answer and (piece := made.recv(4096)):
             answer += piece
@@ -61,10 +63,10 @@ def test_a_body_without_end_is_given_up() -> None:
 def test_bodies_that_are_read_are_counted() -> None:
     with worker(max_running=1, max_waiting=0) as client:
         with unfinished(client):
-            assert until(lambda: client.post(CHAT, json=HELLO).status_code == 429, 30.0)
+            assert until(lambda: client.post(CHAT, json=HELLO).status_code == 429)
             refused = client.post(GENERATE, json={"prompt": "a"})
             assert refused.status_code == 429 and frames_of(refused.content)[0]["detail"] == "queue_full"
-        assert until(lambda: client.post(CHAT, json=HELLO).status_code == 200, 30.0)
+        assert until(lambda: client.post(CHAT, json=HELLO).status_code == 200)
 
 
 @pytest.mark.parametrize(
@@ -99,22 +101,21 @@ def test_the_openapi_document_defines_every_parameter_of_a_path(serve: Any) -> N
             assert defined == set(re.findall(r"{(\w+)}", path)), path
 
 
-def slow_images(*_: Any, **__: Any) -> tuple[bytes, ...]:
-    time.sleep(0.6)
-    return ()
-
-
 def test_a_client_hears_that_its_images_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answering, "read_images", slow_images)
+    heard = threading.Event()
+    monkeypatch.setattr(answering, "read_images", lambda *_, **__: heard.wait(120) and ())
     monkeypatch.setattr("llava.serve.openai_server.WAIT_SECONDS", 0.1)
     body = {**HELLO, **with_image(f"data:image/png;base64,{png()}"), "stream": True}
-    with worker() as client:
-        text = client.post(CHAT, content=json.dumps(body).encode()).text
+    with worker() as client, client.stream("POST", CHAT, content=json.dumps(body).encode()) as response:
+        text = ""
+        for piece in response.iter_text():
+            text += piece
+            heard.set()
         assert text.startswith(": wait") and text.endswith("data: [DONE]\n\n")
 
 
 def test_reading_counts_for_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answering, "read_images", slow_images)
+    monkeypatch.setattr(answering, "read_images", lambda *_, **__: time.sleep(0.6) or ())
     body = {**HELLO, **with_image(f"data:image/png;base64,{png()}")}
     with worker(request_seconds=0.2) as client:
         response = client.post(CHAT, json=body)

@@ -11,9 +11,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.serve.test_worker import until
 from tests.support.cluster import Cluster, ServerProcess, cluster
 from tests.support.crowd import CHAT, Crowd
+from tests.support.waiting import until
 
 GAUGES = ("llava_requests_running", "llava_requests_waiting", "llava_slots_in_use")
 MODEL = "llava-med-mistral-tiny"
@@ -61,13 +61,14 @@ def test_every_request_ends_while_processes_are_killed(running: Cluster, shared:
     crowd.was_killed = running.was_killed
     asyncio.run(killed_meanwhile(running, crowd, num))
     assert len(crowd.ends) == 20 + num
-    assert until(lambda: is_idle(left) and is_idle(running.controller), 2.0), left.metrics()
+    assert until(lambda: is_idle(left) and is_idle(running.controller)), left.metrics()
     counts = crowd.counts
-    # Four clients in a hurry come before the first kill; later ones may be refused sooner, while no worker is known.
-    assert counts["answer"] >= num / 8 and counts["left"] >= 2, counts
+    # On a slow machine, only patient clients of the worker that lives are sure of an answer: 3 of 40, 21 of 200. Four
+    # clients in a hurry come before the first kill; later ones may be refused sooner, while no worker is known.
+    assert counts["answer"] >= num / 16 and counts["left"] >= 2, counts
     assert counts.keys() <= {"answer", "left", "queue_full", "no_worker", "worker_lost"}, counts
     # The worker that lives comes back to the controller that was started again.
-    assert until(lambda: running.controller.metrics()["llava_workers"] == 1, 20.0)
+    assert until(lambda: running.controller.metrics()["llava_workers"] == 1)
     body: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
     assert httpx2.post(running.controller.url + CHAT, json=body, timeout=60, trust_env=False).status_code == 200
     assert [path for path in running.temporary.rglob("*") if not path.is_dir()] == []

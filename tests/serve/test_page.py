@@ -16,8 +16,8 @@ from llava.serve.admission import Admission
 from llava.serve.page import PageServer, take_files
 from llava.serve.page_chat import PageChat
 from llava.serve.page_run import FOLDER_PREFIX, make_page_app, private_folder
-from tests.serve.test_worker import until
 from tests.support.served import MODEL, ScriptedEngine, scripted_app, served
+from tests.support.waiting import until
 
 
 async def asked(server: PageServer, chat: PageChat, *, stop_after: int = 0) -> list[str]:
@@ -46,7 +46,7 @@ def test_stop_reaches_the_worker() -> None:
     with served(scripted_app(engine)) as url:
         server, chat = PageServer(url, Admission()), PageChat()
         asyncio.run(asked(server, chat, stop_after=2))
-        assert chat.turns[0].note.startswith("stopped") and until(lambda: engine.handles[0].is_cancelled, 1.0)
+        assert chat.turns[0].note.startswith("stopped") and until(lambda: engine.handles[0].is_cancelled)
 
 
 def test_failures_show_their_reason() -> None:
@@ -82,7 +82,7 @@ def test_the_temporary_folder_is_private_and_gone_at_the_end(monkeypatch: pytest
 
 def test_the_page_loads_nothing_from_elsewhere_and_knows_its_name() -> None:
     app: Any = make_page_app(PageServer("http://127.0.0.1:9", Admission()), frozenset())
-    with served(app) as url, httpx2.Client(base_url=url, timeout=30, trust_env=False) as client:
+    with served(app) as url, httpx2.Client(base_url=url, timeout=120, trust_env=False) as client:
         response = client.get("/")
         policy = response.headers["content-security-policy"]
         assert response.status_code == 200 and "default-src 'self'" in policy and "http" not in policy

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ from llava.serve.page import PageServer
 from llava.serve.page_chat import phantom_png
 from llava.serve.page_run import make_page_app, private_folder
 from tests.serve.test_controller import controller
-from tests.serve.test_worker import until
 from tests.support.chromium import BrowserPage, browser
 from tests.support.served import MODEL, ScriptedEngine, scripted_app, served
+from tests.support.waiting import until
 
 FIELD = "#llava-question textarea"
 ANSWERS = "[...document.querySelectorAll('[data-testid=bot]')].map(x => x.innerText).join('|')"
@@ -37,15 +36,9 @@ def has_model(page: BrowserPage) -> bool:
     return page.until(f"[...document.querySelectorAll('input')].some(x => x.value == '{MODEL}')")
 
 
-def grown_lengths(page: BrowserPage, end: str) -> set[int]:
-    """Return the lengths of the answers that are shown until they contain `end`."""
-    lengths, limit = set(), time.monotonic() + 30
-    shown = ""
-    while end not in shown and time.monotonic() < limit:
-        shown = page.value(ANSWERS)
-        lengths.add(len(shown))
-    assert end in shown
-    return lengths - {0}
+def shows(page: BrowserPage, text: str) -> bool:
+    """Return whether the answers come to contain a text."""
+    return page.until(f"({ANSWERS}).includes({text!r})")
 
 
 def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +46,7 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("llava.serve.page.POLL_SECONDS", 0.5)
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     engine = ScriptedEngine([f"word{number} " for number in range(12)])
-    engine.pace = 0.05
+    engine.pause_after = 3
     image = tmp_path / "phantom.png"
     image.write_bytes(phantom_png())
     with private_folder() as uploads, controller() as (client, _), browser(tmp_path) as page:
@@ -69,14 +62,16 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 assert page.until("!!document.querySelector('.llava-frame img')")
                 assert [path for path in uploads.rglob("*") if path.is_file()] == []
                 ask(page, "What is shown?")
-                assert len(grown_lengths(page, "tokens of answer")) >= 3
+                assert shows(page, "word2") and "word3" not in page.value(ANSWERS)
+                engine.hold.set()
+                assert shows(page, "tokens of answer") and "word11" in page.value(ANSWERS)
                 assert len(engine.prompts[-1][0].images) == 1
                 engine.pause_after = 2
                 ask(page, "And where?")
-                assert until(lambda: len(engine.handles) == 2 and not engine.hold.is_set(), 30.0)
+                assert until(lambda: len(engine.handles) == 2 and not engine.hold.is_set())
                 page.press("Escape")
-                assert until(lambda: engine.handles[-1].is_cancelled, 10.0)
-                grown_lengths(page, "stopped")
+                assert until(lambda: engine.handles[-1].is_cancelled)
+                assert shows(page, "stopped")
                 engine.pause_after = 0
                 engine.hold.set()
                 page.click("Regenerate")
@@ -86,9 +81,7 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 off = "[...document.querySelectorAll('button')].filter(b => /vote|Flag/.test(b.innerText))"
                 assert page.until(f"{off}.every(b => !b.disabled)")
                 page.click("Upvote")
-                assert page.until(f"{off}.every(b => b.disabled)") and until(
-                    lambda: server.num_votes == {"upvote": 1}, 30.0
-                )
+                assert page.until(f"{off}.every(b => b.disabled)") and until(lambda: server.num_votes == {"upvote": 1})
                 assert page.faint_texts() == []
                 page.click("Clear")
                 assert page.until(f"{ANSWERS} == '' && !document.querySelector('.llava-frame')")
@@ -100,7 +93,7 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 page.prefer_dark(True)
                 page.open(url, width=390, height=844)
                 assert has_model(page)
-                assert page.value("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+                assert page.until("getComputedStyle(document.body).backgroundColor != 'rgb(255, 255, 255)'")
                 assert page.faint_texts() == []
             assert page.requests == {url} and page.errors == []
 
@@ -109,8 +102,8 @@ def test_two_sessions_never_see_each_other(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("llava.serve.page.POLL_SECONDS", 0.5)
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    engine = ScriptedEngine([f"word{number} " for number in range(30)])
-    engine.pace = 0.1
+    engine = ScriptedEngine([f"word{number} " for number in range(12)])
+    engine.pause_after = 3
     image = tmp_path / "phantom.png"
     image.write_bytes(phantom_png())
     everything = "document.body.innerText + [...document.querySelectorAll('img')].map(x => x.src).join()"
@@ -128,14 +121,16 @@ def test_two_sessions_never_see_each_other(tmp_path: Path, monkeypatch: pytest.M
                 first.choose_file("#llava-question input[type=file]", image)
                 assert first.until("!!document.querySelector('.llava-frame img')")
                 ask(first, "Alpha of the first patient")
-                assert until(lambda: len(engine.handles) == 1, 30.0)
+                assert until(lambda: len(engine.handles) == 1)
                 ask(second, "Beta of the second patient")
-                assert until(lambda: len(engine.handles) == 2, 30.0)
-                # Both answers run; the first is stopped, and the second must not notice.
+                assert until(lambda: len(engine.handles) == 2)
+                # Neither answer is complete; the first is stopped, and the second must not notice.
                 first.press("Escape")
-                assert until(lambda: engine.handles[0].is_cancelled, 10.0)
-                grown_lengths(first, "stopped")
-                grown_lengths(second, "word29")
+                assert until(lambda: engine.handles[0].is_cancelled)
+                assert shows(first, "stopped")
+                engine.pause_after = 0
+                engine.hold.set()
+                assert shows(second, "word11")
                 (mine, _), (theirs, _) = engine.prompts
                 assert len(mine.images) == 1 and len(theirs.images) == 0
                 assert len(theirs.conversation.turns) == 1 and "Alpha" not in theirs.conversation.turns[0].text
@@ -143,7 +138,7 @@ def test_two_sessions_never_see_each_other(tmp_path: Path, monkeypatch: pytest.M
                 assert "Alpha" in shown and "Beta" not in shown and "Beta" in other and "Alpha" not in other
                 assert "stopped" not in other and not second.value("!!document.querySelector('.llava-frame img')")
                 first.click("Clear")
-                assert first.until(f"{ANSWERS} == ''") and "word29" in second.value(ANSWERS)
+                assert first.until(f"{ANSWERS} == ''") and "word11" in second.value(ANSWERS)
                 first.save_screenshot(tmp_path / "first.png")
                 second.save_screenshot(tmp_path / "second.png")
             assert first.errors == second.errors == []

@@ -19,8 +19,9 @@ from llava.errors import ConfigError
 from llava.serve.model_worker import make_parser as worker_parser
 from llava.serve.run import make_parser, services_of
 from llava.serve.supervisor import Service, Supervisor
-from tests.serve.test_worker import frames_of, until
+from tests.serve.test_worker import frames_of
 from tests.support.ports import free_ports
+from tests.support.waiting import until
 
 
 def serve_words(model: Path, *words: str) -> list[str]:
@@ -79,16 +80,12 @@ def test_published_options_of_the_worker(words: str) -> None:
 
 def test_a_process_that_dies_is_started_again_and_later_each_time(tmp_path: Path) -> None:
     service = Service("a", "nothing", [], "http://127.0.0.1:9", "/ready")
-    waits = []
-    for _ in range(7):
-        service.started = time.monotonic()
+    for wait, uptime in [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (30, 0), (30, 0), (1, 100)]:
+        before = time.monotonic()
+        service.started = before - uptime
         service.note_death(1)
         assert service.restart_at is not None
-        waits.append(round(service.restart_at - time.monotonic()))
-    assert waits == [1, 2, 4, 8, 16, 30, 30]
-    service.started = time.monotonic() - 100
-    service.note_death(1)
-    assert service.restart_at is not None and round(service.restart_at - time.monotonic()) == 1
+        assert before <= service.restart_at - wait <= time.monotonic()
 
 
 def test_a_usage_error_of_a_child_ends_all_with_2() -> None:
@@ -112,7 +109,7 @@ def test_llava_serve_answers_in_both_protocols_and_leaves_nothing(tiny_options: 
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == f"ready api=http://127.0.0.1:{api}/v1\n"
-        with httpx2.Client(base_url=f"http://127.0.0.1:{api}", timeout=60, trust_env=False) as client:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{api}", timeout=120, trust_env=False) as client:
             [model] = client.get("/v1/models").json()["data"]
             assert model["id"] == "llava-med-mistral-tiny" and model["max_model_len"] == 1024
             question = {"role": "user", "content": "What is shown?"}
@@ -128,10 +125,10 @@ def test_llava_serve_answers_in_both_protocols_and_leaves_nothing(tiny_options: 
             frames = frames_of(client.post("/worker_generate_stream", json=old).content)
             assert frames[-1]["text"] == prompt + answer and frames[-1]["error_code"] == 0
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=40)
+        out, err = process.communicate(timeout=120)
         assert (process.returncode, out) == (0, ""), err
         assert '"What is shown' not in err and json.dumps(answer) not in err
-        assert until(lambda: not _group_lives(process.pid), 2.0)
+        assert until(lambda: not _group_lives(process.pid))
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

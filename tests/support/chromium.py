@@ -102,7 +102,7 @@ class DevTools:
                 return result
 
     def _receive(self) -> dict[str, Any]:
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 120
         while b"\0" not in self.rest:
             ready, _, _ = select.select([self.reader], [], [], max(0.0, limit - time.monotonic()))
             assert ready, "Chromium does not answer"
@@ -166,11 +166,16 @@ class BrowserPage:
         return found["result"].get("value")
 
     def faint_texts(self) -> list[str]:
-        """Return the visible texts whose contrast is below `MIN_CONTRAST`, each after its contrast and element."""
-        found: list[str] = self.value(FAINT.replace("LEAST", str(MIN_CONTRAST)))
+        """Return the visible texts whose contrast is below `MIN_CONTRAST`, each after its contrast and element.
+
+        Texts that fade in or change their color are waited for.
+        """
+        script = FAINT.replace("LEAST", str(MIN_CONTRAST))
+        self.until(f"!{script}.length", 20.0)
+        found: list[str] = self.value(script)
         return found
 
-    def until(self, script: str, seconds: float = 30.0) -> bool:
+    def until(self, script: str, seconds: float = 120.0) -> bool:
         """Wait until a script returns true."""
         limit = time.monotonic() + seconds
         while not self.value(script):

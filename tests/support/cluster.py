@@ -50,7 +50,7 @@ class ServerProcess:
         limit = time.monotonic() + READY_SECONDS
         while time.monotonic() < limit and self.process.poll() is None:
             try:
-                if httpx2.get(self.url + path, timeout=5, trust_env=False).status_code == 200:
+                if httpx2.get(self.url + path, timeout=20, trust_env=False).status_code == 200:
                     return
             except httpx2.HTTPError:
                 pass
@@ -59,7 +59,7 @@ class ServerProcess:
 
     def metrics(self) -> dict[str, float]:
         """Return the values of metrics without labels."""
-        lines = httpx2.get(f"{self.url}/metrics", timeout=20, trust_env=False).text.splitlines()
+        lines = httpx2.get(f"{self.url}/metrics", timeout=120, trust_env=False).text.splitlines()
         pairs = (line.split() for line in lines if not line.startswith("#") and "{" not in line)
         return {name: float(value) for name, value in pairs}
 
@@ -123,7 +123,7 @@ class Cluster:
             self.workers.append(self._start("model_worker", port, words))
         for worker in self.workers:
             worker.wait_ready("/ready")
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + READY_SECONDS
         while self.controller.metrics()["llava_workers"] < len(self.workers):
             assert time.monotonic() < limit, "the workers do not register"
             time.sleep(0.1)

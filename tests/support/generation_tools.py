@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from llava.generation.sampling import TokenDraw
 from llava.model.builder import LoadedModel
 from llava.samples import Conversation, Turn
 from tests.support.tiny import tiny_image
+from tests.support.waiting import until
 
 DRAW_MARGIN = 1e-5
 """Distance of a drawn number to the border between two tokens below which rounding may decide: probabilities are those
@@ -112,12 +112,12 @@ def assert_tie(
     assert gap < margin, f"token {place} is not a tie: {found} {wanted}, {gap:.1e} apart"
 
 
-def slow_down(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.005) -> None:
-    """Let every decoding step take some time, in which other threads run."""
+def wait_for_readers(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every decoding step wait until all clients have taken their news; all of them must read."""
     decode = engine.scheduler.runner.decode
 
-    def slow(token_ids: Sequence[int]) -> Tensor:
-        time.sleep(seconds)
+    def decode_when_read(token_ids: Sequence[int]) -> Tensor:
+        assert until(lambda: not any(handle._changed for handle in list(engine.driver._handles)))
         return decode(token_ids)
 
-    monkeypatch.setattr(engine.scheduler.runner, "decode", slow)
+    monkeypatch.setattr(engine.scheduler.runner, "decode", decode_when_read)

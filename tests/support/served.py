@@ -110,14 +110,12 @@ class ScriptedEngine:
         hold: while cleared, answers stop before their next piece.
         failure: raised as the cause of an error, instead of an answer.
         pause_after: number of pieces after which `hold` is cleared.
-        pace: seconds before each piece.
     """
 
     def __init__(self, pieces: Sequence[str] = ("Hello", " world"), *, failure: Exception | None = None) -> None:
         self.pieces = pieces
         self.failure = failure
         self.pause_after = 0
-        self.pace = 0.0
         self.prompts: list[tuple[Prompt, Sampling]] = []
         self.handles: list[ScriptedHandle] = []
         self.hold = threading.Event()
@@ -137,7 +135,6 @@ class ScriptedEngine:
             while not self.hold.wait(0.01):
                 if handle.is_cancelled:
                     return
-            time.sleep(self.pace)
             answer += piece
             is_last = number == len(self.pieces)
             with handle.lock:

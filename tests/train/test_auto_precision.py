@@ -14,7 +14,6 @@ from llava.errors import CheckpointError, ConfigError
 from llava.model import precision as measuring
 from llava.train import parsing
 from llava.train.run import run_sft
-from llava.utils import log
 from tests.support import ranks
 from tests.support.runs import arguments
 
@@ -86,7 +85,6 @@ def test_a_resume_keeps_what_the_run_chose(
 def test_slow_bf16_on_a_cpu_warns_once_with_the_factor(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(log, "_SEEN", set())
     use_speedup(monkeypatch, 0.025)
     with caplog.at_level(logging.WARNING):
         parse(parts, tmp_path, bf16=True)
@@ -120,7 +118,6 @@ def test_ranks_agree(parts: Path, tmp_path: Path) -> None:
 def test_a_resumed_bf16_run_that_is_slow_here_is_named_as_such(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(log, "_SEEN", set())
     changed = {"bf16": "auto", "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     use_speedup(monkeypatch, 3.0)
     run_sft(arguments(parts, tmp_path, **changed))
@@ -160,7 +157,6 @@ HALF: list[dict[str, object]] = [
 def test_fp16_on_a_cpu_is_recorded_as_what_is_computed(
     parts: Path, tmp_path: Path, given: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    log._SEEN.clear()
     words = {"bf16": None, "max_steps": 1, **given}
     run_sft(arguments(parts, tmp_path, **words))
     assert [line for line in caplog.messages if "--fp16 True is ignored" in line] == [

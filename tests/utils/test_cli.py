@@ -106,12 +106,14 @@ LONG = "import sys\nfrom llava.utils.cli import run_program\ndef program():\n   
 def test_output_without_a_reader_ends_silently(program: str) -> None:
     """As `llava checkpoint inspect X | head -1`."""
     writer = subprocess.Popen(
-        [sys.executable, "-c", LONG.format("import time; time.sleep(0.3); " + program)],
+        [sys.executable, "-c", LONG.format("sys.stdin.read(); " + program)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert writer.stdout is not None and writer.stderr is not None
+    assert writer.stdin is not None and writer.stdout is not None and writer.stderr is not None
     writer.stdout.close()
+    writer.stdin.close()
     assert writer.stderr.read() == b""
     assert writer.wait() == 141
 

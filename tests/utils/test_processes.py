@@ -12,15 +12,9 @@ import pytest
 
 from tests.support.processes import have_ended, marked_processes, run_command, started
 
-SLEEPER = "import time; print('asleep', flush=True); time.sleep(60)"
-PARENT = f"""
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", {SLEEPER!r}], start_new_session=True, stdout=subprocess.PIPE)
-child.stdout.readline()
-print(child.pid, flush=True)
-{{then}}
-"""
-"""A command with a child in a session of its own, as torchrun has its ranks."""
+SLEEPER = "echo asleep; exec sleep 600"
+PARENT = "setsid sleep 600 & echo $!; {then}"
+"""A command with a child in a session of its own, as torchrun has its ranks; a shell, which starts at once."""
 
 
 def test_a_command_in_time_has_status_and_output() -> None:
@@ -33,15 +27,15 @@ def test_a_command_in_time_has_status_and_output() -> None:
 
 def test_a_command_without_end_is_ended_with_its_processes() -> None:
     with pytest.raises(AssertionError, match="no end within 3 s") as caught:
-        run_command([sys.executable, "-c", PARENT.format(then="time.sleep(60)")], timeout=3)
+        run_command(["sh", "-c", PARENT.format(then="exec sleep 600")], timeout=3)
     child = int(str(caught.value).splitlines()[-1])
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize("then", ["time.sleep(60)", "raise SystemExit"])
+@pytest.mark.parametrize("then", ["exec sleep 600", "exit"])
 def test_a_failing_test_leaves_nothing(then: str) -> None:
     mark = uuid.uuid4().hex
-    words = [sys.executable, "-c", PARENT.format(then=then)]
+    words = ["sh", "-c", PARENT.format(then=then)]
     with pytest.raises(RuntimeError), started(words, mark=mark, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline().strip().isdigit()
         assert marked_processes(mark) and not have_ended(mark, seconds=0.1)
@@ -50,7 +44,7 @@ def test_a_failing_test_leaves_nothing(then: str) -> None:
 
 
 def test_other_processes_are_not_touched() -> None:
-    with started([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE) as other:
+    with started(["sh", "-c", SLEEPER], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == "asleep\n"
         assert run_command([sys.executable, "-c", "pass"], timeout=60).returncode == 0
         assert other.poll() is None

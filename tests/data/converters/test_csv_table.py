@@ -182,9 +182,8 @@ def test_the_folder_remembers_the_salt(tmp_path: Path, capsys: pytest.CaptureFix
     ],
 )  # fmt: skip
 def test_what_stays_in_clear_is_reported(
-    tmp_path: Path, more: list[str], expected: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, more: list[str], expected: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("llava.utils.log._SEEN", set())
     words = table(tmp_path)
     write_image(tmp_path / "scans" / "case-Zyx01.png")
     rows = people()
@@ -196,10 +195,7 @@ def test_what_stays_in_clear_is_reported(
     assert "Zyx" not in caplog.text
 
 
-def test_nothing_is_said_about_other_columns(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llava.utils.log._SEEN", set())
+def test_nothing_is_said_about_other_columns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     main([*table(tmp_path), "--patient_column", "who", "--keep", "age", "--salt-file", str(tmp_path / "salt")])
     assert "in clear" not in caplog.text
 

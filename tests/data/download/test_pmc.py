@@ -126,7 +126,7 @@ def test_runs_with_separate_lists_take_turns_in_one_folder(server: FileServer, t
             running = pool.submit(run, other)
             time.sleep(0.3)
             assert writing.exists() and not running.done()
-        assert running.result(timeout=60) == 0
+        assert running.result(timeout=120) == 0
     assert set(image_files(tmp_path)) == {f"images/1_F{figure}.jpg" for figure in range(3)}
 
 
@@ -321,7 +321,7 @@ def test_a_killed_run_is_continued_to_the_same_files(server: FileServer, tmp_pat
         for number in range(1, 9):
             server.faults[f"/{package(number)}"] = [Fault(pause=0.05, piece=700)]
         with started(line, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run_:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 240
             while len(list((tmp_path / "killed").glob("images/*.jpg"))) < 5 * round_ and time.monotonic() < deadline:
                 time.sleep(0.01)
             run_.send_signal(signal.SIGKILL)

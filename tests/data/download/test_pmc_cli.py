@@ -140,7 +140,7 @@ def test_killed_and_resumed(server: FileServer, tmp_path: Path) -> None:
     for number, (path, piece) in enumerate(slow.items()):
         server.faults[path] = [Fault(pause=0.05, piece=piece)]
         with started(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 240
             while not ready[number]() and time.monotonic() < deadline:
                 time.sleep(0.01)
             run.send_signal(signal.SIGKILL)

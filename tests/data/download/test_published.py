@@ -243,18 +243,18 @@ def test_rate_and_user_agent(server: FileServer) -> None:
 
 
 def test_retry_after_is_respected_up_to_the_limit(server: FileServer) -> None:
-    server.faults["/a.bin"] = [Fault(status=503, headers=(("Retry-After", "1"),))]
+    server.faults["/a.bin"] = [Fault(status=503, headers=(("Retry-After", "600"),))]
     with Client(NetworkOptions(per_second=0, first_wait=0.01, max_wait=0.4), bases=[server.address]) as client:
         list(RemoteFile(client, f"{server.address}/a.bin"))
     waited = server.log[1].time - server.log[0].time
-    assert 0.35 < waited < 0.9, "the longest wait is 0.4 s, the server asks for 1 s, the first wait is 0.01 s"
+    assert 0.35 < waited < 300, "the longest wait is 0.4 s, the server asks for 600 s, the first wait is 0.01 s"
 
 
 def test_closed_client_ends_its_readers(server: FileServer) -> None:
     server.faults["/a.bin"] = [Fault(status=503, always=True)]
-    client = Client(NetworkOptions(first_wait=30), bases=[server.address])
+    client = Client(NetworkOptions(first_wait=600), bases=[server.address])
     client.close()
     start = time.monotonic()
     with pytest.raises(DownloadError):
         list(RemoteFile(client, f"{server.address}/a.bin"))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 300

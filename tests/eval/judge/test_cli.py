@@ -168,7 +168,7 @@ def test_killed_process_resumes(files: list[str], tmp_path: Path) -> None:
         state.pause = 0.15
         words = [sys.executable, SCRIPT, *files, "--max-concurrency", "1", "--num-resamples", "5"]
         store = tmp_path / "s.jsonl.replies.jsonl"
-        stop = time.monotonic() + 60
+        stop = time.monotonic() + 240
         with started(words, cwd=ROOT, env=environment(state), stderr=subprocess.DEVNULL) as process:
             while time.monotonic() < stop and not (store.exists() and store.read_bytes().count(b"\n") >= 2):
                 time.sleep(0.02)
