@@ -47,7 +47,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, str(folder)], cwd=copy, check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, "-c", build, str(folder)], cwd=copy, check=True, capture_output=True, timeout=900)
     [file] = folder.glob("*.whl")
     return file
 
@@ -60,7 +60,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     python = folder / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    subprocess.run(install, check=True, capture_output=True, timeout=900)
     # A path in a .pth file comes after the environment's own, and the .pth files in that folder are not read: an
     # editable install of the checkout stays invisible.
     (packages / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
@@ -108,10 +108,10 @@ def test_commands_run_without_the_repository(installed: Path, tmp_path: Path) ->
     (tmp_path / "commands.json").write_text(json.dumps(commands))
     script = installed / "bin" / "llava"
     settings: dict[str, Any] = {"cwd": tmp_path, "env": environment(), "capture_output": True, "text": True}
-    shown = subprocess.run([script, "--help"], check=True, timeout=120, **settings)
+    shown = subprocess.run([script, "--help"], check=True, timeout=900, **settings)
     assert "llava train" in shown.stdout
     python = installed / "bin" / "python"
-    done = subprocess.run([python, "-c", COMMANDS], check=False, timeout=600, **settings)
+    done = subprocess.run([python, "-c", COMMANDS], check=False, timeout=900, **settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert [line for line in done.stdout.splitlines() if line.startswith("$ ")] == [
         "$ " + " ".join(words) for words in commands

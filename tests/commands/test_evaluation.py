@@ -49,7 +49,7 @@ def words_for(folder: Path, out: str) -> list[str]:
 
 def run_script(python: Path, *words: str, cwd: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = run_command([python, *words], cwd=cwd, env=environment, timeout=120)
+    done = run_command([python, *words], cwd=cwd, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

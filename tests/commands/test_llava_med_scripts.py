@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.support.ports import free_ports
 from tests.support.processes import run_command
 from tests.support.runs import losses, write_parts
 
@@ -33,7 +33,7 @@ def run(script: str, *words: object, cwd: Path, **environment: object) -> tuple[
     """Return the status and the output of a script; its environment has only what is given and the machine needs."""
     given = {name: str(value) for name, value in environment.items() if value is not None}
     command = ["bash", ROOT / "scripts" / "llava_med" / script, *words]
-    done = run_command(command, cwd=cwd, env=KEPT | given, timeout=300, joined=True)
+    done = run_command(command, cwd=cwd, env=KEPT | given, timeout=900, joined=True)
     return done.returncode, done.stdout
 
 
@@ -133,9 +133,7 @@ def test_answers_are_scored(files: dict[str, Path], tmp_path: Path) -> None:
 
 def test_two_nodes_compute_the_losses_of_one_machine(tmp_path: Path, python: Path) -> None:
     parts = write_parts(tmp_path / "parts")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     given = {"MODEL": parts / "lm", "VISION_TOWER": parts / "tower", "DATA": parts / "vqa" / "train.json",
              "IMAGES": parts / "vqa" / "images", "PYTHON": python, "BATCH": 2, "ACCUMULATION": 1, "EPOCHS": 1,
              "MASTER_PORT": port}  # fmt: skip

@@ -29,7 +29,7 @@ def test_the_published_command_trains_pairs(tmp_path: Path, python: Path) -> Non
     words += [*SMALLER.split(), "--dataloader_num_workers", "0", "--model_max_length", "512"]
     environment = {**os.environ, "LAUNCH": str(python), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = ["bash", str(ROOT / "scripts" / "dpo_finetune.sh"), *map(str, words)]
-    done = run_command(command, env=environment, timeout=280)
+    done = run_command(command, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     found = metrics(out)
     assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and len(found) >= 2

@@ -28,7 +28,7 @@ def run(python: Path, parts: Path, out: Path, *more: str, processes: int = 1) ->
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"PATH": f"{python.parent}:{environment['PATH']}", "NPROC": str(processes)}
     command = ["bash", str(ROOT / "scripts" / "train_rl_model.sh"), *map(str, words)]
-    done = run_command(command, env=environment, timeout=280)
+    done = run_command(command, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stderr
 

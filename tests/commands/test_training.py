@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from llava.model.builder import build_model
+from tests.support.ports import free_ports
 from tests.support.processes import run_command
-from tests.support.ranks import free_port, run_ranks
+from tests.support.ranks import run_ranks
 from tests.support.runs import train_published
 from tests.support.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
@@ -59,25 +59,28 @@ VQA = (
 )
 
 
-def run_changed(command: str, log: Path | None, **changed: object) -> str:
+def run_changed(command: str, start: Path, **changed: object) -> str:
     """Run a printed command with some values changed; return its output.
 
-    With a file `log`, the ranks come from the fork server of the tests, which is much faster than torchrun.
+    Args:
+        command: the printed command.
+        start: a `torchrun`; or a file for the output of ranks that come from the fork server of the tests.
+        changed: values by the names of their options.
     """
     words = shlex.split(command)
-    changed |= {"nproc_per_node": 2, "master_port": free_port()}
+    changed |= {"nproc_per_node": 2, "master_port": free_ports(1)[0]}
     for name, value in changed.items():
         with_equals = [index for index, word in enumerate(words) if word.startswith(f"--{name}=")]
         if with_equals:
             words[with_equals[0]] = f"--{name}={value}"
         else:
             words[words.index(f"--{name}") + 1] = str(value)
-    if log is not None:
-        run_ranks(2, train_published, words[words.index("llava/train/train_mem.py") + 1 :], log, timeout=240)
-        return log.read_text()
-    words[0] = str(Path(sys.executable).with_name("torchrun"))
+    if start.name != "torchrun":
+        run_ranks(2, train_published, words[words.index("llava/train/train_mem.py") + 1 :], start)
+        return start.read_text()
+    words[0] = str(start)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = run_command(words, cwd=ROOT, env=environment, timeout=240)
+    done = run_command(words, cwd=ROOT, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 
@@ -98,9 +101,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stage_1(parts: Path) -> tuple[Path, str]:
+def stage_1(parts: Path, python: Path) -> tuple[Path, str]:
     """The output folder of stage 1, and the output of the command."""
-    return parts / "stage1", run_stage(STAGE_1, parts, parts / "lm", parts / "stage1", None)
+    return parts / "stage1", run_stage(STAGE_1, parts, parts / "lm", parts / "stage1", python.with_name("torchrun"))
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +112,11 @@ def stage_2(parts: Path, stage_1: tuple[Path, str]) -> tuple[Path, str]:
     return parts / "stage2", run_stage(STAGE_2, parts, stage_1[0], parts / "stage2", parts / "stage2.log")
 
 
-def run_stage(command: str, parts: Path, model: Path, output: Path, log: Path | None) -> str:
+def run_stage(command: str, parts: Path, model: Path, output: Path, start: Path) -> str:
     data = {"data_path": parts / "vqa" / "train.json", "image_folder": parts / "vqa" / "images"}
-    return run_changed(command, log, model_name_or_path=model, vision_tower=parts / "tower", output_dir=output, **data)
+    return run_changed(
+        command, start, model_name_or_path=model, vision_tower=parts / "tower", output_dir=output, **data
+    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

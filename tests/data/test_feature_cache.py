@@ -184,7 +184,7 @@ def test_processes_take_turns_and_build_once(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(timeout=240)
+        worker.join(timeout=900)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert sorted(json.loads(line) for line in counts.read_text().splitlines()) == [0, 0, 10]
 

@@ -267,7 +267,7 @@ def test_processes_that_start_together_decode_each_image_once(folder: Path, tmp_
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(timeout=240)
+        worker.join(timeout=900)
     assert sorted(counts.read_text().split()) == ["0", "0", "6"]
 
 

@@ -72,5 +72,5 @@ next(numbers)
     "end", ["raise ValueError", "raise SystemExit(3)", "import os; os.kill(os.getpid(), 9)", "pass"]
 )
 def test_a_process_with_workers_ends(python: Path, end: str) -> None:
-    done = run_command([python, "-c", CRASH.format(end=end)], timeout=300)  # until the workers have closed its streams
+    done = run_command([python, "-c", CRASH.format(end=end)], timeout=900)  # until the workers have closed its streams
     assert done.returncode == {"r": 1, "i": -9, "p": 0}[end[0]] or (end.endswith("(3)") and done.returncode == 3)

@@ -22,7 +22,6 @@ from tests.support.ranks import run_ranks, start
 from tests.support.runs import arguments, losses, saved, steps, train
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 100.0
 KINDS = {
     "plain": "DistributedDataParallel",
     "deepspeed": "DeepSpeedEngine",
@@ -149,7 +148,7 @@ def whole(
     """A kind of sharding, and the folder of an uninterrupted run with it."""
     kind: str = request.param
     folder = tmp_path_factory.mktemp(kind) / "whole"
-    wrapped = run_ranks(2, run, words(parts, folder, kind), kind, key, timeout=SECONDS)
+    wrapped = run_ranks(2, run, words(parts, folder, kind), kind, key)
     assert wrapped == [KINDS[kind]] * 2
     assert len(list((folder / "checkpoint-4").glob("written_here-*.json"))) == (kind != "plain")
     yield kind, folder
@@ -171,11 +170,11 @@ def test_a_run_that_was_killed_between_files_equals_the_uninterrupted_one(
 ) -> None:
     kind, expected = whole
     folder = tmp_path / "run"
-    outcomes = start(2, run, words(parts, folder, kind), kind, key, at, timeout=SECONDS)
+    outcomes = start(2, run, words(parts, folder, kind), kind, key, at)
     assert ("died", -9) in outcomes
     assert (folder / "checkpoint-2").is_dir()
     assert (folder / "checkpoint-4" / "trainer_state.json").is_file() == (at == "mark")
-    run_ranks(2, run, words(parts, folder, kind), kind, key, timeout=SECONDS)
+    run_ranks(2, run, words(parts, folder, kind), kind, key)
     assert losses(folder) == losses(expected) and steps(folder) == [1, 2, 3, 4]
     first, second = saved(expected), saved(folder)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
@@ -227,6 +226,6 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(
         folder = Path(shutil.copytree(finished, tmp_path / name / "run"))
         damage(folder / "checkpoint-4", SHARDS[kind])
         commands.append(words(parts, folder, kind))
-    for found in run_ranks(2, refusals, commands, kind, key, timeout=SECONDS):
+    for found in run_ranks(2, refusals, commands, kind, key):
         for text, (name, (_, expected)) in zip(found, DAMAGES.items(), strict=True):
             assert expected in text and "\n" not in text and str(tmp_path / name) in text, (name, text)

@@ -104,7 +104,7 @@ def run(place: Path, endpoint: Any, *words: str) -> subprocess.CompletedProcess[
     command = [sys.executable, "llava/eval/chexprompt.py", "--rating_name", "one", "--output_dir", str(place / "out")]
     command += ["--input_fpath", str(place / "in.jsonl"), "--max_request_per_min", "0", *words]
     return subprocess.run(
-        command, cwd=ROOT, env=environment(endpoint), capture_output=True, text=True, check=False, timeout=60
+        command, cwd=ROOT, env=environment(endpoint), capture_output=True, text=True, check=False, timeout=900
     )
 
 

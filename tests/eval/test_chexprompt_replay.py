@@ -68,11 +68,11 @@ def test_every_reply_killed_resumed_and_not_asked_again(tmp_path: Path) -> None:
         num_stored = kill_after_some(tmp_path, endpoint)
         assert KILLED_AFTER <= num_stored < len(REPLIES) and not (tmp_path / "out" / "one.jsonl").exists()
         endpoint.calls.clear()
-        done = run_command(words(tmp_path), cwd=ROOT, env=environment(endpoint), timeout=120)
+        done = run_command(words(tmp_path), cwd=ROOT, env=environment(endpoint), timeout=900)
         assert done.returncode == 0, done.stderr
         assert len(endpoint.calls) == len(REPLIES) - num_stored
         ratings = (tmp_path / "out" / "one.jsonl").read_bytes()
-        again = run_command(words(tmp_path), cwd=ROOT, env=environment(endpoint), timeout=120)
+        again = run_command(words(tmp_path), cwd=ROOT, env=environment(endpoint), timeout=900)
         assert again.returncode == 0, again.stderr
         assert len(endpoint.calls) == len(REPLIES) - num_stored and "0 requests sent" in again.stdout
     assert (tmp_path / "out" / "one.jsonl").read_bytes() == ratings

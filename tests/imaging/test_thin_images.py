@@ -151,5 +151,5 @@ print((peak(({size})) - before) // 1024)
 @pytest.mark.parametrize(("mode", "size"), [("square", "1, 600000"), ("pad", "1, 60000")])
 def test_memory_is_bounded(mode: str, size: str) -> None:
     command = [sys.executable, "-c", MEASURED.format(mode=mode, size=size)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=900)
     assert int(done.stdout) < 200

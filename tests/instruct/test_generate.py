@@ -148,7 +148,7 @@ def test_printed_command_killed_at_a_random_row_and_resumed(
     num_before = pieces.read_bytes().count(b"\n")
     with pieces.open("ab") as stream:  # as a kill in the middle of a line leaves it
         stream.write(b'{"pair_id": "3457')
-    done = run_command(line, cwd=ROOT, env=environment(endpoint), timeout=120)
+    done = run_command(line, cwd=ROOT, env=environment(endpoint), timeout=900)
     assert done.returncode == 1, done.stderr
     assert pieces.read_bytes() == whole.read_bytes()
     failed = [path.with_name(f"{path.stem}.failed.jsonl").read_bytes() for path in (pieces, whole)]

@@ -20,6 +20,7 @@ from llava.serve.heartbeat import Heart
 from llava.serve.proxy import code_of, error_piece
 from llava.serve.registry import Registry
 from tests.serve.test_worker import CHAT, GENERATE, HELLO, OLD, data_of, frames_of
+from tests.support.ports import free_ports
 from tests.support.served import MODEL, ScriptedEngine, scripted_app, scripted_service, served
 from tests.support.waiting import until
 
@@ -43,9 +44,7 @@ def controller(*engines: Any, gate: GateSettings | None = None) -> Iterator[tupl
 
 def lost_url() -> str:
     """Return the URL of a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_ports(1)[0]}"
 
 
 def register(client: httpx2.Client, name: str, *models: str) -> httpx2.Response:

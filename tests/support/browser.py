@@ -57,7 +57,7 @@ def look_at(
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--hide-scrollbars"]
     options += ["--window-size=1400,900"] + ["--blink-settings=preferredColorScheme=0"] * dark
     options += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000", "--dump-dom", probe.as_uri()]
-    done = run_command([program, *options], timeout=120)
+    done = run_command([program, *options], timeout=900)
     assert done.returncode == 0, done.stderr[-500:]
     shown = done.stdout
     title = re.search(r"<title>(.*?)</title>", shown, re.DOTALL)

@@ -9,20 +9,15 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-TIMEOUT = 100.0
+from tests.support.ports import free_ports
 
-
-def free_port() -> int:
-    """Return an unused TCP port."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+TIMEOUT = 600.0
+"""Seconds of a job, and of the imports of the fork server before the first one."""
 
 
 def _enter(place: tuple[int, int, int], pipe: Connection, job: Callable[..., Any], args: Any) -> None:
@@ -52,7 +47,7 @@ def start(world_size: int, job: Callable[..., Any], *args: Any, timeout: float =
     """Run `job(*args)` on all ranks; return ("result", value), ("error", text) or ("died", code) of each."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llava.train.run"])
-    port = free_port()
+    [port] = free_ports(1)
     started = []
     for rank in range(world_size):
         ours, theirs = context.Pipe()

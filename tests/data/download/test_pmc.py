@@ -328,7 +328,7 @@ def test_a_killed_run_is_continued_to_the_same_files(server: FileServer, tmp_pat
         assert run_.returncode == -signal.SIGKILL
     (tmp_path / "killed" / "images" / ".partial" / "half").write_bytes(b"half")
     server.faults.clear()
-    done = run_command(line, cwd=ROOT, env=environment, timeout=120)
+    done = run_command(line, cwd=ROOT, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr
     assert image_files(tmp_path / "killed") == image_files(tmp_path / "whole")
     listed = [(tmp_path / name / "missing.jsonl").read_bytes() for name in ("killed", "whole")]

@@ -51,7 +51,7 @@ def line(folder: Path, *words: str) -> list[str]:
 def sh(words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command line at the root of the repository."""
     settings = {**os.environ, **environment}
-    return run_command(words, cwd=ROOT, env=settings, timeout=120)
+    return run_command(words, cwd=ROOT, env=settings, timeout=900)
 
 
 def content(folder: Path) -> dict[str, bytes]:

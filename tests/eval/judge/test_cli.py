@@ -176,7 +176,7 @@ def test_killed_process_resumes(files: list[str], tmp_path: Path) -> None:
         kept = store.read_bytes().count(b"\n")
         assert 2 <= kept < 6 and not (tmp_path / "s.jsonl").exists()
         state.pause, before = 0.0, len(state.calls)
-        done = run_command(words, cwd=ROOT, env=environment(state), timeout=120)
+        done = run_command(words, cwd=ROOT, env=environment(state), timeout=900)
         assert done.returncode == 0, done.stderr
         assert len(state.calls) - before == 6 - kept
     assert all(row["judgement"]["scores"] for row in lines(tmp_path / "s.jsonl"))

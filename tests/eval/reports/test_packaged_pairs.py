@@ -95,7 +95,7 @@ def test_files_and_columns(
 ) -> None:
     given = [str(files.get(word, word)) for word in words]
     command = [sys.executable, "run.py", str(files["pairs"]), *given, "--output_dir", str(tmp_path / "out")]
-    done = run_command(command, cwd=ROOT / "llava" / "eval" / folder, timeout=300)
+    done = run_command(command, cwd=ROOT / "llava" / "eval" / folder, timeout=900)
     assert done.returncode == 0, done.stderr
     assert f"Total reports: {NUM_PAIRS}" in done.stdout
     assert ("Four-way F1" in done.stdout) == ("--report_chexbert_f1" in words)
