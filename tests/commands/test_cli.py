@@ -40,7 +40,7 @@ def test_help_of_no_command_imports_torch() -> None:
         "    except SystemExit as end:\n        assert end.code == 0, name\n"
         "    heavy = {'torch', 'transformers', 'fastapi', 'gradio'} & sys.modules.keys()\n"
         "    assert not heavy, (name, heavy)\n"
-        "import time\nassert time.process_time() < 10, time.process_time()\n"
+        "import time\nassert time.process_time() < 60, time.process_time()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

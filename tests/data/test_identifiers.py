@@ -68,7 +68,7 @@ def test_long_texts_cost_little() -> None:
     start = time.process_time()
     for piece in ("1", "1-", "a@", "(1", "+1 ", "Dr", "1.", "a.", "1/", "may 1 ", "mrn ", "10.", "+1 (1) "):
         identifier_rules([piece * (60_000 // len(piece))])
-    assert time.process_time() - start < 4.0
+    assert time.process_time() - start < 60  # a second, unless an expression takes the square of the length
 
 
 def test_no_output_shows_what_was_found(tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_hostile_mixtures_are_refused_in_one_line_and_linear_time(case: str, tmp
     start = time.process_time()
     with pytest.raises((ConfigError, DataError), match=r"mix\.yaml") as caught:
         read_mixture(path)
-    assert time.process_time() - start < 8.0
+    assert time.process_time() - start < 60  # a second or two; merges of merges would take years
     assert "\n" not in str(caught.value)
 
 
