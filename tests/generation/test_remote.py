@@ -78,7 +78,8 @@ PROMPTS = [
 )
 def test_answers_are_those_of_the_engine(both: Pair, sampling: Sampling) -> None:
     local, remote = both
-    for wanted, found in zip(local.generate(PROMPTS, sampling), remote.generate(PROMPTS, sampling), strict=True):
+    prompts = PROMPTS if sampling.max_new_tokens < 1000 else PROMPTS[-1:]  # to the end of the context takes long
+    for wanted, found in zip(local.generate(prompts, sampling), remote.generate(prompts, sampling), strict=True):
         for ours, theirs in zip(wanted, found, strict=True):
             rounded = {"logprobs": None, "top_logprobs": None}
             assert replace(theirs, **rounded) == replace(ours, **rounded)
@@ -103,13 +104,14 @@ def test_closing_a_stream_frees_the_slot(both: Pair) -> None:
     assert both[1].generate([PROMPTS[0]], Sampling(max_new_tokens=1))[0][0].error is None
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "chatml"])
 @pytest.mark.parametrize(
-    "sampling",
+    ("template", "sampling"),
     [
-        Sampling(max_new_tokens=9, temperature=0.7, n=2, logprobs=True),
-        Sampling(max_new_tokens=6, logprobs=True, n=2),
-        Sampling(max_new_tokens=3, temperature=1.0, n=17, seed=2),
+        ("vicuna_v1", Sampling(max_new_tokens=9, temperature=0.7, n=2, logprobs=True)),
+        ("chatml", Sampling(max_new_tokens=9, temperature=0.7, n=2, logprobs=True)),
+        ("vicuna_v1", Sampling(max_new_tokens=6, logprobs=True, n=2)),
+        ("chatml", Sampling(max_new_tokens=6, logprobs=True, n=2)),
+        ("vicuna_v1", Sampling(max_new_tokens=3, temperature=1.0, n=17, seed=2)),  # more than one request
     ],
 )
 def test_dialogues_are_those_of_the_engine(both: Pair, template: str, sampling: Sampling) -> None:

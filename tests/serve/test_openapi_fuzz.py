@@ -56,6 +56,6 @@ def ask(operation: Any, mode: Any, num_examples: int) -> None:
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     def send(case: Any) -> None:
-        check(case.call())
+        check(case.call(timeout=120))
 
     send()
