@@ -126,6 +126,8 @@ def _attend(connection: socket.socket) -> int:
 def _run(request: dict[str, Any], streams: list[int]) -> int:
     """Run a program as `python` would; return its status."""
     os.setsid()
+    # As in a new process: loaders would otherwise start a fork server, whose import takes long.
+    multiprocessing.set_start_method("fork", force=True)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
