@@ -39,7 +39,8 @@ for number in (signal.SIGTERM, signal.SIGINT):
 status = server.recv(1)
 status = status[0] if status else 255
 if status > 128:
-    signal.signal(status - 128, signal.SIG_DFL)
+    if status - 128 != signal.SIGKILL:
+        signal.signal(status - 128, signal.SIG_DFL)
     os.kill(os.getpid(), status - 128)
 os._exit(status)
 """
