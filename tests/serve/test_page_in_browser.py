@@ -41,14 +41,26 @@ def shows(page: BrowserPage, text: str) -> bool:
     return page.until(f"({ANSWERS}).includes({text!r})")
 
 
+def phantom(folder: Path) -> Path:
+    """Return the path of a written image."""
+    path = folder / "phantom.png"
+    path.write_bytes(phantom_png())
+    return path
+
+
+def resume(engine: ScriptedEngine) -> None:
+    """Let answers continue to their ends."""
+    engine.pause_after = 0
+    engine.hold.set()
+
+
 def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("llava.serve.page.POLL_SECONDS", 0.5)
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     engine = ScriptedEngine([f"word{number} " for number in range(12)])
     engine.pause_after = 3
-    image = tmp_path / "phantom.png"
-    image.write_bytes(phantom_png())
+    image = phantom(tmp_path)
     with private_folder() as uploads, controller() as (client, _), browser(tmp_path) as page:
         server = PageServer(str(client.base_url).rstrip("/"), Admission(max_running=9))
         with served(make_page_app(server, frozenset())) as url:
@@ -63,7 +75,7 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 assert [path for path in uploads.rglob("*") if path.is_file()] == []
                 ask(page, "What is shown?")
                 assert shows(page, "word2") and "word3" not in page.value(ANSWERS)
-                engine.hold.set()
+                resume(engine)
                 assert shows(page, "tokens of answer") and "word11" in page.value(ANSWERS)
                 assert len(engine.prompts[-1][0].images) == 1
                 engine.pause_after = 2
@@ -72,8 +84,7 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 page.press("Escape")
                 assert until(lambda: engine.handles[-1].is_cancelled)
                 assert shows(page, "stopped")
-                engine.pause_after = 0
-                engine.hold.set()
+                resume(engine)
                 page.click("Regenerate")
                 assert page.until(
                     f"!({ANSWERS}).includes('stopped') && ({ANSWERS}).split('tokens of answer').length == 3"
@@ -82,7 +93,7 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 assert page.until(f"{off}.every(b => !b.disabled)")
                 page.click("Upvote")
                 assert page.until(f"{off}.every(b => b.disabled)") and until(lambda: server.num_votes == {"upvote": 1})
-                assert page.faint_texts() == []
+                assert until(lambda: page.faint_texts() == []), page.faint_texts()
                 page.click("Clear")
                 assert page.until(f"{ANSWERS} == '' && !document.querySelector('.llava-frame')")
                 page.resize(390, 844)
@@ -94,7 +105,7 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 page.open(url, width=390, height=844)
                 assert has_model(page)
                 assert page.until("getComputedStyle(document.body).backgroundColor != 'rgb(255, 255, 255)'")
-                assert page.faint_texts() == []
+                assert until(lambda: page.faint_texts() == []), page.faint_texts()
             assert page.requests == {url} and page.errors == []
 
 
@@ -104,8 +115,7 @@ def test_two_sessions_never_see_each_other(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     engine = ScriptedEngine([f"word{number} " for number in range(12)])
     engine.pause_after = 3
-    image = tmp_path / "phantom.png"
-    image.write_bytes(phantom_png())
+    image = phantom(tmp_path)
     everything = "document.body.innerText + [...document.querySelectorAll('img')].map(x => x.src).join()"
     with private_folder(), controller() as (client, _), browser(tmp_path) as first:
         server = PageServer(str(client.base_url).rstrip("/"), Admission(max_running=9))
@@ -128,8 +138,7 @@ def test_two_sessions_never_see_each_other(tmp_path: Path, monkeypatch: pytest.M
                 first.press("Escape")
                 assert until(lambda: engine.handles[0].is_cancelled)
                 assert shows(first, "stopped")
-                engine.pause_after = 0
-                engine.hold.set()
+                resume(engine)
                 assert shows(second, "word11")
                 (mine, _), (theirs, _) = engine.prompts
                 assert len(mine.images) == 1 and len(theirs.images) == 0
