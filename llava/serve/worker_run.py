@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from llava.errors import ConfigError
 from llava.generation.options import local_engine_of
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from llava.serve.image_inputs import ImageLimits
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 def warn_without_effect(args: argparse.Namespace) -> None:
@@ -53,7 +57,7 @@ def run_worker(args: argparse.Namespace) -> int:
     address = checked_url(args.worker_address or url_of(args.host, port), "--worker-address")
     controller = checked_url(args.controller_address, "--controller-address")
     settings = gate_settings(args, urls=[url_of(args.host, port), address], marks_audited=True)
-    engine = _server_engine(args)
+    engine = in_ended_thread(lambda: _server_engine(args))
     service = _service(args, engine, admission, images)
     heart = None
     if not args.no_register:
@@ -68,6 +72,14 @@ def run_worker(args: argparse.Namespace) -> int:
         on_drain=None if heart is None else heart.leave,
     )
     return run.run(sockets, url=url_of(args.host, port))
+
+
+def in_ended_thread(function: Callable[[], Result]) -> Result:
+    """Return the result of a function that runs in a thread of its own, which has ended."""
+    # OpenMP keeps threads for each thread that has computed. With those of the thread that loads the model beside those
+    # of the model's thread there are more than processors, and OpenMP then sleeps and wakes at every operator.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(function).result()
 
 
 def _limits(args: argparse.Namespace) -> tuple[Admission, ImageLimits]:
