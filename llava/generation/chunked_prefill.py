@@ -4,8 +4,9 @@
                        images of the rest pass the tower once           prompt and, later, answer --> PrefixCache
 
 A prompt that shares its unknown beginning with one that is being read waits for it, so an image is computed once.
-While more answers run than prompts are new, a step on a CPU computes an image or reads a piece that takes not much
-longer than a decoding step (`pace`).
+On a CPU, a step beside running answers computes an image or reads a piece that takes not much longer than a decoding
+step (`pace`). While far more prompts are new than answers run, they are all read first: a step takes about as long for
+few answers as for many.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ LOOKAHEAD = 64
 
 MIN_CHUNK = 16
 """Tokens that are read at a time when memory is short."""
+
+MANY = 2
+"""New prompts for each running answer above which all of them are read first."""
+
+LONGEST_PAUSE = 0.5
+"""Seconds after which running answers get their next token even so."""
 
 MIN_SHARED = 16
 """Unknown tokens, or else one image, that two prompts must share for one of them to wait."""
@@ -118,6 +125,10 @@ class ChunkedScheduler(Scheduler):
         self.jobs: list[PrefillJob] = []
         self.pace = Pace()
         self._has_embedded = False
+        self._has_read = False
+        self._is_paced = False
+        self._reads_all = False
+        self._paused: float | None = None
 
     @property
     def has_work(self) -> bool:
@@ -149,13 +160,14 @@ class ChunkedScheduler(Scheduler):
 
     def _read_prompts(self) -> None:
         """Start to read waiting prompts, and read the next piece of those that were started."""
-        is_paced, self._has_embedded = self._is_paced(), False
+        self._has_embedded, self._has_read = False, False
+        self._choose_pace()
         self._start_jobs()
-        if not self.jobs or (is_paced and self._has_embedded):
+        if not self.jobs or (self._is_paced and self._has_embedded):
             return
         if self.max_kv_bytes is not None:
             self.runner.cache.limit(self.max_kv_bytes - self._unjoined_bytes())
-        pieces, room = [], self.pace.num_tokens(self.chunk) if is_paced else self.chunk
+        pieces, room = [], self.pace.num_tokens(self.chunk) if self._is_paced else self.chunk
         for job in self.jobs:
             if room:
                 pieces.append((job, *job.piece(min(room, job.num_left))))
@@ -168,6 +180,7 @@ class ChunkedScheduler(Scheduler):
         except Exception as error:
             self._put_back(self._stop_jobs(), error)
             return
+        self._has_read = True
         self.pace.note_piece(sum(extension.length for _, extension, _ in pieces), time.perf_counter() - start)
         for job, extension, _ in pieces:
             job.parts.append(extension.states())
@@ -175,17 +188,31 @@ class ChunkedScheduler(Scheduler):
         for place, row in enumerate(ending):
             self._finish(pieces[row][0], logits[place : place + 1])
 
-    def _is_paced(self) -> bool:
-        """Return whether running answers would wait too long for the whole next piece."""
-        # With more new prompts than answers, it is the prompts that wait. GPUs read a piece in the time of a step.
-        is_on_cpu: bool = self.runner.model.device.type == "cpu"
-        return is_on_cpu and len(self.running) > len(self.waiting) + len(self.jobs)
+    def _choose_pace(self) -> None:
+        """Note whether running answers would wait too long for the whole next piece, and whether they do wait."""
+        num_streams = sum(len(request.token_ids) > 1 for request in self.running)  # reading a prompt gives one token
+        num_new = len(self.waiting) + len(self.jobs)
+        is_on_cpu = self.runner.model.device.type == "cpu"  # GPUs read a piece in the time of a step
+        self._reads_all = is_on_cpu and num_new > 0 and (self._reads_all or num_new > MANY * num_streams)
+        self._is_paced = is_on_cpu and num_streams > 0 and not self._reads_all
 
     def _decode(self) -> None:
+        if self._is_postponed():
+            return
         start, is_running = time.perf_counter(), bool(self.running)
         super()._decode()
         if is_running:
             self.pace.note_step(time.perf_counter() - start)
+
+    def _is_postponed(self) -> bool:
+        """Return whether more prompts are read before the next decoding step."""
+        now = time.perf_counter()
+        self._paused = now if self._paused is None else self._paused
+        has_more = self._reads_all and self._has_read and bool(self.jobs or self.waiting)
+        if has_more and now - self._paused < LONGEST_PAUSE:
+            return True
+        self._paused = None
+        return False
 
     def _start_jobs(self) -> None:
         self.is_full = self.is_full and bool(self.running)
@@ -216,7 +243,7 @@ class ChunkedScheduler(Scheduler):
                 return
             else:
                 self._start(self._samples(request), encoded, identities, match)
-                if self.running and match.length < last_image(encoded):
+                if self._is_paced and match.length < last_image(encoded):
                     return  # the images of one prompt pass the tower between two steps
 
     def _is_read_soon(self, tree: str, encoded: Encoded, identities: Sequence[Identity], known: int) -> bool:

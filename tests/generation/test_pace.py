@@ -38,9 +38,9 @@ def test_a_prompt_beside_running_answers_is_read_in_small_pieces_with_the_same_a
     monkeypatch.setattr("llava.generation.pace.FIRST_PIECE", 40)
     monkeypatch.setattr(engine.scheduler.pace, "note_piece", lambda *_: None)
 
-    def counted(extensions: Any, embeds: Any) -> Any:
+    def counted(extensions: Any, *rest: Any) -> Any:
         pieces.append(sum(extension.length for extension in extensions))
-        return read(extensions, embeds)
+        return read(extensions, *rest)
 
     def noted(*args: Any) -> Any:
         pieces.append(0)
@@ -58,3 +58,21 @@ def test_a_prompt_beside_running_answers_is_read_in_small_pieces_with_the_same_a
     assert answer.token_ids == expected.token_ids
     image, *read_pieces = pieces
     assert image == 0 and len(read_pieces) > 2 and max(read_pieces) <= 40
+
+
+@pytest.mark.parametrize("pause", [float("inf"), 0.0])
+def test_far_more_prompts_than_answers_are_read_before_the_next_step(
+    monkeypatch: pytest.MonkeyPatch, pause: float
+) -> None:
+    monkeypatch.setattr("llava.generation.chunked_prefill.LONGEST_PAUSE", pause)
+    prompts, sampling = [ask(f"Question {number}?", number) for number in range(4)], Sampling(max_new_tokens=6)
+    expected = engine_of(tiny_llava(seed=3)).generate(prompts, sampling)
+    engine = engine_of(tiny_llava(seed=3), prefill_chunk=16)
+    runner, order = engine.scheduler.runner, []
+    read, decode = runner.read, runner.decode
+    monkeypatch.setattr(runner, "read", lambda *args: order.append("read") or read(*args))
+    monkeypatch.setattr(runner, "decode", lambda ids: order.append("decode") or decode(ids))
+    found = engine.generate(prompts, sampling)
+    assert [one.token_ids for [one] in found] == [one.token_ids for [one] in expected]
+    is_read_later = "read" in order[order.index("decode") :]
+    assert is_read_later == (pause == 0.0)

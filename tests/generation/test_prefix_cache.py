@@ -186,14 +186,16 @@ def test_images_of_one_prompt_a_step_pass_the_tower_while_others_are_answered(
     loaded: LoadedModel, towers: list[int]
 ) -> None:
     engine = caching(loaded, prefill_chunk=512)
-    running = engine.submit(ask("x"), Sampling(max_new_tokens=1500))
-    next(iter(running))
+    running = [engine.submit(ask("x"), Sampling(max_new_tokens=1500)) for _ in range(4)]
+    for stream in running:
+        list(zip(range(3), stream, strict=False))  # each has been in a decoding step
     decode, at_step = engine.scheduler.runner.decode, []
     engine.scheduler.runner.decode = lambda ids: at_step.append(len(towers)) or decode(ids)
     handles = [engine.submit(ask("What?", number), SAMPLING) for number in range(4)]
     for handle in handles:
         handle.completions()
-    running.cancel()
+    for stream in running:
+        stream.cancel()
     assert towers == [1] * 4 and max(after - before for before, after in pairwise([0, *at_step])) == 1
 
 
