@@ -10,7 +10,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -132,6 +133,22 @@ class CheckpointTrainer(Trainer):
     def is_sharded(self) -> bool:
         """Whether weights or optimizer state are sharded, so that all ranks must run the same modules."""
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    @property
+    def leaves_shards(self) -> bool:
+        """Whether transformers would save shards, but no weights that a model can be loaded from."""
+        if self.is_fsdp_enabled:
+            return "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if not self.is_deepspeed_enabled or isinstance(self.model, PeftModel):  # adapters are always gathered
+            return False
+        engine: Any = self.model_wrapped
+        return bool(engine.zero_optimization_stage() == 3 and not engine.zero_gather_16bit_weights_on_model_save())
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Return the weights, gathered from all ranks; empty on ranks that do not save; a collective operation."""
+        if self.is_fsdp_enabled:
+            return dict(self.accelerator.get_state_dict(self.model))
+        return dict(self.model_wrapped._zero3_consolidated_16bit_state_dict() or {})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint in place of an earlier one of this step; mark one that sharded loaders will read."""

@@ -257,10 +257,10 @@ class LlavaTrainer(CheckpointTrainer):
             LlavaError: a trained weight is not finite on some rank; nothing is written or removed.
         """
         check_finite_weights(cast(nn.Module, self.model), f"step {self.state.global_step}")
-        super().save_model(output_dir, _internal_call)
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled and not _internal_call else None
-        if plugin is not None and "FULL" not in str(plugin.state_dict_type):  # transformers saves no weights then
-            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        if not self.leaves_shards:
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:  # a checkpoint has the shards
+            self._save(output_dir, self.whole_weights())
 
     def _run_epoch(self, *args: Any, **keywords: Any) -> None:
         """Run an epoch, unless the run was resumed at its last step, after which transformers would train one more."""

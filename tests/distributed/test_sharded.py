@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,26 @@ def test_zero_equals_plain(parts: Path, plain: Path, tmp_path: Path, stage: int,
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], atol=3e-4, rtol=1e-3, msg=name)
     load_checkpoint(tmp_path)
+
+
+def test_zero_3_ends_with_whole_weights_where_checkpoints_hold_shards_only(
+    parts: Path, plain: Path, tmp_path: Path
+) -> None:
+    """`stage3_gather_16bit_weights_on_model_save`, which is off by default, decides about checkpoints only."""
+    config = json.loads((ROOT / "scripts" / "zero3.json").read_text())
+    del config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    given = {"deepspeed": tmp_path / "zero3.json", "save_strategy": "steps", "save_steps": 3}
+    folder = tmp_path / "run"
+    run_ranks(2, train_zero, arguments(parts, folder, **options(parts, **given)), None)
+    first, second = saved(plain), saved(folder)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], atol=3e-4, rtol=1e-3, msg=name)
+    load_checkpoint(folder)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(("global_step", "latest", "zero_to"))]
+    held = sorted(path.name for path in (folder / "checkpoint-3").iterdir())
+    assert "global_step3" in held and "model.safetensors" not in held
 
 
 @pytest.mark.parametrize("mode", ["cached", "copy", "none"])

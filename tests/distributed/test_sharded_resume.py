@@ -18,6 +18,7 @@ import torch
 
 from llava.errors import LlavaError
 from tests.support.fast_python import without_build
+from tests.support.pairs import pair_arguments, write_pairs
 from tests.support.ranks import run_ranks, start
 from tests.support.runs import arguments, losses, saved, steps, train
 
@@ -179,6 +180,30 @@ def test_a_run_that_was_killed_between_files_equals_the_uninterrupted_one(
     first, second = saved(expected), saved(folder)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["cached", pytest.param("copy", marks=pytest.mark.extended), pytest.param("none", marks=pytest.mark.extended)],
+)
+def test_pairs_under_zero_3_that_were_killed_equal_uninterrupted_ones(
+    parts: Path, key: Path, tmp_path: Path, mode: str
+) -> None:
+    """The run is killed after its last step, so until then it is the uninterrupted one; it resumes after step 2."""
+    write_pairs(parts / "pairs")
+    given = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0, "per_device_train_batch_size": 2, **SAVED}
+    given |= {"ref_mode": mode, "pref_loss": "simpo" if mode == "none" else "sigmoid"}
+    argv = pair_arguments(parts, tmp_path / "run", **given, deepspeed=ROOT / "scripts" / "zero3.json")
+    assert ("died", -9) in start(2, run, argv, "deepspeed", key, "mark", timeout=SECONDS)
+    names = ["loss", "rewards/margins", "logps/chosen"]
+    expected = [losses(tmp_path / "run", name) for name in names]
+    assert all(len(values) == 4 for values in expected)
+    weights = saved(tmp_path / "run" / "checkpoint-4")
+    assert run_ranks(2, run, argv, "deepspeed", key, timeout=SECONDS) == [KINDS["deepspeed"]] * 2
+    assert steps(tmp_path / "run") == [1, 2, 3, 4]
+    assert [losses(tmp_path / "run", name) for name in names] == expected
+    again = saved(tmp_path / "run")
+    assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
 
 
 def largest(checkpoint: Path, pattern: str) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -81,8 +82,9 @@ def fast_python(folder: Path) -> Iterator[Path]:
 
 def without_build() -> None:
     """Let DeepSpeed communicate with gloo, as where it cannot compile its own transport on a CPU (for two minutes)."""
-    from deepspeed.comm import torch as backend
-
+    # `from deepspeed.comm import torch` gives torch itself, which the package holds under the same name.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    assert callable(backend.build_shm_op)
     backend.build_shm_op = lambda: None
 
 

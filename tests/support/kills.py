@@ -272,7 +272,7 @@ def kill_once(scenario: Scenario, out: Path, draw: random.Random) -> tuple[str, 
     out.parent.mkdir(parents=True)
     with tempfile.TemporaryFile() as errors:
         process = scenario.start(out, errors=errors)
-        time.sleep(draw.uniform(0.15, 1.0) * scenario.seconds)
+        time.sleep(draw.uniform(0.02, 0.8) * scenario.seconds)
         was_running = process.poll() is None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
