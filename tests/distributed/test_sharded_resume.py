@@ -194,12 +194,12 @@ def test_pairs_under_zero_3_that_were_killed_equal_uninterrupted_ones(
     given = {"lora_enable": True, "lora_r": 4, "lora_dropout": 0, "per_device_train_batch_size": 2, **SAVED}
     given |= {"ref_mode": mode, "pref_loss": "simpo" if mode == "none" else "sigmoid"}
     argv = pair_arguments(parts, tmp_path / "run", **given, deepspeed=ROOT / "scripts" / "zero3.json")
-    assert ("died", -9) in start(2, run, argv, "deepspeed", key, "mark", timeout=SECONDS)
+    assert ("died", -9) in start(2, run, argv, "deepspeed", key, "mark")
     names = ["loss", "rewards/margins", "logps/chosen"]
     expected = [losses(tmp_path / "run", name) for name in names]
     assert all(len(values) == 4 for values in expected)
     weights = saved(tmp_path / "run" / "checkpoint-4")
-    assert run_ranks(2, run, argv, "deepspeed", key, timeout=SECONDS) == [KINDS["deepspeed"]] * 2
+    assert run_ranks(2, run, argv, "deepspeed", key) == [KINDS["deepspeed"]] * 2
     assert steps(tmp_path / "run") == [1, 2, 3, 4]
     assert [losses(tmp_path / "run", name) for name in names] == expected
     again = saved(tmp_path / "run")
