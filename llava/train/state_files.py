@@ -148,7 +148,8 @@ class CheckpointTrainer(Trainer):
         """Return the weights, gathered from all ranks; empty on ranks that do not save; a collective operation."""
         if self.is_fsdp_enabled:
             return dict(self.accelerator.get_state_dict(self.model))
-        return dict(self.model_wrapped._zero3_consolidated_16bit_state_dict() or {})
+        engine: Any = self.model_wrapped
+        return dict(engine._zero3_consolidated_16bit_state_dict() or {})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint in place of an earlier one of this step; mark one that sharded loaders will read."""
