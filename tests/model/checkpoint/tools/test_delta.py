@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,9 @@ from llava.model.checkpoint.files.shard_writer import ShardWriter
 from llava.model.checkpoint.files.shards import open_tensors
 from llava.model.checkpoint.tools import delta
 from llava.model.checkpoint.tools.delta import WriteOptions
+from tests.support.processes import run_command
 
+ROOT = Path(__file__).resolve().parents[4]
 WIDTH = 8
 FULL = WriteOptions(torch.float32)
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -166,13 +167,12 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         delta.write_delta(base, base, write(tmp_path / "full", language_model(30, 1)), FULL)
 
 
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_the_printed_commands(tmp_path: Path) -> None:
+def test_the_printed_commands(tmp_path: Path, python: Path) -> None:
     """`--base`, `--target`, `--delta` are short forms."""
+
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        return run_command([python, "-m", *words], cwd=ROOT, timeout=900)
+
     base = write(tmp_path / "base", language_model(30, 0))
     target = write(tmp_path / "target", {**language_model(33, 1), **projector("linear")}, max_shard_bytes=600)
     places = ("--base", base, "--delta", tmp_path / "delta", "--target")

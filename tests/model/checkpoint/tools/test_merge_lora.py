@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from tests.support.legacy_folders import (
     write_projector_only,
 )
 from tests.support.model_tools import shake, trained
+from tests.support.processes import run_command
 
 SCRIPT = Path(__file__).resolve().parents[4] / "scripts" / "merge_lora_weights.py"
 
@@ -38,15 +38,14 @@ def assert_same(one: LoadedModel, other: LoadedModel) -> None:
     assert not different
 
 
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=SCRIPT.parents[1])
+def run(python: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    return run_command([python, SCRIPT, *words], cwd=SCRIPT.parents[1], timeout=900)
 
 
-def test_the_printed_command(tmp_path: Path) -> None:
+def test_the_printed_command(tmp_path: Path, python: Path) -> None:
     lora = write_lora(tmp_path, safe=False)
     target = tmp_path / "merged"
-    done = run("--model-path", lora, "--model-base", tmp_path / "lm", "--save-model-path", target)
+    done = run(python, "--model-path", lora, "--model-base", tmp_path / "lm", "--save-model-path", target)
     assert done.returncode == 0, done.stderr
     checkpoint = Checkpoint.open(target)
     assert checkpoint.kind == "legacy" and not checkpoint.has_tower and checkpoint.has_tokenizer
@@ -57,13 +56,14 @@ def test_the_printed_command(tmp_path: Path) -> None:
     assert_same(load_checkpoint(target), load_checkpoint(lora, base=str(tmp_path / "lm")))
 
 
-def test_a_wrong_base_is_rejected_in_one_line_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_wrong_base_is_rejected_in_one_line_and_nothing_is_left(tmp_path: Path, python: Path) -> None:
     lora = write_lora(tmp_path)
     weights = load_file(tmp_path / "lm" / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] = torch.zeros(32, 65)
     save_file(weights, tmp_path / "lm" / "model.safetensors")
     before = sorted(tmp_path.iterdir())
-    done = run("--model-path", lora, "--model-base", tmp_path / "lm", "--save-model-path", tmp_path / "a" / "merged")
+    words = ["--model-path", lora, "--model-base", tmp_path / "lm", "--save-model-path", tmp_path / "a" / "merged"]
+    done = run(python, *words)
     assert done.returncode == 2 and "does not fit" in done.stderr and "Traceback" not in done.stderr
     assert sorted(tmp_path.iterdir()) == before
 
