@@ -38,6 +38,7 @@ from llava.utils.files import refuse_overwriting
 from llava.utils.jsonl import READ_ERRORS, open_decompressed, read_text, write_json
 from llava.utils.provenance import file_sha256
 from llava.utils.terminal import write_out
+from llava.utils.yaml_files import parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +107,8 @@ def read_mixture(path: str | Path) -> Mixture:
         DataError: the file cannot be read, or has more than `MAX_BYTES` bytes.
     """
     try:
-        content = yaml.load(read_text(path, max_bytes=MAX_BYTES), Loader=_UniqueKeyLoader)
-    except RecursionError:
-        raise ConfigError(f"{path} is nested too deeply; expected a list of sources with one field a line") from None
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:  # the last ones: of tags
-        if isinstance(error, DataError):
-            raise
+        content = parse_yaml(read_text(path, max_bytes=MAX_BYTES), _UniqueKeyLoader)
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     entries = content.get("sources") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or not set(content) <= {"sources", "stream"}:

@@ -26,6 +26,7 @@ from llava.utils.jsonl import read_text
 from llava.utils.lookup import lookup
 from llava.utils.plugins import add_named
 from llava.utils.reporting import text_table
+from llava.utils.yaml_files import parse_yaml
 
 FOLDER = Path(__file__).parent / "tasks"
 """Folder of the tasks of this package."""
@@ -98,7 +99,7 @@ def read_task(path: str | Path) -> EvaluationTask:
         ConfigError: the file is not a task; names it and the field.
     """
     try:
-        found = yaml.safe_load(read_text(path))
+        found = parse_yaml(read_text(path))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
     known = [field.name for field in fields(EvaluationTask)]

@@ -23,9 +23,27 @@ from llava.utils.plugins import PLUGIN_HELP
 LORA_STARTS = ("true", "gaussian", "orthogonal", "false")
 """Values of `--init-lora-weights`."""
 
-RATES = ("learning_rate", "mm_projector_lr", "mm_vision_tower_lr")
 MAX_RATE = 1e30
-"""Options with a learning rate, and the largest one: optimizers convert rates to float32."""
+"""Largest learning rate and weight decay: optimizers convert them to float32."""
+
+MAX_SEED = 2**32 - 1
+"""Largest seed that numpy takes."""
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "learning_rate": (0, MAX_RATE),
+    "mm_projector_lr": (0, MAX_RATE),
+    "mm_vision_tower_lr": (0, MAX_RATE),
+    "weight_decay": (0, MAX_RATE),
+    "max_grad_norm": (0, MAX_RATE),
+    "num_train_epochs": (0, 1e6),
+    "seed": (0, MAX_SEED),
+    "data_seed": (0, MAX_SEED),
+    "per_device_train_batch_size": (1, 1e6),
+    "per_device_eval_batch_size": (1, 1e6),
+    "gradient_accumulation_steps": (1, 1e6),
+    "dataloader_num_workers": (0, 1e4),
+}
+"""Smallest and largest value of options that transformers does not check."""
 
 
 @dataclass(frozen=True)
@@ -256,10 +274,10 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
         if self.early_stopping_patience:
             self.restore_callback_states_from_checkpoint = True  # keeps the counter of the callback over a resume
         super().__post_init__()
-        for name in RATES:
-            rate = getattr(self, name)
-            if rate is not None and not 0.0 <= rate <= MAX_RATE:  # also rejects NaN
-                raise ConfigError(f"{flag(name)} is {rate}; expected a number from 0 to {MAX_RATE:g}")
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(self, "requested_accumulation" if name == "gradient_accumulation_steps" else name)
+            if value is not None and not least <= value <= most:  # also rejects NaN
+                raise ConfigError(f"{flag(name)} is {value}; expected a number from {least} to {most:.10g}")
         if self.max_tokens_per_row < 1:
             raise ConfigError(f"--max-tokens-per-row is {self.max_tokens_per_row}; expected at least 1 (default 8192)")
         if self.save_on_signal and self.save_only_model:

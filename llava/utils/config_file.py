@@ -21,6 +21,7 @@ from llava.errors import ConfigError
 from llava.utils.cli import Parser, flag, near_options, prefix_of, with_dashes
 from llava.utils.jsonl import read_text
 from llava.utils.plugins import FLAG, check_recorded, recorded_names
+from llava.utils.yaml_files import parse_yaml
 
 CONFIG_SUFFIXES = (".yaml", ".yml")
 CONFIG_FLAG = "--config"
@@ -52,8 +53,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file; expected a YAML file with options")
     try:
-        content = yaml.load(read_text(path), Loader=_Loader)  # a safe loader
-    except (yaml.YAMLError, RecursionError) as error:
+        content = parse_yaml(read_text(path), _Loader)
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -100,7 +101,8 @@ def test_wrong_files_are_refused_in_one_line(tmp_path: Path, text: str, words: s
 def test_any_bytes_are_a_mixture_or_a_named_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(content)
-    is_mixture(path)
+    with contextlib.suppress(DataError):  # damaged gzip
+        is_mixture(path)
     with pytest.raises((ConfigError, DataError)):
         read_mixture(path)
 

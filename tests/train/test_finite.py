@@ -237,3 +237,32 @@ def test_the_command_ends_with_one_line_and_status_2(
 def test_a_rate_that_no_optimizer_takes_is_refused(parts: Path, tmp_path: Path, name: str, rate: str) -> None:
     with pytest.raises(ConfigError, match=r"-(learning-rate|lr) is .*; expected a number from 0 to 1e\+30"):
         parse_training_args(arguments(parts, tmp_path, **{name: rate}))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "num_train_epochs": ["nan", "inf", "-1"],
+        "weight_decay": ["nan", "inf", "-1"],
+        "max_grad_norm": ["nan", "-1"],
+        "seed": ["-1", str(2**32)],
+        "data_seed": ["-1"],
+        "per_device_train_batch_size": ["0", "-1"],
+        "per_device_eval_batch_size": ["0"],
+        "gradient_accumulation_steps": ["0", "-4"],
+        "dataloader_num_workers": ["-1"],
+    }.items(),
+)
+def test_a_number_that_no_run_can_have_is_refused_by_the_name_of_its_option(
+    parts: Path, tmp_path: Path, name: str, values: list[str]
+) -> None:
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"--{name.replace('_', '-')} is .*; expected a number from [01] to \d"):
+            parse_training_args(arguments(parts, tmp_path, **{name: value}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_smallest_and_largest_numbers_are_taken(parts: Path, tmp_path: Path) -> None:
+    given = {"seed": 2**32 - 1, "per_device_train_batch_size": 1, "weight_decay": 0, "max_grad_norm": 0}
+    parsed = parse_training_args(arguments(parts, tmp_path, **given))
+    assert {name: getattr(parsed.training, name) for name in given} == given
