@@ -136,5 +136,7 @@ def parse_settings(argv: Sequence[str] | None) -> tuple[QuickstartSettings, bool
         del fields["num_train"]
         fields["size"] = AUTO if fields["data"] is None else GIVEN
     settings = QuickstartSettings(**fields)
+    if settings.out.is_file():
+        raise ConfigError(f"--out {settings.out} is a file; expected a folder")
     settings.check()
     return settings, restart

@@ -48,13 +48,20 @@ def check_main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
+def counted(number: int, name: str) -> str:
+    """Return a number with its noun: `1 error`, `2 errors`."""
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
 def _summary(found: Findings) -> str:
-    lines = [f"{found.id}: {found.assignments:,} assignments, {found.paths:,} valid paths"]
+    lines = [f"{found.id}: {found.assignments:,} assignments, {found.paths:,} valid paths"] if found.id else []
     for kind, messages in (("error", found.errors), ("warning", found.warnings)):
         lines += [f"{kind}: {message}" for message in messages[:LISTED]]
         if len(messages) > LISTED:
             lines.append(f"{len(messages) - LISTED} more; --json lists all")
-    lines.append(f"{len(found.errors)} errors, {len(found.warnings)} warnings")
+    lines.append(
+        ", ".join(counted(len(of), name) for name, of in (("error", found.errors), ("warning", found.warnings)))
+    )
     return "\n".join(lines)
 
 

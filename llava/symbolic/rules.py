@@ -18,6 +18,7 @@ from llava.symbolic.read_settings import read_dialogue, read_evaluation, read_ph
 from llava.symbolic.read_tables import read_columns, read_derive, read_labels, read_texts
 from llava.symbolic.settings import DEFAULT
 from llava.symbolic.structure import DialogueSettings, Phrases, RuleSet
+from llava.utils.cli import near_options
 
 __all__ = ["RuleSet", "load_rules", "read_rules", "shipped"]
 
@@ -60,6 +61,9 @@ def read_rules(path: str | Path) -> tuple[RuleSet | None, list[str]]:
     path = Path(path)
     if not path.exists() and str(path) in shipped():
         path = shipped()[str(path)]
+    if not path.exists() and not path.suffix:
+        known = ", ".join(shipped())
+        return None, [f"{path}: no such file or rule set{near_options([str(path)], shipped())} (shipped: {known})"]
     problems = Problems()
     try:
         root = read_document(path)

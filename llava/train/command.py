@@ -8,13 +8,14 @@ The published commands `train_mem.py` and `train.py` call the trainer directly, 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.errors import ConfigError
+from llava.errors import ConfigError, LlavaError
 from llava.train.defaults import TODAY
 from llava.train.early_checks import check_options
 from llava.train.help import help_text
@@ -85,6 +86,7 @@ def checked_words(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     Raises:
         ConfigError: an option is unknown, a value is wrong, a plug-in fails, or a file, a folder or a name does not
             exist.
+        DataError: the first row of a data file cannot be used.
         SystemExit: on ranks other than the first in these cases, so that the message appears once.
     """
     try:
@@ -92,7 +94,7 @@ def checked_words(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         options = parsed(found)
         load_plugins(options.get("plugin") or ())
         check_options(options)
-    except ConfigError:
+    except LlavaError:
         if process_rank() == 0:
             raise
         raise SystemExit(2) from None
@@ -128,11 +130,18 @@ def parsed(words: Sequence[str]) -> dict[str, Any]:
     found, unknown = parser.parse_known_args(_with_lists(words), Namespace())
     if unknown:
         known = [row.name for row in read_table()]
-        raise ConfigError(
-            f"unknown option: {' '.join(unknown)}{near_options(unknown, known)} (llava train --help lists the options)"
-        )
+        raise ConfigError(f"{_unknown_text(unknown, known)} (llava train --help lists the options)")
     values: dict[str, Any] = vars(found)
     return values
+
+
+def _unknown_text(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """Return the message for words that no option takes: an unknown option, or a path without its option."""
+    if unknown[0].startswith("-"):
+        return f"unknown option: {' '.join(unknown)}{near_options(unknown, known)}"
+    if Path(unknown[0]).suffix in (".json", ".jsonl"):
+        return f"unexpected word {unknown[0]}; name the rows with --data-path {shlex.quote(unknown[0])}"
+    return f"unexpected word {unknown[0]}; quote a value with spaces, such as --image-folder 'my images'"
 
 
 def _with_lists(words: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ where it is read.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,11 +14,17 @@ from typing import Any
 
 from llava.chat_families import FAMILIES
 from llava.conversation import TEMPLATES
-from llava.errors import ConfigError
+from llava.data.mixture import is_mixture
+from llava.data.records import read_default, sample_of
+from llava.errors import BrokenFileError, ConfigError, DataError
 from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, CONFIG_FILE, ORIGIN_FILE, PROJECTOR_FILES, read_json
 from llava.model.projector_types import find_type, known_types
+from llava.samples import Origin
 from llava.train.attention_choice import check_attention
 from llava.utils.cli import flag, near_options
+from llava.utils.json_rows import iter_rows
+from llava.utils.jsonl import JSON_ERRORS
+from llava.utils.near_paths import near_path
 
 Options = Mapping[str, Any]
 """Given options by name with underscores."""
@@ -34,16 +41,24 @@ FILES = {
 
 FOLDERS = ("image_folder", "eval_image_folder")
 
+CONFIG_FILES = ("deepspeed", "fsdp_config")
+"""Options that hold the path of a JSON file, or JSON text."""
+
+JSON_OPTIONS = (*CONFIG_FILES, "accelerator_config", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
+"""Options that may hold JSON text."""
+
 
 def check_options(options: Options) -> None:
     """Check what the given options name.
 
     Raises:
         ConfigError: a required option is missing, a file or folder does not exist, or a name is unknown.
+        DataError: the first row of a data file cannot be used.
         MissingDependency: an option needs a package that is not installed.
     """
     checks: tuple[Callable[[Options], None], ...] = (
         _check_required, _check_files, _check_folders, _check_model, _check_names, _check_attention, _check_launcher,
+        check_json, _check_first_rows,
     )  # fmt: skip
     for check in checks:
         check(options)
@@ -67,7 +82,7 @@ def _check_files(options: Options) -> None:
                 f"{flag(name)} {path} is a folder; expected {what}, for example {Path(path) / 'train.json'}"
             )
         if path and not Path(path).is_file():
-            raise ConfigError(f"{flag(name)} {path}: no such file; expected {what}{_near_path(path)}")
+            raise ConfigError(f"{flag(name)} {path}: no such file; expected {what}{near_path(path)}")
 
 
 def _check_folders(options: Options) -> None:
@@ -75,19 +90,11 @@ def _check_folders(options: Options) -> None:
         path = options.get(name)
         if path and not Path(path).is_dir():
             what = "is a file" if Path(path).exists() else "no such folder"
-            raise ConfigError(f"{flag(name)} {path}: {what}; expected the folder of the images{_near_path(path)}")
+            raise ConfigError(f"{flag(name)} {path}: {what}; expected the folder of the images{near_path(path)}")
 
-
-def _near_path(path: str) -> str:
-    """Return the hint for a path that does not exist: its parent, or a similar name in it."""
-    parent = Path(path).parent
-    if not parent.is_dir():
-        return f" ({parent} does not exist either)"
-    try:
-        names = sorted(item.name for item in parent.iterdir())[:1000]
-    except OSError:
-        return ""
-    return near_options([Path(path).name], names)
+    out = options.get("output_dir")
+    if out and Path(out).is_file():
+        raise ConfigError(f"--output-dir {out} is a file; expected a folder")
 
 
 def _check_model(options: Options) -> None:
@@ -96,7 +103,7 @@ def _check_model(options: Options) -> None:
         is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1
         if is_path and "hf-hub:" not in path and not Path(path).expanduser().exists():
             raise ConfigError(
-                f"{flag(name)} {path}: no such folder; expected a model folder or a hub name{_near_path(path)}"
+                f"{flag(name)} {path}: no such folder; expected a model folder or a hub name{near_path(path)}"
             )
     folder = Path(str(options["model_name_or_path"])).expanduser()
     if folder.is_file():
@@ -123,7 +130,7 @@ def _check_names(options: Options) -> None:
     if version and family != "auto" and family not in FAMILIES and version not in templates:
         if str(version).endswith(".jinja"):
             if not Path(version).is_file():
-                raise ConfigError(f"--version {version}: no such file; expected a chat template{_near_path(version)}")
+                raise ConfigError(f"--version {version}: no such file; expected a chat template{near_path(version)}")
         else:
             hint = near_options([version], TEMPLATES) or "."
             known = ", ".join(sorted(TEMPLATES))
@@ -141,6 +148,59 @@ def _check_names(options: Options) -> None:
 def _check_attention(options: Options) -> None:
     if options.get("attn_implementation"):
         check_attention(str(options["attn_implementation"]))
+
+
+def check_json(options: Options) -> None:
+    """Check the options that hold JSON objects or name files of them.
+
+    Raises:
+        ConfigError: a file does not exist, or is not a JSON object.
+    """
+    for name in JSON_OPTIONS:
+        value = options.get(name)
+        if not isinstance(value, str) or not value:
+            continue
+        is_json = value.lstrip().startswith("{")
+        if name in CONFIG_FILES and not is_json and not Path(value).is_file():
+            raise ConfigError(f"{flag(name)} {value}: no such file; expected a JSON file")
+        if is_json or name in CONFIG_FILES:
+            _check_object(name, value, value if is_json else None)
+
+
+def _check_object(name: str, value: str, text: str | None) -> None:
+    """Check that an option is a JSON object, given as `text` or in the file that `value` names."""
+    try:
+        content = json.loads(text if text is not None else Path(value).read_text(encoding="utf-8"))
+    except (OSError, *JSON_ERRORS) as error:
+        raise ConfigError(f"{flag(name)} {value}: not JSON ({error}); expected a JSON object") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{flag(name)} {value}: expected a JSON object, got {type(content).__name__}")
+
+
+def _check_first_rows(options: Options) -> None:
+    """Check the first row of the data files, so that a file of another kind is reported before a model is loaded."""
+    if str(options.get("loader") or "default") != "default":  # tables and annotation files, with rows to leave out
+        return
+    is_sft = (options.get("objective") or "sft") == "sft"
+    for name in ("data_path", "eval_data_path"):
+        path = options.get(name)
+        if path and not is_mixture(path):
+            _check_first_row(path, is_sft=is_sft, skips_bad=bool(options.get("skip_bad")))
+
+
+def _check_first_row(path: str, *, is_sft: bool, skips_bad: bool) -> None:
+    first = next(iter_rows(path), None)
+    if first is None:
+        raise DataError(f"{path}: no row can be used; the file is empty")
+    row, value = first
+    try:
+        if isinstance(value, DataError):
+            raise value
+        if is_sft:
+            sample_of(value, Origin(path, row), read_default)
+    except DataError as error:
+        if not skips_bad or isinstance(error, BrokenFileError):
+            raise DataError(f"{path}, row {row}: {error}") from error
 
 
 def _check_launcher(options: Options) -> None:

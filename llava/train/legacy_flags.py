@@ -6,22 +6,19 @@ Old options are translated before transformers checks the new ones; options with
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from llava.errors import ConfigError
-from llava.train.early_checks import check_launched
+from llava.train.early_checks import check_json, check_launched
 from llava.utils.cli import flag
-from llava.utils.jsonl import JSON_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +54,6 @@ UNSUPPORTED: dict[str, str] = {
 OFF_WORDS = ("no", "false")
 """Lowercase values that leave a rejected field off."""
 
-CONFIG_FILES = ("deepspeed", "fsdp_config")
-"""Fields that hold the path of a JSON file, or JSON text."""
-
-JSON_FIELDS = (*CONFIG_FILES, "accelerator_config", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
-"""Fields that may hold JSON text."""
-
 
 def option(default: Any, help_text: str) -> Any:
     """Return a dataclass field with a default and a help text."""
@@ -91,7 +82,7 @@ class LegacyTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         _refuse_unsupported(self)
-        _check_json_fields(self)
+        check_json(vars(self))
         if self.deepspeed:
             check_launched("--deepspeed")
         _apply_aliases(self)
@@ -134,28 +125,6 @@ def _refuse_unsupported(args: LegacyTrainingArguments) -> None:
         is_default = value == getattr(type(args), name)
         if not is_default and str(value).lower() not in OFF_WORDS:
             raise ConfigError(f"{flag(name)} {value} is not supported; {advice}")
-
-
-def _check_json_fields(args: LegacyTrainingArguments) -> None:
-    for name in JSON_FIELDS:
-        value = getattr(args, name)
-        if not isinstance(value, str) or not value:
-            continue
-        is_json = value.lstrip().startswith("{")
-        if name in CONFIG_FILES and not is_json and not Path(value).is_file():
-            raise ConfigError(f"{flag(name)} {value}: no such file; expected a JSON file")
-        if is_json or name in CONFIG_FILES:
-            _check_json(name, value, value if is_json else None)
-
-
-def _check_json(name: str, value: str, text: str | None) -> None:
-    """Check that an option is a JSON object, given as `text` or in the file that `value` names."""
-    try:
-        content = json.loads(text if text is not None else Path(value).read_text(encoding="utf-8"))
-    except (OSError, *JSON_ERRORS) as error:
-        raise ConfigError(f"{flag(name)} {value}: not JSON ({error}); expected a JSON object") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{flag(name)} {value}: expected a JSON object, got {type(content).__name__}")
 
 
 def _set_device(args: LegacyTrainingArguments) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, cast
 
 from llava.errors import BrokenFileError, DataError, NotUnicodeError
+from llava.utils.file_kinds import HEAD, other_kind
 from llava.utils.jsonl import READ_ERRORS, is_unicode, open_decompressed
 
 Record = dict[str, Any]
@@ -58,6 +59,8 @@ def iter_rows(path: str | Path, *, start: int = 0, lines: bool = False) -> Itera
     row = 0
     with _open(path) as stream:
         try:
+            if kind := other_kind(path, _head(stream)):
+                raise BrokenFileError(f"the file is {kind}; {EXPECTED}")
             text = _Text(stream)
             is_array = text.peek() == "[" and not lines
             values = _array_values(text) if is_array else _line_values(text, start)
@@ -144,8 +147,16 @@ def _open(path: str | Path) -> Iterator[TextIO]:
             yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     except FileNotFoundError:
         raise DataError(f"{path} cannot be opened: no such file") from None
+    except IsADirectoryError:
+        expected = f"expected a file of rows, such as {Path(path) / 'train.json'}"
+        raise DataError(f"{path} cannot be opened: it is a folder; {expected}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be opened: {error.strerror or error}") from None
+
+
+def _head(stream: TextIO) -> bytes:
+    """Return the first bytes below a text stream that was not read yet."""
+    return cast(io.BufferedReader, cast(io.TextIOWrapper, stream).buffer).peek(HEAD)[:HEAD]
 
 
 class _Text:
@@ -320,5 +331,5 @@ def value_problem(value: Any) -> DataError | None:
 def _not_unicode(what: str) -> NotUnicodeError:
     return NotUnicodeError(
         f"{what} is not Unicode text: it holds half of a surrogate pair (as where an emoji was cut) or bytes that are "
-        "not UTF-8; remove them"
+        "not UTF-8; save the file as UTF-8, or remove them"
     )

@@ -165,3 +165,11 @@ def test_examples_of_the_hierarchy(tmp_path: Path, text: str, assignments: int, 
 def test_the_benchmark_runs() -> None:
     assert reward_seconds(num_conversations=20) > 0 and check_seconds(num_nodes=3) > 0
     assert list(LIMITS.values()) == [3.0, 5.0]
+
+
+def test_a_mistyped_rule_set_is_one_line_with_the_shipped_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        check_main(["bone-marow-aspirate"])
+    first, last = capsys.readouterr().out.splitlines()
+    assert "no such file or rule set; did you mean bone-marrow-aspirate? (shipped: " in first
+    assert last == "1 error, 0 warnings"

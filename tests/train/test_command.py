@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from llava import cli
-from llava.errors import ConfigError
+from llava.errors import ConfigError, DataError
 from llava.train import command
+from llava.train.command import checked_words
 from llava.train.help import BRIEF, WIDTH, help_text
 from llava.train.option_table import GROUPS, TABLE_FILE, read_table
 
@@ -26,7 +27,20 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "images").mkdir()
-    (tmp_path / "train.json").write_text("[]")
+    rows = json.dumps(
+        [{"conversations": [{"from": "human", "value": "Größe?"}, {"from": "gpt", "value": "yes"}]}] * 2,
+        ensure_ascii=False,
+    )
+    (tmp_path / "train.json").write_text(rows, encoding="utf-8")
+    (tmp_path / "windows.jsonl").write_bytes(b"\xef\xbb\xbf" + rows[1:-1].replace('}, {"c', '}\r\n{"c').encode())
+    (tmp_path / "utf16.json").write_text(rows, encoding="utf-16")
+    (tmp_path / "latin.json").write_text(rows, encoding="latin-1")
+    (tmp_path / "quote.json").write_text(rows.replace('"gpt"', 'gpt"'), encoding="utf-8")
+    (tmp_path / "python.json").write_text(str(json.loads(rows)), encoding="utf-8")
+    (tmp_path / "object.json").write_text(f'{{"data": {rows}}}', encoding="utf-8")
+    (tmp_path / "empty.json").write_text("")
+    (tmp_path / "cases.csv").write_text("file,report\na.png,normal\n")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (tmp_path / "zero2.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -83,6 +97,27 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*line(), "--config", "a.yaml", "--config", "b.yaml"], "2 configuration files are given"),
     (line(nproc="0"), "--nproc is 0; expected at least 1"),
     (line(nproc="2", nnodes="2"), "--nnodes 2 also needs --node-rank, --master-addr"),
+    (
+        line(data_path="utf16.json"),
+        "utf16.json, row 0: the file is UTF-16 text; save it as UTF-8; expected a JSON array",
+    ),
+    (line(data_path="latin.json"), "latin.json, row 0: field conversations[0].value is not Unicode text"),
+    (line(data_path="quote.json"), "quote.json, row 0: not JSON: Expecting value"),
+    (line(data_path="python.json"), "python.json, row 0: not JSON: Expecting property name enclosed in double quotes"),
+    (line(data_path="object.json"), "object.json, row 0: the row has no conversation: expected field 'conversations'"),
+    (line(data_path="empty.json"), "empty.json: no row can be used; the file is empty"),
+    (line(data_path="cases.csv"), "cases.csv, row 0: the file is a table; convert it with `llava data csv`"),
+    (line(eval_data_path="a.png"), "a.png, row 0: the file is an image (PNG); expected a JSON array"),
+    (line(output_dir="train.json"), "--output-dir train.json is a file; expected a folder"),
+    (line(fsdp_config="{bad"), "--fsdp-config {bad: not JSON"),
+    (line(learning_rate="2,5e-5"), "--learning-rate: got '2,5e-5', expected a number"),
+    (line(max_steps="1,000"), "--max-steps: got '1,000', expected a whole number"),
+    ([*line(image_folder="my"), "images"], "unexpected word images; quote a value with spaces"),
+    (["train.json"], "unexpected word train.json; name the rows with --data-path train.json"),
+    (
+        line(eval_strategy="stpes"),
+        "--eval-strategy: got 'stpes', expected one of no, steps, epoch; did you mean steps?",
+    ),
 ]
 
 
@@ -97,6 +132,17 @@ def test_a_mistake_is_one_line(
     assert expected in printed
     lines = [text for text in printed.splitlines() if " taken as " not in text]
     assert len(lines) == 1 and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("name", ["train.json", "windows.jsonl"])
+def test_rows_of_other_systems_pass_the_early_checks(name: str, files: Path) -> None:
+    assert checked_words(line(data_path=name))[1]["data_path"] == name
+
+
+def test_a_bad_first_row_is_left_to_skip_bad(files: Path) -> None:
+    checked_words([*line(data_path="latin.json"), "--skip-bad"])
+    with pytest.raises(DataError, match="row 0"):
+        checked_words([*line(data_path="quote.json"), "--skip-bad"])
 
 
 def test_help_and_mistakes_need_little_time_and_no_torch(files: Path) -> None:

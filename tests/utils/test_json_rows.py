@@ -315,3 +315,31 @@ def test_a_broken_object_of_lists_is_named(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(DataError, match=r"captions\.json: "):
         list(iter_lists(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ('[{"id": 1}]'.encode("utf-16"), "UTF-16 text"),
+        ('[{"id": 1}]'.encode("utf-16-le"), "UTF-16 text"),
+        (b"\x89PNG\r\n", "an image (PNG)"),
+        (bytes(128) + b"DICM", "an image (DICOM)"),
+        (b"PAR1", "Parquet"),
+        (gzip.compress(b"PK\x03\x04"), "a zip archive"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(content: bytes, kind: str) -> None:
+    ((row, error),) = read(content)
+    assert row == 0 and isinstance(error, BrokenFileError) and f"the file is {kind}" in str(error)
+
+
+def test_a_folder_is_no_file_of_rows(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="it is a folder; expected a file of rows"):
+        list(iter_rows(tmp_path))
+
+
+def test_a_table_is_named_by_its_suffix_unless_it_holds_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("file,report\n")
+    (tmp_path / "b.csv").write_text('\ufeff{"id": 1}\n')
+    assert "the file is a table" in str(next(iter_rows(tmp_path / "a.csv"))[1])
+    assert next(iter_rows(tmp_path / "b.csv"))[1] == {"id": 1}

@@ -29,6 +29,7 @@ from llava.samples import CONVERSATION_KEYS, from_row
 from llava.utils.cli import Parser
 from llava.utils.json_rows import read_records
 from llava.utils.jsonl import write_json
+from llava.utils.near_paths import near_path
 from llava.utils.terminal import write_out
 
 FACT_QUESTIONS = {
@@ -203,6 +204,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         DataError: no row states anything about its image.
     """
     args = make_parser().parse_args(argv)
+    folder = args.image_folder or args.root
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected the folder of the images{near_path(folder)}")
     counts: Counter[str] = Counter()
     rows = alignment_rows(args.files, args.root, counts)
     if not rows:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
 from llava.errors import CheckpointError
 from llava.model.builder import portable_path
 from llava.model.checkpoint.files.shards import INDEX_SUFFIX, SAFE_FILE
 from llava.model.checkpoint.formats import CONFIG_FILE, read_json
 from llava.model.multimodal_encoder.towers import first_line
+from llava.utils.near_paths import near_path
 
 WANTED_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
 DUPLICATE_FILES = ("pytorch_model*.bin",)
@@ -36,12 +40,29 @@ def local_folder(name: str | Path) -> Path:
     path = portable_path(str(name))
     if Path(path).is_dir():
         return Path(path)
+    hint = near_path(path) if Path(path).parent.is_dir() else ""
+    is_reachable = is_hub_reachable()
     try:
+        if not is_reachable:  # the client would retry for a minute
+            return Path(snapshot_download(path, local_files_only=True))
         return Path(snapshot_download(path, allow_patterns=list(WANTED_FILES), ignore_patterns=list(_not_needed(path))))
     except Exception as error:  # the hub client raises many types, none of which the user can act on
+        reason = first_line(error) if is_reachable else "it cannot be reached, and its cache here has no such model"
         raise CheckpointError(
-            f"{name} is not a folder, and cannot be downloaded from the hub: {first_line(error)}"
+            f"{name} is not a folder{hint}, and cannot be downloaded from the hub: {reason}"
         ) from error
+
+
+def is_hub_reachable() -> bool:
+    """Return whether the name of the hub's server can be resolved; with a proxy, which resolves it, always."""
+    host = urlsplit(constants.ENDPOINT).hostname
+    if getproxies() or host is None:
+        return True
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
 
 
 def hub_config(name: str) -> dict[str, object]:

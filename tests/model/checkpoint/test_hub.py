@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import HfApi, constants
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint.hub import DUPLICATE_FILES, _not_needed, is_hub_name
+from llava.model.checkpoint.hub import DUPLICATE_FILES, _not_needed, is_hub_name, is_hub_reachable, local_folder
 from llava.model.checkpoint.load import load_checkpoint
 from tests.support.legacy_folders import write_legacy
 from tests.support.runs import arguments, train, write_parts
@@ -47,6 +47,25 @@ def test_a_missing_repository_is_one_line(cached: Path) -> None:
     with pytest.raises(CheckpointError, match="clinic/other is not a folder, and cannot be downloaded") as caught:
         load_checkpoint("clinic/other")
     assert "\n" not in str(caught.value)
+
+
+def test_a_mistyped_folder_is_named_at_once_where_no_hub_can_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown_host(*_: object) -> None:
+        raise OSError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.getaddrinfo", unknown_host)
+    monkeypatch.setattr("llava.model.checkpoint.hub.getproxies", dict)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(HfApi, "list_repo_files", unknown_host)
+    Path("runs/first").mkdir(parents=True)
+    message = "runs/frist is not a folder; did you mean first[?], and cannot be downloaded from the hub: it cannot be"
+    with pytest.raises(CheckpointError, match=message):
+        local_folder("runs/frist")
+    monkeypatch.setattr("llava.model.checkpoint.hub.getproxies", lambda: {"https": "http://proxy:3128"})
+    assert is_hub_reachable()  # the proxy resolves the name
 
 
 @pytest.mark.parametrize(
