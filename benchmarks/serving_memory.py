@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import common
-from benchmarks.serving_sides import KV_CACHE_MB, PREFIX_CACHE_MB, Body, Process, asked, question
+from benchmarks.serving_sides import KV_CACHE_MB, SMALL_CACHE_MB, Body, Process, asked, question
 
 if TYPE_CHECKING:
     from benchmarks.serving import Bench
@@ -28,7 +28,7 @@ SAMPLE_SECONDS = 0.01
 SHOWN_BEFORE = 1 << 29
 """Seed of the first of a few images that many requests have."""
 
-LIMITS = {"llava_kv_cache_bytes": KV_CACHE_MB << 20, "llava_prefix_cache_bytes": PREFIX_CACHE_MB << 20}
+LIMITS = {"llava_kv_cache_bytes": KV_CACHE_MB << 20, "llava_prefix_cache_bytes": SMALL_CACHE_MB << 20}
 
 
 def memory(bench: Bench) -> dict[str, float]:
@@ -38,7 +38,7 @@ def memory(bench: Bench) -> dict[str, float]:
         RuntimeError: a cache was larger than its limit.
     """
     total, size = (200, 20) if bench.is_quick else (2000, 50)
-    ours, early, peaks = bench.servers.ours, 0, dict.fromkeys(LIMITS, 0.0)
+    ours, early, peaks = bench.servers.small_cache, 0, dict.fromkeys(LIMITS, 0.0)
     for done in range(0, total, size):
         asked(ours, [_mixed(bench, random.Random(done + number)) for number in range(size)])
         for name, peak in peaks.items():

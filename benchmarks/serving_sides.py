@@ -31,6 +31,7 @@ import httpx2
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import normalizers
 
 from benchmarks import common
 from benchmarks.eval_throughput import make_processor
@@ -47,6 +48,9 @@ CONTEXT = 8192
 KV_CACHE_MB, PREFIX_CACHE_MB = 2048, 512
 """Limits of our worker's caches."""
 
+SMALL_CACHE_MB = 64
+"""Limit of the prefix cache while memory is measured: the first requests fill it."""
+
 Body = dict[str, Any]
 
 
@@ -55,7 +59,9 @@ def save_folders(folder: Path, shape: str = "24m") -> tuple[Path, Path]:
     ours, export = folder / "ours", folder / "export"
     model, processor = common.our_model(shape=shape), make_processor()
     model.config.text_config.max_position_embeddings = CONTEXT
-    # Answers of plain letters have the same tokens when they are sent back as history, as those of real models have.
+    # Answers of plain letters, before which the template's space is no token, have the same tokens when they are sent
+    # back as history, as those of real models have.
+    processor.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("[/INST] ", "[/INST]")
     letters = processor.tokenizer.convert_tokens_to_ids(list(string.ascii_letters))
     others = torch.ones(len(model.lm_head.weight), dtype=torch.bool)
     others[letters] = False
@@ -176,6 +182,13 @@ class Servers:
     def ours(self) -> Process:
         """Our worker, which is registered with `through`."""
         return self._started("ours", lambda: our_worker(self.folders[0], "--controller-address", self.through.url))
+
+    @property
+    def small_cache(self) -> Process:
+        """Another worker of ours, with a small prefix cache."""
+        return self._started(
+            "small cache", lambda: our_worker(self.folders[0], "--prefix-cache-mb", str(SMALL_CACHE_MB))
+        )
 
     @property
     def through(self) -> Process:

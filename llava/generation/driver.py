@@ -1,6 +1,6 @@
 """Driver: the one owner of a model, which takes work from any thread and tells how it goes.
 
-    submit --limits, reading in a small pool--> inbox --owner: between two steps--> Scheduler.step --> handles
+    submit --limits, reading in a small pool--> inbox --owner: between two steps--> Scheduler --> handles
     run, call (a batch, a row of scores)  ----> inbox
 
 Only the owner touches the scheduler and the model, one step at a time. The owner is a thread that lives while there is
@@ -322,15 +322,19 @@ class Driver:
         if self._mode is None:
             self._mode, self.last_step = AnsweringMode(self.model), time.monotonic()
         with self._mode.entered():
-            self.scheduler.step()
+            self.scheduler.read()
+            self._publish(also_ended=False)  # a first token need not wait for the others' next ones
+            self.scheduler.decode()
         self.last_step = time.monotonic()
         self.num_steps += 1
 
-    def _publish(self) -> None:
-        """Tell the listeners of all requests that the step changed, once each."""
-        # After the step, so that the model is in its own mode again when a client sees the end of its answer.
-        changed, self.scheduler.changed = dict.fromkeys(self.scheduler.changed), []
-        for request in changed:
+    def _publish(self, *, also_ended: bool = True) -> None:
+        """Tell the listeners of all requests that were changed, once each."""
+        # Ends come after the step, so that the model is in its own mode again when a client sees one.
+        changed = dict.fromkeys(self.scheduler.changed)
+        now = [request for request in changed if also_ended or not request.is_over]
+        self.scheduler.changed = [] if also_ended else [request for request in changed if request.is_over]
+        for request in now:
             if request.listener is None or request.is_cancelled:
                 continue
             try:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Scheduler that moves requests through a runner; `step` takes one or two forward passes."""
+    """Scheduler that moves requests through a runner; a step is `read` and `decode`."""
 
     def __init__(
         self,
@@ -107,17 +107,24 @@ class Scheduler:
         for request in held:
             self._fail(request, reason, cause)
 
-    def step(self) -> None:
-        """Prefill waiting requests if slots are free, start them, and decode one token of each sequence.
+    def read(self) -> None:
+        """Take the first half of a step: prefill waiting requests if slots are free, and choose their first tokens.
 
         A request that cannot be read or prefilled ends with an error; the others do not notice. `changed` lists the
-        requests that got a token or ended; the caller of `step` reads and clears it.
+        requests that got a token or ended; the caller of a step reads and clears it.
 
         Raises:
             Exception: the model failed in a way that concerns all requests; see `fail_all`.
         """
         self._forget_cancelled()
         self._read_prompts()
+
+    def decode(self) -> None:
+        """Take the second half of a step: start what was read, and decode one token of each sequence.
+
+        Raises:
+            Exception: as for `read`.
+        """
         try:
             self._join()
             self._decode()
@@ -129,7 +136,7 @@ class Scheduler:
 
     def _read_prompts(self) -> None:
         if self._has_room():
-            self._read()
+            self._read_row()
 
     def _has_memory_for(self, request: Request, members: Sequence[Request] = ()) -> bool:
         """Return whether a waiting request that was read fits beside those that are held; fail it if it never does."""
@@ -162,7 +169,7 @@ class Scheduler:
         assert request.encoded is not None
         return len(request.encoded.input_ids) + request.limit > self.context.length
 
-    def _read(self) -> None:
+    def _read_row(self) -> None:
         """Prefill the next row and take the first token of each of its answers."""
         members, images = self._next_row()
         if not members:

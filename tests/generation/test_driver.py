@@ -278,3 +278,12 @@ def test_an_engine_that_is_dropped_is_free_at_once(loaded: LoadedModel) -> None:
         assert dropped() is None
     finally:
         gc.enable()
+
+
+def test_a_first_token_is_told_before_the_next_decoding_step() -> None:
+    engine = engine_of(tiny_llava())
+    runner, told, at_step = engine.scheduler.runner, [], []
+    decode = runner.decode
+    runner.decode = lambda ids: at_step.append(len(told)) or decode(ids)
+    engine.submit(ask("x"), Sampling(max_new_tokens=4), notify=lambda: told.append(1)).completions()
+    assert at_step[0] == 1

@@ -35,7 +35,7 @@ class RunningServers:
     """Ours and one peer, in place of processes that are started."""
 
     def __init__(self, ours: str, peer: str) -> None:
-        self.ours = self.through = RunningServer(ours)
+        self.ours = self.through = self.small_cache = RunningServer(ours)
         self.peers = {"peer": RunningServer(peer)}
 
 
