@@ -37,7 +37,6 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "max_grad_norm": (0, MAX_RATE),
     "num_train_epochs": (0, 1e6),
     "seed": (0, MAX_SEED),
-    "data_seed": (0, MAX_SEED),
     "per_device_train_batch_size": (1, 1e6),
     "per_device_eval_batch_size": (1, 1e6),
     "gradient_accumulation_steps": (1, 1e6),
