@@ -180,7 +180,8 @@ def test_a_head_of_unknown_types_is_a_named_error() -> None:
 def test_a_short_guided_fuzz(tmp_path: Path) -> None:
     """Fuzz a few hundred inputs; see `tests/imaging/dicom/fuzz_dicom.py` for longer runs."""
     pytest.importorskip("atheris", reason="atheris is not installed (extra dev, Linux only)")
-    words = ["-runs=500", "-max_len=12000", "-timeout=20", "-rss_limit_mb=4096", f"-artifact_prefix={tmp_path}/"]
+    words = ["-runs=500", "-seed=1", "-max_len=12000", "-timeout=300", "-rss_limit_mb=4096"]
+    words += [f"-artifact_prefix={tmp_path}/"]
     command = [sys.executable, "-m", "tests.imaging.dicom.fuzz_dicom", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
