@@ -17,7 +17,7 @@ from llava.constants import IGNORE_INDEX
 from llava.data.dataset import RowDataset, RowSettings
 from llava.data.encode import Encoded, Unit
 from llava.data.label_rows import Labeled, is_labeled_row, read_label
-from llava.data.quarantine import BadRow, Quarantine
+from llava.data.quarantine import Quarantine, read_usable
 from llava.errors import DataError
 from llava.samples import Origin, sample_label, with_placeholders
 from llava.utils.json_rows import read_rows
@@ -50,28 +50,10 @@ def read_labeled(path: str | Path, *, skip_bad: bool = False, quarantine: Quaran
         DataError: the file cannot be read, holds no usable row, or has a bad row and `skip_bad` is off; the message
             names file and row.
     """
-    found: list[Labeled] = []
-    bad: list[BadRow] = []
-    for row, value in read_rows(path):
-        origin = Origin(str(path), row)
-        try:
-            found.append(_labeled(value, origin))
-        except DataError as error:
-            if not skip_bad:
-                raise DataError(f"{origin}: {error}") from error
-            bad.append(BadRow(str(path), row, "", str(error)))
-    if bad:
-        logger.warning("%s: skipped %d of %d rows; the first: %s", path, len(bad), len(bad) + len(found), bad[0])
-    if quarantine is not None and skip_bad:
-        quarantine.add(bad)
-    if not found:
-        raise DataError(f"{path}: no row can be used" + (f"; the first: {bad[0]}" if bad else "; the file is empty"))
-    return found
+    return read_usable(path, _labeled, skip_bad=skip_bad, quarantine=quarantine)
 
 
 def _labeled(value: Any, origin: Origin) -> Labeled:
-    if isinstance(value, DataError):
-        raise value
     found = read_label(value, default_id=str(origin.row))
     with_placeholders(found.sample)
     return replace(found, sample=replace(found.sample, origin=origin))

@@ -14,17 +14,16 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from llava.constants import IGNORE_INDEX
 from llava.data.dataset import RowDataset, RowSettings
 from llava.data.encode import Encoded, Unit
 from llava.data.image_negatives import ImageNegative
 from llava.data.preference_formats import read_preference
-from llava.data.quarantine import BadRow, Quarantine, bad_row, bad_rows_message
+from llava.data.quarantine import BadRow, Quarantine, bad_row, bad_rows_message, read_usable
 from llava.errors import DataError
 from llava.samples import Origin, Preference, sample_label, with_placeholders
-from llava.utils.json_rows import read_rows
 from llava.utils.log import with_progress
 
 if TYPE_CHECKING:
@@ -54,29 +53,14 @@ def read_preferences(
         DataError: the file cannot be read, holds no usable row, or has a bad row and `skip_bad` is off; the message
             names file and row.
     """
-    pairs: list[Preference] = []
-    bad: list[BadRow] = []
-    for row, value in read_rows(path):
-        origin = Origin(str(path), row)
-        try:
-            if isinstance(value, DataError):
-                raise value
-            pair = replace(read_preference(value, default_id=str(row)), origin=origin)
-            for side in pair.sides():
-                with_placeholders(replace(side, origin=None))
-        except DataError as error:
-            if not skip_bad:
-                raise DataError(f"{origin}: {error}") from error
-            bad.append(BadRow(str(path), row, "", str(error)))
-        else:
-            pairs.append(pair)
-    if bad:
-        logger.warning("%s: skipped %d of %d rows; the first: %s", path, len(bad), len(bad) + len(pairs), bad[0])
-    if quarantine is not None and skip_bad:
-        quarantine.add(bad)
-    if not pairs:
-        raise DataError(f"{path}: no row can be used" + (f"; the first: {bad[0]}" if bad else "; the file is empty"))
-    return pairs
+    return read_usable(path, _preference, skip_bad=skip_bad, quarantine=quarantine)
+
+
+def _preference(value: Any, origin: Origin) -> Preference:
+    pair = replace(read_preference(value, default_id=str(origin.row)), origin=origin)
+    for side in pair.sides():
+        with_placeholders(replace(side, origin=None))
+    return pair
 
 
 def sequence_key(encoded: Encoded) -> str:

@@ -8,13 +8,20 @@ The file has one JSON object per line: `file`, `row` (counted from 0), `id`, `re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from llava.samples import Preference, Sample, sample_label
-from llava.utils.json_rows import read_records
+from llava.errors import DataError
+from llava.samples import Origin, Preference, Sample, sample_label
+from llava.utils.json_rows import read_records, read_rows
 from llava.utils.jsonl import append_record, drop_incomplete_line, records_text, write_atomic, write_records
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NUM_SHOWN = 5
 """Number of bad rows that an error message lists."""
@@ -90,6 +97,46 @@ class GrowingQuarantine:
             if (row.file, row.row) not in self._known:
                 self._known.add((row.file, row.row))
                 append_record(self.path, asdict(row))
+
+
+def read_usable(
+    path: str | Path,
+    read: Callable[[Any, Origin], T],
+    *,
+    skip_bad: bool = False,
+    quarantine: Quarantine | None = None,
+) -> list[T]:
+    """Return what `read` makes of the rows of a file, in file order.
+
+    Args:
+        path: JSON array or JSON lines, plain or gzipped.
+        read: function of a row's value and origin; raises `DataError` for a row that cannot be used.
+        skip_bad: skip bad rows with one warning instead of raising.
+        quarantine: list that skipped rows are added to.
+
+    Raises:
+        DataError: the file cannot be read, holds no usable row, or has a bad row and `skip_bad` is off; the message
+            names file and row.
+    """
+    found: list[T] = []
+    bad: list[BadRow] = []
+    for row, value in read_rows(path):
+        origin = Origin(str(path), row)
+        try:
+            if isinstance(value, DataError):
+                raise value
+            found.append(read(value, origin))
+        except DataError as error:
+            if not skip_bad:
+                raise DataError(f"{origin}: {error}") from error
+            bad.append(BadRow(str(path), row, "", str(error)))
+    if bad:
+        logger.warning("%s: skipped %d of %d rows; the first: %s", path, len(bad), len(bad) + len(found), bad[0])
+    if quarantine is not None and skip_bad:
+        quarantine.add(bad)
+    if not found:
+        raise DataError(f"{path}: no row can be used" + (f"; the first: {bad[0]}" if bad else "; the file is empty"))
+    return found
 
 
 def bad_rows_message(bad: Sequence[BadRow], num_rows: int) -> str:

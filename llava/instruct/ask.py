@@ -199,13 +199,10 @@ def ask(images: Sequence[AskedImage], settings: QuestionSampling, args: Namespac
         LlavaError: the model cannot be loaded, or the file holds questions with other settings.
     """
     facts = {**fingerprint.model_settings(args), **json.loads(json.dumps(asdict(settings)))}
-    out = KeyedFile(args.out, resume=args.resume)
-    if out.rows:
-        fingerprint.check_settings(args.out, facts)
-    fingerprint.write_settings(args.out, facts)
+    out = KeyedFile(args.out, facts, resume=args.resume)
     num_kept = len(out.rows)
     if args.retry_failed:
-        out.rows = {key: row for key, row in out.rows.items() if "error" not in row}
+        out.forget(lambda row: "error" in row)
     pending = [image for image in images if image.key not in out.rows]
     if pending:
         engine = local_engine_of(args)

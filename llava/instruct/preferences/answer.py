@@ -155,13 +155,10 @@ def answer_questions(questions: Sequence[Asked], sampling: Sampling, args: Names
         "sampling": asdict(sampling),
         "image folder": fingerprint.folder_name(args.image_folder),
     }
-    out = KeyedFile(args.out, resume=args.resume)
-    if out.rows:
-        fingerprint.check_settings(args.out, settings)
-    fingerprint.write_settings(args.out, settings)
+    out = KeyedFile(args.out, settings, resume=args.resume)
     num_kept = len(out.rows)
     if args.retry_failed:
-        out.rows = {key: row for key, row in out.rows.items() if "error" not in row}
+        out.forget(lambda row: "error" in row)
     pending = sorted((asked for asked in questions if asked.key not in out.rows), key=lambda asked: asked.images)
     if pending:
         engine = local_engine_of(args)

@@ -234,14 +234,11 @@ def judge_rows(answered: Sequence[Answered], judging: Judging, args: Namespace) 
     limits = judging.limits
     thresholds = {"min margin": limits.min_margin, "min score": limits.min_score, "ties": limits.second_wins_ties}
     settings = {**judging.facts, **judging.settings, **thresholds}
-    out = KeyedFile(args.out, resume=args.resume)
-    if out.rows:
-        fingerprint.check_settings(args.out, settings)
-    fingerprint.write_settings(args.out, settings)
+    out = KeyedFile(args.out, settings, resume=args.resume)
     if judging.budget is not None:
         judging.budget.spend(*wasted_tokens(list(out.rows.values())))
     if args.retry_failed:
-        out.rows = {key: row for key, row in out.rows.items() if not row["judgment"]["failure"]}
+        out.forget(lambda row: bool(row["judgment"]["failure"]))
     pending = [one for one in answered if one.asked.key not in out.rows]
     pending.sort(key=lambda one: one.asked.images)
     with log.progress_bar(len(pending), title="judging", unit="question") as bar:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from llava.constants import IMAGE_TOKEN
 from llava.data.records import LOADERS, sample_of
 from llava.errors import DataError
+from llava.generation import fingerprint
 from llava.samples import Conversation, Origin, Sample, Turn, image_names, type_and_length, with_placeholders
 from llava.utils.json_rows import read_records, read_rows
 from llava.utils.jsonl import append_record, drop_incomplete_line, write_records
@@ -183,12 +184,18 @@ def answered_of(row: Row, default_id: str) -> Answered:
 class KeyedFile:
     """Output file whose rows have keys; rows are appended as they are made, and sorted at the end."""
 
-    def __init__(self, path: str | Path, *, resume: bool = True) -> None:
-        """Read the rows of an earlier run, or start over.
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], *, resume: bool = True) -> None:
+        """Read the rows of an earlier run with these settings, or start over.
 
         Raises:
-            DataError: the file holds other rows.
+            DataError: the file holds rows of another command, or rows that were made with other settings.
         """
+        self._read(path, resume=resume)
+        if self.rows:
+            fingerprint.check_settings(self.path, settings)
+        fingerprint.write_settings(self.path, settings)
+
+    def _read(self, path: str | Path, *, resume: bool) -> None:
         self.path = Path(path)
         self.rows: dict[str, Row] = {}
         if not resume or not self.path.exists():
@@ -201,6 +208,10 @@ class KeyedFile:
                     f"{self.path}, row {number}: it has no key, so another command wrote it; set another --out"
                 )
             self.rows[row["key"]] = row
+
+    def forget(self, is_failed: Callable[[Row], bool]) -> None:
+        """Let the rows that failed be made again."""
+        self.rows = {key: row for key, row in self.rows.items() if not is_failed(row)}
 
     def append(self, row: Row) -> None:
         """Write a row; it is on disk when this returns."""

@@ -81,25 +81,36 @@ def test_questions_must_have_text(tmp_path: Path) -> None:
 
 def test_a_file_continues_after_half_a_line(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    file = KeyedFile(path)
+    file = KeyedFile(path, {})
     file.append({"key": "b", "n": 1})
     file.append({"key": "a", "n": 2})
     with path.open("a") as stream:
         stream.write('{"key": "c", "n"')
-    again = KeyedFile(path)
+    again = KeyedFile(path, {})
     assert set(again.rows) == {"a", "b"}
     again.append({"key": "c", "n": 3})
     again.settle(["a", "c"])
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "c", "b"]
-    assert not KeyedFile(path, resume=False).rows and path.read_text() == ""
+    assert not KeyedFile(path, {}, resume=False).rows and path.read_text() == ""
 
 
 def test_a_file_of_another_command_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="row 0: it has no key"):
-        KeyedFile(write(tmp_path, {"id": 1}))
+        KeyedFile(write(tmp_path, {"id": 1}), {})
 
 
 def test_the_key_depends_on_images_and_question() -> None:
     one = Asked("1", ("a",), "Q")
     assert one.key == Asked("2", ("a",), "Q", {"reference": "r"}).key
     assert one.key != Asked("1", ("b",), "Q").key != Asked("1", ("a",), "Q2").key
+
+
+def test_rows_with_other_settings_are_refused_and_failed_rows_are_forgotten(tmp_path: Path) -> None:
+    file = KeyedFile(tmp_path / "out.jsonl", {"seed": 0})
+    file.append({"key": "a"})
+    file.append({"key": "b", "error": "gone"})
+    with pytest.raises(DataError, match="other seed"):
+        KeyedFile(tmp_path / "out.jsonl", {"seed": 1})
+    again = KeyedFile(tmp_path / "out.jsonl", {"seed": 0})
+    again.forget(lambda row: "error" in row)
+    assert list(again.rows) == ["a"]
