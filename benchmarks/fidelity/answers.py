@@ -325,6 +325,9 @@ def answer_file(oracle: Oracle) -> Iterator[Line]:
     if half := [key for key in recorded if key not in wrong and recorded[key].endswith(HALF)]:
         note += f", {len(half)} half_characters"
         wrong += [] if "half_characters" in oracle.compat else half
+    asked = {str(row["question_id"]): row["text"].replace(IMAGE_TOKEN, "").strip() for row in questions}
+    prompts = {str(row["question_id"]): row.get("prompt") for row in oracle.lines(ANSWERS)}
+    wrong += [key for key in asked.keys() | prompts.keys() if asked.get(key) != prompts.get(key) and key not in wrong]
     yield mismatches("answers", wrong, note, count=len(recorded))
 
 

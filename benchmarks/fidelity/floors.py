@@ -56,7 +56,7 @@ RECORDINGS: dict[str, Recording] = {
             "image_preprocess.npz": (3, 94085),
             "image_keep_shapes.json": (2, 10),
             "generate.json": (7, 282),
-            "train_log.json": (9, 80),
+            "train_log.json": (9, 77),
         },
     ),
     "llava-med-1.5-mistral": Recording(
@@ -94,7 +94,7 @@ RECORDINGS: dict[str, Recording] = {
             "dpo.npz": (5, 40),
             "dpo_metrics.json": (3, 42),
             "vit_lora_note.json": (1, 48),
-            "train_log.json": (6, 141),
+            "train_log.json": (6, 155),
         },
     ),
     "llava-med-eval": Recording("", {"expected_metrics.json": (3, 24)}),

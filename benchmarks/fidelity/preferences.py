@@ -152,6 +152,9 @@ def log_probabilities(oracle: Oracle) -> Iterator[Line]:
 def step(oracle: Oracle) -> Iterator[Line]:
     """Compare `dpo_metrics.json`: loss, metrics and gradient norms of one step with the published reference."""
     recorded, stated = recorded_pairs(oracle), oracle.json("dpo_metrics.json")
+    ids = [pair.id for pair in recorded.dataset.preferences]
+    if stated["rows"] != ids:
+        raise LookupError(f"the step has rows {stated['rows']}, expected {ids}")
     published = recorded.published()
     network = recorded.policy.model
     freeze_for(network)

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.fidelity.folder import WEIGHTS, Line, Oracle, mismatches, within
@@ -28,7 +29,7 @@ from benchmarks.fidelity.trajectories import (
     tolerances_of,
 )
 from llava.eval import run_eval, run_eval_batch
-from llava.model.checkpoint.formats import Checkpoint
+from llava.model.checkpoint.formats import CONFIG_FILE, Checkpoint, read_json
 from llava.model.checkpoint.legacy.lora_files import read_lora
 
 SCORE_TOLERANCE = 1e-5
@@ -114,20 +115,26 @@ def _settings(oracle: Oracle, run: str, found: Replay) -> Line:
     checks = {
         "trainable": names == found.trained.keys() and len(names) == len(log["trainable"]),
         "order": _is_order(log["order"], accumulation * len(found.log.rates), found),
-        "warnings": log.get("warnings", 0) == 0,  # a row that is ignored with a warning changes a loss
     }
+    if "warnings" in log:
+        checks["warnings"] = log["warnings"] == 0  # a row that is ignored with a warning changes a loss
     if "lr" in log:
         ours = [rate for pair in found.log.rates for _ in range(accumulation) for rate in pair]
-        theirs = [rate for rates in log["lr"] for rate in (min(rates), max(rates))]
+        theirs = [float(rate) for rates in log["lr"] for rate in (np.min(rates), np.max(rates))]  # keep NaN
         checks["lr"] = len(ours) == len(theirs) and largest_gap(ours, theirs) <= RATE_TOLERANCE
     if "vocab" in log:
         table = found.trained.get(current_name(INPUT), found.trained.get(current_name(HEAD)))
-        checks["vocab"] = table is not None and len(table) - log["vocab"] in (0, 1)  # one is our placeholder
+        saved = read_json(oracle.path / options_of(log["argv"])["output_dir"] / CONFIG_FILE).get("vocab_size")
+        is_ours = table is not None and len(table) - log["vocab"] in (0, 1)  # one is our placeholder
+        checks["vocab"] = is_ours and log["vocab"] == saved
     if "optimizer_groups" in log:
         # The original lists weights that it never moves, since they get no gradient.
         moved = [group for group in log["optimizer_groups"] if not any("vision_tower." in n for n in group["names"])]
         frozen = "frozen_vit_lora" in oracle.compat
-        checks["optimizer_groups"] = _are_groups(moved if frozen else log["optimizer_groups"], found.log.groups)
+        whole = all({"lr", "weight_decay"} <= group.keys() for group in log["optimizer_groups"])
+        checks["optimizer_groups"] = whole and _are_groups(
+            moved if frozen else log["optimizer_groups"], found.log.groups
+        )
     if any(log.get("first_input_ids", ())):  # null where the model was called with embeddings
         theirs_first = [ids for batch in log["first_input_ids"] for ids in batch or ()]
         ours_first = found.log.ids[: len(theirs_first)]
@@ -136,7 +143,8 @@ def _settings(oracle: Oracle, run: str, found: Replay) -> Line:
             ids[: len(mine)] == mine and len(set(ids[len(mine) :])) <= 1 for ids, mine in pairs
         )
     wrong = [name for name, is_right in checks.items() if not is_right]
-    return mismatches(f"training log {run}", wrong, f"{len(checks)} entries", count=len(checks))
+    num_lists = sum(len(log.get(name, ())) for name in ("optimizer_groups", "first_input_ids"))
+    return mismatches(f"training log {run}", wrong, f"{len(checks)} entries", count=len(checks) + num_lists)
 
 
 def _is_order(order: Sequence[int], num_micro: int, found: Replay) -> bool:
@@ -189,7 +197,7 @@ def scores(oracle: Oracle) -> Iterator[Line]:
     if answers is None:
         raise LookupError("no answer file, with question_id and text, is beside expected_metrics.json")
     numbers = _numbers(oracle, answers)
-    wrong = [name for name, number in numbers.items() if name in recorded and recorded[name] != number]
+    wrong = [name for name, number in numbers.items() if recorded.get(name) != number]
     yield mismatches("numbers of answers", wrong, f"{len(numbers)} numbers", count=len(numbers))
     for name, figures in recorded.items():
         if name in numbers:

@@ -20,10 +20,17 @@ QUICK = (
     "image_preprocess.npz", "lora_forward.npz", "preprocess.json", "prompts.json", "tower.npz", "vit_lora_note.json",
 )  # fmt: skip
 FOLDERS = ("llava-1.2.2", "llava-med-1.0", "llava-med-1.5-mistral", "llava-rad", "stllava-med")
+OTHERS = (
+    ("llava-1.2.2", "train_log.json"),
+    ("stllava-med", "train_log.json"),
+    ("stllava-med", "dpo.npz"),
+    ("llava-med-1.5-mistral", "questions.jsonl"),
+    ("llava-med-eval", "expected_metrics.json"),
+)
+"""Folders and files of which one stands for the kind."""
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-@pytest.mark.parametrize("check", QUICK)
+@pytest.mark.parametrize(("folder", "check"), [*((folder, check) for check in QUICK for folder in FOLDERS), *OTHERS])
 def test_every_kind_of_corruption_is_noticed(shared: Path, folder: str, check: str) -> None:
     oracle = Oracle(shared / "oracles" / folder)
     if not oracle.has(check):

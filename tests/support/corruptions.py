@@ -28,8 +28,12 @@ from benchmarks.fidelity.folder import Line, Oracle
 SOURCES: Mapping[str, Sequence[str]] = {
     "forward.npz": ("forward.npz", "forward_meta.json"),
     "questions.jsonl": ("out/answers.jsonl",),
+    "dpo.json": (),
 }
-"""Files whose contents a check compares, other than the file it is named after."""
+"""Files whose contents a check compares, other than the file it is named after, which is then an input."""
+
+READERS: Mapping[str, Sequence[str]] = {"dpo.npz": ("dpo.json",)}
+"""Other checks that compare the contents of a file too."""
 
 INPUTS = {
     "seed": "seed of draws, which the compared rows follow",
@@ -45,6 +49,9 @@ INPUTS = {
     "cfg": "sizes of the projector",
     "x": "input of the projector",
     "w": "weights of the projector",
+    "note": "words about the record",
+    "logits/chosen": "a mean over padding too, which this package does not compute",
+    "logits/rejected": "a mean over padding too, which this package does not compute",
 }
 """Recorded entries that are inputs of our side or of no calculation, by name."""
 
@@ -91,11 +98,12 @@ def lines_after(oracle: Oracle, check: str, corruption: Corruption) -> list[Line
     """Return the lines of a check on a changed content, and those of the floors of its file."""
     changed = Oracle(oracle.path, oracle.compat, dict(oracle.contents))
     changed.contents[corruption.file] = corruption.apply(_content(oracle, corruption.file))
-    lines = list(safely(CHECKS[check], changed, check))
+    names = (check, *READERS.get(corruption.file, ()))
+    lines = {name: list(safely(CHECKS[name], changed, name)) for name in names}
     recording = floors.known(oracle)
     assert recording is not None, "corruptions are tried on known folders"
-    alone = floors.Recording(recording.commit, {check: recording.floors[check]})
-    return [*lines, *floors.missing(alone, {check: lines})]
+    alone = floors.Recording(recording.commit, {name: recording.floors[name] for name in names})
+    return [*(line for found in lines.values() for line in found), *floors.missing(alone, lines)]
 
 
 def _content(oracle: Oracle, name: str) -> Any:
