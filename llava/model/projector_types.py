@@ -18,7 +18,7 @@ from llava.errors import ConfigError
 from llava.utils.plugins import failure_text
 
 Shape = tuple[int, ...]
-MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
+MLP = re.compile(r"mlp([1-9][0-9]?)x_gelu")  # at most 99 layers: a configuration may state millions
 TRIAL_WIDTHS = (64, 1_048_576)
 """Widths that stand for one that a checkpoint does not state: sizes that differ between them follow from it."""
 

@@ -47,7 +47,20 @@ def test_identity_needs_equal_widths() -> None:
         build_projector(config("identity"))
 
 
-@pytest.mark.parametrize("name", ["mlp0x_gelu", "mlpx_gelu", "mlpKx_gelu", "mlp2x_relu", "resampler", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp100x_gelu",
+        "mlp999999x_gelu",
+        "mlp٣x_gelu",
+        "mlp0x_gelu",
+        "mlpx_gelu",
+        "mlpKx_gelu",
+        "mlp2x_relu",
+        "resampler",
+        "",
+    ],
+)
 def test_unknown_types_are_named(name: str) -> None:
     with pytest.raises(ConfigError, match="projector type"):
         build_projector(config(name))
