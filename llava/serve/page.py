@@ -121,15 +121,16 @@ async def _next_unless(chunks: AsyncGenerator[dict[str, Any], None], stop: async
 
 
 def take_files(paths: Sequence[str]) -> list[tuple[str, bytes]]:
-    """Return names and bytes of uploaded files, and remove them from the disk."""
+    """Return names and bytes of uploaded files, and remove them from the disk.
+
+    Their folders, named by hashes, stay until the page ends: a second upload of the same file may be on its way there.
+    """
     found = []
     for path in map(Path, paths):
         if not path.is_file():
             continue  # the same change of the field was reported before
         found.append((path.name, path.read_bytes()))
         path.unlink(missing_ok=True)
-        with suppress(OSError):
-            path.parent.rmdir()
     return found
 
 

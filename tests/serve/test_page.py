@@ -66,7 +66,7 @@ def test_uploads_are_read_and_removed(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "a.png").write_bytes(b"x")
     assert take_files([str(folder / "a.png"), str(tmp_path / "gone.png")]) == [("a.png", b"x")]
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [folder] and list(folder.iterdir()) == []
 
 
 def test_the_temporary_folder_is_private_and_gone_at_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
