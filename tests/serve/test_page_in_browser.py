@@ -72,7 +72,7 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 assert has_model(page)
                 page.choose_file("#llava-question input[type=file]", image)
                 assert page.until("!!document.querySelector('.llava-frame img')")
-                assert [path for path in uploads.rglob("*") if path.is_file()] == []
+                assert until(lambda: not any(path.is_file() for path in uploads.rglob("*")))
                 ask(page, "What is shown?")
                 assert shows(page, "word2") and "word3" not in page.value(ANSWERS)
                 resume(engine)
