@@ -6,11 +6,15 @@ python -m llava.serve.model_worker --host 0.0.0.0 --controller http://localhost:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from llava.generation.options import add_engine_options
 from llava.serve.options import WITHOUT_EFFECT, add_guard_options, add_loading_names, add_queue_options
 from llava.utils.cli import Parser, run_program
+
+SPINS = "1000"
+"""Turns that a waiting thread of GNU OpenMP makes before it sleeps, unless the variable GOMP_SPINCOUNT is set."""
 
 
 def add_model_options(parser: Parser) -> None:
@@ -59,6 +63,9 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a worker until a signal."""
     args = make_parser().parse_args(argv)
+    # Before torch is loaded. OpenMP's threads spin while they wait, and keep a processor from whoever it is that they
+    # wait for: with images being read beside the model, 32 answers took 11 s in place of 2.5.
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     from llava.serve.worker_run import run_worker
 
     raise SystemExit(run_worker(args))

@@ -40,6 +40,7 @@ def place(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         (folder / "data" / recipe).mkdir()
         for name in ("train.json", "test.json", "images"):
             (folder / "data" / recipe / name).symlink_to(folder / name)
+    (folder / "scripts").symlink_to(ROOT / "scripts")  # configurations of DeepSpeed
     drawn = folder / "runs" / "quickstart" / "data"
     drawn.mkdir(parents=True)
     (folder / "images" / "synthetic-test-0000.png").write_bytes((folder / "image.png").read_bytes())
