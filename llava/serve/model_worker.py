@@ -63,8 +63,8 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a worker until a signal."""
     args = make_parser().parse_args(argv)
-    # Before torch is loaded. OpenMP's threads spin while they wait, and keep a processor from whoever it is that they
-    # wait for: with images being read beside the model, 32 answers took 11 s in place of 2.5.
+    # Before torch is loaded. OpenMP's threads spin while they wait, and keep a processor from the thread that they wait
+    # for: with images being read beside the model, 32 answers took 11 s in place of 2.5.
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     from llava.serve.worker_run import run_worker
 
