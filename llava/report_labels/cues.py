@@ -33,7 +33,12 @@ CUES: dict[str, tuple[Entry, ...]] = {
         Entry(r"not clear(?=,| that| whether)", "says that something cannot be judged"),
         Entry(rf"not {_SEEN}{_ELSEWHERE}", "seen in another image"),
         Entry(
-            r"not only|not (?:significantly |substantially |grossly )?(?:changed|altered|improved|resolved)", _GENERAL
+            r"not only|not (?:(?:yet|significantly|substantially|grossly|fully|completely|entirely) )?"
+            r"(?:changed|altered|improved|resolved|cleared|disappeared)",
+            _GENERAL,
+        ),
+        Entry(
+            r"(?:no|without)(?: \w+){0,2} (?:worsening|reduction|resolution|clearing) (?:of|in)", "it is still there"
         ),
         Entry(r"no (?:doubt|question)|without (?:a )?doubt", _GENERAL),
     ),
@@ -74,17 +79,20 @@ CUES: dict[str, tuple[Entry, ...]] = {
         Entry(r"should (?:also )?be (?:considered|excluded)", _GENERAL),
         Entry(r"(?:is|are|remains?) (?:a )?(?:consideration|possibility|not unlikely)", _GENERAL),
         Entry(r"(?:cannot|can ?not) be ruled out|difficult to exclude|versus|vs", _GENERAL),
+        Entry(r"not (?:be |been )?(?:\w+ )?ruled out", _GENERAL),
     ),
     "denied_after": (
         *entries(
             rf"(?:is|are|was|were|be)? ?(?:not|no longer)(?: \w+)? {_SEEN}",
-            r"(?:has|have|had)(?: \w+){0,2} (?:resolved|cleared|disappeared)|resolved|(?:is|are) absent",
-            r"(?:has|have|had) been(?: \w+)? (?:removed|withdrawn|excluded)",
+            r"(?:has|have|had)(?: (?!not\b)\w+){0,2} (?:resolved|cleared|disappeared)|resolved|(?:is|are) absent",
+            r"(?:has|have|had) been(?: (?!not\b)\w+)? (?:removed|withdrawn|excluded|ruled out)",
             r"(?:is|are|was|were)(?: \w+)? removed|removed",
             r"within (?:normal limits|limits of normal|normal range)",
         ),
         Entry(
-            r"(?:is|are) (?:\w+ )?(?:unlikely|negative|ruled out|excluded)|: (?:none|absent|no$|negative$)", _GENERAL
+            r"(?:is|are|was|were) (?:(?!not\b)\w+ )?(?:unlikely|negative|ruled out|excluded)|"
+            r": (?:none|absent|(?:no|negative)(?=[.!]*$))",
+            _GENERAL,
         ),
         Entry(
             r"(?:is|are) not(?: \w+)? (?:enlarged|engorged|congested|prominent|increased|indistinct)", "denied states"

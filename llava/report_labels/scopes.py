@@ -80,8 +80,11 @@ _SECTION = re.compile(  # headers of what was known before the image was read, a
     r"\b(?P<seen>findings?|impression|conclusion|report)[ \t]?:",
     re.IGNORECASE,
 )
-_CONDITION = re.compile(
-    r"\bif\b[^,;]*?(?=[,;]|\bconsider|\brecommend|\bthen\b|$)|\b(?:could|may|might|can) (?:obscure|hide|mask)\b[^,;]*"
+_CONDITION = re.compile(r"\bif\b[^,;]*?(?=[,;]|\bconsider|\brecommend|\bthen\b|$)")
+_HIDDEN = re.compile(  # what could be hidden, up to the next statement
+    r"\b(?:could|may|might|can|would)(?: \w+ly)? (?:obscure|hide|mask)\b"
+    r"(?:(?!\b(?:but|however|although|though|while|whereas|yet|with|which|there (?:is|are|was|were))\b"
+    r"|(?:,|\band)\s+(?:\w+\s+){1,4}(?:is|are|was|were|has|have|remains?)\b)[^;])*"
 )
 
 
@@ -99,8 +102,10 @@ def findings_parts(text: str) -> Iterator[tuple[int, int]]:
 
 def condition_spans(sentence: str) -> list[tuple[int, int]]:
     """Return the places of what states nothing: conditions (`if there is a mass`), what `could hide a nodule`."""
-    may_match = any(word in sentence for word in ("if ", " obscure", " hide", " mask"))
-    return [match.span() for match in _CONDITION.finditer(sentence)] if may_match else []
+    found = [match.span() for match in _CONDITION.finditer(sentence)] if "if " in sentence else []
+    if any(word in sentence for word in (" obscure", " hide", " mask")):
+        found += [match.span() for match in _HIDDEN.finditer(sentence)]
+    return found
 
 
 def split_sentences(text: str) -> Iterator[tuple[int, int]]:

@@ -18,6 +18,9 @@ from llava.judging.parsing import without_reasoning
 
 SEVERITIES = ("clinically_significant", "clinically_insignificant")
 
+MAX_DIGITS = 6
+"""Digits of a count; Python refuses to read integers of some thousands."""
+
 UnreadReason = Literal["empty", "refused", "filtered", "cut short", "malformed"]
 
 Counts = dict[str, int]
@@ -119,7 +122,7 @@ def _of_pairs(text: str) -> Counts | None:
     pairs = [(match["letter"].upper(), match["count"]) for match in _PAIR.finditer(text)]
     if sorted(letter for letter, _ in pairs) != list(CATEGORIES):
         return None
-    if not all(count.isdigit() for _, count in pairs):
+    if not all(count.isdigit() and len(count) <= MAX_DIGITS for _, count in pairs):
         return None
     by_letter = {letter: int(count) for letter, count in pairs}
     return {name: by_letter[letter] for letter, name in CATEGORIES.items()}

@@ -97,6 +97,7 @@ UNREADABLE = [
     ("The candidate has two errors.", "malformed"),
     (lines(pairs(FIRST).replace("(F, 3)", "(A, 3)"), pairs(SECOND)), "malformed"),
     (lines(pairs(FIRST).replace("3", "-3"), pairs(SECOND)), "malformed"),
+    (lines(pairs(FIRST).replace("3", "9" * 5000), pairs(SECOND)), "malformed"),
     (lines(pairs(FIRST).replace("3", "2.5"), pairs(SECOND)), "malformed"),
     (lines(pairs(FIRST).replace(", (F, 3)", ""), pairs(SECOND)), "malformed"),
     (lines("[1, 0, 2, 0, 0, 3]", "[0, 1, 0, 0, 0, 0]"), "malformed"),
