@@ -10,6 +10,7 @@ Rows are in the order of the reports. Messages name file and row, and both count
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from llava.eval.reports.rows import read_rows
 from llava.report_labels.findings import FINDINGS, Label
 from llava.samples import Origin
 from llava.utils.jsonl import JSON_ERRORS, read_text
+
+logger = logging.getLogger(__name__)
 
 SIDES = ("prediction", "reference")
 
@@ -46,14 +49,27 @@ def read_labels(paths: Sequence[str | Path], *, num_reports: int, reports: str |
     source = f"given ({', '.join(Path(path).name for path in paths)})"
     if len(paths) == 2:
         sides = [[_one_side(row, origin) for origin, row in read_rows(path)] for path in paths]
-        for path, rows in zip(paths, sides, strict=True):
+        for path, name, rows in zip(paths, SIDES, sides, strict=True):
             check_number(path, len(rows), num_reports, reports)
+            _warn_missing(path, name, rows)
         return LabelPair(label_array(sides[0]), label_array(sides[1]), source)
     if len(paths) != 1:
         raise DataError(f"expected one file with both sides, or two CheXpert tables, got {len(paths)} label files")
     pairs = [_both_sides(row, origin) for origin, row in read_rows(paths[0])]
     check_number(paths[0], len(pairs), num_reports, reports)
+    for place, name in enumerate(SIDES):
+        _warn_missing(paths[0], name, [pair[place] for pair in pairs])
     return LabelPair(label_array(pair[0] for pair in pairs), label_array(pair[1] for pair in pairs), source)
+
+
+def _warn_missing(path: str | Path, side: str, rows: Sequence[Mapping[str, Label]]) -> None:
+    """Log a warning about findings that no row of a side names: figures of 14 findings then mean less."""
+    missing = [name for name in FINDINGS if not any(name in row for row in rows)]
+    if missing and rows:
+        logger.warning(
+            "%s: %s: no row names %s; counted as not mentioned: do not compare figures of 14 findings with others",
+            *(path, side, ", ".join(missing)),
+        )
 
 
 def check_number(path: str | Path, num_rows: int, num_reports: int, reports: str | Path) -> None:

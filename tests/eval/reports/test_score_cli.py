@@ -125,6 +125,15 @@ def test_chexpert_tables(reports: Path, tmp_path: Path) -> None:
     assert content["metrics"]["Micro-F1-14+"]["value"] == 1.0
 
 
+def test_findings_that_no_row_names_are_warned_of(
+    reports: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prediction": dict.fromkeys(FINDINGS, 1), "reference": {"Edema": 1}}] * 4
+    score(reports, "--labels", str(write(tmp_path / "labels.jsonl", rows)))
+    [line] = [record.getMessage() for record in caplog.records if "no row names" in record.getMessage()]
+    assert "labels.jsonl: reference: no row names Enlarged Cardiomediastinum, " in line and "Edema" not in line
+
+
 def test_table_of_both_sides(reports: Path, tmp_path: Path) -> None:
     (tmp_path / "both.csv").write_text("index,prediction_Edema,reference_Edema\n0,1,1\n1,0,1\n2,,\n3,,\n")
     content = score(reports, "--labels", str(tmp_path / "both.csv"))
