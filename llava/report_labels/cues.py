@@ -94,6 +94,7 @@ CUES: dict[str, tuple[Entry, ...]] = {
             r": (?:none|absent|(?:no|negative)(?=[.!]*$))",
             _GENERAL,
         ),
+        Entry(r"disappeared|(?:is|are) gone", _GENERAL),
         Entry(
             r"(?:is|are) not(?: \w+)? (?:enlarged|engorged|congested|prominent|increased|indistinct)", "denied states"
         ),

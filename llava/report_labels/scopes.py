@@ -51,6 +51,11 @@ _OTHER_SUBJECT = re.compile(r"\band\s+(?:the|a|an)\b")
 _SINGULAR = re.compile(r"(?:is|was|has)\b")
 """A verb of the last of two things only: `an opacity is present and the heart border is not seen`."""
 
+_LATER = re.compile(r"(?: \w+){0,2}, (?:which|now|since|and now|but now) ")
+"""What is between a finding and the end of it: `edema, now resolved`, `a pneumothorax, which has resolved`."""
+
+_ENDED = ("resolved", "cleared", "disappeared", "removed")
+
 _COLON = re.compile(r":\s|\(")
 _AND = re.compile(r"\band\b(?!/or)")
 _VERSUS_BEFORE = re.compile(r"\b(?:versus|vs)\b\W+(?:\w+\W+){0,3}$")
@@ -200,8 +205,10 @@ class Scopes:
                 return cue.text
             if cue.kind == "denied_after" and cue.start < start and end <= cue.end:  # "is not engorged"
                 return cue.text
-            if cue.kind == "denied_after" and cue.start >= end and self._reaches_back(end, cue.start):
-                return cue.text
+            if cue.kind == "denied_after" and cue.start >= end:
+                ends = cue.text.endswith(_ENDED) and _LATER.fullmatch(self.sentence, end, cue.start)
+                if ends or self._reaches_back(end, cue.start):
+                    return cue.text
         return None
 
     def _doubt(self, start: int, end: int, mentions: list[tuple[int, int]]) -> str | None:
