@@ -83,6 +83,13 @@ def test_the_usual_scans_are_read() -> None:
     assert (np.asarray(load_image(progressive(100))) == 90).all()
 
 
+def test_marks_of_scans_in_metadata_and_after_the_end_are_none() -> None:
+    data, marks = progressive(20), b"\xff\xda" * 200
+    segment = b"\xff\xe1" + (len(marks) + 2).to_bytes(2) + marks
+    for found in (data + marks, data[:2] + segment + data[2:], data[:2] + b"\xff" + segment + data[2:] + marks):
+        assert np.array_equal(np.asarray(load_image(found)), np.asarray(load_image(data)))
+
+
 def test_many_scans_in_a_dicom_file_are_refused(tmp_path: Path) -> None:
     for num_scans in (100, 101):
         dataset = make_dataset(np.zeros((64, 64), np.uint8), TransferSyntaxUID=JPEGBaseline8Bit)

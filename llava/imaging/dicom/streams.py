@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 
@@ -9,6 +10,11 @@ from llava.errors import DataError
 
 MAX_SCANS = 100
 """Scans of a JPEG image, as libtiff limits them; progressive files have about ten."""
+
+_JPEG_MARKER = re.compile(rb"\xff+[\xc0-\xcf\xd9-\xfe]")
+"""Marker of a segment with a length, or of the end; the coded data of JPEG and JPEG-LS hold none."""
+
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 _JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7})
 """Start-of-frame markers of JPEG and JPEG-LS."""
@@ -36,13 +42,19 @@ def extent_of(frame: bytes) -> Extent | None:
 
 
 def check_scans(frame: bytes) -> None:
-    """Check the number of scans of a JPEG image.
+    """Check the number of scans of a JPEG image; metadata, and bytes after its end, may hold anything.
 
     Raises:
         DataError: there are more than `MAX_SCANS`.
     """
-    # An empty scan takes a few bytes, and the decoder visits the whole image for it. Coded data never hold the marker.
-    if (number := frame.count(b"\xff\xda")) > MAX_SCANS:
+    if frame[:2] != b"\xff\xd8":
+        return
+    # An empty scan takes a few bytes, and the decoder visits the whole image for it.
+    position, number = 2, 0
+    while (marker := _JPEG_MARKER.search(frame, position)) and frame[marker.end() - 1] != _END_OF_IMAGE:
+        number += frame[marker.end() - 1] == _START_OF_SCAN
+        position = marker.end() + int.from_bytes(frame[marker.end() : marker.end() + 2])
+    if number > MAX_SCANS:
         raise DataError(f"has {number} JPEG scans; expected at most {MAX_SCANS}; save the image again")
 
 
