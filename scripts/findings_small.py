@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import BLANK_SIZE, GRAY
-from llava.data.packaged_reports import packaged_documents, section_texts
+from llava.data.converters.iu_xray import packaged_documents, section_texts
 from llava.data.report_rows import report_question
 from llava.errors import ConfigError, DataError
 from llava.eval.reports.cli import score_main
@@ -68,8 +68,8 @@ def packaged_reports() -> Iterator[Row]:
     """Yield a text-only row for each packaged report with findings."""
     for name, root in packaged_documents():
         texts = section_texts(root)
-        if answer := texts.get("FINDINGS"):
-            question = report_question("findings", texts.get("INDICATION", ""))
+        if answer := texts.get("findings"):
+            question = report_question("findings", texts.get("indication", ""))
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
             yield {"id": name, "conversations": turns}
 

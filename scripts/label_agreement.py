@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from llava.data.packaged_reports import packaged_documents, section_texts
+from llava.data.converters.iu_xray import packaged_documents, section_texts
 from llava.report_labels.labeler import label_report
 from llava.utils.cli import Parser, run_program
 from llava.utils.jsonl import write_records
@@ -78,7 +78,7 @@ def compare(documents: Iterable[tuple[str, Element]]) -> dict[str, Agreement]:
     """Return the agreement of rules and index terms of each finding, over reports with findings."""
     agreements = {finding: Agreement() for finding in TERMS}
     for name, root in documents:
-        if not (text := section_texts(root).get("FINDINGS")):
+        if not (text := section_texts(root).get("findings")):
             continue
         labels = label_report(text).labels
         terms = [(part.text or "").lower().strip().split("/") for part in root.iter("major")]

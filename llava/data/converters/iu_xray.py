@@ -14,7 +14,9 @@ Command:
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +30,12 @@ from llava.data.converters.split import parse_fractions, split_of
 from llava.data.converters.tables import cell_text, read_table
 from llava.data.quarantine import BadRow
 from llava.data.report_rows import TARGETS, VIEWS, is_frontal, report_question
-from llava.errors import ConfigError, DataError
+from llava.errors import ConfigError, DataError, MissingDependency
 from llava.samples import Origin
 from llava.utils.cli import Parser
+
+PACKAGED = "data/NLMCXR_reports.tgz"
+"""Archive of all reports in the folder of the package torchxrayvision."""
 
 MAX_BYTES = 16 << 20
 MAX_DEPTH = 200
@@ -269,17 +274,40 @@ def read_study(path: Path, views: Mapping[str, str]) -> Study:
         DataError: see `read_xml`.
     """
     root = read_xml(path)
-    texts: dict[str, str] = {}
-    for section in root.iter("AbstractText"):
-        name = section.get("Label", "").strip().lower()
-        text = " ".join("".join(section.itertext()).split())
-        texts[name] = f"{texts[name]} {text}".strip() if name in texts else text
+    texts = section_texts(root)
     uid = next((part.get("id", "") for part in root.iter("uId")), "") or path.stem
     named = [part.get("id", "").strip() for part in root.iter("parentImage")]
     images = tuple((f"{name}{ENDING}", views.get(_plain(name), "")) for name in named if name)
     problems = tuple("".join(part.itertext()).strip() for part in root.iter("major"))
     terms = next((part.get("url", "") for part in root.iter("licenseURL")), "")
     return Study(uid, texts, images, Origin(str(path), 0), problems, terms)
+
+
+def section_texts(root: Element) -> dict[str, str]:
+    """Return the texts of a report by their labels in lower case (findings, indication ...), with single spaces."""
+    texts: dict[str, str] = {}
+    for section in root.iter("AbstractText"):
+        name = section.get("Label", "").strip().lower()
+        text = " ".join("".join(section.itertext()).split())
+        texts[name] = f"{texts[name]} {text}".strip() if name in texts else text
+    return texts
+
+
+def packaged_documents() -> Iterator[tuple[str, Element]]:
+    """Yield name and root element of each report in the package torchxrayvision, read where it lies.
+
+    Raises:
+        MissingDependency: the package is not installed.
+    """
+    spec = importlib.util.find_spec("torchxrayvision")  # found, never imported: it needs torchvision
+    path = None if spec is None or spec.origin is None else Path(spec.origin).parent / PACKAGED
+    if path is None or not path.is_file():
+        raise MissingDependency("torchxrayvision is not installed; run: bash scripts/setup.sh rad")
+    with tarfile.open(path) as reports:
+        for member in reports:
+            stream = reports.extractfile(member) if member.name.endswith(".xml") else None
+            if stream is not None:
+                yield member.name, parse_xml(stream.read(), member.name)
 
 
 def _plain(name: str) -> str:
@@ -304,12 +332,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the assignment of reports to splits")
 
 
-CONVERTER = Converter(
-    "iu-xray",
-    IU_XRAY,
-    read_events,
-    add_options,
-)
+CONVERTER = Converter("iu-xray", IU_XRAY, read_events, add_options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

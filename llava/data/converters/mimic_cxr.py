@@ -270,12 +270,7 @@ def add_options(parser: Parser) -> None:
     )
 
 
-CONVERTER = Converter(
-    "mimic-cxr",
-    MIMIC_CXR,
-    read_events,
-    add_options,
-)
+CONVERTER = Converter("mimic-cxr", MIMIC_CXR, read_events, add_options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

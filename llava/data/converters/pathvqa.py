@@ -145,11 +145,7 @@ def question_type(question: str, kind: str) -> str:
     return next((words for words in ASKING if text.startswith(f"{words} ")), "other")
 
 
-CONVERTER = Converter(
-    "pathvqa",
-    PATHVQA,
-    read_events,
-)
+CONVERTER = Converter("pathvqa", PATHVQA, read_events)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

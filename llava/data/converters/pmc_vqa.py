@@ -124,12 +124,7 @@ def add_options(parser: Parser) -> None:
     parser.add_switch("--captions", help="release 2: keep the figure's caption in the field `caption`")
 
 
-CONVERTER = Converter(
-    "pmc-vqa",
-    PMC_VQA,
-    read_events,
-    add_options,
-)
+CONVERTER = Converter("pmc-vqa", PMC_VQA, read_events, add_options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

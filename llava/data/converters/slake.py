@@ -68,12 +68,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the questions")
 
 
-CONVERTER = Converter(
-    "slake",
-    SLAKE,
-    read_events,
-    add_options,
-)
+CONVERTER = Converter("slake", SLAKE, read_events, add_options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -104,12 +104,7 @@ def add_options(parser: Parser) -> None:
     parser.add_switch("--framed", help="add the questions in fixed form (`question_frame`) to the training rows")
 
 
-CONVERTER = Converter(
-    "vqa-rad",
-    VQA_RAD,
-    read_events,
-    add_options,
-)
+CONVERTER = Converter("vqa-rad", VQA_RAD, read_events, add_options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
