@@ -2,7 +2,7 @@
 
     words --configuration file--> options --checks--> trainer in this process, or torchrun with one trainer a process
 
-The published commands `train_mem.py` and `train.py` call the trainer directly, with the published defaults.
+The published scripts, such as `train_mem.py`, run the trainer in this process with the published defaults.
 """
 
 from __future__ import annotations
@@ -54,6 +54,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     from llava.train.run import run_sft
 
     run_sft(words, image_grouping=TODAY.image_grouping, bf16=TODAY.bf16, defaults=TODAY, given=config_options(options))
+
+
+def run_published(argv: Sequence[str] | None, *, name: str, example: str, first: Sequence[str] = ()) -> None:
+    """Train as a published script does, or print its help.
+
+    Args:
+        argv: command line; None for that of the process.
+        name: name of the script.
+        example: options of an example in its help.
+        first: options that the command line may replace.
+
+    Raises:
+        LlavaError: as `llava.train.run.run_sft`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if wants_help(words):
+        sys.stdout.write(help_text(name, example=example, full=asks_for_all(with_dashes(words))))
+        return
+    from llava.train.run import run_sft  # loads torch
+
+    run_sft([*first, *words], image_grouping="off", bf16=False)
 
 
 def with_packaged_parts(words: Sequence[str], options: dict[str, Any]) -> list[str]:

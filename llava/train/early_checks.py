@@ -21,10 +21,9 @@ from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, CONFIG_FILE, ORI
 from llava.model.projector_types import find_type, known_types
 from llava.samples import Origin
 from llava.train.attention_choice import check_attention
-from llava.utils.cli import flag, near_options
+from llava.utils.cli import flag, near_options, near_path
 from llava.utils.json_rows import iter_rows
 from llava.utils.jsonl import JSON_ERRORS
-from llava.utils.near_paths import near_path
 
 Options = Mapping[str, Any]
 """Given options by name with underscores."""

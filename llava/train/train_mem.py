@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava.train.published import run_published
+from llava.train.command import run_published
 from llava.utils.cli import run_program
 
 

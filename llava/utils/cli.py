@@ -16,6 +16,7 @@ import re
 import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -37,6 +38,9 @@ T = TypeVar("T")
 
 TRACEBACK_VARIABLE = "LLAVA_TRACEBACK"
 """Environment variable that, when set, shows the traceback of expected errors."""
+
+MAX_NAMES = 1000
+"""Names of a folder among which a similar one is searched for."""
 
 TRUE_WORDS = frozenset({"true", "t", "yes", "y", "on", "1"})
 FALSE_WORDS = frozenset({"false", "f", "no", "n", "off", "0"})
@@ -115,6 +119,18 @@ def near_options(words: Sequence[str], options: Iterable[str]) -> str:
     known = list(options)
     near = [match for word in words for match in difflib.get_close_matches(word.partition("=")[0], known, n=1)]
     return f"; did you mean {', '.join(map(flag_name, dict.fromkeys(near)))}?" if near else ""
+
+
+def near_path(path: str | Path) -> str:
+    """Return the hint for a path that does not exist: its parent, or a similar name in it; or nothing."""
+    parent = Path(path).parent
+    if not parent.is_dir():
+        return f" ({parent} does not exist either)"
+    try:
+        names = sorted(item.name for item in parent.iterdir())[:MAX_NAMES]
+    except OSError:
+        return ""
+    return near_options([Path(path).name], names)
 
 
 def one_line(message: str) -> str:

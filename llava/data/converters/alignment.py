@@ -26,10 +26,9 @@ from llava.constants import IMAGE_TOKEN
 from llava.data.groups import image_name_key
 from llava.errors import DataError
 from llava.samples import CONVERSATION_KEYS, from_row
-from llava.utils.cli import Parser
+from llava.utils.cli import Parser, near_path
 from llava.utils.json_rows import read_records
 from llava.utils.jsonl import write_json
-from llava.utils.near_paths import near_path
 from llava.utils.terminal import write_out
 
 FACT_QUESTIONS = {

@@ -15,7 +15,7 @@ from llava.model.builder import portable_path
 from llava.model.checkpoint.files.shards import INDEX_SUFFIX, SAFE_FILE
 from llava.model.checkpoint.formats import CONFIG_FILE, read_json
 from llava.model.multimodal_encoder.towers import first_line
-from llava.utils.near_paths import near_path
+from llava.utils.cli import near_path
 
 WANTED_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
 DUPLICATE_FILES = ("pytorch_model*.bin",)
