@@ -9,6 +9,7 @@ model is of a kind that it knows; otherwise the model's own forward decodes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,7 +152,7 @@ class DecodeStep:
         return self.head.of(self.head.rows_of(self.norm.of(hidden))).to(hidden.dtype)
 
 
-class _States:
+class _States(ABC):
     """Queries, keys and values of new tokens, with the views that all layers use, and their rotation."""
 
     def __init__(self, step: DecodeStep, hidden: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -176,9 +177,9 @@ class _States:
         exchanged = self.halves.flip(2).view(self.shape)
         return torch.addcmul(self.both * self.cos, exchanged, self.sin)
 
+    @abstractmethod
     def attend(self, layer: DecodedLayer, number: int, normed: Tensor) -> Tensor:
         """Return the attention [B, Hq * D] of one layer; its keys and values are kept."""
-        raise NotImplementedError
 
 
 class _SlotStates(_States):
