@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from tests.support.iu_reports import archive
+from tests.support.scripts import load_script
 from tests.support.tiny import tiny_image, write_tiny_lm, write_tiny_tower
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,12 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def program() -> ModuleType:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("findings_small", ROOT / "scripts" / "findings_small.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("findings_small")
 
 
 def write_notes(folder: Path) -> Path:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 from xml.etree.ElementTree import Element, fromstring
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "label_agreement.py"
+from tests.support.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("label_agreement", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["label_agreement"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("label_agreement")
 
 
 def document(findings: str, *terms: str) -> Element:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,19 +10,14 @@ import pytest
 
 from llava.data.encode import follow_up
 from llava.errors import LlavaError
+from tests.support.scripts import load_script
 from tests.support.text_tools import make_processor
 from tests.support.tiny import write_tiny_lm, write_tiny_tower
-
-SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "dr_llava_small.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("dr_llava_small", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("dr_llava_small")
 
 
 def test_dialogues_of_the_packaged_model_can_be_continued(script: ModuleType) -> None:
