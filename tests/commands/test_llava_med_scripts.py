@@ -11,14 +11,10 @@ import pytest
 
 from tests.support.ports import free_ports
 from tests.support.processes import run_command
+from tests.support.recorder import recorded_calls, write_recorder
 from tests.support.runs import losses, write_parts
 
 ROOT = Path(__file__).resolve().parents[2]
-FAKE = """#!/usr/bin/env bash
-[ "$1" != -c ] || exit 0
-printf "%s\\n" "$@" "--end" >>"${RECORD}"
-"""
-"""Interpreter that records its arguments; it has every package."""
 
 TRAINING = [
     "pretrain.sh", "instruct.sh", "run_training_llava_med.sh", "finetune_vqa_rad.sh", "finetune_slake.sh",
@@ -43,8 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("model", "images", "tower"):
         (folder / name).mkdir()
     (folder / "rows.json").write_text("[]")
-    (folder / "python").write_text(FAKE)
-    (folder / "python").chmod(0o755)
+    write_recorder(folder / "python")
     return {"MODEL": folder / "model", "DATA": folder / "rows.json", "IMAGES": folder / "images",
             "VISION_TOWER": folder / "tower", "PYTHON": folder / "python"}  # fmt: skip
 
@@ -56,8 +51,7 @@ def recorded(
     given = {**files, **environment, "RECORD": tmp_path / "record"}
     status, output = run(script, *words, cwd=tmp_path, **given)
     assert status == 0, output
-    calls = (tmp_path / "record").read_text().split("--end\n")
-    return [call.splitlines() for call in calls if call]
+    return recorded_calls(tmp_path / "record")
 
 
 def value(words: list[str], name: str) -> str:

@@ -16,14 +16,10 @@ import pytest
 from llava.eval.model_mimic_cxr import main as predict
 from tests.support.fast_python import WITHOUT_BUILD
 from tests.support.processes import have_ended, run_command, started
+from tests.support.recorder import recorded_calls, write_recorder
 from tests.support.tiny import tiny_image, write_tiny_lm, write_tiny_tower
 
 ROOT = Path(__file__).resolve().parents[2]
-FAKE = """#!/usr/bin/env bash
-[ "$1" != -c ] || exit 0
-printf "%s\\n" "$@" "--end" >>"${RECORD}"
-"""
-"""Interpreter that records its arguments; it has every package."""
 
 
 def run(script: str, *words: object, cwd: Path, **environment: object) -> subprocess.CompletedProcess[str]:
@@ -53,9 +49,7 @@ def rad(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rows[10]["view"], rows[11]["conversations"][1]["value"] = float("nan"), None
     data = folder / "chat.json"
     data.write_text(json.dumps(rows))
-    python = folder / "python"
-    python.write_text(FAKE)
-    python.chmod(0o755)
+    python = write_recorder(folder / "python")
     (folder / "projector.bin").write_bytes(b"")
     lm, tower = write_tiny_lm(folder / "lm"), write_tiny_tower(folder / "tower")
     return {"data": data, "images": folder / "files", "lm": lm, "tower": tower, "fake": python, "folder": folder}
@@ -96,11 +90,6 @@ def test_a_missing_model_or_tower_is_named(rad: dict[str, Path]) -> None:
     assert (done.returncode, "vision_tower=./no/tower does not exist" in done.stderr) == (2, True)
     done = run("eval.sh", "", "/no/model", cwd=rad["folder"], **environment(rad, "eval.sh"))
     assert (done.returncode, "model_path=/no/model does not exist" in done.stderr) == (2, True)
-
-
-def recorded(path: Path) -> list[list[str]]:
-    """Return the arguments of each call of the recording interpreter."""
-    return [call.splitlines() for call in path.read_text().split("--end\n") if call]
 
 
 def values(words: list[str]) -> dict[str, str]:
@@ -159,7 +148,7 @@ SHARED = {
 def test_published_values(rad: dict[str, Path], script: str, tmp_path: Path) -> None:
     done = run(script, cwd=tmp_path, **environment(rad, script, RECORD=tmp_path / "record"))
     assert done.returncode == 0, done.stderr
-    [words] = recorded(tmp_path / "record")
+    [words] = recorded_calls(tmp_path / "record")
     assert words[0] == str(ROOT / "llava" / "train" / "train_mem.py")
     found = values(words)
     assert {**SHARED, **PUBLISHED[script]}.items() <= found.items()
@@ -175,7 +164,7 @@ def test_words_replace_defaults_and_further_options_go_on(rad: dict[str, Path], 
     )
     done = run("pretrain.sh", "out", 2, 8, "--max_steps", 5, cwd=tmp_path, **given)
     assert done.returncode == 0, done.stderr
-    [words] = recorded(tmp_path / "record")
+    [words] = recorded_calls(tmp_path / "record")
     found = values(words)
     assert (found["--num_train_epochs"], found["--per_device_train_batch_size"]) == ("2", "8")
     assert (found["--gradient_accumulation_steps"], found["--loader"], found["--version"]) == ("2", "default", "v1")
@@ -213,7 +202,7 @@ def test_launcher(rad: dict[str, Path], tmp_path: Path, changed: dict[str, Any],
         changed |= {"PATH": with_gpus(tmp_path, gpus), "CUDA_VISIBLE_DEVICES": None}
     done = run("pretrain.sh", cwd=tmp_path, **given, **changed)
     assert done.returncode == 0, done.stderr
-    [words] = recorded(tmp_path / "record")
+    [words] = recorded_calls(tmp_path / "record")
     place = words.index(str(ROOT / "llava" / "train" / "train_mem.py"))
     assert words[:place] == expected
     assert values(words).get("--deepspeed") == (str(ROOT / "scripts" / "zero2.json") if gpus else None)
@@ -225,7 +214,7 @@ def test_evaluation_starts_one_process_per_gpu(rad: dict[str, Path], tmp_path: P
     )
     done = run("eval.sh", rad["lm"], rad["lm"], "out", "mine", "--limit", 4, cwd=tmp_path, **given)
     assert done.returncode == 0, done.stderr
-    calls = recorded(tmp_path / "record")
+    calls = recorded_calls(tmp_path / "record")
     chunks = [values(words) for words in calls if "--chunk_idx" in words]
     assert sorted(found["--chunk_idx"] for found in chunks) == ["0", "1", "2"]
     expected = {"--loader": "mimic_test_findings", "--conv_mode": "v1", "--temperature": "0", "--batch_size": "8"}
@@ -238,13 +227,11 @@ def test_evaluation_starts_one_process_per_gpu(rad: dict[str, Path], tmp_path: P
 
 
 def test_a_failed_chunk_ends_the_evaluation(rad: dict[str, Path], tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text(FAKE + 'case "$*" in *"--chunk_idx 1"*) exit 3 ;; esac\n')
-    python.chmod(0o755)
+    python = write_recorder(tmp_path / "python", 'case "$*" in *"--chunk_idx 1"*) exit 3 ;; esac\n')
     given = environment(rad, "eval.sh", RECORD=tmp_path / "record", PYTHON=python, NUM_CHUNKS=2)
     done = run("eval.sh", rad["lm"], rad["lm"], "out", cwd=tmp_path, **given)
     assert done.returncode == 2 and "chunks 1 of 2 failed" in done.stderr
-    assert not any("run.py" in " ".join(words) for words in recorded(tmp_path / "record"))
+    assert not any("run.py" in " ".join(words) for words in recorded_calls(tmp_path / "record"))
 
 
 def test_the_whole_chain_on_tiny_parts(rad: dict[str, Path], python: Path, tmp_path: Path) -> None:

@@ -19,14 +19,12 @@ from llava.train.parsing import parse_training_args
 from tests.support.fast_python import WITHOUT_BUILD
 from tests.support.pairs import write_pairs
 from tests.support.processes import run_command
+from tests.support.recorder import recorded_calls, write_recorder
 from tests.support.runs import losses, write_parts
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDER = """#!/usr/bin/env bash
-printf "%s\\n" "$@" "--end" >>"${RECORD}"
-[ "$1 $2" != "preferences pairs" ] || echo "[]" >"${@: -1}"
-"""
-"""Command that records its arguments, and writes the file of pairs, without which a stage is left out."""
+WRITES_PAIRS = '[ "$1 $2" != "preferences pairs" ] || echo "[]" >"${@: -1}"\n'
+"""The stage after the pairs is left out where their file is missing."""
 
 PUBLISHED = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --version v1_sq
 --mm_projector_type cluster --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False
@@ -47,25 +45,16 @@ def run(script: str, *words: object, **environment: object) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def recorded(file: Path) -> list[list[str]]:
-    """Return the command lines that the recorder wrote."""
-    calls = file.read_text().split("--end\n")
-    return [call.splitlines() for call in calls if call]
-
-
 @pytest.fixture
 def recorder(tmp_path: Path) -> Path:
-    path = tmp_path / "recorder"
-    path.write_text(RECORDER)
-    path.chmod(0o755)
-    return path
+    return write_recorder(tmp_path / "recorder", WRITES_PAIRS)
 
 
 def test_published_values(tmp_path: Path, recorder: Path) -> None:
     record = tmp_path / "record"
     words = ["lm", "tower", "projector.bin", "rows.json", "images", tmp_path / "out", "--seed", "3"]
     run("sqllava_med.sh", *words, LAUNCH=recorder, RECORD=record, ZERO="scripts/zero3.json")
-    [call] = recorded(record)
+    [call] = recorded_calls(record)
     assert call[0] == str(ROOT / "llava" / "train" / "train_mem.py")
     text = " ".join(call)
     for part in " ".join(PUBLISHED.split()).split(" --"):
@@ -105,7 +94,7 @@ def test_the_small_script_prints_commands_that_parse(tmp_path: Path, recorder: P
     run("stllava_med_small.sh", tmp_path / "data", out, ASKED=4, **given)
     assert len(json.loads((out / "asked-images.json").read_text())) == 4
     names = []
-    for call in recorded(record):
+    for call in recorded_calls(record):
         name, words = split_command(call)
         names.append(name)
         module = importlib.import_module(COMMANDS[name].target.split(":")[0])
