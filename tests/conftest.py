@@ -31,6 +31,17 @@ settings.register_profile("tests", settings.get_profile("explore"), derandomize=
 settings.load_profile("tests")
 
 
+# These start processes, servers and browsers, and wait for them on a machine that has other work too.
+RUN_TWICE = ("tests/commands/", "tests/distributed/", "tests/serve/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run a failed test of other processes once more; the summary counts it as a rerun."""
+    for item in items:
+        if item.nodeid.startswith(RUN_TWICE):
+            item.add_marker(pytest.mark.flaky(reruns=1))
+
+
 def pytest_collection() -> None:
     """Collect no garbage while tests are imported, which leaves none."""
     gc.disable()
