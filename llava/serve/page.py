@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -20,6 +19,7 @@ from llava.imaging.dicom.policy import PRESETS
 from llava.serve.admission import Admission
 from llava.serve.client import ServerClient, chat_chunks
 from llava.serve.page_chat import WINDOWS, PageChat, PageImage, PageLog, note_of, phantom_png
+from llava.serve.page_uploads import Uploads
 from llava.serve.page_view import NOTICE, viewer_html
 
 POLL_SECONDS = 5.0
@@ -45,6 +45,7 @@ class PageServer:
         reloads: whether the list of models is asked for again.
         stops: events that stop the answers of sessions.
         discarded: sessions whose running answer is not shown any more.
+        uploads: files that sessions sent.
     """
 
     url: str
@@ -54,6 +55,7 @@ class PageServer:
     reloads: bool = True
     stops: dict[str, asyncio.Event] = field(default_factory=dict)
     discarded: set[str] = field(default_factory=set)
+    uploads: Uploads = field(default_factory=Uploads)
 
     def __post_init__(self) -> None:
         self.client = ServerClient(self.url)
@@ -104,6 +106,7 @@ class PageServer:
         """Stop and forget a session that was closed."""
         self.discard(session)
         self.stops.pop(session, None)
+        self.uploads.forget(session)
 
 
 async def _next_unless(chunks: AsyncGenerator[dict[str, Any], None], stop: asyncio.Event) -> dict[str, Any] | None:
@@ -118,20 +121,6 @@ async def _next_unless(chunks: AsyncGenerator[dict[str, Any], None], stop: async
             task.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await task
-
-
-def take_files(paths: Sequence[str]) -> list[tuple[str, bytes]]:
-    """Return names and bytes of uploaded files, and remove them from the disk.
-
-    Their folders, named by hashes, stay until the page ends: a second upload of the same file may be on its way there.
-    """
-    found = []
-    for path in map(Path, paths):
-        if not path.is_file():
-            continue  # the same change of the field was reported before
-        found.append((path.name, path.read_bytes()))
-        path.unlink(missing_ok=True)
-    return found
 
 
 class ChatPage:
@@ -242,11 +231,11 @@ class ChatPage:
         kept = value if value in names else (names[0] if names else None)
         return gr.update(choices=names, value=kept), problem
 
-    def _add_files(self, question: dict[str, Any], chat: PageChat) -> list[Any]:
+    def _add_files(self, question: dict[str, Any], chat: PageChat, request: gr.Request) -> list[Any]:
         files = question.get("files") or []
         if not files:
             return [gr.skip()] * 9
-        for name, content in take_files(files):
+        for name, content in self.server.uploads.take(files, request.session_hash or ""):
             try:
                 chat.add(PageImage.of(name, content))
             except LlavaError as error:

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("gradio")
 
 from llava.serve.admission import Admission
-from llava.serve.page import PageServer, take_files
+from llava.serve.page import PageServer
 from llava.serve.page_chat import PageChat
 from llava.serve.page_run import FOLDER_PREFIX, make_page_app, private_folder
 from tests.support.served import MODEL, ScriptedEngine, scripted_app, served
@@ -59,14 +59,6 @@ def test_failures_show_their_reason() -> None:
     asyncio.run(asked(server, chat))
     assert "does not answer" in chat.turns[0].note
     assert server.models() == ([], "No worker: http://127.0.0.1:9 does not answer (ConnectError)")
-
-
-def test_uploads_are_read_and_removed(tmp_path: Path) -> None:
-    folder = tmp_path / "hash"
-    folder.mkdir()
-    (folder / "a.png").write_bytes(b"x")
-    assert take_files([str(folder / "a.png"), str(tmp_path / "gone.png")]) == [("a.png", b"x")]
-    assert list(tmp_path.iterdir()) == [folder] and list(folder.iterdir()) == []
 
 
 def test_the_temporary_folder_is_private_and_gone_at_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
