@@ -15,34 +15,13 @@ from llava.errors import ConfigError
 from llava.imaging.dicom.policy import CHECKPOINT_DEFAULT_HELP, DEFAULT_POLICY, DICOM_FRAME_HELP, DICOM_WINDOW_HELP
 from llava.imaging.jpeg import FAST_JPEG_HELP
 from llava.train.attention_choice import FLASH, TREE, check_attention
+from llava.train.bounds import check_bounds
 from llava.train.legacy_flags import LegacyTrainingArguments, option
 from llava.train.specs import OptimizerSpec, OrderSpec, ResumeSpec, WorkerSpec
-from llava.utils.cli import flag
 from llava.utils.plugins import PLUGIN_HELP
 
 LORA_STARTS = ("true", "gaussian", "orthogonal", "false")
 """Values of `--init-lora-weights`."""
-
-MAX_RATE = 1e30
-"""Largest learning rate and weight decay: optimizers convert them to float32."""
-
-MAX_SEED = 2**32 - 1
-"""Largest seed that numpy takes."""
-
-BOUNDS: dict[str, tuple[float, float]] = {
-    "learning_rate": (0, MAX_RATE),
-    "mm_projector_lr": (0, MAX_RATE),
-    "mm_vision_tower_lr": (0, MAX_RATE),
-    "weight_decay": (0, MAX_RATE),
-    "max_grad_norm": (0, MAX_RATE),
-    "num_train_epochs": (0, 1e6),
-    "seed": (0, MAX_SEED),
-    "per_device_train_batch_size": (1, 1e6),
-    "per_device_eval_batch_size": (1, 1e6),
-    "gradient_accumulation_steps": (1, 1e6),
-    "dataloader_num_workers": (0, 1e4),
-}
-"""Smallest and largest value of options that transformers does not check."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +104,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if not self.model_name_or_path:
             raise ConfigError("--model-name-or-path is missing; expected a language model or a llava checkpoint")
+        check_bounds(vars(self))
         if self.system_file is not None and not Path(self.system_file).is_file():
             raise ConfigError(f"--system-file {self.system_file}: no such file; expected a text file")
         if self.init_lora_weights.lower() not in LORA_STARTS:
@@ -152,8 +132,6 @@ class ModelArguments:
                 f"--pretrain-lora {self.pretrain_lora} needs --vit-lora-enable True; to use the adapter unchanged, "
                 "merge it into the tower (llava checkpoint merge-lora) and pass that folder as --vision-tower"
             )
-        if self.lora_dropout_vit is not None and not 0.0 <= self.lora_dropout_vit < 1.0:
-            raise ConfigError(f"--lora-dropout-vit is {self.lora_dropout_vit}; expected a number from 0 to below 1")
         if self.tune_mm_mlp_adapter and self.lora_enable:
             raise ConfigError("--tune-mm-mlp-adapter trains only the projector; use --lora-enable in stage 2")
 
@@ -208,8 +186,7 @@ class DataArguments:
             raise ConfigError(
                 "--data-path is missing; expected a file of rows in LLaVA format (JSON array or JSON lines)"
             )
-        if self.sq_r is not None and not 0.0 <= self.sq_r <= 1.0:
-            raise ConfigError(f"--sq-r is {self.sq_r}; expected a share from 0 to 1")
+        check_bounds(vars(self))
         DEFAULT_POLICY.changed(
             self.dicom_window, self.dicom_frame
         )  # rejects an invalid value before anything is loaded
@@ -264,6 +241,7 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
     calibrates_by_default: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        check_bounds(vars(self))
         # One batch of the trainer is a whole optimizer step: LlavaTrainer lays out its rows and accumulates gradients.
         self.requested_accumulation = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = 1
@@ -273,12 +251,6 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
         if self.early_stopping_patience:
             self.restore_callback_states_from_checkpoint = True  # keeps the counter of the callback over a resume
         super().__post_init__()
-        for name, (least, most) in BOUNDS.items():
-            value = getattr(self, "requested_accumulation" if name == "gradient_accumulation_steps" else name)
-            if value is not None and not least <= value <= most:  # also rejects NaN
-                raise ConfigError(f"{flag(name)} is {value}; expected a number from {least} to {most:.10g}")
-        if self.max_tokens_per_row < 1:
-            raise ConfigError(f"--max-tokens-per-row is {self.max_tokens_per_row}; expected at least 1 (default 8192)")
         if self.save_on_signal and self.save_only_model:
             raise ConfigError("--save-on-signal saves a checkpoint to resume from; remove --save-only-model")
         if self.image_grouping not in ("", "on", "off", "auto"):

@@ -21,6 +21,7 @@ from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, CONFIG_FILE, ORI
 from llava.model.projector_types import find_type, known_types
 from llava.samples import Origin
 from llava.train.attention_choice import check_attention
+from llava.train.bounds import check_bounds
 from llava.utils.cli import flag, near_options, near_path
 from llava.utils.json_rows import iter_rows
 from llava.utils.jsonl import JSON_ERRORS
@@ -51,13 +52,14 @@ def check_options(options: Options) -> None:
     """Check what the given options name.
 
     Raises:
-        ConfigError: a required option is missing, a file or folder does not exist, or a name is unknown.
+        ConfigError: a required option is missing, a number is out of bounds, a file or folder does not exist, or a
+            name is unknown.
         DataError: the first row of a data file cannot be used.
         MissingDependency: an option needs a package that is not installed.
     """
     checks: tuple[Callable[[Options], None], ...] = (
-        _check_required, _check_files, _check_folders, _check_model, _check_names, _check_attention, _check_launcher,
-        check_json, _check_first_rows,
+        _check_required, check_bounds, _check_files, _check_folders, _check_model, _check_names, _check_attention,
+        _check_launcher, check_json, _check_first_rows,
     )  # fmt: skip
     for check in checks:
         check(options)

@@ -13,6 +13,7 @@ from typing import Literal
 from llava.errors import ConfigError, LlavaError
 from llava.train import legacy_flags, precision
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
+from llava.train.bounds import check_bounds
 from llava.train.checkpointing import DEFAULT_OUTPUT
 from llava.train.option_parser import TrainingParser, make_parser, registered_words, show_dashes
 from llava.train.parsed import Parsed, check_pairs, with_compat, with_validation
@@ -44,6 +45,7 @@ def parse_training_args(
     for notice in parser.notices(words):
         logger.info("%s", notice)
     options = parser.parse_known_args(words)[0]
+    check_bounds(vars(options))
     load_plugins(options.plugin or ())
     choice = _chosen_bf16(options)
     both = options.fp16 and options.bf16 is True  # transformers refuses them

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from llava.data.image_negatives import CHOICES
 from llava.errors import ConfigError
+from llava.train.bounds import check_bounds
 from llava.train.legacy_flags import option
 from llava.train.objectives.pairs import PairLossSpec
 from llava.train.objectives.sft import OBJECTIVES
@@ -105,8 +105,7 @@ class PreferenceArguments:
         if self.objective not in (*OBJECTIVES, *OTHER_OBJECTIVES):
             known = ", ".join((*OBJECTIVES, *OTHER_OBJECTIVES))
             raise ConfigError(f"--objective is {self.objective!r}; expected one of {known}")
-        if not (math.isfinite(self.reward_centering) and self.reward_centering >= 0):
-            raise ConfigError(f"--reward-centering is {self.reward_centering}; expected a number of at least 0")
+        check_bounds(vars(self))
         if self.ref_mode not in (*REF_MODES, POLICY_INPUTS):
             raise ConfigError(f"--ref-mode is {self.ref_mode!r}; expected {', '.join(REF_MODES[:-1])} or none")
         if self.objective == "dpo":
@@ -118,11 +117,8 @@ class PreferenceArguments:
         if KTO in losses.names and losses.names != (KTO,):
             raise ConfigError(f"--pref-loss {' '.join(losses.names)}: kto is a loss of single answers; use it alone")
         weights = self.kto_weights or [1.0, 1.0]
-        if len(weights) != 2 or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+        if len(weights) != 2:
             raise ConfigError(f"--kto-weights is {weights}; expected two numbers of at least 0, such as 1 1")
-        for name, weight, _ in losses.functions() if losses.names != (KTO,) else ():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ConfigError(f"--pref-loss-weights {weight} of {name}; expected a number of at least 0")
         if len(set(losses.names)) < len(losses.names):
             raise ConfigError(f"--pref-loss {' '.join(losses.names)} names a loss twice; name each once")
         if self.image_negative not in CHOICES:
@@ -132,13 +128,8 @@ class PreferenceArguments:
                 "--pref-loss mdpo and --image-negative need each other: the loss compares with a damaged image; "
                 "expected both, for example --pref-loss mdpo --image-negative crop, or neither"
             )
-        if not (math.isfinite(losses.beta) and losses.beta > 0):
+        if not losses.beta > 0:
             raise ConfigError(f"--beta is {losses.beta}; expected a number above 0, such as 0.1")
-        if not 0 <= losses.label_smoothing < 0.5:
-            raise ConfigError(f"--label-smoothing is {losses.label_smoothing}; expected 0 to below 0.5")
-        for name in ("simpo_gamma", "orpo_lambda", "anchor_delta"):
-            if not math.isfinite(getattr(losses, name)):
-                raise ConfigError(f"{flag(name)} is {getattr(losses, name)}; expected a finite number")
 
     def _check_reference(self) -> None:
         if self._losses().names == (KTO,) and self.ref_logprobs is not None:

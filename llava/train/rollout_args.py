@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from llava.errors import ConfigError
 from llava.symbolic.read_settings import STYLES
 from llava.symbolic.rules import load_rules, shipped
 from llava.symbolic.settings import PRESETS
+from llava.train.bounds import check_bounds
 from llava.train.legacy_flags import option
 from llava.utils.cli import flag
 from llava.utils.lookup import lookup
@@ -38,9 +38,6 @@ WITHOUT_EFFECT = (
 )
 """Options of the original command that do not change anything, since the reward is symbolic; the reward model starts
 the value model with `--init-value-with-reward True`."""
-
-BATCH_OPTIONS = ("rollout_batch_size", "step_batch_size", "rollout_per_device_batch_size", "step_per_device_batch_size",
-                 "noptepochs", "response_len")  # fmt: skip
 
 DRLLAVA = "drllava"
 """Name in `--compat`: score at the last padded position, KL clamped at 0, padding in means."""
@@ -203,6 +200,9 @@ class RolloutArguments:
     )
     clean_tokens_after_eos: bool | None = option(None, "accepted without effect: an answer ends at its end token")
 
+    def __post_init__(self) -> None:
+        check_bounds(vars(self))
+
     def spec(self, objective: str, *, ref_mode: str = "cached", beta: float | None = None) -> RolloutSpec | None:
         """Return the specification, or None if the objective is no reinforcement learning.
 
@@ -288,7 +288,6 @@ def check_rollouts(spec: RolloutSpec, arguments: RolloutArguments, *, world_size
             "--top-k 0"
         )
     _check_choices(spec)
-    _check_numbers(spec, arguments)
     if spec.algorithm != "ppo" and spec.group_size < 2:
         raise ConfigError(
             f"--num-generations {spec.group_size}: a group of one dialogue has no advantage; expected at least 2 with "
@@ -323,25 +322,6 @@ def _check_choices(spec: RolloutSpec) -> None:
         lookup(PRESETS, spec.preset, "preset")
     if spec.value_model not in ("adapter", "head") and not Path(spec.value_model).is_dir():
         raise ConfigError(f"--value-model {spec.value_model}: no such folder; expected adapter, head or a folder")
-
-
-def _check_numbers(spec: RolloutSpec, arguments: RolloutArguments) -> None:
-    for name in BATCH_OPTIONS:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{flag(name)} is {value}; expected at least 1")
-    values = asdict(spec)
-    for name in ("kl_coef", "kl_target", "clip_low", "clip_high", "clip_value", "value_coef", "query_len",
-                 "more_prompts"):  # fmt: skip
-        if not (math.isfinite(values[name]) and values[name] >= 0):
-            raise ConfigError(f"{name.replace('_', ' ')} is {values[name]}; expected a number of at least 0")
-    for name in ("gamma", "lam"):
-        if not 0 <= values[name] <= 1:
-            raise ConfigError(f"{flag(name)} is {values[name]}; expected 0 to 1")
-    if not (math.isfinite(spec.temperature) and spec.temperature > 0):
-        raise ConfigError(f"--temperature is {spec.temperature}; expected a number above 0, since answers are sampled")
-    if spec.kl_horizon < 1:
-        raise ConfigError(f"--kl-horizon is {spec.kl_horizon}; expected at least 1")
 
 
 def decisive_options(arguments: RolloutArguments, spec: RolloutSpec | None) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def one_line(message: str) -> str:
     """Return an error message of argparse in the words of this package: `--seed: got 'x', expected a whole number`."""
     text = re.sub(r"^argument (\S+?)(?:/\S+)*: ", lambda found: f"{flag_name(found[1])}: ", " ".join(message.split()))
     for kind, expected in (("int", "a whole number"), ("float", "a number")):
-        text = re.sub(rf"invalid {kind} value: ('.*')$", rf"got \1, expected {expected}", text)
+        text = re.sub(rf"invalid {kind} value: '(.{{0,80}}).*'$", rf"got '\1', expected {expected}", text)
     if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", text):
         known = [word.strip().strip("'\"") for word in choice[2].split(",")]
         hint = near_options([choice[1]], known)

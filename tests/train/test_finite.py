@@ -256,7 +256,8 @@ def test_a_number_that_no_run_can_have_is_refused_by_the_name_of_its_option(
     parts: Path, tmp_path: Path, name: str, values: list[str]
 ) -> None:
     for value in values:
-        with pytest.raises(ConfigError, match=rf"--{name.replace('_', '-')} is .*; expected a number from [01] to \d"):
+        match = rf"--{name.replace('_', '-')} is .*; expected a number (from [01]|above 0) to \d"
+        with pytest.raises(ConfigError, match=match):
             parse_training_args(arguments(parts, tmp_path, **{name: value}))
     assert not list(tmp_path.iterdir())
 

@@ -57,13 +57,13 @@ def test_defaults(rules: Path, objective: str, size: int, kl: float, high: float
     (["--temperature", "0"], "--temperature is 0.0; expected a number above 0"),
     (["--rollout_batch_size", "60"], "not a multiple of --num-generations 8"),
     (["--rollout_batch_size", "64", "--step_batch_size", "24"], "--rollout-batch-size 64 is not a multiple of --step"),
-    (["--noptepochs", "0"], "--noptepochs is 0; expected at least 1"),
+    (["--noptepochs", "0"], "--noptepochs is 0; expected a number from 1"),
     (["--styles", "wild"], "unknown style 'wild'"),
     (["--preset", "none"], "unknown preset 'none'"),
     (["--aggregation", "mean"], "--aggregation is 'mean'; expected token or sequence or constant"),
     (["--value_model", "nowhere"], "no such folder; expected adapter, head or a folder"),
-    (["--kl_coef", "nan"], "kl coef is nan"),
-    (["--gamma", "1.5"], "--gamma is 1.5; expected 0 to 1"),
+    (["--kl_coef", "nan"], "--kl-coef is nan; expected a number from 0"),
+    (["--gamma", "1.5"], "--gamma is 1.5; expected a number from 0 to 1"),
 ])  # fmt: skip
 def test_wrong_values(rules: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
