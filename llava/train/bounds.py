@@ -174,10 +174,11 @@ def check_bounds(options: Mapping[str, Any]) -> None:
         ConfigError: a number is outside its bounds, or not a number.
     """
     for name, value in options.items():
-        bound = BOUNDS.get(name)
-        for number in (value if isinstance(value, list | tuple) else [value]) if bound else ():
-            if isinstance(number, int | float) and not isinstance(number, bool) and not bound.allows(number):
-                raise ConfigError(f"{flag(name)} is {_shown(number)}; expected {bound}")
+        if bound := BOUNDS.get(name):
+            for number in value if isinstance(value, list | tuple) else [value]:
+                is_number = isinstance(number, int | float) and not isinstance(number, bool)
+                if is_number and not bound.allows(number):
+                    raise ConfigError(f"{flag(name)} is {_shown(number)}; expected {bound}")
 
 
 def _shown(number: float) -> str:

@@ -119,6 +119,8 @@ class PreferenceArguments:
         weights = self.kto_weights or [1.0, 1.0]
         if len(weights) != 2:
             raise ConfigError(f"--kto-weights is {weights}; expected two numbers of at least 0, such as 1 1")
+        if losses.names != (KTO,):
+            losses.functions()  # rejects unknown names and a wrong number of weights
         if len(set(losses.names)) < len(losses.names):
             raise ConfigError(f"--pref-loss {' '.join(losses.names)} names a loss twice; name each once")
         if self.image_negative not in CHOICES:
