@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava.errors import CheckpointError
 from llava.model.checkpoint.formats import CONFIG_FILE, Checkpoint, read_json
 from llava.model.checkpoint.legacy_keys import TOWER_KEYS
 from llava.utils.jsonl import write_json
@@ -32,6 +33,46 @@ SOURCE_FILES = (
     "added_tokens.json",
     "generation_config.json",
 )
+
+
+LINKED_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+"""Files that may be links to anywhere: they are read as tensors, never copied as they are."""
+
+HUB_FOLDER, HUB_BLOBS = "models--", "blobs"
+"""The hub client's cache: `models--OWNER--NAME/snapshots/REVISION/FILE` links to `models--OWNER--NAME/blobs/HASH`."""
+
+
+def check_links(folder: Path, *, within: Path | None = None) -> None:
+    """Check that no link below a folder leads out of it, except of weights and in the hub client's cache.
+
+    Files of a checkpoint are copied into the folders that are made from it, which may be published.
+
+    Args:
+        folder: a checkpoint; nothing is checked for a single file. Or a folder in it that is copied as it is, so that
+            weights are no exception.
+        within: the checkpoint, in the second case.
+
+    Raises:
+        CheckpointError: a link leads elsewhere.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place) / name
+            if within or path.suffix not in LINKED_WEIGHTS or path.is_dir():
+                _check_link(path, within or folder)
+
+
+def _check_link(path: Path, checkpoint: Path) -> None:
+    """Check a path of a checkpoint whose parent was checked; see `check_links`."""
+    if not path.is_symlink():
+        return
+    target = Path(os.path.realpath(path))
+    is_cached = target.parent.name == HUB_BLOBS and target.parent.parent.name.startswith(HUB_FOLDER)
+    if not (target.is_relative_to(checkpoint.resolve()) or is_cached):
+        raise CheckpointError(
+            f"{path} is a link to {target}, outside the checkpoint; what is made from a checkpoint may be published, "
+            "so replace the link with a copy, or remove it"
+        )
 
 
 def source_of(checkpoint: Checkpoint) -> Path:
@@ -63,10 +104,11 @@ def copy_source(source: Path, target: Path, config: Mapping[str, Any]) -> None:
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Copy the files of a tokenizer and the generation settings, as far as they exist."""
+    """Copy the files of a tokenizer and the generation settings, as far as they exist; see `check_links`."""
     target.mkdir(parents=True, exist_ok=True)
     for name in SOURCE_FILES:
         if (source / name).is_file():
+            _check_link(source / name, source)
             with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as folder:
                 copy = Path(folder) / name
                 shutil.copyfile(source / name, copy)
@@ -78,12 +120,21 @@ def copy_inside(source: Path, folder: Path, name: str) -> bool:
     place = Path(name)
     if place.is_absolute() or ".." in place.parts or name in ("", ".") or not (source / place).exists():
         return False
+    for part in (*reversed(place.parents), place):
+        _check_link(source / part, source)
     (folder / place).parent.mkdir(parents=True, exist_ok=True)
     if (source / place).is_dir():
-        shutil.copytree(source / place, folder / place, dirs_exist_ok=True)
-    else:
+        check_links(source / place, within=source)
+        shutil.copytree(source / place, folder / place, dirs_exist_ok=True, ignore=_not_copied)
+    elif (source / place).is_file():
         shutil.copyfile(source / place, folder / place)
     return True
+
+
+def _not_copied(place: str, names: list[str]) -> set[str]:
+    """Return the names of pipes, devices and broken links, and of links to folders, which may be circular."""
+    paths = {name: Path(place, name) for name in names}
+    return {name for name, path in paths.items() if not (path.is_file() or (path.is_dir() and not path.is_symlink()))}
 
 
 def name_known_class(folder: Path) -> None:
@@ -119,6 +170,7 @@ def copy_companions(source: Path, folder: Path, *, dtype: torch.dtype) -> None:
     for file in sorted(source.iterdir()):
         is_wanted = file.suffix in COMPANIONS and not file.name.endswith(".index.json")
         if file.is_file() and is_wanted and file.name not in NOT_COPIED:
+            _check_link(file, source)
             shutil.copyfile(file, folder / file.name)
     if not (folder / CONFIG_FILE).is_file():
         return

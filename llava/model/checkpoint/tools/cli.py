@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llava.constants import DTYPES
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shards import open_tensors
-from llava.model.checkpoint.folder import copy_companions
+from llava.model.checkpoint.folder import check_links, copy_companions
 from llava.model.checkpoint.formats import CONFIG_FILE, read_json
 from llava.model.checkpoint.legacy_keys import ARCHITECTURES
 from llava.model.checkpoint.weight_names import is_buffer, projector_suffix
@@ -117,6 +117,7 @@ def consolidate_main(argv: Sequence[str] | None = None) -> None:
     from llava.model.checkpoint.tools import delta
 
     writing = _writing(args)
+    check_links(args.src)
     with open_tensors(args.src) as source, new_folder(args.dst) as folder:
         names = [name for name in source.names if not is_buffer(name)]
         with delta.shard_writer(folder, writing) as writer:

@@ -19,7 +19,7 @@ from llava.errors import CheckpointError, ConfigError
 from llava.model.builder import LoadedModel, portable_path
 from llava.model.checkpoint.assemble import LoadOptions
 from llava.model.checkpoint.export_hf import export_hf
-from llava.model.checkpoint.folder import keep_source, source_of
+from llava.model.checkpoint.folder import check_links, keep_source, source_of
 from llava.model.checkpoint.formats import ADAPTER_FILE, KINDS, Checkpoint
 from llava.model.checkpoint.legacy.export import export_legacy, remember_tower
 from llava.model.checkpoint.legacy.export_parts import (
@@ -163,6 +163,7 @@ def convert_checkpoint(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{target} is not empty; name a new folder")
     checkpoint = open_checkpoint(source)
+    check_links(checkpoint.path)
     with new_folder(path) as folder:
         writer(checkpoint, options or LoadOptions(), folder)
     return Checkpoint.open(path / "adapter" if to == "peft" else path)

@@ -20,7 +20,7 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from llava.model.checkpoint.files.shards import TensorEntry, TensorReader, open_tensors
-from llava.model.checkpoint.folder import copy_companions
+from llava.model.checkpoint.folder import check_links, copy_companions
 from llava.model.checkpoint.formats import read_json
 from llava.model.checkpoint.weight_names import (
     EMBEDDINGS,
@@ -189,6 +189,7 @@ def write_delta(base: Path, target: Path, delta: Path, writing: WriteOptions | N
         CheckpointError: a folder cannot be read, they do not fit, or `delta` holds files.
     """
     writing = writing or WriteOptions()
+    check_links(target)
     checksum = TensorHash()
     with open_tensors(base) as old, open_tensors(target) as new, new_folder(delta) as folder:
         pairs = partners(new.entries, old.entries, str(target))
@@ -227,6 +228,7 @@ def write_target(
         CheckpointError: a folder cannot be read, they do not fit, or `target` holds files; nothing is written then.
     """
     writing = writing or WriteOptions()
+    check_links(delta)
     record = read_record(delta)
     checksum = TensorHash() if verify else None
     with open_tensors(base) as old, open_tensors(delta) as new, new_folder(target) as folder:

@@ -21,7 +21,7 @@ from llava.errors import CheckpointError
 from llava.model.checkpoint.assemble import LoadOptions, marker_rows, take_rows
 from llava.model.checkpoint.files.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from llava.model.checkpoint.files.shards import TensorReader
-from llava.model.checkpoint.folder import copy_companions, copy_small_files
+from llava.model.checkpoint.folder import check_links, copy_companions, copy_small_files
 from llava.model.checkpoint.formats import CONFIG_FILE, EXTRA_FILE, KINDS, PROJECTOR_FILE, Checkpoint
 from llava.model.checkpoint.legacy.export import TOWER_FOLDER
 from llava.model.checkpoint.legacy.load import (
@@ -124,6 +124,7 @@ def merge_lora(
         CheckpointError: nothing can be merged, or a part is missing or does not fit; nothing is written.
     """
     checkpoint = open_checkpoint(path)
+    check_links(checkpoint.path)
     wanted = replace(options or LoadOptions(), base=base)
     if checkpoint.kind == "tower_adapter":
         _merge_tower_alone(checkpoint, base, Path(target))
@@ -259,6 +260,7 @@ def _put_tower(merge: MergedModel, options: LoadOptions, folder: Path, dtype: to
             "mm_vision_tower_config": Path(source.config_file),
             "mm_vision_tower_checkpoint": Path(source.checkpoint),
         }
+        source.load(dtype)  # so that files which a configuration names are copied only if they are a tower
         for file in files.values():
             shutil.copyfile(file, folder / file.name)
         return {key: file.name for key, file in files.items()}
