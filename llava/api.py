@@ -75,7 +75,7 @@ class LlavaPredictor:
     """
 
     def __init__(self, engine: LocalEngine) -> None:
-        """Use an engine for all requests."""
+        """Create a predictor that uses an engine for all requests."""
         self.engine = engine
 
     def chat(self, messages: Messages, images: Images = (), **sampling: Any) -> str:

@@ -1,4 +1,4 @@
-"""Chat templates of current families of language models by name, for tokenizers that lack theirs (base models).
+"""Chat templates of current language model families, for base models whose tokenizer has none.
 
 Each is the text of a plain conversation without tools. A tokenizer's own template (`--version auto`) is preferred.
 """

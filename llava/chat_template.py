@@ -1,4 +1,4 @@
-"""Interface of chat templates: what encoding, training, prompts and stop rules ask of a template.
+"""Interface of chat templates for encoding, training, prompts and stop rules.
 
 Conversation --render--> segments (text, trained, turn)       a whole conversation
 Conversation --open--> segments up to a header                what the model continues: an answer, or a question

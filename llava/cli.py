@@ -308,7 +308,7 @@ TOPICS = {
     "reports": "Reports of chest X-rays",
     "rules": "Clinical rules",
 }
-"""First word of the commands of a topic, empty for commands of one word, and its heading in the help."""
+"""First word of a group of commands (empty for one-word commands) and its heading in the help."""
 
 
 def overview(commands: Mapping[str, Command] = COMMANDS) -> str:
@@ -345,7 +345,7 @@ def unknown_command(name: str, members: Mapping[str, Command]) -> ConfigError:
 
 
 def with_plugin_commands(argv: Sequence[str]) -> list[str]:
-    """Return a command line with its plug-ins at the end; they are loaded where they may add its command.
+    """Return a command line with plug-in options last, after loading those that may add commands.
 
     Raises:
         ConfigError: a plug-in cannot be loaded.

@@ -14,7 +14,7 @@ from llava.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Compat:
-    """Known defect of an original.
+    """Known defect of an original project.
 
     Attributes:
         original: what the original does.
@@ -201,7 +201,7 @@ SETS = {
 
 
 def parse_compat(text: str, *places: str) -> frozenset[str]:
-    """Return the names that a list selects.
+    """Return the defect names that a `--compat` list selects.
 
     Args:
         text: names and sets of names (`all`, `none`, `published`, `v1.0`, `v1.5`), separated by commas. `-` before one
@@ -228,14 +228,14 @@ def parse_compat(text: str, *places: str) -> frozenset[str]:
 
 
 def _accepted(places: tuple[str, ...]) -> tuple[list[str], dict[str, frozenset[str]]]:
-    """Return the names and the sets of names that a list for `places` accepts; without places, all."""
+    """Return the accepted names and name sets of a list for `places`; all of them without places."""
     names = _names(*places)
     sets = {title: members for title, members in SETS.items() if members <= names}
     return [name for name in COMPAT if name in names], {**sets, "all": names, "none": frozenset()}
 
 
 def with_aliases(compat: str, *, added: Iterable[str] = (), fixed: Iterable[str] = ()) -> str:
-    """Return the list of `--compat` with the names of its aliases: `--with-defect`, `--release`, and `--fix`."""
+    """Return the `--compat` list with the names that `--with-defect`, `--release` and `--fix` stand for."""
     return ",".join([compat, *added, *(f"-{name}" for name in fixed)])
 
 

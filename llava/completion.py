@@ -17,7 +17,7 @@ VARIABLE = "_ARGCOMPLETE"
 
 
 def complete(targets: Mapping[str, str]) -> None:
-    """Answer the shell, which reads the names from a file descriptor, and end the process.
+    """Answer the shell's completion request from the file descriptor that it passes, then exit.
 
     Args:
         targets: `module:function` of each command.
@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser, name: str, target: str) -> None
 
 
 def options_of(name: str, target: str) -> dict[str, tuple[str, ...] | None]:
-    """Return the options of a command, and the values of those that have a list of them."""
+    """Return the options of a command, and the choices of options that have a fixed list."""
     if name == "train":
         from llava.train.option_table import read_table
 

@@ -118,7 +118,7 @@ class ConversationTemplate:
         return turn.text.replace(IMAGE_TOKEN, IMAGE_TOKEN.join(self.image_wrap))
 
     def prompt(self, conversation: Conversation) -> str:
-        """Return the training text of a conversation up to the header of what follows: an answer, or a question."""
+        """Return the training text of a conversation up to the header of the next answer or question."""
         return "".join(segment.text for segment in self.open(conversation))
 
     def published_prompt(self, conversation: Conversation) -> str:
@@ -163,7 +163,10 @@ def _render(template: ConversationTemplate, form: Form, conversation: Conversati
 
 
 def _ends_trained(template: ConversationTemplate, turns: Sequence[Turn], index: int) -> bool:
-    """Return whether the mark before a question is trained: as the answer that it ends, the first as any answer."""
+    """Return whether the mark before a question is trained.
+
+    It is trained if the answer that it ends is; the first mark, if any answer is.
+    """
     answers = [turn for turn in turns if turn.role == "gpt"] if index == 0 else [turns[index - 1]]
     return not answers or any(map(template.trains, answers))
 
@@ -174,7 +177,10 @@ def _unmarked(frame: Frame) -> Frame:
 
 
 def _render_turn(frame: Frame, turn: Turn, text: str, index: int, *, allowed: bool) -> list[Segment]:
-    """Return the segments of a question that is not trained, or of an answer; `allowed`: trained as in the frame."""
+    """Return the segments of an untrained question or of an answer.
+
+    `allowed` says whether the frame trains this turn.
+    """
     if turn.role == "gpt":
         text = _after_header(frame, text)
     parts = [Segment(part.replace(SLOT, text), trained and allowed, index) for part, trained in frame]
@@ -182,14 +188,14 @@ def _render_turn(frame: Frame, turn: Turn, text: str, index: int, *, allowed: bo
 
 
 def _after_header(frame: Frame, text: str) -> str:
-    """Return the text of a turn that the model writes, without line ends that would merge with those of its header."""
-    # Tokenizers merge newlines, so that the header would not end with the same token as a prompt.
+    """Return the text of a generated turn without line breaks that would merge with those of its header."""
+    # Tokenizers merge newlines, and the header would then end with another token than a prompt.
     ends_line = "".join(part for part, _ in frame).split(SLOT)[0].endswith("\n")
     return text.lstrip("\n") if ends_line else text
 
 
 def lead_of_images(text: str, wrap: str = "") -> int:
-    """Return the end of the images of a turn: after the last image, its wrap and the newlines that follow."""
+    """Return the end of a turn's images: after the last image, its wrap, and the newlines that follow."""
     if IMAGE_TOKEN not in text:
         return 0
     after = text.rpartition(IMAGE_TOKEN)[2]
@@ -325,7 +331,7 @@ def get_template(name: str) -> ConversationTemplate:
 
 
 def __getattr__(name: str) -> Any:
-    """Return `conv_templates` or `SeparatorStyle` of published snippets, from the module above this one."""
+    """Return `conv_templates` or `SeparatorStyle` for published snippets, imported on first use."""
     if name in ("conv_templates", "SeparatorStyle"):
         return getattr(importlib.import_module("llava.published_chat"), name)
     raise AttributeError(f"module 'llava.conversation' has no attribute {name!r}")

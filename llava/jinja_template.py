@@ -1,4 +1,4 @@
-"""Chat template of a tokenizer as a conversation template: any Jinja template that transformers renders.
+"""Jinja chat template of a tokenizer, rendered by transformers, as a conversation template.
 
     Conversation --messages--> transformers' renderer --marks or differences--> segments (text, trained, turn)
 
@@ -38,7 +38,7 @@ ROLES = {"human": "user", "gpt": "assistant"}
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 PROBE = (Turn("human", "qv"), Turn("gpt", "av"), Turn("human", "qw"), Turn("gpt", "aw"))
-"""Conversation from whose text the parts of a template are read; its words are in no template."""
+"""Conversation whose rendering reveals the parts of a template; its words occur in no template."""
 
 Message = dict[str, str]
 
@@ -271,7 +271,7 @@ class JinjaTemplate:
         return found
 
     def _segments(self, text: str, conversation: Conversation, spans: Mapping[int, tuple[int, int]]) -> list[Segment]:
-        """Return the text cut at questions and answers; parts between answers belong to the question after them."""
+        """Return the text split at questions and answers; parts between answers go with the next question."""
         found: list[Segment] = []
         position = 0
         for index, turn in enumerate(conversation.turns):
@@ -328,7 +328,7 @@ def check_name(name: str) -> None:
 
 
 def choose_template(tokenizer: Any) -> tuple[str, str | None]:
-    """Return the name of the template for a language model, and the text of a chat template to give its tokenizer."""
+    """Return the template name for a language model, and the chat template text to give its tokenizer."""
     if tokenizer.chat_template:
         return AUTO, None
     if "</s>" in {str(token) for token in tokenizer.added_tokens_decoder.values()}:

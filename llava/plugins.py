@@ -1,4 +1,4 @@
-"""What a plug-in adds, by name: `--plugin my.py`, or a package with an entry point in the group `llava.plugins`.
+"""Registration functions of plug-ins: `--plugin my.py`, or an entry point in `llava.plugins`.
 
     from llava.plugins import Metric, MetricFacts, add_metric
     add_metric(Metric("short answers", values, MetricFacts(version="1")))
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Imported for the scorers of reports, whose names are taken.
+# Imported because the names of report scorers are reserved.
 import llava.eval.reports.scorers  # noqa: F401
 from llava.chat_families import FAMILIES
 from llava.cli import COMMANDS, Command

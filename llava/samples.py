@@ -235,7 +235,7 @@ def row_images(row: Mapping[str, Any]) -> tuple[str, ...]:
     except DataError:
         if not own:
             raise
-        others = ()  # a row with `image` may keep anything else under `images`
+        others = ()  # in a row with `image`, the field `images` may hold anything
     if own and others and own != others:
         raise DataError("fields 'image' and 'images' name different images; keep one of them")
     if not own and not others:
@@ -256,7 +256,7 @@ def _names_images(value: Any) -> bool:
 
 
 def _check_marks(turns: tuple[Turn, ...]) -> None:
-    """Check that the questions of a row without images have no mark of an image in a form that is not read.
+    """Check that the questions of a row without images contain no image mark in an unsupported form.
 
     Raises:
         DataError: a question has one.

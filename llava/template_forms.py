@@ -1,4 +1,4 @@
-"""Forms of conversation templates: the text around the system prompt and the turns, and which of it is trained.
+"""Forms of conversation templates: text around system prompt and turns, and which of it is trained.
 
 Every form is data; `llava/conversation.py` renders it.
 """

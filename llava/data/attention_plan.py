@@ -73,7 +73,7 @@ class _Subtree:
 
 
 def _group(children: Sequence[_Subtree], num_above: int) -> tuple[list[list[_Subtree]], int]:
-    """Return adjacent small branches grouped into blocks where that is cheaper, and the total cost."""
+    """Return adjacent small branches grouped into blocks where that costs less, and the total cost."""
     groups: list[list[_Subtree]] = []
     costs: list[int] = []
     for child in children:

@@ -1,4 +1,4 @@
-"""`llava data cells`: windows around the labeled cells of smears, as the rows of a table with one cell each.
+"""`llava data cells`: cut windows around labeled cells of smears into a table with one cell per row.
 
     row with `cells` (type, point or box) --window--> OUT/images/SMEAR-000.png, row (id, image, type, smear, box)
 
@@ -103,7 +103,7 @@ def _shares(value: Any, count: int, where: str) -> list[float]:
 
 
 def window_of(cell: LabeledCell, size: tuple[int, int], *, side: int) -> tuple[int, int, int, int]:
-    """Return the square window around a cell in pixels, left, top, right, bottom; it may reach beyond the image.
+    """Return the square window around a cell as left, top, right, bottom; it may extend beyond the image.
 
     Args:
         cell: the cell.
@@ -118,7 +118,7 @@ def window_of(cell: LabeledCell, size: tuple[int, int], *, side: int) -> tuple[i
 
 
 def cut_window(image: Image.Image, window: tuple[int, int, int, int]) -> Image.Image:
-    """Return a window of an RGB image; what lies beyond the image has its median color."""
+    """Return a window of an RGB image; the part beyond the image is filled with its median color."""
     left, top, right, bottom = window
     part = Image.new("RGB", (right - left, bottom - top), _median_color(image))
     inside = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
@@ -236,7 +236,7 @@ def _windows(
 
 
 def _by_smear(rows: list[dict[str, Any]], fractions: Mapping[str, float], seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of each split, which share no smear."""
+    """Return the rows of each split; no smear is in two splits."""
     options = SplitOptions(("patient",), fractions, seed, key="smear")
     places = split_rows(rows, options, name="cells")
     return {split: [row for row, place in zip(rows, places, strict=True) if place == split] for split in fractions}

@@ -90,7 +90,7 @@ class StepBatch:
 
 
 class RowData(Protocol):
-    """Dataset as the collator sees it: a sequence or a unit by row, their images, and some samples."""
+    """Interface of datasets for the collator: sequence or unit by row, images, and sample rows."""
 
     @property
     def samples(self) -> Sequence[Sample]: ...

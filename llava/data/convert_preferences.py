@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs = read_preferences(args.data, skip_bad=args.skip_bad, quarantine=quarantine)
     rows = list(converted(pairs, args.to, skip_bad=args.skip_bad, quarantine=quarantine))
     if not rows:
-        raise DataError(f"{args.data}: the layout {args.to} can express no row; the first: {quarantine.rows[0]}")
+        raise DataError(f"{args.data}: no row can be written in the layout {args.to}; the first: {quarantine.rows[0]}")
     with open_atomic(args.out) as stream:
         stream.writelines(file_text(rows, lines=args.out.suffix == ".jsonl"))
     listed = f", {len(quarantine)} skipped, listed in {skipped}" if len(quarantine) else ""

@@ -51,7 +51,7 @@ class RowSettings(TypedDict, total=False):
 
 
 class RowDataset(Dataset[Row_co]):
-    """Map-style dataset of rows with images: what samplers, feature caches and the collator ask of it.
+    """Map-style dataset of rows with images, as samplers, feature caches and collator need it.
 
     Images are read and rows tokenized on access only, and the dataset can be pickled to worker processes.
 
@@ -93,7 +93,7 @@ class RowDataset(Dataset[Row_co]):
         )
 
     def in_epoch(self, row: int, epoch: int) -> Row_co:
-        """Return a row as it is trained in an epoch; most rows are the same in every epoch."""
+        """Return a row as trained in an epoch; most rows are the same in every epoch."""
         return self[row]
 
     def encode(self, conversation: Conversation, images: Sequence[str]) -> Encoded:
@@ -154,7 +154,7 @@ class RowDataset(Dataset[Row_co]):
         return self.store.decode(key)
 
     def with_features(self, feature_cache: FeatureCache | None) -> Self:
-        """Return a dataset of the same rows whose `images_for` gives these tower features, or pixels with None."""
+        """Return a copy of the dataset whose `images_for` returns tower features, or pixels for None."""
         made = copy.copy(self)
         made.store = self.store.with_features(feature_cache)
         return made
@@ -280,7 +280,7 @@ class StreamDataset:
         return self.encode(self._probes[number])
 
     def label_rows(self, rows: Sequence[int]) -> str:
-        """Return numbers of streamed rows, for messages; each reader counts what it has read."""
+        """Return stream row numbers for messages; each reader counts the rows that it has read."""
         return f"rows {', '.join(map(str, rows))} of what its readers have read" if rows else ""
 
     def __len__(self) -> int:

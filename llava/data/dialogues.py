@@ -1,4 +1,4 @@
-"""`llava data dialogues`: questions about one image, joined to dialogues of several turns.
+"""`llava data dialogues`: join questions about one image into dialogues of several turns.
 
     rows of one question --by images and split, shuffled--> dialogues of up to N questions
 
@@ -38,7 +38,7 @@ _MARK = re.compile(rf"\s*{re.escape(IMAGE_TOKEN)}\s*")
 
 
 def joined_dialogues(samples: Sequence[Sample], *, num_turns: int, seed: int = 0) -> list[Sample]:
-    """Return dialogues of the questions about each image; other rows stay as they are.
+    """Return dialogues of the questions about each image; other rows are unchanged.
 
     Questions about the same images are shuffled and divided into dialogues as equal in length as possible. Other rows
     are those without an image, and those with several questions. The order is that of the first question of each

@@ -131,7 +131,7 @@ def encode(
 
 
 def num_learned(encoded: Encoded, conversation: Conversation) -> int:
-    """Return the number of trained tokens of answers and trained questions; 0 if the row teaches nothing.
+    """Return the number of trained tokens in answers and questions; 0 if nothing is trained.
 
     The `###` of the "v0" family before a question is trained too, but does not count.
     """
@@ -168,7 +168,7 @@ def encode_prompt(
 def encode_rendered(
     text: str, processor: LlavaMedProcessor, *, images: Sequence[str] = (), sizes: Sequence[Size] | None = None
 ) -> Encoded:
-    """Return the prompt in a text that is used as it is: the tokens of the conversation that was rendered to it.
+    """Return the tokens of an already rendered prompt, which is used as it is.
 
     Raises:
         DataError: it is empty, or placeholders and images differ in number.
@@ -245,7 +245,7 @@ def _counts(num_places: int, processor: LlavaMedProcessor, sizes: Sequence[Size]
 def _wrap(
     piece: str, processor: LlavaMedProcessor, *, after_image: bool, before_image: bool
 ) -> tuple[str, str, str, int]:
-    """Return end marker, text, start marker and the number of characters dropped at the front of the text."""
+    """Return end marker, text, start marker, and the number of characters dropped at the text's start."""
     body, skipped = piece, 0
     if processor.strip_around_images and after_image:
         body = piece.lstrip()
@@ -334,7 +334,9 @@ def continuation(encoded: Encoded, question: str, processor: LlavaMedProcessor) 
 
 
 def follow_up(question: str, processor: LlavaMedProcessor) -> tuple[tuple[int, int], ...]:
-    """Return end token, question and answer header as `(id, turn)`; turn 0 is the answer before, 2 the next one.
+    """Return end token, question and answer header as `(id, turn)`.
+
+    Turn 0 is the answer before, turn 2 the next one.
 
     Raises:
         ConfigError, DataError: as `continuation`.

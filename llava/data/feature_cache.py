@@ -175,7 +175,7 @@ def weights_hash(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Work of one build: missing keys in batches, decoded one batch ahead of the tower."""
+    """Work of one build: missing keys in batches, decoded one batch ahead of the tower's use."""
 
     keys: Sequence[str]
     pixels: Callable[[str], Tensor]
@@ -227,7 +227,7 @@ def _append(folder: Path, row: int, keys: Sequence[str], found: Tensor) -> None:
 
 
 def _drop_torn_key(folder: Path) -> None:
-    """Truncate a half-written last line of a killed build, so that the next key starts a new line."""
+    """Truncate an incomplete last line of a killed build, so that the next key starts a new line."""
     path = folder / "keys.txt"
     path.touch()
     os.truncate(path, sum(len(key) + 1 for key in _read_keys(folder)))
@@ -259,7 +259,7 @@ def _check_header(folder: Path, tower: str, found: Tensor) -> None:
 
 
 def _read_keys(folder: Path) -> list[str]:
-    """Return the keys in row order, without a half-written last one of a killed build."""
+    """Return the keys in row order, without an incomplete last one of a killed build."""
     path = folder / "keys.txt"
     return path.read_text(encoding="ascii").split("\n")[:-1] if path.is_file() else []
 

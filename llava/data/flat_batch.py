@@ -27,14 +27,14 @@ Layout = Literal["tree", "flat", "padded"]
 
 
 class CausalModel(Protocol):
-    """Model as the batch sees it: a callable that returns an object with `logits`."""
+    """Protocol of the model for a batch: a callable that returns an object with `logits`."""
 
     def __call__(self, **inputs: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
 class FlatBatch:
-    """One row of T tokens (`padded`: B rows), K sequences, S nodes, M supervised targets, E edges, N images.
+    """Flat row of T tokens (`padded`: B rows), K sequences, S nodes, M targets, E edges, N images.
 
     Attributes:
         input_ids: [1, T] token ids.

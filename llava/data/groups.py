@@ -1,4 +1,4 @@
-"""Groups of rows by patient, study or image: the fields that name them, their values, and a union-find."""
+"""Groups of rows by patient, study or image: field names, their values, and a union-find."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/]*)(.*)", re.DOTALL)
 
 
 def image_name_key(name: str) -> str:
-    """Return a text that is equal for two spellings of one image name: `0.png`, `./0.png` and `a//../0.png`.
+    """Return a key that is equal for spellings of one image name: `0.png`, `./0.png`, `a//../0.png`.
 
     Names are compared as paths, without files: `.`, `..`, repeated slashes, backslashes, Unicode forms, and the parts
     of URLs that name no other file. Links are not followed; compare the bytes of the files for that.

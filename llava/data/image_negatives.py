@@ -1,4 +1,6 @@
-"""Damaged images beside which a chosen answer should be less likely (mDPO): cropped, noisy, blank, or of another row.
+"""Damaged images for mDPO: cropped, noisy, blank, or taken from another row.
+
+A chosen answer should be less likely beside one of them.
 
 key of an image --key_of(place)--> "KEY~crop~DRAW" --damaged--> image of the same size
 
@@ -82,7 +84,7 @@ class ImageNegative:
 
 
 def split_key(key: str) -> tuple[str, tuple[str, str] | None]:
-    """Return the key of the whole image, and kind and draw of the damage if there is one."""
+    """Return the key of the undamaged image, and the damage's kind and draw, if any."""
     whole, *damage = key.split(MARK)
     return whole, (damage[0], damage[1]) if damage else None
 

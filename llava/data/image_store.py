@@ -42,7 +42,7 @@ INDEX_VERSION = f"5, Pillow {PIL.__version__}, DICOM {DICOM_VERSION}"
 
 
 CHECKED_AGAIN = "images and rows will be checked again in the next run"
-"""What is lost without the index and the results of row checks, which are in one folder."""
+"""Consequence of a missing index or missing row check results, which share one folder."""
 
 
 def hide_names(text: str, names: Iterable[str]) -> str:
@@ -60,7 +60,7 @@ def show_names(text: str, names: Iterable[str]) -> str:
 
 
 def _marks(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Return names, also as messages quote them, with a private character for each; longer names first."""
+    """Return names, also as quoted in messages, each with a private character; longer names first."""
     written = {form for name in names if name for form in (name, repr(name)[1:-1])}
     ordered = sorted(written, key=lambda form: (-len(form), form))
     return [(form, chr(0xE000 + place)) for place, form in enumerate(ordered)]

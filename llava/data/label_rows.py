@@ -1,4 +1,4 @@
-"""Rows of single answers with a label, good or bad, in the layouts of TRL, LLaMA-Factory, ms-swift and this project."""
+"""Rows of single answers labeled good or bad: layouts of TRL, LLaMA-Factory, ms-swift and llava."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Labeled:
 
 def is_labeled_row(row: Any) -> bool:
     """Return whether a row is a single answer with a label."""
-    # Other rows may have a field `label` too, such as the class of an image.
+    # Other rows may also have a field `label`, such as the class of an image.
     fields = {"completion", "messages", *CONVERSATION_KEYS}
     if not isinstance(row, Mapping) or is_preference_row(row) or not fields & row.keys():
         return False
@@ -39,7 +39,10 @@ def is_labeled_row(row: Any) -> bool:
 
 
 def _field(row: Mapping[str, Any]) -> str | None:
-    """Return the name of the field with the label; beside a conversation a text or a number is a class."""
+    """Return the field with the label.
+
+    Beside a conversation, a text or a number is a class and not a label.
+    """
     found = [name for name in LABEL_FIELDS if name in row]
     names = [name for name in found if isinstance(row[name], bool)] + (found if "completion" in row else [])
     return next(iter(names), None)

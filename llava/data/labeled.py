@@ -1,4 +1,4 @@
-"""Single answers with a label, good or bad, for KTO; and the mismatched answers of a step that its estimate needs.
+"""Single answers labeled good or bad for KTO, and the mismatched answers that its estimate needs.
 
 file --read_labeled--> Labeled... --LabeledDataset--> (answer,) of Encoded with the number `kind`
 units of a step --with_mismatched--> units, each with the answers of another one after its own questions
@@ -88,7 +88,7 @@ class LabeledDataset(RowDataset[Unit]):
 
 
 def with_mismatched(units: Sequence[Unit], others: Sequence[Unit] = ()) -> list[Unit]:
-    """Return units whose sequences have a `kind`, each with the answers of another unit after its own questions.
+    """Return units with a `kind`, each followed by another unit's answers to its own questions.
 
     Pairs are a good and a bad answer. The other unit is the next one of the step with another question, so it does not
     depend on the number of ranks; of a step whose units all ask the same there are no mismatched answers.
@@ -126,7 +126,7 @@ def _prompt(sequence: Encoded) -> tuple[tuple[int, ...], tuple[str, ...]]:
 
 
 def _answering(asked: Encoded, answered: Encoded) -> Encoded:
-    """Return the questions of one sequence with the last answer of another, which alone counts."""
+    """Return one sequence's questions with another's last answer, which alone counts."""
     start, other = _answer_start(asked), _answer_start(answered)
     last = asked.turns[start]
     return replace(

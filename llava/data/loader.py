@@ -70,7 +70,10 @@ class Loader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Row of a step, with the epoch, which workers do not know otherwise, and whether this rank trains on it."""
+    """Row of a step: its number, its epoch, and whether this rank trains on it.
+
+    Workers do not know the epoch otherwise.
+    """
 
     row: int
     epoch: int
@@ -78,7 +81,10 @@ class _Place:
 
 
 class _InEpoch(torch.utils.data.Sampler[list[_Place]]):
-    """Sampler of the places of a step: rows of this rank, then (`whole`) those of the ranks after it, in a circle."""
+    """Sampler of the rows of a step.
+
+    First the rows of this rank, then (`whole`) those of the following ranks, cyclically.
+    """
 
     def __init__(self, sampler: StepSampler, *, whole: bool) -> None:
         self.sampler = sampler
@@ -117,7 +123,7 @@ class _Numbered(torch.utils.data.Dataset["NumberedRow"]):
 
 
 def outlive_signals(worker: int) -> None:
-    """Let a worker process end by its parent only, and not by a signal that the whole job receives."""
+    """Ignore signals to the whole job in a worker process, so that only its parent ends it."""
     # Otherwise SIGTERM would end the workers of a run that is about to save a checkpoint, and Ctrl-C print a traceback
     # for each of them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -126,7 +132,7 @@ def outlive_signals(worker: int) -> None:
 
 
 def _end_by_parent(parent: int) -> None:
-    """End this process at a SIGTERM of its parent, which waits for it; ignore those of others."""
+    """End this process on a SIGTERM of its parent, which waits for it; ignore others."""
     while True:
         sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
         if sender == parent or os.getppid() != parent:
@@ -230,7 +236,7 @@ class _Steps(IterableDataset["StreamedStep | DataError"]):
         try:
             yield from self._steps()
         except DataError as error:
-            yield error  # raised in the main process; torch would wrap it in the traceback of a worker
+            yield error  # raised in the main process; in a worker, torch would add its traceback to the message
 
     def _steps(self) -> Iterator[StreamedStep]:
         info = get_worker_info()

@@ -64,13 +64,16 @@ def _preference(value: Any, origin: Origin) -> Preference:
 
 
 def sequence_key(encoded: Encoded) -> str:
-    """Return a hash of tokens, trained tokens and images of a sequence: equal keys have equal log-probabilities."""
+    """Return a hash of a sequence's tokens, trained flags and images.
+
+    Sequences with equal keys have equal log-probabilities.
+    """
     content = [encoded.input_ids, encoded.labels, encoded.images]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 class PreferenceDataset(RowDataset[Unit]):
-    """Map-style dataset: `dataset[i]` is the unit `(chosen, rejected)` of pair i, or `(chosen, rejected, negative)`.
+    """Map-style dataset of units `(chosen, rejected)` or `(chosen, rejected, negative)`, one per pair.
 
     `negative` is the chosen side beside damaged images. A pair without images has its chosen side again there, whose
     difference from the chosen side is 0.

@@ -49,7 +49,7 @@ def key_of(kind: str, value: str, salt: bytes) -> str:
 
 
 def new_uid(value: str, salt: bytes) -> str:
-    """Return a new DICOM identifier for another one (PS3.5 B.2: root 2.25 and a number of 128 bits)."""
+    """Return a new DICOM identifier for another one (PS3.5 B.2: `2.25.` and a 128-bit number)."""
     return f"2.25.{int.from_bytes(_digest('uid', value, salt)[:16], 'big')}"
 
 

@@ -106,7 +106,7 @@ def read_usable(
     skip_bad: bool = False,
     quarantine: Quarantine | None = None,
 ) -> list[T]:
-    """Return what `read` makes of the rows of a file, in file order.
+    """Return the results of `read` for the rows of a file, in file order.
 
     Args:
         path: JSON array or JSON lines, plain or gzipped.

@@ -1,4 +1,4 @@
-"""Load samples from JSON arrays and JSON lines, plain or gzipped, in the LLaVA-Med layouts, and from report tables.
+"""Load samples from JSON arrays, JSON lines (plain or gzipped) and report tables.
 
     file --json_rows--> (row number, JSON value) --> Sample with its origin (file and row)
 
@@ -100,7 +100,7 @@ def _log_left_out(path: str | Path, bad: Sequence[BadRow], num_samples: int, num
 
 
 def sample_of(value: Any, origin: Origin, read: RowReader) -> tuple[Sample, int]:
-    """Return the sample of a value of `json_rows`, with its origin, and the number of turns that were dropped.
+    """Return the sample of a value of `json_rows` with its origin, and the number of dropped turns.
 
     Raises:
         DataError: the row cannot be used.

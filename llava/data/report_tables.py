@@ -1,4 +1,4 @@
-"""Loaders of public report tables: Open-i (Indiana University) and CheXpert Plus, in the schema of LLaVA-Rad.
+"""Loaders of public report tables (Open-i, CheXpert Plus) in the schema of LLaVA-Rad.
 
     indiana_reports.csv + indiana_projections.csv, or a folder of XML reports --+
     df_chexpert_plus.csv -------------------------------------------------------+--> {id, image, view, reason, findings}

@@ -1,4 +1,4 @@
-"""Questions that a model learns to ask: which later questions of a row are trained, drawn again in every epoch.
+"""Questions that a model learns to ask: the trained later questions of a row, redrawn each epoch.
 
 row, seed, epoch --QuestionDraws.apply--> conversation in which some later questions have `train=True`
 """
@@ -47,7 +47,7 @@ def with_questions(
 
 @dataclass(frozen=True, slots=True)
 class QuestionDraws:
-    """How questions are drawn in training.
+    """Settings for drawing trained questions.
 
     Attributes:
         rate: share of the later questions; None for `DEFAULT_RATE` where the template asks, else 0.
@@ -75,6 +75,6 @@ class QuestionDraws:
         return None
 
     def apply(self, conversation: Conversation, *, has_image: bool, place: str) -> Conversation:
-        """Return a conversation with its drawn questions; `place` names the epoch and the row."""
+        """Return a conversation with its drawn questions trained; `place` names the epoch and the row."""
         draw = random.random if self.shared else random.Random(f"{self.seed}/{place}").random
         return with_questions(conversation, rate=self.rate or 0.0, draw=draw, has_image=has_image)

@@ -159,7 +159,7 @@ def _row(value: Any, images: tuple[bytes, ...] = ()) -> StreamRow | DataError:
 
 
 def _without_names(value: Mapping[str, Any], images: tuple[bytes, ...]) -> StreamRow:
-    """Return a row; names of images are left out where the shard holds the images themselves."""
+    """Return a row, without image names if the shard holds the images themselves."""
     return StreamRow({name: part for name, part in value.items() if not (images and name in IMAGE_KEYS)}, images)
 
 
@@ -239,7 +239,7 @@ def parquet_columns(path: str | Path) -> list[str]:
 
 
 def parquet_rows(path: str | Path, *, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number and the cells by column of every row from row `start` on; groups before it are not read.
+    """Yield number and cells by column of every row from `start`; earlier row groups are skipped.
 
     Raises:
         DataError: the file is damaged; names file and row.

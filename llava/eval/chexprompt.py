@@ -56,7 +56,7 @@ def paced(ask: Ask, per_minute: int, *, sleep: Callable[[float], None] = time.sl
 
 
 def with_final_failures(ask: Ask) -> Ask:
-    """Return an `Ask` that yields filtered and empty replies as texts, so that they are stored like all others."""
+    """Return an `Ask` that yields filtered and empty replies as texts, so that they are stored too."""
 
     def run(requests: Sequence[Messages]) -> Iterator[tuple[int, JudgeReply | CountedReply]]:
         for place, reply in ask(requests):

@@ -1,4 +1,4 @@
-"""Controls of an evaluation: the same questions about another image than their own.
+"""Controls of an evaluation: the same questions about another image.
 
     blank    one gray square for all questions
     noise    one image of random pixels for all questions
@@ -45,7 +45,7 @@ def parse_controls(text: str) -> tuple[str, ...]:
 
 
 def control_image(name: str) -> Image.Image | None:
-    """Return the image that a control shows for every question; None if the images differ."""
+    """Return the image that a control shows for all questions; None if it differs by question."""
     if name == "blank":
         return Image.new("RGB", (BLANK_SIZE,) * 2, GRAY)
     if name == "noise":

@@ -106,7 +106,7 @@ class AnswerRun:
         options: AnswerOptions,
         row_form: RowForm | None = None,
     ) -> None:
-        """Read the questions and the answers that the file already has.
+        """Read the questions, and the existing answers of the file.
 
         Args:
             questions: question file, or its samples.
@@ -167,7 +167,7 @@ class AnswerRun:
         if pending and engine is None:
             raise ConfigError(f"{len(pending)} questions are pending, but engine is None; pass an engine")
         if engine is not None and pending:
-            if precision := getattr(engine, "precision", None):  # a remote engine does not know it
+            if precision := getattr(engine, "precision", None):  # unknown to a remote engine
                 self.precisions.add(precision)
                 fingerprint.write_settings(self.out, self._settings(), precisions=self.precisions)
             with log.progress_bar(len(self.questions), title=title, unit="question") as bar:

@@ -1,8 +1,8 @@
-"""Metrics of `llava eval --metrics`: those of answers, scorers of reports and those of plug-ins, from one table."""
+"""Table of the metrics of `llava eval --metrics`: for answers, for reports, and from plug-ins."""
 
 from __future__ import annotations
 
-# Imported for what it adds to the table.
+# Imported because it adds its metrics to the table.
 import llava.eval.reports.scorers  # noqa: F401
 from llava.errors import ConfigError
 from llava.scoring.metrics import METRICS, SCALES, metrics_named

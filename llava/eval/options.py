@@ -1,4 +1,4 @@
-"""Options of every evaluation that runs a model, and the values they stand for.
+"""Options of every evaluation that runs a model, and the values derived from them.
 
 Importing this module does not load torch.
 """
@@ -74,7 +74,9 @@ def add_model_options(parser: Parser, *, compat: tuple[str, ...] = ("answers",))
 
 
 def connect_model(args: Namespace) -> None:
-    """Look up the model of the server that `--engine` names; every evaluation calls this before it reads `args.model`.
+    """Look up the model of the server that `--engine` names.
+
+    Every evaluation calls this before it reads `args.model`.
 
     Raises:
         ConfigError: an option does not suit a server.
@@ -98,7 +100,7 @@ def sampling_of(args: Namespace, *, max_new_tokens: int) -> Sampling:
 
 
 def model_id_of(args: Namespace) -> str:
-    """Return the name of the model in answer rows: the last component of its path, or its name on a server."""
+    """Return the model name for answer rows: the last component of its path, or its name on a server."""
     if (served := served_by(args)) is not None:
         return served.shown_name
     return Path(args.model).resolve().name if Path(args.model).exists() else str(args.model)
@@ -117,7 +119,7 @@ def _is_ours(model: str) -> bool:
 
 
 def dicom_policy_of(args: Namespace) -> DicomPolicy:
-    """Return the DICOM policy of the options; what they leave open is the checkpoint's.
+    """Return the DICOM policy of the options; unset options use the checkpoint's policy.
 
     Raises:
         ConfigError: an option or the checkpoint names an unknown policy.
@@ -129,7 +131,7 @@ def dicom_policy_of(args: Namespace) -> DicomPolicy:
 def facts_of(
     args: Namespace, words: Sequence[str], sampling: Sampling, data: Mapping[str, str | Path]
 ) -> dict[str, Any]:
-    """Return the provenance of a run of `llava eval` with the options `words` on the files of `data`, by role."""
+    """Return the provenance of `llava eval` with the options `words` on the files of `data`, by role."""
     served = served_by(args)
     return provenance_fields(
         data=data,

@@ -1,4 +1,4 @@
-"""Tables of `llava eval` on the screen: a report, and the paired difference to another run."""
+"""Terminal output of `llava eval`: tables of a report, and the paired difference to another run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forms of answer rows: what a run writes for a question, and how it recognizes the row again when it resumes.
+"""Formats of answer rows: what a run writes for a question, and how a resumed run recognizes it.
 
 AnswerRows     {question_id, prompt, text, answer_id, model_id, metadata}, of VQA and chat; known by question_id
 FindingsRows   {id, query, reference, prediction, index, ...}, of chest X-ray reports; ids repeat, known by index
@@ -79,7 +79,7 @@ class AnswerRows:
 
 
 class FindingsRows:
-    """Rows of LLaVA-Rad's prediction files: its four keys first, then the place of the row and how the answer ended."""
+    """Rows of LLaVA-Rad's prediction files: its four keys, then the row's origin and the finish reason."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         """Write rows about samples; the question of sample `i` has the id `i`."""

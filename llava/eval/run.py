@@ -141,14 +141,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if early.tasks is None:
         _evaluate(args, plan_of(args, words), lambda: engine_of(args), text)
         return
-    engine = cache(lambda: engine_of(args))  # one for all tasks
+    engine = cache(lambda: engine_of(args))  # shared by all tasks
     for plan in [task_plan(args, words, task) for task in task_files.chosen_tasks(early.tasks, tasks)]:
         write_out(f"\n{plan.title}\n")
         _evaluate(args, plan, engine, text)
 
 
 def _evaluate(args: Namespace, plan: EvaluationPlan, open_engine: Callable[[], Engine], options: str) -> None:
-    """Evaluate, and print the tables and where the files are; `options` is the text of the resolved options."""
+    """Evaluate, then print the tables and file names; `options` is the text of the resolved options."""
     with exclusive_folder(plan.out, option="--out"):
         write_atomic(plan.out / RESOLVED, options)
         report = evaluate_model(plan, open_engine)
@@ -195,7 +195,7 @@ def task_plan(args: Namespace, words: Sequence[str], task: task_files.Evaluation
         "limit": None,
     }
     plan = plan_of(Namespace(**{**vars(args), **own}), words)
-    samples = task.prepared(plan.samples)  # all rows, of which the split is known
+    samples = task.prepared(plan.samples)  # all rows: the split's hash covers them
     facts = {**(plan.facts or {}), "task": task.name, "split_sha256": task_files.split_sha256(plan.samples)}
     return replace(
         plan,
@@ -285,7 +285,7 @@ def plan_of(args: Namespace, words: Sequence[str]) -> EvaluationPlan:
 
 
 def _score_defects(args: Namespace) -> frozenset[str]:
-    """Return the defects of the published scores that `--compat` and `--fix` leave."""
+    """Return the defects of the published scores that remain after `--compat` and `--fix`."""
     fixed = parse_compat(with_aliases("none", added=args.fix), "scores")  # with --fix all, answers keep their defects
     return (parse_compat(args.compat, *args.compat_places) & parse_compat("all", "scores")) - fixed
 
@@ -371,7 +371,7 @@ def _more_tables(
     controls: Sequence[Sequence[ScoredItem]],
     other: tuple[str, list[ScoredItem]] | None,
 ) -> dict[str, Any]:
-    """Return the tables of other controls, by a field, and beside another run, and what the plan says about itself."""
+    """Return the tables of further controls, of row fields and of another run, and the plan's notes."""
     named = dict(zip(plan.controls, controls, strict=True))
     options: dict[str, Any] = {"metrics": plan.metrics, "num_resamples": plan.num_resamples, "seed": plan.seed}
     rows = None

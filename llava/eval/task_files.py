@@ -1,4 +1,4 @@
-"""Tasks of `llava eval --tasks`: a YAML file names rows, images, prompt, metrics and the expected split.
+"""Tasks of `llava eval --tasks`: YAML files with rows, images, prompt, metrics and expected split.
 
     llava/eval/tasks/*.yaml, --tasks-dir DIR --read_tasks--> EvaluationTask --prepared--> samples of one evaluation
 
@@ -39,7 +39,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class EvaluationTask:
-    """Task; see the module for its fields.
+    """Evaluation task; the module docstring lists its fields.
 
     Attributes:
         name: name on the command line, and of its output folder.
@@ -157,7 +157,9 @@ def add_task(task: EvaluationTask) -> None:
 
 
 def read_tasks(folder: str | Path | None = None) -> dict[str, EvaluationTask]:
-    """Return the tasks of this package, of plug-ins and of a folder; the folder's replace those of the same name.
+    """Return the tasks of this package, of plug-ins and of a folder.
+
+    A folder's task replaces one of the same name.
 
     Raises:
         ConfigError: a file is not a task, the folder does not exist, or two of its files have one name.

@@ -1,4 +1,4 @@
-"""Scheduler that reads prompts in pieces between decoding steps, on top of what is known of them.
+"""Scheduler that prefills prompts in pieces between decoding steps, on top of cached prefixes.
 
     waiting --match--> job: known beginning + embeddings of the rest --at most `chunk` tokens a step--> ready
                        images of the rest pass the tower once           prompt and, later, answer --> PrefixCache
@@ -38,24 +38,24 @@ from llava.generation.runners import KnownRow, SlotRunner
 from llava.generation.scheduler import Scheduler
 
 LOOKAHEAD = 64
-"""Waiting prompts that may overtake one that waits for a prompt that is being read."""
+"""Maximum number of prompts that may overtake one that waits for a running prefill of its prefix."""
 
 MIN_CHUNK = 16
-"""Tokens that are read at a time when memory is short."""
+"""Tokens per piece when memory is short."""
 
 MANY = 2
-"""New prompts for each running answer above which all of them are read first."""
+"""Ratio of new prompts to running answers above which all prompts are prefilled first."""
 
 LONGEST_PAUSE = 0.5
-"""Seconds after which running answers get their next token even so."""
+"""Seconds after which running answers get their next token even in that case."""
 
 MIN_SHARED = 16
-"""Unknown tokens, or else one image, that two prompts must share for one of them to wait."""
+"""Number of uncached tokens (or one image) that two prompts must share for one to wait for the other."""
 
 
 @dataclass(slots=True, eq=False)
 class PrefillJob:
-    """Prompt that is being read, for all its samples.
+    """Prompt being prefilled for all its samples.
 
     Attributes:
         members: its requests.
@@ -132,7 +132,7 @@ class ChunkedScheduler(Scheduler):
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether there is work for a step."""
         return bool(self.jobs) or super().has_work
 
     @property
@@ -159,7 +159,7 @@ class ChunkedScheduler(Scheduler):
             self._fail(request, reason, cause)
 
     def _read_prompts(self) -> None:
-        """Start to read waiting prompts, and read the next piece of those that were started."""
+        """Start to prefill waiting prompts, and prefill the next piece of those in progress."""
         self._has_embedded, self._has_read = False, False
         self._choose_pace()
         self._start_jobs()
@@ -189,10 +189,12 @@ class ChunkedScheduler(Scheduler):
             self._finish(pieces[row][0], logits[place : place + 1])
 
     def _choose_pace(self) -> None:
-        """Note whether running answers would wait too long for the whole next piece, and whether they do wait."""
-        num_streams = sum(len(request.token_ids) > 1 for request in self.running)  # reading a prompt gives one token
+        """Record whether running answers would wait too long for the whole next piece, and whether any wait."""
+        num_streams = sum(
+            len(request.token_ids) > 1 for request in self.running
+        )  # prefilling a prompt yields one token
         num_new = len(self.waiting) + len(self.jobs)
-        is_on_cpu = self.runner.model.device.type == "cpu"  # GPUs read a piece in the time of a step
+        is_on_cpu = self.runner.model.device.type == "cpu"  # a GPU prefills a piece in the time of a decoding step
         self._reads_all = is_on_cpu and num_new > 0 and (self._reads_all or num_new > MANY * num_streams)
         self._is_paced = is_on_cpu and num_streams > 0 and not self._reads_all
 
@@ -205,7 +207,7 @@ class ChunkedScheduler(Scheduler):
             self.pace.note_step(time.perf_counter() - start)
 
     def _is_postponed(self) -> bool:
-        """Return whether more prompts are read before the next decoding step."""
+        """Return whether more prompts are prefilled before the next decoding step."""
         now = time.perf_counter()
         self._paused = now if self._paused is None else self._paused
         has_more = self._reads_all and self._has_read and bool(self.jobs or self.waiting)
@@ -244,10 +246,10 @@ class ChunkedScheduler(Scheduler):
             else:
                 self._start(self._samples(request), encoded, identities, match)
                 if self._is_paced and match.length < last_image(encoded):
-                    return  # the images of one prompt pass the tower between two steps
+                    return  # the tower encodes the images of one prompt between two steps
 
     def _is_read_soon(self, tree: str, encoded: Encoded, identities: Sequence[Identity], known: int) -> bool:
-        """Return whether a job is reading tokens that this prompt begins with too."""
+        """Return whether a running job prefills tokens that this prompt begins with too."""
         if not self.cache.max_bytes:
             return False
         images = [stop for start, stop in encoded.image_spans if start >= known]
@@ -323,7 +325,7 @@ class ChunkedScheduler(Scheduler):
         return self.runner.token_bytes * sum(len(job.identities) - job.match.length for job in self.jobs)
 
     def _read_less(self, num_members: int, error: BaseException) -> None:
-        """Read smaller pieces, then wait for running ones, then fail one."""
+        """Reduce the piece size, then wait for running answers, then fail one."""
         if self.chunk > MIN_CHUNK:
             self.chunk //= 2
         elif self.running:
@@ -337,7 +339,7 @@ class ChunkedScheduler(Scheduler):
         return super()._shrink()
 
     def _stop_jobs(self) -> list[Request]:
-        """Forget what is being read; return the requests."""
+        """Discard all prefill jobs and return their requests."""
         jobs, self.jobs = self.jobs, []
         for job in jobs:
             self.cache.release(job.match)

@@ -1,4 +1,4 @@
-"""Decoding step of a Llama-like language model in few operator calls; it also reads runs of new tokens.
+"""Decoding step of a Llama-like model in few operator calls; also prefills short runs of tokens.
 
     token ids --embedding--> [B, d] --layers: products, attention over the slots--> norm --head--> logits [B, V]
 

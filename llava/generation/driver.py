@@ -1,4 +1,4 @@
-"""Driver: the one owner of a model, which takes work from any thread and tells how it goes.
+"""Driver: sole owner of a model; accepts work from any thread and reports progress.
 
     submit --limits, reading in a small pool--> inbox --owner: between two steps--> Scheduler --> handles
     run, call (a batch, a row of scores)  ----> inbox
@@ -58,7 +58,7 @@ class Driver:
         model: Any,
         make_requests: Callable[[Prompt, Sampling, str], list[Request]],
     ) -> None:
-        """Own a scheduler.
+        """Create a driver that owns a scheduler.
 
         Args:
             scheduler: used by nothing else.
@@ -187,7 +187,7 @@ class Driver:
         return results[0]
 
     def close(self, reason: str = "the engine takes no more prompts", timeout: float | None = None) -> bool:
-        """Refuse prompts from now on and wait for the running ones; return False if some still run after `timeout`.
+        """Refuse new prompts and wait for running ones; return False if some still run after `timeout`.
 
         Those that still run end with the reason.
         """
@@ -244,7 +244,7 @@ class Driver:
             self._changed.notify_all()
 
     def _drive(self, is_over: Callable[[], bool], done: threading.Event) -> None:
-        """Step as owner until something is over, or wait for the owner that there is."""
+        """Step as owner until a request ends, or wait for the current owner."""
         if not self._owner.acquire(blocking=False):
             self._start()
             done.wait()
@@ -268,7 +268,7 @@ class Driver:
         try:
             while self._serve_until_idle():
                 pass
-        except BaseException as error:  # a fault of this module: no client may wait for a thread that is gone
+        except BaseException as error:  # a bug in this module: no client may wait for a thread that has ended
             logger.critical("the model's thread ended", exc_info=error)
             self.failure = error if isinstance(error, Exception) else RuntimeError(named(error))
             for handle in list(self._handles):
@@ -280,7 +280,7 @@ class Driver:
                     self._thread = None
 
     def _serve_until_idle(self) -> bool:
-        """Work until there is nothing to do for some time; return whether new work came at the last moment."""
+        """Work until idle for some time; return whether new work arrived at the last moment."""
         with self._owner:
             while self._turn():
                 pass
@@ -310,7 +310,7 @@ class Driver:
         return has_work and not _is_exiting()
 
     def _guarded(self, action: Callable[[], None]) -> None:
-        """Run an action; an error that the scheduler does not blame on one request ends all of them."""
+        """Run an action; an error that the scheduler does not attribute to one request ends all of them."""
         try:
             action()
         except Exception as error:
@@ -330,7 +330,7 @@ class Driver:
 
     def _publish(self, *, also_ended: bool = True) -> None:
         """Tell the listeners of all requests that were changed, once each."""
-        # Ends come after the step, so that the model is in its own mode again when a client sees one.
+        # Completions are reported after the step, when the model is in its own mode again.
         changed = dict.fromkeys(self.scheduler.changed)
         now = [request for request in changed if also_ended or not request.is_over]
         self.scheduler.changed = [] if also_ended else [request for request in changed if request.is_over]
@@ -344,7 +344,7 @@ class Driver:
 
 
 class _Batch:
-    """Requests that somebody waits for."""
+    """Requests with a waiting caller."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.num_left = len(requests)
@@ -371,7 +371,7 @@ def _is_exiting() -> bool:
 
 
 def _stop_threads() -> None:
-    """Let the threads end before the interpreter does: one inside the model would crash it."""
+    """Stop the threads before the interpreter exits: one inside the model would crash it."""
     _exiting.set()
     for driver in list(_drivers):
         thread = driver._thread

@@ -76,12 +76,12 @@ class SequenceScore:
 
 
 def context_length(model: Any) -> int:
-    """Return the largest number of tokens that a model was made for."""
+    """Return the context length of a model in tokens."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT)
 
 
 def quarter_of_free_memory(model: Any) -> int:
-    """Return a quarter of the bytes that are free now on the device of a model."""
+    """Return a quarter of the free memory, in bytes, on a model's device."""
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         return int(free) // 4
@@ -164,7 +164,7 @@ class LocalEngine:
             max_kv_bytes=max_kv_bytes,
         )
         self.beams_count_prompt = beams_count_prompt
-        # Weak, so that the memory of an engine is free as soon as its last user drops it.
+        # A weak reference, so that an engine's memory is freed when its last user drops it.
         self.driver = Driver(self.scheduler, model, partial(_submit_to, weakref.ref(self)))
 
     @property
@@ -176,7 +176,7 @@ class LocalEngine:
         chunk, megabytes = settings
         if chunk is None:
             return Scheduler(runner, *args, **options)
-        # Elsewhere sequences depend on each other, or keys cannot be read one piece after another.
+        # In other layouts sequences depend on each other, or prompts cannot be prefilled in pieces.
         if not isinstance(runner, SlotRunner) or self.layout != "tree" or self.context is not None:
             logger.warning("this model reads whole prompts and keeps none of them: its layout is %s", self.layout)
             return Scheduler(runner, *args, **options)

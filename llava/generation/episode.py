@@ -45,7 +45,7 @@ class Episode(Request):
         follow_ups: Sequence[FollowUp],
         max_tokens: int,
     ) -> None:
-        """Start before the first question is read.
+        """Create the episode before its first question is prefilled.
 
         Args:
             source: the prompt that ends with the first question.
@@ -65,12 +65,12 @@ class Episode(Request):
         self.num_turns = len(follow_ups) + 1
 
     def fail(self, reason: str, cause: Exception | None = None) -> None:
-        """End the dialogue here; the answers before this one are kept."""
+        """End the dialogue; earlier answers are kept."""
         self.error = reason
         super().fail(reason, cause)
 
     def dialogue(self) -> Dialogue:
-        """Return what was said; answers that are missing have finish `error`."""
+        """Return the dialogue so far; missing answers have finish `error`."""
         missing = self.num_turns - len(self.texts)
         finishes: list[Finish] = [*self.finishes, *["error"] * missing]  # type: ignore[list-item]
         return Dialogue(

@@ -32,7 +32,7 @@ class Extension(Protocol):
         ...
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values [H, n, D] of the new tokens; return those of the whole sequence [H, start + n, D]."""
+        """Append keys and values [H, n, D] of new tokens; return all [H, start + n, D] of the sequence."""
         ...
 
 
@@ -89,7 +89,7 @@ class ExtensionAttention:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, sees: Tensor, scaling: float | None) -> Tensor:
-    """Return [1, Hq, n, D] of queries [1, Hq, n, D] against keys and values [1, Hk, m, D] under a mask [n, m]."""
+    """Return attention [1, Hq, n, D] of queries [1, Hq, n, D] to keys, values [1, Hk, m, D], mask [n, m]."""
     if sees.numel() <= MATMUL_PAIRS:
         bias = torch.where(sees, 0.0, -torch.inf).to(query.dtype)
         return matmul_attention(query, key, value, bias, scaling)

@@ -10,7 +10,7 @@ MEGABYTE = 1 << 20
 
 
 def refusal(error: Exception) -> str:
-    """Return why a request cannot be read, without quoting it."""
+    """Return why a request cannot be read, without quoting its content."""
     if isinstance(error, LlavaError):
         return str(error)
     return f"the request cannot be read: {type(error).__name__}"

@@ -70,7 +70,7 @@ def model_settings(args: Namespace) -> dict[str, Any]:
 
 
 def _plugin_versions(args: Namespace) -> dict[str, Any]:
-    """Return the versions of the loaded plug-ins that the model or its template comes from; empty without any."""
+    """Return the versions of the plug-ins that provide the model or its template; empty without any."""
     names = read_json(Path(args.model) / CONFIG_FILE).get("plugins")
     used = {*(names if isinstance(names, list) else ()), *needed_plugins(template=str(args.conv_mode))}
     found = {name: version for name, version in loaded_plugins().items() if name in used}
@@ -144,7 +144,7 @@ def read_precisions(answers: str | Path) -> list[str]:
 
 
 def join_settings(answers: str | Path, parts: Sequence[str | Path]) -> None:
-    """Write the settings of an answer file that was joined from parts: those of the parts, and all their precisions."""
+    """Write the settings of an answer file joined from parts: the parts' settings and all precisions."""
     stored = [sidecar_path(part) for part in parts if sidecar_path(part).is_file()]
     if not stored:
         return

@@ -1,4 +1,4 @@
-"""Handle of a submitted prompt: what happened to its answers since the client last looked.
+"""Handle of a submitted prompt: events of its answers since the client's last call.
 
 owner of the model --tells that an answer changed--> Handle --take, iterate--> events, one per answer that changed
 
@@ -20,7 +20,7 @@ from llava.generation.stopping import AnswerText
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Tokens of a submitted prompt.
+    """Numbers of prompt and answer tokens of a submitted prompt.
 
     Attributes:
         prompt: tokens of the prompt, images included; 0 before it was read.
@@ -35,7 +35,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What happened to one answer since the last event about it.
+    """Event: progress of one answer since the previous event.
 
     Attributes:
         index: number of the answer, 0 to `Sampling.n` - 1.
@@ -67,7 +67,7 @@ class Event:
 
 @dataclass(slots=True)
 class _Shown:
-    """What the client has seen of one answer."""
+    """Part of one answer that the client has received."""
 
     num_tokens: int = 0
     text: str = ""
@@ -124,7 +124,7 @@ class Handle:
         return Counts(len(first.encoded.input_ids), first.num_cached, generated)
 
     def take(self) -> list[Event]:
-        """Return what happened since the last call, at most one event for each answer; never waits."""
+        """Return the events since the last call, at most one per answer, without waiting."""
         # Two locks: the owner of the model never waits for a client that decodes text.
         with self._taking:
             with self._news:
@@ -134,12 +134,12 @@ class Handle:
             return [event for index in changed if (event := self._event(index)) is not None]
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for news; return False after `timeout` seconds without any."""
+        """Wait for an event; return False after `timeout` seconds without one."""
         with self._news:
             return self._news.wait_for(lambda: bool(self._changed) or self.is_cancelled, timeout)
 
     def __iter__(self) -> Iterator[Event]:
-        """Yield events as they come, until every answer has ended or the prompt is canceled."""
+        """Yield events as they occur, until every answer has ended or the prompt is canceled."""
         while not all(shown.is_over for shown in self._shown):
             self.wait()
             if self.is_cancelled:
@@ -173,7 +173,7 @@ class Handle:
         self._tell(range(self.num_answers))
 
     def heard(self, request: Request) -> None:
-        """Note that a request got a token or ended; called by the owner of the model."""
+        """Record that a request received a token or ended; called by the owner of the model."""
         if len(self.requests) == self.num_answers:
             self._tell([self.requests.index(request)])
         else:
@@ -198,7 +198,7 @@ class Handle:
         shown = self._shown[index]
         if shown.is_over:
             return None
-        # In this order: a completion read first belongs to all tokens that are read after it.
+        # Read the completion first, so that the tokens read next include all of its own.
         completion = self._completion(index)
         request = self._request(index) if self.requests else None
         token_ids = tuple(request.token_ids) if request is not None else ()
@@ -224,7 +224,7 @@ class Handle:
     def _answer(
         self, shown: _Shown, completion: Completion | None, request: Request | None, token_ids: Sequence[int]
     ) -> str:
-        """Return the text so far, which begins with what the client has seen."""
+        """Return the text so far, which begins with the part that the client has received."""
         if completion is not None:
             return completion.text if completion.error is None else shown.text
         assert request is not None

@@ -1,4 +1,4 @@
-"""Tokens of a dialogue as it grows: answers are kept as their ids, questions follow in the template's tokens.
+"""Tokens of a growing dialogue: answers are kept as their ids, questions use the template's tokens.
 
 prompt --with_answer--> + ids of the answer --with_question--> + end token if it lacks one, question, header --> ...
 """
@@ -63,7 +63,9 @@ def encode_held(
     history, turns = prompt.history or History(), prompt.conversation.turns
     start = len(turns) - 2 * len(history.answers)
     if start < 1 or any(turn.role != ("gpt", "human")[place % 2] for place, turn in enumerate(turns[start:])):
-        raise DataError(f"{len(history.answers)} answers are given as tokens, but the conversation does not end so")
+        raise DataError(
+            f"{len(history.answers)} answers are given as tokens, but the conversation does not end with them"
+        )
     opening = replace(prompt.conversation, turns=turns[:start])
     encoded = encode_prompt(opening, processor, images=images, sizes=sizes)
     for answer, question in zip(history.answers, turns[start + 1 :: 2], strict=True):
@@ -93,7 +95,7 @@ def check_history(history: History, model: Any, *, never: Collection[int], max_t
     for number, answer in enumerate(history.answers):
         if not answer or any(not 0 <= token < vocabulary or token in never for token in answer):
             raise DataError(
-                f"answer {number} has no tokens, or one that this model cannot write; send the ids that it returned"
+                f"answer {number} has no tokens, or one that this model cannot generate; send the ids it returned"
             )
 
 

@@ -30,7 +30,10 @@ class LayerBuffers:
     """Buffers of keys and values [rows, H, length, D] for each layer."""
 
     def __init__(self, *, max_rows: int, max_length: int, max_bytes: float = float("inf")) -> None:
-        """Start empty; growth by doubling stops at `max_rows`, `max_length` and `max_bytes`, requests do not."""
+        """Create empty buffers.
+
+        Growth by doubling stops at `max_rows`, `max_length` and `max_bytes`; explicit requests do not.
+        """
         self.max_rows = max_rows
         self.max_bytes = max_bytes
         self.max_length = max_length
@@ -67,7 +70,7 @@ class LayerBuffers:
         )
 
     def shape_like(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Take heads, width and dtype from [1, H, T, D] of each layer."""
+        """Set heads, width and dtype from [1, H, T, D] of each layer."""
         if not self.keys:
             self.keys = [states.new_empty(0, states.shape[1], 0, states.shape[3]) for states in keys]
             self.values = [states.new_empty(0, states.shape[1], 0, states.shape[3]) for states in values]
@@ -110,7 +113,7 @@ class LayerBuffers:
                 buffer[: len(parents), :, :length] = buffer[parents, :, :length]
 
     def views(self, layer: int, rows: slice, length: int) -> tuple[Tensor, Tensor]:
-        """Return the first tokens of some rows as views: keys [rows * H, D, length], values [rows * H, length, D]."""
+        """Return views of some rows' first tokens: keys [rows * H, D, length], values [rows * H, length, D]."""
         # Rows and heads are adjacent in memory. One call each instead of slices, a merge and a transposition.
         keys, values = self.keys[layer], self.values[layer]
         _, heads, room, width = keys.shape

@@ -135,7 +135,7 @@ class SlotCache:
         self._index = None
 
     def join_parts(self, name: Hashable, stem_length: int, parts: Sequence[KeyValues], num: int) -> None:
-        """Copy one sequence to the next `num` free slots: its first tokens to a stem of this name, unless present."""
+        """Copy a sequence to the next `num` free slots; its first tokens go to the stem `name` unless present."""
         for states in (self.stem_states, self.slot_states):
             states.shape_like(parts[0].keys, parts[0].values)
         rest = parts_between(parts, stem_length, sum(part.length for part in parts))
@@ -307,7 +307,7 @@ class SlotExtension:
         return self._stem[1] + self._own
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write [H, n, D] behind the tokens of the slot; return keys and values [H, start + n, D] of the sequence."""
+        """Append [H, n, D] to the tokens of the slot; return the sequence's keys and values [H, start + n, D]."""
         number, length = self._stem
         states = self.cache.slot_states, self.cache.stem_states
         both = []

@@ -112,7 +112,7 @@ def _small_copy(text: Any) -> Any:
 
 
 def _shorten_context(text: Any) -> None:
-    """Let rotary frequencies change within the length of the trial."""
+    """Make rotary frequencies change within the trial's length."""
     for group in rope_groups(text):
         if "original_max_position_embeddings" in group:
             group["original_max_position_embeddings"] = CONTEXT
@@ -123,7 +123,7 @@ def _shorten_context(text: Any) -> None:
 
 
 def _trial_sequences() -> list[Encoded]:
-    """Return three branches of one stem, long enough for attention in several pieces."""
+    """Return three branches of one stem, long enough for several attention pieces."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randint(0, VOCABULARY, (40,), generator=generator).tolist()
     sequences = []
@@ -136,7 +136,7 @@ def _trial_sequences() -> list[Encoded]:
 
 @torch.no_grad()
 def _decodes(model: Any, sequences: list[Encoded], layout: Layout) -> bool:
-    """Return whether the last token of each sequence, decoded in a slot, gives the logits of a plain forward pass."""
+    """Return whether decoding each last token in a slot gives the logits of a plain forward pass."""
     expected = torch.cat(
         [model(input_ids=torch.tensor([s.input_ids]), use_cache=False).logits[:, -1] for s in sequences]
     )
@@ -153,6 +153,6 @@ def _decodes(model: Any, sequences: list[Encoded], layout: Layout) -> bool:
 
 @torch.no_grad()
 def _logits_by_edge(model: Any, sequences: list[Encoded], layout: Layout, *, alone_above: int | None) -> Tensor:
-    """Return logits [E, V], those of sequences longer than `alone_above` last; otherwise in the order of the edges."""
+    """Return logits [E, V] in edge order, but sequences longer than `alone_above` last."""
     rows = layout_rows(sequences, {}, image_token_id=NO_IMAGE, layout=layout, alone_above=alone_above)
     return torch.cat([target_logits(model, row)[row.edge_target] for row in rows])

@@ -134,7 +134,7 @@ def load_for_inference(
     checkpoint = open_checkpoint(path)
     device_map = None if device == "cpu" else device
     if bits != 16:
-        check_finite(stored_tensors(checkpoint), str(checkpoint.path))  # quantizing hides them
+        check_finite(stored_tensors(checkpoint), str(checkpoint.path))  # quantization would hide non-finite values
     loaded = load_checkpoint(checkpoint, dtype=dtype, device_map=device_map, bits=bits, **parts)
     if bits == 16:
         if device != SPREAD:
@@ -146,7 +146,7 @@ def load_for_inference(
 
 
 def imitating_reader(model: Any, processor: LlavaMedProcessor, names: Collection[str]) -> PromptReader | None:
-    """Return the encoder of prompts that reproduces known defects of the original projects; None without any.
+    """Return the prompt encoder that reproduces known defects of the originals; None without any.
 
     Args:
         model: the model.

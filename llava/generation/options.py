@@ -72,7 +72,7 @@ def add_engine_options(
 
 
 def connect(args: argparse.Namespace) -> None:
-    """Look up the model that the server of `--engine` serves, before anything else is done; none without the option.
+    """Look up the model that the server of `--engine` serves; does nothing without the option.
 
     Sets `args.remote` to its facts and `args.model` to its name.
 
@@ -163,7 +163,7 @@ def local_engine_of(args: argparse.Namespace, **engine: Any) -> LocalEngine:
 
 
 def engine_of(args: argparse.Namespace, **engine: Any) -> Engine:
-    """Return the engine that the options name: that of the server of `--engine`, after `connect`, or a local one.
+    """Return the engine that the options name: the server of `--engine` (after `connect`) or a local one.
 
     Args:
         args: options.

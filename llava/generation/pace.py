@@ -1,4 +1,4 @@
-"""How much of new prompts is read between two steps of running answers on a CPU, so that their streams do not halt.
+"""Amount of prefill between two decoding steps on a CPU, limited so that running streams do not stall.
 
 seconds of decoding steps, seconds of tokens that were read --Pace--> tokens of the next piece
 """
@@ -6,37 +6,37 @@ seconds of decoding steps, seconds of tokens that were read --Pace--> tokens of 
 from __future__ import annotations
 
 SHARE = 1.0
-"""Largest time of a piece, in decoding steps."""
+"""Maximum duration of a piece, in decoding steps."""
 
 MIN_PIECE = 32
-"""Smallest piece: below it, the calls of a pass cost as much as its tokens."""
+"""Minimum piece; for fewer tokens the fixed cost of a pass dominates."""
 
 FIRST_PIECE = 128
-"""Piece while nothing was measured."""
+"""Piece before the first measurement."""
 
 WEIGHT = 0.3
-"""Weight of the newest time in the averages."""
+"""Weight of the newest measurement in the averages."""
 
 
 class Pace:
-    """Averages of the last decoding steps and pieces."""
+    """Moving averages of the durations of decoding steps and prefill pieces."""
 
     def __init__(self) -> None:
-        """Start without times."""
+        """Create averages without measurements."""
         self._step: float | None = None
         self._token: float | None = None
 
     def note_step(self, seconds: float) -> None:
-        """Take the time of a decoding step."""
+        """Record the duration of a decoding step."""
         self._step = _averaged(self._step, seconds)
 
     def note_piece(self, num_tokens: int, seconds: float) -> None:
-        """Take the time of a piece."""
-        # Calls that do not depend on the number of tokens count too: small pieces have dear tokens.
+        """Record the duration of a prefill piece."""
+        # Includes fixed costs per call, so tokens of small pieces are more expensive.
         self._token = _averaged(self._token, seconds / num_tokens)
 
     def num_tokens(self, most: int) -> int:
-        """Return the number of tokens of the next piece, at most `most`."""
+        """Return the number of tokens for the next piece, at most `most`."""
         if self._step is None or not self._token:
             return min(most, FIRST_PIECE)
         return min(most, max(MIN_PIECE, int(SHARE * self._step / self._token)))

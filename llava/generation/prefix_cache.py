@@ -1,4 +1,4 @@
-"""Keys and values of earlier prompts and answers, kept for prompts that begin in the same way.
+"""Cache of keys and values of earlier prompts and answers, for prompts with the same prefix.
 
     tokens of a prompt, images by their key --match--> longest known beginning, computed once
     prompt that was read, answer that ended  --insert--> branches of a radix tree
@@ -77,7 +77,7 @@ def joined(parts: Sequence[KeyValues]) -> KeyValues:
 
 
 def identities_of(encoded: Encoded) -> tuple[Identity, ...]:
-    """Return what each token is; placeholders of images are the content of their image, whatever their id."""
+    """Return an identity per token; image placeholders are identified by the image's content."""
     identities: list[Identity] = list(encoded.input_ids)
     for (start, stop), key in zip(encoded.image_spans, encoded.images, strict=True):
         identities[start:stop] = [key] * (stop - start)
@@ -99,7 +99,7 @@ def num_common(first: Sequence[Identity], second: Sequence[Identity], start: int
 
 @dataclass(slots=True, eq=False)
 class CacheNode:
-    """Run of tokens after those of its parent; in use while `num_users` prompts are read on top of it."""
+    """Run of tokens below its parent; in use while `num_users` prompts are prefilled on top of it."""
 
     tokens: tuple[Identity, ...]
     states: KeyValues
@@ -110,7 +110,7 @@ class CacheNode:
 
 @dataclass(slots=True, eq=False)
 class Match:
-    """Known beginning of a prompt: its length, its keys and values, and its last node, in use until released."""
+    """Cached prefix of a prompt: length, keys and values, and last node, in use until released."""
 
     length: int
     parts: list[KeyValues]
@@ -118,10 +118,10 @@ class Match:
 
 
 class PrefixCache:
-    """Radix trees of keys and values, one for each caller, of bounded size."""
+    """Radix trees of keys and values, one per caller, of bounded total size."""
 
     def __init__(self, max_bytes: int) -> None:
-        """Keep at most `max_bytes`; 0 keeps nothing."""
+        """Create a cache of at most `max_bytes`; 0 disables it."""
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self._roots: dict[str, CacheNode] = {}
@@ -129,7 +129,7 @@ class PrefixCache:
         self._recent: OrderedDict[CacheNode, str] = OrderedDict()
 
     def match(self, tree: str, encoded: Encoded, identities: Sequence[Identity]) -> Match:
-        """Return the longest known beginning, without the last token of the prompt; `release` it when it was used."""
+        """Return the longest cached prefix, without the prompt's last token; call `release` after use."""
         node, nodes, parts, length = self._roots.get(tree), [], [], 0
         limit = len(identities) - 1
         while node is not None and length < limit:
@@ -144,12 +144,12 @@ class PrefixCache:
         length = whole_images(length, encoded)
         for used in reversed(nodes):
             self._recent.move_to_end(used)
-        for used in nodes[-1:]:  # those above have children, so they are not evicted either
+        for used in nodes[-1:]:  # ancestors have children, so they are not evicted either
             used.num_users += 1
         return Match(length, parts_between(parts, 0, length), nodes[-1] if nodes else None)
 
     def release(self, match: Match) -> None:
-        """Allow what a match uses to be evicted."""
+        """Make the nodes of a match evictable again."""
         if match.node is not None:
             match.node.num_users -= 1
         match.node = None
@@ -157,7 +157,7 @@ class PrefixCache:
     def insert(
         self, tree: str, encoded: Encoded, identities: Sequence[Identity], copy: Callable[[int, int], KeyValues]
     ) -> None:
-        """Keep the tokens of a prompt, with an answer.
+        """Store the tokens of a prompt and, if given, its answer.
 
         Args:
             tree: name of the tree.
@@ -185,7 +185,7 @@ class PrefixCache:
         self._forget_empty(tree)
 
     def clear(self) -> None:
-        """Forget everything that is not in use."""
+        """Evict everything that is not in use."""
         self._evict(self.max_bytes)
 
     def _add(
@@ -221,7 +221,7 @@ class PrefixCache:
         return upper
 
     def _evict(self, num_bytes: int) -> None:
-        """Forget the least recently used leaves until `num_bytes` more fit, or all others are in use."""
+        """Evict least recently used leaves until `num_bytes` more fit, or all others are in use."""
         while self.num_bytes + num_bytes > self.max_bytes:
             leaf = next((node for node in self._recent if not node.children and not node.num_users), None)
             if leaf is None:

@@ -13,13 +13,13 @@ from torch import Tensor
 from llava.model.int8 import Int8Linear
 
 LARGE_WEIGHT = 1 << 19
-"""Weights of a layer that no cache near the processor holds, so that its product takes the time of reading them."""
+"""Number of weights above which a layer exceeds the processor's caches and memory bandwidth limits its product."""
 
 FEW_ROWS, FEW_ROWS_OF_WIDE = 4, 8
-"""Rows up to which the sides of a product are exchanged; the second number is for heads."""
+"""Maximum number of rows for which the operands of a product are swapped; the second number is for heads."""
 
 WIDE = 16
-"""Outputs for each input of a layer from which it is a head."""
+"""Ratio of outputs to inputs from which a layer counts as a head."""
 
 
 class Product:

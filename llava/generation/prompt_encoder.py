@@ -22,7 +22,7 @@ from llava.imaging.decode import DecodedImage, image_key, read_image_bytes
 from llava.processing import LlavaMedProcessor
 
 CHARACTERS_PER_TOKEN = 16
-"""Characters for each token of the context beyond which a submitted prompt is refused unread."""
+"""Characters per context token above which a submitted prompt is refused without tokenizing it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,10 @@ class PromptReader:
         return reading, {key: pixels for key, (pixels, _) in made.items()}
 
     def _made(self, image: PromptImage) -> tuple[Tensor, Size]:
-        """Return pixels and size of an image, which is not kept: a caller's name would hold it during the next one."""
+        """Return pixels and size of an image.
+
+        The image is a local here: a caller's variable would keep it during the next one.
+        """
         decoded = image.decode(self.processor)
         return self.processor.preprocess(decoded), _content(decoded).size
 

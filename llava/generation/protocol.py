@@ -26,7 +26,7 @@ Finish = Literal["stop", "length", "error"]
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What was said in a dialogue that is held one answer at a time.
+    """Part of a dialogue so far, held one answer at a time.
 
     Attributes:
         answers: token ids of the last answers of the conversation, which the model reads instead of their texts.
@@ -152,7 +152,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """Dialogue to be held with a model: the first question, and those that follow whatever the answers are.
+    """Script of a dialogue with a model: the first question, and follow-ups that do not depend on answers.
 
     Attributes:
         conversation: conversation that ends with the first question.
@@ -218,7 +218,7 @@ def repeated(answers: list[Answer], num: int) -> list[Answer]:
 
 
 class Engine(Protocol):
-    """Anything that answers prompts: a model in this process, or a server."""
+    """Protocol of engines: a model in this process, or a server."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling]) -> list[list[Completion]]:
         """Return `Sampling.n` completions for each prompt, in the order of the prompts.
@@ -235,7 +235,7 @@ class Engine(Protocol):
         ...
 
     def converse(self, scripts: Sequence[Script], sampling: Sampling | Sequence[Sampling]) -> list[list[Dialogue]]:
-        """Hold `Sampling.n` dialogues for each script; the model's own answers stay in the history, as their tokens.
+        """Hold `Sampling.n` dialogues for each script; the model's answers stay in the history as tokens.
 
         Args:
             scripts: the scripts.

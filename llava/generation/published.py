@@ -1,4 +1,4 @@
-"""Functions of the published snippets, by their names: load a model, tokenize around images, generate from ids.
+"""Functions of published snippets by name: load a model, tokenize around images, generate from ids.
 
     prompt --tokenizer_image_token--> ids with -200 per image --PublishedModel.generate(images=)--> these ids + answer
 
@@ -28,11 +28,11 @@ from llava.processing import LlavaMedProcessor
 from llava.tokenization import TextTokenizer
 
 _TEXTS: WeakKeyDictionary[Any, TextTokenizer] = WeakKeyDictionary()
-"""Text tokenizers of loaded models by their tokenizer: they know what its files do not say."""
+"""Text tokenizers of loaded models by their tokenizer; they hold settings that its files lack."""
 
 
 class PublishedModel:
-    """Model whose `generate` takes ids with one `IMAGE_TOKEN_INDEX` per image; all else is the model's own."""
+    """Model whose `generate` takes ids with one `IMAGE_TOKEN_INDEX` per image; all else is delegated."""
 
     def __init__(self, model: Any, processor: LlavaMedProcessor) -> None:
         """Wrap a model and its processor."""
@@ -68,7 +68,7 @@ class PublishedModel:
             inputs["pixel_values"] = pixels.to(device, self.model.dtype)
         criteria = options.pop("stopping_criteria", None) or []
         shown = [_OnGivenIds(one, given, expanded.shape[1]) for one in criteria]
-        # Settings of sampling would only be warned about.
+        # Sampling settings would only cause warnings.
         dropped = () if options.get("do_sample") else ("temperature", "top_p", "top_k")
         options = {name: value for name, value in options.items() if name not in dropped}
         written = self.model.generate(**inputs, stopping_criteria=StoppingCriteriaList(shown), **options)
@@ -87,7 +87,7 @@ class PublishedModel:
 
 
 class _OnGivenIds(StoppingCriteria):
-    """Criterion that is shown the ids as they were given, with one id per image."""
+    """Stopping criterion that receives the original ids, with one id per image."""
 
     def __init__(self, criterion: Callable[..., Any], given: Tensor, num_expanded: int) -> None:
         self.criterion = criterion
@@ -100,7 +100,7 @@ class _OnGivenIds(StoppingCriteria):
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):
-    """Criterion that ends each row whose generated text contains a keyword."""
+    """Stopping criterion that ends each row whose generated text contains a keyword."""
 
     def __init__(self, keywords: Sequence[str], tokenizer: PreTrainedTokenizerBase, input_ids: Tensor) -> None:
         """Look for keywords in what follows `input_ids` `[N, T]`."""
@@ -150,7 +150,9 @@ def tokenizer_image_token(
     image_token_index: int = IMAGE_TOKEN_INDEX,
     return_tensors: str | None = None,
 ) -> Any:
-    """Return the ids of a prompt with `image_token_index` for each image, with `return_tensors="pt"` as a tensor `[T]`.
+    """Return the ids of a prompt with `image_token_index` for each image.
+
+    With `return_tensors="pt"` they are a tensor `[T]`.
 
     Raises:
         ConfigError: another type of tensors is asked for.
@@ -171,7 +173,9 @@ def get_model_name_from_path(model_path: str) -> str:
 
 
 def open_image_with_retry(image_path: str | Path, max_attempts: int = 10) -> Image.Image:
-    """Return an image as RGB; a file that cannot be read is tried again, as network folders need at times.
+    """Return an image as RGB.
+
+    A file that cannot be read is retried, as network folders need at times.
 
     Raises:
         DataError: every attempt failed; the message names the file.

@@ -50,7 +50,7 @@ MAX_ANSWERS = 16
 """Largest number of answers that our servers give to one request."""
 
 MAX_CONCURRENCY = 32
-"""Requests of a call at a time; our workers answer as many sequences at a time by default."""
+"""Concurrent requests of a call; equal to the default number of concurrent sequences of our workers."""
 
 TIMEOUT = 660.0
 """Seconds without a byte after which a request fails; our servers give up after 600."""
@@ -166,7 +166,7 @@ class RemoteEngine:
             return pool.submit(lambda: asyncio.run(session())).result()
 
     async def request(self, session: Session, prompt: Prompt, fields: Mapping[str, Any]) -> Reply:
-        """Return the server's answer; its place among the concurrent requests is held from reading the images on.
+        """Return the server's answer; reading the images already counts as one of the concurrent requests.
 
         Raises:
             LlavaError: the prompt cannot be sent, or the request failed.
@@ -238,7 +238,7 @@ class RemoteEngine:
                     raise
 
     def _texts(self, body: Mapping[str, Any], cuts: Sequence[str]) -> Iterator[str]:
-        """Yield the growing answer of a stream; what may become a stop string is held back."""
+        """Yield the growing answer of a stream; a possible start of a stop string is held back."""
         text = shown = ""
         held = max(map(len, cuts), default=1) - 1
         for chunk in self.server.stream(body):

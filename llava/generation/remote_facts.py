@@ -1,4 +1,4 @@
-"""What a server with the OpenAI protocol says about its models and about failures, and how it is addressed."""
+"""Facts about an OpenAI-protocol server: its models, its errors, and how to address it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava.openai_transport import ApiFailure
 from llava.utils.cli import is_server_url
 
 MAX_SAID = 300
-"""Characters of a message that are searched for the name of a refused field; what follows may quote the request."""
+"""Characters of a message searched for the name of a refused field; later ones may quote the request."""
 
 OWNER = "llava"
 """Value of `owned_by` in the models of our servers."""
@@ -70,7 +70,7 @@ class ServerFacts:
 
     @property
     def shown_name(self) -> str:
-        """Name for files of answers: the last component of a path, such as servers of other makes use."""
+        """Model name for answer files: the last component of a path, which other servers report as the name."""
         return self.name.rstrip("/").rpartition("/")[2] if self.name.startswith(("/", ".", "~")) else self.name
 
     @classmethod
@@ -94,13 +94,13 @@ class ServerFacts:
 
 
 def served_names(folder: str) -> tuple[str, ...]:
-    """Return the names under which our workers serve a checkpoint folder."""
+    """Return the model names under which our workers serve a checkpoint folder."""
     parts = [part for part in folder.split("/") if part not in ("", ".")]
     return (parts[-1], "_".join(parts[-2:])) if parts else ()
 
 
 def error_fields(found: Any) -> tuple[str, str, str]:
-    """Return code, field and message of the body of an error, in any of its usual forms; empty if not stated."""
+    """Return code, field and message of an error body in any usual form; empty where not stated."""
     table = found if isinstance(found, dict) else {}
     error = table.get("error", table)
     if not isinstance(error, dict):

@@ -1,4 +1,4 @@
-"""Fields that a server refuses, learned once from its errors, and what is done instead.
+"""Request fields that a server refuses, learned from its errors, and their replacements.
 
 400 for a request with `top_k` --learn--> the request without it, and one line in the log; later ones never send it
 """
@@ -23,21 +23,21 @@ INSTEAD: dict[str, str] = {
     "stop": "answers are cut at these strings here",
     "max_tokens": "the limit is sent as max_completion_tokens",
 }
-"""Fields that a request can do without, and what is done instead."""
+"""Optional request fields, and the replacement when a server refuses one."""
 
 STATED_ONLY = frozenset({"max_tokens"})
-"""Fields that messages also name for other reasons; the error must state them as its field."""
+"""Fields whose names also occur in other messages; only an error that states one as its field counts."""
 
 
 class ServerHabits:
-    """What is known of one server; any thread may use it.
+    """Refused fields of one server; any thread may use it.
 
     Attributes:
         notes: what was done instead, by field.
     """
 
     def __init__(self, url: str) -> None:
-        """Know nothing of the server at `url`."""
+        """Create an empty record for the server at `url`."""
         self.url = url
         self.notes: dict[str, str] = {}
 
@@ -53,7 +53,7 @@ class ServerHabits:
         return kept
 
     def learn(self, found: ServerFailure, body: Mapping[str, Any]) -> bool:
-        """Note the field that a failure is about; return whether the request is worth another attempt."""
+        """Record the field that a failure is about; return whether a retry makes sense."""
         if found.failure.reason != "refused" or found.code == "invalid_value":
             return False
         sent = [name for name in INSTEAD if name in body]
@@ -64,7 +64,7 @@ class ServerHabits:
         return True
 
     def note(self, name: str) -> None:
-        """Note that the server does not serve a field; the log says so once."""
+        """Record that the server does not support a field, and log it once."""
         if name not in self.notes:
             self.notes[name] = INSTEAD[name]
             logger.warning("%s does not serve %s; %s", self.url, name, INSTEAD[name])
@@ -76,7 +76,7 @@ def _named(found: ServerFailure, sent: list[str]) -> str | None:
     if found.param:
         return last if last in sent else None
     for name in sorted(set(sent) - STATED_ONLY, key=len, reverse=True):
-        # A name of one letter is a word of many messages, so it counts in quotes only.
+        # A one-letter name also occurs as a word in messages, so it only counts in quotes.
         pattern = rf"(?<!\w){name}(?!\w)" if len(name) > 1 else rf"[\"'`]{name}[\"'`]"
         if re.search(pattern, found.said):
             return name

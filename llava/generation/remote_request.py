@@ -180,7 +180,10 @@ def fields_of(sampling: Sampling, facts: ServerFacts) -> dict[str, Any]:
 
 
 def _token_limit(limit: int, facts: ServerFacts) -> int | None:
-    """Return the limit of an answer; none where the context is the limit, which other servers want to be left out."""
+    """Return the token limit of an answer.
+
+    None if only the context limits it: other servers expect the field to be absent.
+    """
     if facts.context is None or limit < facts.context:
         return limit
     return facts.context if facts.is_ours else None
@@ -260,7 +263,7 @@ def piece_of(chunk: Mapping[str, Any]) -> str:
 
 
 def cut_text(text: str, cuts: Sequence[str]) -> tuple[str, bool]:
-    """Return the text up to the first of some strings, without white space around it, and whether one was found."""
+    """Return the stripped text before the first of some stop strings, and whether one was found."""
     found = [place for cut in cuts if (place := text.find(cut)) >= 0]
     return (text[: min(found)] if found else text).strip(), bool(found)
 

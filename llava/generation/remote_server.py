@@ -1,4 +1,4 @@
-"""Connection to a server with the OpenAI protocol: its models, bounded concurrency, retries, waits that it asks for.
+"""Connection to an OpenAI-protocol server: models, bounded concurrency, retries and requested waits.
 
     GET models --facts--> ServerFacts
     body --ask, in a session--> JSON of the answer | ServerFailure, after retries
@@ -44,7 +44,7 @@ MAX_WAIT = 300.0
 """Longest wait before a retry in seconds; if a server asks for more, the request fails."""
 
 PATIENCE = 600.0
-"""Seconds without any answer of the server after which a request that it puts off fails."""
+"""Seconds without any answer of the server after which a postponed request fails."""
 
 Reply: TypeAlias = "dict[str, Any]"
 Result = TypeVar("Result")
@@ -52,7 +52,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Open connections of one call."""
+    """Open connections for one call."""
 
     http: httpx2.AsyncClient
     slots: asyncio.Semaphore
@@ -67,7 +67,7 @@ class RemoteServer:
     """
 
     def __init__(self, url: str, *, max_concurrency: int, max_retries: int, timeout: float) -> None:
-        """Talk to a server; nothing is sent yet.
+        """Create a client; nothing is sent yet.
 
         Args:
             url: base URL; without a path, `/v1` is added.
@@ -228,7 +228,7 @@ class RemoteServer:
         return ServerFailure(failure, message if self.is_ours else "", code, param, message[:MAX_SAID])
 
     def _pause(self, seconds: float) -> None:
-        """Let no request start for this many seconds."""
+        """Delay all new requests by this many seconds."""
         if seconds > 0:
             self._not_before = max(self._not_before, time.monotonic() + seconds)
 
@@ -236,7 +236,7 @@ class RemoteServer:
         self._last_answer, self._is_down = time.monotonic(), False
 
     def _note_failure(self, found: ServerFailure) -> None:
-        """Note what a failure says about later requests."""
+        """Apply a failure's consequences to later requests."""
         if found.failure.fatal or found.failure.reason in FATAL:
             self._fatal = replace(found, failure=replace(found.failure, fatal=True))
         elif found.failure.reason == "unreachable":
@@ -279,7 +279,7 @@ class _Retries:
         failure = found.failure
         if failure.reason != "unreachable":
             server._is_down = False
-        # A server that says when it has room has not failed; patience ends only if it answers no one.
+        # A server that says when to retry has not failed; give up only if it answers no request at all.
         is_put_off = failure.reason == "rate_limited" and failure.wait is not None
         self.num_failed += not is_put_off
         wait = failure.wait or 0.0

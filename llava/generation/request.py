@@ -1,4 +1,4 @@
-"""Unfinished answers as the scheduler moves them: tokens so far, text, limits, and who hears about them."""
+"""Unfinished answers in the scheduler: tokens so far, text, limits, and listeners."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llava.generation.stopping import AnswerText
 
 @dataclass(slots=True)
 class PromptSource:
-    """Prompt that is encoded when needed, once for all its samples, and released when the last of them ends.
+    """Prompt that is encoded once for all its samples when needed, and released when the last one ends.
 
     Attributes:
         prompt: the prompt.

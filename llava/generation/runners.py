@@ -26,7 +26,7 @@ from llava.generation.prefix_cache import KeyValues
 
 
 class Prefill(Protocol):
-    """Prefilled row whose sequences have not all joined yet."""
+    """Prefilled row, some of whose sequences have not started decoding yet."""
 
     @property
     def logits(self) -> Tensor:
@@ -95,7 +95,7 @@ class FlatRow:
 
 @dataclass(frozen=True, slots=True)
 class KnownRow:
-    """Prompt whose keys and values are known: its consecutive parts, and name and length of its stem."""
+    """Prompt with cached keys and values: its consecutive parts, and name and length of its stem."""
 
     name: Hashable
     stem_length: int
@@ -204,7 +204,10 @@ class SlotRunner:
             self.cache.join(row.captured, [row.paths[member] for member in members])
 
     def _before_first(self) -> None:
-        """Choose how the next sequences are read and decoded; the modules of the model may change while none runs."""
+        """Choose how the next sequences are prefilled and decoded.
+
+        The model's modules may change while none runs.
+        """
         if not self.cache.num_running:
             self.step = DecodeStep(self.model) if can_decode(self.model) else None
 
@@ -257,7 +260,7 @@ class SlotRunner:
         return self.cache.num_bytes
 
     def bytes_for(self, sequences: Sequence[tuple[Encoded, int]]) -> int:
-        """Return the most bytes that stems and slots need, which are rectangles, for sequences with tokens to come."""
+        """Return the maximum bytes of stems and slots (rectangles) for sequences with tokens to come."""
         prompts = [len(encoded.input_ids) for encoded, _ in sequences]
         totals = [length + num for length, (_, num) in zip(prompts, sequences, strict=True)]
         # A prompt may be divided between stem and slot at any token.
@@ -329,7 +332,10 @@ class PaddedRunner:
         return logits
 
     def extend(self, numbers: Sequence[int], token_ids: Sequence[Sequence[int]]) -> Tensor:
-        """Refuse: rows of different lengths cannot share the model's own cache; the scheduler reads them again."""
+        """Refuse to extend: rows of different lengths cannot share the model's own cache.
+
+        The scheduler prefills them again.
+        """
         raise GenerationError("sequences of a padded batch cannot be extended")
 
     def leave(self, number: int) -> None:
@@ -362,7 +368,7 @@ class PaddedRunner:
 
     @property
     def num_bytes(self) -> int:
-        """0: the cache of a model does not tell."""
+        """Return 0: the size of a model's own cache is unknown."""
         return 0
 
     def bytes_for(self, sequences: Sequence[tuple[Encoded, int]]) -> int:

@@ -24,7 +24,7 @@ class TokenDraw:
     __slots__ = ("generator", "temperature", "top_k", "top_p")
 
     def __init__(self, sampling: Sampling, sample_index: int = 0, *, num_drawn: int = 0) -> None:
-        """Open the random stream of sample number `sample_index` of a request, after `num_drawn` of its tokens."""
+        """Open the random stream of sample `sample_index` of a request, advanced by `num_drawn` tokens."""
         # Smaller ones are greedy within the precision of logits, and dividing by them may overflow.
         self.temperature = sampling.temperature if sampling.temperature >= LEAST_TEMPERATURE else 0.0
         self.top_p = sampling.top_p
@@ -70,7 +70,7 @@ def choose_tokens(logits: Tensor, draws: Sequence[TokenDraw], *, never: Sequence
     for row, draw in enumerate(draws):
         rows_by_way[0 if draw.is_greedy else 2 if draw.truncates else 1].append(row)
     ids = [0] * len(draws)
-    # The way of a row depends on its own settings only, so that other rows do not change its answer.
+    # How a row is sampled depends on its own settings only, so that other rows do not change its answer.
     for way, rows in zip(ways, rows_by_way, strict=True):
         if rows:
             own = logits if len(rows) == len(draws) else logits[torch.tensor(rows, device=logits.device)]
@@ -132,7 +132,7 @@ def _sample_truncated(logits: Tensor, draws: Sequence[TokenDraw], never: Sequenc
 
 
 def _sorted(probabilities: Tensor, top_k: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return each row [B, V] in descending order, equal values by index, and the indices; no more than are sampled."""
+    """Return each row [B, V] sorted descending (ties by index) and the indices, as far as sampled."""
     num = max(top_k) if min(top_k) > 0 else probabilities.shape[1]
     if num < probabilities.shape[1]:
         # Sorting the whole vocabulary for every token would take longer than the model; `topk` leaves ties open.
@@ -198,7 +198,7 @@ def logprobs_of(
 
 
 def likeliest_of(logits: Tensor, rows: Sequence[int], nums: Sequence[int]) -> list[Alternatives]:
-    """Return the likeliest tokens of some rows of logits [B, V], likeliest first; `nums` says how many of each row."""
+    """Return the `nums` most likely tokens of each row of logits [B, V], most likely first."""
     scores = logits[torch.tensor(rows, device=logits.device)].float().log_softmax(dim=-1)
     best = scores.topk(min(max(nums), scores.shape[1]))
     pairs = zip(best.indices.tolist(), best.values.tolist(), nums, strict=True)

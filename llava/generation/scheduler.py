@@ -67,7 +67,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether there is work for a step."""
         return bool(self.waiting or self.ready or self.running)
 
     @property
@@ -85,7 +85,7 @@ class Scheduler:
         return [*self.running, *(ready.request for ready in self.ready)]
 
     def release_idle(self) -> None:
-        """Return the memory of slots while none is used."""
+        """Release the memory of slots if none is in use."""
         if not self.has_work:
             self.runner.reset()
 
@@ -108,7 +108,7 @@ class Scheduler:
             self._fail(request, reason, cause)
 
     def read(self) -> None:
-        """Take the first half of a step: prefill waiting requests if slots are free, and choose their first tokens.
+        """Run the first half of a step: prefill waiting requests into free slots, choose their first tokens.
 
         A request that cannot be read or prefilled ends with an error; the others do not notice. `changed` lists the
         requests that got a token or ended; the caller of a step reads and clears it.
@@ -139,7 +139,7 @@ class Scheduler:
             self._read_row()
 
     def _has_memory_for(self, request: Request, members: Sequence[Request] = ()) -> bool:
-        """Return whether a waiting request that was read fits beside those that are held; fail it if it never does."""
+        """Return whether an encoded waiting request fits beside the running ones; fail it if it never can."""
         if self.max_kv_bytes is None:
             return True
         beside = [*self.held(), *members]
@@ -163,7 +163,7 @@ class Scheduler:
         return not self.ready and len(self.running) < self.max_slots and not any(map(self._is_alone, self.running))
 
     def _is_alone(self, request: Request) -> bool:
-        """Return whether an encoded request may become so long that it would change others that run with it."""
+        """Return whether an encoded request may grow so long that it changes others that run with it."""
         if self.context is None:
             return False
         assert request.encoded is not None
@@ -183,14 +183,14 @@ class Scheduler:
             self.waiting.extendleft(reversed(members))
             raise
         for request in members:
-            request.pending = ()  # what a dialogue had still to read is part of its prompt now
+            request.pending = ()  # the question that a dialogue had not prefilled yet is now part of its prompt
         finished = self._take(members, row.logits)
         for member, request in enumerate(members):
             if not finished[member]:
                 self.ready.append(Ready(request, row, member))
 
     def _put_back(self, members: list[Request], error: Exception) -> None:
-        """Queue the requests of a failed prefill again: with less memory, or each of them alone."""
+        """Queue the requests of a failed prefill again: with less memory, or one at a time."""
         if is_lost(error):
             self.waiting.extendleft(reversed(members))
             raise error
@@ -296,7 +296,7 @@ class Scheduler:
                 self._drop(number)
 
     def _extend(self) -> None:
-        """Let running dialogues read their next question and take the first token of its answer."""
+        """Prefill the next question of running dialogues and take the first token of each answer."""
         while numbers := [number for number, request in enumerate(self.running) if request.pending]:
             if not self.runner.is_continuous or any(self._is_alone(self.running[number]) for number in numbers):
                 self._read_again(numbers)
@@ -319,7 +319,10 @@ class Scheduler:
             self._drop(number)
 
     def _has_switched(self, request: Request) -> bool:
-        """Return whether the next token needs other keys than those cached; the request is then prefilled again."""
+        """Return whether the next token needs other keys than the cached ones.
+
+        Such a request is prefilled again.
+        """
         context = self.context
         return context is not None and context.switches and request.num_tokens == context.length + 1
 

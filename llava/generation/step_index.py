@@ -46,7 +46,7 @@ class StepIndex:
         self.stem_lengths = torch.tensor([stems[stem].length for stem in stem_of], device=device)
         self.stem_columns = torch.arange(self.longest_stem, device=device)
         self.masks: dict[tuple[int | None, int], Tensor] = {}
-        # Then no column is padding.
+        # In this case no column is padding.
         self._is_even = len(set(lengths)) == 1 and len({stems[stem].length for stem in stem_of}) == 1
         self._is_plain = list(stem_of) == list(range(len(stem_of)))
         # By number of key heads, because layers may differ in it.
@@ -83,7 +83,7 @@ class StepIndex:
         return self._places[heads]
 
     def mask(self, window: int | None, heads: int) -> Tensor | None:
-        """Return the additive mask [B * heads, 1, P + L], 0 or minus infinity; None if every column is visible."""
+        """Return the additive mask [B * heads, 1, P + L] of 0 and -inf; None if every column is visible."""
         if window is None and self._is_even:
             return None
         if (window, heads) not in self.masks:

@@ -17,7 +17,7 @@ from llava.processing import LlavaMedProcessor
 from llava.tokenization import token_id
 
 TOKENS_PER_CHARACTER = 4
-"""Largest number of tokens of one character: one for each of its bytes."""
+"""Maximum number of tokens of one character (one per byte)."""
 
 BROKEN = "\ufffd"
 """Character that a tokenizer writes for bytes that do not (yet) form a character."""
@@ -49,7 +49,7 @@ class GrowingText:
         if ids[: len(self._settled)] != self._settled:
             self._forget()
         tail = self.decode(ids[self._first :])
-        if not tail.startswith(self._head):  # new tokens changed what was settled
+        if not tail.startswith(self._head):  # new tokens changed text that was considered final
             self._forget()
             tail = self.decode(ids)
         text = self._before + tail

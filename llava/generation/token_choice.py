@@ -12,7 +12,7 @@ from llava.generation.sampling import choose_tokens, likeliest_of, logprobs_of
 
 
 def chosen_tokens(requests: Sequence[Request], logits: Tensor, *, never: Sequence[int]) -> list[int]:
-    """Choose the next token of each request and record its log-probability; the token itself is not appended.
+    """Choose each request's next token and record its log-probability, without appending the token.
 
     Args:
         requests: B unfinished requests.

@@ -107,7 +107,7 @@ def _check_name(ref: str | Path) -> None:
 
 @lru_cache(maxsize=32)
 def _real_folder(root: str) -> Path:
-    """Return the real path of an image folder, cached because it is needed once per image."""
+    """Return the real path of an image folder; cached, since every image needs it."""
     return Path(os.path.realpath(root))
 
 
@@ -175,7 +175,7 @@ def decode_image(
     dicom: DicomPolicy = DEFAULT_POLICY,
     scale_of: Callable[[Size], int] | None = None,
 ) -> DecodedImage:
-    """Return image `ref` as `load_image` does, but with gray as one channel and optionally at a smaller scale.
+    """Return image `ref` like `load_image`, but gray as one channel and optionally at a reduced scale.
 
     Args:
         ref: name or bytes.

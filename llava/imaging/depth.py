@@ -1,4 +1,6 @@
-"""Read images of more than 8 bits without loss, where Pillow would keep 8 bits or ignore that white is zero.
+"""Lossless reading of images of more than 8 bits.
+
+Pillow would keep 8 bits or ignore that white is zero.
 
     file --open_stored--> opened image --load_pixels--> L or RGB, windowed from the smallest to the largest value
 
@@ -48,7 +50,7 @@ def open_stored(data: bytes) -> tuple[ImageFile, bool]:
     try:
         return _open(data), False
     except UnidentifiedImageError:
-        # Pillow knows white-is-zero for some depths and byte orders only; the rest differs in this one number.
+        # Pillow supports white-is-zero for some depths and byte orders only; other files differ in this one number.
         black_is_zero = _as_black_is_zero(data)
         if black_is_zero is None:
             raise
@@ -60,7 +62,7 @@ def _open(data: bytes) -> ImageFile:
     try:
         return Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError:
-        if not Image.init():  # Pillow imports rare formats on demand; it has done so before
+        if not Image.init():  # Pillow imports rare formats on demand, and has already done so
             raise
         return Image.open(io.BytesIO(data), formats=_formats())
 
@@ -183,7 +185,7 @@ def _unsupported(form: str) -> DataError:
 
 
 def _as_black_is_zero(data: bytes) -> bytes | None:
-    """Return a white-is-zero TIFF file with its first image declared as black-is-zero; None for other files."""
+    """Return a white-is-zero TIFF file with its first image declared black-is-zero; None for other files."""
     if data[:4] not in TIFF_STARTS:
         return None
     order = "<" if data[:2] == b"II" else ">"

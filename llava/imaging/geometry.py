@@ -49,7 +49,7 @@ def to_gray_or_rgb(image: Image.Image) -> Image.Image:
 
 
 def windowed_levels(values: np.ndarray) -> Image.Image:
-    """Return `[H, W]` or `[H, W, 3]` values as an 8-bit image, linear from the smallest to the largest of all.
+    """Return `[H, W]` or `[H, W, 3]` values, scaled linearly over their range, as an 8-bit image.
 
     Raises:
         DataError: a value is not finite.
@@ -65,22 +65,22 @@ def windowed_levels(values: np.ndarray) -> Image.Image:
 
 
 def is_wasteful(made: Size, given: Size) -> bool:
-    """Return whether an intermediate image is out of proportion to its source, as thin images make it."""
+    """Return whether an intermediate image would have an extreme shape, as happens with thin images."""
     num_made, num_given = made[0] * made[1], given[0] * given[1]
     return num_made > MAX_PIXELS or num_made > max(SMALL, MAX_GROWTH * num_given)
 
 
 def check_made(made: Size, given: Size) -> None:
-    """Raise `DataError` if an image of size `given` would have to be made into one of more than `MAX_PIXELS`."""
+    """Raise `DataError` if resizing an image of size `given` would exceed `MAX_PIXELS`."""
     if made[0] * made[1] > MAX_PIXELS:
         raise DataError(
-            f"an image of {given[0]} x {given[1]} pixels would be made into {made[0]} x {made[1]}, more than the limit "
-            f"of {MAX_PIXELS} pixels; cut it, or use image mode resize"
+            f"an image of {given[0]} x {given[1]} pixels would be resized to {made[0]} x {made[1]}, more than the "
+            f"limit of {MAX_PIXELS} pixels; cut it, or use image mode resize"
         )
 
 
 def resize_image(image: Image.Image, size: Size, resample: int, box: Box | None = None) -> Image.Image:
-    """Return the image, or a box of it, resized as Pillow does, without intermediate images that are out of proportion.
+    """Return the image, or a box of it, resized as Pillow does, without extreme intermediate sizes.
 
     Args:
         image: any image that Pillow resizes.

@@ -29,7 +29,7 @@ from llava.imaging.decode import DecodedImage
 from llava.imaging.geometry import Box, check_made, fit_image, is_wasteful, resize_image, to_rgb
 
 _STEPS = ("__call__", "preprocess", "_preprocess", "process_image", "convert_to_rgb", "resize", "rescale", "normalize")
-"""Methods that must be those of transformers; `center_crop` is called, so it may be overridden."""
+"""Methods that must be transformers' own; `center_crop` is called, so it may be overridden."""
 
 
 class FastPreprocessor:
@@ -91,7 +91,7 @@ class FastPreprocessor:
         return torch.from_numpy(found)
 
     def _kept_part(self, made: Size, box: Box, given: Size) -> tuple[Size, Box]:
-        """Return the part of a resized image that the center crop keeps, if the whole would be out of proportion.
+        """Return the part of a resized image that the center crop keeps, if the whole would be too long.
 
         Args:
             made: size of the whole resized image.
@@ -113,7 +113,7 @@ class FastPreprocessor:
 
 
 def check_resized(processor: Any, given: Size) -> None:
-    """Raise `DataError` for an image that an image processor of transformers would resize out of proportion."""
+    """Raise `DataError` for an image that transformers' image processor would resize to an extreme shape."""
     shortest = dict(processor.size).get("shortest_edge") if processor.do_resize else None
     if shortest:
         longest = int(shortest * max(given) / max(1, min(given)))
@@ -193,7 +193,7 @@ def _pad_scaled(opened: DecodedImage, fill: tuple[int, int, int], shift: int) ->
 def _pad_thin(
     opened: DecodedImage, fill: tuple[int, int, int], shift: int, path: FastPreprocessor
 ) -> tuple[Image.Image, Size, Box]:
-    """Return a thin image, resized along its length to the model's input, with its border; see `fit_decoded`."""
+    """Return a thin image resized along its length to the model's input, with border; see `fit_decoded`."""
     width, height = opened.size
     side = max(width, height)
     wanted = path.size_after((side, side)) if path.processor.do_resize else (side, side)

@@ -53,7 +53,7 @@ IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".t
 """Endings of the files in a folder that are asked about, in lower case."""
 
 NEARLY_EQUAL = 0.95
-"""Share of the words, articles aside, from which two questions are one."""
+"""Share of common words, without articles, from which two questions count as the same."""
 
 DROPPED = ("cut_off", "empty", "repeated")
 """Reasons why a question is left out: it reached the limit of tokens, has no text, or nearly equals an earlier one."""
@@ -73,13 +73,13 @@ class AskedImage:
 
     @property
     def key(self) -> str:
-        """Hash of the name, by which a run that was stopped continues."""
+        """Hash of the name, which identifies the image when a stopped run resumes."""
         return hashlib.sha256(self.name.encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionSampling:
-    """How questions are asked.
+    """Settings of `llava ask`.
 
     Attributes:
         request: request for the description.
@@ -123,7 +123,7 @@ def images_of_rows(path: str | Path, folder: str | Path | None) -> list[AskedIma
 
 
 def kept_questions(completions: Sequence[Completion]) -> tuple[list[str], dict[str, int]]:
-    """Return the texts of sampled questions without those that are cut off, empty or repeated, and their numbers."""
+    """Return the sampled questions that are complete, not empty and not repeated, and their numbers."""
     kept: list[str] = []
     dropped: Counter[str] = Counter()
     for completion in completions:
@@ -150,7 +150,9 @@ def _words(text: str) -> list[str]:
 
 
 def asked_rows(engine: Engine, images: Sequence[AskedImage], settings: QuestionSampling) -> list[dict[str, Any]]:
-    """Return the row of each image: `key`, `question_id`, `image`, `prompt` (the questions), `description`, `dropped`.
+    """Return the row of each image: `key`, `question_id`, `image`, `prompt`, `description`, `dropped`.
+
+    `prompt` holds the questions.
 
     An image that cannot be read has no questions, and an `error`.
     """

@@ -1,4 +1,4 @@
-"""Prompts for the generation of dialogues about figures that the language model knows from text only.
+"""Prompts to generate dialogues about figures, which the language model knows only as text.
 
     caption row  --context_text-->  text
     system text + eight few-shot examples + the row's text  --messages_for-->  one conversation of the protocol

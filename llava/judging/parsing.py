@@ -70,7 +70,7 @@ def parse_literal(reply: str) -> Scores | Unreadable:
 
 
 def parse_first_line(reply: str) -> Scores | Unreadable:
-    """Return two numbers as STLLaVA-Med reads them: `8, 9` has three parts and is unreadable, `8,9` is not."""
+    """Return two numbers as STLLaVA-Med reads them: `8,9` is valid, `8, 9` has three parts and is not."""
     return parse_literal(reply.split("\n", maxsplit=1)[0].replace(",", " "))
 
 

@@ -209,7 +209,7 @@ def _joined(parts: Sequence[Tensor], members: Sequence[int]) -> Tensor:
 
 
 def flex_computes(device_type: str, *, width: int, dropout: float) -> bool:
-    """Return whether a row is computed by FlexAttention: on a GPU, without dropout, for heads of at least 16 values."""
+    """Return whether FlexAttention computes a row: on a GPU, without dropout, heads of at least 16 values."""
     return device_type == "cuda" and not dropout and width >= FLEX_MIN_WIDTH
 
 

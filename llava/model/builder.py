@@ -181,7 +181,10 @@ def build_model(
 
 
 def with_template(options: BuildOptions, tokenizer: Any) -> BuildOptions:
-    """Return the options with the template that `auto` chooses; a tokenizer without chat template may receive one."""
+    """Return the options with the template that `auto` chooses.
+
+    A tokenizer without a chat template may receive one.
+    """
     if options.template != AUTO:
         return options
     if options.chat_template is None:

@@ -20,7 +20,7 @@ PACKED_ROWS = 8
 """Rows up to which the kernel for few rows is used; for more it is slower than a product of expanded weights."""
 
 BLOCK_WEIGHTS = 1 << 19
-"""Weights that are expanded at a time: a block that stays in the processor's cache is not written to memory."""
+"""Weights expanded at a time, so that a block stays in the processor's cache."""
 
 
 class Int8Linear(nn.Module):
@@ -30,7 +30,7 @@ class Int8Linear(nn.Module):
         """Quantize the weight of a layer."""
         super().__init__()
         weight = linear.weight.detach().float()
-        # The kernel takes scales in bfloat16, so weights are divided by the rounded scale.
+        # The kernel expects scales in bfloat16, so weights are divided by the rounded scale.
         scales = (weight.abs().amax(dim=1) / LARGEST).to(torch.bfloat16)
         scales = torch.where(scales == 0, torch.ones_like(scales), scales)
         quantized = (weight / scales.float()[:, None]).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
@@ -53,7 +53,7 @@ class Int8Linear(nn.Module):
         return found if self.bias is None else found.add_(self.bias)
 
     def _expanded_product(self, rows: Tensor) -> Tensor:
-        """Return the product from weights that are expanded block by block; bfloat16 holds integers to 127 exactly."""
+        """Return the product with weights expanded block by block; bfloat16 holds integers to 127 exactly."""
         dtype = expanded_dtype()
         rows = rows.to(dtype)
         blocks = self.weight.split(max(1, BLOCK_WEIGHTS // self.in_features))
@@ -62,7 +62,7 @@ class Int8Linear(nn.Module):
 
 
 def expanded_dtype() -> torch.dtype:
-    """Return the dtype of products of many rows: bfloat16 where the processor is faster with it, else float32."""
+    """Return the dtype of products of many rows: bfloat16 if faster on this processor, else float32."""
     shape = ProductShape(CPU_ROWS, *MAX_CPU_SIZES)
     return torch.bfloat16 if half_speedup(torch.bfloat16, shape) > 1 else torch.float32
 

@@ -1,4 +1,4 @@
-"""Which causal language models a model can be built around; others are refused before anything large is assembled.
+"""Causal language models that a model can be built around; others are refused before assembly.
 
 configuration --language_config--> no other modality, plain head        model --language_trunk--> the part without head
 """

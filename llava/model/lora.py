@@ -45,7 +45,7 @@ def language_linear_layers(model: nn.Module) -> str | list[str]:
     wanted = {name for name in names if _takes_adapter(model, name)}
     if not wanted:
         raise ConfigError("the language model has no linear layers for LoRA; train all of it (--lora-enable False)")
-    # The last part of a name is enough for most models; others use one name for a layer and for something else.
+    # The last part of a name is enough for most models; some reuse a layer's name for another module.
     for num_parts in (1, 2, 3):
         ends = {".".join(_inside(name).split(".")[-num_parts:]) for name in wanted}
         between = r".*\." if num_parts == 1 else r"(?:.*\.)?"
@@ -92,7 +92,9 @@ def add_lora(
     language: bool = True,
     tower: TowerLora | None = None,
 ) -> PeftModel:
-    """Add one LoRA adapter to language model, tower or both; peft freezes the rest, and `freeze_for` unfreezes parts.
+    """Add one LoRA adapter to language model, tower or both.
+
+    peft freezes the rest, and `freeze_for` unfreezes parts.
 
     Args:
         loaded: the model.

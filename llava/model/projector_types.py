@@ -20,7 +20,7 @@ from llava.utils.plugins import failure_text
 Shape = tuple[int, ...]
 MLP = re.compile(r"mlp([1-9][0-9]?)x_gelu")  # at most 99 layers: a configuration may state millions
 TRIAL_WIDTHS = (64, 1_048_576)
-"""Widths that stand for one that a checkpoint does not state: sizes that differ between them follow from it."""
+"""Substitutes for a width that a checkpoint does not state; sizes that differ between them depend on it."""
 
 TRIAL = (64, 128)
 """Widths for the names of weights."""
@@ -198,6 +198,6 @@ def _check_form(kind: ProjectorType, form: TransformersForm, names: set[str]) ->
 
 
 def differing_weights(kind: ProjectorType, got: Mapping[str, Shape], vision: int, text: int) -> list[str]:
-    """Return the names of weights that a built module has with another shape than declared, or only one of both has."""
+    """Return the weights whose shape differs between a module and its declaration, or that one lacks."""
     declared = _shapes(kind, vision, text)
     return sorted(name for name in declared.keys() | got.keys() if declared.get(name) != got.get(name))

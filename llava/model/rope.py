@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies depend on the longest sequence of a batch (longrope, dynamic NTK).
+"""Rotary embeddings whose frequencies depend on a batch's longest sequence (longrope, dynamic NTK).
 
 transformers chooses the frequencies of a forward pass by its largest position. Up to the original context they are
 those of a short sequence; a longer sequence would change them for all its neighbors, so it is computed alone.
@@ -59,7 +59,7 @@ def rope_groups(text: Any) -> list[dict[str, Any]]:
 
 def forget_lengths(model: nn.Module) -> None:
     """Let each forward pass of dynamic rotary modules start with the frequencies of a short sequence."""
-    # They keep those of the longest sequence so far, also for a shorter one that is beyond the original context.
+    # They keep the frequencies of the longest sequence so far, even for shorter ones beyond the original context.
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         named = kinds.values() if isinstance(kinds, Mapping) else [kinds]

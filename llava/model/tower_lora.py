@@ -1,4 +1,4 @@
-"""LoRA in the vision tower: which of its layers are adapted, their own rank and dropout, and weights to start from.
+"""LoRA in the vision tower: adapted layers, their rank and dropout, and initial weights.
 
 hidden states 0 .. n of n blocks, the selected one is the projector's input --> blocks below it have a gradient
 """
@@ -45,7 +45,7 @@ class TowerLora:
 
 
 def tower_linear_layers(model: nn.Module, *, all_blocks: bool = False) -> str:
-    """Return a regular expression for the linear layers of the tower's blocks below the selected hidden state.
+    """Return a regular expression for linear layers of the tower's blocks below the selected hidden state.
 
     Args:
         model: the model.
@@ -87,7 +87,7 @@ def set_tower_dropout(network: nn.Module, dropout: float) -> None:
 
 
 def start_tower_lora(network: nn.Module, settings: TowerLora) -> None:
-    """Load the weights that a tower's adapter starts from; those of blocks that are not adapted change nothing.
+    """Load the initial weights of a tower's adapter; those of blocks that are not adapted are ignored.
 
     Raises:
         CheckpointError: the path holds no adapter of a tower, or one of another rank, scale or layers.

@@ -1,4 +1,4 @@
-"""Forecast of every stage from measured speed and amount of work, and the plan of a run that follows from it.
+"""Forecast of every stage from measured speed and amount of work, and the resulting plan of a run.
 
 operations of a stage x (1 / (measured rate x reached share of it) + seconds beside matrix products) + constant seconds
 settings --measure, forecast--> settings of a fitting size + Plan --plan.json--> terminal, page
@@ -47,7 +47,7 @@ class Fit:
 # Fits of training a projector, of training all else, and of answering, and constant seconds of each stage: fitted to
 # whole runs on two cores, of 480 drawings in bf16 at 843 GFLOP/s, of 240 in bf16 at 353 and of 180 in float32 at 127.
 # Products of a stage are larger than the measured ones, so a share may exceed 1. Nothing was fitted on a GPU, whose
-# other work is short beside that of a CPU.
+# fixed costs are small compared with those of a CPU.
 ALIGN, TUNE, ANSWER = Fit(0.74, 0.0031), Fit(1.31, 0.0060), Fit(1.5, 0.0030, float32=True)
 DRAWING_SECONDS = 0.012
 FIXED_SECONDS = {"parts": 7.0, "data": 0.5, "before": 6.0, "align": 5.0, "tune": 9.0, "after": 6.0, "page": 1.0}

@@ -199,7 +199,7 @@ def accuracy_rows(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def type_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Return the percentage of right answers by question type and run, `-` where a run had no question of a type."""
+    """Return the percentage of correct answers by question type and run; `-` for a type without questions."""
     names = [name for name in RUNS if name in result["accuracy"]]
     return [
         [kind, *(f"{shares[name]:.0f}" if name in shares else "-" for name in names)]

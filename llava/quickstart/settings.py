@@ -18,7 +18,7 @@ FEWEST_TEST_DRAWINGS = 50
 """Smallest number of test drawings; with fewer the intervals are too wide."""
 
 AUTO, GIVEN = "auto", "given"
-"""Size of a run that is not yet fitted to the machine, and of one whose rows the user has chosen."""
+"""Names of the size before it is fitted to the machine, and of a user's own number of rows."""
 
 SIZED = ("size", "num_train", "captions_per_step", "questions_per_step")
 """Settings that a size sets."""
@@ -90,7 +90,7 @@ class QuickstartSettings:
 
 
 def stored_settings(out: Path) -> dict[str, Any] | None:
-    """Return the settings of the run in a folder; None without a run, also if another program wrote such a file."""
+    """Return the settings of the run in a folder; None without a run or if another program wrote the file."""
     try:
         found = read_object(out / SETTINGS)
     except DataError:

@@ -1,4 +1,4 @@
-"""Words that deny a finding, make it uncertain, end the reach of such a word, or state the size of the heart."""
+"""Words that negate a finding, make it uncertain, end the scope of a cue, or state the heart size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHANGE = (
 _GENERAL = "listed by the published certainty rules"
 
 CUES: dict[str, tuple[Entry, ...]] = {
-    # Of no effect; earlier than the cues that they contain.
+    # Phrases without effect; they are listed before the cues that they contain.
     "none": (
         *entries(
             rf"(?:no|without|not)(?: \w+){{0,3}} {_CHANGE}(?: in| of| from)?",
@@ -132,7 +132,7 @@ STOPS = Finder(
 NOT_STOPS = Finder(
     entries(r"(?:consistent|compatible|associated|compared|comparison|deal\w*|correlat\w+|in keeping) with")
 )
-"""Words that contain a stop and are none."""
+"""Words that contain a stop but do not end a cue's reach."""
 
 HEART = Finder(
     (

@@ -116,7 +116,7 @@ def _parts(between: str) -> bool:
 
 
 def _starts_statement(sentence: str, last: _Item, organ: _Item, later: list[_Item]) -> bool:
-    """Return whether an organ after a comma has its own verb and state: `large heart, mediastinum appears ...`."""
+    """Return whether an organ after a comma has its own verb: `large heart, mediastinum appears ...`."""
     between = sentence[last.end : organ.start]
     if "," not in between or re.search(r"\band\b", between) or not later or _is_organ(later[0]):
         return False

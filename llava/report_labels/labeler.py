@@ -35,7 +35,7 @@ RULES_VERSION = "4"
 
 _RANK = {POSITIVE: 3, UNCERTAIN: 2, NEGATIVE: 1}
 _STABLE_RANK = 0
-"""Rank of a heart or mediastinum that is only stable: whatever else the report says of it decides."""
+"""Rank of a heart or mediastinum that is only called stable; any other statement about it takes precedence."""
 
 
 def label_report(text: str) -> ReportLabels:

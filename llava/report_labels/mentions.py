@@ -119,7 +119,7 @@ SOFT_MENTIONS: dict[str, tuple[Entry, ...]] = {
         Entry(r"cephali[sz]ation|vascular redistribution|venous hypertension", _GENERAL),
     ),
 }
-"""Words that make a finding no more than uncertain."""
+"""Words that make a finding uncertain."""
 
 NOT_MENTIONS: dict[str, tuple[Entry, ...]] = {
     "Lung Opacity": (

@@ -26,7 +26,7 @@ _STARTS = (
 _NEW = re.compile(rf"\b[a-z]+ (?={_STARTS} [a-z])")
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 
-_CLAUSE = re.compile(  # a new clause with its own verb; predicates of a list ("A, B or C is seen") are none
+_CLAUSE = re.compile(  # a new clause with its own verb, which the predicate of a list ("A, B or C is seen") is not
     r"(?:,|\band)\s+(?:the\s+|a\s+|an\s+)?(?!no\b|without\b|or\b|and\b)\w+(?:\s+(?!or\b|and\b)\w+){0,3}?\s+"
     r"(?:is|are|was|were|has|have|appears?|remains?|shows?|demonstrates?)\s+"
     r"(?!(?:not\s+)?(?:seen|identified|noted|present|visuali|appreciat|demonstrat|evident|detect|observed|found|visible))"
@@ -67,16 +67,16 @@ _TERM_AFTER = re.compile(
     rf"^(?P<between>[\s/-]*(?:[\w-]+\s+){{0,3}}?)(?:and/or|or),?\s+(?:less\s+\w+,?\s+)?(?:[\w-]+\s+){{0,3}}?{_TERMS}"
 )
 _TERM_BEFORE = re.compile(rf"\b{_TERMS}\s+(?:and/or|or|versus|vs)\s+(?:[\w-]+\s+){{0,3}}?$")
-"""Other things that a mention is an alternative to."""
+"""Other alternatives to a mention."""
 
 MAX_SENTENCE = 600
-"""Characters of a sentence; the longest of the Indiana University reports has 254."""
+"""Maximum characters of a sentence; the longest in the Indiana University reports has 254."""
 
 MAX_JOINED = 100
 """Characters between two alternatives; more than `_JOINED` matches."""
 
 NEAR = 64
-"""Characters that a single adjective of uncertainty reaches."""
+"""Reach of a single adjective of uncertainty in characters."""
 
 
 _SECTION = re.compile(  # headers of what was known before the image was read, and of what was seen
@@ -106,7 +106,7 @@ def findings_parts(text: str) -> Iterator[tuple[int, int]]:
 
 
 def condition_spans(sentence: str) -> list[tuple[int, int]]:
-    """Return the places of what states nothing: conditions (`if there is a mass`), what `could hide a nodule`."""
+    """Return the spans that state nothing: conditions (`if there is a mass`), `could hide a nodule`."""
     found = [match.span() for match in _CONDITION.finditer(sentence)] if "if " in sentence else []
     if any(word in sentence for word in (" obscure", " hide", " mask")):
         found += [match.span() for match in _HIDDEN.finditer(sentence)]
@@ -178,7 +178,7 @@ class Scopes:
         self.items = [match.start() for match in _AND_ITEM.finditer(sentence)]
 
     def assess(self, start: int, end: int, mentions: list[tuple[int, int]]) -> tuple[int, str]:
-        """Return the value of the mention at `start` to `end`, and the words that decide; empty for a plain mention.
+        """Return the value of the mention in `[start, end)` and the deciding words; empty for a plain mention.
 
         Args:
             start: first character of the mention.

@@ -1,4 +1,4 @@
-"""Closed answers by the strict rules: yes and no, options by letter, text or both, and other texts by equality."""
+"""Closed answers by strict rules: yes and no, options by letter or text, and other texts by equality."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NEGATIONS = frozenset(("not", "no", "nor", "neither", "never", "except", "witho
 
 
 def choices_of(meta: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
-    """Return the options and the letter of the right one in the fields of a multiple-choice row; else both empty.
+    """Return options and correct letter from the fields of a multiple-choice row; both empty otherwise.
 
     The fields are `choices` (a list of texts) and `answer_label` (a letter), as `llava data pmc-vqa --choices` writes
     them. Fields of another form are ignored.
@@ -59,7 +59,7 @@ def is_closed_hit(reference: str, prediction: str, *, choices: Sequence[str] = (
 
 
 def named_options(answer: str, choices: Sequence[str]) -> frozenset[int]:
-    """Return the places of the options that an answer names, from 0; of options with equal texts the first.
+    """Return the indices of the options that an answer names; of options with equal texts, the first.
 
     `B`, `(b)`, `B.`, `liver`, `The liver.`, `B: liver`, `liver (B)` and `The answer is B` name one option; `A or B`,
     `B: lung` (where lung is A) and `lung and liver` name two. A negated answer (`not B`) names none.
@@ -94,7 +94,7 @@ def _option_of(words: list[str], texts: Sequence[list[str]]) -> int | None:
 
 
 def _named_by_text(words: list[str], texts: Sequence[list[str]]) -> tuple[set[int], list[str]]:
-    """Return the options whose text is part of an answer, the longest text first, and the words with texts as marks."""
+    """Return the options whose text is part of an answer, longest first, and the words with those marked."""
     found: set[int] = set()
     for text in sorted(filter(None, texts), key=len, reverse=True):
         size = len(text)

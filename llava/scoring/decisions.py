@@ -19,7 +19,7 @@ _SHORT_WORD = re.compile(r"[a-z][a-z/_-]{0,15}", re.IGNORECASE | re.ASCII)
 
 
 def unified_text(text: str) -> str:
-    """Return a text in one Unicode form: composed, full-width letters as usual ones, no invisible characters."""
+    """Return a text in one Unicode form: composed, half-width letters, no invisible characters."""
     if text.isascii():
         return text
     composed = unicodedata.normalize("NFKC", text)

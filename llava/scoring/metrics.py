@@ -136,7 +136,7 @@ class Metric:
 
 
 def closed_hit(item: ScoredAnswer) -> float:
-    """Return 1 if the option, the decision (yes/no) or else the answer is that of the reference, otherwise 0.
+    """Return 1 if the option, decision (yes/no) or else the answer equals the reference's, otherwise 0.
 
     A failed or empty answer is never right.
     """
@@ -165,7 +165,7 @@ def _open(place: int) -> Callable[[Sequence[ScoredAnswer]], list[float]]:
 
 
 def _word_recall(item: ScoredAnswer) -> float:
-    """Return the share of the words of an open reference that are in the answer; NaN for a closed question."""
+    """Return the share of an open reference's words found in the answer; NaN for a closed question."""
     if item.closed:
         return NAN
     wanted, found = words_of(item.reference), set(words_of(item.prediction))

@@ -1,4 +1,4 @@
-"""Words that the strict scores compare: one spelling of each text, and no word that carries meaning is lost.
+"""Words that the strict scores compare: one spelling per text, keeping every word that has a meaning.
 
     text --unified--> one spelling of letters, quotes and dashes --articles, marks--> words (numbers, contractions)
 
@@ -34,7 +34,7 @@ _NEAR = 64
 
 
 def strict_words(text: str, *, letter_after: frozenset[str] = frozenset()) -> list[str]:
-    """Return the words of a text that the strict scores compare; empty only for a text without any character.
+    """Return the words of a text that the strict scores compare; empty only for a text without characters.
 
     Articles are left out, but not a capital A inside a text (`type A dissection`), an `a` that no word follows
     (`hepatitis A`), nor the words of a text that would be left out whole (`A`, `the`, `+`, `?`).
@@ -49,7 +49,7 @@ def strict_words(text: str, *, letter_after: frozenset[str] = frozenset()) -> li
 
 
 def strict_pair(reference: str, prediction: str) -> tuple[list[str], list[str]]:
-    """Return the words of both texts; what is a letter in one (`type A`) is a letter in the other (`type a`)."""
+    """Return the words of both texts; a letter in one (`type A`) is also a letter in the other (`type a`)."""
     words = strict_words(reference), strict_words(prediction)
     after = frozenset(before for one in words for before, word in pairwise(one) if word == "a")
     if not after:

@@ -1,4 +1,4 @@
-"""Back-pressure: a bounded number of sequences run, a bounded number of requests wait, served in turn by key.
+"""Back-pressure: bounded running sequences and waiting requests, admitted in turn by key.
 
     async with admission.place(key, num_sequences): ...      waits for its turn; refuses at once when too many wait
 

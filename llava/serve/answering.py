@@ -1,4 +1,4 @@
-"""Answers of a worker: a parsed request through limits, queue and engine to events, for both protocols.
+"""Answers of a worker: parsed request to limits, queue, engine and events of both protocols.
 
 AnswerJob --text limits, images (in a thread)--> Prompt --Admission: wait for a place--> engine.submit --> events
 """

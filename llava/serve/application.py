@@ -142,7 +142,7 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 
 async def _on_left(request: Request, error: Exception) -> Response:
     record_of(request).code = LEFT
-    return Response(status_code=499)  # as servers note it in their logs; no client gets it
+    return Response(status_code=499)  # for server logs only; never sent to a client
 
 
 async def _on_failure(request: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""Audit lines: who asked when, with counts instead of content, each line with the hash of the one before.
+"""Audit log: who asked when, with counts instead of content, chained by the hash of the line before.
 
 python -m llava.serve.audit FILE          check the chain; status 1 at the first break
 """

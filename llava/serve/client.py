@@ -82,7 +82,7 @@ class ServerClient:
         self.post("/refresh_all_workers")
 
     def models(self) -> list[str]:
-        """Return the names of a controller's models, or of those of another server with the OpenAI protocol, sorted."""
+        """Return the sorted model names of a controller or of another OpenAI-protocol server."""
         try:
             found = self.post("/list_models")
             names = found.get("models") if isinstance(found, dict) else None
@@ -159,7 +159,7 @@ class ServerClient:
 
 
 async def chat_chunks(url: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield the chunks of a chat completion as `ServerClient.stream_chat` does; closing the generator cancels it.
+    """Yield chat completion chunks like `ServerClient.stream_chat`; closing the generator cancels it.
 
     Raises:
         ServerUnavailable: the server cannot be reached, or the connection breaks.

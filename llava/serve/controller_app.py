@@ -1,4 +1,4 @@
-"""Application of a controller: the old protocol's registry of workers, and both protocols passed on to them."""
+"""Application of a controller: the old protocol's worker registry, and forwarding for both protocols."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Controller:
             transport=self.transport,
             follow_redirects=False,
             timeout=STATUS_SECONDS,
-            # A kept connection that a worker closes just now would look like a lost worker.
+            # A kept-alive connection that a worker is just closing would look like a lost worker.
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
         )
         self.forwarder = Forwarder(self.registry, self.http, self._headers)

@@ -1,4 +1,4 @@
-"""Errors of requests: codes with their statuses, the body of the OpenAI protocol and the frame of the old one.
+"""Request errors: codes and statuses, the OpenAI protocol's error body and the old protocol's frame.
 
 RequestError(code, message) --error_response--> {"error": {"message", "type", "param", "code"}}
                             --error_frame-->    {"text", "error_code", "detail"} and a zero byte

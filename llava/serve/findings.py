@@ -195,4 +195,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.warning("%s: cut at --max-new-tokens %d", ", ".join(cut), args.max_new_tokens)
     failed = [row["image"] for row in rows if "error" in row]
     if failed:
-        raise GenerationError(f"no findings of {', '.join(failed)}; the reason is written in their place")
+        raise GenerationError(f"no findings for {', '.join(failed)}; the output has the reason instead")

@@ -1,4 +1,4 @@
-"""Gate in front of a server's routes: request id, host name, keys, size of bodies, errors, audit and metrics.
+"""Gate in front of a server's routes: request id, host, keys, body size, errors, audit and metrics.
 
 connection --Gate: x-request-id, Host, Authorization--> route --RequestError--> body or frame of the protocol
                                                         `--> RequestRecord --> audit line, metrics
@@ -202,7 +202,7 @@ class Gate:
         own = str((scope.get("server") or ("", 0))[0] or "").lower()
         if name in ("localhost", *self.settings.hosts) or _same_address(name, own):
             return
-        # A page of another site whose name was pointed at this machine would otherwise be able to ask.
+        # Otherwise a site whose host name resolves to this machine (DNS rebinding) could send requests.
         raise RequestError("invalid_value", "the Host header names another server; see --public-host", param="Host")
 
     def _has_cluster_key(self, headers: dict[str, str]) -> bool:
@@ -280,7 +280,7 @@ def is_loopback(host: str) -> bool:
 
 
 def comes_from_here(scope: Scope, headers: Mapping[str, str]) -> bool:
-    """Return whether a request was made on this machine, and not by a proxy that passes on what others ask."""
+    """Return whether a request was made on this machine, and not by a proxy on behalf of others."""
     if any(name in headers for name in ("x-forwarded-for", "forwarded", "x-real-ip")):
         return False
     client = str((scope.get("client") or ("", 0))[0])
@@ -289,7 +289,7 @@ def comes_from_here(scope: Scope, headers: Mapping[str, str]) -> bool:
 
 
 def _same_address(name: str, own: str) -> bool:
-    """Return whether a host is the address that the connection came to; on this machine, any loopback address is."""
+    """Return whether a host is the connection's own address; locally, any loopback address counts."""
     return bool(name) and (name == own or (is_loopback(name) and is_loopback(own)))
 
 
@@ -383,4 +383,4 @@ async def _stop(task: asyncio.Task[Any]) -> None:
     task.cancel()
     await asyncio.wait({task})
     if not task.cancelled():
-        task.exception()  # marks it as seen
+        task.exception()  # marks the exception as retrieved

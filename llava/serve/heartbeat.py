@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 15.0
 RETRY_SECONDS = 3.0
-"""Time after which a controller that did not answer is asked again."""
+"""Delay before a controller that did not answer is retried."""
 
 ANSWER_SECONDS = 5.0
 
@@ -79,5 +79,5 @@ class Heart:
 
     def _complain(self, reason: str) -> None:
         if not self._has_complained:
-            logger.warning("the controller at %s does not accept this worker (%s); trying on", self.controller, reason)
+            logger.warning("the controller at %s does not accept this worker (%s); retrying", self.controller, reason)
             self._has_complained = True

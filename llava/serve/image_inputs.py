@@ -90,7 +90,9 @@ def read_images(images: Sequence[ImageInput], limits: ImageLimits, *, is_bare: b
 
 
 def read_image(image: ImageInput, limits: ImageLimits, *, is_bare: bool = False) -> bytes:
-    """Return the file bytes of one image; a DICOM file with a window or a frame of its own is rendered to PNG.
+    """Return the file bytes of one image.
+
+    A DICOM file with its own window or frame is rendered to PNG.
 
     Raises:
         RequestError: it is refused; the code says why.
@@ -264,7 +266,10 @@ def _fetched(image: ImageInput, limits: ImageLimits) -> bytes:
 
 
 def _pinned_request(parts: SplitResult) -> dict[str, Any]:
-    """Return the request to the resolved IP address of a URL's host; loopback and link-local ones must be named."""
+    """Return the request to the resolved IP of a URL's host.
+
+    Loopback and link-local hosts must be allowed by name.
+    """
     host = parts.hostname or ""
     port = parts.port or (443 if parts.scheme == "https" else 80)
     number = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])

@@ -1,4 +1,4 @@
-"""API keys of clients and the key of a cluster: files that only their owner can read, compared in constant time.
+"""API keys of clients and the cluster key: owner-only files, compared in constant time.
 
 ID SECRET [rpm=N] [max_running=N]        SECRET: the key, or sha256:HEX of it
 """
@@ -20,7 +20,7 @@ from llava.serve.failures import RequestError, busy
 from llava.utils.jsonl import read_text
 
 CLUSTER_HEADER = "x-llava-cluster"
-"""Header with the key of a cluster, from workers to the controller and back."""
+"""Header with the cluster key, in requests between workers and controller."""
 
 WINDOW_SECONDS = 60.0
 HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
@@ -153,7 +153,7 @@ class KeyRing:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         digest = _digest(token.strip())
         found = None
-        for key in self._keys:  # all of them, so that the time does not tell which is near
+        for key in self._keys:  # compare with all keys, so that timing reveals nothing
             if hmac.compare_digest(key.digest, digest):
                 found = key
         if found is None or scheme.lower() != "bearer":

@@ -32,7 +32,7 @@ from llava.serve.schemas import (
 
 OLD_MAX_NEW_TOKENS = 1024
 MAX_PARAM = 120
-"""Characters of `param`; a client can name a field as it likes."""
+"""Maximum characters of `param`, since clients choose field names."""
 
 GREEDY_BELOW = 1e-3
 """Temperature of the old protocol below which decoding is greedy."""
@@ -242,7 +242,7 @@ def _history(body: ChatBody, *, num_turns: int) -> History | None:
         param = f"messages[{place}].token_ids"
         if message.token_ids is None:
             if answers and message.role == "assistant":
-                raise RequestError("invalid_value", f"{param} is missing: an answer before it has them", param=param)
+                raise RequestError("invalid_value", f"{param} is missing, but an earlier answer has it", param=param)
             continue
         if body.dialogue is None or message.role != "assistant" or message.content != "":
             reason = "belongs to answers in a request with dialogue, whose content is empty"
@@ -337,7 +337,7 @@ OLD_FIELDS: dict[str, tuple[Check, str]] = {
     ),
     "images": (_is_texts, "a list of base64 strings"),
 }
-"""Fields of the old protocol, with their checks; null is as absent, and other fields had no meaning there either."""
+"""Fields of the old protocol, with their checks; null counts as absent, and other fields never had an effect."""
 
 
 def parse_generate(value: Mapping[str, Any]) -> RawRequest:

@@ -14,7 +14,7 @@ from llava.serve.options import WITHOUT_EFFECT, add_guard_options, add_loading_n
 from llava.utils.cli import Parser, run_program
 
 SPINS = "1000"
-"""Turns that a waiting thread of GNU OpenMP makes before it sleeps, unless the variable GOMP_SPINCOUNT is set."""
+"""Spins of a waiting GNU OpenMP thread before it sleeps, unless GOMP_SPINCOUNT is set."""
 
 
 def add_model_options(parser: Parser) -> None:

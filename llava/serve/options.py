@@ -1,4 +1,4 @@
-"""Options that the commands of the server share: listening, limits, keys; what they do not name has safe defaults.
+"""Options shared by the server commands: listening, limits and keys, with safe defaults.
 
 Importing this module loads neither torch nor the packages of the extra `serve`.
 """

@@ -1,4 +1,4 @@
-"""Web page of a controller: chat about images, with a viewer, windows of DICOM files, votes and a stop button.
+"""Web page of a controller: chat about images, with viewer, DICOM windows, votes and a stop button.
 
 Importing this module needs the extra `serve`.
 """
@@ -23,7 +23,7 @@ from llava.serve.page_uploads import Uploads
 from llava.serve.page_view import NOTICE, viewer_html
 
 POLL_SECONDS = 5.0
-"""Time after which the page asks for the models again; it finds new workers by itself."""
+"""Interval at which the page asks for the models again, to find new workers."""
 
 STOPPED = "stopped"
 NUM_ANSWERED = 6

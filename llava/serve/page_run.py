@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 FOLDER_PREFIX = "llava-page-"
 MAX_UPLOAD = 64 << 20
 
-# Gradio's page refers to servers of others; browsers do not load them under this policy.
+# Gradio's page refers to third-party servers; under this policy browsers load nothing from them.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; media-src 'self' data: blob:; connect-src 'self'; "
@@ -126,7 +126,7 @@ class WithPolicy:
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """Give uploads a folder of their own while they are read; remove it, and those of pages that were killed."""
+    """Use a temporary folder for uploads; remove it, and those of killed pages, at the end."""
     root = Path(tempfile.gettempdir())
     for left in root.glob(f"{FOLDER_PREFIX}*"):
         number = left.name.removeprefix(FOLDER_PREFIX).partition("-")[0]

@@ -1,4 +1,4 @@
-"""Forwarding of requests from a controller to its workers, with another try where nothing was sent yet.
+"""Forwarding of requests from a controller to its workers, with a retry while nothing was sent.
 
 request --Registry.choose--> worker --first piece--> client
               ^---- lost, draining or full ----'
@@ -70,7 +70,7 @@ class Forwarder:
     def __init__(
         self, registry: Registry, http: httpx2.AsyncClient, headers_of: Callable[[str], dict[str, str]]
     ) -> None:
-        """Forward to the workers of `registry`; `headers_of` returns the controller's own headers for a worker."""
+        """Forward to the workers of `registry`; `headers_of` returns the controller's headers for a worker."""
         self.registry = registry
         self.http = http
         self.headers_of = headers_of

@@ -1,4 +1,4 @@
-"""Workers that a controller knows: which models they serve, how long their queues are, when they last reported.
+"""Registry of a controller's workers: served models, queue lengths and last reports.
 
 Nothing here waits, reads a clock or opens a connection: time and random numbers are given at construction.
 """
@@ -18,7 +18,7 @@ EXPIRY_SECONDS = 30.0
 """Silence after which a worker with heartbeats is dropped."""
 
 SMALLEST_SPEED = 1e-4
-"""Sum of speeds below which the lottery draws no worker."""
+"""Sum of speeds below which no worker is drawn."""
 
 
 @dataclass(frozen=True, slots=True)

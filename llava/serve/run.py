@@ -1,4 +1,4 @@
-"""`llava serve`: controller, worker and page as one service that restarts what dies and drains before it ends.
+"""`llava serve`: controller, worker and page as one service that restarts failed processes and drains.
 
 llava serve --model-path runs/first --port 8000
     python -m llava.serve.controller          http://127.0.0.1:8000/v1
@@ -122,7 +122,7 @@ def words_of(add_options: Callable[[Parser], None], args: argparse.Namespace) ->
     for action in parser._actions:
         value = getattr(args, action.dest)
         if action.dest in done:
-            continue  # another name for the same value
+            continue  # alias for the same value
         done.add(action.dest)
         if value == action.default:
             continue

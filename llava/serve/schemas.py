@@ -132,7 +132,7 @@ class ChatBody(_Strict):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    # Far smaller ones divide logits to infinity.
+    # Dividing logits by much smaller temperatures overflows.
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -182,7 +182,7 @@ class Supervisor:
 
 
 def _death_signal(parent: int) -> Callable[[], None]:
-    """Return a function that lets a new process get SIGTERM when its parent dies, where the system can do that."""
+    """Return a function that makes a new process get SIGTERM when its parent dies, where supported."""
     try:
         prctl = ctypes.CDLL(None).prctl
     except (OSError, AttributeError):

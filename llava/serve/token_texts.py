@@ -24,7 +24,7 @@ class TokenTexts:
         self.text_of = lru_cache(maxsize=1 << 16)(self._text_of)
 
     def _text_of(self, token_id: int) -> tuple[str, bytes | None]:
-        """Return the text of a token and its bytes; None where the bytes are part of a character of several tokens."""
+        """Return text and bytes of a token; text None where the bytes are part of a multi-token character."""
         piece = self.tokenizer.convert_ids_to_tokens(token_id)
         if piece is None:
             return "", b""

@@ -51,7 +51,7 @@ def run_worker(args: argparse.Namespace) -> int:
     setup_logging()
     warn_without_effect(args)
     admission, images = _limits(args)
-    # The port is taken first: a model that takes minutes to load should not find it taken.
+    # Bind the port first, so that a conflict is reported before a model is loaded for minutes.
     sockets = bind(args.host, checked_port(args.port))
     port = sockets[0].getsockname()[1]
     address = checked_url(args.worker_address or url_of(args.host, port), "--worker-address")

@@ -1,4 +1,4 @@
-"""Checks of a rule set as a whole: paths against profiles, phrases against the extractor, rows against constraints."""
+"""Checks of a rule set: paths against profiles, phrases against extractor, rows against constraints."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _phrase_errors(rules: RuleSet) -> Iterator[str]:
 
 
 def _not_read_back(node: RuleNode, phrases: Phrases, context: Mapping[str, float]) -> Iterator[str]:
-    """Yield the answers and claims that the extractor reads as another value, also after agreement or disagreement."""
+    """Yield answers and claims that the extractor reads as another value, also after agreement or denial."""
     if not node.extract:
         return
     before = [prefix for name, prefix in PREFIXES.items() if context.get(name)]
@@ -117,7 +117,7 @@ def _not_read_back(node: RuleNode, phrases: Phrases, context: Mapping[str, float
 
 
 def table_truths(rules: RuleSet, rows: Sequence[dict[str, Any]]) -> tuple[list[Assignment], list[tuple[int, str]]]:
-    """Return the assignments of the rows that have a valid one, and the number and error of each other row."""
+    """Return the assignments of rows that have a valid one, and number and error of each other row."""
     truths: list[Assignment] = []
     wrong: list[tuple[int, str]] = []
     for index, row in enumerate(rows):

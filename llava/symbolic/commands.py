@@ -1,4 +1,4 @@
-"""`llava rules check`, `score` and `priors`: check a rule file, score conversations with it, count true values."""
+"""`llava rules check`, `score`, `priors`: check a rule file, score conversations, count true values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llava.utils.jsonl import read_object, write_json, write_records
 from llava.utils.terminal import write_out
 
 LISTED = 50
-"""Most errors and warnings that are printed; --json has all."""
+"""Maximum number of errors and warnings that are printed; --json has all."""
 
 
 def make_check_parser() -> Parser:

@@ -1,4 +1,4 @@
-"""`llava rules dialogues`: the rows of a table become dialogues in LLaVA's form, in several orders of questions.
+"""`llava rules dialogues`: turn table rows into dialogues in LLaVA's form, in several question orders.
 
 row --labels--> truth --style--> asked nodes --context, phrases of the split--> conversations
 """
@@ -141,7 +141,7 @@ class Wordings:
 def question_and_answer(
     wordings: Wordings, truth: Assignment, id: str, context: str, draw: random.Random
 ) -> tuple[str, str]:
-    """Return a question, with the statement of a clinician before it where the context has one, and its answer."""
+    """Return a question, after a clinician's statement where the context has one, and its answer."""
     rules, phrases, split = wordings.rules, wordings.phrases, wordings.split
     question = draw.choice(phrases.questions[id][split])
     answer = draw.choice(phrases.answers[id][truth[id]][split])

@@ -1,4 +1,4 @@
-"""Reading of untrusted YAML: a tree of texts, lists and maps with line numbers, and every error with its line.
+"""Reader of untrusted YAML: a tree of texts, lists and maps with line numbers, also for every error.
 
 bytes --size, UTF-8--> text --events of the parser--> Item(text | list | map, line)
 """
@@ -15,13 +15,13 @@ import yaml
 from llava.errors import DataError
 
 MAX_BYTES = 1_000_000
-"""Largest file in bytes."""
+"""Maximum size of a file in bytes."""
 
 MAX_DEPTH = 12
-"""Deepest nesting of lists and maps."""
+"""Maximum nesting depth of lists and maps."""
 
 MAX_ITEMS = 100_000
-"""Most texts, lists and maps of a file."""
+"""Maximum number of texts, lists and maps of a file."""
 
 AMBIGUOUS = frozenset({"yes", "no", "on", "off"})
 """Plain words that some YAML versions read as true or false."""

@@ -1,4 +1,4 @@
-"""Draft of a rule set: nodes as a specialist describes them, and the rule and phrase files that they become."""
+"""Draft of a rule set: nodes as a specialist describes them, and the resulting rule and phrase files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DraftNode:
         return RuleNode(self.id, tuple(self.words), abstain=self.abstain or None, extract=rules)
 
     def priority(self, value: str) -> float:
-        """Return how many phrases of other values are part of phrases of this one: those of longer ones decide."""
+        """Return how many phrases of other values are part of phrases of this one; longer phrases decide."""
         others = [word for other, words in self.words.items() if other != value for word in words]
         return float(
             sum(re.search(pattern_of(other), word) is not None for other in others for word in self.words[value])

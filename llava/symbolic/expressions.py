@@ -1,4 +1,4 @@
-"""Arithmetic conditions over the numeric columns of a row: `Myeloblast / num_cells > 0.2 and quality == 0`.
+"""Arithmetic conditions over numeric columns: `Myeloblast / num_cells > 0.2 and quality == 0`.
 
 or:       and ("or" and)*
 and:      not ("and" not)*
@@ -21,10 +21,10 @@ from typing import Any, NoReturn
 from llava.errors import DataError
 
 MAX_CHARACTERS = 1000
-"""Longest expression in characters."""
+"""Maximum length of an expression in characters."""
 
 MAX_DEPTH = 32
-"""Deepest nesting of parentheses, signs and `not`."""
+"""Maximum nesting depth of parentheses, signs and `not`."""
 
 TOKEN = re.compile(
     r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)|([^\W\d]\w*)|(<=|>=|==|!=|[-+*/()<>≤≥≠])", re.IGNORECASE

@@ -23,13 +23,13 @@ CUES = Path(__file__).parent / "cues"
 CUE_KEYS = ("clause_words", "before", "after", "harmless", "hedges")
 
 WORDS_BEFORE = 8
-"""Most words between a cue and the match after it."""
+"""Maximum number of words between a cue and the match after it."""
 
 WORDS_AFTER = 3
-"""Most words between a match and the cue after it."""
+"""Maximum number of words between a match and the cue after it."""
 
 NEGATED_PRIORITY = 0.5
-"""How much a negated match counts less, so that a positive mention of another value decides."""
+"""Amount subtracted from a negated match's priority, so that a positive mention of another value wins."""
 
 APOSTROPHES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'", "\uff07": "'"})
 
@@ -40,7 +40,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """Value of a text: one of the node, `__no_match__` or `__conflict__`; and whether it is stated as uncertain."""
+    """Value read from a text: a node's value, `__no_match__` or `__conflict__`, and its uncertainty."""
 
     value: str
     hedged: bool = False
@@ -101,7 +101,7 @@ def _any_word(texts: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def normalize(text: str) -> str:
-    """Return a text in lower case and NFKC, cut to `MAX_TEXT`, without invisible characters, with single spaces."""
+    """Return a text as lower-case NFKC, cut to `MAX_TEXT`, single-spaced, without invisible characters."""
     text = text[:MAX_TEXT]
     if not text.isascii() or not text.isprintable():
         text = unicodedata.normalize("NFKC", text).translate(APOSTROPHES)

@@ -1,4 +1,4 @@
-"""Drawing of a rule set: a column of values for each node, and lines between neighbors that one valid path has."""
+"""Drawing of a rule set: a column of values per node, and lines between values on a valid path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 136, 28
 """Size of a box in pixels."""
 
 MAX_LETTERS = 18
-"""Longest text of a box; longer ones are cut, and the tables below have them in full."""
+"""Maximum number of characters in a box; longer texts are cut there and complete in the tables below."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def assign(rules: RuleSet, row: Mapping[str, Any]) -> Assignment:
 
 
 def _count(column: CountColumn, row: Mapping[str, Any]) -> int:
-    """Return the number of entries of a list field; an entry that is no object is compared under the key `value`."""
+    """Return the number of entries of a list field; an entry that is no object is compared as `value`."""
     if column.field not in row:
         raise DataError(f"column {column.field!r} is missing")
     entries = row[column.field]

@@ -1,4 +1,4 @@
-"""`llava rules lint`: what policies that do not look at the image earn, against one that is right half of the time.
+"""`llava rules lint`: rewards of policies that ignore the image, compared with one that is half right.
 
 truths of a table --policies--> answers --reward--> share of what perfect answers earn, with and without balance
 """

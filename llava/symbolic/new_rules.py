@@ -1,4 +1,4 @@
-"""`llava rules new`: questions in the terminal, whose answers become a rule file that passes `llava rules check`.
+"""`llava rules new`: interview in the terminal that writes a rule file valid for `llava rules check`.
 
 name --> nodes (question, values, words that name them, sentences) --> valid paths --> table column --> two files
 """
@@ -22,10 +22,10 @@ from llava.utils.jsonl import write_atomic
 from llava.utils.terminal import write_out
 
 MAX_WORDS = 12
-"""Most words or phrases that name one value."""
+"""Maximum number of words or phrases that name one value."""
 
 Read = Callable[[], str]
-"""Return the next line, without its end."""
+"""Function that returns the next line without its line break."""
 
 
 class Interview:

@@ -42,7 +42,7 @@ def released_sum(rules: RuleSet, settings: RewardSettings, scored: ScoredAnswers
 
 
 def chain_mean(rules: RuleSet, settings: RewardSettings, scored: ScoredAnswers) -> tuple[float, list[float]]:
-    """Return the mean of the credits, multiplied by how much of the conversation is the truth or a valid path."""
+    """Return the mean credit times the share of the conversation that is true or on a valid path."""
     if list(scored.values) == list(scored.true):
         factor = 5.0
     elif rules.agreement(scored.asked, scored.values) == len(scored.asked):
@@ -68,7 +68,7 @@ def _longest_run(rules: RuleSet, asked: Sequence[str], values: Sequence[str]) ->
 
 
 def acs_sum(rules: RuleSet, settings: RewardSettings, scored: ScoredAnswers) -> tuple[float, list[float]]:
-    """Return credits, with terms for the diagnosis, the laboratory test and the agreement of first node and diagnosis.
+    """Return credits with terms for diagnosis, laboratory test, and agreement of first node and diagnosis.
 
     The diagnosis is the primary node, the test the one before it; what is positive follows from the valid paths.
 

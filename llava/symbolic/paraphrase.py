@@ -1,4 +1,4 @@
-"""Paraphrases of the answers by a language model, kept only if the extractor reads the same value back.
+"""Paraphrases of answers by a language model, kept only if the extractor reads the same value.
 
 wordings of a split --ChatClient--> replies, stored as they arrive --lines--> checks --> further wordings
 """
@@ -21,7 +21,7 @@ from llava.utils.json_rows import read_records
 from llava.utils.jsonl import append_record, drop_incomplete_line
 
 MAX_LENGTH = 300
-"""Longest paraphrase in characters."""
+"""Maximum length of a paraphrase in characters."""
 
 MARK = re.compile(r"^\s*(?:[-*\u2022]|\(?\d{1,2}[.):])\s+")
 """Bullet or number before a line of a reply."""
@@ -139,7 +139,7 @@ def _lines(reply: str) -> Iterator[str]:
 
 
 def _is_faithful(rules: RuleSet, key: Key, text: str, taken: set[str]) -> bool:
-    """Return whether a paraphrase is new and is read as its value, as surely as the wording; then add it to `taken`."""
+    """Return whether a paraphrase is new and read as its value with equal certainty; add it to `taken`."""
     node, value, wording = key
     form = normalize(text)
     if len(text) > MAX_LENGTH or form in taken or IMAGE_TOKEN in text or not text.isprintable():

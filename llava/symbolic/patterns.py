@@ -1,4 +1,4 @@
-"""Regular expressions of untrusted files: refused if they could take long on a text of `MAX_TEXT` characters.
+"""Regular expressions of untrusted files; refused if possibly slow on `MAX_TEXT` characters.
 
 Python's engine backtracks, so the number of ways in which a pattern can begin at one position is bounded beforehand: a
 repeat has one way if what follows cannot begin with what it repeats, else as many as it has lengths.
@@ -19,10 +19,10 @@ MAX_TEXT = 4000
 """Characters of a text that are read."""
 
 MAX_PATTERN = 500
-"""Longest pattern in characters."""
+"""Maximum length of a pattern in characters."""
 
 MAX_WAYS = 2 * MAX_TEXT
-"""Most ways to begin at one position; one repeat without an upper bound is allowed to have all lengths."""
+"""Maximum number of ways to begin at one position; one repeat without an upper bound is allowed to have all lengths."""
 
 OTHER = 256
 """Stands for every character above U+00FF in a set of characters."""
@@ -65,7 +65,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def required_texts(pattern: str) -> frozenset[str]:
-    """Return texts in lower case of which every match of a pattern in such a text contains one; empty if unknown."""
+    """Return lower-case texts of which every match of a pattern contains one; empty if unknown."""
     return _required(list(_parser.parse(pattern, re.IGNORECASE)))
 
 
@@ -213,7 +213,7 @@ def _ways(items: Sequence[Any], follow: frozenset[int]) -> float:
     for index, (op, argument) in enumerate(items):
         rest = list(items[index + 1 :])
         after = _first(rest, follow)
-        # Before a zero-width test even a repeat at the end can be asked for its other lengths.
+        # Before a zero-width assertion, even a final repeat may be retried with other lengths.
         tested = any(op is ops.AT for op, _ in rest[:1])
         if op in REPEATS:
             total *= _repeat_ways(argument, ALL if tested else after)
@@ -242,7 +242,10 @@ def _repeat_ways(argument: Any, after: frozenset[int]) -> float:
 
 
 def _branch_ways(parts: list[list[Any]], after: frozenset[int]) -> float:
-    """Return the ways of alternatives: those of one if at most one can begin at a position, else their sum."""
+    """Return the ways of alternatives.
+
+    Those of one if at most one can begin at a position, else their sum.
+    """
     words = [tuple(argument for _, argument in part) for part in parts]
     literal = all(op is ops.LITERAL for part in parts for op, _ in part)
     if literal:

@@ -1,4 +1,4 @@
-"""Typed access to the parts of a rule file; what is wrong is collected with its line, so that all of it is reported."""
+"""Typed access to the parts of a rule file that collects all problems with their lines."""
 
 from __future__ import annotations
 

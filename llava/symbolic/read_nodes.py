@@ -13,7 +13,7 @@ from llava.symbolic.structure import SENTINELS, Allowed, Assignment, Constraint,
 MAX_NODES = 64
 MAX_VALUES = 64
 MAX_PATTERNS = 200
-"""Most nodes of a file, values of a node, and patterns of a node."""
+"""Maximum number of nodes of a file, values of a node, and patterns of a node."""
 
 NODE_KEYS = ("id", "values", "abstain", "primary", "confusable", "ask_when", "extract")
 EXTRACT_KEYS = ("value", "any", "priority", "negatable", "negated", "only_negated")

@@ -71,7 +71,7 @@ def _weights(item: Item, problems: Problems, what: str, known: tuple[str, ...]) 
 
 
 def read_reward(item: Item, problems: Problems) -> RewardSettings:
-    """Return the settings of the reward: those of its `preset`, by default `default`, with the changes of the file."""
+    """Return the reward settings: those of the `preset` (by default `default`) with the file's changes."""
     numbers = {"correct": 0.0, "wrong": -1e3, "no_match": -1e3, "abstain_wrong": -1e3}
     known = ("preset", *numbers, "partial", "consistency", "length", "format", "void", "balance", "normalize")
     keys = problems.map(item, "reward", known)

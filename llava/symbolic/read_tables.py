@@ -67,7 +67,7 @@ def read_labels(item: Item, problems: Problems, values: Values, profiles: dict[s
     labels: list[Label] = []
     for part in problems.list(item, "labels"):
         keys = problems.map(part, "label", ("when", "profile", "set", "default"))
-        if list(keys) == ["default"]:  # the only default there is
+        if list(keys) == ["default"]:  # the only default of this section
             problems.choice(keys["default"], "labels, default", ("error",))
             continue
         if "when" not in keys or ("profile" in keys) == ("set" in keys) or "default" in keys:

@@ -138,7 +138,7 @@ def _is_void(settings: RewardSettings, text: str, done: bool, length: tuple[floa
 def _shares(
     rules: RuleSet, settings: RewardSettings, scored: ScoredAnswers, turns: Sequence[Sequence[float]]
 ) -> tuple[float, float, list[float], tuple[float, float]]:
-    """Return consistency, bonus, the share of every turn in the raw reward, and the lowest and highest raw reward.
+    """Return consistency, bonus, each turn's share of the raw reward, and the raw reward's bounds.
 
     Args:
         rules: rule set.
@@ -293,7 +293,7 @@ def check_priors(rules: RuleSet, priors: object) -> dict[str, dict[str, float]]:
 
 
 def count_values(rules: RuleSet, assignments: Sequence[Mapping[str, str]]) -> dict[str, dict[str, int]]:
-    """Return the priors of a table: the count of every value over the rows in which its node is asked, by node."""
+    """Return the priors of a table by node: value counts over the rows in which the node is asked."""
     counts: dict[str, Counter[str]] = {node.id: Counter() for node in rules.nodes}
     for row in assignments:
         for id in rules.asked(row):

@@ -16,16 +16,16 @@ MAX_CONSTANT = 0.6
 """Largest share of the perfect reward that always the same answers may earn."""
 
 MAX_POLICIES, MAX_TRUTHS = 20, 200
-"""Most constant policies that are tried, and most distinct truths that they are tried on."""
+"""Maximum number of constant policies that are tried, and most distinct truths that they are tried on."""
 
 MAX_PATHS = 10_000
-"""Most valid paths with which constant policies are tried; with more, none of them can earn much."""
+"""Maximum number of valid paths with which constant policies are tried; with more, none of them can earn much."""
 
 MIN_ROWS = 30
-"""Fewest rows of a table whose distribution is used; with fewer, every valid path counts once."""
+"""Minimum number of rows of a table whose distribution is used; with fewer, every valid path counts once."""
 
 MAX_SHOWN = 5
-"""Most warnings of one kind about one node."""
+"""Maximum number of warnings of one kind about one node."""
 
 
 def iter_warnings(rules: RuleSet, truths: Sequence[Assignment] = ()) -> Iterator[str]:

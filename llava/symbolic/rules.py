@@ -1,4 +1,4 @@
-"""Rule files `llava.rules/v1`: one YAML file by a specialist, and its phrases, become a checked `RuleSet`.
+"""Rule files `llava.rules/v1`: one YAML file by a specialist and its phrases, read as a `RuleSet`.
 
 file --document--> items with lines --sections--> RuleSet, or errors with file and line
 """
@@ -57,7 +57,7 @@ def load_rules(path: str | Path) -> RuleSet:
 
 
 def read_rules(path: str | Path) -> tuple[RuleSet | None, list[str]]:
-    """Return the rules of a file and all its errors; no rules if a section that others need cannot be read."""
+    """Return the rules of a file, or None if a required section cannot be read, and all its errors."""
     path = Path(path)
     if not path.exists() and str(path) in shipped():
         path = shipped()[str(path)]

@@ -27,7 +27,7 @@ class Consistency:
 
 @dataclass(frozen=True, slots=True)
 class LengthPenalty:
-    """Penalty `weight * min(cap, max(0, |length - reference| - tolerance) / scale)`, lengths in characters."""
+    """Length penalty `weight * min(cap, max(0, |length - reference| - tolerance) / scale)`, in characters."""
 
     tolerance: float = 40.0
     scale: float = 100.0

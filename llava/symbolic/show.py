@@ -26,10 +26,10 @@ from llava.utils.reporting import render_page, text_table
 from llava.utils.terminal import write_out
 
 MAX_PATHS = 200
-"""Most valid paths of the page."""
+"""Maximum number of valid paths of the page."""
 
 MAX_TEXT = 160
-"""Most characters of an answer in the table of rewards."""
+"""Maximum number of characters of an answer in the table of rewards."""
 
 
 def make_parser() -> Parser:

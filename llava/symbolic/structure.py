@@ -1,4 +1,4 @@
-"""Rule set of one specialty: nodes with values, constraints, valid paths, labels, phrases and settings."""
+"""Rule set of one specialty: nodes with values, constraints, valid paths, labels, phrases, settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PREFIXES = {"agree": "Yes, I agree. ", "disagree": "No, I do not agree. "}
 """Beginning of the answer to a clinician's right or wrong statement."""
 
 MAX_STEPS = 5_000_000
-"""Most assignments that the search for valid paths visits."""
+"""Maximum number of assignments that the search for valid paths visits."""
 
 Assignment = dict[str, str]
 Allowed = dict[str, tuple[str, ...]]
@@ -269,7 +269,7 @@ class RuleSet:
         return left != 0
 
     def violations(self, assignment: Mapping[str, str]) -> list[str]:
-        """Return the ids of the constraints that the named nodes alone break, else `paths` if no valid path fits.
+        """Return the ids of constraints that the named nodes alone violate, or `paths` if no path fits.
 
         Raises:
             DataError: a node or value is unknown.
@@ -315,7 +315,7 @@ def _agreement(rules: RuleSet, asked: tuple[str, ...], values: tuple[str, ...]) 
 
 @dataclass(frozen=True, slots=True)
 class _Check:
-    """Implication whose last node is known: conditions by index of the node, then the allowed values of another."""
+    """Implication indexed by its last node: conditions by node index, then the allowed values of another."""
 
     when: tuple[tuple[int, frozenset[str]], ...]
     then: int

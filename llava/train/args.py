@@ -249,7 +249,7 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
         self.ddp_find_unused_parameters = False
         self.group_by_length |= self.train_sampling_strategy == "group_by_length"
         if self.early_stopping_patience:
-            self.restore_callback_states_from_checkpoint = True  # keeps the counter of the callback over a resume
+            self.restore_callback_states_from_checkpoint = True  # keeps the callback's counter across a resume
         super().__post_init__()
         if self.save_on_signal and self.save_only_model:
             raise ConfigError("--save-on-signal saves a checkpoint to resume from; remove --save-only-model")
@@ -306,7 +306,7 @@ class LlavaTrainingArguments(LegacyTrainingArguments):
         """Return learning rates and weight decay; a part without its own rate uses `learning_rate`."""
         rate = self.learning_rate
         projector, tower = (
-            rate if own is None else own  # 0 is a rate
+            rate if own is None else own  # 0 is a valid rate
             for own in (self.mm_projector_lr, self.mm_vision_tower_lr)
         )
         return OptimizerSpec(rate, projector, tower, weight_decay=self.weight_decay)

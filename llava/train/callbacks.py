@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss_curve.png"
 SHOWN = {"loss": "loss", "learning_rate": "rate", "grad_norm": "gradient"}
-"""Values of a log that the screen shows, and their names there."""
+"""Logged values that the terminal shows, and their names there."""
 
 SUMMARY_KEY = "train_runtime"
-"""Key that only the last line of a run has."""
+"""Key that only a run's last line contains."""
 
 
 def peak_memory_gb() -> float:
@@ -38,7 +38,7 @@ def peak_memory_gb() -> float:
 
 
 class MetricsCallback(TrainerCallback):
-    """Callback that appends every log to `metrics.jsonl`, rewrites the page of the run, and at last draws the curve.
+    """Callback that appends logs to `metrics.jsonl`, updates the run's page, and finally draws the curve.
 
     Each line also has throughput, the share of tokens saved by prefix sharing, and peak memory.
 
@@ -125,7 +125,7 @@ class MetricsCallback(TrainerCallback):
 
 
 class ChosenCallback(TrainerCallback):
-    """Callback that warns when chosen answers become less likely over a whole log window of preference training.
+    """Callback that warns if chosen answers become less likely over a log window of preference training.
 
     Preference losses only see differences, so they may make both answers less likely. Log-ratios are compared, since
     windows hold other pairs.
@@ -164,7 +164,7 @@ class ChosenCallback(TrainerCallback):
 
 
 class ScreenCallback(TrainerCallback):
-    """Callback that logs one line for every log of the trainer: step, loss, rate, gradient norm, time left."""
+    """Callback that prints one line per log: step, loss, learning rate, gradient norm, time left."""
 
     def __init__(self) -> None:
         self._start, self._first_step = time.perf_counter(), 0

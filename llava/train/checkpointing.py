@@ -146,7 +146,7 @@ def checkpoint_to_resume(resume: ResumeSpec, provenance: Mapping[str, Any]) -> s
         _refuse_another_run(path, json.loads(earlier.read_text(encoding="utf-8")), provenance)
     check_state_files(path)
     if (newer := last_checkpoint(resume.folder)) not in (None, path) and _explicit_checkpoint(resume) is None:
-        logger.warning("%s is passed over: it has no mark, as after a kill while it was written", newer)
+        logger.warning("%s is skipped: it has no mark, so it was probably killed while being written", newer)
     logger.info("resuming from %s", path)
     return str(path)
 
@@ -184,7 +184,7 @@ def stopped_early(checkpoint: str | None, patience: int) -> int | None:
 
 
 def finished_step(resume: ResumeSpec, provenance: Mapping[str, Any], *, total_steps: int, patience: int) -> int | None:
-    """Return the last step of the run in the output folder if this run would train no step and save nothing else.
+    """Return the last step of the output folder's run if this run would train and save nothing more.
 
     Args:
         resume: output folder, and where to resume from.

@@ -78,7 +78,7 @@ def run_published(argv: Sequence[str] | None, *, name: str, example: str, first:
 
 
 def with_packaged_parts(words: Sequence[str], options: dict[str, Any]) -> list[str]:
-    """Return the words with the folders of small parts that are given by name: `smollm2-135m`, `dinov2-small`.
+    """Return the arguments with small parts given by name (`smollm2-135m`, `dinov2-small`) as folders.
 
     Raises:
         MissingDependency: the package that holds a part is not installed.
@@ -102,7 +102,7 @@ def wants_help(words: Sequence[str]) -> bool:
 
 
 def checked_words(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return the command line with the options of its configuration file under their full names, and the options.
+    """Return the command line with its configuration file's options by full name, and the options.
 
     Raises:
         ConfigError: an option is unknown, a value is wrong, a plug-in fails, or a file, a folder or a name does not

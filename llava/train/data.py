@@ -133,7 +133,10 @@ Rows = RowDataset[Any]
 
 
 def open_rows(spec: RowsSpec, processor: LlavaMedProcessor) -> Rows:
-    """Load rows, or preference pairs, into a dataset and check that each can be trained; raises as `open_data`."""
+    """Load rows or preference pairs into a dataset and check that each can be trained.
+
+    Raises as `open_data` does.
+    """
     return open_pairs(spec, processor) if spec.pairs else open_data(spec, processor)
 
 
@@ -297,7 +300,7 @@ def prepare_images(dataset: Rows | StreamDataset, loaded: LoadedModel, spec: Ima
 
 
 def _calibrates_not(dataset: Rows | StreamDataset, loaded: LoadedModel) -> bool:
-    """Return whether rows do not allow to calibrate a projector: a stream, no images, or images of several sizes."""
+    """Return whether rows cannot calibrate a projector: a stream, no images, or images of several sizes."""
     if isinstance(dataset, StreamDataset) or loaded.processor.image_mode == KEEP:
         return True
     return not any(sample.images for sample in dataset.samples)
@@ -322,7 +325,7 @@ def fit_new_projector(dataset: Rows, loaded: LoadedModel, *, seed: int) -> None:
 
 
 def with_cached_features(dataset: Rows, loaded: LoadedModel, spec: ImageSpec) -> Rows:
-    """Return the dataset with the features of a frozen vision tower from `--feature-cache-dir`, if they fit.
+    """Return the dataset with a frozen tower's features from `--feature-cache-dir`, if they fit.
 
     Raises:
         ConfigError: the vision tower is trained, or features have different sizes.

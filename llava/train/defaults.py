@@ -1,4 +1,4 @@
-"""Defaults of training commands: those of `llava train`, and the published ones of the original trainers."""
+"""Defaults of training commands: of `llava train`, and the published ones of the original trainers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a training command line that need neither torch nor a model: options, files, folders, names.
+"""Checks of a training command line without torch or a model: options, files, folders, names.
 
 They run before anything is loaded, so that a mistyped path costs a second. What needs the model or the rows is checked
 where it is read.
@@ -179,7 +179,7 @@ def _check_object(name: str, value: str, text: str | None) -> None:
 
 
 def _check_first_rows(options: Options) -> None:
-    """Check the first row of the data files, so that a file of another kind is reported before a model is loaded."""
+    """Check the first row of the data files, so that a wrong file is reported before a model is loaded."""
     if str(options.get("loader") or "default") != "default":  # tables and annotation files, with rows to leave out
         return
     is_sft = (options.get("objective") or "sft") == "sft"

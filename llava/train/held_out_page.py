@@ -1,4 +1,4 @@
-"""Held-out answers of the last validation for the page of a run: image, question, reference, answer of some rows."""
+"""Held-out answers of the last validation on the run's page: image, question, reference and answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llava.utils.jsonl import write_json
 from llava.utils.reporting import html_thumbnail
 
 CASES_FILE = "held_out_answers.json"
-"""File in the folder of a run with what its page shows of the last validation."""
+"""File in the folder of a run with the answers of the last validation that its page shows."""
 
 MAX_CASES = 12
 """Rows that the page shows."""

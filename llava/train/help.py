@@ -72,13 +72,13 @@ A prefix of an option is enough. {note}
 """
 
 FILE_NOTE = "FILE.yaml holds options (`learning_rate: 2e-5`); the command line wins."
-"""What only `llava train` offers: options from a file."""
+"""Help text about configuration files, which only `llava train` accepts."""
 
 PUBLISHED_NOTE = """For several processes: torchrun --nproc_per_node=8 llava/train/{name} ...
 
 example: python llava/train/{name} {example} \\
     --image-folder images --output-dir runs/first"""
-"""The same place of the help of a published script."""
+"""Text at the same place in the help of a published script."""
 
 
 def help_text(command: str = "llava train", *, example: str = "", full: bool = False) -> str:

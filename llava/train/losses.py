@@ -14,7 +14,7 @@ from llava.utils.lookup import lookup
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the log-probabilities [M] of target ids [M] under logits [M, V]: float64 of float64, else float32."""
+    """Return log-probabilities [M] of target ids [M] under logits [M, V], in float64 or float32."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return -F.cross_entropy(wide, targets, reduction="none")
 
@@ -87,7 +87,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """Return values with population standard deviation 1 over a mask, and mean 0 or (unshifted) their own; else 0."""
+    """Return masked values with population std 1 and mean 0 (or, unshifted, their own); 0 elsewhere."""
     kept = mask.bool()
     mean = x[kept].mean()
     scaled = (x - mean) / (x[kept].std(unbiased=False) + 1e-8)
@@ -95,7 +95,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
-    """Return rewards per token [B, T]: `-kl_coef * kl` at action tokens, and the score [B] at the last of them."""
+    """Return rewards per token [B, T]: `-kl_coef * kl` at action tokens, plus the score [B] at the last."""
     actions = mask.bool()
     places = torch.arange(kl.shape[1], device=kl.device)
     last = torch.where(actions, places, -1).amax(dim=1, keepdim=True) == places
@@ -115,7 +115,9 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, *, scale: str = "group") -> Tensor:
-    """Return rewards [N, G] minus the mean of their group, over its sample deviation + 1e-4 unless `scale` is `none`.
+    """Return rewards [N, G] minus their group mean.
+
+    They are divided by the sample deviation + 1e-4 unless `scale` is `none`.
 
     2402.03300 and, without scale, 2503.20783.
 
@@ -140,7 +142,9 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
 
 
 def turn_advantages(rewards: Tensor, *, gamma: float = 1.0, scale: str = "group") -> Tensor:
-    """Return group advantages [G, T] of the discounted rewards from each of T turns on; `scale` as for a group.
+    """Return group advantages [G, T] of the discounted rewards from each of T turns on.
+
+    `scale` works as for a group.
 
     Raises:
         ConfigError: the group has fewer than 2 samples.
@@ -159,13 +163,13 @@ def _require_groups(size: int) -> None:
 def clipped_policy_losses(
     logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
 ) -> Tensor:
-    """Return the elementwise policy losses with ratios clipped to [1 - clip_low, 1 + clip_high] (1707.06347)."""
+    """Return elementwise policy losses with ratios clipped to [1 - clip_low, 1 + clip_high] (1707.06347)."""
     ratio = torch.exp(logprobs - old)
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
 
 def clipped_value_losses(values: Tensor, old: Tensor, returns: Tensor, *, clip: float) -> Tensor:
-    """Return half the larger squared error of values and of values within `clip` of the old ones, elementwise."""
+    """Return half the larger squared error of values and clipped values, elementwise."""
     clipped = torch.minimum(torch.maximum(values, old - clip), old + clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 

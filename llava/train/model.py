@@ -103,7 +103,7 @@ def _continue(checkpoint: Checkpoint, spec: ModelSpec, system: str | None) -> Lo
 
 
 def template_of(spec: ModelSpec) -> tuple[str | None, str | None]:
-    """Return the name of the template, and for `--version FILE.jinja` its text, which the tokenizer then holds.
+    """Return the template name, and for `--version FILE.jinja` the text that the tokenizer then holds.
 
     Raises:
         ConfigError: the file does not exist.

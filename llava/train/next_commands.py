@@ -71,6 +71,6 @@ def _some_image(data: Mapping[str, Any]) -> str:
                 name = row.get("image")
                 if isinstance(name, str) and (file := resolve_image_path(name, root)).is_file():
                     return str(file if root is None else Path(root) / file.relative_to(Path(root).resolve()))
-        except (LlavaError, OSError, ValueError):  # the run has ended well; a hint is not worth an error
+        except (LlavaError, OSError, ValueError):  # the run succeeded; a missing hint is not an error
             continue
     return "IMAGE"

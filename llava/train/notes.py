@@ -1,4 +1,4 @@
-"""Lines on the screen around a run: the template and whether it fits, and at the end where the model is."""
+"""Notes printed before and after a run: the template and whether it fits, and where the model is."""
 
 from __future__ import annotations
 

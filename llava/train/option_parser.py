@@ -78,7 +78,7 @@ def registered_words(words: Sequence[str]) -> list[str]:
 
 
 def _gathered(words: Sequence[str]) -> list[str]:
-    """Return the words with all values of a repeated list option behind its first occurrence, and commas as spaces."""
+    """Return the arguments with repeated list options joined at the first occurrence, commas as spaces."""
     # A repeated option would replace its earlier values.
     found: list[str] = []
     values: dict[str, list[str]] = {}

@@ -101,7 +101,7 @@ LAUNCHER = (
     OptionRow("--master-addr", "distributed", "str", None, None, None, "address of the first machine"),
     OptionRow("--master-port", "distributed", "int", None, None, None, "free port of the first machine"),
 )
-"""Options of the command itself; the trainer does not see them."""
+"""Options of the command itself, which are not passed to the trainer."""
 
 
 @cache

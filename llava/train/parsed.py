@@ -1,4 +1,4 @@
-"""Arguments of a run, as the specs that the other modules take, and the rules between options of different groups.
+"""Arguments of a run as specs for other modules, and rules between options of different groups.
 
 groups of arguments --with_compat, with_validation--> Parsed --> ModelSpec, RowsSpec, PartsSpec, ...
 """
@@ -43,7 +43,7 @@ DECISIVE_DATA_OPTIONS = (
     "sq_r",
 )
 DECISIVE_NAMES = frozenset({"frozen_vit_lora", "shared_sq_draws"})
-"""Names of `--compat` that no other option stands for."""
+"""Names of `--compat` without an equivalent option."""
 
 DECISIVE_TRAINING_OPTIONS = (
     "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "vision_tower_lr", "weight_decay", "lr_scheduler_type",
@@ -276,7 +276,7 @@ def with_compat(parsed: Parsed) -> Parsed:
 
 
 def check_pairs(parsed: Parsed) -> None:
-    """Check that the other options fit preference training, and name those of pairs without effect in fine-tuning.
+    """Check that other options fit preference training, and name pair options without effect otherwise.
 
     Raises:
         ConfigError: the loss of micro-batches, or parts that train beside `--ref-mode adapter_off`.
@@ -307,7 +307,7 @@ def check_pairs(parsed: Parsed) -> None:
 
 
 def _check_adapter_off(model: ModelArguments, *, is_sharded: bool) -> None:
-    """Check that the policy as it starts can be had from the policy: no adapter, and a copy of small trained parts.
+    """Check that the initial policy can be derived from the policy: no adapter, or small trained parts.
 
     Raises:
         ConfigError: whole parts train, or the adapter does not start as nothing.
@@ -326,7 +326,7 @@ def _check_adapter_off(model: ModelArguments, *, is_sharded: bool) -> None:
 
 
 def with_validation(parsed: Parsed) -> Parsed:
-    """Return the arguments with the defaults of validation: after every epoch, keeping the best checkpoint.
+    """Return the arguments with validation defaults: after every epoch, keeping the best checkpoint.
 
     Raises:
         ConfigError: validation or early stopping without held-out rows, or `--save-strategy best`.
@@ -352,7 +352,7 @@ def with_validation(parsed: Parsed) -> Parsed:
                 "--early-stopping-patience with --eval-vqa-path alone needs --metric-for-best-model, for example "
                 "eval_vqa_closed_accuracy"
             )
-        return parsed._replace(training=args)  # questions are watched; the last checkpoint is kept
+        return parsed._replace(training=args)  # question scores are only logged; the last checkpoint is kept
     every = args.eval_strategy == args.save_strategy == "epoch"
     together = args.eval_strategy == args.save_strategy == "steps" and args.eval_steps == args.save_steps
     if every or together:

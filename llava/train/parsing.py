@@ -68,7 +68,7 @@ def parse_training_args(
         parsed.model.model_name_or_path,
         bf16=training.bf16,
         device_type=training.device.type,
-        resumed=options.bf16 == "auto",  # a choice of bfloat16 that is slow here was made elsewhere
+        resumed=options.bf16 == "auto",  # the resumed run chose bfloat16 on another machine, where it was fast
     )
     return parsed
 

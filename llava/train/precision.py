@@ -49,7 +49,7 @@ def _bool_or_auto(value: str) -> bool | Literal["auto"]:
 
 
 def chosen_bf16(bf16: bool | Literal["auto"], *, model: str, fp16: bool, use_cpu: bool, resume: ResumeSpec) -> bool:
-    """Return the value of `--bf16`; `auto` is the choice of the resumed run, else measured on this machine.
+    """Return the value of `--bf16`; `auto` follows the resumed run, or else a measurement.
 
     Args:
         bf16: `--bf16` as parsed.

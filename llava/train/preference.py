@@ -100,7 +100,9 @@ class _Zeros(dict[str, float]):
 
 
 def reference_function(network: nn.Module, mode: str, device: torch.device) -> Reference | None:
-    """Return the function that computes the reference in every step; None where rows carry it or no loss needs it.
+    """Return the function that computes the reference in each step.
+
+    None where rows carry it or no loss needs it.
 
     Args:
         network: the policy as it starts, not wrapped for several processes.
@@ -125,7 +127,7 @@ def reference_function(network: nn.Module, mode: str, device: torch.device) -> R
 
 
 def beside_adapter(network: nn.Module, device: torch.device) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return the trained weights that switching the adapter off leaves as they are, each with a frozen copy."""
+    """Return frozen copies of the trained weights that disabling the adapter does not restore."""
     return [
         (parameter, parameter.detach().clone().to(device))
         for name, parameter in network.named_parameters()
@@ -164,7 +166,7 @@ def adapter_off(network: nn.Module) -> Iterator[None]:
 
 
 def share_inputs(frozen: nn.Module, network: nn.Module) -> None:
-    """Give a copy of a network the network's own tower, projector and token embeddings, which go on training."""
+    """Give a copied network the original's own tower, projector and embeddings, which continue to train."""
     own, policy = (cast(Any, one.get_base_model() if isinstance(one, PeftModel) else one) for one in (frozen, network))
     for name in ("vision_tower", "multi_modal_projector"):
         setattr(own.model, name, getattr(policy.model, name))

@@ -1,4 +1,4 @@
-"""Preference losses as pure functions: one value per pair, of log-probabilities that are sums over trained tokens.
+"""Preference losses per pair, as pure functions of log-probabilities summed over trained tokens.
 
 Notation: chosen answer w, rejected answer l, log-probability of an answer under the policy minus that under the
 reference r(w), r(l); logistic function s. All functions take tensors [B] of any float dtype and return [B], float32 for
@@ -55,7 +55,7 @@ class Pairs:
 
 
 def _wide(values: Tensor) -> Tensor:
-    """Return float64 unchanged and every other dtype as float32, in which squares of large margins are finite."""
+    """Return float64 unchanged and other dtypes as float32, in which squares of large margins are finite."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -83,7 +83,7 @@ def sigmoid(pairs: Pairs, beta: float = 0.1, label_smoothing: float = 0.0) -> Te
 
 
 def robust(pairs: Pairs, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
-    """Return the robust DPO loss (arXiv 2403.00409), unbiased for labels that are wrong with that probability.
+    """Return the robust DPO loss (arXiv 2403.00409), unbiased for labels flipped with that probability.
 
     Raises:
         ConfigError: `label_smoothing` is 0.5 or more, where the loss has no value or favors the rejected answer.
@@ -122,13 +122,13 @@ def sigmoid_norm(pairs: Pairs, beta: float = 0.1, label_smoothing: float = 0.0) 
 
 
 def simpo(pairs: Pairs, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
-    """Return the SimPO loss (arXiv 2405.14734, eq. 6), without a reference; gamma is the target margin itself."""
+    """Return the SimPO loss (arXiv 2405.14734, eq. 6), without a reference; gamma is the target margin."""
     chosen, rejected = pairs.means()
     return -logsigmoid(beta * (chosen - rejected) - gamma)
 
 
 def orpo(pairs: Pairs, weight: float = 0.1) -> Tensor:
-    """Return the ORPO loss (arXiv 2403.07691, eq. 6): mean negative log-likelihood plus `weight` times an odds term."""
+    """Return the ORPO loss (arXiv 2403.07691, eq. 6): mean NLL plus `weight` times the odds-ratio term."""
     chosen, rejected = pairs.means()
     return -chosen - weight * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 

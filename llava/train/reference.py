@@ -26,7 +26,7 @@ def sequence_logprobs(model: CausalModel, batch: FlatBatch, *, without: int | No
 
 
 def sequence_sums(values: Tensor, batch: FlatBatch) -> Tensor:
-    """Return the sum over the edges of each sequence of the values [M] of their targets, [num_sequences] float64."""
+    """Return each sequence's sum of its targets' values [M] over its edges, [num_sequences] float64."""
     # Sums of long answers in float32 would lose more than the differences that a preference loss measures.
     wide = values.double()[batch.edge_target]
     return wide.new_zeros(batch.num_sequences).index_add(0, batch.edge_sequence, wide)

@@ -1,4 +1,4 @@
-"""Log-probabilities under the reference, computed once: a pass over the pairs, its lines on disk, and their reading.
+"""Reference log-probabilities, computed once in a pass over the pairs, stored and read back.
 
     pairs --rows not in reference-*.jsonl, shared by the ranks--> reference-RANK.jsonl --> values by sequence key
 
@@ -61,7 +61,7 @@ class ReferenceScorer:
 
 
 def start_hash(network: nn.Module) -> str:
-    """Return a hash of the weights of a network; an adapter that has not been trained yet counts as absent."""
+    """Return a hash of a network's weights; an adapter that has not been trained counts as absent."""
     weights = network.state_dict()
     is_new = not any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B." in name)
     kept = {
@@ -115,7 +115,7 @@ def cached_logprobs(
     rank: int = 0,
     world_size: int = 1,
 ) -> dict[str, float]:
-    """Return the log-probability of every sequence of the data, by key; only what the folder lacks is computed.
+    """Return the log-probability of every sequence of the data by key; computes what the folder lacks.
 
     Every rank computes a share and appends it to its own file, so that a pass that was killed continues.
 
@@ -166,7 +166,7 @@ def unit_places(collator: Collator, epochs: int) -> Iterator[tuple[int, int]]:
 
 
 def _missing(collator: Collator, known: Mapping[str, float], epochs: int) -> list[tuple[int, int, frozenset[str]]]:
-    """Return row, epoch and unknown keys of the units that have any; a key that several share is listed once."""
+    """Return row, epoch and unknown keys of the units that have any; a shared key is listed once."""
     found: list[tuple[int, int, frozenset[str]]] = []
     seen = set(known)
     for row, epoch in unit_places(collator, epochs):

@@ -1,4 +1,4 @@
-"""Options of reinforcement learning, the names of the original command, and the specification that they build."""
+"""Options of reinforcement learning, names of the original command, and the resulting specification."""
 
 from __future__ import annotations
 
@@ -328,11 +328,11 @@ def decisive_options(arguments: RolloutArguments, spec: RolloutSpec | None) -> d
     """Return the options that determine what a run computes; files count by their content."""
     if spec is None:
         return {}
-    sizes = ("rollout_per_device_batch_size", "step_per_device_batch_size")  # they change no result
+    sizes = ("rollout_per_device_batch_size", "step_per_device_batch_size")  # these do not change results
     kept = [field.name for field in fields(arguments) if field.name not in (*WITHOUT_EFFECT, *sizes, "engine")]
     found = {name: getattr(arguments, name) for name in kept}
     priors = Path(spec.priors or "")
-    # Where a server is does not matter, but that one samples: its weights are not those of the policy.
+    # The URL does not matter, but whether a server samples does: its weights are not those of the policy.
     found |= {} if spec.engine is None else {"engine": "a server"}
     return found | {
         "rules": rules_label(spec.rules),

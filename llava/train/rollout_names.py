@@ -1,4 +1,4 @@
-"""Options of the original command of Dr-LLaVA that have another name here; importing this does not load torch."""
+"""Options of Dr-LLaVA's original command that are named differently here; imports no torch."""
 
 from __future__ import annotations
 

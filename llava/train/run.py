@@ -67,7 +67,7 @@ def run_sft(
     defaults: Defaults = PUBLISHED,
     given: Mapping[str, Any] | None = None,
 ) -> None:
-    """Train as `--objective` says, by default supervised fine-tuning; entry point of every training command.
+    """Train with the objective of `--objective`, by default SFT; entry point of every training command.
 
     Args:
         argv: command line; None for that of the process.
@@ -147,7 +147,7 @@ def with_log_lines(args: LlavaTrainingArguments, loader: Loader) -> LlavaTrainin
 
 
 def train_and_save(trainer: LlavaTrainer, args: LlavaTrainingArguments, resume: str | None) -> None:
-    """Train from the start or from checkpoint `resume`, save the weights, and add their hash to the provenance.
+    """Train from the start or from checkpoint `resume`, save the weights, and record their hash.
 
     Raises:
         SystemExit: with status `STOPPED`, after SIGTERM with `--save-on-signal`.
@@ -219,7 +219,7 @@ def num_epochs(args: LlavaTrainingArguments, num_rows: int) -> int:
 def with_reference(
     dataset: Any, parsed: Parsed, loaded: LoadedModel, network: nn.Module, layout: Layout, *, epochs: int = 1
 ) -> Any:
-    """Return pairs that carry their log-probabilities under the reference, where the objective reads them there."""
+    """Return pairs with their reference log-probabilities, if the objective reads them from the rows."""
     args, spec = parsed.training, parsed.preference.spec()
     if spec is None or spec.ref_mode != "cached":
         return dataset
@@ -299,7 +299,7 @@ def make_trainer(
         counts=counts,
         callbacks=[*callbacks, ScreenCallback()],
     )
-    for printer in (ProgressCallback, PrinterCallback):  # they print tables of Python
+    for printer in (ProgressCallback, PrinterCallback):  # they print raw Python dictionaries
         trainer.remove_callback(printer)
     return trainer
 
@@ -340,7 +340,9 @@ def make_validation(
     answers = HeldOutAnswers(
         held_out.samples,
         loaded.processor,
-        image_folder=None if held_out.shares is not None else spec.image_folder,  # those of a mixture are full paths
+        image_folder=None
+        if held_out.shares is not None
+        else spec.image_folder,  # image names of a mixture are full paths
         num_rows=args.eval_answers,
         layout=layout,
         max_length=args.model_max_length,

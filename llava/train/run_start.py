@@ -1,4 +1,4 @@
-"""Start of a run: defaults of a new model, the claim on its folder, what it records, whether it has ended."""
+"""Start of a run: defaults of a new model, claim on its folder, records, and whether it has ended."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RESOLVED_FILE = "resolved.yaml"
 
 
 def with_new_model(parsed: Parsed, defaults: Defaults) -> Parsed:
-    """Return the arguments with the defaults of a new model, where `--model-name-or-path` is no llava checkpoint.
+    """Return the arguments with a new model's defaults if `--model-name-or-path` is no llava checkpoint.
 
     Raises:
         CheckpointError: the folder cannot be read.
@@ -101,7 +101,7 @@ def num_steps(args: LlavaTrainingArguments, loader: Loader) -> int:
 def write_start(
     parsed: Parsed, provenance: Mapping[str, Any], network: nn.Module, given: Mapping[str, Any] | None
 ) -> None:
-    """Log what the run will do, and write it into the run folder; `given` are the options of `llava train`."""
+    """Log what the run will do and write it to the run folder; `given` are the options of `llava train`."""
     report = lora.trainable_report(network)
     facts = [provenance[name] for name in ("order", "layout", "image_grouping")]
     logger.info("%s, layout %s, image grouping %s\n%s", *facts, report)
@@ -138,7 +138,7 @@ def is_finished(args: LlavaTrainingArguments, provenance: Mapping[str, Any], *, 
     step = checkpointing.finished_step(args.resume_spec(), provenance, total_steps=total_steps, patience=patience)
     if step is not None:
         logger.info(
-            "%s: the run is finished (step %d of %d), so nothing is trained or written; to train on, raise "
+            "%s: the run is finished (step %d of %d), so nothing is trained or written; to continue, raise "
             "--num-train-epochs or --max-steps, and to start over, use --overwrite-output-dir",
             args.run_folder,
             step,

@@ -22,7 +22,7 @@ from llava.utils.terminal import write_out
 
 
 def score(parsed: Parsed, out: Path) -> None:
-    """Write the log-probability of each side of the pairs, under the model with which a training would start.
+    """Write the log-probability of each side of the pairs under the model that training would start from.
 
     Args:
         parsed: arguments of the training.

@@ -30,7 +30,7 @@ class StoppedBySignal(Exception):
 
 
 class SaveOnSignal(TrainerCallback):
-    """Callback that saves a checkpoint at the end of the step in which a rank received SIGTERM, and then stops."""
+    """Callback that saves a checkpoint after the step in which a rank received SIGTERM, then stops."""
 
     def __init__(self) -> None:
         self._received = False

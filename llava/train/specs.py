@@ -180,7 +180,7 @@ class OrderSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """Worker processes of the loader: their number, batches ahead, and whether they live on after an epoch."""
+    """Worker processes of the loader: number, prefetched batches, and whether they outlive an epoch."""
 
     num_workers: int
     prefetch_factor: int | None
@@ -210,7 +210,7 @@ class ImageSpec:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSpec:
-    """Learning rate of each part, and weight decay; `steps_per_rate` optimizer steps in a row have one rate."""
+    """Learning rate of each part, and weight decay; rates change every `steps_per_rate` optimizer steps."""
 
     language: float
     projector: float

@@ -1,4 +1,4 @@
-"""Files of a checkpoint that transformers reads and writes: checked, restored in one line, whole or not there."""
+"""Trainer state files of a checkpoint: checked, restored with one-line errors, written atomically."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def whole_or_removed(checkpoint: Path) -> Iterator[None]:
-    """Remove a checkpoint that is incomplete after an error in the block, such as a full disk, which needs the room."""
+    """Remove a checkpoint left incomplete by an error in the block, such as a full disk."""
     try:
         yield
     except BaseException:
@@ -145,7 +145,10 @@ class CheckpointTrainer(Trainer):
         return bool(engine.zero_optimization_stage() == 3 and not engine.zero_gather_16bit_weights_on_model_save())
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """Return the weights, gathered from all ranks; empty on ranks that do not save; a collective operation."""
+        """Return the weights gathered from all ranks; empty on ranks that do not save.
+
+        This is a collective operation.
+        """
         if self.is_fsdp_enabled:
             return dict(self.accelerator.get_state_dict(self.model))
         engine: Any = self.model_wrapped
@@ -156,7 +159,9 @@ class CheckpointTrainer(Trainer):
         args: Any = self.args
         folder = Path(self._get_output_dir(trial))
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        if args.should_save and checkpoint.is_dir():  # else a kill would leave a mixture that looks complete
+        if (
+            args.should_save and checkpoint.is_dir()
+        ):  # otherwise a kill would leave a mix of two checkpoints that looks complete
             shutil.rmtree(checkpoint)
         self.accelerator.wait_for_everyone()
         if self.is_sharded:

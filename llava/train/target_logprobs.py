@@ -1,4 +1,4 @@
-"""Log-probabilities of targets under logits that nothing else reads, without a second tensor of their size.
+"""Log-probabilities of targets, computed in the memory of logits that are not used afterwards.
 
     logits [M, V] --some rows at a time--> log-probabilities [M], entropies [M]
     gradient [M]  --some rows at a time--> gradient [M, V], in the memory of the logits
@@ -39,7 +39,7 @@ def consumed_logprobs(
 def consumed_logprobs_and_entropies(
     logits: Tensor, targets: Tensor, *, without: int | None = None, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return the same as `consumed_logprobs`, and the entropies [M] of the distributions, which have no gradient."""
+    """Return what `consumed_logprobs` returns, and the distributions' entropies [M] without a gradient."""
     logprobs, entropies = _ConsumedLogprobs.apply(logits, targets, without, temperature, True)  # type: ignore[no-untyped-call]
     return logprobs, entropies
 
@@ -95,7 +95,7 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
 
 
 def _values(logits: Tensor, dtype: torch.dtype, without: int | None, temperature: float) -> Tensor:
-    """Return some rows in a dtype, divided, in which a token may have probability 0; a copy where that changes any."""
+    """Return rows converted and divided, with zero-probability tokens allowed; a copy if anything changes."""
     values = logits.to(dtype)
     if temperature != 1.0:
         values = values / temperature
@@ -110,6 +110,6 @@ def _normalizers_and_entropies(values: Tensor) -> tuple[Tensor, Tensor]:
     scores = values - largest[:, None]
     shares = scores.exp()
     total = shares.sum(dim=-1)
-    # A token without probability adds nothing: its infinite score would make the product nan.
+    # A token of probability 0 adds nothing; its infinite score would make the product NaN.
     mean = torch.linalg.vecdot(shares, scores.clamp_(min=torch.finfo(scores.dtype).min)) / total
     return largest + total.log(), total.log() - mean

@@ -263,7 +263,7 @@ class LlavaTrainer(CheckpointTrainer):
             self._save(output_dir, self.whole_weights())
 
     def _run_epoch(self, *args: Any, **keywords: Any) -> None:
-        """Run an epoch, unless the run was resumed at its last step, after which transformers would train one more."""
+        """Run an epoch unless the run was resumed at its last step; transformers would train one more."""
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **keywords)  # type: ignore[no-untyped-call]

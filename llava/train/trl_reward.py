@@ -1,4 +1,4 @@
-"""The symbolic reward as a reward function of TRL, for runs with its trainers or others that share its form."""
+"""Symbolic reward as a TRL reward function, for TRL's trainers and others with the same interface."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ Table = dict[str, list[Any]]
 
 
 def key_file() -> Path:
-    """Return the path of the key: `$LLAVA_KEY_FILE`, or `llava/checkpoint.key` in the configuration folder."""
+    """Return the path of the key: `$LLAVA_KEY_FILE`, or `llava/checkpoint.key` in the config folder."""
     if given := os.environ.get(KEY_VARIABLE):
         return Path(given)
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "llava" / "checkpoint.key"
@@ -126,14 +126,14 @@ def _files(checkpoint: Path) -> dict[str, Path]:
 
 
 def write_mark(checkpoint: Path) -> None:
-    """Mark a complete checkpoint as written here; a failure is logged, since it only concerns resuming elsewhere."""
+    """Mark a complete checkpoint as written here; failures are logged, since they only affect resuming."""
     path = key_file()
     try:
         key = make_key(path)
         table = describe(checkpoint)
         write_json(checkpoint / _mark_name(key), {"files": table, "hmac": _hmac(key, table)})
     except (OSError, CheckpointError) as error:
-        logger.warning("%s gets no mark (%s), so resuming it needs %s", checkpoint, error, TRUST_FLAG)
+        logger.warning("%s cannot be marked (%s), so resuming it needs %s", checkpoint, error, TRUST_FLAG)
 
 
 def has_mark(checkpoint: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Generator of the table of options: `python -m llava.train.write_option_table` after a change of an option."""
+"""Generator of the option table: `python -m llava.train.write_option_table` after changing an option."""
 
 from __future__ import annotations
 

@@ -2,4 +2,7 @@
 
 
 def disable_torch_init() -> None:
-    """Do nothing: models are loaded without initializing weights that are replaced; kept for published snippets."""
+    """Do nothing; kept for published snippets.
+
+    Loading already skips the initialization of weights that are replaced.
+    """

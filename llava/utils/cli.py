@@ -40,7 +40,7 @@ TRACEBACK_VARIABLE = "LLAVA_TRACEBACK"
 """Environment variable that, when set, shows the traceback of expected errors."""
 
 MAX_NAMES = 1000
-"""Names of a folder among which a similar one is searched for."""
+"""Maximum number of folder entries searched for a similar name."""
 
 TRUE_WORDS = frozenset({"true", "t", "yes", "y", "on", "1"})
 FALSE_WORDS = frozenset({"false", "f", "no", "n", "off", "0"})
@@ -92,7 +92,7 @@ def flag(name: str) -> str:
 
 
 def prefix_of(word: str, options: Iterable[str]) -> str | None:
-    """Return the one option that a word is a prefix of; None if it is an option itself, or of none or several."""
+    """Return the one option that a word is a prefix of; None for an exact or an ambiguous match."""
     name = word.partition("=")[0]
     known = list(options)
     if not name.startswith("--") or name == "--" or name in known:
@@ -134,7 +134,7 @@ def near_path(path: str | Path) -> str:
 
 
 def one_line(message: str) -> str:
-    """Return an error message of argparse in the words of this package: `--seed: got 'x', expected a whole number`."""
+    """Return an argparse error in this package's form: `--seed: got 'x', expected a whole number`."""
     text = re.sub(r"^argument (\S+?)(?:/\S+)*: ", lambda found: f"{flag_name(found[1])}: ", " ".join(message.split()))
     for kind, expected in (("int", "a whole number"), ("float", "a number")):
         text = re.sub(rf"invalid {kind} value: '(.{{0,80}}).*'$", rf"got '\1', expected {expected}", text)
@@ -169,7 +169,7 @@ def chunk_of(items: Sequence[T], num_chunks: int, index: int) -> list[T]:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help formatter as wide as the terminal, with short names of values and the defaults that say something."""
+    """Help formatter as wide as the terminal, with short value names and only informative defaults."""
 
     first_names = False
     """Whether only the first name of an option is shown."""
@@ -181,7 +181,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         is_silent = action.default is None or action.default is False or action.default in ("", [], ())
         if is_silent or not isinstance(action.default, list | tuple):
             return action.help if is_silent else super()._get_help_string(action)
-        shown = " ".join(map(str, action.default)).replace("%", "%%")  # as it would be given, not as Python writes it
+        shown = " ".join(map(str, action.default)).replace(
+            "%", "%%"
+        )  # as typed on a command line, not as a Python literal
         return f"{action.help} (default: {shown})"
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
@@ -292,7 +294,7 @@ class Parser(argparse.ArgumentParser):
 
 
 NOISY = "bitsandbytes.backends.cpu.ops"
-"""Logger that warns at every start that kernels of a hub, which llava never uses, are missing."""
+"""Logger that warns at every start about missing hub kernels, which llava never uses."""
 
 
 CLOSED_PIPE = 141
@@ -351,7 +353,7 @@ def _end(error: BaseException, message: str, *, status: int = 2) -> NoReturn:
         raise error
     try:
         sys.stdout.flush()
-    except (OSError, ValueError):  # the output is what cannot be written, and would fail again at interpreter exit
+    except (OSError, ValueError):  # standard output is broken, and flushing it would fail again at interpreter exit
         _drop_output()
     with contextlib.suppress(OSError):
         sys.stderr.write(f"llava: error: {visible_message(message)}\n")

@@ -105,7 +105,7 @@ def expand(
     known: Collection[str],
     aliases: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Return a command line with the options of its configuration file in front; those given twice are left out there.
+    """Return a command line with its configuration file's options in front, except those given again.
 
     Args:
         words: command line, which may name a file.
@@ -135,7 +135,7 @@ def expand(
 
 
 def with_config(parser: Parser, argv: Sequence[str] | None) -> list[str]:
-    """Return the command line for a parser, with the options of its configuration file; raises as `expand`."""
+    """Return the command line for a parser with its configuration file's options; raises as `expand`."""
     actions = {name: action for name, action in parser._option_string_actions.items() if name.startswith("--")}
     lists = {name for name, action in actions.items() if action.nargs in ("+", "*")}
     aliases = {name: action.option_strings[0] for name, action in actions.items() if name != action.option_strings[0]}

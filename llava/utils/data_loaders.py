@@ -1,4 +1,4 @@
-"""Loaders of LLaVA-Rad's annotation files by name, for scripts that import the published `llava.utils.data_loaders`.
+"""Loaders of LLaVA-Rad's annotation files by name, under the published `llava.utils.data_loaders`.
 
 >>> from llava.utils import data_loaders
 >>> rows = data_loaders.load("mimic_test_findings", "chat_test.json")  # doctest: +SKIP
@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 RECORDS, SAMPLES = "llava.data.records", "llava.samples"
-"""Modules that are looked up at first use: this one is below them."""
+"""Modules imported at first use, since this module is on a lower level."""
 
 
 def load(name: str, path: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`llava env`: versions, devices and memory of this machine, for bug reports; without paths and names of users."""
+"""`llava env`: versions, devices and memory for bug reports, without user names or paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One line for faults of the machine: a full disk, a file-size limit, a read-only folder, a removed one."""
+"""One-line errors for machine faults: full disk, file-size limit, read-only or removed folder."""
 
 from __future__ import annotations
 

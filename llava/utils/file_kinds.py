@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 HEAD = 132
-"""Number of first bytes that are looked at; the mark of DICOM ends there."""
+"""Number of leading bytes to inspect; DICOM's mark ends there."""
 
 _MARKS: dict[bytes, str] = {
     b"\xff\xfe": "UTF-16 text; save it as UTF-8",
@@ -32,7 +32,7 @@ _TABLES = (".csv", ".tsv")
 
 
 def other_kind(path: str | Path, head: bytes) -> str | None:
-    """Return what a file is that cannot hold JSON rows, with what to do about it; None if it may hold some.
+    """Return what a file without JSON rows is and what to do about it; None if it may hold rows.
 
     >>> other_kind("rows.json", bytes([0xFF, 0xFE, 0x5B, 0x00]))
     'UTF-16 text; save it as UTF-8'

@@ -46,7 +46,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def cache_folder() -> Path:
-    """Return the folder of files that can be recomputed: `$LLAVA_CACHE` or `~/.cache/llava`; it may be absent.
+    """Return the folder of recomputable files: `$LLAVA_CACHE` or `~/.cache/llava`; it may not exist.
 
     Raises:
         ConfigError: the variable is not set, and the user has no home folder.
@@ -194,7 +194,7 @@ def _lock(file: Path, output: Path, option: str) -> int | None:
             return None
         if _is_at(handle, file):
             break
-        os.close(handle)  # its owner has removed it between the two calls
+        os.close(handle)  # removed by its owner between the two calls
     _HELD.add(handle)
     with contextlib.suppress(OSError):  # a full disk; the content is only for the message
         os.ftruncate(handle, 0)

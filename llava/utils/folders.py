@@ -69,7 +69,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def final_path(folder: Path) -> Path:
-    """Return the path that a temporary folder of `new_folder` will have; other folders are returned unchanged."""
+    """Return the path that a temporary folder of `new_folder` will have; other folders are unchanged."""
     return folder.parent.parent / folder.name if _private_name(folder.name).fullmatch(folder.parent.name) else folder
 
 
@@ -84,7 +84,7 @@ def _private_folder(path: Path) -> tuple[Path, int]:
         lock = os.open(private, os.O_RDONLY)
         if _lock_state(lock) != "held" and private.is_dir():
             return private, lock
-        os.close(lock)  # another process took it for a leftover before it was locked
+        os.close(lock)  # another process removed it as a leftover before it was locked
 
 
 def _lock_state(file: int) -> Literal["locked", "held", "unsupported"]:

@@ -1,4 +1,4 @@
-"""Help of commands with many options: those that a beginner needs by topic, all of them with `--help all`."""
+"""Help of commands with many options: the basic ones by topic, all of them with `--help all`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ HelpGroups = Mapping[str, Sequence[str]]
 
 
 def help_width() -> int:
-    """Return the width of a help text: that of the terminal up to `WIDTH`, also where the output is no terminal."""
+    """Return the width of help texts: the terminal's up to `WIDTH`, also without a terminal."""
     columns = int(os.environ.get("COLUMNS") or 0) or shutil.get_terminal_size((WIDTH, 24)).columns
     return max(60, min(columns, WIDTH))
 
 
 def asks_for_all(words: Sequence[str]) -> bool:
-    """Return whether a command line asks for the help with every option: `--help all`, `--help=all`, `--help-all`."""
+    """Return whether a command line asks for the full help: `--help all`, `--help=all`, `--help-all`."""
     if any(word in ("--help=all", "--help-all") for word in words):
         return True
     return any(word in ("-h", "--help") and following == ALL for word, following in pairwise(words))

@@ -108,7 +108,7 @@ def quantile(counts: Mapping[int, int], fraction: float) -> int:
 
 
 def _bars(counts: Mapping[int, int]) -> tuple[int, int, list[int], bool]:
-    """Return the first value of the first bar, values per bar, height of each bar, and whether the last has a tail."""
+    """Return the first bar's first value, values per bar, bar heights, and whether the last has a tail."""
     low, high, most = min(counts), max(counts), quantile(counts, TAIL)
     is_cut = high - low > 2 * max(most - low, 1)
     end = most + 1 if is_cut else high
@@ -126,7 +126,7 @@ def _bars(counts: Mapping[int, int]) -> tuple[int, int, list[int], bool]:
 
 
 def _ticks(start: int, step: int, num_bars: int, is_cut: bool) -> tuple[tuple[str, str], ...]:
-    """Return position and text of each mark: in the middle of a bar of one value, otherwise where a bar begins."""
+    """Return position and text of each mark: centered for bars of one value, else at the bar's start."""
     is_single = step == 1 and num_bars <= FEW_BARS
     every = 1 if is_single else -(-num_bars // MAX_TICKS)
     wide = (WIDTH - 2 * LEFT) / num_bars

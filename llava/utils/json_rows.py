@@ -75,7 +75,7 @@ def iter_rows(path: str | Path, *, start: int = 0, lines: bool = False) -> Itera
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yield the rows of a file as `iter_rows` does, but raise for a broken file, whose other rows are unknown.
+    """Yield the rows of a file as `iter_rows` does, but raise for a broken file.
 
     Raises:
         DataError: the file cannot be opened or is broken; names file and row.
@@ -101,7 +101,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
 
 
 def iter_lists(path: str | Path) -> Iterator[tuple[str, int, Any]]:
-    """Yield `(name, index, value)` of the lists in a JSON object, `{name: [value, ...]}`; other fields are skipped.
+    """Yield `(name, index, value)` of the lists in an object `{name: [value, ...]}`; skip other fields.
 
     Raises:
         DataError: the file cannot be opened, or is broken.
@@ -141,7 +141,10 @@ def form_of(path: str | Path) -> JsonForm:
 
 @contextmanager
 def _open(path: str | Path) -> Iterator[TextIO]:
-    """Open a file as text; bytes that are not UTF-8 become halves of surrogate pairs, which spoil their row only."""
+    """Open a file as text.
+
+    Bytes that are not UTF-8 become lone surrogates, which spoil their row only.
+    """
     try:
         with open_decompressed(path) as stream:
             yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
@@ -160,7 +163,7 @@ def _head(stream: TextIO) -> bytes:
 
 
 class _Text:
-    """Text of a stream: the piece in memory, the place in it, and the number of characters before the piece."""
+    """Text of a stream: the chunk in memory, the position in it, and the number of earlier characters."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -246,7 +249,7 @@ def _end_of_nested(text: str, place: int) -> int:
 
 
 def _parts(text: _Text, end: str) -> Iterator[int]:
-    """Yield the number of every part of an array or object, whose text the caller passes, up to its end mark.
+    """Yield the number of each part of an array or object, whose text the caller passes, up to its end.
 
     Raises:
         BrokenFileError: neither a comma nor the end mark follows a part.

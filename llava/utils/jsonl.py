@@ -85,7 +85,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def is_unicode(text: str) -> bool:
-    """Return whether a text can be encoded as UTF-8; JSON may express half of a surrogate pair, which cannot."""
+    """Return whether a text can be encoded as UTF-8; lone surrogates, which JSON permits, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -18,7 +18,7 @@ _SEEN: set[tuple[str, str]] = set()
 
 
 class StandardErrorHandler(logging.StreamHandler[Any]):
-    """Log handler that writes to what `sys.stderr` is when a line is written, also after it was replaced or closed."""
+    """Log handler that writes to the current `sys.stderr`, even after it was replaced or closed."""
 
     @property
     def stream(self) -> Any:

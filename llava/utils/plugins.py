@@ -1,4 +1,4 @@
-"""Plug-ins: Python files or installed packages that add templates, projectors, metrics and more by name.
+"""Plug-ins: Python files or packages that add templates, projectors, metrics and more by name.
 
     --plugin my.py --load_plugins--> the file runs --add_named--> tables of names, with the plug-in of each new one
 
@@ -80,7 +80,7 @@ def add_named(table: MutableMapping[str, T], name: str, value: T, kind: str) -> 
 
 
 def load_plugins(given: Iterable[str]) -> None:
-    """Load plug-ins that are not loaded yet; each is a path of a Python file or the name of an entry point.
+    """Load plug-ins that are not loaded yet, by path of a Python file or name of an entry point.
 
     Raises:
         ConfigError: one does not exist, fails, or has the name of another one; what it had added is removed.
@@ -186,7 +186,7 @@ def unload_plugins() -> None:
 
 
 def needed_plugins(**used: str) -> list[str]:
-    """Return the names of the plug-ins that added some names: `needed_plugins(projector="gated", template="ours")`."""
+    """Return the plug-ins that added some names: `needed_plugins(projector="gated", template="ours")`."""
     found = (_owners.get((kind, name)) for kind, name in used.items())
     return sorted({owner for owner in found if owner is not None})
 
@@ -269,7 +269,7 @@ def add_plugin_option(parser: argparse._ActionsContainer) -> None:
 def check_recorded(
     options: MutableMapping[str, Any], words: Sequence[str], *, source: str, several: bool = False
 ) -> None:
-    """Take the plug-ins out of the options of a configuration file, and check that the command line names them.
+    """Remove plug-ins from a configuration file's options, and check that the command line names them.
 
     Args:
         options: options of the file by name.

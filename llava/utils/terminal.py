@@ -29,7 +29,7 @@ def visible_lines(text: str) -> str:
 
 
 def visible_message(text: str) -> str:
-    """Return a text as `visible_lines` does, with lines after the first indented, so that none looks like a new one."""
+    """Return a text as `visible_lines` does, with continuation lines indented to keep them recognizable."""
     first, *others = visible_lines(text).split("\n")
     return "\n".join([first, *(line if line.startswith(" ") else f"  {line}" for line in others)])
 

@@ -120,14 +120,14 @@ def test_what_other_processors_would_make_is_limited(size: tuple[int, int]) -> N
     processor = LlavaMedProcessor(llama_like(), own, template="v1", num_image_tokens=4)
     image = Image.new("L", size)
     assert processor.preprocess(Image.new("L", (1, 50))).shape == (3, 224, 224)
-    with pytest.raises(DataError, match=rf"{size[0]} x {size[1]} pixels would be made into .* more than the limit"):
+    with pytest.raises(DataError, match=rf"{size[0]} x {size[1]} pixels would be resized to .* more than the limit"):
         processor.preprocess(image)
 
 
 def test_the_limit_holds_for_what_is_made() -> None:
-    with pytest.raises(DataError, match="1 x 9460 pixels would be made into 9460 x 9460"):
+    with pytest.raises(DataError, match="1 x 9460 pixels would be resized to 9460 x 9460"):
         fit_image(Image.new("L", (1, 9460)), "pad", size=24, fill=(0, 0, 0))
-    with pytest.raises(DataError, match="would be made into 10000 x 9000"):
+    with pytest.raises(DataError, match="would be resized to 10000 x 9000"):
         resize_image(Image.new("L", (4, 4)), (10_000, 9000), Image.Resampling.BICUBIC)
 
 

@@ -148,7 +148,7 @@ def test_an_image_without_findings_fails_after_the_others(
 ) -> None:
     failed = Completion("", (), "error", error="too long")
     monkeypatch.setattr(findings, "local_engine_of", lambda args: Engine(completion=failed))
-    with pytest.raises(GenerationError, match=r"no findings of .*film\.png"):
+    with pytest.raises(GenerationError, match=r"no findings for .*film\.png"):
         findings.main([film, "--model", "m", "--json"])
     assert json.loads(capsys.readouterr().out)["error"] == "too long"
 

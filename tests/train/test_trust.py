@@ -175,7 +175,7 @@ def test_without_a_place_for_the_key_training_continues(
     (tmp_path / "file").touch()
     monkeypatch.setenv("LLAVA_KEY_FILE", str(tmp_path / "file" / "checkpoint.key"))
     write_mark(checkpoint)
-    assert "gets no mark" in caplog.text and not list(checkpoint.glob("written_here-*"))
+    assert "cannot be marked" in caplog.text and not list(checkpoint.glob("written_here-*"))
 
 
 def test_the_place_of_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def _is_first_choice(
 
 MIN_CORRELATION = 0.99
 MIN_SMALL_CORRELATION = 0.97
-"""Minimum correlation of the 32 x 32 copies before two files are opened again; noise lowers that of large copies."""
+"""Minimum correlation of 32 x 32 copies to open two files again; noise lowers the correlation of large copies."""
 
 CONFIRM_SIDE = 256
 MAX_CONFIRMED = 20_000

@@ -118,7 +118,7 @@ def _case(report: CheckReport, finding: CheckFinding) -> dict[str, Any]:
         "images": [
             html_thumbnail(
                 scan.name(place), partial(decode.load_image, root=scan.root(place))
-            )  # has a root, as it was opened
+            )  # opened images have a root
             for place in places
         ],
         "names": ", ".join(map(scan.name, places)),

@@ -1,4 +1,4 @@
-"""Preference pairs and labeled answers in the check of a data file: lengths, and what length alone explains.
+"""Check of preference pairs and labeled answers: lengths, and what length alone explains.
 
 A rule that always prefers the longer answer is right in far more than half of the pairs of some public sets; a model
 that is trained on such pairs may learn length and nothing else.
@@ -33,7 +33,7 @@ class PairLengths:
             self.words[name].append(_num_words(side))
 
     def table(self) -> dict[str, Any] | None:
-        """Return the number of pairs, words by side, and how often the longer answer is preferred; None without pairs.
+        """Return pair counts, words by side, and the share of longer preferred answers; None without pairs.
 
         `longer_wins` is the share of pairs that the rule "the longer answer wins" gets right, in which answers of
         equal length count as a half, as a coin would decide them.
@@ -65,7 +65,7 @@ class LabelLengths:
         self.words[LABELS[is_good]].append(_num_words(conversation))
 
     def table(self) -> dict[str, Any] | None:
-        """Return numbers and words of good and bad answers, and how often the longer one is good; None without answers.
+        """Return counts and words of good and bad answers, and the share of longer good ones, if any.
 
         `longer_is_good` is the share of all combinations of a good and a bad answer in which the good one is longer;
         equal lengths count as a half. It is None where one of the labels is missing.

@@ -48,7 +48,7 @@ class CheckReport:
         return int(self.findings.count("error") > 0 or (strict and self.findings.count("warning") > 0))
 
     def num_not_trainable(self) -> int:
-        """Return the number of rows, of all files, without anything to train on."""
+        """Return the number of rows, over all files, that contain nothing to train on."""
         files = range(len(self.scans))
         return sum(self.findings.of(rule, file).count for rule in NOT_TRAINABLE for file in files)
 
@@ -217,7 +217,7 @@ WIDTH = 118
 
 
 def report_summary(report: CheckReport, *, strict: bool) -> str:
-    """Return the text summary of a report."""
+    """Return a report as summary text."""
     lines = list(_facts(report))
     for level in ("error", "warning"):
         found = report.findings.rules(level)

@@ -61,7 +61,7 @@ def as_array(values: array[int]) -> NDArray[np.unsignedinteger]:
 
 @dataclass(slots=True)
 class KeyedDigests:
-    """Digests with the row of each."""
+    """Digests with the row number of each."""
 
     digests: array[int] = field(default_factory=uint64_array)
     rows: array[int] = field(default_factory=uint32_array)
@@ -95,7 +95,7 @@ class NameStore:
 
 
 class RowIndex:
-    """Digests by which the rows of one file are compared.
+    """Digests for comparing the rows of one file.
 
     Args:
         group_fields: fields with patient or study ids.

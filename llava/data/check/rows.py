@@ -183,9 +183,9 @@ def _repairs(value: Mapping[str, Any], key: str | None, num_lost: int) -> Iterat
     if key == CONVERSATION_KEYS[1]:
         yield "misspelt field conversatons"
     if value.get("id") is None and (key or value.get("question_id") is None):
-        yield "no id: called by its number"
+        yield "no id; identified by its row number"
     if num_lost:
-        yield "an answer before the first question, left out"
+        yield "an answer before the first question, dropped"
     turns = value.get(key) if key else None
     for turn in turns or ():
         if not isinstance(turn["value"], str):

@@ -62,7 +62,7 @@ def is_known_class(name: str, word: str) -> bool:
 
 
 def shown_counts(name: str, counts: Mapping[str, int]) -> dict[str, int]:
-    """Return the counts of the values of a field that may be shown, the most frequent first; others as `OTHER`."""
+    """Return value counts of a field, most frequent first; values that must stay private count as `OTHER`."""
     shown: Counter[str] = Counter()
     for word, count in counts.items():
         may_show = is_known_class(name, word) or (count >= MIN_ROWS and len(word) <= MAX_CHARACTERS)

@@ -1,4 +1,4 @@
-"""Alignment captions built from what question-answer rows and case records state about an image.
+"""Alignment captions composed from the facts that questions, answers and case records state.
 
     rows about one image -> facts (organ, modality, plane or view, findings) -> a caption and short questions
 
@@ -77,7 +77,7 @@ class ImageFacts:
         return " ".join(part for part in (first[:1].upper() + first[1:], second) if part)
 
     def instruction(self) -> str:
-        """Return the request that the caption answers; it asks for nothing that the caption lacks."""
+        """Return the instruction for the caption; it asks only for what the caption contains."""
         known = [name for name in ("modality", "plane", "organ", "findings") if getattr(self, name)]
         listed = ", ".join(known[:-1]) + (" and " if len(known) > 1 else "") + "".join(known[-1:])
         return f"Describe the image: {listed}."
@@ -116,7 +116,10 @@ def _read_report(facts: ImageFacts, texts: Sequence[str]) -> None:
 
 
 def facts_by_image(rows: Iterable[Mapping[str, Any]]) -> dict[str, ImageFacts]:
-    """Return facts by image name, in order and spelling of first appearance; a row may lack a conversation."""
+    """Return facts by image name, in order and spelling of first appearance.
+
+    Rows without a conversation are allowed.
+    """
     found: dict[str, ImageFacts] = {}
     spelled: dict[str, str] = {}
     for row in rows:

@@ -42,7 +42,7 @@ MAX_DEPTH = 200
 
 
 class _Refused(Exception):
-    """Raised for XML features that are not accepted."""
+    """Error: an XML document uses a feature that is not accepted."""
 
 
 def read_xml(path: str | Path) -> Element:
@@ -268,7 +268,7 @@ def _from_xml(job: Job) -> Iterator[Study | BadRow]:
 
 
 def read_study(path: Path, views: Mapping[str, str]) -> Study:
-    """Return the study of an XML report; `views` has the projection of images by the plain part of their names.
+    """Return the study of an XML report; `views` maps plain image names to projections.
 
     Raises:
         DataError: see `read_xml`.
@@ -284,7 +284,7 @@ def read_study(path: Path, views: Mapping[str, str]) -> Study:
 
 
 def section_texts(root: Element) -> dict[str, str]:
-    """Return the texts of a report by their labels in lower case (findings, indication ...), with single spaces."""
+    """Return the report's sections by lower-case label (findings, indication ...), single-spaced."""
     texts: dict[str, str] = {}
     for section in root.iter("AbstractText"):
         name = section.get("Label", "").strip().lower()
@@ -294,7 +294,7 @@ def section_texts(root: Element) -> dict[str, str]:
 
 
 def packaged_documents() -> Iterator[tuple[str, Element]]:
-    """Yield name and root element of each report in the package torchxrayvision, read where it lies.
+    """Yield name and root element of each report in torchxrayvision, read from the installed package.
 
     Raises:
         MissingDependency: the package is not installed.

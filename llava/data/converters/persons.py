@@ -1,4 +1,4 @@
-"""Columns of a table that name a person: written as keys with a salt, or reported when they stay in clear.
+"""Table columns that identify a person: replaced by salted keys, or reported if left in clear text.
 
 column, cell --salt--> key, the same that `llava data dicom` gives the value with the same salt
              --none--> the cell, and a warning with the name of the column
@@ -58,7 +58,7 @@ class PersonColumns:
         return column in self.patients or field_key(column) in PERSON_COLUMNS
 
     def written(self, column: str, text: str) -> str:
-        """Return what a row gets for a cell: its key, or the text with a warning if it may identify a person."""
+        """Return a cell's value for the row: a key, or the text with a warning if it may identify a person."""
         if not text:
             return text
         if self.salt is not None and self.is_person(column):
@@ -71,7 +71,7 @@ class PersonColumns:
         return text
 
     def check_image_name(self, name: str, values: Sequence[str]) -> None:
-        """Warn if the name of an image, which is written unchanged, contains the value of a person."""
+        """Warn if an image name, which is written unchanged, contains the value of a person column."""
         if any(len(value) >= MIN_CHARACTERS and value.lower() in name.lower() for value in values):
             warn_once(logger, "names of images contain values of persons and are written in clear; rename the files")
 

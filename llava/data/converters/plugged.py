@@ -1,4 +1,4 @@
-"""Converters of plug-ins: `llava data NAME SOURCE --out ROWS.json` writes the rows that a function yields.
+"""Converters of plug-ins: `llava data NAME SOURCE --out ROWS.json` writes the rows a function yields.
 
 SOURCE --function of the plug-in--> rows --from_row (each is checked)--> ROWS.json
 """
@@ -50,7 +50,7 @@ def _called(convert: Callable[[Path], Iterable[Mapping[str, Any]]], source: Path
 
 
 def _drawn(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Mapping[str, Any]]:
-    """Yield rows; an error of the plug-in is one line."""
+    """Yield rows; turn an error of the plug-in into one line."""
     try:
         yield from rows
     except LlavaError:

@@ -165,7 +165,7 @@ def _keys(rows: Sequence[Mapping[str, Any]], options: SplitOptions, name: str) -
 
 
 def _identities(ref: str, folder: str | None, known: dict[str, str]) -> tuple[str, ...]:
-    """Return the digest of an image if its folder is known, else its name and the first spelling of the same path."""
+    """Return the digest of an image if its folder is known, else its name in the first spelling seen."""
     if folder is None:
         # A group is named after its smallest spelling, so that names of one spelling keep the split they have.
         return ref, known.setdefault(image_name_key(ref), ref)

@@ -28,7 +28,7 @@ from llava.utils.jsonl import READ_ERRORS, open_decompressed
 Row = dict[str, Any]
 
 MISSING_WORDS = frozenset({"", "null", "none", "nan", "n/a", "na"})
-"""Words for an empty cell, in lower case."""
+"""Words that mark an empty cell, in lower case."""
 
 OTHER_DELIMITERS = (";", "|")
 """Delimiters that need --delimiter; Excel writes the first one in many countries."""

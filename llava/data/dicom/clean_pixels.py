@@ -1,4 +1,4 @@
-"""Clean the pixel field of a DICOM file: only what is shown stays, checked by decoding.
+"""Clean the pixel field of a DICOM file: only the shown pixels are kept, verified by decoding.
 
     dataset --clean_pixel_field--> CleanPixels (new value, what was removed) --put_pixels--> clean copy
     original, copy --check_copy--> nothing, or PixelsHeldBack
@@ -53,7 +53,7 @@ class CleanPixels:
 
 
 def clean_pixel_field(dataset: pydicom.FileDataset) -> CleanPixels:
-    """Return the pixel field of a file without anything but its frames.
+    """Return the pixel field of a file with its frames only.
 
     Raises:
         PixelsHeldBack: it has content that cannot be removed.
@@ -74,7 +74,7 @@ def clean_pixel_field(dataset: pydicom.FileDataset) -> CleanPixels:
 
 
 def _has_offsets(dataset: Dataset) -> bool:
-    """Return whether a clean copy states where its frames begin: with a table, or as an extended one was there."""
+    """Return whether a clean copy states its frame offsets: in a basic or an extended table."""
     return "ExtendedOffsetTable" in dataset or bool(parse_basic_offsets(dataset.PixelData))
 
 
@@ -145,7 +145,7 @@ def _without_overlays(raw: bytes, pixel_format: PixelFormat, order: str, found: 
     if pixel_format.is_signed:
         spare = pixel_format.bits_allocated - pixel_format.bits - pixel_format.shift
         extended = ((plain << spare).view(f"i{width}") >> spare).view(f"u{width}")
-    # A file that leaves the sign out of all pixels stays as it is. If only some have it, that may be an overlay.
+    # A file without sign bits in all pixels is unchanged. If only some pixels have them, they may be an overlay.
     if np.array_equal(values, plain):
         return raw
     if num_changed := int((values != extended).sum()):
@@ -155,7 +155,10 @@ def _without_overlays(raw: bytes, pixel_format: PixelFormat, order: str, found: 
 
 
 def check_unused_bits(dataset: pydicom.FileDataset, pixel_format: PixelFormat) -> None:
-    """Raise `PixelsHeldBack` for compressed frames with content in unused bits, which only new compression removes."""
+    """Raise `PixelsHeldBack` for compressed frames with content in unused bits.
+
+    Only recompression would remove that content.
+    """
     if not is_compressed(dataset) or pixel_format.bits >= pixel_format.bits_allocated:
         return
     for index, frame in enumerate(_frames(dataset, pixel_format, Counter())):
@@ -165,7 +168,7 @@ def check_unused_bits(dataset: pydicom.FileDataset, pixel_format: PixelFormat) -
         kind = f"u{pixel_format.bits_allocated // 8}"
         values = unmasked_values(dataset, pixel_format, index).astype(kind)
         if not pixel_format.shift:
-            # Codecs that do not know the sign give all values one offset.
+            # Codecs without signed values shift all values by one offset.
             offsets = values - frame_values(dataset, pixel_format, index)[0].astype(kind)
             if offsets.min() == offsets.max():
                 continue

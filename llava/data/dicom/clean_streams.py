@@ -1,4 +1,4 @@
-"""Remove everything but the image from compressed frames: JPEG, JPEG-LS, JPEG 2000 and run-length encoding.
+"""Remove everything but the image from compressed frames: JPEG, JPEG-LS, JPEG 2000 and RLE.
 
     frame --clean_jpeg, clean_jpeg2000, clean_rle--> the same image without comments, metadata and surplus bytes
 
@@ -90,7 +90,7 @@ def _segment(frame: bytes, place: int) -> bytes:
 
 
 def _kept_content(marker: int, content: bytes, found: Found) -> bytes | None:
-    """Return what is kept of a JPEG segment, None for nothing."""
+    """Return the part of a JPEG segment to keep; None to drop it."""
     if marker in _JPEG_KEPT:
         if len(content) != _exact_length(marker, content):
             raise PixelsHeldBack("has a JPEG segment that is longer than its content")
@@ -167,7 +167,7 @@ def clean_jpeg2000(frame: bytes, found: Found) -> bytes:
 
 
 def _j2k_segments(frame: bytes, place: int, end: bytes, found: Found) -> tuple[bytes, int]:
-    """Return the segments from `place` that are kept, and where the marker `end` stands."""
+    """Return the segments from `place` that are kept, and the position of the marker `end`."""
     kept = bytearray()
     while frame[place : place + 2] != end:
         if frame[place : place + 1] != b"\xff":
@@ -255,6 +255,6 @@ def _rle_length(frame: bytes, start: int, end: int, num_values: int) -> int:
 
 
 def _count_surplus(rest: bytes, found: Found, where: str) -> None:
-    """Count bytes outside of the image; zeros, which pad to an even length, identify no one."""
+    """Count nonzero bytes outside the image; zeros are padding and identify no one."""
     if rest.strip(b"\0"):
         found[f"bytes {where}"] += 1

@@ -243,7 +243,7 @@ def process_file(path: str, args: Namespace, salt: bytes, *, written: Collection
             raise RepeatedInstance("repeats an instance in this folder; only the first file is copied")
         write_atomic(args.out / name, content)
         if (args.out / name).read_bytes() != content:
-            raise DataError(f"has a clean copy {name} that reads back differently; check the disk, remove the copy")
+            raise DataError(f"has a clean copy {name} that differs when read back; check the disk and remove the copy")
         return findings, name, ""
     except DataError as error:
         text = str(error).removeprefix("image given as bytes ").removeprefix(f"image {path} ")
@@ -253,7 +253,7 @@ def process_file(path: str, args: Namespace, salt: bytes, *, written: Collection
 def _checked_copy(
     data: bytes, dataset: pydicom.FileDataset, findings: DeidFindings, salt: bytes
 ) -> tuple[str, bytes, str]:
-    """Return path and content of a copy that was parsed again and compared, or the reason to hold the file back.
+    """Return path and content of a parsed and compared copy, or the reason to hold the file back.
 
     Also adds to `findings` what the pixel field holds.
     """

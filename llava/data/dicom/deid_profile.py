@@ -156,7 +156,7 @@ def fields_of(dataset: Dataset, *, is_item: bool = False) -> Iterator[tuple[Base
 
 
 def removed_texts(dataset: Dataset) -> frozenset[str]:
-    """Return texts and parts of texts in fields that are not kept, which no bytes of a clean copy may contain.
+    """Return the texts of removed fields, whole and in parts, which no byte of a clean copy may contain.
 
     Short texts and those of few or consecutive characters (`000000`, `123456`) are left out: pixels can equal them.
     """
@@ -172,7 +172,7 @@ def removed_texts(dataset: Dataset) -> frozenset[str]:
 
 
 def _is_ramp(text: str) -> bool:
-    """Return whether all characters follow each other at one distance."""
+    """Return whether the character codes of a text have one constant step, as in `12345`."""
     return len({ord(after) - ord(before) for before, after in pairwise(text)}) == 1
 
 

@@ -63,7 +63,7 @@ def read_turns(
     question: str,
     question_column: str | None = None,
 ) -> dict[str, list[tuple[str, str]]]:
-    """Return the questions and answers of a table by key; the texts of several columns are joined by line ends.
+    """Return the questions and answers of a table by key; texts of several columns are joined by newlines.
 
     With `question_column`, every row of the table is a question of its own, in the order of the table; without it, a
     key has one answer, to `question`.

@@ -40,7 +40,7 @@ class Expected:
     max_bytes: int | None = None
 
     def problem(self, size: int, digest: str) -> str:
-        """Return what is wrong with a file of this size and sha256; empty if it is as expected."""
+        """Return the problem of a file of this size and sha256; empty if it is as expected."""
         if self.size is not None and size != self.size:
             return f"{size} bytes, expected {self.size}"
         if self.sha256 is not None and digest != self.sha256:
@@ -60,7 +60,7 @@ def digest_of(path: Path, on_bytes: Callable[[int], object] = lambda count: None
 
 
 def file_problem(path: Path, expected: Expected) -> str:
-    """Return what is wrong with a local file; empty if it is as expected."""
+    """Return the problem of a local file; empty if it is as expected."""
     try:
         size = path.stat().st_size
         if expected.size is not None and size != expected.size:
@@ -142,7 +142,7 @@ def _fetch_from(client: Client, url: str, target: Path, expected: Expected, on_b
             return
         on_bytes(-size)
         part.unlink(missing_ok=True)
-        if start == 0 or attempt == 2:  # the part of an earlier run is not the cause
+        if start == 0 or attempt == 2:  # not caused by the part of an earlier run
             raise DownloadError(
                 f"{redacted_url(url)}: {problem.removeprefix(redacted_url(url) + ': ')}", reason="wrong_content"
             )

@@ -87,7 +87,7 @@ def url_origin(url: str) -> Origin:
         DownloadError: it is not http(s), or has no host.
     """
     try:
-        if _ODD.search(url):  # other programs may read such a character as the end of the host name
+        if _ODD.search(url):  # other programs may treat such a character as the end of the host name
             raise ValueError("odd characters")
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port

@@ -190,7 +190,7 @@ def _report(rated: Sequence[Rated], args: Namespace) -> dict[str, Any]:
 
 
 def _print(name: str, report: Mapping[str, Any]) -> None:
-    """Print the published table, the table with intervals, the failures, and the agreement of orders."""
+    """Print the published table, the table with intervals, the failures, and the agreement of both orders."""
     out = sys.stdout
     write_out(f"\n{name}\n{summary.published_table(report)}\n\n{summary.interval_table(report)}\n", out)
     write_out("intervals: 95 %, resampled by image; the published relative score is the mean of ratios\n", out)

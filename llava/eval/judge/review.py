@@ -1,4 +1,4 @@
-"""Judging of cases, optionally in both orders, with retries of unreadable replies (`llava.judging.orders`).
+"""Judging of cases, optionally in both orders, with retries for unreadable replies.
 
 Case --messages_of--> messages in each order --Judge--> scores of reference and answer --> Judgment
 """
@@ -89,7 +89,7 @@ class JudgeSettings:
         return partial(messages_of, case, template=TEMPLATES[self.template], defects=self.defects)
 
     def asking(self) -> AskSettings:
-        """Return how the judge is asked."""
+        """Return the settings of asking."""
         return AskSettings(
             partial(messages_after_unreadable, template=TEMPLATES[self.template]),
             orders=self.orders,

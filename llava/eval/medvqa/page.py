@@ -110,7 +110,7 @@ def write_page(
 
 
 def score_table(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, list[Any]]:
-    """Return the columns of named scores and their cells, without the columns that say nothing."""
+    """Return the columns of named scores and their cells, without uninformative columns."""
     cells = score_rows(rows)
     used = [name for place, name in enumerate(COLUMNS, 1) if any(row[place] not in ("-", NOT_RUN) for row in cells)]
     kept = [True, *(name in used for name in COLUMNS)]
@@ -209,7 +209,7 @@ def case_html(
     kinds: Sequence[str] = (),
     other: tuple[str, ScoredItem] | None = None,
 ) -> dict[str, Any]:
-    """Return one answer with its image for the macro `answer` of the templates; `kinds` are the filters of the page."""
+    """Return an answer with its image for the template macro `answer`; `kinds` are the page's filters."""
     own = {RIGHT if is_right(item) else WRONG, *item.types}
     if blank is not None and strict_form(blank.prediction) != strict_form(item.prediction):
         own.add(CHANGED)

@@ -29,7 +29,7 @@ def score_sets(
     defects: frozenset[str] = PUBLISHED,
     metrics: Sequence[str] = (),
 ) -> dict[str, dict[str, ItemScores]]:
-    """Return all sets of scores of the items: `strict` with further `metrics`, then the published scores by program."""
+    """Return all score sets of the items: `strict` with further `metrics`, then published scores."""
     sets = {"strict": strict_scores(items, metrics)}
     for program in get_args(Program):
         columns = legacy_scores(items, program=program, candidates=candidates, defects=defects)

@@ -1,4 +1,4 @@
-"""Additional tables of an evaluation: controls other than the gray image, and scores by a field of the rows.
+"""Additional tables of an evaluation: controls other than the gray image, and scores by row field.
 
 items, items with other images --control_tables--> {control: {score: answered, control, difference}}
 items, values of a field ------field_table-------> [{value, score, n, %, interval}]

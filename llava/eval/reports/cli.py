@@ -1,4 +1,4 @@
-"""`llava reports score`, also `llava/eval/rrg_eval/run.py`: score predicted reports against their references."""
+"""`llava reports score` and `llava/eval/rrg_eval/run.py`: score predicted reports against references."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def score_main(argv: Sequence[str] | None = None, *, prog: str = "llava reports 
 
 
 def _parse(prog: str, argv: Sequence[str] | None) -> Namespace:
-    """Return the options; FILE may also stand directly after the files of `--labels`."""
+    """Return the options; FILE may also be the last word after `--labels`."""
     parser = _parser(prog)
     args: Namespace = parser.parse_args(argv)
     args.labels = args.labels or []
@@ -171,7 +171,7 @@ def stamp(args: Namespace, inputs: ScoreInputs, command: Sequence[str], **facts:
 
 
 def _protocol(inputs: ScoreInputs) -> dict[str, Any]:
-    """Return split, prompt, loader and section rule, as far as the rows or the settings beside the file state them."""
+    """Return split, prompt, loader and section rule as stated by the rows or the settings file."""
     rows = [pair.meta for pair in inputs.pairs]
     found: dict[str, Any] = {}
     for name in ("split", "loader", "section", "generate_method", "view"):

@@ -1,4 +1,4 @@
-"""Figures of judged reports: mean errors by category and severity, error-free shares, and agreement of two judges.
+"""Figures of judged reports: mean errors by category and severity, error-free shares, judge agreement.
 
 Reports without a readable rating are counted by reason and excluded from all figures. Intervals resample patients.
 """

@@ -1,4 +1,4 @@
-"""Prompt of the report judge: counts of errors in predicted findings, in six categories and two severities.
+"""Prompt of the report judge: error counts of predicted findings in six categories, two severities.
 
 The examples are synthetic. Scores depend on the wording, so rows name `PROMPT_VERSION` and `PROMPT_SHA256`.
 """

@@ -1,4 +1,4 @@
-"""Parser of the report judge's replies: six counts for each severity, or the reason why there are none.
+"""Parser of the report judge's replies: six counts per severity, or the reason why none were found.
 
 Accepted are the two headers in any case, with or without Markdown, before six pairs in any brackets or none, on the
 same line or not; JSON objects by severity; text around them; and reasoning before the answer. Every letter must occur
@@ -104,11 +104,14 @@ def _severity(header: re.Match[str]) -> str:
 
 
 def _of_headers(text: str) -> Rating:
-    """Return the counts after each header; the last header of a kind counts, as models repeat the form first."""
+    """Return the counts after each header.
+
+    The last header of a kind counts, since models repeat the form first.
+    """
     rating: Rating = dict.fromkeys(SEVERITIES)
     headers = list(_HEADER.finditer(text))
     ends = [*(header.start() for header in headers[1:]), len(text)]
-    for header, end in zip(headers, ends, strict=False):  # without a header, there is one end
+    for header, end in zip(headers, ends, strict=False):  # without a header, one end remains
         part = text[header.end() : end]
         explanation = _EXPLANATION.search(part)
         counts = _of_pairs(part[: explanation.start()] if explanation else part)

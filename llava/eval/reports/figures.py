@@ -122,7 +122,10 @@ class Resampler:
         return figure.combine(self._resampled(figure.stats, kind or figure.interval))
 
     def _resampled(self, stats: Array, kind: str) -> Array:
-        """Return the sums of statistics in each resample, [num_draws, k]; figures that share statistics share them."""
+        """Return the sums of statistics in each resample, [num_draws, k].
+
+        Figures with common statistics share them.
+        """
         key = (id(stats), kind)
         if key not in self._sums:
             if kind == "clustered":
@@ -133,7 +136,7 @@ class Resampler:
                 counts = self._counts[kind]
                 parts = [counts[at : at + CHUNK].astype(np.float64) @ stats for at in range(0, len(counts), CHUNK)]
                 sums = np.concatenate(parts)
-            self._sums[key] = (stats, sums)  # the statistics are kept, so that their id stays theirs
+            self._sums[key] = (stats, sums)  # keep the statistics alive, so that their id is not reused
         return self._sums[key][1]
 
     def estimate(self, figure: ReportFigure) -> dict[str, Any]:

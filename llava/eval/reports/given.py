@@ -1,4 +1,4 @@
-"""Values of other tools that a user passes in: labels, graphs, and per-report scores.
+"""Values from other tools that a user passes in: labels, graphs, and per-report scores.
 
     --labels FILE                 {"index", "prediction": {14 findings}, "reference": {14 findings}}, or CheXpert tables
     --radgraph-annotations FILE   {"index", "prediction": graph, "reference": graph}
@@ -63,7 +63,7 @@ def read_labels(paths: Sequence[str | Path], *, num_reports: int, reports: str |
 
 
 def _warn_missing(path: str | Path, side: str, rows: Sequence[Mapping[str, Label]]) -> None:
-    """Log a warning about findings that no row of a side names: figures of 14 findings then mean less."""
+    """Warn about findings that no row of a side names, since they distort figures of all 14 findings."""
     missing = [name for name in FINDINGS if not any(name in row for row in rows)]
     if missing and rows:
         logger.warning(

@@ -39,7 +39,7 @@ def label_rows(path: str | Path, *, text_key: str | None = None) -> Iterable[tup
 
 
 def _report_id(given: Any, row: int) -> ReportId:
-    """Return the id of a row as it is given, so that results can be joined with it; its number if it has none."""
+    """Return the given id of a row, so that results can be joined with it; without one, its number."""
     if isinstance(given, int) and not isinstance(given, bool):
         return given
     return identity(given) or row

@@ -1,4 +1,4 @@
-"""F1 of the 14 findings from labels of predictions and references: figures, breakdown, and the four-way table.
+"""F1 of the 14 findings from predicted and reference labels: figures, breakdown and four-way table.
 
 Labels are integers [n, 14] in the order of `FINDINGS`: 1, 0, -1 (uncertain), and `BLANK` for not mentioned. Names with
 `+` count uncertain as positive, names without as negative.

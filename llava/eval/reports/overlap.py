@@ -1,4 +1,4 @@
-"""Word overlap of reports and references: ROUGE, BLEU, CIDEr-D and chrF, as figures with per-report statistics.
+"""Word overlap of reports and references (ROUGE, BLEU, CIDEr-D, chrF) as per-report statistics.
 
 ROUGE is that of the package rouge-score without stemming, computed by rouge-score-rs. BLEU is that of sacrebleu
 (tokenizer 13a, exponential smoothing); all orders come from one pass. The COCO forms use lower-case words between
@@ -36,7 +36,7 @@ def rouge_figures(types: Sequence[str], predictions: Sequence[str], references: 
 
 
 def bleu_stats(predictions: Sequence[str], references: Sequence[str]) -> Array:
-    """Return lengths, matches and totals of the n-grams of each pair, [n, 10], with the tokens of sacrebleu."""
+    """Return n-gram lengths, matches and totals of each pair, [n, 10], with sacrebleu's tokens."""
     tokenize = require("sacrebleu.tokenizers.tokenizer_13a", EXTRA).Tokenizer13a()
     sides = ([tokenize(text.rstrip()).split() for text in texts] for texts in (predictions, references))
     return ngram_stats(*sides)
@@ -67,7 +67,10 @@ def ngram_stats(predictions: Sequence[Sequence[str]], references: Sequence[Seque
 
 
 def _num_matches(grams: NDArray[np.int64], rows: NDArray[np.int64], num: int) -> Array:
-    """Return how many n-grams both sides of each pair have, by the smaller count; sides are `num` rows apart."""
+    """Return the number of n-grams common to each pair, by the smaller count.
+
+    The two sides are `num` rows apart.
+    """
     counted = []
     for of_side in (rows < num, rows >= num):
         keys = grams[of_side] * max(num, 1) + rows[of_side] % max(num, 1)
@@ -97,7 +100,7 @@ def bleu_figures(names: Sequence[str], stats: Array, *, scale: float = 100.0) ->
 
 
 def combine_bleu(sums: Array, *, order: int, scale: float = 100.0) -> Array:
-    """Return BLEU with exponential smoothing from summed statistics [..., 10]; 0 if an order has no n-grams."""
+    """Return exponentially smoothed BLEU of summed statistics [..., 10]; 0 for an order without n-grams."""
     length, reference = sums[..., 0], sums[..., 1]
     matches, totals = sums[..., 2 : 2 + order], sums[..., 2 + MAX_ORDER : 2 + MAX_ORDER + order]
     halvings = np.cumsum(matches == 0, axis=-1)  # each order without a match halves the substitute once more
@@ -177,7 +180,9 @@ def _cider(
     for side, grams in enumerate((one, other)):
         for gram, count in grams.items():
             norms[side, len(gram) - 1] += (count * weights.get(gram, num)) ** 2
-            lengths[side] += count if len(gram) == 2 else 0  # the published code takes bigrams for the length
+            lengths[side] += (
+                count if len(gram) == 2 else 0
+            )  # the published code uses the number of bigrams as the length
     similar = np.zeros(MAX_ORDER)
     for gram, count in one.items():
         if gram in other:

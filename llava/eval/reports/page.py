@@ -1,4 +1,4 @@
-"""HTML page of scored reports: figures, and each report with its image, its findings and the words that decide them.
+"""HTML page of scored reports: figures, then each report with image, findings and deciding words.
 
 The page makes no requests and has no scripts; the filter by finding is made of radio buttons. It contains reports and
 images of the data, so the rules of the data apply to it.
@@ -111,7 +111,7 @@ def _id(finding: str) -> str:
 
 
 def worst_first(rows: Sequence[Mapping[str, Any]], labeled: Sequence[tuple[ReportLabels, ReportLabels]]) -> list[int]:
-    """Return the numbers of the reports, those with most wrong findings first, then those with the lowest score."""
+    """Return the report numbers, those with the most wrong findings first, ties by lowest score."""
 
     def badness(index: int) -> tuple[int, float]:
         letters = finding_letters(*(side.labels for side in labeled[index])).values()

@@ -31,7 +31,7 @@ _SUFFIX = "__ner_labels.txt"
 
 
 def annotate(folder: str | Path, texts: Sequence[tuple[str, str]]) -> tuple[list[tuple[Entities, Entities]], str]:
-    """Return the graphs of predictions and references, and the name of the model with the hash of its weights.
+    """Return the graphs of predictions and references, and the model's name with its weight hash.
 
     Args:
         folder: unpacked RadGraph model.

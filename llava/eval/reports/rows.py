@@ -91,7 +91,7 @@ def _is_blank(path: str | Path) -> bool:
 
 
 def _delimiter(path: str | Path) -> str | None:
-    """Return the semicolon of tables that Excel writes in many countries; None for other files."""
+    """Return the semicolon, which Excel writes in many locales, if a table uses it; None for other files."""
     header = (_start(path) or b"").partition(b"\n")[0]
     return ";" if b";" in header and not any(mark in header for mark in (b",", b"\t")) else None
 
@@ -102,7 +102,7 @@ def _start(path: str | Path) -> bytes | None:
         with open_decompressed(path) as stream:
             return bytes(stream.read(4096).strip())
     except READ_ERRORS:
-        return None  # the reader of tables says why
+        return None  # the table reader reports the reason
 
 
 def report_text(row: Row, keys: Sequence[str], origin: Origin) -> str:

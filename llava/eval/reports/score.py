@@ -1,4 +1,4 @@
-"""Scores of a file of reports: figures with intervals, the baseline, strata, breakdowns, and a value for each report.
+"""Scores of a report file: figures with intervals, baseline, strata, breakdowns and per-report values.
 
 pairs --run_scorers--> figures --Resampler--> metrics
       --commonest sentence for all--> the same figures of the baseline

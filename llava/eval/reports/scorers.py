@@ -30,12 +30,12 @@ RULE_SOURCE = f"rule labels {RULES_VERSION}"
 
 
 class Unmet(LlavaError):
-    """Needs of a scorer that are not met; the message is the reason."""
+    """Error: needs of a scorer are not met; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """Reports and what a user passes in for them.
+    """Reports, and the values that a user passes in for them.
 
     Attributes:
         pairs: the reports.
@@ -104,7 +104,7 @@ class ScorerResult:
 
 @dataclass(frozen=True, slots=True)
 class Scorer(MetricFacts):
-    """Scorer of reports, with what it declares.
+    """Scorer of reports, with its declared needs.
 
     Attributes:
         run: returns its result.
@@ -219,7 +219,7 @@ METRICS.update({name: Metric(name, partial(answer_values, name=name), scorer) fo
 
 @dataclass(frozen=True)
 class Scored:
-    """Results of the scorers that ran, and the status of all that were asked for."""
+    """Results of the scorers that ran, and the status of all requested ones."""
 
     results: dict[str, ScorerResult]
     status: dict[str, dict[str, str | None]]
@@ -239,7 +239,7 @@ def scorer_names(text: str | None) -> list[str]:
     if text is None:
         return [name for name in SCORERS if name in DEFAULT_SCORERS]
     words = [word.strip(" \"'") for word in text.strip().strip("()").removeprefix("[").removesuffix("]").split(",")]
-    if "coco]" in text and text.strip().endswith("coco]"):  # the bracket of a name, not of a list
+    if "coco]" in text and text.strip().endswith("coco]"):  # a bracket inside a name, not around a list
         words = [word.strip(" \"'") for word in text.strip().strip("()").split(",")]
     names = {name.lower(): name for name in SCORERS}
     chosen = set()

@@ -1,4 +1,4 @@
-"""Facts about the texts: the commonest sentence, repeated predictions, lengths, priors, and swapped sides."""
+"""Facts about report texts: most common sentence, repeats, lengths, priors and swapped sides."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 def commonest_sentence(texts: Sequence[str]) -> str:
-    """Return the sentence that most texts contain, in its commonest spelling; empty without any."""
+    """Return the most common sentence in its most common spelling; empty without texts."""
     counts: Counter[str] = Counter()
     spellings: dict[str, Counter[str]] = {}
     for text in texts:
@@ -38,7 +38,7 @@ def commonest_sentence(texts: Sequence[str]) -> str:
 
 
 def text_facts(pairs: Sequence[ReportPair]) -> dict[str, Any]:
-    """Return shares and counts that no score shows.
+    """Return shares and counts that the scores do not show.
 
     Keys: `distinct_predictions` and `commonest_prediction` (shares of the reports), `empty_predictions`, `length_ratio`
     (words of predictions by words of references), `prior_words` (share of reports with a comparison, by side), and

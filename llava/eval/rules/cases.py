@@ -1,4 +1,4 @@
-"""Conversations that a rule set asks of a model: of a table's rows in several orders and with wrong hints, or as given.
+"""Conversations of a rule set: table rows in several orders, with wrong hints, or as given.
 
 row of a table --labels--> truth --orders, hints, wordings of the test--> RuleDialogue, ...
 row of `llava rules dialogues` ------------------------------------------> RuleDialogue
@@ -56,7 +56,7 @@ class RuleDialogue:
 
 @dataclass(frozen=True, slots=True)
 class CasePlan:
-    """How the rows of a table are asked.
+    """Settings for asking about the rows of a table.
 
     Attributes:
         styles: orders of the questions; `single` asks every question alone.

@@ -1,4 +1,4 @@
-"""Resumable file of held conversations: a line per conversation, written as soon as its batch is finished.
+"""Resumable file of conversations: one line each, written as soon as its batch is finished.
 
 RuleDialogue, ... --minus held--> pending --by image--> batches --Engine.converse--> lines, in the order of the cases
 """
@@ -104,7 +104,10 @@ class DialogueRun:
         return (str(path),)
 
     def _write(self, dialogue: RuleDialogue, texts: Sequence[str], finishes: Sequence[str], error: str | None) -> None:
-        """Append the row of a conversation; turns that were not reached have empty answers and the finish `error`."""
+        """Append the row of a conversation.
+
+        Turns that were not reached have empty answers and the finish `error`.
+        """
         missing = len(dialogue.asked) - len(texts)
         row = {
             "id": dialogue.id,

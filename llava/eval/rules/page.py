@@ -1,4 +1,4 @@
-"""Page of an evaluation with a rule set: figures, and the wrong and contradictory conversations with their images.
+"""Page of an evaluation with rules: figures, and wrong or contradictory conversations with images.
 
 The page makes no requests. It contains questions, answers and images of the data, so the rules of the data apply to it.
 """

@@ -24,7 +24,7 @@ def full_report(
     num_resamples: int = 500,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return all figures of held conversations as JSON values: percentages with intervals clustered by group.
+    """Return the conversations' figures as JSON values: percentages with intervals clustered by group.
 
     Args:
         rules: rule set.

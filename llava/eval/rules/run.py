@@ -1,4 +1,4 @@
-"""`llava eval --rules FILE`: hold conversations about images, and score accuracy and consistency with a rule set.
+"""`llava eval --rules FILE`: hold conversations about images, score accuracy and consistency.
 
     rows --orders, hints--> conversations --Engine.converse--> dialogues.jsonl ------+
                                   --gray image--> dialogues-blank.jsonl -------------+--> results.json, report.html
@@ -154,7 +154,9 @@ def plan_of(args: Namespace, words: Sequence[str]) -> RulesPlan:
 
 
 def evaluate_rules(plan: RulesPlan, open_engine: Callable[[], Engine]) -> dict[str, Any]:
-    """Hold the conversations, score them and write the result; the engine is opened only if some are pending.
+    """Hold the conversations, score them and write the result.
+
+    The engine is opened only if some are pending.
 
     Returns:
         The report, as written to `results.json`.

@@ -1,4 +1,4 @@
-"""Scores of conversations: per turn, per conversation and per case, with intervals clustered by patient or image.
+"""Scores per turn, conversation and case, with intervals clustered by patient or image.
 
 RuleDialogue + answers --extract--> HeldDialogue --> accuracies, contradictions, order, flips --Draws--> estimates
 """
@@ -117,7 +117,7 @@ class DialogueScores:
         self.conversations = conversation_scores(held)
 
     def scores(self, other: DialogueScores | None = None, *, name: str = "blank") -> dict[str, dict[str, Any]]:
-        """Return every score; with `other`, the same conversations of another run, also its scores and differences."""
+        """Return every score; with `other` (conversations of another run), also its scores and differences."""
         found: dict[str, dict[str, Any]] = {}
         for draws, mine, theirs in (
             (self.turn_draws, self.questions, None if other is None else other.questions),
@@ -190,7 +190,7 @@ def _macro_f1(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def order_invariance(held: Sequence[HeldDialogue], *, num_resamples: int, seed: int) -> dict[str, Any] | None:
-    """Return the share of nodes of a case with the same value in all its orders; None without two orders.
+    """Return the share of nodes with one value in all orders of a case; None with fewer than two orders.
 
     Only questions without a statement of a clinician count.
     """
@@ -210,7 +210,7 @@ def order_invariance(held: Sequence[HeldDialogue], *, num_resamples: int, seed: 
 
 
 def flips(held: Sequence[HeldDialogue], *, num_resamples: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Return, for every kind of wrong statement, the share of right answers that it turns into wrong ones.
+    """Return, for each kind of wrong statement, the share of correct answers that it makes wrong.
 
     An answer is right without statement if that of the first conversation about the case without one is.
     """

@@ -226,7 +226,7 @@ def _table(dataset: FileDataset, item: Dataset, *, low: float, high: float) -> L
 
 
 def _first_value(first: int, low: float, high: float) -> int:
-    """Return the first value of a table, which files may store with the wrong signedness (64512 for -1024).
+    """Return the first value of a lookup table, which may be stored with the wrong sign (64512 for -1024).
 
     The values that are possible decide, never those of one image: all images of a series must look alike.
     """

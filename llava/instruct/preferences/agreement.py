@@ -1,4 +1,4 @@
-"""How often judges agree with references, beside the rule that the longer answer wins.
+"""Agreement of judges with references, compared with the rule that the longer answer wins.
 
 judged rows with a reference --pairs that the reference decides--> share of agreement, interval by image
 """
@@ -33,7 +33,7 @@ def judged_pairs(judged: Sequence[Answered]) -> list[tuple[Answered, int, int]]:
 
 
 def length_report(pairs: Sequence[tuple[Answered, int, int]]) -> dict[str, Any]:
-    """Return mean words of preferred and rejected answers, and the share of preferred ones that are longer."""
+    """Return mean words of preferred and rejected answers, and the share of longer preferred ones."""
     if not pairs:
         return {"preferred_words": None, "rejected_words": None, "longer_preferred": None}
     sizes = [[len(words_of(one.answers[place])) for place in places] for one, *places in pairs]
@@ -89,7 +89,7 @@ def _share(values: Sequence[float]) -> float:
 
 
 def judged_report(judged: Sequence[Answered]) -> dict[str, Any]:
-    """Return the numbers of a file of judged rows: verdicts by reason, lengths, agreement with references."""
+    """Return statistics of a file of judged rows: verdicts by reason, lengths, agreement with references."""
     pairs = judged_pairs(judged)
     failures = Counter(str(one.row["judgment"]["failure"]) for one in judged if one.row["judgment"]["failure"])
     return {

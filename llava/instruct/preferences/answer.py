@@ -1,4 +1,4 @@
-"""`llava preferences answer`: sampled answers of a model to questions about images, several to each.
+"""`llava preferences answer`: sample several answers of a model to each question about images.
 
 questions --pending, by image--> batches --engine, one seed for each question--> answers.jsonl, row by row
 
@@ -56,7 +56,9 @@ def prompt_of(asked: Asked, image_folder: str | Path | None) -> Prompt:
 def answers_to(
     engine: Engine, questions: Sequence[Asked], sampling: Sampling, *, image_folder: str | Path | None
 ) -> list[list[Completion]]:
-    """Return `sampling.n` answers to each question; a question that cannot be answered has one with finish `error`.
+    """Return `sampling.n` answers per question.
+
+    A question that cannot be answered has one answer with finish `error`.
 
     Args:
         engine: the model.
@@ -86,7 +88,7 @@ def _failed(error: LlavaError) -> Completion:
 
 
 def answer_row(asked: Asked, answers: Sequence[Completion], facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the row of a question: its fields, `answers`, `finishes`, an `error` if there is one, and `facts`."""
+    """Return the row of a question: its fields, `answers`, `finishes`, any `error`, and `facts`."""
     failed = next((one.error for one in answers if one.finish == "error"), None)
     if failed is not None:
         return {**asked.fields(), "answers": [], "error": failed, **facts}

@@ -33,7 +33,7 @@ class PairJudge:
         self.how = how
 
     def __call__(self, batch: Sequence[tuple[Answered, Sequence[int]]]) -> list[dict[str, Any] | None]:
-        """Return `comparisons` and `scores` about each question, or a `failure`; None where a limit forbids asking.
+        """Return `comparisons` and `scores` of each question, or a `failure`; None where a limit was reached.
 
         Args:
             batch: questions, each with the places of its usable answers.

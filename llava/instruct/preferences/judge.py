@@ -1,4 +1,4 @@
-"""`llava preferences judge`: which of the answers to each question is preferred, by one of five judges.
+"""`llava preferences judge`: decide which answer is preferred, with one of five judges.
 
 answers.jsonl --usable answers--> judge --scores--> verdict --> judgments.jsonl, row by row; report
 
@@ -51,7 +51,7 @@ JudgeAll = Callable[[Sequence[tuple[Answered, Sequence[int]]]], list["dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class Judging:
-    """A judge and what identifies it.
+    """Judge, and the facts that identify it.
 
     Attributes:
         judge_all: judges a batch of questions.

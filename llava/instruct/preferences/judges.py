@@ -1,4 +1,4 @@
-"""Judges that need no endpoint: references, the model's own use of the image, and the majority of the answers.
+"""Judges without an endpoint: references, the model's use of the image, and the answers' majority.
 
 A judge gives every answer to a question a score, or says why it has none.
 """
@@ -51,7 +51,7 @@ def _overlap(reference: Sequence[str], answer: Sequence[str]) -> float:
 
 
 def by_majority(one: Answered) -> Scored:
-    """Return the mean agreement of each answer with the others; of two answers neither is the majority."""
+    """Return each answer's mean agreement with the others; with only two answers neither is the majority."""
     if len(one.answers) < 3:
         return "a majority needs at least 3 answers"
     others = len(one.answers) - 1
@@ -71,7 +71,7 @@ def _agreement(answer: str, other: str) -> float:
 
 
 class ImageGain:
-    """Log-likelihood of an answer beside the image minus that beside a gray one, per token, under a model."""
+    """Judge by log-likelihood per token of an answer with the image, minus that with a gray one."""
 
     def __init__(self, engine: LocalEngine, image_folder: str | Path | None) -> None:
         from PIL import Image
@@ -89,7 +89,7 @@ class ImageGain:
             prompts = [prompt for one in batch for prompt in self._prompts(one)]
             scores = iter(self._per_token(prompts))
         except LlavaError:
-            return [self._gains(one) for one in batch]  # the one that cannot be read does not hold up the others
+            return [self._gains(one) for one in batch]  # one unreadable question does not stop the others
         return [self._differences(one, [next(scores) for _ in range(2 * len(one.answers))]) for one in batch]
 
     def _gains(self, one: Answered) -> Scored:
@@ -120,7 +120,7 @@ class ImageGain:
 
 
 def each(judge: Callable[[Answered], Scored]) -> ScoreAll:
-    """Return the judge of many questions that judges them one by one."""
+    """Return a judge of many questions that judges them one at a time."""
     return lambda batch: [judge(one) for one in batch]
 
 

@@ -1,4 +1,4 @@
-"""Messages to a judge of two answers: question, both answers, instruction, and the images if they may be sent.
+"""Messages to a judge of two answers: question, answers, instruction, and images if permitted.
 
 The layout is that of STLLaVA-Med; the wording of the instruction is this project's, and a file may replace it. Rows
 record the hash of these texts.
@@ -93,7 +93,7 @@ def remind(messages: Messages, reply: str) -> Messages:
 
 
 def image_data_url(name: str, image_folder: str | Path | None) -> str:
-    """Return the pixels of an image as a data URL, without what its file says about the patient.
+    """Return the pixels of an image as a data URL, without its file's metadata about the patient.
 
     Raises:
         DataError: the image cannot be read.

@@ -26,7 +26,7 @@ from llava.utils.jsonl import append_record, drop_incomplete_line, write_records
 Row = Mapping[str, Any]
 
 KEPT = ("reference", "answer_type", "question_type", "choices", "answer_label")
-"""Fields of a question that its answers are compared by; they stay in every row."""
+"""Fields of a question that later comparisons need; they are kept in every row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +210,7 @@ class KeyedFile:
             self.rows[row["key"]] = row
 
     def forget(self, is_failed: Callable[[Row], bool]) -> None:
-        """Let the rows that failed be made again."""
+        """Drop failed rows, so that they are processed again."""
         self.rows = {key: row for key, row in self.rows.items() if not is_failed(row)}
 
     def append(self, row: Row) -> None:

@@ -1,4 +1,4 @@
-"""Options that the commands share which sample from a model: the file they resume, sampling, and the model."""
+"""Options shared by commands that sample from a model: file to resume, sampling, and model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers that a preference may be about: complete, not empty, no refusals, and different from each other."""
+"""Answers usable in a preference: complete, not empty, not a refusal, and different from each other."""
 
 from __future__ import annotations
 

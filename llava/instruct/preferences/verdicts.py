@@ -1,4 +1,4 @@
-"""Verdicts: which of the answers to a question is preferred to which, from the scores of a judge.
+"""Verdicts: the preferred and the rejected answer to a question, from the scores of a judge.
 
 scores of all answers, or comparisons of two in both orders --Thresholds--> preferred, rejected | failure
 """
@@ -17,7 +17,7 @@ ORDERS_DISAGREE = "the orders disagree"
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """What a preference needs.
+    """Thresholds of a preference.
 
     Attributes:
         min_margin: smallest difference of the two scores; equal scores are never a preference.
@@ -58,7 +58,7 @@ def compare(places: tuple[int, int], scores: tuple[float, float], limits: Thresh
 
 
 def from_scores(scores: Sequence[float | None], limits: Thresholds) -> Verdict:
-    """Return the verdict about answers with these scores: the best against the worst; None is an answer left out."""
+    """Return the verdict on scored answers: the best against the worst; answers scored None are left out."""
     known = [place for place, score in enumerate(scores) if score is not None]
     if len(known) < 2:
         return Verdict(failure="fewer than two answers with a score")

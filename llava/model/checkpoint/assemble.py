@@ -114,7 +114,7 @@ def mean_rows(table: Tensor, num_new: int, entry: TensorEntry | None = None) -> 
 def _mean(table: Tensor) -> Tensor:
     """Return the mean of the rows, summed in float32."""
     # torch's own mean of a half-precision table takes ten times as long.
-    # One buffer for all pieces, and one thread: a piece is little work, and on a busy machine several threads wait for
+    # One buffer for all pieces, and one thread: a piece is little work, and on a busy machine threads wait for
     # each other far longer than the sums take.
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)

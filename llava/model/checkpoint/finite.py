@@ -1,4 +1,7 @@
-"""Check that weights are finite: a run that diverged leaves weights that answer with noise, and no error."""
+"""Check that weights are finite.
+
+A diverged run leaves weights that answer with noise and raise no error.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def local_folder(name: str | Path) -> Path:
 
 
 def is_hub_reachable() -> bool:
-    """Return whether the name of the hub's server can be resolved; with a proxy, which resolves it, always."""
+    """Return whether the hub's host name can be resolved; True with a proxy, which resolves it."""
     host = urlsplit(constants.ENDPOINT).hostname
     if getproxies() or host is None:
         return True

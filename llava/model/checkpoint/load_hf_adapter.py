@@ -98,7 +98,10 @@ def merge_hf_adapter(adapted: PeftModel, checkpoint: Checkpoint) -> Any:
 
 
 def _peft_config(layers: dict[str, AdaptedLayer], checkpoint: Checkpoint) -> LoraConfig:
-    """Return peft's configuration for layers by our names; those of the file name modules of the base's class."""
+    """Return peft's configuration for layers by our names.
+
+    Names in the file are those of modules of the base's class.
+    """
     given = checkpoint.adapter
     ranks = {name: setting_of(given, "r", "rank_pattern", layer.base_name) for name, layer in layers.items()}
     alphas = {name: setting_of(given, "lora_alpha", "alpha_pattern", layer.base_name) for name, layer in layers.items()}

@@ -1,4 +1,4 @@
-"""Write the model card (README.md) of saved weights: use, parts with licenses, training, scores, citation.
+"""Write the model card (README.md) of saved weights: use, licenses, training, scores, citation.
 
     llava_origin.json of the parts, provenance.json of the run, records of earlier runs --card_text--> README.md
 
@@ -194,7 +194,7 @@ def _tower(config: Any) -> str:
 
 
 def write_card(target: Path, folder: Path, kind: str, config: Any, origin: Mapping[str, Any]) -> None:
-    """Write the card and the earlier runs into `folder`, which is moved to `target`; a user's own card is kept."""
+    """Write card and earlier runs into `folder`, which is moved to `target`; a user's own card is kept."""
     earlier = inherited_runs(origin, with_scores=not own_run(target))
     if earlier:
         (folder / RUNS_FILE).write_text(runs_text(earlier), encoding="utf-8")

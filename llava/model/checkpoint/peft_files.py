@@ -1,4 +1,4 @@
-"""What adapters of transformers' Llava hold, and why one cannot be used; neither torch nor transformers is needed.
+"""Contents of adapters of transformers' Llava, and reasons why one cannot be used; without torch.
 
 peft, TRL, LLaMA-Factory and ms-swift write the same files, under names of any version of transformers:
 
@@ -88,14 +88,14 @@ def read_hf_adapter(checkpoint: Checkpoint) -> HfAdapterFile:
 
 
 def setting_of(config: Mapping[str, Any], name: str, patterns: str, base_name: str) -> Any:
-    """Return the rank or alpha of a layer: that of the first pattern that matches its name, else the common one."""
+    """Return the rank or alpha of a layer: of the first pattern that matches its name, else the default."""
     found = config.get(patterns) or {}
     # As peft matches them: a pattern is a regular expression for the end of a name.
     return next((value for key, value in found.items() if re.match(rf"(.*\.)?({key})$", base_name)), config.get(name))
 
 
 def hf_adapter_refusals(checkpoint: Checkpoint) -> Iterator[str]:
-    """Yield the reasons why an adapter of transformers' Llava cannot be used, from settings and headers alone."""
+    """Yield the reasons why an adapter of transformers' Llava cannot be used, from settings and headers."""
     config, content = checkpoint.adapter, read_hf_adapter(checkpoint)
     if strange := strange_settings(config, UNSUPPORTED):
         yield (

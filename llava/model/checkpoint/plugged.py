@@ -17,7 +17,7 @@ SOURCE_KEY = "llava_source"
 
 
 def plugins_of(config: Any) -> list[str]:
-    """Return the names of the plug-ins that added the projector and the template of a model's configuration."""
+    """Return the names of the plug-ins that added a model's projector and template."""
     return needed_plugins(projector=config.projector_type, template=config.template)
 
 

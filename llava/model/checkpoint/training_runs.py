@@ -1,4 +1,4 @@
-"""Record of the training runs behind weights, without private paths, which exports and merges take along.
+"""Record of the training runs of weights, without private paths, for exports and merges.
 
 provenance.json of a run, training_runs.json of its base --runs_of--> runs, oldest first --> card, training_runs.json
 results.json of `llava eval` on the same weights --scores_of--> scores with their protocol
@@ -79,7 +79,7 @@ def _data_name(record: Mapping[str, Any], key: str) -> str:
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:
-    """Return the record of a training run, from this folder or from the run folder around a `checkpoint-N`."""
+    """Return the record of a training run, from this folder or the run folder around a `checkpoint-N`."""
     inside = CHECKPOINT.fullmatch(folder.name) is not None
     return read_json(folder / PROVENANCE_FILE) or (read_json(folder.parent / PROVENANCE_FILE) if inside else {})
 
@@ -107,13 +107,13 @@ def inherited_runs(
         earlier = _stored(folder) or inherited_runs(read_json(folder / ORIGIN_FILE), seen | {str(folder.resolve())})
         scores = _scored(folder) if with_scores and not seen else {}
         runs = [clean_run({**run, **scores}) for run in own_run(folder)]
-    except CheckpointError:  # a record of the base is broken; its weights are not
+    except CheckpointError:  # only the record of the base is damaged, not its weights
         return []
     return [*earlier, *(run for run in runs if run not in earlier)]
 
 
 def _stored(folder: Path) -> list[Run]:
-    """Return the runs that an exported folder lists; what is not in the form that this package writes is left out."""
+    """Return the runs that an exported folder lists; entries of another form are left out."""
     file = folder / RUNS_FILE
     runs = read_json(file).get("runs") if file.is_file() and file.stat().st_size < MAX_BYTES else None
     return [clean_run(run) for run in runs if isinstance(run, dict)][:MAX_RUNS] if isinstance(runs, list) else []

@@ -64,7 +64,7 @@ BUFFERS = {
     "rotary": re.compile(r"(.*\.)?rotary_emb\.inv_freq"),
     "position_ids": re.compile(r"(.*\.)?position_ids"),
 }
-"""Tables that old files hold and that are computed today; loading them could only do harm."""
+"""Tables in old files that are computed today and must not be loaded."""
 
 PEFT_PREFIX = "base_model.model."
 TOWER_ROOT = PEFT_PREFIX + "vision_tower.vision_model."
@@ -100,7 +100,7 @@ def projector_suffix(name: str) -> str | None:
 
 
 def projector_type_of(suffixes: Collection[str], named: str | None = None) -> str:
-    """Return the type of a projector by its weights' own names; `named` is the type that the configuration names.
+    """Return a projector's type by the names of its weights; `named` is the type in the configuration.
 
     Raises:
         CheckpointError: no known projector has these weights.

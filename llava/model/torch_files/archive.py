@@ -1,4 +1,4 @@
-"""Open a torch file within bounds: every count that it states is checked before it is used; torch is not needed.
+"""Open a torch file within bounds, without torch: every count that it states is checked before use.
 
 A file is a zip archive: `NAME/data.pkl` describes the tensors, `NAME/data/KEY` holds the bytes of one storage. Before
 torch 1.6 it was a sequence of pickles, followed by the storages.
@@ -83,7 +83,10 @@ class TorchArchive:
 
 
 def is_archive(file: Path) -> bool:
-    """Return whether a file begins as a zip archive; torch decides by these bytes, so that both read the same."""
+    """Return whether a file begins as a zip archive.
+
+    torch decides by the same bytes, so both read the same.
+    """
     with file.open("rb") as stream:
         return stream.read(4) == b"PK\x03\x04"
 
@@ -123,7 +126,7 @@ def open_archive(file: Path) -> Iterator[TorchArchive]:
 
 
 def check_torch_file(file: Path) -> None:
-    """Check the bounds of any torch file, also an old one or one with more than tensors, before torch reads it.
+    """Check the bounds of any torch file, also of an old format or other content, before torch reads it.
 
     Whether its content may be read at all (`weights_only`) is left to torch.
 

@@ -1,4 +1,4 @@
-"""Load a torch file as tensors and plain values: checked within bounds first, then read without running code."""
+"""Load a torch file as tensors and plain values: bounds checked first, read without running code."""
 
 from __future__ import annotations
 

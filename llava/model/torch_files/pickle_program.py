@@ -1,4 +1,4 @@
-"""Interpret the pickle program of a torch file on inert values, within bounds; nothing is imported or called.
+"""Interpreter of a torch file's pickle program on inert values; nothing is imported or called.
 
     program --pickletools--> instructions --Walk--> tables, numbers, text and `BinTensor`s, or ValueError
 

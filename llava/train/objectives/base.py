@@ -46,7 +46,7 @@ class Objective(Protocol):
     def metric_names(self) -> tuple[str, ...]: ...
 
     def count(self, batch: FlatBatch) -> Tensor:
-        """Return the share [D] float64 of a row in each denominator, which is summed over the step and all ranks."""
+        """Return a row's share [D] float64 of each denominator, which is summed over the step and all ranks."""
         ...
 
     def __call__(self, model: Callable[..., Any], batch: FlatBatch, *, num_items: Tensor) -> ObjectiveOutput:
@@ -56,7 +56,7 @@ class Objective(Protocol):
 
 @runtime_checkable
 class StepObjective(Protocol):
-    """Objective whose losses depend on sums over all rows of a step, which are added up before the first loss."""
+    """Objective whose losses need sums over all rows of a step, which are computed before the first loss."""
 
     def step_share(self, model: Callable[..., Any], batch: FlatBatch) -> Tensor:
         """Return the share [K] float64 of a row in the sums, without gradient."""

@@ -1,4 +1,4 @@
-"""Objective of KTO: single answers, good or bad, against an estimate over mismatched answers of the step."""
+"""Objective of KTO: single good or bad answers against an estimate over the step's mismatched answers."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class PairLossSpec:
 
 @dataclass(frozen=True, slots=True)
 class _Sides:
-    """Values [B, 2 or 3] of the sequences of each pair: chosen, rejected, and chosen beside a damaged image."""
+    """Values [B, 2 or 3] of each pair's sequences: chosen, rejected, and chosen beside a damaged image."""
 
     logprobs: Tensor
     tokens: Tensor
@@ -107,7 +107,7 @@ class _Sides:
 
 
 class PairLoss:
-    """Mean preference loss over the pairs of the step on all ranks; `sft` is a mean over its chosen tokens.
+    """Mean preference loss over the step's pairs on all ranks; `sft` is a mean over its chosen tokens.
 
     Args:
         spec: the losses.

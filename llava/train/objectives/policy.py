@@ -1,4 +1,4 @@
-"""Objective of reinforcement learning: clipped policy losses on the action tokens, and a value loss where one is asked.
+"""Objective of reinforcement learning: clipped policy loss on action tokens, and optional value loss.
 
 Rows carry columns of their action tokens: `advantage`, and where they are known before the update `old` and
 `reference` log-probabilities, `engine` log-probabilities, `return` and `value`.

@@ -1,4 +1,4 @@
-"""Cases of reinforcement learning: rows with an image and a truth, and what is asked about one in a rollout.
+"""Cases of reinforcement learning: rows with an image and a truth, and the questions of a rollout.
 
 table row  --labels--> truth --style, phrases, new in every rollout--> questions and reference answers
 dialogue of `llava rules dialogues` --as it is written--> questions and reference answers
@@ -100,7 +100,7 @@ def read_cases(path: str | Path, rules: RuleSet, *, splits: Sequence[str] = ("tr
                 raise DataError(f"expected an object, got {type(value).__name__}")
             if value.get("split", splits[0]) in splits:
                 case = _read_case(value, rules, origin)
-                if case.is_dialogue or rules.asked(case.truth):  # the truth of some rows leaves nothing to ask
+                if case.is_dialogue or rules.asked(case.truth):  # for some rows no question is left to ask
                     cases.append(case)
         except DataError as error:
             raise DataError(f"{origin}: {error}") from error

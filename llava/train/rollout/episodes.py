@@ -1,4 +1,4 @@
-"""Episodes: sampled dialogues with their rewards, the same list on every rank, and their line in `rollouts.jsonl`."""
+"""Episodes: sampled dialogues with rewards, equal on all ranks, and their lines in `rollouts.jsonl`."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class Scoring:
 
 
 def learned(found: Reward, score: float) -> tuple[float, tuple[float, ...]]:
-    """Return the score of a dialogue and the shares of its turns; a penalty of all of it belongs to the last turn."""
+    """Return a dialogue's score and its turns' shares; a penalty on the whole belongs to the last turn."""
     return score, (*found.turns[:-1], found.turns[-1] + (score - found.total))
 
 
@@ -150,7 +150,7 @@ def groups_of(episodes: Sequence[RolloutEpisode]) -> list[list[RolloutEpisode]]:
 
 
 def has_spread(group: Sequence[RolloutEpisode]) -> bool:
-    """Return whether the rewards of a group differ; without it nothing can be learned from their comparison."""
+    """Return whether the rewards of a group differ; equal rewards give no learning signal."""
     scores = [episode.score for episode in group]
     return max(scores) - min(scores) > NO_SPREAD
 

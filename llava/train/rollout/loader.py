@@ -1,4 +1,4 @@
-"""Loader of reinforcement learning: it rolls out whenever the last rollout is used up, and saves itself.
+"""Loader of reinforcement learning: rolls out when the last rollout is used up, and saves its state.
 
     RolloutLoader --next--> a rollout, written to disk --> its updates, one `StepBatch` each
 
@@ -39,7 +39,7 @@ MAX_EQUAL = 20
 
 
 class RolloutDataset(RowDataset[Encoded]):
-    """Cases as rows: their images by key, and dialogues with reference answers that stand in for idle rows.
+    """Cases as rows: images by key, and dialogues with reference answers that replace missing rows.
 
     Args:
         cases: the cases.
@@ -55,7 +55,7 @@ class RolloutDataset(RowDataset[Encoded]):
     def __init__(
         self, cases: Sequence[RolloutCase], rules: RuleSet, processor: LlavaMedProcessor, *, image_folder: str | None
     ) -> None:
-        follow_up("x", processor)  # before minutes of preparation, not at the first rollout
+        follow_up("x", processor)  # check here, before minutes of preparation, instead of at the first rollout
         self.cases = cases
         index = ImageIndex.open(image_folder, dicom=processor.dicom)
         broken = index.verify(list(dict.fromkeys(case.image for case in cases)))
@@ -79,7 +79,7 @@ def _sample(case: RolloutCase, rules: RuleSet) -> Sample:
 
 @dataclass
 class CaseOrder:
-    """Endless order of the cases, shuffled in every epoch by the seed of the run; `place` counts those used so far."""
+    """Endless case order, shuffled every epoch by the run's seed; `place` counts the cases used so far."""
 
     cases: Sequence[RolloutCase]
     seed: int
@@ -99,7 +99,7 @@ class CaseOrder:
 
 @dataclass(slots=True)
 class _Position:
-    """State of a loader: rollouts, updates of the last one, cases used, KL strength, rollouts without spread."""
+    """State of a loader: rollouts, updates of the last one, used cases, KL strength, spreadless rollouts."""
 
     rollout: int = 0
     update: int = 0
@@ -185,8 +185,8 @@ class RolloutLoader:
         if self.position.num_equal >= MAX_EQUAL:
             raise DataError(
                 f"step {found.step}: in {MAX_EQUAL} rollouts in a row all dialogues of every group earned the same, so "
-                f"nothing can be learned; {_constant_text(found.episodes)}. Raise --temperature, train the start less, "
-                "or ask about nodes that vary"
+                f"nothing can be learned; {_constant_text(found.episodes)}. Raise --temperature, "
+                "start from a less trained model, or ask about nodes that vary"
             )
 
     def _update(self, number: int) -> StepBatch:

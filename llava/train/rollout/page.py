@@ -21,7 +21,7 @@ from llava.utils.reporting import OpenImage, html_thumbnail, render_page, text_t
 from llava.utils.terminal import write_out
 
 MAX_STEPS = 14
-"""Most steps on a page, as many as its style can select; of more, equally distant ones are shown."""
+"""Maximum number of steps on a page, as many as its style can select; of more, equally distant ones are shown."""
 
 EACH = 2
 """Best and worst dialogues of a step, and twice as many contradictory ones."""

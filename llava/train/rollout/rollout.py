@@ -220,7 +220,7 @@ def action_turns(encoded: Encoded) -> list[int]:
     """
     places = [turn for label, turn in zip(encoded.labels, encoded.turns, strict=True) if label != IGNORE_INDEX]
     if not places:
-        raise LlavaError("a sampled dialogue has no action token; this is an error of the engine")
+        raise LlavaError("a sampled dialogue has no action token; this is a bug in the engine")
     order = {turn: index for index, turn in enumerate(dict.fromkeys(places))}
     return [order[turn] for turn in places]
 

@@ -173,7 +173,7 @@ def check_setting(parsed: Parsed) -> None:
 def with_rollout_steps(args: LlavaTrainingArguments, spec: RolloutSpec, *, num_cases: int) -> LlavaTrainingArguments:
     """Return the arguments with optimizer steps where the user counted rollouts: steps, saves and logs."""
     rollouts = args.max_steps if args.max_steps > 0 else math.ceil(num_cases * args.num_train_epochs / spec.prompts)
-    if args.log_lines:  # a rollout takes long enough for a line
+    if args.log_lines:  # a rollout takes long enough to log each one
         args = args.changed(logging_steps=1)
     counted = {name: getattr(args, name) for name in ("save_steps", "logging_steps")}
     steps = {name: value * spec.updates if value >= 1 else value for name, value in counted.items()}
@@ -203,7 +203,7 @@ def open_networks(parsed: Parsed, spec: RolloutSpec) -> _Networks:
 
 
 def _is_adapter_only(parts: PartsSpec) -> bool:
-    """Return whether nothing but new adapters trains, so that the policy without them is the policy as it started."""
+    """Return whether only new adapters train, so that the policy without them is the initial policy."""
     own, tower = parts.lora, parts.tower_lora
     language = parts.freeze_backbone if own is None else own["bias"] == "none"
     is_random = own is not None and own["options"]["init_lora_weights"] is False
@@ -324,8 +324,8 @@ def sampling_server(url: str, model: str, processor: LlavaMedProcessor, spec: Ro
     except ConfigError:
         engine = RemoteEngine(url, **options)  # the only model, under another name
     logger.warning(
-        "%s samples the dialogues with the weights of %s, which stay as they are while the policy changes; ratios are "
-        "taken to its log-probabilities",
+        "%s samples the dialogues with the fixed weights of %s, while the policy changes; ratios are "
+        "computed with its log-probabilities",
         *(engine.server.url, engine.facts.name),
     )
     return engine
@@ -395,6 +395,6 @@ def make_trainer(
         counts=counts,
         callbacks=[*callbacks, ScreenCallback()],
     )
-    for printer in (ProgressCallback, PrinterCallback):  # they print tables of Python
+    for printer in (ProgressCallback, PrinterCallback):  # they print raw Python dictionaries
         trainer.remove_callback(printer)
     return trainer

@@ -1,4 +1,4 @@
-"""Log-probabilities and values of sampled dialogues before an update: policy, reference and value model.
+"""Log-probabilities and values of sampled dialogues before an update: policy, reference, value model.
 
 sequences --laid out as for training--> rows --a model--> numbers of the action tokens of each sequence
 """

@@ -1,4 +1,4 @@
-"""Value model of PPO: a second adapter on the same weights, a head of the policy, or a model of its own."""
+"""Value model of PPO: a second adapter on the same weights, a head of the policy, or a separate model."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_what_is_read_leniently_is_counted() -> None:
     seen = view_row(old, 5)
     assert seen.problems == () and not seen.has_id and len(seen.repairs) == 4
     late = view_row({"id": "a", "conversations": [GPT, HUMAN, GPT]}, 0)
-    assert late.repairs == ("an answer before the first question, left out",)
+    assert late.repairs == ("an answer before the first question, dropped",)
 
 
 turn = st.fixed_dictionaries(

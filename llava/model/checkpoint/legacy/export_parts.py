@@ -233,7 +233,7 @@ def _write_adapter(folder: Path, state: dict[str, Tensor], config: dict[str, Any
 
 
 def _main_config(ours: dict[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return our adapter's settings with the last part of each adapted layer's name, as the original code does."""
+    """Return our adapter's settings with only the last part of each layer name, as the originals do."""
     names = {name.split(".lora_", 1)[0].rsplit(".", 1)[-1] for name in state}
     left_out: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "auto_mapping": None}
     return {**ours, **left_out, "target_modules": sorted(names)}

@@ -1,4 +1,4 @@
-"""Open what a legacy checkpoint consists of: its base, its adapter and that of its tower, each path once."""
+"""Open the parts of a legacy checkpoint once each: its base, its adapter and the tower's adapter."""
 
 from __future__ import annotations
 

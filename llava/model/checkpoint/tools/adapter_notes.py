@@ -1,4 +1,4 @@
-"""What an adapter does, for `llava checkpoint doctor`: rank and scale, adapted layers, weights it replaces, its base.
+"""Adapter notes of `llava checkpoint doctor`: rank, scale, layers, replaced weights, base.
 
 adapter_config.json, headers --adapter_notes--> sentences
 headers of the base --base_problems--> a layer that does not fit
@@ -53,7 +53,7 @@ def _part_of(name: str) -> str:
 
 
 def base_problems(checkpoint: Checkpoint) -> Iterator[str]:
-    """Yield what of an adapter does not fit the base that it names, if that is a folder here; reads headers only."""
+    """Yield each mismatch between an adapter and its base, if that is a local folder; reads headers only."""
     base = Path(str(checkpoint.adapter.get("base_model_name_or_path") or ""))
     if base == Path() or not base.is_dir():
         return

@@ -1,4 +1,4 @@
-"""Commands `llava checkpoint convert` and `llava checkpoint export`; torch is imported after the options are parsed."""
+"""Commands `llava checkpoint convert` and `llava checkpoint export`; torch is imported after parsing."""
 
 from __future__ import annotations
 
