@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import difflib
 import importlib
-import logging
 import os
 import re
 import select
@@ -31,6 +30,7 @@ from llava.utils.help_groups import (
     help_width,
     with_others,
 )
+from llava.utils.log import silent_libraries
 from llava.utils.plugins import FLAG, given_plugins, load_plugins
 from llava.utils.terminal import visible_lines, visible_message
 
@@ -293,10 +293,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {visible_message(one_line(message))} ({self.prog} {wanted} lists all)\n")
 
 
-NOISY = "bitsandbytes.backends.cpu.ops"
-"""Logger that warns at every start about missing hub kernels, which llava never uses."""
-
-
 CLOSED_PIPE = 141
 """Exit status after the reader of the output has ended (`| head`), as shells report it."""
 
@@ -311,9 +307,9 @@ def run_program(program: Callable[[], None]) -> None:
     a full disk as other libraries report it. After Ctrl-C the status is `INTERRUPTED`. If the reader of the output has
     ended, the command exits silently with status `CLOSED_PIPE`.
     """
-    logging.getLogger(NOISY).setLevel(logging.ERROR)
     try:
-        _run(program)
+        with silent_libraries():
+            _run(program)
     except LlavaError as error:
         _end(error, str(error))
     except KeyboardInterrupt as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Never, TypeVar
 
 from tqdm import tqdm
@@ -36,6 +37,31 @@ class VisibleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""
         return visible_message(super().format(record))
+
+
+SILENT_LIBRARIES = ("PIL", "pydicom", "pylibjpeg", "openjpeg", "matplotlib", "bitsandbytes.backends.cpu.ops")
+"""Loggers that are off in commands: readers may quote a file; bitsandbytes warns of kernels that are never used."""
+
+
+@contextlib.contextmanager
+def silent_libraries() -> Iterator[None]:
+    """Turn off Python warnings, and the logs of libraries that read files, while a command runs.
+
+    This package issues no Python warnings. Those of libraries may quote what a file holds, such as the name of a
+    patient, and a user can rarely act on them. With `python -W` or PYTHONWARNINGS they are shown.
+    """
+    loggers = [logging.getLogger(name) for name in SILENT_LIBRARIES]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def process_rank() -> int:
