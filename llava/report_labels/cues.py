@@ -14,6 +14,7 @@ _ELSEWHERE = (
 _CHANGE = (
     r"(?:change(?:d|s(?! of))?|increase[sd]?|decrease[sd]?|improvement|progression|difference|enlargement in size)"
 )
+_REVEAL = r"(?:reveal|show|demonstrate|identify|detect|disclose|visuali[sz]e|display|confirm|suggest|find)"
 _GENERAL = "listed by the published certainty rules"
 
 CUES: dict[str, tuple[Entry, ...]] = {
@@ -22,7 +23,7 @@ CUES: dict[str, tuple[Entry, ...]] = {
         *entries(
             rf"(?:no|without|not)(?: \w+){{0,3}} {_CHANGE}(?: in| of| from)?",
             r"no comparison\w*|no (?:prior|previous|further)|"
-            r"not (?:well|optimally|fully|completely|adequately|easily|readily) \w+",
+            rf"not (?:well|optimally|fully|completely|adequately|easily|readily) (?!{_SEEN})\w+",
         ),
         Entry(
             r"(?:(?:has|have|had) )?(?:near(?:ly)?|almost|partial(?:ly)?|mostly|largely|incomplete(?:ly)?)(?: \w+)? "
@@ -31,7 +32,20 @@ CUES: dict[str, tuple[Entry, ...]] = {
         ),
         Entry(rf"no longer {_CHANGE}", _GENERAL),
         Entry(r"not clear(?=,| that| whether)", "says that something cannot be judged"),
-        Entry(rf"not {_SEEN}{_ELSEWHERE}", "seen in another image"),
+        Entry(
+            rf"(?:(?:is|are|was|were) )?not (?:(?:\w+ )?{_SEEN}{_ELSEWHERE}|previously {_SEEN})",
+            "seen in another image",
+        ),
+        Entry(
+            rf"(?:tips?|ends? of|side ?(?:ports?|holes?))(?: (?!not\b|and\b)\w+){{0,6}} not(?: \w+){{0,2}} {_SEEN}",
+            "a part of a device that is there",
+        ),
+        Entry(
+            r"(?:not|never) (?:\w+ly )?(?:without|free of|clear of|negative for|devoid of|lacking|absent)|"
+            r"(?:no|not(?: \w+)?) (?:absence|lack) of",
+            "two denials state",
+        ),
+        Entry(r"not all(?: \w+){0,6} (?:removed|resolved|cleared)", "some are left"),
         Entry(
             r"not only|not (?:(?:yet|significantly|substantially|grossly|fully|completely|entirely) )?"
             r"(?:changed|altered|improved|resolved|cleared|disappeared)",
@@ -44,24 +58,41 @@ CUES: dict[str, tuple[Entry, ...]] = {
     ),
     "uncertain_before": (
         *entries(
-            rf"(?:may|might|could)(?! (?:also |again )?be (?:\w+ )?{_SEEN})",
+            rf"(?:may|might|could)(?! (?:also |again )?(?:be (?:\w+ )?{_SEEN}|(?:co)?exist|persist|remain))",
             r"possibly|probably|perhaps",
             r"(?:suspicious|concerning|worrisome|suggestive) (?:for|of)",
             r"(?:cannot|can ?not|not)(?: be)?(?: \w+){0,2} exclude",
             r"suggest(?:s|ing|ed)?(?: of)?",
-            r"favor(?:ed|s|ing)?(?: to represent| to be)?",
+            r"favou?r(?!ed ?(?:[.;:)]|$|over))(?:ed|s|ing)?(?: to represent| to be)?",
             r"question(?:s|ed)?(?: of)?",
         ),
-        Entry(r"(?:less )?likely|presumably|potentially|conceivably|suggestion of|favou?r\w*", _GENERAL),
+        Entry(r"(?:less )?likely(?! ?(?:[.;:)]|$))|presumably|potentially|conceivably|suggestion of", _GENERAL),
         Entry(r"(?:concern|suspicion|suspect\w*|worry) (?:for|of)|concern\w* about", _GENERAL),
-        Entry(r"evaluat\w+ (?:for|of)|correlate for|rule out|exclude", _GENERAL),
+        Entry(r"evaluat\w+ (?:for|of)|rule out|exclude", _GENERAL),
         Entry(r"(?:difficult|hard|impossible|unable) to (?:\w+ )?(?:exclude|rule out)", _GENERAL),
         Entry(r"differential(?: \w+){0,2} (?:includes?|is|are|considerations?)|versus|vs", _GENERAL),
-        Entry(r"possibility of|consideration (?:of|to|for)", _GENERAL),
+        Entry(
+            r"possibility of|consideration (?:of|to|for)|"
+            r"(?:felt|thought|believed) to (?:be(?! unlikely)|represent|reflect)",
+            _GENERAL,
+        ),
+        Entry(
+            r"consider(?! (?:\w+ ){0,3}(?:ct|mri|follow|repeat|imaging|images?|radiographs?|views?|series|study|"
+            r"evaluation|correlation|further))",
+            "a diagnosis to think of; an examination is advice",
+        ),
+        Entry(r"(?:possible|probable|likely|conceivable) that|suspect|maybe", "without a noun"),
+        Entry(r"(?:can|would) (?:also )?(?:represent|reflect|be (?:compatible|consistent|due|related|seen))", _GENERAL),
+        Entry(r"(?:clinical )?correlat(?:e|ion) (?:clinically )?for|doubts?", _GENERAL),
+        Entry(r"(?<=favored.)over", "the second of two"),
+        Entry(
+            r"query|not (?:impossible|inconceivable)|doubtful for|low (?:likelihood|probability) (?:of|for)", "doubt"
+        ),
     ),
     "uncertain_near": (
         *entries(r"possible|probable|questionable|potential"),
-        Entry(r"suspected|presumed|equivocal|borderline|indeterminate for", _GENERAL),
+        Entry(r"suspected(?! ?(?:[.;:)]|$))|presumed|equivocal|borderline|indeterminate for", _GENERAL),
+        Entry(r"doubtful|presumptive|(?:, )?if (?:any|present),?", "as in `trace, if any, effusion`"),
     ),
     "uncertain_after": (
         *entries(
@@ -69,41 +100,62 @@ CUES: dict[str, tuple[Entry, ...]] = {
         ),
         Entry(
             r"(?:is|are) (?:possible|probable|suspected|questioned|questionable|(?:less )?likely|considered|favored)"
-            r"(?= ?(?:[.,;:)]|$|(?:in|at|on|given|with|but|based|and|or|by|though|although|as well)\b))",
+            r"(?= ?(?:[.,;:)]|$|(?:in|at|over|on|given|with|but|based|and|or|by|though|although|as well)\b))",
             "as a predicate; before a noun, as in `is likely edema`, it is a cue of that noun",
         ),
         Entry(
-            rf"(?:may|might|could) (?:also |again )?be (?:\w+ )?{_SEEN}|(?:may|might|could) (?:co)?exist",
+            rf"(?:may|might|could) (?:also |again )?be (?:\w+ )?{_SEEN}|"
+            r"(?:may|might|could) (?:(?:co)?exist|persist|remain)",
             "with the finding before it",
         ),
-        Entry(r"should (?:also )?be (?:considered|excluded)", _GENERAL),
+        Entry(rf"(?:is|are) (?:likely|probably|possibly|presumably) (?:also )?{_SEEN}", "as in `is likely present`"),
+        Entry(
+            r"(?:(?:is|are) )?(?:less )?(?:likely|suspected|doubtful|favored)(?= ?(?:[.;:)]|$))", "as in `edema likely`"
+        ),
+        Entry(r"(?:should|must|needs? to) (?:also )?be (?:considered|excluded)", _GENERAL),
         Entry(r"(?:is|are|remains?) (?:a )?(?:consideration|possibility|not unlikely)", _GENERAL),
         Entry(r"(?:cannot|can ?not) be ruled out|difficult to exclude|versus|vs", _GENERAL),
         Entry(r"not (?:be |been )?(?:\w+ )?ruled out", _GENERAL),
     ),
     "denied_after": (
         *entries(
-            rf"(?:is|are|was|were|be)? ?(?:not|no longer)(?: \w+)? {_SEEN}",
-            r"(?:has|have|had)(?: (?!not\b)\w+){0,2} (?:resolved|cleared|disappeared)|resolved|(?:is|are) absent",
-            r"(?:has|have|had) been(?: (?!not\b)\w+)? (?:removed|withdrawn|excluded|ruled out)",
+            rf"(?:(?:is|are|was|were|be) )?(?:not|no longer)(?: \w+)? {_SEEN}",
+            r"(?:has|have|had)(?: (?!not\b)\w+){0,2} (?:resolved|cleared|disappeared)|resolved",
+            r"(?:has|have|had) been(?: (?!not\b)\w+)? (?:removed|withdrawn(?! \w*(?: \d| mm| cm))|excluded|ruled out)",
             r"(?:is|are|was|were)(?: \w+)? removed|removed",
             r"within (?:normal limits|limits of normal|normal range)",
         ),
         Entry(
-            r"(?:is|are|was|were) (?:(?!not\b)\w+ )?(?:unlikely|negative|ruled out|excluded)|"
-            r": (?:none|absent|(?:no|negative)(?=[.!]*$))",
+            r"(?:is|are|was|were|seems?|appears?) (?:(?!not\b)\w+ )?"
+            r"(?:unlikely(?! that| to (?:represent|reflect|indicate|be an?|be due))|improbable|negative(?! for)|"
+            r"ruled out|excluded)|"
+            r"(?:felt|considered|thought|believed|deemed) (?:to be )?unlikely|not (?:\w+ )?likely(?= ?(?:[.,;:)]|$))|"
+            r": (?:no|negative)(?=[.!]*$)|(?:: | )(?:none|absent|excluded)(?=[.;!]|$)",
             _GENERAL,
         ),
-        Entry(r"disappeared|(?:is|are) gone", _GENERAL),
+        Entry(r"(?:has|have) not (?:recurred|returned|reappeared|re ?accumulated|developed)", "it is not there"),
+        Entry(r"(?:is|are) (?:(?!not\b)\w+ )?absent|disappeared|(?:is|are|has|have) (?:now )?gone", _GENERAL),
+        Entry(
+            r"(?:is|are|was|were|been) (?:\w+ )?(?:pulled(?! back)|taken out|discontinued)|out(?= ?(?:[.,;)]|$))",
+            "said of devices",
+        ),
         Entry(
             r"(?:is|are) not(?: \w+)? (?:enlarged|engorged|congested|prominent|increased|indistinct)", "denied states"
         ),
     ),
     "denied_before": (
+        Entry(
+            r"not (?:\w+ )?(?:suggest|(?:suggestive|suspicious|concerning|worrisome|indicative) (?:of|for))", _GENERAL
+        ),
         *entries(
             r"no|without|not",
             r"negative(?: for)?|free of|clear of|absence of|absent|clear(?= (?:focal )?air ?space)",
             r"(?:resolution|clearing|removal) of|(?:interval )?(?:removal|resolution)(?: of)?|removed|resolved",
+        ),
+        Entry(
+            rf"fail(?:s|ed|ure)? to {_REVEAL}|none of|zero|nil|"
+            r"nothing(?: \w+)?(?= (?:to (?:suggest|indicate)|suspicious|suggestive|concerning|worrisome))",
+            "denials without `no`",
         ),
         Entry(
             r"nor|neither|denies|lack of|lacks|devoid of|rather than|instead of|ruled out|unlikely|exclud(?:es|ing)",
@@ -130,7 +182,11 @@ STOPS = Finder(
 """Words at which the reach of a cue ends."""
 
 NOT_STOPS = Finder(
-    entries(r"(?:consistent|compatible|associated|compared|comparison|deal\w*|correlat\w+|in keeping) with")
+    (
+        *entries(r"(?:consistent|compatible|associated|compared|comparison|deal\w*|correlat\w+|in keeping) with"),
+        Entry(r"(?:may|might|could|can|would) be seen with", "a doubt about what is after it"),
+        Entry(r"that there (?:is|are|was|were|has)", "as in `possible that there is`"),
+    )
 )
 """Words that contain a stop but do not end a cue's reach."""
 
@@ -177,7 +233,7 @@ NOT_MEDIASTINUM = Finder(
             r"(?:anterior|posterior|calcified(?: \w+){0,2}) mediastin\w+",
         ),
         Entry(r"(?:over\w*|behind|in|within|of|and) (?:the )?(?:\w+ )?mediastinum(?= on| is xxxx|,|$)", "a place"),
-        Entry(r"widen(?:ed|ing) of the mediastin\w+", "a mention of its own"),
+        Entry(r"widen(?:ed|ing) of the (?:\w+ )?mediastin\w+", "a mention of its own"),
         Entry(r"changes (?:of|in) the mediastinum|clips(?: \w+){0,3} (?:in|over) the mediastinum", "a place"),
     )
 )
@@ -214,6 +270,11 @@ STATES: dict[str, tuple[Entry, ...]] = {
     "enlarged": (
         *entries(
             r"enlarge(?:d|ment)|large(?:r)?|prominen(?:t|ce)|widen(?:ed|ing)|increase(?:d)? in size|wide",
+        ),
+        Entry(r"(?:not|no longer)(?: \w+)? (?:normal|unremarkable|within (?:the )?(?:\w+ )?limits)", "denied states"),
+        Entry(
+            r"abnormal(?:ly)?(?= ?(?:in|size|heart|cardi\w+|mediastin\w+|contours?|silhouette|[.,;]|$))",
+            "no other abnormality of its size is reported",
         ),
         Entry(
             r"dilated|dilation|increased|increase in(?= (?:the )?heart)|generous|globular|bigger",

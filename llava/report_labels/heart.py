@@ -55,6 +55,7 @@ def heart_values(sentence: str, scopes: Scopes) -> Iterator[tuple[str, int, int,
         value, state = _value(sentence, group.states, scopes)
         if value is None:
             continue
+        value, state = (UNCERTAIN, "?") if scopes.is_question else (value, state)
         for organ in named:
             yield organ.kind, value, organ.start, organ.end, state
 

@@ -30,7 +30,7 @@ from llava.report_labels.scopes import Scopes, condition_spans, findings_parts, 
 OTHER = "Other"
 """Evidence of an abnormality that none of the 14 findings covers."""
 
-RULES_VERSION = "4"
+RULES_VERSION = "5"
 """Version of tables and rules, for results."""
 
 _RANK = {POSITIVE: 3, UNCERTAIN: 2, NEGATIVE: 1}
@@ -103,5 +103,7 @@ def _mentions(sentence: str) -> Iterable[tuple[str, int, int, bool]]:
         blocked = NOT_FINDERS[finding].spans(sentence) if finding in NOT_FINDERS else []
         for spans, is_soft in ((hard, False), (soft, True)):
             for start, end in spans:
+                if sentence[end:].lstrip().startswith(":") and spans[-1][0] > end:  # a heading: `Fracture: no fracture`
+                    continue
                 if not any(low < end and start < high for low, high in blocked):
                     yield finding, start, end, is_soft

@@ -10,7 +10,7 @@ _GENERAL = "as in the published CheXpert rules; common in reports of intensive c
 MENTIONS: dict[str, tuple[Entry, ...]] = {
     "Enlarged Cardiomediastinum": (
         *entries(r"mediastinal widening"),
-        Entry(r"widen(?:ed|ing) of the mediastin\w+", "another order of words"),
+        Entry(r"widen(?:ed|ing) of the (?:\w+ )?mediastin\w+", "another order of words"),
     ),
     "Cardiomegaly": (*entries(r"cardiomegaly"), Entry(r"cardiac enlargement|enlarged heart", "names the finding")),
     "Lung Opacity": (
@@ -51,7 +51,7 @@ MENTIONS: dict[str, tuple[Entry, ...]] = {
     "Consolidation": entries(r"consolidat\w+"),
     "Pneumonia": (
         *entries(r"(?:broncho ?)?pneumonias?", r"infecti\w+"),
-        Entry(r"pneumonic|pneumonitis", "other forms of pneumonia"),
+        Entry(r"pneumonic|pneumonitis|pna", "other forms of pneumonia"),
     ),
     "Atelectasis": entries(r"atelecta\w+", r"collapsed?"),
     "Pneumothorax": (
@@ -131,7 +131,8 @@ NOT_MENTIONS: dict[str, tuple[Entry, ...]] = {
     "Lung Lesion": (
         *entries(
             r"(?<!non.)calcifi\w+(?:[\s,/]+(?!and |or |with |no |is |are )\w+){0,5}?[\s,/]+(?:nodul\w+|mass\w*)",
-            r"nodul\w+(?:[\s,]+(?!and |or |may |might |could |possibl|probabl)\w+){0,16}[\s,]+granulom\w+",
+            r"nodul\w+(?:[\s,]+(?!and |or |may |might |could |possibl|probabl|likely |presum)\w+){0,16}[\s,]+"
+            r"granulom\w+",
             r"nodul\w+(?:[\s,]+\w+){0,6} suggests? a (?:previous|prior) granulom\w+",
             r"(?:thyroid|breast|mediastinal|soft tissue|bon[ey]|osseous|osteolytic|lytic|sclerotic|rib|renal|hepatic|"
             r"abdominal|paratracheal|paraspinal|substernal|chest wall) (?:mass(?:es)?|nodules?|lesions?)",

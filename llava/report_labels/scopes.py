@@ -8,6 +8,7 @@ it reaches back within the clause, and through a list.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,29 +17,41 @@ from llava.report_labels.cues import CUE_PATTERN, NOT_STOPS, STOPS
 from llava.report_labels.findings import NEGATIVE, POSITIVE, UNCERTAIN
 
 _END = re.compile(
-    r"(?<!\b[ap])(?<!\bvs)(?<!\bdr)(?<!\bapprox)[.!?;]+(?=\s|$|[a-z]{2})(?<!\bvs\.)|\n\s*\n",
+    r"(?<!\b[ap])(?<!\bvs)(?<!\bdr)(?<!\bapprox)[.!?;]+(?=\s|$|[a-z]{2})(?<!\bvs\.)|\n\s*\n|"
+    r"\s[-\u2013\u2022*]+(?=\s(?!none\b|absent\b|negative\b))",  # a bullet
     re.IGNORECASE,
 )
 _STARTS = (
     r"(?:There|The|No|Heart|Lungs?|Mediastin\w+|Cardi\w+|Pulmonary|Bony|Osseous|Normal|Mild|Stable|Bilateral|"
     r"Visuali[sz]ed|Negative|Clear|Left|Right|Small|Aorta|Trachea|Pleura\w*)"
 )
-_NEW = re.compile(rf"\b[a-z]+ (?={_STARTS} [a-z])")
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+_NEW = re.compile(  # with a space or line break but no period, or glued: `Small effusionNo pneumothorax`
+    rf"\b[a-z]+(?:\s|<(?:br|BR)\s?/?>)+(?={_STARTS}\s[a-z])|\b[a-z]{{4,}}(?={_STARTS}\s[a-z])"
+)
+_CONTRACTION = re.compile(r"\b[a-z]+n't\b")
+_PLAIN = str.maketrans("\u2018\u2019\u2010\u2011\u2012\u2013\u2014\u2212", "''------")
+_ASKED_BEFORE = re.compile(  # a mark of doubt before a word: `? pneumonia`, `opacity, ?atelectasis`
+    r"(?<![^\s(,:;/-])\?+(?=\w)|(?:\A|(?<=[(,:;/-])|(?<=[.,:;/-]\s))\?+(?=\s\w)|(?<=\s)\?+(?=\s[a-z])"
+)
+_ASKED_AFTER = re.compile(r"(?<=\w)\?+(?=\s*[),/])")
+_ASKED = re.compile(r"(?<=[^\s(,:;/-])\?+\s*\Z|(?<=\w\s)\?+\s*\Z")
 
 _CLAUSE = re.compile(  # a new clause with its own verb, which the predicate of a list ("A, B or C is seen") is not
     r"(?:,|\band)\s+(?:the\s+|a\s+|an\s+)?(?!no\b|without\b|or\b|and\b)\w+(?:\s+(?!or\b|and\b)\w+){0,3}?\s+"
-    r"(?:is|are|was|were|has|have|appears?|remains?|shows?|demonstrates?)\s+"
+    r"(?:(?:persists?|remains?)(?=[.\s]*\Z)|(?:is|are|was|were|has|have|appears?|remains?|shows?|demonstrates?)\s+)"
     r"(?!(?:not\s+)?(?:seen|identified|noted|present|visuali|appreciat|demonstrat|evident|detect|observed|found|visible))"
 )
 _COMMA = r",(?<!\bstable,)(?<!\bsmall,)(?<!\bmild,)(?<!\bminimal,)(?<!\bchronic,)(?<!\bold,)(?<!\bnew,)"
 """Comma, but not one between adjectives as in `a small, stable effusion`."""
 
 _ITEM = re.compile(  # an item that is stated, after a list that is denied
-    rf"{_COMMA}\s*(?:and\s+)?(?:a\s+)?(?:stable|unchanged|persistent|mild\w*|moderate\w*|minimal\w*|small|chronic|old|healed|"
+    rf"{_COMMA}\s*(?:and\s+)?(?:a\s+)?(?:now|stable|unchanged|persistent|mild\w*|moderate\w*|minimal\w*|small|chronic|old|healed|"
     r"calcified|scattered|degenerative|low|tortuous|again|interval|improv\w+|increas\w+|decreas\w+|residual|possible|"
     r"probable|questionable|irregular|coarse\w*|prominent)\b(?![^.]*\b(?:or|nor)\b)"
     r"|\band\s+(?:a\s+)?(?:possible|probable)\b(?![^.]*\bor\b)"
+    r"|,\s*(?:the\s+)?(?:heart|lungs?|bones?|mediastinum)(?:\s+size)?\s+"
+    r"(?:normal|clear|intact|unremarkable|enlarged|stable)\b"
 )
 _AND_ITEM = re.compile(  # the same after `and`; a doubt reaches through it: `likely atelectasis and small effusion`
     r"\band\s+(?:a\s+)?(?:stable|unchanged|persistent|mild\w*|small|minimal\w*)\b(?![^.]*\bor\b)"
@@ -51,7 +64,9 @@ _OTHER_SUBJECT = re.compile(r"\band\s+(?:the|a|an)\b")
 _SINGULAR = re.compile(r"(?:is|was|has)\b")
 """A verb of the last of two things only: `an opacity is present and the heart border is not seen`."""
 
-_LATER = re.compile(r"(?: \w+){0,2}, (?:which|now|since|and now|but now) ")
+_LATER = re.compile(
+    r"(?: \w+){0,2}, (?:which|now|since|and now|but now|essentially|completely|fully|entirely|subsequently) "
+)
 """What is between a finding and the end of it: `edema, now resolved`, `a pneumothorax, which has resolved`."""
 
 _ENDED = ("resolved", "cleared", "disappeared", "removed")
@@ -61,13 +76,22 @@ _AND = re.compile(r"\band\b(?!/or)")
 _VERSUS_BEFORE = re.compile(r"\b(?:versus|vs)\b\W+(?:\w+\W+){0,3}$")
 _TERMS = (
     r"(?:scar\w*|thickening|granuloma\w*|artifact\w*|shadows?|overlap\w*|crowding|summation|confluence|vessels?|nipples?|"
-    r"fat|process|etiology|pericardial effusions?)\b"
+    r"aspiration|hemorrhage|contusion|fat|process|etiology|pericardial effusions?)\b"
 )
 _TERM_AFTER = re.compile(
     rf"^(?P<between>[\s/-]*(?:[\w-]+\s+){{0,3}}?)(?:and/or|or),?\s+(?:less\s+\w+,?\s+)?(?:[\w-]+\s+){{0,3}}?{_TERMS}"
 )
+_TERM = re.compile(rf"\b{_TERMS}")
 _TERM_BEFORE = re.compile(rf"\b{_TERMS}\s+(?:and/or|or|versus|vs)\s+(?:[\w-]+\s+){{0,3}}?$")
 """Other alternatives to a mention."""
+
+_NO_ITEM = r"(?:is|are|was|were|has|have|may|could|might|appears?|represents?|with|without|no|which|and|or)\b"
+_ITEM_WORDS = rf"(?:[\s-]*\b(?!{_NO_ITEM})[\w/]+){{1,6}}?"
+_LAST_ITEM = rf"(?:\s+(?!{_NO_ITEM})[\w/-]+){{1,6}}?(?=\s*(?:[.,;)]|\Z|\b(?:is|are|in|at|of|on|with|and|cannot)\b))"
+_OR_LIST = re.compile(rf"{_ITEM_WORDS}(?:,{_ITEM_WORDS}){{0,5}},?\s+(?:and/or|or|versus|vs\.?)(?=\s){_LAST_ITEM}")
+"""Alternatives after a doubt: `A, B or C`."""
+_COMMA_OR_LIST = re.compile(rf"{_ITEM_WORDS}(?:,{_ITEM_WORDS}){{1,5}},\s+(?:and/or|or)(?=\s){_LAST_ITEM}")
+"""Three or more alternatives by themselves: `A, B, or C`."""
 
 MAX_SENTENCE = 600
 """Maximum characters of a sentence; the longest in the Indiana University reports has 254."""
@@ -85,7 +109,7 @@ _SECTION = re.compile(  # headers of what was known before the image was read, a
     r"\b(?P<seen>findings?|impression|conclusion|report)[ \t]?:",
     re.IGNORECASE,
 )
-_CONDITION = re.compile(r"\bif\b[^,;]*?(?=[,;]|\bconsider|\brecommend|\bthen\b|$)")
+_CONDITION = re.compile(r"\bif\b(?! any\b| present\b)[^,;]*?(?=[,;]|\bconsider|\brecommend|\bthen\b|$)")
 _HIDDEN = re.compile(  # what could be hidden, up to the next statement
     r"\b(?:could|may|might|can|would)(?: \w+ly)? (?:obscure|hide|mask)\b"
     r"(?:(?!\b(?:but|however|although|though|while|whereas|yet|with|which|there (?:is|are|was|were))\b"
@@ -119,7 +143,9 @@ def split_sentences(text: str) -> Iterator[tuple[int, int]]:
     A sentence of more than `MAX_SENTENCE` characters is cut, since the time of the rules grows with its square.
     """
     start = 0
-    cuts = sorted({match.end() for match in _END.finditer(text)} | {match.end() for match in _NEW.finditer(text)})
+    marks = {match.start() for match in _ASKED_BEFORE.finditer(text)} if "?" in text else set()
+    ends = {match.end() for match in _END.finditer(text) if match.start() not in marks}
+    cuts = sorted(ends | {match.end() for match in _NEW.finditer(text)})
     for end in [*cuts, len(text)]:
         while end - start > MAX_SENTENCE:
             cut = text.rfind(" ", start + 1, start + MAX_SENTENCE)
@@ -132,10 +158,13 @@ def split_sentences(text: str) -> Iterator[tuple[int, int]]:
 
 
 def lower_case(text: str) -> str:
-    """Return a text in lower case with `<BR>` as spaces; every character keeps its place."""
+    """Return a text in lower case, `<BR>` as spaces, `isn't` as `not`; every character keeps its place."""
     lower = text.lower()
     if len(lower) != len(text):  # a few capitals have longer lower case forms
         lower = "".join(low if len(low := char.lower()) == 1 else char for char in text)
+    lower = lower.translate(_PLAIN)
+    if "n't" in lower:
+        lower = _CONTRACTION.sub(lambda match: "not".ljust(len(match.group())), lower)
     return _BREAK.sub(lambda match: " " * len(match.group()), lower)
 
 
@@ -156,6 +185,9 @@ def _direction(cue: Cue, mentions: list[tuple[int, int]]) -> str:
     """
     if cue.kind == "uncertain_before" and cue.text.endswith(("exclude", "rule out")):
         return cue.kind if any(start >= cue.end for start, _ in mentions) else "uncertain_after"
+    if cue.text.lstrip(", ").startswith("if "):
+        is_next = any(end + 1 >= cue.start >= end for _, end in mentions)
+        return cue.kind if not is_next and any(start >= cue.end for start, _ in mentions) else "uncertain_after"
     if cue.kind == "uncertain_after" and cue.text.startswith(("may", "might", "could")):
         return cue.kind if any(end <= cue.start for _, end in mentions) else "uncertain_before"
     return cue.kind
@@ -170,11 +202,17 @@ class Scopes:
             Cue(str(match.lastgroup), match.start(), match.end(), match.group())
             for match in CUE_PATTERN.finditer(sentence)
         ]
+        if "?" in sentence:
+            for kind, mark in (("uncertain_near", _ASKED_BEFORE), ("uncertain_after", _ASKED_AFTER)):
+                self.cues += [Cue(kind, *match.span(), "?") for match in mark.finditer(sentence)]
+        self.is_question = "?" in sentence and _ASKED.search(sentence) is not None
         blocked = NOT_STOPS.spans(sentence)
         words = [first for first, _ in STOPS.spans(sentence) if not any(low <= first < high for low, high in blocked)]
         colons = [match.start() for match in _COLON.finditer(sentence)]
         self.stops = sorted(words + colons)
         self.clauses = sorted(m.start() for pattern in (_CLAUSE, _ITEM) for m in pattern.finditer(sentence))
+        lists = _COMMA_OR_LIST.finditer(sentence) if ", or " in sentence or ", and/or " in sentence else ()
+        self.lists = [match.span() for match in lists]
         self.items = [match.start() for match in _AND_ITEM.finditer(sentence)]
 
     def assess(self, start: int, end: int, mentions: list[tuple[int, int]]) -> tuple[int, str]:
@@ -185,6 +223,8 @@ class Scopes:
             end: character after it.
             mentions: places of all mentions of the sentence, for lists and alternatives.
         """
+        if self.is_question:
+            return UNCERTAIN, "?"
         doubt = self._doubt(start, end, mentions)
         if doubt is not None and ("exclude" in doubt or "ruled out" in doubt):
             return UNCERTAIN, doubt
@@ -219,6 +259,7 @@ class Scopes:
             if (
                 (before and kind == "uncertain_before" and not self._stopped(cue.end, start))
                 or (before and kind == "uncertain_near" and self._is_near(cue.end, start))
+                or (before and kind == "uncertain_near" and self._is_listed(cue.end, start, end))
                 or (after and kind == "uncertain_after" and self._reaches_back(end, cue.start))
             ):
                 found = cue.text
@@ -227,6 +268,11 @@ class Scopes:
     def _is_near(self, end: int, start: int) -> bool:
         between = self.sentence[end:start]
         return len(between) <= NEAR and re.search(_COMMA, between) is None and _VERB.search(between) is None
+
+    def _is_listed(self, first: int, start: int, end: int) -> bool:
+        """Return whether a mention is in a list of alternatives that begins at `first`: `possible A, B, or C`."""
+        items = _OR_LIST.match(self.sentence, first)
+        return items is not None and end <= items.end() and not self._stopped(first, start, clauses=True)
 
     def _doubted_between(self, end: int, start: int) -> bool:
         return any(cue.kind.startswith("uncertain") and end <= cue.start < start for cue in self.cues)
@@ -262,6 +308,8 @@ class Scopes:
             is_near = first <= last <= first + MAX_JOINED
             if is_near and self._is_plain(first, last, mentions) and _JOINED.match(self.sentence[first:last]):
                 return "or"
+        if not unchanged and self._is_one_of_three(start, end, mentions):
+            return "or"
         after = self.sentence[end:]
         for pattern, word in ((_VERSUS_AFTER, "versus"), (_TERM_AFTER, "or")):
             match = pattern.match(after)
@@ -271,6 +319,16 @@ class Scopes:
         if _VERSUS_BEFORE.search(before):
             return "versus"
         return "or" if _TERM_BEFORE.search(before) else None
+
+    def _is_one_of_three(self, start: int, end: int, mentions: list[tuple[int, int]]) -> bool:
+        """Return whether a mention and two others are a list with a comma before its `or`: `A, B, or C`."""
+        for first, last in self.lists:
+            places = [*mentions, *(match.span() for match in _TERM.finditer(self.sentence))]
+            within = sorted(place for place in places if first <= place[0] and place[1] <= last)
+            num_apart = sum("," in self.sentence[one[1] : other[0]] for one, other in itertools.pairwise(within))
+            if num_apart >= 2 and (start, end) in within:
+                return True
+        return False
 
     def _is_plain(self, start: int, end: int, mentions: list[tuple[int, int]]) -> bool:
         """Return whether neither a verb nor another mention nor the word `and` is between two places."""

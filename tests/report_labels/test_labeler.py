@@ -291,6 +291,51 @@ def test_strongest_mention_wins(text: str, expected: Label) -> None:
     assert label_report(text).labels[PE] == expected
 
 
+NAMES = {"small effusion": PE, "atelectasis": "Atelectasis", "infection": "Pneumonia", "a nodule": LL, "edema": "Edema"}
+HEDGES = ("Possible", "Suspicious for", "Findings may represent", "Concerning for", "Questionable", "Cannot exclude")
+JOINS = (", or ", " or ", ", and/or ", " versus ")
+
+
+@pytest.mark.parametrize("hedge", HEDGES)
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("num", [2, 3, 4, 5])
+def test_every_alternative_under_a_hedge_is_uncertain(hedge: str, join: str, num: int) -> None:
+    names = list(NAMES)[:num]
+    text = f"{hedge} {', '.join(names[:-1])}{join}{names[-1]}."
+    assert stated(text) == dict.fromkeys([NAMES[name] for name in names], -1)
+    denied = f"No {', '.join(names[:-1])} or {names[-1]}."
+    assert stated(denied) == dict.fromkeys([NAMES[name] for name in names], 0)
+
+
+@pytest.mark.parametrize("denial", ["without", "free of", "clear of", "devoid of", "negative for"])
+def test_two_denials_state(denial: str) -> None:
+    assert stated(f"The chest is {denial} effusion.") == {PE: 0}
+    assert stated(f"The chest is not {denial} effusion.") == {PE: 1}
+
+
+@pytest.mark.parametrize("apostrophe", ["'", "\u2019"])
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("There isn't an effusion.", "There is not an effusion."),
+        ("Pneumothorax wasn't seen.", "Pneumothorax was not seen."),
+        ("The effusion hasn't resolved.", "The effusion has not resolved."),
+        ("Pneumonia can't be excluded.", "Pneumonia cannot be excluded."),
+        ("The heart isn't enlarged.", "The heart is not enlarged."),
+    ],
+)
+def test_contractions_are_denials(short: str, long: str, apostrophe: str) -> None:
+    text = short.replace("'", apostrophe)
+    assert stated(text) == stated(long) != {}
+    assert all(text[part.start : part.end].lower() in long.lower() for part in label_report(text).evidence)
+
+
+@pytest.mark.parametrize("sentence", ["Small effusion", "No effusion", "Is there an effusion", "Effusion or nodule"])
+def test_a_question_is_uncertain(sentence: str) -> None:
+    assert set(stated(f"{sentence}?").values()) == {-1}
+    assert stated(f"Cardiomegaly. {sentence}? No edema.") == {CM: 1, "Edema": 0, **stated(f"{sentence}?")}
+
+
 @given(st.text(alphabet="ab .,\n", max_size=3 * MAX_SENTENCE))
 def test_sentences_are_the_whole_text_in_short_parts(text: str) -> None:
     parts = list(split_sentences(text))
