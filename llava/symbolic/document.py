@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from llava.errors import DataError
+from llava.utils.file_kinds import utf8_text
 
 MAX_BYTES = 1_000_000
 """Maximum size of a file in bytes."""
@@ -71,10 +72,9 @@ def read_document(path: Path) -> Item:
     if len(content) > MAX_BYTES:
         raise DataError(f"{path}: larger than {MAX_BYTES:,} bytes")
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(located(path, line, "not UTF-8 text")) from None
+        text = utf8_text(content)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
     try:
         return _Builder(path, yaml.parse(text, Loader=LOADER)).document()
     except yaml.MarkedYAMLError as error:

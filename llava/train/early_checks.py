@@ -23,6 +23,7 @@ from llava.samples import Origin
 from llava.train.attention_choice import check_attention
 from llava.train.bounds import check_bounds
 from llava.utils.cli import flag, near_options, near_path
+from llava.utils.file_kinds import utf8_text
 from llava.utils.json_rows import iter_rows
 from llava.utils.jsonl import JSON_ERRORS
 
@@ -171,7 +172,7 @@ def check_json(options: Options) -> None:
 def _check_object(name: str, value: str, text: str | None) -> None:
     """Check that an option is a JSON object, given as `text` or in the file that `value` names."""
     try:
-        content = json.loads(text if text is not None else Path(value).read_text(encoding="utf-8"))
+        content = json.loads(text if text is not None else utf8_text(Path(value).read_bytes(), takes_mark=False))
     except (OSError, *JSON_ERRORS) as error:
         raise ConfigError(f"{flag(name)} {value}: not JSON ({error}); expected a JSON object") from error
     if not isinstance(content, dict):

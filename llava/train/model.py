@@ -23,6 +23,7 @@ from llava.model.checkpoint.load import PART_FLAGS, USED_PARTS, load_checkpoint,
 from llava.model.checkpoint.load_parts import load_projector
 from llava.train.specs import ModelSpec
 from llava.utils.cli import flag
+from llava.utils.jsonl import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def open_model(spec: ModelSpec) -> LoadedModel:
         ConfigError: a new model has no `--vision-tower`, or options contradict the checkpoint.
         CheckpointError: a part cannot be loaded, or a weight is not finite.
     """
-    system = Path(spec.system_file).read_text(encoding="utf-8").strip() if spec.system_file else None
+    system = read_text(spec.system_file).strip() if spec.system_file else None
     checkpoint = find_checkpoint(spec.path)
     loaded = _build(spec, system) if checkpoint is None else _continue(checkpoint, spec, system)
     processor = loaded.processor.changed(

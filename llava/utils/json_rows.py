@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, cast
 
 from llava.errors import BrokenFileError, DataError, NotUnicodeError
-from llava.utils.file_kinds import HEAD, other_kind
+from llava.utils.file_kinds import HEAD, expected_utf8, other_kind
 from llava.utils.jsonl import READ_ERRORS, is_unicode, open_decompressed
 
 Record = dict[str, Any]
@@ -334,5 +334,5 @@ def value_problem(value: Any) -> DataError | None:
 def _not_unicode(what: str) -> NotUnicodeError:
     return NotUnicodeError(
         f"{what} is not Unicode text: it holds half of a surrogate pair (as where an emoji was cut) or bytes that are "
-        "not UTF-8; save the file as UTF-8, or remove them"
+        f"not UTF-8; {expected_utf8()}"
     )

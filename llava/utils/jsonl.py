@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from llava.errors import DataError
+from llava.utils.file_kinds import utf8_text
 
 GZIP_MAGIC = b"\x1f\x8b"
 
@@ -60,11 +61,15 @@ def read_text(path: str | Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
             content = stream.read(max_bytes + 1)
         if len(content) > max_bytes:
             raise DataError(f"{path}: the text has more than {max_bytes:,} bytes, expected at most that many")
-        return content.decode("utf-8-sig")
+        return utf8_text(content)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (*READ_ERRORS, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text or gzipped text ({error})") from error
+    except READ_ERRORS as error:
+        raise DataError(f"{path}: cannot be read as text or gzipped text ({error})") from error
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def read_object(path: str | Path) -> dict[str, Any]:

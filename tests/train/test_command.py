@@ -99,7 +99,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (line(nproc="2", nnodes="2"), "--nnodes 2 also needs --node-rank, --master-addr"),
     (
         line(data_path="utf16.json"),
-        "utf16.json, row 0: the file is UTF-16 text; save it as UTF-8; expected a JSON array",
+        "utf16.json, row 0: the file is UTF-16 text; expected UTF-8; save it so, or run: iconv",
     ),
     (line(data_path="latin.json"), "latin.json, row 0: field conversations[0].value is not Unicode text"),
     (line(data_path="quote.json"), "quote.json, row 0: not JSON: Expecting value"),

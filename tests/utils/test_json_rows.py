@@ -321,7 +321,7 @@ def test_a_broken_object_of_lists_is_named(text: str, tmp_path: Path) -> None:
     ("content", "kind"),
     [
         ('[{"id": 1}]'.encode("utf-16"), "UTF-16 text"),
-        ('[{"id": 1}]'.encode("utf-16-le"), "UTF-16 text"),
+        ('[{"id": 1}]'.encode("utf-16-le"), "UTF-16LE text"),
         (b"\x89PNG\r\n", "an image (PNG)"),
         (bytes(128) + b"DICM", "an image (DICOM)"),
         (b"PAR1", "Parquet"),

@@ -43,6 +43,7 @@ from llava.data.report_rows import (
 from llava.errors import DataError
 from llava.samples import Origin
 from llava.utils.cli import Parser
+from llava.utils.file_kinds import utf8_text
 from llava.utils.log import with_progress
 from llava.utils.lookup import lookup
 
@@ -150,9 +151,9 @@ class _Reports:
         if self._last[0] != study:
             path = self._job.sources.image(f"p{subject[:2]}/p{subject}/s{study}.txt", *REPORT_FOLDERS)
             try:
-                text = path.read_bytes().decode("utf-8-sig")
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}: cannot be read as UTF-8 text ({type(error).__name__})") from None
+                text = utf8_text(path.read_bytes())
+            except (OSError, ValueError) as error:
+                raise DataError(f"{path}: cannot be read ({error})") from None
             self._last = (study, parse_report(text))
         return self._last[1]
 

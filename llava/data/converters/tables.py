@@ -8,7 +8,6 @@ so the caller can stop or skip it. A file that cannot be read any further raises
 
 from __future__ import annotations
 
-import codecs
 import csv
 import datetime
 import io
@@ -22,6 +21,7 @@ from typing import Any
 from llava.data.shards import PARQUET_MAGIC, parquet_columns, parquet_rows
 from llava.errors import DataError
 from llava.samples import Origin
+from llava.utils.file_kinds import expected_utf8, wide_encoding
 from llava.utils.json_rows import read_rows
 from llava.utils.jsonl import READ_ERRORS, open_decompressed
 
@@ -36,7 +36,7 @@ OTHER_DELIMITERS = (";", "|")
 COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9-]{0,40}")
 """Column name that may appear in messages; any other could be a cell of a table without a header."""
 
-NOT_UTF8 = "expected UTF-8. In Excel, save the table as 'CSV UTF-8', or run: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+SPREADSHEET = "in Excel, save the table as 'CSV UTF-8'"
 
 
 def table_kind(path: str | Path) -> str:
@@ -164,11 +164,10 @@ def _text(path: str | Path) -> Iterator[io.TextIOWrapper]:
     with open_decompressed(path) as stream:
         head = stream.read(256)
         stream.seek(0)
-        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head:
-            raise DataError(
-                f"{path}: the file is UTF-16 or not text; expected UTF-8. In Excel, save the table as 'CSV UTF-8', "
-                "or run: iconv -f UTF-16 -t UTF-8 OLD > NEW"
-            )
+        if name := wide_encoding(head):
+            raise DataError(f"{path}: the file is {name}; {expected_utf8(name)}; {SPREADSHEET}")
+        if b"\0" in head:
+            raise DataError(f"{path}: the file is not text; expected a table. {SPREADSHEET.capitalize()}")
         yield io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
 
 
@@ -179,7 +178,7 @@ def _header(stream: io.TextIOWrapper, path: str | Path, delimiter: str | None) -
         separator = delimiter or ("\t" if "\t" in first else ",")
         names = next(csv.reader([first], delimiter=separator, strict=True), [])
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: the header cannot be read ({error}); {NOT_UTF8}") from error
+        raise DataError(f"{path}: the header cannot be read ({error}); {expected_utf8()}; {SPREADSHEET}") from error
     except (csv.Error, *READ_ERRORS) as error:
         raise DataError(f"{path}: the header cannot be read ({error})") from error
     names = [name.strip() for name in names]
@@ -218,7 +217,9 @@ def _text_rows(
                 row += 1
                 continue
             except UnicodeDecodeError as error:
-                raise DataError(f"{path}, row {row}: the rest cannot be read ({error}); {NOT_UTF8}") from error
+                raise DataError(
+                    f"{path}, row {row}: the rest cannot be read ({error}); {expected_utf8()}; {SPREADSHEET}"
+                ) from error
             except READ_ERRORS as error:
                 raise DataError(f"{path}, row {row}: the rest cannot be read ({error})") from error
             if not cells:

@@ -33,6 +33,10 @@ from llava.model.checkpoint.weight_names import (
     renamed_prefix,
     without_peft,
 )
+from llava.utils.file_kinds import utf8_text
+
+MAX_JSON_BYTES = 1 << 26
+"""Largest size of a JSON file of a checkpoint; real ones have at most a few megabytes."""
 
 OUR_TYPE = "llava_med"
 CONFIG_FILE = "config.json"
@@ -243,7 +247,11 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        with open(file, "rb") as stream:
+            raw = stream.read(MAX_JSON_BYTES + 1)
+        if len(raw) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES:,} bytes")
+        content = json.loads(utf8_text(raw, takes_mark=False))
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):

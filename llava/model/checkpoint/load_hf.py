@@ -31,6 +31,7 @@ from llava.model.multimodal_encoder.towers import (
 )
 from llava.model.projector_types import ProjectorType, find_type
 from llava.processing import LlavaMedProcessor
+from llava.utils.jsonl import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ def _template(checkpoint: Checkpoint, config: LlavaConfig) -> str:
     text = ""
     for name in ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"):
         file = checkpoint.folder / name
-        text += file.read_text(encoding="utf-8") if file.is_file() else ""
+        text += read_text(file) if file.is_file() else ""
     for mark, template in TEMPLATE_MARKS.items():
         if mark in text:
             return template

@@ -24,6 +24,7 @@ from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, ViTModel
 from llava.errors import CheckpointError, ConfigError
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import TRUNK_PREFIX, to_transformers, trunk_config
 from llava.model.torch_files.loading import load_torch_file
+from llava.utils.file_kinds import utf8_text
 
 HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
 HUB_CONFIG = "open_clip_config.json"
@@ -154,8 +155,8 @@ def _download(repository: str, name: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(utf8_text(path.read_bytes(), takes_mark=False))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object; expected an open_clip model configuration")
