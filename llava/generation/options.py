@@ -120,9 +120,12 @@ def template_of(args: argparse.Namespace) -> str | None:
     """Return the name of the conversation template, from the options or the checkpoint; None if unnamed."""
     if (served := served_by(args)) is not None:
         return served.template
-    if args.conv_mode:
-        return str(args.conv_mode)
-    path = Path(args.model) / PROCESSOR_FILE
+    return str(args.conv_mode) if args.conv_mode else saved_template(args.model)
+
+
+def saved_template(model: str) -> str | None:
+    """Return the name of the template that a checkpoint's files state; None if they state none."""
+    path = Path(model) / PROCESSOR_FILE
     return read_object(path).get("template") if path.is_file() else None
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llava.utils.lookup import lookup
+from llava.utils.typography import plain_typography
 
 RULES: dict[str, str] = {
     "R1 dropped": "says that the image or its text is not available",
@@ -216,8 +217,9 @@ _SENTENCE_END = ".!?\n"
 
 def clean_fixed(answer: str) -> Cleaned:
     """Apply the rules without the original's defects."""
+    plain = plain_typography(answer)
     for pattern in _REFUSED:
-        if found := pattern.search(answer):
+        if found := pattern.search(plain):
             return Cleaned(None, "R1 dropped", found[0].lower())
     lower = answer.lower()
     if len(lower) == len(answer):  # lower case may change the length, and with it the offsets

@@ -18,7 +18,7 @@ from llava.report_labels.findings import NEGATIVE, POSITIVE, UNCERTAIN
 
 _END = re.compile(
     r"(?<!\b[ap])(?<!\bvs)(?<!\bdr)(?<!\bapprox)[.!?;]+(?=\s|$|[a-z]{2})(?<!\bvs\.)|\n\s*\n|"
-    r"\s[-\u2013\u2022*]+(?=\s(?!none\b|absent\b|negative\b))",  # a bullet
+    r"\s[-\u2022*]+(?=\s(?!none\b|absent\b|negative\b))",  # a bullet
     re.IGNORECASE,
 )
 _STARTS = (
@@ -30,7 +30,6 @@ _NEW = re.compile(  # with a space or line break but no period, or glued: `Small
     rf"\b[a-z]+(?:\s|<(?:br|BR)\s?/?>)+(?={_STARTS}\s[a-z])|\b[a-z]{{4,}}(?={_STARTS}\s[a-z])"
 )
 _CONTRACTION = re.compile(r"\b[a-z]+n't\b")
-_PLAIN = str.maketrans("\u2018\u2019\u2010\u2011\u2012\u2013\u2014\u2212", "''------")
 _ASKED_BEFORE = re.compile(  # a mark of doubt before a word: `? pneumonia`, `opacity, ?atelectasis`
     r"(?<![^\s(,:;/-])\?+(?=\w)|(?:\A|(?<=[(,:;/-])|(?<=[.,:;/-]\s))\?+(?=\s\w)|(?<=\s)\?+(?=\s[a-z])"
 )
@@ -162,7 +161,6 @@ def lower_case(text: str) -> str:
     lower = text.lower()
     if len(lower) != len(text):  # a few capitals have longer lower case forms
         lower = "".join(low if len(low := char.lower()) == 1 else char for char in text)
-    lower = lower.translate(_PLAIN)
     if "n't" in lower:
         lower = _CONTRACTION.sub(lambda match: "not".ljust(len(match.group())), lower)
     return _BREAK.sub(lambda match: " " * len(match.group()), lower)

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 from llava.scoring.decisions import unified_text
 from llava.scoring.normalize import CONTRACTIONS, NUMBERS, PUNCTUATION
+from llava.utils.typography import APOSTROPHES
 
 _MARKS = re.escape(PUNCTUATION + ":*|")
 # A sign that ends a word is part of it (HER2+, ER-), but not the hyphen before another word (X-ray, pre- and post-).
@@ -24,7 +25,6 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _PERIOD = re.compile(r"\.(?!\d)")
 _POWER = re.compile("(?<=[0-9])(?=[\u00b2\u00b3\u00b9\u2070\u2074-\u2079])")
 _FRACTION = re.compile("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])")
-_APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u00b4\u02bc\u02b9\uff07", "'"))
 
 # An article precedes a word: `a mass`, `a "mass"`. Before these words and before a mark, `a` is a letter: `A or B`.
 _A = re.compile(r"(?<![^\s(\[\"'])[aA](?=\s+[(\[\"']*\w)(?!\s+(?:and|or|nor|but|is|was|as|because|since)\b)")
@@ -64,7 +64,7 @@ def strict_form(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Return a text with one spelling of letters, digits, quotes and dashes; case is kept."""
-    text = _FRACTION.sub(" ", _POWER.sub("^", text.translate(_APOSTROPHES)))  # NFKC would join 10 and its exponent
+    text = _FRACTION.sub(" ", _POWER.sub("^", text.translate(APOSTROPHES)))  # NFKC would join 10 and its exponent
     return "".join(map(_plain_character, unified_text(text)))
 
 

@@ -18,10 +18,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llava.constants import IMAGE_TOKEN
-from llava.conversation import ConversationTemplate, get_template
+from llava.conversation import TEMPLATES, ConversationTemplate, get_template
 from llava.data.report_rows import is_frontal, report_question
 from llava.errors import DataError, GenerationError
-from llava.generation.options import IMAGE_HELP, MODEL_HELP, MORE_MODEL_HELP, add_engine_options, local_engine_of
+from llava.generation.options import (
+    IMAGE_HELP,
+    MODEL_HELP,
+    MORE_MODEL_HELP,
+    add_engine_options,
+    local_engine_of,
+    saved_template,
+)
 from llava.generation.protocol import Completion, Prompt, Sampling
 from llava.imaging.decode import load_image, read_image_bytes, stored_format
 from llava.report_labels.labeler import label_report
@@ -96,14 +103,42 @@ def findings_prompt(image: Radiograph, reason: str | None) -> Prompt:
     return Prompt(Conversation((Turn("human", f"{IMAGE_TOKEN}\n{question}"),)), (image.data,))
 
 
-def has_trained_template(template: ConversationTemplate) -> bool:
-    """Return whether a template writes the same text as `v1`, under any name."""
-    trained = get_template(TEMPLATE)
-    return replace(template, name=trained.name, trains_empty=trained.trains_empty) == trained
+def is_template(template: ConversationTemplate, name: str) -> bool:
+    """Return whether a template writes the text of the one with a name, under any name."""
+    if template.name == name or name not in TEMPLATES:
+        return template.name == name
+    other = get_template(name)
+    return replace(template, name=name, trains_empty=other.trains_empty) == other
 
 
-def warn_about(images: Sequence[Radiograph], processor: Any) -> None:
-    """Log one warning for each kind of difference to the training: views, cut borders, template."""
+def template_warning(template: ConversationTemplate, saved: str | None) -> str:
+    """Return what to say about the template of a prompt; empty if it is that of LLaVA-Rad.
+
+    Args:
+        template: template of the prompt.
+        saved: name of the template that the checkpoint states, if any.
+    """
+    name = template.name
+    if saved is not None and not is_template(template, saved):
+        return f"the template is {name}; the model was trained with {saved}. Remove --conv-mode."
+    if is_template(template, TEMPLATE):
+        return ""
+    if saved is not None:
+        return f"the model was trained with the template {saved}, not with {TEMPLATE} as LLaVA-Rad"
+    return (
+        f"the checkpoint names no template, and {name} is used; LLaVA-Rad was trained with {TEMPLATE}. "
+        f"For a LLaVA-Rad model, pass --conv-mode {TEMPLATE}."
+    )
+
+
+def warn_about(images: Sequence[Radiograph], processor: Any, saved: str | None) -> None:
+    """Log one warning for each kind of difference to the training: views, cut borders, template.
+
+    Args:
+        images: images of the command line.
+        processor: processor of the model.
+        saved: name of the template that the checkpoint states, if any.
+    """
     from llava.imaging.image_processor import cut_share  # loads torch
 
     views = [f"{image.name} ({image.view})" for image in images if image.view]
@@ -113,11 +148,8 @@ def warn_about(images: Sequence[Radiograph], processor: Any) -> None:
     cut = [f"{name} ({100 * share:.0f} %)" for name, share in shares if share > MAX_CUT]
     if cut:
         logger.warning("%s: cut by the center crop; findings there are not seen", ", ".join(cut))
-    if not has_trained_template(processor.template):
-        logger.warning(
-            "the model's template is %s; LLaVA-Rad was trained with %s (--conv-mode %s)",
-            *(processor.template.name, TEMPLATE, TEMPLATE),
-        )
+    if warning := template_warning(processor.template, saved):
+        logger.warning(warning)
 
 
 def findings_row(name: str, completion: Completion, *, labels: bool) -> dict[str, Any]:
@@ -179,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = Sampling(max_new_tokens=args.max_new_tokens)
     sys.stderr.write(f"llava findings: {NOTICE}\n")
     engine = local_engine_of(args)
-    warn_about(images, engine.processor)
+    warn_about(images, engine.processor, saved_template(args.model))
     answers = engine.generate([findings_prompt(image, args.reason) for image in images], sampling)
     rows = [
         findings_row(image.name, answer, labels=args.labels)

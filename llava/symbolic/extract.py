@@ -17,6 +17,7 @@ from llava.symbolic.document import read_document
 from llava.symbolic.patterns import MAX_TEXT
 from llava.symbolic.problems import Problems
 from llava.symbolic.structure import CONFLICT, NO_MATCH, ExtractRule, RuleNode
+from llava.utils.typography import APOSTROPHES
 
 CUES = Path(__file__).parent / "cues"
 
@@ -30,8 +31,6 @@ WORDS_AFTER = 3
 
 NEGATED_PRIORITY = 0.5
 """Amount subtracted from a negated match's priority, so that a positive mention of another value wins."""
-
-APOSTROPHES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'", "\uff07": "'"})
 
 WORD = re.compile(r"\S*\w\S*")
 

@@ -34,6 +34,12 @@ def test_as_many_phrases_as_published() -> None:
         # R1
         ("I do not have access to the image.", (None, "R1 dropped"), (None, "R1 dropped")),
         ("I'm SORRY, but no.", (None, "R1 dropped"), (None, "R1 dropped")),
+        ("I\u2019m\u00a0sorry, but no.", (None, "R1 dropped"), (None, "R1 dropped")),
+        (
+            "We don\u2019t have direct access to it.",
+            ("We don\u2019t have direct access to it.", "R5 kept"),
+            (None, "R1 dropped"),
+        ),
         ("The size is not specified in the caption.", (None, "R1 dropped"), (None, "R1 dropped")),
         ("Without seeing the scan, it is hard to say.", (None, "R1 dropped"), (None, "R1 dropped")),
         ("The image itself is not available.", (None, "R1 dropped"), (None, "R1 dropped")),

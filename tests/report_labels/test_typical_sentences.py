@@ -29,6 +29,15 @@ def test_labels(sentence: str, expected: dict[str, Label]) -> None:
     assert {name: value for name, value in labels.items() if value is not None and name != NO_FINDING} == expected
 
 
+@pytest.mark.parametrize(
+    "typography", [{" ": "\u00a0", "-": "\u2011", "'": "\u2019"}, {" ": "\u2009", "-": "\u2013", "?": "\uff1f"}]
+)
+def test_typography_changes_nothing(typography: dict[str, str]) -> None:
+    for sentence, _ in typical_sentences():
+        found = label_report(sentence.translate(str.maketrans(typography)))
+        assert found == label_report(sentence), sentence
+
+
 def test_every_finding_has_every_value() -> None:
     values = {(name, value) for _, labels in typical_sentences() for name, value in labels.items()}
     assert values >= {(name, value) for name in FINDINGS[:-1] for value in (1, 0, -1)}

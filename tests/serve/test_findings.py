@@ -14,12 +14,17 @@ import pydicom.data
 import pytest
 from PIL import Image
 
+from llava.chat_families import FAMILIES
 from llava.conversation import get_template
 from llava.data.report_rows import report_question
 from llava.errors import DataError, GenerationError
 from llava.generation.protocol import Completion, Prompt, Sampling
 from llava.imaging.image_processor import cut_share
+from llava.jinja_template import JinjaTemplate
+from llava.model.checkpoint.save import save_model
+from llava.report_labels.labeler import label_report
 from llava.serve import findings
+from tests.support.tiny import byte_tokenizer, tiny_llava
 
 TEXT = "Mild cardiomegaly. Possible edema. No effusion."
 
@@ -55,7 +60,11 @@ def film(tmp_path: Path) -> str:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno >= logging.WARNING and record.name.startswith("llava")
+    ]
 
 
 def test_findings_of_one_image(
@@ -127,7 +136,7 @@ def test_a_cut_image_and_another_template_are_warned_about(
     findings.main([str(tmp_path / "wide.png"), "--model", "m"])
     cut, template = warnings_of(caplog)
     assert "wide.png (50 %): cut by the center crop" in cut
-    assert "template is chatml; LLaVA-Rad was trained with v1" in template
+    assert "the checkpoint names no template, and chatml is used; LLaVA-Rad was trained with v1" in template
 
 
 @pytest.mark.parametrize(
@@ -138,9 +147,112 @@ def test_cut_share(size: tuple[int, int], mode: str, expected: float) -> None:
     assert cut_share(Engine(mode=mode).processor, size) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("v1", True), ("vicuna_v1", True), ("v0", False)])
-def test_template_by_its_text(name: str, expected: bool) -> None:
-    assert findings.has_trained_template(get_template(name)) is expected
+@pytest.mark.parametrize(
+    ("used", "saved", "expected"),
+    [
+        ("v1", None, ""),
+        ("v1", "v1", ""),
+        ("vicuna_v1", "v1", ""),
+        ("v1", "vicuna_v1", ""),
+        ("v0", None, "the checkpoint names no template, and v0 is used; LLaVA-Rad was trained with v1"),
+        ("chatml", "chatml", "the model was trained with the template chatml, not with v1 as LLaVA-Rad"),
+        ("v0", "v1", "the template is v0; the model was trained with v1. Remove --conv-mode."),
+        ("v1", "chatml", "the template is v1; the model was trained with chatml. Remove --conv-mode."),
+        ("v1", "auto", "the template is v1; the model was trained with auto. Remove --conv-mode."),
+    ],
+)
+def test_a_template_is_judged_by_its_text(used: str, saved: str | None, expected: str) -> None:
+    warning = findings.template_warning(get_template(used), saved)
+    assert warning.startswith(expected) and bool(warning) == bool(expected)
+
+
+def test_a_template_of_the_tokenizer() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = FAMILIES["qwen2.5"]
+    template = JinjaTemplate.of(tokenizer)
+    expected = "the model was trained with the template auto, not with v1 as LLaVA-Rad"
+    assert findings.template_warning(template, "auto") == expected  # type: ignore[arg-type]
+    assert "Remove --conv-mode" in findings.template_warning(template, "v1")  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A saved tiny model with the template and the crop of LLaVA-Rad."""
+    folder = tmp_path_factory.mktemp("model")
+    loaded = tiny_llava(template="v1", image_mode="square")
+    save_model(loaded.model, loaded.processor, str(folder))
+    return str(folder)
+
+
+def rows_of(checkpoint: str, capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
+    """Return the JSON rows of `llava findings` with a real engine."""
+    findings.main([*words, "--model", checkpoint, "--device", "cpu", "--max-new-tokens", "5", "--json"])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def pydicom_file(name: str) -> str:
+    """Return a file of pydicom-data or of pydicom."""
+    path = pydicom.data.get_testdata_file(name, download=False)
+    assert isinstance(path, str), f"{name}: no such file in pydicom-data"
+    return path
+
+
+def test_a_radiograph_of_pydicom_data(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = pydicom_file("RG3_UNCR.dcm")  # CR, AP, 1760 x 1760, 10 bits, inverted
+    [row] = rows_of(checkpoint, capsys, path)
+    assert row["image"] == path and row["num_new_tokens"] == 5 and row["stop_reason"] == "length"
+    assert warnings_of(caplog) == [f"{path}: cut at --max-new-tokens 5"]
+
+
+def test_several_kinds_of_files_are_one_batch_with_the_findings_of_each(
+    checkpoint: str, film: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [film, pydicom_file("RG1_UNCR.dcm"), pydicom_file("CT_small.dcm"), pydicom_file("6154")]
+    together = rows_of(checkpoint, capsys, *files)
+    views, _ = warnings_of(caplog)
+    assert "CT_small.dcm (modality CT)" in views and "6154 (view LL)" in views and "RG1" not in views
+    assert [row["image"] for row in together] == files
+    assert together == [row for file in files for row in rows_of(checkpoint, capsys, file)]
+
+
+def test_sixteen_bits_are_read(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    levels = np.linspace(0, 65535, 56 * 56).reshape(56, 56)
+    Image.fromarray(levels.astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray((levels / 257).round().astype(np.uint8)).save(tmp_path / "flat.png")
+    deep, flat = rows_of(checkpoint, capsys, str(tmp_path / "deep.png"), str(tmp_path / "flat.png"))
+    assert {**deep, "image": ""} == {**flat, "image": ""}
+
+
+def test_a_missing_file_among_others(checkpoint: str, film: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DataError, match=r"missing\.dcm"):
+        rows_of(checkpoint, capsys, film, "missing.dcm")
+    assert capsys.readouterr().out == ""
+
+
+def test_labels_are_those_of_the_text(checkpoint: str, film: str, capsys: pytest.CaptureFixture[str]) -> None:
+    [row] = rows_of(checkpoint, capsys, film, "--labels")
+    assert row["labels"] == label_report(row["findings"]).labels
+
+
+TEMPLATES_OF_MODELS: list[tuple[str, list[str], list[str]]] = [
+    ("v1", [], []),
+    ("chatml", [], ["the model was trained with the template chatml, not with v1 as LLaVA-Rad"]),
+    ("v1", ["--conv-mode", "chatml"], ["the template is chatml; the model was trained with v1. Remove --conv-mode."]),
+]
+
+
+def test_the_template_of_a_saved_model(
+    film: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, (template, words, expected) in enumerate(TEMPLATES_OF_MODELS):
+        loaded = tiny_llava(template=template)
+        folder = str(tmp_path / str(number))
+        save_model(loaded.model, loaded.processor, folder)
+        caplog.clear()
+        rows_of(folder, capsys, film, *words)
+        assert [warning for warning in warnings_of(caplog) if "--max-new-tokens" not in warning] == expected
 
 
 def test_an_image_without_findings_fails_after_the_others(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from llava.eval.reports.error_prompt import CATEGORIES
 from llava.judging.parsing import without_reasoning
+from llava.utils.typography import INVISIBLE, plain_typography
 
 SEVERITIES = ("clinically_significant", "clinically_insignificant")
 
@@ -49,11 +50,12 @@ _HEADER = re.compile(
 )
 _PAIR = re.compile(
     r"(?<![A-Za-z])[\"'`*]*(?P<letter>[A-Fa-f])[\"'`*]*(?![A-Za-z])\s*[)\]}]?\s*"
-    r"(?:[\"'`*]*(?:[A-Za-z]+[\s_]+)*[A-Za-z]{3,}[\"'`*]*\s*)?[,:=\-–→>]*\s*[\"'`*]*(?P<count>[-+]?\d+(?:\.\d+)?)"
+    r"(?:[\"'`*]*(?:[A-Za-z]+[\s_]+)*[A-Za-z]{3,}[\"'`*]*\s*)?[,:=\-→>]*\s*[\"'`*]*(?P<count>[-+]?\d+(?:\.\d+)?)"
 )
 _REFUSAL = re.compile(
-    r"\b(?:i(?:'m| am)? (?:sorry|unable)|i can(?:'|no)?t|i cannot|i won't|i will not|as an ai|"
-    r"unable to (?:assist|provide|help)|can(?:'|no)?t (?:assist|help|provide))\b",
+    r"\b(?:i(?:'m| am)?\s+(?:sorry|unable|not able)|i\s+(?:can(?:'|no)?t|can not|won't|will not)|as an ai|"
+    r"(?:unable|not able) to (?:assist|provide|help|comply)|can(?:'|no)?t (?:assist|help|provide|comply)|"
+    r"(?:must|have to) decline)\b",
     re.IGNORECASE,
 )
 _FILTER = re.compile(r"content[\s_-]*(?:filter|management policy)|responsible ai policy|was filtered", re.IGNORECASE)
@@ -64,16 +66,17 @@ _KEYS = {letter.lower(): name for letter, name in CATEGORIES.items()} | {name: n
 
 def parse_rating(reply: str) -> Rating | Unread:
     """Return the counts of a reply, or why it has none."""
-    text = without_reasoning(reply)
+    text = without_reasoning(reply.translate(INVISIBLE))
     empty: Rating = dict.fromkeys(SEVERITIES)
     if text is None:
         return Unread("cut short", empty)
     if not text.strip():
         return Unread("empty", empty)
-    rating = _of_json(text) or _of_headers(text)
+    plain = plain_typography(text)
+    rating = _of_json(text) or _of_json(plain) or _of_headers(plain)
     if all(rating[severity] is not None for severity in SEVERITIES):
         return rating
-    return Unread(_reason(text), rating)
+    return Unread(_reason(plain), rating)
 
 
 def _reason(text: str) -> UnreadReason:

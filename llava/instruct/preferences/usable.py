@@ -6,6 +6,7 @@ import re
 
 from llava.instruct.preferences.rows import Answered
 from llava.scoring.decisions import unified_text
+from llava.utils.typography import plain_typography
 
 _VERBS = "answer|assist|help|comply|provide|view|interpret|diagnose|process|analy[sz]e"
 _REFUSAL = re.compile(
@@ -17,7 +18,7 @@ _REFUSAL = re.compile(
 
 def is_refusal(answer: str) -> bool:
     """Return whether an answer refuses to answer: it begins with an apology or says that it cannot."""
-    return _REFUSAL.match(unified_text(answer).replace("\u2019", "'")) is not None
+    return _REFUSAL.match(plain_typography(unified_text(answer))) is not None
 
 
 def left_out(one: Answered) -> dict[int, str]:

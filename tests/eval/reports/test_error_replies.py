@@ -77,6 +77,30 @@ READABLE = {
 }
 
 
+TYPOGRAPHY = {
+    "curly quotes": str.maketrans({'"': "\u201c", "'": "\u2019"}),
+    "full width": {code: code + 0xFEE0 for code in range(0x21, 0x7F)},
+    "no-break spaces": {0x20: 0xA0},
+    "long dashes": {0x2D: 0x2014},
+}
+"""Replacements of the characters of a reply."""
+
+
+@pytest.mark.parametrize("typography", TYPOGRAPHY)
+@pytest.mark.parametrize("name", [name for name in READABLE if "reasoning" not in name])
+def test_accepted_forms_in_other_typography(name: str, typography: str) -> None:
+    assert parse_rating(READABLE[name].translate(TYPOGRAPHY[typography])) == EXPECTED
+
+
+def test_zero_width_characters_between_words() -> None:
+    assert parse_rating("\ufeff" + STANDARD.replace(" ", "\u200b ")) == EXPECTED
+
+
+def test_quotes_within_a_json_text_stay() -> None:
+    reply = json.dumps({"explanation": "the \u201cnew\u201d effusion", **EXPECTED}, ensure_ascii=False)
+    assert parse_rating(reply) == EXPECTED
+
+
 @pytest.mark.parametrize("name", READABLE)
 def test_accepted_forms(name: str) -> None:
     assert parse_rating(READABLE[name]) == EXPECTED
@@ -86,6 +110,13 @@ UNREADABLE = [
     ("", "empty"),
     (" \n", "empty"),
     ("I'm sorry, but I can't assist with that request.", "refused"),
+    ("I\u2019m sorry, but I can\u2019t assist with that request.", "refused"),
+    ("I\u00a0am\u202funable to rate these reports.", "refused"),
+    ("\ufeffI can\u02bct do this.", "refused"),
+    ("I must decline.", "refused"),
+    ("I\u200b'm not able to comply.", "refused"),
+    ("The response was filtered \u2014 content\u2011filter.", "filtered"),
+    (lines(pairs(FIRST).replace("3", "\u22123"), pairs(SECOND)), "malformed"),
     ("As an AI model I do not read radiographs.", "refused"),
     ("The response was filtered due to the content management policy.", "filtered"),
     (STANDARD[:-30], "cut short"),
