@@ -71,7 +71,7 @@ def test_rows_of_wrong_width_come_as_errors_with_their_place(tmp_path: Path) -> 
         (gzip.compress(b"x\n1\n", mtime=0)[:-9], "cannot be opened or unzipped"),
         (b"PAR1 and nothing", "not a readable Parquet file"),
         ("x,y\n1,2\n".encode("utf-16"), "UTF-16 .*save the table as 'CSV UTF-8'"),
-        ("x,y\n1,2\n".encode("utf-16-le"), "UTF-16LE .*iconv"),
+        ("x,y\n1,2\n".encode("utf-16-le"), "UTF-16LE; .*iconv"),
         ("x,ö\n1,2\n".encode("cp1252"), "header cannot be read .*iconv -f WINDOWS-1252"),
         (b"x;y\n1;2\n", r"the header is one column, 'x;y'.*--delimiter ';'"),
         (b"[{", "not JSON"),
