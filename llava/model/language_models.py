@@ -9,9 +9,10 @@ import inspect
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llava.errors import CheckpointError
+from llava.model.config_sizes import auto_config
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
 
 HEAD_EXTRAS = (
@@ -31,7 +32,7 @@ def language_config(lm: str) -> Any:
         CheckpointError: it cannot be read, is of a multimodal model, or its head is not a plain linear layer.
     """
     try:
-        config = AutoConfig.from_pretrained(lm)
+        config = auto_config(lm)
     except UNREADABLE as error:
         raise CheckpointError(f"language model {lm} cannot be loaded: {first_line(error)}") from error
     if hasattr(config, "vision_config") or config.get_text_config() is not config:

@@ -11,7 +11,8 @@ import pytest
 
 from llava.data.converters.tables import read_table
 from llava.errors import LlavaError
-from llava.model.checkpoint.formats import MAX_JSON_BYTES, read_json
+from llava.model.checkpoint.formats import read_json
+from llava.model.config_sizes import MAX_JSON_BYTES
 from llava.symbolic.document import read_document
 from llava.train.early_checks import check_json
 from llava.utils.config_file import read_config

@@ -5,7 +5,6 @@ folder --config.json, adapter_config.json, headers of the weight files--> Checkp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +32,7 @@ from llava.model.checkpoint.weight_names import (
     renamed_prefix,
     without_peft,
 )
-from llava.utils.file_kinds import utf8_text
-
-MAX_JSON_BYTES = 1 << 26
-"""Largest size of a JSON file of a checkpoint; real ones have at most a few megabytes."""
+from llava.model.config_sizes import check_sizes, json_settings
 
 OUR_TYPE = "llava_med"
 CONFIG_FILE = "config.json"
@@ -247,11 +243,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        with open(file, "rb") as stream:
-            raw = stream.read(MAX_JSON_BYTES + 1)
-        if len(raw) > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES:,} bytes")
-        content = json.loads(utf8_text(raw, takes_mark=False))
+        content = json_settings(file)
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
@@ -260,8 +252,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json; the types of values that the legacy formats depend on are checked."""
+    """Return config.json; sizes are checked, and the types of values that the legacy formats depend on."""
     config = read_json(folder / CONFIG_FILE)
+    check_sizes(config, folder / CONFIG_FILE)
     if any(key.startswith("mm_") for key in config):
         check_values(config, folder / CONFIG_FILE)
     return config

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, CLIPVisionConfig, PreTrainedModel
+from transformers import CLIPVisionConfig, PreTrainedModel
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.legacy_keys import PUBLISHED_TOWERS, TOWER_KEYS
+from llava.model.config_sizes import auto_config
 from llava.model.multimodal_encoder.open_clip_encoder.loading import (
     find_checkpoint,
     find_config,
@@ -51,7 +52,7 @@ class TowerSource:
         if is_open_clip(self.name, self.config_file, self.checkpoint):
             return trunk_config(find_files(self.name, **_renamed(self.files)).model_config)
         try:
-            config = AutoConfig.from_pretrained(self.name)
+            config = auto_config(self.name)
         except UNREADABLE as error:
             raise CheckpointError(
                 f"vision tower {self.name} cannot be loaded ({first_line(error)}); pass its folder with --vision-tower"

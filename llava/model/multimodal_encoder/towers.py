@@ -13,7 +13,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     BitImageProcessorPil,
     CLIPImageProcessorPil,
     PreTrainedModel,
@@ -25,6 +24,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from llava.errors import CheckpointError, ConfigError
 from llava.imaging.image_processor import load_image_processor
+from llava.model.config_sizes import auto_config
 from llava.model.multimodal_encoder.open_clip_encoder.loading import find_files, is_open_clip, load_trunk
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import open_clip_image_processor
 from llava.model.torch_files.archive import check_torch_weights
@@ -40,9 +40,9 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 UNREADABLE = (
     OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError, StrictDataclassError,
-    pickle.UnpicklingError,
+    pickle.UnpicklingError, ArithmeticError, AttributeError, IndexError, AssertionError, RecursionError,
 )  # fmt: skip
-"""Exceptions of transformers for folders that are absent, incomplete or broken."""
+"""Exceptions of transformers for folders that are absent, incomplete or broken, or whose settings make no sense."""
 
 IMAGENET = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
 
@@ -80,7 +80,7 @@ def load_tower(
     if is_open_clip(path, config_file, checkpoint) or config_file or checkpoint:
         return load_trunk(find_files(path, config_file, checkpoint), dtype)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = auto_config(path)
     except UNREADABLE as error:
         raise CheckpointError(f"vision tower {path} cannot be loaded: {first_line(error)}") from error
     vision_config = getattr(config, "vision_config", config)

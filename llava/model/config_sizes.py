@@ -1,0 +1,90 @@
+"""Bounds of the sizes in any config.json, checked before a library follows them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llava.errors import CheckpointError
+from llava.utils.file_kinds import utf8_text
+
+MAX_JSON_BYTES = 1 << 26
+"""Largest size of a JSON file of a checkpoint; real ones have at most a few megabytes."""
+
+SIZES: dict[str, int] = {
+    **{name: 10_000 for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")},
+    **{name: 1_000_000 for name in (
+        "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "image_size",
+        "patch_size", "num_channels", "projection_dim", "mm_hidden_size", "n_embd", "n_head", "d_model", "d_ff",
+        "num_experts", "num_local_experts", "image_seq_length",
+    )},
+    **{name: 100_000_000 for name in ("vocab_size", "max_position_embeddings", "n_positions")},
+}  # fmt: skip
+"""Largest value of sizes in any config.json: memory and loops follow them before weights are read."""
+
+MAY_BE_ZERO = ("head_dim", "projection_dim", "vocab_size")
+"""Sizes for which some models state 0 when they have none."""
+
+NUMBERS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "rope_theta", "initializer_range",
+           "attention_dropout", "factor", "partial_rotary_factor", "router_aux_loss_coef")  # fmt: skip
+TABLES = ("text_config", "vision_config", "rope_parameters", "rope_scaling")
+MAX_DEPTH = 100
+
+
+def check_sizes(config: Mapping[str, Any], file: Path, *, place: str = "", depth: int = 0) -> None:
+    """Check that the sizes in any config.json, also in its parts, are whole numbers that a model can have.
+
+    Raises:
+        CheckpointError: a size is negative, zero, too large or no number, or a part is no object; names the key.
+    """
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"{file}: nested more than {MAX_DEPTH} levels deep; expected settings of a model")
+    for key, value in config.items():
+        name = f"{place}{key}"
+        for part in value if isinstance(value, list) else [value]:
+            if problem := _size_problem(key, part):
+                raise CheckpointError(f"{file}: {name} is {str(part)[:60]!r}; expected {problem}")
+            if isinstance(part, dict):
+                check_sizes(part, file, place=f"{name}.", depth=depth + 1)
+
+
+def _size_problem(key: str, value: Any) -> str | None:
+    """Return what a value of a size or number should have been; None if it may be one, or is decided elsewhere."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key in TABLES:
+        return None if value is None or isinstance(value, dict) else "an object"
+    if value is None or isinstance(value, dict) or (key not in SIZES and key not in NUMBERS):
+        return None
+    if key in NUMBERS:
+        return None if is_number and math.isfinite(value) else "a finite number"
+    is_size = is_number and (0 if key in MAY_BE_ZERO else 1) <= value <= SIZES[key] and value == int(value)
+    return None if is_size else f"a whole number from 1 to {SIZES[key]}"
+
+
+def json_settings(file: Path) -> Any:
+    """Return the content of a JSON file of a checkpoint.
+
+    Raises:
+        OSError, ValueError, RecursionError: the file cannot be read, is too large, or is not JSON in UTF-8.
+    """
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"more than {MAX_JSON_BYTES:,} bytes")
+    return json.loads(utf8_text(file.read_bytes(), takes_mark=False))
+
+
+def auto_config(path: str) -> Any:
+    """Return the configuration of a part, after a check of its sizes where the path is a folder.
+
+    Raises:
+        CheckpointError: a size is out of bounds.
+        Exception: transformers cannot read the configuration; any of `UNREADABLE` in `multimodal_encoder.towers`.
+    """
+    from transformers import AutoConfig
+
+    file = Path(path) / "config.json"
+    if file.is_file() and isinstance(content := json_settings(file), dict):
+        check_sizes(content, file)
+    return AutoConfig.from_pretrained(path)
