@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava.errors import LlavaError
+from llava.utils.terminal import visible
 
 INVALID, DENIED, BUSY, BROKEN = "invalid_request_error", "authentication_error", "rate_limit_error", "server_error"
 
@@ -47,6 +48,9 @@ FRAME_STATUSES = {"invalid_json", "invalid_api_key", "request_too_large", "queue
 OLD_CODES = {"no_worker": 2, "worker_lost": 3}
 """`error_code` of the old protocol; 1 for all other codes."""
 
+MAX_TEXT = 500
+"""Largest number of characters of a message or of the name of a field; of a longer one both ends are kept."""
+
 SERVER_FAULTS = frozenset(code for code, (status, _) in CODES.items() if status >= 500)
 
 
@@ -78,8 +82,7 @@ class RequestError(LlavaError):
 
     def body(self) -> dict[str, Any]:
         """Return the body of the OpenAI protocol."""
-        # A field may be named by a client with unpaired surrogates, which no body can hold.
-        message, param = (text and text.encode(errors="replace").decode() for text in (str(self), self.param))
+        message, param = (text and _shown(text) for text in (str(self), self.param))
         return {"error": {"message": message, "type": CODES[self.code][1], "param": param, "code": self.code}}
 
     @property
@@ -89,7 +92,13 @@ class RequestError(LlavaError):
 
     def frame(self) -> bytes:
         """Return the frame of the old protocol."""
-        return frame({"text": str(self), "error_code": OLD_CODES.get(self.code, 1), "detail": self.code})
+        return frame({"text": _shown(str(self)), "error_code": OLD_CODES.get(self.code, 1), "detail": self.code})
+
+
+def _shown(text: str) -> str:
+    """Return a text of an error as a body holds it: names and numbers of clients may be long or not Unicode."""
+    shown = visible(text.encode(errors="replace").decode())
+    return shown if len(shown) <= MAX_TEXT else f"{shown[: MAX_TEXT // 2]} ... {shown[-MAX_TEXT // 2 :]}"
 
 
 def frame(message: Mapping[str, Any]) -> bytes:
