@@ -52,7 +52,7 @@ def label_report(text: str) -> ReportLabels:
         for start, end in split_sentences(text[offset:stop]):
             place = offset + start
             for finding, value, first, last, cue in _sentence_evidence(lower_case(text[place : offset + end])):
-                evidence.append(Evidence(finding, value, place + first, place + last, cue))
+                evidence.append(Evidence(finding, value, place + first, place + last, " ".join(cue.split())))
     decided: dict[str, Evidence] = {}
     for part in evidence:
         known = decided.get(part.finding)

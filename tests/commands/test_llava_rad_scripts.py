@@ -243,7 +243,8 @@ def test_the_whole_chain_on_tiny_parts(rad: dict[str, Path], python: Path, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     projector = tmp_path / "out" / "stage1" / "mm_projector.bin"
     assert projector.is_file()
-    done = run("finetune_lora.sh", "out", 1, 2, *small, cwd=tmp_path, RUN_NAME="stage2", PROJECTOR=projector, **common)
+    given = {**common, **two, "PROJECTOR": projector}
+    done = run("finetune_lora.sh", "out", 1, 2, *small, cwd=tmp_path, RUN_NAME="stage2", **given)
     assert done.returncode == 0, done.stderr[-3000:]
     model = tmp_path / "out" / "stage2"
     assert (model / "adapter_config.json").is_file() and (model / "non_lora_trainables.bin").is_file()

@@ -65,6 +65,12 @@ def test_bleu(order: int, value: float, mean: float, half: float) -> None:
     assert [facts["ci_l"], facts["ci_h"]] == pytest.approx([mean - half, mean + half], abs=1e-5)
 
 
+def test_precisions_and_brevity_of_bleu() -> None:
+    stats = bleu_stats(PREDICTIONS, REFERENCES).sum(axis=0)
+    assert 100 * stats[2:6] / stats[6:10] == pytest.approx([56.5217, 35.0, 17.6471, 7.1429], abs=1e-4)
+    assert stats[0] >= stats[1]  # no brevity penalty
+
+
 def real_pairs(number: int) -> tuple[list[str], list[str]]:
     """Return real references with changed predictions: of others, shouted, shuffled, shortened, empty and odd."""
     texts = list(iu_findings().values())[: number + 1]
