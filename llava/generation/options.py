@@ -125,8 +125,14 @@ def template_of(args: argparse.Namespace) -> str | None:
 
 def saved_template(model: str) -> str | None:
     """Return the name of the template that a checkpoint's files state; None if they state none."""
-    path = Path(model) / PROCESSOR_FILE
-    return read_object(path).get("template") if path.is_file() else None
+    from llava.model.checkpoint.formats import CONFIG_FILE  # slower to import than the options
+    from llava.model.checkpoint.legacy_keys import TEMPLATE_KEY
+
+    for name, key in ((PROCESSOR_FILE, "template"), (CONFIG_FILE, TEMPLATE_KEY)):
+        path = Path(model) / name
+        if path.is_file() and (template := read_object(path).get(key)):
+            return str(template)
+    return None
 
 
 def answer_defects(args: argparse.Namespace) -> frozenset[str]:

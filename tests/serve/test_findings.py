@@ -22,6 +22,7 @@ from llava.generation.protocol import Completion, Prompt, Sampling
 from llava.imaging.image_processor import cut_share
 from llava.jinja_template import JinjaTemplate
 from llava.model.checkpoint.save import save_model
+from llava.model.checkpoint.tools.convert import convert_checkpoint
 from llava.report_labels.labeler import label_report
 from llava.serve import findings
 from tests.support.tiny import byte_tokenizer, tiny_llava
@@ -253,6 +254,20 @@ def test_the_template_of_a_saved_model(
         caplog.clear()
         rows_of(folder, capsys, film, *words)
         assert [warning for warning in warnings_of(caplog) if "--max-new-tokens" not in warning] == expected
+
+
+def test_the_template_of_a_model_in_the_published_format(
+    film: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for template, expected in (("vicuna_v1", False), ("chatml_direct", True)):
+        loaded = tiny_llava(template=template)
+        save_model(loaded.model, loaded.processor, str(tmp_path / template))
+        convert_checkpoint(tmp_path / template, tmp_path / f"{template}-legacy", "legacy")
+        caplog.clear()
+        rows_of(str(tmp_path / f"{template}-legacy"), capsys, film)
+        warning = "the model was trained with the template chatml_direct, not with v1 as LLaVA-Rad"
+        assert (warning in warnings_of(caplog)) is expected
+        assert not any("names no template" in found for found in warnings_of(caplog))
 
 
 def test_an_image_without_findings_fails_after_the_others(
