@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import re
 import subprocess
@@ -192,7 +193,7 @@ ARGUMENT_CLASSES = {
     "Parsed",
 }
 ARGUMENT_NAMES = {"args", "model_args", "data_args", "training", "parsed", "processor", "hooks"}
-"""Names of arguments, processors and hooks in `llava/train`."""
+"""Names of arguments, processors and hooks."""
 
 
 def identifiers(path: Path) -> set[str]:
@@ -231,9 +232,10 @@ def test_a_changed_attribute_is_found() -> None:
 
 
 def test_arguments_processors_and_hooks_are_complete_at_construction() -> None:
-    translating = PACKAGE / "train" / "legacy_flags.py"  # called by `__post_init__`
-    for path in (PACKAGE / "train").rglob("*.py"):
-        if path != translating:
+    # The former translates in `__post_init__`, the latter constructs image processors.
+    constructing = {PACKAGE / "train/legacy_flags.py", PACKAGE / "model/multimodal_encoder/towers.py"}
+    for path in modules():
+        if path not in constructing:
             assert not changed_attributes(path.read_text(encoding="utf-8")), path
 
 
@@ -276,6 +278,54 @@ def test_light_modules_load_neither_torch_nor_transformers() -> None:
 def test_no_file_has_more_than_400_lines() -> None:
     for path in modules():
         assert path.read_text(encoding="utf-8").count("\n") <= 400, f"{path.relative_to(ROOT)} is too long"
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return the number of lines of a function without its docstring."""
+    first, lines = function.body[0], function.end_lineno or function.lineno
+    is_text = ast.get_docstring(function, clean=False) is not None
+    return lines - function.lineno + 1 - ((first.end_lineno or 0) - first.lineno + 1 if is_text else 0)
+
+
+def test_no_function_has_more_than_50_lines_of_code() -> None:
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert code_lines(node) <= 50, f"{path.relative_to(ROOT)}: {node.name} has {code_lines(node)} lines"
+
+
+GENERIC_NAMES = {"read", "build", "run", "check", "load", "Options", "Source"}
+"""Names that do not say what a function returns or a class holds."""
+
+
+def test_no_module_exports_a_generic_name() -> None:
+    for path in modules():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                assert node.name not in GENERIC_NAMES, f"{path.relative_to(ROOT)}: {node.name}"
+
+
+CONTRACTS = (
+    "llava.api.LlavaPredictor",
+    "llava.samples.from_row",
+    "llava.processing.LlavaMedProcessor",
+    "llava.data.records.load_samples",
+    "llava.data.encode.encode",
+    "llava.data.flat_batch.flatten",
+    "llava.imaging.decode.load_image",
+    "llava.model.builder.build_model",
+    "llava.model.checkpoint.load.load_checkpoint",
+    "llava.generation.loading.open_engine",
+    "tests.support.tiny.write_tiny_lm",
+    "tests.support.tiny.write_tiny_tower",
+)
+"""Names that other parts and scripts rely on."""
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_a_contract_exists(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    assert callable(getattr(importlib.import_module(module), attribute))
 
 
 def test_no_two_public_classes_share_a_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -65,7 +66,16 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
 def documents() -> list[Path]:
     """Return every source file and document that the rules apply to."""
     sources = (path for path in (ROOT / "llava").rglob("*") if path.suffix in SUFFIXES)
-    return sorted([*sources, *(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+    return sorted([*sources, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
+
+
+def first_lines(path: Path) -> list[tuple[str, str]]:
+    """Return the first line of every docstring of a module, with the name that it belongs to."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    texts = ((getattr(node, "name", path.stem), ast.get_docstring(node)) for node in nodes)
+    return [(name, text.splitlines()[0]) for name, text in texts if text]
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -82,6 +92,13 @@ def test_words(path: Path) -> None:
         for match in re.finditer(pattern, line)
     ]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "llava").rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_first_lines_of_docstrings(path: Path) -> None:
+    assert not [(name, line) for name, line in first_lines(path) if len(line) > 100 or not line.endswith((".", ":"))]
 
 
 def test_listed_files_exist() -> None:

@@ -23,7 +23,7 @@ from llava.eval.options import (
     FIRST_MODEL_HELP,
     MORE_MODEL_OPTIONS,
     add_model_options,
-    connect_model,
+    connected_model,
     model_id_of,
     sampling_of,
     warn_no_effect,
@@ -74,7 +74,7 @@ def make_parser(prog: str, description: str) -> Parser:
 def run_answering(args: Namespace, form: PromptForm) -> AnswerSummary:
     """Answer one chunk of a question file; the model is loaded only if questions are pending."""
     log.setup_logging()
-    connect_model(args)
+    args = connected_model(args)
     warn_no_effect(args)
     options = AnswerOptions(
         image_folder=args.image_folder,

@@ -254,7 +254,7 @@ def _judge(args: Namespace, replies: Path) -> Judge:
         raise ConfigError(f"--engine {args.engine} and --model {args.model} name two judges; pass one")
     if args.max_request_per_min < 0 or args.num_rounds < 1:
         raise ConfigError("--max-request-per-min must be at least 0 and --num-rounds at least 1")
-    args.model = args.model or args.engine or ""
+    args = Namespace(**{**vars(args), "model": args.model or args.engine or ""})
     sampling = sampling_of(args.temperature, args.max_tokens, args.top_p)
     if args.offline:
         return Judge(args.model or settings_of(args).deployment, reply_not_stored, Store(replies), sampling=sampling)

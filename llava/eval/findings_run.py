@@ -23,7 +23,7 @@ from llava.eval.options import (
     FIRST_MODEL_HELP,
     MORE_MODEL_OPTIONS,
     add_model_options,
-    connect_model,
+    connected_model,
     model_id_of,
     sampling_of,
     warn_no_effect,
@@ -99,8 +99,8 @@ def run_findings(args: Namespace) -> AnswerSummary:
         GenerationError: rows failed; the others are kept, and the same command resumes.
     """
     log.setup_logging()
-    args.bits = 4 if args.load_4bit else 8 if args.load_8bit else args.bits
-    connect_model(args)
+    bits = 4 if args.load_4bit else 8 if args.load_8bit else args.bits
+    args = connected_model(Namespace(**{**vars(args), "bits": bits}))
     warn_no_effect(args)
     samples = read_queries(args)
     asked = [replace(sample, meta={**sample.meta, "id": index}) for index, sample in enumerate(samples)]

@@ -20,7 +20,7 @@ from llava.generation.options import (
     MODEL_HELP,
     MORE_MODEL_HELP,
     add_engine_options,
-    connect,
+    connected,
     served_by,
     template_of,
 )
@@ -73,8 +73,8 @@ def add_model_options(parser: Parser, *, compat: tuple[str, ...] = ("answers",))
     choice.add_argument("--seed", type=int, default=0, help="seed of sampling and of the intervals' resampling")
 
 
-def connect_model(args: Namespace) -> None:
-    """Look up the model of the server that `--engine` names.
+def connected_model(args: Namespace) -> Namespace:
+    """Return the options with the model of the server that `--engine` names.
 
     Every evaluation calls this before it reads `args.model`.
 
@@ -82,9 +82,10 @@ def connect_model(args: Namespace) -> None:
         ConfigError: an option does not suit a server.
         GenerationError: the server cannot be reached.
     """
-    connect(args)
+    args = connected(args)
     if served_by(args) is not None and args.num_beams != 1:
         raise ConfigError(f"--num-beams {args.num_beams}: servers offer no beam search; expected 1 with --engine")
+    return args
 
 
 def sampling_of(args: Namespace, *, max_new_tokens: int) -> Sampling:

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(with_data=early.tasks is None)
     args = parser.parse_args(given)
     log.setup_logging()
-    model_options.connect_model(args)
+    args = model_options.connected_model(args)
     model_options.warn_no_effect(args)
     words = list(sys.argv[1:] if argv is None else argv)
     if args.rules:

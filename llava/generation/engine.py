@@ -88,6 +88,16 @@ def quarter_of_free_memory(model: Any) -> int:
     return int(psutil.virtual_memory().available) // 4
 
 
+def _check_caches(prefill_chunk: int | None, prefix_cache_mb: int, kv_cache_mb: int | None) -> None:
+    if (prefill_chunk is not None and prefill_chunk < 1) or prefix_cache_mb < 0 or (kv_cache_mb or 1) < 1:
+        raise ConfigError(
+            f"prefill_chunk={prefill_chunk} and kv_cache_mb={kv_cache_mb} must be at least 1, "
+            f"prefix_cache_mb={prefix_cache_mb} at least 0"
+        )
+    if prefix_cache_mb and prefill_chunk is None:
+        raise ConfigError(f"prefix_cache_mb={prefix_cache_mb} needs prefill_chunk, such as 512")
+
+
 class LocalEngine:
     """Engine for a model in this process. Threads may share it."""
 
@@ -129,13 +139,7 @@ class LocalEngine:
         Raises:
             ConfigError: a number is out of range.
         """
-        if (prefill_chunk is not None and prefill_chunk < 1) or prefix_cache_mb < 0 or (kv_cache_mb or 1) < 1:
-            raise ConfigError(
-                f"prefill_chunk={prefill_chunk} and kv_cache_mb={kv_cache_mb} must be at least 1, "
-                f"prefix_cache_mb={prefix_cache_mb} at least 0"
-            )
-        if prefix_cache_mb and prefill_chunk is None:
-            raise ConfigError(f"prefix_cache_mb={prefix_cache_mb} needs prefill_chunk, such as 512")
+        _check_caches(prefill_chunk, prefix_cache_mb, kv_cache_mb)
         if max_slots < 1 or max_prefill_tokens < 1 or (max_tokens is not None and max_tokens < 2):
             raise ConfigError(
                 f"max_slots={max_slots} and max_prefill_tokens={max_prefill_tokens} must be at least 1, "

@@ -44,7 +44,7 @@ def add_engine_options(
         parser: parser of the command.
         compat: places of defects that `--compat` accepts.
         names: names of the option for the checkpoint.
-        remote: whether `--engine` may name a server; the command then calls `connect`.
+        remote: whether `--engine` may name a server; the command then calls `connected`.
     """
     more = "; with --engine: its name there" if remote else ""
     parser.add_argument(*names, dest="model", required=not remote, help=f"checkpoint folder{more}")
@@ -71,10 +71,10 @@ def add_engine_options(
     add_fast_jpeg_option(parser)
 
 
-def connect(args: argparse.Namespace) -> None:
-    """Look up the model that the server of `--engine` serves; does nothing without the option.
+def connected(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the options with the model of the server of `--engine`; unchanged without that option.
 
-    Sets `args.remote` to its facts and `args.model` to its name.
+    `remote` holds the model's facts, and `model` its name.
 
     Raises:
         ConfigError: neither a checkpoint nor a server is named, an option does not suit a server, or it does not serve
@@ -84,7 +84,7 @@ def connect(args: argparse.Namespace) -> None:
     if args.engine is None:
         if args.model is None:
             raise ConfigError("--model is missing; name a checkpoint folder, or a server with --engine URL")
-        return
+        return args
     from llava.generation.remote import RemoteEngine
 
     given = [name for name, default in LOADED.items() if getattr(args, name, default) != default]
@@ -92,8 +92,8 @@ def connect(args: argparse.Namespace) -> None:
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(f"{names}: the server of --engine has loaded its model; set this there and remove it here")
-    args.remote = RemoteEngine(args.engine, args.model).facts
-    args.model = args.remote.name
+    remote = RemoteEngine(args.engine, args.model).facts
+    return argparse.Namespace(**{**vars(args), "remote": remote, "model": remote.name})
 
 
 LOADED: dict[str, Any] = {
@@ -172,7 +172,7 @@ def local_engine_of(args: argparse.Namespace, **engine: Any) -> LocalEngine:
 
 
 def engine_of(args: argparse.Namespace, **engine: Any) -> Engine:
-    """Return the engine that the options name: the server of `--engine` (after `connect`) or a local one.
+    """Return the engine of the options: the server of `--engine` (after `connected`) or a local one.
 
     Args:
         args: options.

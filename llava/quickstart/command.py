@@ -12,6 +12,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava quickstart`."""
     settings, restart = parse_settings(argv)
     log.setup_logging()
-    from llava.quickstart.run import run  # takes seconds, for which --help does not wait
+    from llava.quickstart.run import run_quickstart  # takes seconds, for which --help does not wait
 
-    run(settings, restart=restart)
+    run_quickstart(settings, restart=restart)

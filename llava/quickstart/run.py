@@ -95,7 +95,7 @@ def conclusion(context: Context, outlook: Plan) -> str:
     )
 
 
-def run(settings: QuickstartSettings, *, restart: bool) -> None:
+def run_quickstart(settings: QuickstartSettings, *, restart: bool) -> None:
     """Run a quickstart, or what is left of it, and print forecast, facts and next commands.
 
     Raises:

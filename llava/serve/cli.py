@@ -20,7 +20,7 @@ from typing import TextIO
 
 from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError, LlavaError
-from llava.generation.options import IMAGE_HELP, MORE_MODEL_HELP, add_engine_options, connect, engine_of
+from llava.generation.options import IMAGE_HELP, MORE_MODEL_HELP, add_engine_options, connected, engine_of
 from llava.generation.protocol import Engine, ImageRef, Prompt, Sampling
 from llava.imaging.decode import load_image, read_image_bytes
 from llava.samples import Conversation, Turn
@@ -153,8 +153,7 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava chat`."""
     parser = make_parser()
-    args = parser.parse_args(with_config(parser, argv))
-    connect(args)
+    args = connected(parser.parse_args(with_config(parser, argv)))
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,

@@ -1,4 +1,4 @@
-"""Run a server: sockets bound before anything else, draining on the first signal, the end at once on the second."""
+"""Run a server: bind sockets first, drain on the first signal, stop at once on the second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uploaded files of the page: read into memory, removed from the disk, and given to every session that sent them."""
+"""Uploads of the page: read into memory, removed from disk, and shared by sessions that sent them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bounds of the numeric options of `llava train`, checked before torch and again where the options become arguments."""
+"""Bounds of the numeric options of `llava train`, checked before torch and again with the arguments."""
 
 from __future__ import annotations
 

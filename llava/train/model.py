@@ -45,7 +45,7 @@ def open_model(spec: ModelSpec) -> LoadedModel:
         CheckpointError: a part cannot be loaded, or a weight is not finite.
     """
     system = read_text(spec.system_file).strip() if spec.system_file else None
-    checkpoint = find_checkpoint(spec.path)
+    checkpoint = find_checkpoint(spec.path) if spec.found is None else spec.found.checkpoint
     loaded = _build(spec, system) if checkpoint is None else _continue(checkpoint, spec, system)
     processor = loaded.processor.changed(
         dicom=loaded.processor.dicom.changed(spec.dicom_window, spec.dicom_frame),

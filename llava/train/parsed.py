@@ -22,7 +22,16 @@ from llava.model.tower_lora import TowerLora
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 from llava.train.preference_args import POLICY_INPUTS, PreferenceArguments
 from llava.train.rollout_args import DRLLAVA, RolloutArguments, RolloutSpec, check_rollouts, decisive_options
-from llava.train.specs import ImageSpec, ModelSpec, PartsSpec, ProvenanceSpec, RatingSpec, RowsSpec, StreamSpec
+from llava.train.specs import (
+    FoundModel,
+    ImageSpec,
+    ModelSpec,
+    PartsSpec,
+    ProvenanceSpec,
+    RatingSpec,
+    RowsSpec,
+    StreamSpec,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +69,7 @@ class Parsed(NamedTuple):
     training: LlavaTrainingArguments
     preference: PreferenceArguments
     rollout: RolloutArguments = RolloutArguments()
+    found: FoundModel | None = None
 
     def rollout_spec(self) -> RolloutSpec | None:
         """Return the settings of reinforcement learning, or None with another objective."""
@@ -102,6 +112,7 @@ class Parsed(NamedTuple):
             fast_jpeg=data.fast_jpeg,
             quantization=Quantization(model.bits, model.double_quant, model.quant_type),
             seed=self.training.seed,
+            found=self.found,
         )
 
     def training_rows(self) -> RowsSpec:

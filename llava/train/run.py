@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from llava.constants import IMAGE_TOKEN
 from llava.data.collator import Collator, Complete, RowData
@@ -245,6 +245,23 @@ def choose_objective(
     return preference.make_preference_loss(pairs, network, parsed.training.device)
 
 
+def _writing_callbacks(
+    parsed: Parsed, counts: TrainingCounts, objective: Objective, before_write: Callable[[], None] | None
+) -> list[TrainerCallback]:
+    """Return the callbacks that write metrics or decide when to stop; a dry run has none of them."""
+    args = parsed.training
+    if args.dry_run:
+        return []
+    # `ChosenCallback` is first, since the metrics clear the counts.
+    callbacks: list[TrainerCallback] = [] if parsed.preference.spec() is None else [ChosenCallback(counts)]
+    callbacks.append(MetricsCallback(args.run_folder, counts, objective.metric_names, before_write=before_write))
+    if args.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+    if args.save_on_signal:
+        callbacks.append(SaveOnSignal())
+    return callbacks
+
+
 def make_trainer(
     parsed: Parsed,
     loaded: LoadedModel,
@@ -268,16 +285,6 @@ def make_trainer(
     counts = TrainingCounts()
     objective = objective or choose_objective(parsed, loaded, network, source_names=source_names)
     before_write = None if claim is None else claim.check
-    callbacks: list[TrainerCallback] = []
-    if not args.dry_run:
-        if parsed.preference.spec() is not None:
-            callbacks.append(ChosenCallback(counts))  # before the metrics, which clear the counts
-        metrics = MetricsCallback(args.run_folder, counts, objective.metric_names, before_write=before_write)
-        callbacks.append(metrics)
-    if args.early_stopping_patience and not args.dry_run:
-        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-    if args.save_on_signal and not args.dry_run:
-        callbacks.append(SaveOnSignal())
     rewarding = None if parsed.rating_spec() is None else ValueModel(network)
     hooks = hooks_for(
         kind,
@@ -288,7 +295,7 @@ def make_trainer(
         before_write=before_write,
         may_load=lambda checkpoint: check_trusted(args, checkpoint),
     )
-    trainer = LlavaTrainer(
+    return LlavaTrainer(
         network if rewarding is None else rewarding,
         args,
         loader=loader,
@@ -297,11 +304,8 @@ def make_trainer(
         rates=args.optimizer_spec(),
         hooks=hooks if rewarding is None else with_value(hooks, rewarding.head_state()),
         counts=counts,
-        callbacks=[*callbacks, ScreenCallback()],
+        callbacks=[*_writing_callbacks(parsed, counts, objective, before_write), ScreenCallback()],
     )
-    for printer in (ProgressCallback, PrinterCallback):  # they print raw Python dictionaries
-        trainer.remove_callback(printer)
-    return trainer
 
 
 def log_of_rows(args: LlavaTrainingArguments) -> WatchStep:

@@ -22,6 +22,7 @@ from llava.train.defaults import Defaults
 from llava.train.model import find_checkpoint
 from llava.train.parsed import Parsed
 from llava.train.ranks import checked_together
+from llava.train.specs import FoundModel
 from llava.train.trust import check_mark
 from llava.utils.config_file import config_text
 from llava.utils.files import Claim, exclusive_folder
@@ -41,7 +42,8 @@ def with_new_model(parsed: Parsed, defaults: Defaults) -> Parsed:
         CheckpointError: the folder cannot be read.
     """
     model, data = parsed.model, parsed.data
-    is_new = find_checkpoint(model.model_name_or_path) is None
+    found = FoundModel(find_checkpoint(model.model_name_or_path))
+    is_new = found.checkpoint is None
     kind = model.mm_projector_type or (defaults.projector_type if is_new else "linear")
     fits = defaults.calibrates and is_new and not model.pretrain_mm_mlp_adapter and can_calibrate(kind)
     mode = data.image_aspect_ratio or (defaults.image_mode if is_new else None)
@@ -53,7 +55,7 @@ def with_new_model(parsed: Parsed, defaults: Defaults) -> Parsed:
         calibrate_mm_projector=by_default or bool(model.calibrate_mm_projector),
     )
     training = parsed.training.changed(calibrates_by_default=by_default)
-    return parsed._replace(model=model, data=replace(data, image_aspect_ratio=mode), training=training)
+    return parsed._replace(model=model, data=replace(data, image_aspect_ratio=mode), training=training, found=found)
 
 
 def can_calibrate(projector: str) -> bool:

@@ -8,12 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava.data.image_negatives import ImageNegative
 from llava.data.self_questioning import QuestionDraws
+from llava.model.checkpoint.formats import Checkpoint
 from llava.model.quantization import Quantization
 from llava.model.tower_lora import TowerLora
+
+
+class FoundModel(NamedTuple):
+    """Result of opening `--model-name-or-path`: a llava checkpoint, or None for a language model."""
+
+    checkpoint: Checkpoint | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,7 @@ class ModelSpec:
         fast_jpeg: decode large JPEG files at a smaller scale.
         quantization: quantization of the language model.
         seed: seed of new weights.
+        found: what was found at `path`; None if it has not been opened.
     """
 
     path: str
@@ -69,6 +77,7 @@ class ModelSpec:
     fast_jpeg: bool | None
     quantization: Quantization
     seed: int
+    found: FoundModel | None = None
 
 
 @dataclass(frozen=True, slots=True)

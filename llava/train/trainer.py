@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from llava.data.collator import Collator, StepBatch, matched_rows
 from llava.data.flat_batch import FlatBatch
@@ -124,6 +124,8 @@ class LlavaTrainer(CheckpointTrainer):
         # transformers requires an eval dataset before it calls `evaluate`, which uses `hooks` here.
         held_out = collator.dataset if hooks.validate is not None else None
         super().__init__(model=model, args=args, train_dataset=collator.dataset, eval_dataset=held_out, **keywords)
+        for printer in (ProgressCallback, PrinterCallback):  # they print raw Python dictionaries
+            self.remove_callback(printer)
         self.loader = loader
         self.collator = collator
         self.objective: Objective = objective

@@ -1,7 +1,7 @@
 """Loaders of LLaVA-Rad's annotation files by name, under the published `llava.utils.data_loaders`.
 
 >>> from llava.utils import data_loaders
->>> rows = data_loaders.load("mimic_test_findings", "chat_test.json")  # doctest: +SKIP
+>>> rows = data_loaders.load_rows("mimic_test_findings", "chat_test.json")  # doctest: +SKIP
 >>> rows = data_loaders.mimic_test_findings("chat_test.json")  # doctest: +SKIP
 """
 
@@ -16,7 +16,7 @@ RECORDS, SAMPLES = "llava.data.records", "llava.samples"
 """Modules imported at first use, since this module is on a lower level."""
 
 
-def load(name: str, path: str) -> list[dict[str, Any]]:
+def load_rows(name: str, path: str) -> list[dict[str, Any]]:
     """Return the rows that a loader keeps, with `id`, `image` and `conversations`.
 
     Raises:
@@ -35,4 +35,4 @@ def __getattr__(name: str) -> Any:
     """
     if name.startswith("__") or name not in importlib.import_module(RECORDS).LOADERS:
         raise AttributeError(f"module 'llava.utils.data_loaders' has no loader {name!r}")
-    return partial(load, name)
+    return partial(load_rows, name)

@@ -109,5 +109,5 @@ def test_loaders_by_their_published_names(tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
     path.write_text(json.dumps([row]))
     [found] = data_loaders.mimic_train_findings(str(path))
-    assert found["image"] == "p1/a.jpg" and found == data_loaders.load("mimic_train_findings", str(path))[0]
+    assert found["image"] == "p1/a.jpg" and found == data_loaders.load_rows("mimic_train_findings", str(path))[0]
     assert found["conversations"][0]["value"] == f"<image>\n{report_question('findings', None)}"

@@ -9,6 +9,7 @@ Command:
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -207,9 +208,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--keep {', '.join(taken)}: every row has a field of that name; rename the column")
     salt = None if args.salt_file is None else read_salt(args.salt_file)
     # The manifest compares settings and is shared with the data, so it has a key of the salt in place of its path.
-    if salt is None:
-        del args.salt_file
-    else:
-        args.salt_file = key_of("salt", "", salt)
+    shared = {name: value for name, value in vars(args).items() if name != "salt_file"}
+    if salt is not None:
+        shared["salt_file"] = key_of("salt", "", salt)
     card = replace(TABLE, name=args.source, license=args.license)
-    run_with_args(Converter("csv", card, partial(read_events, salt=salt)), args)
+    run_with_args(Converter("csv", card, partial(read_events, salt=salt)), Namespace(**shared))

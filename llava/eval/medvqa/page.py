@@ -98,10 +98,7 @@ def write_page(
         by={"field": by["field"], "rows": tables.field_rows(by["rows"])} if by else None,
         types=score_table((_type_name(row), row) for row in report["by_type"]),
         bars=[bar(row) for row in report["by_type"]],
-        parts=[
-            {"id": f"f{number}", "name": name, "count": sum(f"f{number}" in one["classes"].split() for one in cases)}
-            for number, name in enumerate(kinds)
-        ],
+        parts=_filters(kinds, cases),
         cases=cases,
         num_left=len(items) - len(cases),
         provenance=fact_lines(report.get("provenance", {})),
@@ -193,6 +190,14 @@ def choose_examples(items: Sequence[ScoredItem], blank: Sequence[ScoredItem] | N
 def is_right(item: ScoredItem) -> bool:
     """Return whether an answer is right by the strict rules (open answers by equality)."""
     return closed_hit(item) == 1.0
+
+
+def _filters(kinds: Sequence[str], cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return id, name and number of answers of each filter."""
+    return [
+        {"id": f"f{number}", "name": name, "count": sum(f"f{number}" in one["classes"].split() for one in cases)}
+        for number, name in enumerate(kinds)
+    ]
 
 
 def _kinds(items: Sequence[ScoredItem], has_blank: bool) -> list[str]:

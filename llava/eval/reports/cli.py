@@ -110,12 +110,12 @@ def _parse(prog: str, argv: Sequence[str] | None) -> Namespace:
     """Return the options; FILE may also be the last word after `--labels`."""
     parser = _parser(prog)
     args: Namespace = parser.parse_args(argv)
-    args.labels = args.labels or []
-    if args.file is None and len(args.labels) > 1:
-        *args.labels, args.file = args.labels
-    if args.file is None:
+    labels, file = list(args.labels or ()), args.file
+    if file is None and len(labels) > 1:
+        file = labels.pop()
+    if file is None:
         parser.error("expected FILE, the predictions and references")
-    return args
+    return Namespace(**{**vars(args), "labels": labels, "file": file})
 
 
 def check_options(args: Namespace) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from llava.data.collator import Collator, RowData, StepBatch
 from llava.data.flat_batch import Layout
@@ -109,13 +109,7 @@ def run_rollouts(
     collator = tools.make_collator(dataset, networks.loaded, layout, args)
     counts, priors = TrainingCounts(), priors_of(spec, rules, cases)
     scorer = make_scorer(networks, collator, spec, args)
-    converse = (
-        conversing(networks, spec, args, layout)
-        if spec.engine is None
-        else sampling_server(
-            spec.engine, str(parsed.model.model_name_or_path), networks.loaded.processor, spec
-        ).converse
-    )
+    converse = conversing(networks, spec, args, layout, model=str(parsed.model.model_name_or_path))
     find_image = partial(resolve_image_path, root=folder)
     roller = Roller(spec, Scoring(rules, spec, priors), scorer, converse, find_image, seed=args.seed, **args.ranks)
     writer = RolloutWriter(args.run_folder, counts, rank=int(args.process_index), slots=spec.slots)
@@ -297,8 +291,12 @@ def make_scorer(
     )
 
 
-def conversing(networks: _Networks, spec: RolloutSpec, args: LlavaTrainingArguments, layout: Layout) -> Converse:
-    """Return `converse` of an engine around the policy, which is made when it is first used."""
+def conversing(
+    networks: _Networks, spec: RolloutSpec, args: LlavaTrainingArguments, layout: Layout, *, model: str
+) -> Converse:
+    """Return `converse` of the server of `--engine`, or of an engine around the policy, made on first use."""
+    if spec.engine is not None:
+        return sampling_server(spec.engine, model, networks.loaded.processor, spec).converse
     engines: list[LocalEngine] = []
     context = autocast_of(args)
 
@@ -384,7 +382,7 @@ def make_trainer(
         before_write=before_write,
         may_load=lambda checkpoint: check_trusted(args, checkpoint),
     )
-    trainer = LlavaTrainer(
+    return LlavaTrainer(
         networks.critic or networks.policy,
         args,
         loader=loader,
@@ -395,6 +393,3 @@ def make_trainer(
         counts=counts,
         callbacks=[*callbacks, ScreenCallback()],
     )
-    for printer in (ProgressCallback, PrinterCallback):  # they print raw Python dictionaries
-        trainer.remove_callback(printer)
-    return trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,14 @@ from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.load import load_checkpoint, open_checkpoint
 from llava.model.checkpoint.save import save_adapter, save_model, save_projector
 from llava.model.lora import add_lora, freeze_for
+from llava.serve import model_worker
+from llava.serve.worker_run import _server_engine
 from llava.train.model import open_model
 from llava.train.parsing import parse_training_args
 from tests.support.legacy_folders import write_legacy, write_lora, write_projector_only
-from tests.support.tiny import write_tiny_vqa
+from tests.support.rollouts import rl_arguments, rl_train, write_toy
+from tests.support.runs import arguments, train
+from tests.support.tiny import tiny_image, write_tiny_vqa
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +165,74 @@ def test_an_evaluation(folders: dict[str, Path], opened: Counter[Path], tmp_path
     words += ["--image-folder", str(data / "images"), "--out", str(tmp_path / "eval"), "--max-new-tokens", "2"]
     cli.main([*words, "--num-resamples", "10"])
     check(opened, folders["adapter"])
+
+
+def asked_commands(folder: Path, work: Path) -> dict[str, list[str]]:
+    """Return the commands that answer with a model, by name."""
+    tiny_image(1).save(work / "a.png")
+    (work / "questions.jsonl").write_text(json.dumps({"image": "a.png", "prompt": ["What is it?"]}) + "\n")
+    model = ["--model", str(folder), "--device", "cpu", "--max-new-tokens", "2"]
+    out = ["--out", str(work / "out.jsonl")]
+    return {
+        "chat": ["chat", *model, "--image", str(work / "a.png"), "--question", "What is it?"],
+        "findings": ["findings", str(work / "a.png"), *model],
+        "ask": ["ask", *model, "--images", str(work), "--conv-mode", "v1_sq", "--n-shot", "1", *out],
+        "preferences answer": [
+            *("preferences", "answer", str(work / "questions.jsonl"), *model),
+            *("--image-folder", str(work), "--n", "2", *out),
+        ],
+    }
+
+
+@pytest.mark.parametrize("command", ["chat", "findings", "ask", "preferences answer"])
+@pytest.mark.parametrize("name", ["model", "adapter of an adapter"])
+def test_commands_that_answer(
+    folders: dict[str, Path], opened: Counter[Path], tmp_path: Path, name: str, command: str
+) -> None:
+    cli.main(asked_commands(folders[name], tmp_path)[command])
+    check(opened, folders[name])
+
+
+def test_a_worker(folders: dict[str, Path], opened: Counter[Path]) -> None:
+    words = ["--model-path", str(folders["adapter"]), "--device", "cpu", "--no-register"]
+    _server_engine(model_worker.make_parser().parse_args(words))
+    check(opened, folders["adapter"])
+
+
+@pytest.fixture
+def started(folders: dict[str, Path], parts: Path, tmp_path: Path) -> list[str]:
+    """Return the command line of a run that starts from a whole model and saves a checkpoint at every step."""
+    changed = {"model_name_or_path": folders["model"], "vision_tower": None, "max_steps": 1, "save_strategy": "steps"}
+    return arguments(parts, tmp_path / "run", save_steps=1, **changed)
+
+
+def test_a_whole_training(folders: dict[str, Path], opened: Counter[Path], started: list[str]) -> None:
+    train(started)
+    check(opened, folders["model"])
+
+
+def test_a_resumed_training(folders: dict[str, Path], opened: Counter[Path], started: list[str]) -> None:
+    train(started)
+    opened.clear()
+    train([*started, "--max_steps", "2"])
+    check(opened, folders["model"])
+
+
+def test_log_probabilities_of_preferences(folders: dict[str, Path], opened: Counter[Path], tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "a"}]
+    pair = {"id": "1", "chosen_conversations": turns, "reject_conversations": [turns[0], {"from": "gpt", "value": "b"}]}
+    (tmp_path / "pairs.json").write_text(json.dumps([pair]))
+    words = ["--model-name-or-path", str(folders["model"]), "--data-path", str(tmp_path / "pairs.json")]
+    words += ["--bf16", "False", "--use-cpu", "True", "--out", str(tmp_path / "scores.jsonl")]
+    cli.main(["preferences", "score", *words])
+    check(opened, folders["model"])
+
+
+def test_reinforcement_learning(folders: dict[str, Path], opened: Counter[Path], tmp_path: Path) -> None:
+    (tmp_path / "toy").mkdir()
+    toy = write_toy(tmp_path / "toy")
+    rl_train(rl_arguments(toy, tmp_path / "run", model_name_or_path=folders["model"], vision_tower=None, max_steps=1))
+    check(opened, folders["model"])
 
 
 LOADERS: dict[str, Callable[[Any], LoadedModel | Any]] = {
