@@ -52,7 +52,7 @@ def check_sizes(config: Mapping[str, Any], file: Path, *, place: str = "", depth
 
 
 def _size_problem(key: str, value: Any) -> str | None:
-    """Return what a value of a size or number should have been; None if it may be one, or is decided elsewhere."""
+    """Return the expected value of a size or number; None if it is valid or checked elsewhere."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if key in TABLES:
         return None if value is None or isinstance(value, dict) else "an object"

@@ -96,7 +96,7 @@ class RequestError(LlavaError):
 
 
 def _shown(text: str) -> str:
-    """Return a text of an error as a body holds it: names and numbers of clients may be long or not Unicode."""
+    """Return error text for a response body; text from clients may be long or not Unicode."""
     shown = visible(text.encode(errors="replace").decode())
     return shown if len(shown) <= MAX_TEXT else f"{shown[: MAX_TEXT // 2]} ... {shown[-MAX_TEXT // 2 :]}"
 

@@ -1,4 +1,4 @@
-"""What a file is that was given in place of JSON rows, by its first bytes, and in which encoding a text is."""
+"""Kind of a file given instead of JSON rows, by its first bytes, and the encoding of a text."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _PLAIN = {
 
 
 def plain_typography(text: str) -> str:
-    """Return a text with plain quotes, hyphens, spaces and half-width forms; every character keeps its place.
+    """Return a text with plain quotes, hyphens, spaces and half-width forms, of the same length.
 
     >>> plain_typography("I\u2019m sorry\u2009\u2013\u2009no")
     "I'm sorry - no"
