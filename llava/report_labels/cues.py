@@ -58,7 +58,8 @@ CUES: dict[str, tuple[Entry, ...]] = {
     ),
     "uncertain_before": (
         *entries(
-            rf"(?:may|might|could)(?! (?:also |again )?(?:be (?:\w+ )?{_SEEN}|(?:co)?exist|persist|remain))",
+            rf"(?:may|might|could)(?! (?:also |again )?(?:be (?:\w+ )?{_SEEN}|"
+            r"be (?:obtained|performed|done|helpful|useful)|(?:co)?exist|persist|remain))",
             r"possibly|probably|perhaps",
             r"(?:suspicious|concerning|worrisome|suggestive) (?:for|of)",
             r"(?:cannot|can ?not|not)(?: be)?(?: \w+){0,2} exclude",
@@ -130,7 +131,7 @@ CUES: dict[str, tuple[Entry, ...]] = {
             r"(?:unlikely(?! that| to (?:represent|reflect|indicate|be an?|be due))|improbable|negative(?! for)|"
             r"ruled out|excluded)|"
             r"(?:felt|considered|thought|believed|deemed) (?:to be )?unlikely|not (?:\w+ )?likely(?= ?(?:[.,;:)]|$))|"
-            r": (?:no|negative)(?=[.!]*$)|(?:: | )(?:none|absent|excluded)(?=[.;!]|$)",
+            r": (?:none|absent|(?:no|negative)(?=[.!]*$))| (?:none|absent|excluded)(?=[.;!]|$)",
             _GENERAL,
         ),
         Entry(r"(?:has|have) not (?:recurred|returned|reappeared|re ?accumulated|developed)", "it is not there"),

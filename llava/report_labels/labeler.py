@@ -25,8 +25,7 @@ from llava.report_labels.findings import (
 )
 from llava.report_labels.heart import heart_values
 from llava.report_labels.mentions import MENTION_FINDERS, NOT_FINDERS, OTHER_FINDER, SOFT_FINDERS
-from llava.report_labels.scopes import Scopes, condition_spans, findings_parts, lower_case, split_sentences
-from llava.utils.typography import plain_typography
+from llava.report_labels.scopes import Scopes, condition_spans, findings_parts, lower_case, plain_text, split_sentences
 
 OTHER = "Other"
 """Evidence of an abnormality that none of the 14 findings covers."""
@@ -46,7 +45,7 @@ def label_report(text: str) -> ReportLabels:
     >>> labels["Cardiomegaly"], labels["Pleural Effusion"], labels["Fracture"]
     (1, 0, None)
     """
-    text = plain_typography(text)
+    text = plain_text(text)
     evidence: list[Evidence] = []
     for offset, stop in findings_parts(text):
         for start, end in split_sentences(text[offset:stop]):

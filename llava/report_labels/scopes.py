@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from llava.report_labels.cues import CUE_PATTERN, NOT_STOPS, STOPS
 from llava.report_labels.findings import NEGATIVE, POSITIVE, UNCERTAIN
+from llava.utils.typography import plain_typography
 
 _END = re.compile(
-    r"(?<!\b[ap])(?<!\bvs)(?<!\bdr)(?<!\bapprox)[.!?;]+(?=\s|$|[a-z]{2})(?<!\bvs\.)|\n\s*\n|"
-    r"\s[-\u2022*]+(?=\s(?!none\b|absent\b|negative\b))",  # a bullet
+    r"(?<!\b[ap])(?<!\bvs)(?<!\bdr)(?<!\bapprox)[.!?;]+(?=\s|$|[a-z]{2})(?<!\bvs\.)|\n\s*\n",
     re.IGNORECASE,
 )
 _STARTS = (
@@ -29,10 +29,14 @@ _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 _NEW = re.compile(  # with a space or line break but no period, or glued: `Small effusionNo pneumothorax`
     rf"\b[a-z]+(?:\s|<(?:br|BR)\s?/?>)+(?={_STARTS}\s[a-z])|\b[a-z]{{4,}}(?={_STARTS}\s[a-z])"
 )
+_BULLET = re.compile(r"\s[-\u2022*]+\s+(?=[A-Z])(?!None\b|Absent\b|Negative\b)")
 _CONTRACTION = re.compile(r"\b[a-z]+n't\b")
 _ASKED_BEFORE = re.compile(  # a mark of doubt before a word: `? pneumonia`, `opacity, ?atelectasis`
     r"(?<![^\s(,:;/-])\?+(?=\w)|(?:\A|(?<=[(,:;/-])|(?<=[.,:;/-]\s))\?+(?=\s\w)|(?<=\s)\?+(?=\s[a-z])"
 )
+_LOST_QUOTES = re.compile(r"(?<=\w\s)\?(\w[^?.]{0,60}\s[^?.]{0,60}\w)\?(?=[\s,.;:)])")
+"""Quotes that a conversion of the text replaced: `opacities and ?ground-glass opacities?, with`."""
+
 _ASKED_AFTER = re.compile(r"(?<=\w)\?+(?=\s*[),/])")
 _ASKED = re.compile(r"(?<=[^\s(,:;/-])\?+\s*\Z|(?<=\w\s)\?+\s*\Z")
 
@@ -45,8 +49,9 @@ _COMMA = r",(?<!\bstable,)(?<!\bsmall,)(?<!\bmild,)(?<!\bminimal,)(?<!\bchronic,
 """Comma, but not one between adjectives as in `a small, stable effusion`."""
 
 _ITEM = re.compile(  # an item that is stated, after a list that is denied
-    rf"{_COMMA}\s*(?:and\s+)?(?:a\s+)?(?:now|stable|unchanged|persistent|mild\w*|moderate\w*|minimal\w*|small|chronic|old|healed|"
-    r"calcified|scattered|degenerative|low|tortuous|again|interval|improv\w+|increas\w+|decreas\w+|residual|possible|"
+    rf"(?:{_COMMA}|\s-+\s)\s*(?:and\s+)?(?:a\s+)?"
+    r"(?:now|stable|unchanged|persistent|mild\w*|moderate\w*|minimal\w*|small|chronic|old|healed|calcified|"
+    r"scattered|degenerative|low|tortuous|again|interval|improv\w+|increas\w+|decreas\w+|residual|possible|"
     r"probable|questionable|irregular|coarse\w*|prominent)\b(?![^.]*\b(?:or|nor)\b)"
     r"|\band\s+(?:a\s+)?(?:possible|probable)\b(?![^.]*\bor\b)"
     r"|,\s*(?:the\s+)?(?:heart|lungs?|bones?|mediastinum)(?:\s+size)?\s+"
@@ -70,6 +75,7 @@ _LATER = re.compile(
 
 _ENDED = ("resolved", "cleared", "disappeared", "removed")
 
+_HEADING = re.compile(r"\s*:\s*")
 _COLON = re.compile(r":\s|\(")
 _AND = re.compile(r"\band\b(?!/or)")
 _VERSUS_BEFORE = re.compile(r"\b(?:versus|vs)\b\W+(?:\w+\W+){0,3}$")
@@ -144,7 +150,7 @@ def split_sentences(text: str) -> Iterator[tuple[int, int]]:
     start = 0
     marks = {match.start() for match in _ASKED_BEFORE.finditer(text)} if "?" in text else set()
     ends = {match.end() for match in _END.finditer(text) if match.start() not in marks}
-    cuts = sorted(ends | {match.end() for match in _NEW.finditer(text)})
+    cuts = sorted(ends.union(match.end() for pattern in (_NEW, _BULLET) for match in pattern.finditer(text)))
     for end in [*cuts, len(text)]:
         while end - start > MAX_SENTENCE:
             cut = text.rfind(" ", start + 1, start + MAX_SENTENCE)
@@ -154,6 +160,12 @@ def split_sentences(text: str) -> Iterator[tuple[int, int]]:
         if text[start:end].strip():
             yield start, end
         start = end
+
+
+def plain_text(text: str) -> str:
+    """Return a text with plain quotes, hyphens and spaces; every character keeps its place."""
+    text = plain_typography(text)
+    return _LOST_QUOTES.sub(r'"\1"', text) if text.count("?") > 1 else text
 
 
 def lower_case(text: str) -> str:
@@ -223,6 +235,8 @@ class Scopes:
         """
         if self.is_question:
             return UNCERTAIN, "?"
+        if (cue := self._after_colon(end, mentions)) is not None:
+            return (NEGATIVE if cue.kind.startswith("denied") else UNCERTAIN), cue.text
         doubt = self._doubt(start, end, mentions)
         if doubt is not None and ("exclude" in doubt or "ruled out" in doubt):
             return UNCERTAIN, doubt
@@ -232,6 +246,13 @@ class Scopes:
         if doubt is not None:
             return UNCERTAIN, doubt
         return POSITIVE, ""
+
+    def _after_colon(self, end: int, mentions: list[tuple[int, int]]) -> Cue | None:
+        """Return the cue that alone follows a heading: `Effusion: possible`, `Pneumothorax: no evidence`."""
+        colon = _HEADING.match(self.sentence, end)
+        if colon is None or any(start > end for start, _ in mentions):
+            return None
+        return next((cue for cue in self.cues if cue.start == colon.end() and cue.kind != "none"), None)
 
     def _denied(self, start: int, end: int) -> str | None:
         for cue in self.cues:
