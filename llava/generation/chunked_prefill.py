@@ -4,15 +4,16 @@
                        images of the rest pass the tower once           prompt and, later, answer --> PrefixCache
 
 A prompt that shares its unknown beginning with one that is being read waits for it, so an image is computed once.
-On a CPU, a step beside running answers computes an image or reads a piece that takes not much longer than a decoding
-step (`pace`). While far more prompts are new than answers run, they are all read first: a step takes about as long for
-few answers as for many.
+On a CPU, a step beside running answers computes layers of the tower or reads a piece, and takes not much longer than a
+decoding step (`pace`). While far more prompts are new than answers run, they are all read first: a step takes about as
+long for few answers as for many.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -64,8 +65,9 @@ class PrefillJob:
         tree: name of its tree in the cache.
         match: its known beginning.
         parts: keys and values of the tokens that are known or read.
-        embeds: [1, T, d] embeddings of the tokens after the known ones.
+        embedding: computes the embeddings, a layer of the tower at a time.
         num_read: tokens that are known or read.
+        embeds: [1, T, d] embeddings of the tokens after the known ones; None while they are computed.
     """
 
     members: list[Request]
@@ -74,16 +76,28 @@ class PrefillJob:
     tree: str
     match: Match
     parts: list[KeyValues]
-    embeds: Tensor
+    embedding: Generator[None, None, Tensor]
     num_read: int
+    embeds: Tensor | None = None
 
     @property
     def num_left(self) -> int:
         """Tokens to read."""
         return len(self.identities) - self.num_read
 
+    def embed(self, seconds: float = math.inf) -> None:
+        """Compute the embeddings, or layers of the tower for about this time, at least one."""
+        start = time.perf_counter()
+        try:
+            next(self.embedding)
+            while time.perf_counter() - start < seconds:
+                next(self.embedding)
+        except StopIteration as end:
+            self.embeds = end.value
+
     def piece(self, num: int) -> tuple[PartsExtension, Tensor]:
         """Return the next tokens to read and their embeddings."""
+        assert self.embeds is not None, "an embedded prompt is read"
         first = self.num_read - self.match.length
         return PartsExtension(self.parts, self.num_read, num), self.embeds[:, first : first + num]
 
@@ -160,15 +174,16 @@ class ChunkedScheduler(Scheduler):
 
     def _read_prompts(self) -> None:
         """Start to prefill waiting prompts, and prefill the next piece of those in progress."""
-        self._has_embedded, self._has_read = False, False
+        self._has_read = False
         self._choose_pace()
         self._start_jobs()
-        if not self.jobs or (self._is_paced and self._has_embedded):
+        embedded = [job for job in self.jobs if job.embeds is not None] if self._embed_images() else []
+        if not embedded:
             return
         if self.max_kv_bytes is not None:
             self.runner.cache.limit(self.max_kv_bytes - self._unjoined_bytes())
         pieces, room = [], self.pace.num_tokens(self.chunk) if self._is_paced else self.chunk
-        for job in self.jobs:
+        for job in embedded:
             if room:
                 pieces.append((job, *job.piece(min(room, job.num_left))))
                 room -= pieces[-1][1].length
@@ -187,6 +202,24 @@ class ChunkedScheduler(Scheduler):
             job.num_read += extension.length
         for place, row in enumerate(ending):
             self._finish(pieces[row][0], logits[place : place + 1])
+
+    def _embed_images(self) -> bool:
+        """Pass images through the tower; return whether prompts may be read in this step."""
+        pending = [job for job in self.jobs if job.embeds is None]
+        # Beside running answers, a step is for the tower or for reading, and both make progress.
+        if self._is_paced and self._has_embedded and len(pending) < len(self.jobs):
+            self._has_embedded = False
+            return True
+        self._has_embedded = self._is_paced and bool(pending)
+        for job in pending[:1] if self._is_paced else pending:
+            try:
+                job.embed(self.pace.seconds if self._is_paced else math.inf)
+            except Exception as error:
+                self.jobs.remove(job)
+                self.cache.release(job.match)
+                self._put_back(job.members, error)
+                return False
+        return not self._has_embedded
 
     def _choose_pace(self) -> None:
         """Record whether running answers would wait too long for the whole next piece, and whether any wait."""
@@ -240,13 +273,16 @@ class ChunkedScheduler(Scheduler):
             match = self.cache.match(request.tree, encoded, identities)
             if self._is_read_soon(request.tree, encoded, identities, match.length):
                 self.cache.release(match)
-            elif not self._has_memory_for(request):
+            elif not self._has_memory_for(request) or self._waits_for_tower(encoded, match.length):
                 self.cache.release(match)
                 return
             else:
                 self._start(self._samples(request), encoded, identities, match)
-                if self._is_paced and match.length < last_image(encoded):
-                    return  # the tower encodes the images of one prompt between two steps
+
+    def _waits_for_tower(self, encoded: Encoded, known: int) -> bool:
+        """Return whether a prompt has new images beside running answers, while those of another pass the tower."""
+        is_busy = any(job.embeds is None for job in self.jobs)
+        return self._is_paced and is_busy and known < last_image(encoded)
 
     def _is_read_soon(self, tree: str, encoded: Encoded, identities: Sequence[Identity], known: int) -> bool:
         """Return whether a running job prefills tokens that this prompt begins with too."""
@@ -273,8 +309,12 @@ class ChunkedScheduler(Scheduler):
             reading = self._reading(members[0])
             new = [number for number, (start, _) in enumerate(encoded.image_spans) if start >= match.length]
             pixels = self._pixels(members[0], reading, {}) if new else {}
-            embeds = self.runner.embed(encoded, match.length, new, pixels)
-            self._has_embedded = self._has_embedded or bool(new)
+            embedding = self.runner.embed(encoded, match.length, new, pixels)
+            job = PrefillJob(
+                members, encoded, identities, members[0].tree, match, list(match.parts), embedding, match.length
+            )
+            if not new:
+                job.embed()
         except Exception as error:
             self.cache.release(match)
             self._put_back(members, error)
@@ -282,8 +322,7 @@ class ChunkedScheduler(Scheduler):
         for request in members:
             request.pending = ()
             request.num_cached = match.length
-        parts = list(match.parts)
-        self.jobs.append(PrefillJob(members, encoded, identities, members[0].tree, match, parts, embeds, match.length))
+        self.jobs.append(job)
 
     def _finish(self, job: PrefillJob, logits: Tensor) -> None:
         """Keep a prompt that was read and take the first token of each of its answers."""

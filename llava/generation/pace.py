@@ -35,6 +35,11 @@ class Pace:
         # Includes fixed costs per call, so tokens of small pieces are more expensive.
         self._token = _averaged(self._token, seconds / num_tokens)
 
+    @property
+    def seconds(self) -> float:
+        """Time that running answers may wait for a piece; 0 while nothing was measured."""
+        return SHARE * (self._step or 0.0)
+
     def num_tokens(self, most: int) -> int:
         """Return the number of tokens for the next piece, at most `most`."""
         if self._step is None or not self._token:

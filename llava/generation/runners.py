@@ -7,7 +7,7 @@ PaddedRunner  left-padded rows and the model's own cache; a batch ends before th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -142,8 +142,10 @@ class SlotRunner:
         }
         return FlatRow(self.model(**inputs).logits[0], captured, paths)
 
-    def embed(self, encoded: Encoded, start: int, new_images: Sequence[int], pixels: Mapping[str, Tensor]) -> Tensor:
-        """Return the embeddings [1, T - start, d] of a prompt from token `start` on.
+    def embed(
+        self, encoded: Encoded, start: int, new_images: Sequence[int], pixels: Mapping[str, Tensor]
+    ) -> Generator[None, None, Tensor]:
+        """Return the embeddings [1, T - start, d] of a prompt from token `start` on; yield after every tower layer.
 
         Args:
             encoded: the prompt.
@@ -157,7 +159,10 @@ class SlotRunner:
         if not new_images:
             return embeds[None]
         shown = shown_images([(encoded, number) for number in new_images], pixels).keywords()
-        found = self.model.get_image_features(**{name: tensor.to(device) for name, tensor in shown.items()})
+        inputs = {name: tensor.to(device) for name, tensor in shown.items()}
+        if "image_sizes" not in inputs:  # tiles and images of any shape pass as a whole
+            inputs["pixel_values"] = yield from self.model.tower_features_in_steps(inputs["pixel_values"])
+        found = self.model.get_image_features(**inputs)
         embeds = embeds.clone()
         for number, features in zip(new_images, found.pooler_output, strict=True):
             first, stop = encoded.image_spans[number]

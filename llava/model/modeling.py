@@ -8,6 +8,7 @@ Scatter, caching, attention back ends, checkpointing and sharding plans are inhe
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from contextlib import nullcontext
 from typing import Any, Self, cast
 
@@ -29,6 +30,7 @@ from llava.model.multimodal_encoder.towers import num_extra_tokens, square_side
 from llava.model.multimodal_projector import build_projector
 from llava.model.quantization import quantized_layers
 from llava.model.rope import forget_lengths
+from llava.model.tower_steps import states_in_steps
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -52,17 +54,29 @@ class LlavaMedModel(LlavaModel):
     def tower_features(self, pixel_values: Tensor) -> Tensor:
         """Return features [N, P, Dv] of the selected layers for pixels [N, 3, H, W]; no graph if frozen."""
         tower = cast(nn.Module, self.vision_tower)
-        parameter = next(tower.parameters())
-        frozen = is_frozen(tower)
+        pixels, options = self._tower_inputs(pixel_values)
+        with torch.no_grad() if is_frozen(tower) else nullcontext():
+            states = tower(pixels, output_hidden_states=True, return_dict=True, **options).hidden_states
+        return self._selected(states)
+
+    def tower_features_in_steps(self, pixel_values: Tensor) -> Generator[None, None, Tensor]:
+        """Return what `tower_features` does, equal bit for bit; yield after every layer of the tower."""
+        pixels, options = self._tower_inputs(pixel_values)
+        return self._selected((yield from states_in_steps(cast(nn.Module, self.vision_tower), pixels, **options)))
+
+    def _tower_inputs(self, pixel_values: Tensor) -> tuple[Tensor, dict[str, bool]]:
+        """Return pixels as the tower's weights are, and its options for their size."""
+        parameter = next(cast(nn.Module, self.vision_tower).parameters())
         pixels = pixel_values.to(parameter.device, parameter.dtype)
         config: Any = self.config.vision_config
         # DINOv2 always interpolates its position table to the input; the others only on request.
         is_other_size = {*pixels.shape[-2:]} != {square_side(config.image_size)} and not config.model_type.startswith(
             "dinov2"
         )
-        stretch = {"interpolate_pos_encoding": True} if is_other_size else {}
-        with torch.no_grad() if frozen else nullcontext():
-            states = tower(pixels, output_hidden_states=True, return_dict=True, **stretch).hidden_states
+        return pixels, {"interpolate_pos_encoding": True} if is_other_size else {}
+
+    def _selected(self, states: tuple[Tensor, ...]) -> Tensor:
+        """Return the features [N, P, Dv] of the selected layers."""
         layers = self.config.vision_feature_layer
         chosen = [states[layer] for layer in (layers if isinstance(layers, list) else [layers])]
         if self.config.vision_feature_select_strategy == "default":
@@ -141,6 +155,10 @@ class LlavaMedForConditionalGeneration(LlavaForConditionalGeneration):
     def tower_features(self, pixel_values: Tensor) -> Tensor:
         """See `LlavaMedModel.tower_features`."""
         return cast(LlavaMedModel, self.model).tower_features(pixel_values)
+
+    def tower_features_in_steps(self, pixel_values: Tensor) -> Generator[None, None, Tensor]:
+        """See `LlavaMedModel.tower_features_in_steps`."""
+        return cast(LlavaMedModel, self.model).tower_features_in_steps(pixel_values)
 
 
 AutoModel.register(LlavaMedConfig, LlavaMedModel, exist_ok=True)

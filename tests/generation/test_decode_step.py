@@ -17,6 +17,7 @@ from llava.generation.products import Product
 from llava.generation.runners import SlotRunner
 from llava.model.int8 import quantize_text_layers
 from llava.model.lora import add_lora
+from tests.support.model_tools import drained
 from tests.support.tiny import tiny_llava
 
 MODELS: list[tuple[str, dict[str, Any]]] = [
@@ -60,7 +61,7 @@ def read_in_pieces(model: Any, *, is_fast: bool) -> torch.Tensor:
     runner = SlotRunner(model, image_token_id=model.config.image_token_id, max_slots=8, max_length=200)
     long, short = sequences(2)[1], sequences(1)[0]
     with torch.no_grad():
-        embeds = [runner.embed(one, 0, [], {}) for one in (long, short)]
+        embeds = [drained(runner.embed(one, 0, [], {}))[1] for one in (long, short)]
         assert runner.step is not None
         if not is_fast:
             runner.step = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from llava.data.encode import Encoded
 from llava.errors import ConfigError
 from llava.generation.chunked_prefill import ChunkedScheduler
 from llava.generation.engine import LocalEngine
+from llava.generation.pace import Pace
 from llava.generation.prefix_cache import KeyValues, PrefixCache, identities_of, joined, parts_between
 from llava.generation.protocol import Completion, Prompt, Sampling, Script
 from llava.model.builder import LoadedModel
@@ -172,14 +173,35 @@ def test_a_piece_of_a_long_prompt_is_read_between_two_steps(loaded: LoadedModel)
     read, decode = runner.read, runner.decode
     runner.read = lambda extensions, *rest: order.append(sum(e.length for e in extensions)) or read(extensions, *rest)
     runner.decode = lambda ids: order.append(0) or decode(ids)
-    running = engine.submit(ask("x"), Sampling(max_new_tokens=200))
-    next(iter(running))
+    running = engine.submit(ask("x"), Sampling(max_new_tokens=1500))
+    list(zip(range(3), running, strict=False))  # it has been in a decoding step
     engine.submit(ask("y" * 150, 1), Sampling(max_new_tokens=4)).completions()
     running.cancel()
     pieces = [place for place, size in enumerate(order) if size]
     assert max(order) == 16 and len(pieces) > 8
     long = pieces[-(length_of(engine, ask("y" * 150, 1)) // 16) :]
     assert all(order[place + 1] == 0 for place in long)
+
+
+@pytest.mark.parametrize(("seconds", "layers"), [(0.0, [1, 1, 1]), (float("inf"), [3])])
+def test_layers_of_the_tower_alternate_with_steps_of_running_answers(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, seconds: float, layers: list[int]
+) -> None:
+    expected = one(caching(loaded), ask("What?", 5), SAMPLING)
+    engine = caching(loaded, prefill_chunk=512)
+    monkeypatch.setattr(Pace, "seconds", seconds)
+    running = engine.submit(ask("x"), Sampling(max_new_tokens=1500))
+    list(zip(range(3), running, strict=False))  # it has been in a decoding step
+    decode, order = engine.scheduler.runner.decode, []
+    engine.scheduler.runner.decode = lambda ids: order.append("step") or decode(ids)
+    tower_layers = loaded.model.model.vision_tower.encoder.layers
+    hooks = [layer.register_forward_hook(lambda *_: order.append("layer")) for layer in tower_layers]
+    [found] = engine.submit(ask("What?", 5), SAMPLING).completions()
+    running.cancel()
+    for hook in hooks:
+        hook.remove()
+    assert found.token_ids == expected.token_ids
+    assert [len(list(run)) for kind, run in groupby(order) if kind == "layer"] == layers
 
 
 def test_images_of_one_prompt_a_step_pass_the_tower_while_others_are_answered(

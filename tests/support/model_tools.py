@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,3 +38,14 @@ def shake(parameters: dict[str, nn.Parameter], seed: int = 5) -> None:
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def drained(steps: Generator[None, None, Any]) -> tuple[int, Any]:
+    """Return the number of pauses and the result of a computation in steps."""
+    num_pauses = 0
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return num_pauses, end.value
+        num_pauses += 1

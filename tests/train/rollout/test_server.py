@@ -45,7 +45,9 @@ def test_a_server_with_the_same_weights_samples_the_same_dialogues(
             assert their == pytest.approx(mine, abs=1e-4)
     lines = [metrics(tmp_path / name)[0] for name in ("local", "remote")]
     assert lines[1]["loss"] == pytest.approx(lines[0]["loss"], abs=1e-4)
-    assert any("samples the dialogues with the fixed weights of other" in record.getMessage() for record in caplog.records)
+    assert any(
+        "samples the dialogues with the fixed weights of other" in record.getMessage() for record in caplog.records
+    )
     with pytest.raises(LlavaError, match="does not answer"):
         rl_train(rl_arguments(parts, tmp_path / "gone", engine=url, **options))
     assert not (tmp_path / "gone" / "rollouts.jsonl").exists()
