@@ -31,12 +31,12 @@ settings.register_profile("tests", settings.get_profile("explore"), derandomize=
 settings.load_profile("tests")
 
 
-# These start processes, servers and browsers, and wait for them on a machine that has other work too.
-RUN_TWICE = ("tests/commands/", "tests/distributed/", "tests/serve/")
+# These start threads, processes, servers and browsers, and wait for them on a machine that has other work too.
+RUN_TWICE = ("tests/commands/", "tests/distributed/", "tests/generation/", "tests/serve/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run a failed test of other processes once more; the summary counts it as a rerun."""
+    """Run a failed test of threads or processes once more; the summary counts it as a rerun."""
     for item in items:
         if item.nodeid.startswith(RUN_TWICE):
             item.add_marker(pytest.mark.flaky(reruns=1))

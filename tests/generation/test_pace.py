@@ -50,7 +50,7 @@ def test_a_prompt_beside_running_answers_is_read_in_small_pieces_with_the_same_a
     monkeypatch.setattr(runner, "embed", noted)
     running = [engine.submit(short, Sampling(max_new_tokens=1500, temperature=1.0, seed=seed)) for seed in range(3)]
     for handle in running:
-        assert handle.wait(120)
+        list(zip(range(3), handle, strict=False))  # each has been in a decoding step
     del pieces[:]
     [answer] = engine.submit(long, sampling).completions()
     for handle in running:
