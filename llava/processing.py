@@ -70,7 +70,9 @@ class LlavaMedProcessor:
         random_padding: shift padded images by zero or one pixel at random, as LLaVA-Med 1.5 does; never saved.
         trains_empty: train answers without text, see `ConversationTemplate`; never saved.
 
-    Settings are not changed after construction; `changed` returns a processor with others.
+    Settings are not changed after construction; `changed` returns a processor with others:
+    >>> processor.changed(placement="as_written").placement
+    'as_written'
 
     Raises:
         ConfigError: a name is unknown, settings contradict each other, or the tokenizer has no image placeholder.
@@ -99,12 +101,10 @@ class LlavaMedProcessor:
     ) -> None:
         if num_image_tokens < 1:
             raise ConfigError(f"num_image_tokens is {num_image_tokens}; expected at least 1")
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        self.tokenizer, self.image_processor = tokenizer, image_processor
         self.num_image_tokens = num_image_tokens
         self._set_image_mode(image_mode, patch_merge_type, image_grid_pinpoints)
-        self.random_padding = random_padding
-        self.dicom = DicomPolicy.of(dicom)
+        self.dicom, self.random_padding = DicomPolicy.of(dicom), random_padding
         self.fast_jpeg = _switch("fast_jpeg", fast_jpeg)
         self.placement = lookup(PLACEMENTS, placement, "image placement")
         self.use_im_start_end = use_im_start_end

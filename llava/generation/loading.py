@@ -51,6 +51,10 @@ def open_engine(
 ) -> LocalEngine:
     """Load a model and return its engine.
 
+    >>> engine = open_engine(model_folder, device="cpu")
+    >>> engine.precision
+    'float32'
+
     Args:
         path: checkpoint folder in any known format, or a hub name.
         base: base model of an adapter; default: the one it names.

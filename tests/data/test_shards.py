@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -228,19 +229,17 @@ def test_names_with_signs_of_patterns(tmp_path: Path) -> None:
     assert len(list(rows_in(write_parquet(folder / "part[0].parquet")))) == NUM_ROWS
 
 
+@pytest.mark.parametrize("kind", ["lines", "gzip", "tar"])
 @settings(deadline=None)
 @given(cut=st.integers(0, 10_000), flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=4))
 def test_mutated_shards_end_in_named_errors(
-    tmp_path_factory: pytest.TempPathFactory, cut: int, flips: list[tuple[int, int]]
+    tmp_path_factory: pytest.TempPathFactory, kind: str, cut: int, flips: list[tuple[int, int]]
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
-    for kind in ("lines", "gzip", "tar"):
-        content = bytearray(WRITERS[kind](folder / kind).read_bytes()[: cut or None])
-        for place, value in flips:
-            if place < len(content):
-                content[place] = value
-        (folder / "mutated").write_bytes(content)
-        try:
-            assert all(isinstance(row, StreamRow | DataError) for _, row in rows_in(folder / "mutated"))
-        except DataError:
-            continue
+    content = bytearray(WRITERS[kind](folder / kind).read_bytes()[: cut or None])
+    for place, value in flips:
+        if place < len(content):
+            content[place] = value
+    (folder / "mutated").write_bytes(content)
+    with contextlib.suppress(DataError):
+        assert all(isinstance(row, StreamRow | DataError) for _, row in rows_in(folder / "mutated"))

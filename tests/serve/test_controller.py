@@ -225,8 +225,13 @@ def test_codes_of_pieces() -> None:
     error = RequestError("worker_lost", "gone")
     assert code_of(error_piece(error)) == code_of(error.frame()) == "worker_lost"
     assert code_of(json.dumps(error.body()).encode()) == "worker_lost"
-    for piece in (b"", b": wait\n\n", b'{"text": "\\"error_code\\": 1", "error_code": 0}\0', b'{"error', b'["error"]'):
-        assert code_of(piece) == "ok"
+
+
+@pytest.mark.parametrize(
+    "piece", [b"", b": wait\n\n", b'{"text": "\\"error_code\\": 1", "error_code": 0}\0', b'{"error', b'["error"]']
+)
+def test_pieces_without_an_error(piece: bytes) -> None:
+    assert code_of(piece) == "ok"
 
 
 def test_requests_about_one_image_have_one_key() -> None:
@@ -236,8 +241,11 @@ def test_requests_about_one_image_have_one_key() -> None:
 
     assert affinity_of(chat("data:a")) == affinity_of(chat("data:a")) != affinity_of(chat("data:b"))
     assert affinity_of({"images": ["data:a"]}) == affinity_of(chat("data:a"))
-    for without in ({}, {"messages": 5}, {"messages": [5, {"content": "a"}]}, {"images": [5]}):
-        assert affinity_of(without) is None
+
+
+@pytest.mark.parametrize("body", [{}, {"messages": 5}, {"messages": [5, {"content": "a"}]}, {"images": [5]}])
+def test_requests_without_an_image_have_no_key(body: dict[str, Any]) -> None:
+    assert affinity_of(body) is None
 
 
 def test_the_cluster_key_goes_to_workers_that_have_shown_it_only() -> None:

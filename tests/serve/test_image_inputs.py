@@ -120,18 +120,35 @@ def test_a_frame_that_does_not_exist_is_an_invalid_value() -> None:
     assert code_of(encoded(data), frame="5") == "invalid_value"
 
 
-def test_files_of_the_image_folder_only(tmp_path: Path) -> None:
+@pytest.fixture
+def shared_folder(tmp_path: Path) -> Path:
+    """A folder with `a b.png`, a link out of it, and `secret.png` beside it."""
     folder, outside = tmp_path / "images", tmp_path / "secret.png"
     folder.mkdir()
     for path in (folder / "a b.png", outside):
         path.write_bytes(image_bytes("PNG"))
     (folder / "link.png").symlink_to(outside)
-    limits = ImageLimits(folder=folder)
-    assert read_image(ImageInput(f"file://{folder}/a%20b.png"), limits) == outside.read_bytes()
-    for name in (f"{outside}", f"{folder}/../secret.png", f"{folder}/link.png"):
-        assert code_of(f"file://{name}", limits) == "image_url_not_allowed"
-    assert code_of(f"file://host{folder}/a.png", limits) == "image_url_not_allowed"
-    assert code_of(f"file://{folder}/none.png", limits) == "bad_image"
+    return folder
+
+
+def test_a_file_of_the_image_folder(shared_folder: Path) -> None:
+    limits = ImageLimits(folder=shared_folder)
+    content = (shared_folder / "a b.png").read_bytes()
+    assert read_image(ImageInput(f"file://{shared_folder}/a%20b.png"), limits) == content
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("file://{}/../secret.png", "image_url_not_allowed"),
+        ("file://{}/link.png", "image_url_not_allowed"),
+        ("file:///etc/hostname", "image_url_not_allowed"),
+        ("file://host{}/a.png", "image_url_not_allowed"),
+        ("file://{}/none.png", "bad_image"),
+    ],
+)
+def test_other_files_are_refused(shared_folder: Path, url: str, code: str) -> None:
+    assert code_of(url.format(shared_folder), ImageLimits(folder=shared_folder)) == code
 
 
 def test_only_urls_under_a_prefix_are_fetched_and_no_redirect_is_followed() -> None:

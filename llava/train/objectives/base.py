@@ -34,6 +34,10 @@ def divided(sums: Tensor, num_items: Tensor, metrics: Mapping[str, Tensor] | Non
 class Objective(Protocol):
     """Function of a model and one row that returns the share of the row in the global loss.
 
+    >>> from llava.train.objectives.sft import SFT
+    >>> SFT().denominators
+    ('tokens',)
+
     Attributes:
         denominators: names of what the sums of a step are divided by, for example `("tokens",)` or `("pairs",)`.
         metric_names: names of all metrics that it returns, in the order of their reduction over ranks.

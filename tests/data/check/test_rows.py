@@ -62,16 +62,22 @@ def test_problems_of_a_row(value: Any, rules: list[str]) -> None:
     assert [problem.rule for problem in view_row(found, 0).problems] == rules
 
 
-def test_no_message_shows_text_of_a_row() -> None:
-    secret = "Jane Roe, born in May"
-    for value in (
-        {"id": {secret: secret}, "image": {secret: 1}, "conversations": [secret]},
-        {"id": "a", "conversations": [{"from": secret, "value": secret}]},
-        {"id": "a", "conversations": [{"from": "human", "value": [secret]}]},
-        {"id": "a", "conversations": [{"from": "human", "value": f"{secret} <image><image>"}]},
-    ):
-        problems = view_row(value, 0).problems
-        assert problems and all(secret not in problem.message for problem in problems)
+SECRET = "Jane Roe, born in May"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"id": {SECRET: SECRET}, "image": {SECRET: 1}, "conversations": [SECRET]},
+        {"id": "a", "conversations": [{"from": SECRET, "value": SECRET}]},
+        {"id": "a", "conversations": [{"from": "human", "value": [SECRET]}]},
+        {"id": "a", "conversations": [{"from": "human", "value": f"{SECRET} <image><image>"}]},
+    ],
+    ids=["fields", "speaker", "value", "placeholders"],
+)
+def test_no_message_shows_text_of_a_row(value: dict[str, Any]) -> None:
+    problems = view_row(value, 0).problems
+    assert problems and all(SECRET not in problem.message for problem in problems)
 
 
 def test_what_is_read_leniently_is_counted() -> None:

@@ -130,13 +130,21 @@ def test_runs_with_separate_lists_take_turns_in_one_folder(server: FileServer, t
     assert set(image_files(tmp_path)) == {f"images/1_F{figure}.jpg" for figure in range(3)}
 
 
-def test_invalid_flags_are_refused_at_the_start(server: FileServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--filter-json", "none.json"], r"--filter-json .* is not a file"),
+        (["--rate", "nan"], "finite"),
+        (["--stall-seconds", "nan"], "finite"),
+        (["--max-wait", "nan"], "finite"),
+    ],
+)
+def test_invalid_flags_are_refused_at_the_start(
+    server: FileServer, tmp_path: Path, words: list[str], message: str
+) -> None:
     write_list(tmp_path / "list.jsonl", offer(server, 1))
-    with pytest.raises(ConfigError, match=r"--filter-json .* is not a file"):
-        run([*flags(tmp_path, server.address), "--filter-json", str(tmp_path / "none.json")])
-    for flag in ("--rate", "--stall-seconds", "--max-wait"):
-        with pytest.raises(ConfigError, match="finite"):
-            run([*flags(tmp_path, server.address), flag, "nan"])
+    with pytest.raises(ConfigError, match=message):
+        run([*flags(tmp_path, server.address), *words])
     assert not (tmp_path / "images").exists()
 
 

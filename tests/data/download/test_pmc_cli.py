@@ -157,10 +157,13 @@ def test_killed_and_resumed(server: FileServer, tmp_path: Path) -> None:
     assert content(tmp_path) == content(whole)
 
 
-def test_invalid_flags_have_a_message(tmp_path: Path) -> None:
-    for words in (["--base", "/no/such/mirror"], ["--only", "nothing"], ["--table", "README.md"]):
-        done = sh(["sh", "download_data.sh", "--data-dir", str(tmp_path), *words])
-        assert done.returncode == 2 and "llava: error:" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("words", [["--base", "/no/such/mirror"], ["--only", "nothing"], ["--table", "README.md"]])
+def test_invalid_flags_have_a_message(tmp_path: Path, words: list[str]) -> None:
+    done = sh(["sh", "download_data.sh", "--data-dir", str(tmp_path), *words])
+    assert done.returncode == 2 and "llava: error:" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_missing_python_has_a_message() -> None:
     done = sh(["sh", "download_data.sh"], PYTHON="/bin/false")
     assert done.returncode == 2 and "scripts/setup.sh" in done.stderr
 

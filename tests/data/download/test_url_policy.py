@@ -120,14 +120,26 @@ def test_passwords_stay_out_of_messages() -> None:
     assert redacted_url("https://user:secret@host/file?token=secret") == "https://host/file"
 
 
-def test_bases() -> None:
+def test_bases_are_split_at_commas_and_white_space() -> None:
     assert split_bases(" http://a, /b\nfile:///c ") == ["http://a", "/b", "file:///c"]
-    assert join_url("http://a/", "x/y z.gz") == "http://a/x/y%20z.gz"
-    assert join_url("/b", "x/y z.gz") == "/b/x/y z.gz"
-    assert join_url("file:///b%20c/", "y z") == "file:///b%20c/y%20z"
-    for base in ("ftp://host", "http://", "s3://bucket", "/no/such/folder"):
-        with pytest.raises(ConfigError):
-            check_base(base)
+
+
+@pytest.mark.parametrize(
+    ("base", "path", "joined"),
+    [
+        ("http://a/", "x/y z.gz", "http://a/x/y%20z.gz"),
+        ("/b", "x/y z.gz", "/b/x/y z.gz"),
+        ("file:///b%20c/", "y z", "file:///b%20c/y%20z"),
+    ],
+)
+def test_a_path_is_joined_to_a_base(base: str, path: str, joined: str) -> None:
+    assert join_url(base, path) == joined
+
+
+@pytest.mark.parametrize("base", ["ftp://host", "http://", "s3://bucket", "/no/such/folder"])
+def test_other_bases_are_refused(base: str) -> None:
+    with pytest.raises(ConfigError):
+        check_base(base)
 
 
 @pytest.mark.parametrize(
