@@ -168,7 +168,7 @@ COMPAT: dict[str, Compat] = {
     "swapped_counts": Compat("run_eval prints the number of closed questions as num_open and the reverse", "scores"),
     "dropped_closed_misses": Compat("misses on closed questions are not counted (PathVQA scripts)", "scores"),
     "joined_by_order": Compat("questions and answers are paired by position in the files; ids are ignored", "judge"),
-    "cut_question": Compat("the judge sees the question without its last 8 characters, whatever they are", "judge"),
+    "cut_question": Compat("the judge sees the question without its last 8 characters, regardless of content", "judge"),
     "tag_in_question": Compat("the judge sees the image placeholder of the question", "judge"),
     "python_mentions": Compat("the judge sees mentions as the repr of a Python list, None without any", "judge"),
     "literal_scores": Compat("a reply counts if its first line is two numbers of any size, one space apart", "judge"),
