@@ -280,7 +280,7 @@ class ChunkedScheduler(Scheduler):
                 self._start(self._samples(request), encoded, identities, match)
 
     def _waits_for_tower(self, encoded: Encoded, known: int) -> bool:
-        """Return whether a prompt has new images beside running answers, while those of another pass the tower."""
+        """Return whether a prompt's new images must wait for those of another prompt in the tower."""
         is_busy = any(job.embeds is None for job in self.jobs)
         return self._is_paced and is_busy and known < last_image(encoded)
 

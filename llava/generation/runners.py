@@ -145,7 +145,7 @@ class SlotRunner:
     def embed(
         self, encoded: Encoded, start: int, new_images: Sequence[int], pixels: Mapping[str, Tensor]
     ) -> Generator[None, None, Tensor]:
-        """Return the embeddings [1, T - start, d] of a prompt from token `start` on; yield after every tower layer.
+        """Return a prompt's embeddings [1, T - start, d] from token `start`; yield after every tower layer.
 
         Args:
             encoded: the prompt.

@@ -38,7 +38,7 @@ _KNOWN_TOWERS = {
 def states_in_steps(tower: nn.Module, pixels: Tensor, **options: Any) -> Generator[None, None, tuple[Tensor, ...]]:
     """Return the hidden states of a tower, as `output_hidden_states=True` does; yield after every layer.
 
-    Whoever runs the generator decides about gradients.
+    Gradients are computed or not as the caller of the generator has set.
 
     Args:
         tower: a tower of transformers, without hooks of its own.
