@@ -143,7 +143,10 @@ def warn_about(images: Sequence[Radiograph], processor: Any, saved: str | None) 
 
     views = [f"{image.name} ({image.view})" for image in images if image.view]
     if views:
-        logger.warning("%s: not frontal X-rays (AP or PA); the model was trained with these only", ", ".join(views))
+        logger.warning(
+            "%s: not frontal X-rays (AP or PA) by the DICOM header; the model was trained with these only",
+            ", ".join(views),
+        )
     shares = [(image.name, cut_share(processor, image.size)) for image in images]
     cut = [f"{name} ({100 * share:.0f} %)" for name, share in shares if share > MAX_CUT]
     if cut:

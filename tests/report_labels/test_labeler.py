@@ -346,7 +346,19 @@ def test_sentences_are_the_whole_text_in_short_parts(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["no effusion ", "may represent effusion or ", "nodule ", "effusion, ", "\nIndication: ", "\n", "x", "("]
+    "words",
+    [
+        *("no effusion ", "may represent effusion or ", "nodule ", "effusion, ", "\nIndication: ", "\n", "x", "("),
+        *(
+            "possible a/b/",
+            "possible effusion, nodule, ",
+            "effusion, or ",
+            "?a ",
+            "opacity ?a b",
+            "effusion: no ",
+            "- A ",
+        ),
+    ],
 )
 def test_endless_texts_need_little_time(words: str) -> None:
     text = (words * 100_000)[:100_000] + ". Small effusion."

@@ -180,14 +180,14 @@ def test_a_template_of_the_tokenizer() -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A saved tiny model with the template and the crop of LLaVA-Rad."""
     folder = tmp_path_factory.mktemp("model")
-    loaded = tiny_llava(template="v1", image_mode="square")
+    loaded = tiny_llava(template="v1", image_mode="square", seed=5)  # whose findings depend on the image
     save_model(loaded.model, loaded.processor, str(folder))
     return str(folder)
 
 
 def rows_of(checkpoint: str, capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
     """Return the JSON rows of `llava findings` with a real engine."""
-    findings.main([*words, "--model", checkpoint, "--device", "cpu", "--max-new-tokens", "5", "--json"])
+    findings.main([*words, "--model", checkpoint, "--device", "cpu", "--max-new-tokens", "8", "--json"])
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -203,18 +203,22 @@ def test_a_radiograph_of_pydicom_data(
 ) -> None:
     path = pydicom_file("RG3_UNCR.dcm")  # CR, AP, 1760 x 1760, 10 bits, inverted
     [row] = rows_of(checkpoint, capsys, path)
-    assert row["image"] == path and row["num_new_tokens"] == 5 and row["stop_reason"] == "length"
-    assert warnings_of(caplog) == [f"{path}: cut at --max-new-tokens 5"]
+    assert row["image"] == path and row["num_new_tokens"] == 8 and row["stop_reason"] == "length"
+    assert warnings_of(caplog) == [f"{path}: cut at --max-new-tokens 8"]
 
 
 def test_several_kinds_of_files_are_one_batch_with_the_findings_of_each(
     checkpoint: str, film: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    files = [film, pydicom_file("RG1_UNCR.dcm"), pydicom_file("CT_small.dcm"), pydicom_file("6154")]
+    wide = str(Path(film).with_name("wide.jpg"))
+    Image.new("L", (40, 20), 90).save(wide)
+    files = [film, wide, pydicom_file("RG1_UNCR.dcm"), pydicom_file("CT_small.dcm"), pydicom_file("6154")]
     together = rows_of(checkpoint, capsys, *files)
-    views, _ = warnings_of(caplog)
+    views, cut, _ = warnings_of(caplog)
+    assert cut == f"{wide} (50 %): cut by the center crop; findings there are not seen"
     assert "CT_small.dcm (modality CT)" in views and "6154 (view LL)" in views and "RG1" not in views
     assert [row["image"] for row in together] == files
+    assert len({row["findings"] for row in together}) > 2, "the images must have different findings"
     assert together == [row for file in files for row in rows_of(checkpoint, capsys, file)]
 
 
@@ -222,8 +226,10 @@ def test_sixteen_bits_are_read(checkpoint: str, tmp_path: Path, capsys: pytest.C
     levels = np.linspace(0, 65535, 56 * 56).reshape(56, 56)
     Image.fromarray(levels.astype(np.uint16)).save(tmp_path / "deep.png")
     Image.fromarray((levels / 257).round().astype(np.uint8)).save(tmp_path / "flat.png")
-    deep, flat = rows_of(checkpoint, capsys, str(tmp_path / "deep.png"), str(tmp_path / "flat.png"))
-    assert {**deep, "image": ""} == {**flat, "image": ""}
+    Image.new("L", (56, 56)).save(tmp_path / "black.png")
+    names = [str(tmp_path / name) for name in ("deep.png", "flat.png", "black.png")]
+    deep, flat, black = (row["findings"] for row in rows_of(checkpoint, capsys, *names))
+    assert deep == flat != black
 
 
 def test_a_missing_file_among_others(checkpoint: str, film: str, capsys: pytest.CaptureFixture[str]) -> None:
