@@ -29,6 +29,17 @@ from llava.utils.lookup import require
 MAX_ROW_BYTES = 512 * 1024 * 1024
 """Largest total size of the members of one row."""
 
+MAX_HEADER_BYTES = 1 << 20
+"""Largest size of a long name or of extended attributes."""
+
+MAX_MEMBER_BYTES = 1 << 32
+"""Largest size of any member, also of one that belongs to no row."""
+
+DESCRIBING = frozenset(
+    {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE}
+)
+"""Types of headers that describe the next member."""
+
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "tif", "tiff", "bmp", "gif", "webp", "jp2", "dcm", "pgm", "ppm"})
 
 CHUNK = 1 << 16
@@ -62,19 +73,27 @@ class _WholeHeaders(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """Read a header block; anything but a header or the end marker is an error."""
+        """Read a header block; anything but a header of bounded size or the end marker is an error."""
         try:
-            return super().frombuf(buf, encoding, errors)
+            header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             if not buf.strip(b"\0") and len(buf) == tarfile.BLOCKSIZE:  # the end marker
                 raise
             raise ValueError(f"expected a member or the end marker: {error}") from error
+        # The library reads a name or attributes at once; a small gzip file may expand to any size.
+        # It also reads on after the end of the file, for as many bytes as a header states.
+        most = MAX_HEADER_BYTES if header.type in DESCRIBING else MAX_MEMBER_BYTES
+        if not 0 <= header.size <= most:
+            raise ValueError(f"a header states {header.size} bytes; expected 0 to {most}")
+        return header
 
 
 def _files(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Yield key, extension and header of every member that may belong to a row."""
     while (member := archive.next()) is not None:
         cast(Any, archive).members.clear()  # the library keeps every header, and shards may have millions
+        if not 0 <= member.size <= MAX_MEMBER_BYTES:  # attributes may state another size than the header
+            raise ValueError(f"a member states {member.size} bytes; expected 0 to {MAX_MEMBER_BYTES}")
         folder, _, name = member.name.rpartition("/")
         if member.isfile() and not name.startswith("."):
             stem, _, extension = name.partition(".")

@@ -146,9 +146,11 @@ def _write(pieces: Iterator[bytes], target: Path) -> None:
     """Write a member under a temporary name and move it into place.
 
     Raises:
-        ArchiveError: a folder has the path of the member, or a file that of its folder.
+        ArchiveError: another member or a folder has the path of the member, or a file that of its folder.
         DataError: the file cannot be written.
     """
+    if os.path.lexists(target):
+        raise ArchiveError(f"two members have the path {target.name!r}", reason="unsafe_member")
     temporary = target.with_name(f".{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
