@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import torch
 
-from llava.errors import CheckpointError, ConfigError
+from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.model.anyres import use_policy
 from llava.model.builder import LoadedModel, build_model, finish_model, portable_path
 from llava.model.checkpoint.assemble import LoadOptions, check_report, quiet_transformers
@@ -28,7 +28,7 @@ from llava.model.checkpoint.load_hf_adapter import attach_hf_adapter, check_hf_a
 from llava.model.checkpoint.load_parts import load_adapter, load_projector
 from llava.model.checkpoint.plugged import check_plugins
 from llava.model.modeling import LlavaMedForConditionalGeneration
-from llava.model.multimodal_encoder.towers import UNREADABLE, first_line
+from llava.model.multimodal_encoder.towers import MALFORMED, UNREADABLE, first_line
 from llava.model.quantization import Quantization
 from llava.model.torch_files.archive import check_torch_weights
 from llava.processing import LlavaMedProcessor
@@ -110,10 +110,15 @@ def load_checkpoint(
     """
     checkpoint, quantization = open_checkpoint(path), Quantization(bits, double_quant, quant_type)
     check_parts(checkpoint, {"base": base, **foreign})
-    return _load(
-        checkpoint,
-        LoadOptions(base=base, dtype=dtype, device_map=device_map, quantization=quantization, merge=merge, **foreign),
+    options = LoadOptions(
+        base=base, dtype=dtype, device_map=device_map, quantization=quantization, merge=merge, **foreign
     )
+    try:
+        return _load(checkpoint, options)
+    except LlavaError:
+        raise
+    except MALFORMED as error:
+        raise CheckpointError(f"{path} cannot be loaded; its settings make no sense: {first_line(error)}") from error
 
 
 def _load(checkpoint: Checkpoint, options: LoadOptions, above: tuple[Path, ...] = ()) -> LoadedModel:

@@ -38,10 +38,13 @@ UNUSED_PARTS = ("pooler", "head.", "post_layernorm", "visual_projection", "posit
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
-UNREADABLE = (
-    OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError, StrictDataclassError,
-    pickle.UnpicklingError, ArithmeticError, AttributeError, IndexError, AssertionError, RecursionError,
+MALFORMED = (
+    ValueError, KeyError, TypeError, ArithmeticError, AttributeError, IndexError, AssertionError, RecursionError,
+    StrictDataclassError,
 )  # fmt: skip
+"""Exceptions of transformers for settings that make no sense."""
+
+UNREADABLE = (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError, *MALFORMED)
 """Exceptions of transformers for folders that are absent, incomplete or broken, or whose settings make no sense."""
 
 IMAGENET = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
