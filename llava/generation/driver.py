@@ -100,7 +100,7 @@ class Driver:
 
     @property
     def prefix_cache_bytes(self) -> int:
-        """Bytes of the keys and values that are kept of earlier prompts and answers."""
+        """Bytes of the cached keys and values of earlier prompts and answers."""
         return self.scheduler.prefix_cache_bytes
 
     def submit(

@@ -71,7 +71,7 @@ class SlotCache:
     """Keys and values of stems and slots, and the attention over both."""
 
     def __init__(self, *, max_slots: int, max_length: int, max_bytes: float = float("inf")) -> None:
-        """Start without memory; slots are allocated on demand, up to `max_slots` of `max_length` tokens.
+        """Create an empty cache; slots are allocated on demand, up to `max_slots` of `max_length` tokens.
 
         Near `max_bytes` no memory is allocated in advance; more is used only if the sequences themselves need more.
         """

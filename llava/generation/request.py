@@ -101,7 +101,7 @@ class Request:
         self.completion = Completion("", tuple(self.token_ids), "error", error=reason)
 
     def cancel(self) -> None:
-        """Mark as unwanted."""
+        """Mark the request as unwanted."""
         if not self.is_over:
             self.is_cancelled = True
             self.source.release()

@@ -96,7 +96,7 @@ class Controller:
                 await self.register(name, status, check_heart_beat=checks)
 
     async def poll(self, name: str) -> WorkerStatus | None:
-        """Return the status that a worker reports; None if it cannot be had."""
+        """Return the status that a worker reports; None if it cannot be obtained."""
         try:
             response = await self.http.post(f"{name}/worker_get_status", headers=self._headers(name))
             return WorkerStatus.of(response.json()) if response.status_code == 200 else None

@@ -104,7 +104,7 @@ def findings_prompt(image: Radiograph, reason: str | None) -> Prompt:
 
 
 def is_template(template: ConversationTemplate, name: str) -> bool:
-    """Return whether a template writes the text of the one with a name, under any name."""
+    """Return whether a template produces the same text as the one of the given name."""
     if template.name == name or name not in TEMPLATES:
         return template.name == name
     other = get_template(name)

@@ -52,7 +52,7 @@ LEFT = "client_left"
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What is known of a request for an answer: counts and names, never content.
+    """Record of a request for an answer: counts and names, never content.
 
     Attributes:
         code: `ok`, a code of an error, or `LEFT`.

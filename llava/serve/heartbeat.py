@@ -1,4 +1,4 @@
-"""Registration of a worker with its controller, in a task of its own: a dead controller slows nothing."""
+"""Registration of a worker with its controller, in a task that a dead controller cannot block."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ EXAMPLES = ("What does the image show?", "Is the image symmetric? Please answer 
 
 @dataclass
 class PageServer:
-    """What all sessions of the page share.
+    """State shared by all sessions of the page.
 
     Attributes:
         url: URL of the controller.

@@ -78,7 +78,7 @@ class PageImage:
 
     @property
     def is_new(self) -> bool:
-        """Whether the model has not seen it with this window and frame."""
+        """Whether this image has not been sent with the current window and frame."""
         return self.asked != (self.window, self.frame)
 
     def shown_image(self) -> Image.Image:

@@ -98,7 +98,7 @@ Content = Annotated[Annotated[Text, Tag(AS_TEXT)] | Parts, Discriminator(_kind_o
 
 
 class ChatMessage(_Strict):
-    """ChatMessage of a chat."""
+    """Message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content

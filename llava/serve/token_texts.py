@@ -19,7 +19,7 @@ class TokenTexts:
     """Texts of the tokens of one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Use a tokenizer of transformers."""
+        """Create the texts of a transformers tokenizer."""
         self.tokenizer = tokenizer
         self.text_of = lru_cache(maxsize=1 << 16)(self._text_of)
 

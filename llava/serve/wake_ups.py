@@ -16,7 +16,7 @@ class WakeUps:
     # thread, which computes the next step, as many times.
 
     def __init__(self) -> None:
-        """Start without events."""
+        """Create an empty set of events."""
         self._lock = threading.Lock()
         self._pending: list[asyncio.Event] = []
 

@@ -20,7 +20,7 @@ MAX_CREDIT = 0.5
 
 @dataclass(slots=True)
 class Findings:
-    """Result of a check: name, numbers of assignments and of valid paths, and what is wrong."""
+    """Result of a check: name, numbers of assignments and of valid paths, and its problems."""
 
     id: str = ""
     assignments: int = 0

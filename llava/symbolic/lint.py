@@ -136,7 +136,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print what each policy earns.
+    """Print the reward of each policy.
 
     Raises:
         SystemExit: status 1 if a policy earns more than the half-right one, balanced.

@@ -38,7 +38,7 @@ HASH = re.compile("[0-9a-f]{40,64}")
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What the folder of a training run says about it.
+    """Facts in the folder of a training run.
 
     Attributes:
         name: name of the run on the page.
@@ -56,7 +56,7 @@ class RunRecord:
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
-    """Return what the folder of a run says.
+    """Return the facts in the folder of a run.
 
     Raises:
         DataError: it is not the output folder of a training run.

@@ -24,7 +24,7 @@ ROWS_SUFFIXES = (".json", ".jsonl")
 
 
 def next_commands(folder: Path) -> list[str]:
-    """Return the commands that a user of the finished run in `folder` gives next.
+    """Return suggested next commands for the finished run in `folder`.
 
     A path that the run does not know stands in capitals: `IMAGE`, `HELD_OUT.json`, `TRAIN.json`.
     """

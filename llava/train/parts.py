@@ -15,7 +15,7 @@ from llava.train.specs import PartsSpec
 
 
 def freeze_and_adapt(loaded: LoadedModel, spec: PartsSpec, *, folder: Path) -> tuple[nn.Module, Kind]:
-    """Add the adapters and freeze what is not trained.
+    """Add the adapters and freeze the parts that are not trained.
 
     Args:
         loaded: the model.

@@ -135,7 +135,7 @@ def resolved_text(parsed: Parsed, given: Mapping[str, Any]) -> str:
 
 
 def is_finished(args: LlavaTrainingArguments, provenance: Mapping[str, Any], *, total_steps: int) -> bool:
-    """Return whether the same run has ended in the output folder, and say so."""
+    """Return whether the same run has ended in the output folder; log it if so."""
     patience = args.early_stopping_patience
     step = checkpointing.finished_step(args.resume_spec(), provenance, total_steps=total_steps, patience=patience)
     if step is not None:

@@ -357,7 +357,7 @@ def _end(error: BaseException, message: str, *, status: int = 2) -> NoReturn:
 
 
 def _drop_output() -> None:
-    """Let nothing be written to standard output any more."""
+    """Discard all further writes to standard output."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

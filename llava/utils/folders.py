@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, written by one process at a time.
+"""Atomically created folders, written by one process at a time.
 
 .NAME-abcd1234/NAME  --renamed when complete-->  NAME      (a killed process leaves the first; the next removes it)
 """

@@ -1,4 +1,4 @@
-"""Scan of the images that the rows name: each is opened once, decoded and hashed.
+"""Scan of the images that the rows name: each image is opened, decoded and hashed once.
 
     names of both files --each once--> threads: read, decode, hash --> flat arrays, 45 bytes per image
 

@@ -27,7 +27,7 @@ class TextLengths:
         self.words: dict[str, Counter[int]] = {name: Counter() for name in SIDES.values()}
 
     def add(self, conversation: Conversation) -> None:
-        """Count the turns of a conversation; image placeholders are no words."""
+        """Count the turns of a conversation; image placeholders do not count as words."""
         for turn in conversation.turns:
             if name := SIDES.get(turn.role):
                 self.words[name][min(len(turn.text.replace(IMAGE_TOKEN, " ").split()), MOST)] += 1

@@ -55,7 +55,7 @@ def public_command(command: str) -> str:
 
 
 def public_run(record: Mapping[str, Any], name: str) -> Run:
-    """Return what the provenance of a run tells others.
+    """Return the fields of a run's provenance that may be shared.
 
     Args:
         record: `provenance.json`.

@@ -152,7 +152,7 @@ class PolicyLoss:
 
 
 def at_targets(outputs: Tensor, batch: FlatBatch) -> Tensor:
-    """Return what a model gave for each target, [M, ...], from its outputs for a row."""
+    """Return a model's values for each target, [M, ...], from its outputs for a row."""
     return outputs.flatten(0, 1)[batch.predictor] if batch.layout == "padded" else outputs[0]
 
 

@@ -44,7 +44,7 @@ class RolloutCase:
 
 @dataclass(frozen=True, slots=True)
 class AskedCase:
-    """What is asked about a case; all dialogues of a group are asked the same.
+    """Questions about a case, the same for all dialogues of a group.
 
     Attributes:
         case: the case.
@@ -154,7 +154,7 @@ def _check_dialogue(case: RolloutCase, rules: RuleSet) -> None:
 
 
 def interview(case: RolloutCase, rules: RuleSet, *, seed: int, styles: Sequence[str] = ()) -> AskedCase:
-    """Return what is asked about a case.
+    """Return the questions about a case.
 
     Args:
         case: the case.

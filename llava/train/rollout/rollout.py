@@ -176,7 +176,7 @@ class Roller:
         )
 
     def _score(self, episodes: Sequence[RolloutEpisode], sequences: Sequence[Encoded]) -> None:
-        """Add what is needed of the models before the update."""
+        """Add the log-probabilities and values that the update needs."""
         scorer, spec = self.scorer, self.spec
         if spec.engine is not None:
             for episode in episodes:
