@@ -123,7 +123,10 @@ SOFT_MENTIONS: dict[str, tuple[Entry, ...]] = {
 
 NOT_MENTIONS: dict[str, tuple[Entry, ...]] = {
     "Lung Opacity": (
-        *entries(r"nodular opacit\w+", r"pleural (?:\w+ )?scar\w*"),
+        *entries(
+            r"nodular opacit\w+",
+            r"pleur(?:al|o)(?:[/\s-]*(?:and )?parenchymal)? (?:\w+ )?scar\w*",
+        ),
         Entry(r"opacif\w+ of the (?:sinus|mastoid)\w*", "not in the chest"),
         Entry(r"radio ?opaque|opaque foreign", "said of objects"),
         Entry(r"surgical scars?|skin scars?", "not in the lung"),

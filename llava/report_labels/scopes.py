@@ -121,6 +121,11 @@ _HIDDEN = re.compile(  # what could be hidden, up to the next statement
     r"|(?:,|\band)\s+(?:\w+\s+){1,4}(?:is|are|was|were|has|have|remains?)\b)[^;])*"
 )
 
+_MISSED = re.compile(  # `small nodules may be missed`
+    r"(?:\b(?!(?:but|however|although|though|while|and|with|is|are)\b)[\w-]+\s+){1,4}(?:could|may|might|can|would)"
+    r"\s+(?:easily\s+)?be\s+(?:missed|overlooked|obscured|hidden|masked|occult)\b"
+)
+
 
 def findings_parts(text: str) -> Iterator[tuple[int, int]]:
     """Yield start and end of the parts of a report without indication, history, technique and comparison."""
@@ -139,6 +144,8 @@ def condition_spans(sentence: str) -> list[tuple[int, int]]:
     found = [match.span() for match in _CONDITION.finditer(sentence)] if "if " in sentence else []
     if any(word in sentence for word in (" obscure", " hide", " mask")):
         found += [match.span() for match in _HIDDEN.finditer(sentence)]
+    if " be " in sentence:
+        found += [match.span() for match in _MISSED.finditer(sentence)]
     return found
 
 
