@@ -59,7 +59,8 @@ CUES: dict[str, tuple[Entry, ...]] = {
     "uncertain_before": (
         *entries(
             rf"(?:may|might|could)(?! (?:also |again )?(?:be (?:\w+ )?{_SEEN}|"
-            r"be (?:obtained|performed|done|helpful|useful|missed|overlooked|hidden|masked)|(?:co)?exist|persist|remain))",
+            r"be (?:obtained|performed|done|helpful|useful|missed|overlooked|hidden|masked)|"
+            r"(?:co)?exist|persist|remain))",
             r"possibly|probably|perhaps",
             r"(?:suspicious|concerning|worrisome|suggestive) (?:for|of)",
             r"(?:cannot|can ?not|not)(?: be)?(?: \w+){0,2} exclude",
