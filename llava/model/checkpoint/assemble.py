@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,6 +130,10 @@ def _mean(table: Tensor) -> Tensor:
     return (total / len(table)).to(table.dtype)
 
 
+SPARE_WEIGHTS = 100_000_000
+"""Weights that a configuration may describe beyond four times those in the files, before the two are compared."""
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Suppress transformers' table of missing weights; what matters of it is raised as an error here."""
@@ -138,6 +143,26 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(before)
+
+
+def check_room(config: LlavaMedConfig, num_stored: int, name: str) -> None:
+    """Check that a model is not far larger than its files, before memory is taken for it.
+
+    Args:
+        config: its configuration.
+        num_stored: elements of all tensors in the files.
+        name: name of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: the configuration describes far more weights.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = LlavaMedForConditionalGeneration(copy.deepcopy(config))
+    needed = sum(weight.numel() for weight in model.parameters())
+    if needed > 4 * num_stored + SPARE_WEIGHTS:
+        raise CheckpointError(
+            f"{name} does not fit its configuration, which describes {needed:,} weights; the files hold {num_stored:,}"
+        )
 
 
 def model_from_state(
@@ -154,6 +179,7 @@ def model_from_state(
     dtype = state[EMBEDDINGS].dtype if options.dtype == "auto" else options.dtype
     quantization = options.quantization.config(dtype)
     try:
+        check_room(config, sum(tensor.numel() for tensor in state.values()), name)
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(0)  # for parts that no file holds and nothing reads (a pooler)
             model, report = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(
@@ -166,6 +192,8 @@ def model_from_state(
                 ignore_mismatched_sizes=True,  # they are rejected below, by name
                 output_loading_info=True,
             )
+    except CheckpointError:
+        raise
     except UNREADABLE as error:
         raise CheckpointError(f"{name} cannot be loaded: {first_line(error)}") from error
     check_report(report, name)

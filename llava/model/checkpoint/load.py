@@ -8,6 +8,7 @@ others       the legacy formats (`legacy.load`), transformers' Llava (`load_hf`)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,8 @@ import torch
 from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.model.anyres import use_policy
 from llava.model.builder import LoadedModel, build_model, finish_model, portable_path
-from llava.model.checkpoint.assemble import LoadOptions, check_report, quiet_transformers
+from llava.model.checkpoint.assemble import LoadOptions, check_report, check_room, quiet_transformers
+from llava.model.checkpoint.files.shards import list_tensors
 from llava.model.checkpoint.formats import KINDS, ORIGIN_FILE, OUR_KINDS, OUR_TYPE, Checkpoint, Kind, read_json
 from llava.model.checkpoint.hub import is_hub_name, local_folder
 from llava.model.checkpoint.legacy.load import load_legacy
@@ -27,6 +29,7 @@ from llava.model.checkpoint.load_hf import load_hf
 from llava.model.checkpoint.load_hf_adapter import attach_hf_adapter, check_hf_adapter, merge_hf_adapter
 from llava.model.checkpoint.load_parts import load_adapter, load_projector
 from llava.model.checkpoint.plugged import check_plugins
+from llava.model.config import LlavaMedConfig
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import MALFORMED, UNREADABLE, first_line
 from llava.model.quantization import Quantization
@@ -217,6 +220,8 @@ def _load_model(path: Path, options: LoadOptions) -> LoadedModel:
     compute = options.dtype if isinstance(options.dtype, torch.dtype) else torch.float32
     check_torch_weights(path)
     try:
+        num_stored = sum(math.prod(entry.shape) for entry in list_tensors(path).values())
+        check_room(LlavaMedConfig.from_pretrained(path), num_stored, str(path))
         with quiet_transformers():
             model, report = cast(Any, LlavaMedForConditionalGeneration).from_pretrained(
                 path,
@@ -226,6 +231,8 @@ def _load_model(path: Path, options: LoadOptions) -> LoadedModel:
                 ignore_mismatched_sizes=True,  # they are rejected below, by name
                 output_loading_info=True,
             )
+    except CheckpointError:
+        raise
     except UNREADABLE as error:
         raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
     check_report(report, str(path))

@@ -1,0 +1,149 @@
+"""Sizes of a configuration: what no model can have ends in one line that names the key, before memory follows it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from llava.cli import main
+from llava.errors import CheckpointError, LlavaError
+from llava.model.checkpoint.export_hf import export_hf
+from llava.model.checkpoint.formats import Checkpoint
+from llava.model.checkpoint.load import load_checkpoint
+from llava.model.checkpoint.save import save_model
+from llava.model.config_sizes import check_sizes
+from llava.model.language_models import language_config
+from llava.model.multimodal_encoder.towers import load_tower
+from tests.support.legacy_folders import write_legacy
+from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
+
+BAD: list[Any] = [10**9, 10**18, -1, 1.5, True, "32", float("nan"), float("inf"), [[32]]]
+KEYS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"]
+TOWER_KEYS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "num_channels"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    loaded = tiny_llava(projector_type="mlp2x_gelu")
+    save_model(loaded.model, loaded.processor, root / "ours")
+    export_hf(loaded, root / "hf")
+    return {"ours": root / "ours", "hf": root / "hf", "legacy": write_legacy(root)}
+
+
+def changed(folder: Path, target: Path, place: list[str], value: Any) -> Path:
+    shutil.copytree(folder, target)
+    config = json.loads((folder / "config.json").read_text())
+    part = config
+    for name in place[:-1]:
+        part = part[name]
+    part[place[-1]] = value
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+PLACES = [
+    *((kind, ["text_config", key]) for kind in ("ours", "hf") for key in KEYS),
+    *((kind, ["vision_config", key]) for kind in ("ours", "hf") for key in TOWER_KEYS),
+    *(("legacy", [key]) for key in KEYS),
+]
+
+
+@pytest.mark.parametrize(("kind", "place"), PLACES)
+def test_a_size_that_no_model_has_is_named(
+    tmp_path: Path, folders: dict[str, Path], kind: str, place: list[str]
+) -> None:
+    for number, value in enumerate(BAD):
+        folder = changed(folders[kind], tmp_path / str(number), place, value)
+        tracemalloc.start()
+        with pytest.raises(CheckpointError, match=rf"config\.json: {'.'.join(place)} is .*; expected ") as caught:
+            Checkpoint.open(folder)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1 << 22 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["inspect", "doctor"])
+def test_the_commands_end_in_one_line(
+    tmp_path: Path, folders: dict[str, Path], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = changed(folders["ours"], tmp_path / "bad", ["text_config", "num_hidden_layers"], 10**9)
+    with pytest.raises(SystemExit) as ended:
+        main(["checkpoint", command, str(folder)])
+    assert ended.value.code in {1, 2}
+    found = capsys.readouterr()
+    assert (
+        "text_config.num_hidden_layers is '1000000000'; expected a whole number from 1 to 10000"
+        in found.out + found.err
+    )
+
+
+SENSELESS = [
+    *([part, key] for part in ("text_config", "vision_config") for key in ("num_attention_heads", "hidden_size")),
+    ["text_config", "num_key_value_heads"], ["text_config", "head_dim"], ["vision_config", "patch_size"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["ours", "hf"])
+@pytest.mark.parametrize("value", [0, 7, 999_999])
+@pytest.mark.parametrize("place", SENSELESS, ids=".".join)
+def test_sizes_that_do_not_fit_each_other_or_the_weights_are_one_line(
+    tmp_path: Path, folders: dict[str, Path], kind: str, place: list[str], value: int
+) -> None:
+    folder = changed(folders[kind], tmp_path / "bad", place, value)
+    with pytest.raises(LlavaError) as caught:
+        load_checkpoint(folder)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("place", [["image_token_index"], ["vision_feature_layer"], ["text_config"], ["vision_config"]])
+@pytest.mark.parametrize("value", [1.5, "x", {"a": 1}, True])
+@pytest.mark.parametrize("kind", ["ours", "hf"])
+def test_values_of_another_type_are_one_line(
+    tmp_path: Path, folders: dict[str, Path], kind: str, place: list[str], value: Any
+) -> None:
+    config = json.loads((folders[kind] / "config.json").read_text())
+    place = ["image_token_id"] if place == ["image_token_index"] and "image_token_id" in config else place
+    folder = changed(folders[kind], tmp_path / "bad", place, copy.deepcopy(value))
+    with pytest.raises(LlavaError):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_parts_of_a_new_model_are_checked(tmp_path: Path, value: Any) -> None:
+    lm = changed(write_tiny_lm(tmp_path / "lm"), tmp_path / "bad lm", ["num_hidden_layers"], value)
+    tower = changed(write_tiny_tower(tmp_path / "tower"), tmp_path / "bad tower", ["num_hidden_layers"], value)
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is .*; expected a whole number from 1 to 10000"):
+        language_config(str(lm))
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is .*; expected a whole number from 1 to 10000"):
+        load_tower(str(tower), dtype=None)  # type: ignore[arg-type]
+
+
+def test_a_deep_configuration_is_one_line(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    for _ in range(200):
+        content = {"a": content}
+    with pytest.raises(CheckpointError, match="nested more than 100 levels"):
+        check_sizes(content, tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        Checkpoint.open(tmp_path)
+
+
+def test_every_configuration_of_the_library_is_within_the_bounds() -> None:
+    num_checked = 0
+    for name, kind in CONFIG_MAPPING.items():
+        try:
+            content = kind().to_dict()
+        except Exception:  # some have no defaults
+            continue
+        check_sizes(content, Path(name))
+        num_checked += 1
+    assert num_checked > 300
