@@ -232,10 +232,10 @@ def test_scores_are_local(both: Pair) -> None:
 @pytest.mark.parametrize(
     ("answers", "reason"),
     [
-        (((300_000,),), "cannot write"),
+        (((300_000,),), "cannot generate"),
         (((7,) * 5000,), "answers so far have"),
         (((),), "no tokens"),
-        (((7,), (7,)), "end so"),
+        (((7,), (7,)), "does not end with them"),
     ],
 )
 def test_ids_that_the_model_cannot_have_written_are_refused(
@@ -251,4 +251,4 @@ def test_an_image_placeholder_among_the_ids_is_refused(both: Pair) -> None:
     turns = (Turn("human", "A"), Turn("gpt", ""), Turn("human", "B"))
     ids = (both[0].processor.image_token_id,)
     completion = both[0].submit(Prompt(Conversation(turns), history=History((ids,))), Sampling()).completions()[0]
-    assert "cannot write" in (completion.error or "")
+    assert "cannot generate" in (completion.error or "")

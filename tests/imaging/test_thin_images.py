@@ -137,19 +137,19 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 from llava.imaging.decode import DecodedImage
 from llava.imaging.image_processor import FastPreprocessor, fit_decoded
-path = FastPreprocessor.of(CLIPImageProcessorPil(size={{"shortest_edge": 336}}, crop_size=336))
-def peak(size):
+path = FastPreprocessor.of(CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=336))
+def peak(mode, size):
     opened = DecodedImage(Image.new("L", size), size)
-    image, whole, box = fit_decoded(opened, "{mode}", size=(336, 336), fill=(0, 0, 0), path=path)
+    image, whole, box = fit_decoded(opened, mode, size=(336, 336), fill=(0, 0, 0), path=path)
     path.pixels(image, size=whole, box=box)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak((30, 40))
-print((peak(({size})) - before) // 1024)
+before = peak("pad", (30, 40))
+for mode, size in (("square", (1, 600_000)), ("pad", (1, 60_000))):
+    print((peak(mode, size) - before) // 1024)
 """
 
 
-@pytest.mark.parametrize(("mode", "size"), [("square", "1, 600000"), ("pad", "1, 60000")])
-def test_memory_is_bounded(mode: str, size: str) -> None:
-    command = [sys.executable, "-c", MEASURED.format(mode=mode, size=size)]
+def test_memory_is_bounded() -> None:
+    command = [sys.executable, "-c", MEASURED]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=900)
-    assert int(done.stdout) < 200
+    assert max(map(int, done.stdout.split())) < 200  # MiB more than for a small image

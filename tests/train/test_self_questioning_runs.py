@@ -102,7 +102,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         ({"version": "v1"}, r"--sq-r 0.5: template v1 has no header"),
         ({"feature_cache_dir": "cache"}, r"--feature-cache-dir needs a frozen vision tower"),
         ({"unfreeze_mm_vision_tower": True}, "set one of them"),
-        ({"sq_r": 1.5}, "expected a share from 0 to 1"),
+        ({"sq_r": 1.5}, "expected a number from 0 to 1"),
     ],
 )
 def test_what_is_refused(
