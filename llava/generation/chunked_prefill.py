@@ -44,7 +44,7 @@ LOOKAHEAD = 64
 MIN_CHUNK = 16
 """Tokens per piece when memory is short."""
 
-MANY = 2
+MANY = 4
 """Ratio of new prompts to running answers above which all prompts are prefilled first."""
 
 LONGEST_PAUSE = 0.5
