@@ -223,9 +223,8 @@ class ChunkedScheduler(Scheduler):
 
     def _choose_pace(self) -> None:
         """Record whether running answers would wait too long for the whole next piece, and whether any wait."""
-        num_streams = sum(
-            len(request.token_ids) > 1 for request in self.running
-        )  # prefilling a prompt yields one token
+        # Prefilling a prompt yields one token.
+        num_streams = sum(len(request.token_ids) > 1 for request in self.running)
         num_new = len(self.waiting) + len(self.jobs)
         is_on_cpu = self.runner.model.device.type == "cpu"  # a GPU prefills a piece in the time of a decoding step
         self._reads_all = is_on_cpu and num_new > 0 and (self._reads_all or num_new > MANY * num_streams)

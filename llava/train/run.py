@@ -344,9 +344,8 @@ def make_validation(
     answers = HeldOutAnswers(
         held_out.samples,
         loaded.processor,
-        image_folder=None
-        if held_out.shares is not None
-        else spec.image_folder,  # image names of a mixture are full paths
+        # Image names of a mixture are full paths.
+        image_folder=None if held_out.shares is not None else spec.image_folder,
         num_rows=args.eval_answers,
         layout=layout,
         max_length=args.model_max_length,

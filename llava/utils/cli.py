@@ -181,9 +181,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         is_silent = action.default is None or action.default is False or action.default in ("", [], ())
         if is_silent or not isinstance(action.default, list | tuple):
             return action.help if is_silent else super()._get_help_string(action)
-        shown = " ".join(map(str, action.default)).replace(
-            "%", "%%"
-        )  # as typed on a command line, not as a Python literal
+        # As typed on a command line, not as a Python literal.
+        shown = " ".join(map(str, action.default)).replace("%", "%%")
         return f"{action.help} (default: {shown})"
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:

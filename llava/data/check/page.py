@@ -116,9 +116,8 @@ def _case(report: CheckReport, finding: CheckFinding) -> dict[str, Any]:
     scan, places = report.image_scan, finding.images[:MAX_SHOWN]
     return {
         "images": [
-            html_thumbnail(
-                scan.name(place), partial(decode.load_image, root=scan.root(place))
-            )  # opened images have a root
+            # Opened images have a root.
+            html_thumbnail(scan.name(place), partial(decode.load_image, root=scan.root(place)))
             for place in places
         ],
         "names": ", ".join(map(scan.name, places)),

@@ -180,9 +180,8 @@ def _cider(
     for side, grams in enumerate((one, other)):
         for gram, count in grams.items():
             norms[side, len(gram) - 1] += (count * weights.get(gram, num)) ** 2
-            lengths[side] += (
-                count if len(gram) == 2 else 0
-            )  # the published code uses the number of bigrams as the length
+            # The published code uses the number of bigrams as the length.
+            lengths[side] += count if len(gram) == 2 else 0
     similar = np.zeros(MAX_ORDER)
     for gram, count in one.items():
         if gram in other:
