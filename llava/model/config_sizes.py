@@ -60,8 +60,9 @@ def _size_problem(key: str, value: Any) -> str | None:
         return None
     if key in NUMBERS:
         return None if is_number and math.isfinite(value) else "a finite number"
-    is_size = is_number and (0 if key in MAY_BE_ZERO else 1) <= value <= SIZES[key] and value == int(value)
-    return None if is_size else f"a whole number from 1 to {SIZES[key]}"
+    least = 0 if key in MAY_BE_ZERO else 1
+    is_size = is_number and least <= value <= SIZES[key] and value == int(value)
+    return None if is_size else f"a whole number from {least} to {SIZES[key]}"
 
 
 def json_settings(file: Path) -> Any:
