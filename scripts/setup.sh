@@ -44,6 +44,22 @@ check_python() {
     }
 }
 
+# Where PYTHONDONTWRITEBYTECODE is set, as in many containers, Python would compile torch and transformers again at each
+# start of a command, about 7 seconds. What the commands import is compiled once instead, without their optional parts.
+compile_imports() {
+    echo "setup: compiling what is imported, since PYTHONDONTWRITEBYTECODE is set"
+    PYTHONDONTWRITEBYTECODE="" HF_HUB_OFFLINE=1 "${python}" -P - 2>/dev/null <<'PYTHON'
+import importlib, pkgutil
+import llava
+for module in pkgutil.walk_packages(llava.__path__, "llava."):
+    try:
+        importlib.import_module(module.name)
+    except ImportError:
+        pass
+from transformers import CLIPVisionModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
+PYTHON
+}
+
 if is_done "${extras}"; then
     exit 0
 fi
@@ -55,7 +71,7 @@ if [ ! -x "${python}" ]; then
     python3 -m venv "${venv}"
 fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-# Nothing is compiled here: Python compiles what is imported, which is a small part of the packages.
+# Nothing is compiled here: Python compiles what is imported at its first use, which is a small part of the packages.
 # torch first and alone in its own words: any later package must accept the pinned version instead of replacing it.
 echo "setup: installing llava[${extras}] with the versions of constraints.txt (a few minutes the first time)"
 "${python}" -m pip install --quiet --no-compile --constraint constraints.txt "torch==2.13.0" --editable ".[${extras}]"
@@ -72,6 +88,7 @@ esac
 case ",${extras}," in
 *,rad,*) "${python}" -m pip install --quiet --no-compile --no-deps "${rad[@]}" ;;
 esac
+[ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile_imports
 fingerprint "${extras}" | sha256sum | cut -d' ' -f1 >"${venv}/.stamp-${extras}.partial"
 mv "${venv}/.stamp-${extras}.partial" "${venv}/.stamp-${extras}"
 echo "setup: done in $(($(date +%s) - start)) s"
