@@ -160,7 +160,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "instruct generate": Command(
         "llava.instruct.generate:main",
-        "generate dialogues about figures from their captions with a language model; resumes after a stop",
+        "write dialogues about figures from their captions with a language model; resumes after a stop",
         "llava instruct generate --input-path captions.json --output-path gen.jsonl --use-inline-mentions --dry-run",
     ),
     "instruct postprocess": Command(

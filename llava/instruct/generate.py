@@ -164,6 +164,16 @@ example:
 exit status: 0 all rows are answered; 1 some are not (see NAME.failed.jsonl, or the limits); 2 cannot start or continue
 """
 
+FIRST_HELP = {
+    "dialogues": ["--input-path", "--output-path", "--use-inline-mentions", "--max-size", "--temperature"],
+    "runs": ["--dry-run", "--show-prompts", "--batch-size", "--retry-failed", "--skip-bad"],
+    "budget of all runs with the same output file": [
+        "--max-total-tokens", "--max-cost", "--price-prompt", "--price-answer",
+    ],
+    "endpoint": ["--model", "--api-type", "--api-base", "--api-key-env"],
+}  # fmt: skip
+"""Options of the short help by topic."""
+
 
 def make_parser(prog: str = "llava instruct generate") -> Parser:
     """Return the parser; the published script has the name `instruct_generate.py`."""
@@ -192,6 +202,7 @@ def make_parser(prog: str = "llava instruct generate") -> Parser:
     budget.add_argument("--price-prompt", type=float, help="price of a million prompt tokens, in any currency")
     budget.add_argument("--price-answer", type=float, help="price of a million answer tokens")
     add_api_flags(parser)
+    parser.show_first(FIRST_HELP)
     return parser
 
 

@@ -181,6 +181,14 @@ example:
 exit status: 0 no image is missing, except those no longer offered; 1 images are missing; 2 cannot start
 """
 
+FIRST_HELP = {
+    "images": ["--input-path", "--only", "--max-images", "--images-output-path", "--filter-json", "--missing"],
+    "runs": ["--retry-missing", "--strict", "--remove-pmc", "--cpus"],
+    "sources (any of these flags replaces all default sources)": ["--mirror-dir", "--pmc-base", "--figure-base"],
+    "network": ["--rate", "--max-attempts", "--user-agent"],
+}
+"""Options of the short help by topic."""
+
 
 def make_parser(prog: str = "llava data images") -> Parser:
     """Return the parser; the published script has the name `download_images.py`."""
@@ -230,6 +238,7 @@ def make_parser(prog: str = "llava data images") -> Parser:
     limits.add_argument("--max-unpacked", type=int, default=standard.max_unpacked, help="unpacked size in bytes")
     limits.add_argument("--max-ratio", type=float, default=standard.max_ratio, help="ratio of unpacked to packed bytes")
     add_network_options(parser)
+    parser.show_first(FIRST_HELP)
     return parser
 
 

@@ -48,6 +48,15 @@ REVIEWS = "gpt4_text*.jsonl"
 """Pattern of the review files in that folder."""
 
 
+FIRST_HELP = {
+    "files": ["--question-file", "--answers-file", "--scores-file"],
+    "judge": ["--model", "--api-type", "--api-base", "--api-key-env", "--temperature", "--swap-order"],
+    "requests": ["--dry-run", "--offline", "--store", "--max-concurrency"],
+    "scores": ["--domains", "--num-resamples", "--out"],
+}
+"""Options of the short help of the judging command by topic."""
+
+
 def _add_published_options(parser: Parser) -> None:
     parser.add_argument("--compat", default="none", metavar="LIST", help=compat_help("judge"))
     parser.add_argument("--release", choices=list(REPLY_KEYS), default="none", help="alias of --compat RELEASE")
@@ -95,6 +104,7 @@ def _score_parser() -> Parser:
     add_api_flags(parser)
     _add_published_options(parser)
     _add_summary_options(parser)
+    parser.show_first(FIRST_HELP)
     return parser
 
 
