@@ -70,7 +70,7 @@ CUES: dict[str, tuple[Entry, ...]] = {
         ),
         Entry(r"(?:less )?likely(?! ?(?:[.;:)]|$))|presumably|potentially|conceivably|suggestion of", _GENERAL),
         Entry(r"(?:concern|suspicion|suspect\w*|worry) (?:for|of)|concern\w* about", _GENERAL),
-        Entry(r"evaluat\w+ (?:for|of)|rule out|exclude", _GENERAL),
+        Entry(r"evaluat\w+ (?:for|of)|rule out|exclude|exclusion of", _GENERAL),
         Entry(r"(?:difficult|hard|impossible|unable) to (?:\w+ )?(?:exclude|rule out)", _GENERAL),
         Entry(r"differential(?: \w+){0,2} (?:includes?|is|are|considerations?)|versus|vs", _GENERAL),
         Entry(

@@ -30,7 +30,7 @@ from llava.report_labels.scopes import Scopes, condition_spans, findings_parts, 
 OTHER = "Other"
 """Evidence of an abnormality that none of the 14 findings covers."""
 
-RULES_VERSION = "5"
+RULES_VERSION = "6"
 """Version of tables and rules, for results."""
 
 _RANK = {POSITIVE: 3, UNCERTAIN: 2, NEGATIVE: 1}

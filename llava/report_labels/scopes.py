@@ -60,7 +60,7 @@ _ITEM = re.compile(  # an item that is stated, after a list that is denied
 _AND_ITEM = re.compile(  # the same after `and`; a doubt reaches through it: `likely atelectasis and small effusion`
     r"\band\s+(?:a\s+)?(?:stable|unchanged|persistent|mild\w*|small|minimal\w*)\b(?![^.]*\bor\b)"
 )
-_LIST = re.compile(r"[^,]*(?:,[^,]*)*,?\s*\b(?:or|and|nor)\b[^,]*")
+_LIST = re.compile(r"[^,]*(?:,[^,]*)*,?\s*\b(?:or|and|nor)\b[^,]*(?:\b(?:both|others?),\s*)?")
 _JOINED = re.compile(r"^[^,;:]{0,40}?(?:\band/or\b|\bor\b|\bversus\b|\bvs\b\.?)[^,;:]{0,40}$")
 _VERB = re.compile(r"\b(?:is|are|was|were|has|have|may|could|might|appears?|represents?|with|without|no|which)\b")
 _VERSUS_AFTER = re.compile(r"^(?P<between>[^,;:.]{0,40}?)\b(?:versus|vs)\b")
@@ -81,7 +81,7 @@ _AND = re.compile(r"\band\b(?!/or)")
 _VERSUS_BEFORE = re.compile(r"\b(?:versus|vs)\b\W+(?:\w+\W+){0,3}$")
 _TERMS = (
     r"(?:scar\w*|thickening|granuloma\w*|artifact\w*|shadows?|overlap\w*|crowding|summation|confluence|vessels?|nipples?|"
-    r"aspiration|hemorrhage|contusion|fat|process|etiology|pericardial effusions?)\b"
+    r"aspiration|hemorrhage|contusion|fat|process|etiology|pericardial effusions?|both)\b"
 )
 _TERM_AFTER = re.compile(
     rf"^(?P<between>[\s/-]*(?:[\w-]+\s+){{0,3}}?)(?:and/or|or),?\s+(?:less\s+\w+,?\s+)?(?:[\w-]+\s+){{0,3}}?{_TERMS}"
