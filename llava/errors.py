@@ -6,6 +6,11 @@ A message names the subject, the fact, the expected value and the fix. `llava.ut
 
 from __future__ import annotations
 
+WRONG_SETTINGS = (
+    ValueError, KeyError, TypeError, ArithmeticError, AttributeError, IndexError, AssertionError, RecursionError,
+)  # fmt: skip
+"""Exceptions that libraries raise for settings that make no sense."""
+
 
 class LlavaError(Exception):
     """Base class of all errors that this package raises."""

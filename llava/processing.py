@@ -20,10 +20,10 @@ from typing import Any, Literal, cast
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, PROCESSOR_FILE
-from llava.errors import CheckpointError, ConfigError
+from llava.errors import WRONG_SETTINGS, CheckpointError, ConfigError
 from llava.imaging.anyres import ANYRES, KEEP, VARIABLE_MODES, ImageGrid, Size, parse_pinpoints
 from llava.imaging.decode import DECODE_VERSION, DecodedImage, decode_image
 from llava.imaging.dicom.policy import DicomPolicy
@@ -38,7 +38,8 @@ from llava.imaging.image_processor import (
 )
 from llava.imaging.jpeg import JPEG_SCALE_VERSION, choose_scale
 from llava.jinja_template import JinjaTemplate, Template, find_template
-from llava.tokenization import PrefixMark, TextTokenizer, token_id
+from llava.tokenization import PrefixMark, TextTokenizer, read_tokenizer, token_id
+from llava.utils.faults import start_of
 from llava.utils.jsonl import write_json
 from llava.utils.lookup import lookup
 from llava.utils.plugins import check_plugin_record, plugin_record
@@ -379,12 +380,11 @@ class LlavaMedProcessor:
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
             check_plugin_record(settings, subject=f"{path}: its template")
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            has_images = (Path(path) / IMAGE_PROCESSOR_FILE).is_file()
-            image_processor = load_image_processor(path) if has_images else None
+            tokenizer = read_tokenizer(path)
+            image_processor = load_image_processor(path) if (Path(path) / IMAGE_PROCESSOR_FILE).is_file() else None
             return cls(tokenizer, image_processor, **settings)
-        except (TypeError, ValueError, OSError) as error:
-            raise CheckpointError(f"the processor in {path} cannot be loaded: {error}") from error
+        except (OSError, *WRONG_SETTINGS) as error:
+            raise CheckpointError(f"the processor in {path} cannot be loaded: {start_of(error)}") from error
 
 
 def _find_image_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import sentencepiece
 from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llava.errors import ConfigError, DataError
 from llava.utils.jsonl import is_unicode
@@ -36,6 +36,26 @@ class Tokens(NamedTuple):
 
     ids: list[int]
     spans: list[tuple[int, int]]
+
+
+def read_tokenizer(path: str | Path, **settings: Any) -> Any:
+    """Return the tokenizer of a folder or hub name.
+
+    Args:
+        path: the folder or hub name.
+        settings: passed to transformers.
+
+    Raises:
+        OSError, ValueError: it cannot be read; callers add where it was expected.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, **settings)
+    except (OSError, ValueError):
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises `Exception` itself, and its panics are no `Exception`
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def token_id(tokenizer: Any, word: str) -> int | None:

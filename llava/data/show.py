@@ -14,8 +14,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from llava.constants import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, PROCESSOR_FILE
 from llava.data.encode import kept_tokens, place_images, tokenize_segments
 from llava.data.records import read_default, sample_of
@@ -26,6 +24,7 @@ from llava.imaging.decode import load_image
 from llava.imaging.dicom.policy import DicomPolicy
 from llava.processing import LlavaMedProcessor
 from llava.samples import Origin, Sample, sample_label, with_placeholders
+from llava.tokenization import read_tokenizer
 from llava.utils.json_rows import read_rows
 from llava.utils.jsonl import write_atomic
 from llava.utils.reporting import image_url, render_page
@@ -194,7 +193,7 @@ def load_processor(model: str, args: Any) -> LlavaMedProcessor:
     if (Path(model) / PROCESSOR_FILE).is_file():
         return LlavaMedProcessor.from_pretrained(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = read_tokenizer(model)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{model} has neither a processor ({PROCESSOR_FILE}) nor a tokenizer that can be loaded: {error}"

@@ -17,6 +17,7 @@ from llava.model.anyres import use_policy
 from llava.model.builder import LoadedModel, build_model, portable_path
 from llava.model.checkpoint.files.shards import find_weights
 from llava.model.checkpoint.finite import check_finite
+from llava.model.checkpoint.folder import check_links
 from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, ORIGIN_FILE, OUR_KINDS, PROJECTOR_FILES, Checkpoint
 from llava.model.checkpoint.hub import hub_config, is_hub_name
 from llava.model.checkpoint.load import PART_FLAGS, USED_PARTS, load_checkpoint, open_checkpoint, read_origin
@@ -42,8 +43,9 @@ def open_model(spec: ModelSpec) -> LoadedModel:
 
     Raises:
         ConfigError: a new model has no `--vision-tower`, or options contradict the checkpoint.
-        CheckpointError: a part cannot be loaded, or a weight is not finite.
+        CheckpointError: a part cannot be loaded, holds a link out of its folder, or a weight is not finite.
     """
+    check_part_links(spec)
     system = read_text(spec.system_file).strip() if spec.system_file else None
     checkpoint = find_checkpoint(spec.path) if spec.found is None else spec.found.checkpoint
     loaded = _build(spec, system) if checkpoint is None else _continue(checkpoint, spec, system)
@@ -56,6 +58,28 @@ def open_model(spec: ModelSpec) -> LoadedModel:
         load_projector(loaded.model, spec.projector_weights)
     check_finite(loaded.model.named_parameters(), spec.path)
     return replace(loaded, processor=processor)
+
+
+def check_part_links(spec: ModelSpec) -> None:
+    """Check the links of the folders that a run reads, also of the bases of adapters and projectors.
+
+    Settings of configuration, tokenizer and image processor are saved with the trained model, also unknown ones.
+
+    Raises:
+        CheckpointError: a link leads out of its folder.
+    """
+    parts: list[Any] = [spec.path, spec.vision_tower]
+    checked: set[Path] = set()
+    while parts:
+        part = parts.pop()
+        if not isinstance(part, str) or not Path(part).is_dir() or (folder := Path(part).resolve()) in checked:
+            continue
+        check_links(Path(part))
+        checked.add(folder)
+        origin = read_origin(part)
+        if origin.get("kind") in ("adapter", "projector"):
+            build = origin.get("build")
+            parts += [origin.get("base"), *(build.values() if isinstance(build, dict) else ())]
 
 
 def find_checkpoint(path: str) -> Checkpoint | None:

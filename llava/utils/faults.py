@@ -29,6 +29,16 @@ NO_PLACE = re.compile(r"Parent directory (.+?) does not exist|File (\S+) cannot 
 
 CONTEXT_DEPTH = 10
 
+MAX_LINE = 400
+"""Characters of a library's message that are shown; some list the names of everything they know."""
+
+
+def start_of(error: BaseException) -> str:
+    """Return the first line of an error's message, or the start of a long one, for one-line messages."""
+    lines = str(error).strip().splitlines()
+    line = lines[0].strip() if lines else type(error).__name__
+    return line if len(line) <= MAX_LINE else line[:MAX_LINE] + " ..."
+
 
 def fault_line(error: BaseException) -> str | None:
     """Return one line for an error that the machine caused, or None for any other error.

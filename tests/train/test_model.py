@@ -142,3 +142,60 @@ def test_training_goes_on_from_published_layouts(parts: Path, tmp_path: Path, ki
     assert end.processor.template.name == start.processor.template.name
     weights = end.model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in start.model.state_dict().items())
+
+
+def add_secret(settings: Path, name: str) -> None:
+    """Turn a file into a link to a copy elsewhere that holds a secret."""
+    (settings.parent.parent / "private").mkdir(exist_ok=True)
+    target = settings.parent.parent / "private" / name
+    content = json.loads(settings.read_text()) if settings.is_file() else {}
+    target.write_text(json.dumps({**content, "token": "of a machine"}))
+    settings.unlink(missing_ok=True)
+    settings.symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    "linked",
+    [
+        "lm/config.json",
+        "lm/tokenizer_config.json",
+        "lm/generation_config.json",
+        "lm/special_tokens_map.json",
+        "tower/config.json",
+        "tower/preprocessor_config.json",
+        "ours/llava_processor.json",
+        "ours/config.json",
+        "ours/notes.txt",
+    ],
+)
+def test_a_link_out_of_a_folder_that_training_reads_is_refused(tmp_path: Path, linked: str) -> None:
+    parts = write_parts(tmp_path / "parts")
+    loaded = tiny_llava("linear")
+    save_model(loaded.model, loaded.processor, parts / "ours", origin=loaded.origin)
+    add_secret(parts / linked, "secret.json")
+    start = {"model_name_or_path": parts / "ours"} if linked.startswith("ours") else {}
+    refused(parts, tmp_path, CheckpointError, r"is a link to .*private/secret\.json, outside the checkpoint", **start)
+    assert not (tmp_path / "run").exists() or not any(
+        b"of a machine" in file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()
+    )
+
+
+@pytest.mark.parametrize("kind", [{"lora_enable": True, "lora_r": 2}, {"tune_mm_mlp_adapter": True}])
+def test_a_link_out_of_what_a_part_builds_on_is_refused(tmp_path: Path, kind: dict[str, object]) -> None:
+    parts = write_parts(tmp_path / "parts")
+    train(arguments(parts, tmp_path / "part", max_steps=1, **kind))
+    add_secret(parts / "lm" / "generation_config.json", "secret.json")
+    refused(
+        parts, tmp_path, CheckpointError, r"lm/generation_config\.json is a link", model_name_or_path=tmp_path / "part"
+    )
+
+
+@pytest.mark.parametrize("linked", ["lm/model.safetensors", "tower/model.safetensors"])
+def test_links_to_weights_and_of_whole_folders_are_trained_on(tmp_path: Path, linked: str) -> None:
+    parts = write_parts(tmp_path / "parts")
+    (parts / linked).rename(tmp_path / "weights.safetensors")
+    (parts / linked).symlink_to(tmp_path / "weights.safetensors")
+    (parts / "lm").rename(tmp_path / "real")
+    (parts / "lm").symlink_to(tmp_path / "real", target_is_directory=True)
+    train(arguments(parts, tmp_path / "run", max_steps=1))
+    assert (tmp_path / "run" / "model.safetensors").is_file()

@@ -121,7 +121,9 @@ def load_checkpoint(
     except LlavaError:
         raise
     except MALFORMED as error:
-        raise CheckpointError(f"{path} cannot be loaded; its settings make no sense: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{checkpoint.path} cannot be loaded; its settings make no sense: {first_line(error)}"
+        ) from error
 
 
 def _load(checkpoint: Checkpoint, options: LoadOptions, above: tuple[Path, ...] = ()) -> LoadedModel:

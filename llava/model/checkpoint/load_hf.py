@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaConfig
+from transformers import CLIPImageProcessorPil, LlavaConfig
 
 from llava.errors import CheckpointError
 from llava.model.builder import LoadedModel, finish_model, portable_path
@@ -31,6 +31,7 @@ from llava.model.multimodal_encoder.towers import (
 )
 from llava.model.projector_types import ProjectorType, find_type
 from llava.processing import LlavaMedProcessor
+from llava.tokenization import read_tokenizer
 from llava.utils.jsonl import read_text
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def load_hf(checkpoint: Checkpoint, options: LoadOptions) -> LoadedModel:
     kind = _projector_of(checkpoint, config, kept)
     state = _with_projector(_state(checkpoint), kind)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        tokenizer = read_tokenizer(checkpoint.folder)
         image_processor, mode = _image_processor(checkpoint.folder, config.vision_config)
     except UNREADABLE as error:
         raise CheckpointError(f"the processor of {checkpoint.path} cannot be loaded: {first_line(error)}") from error

@@ -22,13 +22,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from llava.errors import CheckpointError, ConfigError
+from llava.errors import WRONG_SETTINGS, CheckpointError, ConfigError
 from llava.imaging.image_processor import load_image_processor
 from llava.model.config_sizes import auto_config
 from llava.model.multimodal_encoder.open_clip_encoder.loading import find_files, is_open_clip, load_trunk
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import open_clip_image_processor
 from llava.model.torch_files.archive import check_torch_weights
 from llava.model.torch_files.loading import MORE_THAN_TENSORS
+from llava.utils.faults import start_of
 
 CLASS_TOKEN_TOWERS = frozenset({"clip_vision_model", "dinov2", "dinov2_with_registers", "vit"})
 """Towers whose first token is a class token; others (SigLIP) have patch tokens only."""
@@ -38,10 +39,7 @@ UNUSED_PARTS = ("pooler", "head.", "post_layernorm", "visual_projection", "posit
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
-MALFORMED = (
-    ValueError, KeyError, TypeError, ArithmeticError, AttributeError, IndexError, AssertionError, RecursionError,
-    StrictDataclassError,
-)  # fmt: skip
+MALFORMED = (*WRONG_SETTINGS, StrictDataclassError)
 """Exceptions of transformers for settings that make no sense."""
 
 UNREADABLE = (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError, *MALFORMED)
@@ -131,8 +129,7 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, for one-line messages."""
     if isinstance(error, pickle.UnpicklingError):  # torch's message advises to run the code in the file
         return MORE_THAN_TENSORS
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    return start_of(error)
 
 
 def tower_image_processor(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
@@ -22,7 +23,7 @@ from llava.model.config_sizes import check_sizes
 from llava.model.language_models import language_config
 from llava.model.multimodal_encoder.towers import load_tower
 from tests.support.legacy_folders import write_legacy
-from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower
+from tests.support.tiny import tiny_llava, write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
 BAD: list[Any] = [10**9, 10**18, -1, 1.5, True, "32", float("nan"), float("inf"), [[32]]]
 KEYS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"]
@@ -41,12 +42,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def changed(folder: Path, target: Path, place: list[str], value: Any) -> Path:
     shutil.copytree(folder, target)
     config = json.loads((folder / "config.json").read_text())
-    part = config
-    for name in place[:-1]:
-        part = part[name]
-    part[place[-1]] = value
+    put(config, place, value)
     (target / "config.json").write_text(json.dumps(config))
     return target
+
+
+def put(content: dict[str, Any], place: list[str], value: Any) -> None:
+    for name in place[:-1]:
+        content = content[name]
+    content[place[-1]] = value
 
 
 PLACES = [
@@ -83,6 +87,67 @@ def test_the_commands_end_in_one_line(
         "text_config.num_hidden_layers is '1000000000'; expected a whole number from 1 to 10000"
         in found.out + found.err
     )
+
+
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
+CRAFTED: list[tuple[str, str, list[str], Any]] = [
+    *(
+        ("ours", name, [], DEEP)
+        for name in (
+            "config.json",
+            "llava_processor.json",
+            "preprocessor_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        )
+    ),
+    ("ours", "config.json", ["text_config", "num_hidden_layers"], 10**9),
+    ("ours", "config.json", ["text_config", "dtype"], "x"),
+    ("ours", "config.json", ["text_config", "model_type"], "x"),
+    ("ours", "config.json", ["vision_config", "hidden_size"], [[32]]),
+    ("ours", "llava_processor.json", ["num_image_tokens"], 10**9),
+    ("ours", "llava_processor.json", ["prefix_mark"], {"a": 1}),
+    ("ours", "preprocessor_config.json", ["crop_size"], {"height": 42, "width": 42}),
+    ("ours", "preprocessor_config.json", ["crop_size"], {"height": 28, "width": 14}),
+    ("ours", "preprocessor_config.json", ["crop_size"], 0),
+    ("ours", "preprocessor_config.json", ["crop_size"], 10**9),
+    ("ours", "preprocessor_config.json", ["image_processor_type"], ""),
+    ("ours", "tokenizer.json", ["pre_tokenizer"], []),
+    ("ours", "tokenizer.json", ["model", "unk_token"], -1),
+    ("ours", "tokenizer.json", ["model", "dropout"], -1),
+    ("ours", "tokenizer.json", ["version"], []),
+    ("hf", "config.json", [], DEEP),
+    ("hf", "config.json", ["llava_source", "dicom"], -1),
+    ("hf", "config.json", ["text_config", "vocab_size"], -1),
+    ("hf", "tokenizer.json", ["decoder"], {"type": []}),
+    ("legacy", "config.json", [], DEEP),
+    ("legacy", "config.json", ["hidden_size"], "32"),
+    ("legacy", "tokenizer.json", ["normalizer"], 7),
+]
+
+
+@pytest.mark.parametrize("command", ["chat", "eval"])
+@pytest.mark.parametrize("crafted", CRAFTED, ids=lambda crafted: f"{crafted[:2]} {crafted[2]} {str(crafted[3])[:12]}")
+def test_chat_and_evaluation_of_crafted_files_end_in_one_line(
+    tmp_path: Path, folders: dict[str, Path], command: str, crafted: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kind, file, place, value = crafted
+    folder = shutil.copytree(folders[kind], tmp_path / "bad")
+    content = json.loads((folder / file).read_text())
+    if place:
+        put(content, place, value)
+    (folder / file).write_text(json.dumps(content) if place else value)
+    write_tiny_vqa(tmp_path / "vqa")
+    words = {
+        "chat": ["--image", "vqa/images/0.png", "--question", "Is it?"],
+        "eval": ["--data", "vqa/train.json", "--image-folder", "vqa/images", "--out", "out", "--controls", "none"],
+    }[command]
+    with contextlib.chdir(tmp_path), pytest.raises(SystemExit) as ended:
+        main([command, "--model", "bad", "--device", "cpu", *words])
+    shown = capfd.readouterr().err
+    [line] = [line for line in shown.splitlines() if "error" in line.lower()]
+    assert ended.value.code == 2 and line.startswith("llava: error: ") and len(line) < 1000
+    assert "Traceback" not in shown and not (tmp_path / "out" / "results.json").exists()
 
 
 SENSELESS = [

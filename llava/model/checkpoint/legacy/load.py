@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import LlamaConfig
 
 from llava.errors import CheckpointError
 from llava.model.anyres import write_policy
@@ -51,7 +51,7 @@ from llava.model.config import LlavaMedConfig
 from llava.model.multimodal_encoder.open_clip_encoder.trunks import to_transformers
 from llava.model.multimodal_encoder.towers import UNREADABLE, first_line, num_extra_tokens, num_patches
 from llava.processing import LlavaMedProcessor
-from llava.tokenization import token_id
+from llava.tokenization import read_tokenizer, token_id
 
 EMPTY_TOKENS = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 """Special tokens that early conversions of LLaMA left empty."""
@@ -66,7 +66,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         # With a configuration, transformers does not read the folder's own, whose type it does not know. It is Llama's
         # for Mistral too: these checkpoints hold Llama tokenizers, which transformers 5 would convert for Mistral.
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=LlamaConfig())
+        tokenizer: Any = read_tokenizer(folder, config=LlamaConfig())
     except UNREADABLE as error:
         raise CheckpointError(f"{folder} holds no usable tokenizer: {first_line(error)}") from error
     for name, token in EMPTY_TOKENS.items():
