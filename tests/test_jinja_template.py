@@ -20,11 +20,15 @@ from llava.processing import LlavaMedProcessor
 from llava.samples import Conversation, Turn
 from tests.support.tiny import byte_tokenizer
 
-MARKED = [
-    "qwen2_5_training", "qwen2_5_vl_training", "qwen3_training", "qwen3_instruct_2507_training", "qwen3_vl_training",
-    "llama3_training", "gemma3_training", "gemma_training", "phi3_training", "phi3_5_training",
-]  # fmt: skip
-"""Templates of TRL with generation marks, of the families Qwen, Llama, Gemma and Phi."""
+BY_PARTS = {"idefics3_training", "llava_next_training", "smolvlm_training"}
+"""Templates of TRL for vision-language models, which take a message as a list of parts, not as text."""
+
+MARKED = sorted(
+    path.name.removesuffix(".jinja")
+    for path in (files("trl") / "chat_templates").iterdir()
+    if path.name.endswith("_training.jinja") and path.name.removesuffix(".jinja") not in BY_PARTS
+)
+"""All other templates of TRL with generation marks."""
 
 UNMARKED = ["qwen2_5", "qwen3", "llama3", "llama3_1", "llama3_2", "gemma3", "phi3", "phi3_5"]
 
@@ -85,6 +89,19 @@ def test_ids_and_labels_equal_those_of_trl(name: str) -> None:
         encoded = encode(conversation, processor, max_length=None)
         assert list(encoded.input_ids) == ids
         assert list(encoded.labels) == labels
+
+
+def test_the_families_of_trl_are_compared() -> None:
+    assert {
+        "qwen2_5_training", "qwen3_training", "llama3_training", "gemma3_training", "phi3_training", "phi3_5_training"
+    } <= set(MARKED)  # fmt: skip
+    assert len(MARKED) > 25
+
+
+@pytest.mark.parametrize("name", sorted(BY_PARTS))
+def test_a_template_that_takes_parts_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"the chat template cannot be used: .*; use --version NAME"):
+        processor_of(trl_template(name))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -13,8 +14,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
+from tests.support.ports import free_ports
 from tests.support.runs import write_parts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,10 +97,11 @@ def test_commands_run_without_the_repository(installed: Path, tmp_path: Path) ->
     rows = ["--data", str(parts / "vqa" / "train.json"), "--image-folder", str(parts / "vqa" / "images")]
     train = ["--model-name-or-path", str(parts / "lm"), "--vision-tower", str(parts / "tower")]
     train += ["--data-path", str(parts / "vqa" / "train.json"), "--image-folder", str(parts / "vqa" / "images")]
+    shutil.copy(parts / "vqa" / "train.json", parts / "vqa" / "test.json")
+    quickstart = ["--data", str(parts / "vqa"), "--lm", str(parts / "lm"), "--vision-tower", str(parts / "tower")]
     commands = [
         ["--help"],
-        ["quickstart", "--help"],
-        ["serve", "--help"],
+        ["quickstart", *quickstart, "--out", "quickstart"],
         ["rules", "check", "bone-marrow-aspirate"],
         ["rules", "show", "chest-xray"],
         ["eval", "--tasks", "list"],
@@ -118,3 +122,26 @@ def test_commands_run_without_the_repository(installed: Path, tmp_path: Path) ->
     ]
     assert (tmp_path / "run" / "eval" / "report.html").stat().st_size > 10_000
     assert str(ROOT) not in done.stdout + done.stderr
+    assert (tmp_path / "quickstart" / "index.html").is_file()
+    answer_over_http(script, tmp_path / "run", settings)
+
+
+def answer_over_http(script: Path, model: Path, settings: dict[str, Any]) -> None:
+    """Serve a model with the installed command, and ask it one question."""
+    api, worker = free_ports(2)
+    words = ["serve", "--model-path", str(model), "--port", str(api), "--worker-port", str(worker), "--no-page"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    given = {"cwd": settings["cwd"], "env": settings["env"], "text": True}
+    process = subprocess.Popen([script, *words], **pipes, **given)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"ready api=http://127.0.0.1:{api}/v1\n"
+        with httpx2.Client(base_url=f"http://127.0.0.1:{api}", timeout=120, trust_env=False) as client:
+            question = {"model": "run", "messages": [{"role": "user", "content": "What?"}], "max_tokens": 2}
+            assert client.post("/v1/chat/completions", json=question).json()["usage"]["completion_tokens"] > 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

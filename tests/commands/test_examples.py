@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import yaml
 from llava.processing import LlavaMedProcessor
 from llava.train import command
 from llava.train.option_table import read_table
+from tests.support.fast_python import without_build
 from tests.support.pairs import write_pairs
-from tests.support.runs import saved
+from tests.support.ranks import run_ranks
+from tests.support.runs import kept_trainer, saved
 from tests.support.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,12 +198,48 @@ def test_a_recipe_runs(name: str, parts: Path, tmp_path: Path) -> None:
     SHOWN[name](run(name, parts, tmp_path / "run"))
 
 
+def words_of_rank(name: str, parts: Path, output: Path) -> list[str]:
+    """Return the command line of torchrun for a recipe with tiny parts."""
+    replaced = ["--model-name-or-path", str(parts / "lm"), "--vision-tower", str(parts / "tower")]
+    replaced += ["--output-dir", str(output), "--version", "v1"]
+    words, options = command.checked_words([str(EXAMPLES / f"{name}.yaml"), *words_for(name, parts), *replaced])
+    return command.torchrun_command(words, options)
+
+
+def train_as_rank(words: list[str]) -> tuple[str, int, bool]:
+    """Job: train; return what wrapped the model, its ZeRO stage (0: none), and whether weights were divided."""
+    without_build()
+    os.chdir(ROOT)  # where recipes name `scripts/zero2.json`
+    wrapped = kept_trainer(partial(command.main, words)).model_wrapped
+    stage = wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else 0
+    return type(wrapped).__name__, stage, all(hasattr(weight, "ds_tensor") for weight in wrapped.parameters())
+
+
+WRAPPED = {
+    "deepspeed_zero2": ("DeepSpeedEngine", 2, False),
+    "deepspeed_zero3": ("DeepSpeedEngine", 3, True),
+    "fsdp2": ("DistributedDataParallel", 0, False),  # without GPUs; FSDP2 by hand: tests/distributed/test_sharded.py
+}
+"""What each recipe of several processes alone shows on a CPU: engine, ZeRO stage, divided weights."""
+
+
 @pytest.mark.parametrize("name", sorted(LAUNCHED))
-def test_a_recipe_of_several_processes_starts_torchrun(name: str, parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_of_several_processes_runs_on_two(
+    name: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    words = words_of_rank(name, parts, tmp_path / "run")
+    assert run_ranks(2, train_as_rank, words[words.index("train") + 1 :]) == [WRAPPED[name]] * 2
+    whole_model(tmp_path / "run")
+    assert len(saved(tmp_path / "run")) > 20
+
+
+@pytest.mark.parametrize("name", sorted(LAUNCHED))
+def test_a_recipe_of_several_processes_starts_torchrun(
+    name: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.chdir(ROOT)
-    replaced = ["--model-name-or-path", str(parts / "lm"), "--vision-tower", str(parts / "tower")]
-    words, options = command.checked_words([str(EXAMPLES / f"{name}.yaml"), *words_for(name, parts), *replaced])
-    started = command.torchrun_command(words, options)
+    started = words_of_rank(name, parts, tmp_path)
     assert f"--nproc_per_node={LAUNCHED[name]}" in started
     assert not any(word.startswith("--nproc=") for word in started[started.index("train") :])

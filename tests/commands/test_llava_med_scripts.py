@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from llava.model.checkpoint.save import save_model
 from tests.support.ports import free_ports
 from tests.support.processes import run_command
+from tests.support.ranks import run_ranks
 from tests.support.recorder import recorded_calls, write_recorder
-from tests.support.runs import losses, write_parts
+from tests.support.runs import losses, train_published, write_parts
+from tests.support.tiny import tiny_llava, write_tiny_vqa
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,6 +127,34 @@ def test_answers_are_scored(files: dict[str, Path], tmp_path: Path) -> None:
     assert answered[0].endswith("llava/eval/run_med_datasets_eval_batch.py")
     assert value(answered, "--num-chunks") == "3" and value(answered, "--answers-file") == answers
     assert scored[0].endswith("llava/eval/run_eval.py") and value(scored, "--pred") == answers
+
+
+@pytest.mark.parametrize("script", [name for name in TRAINING if name != "finetune_vqa_rad.sh"])  # that one: below
+def test_a_script_trains_tiny_parts_on_two_processes(script: str, files: dict[str, Path], tmp_path: Path) -> None:
+    parts = write_parts(tmp_path / "parts")
+    given = {"MODEL": parts / "lm", "VISION_TOWER": parts / "tower", "DATA": parts / "vqa" / "train.json",
+             "IMAGES": parts / "vqa" / "images", "OUT": tmp_path / "out", "NPROC": 2, "BATCH": 2,
+             "ACCUMULATION": 1}  # fmt: skip
+    words = ["--max_steps", "2", "--save_strategy", "no", "--bf16", "False", "--tf32", "False"]
+    [started] = recorded(script, {**files, **given}, tmp_path, *words)
+    assert "--nproc_per_node=2" in started
+    place = next(index for index, word in enumerate(started) if word.endswith("train_mem.py"))
+    run_ranks(2, train_published, started[place + 1 :], tmp_path / "log")
+    written = "mm_projector.bin" if script == "pretrain.sh" else "model.safetensors"
+    assert len(losses(tmp_path / "out")) == 2 and (tmp_path / "out" / written).is_file()
+
+
+def test_two_processes_answer_and_the_answers_are_scored(tmp_path: Path, python: Path) -> None:
+    loaded = tiny_llava()
+    save_model(loaded.model, loaded.processor, tmp_path / "model")
+    vqa = write_tiny_vqa(tmp_path / "vqa")
+    given = {"MODEL": tmp_path / "model", "DATA": vqa / "train.json", "IMAGES": vqa / "images", "PYTHON": python}
+    status, output = run(
+        "eval_med_dataset_batch.sh", "--max-new-tokens", "2", "--device", "cpu", cwd=tmp_path, NPROC=2, **given
+    )
+    assert status == 0 and "open" in output, output[-2000:]
+    answers = (tmp_path / "model" / "test-answer-file.jsonl").read_text().splitlines()
+    assert len(answers) == len(json.loads((vqa / "train.json").read_text()))
 
 
 def test_two_nodes_compute_the_losses_of_one_machine(tmp_path: Path, python: Path) -> None:

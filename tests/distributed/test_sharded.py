@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llava.train.objectives.sft import SFT
 from tests.support.fast_python import without_build
 from tests.support.pairs import pair_arguments, write_pairs
 from tests.support.ranks import run_ranks
-from tests.support.runs import arguments, losses, saved, train
+from tests.support.runs import arguments, kept_trainer, losses, saved, train
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILE_SECONDS = 900.0
@@ -59,18 +60,7 @@ def train_zero(argv: list[str], compiled: Path | None) -> tuple[str, int, str]:
         without_build()
     else:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(compiled)
-    from llava.train import run as training
-
-    kept: dict[str, Any] = {}
-    make = training.make_trainer
-
-    def keep(*values: Any, **named: Any) -> Any:
-        kept["trainer"] = make(*values, **named)
-        return kept["trainer"]
-
-    training.make_trainer = keep
-    train(argv)
-    engine = kept["trainer"].model_wrapped
+    engine = kept_trainer(partial(train, argv)).model_wrapped
     return (
         f"{type(engine).__module__}.{type(engine).__name__}",
         engine.zero_optimization_stage(),

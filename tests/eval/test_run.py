@@ -13,6 +13,7 @@ from llava.data.records import load_samples
 from llava.errors import CheckpointError, ConfigError, DataError
 from llava.eval import run
 from llava.eval.inference import AnswerOptions
+from llava.eval.task_files import read_tasks
 from tests.support.eval_fakes import FakeEngine, row, rows_of, write_vqa
 
 EVIL = "<script>alert('x')</script>"
@@ -250,3 +251,32 @@ def test_tasks_share_one_engine(
     assert "open recall" in shown and "open exact match" not in shown.partition("legacy")[0]
     with pytest.raises(DataError, match=r"task slake: .*slake/test\.json does not exist; name the folder with"):
         run.main([*words[:2], "--tasks", "slake", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("name", ["vqa-rad", "slake", "pathvqa"])
+def test_every_shipped_task_has_all_controls_and_a_table_by_any_field(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "engine_of", lambda args: good_engine())
+    make_plan(tmp_path / name)
+    rows = json.loads((tmp_path / name / "test.json").read_text())
+    for number, one in enumerate(rows):
+        one["scanner"] = f"S{number % 2}"
+    for file in ("train.json", "test.json"):
+        (tmp_path / name / file).write_text(json.dumps(rows))
+    (tmp_path / "model").mkdir()
+    words = ["--model", str(tmp_path / "model"), "--tasks", name, "--data-root", str(tmp_path)]
+    words += ["--controls", "blank,shuffle,noise", "--by", "scanner", "--num-resamples", "9"]
+    run.main([*words, "--out", str(tmp_path / "out")])
+    report = json.loads((tmp_path / "out" / name / run.RESULTS).read_text())
+    assert report["control_image"] and report["controls"].keys() == {"shuffle", "noise"}
+    assert report["by"]["field"] == "scanner"
+    for one in report["by"]["rows"]:
+        assert one["value"] in {"S0", "S1"} and one["answered"]["num_items"] > 0
+        assert one["answered"]["low"] <= one["answered"]["value"] <= one["answered"]["high"]
+    page = (tmp_path / "out" / name / "report.html").read_text()
+    assert "<h2>By scanner</h2>" in page and "shuffle" in page and "noise" in page
+
+
+def test_the_shipped_tasks_are_those_tested() -> None:
+    assert set(read_tasks()) == {"vqa-rad", "slake", "pathvqa"}

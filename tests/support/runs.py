@@ -92,6 +92,25 @@ def train(argv: list[str]) -> None:
     run_sft(argv, image_grouping="off")
 
 
+def kept_trainer(start: Callable[[], object]) -> Any:
+    """Start a training and return its trainer."""
+    from llava.train import run as training
+
+    kept: list[Any] = []
+    make = training.make_trainer
+
+    def keep(*values: Any, **named: Any) -> Any:
+        kept.append(make(*values, **named))
+        return kept[-1]
+
+    training.make_trainer = keep
+    try:
+        start()
+    finally:
+        training.make_trainer = make
+    return kept[-1]
+
+
 def train_published(argv: list[str], log: Path) -> None:
     """Run `train_mem.py` with both output streams at the end of a file, as a job."""
     from llava.train.train_mem import main

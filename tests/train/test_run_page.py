@@ -40,6 +40,14 @@ def test_the_page_reloads_until_the_run_is_over(tmp_path: Path) -> None:
     assert "refresh" not in text and "finished: step 1 of 1" in text and "Curves appear after two logs" in text
 
 
+def test_memory_has_a_curve_and_the_chat_line_names_the_run(tmp_path: Path) -> None:
+    rows = [{**row, "peak_memory_gb": 1.25 + number} for number, row in enumerate(ROWS[:3])]
+    write_run_page(tmp_path, rows, num_steps=20, is_over=False)
+    text = (tmp_path / "report.html").read_text()
+    assert "<h3>peak memory, GB</h3>" in text and text.count("<polyline") == 3
+    assert f"llava chat --model {tmp_path} --image FILE" in text
+
+
 def held_out(folder: Path) -> list[Sample]:
     """Two rows, one with an image whose name and folder name a person."""
     (folder / "Zyx Quentin").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, constants
 
+from llava import cli
 from llava.errors import CheckpointError
 from llava.model.checkpoint.hub import DUPLICATE_FILES, _not_needed, is_hub_name, is_hub_reachable, local_folder
 from llava.model.checkpoint.load import load_checkpoint
@@ -35,6 +37,24 @@ def test_a_name_loads_as_its_folder_does(cached: Path) -> None:
     by_name, by_path = load_checkpoint("clinic/model").model.state_dict(), load_checkpoint(cached).model.state_dict()
     assert by_name.keys() == by_path.keys()
     assert all(torch.equal(tensor, by_name[name]) for name, tensor in by_path.items())
+
+
+@pytest.mark.parametrize("command", ["inspect", "doctor"])
+def test_a_name_is_inspected_as_its_folder_is(command: str, cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for place in ("clinic/model", str(cached)):
+        with contextlib.suppress(SystemExit):
+            cli.main(["checkpoint", command, place])
+        printed.append(capsys.readouterr().out.splitlines()[1:])
+    assert printed[0] == printed[1] and len(printed[0]) > 1
+
+
+def test_a_name_is_compared_and_converted(cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["checkpoint", "diff", "clinic/model", str(cached)])
+    compared = capsys.readouterr().out
+    assert "only in" not in compared and " tensors are equal" in compared
+    cli.main(["checkpoint", "convert", "clinic/model", str(tmp_path / "converted")])
+    assert (tmp_path / "converted" / "config.json").is_file()
 
 
 def test_training_continues_from_a_name(cached: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def _run(argv: Sequence[str] | None, command: str, choices: Sequence[str], defau
     parser = Parser(
         prog=f"llava checkpoint {command}", description=f"{command.capitalize()} a checkpoint to another format."
     )
-    parser.add_argument("source", help="checkpoint folder or weight file, of any kind that loads")
+    parser.add_argument("source", help="checkpoint folder, weight file or hub name, of any kind that loads")
     parser.add_argument("target", help="new folder")
     parser.add_argument("--to", default=default, choices=list(choices), help="format to write")
     add_part_options(parser)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava.model.checkpoint.files.shards import TensorReader
 from llava.model.checkpoint.formats import Checkpoint, our_name
+from llava.model.checkpoint.tools.inspection import local_path
 from llava.model.checkpoint.weight_names import TIMM_TOWER, TOWER, is_buffer
 from llava.utils.cli import Parser
 from llava.utils.terminal import visible, write_out
@@ -103,10 +104,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         prog="llava checkpoint diff", description="Compare two checkpoints; exit status 1 if a tensor differs."
     )
-    parser.add_argument("first", type=Path, help="checkpoint folder or weight file, of any format")
-    parser.add_argument("second", type=Path, help="the one it is compared with")
+    parser.add_argument("first", help="checkpoint folder, weight file or hub name, of any format")
+    parser.add_argument("second", help="the one it is compared with")
     args = parser.parse_args(argv)
-    first, second = Checkpoint.open(args.first), Checkpoint.open(args.second)
+    first, second = (Checkpoint.open(local_path(name)) for name in (args.first, args.second))
     ours, theirs = CheckpointWeights(first), CheckpointWeights(second)
     tensors = list(differences(ours, theirs))
     for difference in (*tensors, *_settings(first.config, second.config)):

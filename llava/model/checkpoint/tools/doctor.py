@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         prog="llava checkpoint doctor", description="Check a checkpoint for errors; exit status 1 if it has any."
     )
-    parser.add_argument("path", help="checkpoint folder or weight file")
+    parser.add_argument("path", help="checkpoint folder, weight file or hub name")
     parser.add_switch("--weights", help="also read every weight, for values that are not finite")
     add_plugin_option(parser)
     args = parser.parse_args(argv)

@@ -140,13 +140,26 @@ class Inspection:
         return Counter(row.status for row in self.rows)
 
 
-def inspect_checkpoint(path: str | Path) -> Inspection:
-    """Inspect a checkpoint folder or weight file.
+def local_path(path: str | Path) -> str | Path:
+    """Return a path, or the local copy of the hub repository that it names.
 
     Raises:
-        CheckpointError: it is in no known format, or a file is broken.
+        CheckpointError: the repository cannot be downloaded.
     """
-    checkpoint = Checkpoint.open(path)
+    if Path(path).exists():
+        return path
+    from llava.model.checkpoint.hub import is_hub_name, local_folder  # loads torch, which headers do not need
+
+    return local_folder(path) if is_hub_name(path) else path
+
+
+def inspect_checkpoint(path: str | Path) -> Inspection:
+    """Inspect a checkpoint: a folder, a weight file or a hub name.
+
+    Raises:
+        CheckpointError: it is in no known format, a file is broken, or it cannot be downloaded.
+    """
+    checkpoint = Checkpoint.open(local_path(path))
     rows = list(_rows(checkpoint))
     return Inspection(checkpoint, _facts(checkpoint), rows)
 
@@ -327,7 +340,7 @@ def inspection_json(inspection: Inspection) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `llava checkpoint inspect`."""
     parser = Parser(prog="llava checkpoint inspect", description="List the content of a checkpoint, tensor by tensor.")
-    parser.add_argument("path", help="checkpoint folder or weight file")
+    parser.add_argument("path", help="checkpoint folder, weight file or hub name")
     parser.add_switch("--json", help="write JSON instead of text")
     parser.add_switch("--summary", help="omit the list of tensors")
     add_plugin_option(parser)
