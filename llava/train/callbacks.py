@@ -214,19 +214,20 @@ def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def draw_curve(metrics: Path, target: Path) -> None:
-    """Plot training and validation loss over steps; without a loss, no file is written."""
+    """Plot training and validation loss over steps; no file is written if neither was logged at two steps."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = list(read_records(metrics))
-    if not any(name in row for row in rows for name in ("loss", "eval_loss")):
+    labels = {"loss": "training", "eval_loss": "validation"}
+    curves = {label: [(row["step"], row[name]) for row in rows if name in row] for name, label in labels.items()}
+    if max(map(len, curves.values())) < 2:
         return
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
-    for name, label in (("loss", "training"), ("eval_loss", "validation")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
+    for label, points in curves.items():
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else None)
     axes.set_xlabel("optimizer step")

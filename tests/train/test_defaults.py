@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import yaml
 
+from llava.chat_families import FAMILIES
+from llava.generation.loading import open_engine
 from llava.processing import LlavaMedProcessor
+from llava.serve import cli as chat
+from llava.serve.admission import Admission
+from llava.serve.answering import AnswerService
+from llava.serve.gate import GateSettings
+from llava.serve.image_inputs import ImageLimits
+from llava.serve.worker import make_worker_app, served_model
 from llava.train import command, train_mem
 from llava.train.run_start import RESOLVED_FILE
 from tests.support.runs import arguments, losses, metrics, saved, steps, write_parts
-from tests.support.tiny import byte_tokenizer
+from tests.support.served import served
+from tests.support.tiny import byte_tokenizer, write_tiny_lm
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -100,6 +111,43 @@ def test_the_last_lines_name_the_model_and_the_next_commands(
         assert f"{line} {folder}" in caplog.text
     assert "step 1/3  loss " in caplog.text and "validation 3/3" in caplog.text
     assert metrics(folder)
+
+
+def test_a_run_of_one_step_says_so_and_draws_nothing(
+    parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="llava"):
+        command.main(arguments(parts, tmp_path / "run", max_steps=1))
+    assert "the run took a single optimizer step, so it has one loss and no curve" in caplog.text
+    assert not (tmp_path / "run" / "loss_curve.png").exists()
+
+
+def test_a_new_qwen_is_trained_answers_and_is_served_under_its_own_template(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = FAMILIES["qwen2.5"]
+    write_tiny_lm(tmp_path / "qwen", "qwen2")
+    tokenizer.save_pretrained(tmp_path / "qwen")
+    command.main(arguments(parts, tmp_path / "run", model_name_or_path=tmp_path / "qwen", max_steps=2))
+    image = str(parts / "vqa" / "images" / "0.png")
+    processor = LlavaMedProcessor.from_pretrained(tmp_path / "run")
+    assert processor.template.name == "auto" and "<|im_end|>" in processor.template.stops
+    chat.main(["--model", str(tmp_path / "run"), "--image", image, "--question", "What?", "--max-new-tokens", "4"])
+    printed = capsys.readouterr().out.strip()
+    engine = open_engine(str(tmp_path / "run"), device="cpu")
+    service = AnswerService(
+        engine, served_model(engine, str(tmp_path / "run"), None), admission=Admission(max_running=2, max_waiting=2),
+        images=ImageLimits(dicom=processor.dicom),
+    )  # fmt: skip
+    url = "data:image/png;base64," + base64.b64encode(Path(image).read_bytes()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+    body = {"model": "run", "messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0}
+    app = make_worker_app(service, GateSettings(), engine.processor.tokenizer)
+    with served(app) as address, httpx2.Client(base_url=address, timeout=120, trust_env=False) as client:
+        answer = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+    assert printed and answer.strip() == printed
 
 
 def test_a_template_without_its_tokens_is_warned_about(

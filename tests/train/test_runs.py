@@ -27,8 +27,9 @@ def plain(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_that_logged_no_loss_has_no_curve(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "train_runtime": 1.0}\n')
+@pytest.mark.parametrize("row", ['{"step": 2, "train_runtime": 1.0}', '{"step": 2, "loss": 1.0}'])
+def test_a_run_without_two_losses_has_no_curve(row: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f"{row}\n")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")

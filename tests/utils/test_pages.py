@@ -86,6 +86,12 @@ def test_a_template_names_nothing_outside(name: str) -> None:
     assert not re.search(r"https?://|@import|url\(|<script|<link|\|\s*safe|autoescape", text)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_chart_is_an_svg_with_a_view_box(name: str) -> None:
+    text = files("llava.utils").joinpath("templates", name).read_text(encoding="utf-8")
+    assert "<canvas" not in text and all("viewBox=" in tag for tag in re.findall(r"<svg[^>]*>", text))
+
+
 @pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"base.html", "parts.html"}))
 def test_every_page_extends_the_base(name: str) -> None:
     text = files("llava.utils").joinpath("templates", name).read_text(encoding="utf-8")

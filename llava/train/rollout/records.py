@@ -108,11 +108,16 @@ class RolloutCallback(TrainerCallback):
 
 
 def draw_curves(metrics: Path, target: Path) -> None:
-    """Plot the metrics of the rollouts over steps, one panel for each group of `CURVES`."""
+    """Plot the metrics of the rollouts over steps, one panel for each group of `CURVES`.
+
+    No file is written if no metric was logged at two steps.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = list(read_records(metrics))
+    if max(sum(name in row for row in rows) for group in CURVES.values() for name in group) < 2:
+        return
     figure = Figure(figsize=(14, 6))
     for number, (title, names) in enumerate(CURVES.items(), start=1):
         axes = figure.add_subplot(2, 4, number)

@@ -84,6 +84,29 @@ def test_filters_and_another_run(tmp_path: Path) -> None:
         assert found["value"] == ["2, closed A&B"] and found["sizes"][0] <= found["sizes"][1]
 
 
+def test_an_image_is_enlarged_by_a_click(tmp_path: Path) -> None:
+    image = Image.new("RGB", (64, 48), (90, 40, 120))
+    report = {"counts": {}, "scores": {}, "by_type": []}
+    path = tmp_path / "page.html"
+    page.write_page(path, title="T", report=report, items=[make("0", "yes")], open_image=lambda _: image)
+    script = """
+      const image = page.querySelector(".case img"), before = image.offsetWidth;
+      image.focus();
+      return [before, image.offsetWidth];
+    """
+    for found in look_at(tmp_path, [path], widths=(390, 1280), script=script):
+        before, after = found["value"]
+        assert after > 1.5 * before and found["sizes"][0] <= found["sizes"][1]
+
+
+def test_every_column_has_a_meaning(tmp_path: Path) -> None:
+    report = {"counts": {}, "scores": {}, "by_type": []}
+    page.write_page(tmp_path / "page.html", title="T", report=report, items=[make("0", "yes")])
+    text = (tmp_path / "page.html").read_text()
+    legend = text.partition("What the columns mean")[2]
+    assert all(f"<dt>{term}</dt>" in legend for term, _ in page.TERMS) and len(page.TERMS) > 5
+
+
 def test_a_thousand_answers_are_filtered_at_once(tmp_path: Path) -> None:
     num, words = 1000, ("yes", "no")
     items = [

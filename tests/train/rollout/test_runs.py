@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llava.errors import ConfigError, LlavaError
+from llava.train.rollout.records import draw_curves
 from llava.train.rollout.run import PRIORS_FILE, check_setting
 from tests.support.ranks import run_ranks, start
 from tests.support.rollouts import TOY, rl_arguments, rl_train, rl_train_until_killed, rollouts, write_toy
@@ -48,6 +49,14 @@ def test_a_run_writes_its_rollouts_metrics_and_curves(parts: Path, tmp_path: Pat
     assert (tmp_path / "rollout_curves.png").stat().st_size > 10_000
     counts = {"shade": {"dark": 3, "light": 3}, "kind": {"cell": 3, "clot": 3}}
     assert json.loads((tmp_path / PRIORS_FILE).read_text()) == counts
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_curves_need_two_steps(num_steps: int, tmp_path: Path) -> None:
+    rows = [json.dumps({"step": step, "reward": 0.5, "kl": 0.1}) + "\n" for step in range(1, num_steps + 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(rows))
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists() == (num_steps == 2)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
