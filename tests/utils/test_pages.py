@@ -50,6 +50,11 @@ def test_every_text_is_shown_and_escaped(marks_and_page: tuple[Marks, Path]) -> 
     assert [text for text in marks.used if text not in elements.text] == []
 
 
+def test_no_page_shows_a_python_literal(marks_and_page: tuple[Marks, Path]) -> None:
+    text = Elements(marks_and_page[1]).text
+    assert re.findall(r"\{'[^}]{0,40}|\['[^\]]{0,40}|\b(?:PosixPath|frozenset|OrderedDict)\(", text) == []
+
+
 def test_names_of_images_stay_in_their_attribute(marks_and_page: tuple[Marks, Path]) -> None:
     elements = Elements(marks_and_page[1])
     names = {value for name, value in elements.attributes if name == "alt"}
