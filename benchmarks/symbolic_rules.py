@@ -10,11 +10,13 @@ from __future__ import annotations
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from llava.symbolic.check import check_file
 from llava.symbolic.rubric import count_values, reward
 from llava.symbolic.rules import load_rules
+from llava.utils.cli import Parser
 from llava.utils.reporting import text_table
 from llava.utils.terminal import write_out
 
@@ -57,8 +59,9 @@ def check_seconds(*, num_nodes: int = 6) -> float:
     return seconds
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print both times beside their limits."""
+    Parser(prog="symbolic_rules", description="Seconds of one core for rewards and checks of rules.").parse_args(argv)
     seconds = dict(zip(LIMITS, (reward_seconds(), check_seconds()), strict=True))
     write_out(text_table(["work", "seconds", "limit"], [[name, seconds[name], LIMITS[name]] for name in LIMITS]) + "\n")
 

@@ -42,6 +42,14 @@ class VisibleFormatter(logging.Formatter):
 SILENT_LIBRARIES = ("PIL", "pydicom", "pylibjpeg", "openjpeg", "matplotlib", "bitsandbytes.backends.cpu.ops")
 """Loggers that are off in commands: readers may quote a file; bitsandbytes warns of kernels that are never used."""
 
+NO_NEWS = "Setting accelerator to CPU"
+"""Beginning of a warning that DeepSpeed prints on a machine without a GPU, also where it is imported but not used."""
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Return whether a record of DeepSpeed says something that a user does not know."""
+    return not record.getMessage().startswith(NO_NEWS)
+
 
 @contextlib.contextmanager
 def silent_libraries() -> Iterator[None]:
@@ -57,9 +65,12 @@ def silent_libraries() -> Iterator[None]:
             warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL + 1)
+        deepspeed = logging.getLogger("DeepSpeed")  # a filter, since its import sets its level
+        deepspeed.addFilter(is_news)
         try:
             yield
         finally:
+            deepspeed.removeFilter(is_news)
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
 

@@ -18,6 +18,7 @@ from llava.train.option_table import read_table
 from tests.support.fast_python import without_build
 from tests.support.pairs import write_pairs
 from tests.support.ranks import run_ranks
+from tests.support.rollouts import write_toy
 from tests.support.runs import kept_trainer, saved
 from tests.support.tiny import write_tiny_lm, write_tiny_tower, write_tiny_vqa
 
@@ -43,6 +44,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny_tower(folder / "tower")
     write_tiny_vqa(folder / "vqa")
     write_pairs(folder / "pairs")
+    write_toy(folder / "toy")
     rows = json.loads((folder / "vqa" / "train.json").read_text())
     (folder / "vqa" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dialogues = [{**row, "conversations": row["conversations"] + DIALOGUE} for row in rows]
@@ -62,6 +64,11 @@ def words_for(name: str, folder: Path) -> list[str]:
     """Return the words that replace the data, the length and the precision of a recipe."""
     sources = {"mixture": folder / "mixture.yaml", "stream": folder / "stream.yaml"}
     named = {"dpo": folder / "pairs" / "pairs.json", "self_questioning": folder / "vqa" / "dialogues.json"}
+    if name == "grpo":
+        toy = folder / "toy"
+        return ["--data-path", str(toy / "table.json"), "--image-folder", str(toy / "images"),
+                "--rules", str(toy / "rules.yaml"), "--rollout-batch-size", "8", "--num-generations", "4",
+                "--response-len", "3", "--bf16", "False", "--max-steps", "2", "--report-to", "none"]  # fmt: skip
     rows = named.get(name, folder / "vqa" / "train.json")
     images = folder / ("pairs" if name == "dpo" else "vqa") / "images"
     words = ["--data-path", str(sources.get(name, rows)), "--bf16", "False", "--max-steps", "2",
@@ -147,6 +154,13 @@ def pairs_are_trained(folder: Path) -> None:
     assert any("reward" in line or "margin" in line for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 
+def dialogues_are_rewarded(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rows) == 16 and {row["group"] for row in rows} == {0, 1}
+    assert all("reward" in json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:2])
+    assert any(".lora_A" in name for name in names_of(folder))
+
+
 def order_holds(word: str) -> Callable[[Path], None]:
     def check(folder: Path) -> None:
         assert word in json.loads((folder / "provenance.json").read_text())["order"]
@@ -167,6 +181,7 @@ SHOWN: dict[str, Callable[[Path], None]] = {
     "anyres": tiles,
     "dora": magnitudes_and_head,
     "dpo": pairs_are_trained,
+    "grpo": dialogues_are_rewarded,
     "instruct": whole_model,
     "lora": chosen_layers,
     "mixture": order_holds("drawn with weights 2, 1"),

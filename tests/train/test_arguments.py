@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 from dataclasses import FrozenInstanceError, fields
@@ -16,6 +17,7 @@ from llava.errors import ConfigError
 from llava.train import parsing
 from llava.train.args import DataArguments, LlavaTrainingArguments, ModelArguments
 from llava.train.callbacks import row_ids_file
+from llava.train.command import checked_words
 from llava.train.preference_args import PreferenceArguments
 from llava.utils.cli import flag
 
@@ -267,17 +269,31 @@ def test_held_out_rows_use_the_training_folder_by_default(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "words",
     [
-        ["--report_to", "tensorboard", "wandb"],
-        ["--report-to", "tensorboard,wandb"],
-        ["--report_to=tensorboard", "--report_to", "wandb"],
-        ["--report_to", "['tensorboard', 'wandb']"],
-        ["--report_to", "tensorboard", "none", "wandb", "wandb"],
+        ["--report_to", "tensorboard", "wandb", "trackio"],
+        ["--report-to", "tensorboard,wandb,trackio"],
+        ["--report_to=tensorboard", "--report_to", "wandb", "--report_to=trackio"],
+        ["--report_to", "['tensorboard', 'wandb', 'trackio']"],
+        ["--report_to", "tensorboard", "none", "wandb", "wandb", "trackio"],
     ],
 )
 def test_several_reports_in_every_form(tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert parse(tmp_path, *words)[2].report_to == ["tensorboard", "wandb"]
+    assert parse(tmp_path, *words)[2].report_to == ["tensorboard", "wandb", "trackio"]
+
+
+def test_several_reports_of_a_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    turns = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}]
+    (tmp_path / "lm").mkdir()
+    (tmp_path / "lm" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns}]))
+    values = {"model_name_or_path": str(tmp_path / "lm"), "vision_tower": str(tmp_path / "lm"), "output_dir": "out",
+              "data_path": str(tmp_path / "rows.json"), "report_to": ["tensorboard", "trackio"]}  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    words, _ = checked_words([str(tmp_path / "run.yaml")])
+    assert parsing.parse_training_args(words)[2].report_to == ["tensorboard", "trackio"]
 
 
 def test_deepspeed_without_a_launcher_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

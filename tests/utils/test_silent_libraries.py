@@ -188,3 +188,16 @@ def test_warnings_that_python_was_asked_for_are_shown(monkeypatch: pytest.Monkey
         warnings.simplefilter("always")
         run_program(lambda: warnings.warn("asked for", stacklevel=1))
     assert [str(warning.message) for warning in found] == ["asked for"]
+
+
+def test_deepspeed_does_not_say_that_there_is_only_a_cpu() -> None:
+    logger, seen = logging.getLogger("DeepSpeed"), io.StringIO()
+    handler = logging.StreamHandler(seen)
+    logger.addHandler(handler)
+    try:
+        with silent_libraries():
+            logger.warning("Setting accelerator to CPU. If you have GPU, we were unable to detect it.")
+            logger.warning("a checkpoint is incomplete")
+    finally:
+        logger.removeHandler(handler)
+    assert seen.getvalue() == "a checkpoint is incomplete\n" and not logger.filters
