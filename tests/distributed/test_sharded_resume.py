@@ -19,7 +19,7 @@ import torch
 from llava.errors import LlavaError
 from tests.support.fast_python import without_build
 from tests.support.pairs import pair_arguments, write_pairs
-from tests.support.ranks import run_ranks, start
+from tests.support.ranks import allow_fsdp_on_cpu, run_ranks, start
 from tests.support.runs import arguments, losses, saved, steps, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,25 +48,6 @@ def words(parts: Path, folder: Path, kind: str) -> list[str]:
         (folder.parent / "fsdp.json").write_text(json.dumps(LAYERS))
         sharding = {"fsdp": "full_shard auto_wrap", "fsdp_config": folder.parent / "fsdp.json"}
     return arguments(parts, folder, **data, **SAVED, **sharding)
-
-
-def allow_fsdp_on_cpu() -> None:
-    """Let a run without GPUs shard its weights, which torch can and accelerate and this package do not offer."""
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    from llava.train import legacy_flags
-
-    made = AcceleratorState.__init__
-
-    def make(self: Any, *values: Any, fsdp_plugin: Any = None, **named: Any) -> None:
-        made(self, *values, fsdp_plugin=fsdp_plugin, **named)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    AcceleratorState.__init__ = make
-    legacy_flags._set_fsdp = lambda args: None
 
 
 def prepare(kind: str, key: Path) -> None:

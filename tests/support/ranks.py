@@ -78,3 +78,22 @@ def run_ranks(world_size: int, job: Callable[..., Any], *args: Any, timeout: flo
     failed = [f"rank {rank} {kind}: {value}" for rank, (kind, value) in enumerate(outcomes) if kind != "result"]
     assert not failed, "\n".join(failed)
     return [value for _, value in outcomes]
+
+
+def allow_fsdp_on_cpu() -> None:
+    """Let a run without GPUs shard its weights, which torch can and accelerate and this package do not offer."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    from llava.train import legacy_flags
+
+    made = AcceleratorState.__init__
+
+    def make(self: Any, *values: Any, fsdp_plugin: Any = None, **named: Any) -> None:
+        made(self, *values, fsdp_plugin=fsdp_plugin, **named)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = make
+    legacy_flags._set_fsdp = lambda args: None

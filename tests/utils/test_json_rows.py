@@ -295,10 +295,17 @@ def test_a_row_of_more_characters_than_allowed_is_a_broken_file(monkeypatch: pyt
         assert isinstance(read(content.encode())[-1][1], BrokenFileError)
 
 
-def test_a_named_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match=r"pipe cannot be opened: it is a pipe or a device"):
-        list(iter_rows(tmp_path / "pipe"))
+@pytest.mark.parametrize("name", ["pipe", "rows.json", "rows.jsonl", "rows.json.gz", "rows.csv", "link", "/dev/zero"])
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_named_pipe_is_refused_without_waiting(tmp_path: Path, name: str, lines: bool) -> None:
+    path = tmp_path / name
+    if name == "link":
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to("pipe")
+    elif not path.exists():
+        os.mkfifo(path)
+    with pytest.raises(DataError, match="cannot be opened: it is a pipe or a device"):
+        list(iter_rows(path, lines=lines))
 
 
 @pytest.mark.parametrize("piece", [1, 5, 1 << 20])
