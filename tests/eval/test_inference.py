@@ -50,6 +50,28 @@ def test_rows_are_in_input_order_though_images_are_batched(data: tuple[Path, Ans
     assert (summary.num_questions, summary.num_resumed, summary.num_failed) == (9, 0, 0)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("blank_images", [False, True])
+@pytest.mark.parametrize("stop_after", [0, 1, 3])
+def test_equal_evaluations_are_equal_files(
+    data: tuple[Path, AnswerOptions], tmp_path: Path, batch_size: int, blank_images: bool, stop_after: int
+) -> None:
+    """In batches of any size, also after an interruption; another answer has another id."""
+    questions, options = data
+    outs = [tmp_path / name for name in ("whole.jsonl", "again.jsonl", "other.jsonl")]
+    how: dict[str, Any] = {"options": options, "blank_images": blank_images}
+    answer_file(FakeEngine(), questions, outs[0], **how)
+    if stop_after:
+        with pytest.raises(KeyboardInterrupt):
+            answer_file(FakeEngine(stop_after=stop_after), questions, outs[1], batch_size=2, **how)
+    answer_file(FakeEngine(), questions, outs[1], batch_size=batch_size, **how)
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    answer_file(FakeEngine({"Q4?": "no"}), questions, outs[2], **how)
+    first, second = ([answer["answer_id"] for answer in rows_of(out)] for out in (outs[0], outs[2]))
+    changed = [] if blank_images else [4]  # this engine answers alike about every gray image
+    assert [number for number, identity in enumerate(first) if identity != second[number]] == changed
+
+
 def test_interrupted_run_resumes(data: tuple[Path, AnswerOptions], tmp_path: Path) -> None:
     questions, options = data
     out = tmp_path / "answers.jsonl"

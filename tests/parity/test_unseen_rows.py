@@ -178,12 +178,13 @@ def test_a_defect_explains_its_rows_and_no_change_of_them(shared: Path, tmp_path
         assert any(line.status == "FAIL" for line in lines), field
 
 
-def test_each_way_may_cut_rows_at_its_own_limit(shared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "second"), [(120, 100), (100, 120), (90, 64), (119, 118), (130, 60)])
+def test_each_way_may_cut_rows_at_its_own_limit(shared: Path, tmp_path: Path, first: int, second: int) -> None:
     """Rows are cut at the maximum length of their tokenizer, and labels with them."""
     ids = ids_of(shared)
     rows = [{"id": f"long {n}", "conversations": turns(QUESTION, "no " * (90 + n))} for n in range(2)]
     tree: dict[str, Any] = {}
-    for variant, limit in (("sp_legacy", 120), ("other", 100)):
+    for variant, limit in (("sp_legacy", first), ("other", second)):
         whole = [two(ids, QUESTION, row["conversations"][1]["value"]) for row in rows]
         tree[variant] = {
             "v1": {
@@ -193,7 +194,7 @@ def test_each_way_may_cut_rows_at_its_own_limit(shared: Path, tmp_path: Path) ->
         }
     lines = check(shared, tmp_path / "x", rows, tree, frozenset())
     assert [line.status for line in lines] == ["ok", "ok"], lines
-    assert "2 equal, cut there at 120" in lines[0].note and "2 equal, cut there at 100" in lines[0].note
+    assert f"2 equal, cut there at {first}" in lines[0].note and f"2 equal, cut there at {second}" in lines[0].note
     shorter = tree["other"]["v1"]["long 0"]
     tree["other"]["v1"]["long 0"] = {**shorter, **{k: shorter[k][:-3] for k in ("input_ids", "labels")}}
     assert check(shared, tmp_path / "x", rows, tree, frozenset(COMPAT))[0].status == "FAIL"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from llava.model.multimodal_encoder.towers import (
     tower_image_processor,
 )
 from tests.support.tiny import TOWERS, tiny_llava, write_tiny_lm, write_tiny_tower
+from tests.support.torch_programs import table, tensor, write_archive
 
 PIXELS = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0)) - 0.5
 
@@ -158,3 +160,51 @@ def test_broken_processor_file(tmp_path: Path) -> None:
     tower = load_tower(str(tmp_path), torch.float32)
     with pytest.raises(CheckpointError, match="preprocessor_config"):
         tower_image_processor(str(tmp_path), tower.config, None)
+
+
+class Planted:
+    """Ends the process when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return eval, ("__import__('os')._exit(7)",)
+
+
+def damage(file: Path, kind: str) -> None:
+    """Turn weights into a hostile or damaged file."""
+    content = file.read_bytes()
+    if kind == "code":
+        torch.save({"vision_model.embeddings.class_embedding": Planted()}, file)
+    elif kind == "legacy code":
+        torch.save({"a": Planted()}, file, _use_new_zipfile_serialization=False)
+    elif kind == "nested":
+        write_archive(file, table((b")" + b"\x85" * 300_000, tensor((4,), (1,)))))
+    elif kind == "countless":
+        write_archive(file, b"\x80\x02" + b"N" * 1_100_000 + b".", compression=zipfile.ZIP_DEFLATED)
+    elif kind == "longer than its storage":
+        write_archive(file, table(("a", tensor((2**40,), (0,)))))
+    elif kind == "another kind":
+        torch.save([1, 2, 3], file)
+    else:
+        file.write_bytes({"empty": b"", "truncated": content[:-200], "half": content[: len(content) // 2]}[kind])
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov2"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("code", "legacy code", "nested", "countless", "longer than its storage", "another kind"),
+        *("empty", "truncated", "half"),
+    ],
+)
+def test_a_hostile_bin_file_of_a_tower_is_one_line(tmp_path: Path, name: str, kind: str) -> None:
+    folder = write_tiny_tower(tmp_path / "tower", name)
+    weights = folder / "pytorch_model.bin"
+    torch.save(load_file(folder / "model.safetensors"), weights)
+    (folder / "model.safetensors").unlink()
+    load_tower(str(folder), torch.float32)
+    damage(weights, kind)
+    with pytest.raises(CheckpointError) as caught:
+        load_tower(str(folder), torch.float32)
+    text = str(caught.value)
+    assert text.isprintable() and str(folder) in text and len(text) < 600
+    assert "weights_only" not in text and "Unpickl" not in text
