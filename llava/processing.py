@@ -121,6 +121,7 @@ class LlavaMedProcessor:
         self,
         *,
         template: str | None = None,
+        chat_template: str | None = None,
         system: str | None = None,
         image_mode: str | None = None,
         patch_merge_type: str | None = None,
@@ -137,6 +138,7 @@ class LlavaMedProcessor:
         Args:
             template: as for the class, with its default system prompt unless `system` is given. The name of the current
                 template changes nothing, and keeps the system prompt of a checkpoint.
+            chat_template: text of a chat template, for `auto`; the returned processor has a tokenizer of its own.
             dicom: rendering of DICOM files.
 
         The others are those of the class; None keeps the current setting.
@@ -148,6 +150,9 @@ class LlavaMedProcessor:
         made.__dict__.pop("image_fingerprint", None)  # depends on the settings
         made.trains_empty = self.trains_empty if trains_empty is None else trains_empty
         made.template = replace(self.template, trains_empty=made.trains_empty)
+        if chat_template is not None:
+            made.tokenizer = copy.deepcopy(self.tokenizer)
+            made.tokenizer.chat_template = chat_template
         if template is not None or system is not None:
             name = self.template.name if template is None else template
             keeps = system is None and name == self.template.name
@@ -185,9 +190,7 @@ class LlavaMedProcessor:
             raise ConfigError(f"image mode {mode} needs a vision tower, but this processor is for text only")
         height, width = self.image_size
         if height != width:
-            raise ConfigError(
-                f"image mode {mode} needs a vision tower with square input; this one has {width} x {height}"
-            )
+            raise ConfigError(f"image mode {mode} needs a vision tower with square input, not {width} x {height}")
         found = parse_pinpoints(pinpoints, height) if mode == ANYRES else ()
         return ImageGrid(mode, height, self.num_image_tokens, merge, found)
 
@@ -223,8 +226,7 @@ class LlavaMedProcessor:
 
     @property
     def pad_token_id(self) -> int:
-        """Id for padding positions."""
-        # Padding is always masked, so any token of the vocabulary works.
+        """Id for padding positions; they are always masked, so any token of the vocabulary works."""
         for name in ("pad_token_id", "unk_token_id", "eos_token_id"):
             if (token := getattr(self.tokenizer, name, None)) is not None:
                 return int(token)
@@ -252,9 +254,7 @@ class LlavaMedProcessor:
         if self.image_processor is None:
             raise ConfigError("this processor is for text only; load one with a vision tower")
         if self.has_variable_images:
-            raise ConfigError(
-                f"image mode {self.image_mode} gives inputs of several sizes; call `preprocess` for each image"
-            )
+            raise ConfigError(f"image mode {self.image_mode} gives inputs of several sizes; call `preprocess`")
         height, width = self.image_size
         if not images:
             return torch.zeros(0, 3, height, width)

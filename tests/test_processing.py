@@ -105,6 +105,20 @@ def test_template_can_be_replaced() -> None:
     assert other.template.prompt(talk("Q")) == "[INST] Q [/INST]"
 
 
+def test_chat_template_can_be_replaced() -> None:
+    processor = make_processor()
+    before = processor.tokenizer.chat_template
+    text = (
+        "{% for message in messages %}[{{ message.role }}]{{ message.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    other = processor.changed(template="auto", chat_template=text)
+    assert other.template.prompt(talk("Q")) == "[user]Q</s>[assistant]"
+    assert other.tokenizer.chat_template == text
+    assert processor.tokenizer.chat_template == before
+    assert processor.template.name == "v1"
+
+
 def test_decode_leaves_special_tokens_out() -> None:
     processor = make_processor()
     assert processor.decode([*processor.text(" A lung ≥ 2.").ids, 2]).strip() == "A lung ≥ 2."

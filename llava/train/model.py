@@ -107,15 +107,13 @@ def _continue(checkpoint: Checkpoint, spec: ModelSpec, system: str | None) -> Lo
     processor = loaded.processor
     name, text = template_of(spec)
     name = processor.template.name if name == AUTO and text is None else name
-    if text is not None:
-        processor.tokenizer.chat_template = text
     if name or system:
         name = name or processor.template.name
         if processor.system is not None and system is None and name != processor.template.name:
             logger.warning(
                 "--version %s: the system prompt of the checkpoint is replaced by that of the template", name
             )
-        processor = processor.changed(template=name, system=system)
+        processor = processor.changed(template=name, chat_template=text, system=system)
         loaded.model.config.template = name
     if spec.image_mode or spec.patch_merge_type or spec.image_grid_pinpoints:
         processor = processor.changed(
