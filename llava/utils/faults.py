@@ -13,6 +13,7 @@ FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file-size limit (ulimit -f) is reached",
 }
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 FULL_OR_LIMITED = "the disk is full, or the file-size limit (ulimit -f) is reached"
 HOW_ON = "free space and rerun the same command to continue"
 
@@ -58,6 +59,16 @@ def fault_line(error: BaseException) -> str | None:
     return None if _number(error) is None else _one_line(error)
 
 
+def fault_of(path: Path, error: BaseException) -> str:
+    """Return one line for an error while `path`, or a temporary file that becomes it, was written."""
+    number = _number(error)
+    if number is None:
+        return f"{path} cannot be written: {start_of(error)}"
+    if number in FULL or number in READ_ONLY:
+        return fault_line(OSError(number, os.strerror(number), str(path))) or ""
+    return f"{path} cannot be written: {os.strerror(number)}"
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and what caused it."""
     cause: BaseException | None = error
@@ -84,7 +95,7 @@ def _subject(error: BaseException) -> str:
 def _system_line(error: OSError) -> str:
     """Return the line for an error of the system; a folder that cannot be written is named as such."""
     names = [os.fsdecode(name) for name in (error.filename2, error.filename) if isinstance(name, (str, bytes))]
-    if names and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if names and error.errno in READ_ONLY:
         folder = _read_only_folder(Path(names[0]))
         if error.errno == errno.EROFS or folder is not None:
             where = folder if folder is not None else Path(names[0]).parent

@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn
 from safetensors import SafetensorError
 
 from llava.errors import CheckpointError, LlavaError
+from llava.utils.faults import fault_of
 from llava.utils.jsonl import follow_umask
 
 TERMINATED = 143
@@ -46,7 +47,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         _remove_leftovers(path)
         private, lock = _private_folder(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be created: {error.strerror}") from error
+        raise CheckpointError(fault_of(path, error)) from error
     try:
         with _terminable():
             temporary = private / path.name  # has the final name, which model cards contain
@@ -61,8 +62,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             for parent in missing:
                 parent.rmdir()
         if isinstance(error, OSError | SafetensorError) and not isinstance(error, LlavaError):
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise CheckpointError(f"{path} cannot be written: {reason}") from error
+            raise CheckpointError(fault_of(path, error)) from error
         raise
     finally:
         os.close(lock)

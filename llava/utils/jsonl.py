@@ -177,7 +177,11 @@ def open_atomic(path: str | Path, *, private: bool = False) -> Iterator[IO[bytes
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = _open_temporary(path)
+    try:
+        handle, temporary = _open_temporary(path)
+    except OSError as error:
+        error.filename = str(path)  # instead of the temporary name
+        raise
     lock = os.dup(handle)  # the lock lasts until the file has its name
     try:
         with os.fdopen(handle, "wb") as stream:

@@ -6,7 +6,6 @@ import io
 import os
 import resource
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -21,6 +20,7 @@ from llava.eval.run import main as evaluate
 from llava.quickstart.command import main as quickstart
 from llava.utils.cli import run_program
 from llava.utils.files import exclusive_file, exclusive_folder
+from tests.support.disks import make_read_only, small_disk
 from tests.support.ranks import run_ranks, start
 from tests.support.runs import arguments, losses, saved, steps, train
 
@@ -120,17 +120,8 @@ def test_a_file_size_limit_while_saving(parts: Path, whole: Path, tmp_path: Path
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 8 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(words, check=False, capture_output=True)
-    except OSError:
-        pytest.skip("no mount command")
-    if done.returncode:
-        pytest.skip("this user may not mount a disk; the file-size limit is tested everywhere")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "8m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("share", [0.02, 0.4, 0.8])
@@ -146,7 +137,7 @@ def test_a_full_disk_while_saving(parts: Path, whole: Path, disk: Path, share: f
 
 
 def test_a_read_only_folder_is_named(parts: Path, disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    make_read_only(disk)
     line = refused(arguments(parts, disk / "run", **EVERY_STEP))
     assert f"the folder {disk} is read-only" in line
 
