@@ -40,8 +40,14 @@ from tests.support.check_files import row, write_rows
 
 ESTIMATE = {"value": 50.0, "low": 25.0, "high": 75.0, "num_items": 4}
 
-IMAGE = """named"'><script>image"""
+PERSON = "Zyx Quentin"
+"""Folder of images, named as a person."""
+
+NAME = """named"'><script>image"""
 """File name of an image; a slash cannot be part of it."""
+
+IMAGE = f"{PERSON}/{NAME}"
+"""Image as rows name it."""
 
 
 class Marks:
@@ -59,8 +65,8 @@ class Marks:
 
 def write_images(folder: Path, names: list[str]) -> Path:
     """Write gray images under the given names."""
-    folder.mkdir()
     for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (30, 20), 20 * number).save(folder / name, format="PNG")
     return folder
 
@@ -113,7 +119,7 @@ def judge_page(folder: Path, mark: Marks) -> Path:
 
 def check_page(folder: Path, mark: Marks) -> Path:
     """Write the page of `llava data check`; it shows names of files, images, fields and classes, but no texts."""
-    names = [IMAGE, f"other {IMAGE}"]
+    names = [IMAGE, f"{PERSON}/other {NAME}"]
     images = write_images(folder / "images", names)
     (images / names[1]).write_bytes((images / names[0]).read_bytes())
     classes = [mark(f"class-{n}") for n in range(len(names))]

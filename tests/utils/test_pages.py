@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava.utils.reporting import render_page
-from tests.support.pages import IMAGE, PAGES, Marks
+from tests.support.pages import NAME, PAGES, PERSON, Marks
 
 TEMPLATES = sorted(file.name for file in files("llava.utils").joinpath("templates").iterdir())
 
@@ -59,7 +59,11 @@ def test_names_of_images_stay_in_their_attribute(marks_and_page: tuple[Marks, Pa
     elements = Elements(marks_and_page[1])
     names = {value for name, value in elements.attributes if name == "alt"}
     assert bool(names) == ("img" in elements.tags)
-    assert names <= {IMAGE, f"other {IMAGE}", "row 4", "image of the row"}
+    assert names <= {NAME, f"other {NAME}", "row 4", "image of the row"}
+
+
+def test_no_page_names_a_folder_of_images(marks_and_page: tuple[Marks, Path]) -> None:
+    assert PERSON not in marks_and_page[1].read_text(encoding="utf-8")
 
 
 def test_every_template_has_a_page() -> None:

@@ -119,6 +119,7 @@ def make_parser() -> Parser:
     parser.add_switch(
         "--mm_use_im_start_end", help="add start and end tokens around images, if --model does not define it"
     )
+    parser.add_switch("--show-folders", help="show folders of images on the page; they often name patients")
     add_plugin_option(parser)
     return parser
 
@@ -186,7 +187,7 @@ def _write(args: Namespace, report: CheckReport) -> None:
     if args.html:
         from llava.data.check.page import write_page
 
-        write_page(args.html, report, strict=args.strict)
+        write_page(args.html, report, strict=args.strict, show_folders=args.show_folders)
         write_out(f"page: {args.html}\n")
     if args.fix:
         fixed = write_fixed(report, args.fix)

@@ -1,16 +1,17 @@
 """HTML report of a check, with thumbnails of the images to review.
 
-The page loads no external resources and shows no text of the rows. It does show images and file names, so it must be
-protected like the data.
+The page loads no external resources and shows no text of the rows. It does show images and their names, without folders
+unless asked, so it must be protected like the data.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import compress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from llava.data.check.report import CheckReport, image_data, person_line, token_line
@@ -42,8 +43,16 @@ TOKENS = "tokens per row"
 COLUMNS = ("finding", "rows", "rows of the other file")
 
 
-def write_page(path: Path, report: CheckReport, *, strict: bool) -> None:
-    """Write the HTML report of a check."""
+def write_page(path: Path, report: CheckReport, *, strict: bool, show_folders: bool = False) -> None:
+    """Write the HTML report of a check.
+
+    Args:
+        path: the page.
+        report: result of the check.
+        strict: whether warnings are errors.
+        show_folders: show names of images with their folders, which often name a patient.
+    """
+    shown = _NameView(report, show_folders)
     rules, tokens = report.findings.rules(), report.tokens
     text = render_page(
         "check.html",
@@ -55,7 +64,7 @@ def write_page(path: Path, report: CheckReport, *, strict: bool) -> None:
         ],
         persons=person_line(report) if len(report.scans) > 1 else "",
         overview=[_overview(report, rule, file) for rule, file in rules],
-        rules=[_rule(report, rule, file) for rule, file in rules],
+        rules=[_rule(shown, rule, file) for rule, file in rules],
         plots=_plots(report),
         images=_images(report),
         tokens=None if tokens is None else {"model": tokens.model, "line": token_line(tokens)},
@@ -83,8 +92,28 @@ def _overview(report: CheckReport, rule: str, file: int) -> list[str | int]:
     return [about.title, about.level, NAMES[file], found.count, report.num_rows_of(rule, file)]
 
 
-def _rule(report: CheckReport, rule: str, file: int) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _NameView:
+    """Names of images and messages of a report as the page shows them."""
+
+    report: CheckReport
+    folders: bool
+
+    def name(self, place: int) -> str:
+        name = self.report.image_scan.name(place)
+        return name if self.folders else PurePath(name).name
+
+    def message(self, finding: CheckFinding) -> str:
+        text = finding.message
+        # The longest first: one name may be the end of another.
+        for name in sorted(map(self.report.image_scan.name, finding.images), key=len, reverse=True):
+            text = text if self.folders else text.replace(name, PurePath(name).name)
+        return text
+
+
+def _rule(view: _NameView, rule: str, file: int) -> dict[str, Any]:
     """Return the section of one rule: hint, images of the first findings, and a list of findings."""
+    report = view.report
     found, about = report.findings.of(rule, file), RULES[rule]
     listed = found.listed[:MAX_LISTED]
     # Messages that only repeat the title, and files without a row, are left out.
@@ -97,11 +126,11 @@ def _rule(report: CheckReport, rule: str, file: int) -> dict[str, Any]:
         "level": about.level,
         "file": NAMES[file],
         "hint": about.hint,
-        "cases": [_case(report, finding) for finding in found.listed[:MAX_CASES]] if rule in ILLUSTRATED else [],
+        "cases": [_case(view, finding) for finding in found.listed[:MAX_CASES]] if rule in ILLUSTRATED else [],
         "rows": _numbers([row for finding in listed for row in finding.rows]) if only_rows else "",
         "headers": list(compress(COLUMNS, kept)),
         "findings": [
-            list(compress((one.message, _numbers(one.rows), _numbers(one.other_rows)), kept)) for one in listed
+            list(compress((view.message(one), _numbers(one.rows), _numbers(one.other_rows)), kept)) for one in listed
         ],
         "num_more": found.count - len(listed),
     }
@@ -111,17 +140,17 @@ def _numbers(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows))
 
 
-def _case(report: CheckReport, finding: CheckFinding) -> dict[str, Any]:
+def _case(view: _NameView, finding: CheckFinding) -> dict[str, Any]:
     """Return the images of one finding with their names."""
-    scan, places = report.image_scan, finding.images[:MAX_SHOWN]
+    scan, places = view.report.image_scan, finding.images[:MAX_SHOWN]
     return {
         "images": [
             # Opened images have a root.
             html_thumbnail(scan.name(place), partial(decode.load_image, root=scan.root(place)))
             for place in places
         ],
-        "names": ", ".join(map(scan.name, places)),
-        "message": finding.message,
+        "names": ", ".join(map(view.name, places)),
+        "message": view.message(finding),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -108,3 +109,21 @@ def test_histograms_fit_a_phone_and_their_marks_stay_inside(page: Path, tmp_path
     return [page.querySelectorAll(".plots svg").length, out.map(one => one.textContent)];"""
     for found in look_at(tmp_path, [page], widths=(390, 1280), script=script):
         assert found["sizes"][0] <= found["sizes"][1] and found["value"][0] >= 5 and found["value"][1] == []
+
+
+@pytest.mark.parametrize("words", [[], ["--show-folders"]])
+def test_folders_of_patients_are_shown_on_request_only(words: list[str], tmp_path: Path) -> None:
+    for number, name in enumerate(("Zyx Quentin", "Zyx Anna")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("L", (40, 30), 7).save(tmp_path / "images" / name / f"{number}.png")
+    (tmp_path / "images" / "Zyx Anna" / "broken.png").write_bytes(b"no image")
+    train, test = "Zyx Quentin/0.png", "Zyx Anna/1.png"
+    names = [train, test, "Zyx Anna/broken.png", "Zyx Anna/missing.png"]
+    rows = [asked(number, name, ("What?", "a")) for number, name in enumerate(names)]
+    page, data = tmp_path / "page.html", str(write_rows(tmp_path / "rows.json", rows))
+    against = ["--against", str(write_rows(tmp_path / "test.json", [asked(9, test, ("Where?", "b"))]))]
+    for more in ([], ["--images", str(tmp_path / "images")]):
+        with contextlib.suppress(SystemExit):
+            main([data, *against, *more, "--html", str(page), *words])
+        text = page.read_text()
+        assert ("Zyx" in text) == bool(words) and "1.png" in text
