@@ -27,7 +27,7 @@ from llava.errors import ConfigError, DataError
 from llava.imaging.decode import load_image
 from llava.samples import row_images, type_and_length
 from llava.utils import log
-from llava.utils.cli import Parser
+from llava.utils.cli import Parser, check_folder
 from llava.utils.files import exclusive_folder
 from llava.utils.json_rows import read_records
 from llava.utils.jsonl import file_text, open_atomic, write_atomic, write_json
@@ -200,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         DataError: a row cannot be used; the message names file and row.
     """
     args = make_parser().parse_args(argv)
+    check_folder(args.image_folder, "--image-folder")
     if not 8 <= args.window <= REFERENCE_SIDE:
         raise ConfigError(f"--window must be from 8 to {REFERENCE_SIDE}, got {args.window}")
     fractions = parse_fractions(args.fractions) if args.fractions else None

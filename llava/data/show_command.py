@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from llava.data.mixture import is_mixture
 from llava.errors import ConfigError
-from llava.utils.cli import Parser
+from llava.utils.cli import Parser, check_folder
 from llava.utils.plugins import add_plugin_option
 
 
@@ -45,6 +45,7 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Show one row of a data file."""
     args = make_parser().parse_args(argv)
+    check_folder(args.image_folder, "--image-folder")
     if is_mixture(args.file):
         raise ConfigError(
             f"{args.file} is a mixture, expected a data file; pass the file of one source, or the output of "

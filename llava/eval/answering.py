@@ -32,7 +32,7 @@ from llava.eval.questions import PromptForm
 from llava.generation.fingerprint import join_settings, model_settings, read_settings
 from llava.generation.options import engine_of
 from llava.utils import log
-from llava.utils.cli import Parser
+from llava.utils.cli import Parser, check_folder
 from llava.utils.files import exclusive_file
 from llava.utils.json_rows import read_records
 from llava.utils.jsonl import write_records
@@ -74,6 +74,7 @@ def make_parser(prog: str, description: str) -> Parser:
 def run_answering(args: Namespace, form: PromptForm) -> AnswerSummary:
     """Answer one chunk of a question file; the model is loaded only if questions are pending."""
     log.setup_logging()
+    check_folder(args.image_folder, "--image-folder")
     args = connected_model(args)
     warn_no_effect(args)
     options = AnswerOptions(
@@ -132,6 +133,7 @@ def run_batch(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--devices", help="device numbers, e.g. 0,1,2 (default: all); chunks wait for a free device")
     args = parser.parse_args(words)
     log.setup_logging()
+    check_folder(args.image_folder, "--image-folder")
     if args.num_chunks < 1:
         raise ConfigError(f"--num-chunks must be at least 1, got {args.num_chunks}")
     parts = [chunk_path(args.answers_file, index) for index in range(args.num_chunks)]

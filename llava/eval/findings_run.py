@@ -32,7 +32,7 @@ from llava.eval.row_forms import FindingsRows
 from llava.generation.fingerprint import differing_settings, join_settings, model_settings, read_settings
 from llava.generation.options import engine_of
 from llava.utils import log
-from llava.utils.cli import Parser
+from llava.utils.cli import Parser, check_folder
 from llava.utils.files import exclusive_file
 from llava.utils.json_rows import read_records
 from llava.utils.jsonl import write_records
@@ -82,13 +82,12 @@ def read_queries(args: Namespace) -> list[Any]:
     """Return the samples of the query file.
 
     Raises:
-        ConfigError: the loader is unknown, or `--limit` is below 1.
+        ConfigError: the loader is unknown, the image folder does not exist, or `--limit` is below 1.
         DataError: the file cannot be used.
     """
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit must be at least 1, got {args.limit}")
-    if not Path(args.image_folder).is_dir():
-        raise DataError(f"--image-folder {args.image_folder} is not a folder")
+    check_folder(args.image_folder, "--image-folder")
     return load_samples(args.query_file, loader=args.loader)[: args.limit]
 
 

@@ -30,7 +30,7 @@ from llava.eval.medvqa.items import ScoredItem, check_reference, open_answers
 from llava.eval.medvqa.metrics import PUBLISHED
 from llava.eval.medvqa.page import write_page
 from llava.eval.medvqa.report import full_report
-from llava.eval.medvqa.tables import control_tables, field_table
+from llava.eval.medvqa.tables import control_tables, field_table, field_values
 from llava.eval.metric_names import chosen_metrics, metrics_text
 from llava.eval.printing import ANSWERS, print_comparison, print_report, read_items
 from llava.eval.questions import YES_NO_OPTIONS
@@ -43,7 +43,7 @@ from llava.imaging.dicom.policy import DEFAULT_POLICY, DicomPolicy
 from llava.samples import Sample
 from llava.scoring.metrics import METRICS
 from llava.utils import log
-from llava.utils.cli import Parser, run_program
+from llava.utils.cli import Parser, check_folder, run_program
 from llava.utils.config_file import config_text, resolved_options, with_config
 from llava.utils.files import exclusive_folder
 from llava.utils.jsonl import write_atomic, write_json
@@ -249,6 +249,7 @@ def plan_of(args: Namespace, words: Sequence[str]) -> EvaluationPlan:
     """
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit must be at least 1, got {args.limit}")
+    check_folder(args.image_folder, "--image-folder")
     samples = load_samples(args.data, image_folder=args.image_folder, loader=args.loader)[: args.limit]
     train = load_samples(args.train_data) if args.train_data else None
     options = AnswerOptions(
@@ -302,6 +303,7 @@ def evaluate_model(plan: EvaluationPlan, open_engine: Callable[[], Engine]) -> d
     """
     for sample in (*plan.samples, *(plan.train_samples or ())):
         check_reference(sample)
+    field_values(plan.samples, plan.by)
     other = _other_run(plan)
     runs = _runs(plan)
     engine = open_engine() if any(run.pending for run in runs) else None

@@ -35,7 +35,7 @@ from llava.instruct.preferences.rows import KeyedFile
 from llava.instruct.preferences.sampling_options import add_sampling_options, sampling_of
 from llava.samples import Conversation, Turn
 from llava.utils import log
-from llava.utils.cli import Parser, chunk_of
+from llava.utils.cli import Parser, check_folder, chunk_of
 from llava.utils.files import exclusive_file, refuse_overwriting
 from llava.utils.provenance import file_sha256
 from llava.utils.terminal import write_out
@@ -292,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asking = sampling_of(args)
     if not args.request.strip() or IMAGE_TOKEN in args.request:
         raise ConfigError(f"--request must be a text without {IMAGE_TOKEN}, which is placed before it")
+    check_folder(args.image_folder, "--image-folder")
     if args.rows is not None:
         refuse_overwriting([args.rows], {"out": args.out})
     images = images_of_folder(args.images) if args.rows is None else images_of_rows(args.rows, args.image_folder)

@@ -22,7 +22,7 @@ from llava.model.projector_types import find_type, known_types
 from llava.samples import Origin
 from llava.train.attention_choice import check_attention
 from llava.train.bounds import check_bounds
-from llava.utils.cli import flag, near_options, near_path
+from llava.utils.cli import check_folder, flag, near_options, near_path
 from llava.utils.file_kinds import utf8_text
 from llava.utils.json_rows import iter_rows
 from llava.utils.jsonl import JSON_ERRORS
@@ -89,11 +89,7 @@ def _check_files(options: Options) -> None:
 
 def _check_folders(options: Options) -> None:
     for name in FOLDERS:
-        path = options.get(name)
-        if path and not Path(path).is_dir():
-            what = "is a file" if Path(path).exists() else "no such folder"
-            raise ConfigError(f"{flag(name)} {path}: {what}; expected the folder of the images{near_path(path)}")
-
+        check_folder(options.get(name), flag(name))
     out = options.get("output_dir")
     if out and Path(out).is_file():
         raise ConfigError(f"--output-dir {out} is a file; expected a folder")

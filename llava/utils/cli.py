@@ -133,6 +133,17 @@ def near_path(path: str | Path) -> str:
     return near_options([Path(path).name], names)
 
 
+def check_folder(path: str | Path | None, option: str) -> None:
+    """Check that the folder of images of an option exists, if the option is given.
+
+    Raises:
+        ConfigError: it does not exist, or is a file; names a similar one.
+    """
+    if path and not Path(path).is_dir():
+        found = "is a file" if Path(path).exists() else "no such folder"
+        raise ConfigError(f"{option} {path}: {found}; expected the folder of the images{near_path(path)}")
+
+
 def one_line(message: str) -> str:
     """Return an argparse error in this package's form: `--seed: got 'x', expected a whole number`."""
     text = re.sub(r"^argument (\S+?)(?:/\S+)*: ", lambda found: f"{flag_name(found[1])}: ", " ".join(message.split()))

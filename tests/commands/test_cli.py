@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from llava import __version__, cli
-from llava.errors import ConfigError
+from llava.errors import ConfigError, LlavaError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -201,3 +201,35 @@ def test_a_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("LLAVA_TRACEBACK", "1")
     with pytest.raises(ConfigError):
         cli.main(["trian"])
+
+
+FOLDERS = {
+    "eval": "llava.eval.run --model {m} --data {d} --image-folder nope --out o",
+    "eval --rules": "llava.eval.run --rules chest-xray --model {m} --data {d} --image-folder nope --out o",
+    "model_vqa": "llava.eval.model_vqa --model-name {m} --question-file {d} --image-folder nope --answers-file o",
+    "med": "llava.eval.model_vqa_med --model-name {m} --question-file {d} --image-folder nope --answers-file o",
+    "batch": "llava.eval.run_med_datasets_eval_batch --model-name {m} --question-file {d} --image-folder nope "
+    "--answers-file o",
+    "findings": "llava.eval.model_mimic_cxr --model-path {m} --query-file {d} --image-folder nope --prediction-file o",
+    "collect": "llava.eval.model_collectA --model-path {m} --question-file {d} --image-folder nope --answers-file o",
+    "answer": "llava.instruct.preferences.answer {d} --model {m} --image-folder nope --out o",
+    "ask": "llava.instruct.ask --rows {d} --model {m} --image-folder nope --out o",
+    "show": "llava.data.show_command {d} --model {m} --image-folder nope",
+    "align": "llava.data.converters.alignment {d} --image-folder nope --out o",
+    "split": "llava.data.converters.split {d} --by image --image-folder nope --fractions train=0.5,test=0.5 --out o",
+    "cells": "llava.data.cells {d} --image-folder nope --out o",
+    "check": "llava.data.check.cli {d} --images nope",
+}
+"""A missing folder of images on the command line of each command that reads images."""
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_missing_folder_of_images_is_named_before_a_model_is_loaded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    module, *words = FOLDERS[name].format(m="no-model", d="rows.json").split()
+    with pytest.raises(LlavaError, match=r"^--image(s|-folder) nope: no such folder"):
+        importlib.import_module(module).main(words)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]

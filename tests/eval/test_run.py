@@ -211,7 +211,7 @@ def test_controls_and_a_table_by_a_field(tmp_path: Path) -> None:
 
 def test_a_field_that_no_row_has(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--by scanner: no row has this field; the rows have answer_type"):
-        run.evaluate_model(make_plan(tmp_path, by="scanner"), good_engine)
+        run.evaluate_model(make_plan(tmp_path, by="scanner"), lambda: pytest.fail("the engine was opened"))
 
 
 def test_tasks_are_listed_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from llava.constants import IMAGE_TOKEN
 from llava.data.groups import image_name_key
 from llava.errors import DataError
 from llava.samples import CONVERSATION_KEYS, from_row
-from llava.utils.cli import Parser, near_path
+from llava.utils.cli import Parser, check_folder
 from llava.utils.json_rows import read_records
 from llava.utils.jsonl import write_json
 from llava.utils.terminal import write_out
@@ -207,8 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = make_parser().parse_args(argv)
     folder = args.image_folder or args.root
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected the folder of the images{near_path(folder)}")
+    check_folder(folder, "--image-folder" if args.image_folder else "--root")
     counts: Counter[str] = Counter()
     rows = alignment_rows(args.files, args.root, counts)
     if not rows:

@@ -28,7 +28,7 @@ from llava.errors import ConfigError, DataError
 from llava.imaging.decode import content_digest, read_image_bytes
 from llava.samples import row_images
 from llava.utils import log
-from llava.utils.cli import Parser
+from llava.utils.cli import Parser, check_folder
 from llava.utils.jsonl import file_text, open_atomic, write_json
 from llava.utils.provenance import provenance_fields
 from llava.utils.terminal import write_out
@@ -266,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     log.setup_logging()
     args = make_parser().parse_args(argv)
+    check_folder(args.image_folder, "--image-folder")
     fractions = parse_fractions(args.fractions)
     out = Path(args.out)
     existing = [name for name in (*(f"{split}.json" for split in fractions), MANIFEST) if (out / name).exists()]

@@ -33,7 +33,7 @@ from llava.judging.parsing import parser_of
 from llava.judging.store import Judge, Store, reply_not_stored
 from llava.openai_api import add_api_flags, settings_of
 from llava.utils import log
-from llava.utils.cli import Parser
+from llava.utils.cli import Parser, check_folder
 from llava.utils.files import refuse_overwriting
 from llava.utils.jsonl import read_object, write_json, write_records
 from llava.utils.provenance import provenance_fields
@@ -235,6 +235,7 @@ def summarize_main(argv: Sequence[str] | None = None) -> None:
     _add_summary_options(parser)
     args = parser.parse_args(argv)
     log.setup_logging()
+    check_folder(args.image_folder, "--image-folder")
     defects = chosen_defects(_compat_of(args))
     read = [path for path in (args.scores_file, args.against) if path is not None]
     refuse_overwriting(read, {"out": args.out, "html": args.html})

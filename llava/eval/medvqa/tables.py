@@ -55,6 +55,24 @@ def control_tables(
     return tables
 
 
+def field_values(samples: Sequence[Sample], field: str | None) -> list[tuple[str, ...]]:
+    """Return the values of a field of each row, empty without a field.
+
+    Raises:
+        ConfigError: no row has the field, or it has more than `MAX_VALUES` values.
+    """
+    if field is None:
+        return []
+    values = [_values(sample, field) for sample in samples]
+    found = {value for row in values for value in row}
+    if found == {NO_VALUE}:
+        known = sorted({name for sample in samples for name in sample.meta})
+        raise ConfigError(f"--by {field}: no row has this field; the rows have {', '.join(known) or 'no fields'}")
+    if len(found) > MAX_VALUES:
+        raise ConfigError(f"--by {field}: {len(found)} values, more than {MAX_VALUES}; expected a field of groups")
+    return values
+
+
 def field_table(
     samples: Sequence[Sample], items: Sequence[ScoredItem], field: str, *, num_resamples: int, seed: int
 ) -> list[dict[str, Any]]:
@@ -63,16 +81,9 @@ def field_table(
     A row whose field is a list counts for each of its values, a row without the field for `(none)`.
 
     Raises:
-        ConfigError: no row has the field, or it has more than `MAX_VALUES` values.
+        ConfigError: as `field_values`.
     """
-    values = [_values(sample, field) for sample in samples]
-    found = {value for row in values for value in row}
-    if found == {NO_VALUE}:
-        known = sorted({name for sample in samples for name in sample.meta})
-        raise ConfigError(f"--by {field}: no row has this field; the rows have {', '.join(known) or 'no fields'}")
-    if len(found) > MAX_VALUES:
-        raise ConfigError(f"--by {field}: {len(found)} values, more than {MAX_VALUES}; expected a field of groups")
-    typed = [replace(item, types=row) for item, row in zip(items, values, strict=True)]
+    typed = [replace(item, types=row) for item, row in zip(items, field_values(samples, field), strict=True)]
     rows = by_type(typed, None, num_resamples=num_resamples, seed=seed)
     return [{"value": row["type"], "score": row["score"], "answered": row["answered"]} for row in rows]
 

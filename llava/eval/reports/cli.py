@@ -19,7 +19,7 @@ from llava.eval.reports.score import CLUSTERS, ReportScores, score_reports
 from llava.eval.reports.scorers import DEFAULT_SCORERS, SCORERS, ScoreInputs, scorer_names
 from llava.generation.fingerprint import read_settings, sidecar_path
 from llava.utils import log
-from llava.utils.cli import Parser
+from llava.utils.cli import Parser, check_folder
 from llava.utils.lookup import require
 from llava.utils.provenance import provenance_fields
 
@@ -124,6 +124,7 @@ def check_options(args: Namespace) -> None:
     Raises:
         ConfigError: a number is out of range, or more than two label files were passed.
     """
+    check_folder(getattr(args, "image_folder", None), "--image-folder")
     if args.num_resamples < 1:
         raise ConfigError(
             f"--num-resamples is {args.num_resamples}; expected at least 1 (no intervals: --bootstrap-ci False)"

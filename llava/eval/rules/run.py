@@ -30,7 +30,7 @@ from llava.imaging.dicom.policy import DEFAULT_POLICY, DicomPolicy
 from llava.symbolic.read_settings import STYLES as KNOWN_STYLES
 from llava.symbolic.rules import load_rules
 from llava.symbolic.structure import SPLITS, RuleSet
-from llava.utils.cli import Parser
+from llava.utils.cli import Parser, check_folder
 from llava.utils.files import exclusive_folder
 from llava.utils.json_rows import read_records
 from llava.utils.jsonl import write_json
@@ -127,6 +127,7 @@ def plan_of(args: Namespace, words: Sequence[str]) -> RulesPlan:
         split=args.wordings,
         seed=args.seed,
     )
+    check_folder(args.image_folder, "--image-folder")
     rows = list(read_records(args.data))[: args.limit]
     options = AnswerOptions(
         image_folder=args.image_folder,

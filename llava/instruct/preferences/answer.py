@@ -26,7 +26,7 @@ from llava.instruct.preferences import sampling_options
 from llava.instruct.preferences.rows import Asked, KeyedFile, read_questions
 from llava.instruct.preferences.sampling_options import add_sampling_options, sampling_of
 from llava.utils import log
-from llava.utils.cli import Parser, chunk_of
+from llava.utils.cli import Parser, check_folder, chunk_of
 from llava.utils.config_file import with_config
 from llava.utils.files import exclusive_file, refuse_overwriting
 from llava.utils.terminal import write_out
@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if path is None:
         raise ConfigError("no questions; pass the file of questions, such as questions.jsonl")
     sampling = sampling_of(args)
+    check_folder(args.image_folder, "--image-folder")
     refuse_overwriting([path], {"out": args.out})
     questions = read_questions(path)
     with exclusive_file(args.out, option="--out"):
@@ -215,6 +216,7 @@ def published_main(argv: Sequence[str] | None = None) -> None:
         {"files": ("--num-chunks", "--chunk-idx"), "model": MORE_MODEL_HELP, "image files": IMAGE_HELP},
     )
     args = parser.parse_args(argv)
+    check_folder(args.image_folder, "--image-folder")
     refuse_overwriting([args.question_file], {"answers_file": args.out})
     sampling = Sampling(max_new_tokens=1024, temperature=1.2, top_k=100, top_p=0.95, n=2, seed=args.seed)
     questions = chunk_of(read_questions(args.question_file), args.num_chunks, args.chunk_idx)

@@ -34,7 +34,7 @@ from llava.judging.store import Judge, Store, reply_not_stored
 from llava.openai_api import add_api_flags, settings_of
 from llava.utils import log
 from llava.utils.budget import Budget, Prices
-from llava.utils.cli import Parser
+from llava.utils.cli import Parser, check_folder
 from llava.utils.config_file import config_of, read_config, with_config
 from llava.utils.files import exclusive_file, refuse_overwriting
 from llava.utils.jsonl import write_json
@@ -136,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(with_config(parser, words))
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {args.batch_size}")
+    check_folder(getattr(args, "image_folder", None), "--image-folder")
     outputs = {"out": args.out, "report": args.report, "store": _store_file(args)}
     refuse_overwriting([args.answers], outputs)
     answered = read_answered(args.answers)
