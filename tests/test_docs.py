@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
+from llava import __version__
+from llava.data.converters.dataset_cards import PATHVQA, SLAKE, VQA_RAD, DatasetCard
 from llava.data.mixture import read_mixture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,3 +100,40 @@ def test_architecture_names_every_package() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     packages = {path.parent.name for path in (ROOT / "llava").glob("*/__init__.py")}
     assert [name for name in sorted(packages) if f"llava/{name}/" not in text] == []
+
+
+def test_the_scores_of_the_readme_are_results() -> None:
+    """Every score with an interval, and every ratio of the table of speed, is in the document that it is taken from."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    scores = re.findall(r"\d+\.\d \[-?\d+\.\d, \d+\.\d\]", text)
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert len(scores) >= 9 and [score for score in scores if score not in results] == []
+    ratios = [float(number) for number in re.findall(r" (\d+\.\d+) (?=\|)", text.partition("## Speed")[2])]
+    speed = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    measured = {round(float(number), 1) for number in re.findall(r"\d+\.\d+", speed)}
+    assert len(ratios) >= 5 and {round(ratio, 1) for ratio in ratios} <= measured
+
+
+@pytest.mark.parametrize(
+    ("folder", "card", "variant"),
+    [("vqa-rad", VQA_RAD, "public"), ("slake", SLAKE, "en"), ("pathvqa", PATHVQA, "json")],
+)
+def test_sizes_of_the_data_readme_are_the_published_ones(folder: str, card: DatasetCard, variant: str) -> None:
+    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    [row] = [line for line in text.splitlines() if line.startswith(f"| `{folder}/`")]
+    assert card.sizes[variant] and all(f"{size.rows:,}" in row for size in card.sizes[variant].values())
+
+
+def test_the_extras_that_can_be_installed_are_named() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    [named] = re.findall(r"one or more of the extras `([\w ]+)`", text)
+    assert set(named.split()) == project["optional-dependencies"].keys()
+
+
+def test_the_citation_has_the_version_and_the_workflow_runs_the_tests() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__ and len(citation["references"]) == 4
+    steps = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))["jobs"]["test"]
+    assert "bash .ci/run" in [step.get("run") for step in steps["steps"]]
+    assert "bash scripts/test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

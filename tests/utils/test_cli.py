@@ -27,6 +27,12 @@ def test_both_spellings_and_prefixes(words: list[str]) -> None:
     assert make_parser().parse_args(words).max_size == 6
 
 
+@pytest.mark.parametrize(("word", "notice"), [("--max_s", "--max-s taken as --max-size\n"), ("--max_size", "")])
+def test_a_prefix_is_said_on_standard_error(word: str, notice: str, capsys: pytest.CaptureFixture[str]) -> None:
+    make_parser().parse_args([word, "4"])
+    assert capsys.readouterr().err == notice
+
+
 def test_short_form_of_a_seed() -> None:
     assert make_parser().parse_args(["--base", "some_base"]).base_model_path == "some_base"
     assert make_parser().parse_args(["--base_m=some_base"]).base_model_path == "some_base"
