@@ -20,11 +20,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llava.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN, IMAGE_TOKEN
 from llava.errors import CheckpointError, ConfigError
-from llava.imaging.anyres import KEEP
 from llava.jinja_template import AUTO, check_name, choose_template
 from llava.model.anyres import fresh_newline, needs_newline, write_policy
 from llava.model.attention import use_tree_attention
 from llava.model.config import LlavaMedConfig
+from llava.model.fitting import check_processor
 from llava.model.language_models import language_config, language_trunk
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.open_clip_encoder.loading import (
@@ -40,7 +40,6 @@ from llava.model.multimodal_encoder.towers import (
     load_tower,
     num_extra_tokens,
     num_patches,
-    square_side,
     tower_image_processor,
 )
 from llava.model.multimodal_projector import build_projector, check_projector_type
@@ -51,9 +50,6 @@ from llava.tokenization import read_tokenizer
 from llava.utils.lookup import require
 
 logger = logging.getLogger(__name__)
-
-MAX_IMAGE_TOKENS = 1 << 16
-"""Largest number of tokens of one image or tile; 256 patches per side."""
 
 SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 """transformers' name for each value of `mm_vision_select_feature` in the original trainers."""
@@ -259,30 +255,14 @@ def finish_model(
     """Set tree attention and generation ids of a model, and return it with its context length.
 
     Raises:
-        CheckpointError: the size of prepared images gives another number of image tokens.
+        CheckpointError: the processor does not fit the model.
     """
-    _check_image_size(model, processor, str(origin.get("base", "the model")))
+    check_processor(model, processor, str(origin.get("base", "the model")))
     use_tree_attention(model)
     generation = model.generation_config
     generation.pad_token_id, generation.eos_token_id = processor.pad_token_id, processor.eos_token_id
     context_len = int(getattr(model.config.text_config, "max_position_embeddings", 2048))
     return LoadedModel(model, processor, context_len, origin)
-
-
-def _check_image_size(model: LlavaMedForConditionalGeneration, processor: LlavaMedProcessor, name: str) -> None:
-    if processor.image_processor is None or processor.image_mode == KEEP:
-        return
-    vision: Any = model.config.vision_config
-    height, width = processor.image_size
-    full = model.config.vision_feature_select_strategy == "full"
-    patch = square_side(vision.patch_size)
-    made = (height // patch) * (width // patch) + (num_extra_tokens(vision) if full else 0)
-    if min(height, width) < patch or made > MAX_IMAGE_TOKENS or made != processor.num_image_tokens:
-        raise CheckpointError(
-            f"{name}: preprocessor_config.json makes images of {width} x {height} pixels, so {made} tokens with the "
-            f"tower's patches of {patch} pixels; expected {processor.num_image_tokens} tokens, at most "
-            f"{MAX_IMAGE_TOKENS}; correct the sizes"
-        )
 
 
 def _tokenizer(lm: str) -> Any:

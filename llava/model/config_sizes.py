@@ -30,6 +30,11 @@ MAY_BE_ZERO = ("head_dim", "projection_dim", "vocab_size")
 
 NUMBERS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "rope_theta", "initializer_range",
            "attention_dropout", "factor", "partial_rotary_factor", "router_aux_loss_coef")  # fmt: skip
+TEXTS = ("model_type", "template", "projector_type")
+LISTS = ("plugins", "llava_plugins")
+CHANCES = ("dropout", "pdrop", "layerdrop")
+"""Last words of the names of probabilities."""
+
 TABLES = ("text_config", "vision_config", "rope_parameters", "rope_scaling")
 MAX_DEPTH = 100
 
@@ -44,6 +49,8 @@ def check_sizes(config: Mapping[str, Any], file: Path, *, place: str = "", depth
         raise CheckpointError(f"{file}: nested more than {MAX_DEPTH} levels deep; expected settings of a model")
     for key, value in config.items():
         name = f"{place}{key}"
+        if value is not None and (problem := _text_problem(key, value)):
+            raise CheckpointError(f"{file}: {name} is {str(value)[:60]!r}; expected {problem}")
         for part in value if isinstance(value, list) else [value]:
             if problem := _size_problem(key, part):
                 raise CheckpointError(f"{file}: {name} is {str(part)[:60]!r}; expected {problem}")
@@ -51,11 +58,21 @@ def check_sizes(config: Mapping[str, Any], file: Path, *, place: str = "", depth
                 check_sizes(part, file, place=f"{name}.", depth=depth + 1)
 
 
+def _text_problem(key: str, value: Any) -> str | None:
+    """Return the expected value of a name or of a list of names; None if it is valid or something else."""
+    if key in TEXTS and not isinstance(value, str):
+        return "a text"
+    is_list = isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return "a list of texts" if key in LISTS and not is_list else None
+
+
 def _size_problem(key: str, value: Any) -> str | None:
     """Return the expected value of a size or number; None if it is valid or checked elsewhere."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if key in TABLES:
         return None if value is None or isinstance(value, dict) else "an object"
+    if str(key).endswith(CHANCES) and is_number and not 0 <= value <= 1:
+        return "a number from 0 to 1"
     if value is None or isinstance(value, dict) or (key not in SIZES and key not in NUMBERS):
         return None
     if key in NUMBERS:

@@ -112,6 +112,16 @@ CRAFTED: list[tuple[str, str, list[str], Any]] = [
     ("ours", "preprocessor_config.json", ["crop_size"], 0),
     ("ours", "preprocessor_config.json", ["crop_size"], 10**9),
     ("ours", "preprocessor_config.json", ["image_processor_type"], ""),
+    ("ours", "preprocessor_config.json", ["size"], {"shortest_edge": -1}),
+    ("ours", "preprocessor_config.json", ["size"], {"shortest_edge": 1.5}),
+    ("ours", "preprocessor_config.json", ["resample"], None),
+    ("ours", "preprocessor_config.json", ["image_mean"], {}),
+    ("ours", "preprocessor_config.json", ["image_std"], [0, 0, 0]),
+    ("ours", "config.json", ["image_token_index"], 7),
+    ("ours", "config.json", ["text_config", "attention_dropout"], 1.5),
+    ("ours", "config.json", ["template"], [[1]]),
+    ("ours", "config.json", ["plugins"], -1),
+    ("ours", "config.json", ["text_config", "model_type"], {"a": 1}),
     ("ours", "tokenizer.json", ["pre_tokenizer"], []),
     ("ours", "tokenizer.json", ["model", "unk_token"], -1),
     ("ours", "tokenizer.json", ["model", "dropout"], -1),
@@ -126,9 +136,9 @@ CRAFTED: list[tuple[str, str, list[str], Any]] = [
 ]
 
 
-@pytest.mark.parametrize("command", ["chat", "eval"])
+@pytest.mark.parametrize("command", ["chat", "eval", "train", "checkpoint convert"])
 @pytest.mark.parametrize("crafted", CRAFTED, ids=lambda crafted: f"{crafted[:2]} {crafted[2]} {str(crafted[3])[:12]}")
-def test_chat_and_evaluation_of_crafted_files_end_in_one_line(
+def test_commands_on_crafted_files_end_in_one_line(
     tmp_path: Path, folders: dict[str, Path], command: str, crafted: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     kind, file, place, value = crafted
@@ -141,13 +151,21 @@ def test_chat_and_evaluation_of_crafted_files_end_in_one_line(
     words = {
         "chat": ["--image", "vqa/images/0.png", "--question", "Is it?"],
         "eval": ["--data", "vqa/train.json", "--image-folder", "vqa/images", "--out", "out", "--controls", "none"],
+        "train": ["--data-path", "vqa/train.json", "--image-folder", "vqa/images", "--output-dir", "out"],
+        "checkpoint convert": ["bad", "out", "--to", "model" if kind == "legacy" else "legacy"],
     }[command]
+    if command in ("chat", "eval"):
+        words = ["--model", "bad", "--device", "cpu", *words]
+    elif command == "train":
+        words = ["--model-name-or-path", "bad", "--bf16", "False", "--max-steps", "1", *words]
     with contextlib.chdir(tmp_path), pytest.raises(SystemExit) as ended:
-        main([command, "--model", "bad", "--device", "cpu", *words])
+        main([*command.split(), *words])
     shown = capfd.readouterr().err
     [line] = [line for line in shown.splitlines() if "error" in line.lower()]
     assert ended.value.code == 2 and line.startswith("llava: error: ") and len(line) < 1000
-    assert "Traceback" not in shown and not (tmp_path / "out" / "results.json").exists()
+    assert "Traceback" not in shown and not any(
+        (tmp_path / "out" / name).exists() for name in ("results.json", "config.json")
+    )
 
 
 SENSELESS = [

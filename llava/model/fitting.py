@@ -1,0 +1,60 @@
+"""Check that a processor fits its model: size and values of images, number and id of image tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava.errors import WRONG_SETTINGS, CheckpointError
+from llava.imaging.anyres import KEEP
+from llava.model.modeling import LlavaMedForConditionalGeneration
+from llava.model.multimodal_encoder.towers import num_extra_tokens, square_side
+from llava.processing import LlavaMedProcessor
+from llava.utils.faults import start_of
+
+MAX_IMAGE_TOKENS = 1 << 16
+"""Largest number of tokens of one image or tile; 256 patches per side."""
+
+
+def check_processor(model: LlavaMedForConditionalGeneration, processor: LlavaMedProcessor, name: str) -> None:
+    """Check that a model can read what its processor prepares; one image is prepared for it.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        name: name of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: it cannot; says which file is at fault.
+    """
+    if model.config.image_token_id != processor.image_token_id:
+        raise CheckpointError(
+            f"{name}: config.json names {model.config.image_token_id} as the id of an image, but the tokenizer has "
+            f"{processor.image_token_id}; use both files of one checkpoint"
+        )
+    if processor.image_processor is None:
+        return
+    if processor.image_mode != KEEP:
+        _check_num_tokens(model, processor, name)
+    try:
+        pixels = processor.preprocess(Image.new("RGB", processor.image_size[::-1]))
+    except WRONG_SETTINGS as error:
+        raise CheckpointError(f"{name}: preprocessor_config.json cannot be used: {start_of(error)}") from error
+    if not bool(torch.isfinite(pixels).all()):
+        raise CheckpointError(f"{name}: preprocessor_config.json gives pixels that are not finite; is image_std 0?")
+
+
+def _check_num_tokens(model: LlavaMedForConditionalGeneration, processor: LlavaMedProcessor, name: str) -> None:
+    vision: Any = model.config.vision_config
+    height, width = processor.image_size
+    full = model.config.vision_feature_select_strategy == "full"
+    patch = square_side(vision.patch_size)
+    made = (height // patch) * (width // patch) + (num_extra_tokens(vision) if full else 0)
+    if min(height, width) < patch or made > MAX_IMAGE_TOKENS or made != processor.num_image_tokens:
+        raise CheckpointError(
+            f"{name}: preprocessor_config.json makes images of {width} x {height} pixels, so {made} tokens with the "
+            f"tower's patches of {patch} pixels; expected {processor.num_image_tokens} tokens, at most "
+            f"{MAX_IMAGE_TOKENS}; correct the sizes"
+        )
