@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava.utils.charts import LineChart, Points, line_chart
+from llava.utils.charts import LineChart, Points, line_chart, number_text
 
 FIRST = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb")
 """Charts that come first, in this order."""
@@ -50,7 +50,9 @@ def ordered(names: Sequence[str] | Mapping[str, Any]) -> list[str]:
 def curve(name: str, values: Points) -> LineChart:
     """Return the chart of one series with its best value."""
     step, best = best_of(name, values)
-    return line_chart(title_of(name), [values], note=f"{direction(name)} {best:.4g} at step {step}")
+    return line_chart(
+        title_of(name), [values], note=f"{direction(name)} {number_text(best, num_digits=4)} at step {step}"
+    )
 
 
 def title_of(name: str) -> str:

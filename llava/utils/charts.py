@@ -61,12 +61,15 @@ def line_chart(name: str, lines: Sequence[Points], *, note: str = "") -> LineCha
         return f"{across:.1f},{TOP + MARGIN + (1 - (value - low) / height) * area:.1f}"
 
     drawn = tuple(" ".join(place(*point) for point in points) for points in kept)
-    return LineChart(name, drawn, f"{start:,}", f"{start + span:,}", _mark(low), _mark(high), note)
+    return LineChart(name, drawn, f"{start:,}", f"{start + span:,}", number_text(low), number_text(high), note)
 
 
-def _mark(value: float) -> str:
-    """Return a value as the axis shows it: three digits, exponents without leading zeros."""
-    return re.sub(r"e([-+])0", r"e\1", f"{value:.3g}").replace("e+", "e")
+def number_text(value: float, *, num_digits: int = 3) -> str:
+    """Return a number in few digits; from a thousand to a million it has no exponent."""
+    text = f"{value:.{num_digits}g}"
+    if 1e3 <= abs(float(text)) < 1e6:
+        return f"{float(text):,.0f}"
+    return re.sub(r"e([-+])0", r"e\1", text).replace("e+", "e")
 
 
 def _thinned(points: Points) -> list[tuple[int, float]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from llava.utils.charts import BASE, LEFT, MARGIN, MAX_POINTS, RIGHT, TOP, line_chart
+import pytest
+
+from llava.utils.charts import BASE, LEFT, MARGIN, MAX_POINTS, RIGHT, TOP, line_chart, number_text
 
 
 def places(points: str) -> list[tuple[float, float]]:
@@ -33,6 +35,15 @@ def test_constant_values_and_a_single_point_are_drawn() -> None:
 def test_marks_of_an_axis_are_short() -> None:
     found = line_chart("rate", [[(1, -8.331e-7), (2, 1.5e12)]])
     assert (found.low, found.high) == ("-8.33e-7", "1.5e12")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(999.4, "999"), (999.6, "1,000"), (2204.0, "2,200"), (10240.0, "10,200"), (-10240.0, "-10,200"),
+     (999_499.0, "999,000"), (1e6, "1e6"), (0.0, "0"), (5e-05, "5e-5")],
+)  # fmt: skip
+def test_numbers_are_plain_from_a_thousand_to_a_million(value: float, text: str) -> None:
+    assert number_text(value) == text
 
 
 def test_long_series_are_thinned_and_end_at_their_end() -> None:
