@@ -17,8 +17,10 @@ from typing import Any
 import httpx2
 import pytest
 
+from llava.model.checkpoint.save import save_model
 from tests.support.ports import free_ports
 from tests.support.runs import write_parts
+from tests.support.tiny import tiny_llava
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,6 +104,7 @@ def test_commands_run_without_the_repository(installed: Path, tmp_path: Path) ->
     commands = [
         ["--help"],
         ["quickstart", *quickstart, "--out", "quickstart"],
+        ["serve", "--help"],
         ["rules", "check", "bone-marrow-aspirate"],
         ["rules", "show", "chest-xray"],
         ["eval", "--tasks", "list"],
@@ -123,16 +126,18 @@ def test_commands_run_without_the_repository(installed: Path, tmp_path: Path) ->
     assert (tmp_path / "run" / "eval" / "report.html").stat().st_size > 10_000
     assert str(ROOT) not in done.stdout + done.stderr
     assert (tmp_path / "quickstart" / "index.html").is_file()
-    answer_over_http(script, tmp_path / "run", settings)
 
 
-def answer_over_http(script: Path, model: Path, settings: dict[str, Any]) -> None:
-    """Serve a model with the installed command, and ask it one question."""
+@pytest.mark.extended
+def test_an_installed_server_answers_without_the_repository(installed: Path, tmp_path: Path) -> None:
+    loaded = tiny_llava()
+    save_model(loaded.model, loaded.processor, tmp_path / "run")
     api, worker = free_ports(2)
-    words = ["serve", "--model-path", str(model), "--port", str(api), "--worker-port", str(worker), "--no-page"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    given = {"cwd": settings["cwd"], "env": settings["env"], "text": True}
-    process = subprocess.Popen([script, *words], **pipes, **given)
+    words = ["serve", "--model-path", "run", "--port", str(api), "--worker-port", str(worker), "--no-page"]
+    process = subprocess.Popen(
+        [installed / "bin" / "llava", *words], cwd=tmp_path, env=environment(), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == f"ready api=http://127.0.0.1:{api}/v1\n"

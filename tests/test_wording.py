@@ -66,7 +66,9 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
 def documents() -> list[Path]:
     """Return every source file and document that the rules apply to."""
     sources = (path for path in (ROOT / "llava").rglob("*") if path.suffix in SUFFIXES)
-    return sorted([*sources, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
+    roots = (ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md", "data/README.md", "download_data.sh"))
+    examples = (path for path in (ROOT / "examples").iterdir() if path.suffix in {".md", ".py", ".yaml"})
+    return sorted([*sources, *(ROOT / "docs").rglob("*.md"), *roots, *examples])
 
 
 def first_lines(path: Path) -> list[tuple[str, str]]:
@@ -99,6 +101,14 @@ def test_words(path: Path) -> None:
 )
 def test_first_lines_of_docstrings(path: Path) -> None:
     assert not [(name, line) for name, line in first_lines(path) if len(line) > 100 or not line.endswith((".", ":"))]
+
+
+def test_the_guide_lists_the_rejected_words() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("rejects these words in")[2]
+    words = re.findall(r"`([a-z -]+)`", text.partition("Names that others published")[0])
+    assert len(words) > 20
+    whole = [word.replace("-", "normal") for word in words]  # `-alise` is an end, `optimis-` a beginning
+    assert [word for word in whole if not any(re.search(rule, word) for rule in FORBIDDEN.values())] == []
 
 
 def test_listed_files_exist() -> None:
