@@ -7,13 +7,19 @@ commands from their parsers, of which only the wanted one is imported.
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
 import os
 from collections.abc import Mapping
+from typing import Any
+
+from llava.errors import LlavaError
+from llava.utils.cli import Parser, run_target
 
 VARIABLE = "_ARGCOMPLETE"
 """Environment variable with which the shell asks for completion."""
+
+
+WITH_TRAINING: dict[str, tuple[str, ...]] = {"train": (), "preferences score": ("--out",)}
+"""Commands that take the options of training, and further options of each."""
 
 
 def complete(targets: Mapping[str, str]) -> None:
@@ -54,16 +60,45 @@ def add_options(parser: argparse.ArgumentParser, name: str, target: str) -> None
 
 def options_of(name: str, target: str) -> dict[str, tuple[str, ...] | None]:
     """Return the options of a command, and the choices of options that have a fixed list."""
-    if name == "train":
+    if name in WITH_TRAINING:
         from llava.train.option_table import read_table
 
-        return {row.name: row.choices for row in read_table()}
-    make = getattr(importlib.import_module(target.partition(":")[0]), "make_parser", None)
-    if make is None or any(part.default is part.empty for part in inspect.signature(make).parameters.values()):
+        return dict.fromkeys(WITH_TRAINING[name]) | {row.name: row.choices for row in read_table()}
+    parser = own_parser(target)
+    if parser is None:
         return {}
-    actions = [action for action in make()._actions if action.dest != "help"]
     return {
         name: None if action.choices is None else tuple(map(str, action.choices))
-        for action in actions
+        for action in parser._actions
+        if action.dest != "help"
         for name in action.option_strings
     }
+
+
+class _ParserFound(BaseException):  # not an error that a command may handle
+    """Signal with the parser that a command began to parse its line with."""
+
+    def __init__(self, parser: Parser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
+def own_parser(target: str) -> Parser | None:
+    """Return the parser of a command, which is started and stopped where it would parse its line."""
+    parse = Parser.parse_known_args
+
+    def stop(parser: Parser, args: Any = None, namespace: Any = None) -> Any:
+        if parser.add_help:
+            raise _ParserFound(parser)
+        return parse(parser, args, namespace)  # a command reads one option first, from which the others follow
+
+    Parser.parse_known_args = stop  # type: ignore[assignment, method-assign]
+    try:
+        run_target(target, [])
+    except _ParserFound as found:
+        return found.parser
+    except (LlavaError, SystemExit):
+        return None
+    finally:
+        Parser.parse_known_args = parse  # type: ignore[method-assign]
+    return None

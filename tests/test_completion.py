@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from llava.cli import COMMANDS
-from llava.completion import options_of, parser_of
+from llava.cli import COMMANDS, main
+from llava.completion import options_of, own_parser, parser_of
+from llava.utils.cli import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,3 +43,32 @@ def test_every_command_has_a_place(name: str) -> None:
 def test_values_and_options_of_other_commands() -> None:
     assert "cosine" in (options_of("train", COMMANDS["train"].target)["--lr-scheduler-type"] or ())
     assert {"--data", "--image-folder", "--no-blank-control"} <= options_of("eval", COMMANDS["eval"].target).keys()
+    assert {"--out", "--model-name-or-path"} <= options_of("preferences score", "").keys()
+
+
+WITHOUT_OPTIONS = {"rules new", "checkpoint diff"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_the_help_is_offered(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        main([*name.split(), "--help", "all"])
+    shown = set(re.findall(r"^  (--[a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE)) - {"--help"}
+    offered = options_of(name, COMMANDS[name].target).keys()
+    assert shown <= offered and bool(offered) is (name not in WITHOUT_OPTIONS)
+
+
+def test_the_parser_is_whole_after_it_was_looked_for() -> None:
+    parse = Parser.parse_known_args
+    assert own_parser("llava.data.mixture:main") is not None and Parser.parse_known_args is parse
+
+
+def test_looking_for_options_loads_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom llava.cli import COMMANDS\nfrom llava.completion import options_of\n"
+        "for name, command in COMMANDS.items():\n    options_of(name, command.target)\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (0, b"", []), done.stderr

@@ -98,6 +98,27 @@ def test_fenced_commands(document: str, command: str) -> None:
     check(shlex.split(command))
 
 
+INLINE = re.compile(r"`(llava [^`]+)`|^    (llava .+)$", re.MULTILINE)
+"""Commands in sentences and in indented blocks; dots stand for what is left out, capitals for a value."""
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+def test_commands_in_sentences(path: Path) -> None:
+    for found in INLINE.findall(path.read_text(encoding="utf-8")):
+        words = "".join(found).split()[1:]
+        name, rest = split_command(words)
+        if (
+            words[0].startswith("--")
+            or words[0] in ("...", "COMMAND")
+            or words[:2] in (["data", "NAME"], ["data", "clinic"])
+        ):
+            continue  # of `llava` itself, and those that a plug-in adds
+        assert name in COMMANDS, f"llava {' '.join(words)}"
+        given = {word.partition("=")[0].rstrip(".,;]") for word in with_dashes(rest) if word.startswith("--")}
+        known = options_of(name, COMMANDS[name].target).keys() | {"--help", "--plugin"}
+        assert len(known) <= 2 or given <= known, given - known
+
+
 def test_the_two_commands_are_in_the_readme() -> None:
     lines = commands(ROOT / "README.md")
     assert "bash scripts/quickstart.sh" in lines and "bash scripts/test.sh" in lines
