@@ -49,7 +49,9 @@ def read_tokenizer(path: str | Path, **settings: Any) -> Any:
         OSError, ValueError: it cannot be read; callers add where it was expected.
     """
     try:
-        return AutoTokenizer.from_pretrained(path, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(path, **settings)
+        tokenizer.decode(tokenizer("a b")["input_ids"])  # some parts are read when they are used
+        return tokenizer
     except (OSError, ValueError):
         raise
     except (KeyboardInterrupt, SystemExit):

@@ -1,11 +1,13 @@
-"""Bounds of the sizes in any config.json, checked before a library follows them."""
+"""Bounds of sizes and patterns in the files of a checkpoint, checked before a library follows them."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from llava.errors import CheckpointError
@@ -37,6 +39,9 @@ CHANCES = ("dropout", "pdrop", "layerdrop")
 
 TABLES = ("text_config", "vision_config", "rope_parameters", "rope_scaling")
 MAX_DEPTH = 100
+
+MAX_REPEATS = 5
+"""Largest number of open repeats in a pattern: names have about a hundred characters, so ways stay below 10^8."""
 
 
 def check_sizes(config: Mapping[str, Any], file: Path, *, place: str = "", depth: int = 0) -> None:
@@ -80,6 +85,59 @@ def _size_problem(key: str, value: Any) -> str | None:
     least = 0 if key in MAY_BE_ZERO else 1
     is_size = is_number and least <= value <= SIZES[key] and value == int(value)
     return None if is_size else f"a whole number from {least} to {SIZES[key]}"
+
+
+def check_patterns(adapter: Mapping[str, Any], file: Path) -> None:
+    """Check that the patterns of an adapter, which are matched with names of layers, end in little time.
+
+    Raises:
+        CheckpointError: one is no regular expression, or holds repeats that could take long; names the key.
+    """
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        value = adapter.get(key)
+        found = value if isinstance(value, dict) else [value] if key not in ("rank_pattern", "alpha_pattern") else []
+        for pattern in found:
+            if not isinstance(pattern, str):
+                continue
+            try:
+                num_repeats = _num_repeats(_parser.parse(pattern))
+            except (re.error, ValueError, RecursionError, OverflowError) as error:
+                reason = str(error) or type(error).__name__
+                raise CheckpointError(f"{file}: {key} has the pattern {pattern[:60]!r}: {reason}") from error
+            if num_repeats > MAX_REPEATS:
+                raise CheckpointError(
+                    f"{file}: {key} has the pattern {pattern[:60]!r} with {num_repeats} open repeats in one branch; "
+                    f"expected at most {MAX_REPEATS}"
+                )
+
+
+def _num_repeats(tree: Any) -> int:
+    """Return the largest number of open repeats on a way through a parsed pattern.
+
+    Raises:
+        ValueError: one repeats another, or alternatives, so that the ways are countless.
+    """
+    found = 0
+    for op, value in tree:
+        name = str(op)
+        if name.endswith("_REPEAT"):
+            inner = _num_repeats(value[2])
+            if value[1] > 1 and (inner or any(str(part) == "BRANCH" for part, _ in _parts(value[2]))):
+                raise ValueError("a repeat of repeats or alternatives could take long")
+            found += inner + (value[1] > 1)
+        elif name == "BRANCH":
+            found += max(_num_repeats(branch) for branch in value[1])
+        elif name in ("SUBPATTERN", "ASSERT", "ASSERT_NOT", "ATOMIC_GROUP"):
+            found += _num_repeats(value if name == "ATOMIC_GROUP" else value[-1])
+    return found
+
+
+def _parts(tree: Any) -> Iterator[Any]:
+    """Yield the parts of a parsed pattern, also those of its groups."""
+    for op, value in tree:
+        yield op, value
+        if str(op) == "SUBPATTERN":
+            yield from _parts(value[-1])
 
 
 def json_settings(file: Path) -> Any:

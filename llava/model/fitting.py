@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -34,6 +34,7 @@ def check_processor(model: LlavaMedForConditionalGeneration, processor: LlavaMed
             f"{name}: config.json names {model.config.image_token_id} as the id of an image, but the tokenizer has "
             f"{processor.image_token_id}; use both files of one checkpoint"
         )
+    _check_layers(model, name)
     if processor.image_processor is None:
         return
     if processor.image_mode != KEEP:
@@ -44,6 +45,16 @@ def check_processor(model: LlavaMedForConditionalGeneration, processor: LlavaMed
         raise CheckpointError(f"{name}: preprocessor_config.json cannot be used: {start_of(error)}") from error
     if not bool(torch.isfinite(pixels).all()):
         raise CheckpointError(f"{name}: preprocessor_config.json gives pixels that are not finite; is image_std 0?")
+
+
+def _check_layers(model: LlavaMedForConditionalGeneration, name: str) -> None:
+    layers, num_layers = model.config.vision_feature_layer, int(cast(Any, model.config.vision_config).num_hidden_layers)
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if not -num_layers - 1 <= layer <= num_layers:
+            raise CheckpointError(
+                f"{name}: config.json selects layer {layer} of a tower with {num_layers}; expected "
+                f"{-num_layers - 1} to {num_layers}"
+            )
 
 
 def _check_num_tokens(model: LlavaMedForConditionalGeneration, processor: LlavaMedProcessor, name: str) -> None:

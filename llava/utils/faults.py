@@ -6,7 +6,10 @@ import errno
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from llava.errors import WRONG_SETTINGS, CheckpointError, LlavaError
 
 FULL = {
     errno.ENOSPC: "the disk is full",
@@ -39,6 +42,26 @@ def start_of(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     line = lines[0].strip() if lines else type(error).__name__
     return line if len(line) <= MAX_LINE else line[:MAX_LINE] + " ..."
+
+
+@contextmanager
+def sensible(path: object, done: str, kinds: tuple[type[Exception], ...] = WRONG_SETTINGS) -> Iterator[None]:
+    """Turn what libraries raise for settings that make no sense into one line.
+
+    Args:
+        path: the checkpoint whose settings the block uses.
+        done: what is done with it, such as `loaded`.
+        kinds: the exceptions.
+
+    Raises:
+        CheckpointError: the block raised one of them.
+    """
+    try:
+        yield
+    except LlavaError:
+        raise
+    except kinds as error:
+        raise CheckpointError(f"{path} cannot be {done}; its settings make no sense: {start_of(error)}") from error
 
 
 def fault_line(error: BaseException) -> str | None:

@@ -32,7 +32,7 @@ from llava.model.checkpoint.weight_names import (
     renamed_prefix,
     without_peft,
 )
-from llava.model.config_sizes import check_sizes, json_settings
+from llava.model.config_sizes import check_patterns, check_sizes, json_settings
 
 OUR_TYPE = "llava_med"
 CONFIG_FILE = "config.json"
@@ -248,6 +248,8 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read as JSON: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object")
+    if file.name == ADAPTER_CONFIG_FILE:
+        check_patterns(content, file)
     return cast(dict[str, Any], content)
 
 

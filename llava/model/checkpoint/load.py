@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import torch
 
-from llava.errors import CheckpointError, ConfigError, LlavaError
+from llava.errors import CheckpointError, ConfigError
 from llava.model.anyres import use_policy
 from llava.model.builder import LoadedModel, build_model, finish_model, portable_path
 from llava.model.checkpoint.assemble import LoadOptions, check_report, check_room, quiet_transformers
@@ -30,11 +30,13 @@ from llava.model.checkpoint.load_hf_adapter import attach_hf_adapter, check_hf_a
 from llava.model.checkpoint.load_parts import load_adapter, load_projector
 from llava.model.checkpoint.plugged import check_plugins
 from llava.model.config import LlavaMedConfig
+from llava.model.fitting import check_processor
 from llava.model.modeling import LlavaMedForConditionalGeneration
 from llava.model.multimodal_encoder.towers import MALFORMED, UNREADABLE, first_line
 from llava.model.quantization import Quantization
 from llava.model.torch_files.archive import check_torch_weights
 from llava.processing import LlavaMedProcessor
+from llava.utils.faults import sensible
 
 Dtype = torch.dtype | Literal["auto"]
 
@@ -116,14 +118,8 @@ def load_checkpoint(
     options = LoadOptions(
         base=base, dtype=dtype, device_map=device_map, quantization=quantization, merge=merge, **foreign
     )
-    try:
+    with sensible(checkpoint.path, "loaded", MALFORMED):
         return _load(checkpoint, options)
-    except LlavaError:
-        raise
-    except MALFORMED as error:
-        raise CheckpointError(
-            f"{checkpoint.path} cannot be loaded; its settings make no sense: {first_line(error)}"
-        ) from error
 
 
 def _load(checkpoint: Checkpoint, options: LoadOptions, above: tuple[Path, ...] = ()) -> LoadedModel:
@@ -187,6 +183,7 @@ def _load_ours(checkpoint: Checkpoint, options: LoadOptions, above: tuple[Path, 
     if kind == "projector" and source.get("kind") == "legacy_projector":
         return _load_converted(checkpoint, source, processor, options)
     loaded = replace(_load_base(checkpoint, options, above), processor=processor)
+    check_processor(loaded.model, processor, str(path))
     loaded.model.config.template = processor.template.name
     use_policy(loaded.model, processor)
     if kind == "projector":

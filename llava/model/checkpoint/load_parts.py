@@ -149,7 +149,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
     got = set(read_tensors(file))
     try:
         adapted = PeftModel.from_pretrained(cast(Any, model), str(path))
-    except UNREADABLE as error:
+    except (ImportError, *UNREADABLE) as error:  # a setting may need another package
         raise CheckpointError(f"{path}: the adapter does not fit the model: {first_line(error)}") from error
     check_adapter_names(adapted, got, file)
     load_extra(adapted, path)

@@ -31,6 +31,8 @@ from llava.model.checkpoint.legacy.export_parts import (
 from llava.model.checkpoint.legacy.parts import named_base
 from llava.model.checkpoint.load import PART_FLAGS, CheckpointSource, load_checkpoint, open_checkpoint
 from llava.model.checkpoint.save import new_files, save_adapter, save_model
+from llava.model.multimodal_encoder.towers import MALFORMED
+from llava.utils.faults import sensible
 from llava.utils.folders import final_path, new_folder
 from llava.utils.lookup import lookup
 
@@ -164,6 +166,6 @@ def convert_checkpoint(
         raise ConfigError(f"{target} is not empty; name a new folder")
     checkpoint = open_checkpoint(source)
     check_links(checkpoint.path)
-    with new_folder(path) as folder:
+    with new_folder(path) as folder, sensible(checkpoint.path, "converted", MALFORMED):
         writer(checkpoint, options or LoadOptions(), folder)
     return Checkpoint.open(path / "adapter" if to == "peft" else path)

@@ -11,6 +11,7 @@ from llava.model.checkpoint.formats import Checkpoint, our_name
 from llava.model.checkpoint.tools.inspection import local_path
 from llava.model.checkpoint.weight_names import TIMM_TOWER, TOWER, is_buffer
 from llava.utils.cli import Parser
+from llava.utils.faults import sensible
 from llava.utils.terminal import visible, write_out
 
 if TYPE_CHECKING:
@@ -107,9 +108,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("second", help="the one it is compared with")
     args = parser.parse_args(argv)
     first, second = (Checkpoint.open(local_path(name)) for name in (args.first, args.second))
-    ours, theirs = CheckpointWeights(first), CheckpointWeights(second)
-    tensors = list(differences(ours, theirs))
-    for difference in (*tensors, *_settings(first.config, second.config)):
+    with sensible(f"{args.first} or {args.second}", "compared"):
+        ours, theirs = CheckpointWeights(first), CheckpointWeights(second)
+        tensors = list(differences(ours, theirs))
+        settings = list(_settings(first.config, second.config))
+    for difference in (*tensors, *settings):
         write_out(visible(f"{difference.name}: {difference.how}") + "\n")
     total = len(ours.names | theirs.names)
     write_out(f"{total - len(tensors)} of {total} tensors are equal\n")

@@ -19,6 +19,7 @@ from llava.model.checkpoint.tools.adapter_notes import adapter_notes, base_probl
 from llava.model.checkpoint.tools.inspection import PROBLEMS, Inspection, added_tokens, inspect_checkpoint
 from llava.model.checkpoint.weight_names import EMBEDDINGS, PROJECTOR
 from llava.utils.cli import Parser
+from llava.utils.faults import sensible
 from llava.utils.plugins import add_plugin_option
 from llava.utils.terminal import visible, write_out
 
@@ -148,8 +149,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_switch("--weights", help="also read every weight, for values that are not finite")
     add_plugin_option(parser)
     args = parser.parse_args(argv)
-    inspection = inspect_checkpoint(args.path)
-    found = [*find_problems(inspection), *(check_weights(inspection.checkpoint) if args.weights else ())]
+    with sensible(args.path, "inspected"):
+        inspection = inspect_checkpoint(args.path)
+        found = [*find_problems(inspection), *(check_weights(inspection.checkpoint) if args.weights else ())]
     lines = [f"{args.path}: {KINDS[inspection.checkpoint.kind]}", *(f"{one.level}: {one.text}" for one in found)]
     write_out("".join(f"{visible(line)}\n" for line in lines))
     if any(finding.level == "error" for finding in found):

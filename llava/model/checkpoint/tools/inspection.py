@@ -20,6 +20,7 @@ from llava.model.checkpoint.legacy_keys import merge_type, unknown_keys
 from llava.model.checkpoint.weight_names import EMBEDDINGS, HEAD, NEWLINE, PROJECTOR, is_buffer
 from llava.model.projector_types import declared_shapes, find_type
 from llava.utils.cli import Parser
+from llava.utils.faults import sensible
 from llava.utils.plugins import add_plugin_option
 from llava.utils.terminal import visible, write_out
 
@@ -345,5 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_switch("--summary", help="omit the list of tensors")
     add_plugin_option(parser)
     args = parser.parse_args(argv)
-    inspection = inspect_checkpoint(args.path)
-    write_out(inspection_json(inspection) if args.json else inspection_text(inspection, tensors=not args.summary))
+    with sensible(args.path, "inspected"):
+        inspection = inspect_checkpoint(args.path)
+        text = inspection_json(inspection) if args.json else inspection_text(inspection, tensors=not args.summary)
+    write_out(text)
