@@ -109,6 +109,14 @@ def prefix_notices(words: Sequence[str], options: Iterable[str]) -> list[str]:
     return [f"{flag_name(short)} taken as {flag_name(option)}" for short, option in pairs]
 
 
+def unknown_options(words: Sequence[str], options: Iterable[str]) -> list[str]:
+    """Return the names of options on a command line that are no option and begin none."""
+    known = list(options)
+    given = words[: words.index("--")] if "--" in words else words
+    names = [word.partition("=")[0] for word in given if word.startswith("--")]
+    return [name for name in names if not any(option.startswith(name) for option in known)]
+
+
 def flag_name(word: str) -> str:
     """Return an option in the spelling of messages, with dashes."""
     return with_dashes([word])[0]
@@ -221,6 +229,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._first: HelpGroups = {}
         self._more: HelpGroups = {}
+        self._unknown: list[str] = []
         kwargs.setdefault("allow_abbrev", True)
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, **kwargs)
@@ -283,6 +292,7 @@ class Parser(argparse.ArgumentParser):
         if "--help" in self._option_string_actions and asks_for_all(words):
             self._print_message(self._whole_help(), sys.stdout)
             self.exit()
+        self._unknown = unknown_options(words, self._option_string_actions)
         if FLAG in self._option_string_actions:  # before the other options, which may name what plug-ins add
             load_plugins(given_plugins(words))
         found = super().parse_known_args(words, namespace)
@@ -299,6 +309,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Write the error of a command line in one line and exit with status 2."""
+        if self._unknown and " required: " in message:  # what is missing was probably mistyped
+            message = f"unknown: {' '.join(self._unknown)}{near_options(self._unknown, self._option_string_actions)}"
         wanted = "--help all" if self._first else "--help"
         self.exit(2, f"{self.prog}: error: {visible_message(one_line(message))} ({self.prog} {wanted} lists all)\n")
 

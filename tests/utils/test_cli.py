@@ -33,6 +33,19 @@ def test_a_prefix_is_said_on_standard_error(word: str, notice: str, capsys: pyte
     assert capsys.readouterr().err == notice
 
 
+def test_a_mistyped_option_is_named_before_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="x")
+    parser.add_argument("--image-folder", required=True)
+    for words, expected in (
+        (["--image-foldr", "a"], "unknown: --image-foldr; did you mean --image-folder?"),
+        ([], "the following arguments are required: --image-folder"),
+        (["--image", "a", "--other"], "unknown: --other"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"x: error: {expected}")
+
+
 def test_short_form_of_a_seed() -> None:
     assert make_parser().parse_args(["--base", "some_base"]).base_model_path == "some_base"
     assert make_parser().parse_args(["--base_m=some_base"]).base_model_path == "some_base"
