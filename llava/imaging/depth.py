@@ -103,6 +103,8 @@ def _deep_samples(image: ImageFile, data: bytes) -> NDArray[np.uint16] | None:
         return _tiff_samples(image, data) if max(image.tag_v2.get(_BITS, (1,))) > 8 else None
     if isinstance(image, PpmImageFile) and image.mode == "RGB":
         return _ppm_samples(image, data)
+    if image.format == "FITS" and image.mode != "L":  # its bytes are big-endian, and Pillow reads them as native
+        raise _unsupported("FITS", "gray")
     if image.format == "SGI" and image.mode != "L" and data[3:4] == b"\2":  # the byte states the bytes per sample
         raise _unsupported("SGI")
     if image.format == "JPEG2000" and not image.mode.startswith("I"):
@@ -178,9 +180,9 @@ def _joined(high: NDArray[np.uint8], low: NDArray[np.uint8]) -> NDArray[np.uint1
     return found
 
 
-def _unsupported(form: str) -> DataError:
+def _unsupported(form: str, kind: str = "color") -> DataError:
     return DataError(
-        f"it has color of more than 8 bits as {form}; expected 8 bits, or 16-bit RGB as PNG or TIFF; convert the image"
+        f"it has {kind} of more than 8 bits as {form}; expected 8 bits, or 16 bits as PNG or TIFF; convert the image"
     )
 
 

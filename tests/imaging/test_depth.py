@@ -129,9 +129,27 @@ def sgi_bytes() -> bytes:
     return stream.getvalue()[:3] + b"\2" + stream.getvalue()[4:] * 2
 
 
+def fits_bytes(bits: int, kind: str) -> bytes:
+    """Return a FITS file of gray values; negative bits are floating point."""
+    cards = ["SIMPLE  =                    T", f"BITPIX  = {bits:>20}", "NAXIS   =                    2"]
+    cards += ["NAXIS1  =                   24", "NAXIS2  =                   16", "END"]
+    values = np.arange(384).reshape(16, 24) % 256 if bits == 8 else np.arange(384).reshape(16, 24) * 7
+    return "".join(card.ljust(80) for card in cards).encode().ljust(2880) + values.astype(kind).tobytes().ljust(5760)
+
+
+def test_fits_of_eight_bits_is_read() -> None:
+    """Its rows are stored from the bottom to the top."""
+    shown = np.asarray(decode.load_image(fits_bytes(8, "u1")).convert("L"))
+    assert np.array_equal(shown[::-1].ravel(), np.arange(384) % 256)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (fits_bytes(16, ">i2"), "gray of more than 8 bits as FITS"),
+        (fits_bytes(32, ">i4"), "gray of more than 8 bits as FITS"),
+        (fits_bytes(-32, ">f4"), "gray of more than 8 bits as FITS"),
+        (fits_bytes(-64, ">f8"), "gray of more than 8 bits as FITS"),
         (jpeg2000_bytes(), "more than 8 bits as JPEG 2000"),
         (sgi_bytes(), "more than 8 bits as SGI"),
         (b"P3\n1 1\n4095\n1 2 3\n", "more than 8 bits as PPM in plain text"),
@@ -139,7 +157,18 @@ def sgi_bytes() -> bytes:
         (tiff_bytes(color(4), photometric=5), "as TIFF CMYK"),
         (tiff_bytes(SCAN.astype(np.float64), photometric=1), r"its kind of TIFF \(bits, byte order, colors\)"),
     ],
-    ids=["jpeg 2000", "sgi", "plain ppm", "compressed planes", "cmyk", "64 bits"],
+    ids=[
+        "fits",
+        "fits 32",
+        "fits float",
+        "fits double",
+        "jpeg 2000",
+        "sgi",
+        "plain ppm",
+        "compressed planes",
+        "cmyk",
+        "64 bits",
+    ],
 )
 def test_deep_images_that_cannot_be_read_whole_are_refused_by_name(data: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
