@@ -255,9 +255,8 @@ class LlavaMedProcessor:
             raise ConfigError("this processor is for text only; load one with a vision tower")
         if self.has_variable_images:
             raise ConfigError(f"image mode {self.image_mode} gives inputs of several sizes; call `preprocess`")
-        height, width = self.image_size
         if not images:
-            return torch.zeros(0, 3, height, width)
+            return torch.zeros(0, 3, *self.image_size)
         return torch.stack([self.preprocess(image) for image in images])
 
     def open(self, ref: str | Path | bytes, root: str | Path | None = None) -> DecodedImage:
@@ -288,9 +287,10 @@ class LlavaMedProcessor:
         self.image_grid.count(image.size)  # raises for unsupported shapes
         if self.image_mode == KEEP:
             return self._processed([self._fit(image)], do_resize=False, do_center_crop=False)[0]
-        side = self.image_grid.tile
-        columns, rows = self.image_grid.shape(image.size)
+        columns, rows, side = *self.image_grid.shape(image.size), self.image_grid.tile
         return self._processed(anyres_tiles(image, (columns * side, rows * side), side))
+
+    picture = preprocess  # earlier name
 
     def _fast_pixels(self, image: Image.Image | DecodedImage, path: FastPreprocessor) -> Tensor:
         """Return [3, H, W] float32 without the image processor."""

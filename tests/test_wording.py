@@ -30,6 +30,7 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     "docs/performance.md": ("--films dir", "load_grey_jpeg"),
     "llava/compat.py": ('"grey_padding"',),
     "llava/data/mixture.py": ('"licence"',),
+    "llava/processing.py": ("picture = preprocess  # earlier name",),
     # Keys and rule names of JSON files.
     "llava/data/check/overlap.py": ('"same-picture"',),
     "llava/data/check/page.py": ('"same-picture"',),
