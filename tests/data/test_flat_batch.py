@@ -144,10 +144,11 @@ def test_questions_about_an_image_stay_together() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_row_may_be_exactly_as_long_as_the_limit(layout: Layout) -> None:
-    two = [encoded([5, 6, 7]), encoded([8, 9, 5])]
-    assert [row.num_sequences for row in rows(two, 6, layout)] == [2]
-    assert [row.num_sequences for row in rows(two, 5, layout)] == [1, 1]
+@pytest.mark.parametrize("size", [3, 4, 7])
+def test_a_row_may_be_exactly_as_long_as_the_limit(layout: Layout, size: int) -> None:
+    two = [encoded([*range(5, 5 + size)]), encoded([*range(30, 30 + size)])]
+    assert [row.num_sequences for row in rows(two, 2 * size, layout)] == [2]
+    assert [row.num_sequences for row in rows(two, 2 * size - 1, layout)] == [1, 1]
     shared = [encoded(["a", 5, 6]), encoded(["a", 5, 7])]
     [whole] = rows(shared, sum(len(sequence.input_ids) for sequence in shared), layout)
     assert whole.num_sequences == 2

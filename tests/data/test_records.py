@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +166,19 @@ def test_what_the_decoder_has_no_error_of_its_own_for_is_a_named_error(tmp_path:
         load_samples(path)
 
 
-def test_a_folder_is_no_image(tmp_path: Path) -> None:
-    (tmp_path / "images" / "1.png").mkdir(parents=True)
+@pytest.mark.parametrize("kind", ["folder", "filled folder", "linked folder", "broken link", "link to itself", "pipe"])
+def test_a_folder_is_no_image(tmp_path: Path, kind: str) -> None:
+    image = tmp_path / "images" / "1.png"
+    image.parent.mkdir()
+    if "link" in kind:
+        (image.parent / "sub").mkdir()
+        image.symlink_to({"linked folder": "sub", "broken link": "none", "link to itself": image.name}[kind])
+    elif kind == "pipe":
+        os.mkfifo(image)
+    else:
+        image.mkdir()
+        (image / "x.png").write_text("") if kind == "filled folder" else None
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([vqa(1)]))
-    with pytest.raises(DataError, match=r"image .*1\.png does not exist"):
+    with pytest.raises(DataError, match=r"image .*images/\S+ does not exist"):
         load_samples(file, image_folder=tmp_path / "images")

@@ -226,11 +226,14 @@ def test_the_context_ends_an_answer(llama: LoadedModel) -> None:
     assert answer.finish == "length" and len(answer.token_ids) == 5
 
 
-def test_a_prompt_must_leave_room_for_one_token(llama: LoadedModel) -> None:
-    length = len(engine_of(llama).reader.read(ask("Short?")).encoded.input_ids)
-    [[refused]] = engine_of(llama, max_tokens=length).generate([ask("Short?")], GREEDY)
+@pytest.mark.parametrize(
+    "question", ["Short?", "A", "Is this a longer question about the left lung?", "?" * 60, "\u80ba?"]
+)
+def test_a_prompt_must_leave_room_for_one_token(llama: LoadedModel, question: str) -> None:
+    length = len(engine_of(llama).reader.read(ask(question)).encoded.input_ids)
+    [[refused]] = engine_of(llama, max_tokens=length).generate([ask(question)], GREEDY)
     assert refused.finish == "error" and f"at most {length - 1} fit" in str(refused.error)
-    [[answer]] = engine_of(llama, max_tokens=length + 1).generate([ask("Short?")], GREEDY)
+    [[answer]] = engine_of(llama, max_tokens=length + 1).generate([ask(question)], GREEDY)
     assert answer.finish == "length" and len(answer.token_ids) == 1
 
 

@@ -62,8 +62,18 @@ def test_a_fresh_adapter_changes_nothing() -> None:
     assert torch.equal(logits(loaded), expected)
 
 
-@pytest.mark.parametrize(("settings", "scale"), [({}, 8 / 4), ({"use_rslora": True}, 8 / 2)])
-def test_the_scale_of_a_legacy_adapter(tmp_path: Path, settings: dict[str, bool], scale: float) -> None:
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({}, 8 / 4),
+        ({"use_rslora": True}, 8 / 2),
+        ({"use_rslora": False}, 8 / 4),
+        ({"use_rslora": True, "lora_alpha": 3}, 3 / 2),
+        ({"lora_alpha": 1}, 1 / 4),
+        ({"use_rslora": True, "lora_alpha": 2.5}, 2.5 / 2),
+    ],
+)
+def test_the_scale_of_a_legacy_adapter(tmp_path: Path, settings: dict[str, object], scale: float) -> None:
     """Rank-stabilized LoRA divides alpha by the root of the rank."""
     write_tiny_lm(tmp_path / "lm", "llama")
     folder = write_lora(tmp_path)

@@ -115,7 +115,10 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         parse_training_args([*arguments(tmp_path, tmp_path), "--loss_normalization", "rows"])
 
 
-@pytest.mark.parametrize(("trained", "expected"), [([], 1.0), ([2.0, 1.0], 3.0), ([0.25], 1.0)])
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [([], 1.0), ([2.0, 1.0], 3.0), ([0.25], 1.0), ([0.0, 0.0], 1.0), ([1.0], 1.0), ([0.5, 0.75], 1.25)],
+)
 def test_a_step_counts_at_least_one_supervised_token(trained: list[float], expected: float) -> None:
     """Without a trained token the loss is 0, not 0 / 0."""
     objective = SimpleNamespace(denominators=("tokens",), count=lambda row: torch.tensor([row], dtype=torch.float64))

@@ -78,10 +78,12 @@ def test_the_interval_decides_the_verdict(key: str, control: str, low: float, ve
     assert sentence.startswith(f"closed accuracy is {verdict} {control}")
 
 
-def test_questions_of_one_image_are_drawn_together_by_type() -> None:
-    """All ten questions of one image are right, all ten of the other wrong: an image decides the whole score."""
+@pytest.mark.parametrize(("each", "kind"), [(10, "PRES"), (3, "POS"), (25, "SIZE"), (10, ""), (50, "ABN")])
+def test_questions_of_one_image_are_drawn_together_by_type(each: int, kind: str) -> None:
+    """All questions of one image are right, all of the other wrong: an image decides the whole score."""
     items = [
-        ScoredItem(str(n), "?", "yes", "yes" if n < 10 else "no", True, ("PRES",), f"{n // 10}.png") for n in range(20)
+        ScoredItem(str(n), "?", "yes", "yes" if n < each else "no", True, (kind,), f"{n // each}.png")
+        for n in range(2 * each)
     ]
     (of_type,) = by_type(items, None, num_resamples=200, seed=0)
     assert (of_type["answered"]["low"], of_type["answered"]["high"]) == (0.0, 100.0)
