@@ -22,8 +22,10 @@ from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, ORIGIN_FILE, OUR
 from llava.model.checkpoint.hub import hub_config, is_hub_name
 from llava.model.checkpoint.load import PART_FLAGS, USED_PARTS, load_checkpoint, open_checkpoint, read_origin
 from llava.model.checkpoint.load_parts import load_projector
+from llava.model.multimodal_encoder.towers import MALFORMED
 from llava.train.specs import ModelSpec
 from llava.utils.cli import flag
+from llava.utils.faults import sensible
 from llava.utils.jsonl import read_text
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,11 @@ def open_model(spec: ModelSpec) -> LoadedModel:
     check_part_links(spec)
     system = read_text(spec.system_file).strip() if spec.system_file else None
     checkpoint = find_checkpoint(spec.path) if spec.found is None else spec.found.checkpoint
-    loaded = _build(spec, system) if checkpoint is None else _continue(checkpoint, spec, system)
+    if checkpoint is None:
+        with sensible(f"{spec.path} and {spec.vision_tower}", "joined", MALFORMED):
+            loaded = _build(spec, system)
+    else:
+        loaded = _continue(checkpoint, spec, system)
     processor = loaded.processor.changed(
         dicom=loaded.processor.dicom.changed(spec.dicom_window, spec.dicom_frame),
         fast_jpeg=spec.fast_jpeg,

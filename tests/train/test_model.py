@@ -199,3 +199,30 @@ def test_links_to_weights_and_of_whole_folders_are_trained_on(tmp_path: Path, li
     (parts / "lm").symlink_to(tmp_path / "real", target_is_directory=True)
     train(arguments(parts, tmp_path / "run", max_steps=1))
     assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+CRAFTED: list[tuple[str, list[str], object]] = [
+    ("tower/preprocessor_config.json", ["crop_size"], {"height": {}, "width": 28}),
+    ("tower/preprocessor_config.json", ["crop_size"], {"height": 28, "width": [[1]]}),
+    ("tower/preprocessor_config.json", ["crop_size"], -1),
+    ("tower/preprocessor_config.json", ["image_std"], [0, 0, 0]),
+    ("tower/preprocessor_config.json", ["resample"], None),
+    ("tower/config.json", ["num_attention_heads"], 3),
+    ("tower/config.json", ["model_type"], [[1]]),
+    ("lm/config.json", ["attention_dropout"], 1.5),
+    ("lm/config.json", ["num_attention_heads"], "4"),
+    ("lm/tokenizer.json", ["pre_tokenizer"], []),
+    ("lm/tokenizer.json", ["model"], 7),
+]
+
+
+@pytest.mark.parametrize(("file", "place", "value"), CRAFTED)
+def test_crafted_parts_of_a_new_model_are_one_line(tmp_path: Path, file: str, place: list[str], value: object) -> None:
+    parts = write_parts(tmp_path / "parts")
+    content = json.loads((parts / file).read_text())
+    content[place[0]] = value
+    (parts / file).write_text(json.dumps(content))
+    with pytest.raises(LlavaError) as caught:
+        train(arguments(parts, tmp_path / "run"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    assert not (tmp_path / "run" / "model.safetensors").exists()
