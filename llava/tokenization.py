@@ -12,7 +12,10 @@ tokenizer itself, so that it is also saved correctly.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -38,6 +41,18 @@ class Tokens(NamedTuple):
     spans: list[tuple[int, int]]
 
 
+@contextlib.contextmanager
+def _quiet_configurations() -> Iterator[None]:
+    """Turn off that a tokenizer warns of the type of a model, which is ours and unknown to transformers."""
+    logger = logging.getLogger("transformers.configuration_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def read_tokenizer(path: str | Path, **settings: Any) -> Any:
     """Return the tokenizer of a folder or hub name.
 
@@ -49,7 +64,8 @@ def read_tokenizer(path: str | Path, **settings: Any) -> Any:
         OSError, ValueError: it cannot be read; callers add where it was expected.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **settings)
+        with _quiet_configurations():
+            tokenizer = AutoTokenizer.from_pretrained(path, **settings)
         tokenizer.decode(tokenizer("a b")["input_ids"])  # some parts are read when they are used
         return tokenizer
     except (OSError, ValueError):

@@ -25,6 +25,7 @@ from llava.imaging.dicom.policy import DicomPolicy
 from llava.processing import LlavaMedProcessor
 from llava.samples import Origin, Sample, sample_label, with_placeholders
 from llava.tokenization import read_tokenizer
+from llava.utils.faults import start_of
 from llava.utils.json_rows import read_rows
 from llava.utils.jsonl import write_atomic
 from llava.utils.reporting import image_url, render_page
@@ -196,7 +197,7 @@ def load_processor(model: str, args: Any) -> LlavaMedProcessor:
         tokenizer = read_tokenizer(model)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{model} has neither a processor ({PROCESSOR_FILE}) nor a tokenizer that can be loaded: {error}"
+            f"{model} has neither a processor ({PROCESSOR_FILE}) nor a tokenizer that can be loaded: {start_of(error)}"
         ) from error
     markers = [IM_START_TOKEN, IM_END_TOKEN] if args.mm_use_im_start_end else []
     tokenizer.add_tokens([IMAGE_TOKEN, *markers], special_tokens=True)

@@ -15,6 +15,7 @@ from llava.compat import parse_compat
 from llava.errors import ConfigError
 from llava.generation.engine import LocalEngine, context_length
 from llava.generation.prompt_encoder import PromptReader
+from llava.jinja_template import check_name
 from llava.model.builder import LoadedModel
 from llava.model.checkpoint.finite import check_finite, stored_tensors
 from llava.model.checkpoint.load import CheckpointSource, Dtype, load_checkpoint, open_checkpoint
@@ -79,6 +80,8 @@ def open_engine(
     """
     if weights == "int8" and bits != 16:
         raise ConfigError(f"--weights int8 quantizes stored weights, but --bits is {bits}; leave one of them out")
+    if template is not None:
+        check_name(template)
     names = parse_compat(compat, "answers")
     precision: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     parts = {"vision_tower": vision_tower, "tower_adapter": tower_adapter}

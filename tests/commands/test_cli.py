@@ -16,6 +16,7 @@ import pytest
 
 from llava import __version__, cli
 from llava.errors import ConfigError, LlavaError
+from llava.generation.loading import open_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -233,3 +234,8 @@ def test_a_missing_folder_of_images_is_named_before_a_model_is_loaded(
     with pytest.raises(LlavaError, match=r"^--image(s|-folder) nope: no such folder"):
         importlib.import_module(module).main(words)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_an_unknown_template_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown template 'v9'"):
+        open_engine(str(tmp_path / "none"), template="v9")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 from llava.data import show, show_command
 from llava.data.self_questioning import QuestionDraws
 from llava.errors import CheckpointError, ConfigError, DataError
+from llava.processing import LlavaMedProcessor
 from llava.samples import Sample
 from tests.support.text_tools import byte_level, make_processor, talk, write_processor
 
@@ -144,3 +147,25 @@ def test_asked_questions_are_those_of_the_training(tmp_path: Path, capsys: pytes
     assert len(set(shown)) == 2
     with pytest.raises(ConfigError, match=r"--sq-r 0\.5: template v1 has no header"):
         show_command.main([str(file), "--model", str(write_processor(tmp_path / "other")), "--sq-r", "0.5"])
+
+
+def test_a_model_of_a_type_of_ours_is_read_without_a_warning_of_transformers(tmp_path: Path) -> None:
+    model, seen = write_processor(tmp_path / "model"), io.StringIO()
+    (model / "config.json").write_text('{"model_type": "not_registered_here"}')
+    handler = logging.StreamHandler(seen)
+    logger = logging.getLogger("transformers.configuration_utils")
+    logger.addHandler(handler)
+    try:
+        LlavaMedProcessor.from_pretrained(model)
+    finally:
+        logger.removeHandler(handler)
+    assert seen.getvalue() == "" and logger.level == logging.NOTSET
+
+
+def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: str) -> None:
+        raise OSError("no connection\ncheck it")
+
+    monkeypatch.setattr(show, "read_tokenizer", fail)
+    with pytest.raises(CheckpointError, match=r"that can be loaded: no connection$"):
+        show_command.main([str(write_rows(tmp_path / "rows.json")), "--row", "1", "--model", "none"])
