@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llava.errors import ConfigError
+from tests.support.pairs import pair_arguments, write_pairs
 from tests.support.ranks import run_ranks
 from tests.support.runs import arguments, losses, saved, steps, train
 
@@ -48,6 +49,26 @@ def test_nothing_changes(parts: Path, tmp_path: Path, kind: str, caplog: pytest.
             train(words)
         assert "the run is finished (step" in caplog.text and "--overwrite-output-dir" in caplog.text
         assert states(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"save_strategy": "steps", "save_steps": 1},
+        {"save_strategy": "no"},
+        {"save_strategy": "steps", "lora_enable": True, "lora_r": 2},
+        {"save_strategy": "epoch", "pref_loss": "simpo"},
+        {"save_strategy": "steps", "objective": "reward"},
+    ],
+)
+def test_nothing_changes_in_a_run_of_pairs(parts: Path, tmp_path: Path, others: dict[str, Any]) -> None:
+    write_pairs(tmp_path / "pairs")
+    data = {"data_path": tmp_path / "pairs" / "pairs.json", "image_folder": tmp_path / "pairs" / "images"}
+    words = pair_arguments(parts, tmp_path / "run", **data, **others)
+    train(words)
+    before = states(tmp_path / "run")
+    train(words)
+    assert states(tmp_path / "run") == before
 
 
 def test_a_run_that_stopped_early_is_finished(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
