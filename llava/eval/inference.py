@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.data.records import load_samples
-from llava.errors import ConfigError, DataError, LlavaError
+from llava.errors import ConfigError, DataError, GenerationError, LlavaError
 from llava.eval.control_images import control_image
 from llava.eval.questions import (
     FOLLOW_UP_JOINT,
@@ -158,6 +158,7 @@ class AnswerRun:
 
         Raises:
             ConfigError: questions are pending and `engine` is None, or `batch_size` is below 1.
+            GenerationError: every answer failed, so that there is nothing to score; states the first reason.
         """
         if batch_size < 1:
             raise ConfigError(f"--batch-size must be at least 1, got {batch_size}")
@@ -178,14 +179,17 @@ class AnswerRun:
                     bar.update(len(batch))
         rows = [self.rows[asked.id] for asked in self.questions]
         jsonl.write_records(self.out, rows)
-        num_failed = sum(self.form.error_of(row) is not None for row in rows)
-        if num_failed:
-            logger.warning("%d of %d answers failed; the error of each row has the reason", num_failed, len(rows))
+        errors = [error for row in rows if (error := self.form.error_of(row)) is not None]
+        if errors and len(errors) == len(rows):
+            reason = f"all {len(rows)} answers failed, the first with: {errors[0]}"
+            raise GenerationError(f"{self.out}: {reason}. Once that is corrected, the same command asks again")
+        if errors:
+            logger.warning("%d of %d answers failed; the error of each row has the reason", len(errors), len(rows))
         return AnswerSummary(
             self.out,
             len(rows),
             self.num_resumed,
-            num_failed,
+            len(errors),
             time.monotonic() - start,
             tuple(sorted(self.precisions)),
             self.num_truncated,

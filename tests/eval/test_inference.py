@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llava.errors import ConfigError, DataError
+from llava.errors import ConfigError, DataError, GenerationError
 from llava.eval.inference import AnswerOptions, AnswerRun, AnswerSummary
 from llava.samples import Sample
 from tests.support.eval_fakes import FakeEngine, row, rows_of, write_vqa
@@ -153,6 +153,15 @@ def test_failures_are_rows_and_are_retried(data: tuple[Path, AnswerOptions], tmp
     assert engine.questions == ["Q4?"] and again.num_failed == 3
 
 
+def test_nothing_is_scored_where_every_answer_failed(data: tuple[Path, AnswerOptions], tmp_path: Path) -> None:
+    questions, options = data
+    out = tmp_path / "answers.jsonl"
+    with pytest.raises(GenerationError, match="all 9 answers failed, the first with: the fake engine was told to fail"):
+        answer_file(FakeEngine(broken="Q"), questions, out, options=options)
+    assert len(rows_of(out)) == 9 and all(answer["metadata"]["error"] for answer in rows_of(out))
+    assert answer_file(FakeEngine(), questions, out, options=options).num_failed == 0
+
+
 def test_rows_without_text_are_answered_again(data: tuple[Path, AnswerOptions], tmp_path: Path) -> None:
     questions, options = data
     out = tmp_path / "answers.jsonl"
@@ -170,7 +179,8 @@ def test_image_outside_the_folder_is_not_opened(tmp_path: Path) -> None:
     (images / "a.png").rename(tmp_path / "secret.png")
     questions.write_text(json.dumps([row(1, "../secret.png", "Q?", "yes")]))
     engine, out = FakeEngine(), tmp_path / "answers.jsonl"
-    answer_file(engine, questions, out, options=AnswerOptions(image_folder=images))
+    with pytest.raises(GenerationError, match="all 1 answers failed, the first with: image '../secret.png' leads"):
+        answer_file(engine, questions, out, options=AnswerOptions(image_folder=images))
     assert engine.questions == [] and "outside the image folder" in rows_of(out)[0]["metadata"]["error"]
 
 
