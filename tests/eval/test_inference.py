@@ -179,7 +179,7 @@ def test_image_outside_the_folder_is_not_opened(tmp_path: Path) -> None:
     (images / "a.png").rename(tmp_path / "secret.png")
     questions.write_text(json.dumps([row(1, "../secret.png", "Q?", "yes")]))
     engine, out = FakeEngine(), tmp_path / "answers.jsonl"
-    with pytest.raises(GenerationError, match="all 1 answers failed, the first with: image '../secret.png' leads"):
+    with pytest.raises(GenerationError, match=r"all 1 answers failed, the first with: image '\.\./secret\.png' leads"):
         answer_file(engine, questions, out, options=AnswerOptions(image_folder=images))
     assert engine.questions == [] and "outside the image folder" in rows_of(out)[0]["metadata"]["error"]
 
