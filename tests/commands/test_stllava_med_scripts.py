@@ -140,7 +140,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory, python: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("zero", ["", "zero3.json"])
+@pytest.mark.parametrize("zero", [pytest.param("", marks=pytest.mark.extended), "zero3.json"])
 def test_both_stages_on_two_processes_equal_one(one_process: Path, python: Path, tmp_path: Path, zero: str) -> None:
     """Two processes take the steps of one with twice the batch, also with weights sharded over them."""
     sharded = {"ZERO": ROOT / "scripts" / zero, WITHOUT_BUILD: 1} if zero else {}
