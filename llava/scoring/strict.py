@@ -18,8 +18,12 @@ from llava.scoring.normalize import CONTRACTIONS, NUMBERS, PUNCTUATION
 from llava.utils.typography import APOSTROPHES
 
 _MARKS = re.escape(PUNCTUATION + ":*|")
+# A number keeps its comparison (< 5, >=5, but not ->5) and its minus (-1), but not the hyphen of a range (3-5).
+_COMPARISON = r"(?:(?<![-=<>])(?:[<>]=?|[\u2264\u2265])\s*(?=-?\.?\d))?"
+_MINUS = r"(?:(?<![\w)\]%-])-(?=\.?\d))?"
 # A sign that ends a word is part of it (HER2+, ER-), but not the hyphen before another word (X-ray, pre- and post-).
-_WORD = re.compile(rf"[^\s{_MARKS}]+(?:\++(?!\w)|-+(?=\s*(?:$|[,;/)\]])))?")
+_WORD = re.compile(rf"{_COMPARISON}{_MINUS}[^\s{_MARKS}]+(?:\++(?!\w)|-+(?=\s*(?:$|[,;/)\]])))?")
+_COMPARISONS = {"<=": "\u2264", ">=": "\u2265"}
 _SIGN = re.compile(r"\++|-+")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _PERIOD = re.compile(r"\.(?!\d)")
@@ -95,7 +99,8 @@ def _without_articles(text: str, letter_after: frozenset[str]) -> str:
 def _words(text: str) -> list[str]:
     """Return the words of a plain text, numbers as digits and contractions with their apostrophe."""
     cleaned = _PERIOD.sub("", _THOUSANDS.sub("", text)).casefold()
-    words = (word.strip("'") for word in _WORD.findall(cleaned))
+    words = ("".join(word.split()).strip("'") for word in _WORD.findall(cleaned))
+    words = (_COMPARISONS.get(word[:2], word[:2]) + word[2:] for word in words)
     return [CONTRACTIONS.get(word, word) for word in (NUMBERS.get(word, word) for word in words if word)]
 
 

@@ -27,7 +27,7 @@ from llava.utils.lookup import require
 
 Program = Literal["run_eval", "run_eval_batch"]
 
-METRIC_VERSION = "2"
+METRIC_VERSION = "3"
 """Version of the scores; incremented whenever a figure of the same answers changes."""
 
 PUBLISHED = parse_compat("published", "scores")
