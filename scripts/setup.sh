@@ -45,7 +45,7 @@ check_python() {
 }
 
 # Where PYTHONDONTWRITEBYTECODE is set, as in many containers, Python would compile torch and transformers again at each
-# start of a command, about 7 seconds. What the commands import is compiled once instead, without their optional parts.
+# start of a command, for several seconds. What the commands import is compiled once instead, without their optional parts.
 compile_imports() {
     echo "setup: compiling what is imported, since PYTHONDONTWRITEBYTECODE is set"
     PYTHONDONTWRITEBYTECODE="" HF_HUB_OFFLINE=1 "${python}" -P - 2>/dev/null <<'PYTHON'
