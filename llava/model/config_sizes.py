@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
@@ -40,8 +41,14 @@ CHANCES = ("dropout", "pdrop", "layerdrop")
 TABLES = ("text_config", "vision_config", "rope_parameters", "rope_scaling")
 MAX_DEPTH = 100
 
-MAX_REPEATS = 5
-"""Largest number of open repeats in a pattern: names have about a hundred characters, so ways stay below 10^8."""
+NAME_LENGTH = 100
+"""Characters of the name of a layer, about."""
+
+MAX_STEPS = 10
+"""Repeats with more lengths are open; choices are repeated at most as often."""
+
+MAX_WAYS = 10**7
+"""Largest number of ways to match a name; Python's engine tries this many in less than a second."""
 
 
 def check_sizes(config: Mapping[str, Any], file: Path, *, place: str = "", depth: int = 0) -> None:
@@ -91,53 +98,58 @@ def check_patterns(adapter: Mapping[str, Any], file: Path) -> None:
     """Check that the patterns of an adapter, which are matched with names of layers, end in little time.
 
     Raises:
-        CheckpointError: one is no regular expression, or holds repeats that could take long; names the key.
+        CheckpointError: one is no regular expression, or could take long; names the key.
     """
-    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern",
+                "alpha_pattern"):  # fmt: skip
         value = adapter.get(key)
-        found = value if isinstance(value, dict) else [value] if key not in ("rank_pattern", "alpha_pattern") else []
-        for pattern in found:
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, list | dict) else []:
             if not isinstance(pattern, str):
                 continue
             try:
-                num_repeats = _num_repeats(_parser.parse(pattern))
+                # peft matches a text as it is, and each part of a list or a table with the end of a name.
+                _freedom(_parser.parse(pattern if pattern is value else rf"(.*\.)?({pattern})$"))
             except (re.error, ValueError, RecursionError, OverflowError) as error:
                 reason = str(error) or type(error).__name__
                 raise CheckpointError(f"{file}: {key} has the pattern {pattern[:60]!r}: {reason}") from error
-            if num_repeats > MAX_REPEATS:
-                raise CheckpointError(
-                    f"{file}: {key} has the pattern {pattern[:60]!r} with {num_repeats} open repeats in one branch; "
-                    f"expected at most {MAX_REPEATS}"
-                )
 
 
-def _num_repeats(tree: Any) -> int:
-    """Return the largest number of open repeats on a way through a parsed pattern.
+def _freedom(tree: Any) -> tuple[int, int]:
+    """Return the largest number of open repeats on a way through a parsed pattern, and the ways of all other choices.
 
     Raises:
-        ValueError: one repeats another, or alternatives, so that the ways are countless.
+        ValueError: there are more than `MAX_WAYS` ways to match a name of `NAME_LENGTH` characters.
     """
-    found = 0
+    repeats, ways = 0, 1
     for op, value in tree:
         name = str(op)
         if name.endswith("_REPEAT"):
-            inner = _num_repeats(value[2])
-            if value[1] > 1 and (inner or any(str(part) == "BRANCH" for part, _ in _parts(value[2]))):
-                raise ValueError("a repeat of repeats or alternatives could take long")
-            found += inner + (value[1] > 1)
-        elif name == "BRANCH":
-            found += max(_num_repeats(branch) for branch in value[1])
+            low, high, body = value
+            lengths = high - low + 1
+            inner, inner_ways = _freedom(body)
+            if high > 1 and (inner or (inner_ways > 1 and high > MAX_STEPS)):
+                raise ValueError("a repeat of repeats or of choices could take long; expected repeats of characters")
+            repeats += inner + (lengths > MAX_STEPS)
+            ways *= inner_ways ** int(high) * (lengths if lengths <= MAX_STEPS else 1)
+        elif name in ("BRANCH", "GROUPREF_EXISTS"):
+            branches = value[1] if name == "BRANCH" else [part or [] for part in value[1:]]
+            found = [_freedom(branch) for branch in branches]
+            repeats += max(inner for inner, _ in found)
+            ways *= _num_texts(branches) or sum(inner_ways for _, inner_ways in found)
         elif name in ("SUBPATTERN", "ASSERT", "ASSERT_NOT", "ATOMIC_GROUP"):
-            found += _num_repeats(value if name == "ATOMIC_GROUP" else value[-1])
-    return found
+            inner, inner_ways = _freedom(value if name == "ATOMIC_GROUP" else value[-1])
+            repeats, ways = repeats + inner, ways * inner_ways
+        if math.comb(NAME_LENGTH + repeats, repeats) * ways > MAX_WAYS:
+            raise ValueError("it could take long; use fewer repeats, optional parts and alternatives")
+    return repeats, ways
 
 
-def _parts(tree: Any) -> Iterator[Any]:
-    """Yield the parts of a parsed pattern, also those of its groups."""
-    for op, value in tree:
-        yield op, value
-        if str(op) == "SUBPATTERN":
-            yield from _parts(value[-1])
+def _num_texts(branches: Sequence[Any]) -> int | None:
+    """Return how many alternatives can match at one position, if they are texts: one, unless one begins another."""
+    if not all(str(op) == "LITERAL" and value < 128 for branch in branches for op, value in branch):
+        return None
+    texts = sorted("".join(chr(value).lower() for _, value in branch) for branch in branches)
+    return 1 + sum(second.startswith(first) for first, second in pairwise(texts))
 
 
 def json_settings(file: Path) -> Any:

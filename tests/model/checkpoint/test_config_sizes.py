@@ -19,7 +19,7 @@ from llava.model.checkpoint.export_hf import export_hf
 from llava.model.checkpoint.formats import Checkpoint
 from llava.model.checkpoint.load import load_checkpoint
 from llava.model.checkpoint.save import save_model
-from llava.model.config_sizes import check_sizes
+from llava.model.config_sizes import check_patterns, check_sizes
 from llava.model.language_models import language_config
 from llava.model.multimodal_encoder.towers import load_tower
 from tests.support.legacy_folders import write_legacy
@@ -92,6 +92,32 @@ def test_the_commands_end_in_one_line(
         "text_config.num_hidden_layers is '1000000000'; expected a whole number from 1 to 10000"
         in found.out + found.err
     )
+
+
+SLOW = [
+    "(a+)+$", "(?:a|aa)*$", "(?:(?:a|ab){9}){9}", "(?:a?){40}", ".?" * 30 + "!", ".??" * 30 + "!", ".*" * 5 + "!",
+    ".{0,60}" * 5 + "!", "(?:.|..)" * 30 + "!", "(?i:" + "(?:sx|\u017fx)" * 30 + ")", "()(?(1).*.*.*.*.*|b)!",
+    "()(?(1)b|(?:.*)*)!", "(?=.*.*.*.*.*)x",
+]  # fmt: skip
+QUICK = [
+    "all-linear", r".*\.(q_proj|k_proj|v_proj|o_proj)", r"^(?!.*vision).*(?:q|k|v)_proj$", "(?:foo|bar)*x",
+    r".*\.layers\.[0-9]+\.(self_attn|mlp)\.(q_proj|down_proj)", r".*\.layers\.(?:[0-9]|1[0-9])\..*",
+    r"(?:.*?(?:vision|language|text).*?(?:self_attn|attention|mlp).*?(?:q_proj|k_proj|up_proj).*?)|"
+    r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj)))",
+]  # fmt: skip
+"""Patterns of published adapters, and neighbors of slow ones."""
+
+
+@pytest.mark.parametrize("pattern", SLOW)
+def test_patterns_that_could_take_long_are_refused(pattern: str) -> None:
+    for value in (pattern, [pattern], {pattern: 2}):
+        with pytest.raises(CheckpointError, match=r"rank_pattern has the pattern .* could take long"):
+            check_patterns({"rank_pattern": value}, Path("adapter_config.json"))
+
+
+@pytest.mark.parametrize("pattern", QUICK)
+def test_patterns_of_published_adapters_are_accepted(pattern: str) -> None:
+    check_patterns({"target_modules": pattern, "exclude_modules": None}, Path("adapter_config.json"))
 
 
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
