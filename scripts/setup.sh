@@ -45,17 +45,16 @@ check_python() {
 }
 
 # Where PYTHONDONTWRITEBYTECODE is set, as in many containers, Python would compile torch and transformers again at each
-# start of a command, for several seconds. What the commands import is compiled once instead, without their optional parts.
+# start of a command, for several seconds. What the commands import is compiled once instead. What cannot be imported, such
+# as an optional part, is left out: the command that needs it says what is missing.
 compile_imports() {
     echo "setup: compiling what is imported, since PYTHONDONTWRITEBYTECODE is set"
-    PYTHONDONTWRITEBYTECODE="" HF_HUB_OFFLINE=1 "${python}" -P - 2>/dev/null <<'PYTHON'
-import importlib, pkgutil
+    PYTHONDONTWRITEBYTECODE="" HF_HUB_OFFLINE=1 "${python}" -P - 2>/dev/null <<'PYTHON' || echo "setup: not all of it was compiled"
+import contextlib, importlib, pkgutil
 import llava
-for module in pkgutil.walk_packages(llava.__path__, "llava."):
-    try:
+for module in pkgutil.walk_packages(llava.__path__, "llava.", onerror=lambda name: None):
+    with contextlib.suppress(Exception):
         importlib.import_module(module.name)
-    except ImportError:
-        pass
 from transformers import CLIPVisionModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 PYTHON
 }

@@ -53,6 +53,13 @@ def test_what_is_imported_is_compiled_once_where_python_would_not_keep_it(clone:
     assert calls(clone, "rad", dont_write) == []
 
 
+def test_what_cannot_be_compiled_does_not_stop_the_setup(clone: Path) -> None:
+    python = clone / ".venv/bin/python"
+    python.write_text(RECORDER + '[ "$1" != "-P" ]\n', encoding="utf-8")
+    assert calls(clone, "rad", "1")[-1] == "-P -|"
+    assert calls(clone, "rad", "1") == []
+
+
 def test_fewer_extras_than_installed_need_nothing(clone: Path) -> None:
     calls(clone, "dev,rad", "")
     assert calls(clone, "rad", "") == []

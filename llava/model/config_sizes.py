@@ -115,7 +115,7 @@ def check_patterns(adapter: Mapping[str, Any], file: Path) -> None:
 
 
 def _freedom(tree: Any) -> tuple[int, int]:
-    """Return the largest number of open repeats on a way through a parsed pattern, and the ways of all other choices.
+    """Return the open repeats on a way through a parsed pattern, and the ways of all other choices.
 
     Raises:
         ValueError: there are more than `MAX_WAYS` ways to match a name of `NAME_LENGTH` characters.

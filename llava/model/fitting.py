@@ -40,7 +40,9 @@ def check_processor(model: LlavaMedForConditionalGeneration, processor: LlavaMed
     if processor.image_mode != KEEP:
         _check_num_tokens(model, processor, name)
     try:
-        pixels = processor.preprocess(Image.new("RGB", processor.image_size[::-1]))
+        # Image mode `keep` ignores the input size of the tower, which is not bounded then.
+        size = (64, 64) if processor.image_mode == KEEP else processor.image_size[::-1]
+        pixels = processor.preprocess(Image.new("RGB", size))
     except WRONG_SETTINGS as error:
         raise CheckpointError(f"{name}: preprocessor_config.json cannot be used: {start_of(error)}") from error
     if not bool(torch.isfinite(pixels).all()):

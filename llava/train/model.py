@@ -18,7 +18,15 @@ from llava.model.builder import LoadedModel, build_model, portable_path
 from llava.model.checkpoint.files.shards import find_weights
 from llava.model.checkpoint.finite import check_finite
 from llava.model.checkpoint.folder import check_links
-from llava.model.checkpoint.formats import ADAPTER_CONFIG_FILE, ORIGIN_FILE, OUR_KINDS, PROJECTOR_FILES, Checkpoint
+from llava.model.checkpoint.formats import (
+    ADAPTER_CONFIG_FILE,
+    CONFIG_FILE,
+    ORIGIN_FILE,
+    OUR_KINDS,
+    PROJECTOR_FILES,
+    Checkpoint,
+    read_json,
+)
 from llava.model.checkpoint.hub import hub_config, is_hub_name
 from llava.model.checkpoint.load import PART_FLAGS, USED_PARTS, load_checkpoint, open_checkpoint, read_origin
 from llava.model.checkpoint.load_parts import load_projector
@@ -82,10 +90,21 @@ def check_part_links(spec: ModelSpec) -> None:
             continue
         check_links(Path(part))
         checked.add(folder)
-        origin = read_origin(part)
-        if origin.get("kind") in ("adapter", "projector"):
-            build = origin.get("build")
-            parts += [origin.get("base"), *(build.values() if isinstance(build, dict) else ())]
+        parts += _named_parts(Path(part))
+
+
+def _named_parts(folder: Path) -> list[Any]:
+    """Return what a checkpoint builds on as its files name it: base and parts of an adapter or a projector, tower."""
+    origin, config = read_origin(folder), read_json(folder / CONFIG_FILE)
+    named: list[Any] = [config.get("mm_vision_tower")]
+    if origin.get("kind") in ("adapter", "projector"):
+        build = origin.get("build")
+        named += [origin.get("base"), *(build.values() if isinstance(build, dict) else ())]
+    elif any((folder / name).is_file() for name in (ADAPTER_CONFIG_FILE, *PROJECTOR_FILES)):
+        adapter = read_json(folder / ADAPTER_CONFIG_FILE)
+        bases = [adapter.get("base_model_name_or_path"), config.get("_name_or_path")]
+        named += [place for base in bases if isinstance(base, str) for place in (base, str(folder / base))]
+    return named
 
 
 def find_checkpoint(path: str) -> Checkpoint | None:

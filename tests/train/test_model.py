@@ -190,6 +190,16 @@ def test_a_link_out_of_what_a_part_builds_on_is_refused(tmp_path: Path, kind: di
     )
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_link_out_of_the_base_of_a_published_adapter_is_refused(tmp_path: Path, relative: bool) -> None:
+    parts, folder = write_parts(tmp_path / "parts"), write_lora(tmp_path)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "../lm" if relative else str(tmp_path / "lm")
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    add_secret(tmp_path / "lm" / "generation_config.json", "secret.json")
+    refused(parts, tmp_path, CheckpointError, r"lm/generation_config\.json is a link", model_name_or_path=folder)
+
+
 @pytest.mark.parametrize("linked", ["lm/model.safetensors", "tower/model.safetensors"])
 def test_links_to_weights_and_of_whole_folders_are_trained_on(tmp_path: Path, linked: str) -> None:
     parts = write_parts(tmp_path / "parts")
