@@ -97,7 +97,7 @@ def own_parser(target: str) -> Parser | None:
         run_target(target, [])
     except _ParserFound as found:
         return found.parser
-    except (LlavaError, SystemExit):
+    except (LlavaError, SystemExit, ImportError):  # an extra that the command needs is not installed
         return None
     finally:
         Parser.parse_known_args = parse  # type: ignore[method-assign]

@@ -63,6 +63,11 @@ def test_the_parser_is_whole_after_it_was_looked_for() -> None:
     assert own_parser("llava.data.mixture:main") is not None and Parser.parse_known_args is parse
 
 
+def test_a_command_whose_extra_is_not_installed_offers_no_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llava.data.dicom.deid", None)  # as if its import failed
+    assert own_parser("llava.data.dicom.deid:main") is None
+
+
 def test_looking_for_options_loads_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom llava.cli import COMMANDS\nfrom llava.completion import options_of\n"

@@ -94,19 +94,18 @@ class QuestionSampling:
     )
 
 
-def images_of_folder(folder: str | Path) -> list[AskedImage]:
+def images_of_folder(folder: str | Path, option: str = "--images") -> list[AskedImage]:
     """Return the images below a folder, sorted by name.
 
     Raises:
         ConfigError: it is no folder, or holds no image.
     """
     root = Path(folder)
-    if not root.is_dir():
-        raise ConfigError(f"--images {folder}: no such folder; expected a folder of images")
+    check_folder(root, option)
     files = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     names = sorted(path.relative_to(root).as_posix() for path in files)
     if not names:
-        raise ConfigError(f"--images {folder}: no image; expected files such as {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise ConfigError(f"{option} {folder}: no image; expected files such as {', '.join(sorted(IMAGE_SUFFIXES))}")
     return [AskedImage(place, name, root / name) for place, name in enumerate(names)]
 
 
@@ -336,6 +335,6 @@ def published_main(argv: Sequence[str] | None = None) -> None:
     sampled = {"temperature": args.temperature, "top_p": args.top_p or 1.0} if args.do_sample else {}
     describing = Sampling(max_new_tokens=1024, num_beams=1 if args.do_sample else args.num_beams, **sampled)
     asking = replace(QuestionSampling().asking, n=args.n_shot, seed=args.seed)
-    images = chunk_of(images_of_folder(args.image_folder), args.num_chunks, args.chunk_idx)
+    images = chunk_of(images_of_folder(args.image_folder, "--image-folder"), args.num_chunks, args.chunk_idx)
     with exclusive_file(args.out, option="--answers-file"):
         write_out(ask(images, QuestionSampling(describing=describing, asking=asking), args))

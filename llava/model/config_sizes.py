@@ -145,7 +145,8 @@ def _freedom(tree: Any) -> tuple[int, int]:
 
 
 def _num_texts(branches: Sequence[Any]) -> int | None:
-    """Return how many alternatives can match at one position, if they are texts: one, unless one begins another."""
+    """Return how many alternatives can match at one position, if all are texts without patterns."""
+    # One, unless one begins another.
     if not all(str(op) == "LITERAL" and value < 128 for branch in branches for op, value in branch):
         return None
     texts = sorted("".join(chr(value).lower() for _, value in branch) for branch in branches)

@@ -34,6 +34,7 @@ from llava.imaging.dicom.sniff import is_dicom, may_be_bare
 from llava.imaging.geometry import MAX_PIXELS
 from llava.serve.failures import RequestError
 from llava.serve.messages import ImageInput
+from llava.utils.cli import check_folder
 
 DATA_URI = re.compile(r"data:[^,]{0,200}?;base64,", re.IGNORECASE)
 FETCH_SECONDS = 10.0
@@ -69,8 +70,7 @@ class ImageLimits:
             raise ConfigError(f"--max-pixels is {self.max_pixels}; expected 1 to {MAX_PIXELS}")
         for prefix in self.url_prefixes:
             check_prefix(prefix)
-        if self.folder is not None and not self.folder.is_dir():
-            raise ConfigError(f"--image-folder {self.folder} is not a folder")
+        check_folder(self.folder, "--image-folder")
 
 
 def read_images(images: Sequence[ImageInput], limits: ImageLimits, *, is_bare: bool = False) -> tuple[bytes, ...]:

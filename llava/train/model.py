@@ -94,7 +94,7 @@ def check_part_links(spec: ModelSpec) -> None:
 
 
 def _named_parts(folder: Path) -> list[Any]:
-    """Return what a checkpoint builds on as its files name it: base and parts of an adapter or a projector, tower."""
+    """Return the base, the parts and the tower that the files of a checkpoint name."""
     origin, config = read_origin(folder), read_json(folder / CONFIG_FILE)
     named: list[Any] = [config.get("mm_vision_tower")]
     if origin.get("kind") in ("adapter", "projector"):

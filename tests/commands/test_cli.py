@@ -220,6 +220,10 @@ FOLDERS = {
     "split": "llava.data.converters.split {d} --by image --image-folder nope --fractions train=0.5,test=0.5 --out o",
     "cells": "llava.data.cells {d} --image-folder nope --out o",
     "check": "llava.data.check.cli {d} --images nope",
+    "check, other": "llava.data.check.cli {d} --images . --against {d} --against-images nope",
+    "ask, folder": "llava.instruct.ask --images nope --model {m} --out o",
+    "visual_sq": "llava.eval.visual_sq --model-path {m} --image-folder nope --answers-file o",
+    "rollouts": "llava.train.rollout.page run --image-folder nope",
 }
 """A missing folder of images on the command line of each command that reads images."""
 
@@ -231,7 +235,7 @@ def test_a_missing_folder_of_images_is_named_before_a_model_is_loaded(
     (tmp_path / "rows.json").write_text("[]")
     monkeypatch.chdir(tmp_path)
     module, *words = FOLDERS[name].format(m="no-model", d="rows.json").split()
-    with pytest.raises(LlavaError, match=r"^--image(s|-folder) nope: no such folder"):
+    with pytest.raises(LlavaError, match=r"^--(image-folder|(against-)?images) nope: no such folder"):
         importlib.import_module(module).main(words)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 

@@ -21,7 +21,7 @@ from llava.data.check.rules import AGAINST, FILE, NOT_TRAINABLE, RULES, CheckFin
 from llava.data.check.scan import FileScan, scan_file
 from llava.data.check.tokens import TokenBudget
 from llava.data.groups import GROUP_FIELDS
-from llava.errors import DataError
+from llava.utils.cli import check_folder
 from llava.utils.terminal import visible
 
 
@@ -83,12 +83,12 @@ def check_file(
         num_threads: threads that open images; None means one per CPU.
 
     Raises:
-        DataError: a file or a folder does not exist.
+        DataError: a file does not exist.
+        ConfigError: a folder does not exist.
     """
     roots = [images] if against is None else [images, against_images or images]
-    for root in filter(None, roots):
-        if not root.is_dir():
-            raise DataError(f"--images {root}: no such folder")
+    check_folder(images, "--images")
+    check_folder(against_images, "--against-images")
     findings, names = CheckFindings(max_listed), NameStore()
     scans = []
     for file, part in enumerate([path] if against is None else [path, against]):

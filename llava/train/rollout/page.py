@@ -15,7 +15,7 @@ from llava.constants import ARGUMENTS_FILE
 from llava.errors import DataError
 from llava.imaging.decode import load_image
 from llava.train.rollout.files import ROLLOUTS_FILE, read_rollouts
-from llava.utils.cli import Parser
+from llava.utils.cli import Parser, check_folder
 from llava.utils.jsonl import read_object, write_atomic
 from llava.utils.reporting import OpenImage, html_thumbnail, render_page, text_table
 from llava.utils.terminal import write_out
@@ -41,6 +41,7 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table of a run's rollouts, or write the page."""
     args = make_parser().parse_args(argv)
+    check_folder(args.image_folder, "--image-folder")
     episodes = read_rollouts(args.run)
     if not episodes:
         raise DataError(f"{args.run / ROLLOUTS_FILE}: no rollout yet; the file is written by `llava train --rules`")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava.data.check.page import write_page
 from llava.data.check.report import CheckReport, check_file, report_data, report_summary
-from llava.errors import DataError
+from llava.errors import ConfigError
 from tests.support.check_files import check_rows, row, rules_of, smooth, write_rows
 
 
@@ -63,7 +63,7 @@ def test_without_a_folder_no_image_is_opened(tmp_path: Path) -> None:
     report = check_file(write_rows(tmp_path / "rows.json", [row(0, "absent.png")]))
     assert rules_of(report) == {} and not report.image_scan.opened
     assert report_data(report, strict=True)["pictures"] == {"named": 1, "opened": False}
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(ConfigError, match=r"--images .*absent: no such folder"):
         check_file(tmp_path / "rows.json", images=tmp_path / "absent")
 
 
