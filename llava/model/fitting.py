@@ -39,18 +39,24 @@ def check_processor(model: LlavaMedForConditionalGeneration, processor: LlavaMed
         return
     if processor.image_mode != KEEP:
         _check_num_tokens(model, processor, name)
+    height, width = (64, 64) if processor.image_mode == KEEP else processor.image_size  # `keep` bounds no input size
     try:
-        # Image mode `keep` ignores the input size of the tower, which is not bounded then.
-        size = (64, 64) if processor.image_mode == KEEP else processor.image_size[::-1]
-        pixels = processor.preprocess(Image.new("RGB", size))
+        pixels = processor.preprocess(Image.new("RGB", (2 * width, height)))
     except WRONG_SETTINGS as error:
         raise CheckpointError(f"{name}: preprocessor_config.json cannot be used: {start_of(error)}") from error
+    if processor.image_mode != KEEP and tuple(pixels.shape[-2:]) != (height, width):
+        raise CheckpointError(
+            f"{name}: preprocessor_config.json keeps the shapes of images; expected all of {width} x {height} pixels, "
+            "with do_center_crop or with height and width in size"
+        )
     if not bool(torch.isfinite(pixels).all()):
         raise CheckpointError(f"{name}: preprocessor_config.json gives pixels that are not finite; is image_std 0?")
 
 
 def _check_layers(model: LlavaMedForConditionalGeneration, name: str) -> None:
     layers, num_layers = model.config.vision_feature_layer, int(cast(Any, model.config.vision_config).num_hidden_layers)
+    if layers == []:
+        raise CheckpointError(f"{name}: config.json selects no layer of the tower; expected at least one")
     for layer in layers if isinstance(layers, list) else [layers]:
         if not -num_layers - 1 <= layer <= num_layers:
             raise CheckpointError(
