@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llava.errors import ConfigError, DataError
+from llava.utils.faults import start_of
 from llava.utils.jsonl import is_unicode
 
 PrefixMark = Literal["chunk", "text", "backend"]
@@ -53,6 +54,17 @@ def _quiet_configurations() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _ordinary_errors() -> Iterator[None]:
+    """Turn what tokenizers raises into `ValueError`: `Exception` itself, and panics, which are no `Exception`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
 def read_tokenizer(path: str | Path, **settings: Any) -> Any:
     """Return the tokenizer of a folder or hub name.
 
@@ -63,17 +75,10 @@ def read_tokenizer(path: str | Path, **settings: Any) -> Any:
     Raises:
         OSError, ValueError: it cannot be read; callers add where it was expected.
     """
-    try:
-        with _quiet_configurations():
-            tokenizer = AutoTokenizer.from_pretrained(path, **settings)
+    with _ordinary_errors(), _quiet_configurations():
+        tokenizer = AutoTokenizer.from_pretrained(path, **settings)
         tokenizer.decode(tokenizer("a b")["input_ids"])  # some parts are read when they are used
         return tokenizer
-    except (OSError, ValueError):
-        raise
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # tokenizers raises `Exception` itself, and its panics are no `Exception`
-        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def token_id(tokenizer: Any, word: str) -> int | None:
@@ -152,7 +157,7 @@ class TextTokenizer:
         """Return the tokens of one part of a text, tokenized independently of other parts.
 
         Raises:
-            DataError: the text holds half of a surrogate pair, which no tokenizer accepts.
+            DataError: the text holds half of a surrogate pair, which no tokenizer accepts, or this tokenizer fails.
         """
         if not text:
             return Tokens([], [])
@@ -160,11 +165,17 @@ class TextTokenizer:
             raise DataError(
                 "a text holds half of a surrogate pair, which is not Unicode (was an emoji cut?); remove it"
             )
-        backend = self._backend()
-        if self.prefix_mark != "text":
-            encoding = backend.encode(text, add_special_tokens=False)
+        starts = self.prefix_mark == "text"
+        try:
+            with _ordinary_errors():
+                encoding = self._backend().encode(MARK + text if starts else text, add_special_tokens=False)
+        except ValueError as error:
+            raise DataError(
+                f"the tokenizer cannot read a text of {len(text)} characters: {start_of(error)}; shorten the text, "
+                "or use the tokenizer of another copy of the model"
+            ) from error
+        if not starts:
             return Tokens(encoding.ids, encoding.offsets)
-        encoding = backend.encode(MARK + text, add_special_tokens=False)
         ids, spans = encoding.ids, [(max(start - 1, 0), stop - 1) for start, stop in encoding.offsets]
         if len(ids) > 1 and encoding.offsets[0] == (0, 1) and ids[1] in self.tokenizer.added_tokens_decoder:
             ids, spans = ids[1:], spans[1:]  # a special token has no prefix mark

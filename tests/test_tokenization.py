@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from llava.errors import ConfigError
-from llava.tokenization import TextTokenizer, find_prefix_mark, repair_merges
+from llava.errors import ConfigError, DataError
+from llava.tokenization import TextTokenizer, find_prefix_mark, read_tokenizer, repair_merges
 from tests.support.text_tools import KINDS, byte_level, llama_like
+from tests.support.tiny import write_tiny_lm
 
 TEXTS = [
     " A lung.",
@@ -163,3 +164,16 @@ def test_errors() -> None:
         TextTokenizer(llama_like(), "x")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="not a fast tokenizer"):
         TextTokenizer(PreTrainedTokenizerBase())
+
+
+def test_a_pattern_that_takes_too_long_ends_one_text(tmp_path: Path) -> None:
+    """The regular expressions of tokenizers stop after a number of steps, with a panic that is no `Exception`."""
+    write_tiny_lm(tmp_path, "llama")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, "pre_tokenizer": pattern}))
+    tokens = TextTokenizer(read_tokenizer(tmp_path), "backend")
+    assert tokens("is a b").ids
+    with pytest.raises(DataError, match=r"cannot read a text of 65 characters: PanicException: .*; shorten the text"):
+        tokens("a" * 64 + "b")
+    assert tokens("is a b").ids
