@@ -56,7 +56,7 @@ def _quiet_configurations() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ordinary_errors() -> Iterator[None]:
-    """Turn what tokenizers raises into `ValueError`: `Exception` itself, and panics, which are no `Exception`."""
+    """Turn what tokenizers raises, `Exception` itself and panics that are none, into `ValueError`."""
     try:
         yield
     except (OSError, ValueError, KeyboardInterrupt, SystemExit):
