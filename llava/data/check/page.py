@@ -105,9 +105,19 @@ class _NameView:
 
     def message(self, finding: CheckFinding) -> str:
         text = finding.message
-        # The longest first: one name may be the end of another.
-        for name in sorted(map(self.report.image_scan.name, finding.images), key=len, reverse=True):
-            text = text if self.folders else text.replace(name, PurePath(name).name)
+        if self.folders:
+            return text
+        scan, shown = self.report.image_scan, dict[str, str]()
+        for place in finding.images:
+            name, root = scan.name(place), scan.root(place)
+            # Messages of the decoder hold the whole path, without needless parts such as `./`.
+            folders = [] if root is None else [root, root.resolve()]
+            paths = [str(Path(name)), *(str(folder / name) for folder in folders)]
+            shown |= dict.fromkeys([name, *paths], PurePath(name).name)
+            shown |= dict.fromkeys(map(str, folders), "--images")
+        # The longest first: one may be the end or the beginning of another.
+        for path in sorted(shown, key=len, reverse=True):
+            text = text.replace(path, shown[path])
         return text
 
 

@@ -118,7 +118,8 @@ def test_folders_of_patients_are_shown_on_request_only(words: list[str], tmp_pat
         Image.new("L", (40, 30), 7).save(tmp_path / "images" / name / f"{number}.png")
     (tmp_path / "images" / "Zyx Anna" / "broken.png").write_bytes(b"no image")
     train, test = "Zyx Quentin/0.png", "Zyx Anna/1.png"
-    names = [train, test, "Zyx Anna/broken.png", "Zyx Anna/missing.png"]
+    names = [train, test, "Zyx Anna/broken.png", "Zyx Anna/missing.png", "./Zyx Anna//absent.png"]
+    names += ["../Zyx Eve/2.png", "/Zyx Ada/3.png", "file:///Zyx Ida/4.png"]
     rows = [asked(number, name, ("What?", "a")) for number, name in enumerate(names)]
     page, data = tmp_path / "page.html", str(write_rows(tmp_path / "rows.json", rows))
     against = ["--against", str(write_rows(tmp_path / "test.json", [asked(9, test, ("Where?", "b"))]))]
@@ -127,3 +128,4 @@ def test_folders_of_patients_are_shown_on_request_only(words: list[str], tmp_pat
             main([data, *against, *more, "--html", str(page), *words])
         text = page.read_text()
         assert ("Zyx" in text) == bool(words) and "1.png" in text
+        assert bool(words) or str(tmp_path) not in text
