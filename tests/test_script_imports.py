@@ -1,4 +1,4 @@
-"""Names that scripts, benchmarks and examples import from the package exist; a renamed one fails here, not in a run."""
+"""What scripts, benchmarks and mutations name in the package exists; a renamed name fails here, not in a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(
@@ -33,3 +35,9 @@ def test_imported_names_exist(path: Path) -> None:
             except ModuleNotFoundError:
                 missing.append(f"{module}.{name}")
     assert missing == []
+
+
+def test_every_mutation_changes_one_place() -> None:
+    found = {mutation: (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.old) for mutation in MUTATIONS}
+    assert [mutation for mutation, count in found.items() if count != 1] == []
+    assert all((ROOT / test).exists() for mutation in MUTATIONS for test in mutation.tests)
