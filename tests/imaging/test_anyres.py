@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from llava.imaging.anyres import (
     parse_pinpoints,
     unpadded_patches,
 )
+from llava.imaging.geometry import anyres_tiles
 
 PINPOINTS = ((112, 56), (56, 112), (112, 112), (168, 56), (56, 168))
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
@@ -109,3 +111,16 @@ def test_mode_keep_stays_within_its_limits(size: tuple[int, int]) -> None:
     assert max(width, height) <= 448 or min(width, height) == 1
     # Sides that differ by little may become equal; the longer one never becomes the shorter.
     assert (width - height) * (size[0] - size[1]) >= 0
+
+
+@pytest.mark.parametrize("size", [(20, 300), (55, 57), (300, 20), (57, 55), (80, 90), (20, 30)])
+def test_the_whole_image_is_shrunk_in_one_direction_before_it_grows_in_the_other(size: tuple[int, int]) -> None:
+    """Each bicubic step rounds to 8 bits, so that the order shows; the order of Pillow is width, then height."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image, bicubic = Image.fromarray(noise), Image.Resampling.BICUBIC
+    tile = np.asarray(anyres_tiles(image, best_size(size, PINPOINTS), 56)[0])
+    height_first = image.resize((size[0], 56), bicubic).resize((56, 56), bicubic)
+    width_first = image.resize((56, size[1]), bicubic).resize((56, 56), bicubic)
+    is_narrow = size[1] > 56 > size[0]
+    assert np.array_equal(tile, height_first if is_narrow else width_first)
+    assert not np.array_equal(height_first, width_first)
