@@ -129,7 +129,14 @@ def test_answers_are_scored(files: dict[str, Path], tmp_path: Path) -> None:
     assert scored[0].endswith("llava/eval/run_eval.py") and value(scored, "--pred") == answers
 
 
-@pytest.mark.parametrize("script", [name for name in TRAINING if name != "finetune_vqa_rad.sh"])  # that one: below
+@pytest.mark.parametrize(  # finetune_vqa_rad.sh: below
+    "script",
+    [
+        "pretrain.sh",
+        "instruct.sh",
+        *(pytest.param(name, marks=pytest.mark.extended) for name in TRAINING[2:] if name != "finetune_vqa_rad.sh"),
+    ],
+)
 def test_a_script_trains_tiny_parts_on_two_processes(script: str, files: dict[str, Path], tmp_path: Path) -> None:
     parts = write_parts(tmp_path / "parts")
     given = {"MODEL": parts / "lm", "VISION_TOWER": parts / "tower", "DATA": parts / "vqa" / "train.json",

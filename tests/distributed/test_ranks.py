@@ -18,7 +18,7 @@ def row_ids(output: Path) -> Counter[int]:
     return Counter(number for line in lines for number in json.loads(line)["rows"])
 
 
-@pytest.mark.parametrize("limit", [8192, 60])
+@pytest.mark.parametrize("limit", [pytest.param(8192, marks=pytest.mark.extended), 60])
 def test_two_ranks_equal_one(parts: Path, tmp_path: Path, limit: int) -> None:
     """Rows of 1 to 60 trained tokens, some without images; in the last step of 9 rows one rank has none."""
     data = write_uneven(tmp_path)

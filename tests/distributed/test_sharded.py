@@ -104,7 +104,10 @@ def test_zero_3_ends_with_whole_weights_where_checkpoints_hold_shards_only(
     assert "global_step3" in held and "model.safetensors" not in held
 
 
-@pytest.mark.parametrize("mode", ["cached", "copy", "none"])
+@pytest.mark.parametrize(
+    "mode",
+    ["cached", pytest.param("copy", marks=pytest.mark.extended), pytest.param("none", marks=pytest.mark.extended)],
+)
 def test_pairs_under_zero_3_equal_one_process(parts: Path, tmp_path: Path, mode: str) -> None:
     """The reference is computed, or copied, before the weights are sharded; it is no shard of the policy."""
     write_pairs(parts / "pairs")

@@ -155,9 +155,9 @@ LIMITED = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
 @pytest.mark.parametrize(("step", "value", "changed"), [
     (2, "nan", LIMITED),
     (3, "inf", LIMITED),
-    (3, "-inf", {"save_strategy": "epoch", "save_total_limit": 1}),
+    pytest.param(3, "-inf", {"save_strategy": "epoch", "save_total_limit": 1}, marks=pytest.mark.extended),
     (3, "nan", {"save_strategy": "no"}),
-    (2, "inf", {**LIMITED, "tune_mm_mlp_adapter": True}),
+    pytest.param(2, "inf", {**LIMITED, "tune_mm_mlp_adapter": True}, marks=pytest.mark.extended),
     (2, "nan", {**LIMITED, "lora_enable": True, "lora_r": 2}),
 ])  # fmt: skip
 def test_non_finite_weights_are_never_saved(

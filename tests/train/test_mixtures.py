@@ -98,7 +98,7 @@ def test_two_ranks_see_the_same_mixture(parts: Path, tmp_path: Path) -> None:
     assert all(left == pytest.approx(right, rel=2e-4) for left, right in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.extended)])
 def test_a_killed_stream_goes_on_exactly(parts: Path, tmp_path: Path, num_workers: int) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     words = streaming(parts, dataloader_num_workers=num_workers)

@@ -124,7 +124,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.parametrize("share", [0.02, 0.4, 0.8])
+@pytest.mark.parametrize("share", [0.4, *(pytest.param(share, marks=pytest.mark.extended) for share in (0.02, 0.8))])
 def test_a_full_disk_while_saving(parts: Path, whole: Path, disk: Path, share: float) -> None:
     written = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
     free = shutil.disk_usage(disk).free

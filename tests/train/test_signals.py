@@ -58,8 +58,8 @@ def whole(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ((0, "on_step_begin"), {}),
         ((2, "on_log"), {"save_strategy": "steps", "save_steps": 2}),
         ((4, "on_pre_optimizer_step"), {"dataloader_num_workers": 1}),
-        ((1, "on_step_end"), {"save_total_limit": 1}),
-        ((3, "on_save"), {"save_strategy": "steps", "save_steps": 3}),
+        pytest.param((1, "on_step_end"), {"save_total_limit": 1}, marks=pytest.mark.extended),
+        pytest.param((3, "on_save"), {"save_strategy": "steps", "save_steps": 3}, marks=pytest.mark.extended),
     ],
 )
 def test_a_signal_saves_and_the_same_command_resumes(
