@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from llava.errors import LlavaError
-from llava.utils.cli import Parser, run_target
+from llava.utils.cli import WATCHER, Parser, run_target
 
 VARIABLE = "_ARGCOMPLETE"
 """Environment variable with which the shell asks for completion."""
@@ -85,14 +84,12 @@ class _ParserFound(BaseException):  # not an error that a command may handle
 
 def own_parser(target: str) -> Parser | None:
     """Return the parser of a command, which is started and stopped where it would parse its line."""
-    parse = Parser.parse_known_args
 
-    def stop(parser: Parser, args: Any = None, namespace: Any = None) -> Any:
-        if parser.add_help:
+    def stop(parser: Parser) -> None:
+        if parser.add_help:  # one without help reads a single option, from which the others follow
             raise _ParserFound(parser)
-        return parse(parser, args, namespace)  # a command reads one option first, from which the others follow
 
-    Parser.parse_known_args = stop  # type: ignore[assignment, method-assign]
+    token = WATCHER.set(stop)
     try:
         run_target(target, [])
     except _ParserFound as found:
@@ -100,5 +97,5 @@ def own_parser(target: str) -> Parser | None:
     except (LlavaError, SystemExit, ImportError):  # an extra that the command needs is not installed
         return None
     finally:
-        Parser.parse_known_args = parse  # type: ignore[method-assign]
+        WATCHER.reset(token)
     return None

@@ -15,21 +15,14 @@ import re
 import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 from urllib.parse import urlsplit
 
 from llava.errors import ConfigError, LlavaError
 from llava.utils.faults import fault_line
-from llava.utils.help_groups import (
-    COLUMN,
-    HelpGroups,
-    asks_for_all,
-    brief_usage,
-    grouped_help,
-    help_width,
-    with_others,
-)
+from llava.utils.help_groups import COLUMN, HelpGroups, asks_for_all, brief_usage, grouped_help, help_width, with_others
 from llava.utils.log import silent_libraries
 from llava.utils.plugins import FLAG, given_plugins, load_plugins
 from llava.utils.terminal import visible_lines, visible_message
@@ -220,6 +213,10 @@ class ExampleFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help formatter that also keeps the line breaks of descriptions and examples."""
 
 
+WATCHER: ContextVar[Callable[[Parser], None] | None] = ContextVar("watcher", default=None)
+"""Called with each parser before it parses a line; see `llava.completion`."""
+
+
 class Parser(argparse.ArgumentParser):
     """Argument parser that accepts options with dashes or underscores, and prefixes of both."""
 
@@ -288,6 +285,8 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ConfigError: a plug-in cannot be loaded.
         """
+        if (watch := WATCHER.get()) is not None:
+            watch(self)
         words = with_dashes(sys.argv[1:] if args is None else list(args))
         if "--help" in self._option_string_actions and asks_for_all(words):
             self._print_message(self._whole_help(), sys.stdout)
