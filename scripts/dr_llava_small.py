@@ -27,6 +27,7 @@ from llava.model.checkpoint.save import save_model
 from llava.model.packaged import pretrained
 from llava.quickstart import machine
 from llava.quickstart.forecast import ANSWER, TUNE, Costs, fitted_seconds
+from llava.quickstart.stages import training_dtype
 from llava.quickstart.synthetic import write_dataset
 from llava.quickstart.work import CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS, language_shape, tower_shape
 from llava.symbolic.dialogues import main as write_dialogues
@@ -55,6 +56,12 @@ CONVERSATIONS = 12
 DRAWN = 600
 """Drawn training images, unless `--num-train` is given."""
 
+EPOCHS = 4
+"""Most epochs of the tuning, which stops earlier where the held-out loss does not fall."""
+
+HELD_OUT = 10
+"""One of so many training images is left out of the tuning, to see when its loss stops falling."""
+
 PROBED = 3
 """Steps that are timed before an arm, to find how many fit its minutes."""
 
@@ -75,7 +82,7 @@ def make_parser() -> Parser:
     parser.add_argument("--num-test", type=int, default=400, help="test images")
     parser.add_argument("--rollout-batch-size", type=int, default=64, help="dialogues of a rollout, 8 for each image")
     parser.add_argument("--image-size", type=int, default=112, help="side of the model's input image")
-    parser.add_argument("--dtype", default="auto", help="precision of the evaluations, as of `llava eval`")
+    parser.add_argument("--dtype", default="auto", help="precision of the evaluations; default: as the training")
     parser.add_argument("--lm", help="language model; default: the packaged one")
     parser.add_argument("--vision-tower", help="vision tower; default: the packaged one")
     return parser
@@ -142,19 +149,19 @@ def forecast(args: Namespace, out: Path, tables: dict[str, Path], arms: Sequence
         raise ConfigError(f"--lm {args.lm}: its configuration cannot be read")
     speed, costs = machine.measure_machine(language.linear_layers, language.config), Costs(language, tower)
     num_turns = len(load_rules(RULES[args.data]).nodes)
-    dialogues = [row["conversations"] for row in read_records(dialogues_of(args, out, tables))]
+    dialogues = [row["conversations"] for row in read_records(dialogues_of(args, out, tables)[0])]
     texts = [turn["value"] for turns in dialogues for turn in turns]
     answers = [turn["value"] for turns in dialogues for turn in turns[1::2]]
     tokens, targets = (sum(len(text) / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS / 2 for text in one)
                        for one in (texts, answers))  # fmt: skip
-    tune = costs.trained(len(dialogues), tokens, targets)
+    tune = costs.trained(EPOCHS * len(dialogues), EPOCHS * tokens, EPOCHS * targets)
     num_tested = min(args.num_test, len(list(read_records(tables["test"]))))
     asked = num_tested * CONVERSATIONS
     read = costs.prompts(asked, asked * tokens / len(dialogues))
     written = costs.decoded(asked * num_turns * ANSWER_TOKENS / 2)
     trained = [arm for arm in arms if arm != "sft"]
     minutes = {
-        "start (tuning)": fitted_seconds(tune, speed, TUNE) / 60,
+        f"start (tuning, at most {EPOCHS} epochs)": fitted_seconds(tune, speed, TUNE) / 60,
         f"training of {len(trained)} arms": args.minutes * len(trained),
         f"evaluation of {len(arms)} arms": fitted_seconds(read + written, speed, ANSWER) / 60 * len(arms),
     }
@@ -175,6 +182,7 @@ def train(args: Namespace, folder: Path, **options: object) -> float:
         "logging_steps": 1,
         "disable_tqdm": True,
         "max_tokens_per_row": ROW_TOKENS,
+        "bf16": "auto",
         **options,
     }
     run_sft([word for name, value in values.items() for word in (f"--{name}", str(value))])
@@ -198,9 +206,11 @@ def start_of(args: Namespace, out: Path, tables: dict[str, Path]) -> Path:
         parts |= {"pretrain_mm_mlp_adapter": out / "align" / "mm_projector.bin"}
     else:
         parts |= {"calibrate_mm_projector": True}
-    dialogues = dialogues_of(args, out, tables)
-    train(args, out / "tune", **parts, **LORA, data_path=dialogues, version=TEMPLATE, num_train_epochs=1,
-          per_device_train_batch_size=16, learning_rate=3e-4, mm_projector_lr=1e-3)  # fmt: skip
+    dialogues, held_out = dialogues_of(args, out, tables)
+    train(args, out / "tune", **parts, **LORA, data_path=dialogues, eval_data_path=held_out, version=TEMPLATE,
+          num_train_epochs=EPOCHS, per_device_train_batch_size=16, learning_rate=3e-4, mm_projector_lr=1e-3,
+          eval_strategy="steps", eval_steps=20, early_stopping_patience=2, lr_scheduler_type="constant_with_warmup",
+          warmup_steps=5)  # fmt: skip
     return merge(out / "tune", merged)
 
 
@@ -211,23 +221,17 @@ def merge(adapter: Path, merged: Path) -> Path:
     return merged
 
 
-def dialogues_of(args: Namespace, out: Path, tables: dict[str, Path]) -> Path:
-    """Return the dialogues in standard order."""
-    path = out / "dialogues.json"
+def dialogues_of(args: Namespace, out: Path, tables: dict[str, Path]) -> tuple[Path, Path]:
+    """Return the dialogues in standard order about the training images, and those about images that are held out."""
+    path, held_out, written = (out / f"dialogues{part}.json" for part in ("", "-held-out", "-all"))
     if not path.is_file():
-        words = [
-            RULES[args.data],
-            "--table",
-            tables["train"],
-            "--out",
-            path,
-            "--style",
-            "standard",
-            "--seed",
-            args.seed,
-        ]
-        write_dialogues(list(map(str, words)))
-    return path
+        words = [RULES[args.data], "--table", tables["train"], "--out", written, "--style", "standard"]
+        write_dialogues([*map(str, words), "--seed", str(args.seed)])
+        rows = list(read_records(written))
+        left_out = set(sorted({str(row["image"]) for row in rows})[HELD_OUT - 1 :: HELD_OUT])
+        write_json(held_out, [row for row in rows if row["image"] in left_out])
+        write_json(path, [row for row in rows if row["image"] not in left_out])
+    return path, held_out
 
 
 def train_arm(args: Namespace, out: Path, arm: str, start: Path, tables: dict[str, Path]) -> Path:
@@ -238,14 +242,15 @@ def train_arm(args: Namespace, out: Path, arm: str, start: Path, tables: dict[st
     common: dict[str, object] = {"model_name_or_path": start, "image_folder": tables["images"], **LORA}
     if arm == "more_sft":
         common |= {
-            "data_path": dialogues_of(args, out, tables),
+            "data_path": dialogues_of(args, out, tables)[0],
             "per_device_train_batch_size": 16,
             "learning_rate": 1e-4,
         }
     else:
         common |= {"objective": "ppo" if arm == "ppo" else "grpo", "rules": RULES[args.data],
                    "data_path": tables["train"], "styles": "shuffled,diagnosis_first,improvised",
-                   "num_generations": 8, "rollout_batch_size": args.rollout_batch_size, "response_len": ANSWER_TOKENS,
+                   "num_generations": 8, "rollout_batch_size": args.rollout_batch_size,
+                   "rollout_per_device_batch_size": args.rollout_batch_size, "response_len": ANSWER_TOKENS,
                    "learning_rate": 1e-4, "shuffled_rewards": arm == "shuffled"}  # fmt: skip
     common |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}
     train(args, out / f"{arm}-adapter", **common, max_steps=steps_for(args, out, arm, common))
@@ -275,7 +280,8 @@ def score(args: Namespace, out: Path, arm: str, model: Path, tables: dict[str, P
     started = time.time()
     words = ["--model", model, "--rules", RULES[args.data], "--data", tables["test"], "--out", folder]
     words += ["--image-folder", tables["images"], "--limit", args.num_test, "--max-new-tokens", ANSWER_TOKENS]
-    words += ["--dtype", args.dtype]
+    dtype = training_dtype(args.lm or str(pretrained.language_model())) if args.dtype == "auto" else args.dtype
+    words += ["--dtype", dtype]
     if arm != "sft" and (out / "eval-sft" / "results.json").is_file():
         words += ["--compare", out / "eval-sft"]
     evaluate(list(map(str, words)))

@@ -1,6 +1,7 @@
 """Resumable file of conversations: one line each, written as soon as its batch is finished.
 
-RuleDialogue, ... --minus held--> pending --by image--> batches --Engine.converse--> lines, in the order of the cases
+RuleDialogue, ... --minus held--> pending --by image, equal ones once--> batches --Engine.converse--> lines, in the order
+of the cases
 """
 
 from __future__ import annotations
@@ -67,10 +68,11 @@ class DialogueRun:
             title = "blank image" if self.options.blank_images else "conversations"
             with log.progress_bar(len(self.dialogues), title=title, unit="conversation") as bar:
                 bar.update(len(self.rows))
-                for first in range(0, len(pending), batch_size):
-                    batch = pending[first : first + batch_size]
+                groups = self._equal(pending)
+                for first in range(0, len(groups), batch_size):
+                    batch = groups[first : first + batch_size]
                     self._hold(engine, batch)
-                    bar.update(len(batch))
+                    bar.update(sum(map(len, batch)))
         rows = [self.rows[dialogue.id] for dialogue in self.dialogues]
         jsonl.write_records(self.out, rows)
         failed = sum("error" in row for row in rows)
@@ -78,22 +80,39 @@ class DialogueRun:
             logger.warning("%d of %d conversations failed; the key error of each row has the reason", failed, len(rows))
         return rows
 
-    def _hold(self, engine: Engine, batch: Sequence[RuleDialogue]) -> None:
-        """Hold a batch of conversations and append their rows."""
+    def _equal(self, pending: Sequence[RuleDialogue]) -> list[list[RuleDialogue]]:
+        """Return conversations in groups that get the same answers and are held once.
+
+        They are greedy, with equal questions about the same image; many of those about the gray image are.
+        """
+        options = self.options
+        if options.sampling.temperature > 0:
+            return [[dialogue] for dialogue in pending]
+        groups: dict[tuple[str, tuple[str, ...]], list[RuleDialogue]] = {}
+        for dialogue in pending:
+            image = "" if options.blank_images else dialogue.image
+            groups.setdefault((image, dialogue.questions), []).append(dialogue)
+        return list(groups.values())
+
+    def _hold(self, engine: Engine, batch: Sequence[Sequence[RuleDialogue]]) -> None:
+        """Hold a batch of conversations and append the rows of all that are equal to them."""
         scripts: list[Script] = []
-        asked: list[RuleDialogue] = []
-        for dialogue in batch:
+        asked: list[Sequence[RuleDialogue]] = []
+        for equal in batch:
+            first = equal[0]
             try:
-                images = self._images(dialogue)
+                images = self._images(first)
             except DataError as error:
-                self._write(dialogue, [], [], str(error))
+                for dialogue in equal:
+                    self._write(dialogue, [], [], str(error))
                 continue
-            conversation = Conversation((Turn("human", dialogue.questions[0]),))
-            scripts.append(Script(conversation, dialogue.questions[1:], images))
-            asked.append(dialogue)
+            conversation = Conversation((Turn("human", first.questions[0]),))
+            scripts.append(Script(conversation, first.questions[1:], images))
+            asked.append(equal)
         held = engine.converse(scripts, self.options.sampling) if scripts else []
-        for dialogue, (answer, *_) in zip(asked, held, strict=True):
-            self._write(dialogue, answer.texts, answer.finishes, answer.error)
+        for equal, (answer, *_) in zip(asked, held, strict=True):
+            for dialogue in equal:
+                self._write(dialogue, answer.texts, answer.finishes, answer.error)
 
     def _images(self, dialogue: RuleDialogue) -> tuple[ImageRef, ...]:
         if self.options.blank_images:

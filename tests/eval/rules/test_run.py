@@ -231,6 +231,22 @@ def test_a_killed_run_resumes(tmp_path: Path) -> None:
         run.evaluate_rules(other, FakeModel)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_equal_conversations_about_the_gray_image_are_held_once(tmp_path: Path, temperature: float) -> None:
+    plan = make_plan(tmp_path)
+    plan = replace(plan, options=replace(plan.options, sampling=Sampling(temperature=temperature)), batch_size=4)
+    model = FakeModel()
+    run.evaluate_rules(plan, lambda: model)
+    gray = [script for script in model.scripts if not isinstance(script.images[0], str)]
+    different = len({dialogue.questions for dialogue in plan.dialogues})
+    assert different < len(plan.dialogues) and len(model.scripts) - len(gray) == len(plan.dialogues)
+    assert len(gray) == (len(plan.dialogues) if temperature else different)
+    rows = [json.loads(line) for line in (plan.out / run.BLANK_DIALOGUES).read_text().splitlines()]
+    assert [row["id"] for row in rows] == [dialogue.id for dialogue in plan.dialogues]
+    assert [tuple(row["questions"]) for row in rows] == [dialogue.questions for dialogue in plan.dialogues]
+    assert all(len(row["answers"]) == len(row["questions"]) and all(row["answers"]) for row in rows)
+
+
 def test_a_missing_image_fails_its_conversations_only(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, blank_control=False)
     (tmp_path / "images" / "0.png").unlink()
