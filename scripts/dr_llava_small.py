@@ -228,7 +228,7 @@ def dialogues_of(args: Namespace, out: Path, tables: dict[str, Path]) -> tuple[P
         words = [RULES[args.data], "--table", tables["train"], "--out", written, "--style", "standard"]
         write_dialogues([*map(str, words), "--seed", str(args.seed)])
         rows = list(read_records(written))
-        left_out = set(sorted({str(row["image"]) for row in rows})[HELD_OUT - 1 :: HELD_OUT])
+        left_out = set(sorted({str(row["image"]) for row in rows})[::HELD_OUT])
         write_json(held_out, [row for row in rows if row["image"] in left_out])
         write_json(path, [row for row in rows if row["image"] not in left_out])
     return path, held_out

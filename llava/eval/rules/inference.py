@@ -1,7 +1,6 @@
 """Resumable file of conversations: one line each, written as soon as its batch is finished.
 
-RuleDialogue, ... --minus held--> pending --by image, equal ones once--> batches --Engine.converse--> lines, in the order
-of the cases
+RuleDialogue, ... --minus held--> pending --by image, equal ones once--> batches --Engine.converse--> lines, in order
 """
 
 from __future__ import annotations
