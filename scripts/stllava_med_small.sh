@@ -18,7 +18,7 @@ if [ -z "${LLAVA:-}" ]; then
 fi
 read -ra llava <<<"${LLAVA}"
 python="${PYTHON:-python}"
-read -ra epochs <<<"${EPOCHS:-4 3 1}"
+read -ra epochs <<<"${EPOCHS:-4 3 3}"
 size="${SIZE:-168}" asked="${ASKED:-64}" questions="${QUESTIONS:-600}" batch="${BATCH:-16}"
 lm="${LM:-$("${python}" -c 'from llava.model.packaged import pretrained; print(pretrained.language_model())')}"
 tower="${TOWER:-$("${python}" -c "from llava.model.packaged import pretrained; print(pretrained.vision_tower(${size}))")}"
@@ -82,7 +82,7 @@ for kind in ${pairs[@]+"${pairs[@]}"}; do
   "${llava[@]}" train "${common[@]}" --objective dpo --model_name_or_path "${out}/sft" \
     --data_path "${out}/pairs-${kind}.json" --image_folder "${rad}/images" \
     --lora_enable True --lora_r 16 --lora_alpha 32 --freeze_mm_mlp_adapter True \
-    --num_train_epochs "${epochs[2]}" --learning_rate 5e-5 --output_dir "${out}/dpo-${kind}"
+    --num_train_epochs "${epochs[2]}" --learning_rate 2e-4 --output_dir "${out}/dpo-${kind}"
 done
 # The scores of preference training are also compared with those before it, question by question.
 for model in sft ${pairs[@]+"${pairs[@]/#/dpo-}"}; do
