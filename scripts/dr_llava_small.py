@@ -251,7 +251,8 @@ def train_arm(args: Namespace, out: Path, arm: str, start: Path, tables: dict[st
                    "data_path": tables["train"], "styles": "shuffled,diagnosis_first,improvised",
                    "num_generations": 8, "rollout_batch_size": args.rollout_batch_size,
                    "rollout_per_device_batch_size": args.rollout_batch_size, "response_len": ANSWER_TOKENS,
-                   "learning_rate": 1e-4, "shuffled_rewards": arm == "shuffled"}  # fmt: skip
+                   "learning_rate": 1e-4, "shuffled_rewards": arm == "shuffled",
+                   "ref_mode": "cached" if arm == "ppo" else "none"}  # fmt: skip
     common |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}
     train(args, out / f"{arm}-adapter", **common, max_steps=steps_for(args, out, arm, common))
     return merge(out / f"{arm}-adapter", merged)
