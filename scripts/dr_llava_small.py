@@ -60,7 +60,7 @@ EPOCHS = 4
 """Most epochs of the tuning, which stops earlier where the held-out loss does not fall."""
 
 HELD_OUT = 10
-"""One of so many training images is left out of the tuning, to see when its loss stops falling."""
+"""One in this many training images is left out of the tuning, to see when its loss stops falling."""
 
 PROBED = 3
 """Steps that are timed before an arm, to find how many fit its minutes."""
@@ -82,7 +82,12 @@ def make_parser() -> Parser:
     parser.add_argument("--num-test", type=int, default=400, help="test images")
     parser.add_argument("--rollout-batch-size", type=int, default=64, help="dialogues of a rollout, 8 for each image")
     parser.add_argument("--image-size", type=int, default=112, help="side of the model's input image")
-    parser.add_argument("--dtype", default="auto", help="precision of the evaluations; default: as the training")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="precision; auto: the faster one (measured)",
+    )
     parser.add_argument("--lm", help="language model; default: the packaged one")
     parser.add_argument("--vision-tower", help="vision tower; default: the packaged one")
     return parser
@@ -149,7 +154,7 @@ def forecast(args: Namespace, out: Path, tables: dict[str, Path], arms: Sequence
         raise ConfigError(f"--lm {args.lm}: its configuration cannot be read")
     speed, costs = machine.measure_machine(language.linear_layers, language.config), Costs(language, tower)
     num_turns = len(load_rules(RULES[args.data]).nodes)
-    dialogues = [row["conversations"] for row in read_records(dialogues_of(args, out, tables)[0])]
+    dialogues = [row["conversations"] for row in read_records(dialogues_of(args, out, tables)["tuned"])]
     texts = [turn["value"] for turns in dialogues for turn in turns]
     answers = [turn["value"] for turns in dialogues for turn in turns[1::2]]
     tokens, targets = (sum(len(text) / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS / 2 for text in one)
@@ -170,6 +175,16 @@ def forecast(args: Namespace, out: Path, tables: dict[str, Path], arms: Sequence
     return f"{speed}\n{text_table(['stage', 'minutes, forecast'], rows)}\n{note}\n"
 
 
+def precision_of(args: Namespace) -> str:
+    """Return the precision of all trainings and evaluations of a folder, which is measured once."""
+    path = args.out / f"{args.data}-{args.seed}" / "precision.json"
+    if not path.is_file():
+        measured = training_dtype(args.lm or str(pretrained.language_model())) if args.dtype == "auto" else args.dtype
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"precision": measured})
+    return str(read_object(path)["precision"])
+
+
 def train(args: Namespace, folder: Path, **options: object) -> float:
     """Train into a folder, or continue; return the seconds of all of it."""
     values: dict[str, object] = {
@@ -182,7 +197,7 @@ def train(args: Namespace, folder: Path, **options: object) -> float:
         "logging_steps": 1,
         "disable_tqdm": True,
         "max_tokens_per_row": ROW_TOKENS,
-        "bf16": "auto",
+        "bf16": precision_of(args) == "bfloat16",
         **options,
     }
     run_sft([word for name, value in values.items() for word in (f"--{name}", str(value))])
@@ -206,11 +221,11 @@ def start_of(args: Namespace, out: Path, tables: dict[str, Path]) -> Path:
         parts |= {"pretrain_mm_mlp_adapter": out / "align" / "mm_projector.bin"}
     else:
         parts |= {"calibrate_mm_projector": True}
-    dialogues, held_out = dialogues_of(args, out, tables)
-    train(args, out / "tune", **parts, **LORA, data_path=dialogues, eval_data_path=held_out, version=TEMPLATE,
-          num_train_epochs=EPOCHS, per_device_train_batch_size=16, learning_rate=3e-4, mm_projector_lr=1e-3,
-          eval_strategy="steps", eval_steps=20, early_stopping_patience=2, lr_scheduler_type="constant_with_warmup",
-          warmup_steps=5)  # fmt: skip
+    paths = dialogues_of(args, out, tables)
+    train(args, out / "tune", **parts, **LORA, data_path=paths["tuned"], eval_data_path=paths["held-out"],
+          version=TEMPLATE, num_train_epochs=EPOCHS, per_device_train_batch_size=16, learning_rate=3e-4,
+          mm_projector_lr=1e-3, eval_strategy="steps", eval_steps=20, early_stopping_patience=2,
+          lr_scheduler_type="constant_with_warmup", warmup_steps=5)  # fmt: skip
     return merge(out / "tune", merged)
 
 
@@ -221,17 +236,17 @@ def merge(adapter: Path, merged: Path) -> Path:
     return merged
 
 
-def dialogues_of(args: Namespace, out: Path, tables: dict[str, Path]) -> tuple[Path, Path]:
-    """Return the dialogues in standard order about the training images, and those about images that are held out."""
-    path, held_out, written = (out / f"dialogues{part}.json" for part in ("", "-held-out", "-all"))
-    if not path.is_file():
-        words = [RULES[args.data], "--table", tables["train"], "--out", written, "--style", "standard"]
+def dialogues_of(args: Namespace, out: Path, tables: dict[str, Path]) -> dict[str, Path]:
+    """Return the dialogues in standard order about all training images, those tuned on, and those held out."""
+    paths = {part: out / f"dialogues-{part}.json" for part in ("all", "tuned", "held-out")}
+    if not all(path.is_file() for path in paths.values()):
+        words = [RULES[args.data], "--table", tables["train"], "--out", paths["all"], "--style", "standard"]
         write_dialogues([*map(str, words), "--seed", str(args.seed)])
-        rows = list(read_records(written))
-        left_out = set(sorted({str(row["image"]) for row in rows})[::HELD_OUT])
-        write_json(held_out, [row for row in rows if row["image"] in left_out])
-        write_json(path, [row for row in rows if row["image"] not in left_out])
-    return path, held_out
+        rows = list(read_records(paths["all"]))
+        held_out = set(sorted({str(row["image"]) for row in rows})[::HELD_OUT])
+        for part in ("held-out", "tuned"):
+            write_json(paths[part], [row for row in rows if (row["image"] in held_out) == (part == "held-out")])
+    return paths
 
 
 def train_arm(args: Namespace, out: Path, arm: str, start: Path, tables: dict[str, Path]) -> Path:
@@ -242,7 +257,7 @@ def train_arm(args: Namespace, out: Path, arm: str, start: Path, tables: dict[st
     common: dict[str, object] = {"model_name_or_path": start, "image_folder": tables["images"], **LORA}
     if arm == "more_sft":
         common |= {
-            "data_path": dialogues_of(args, out, tables)[0],
+            "data_path": dialogues_of(args, out, tables)["all"],
             "per_device_train_batch_size": 16,
             "learning_rate": 1e-4,
         }
@@ -281,8 +296,7 @@ def score(args: Namespace, out: Path, arm: str, model: Path, tables: dict[str, P
     started = time.time()
     words = ["--model", model, "--rules", RULES[args.data], "--data", tables["test"], "--out", folder]
     words += ["--image-folder", tables["images"], "--limit", args.num_test, "--max-new-tokens", ANSWER_TOKENS]
-    dtype = training_dtype(args.lm or str(pretrained.language_model())) if args.dtype == "auto" else args.dtype
-    words += ["--dtype", dtype]
+    words += ["--dtype", precision_of(args)]
     if arm != "sft" and (out / "eval-sft" / "results.json").is_file():
         words += ["--compare", out / "eval-sft"]
     evaluate(list(map(str, words)))

@@ -28,7 +28,7 @@ checks() {
     part "ruff-check" "${bin}/ruff" check .
     part "ruff-format" "${bin}/ruff" format --check .
     part "mypy" "${bin}/mypy" --num-workers 2 --strict llava scripts/*.py
-    [ -z "${failed}" ] || { echo "== failed beside the tests:${failed}"; return 1; }
+    [ -z "${failed}" ]
 }
 
 if [ "$#" -gt 0 ]; then
@@ -36,13 +36,19 @@ if [ "$#" -gt 0 ]; then
 else
     # All tests: the checks run beside them, since the tests do not use the processors all the time, and print at once.
     output="$(mktemp)"
-    { checks >"${output}" 2>&1; status=$?; echo; cat "${output}"; rm -f "${output}"; exit "${status}"; } &
+    set -m # a process group of its own, which Ctrl-C ends with the script
+    { checks >"${output}" 2>&1; status=$?; echo; cat "${output}"; exit "${status}"; } &
     beside=$!
+    set +m
+    trap 'kill -- "-${beside}" 2>/dev/null; rm -f "${output}"' EXIT
 fi
 # Two workers, whole files each: fixtures of a module are built once. Files come in the order of their names, so the
 # slow ones of `tests/commands` first: the last ones are short, and no worker waits long for the other one.
 # Tests that start torchrun set their own threads.
 part "pytest" "${bin}/python" -m pytest -n "${LLAVA_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=40 -m "${marks}" "$@" 2>&1
-[ -z "${beside:-}" ] || wait "${beside}" || failed="${failed} checks"
+if [ -n "${beside:-}" ] && ! wait "${beside}"; then
+    failed="${failed} checks"
+    grep -v "^All checks passed\|already formatted$\|^Success" "${output}"
+fi
 
-[ -z "${failed}" ]
+[ -z "${failed}" ] || { echo "== failed:${failed}"; exit 1; }

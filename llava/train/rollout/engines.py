@@ -1,6 +1,6 @@
 """Engines that sample the dialogues of a run: a copy of the policy, the policy itself, or a server.
 
-policy (adapters beside its layers, float32 under autocast) --once per rollout--> plain layers in one precision
+policy (adapters beside its layers, float32 under autocast) --for every call--> plain layers in one precision
 
 A token of a dialogue passes every layer. With adapters each layer is several products, and under autocast it casts its
 weights again for every token, which takes longer than the products of a small model. A copy pays both once.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -32,8 +33,10 @@ from llava.train.rollout_args import RolloutSpec
 
 logger = logging.getLogger(__name__)
 
-MEMORY_SHARE = 0.5
-"""Largest share of the free memory that a copy of the policy may need."""
+MEMORY_SHARE = 1 / 8
+"""Largest share of a machine's memory that the weights of the policies on it may have where copies are made.
+
+The whole memory counts, not what is free at the start, so that a resumed run samples as the interrupted one."""
 
 
 def conversing(
@@ -56,11 +59,16 @@ def conversing(
         model: name of the policy, which a server of several models serves it under.
         precision: context in which the policy computes.
         bf16: whether it computes in bfloat16.
+
+    Raises:
+        ConfigError: the server has several models, none of them under the name of the policy.
+        GenerationError: the server cannot be reached.
     """
     if spec.engine is not None:
         return sampling_server(spec.engine, model, processor, spec).converse
     make_engine = partial(LocalEngine, processor=processor, max_slots=spec.slots, layout=layout)
     if copies_help(policy, bf16=bf16):
+        logger.info("dialogues are sampled from a copy of the policy, in %s", "bfloat16" if bf16 else "its precision")
 
         def converse_copy(scripts: Any, sampling: Any) -> Any:
             return make_engine(sampling_copy(policy, bf16=bf16)).converse(scripts, sampling)
@@ -81,26 +89,32 @@ def copies_help(policy: nn.Module, *, bf16: bool) -> bool:
     """Return whether a copy of a policy samples faster: with adapters or casts, on a CPU with room for it."""
     weights = list(policy.parameters())
     has_adapters = any(isinstance(module, BaseTunerLayer) for module in policy.modules())
-    # On a GPU the copy would take memory that the updates need; 4-bit weights have no exact sum with an adapter.
+    # On a GPU the copy would take memory that the updates need; weights of few bits have no exact sum with an adapter.
     if weights[0].device.type != "cpu" or not (has_adapters or bf16) or quantized_layers(policy):
         return False
     size = sum(weight.numel() * weight.element_size() for weight in weights)
-    return bool(size < MEMORY_SHARE * psutil.virtual_memory().available)
+    num_policies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return bool(size * num_policies <= MEMORY_SHARE * psutil.virtual_memory().total)
 
 
 @torch.no_grad()
 def sampling_copy(policy: nn.Module, *, bf16: bool) -> Any:
-    """Return a copy of the policy as it is now, with merged adapters; see the module.
+    """Return a copy of the policy as it is now, with merged adapters.
 
     Args:
         policy: a model, or a peft model around it; it is not changed.
-        bf16: whether the weights of the copy are cast to bfloat16, after the adapters are merged.
+        bf16: whether the parameters of the copy are cast to bfloat16, after the adapters are merged.
     """
     network = cast(Any, copy.deepcopy(policy))
+    for name in ("forward", "_original_forward"):  # accelerate's, which would keep the copy in a reference cycle
+        vars(network).pop(name, None)
     if hasattr(network, "merge_and_unload"):
         network = network.merge_and_unload()
+    network.disable_input_require_grads()  # a hook on the embedding, which would also prevent fast decoding steps
     network.requires_grad_(False)
-    return network.to(torch.bfloat16) if bf16 else network
+    for weight in network.parameters() if bf16 else ():
+        weight.data = weight.data.to(torch.bfloat16)  # parameters only: rotary frequencies need float32
+    return network
 
 
 def sampling_server(url: str, model: str, processor: LlavaMedProcessor, spec: RolloutSpec) -> RemoteEngine:

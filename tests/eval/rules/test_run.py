@@ -244,7 +244,17 @@ def test_equal_conversations_about_the_gray_image_are_held_once(tmp_path: Path, 
     rows = [json.loads(line) for line in (plan.out / run.BLANK_DIALOGUES).read_text().splitlines()]
     assert [row["id"] for row in rows] == [dialogue.id for dialogue in plan.dialogues]
     assert [tuple(row["questions"]) for row in rows] == [dialogue.questions for dialogue in plan.dialogues]
-    assert all(len(row["answers"]) == len(row["questions"]) and all(row["answers"]) for row in rows)
+    held = {(script.conversation.turns[0].text, *script.follow_ups): model.hold(script).texts for script in gray}
+    assert all(tuple(row["answers"]) == held[tuple(row["questions"])] for row in rows)
+
+
+def test_equal_conversations_about_a_missing_image_all_fail(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, blank_control=False)
+    twins = [replace(dialogue, id=f"{dialogue.id}/again") for dialogue in plan.dialogues[:6]]
+    (tmp_path / "images" / "0.png").unlink()
+    model = FakeModel()
+    report = run.evaluate_rules(replace(plan, dialogues=[*plan.dialogues, *twins]), lambda: model)
+    assert report["counts"]["failed"] == 12 and len(model.scripts) == len(plan.dialogues) - 6
 
 
 def test_a_missing_image_fails_its_conversations_only(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import gc
+import weakref
+from contextlib import nullcontext
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from llava.generation.protocol import Dialogue, Sampling, Script
 from llava.model.builder import LoadedModel
 from llava.samples import Conversation, Turn
 from llava.train.rollout import engines
-from llava.train.rollout.engines import copies_help, sampling_copy
+from llava.train.rollout.engines import conversing, copies_help, sampling_copy
 from tests.support.tiny import tiny_image, tiny_llava
 
 LANGUAGE = r".*layers\.\d+\.(self_attn\.(q|v)_proj|mlp\.down_proj)"
@@ -23,7 +26,7 @@ LORA = {
     "language": {"target_modules": LANGUAGE},
     "language and tower": {"target_modules": ["q_proj", "v_proj"]},
     "dora": {"target_modules": LANGUAGE, "use_dora": True},
-    "projector": {"target_modules": LANGUAGE, "modules_to_save": ["multi_modal_projector"]},
+    "embeddings": {"target_modules": LANGUAGE, "modules_to_save": ["embed_tokens", "lm_head"]},
 }
 
 
@@ -63,25 +66,82 @@ def test_a_copy_samples_what_the_policy_samples(kind: str) -> None:
     assert changed != [dialogue.texts for dialogue in dialogues(network, loaded)]
 
 
-def test_a_copy_in_bfloat16_is_cast_after_the_merge() -> None:
+def test_hooks_of_gradient_checkpointing_are_left_out() -> None:
+    policy = policy_of(tiny_llava())
+    policy.enable_input_require_grads()
+    embedding = policy.get_base_model().get_input_embeddings()
+    assert embedding._forward_hooks
+    assert can_decode(sampling_copy(policy, bf16=False)) and embedding._forward_hooks
+
+
+def test_a_copy_is_freed_with_its_last_user() -> None:
+    model = tiny_llava().model
+    model._original_forward = model.forward
+    model.forward = MethodType(type(model).forward, model)  # as accelerate does
+    gc.collect()
+    gc.disable()
+    try:
+        left = weakref.ref(sampling_copy(model, bf16=True))
+    finally:
+        gc.enable()
+    assert left() is None
+
+
+def test_a_copy_in_bfloat16_has_rounded_weights_and_exact_frequencies() -> None:
     loaded = tiny_llava()
     policy = policy_of(loaded)
     exact, network = sampling_copy(policy, bf16=False), sampling_copy(policy, bf16=True)
     assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16} and can_decode(network)
     whole = exact.state_dict()
     assert all(torch.equal(weight, whole[name].to(weight.dtype)) for name, weight in network.state_dict().items())
+    frequencies = {name: buffer for name, buffer in network.named_buffers() if "inv_freq" in name}
+    assert frequencies
+    for name, buffer in exact.named_buffers():
+        assert network.get_buffer(name).dtype == buffer.dtype and torch.equal(network.get_buffer(name), buffer), name
     assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
+    assert all(dialogue.error is None for dialogue in dialogues(network, loaded))
+
+
+def test_every_call_samples_from_the_policy_as_it_is_then() -> None:
+    loaded = tiny_llava()
+    policy = policy_of(loaded)
+    script = Script(Conversation((Turn("human", "<image>\nWhat?"),)), ("And then?",), (tiny_image(0),), seed=1)
+    sampling = Sampling(max_new_tokens=6, temperature=1.0, n=2, logprobs=True)
+    settings: Any = SimpleNamespace(engine=None, slots=4)
+    converse = conversing(
+        policy, loaded.processor, settings, layout="tree", model="tiny", precision=nullcontext, bf16=False
+    )
+
+    def sampled() -> list[tuple[tuple[float, ...], ...]]:
+        return [dialogue.logprobs for dialogue in converse([script], sampling)[0]]
+
+    def expected() -> list[tuple[tuple[float, ...], ...]]:
+        held = LocalEngine(policy, loaded.processor, max_slots=4).converse([script], sampling)
+        return [dialogue.logprobs for dialogue in held[0]]
+
+    first = sampled()
+    for mine, theirs in zip(first, expected(), strict=True):
+        assert [x for turn in mine for x in turn] == pytest.approx([x for turn in theirs for x in turn], abs=2e-5)
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_A" in name:
+                weight.mul_(-3)
+    second = sampled()
+    assert second != first
+    for mine, theirs in zip(second, expected(), strict=True):
+        assert [x for turn in mine for x in turn] == pytest.approx([x for turn in theirs for x in turn], abs=2e-5)
 
 
 def test_a_copy_is_made_where_it_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = tiny_llava().model
     assert not copies_help(plain, bf16=False) and copies_help(plain, bf16=True)
     policy = policy_of(tiny_llava())
-    assert copies_help(policy, bf16=False)
     size = sum(weight.numel() * weight.element_size() for weight in policy.parameters())
-    monkeypatch.setattr(engines.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * size - 1))
-    assert not copies_help(policy, bf16=False)
-    monkeypatch.setattr(engines.psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * size))
+    for total, num_policies, helps in ((8 * size, 1, True), (8 * size - 8, 1, False), (8 * size, 2, False)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_policies))
+        monkeypatch.setattr(engines.psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
+        assert copies_help(policy, bf16=False) == helps
+    monkeypatch.undo()
     assert copies_help(policy, bf16=False)
     monkeypatch.setattr(engines, "quantized_layers", lambda network: [network])
     assert not copies_help(policy, bf16=False)

@@ -10,6 +10,7 @@ import pytest
 
 from llava.data.encode import follow_up
 from llava.errors import LlavaError
+from tests.support.runs import metrics
 from tests.support.scripts import load_script
 from tests.support.text_tools import make_processor
 from tests.support.tiny import write_tiny_lm, write_tiny_tower
@@ -40,6 +41,12 @@ def test_two_arms(script: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     table = (tmp_path / "out" / "drawn-0" / "results.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| sft", "| shuffled"]
     assert table[0].startswith("| arm | A_Q | A_C | A_D | contradictory |")
+    parts = {part: json.loads((tmp_path / "out" / "drawn-0" / f"dialogues-{part}.json").read_text())
+             for part in ("all", "tuned", "held-out")}  # fmt: skip
+    images = {part: {row["image"] for row in rows} for part, rows in parts.items()}
+    assert len(images["all"]) == 9 and len(images["held-out"]) == 1
+    assert not images["tuned"] & images["held-out"] and images["tuned"] | images["held-out"] == images["all"]
+    assert any("eval_loss" in line for line in metrics(tmp_path / "out" / "drawn-0" / "tune"))
 
 
 def test_a_real_set_is_shortened_the_same_way_each_time(
