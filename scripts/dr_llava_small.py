@@ -50,8 +50,8 @@ ANSWER_TOKENS = 24
 ROW_TOKENS = 2048
 """Tokens of a forward pass: the activations of the packaged language model then fit a laptop."""
 
-CONVERSATIONS = 12
-"""Conversations about a test image: four orders and two wrong hints, with the image and with a gray one."""
+CONVERSATIONS = 9
+"""Conversations about a test image: four orders and two wrong hints, and about half as many different ones with gray."""
 
 DRAWN = 600
 """Drawn training images, unless `--num-train` is given."""
@@ -76,7 +76,7 @@ def make_parser() -> Parser:
     parser.add_argument("--data-root", type=Path, help="folder of blood-bccd/ and blood-rbc12/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arms", default="sft,grpo,shuffled", help=f"arms, with commas: {', '.join(ARMS)}")
-    parser.add_argument("--minutes", type=float, default=15.0, help="minutes of training of each arm")
+    parser.add_argument("--minutes", type=float, default=12.0, help="minutes of training of each arm")
     parser.add_argument("--out", type=Path, default=Path("runs/dr-llava-small"))
     parser.add_argument("--num-train", type=int, help="training images; default: 600 drawn ones, or all of a real set")
     parser.add_argument("--num-test", type=int, default=400, help="test images")
