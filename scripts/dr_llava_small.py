@@ -51,7 +51,7 @@ ROW_TOKENS = 2048
 """Tokens of a forward pass: the activations of the packaged language model then fit a laptop."""
 
 CONVERSATIONS = 9
-"""Conversations about a test image: four orders and two wrong hints, and about half as many different ones with gray."""
+"""Conversations about a test image: four orders and two wrong hints; with the gray one about half as many differ."""
 
 DRAWN = 600
 """Drawn training images, unless `--num-train` is given."""
