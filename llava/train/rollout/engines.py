@@ -1,9 +1,9 @@
 """Engines that sample the dialogues of a run: a copy of the policy, the policy itself, or a server.
 
-policy (adapters beside its layers, float32 under autocast) --for every call--> plain layers in one precision
+policy (adapters beside its layers) --for every call--> copy of plain layers with the same products
 
-A token of a dialogue passes every layer. With adapters each layer is several products, and under autocast it casts its
-weights again for every token, which takes longer than the products of a small model. A copy pays both once.
+A token of a dialogue passes every layer, and an adapter makes several small products of each. In a copy the adapters
+are merged, so that the decoding step for plain layers computes it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ def conversing(
     layout: Layout,
     model: str,
     precision: Callable[[], AbstractContextManager[Any]],
-    bf16: bool,
 ) -> Converse:
     """Return `converse` of the server of `--engine`, or of an engine around the policy or a copy of it.
 
@@ -57,8 +56,7 @@ def conversing(
         spec: sizes, and the URL of a server.
         layout: layout of prompts.
         model: name of the policy, which a server of several models serves it under.
-        precision: context in which the policy computes.
-        bf16: whether it computes in bfloat16.
+        precision: context in which the policy computes, such as autocast.
 
     Raises:
         ConfigError: the server has several models, none of them under the name of the policy.
@@ -67,11 +65,11 @@ def conversing(
     if spec.engine is not None:
         return sampling_server(spec.engine, model, processor, spec).converse
     make_engine = partial(LocalEngine, processor=processor, max_slots=spec.slots, layout=layout)
-    if copies_help(policy, bf16=bf16):
-        logger.info("dialogues are sampled from a copy of the policy, in %s", "bfloat16" if bf16 else "its precision")
+    if copies_help(policy, precision):
+        logger.info("dialogues are sampled from a copy of the policy with merged adapters")
 
         def converse_copy(scripts: Any, sampling: Any) -> Any:
-            return make_engine(sampling_copy(policy, bf16=bf16)).converse(scripts, sampling)
+            return make_engine(sampling_copy(policy)).converse(scripts, sampling)
 
         return converse_copy
     engines: list[LocalEngine] = []  # made on first use
@@ -85,12 +83,20 @@ def conversing(
     return converse
 
 
-def copies_help(policy: nn.Module, *, bf16: bool) -> bool:
-    """Return whether a copy of a policy samples faster: with adapters or casts, on a CPU with room for it."""
+def copies_help(policy: nn.Module, precision: Callable[[], AbstractContextManager[Any]]) -> bool:
+    """Return whether a merged copy samples the same faster: adapters in float32 on a CPU with room for it.
+
+    Args:
+        policy: a model, or a peft model around it.
+        precision: context in which it computes.
+    """
     weights = list(policy.parameters())
     has_adapters = any(isinstance(module, BaseTunerLayer) for module in policy.modules())
-    # On a GPU the copy would take memory that the updates need; weights of few bits have no exact sum with an adapter.
-    if weights[0].device.type != "cpu" or not (has_adapters or bf16) or quantized_layers(policy):
+    with precision():
+        is_precise = not torch.is_autocast_enabled("cpu") and {weight.dtype for weight in weights} == {torch.float32}
+    # A sum in bfloat16, or of weights of few bits, rounds small adapters away: the copy would sample from another
+    # distribution than the one that is trained. On a GPU the copy would take memory that the updates need.
+    if weights[0].device.type != "cpu" or not has_adapters or not is_precise or quantized_layers(policy):
         return False
     size = sum(weight.numel() * weight.element_size() for weight in weights)
     num_policies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -98,23 +104,18 @@ def copies_help(policy: nn.Module, *, bf16: bool) -> bool:
 
 
 @torch.no_grad()
-def sampling_copy(policy: nn.Module, *, bf16: bool) -> Any:
-    """Return a copy of the policy as it is now, with merged adapters.
+def sampling_copy(policy: nn.Module) -> Any:
+    """Return a copy of the policy as it is now, with merged adapters; the policy is not changed.
 
     Args:
-        policy: a model, or a peft model around it; it is not changed.
-        bf16: whether the parameters of the copy are cast to bfloat16, after the adapters are merged.
+        policy: a peft model.
     """
-    network = cast(Any, copy.deepcopy(policy))
+    adapted = cast(Any, copy.deepcopy(policy))
     for name in ("forward", "_original_forward"):  # accelerate's, which would keep the copy in a reference cycle
-        vars(network).pop(name, None)
-    if hasattr(network, "merge_and_unload"):
-        network = network.merge_and_unload()
+        vars(adapted).pop(name, None)
+    network = adapted.merge_and_unload()
     network.disable_input_require_grads()  # a hook on the embedding, which would also prevent fast decoding steps
-    network.requires_grad_(False)
-    for weight in network.parameters() if bf16 else ():
-        weight.data = weight.data.to(torch.bfloat16)  # parameters only: rotary frequencies need float32
-    return network
+    return network.requires_grad_(False)
 
 
 def sampling_server(url: str, model: str, processor: LlavaMedProcessor, spec: RolloutSpec) -> RemoteEngine:

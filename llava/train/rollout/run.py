@@ -116,7 +116,6 @@ def run_rollouts(
         layout=layout,
         model=model,
         precision=autocast_of(args),
-        bf16=args.bf16,
     )
     find_image = partial(resolve_image_path, root=folder)
     roller = Roller(spec, Scoring(rules, spec, priors), scorer, converse, find_image, seed=args.seed, **args.ranks)

@@ -52,7 +52,7 @@ def test_a_copy_samples_what_the_policy_samples(kind: str) -> None:
     loaded = tiny_llava()
     policy = policy_of(loaded, kind)
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
-    network = sampling_copy(policy, bf16=False)
+    network = sampling_copy(policy)
     assert can_decode(network) and not can_decode(policy)
     assert not any("lora" in name for name, _ in network.named_modules())
     for own, other in zip(dialogues(network, loaded), dialogues(policy, loaded), strict=True):
@@ -61,7 +61,7 @@ def test_a_copy_samples_what_the_policy_samples(kind: str) -> None:
             assert mine == pytest.approx(theirs, abs=2e-5)
     assert all(torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
     policy.load_state_dict({name: weight + 0.05 for name, weight in before.items()})
-    changed = [dialogue.texts for dialogue in dialogues(sampling_copy(policy, bf16=False), loaded)]
+    changed = [dialogue.texts for dialogue in dialogues(sampling_copy(policy), loaded)]
     assert changed == [dialogue.texts for dialogue in dialogues(policy, loaded)]
     assert changed != [dialogue.texts for dialogue in dialogues(network, loaded)]
 
@@ -71,35 +71,20 @@ def test_hooks_of_gradient_checkpointing_are_left_out() -> None:
     policy.enable_input_require_grads()
     embedding = policy.get_base_model().get_input_embeddings()
     assert embedding._forward_hooks
-    assert can_decode(sampling_copy(policy, bf16=False)) and embedding._forward_hooks
+    assert can_decode(sampling_copy(policy)) and embedding._forward_hooks
 
 
 def test_a_copy_is_freed_with_its_last_user() -> None:
-    model = tiny_llava().model
-    model._original_forward = model.forward
-    model.forward = MethodType(type(model).forward, model)  # as accelerate does
+    policy = policy_of(tiny_llava())
+    policy._original_forward = policy.forward
+    policy.forward = MethodType(type(policy).forward, policy)  # as accelerate does
     gc.collect()
     gc.disable()
     try:
-        left = weakref.ref(sampling_copy(model, bf16=True))
+        left = weakref.ref(sampling_copy(policy))
     finally:
         gc.enable()
     assert left() is None
-
-
-def test_a_copy_in_bfloat16_has_rounded_weights_and_exact_frequencies() -> None:
-    loaded = tiny_llava()
-    policy = policy_of(loaded)
-    exact, network = sampling_copy(policy, bf16=False), sampling_copy(policy, bf16=True)
-    assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16} and can_decode(network)
-    whole = exact.state_dict()
-    assert all(torch.equal(weight, whole[name].to(weight.dtype)) for name, weight in network.state_dict().items())
-    frequencies = {name: buffer for name, buffer in network.named_buffers() if "inv_freq" in name}
-    assert frequencies
-    for name, buffer in exact.named_buffers():
-        assert network.get_buffer(name).dtype == buffer.dtype and torch.equal(network.get_buffer(name), buffer), name
-    assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
-    assert all(dialogue.error is None for dialogue in dialogues(network, loaded))
 
 
 def test_every_call_samples_from_the_policy_as_it_is_then() -> None:
@@ -108,9 +93,7 @@ def test_every_call_samples_from_the_policy_as_it_is_then() -> None:
     script = Script(Conversation((Turn("human", "<image>\nWhat?"),)), ("And then?",), (tiny_image(0),), seed=1)
     sampling = Sampling(max_new_tokens=6, temperature=1.0, n=2, logprobs=True)
     settings: Any = SimpleNamespace(engine=None, slots=4)
-    converse = conversing(
-        policy, loaded.processor, settings, layout="tree", model="tiny", precision=nullcontext, bf16=False
-    )
+    converse = conversing(policy, loaded.processor, settings, layout="tree", model="tiny", precision=nullcontext)
 
     def sampled() -> list[tuple[tuple[float, ...], ...]]:
         return [dialogue.logprobs for dialogue in converse([script], sampling)[0]]
@@ -132,16 +115,20 @@ def test_every_call_samples_from_the_policy_as_it_is_then() -> None:
         assert [x for turn in mine for x in turn] == pytest.approx([x for turn in theirs for x in turn], abs=2e-5)
 
 
-def test_a_copy_is_made_where_it_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = tiny_llava().model
-    assert not copies_help(plain, bf16=False) and copies_help(plain, bf16=True)
+def autocast() -> Any:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def test_a_copy_is_made_where_it_helps_and_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not copies_help(tiny_llava().model, nullcontext)
     policy = policy_of(tiny_llava())
+    assert copies_help(policy, nullcontext) and not copies_help(policy, autocast)
+    assert not copies_help(policy_of(tiny_llava()).to(torch.bfloat16), nullcontext)
     size = sum(weight.numel() * weight.element_size() for weight in policy.parameters())
     for total, num_policies, helps in ((8 * size, 1, True), (8 * size - 8, 1, False), (8 * size, 2, False)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_policies))
         monkeypatch.setattr(engines.psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
-        assert copies_help(policy, bf16=False) == helps
+        assert copies_help(policy, nullcontext) == helps
     monkeypatch.undo()
-    assert copies_help(policy, bf16=False)
     monkeypatch.setattr(engines, "quantized_layers", lambda network: [network])
-    assert not copies_help(policy, bf16=False)
+    assert not copies_help(policy, nullcontext)
