@@ -109,14 +109,8 @@ def run_rollouts(
     counts, priors = TrainingCounts(), priors_of(spec, rules, cases)
     scorer = make_scorer(networks, collator, spec, args)
     model = str(parsed.model.model_name_or_path)
-    converse = conversing(
-        networks.policy,
-        networks.loaded.processor,
-        spec,
-        layout=layout,
-        model=model,
-        precision=autocast_of(args),
-    )
+    source = (networks.policy, networks.loaded.processor)
+    converse = conversing(*source, spec, layout=layout, model=model, precision=autocast_of(args))
     find_image = partial(resolve_image_path, root=folder)
     roller = Roller(spec, Scoring(rules, spec, priors), scorer, converse, find_image, seed=args.seed, **args.ranks)
     writer = RolloutWriter(args.run_folder, counts, rank=int(args.process_index), slots=spec.slots)
