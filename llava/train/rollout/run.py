@@ -21,10 +21,12 @@ from transformers import TrainerCallback, set_seed
 from llava.data.collator import Collator, RowData, StepBatch
 from llava.data.flat_batch import Layout
 from llava.errors import ConfigError, DataError
-from llava.generation.engine import context_length
+from llava.generation.engine import LocalEngine, context_length
+from llava.generation.remote import RemoteEngine
 from llava.imaging.decode import resolve_image_path
 from llava.model.builder import LoadedModel
 from llava.model.value_head import ActorCritic, shared_copy
+from llava.processing import LlavaMedProcessor
 from llava.symbolic.rubric import Priors, check_priors, count_values
 from llava.symbolic.rules import load_rules
 from llava.symbolic.structure import RuleSet
@@ -38,12 +40,11 @@ from llava.train.objectives.policy import PolicyLoss, PolicyLossSpec
 from llava.train.parsed import Parsed
 from llava.train.parts import freeze_and_adapt
 from llava.train.rollout.cases import RolloutCase, read_cases
-from llava.train.rollout.engines import conversing
 from llava.train.rollout.episodes import Scoring
 from llava.train.rollout.files import ROLLOUTS_FILE
 from llava.train.rollout.loader import CaseOrder, RolloutDataset, RolloutLoader
 from llava.train.rollout.records import NAMES, RolloutCallback, RolloutWriter, keep_rollouts
-from llava.train.rollout.rollout import Roller
+from llava.train.rollout.rollout import Converse, Roller
 from llava.train.rollout.scoring import RolloutScorer
 from llava.train.rollout.value import make_critic
 from llava.train.rollout_args import RolloutSpec
@@ -108,9 +109,7 @@ def run_rollouts(
     collator = tools.make_collator(dataset, networks.loaded, layout, args)
     counts, priors = TrainingCounts(), priors_of(spec, rules, cases)
     scorer = make_scorer(networks, collator, spec, args)
-    model = str(parsed.model.model_name_or_path)
-    source = (networks.policy, networks.loaded.processor)
-    converse = conversing(*source, spec, layout=layout, model=model, precision=autocast_of(args))
+    converse = conversing(networks, spec, args, layout, model=str(parsed.model.model_name_or_path))
     find_image = partial(resolve_image_path, root=folder)
     roller = Roller(spec, Scoring(rules, spec, priors), scorer, converse, find_image, seed=args.seed, **args.ranks)
     writer = RolloutWriter(args.run_folder, counts, rank=int(args.process_index), slots=spec.slots)
@@ -290,6 +289,44 @@ def make_scorer(
         critic=networks.critic,
         precision=autocast_of(args),
     )
+
+
+def conversing(
+    networks: _Networks, spec: RolloutSpec, args: LlavaTrainingArguments, layout: Layout, *, model: str
+) -> Converse:
+    """Return `converse` of the server of `--engine`, or of an engine around the policy, made on first use."""
+    if spec.engine is not None:
+        return sampling_server(spec.engine, model, networks.loaded.processor, spec).converse
+    engines: list[LocalEngine] = []
+    context = autocast_of(args)
+
+    def converse(scripts: Any, sampling: Any) -> Any:
+        if not engines:
+            engines.append(LocalEngine(networks.policy, networks.loaded.processor, max_slots=spec.slots, layout=layout))
+        with context():
+            return engines[0].converse(scripts, sampling)
+
+    return converse
+
+
+def sampling_server(url: str, model: str, processor: LlavaMedProcessor, spec: RolloutSpec) -> RemoteEngine:
+    """Return the engine of the server that samples the dialogues of a run.
+
+    Raises:
+        ConfigError: it serves several models, none of them under the name of `model`.
+        GenerationError: it cannot be reached.
+    """
+    options: dict[str, Any] = {"processor": processor, "max_concurrency": spec.slots}
+    try:
+        engine = RemoteEngine(url, Path(model).name, **options)
+    except ConfigError:
+        engine = RemoteEngine(url, **options)  # the only model, under another name
+    logger.warning(
+        "%s samples the dialogues with the fixed weights of %s, while the policy changes; ratios are "
+        "computed with its log-probabilities",
+        *(engine.server.url, engine.facts.name),
+    )
+    return engine
 
 
 def make_objective(spec: RolloutSpec, rules: RuleSet, *, without: int) -> PolicyLoss:
