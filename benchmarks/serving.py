@@ -31,6 +31,9 @@ LARGEST_DIFFERENT = 0.05
 
 QUESTIONS_PER_IMAGE = 8
 
+ARRIVALS = 64
+"""Requests a second that arrive at random times, in the parts with several questions about an image."""
+
 
 @dataclass
 class Bench:
@@ -110,14 +113,14 @@ def distinct(num: int) -> Callable[[Bench], dict[str, float]]:
 
 
 def shared(num: int) -> Callable[[Bench], dict[str, float]]:
-    """Return the part with eight questions an image, at random times within half a second."""
+    """Return the part with eight questions an image, which arrive at random times."""
 
     def run(bench: Bench) -> dict[str, float]:
         def make() -> tuple[list[Body], list[float]]:
             images = [bench.fresh() for _ in range(num // QUESTIONS_PER_IMAGE)] * QUESTIONS_PER_IMAGE
             draw = random.Random(bench.fresh())
             draw.shuffle(images)
-            return bench.messages(num, images), [draw.random() * 0.5 for _ in range(num)]
+            return bench.messages(num, images), [draw.random() * num / ARRIVALS for _ in range(num)]
 
         return {f"shared_{num}": compare(bench, make, f"shared_{num}")[0]}
 

@@ -32,6 +32,7 @@ from llava.quickstart.synthetic import write_dataset
 from llava.quickstart.work import CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS, language_shape, tower_shape
 from llava.symbolic.dialogues import main as write_dialogues
 from llava.symbolic.rules import load_rules
+from llava.train.rollout.records import curve_of, draw_panels
 from llava.train.run import run_sft
 from llava.utils.cli import Parser, run_program
 from llava.utils.json_rows import read_records
@@ -56,7 +57,7 @@ CONVERSATIONS = 9
 DRAWN = 600
 """Drawn training images, unless `--num-train` is given."""
 
-EPOCHS = 4
+EPOCHS = 8
 """Most epochs of the tuning, which stops earlier where the held-out loss does not fall."""
 
 HELD_OUT = 10
@@ -67,6 +68,8 @@ PROBED = 3
 
 LORA = {"lora_enable": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 FIGURES = ("A_Q", "A_C", "A_D", "contradictory")
+CURVES = ("reward", "A_Q", "A_C", "no_match")
+"""Metrics of the rollouts that are plotted."""
 
 
 def make_parser() -> Parser:
@@ -108,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         score(args, out, arm, model, tables)
     table = results_of(out, arms)
     write_atomic(out / "results.md", table)
+    draw_arms(out, arms)
     write_out(f"{table}\n{out / 'results.md'}\n")
 
 
@@ -223,8 +227,8 @@ def start_of(args: Namespace, out: Path, tables: dict[str, Path]) -> Path:
         parts |= {"calibrate_mm_projector": True}
     paths = dialogues_of(args, out, tables)
     train(args, out / "tune", **parts, **LORA, data_path=paths["tuned"], eval_data_path=paths["held-out"],
-          version=TEMPLATE, num_train_epochs=EPOCHS, per_device_train_batch_size=16, learning_rate=3e-4,
-          mm_projector_lr=1e-3, eval_strategy="steps", eval_steps=20, early_stopping_patience=2,
+          version=TEMPLATE, num_train_epochs=EPOCHS, per_device_train_batch_size=16, learning_rate=1e-3,
+          mm_projector_lr=1e-3, eval_strategy="steps", eval_steps=20, eval_answers=0, early_stopping_patience=2,
           lr_scheduler_type="constant_with_warmup", warmup_steps=5)  # fmt: skip
     return merge(out / "tune", merged)
 
@@ -304,13 +308,26 @@ def score(args: Namespace, out: Path, arm: str, model: Path, tables: dict[str, P
 
 
 def results_of(out: Path, arms: Sequence[str]) -> str:
-    """Return the table of the arms: figures of the images and, of A_C, of gray ones."""
+    """Return the table of the arms: figures of the images and, of A_C, of gray ones, and differences to the start."""
     lines = ["| arm | " + " | ".join(FIGURES) + " | A_C, gray image |", "| --- " * (len(FIGURES) + 2) + "|"]
     for arm in arms:
-        scores = read_object(out / f"eval-{arm}" / "results.json")["scores"]
+        report = read_object(out / f"eval-{arm}" / "results.json")
+        scores = report["scores"]
         cells = [estimate_text(scores[name]["answered"]) for name in FIGURES]
         lines.append(f"| {' | '.join([arm, *cells, estimate_text(scores['A_C']['blank'])])} |")
+        if compared := report.get("compared"):
+            cells = [estimate_text(compared["differences"][name], signed=True) for name in FIGURES]
+            lines.append(f"| {' | '.join([f'{arm} - sft, paired', *cells, ''])} |")
     return "\n".join(lines) + "\n"
+
+
+def draw_arms(out: Path, arms: Sequence[str]) -> None:
+    """Plot the rollouts of the arms that learn from rewards, to `curves.png`."""
+    files = {arm: out / f"{arm}-adapter" / "metrics.jsonl" for arm in arms if arm not in ("sft", "more_sft")}
+    rows = {arm: list(read_records(path)) for arm, path in files.items()}
+    panels = {name: {arm: curve_of(logged, name) for arm, logged in rows.items()} for name in CURVES}
+    if rows:
+        draw_panels(panels, out / "curves.png", num_columns=len(CURVES))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ class Driver:
         scheduler: Scheduler,
         model: Any,
         make_requests: Callable[[Prompt, Sampling, str], list[Request]],
+        *,
+        is_fixed: bool = False,
     ) -> None:
         """Create a driver that owns a scheduler.
 
@@ -65,15 +67,18 @@ class Driver:
             model: its model.
             make_requests: reads a prompt and returns its requests: `Sampling.n` of them, or one for equal answers; the
                 last argument is the caller's key.
+            is_fixed: the modules of the model never change.
         """
         self.scheduler = scheduler
         self.model = model
         self.make_requests = make_requests
+        self.is_fixed = is_fixed
         self.failure: Exception | None = None
         self.last_step = time.monotonic()
         self.num_steps = 0
         self.on_step: Callable[[float], None] = lambda seconds: None
         self._mode: AnsweringMode | None = None
+        self._is_idle = True
         self._owner = threading.Lock()
         self._inbox: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
@@ -304,8 +309,10 @@ class Driver:
         has_work = self.scheduler.has_work
         if has_work:
             self._guarded(self._step)
-        else:
-            self._mode = None  # the modules of the model may change while nothing runs
+        if not self.scheduler.has_work:
+            self._is_idle = True
+            if not self.is_fixed:
+                self._mode = None  # the modules of the model may change while nothing runs
         self._publish()
         return has_work and not _is_exiting()
 
@@ -320,7 +327,9 @@ class Driver:
 
     def _step(self) -> None:
         if self._mode is None:
-            self._mode, self.last_step = AnsweringMode(self.model), time.monotonic()
+            self._mode = AnsweringMode(self.model)
+        if self._is_idle:
+            self._is_idle, self.last_step = False, time.monotonic()
         with self._mode.entered():
             self.scheduler.read()
             self._publish(also_ended=False)  # a first token need not wait for the others' next ones

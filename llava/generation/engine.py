@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import psutil
-import torch
 from torch import Tensor
 
 from llava.constants import TREE_ATTENTION
@@ -30,7 +28,9 @@ from llava.generation.episode import Episode, check_dialogue
 from llava.generation.failures import MEGABYTE
 from llava.generation.handle import Handle
 from llava.generation.held import check_history
+from llava.generation.kv_buffers import quarter_of_free_memory
 from llava.generation.layout_check import choose_layout
+from llava.generation.pixel_cache import PixelCache
 from llava.generation.prefix_cache import PrefixCache
 from llava.generation.prompt_encoder import EncodedPrompt, PromptReader, image_group
 from llava.generation.protocol import (
@@ -80,14 +80,6 @@ def context_length(model: Any) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT)
 
 
-def quarter_of_free_memory(model: Any) -> int:
-    """Return a quarter of the free memory, in bytes, on a model's device."""
-    if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
-        return int(free) // 4
-    return int(psutil.virtual_memory().available) // 4
-
-
 def _check_caches(prefill_chunk: int | None, prefix_cache_mb: int, kv_cache_mb: int | None) -> None:
     if (prefill_chunk is not None and prefill_chunk < 1) or prefix_cache_mb < 0 or (kv_cache_mb or 1) < 1:
         raise ConfigError(
@@ -116,6 +108,7 @@ class LocalEngine:
         prefix_cache_mb: int = 0,
         share_prefix_cache: bool = False,
         kv_cache_mb: int | None = None,
+        is_fixed: bool = False,
     ) -> None:
         """Choose the layout and allocate the scheduler; the model changes its mode only while it computes.
 
@@ -131,10 +124,11 @@ class LocalEngine:
             prefill_chunk: read prompts in pieces of this many tokens between decoding steps, as a server should; None
                 reads many prompts at a time, which is faster for batches.
             prefix_cache_mb: megabytes of keys and values that are kept of prompts and answers for prompts that begin
-                in the same way; needs `prefill_chunk`.
+                in the same way, and an eighth of it for preprocessed images; needs `prefill_chunk`.
             share_prefix_cache: let callers with different keys use what is kept of each other's prompts.
             kv_cache_mb: megabytes of keys and values that running sequences may need; None: with `prefill_chunk`, a
                 quarter of the memory that is free now, else no limit.
+            is_fixed: the model's modules never change, so that what is prepared for them is kept while nothing runs.
 
         Raises:
             ConfigError: a number is out of range.
@@ -154,7 +148,9 @@ class LocalEngine:
         max_kv_bytes = None if kv_cache_mb is None else kv_cache_mb * MEGABYTE
         if max_kv_bytes is None and prefill_chunk is not None:
             max_kv_bytes = quarter_of_free_memory(model)
-        runner = self._runner(max_slots, text_config, max_kv_bytes)
+        if prefix_cache_mb:
+            self.reader.kept = PixelCache(prefix_cache_mb * MEGABYTE // 8)
+        runner = self._runner(max_slots, text_config, max_kv_bytes, is_fixed=is_fixed)
         self.context = shared_context(model.config)
         self.share_prefix_cache = share_prefix_cache
         self.scheduler = self._scheduler(
@@ -169,7 +165,7 @@ class LocalEngine:
         )
         self.beams_count_prompt = beams_count_prompt
         # A weak reference, so that an engine's memory is freed when its last user drops it.
-        self.driver = Driver(self.scheduler, model, partial(_submit_to, weakref.ref(self)))
+        self.driver = Driver(self.scheduler, model, partial(_submit_to, weakref.ref(self)), is_fixed=is_fixed)
 
     @property
     def precision(self) -> str:
@@ -186,10 +182,10 @@ class LocalEngine:
             return Scheduler(runner, *args, **options)
         return ChunkedScheduler(runner, *args, cache=PrefixCache(megabytes * MEGABYTE), chunk=chunk, **options)
 
-    def _runner(self, max_slots: int, text_config: Any, max_bytes: int | None = None) -> Runner:
+    def _runner(self, max_slots: int, text: Any, max_bytes: int | None = None, *, is_fixed: bool = False) -> Runner:
         if self.layout == "padded":
             return PaddedRunner(self.model, pad_token_id=self.processor.pad_token_id)
-        if text_config._attn_implementation != TREE_ATTENTION:
+        if text._attn_implementation != TREE_ATTENTION:
             use_tree_attention(self.model)
         return SlotRunner(
             self.model,
@@ -198,6 +194,7 @@ class LocalEngine:
             max_length=self.reader.max_tokens,
             max_bytes=float("inf") if max_bytes is None else max_bytes,
             layout=self.layout,
+            is_fixed=is_fixed,
         )
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling]) -> list[list[Completion]]:
@@ -307,10 +304,11 @@ class LocalEngine:
             check_dialogue(sampling)
             check_history(prompt.history, self.model, never=self.scheduler.never, max_tokens=self.reader.max_tokens)
         ends = StopRule.of(self.processor, sampling).token_ids
-        reading, pixels = self.reader.read_whole(prompt, ends=ends)
+        tree = "" if self.share_prefix_cache else key
+        reading, pixels = self.reader.read_whole(prompt, ends=ends, owner=tree)
         requests = self._requests(PromptSource(Prompt(prompt.conversation), reading, pixels), sampling, prompt.history)
         for request in requests:
-            request.tree = "" if self.share_prefix_cache else key
+            request.tree = tree
         return requests
 
     def _requests(self, source: PromptSource, sampling: Sampling, held: History | None = None) -> list[Request]:

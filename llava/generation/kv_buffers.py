@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -24,6 +25,14 @@ def bytes_per_token(model: Any) -> int:
     width = getattr(text, "head_dim", None) or text.hidden_size // num_heads
     heads = getattr(text, "num_key_value_heads", None) or num_heads
     return 2 * int(text.num_hidden_layers * heads * width * model.dtype.itemsize)
+
+
+def quarter_of_free_memory(model: Any) -> int:
+    """Return a quarter of the free memory, in bytes, on a model's device."""
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+        return int(free) // 4
+    return int(psutil.virtual_memory().available) // 4
 
 
 class LayerBuffers:

@@ -16,6 +16,7 @@ from torch import Tensor
 from llava.data.encode import Encoded, encode, encode_prompt, encode_rendered
 from llava.errors import DataError, NotUnicodeError, PromptTooLongError
 from llava.generation.held import encode_held
+from llava.generation.pixel_cache import PixelCache, Pixels
 from llava.generation.protocol import ImageRef, Prompt
 from llava.imaging.anyres import Size
 from llava.imaging.decode import DecodedImage, image_key, read_image_bytes
@@ -57,7 +58,11 @@ class EncodedPrompt:
 
 
 class PromptReader:
-    """Encoder of prompts for one model."""
+    """Encoder of prompts for one model.
+
+    Attributes:
+        kept: pixels of earlier images that `read_whole` uses again; None keeps none.
+    """
 
     def __init__(self, processor: LlavaMedProcessor, *, max_tokens: int, longest: int | None = None) -> None:
         """Use the processor's template and preprocessing; refuse prompts of `max_tokens` or more tokens.
@@ -70,6 +75,7 @@ class PromptReader:
         self.processor = processor
         self.max_tokens = max_tokens
         self.longest = longest
+        self.kept: PixelCache | None = None
 
     def read(self, prompt: Prompt) -> EncodedPrompt:
         """Return tokens and images of a prompt, ready for the answer.
@@ -79,7 +85,9 @@ class PromptReader:
         """
         return self._read(prompt, [self._image(image) for image in prompt.images])
 
-    def read_whole(self, prompt: Prompt, *, ends: Collection[int] = ()) -> tuple[EncodedPrompt, dict[str, Tensor]]:
+    def read_whole(
+        self, prompt: Prompt, *, ends: Collection[int] = (), owner: str = ""
+    ) -> tuple[EncodedPrompt, dict[str, Tensor]]:
         """Return what `read` does, and the pixels of each image by key; the images themselves are not kept.
 
         Images are decoded one after another, so that no two of them are in memory at a time.
@@ -87,6 +95,7 @@ class PromptReader:
         Args:
             prompt: the prompt.
             ends: ids of tokens that end answers, for a prompt with a history.
+            owner: whose earlier images are known.
 
         Raises:
             DataError: as `read`, or an image cannot be decoded.
@@ -102,21 +111,26 @@ class PromptReader:
         images = [replace(image, content=b"") for image in identified]
         # A prompt that is too long is refused before its images are decoded, unless their sizes decide its length.
         reading = None if self.processor.has_variable_images else self._read(prompt, images, ends)
-        made: dict[str, tuple[Tensor, Size]] = {}
+        made: dict[str, Pixels] = {}
         for image in identified:
             if image.key not in made:
-                made[image.key] = self._made(image)
+                made[image.key] = self._made(image, owner)
         if reading is None:
-            reading = self._read(prompt, [replace(image, size=made[image.key][1]) for image in images], ends)
-        return reading, {key: pixels for key, (pixels, _) in made.items()}
+            reading = self._read(prompt, [replace(image, size=made[image.key].size) for image in images], ends)
+        return reading, {key: pixels.tensor for key, pixels in made.items()}
 
-    def _made(self, image: PromptImage) -> tuple[Tensor, Size]:
+    def _made(self, image: PromptImage, owner: str) -> Pixels:
         """Return pixels and size of an image.
 
         The image is a local here: a caller's variable would keep it during the next one.
         """
+        if self.kept is not None and (known := self.kept.found(owner, image.key)) is not None:
+            return known
         decoded = image.decode(self.processor)
-        return self.processor.preprocess(decoded), _content(decoded).size
+        made = Pixels(self.processor.preprocess(decoded), _content(decoded).size)
+        if self.kept is not None:
+            self.kept.keep(owner, image.key, made)
+        return made
 
     def _read(self, prompt: Prompt, images: Sequence[PromptImage], ends: Collection[int] = ()) -> EncodedPrompt:
         check_unicode(prompt)

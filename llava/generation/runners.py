@@ -116,8 +116,9 @@ class SlotRunner:
         max_length: int,
         max_bytes: float = float("inf"),
         layout: Layout = "tree",
+        is_fixed: bool = False,
     ) -> None:
-        """Run `model`, whose language model uses tree attention (`model.attention`)."""
+        """Run `model`, whose language model uses tree attention; `is_fixed`: its modules never change."""
         self.model = model
         self.image_token_id = image_token_id
         self.layout = layout
@@ -125,6 +126,8 @@ class SlotRunner:
         self.num_read = 0
         """Tokens that the model computed, in all passes."""
         self.step: DecodeStep | None = None
+        self._is_fixed = is_fixed
+        self._is_prepared = False
 
     def prefill(self, sequences: Sequence[Encoded], images: Mapping[str, Tensor]) -> FlatRow:
         """Prefill all sequences in one forward pass; common prefixes and images are computed once."""
@@ -213,7 +216,8 @@ class SlotRunner:
 
         The model's modules may change while none runs.
         """
-        if not self.cache.num_running:
+        if not self.cache.num_running and not (self._is_fixed and self._is_prepared):
+            self._is_prepared = True
             self.step = DecodeStep(self.model) if can_decode(self.model) else None
 
     def decode(self, token_ids: Sequence[int]) -> Tensor:

@@ -59,7 +59,10 @@ def add_queue_options(parser: Parser) -> None:
         help="megabytes of keys and values of running sequences; default: a quarter of free memory",
     )
     parser.add_argument(
-        "--prefix-cache-mb", type=int, default=512, help="megabytes of keys and values kept for later requests; 0: none"
+        "--prefix-cache-mb",
+        type=int,
+        default=512,
+        help="megabytes of keys and values kept for later requests, and an eighth as much of their images; 0: none",
     )
     parser.add_argument(
         "--prefill-chunk", type=int, default=512, help="tokens of prompts that are read between two steps"

@@ -113,6 +113,7 @@ def _server_engine(args: argparse.Namespace) -> LocalEngine:
         prefix_cache_mb=args.prefix_cache_mb,
         share_prefix_cache=args.share_prefix_cache,
         kv_cache_mb=args.kv_cache_mb,
+        is_fixed=True,
     )
 
 

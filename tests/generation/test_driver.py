@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from llava.errors import ConfigError, GenerationError, NotUnicodeError, PromptTooLongError
+from llava.generation.answering_mode import AnsweringMode
+from llava.generation.decode_step import can_decode
 from llava.generation.engine import LocalEngine
 from llava.generation.handle import Event
 from llava.generation.protocol import Prompt, Sampling
@@ -287,3 +289,25 @@ def test_a_first_token_is_told_before_the_next_decoding_step() -> None:
     runner.decode = lambda ids: at_step.append(len(told)) or decode(ids)
     engine.submit(ask("x"), Sampling(max_new_tokens=4), notify=lambda: told.append(1)).completions()
     assert at_step[0] == 1
+
+
+@pytest.mark.parametrize("is_fixed", [True, False])
+def test_what_a_fixed_model_needs_is_prepared_once(is_fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    class Counted(AnsweringMode):
+        def __init__(self, model: Any) -> None:
+            made.append("mode")
+            super().__init__(model)
+
+    def counting(model: Any) -> bool:
+        made.append("step")
+        return can_decode(model)
+
+    monkeypatch.setattr("llava.generation.driver.AnsweringMode", Counted)
+    monkeypatch.setattr("llava.generation.runners.can_decode", counting)
+    engine = engine_of(tiny_llava(seed=3), prefill_chunk=32, is_fixed=is_fixed)
+    answers = [one(engine, ask("What is shown?", 0), Sampling(max_new_tokens=4)).token_ids for _ in range(3)]
+    assert answers[0] == answers[1] == answers[2] and engine.scheduler.runner.step is not None
+    num = 1 if is_fixed else 3
+    assert made.count("mode") == num and (made.count("step") == 1) == is_fixed

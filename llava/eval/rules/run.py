@@ -59,6 +59,7 @@ class RulesPlan:
         title: heading of the page.
         note: sentence under the heading.
         dicom: how the page renders DICOM files.
+        compare: folder of another run on the same conversations.
     """
 
     rules: RuleSet
@@ -75,6 +76,7 @@ class RulesPlan:
     title: str = "Evaluation"
     note: str = ""
     dicom: DicomPolicy = DEFAULT_POLICY
+    compare: Path | None = None
 
 
 def add_rules_options(parser: Parser) -> None:
@@ -101,8 +103,8 @@ def run_with_rules(args: Namespace, words: Sequence[str]) -> None:
     """Run `llava eval --rules`."""
     plan = plan_of(args, words)
     with exclusive_folder(plan.out, option="--out"):
-        report = evaluate_rules(plan, lambda: engine_of(args))
-    print_rules_report(plan, report, other=Path(args.compare) if args.compare else None)
+        report = evaluate_rules(plan, lambda: engine_of(args, max_slots=args.batch_size))
+    print_rules_report(report)
     write_out(f"\nresults: {plan.out / RESULTS}\npage: {plan.out / PAGE}\n")
 
 
@@ -151,6 +153,7 @@ def plan_of(args: Namespace, words: Sequence[str]) -> RulesPlan:
         title=f"{options.model_id}, rules {rules.id}, {Path(args.data).name}",
         note=args.note,
         dicom=model_options.dicom_policy_of(args),
+        compare=Path(args.compare) if args.compare else None,
     )
 
 
@@ -163,7 +166,7 @@ def evaluate_rules(plan: RulesPlan, open_engine: Callable[[], Engine]) -> dict[s
         The report, as written to `results.json`.
 
     Raises:
-        DataError: the folder holds conversations of another run.
+        DataError: the folder holds conversations of another run, or the run to compare with has others.
         ConfigError: the template of the model cannot hold conversations.
     """
     runs = [DialogueRun(plan.dialogues, plan.out / DIALOGUES, resume=plan.resume, options=plan.options)]
@@ -181,6 +184,9 @@ def evaluate_rules(plan: RulesPlan, open_engine: Callable[[], Engine]) -> dict[s
     )
     precisions = sorted({name for run in runs for name in run.precisions})
     report["provenance"] = {**(plan.facts or {}), "precision": ", ".join(precisions) or None}
+    if plan.compare is not None:
+        differences = {name: score["difference"] for name, score in compare(plan, plan.compare).items()}
+        report["compared"] = {"run": plan.compare.name, "differences": differences}
     write_json(plan.out / RESULTS, report)
     write_page(
         plan.out / PAGE,
@@ -221,12 +227,12 @@ def compare(plan: RulesPlan, other: Path) -> dict[str, Any]:
     return found[0].scores(found[1], name="other")
 
 
-def print_rules_report(plan: RulesPlan, report: Mapping[str, Any], *, other: Path | None) -> None:
+def print_rules_report(report: Mapping[str, Any]) -> None:
     """Print the tables of a report, and the paired differences to another run."""
     write_out(f"\n{report_text(report)}\n")
-    if other is None:
+    if (compared := report.get("compared")) is None:
         return
-    write_out(f"\nthis run minus {other.name} (same conversations, paired)\n")
-    for name, score in compare(plan, other).items():
-        if score["difference"]["value"] is not None:
-            write_out(f"  {name:<24}{estimate_text(score['difference'], signed=True)}\n")
+    write_out(f"\nthis run minus {compared['run']} (same conversations, paired)\n")
+    for name, difference in compared["differences"].items():
+        if difference["value"] is not None:
+            write_out(f"  {name:<24}{estimate_text(difference, signed=True)}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from llava.utils.json_rows import iter_rows, read_records
 from llava.utils.jsonl import records_text, write_atomic, write_records
 
 CURVES_FILE = "rollout_curves.png"
+
+Point = tuple[float, float]
+"""Step and value."""
 
 SECONDS = ("seconds/rollout", "seconds/scoring", "seconds/update")
 NAMES = (*METRIC_NAMES, "kl_coef", "rollout_slots", "update_rows", *SECONDS)
@@ -107,27 +111,43 @@ class RolloutCallback(TrainerCallback):
             draw_curves(metrics, self.folder / CURVES_FILE)
 
 
+def curve_of(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
+    """Return the steps at which a metric was logged, with its values."""
+    return [(row["step"], row[name]) for row in rows if name in row]
+
+
 def draw_curves(metrics: Path, target: Path) -> None:
     """Plot the metrics of the rollouts over steps, one panel for each group of `CURVES`.
 
     No file is written if no metric was logged at two steps.
     """
+    rows = list(read_records(metrics))
+    panels = {
+        title: {name.rpartition("/")[2]: curve_of(rows, name) for name in names} for title, names in CURVES.items()
+    }
+    draw_panels(panels, target, num_columns=4)
+
+
+def draw_panels(panels: Mapping[str, Mapping[str, Sequence[Point]]], target: Path, *, num_columns: int) -> None:
+    """Plot curves over optimizer steps to a PNG file, by title of the panel and label.
+
+    No file is written if no curve has two points.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = list(read_records(metrics))
-    if max(sum(name in row for row in rows) for group in CURVES.values() for name in group) < 2:
+    if max(len(points) for curves in panels.values() for points in curves.values()) < 2:
         return
-    figure = Figure(figsize=(14, 6))
-    for number, (title, names) in enumerate(CURVES.items(), start=1):
-        axes = figure.add_subplot(2, 4, number)
+    num_rows = -(-len(panels) // num_columns)
+    figure = Figure(figsize=(3.5 * num_columns, 3 * num_rows))
+    for number, (title, curves) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(num_rows, num_columns, number)
         axes.set_title(title)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
+        for label, points in curves.items():
             if points:
-                axes.plot(*zip(*points, strict=True), label=name.rpartition("/")[2])
+                axes.plot(*zip(*points, strict=True), label=label)
         if axes.lines:
             axes.legend(fontsize="small")
     figure.tight_layout()

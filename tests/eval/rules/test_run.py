@@ -274,6 +274,10 @@ def test_comparison_is_paired(tmp_path: Path) -> None:
     difference = run.compare(make_plan(tmp_path / "a"), tmp_path / "b" / "out")
     assert difference["A_Q"]["difference"]["value"] == pytest.approx(100 - difference["A_Q"]["other"]["value"])
     assert difference["A_Q"]["difference"]["low"] > 0 and math.isclose(difference["A_D"]["difference"]["value"], 0)
+    report = evaluate(tmp_path / "a", truth_of, compare=tmp_path / "b" / "out")
+    differences = {name: score["difference"] for name, score in difference.items()}
+    assert report["compared"] == {"run": "out", "differences": differences}
+    assert json.loads((tmp_path / "a" / "out" / run.RESULTS).read_text())["compared"]["run"] == "out"
     other = read_dialogues(RULES, ROWS, CasePlan(seed=5))
     with pytest.raises(DataError, match="with these questions"):
         run.compare(make_plan(tmp_path / "a", dialogues=other), tmp_path / "b" / "out")

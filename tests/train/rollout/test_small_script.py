@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
 
 from llava.data.encode import follow_up
 from llava.errors import LlavaError
@@ -39,7 +40,7 @@ def test_two_arms(script: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
              "--arms", "sft,shuffled", "--minutes", 0.001]  # fmt: skip
     script.main(list(map(str, words)))
     table = (tmp_path / "out" / "drawn-0" / "results.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]] == ["| sft", "| shuffled"]
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| sft", "| shuffled", "| shuffled - sft, paired"]
     assert table[0].startswith("| arm | A_Q | A_C | A_D | contradictory |")
     parts = {part: json.loads((tmp_path / "out" / "drawn-0" / f"dialogues-{part}.json").read_text())
              for part in ("all", "tuned", "held-out")}  # fmt: skip
@@ -47,6 +48,18 @@ def test_two_arms(script: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(images["all"]) == 9 and len(images["held-out"]) == 1
     assert not images["tuned"] & images["held-out"] and images["tuned"] | images["held-out"] == images["all"]
     assert any("eval_loss" in line for line in metrics(tmp_path / "out" / "drawn-0" / "tune"))
+
+
+def test_rollouts_of_the_arms_are_plotted(script: ModuleType, tmp_path: Path) -> None:
+    for arm in ("grpo", "shuffled"):
+        (tmp_path / f"{arm}-adapter").mkdir()
+        lines = [json.dumps({"step": step, "reward": 0.1 * step, "A_C": 0.2}) + "\n" for step in (1, 2)]
+        (tmp_path / f"{arm}-adapter" / "metrics.jsonl").write_text("".join(lines))
+    script.draw_arms(tmp_path, ["sft", "more_sft"])
+    assert not (tmp_path / "curves.png").exists()
+    script.draw_arms(tmp_path, ["sft", "grpo", "shuffled"])
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width > 3 * image.height
 
 
 def test_a_real_set_is_shortened_the_same_way_each_time(

@@ -1,0 +1,55 @@
+"""Model inputs of recently shown images, so that the next question about an image does not decode it again.
+
+    caller, image key --found--> pixels and size
+    decoded, preprocessed --keep--> least recently used ones are dropped above a number of bytes
+
+Each caller has its own, as in `prefix_cache`: the time to the first token would tell whether another one has shown it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llava.imaging.anyres import Size
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """Preprocessed image [3, H, W], or tiles [K, 3, H, W], and the size of the image before."""
+
+    tensor: Tensor
+    size: Size
+
+
+class PixelCache:
+    """Pixels of images by caller and image key; threads may share it."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """Create an empty cache of at most `max_bytes`."""
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._kept: OrderedDict[tuple[str, str], Pixels] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def found(self, owner: str, key: str) -> Pixels | None:
+        """Return the pixels of an image that a caller has shown, or None."""
+        with self._lock:
+            pixels = self._kept.get((owner, key))
+            if pixels is not None:
+                self._kept.move_to_end((owner, key))
+            return pixels
+
+    def keep(self, owner: str, key: str, pixels: Pixels) -> None:
+        """Keep the pixels of an image for its caller, unless they are larger than the cache."""
+        with self._lock:
+            if (owner, key) in self._kept or pixels.tensor.nbytes > self.max_bytes:
+                return
+            self._kept[owner, key] = pixels
+            self.num_bytes += pixels.tensor.nbytes
+            while self.num_bytes > self.max_bytes:
+                _, dropped = self._kept.popitem(last=False)
+                self.num_bytes -= dropped.tensor.nbytes
