@@ -1,7 +1,7 @@
 """Fine-tuning against reinforcement learning on a rule set, from small parts, with controls.
 
     data --align--> --dialogues in standard order, LoRA, merged--> sft --an arm, equal wall time--> more_sft, grpo, ppo,
-    shuffled --llava eval --rules, all orders, gray image, paired with sft--> results.md
+    shuffled --llava eval --rules, all orders, gray image, paired with sft--> results.md, curves.png
 
 bash scripts/dr_llava_small.sh [--data drawn|bccd|cells] [--seed N]
 """
@@ -99,9 +99,10 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all stages that are not finished yet."""
     args = make_parser().parse_args(argv)
-    arms = args.arms.split(",")
-    if unknown := sorted(set(arms) - set(ARMS)):
+    named = args.arms.split(",")
+    if unknown := sorted(set(named) - set(ARMS)):
         raise ConfigError(f"--arms: unknown {', '.join(unknown)}; expected {', '.join(ARMS)}")
+    arms = [arm for arm in ARMS if arm in named]  # the start comes first: the others are paired with it
     out = args.out / f"{args.data}-{args.seed}"
     tables = data_of(args, out)
     write_out(forecast(args, out, tables, arms))
@@ -111,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         score(args, out, arm, model, tables)
     table = results_of(out, arms)
     write_atomic(out / "results.md", table)
-    draw_arms(out, arms)
     write_out(f"{table}\n{out / 'results.md'}\n")
+    draw_arms(out, arms)
 
 
 def data_of(args: Namespace, out: Path) -> dict[str, Path]:
@@ -315,8 +316,8 @@ def results_of(out: Path, arms: Sequence[str]) -> str:
         scores = report["scores"]
         cells = [estimate_text(scores[name]["answered"]) for name in FIGURES]
         lines.append(f"| {' | '.join([arm, *cells, estimate_text(scores['A_C']['blank'])])} |")
-        if compared := report.get("compared"):
-            cells = [estimate_text(compared["differences"][name], signed=True) for name in FIGURES]
+        if comparison := report.get("comparison"):
+            cells = [estimate_text(comparison["scores"][name]["difference"], signed=True) for name in FIGURES]
             lines.append(f"| {' | '.join([f'{arm} - sft, paired', *cells, ''])} |")
     return "\n".join(lines) + "\n"
 
@@ -324,7 +325,7 @@ def results_of(out: Path, arms: Sequence[str]) -> str:
 def draw_arms(out: Path, arms: Sequence[str]) -> None:
     """Plot the rollouts of the arms that learn from rewards, to `curves.png`."""
     files = {arm: out / f"{arm}-adapter" / "metrics.jsonl" for arm in arms if arm not in ("sft", "more_sft")}
-    rows = {arm: list(read_records(path)) for arm, path in files.items()}
+    rows = {arm: list(read_records(path)) for arm, path in files.items() if path.is_file()}
     panels = {name: {arm: curve_of(logged, name) for arm, logged in rows.items()} for name in CURVES}
     if rows:
         draw_panels(panels, out / "curves.png", num_columns=len(CURVES))

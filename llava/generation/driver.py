@@ -330,12 +330,14 @@ class Driver:
             self._mode = AnsweringMode(self.model)
         if self._is_idle:
             self._is_idle, self.last_step = False, time.monotonic()
+        start = time.perf_counter()
         with self._mode.entered():
             self.scheduler.read()
             self._publish(also_ended=False)  # a first token need not wait for the others' next ones
             self.scheduler.decode()
         self.last_step = time.monotonic()
         self.num_steps += 1
+        self.on_step(time.perf_counter() - start)
 
     def _publish(self, *, also_ended: bool = True) -> None:
         """Tell the listeners of all requests that were changed, once each."""

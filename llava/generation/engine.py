@@ -28,7 +28,7 @@ from llava.generation.episode import Episode, check_dialogue
 from llava.generation.failures import MEGABYTE
 from llava.generation.handle import Handle
 from llava.generation.held import check_history
-from llava.generation.kv_buffers import quarter_of_free_memory
+from llava.generation.kv_buffers import context_length, quarter_of_free_memory
 from llava.generation.layout_check import choose_layout
 from llava.generation.pixel_cache import PixelCache
 from llava.generation.prefix_cache import PrefixCache
@@ -56,9 +56,6 @@ from llava.processing import LlavaMedProcessor
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CONTEXT = 2048
-"""Context length of a model whose configuration does not name one."""
-
 
 @dataclass(frozen=True, slots=True)
 class SequenceScore:
@@ -73,11 +70,6 @@ class SequenceScore:
     logprob: float
     turns: Mapping[int, float]
     num_tokens: int
-
-
-def context_length(model: Any) -> int:
-    """Return the context length of a model in tokens."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT)
 
 
 def _check_caches(prefill_chunk: int | None, prefix_cache_mb: int, kv_cache_mb: int | None) -> None:
@@ -124,7 +116,7 @@ class LocalEngine:
             prefill_chunk: read prompts in pieces of this many tokens between decoding steps, as a server should; None
                 reads many prompts at a time, which is faster for batches.
             prefix_cache_mb: megabytes of keys and values that are kept of prompts and answers for prompts that begin
-                in the same way, and an eighth of it for preprocessed images; needs `prefill_chunk`.
+                in the same way, and at most an eighth of it for preprocessed images; needs `prefill_chunk`.
             share_prefix_cache: let callers with different keys use what is kept of each other's prompts.
             kv_cache_mb: megabytes of keys and values that running sequences may need; None: with `prefill_chunk`, a
                 quarter of the memory that is free now, else no limit.
@@ -139,7 +131,6 @@ class LocalEngine:
                 f"max_slots={max_slots} and max_prefill_tokens={max_prefill_tokens} must be at least 1, "
                 f"max_tokens={max_tokens} at least 2"
             )
-        text_config = model.config.get_text_config()
         self.model = model
         self.processor = processor
         self.layout = choose_layout(model.config, decodes=True) if layout is None else layout
@@ -148,9 +139,10 @@ class LocalEngine:
         max_kv_bytes = None if kv_cache_mb is None else kv_cache_mb * MEGABYTE
         if max_kv_bytes is None and prefill_chunk is not None:
             max_kv_bytes = quarter_of_free_memory(model)
-        if prefix_cache_mb:
-            self.reader.kept = PixelCache(prefix_cache_mb * MEGABYTE // 8)
-        runner = self._runner(max_slots, text_config, max_kv_bytes, is_fixed=is_fixed)
+        # Random padding is drawn for each question.
+        keeps_pixels = prefix_cache_mb and not processor.random_padding
+        self.pixel_cache = PixelCache(prefix_cache_mb * MEGABYTE // 8) if keeps_pixels else None
+        runner = self._runner(max_slots, max_kv_bytes, is_fixed=is_fixed)
         self.context = shared_context(model.config)
         self.share_prefix_cache = share_prefix_cache
         self.scheduler = self._scheduler(
@@ -172,6 +164,11 @@ class LocalEngine:
         """Precision of the weights, such as `float32`."""
         return weights_precision(self.model)
 
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """Bytes of all that is kept of earlier prompts and answers."""
+        return self.driver.prefix_cache_bytes + (self.pixel_cache.num_bytes if self.pixel_cache else 0)
+
     def _scheduler(self, runner: Runner, *args: Any, settings: tuple[int | None, int], **options: Any) -> Scheduler:
         chunk, megabytes = settings
         if chunk is None:
@@ -180,12 +177,13 @@ class LocalEngine:
         if not isinstance(runner, SlotRunner) or self.layout != "tree" or self.context is not None:
             logger.warning("this model reads whole prompts and keeps none of them: its layout is %s", self.layout)
             return Scheduler(runner, *args, **options)
-        return ChunkedScheduler(runner, *args, cache=PrefixCache(megabytes * MEGABYTE), chunk=chunk, **options)
+        cache = PrefixCache(megabytes * MEGABYTE - (self.pixel_cache.max_bytes if self.pixel_cache else 0))
+        return ChunkedScheduler(runner, *args, cache=cache, chunk=chunk, **options)
 
-    def _runner(self, max_slots: int, text: Any, max_bytes: int | None = None, *, is_fixed: bool = False) -> Runner:
+    def _runner(self, max_slots: int, max_bytes: int | None = None, *, is_fixed: bool = False) -> Runner:
         if self.layout == "padded":
             return PaddedRunner(self.model, pad_token_id=self.processor.pad_token_id)
-        if text._attn_implementation != TREE_ATTENTION:
+        if self.model.config.get_text_config()._attn_implementation != TREE_ATTENTION:
             use_tree_attention(self.model)
         return SlotRunner(
             self.model,
@@ -265,7 +263,7 @@ class LocalEngine:
                 num_counted=self._num_counted(reading.encoded),
                 never=self.scheduler.never,
             )
-            runner = self._runner(sampling.num_beams, self.model.config.get_text_config())
+            runner = self._runner(sampling.num_beams)
             self.driver.call(lambda: run_beams(search, runner, reading.encoded, images))
         except LlavaError as error:
             return [Completion("", (), "error", error=str(error))] * sampling.n
@@ -305,7 +303,8 @@ class LocalEngine:
             check_history(prompt.history, self.model, never=self.scheduler.never, max_tokens=self.reader.max_tokens)
         ends = StopRule.of(self.processor, sampling).token_ids
         tree = "" if self.share_prefix_cache else key
-        reading, pixels = self.reader.read_whole(prompt, ends=ends, owner=tree)
+        known = None if self.pixel_cache is None else partial(self.pixel_cache.made, tree)
+        reading, pixels = self.reader.read_whole(prompt, ends=ends, known=known)
         requests = self._requests(PromptSource(Prompt(prompt.conversation), reading, pixels), sampling, prompt.history)
         for request in requests:
             request.tree = tree

@@ -1,4 +1,4 @@
-"""Preallocated keys and values of all layers: rows of tokens that grow by doubling."""
+"""Preallocated keys and values of all layers: rows of tokens that grow by doubling; what a model needs of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from torch import Tensor
 
 from llava.generation.prefix_cache import KeyValues
 
+DEFAULT_CONTEXT = 2048
+"""Context length of a model whose configuration does not name one."""
+
 FIRST_LENGTH = 32
 """Smallest length of a new row in tokens."""
 
 EXCESS, KEPT_BYTES = 4, 1 << 26
 """Buffers this many times larger than needed are cut, if they are larger than this many bytes."""
+
+
+def context_length(model: Any) -> int:
+    """Return the context length of a model in tokens."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT)
 
 
 def bytes_per_token(model: Any) -> int:

@@ -13,7 +13,8 @@ import torch
 
 from llava.compat import parse_compat
 from llava.errors import ConfigError
-from llava.generation.engine import LocalEngine, context_length
+from llava.generation.engine import LocalEngine
+from llava.generation.kv_buffers import context_length
 from llava.generation.prompt_encoder import PromptReader
 from llava.jinja_template import check_name
 from llava.model.builder import LoadedModel

@@ -1,7 +1,7 @@
 """Model inputs of recently shown images, so that the next question about an image does not decode it again.
 
-    caller, image key --found--> pixels and size
-    decoded, preprocessed --keep--> least recently used ones are dropped above a number of bytes
+    caller, image key --made--> pixels and size; computed once, also for questions that arrive together
+                                least recently used ones are dropped above a number of bytes
 
 Each caller has its own, as in `prefix_cache`: the time to the first token would tell whether another one has shown it.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -34,22 +35,44 @@ class PixelCache:
         self.num_bytes = 0
         self._kept: OrderedDict[tuple[str, str], Pixels] = OrderedDict()
         self._lock = threading.Lock()
+        self._making: dict[tuple[str, str], threading.Lock] = {}
 
-    def found(self, owner: str, key: str) -> Pixels | None:
-        """Return the pixels of an image that a caller has shown, or None."""
-        with self._lock:
-            pixels = self._kept.get((owner, key))
-            if pixels is not None:
-                self._kept.move_to_end((owner, key))
-            return pixels
+    def made(self, owner: str, key: str, make: Callable[[], Pixels]) -> Pixels:
+        """Return the pixels of an image that this caller has shown before, or make and keep them.
 
-    def keep(self, owner: str, key: str, pixels: Pixels) -> None:
-        """Keep the pixels of an image for its caller, unless they are larger than the cache."""
+        Args:
+            owner: the caller.
+            key: what identifies the image.
+            make: decodes and preprocesses it; while one thread does, others that want the same image wait.
+        """
         with self._lock:
-            if (owner, key) in self._kept or pixels.tensor.nbytes > self.max_bytes:
-                return
-            self._kept[owner, key] = pixels
-            self.num_bytes += pixels.tensor.nbytes
-            while self.num_bytes > self.max_bytes:
-                _, dropped = self._kept.popitem(last=False)
-                self.num_bytes -= dropped.tensor.nbytes
+            if (known := self._found(owner, key)) is not None:
+                return known
+            making = self._making.setdefault((owner, key), threading.Lock())
+        with making:
+            with self._lock:
+                if (known := self._found(owner, key)) is not None:
+                    return known
+            try:
+                pixels = make()
+            finally:
+                with self._lock:
+                    self._making.pop((owner, key), None)
+            with self._lock:
+                self._keep(owner, key, pixels)
+        return pixels
+
+    def _found(self, owner: str, key: str) -> Pixels | None:
+        pixels = self._kept.get((owner, key))
+        if pixels is not None:
+            self._kept.move_to_end((owner, key))
+        return pixels
+
+    def _keep(self, owner: str, key: str, pixels: Pixels) -> None:
+        if (owner, key) in self._kept or pixels.tensor.nbytes > self.max_bytes:
+            return
+        self._kept[owner, key] = pixels
+        self.num_bytes += pixels.tensor.nbytes
+        while self.num_bytes > self.max_bytes:
+            _, dropped = self._kept.popitem(last=False)
+            self.num_bytes -= dropped.tensor.nbytes

@@ -6,9 +6,11 @@ Prompt --PromptReader--> Encoded + image keys --PromptReader.pixels--> [3, H, W]
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from PIL import Image
 from torch import Tensor
@@ -16,11 +18,13 @@ from torch import Tensor
 from llava.data.encode import Encoded, encode, encode_prompt, encode_rendered
 from llava.errors import DataError, NotUnicodeError, PromptTooLongError
 from llava.generation.held import encode_held
-from llava.generation.pixel_cache import PixelCache, Pixels
+from llava.generation.pixel_cache import Pixels
 from llava.generation.protocol import ImageRef, Prompt
 from llava.imaging.anyres import Size
 from llava.imaging.decode import DecodedImage, image_key, read_image_bytes
 from llava.processing import LlavaMedProcessor
+
+KnownPixels: TypeAlias = Callable[[str, Callable[[], Pixels]], Pixels]
 
 CHARACTERS_PER_TOKEN = 16
 """Characters per context token above which a submitted prompt is refused without tokenizing it."""
@@ -58,11 +62,7 @@ class EncodedPrompt:
 
 
 class PromptReader:
-    """Encoder of prompts for one model.
-
-    Attributes:
-        kept: pixels of earlier images that `read_whole` uses again; None keeps none.
-    """
+    """Encoder of prompts for one model."""
 
     def __init__(self, processor: LlavaMedProcessor, *, max_tokens: int, longest: int | None = None) -> None:
         """Use the processor's template and preprocessing; refuse prompts of `max_tokens` or more tokens.
@@ -75,7 +75,6 @@ class PromptReader:
         self.processor = processor
         self.max_tokens = max_tokens
         self.longest = longest
-        self.kept: PixelCache | None = None
 
     def read(self, prompt: Prompt) -> EncodedPrompt:
         """Return tokens and images of a prompt, ready for the answer.
@@ -86,7 +85,7 @@ class PromptReader:
         return self._read(prompt, [self._image(image) for image in prompt.images])
 
     def read_whole(
-        self, prompt: Prompt, *, ends: Collection[int] = (), owner: str = ""
+        self, prompt: Prompt, *, ends: Collection[int] = (), known: KnownPixels | None = None
     ) -> tuple[EncodedPrompt, dict[str, Tensor]]:
         """Return what `read` does, and the pixels of each image by key; the images themselves are not kept.
 
@@ -95,7 +94,7 @@ class PromptReader:
         Args:
             prompt: the prompt.
             ends: ids of tokens that end answers, for a prompt with a history.
-            owner: whose earlier images are known.
+            known: returns the pixels of an image key, from earlier or made by its second argument.
 
         Raises:
             DataError: as `read`, or an image cannot be decoded.
@@ -114,23 +113,19 @@ class PromptReader:
         made: dict[str, Pixels] = {}
         for image in identified:
             if image.key not in made:
-                made[image.key] = self._made(image, owner)
+                make = partial(self._made, image)
+                made[image.key] = make() if known is None else known(image.key, make)
         if reading is None:
             reading = self._read(prompt, [replace(image, size=made[image.key].size) for image in images], ends)
         return reading, {key: pixels.tensor for key, pixels in made.items()}
 
-    def _made(self, image: PromptImage, owner: str) -> Pixels:
+    def _made(self, image: PromptImage) -> Pixels:
         """Return pixels and size of an image.
 
         The image is a local here: a caller's variable would keep it during the next one.
         """
-        if self.kept is not None and (known := self.kept.found(owner, image.key)) is not None:
-            return known
         decoded = image.decode(self.processor)
-        made = Pixels(self.processor.preprocess(decoded), _content(decoded).size)
-        if self.kept is not None:
-            self.kept.keep(owner, image.key, made)
-        return made
+        return Pixels(self.processor.preprocess(decoded), _content(decoded).size)
 
     def _read(self, prompt: Prompt, images: Sequence[PromptImage], ends: Collection[int] = ()) -> EncodedPrompt:
         check_unicode(prompt)

@@ -217,8 +217,8 @@ class SlotRunner:
         The model's modules may change while none runs.
         """
         if not self.cache.num_running and not (self._is_fixed and self._is_prepared):
-            self._is_prepared = True
             self.step = DecodeStep(self.model) if can_decode(self.model) else None
+            self._is_prepared = True
 
     def decode(self, token_ids: Sequence[int]) -> Tensor:
         """Decode one token for each slot in one forward pass."""

@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     image = None if args.image is None else read_image(args.image)
     system = None if args.system is None else read_text(args.system).strip()
     # As a server does, so that later turns compute only their own tokens and answers are the same.
-    engine = engine_of(args, num_gpus=args.num_gpus, prefill_chunk=512, prefix_cache_mb=512)
+    engine = engine_of(args, num_gpus=args.num_gpus, prefill_chunk=512, prefix_cache_mb=512, is_fixed=True)
     chat = Chat(engine, sampling, image, system)
     if args.question is not None:
         chat.ask(args.question, sys.stdout)

@@ -15,7 +15,7 @@ GAUGES = {
     "llava_requests_waiting": "requests that wait for a place",
     "llava_slots_in_use": "sequences that hold a slot",
     "llava_kv_cache_bytes": "bytes of keys and values of running sequences",
-    "llava_prefix_cache_bytes": "bytes of keys and values kept for later requests",
+    "llava_prefix_cache_bytes": "bytes of keys and values, and of preprocessed images, kept for later requests",
     "llava_workers": "workers",
 }
 COUNTERS = {

@@ -62,7 +62,7 @@ def add_queue_options(parser: Parser) -> None:
         "--prefix-cache-mb",
         type=int,
         default=512,
-        help="megabytes of keys and values kept for later requests, and an eighth as much of their images; 0: none",
+        help="megabytes kept for later requests: keys and values, an eighth for images; 0: none",
     )
     parser.add_argument(
         "--prefill-chunk", type=int, default=512, help="tokens of prompts that are read between two steps"

@@ -39,7 +39,7 @@ def make_worker_app(
             "llava_requests_waiting": lambda: admission.num_waiting,
             "llava_slots_in_use": lambda: getattr(driver, "num_running", 0),
             "llava_kv_cache_bytes": lambda: getattr(driver, "kv_cache_bytes", 0),
-            "llava_prefix_cache_bytes": lambda: getattr(driver, "prefix_cache_bytes", 0),
+            "llava_prefix_cache_bytes": lambda: getattr(service.engine, "prefix_cache_bytes", 0),
             "llava_workers": lambda: 1,
         }
     )

@@ -311,3 +311,36 @@ def test_what_a_fixed_model_needs_is_prepared_once(is_fixed: bool, monkeypatch: 
     assert answers[0] == answers[1] == answers[2] and engine.scheduler.runner.step is not None
     num = 1 if is_fixed else 3
     assert made.count("mode") == num and (made.count("step") == 1) == is_fixed
+
+
+def test_a_failed_preparation_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    fails = [True]
+
+    def failing(model: Any) -> bool:
+        if fails.pop() if fails else False:
+            raise RuntimeError("no luck")
+        return can_decode(model)
+
+    monkeypatch.setattr("llava.generation.runners.can_decode", failing)
+    engine = engine_of(tiny_llava(seed=3), prefill_chunk=32, is_fixed=True)
+    assert one(engine, ask("What is shown?", 0), Sampling(max_new_tokens=4)).finish == "error"
+    assert one(engine, ask("What is shown?", 0), Sampling(max_new_tokens=4)).token_ids
+    assert engine.scheduler.runner.step is not None
+
+
+@pytest.mark.parametrize("is_fixed", [True, False])
+def test_steps_are_timed_and_a_pause_is_no_step(is_fixed: bool) -> None:
+    engine, seconds, ends = engine_of(tiny_llava(seed=3), is_fixed=is_fixed), [], []
+    engine.driver.on_step = seconds.append
+    original = engine.scheduler.read
+
+    def reading() -> None:
+        ends.append(engine.driver.last_step)
+        original()
+
+    engine.scheduler.read = reading  # type: ignore[method-assign]
+    for _ in range(2):
+        engine.driver.last_step = 0.0  # as after a long pause
+        one(engine, ask("What is shown?", 0), Sampling(max_new_tokens=3))
+    assert len(seconds) == engine.driver.num_steps == len(ends) > 2 and min(seconds) > 0.0
+    assert min(ends) > 0.0

@@ -253,3 +253,16 @@ def test_bad_requests_do_not_disturb_fifty_good_ones(worker: Worker) -> None:
     assert {answer.json()["choices"][0]["finish_reason"] for answer in answers} <= {"stop", "length"}
     codes = [response.json()["error"]["code"] for response in refusals]
     assert codes == ["invalid_content", "context_length_exceeded"]
+
+
+def test_steps_of_the_model_are_counted(worker: Worker) -> None:
+    engine, num_before = worker.engine, worker.engine.driver.num_steps
+    model = served_model(engine, str(worker.folder), worker.model)
+    service = AnswerService(engine, model, admission=Admission(), images=ImageLimits(dicom=engine.processor.dicom))
+    with served(make_worker_app(service, GateSettings(), engine.processor.tokenizer)) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0)
+        made: Any = client.chat.completions.create
+        made(model=worker.model, messages=question("Where?"), max_tokens=3)
+        lines = httpx2.get(f"{url}/metrics").text.splitlines()
+    [count] = [float(line.split()[-1]) for line in lines if line.startswith("llava_step_seconds_count")]
+    assert count == engine.driver.num_steps - num_before >= 2

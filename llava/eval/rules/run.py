@@ -50,7 +50,7 @@ class RulesPlan:
         out: output folder.
         options: options of answering.
         blank_control: also hold the conversations about a gray image.
-        batch_size: conversations passed to the engine at once.
+        batch_size: conversations passed to the engine at once; a local engine also decodes as many at a time.
         resume: keep the conversations of an interrupted run.
         num_resamples: number of resamples of the intervals.
         seed: seed of the resampling.
@@ -120,6 +120,8 @@ def plan_of(args: Namespace, words: Sequence[str]) -> RulesPlan:
     for name in ("train_data", "with_options"):
         if getattr(args, name):
             raise ConfigError(f"--{name.replace('_', '-')} is not for --rules; remove it")
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size must be at least 1, got {args.batch_size}")
     rules = load_rules(args.rules)
     named = names_of(args.styles, KNOWN_STYLES, "--styles")
     hints = names_of(args.hints, HINTS, "--hints")
@@ -167,8 +169,9 @@ def evaluate_rules(plan: RulesPlan, open_engine: Callable[[], Engine]) -> dict[s
 
     Raises:
         DataError: the folder holds conversations of another run, or the run to compare with has others.
-        ConfigError: the template of the model cannot hold conversations.
+        ConfigError: the template of the model cannot hold conversations, or the run to compare with has none.
     """
+    other = None if plan.compare is None else other_run(plan, plan.compare)
     runs = [DialogueRun(plan.dialogues, plan.out / DIALOGUES, resume=plan.resume, options=plan.options)]
     if plan.blank_control:
         gray = replace(plan.options, blank_images=True)
@@ -184,9 +187,9 @@ def evaluate_rules(plan: RulesPlan, open_engine: Callable[[], Engine]) -> dict[s
     )
     precisions = sorted({name for run in runs for name in run.precisions})
     report["provenance"] = {**(plan.facts or {}), "precision": ", ".join(precisions) or None}
-    if plan.compare is not None:
-        differences = {name: score["difference"] for name, score in compare(plan, plan.compare).items()}
-        report["compared"] = {"run": plan.compare.name, "differences": differences}
+    if other is not None:
+        scores = _scores(plan, held).scores(_scores(plan, other[1]), name="other")
+        report["comparison"] = {"name": other[0], "scores": scores}
     write_json(plan.out / RESULTS, report)
     write_page(
         plan.out / PAGE,
@@ -204,35 +207,41 @@ def _held(plan: RulesPlan, rows: Sequence[Mapping[str, Any]]) -> list[HeldDialog
     return [read_answers(plan.rules, dialogue, row) for dialogue, row in zip(plan.dialogues, rows, strict=True)]
 
 
-def compare(plan: RulesPlan, other: Path) -> dict[str, Any]:
-    """Return the scores of this run, those of another folder, and their paired differences.
+def other_run(plan: RulesPlan, other: Path) -> tuple[str, list[HeldDialogue]]:
+    """Return the name and the conversations of another run, whose output folder or a file in it is `other`.
 
     Raises:
-        DataError: the other folder holds other conversations.
+        ConfigError: the folder has no conversations.
+        DataError: it holds other conversations.
     """
-    folder = other if other.is_dir() else other.parent
-    found = []
-    for place in (plan.out, folder):
-        path = place / DIALOGUES
-        rows = {str(row.get("id")): row for row in read_records(path)}
-        for dialogue in plan.dialogues:
-            row = rows.get(dialogue.id)
-            if row is None or row.get("questions") != list(dialogue.questions):
-                raise DataError(
-                    f"{path}: no conversation {dialogue.id!r} with these questions; compare runs on the same data"
-                )
-        held = _held(plan, [rows[dialogue.id] for dialogue in plan.dialogues])
-        plain = [dialogue for dialogue in held if not dialogue.asked.hint]
-        found.append(DialogueScores(plan.rules, plain, num_resamples=plan.num_resamples, seed=plan.seed))
-    return found[0].scores(found[1], name="other")
+    folder = (other if other.is_dir() else other.parent).resolve()
+    path = folder / DIALOGUES
+    if not path.is_file():
+        raise ConfigError(
+            f"--compare {other}: no {DIALOGUES} there; expected the output folder of `llava eval --rules`"
+        )
+    rows = {str(row.get("id")): row for row in read_records(path)}
+    for dialogue in plan.dialogues:
+        row = rows.get(dialogue.id)
+        if row is None or row.get("questions") != list(dialogue.questions):
+            raise DataError(
+                f"{path}: no conversation {dialogue.id!r} with these questions; compare runs on the same data"
+            )
+    return folder.name, _held(plan, [rows[dialogue.id] for dialogue in plan.dialogues])
+
+
+def _scores(plan: RulesPlan, held: Sequence[HeldDialogue]) -> DialogueScores:
+    """Return the scores of conversations without wrong hints."""
+    plain = [dialogue for dialogue in held if not dialogue.asked.hint]
+    return DialogueScores(plan.rules, plain, num_resamples=plan.num_resamples, seed=plan.seed)
 
 
 def print_rules_report(report: Mapping[str, Any]) -> None:
     """Print the tables of a report, and the paired differences to another run."""
     write_out(f"\n{report_text(report)}\n")
-    if (compared := report.get("compared")) is None:
+    if (comparison := report.get("comparison")) is None:
         return
-    write_out(f"\nthis run minus {compared['run']} (same conversations, paired)\n")
-    for name, difference in compared["differences"].items():
-        if difference["value"] is not None:
-            write_out(f"  {name:<24}{estimate_text(difference, signed=True)}\n")
+    write_out(f"\nthis run minus {comparison['name']} (same conversations, paired)\n")
+    for name, score in comparison["scores"].items():
+        if score["difference"]["value"] is not None:
+            write_out(f"  {name:<24}{estimate_text(score['difference'], signed=True)}\n")

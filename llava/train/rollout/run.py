@@ -21,7 +21,8 @@ from transformers import TrainerCallback, set_seed
 from llava.data.collator import Collator, RowData, StepBatch
 from llava.data.flat_batch import Layout
 from llava.errors import ConfigError, DataError
-from llava.generation.engine import LocalEngine, context_length
+from llava.generation.engine import LocalEngine
+from llava.generation.kv_buffers import context_length
 from llava.generation.remote import RemoteEngine
 from llava.imaging.decode import resolve_image_path
 from llava.model.builder import LoadedModel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from llava.errors import ConfigError, DataError
+from llava.errors import ConfigError, DataError, LlavaError
 from llava.eval.inference import AnswerOptions
 from llava.eval.rules import run
 from llava.eval.rules.cases import CasePlan, RuleDialogue, read_dialogues
 from llava.eval.rules.report import report_text
+from llava.eval.run import main as evaluate_command
 from llava.eval.run import make_parser
 from llava.generation.protocol import Sampling, Script
 from llava.symbolic.dialogues import dialogue_row
@@ -271,16 +273,40 @@ def test_comparison_is_paired(tmp_path: Path) -> None:
     ):
         (tmp_path / name).mkdir()
         evaluate(tmp_path / name, reply)
-    difference = run.compare(make_plan(tmp_path / "a"), tmp_path / "b" / "out")
+    report = evaluate(tmp_path / "a", truth_of, compare=tmp_path / "b" / "out" / run.RESULTS)
+    assert json.loads((tmp_path / "a" / "out" / run.RESULTS).read_text())["comparison"] == report["comparison"]
+    difference = report["comparison"]["scores"]
+    assert report["comparison"]["name"] == "out"
     assert difference["A_Q"]["difference"]["value"] == pytest.approx(100 - difference["A_Q"]["other"]["value"])
     assert difference["A_Q"]["difference"]["low"] > 0 and math.isclose(difference["A_D"]["difference"]["value"], 0)
-    report = evaluate(tmp_path / "a", truth_of, compare=tmp_path / "b" / "out")
-    differences = {name: score["difference"] for name, score in difference.items()}
-    assert report["compared"] == {"run": "out", "differences": differences}
-    assert json.loads((tmp_path / "a" / "out" / run.RESULTS).read_text())["compared"]["run"] == "out"
-    other = read_dialogues(RULES, ROWS, CasePlan(seed=5))
-    with pytest.raises(DataError, match="with these questions"):
-        run.compare(make_plan(tmp_path / "a", dialogues=other), tmp_path / "b" / "out")
+
+
+def test_a_run_that_cannot_be_compared_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    evaluate(tmp_path / "a", truth_of)
+    others = make_plan(tmp_path / "b", dialogues=read_dialogues(RULES, ROWS, CasePlan(seed=5)))
+    for folder, message in ((tmp_path / "a" / "out", "with these questions"), (tmp_path / "none", "no dialogues")):
+        with pytest.raises(LlavaError, match=message):
+            run.evaluate_rules(replace(others, compare=folder), lambda: pytest.fail("the model was loaded"))
+
+
+def test_the_batch_size_is_the_number_of_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def engine_of(args: Namespace, **options: Any) -> FakeModel:
+        asked.append(options)
+        return FakeModel()
+
+    monkeypatch.setattr(run, "engine_of", engine_of)
+    plan = make_plan(tmp_path)
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    words = ["--model", str(tmp_path), "--rules", str(RULES.path), "--data", str(tmp_path / "rows.json"), "--out",
+             str(plan.out), "--image-folder", str(tmp_path / "images"), "--num-resamples", "20"]  # fmt: skip
+    with pytest.raises(ConfigError, match="--batch-size must be at least 1, got 0"):
+        evaluate_command([*words, "--batch-size", "0"])
+    evaluate_command([*words, "--batch-size", "7"])
+    assert asked == [{"max_slots": 7}]
 
 
 @pytest.mark.parametrize(
