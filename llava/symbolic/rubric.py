@@ -41,6 +41,7 @@ class Reward:
         violations: ids of the constraints that the values break.
         components: by name, a number per turn (`correctness`, `length`, `format`, `void`) or of the conversation
             (`consistency`, `bonus`).
+        unit: what 1 of `total` is in `raw` and `turns`.
     """
 
     total: float
@@ -50,6 +51,7 @@ class Reward:
     hedged: tuple[bool, ...]
     violations: tuple[str, ...]
     components: dict[str, float | tuple[float, ...]]
+    unit: float = 1.0
 
 
 def reward(
@@ -113,6 +115,7 @@ def reward(
     raw = sum(shares)
     return Reward(
         total=2 * (raw - low) / (high - low) - 1,
+        unit=(high - low) / 2,
         raw=raw,
         turns=tuple(shares),
         values=tuple(values),

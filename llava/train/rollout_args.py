@@ -288,6 +288,7 @@ def check_rollouts(spec: RolloutSpec, arguments: RolloutArguments, *, world_size
             "--top-k 0"
         )
     _check_choices(spec)
+    _check_combinations(spec, arguments)
     if spec.algorithm != "ppo" and spec.group_size < 2:
         raise ConfigError(
             f"--num-generations {spec.group_size}: a group of one dialogue has no advantage; expected at least 2 with "
@@ -303,6 +304,26 @@ def check_rollouts(spec: RolloutSpec, arguments: RolloutArguments, *, world_size
     for whole, size, part, divisor in divisions:
         if size % divisor:
             raise ConfigError(f"{whole} {size} is not a multiple of {part} {divisor}; expected a multiple")
+
+
+def _check_combinations(spec: RolloutSpec, arguments: RolloutArguments) -> None:
+    """Refuse options that would have no effect, or another one, with this algorithm."""
+    if spec.algorithm == "grpo" and spec.kl_target:
+        raise ConfigError(
+            f"--kl-target {spec.kl_target:g} adapts the KL penalty of the reward, but grpo has its own in the loss; "
+            "use --kl-coef, or --objective ppo or rloo"
+        )
+    if spec.algorithm == "ppo" and spec.more_prompts:
+        raise ConfigError(
+            f"--dynamic-sampling {spec.more_prompts} replaces groups whose rewards are equal, but ppo has no groups; "
+            "leave it out, or use --objective grpo or rloo"
+        )
+    if arguments.init_value_with_reward and (spec.algorithm != "ppo" or not arguments.reward_model_name_or_path):
+        raise ConfigError(
+            "--init-value-with-reward True starts the value model of --objective ppo from "
+            f"--reward-model-name-or-path; got --objective {spec.algorithm} and "
+            f"{arguments.reward_model_name_or_path or 'no path'}"
+        )
 
 
 def _check_choices(spec: RolloutSpec) -> None:

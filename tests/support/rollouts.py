@@ -65,7 +65,7 @@ def episode(group: int, sample: int, draw: random.Random, *, score: float | None
     return RolloutEpisode(
         group=group, sample=sample, case="c", image="i", style="s", seed=1, asked=("x", "y"), truth=("a", "a"),
         answers=("p", "q"), finishes=("stop", "length"), reward=reward, score=total,
-        shares=learned(reward, total)[1], turns=turns, **numbers,
+        shares=learned(reward, None)[1], turns=turns, **numbers,
     )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ class PolicyLossSpec:
         clip_value: largest change of a value.
         temperature: divisor of the logits.
         counts_padding: divide by the padded lengths of the sequences.
+        old_is_sampler: whether a server sampled, whose log-probabilities are the old ones.
     """
 
     ratio: str = "token"
@@ -52,6 +53,7 @@ class PolicyLossSpec:
     clip_value: float = 0.2
     temperature: float = 1.0
     counts_padding: bool = False
+    old_is_sampler: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,8 @@ class PolicyLoss:
         if "reference" in columns:
             found["kl"] = _pair(losses.kl_estimate(actions.logprobs, columns["reference"], "k3"), batch)
         if "engine" in columns:
-            found["engine_difference"] = _pair((actions.old - columns["engine"]).abs(), batch)
+            own = actions.logprobs.detach() if spec.old_is_sampler else actions.old
+            found["engine_difference"] = _pair((own - columns["engine"]).abs(), batch)
         return found
 
 

@@ -112,8 +112,10 @@ class Scoring:
     spec: RolloutSpec
     priors: Priors | None
 
-    def reward(self, asked: AskedCase, answers: Sequence[str], finishes: Sequence[str]) -> tuple[Reward, float]:
-        """Return the symbolic reward of a dialogue, and the score that is learned."""
+    def reward(
+        self, asked: AskedCase, answers: Sequence[str], finishes: Sequence[str]
+    ) -> tuple[Reward, float, tuple[float, ...]]:
+        """Return the symbolic reward of a dialogue, the score that is learned, and its turns' shares."""
         finished = [finish == "stop" for finish in finishes]
         found = reward(
             self.rules,
@@ -125,20 +127,24 @@ class Scoring:
             preset=self.spec.preset,
             priors=self.priors,
         )
-        return found, self._penalized(found.total, finished)
-
-    def _penalized(self, total: float, finished: Sequence[bool]) -> float:
-        penalty = self.spec.no_stop_penalty
         # The original asks for an end token anywhere in the dialogue; here every answer must have one.
         has_stopped = any(finished) if self.spec.published else all(finished)
-        if penalty is None or has_stopped:
-            return total
-        return total + penalty if self.spec.adds_penalty else penalty
+        penalty = None if has_stopped else self.spec.no_stop_penalty
+        return found, *learned(found, penalty, adds=self.spec.adds_penalty)
 
 
-def learned(found: Reward, score: float) -> tuple[float, tuple[float, ...]]:
-    """Return a dialogue's score and its turns' shares; a penalty on the whole belongs to the last turn."""
-    return score, (*found.turns[:-1], found.turns[-1] + (score - found.total))
+def learned(found: Reward, penalty: float | None, *, adds: bool = True) -> tuple[float, tuple[float, ...]]:
+    """Return a dialogue's score and its turns' shares, which are in the units of `raw`.
+
+    Args:
+        found: the symbolic reward.
+        penalty: of an unfinished dialogue, in the units of `total`; belongs to the last turn. None for no penalty.
+        adds: whether the penalty is added to the reward; otherwise it replaces the reward.
+    """
+    if penalty is None:
+        return found.total, found.turns
+    before = found.turns if adds else (0.0,) * len(found.turns)
+    return (found.total + penalty if adds else penalty), (*before[:-1], before[-1] + penalty * found.unit)
 
 
 def groups_of(episodes: Sequence[RolloutEpisode]) -> list[list[RolloutEpisode]]:

@@ -8,6 +8,7 @@ A checkpoint inside the updates of a rollout holds the rollout, so a resumed run
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ from llava.data.encode import Encoded, Unit, encode, follow_up
 from llava.data.image_store import ImageIndex
 from llava.errors import CheckpointError, ConfigError, DataError
 from llava.processing import LlavaMedProcessor
-from llava.samples import Sample
+from llava.samples import Conversation, Sample
 from llava.symbolic.structure import RuleSet
 from llava.train.rollout.advantages import KlControl
 from llava.train.rollout.cases import RolloutCase, interview, seed_of
@@ -36,6 +37,12 @@ STATE_FILE = "rollout_state-{}.json"
 
 MAX_EQUAL = 20
 """Rollouts in a row without any group with spread after which a run stops."""
+
+
+logger = logging.getLogger(__name__)
+
+NUM_DRAWN = 8
+"""Dialogues of a case whose lengths are checked before training; orders and wordings are drawn for each rollout."""
 
 
 class RolloutDataset(RowDataset[Encoded]):
@@ -57,6 +64,7 @@ class RolloutDataset(RowDataset[Encoded]):
     ) -> None:
         follow_up("x", processor)  # check here, before minutes of preparation, instead of at the first rollout
         self.cases = cases
+        self.rules = rules
         index = ImageIndex.open(image_folder, dicom=processor.dicom)
         broken = index.verify(list(dict.fromkeys(case.image for case in cases)))
         for case in cases:
@@ -67,14 +75,52 @@ class RolloutDataset(RowDataset[Encoded]):
             self.store.key(case.image)
 
     def __getitem__(self, row: int) -> Encoded:
-        sample = self.samples[row]
-        keys = [self.store.key(ref) for ref in sample.images]
-        sizes = self.store.sizes(sample.images)
-        return encode(sample.conversation, self.processor, images=keys, sizes=sizes, max_length=None)
+        return self._encoded(row, self.samples[row].conversation)
+
+    def drawn(self, row: int, styles: Sequence[str]) -> Iterator[tuple[Encoded, int]]:
+        """Yield some dialogues about a case, as rollouts draw them, with their number of questions."""
+        case = self.cases[row]
+        for seed in range(1 if case.is_dialogue else NUM_DRAWN):
+            asked = interview(case, self.rules, seed=seed, styles=styles)
+            yield self._encoded(row, asked.answered), len(asked.questions)
+
+    def _encoded(self, row: int, conversation: Conversation) -> Encoded:
+        images = self.samples[row].images
+        keys = [self.store.key(ref) for ref in images]
+        return encode(conversation, self.processor, images=keys, sizes=self.store.sizes(images), max_length=None)
 
 
 def _sample(case: RolloutCase, rules: RuleSet) -> Sample:
     return Sample(case.id, interview(case, rules, seed=0).answered, (case.image,), origin=case.origin)
+
+
+def checked_lengths(dataset: RolloutDataset, spec: RolloutSpec, *, context: int) -> Sequence[RolloutCase]:
+    """Return the cases whose first questions are no longer than `query_len`, as far as they were drawn.
+
+    Raises:
+        DataError: a dialogue may become longer than the context of the model, or no case is left.
+    """
+    kept = []
+    for number, case in enumerate(dataset.cases):
+        first = 0
+        for encoded, num_turns in dataset.drawn(number, spec.styles):
+            trained = [place for place, label in enumerate(encoded.labels) if label >= 0]
+            asked = len(encoded.input_ids) - len(trained)
+            if asked + num_turns * spec.response_len > context:
+                raise DataError(
+                    f"{case.origin}: {asked} tokens of questions and images and {num_turns} answers of up to "
+                    f"{spec.response_len} tokens exceed the model's context of {context}; use a shorter --response-len "
+                    "or fewer questions"
+                )
+            first = max(first, trained[0] - sum(stop - start for start, stop in encoded.image_spans))
+        if not spec.query_len or first <= spec.query_len:
+            kept.append(case)
+    if num_long := len(dataset.cases) - len(kept):
+        logger.warning("%d of %d cases have a longer first question than --query-len %d and are left out", num_long,
+                       len(dataset.cases), spec.query_len)  # fmt: skip
+    if not kept:
+        raise DataError(f"every first question is longer than --query-len {spec.query_len}; raise it")
+    return kept
 
 
 @dataclass

@@ -21,7 +21,7 @@ from llava.generation.protocol import Dialogue, Sampling, Script
 from llava.train.objectives.policy import LENGTH
 from llava.train.rollout.advantages import KlControl, add_advantages
 from llava.train.rollout.cases import AskedCase, RolloutCase, interview, seed_of
-from llava.train.rollout.episodes import RolloutEpisode, Scoring, groups_of, has_spread, learned
+from llava.train.rollout.episodes import RolloutEpisode, Scoring, groups_of, has_spread
 from llava.train.rollout.scoring import RolloutScorer
 from llava.train.rollout_args import RolloutSpec
 
@@ -155,8 +155,7 @@ class Roller:
         """
         if dialogue.error is not None:
             raise GenerationError(f"{asked.case.origin}: {dialogue.error}")
-        found, total = self.scoring.reward(asked, dialogue.texts, dialogue.finishes)
-        score, shares = learned(found, total)
+        found, score, shares = self.scoring.reward(asked, dialogue.texts, dialogue.finishes)
         return RolloutEpisode(
             group=group,
             sample=sample,

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, set_seed
 
 from llava.data.collator import Collator, RowData, StepBatch
 from llava.data.flat_batch import Layout
-from llava.errors import ConfigError, DataError
+from llava.errors import ConfigError
 from llava.generation.engine import LocalEngine
 from llava.generation.kv_buffers import context_length
 from llava.generation.remote import RemoteEngine
@@ -43,7 +43,7 @@ from llava.train.parts import freeze_and_adapt
 from llava.train.rollout.cases import RolloutCase, read_cases
 from llava.train.rollout.episodes import Scoring
 from llava.train.rollout.files import ROLLOUTS_FILE
-from llava.train.rollout.loader import CaseOrder, RolloutDataset, RolloutLoader
+from llava.train.rollout.loader import CaseOrder, RolloutDataset, RolloutLoader, checked_lengths
 from llava.train.rollout.records import NAMES, RolloutCallback, RolloutWriter, keep_rollouts
 from llava.train.rollout.rollout import Converse, Roller
 from llava.train.rollout.scoring import RolloutScorer
@@ -225,35 +225,6 @@ def _reference(policy: nn.Module, spec: RolloutSpec, *, is_adapter: bool) -> tup
     return shared_copy(policy), "a frozen copy of the policy as it starts"
 
 
-def checked_lengths(dataset: RolloutDataset, spec: RolloutSpec, *, context: int) -> Sequence[RolloutCase]:
-    """Return the cases whose first question is no longer than `query_len`.
-
-    Raises:
-        DataError: a dialogue may become longer than the context of the model, or no case is left.
-    """
-    kept = []
-    for number, case in enumerate(dataset.cases):
-        encoded = dataset[number]
-        trained = [place for place, label in enumerate(encoded.labels) if label >= 0]
-        asked = len(encoded.input_ids) - len(trained)
-        num_turns = len(dataset.samples[number].conversation.turns) // 2
-        if asked + num_turns * spec.response_len > context:
-            raise DataError(
-                f"{case.origin}: {asked} tokens of questions and images and {num_turns} answers of up to "
-                f"{spec.response_len} tokens exceed the model's context of {context}; use a shorter --response-len or "
-                "fewer questions"
-            )
-        images = sum(stop - start for start, stop in encoded.image_spans)
-        if not spec.query_len or trained[0] - images <= spec.query_len:
-            kept.append(case)
-    if num_long := len(dataset.cases) - len(kept):
-        logger.warning("%d of %d cases have a longer first question than --query-len %d and are left out", num_long,
-                       len(dataset.cases), spec.query_len)  # fmt: skip
-    if not kept:
-        raise DataError(f"every first question is longer than --query-len {spec.query_len}; raise it")
-    return kept
-
-
 def priors_of(spec: RolloutSpec, rules: RuleSet, cases: Sequence[RolloutCase]) -> Priors | None:
     """Return the counts that balance rare values: of a file, or of the training data.
 
@@ -345,6 +316,7 @@ def make_objective(spec: RolloutSpec, rules: RuleSet, *, without: int) -> Policy
             clip_value=spec.clip_value,
             temperature=spec.temperature,
             counts_padding=spec.published,
+            old_is_sampler=spec.engine is not None,
         ),
         without=without,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
@@ -10,7 +11,8 @@ from torch import nn
 from llava.errors import ConfigError
 from llava.model import lora
 from llava.model.checkpoint.load import load_checkpoint, open_checkpoint
-from llava.model.value_head import ActorCritic, ValueModel, shared_copy
+from llava.model.checkpoint.load_parts import read_tensors
+from llava.model.value_head import VALUE_FILE, ActorCritic, ValueModel, load_into, shared_copy
 from llava.train.model import DTYPE
 from llava.train.preference import disable_dropout
 from llava.train.rollout_args import RolloutSpec
@@ -23,7 +25,7 @@ def make_critic(policy: nn.Module, spec: RolloutSpec, parts: PartsSpec) -> Actor
     """Return the policy with its value model.
 
     Raises:
-        LlavaError: the folder cannot be loaded, or its vocabulary has another size.
+        LlavaError: the folder cannot be loaded, or its vocabulary has another size, or it is of another kind.
     """
     if spec.value_model == "head":
         return ActorCritic(policy, None)
@@ -41,7 +43,27 @@ def make_critic(policy: nn.Module, spec: RolloutSpec, parts: PartsSpec) -> Actor
         network = lora.add_lora(loaded, **parts.lora)
     lora.freeze_for(network, freeze_projector=True, has_adapter=parts.lora is not None)
     disable_dropout(network)
-    return ActorCritic(policy, ValueModel(network))
+    value = ValueModel(network)
+    _start_head(value, Path(spec.value_model) / VALUE_FILE)
+    return ActorCritic(policy, value)
+
+
+def _start_head(value: ValueModel, path: Path) -> None:
+    """Load the head that was trained with a reward model; one of another model starts at zero.
+
+    Raises:
+        ConfigError: the file holds the value model of a reinforcement learning run.
+    """
+    if not path.is_file():
+        return
+    saved = read_tensors(path)
+    if saved.keys() != value.head_state().keys():
+        raise ConfigError(
+            f"{path} is the value model of a run of reinforcement learning, whose folder holds its policy; expected a "
+            "model, or the folder of --objective reward"
+        )
+    load_into(value.head_state(), saved, path)
+    logger.info("value model: starts with the head of %s", path)
 
 
 def _vocabulary(network: nn.Module) -> int:

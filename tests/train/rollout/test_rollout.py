@@ -140,7 +140,16 @@ def test_penalty_of_unfinished_answers(rules: RuleSet, changed: dict, score: Cal
     found = roll(rules, small(**changed), engine(finish="length"))
     assert [e.score for e in found.episodes] == [score(e.reward.total) for e in found.episodes]
     for e in found.episodes:
-        assert sum(e.shares) == pytest.approx(e.reward.raw + e.score - e.reward.total)
+        replaced = "adds_penalty" in changed
+        penalty = changed.get("no_stop_penalty", 0.0) * e.reward.unit
+        assert e.reward.unit > 0 and sum(e.shares) == pytest.approx((0.0 if replaced else e.reward.raw) + penalty)
+        assert e.shares[:-1] == ((0.0,) if replaced else e.reward.turns[:-1])
+
+
+def test_a_penalty_that_replaces_the_reward_leaves_nothing_to_tell_dialogues_apart(rules: RuleSet) -> None:
+    found = roll(rules, small(no_stop_penalty=-2.0, adds_penalty=False), engine(finish="length"))
+    assert len({e.shares for e in found.episodes}) == 1
+    assert all(e.dropped and not any(e.advantages) for e in found.episodes)
 
 
 def test_shuffled_rewards_are_those_of_the_group(rules: RuleSet) -> None:

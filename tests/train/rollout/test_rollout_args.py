@@ -64,10 +64,21 @@ def test_defaults(rules: Path, objective: str, size: int, kl: float, high: float
     (["--value_model", "nowhere"], "no such folder; expected adapter, head or a folder"),
     (["--kl_coef", "nan"], "--kl-coef is nan; expected a number from 0"),
     (["--gamma", "1.5"], "--gamma is 1.5; expected a number from 0 to 1"),
+    (["--kl_target", "1"], "--kl-target 1 adapts the KL penalty of the reward, but grpo has its own"),
+    (["--init_value_with_reward", "True"], "got --objective grpo and no path"),
 ])  # fmt: skip
 def test_wrong_values(rules: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(rules, *words)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--dynamic_sampling", "4"], "--dynamic-sampling 4 replaces groups .* but ppo has no groups"),
+    (["--init_value_with_reward", "True"], "got --objective ppo and no path"),
+])  # fmt: skip
+def test_wrong_values_of_ppo(rules: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(rules, *words, objective="ppo")
 
 
 def test_rules_are_needed(tmp_path: Path) -> None:

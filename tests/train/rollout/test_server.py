@@ -37,6 +37,10 @@ def test_a_server_with_the_same_weights_samples_the_same_dialogues(
     app = make_worker_app(service, GateSettings(), engine.processor.tokenizer)
     with served(app) as url, caplog.at_level(logging.WARNING):
         rl_train(rl_arguments(parts, tmp_path / "remote", engine=url, **options))
+        moved = {**options, "max_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+        rl_train(rl_arguments(parts, tmp_path / "moved", engine=url, **moved))
+    same, different = (line["engine_difference"] for line in metrics(tmp_path / "moved")[:2])
+    assert same < 1e-4 < different  # the policy learned, the server did not
     ours, theirs = rollouts(tmp_path / "local"), rollouts(tmp_path / "remote")
     for name in ("case", "seed", "asked", "answers", "finishes", "total"):
         assert [row[name] for row in theirs] == [row[name] for row in ours]
