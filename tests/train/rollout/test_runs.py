@@ -29,9 +29,15 @@ NAMES = {"reward", "reward/correctness", "A_C", "no_match", "hedged", "void", "k
          "engine_difference", "shared_tokens", "seconds/rollout", "seconds/scoring", "seconds/update"}  # fmt: skip
 
 
-def test_a_run_writes_its_rollouts_metrics_and_curves(parts: Path, tmp_path: Path) -> None:
-    rl_train(rl_arguments(parts, tmp_path))
+def test_a_run_writes_its_rollouts_metrics_and_curves(
+    parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        rl_train(rl_arguments(parts, tmp_path, response_len=8))
     rows = rollouts(tmp_path)
+    answers = {answer for row in rows for answer in row["answers"] if len(answer) > 3}
+    shown = caplog.text + (tmp_path / "metrics.jsonl").read_text()
+    assert answers and caplog.text and not any(answer in shown for answer in answers)  # only rollouts.jsonl has them
     assert [row["step"] for row in rows] == [1] * 8 + [2] * 8 and all(row.keys() >= KEYS for row in rows)
     assert [(row["group"], row["sample"]) for row in rows[:8]] == [(g, s) for g in range(2) for s in range(4)]
     for row in rows:
