@@ -17,6 +17,9 @@ WORDS_BEFORE = 8
 WORDS_AFTER = 3
 """Maximum number of words between a match and the cue after it."""
 
+ENDS_LIST = ("subjects", "verbs", "statements")
+"""Lists of words that no item of a list has."""
+
 WORD = re.compile(r"\S*\w\S*")
 
 Span = tuple[int, int]
@@ -119,12 +122,15 @@ class Context:
         """Return whether a part of the text can be an item of a list: a few words without a cue or statement."""
         if not 1 <= self._num_words(begin, end) <= WORDS_BEFORE or self.cues.any.search(self.text, begin, end):
             return False
-        return not any(self.cues.words[key].search(self.text, begin, end) for key in ("subjects", "statements"))
+        return not any(self.cues.words[key].search(self.text, begin, end) for key in ENDS_LIST)
 
     def _opens_list(self, begin: int, end: int) -> bool:
         """Return whether a clause ends with a negated item, as "no AML" does; "no" alone is an answer."""
         cue = last_before(self.before, end)
-        return cue is not None and begin <= cue[0] and self._is_item(cue[1], end)
+        if cue is None or begin > cue[0]:
+            return False
+        verb = self.cues.words["verbs"].match(self.text, cue[1] + 1)
+        return self._is_item(verb.end() if verb else cue[1], end)
 
     def _closing_item(self, begin: int, end: int, *, middle: bool) -> Span | None:
         """Return the last item of a list, after "or" or "and", if a clause has one.

@@ -15,7 +15,7 @@ from llava.symbolic.problems import Problems
 CUES = Path(__file__).parent / "cues"
 
 LISTS = ("clause_words", "before", "after", "also_before", "harmless", "hedges")
-WORDS = ("be", "links", "alternatives", "additions", "articles", "subjects", "statements")
+WORDS = ("be", "links", "alternatives", "additions", "articles", "subjects", "verbs", "statements")
 CUE_KEYS = (*LISTS, "doubts", *WORDS)
 
 

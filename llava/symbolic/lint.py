@@ -105,8 +105,8 @@ def lint_rows(
             perfect = mean if name == "perfect" else perfect
             if perfect <= 0:
                 raise DataError(
-                    f"reward of {rules.id}: perfect answers earn {perfect:g}, expected more than 0. Ask a node in some row "
-                    "of the table, and set a higher reward, correct."
+                    f"reward of {rules.id}: perfect answers earn {perfect:g}; expected more than 0. Raise reward, "
+                    "correct, and use a table in which a node is asked."
                 )
             shares.setdefault(name, []).append(mean / perfect)
     for name, (plain, balanced) in shares.items():
