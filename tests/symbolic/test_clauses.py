@@ -30,8 +30,6 @@ def read(rules: RuleSet, text: str) -> str:
     cue=st.sampled_from(
         ["No", "There is no evidence of", "Without", "It is not", "We didn't see", "It does not show", "Negative for"]
     ),
-        ["No", "There is no evidence of", "Without", "It is not", "We didn't see", "It does not show", "Negative for"]
-    ),
     items=st.lists(st.sampled_from(OTHERS), min_size=2, max_size=6).flatmap(lambda x: st.permutations([*x, "AML"])),
     link=st.sampled_from([", or ", ", nor ", " or ", ", and ", " and "]),
     end=st.sampled_from([".", "; the rest is fine.", ", but read it again."]),
