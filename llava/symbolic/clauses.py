@@ -82,7 +82,7 @@ class Context:
         return begin, self.clause_ends[bisect_left(self.clause_ends, span[1])]
 
     def _negates_later(self, begin: int, cue: Span, end: int) -> bool:
-        """Return whether a cue after a match, which ends at `begin`, negates what follows in the clause instead."""
+        """Return whether a cue after a match that ends at `begin` negates a later match instead."""
         words, between = self.cues.words, self.text[begin : cue[0]]
         if not words["also_before"].fullmatch(self.text, *cue):
             return False
@@ -96,7 +96,7 @@ class Context:
         return not direct or words["links"].search(between) is not None
 
     def _lists(self) -> tuple[list[bool], list[bool]]:
-        """Return, by clause, whether a list carries a negation to it from a clause before, and from one after it."""
+        """Return, by clause, whether a list carries a negation to it from before, and from after it."""
         spans = list(zip(self.clause_starts, self.clause_ends, strict=True))
         commas = [begin > 0 and self.text[begin - 1] == "," for begin, _ in spans]
         listed, denied = [False] * len(spans), [False] * len(spans)
@@ -119,7 +119,7 @@ class Context:
         return listed, denied
 
     def _is_item(self, begin: int, end: int) -> bool:
-        """Return whether a part of the text can be an item of a list: a few words without a cue or statement."""
+        """Return whether a part can be an item of a list: a few words without a cue or statement."""
         if not 1 <= self._num_words(begin, end) <= WORDS_BEFORE or self.cues.any.search(self.text, begin, end):
             return False
         return not any(self.cues.words[key].search(self.text, begin, end) for key in ENDS_LIST)
@@ -157,7 +157,7 @@ class Context:
         return link.end(), end
 
     def _is_denied(self, item: Span) -> bool:
-        """Return whether a cue after the last item of a list, as in "or blasts are not seen", negates the list."""
+        """Return whether a cue after the last item negates a list, as in "or blasts are not seen"."""
         cue = first_after(self.after, item[0])
         return cue is not None and cue[1] <= item[1] and 1 <= self._num_words(item[0], cue[0]) <= WORDS_AFTER + 1
 

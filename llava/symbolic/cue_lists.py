@@ -1,4 +1,4 @@
-"""Cue lists of a language: what negates a match or makes it uncertain, where a clause ends, what continues a list."""
+"""Cue lists of a language: negation, uncertainty, ends of clauses, and lists."""
 
 from __future__ import annotations
 

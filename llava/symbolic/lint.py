@@ -66,7 +66,7 @@ def policies(rules: RuleSet, phrases: Phrases, truths: Sequence[Assignment]) -> 
 def earned(
     rules: RuleSet, truths: Sequence[Assignment], policy: Answers, *, preset: str | None, priors: Priors | None
 ) -> float:
-    """Return the mean raw reward of a policy over the truths of a table; no preset is the rule file's reward."""
+    """Return the mean raw reward of a policy over a table; no preset is the rule file's reward."""
     assert rules.phrases is not None
     ids = [node.id for node in rules.nodes]
     distinct = Counter(tuple(truth.items()) for truth in truths)

@@ -103,7 +103,7 @@ def read_reward(item: Item, problems: Problems) -> RewardSettings:
 
 
 def _check_order(settings: RewardSettings, keys: dict[str, Item], item: Item, problems: Problems) -> None:
-    """Check that a right answer earns more than any other; then the highest reward is above the lowest, too."""
+    """Check that a right answer earns most; then the highest reward is above the lowest, too."""
     for key in ("wrong", "no_match", "abstain_wrong"):
         credit = getattr(settings, key)
         if credit >= settings.correct:

@@ -69,6 +69,8 @@ MARROW = [
     ("proliferation", "No plasma cells, only blasts and debris.", "blast"),
     ("proliferation", "Blasts and not plasma cells proliferate.", "blast"),
     ("abnormality", "The marrow is abnormal.", "present"),
+    ("abnormality", "It shows no signs of disease and appears normal.", "absent"),
+    ("abnormality", "It is not clotted and looks abnormal.", "present"),
     ("abnormality", "Abnormal cells are present.", "present"),
     ("abnormality", "Yes, it is abnormal.", "present"),
     ("abnormality", "It is not abnormal.", "absent"),
