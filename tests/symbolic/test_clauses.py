@@ -58,6 +58,8 @@ def test_a_contrast_ends_the_list(rules: RuleSet, items: list[str], contrast: st
         ("not AML, MM.", "MM"),
         ("No AML, but MM.", "MM"),
         ("No AML, MM.", "MM"),
+        ("I don't think it is AML, MM, or lymphoma.", "healthy"),
+        ("No AML, no MM, and no lymphoma.", "healthy"),
         ("No, AML or MM.", "__conflict__"),
         ("It is not normal, AML or MM.", "__conflict__"),
         ("I do not know, AML or MM.", "__conflict__"),
