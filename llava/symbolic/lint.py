@@ -15,6 +15,7 @@ from llava.symbolic.dialogues import wordings_of
 from llava.symbolic.labels import assign
 from llava.symbolic.rubric import LEAST_BALANCE, Priors, count_values, reward
 from llava.symbolic.rules import load_rules
+from llava.symbolic.settings import PRESETS
 from llava.symbolic.structure import Assignment, Phrases, RuleSet
 from llava.utils.cli import Parser
 from llava.utils.json_rows import read_records
@@ -63,9 +64,9 @@ def policies(rules: RuleSet, phrases: Phrases, truths: Sequence[Assignment]) -> 
 
 
 def earned(
-    rules: RuleSet, truths: Sequence[Assignment], policy: Answers, *, preset: str, priors: Priors | None
+    rules: RuleSet, truths: Sequence[Assignment], policy: Answers, *, preset: str | None, priors: Priors | None
 ) -> float:
-    """Return the mean raw reward of a policy over the truths of a table."""
+    """Return the mean raw reward of a policy over a table; no preset is the rule file's reward."""
     assert rules.phrases is not None
     ids = [node.id for node in rules.nodes]
     distinct = Counter(tuple(truth.items()) for truth in truths)
@@ -86,8 +87,14 @@ def earned(
     return total / len(truths)
 
 
-def lint_rows(rules: RuleSet, truths: Sequence[Assignment], *, preset: str) -> Iterator[tuple[str, float, float]]:
-    """Yield each policy with its share of the perfect reward, on the table and balanced."""
+def lint_rows(
+    rules: RuleSet, truths: Sequence[Assignment], *, preset: str | None
+) -> Iterator[tuple[str, float, float]]:
+    """Yield each policy with its share of the perfect reward, on the table and balanced.
+
+    Raises:
+        DataError: perfect answers earn nothing, so that no share exists.
+    """
     phrases = wordings_of(rules, "train")
     priors = count_values(rules, truths)
     shares: dict[str, list[float]] = {}
@@ -96,6 +103,11 @@ def lint_rows(rules: RuleSet, truths: Sequence[Assignment], *, preset: str) -> I
         for name, policy in policies(rules, phrases, truths).items():
             mean = earned(rules, truths, policy, preset=preset, priors=weights)
             perfect = mean if name == "perfect" else perfect
+            if perfect <= 0:
+                raise DataError(
+                    f"reward of {rules.id}: perfect answers earn {perfect:g}; expected more than 0. Raise reward, "
+                    "correct, and use a table in which a node is asked."
+                )
             shares.setdefault(name, []).append(mean / perfect)
     for name, (plain, balanced) in shares.items():
         yield name, plain, balanced
@@ -131,7 +143,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("file", help="rule file, or the name of a shipped rule set")
     parser.add_argument("--table", type=Path, required=True, help="rows of the training table")
-    parser.add_argument("--preset", default="default", help="settings of the reward")
+    parser.add_argument("--preset", choices=list(PRESETS), help="settings of the reward; default: the rule file's")
     return parser
 
 

@@ -72,6 +72,7 @@ def _weights(item: Item, problems: Problems, what: str, known: tuple[str, ...]) 
 
 def read_reward(item: Item, problems: Problems) -> RewardSettings:
     """Return the reward settings: those of the `preset` (by default `default`) with the file's changes."""
+    num_problems = len(problems.found)
     numbers = {"correct": 0.0, "wrong": -1e3, "no_match": -1e3, "abstain_wrong": -1e3}
     known = ("preset", *numbers, "partial", "consistency", "length", "format", "void", "balance", "normalize")
     keys = problems.map(item, "reward", known)
@@ -95,7 +96,19 @@ def read_reward(item: Item, problems: Problems) -> RewardSettings:
         changes["length"] = _length(keys["length"], problems, base.length)
     if "format" in keys:
         changes["format"] = _format(keys["format"], problems, base.format)
-    return replace(base, **changes)
+    settings = replace(base, **changes)
+    if len(problems.found) == num_problems:
+        _check_order(settings, keys, item, problems)
+    return settings
+
+
+def _check_order(settings: RewardSettings, keys: dict[str, Item], item: Item, problems: Problems) -> None:
+    """Check that a right answer earns most; then the highest reward is above the lowest, too."""
+    for key in ("wrong", "no_match", "abstain_wrong"):
+        credit = getattr(settings, key)
+        if credit >= settings.correct:
+            line = keys.get(key) or keys.get("correct") or item
+            problems.add(line, f"reward, {key}: expected less than correct, {settings.correct:g}, got {credit:g}")
 
 
 def _consistency(item: Item, problems: Problems, base: Consistency) -> Consistency:

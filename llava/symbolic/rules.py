@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from llava.errors import DataError
+from llava.symbolic.cue_lists import languages
 from llava.symbolic.document import Item, located, read_document
-from llava.symbolic.extract import languages
 from llava.symbolic.problems import Problems
 from llava.symbolic.read_nodes import read_constraints, read_nodes, read_profiles
 from llava.symbolic.read_settings import read_dialogue, read_evaluation, read_phrases, read_reward

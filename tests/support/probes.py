@@ -42,6 +42,42 @@ MARROW = [
     ("diagnosis", "AML is excluded.", "healthy"),
     ("diagnosis", "AML is not excluded.", "AML"),
     ("diagnosis", "The quality does not allow it, perhaps AML", "inconclusive"),
+    ("diagnosis", "No evidence of AML, MM, or other malignancy.", "healthy"),
+    ("diagnosis", "No AML, MM or lymphoma is seen.", "healthy"),
+    ("diagnosis", "Neither AML, MM, nor lymphoma.", "healthy"),
+    ("diagnosis", "AML, MM, or lymphoma is not seen.", "healthy"),
+    ("diagnosis", "No AML, but MM.", "MM"),
+    ("diagnosis", "It is not AML, MM.", "MM"),
+    ("diagnosis", "No AML, and MM is seen.", "MM"),
+    ("diagnosis", "It is AML, and MM is excluded.", "AML"),
+    ("diagnosis", "No, AML or MM.", CONFLICT),
+    ("diagnosis", "It is not normal, AML or MM.", CONFLICT),
+    ("diagnosis", "It is AML and not MM.", "AML"),
+    ("diagnosis", "It is AML that is not MM.", "AML"),
+    ("diagnosis", "AML is not seen in this field.", "healthy"),
+    ("diagnosis", "AML wasn't seen.", "healthy"),
+    ("diagnosis", "We didn't find AML.", "healthy"),
+    ("diagnosis", "AML could not be excluded.", "AML"),
+    ("diagnosis", "The high-quality image shows AML.", "AML"),
+    ("diagnosis", "The quality is adequate. AML.", "AML"),
+    ("diagnosis", "The image quality is too low.", "inconclusive"),
+    ("diagnosis", "It isn't normal.", NO_MATCH),
+    ("diagnosis", "Not healthy.", NO_MATCH),
+    ("proliferation", "There are no blasts, plasma cells, or other abnormal cells.", "none"),
+    ("proliferation", "No plasma cells, there are blasts.", "blast"),
+    ("proliferation", "No plasma cells, there are blasts or clots.", "blast"),
+    ("proliferation", "No plasma cells, only blasts and debris.", "blast"),
+    ("proliferation", "Blasts and not plasma cells proliferate.", "blast"),
+    ("abnormality", "The marrow is abnormal.", "present"),
+    ("abnormality", "It shows no signs of disease and appears normal.", "absent"),
+    ("abnormality", "It is not clotted and looks abnormal.", "present"),
+    ("abnormality", "Abnormal cells are present.", "present"),
+    ("abnormality", "Yes, it is abnormal.", "present"),
+    ("abnormality", "It is not abnormal.", "absent"),
+    ("abnormality", "There are no abnormal cells.", "absent"),
+    ("abnormality", "Not healthy.", "present"),
+    ("abnormality", "The quality is adequate. There is a malignancy.", "present"),
+    ("abnormality", "The poor image quality hides it.", "inconclusive"),
 ]
 
 DIFFERENTIAL = [
@@ -86,6 +122,12 @@ DIFFERENTIAL = [
     ("cell_type", "Impossible to say, maybe a monocyte.", "undetermined"),
     ("cell_type", "Neutral.", NO_MATCH),
     ("cell_type", "NEUTROPHIL\u200b!", "neutrophil"),
+    ("cell_type", "It is a neutrophil and not an eosinophil.", "neutrophil"),
+    ("cell_type", "No neutrophil, eosinophil, or basophil, but a monocyte.", "monocyte"),
+    ("cell_type", "It is not a neutrophil, an eosinophil, or a basophil.", NO_MATCH),
+    ("cell_type", "A basophil could not be completely excluded.", "basophil"),
+    ("nucleus", "The nucleus is round and not indented.", "round"),
+    ("granule_stain", "It isn't orange, it is blue.", "dark_blue"),
 ]
 
 RED_CELLS = [
@@ -131,6 +173,13 @@ RED_CELLS = [
     ("type", "It cannot be classified, perhaps a microcyte.", "undetermined"),
     ("type", "A spherocyte cannot be excluded.", "spherocyte"),
     ("type", "Teardrop cell (dacrocyte).", "teardrop"),
+    ("inside", "It has a central pallor and not a slit.", "pallor"),
+    ("inside", "A pallor wasn't seen.", "no_pallor"),
+    ("inside", "There is no slit, target, or central pallor.", "no_pallor"),
+    ("type", "target cell and not a stomatocyte", "target_cell"),
+    ("type", "It is not a microcyte, spherocyte, or schistocyte.", NO_MATCH),
+    ("type", "Not a microcyte, a spherocyte.", "spherocyte"),
+    ("outline", "Round and not oval.", "round"),
 ]
 
 DRAWN = [
@@ -170,6 +219,11 @@ DRAWN = [
     ("verdict", "Possibly dilute.", "dilute"),
     ("verdict", "Agranular.", NO_MATCH),
     ("verdict", "The verdict: quiet.", "quiet"),
+    ("white_type", "There is no neutrophil, lymphocyte, or eosinophil.", NO_MATCH),
+    ("white_type", "A lymphocyte and not a neutrophil.", "lymphocyte"),
+    ("white_type", "No neutrophil, a lymphocyte.", "lymphocyte"),
+    ("verdict", "It is not granular, lymphoid, or dilute; it is quiet.", "quiet"),
+    ("density", "It hasn't become crowded, it is sparse.", "sparse"),
 ]
 
 CHEST = [
@@ -178,7 +232,7 @@ CHEST = [
     ("abnormality", "The chest is normal.", "absent"),
     ("abnormality", "No opacity and no consolidation.", "absent"),
     ("abnormality", "The lungs are not clear.", "present"),
-    ("abnormality", "No effusion.", NO_MATCH),
+    ("abnormality", "No effusion.", "absent"),
     ("abnormality", "An effusion, but no consolidation.", "present"),
     ("abnormality", "An opacity cannot be excluded.", "present"),
     ("abnormality", "Pneumonia is ruled out.", "absent"),
@@ -210,6 +264,21 @@ CHEST = [
     ("cause", "The patient was not vaccinated.", NO_MATCH),
     ("cause", "I cannot name a cause, maybe influenza.", "undetermined"),
     ("cause", "SARS-CoV-2.", "covid19"),
+    ("abnormality", "No focal consolidation, pleural effusion, or pneumothorax.", "absent"),
+    ("abnormality", "The lungs are clear without focal consolidation, effusion, or pneumothorax.", "absent"),
+    ("abnormality", "No fracture, effusion, or pneumothorax.", "absent"),
+    ("abnormality", "Consolidation, effusion, and pneumothorax are absent.", "absent"),
+    ("abnormality", "No effusion. Bilateral pneumonia.", "present"),
+    ("abnormality", "No effusion, opacity in the left lung.", "present"),
+    ("abnormality", "No effusion, and a consolidation is seen.", "present"),
+    ("abnormality", "No effusion, pneumothorax, and a consolidation.", "present"),
+    ("abnormality", "Pneumonia has not been ruled out.", "present"),
+    ("pattern", "No focal consolidation, effusion, or nodule.", "none"),
+    ("pattern", "No effusion or pneumothorax.", "none"),
+    ("pattern", "No effusion, but ground glass.", "ground_glass"),
+    ("cause", "No evidence of bacterial, viral or COVID-19 pneumonia.", "no_finding"),
+    ("cause", "COVID-19 and not a bacterial infection.", "covid19"),
+    ("cause", "COVID-19 hasn't been excluded.", "covid19"),
 ]
 
 DISEASES = [
@@ -248,6 +317,12 @@ DISEASES = [
     ("disease", "A few spherocytes.", NO_MATCH),
     ("disease", "It cannot be named, maybe thalassemia.", "undetermined"),
     ("disease", "Elliptocytosis without spherocytosis.", "elliptocytosis"),
+    ("disease", "No thalassemia, iron deficiency, or spherocytosis.", NO_MATCH),
+    ("disease", "Thalassemia and not iron deficiency.", "thalassemia"),
+    ("disease", "Not thalassemia, iron deficiency.", "iron_deficiency"),
+    ("disease", "Thalassemia can't be excluded.", "thalassemia"),
+    ("shape", "There are no target cells, pencil cells, or ovalocytes.", NO_MATCH),
+    ("shape", "Round and not oval.", "round"),
 ]
 
 PROBES = {

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.errors import ConfigError, DataError
+from llava.symbolic.check import check_file
 from llava.symbolic.rules import load_rules, read_rules
+from llava.symbolic.settings import PRESETS
 from tests.support.rule_files import MARROW, rules_of, write_rules
 
 
@@ -75,6 +77,39 @@ def test_errors_name_file_and_line(tmp_path: Path, old: str, new: str, line: int
     with pytest.raises(DataError, match=message) as caught:
         load_rules(path)
     assert str(caught.value).startswith(f"{path}, line {line}: ")
+
+
+@pytest.mark.parametrize(
+    ("reward", "offset", "message"),
+    [
+        ("{wrong: 5}", 0, "reward, wrong: expected less than correct, 1, got 5"),
+        ("{wrong: 1}", 0, "reward, wrong: expected less than correct, 1, got 1"),
+        ("\n  correct: 2\n  no_match: 3", 2, "reward, no_match: expected less than correct, 2, got 3"),
+        ("\n  length: {weight: 0}\n  correct: 0", 2, "reward, wrong: expected less than correct, 0, got 0"),
+        ("{correct: 2, abstain_wrong: 2.5}", 0, "reward, abstain_wrong: expected less than correct, 2, got 2.5"),
+        ("{preset: drllava-chain, no_match: 1}", 0, "reward, no_match: expected less than correct"),
+        (
+            "{correct: 0, no_match: 0, consistency: {weight: 0}, length: {weight: 0}, "
+            "format: {missing_eos: 0, empty: 0, repeat_ngram: {penalty: 0}}}",
+            0,
+            "reward, no_match: expected less than correct, 0, got 0",
+        ),
+    ],
+)
+def test_rewards_in_which_a_right_answer_earns_no_more_are_errors(
+    tmp_path: Path, reward: str, offset: int, message: str
+) -> None:
+    line = MARROW.count("\n") + 1 + offset
+    path = write_rules(tmp_path, f"{MARROW}reward: {reward}\n")
+    _, errors = read_rules(path)
+    assert any(error.startswith(f"{path}, line {line}: {message}") for error in errors)
+    assert check_file(path).errors == errors
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_legal_rewards(tmp_path: Path, preset: str) -> None:
+    rules = rules_of(tmp_path, f"{MARROW}reward: {{preset: {preset}}}\n")
+    assert rules.reward == PRESETS[preset]
 
 
 def test_all_errors_are_listed(tmp_path: Path) -> None:

@@ -1,0 +1,140 @@
+"""Negated lists across commas, cues that belong to what follows, and exclusion that is not possible."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava.symbolic.cue_lists import languages, read_cues
+from llava.symbolic.extract import Extraction, extract
+from llava.symbolic.structure import RuleSet
+from tests.support.rule_files import rules_of
+
+OTHERS = ["lymphoma", "other malignancy", "infiltration by foreign cells", "toxic change"]
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory: pytest.TempPathFactory) -> RuleSet:
+    return rules_of(tmp_path_factory.mktemp("rules"))
+
+
+def read(rules: RuleSet, text: str) -> str:
+    return extract(rules.node("diagnosis"), text).value
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cue=st.sampled_from(
+        ["No", "There is no evidence of", "Without", "It is not", "We didn't see", "It does not show", "Negative for"]
+    ),
+    items=st.lists(st.sampled_from(OTHERS), min_size=2, max_size=6).flatmap(lambda x: st.permutations([*x, "AML"])),
+    link=st.sampled_from([", or ", ", nor ", " or ", ", and ", " and "]),
+    end=st.sampled_from([".", "; the rest is fine.", ", but read it again."]),
+)
+def test_a_list_is_negated_wherever_the_match_stands(
+    rules: RuleSet, cue: str, items: list[str], link: str, end: str
+) -> None:
+    assert read(rules, f"{cue} {', '.join(items[:-1])}{link}{items[-1]}{end}") == "healthy"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    items=st.lists(st.sampled_from(OTHERS), min_size=1, max_size=4),
+    contrast=st.sampled_from(
+        [", AML.", ", but AML or MDS.", ", there is AML or MDS.", ", it is AML.", ", and AML is seen.", "; AML or MDS."]
+    ),
+)
+def test_a_contrast_ends_the_list(rules: RuleSet, items: list[str], contrast: str) -> None:
+    negated = f"No {items[0]}" if len(items) == 1 else f"No {', '.join(items[:-1])}, or {items[-1]}"
+    assert read(rules, negated + contrast) == "AML"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("not AML, MM.", "MM"),
+        ("No AML, but MM.", "MM"),
+        ("No AML, MM.", "MM"),
+        ("I don't think it is AML, MM, or lymphoma.", "healthy"),
+        ("No AML, no MM, and no lymphoma.", "healthy"),
+        ("No, AML or MM.", "__conflict__"),
+        ("It is not normal, AML or MM.", "__conflict__"),
+        ("I do not know, AML or MM.", "__conflict__"),
+        ("No lymphoma, we see AML or MDS.", "AML"),
+        ("No lymphoma, only AML and debris.", "AML"),
+        ("No lymphoma, toxic change, and an AML.", "AML"),
+        ("No lymphoma, or one two three four five six seven eight AML", "AML"),
+        ("AML, lymphoma, or toxic change is not seen.", "healthy"),
+        ("AML, lymphoma, and toxic change are absent.", "healthy"),
+        ("It is AML, and lymphoma is not seen.", "AML"),
+        ("It is AML, lymphoma, or toxic change is not seen.", "AML"),
+        ("AML and not MM.", "AML"),
+        ("AML fits and we don't see MM.", "AML"),
+        ("It is AML and it is not treated.", "AML"),
+        ("AML that is not MM.", "AML"),
+        ("It is not AML and shows MM.", "MM"),
+        ("It is AML and is not MM.", "AML"),
+        ("AML and MM are absent and it looks bad.", "healthy"),
+        ("AML and MM are not seen.", "healthy"),
+        ("AML not seen.", "healthy"),
+        ("AML isn't seen.", "healthy"),
+        ("AML is not seen with MM.", "healthy"),
+        ("AML cannot be seen.", "healthy"),
+    ],
+)
+def test_scope(rules: RuleSet, text: str, value: str) -> None:
+    assert read(rules, text) == value
+
+
+@pytest.mark.parametrize("verb", ["didn't", "wasn't", "weren't", "hasn't", "haven't", "hadn't", "couldn't"])
+def test_contractions_deny_on_both_sides(rules: RuleSet, verb: str) -> None:
+    assert read(rules, f"It {verb} be AML") == read(rules, f"AML {verb} be found") == "healthy"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "AML could not be excluded.",
+        "AML couldn't be excluded.",
+        "AML can't be excluded.",
+        "AML has not been ruled out.",
+        "AML hasn't yet been ruled out.",
+        "AML cannot be completely excluded.",
+        "We cannot entirely exclude AML.",
+        "We cannot rule AML out.",
+        "We are unable to exclude AML.",
+        "It is not possible to safely exclude AML.",
+        "This does not rule out AML.",
+        "AML is not yet fully excluded.",
+        "AML is unlikely.",
+        "This is unlikely to be AML.",
+    ],
+)
+def test_doubt_is_hedged_and_no_denial(rules: RuleSet, text: str) -> None:
+    assert extract(rules.node("diagnosis"), text) == Extraction("AML", hedged=True)
+
+
+@pytest.mark.parametrize("text", ["AML is excluded.", "AML has been ruled out.", "AML can be excluded with certainty."])
+def test_exclusion_is_a_denial(rules: RuleSet, text: str) -> None:
+    assert extract(rules.node("diagnosis"), text) == Extraction("healthy", hedged=False)
+
+
+@pytest.mark.parametrize("language", languages())
+def test_every_cue_has_a_part(language: str) -> None:
+    cues = read_cues(language)
+    doubt = "this was not possible to fully exclude"
+    assert cues.any.search(doubt) and any(part in doubt for part in cues.parts)
+
+
+def test_a_refused_pattern_of_doubt_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava.errors import DataError
+    from llava.symbolic import cue_lists
+
+    text = (cue_lists.CUES / "en.yaml").read_text(encoding="utf-8")
+    (tmp_path / "xx.yaml").write_text(text.replace("doubts:\n", 'doubts:\n  - "(a+)+$"\n'), encoding="utf-8")
+    monkeypatch.setattr(cue_lists, "CUES", tmp_path)
+    with pytest.raises(DataError, match="nested repeats"):
+        read_cues("xx")
