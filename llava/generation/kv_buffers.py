@@ -1,4 +1,4 @@
-"""Preallocated keys and values of all layers: rows of tokens that grow by doubling; what a model needs of them."""
+"""Preallocated keys and values of all layers: rows of tokens that grow by doubling."""
 
 from __future__ import annotations
 

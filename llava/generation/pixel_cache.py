@@ -1,4 +1,4 @@
-"""Model inputs of recently shown images, so that the next question about an image does not decode it again.
+"""Model inputs of recently shown images, so that the next question about one does not decode it again.
 
     caller, image key --made--> pixels and size; computed once, also for questions that arrive together
                                 least recently used ones are dropped above a number of bytes

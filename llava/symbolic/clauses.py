@@ -25,7 +25,7 @@ WORD = re.compile(r"\S*\w\S*")
 Span = tuple[int, int]
 
 
-class Context:
+class ClauseContext:
     """Clauses, lists and cues of one text.
 
     Args:

@@ -10,7 +10,7 @@ import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 
-from llava.symbolic.clauses import Context, Span
+from llava.symbolic.clauses import ClauseContext, Span
 from llava.symbolic.cue_lists import read_cues
 from llava.symbolic.patterns import MAX_TEXT
 from llava.symbolic.structure import CONFLICT, NO_MATCH, ExtractRule, RuleNode
@@ -110,11 +110,11 @@ def _candidates(node: RuleNode, text: str) -> list[tuple[float, str, bool]]:
     return found
 
 
-def _context(node: RuleNode, text: str, spans: list[Span]) -> Context:
-    return Context(text, read_cues(node.language), sorted(begin for begin, _ in spans))
+def _context(node: RuleNode, text: str, spans: list[Span]) -> ClauseContext:
+    return ClauseContext(text, read_cues(node.language), sorted(begin for begin, _ in spans))
 
 
-def _value(rule: ExtractRule, context: Context, span: Span) -> tuple[str | None, float]:
+def _value(rule: ExtractRule, context: ClauseContext, span: Span) -> tuple[str | None, float]:
     """Return the value of a match, None if it does not count, and its priority."""
     negated = rule.negatable and context.is_negated(span)
     if rule.only_negated:

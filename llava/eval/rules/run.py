@@ -208,7 +208,7 @@ def _held(plan: RulesPlan, rows: Sequence[Mapping[str, Any]]) -> list[HeldDialog
 
 
 def other_run(plan: RulesPlan, other: Path) -> tuple[str, list[HeldDialogue]]:
-    """Return the name and the conversations of another run, whose output folder or a file in it is `other`.
+    """Return the name and the conversations of the run whose output folder, or a file in it, is `other`.
 
     Raises:
         ConfigError: the folder has no conversations.
