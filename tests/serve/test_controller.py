@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -197,8 +198,6 @@ def test_only_this_machine_and_the_cluster_register_workers() -> None:
 
 @pytest.mark.parametrize("path", ["/register_worker", "/unregister_worker", "/receive_heart_beat"])
 def test_other_machines_need_the_cluster_key(path: str) -> None:
-    import asyncio
-
     async def status(headers: dict[str, str]) -> int:
         app = make_controller_app(Controller(Registry(time.monotonic), GateSettings(cluster_key=CLUSTER)))
         transport = httpx2.ASGITransport(app=app, client=("10.1.2.3", 5))
@@ -219,6 +218,25 @@ def test_a_worker_registers_beats_and_comes_back(monkeypatch: pytest.MonkeyPatch
             assert until(lambda: made.registry.names == ["http://127.0.0.1:9"])
             made.registry.remove("http://127.0.0.1:9")
             assert until(lambda: made.registry.names == ["http://127.0.0.1:9"])
+
+
+def test_a_worker_that_leaves_does_not_register_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava.serve.heartbeat.BEAT_SECONDS", 0.02)
+    service = scripted_service(ScriptedEngine())
+    with controller() as (client, made):
+        heart = Heart(str(client.base_url).rstrip("/"), "http://127.0.0.1:9", service.status)
+
+        async def work() -> None:
+            beating = asyncio.create_task(heart.beat())
+            while not made.registry.names:
+                await asyncio.sleep(0.005)
+            await heart.leave()
+            assert made.registry.names == []
+            await asyncio.wait_for(beating, 60)  # the beats end, so none of them registers
+            await heart.beat()
+
+        asyncio.run(work())
+        assert made.registry.names == []
 
 
 def test_codes_of_pieces() -> None:
