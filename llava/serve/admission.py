@@ -152,7 +152,7 @@ class Admission:
         return self.num_running + place.num_sequences <= self.max_running and self._key_fits(place)
 
     def _is_behind(self, place: Place) -> bool:
-        """Return whether a place must wait for another one: of its key, or of a key that is below its own limit."""
+        """Return whether a place waits behind one of its key, or of a key below its own limit."""
         return place.key in self._by_key or any(self._key_fits(places[0]) for places in self._by_key.values())
 
     def _key_fits(self, place: Place) -> bool:

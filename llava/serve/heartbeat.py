@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 
 from llava.serve.client import client_headers
+from llava.serve.gate import AUDITED_HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class Heart:
         return response.json()
 
     def _client(self) -> httpx2.AsyncClient:
-        headers = client_headers(self.cluster_key)
+        headers = {**client_headers(self.cluster_key), AUDITED_HEADER: "1"}
         return httpx2.AsyncClient(headers=headers, timeout=ANSWER_SECONDS, trust_env=False)
 
     def _complain(self, reason: str) -> None:
